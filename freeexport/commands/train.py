@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 import click
+import numpy as np
 
+from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.commands.verb_options import SectionedCommand, section
 from freeexport.training.options import Schedule, TrainingOptions, Tune
 from freeexport.training.train import leave_group, train
 from runtime.bundle.manifest import ExitInput
+
+OWN = Path("-")  # beside OUT
 
 
 @click.command(cls=SectionedCommand)
@@ -25,6 +30,11 @@ from runtime.bundle.manifest import ExitInput
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' and 'target'.")
 @click.option("--validation", type=click.Path(path_type=Path), help="JSONL to evaluate on.  [default: 2 % of DATA]")
 @click.option("--max-tokens", type=int, help="Skip longer examples.  [default: the model's limit, at most 2048]")
+@click.option("--self-distill", type=click.Path(path_type=Path), is_flag=False, flag_value=OWN, metavar="[DIR]",
+              help="Train on MODEL's own greedy outputs instead of targets. They are kept in DIR, and generated where "
+              "they are missing; interrupted, run again.  [DIR: OUT.outputs]")  # fmt: skip
+@click.option("--max-new-tokens", "new_tokens", type=int, default=TrainingOptions.new_tokens,
+              help="Longest of these outputs, in tokens.")  # fmt: skip
 @click.option("--truncate", is_flag=True,
               help="Cut long inputs, on the left for decoder-only models, else on the right.")  # fmt: skip
 @section("What is trained")
@@ -99,7 +109,17 @@ def command(model: str, out: Path, as_json: bool, rank: int | None, **options: A
         if options["tune"] == "full":
             raise click.UsageError("--rank is for --tune lora or exit; --tune full has no adapters")
         options["lora_rank" if options["tune"] == "lora" else "adapter_rank"] = rank
-    trained = train(model, out, TrainingOptions(**options))
+    if options["self_distill"] == OWN:
+        options["self_distill"] = out.absolute().with_name(f"{out.absolute().name}.outputs")
+
+    def generate(
+        checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int, directory: Path
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        from freeexport.conversion.own_outputs import own_outputs  # torch
+
+        return own_outputs(model, checkpoint, prompts, new_tokens, directory)
+
+    trained = train(model, out, TrainingOptions(**options), generate)
     if not leave_group():
         return
     if as_json:

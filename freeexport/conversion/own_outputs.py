@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +20,21 @@ from runtime.bundle.bundle import Bundle
 from runtime.errors import BundleError
 from runtime.session import Session
 
+ENGINES = "engines"  # a bundle
 CACHE_BYTES = 1 << 30  # of keys and values in all slots
 MOST_SLOTS = 32
 GPU_BATCH = 64
 
 
 def own_outputs(
-    model: str, checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int, bundle: Path
+    model: str, checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int, directory: Path
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the index of each prompt and its greedy output, ids int32 [m] of at most `new_tokens`, the end of the
     sequence among them, as soon as it is done.
 
-    On a CPU by 8-bit engines, which the model is converted to at `bundle` unless they are there: 3 times as fast as
-    transformers in bfloat16, and the text is that of an int8 bundle. An output does not depend on the others. On a GPU
-    by transformers in bfloat16. `checkpoint` is the opened `model`.
+    On a CPU by 8-bit engines, in `directory` until all are done: 3 times as fast as transformers in bfloat16, and the
+    text is that of an int8 bundle. An output does not depend on the others. On a GPU by transformers in bfloat16.
+    `checkpoint` is the opened `model`.
     """
     import torch
 
@@ -45,6 +48,7 @@ def own_outputs(
     longest = max(map(len, prompts))
     seq2seq = checkpoint.config.get("is_encoder_decoder")
     capacity = (0 if seq2seq else longest) + new_tokens + 1
+    bundle = directory / ENGINES
     _convert(model, checkpoint, capacity, longest if seq2seq else None, bundle)
     slots = int(np.clip(CACHE_BYTES // Bundle.open(bundle).manifest.kv_bytes_per_sequence, 1, MOST_SLOTS))
     cancel = threading.Event()
@@ -64,16 +68,16 @@ def own_outputs(
                 yield from (future.result() for future in done)
         finally:
             cancel.set()
+    shutil.rmtree(bundle)
 
 
 def _convert(model: str, checkpoint: Checkpoint, capacity: int, longest_prompt: int | None, bundle: Path) -> None:
     """Write the engines at `bundle`, unless those there are the model's and large enough."""
-    try:
+    with suppress(BundleError):
         found = Bundle.open(bundle).manifest
-    except BundleError:
-        found = None
-    if found is not None and found.source_sha256 == checkpoint.sha256 and found.capacity >= capacity:
-        return
+        large_enough = found.capacity >= capacity and found.encoder_capacity >= (longest_prompt or 0)
+        if found.source_sha256 == checkpoint.sha256 and large_enough:
+            return
     layers = len(describe(checkpoint.config, checkpoint).decoder.layers)
     options = ConvertOptions(
         exit_layer=None if checkpoint.exit else layers - 1,  # nothing exits

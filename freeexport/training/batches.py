@@ -16,11 +16,13 @@ from freeexport.checkpoints.examples import (
     DataError,
     Example,
     encode,
+    fitted,
     read_examples,
     split,
     text_format,
 )
 from freeexport.training.options import TrainingOptions
+from freeexport.training.self_distill import Generate, own_examples
 from freeexport.training.shallow_deep import IGNORED
 from graphs.description import Description
 from graphs.families import describe
@@ -50,23 +52,31 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
 
 
 def examples(
-    checkpoint: Checkpoint, description: Description, options: TrainingOptions
+    checkpoint: Checkpoint, description: Description, options: TrainingOptions, generate: Generate | None = None
 ) -> tuple[list[Example], list[Example], list[str]]:
-    """Training and validation examples, and what is to be said about those that were cut or left out.
+    """Training and validation examples, and what is to be said about those that were cut or left out. `generate` is for
+    options with `self_distill`.
 
     Raises DataError for a broken line and for too few examples, CheckpointError where there is no tokenizer.
     """
     form = text_format(checkpoint, description, options.max_tokens or DEFAULT_MAX_TOKENS)
     form = replace(form, truncate=options.truncate)
-    training = read_examples(options.data, need_target=TARGETS_WANTED)
+    needed = "" if options.self_distill else TARGETS_WANTED
+    training = read_examples(options.data, need_target=needed)
     if len(training) < 2:
         raise DataError(f"{options.data} has one example; give at least two")
     if options.validation is None:
         training, validation = split(training, VALIDATION_SHARE, options.data)
     else:
-        validation = read_examples(options.validation, need_target=TARGETS_WANTED)
-    first, left_out = encode(training, form, options.data)
-    second, also_left_out = encode(validation, form, options.validation or options.data)
+        validation = read_examples(options.validation, need_target=needed)
+    sets = (options.data, training), (options.validation or options.data, validation)
+    if options.self_distill is None:
+        encoded = [encode(requests, form, path) for path, requests in sets]
+    else:
+        assert generate is not None
+        own = own_examples(sets, checkpoint, form, options.new_tokens, options.self_distill, generate)
+        encoded = [fitted(found, form, path) for found, (path, _) in zip(own, sets, strict=True)]
+    (first, left_out), (second, also_left_out) = encoded
     return first, second, [note for note in (left_out, also_left_out) if note is not None]
 
 

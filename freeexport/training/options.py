@@ -33,6 +33,7 @@ class TrainingOptions:
 
     `time_limit` is in minutes; `batch_tokens` counts padded tokens, prompt and target, of one device and micro-batch.
     `select_by`: one of MEASURED, or a metric of the outputs. `truncate`: long inputs are cut, not left out.
+    `self_distill`: the directory of the model's own outputs of at most `new_tokens`, which are the targets.
     `dropout` is that of the model and of LoRA adapters. Raises OptionError for values out of range and for choices that
     contradict each other.
     """
@@ -42,6 +43,8 @@ class TrainingOptions:
     validation: Path | None = None
     max_tokens: int | None = None
     truncate: bool = False
+    self_distill: Path | None = None
+    new_tokens: int = 256
     loss: LossName = "logit-kd"
     loss_alpha: float = 0.5
     tune: Tune = "full"
@@ -76,7 +79,16 @@ class TrainingOptions:
             if (value := getattr(self, name)) not in get_args(known):
                 flag = name.replace("_", "-")
                 raise OptionError(f"--{flag} {value!r} is unknown; choose {', '.join(get_args(known))}")
-        for name in ("lora_rank", "steps", "batch_tokens", "accumulate", "max_tokens", "evaluate_every", "exit_vocab"):
+        for name in (
+            "lora_rank",
+            "steps",
+            "batch_tokens",
+            "accumulate",
+            "max_tokens",
+            "evaluate_every",
+            "exit_vocab",
+            "new_tokens",
+        ):
             self._check(name, "at least 1", lambda value: value >= 1)
         for name in ("epochs", "time_limit", "learning_rate"):
             self._check(name, "a number above 0", lambda value: 0 < value < math.inf)
@@ -102,6 +114,12 @@ class TrainingOptions:
             ),
             "--exit-input feature is read by layers of the exit's own; give --exit-layers 1 or more": (
                 self.exit_input == "feature" and self.exit_layers == 0
+            ),
+            "--self-distill needs trained weights, --from-config has none; choose one": (
+                self.from_config and self.self_distill is not None
+            ),
+            "--self-distill generates outputs for whole inputs, --truncate cuts them; choose one": (
+                self.truncate and self.self_distill is not None
             ),
             f"--tune {self.tune} needs trained weights, --from-config has none; use --tune full": (
                 self.from_config and self.tune != "full"
@@ -131,6 +149,6 @@ class TrainingOptions:
     def recorded(self) -> dict[str, Any]:
         """Return what a continued run must share with the run before, as JSON values."""
         values = {key: value for key, value in asdict(self).items() if key not in _FREE_ON_RESUME}
-        for name in ("data", "validation"):
+        for name in ("data", "validation", "self_distill"):
             values[name] = None if values[name] is None else str(Path(values[name]).absolute())
         return values

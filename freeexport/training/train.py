@@ -21,6 +21,7 @@ from runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
+    from freeexport.training.self_distill import Generate
     from freeexport.training.tuning import Trainable
     from runtime.bundle.costs import Costs
 
@@ -40,9 +41,10 @@ class Trained:
     verdict: tuple[str, ...]
 
 
-def train(model: str, out: Path, options: TrainingOptions) -> Trained:
+def train(model: str, out: Path, options: TrainingOptions, generate: Generate | None = None) -> Trained:
     """Fine-tune `model` (a checkpoint directory, hub name, GGUF file or LoRA adapter) and write the result to `out`,
-    complete or not at all. Checkpoints and metrics stand in OUT.training until then.
+    complete or not at all. Checkpoints and metrics stand in OUT.training until then. `generate` makes the outputs that
+    options with `self_distill` want.
 
     Started by torchrun or `accelerate launch`, every process calls this. Raises CheckpointError, UnsupportedModelError,
     DataError, OptionError, OutputError, and DivergedError where the loss is no number.
@@ -70,14 +72,16 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
         names = f"{', '.join(BFLOAT16[:-1])} or {BFLOAT16[-1]}"
         click.echo(f"warning: --bf16 is slow on this processor, which has no {names}; train without it", err=True)
     try:
-        return _train(model, out, options, directory, process)
+        return _train(model, out, options, generate, directory, process)
     except BaseException:
         if process.is_main_process and last_checkpoint(directory) is None:
             shutil.rmtree(directory, ignore_errors=True)  # nothing in it is of use
         raise
 
 
-def _train(model: str, out: Path, options: TrainingOptions, directory: Path, process: Any) -> Trained:
+def _train(
+    model: str, out: Path, options: TrainingOptions, generate: Generate | None, directory: Path, process: Any
+) -> Trained:
     from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.training.batches import described, examples
     from freeexport.training.exit_start import chosen_tokens
@@ -90,7 +94,8 @@ def _train(model: str, out: Path, options: TrainingOptions, directory: Path, pro
     with process.main_process_first():
         checkpoint = _base(model, options, directory, writer)
     description = described(checkpoint, options)
-    training, validation, left_out = examples(checkpoint, description, options)
+    with process.main_process_first():  # the others find its outputs
+        training, validation, left_out = examples(checkpoint, description, options, generate)
     layers, lines = len(description.decoder.layers), [f"warning: {line}" for line in left_out]
     tokens, vocabulary, share = None, None, 1.0
     if options.exit_vocab is not None:

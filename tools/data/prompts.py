@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -226,27 +227,31 @@ def _definition(entry: str) -> str:
     return re.sub(r"\s+([.,;:])", r"\1", " ".join(body.split())).replace("..", ".")
 
 
-def prompts(kind: str, sources: Sequence[Source], count: int, seed: int) -> list[Line]:
-    """`count` prompts of a kind, fewer where there are not enough sources; equally often of each origin."""
-    found: list[Line] = []
+def prompts(kind: str, sources: Sequence[Source], count: int, seed: int, taken: set[str]) -> list[Line]:
+    """`count` prompts of a kind, fewer where there are not enough sources; equally often of each origin. Those in
+    `taken` are passed over, and new ones added."""
     order = shuffled(sources, seed, lambda source: f"{kind}/{source.key}/{source.name}")
     origins = [origin for origin in get_args(Origin) if origin != "package" or kind not in _OF_NAMES]
-    queues = [iter([source for source in order if source.origin == origin]) for origin in origins]
-    waiting: dict[str, Source] = {}
-    while queues and len(found) < count:
-        for queue in list(queues):
-            line = None
-            for source in queue:
-                other = waiting.pop(source.group, None) if kind == "compare" and source.group else None
-                if kind == "compare" and other is None:
-                    waiting[source.group] = source
-                elif (line := _line(kind, source, other)) is not None:
-                    break
-            if line is None:
-                queues.remove(queue)
-            elif len(found) < count:
-                found.append(line)
+    lines = [_lines(kind, [source for source in order if source.origin == origin]) for origin in origins]
+    found: list[Line] = []
+    for line in filter(None, chain.from_iterable(zip_longest(*lines))):
+        if len(found) == count:
+            break
+        if line.keys[-1] not in taken:
+            taken.add(line.keys[-1])
+            found.append(line)
     return found
+
+
+def _lines(kind: str, sources: Iterable[Source]) -> Iterator[Line]:
+    waiting: dict[str, Source] = {}  # by group, for another to be compared with
+    for source in sources:
+        other = waiting.pop(source.group, None) if kind == "compare" else None
+        if kind == "compare" and other is None:
+            if source.group:
+                waiting[source.group] = source
+        elif (line := _line(kind, source, other)) is not None:
+            yield line
 
 
 def _line(kind: str, source: Source, other: Source | None) -> Line | None:
@@ -306,11 +311,11 @@ def command(out: Path, index: Path, dictionaries: Path, train: int, held_out: in
         *terms(foldoc, gzip.decompress((dictd / "foldoc.dict.dz").read_bytes())),
         *nouns((wordnet / "data.noun").open(encoding="utf-8"), (wordnet / "cntlist.rev").open(encoding="utf-8")),
     ]
-    splits = {}
+    splits, taken = {}, set[str]()
     for name in SHARES:
         members = [source for source in sources if split_of(source.key) == name]
         each = (train if name == "train" else held_out) // len(KINDS)
-        lines = [line for kind in KINDS for line in prompts(kind, members, each, seed)]
+        lines = [line for kind in KINDS for line in prompts(kind, members, each, seed, taken)]
         splits[name] = shuffled(lines, seed, lambda line: line.keys[-1])
     about = {
         "task": "prompts of eight kinds",

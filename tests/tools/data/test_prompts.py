@@ -83,11 +83,11 @@ def test_packages_of_one_family_have_one_key() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_has_as_many_prompts_as_asked_for_each_once_and_whole(kind: str) -> None:
-    made = prompts(kind, sources(), 60, seed=0)
+    made = prompts(kind, sources(), 60, 0, set())
     texts = [line.input[0]["content"] for line in made if isinstance(line.input, list)]
     assert len(set(texts)) == 60
     assert not any("{" in text or "}" in text for text in texts)
-    assert made == prompts(kind, sources(), 60, seed=0) != prompts(kind, sources(), 60, seed=1)
+    assert made == prompts(kind, sources(), 60, 0, set()) != prompts(kind, sources(), 60, 1, set())
     named = {line.keys[0].partition(" ")[0] for line in made}
     assert named == (
         {"foldoc", "wordnet"} if kind in ("explain", "list", "compare") else {"package", "foldoc", "wordnet"}
@@ -106,7 +106,15 @@ def test_the_data_set_is_read_as_messages_without_targets(tmp_path: Path, monkey
     for name in ("data.noun", "cntlist.rev"):
         (tmp_path / "dictionaries/usr/share/wordnet" / name).write_text("")
     everything = [
-        Source("foldoc", f"term {number}", f"name {number}", "group", BODY, "The knobs were turned.", "Package: foo")
+        Source(
+            "foldoc",
+            f"term {number}",
+            f"name {number}",
+            "group",
+            f"{number}: {BODY}",
+            f"Knob {number} turned.",
+            "Package: foo",
+        )
         for number in range(1500)
     ]
     monkeypatch.setattr(tool, "terms", lambda *_: everything)
