@@ -82,11 +82,6 @@ class EngineOptions:
             raise GraphError(f"the exit was trained with a vocabulary of {len(trained)} tokens and has no other")
         if self.exit_tokens:
             check_tokens(self.exit_tokens, description.vocab_size)
-        if description.decoder.exit_layers and not self.packed:
-            raise GraphError(
-                f"an exit with own layers needs dialect ort and target cpu, not {self.dialect} and {self.target}; "
-                "train one without --exit-layers, or convert it for a CPU"
-            )
         if description.decoder.exit_inputs > 1:
             raise GraphError(
                 "an exit that reads a deep feature cannot be converted yet; train one with --exit-input state"

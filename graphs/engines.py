@@ -68,21 +68,24 @@ class EngineBuilder:
         hidden = self._layers(graph, dialect, x, layers, 0)
         rows = self._output_hidden(graph, hidden, call, FLOAT, "q")
         if self.description.decoder.exit_layers:
-            self._own_exit(graph, call, rows)
+            self._own_exit(graph, dialect, call, rows)
         else:
             self._head(graph, dialect, hidden, None)
         self._save(graph)
 
-    def _own_exit(self, graph: Graph, call: Call, hidden: ir.Value) -> None:
+    def _own_exit(self, graph: Graph, dialect: Dialect, call: Call, hidden: ir.Value) -> None:
         """The exit's own layers and the head, from `hidden` [B, q, d]: for `exit_lengths` int32 [B] rows of each
-        sequence, all of a call's or none. A sequence that never exits does not pay for them."""
-        decoder = self.description.decoder
+        sequence, all of a call's or none. A sequence that never exits does not pay for them; in the standard dialect,
+        which has no packed rows, all do."""
+        decoder, rows = self.description.decoder, None
         assert decoder.exit_map is not None
         call = replace(call, query_lengths=graph.input("exit_lengths", INT32, ["B"]))
-        rows = packing(graph, call, idle=True)
-        dialect = self._dialect(graph, call, rows)
-        x = graph.to_compute(rows.packed(graph, hidden))
-        x = graph.to_float(linear(graph, x, decoder.exit_map))
+        if self.options.packed:
+            rows = packing(graph, call, idle=True)
+            dialect, x = self._dialect(graph, call, rows), rows.packed(graph, hidden)
+        else:
+            x = graph.op("Reshape", [hidden, graph.constant([-1, self.description.hidden_size])])
+        x = graph.to_float(linear(graph, graph.to_compute(x), decoder.exit_map))
         x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder))
         self._head(graph, dialect, x, None, rows)
 

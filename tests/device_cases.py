@@ -1,4 +1,5 @@
-"""Cases of sessions on a device: two checkpoints, and every way to decode."""
+"""Cases of sessions on a device: two checkpoints, their exits with own layers and vocabularies, and every way to
+decode."""
 
 from __future__ import annotations
 
@@ -6,10 +7,13 @@ from typing import Any
 
 import pytest
 from checkpoints import CASES
+from exit_vocabulary_case import with_exit_vocabulary
 
 BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
+EXITS = tuple(with_exit_vocabulary(case.name, layers=True) for case in (T5, LLAMA))
 both = pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+every = pytest.mark.parametrize("case", [T5, LLAMA, *EXITS], ids=lambda case: case.name)
 MODES: dict[str, dict[str, Any]] = {
     "free": {"mode": "free", "threshold": 0.5},
     "rollback": {"mode": "rollback", "threshold": 0.4, "rollback_threshold": 2.0},

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import CASES, Case, load
+from checkpoints import BY_NAME, Case, load
 from safetensors.numpy import save_file
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
@@ -39,7 +39,7 @@ def write_exit(directory: Path, layers: int = OWN_LAYERS) -> None:
 
 def with_exit_layers(name: str) -> Case:
     """The case of this name with an exit of two layers after layer 1."""
-    plain = next(case for case in CASES if case.name == name)
+    plain = BY_NAME[name]
 
     def build(directory: Path) -> None:
         plain.build(directory)

@@ -51,7 +51,7 @@ OWN = Path("-")  # beside OUT
               "exit, 0 for a norm only.  "
               f"[default: {TrainingOptions.lora_rank}; exit: {TrainingOptions.adapter_rank}]")  # fmt: skip
 @click.option("--exit-layers", type=int, default=TrainingOptions.exit_layers,
-              help="Transformer layers of the exit's own, before the head; decoder-only.")  # fmt: skip
+              help="Transformer layers of the exit's own, before the head.")  # fmt: skip
 @click.option("--exit-input", type=click.Choice(get_args(ExitInput)), default=TrainingOptions.exit_input,
               help="What these layers read: the exit layer's state, or that and the deep decoder's feature of the "
               "token before, with --tune exit; --exit-layer may then be 0, the embedding.")  # fmt: skip

@@ -74,7 +74,8 @@ def token_bytes(bundle: Bundle, context: float, encoder_tokens: float, exits: bo
     own = manifest.exit_layers
     position = manifest.kv_bytes_per_token / (manifest.layers + own) * (context + encoder_tokens)
     read = shallow.layers + len(manifest.shallow_layers) * position
-    read += shallow.own + shallow.head + own * position if exits else 0
+    read += shallow.own + shallow.head if exits else 0
+    read += own * position if exits or not manifest.packed else 0  # in the standard dialect they always run
     return round(read + passes * (deep.layers + deep.head + len(manifest.deep_layers) * position))
 
 
@@ -142,7 +143,7 @@ class ByteModel:
         # Half of the tokens are there on average; cross-attention reads as many bytes a position of the prompt.
         position = self._position * (calls.prompt + calls.tokens / 2)
         weights, layers = shallow.layers, len(manifest.shallow_layers)
-        if calls.own:
+        if calls.own or not manifest.packed:
             weights, layers = weights + shallow.own, layers + manifest.exit_layers
         read = calls.steps * (weights + layers * position + CALL_BYTES) + calls.further * row * weights
         read += calls.heads * shallow.head

@@ -165,11 +165,14 @@ def measured_steps(manifest: Manifest) -> StepCosts:
     costs = manifest.costs
     if costs is None:
         raise OptionError("the bundle holds no measured costs; convert it again without --verify none")
-    # A shallow step with its head has the exit's own layers too; one without has neither.
+    # A shallow step with its head has the exit's own layers too; one without has neither. In the standard dialect all
+    # steps have the layers.
     own, both = manifest.exit_layers, costs.head
-    layer = (costs.shallow_without_head + costs.deep[1] - both) / (manifest.layers - own)
+    layers = manifest.layers - own if manifest.packed else manifest.layers + own
+    layer = (costs.shallow_without_head + costs.deep[1] - both) / layers
+    head = max(0.0, both - own * layer) if manifest.packed else both
     growth = {size: seconds / costs.deep[1] for size, seconds in costs.deep.items()}
-    return StepCosts(1e3 * layer, 1e3 * max(0.0, both - own * layer), growth, measured=True)
+    return StepCosts(1e3 * layer, 1e3 * head, growth, measured=True)
 
 
 def bandwidth_of(threads: int) -> float:

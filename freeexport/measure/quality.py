@@ -126,8 +126,8 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
     # The first token of a decoder-only model is the prompt's deep prediction: nothing is decided.
     decided = [one.exited[0 if manifest.encoder_decoder else 1 :] for one in first]
     count = max(1, sum(map(len, decided)))
-    # The exit's own layers run wherever its head may; methods of CALM count theirs.
-    own = 0 if setting.method in WITHOUT_EXIT else manifest.exit_layers
+    # The exit's own layers run wherever its head may, in the standard dialect always; methods of CALM count theirs.
+    own = 0 if setting.method in WITHOUT_EXIT and manifest.packed else manifest.exit_layers
     early, late = (size + own for size in (manifest.exit_layer, manifest.layers))
     layers = [
         sum(early if exited else late for exited in flags) if one.layers is None else one.layers

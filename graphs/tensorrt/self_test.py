@@ -101,6 +101,7 @@ def _compare(bundle: Bundle, engine: TensorRTEngine, graphs: list[OnnxEngine], b
         integers = {
             "lengths": np.full(batch, width, np.int32),
             "query_lengths": np.full(batch, width, np.int32),
+            "exit_lengths": np.full(batch, width, np.int32),
             "past_lengths": np.full(batch, length, np.int32),
             "cross_lengths": np.full(batch, sizes.get("E", 1), np.int32),
             "head_rows": np.arange(batch) * width + width - 1,  # the last of each sequence

@@ -131,7 +131,8 @@ class Manifest:
     where calibration chose fewer than there is room for. `compute`: the type of activations and KV cache where weights
     are quantized for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call
     that count only. `exit_trained`: whether the checkpoint was trained for this exit, None in bundles that do not say.
-    `exit_layers`: how many layers the exit has of its own, behind the exit layer, which only its prediction reads.
+    `exit_layers`: how many layers the exit has of its own, behind the exit layer, which only its prediction reads:
+    where `packed`, they are run only where an exit may be taken.
     `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `costs`: as
     `convert` measured them, None where it did not. `schema_minor`: once read, that of this code.
     """
@@ -245,7 +246,6 @@ class Manifest:
             (self.costs is None or self.costs.sound, "costs", self.costs),
             (self.layers >= 2, "layers", self.layers),
             (1 <= self.exit_layer < self.layers, "exit_layer", self.exit_layer),
-            (self.exit_layers == 0 or self.packed, "exit_layers", self.exit_layers),
             (1 <= (self.tuned_max_pending or 1) <= self.max_pending, "tuned_max_pending", self.tuned_max_pending),
             (start is not None or not self.encoder_decoder, "decoder_start_token_id", start),
             (0 <= (start or 0) < self.vocab_size, "decoder_start_token_id", start),

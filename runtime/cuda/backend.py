@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -61,7 +61,7 @@ class CudaBackend(Backend):
     def runners(self, engine: Load) -> tuple[Runner, Runner]:
         """The deep one runs beside the other unless `overlap` is False. A shallow step goes before a deep pass where
         both are ready: a token waits for it."""
-        shallow = self._runner(engine("shallow"), self.manifest.shallow_layers, beside=False)
+        shallow = self._runner(engine("shallow"), self.manifest.shallow_caches, beside=False)
         beside = self.options.overlap is not False
         return shallow, self._runner(engine("deep"), self.manifest.deep_layers, beside)
 
@@ -105,7 +105,7 @@ class CudaBackend(Backend):
         self._engines.append(engine)
         return engine
 
-    def _runner(self, engine: Any, layers: range, beside: bool) -> CudaRunner:
+    def _runner(self, engine: Any, layers: Sequence[int | str], beside: bool) -> CudaRunner:
         def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
             return self.cuda.zeros(shape, dtype, engine.stream)
 

@@ -16,8 +16,8 @@ PARTS = ("key", "value")
 class KVCache:
     """`arrays["{layer}.{part}"]` is [slots, kv_heads, rows, head_dim]; `lengths` int32 [slots] counts valid rows.
     `zeros(shape, dtype)` makes an array; by default in the host's memory. `fixed`: the engine takes no other number of
-    rows. `own_exit`: some of the layers are the exit's own, run only where an exit may be taken. What lies behind the
-    valid rows is unspecified and never read."""
+    rows. `own_exit`: some of the layers are the exit's own, needed only where an exit may be taken. What lies behind
+    the valid rows is unspecified and never read."""
 
     def __init__(
         self,

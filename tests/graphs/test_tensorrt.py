@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from checkpoints import CASES, LARGER, WIDE, Bundles
+from exit_vocabulary_case import with_exit_vocabulary
 from onnx import TensorProto
 
 from graphs.errors import BuildError
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.tensorrt
 BY_NAME = {case.name: case for case in (*CASES, *LARGER)}
 # TensorRT's attention kernels want heads of at least 16, and four of them.
 T5, LLAMA = BY_NAME["t5-larger-tied"], BY_NAME["llama-grouped-llama3-rope"]
-ENGINES = {T5: ["encoder", "prologue", "shallow", "deep"], LLAMA: ["shallow", "deep"]}
+T5_EXIT, LLAMA_EXIT = (with_exit_vocabulary(case.name, layers=True) for case in (T5, LLAMA))
+SEQ2SEQ, DECODER = ["encoder", "prologue", "shallow", "deep"], ["shallow", "deep"]
+ENGINES = {T5: SEQ2SEQ, LLAMA: DECODER, T5_EXIT: SEQ2SEQ, LLAMA_EXIT: DECODER}
 FLOATS = {trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16}
 ONNX_FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
@@ -185,8 +188,8 @@ class network_of:
         pass
 
 
-def layers_of(bundle: Bundle, engine: str) -> range:
-    return bundle.manifest.shallow_layers if engine == "shallow" else bundle.manifest.deep_layers
+def layers_of(bundle: Bundle, engine: str) -> Sequence[int | str]:
+    return bundle.manifest.shallow_caches if engine == "shallow" else bundle.manifest.deep_layers
 
 
 def float_casts(layers: list[Any]) -> int:

@@ -15,6 +15,7 @@ import pytest
 from checkpoints import CASES, Bundles
 from click.testing import CliRunner
 from command_errors import error
+from device_cases import EXITS
 
 from freeexport import cli
 from freeexport.conversion.convert import build_and_test
@@ -27,6 +28,7 @@ T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
 OPTIONS = (
     (T5, {"precision": "fp16"}),
     (T5, {"precision": "int4"}),
+    (EXITS[0], {"precision": "int8"}),
     (LLAMA, {"precision": "bf16"}),
     (LLAMA, {"precision": "int8"}),
     (LLAMA, {"precision": "fp8", "compute": "bf16"}),

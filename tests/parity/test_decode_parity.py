@@ -18,7 +18,10 @@ from runtime.engines.runner import Runner
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = 24
-STANDARD = ("t5-relu-tied", "t5-deep-decoder", "umt5", "llama-tied", "mistral-window", "qwen3", "llama-yarn-rope")
+STANDARD = (
+    *("t5-relu-tied", "t5-deep-decoder", "umt5", "llama-tied", "mistral-window", "qwen3", "llama-yarn-rope"),
+    *(f"{name}-exit-layers" for name in ("t5-relu-tied", "umt5", "llama-tied", "mistral-window")),
+)
 
 
 def settings(case: Case) -> Iterator[Any]:

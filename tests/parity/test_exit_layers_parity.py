@@ -28,9 +28,12 @@ TIED = EXIT_CASES[0]
 each_case = pytest.mark.parametrize("case", EXIT_CASES, ids=lambda case: case.name)
 
 
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
 @each_case
-def test_shallow_logits_are_those_of_the_layers_in_torch(case: Case, bundle: Bundles, source_model: Model) -> None:
-    opened = Bundle.open(bundle(case, EXIT_LAYER))
+def test_shallow_logits_are_those_of_the_layers_in_torch(
+    case: Case, dialect: str, bundle: Bundles, source_model: Model
+) -> None:
+    opened = Bundle.open(bundle(case, EXIT_LAYER, dialect=dialect))
     assert opened.manifest.exit_layers == OWN_LAYERS
     start, prompt = opened.manifest.decoder_start_token_id, list(PROMPTS[2][:1])
     ids, prompts = np.array(PROMPTS[2]), list[np.ndarray]()

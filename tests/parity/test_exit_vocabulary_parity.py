@@ -44,6 +44,7 @@ EXACT: tuple[tuple[Case, dict[str, Any]], ...] = (
     (T5, {"dialect": "standard"}),
     (LAYERS, {}),
     (T5_LAYERS, {}),
+    (T5_LAYERS, {"dialect": "standard"}),
 )
 Directory = Callable[[Case], Path]
 
@@ -80,6 +81,9 @@ def test_exits_are_those_of_the_reference_and_never_of_the_class_of_others(
     ("case", "options"),
     [
         (T5, {"dialect": "standard"}),
+        (T5_LAYERS, OWN_KERNELS),
+        (T5_LAYERS, {"precision": "int4", "kernels": "onnxruntime"}),
+        (LAYERS, {"target": "cuda", "precision": "bf16"}),
         (LLAMA, OWN_KERNELS),
         (LLAMA, {"precision": "int4", "kernels": "onnxruntime", "confidence": "max-prob"}),
         (T5, {"precision": "fp16", "confidence": "entropy"}),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from checkpoints import CASES, PROMPTS, Bundles, Case
 from click.testing import CliRunner, Result
+from device_cases import EXITS
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.cli import main
@@ -134,7 +135,7 @@ def test_targets_and_a_fixed_cache_change_no_token(name: str, bundle: Bundles) -
     assert said(bundle(BY_NAME[name], target="tensorrt")) == said(bundle(BY_NAME[name], target="cuda"))
 
 
-@pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [T5, LLAMA, *EXITS], ids=lambda case: case.name)
 def test_a_bundle_for_tensorrt_is_verified_against_its_checkpoint(
     case: Case, bundle: Bundles, checkpoint: Checkpoint
 ) -> None:

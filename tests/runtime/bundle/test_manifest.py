@@ -144,7 +144,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     ),
     "layers": (1, 10**6),
     "exit_layer": (0, 5),
-    "exit_layers": (-1, 1),
+    "exit_layers": (-1,),
     "hidden_size": (0, 10**9),
     "vocab_size": (0, 10**9),
     "heads": (0, 10**9),

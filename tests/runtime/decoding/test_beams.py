@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import BY_NAME, PROMPTS, Bundles, Model
+from exit_layer_case import EXIT_CASES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,12 +82,13 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
 @pytest.mark.parametrize(
-    ("name", "dialect"), [("t5-relu-tied", "ort"), ("t5-deep-decoder", "ort"), ("umt5", "standard")]
+    ("name", "dialect"),
+    [("t5-relu-tied", "ort"), ("t5-deep-decoder", "ort"), ("umt5", "standard"), ("t5-relu-tied-exit-layers", "ort")],
 )
 def test_beams_are_those_of_transformers(
     name: str, dialect: str, settings: dict[str, Any], bundle: Bundles, source_model: Model
 ) -> None:
-    case = BY_NAME[name]
+    case = next(case for case in (*BY_NAME.values(), *EXIT_CASES) if case.name == name)
     with Session(bundle(case, 1, dialect=dialect), threads=1, slots=1) as session:
         for prompt in PROMPTS[:2]:
             ids = torch.tensor([prompt])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import PROMPTS, Bundles
-from device_cases import LLAMA, MODES, T5, both
+from device_cases import EXITS, LLAMA, MODES, T5, both, every
 from fake_device import Machine
 from fake_onnxruntime import CPU
 
@@ -43,7 +43,7 @@ def target(bundle: Bundles) -> Any:
     return lambda case: bundle(case, target="cuda", precision="fp32")
 
 
-@both
+@every
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_exits_and_confidences_are_those_of_the_cpu(
     case: Any, mode: str, target: Any, monkeypatch: pytest.MonkeyPatch
@@ -89,12 +89,15 @@ def test_several_requests_share_calls(case: Any, seed: int, target: Any, monkeyp
         assert [result.token_ids for result in session.generate(prompts, **options)] == want
 
 
-def test_beams_on_a_gpu_are_those_of_the_cpu(target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [T5, EXITS[0]], ids=lambda case: case.name)
+def test_beams_on_a_gpu_are_those_of_the_cpu(
+    case: Any, target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = {"num_beams": 3, "mode": "full", "max_new_tokens": 10}
-    with Session(target(T5), device="cuda:0", threads=1) as session:
+    with Session(target(case), device="cuda:0", threads=1) as session:
         got = [session.generate(list(prompt), **options).token_ids for prompt in PROMPTS]
     monkeypatch.undo()
-    with Session(target(T5), threads=1) as session:
+    with Session(target(case), threads=1) as session:
         assert got == [session.generate(list(prompt), **options).token_ids for prompt in PROMPTS]
 
 

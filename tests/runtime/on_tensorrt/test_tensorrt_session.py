@@ -11,7 +11,7 @@ from typing import Any
 import fake_device
 import pytest
 from checkpoints import PROMPTS, Bundles
-from device_cases import BY_NAME, LLAMA, MODES, T5, both
+from device_cases import BY_NAME, LLAMA, MODES, T5, both, every
 
 from graphs.tensorrt.build import build
 from runtime import Session
@@ -48,7 +48,7 @@ def expected(path: Path, **options: Any) -> list[Any]:
         return answers(session, **options)
 
 
-@both
+@every
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_exits_and_confidences_are_those_of_the_cpu(
     case: Any, mode: str, built: Built, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,7 @@ from runtime.decoding.calls import SlotCall
 from runtime.engines.backend import Backend
 
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
+T5_EXIT = next(case for case in EXIT_CASES if case.name == "t5-relu-tied-exit-layers")
 LISTED = [list(prompt) for prompt in (*PROMPTS, (40, 41), (90,) * 7, tuple(range(50, 75)), PROMPTS[0][:4], (200, 9))]
 
 
@@ -68,8 +69,9 @@ MODES: list[dict[str, Any]] = [
     {"mode": "shallow"},
 ]
 KINDS: list[tuple[Any, dict[str, Any]]] = [
-    *((name, {}) for name in (LLAMA, T5, "qwen3", "umt5", "mistral-window", EXIT_CASES[0])),
-    *((name, {"dialect": "standard"}) for name in (LLAMA, T5)),
+    *((name, {}) for name in (LLAMA, T5, "qwen3", "umt5", "mistral-window", EXIT_CASES[0], T5_EXIT)),
+    *((name, {"dialect": "standard"}) for name in (LLAMA, T5, T5_EXIT)),
+    (T5_EXIT, {"precision": "int8", "kernels": "freeexport"}),
 ]
 
 

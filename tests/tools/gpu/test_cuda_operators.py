@@ -10,11 +10,12 @@ from typing import Any
 import onnx
 import pytest
 from checkpoints import CASES, Bundles
+from device_cases import EXITS
 from onnx import TensorProto, helper
 
 from tools.gpu.operators import OPSETS, TABLE, VALUES, check_bundle, check_graph, load_table, main, write
 
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in (*CASES, *EXITS)}
 FLOAT, HALF, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
 TABLE_HERE = load_table()
 KINDS = ("t5-relu-tied", "t5-gated-untied", "umt5", "llama-biases", "mistral-window", "qwen3")
@@ -35,6 +36,7 @@ KINDS = ("t5-relu-tied", "t5-gated-untied", "umt5", "llama-biases", "mistral-win
         ),
         ("qwen3", {"precision": "fp32"}),
         *(("qwen3", {"confidence": confidence}) for confidence in ("entropy", "max-prob")),
+        *((case.name, {"precision": precision}) for case in EXITS for precision in ("fp16", "int4")),
     ],
 )
 def test_every_node_has_a_kernel(name: str, options: dict[str, str], bundle: Bundles) -> None:
