@@ -25,6 +25,7 @@ from runtime.errors import FreeExportError
 # In the order of use, as the help groups them.
 GROUPS: dict[str, dict[str, str]] = {
     "Make a bundle": {
+        "fit": "Plan, train, convert and measure in one go.",
         "train": "Fine-tune a checkpoint for an early exit.",
         "convert": "Convert a checkpoint to a bundle of ONNX engines.",
         "verify": "Check a bundle against the checkpoint it came from.",

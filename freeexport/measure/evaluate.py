@@ -15,6 +15,7 @@ import numpy as np
 from freeexport import __version__
 from freeexport.checkpoints.examples import DataError, read_examples
 from freeexport.measure.byte_model import CALL_BYTES, calls_of, row_share
+from freeexport.measure.exit_verdict import Verdict
 from freeexport.measure.plot import quality_speed
 from freeexport.measure.quality import Row, curves_of, rows_of, verdicts
 from freeexport.measure.settings import (
@@ -75,6 +76,15 @@ class Evaluation:
     def rows(self) -> list[Row]:
         rows: list[Row] = self.report["rows"]
         return rows
+
+
+@dataclass(frozen=True)
+class Story:
+    """A page about more than an evaluation: its `title`, its own `verdict`, and sheets about what came before."""
+
+    title: str
+    verdict: Verdict
+    sheets: tuple[Sheet, ...]
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation:
@@ -391,20 +401,22 @@ def facts(found: Evaluation) -> list[tuple[str, str]]:
     ]
 
 
-def as_markdown(found: Evaluation) -> str:
+def as_markdown(found: Evaluation, story: Story | None = None) -> str:
     """The verdicts, tables and facts for a page of results."""
     told = [*facts(found), *(("note", note) for note in found.report["notes"])]
     return "\n".join(
         [
+            *([] if story is None else [f"# {story.title}\n", f"**{story.verdict}**\n"]),
             *(f"**{verdict}.**\n" for verdict in found.report["verdicts"]),
             *(markdown(settings_sheet(found)), "", markdown(curves_sheet(found)), ""),
             *(f"- {name}: {text}" for name, text in told),
+            *([] if story is None else [f"\n## {sheet.title}\n\n{markdown(sheet)}" for sheet in story.sheets]),
             "",
         ]
     )
 
 
-def page(found: Evaluation) -> str:
+def page(found: Evaluation, story: Story | None = None) -> str:
     """Render an evaluation: its picture, its tables, and outputs whose exited tokens are marked."""
     from markupsafe import Markup
 
@@ -418,13 +430,13 @@ def page(found: Evaluation) -> str:
         "stand for points below the picture."
     )
     return render(
-        f"Evaluation on {found.options.data.name}",
+        f"Evaluation on {found.options.data.name}" if story is None else story.title,
         f"{found.report['lines']} lines, {found.report['threads']} thread(s), {processor}",
-        verdicts=[{"text": text} for text in found.report["verdicts"]],
+        verdicts=[*([] if story is None else [story.verdict]), *({"text": text} for text in found.report["verdicts"])],
         notes=found.report["notes"],
         # Drawn by matplotlib, which escapes its texts.
         figures=[(Markup(svg[svg.index("<svg") :]), caption)],
-        sheets=[settings_sheet(found), curves_sheet(found)],
+        sheets=[settings_sheet(found), curves_sheet(found), *([] if story is None else story.sheets)],
         examples=examples(found),
         facts=facts(found),
     )
@@ -470,13 +482,13 @@ def pieces(tokenizer: Tokenizer | None, token_ids: Sequence[int], ends: set[int]
     return texts
 
 
-def write(found: Evaluation) -> None:
-    """Write figures, pictures and the page beside the outputs. Needs matplotlib."""
+def write(found: Evaluation, story: Story | None = None) -> None:
+    """Write figures, pictures and the page, with the story that it ends, beside the outputs. Needs matplotlib."""
     out = found.options.output
     write_whole(out / "evaluation.json", json.dumps(found.report, indent=2) + "\n")
     write_whole(out / "evaluation.csv", as_csv(found.rows))
-    write_whole(out / "results.md", as_markdown(found))
+    write_whole(out / "results.md", as_markdown(found, story))
     figure = quality_speed(found.rows, found.metrics[0].name, found.metrics[0].label, found.options.quality)
     for name in ("curve.png", "curve.svg"):
         save_figure(figure, out / name)
-    write_whole(out / "report.html", page(found))
+    write_whole(out / "report.html", page(found, story))

@@ -11,8 +11,9 @@ import runpy
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import freeexport
 from runtime.errors import FreeExportError
@@ -29,21 +30,30 @@ class ChildError(FreeExportError):
     """A child process failed; the text is its own error line."""
 
 
-def run_child(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
+def run_child(
+    module: str,
+    *arguments: str,
+    variables: Mapping[str, str] | None = None,
+    show: Callable[[str], object] | None = None,
+) -> str:
     """The standard output of `python -m module arguments`, with `variables` in its environment besides this process's,
-    and nothing to read. It shows its progress itself. Raises ChildError with its error line."""
+    and nothing to read. It shows its progress itself, or `show` gets each line of it. Raises ChildError with its error
+    line."""
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
     errors, told = os.pipe()
     environment = {**os.environ, **_QUIET, "PYTHONPATH": path, ERRORS_TO: str(told), **(variables or {})}
     command = [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments]
     pipe = subprocess.PIPE
+    pipes: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": None if show is None else pipe}
     with open(errors, encoding="utf-8") as lines:
         try:
-            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=(told,), env=environment)
+            process = subprocess.Popen(command, **pipes, text=True, pass_fds=(told,), env=environment)
         finally:
             os.close(told)
         with process:
             assert process.stdout is not None
+            if show is not None:
+                threading.Thread(target=_show_lines, args=(process.stderr, show), daemon=True).start()
             try:
                 output = process.stdout.read()
                 code = process.wait()
@@ -53,6 +63,11 @@ def run_child(module: str, *arguments: str, variables: Mapping[str, str] | None 
         if code != 0:
             raise ChildError(lines.read().strip() or f"{module} ended with exit code {code}")
         return output
+
+
+def _show_lines(lines: Iterable[str], show: Callable[[str], object]) -> None:
+    for line in lines:
+        show(line.rstrip())
 
 
 def tell_parent(reason: str) -> bool:

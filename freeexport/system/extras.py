@@ -23,6 +23,7 @@ PURPOSES: dict[str, str] = {
 }
 # Extras that a verb may need, those that bring all of it first.
 NEEDED = {
+    "fit": ("train", "evaluate", "calibrate", "convert", "metrics", "bench"),
     "train": ("train",),
     "calibrate": ("calibrate", "convert", "metrics", "bench"),
     "evaluate": ("evaluate", "convert"),

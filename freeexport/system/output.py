@@ -66,6 +66,14 @@ def write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Give the file's bytes a second name where the file system can, else copy them."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def check_writable(path: Path | None, option: str) -> None:
     """Raise OptionError, before long work, where `option` names a file in no directory."""
     if path is not None and not path.parent.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.checkpoints.transformers_model import reference_model
+from freeexport.system.output import link_or_copy
 from freeexport.training.batches import Collator, token_counts
 from freeexport.training.exit_modules import Exit, ExitLayers, KnownTokens, trained_exit, write_exit
 from freeexport.training.exit_start import begin_other, first_exit, observed
@@ -188,11 +188,3 @@ def _link_base(checkpoint: Checkpoint, directory: Path) -> None:
         _copy_tokenizer(checkpoint, directory)
     for path in paths:
         link_or_copy(path, directory / path.name)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Give the file's bytes a second name where the file system can, else copy them."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

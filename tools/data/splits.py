@@ -6,7 +6,6 @@ A data set is a directory with train, validation, calibration and test as JSONL 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 import click
 
 from freeexport.checkpoints.examples import DataError as DataError
+from freeexport.fit.splits import normalised as normalised
+from freeexport.fit.splits import stable_hash
 from freeexport.system.output import output_directory
 from runtime.errors import FreeExportError
 
@@ -37,11 +38,6 @@ class Line:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def stable_hash(text: str) -> int:
-    """64 bits of `text`, equal on every machine and release of Python."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
 def split_of(key: str) -> str:
     """The split that `key` belongs to, whatever else the data set holds."""
     point = stable_hash(key) % 10_000
@@ -55,11 +51,6 @@ def split_of(key: str) -> str:
 def shuffled(items: Iterable[Item], seed: int, text: Callable[[Item], str]) -> list[Item]:
     """The items in an order that depends on `seed` and each one's `text` alone."""
     return sorted(items, key=lambda item: (stable_hash(f"{seed}/{text(item)}"), text(item)))
-
-
-def normalised(text: str) -> str:
-    """The text without differences of case and spacing."""
-    return " ".join(text.casefold().split())
 
 
 def write_data_set(

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit_file, write_exit_file
-from freeexport.training.tuning import link_or_copy
+from freeexport.system.output import link_or_copy
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 WIDTH = 64

@@ -1,0 +1,72 @@
+"""`freeexport fit`: from a checkpoint and examples to a bundle that is served, in one command."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from freeexport.commands.verb_options import METRICS, THREADS, MetricName, SectionedCommand, section
+from freeexport.system.page import pairs, print_page
+
+_UNITS = {"h": 3600, "m": 60, "min": 60, "s": 1}
+
+
+class Time(click.ParamType):
+    """Seconds, from hours and minutes such as 2h, 90m or 1h30m."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        parts = re.findall(r"(\d+(?:\.\d+)?)(h|min|m|s)", str(value))
+        if not parts or "".join(map("".join, parts)) != value:
+            self.fail(f"{value!r} is no time; give hours and minutes, such as 2h, 90m or 1h30m", param, ctx)
+        return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@section("The task")
+@click.option("--data", type=click.Path(path_type=Path),
+              help="JSONL with 'input' and 'target'.  [default: no training; drafts come from the text]")  # fmt: skip
+@click.option("--metric", type=MetricName(), help=f"Compares outputs with targets. {METRICS}  [with --lossless: exact]")
+@click.option("--quality", type=float, help="The share of the full model's metric to keep.  [default: 0.99]")
+@click.option("--lossless", is_flag=True, help="Every token must be the full model's.")
+@section("Time")
+@click.option("--budget", type=Time(), default="2h", help="All of it takes so long, such as 2h, 90m or 1h30m.")
+@click.option("--plan", "only_plan", is_flag=True, help="Print the plan, and stop.")
+@click.option("--threads", type=click.IntRange(1), help=THREADS)
+@section("Result")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle at OUT, its report, and an interrupted run.")
+def command(model: str, out: Path, quality: float | None, lossless: bool, only_plan: bool, **given: Any) -> None:
+    """Make the fastest bundle of MODEL for a task, and write it to OUT, with a report in OUT.report.
+
+    Plans first: whether an exit can pay on this machine, where, and how long everything takes. Then trains it on the
+    lines of --data, converts, calibrates and evaluates, each on lines of its own. What is made stands in OUT.work: an
+    interrupted run goes on there, and nothing is trained twice. Each step prints the command that does it alone.
+
+    \b
+    Example:
+      freeexport fit path/to/checkpoint bundle --data task.jsonl --metric rouge-l --budget 2h
+      freeexport fit model.gguf bundle
+    """
+    from freeexport.fit.plan import FitOptions, describe_plan
+    from freeexport.fit.steps import fit, planned
+
+    if lossless and quality is not None:
+        raise click.UsageError("--quality and --lossless contradict each other; choose one")
+    if given["data"] is not None and given["metric"] is None and not lossless:
+        raise click.UsageError("--metric is missing: how outputs are compared with the targets, such as rouge-l")
+    given["metric"] = given["metric"] or FitOptions.metric
+    share = None if lossless else FitOptions.quality if quality is None else quality
+    options = FitOptions(model, out, quality=share, **given)
+    plan = planned(options, keep=not only_plan)
+    print_page([pairs("Plan", describe_plan(options, plan))])
+    if not only_plan:
+        verdict = fit(options, plan)
+        click.echo(f"{verdict.text}: {verdict.next_step}")

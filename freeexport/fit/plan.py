@@ -1,0 +1,416 @@
+"""A plan for `freeexport fit`: what to train and convert, what that may bring on this machine, and how long it takes.
+
+Speeds are of a byte model: decoding waits for weights, so a token costs the bytes that it reads. How many tokens will
+exit is not known before training; what the exits of docs/results reached stands for it, from hard tasks to easy ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.examples import Example, encode, text_format
+from freeexport.checkpoints.exit_file import Tune
+from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.measure.costs import bandwidth_of
+from freeexport.measure.sources import reference_of
+from freeexport.metrics import MetricError, check_name, metric_of
+from freeexport.system.child import run_child
+from freeexport.system.jsonl import Request
+from freeexport.system.machine import multiplies_bfloat16, read_cpuinfo
+from freeexport.system.progress import duration
+from graphs.description import Description
+from graphs.families import describe
+from graphs.step_costs import analytic
+from runtime.bundle.manifest import Precision
+from runtime.errors import OptionError
+from runtime.machine.machine import usable_cores
+
+if TYPE_CHECKING:
+    from freeexport.training.options import TrainingOptions
+
+# Of layers that a token passes before it exits, the share x of all lets 1 - exp(-depth x) of the tokens exit: a hard
+# task (summaries), a usual one, and an easy one (records as JSON) of docs/results.
+DEPTHS = {"hard": 0.5, "usual": 3.5, "easy": 6.0}
+OWN_LAYERS = (1, 2)  # of a decoder-only model's exit
+MAX_PENDING = 16  # convert's default
+PAYS = 1.05  # the usual speed-up of a request from which on training is worth its time
+# A prompt's token costs this share of a decoded one: many share a read of the weights.
+PROMPT = 1 / 8
+# The share of memory bandwidth that decoding reaches.
+REACHED = 0.7
+SAMPLE = 4000  # lines whose tokens are counted
+COVERED = 0.98  # of the target tokens, by an exit vocabulary
+LONGEST = 0.99  # of the targets are no longer than the outputs may be
+
+# Lines of the splits, at least and as many as do any good; of the training itself, at least.
+TEST, CALIBRATION, VALIDATION, TRAIN = (100, 400), (60, 300), 100, 100
+# Decodings of a line in units of one by the full model: of a calibration by quality, and by agreement; of an evaluation
+# of both bundles, and of the model as it is alone.
+BY_QUALITY, BY_AGREEMENT, COMPARED, ALONE = 8.0, 2.0, 6.5, 2.0
+SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # of the budget, at most
+TOGETHER = 0.85  # of the training time, with the model; the rest trains the exit alone
+FEW_STEPS = 100  # with which an exit hardly learns
+STEPS, BATCH_TOKENS = 5, 2048  # that are timed
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """`budget` in seconds. `quality`: the share of the full model's metric to keep; None: every token must be the full
+    model's. Raises OptionError for what cannot be."""
+
+    model: str
+    out: Path
+    data: Path | None = None
+    metric: str = "exact"
+    budget: float = 7200.0
+    quality: float | None = 0.99
+    threads: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.metric)
+        if not 0 < self.budget < math.inf:
+            raise OptionError(f"--budget is {self.budget:g} s; give a time above 0, such as 2h or 90m")
+        if self.quality is not None and not 0 < self.quality < 1:
+            raise OptionError(f"--quality is {self.quality:g}; give a share between 0 and 1, or --lossless")
+        if self.data is not None and not self.data.is_file():
+            raise OptionError(f"--data {self.data}: there is no such file; name a JSONL file with 'input' and 'target'")
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what a run that goes on must share with the one before, as JSON values."""
+        model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
+        data = None if self.data is None else str(self.data.absolute())
+        return {"model": model, "data": data, "budget": self.budget, "threads": self.threads or usable_cores()}
+
+
+@dataclass(frozen=True)
+class PlannedExit:
+    """An exit after `layer`, through layers of its `own`, that knows `vocabulary` tokens (None: all), which are the
+    share `covered` of the targets' tokens. `rates` and `speeds` by DEPTHS: tokens that exit, and the speed of a token
+    over the full model's."""
+
+    layer: int
+    own: int
+    vocabulary: int | None
+    covered: float
+    break_even: float | None
+    rates: dict[str, float]
+    speeds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Mean tokens of a line's input and target, and the most that an output may have."""
+
+    prompt: float
+    target: float
+    most: int
+
+    def request(self, speed: float) -> float:
+        """The speed of a request, where that of a token is `speed`."""
+        read = PROMPT * self.prompt
+        return (read + self.target) / (read + self.target / speed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`exit`: None where nothing is trained, and `why` then. `step`: seconds of a training step, which saw
+    `tokens_per_second`; `rate`: tokens a second that the full model will decode. `tune`: the trainings, in order.
+    `lines` by split. `seconds` by step of the run; `frozen_lines` train the exit alone."""
+
+    name: str
+    layers: int
+    precision: Precision
+    rate: float
+    exit: PlannedExit | None
+    why: str
+    texts: Texts | None
+    tune: tuple[Tune, ...]
+    step: float
+    tokens_per_second: float
+    bf16: bool
+    learning_rate: float
+    lines: dict[str, int]
+    frozen_lines: int
+    seconds: dict[str, float]
+
+
+class Measured:
+    """The machine, as far as a plan depends on it."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.memory = threads, psutil.virtual_memory().available
+        self.processor = read_cpuinfo()[0] or "this processor"
+        self.bandwidth = bandwidth_of(threads)
+
+
+def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
+    """Plan a run over `lines` of data, none where there are no data. Reads no weights before the steps that it times.
+
+    Raises CheckpointError, UnsupportedModelError, DataError, MetricError where the metric does not fit, and OptionError
+    for a budget that is too small, with one that would do.
+    """
+    checkpoint = open_checkpoint(options.model)
+    description = describe(checkpoint.config, checkpoint)
+    layers = len(description.decoder.layers)
+    if layers < 2:
+        raise OptionError(f"{checkpoint.name} has one decoder layer, and an exit needs at least two; use convert")
+    machine, costs = Measured(options.threads or usable_cores()), analytic(description, checkpoint)
+    # A byte a weight in 8 bits.
+    rate = REACHED * machine.bandwidth / ((layers * costs.layer + costs.head) / 4)
+    parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    converting = 45 + parameters / 1.5e6
+    base: dict[str, Any] = {"name": checkpoint.name, "layers": layers, "rate": rate, "bf16": multiplies_bfloat16()}
+    base |= {"tune": (), "step": 0.0, "tokens_per_second": 0.0, "learning_rate": 0.0, "frozen_lines": 0}
+    if options.data is None:
+        seconds = {"convert": converting}
+        why = "there are no data to train an exit on"
+        return Plan(**base, precision=as_stored(checkpoint), exit=None, why=why, texts=None, lines={}, seconds=seconds)
+    _check_metric(options.metric, lines)
+    examples = _examples(checkpoint, description, lines, options.data)
+    texts, found = _texts(examples), best_exit(checkpoint, description, examples)
+    request = (PROMPT * texts.prompt + texts.target) / rate  # seconds, by the full model
+    if (usual := texts.request(found.speeds["usual"])) < PAYS:
+        tested = _lines(TEST, SHARES["evaluate"] * options.budget, ALONE * request, len(lines))
+        seconds = {"untrained": converting, "evaluate": tested * ALONE * request}
+        why = f"an exit would usually give {usual:.2f}x a request here: training cannot pay"
+        return Plan(
+            **base, precision=as_stored(checkpoint), exit=None, why=why, texts=texts, lines={"test": tested},
+            seconds=seconds,
+        )  # fmt: skip
+    return _trained(options, base, found, texts, request, converting, parameters, machine, len(lines))
+
+
+def _trained(
+    options: FitOptions, base: dict[str, Any], found: PlannedExit, texts: Texts, request: float, converting: float,
+    parameters: int, machine: Measured, lines: int,
+) -> Plan:  # fmt: skip
+    """The plan of a run that trains."""
+    each = BY_AGREEMENT if options.quality is None else BY_QUALITY
+    calibrated, tested = (
+        _lines(bounds, SHARES[name] * options.budget, times * request, lines)
+        for name, bounds, times in (("calibrate", CALIBRATION, each), ("evaluate", TEST, COMPARED))
+    )
+    seconds = {
+        "untrained": converting,
+        "trained": converting,
+        "calibrate": calibrated * each * request,
+        "evaluate": tested * COMPARED * request,
+    }
+    # Weights, gradients and both moments of every parameter, and the activations of a batch.
+    tune: tuple[Tune, ...] = ("full", "exit") if 16 * parameters + (2 << 30) < machine.memory else ("exit",)
+    rate = 3e-4 if parameters < 3e8 else 1e-4
+    speed = training_speed(options, found, tune[0], base["bf16"], rate)
+    left = options.budget - sum(seconds.values())
+    least = FEW_STEPS * speed["step"] / TOGETHER
+    if left < least:
+        needed = math.ceil((options.budget - left + least) / 60)
+        raise OptionError(
+            f"--budget {duration(options.budget)} leaves {duration(max(0.0, left))} for training, and {FEW_STEPS} "
+            f"steps take {duration(least)}; give --budget {needed}m or more, or leave --data out"
+        )
+    seconds |= {"joint": TOGETHER * left, "exit": (1 - TOGETHER) * left}
+    if len(tune) == 1:
+        seconds["exit"] += seconds.pop("joint")
+    # The frozen model reads its lines once before, three times as fast as it trains, in a quarter of the time.
+    frozen = int(0.75 * seconds["exit"] * speed["tokens_per_second"] / (texts.prompt + texts.target))
+    sizes = {"test": tested, "calibration": calibrated, "validation": min(VALIDATION, lines // 10)}
+    sizes["train"] = lines - sum(sizes.values())
+    measured = {**base, **speed, "tune": tune, "learning_rate": rate, "frozen_lines": max(TRAIN, frozen)}
+    return Plan(**measured, precision="int8", exit=found, why="", texts=texts, lines=sizes, seconds=seconds)
+
+
+def least_lines() -> int:
+    """The fewest lines of data that a run can use."""
+    return TEST[0] + CALIBRATION[0] + VALIDATION // 2 + TRAIN
+
+
+def _lines(bounds: tuple[int, int], seconds: float, each: float, lines: int) -> int:
+    """How many lines fit into so many seconds, within bounds; at most a quarter of all lines above the least."""
+    return int(max(bounds[0], min(bounds[1], seconds / each, lines / 4)))
+
+
+def _check_metric(name: str, lines: Sequence[Request]) -> None:
+    metric, references = metric_of(name), [reference_of(line) for line in lines[:SAMPLE]]
+    known = [one for one in references if one is not None]
+    scored = metric.of(metric.table([one.texts[0] for one in known], known))
+    if not scored:
+        raise MetricError(f"metric {name} gives the targets themselves 0: it does not fit these data; choose another")
+
+
+def _examples(checkpoint: Checkpoint, description: Description, lines: Sequence[Request], data: Path) -> list[Example]:
+    step = max(1, len(lines) // SAMPLE)
+    form = text_format(checkpoint, description, 2048)
+    return encode(lines[::step], form, data)[0]
+
+
+def _texts(examples: Sequence[Example]) -> Texts:
+    prompts, targets = (np.array([len(getattr(one, name)) for one in examples]) for name in ("prompt", "target"))
+    longest = float(np.quantile(targets, LONGEST))
+    return Texts(float(prompts.mean()), float(targets.mean()), max(16, math.ceil(1.1 * longest)))
+
+
+def best_exit(checkpoint: Checkpoint, description: Description, examples: Sequence[Example]) -> PlannedExit:
+    """The exit that usual tasks make fastest by the bytes that it reads; that of the checkpoint, where it has one."""
+    layers, trained = len(description.decoder.layers), checkpoint.exit
+    costs = analytic(description, checkpoint)
+    if trained is not None and trained.exit_norm and not trained.exit_layers:
+        raise OptionError(
+            f"{checkpoint.name} has an exit of its own already; give the checkpoint that it was trained on, or use "
+            "convert and calibrate"
+        )
+    if trained is not None:
+        known = None if trained.vocabulary is None else trained.vocabulary.size
+        places = [(trained.exit_layer, trained.exit_layers)]
+        vocabularies = {known: 1.0 if trained.vocabulary is None else trained.vocabulary.covered}
+    else:
+        own = (0,) if description.encoder is not None else OWN_LAYERS
+        places = [(layer, more) for layer in range(1, layers) for more in own if layer + more < layers]
+        places = places or [(layer, 0) for layer in range(1, layers)]
+        vocabularies = dict(_vocabularies(examples, description.vocab_size))
+    found = []
+    for layer, more in places:
+        for size, covered in vocabularies.items():
+            share = 1.0 if size is None else (size + 1) / description.vocab_size
+            at = costs.at(layer, layers, more, share)
+            passed = (layer + more) / layers
+            rates = {name: covered * (1 - math.exp(-depth * passed)) for name, depth in DEPTHS.items()}
+            speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
+            found.append(PlannedExit(layer, more, size, covered, at.break_even(MAX_PENDING), rates, speeds))
+    return max(found, key=lambda one: one.speeds["usual"])
+
+
+def _vocabularies(examples: Sequence[Example], size: int) -> Iterator[tuple[int | None, float]]:
+    """Sizes of exit vocabularies that cover nearly all of the targets' tokens, with the share that they cover."""
+    yield None, 1.0
+    counts = np.bincount(np.concatenate([one.target for one in examples]), minlength=size)
+    covered = np.cumsum(np.sort(counts)[::-1]) / counts.sum()
+    for known in (1 << power for power in range(10, (size - 1).bit_length())):
+        if known <= size // 2 and covered[known - 1] >= COVERED:
+            yield known, float(covered[known - 1])
+
+
+def as_stored(checkpoint: Checkpoint) -> Precision:
+    """The precision of a model that is not trained: 4 bits where most of its file is blocks whose bits can be kept."""
+    file = checkpoint.files[0]
+    if checkpoint.adapter is None and isinstance(file, GGUFFile):
+        blocks = sum(tensor.nbytes for tensor in file.header.tensors.values() if tensor.kind in (2, 3))  # Q4_0, Q4_1
+        if 2 * blocks > file.nbytes:
+            return "int4"
+    return "int8"
+
+
+def training_speed(
+    options: FitOptions, found: PlannedExit, tune: Tune, bf16: bool, learning_rate: float
+) -> dict[str, float]:
+    """Seconds of a training step and tokens a second, of STEPS steps in a process of its own."""
+    given: dict[str, Any] = {
+        "exit_layer": found.layer,
+        "exit_layers": found.own,
+        "exit_vocab": found.vocabulary,
+        "tune": tune,
+    }
+    given |= {"bf16": bf16, "learning_rate": learning_rate, "batch_tokens": BATCH_TOKENS}
+    answer = run_child(__name__, json.dumps({"model": options.model, "data": str(options.data), "options": given}))
+    measured: dict[str, float] = json.loads(answer)
+    return measured
+
+
+def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
+    """Names and texts of a plan, for a page."""
+    found, texts, seconds = plan.exit, plan.texts, plan.seconds
+    bits = {"int8": "8 bits a weight", "int4": "4 bits a weight, as the file has them"}[plan.precision]
+    rows = [
+        ("model", f"{plan.name}, {plan.layers} decoder layers"),
+        ("precision", f"{plan.precision}: {bits}; the full model decodes about {plan.rate:.0f} tokens/s in 8 bits"),
+    ]
+    if texts is not None:
+        rows += [
+            ("data", f"{texts.prompt:.0f} tokens in, {texts.target:.0f} out; outputs get at most {texts.most}"),
+            ("lines", ", ".join(f"{count} {name}" for name, count in plan.lines.items())),
+        ]
+    if found is None or texts is None:
+        rows.append(("training", f"none: {plan.why}; lossless drafts from the text, and costs nothing where it fails"))
+    else:
+        own = f", through {found.own} layer(s) of its own" if found.own else ""
+        known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
+        even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"
+        token, request = (
+            ", ".join(f"{of(speed):.2f}x {name}" for name, speed in found.speeds.items())
+            for of in (float, texts.request)
+        )
+        rates = ", ".join(f"{rate:.0%} {name}" for name, rate in found.rates.items())
+        steps = {"full": "all weights and the exit", "exit": "the exit alone"}
+        times = {"full": seconds.get("joint", 0.0), "exit": seconds["exit"]}
+        rows += [
+            ("exit", f"after layer {found.layer} of {plan.layers}{own}{known}: {even}"),
+            ("tokens that exit", f"{rates}, by what exits of such depth reached on other tasks"),
+            ("expected, a token", f"{token}, by the bytes that are read"),
+            ("expected, a request", f"{request}; lossless about as much"),
+            ("training", f"{plan.tokens_per_second:,.0f} tokens/s, {plan.step:.2f} s a step of {BATCH_TOKENS} tokens: "
+             + ", then ".join(f"{duration(times[tune])} of {steps[tune]}" for tune in plan.tune)),
+        ]  # fmt: skip
+    rows.append(("time", ", ".join(f"{name} {duration(time)}" for name, time in seconds.items())))
+    rows.append(("in all", f"{duration(sum(seconds.values()))} of {duration(options.budget)}"))
+    return rows
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Time training steps, and print what a step takes as JSON."""
+    from freeexport.training.options import TrainingOptions
+
+    given = json.loads(arguments[0])
+    with tempfile.TemporaryDirectory() as directory:
+        data = Path(directory) / "lines.jsonl"
+        with Path(given["data"]).open("rb") as file:
+            data.write_bytes(b"".join(line for line, _ in zip(file, range(TRAIN * 2), strict=False)))
+        print(json.dumps(timed_steps(given["model"], TrainingOptions(data, **given["options"]), Path(directory))))
+
+
+def timed_steps(model: str, options: TrainingOptions, directory: Path) -> dict[str, float]:
+    """Seconds of a training step and the tokens a second that it sees, the first step left out."""
+    import torch
+
+    from freeexport.training.batches import LengthBatches, described, examples, loader
+    from freeexport.training.exit_start import chosen_tokens
+    from freeexport.training.tuning import trainable
+
+    checkpoint = open_checkpoint(model)
+    description = described(checkpoint, options)
+    training, validation, _ = examples(checkpoint, description, options)
+    tokens = chosen_tokens(checkpoint, description, options, training)[0] if options.exit_vocab else None
+    tuning = trainable(model, checkpoint, description, options, training, validation, tokens, directory / "states")
+    module, device = tuning.module.train(), "cuda" if torch.cuda.is_available() else "cpu"
+    module.to(device)
+    parameters = [one for one in module.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, options.rate, fused=True)
+    lengths = tuning.lengths[0]
+    batches = [batch for _ in range(STEPS) for batch in LengthBatches(lengths, options.batch_tokens, options.seed)]
+    began, seen = 0.0, 0
+    for number, batch in enumerate(loader(tuning.training, batches[:STEPS], tuning.collate)):  # type: ignore[arg-type]
+        if number == 1:  # the first allocates what the others use again
+            began = time.monotonic()
+        with torch.autocast(device, torch.bfloat16, enabled=options.bf16):
+            loss = module(**{name: value.to(device) for name, value in batch.items()})["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += sum(lengths[place] for place in batches[number]) if number else 0
+    seconds = time.monotonic() - began
+    return {"step": seconds / (STEPS - 1), "tokens_per_second": seen / seconds}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,109 @@
+"""Lines of data in four splits, so that nothing is judged on what it was made from: alike inputs share a split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
+from freeexport.system.jsonl import Request, encoded
+
+TRAIN = "train"
+# Words of a shingle, and how many shingles stand for an input: those with the smallest hashes.
+WORDS, SKETCH = 4, 48
+# A shingle of more than this share of the lines, and more than so many lines, belongs to the task's frame.
+FRAME, FRAME_LINES = 0.02, 20
+# Inputs that share at least this part of the smaller sketch are alike.
+ALIKE = 0.5
+
+
+def stable_hash(text: str) -> int:
+    """64 bits of `text`, equal on every machine and release of Python."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def normalised(text: str) -> str:
+    """The text without differences of case and spacing."""
+    return " ".join(text.casefold().split())
+
+
+def read_lines(data: Path, least: int) -> list[Request]:
+    """The lines of a JSONL file, all with a target. Raises DataError, also for fewer than `least` lines."""
+    lines = read_examples(data, need_target=TARGETS_WANTED)
+    if len(lines) < least:
+        raise DataError(
+            f"{data} has {len(lines)} lines; training, calibration and evaluation each need lines of their own: give "
+            f"{least} or more, or leave --data out"
+        )
+    return lines
+
+
+def split(lines: Sequence[Request], sizes: Mapping[str, int], data: Path) -> dict[str, list[Request]]:
+    """Splits of the sizes given, in their order, and TRAIN with all other lines, each in an order that depends on the
+    inputs alone. Families of alike inputs stay together. Raises DataError where that leaves a split without lines."""
+    texts = [normalised(line.input if isinstance(line.input, str) else json.dumps(line.input)) for line in lines]
+    hashes, family = [stable_hash(text) for text in texts], families(texts)
+    members: dict[int, list[int]] = {}
+    for place in sorted(range(len(lines)), key=hashes.__getitem__):
+        members.setdefault(int(family[place]), []).append(place)
+    found: dict[str, list[Request]] = {name: [] for name in (*sizes, TRAIN)}
+    for places in members.values():
+        fits = (name for name, size in sizes.items() if len(found[name]) + len(places) <= size)
+        found[next(fits, TRAIN)] += [lines[place] for place in places]
+    largest = max(map(len, members.values()))
+    for name, size in sizes.items():
+        if len(found[name]) < size / 2 or not found[TRAIN]:
+            raise DataError(
+                f"{data}: {largest} of {len(lines)} inputs are alike, and there are {len(members)} different ones: "
+                f"too few for a {name} split of {size} lines that is not like the others; give more different lines"
+            )
+    return found
+
+
+def write(splits: Mapping[str, Sequence[Request]], directory: Path) -> None:
+    """Write NAME.jsonl for each split."""
+    for name, lines in splits.items():
+        records = [{"input": one.input, "target": one.target, "references": one.references} for one in lines]
+        content = (encoded({key: value for key, value in one.items() if value is not None}) for one in records)
+        (directory / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in content))
+
+
+def families(texts: Sequence[str]) -> np.ndarray:
+    """The number of each text's family, int64 [n]: equal texts, and those that share shingles that few texts have."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    unique, family = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    sketches = [_sketch(text) for text in unique]
+    owner = np.repeat(np.arange(len(unique)), [len(one) for one in sketches])
+    _, shingle, counts = np.unique(np.concatenate(sketches), return_inverse=True, return_counts=True)
+    telling = (counts <= max(FRAME_LINES, FRAME * len(unique)))[shingle]
+    owner, shingle = owner[telling], shingle[telling]
+    size = np.bincount(owner, minlength=len(unique))
+    order = np.lexsort((owner, shingle))
+    owner, shingle = owner[order], shingle[order]
+    # Neighbours in the list of a shingle's texts: alike texts stand side by side in most of their lists.
+    beside = shingle[:-1] == shingle[1:]
+    pairs, shared = np.unique(np.stack([owner[:-1], owner[1:]])[:, beside], axis=1, return_counts=True)
+    pairs = pairs[:, shared >= ALIKE * np.minimum(size[pairs[0]], size[pairs[1]])]
+    graph = coo_array((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(len(unique), len(unique)))
+    merged: np.ndarray = connected_components(graph, directed=False)[1][family].astype(np.int64)
+    return merged
+
+
+def _sketch(text: str) -> np.ndarray:
+    """The smallest hashes of a text's shingles, uint64 [at most SKETCH]; none where it has fewer words than one."""
+    words = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in text.split()], np.uint64)
+    count = len(words) - WORDS + 1
+    if count < 1:
+        return np.zeros(0, np.uint64)
+    mixed = np.zeros(count, np.uint64)
+    for place in range(WORDS):
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) + words[place : place + count]
+    mixed ^= mixed >> np.uint64(31)
+    return np.unique(mixed)[:SKETCH]

@@ -1,0 +1,337 @@
+"""The steps of `freeexport fit`: commands of this program, whose outputs stand in OUT.work until all is done.
+
+A step that is done is not run again, so an interrupted run goes on, whatever ended it. OUT appears last, complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from freeexport.fit import splits
+from freeexport.fit.plan import BATCH_TOKENS, FitOptions, Plan, describe_plan, least_lines, make_plan
+from freeexport.measure.evaluate import Story, evaluate, write
+from freeexport.measure.exit_verdict import Verdict
+from freeexport.measure.quality import Row
+from freeexport.measure.settings import RUN, EvaluateOptions, Method
+from freeexport.measure.table import Sheet
+from freeexport.system.child import ChildError, run_child
+from freeexport.system.output import check_output, link_or_copy, output_directory, write_whole
+from freeexport.system.progress import Advance, duration, progress
+from freeexport.training.run_directory import last_checkpoint, run_directory
+from runtime.bundle.beta import NEVER_EXIT
+from runtime.bundle.bundle import Bundle, sha256_of
+from runtime.bundle.manifest import MANIFEST
+from runtime.bundle.schema import Reader
+from runtime.errors import FreeExportError, OptionError
+from runtime.json_file import read_object
+
+PLAN, DONE = "plan.json", "done.json"
+ANEW = "start anew with --overwrite"
+FINISHED = "finished"  # in DONE, beside the names of steps
+# What both trainings share; then the weight of distillation and the learning rate of the exit alone.
+PACE = ("--loss", "logit-kd", "--schedule", "hold", "--warmup", "0.03", "--patience", "0")
+ALPHA, ALPHA_ALONE, RATE_ALONE = 2, 4, 5e-4
+ALONE = 0.1  # of a whole step's time, a step of the exit alone
+EVALUATIONS = 6  # of a training
+# Thresholds that an evaluation shows beside the calibrated one; they choose nothing.
+CURVE = (0.8, 0.95)
+TRAINED, UNTRAINED = "trained", "untrained"  # bundles
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and the seconds that it should take. What stands at `output` is complete; None: a step that is not
+    done goes on by itself."""
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: float
+    output: Path | None = None
+
+    @property
+    def command(self) -> str:
+        return shlex.join(("freeexport", *self.arguments))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Paths of a run."""
+
+    out: Path
+
+    @classmethod
+    def of(cls, options: FitOptions) -> Places:
+        return cls(Path(os.path.abspath(options.out)))
+
+    @property
+    def work(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.work")
+
+    @property
+    def report(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.report")
+
+    def data(self, split: str) -> Path:
+        return self.work / "data" / f"{split}.jsonl"
+
+
+def planned(options: FitOptions, keep: bool) -> Plan:
+    """The plan of the interrupted run in OUT.work, or a new one, which is kept there with the splits of the data where
+    there are any. Raises OutputError where something is in the way, OptionError where the interrupted run had other
+    options; and as `make_plan` does."""
+    places, kept = Places.of(options), keep and options.data is not None
+    if keep:
+        check_output(places.out, MANIFEST, options.overwrite)
+    record = {**options.recorded(), "sha256": None if options.data is None else sha256_of(options.data)}
+    if (places.work / PLAN).is_file():
+        content = read_object(places.work / PLAN, ANEW, OptionError)
+        before = content.get("options")
+        before = before if isinstance(before, dict) else {}
+        other = [name for name in record if record[name] != before.get(name)]
+        if not other and not (options.overwrite and FINISHED in _done(places.work)):
+            read: Plan = Reader(ANEW).read(Plan, content.get("plan"), str(places.work / PLAN))
+            return read
+        if kept and not options.overwrite:
+            name = other[0]
+            raise OptionError(
+                f"{places.work} holds a run with {name} {before.get(name)!r}, not {record[name]!r}; give the same "
+                f"options, choose another OUT, or {ANEW}"
+            )
+    if kept:
+        check_output(places.work, PLAN, options.overwrite)
+        check_output(places.report, RUN, options.overwrite)
+    lines = [] if options.data is None else splits.read_lines(options.data, least_lines())
+    plan = make_plan(options, lines)
+    if kept and options.data is not None:
+        sizes = {name: count for name, count in plan.lines.items() if name != splits.TRAIN}
+        parts = splits.split(lines, sizes, options.data)
+        parts["frozen"] = parts[splits.TRAIN][: plan.frozen_lines]
+        with output_directory(places.work, PLAN, options.overwrite) as directory:
+            (directory / "data").mkdir()
+            splits.write(parts, directory / "data")
+            content = {"options": record, "plan": asdict(plan)}
+            (directory / PLAN).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(places.report, ignore_errors=True)
+    return plan
+
+
+def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
+    """The steps of a run, in order. What is not trained is converted first, as it shows soonest what fails."""
+    seconds, model, most = plan.seconds, options.model, str(plan.texts.most if plan.texts else 0)
+
+    def convert(name: str, model: str, out: Path) -> Step:
+        return Step(name, ("convert", model, str(out), "--precision", plan.precision), seconds[name], out)
+
+    if options.data is None:
+        return [convert("convert", model, places.out)]
+    steps = [convert(UNTRAINED, model, places.work / UNTRAINED)]
+    for tune in plan.tune:
+        steps.append(_training("joint" if tune == "full" else "exit", model, plan, places))
+        model = str(steps[-1].output)
+    threads = () if options.threads is None else ("--threads", str(options.threads))
+    if plan.exit is not None:
+        bundle = places.work / TRAINED
+        rule = () if options.quality is None else ("--target-quality", str(options.quality), "--metric", options.metric)
+        lines = ("--data", str(places.data("calibration")), "--max-new-tokens", most)
+        calibrate = ("calibrate", str(bundle), *lines, *rule, *threads)
+        steps += [convert(TRAINED, model, bundle), Step("calibrate", calibrate, seconds["calibrate"])]
+    test = evaluation(options, plan, places)
+    arguments = [f"{path}={','.join(methods)}" for path, methods in test.bundles]
+    arguments += ["--data", str(test.data), "--samples", str(test.samples), "--max-new-tokens", most]
+    arguments += [part for threshold in test.thresholds for part in ("--threshold", str(threshold))]
+    arguments += ["--metric", *test.metrics, "--target-quality", str(test.quality), *threads]
+    command = ("evaluate", *arguments, "--output", str(test.output))
+    return [*steps, Step("evaluate", command, seconds["evaluate"])]
+
+
+def _training(name: str, model: str, plan: Plan, places: Places) -> Step:
+    found, alone, minutes = plan.exit, name == "exit", plan.seconds[name] / 60
+    assert found is not None
+    what: list[object] = ["--tune", "exit" if alone else "full"]
+    what += ["--exit-layer", found.layer, "--exit-layers", found.own]
+    what += [] if found.vocabulary is None else ["--exit-vocab", found.vocabulary]
+    what += ["--data", places.data("frozen" if alone else splits.TRAIN), "--validation", places.data("validation")]
+    alpha, rate = (ALPHA_ALONE, RATE_ALONE) if alone else (ALPHA, plan.learning_rate)
+    steps = plan.seconds[name] / plan.step / (ALONE if alone and len(plan.tune) > 1 else 1)
+    what += [*PACE, "--loss-alpha", alpha, "--learning-rate", rate, "--batch-tokens", BATCH_TOKENS]
+    what += ["--time-limit", f"{minutes:.2f}", "--evaluate-every", max(1, int(steps / EVALUATIONS))]
+    out = places.work / name
+    arguments = ("train", model, str(out), *map(str, what), *(["--bf16"] if plan.bf16 else []))
+    return Step(name, arguments, plan.seconds[name], out)
+
+
+def evaluation(options: FitOptions, plan: Plan, places: Places) -> EvaluateOptions:
+    """How the bundles are compared, on lines that nothing was chosen by."""
+    assert plan.texts is not None
+    bundles: list[tuple[Path, tuple[Method, ...]]] = [(places.work / UNTRAINED, ("full", "lossless"))]
+    if plan.exit is not None:
+        bundles.insert(0, (places.work / TRAINED, ("full", "static", "free", "lossless")))
+    return EvaluateOptions(
+        bundles=tuple(bundles),
+        data=places.data("test"),
+        output=places.report,
+        metrics=(options.metric,),
+        thresholds=CURVE,
+        samples=plan.lines["test"],
+        max_new_tokens=plan.texts.most,
+        threads=options.threads,
+        quality=options.quality or 1.0,
+    )
+
+
+def fit(options: FitOptions, plan: Plan) -> Verdict:
+    """Run the steps that are not done, and write the report and OUT; `next_step` is the command that serves it. Raises
+    FreeExportError where a step fails: the same call goes on."""
+    places = Places.of(options)
+    steps, done = steps_of(options, plan, places), _done(places.work)
+    _run(steps, _pending(steps, done), done, places)
+    if options.data is None:
+        text = f"no exit was trained, as {plan.why}; text that repeats is drafted, and every token is the full model's"
+        return Verdict("neutral", text, f"freeexport serve {shlex.quote(str(options.out))}")
+    found = evaluate(evaluation(options, plan, places))
+    bundle, verdict = conclude(found.rows, options, places)
+    plan_sheet = Sheet("Plan", ("", ""), tuple(describe_plan(options, plan)))
+    write(found, Story(f"{plan.name}, fitted to {options.data.name}", verdict, (plan_sheet, _tried(steps, done))))
+    with output_directory(places.out, MANIFEST, options.overwrite) as directory:
+        shutil.copytree(bundle, directory, copy_function=link_or_copy, dirs_exist_ok=True)
+    _mark(places, done, FINISHED, {})
+    return verdict
+
+
+def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[Path, Verdict]:
+    """The bundle to serve, and why. A bundle whose full model is worse than the other's by the metric is not served,
+    however fast it is; FREE counts at its calibrated threshold alone."""
+    metric, quality = options.metric, options.quality
+    full = {row["bundle"]: row["scores"][metric]["value"] for row in rows if row["method"] == "full"}
+    good = [row for row in rows if full[row["bundle"]] >= (quality or 1.0) * max(full.values())]
+    keeps = [
+        row
+        for row in good
+        if row["method"] == "lossless"
+        or (quality is not None and row["calibrated"] and (row["scores"][metric]["low"] or 0.0) >= quality)
+    ]
+    best = max(keeps, key=lambda row: row["request_low"] or 0.0)
+    speed, low, high = (best[name] for name in ("request_speed", "request_low", "request_high"))
+    bounds = f"95 %: {low:.2f} to {high:.2f}, {best['lines']} lines"
+    if best["method"] == "free":
+        kept, least, most = (100 * best["scores"][metric][name] for name in ("relative", "low", "high"))
+        tokens = f"at {kept:.1f} % of the full model's {metric} ({least:.1f} to {most:.1f})"
+    elif best["same"] == 1:
+        tokens = "with every token equal"
+    else:
+        tokens = f"with {best['same']:.1%} of the outputs equal"
+    faster, mode = low > 1, best["method"]
+    text = f"{speed:.2f}x a request {tokens} ({bounds})"
+    if not faster:
+        best = max(good, key=lambda row: (full[row["bundle"]], row["method"] == "lossless"))
+        mode = "lossless" if mode == "lossless" and speed >= 1 else "full"
+        text = f"nothing is surely faster than the full model: the best gives {text}"
+    others = ", ".join(f"{name} {value:.3f}" for name, value in full.items())
+    text += f"; {metric} of the full models: {others}" if len(full) > 1 else ""
+    bundle = places.work / best["bundle"]
+    default = "free" if Bundle.open(bundle).manifest.threshold < NEVER_EXIT else "lossless"
+    serve = ("freeexport", "serve", str(options.out), *(() if mode == default else ("--mode", mode)))
+    return bundle, Verdict("good" if faster else "neutral", text, shlex.join(serve))
+
+
+def _tried(steps: Sequence[Step], done: Mapping[str, Any]) -> Sheet:
+    """Tabulate the steps: their times, commands and outcomes."""
+    rows = []
+    for step in steps:
+        entry = done.get(step.name, {})
+        lines = [line for line in str(entry.get("output", "")).splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith(("agreement of", "warning", "verdict"))] or lines[-1:]
+        took = duration(entry["seconds"]) if "seconds" in entry else ""
+        rows.append((step.name, took, step.command, "; ".join(told)))
+    return Sheet("What was done", ("step", "time#", "command", "outcome"), tuple(rows))
+
+
+def _pending(steps: Sequence[Step], done: Mapping[str, Any]) -> list[Step]:
+    """The steps from the first on that is not done, as each depends on those before, but without what is complete."""
+    for place, step in enumerate(steps):
+        complete = step.output is not None and step.output.exists()
+        if not complete and done.get(step.name, {}).get("arguments") != list(step.arguments):
+            return [step for step in steps[place:] if step.output is None or not step.output.exists()]
+    return []
+
+
+def _run(steps: Sequence[Step], pending: Sequence[Step], done: dict[str, Any], places: Places) -> None:
+    """Run the pending ones of the steps, with progress over all."""
+    total = sum(step.seconds for step in steps)
+    clock = Clock(total - sum(step.seconds for step in pending))
+    if len(pending) < len(steps):
+        click.echo(f"done before: {', '.join(step.name for step in steps if step not in pending)}", err=True)
+    with progress("fit, seconds", total, clock.passed, left=lambda: total - clock.passed) as advance:
+        for step in pending:
+            click.echo(f"{step.name}, about {duration(step.seconds)}: {step.command}", err=True)
+            began = time.monotonic()
+            try:
+                with clock.ticking(step.seconds, advance):
+                    output = run_child("freeexport", *_going_on(step, places), show=partial(click.echo, err=True))
+            except ChildError as error:
+                again = "what was made is kept: give the same command again to go on"
+                raise FreeExportError(f"{step.name} failed: {error}; {again}") from None
+            click.echo(output, nl=False)
+            if step.name == "calibrate" and places.report.exists():
+                shutil.rmtree(places.report)  # it is of another threshold
+            if places.work.exists():
+                entry = {"arguments": step.arguments, "seconds": time.monotonic() - began, "output": output}
+                _mark(places, done, step.name, entry)
+
+
+def _going_on(step: Step, places: Places) -> tuple[str, ...]:
+    """The arguments of a step, with the option that goes on with a training that was interrupted."""
+    interrupted = step.arguments[0] == "train" and step.output and last_checkpoint(run_directory(step.output))
+    return (*step.arguments, "--resume") if interrupted else step.arguments
+
+
+def _done(work: Path) -> dict[str, Any]:
+    path = work / DONE
+    return read_object(path, "start anew with --overwrite", OptionError) if path.is_file() else {}
+
+
+def _mark(places: Places, done: dict[str, Any], name: str, entry: Mapping[str, Any]) -> None:
+    done[name] = entry
+    write_whole(places.work / DONE, json.dumps(done, indent=2) + "\n")
+
+
+class Clock:
+    """Seconds of a run's estimate that have passed: those of finished steps, and of the present one at most all."""
+
+    def __init__(self, passed: float) -> None:
+        self.passed = passed
+
+    @contextmanager
+    def ticking(self, seconds: float, advance: Advance) -> Iterator[None]:
+        """Advance once a second while the block runs, and by the rest of its `seconds` at its end."""
+        end, over = self.passed + seconds, threading.Event()
+
+        def tick() -> None:
+            while not over.wait(1.0):
+                self._move(min(1.0, end - self.passed), advance)
+
+        thread = threading.Thread(target=tick, name="fit", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        self._move(end - self.passed, advance)
+
+    def _move(self, seconds: float, advance: Advance) -> None:
+        self.passed += seconds
+        advance(seconds)

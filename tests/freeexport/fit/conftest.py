@@ -1,0 +1,47 @@
+"""A machine whose speeds are known, and a task for tiny models."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import BY_NAME, Case
+
+from freeexport.fit import plan
+from freeexport.fit.plan import FitOptions
+
+STEP = {"step": 0.01, "tokens_per_second": 1000.0}
+# Two conversions, and four seconds of training.
+BUDGET = 95.0
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "bandwidth_of", lambda threads: 1e10)
+    monkeypatch.setattr(plan, "training_speed", lambda *given: STEP)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """330 words and their reverse."""
+    draw, words = random.Random(0), set[str]()
+    while len(words) < 330:
+        words.add("".join(draw.choices("abcdef", k=draw.randint(3, 8))))
+    path = tmp_path / "task.jsonl"
+    path.write_text("".join(json.dumps({"input": word, "target": word[::-1]}) + "\n" for word in sorted(words)))
+    return path
+
+
+@pytest.fixture
+def options(checkpoint: Callable[[Case], Path], task: Path, tmp_path: Path) -> Callable[..., FitOptions]:
+    """Options for a tiny decoder and the task."""
+
+    def make(case: str = "llama-tied", **given: Any) -> FitOptions:
+        defaults = {"data": task, "metric": "chrf", "budget": BUDGET, "threads": 1}
+        return FitOptions(str(checkpoint(BY_NAME[case])), tmp_path / "out", **{**defaults, **given})
+
+    return make

@@ -1,0 +1,119 @@
+"""Plans of `fit`: the exit by bytes, times within the budget, and what is refused before long work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from freeexport.checkpoints.examples import DataError
+from freeexport.fit import plan as planning
+from freeexport.fit.plan import FitOptions, Texts, describe_plan, make_plan, timed_steps
+from freeexport.fit.splits import read_lines
+from freeexport.metrics import MetricError
+from freeexport.training.options import TrainingOptions
+from runtime.errors import OptionError
+
+Options = Callable[..., FitOptions]
+
+
+def planned(options: FitOptions) -> planning.Plan:
+    return make_plan(options, [] if options.data is None else read_lines(options.data, 1))
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "t5-deep-decoder"])
+def test_a_plan_keeps_to_its_budget_and_names_all_that_it_decided(options: Options, case: str) -> None:
+    given = options(case)
+    found = planned(given)
+    assert found.exit is not None
+    assert found.texts is not None
+    assert found.precision == "int8"
+    assert 1 <= found.exit.layer < found.layers
+    assert found.exit.own == (0 if case.startswith("t5") else 1)
+    assert 1 < found.exit.speeds["usual"] < found.exit.speeds["easy"]
+    assert sum(found.seconds.values()) == pytest.approx(given.budget)
+    assert found.seconds["joint"] > found.seconds["exit"]
+    assert sum(found.lines.values()) == 330
+    shown = dict(describe_plan(given, found))
+    assert f"after layer {found.exit.layer} of {found.layers}" in shown["exit"]
+    assert "1,000 tokens/s" in shown["training"]
+    assert {"expected, a token", "expected, a request", "time", "precision"} <= shown.keys()
+
+
+def test_without_data_nothing_is_trained(options: Options) -> None:
+    found = planned(options(data=None))
+    assert (found.exit, found.tune, list(found.seconds)) == (None, (), ["convert"])
+    assert "lossless drafts from the text" in dict(describe_plan(options(data=None), found))["training"]
+
+
+def test_where_prompts_take_the_time_nothing_is_trained(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "PROMPT", 100.0)
+    found = planned(options())
+    assert found.exit is None
+    assert "training cannot pay" in found.why
+    assert list(found.seconds) == ["untrained", "evaluate"]
+
+
+def test_a_request_gains_what_its_prompt_leaves() -> None:
+    # SmolLM2 on the extraction task: 2.05x a token was measured as 1.66x a request.
+    assert Texts(144, 92, 128).request(2.05) == pytest.approx(1.7, abs=0.1)
+    assert Texts(0, 92, 128).request(2.05) == pytest.approx(2.05)
+
+
+def test_a_budget_that_is_too_small_is_refused_with_one_that_does(options: Options) -> None:
+    with pytest.raises(OptionError, match="100 steps take") as error:
+        planned(options(budget=60.0))
+    found = re.search(r"give --budget (\d+)m or more", str(error.value))
+    assert found is not None
+    assert planned(options(budget=60.0 * int(found[1]))).exit is not None
+
+
+def test_a_model_that_does_not_fit_in_memory_is_trained_at_its_exit_alone(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = planning.Measured(1)
+    machine.memory = 1 << 20
+    monkeypatch.setattr(planning, "Measured", lambda threads: machine)
+    found = planned(options())
+    assert found.tune == ("exit",)
+    assert "joint" not in found.seconds
+
+
+def test_a_metric_that_does_not_fit_the_targets_is_refused(options: Options) -> None:
+    with pytest.raises(MetricError, match="no capital letters"):
+        planned(options(metric="case-f1"))
+    with pytest.raises(MetricError, match="gives the targets themselves 0"):
+        planned(options(metric="bleu"))  # a word has no 4-grams
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"budget": 0.0}, "--budget is 0 s; give a time above 0"),
+        ({"quality": 1.5}, "--quality is 1.5; give a share between 0 and 1, or --lossless"),
+        ({"data": Path("missing.jsonl")}, "missing.jsonl: there is no such file"),
+        ({"metric": "rouge"}, "'rouge' is no metric"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: Options, change: dict[str, object], problem: str) -> None:
+    with pytest.raises(OptionError, match=problem):
+        options(**change)
+
+
+def test_data_of_five_lines_are_refused_before_the_model_is_read(options: Options, task: Path) -> None:
+    task.write_text("".join(f"{line}\n" for line in task.read_text().splitlines()[:5]))
+    with pytest.raises(DataError, match="has 5 lines"):
+        read_lines(task, planning.least_lines())
+
+
+def test_training_steps_are_timed(options: Options, tmp_path: Path) -> None:
+    given = options()
+    assert given.data is not None
+    training = TrainingOptions(given.data, exit_layer=1, exit_layers=1, batch_tokens=200)
+    for one in (training, replace(training, tune="exit")):
+        found = timed_steps(given.model, one, tmp_path)
+        assert 0 < found["step"] < 60
+        assert found["tokens_per_second"] > 0

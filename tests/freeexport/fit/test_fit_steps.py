@@ -1,0 +1,267 @@
+"""Runs of `fit`: whole ones of tiny models, interrupted ones, and what they end with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from killed_process import killed_before
+
+from freeexport import cli
+from freeexport.fit import steps
+from freeexport.fit.plan import FitOptions
+from freeexport.fit.steps import Places, conclude, fit, planned, steps_of
+from freeexport.system.child import ChildError
+from freeexport.system.output import OutputError
+from runtime import Bundle, Session
+from runtime.errors import FreeExportError, OptionError
+
+Options = Callable[..., FitOptions]
+ORDER = ["untrained", "joint", "exit", "trained", "calibrate", "evaluate"]
+
+
+def run_here(module: str, *arguments: str, show: Any = None) -> str:
+    """Run a command in this process."""
+    result = CliRunner().invoke(cli.main, arguments)
+    if result.exit_code:
+        raise ChildError(result.stderr)
+    return result.stdout
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.setattr(steps, "run_child", run_here)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(options: Options) -> None:
+    given = options(quality=0.5)
+    verdict = fit(given, planned(given, keep=True))
+    assert re.search(r"\d\.\d\dx a request .*95 %: .* 100 lines", verdict.text)
+    assert verdict.next_step.startswith(f"freeexport serve {given.out}")
+    page = (given.out.with_name("out.report") / "report.html").read_text()
+    assert "llama-tied, fitted to task.jsonl" in page
+    for step in steps_of(given, planned(options(quality=0.5, overwrite=False), keep=False), Places.of(given)):
+        assert f"freeexport {step.arguments[0]} " in page
+    assert Bundle.open(given.out, verify="full").manifest.verified
+    with Session(given.out, threads=1, slots=1) as session:
+        assert session.generate("abc", max_new_tokens=4).token_ids
+    with pytest.raises(OutputError, match="exists; choose another path, or replace it with --overwrite"):
+        planned(given, keep=True)
+
+
+@pytest.mark.usefixtures("here")
+def test_without_data_the_model_is_converted_as_it_is(options: Options) -> None:
+    given = options(data=None)
+    verdict = fit(given, planned(given, keep=True))
+    assert "no exit was trained, as there are no data" in verdict.text
+    assert verdict.next_step == f"freeexport serve {given.out}"
+    assert Bundle.open(given.out).manifest.verified
+    assert not given.out.with_name("out.work").exists()
+
+
+class Stop(Exception):
+    """The steps are done."""
+
+
+def pretended(log: Path) -> Callable[..., str]:
+    """Commands that write nothing but their output's name, and a line in the log."""
+
+    def run(module: str, *arguments: str, show: Any = None) -> str:
+        with log.open("a") as file:
+            file.write(json.dumps(arguments) + "\n")
+        if arguments[0] in ("train", "convert"):
+            Path(arguments[2]).mkdir()
+        return ""
+
+    return run
+
+
+def test_a_killed_run_goes_on_and_trains_nothing_twice(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, log = options(), tmp_path / "log"
+
+    def stop(options: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(steps, "run_child", pretended(log))
+    monkeypatch.setattr(steps, "evaluate", stop)
+
+    def work() -> None:
+        try:
+            fit(given, planned(given, keep=True))
+        except Stop:
+            return
+
+    wanted = [step.arguments for step in steps_of(given, planned(given, keep=True), Places.of(given))]
+    # A run is killed after a command and before its mark, the next one after a mark and before the next command.
+    places: dict[Any, tuple[str, ...]] = {steps: ("run_child", "write_whole")}
+    assert [killed_before(change, places, work) for change in (1, 2) * 8].count(True) >= len(ORDER)
+    made = [tuple(json.loads(line)) for line in log.read_text().splitlines()]
+    assert list(dict.fromkeys(made)) == wanted
+    assert [one for one in made if one[0] == "train"] == [one for one in wanted if one[0] == "train"]
+    assert {"calibrate", "evaluate"} <= steps._done(given.out.with_name("out.work")).keys()
+
+
+def test_a_training_that_was_interrupted_is_resumed(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = options()
+    places = Places.of(given)
+    joint = steps_of(given, planned(given, keep=True), places)[1]
+    assert steps._going_on(joint, places) == joint.arguments
+    monkeypatch.setattr(steps, "last_checkpoint", lambda directory: directory / "checkpoint-1")
+    assert steps._going_on(joint, places) == (*joint.arguments, "--resume")
+
+
+def test_another_metric_calibrates_and_evaluates_again_and_trains_nothing(options: Options, tmp_path: Path) -> None:
+    given = options()
+    places, log = Places.of(given), tmp_path / "log"
+    plan = planned(given, keep=True)
+    done: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "run_child", pretended(log))
+        every = steps_of(given, plan, places)
+        steps._run(every, steps._pending(every, done), done, places)
+    assert list(done) == ORDER
+    assert steps._pending(every, steps._done(places.work)) == []
+    other = options(metric="exact")
+    again = steps._pending(steps_of(other, planned(other, keep=True), places), steps._done(places.work))
+    assert [step.name for step in again] == ["calibrate", "evaluate"]
+
+
+@pytest.mark.parametrize("change", [{"budget": 100.0}, {"threads": 2}])
+def test_a_run_with_other_options_is_not_mixed_with_the_one_before(options: Options, change: dict[str, Any]) -> None:
+    planned(options(), keep=True)
+    with pytest.raises(OptionError, match=f"holds a run with {next(iter(change))} .* start anew with --overwrite"):
+        planned(options(**change), keep=True)
+    assert planned(options(**change, overwrite=True), keep=True).seconds
+
+
+def test_what_is_not_ours_is_not_replaced(options: Options) -> None:
+    given = options(overwrite=True)
+    for name in ("out", "out.work", "out.report"):
+        place = given.out.with_name(name)
+        place.mkdir()
+        (place / "mine").touch()
+        with pytest.raises(OutputError, match="not what this command writes"):
+            planned(given, keep=True)
+        (place / "mine").unlink()
+        place.rmdir()
+
+
+def test_a_step_that_fails_says_that_the_run_can_go_on(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: str, show: Any = None) -> str:
+        raise ChildError("disk full while writing out; free some space and run again")
+
+    monkeypatch.setattr(steps, "run_child", full)
+    given = options()
+    with pytest.raises(FreeExportError, match=r"untrained failed: disk full .* give the same command again to go on"):
+        fit(given, planned(given, keep=True))
+
+
+def row(bundle: str, method: str, value: float = 0.8, speed: float = 1.0, low: float = 0.99, **more: Any) -> Any:
+    scores = {"value": value, "relative": 1.0, "low": low, "high": 1.0}
+    return {"bundle": bundle, "method": method, "calibrated": False, "lines": 312, "same": 1.0,
+            "request_speed": speed, "request_low": speed - 0.05, "request_high": speed + 0.05,
+            "scores": {"chrf": scores}, **more}  # fmt: skip
+
+
+FREE = {"calibrated": True, "same": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("rows", "quality", "bundle", "text", "mode"),
+    [
+        (
+            [row("trained", "full"), row("trained", "lossless", speed=2.04)],
+            0.99, "trained", "2.04x a request with every token equal (95 %: 1.99 to 2.09, 312 lines)",
+            " --mode lossless",
+        ),
+        (
+            [row("trained", "full"), row("trained", "lossless", speed=1.5), row("trained", "free", speed=2.0, **FREE)],
+            0.99, "trained", "2.00x a request at 100.0 % of the full model's chrf (99.0 to 100.0) (95 %: ", "",
+        ),
+        (  # FREE keeps too little, and a threshold that was not calibrated is no candidate
+            [row("trained", "full"), row("trained", "lossless", speed=1.5),
+             row("trained", "free", speed=3.0, low=0.9, **FREE), row("trained", "free", speed=2.5)],
+            0.99, "trained", "1.50x a request with every token equal", " --mode lossless",
+        ),
+        (  # every token must be equal
+            [row("trained", "full"), row("trained", "lossless", speed=1.5), row("trained", "free", speed=2.0, **FREE)],
+            None, "trained", "1.50x", " --mode lossless",
+        ),
+        (  # fast, but the model as it came does the task badly
+            [row("trained", "full"), row("trained", "lossless", speed=1.5), row("untrained", "full", value=0.1),
+             row("untrained", "lossless", value=0.1, speed=3.0)],
+            0.99, "trained", "; chrf of the full models: trained 0.800, untrained 0.100", " --mode lossless",
+        ),
+        (  # training made the model worse
+            [row("trained", "full", value=0.5), row("trained", "lossless", value=0.5, speed=3.0),
+             row("untrained", "full"), row("untrained", "lossless", speed=1.2)],
+            0.99, "untrained", "1.20x a request with every token equal", "",
+        ),
+        (
+            [row("trained", "full"), row("trained", "lossless", speed=1.02)],
+            0.99, "trained", "nothing is surely faster than the full model: the best gives 1.02x", " --mode lossless",
+        ),
+        (
+            [row("trained", "full"), row("trained", "lossless", speed=0.9)],
+            0.99, "trained", "nothing is surely faster than the full model: the best gives 0.90x", " --mode full",
+        ),
+    ],
+    ids=["lossless", "free", "free loses quality", "equal", "worse as it came", "worse trained", "no gain", "loss"],
+)  # fmt: skip
+def test_the_sentence_and_the_command_are_of_the_fastest_that_keeps_enough(
+    rows: Sequence[Any], quality: float | None, bundle: str, text: str, mode: str, options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    threshold = {"trained": 0.9, "untrained": 1.0}
+    monkeypatch.setattr(
+        steps.Bundle, "open", lambda path: SimpleNamespace(manifest=SimpleNamespace(threshold=threshold[path.name]))
+    )
+    given = options(quality=quality)
+    served, verdict = conclude(rows, given, Places.of(given))
+    assert served.name == bundle
+    assert text in verdict.text
+    assert verdict.next_step == f"freeexport serve {given.out}{mode}"
+    assert verdict.level == ("neutral" if "nothing" in text else "good")
+
+
+def test_the_command_prints_the_plan_and_stops(options: Options, tmp_path: Path) -> None:
+    given = options()
+    arguments = ["fit", given.model, str(given.out), "--data", str(given.data), "--metric", "chrf", "--budget", "1h30m"]
+    result = CliRunner().invoke(cli.main, [*arguments, "--plan"])
+    assert result.exit_code == 0, result.output
+    assert "of 90 min" in result.stdout
+    assert "expected, a request" in result.stdout
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (["--metric", "chrf", "--quality", "0.9", "--lossless"], "contradict each other"),
+        ([], "--metric is missing"),
+        (["--metric", "chrf", "--budget", "two hours"], "'two hours' is no time"),
+        (["--metric", "chrf", "--budget", "2h x"], "'2h x' is no time"),
+    ],
+)
+def test_options_that_cannot_be_read_are_refused(more: list[str], problem: str, options: Options) -> None:
+    given = options()
+    result = CliRunner().invoke(cli.main, ["fit", given.model, str(given.out), "--data", str(given.data), *more])
+    assert result.exit_code == 2
+    assert problem in result.stderr
+
+
+def test_a_model_that_is_not_supported_is_refused(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "bloom"}')
+    result = CliRunner().invoke(cli.main, ["fit", str(tmp_path / "gpt"), str(options().out), "--plan"])
+    assert result.exit_code == 1
+    assert "architecture 'bloom' is not supported" in result.stderr
