@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import Example, encode, text_format
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.measure.byte_model import row_share
 from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.sources import reference_of
 from freeexport.metrics import MetricError, check_name, metric_of
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 # Of layers that a token passes before it exits, the share x of all lets 1 - exp(-depth x) of the tokens exit: a hard
 # task (summaries), a usual one, and an easy one (records as JSON) of docs/results.
 DEPTHS = {"hard": 0.5, "usual": 3.5, "easy": 6.0}
-OWN_LAYERS = (1, 2)  # of a decoder-only model's exit
+OWN_LAYERS = (1, 2)  # of the exit
 MAX_PENDING = 16  # convert's default
 PAYS = 1.05  # the usual speed-up of a request from which on training is worth its time
 # A prompt's token costs this share of a decoded one: many share a read of the weights.
@@ -147,13 +149,18 @@ class Plan:
     seconds: dict[str, float]
 
 
-class Measured:
-    """The machine, as far as a plan depends on it."""
+@dataclass(frozen=True)
+class Host:
+    """The machine: memory in bytes, bandwidth in bytes a second, and instruction sets."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads, self.memory = threads, psutil.virtual_memory().available
-        self.processor = read_cpuinfo()[0] or "this processor"
-        self.bandwidth = bandwidth_of(threads)
+    memory: int
+    bandwidth: float
+    features: tuple[str, ...]
+
+
+def this_host(threads: int) -> Host:
+    """Measure the machine."""
+    return Host(psutil.virtual_memory().available, bandwidth_of(threads), read_cpuinfo()[1])
 
 
 def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
@@ -167,7 +174,7 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
     layers = len(description.decoder.layers)
     if layers < 2:
         raise OptionError(f"{checkpoint.name} has one decoder layer, and an exit needs at least two; use convert")
-    machine, costs = Measured(options.threads or usable_cores()), analytic(description, checkpoint)
+    machine, costs = this_host(options.threads or usable_cores()), analytic(description, checkpoint)
     # A byte a weight in 8 bits.
     rate = REACHED * machine.bandwidth / ((layers * costs.layer + costs.head) / 4)
     parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
@@ -180,7 +187,8 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
         return Plan(**base, precision=as_stored(checkpoint), exit=None, why=why, texts=None, lines={}, seconds=seconds)
     _check_metric(options.metric, lines)
     examples = _examples(checkpoint, description, lines, options.data)
-    texts, found = _texts(examples), best_exit(checkpoint, description, examples)
+    further = row_share("int8", machine.features)
+    texts, found = _texts(examples), best_exit(checkpoint, description, examples, further)
     request = (PROMPT * texts.prompt + texts.target) / rate  # seconds, by the full model
     if (usual := texts.request(found.speeds["usual"])) < PAYS:
         tested = _lines(TEST, SHARES["evaluate"] * options.budget, ALONE * request, len(lines))
@@ -195,7 +203,7 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
 
 def _trained(
     options: FitOptions, base: dict[str, Any], found: PlannedExit, texts: Texts, request: float, converting: float,
-    parameters: int, machine: Measured, lines: int,
+    parameters: int, machine: Host, lines: int,
 ) -> Plan:  # fmt: skip
     """The plan of a run that trains."""
     each = BY_AGREEMENT if options.quality is None else BY_QUALITY
@@ -262,33 +270,28 @@ def _texts(examples: Sequence[Example]) -> Texts:
     return Texts(float(prompts.mean()), float(targets.mean()), max(16, math.ceil(1.1 * longest)))
 
 
-def best_exit(checkpoint: Checkpoint, description: Description, examples: Sequence[Example]) -> PlannedExit:
-    """The exit that usual tasks make fastest by the bytes that it reads; that of the checkpoint, where it has one."""
-    layers, trained = len(description.decoder.layers), checkpoint.exit
-    costs = analytic(description, checkpoint)
-    if trained is not None and trained.exit_norm and not trained.exit_layers:
+def best_exit(
+    checkpoint: Checkpoint, description: Description, examples: Sequence[Example], further: float
+) -> PlannedExit:
+    """The exit that usual tasks make fastest by the bytes that it reads; `further`: the cost of a further row of a
+    call, as a share of the first."""
+    if checkpoint.exit is not None and checkpoint.exit.has_parameters:
         raise OptionError(
             f"{checkpoint.name} has an exit of its own already; give the checkpoint that it was trained on, or use "
             "convert and calibrate"
         )
-    if trained is not None:
-        known = None if trained.vocabulary is None else trained.vocabulary.size
-        places = [(trained.exit_layer, trained.exit_layers)]
-        vocabularies = {known: 1.0 if trained.vocabulary is None else trained.vocabulary.covered}
-    else:
-        own = (0,) if description.encoder is not None else OWN_LAYERS
-        places = [(layer, more) for layer in range(1, layers) for more in own if layer + more < layers]
-        places = places or [(layer, 0) for layer in range(1, layers)]
-        vocabularies = dict(_vocabularies(examples, description.vocab_size))
-    found = []
-    for layer, more in places:
-        for size, covered in vocabularies.items():
-            share = 1.0 if size is None else (size + 1) / description.vocab_size
-            at = costs.at(layer, layers, more, share)
-            passed = (layer + more) / layers
+    layers, costs = len(description.decoder.layers), analytic(description, checkpoint)
+    costs = replace(costs, growth={rows: 1 + further * (rows - 1) for rows in costs.growth})
+    vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
+    for layer, own in product(range(1, layers), OWN_LAYERS):
+        if layer + own > layers:
+            continue
+        for size, covered in vocabularies:
+            at = costs.at(layer, layers, own, 1.0 if size is None else (size + 1) / description.vocab_size)
+            passed = (layer + own) / layers
             rates = {name: covered * (1 - math.exp(-depth * passed)) for name, depth in DEPTHS.items()}
             speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
-            found.append(PlannedExit(layer, more, size, covered, at.break_even(MAX_PENDING), rates, speeds))
+            found.append(PlannedExit(layer, own, size, covered, at.break_even(MAX_PENDING), rates, speeds))
     return max(found, key=lambda one: one.speeds["usual"])
 
 
@@ -344,7 +347,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     if found is None or texts is None:
         rows.append(("training", f"none: {plan.why}; lossless drafts from the text, and costs nothing where it fails"))
     else:
-        own = f", through {found.own} layer(s) of its own" if found.own else ""
+        own = f", through {found.own} layer{'s' if found.own > 1 else ''} of its own"
         known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
         even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"
         token, request = (

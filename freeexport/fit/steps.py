@@ -178,7 +178,7 @@ def evaluation(options: FitOptions, plan: Plan, places: Places) -> EvaluateOptio
     assert plan.texts is not None
     bundles: list[tuple[Path, tuple[Method, ...]]] = [(places.work / UNTRAINED, ("full", "lossless"))]
     if plan.exit is not None:
-        bundles.insert(0, (places.work / TRAINED, ("full", "static", "free", "lossless")))
+        bundles.append((places.work / TRAINED, ("full", "static", "free", "lossless")))
     return EvaluateOptions(
         bundles=tuple(bundles),
         data=places.data("test"),

@@ -32,7 +32,7 @@ def test_a_plan_keeps_to_its_budget_and_names_all_that_it_decided(options: Optio
     assert found.texts is not None
     assert found.precision == "int8"
     assert 1 <= found.exit.layer < found.layers
-    assert found.exit.own == (0 if case.startswith("t5") else 1)
+    assert found.exit.own == 1
     assert 1 < found.exit.speeds["usual"] < found.exit.speeds["easy"]
     assert sum(found.seconds.values()) == pytest.approx(given.budget)
     assert found.seconds["joint"] > found.seconds["exit"]
@@ -74,9 +74,7 @@ def test_a_budget_that_is_too_small_is_refused_with_one_that_does(options: Optio
 def test_a_model_that_does_not_fit_in_memory_is_trained_at_its_exit_alone(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = planning.Measured(1)
-    machine.memory = 1 << 20
-    monkeypatch.setattr(planning, "Measured", lambda threads: machine)
+    monkeypatch.setattr(planning, "this_host", lambda threads: planning.Host(1 << 20, 1e10, ()))
     found = planned(options())
     assert found.tune == ("exit",)
     assert "joint" not in found.seconds
