@@ -54,7 +54,7 @@ OWN = Path("-")  # beside OUT
               help="Transformer layers of the exit's own, before the head.")  # fmt: skip
 @click.option("--exit-input", type=click.Choice(get_args(ExitInput)), default=TrainingOptions.exit_input,
               help="What these layers read: the exit layer's state, or that and the deep decoder's feature of the "
-              "token before, with --tune exit; --exit-layer may then be 0, the embedding.")  # fmt: skip
+              "token before, with --tune exit, where exits after layer 0, the embedding, are possible.")  # fmt: skip
 @click.option("--exit-vocab", type=int,
               help="So many tokens are all that the exit knows, beside one class for all others, which never exits: "
               "the most frequent in the targets.  [default: all tokens]")  # fmt: skip
