@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import threading
@@ -12,7 +13,7 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import numpy as np
 
-from runtime.errors import OptionError, shown
+from runtime.errors import OptionError, one_line, shown
 from runtime.machine.device import Device
 from runtime.text.sampler import LogitsProcessor
 
@@ -32,6 +33,9 @@ FLOAT32_MAX = 3.4e38
 MOST_LENGTH_PENALTY, MOST_SECONDS = 50, 1e9
 ABOVE_ZERO = math.ulp(0.0)
 MOST_TOP_LOGPROBS = 20  # as OpenAI's interface
+CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
+# Characters of one, and keys of an object in a schema: compiling takes time that grows with their square.
+MOST_GRAMMAR, MOST_PROPERTIES = 256 << 10, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +172,12 @@ class GenerationOptions:
     sequence_bias: nats added to a token ({42: -5.0}), or to the last of a sequence of tokens ({(7, 42): 2.0}).
     logits_processor: called as in transformers, on numpy: (input_ids [1, n], scores [1, V]) -> scores [1, V]. It must
         depend on its arguments alone. One, or several in order.
+    json_schema: the output is JSON of this schema, a mapping or its text, on one line as Python's json.dumps writes it;
+        {} is any JSON. This and the next three need `pip install 'freeexport[grammar]'`; give one of them
+        (docs/grammars.md). A token that the grammar refuses has confidence 0, so it does not exit.
+    regex: the output matches this regular expression, of Rust's regex, whole.
+    grammar: the output is of this context-free grammar: Lark as llguidance reads it, or llama.cpp's GBNF.
+    choice: the output is one of these strings.
     output_logprobs: also return the log-probability of each token, in nats, before any processing.
     top_logprobs: and those of so many of the likeliest tokens in its place, with ids, best first; 0 to 20, not with
         beams. Fewer where an exit vocabulary knows fewer.
@@ -202,6 +212,10 @@ class GenerationOptions:
     seed: int | None = None
     sequence_bias: Mapping[Any, float] | None = None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = ()
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Sequence[str] | None = None
     output_logprobs: bool = False
     top_logprobs: int = 0
     cache_salt: str | None = None
@@ -245,6 +259,7 @@ class GenerationOptions:
         object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "sequence_bias", _biases(self.sequence_bias))
         object.__setattr__(self, "logits_processor", _processors(self.logits_processor))
+        self._check_grammar()
         self._check_sampling()
         self._check_beams()
         self._check_drafts()
@@ -253,6 +268,34 @@ class GenerationOptions:
     def samples(self) -> bool:
         """Whether tokens are drawn; temperature 0 is greedy."""
         return bool(self.do_sample or self.temperature) and self.temperature != 0
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """The option that constrains the output and its text, a choice as a JSON list; None where nothing does."""
+        name = next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
+        if name is None:
+            return None
+        given = getattr(self, name)
+        return name, given if isinstance(given, str) else json.dumps(given)
+
+    def _check_grammar(self) -> None:
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise OptionError(f"{given[0]} and {given[1]} are both given; an output has one constraint, choose one")
+        for name in given:
+            for other in ("ignore_eos", "min_new_tokens"):
+                if getattr(self, other):
+                    raise OptionError(f"{other} is {getattr(self, other)!r}, but {name} ends the output; choose one")
+        object.__setattr__(self, "json_schema", _schema(self.json_schema))
+        object.__setattr__(self, "choice", _choice(self.choice))
+        for name in ("regex", "grammar"):
+            text = getattr(self, name)
+            if text is None:
+                continue
+            if not (isinstance(text, str) and text):
+                raise OptionError(f"{name} is {shown(text)}; give a text that is not empty")
+            if len(text) > MOST_GRAMMAR:
+                raise OptionError(f"{name} has {len(text)} characters, at most {MOST_GRAMMAR} are read; shorten it")
 
     def _check_sampling(self) -> None:
         if self.do_sample is False and self.temperature:
@@ -354,6 +397,10 @@ class GenerationKeywords(TypedDict, total=False):
     seed: int | None
     sequence_bias: Mapping[Any, float] | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    grammar: str | None
+    choice: Sequence[str] | None
     output_logprobs: bool
     top_logprobs: int
     cache_salt: str | None
@@ -401,6 +448,47 @@ def _strings(stop: Any) -> tuple[str, ...]:
     if strings is None or not all(isinstance(text, str) and text for text in strings):
         raise OptionError(f"stop is {shown(stop)}; give strings that are not empty")
     return strings
+
+
+class _Checked(str):
+    """A checked schema as JSON: `replace` does not check it again."""
+
+
+def _schema(given: Any) -> _Checked | None:
+    if given is None or isinstance(given, _Checked):
+        return given
+    problem = f"json_schema is {shown(given)}"
+    if not isinstance(given, (str, Mapping)):
+        raise OptionError(f"{problem}; give a JSON schema as a mapping, or its text")
+    try:
+        text = given if isinstance(given, str) else json.dumps(given)
+        if len(text) > MOST_GRAMMAR:
+            raise OptionError(f"json_schema has {len(text)} characters, at most {MOST_GRAMMAR} are read; shorten it")
+        schema = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OptionError(f"{problem}, no JSON ({one_line(error)}); give a mapping or its text") from None
+    if not isinstance(schema, dict):
+        raise OptionError(f"{problem}; give a JSON object")
+    inner: list[Any] = [schema]
+    while inner:
+        value = inner.pop()
+        if isinstance(value, dict) and len(value) > MOST_PROPERTIES:
+            raise OptionError(
+                f"json_schema has an object of {len(value)} keys, at most {MOST_PROPERTIES} are read; split it"
+            )
+        inner.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+    return _Checked(text)
+
+
+def _choice(given: Any) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    choices = None if isinstance(given, str) else listed(given)
+    if not choices or not all(isinstance(text, str) and text for text in choices):
+        raise OptionError(f"choice is {shown(given)}; give a list of strings that are not empty")
+    if sum(map(len, choices)) > MOST_GRAMMAR:
+        raise OptionError(f"choice has more than {MOST_GRAMMAR} characters; give fewer")
+    return choices
 
 
 class _Biases(dict[tuple[int, ...], float]):

@@ -45,6 +45,8 @@ class Stats:
     `cached_tokens` of the `prompt_tokens` were not read, but reused (SessionOptions.prefix_cache_mb).
     `exits` and `forced` count `candidates`; forced ones were confident enough, but the stack was full. `predicted`: the
     tokens, 1 or 0, that reading the prompt predicts: none of an encoder-decoder's.
+    `forced_tokens` are those that a grammar left no choice for, and that needed no prediction: they were read with the
+    next token. `grammar_seconds`: the time that following the grammar took.
     `rejected` counts drafts that a sync pass rejected ("rollback", "lossless"). `drafts`, in "lossless": by source,
     "exit", "lookup", "predicted" (`predicted_output`) and "own" (`draft_source`).
     `sync_sizes[k]` is how many deep passes ran over k tokens, `sync_seconds[k]` their total time: of `longer_passes`,
@@ -64,6 +66,7 @@ class Stats:
     tokens: int = 0
     exits: int = 0
     forced: int = 0
+    forced_tokens: int = 0
     rejected: int = 0
     drafts: dict[str, DraftStats] = field(default_factory=dict)
     single_passes: int = 0
@@ -74,13 +77,15 @@ class Stats:
     shallow_seconds: float = 0.0
     deep_seconds: float = 0.0
     overlapped_seconds: float = 0.0
+    grammar_seconds: float = 0.0
     queue_seconds: float = 0.0
     first_token_seconds: float = 0.0
 
     @property
     def candidates(self) -> int:
-        """Tokens that decoding decided, not reading the prompt: each took a shallow step, and could exit."""
-        return max(0, self.tokens - self.predicted)
+        """Tokens that decoding decided, not reading the prompt or a grammar: each took a shallow step, and could
+        exit."""
+        return max(0, self.tokens - self.predicted - self.forced_tokens)
 
     @property
     def exit_rate(self) -> float:
@@ -138,9 +143,9 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """The `candidates` per second of decoding; prompt processing is not in it."""
+        """The `candidates` and forced tokens per second of decoding; prompt processing is not in it."""
         decoding = self.seconds - self.encode_seconds - self.prefill_seconds
-        return self.candidates / decoding if decoding > 0 else 0.0
+        return (self.candidates + self.forced_tokens) / decoding if decoding > 0 else 0.0
 
 
 class Token(NamedTuple):

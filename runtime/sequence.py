@@ -33,6 +33,7 @@ from runtime.metrics import Observer
 from runtime.options import GenerationOptions, Mode, SessionOptions
 from runtime.result import GenerationResult, Stats, Token
 from runtime.text.detokenizer import Detokenizer
+from runtime.text.grammar import Grammar, Grammars
 from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected, encode_prompt
 from runtime.text.sampler import LogitsProcessor, Sampler, Warping, log_softmax
 from runtime.text.tokenizer import Tokenizer
@@ -72,6 +73,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self.manifest, self.learned = self.bundle.manifest, LearnedDrafts(self.costs)
+        self._grammars = Grammars(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
 
     def encode(self, prompt: Prompt, parse_special: bool | None = None) -> np.ndarray:
         """Token ids int64 [n]. Raises PromptError."""
@@ -79,6 +81,11 @@ class Model:
         missing = NO_TOKENIZER if self.options.trust_templates else UNTRUSTED
         parse_special = None if parse_special is None else bool(parse_special)
         return encode_prompt(prompt, self.tokenizer, self.manifest.vocab_size, limit, parse_special, missing)
+
+    def grammar(self, options: GenerationOptions) -> Grammar | None:
+        """The grammar that constrains a request, compiled unless it was. Raises OptionError."""
+        constraint = options.constraint
+        return None if constraint is None else self._grammars.open(*constraint, self.capacity + 1)
 
     def sequence(
         self,
@@ -119,7 +126,8 @@ class Model:
             expected = encode_expected(options.predicted_output, self.tokenizer, manifest.vocab_size, self.capacity)
             options = replace(options, predicted_output=expected.tolist())
         tokens = self.encode(prompt, options.parse_special)
-        return Sequence(self, tokens, options, cancel, monotonic() if asked is None else asked, count or 1)
+        grammar = self.grammar(options)
+        return Sequence(self, tokens, options, cancel, monotonic() if asked is None else asked, count or 1, grammar)
 
 
 class Sequence(Response):
@@ -154,6 +162,7 @@ class Sequence(Response):
         cancel: threading.Event | None = None,
         asked: float = 0.0,
         count: int = 1,
+        grammar: Grammar | None = None,
     ) -> None:
         manifest = model.manifest
         self.model, self.ids, self.options, self.count = model, ids, options, count
@@ -165,7 +174,7 @@ class Sequence(Response):
         limit = min(options.max_new_tokens, model.capacity - len(prompt) + 1)
         eos = frozenset[int]() if options.ignore_eos else frozenset(manifest.eos_token_ids)
         self._seed = secrets.randbits(64) if options.seed is None else int(options.seed)
-        sampler = sampler_of(options, len(prompt), eos, (self._seed, 0))
+        sampler = sampler_of(options, len(prompt), eos, (self._seed, 0), grammar)
         text = Detokenizer(model.tokenizer, tuple(options.stop))
         until = math.inf if options.deadline is None else asked + options.deadline
         logprobs, best = options.output_logprobs, int(options.top_logprobs)
@@ -257,7 +266,7 @@ class Sequence(Response):
         try:
             for number in range(self.count):
                 if number:
-                    sampler = sampler_of(self.options, len(self.prompt), self._eos, (self._seed, number))
+                    sampler = sampler_of(self.options, len(self.prompt), self._eos, (self._seed, number), self._grammar)
                     self.restart(sampler, Detokenizer(self.model.tokenizer, tuple(self.options.stop)))
                 self._reset(decoder, number)
                 self.begin(decoder.stats)
@@ -386,7 +395,11 @@ def check_count(count: int, options: GenerationOptions) -> None:
 
 
 def sampler_of(
-    options: GenerationOptions, prompt_length: int, eos: frozenset[int], seed: tuple[int, int]
+    options: GenerationOptions,
+    prompt_length: int,
+    eos: frozenset[int],
+    seed: tuple[int, int],
+    grammar: Grammar | None = None,
 ) -> Sampler | None:
     """How options choose among logits; None where that is arg max, which the engines do themselves."""
 
@@ -398,11 +411,10 @@ def sampler_of(
         temperature, top_k = given(options.temperature, 1.0), int(given(options.top_k, 50))
         warping = Warping(temperature, top_k, given(options.top_p, 1.0), given(options.min_p, 0.0))
     penalty, processors = given(options.repetition_penalty, 1.0), cast(tuple[LogitsProcessor], options.logits_processor)
-    if not (warping or options.sequence_bias or processors or options.min_new_tokens) and penalty == 1.0:
+    biases, least = options.sequence_bias, options.min_new_tokens
+    if not (warping or biases or processors or least or grammar) and penalty == 1.0:
         return None
-    return Sampler(
-        prompt_length, eos, options.min_new_tokens, penalty, options.sequence_bias, processors, warping, seed
-    )
+    return Sampler(prompt_length, eos, least, penalty, biases, processors, warping, seed, grammar)
 
 
 def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -> dict[str, Any]:

@@ -14,6 +14,7 @@ PURPOSES: dict[str, str] = {
     "convert": "convert and verify checkpoints",
     "train": "train checkpoints to exit early",
     "serve": "serve bundles over HTTP",
+    "grammar": "constrain outputs: JSON schemas, regular expressions, tool calls",
     "bench": "plot what was measured",
     "calibrate": "fit the exit threshold",
     "metrics": "compare outputs when calibrating",

@@ -46,7 +46,7 @@ class Decoder:
         vocab_size: int,
         max_pending: int,
     ) -> None:
-        self.slot, self.hidden_size, self.vocab_size, self._max_pending = slot, hidden_size, vocab_size, max_pending
+        self.slot, self.hidden_size, self.vocab_size, self.max_pending = slot, hidden_size, vocab_size, max_pending
         self._shallow, self._deep = shallow, deep
         self.stats = Stats()
         self.stacked = 0
@@ -54,10 +54,11 @@ class Decoder:
         self._shared_rows = 2 * FEWEST_SHARED_ROWS  # of the next piece while others decode
         self._head = self._exits = False
         self._heads = self._drafts = 0  # of the last sync pass
-        # What passes read, float32 [max_pending, d], the second where they leave out the first rows; and what a step
-        # gave, [1, 1, d].
+        # What passes read, float32 [max_pending, d], the second where they leave out the first rows; and what several
+        # steps at once gave, and a step, [1, 1, d].
         self._stack = shallow.zeros((max_pending, hidden_size), np.float32)
         self._later = shallow.zeros((max_pending, hidden_size), np.float32)
+        self._together = shallow.zeros((max_pending, hidden_size), np.float32)
         self._hidden = shallow.zeros((1, 1, hidden_size), np.float32)
         self._rows = [_memory(self._stack[row]) for row in range(max_pending)]
         self._newest = _memory(self._hidden[0, 0])
@@ -79,7 +80,7 @@ class Decoder:
 
     def forget_calls(self) -> None:
         """Bind all calls again when they are needed next."""
-        # Steps by rows (0: one, straight onto the stack), whether they run the head, and an exit's own layers; passes
+        # Steps by rows, whether they run the head, and an exit's own layers; passes
         # by rows (0: the one of `full_step`), heads, and whether they leave out the first rows of the stack.
         self._steps: dict[tuple[int, bool, bool], SlotCall] = {}
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
@@ -127,7 +128,7 @@ class Decoder:
         """Let predictions carry logits, or not: they are copied out of the engines only where they are `wanted`."""
         if wanted == bool(self._logits):
             return
-        rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
+        rows = {self._shallow: 1, self._deep: self.max_pending} if wanted else {}
         self._logits = {runner: np.zeros((count, self.vocab_size), np.float32) for runner, count in rows.items()}
         self._step_logits = self._logits[self._shallow][0] if wanted else None
         self.forget_calls()
@@ -234,32 +235,28 @@ class Decoder:
         assert call is not None
         self.stats.shallow_seconds += call.seconds
         self.batch_size = call.batch_size
-        self._shallow.cache.extend(self.slot, 1)
-        self._rows[self.stacked][:] = self._newest
-        self.stacked += 1
+        self._shallow.cache.extend(self.slot, call.rows)
+        if call.rows == 1:
+            self._rows[self.stacked][:] = self._newest
+        else:
+            self._stack[self.stacked : self.stacked + call.rows] = self._together[: call.rows]
+        self.stacked += call.rows
         return self.prediction() if self._head else NOTHING
 
-    def stepping_together(self, tokens: Sequence[int]) -> tuple[SlotCall, ...]:
-        """The call for shallow steps on several tokens at once, onto the empty stack, without the head. `guesses`
-        counts them then."""
+    def stepping_together(self, tokens: Sequence[int], head: bool = False) -> tuple[SlotCall, ...]:
+        """The calls for shallow steps on several tokens at once, with the `head` after the last. `guess` counts them
+        then, and gives its prediction."""
         rows = len(tokens)
+        if rows == 1:
+            return self.stepping(tokens[0], head)
         self._tokens[0, :rows] = tokens
-        key = rows if rows > 1 else 0, False, self._exits
+        key = rows, head, self._exits or head
         call = self._steps.get(key)
         if call is None:
-            call = self._steps[key] = self._shallow_call(self._tokens[:, :rows], self._stack[None, :rows], False)
-        self._step = call
+            hidden = self._together[None, :rows]
+            call = self._steps[key] = self._shallow_call(self._tokens[:, :rows], hidden, head)
+        self._step, self._head = call, head
         return (call,)
-
-    def guesses(self) -> list[Prediction]:
-        """Count the steps that ran as one call: no prediction for each."""
-        call = self._step
-        assert call is not None
-        self.stats.shallow_seconds += call.seconds
-        self.batch_size = call.batch_size
-        self._shallow.cache.extend(self.slot, call.rows)
-        self.stacked = call.rows
-        return [NOTHING] * call.rows
 
     def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
         """The calls that `sync` needs. `answers` then gives the predictions."""

@@ -311,14 +311,14 @@ PLAIN = Plan()
 
 class Outcome(NamedTuple):
     """The outcome of a draft: `kept` of `proposed` tokens were accepted and `made` tokens final, after `rows` shallow
-    steps. `sure`: whether each row that had the head was; `agreed`: the prediction at the row behind the draft was the
-    deep decoder's."""
+    steps. `sure`: whether each row was, None without the head; `agreed`: the prediction at the row behind the draft was
+    the deep decoder's."""
 
     rows: int
     proposed: int
     kept: int
     made: int
-    sure: tuple[bool, ...] = ()
+    sure: tuple[bool | None, ...] = ()
     agreed: bool = False
 
 
@@ -369,7 +369,8 @@ class Drafts:
 
     def observe(self, plan: Plan, outcome: Outcome, shallow: float, deep: float, shared: bool) -> None:
         """Learn from a draft or a probe, and the seconds of its shallow calls and of its deep pass."""
-        costs, among, rows, heads = self._costs, self._sequences, outcome.rows, len(outcome.sure)
+        costs, among, rows = self._costs, self._sequences, outcome.rows
+        heads = sum(sure is not None for sure in outcome.sure)
         if not shared:
             costs.observe("pass", rows, deep)
             if plan.tokens:
@@ -389,6 +390,8 @@ class Drafts:
             self._next[plan.source] = (2 * outcome.proposed + 1 if whole else max(1, outcome.kept)), whole
         # Rows with the head, up to the first that was rejected.
         for row, sure in enumerate(outcome.sure[: outcome.kept + 1]):
+            if sure is None:
+                continue
             self._acceptance.sure.observe(sure)
             if sure:
                 right = row < outcome.kept or (row == outcome.proposed and outcome.agreed)

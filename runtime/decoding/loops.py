@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
-from runtime.decoding.calls import AT_ONCE, Prediction, RunAhead, Waiting, Waits
+from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, RunAhead, Waiting, Waits
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.drafts import PLAIN, Drafts, Outcome
 from runtime.decoding.response import Response
@@ -24,11 +24,12 @@ Loop = Generator[Token | Waiting, None, None]
 def full(decoder: Decoder, response: Response) -> Loop:
     """Decode with the whole model: every token runs both engines, the shallow head never."""
     while not response.finished:
+        unread = (yield from _forced(decoder, response)) if response.joins_forced else [response.newest]
         if decoder.alone and response.greedy:
             yield AT_ONCE
             yield response.add(decoder.full_step(response.newest), False, None)
-        else:
-            deep = yield from _deep_token(decoder, response)
+        elif not response.finished:
+            deep = yield from _deep_token(decoder, unread)
             yield response.add(response.choose(deep), False, None, deep)
 
 
@@ -51,12 +52,17 @@ def free(
             if sync_every:
                 decoder.start_sync(sync_every)
             at_rest = False
-            if decoder.alone:
+            joins = response.joins_forced and labels is None
+            unread = (yield from _forced(decoder, response, max_pending)) if joins else [response.newest]
+            if response.finished:
+                return
+            if decoder.alone and len(unread) == 1:
                 yield AT_ONCE
                 guess = decoder.step(response.newest, head=True)
             else:
-                yield from decoder.stepping(response.newest, head=True)
+                yield from decoder.stepping_together(unread, head=True)
                 guess = decoder.guess()
+            guess = response.judged(guess)
             token = response.choose(guess)
             sure = (guess.confidence or 0.0) > threshold
             if labels is not None:
@@ -88,7 +94,7 @@ def shallow(decoder: Decoder, response: Response) -> Loop:
     """Static exiting: after the prompt the shallow decoder goes on alone."""
     while not response.finished:
         yield from decoder.stepping(response.newest, head=True)
-        guess = decoder.guess()
+        guess = response.judged(decoder.guess())
         decoder.drop_stack()
         decoder.stats.exits += 1
         yield response.add(response.choose(guess), True, guess.confidence, guess)
@@ -98,10 +104,14 @@ def rollback(decoder: Decoder, response: Response, threshold: float, max_pending
     """Rollback: exited tokens wait for the next sync pass. The first whose deep cross-entropy is more than `limit` nats
     gives way to the deep token, and what follows it is discarded."""
     while not response.finished:
-        draft = yield from _exits(decoder, response, threshold, max_pending - 1, head=True)
+        unread = yield from _forced(decoder, response, max_pending)
+        if response.finished:
+            return
+        draft = yield from _exits(decoder, response, threshold, unread, max_pending - len(unread), head=True)
         deep = yield from _verify(decoder, response, threshold, draft)
         tokens = draft.tokens
-        kept = next((row for row in range(len(tokens)) if (deep[row].nll or 0.0) > limit), len(tokens))
+        wrong = (row for row in range(len(tokens)) if not draft.certain(row) and (deep[row].nll or 0.0) > limit)
+        kept = next(wrong, len(tokens))
         correction = response.choose(deep[kept], tokens[:kept]) if kept < len(deep) else None
         yield from _settle(decoder, response, draft, deep, kept, correction)
 
@@ -110,76 +120,113 @@ def lossless(decoder: Decoder, response: Response, threshold: float, max_pending
     """The tokens of `full`: `drafts` decides what to draft, and of that what the deep decoder chooses too is kept."""
     stats = decoder.stats
     while not response.finished:
-        plan = drafts.plan(response, max_pending - 1, decoder.batch_size)
+        unread = (yield from _forced(decoder, response, max_pending)) if response.joins_forced else [response.newest]
+        if response.finished:
+            return
+        plan = drafts.plan(response, max_pending - len(unread), decoder.batch_size)
         shallow, deep = stats.shallow_seconds, stats.deep_seconds
         if plan is PLAIN:
             if decoder.alone and response.greedy:
                 yield AT_ONCE
                 yield response.add(decoder.full_step(response.newest), False, None)
             else:
-                prediction = yield from _deep_token(decoder, response)
+                prediction = yield from _deep_token(decoder, unread)
                 yield response.add(response.choose(prediction), False, None, prediction)
-            shared = decoder.batch_size > 1
+            shared = decoder.batch_size > 1 or len(unread) > 1
             drafts.observe_plain(stats.shallow_seconds - shallow, stats.deep_seconds - deep, shared)
             continue
         if plan.tokens:
-            draft = yield from _together(decoder, response, plan.source, list(plan.tokens))
+            draft = yield from _together(decoder, response, plan.source, unread, list(plan.tokens))
         else:
-            draft = yield from _exits(decoder, response, threshold, plan.exits, plan.probe)
+            draft = yield from _exits(decoder, response, threshold, unread, plan.exits, plan.probe)
         answers = yield from _verify(decoder, response, threshold, draft)
         kept, correction = _agreement(response, draft.tokens, answers)
-        sure = tuple(_sure(guess, threshold) for guess in draft.guesses if guess.confidence is not None)
+        sure = tuple(None if guess.confidence is None else _sure(guess, threshold) for guess in draft.guesses)
         agreed = draft.following is not None and draft.following == correction
         made = kept + (correction is not None)
         outcome = Outcome(len(draft.guesses), len(draft.tokens), kept, made, sure, agreed)
         spent = stats.shallow_seconds - shallow, stats.deep_seconds - deep
-        drafts.observe(plan, outcome, *spent, decoder.batch_size > 1)
+        drafts.observe(plan, outcome, *spent, decoder.batch_size > 1 or len(unread) > 1)
         yield from _settle(decoder, response, draft, answers, kept, correction)
 
 
-def _deep_token(decoder: Decoder, response: Response) -> Waits[Prediction]:
-    """Both decoders on the newest token, without the shallow head: the deep prediction."""
-    yield from decoder.stepping(response.newest, head=False)
+def _forced(
+    decoder: Decoder, response: Response, most: int | None = None
+) -> Generator[Token | Waiting, None, list[int]]:
+    """Make final what the grammar forces. Returns the final tokens that no engine has read, the newest before and
+    these; what leaves no room for them among `most` rows of a pass, by default all there are, is read here."""
+    unread = [response.newest]
+    while not response.finished and (token := response.forced()) is not None:
+        if decoder.stacked + len(unread) == (most or decoder.max_pending):
+            yield from decoder.stepping_together(unread)
+            decoder.guess()
+            yield from decoder.syncing(heads=0)
+            decoder.answers()
+            unread = []
+        decoder.stats.forced_tokens += 1
+        unread.append(token)
+        yield response.add(token, False, None)
+    return unread
+
+
+def _deep_token(decoder: Decoder, unread: Sequence[int]) -> Waits[Prediction]:
+    """Both decoders on final tokens, without the shallow head: the deep prediction after the last."""
+    yield from decoder.stepping_together(unread)
     decoder.guess()
     yield from decoder.syncing(heads=1)
     return decoder.answers()[0]
 
 
 class Draft(NamedTuple):
-    """Shallow steps without the deep decoder: `guesses`, the prediction at each row, and the `tokens` of a `source`
-    taken after the rows but the last; after the last too where that ends the request. `following` would be next, None
-    where unknown."""
+    """Shallow steps without the deep decoder: `guesses`, the prediction at each row from the newest final token on, and
+    the `tokens` of a `source` taken after the rows but the last; after the last too where that ends the request.
+    `following` would be next, None where unknown."""
 
     source: str
     tokens: list[int]
     guesses: list[Prediction]
     following: int | None = None
 
+    def certain(self, row: int) -> bool:
+        """Whether the grammar forces a token of an exit's draft: no prediction drafted it."""
+        return self.source == "exit" and self.guesses[row].confidence is None
 
-def _together(decoder: Decoder, response: Response, source: str, tokens: list[int]) -> Waits[Draft]:
+
+def _together(decoder: Decoder, response: Response, source: str, unread: list[int], tokens: list[int]) -> Waits[Draft]:
     """Draft the tokens of a source, in one shallow call without the head."""
     read = tokens[:-1] if response.ends(tokens) else tokens
-    yield from decoder.stepping_together([response.newest, *read])
-    return Draft(source, tokens, decoder.guesses())
+    yield from decoder.stepping_together([*unread, *read])
+    decoder.guess()
+    return Draft(source, tokens, [NOTHING] * (len(read) + 1))
 
 
-def _exits(decoder: Decoder, response: Response, threshold: float, most: int, head: bool) -> Waits[Draft]:
-    """Draft tokens that exit, until one is not sure, `most` are drafted, or one would end the request. `head`: run the
-    shallow head also at the row after the last."""
+def _exits(
+    decoder: Decoder, response: Response, threshold: float, unread: list[int], most: int, head: bool
+) -> Waits[Draft]:
+    """Draft tokens that exit, and what the grammar forces after each, until one is not sure, `most` are drafted, or one
+    would end the request. `head`: run the shallow head also at the row after the last."""
     tokens: list[int] = []
     guesses: list[Prediction] = []
     while True:
-        yield from decoder.stepping(tokens[-1] if tokens else response.newest, head or len(tokens) < most)
-        guess = decoder.guess()
+        yield from decoder.stepping_together(unread, head or len(tokens) < most)
+        guess = response.judged(decoder.guess(), tokens)
         guesses.append(guess)
         following = None if guess.confidence is None else response.choose(guess, tokens)
         sure = _sure(guess, threshold)
         if following is None or not sure or len(tokens) >= most:
             decoder.stats.forced += sure
             return Draft("exit", tokens, guesses, following)
-        tokens.append(following)
-        if response.ends(tokens):
-            return Draft("exit", tokens, guesses)
+        unread = []
+        while following is not None and len(tokens) < most:
+            guesses += [NOTHING] * bool(unread)
+            unread.append(following)
+            tokens.append(following)
+            if response.ends(tokens):
+                if unread[:-1]:
+                    yield from decoder.stepping_together(unread[:-1])
+                    decoder.guess()
+                return Draft("exit", tokens, guesses)
+            following = response.forced(tokens)
 
 
 def _verify(decoder: Decoder, response: Response, threshold: float, draft: Draft) -> Waits[list[Prediction]]:
@@ -197,11 +244,12 @@ def _run_ahead(
         return None
 
     def ahead(guess: Prediction | None, tokens: Sequence[int]) -> int | None:
-        if guess is not None and not _sure(guess, threshold):
-            return None
         path = [*drafts, *tokens]
+        if guess is not None and not _sure(response.judged(guess, path), threshold):
+            return None
         token = following if guess is None else response.choose(guess, path)
-        return None if response.ends([*path, token]) else token
+        # What is forced after a token is read with it, in one call.
+        return None if response.ends([*path, token]) or response.forced([*path, token]) is not None else token
 
     return ahead
 
@@ -221,16 +269,19 @@ def _settle(
     """Trim both caches to the `kept` tokens, make them final, then the deep decoder's `correction`: None where all of a
     draft that ends the request is kept."""
     stats, exits = decoder.stats, draft.source == "exit"
-    stats.rejected += len(draft.tokens) - kept
-    stats.count_draft(draft.source, len(draft.tokens), kept)
+    certain = [draft.certain(row) for row in range(len(draft.tokens))]
+    stats.rejected += certain[kept:].count(False)
+    stats.count_draft(draft.source, certain.count(False), certain[:kept].count(False))
     surplus = len(answers) - kept - (correction is not None)
     if surplus:
         decoder.trim(decoder.lengths()[1] - surplus)
     for row in range(kept):
         if response.finished:
             return
-        stats.exits += exits
-        yield response.add(draft.tokens[row], exits, draft.guesses[row].confidence, answers[row])
+        exited = exits and not certain[row]
+        stats.exits += exited
+        stats.forced_tokens += certain[row]
+        yield response.add(draft.tokens[row], exited, draft.guesses[row].confidence, answers[row])
     if correction is not None and not response.finished:
         yield response.add(correction, False, draft.guesses[kept].confidence, answers[kept])
 

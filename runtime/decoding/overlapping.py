@@ -34,7 +34,7 @@ class OverlappingDecoder(Decoder):
         self._runs_ahead = run_ahead
         self._ahead: deque[_Ahead] = deque()
         # Hidden states of `_ahead`, in order: allocating and freeing device memory waits for the device.
-        rows = self._max_pending if run_ahead else 0
+        rows = self.max_pending if run_ahead else 0
         self._ahead_hidden = self._shallow.zeros((rows, self.hidden_size), np.float32)
         self._started = 0  # rows of the stack that a pass has seen
         self._background: tuple[Event, int] | None = None  # a pass that runs beside, and its rows
@@ -71,9 +71,10 @@ class OverlappingDecoder(Decoder):
         self.stacked += 1
         return prediction if self._head else NOTHING
 
-    def stepping_together(self, tokens: Sequence[int]) -> tuple[SlotCall, ...]:
-        self._drop_ahead()
-        return super().stepping_together(tokens)
+    def stepping_together(self, tokens: Sequence[int], head: bool = False) -> tuple[SlotCall, ...]:
+        if len(tokens) > 1:
+            self._drop_ahead()
+        return super().stepping_together(tokens, head)
 
     def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
         self._heads, self._drafts = heads, len(drafts)
@@ -115,7 +116,7 @@ class OverlappingDecoder(Decoder):
     def _run_ahead(self, running: Event, ahead: RunAhead) -> None:
         tokens: list[int] = []
         prediction: Prediction | None = None
-        while not running.done() and len(tokens) < self._max_pending:
+        while not running.done() and len(tokens) < self.max_pending:
             token = ahead(prediction, tokens)
             if token is None:
                 return

@@ -59,6 +59,10 @@ class Response:
         self.finished: FinishReason | None = None
         self._sampler, self._text = sampler, text
         self.greedy = sampler is None and not self._logprobs
+        self._grammar = None if sampler is None else sampler.grammar
+        self._takes_best = sampler is not None and sampler.only_masks
+        # Whether forced tokens go without a prediction: their log-probabilities are one.
+        self.joins_forced = self._grammar is not None and not self._logprobs
         # Looked up once: what is called for every token is seldom in the processor's cache.
         self._push = text.push
         self._rest = ""  # text that was withheld when it was cut short
@@ -75,19 +79,49 @@ class Response:
         """The token that comes after the final ones and `drafts`."""
         if self._sampler is None:
             return prediction.token
+        context, grammar = self._context(drafts), self._grammar
+        if grammar is not None:
+            output = context[len(self.prompt) :]
+            forced = grammar.forced(output)
+            if forced is not None:
+                return forced
+            # The best token, where it is allowed, is the best that is.
+            if self._takes_best and grammar.allows(output, (prediction.token,)):
+                return prediction.token
+        assert prediction.logits is not None
+        return self._sampler(prediction.logits, context)
+
+    def judged(self, guess: Prediction, drafts: Sequence[int] = ()) -> Prediction:
+        """A shallow prediction, whose confidence is 0 where the grammar refuses its best token after `drafts`."""
+        if self._grammar is None or guess.confidence is None:
+            return guess
+        allowed = self._grammar.allows(self._context(drafts)[len(self.prompt) :], (guess.token,))
+        return guess if allowed else guess._replace(confidence=0.0)
+
+    def forced(self, drafts: Sequence[int] = ()) -> int | None:
+        """The only token that the grammar allows after the final ones and `drafts`; None where it leaves a choice, and
+        where forced tokens need a prediction too."""
+        if self._grammar is None or not self.joins_forced:
+            return None
+        return self._grammar.forced(self._context(drafts)[len(self.prompt) :])
+
+    def _context(self, drafts: Sequence[int]) -> np.ndarray:
         length = self._length + len(drafts)
         self._ids[self._length : length] = drafts
-        assert prediction.logits is not None
-        return self._sampler(prediction.logits, self._ids[:length])
+        return self._ids[:length]
 
     def ends(self, drafts: Sequence[int]) -> bool:
         """True where the request is over with the last of `drafts`, should all of them become final."""
         return drafts[-1] in self._eos or self._length + len(drafts) >= self._end
 
     def within(self, drafts: list[int]) -> list[int]:
-        """Cut `drafts` behind the one that ends the request, should all of them become final."""
+        """Cut `drafts` before the first that the grammar refuses, and behind the one that ends the request, should all
+        of them become final."""
         ends = (place + 1 for place, token in enumerate(drafts) if token in self._eos)
-        return drafts[: min(next(ends, len(drafts)), self._end - self._length)]
+        drafts = drafts[: min(next(ends, len(drafts)), self._end - self._length)]
+        if self._grammar is None or not drafts:
+            return drafts
+        return drafts[: self._grammar.allows(self._context(())[len(self.prompt) :], drafts)]
 
     def add(
         self,
@@ -167,6 +201,8 @@ class Response:
     def _count(self) -> None:
         """Fill in the counts that are not worth keeping at every token."""
         self._stats.tokens = len(self.tokens)
+        if self._grammar is not None:
+            self._stats.grammar_seconds = self._grammar.seconds
         if self.tokens:
             self._stats.first_token_seconds = self.times[0] - self.asked
         if self._began is not None:

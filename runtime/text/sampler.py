@@ -14,10 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtime.errors import OptionError
+
+if TYPE_CHECKING:
+    from runtime.text.grammar import Grammar
 
 # As transformers' LogitsProcessor, on numpy: (input_ids int64 [1, n], scores float32 [1, V]) -> scores [1, V]. A draft
 # is chosen, and chosen again: the same arguments must give the same scores.
@@ -71,6 +75,7 @@ class Sampler:
     processors: tuple[LogitsProcessor, ...] = ()
     warping: Warping | None = None
     seed: tuple[int, int] = (0, 0)
+    grammar: Grammar | None = None
 
     def __call__(self, logits: np.ndarray, context: np.ndarray) -> int:
         """The token after `context`, int64 [n], from logits float32 [V], which stay as they are. Raises OptionError
@@ -89,7 +94,7 @@ class Sampler:
         return np.array(list(single), np.int64), np.array(list(single.values()), np.float32), longer
 
     def process(self, logits: np.ndarray, context: np.ndarray) -> np.ndarray:
-        """Change logits as the processors of transformers do, the caller's after the others."""
+        """Change logits as the processors of transformers do, the caller's after the others, the grammar last."""
         early = bool(self.eos) and len(context) - self.prompt_length < self.min_new_tokens
         scores = logits
         if self.sequence_bias or self.repetition_penalty != 1.0 or early:
@@ -107,7 +112,13 @@ class Sampler:
             scores[list(self.eos)] = NEVER
         for processor in self.processors:
             scores = _processed(processor, scores, context)
-        return scores
+        return scores if self.grammar is None else self.grammar.mask(scores, context[self.prompt_length :])
+
+    @property
+    def only_masks(self) -> bool:
+        """Whether the grammar alone changes scores, so that the best token is chosen wherever it is allowed."""
+        others = self.sequence_bias or self.processors or self.warping or self.min_new_tokens
+        return not others and self.repetition_penalty == 1.0
 
 
 def race(probabilities: np.ndarray, seed: tuple[int, int], position: int) -> int:

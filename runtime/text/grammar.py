@@ -1,0 +1,203 @@
+"""Constrained output: which tokens a JSON schema, a regular expression, a grammar or a list of choices allows next, by
+the package llguidance (the extra `grammar`).
+
+A forced token is one that the grammar leaves no other text for: the keys and quotes of an object, what remains of a
+choice. It needs no prediction. Where text is forced its tokens are those that the tokenizer makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import OptionError, one_line
+from runtime.text.sampler import NEVER, UNKNOWN
+from runtime.text.tokenizer import Tokenizer
+
+INSTALL = "pip install 'freeexport[grammar]'"
+# Compiled grammars that are kept.
+MOST_KEPT = 64
+# JSON is written on one line, as Python's json.dumps writes it: fewer forms force more tokens. "x-guidance" in a schema
+# changes that.
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Symbols of a grammar, and states of its lexer (1 to 2 kB each): they bound the time and the memory that one takes.
+MOST_SYMBOLS, MOST_STATES = 50_000, 50_000
+# Tokens that may be forced at the beginning: more than any slot holds, as of a schema that requires itself.
+MOST_FORCED = 10_000
+
+
+class Grammars:
+    """Compiles constraints for the tokens of a model, `vocab_size` ids of which `ends` end an output. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, ends: Sequence[int]) -> None:
+        self._tokenizer, self._vocab_size, self._ends = tokenizer, vocab_size, list(ends)
+        self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
+        self._tokens: Any = None
+
+    def open(self, kind: str, text: str, most: int) -> Grammar:
+        """A grammar at its beginning, for an output of at most `most` tokens; `kind` is "json_schema", "regex",
+        "grammar" or "choice", a JSON list. Raises OptionError for one that cannot be compiled or has no output."""
+        key = kind, text
+        if key not in self._kept:
+            with self._compiling:  # others go on with what is compiled
+                if key not in self._kept:
+                    matcher = self._compile(kind, text)
+                    with self._lock:
+                        self._kept[key] = matcher
+        with self._lock:
+            matcher = self._kept.pop(key)
+            self._kept[key] = matcher
+            if len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
+            return Grammar(kind, matcher.deep_copy(), self._ends, self._vocab_size, most)
+
+    def _compile(self, kind: str, text: str) -> Any:
+        try:
+            import llguidance
+        except ImportError:
+            raise OptionError(f"{kind} needs the package llguidance; run {INSTALL}") from None
+        if self._tokenizer is None or not self._ends:
+            missing = "tokenizer" if self._tokenizer is None else "end-of-sequence token"
+            raise OptionError(f"{kind} is given, but the session has no {missing}; leave it out")
+        limits = llguidance.LLParserLimits(
+            max_grammar_size=MOST_SYMBOLS, max_lexer_states=MOST_STATES, verbose_errors=False
+        )
+        try:
+            if self._tokens is None:
+                self._tokens = self._tokenizer.for_grammars(llguidance, self._vocab_size, self._ends)
+            grammars = [{**_described(llguidance, kind, text), "name": "text"}]
+            if not self._tokenizer.keeps_leading_space:
+                grammars.insert(0, {"lark_grammar": 'start: " "? @text'})
+            matcher = llguidance.LLMatcher(self._tokens, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
+            problem = matcher.get_error()
+            if not problem and (len(matcher.compute_ff_tokens()) > MOST_FORCED or matcher.is_error()):
+                problem = "no finite output satisfies it"
+        except (KeyboardInterrupt, SystemExit, OptionError):
+            raise
+        except BaseException as error:  # what the library raises for what it cannot parse, its panics too
+            problem = one_line(error)
+        if problem:
+            raise OptionError(f"{kind} cannot be used: {' '.join(problem.split())[:300]}")
+        return matcher
+
+
+class Grammar:
+    """The grammar of one request. An `output`, int64 [n], is what the request wrote so far, drafts included; going back
+    to an earlier one is cheap. `seconds`: the time that all of it took.
+
+    States are those behind each token of the output that was last asked for. Each knows the tokens that are forced
+    there, found where the last choice was made: so what is forced depends on the output alone.
+    """
+
+    def __init__(self, name: str, matcher: Any, ends: Sequence[int], vocab_size: int, most: int) -> None:
+        self.seconds = 0.0
+        self._name, self._matcher, self._end, self._ends = name, matcher, ends[0], frozenset(ends)
+        self._read, self._length = np.zeros(most, np.int64), 0
+        self._bits = np.zeros((max(vocab_size, 1) + 31) // 32, np.int32)
+        self._forced = [self._run()]
+
+    def forced(self, output: np.ndarray) -> int | None:
+        """The only token that may follow; None where there is a choice."""
+        began = perf_counter()
+        run = self._forced[-1] if self._follow(output) else ()
+        self.seconds += perf_counter() - began
+        return run[0] if run else None
+
+    def allows(self, output: np.ndarray, tokens: Sequence[int]) -> int:
+        """How many of `tokens` may follow, one after the other; none after the end."""
+        began, count = perf_counter(), 0
+        if self._follow(output):
+            for token in tokens:
+                if token in self._ends:
+                    count += self._may_end(token)
+                    break
+                if not self._take(token):
+                    break
+                count += 1
+        self.seconds += perf_counter() - began
+        return count
+
+    def mask(self, scores: np.ndarray, output: np.ndarray) -> np.ndarray:
+        """Scores float32 [V] in which tokens that must not follow are never chosen. Raises OptionError where no token
+        may."""
+        began = perf_counter()
+        if not self._follow(output):  # a beam that is no longer one
+            return scores
+        run = self._forced[-1]
+        if run:
+            allowed = np.arange(len(scores)) == run[0]
+        else:
+            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(scores)].view(bool)
+        self._check()
+        if not allowed.any():
+            raise OptionError(f"{self._name}: no token of this model's vocabulary may follow; change it")
+        if scores[allowed].max() <= UNKNOWN / 2:  # of an exit vocabulary that has none of them: one is as good
+            scores = np.zeros_like(scores)
+        masked: np.ndarray = np.where(allowed, scores, NEVER)
+        self.seconds += perf_counter() - began
+        return masked
+
+    def _follow(self, output: np.ndarray) -> bool:
+        """Go to the state behind `output`; whether the grammar allows it."""
+        most = min(self._length, len(output))
+        differ = np.flatnonzero(self._read[:most] != output[:most])
+        same = int(differ[0]) if len(differ) else most
+        if same < self._length:
+            self._matcher.rollback(self._length - same)
+            self._length = same
+            del self._forced[same + 1 :]
+        return all(self._take(token) for token in output[same:].tolist())
+
+    def _take(self, token: int) -> bool:
+        """Go on with a token, if it is allowed. An end has no state."""
+        run = self._forced[-1]
+        if token in self._ends or (run and token != run[0]) or not self._matcher.try_consume_tokens([token]):
+            self._check()
+            return False
+        self._read[self._length] = token
+        self._length += 1
+        self._forced.append(run[1:] or self._run())
+        return True
+
+    def _run(self) -> tuple[int, ...]:
+        """The tokens that are forced in a state that a choice led to."""
+        if self._matcher.is_stopped():
+            self._check()
+            return (self._end,)
+        return tuple(self._matcher.compute_ff_tokens())
+
+    def _may_end(self, token: int) -> bool:
+        run = self._forced[-1]
+        return token == run[0] if run else bool(self._matcher.is_accepting())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            problem = " ".join(self._matcher.get_error().split())[:200]
+            raise OptionError(f"{self._name} takes too much to follow ({problem}); make it simpler")
+
+
+def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
+    """A grammar as llguidance describes it. Raises what its parsers raise."""
+    if kind == "json_schema":
+        schema = json.loads(text)
+        if isinstance(schema, dict):
+            schema["x-guidance"] = JSON_FORM | schema.get("x-guidance", {})
+        return {"json_schema": schema}
+    if kind == "choice":
+        return {"lark_grammar": "start: " + " | ".join(map(json.dumps, json.loads(text)))}
+    if kind == "regex":
+        described: dict[str, Any] = json.loads(llguidance.LLMatcher.grammar_from_regex(text))["grammars"][0]
+        return described
+    if "::=" in text:  # GBNF, as llama.cpp's
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        text = any_to_lark(text)
+    return {"lark_grammar": text}
