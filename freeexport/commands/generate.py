@@ -68,9 +68,11 @@ def _others(context: click.Context, parameter: click.Parameter, given: tuple[str
               help=f"Lines of --input to decode at once.  [default: {BATCH}]")  # fmt: skip
 @click.option("--no-trust-templates", is_flag=True,
               help="Do not load the tokenizer and chat template: PROMPT is token ids, as in 1,22,333.")  # fmt: skip
-@section("Drafts, sampling, beams, several results", rare=True)
+@section("Drafts, constraints, sampling, beams, several results", rare=True)
 @click.option("--predicted-output", type=click.Path(path_type=Path), metavar="FILE",
               help="Text that the output is expected to be, but for changes: drafts of mode lossless.")  # fmt: skip
+@click.option("--json-schema", type=click.Path(path_type=Path), metavar="FILE",
+              help="The output is JSON of the schema in FILE (-o regex=, grammar= and choice= are alike).")  # fmt: skip
 @click.option("-o", "--option", "others", multiple=True, metavar="NAME=VALUE", callback=_others,
               help="Any other option of a request (docs/options.md), such as seed=1, top_p=0.9, num_beams=4, "
               "num_return_sequences=4, drafts=exit, deadline=60, top_logprobs=3 for JSON, or "
@@ -91,6 +93,7 @@ def command(
     threads: int | None,
     no_trust_templates: bool,
     predicted_output: Path | None,
+    json_schema: Path | None,
     others: dict[str, Any],
     as_json: bool,
     **given: Any,
@@ -102,6 +105,7 @@ def command(
       freeexport generate bundle "The capital of France is" --max-new-tokens 32
       freeexport generate bundle "Once upon a time" --temperature 0.8 -o top_k=40 -o seed=1
       freeexport generate bundle "Correct the spelling: ..." --mode lossless --predicted-output draft.txt
+      freeexport generate bundle "Ada, born in 1815: " --json-schema person.json
       freeexport generate bundle --input prompts.jsonl --output results.jsonl --batch-size 8 -o deadline=60
       freeexport generate cuda-bundle "Once upon a time" --device cuda:0
     """
@@ -119,13 +123,13 @@ def command(
         if wrong:
             raise click.UsageError(message)
     options = {name: value for name, value in {**given, **others}.items() if value is not None}
-    if predicted_output is not None:
-        try:
-            options["predicted_output"] = read_text(predicted_output)
-        except UnreadableError as error:
-            raise OptionError(
-                f"--predicted-output {predicted_output} cannot be read ({error}); give a text file in UTF-8"
-            ) from None
+    for name, file in {"predicted_output": predicted_output, "json_schema": json_schema}.items():
+        if file is not None:
+            try:
+                options[name] = read_text(file)
+            except UnreadableError as error:
+                option = f"--{name.replace('_', '-')}"
+                raise OptionError(f"{option} {file} cannot be read ({error}); give a text file in UTF-8") from None
     sequences = options.pop("num_return_sequences", 1)
     if options.get("top_logprobs"):
         options["output_logprobs"] = True

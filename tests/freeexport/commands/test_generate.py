@@ -81,6 +81,20 @@ def test_drafts_are_taken_from_the_sources_asked_for(generate: Run, session: Ses
         assert message in error(generate(*arguments, *more))
 
 
+def test_outputs_are_constrained(generate: Run, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    assert generate("Hi", "--json-schema", str(schema)).stdout.strip() in ('"yes"', '"no"')
+    assert generate("Hi", "-o", 'choice=["up", "down"]').stdout.strip() in ("up", "down")
+    for more, message in (
+        (("--json-schema", str(tmp_path)), "cannot be read (it is a directory"),
+        (("--json-schema", str(schema), "-o", "regex=a"), "json_schema and regex are both given"),
+        (("-o", "regex=("), "regex cannot be used"),
+    ):
+        assert message in error(generate("Hi", *more))
+
+
 def test_several_samples_are_printed_best_first(generate: Run, session: Session, tmp_path: Path) -> None:
     arguments = ("--temperature", "1", "-o", "seed=2", "--max-new-tokens", "5", "-o", "num_return_sequences=3")
     texts = [r.text for r in session.generate_best("Hi", 3, temperature=1.0, seed=2, max_new_tokens=5)]
