@@ -88,9 +88,10 @@ class Checkpoint:
     def exit_layer(self, layers: int, given: int | None) -> int:
         """Return the exit layer in a decoder of so many layers: as trained, or as given. Raises OptionError."""
         trained = None if self.exit is None else self.exit.exit_layer
-        if trained is not None and given not in (None, trained):
+        # weighted-ce trains all layers as exits.
+        if self.exit is not None and given not in (None, trained) and self.exit.loss != "weighted-ce":
             raise OptionError(f"{self.name} was trained to exit after layer {trained}, not {given}; leave it out")
-        chosen = given if trained is None else trained
+        chosen = trained if given is None else given
         if chosen is None or not 1 <= chosen < layers:
             problem = "there is no exit.json" if chosen is None else f"exit layer {chosen} is out of range"
             raise OptionError(f"{self.name}: {problem}; choose --exit-layer, from 1 to {layers - 1}")

@@ -101,7 +101,7 @@ def trainable(
 
     def write(directory: Path) -> None:
         if saved is None:
-            _link_base(checkpoint, directory)
+            link_base(checkpoint, directory)
         elif adapted is not None:
             saved.save_pretrained(str(directory))
             (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
@@ -180,7 +180,7 @@ def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
             shutil.copyfile(path, directory / path.name)
 
 
-def _link_base(checkpoint: Checkpoint, directory: Path) -> None:
+def link_base(checkpoint: Checkpoint, directory: Path) -> None:
     """Put the base's weights, configuration and tokenizer there, unchanged."""
     paths = {file.path for file in checkpoint.files if file.path.name != EXIT_WEIGHTS}
     if not checkpoint.path.is_file():

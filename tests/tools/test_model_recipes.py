@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+from checkpoints import CASES, VOCAB_SIZE, Case
 from click.testing import CliRunner
 
 from freeexport.checkpoints.exit_file import read_exit_file
 from freeexport.cli import main as freeexport
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
+from runtime import Session
 from tools.data.splits import DataError
-from tools.models import demo_model, g2p_table, recipe, smollm2_task
+from tools.models import cut_vocabulary, demo_model, g2p_table, recipe, task_model
 
+BY_NAME = {case.name: case for case in CASES}
 RECIPES = {
     "demo_model": (demo_model, ()),
     "g2p_table": (g2p_table, ()),
-    "restoration": (smollm2_task, ("restoration",)),
-    "summarization": (smollm2_task, ("summarization", "--bundle", "int8")),
+    "restoration": (task_model, ("smollm2", "restoration", "--exit", "8", "2", "0", "--precision", "fp32")),
+    "phrases": (task_model, ("smollm2", "phrases", "--seeds", "2", "--baselines")),
+    "t5": (task_model, ("flan-t5-small", "restoration", "--baselines")),
 }
 
 
@@ -42,15 +50,18 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         found.append(arguments)
         if arguments[:2] in (["freeexport", "train"], ["freeexport", "convert"]):
             Path(arguments[3]).mkdir()
+        elif arguments[0] in ("tools.models.flan_t5", "tools.models.cut_vocabulary"):
+            Path(arguments[2]).mkdir()
         elif arguments[0].startswith("tools.data."):
             out = Path(arguments[2] if arguments[0].endswith("debian") else arguments[1])
             out.mkdir()
             for split in ("train", "validation", "calibration", "test"):
                 (out / f"{split}.jsonl").write_text('{"input": "a", "target": "b", "references": [["b"], ["c"]]}\n')
 
-    for module in (recipe, demo_model, g2p_table, smollm2_task):
+    for module in (recipe, demo_model, g2p_table, task_model):
         monkeypatch.setattr(module, "python", pretend)
-    monkeypatch.setattr(smollm2_task, "smollm2", lambda: "model.gguf")
+    monkeypatch.setattr(task_model, "smollm2", lambda: "model.gguf")
+    monkeypatch.setattr(task_model, "WHEEL", __file__)
     return found
 
 
@@ -68,6 +79,67 @@ def test_options_that_recipes_give_are_those_of_the_commands(
         read(verb, options)
     verbs = [verb for verb, *_ in given]
     assert {"train", "convert", "evaluate"} <= set(verbs)
+
+
+def test_a_task_is_compared_with_its_baselines_and_all_seeds(commands: list[list[str]], tmp_path: Path) -> None:
+    arguments = ["smollm2", "phrases", str(tmp_path), "--seeds", "2", "--baselines"]
+    CliRunner().invoke(task_model.command, arguments, catch_exceptions=False)
+    trained = {Path(command[3]).name: command for command in commands if command[:2] == ["freeexport", "train"]}
+    assert list(trained) == ["joint", "exit", "joint-1", "exit-1", "weighted", "plain"]
+    assert [trained[name][trained[name].index("--seed") + 1] for name in ("exit", "exit-1")] == ["0", "1"]
+    assert all("--exit-vocab" in trained[name] for name in ("joint", "exit"))
+    pairs = [f"{name}={trained[name][trained[name].index('--loss') + 1]}" for name in ("weighted", "plain")]
+    assert pairs == ["weighted=weighted-ce", "plain=deep-ce"]
+    (evaluation,) = [command[2:] for command in commands if command[:2] == ["freeexport", "evaluate"]]
+    bundles = [
+        Path(argument).name for argument in evaluation if argument.startswith(f"{tmp_path}/") and "=" in argument
+    ]
+    assert [name.partition("=")[0] for name in bundles] == [
+        "int8", "int8-1", "plain", "weighted", "static-4", "static-8", "static-12", "static-20", "cut",
+    ]  # fmt: skip
+    calibrated = [Path(command[2]).name for command in commands if command[:2] == ["freeexport", "calibrate"]]
+    assert calibrated == ["int8", "int8-1", "weighted"]
+    commands.clear()
+    CliRunner().invoke(task_model.command, [*arguments, "--train-only"], catch_exceptions=False)
+    assert {command[1] for command in commands} == {"calibrate"}  # nothing else is made again
+
+
+def test_a_task_that_a_model_has_not_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(task_model.command, ["flan-t5-small", "phrases", str(tmp_path / "work")])
+    assert result.exit_code == 2
+    assert "flan-t5-small has no task phrases; choose from restoration" in result.output
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "t5-gated-tied"])
+def test_a_model_with_a_cut_vocabulary_writes_what_the_whole_one_does(
+    name: str, checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    """As long as that has no other tokens; otherwise the likeliest that it knows."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input": "one two", "target": "three four"}\n' * 2)
+    case, texts = BY_NAME[name], ["one two three", "x", "line 5"]
+    made = dict[int, list[tuple[int, ...]]]()
+    for tokens in (VOCAB_SIZE - 1, 40):
+        cut, out = tmp_path / f"cut-{tokens}", tmp_path / f"bundle-{tokens}"
+        given = [str(checkpoint(case)), str(cut), "--data", str(data), "--tokens", str(tokens)]
+        result = CliRunner().invoke(cut_vocabulary.command, given, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        convert(str(cut), out, ConvertOptions(capacity=128, encoder_capacity=128, verify="none", measure=False))
+        options: dict[str, Any] = {"max_new_tokens": 16, "ignore_eos": True}
+        with Session(out, threads=1, slots=1) as session:
+            full, static = (
+                [session.generate(text, mode=mode, **options).token_ids for text in texts]
+                for mode in ("full", "shallow")
+            )
+        made[tokens] = static
+    assert made[VOCAB_SIZE - 1] == full
+    known = read_exit_file(tmp_path / "cut-40")
+    assert known is not None
+    assert known.vocabulary is not None
+    assert known.vocabulary.size == 40
+    first = 0 if name.startswith("t5") else 1  # of a decoder-only model, the prompt's own prediction is the whole one's
+    assert len({token for ids in made[40] for token in ids[first:]}) <= 40
 
 
 def test_a_recipe_that_was_interrupted_makes_only_what_is_missing(commands: list[list[str]], tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def bundle(work: Path, training: Training, precision: str = "fp32", *options: ob
     """A calibrated bundle of a run."""
     out = work / f"{training.name}-{precision}{name}"
     calibration = part_of(work / "test" / "calibration.jsonl", "phrases")
-    return convert(trained(work, training), out, calibration, MOST, "--precision", precision, *options)
+    rule = ("--data", calibration, "--max-new-tokens", MOST)
+    return convert(trained(work, training), out, ("--precision", precision, *options), rule)
 
 
 def calibrated_on(work: Path, samples: int) -> Path:

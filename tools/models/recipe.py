@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import click
 
 from freeexport.system.machine import multiplies_bfloat16
+from runtime.bundle.calibration import CALIBRATION
 from tools.data.splits import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,9 +39,17 @@ def train(model: object, out: Path, *options: object) -> Path:
     return out
 
 
-def convert(model: Path, bundle: Path, calibration: Path, most: int, *options: object) -> Path:
-    """A bundle of a checkpoint, calibrated on the lines of a file with at most `most` new tokens; returns `bundle`."""
+def convert(model: Path, bundle: Path, options: Sequence[object], calibrate: Sequence[object] = ()) -> Path:
+    """A bundle of a checkpoint, calibrated where there are options for it; returns `bundle`."""
     if not bundle.exists():
         python("freeexport", "convert", model, bundle, *options)
-        python("freeexport", "calibrate", bundle, "--data", calibration, "--max-new-tokens", most)
+    if calibrate and not (bundle / CALIBRATION).exists():
+        python("freeexport", "calibrate", bundle, *calibrate)
     return bundle
+
+
+def first_lines(source: Path, count: int, target: Path) -> Path:
+    """Write the first lines of a file to another; its path."""
+    with source.open(encoding="utf-8") as file:
+        target.write_text("".join(islice(file, count)), encoding="utf-8")
+    return target
