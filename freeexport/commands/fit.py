@@ -10,6 +10,7 @@ import click
 
 from freeexport.commands.verb_options import METRICS, THREADS, MetricName, SectionedCommand, section
 from freeexport.system.page import pairs, print_page
+from freeexport.system.progress import progress
 
 _UNITS = {"h": 3600, "m": 60, "min": 60, "s": 1}
 
@@ -65,7 +66,8 @@ def command(model: str, out: Path, quality: float | None, lossless: bool, only_p
     given["metric"] = given["metric"] or FitOptions.metric
     share = None if lossless else FitOptions.quality if quality is None else quality
     options = FitOptions(model, out, quality=share, **given)
-    plan = planned(options, keep=not only_plan)
+    with progress("planning"):
+        plan = planned(options, keep=not only_plan)
     print_page([pairs("Plan", describe_plan(options, plan))])
     if not only_plan:
         verdict = fit(options, plan)

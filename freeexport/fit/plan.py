@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,11 @@ from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import Example, encode, text_format
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.measure.byte_model import row_share
 from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.sources import reference_of
+from freeexport.measure.timing import load_note, other_load
 from freeexport.metrics import MetricError, check_name, metric_of
 from freeexport.system.child import run_child
 from freeexport.system.jsonl import Request
@@ -63,6 +65,9 @@ TEST, CALIBRATION, VALIDATION, TRAIN = (100, 400), (60, 300), 100, 100
 BY_QUALITY, BY_AGREEMENT, COMPARED, ALONE = 8.0, 2.0, 6.5, 2.0
 SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # of the budget, at most
 TOGETHER = 0.85  # of the training time, with the model; the rest trains the exit alone
+# Seconds of a conversion, and weights a second besides; bytes that training takes beside its weights.
+CONVERTING, CONVERTED = 45, 1.5e6
+ACTIVATIONS = 2 << 30
 FEW_STEPS = 100  # with which an exit hardly learns
 STEPS, BATCH_TOKENS = 5, 2048  # that are timed
 
@@ -127,40 +132,34 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """`exit`: None where nothing is trained, and `why` then. `step`: seconds of a training step, which saw
-    `tokens_per_second`; `rate`: tokens a second that the full model will decode. `tune`: the trainings, in order.
-    `lines` by split. `seconds` by step of the run; `frozen_lines` train the exit alone."""
+class Training:
+    """`tune`: the trainings, in order. `step`: seconds of one of BATCH_TOKENS, which saw `tokens_per_second`.
+    `frozen_lines` train the exit alone."""
 
-    name: str
-    layers: int
-    precision: Precision
-    rate: float
-    exit: PlannedExit | None
-    why: str
-    texts: Texts | None
     tune: tuple[Tune, ...]
     step: float
     tokens_per_second: float
     bf16: bool
     learning_rate: float
-    lines: dict[str, int]
     frozen_lines: int
-    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Host:
-    """The machine: memory in bytes, bandwidth in bytes a second, and instruction sets."""
+class Plan:
+    """`rate`: tokens a second that the full model will decode in 8 bits. `seconds` by step of the run, `lines` by
+    split. `exit` and `training`: None where nothing is trained, and `why` then. `busy`: cores that others used."""
 
-    memory: int
-    bandwidth: float
-    features: tuple[str, ...]
-
-
-def this_host(threads: int) -> Host:
-    """Measure the machine."""
-    return Host(psutil.virtual_memory().available, bandwidth_of(threads), read_cpuinfo()[1])
+    name: str
+    layers: int
+    precision: Precision
+    rate: float
+    busy: float
+    seconds: dict[str, float]
+    why: str = ""
+    texts: Texts | None = None
+    lines: dict[str, int] = field(default_factory=dict)
+    exit: PlannedExit | None = None
+    training: Training | None = None
 
 
 def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
@@ -171,58 +170,54 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
     """
     checkpoint = open_checkpoint(options.model)
     description = describe(checkpoint.config, checkpoint)
-    layers = len(description.decoder.layers)
+    layers, costs = len(description.decoder.layers), analytic(description, checkpoint)
     if layers < 2:
         raise OptionError(f"{checkpoint.name} has one decoder layer, and an exit needs at least two; use convert")
-    machine, costs = this_host(options.threads or usable_cores()), analytic(description, checkpoint)
-    # A byte a weight in 8 bits.
-    rate = REACHED * machine.bandwidth / ((layers * costs.layer + costs.head) / 4)
     parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    converting = 45 + parameters / 1.5e6
-    base: dict[str, Any] = {"name": checkpoint.name, "layers": layers, "rate": rate, "bf16": multiplies_bfloat16()}
-    base |= {"tune": (), "step": 0.0, "tokens_per_second": 0.0, "learning_rate": 0.0, "frozen_lines": 0}
-    if options.data is None:
-        seconds = {"convert": converting}
-        why = "there are no data to train an exit on"
-        return Plan(**base, precision=as_stored(checkpoint), exit=None, why=why, texts=None, lines={}, seconds=seconds)
-    _check_metric(options.metric, lines)
-    examples = _examples(checkpoint, description, lines, options.data)
-    further = row_share("int8", machine.features)
-    texts, found = _texts(examples), best_exit(checkpoint, description, examples, further)
-    request = (PROMPT * texts.prompt + texts.target) / rate  # seconds, by the full model
+    converting = CONVERTING + parameters / CONVERTED
+    with other_load() as load:
+        # A byte a weight in 8 bits.
+        rate = REACHED * bandwidth_of(options.threads or usable_cores()) / ((layers * costs.layer + costs.head) / 4)
+        plan = Plan(checkpoint.name, layers, as_stored(checkpoint), rate, 0.0, {"convert": converting})
+        if options.data is None:
+            plan = replace(plan, why="there are no data to train an exit on")
+        else:
+            _check_metric(options.metric, lines)
+            step = max(1, len(lines) // SAMPLE)
+            examples = encode(lines[::step], text_format(checkpoint, description, 2048), options.data)[0]
+            plan = replace(plan, texts=_texts(examples), exit=best_exit(checkpoint, description, examples))
+            plan = _with_times(options, plan, converting, parameters, len(lines))
+    return replace(plan, busy=load.cores)
+
+
+def _with_times(options: FitOptions, plan: Plan, converting: float, parameters: int, lines: int) -> Plan:
+    """The plan with its splits and times, and without its exit where that cannot pay."""
+    texts, found = plan.texts, plan.exit
+    assert texts is not None
+    assert found is not None
+    request = (PROMPT * texts.prompt + texts.target) / plan.rate  # seconds, by the full model
+
+    def count(bounds: tuple[int, int], step: str, each: float) -> int:
+        """How many lines fit the step's share of the budget; at most a quarter of all lines above the least."""
+        return int(max(bounds[0], min(bounds[1], SHARES[step] * options.budget / (each * request), lines / 4)))
+
     if (usual := texts.request(found.speeds["usual"])) < PAYS:
-        tested = _lines(TEST, SHARES["evaluate"] * options.budget, ALONE * request, len(lines))
+        tested = count(TEST, "evaluate", ALONE)
         seconds = {"untrained": converting, "evaluate": tested * ALONE * request}
         why = f"an exit would usually give {usual:.2f}x a request here: training cannot pay"
-        return Plan(
-            **base, precision=as_stored(checkpoint), exit=None, why=why, texts=texts, lines={"test": tested},
-            seconds=seconds,
-        )  # fmt: skip
-    return _trained(options, base, found, texts, request, converting, parameters, machine, len(lines))
-
-
-def _trained(
-    options: FitOptions, base: dict[str, Any], found: PlannedExit, texts: Texts, request: float, converting: float,
-    parameters: int, machine: Host, lines: int,
-) -> Plan:  # fmt: skip
-    """The plan of a run that trains."""
+        return replace(plan, exit=None, why=why, lines={"test": tested}, seconds=seconds)
     each = BY_AGREEMENT if options.quality is None else BY_QUALITY
-    calibrated, tested = (
-        _lines(bounds, SHARES[name] * options.budget, times * request, lines)
-        for name, bounds, times in (("calibrate", CALIBRATION, each), ("evaluate", TEST, COMPARED))
-    )
-    seconds = {
-        "untrained": converting,
-        "trained": converting,
-        "calibrate": calibrated * each * request,
-        "evaluate": tested * COMPARED * request,
-    }
+    sizes = {"test": count(TEST, "evaluate", COMPARED), "calibration": count(CALIBRATION, "calibrate", each)}
+    sizes["validation"] = min(VALIDATION, lines // 10)
+    sizes[TRAIN_SPLIT] = lines - sum(sizes.values())
+    seconds = {"untrained": converting, "trained": converting}
+    seconds |= {"calibrate": sizes["calibration"] * each * request, "evaluate": sizes["test"] * COMPARED * request}
     # Weights, gradients and both moments of every parameter, and the activations of a batch.
-    tune: tuple[Tune, ...] = ("full", "exit") if 16 * parameters + (2 << 30) < machine.memory else ("exit",)
-    rate = 3e-4 if parameters < 3e8 else 1e-4
-    speed = training_speed(options, found, tune[0], base["bf16"], rate)
-    left = options.budget - sum(seconds.values())
-    least = FEW_STEPS * speed["step"] / TOGETHER
+    fits = 16 * parameters + ACTIVATIONS < psutil.virtual_memory().available
+    tune: tuple[Tune, ...] = ("full", "exit") if fits else ("exit",)
+    bf16, learning_rate = multiplies_bfloat16(), 3e-4 if parameters < 3e8 else 1e-4
+    speed = training_speed(options, found, tune[0], bf16, learning_rate)
+    left, least = options.budget - sum(seconds.values()), FEW_STEPS * speed["step"] / TOGETHER
     if left < least:
         needed = math.ceil((options.budget - left + least) / 60)
         raise OptionError(
@@ -230,24 +225,17 @@ def _trained(
             f"steps take {duration(least)}; give --budget {needed}m or more, or leave --data out"
         )
     seconds |= {"joint": TOGETHER * left, "exit": (1 - TOGETHER) * left}
-    if len(tune) == 1:
+    if not fits:
         seconds["exit"] += seconds.pop("joint")
     # The frozen model reads its lines once before, three times as fast as it trains, in a quarter of the time.
-    frozen = int(0.75 * seconds["exit"] * speed["tokens_per_second"] / (texts.prompt + texts.target))
-    sizes = {"test": tested, "calibration": calibrated, "validation": min(VALIDATION, lines // 10)}
-    sizes["train"] = lines - sum(sizes.values())
-    measured = {**base, **speed, "tune": tune, "learning_rate": rate, "frozen_lines": max(TRAIN, frozen)}
-    return Plan(**measured, precision="int8", exit=found, why="", texts=texts, lines=sizes, seconds=seconds)
+    frozen = 0.75 * seconds["exit"] * speed["tokens_per_second"] / (texts.prompt + texts.target)
+    training = Training(tune, **speed, bf16=bf16, learning_rate=learning_rate, frozen_lines=max(TRAIN, int(frozen)))
+    return replace(plan, precision="int8", lines=sizes, seconds=seconds, training=training)
 
 
 def least_lines() -> int:
     """The fewest lines of data that a run can use."""
     return TEST[0] + CALIBRATION[0] + VALIDATION // 2 + TRAIN
-
-
-def _lines(bounds: tuple[int, int], seconds: float, each: float, lines: int) -> int:
-    """How many lines fit into so many seconds, within bounds; at most a quarter of all lines above the least."""
-    return int(max(bounds[0], min(bounds[1], seconds / each, lines / 4)))
 
 
 def _check_metric(name: str, lines: Sequence[Request]) -> None:
@@ -258,29 +246,21 @@ def _check_metric(name: str, lines: Sequence[Request]) -> None:
         raise MetricError(f"metric {name} gives the targets themselves 0: it does not fit these data; choose another")
 
 
-def _examples(checkpoint: Checkpoint, description: Description, lines: Sequence[Request], data: Path) -> list[Example]:
-    step = max(1, len(lines) // SAMPLE)
-    form = text_format(checkpoint, description, 2048)
-    return encode(lines[::step], form, data)[0]
-
-
 def _texts(examples: Sequence[Example]) -> Texts:
     prompts, targets = (np.array([len(getattr(one, name)) for one in examples]) for name in ("prompt", "target"))
     longest = float(np.quantile(targets, LONGEST))
     return Texts(float(prompts.mean()), float(targets.mean()), max(16, math.ceil(1.1 * longest)))
 
 
-def best_exit(
-    checkpoint: Checkpoint, description: Description, examples: Sequence[Example], further: float
-) -> PlannedExit:
-    """The exit that usual tasks make fastest by the bytes that it reads; `further`: the cost of a further row of a
-    call, as a share of the first."""
+def best_exit(checkpoint: Checkpoint, description: Description, examples: Sequence[Example]) -> PlannedExit:
+    """The exit that usual tasks make fastest, by the bytes that it reads."""
     if checkpoint.exit is not None and checkpoint.exit.has_parameters:
         raise OptionError(
             f"{checkpoint.name} has an exit of its own already; give the checkpoint that it was trained on, or use "
             "convert and calibrate"
         )
     layers, costs = len(description.decoder.layers), analytic(description, checkpoint)
+    further = row_share("int8", read_cpuinfo()[1])  # of the first row's cost
     costs = replace(costs, growth={rows: 1 + further * (rows - 1) for rows in costs.growth})
     vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
     for layer, own in product(range(1, layers), OWN_LAYERS):
@@ -333,41 +313,33 @@ def training_speed(
 
 def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     """Names and texts of a plan, for a page."""
-    found, texts, seconds = plan.exit, plan.texts, plan.seconds
+    found, texts, training, seconds = plan.exit, plan.texts, plan.training, plan.seconds
     bits = {"int8": "8 bits a weight", "int4": "4 bits a weight, as the file has them"}[plan.precision]
-    rows = [
-        ("model", f"{plan.name}, {plan.layers} decoder layers"),
-        ("precision", f"{plan.precision}: {bits}; the full model decodes about {plan.rate:.0f} tokens/s in 8 bits"),
-    ]
+    rows = {"model": f"{plan.name}, {plan.layers} decoder layers", "precision": f"{plan.precision}, {bits}"}
+    rows["speed"] = f"about {plan.rate:.0f} tokens/s of the full model in 8 bits, by memory bandwidth"
     if texts is not None:
-        rows += [
-            ("data", f"{texts.prompt:.0f} tokens in, {texts.target:.0f} out; outputs get at most {texts.most}"),
-            ("lines", ", ".join(f"{count} {name}" for name, count in plan.lines.items())),
-        ]
-    if found is None or texts is None:
-        rows.append(("training", f"none: {plan.why}; lossless drafts from the text, and costs nothing where it fails"))
+        rows["data"] = f"{texts.prompt:.0f} tokens in, {texts.target:.0f} out; outputs get at most {texts.most}"
+        rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
+    if found is None or texts is None or training is None:
+        rows["training"] = f"none: {plan.why}; mode lossless drafts from the text, with every token equal"
     else:
-        own = f", through {found.own} layer{'s' if found.own > 1 else ''} of its own"
         known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
         even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"
-        token, request = (
-            ", ".join(f"{of(speed):.2f}x {name}" for name, speed in found.speeds.items())
-            for of in (float, texts.request)
-        )
-        rates = ", ".join(f"{rate:.0%} {name}" for name, rate in found.rates.items())
-        steps = {"full": "all weights and the exit", "exit": "the exit alone"}
-        times = {"full": seconds.get("joint", 0.0), "exit": seconds["exit"]}
-        rows += [
-            ("exit", f"after layer {found.layer} of {plan.layers}{own}{known}: {even}"),
-            ("tokens that exit", f"{rates}, by what exits of such depth reached on other tasks"),
-            ("expected, a token", f"{token}, by the bytes that are read"),
-            ("expected, a request", f"{request}; lossless about as much"),
-            ("training", f"{plan.tokens_per_second:,.0f} tokens/s, {plan.step:.2f} s a step of {BATCH_TOKENS} tokens: "
-             + ", then ".join(f"{duration(times[tune])} of {steps[tune]}" for tune in plan.tune)),
-        ]  # fmt: skip
-    rows.append(("time", ", ".join(f"{name} {duration(time)}" for name, time in seconds.items())))
-    rows.append(("in all", f"{duration(sum(seconds.values()))} of {duration(options.budget)}"))
-    return rows
+        rows["exit"] = f"after layer {found.layer} of {plan.layers}, with {found.own} of its own{known}: {even}"
+        rates = ", ".join(f"{rate:.0%} on a {name} task" for name, rate in found.rates.items())
+        rows["tokens that exit"] = f"{rates}, by what exits of such depth reached on other tasks"
+        for name, speed_of in (("a token", float), ("a request", texts.request)):
+            speeds = ", ".join(f"{speed_of(speed):.2f}x on a {kind} task" for kind, speed in found.speeds.items())
+            rows[f"expected, {name}"] = f"{speeds}, by the bytes that are read"
+        steps = {"full": ("joint", "all weights with the exit"), "exit": ("exit", "the exit alone")}
+        times = (f"{duration(seconds[name])} of {what}" for name, what in map(steps.__getitem__, training.tune))
+        speed = f"{training.tokens_per_second:,.0f} tokens/s, {training.step:.2f} s a step"
+        rows["training"] = f"{speed}: {', then '.join(times)}"
+    rows["time"] = ", ".join(f"{name} {duration(time)}" for name, time in seconds.items())
+    rows["in all"] = f"{duration(sum(seconds.values()))} of {duration(options.budget)}"
+    if note := load_note(plan.busy):
+        rows["note"] = note
+    return list(rows.items())
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from runtime.json_file import read_object
 
 PLAN, DONE = "plan.json", "done.json"
 ANEW = "start anew with --overwrite"
+AGAIN = "what was made is kept: give the same command again to go on"
 FINISHED = "finished"  # in DONE, beside the names of steps
 # What both trainings share; then the weight of distillation and the learning rate of the exit alone.
 PACE = ("--loss", "logit-kd", "--schedule", "hold", "--warmup", "0.03", "--patience", "0")
@@ -118,7 +119,8 @@ def planned(options: FitOptions, keep: bool) -> Plan:
     if kept and options.data is not None:
         sizes = {name: count for name, count in plan.lines.items() if name != splits.TRAIN}
         parts = splits.split(lines, sizes, options.data)
-        parts["frozen"] = parts[splits.TRAIN][: plan.frozen_lines]
+        if plan.training is not None:
+            parts["frozen"] = parts[splits.TRAIN][: plan.training.frozen_lines]
         with output_directory(places.work, PLAN, options.overwrite) as directory:
             (directory / "data").mkdir()
             splits.write(parts, directory / "data")
@@ -136,9 +138,10 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
         return Step(name, ("convert", model, str(out), "--precision", plan.precision), seconds[name], out)
 
     if options.data is None:
-        return [convert("convert", model, places.out)]
+        step = convert("convert", model, places.out)
+        return [replace(step, arguments=(*step.arguments, *(["--overwrite"] if options.overwrite else [])))]
     steps = [convert(UNTRAINED, model, places.work / UNTRAINED)]
-    for tune in plan.tune:
+    for tune in plan.training.tune if plan.training else ():
         steps.append(_training("joint" if tune == "full" else "exit", model, plan, places))
         model = str(steps[-1].output)
     threads = () if options.threads is None else ("--threads", str(options.threads))
@@ -158,18 +161,19 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
 
 
 def _training(name: str, model: str, plan: Plan, places: Places) -> Step:
-    found, alone, minutes = plan.exit, name == "exit", plan.seconds[name] / 60
+    found, training, alone = plan.exit, plan.training, name == "exit"
     assert found is not None
+    assert training is not None
     what: list[object] = ["--tune", "exit" if alone else "full"]
     what += ["--exit-layer", found.layer, "--exit-layers", found.own]
     what += [] if found.vocabulary is None else ["--exit-vocab", found.vocabulary]
     what += ["--data", places.data("frozen" if alone else splits.TRAIN), "--validation", places.data("validation")]
-    alpha, rate = (ALPHA_ALONE, RATE_ALONE) if alone else (ALPHA, plan.learning_rate)
-    steps = plan.seconds[name] / plan.step / (ALONE if alone and len(plan.tune) > 1 else 1)
+    alpha, rate = (ALPHA_ALONE, RATE_ALONE) if alone else (ALPHA, training.learning_rate)
+    steps = plan.seconds[name] / training.step / (ALONE if alone and len(training.tune) > 1 else 1)
     what += [*PACE, "--loss-alpha", alpha, "--learning-rate", rate, "--batch-tokens", BATCH_TOKENS]
-    what += ["--time-limit", f"{minutes:.2f}", "--evaluate-every", max(1, int(steps / EVALUATIONS))]
+    what += ["--time-limit", f"{plan.seconds[name] / 60:.2f}", "--evaluate-every", max(1, int(steps / EVALUATIONS))]
     out = places.work / name
-    arguments = ("train", model, str(out), *map(str, what), *(["--bf16"] if plan.bf16 else []))
+    arguments = ("train", model, str(out), *map(str, what), *(["--bf16"] if training.bf16 else []))
     return Step(name, arguments, plan.seconds[name], out)
 
 
@@ -216,7 +220,8 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
     however fast it is; FREE counts at its calibrated threshold alone."""
     metric, quality = options.metric, options.quality
     full = {row["bundle"]: row["scores"][metric]["value"] for row in rows if row["method"] == "full"}
-    good = [row for row in rows if full[row["bundle"]] >= (quality or 1.0) * max(full.values())]
+    least = (FitOptions.quality if quality is None else quality) or 0.0
+    good = [row for row in rows if full[row["bundle"]] >= least * max(full.values())]
     keeps = [
         row
         for row in good
@@ -227,8 +232,8 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
     speed, low, high = (best[name] for name in ("request_speed", "request_low", "request_high"))
     bounds = f"95 %: {low:.2f} to {high:.2f}, {best['lines']} lines"
     if best["method"] == "free":
-        kept, least, most = (100 * best["scores"][metric][name] for name in ("relative", "low", "high"))
-        tokens = f"at {kept:.1f} % of the full model's {metric} ({least:.1f} to {most:.1f})"
+        kept, worst, most = (100 * best["scores"][metric][name] for name in ("relative", "low", "high"))
+        tokens = f"at {kept:.1f} % of the full model's {metric} ({worst:.1f} to {most:.1f})"
     elif best["same"] == 1:
         tokens = "with every token equal"
     else:
@@ -252,7 +257,7 @@ def _tried(steps: Sequence[Step], done: Mapping[str, Any]) -> Sheet:
     rows = []
     for step in steps:
         entry = done.get(step.name, {})
-        lines = [line for line in str(entry.get("output", "")).splitlines() if line.strip()]
+        lines = [line for line in str(entry.get("output", "")).splitlines() if line.strip() and line[:8] != "written:"]
         told = [line for line in lines if line.startswith(("agreement of", "warning", "verdict"))] or lines[-1:]
         took = duration(entry["seconds"]) if "seconds" in entry else ""
         rows.append((step.name, took, step.command, "; ".join(told)))
@@ -282,8 +287,10 @@ def _run(steps: Sequence[Step], pending: Sequence[Step], done: dict[str, Any], p
                 with clock.ticking(step.seconds, advance):
                     output = run_child("freeexport", *_going_on(step, places), show=partial(click.echo, err=True))
             except ChildError as error:
-                again = "what was made is kept: give the same command again to go on"
-                raise FreeExportError(f"{step.name} failed: {error}; {again}") from None
+                raise FreeExportError(f"{step.name} failed: {error}; {AGAIN}") from None
+            except KeyboardInterrupt:
+                click.echo(AGAIN, err=True)
+                raise
             click.echo(output, nl=False)
             if step.name == "calibrate" and places.report.exists():
                 shutil.rmtree(places.report)  # it is of another threshold

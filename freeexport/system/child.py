@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,12 @@ def run_child(
             os.close(told)
         with process:
             assert process.stdout is not None
-            if show is not None:
-                threading.Thread(target=_show_lines, args=(process.stderr, show), daemon=True).start()
+            reader = threading.Thread(target=_show_lines, args=(process.stderr or (), show), daemon=True)
+            reader.start()
             try:
                 output = process.stdout.read()
                 code = process.wait()
+                reader.join(1.0)  # its own children may keep stderr open
             except BaseException:
                 process.kill()
                 raise
@@ -65,9 +67,11 @@ def run_child(
         return output
 
 
-def _show_lines(lines: Iterable[str], show: Callable[[str], object]) -> None:
-    for line in lines:
-        show(line.rstrip())
+def _show_lines(lines: Iterable[str], show: Callable[[str], object] | None) -> None:
+    with suppress(ValueError):  # the file was closed
+        for line in lines:
+            if show is not None:
+                show(line.rstrip())
 
 
 def tell_parent(reason: str) -> bool:

@@ -45,8 +45,8 @@ def test_a_plan_keeps_to_its_budget_and_names_all_that_it_decided(options: Optio
 
 def test_without_data_nothing_is_trained(options: Options) -> None:
     found = planned(options(data=None))
-    assert (found.exit, found.tune, list(found.seconds)) == (None, (), ["convert"])
-    assert "lossless drafts from the text" in dict(describe_plan(options(data=None), found))["training"]
+    assert (found.exit, found.training, list(found.seconds)) == (None, None, ["convert"])
+    assert "mode lossless drafts from the text" in dict(describe_plan(options(data=None), found))["training"]
 
 
 def test_where_prompts_take_the_time_nothing_is_trained(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +74,10 @@ def test_a_budget_that_is_too_small_is_refused_with_one_that_does(options: Optio
 def test_a_model_that_does_not_fit_in_memory_is_trained_at_its_exit_alone(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "this_host", lambda threads: planning.Host(1 << 20, 1e10, ()))
+    monkeypatch.setattr(planning, "ACTIVATIONS", 1 << 60)
     found = planned(options())
-    assert found.tune == ("exit",)
+    assert found.training is not None
+    assert found.training.tune == ("exit",)
     assert "joint" not in found.seconds
 
 
