@@ -154,7 +154,7 @@ def _measure(
     that the model of each bundle with methods of CALM was trained with, "" where that is not known."""
     energy, load = Energy(), OtherLoad()
     with ExitStack() as stack:
-        decoders = [Decoder(entry, options, threads, records) for entry in entries]
+        decoders = [Decoder(entry, number, options, threads, records) for number, entry in enumerate(entries)]
         for decoder in decoders:
             stack.enter_context(decoder.session)
         prompts = [
@@ -190,9 +190,9 @@ def _measure(
 
 
 class Decoder:
-    """Decodes a bundle's settings, in its `session` or by CALM's engines."""
+    """Decodes the settings of the bundle of a `number`, in its `session` or by CALM's engines."""
 
-    def __init__(self, entry: Entry, options: EvaluateOptions, threads: int, records: Records) -> None:
+    def __init__(self, entry: Entry, number: int, options: EvaluateOptions, threads: int, records: Records) -> None:
         self._calm: dict[Method, Calm] = {}
         self.loss: str | None = None
         for method in (method for method in entry.methods if method in CALM):
@@ -201,8 +201,7 @@ class Decoder:
 
             manifest = entry.bundle.manifest
             least = manifest.exit_layer if method == "calm-single" else options.calm_from
-            beside = "" if len(options.calm_models) == 1 else f"-{options.calm_models.index(str(entry.calm_model))}"
-            directory = options.output / f"calm-{least}{beside}"
+            directory = options.output / (f"calm-{least}-{number}" if number else f"calm-{least}")
             self.loss = write_calm(str(entry.calm_model), manifest, least, directory)
             same = [calm for calm in self._calm.values() if calm.least == least]
             self._calm[method] = same[0] if same else Calm(entry.bundle, directory, least, threads)
@@ -375,7 +374,7 @@ def facts(found: Evaluation) -> list[tuple[str, str]]:
     options, rows, first = found.options, found.rows, found.entries[0].name
     shares = ", ".join(f"{share:.0%}" for share in dict.fromkeys(found.report["row_shares"].values()))
     spreads = [row["spread"] for row in rows if row["spread"] is not None]
-    errors = [metric for metric in found.metrics if metric.error]
+    errors = ", ".join(metric.shown for metric in found.metrics if metric.error)
     return [
         *settings_sheet(found).facts,
         ("speed", "of whole requests, as a multiple of full's; ± is half a 95 % interval of a paired bootstrap"),
@@ -390,7 +389,7 @@ def facts(found: Evaluation) -> list[tuple[str, str]]:
             if spreads
             else []
         ),
-        *[(metric.shown, "errors: less is better, and so it is for the percentage of full's") for metric in errors],
+        *([(errors, "errors: less is better, also of the percentage of full's")] if errors else []),
         *([("*", "the calibrated threshold")] if any(row["calibrated"] for row in rows) else []),
         *about(found.report, found.report["threads"]),
         (

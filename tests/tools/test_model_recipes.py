@@ -169,9 +169,9 @@ def test_one_table_makes_only_what_it_needs(commands: list[list[str]], tmp_path:
     arguments = [str(tmp_path), "--only", "losses-int8-seed-0", "--threads", "2"]
     CliRunner().invoke(g2p_table.command, arguments, catch_exceptions=False)
     trained = [Path(command[3]).name for command in commands if command[:2] == ["freeexport", "train"]]
-    assert trained == ["stage1", *(f"{loss}-2-0" for loss in g2p_table.LOSSES)]
+    assert trained == ["stage1", *(f"{loss}-2-0" for loss in g2p_table.METHODS)]
     (evaluation,) = [command[1:] for command in commands if command[:2] == ["freeexport", "evaluate"]]
-    assert all(f"{tmp_path}/{loss}-2-0-int8=" in " ".join(evaluation) for loss in g2p_table.LOSSES)
+    assert all(f"{tmp_path}/{loss}-2-0-int8=" in " ".join(evaluation) for loss in g2p_table.METHODS)
     options = read(evaluation[0], evaluation[1:])
     assert (options["threads"], options["output"]) == (2, tmp_path / "results-2" / "losses-int8-seed-0")
 

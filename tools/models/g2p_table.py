@@ -31,8 +31,14 @@ from tools.models.demo_model import build_data, initial, part_of
 from tools.models.recipe import convert, python, splits, train
 
 SHARED_MINUTES, STEPS = 30, 400  # of the common checkpoint, of each run
-SEEDS = (0, 1)
-LOSSES = ("logit-kd", "kd-dyn", "weighted-ce")
+SEEDS = (0, 1, 2)
+# By the loss, the methods of its table: CALM on the loss that it needs and on FREE's, and a model without an exit.
+METHODS = {
+    "logit-kd": "full,static,free,lossless,calm,calm-single",
+    "kd-dyn": "full,static,free,lossless",
+    "weighted-ce": "full,static,free,calm,calm-single",
+    "deep-ce": "full,lookup",
+}
 MOST = 128  # new tokens
 ALIKE = ("--dropout", 0)
 
@@ -52,7 +58,7 @@ class Training:
 
 BEST = Training()
 TRAININGS = (
-    *(Training(loss, 2, seed) for seed in SEEDS for loss in LOSSES),
+    *(Training(loss, 2, seed) for seed in SEEDS for loss in METHODS),
     *(Training(exit_layer=layer) for layer in (1, 3, 4)),
 )
 
@@ -103,10 +109,11 @@ def calibrated_on(work: Path, samples: int) -> Path:
 
 
 def losses(work: Path, precision: str, seed: int) -> Sequence[object]:
-    """FREE on each loss, CALM and static exits on the one that they need."""
-    methods = dict.fromkeys(LOSSES, "full,static,free,lossless") | {"weighted-ce": "full,static,free,calm,calm-single"}
-    chosen = [f"{bundle(work, Training(loss, 2, seed), precision)}={methods[loss]}" for loss in LOSSES]
-    return [*chosen, "--calm-model", work / Training("weighted-ce", 2, seed).name]
+    """Methods on each loss, whose checkpoints CALM needs in the bundles' order."""
+    trained_on = {loss: Training(loss, 2, seed) for loss in METHODS}
+    chosen = [f"{bundle(work, training, precision)}={METHODS[loss]}" for loss, training in trained_on.items()]
+    models = (work / training.name for loss, training in trained_on.items() if "calm" in METHODS[loss])
+    return [*chosen, *(part for model in models for part in ("--calm-model", model))]
 
 
 def exit_layers(work: Path) -> Sequence[object]:
@@ -145,8 +152,8 @@ TABLES: dict[str, Callable[[Path], Sequence[object]]] = {
 # fmt: off
 @click.command(context_settings={"show_default": True})
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--samples", type=click.IntRange(10), default=200, help="Phrases of each evaluation.")
-@click.option("--rounds", type=click.IntRange(1), default=1, help="Of each evaluation.")
+@click.option("--samples", type=click.IntRange(10), default=300, help="Phrases of each evaluation.")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Of each evaluation.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="Of each evaluation.")
 @click.option("--begin", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="CHECKPOINT",
               help="Begin every training with this, in place of the common checkpoint.")

@@ -128,6 +128,20 @@ def test_evaluate_runs_it_beside_the_others_and_says_what_it_was_trained_for(
     assert rows["calm-decay 0"]["layers"] >= 1  # the threshold of the first tokens is up to 0.1
     assert any("an unknown loss, not weighted-ce" in note for note in found["notes"])
     assert [curve["method"] for curve in found["curves"]] == ["calm", "calm-decay", "calm-single"]
+    both = [f"{bundle(case)}=full,calm-single" for case in (T5, LLAMA)]
+    models = [
+        "--calm-model",
+        checkpoint(T5),
+        "--calm-model",
+        checkpoint(LLAMA),
+        "--overwrite",
+        "--threshold",
+        0,
+        "--json",
+    ]
+    result = CliRunner().invoke(main, [*map(str, ["evaluate", *both, *given, *models])])
+    assert result.exit_code == 0, result.output
+    assert [row["layers"] for row in json.loads(result.stdout)["rows"]] == [T5.layers, 1, LLAMA.layers, 1]
     wrong = CliRunner().invoke(main, [*map(str, command), str(checkpoint(LLAMA)), "--overwrite"])
     assert "is not what the bundle came from" in wrong.stderr
     far = CliRunner().invoke(main, [*map(str, command), str(checkpoint(T5)), "--overwrite", "--calm-from", "99"])
