@@ -28,6 +28,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "fit": "Plan, train, convert and measure in one go.",
         "train": "Fine-tune a checkpoint for an early exit.",
         "convert": "Convert a checkpoint to a bundle of ONNX engines.",
+        "exits": "List ready-made exits.",
         "verify": "Check a bundle against the checkpoint it came from.",
         "calibrate": "Fit the exit threshold on a calibration set.",
     },

@@ -141,6 +141,11 @@ def check_checkpoint(config: Mapping[str, Any], description: Description, weight
     check_weights(description, weights, config.get("intermediate_size") or config.get("d_ff"))
 
 
+def weight_names(description: Description, weights: Weights) -> list[str]:
+    """The tensors that the description reads, each once, in an order that does not depend on their names."""
+    return list(dict.fromkeys(name for name, _ in _shapes(description, weights, None)))
+
+
 def own_shapes(description: Description, weights: Weights, count: int, reads: ExitInput = "state") -> dict[str, Shape]:
     """The tensors of an exit with `count` layers of its own, which read this, its norm apart: shapes are those of the
     last layers."""

@@ -13,7 +13,7 @@ from graphs.weights import Weights
 from runtime.json_file import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # Settings that change what is added to a weight, or the weight itself, and are not merged here.
 _UNSUPPORTED = (
@@ -69,17 +69,19 @@ class MergedWeights(TensorFile):
     """
 
     def __init__(self, directory: Path, config: dict[str, Any], base: Weights) -> None:
-        path = next((directory / name for name in _WEIGHTS if (directory / name).is_file()), None)
+        path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None)
         if path is None:
-            raise CheckpointError(f"{directory} has no weights: none of {', '.join(_WEIGHTS)} is there; copy it again")
+            raise CheckpointError(
+                f"{directory} has no weights: none of {', '.join(ADAPTER_WEIGHTS)} is there; copy it again"
+            )
         self.path, self._base = path, base
-        self._file = open_weights(path)
-        self.nbytes = self._file.nbytes
+        self.file = open_weights(path)
+        self.nbytes = self.file.nbytes
         self._transposed = bool(config.get("fan_in_fan_out"))
         # By name of the tensor: what multiplies B A. The configuration's rank is not that of every layer.
         self._scales: dict[str, float] = {}
         self.shapes = shapes = dict[str, Shape]()
-        for name in self._file.shapes:
+        for name in self.file.shapes:
             module = name.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B)
             if not name.startswith(_PREFIX) or not name.endswith((_A, _B)):
                 raise CheckpointError(f"{path} holds {name}, which is no LoRA of a linear layer; merge it with peft")
@@ -97,7 +99,7 @@ class MergedWeights(TensorFile):
 
     def _sizes(self, module: str) -> tuple[int, tuple[int, int]]:
         """Rank of A [rank, inputs] and B [outputs, rank], and the shape of the weight that they change."""
-        a, b = (self._file.shapes.get(_PREFIX + module + part) for part in (_A, _B))
+        a, b = (self.file.shapes.get(_PREFIX + module + part) for part in (_A, _B))
         if a is None or b is None:
             raise CheckpointError(f"{self.path} has only half of {module}; train the adapter again")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
@@ -108,7 +110,7 @@ class MergedWeights(TensorFile):
         return a[0], (a[1], b[0]) if self._transposed else (b[0], a[1])
 
     def read(self, name: str) -> np.ndarray:
-        a, b = (self._file.read(_PREFIX + name.removesuffix(".weight") + part) for part in (_A, _B))
+        a, b = (self.file.read(_PREFIX + name.removesuffix(".weight") + part) for part in (_A, _B))
         delta = b @ a
         delta *= np.float32(self._scales[name])
         merged = self._base.read(name)

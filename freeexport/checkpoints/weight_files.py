@@ -55,6 +55,7 @@ class SafetensorsFile(TensorFile):
         try:
             # Through torch, which has every type of the format; numpy lacks those of 8 bits.
             self._file: Any = safe_open(path, "pt")
+            self.metadata: dict[str, str] = self._file.metadata() or {}
             entries = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, no mapping
             self._types = {name: str(entry.get_dtype()) for name, entry in entries.items()}
             self.shapes = {name: tuple(map(int, entry.get_shape())) for name, entry in entries.items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, section
 from freeexport.conversion.bundle_verdict import bundle_verdict
 from freeexport.conversion.convert import build_and_test, convert
@@ -40,6 +42,8 @@ from runtime.tensorrt.files import DIRECTORY
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @section("The exit")
 @click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, else a third of them]")
+@click.option("--exit", "exit_", metavar="NAME|FILE",
+              help="A ready-made exit for MODEL's weights (freeexport exits), or its file.")  # fmt: skip
 @click.option("--calibration", type=click.Path(path_type=Path), help="The calibration file of MODEL.")
 @section("Engines")
 @click.option("--target", type=click.Choice(get_args(Target)), default="cpu",
@@ -78,7 +82,15 @@ from runtime.tensorrt.files import DIRECTORY
 @click.option("--build", type=int, flag_value=8, is_flag=False, metavar="[BATCH]",
               help="Also build the engines of --target tensorrt, for this machine's GPU and batches up to 8 or BATCH. "
               "Without OUT, MODEL is a bundle.")  # fmt: skip
-def command(model: str, out: Path | None, data: Path | None, build: int | None, as_json: bool, **options: Any) -> None:
+def command(
+    model: str,
+    out: Path | None,
+    exit_: str | None,
+    data: Path | None,
+    build: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Convert MODEL to a bundle of ONNX engines at OUT.
 
     MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. OUT is written complete or not at all.
@@ -86,6 +98,7 @@ def command(model: str, out: Path | None, data: Path | None, build: int | None, 
     \b
     Example:
       freeexport convert path/to/checkpoint bundle --precision int8
+      freeexport convert path/to/SmolLM2.gguf bundle --precision int8 --exit general
       freeexport convert path/to/checkpoint bundle --target tensorrt --build
       freeexport convert bundle --build 4
     """
@@ -102,7 +115,8 @@ def command(model: str, out: Path | None, data: Path | None, build: int | None, 
     fits = options["precision"] in ("int4", "mixed") or options["head"] == "int4" or options["exit_vocab"] is None
     options["data"] = data if options["exit_vocab"] is not None else None
     options["rounding_data"] = data if fits else None
-    manifest = convert(model, out, ConvertOptions(measure=options["verify"] != "none", **options))
+    with nullcontext(model) if exit_ is None else with_exit_applied(model, exit_) as source:
+        manifest = convert(source, out, ConvertOptions(measure=options["verify"] != "none", **options))
     if as_json and build is None:
         click.echo(manifest.to_json(), nl=False)
     if not as_json:
@@ -177,10 +191,13 @@ def _build(bundle: Path, max_batch: int, as_json: bool) -> None:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", metavar="MODEL", help="The checkpoint that the bundle was made from.")
+@click.option("--exit", "exit_", metavar="NAME|FILE", help="The ready-made exit that was given to convert.")
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines to measure the quality on, with --against.")
 @click.option("--quick", is_flag=True, help="Short texts, and at most a minute after the model is loaded.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def verify_command(bundle: Path, against: str | None, data: Path | None, quick: bool, as_json: bool) -> None:
+def verify_command(
+    bundle: Path, against: str | None, exit_: str | None, data: Path | None, quick: bool, as_json: bool
+) -> None:
     """Check every byte of BUNDLE, and its engines: against the checkpoint, and one token at a time against one pass.
 
     With --against the report is written to verification.json in the bundle. Exit code 1 where a check fails.
@@ -189,10 +206,12 @@ def verify_command(bundle: Path, against: str | None, data: Path | None, quick: 
     Example:
       freeexport verify bundle --against path/to/checkpoint
     """
-    if data is not None and against is None:
-        raise click.UsageError("--data is measured against the checkpoint; give --against MODEL")
+    for option, value in (("--data", data), ("--exit", exit_)):
+        if value is not None and against is None:
+            raise click.UsageError(f"{option} is for a comparison with the checkpoint; give --against MODEL")
     opened = Bundle.open(bundle, verify="full")
-    report = verify(opened, against, data, QUICK if quick else FULL)
+    with with_exit_applied(against, exit_) if against and exit_ else nullcontext(against) as source:
+        report = verify(opened, source, data, QUICK if quick else FULL)
     if against is not None:
         write_report(opened, report)
     if as_json:

@@ -1,0 +1,257 @@
+"""Ready-made exits: one file with an exit's own parameters in 8 bits, which names the weights that it fits.
+
+The file is safetensors. The matrices of the exit's map and layers, and of a LoRA adapter, have int8 values [outputs,
+inputs] and, as NAME.scales, float16 scales of blocks of inputs, as an int8 bundle has them; everything else is float32,
+token ids int32. The metadata have one JSON object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, write_exit_file
+from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MergedWeights, read_adapter
+from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile
+from freeexport.system.output import OutputError, replacing
+from freeexport.system.progress import progress
+from graphs.description import ForeignEncoder
+from graphs.exit_head import EXIT, EXIT_LAYERS, EXIT_MAP, VOCABULARY
+from graphs.families import describe
+from graphs.quantization.rounding import BLOCK, IntegerScheme
+from graphs.shapes import weight_names
+from runtime.bundle.schema import Reader, parse_object
+from runtime.errors import BundleError
+
+READY_MADE = Path(__file__).parents[1] / "exits"
+SUFFIX = ".safetensors"
+FORMAT = 1
+MOST_BYTES = 8_000_000
+_METADATA, _SCALES = "freeexport_exit", ".scales"
+_BLOCKS = (128, 64)  # inputs that share a scale: the largest that divides them, else BLOCK
+_LORA_B = "lora_B.weight"
+_REMEDY = "get the file again"
+
+
+@dataclass(frozen=True)
+class PackedExit:
+    """What an exit's file says of it. `model` is the name of the base, `weights_sha256` that of its weights, and
+    `tensors_sha256` that of the bytes behind the header; `adapter_config` the configuration of a LoRA adapter of the
+    base, as JSON without its base. `data`, `recipe` and `results` are sentences."""
+
+    name: str
+    family: str
+    model: str
+    weights_sha256: str
+    tensors_sha256: str
+    exit: ExitFile
+    licence: str
+    data: str
+    recipe: str
+    results: str
+    adapter_config: str | None = None
+    format: int = FORMAT
+
+
+def ready_made() -> list[Path]:
+    """The exits that this package brings."""
+    return sorted(READY_MADE.glob(f"*{SUFFIX}"))
+
+
+def find_exit(name: str) -> Path:
+    """The file of a ready-made exit, or the file itself. Raises CheckpointError where there is none."""
+    known = {path.stem: path for path in ready_made()}
+    if name in known:
+        return known[name]
+    if Path(name).is_file():
+        return Path(name)
+    listed = f"known are {', '.join(known)}" if known else "this freeexport brings none"
+    raise CheckpointError(f"there is no exit {name}, and no such file; {listed} (freeexport exits)")
+
+
+def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
+    """Read a file, and check its hash. Raises CheckpointError where it is damaged, newer, or no exit."""
+    try:
+        file = SafetensorsFile(path)
+    except CheckpointError:
+        raise CheckpointError(f"{path} is damaged, or no exit: not a complete safetensors file; {_REMEDY}") from None
+    if _METADATA not in file.metadata:
+        raise CheckpointError(f"{path} holds weights, but no exit; name one of: freeexport exits")
+    try:
+        value = parse_object(file.metadata[_METADATA], str(path), _REMEDY)
+        if type(value.get("format")) is int and value["format"] > FORMAT:
+            raise CheckpointError(
+                f"{path} has format {value['format']}, this freeexport reads {FORMAT}; upgrade freeexport"
+            )
+        packed: PackedExit = Reader(_REMEDY).read(PackedExit, value, str(path))
+    except BundleError as error:
+        raise CheckpointError(str(error)) from None
+    if _tensors_sha256(path) != packed.tensors_sha256:
+        raise CheckpointError(f"{path} is damaged: its tensors have another sha256 than it names; {_REMEDY}")
+    return packed, file
+
+
+def misfit(packed: PackedExit, checkpoint: Checkpoint, sha256: str | None = None) -> str | None:
+    """Why an exit does not fit a model, None where it does. `sha256`: `weights_sha256` of the model, if known."""
+    if (family := describe(checkpoint.config, checkpoint).family) != packed.family:
+        return f"it is for {packed.family} models, of {packed.model}, and {checkpoint.name} is a {family} model"
+    if (found := sha256 or weights_sha256(checkpoint)) != packed.weights_sha256:
+        return (
+            f"it was trained on other weights, of {packed.model} (sha256 {packed.weights_sha256[:12]}..., those of "
+            f"{checkpoint.name} have {found[:12]}...)"
+        )
+    return None
+
+
+def weights_sha256(checkpoint: Checkpoint) -> str:
+    """Hash over the model's weights as they are read, in float32 and in the order of the description: the same for all
+    files that hold the same numbers, whatever their format and the names of tensors. Not over an exit's own."""
+    description = describe(checkpoint.config, checkpoint)
+    names = weight_names(description, checkpoint)
+    if isinstance(description.encoder, ForeignEncoder):
+        names += sorted(name for name in checkpoint.names() if not name.startswith(EXIT) and name not in set(names))
+    digest = hashlib.sha256()
+    with progress("hash of the weights, tensors", len(names)) as advance:
+        for name in names:
+            array = checkpoint.read(name)
+            digest.update(repr(array.shape).encode())
+            digest.update(np.ascontiguousarray(array, "<f4").data)
+            advance()
+    return digest.hexdigest()
+
+
+@contextmanager
+def with_exit_applied(model: str, name: str) -> Iterator[str]:
+    """A checkpoint directory, as long as the block runs: the model with a ready-made exit, or one in a file.
+
+    Raises CheckpointError where there is no such exit, and where it does not fit the model.
+    """
+    path = find_exit(name)
+    packed, file = read_packed(path)
+    base = open_checkpoint(model)
+    if base.adapter is not None:
+        raise CheckpointError(f"{model} is a LoRA adapter; merge it into its base with peft, then apply an exit")
+    if (reason := misfit(packed, base)) is not None:
+        raise CheckpointError(f"exit {name} does not fit: {reason}; choose another (freeexport exits {model})")
+    with tempfile.TemporaryDirectory(prefix="freeexport-exit-") as work:
+        stem = base.path.stem if base.path.is_file() else base.path.name
+        directory = Path(work) / f"{stem}+{packed.name}"
+        directory.mkdir()
+        try:
+            _unpack(packed, file, base, directory)
+        except (LookupError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); {_REMEDY}") from None
+        yield str(directory)
+
+
+def _unpack(packed: PackedExit, file: SafetensorsFile, base: Checkpoint, directory: Path) -> None:
+    """Write the model with the exit to an empty directory; its own files are links."""
+    from safetensors.numpy import save_file
+
+    tensors = {name: _unpacked(file, name) for name in file.shapes if not name.endswith(_SCALES)}
+    if packed.adapter_config is not None:
+        config = parse_object(packed.adapter_config, "adapter_config", _REMEDY)
+        config["base_model_name_or_path"] = str(base.path.resolve())
+        (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        adapter = {name: array for name, array in tensors.items() if not name.startswith(EXIT)}
+        save_file(adapter, directory / ADAPTER_WEIGHTS[0])
+    elif base.path.is_file():
+        (directory / f"{directory.name}.gguf").symlink_to(base.path.resolve())
+    else:
+        for path in base.path.iterdir():
+            if path.is_file() and path.name not in (EXIT_FILE, EXIT_WEIGHTS):
+                (directory / path.name).symlink_to(path.resolve())
+    # A GGUF file in a directory counts as a checkpoint only beside an exit.
+    write_exit_file(directory, ExitFile(1, False, 0, "0" * 64, packed.exit.loss, packed.exit.tune))
+    sha256 = open_checkpoint(str(directory)).sha256
+    save_file({name: array for name, array in tensors.items() if name.startswith(EXIT)}, directory / EXIT_WEIGHTS)
+    write_exit_file(directory, replace(packed.exit, base_sha256=sha256))
+
+
+def pack(
+    model: str, out: Path, name: str, base_name: str, licence: str, data: str, recipe: str, results: str
+) -> PackedExit:
+    """Write the exit of a checkpoint that `train` made to the file `out`; the facts are PackedExit's. Raises
+    CheckpointError where the exit has no parameters of its own, OutputError where it has more than MOST_BYTES."""
+    from safetensors.numpy import save_file
+
+    checkpoint = open_checkpoint(model)
+    if checkpoint.exit is None or not checkpoint.exit.has_parameters:
+        raise CheckpointError(
+            f"{model} has no exit with parameters of its own; train one: --exit-layers, --exit-vocab, or --tune exit"
+        )
+    _ = checkpoint.sha256  # that the exit belongs to these weights
+    arrays = {tensor: checkpoint.read(tensor) for tensor in checkpoint.names() if tensor.startswith(EXIT)}
+    base, config = checkpoint, None
+    if checkpoint.adapter is not None:
+        stored, path = read_adapter(checkpoint.adapter)
+        base, config = open_checkpoint(path), json.dumps({**stored, "base_model_name_or_path": ""}, sort_keys=True)
+        merged = next(file for file in checkpoint.files if isinstance(file, MergedWeights))
+        arrays |= {tensor: merged.file.read(tensor) for tensor in merged.file.shapes}
+    tensors = {key: array for tensor, whole in arrays.items() for key, array in _packed(tensor, whole).items()}
+    size = sum(array.nbytes for array in tensors.values())
+    if size > MOST_BYTES:
+        raise OutputError(
+            f"the exit of {model} has {size / 1e6:.1f} MB in 8 bits, at most {MOST_BYTES / 1e6:.0f} are packed; train "
+            "one with fewer --exit-layers, or a LoRA of a lower --rank"
+        )
+    packed = PackedExit(
+        name=name,
+        family=describe(base.config, base).family,
+        model=base_name,
+        weights_sha256=weights_sha256(base),
+        tensors_sha256="",
+        exit=checkpoint.exit,
+        licence=licence,
+        data=data,
+        recipe=recipe,
+        results=results,
+        adapter_config=config,
+    )
+    with replacing(out) as partial:
+        # The order of tensors, and so their hash, does not depend on the metadata.
+        save_file(tensors, partial)
+        packed = replace(packed, tensors_sha256=_tensors_sha256(partial))
+        save_file(tensors, partial, metadata={_METADATA: json.dumps(asdict(packed), sort_keys=True)})
+    return packed
+
+
+def _tensors_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _packed(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    if name == VOCABULARY:
+        return {name: array.astype(np.int32)}
+    linear = name == EXIT_MAP or (name.startswith(EXIT_LAYERS) and "relative_bias" not in name)
+    if array.ndim != 2 or (name.startswith(EXIT) and not linear):
+        return {name: array}
+    # The rank of a LoRA is a short row of inputs: its blocks run along the outputs.
+    rows = np.ascontiguousarray(array.T) if name.endswith(_LORA_B) else array
+    rounded, _ = IntegerScheme(_BLOCKS).round(rows, "int8-block", np.dtype(np.float16))
+    if rounded.error > IntegerScheme.limits["int8-block"]:
+        return {name: array}
+    values = (rounded.data.astype(np.int16) - 128).astype(np.int8).reshape(len(rows), -1)
+    return {name: np.ascontiguousarray(values[:, : rows.shape[1]]), f"{name}{_SCALES}": rounded.scales}
+
+
+def _unpacked(file: SafetensorsFile, name: str) -> np.ndarray:
+    array = file.read(name)
+    if name == VOCABULARY:
+        return array.astype(np.int32)
+    if f"{name}{_SCALES}" not in file.shapes:
+        return array
+    inputs = array.shape[1]
+    block = next((size for size in _BLOCKS if inputs % size == 0), BLOCK)
+    array *= np.repeat(file.read(f"{name}{_SCALES}"), block, axis=1)[:, :inputs]
+    return np.ascontiguousarray(array.T) if name.endswith(_LORA_B) else array

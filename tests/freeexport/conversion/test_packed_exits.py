@@ -1,0 +1,263 @@
+"""Ready-made exits: packed from what `train` writes, listed, and applied to the weights that they fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import BY_NAME, Case
+from click.testing import CliRunner
+from gguf_model import write_gguf
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+
+from freeexport.checkpoints import packed_exit
+from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
+from freeexport.checkpoints.packed_exit import pack, read_packed, weights_sha256, with_exit_applied
+from freeexport.cli import main
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
+from freeexport.system.output import OutputError
+from freeexport.training.options import TrainingOptions
+from freeexport.training.train import train
+from freeexport.training.tuning import link_or_copy
+from graphs.exit_head import EXIT_NORM
+from runtime.bundle.bundle import Bundle
+from runtime.session import Session
+from tools.models import pack_exit
+
+Directory = Callable[[Case], Path]
+LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-deep-decoder"]
+KINDS: dict[str, tuple[Case, dict[str, Any]]] = {
+    "layers": (LLAMA, {"tune": "exit", "exit_layers": 2, "exit_vocab": 40}),
+    "feature": (LLAMA, {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": 0}),
+    "adapter": (T5, {"tune": "exit", "adapter_rank": 8}),
+    "t5 layers": (T5, {"tune": "exit", "exit_layers": 1, "exit_vocab": 40}),
+    "lora": (LLAMA, {"tune": "lora", "lora_rank": 4, "exit_layers": 1}),
+}
+FACTS = {
+    "base_name": "llama-tied",
+    "licence": "Apache-2.0",
+    "data": "words",
+    "recipe": "three steps",
+    "results": "none",
+}
+
+
+@pytest.fixture(scope="session")
+def trained(checkpoint: Directory, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint that training a kind writes; tests must not write into it."""
+    made: dict[str, Path] = {}
+
+    def build(kind: str) -> Path:
+        if kind not in made:
+            directory = tmp_path_factory.mktemp("packed")
+            data, (case, options) = directory / "data.jsonl", KINDS[kind]
+            lines = (json.dumps({"input": f"word {n} is", "target": f"{n % 7} and {n % 5}"}) + "\n" for n in range(30))
+            data.write_text("".join(lines))
+            chosen = {"exit_layer": 2, "steps": 2, "batch_tokens": 256, "learning_rate": 0.01, **options}
+            train(str(checkpoint(case)), directory / "out", TrainingOptions(data, **chosen))
+            made[kind] = directory / "out"
+        return made[kind]
+
+    return build
+
+
+@pytest.fixture
+def packed(trained: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """The file of a kind's exit, with other metadata."""
+
+    def build(kind: str = "layers", **changes: Any) -> Path:
+        path = tmp_path / f"{kind}.safetensors"
+        pack(str(trained(kind)), path, kind.replace(" ", "-"), **FACTS)
+        if changes:
+            with safe_open(path, "np") as file:
+                about = json.loads(file.metadata()["freeexport_exit"]) | changes
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+            save_file(tensors, path, metadata={"freeexport_exit": json.dumps(about)})
+        return path
+
+    return build
+
+
+def bundle(model: str, out: Path, precision: Any = "int8") -> Bundle:
+    convert(model, out, ConvertOptions(precision=precision, capacity=64, verify="none", measure=False))
+    return Bundle.open(out, verify="full")
+
+
+@pytest.mark.parametrize("kind", ["layers", "adapter", "t5 layers"])
+def test_an_int8_bundle_is_the_one_of_the_trained_checkpoint(
+    kind: str, trained: Callable[[str], Path], packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
+) -> None:
+    """Byte for byte: the file has the bundle's own 8 bits."""
+    whole = bundle(str(trained(kind)), tmp_path / "whole")
+    with with_exit_applied(str(checkpoint(KINDS[kind][0])), str(packed(kind))) as model:
+        applied = bundle(model, tmp_path / "applied")
+    same = {name: file for name, file in whole.manifest.files.items() if name.endswith((".onnx", ".data"))}
+    assert {name: applied.manifest.files[name] for name in same} == same
+    # What was lost by 8 bits is recorded: from the file on, nothing.
+    plain = {"source": "", "source_sha256": "", "quantization": None}
+    assert replace(applied.manifest, **plain) == replace(whole.manifest, **plain)
+    assert applied.manifest.source.endswith(f"+{kind.replace(' ', '-')}")
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_parameters_are_off_by_the_rounding_to_8_bits(
+    kind: str, trained: Callable[[str], Path], packed: Callable[..., Path], checkpoint: Directory
+) -> None:
+    whole = open_checkpoint(str(trained(kind)))
+    path = packed(kind)
+    with with_exit_applied(str(checkpoint(KINDS[kind][0])), str(path)) as model:
+        applied = open_checkpoint(model)
+        assert whole.exit is not None
+        assert applied.exit == replace(whole.exit, base_sha256=applied.exit.base_sha256 if applied.exit else "")
+        assert applied.sha256
+        assert set(applied.names()) == set(whole.names())
+        for name in whole.names():
+            wanted, found = whole.read(name), applied.read(name)
+            assert np.linalg.norm(found - wanted) <= 0.015 * np.linalg.norm(wanted)  # of a bell 0.008
+    with safe_open(path, "np") as file:
+        types = {str(file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118, no mapping
+    assert types >= ({"float32"} if kind == "adapter" else {"int8", "float16", "float32"})
+
+
+def test_the_command_applies_an_exit_and_verifies_it(
+    packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by name; a bundle in fp32 is verified against the weights as they are in the file."""
+    monkeypatch.setattr(packed_exit, "READY_MADE", tmp_path)
+    packed("lora")
+    model, out = str(checkpoint(LLAMA)), tmp_path / "bundle"
+    run = CliRunner().invoke
+    done = run(main, ["convert", model, str(out), "--exit", "lora", "--capacity", "64"])
+    assert done.exit_code == 0, done.output
+    assert "verified: yes" in done.output
+    assert Bundle.open(out).manifest.exit_layers == 1
+    with Session(out) as session:
+        assert session.generate("word 3 is", max_new_tokens=4, threshold=0.0).token_ids
+    against = ["verify", str(out), "--quick", "--against", model]
+    assert "is not the checkpoint" in run(main, against).output
+    assert run(main, [*against, "--exit", "lora"]).exit_code == 0
+    assert "give --against MODEL" in run(main, ["verify", str(out), "--exit", "lora"]).output
+
+
+def test_exits_are_listed_with_those_that_fit(
+    packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_exit, "READY_MADE", tmp_path)
+    run = CliRunner().invoke
+    assert "brings no exits" in run(main, ["exits"]).output
+    for kind in ("layers", "t5 layers"):
+        packed(kind)
+    lines = run(main, ["exits", str(checkpoint(LLAMA))]).output.splitlines()
+    assert lines[0].startswith("layers: for llama-tied, after layer 2, 2 layers of its own, 40 tokens, ")
+    assert lines[1:4] == ["    data: words", "    recipe: three steps", "    results: none"]
+    assert lines[4] == f"    fits {checkpoint(LLAMA)}: yes"
+    assert lines[-1].endswith("no, it is for t5 models, of llama-tied, and llama-tied is a llama model")
+    first, second = json.loads(run(main, ["exits", str(checkpoint(T5)), "--json"]).output)
+    assert (first["fits"], second["fits"], second["exit"]["exit_layer"]) == (False, True, 2)
+    assert json.loads(run(main, ["exits", "--json"]).output)[0]["licence"] == "Apache-2.0"
+
+
+def test_weights_are_the_same_in_every_format(checkpoint: Directory, tmp_path: Path) -> None:
+    for case in (LLAMA, T5):
+        base, other = checkpoint(case), tmp_path / case.name
+        shutil.copytree(base, other)
+        state = load_file(base / "model.safetensors")
+        (other / "model.safetensors").unlink()
+        torch.save(state, other / "pytorch_model.bin")
+        assert weights_sha256(open_checkpoint(str(other))) == weights_sha256(open_checkpoint(str(base)))
+        name = next(name for name in state if name.endswith("norm.weight"))
+        state[name][0] += 1
+        torch.save(state, other / "pytorch_model.bin")
+        assert weights_sha256(open_checkpoint(str(other))) != weights_sha256(open_checkpoint(str(base)))
+
+
+def test_an_exit_of_a_gguf_file(tmp_path: Path) -> None:
+    """The file is linked, and the exit stands beside it."""
+    model = write_gguf(tmp_path / "tiny.gguf")
+    path, out = tmp_path / "words.safetensors", tmp_path / "out"
+    out.mkdir()
+    link_or_copy(model, out / model.name)
+    exit_file = ExitFile(1, True, 0, "0" * 64, "ce", "exit")
+    write_exit_file(out, replace(exit_file, exit_norm=False))
+    write_exit_file(out, replace(exit_file, base_sha256=open_checkpoint(str(out)).sha256))
+    save_file({EXIT_NORM: np.ones(64, np.float32)}, out / EXIT_WEIGHTS)
+    pack(str(out), path, "words", **FACTS)
+    with with_exit_applied(str(model), str(path)) as directory:
+        assert [file.name for file in Path(directory).glob("*.gguf")] == ["tiny+words.gguf"]
+        assert open_checkpoint(directory).sha256 == open_checkpoint(str(out)).sha256
+    assert not Path(directory).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"weights_sha256": "0" * 64}, r"does not fit: it was trained on other weights, of llama-tied \(sha256 000000"),
+        ({"family": "t5"}, "does not fit: it is for t5 models, of llama-tied, and llama-tied is a llama model"),
+        ({"format": 2, "more": 1}, "has format 2, this freeexport reads 1; upgrade freeexport"),
+        ({"format": "x"}, "format is 'x', expected int"),
+        ({"tensors_sha256": "0" * 64}, "is damaged: its tensors have another sha256"),
+        ({"exit": {"exit_layer": 2}}, "exit lacks"),
+        ({"licence": 3}, "licence is '3', expected str"),
+    ],
+)
+def test_an_exit_that_does_not_fit_is_refused_in_one_line(
+    changes: dict[str, Any], reason: str, packed: Callable[..., Path], checkpoint: Directory
+) -> None:
+    path = packed(**changes)
+    with pytest.raises(CheckpointError, match=reason) as raised, with_exit_applied(str(checkpoint(LLAMA)), str(path)):
+        pass
+    assert "\n" not in str(raised.value)
+
+
+def test_damaged_files_are_refused(packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path) -> None:
+    whole = packed().read_bytes()
+    for count, content in enumerate(
+        (b"", b"{}", whole[:-1], whole[: len(whole) // 2], whole + b"0", whole[:9] + b"\xff" + whole[10:],
+         whole[:-1] + bytes([whole[-1] ^ 1]))
+    ):  # fmt: skip
+        path = tmp_path / f"{count}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"is damaged|cannot be read"):
+            read_packed(path)
+    with pytest.raises(CheckpointError, match="holds weights, but no exit"):
+        read_packed(checkpoint(LLAMA) / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"there is no exit general, and no such file; this freeexport brings none"
+    ):
+        packed_exit.find_exit("general")
+
+
+def test_what_cannot_be_packed_is_refused(
+    trained: Callable[[str], Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "exit.safetensors"
+    with pytest.raises(CheckpointError, match="has no exit with parameters of its own"):
+        pack(str(checkpoint(LLAMA)), out, "x", **FACTS)
+    monkeypatch.setattr(packed_exit, "MOST_BYTES", 10_000)
+    with pytest.raises(OutputError, match=r"has 0\.1 MB in 8 bits, at most 0 are packed; train one with fewer"):
+        pack(str(trained("layers")), out, "x", **FACTS)
+    pack(str(trained("adapter")), tmp_path / "other.safetensors", "x", **FACTS)
+    applied = with_exit_applied(str(trained("lora")), str(tmp_path / "other.safetensors"))
+    with pytest.raises(CheckpointError, match="is a LoRA adapter; merge it"), applied:
+        pass
+    assert not out.exists()
+
+
+def test_the_tool_packs_a_checkpoint(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "words.safetensors"
+    given = [word for name, text in FACTS.items() for word in (f"--{name.replace('base_name', 'model')}", text)]
+    done = CliRunner().invoke(pack_exit.command, [str(trained("layers")), "words", *given, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert read_packed(out)[0].name == "words"
+    assert "is no name of an exit" in CliRunner().invoke(pack_exit.command, ["x", "No Name", *given]).output
