@@ -188,19 +188,21 @@ def test_costs_at_a_layer_split_the_model_and_an_early_exit_saves_more() -> None
 
 
 @pytest.mark.parametrize(
-    ("own", "shallow", "split"),
-    # 12 layers of 1 ms, exit after 4, and a head of 1 ms; an exit's own layers are part of a shallow step.
-    [(0, 0.005, (5, 4, 9)), (2, 0.007, (7, 4, 9))],
+    ("own", "packed", "shallow", "without_head"),
+    # 12 layers of 1 ms, exit after 4, a head of 1 ms; an exit's own layers are part of a shallow step with the head,
+    # in the standard dialect of every step.
+    [(0, True, 0.005, 0.004), (2, True, 0.007, 0.004), (2, False, 0.007, 0.006)],
 )
 def test_measured_costs_reproduce_the_bundle_at_its_own_layer(
-    own: int, shallow: float, split: tuple[int, int, int]
+    own: int, packed: bool, shallow: float, without_head: float
 ) -> None:
-    recorded = Costs(shallow, 0.004, {1: 0.009, 8: 0.018})
-    costs = measured_steps(SimpleNamespace(costs=recorded, layers=12, exit_layers=own))  # type: ignore[arg-type]
+    recorded = Costs(shallow, without_head, {1: 0.009, 8: 0.018})
+    manifest = SimpleNamespace(costs=recorded, layers=12, exit_layers=own, packed=packed)
+    costs = measured_steps(manifest)  # type: ignore[arg-type]
     assert (costs.layer, costs.head) == pytest.approx((1.0, 1.0))
     assert costs.growth == {1: 1.0, 8: 2.0}
     at = costs.at(4, 12, own)
-    assert (at.shallow, at.shallow_without_head, at.deep[1]) == pytest.approx(split)
+    assert (at.shallow, at.shallow_without_head, at.deep[1]) == pytest.approx((1e3 * shallow, 4, 9))
 
 
 def test_bandwidth_is_of_this_world() -> None:
