@@ -43,7 +43,7 @@ _REMEDY = "get the file again"
 
 @dataclass(frozen=True)
 class PackedExit:
-    """What an exit's file says of it. `model` is the name of the base, `weights_sha256` that of its weights, and
+    """The metadata of an exit's file. `model` is the name of the base, `weights_sha256` that of its weights, and
     `tensors_sha256` that of the bytes behind the header; `adapter_config` the configuration of a LoRA adapter of the
     base, as JSON without its base. `data`, `recipe` and `results` are sentences."""
 

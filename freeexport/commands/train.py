@@ -15,7 +15,7 @@ import numpy as np
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.transformers_model import Dtype
-from freeexport.commands.verb_options import SectionedCommand, section
+from freeexport.commands.verb_options import MAX_NEW_TOKENS, SectionedCommand, section
 from freeexport.training.options import Schedule, TrainingOptions, Tune
 from freeexport.training.train import leave_group, train
 from runtime.bundle.manifest import ExitInput
@@ -34,7 +34,7 @@ OWN = Path("-")  # beside OUT
               help="Train on MODEL's own greedy outputs instead of targets. They are kept in DIR, and generated where "
               "they are missing; interrupted, run again.  [DIR: OUT.outputs]")  # fmt: skip
 @click.option("--max-new-tokens", "new_tokens", type=int, default=TrainingOptions.new_tokens,
-              help="Longest of these outputs, in tokens.")  # fmt: skip
+              help=f"{MAX_NEW_TOKENS} For --self-distill.")  # fmt: skip
 @click.option("--truncate", is_flag=True,
               help="Cut long inputs, on the left for decoder-only models, else on the right.")  # fmt: skip
 @section("What is trained")
