@@ -220,7 +220,7 @@ class Run:
         return shallow[0, self.start - 1 :].float(), deep[0, self.start - 1 :].float()
 
     def encoded(self) -> Encoded | None:
-        """What cross-attention of an exit's own layers reads."""
+        """The input of cross-attention in an exit's own layers."""
         if not self.inputs:
             return None
         states = self.inputs["encoder_outputs"][0]

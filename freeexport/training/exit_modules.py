@@ -288,7 +288,7 @@ class ExitAttention(nn.Module):
         return attended
 
     def _seen(self, x: torch.Tensor, encoded: Encoded | None) -> torch.Tensor:
-        """Which keys each query sees: bool [n, n] or [B, 1, 1, E]."""
+        """The keys that each query sees: bool [n, n] or [B, 1, 1, E]."""
         if encoded is not None:
             return encoded.mask[:, None, None]
         seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()

@@ -165,7 +165,7 @@ def _write_teacher(
 
 
 def _states(records: np.ndarray, name: str = "states", scale: str = "scales") -> np.ndarray:
-    """What `_write_states` wrote, float32 [..., d]."""
+    """Read what `_write_states` wrote, float32 [..., d]."""
     states: np.ndarray = records[name].astype(np.float32) * records[scale][..., None]
     return states
 

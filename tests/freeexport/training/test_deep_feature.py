@@ -94,7 +94,7 @@ def test_models_that_cannot_have_one_are_refused(
 
 
 def test_features_are_kept_of_every_position(checkpoint: Directory, words: Path, tmp_path: Path) -> None:
-    """What a batch of cached records holds is what the model gives, the prompt's features too."""
+    """A batch of cached records holds what the model gives, the prompt's features too."""
     from freeexport.checkpoints.transformers_model import reference_model
     from freeexport.training.batches import Collator, examples
     from freeexport.training.frozen import cached_teacher, collate_teacher
