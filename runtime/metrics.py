@@ -61,7 +61,8 @@ class Metrics:
 
     running, waiting: requests with and without a slot. kv_cache_usage: share of all slots' positions in use.
     finished: requests by finish reason, "error" for those that raised. deep_passes: sync passes, after the prompt.
-    exited_tokens, deep_tokens: accepted shallow predictions and the others. rejected_tokens: shallow predictions that a
+    exited_tokens, deep_tokens: accepted shallow predictions, and deep ones. forced_tokens: those that a grammar left no
+    choice for, which no decoder predicted. rejected_tokens: shallow predictions that a
     deep pass rejected. drafts, draft_tokens, accepted_tokens: of modes "lossless" and "rollback". threshold: with which
     a request of mode "free" without its own would begin now. prefix_cache_queries: prompt tokens that were looked up, 0
     where a session keeps no prefixes; prefix_cache_hits: those that were reused.
@@ -77,6 +78,7 @@ class Metrics:
     generated_tokens: int = 0
     exited_tokens: int = 0
     deep_tokens: int = 0
+    forced_tokens: int = 0
     deep_passes: int = 0
     rejected_tokens: int = 0
     drafts: int = 0
@@ -96,7 +98,8 @@ class Metrics:
         stats = result.stats
         self.generated_tokens += stats.tokens
         self.exited_tokens += stats.exits
-        self.deep_tokens += max(0, stats.tokens - stats.exits)
+        self.deep_tokens += max(0, stats.tokens - stats.exits - stats.forced_tokens)
+        self.forced_tokens += stats.forced_tokens
         self.deep_passes += stats.sync_passes
         self.rejected_tokens += stats.rejected
         if stats.mode in ("lossless", "rollback"):

@@ -7,6 +7,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, TypedDict, TypeVar, get_args
@@ -173,8 +174,9 @@ class GenerationOptions:
     logits_processor: called as in transformers, on numpy: (input_ids [1, n], scores [1, V]) -> scores [1, V]. It must
         depend on its arguments alone. One, or several in order.
     json_schema: the output is JSON of this schema, a mapping or its text, on one line as Python's json.dumps writes it;
-        {} is any JSON. This and the next three need `pip install 'freeexport[grammar]'`; give one of them
-        (docs/grammars.md). A token that the grammar refuses has confidence 0, so it does not exit.
+        {} is any JSON. Objects have the listed properties alone, in their order, unless additionalProperties says
+        otherwise. This and the next three need `pip install 'freeexport[grammar]'`; give one of them. A token that the
+        grammar refuses has confidence 0, so it does not exit.
     regex: the output matches this regular expression, of Rust's regex, whole.
     grammar: the output is of this context-free grammar: Lark as llguidance reads it, or llama.cpp's GBNF.
     choice: the output is one of these strings.
@@ -296,6 +298,7 @@ class GenerationOptions:
                 raise OptionError(f"{name} is {shown(text)}; give a text that is not empty")
             if len(text) > MOST_GRAMMAR:
                 raise OptionError(f"{name} has {len(text)} characters, at most {MOST_GRAMMAR} are read; shorten it")
+        _check_schemas(self.grammar or "")
 
     def _check_sampling(self) -> None:
         if self.do_sample is False and self.temperature:
@@ -469,15 +472,25 @@ def _schema(given: Any) -> _Checked | None:
         raise OptionError(f"{problem}, no JSON ({one_line(error)}); give a mapping or its text") from None
     if not isinstance(schema, dict):
         raise OptionError(f"{problem}; give a JSON object")
+    _check_keys("json_schema", schema)
+    return _Checked(text)
+
+
+def _check_keys(name: str, schema: Any) -> None:
     inner: list[Any] = [schema]
     while inner:
         value = inner.pop()
         if isinstance(value, dict) and len(value) > MOST_PROPERTIES:
-            raise OptionError(
-                f"json_schema has an object of {len(value)} keys, at most {MOST_PROPERTIES} are read; split it"
-            )
+            most = f"at most {MOST_PROPERTIES} are read"
+            raise OptionError(f"{name} has an object of {len(value)} keys, {most}; split it")
         inner.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-    return _Checked(text)
+
+
+def _check_schemas(grammar: str) -> None:
+    """Check the JSON schemas within a grammar."""
+    for found in re.finditer(r"%json\s*", grammar):
+        with suppress(ValueError, RecursionError):  # llguidance refuses it
+            _check_keys("grammar", json.JSONDecoder().raw_decode(grammar, found.end())[0])
 
 
 def _choice(given: Any) -> tuple[str, ...] | None:

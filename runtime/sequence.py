@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import secrets
 import threading
-from collections.abc import Callable, Container, Generator
+from collections.abc import Callable, Container, Generator, Mapping
+from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -75,12 +76,14 @@ class Model:
         self.manifest, self.learned = self.bundle.manifest, LearnedDrafts(self.costs)
         self._grammars = Grammars(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
 
-    def encode(self, prompt: Prompt, parse_special: bool | None = None) -> np.ndarray:
+    def encode(
+        self, prompt: Prompt, parse_special: bool | None = None, tools: List[Mapping[str, Any]] | None = None
+    ) -> np.ndarray:
         """Token ids int64 [n]. Raises PromptError."""
         limit = self.manifest.encoder_capacity or self.capacity
         missing = NO_TOKENIZER if self.options.trust_templates else UNTRUSTED
         parse_special = None if parse_special is None else bool(parse_special)
-        return encode_prompt(prompt, self.tokenizer, self.manifest.vocab_size, limit, parse_special, missing)
+        return encode_prompt(prompt, self.tokenizer, self.manifest.vocab_size, limit, parse_special, missing, tools)
 
     def grammar(self, options: GenerationOptions) -> Grammar | None:
         """The grammar that constrains a request, compiled unless it was. Raises OptionError."""

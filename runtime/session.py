@@ -160,10 +160,16 @@ class Session:
         ends the request."""
         return AsyncStream(self._scheduler, self._sequence(prompt, options, keywords))
 
-    def encode(self, prompt: Prompt) -> np.ndarray:
-        """The token ids, int64 [n], that `generate` reads of a prompt: it takes them as the prompt, too. Raises
-        PromptError."""
-        return self._model.encode(prompt)
+    def encode(self, prompt: Prompt, *, tools: List[Mapping[str, Any]] | None = None) -> np.ndarray:
+        """The token ids, int64 [n], that `generate` reads of a prompt: it takes them as the prompt, too. `tools`, for
+        the chat template, are functions as OpenAI's interface describes them. Raises PromptError."""
+        return self._model.encode(prompt, tools=tools)
+
+    def prepare(self, options: Given = None, **keywords: Unpack[Keywords]) -> None:
+        """Compile the grammar that constrains such requests, which takes up to seconds once; they then begin at once.
+        Raises OptionError."""
+        keywords.pop("cancel", None)
+        self._model.grammar(merged(GenerationOptions, options, keywords))
 
     def generate_best(
         self, prompt: Prompt, num_return_sequences: int, options: Given = None, **keywords: Unpack[Keywords]

@@ -15,7 +15,8 @@ import numpy as np
 from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest, api_error, draining, invalid
 from freeexport.serving.replies import Reply
 from freeexport.serving.service import Record
-from runtime import AsyncStream, GenerationOptions, GenerationResult, PromptLengthError, Session, Token
+from freeexport.serving.tools import constraint, form_of, shown
+from runtime import AsyncStream, GenerationOptions, GenerationResult, OptionError, PromptLengthError, Session, Token
 from runtime.options import Mode
 from runtime.text.prompt import encode_expected
 
@@ -79,20 +80,31 @@ async def begin(session: Session, request: Generating, mode: Mode | None, deadli
 
     Raises ApiError, PromptError, OptionError, QueueFullError.
     """
-    options, prompts = request.options(mode, deadline), request.prompts
+    options, prompts, form = request.options(mode, deadline), request.prompts, form_of(session.tokenizer)
+    field, limits_of = constraint(request, form)
+    tools = [msgspec.to_builtins(tool) for tool in request.offered]
+    if isinstance(request, ChatRequest) and not form.shown:
+        prompts, tools = [shown(messages, tools, form) for messages in prompts], []
     count, most = len(prompts) * request.n, session.options.slots + session.options.queue
     if count > most:
         asked = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
         raise invalid("n", f"{asked}; this server takes {most} choices at once, ask for fewer")
 
     def encode() -> tuple[list[np.ndarray], GenerationOptions]:
-        encoded, expected = [session.encode(prompt) for prompt in prompts], options.predicted_output
-        if expected is None:
-            return encoded, options
-        ids = encode_expected(expected, session.tokenizer, session.manifest.vocab_size, session.capacity)
-        return encoded, replace(options, predicted_output=ids.tolist())
+        encoded, given = [session.encode(prompt, tools=tools) for prompt in prompts], options
+        if field:
+            try:
+                given = replace(given, **limits_of)
+                session.prepare(given)
+            except OptionError as error:
+                raise invalid(field, field + str(error).removeprefix(next(iter(limits_of)))) from None
+        if given.predicted_output is not None:
+            expected = given.predicted_output
+            ids = encode_expected(expected, session.tokenizer, session.manifest.vocab_size, session.capacity)
+            given = replace(given, predicted_output=ids.tolist())
+        return encoded, given
 
-    short = sum(map(_size, (*prompts, request.expected))) <= SHORT
+    short = not field and sum(map(_size, (*prompts, request.expected))) <= SHORT
     encoded, options = encode() if short else await asyncio.to_thread(encode)
     limits = [_limit(options, request, len(ids), session) for ids in encoded]
     ends = (
@@ -158,8 +170,9 @@ class EventStream:
         async with stream:
             async for token in stream:
                 held.append(token)
-                if token.text:
-                    await self._write(send, _event(self._reply.chunk(index, held)))
+                chunk = self._reply.chunk(index, held) if token.text else None
+                if chunk is not None:
+                    await self._write(send, _event(chunk))
                     held.clear()
         result = self._generation.checked(stream.result)
         await self._write(send, _event(self._reply.chunk(index, held, result)))

@@ -27,6 +27,7 @@ COUNTERS = {
     "prefix_cache_queries": ("prefix_cache_queries", "Tokens of prompts that were looked up among those kept."),
     "prefix_cache_hits": ("prefix_cache_hits", "Tokens of prompts that were reused and not read."),
     "generation_tokens": ("generated_tokens", "Tokens that were generated."),
+    "forced_tokens": ("forced_tokens", "Tokens that a grammar left no choice for, which needed no prediction."),
     "deep_passes": ("deep_passes", "Sync passes of the deep decoder, after the prompt."),
     "rollback_tokens": ("rejected_tokens", "Shallow predictions that a sync pass rejected."),
     "spec_decode_num_drafts": ("drafts", "Sync passes that verified a draft, in modes lossless and rollback."),

@@ -32,7 +32,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "top_logprobs": (0,),
     "store": (False,),
@@ -45,6 +44,9 @@ ADVICE = {
     "presence_penalty": "repetition_penalty is the penalty there is",
     "top_logprobs": "in completions, logprobs is how many",
     "best_of": "use n",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "tools": "use chat completions",
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -126,6 +128,65 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool = False
 
 
+class JsonSchema(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    schema: dict[str, Any] = {}
+    description: str | None = None
+    strict: bool | None = None  # the answer is of the schema either way
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def __post_init__(self) -> None:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            wrong = f"json_schema is {'given' if self.json_schema else 'missing'} with type {self.type!r}"
+            raise invalid("response_format", f"response_format: {wrong}; a schema goes with type 'json_schema'")
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """As vLLM's; exactly one is given."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            wrong = "names no constraint" if not given else f"has {given[0]} and {given[1]}"
+            raise invalid("structured_outputs", f"structured_outputs {wrong}; give one")
+
+    @property
+    def constraint(self) -> tuple[str, Any]:
+        name = next(name for name in self.__struct_fields__ if getattr(self, name) not in (None, False))
+        return name, {"type": "object"} if name == "json_object" else getattr(self, name)
+
+
+class Function(msgspec.Struct, kw_only=True):
+    name: Annotated[str, msgspec.Meta(pattern=r"^[\w.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    type: Literal["function"]
+    function: Function
+
+
+class Named(msgspec.Struct):
+    name: str
+
+
+class ToolChoice(msgspec.Struct):
+    type: Literal["function"]
+    function: Named
+
+
 class Request(msgspec.Struct, kw_only=True):
     """The fields that chats and completions share."""
 
@@ -144,11 +205,38 @@ class Request(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     user: str | None = None
     cache_salt: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     free: Free = msgspec.field(default_factory=Free)
 
     def __post_init__(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "stream_options is given without stream; add stream: true")
+        if self.schema is not None and self.structured_outputs is not None:
+            raise invalid("structured_outputs", "structured_outputs is given with response_format; choose one")
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer's text, where its format is JSON."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return {"type": "object"} if form.json_schema is None else form.json_schema.schema
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The functions that the answer may call."""
+        return []
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is a call."""
+        return False
+
+    @property
+    def parallel(self) -> bool:
+        """Whether it may have several."""
+        return False
 
     @property
     def limit(self) -> int | None:
@@ -210,28 +298,61 @@ def joined(content: str | list[Part], where: str) -> str:
     return "".join(part.text or "" for part in content)
 
 
+class FunctionCall(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct):
+    function: FunctionCall
+    id: str = ""
+    type: Literal["function"] = "function"
+
+
 class Message(msgspec.Struct):
     role: str
-    content: str | list[Part]
+    content: str | list[Part] | None = None
     name: str | None = None
-    tool_calls: msgspec.Raw = msgspec.Raw(b"null")  # unread: there may be a million of them
+    tool_calls: Annotated[list[ToolCall], msgspec.Meta(max_length=128)] | None = None
     tool_call_id: str | None = None
 
 
 Messages = Annotated[list[Message], msgspec.Meta(min_length=1, max_length=10_000)]
 
 
-def plain(messages: list[Message]) -> list[dict[str, str]]:
-    """Return messages as a chat template reads them. `developer` is OpenAI's new name of the system."""
-    read = list[dict[str, str]]()
+def plain(messages: list[Message]) -> list[dict[str, Any]]:
+    """Return messages as a chat template reads them; `developer` is OpenAI's new name of the system. Raises
+    ApiError."""
+    read = list[dict[str, Any]]()
     for number, message in enumerate(messages):
-        calls = bytes(message.tool_calls) not in (b"null", b"[]")
-        used = {"name": message.name, "tool_calls": calls, "tool_call_id": message.tool_call_id}
-        for field in filter(used.get, used):
-            raise unsupported(f"messages[{number}].{field}", "messages have a role and a text")
+        where = f"messages[{number}]"
+        calls = message.tool_calls or []
+        if message.name is not None and message.role != "tool":
+            raise unsupported(f"{where}.name", "messages have a role and a text")
+        if (calls and message.role != "assistant") or (message.tool_call_id and message.role != "tool"):
+            field = "tool_calls" if calls else "tool_call_id"
+            raise invalid(f"{where}.{field}", f"{where}.{field} is given with role {message.role[:40]!r}; remove it")
+        if message.content is None and not calls:
+            raise invalid(f"{where}.content", f"{where}.content is missing; give a text")
         role = "system" if message.role == "developer" else message.role
-        read.append({"role": role, "content": joined(message.content, f"messages[{number}].content")})
+        told: dict[str, Any] = {"role": role, "content": joined(message.content or "", f"{where}.content")}
+        if calls:
+            told["tool_calls"] = [_call(call, f"{where}.tool_calls[{place}]") for place, call in enumerate(calls)]
+        if role == "tool":
+            told |= {name: value for name in ("name", "tool_call_id") if (value := getattr(message, name)) is not None}
+        read.append(told)
     return read
+
+
+def _call(call: ToolCall, where: str) -> dict[str, Any]:
+    """A call with its arguments read, as templates expect it."""
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise invalid(
+            f"{where}.function.arguments", f"{where}.function.arguments is no JSON object; send one"
+        ) from None
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 class Prediction(msgspec.Struct, forbid_unknown_fields=True):
@@ -245,15 +366,50 @@ class ChatRequest(Request, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_LOGPROBS)] = 0
+    tools: Annotated[list[Tool], msgspec.Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_tools()
         if self.top_logprobs and not self.logprobs:
             wrong = f"top_logprobs is {self.top_logprobs} without logprobs; add logprobs: true"
             raise invalid("top_logprobs", wrong)
         if self.prediction is not None and self.free.mode not in (None, "lossless"):
             wrong = f"prediction is given with free.mode {self.free.mode!r}, which drafts nothing"
             raise invalid("prediction", f"{wrong}; choose 'lossless', or leave the mode out")
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or ()]
+        chosen = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        if chosen is not None and chosen not in names:
+            raise invalid("tool_choice", f"tool_choice names {chosen[:80]!r}, which is not among the tools; add it")
+        if self.tool_choice == "required" and not names:
+            raise invalid("tool_choice", "tool_choice is 'required' without tools; give tools")
+        for number, tool in enumerate(self.tools or ()):
+            where = f"tools[{number}].function"
+            if tool.function.name in names[:number]:
+                raise invalid(f"{where}.name", f"{where}.name {tool.function.name!r} is used twice; rename one")
+            if (tool.function.parameters or {}).get("type", "object") != "object":
+                raise invalid(f"{where}.parameters", f"{where}.parameters is no schema of an object; give one")
+        if self.offered and self.structured_outputs is not None:
+            raise invalid("structured_outputs", "structured_outputs is given with tools; choose one")
+
+    @property
+    def offered(self) -> list[Tool]:
+        if self.tool_choice == "none":
+            return []
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        return [tool for tool in self.tools or () if named in (None, tool.function.name)]
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
+
+    @property
+    def parallel(self) -> bool:
+        return self.parallel_tool_calls and not isinstance(self.tool_choice, ToolChoice)
 
     @property
     def limit(self) -> int | None:

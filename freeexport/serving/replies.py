@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
+from freeexport.serving.tools import CallReader, form_of, read_calls
 from runtime import GenerationResult, Session, Token
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -21,6 +22,10 @@ class Reply:
         self.id = ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(12)
         self._tokenizer, self._request, self._model, self._created = session.tokenizer, request, model, int(time.time())
         self._ends = frozenset(session.manifest.eos_token_ids)
+        self._form = form_of(session.tokenizer) if request.offered else None
+        # Of each choice in a stream: its calls, and how many of the tokens that no chunk had it has read.
+        self._readers: dict[int, CallReader] = {}
+        self._read: dict[int, int] = {}
 
     def whole(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
         choices = list[dict[str, Any]]()
@@ -30,9 +35,15 @@ class Reply:
             tokens = [
                 Token(token, "", exited, None, prob, best) for token, exited, prob, best in zip(*fields, strict=True)
             ]
-            message = {"role": "assistant", "content": result.text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
+            reason = REASONS[result.finish_reason]
+            if self._form is not None:
+                text, calls = read_calls(result.text, self._form)
+                if calls:
+                    message |= {"content": text or None, "tool_calls": calls}
+                    reason = "tool_calls" if reason == "stop" else reason
             content = {"message": message} if self._chat else {"text": result.text}
-            choices.append(self._choice(index, content, tokens, REASONS[result.finish_reason]))
+            choices.append(self._choice(index, content, tokens, reason))
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": usage(results, prompts)}
 
@@ -40,12 +51,25 @@ class Reply:
         """Return the chunk before the first token of a choice, in a chat."""
         return self._chunk(index, {"role": "assistant", "content": ""}, (), None) if self._chat else None
 
-    def chunk(self, index: int, tokens: Sequence[Token], result: GenerationResult | None = None) -> dict[str, Any]:
-        """Return a chunk of `tokens`; the last one of a choice, of tokens that no chunk had, has its result."""
+    def chunk(
+        self, index: int, tokens: Sequence[Token], result: GenerationResult | None = None
+    ) -> dict[str, Any] | None:
+        """Return a chunk of `tokens`; the last one of a choice, of tokens that no chunk had, has its result. None: what
+        they are is not known yet."""
         text = "".join(token.text for token in tokens)
-        empty = result is not None and not text
-        delta = ({} if empty else {"content": text}) if self._chat else text
-        return self._chunk(index, delta, tokens, None if result is None else REASONS[result.finish_reason])
+        reason = None if result is None else REASONS[result.finish_reason]
+        calls = list[dict[str, Any]]()
+        if self._form is not None:
+            reader = self._readers.setdefault(index, CallReader(self._form))
+            text, calls = reader.read(
+                "".join(token.text for token in tokens[self._read.pop(index, 0) :]), result is not None
+            )
+            reason = "tool_calls" if reader.count and reason == "stop" else reason
+            if not (text or calls or result):
+                self._read[index] = len(tokens)
+                return None
+        delta = ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {}) if self._chat else text
+        return self._chunk(index, delta, tokens, reason)
 
     def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
         """Return the chunk that has no choice."""

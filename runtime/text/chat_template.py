@@ -49,11 +49,16 @@ class ChatTemplate:
                 f"{FILE}{line} is not a valid template ({one_line(error)}); convert the checkpoint again"
             ) from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        special_tokens: Mapping[str, str],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Render a conversation. Raises PromptError where the template refuses it, fails, or does not end."""
         variables = {
             "messages": [dict(message) for message in messages],
-            "tools": None,
+            "tools": tools or None,
             "documents": None,
             "add_generation_prompt": True,
             **special_tokens,

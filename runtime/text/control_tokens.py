@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -59,10 +59,9 @@ class ControlTokens:
         """Token ids of `text` in which no control token is one. Raises PromptError where they cannot be spelled."""
         return self._checked(self._encode(self._plain, text, special))
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], template: str, render: Callable[[Any], str]
-    ) -> list[int]:
-        """Token ids of a conversation rendered by `template`, in which control tokens in messages are text."""
+    def encode_chat(self, messages: Any, template: str, render: Callable[[Any], str]) -> list[int]:
+        """Token ids of a conversation rendered by `template`, in which control tokens in messages are text, however
+        deep they stand in lists and mappings."""
         texts = list[str]()
 
         def note(text: str) -> str:

@@ -8,6 +8,7 @@ choice. It needs no prediction. Where text is forced its tokens are those that t
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -184,19 +185,52 @@ class Grammar:
             raise OptionError(f"{self._name} takes too much to follow ({problem}); make it simpler")
 
 
+def written_form(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema for JSON_FORM, of whose objects those that list properties have no others unless it says so: as other
+    servers read schemas, it forces more tokens and leaves a model less to invent. Not where objects are merged."""
+    form = {"x-guidance": JSON_FORM | schema.get("x-guidance", {})}
+    return (schema if _merges(schema) else _closed(schema)) | form
+
+
+def _merges(schema: Any) -> bool:
+    if isinstance(schema, list):
+        return any(map(_merges, schema))
+    if not isinstance(schema, dict):
+        return False
+    parts = schema.get("allOf")
+    merges = (isinstance(parts, list) and len(parts) > 1) or (
+        "properties" in schema and not schema.keys().isdisjoint({"allOf", "anyOf", "oneOf", "$ref"})
+    )
+    return merges or any(map(_merges, schema.values()))
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = dict(schema)
+    for name, part in schema.items():
+        if name in ("properties", "$defs", "definitions") and isinstance(part, dict):  # named schemas
+            closed[name] = {key: _closed(each) for key, each in part.items()}
+        elif name not in ("enum", "const", "default", "examples"):  # no schemas
+            closed[name] = _closed(part)
+    listed = isinstance(schema.get("properties"), dict) and schema["properties"]
+    if listed and schema.keys().isdisjoint({"additionalProperties", "patternProperties", "unevaluatedProperties"}):
+        closed["additionalProperties"] = False
+    return closed
+
+
 def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
     """A grammar as llguidance describes it. Raises what its parsers raise."""
     if kind == "json_schema":
-        schema = json.loads(text)
-        if isinstance(schema, dict):
-            schema["x-guidance"] = JSON_FORM | schema.get("x-guidance", {})
-        return {"json_schema": schema}
+        return {"json_schema": written_form(json.loads(text))}
     if kind == "choice":
         return {"lark_grammar": "start: " + " | ".join(map(json.dumps, json.loads(text)))}
     if kind == "regex":
         described: dict[str, Any] = json.loads(llguidance.LLMatcher.grammar_from_regex(text))["grammars"][0]
         return described
-    if "::=" in text:  # GBNF, as llama.cpp's
+    if re.search(r"^\s*root\s*::=", text, re.MULTILINE):  # GBNF, as llama.cpp's
         from llguidance.gbnf_to_lark import any_to_lark
 
         text = any_to_lark(text)

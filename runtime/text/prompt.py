@@ -11,7 +11,7 @@ import numpy.typing as npt
 from runtime.errors import OptionError, PromptError, PromptLengthError
 from runtime.text.tokenizer import Tokenizer
 
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]] | npt.NDArray[np.integer[Any]]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]] | npt.NDArray[np.integer[Any]]
 
 # Real text has 1 to 6 bytes a token, indented code up to about 16. A text longer than 64 bytes for each allowed token
 # is too long whatever the tokenizer makes of it (runs of spaces aside), and tokenizing megabytes takes seconds.
@@ -30,12 +30,14 @@ def encode_prompt(
     limit: int,
     parse_special: bool | None = None,
     missing: str = NO_TOKENIZER,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> npt.NDArray[np.int64]:
     """Token ids [n] of `prompt`, 1 <= n <= limit, each in 0..vocab_size-1.
 
     Text gets the tokenizer's special tokens, a list of ids (or an integer array [n]) is taken as it is, and a list of
     messages goes through the chat template. Control tokens spelled in the prompt become their ids where
-    `parse_special`; None is in text, not in messages. `missing` says why there is no tokenizer. Raises PromptError.
+    `parse_special`; None is in text, not in messages. `missing` says why there is no tokenizer. `tools` are functions
+    for the chat template. Raises PromptError.
     """
     ids: Any = prompt
     text = isinstance(prompt, str)
@@ -50,7 +52,7 @@ def encode_prompt(
         else:
             _check_messages(ids, limit)
             check = lambda rendered: check_text(rendered, limit)  # noqa: E731
-            ids = tokenizer.encode_chat(ids, parse_special=bool(parse_special), check=check)
+            ids = tokenizer.encode_chat(ids, tools=tools, parse_special=bool(parse_special), check=check)
     return _checked(ids, vocab_size, limit)
 
 

@@ -100,21 +100,23 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         parse_special: bool = False,
         check: Callable[[str], None] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, ready for the model's answer. Control tokens in the messages are text, unless
-        `parse_special`. `check` sees the text before it is encoded. Raises as `render_chat` does."""
+        """Token ids of a conversation, ready for the model's answer, which may call `tools`. Control tokens in the
+        messages and tools are text, unless `parse_special`. `check` sees the text before it is encoded. Raises as
+        `render_chat` does."""
 
-        def render(given: Sequence[Mapping[str, Any]]) -> str:
-            text = self.render_chat(given)
+        def render(given: Any) -> str:
+            text = self.render_chat(*given)
             if check is not None:
                 check(text)
             return text
 
         if parse_special:
-            return self.encode(render(messages), special=False)
-        return self._controls.encode_chat(messages, self.chat_template or "", render)
+            return self.encode(render((messages, tools)), special=False)
+        return self._controls.encode_chat((messages, tools), self.chat_template or "", render)
 
     def _encoding(self, backend: tokenizers.Tokenizer, text: str, special: bool) -> tokenizers.Encoding:
         try:
@@ -126,12 +128,14 @@ class Tokenizer:
                 raise
             raise PromptError(f"the tokenizer cannot encode the text ({one_line(error)}); change it") from None
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
         """The text of a conversation by the chat template, which writes its special tokens itself. Raises PromptError
         without a template, or as it does for the messages, and BundleError where it is not valid."""
         if self.chat_template is None:
             raise PromptError("the bundle has no chat template; pass the prompt as text or token ids")
-        return self._template.render(messages, self.special_tokens)
+        return self._template.render(messages, self.special_tokens, tools)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens and ids without a token are left out. PromptError where it has none."""

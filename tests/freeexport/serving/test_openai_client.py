@@ -177,7 +177,7 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, session: S
     [
         ({"model": "gpt-9"}, openai.NotFoundError, "model", "there is no model 'gpt-9'; choose 'chat' or 't5'"),
         ({"model": "t5"}, openai.BadRequestError, "prompt", "no chat template"),
-        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools", "not supported"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools[0]", "missing required field `function`"),
         ({"temperature": -1}, openai.BadRequestError, "temperature", "temperature is -1"),
         ({"max_tokens": 5000}, openai.BadRequestError, "prompt", "prompt has 30 tokens and max_tokens is 5000"),
         ({"n": 9}, openai.BadRequestError, "n", "takes 8 choices at once"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from running_server import MESSAGES, Running, running
@@ -55,3 +55,31 @@ def test_langchain(server: Running, expected: GenerationResult) -> None:
     logprobs = answer.response_metadata["logprobs"]["content"]
     assert [each["logprob"] for each in logprobs] == pytest.approx(expected.logprobs, abs=1e-4)
     assert "".join(chunk.content for chunk in model.stream(prompt)) == expected.text
+
+
+def test_langchain_calls_tools_and_returns_structures(server: Running) -> None:
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    pytest.importorskip("llguidance")
+    options: dict[str, Any] = {"base_url": f"{server.url}/v1", "model": "chat", "max_tokens": 200, "max_retries": 0}
+    model = langchain.ChatOpenAI(api_key="right", **options)
+
+    def light(room: Literal["kitchen", "hall"], on: bool) -> str:
+        """Switch a light."""
+        return f"{room} {on}"
+
+    bound = model.bind_tools([light], tool_choice="any", parallel_tool_calls=False)
+    message = bound.invoke("Light in the hall, please.")
+    (call,) = message.tool_calls
+    assert call["name"] == "light"
+    assert light(**call["args"]) in ("kitchen True", "kitchen False", "hall True", "hall False")
+    streamed = None
+    for chunk in bound.stream("Light in the hall, please."):
+        streamed = chunk if streamed is None else streamed + chunk
+    assert streamed.tool_calls[0]["args"] == call["args"]
+    tool = {"role": "tool", "tool_call_id": call["id"], "content": "done"}
+    assert model.invoke([("user", "Light, please."), message, tool], max_tokens=5).content
+    schema = {"title": "Light", "type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"],
+              "additionalProperties": False}  # fmt: skip
+    for method in ("json_schema", "function_calling"):
+        answer = model.with_structured_output(schema, method=method).invoke("Light?")
+        assert answer in ({"on": True}, {"on": False})

@@ -93,7 +93,7 @@ def test_a_large_request_holds_up_nobody(
 def test_a_million_tools_are_not_read() -> None:
     body = b'{"messages": [{"role": "user", "content": "x"}], "tools": [' + b"{}," * 1_300_000 + b"{}]}"
     began = time.thread_time()
-    with pytest.raises(ApiError, match="tools is not supported"):
+    with pytest.raises(ApiError, match="tools"):
         parse(body, ChatRequest)
     assert time.thread_time() - began < 0.08
 

@@ -30,12 +30,10 @@ def refused(base: dict[str, Any], **fields: Any) -> ApiError:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{}]),
-        ("response_format", {"type": "json_object"}),
         ("frequency_penalty", 0.5),
         ("presence_penalty", -0.5),
         ("functions", [{}]),
-        ("tool_choice", "required"),
+        ("function_call", "auto"),
         ("audio", {}),
         ("best_of", 3),
         ("echo", True),
@@ -62,14 +60,14 @@ def test_fields_that_say_nothing_are_taken() -> None:
         (b'{"messages": "\xff"}', "messages: Expected `array`, got `str`"),
         (b'{"messages": [{"role": "user", "content": "\xff"}]}', "the body is not JSON"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON"),
-        (b'{"tools": "\xff"}', "tools is not supported"),
+        (b'{"functions": "\xff"}', "functions is not supported"),
         (b"[]", "the body is no JSON object"),
         (b"null", "the body is no JSON object"),
         (b"[" * 100_000, "the body is no JSON object"),
         (b'{"a": ' + b"[" * 100_000, "the body is not JSON"),
         (b'{"messages": []}', "messages: Expected `array` of length >= 1"),
         (b"{}", "the body: Object missing required field `messages`"),
-        (b'{"messages": [{"role": "user"}]}', "messages[0]: Object missing required field `content`"),
+        (b'{"messages": [{"content": "x"}]}', "messages[0]: Object missing required field `role`"),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e400}', "max_tokens: Number out of range"),
     ],
 )
@@ -137,7 +135,6 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
     ("message", "named"),
     [
         ({"role": "user", "content": [IMAGE]}, "messages[0].content[0].type"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
         ({"role": "user", "content": "x", "name": "Ann"}, "messages[0].name"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 from checkpoints import PROMPTS
 
 from runtime import GenerationResult, OptionError, Session
+from runtime.text.grammar import written_form
 
 llguidance = pytest.importorskip("llguidance")
 
@@ -261,3 +262,27 @@ def test_without_the_package_the_error_names_it(
     said = r"regex needs the package llguidance; run pip install 'freeexport\[grammar\]'"
     with pytest.raises(OptionError, match=said):
         sessions("llama-tied").generate(list(PROMPTS[0]), regex="not compiled before")
+
+
+def test_objects_have_no_keys_but_those_that_are_listed() -> None:
+    listed = {"type": "object", "properties": {"properties": {"enum": [{"properties": {"a": 1}}]}}}
+    open_ = {**listed, "additionalProperties": True}
+    for given, closed in (
+        (listed, True),
+        ({"type": "object"}, False),
+        ({"type": "object", "properties": {}}, False),
+        (open_, True),
+        ({"$ref": "#/$defs/a", "$defs": {"a": listed}}, False),
+        ({"allOf": [listed, {"properties": {"b": {}}}]}, False),
+        ({**listed, "anyOf": [{"required": ["b"]}]}, False),
+    ):
+        form = written_form(given)
+        assert form.pop("x-guidance")["item_separator"] == ", "
+        assert ("additionalProperties" in form) == closed
+        assert given is not open_ or form == given
+    nested = written_form(
+        {"anyOf": [{"type": "array", "items": listed}, {"$ref": "#/$defs/a"}], "$defs": {"a": listed}}
+    )
+    assert nested["anyOf"][0]["items"]["additionalProperties"] is nested["$defs"]["a"]["additionalProperties"] is False
+    assert nested["$defs"]["a"]["properties"] == listed["properties"]
+    assert written_form({"x-guidance": {"whitespace_flexible": True}})["x-guidance"]["whitespace_flexible"] is True
