@@ -81,8 +81,8 @@ class Thresholds:
     def default(self) -> DefaultMode:
         """Describe requests that give neither mode nor threshold."""
         threshold, _ = self.decide(None, "free")
-        if threshold >= NEVER_EXIT and self.adaptive is None:
-            return DefaultMode("lossless")
+        if threshold >= NEVER_EXIT:
+            return DefaultMode("lossless") if self.adaptive is None else DefaultMode("free", threshold, 1.0, 0.0)
         calibration, manifest = self._bundle.calibration, self._bundle.manifest
         table = () if calibration is None else calibration.table
         row = min(table, key=lambda row: abs(row.threshold - threshold), default=None)

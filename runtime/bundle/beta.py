@@ -74,6 +74,17 @@ class Beta:
         """The log-likelihood, in nats, of the tokens that `sums` were taken over."""
         return (self.a - 1) * sums.log + (self.b - 1) * sums.log_rest - sums.weight * self.log_normalizer
 
+    def above(self, threshold: float) -> float:
+        """P(c > threshold), by adding up the density of the logit."""
+        a, b = self.a, self.b
+        deviation = math.sqrt(trigamma(a) + trigamma(b))
+        logits = digamma(a) - digamma(b) + deviation * np.linspace(-12, 12, 1001)
+        logs = -a * np.logaddexp(0, -logits) - b * np.logaddexp(0, logits)
+        density = np.exp(logs - logs.max())
+        inside = float(clipped(threshold))
+        at = np.interp(math.log(inside) - math.log1p(-inside), logits, np.cumsum(density) - density / 2)
+        return max(0.0, 1 - float(at / density.sum()))
+
     def expected(self, weight: float) -> LogSums:
         """The sums that `weight` tokens of this distribution have on average."""
         total = digamma(self.a + self.b)
@@ -163,6 +174,11 @@ class BetaMixture:
         """P(agree | c), for confidences of any shape."""
         odds = self.log_odds(confidence)
         return np.where(odds >= 0, 1.0, np.exp(np.minimum(odds, 0.0))) / (1.0 + np.exp(-np.abs(odds)))
+
+    def above(self, threshold: float) -> float:
+        """The share of all tokens whose confidence is above `threshold`."""
+        share = self.weight_agree
+        return share * self.agree.above(threshold) + (1 - share) * self.disagree.above(threshold)
 
     def density(self, confidence: np.ndarray | float) -> np.ndarray:
         """The density of all tokens."""

@@ -29,8 +29,9 @@ from runtime.adaptation.adaptive_threshold import (
     PaperThreshold,
     label_every,
     paper_threshold,
+    probe_every,
 )
-from runtime.bundle.beta import Beta, BetaMixture, threshold_at
+from runtime.bundle.beta import MOST_SHAPE, Beta, BetaMixture, threshold_at
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
 from runtime.bundle.costs import Costs
@@ -81,7 +82,7 @@ class Requests:
             seen = threshold.begin()
             used.append(seen.threshold)
             stack: list[tuple[float, bool]] = []
-            for token in self._tokens(mixture, count):
+            for token in self._tokens(mixture, count) if seen.learns else ():
                 stack.append(token)
                 if token[0] <= seen.threshold or len(stack) == self.max_pending:
                     seen.label(stack)
@@ -248,6 +249,55 @@ def test_where_labels_are_dear_fewer_requests_are_learned_from() -> None:
     assert [index for index, learned in enumerate(learns) if learned] == [0, every, 2 * every]
 
 
+WRONG = BetaMixture(Beta(1.1, 3.2), Beta(0.95, 1.3), 0.045)  # an untrained exit
+HEAVY = Costs(4.0, 2.0, {1: 8.0, 2: 8.5})  # 0.83x where nothing exits
+
+
+@pytest.mark.parametrize("mixture", [SHARP, BROAD, SURE, HARD, WRONG])
+def test_a_mixture_knows_how_many_tokens_are_above_a_threshold(mixture: BetaMixture) -> None:
+    confidences = np.array([c for c, _ in Requests(seed=20)._tokens(mixture, 40_000)])
+    for threshold in (0.0, 0.3, 0.9, 0.99):
+        assert mixture.above(threshold) == pytest.approx(float((confidences > threshold).mean()), abs=0.008)
+
+
+@pytest.mark.parametrize("shape", [1e-2, 1.0, 1e4, MOST_SHAPE])
+def test_shares_above_a_threshold_hold_for_any_shape(shape: float) -> None:
+    even, low = Beta(shape, shape), Beta(1e-2, shape)
+    assert even.above(0.5) == pytest.approx(0.5, abs=1e-3)
+    for one in (even, low):
+        shares = [one.above(threshold) for threshold in (0.0, 1e-3, 0.5, 0.999, 1.0)]
+        assert 1 >= shares[0] >= shares[1] >= shares[2] >= shares[3] >= shares[4] >= 0
+
+
+def test_where_nothing_may_exit_few_requests_run_the_head_and_exits_come_back() -> None:
+    assert probe_every(None) == adaptive.PROBE_EVERY
+    assert probe_every(HEAVY) == 20
+    assert probe_every(replace(HEAVY, shallow_without_head=4.0)) == 1  # the head costs nothing
+    threshold = adapting(WRONG)
+    assert threshold.threshold == 1.0
+    learned = []
+    for _ in range(40):
+        seen = threshold.begin()
+        learned.append(seen.learns)
+        threshold.complete(seen)
+    assert sum(learned) == 2
+    Requests(seed=21, length=30).run(threshold, SURE, 30_000)
+    assert threshold.threshold == pytest.approx(threshold_at(SURE, 0.9), abs=0.03)
+
+
+def test_exits_too_few_to_pay_are_left_off_until_they_do() -> None:
+    rare = BetaMixture(Beta(2.0, 2.0), Beta(2.0, 2.5), 0.5)
+    assert 0 < rare.above(threshold_at(rare, 0.7)) < 0.05
+    calibration = calibration_of(MANIFEST, rare, 0.7)
+    assert AdaptiveThreshold(MANIFEST, calibration, 4000).threshold < 1.0  # costs are unknown
+    light = replace(HEAVY, shallow_without_head=3.9)
+    assert AdaptiveThreshold(MANIFEST, calibration, 4000, costs=light).threshold < 1.0
+    threshold = AdaptiveThreshold(MANIFEST, calibration, 4000, costs=HEAVY)
+    assert threshold.threshold == 1.0
+    Requests(seed=22, length=30).run(threshold, SURE, 40_000)
+    assert threshold.threshold == pytest.approx(threshold_at(SURE, 0.7), abs=0.05)
+
+
 # In sessions
 
 TARGET = 0.6
@@ -301,6 +351,25 @@ def test_a_bundle_that_was_never_calibrated_learns_from_its_sync_passes(bundle: 
     with Session(path, threshold="adaptive", threads=1, slots=1, adaptive_state=state) as session:
         assert session.threshold == learned
         assert session.adaptive_state() == state
+
+
+def test_where_nothing_exits_requests_decode_as_full_but_for_probes(bundle: Bundles) -> None:
+    path = bundle(LLAMA, 2)
+    with Session(path, threshold="adaptive", threads=1, slots=1, adaptive_target=0.999) as session:
+        requests = 0
+        while session.threshold < 1.0 and requests < 60:  # random weights: the two decoders disagree
+            decoded(session, 1, requests)
+            requests += 1
+        assert session.threshold == 1.0
+        assert "0% of tokens exit" in str(session.default_mode)
+        modes = []
+        for number in range(2 * adaptive.PROBE_EVERY):
+            prompt = [*PROMPTS[0], 40 + number]
+            ours = session.generate(prompt, **OPTIONS)
+            modes.append(ours.stats.mode)
+            assert ours.token_ids == session.generate(prompt, mode="full", **OPTIONS).token_ids
+            assert ours.stats.exits == 0
+        assert sorted(modes) == ["free"] * 2 + ["full"] * (len(modes) - 2)
 
 
 def test_a_state_needs_an_adaptive_session(open_session: Open) -> None:
