@@ -24,6 +24,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import Example, encode, text_format
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.checkpoints.packed_exit import misfit, read_packed, ready_made
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.measure.byte_model import row_share
 from freeexport.measure.costs import bandwidth_of
@@ -147,7 +148,8 @@ class Training:
 @dataclass(frozen=True)
 class Plan:
     """`rate`: tokens a second that the full model will decode in 8 bits. `seconds` by step of the run, `lines` by
-    split. `exit` and `training`: None where nothing is trained, and `why` then. `busy`: cores that others used."""
+    split. `exit` and `training`: None where nothing is trained, and `why` then; `ready_made`: the name of an exit that
+    fits the weights. `busy`: cores that others used."""
 
     name: str
     layers: int
@@ -160,6 +162,7 @@ class Plan:
     lines: dict[str, int] = field(default_factory=dict)
     exit: PlannedExit | None = None
     training: Training | None = None
+    ready_made: str | None = None
 
 
 def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
@@ -180,7 +183,7 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
         rate = REACHED * bandwidth_of(options.threads or usable_cores()) / ((layers * costs.layer + costs.head) / 4)
         plan = Plan(checkpoint.name, layers, as_stored(checkpoint), rate, 0.0, {"convert": converting})
         if options.data is None:
-            plan = replace(plan, why="there are no data to train an exit on")
+            plan = replace(plan, why="there are no data to train an exit on", ready_made=ready_exit(checkpoint))
         else:
             _check_metric(options.metric, lines)
             step = max(1, len(lines) // SAMPLE)
@@ -288,6 +291,14 @@ def _vocabularies(examples: Sequence[Example], size: int) -> Iterator[tuple[int 
             yield known, float(covered[known - 1])
 
 
+def ready_exit(checkpoint: Checkpoint) -> str | None:
+    """The name of a ready-made exit that fits these weights and leaves them as they are."""
+    if checkpoint.adapter is not None or checkpoint.exit is not None:
+        return None
+    packed = ((path.stem, read_packed(path)[0]) for path in ready_made())
+    return next((name for name, one in packed if not one.adapter_config and misfit(one, checkpoint) is None), None)
+
+
 def as_stored(checkpoint: Checkpoint) -> Precision:
     """The precision of a model that is not trained: 4 bits where most of its file is blocks whose bits can be kept."""
     file = checkpoint.files[0]
@@ -324,7 +335,8 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         rows["data"] = f"{texts.prompt:.0f} tokens in, {texts.target:.0f} out; outputs get at most {texts.most}"
         rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
     if found is None or texts is None or training is None:
-        rows["training"] = f"none: {plan.why}; mode lossless drafts from the text, with every token equal"
+        drafts = f"by the ready-made exit {plan.ready_made} and from the text" if plan.ready_made else "from the text"
+        rows["training"] = f"none: {plan.why}; mode lossless drafts {drafts}, with every token equal"
     else:
         known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
         even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"

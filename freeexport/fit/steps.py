@@ -139,7 +139,8 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
 
     if options.data is None:
         step = convert("convert", model, places.out)
-        return [replace(step, arguments=(*step.arguments, *(["--overwrite"] if options.overwrite else [])))]
+        more = [*(["--exit", plan.ready_made] if plan.ready_made else []), *(["--overwrite"] * options.overwrite)]
+        return [replace(step, arguments=(*step.arguments, *more))]
     steps = [convert(UNTRAINED, model, places.work / UNTRAINED)]
     for tune in plan.training.tune if plan.training else ():
         steps.append(_training("joint" if tune == "full" else "exit", model, plan, places))
@@ -203,7 +204,8 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     steps, done = steps_of(options, plan, places), _done(places.work)
     _run(steps, _pending(steps, done), done, places)
     if options.data is None:
-        text = f"no exit was trained, as {plan.why}; text that repeats is drafted, and every token is the full model's"
+        drafts = f"by the ready-made exit {plan.ready_made} and from the text" if plan.ready_made else "from the text"
+        text = f"{plan.why}; lossless drafts {drafts}, with every token equal"
         return Verdict("neutral", text, f"freeexport serve {shlex.quote(str(options.out))}")
     found = evaluate(evaluation(options, plan, places))
     bundle, verdict = conclude(found.rows, options, places)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from freeexport.checkpoints.examples import DataError
 from freeexport.fit import plan as planning
 from freeexport.fit.plan import FitOptions, Texts, describe_plan, make_plan, timed_steps
 from freeexport.fit.splits import read_lines
+from freeexport.fit.steps import Places, steps_of
 from freeexport.metrics import MetricError
 from freeexport.training.options import TrainingOptions
 from runtime.errors import OptionError
@@ -47,6 +49,27 @@ def test_without_data_nothing_is_trained(options: Options) -> None:
     found = planned(options(data=None))
     assert (found.exit, found.training, list(found.seconds)) == (None, None, ["convert"])
     assert "mode lossless drafts from the text" in dict(describe_plan(options(data=None), found))["training"]
+
+
+def test_a_ready_made_exit_that_fits_is_used_where_it_leaves_the_model_as_it_is(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = {"extraction": "{}", "other": None, "general": None}
+    monkeypatch.setattr(planning, "ready_made", lambda: [Path(f"{name}.safetensors") for name in adapters])
+    monkeypatch.setattr(
+        planning,
+        "read_packed",
+        lambda path: (SimpleNamespace(adapter_config=adapters[path.stem], name=path.stem), None),
+    )
+    monkeypatch.setattr(
+        planning, "misfit", lambda packed, checkpoint: None if packed.name == "general" else "other weights"
+    )
+    given = options(data=None)
+    found = planned(given)
+    assert found.ready_made == "general"
+    assert "the ready-made exit general and from the text" in dict(describe_plan(given, found))["training"]
+    (step,) = steps_of(given, found, Places.of(given))
+    assert step.arguments[-2:] == ("--exit", "general")
 
 
 def test_where_prompts_take_the_time_nothing_is_trained(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
