@@ -341,10 +341,10 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
         even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"
         rows["exit"] = f"after layer {found.layer} of {plan.layers}, with {found.own} of its own{known}: {even}"
-        rates = ", ".join(f"{rate:.0%} on a {name} task" for name, rate in found.rates.items())
+        rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())
         rows["tokens that exit"] = f"{rates}, by what exits of such depth reached on other tasks"
         for name, speed_of in (("a token", float), ("a request", texts.request)):
-            speeds = ", ".join(f"{speed_of(speed):.2f}x on a {kind} task" for kind, speed in found.speeds.items())
+            speeds = ", ".join(f"{speed_of(speed):.2f}x on {kind} tasks" for kind, speed in found.speeds.items())
             rows[f"expected, {name}"] = f"{speeds}, by the bytes that are read"
         steps = {"full": ("joint", "all weights with the exit"), "exit": ("exit", "the exit alone")}
         times = (f"{duration(seconds[name])} of {what}" for name, what in map(steps.__getitem__, training.tune))
