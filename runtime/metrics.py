@@ -62,10 +62,11 @@ class Metrics:
     running, waiting: requests with and without a slot. kv_cache_usage: share of all slots' positions in use.
     finished: requests by finish reason, "error" for those that raised. deep_passes: sync passes, after the prompt.
     exited_tokens, deep_tokens: accepted shallow predictions, and deep ones. forced_tokens: those that a grammar left no
-    choice for, which no decoder predicted. rejected_tokens: shallow predictions that a
-    deep pass rejected. drafts, draft_tokens, accepted_tokens: of modes "lossless" and "rollback". threshold: with which
-    a request of mode "free" without its own would begin now. prefix_cache_queries: prompt tokens that were looked up, 0
-    where a session keeps no prefixes; prefix_cache_hits: those that were reused.
+    choice for, which no decoder predicted. rejected_tokens: shallow predictions that a deep pass rejected. drafts,
+    draft_tokens, accepted_tokens: of modes "lossless" and "rollback". accepted_at: accepted tokens of mode "lossless"
+    by their place in the draft, from 0. threshold: with which a request of mode "free" without its own would begin now.
+    prefix_cache_queries: prompt tokens that were looked up, 0 where a session keeps no prefixes; prefix_cache_hits:
+    those that were reused.
     """
 
     running: int = 0
@@ -84,6 +85,7 @@ class Metrics:
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_at: Counter[int] = field(default_factory=Counter)
     finished: Counter[str] = field(default_factory=Counter)
     time_to_first_token: Histogram = field(default_factory=Histogram)
     inter_token_latency: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
@@ -106,6 +108,9 @@ class Metrics:
             self.drafts += sum(count for rows, count in stats.sync_sizes.items() if rows > 1)
             self.draft_tokens += stats.exits + stats.rejected
             self.accepted_tokens += stats.exits
+            for accepted, count in (pair for each in stats.drafts.values() for pair in each.by_accepted.items()):
+                for place in range(accepted):
+                    self.accepted_at[place] += count
         for rows, count in stats.sync_sizes.items():
             self.pass_rows.observe(rows, count)
         for earlier, later in itertools.pairwise(token_times):

@@ -16,12 +16,13 @@ FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 
 @dataclass(slots=True)
 class DraftStats:
-    """Counts of one source of drafts: tokens `proposed` and `accepted` in so many `drafts`. One that the exit
-    continued counts for both sources."""
+    """Counts of one source of drafts: tokens `proposed` and `accepted` in so many `drafts`, and how many drafts had so
+    many tokens accepted. One that the exit continued counts for both sources."""
 
     drafts: int = 0
     proposed: int = 0
     accepted: int = 0
+    by_accepted: Counter[int] = field(default_factory=Counter)
 
     @property
     def mean_accepted(self) -> float:
@@ -105,6 +106,7 @@ class Stats:
             counts.drafts += 1
             counts.proposed += proposed
             counts.accepted += accepted
+            counts.by_accepted[accepted] += 1
 
     def count_pass(self, rows: int, seconds: float) -> None:
         self.deep_seconds += seconds

@@ -76,12 +76,19 @@ class SessionCollector(Collector):
         exits = CounterMetricFamily(
             PREFIX + "exit_tokens", "Tokens by the decoder whose prediction they are.", labels=["model_name", "depth"]
         )
+        accepted = CounterMetricFamily(
+            PREFIX + "spec_decode_num_accepted_tokens_per_pos",
+            "Tokens of drafts that were accepted in mode lossless, by their place in the draft.",
+            labels=["model_name", "position"],
+        )
         responses = CounterMetricFamily(PREFIX + "http_responses", "Responses.", labels=["path", "status"])
         for model, metrics in measured.items():
             for reason in FINISHED:
                 finished.add_metric([model, reason], metrics.finished[reason])
             exits.add_metric([model, "shallow"], metrics.exited_tokens)
             exits.add_metric([model, "deep"], metrics.deep_tokens)
+            for place, count in sorted(metrics.accepted_at.items()):
+                accepted.add_metric([model, str(place)], count)
         for (path, status), count in self._service.responses.items():
             responses.add_metric([path, str(status)], count)
-        yield from (finished, exits, responses)
+        yield from (finished, exits, accepted, responses)

@@ -26,7 +26,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
     "tools": ([],),
     "functions": ([],),
@@ -201,6 +200,7 @@ class Request(msgspec.Struct, kw_only=True):
     seed: int | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] = 1
     logit_bias: Annotated[dict[TokenId, float], msgspec.Meta(max_length=1024)] = {}
+    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -276,6 +276,7 @@ class Request(msgspec.Struct, kw_only=True):
             repetition_penalty=self.repetition_penalty,
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or (),
             sequence_bias=self.logit_bias or None,
+            ignore_eos=self.ignore_eos,
             predicted_output=self.expected or None,
             output_logprobs=self.alternatives is not None,
             top_logprobs=self.alternatives or 0,
@@ -431,9 +432,12 @@ class ChatRequest(Request, kw_only=True):
 class CompletionRequest(Request, kw_only=True):
     prompt: str | list[int | str | list[int]]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
+    echo: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.echo and self.logprobs is not None:
+            raise invalid("echo", "echo is given with logprobs, which tokens of a prompt do not have; choose one")
         if isinstance(self.prompt, list) and len({type(part) for part in self.prompt}) != 1:
             wrong = "mixes texts and token ids" if self.prompt else "is an empty list"
             raise invalid("prompt", f"prompt {wrong}; give a text, token ids, or a list of them")

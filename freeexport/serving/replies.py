@@ -42,14 +42,27 @@ class Reply:
                 if calls:
                     message |= {"content": text or None, "tool_calls": calls}
                     reason = "tool_calls" if reason == "stop" else reason
-            content = {"message": message} if self._chat else {"text": result.text}
+            content = {"message": message} if self._chat else {"text": self._echo(index) + result.text}
             choices.append(self._choice(index, content, tokens, reason))
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": usage(results, prompts)}
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """Return the chunk before the first token of a choice, in a chat."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, (), None) if self._chat else None
+        """Return the chunk before the first token of a choice, in a chat and where the prompt is repeated."""
+        if self._chat:
+            return self._chunk(index, {"role": "assistant", "content": ""}, (), None)
+        text = self._echo(index)
+        return self._chunk(index, text, (), None) if text else None
+
+    def _echo(self, index: int) -> str:
+        """Return the text of a choice's prompt where the client wants it repeated."""
+        request = self._request
+        if not isinstance(request, CompletionRequest) or not request.echo:
+            return ""
+        prompt = request.prompts[index // request.n]
+        if isinstance(prompt, str):
+            return prompt
+        return "" if self._tokenizer is None else self._tokenizer.decode(prompt)
 
     def chunk(
         self, index: int, tokens: Sequence[Token], result: GenerationResult | None = None

@@ -29,10 +29,13 @@ def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
     longer = {3: PassStats(2)}
     given: dict[str, Any] = {"tokens": 11, "exits": 6, "rejected": 2, "single_passes": 4, "longer_passes": longer}
     stats = [Stats("lossless", **given), Stats("free", **given)]
+    for source, proposed, accepted in (("lookup", 3, 2), ("lookup", 7, 0), ("exit", 2, 2), ("exit", 4, 3)):
+        stats[0].count_draft(source, proposed, accepted)
     counted = Metrics()
     for each in stats:
         counted.add(GenerationResult("", (), (), (), "eos", each), [1.0, 1.002, 1.003])
     assert (counted.drafts, counted.draft_tokens, counted.accepted_tokens) == (2, 8, 6)
+    assert counted.accepted_at == {0: 3, 1: 3, 2: 1}
     assert (counted.exited_tokens, counted.deep_tokens, counted.rejected_tokens) == (12, 10, 4)
     assert counted.deep_passes == 12
     assert counted.pass_rows.counts[:3] == [8, 0, 4]

@@ -152,6 +152,21 @@ def test_choices_stream_side_by_side_and_a_seed_repeats_them(client: openai.Open
     assert len(set(streamed)) == 3
 
 
+def test_a_completion_repeats_its_prompt_where_it_is_asked_to(client: openai.OpenAI, session: Session) -> None:
+    ids = [session.encode(text).tolist() for text in ("once", "twice")]
+    asked: dict[str, Any] = {"model": "chat", "prompt": ids, "n": 2, "max_tokens": 6}
+    plain = client.completions.create(**asked).choices
+    echoed = client.completions.create(echo=True, **asked).choices
+    assert session.tokenizer is not None
+    prompts = [session.tokenizer.decode(one) for one in ids for _ in range(2)]
+    expected = [prompt + choice.text for prompt, choice in zip(prompts, plain, strict=True)]
+    assert [choice.text for choice in echoed] == expected
+    streamed = [""] * 4
+    for chunk in client.completions.create(echo=True, stream=True, **asked):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == expected
+
+
 def test_prompts_are_texts_or_ids_and_an_encoder_decoder_reads_them(client: openai.OpenAI, t5: Path) -> None:
     with Session(t5, threads=1) as session:
         ids = session.encode("one").tolist()
