@@ -168,6 +168,11 @@ class Description:
     encoder: Encoder | ForeignEncoder | None = None
 
     @property
+    def exit_engine(self) -> bool:
+        """Whether the exit is an engine of its own: it reads a feature."""
+        return self.decoder.exit_inputs > 1
+
+    @property
     def attention(self) -> Attention:
         """Any decoder layer's self-attention: heads and head size are the same in all of them."""
         return self.decoder.layers[0].attention

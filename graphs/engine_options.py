@@ -53,10 +53,11 @@ class EngineOptions:
 
     def check(self, description: Description) -> None:
         layers = len(description.decoder.layers)
-        if not 1 <= self.exit_layer < layers:
+        first = 0 if description.exit_engine else 1
+        if not first <= self.exit_layer < layers:
             raise GraphError(
                 f"exit layer {self.exit_layer} is out of range; this model has {layers} decoder layers, "
-                f"choose 1 to {layers - 1}"
+                f"choose {first} to {layers - 1}"
             )
         limit = description.decoder.max_positions
         if self.capacity < 1 or (limit is not None and self.capacity > limit):
@@ -82,9 +83,12 @@ class EngineOptions:
             raise GraphError(f"the exit was trained with a vocabulary of {len(trained)} tokens and has no other")
         if self.exit_tokens:
             check_tokens(self.exit_tokens, description.vocab_size)
-        if description.decoder.exit_inputs > 1:
+        if description.exit_engine and description.encoder is not None:
+            raise GraphError(f"an exit that reads a feature is for decoder-only models, not for {description.family}")
+        if description.exit_engine and not self.packed:
             raise GraphError(
-                "an exit that reads a deep feature cannot be converted yet; train one with --exit-input state"
+                f"an exit that reads a feature needs dialect ort and target cpu, not {self.dialect} and {self.target}; "
+                "train one with --exit-input state, or convert it for a CPU"
             )
         self._check_target(description)
         if self.dialect == "ort" and not self.own_attention(description) and not fits_head_size(description.attention):

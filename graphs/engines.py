@@ -58,7 +58,7 @@ class EngineBuilder:
         return Quantization(tuple(found.engines), tuple(found.higher)) if self.options.plan else None
 
     def shallow(self) -> None:
-        """shallow.onnx: embedding, layers 1..S, the exit's own layers and the head."""
+        """shallow.onnx: embedding, layers 1..S, the exit's own layers and the head, unless these are exit.onnx."""
         graph = self._graph("shallow")
         tokens = graph.input("input_ids", INT64, ["B", "q"])
         call = self._decoder_call(graph, tokens)
@@ -67,7 +67,9 @@ class EngineBuilder:
         x = self._embed(graph, tokens, self.description.decoder.embedding)
         hidden = self._layers(graph, dialect, x, layers, 0)
         rows = self._output_hidden(graph, hidden, call, FLOAT, "q")
-        if self.description.decoder.exit_layers:
+        if self.description.exit_engine:
+            pass
+        elif self.description.decoder.exit_layers:
             self._own_exit(graph, dialect, call, rows)
         else:
             self._head(graph, dialect, hidden, None)
@@ -89,8 +91,23 @@ class EngineBuilder:
         x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder))
         self._head(graph, dialect, x, None, rows)
 
+    def exit(self) -> None:
+        """exit.onnx: the exit's own layers and the head, from the states after layer S and the features that the
+        positions before left. Its head's input is an output, too: it stands for a feature that is not known yet."""
+        graph, decoder, width = self._graph("exit"), self.description.decoder, self.description.hidden_size
+        assert decoder.exit_map is not None
+        states = [graph.input(name, FLOAT, ["B", "k", width]) for name in ("hidden", "features")]
+        call = self._decoder_call(graph, states[0])
+        rows = packing(graph, call)
+        dialect = self._dialect(graph, call, rows)
+        joined = graph.op("Concat", [rows.packed(graph, one) for one in states], axis=-1)
+        x = graph.to_float(linear(graph, graph.to_compute(joined), decoder.exit_map))
+        x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder))
+        self._head(graph, dialect, x, None, rows)
+        self._save(graph)
+
     def deep(self) -> None:
-        """deep.onnx: layers S+1..L and the head."""
+        """deep.onnx: layers S+1..L and the head, and for exit.onnx the features of all rows, which the head reads."""
         graph = self._graph("deep")
         width = self.description.hidden_size
         stacked = graph.input("hidden", FLOAT, ["B", "k", width])
@@ -101,6 +118,10 @@ class EngineBuilder:
         x = rows.packed(graph, stacked) if rows else graph.op("Reshape", [stacked, graph.constant([-1, width])])
         hidden = self._layers(graph, dialect, x, layers, self.options.exit_layer)
         self._head(graph, dialect, hidden, graph.input("emitted", INT64, ["R"]), rows)
+        if self.description.exit_engine:
+            assert rows is not None
+            features = rows.in_rows(graph, dialect.norm(hidden, self.description.decoder.head.norm))
+            graph.output("features", features, FLOAT, ["B", "k", width])
         self._save(graph)
 
     def encoder(self) -> None:
@@ -142,7 +163,8 @@ class EngineBuilder:
         plan, decoder, encoder = self.options.plan, self.description.decoder, self.description.encoder
         if plan is None:
             return []
-        head = exit_rows(decoder.head) if engine == "shallow" and self.options.exit_tokens else decoder.head.weight
+        exits = engine in ("shallow", "exit") and self.options.exit_tokens
+        head = exit_rows(decoder.head) if exits else decoder.head.weight
         wanted = self.options.wanted(self.description, engine, head)
         products = self._rounding.products
         passes: list[ir.passes.InPlacePass] = [
@@ -197,7 +219,8 @@ class EngineBuilder:
         head = (decoder.exit_head or decoder.head) if shallow else decoder.head
         tokens = np.array(known, np.int64) if shallow and known else None
         size, confidence = self.description.vocab_size, self.options.confidence
-        head_outputs(graph, dialect, hidden, head, size, confidence, emitted, packed, tokens, rows)
+        feature = shallow and self.description.exit_engine
+        head_outputs(graph, dialect, hidden, head, size, confidence, emitted, packed, tokens, rows, feature)
 
     def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> ir.Value:
         """[M, d] -> [B, rows, d]."""
@@ -220,4 +243,5 @@ def _size(graph: Graph, x: ir.Value) -> ir.Value:
 
 def engine_names(description: Description) -> list[str]:
     """The engines of a model, in the order in which they are built and run."""
-    return (["encoder", "prologue"] if description.encoder else []) + ["shallow", "deep"]
+    exits = ["exit"] if description.exit_engine else []
+    return [*(["encoder", "prologue"] if description.encoder else []), "shallow", *exits, "deep"]

@@ -115,6 +115,7 @@ def head_outputs(
     packed: bool = True,
     tokens: np.ndarray | None = None,
     packing: Packing | None = None,
+    feature: bool = False,
 ) -> None:
     """Outputs `token` int64, `confidence` and `logits`, and with `emitted` int64 [R] also `nll` in nats.
 
@@ -124,11 +125,16 @@ def head_outputs(
     `tokens` int64 [N] are the only ones that the head knows, None for all: its confidence is that of N logits, and the
     logits of all others are UNKNOWN. Where the head was trained with a class for them, that is one more logit; where it
     is the largest, `confidence` is 0, so nothing exits, and `token` is the best known one. With `packing`, `hidden` has
-    the rows that count only.
+    the rows that count only. With `feature` also an output of that name, [R, d]: the norm that the head reads.
     """
     rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
     places = rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
     normed = _normed(graph, dialect, graph.op("Gather", [hidden, places], axis=0), head)
+    if feature:
+        graph.output("feature", normed, ir.DataType.FLOAT, ["R", graph.read(head.norm.weight).shape[0]])
+    if head.scale != 1.0:
+        normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
+    normed = graph.to_compute(normed)
     scores = graph.to_float(graph.op("Gemm", [normed, *_weights(graph, head, packed, tokens)], transB=1))
     classes = vocabulary if tokens is None else len(tokens) + (head.other is not None)  # scores [R, classes]
     own = isinstance(dialect, KernelDialect) and confidence != "entropy"
@@ -181,15 +187,12 @@ def head_outputs(
 
 
 def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head) -> ir.Value:
-    """float32 [R, d] -> the head's input, in the compute type."""
+    """float32 [R, d] -> the norm that the head reads, but for its scale."""
     if (adapter := head.adapter) is not None:
         inner = fp32_linear(graph, dialect.norm(hidden, adapter.norm), adapter.down)
         outer = fp32_linear(graph, activate(graph, inner, "silu"), adapter.up)
         hidden = graph.op("Add", [hidden, outer])
-    normed = dialect.norm(hidden, head.norm)
-    if head.scale != 1.0:
-        normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
-    return graph.to_compute(normed)
+    return dialect.norm(hidden, head.norm)
 
 
 def _weights(graph: Graph, head: Head, packed: bool, tokens: np.ndarray | None) -> list[ir.Value]:

@@ -18,19 +18,21 @@ _FLOAT = 4  # bytes
 @dataclass(frozen=True)
 class StepCosts:
     """One decoder layer and the head, for one token, in any unit; `growth` is what a deep pass over k rows costs
-    relative to one row."""
+    relative to one row. `map`: a linear map [d, d], as before an exit's own layers."""
 
     layer: float
     head: float
     growth: dict[int, float]
     measured: bool
+    map: float = 0.0
 
-    def at(self, exit_layer: int, layers: int, own: int = 0, share: float = 1.0) -> Costs:
+    def at(self, exit_layer: int, layers: int, own: int = 0, share: float = 1.0, inputs: int = 1) -> Costs:
         """Costs, in the same unit, of a model of `layers` layers that exits after `exit_layer`, through `own` layers of
-        the exit's own and the `share` of the head that an exit vocabulary has."""
+        the exit's own and the `share` of the head that an exit vocabulary has; these layers read so many `inputs`."""
         shallow, deep = exit_layer * self.layer, (layers - exit_layer) * self.layer + self.head
         deep_passes = {size: deep * factor for size, factor in self.growth.items()}
-        return Costs(shallow + own * self.layer + share * self.head, shallow, deep_passes, measured=self.measured)
+        behind = own * self.layer + (inputs * self.map if own else 0.0) + share * self.head
+        return Costs(shallow + behind, shallow, deep_passes, measured=self.measured)
 
 
 def analytic(description: Description, weights: Weights) -> StepCosts:
@@ -45,4 +47,5 @@ def analytic(description: Description, weights: Weights) -> StepCosts:
     total = sum(_FLOAT * math.prod(weights.shape(linear.weight)) for linear in read if linear is not None)
     head = _FLOAT * math.prod(weights.shape(description.decoder.head.weight))
     growth = {size: 1 + _ROW_GROWTH * (size - 1) for size in _SIZES}
-    return StepCosts(total / len(layers), head, growth, measured=False)
+    linear_map = _FLOAT * description.hidden_size**2
+    return StepCosts(total / len(layers), head, growth, measured=False, map=linear_map)

@@ -16,6 +16,8 @@ from runtime.engines.runner import Runner
 
 # Calls that are kept bound.
 MOST_CALLS = 256
+# Inputs and outputs that are a state for each row.
+_STATES = ("hidden", "features")
 # Deep passes after which the rules follow their measured costs.
 LEARNED = 64
 
@@ -35,27 +37,37 @@ class BatchedCall:
         """Run what sequences wait for as one call, and copy to each its part."""
         first, count, width = _area(calls)
         places = [call.owner.slot - first for call in calls]
-        runner, name = self._runner, "input_ids" if "input_ids" in calls[0].inputs else "hidden"
+        runner, given = self._runner, [name for name in ("input_ids", *_STATES) if name in calls[0].inputs]
         tokens, states = (count, width), (count, width, self._hidden_size)
-        rows = np.zeros(tokens, np.int64) if name == "input_ids" else runner.scratch("rows", states, np.float32)
+        inputs: dict[str, Any] = {
+            name: np.zeros(tokens, np.int64)
+            if name == "input_ids"
+            else runner.scratch(f"read.{name}", states, np.float32)
+            for name in given
+        }
         lengths, exits = np.zeros((2, count), np.int32)
         heads = list[int]()
         for call, place in zip(calls, places, strict=True):
-            rows[place, : call.rows] = call.inputs[name][0]
+            for name in given:
+                inputs[name][place, : call.rows] = call.inputs[name][0]
             lengths[place] = call.rows
             exits[place] = call.rows if call.exits else 0
             heads.extend(place * width + row for row in range(call.rows - call.heads, call.rows))
-        inputs: dict[str, Any] = {name: rows, "query_lengths": lengths, "head_rows": np.array(heads, np.int64)}
+        inputs["query_lengths"] = lengths
+        if runner.heads:
+            inputs["head_rows"] = np.array(heads, np.int64)
         if runner.cache.own_exit:
             inputs["exit_lengths"] = exits
         if "emitted" in calls[0].inputs:
             inputs["emitted"] = np.concatenate([call.inputs["emitted"] for call in calls])
-        outputs: dict[str, Any] = {"token": np.empty(len(heads), np.int64)}
-        if "hidden" in calls[0].outputs:
-            outputs["hidden"] = runner.scratch("hidden", states, np.float32)
-        outputs["confidence" if name == "input_ids" else "nll"] = np.empty(len(heads), np.float32)
-        if any("logits" in call.outputs for call in calls):
-            outputs["logits"] = np.empty((len(heads), self._vocab_size), np.float32)
+        shapes = {"feature": (self._hidden_size,), "logits": (self._vocab_size,)}  # of a head, if not a number
+        outputs: dict[str, Any] = {}
+        for output in {name: None for call in calls for name in call.outputs}:
+            if output in _STATES:
+                outputs[output] = runner.scratch(output, states, np.float32)
+            else:
+                kind = np.int64 if output == "token" else np.float32
+                outputs[output] = np.empty((len(heads), *shapes.get(output, ())), kind)
         bound = self._bound(calls, first, count, "logits" in outputs)
         bound.rebind(inputs, outputs)
         seconds, head = runner.run(bound), 0
@@ -63,7 +75,7 @@ class BatchedCall:
             for output, target in call.outputs.items():
                 part = (
                     outputs[output][place : place + 1, : call.rows]
-                    if output == "hidden"
+                    if output in _STATES
                     else outputs[output][head : head + call.heads]
                 )
                 target[:] = part
@@ -140,12 +152,19 @@ def rules_of(row_cost: float) -> BatchRules:
 
 class BatchPolicy:
     """`batches` for each engine that runs calls of several sequences; `shallow` is the one that goes first. `costs`
-    learns what calls take. `packed`: of deep passes, padding and idle rows cost nothing."""
+    learns what calls take. `packed`: of deep passes, padding and idle rows cost nothing. `exit`: the engine that goes
+    second, where the exit is one of its own."""
 
     def __init__(
-        self, batches: Mapping[Runner, BatchedCall], shallow: Runner, costs: CallCosts, packed: bool = False
+        self,
+        batches: Mapping[Runner, BatchedCall],
+        shallow: Runner,
+        costs: CallCosts,
+        packed: bool = False,
+        exit: Runner | None = None,
     ) -> None:
         self._batches, self._shallow, self._costs, self._packed = batches, shallow, costs, packed
+        self._exit = exit
         self._timed = 0
         self.rules = rules_of(costs.further_row())
 
@@ -153,13 +172,14 @@ class BatchPolicy:
         """Choose sequences that wait for one engine. Shallow steps go first, so that deep passes accumulate. Those run
         once enough sequences wait for one, or one has waited long: one that waits does nothing, so waiting for all
         may lose more than it saves."""
-        shallow, deep = list[Waits](), list[Waits]()
+        shallow, exits, deep = list[Waits](), list[Waits](), list[Waits]()
+        others = {self._shallow: shallow, self._exit: exits}
         for each in sequences:
             if isinstance(each.waits, SlotCall):
-                (shallow if each.waits.runner is self._shallow else deep).append(each)
+                others.get(each.waits.runner, deep).append(each)
         waited = max((turn - each.since for each in deep), default=0)
-        enough = len(deep) >= self.rules.ready * (len(deep) + len(shallow))
-        return deep if deep and (enough or waited >= self.rules.patience) else shallow
+        enough = len(deep) >= self.rules.ready * (len(deep) + len(shallow) + len(exits))
+        return deep if deep and (enough or waited >= self.rules.patience) else shallow or exits
 
     def run(self, calls: Sequence[SlotCall], together: bool) -> Iterator[tuple[SlotCall, Exception | None]]:
         """Run calls of one engine, as few as possible where `together`: each with its error. What a call wrote is to be
@@ -195,7 +215,10 @@ class BatchPolicy:
     def _learn(self, calls: Sequence[SlotCall]) -> None:
         """A row costs about the same, whichever sequence it is of."""
         rows, heads = sum(call.rows for call in calls), sum(call.heads for call in calls)
-        if calls[0].runner is not self._shallow:
+        if calls[0].runner is self._exit:
+            # With a row of each, which are not more than an exit's engine reads.
+            self._costs.observe("head", heads, self._costs.seconds("step", heads) + calls[0].seconds)
+        elif calls[0].runner is not self._shallow:
             self._costs.observe("pass", rows, calls[0].seconds)
             self._timed += 1
             if self._timed % LEARNED == 0:

@@ -49,7 +49,7 @@ class Scheduler:
         packed: bool = False,
     ) -> None:
         self._free, self._cross, self._queue = list(decoders), cross, queue
-        self._calls = BatchPolicy(batches, decoders[0].runners[0], costs or CallCosts(), packed)
+        self._calls = BatchPolicy(batches, decoders[0].runners[0], costs or CallCosts(), packed, decoders[0].exit)
         self._rows: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._borrowed = self._turns = 0

@@ -21,6 +21,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.feature_decoder import FeatureDecoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.backend import Backend
 from runtime.engines.cross_cache import CrossCache
@@ -60,7 +61,7 @@ class Session:
         bundle: Path | str,
         options: SessionOptions | None = None,
         *,
-        decoder_type: Callable[..., Decoder] = Decoder,
+        decoder_type: Callable[..., Decoder] | None = None,
         on_event: Callable[[RequestEvent], None] | None = None,
         **keywords: Unpack[SessionKeywords],
     ) -> None:
@@ -79,14 +80,17 @@ class Session:
             trusted = options.trust_templates
             self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
             self._runners = shallow, deep = self._placement.runners(engine)
-            encoder = self._placement.encoder(engine, shallow)
+            encoder, exit = self._placement.encoder(engine, shallow), self._placement.exit_runner(engine)
         self.overlap = deep.beside
         sizes = manifest.hidden_size, manifest.vocab_size
         if deep.beside:
             decoder_type = partial(OverlappingDecoder, run_ahead=options.run_ahead)
+        elif exit is not None:
+            decoder_type = partial(decoder_type or FeatureDecoder, exit=exit)
+        decoder_type = decoder_type or Decoder
         decoders = [decoder_type(shallow, deep, slot, *sizes, manifest.max_pending) for slot in range(options.slots)]
         cross = CrossCache(options.slots, shallow.zeros)
-        batches = {runner: BatchedCall(runner, cross, *sizes) for runner in (shallow, deep)}
+        batches = {runner: BatchedCall(runner, cross, *sizes) for runner in filter(None, (shallow, exit, deep))}
         calls = CallCosts(manifest.costs or NEUTRAL)
         self._scheduler = scheduler = Scheduler(decoders, batches, cross, options.queue, calls, manifest.packed)
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))

@@ -15,12 +15,16 @@ from freeexport.training.exit_modules import trained_exit
 from graphs.exit_head import EXIT_MAP, EXIT_NORM
 from graphs.families import describe
 from graphs.shapes import own_shapes
+from runtime.bundle.manifest import ExitInput
 
 EXIT_LAYER, OWN_LAYERS = 1, 2
 
 
-def write_exit(directory: Path, layers: int = OWN_LAYERS) -> None:
-    """An exit beside a checkpoint: the last layers, somewhat changed, behind a map that is nearly none."""
+def write_exit(
+    directory: Path, layers: int = OWN_LAYERS, reads: ExitInput = "state", exit_layer: int = EXIT_LAYER
+) -> None:
+    """An exit beside a checkpoint: the last layers, somewhat changed, behind a map that is nearly none; of a feature,
+    where it reads one, it has a tenth."""
     opened = open_checkpoint(str(directory))
     description = describe(opened.config, opened)
     draw, width = np.random.default_rng(0), description.hidden_size
@@ -29,12 +33,15 @@ def write_exit(directory: Path, layers: int = OWN_LAYERS) -> None:
         name: (draw.standard_normal(shape) * (2.0 if "relative_bias" in name else like)).astype(np.float32)
         if len(shape) > 1
         else (1 + 0.1 * draw.standard_normal(shape)).astype(np.float32)
-        for name, shape in own_shapes(description, opened, layers).items()
+        for name, shape in own_shapes(description, opened, layers, reads).items()
     }
-    tensors[EXIT_MAP] = np.eye(width, dtype=np.float32) + tensors[EXIT_MAP] / 4
+    tensors[EXIT_MAP] = tensors[EXIT_MAP] / 4
+    tensors[EXIT_MAP][:, :width] += np.eye(width, dtype=np.float32)
+    tensors[EXIT_MAP][:, width:] += np.eye(width, dtype=np.float32)[:, : tensors[EXIT_MAP].shape[1] - width] / 10
     tensors[EXIT_NORM] = opened.read(description.decoder.head.norm.weight) * np.float32(1.1)
     save_file(tensors, directory / EXIT_WEIGHTS)
-    write_exit_file(directory, ExitFile(EXIT_LAYER, True, 0, opened.sha256, "logit-kd", "exit", layers))
+    exit_file = ExitFile(exit_layer, True, 0, opened.sha256, "logit-kd", "exit", layers, exit_input=reads)
+    write_exit_file(directory, exit_file)
 
 
 def with_exit_layers(name: str) -> Case:
@@ -46,6 +53,17 @@ def with_exit_layers(name: str) -> Case:
         write_exit(directory)
 
     return Case(f"{name}-exit-layers", build, (EXIT_LAYER,), model_with_exit)
+
+
+def with_feature(name: str, exit_layer: int) -> Case:
+    """The case of this name with an exit of one layer that reads the state after `exit_layer` and a feature."""
+    plain = BY_NAME[name]
+
+    def build(directory: Path) -> None:
+        plain.build(directory)
+        write_exit(directory, 1, "feature", exit_layer)
+
+    return Case(f"{name}-feature-{exit_layer}", build, (exit_layer, plain.layers - 1), model_with_exit)
 
 
 def model_with_exit(directory: Path) -> Any:

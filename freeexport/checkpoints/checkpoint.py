@@ -92,9 +92,10 @@ class Checkpoint:
         if self.exit is not None and given not in (None, trained) and self.exit.loss != "weighted-ce":
             raise OptionError(f"{self.name} was trained to exit after layer {trained}, not {given}; leave it out")
         chosen = trained if given is None else given
-        if chosen is None or not 1 <= chosen < layers:
+        first = 0 if self.exit is not None and self.exit.exit_input == "feature" else 1
+        if chosen is None or not first <= chosen < layers:
             problem = "there is no exit.json" if chosen is None else f"exit layer {chosen} is out of range"
-            raise OptionError(f"{self.name}: {problem}; choose --exit-layer, from 1 to {layers - 1}")
+            raise OptionError(f"{self.name}: {problem}; choose --exit-layer, from {first} to {layers - 1}")
         return chosen
 
     def __contains__(self, name: object) -> bool:

@@ -103,7 +103,8 @@ def _model(manifest: Manifest) -> Rows:
     def span(layers: range) -> str:  # as people count them, from 1
         return f"{layers.start + 1}-{layers.stop}" if len(layers) > 1 else str(layers.stop)
 
-    shallow, deep, quantization = span(manifest.shallow_layers), span(manifest.deep_layers), manifest.quantization
+    shallow = span(manifest.shallow_layers) if manifest.exit_layer else "none"
+    deep, quantization = span(manifest.deep_layers), manifest.quantization
     fitted = quantization and quantization.rounding_data
     return [
         ("family", f"{manifest.family} ({'encoder-decoder' if manifest.encoder_decoder else 'decoder-only'})"),
@@ -150,6 +151,7 @@ def _exit(manifest: Manifest, calibration: Calibration | None) -> Rows:
     rows = [
         ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
         *([("its own layers", str(manifest.exit_layers))] if manifest.exit_layers else []),
+        *([("its input", "its layer's state and the deep decoder's feature")] if manifest.exit_engine else []),
         ("confidence", manifest.confidence),
         ("threshold", threshold),
         ("most pending tokens", str(manifest.max_pending)),

@@ -65,12 +65,21 @@ def engine_bytes(path: Path) -> EngineBytes:
     )
 
 
+def decoder_bytes(bundle: Bundle) -> tuple[EngineBytes, EngineBytes]:
+    """Weights of the shallow and the deep engine; those of an engine of the exit are the shallow one's."""
+    shallow, deep = (engine_bytes(bundle.engine(name)) for name in ("shallow", "deep"))
+    if bundle.manifest.exit_engine:
+        exit = engine_bytes(bundle.engine("exit"))
+        shallow = EngineBytes(shallow.layers, exit.layers, exit.head)
+    return shallow, deep
+
+
 def token_bytes(bundle: Bundle, context: float, encoder_tokens: float, exits: bool, passes: float) -> int:
     """Bytes that a token touches at `context` valid positions, on average: the shallow layers, their head where tokens
     may exit, and its share of `passes` deep passes a token with their head; keys and values of these layers, for an
     encoder-decoder also those of `encoder_tokens` in cross-attention."""
     manifest = bundle.manifest
-    shallow, deep = (engine_bytes(bundle.engine(name)) for name in ("shallow", "deep"))
+    shallow, deep = decoder_bytes(bundle)
     own = manifest.exit_layers
     position = manifest.kv_bytes_per_token / (manifest.layers + own) * (context + encoder_tokens)
     read = shallow.layers + len(manifest.shallow_layers) * position
@@ -126,7 +135,7 @@ class ByteModel:
 
     def __init__(self, bundle: Bundle, features: Sequence[str]) -> None:
         self._manifest = manifest = bundle.manifest
-        self._shallow, self._deep = (engine_bytes(bundle.engine(name)) for name in ("shallow", "deep"))
+        self._shallow, self._deep = decoder_bytes(bundle)
         self._position = manifest.kv_bytes_per_token / (manifest.layers + manifest.exit_layers)
         self.row_share = row_share(manifest.precision, features)
 
@@ -143,10 +152,17 @@ class ByteModel:
         # Half of the tokens are there on average; cross-attention reads as many bytes a position of the prompt.
         position = self._position * (calls.prompt + calls.tokens / 2)
         weights, layers = shallow.layers, len(manifest.shallow_layers)
-        if calls.own or not manifest.packed:
+        if manifest.exit_engine:
+            # It is asked for predictions only, and then reads the rows before that it has not, or not with features.
+            again = sum(count * (k - 1) for k, count in calls.passes.items()) if calls.heads else 0
+            each = shallow.own + manifest.exit_layers * position + CALL_BYTES
+            exits = calls.heads * each + again * row * shallow.own
+        else:
+            exits = 0.0
+        if not manifest.exit_engine and (calls.own or not manifest.packed):
             weights, layers = weights + shallow.own, layers + manifest.exit_layers
         read = calls.steps * (weights + layers * position + CALL_BYTES) + calls.further * row * weights
-        read += calls.heads * shallow.head
+        read += exits + calls.heads * shallow.head
         weights, beside = deep.layers + deep.head, len(manifest.deep_layers) * position + CALL_BYTES
         return read + sum(count * (weights * (1 + row * (k - 1)) + beside) for k, count in calls.passes.items())
 

@@ -227,10 +227,12 @@ def evaluate_layers(model: str, data: Path, options: LayersOptions) -> dict[str,
     form, forced = text_format(checkpoint, description, options.max_tokens), options.forcing == "targets"
     requests = read_examples(data, options.samples, "add it, or use --on output" if forced else "")
     examples = encoded(requests, form, data, None if forced else options.max_new_tokens)
-    trained, own, head = None, 0, 1.0
+    trained, own, head, inputs = None, 0, 1.0, 1
     if found is not None:
-        trained, own = found.exit_layer, found.exit_layers
+        trained, own, inputs = found.exit_layer, found.exit_layers, found.inputs
         head = found.head_share(description.vocab_size) if options.bundle is None else 1.0
+        if not trained:
+            raise OptionError(f"{checkpoint.name} has its exit before the first layer; evaluate a bundle of it instead")
     loaded = reference_model(checkpoint, options.device, options.dtype)
     reader = LayerReader(loaded, checkpoint, description, trained or 1)
     if not forced:
@@ -240,7 +242,7 @@ def evaluate_layers(model: str, data: Path, options: LayersOptions) -> dict[str,
         traces, targets = reader.every_layer(examples, options.batch_size, advance)
     if not len(targets):
         raise DataError(f"{data}: no output has a second token, and the first never exits; give longer texts")
-    return layers_report(checkpoint.name, traces, targets, len(examples), costs, options, trained, own, head)
+    return layers_report(checkpoint.name, traces, targets, len(examples), costs, options, trained, own, head, inputs)
 
 
 def layers_report(
@@ -253,6 +255,7 @@ def layers_report(
     trained: int | None = None,
     own: int = 0,
     head: float = 1.0,
+    inputs: int = 1,
 ) -> dict[str, Any]:
     """The figures of every layer but the last, whose `traces` come in order, and the verdict on the best one: that with
     the largest speedup at the agreement asked for; of several, the one that agrees most often.
@@ -260,13 +263,14 @@ def layers_report(
     A layer's `agreement` and `accuracy` count every token; `at` has the point with the most exits for each of TARGETS,
     `chosen` that for the agreement asked for, at which are `exit_rate`, `exit_agreement` and the predicted `speedup`.
     Accuracies count tokens that equal what was forced, and are None where that was the model's own output. `trained`:
-    the layer that the checkpoint was trained to exit after, with `own` layers of its own and a share of the `head`.
+    the layer that the checkpoint was trained to exit after, with `own` layers of its own, which read so many `inputs`,
+    and a share of the `head`.
     """
     layers, forced, wanted = len(traces), options.forcing == "targets", options.agreement
     exits: list[dict[str, Any]] = []
     facts: list[ExitFacts] = []
     for layer, one in enumerate(traces[:-1], start=1):
-        at_layer = costs.at(layer, layers, *((own, head) if layer == trained else ()))
+        at_layer = costs.at(layer, layers, *((own, head, inputs) if layer == trained else ()))
         curve = Curve.of(one.confidence, one.agrees)
         point = curve.at_agreement(wanted)
         above = one.above(point.threshold)

@@ -149,10 +149,11 @@ class CheckpointSource:
         """The costs of a token, in bytes of weights."""
         from graphs.step_costs import analytic
 
-        own, share = 0, 1.0
-        if (found := self._checkpoint.exit) is not None:
-            own, share = found.exit_layers, found.head_share(self._description.vocab_size)
-        return analytic(self._description, self._checkpoint).at(self.facts.exit_layer, self.facts.layers, own, share)
+        steps, facts = analytic(self._description, self._checkpoint), self.facts
+        if (found := self._checkpoint.exit) is None:
+            return steps.at(facts.exit_layer, facts.layers)
+        share = found.head_share(self._description.vocab_size)
+        return steps.at(facts.exit_layer, facts.layers, found.exit_layers, share, found.inputs)
 
 
 Source = BundleSource | CheckpointSource

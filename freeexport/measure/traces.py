@@ -20,6 +20,8 @@ from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.costs import Costs
 from runtime.decoding.calls import Prediction
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.feature_decoder import FeatureDecoder
+from runtime.engines.runner import Runner
 from runtime.errors import OptionError
 from runtime.json_file import parse_json, read_text
 
@@ -27,6 +29,8 @@ _KIND = "freeexport traces"
 # Traces of another format are dropped as those of another key are. 3: a T5's first token may exit.
 _FORMAT = 3
 _START = json.dumps({"kind": _KIND})[:-1].encode()
+# Tokens between two sync passes, of the traces of an exit that reads features.
+DRAFTED = 4
 # Between the two confidences that a replayed decision is given.
 THRESHOLD = 0.5
 _DRAWN = 4096
@@ -142,8 +146,14 @@ def replay(traces: Traces, threshold: float, max_pending: int) -> Replay:
 
 def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: int) -> Traces:
     """Decode `prompt` int64 [n] as mode `full` does, at most `max_new_tokens`, until an end of sequence, and ask both
-    decoders at each token."""
+    decoders at each token.
+
+    An exit that reads features is asked as in drafts, DRAFTED tokens between two sync passes: the first after one reads
+    the deep decoder's feature, and agrees more often than those behind it.
+    """
     manifest = session.manifest
+    if manifest.exit_engine:
+        return _drafted_trace(session, line, prompt, max_new_tokens)
     found: dict[str, list[Any]] = {name: [] for name in _TYPES}
     with session.decoder(prompt) as decoder:
         if manifest.encoder_decoder:
@@ -161,6 +171,23 @@ def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: in
             token = deep.token
             if token in manifest.eos_token_ids:
                 break
+    return Traces.one(line, **found)
+
+
+def _drafted_trace(session: Session, line: int, prompt: np.ndarray, max_new_tokens: int) -> Traces:
+    ids = session.generate(prompt, mode="full", max_new_tokens=max_new_tokens).token_ids
+    found: dict[str, list[Any]] = {name: [] for name in _TYPES}
+    with session.decoder(prompt) as decoder:
+        decoder.prefill(prompt.astype(np.int64), head=False, exits=True)
+        most = min(DRAFTED, session.manifest.max_pending)
+        for start in range(0, len(ids) - 1, most):
+            read = ids[start : min(start + most, len(ids) - 1)]
+            guesses = [decoder.step(token, head=True) for token in read]
+            answers = decoder.sync(len(read), drafts=[guess.token for guess in guesses])
+            for guess, deep in zip(guesses, answers, strict=True):
+                values = (guess.confidence or 0.0, guess.token == deep.token, deep.nll or 0.0, guess.token)
+                for name, value in zip(_TYPES, values, strict=True):
+                    found[name].append(value)
     return Traces.one(line, **found)
 
 
@@ -261,8 +288,8 @@ class ReplayDecoder(Decoder):
     """All engines run as ever, so what is measured is what such exits and drafts would cost. While drafts are replayed,
     the deep prediction is the output, as with quantized weights it might stray from it over several rows."""
 
-    def __init__(self, script: Script, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, script: Script, *arguments: Any, **others: Any) -> None:
+        super().__init__(*arguments, **others)
         self._script, self._prompt, self._decided = script, 0, 0
 
     def begun(self, prompt: int) -> None:
@@ -296,13 +323,21 @@ class ReplayDecoder(Decoder):
         return [one._replace(token=tokens[place]) if place < len(tokens) else one for place, one in places]
 
 
+class ReplayFeatureDecoder(ReplayDecoder, FeatureDecoder):
+    """A decoder whose exit is an engine of its own, which replays."""
+
+
+def _replaying(script: Script, *arguments: Any, exit: Runner | None = None) -> ReplayDecoder:
+    return ReplayDecoder(script, *arguments) if exit is None else ReplayFeatureDecoder(script, *arguments, exit=exit)
+
+
 class ReplaySession(Session):
     """A session of one slot, without overlap, that can replay exits in mode "free" and drafts in mode "lossless", at
     any threshold inside (0, 1)."""
 
     def __init__(self, bundle: Path | str, **options: Any) -> None:
         self._script = Script()
-        decoder = partial(ReplayDecoder, self._script)
+        decoder = partial(_replaying, self._script)
         super().__init__(bundle, decoder_type=decoder, **{**options, "overlap": False, "slots": 1})
 
     def __enter__(self) -> ReplaySession:

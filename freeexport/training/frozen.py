@@ -15,13 +15,10 @@ from freeexport.checkpoints.examples import Example
 from freeexport.system.progress import progress
 from freeexport.training import losses
 from freeexport.training.batches import Collator, LengthBatches, token_counts
-from freeexport.training.exit_modules import Encoded, ExitLayers, KnownTokens
+from freeexport.training.exit_modules import PASSES, Encoded, ExitLayers, KnownTokens
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ENCODER, IGNORED, Outputs, ShallowDeep, SharedHead, exits_of, measures
 
-# Tokens after a sync pass that an exit with a deep feature is trained as: the first reads the feature, the others what
-# the exit gave at the token before.
-PASSES = 2
 BEST = 32  # tokens of the teacher that are kept, or classes of an exit vocabulary
 _LOGIT_ROWS = 512  # whose logits are in memory at a time
 _OTHERS = 2048  # tokens beside those in question that a step's softmax is estimated from

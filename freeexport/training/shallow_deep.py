@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
-from freeexport.training.exit_modules import Encoded, Exit, KnownTokens
+from freeexport.training.exit_modules import PASSES, Encoded, Exit, ExitLayers, KnownTokens
 from graphs.description import Description
 
 if TYPE_CHECKING:
@@ -118,8 +118,13 @@ class ShallowDeep(nn.Module):
         finally:
             self._recording = None
         if self.own is not None:
-            features = self.head.normed(recorded[self.layers]) if self.own.reads_feature else None
-            recorded[EXIT] = self.own(recorded[self.exit_layer], encoded, features)
+            states, features = recorded[self.exit_layer], None
+            if self.own.reads_feature:
+                features = self.head.normed(recorded[self.layers])
+            if features is not None and isinstance(self.own, ExitLayers):
+                recorded[EXIT] = self.own.passes(states, encoded, features, PASSES)[-1]
+            else:
+                recorded[EXIT] = self.own(states, encoded, features)
         found = {n: one.reshape(-1, one.shape[-1]).index_select(0, rows) for n, one in recorded.items()}
         if encoded is not None and ENCODER in self.kept:
             found[ENCODER] = encoded.states[encoded.mask]

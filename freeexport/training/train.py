@@ -103,7 +103,8 @@ def _train(
         share = (len(tokens) + 1) / description.vocab_size
         covered = f"{vocabulary.covered:.2%} of those in the training targets"
         lines.append(f"exit vocabulary: {len(tokens)} of {description.vocab_size} tokens, {covered}")
-    costs = analytic(description, checkpoint).at(options.exit_layer, layers, options.exit_layers, share)
+    inputs = 1 if options.exit_input == "state" else 2
+    costs = analytic(description, checkpoint).at(options.exit_layer, layers, options.exit_layers, share, inputs)
     if writer:
         for line in [*lines, prospect(costs, options.exit_layer, layers)]:
             click.echo(line, err=True)

@@ -9,7 +9,7 @@ than one step of what the engines compute in, and the largest difference, which 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
@@ -132,7 +132,8 @@ def encode(bundle: Bundle, batch: Batch, threads: int | None = None) -> tuple[di
 
 
 class EnginePair:
-    """Shallow and deep engine over `rows` sequences. Calls extend the caches by each row's query length."""
+    """Shallow and deep engine over `rows` sequences, and that of the exit, where it is one. Calls extend the caches by
+    each row's query length."""
 
     def __init__(self, bundle: Bundle, rows: int, threads: int, cross: dict[str, np.ndarray] | None = None) -> None:
         self.manifest = manifest = bundle.manifest
@@ -140,23 +141,46 @@ class EnginePair:
         self.caches, self._engines = dict[str, KVCache](), dict[str, OnnxEngine]()
         dtype = np.float16 if manifest.float_type == "fp16" else np.float32
         length = manifest.capacity + manifest.max_pending
-        for name, layers in (("shallow", manifest.shallow_caches), ("deep", manifest.deep_layers)):
+        engines = {"shallow": manifest.shallow_caches, "deep": manifest.deep_layers}
+        if manifest.exit_engine:
+            engines["exit"] = manifest.exit_names
+        self._before = np.zeros((rows, 1, manifest.hidden_size), np.float32)  # the features of the newest positions
+        for name, layers in engines.items():
             self._engines[name] = OnnxEngine(bundle.engine(name), threads, kernels=manifest.kernels)
             self.caches[name] = KVCache(layers, rows, manifest.kv_heads, length, manifest.head_dim, dtype)
 
+    def both(
+        self, tokens: np.ndarray, lengths: np.ndarray, changed: Callable[[np.ndarray], np.ndarray] = np.asarray
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The outputs of the shallow and the deep engine, the latter's from hidden states as they are `changed`. An
+        engine of the exit gives the shallow predictions."""
+        shallow = self.shallow(tokens, lengths)
+        deep = self.deep(changed(shallow["hidden"]), lengths)
+        if self.manifest.exit_engine:
+            features = np.concatenate([self._before, deep["features"]], axis=1)
+            self._before = np.take_along_axis(features, lengths[:, None, None].astype(np.int64), axis=1)
+            inputs = {"hidden": shallow["hidden"], "features": changed(features[:, :-1])}
+            shallow |= self._run("exit", inputs, {}, lengths, tokens.shape[1])
+        return shallow, deep
+
     def shallow(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """`tokens` int64 [B, q], right-padded to `lengths` [B]. `hidden` [B, q, d], and logits, token, confidence of
-        all rows [B * q]."""
+        """`tokens` int64 [B, q], right-padded to `lengths` [B]. `hidden` [B, q, d], and where it has the head logits,
+        token, confidence of all rows [B * q]."""
         hidden = np.zeros((*tokens.shape, self.manifest.hidden_size), np.float32)
         return self._run("shallow", {"input_ids": tokens}, {"hidden": hidden}, lengths, tokens.shape[1])
 
     def deep(self, hidden: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
         """`hidden` float32 [B, k, d]. Logits, token, confidence and nll of all rows [B * k]."""
         count = self.rows * hidden.shape[1]
-        inputs = {"hidden": np.ascontiguousarray(hidden), "emitted": np.zeros(count, np.int64)}
-        return self._run("deep", inputs, {"nll": np.zeros(count, np.float32)}, lengths, hidden.shape[1])
+        inputs = {"hidden": hidden, "emitted": np.zeros(count, np.int64)}
+        outputs = {"nll": np.zeros(count, np.float32)}
+        if self.manifest.exit_engine:
+            outputs["features"] = np.zeros(hidden.shape, np.float32)
+        return self._run("deep", inputs, outputs, lengths, hidden.shape[1])
 
     def trim(self, length: int) -> None:
+        if not length:
+            self._before[:] = 0
         for cache in self.caches.values():
             for row in range(self.rows):
                 cache.trim(row, length)
@@ -173,19 +197,18 @@ class EnginePair:
         past = {part: value(array) for part, array in cache.arrays.items()}
         layers = {part.split(".")[0] for part in past}
         cross = {n: a for n, a in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
-        outputs = {
-            **outputs,
-            "token": np.zeros(count, np.int64),
-            "confidence": np.zeros(count, np.float32),
-            "logits": np.zeros((count, self.manifest.vocab_size), np.float32),
-        }
+        heads = {}
+        if name != "shallow" or not self.manifest.exit_engine:
+            heads["head_rows"] = np.arange(count)
+            outputs["token"], outputs["confidence"] = np.zeros(count, np.int64), np.zeros(count, np.float32)
+            outputs["logits"] = np.zeros((count, self.manifest.vocab_size), np.float32)
         call = self._engines[name].bind(
             {
-                **inputs,
+                **{name: np.ascontiguousarray(array) for name, array in inputs.items()},
                 "past_lengths": cache.lengths,
                 "query_lengths": lengths.astype(np.int32),
-                **({"exit_lengths": lengths.astype(np.int32)} if cache.own_exit else {}),
-                "head_rows": np.arange(count),
+                **({"exit_lengths": lengths.astype(np.int32)} if cache.own_exit and name == "shallow" else {}),
+                **heads,
                 **cross,
                 **{f"past.{part}": item for part, item in past.items()},
             },
@@ -313,8 +336,8 @@ def in_calls(
         for cache in pair.caches.values():
             for array in cache.arrays.values():
                 array[:, :, previous:start] = changed(array[:, :, previous:start])
-        shallow = pair.shallow(text.tokens[:, start:end], count)
-        deep = pair.deep(changed(shallow["hidden"]), count)["logits"]
+        shallow, found = pair.both(text.tokens[:, start:end], count, changed)
+        deep = found["logits"]
         row, column = np.nonzero(np.arange(end - start) < count[:, None])
         parts.append(Rows.of_call(row * text.width + start + column, row * (end - start) + column, shallow, deep))
         previous = start

@@ -61,9 +61,9 @@ QUALITY_COARSE_LEAST = 5e-2
 # Sequences in memory at once, the most tokens of each, and how many lines are read.
 ROWS, LONGEST, LINES = 8, 256, 256
 
-# States [B, n, d], and those of an encoder -> logits [B, n, V], and confidences [B, n, 1] where these depend on more
-# than the logits.
-ExitHead = Callable[[torch.Tensor, Encoded | None], tuple[torch.Tensor, torch.Tensor | None]]
+# States [B, n, d], those of an encoder, and a decoder-only model's final normed ones [B, n, d] -> logits [B, n, V], and
+# confidences [B, n, 1] where these depend on more than the logits.
+ExitHead = Callable[[torch.Tensor, Encoded | None, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class States:
         """Outputs of transformers, as float32."""
         out = forward(model, batch)
         states = out.get("decoder_hidden_states", out.get("hidden_states"))[exit_layer]
+        features = out["hidden_states"][-1] if "hidden_states" in out else None
         encoded, prompts = out.get("encoder_last_hidden_state"), None
         if batch.prompts is not None and batch.prompt_lengths is not None:
             prompts = Encoded(encoded, torch.from_numpy(mask_of(batch.prompt_lengths, batch.prompts.shape[1])) > 0)
@@ -90,7 +91,7 @@ class States:
         del out
         confidence = None
         if exit_head is not None:
-            shallow, confidence = exit_head(states, prompts)
+            shallow, confidence = exit_head(states, prompts, features)
         else:
             stack, name = layer_list(model)
             layers = getattr(stack, name)

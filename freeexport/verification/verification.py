@@ -79,8 +79,7 @@ class _Verification:
         batch = sample_batch(self.bundle, self.extent.tokens)
         cross, encoded = encode(self.bundle, batch, self.threads)
         pair = EnginePair(self.bundle, len(batch.tokens), self.threads, cross)
-        shallow = pair.shallow(batch.tokens, batch.lengths)
-        deep = pair.deep(shallow["hidden"], batch.lengths)
+        shallow, deep = pair.both(batch.tokens, batch.lengths)
         index = rows_of(batch.lengths, batch.width)
         whole = Rows.of_call(index, index, shallow, deep["logits"])
         checks, more = list[Check](), dict[str, Any]()
@@ -248,8 +247,13 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
     head = shared_head(model, description).eval()
 
     @torch.no_grad()
-    def read(states: torch.Tensor, encoded: Encoded | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        normed = head.normed(states) if own is None else own.norm(own(states, encoded))
+    def read(
+        states: torch.Tensor, encoded: Encoded | None, features: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if own is None:
+            normed = head.normed(states)
+        else:
+            normed = own.norm(own(states, encoded, features if own.reads_feature else None))
         logits = head.read(normed)
         if known is None:
             return logits, None

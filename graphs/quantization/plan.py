@@ -21,7 +21,7 @@ class Plan:
     head: TensorFormat
 
     def linears(self, engine: str) -> TensorFormat:
-        formats = {"shallow": self.shallow, "deep": self.deep}
+        formats = {"shallow": self.shallow, "exit": self.shallow, "deep": self.deep}
         return formats.get(engine, self.prompt)
 
 

@@ -58,7 +58,7 @@ class Bundle:
         return cls(root, manifest, hashlib.sha256(text.encode()).hexdigest())
 
     def engine(self, name: str) -> Path:
-        """The graph of one engine: encoder, prologue, shallow or deep."""
+        """The graph of one engine: encoder, prologue, shallow, exit or deep."""
         return self.path / f"{name}.onnx"
 
     @property
@@ -82,7 +82,8 @@ class Bundle:
 
 
 def engine_files(manifest: Manifest) -> list[str]:
-    names = ["encoder", "prologue", "shallow", "deep"] if manifest.encoder_decoder else ["shallow", "deep"]
+    names = ["encoder", "prologue"] if manifest.encoder_decoder else []
+    names += ["shallow", "exit", "deep"] if manifest.exit_engine else ["shallow", "deep"]
     return [f"{name}.onnx" for name in names]
 
 

@@ -16,7 +16,7 @@ from runtime.bundle.schema import Range, Reader, is_newer, parse_object
 from runtime.errors import BundleError
 
 # A newer minor version only adds fields that may be skipped; a newer major one cannot be read.
-SCHEMA_VERSION, SCHEMA_MINOR = 2, 2
+SCHEMA_VERSION, SCHEMA_MINOR = 2, 3
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
@@ -132,7 +132,8 @@ class Manifest:
     are quantized for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call
     that count only. `exit_trained`: whether the checkpoint was trained for this exit, None in bundles that do not say.
     `exit_layers`: how many layers the exit has of its own, behind the exit layer, which only its prediction reads:
-    where `packed`, they are run only where an exit may be taken.
+    where `packed`, they are run only where an exit may be taken. `exit_input`: what they read; with "feature" they and
+    the shallow head are an engine of their own, exit.onnx.
     `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `costs`: as
     `convert` measured them, None where it did not. `schema_minor`: once read, that of this code.
     """
@@ -175,11 +176,17 @@ class Manifest:
     exit_trained: bool | None = None
     kernels: int | None = None
     exit_layers: LayerCount = 0
+    exit_input: ExitInput = "state"
     schema_minor: Annotated[int, Range(SCHEMA_MINOR, SCHEMA_MINOR)] = SCHEMA_MINOR
 
     @property
     def encoder_decoder(self) -> bool:
         return self.encoder_capacity > 0
+
+    @property
+    def exit_engine(self) -> bool:
+        """Whether the exit is an engine of its own."""
+        return self.exit_input == "feature"
 
     @property
     def shallow_layers(self) -> range:
@@ -192,7 +199,7 @@ class Manifest:
     @property
     def shallow_caches(self) -> tuple[int | str, ...]:
         """The names that the layers of the shallow engine have in its KV cache."""
-        return (*self.shallow_layers, *self.exit_names)
+        return tuple(self.shallow_layers) if self.exit_engine else (*self.shallow_layers, *self.exit_names)
 
     @property
     def exit_names(self) -> tuple[str, ...]:
@@ -211,6 +218,11 @@ class Manifest:
         """Bytes of one position in the self-attention caches of all layers."""
         element = 4 if self.float_type == "fp32" else 2
         return 2 * (self.layers + self.exit_layers) * self.kv_heads * self.head_dim * element
+
+    @property
+    def feature_bytes_per_token(self) -> int:
+        """Bytes of what an exit's engine reads at one position, which is kept: a state and a feature."""
+        return 2 * 4 * self.hidden_size if self.exit_engine else 0
 
     @property
     def kv_bytes_per_sequence(self) -> int:
@@ -245,7 +257,11 @@ class Manifest:
         rules: list[tuple[bool, str, Any]] = [
             (self.costs is None or self.costs.sound, "costs", self.costs),
             (self.layers >= 2, "layers", self.layers),
-            (1 <= self.exit_layer < self.layers, "exit_layer", self.exit_layer),
+            (self.exit_layer >= (0 if self.exit_engine else 1), "exit_layer", self.exit_layer),
+            (self.exit_layer < self.layers, "exit_layer", self.exit_layer),
+            (self.exit_layers > 0 or not self.exit_engine, "exit_input", self.exit_input),
+            (self.packed or not self.exit_engine, "exit_input", self.exit_input),
+            (not (self.exit_engine and self.encoder_decoder), "exit_input", self.exit_input),
             (1 <= (self.tuned_max_pending or 1) <= self.max_pending, "tuned_max_pending", self.tuned_max_pending),
             (start is not None or not self.encoder_decoder, "decoder_start_token_id", start),
             (0 <= (start or 0) < self.vocab_size, "decoder_start_token_id", start),

@@ -34,6 +34,7 @@ class Decoder:
     too: numpy scalar access is slow.
     """
 
+    exit: Runner | None = None  # where the exit is an engine of its own
     overlaps = False  # whether deep passes run beside shallow steps
     in_background = False  # whether a deep pass may be running beside
 
@@ -91,8 +92,8 @@ class Decoder:
         self._both: tuple[SlotCall, SlotCall] | None = None
 
     @property
-    def runners(self) -> tuple[Runner, Runner]:
-        """The shallow and the deep one."""
+    def runners(self) -> tuple[Runner, ...]:
+        """The shallow and the deep one, and one of the exit that is read in step with them."""
         return self._shallow, self._deep
 
     def lengths(self) -> tuple[int, int]:
@@ -301,12 +302,13 @@ class Decoder:
     def bind(self, call: SlotCall) -> Call:
         """Bind a call of this slot alone."""
         runner, rows, past = call.runner, call.rows, self._past[call.runner]
-        shared = {
+        shared: dict[str, Any] = {
             # The cache's own counter: the engine reads it where `extend` and `trim` write it.
             "past_lengths": runner.cache.lengths[self.slot : self.slot + 1],
             "query_lengths": np.array([rows], np.int32),
-            "head_rows": np.arange(rows - call.heads, rows, dtype=np.int64),
         }
+        if runner.heads:
+            shared["head_rows"] = np.arange(rows - call.heads, rows, dtype=np.int64)
         if runner.cache.own_exit:
             shared["exit_lengths"] = np.array([rows if call.exits else 0], np.int32)
         return runner.engine.bind(
@@ -365,15 +367,21 @@ class Decoder:
 
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         rows, began = piece.shape[1], perf_counter()
-        hidden = self._shallow.scratch("piece", (1, rows, self.hidden_size), np.float32)
-        self._shallow.run(self.bind(self._shallow_call(piece, hidden, shallow_head)))
-        self._shallow.cache.extend(self.slot, rows)
-        self._deep.run(self.bind(self._deep_call(hidden, int(deep_head))))
-        self._deep.cache.extend(self.slot, rows)
+        self._read_piece(piece, shallow_head, deep_head)
         if rows >= FEWEST_SHARED_ROWS:
             fit = rows * SHARED_PREFILL_SECONDS / max(perf_counter() - began, 1e-9)
             # The nearest whole blocks: the next below could be the same for ever, as more rows take less time each.
             self._shared_rows = max(round(fit / BLOCK) * BLOCK, FEWEST_SHARED_ROWS)
+
+    def _read_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> tuple[SlotCall, SlotCall]:
+        """The shallow and the deep call on a piece of a prompt, which ran."""
+        rows = piece.shape[1]
+        hidden = self._shallow.scratch("piece", (1, rows, self.hidden_size), np.float32)
+        calls = self._shallow_call(piece, hidden, shallow_head), self._deep_call(hidden, int(deep_head))
+        for call in calls:
+            call.runner.run(self.bind(call))
+            call.runner.cache.extend(self.slot, rows)
+        return calls
 
 
 def _memory(array: Any) -> Any:

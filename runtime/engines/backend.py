@@ -12,7 +12,7 @@ import numpy as np
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.bundle.manifest import Manifest
 from runtime.engines.contract import check_contract
-from runtime.engines.kv_cache import KVCache
+from runtime.engines.kv_cache import FeatureCache, KVCache
 from runtime.engines.memory import check_memory
 from runtime.engines.onnx import OnnxEngine
 from runtime.engines.runner import Encoder, Runner
@@ -22,7 +22,7 @@ from runtime.options import SessionOptions
 # An engine by its name.
 Load = Callable[[str], Any]
 # What takes longest begins first.
-ORDER = ("deep", "encoder", "shallow", "prologue")
+ORDER = ("deep", "encoder", "shallow", "exit", "prologue")
 
 
 class Backend:
@@ -63,8 +63,17 @@ class Backend:
 
     def runners(self, engine: Load) -> tuple[Runner, Runner]:
         """The shallow and the deep one."""
-        shallow = Runner(engine("shallow"), self._cache(self.manifest.shallow_caches))
+        heads = not self.manifest.exit_engine
+        shallow = Runner(engine("shallow"), self._cache(self.manifest.shallow_caches), heads)
         return shallow, Runner(engine("deep"), self._cache(self.manifest.deep_layers))
+
+    def exit_runner(self, engine: Load) -> Runner | None:
+        """The exit, where it is an engine of its own."""
+        manifest = self.manifest
+        if not manifest.exit_engine:
+            return None
+        sizes = cache_sizes(manifest, manifest.exit_names, self.options.slots, self.capacity)
+        return Runner(engine("exit"), FeatureCache(*sizes, width=manifest.hidden_size))
 
     def encoder(self, engine: Load, runner: Runner) -> Encoder | None:
         """The encoder of an encoder-decoder; its output is read in `runner` first."""

@@ -28,7 +28,7 @@ Tensors = dict[str, Tensor]
 
 
 def contract(manifest: Manifest, engine: str) -> tuple[Tensors, Tensors]:
-    """Inputs and outputs of encoder, prologue, shallow or deep by name: those of docs/architecture.md."""
+    """Inputs and outputs of encoder, prologue, shallow, exit or deep by name: those of docs/architecture.md."""
     compute, width = _FLOATS[manifest.float_type], manifest.hidden_size
 
     def layers(prefix: str, numbers: Iterable[int | str], rows: int | str) -> Tensors:
@@ -42,7 +42,8 @@ def contract(manifest: Manifest, engine: str) -> tuple[Tensors, Tensors]:
     if engine == "prologue":
         return encoded, layers("cross", (*range(manifest.layers), *manifest.exit_names), "E")
     shallow = engine == "shallow"
-    caches: Sequence[int | str] = manifest.shallow_caches if shallow else manifest.deep_layers
+    engines: dict[str, Sequence[int | str]] = {"shallow": manifest.shallow_caches, "exit": manifest.exit_names}
+    caches = engines.get(engine, manifest.deep_layers)
     rows = manifest.capacity + manifest.max_pending if manifest.target == "tensorrt" else "cache"
     inputs = {"past_lengths": lengths, "query_lengths": lengths, "head_rows": Tensor(INT64, ("R",))}
     inputs |= layers("past", caches, rows)
@@ -54,14 +55,21 @@ def contract(manifest: Manifest, engine: str) -> tuple[Tensors, Tensors]:
         "logits": Tensor(FLOAT, ("R", manifest.vocab_size)),
         **layers("present", caches, rows),
     }
+    states = Tensor(FLOAT, ("B", "q" if shallow else "k", width))
     if shallow:
-        inputs["input_ids"] = Tensor(INT64, ("B", "q"))
-        outputs["hidden"] = Tensor(FLOAT, ("B", "q", width))
-        if manifest.exit_layers:
+        inputs["input_ids"], outputs["hidden"] = Tensor(INT64, ("B", "q")), states
+        if manifest.exit_engine:
+            del inputs["head_rows"], outputs["token"], outputs["confidence"], outputs["logits"]
+        elif manifest.exit_layers:
             inputs["exit_lengths"] = lengths
+    elif engine == "exit":
+        inputs |= {"hidden": states, "features": states}
+        outputs["feature"] = Tensor(FLOAT, ("R", width))
     else:
-        inputs |= {"hidden": Tensor(FLOAT, ("B", "k", width)), "emitted": Tensor(INT64, ("R",))}
+        inputs |= {"hidden": states, "emitted": Tensor(INT64, ("R",))}
         outputs["nll"] = Tensor(FLOAT, ("R",))
+        if manifest.exit_engine:
+            outputs["features"] = states
     return inputs, outputs
 
 

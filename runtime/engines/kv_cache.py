@@ -103,3 +103,48 @@ class KVCache:
             other.arrays[name][:, :, :length] = array[:, :, :length]
         other.lengths[:] = self.lengths
         return other
+
+
+class FeatureCache(KVCache):
+    """The cache of an exit that is an engine of its own, with what this reads at each position, float32: the `states`
+    [slots, rows, d] after the exit layer, and the `features` [slots, rows + 1, d], of the position before; zeros at the
+    first. The exit's own layers may be behind: rows after their `lengths` are read when a prediction is wanted."""
+
+    def __init__(self, *sizes: Any, width: int) -> None:
+        super().__init__(*sizes)
+        self.own_exit = False  # all of its layers are
+        slots = len(self.lengths)
+        self.states = self._zeros((slots, self.rows, width), np.float32)
+        self.features = self._zeros((slots, self.rows + 1, width), np.float32)
+        self._ends = np.zeros(slots, np.int32)  # how many states each slot has
+
+    def put(self, slot: int, first: int, states: np.ndarray) -> None:
+        """Keep the states [n, d] of the positions from `first` on."""
+        end = first + len(states)
+        self.states[slot, first:end] = states
+        self._ends[slot] = end
+
+    def copy_rows(self, source: int, target: int) -> None:
+        super().copy_rows(source, target)
+        self._ends[target] = end = self._ends[source]
+        self.states[target, :end] = self.states[source, :end]
+        self.features[target, : end + 1] = self.features[source, : end + 1]
+
+    def read(self, slot: int, first: int, count: int, exits: bool) -> np.ndarray:
+        """A copy of `count` rows, and of the features that they left: bytes of both."""
+        own, features = super().read(slot, first, count, exits), self.features[slot, first + 1 : first + 1 + count]
+        return np.concatenate([own.view(np.uint8).ravel(), features.view(np.uint8).ravel()])
+
+    def write(self, slot: int, first: int, rows: np.ndarray) -> None:
+        """Make what `read` gave the last rows of a slot, of which the first `first` are valid. States are not needed:
+        these rows are never read again."""
+        shape = self.features.shape[2]
+        each = super().row_bytes(True)
+        count = len(rows) // (each + 4 * shape)
+        (_, heads, _, size), dtype = next(iter(self.arrays.values())).shape, next(iter(self.arrays.values())).dtype
+        own = rows[: count * each].view(dtype).reshape(len(self.arrays), heads, count, size)
+        super().write(slot, first, own)
+        self.features[slot, first + 1 : first + 1 + count] = rows[count * each :].view(np.float32).reshape(count, shape)
+
+    def row_bytes(self, exits: bool) -> int:
+        return super().row_bytes(exits) + 4 * int(self.features.shape[2])

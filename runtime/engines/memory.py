@@ -22,6 +22,7 @@ def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     rows, each, longest = capacity + manifest.max_pending, manifest.kv_bytes_per_token, manifest.encoder_capacity
+    each += manifest.feature_bytes_per_token
     need, what = slots * rows * each, f"{slots} slots x {rows} positions x {each} bytes"
     # Prompts of an encoder: each sequence's own, and a padded copy where several share calls (CrossCache).
     read = slots * (longest + (-(-longest // STEP) * STEP if slots > 1 else 0))

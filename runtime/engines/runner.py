@@ -29,10 +29,10 @@ class Event:
 
 class Runner:
     """`beside`: the caller goes on while a submitted call runs. Not on a CPU, where both engines would share the cores
-    and the memory bandwidth: it measured slower (docs/decoding.md)."""
+    and the memory bandwidth: it measured slower (docs/decoding.md). `heads`: whether the engine has a head."""
 
-    def __init__(self, engine: OnnxEngine, cache: KVCache) -> None:
-        self.engine, self.cache = engine, cache
+    def __init__(self, engine: OnnxEngine, cache: KVCache, heads: bool = True) -> None:
+        self.engine, self.cache, self.heads = engine, cache, heads
         self.beside = False
 
     def submit(self, call: Call) -> Event:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CASES, Case
+from checkpoints import BY_NAME, Case
 from training_case import LLAMA, T5, Runs, logged, run_options
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
@@ -27,7 +27,7 @@ Directory = Callable[[Case], Path]
 def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, name: str) -> None:
     """The output for a position in pass k is that of reading features up to k positions before, and then its own
     output of each position."""
-    opened = open_checkpoint(str(checkpoint(next(case for case in CASES if case.name == name))))
+    opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
     description = describe(opened.config, opened)
     decoder, width, length, passes = description.decoder, description.hidden_size, 9, 4
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,182 @@
+"""A decoder whose exit is an engine of its own, which reads a feature of the deep decoder (docs/decoding.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.decoding.calls import NOTHING, Prediction, SlotCall
+from runtime.decoding.decoder import PREFILL_ROWS, Decoder
+from runtime.engines.kv_cache import FeatureCache
+from runtime.engines.runner import Runner
+
+
+class FeatureDecoder(Decoder):
+    """At a position the `exit` reads the state after the exit layer, and the feature that the position before left: the
+    deep decoder's final normed state, or until a sync pass gives that, the exit's own.
+
+    Its cache may be behind the shallow one. It is caught up, with one call, where a prediction is wanted. A sync pass
+    trims it to the rows that had the deep decoder's features: what was drafted is then read again with the right ones.
+    """
+
+    def __init__(self, *arguments: Any, exit: Runner) -> None:
+        super().__init__(*arguments)
+        assert isinstance(exit.cache, FeatureCache)
+        self.exit = self._exit = exit
+        self._exit_cache = exit.cache
+        size = (self.max_pending, self.hidden_size)
+        self._exit_inputs = exit.zeros(size, np.float32), exit.zeros(size, np.float32)
+        self._feature, self._passed = np.zeros((1, self.hidden_size), np.float32), exit.zeros(size, np.float32)
+        self._read[exit] = {}
+        self._past[exit] = {name: exit.value(view) for name, view in exit.cache.slot(self.slot)}
+
+    def forget_calls(self) -> None:
+        super().forget_calls()
+        self._exit_calls: dict[tuple[int, int], SlotCall] = {}  # by rows and heads
+
+    @property
+    def runners(self) -> tuple[Runner, ...]:
+        """The shallow and the deep one, and the exit's where later steps may ask it."""
+        return (*super().runners, self._exit) if self._exits else super().runners
+
+    def trim(self, length: int) -> None:
+        super().trim(length)
+        self._exit_cache.trim(self.slot, length)
+
+    def move(self, other: Decoder) -> None:
+        assert isinstance(other, FeatureDecoder)
+        super().move(other)
+        for decoder in (self, other):
+            for call in decoder._exit_calls.values():
+                call.forget()
+
+    # At once
+
+    def step(self, token: int, head: bool) -> Prediction:
+        for call in self.stepping(token, head):
+            call.run()
+        return self.guess()
+
+    def full_step(self, token: int) -> int:
+        deep = super().full_step(token)
+        if self._exits:
+            place = self.lengths()[1] - 1
+            self._exit_cache.put(self.slot, place, self._hidden[0])
+            self._keep_features(place, self._passed[:1])
+        return deep
+
+    # As the engine calls that are needed
+
+    def stepping(self, token: int, head: bool) -> Iterator[SlotCall]:  # type: ignore[override]
+        return self._stepping(super().stepping(token, False), head)
+
+    def stepping_together(  # type: ignore[override]
+        self, tokens: Sequence[int], head: bool = False
+    ) -> Iterator[SlotCall]:
+        if len(tokens) == 1:
+            return self.stepping(tokens[0], head)
+        return self._stepping(super().stepping_together(tokens), head)
+
+    def _stepping(self, calls: Iterable[SlotCall], head: bool) -> Iterator[SlotCall]:
+        """The shallow call, and with `head` one of the exit. Each is counted once it ran."""
+        for call in calls:
+            yield call
+            super().guess()
+            if self._exits or head:
+                place, rows = self.lengths()[0] - call.rows, self._stack[self.stacked - call.rows : self.stacked]
+                self._exit_cache.put(self.slot, place, rows)
+        self._head = head
+        if head:
+            self._catch_up(self.max_pending)
+            self._step = call = self._exit_call(self._behind(), 1)
+            self._fill(call.inputs["hidden"][0], call.inputs["features"][0])
+            yield call
+            self._read_by_exit(call)
+            self.batch_size = call.batch_size
+
+    def guess(self) -> Prediction:
+        """The prediction of the steps that ran, and were counted."""
+        return self.prediction() if self._head else NOTHING
+
+    def answers(self) -> list[Prediction]:
+        call, place = self._pass, self.lengths()[1]
+        found = super().answers()
+        if self._exits and call is not None:
+            self._keep_features(place, self._passed[: call.rows])
+            # The first row of the stack had the deep decoder's feature already.
+            self._exit_cache.trim(self.slot, place + 1)
+        return found
+
+    # Calls
+
+    def _behind(self) -> int:
+        """Rows that the exit has not read."""
+        return int(self._shallow.cache.lengths[self.slot] - self._exit_cache.lengths[self.slot])
+
+    def _keep_features(self, place: int, features: np.ndarray) -> None:
+        """Keep what the positions from `place` on left."""
+        self._exit_cache.features[self.slot, place + 1 : place + 1 + len(features)] = features
+
+    def _fill(self, states: np.ndarray, features: np.ndarray) -> None:
+        """Write what the exit reads at the next positions."""
+        first, cache = int(self._exit_cache.lengths[self.slot]), self._exit_cache
+        states[:] = cache.states[self.slot, first : first + len(states)]
+        features[:] = cache.features[self.slot, first : first + len(features)]
+
+    def _catch_up(self, most: int, head: bool = False) -> None:
+        """Let the exit read until at most so many rows are left, at once; and with `head` give a prediction at the
+        last."""
+        while (behind := self._behind()) > most:
+            rows = min(PREFILL_ROWS, behind - most)
+            inputs = tuple(np.empty((rows, self.hidden_size), np.float32) for _ in range(2))
+            self._fill(*inputs)
+            call = self._exit_call_of(inputs, int(head and rows == behind))
+            call.seconds = self._exit.run(self.bind(call))
+            self._read_by_exit(call)
+
+    def _read_by_exit(self, call: SlotCall) -> None:
+        """Count an exit's call that ran."""
+        self.stats.shallow_seconds += call.seconds
+        self._exit_cache.extend(self.slot, call.rows)
+        place = int(self._exit_cache.lengths[self.slot]) - 1
+        if call.heads and place >= self.lengths()[1]:
+            self._keep_features(place, self._feature)
+
+    def _exit_call(self, rows: int, heads: int) -> SlotCall:
+        call = self._exit_calls.get((rows, heads))
+        if call is None:
+            inputs = tuple(array[:rows] for array in self._exit_inputs)
+            call = self._exit_calls[rows, heads] = self._exit_call_of(inputs, heads)
+        return call
+
+    def _exit_call_of(self, inputs: Sequence[np.ndarray], heads: int) -> SlotCall:
+        """The exit on states and features float32 [k, d]; the head for its last row, or for none."""
+        states, features = inputs
+        outputs = {"token": self._best[:heads], "confidence": self._confidence[:heads]}
+        outputs["feature"] = self._feature[:heads]
+        if self._logits:
+            outputs["logits"] = self._logits[self._shallow][:heads]
+        given = {"hidden": states[None], "features": features[None]}
+        return SlotCall(self, self._exit, given, outputs, len(states), heads)
+
+    def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
+        return SlotCall(self, self._shallow, {"input_ids": tokens}, {"hidden": hidden}, tokens.shape[1], 0)
+
+    def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
+        call, rows = super()._deep_call(hidden, heads), hidden.shape[1]
+        passed = (
+            self._passed if rows <= self.max_pending else self._deep.scratch("passed", hidden.shape[1:], np.float32)
+        )
+        call.outputs = {**call.outputs, "features": passed[None, :rows]}
+        return call
+
+    def _read_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> tuple[SlotCall, SlotCall]:
+        shallow, deep = super()._read_piece(piece, False, deep_head)
+        if self._exits:
+            place = self.lengths()[1] - piece.shape[1]
+            self._exit_cache.put(self.slot, place, shallow.outputs["hidden"][0])
+            self._keep_features(place, deep.outputs["features"][0])
+            self._catch_up(0, shallow_head)
+        return shallow, deep

@@ -1,0 +1,211 @@
+"""An exit that reads a feature: its engine, decoding and verification against our torch layers, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import PROMPTS, Bundles, Case, Model
+from draft_plans import draft_exits
+from exit_layer_case import with_feature
+from reference import confidence_of
+
+from freeexport.verification.engines import EnginePair
+from runtime import GenerationResult, Session
+from runtime.bundle.bundle import Bundle
+from runtime.errors import FreeExportError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENS, PENDING = 24, 5
+EXITS = tuple(
+    with_feature(*each) for each in (("llama-tied", 0), ("llama-tied", 2), ("qwen3", 1), ("mistral-window", 0))
+)
+each_case = pytest.mark.parametrize("case", EXITS, ids=lambda case: case.name)
+
+
+def opened(case: Case, bundle: Bundles, **options: Any) -> Session:
+    return Session(bundle(case, case.exit_layers[0]), **{"slots": 1, "threads": 1, **options})
+
+
+def read(model: Any, ids: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The states after a layer and the final normed ones [1, n, d], and the logits [n, V]."""
+    with torch.no_grad():
+        out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+    return out["hidden_states"][layer], out["hidden_states"][-1], out["logits"][0]
+
+
+def slow_free(model: Any, prompt: list[int], layer: int, threshold: float) -> tuple[list[int], list[float]]:
+    """Tokens and confidences of FREE, everything read anew at each: features are the deep decoder's up to the last
+    sync pass, and the exit's own behind it."""
+    own, ids = model.own_exit, list(prompt)
+    ids.append(int(read(model, ids, layer)[2][-1].argmax()))
+    synced, stand_ins, confidences = len(prompt), dict[int, torch.Tensor](), list[float]()
+    while len(ids) < len(prompt) + TOKENS:
+        states, features, deep = read(model, ids, layer)
+        for place in range(synced, len(ids) - 1):
+            features[0, place] = stand_ins[place]
+        with torch.no_grad():
+            normed = own.norm(own(states, None, features))[0, -1]
+            logits = model.get_output_embeddings()(normed)
+        stand_ins[len(ids) - 1] = normed
+        confidences.append(confidence_of(logits))
+        if confidences[-1] > threshold and len(ids) - synced < PENDING:
+            ids.append(int(logits.argmax()))
+        else:
+            synced = len(ids)
+            ids.append(int(deep[-1].argmax()))
+    return ids[len(prompt) :], confidences
+
+
+@each_case
+def test_the_engine_gives_what_the_layers_in_torch_do(case: Case, bundle: Bundles, source_model: Model) -> None:
+    layer, ids, model = case.exit_layers[0], list(PROMPTS[2]), source_model(case)
+    pair = EnginePair(Bundle.open(bundle(case, layer)), 1, 1)
+    found, place = [], 0
+    for count in (30, 3, 1, 1, 1):
+        shallow, _ = pair.both(np.array([ids[place : place + count]]), np.array([count], np.int32))
+        found.append(shallow["logits"])
+        place += count
+    states, features, _ = read(model, ids[:place], layer)
+    with torch.no_grad():
+        wanted = model.get_output_embeddings()(model.own_exit.norm(model.own_exit(states, None, features)))[0]
+    np.testing.assert_allclose(np.concatenate(found), wanted.numpy(), atol=2e-4, rtol=1e-4)
+
+
+@each_case
+def test_free_decodes_as_the_slow_reference(case: Case, bundle: Bundles, source_model: Model) -> None:
+    exits = 0
+    with opened(case, bundle) as session:
+        for prompt in PROMPTS:
+            for threshold in (0.05, 0.2):
+                ids, confidences = slow_free(source_model(case), list(prompt), case.exit_layers[0], threshold)
+                result = session.generate(
+                    prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True, max_pending=PENDING
+                )
+                assert list(result.token_ids) == ids
+                ours = [one for one in result.confidence[1:] if one is not None]
+                np.testing.assert_allclose(ours, confidences, atol=1e-3)
+                exits += result.stats.exits
+    assert exits > 20
+
+
+@each_case
+def test_lossless_is_full(case: Case, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With drafts of the exit, of text, and plain steps among them, after which the exit catches up."""
+    options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
+    exits = 0
+    with opened(case, bundle) as session:
+        wanted = [session.generate(prompt, mode="full", **options).token_ids for prompt in PROMPTS]
+        for prompt, full in zip(PROMPTS, wanted, strict=True):
+            for more in ({}, {"drafts": "exit"}, {"drafts": "lookup"}, {"predicted_output": list(full)}):
+                ours = session.generate(prompt, mode="lossless", threshold=0.1, **options, **more)
+                assert ours.token_ids == full
+        draft_exits(monkeypatch, plain_every=3)
+        for prompt, full in zip(PROMPTS, wanted, strict=True):
+            ours = session.generate(prompt, mode="lossless", threshold=0.02, **options)
+            assert ours.token_ids == full
+            exits += ours.stats.exits + ours.stats.rejected
+    assert exits > 20
+
+
+def assert_equal(one: GenerationResult, other: GenerationResult, mode: str) -> None:
+    """Tokens are equal, and confidences, but of lossless: what it drafts depends on the time that calls take."""
+    assert one.token_ids == other.token_ids
+    if mode != "lossless":
+        for mine, its in zip(one.confidence, other.confidence, strict=True):
+            assert mine == (None if its is None else pytest.approx(its, abs=1e-3))
+
+
+METHODS: tuple[dict[str, Any], ...] = (
+    {"mode": "free", "threshold": 0.1},
+    {"mode": "free", "threshold": 0.1, "max_pending": 3},
+    {"mode": "rollback", "threshold": 0.05, "rollback_threshold": 3.0},
+    {"mode": "lossless", "threshold": 0.05, "drafts": "exit"},
+    {"mode": "shallow"},
+    {"mode": "full", "output_confidence": True},
+)
+
+
+@pytest.mark.parametrize("options", METHODS, ids=lambda options: "-".join(map(str, options.values())))
+def test_batches_say_what_single_requests_do(options: dict[str, Any], bundle: Bundles) -> None:
+    case, asked = EXITS[1], {"max_new_tokens": TOKENS, "ignore_eos": True, **options}
+    with opened(case, bundle) as session:
+        single = [session.generate(prompt, **asked) for prompt in PROMPTS]
+    with opened(case, bundle, slots=3) as session, ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda prompt: session.generate(prompt, **asked), [*PROMPTS, *PROMPTS]))
+    for one, other in zip([*single, *single], together, strict=True):
+        assert_equal(one, other, options["mode"])
+
+
+def test_the_adaptive_threshold_learns(bundle: Bundles) -> None:
+    with opened(EXITS[1], bundle, threshold="adaptive") as session:
+        for prompt in PROMPTS:
+            result = session.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True)
+            assert len(result.token_ids) == TOKENS
+
+
+@pytest.mark.parametrize("mode", ["free", "lossless"])
+def test_a_stored_prefix_changes_nothing(mode: str, bundle: Bundles) -> None:
+    options: dict[str, Any] = {"mode": mode, "threshold": 0.1, "max_new_tokens": TOKENS, "ignore_eos": True}
+    prompt = list(PROMPTS[2])
+    with opened(EXITS[2], bundle) as session:
+        wanted = [session.generate(ids, **options) for ids in (prompt, [*prompt[:40], 7, 9])]
+    with opened(EXITS[2], bundle, prefix_cache_mb=8) as session:
+        session.generate(prompt, **options)
+        for ids, plain in zip((prompt, [*prompt[:40], 7, 9]), wanted, strict=True):
+            again = session.generate(ids, **options)
+            assert again.stats.cached_tokens >= 32
+            assert_equal(again, plain, mode)
+
+
+def test_stop_strings_and_several_answers(bundle: Bundles) -> None:
+    with opened(EXITS[1], bundle) as session:
+        text = session.generate("where is", threshold=0.1, max_new_tokens=TOKENS, ignore_eos=True).text
+        stop = text[4:6]
+        ended = session.generate("where is", threshold=0.1, max_new_tokens=TOKENS, ignore_eos=True, stop=[stop]).text
+        assert ended == text[: text.index(stop)]
+        asked: dict[str, Any] = {"threshold": 0.1, "max_new_tokens": 8, "do_sample": True, "seed": 3}
+        assert len(session.generate_best("where is", 3, **asked)) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "int8", "kernels": "freeexport"}, {"precision": "int4", "kernels": "onnxruntime"}],
+    ids=lambda options: options.get("precision", "fp32"),
+)
+@pytest.mark.parametrize("case", EXITS[:2], ids=lambda case: case.name)
+def test_a_converted_exit_is_verified(
+    case: Case, options: dict[str, Any], tmp_path: Path, checkpoint: Callable[[Case], Path]
+) -> None:
+    from freeexport.conversion.convert import convert
+    from freeexport.conversion.options import ConvertOptions
+
+    manifest = convert(str(checkpoint(case)), tmp_path / "verified", ConvertOptions(capacity=64, **options))
+    assert manifest.verified
+    assert manifest.exit_input == "feature"
+    assert manifest.costs is not None
+    assert manifest.costs.shallow > manifest.costs.shallow_without_head
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dialect": "standard"}, "needs dialect ort and target cpu"),
+        ({"target": "cuda", "dialect": "standard", "precision": "fp16"}, "needs dialect ort and target cpu"),
+        ({"exit_layer": 4}, "trained to exit after layer 0, not 4"),
+    ],
+)
+def test_conversions_that_cannot_be_are_refused(
+    options: dict[str, Any], reason: str, tmp_path: Path, checkpoint: Callable[[Case], Path]
+) -> None:
+    from freeexport.conversion.convert import convert
+    from freeexport.conversion.options import ConvertOptions
+
+    with pytest.raises(FreeExportError, match=reason):
+        convert(str(checkpoint(EXITS[0])), tmp_path / "out", ConvertOptions(**options))
