@@ -298,13 +298,13 @@ class ExitAttention(nn.Module):
         return seen if self.described.window is None else seen.triu(1 - self.described.window)
 
     def _bias(self, x: torch.Tensor) -> torch.Tensor | None:
-        """[heads, n, n]; right where a key is seen."""
+        """[1, heads, n, n]; right where a key is seen."""
         bias = self.described.relative_bias
         if bias is None:
             return None
         steps = torch.arange(x.shape[1], device=x.device)
         by_distance = self.relative_bias(torch.from_numpy(buckets(-np.arange(x.shape[1]), bias)).to(x.device))
-        biases: torch.Tensor = by_distance[(steps[:, None] - steps).clamp(min=0)].permute(2, 0, 1)
+        biases: torch.Tensor = by_distance[(steps[:, None] - steps).clamp(min=0)].permute(2, 0, 1)[None]
         return biases
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:

@@ -111,9 +111,10 @@ def test_verify_refuses_another_class_of_others(
     assert [check["tensor"] for check in report["checks"] if not check["passed"]] == ["exit confidence"]
 
 
-def test_the_checkpoint_and_its_bundle_give_the_same_traces(bundle: Bundles, checkpoint: Directory) -> None:
+@pytest.mark.parametrize("case", [LLAMA, T5_LAYERS], ids=lambda case: case.name)
+def test_the_checkpoint_and_its_bundle_give_the_same_traces(case: Case, bundle: Bundles, checkpoint: Directory) -> None:
     requests, traces = [Request(1, "one two three"), Request(2, "four")], []
-    for model, layer in ((str(checkpoint(LLAMA)), None), (str(bundle(LLAMA, EXIT_LAYER)), None)):
+    for model, layer in ((str(checkpoint(case)), None), (str(bundle(case, EXIT_LAYER)), None)):
         with open_sources([model], layer, "cpu", 1) as sources:
             traces.append(list(sources[0].traces(requests, 12)))
     for ours, theirs in zip(*traces, strict=True):
