@@ -68,7 +68,7 @@ SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # of the budget, at most
 TOGETHER = 0.85  # of the training time, with the model; the rest trains the exit alone
 # Seconds of a conversion, and weights a second besides; bytes that training takes beside its weights.
 CONVERTING, CONVERTED = 45, 1.5e6
-ACTIVATIONS = 2 << 30
+ACTIVATIONS, LOGITS = 2 << 30, 32  # the latter for each token of the vocabulary
 FEW_STEPS = 100  # with which an exit hardly learns
 STEPS, BATCH_TOKENS = 5, 2048  # that are timed
 
@@ -189,11 +189,13 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
             step = max(1, len(lines) // SAMPLE)
             examples = encode(lines[::step], text_format(checkpoint, description, 2048), options.data)[0]
             plan = replace(plan, texts=_texts(examples), exit=best_exit(checkpoint, description, examples))
-            plan = _with_times(options, plan, converting, parameters, len(lines))
+            plan = _with_times(options, plan, converting, parameters, description.vocab_size, len(lines))
     return replace(plan, busy=load.cores)
 
 
-def _with_times(options: FitOptions, plan: Plan, converting: float, parameters: int, lines: int) -> Plan:
+def _with_times(
+    options: FitOptions, plan: Plan, converting: float, parameters: int, vocabulary: int, lines: int
+) -> Plan:
     """The plan with its splits and times, and without its exit where that cannot pay."""
     texts, found = plan.texts, plan.exit
     assert texts is not None
@@ -215,8 +217,8 @@ def _with_times(options: FitOptions, plan: Plan, converting: float, parameters: 
     sizes[TRAIN_SPLIT] = lines - sum(sizes.values())
     seconds = {"untrained": converting, "trained": converting}
     seconds |= {"calibrate": sizes["calibration"] * each * request, "evaluate": sizes["test"] * COMPARED * request}
-    # Weights, gradients and both moments of every parameter, and the activations of a batch.
-    fits = 16 * parameters + ACTIVATIONS < psutil.virtual_memory().available
+    # Weights, gradients and both moments of every parameter; activations, above all logits, of a batch.
+    fits = 16 * parameters + ACTIVATIONS + LOGITS * BATCH_TOKENS * vocabulary < psutil.virtual_memory().available
     tune: tuple[Tune, ...] = ("full", "exit") if fits else ("exit",)
     bf16, learning_rate = multiplies_bfloat16(), 3e-4 if parameters < 3e8 else 1e-4
     speed = training_speed(options, found, tune[0], bf16, learning_rate)

@@ -246,8 +246,9 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
         best = max(good, key=lambda row: (full[row["bundle"]], row["method"] == "lossless"))
         mode = "lossless" if mode == "lossless" and speed >= 1 else "full"
         text = f"nothing is surely faster than the full model: the best gives {text}"
-    others = ", ".join(f"{name} {value:.3f}" for name, value in full.items())
-    text += f"; {metric} of the full models: {others}" if len(full) > 1 else ""
+    if len(full) > 1:
+        others = ", ".join(f"{name} {value:.3f}" for name, value in full.items())
+        click.echo(f"{metric} of the full models: {others}")
     bundle = places.work / best["bundle"]
     default = "free" if Bundle.open(bundle).manifest.threshold < NEVER_EXIT else "lossless"
     serve = ("freeexport", "serve", str(options.out), *(() if mode == default else ("--mode", mode)))
@@ -278,10 +279,10 @@ def _pending(steps: Sequence[Step], done: Mapping[str, Any]) -> list[Step]:
 def _run(steps: Sequence[Step], pending: Sequence[Step], done: dict[str, Any], places: Places) -> None:
     """Run the pending ones of the steps, with progress over all."""
     total = sum(step.seconds for step in steps)
-    clock = Clock(total - sum(step.seconds for step in pending))
+    clock = Clock(total, total - sum(step.seconds for step in pending))
     if len(pending) < len(steps):
         click.echo(f"done before: {', '.join(step.name for step in steps if step not in pending)}", err=True)
-    with progress("fit, seconds", total, clock.passed, left=lambda: total - clock.passed) as advance:
+    with progress("fit, seconds", total, clock.passed, left=clock.left) as advance:
         for step in pending:
             click.echo(f"{step.name}, about {duration(step.seconds)}: {step.command}", err=True)
             began = time.monotonic()
@@ -318,10 +319,16 @@ def _mark(places: Places, done: dict[str, Any], name: str, entry: Mapping[str, A
 
 
 class Clock:
-    """Seconds of a run's estimate that have passed: those of finished steps, and of the present one at most all."""
+    """Seconds of a run's estimate, `total`, that have passed: those of finished steps, of the present one at most
+    all."""
 
-    def __init__(self, passed: float) -> None:
-        self.passed = passed
+    def __init__(self, total: float, passed: float) -> None:
+        self.total, self.passed = total, passed
+
+    def left(self) -> float | None:
+        """Seconds to the end; None where the last step takes longer than was thought."""
+        left = self.total - self.passed
+        return left if left >= 1 else None
 
     @contextmanager
     def ticking(self, seconds: float, advance: Advance) -> Iterator[None]:
