@@ -36,7 +36,7 @@ HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-DONE, PING = b"data: [DONE]\n\n", b": ping\n\n"
+PING = b": ping\n\n"
 
 
 class ClientGone(Exception):
@@ -142,7 +142,7 @@ class EventStream:
         except Exception as error:
             failed = api_error(error)
             status = failed.status
-            await self._write(send, _event(failed.body) + DONE)
+            await self._write(send, self._reply.failed(failed) + self._reply.end)
             await send({"type": "http.response.body", "body": b""})
             if status == 500:
                 raise
@@ -158,24 +158,24 @@ class EventStream:
         async with _together([*choices, self._ping(send)]) as (*tasks, _):
             results = list(await asyncio.gather(*tasks))
         if self._request.include_usage:
-            await self._write(send, _event(self._reply.usage(results, self._generation.prompts)))
-        await self._write(send, DONE)
+            await self._write(send, self._reply.encode(self._reply.usage(results, self._generation.prompts)))
+        await self._write(send, self._reply.end)
         await send({"type": "http.response.body", "body": b""})
 
     async def _choice(self, index: int, stream: AsyncStream, send: Send) -> GenerationResult:
         opening = self._reply.opening(index)
         if opening is not None:
-            await self._write(send, _event(opening))
+            await self._write(send, self._reply.encode(opening))
         held: list[Token] = []  # no text yet: a letter may have several tokens
         async with stream:
             async for token in stream:
                 held.append(token)
                 chunk = self._reply.chunk(index, held) if token.text else None
                 if chunk is not None:
-                    await self._write(send, _event(chunk))
+                    await self._write(send, self._reply.encode(chunk))
                     held.clear()
         result = self._generation.checked(stream.result)
-        await self._write(send, _event(self._reply.chunk(index, held, result)))
+        await self._write(send, self._reply.encode(self._reply.chunk(index, held, result)))
         return result
 
     async def _ping(self, send: Send) -> None:
@@ -216,10 +216,6 @@ async def _together(works: Sequence[Coroutine[Any, Any, Any]]) -> AsyncIterator[
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _event(data: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def _limit(options: GenerationOptions, request: Generating, prompt: int, session: Session) -> int:

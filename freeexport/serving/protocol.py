@@ -34,6 +34,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "top_logprobs": (0,),
     "store": (False,),
+    "truncation": ("disabled",),
+    "include": ([],),
+    "background": (False,),
     "metadata": ({},),
     "service_tier": ("auto", "default"),
 }
@@ -43,6 +46,7 @@ ADVICE = {
     "presence_penalty": "repetition_penalty is the penalty there is",
     "top_logprobs": "in completions, logprobs is how many",
     "best_of": "use n",
+    "previous_response_id": "nothing is stored, send the whole conversation",
     "functions": "use tools",
     "function_call": "use tool_choice",
     "tools": "use chat completions",

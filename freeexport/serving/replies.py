@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from freeexport.serving.protocol import ChatRequest, CompletionRequest
+import msgspec
+
+from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest
 from freeexport.serving.tools import CallReader, form_of, read_calls
 from runtime import GenerationResult, Session, Token
 
@@ -15,7 +17,10 @@ REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 class Reply:
-    """Formats the answer to one request. `id` and `created` are those of all its chunks. `prompts`: tokens of each."""
+    """Formats the answer to one request. `id` and `created` are those of all its chunks. `prompts`: tokens of each.
+    `end` is the last line of a stream."""
+
+    end = b"data: [DONE]\n\n"
 
     def __init__(self, session: Session, model: str, request: ChatRequest | CompletionRequest) -> None:
         self._chat = isinstance(request, ChatRequest)
@@ -26,6 +31,14 @@ class Reply:
         # Of each choice in a stream: its calls, and how many of the tokens that no chunk had it has read.
         self._readers: dict[int, CallReader] = {}
         self._read: dict[int, int] = {}
+
+    def encode(self, data: Any) -> bytes:
+        """Return what a chunk is sent as."""
+        return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+    def failed(self, error: ApiError) -> bytes:
+        """Return what an error in a stream is sent as."""
+        return self.encode(error.body)
 
     def whole(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
         choices = list[dict[str, Any]]()

@@ -23,6 +23,7 @@ from freeexport.serving.generation import ClientGone, EventStream, begin, while_
 from freeexport.serving.metrics import SessionCollector
 from freeexport.serving.protocol import ApiError, api_error, invalid
 from freeexport.serving.replies import Reply
+from freeexport.serving.responses import ResponseReply, ResponseRequest
 from freeexport.serving.service import Record, Service
 from runtime import FreeExportError, PromptError, Session
 from runtime.text.prompt import check_text
@@ -44,6 +45,7 @@ def application(service: Service) -> Starlette:
     routes = [
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
+        Route("/v1/responses", endpoints.responses, methods=["POST"]),
         Route("/v1/models", endpoints.models),
         Route("/v1/models/{model:path}", endpoints.model),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
@@ -92,16 +94,24 @@ class Endpoints:
     async def completions(self, request: Request) -> Any:
         return await self._generate(request, protocol.CompletionRequest)
 
+    async def responses(self, request: Request) -> Any:
+        return await self._generate(request, ResponseRequest)
+
     async def _generate(
-        self, request: Request, kind: type[protocol.ChatRequest] | type[protocol.CompletionRequest]
+        self,
+        request: Request,
+        kind: type[protocol.ChatRequest] | type[protocol.CompletionRequest] | type[ResponseRequest],
     ) -> Any:
         record, options = Record(self._service, request.scope["path"]), self._service.options
         try:
-            asked = await self._parsed(request, kind)
+            given = await self._parsed(request, kind)
+            asked = given.chat() if isinstance(given, ResponseRequest) else given
             if options.log_prompts:
                 record.line["prompt"] = asked.prompts
             name, session = self._service.session(asked.model)
             reply = Reply(session, name, asked)
+            if isinstance(given, ResponseRequest):
+                reply = ResponseReply(session, name, asked, given)
             record.line |= {"id": reply.id, "model": name, "stream": asked.stream}
             generation = await begin(session, asked, options.mode, options.deadline)
             record.line["prompt_tokens"] = sum(generation.prompts)

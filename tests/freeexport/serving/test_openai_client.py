@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,51 @@ def test_a_completion_repeats_its_prompt_where_it_is_asked_to(client: openai.Ope
     for chunk in client.completions.create(echo=True, stream=True, **asked):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
     assert streamed == expected
+
+
+def test_a_response_is_what_the_chat_would_answer_whole_and_as_events(client: openai.OpenAI, session: Session) -> None:
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    expected = session.generate(messages, max_new_tokens=20, threshold=0.3)
+    asked: dict[str, Any] = {"model": "chat", "instructions": "be brief", "max_output_tokens": 20, "extra_body": FREE}
+    whole = client.responses.create(input="hello", **asked)
+    assert (whole.output_text, whole.status) == (expected.text, "incomplete")
+    assert whole.incomplete_details.reason == "max_output_tokens"
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (expected.stats.prompt_tokens, 20)
+    parts = [{"type": "input_text", "text": "hel"}, {"type": "input_text", "text": "lo"}]
+    items: Any = [{"type": "message", "role": "user", "content": parts}]
+    assert client.responses.create(input=items, **asked).output_text == expected.text
+    events = list(client.responses.create(input="hello", stream=True, **asked))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected.text
+    assert events[-1].response.output_text == expected.text
+    with client.responses.stream(input="hello", **asked) as stream:
+        assert stream.get_final_response().output_text == expected.text
+
+
+def test_a_response_of_a_schema_is_of_it(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    form: Any = {"format": {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}}
+    found = client.responses.create(model="chat", input="?", text=form, max_output_tokens=60, extra_body=FREE)
+    assert isinstance(json.loads(found.output_text)["yes"], bool)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported; nothing is stored"),
+        ({"tools": [{"type": "function", "name": "f"}]}, "tools is not supported; use chat completions"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content.0..type 'input_image' is not"),
+        ({"input": []}, "input"),
+    ],
+)
+def test_what_a_response_cannot_have_is_refused_by_name(
+    client: openai.OpenAI, more: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=named):
+        client.responses.create(**{"model": "chat", "input": "x", **more})
 
 
 def test_prompts_are_texts_or_ids_and_an_encoder_decoder_reads_them(client: openai.OpenAI, t5: Path) -> None:
