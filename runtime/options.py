@@ -35,8 +35,8 @@ MOST_LENGTH_PENALTY, MOST_SECONDS = 50, 1e9
 ABOVE_ZERO = math.ulp(0.0)
 MOST_TOP_LOGPROBS = 20  # as OpenAI's interface
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
-# Characters of one, and keys of an object in a schema: compiling takes time that grows with their square.
-MOST_GRAMMAR, MOST_PROPERTIES = 256 << 10, 1000
+# Characters of one; keys of an object in a schema, as compiling takes time that grows with their square; and levels.
+MOST_GRAMMAR, MOST_PROPERTIES, MOST_DEPTH = 256 << 10, 1000, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,25 +472,29 @@ def _schema(given: Any) -> _Checked | None:
         raise OptionError(f"{problem}, no JSON ({one_line(error)}); give a mapping or its text") from None
     if not isinstance(schema, dict):
         raise OptionError(f"{problem}; give a JSON object")
-    _check_keys("json_schema", schema)
+    check_schema("json_schema", schema)
     return _Checked(text)
 
 
-def _check_keys(name: str, schema: Any) -> None:
-    inner: list[Any] = [schema]
+def check_schema(name: str, schema: Any) -> None:
+    """Raise OptionError for a JSON schema, the value of `name`, that is too deep or too wide to be compiled soon."""
+    inner: list[tuple[Any, int]] = [(schema, 0)]
     while inner:
-        value = inner.pop()
+        value, depth = inner.pop()
         if isinstance(value, dict) and len(value) > MOST_PROPERTIES:
             most = f"at most {MOST_PROPERTIES} are read"
             raise OptionError(f"{name} has an object of {len(value)} keys, {most}; split it")
-        inner.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+        if depth > MOST_DEPTH:
+            raise OptionError(f"{name} is nested deeper than {MOST_DEPTH} levels; name parts of it in $defs")
+        below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        inner.extend((part, depth + 1) for part in below)
 
 
 def _check_schemas(grammar: str) -> None:
     """Check the JSON schemas within a grammar."""
     for found in re.finditer(r"%json\s*", grammar):
         with suppress(ValueError, RecursionError):  # llguidance refuses it
-            _check_keys("grammar", json.JSONDecoder().raw_decode(grammar, found.end())[0])
+            check_schema("grammar", json.JSONDecoder().raw_decode(grammar, found.end())[0])
 
 
 def _choice(given: Any) -> tuple[str, ...] | None:

@@ -227,6 +227,7 @@ def _stream(session: Session, prompt: Any, names_mode: bool, options: dict[str, 
     stats = stream.result.stats
     figures = [
         f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} exited",
+        *([f"{stats.forced_tokens} forced by the grammar"] if stats.forced_tokens else []),
         *([f"{stats.rejected} drafts rejected"] if stats.rejected else []),
         *(
             f"{counts.accepted} of {counts.proposed} {source} drafts accepted ({counts.mean_accepted:.1f} at a time)"

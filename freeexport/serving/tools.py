@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from freeexport.serving.protocol import ChatRequest, CompletionRequest, Tool, invalid
+from runtime import OptionError
+from runtime.options import check_schema
 from runtime.text.grammar import JSON_FORM, written_form
 from runtime.text.tokenizer import Tokenizer
 
@@ -77,6 +79,7 @@ def calls_grammar(tools: Sequence[Tool], request: ChatRequest | CompletionReques
     rules = list[str]()
     for number, tool in enumerate(tools):
         function = tool.function
+        _check(f"tools[{number}].function.parameters", function.parameters)
         schema = {"type": "object", **(function.parameters or {"additionalProperties": False})}
         schema = written_form({**schema, "x-guidance": {**JSON_FORM, "lenient": not function.strict}})
         head = json.dumps(f'{{"name": "{function.name}", "{form.key}": ')
@@ -94,12 +97,20 @@ def calls_grammar(tools: Sequence[Tool], request: ChatRequest | CompletionReques
     if request.schema is not None:
         if not form.marked:
             raise invalid("response_format", "this model's calls are JSON as its answers are; leave out tools")
+        _check("response_format", request.schema)
         rules.append(f"answer: %json {json.dumps(written_form(request.schema))}")
         return "\n".join([f"start: answer | {calls}", *rules])
     if form.marked:
         rules += [f"head[lazy]: ANSWER {begin}", f"ANSWER: /(?s:.*)/ & ~/(?s:.*){MARK}(?s:.*)/"]
         return "\n".join([f"start: ANSWER | head {rest}", *rules])
     return "\n".join([f"start: ANSWER | {calls}", *rules, r"ANSWER: /([^{\[](?s:.*))?/"])
+
+
+def _check(field: str, schema: Any) -> None:
+    try:
+        check_schema(field, schema)
+    except OptionError as error:
+        raise invalid(field, str(error)) from None
 
 
 def shown(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], form: CallForm) -> list[dict[str, Any]]:

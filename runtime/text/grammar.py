@@ -46,15 +46,13 @@ class Grammars:
         """A grammar at its beginning, for an output of at most `most` tokens; `kind` is "json_schema", "regex",
         "grammar" or "choice", a JSON list. Raises OptionError for one that cannot be compiled or has no output."""
         key = kind, text
-        if key not in self._kept:
+        matcher = self._kept.get(key)
+        if matcher is None:
             with self._compiling:  # others go on with what is compiled
-                if key not in self._kept:
-                    matcher = self._compile(kind, text)
-                    with self._lock:
-                        self._kept[key] = matcher
+                matcher = self._kept.get(key) or self._compile(kind, text)
         with self._lock:
-            matcher = self._kept.pop(key)
             self._kept[key] = matcher
+            self._kept.move_to_end(key)
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
             return Grammar(kind, matcher.deep_copy(), self._ends, self._vocab_size, most)
@@ -72,7 +70,7 @@ class Grammars:
         )
         try:
             if self._tokens is None:
-                self._tokens = self._tokenizer.for_grammars(llguidance, self._vocab_size, self._ends)
+                self._tokens = _tokens(llguidance, self._tokenizer, self._vocab_size, self._ends)
             grammars = [{**_described(llguidance, kind, text), "name": "text"}]
             if not self._tokenizer.keeps_leading_space:
                 grammars.insert(0, {"lark_grammar": 'start: " "? @text'})
@@ -101,7 +99,7 @@ class Grammar:
         self.seconds = 0.0
         self._name, self._matcher, self._end, self._ends = name, matcher, ends[0], frozenset(ends)
         self._read, self._length = np.zeros(most, np.int64), 0
-        self._bits = np.zeros((max(vocab_size, 1) + 31) // 32, np.int32)
+        self._vocab_size = vocab_size
         self._forced = [self._run()]
 
     def forced(self, output: np.ndarray) -> int | None:
@@ -135,14 +133,14 @@ class Grammar:
         if run:
             allowed = np.arange(len(scores)) == run[0]
         else:
-            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-            allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(scores)].view(bool)
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            allowed = np.unpackbits(bits, count=len(scores), bitorder="little").view(bool)
         self._check()
-        if not allowed.any():
-            raise OptionError(f"{self._name}: no token of this model's vocabulary may follow; change it")
-        if scores[allowed].max() <= UNKNOWN / 2:  # of an exit vocabulary that has none of them: one is as good
-            scores = np.zeros_like(scores)
         masked: np.ndarray = np.where(allowed, scores, NEVER)
+        if masked.max() <= UNKNOWN / 2:
+            if not allowed.any():
+                raise OptionError(f"{self._name}: no token of this model's vocabulary may follow; change it")
+            masked = np.where(allowed, np.float32(0), NEVER)  # an exit vocabulary has none of them: one is as good
         self.seconds += perf_counter() - began
         return masked
 
@@ -173,7 +171,9 @@ class Grammar:
         if self._matcher.is_stopped():
             self._check()
             return (self._end,)
-        return tuple(self._matcher.compute_ff_tokens())
+        run = tuple(self._matcher.compute_ff_tokens())
+        # A tokenizer may have tokens that the model has not.
+        return run if max(run, default=0) < self._vocab_size else ()
 
     def _may_end(self, token: int) -> bool:
         run = self._forced[-1]
@@ -185,10 +185,54 @@ class Grammar:
             raise OptionError(f"{self._name} takes too much to follow ({problem}); make it simpler")
 
 
+def _tokens(llguidance: Any, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> Any:
+    """The tokens as llguidance reads them: takes a second. Raises OptionError for a decoder whose tokens have no text
+    each, and what llguidance raises."""
+    size = max(vocab_size, tokenizer.vocab_size)
+    if "ByteLevel" in tokenizer.decoder_kinds or "ByteFallback" in tokenizer.decoder_kinds:
+        return llguidance.LLTokenizer(tokenizer.source, size, list(ends))
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Spelled(tokenizer, size, ends)), size, list(ends))
+
+
+class _Spelled:
+    """A tokenizer as llguidance's TokenizerWrapper wants it: the text of each token, in mid-text, as bytes."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]) -> None:
+        if tokenizer.anchor is None:
+            raise OptionError("the bundle's tokenizer has no text for each token, so its output cannot be constrained")
+        anchor, length = tokenizer.anchor
+        self.eos_token_id, self.bos_token_id, self.special_token_ids = ends[0], None, sorted(tokenizer.special_ids)
+        self.tokens = [
+            b"" if index in tokenizer.special_ids else tokenizer.decode([anchor, index])[length:].encode()
+            for index in range(size)
+        ]
+        self._tokenizer = tokenizer
+        self._ids = {text: index for index, text in reversed(list(enumerate(self.tokens))) if text}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """Token ids that spell exactly `text`, as far as the vocabulary can: the longest where the tokenizer would have
+        begun with a space of its own."""
+        spelled = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode(spelled.decode(), special=False)
+        if b"".join(self.tokens[index] for index in ids) == spelled:
+            return ids
+        ids = []
+        while spelled:
+            sizes = range(min(len(spelled), self._longest), 0, -1)
+            size = next((size for size in sizes if spelled[:size] in self._ids), 0)
+            if not size:
+                break
+            ids.append(self._ids[spelled[:size]])
+            spelled = spelled[size:]
+        return ids
+
+
 def written_form(schema: dict[str, Any]) -> dict[str, Any]:
     """A schema for JSON_FORM, of whose objects those that list properties have no others unless it says so: as other
     servers read schemas, it forces more tokens and leaves a model less to invent. Not where objects are merged."""
-    form = {"x-guidance": JSON_FORM | schema.get("x-guidance", {})}
+    given = schema.get("x-guidance")
+    form = {"x-guidance": JSON_FORM | (given if isinstance(given, dict) else {})}
     return (schema if _merges(schema) else _closed(schema)) | form
 
 

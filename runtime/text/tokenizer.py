@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from runtime.errors import BundleError, OptionError, PromptError, one_line
+from runtime.errors import BundleError, PromptError, one_line
 from runtime.json_file import LARGEST_FILE, UnreadableError, read_object, read_text
 from runtime.text.control_tokens import ControlTokens
 
@@ -196,13 +196,10 @@ class Tokenizer:
         """Whether a space that the first token of a text begins with is decoded."""
         return {"Metaspace", "WordPiece", "StripLeft"}.isdisjoint(self.decoder_kinds)
 
-    def for_grammars(self, llguidance: Any, vocab_size: int, ends: Sequence[int]) -> Any:
-        """The tokens as the package `llguidance` reads them: takes a second. Raises OptionError for a decoder whose
-        tokens have no text each, and what the package raises."""
-        size = max(vocab_size, self.vocab_size)
-        if "ByteLevel" in self.decoder_kinds or "ByteFallback" in self.decoder_kinds:
-            return llguidance.LLTokenizer(self._backend.to_str(), n_vocab=size, eos_token=list(ends))
-        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Spelled(self, size, ends)), size, list(ends))
+    @property
+    def source(self) -> str:
+        """The JSON of tokenizer.json."""
+        return self._backend.to_str()
 
     @cached_property
     def _controls(self) -> ControlTokens:
@@ -213,25 +210,6 @@ class Tokenizer:
         from runtime.text.chat_template import ChatTemplate  # jinja2 is loaded for chats alone
 
         return ChatTemplate(self.chat_template or "")
-
-
-class _Spelled:
-    """A tokenizer as llguidance's TokenizerWrapper wants it: the text of each token, in mid-text, as bytes."""
-
-    def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]) -> None:
-        if tokenizer.anchor is None:
-            raise OptionError("the bundle's tokenizer has no text for each token, so its output cannot be constrained")
-        anchor, length = tokenizer.anchor
-        self.eos_token_id, self.bos_token_id, self.special_token_ids = ends[0], None, sorted(tokenizer.special_ids)
-        self.tokens = [
-            b"" if index in tokenizer.special_ids else tokenizer.decode([anchor, index])[length:].encode()
-            for index in range(size)
-        ]
-        self._tokenizer = tokenizer
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        text = text.decode() if isinstance(text, bytes) else text
-        return self._tokenizer.encode(text, special=False)
 
 
 def byte_of(token: str) -> int | None:

@@ -1,0 +1,112 @@
+"""Constrained extraction: tokens/s with a JSON schema and without, in modes full and lossless, on the same lines.
+
+    python -m tools.speed.constrained BUNDLE DATA --threads 1 --samples 50
+
+DATA has JSON lines with an `input` each, and a `target` where there is one. Every constrained output is parsed, and
+lossless compared with full, token by token. Speeds are of decoding, forced tokens included, prompts left out; the share
+of the grammar is of the same seconds. Ends with 1 where an output is not valid or a token differs, or with --require
+where the best with the schema is below 1.3 of full without, or the grammar takes more than 5 % of full.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from freeexport.measure.timing import interleave, load_note, other_load
+from freeexport.system.machine import detect_machine
+from runtime import GenerationResult, Session
+
+TEXT = {"type": "string"}
+# Of tools/data/debian.py's records.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        **dict.fromkeys(("name", "version", "section", "homepage", "summary"), TEXT),
+        "depends": {"type": "array", "items": TEXT},
+    },
+    "required": ["name", "version", "section", "homepage", "summary", "depends"],
+}
+WORTH, SHARE = 1.3, 0.05
+
+
+def decoding(result: GenerationResult) -> float:
+    """Seconds of a request without reading its prompt."""
+    return result.stats.seconds - result.stats.encode_seconds - result.stats.prefill_seconds
+
+
+def valid(text: str, schema: dict[str, Any]) -> bool:
+    """Whether a text is JSON with the keys that an object's schema lists, in their order."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return not isinstance(value, dict) or set(schema.get("required", ())) <= value.keys()
+
+
+# fmt: off
+@click.command(help=__doc__, context_settings={"show_default": True})
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True))
+@click.argument("data", type=click.Path(path_type=Path, exists=True))
+@click.option("--schema", "file", type=click.Path(path_type=Path, exists=True), help="Of a package, unless given.")
+@click.option("--threads", type=int, default=1)
+@click.option("--samples", type=click.IntRange(1), default=50, help="Use only the first N lines of DATA.")
+@click.option("--rounds", type=click.IntRange(1), default=2)
+@click.option("--max-new-tokens", "tokens", type=int, default=300)
+@click.option("--require", is_flag=True, help="Fail where constraints do not pay as they should.")
+def main(bundle: Path, data: Path, file: Path | None, threads: int, samples: int, rounds: int, tokens: int,
+         require: bool) -> None:
+    # fmt: on
+    schema = SCHEMA if file is None else json.loads(file.read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()[:samples]]
+    constrained: dict[str, Any] = {"json_schema": schema}
+    settings = {
+        "full": {"mode": "full"},
+        "full, schema": {"mode": "full", **constrained},
+        "lossless": {"mode": "lossless"},
+        "lossless, schema": {"mode": "lossless", **constrained},
+    }
+    found: dict[str, list[GenerationResult]] = {name: [] for name in settings}
+    targets = list[str | None]()
+    with Session(bundle, threads=threads, slots=1) as session, other_load() as load:
+
+        def decode(name: str, line: int) -> GenerationResult:
+            return session.generate(lines[line]["input"], max_new_tokens=tokens, **settings[name])
+
+        for turn in interleave(list(settings), list(range(len(lines))), rounds, decode):
+            targets.append(lines[turn.prompt].get("target"))
+            for name, result in zip(settings, turn.runs, strict=True):
+                found[name].append(result)
+    click.echo(f"{detect_machine().cpu}, {threads} threads, {len(lines)} lines, {rounds} rounds")
+    click.echo(load_note(load.cores) or "no other process was busy")
+    speeds, shares, failed = dict[str, float](), dict[str, float](), False
+    for name, results in found.items():
+        seconds = sum(map(decoding, results))
+        written = sum(result.stats.candidates + result.stats.forced_tokens for result in results)
+        forced = sum(result.stats.forced_tokens for result in results)
+        grammar = sum(result.stats.grammar_seconds for result in results)
+        right = sum(result.text == target for result, target in zip(results, targets, strict=True))
+        whole = [result for result in results if result.finish_reason == "eos"]
+        sound = sum(valid(result.text, schema) for result in whole)
+        speeds[name], shares[name] = written / seconds, grammar / seconds
+        click.echo(
+            f"  {name:16} {speeds[name]:7.1f} tokens/s, {speeds[name] / speeds['full']:.2f}x full; "
+            f"{forced / written:.0%} forced; grammar {grammar / written * 1e6:.0f} us a token, {shares[name]:.1%}; "
+            f"{sound} of {len(whole)} whole outputs valid, {right} of {len(results)} as the target"
+        )
+        failed |= "schema" in name and sound < len(whole)
+    for name in ("", ", schema"):
+        pairs = zip(found[f"full{name}"], found[f"lossless{name}"], strict=True)
+        different = sum(full.token_ids != lossless.token_ids for full, lossless in pairs)
+        click.echo(f"  lossless{name}: {different} of {len(targets)} outputs differ from full's")
+        failed |= different > 0
+    pays = max(speeds["full, schema"], speeds["lossless, schema"]) >= WORTH * speeds["full"]
+    if failed or (require and not (pays and shares["full, schema"] <= SHARE)):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
