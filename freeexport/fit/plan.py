@@ -342,7 +342,9 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     else:
         known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
         even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"
-        rows["exit"] = f"after layer {found.layer} of {plan.layers}, with {found.own} of its own{known}: {even}"
+        rows["exit"] = (
+            f"after layer {found.layer} of {plan.layers}, with {found.own} layer(s) of its own{known}: {even}"
+        )
         rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())
         rows["tokens that exit"] = f"{rates}, by what exits of such depth reached on other tasks"
         for name, speed_of in (("a token", float), ("a request", texts.request)):
