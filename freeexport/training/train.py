@@ -121,7 +121,9 @@ def _train(
             tuning.write(partial)
             # An exit's own parameters belong to the weights beside them.
             has_parameters = tuning.own is not None or vocabulary is not None
-            beside = open_checkpoint(str(partial)) if has_parameters else checkpoint
+            # A directory with a GGUF file is a checkpoint once it has the exit's file.
+            weights = next(partial.glob("*.gguf"), partial)
+            beside = open_checkpoint(str(weights)) if has_parameters else checkpoint
             adapted = tuning.own is not None and not tuning.exit_layers
             exit_file = ExitFile(
                 exit_layer=options.exit_layer,

@@ -59,7 +59,7 @@ class Generator:
             yield index, greedy_ids(model, checkpoint, [prompts[index]], new_tokens)[0]
 
 
-@pytest.mark.parametrize("case", [LLAMA, T5], ids=str)
+@pytest.mark.parametrize("case", [LLAMA, T5], ids=["llama", "t5"])
 def test_targets_are_what_the_whole_model_says_and_are_generated_once(
     case: Case, checkpoint: Directory, prompts: Path, tmp_path: Path
 ) -> None:
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_with_the_outputs_that_it_had(
     assert not (own / ENGINES).exists()
 
 
-@pytest.mark.parametrize("case", [LLAMA, T5], ids=str)
+@pytest.mark.parametrize("case", [LLAMA, T5], ids=["llama", "t5"])
 def test_engines_say_what_transformers_says(case: Case, checkpoint: Directory, prompts: Path, tmp_path: Path) -> None:
     """But for the rounding of weights to 8 bits."""
     model = str(checkpoint(case))
