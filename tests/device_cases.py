@@ -21,5 +21,7 @@ MODES: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},
     "shallow": {"mode": "shallow"},
     "sampled": {"mode": "free", "threshold": 0.4, "temperature": 0.8, "seed": 7},
+    "constrained": {"mode": "free", "threshold": 0.3, "regex": "([a-k]{3} = (yes|never)[.]){9}"},
+    "constrained lossless": {"mode": "lossless", "threshold": 0.1, "regex": "([a-k]{3} = (yes|never)[.]){9}"},
     "biased": {"mode": "full", "sequence_bias": {42: 3.0}, "output_logprobs": True},
 }

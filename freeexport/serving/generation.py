@@ -80,31 +80,33 @@ async def begin(session: Session, request: Generating, mode: Mode | None, deadli
 
     Raises ApiError, PromptError, OptionError, QueueFullError.
     """
-    options, prompts, form = request.options(mode, deadline), request.prompts, form_of(session.tokenizer)
-    field, limits_of = constraint(request, form)
-    tools = [msgspec.to_builtins(tool) for tool in request.offered]
-    if isinstance(request, ChatRequest) and not form.shown:
-        prompts, tools = [shown(messages, tools, form) for messages in prompts], []
+    options, prompts = request.options(mode, deadline), request.prompts
     count, most = len(prompts) * request.n, session.options.slots + session.options.queue
     if count > most:
         asked = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
         raise invalid("n", f"{asked}; this server takes {most} choices at once, ask for fewer")
 
     def encode() -> tuple[list[np.ndarray], GenerationOptions]:
-        encoded, given = [session.encode(prompt, tools=tools) for prompt in prompts], options
+        form, given, read = form_of(session.tokenizer), options, prompts
+        tools = [msgspec.to_builtins(tool) for tool in request.offered]
+        if isinstance(request, ChatRequest) and not form.shown:
+            read, tools = [shown(messages, tools, form) for messages in prompts], []
+        encoded = [session.encode(prompt, tools=tools) for prompt in read]
+        field, constrained = constraint(request, form)
         if field:
             try:
-                given = replace(given, **limits_of)
+                given = replace(given, **constrained)
                 session.prepare(given)
             except OptionError as error:
-                raise invalid(field, field + str(error).removeprefix(next(iter(limits_of)))) from None
+                raise invalid(field, field + str(error).removeprefix(next(iter(constrained)))) from None
         if given.predicted_output is not None:
             expected = given.predicted_output
             ids = encode_expected(expected, session.tokenizer, session.manifest.vocab_size, session.capacity)
             given = replace(given, predicted_output=ids.tolist())
         return encoded, given
 
-    short = not field and sum(map(_size, (*prompts, request.expected))) <= SHORT
+    constrained = request.offered or request.schema is not None or request.structured_outputs is not None
+    short = not constrained and sum(map(_size, (*prompts, request.expected))) <= SHORT
     encoded, options = encode() if short else await asyncio.to_thread(encode)
     limits = [_limit(options, request, len(ids), session) for ids in encoded]
     ends = (

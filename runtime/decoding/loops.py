@@ -24,11 +24,12 @@ Loop = Generator[Token | Waiting, None, None]
 def full(decoder: Decoder, response: Response) -> Loop:
     """Decode with the whole model: every token runs both engines, the shallow head never."""
     while not response.finished:
-        unread = (yield from _forced(decoder, response)) if response.joins_forced else [response.newest]
         if decoder.alone and response.greedy:
             yield AT_ONCE
             yield response.add(decoder.full_step(response.newest), False, None)
-        elif not response.finished:
+            continue
+        unread = yield from _forced(decoder, response, decoder.max_pending)
+        if not response.finished:
             deep = yield from _deep_token(decoder, unread)
             yield response.add(response.choose(deep), False, None, deep)
 
@@ -150,14 +151,12 @@ def lossless(decoder: Decoder, response: Response, threshold: float, max_pending
         yield from _settle(decoder, response, draft, answers, kept, correction)
 
 
-def _forced(
-    decoder: Decoder, response: Response, most: int | None = None
-) -> Generator[Token | Waiting, None, list[int]]:
+def _forced(decoder: Decoder, response: Response, most: int) -> Generator[Token | Waiting, None, list[int]]:
     """Make final what the grammar forces. Returns the final tokens that no engine has read, the newest before and
-    these; what leaves no room for them among `most` rows of a pass, by default all there are, is read here."""
+    these: at most as many as fit a pass of `most` rows with what is stacked; those before are read here."""
     unread = [response.newest]
     while not response.finished and (token := response.forced()) is not None:
-        if decoder.stacked + len(unread) == (most or decoder.max_pending):
+        if decoder.stacked + len(unread) == most:
             yield from decoder.stepping_together(unread)
             decoder.guess()
             yield from decoder.syncing(heads=0)

@@ -57,6 +57,8 @@ WORDS = "some text of words " * (4 << 20)
 TOKENS = "tokens that fit"
 BIASES = dict.fromkeys(map(str, range(287)), 1)
 EMPTY = [{"role": "user", "content": ""}]
+WIDE: Any = {"type": "object", "properties": {f"k{number}": {} for number in range(1000)}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"enum": ["x" * 2_000_000]}}}
 
 
 @pytest.mark.parametrize(
@@ -73,8 +75,12 @@ EMPTY = [{"role": "user", "content": ""}]
          200, ""),
         (TEXT, {"prompt": "x", "max_tokens": 1, "n": 60, "logit_bias": BIASES}, 200, ""),
         ("/detokenize", {"tokens": [5] * 2_000_000}, 400, "tokens has 2000000 ids; give at most 4096 at once"),
+        (TEXT, {"prompt": "x", "max_tokens": 1, "structured_outputs": {"json": WIDE}}, 200, ""),
+        (TEXT, {"prompt": "x", "structured_outputs": {"json": {"enum": ["x" * 4_000_000]}}}, 400, "at most 262144"),
+        (CHAT, {"messages": MESSAGES, "tools": [TOOL]}, 400, TOKENS),
     ],
-    ids=["text", "chat", "long", "prompt", "empty", "messages", "role", "prediction", "biases", "ids"],
+    ids=["text", "chat", "long", "prompt", "empty", "messages", "role", "prediction", "biases", "ids", "wide", "schema",
+         "tools"],
 )  # fmt: skip
 def test_a_large_request_holds_up_nobody(
     path: str, body: dict[str, Any], expected: int, message: str, server: Running
