@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from freeexport.system.jsonl import (
 from freeexport.system.output import check_writable
 from freeexport.system.progress import progress
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
+from runtime.result import DraftStats
 
 Line = Request | BrokenLine
 Answer = list[GenerationResult] | Exception
@@ -105,6 +105,10 @@ def answers(ask: Ask, lines: Iterable[Line], batch: int) -> Generator[tuple[Line
         pool.shutdown(cancel_futures=True)
 
 
+def _counts(counts: DraftStats) -> dict[str, int]:
+    return {"drafts": counts.drafts, "proposed": counts.proposed, "accepted": counts.accepted}
+
+
 def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, Any]:
     """A result as JSON can hold it, with the texts of the `others` of its prompt."""
     drafts = result.stats.drafts
@@ -115,7 +119,7 @@ def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, 
         "finish_reason": result.finish_reason,
         "seconds": round(result.stats.seconds, 6),
         "exit_rate": round(result.stats.exit_rate, 6),
-        **({"drafts": {source: asdict(counts) for source, counts in drafts.items()}} if drafts else {}),
+        **({"drafts": {source: _counts(counts) for source, counts in drafts.items()}} if drafts else {}),
         **({} if result.logprobs is None else {"logprobs": list(result.logprobs)}),
         **({} if result.top_logprobs is None else {"top_logprobs": list(result.top_logprobs)}),
         **({"others": [other.text for other in others]} if others else {}),

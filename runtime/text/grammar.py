@@ -31,6 +31,9 @@ JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separato
 MOST_SYMBOLS, MOST_STATES = 50_000, 50_000
 # Tokens that may be forced at the beginning: more than any slot holds, as of a schema that requires itself.
 MOST_FORCED = 10_000
+# Parts of a schema that are looked at to tell whether it requires itself.
+MOST_LOOKS = 10_000
+INFINITE = "no finite output satisfies it: it requires itself"
 
 
 class Grammars:
@@ -77,7 +80,7 @@ class Grammars:
             matcher = llguidance.LLMatcher(self._tokens, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
             problem = matcher.get_error()
             if not problem and (len(matcher.compute_ff_tokens()) > MOST_FORCED or matcher.is_error()):
-                problem = "no finite output satisfies it"
+                problem = INFINITE
         except (KeyboardInterrupt, SystemExit, OptionError):
             raise
         except BaseException as error:  # what the library raises for what it cannot parse, its panics too
@@ -236,6 +239,43 @@ def written_form(schema: dict[str, Any]) -> dict[str, Any]:
     return (schema if _merges(schema) else _closed(schema)) | form
 
 
+def is_finite(root: dict[str, Any]) -> bool:
+    """Whether a finite value satisfies a schema, as far as its references and required parts tell."""
+    left, known = MOST_LOOKS, set[str]()
+
+    def finite(schema: Any, within: frozenset[str]) -> bool:
+        nonlocal left
+        left -= 1
+        if left < 0 or not isinstance(schema, dict):
+            return schema is not False
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference not in known:
+            if reference in within or not finite(_resolved(root, reference), within | {reference}):
+                return False
+            known.add(reference)
+        needed, properties = list[Any](), schema.get("properties")
+        if schema.get("type") == "object" and isinstance(properties, dict) and isinstance(schema.get("required"), list):
+            needed += [properties.get(name) for name in schema["required"] if isinstance(name, str)]
+        if schema.get("type") == "array" and schema.get("minItems"):
+            needed.append(schema.get("items"))
+        choices = [parts for name in ("anyOf", "oneOf") if isinstance(parts := schema.get(name), list)]
+        needed += parts if isinstance(parts := schema.get("allOf"), list) else []
+        return all(finite(part, within) for part in needed) and all(
+            any(finite(part, within) for part in parts) for parts in choices
+        )
+
+    return finite(root, frozenset({"#"}))
+
+
+def _resolved(root: Any, reference: str) -> Any:
+    """The part of a schema that a reference names; None for one that is not within it."""
+    if not reference.startswith("#"):
+        return None
+    for name in reference.split("/")[1:]:
+        root = root.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
+    return root
+
+
 def _merges(schema: Any) -> bool:
     if isinstance(schema, list):
         return any(map(_merges, schema))
@@ -268,7 +308,10 @@ def _closed(schema: Any) -> Any:
 def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
     """A grammar as llguidance describes it. Raises what its parsers raise."""
     if kind == "json_schema":
-        return {"json_schema": written_form(json.loads(text))}
+        schema = json.loads(text)
+        if not is_finite(schema):
+            raise ValueError(INFINITE)
+        return {"json_schema": written_form(schema)}
     if kind == "choice":
         return {"lark_grammar": "start: " + " | ".join(map(json.dumps, json.loads(text)))}
     if kind == "regex":

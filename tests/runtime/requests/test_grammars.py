@@ -14,7 +14,7 @@ import pytest
 from checkpoints import PROMPTS
 
 from runtime import GenerationResult, OptionError, Session
-from runtime.text.grammar import written_form
+from runtime.text.grammar import is_finite, written_form
 
 llguidance = pytest.importorskip("llguidance")
 
@@ -215,7 +215,17 @@ def test_forced_tokens_take_no_call_of_their_own(sessions: Callable[[str], Sessi
         ({"json_schema": {"enum": []}}, "json_schema cannot be used: Unsatisfiable schema"),
         ({"json_schema": {"type": "string", "minLength": 3, "maxLength": 2}}, "Unsatisfiable"),
         ({"json_schema": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}}, "no finite"),
-        ({"json_schema": {"$ref": "#"}}, "json_schema"),
+        (
+            {
+                "json_schema": {
+                    "type": "object",
+                    "properties": {"n": {"type": "string"}, "a": {"$ref": "#"}},
+                    "required": ["n", "a"],
+                }
+            },
+            "no finite",
+        ),
+        ({"json_schema": {"$ref": "#"}}, "no finite"),
         ({"json_schema": {"not": {}}}, "Unimplemented keys"),
         ({"json_schema": {"$ref": "https://example.com"}}, "json_schema cannot be used"),
         ({"json_schema": '{"type": '}, "no JSON"),
@@ -262,6 +272,26 @@ def test_without_the_package_the_error_names_it(
     said = r"regex needs the package llguidance; run pip install 'freeexport\[grammar\]'"
     with pytest.raises(OptionError, match=said):
         sessions("llama-tied").generate(list(PROMPTS[0]), regex="not compiled before")
+
+
+def test_schemas_that_require_themselves_are_found() -> None:
+    def node(child: Any, **others: Any) -> dict[str, Any]:
+        return {"type": "object", "properties": {"name": {"type": "string"}, "child": child}, **others}
+
+    itself, required = {"$ref": "#/$defs/node"}, {"required": ["name", "child"]}
+    for child, finite in (
+        (itself, False),
+        ({"anyOf": [itself, {"type": "null"}]}, True),
+        ({"oneOf": [itself, {"allOf": [itself]}]}, False),
+        ({"type": "array", "items": itself}, True),
+        ({"type": "array", "items": itself, "minItems": 1}, False),
+        ({"type": "string"}, True),
+        ({"$ref": "#/$defs/missing"}, True),
+    ):
+        assert is_finite({**itself, "$defs": {"node": node(child, **required)}}) == finite
+        assert is_finite({**itself, "$defs": {"node": node(child)}})
+    chain = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(90)}
+    assert is_finite({"$ref": "#/$defs/d0", "$defs": chain})
 
 
 def test_objects_have_no_keys_but_those_that_are_listed() -> None:
