@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import OptionError, one_line
-from runtime.text.sampler import NEVER, UNKNOWN
 from runtime.text.tokenizer import Tokenizer
 
+# The logit of a token that a head does not know: its probability is 0.
+UNKNOWN = np.finfo(np.float32).min
+NEVER = np.float32(-np.inf)  # the score of a token that cannot be chosen
 INSTALL = "pip install 'freeexport[grammar]'"
 # Compiled grammars that are kept.
 MOST_KEPT = 64

@@ -14,22 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtime.errors import OptionError
-
-if TYPE_CHECKING:
-    from runtime.text.grammar import Grammar
+from runtime.text.grammar import NEVER, UNKNOWN, Grammar
 
 # As transformers' LogitsProcessor, on numpy: (input_ids int64 [1, n], scores float32 [1, V]) -> scores [1, V]. A draft
 # is chosen, and chosen again: the same arguments must give the same scores.
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-# The logit of a token that a head does not know: its probability is 0.
-UNKNOWN = np.finfo(np.float32).min
-NEVER = np.float32(-np.inf)  # the score of a token that cannot be chosen
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Precision
-from runtime.text.sampler import UNKNOWN
+from runtime.text.grammar import UNKNOWN
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama-tied"]
