@@ -50,6 +50,7 @@ ADVICE = {
     "functions": "use tools",
     "function_call": "use tool_choice",
     "tools": "use chat completions",
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "use structured_outputs"),
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

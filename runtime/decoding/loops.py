@@ -63,11 +63,11 @@ def free(
             else:
                 yield from decoder.stepping_together(unread, head=True)
                 guess = decoder.guess()
+            if labels is not None:
+                rows.append(guess)
             guess = response.judged(guess)
             token = response.choose(guess)
             sure = (guess.confidence or 0.0) > threshold
-            if labels is not None:
-                rows.append(guess)
             if sure and decoder.stacked < max_pending:
                 decoder.stats.exits += 1
                 at_rest = True

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import PROMPTS
+from checkpoints import PROMPTS, Open
 
 from runtime import GenerationResult, OptionError, Session
 from runtime.text.grammar import is_finite, written_form
@@ -192,6 +192,25 @@ def test_requests_together_and_several_continuations(sessions: Callable[[str], S
         assert [result.token_ids for result in pool.map(generate, asked)] == alone
     best = session.generate_best(list(PROMPTS[0]), 3, choice=["yes", "no"], temperature=2.0, seed=1)
     assert {result.text for result in best} <= {"yes", "no"}
+
+
+def test_an_adaptive_threshold_obeys_the_grammar(open_session: Open) -> None:
+    session = open_session("llama-tied", 2, threshold="adaptive")
+    for prompt in PROMPTS:
+        result = session.generate(list(prompt), mode="free", max_new_tokens=80, **CONSTRAINTS["regex"])
+        assert result.finish_reason == "length" or holds(CONSTRAINTS["regex"], result.text)
+    assert session.adaptive_state()
+
+
+def test_a_prepared_grammar_is_compiled_once(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session("llama-tied")
+    session.prepare(choice=["a", "b"])
+    session.prepare()
+    monkeypatch.setattr(session._model._grammars, "_compile", lambda kind, text: pytest.fail("compiled again"))
+    assert session.generate(list(PROMPTS[0]), choice=["a", "b"]).text in ("a", "b")
+    monkeypatch.undo()
+    with pytest.raises(OptionError, match="regex cannot be used"):
+        session.prepare(regex="(")
 
 
 def test_beams_obey_the_grammar(sessions: Callable[[str], Session]) -> None:
