@@ -7,11 +7,13 @@ import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import PROMPTS, Open
+from exit_layer_case import with_feature
 
 from runtime import GenerationResult, OptionError, Session
 from runtime.text.grammar import is_finite, written_form
@@ -127,6 +129,20 @@ def test_lossless_gives_the_tokens_of_full(model: str, name: str, ask: Callable[
         assert tokens(ask(model, mode="lossless", **given, **options)) == tokens(full)
     assert tokens(ask(model, mode="free", threshold=1.0, output_confidence=True, **given)) == tokens(full)
     assert tokens(ask(model, mode="full", max_pending=1, **given)) == tokens(full)
+
+
+def test_an_exit_that_reads_features_obeys_the_grammar(open_session: Open) -> None:
+    session = open_session(with_feature("llama-tied", 0), with_feature("llama-tied", 0).exit_layers[0])
+    for given, prompt in product(CONSTRAINTS.values(), PROMPTS):
+        full = session.generate(list(prompt), mode="full", max_new_tokens=80, **given)
+        for pending in (2, 5):
+            options: dict[str, Any] = {"threshold": 0.1, "drafts": "exit", "max_pending": pending}
+            drafted = session.generate(list(prompt), mode="lossless", max_new_tokens=80, **options, **given)
+            assert drafted.token_ids == full.token_ids
+            exited = session.generate(
+                list(prompt), mode="free", threshold=0.2, max_pending=pending, max_new_tokens=80, **given
+            )
+            assert exited.finish_reason == "length" or holds(given, exited.text)
 
 
 @pytest.mark.parametrize("options", [{"mode": "free", "threshold": 0.3}, {"mode": "shallow"}])
