@@ -239,7 +239,7 @@ def read_records(path: Path) -> Iterator[Record]:
             found = json.loads(line)
             for name in ("token_ids", "exited"):
                 found[name] = tuple(found.get(name, ()))
-            if "calls" in found:
+            if found.get("calls") is not None:
                 found["calls"] = Calls.read(found["calls"])
             yield Record(**found)
         except (ValueError, TypeError, AttributeError, KeyError):
