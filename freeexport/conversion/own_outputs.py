@@ -32,9 +32,9 @@ def own_outputs(
     """Yield the index of each prompt and its greedy output, ids int32 [m] of at most `new_tokens`, the end of the
     sequence among them, as soon as it is done.
 
-    On a CPU by 8-bit engines, in `directory` until all are done: 3 times as fast as transformers in bfloat16, and the
-    text is that of an int8 bundle. An output does not depend on the others. On a GPU by transformers in bfloat16.
-    `checkpoint` is the opened `model`.
+    On a CPU by 8-bit engines, in `directory` until all are done, mostly faster than transformers in bfloat16
+    (docs/training.md), and the text is that of an int8 bundle. An output does not depend on the others. On a GPU by
+    transformers in bfloat16. `checkpoint` is the opened `model`.
     """
     import torch
 

@@ -164,6 +164,11 @@ class Plan:
     training: Training | None = None
     ready_made: str | None = None
 
+    @property
+    def drafts(self) -> str:
+        """Sources of drafts where nothing is trained, as a phrase."""
+        return f"by the ready-made exit {self.ready_made} and from the text" if self.ready_made else "from the text"
+
 
 def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
     """Plan a run over `lines` of data, none where there are no data. Reads no weights before the steps that it times.
@@ -337,8 +342,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         rows["data"] = f"{texts.prompt:.0f} tokens in, {texts.target:.0f} out; outputs get at most {texts.most}"
         rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
     if found is None or texts is None or training is None:
-        drafts = f"by the ready-made exit {plan.ready_made} and from the text" if plan.ready_made else "from the text"
-        rows["training"] = f"none: {plan.why}; mode lossless drafts {drafts}, with every token equal"
+        rows["training"] = f"none: {plan.why}; mode lossless drafts {plan.drafts}, with every token equal"
     else:
         known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
         even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"

@@ -204,8 +204,7 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     steps, done = steps_of(options, plan, places), _done(places.work)
     _run(steps, _pending(steps, done), done, places)
     if options.data is None:
-        drafts = f"by the ready-made exit {plan.ready_made} and from the text" if plan.ready_made else "from the text"
-        text = f"{plan.why}; lossless drafts {drafts}, with every token equal"
+        text = f"{plan.why}; lossless drafts {plan.drafts}, with every token equal"
         return Verdict("neutral", text, f"freeexport serve {shlex.quote(str(options.out))}")
     found = evaluate(evaluation(options, plan, places))
     bundle, verdict = conclude(found.rows, options, places)
@@ -310,7 +309,7 @@ def _going_on(step: Step, places: Places) -> tuple[str, ...]:
 
 def _done(work: Path) -> dict[str, Any]:
     path = work / DONE
-    return read_object(path, "start anew with --overwrite", OptionError) if path.is_file() else {}
+    return read_object(path, ANEW, OptionError) if path.is_file() else {}
 
 
 def _mark(places: Places, done: dict[str, Any], name: str, entry: Mapping[str, Any]) -> None:

@@ -95,7 +95,7 @@ class Response:
         """A shallow prediction, whose confidence is 0 where the grammar refuses its best token after `drafts`."""
         if self._grammar is None or guess.confidence is None:
             return guess
-        allowed = self._grammar.allows(self._context(drafts)[len(self.prompt) :], (guess.token,))
+        allowed = self._grammar.allows(self._output(drafts), (guess.token,))
         return guess if allowed else guess._replace(confidence=0.0)
 
     def forced(self, drafts: Sequence[int] = ()) -> int | None:
@@ -103,12 +103,16 @@ class Response:
         where forced tokens need a prediction too."""
         if self._grammar is None or not self.joins_forced:
             return None
-        return self._grammar.forced(self._context(drafts)[len(self.prompt) :])
+        return self._grammar.forced(self._output(drafts))
 
     def _context(self, drafts: Sequence[int]) -> np.ndarray:
         length = self._length + len(drafts)
         self._ids[self._length : length] = drafts
         return self._ids[:length]
+
+    def _output(self, drafts: Sequence[int]) -> np.ndarray:
+        """The final tokens and `drafts`, without the prompt."""
+        return self._context(drafts)[len(self.prompt) :]
 
     def ends(self, drafts: Sequence[int]) -> bool:
         """True where the request is over with the last of `drafts`, should all of them become final."""
@@ -121,7 +125,7 @@ class Response:
         drafts = drafts[: min(next(ends, len(drafts)), self._end - self._length)]
         if self._grammar is None or not drafts:
             return drafts
-        return drafts[: self._grammar.allows(self._context(())[len(self.prompt) :], drafts)]
+        return drafts[: self._grammar.allows(self._output(()), drafts)]
 
     def add(
         self,
