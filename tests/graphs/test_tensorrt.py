@@ -17,6 +17,7 @@ from exit_vocabulary_case import with_exit_vocabulary
 from onnx import TensorProto
 
 from graphs.errors import BuildError
+from graphs.exit_head import EXIT_MAP
 from graphs.tensorrt.build import build, parse, profiles_of
 from runtime.bundle.bundle import Bundle
 from runtime.tensorrt.files import DIRECTORY, logger_of
@@ -123,7 +124,11 @@ def test_engines_with_rounded_weights_are_built(case: Any, precision: str, compu
         kinds = Counter(node.op_type for node in graph.node)
         with network_of(opened.engine(name)) as layers:
             widened = [layer for layer in layers if layer.type == trt.LayerType.DEQUANTIZE]
-            assert len(widened) == kinds["DequantizeLinear"] == kinds["Gemm"] > 0
+            rounded = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+            plain = {node.input[1] for node in graph.node if node.op_type == "Gemm"} - rounded
+            # The map of an exit, near the identity, may lose too much in 8 bits a weight with one scale a row.
+            assert all(weight.startswith(EXIT_MAP) for weight in plain)
+            assert len(widened) == kinds["DequantizeLinear"] == kinds["Gemm"] - len(plain) > 0
             # Weights that no 4 bits hold, and those of a head, have 8.
             assert {layer.get_input(0).dtype for layer in widened} <= {ROUNDED[precision], trt.DataType.INT8}
             assert ROUNDED[precision] in {layer.get_input(0).dtype for layer in widened} or name in EIGHT_BITS
