@@ -114,8 +114,9 @@ def weight_bytes(graph: Path) -> int:
     return int(sum(bits.get(tensor.data_type, 8) * np.prod(tensor.dims, dtype=np.int64) // 8 for tensor in tensors))
 
 
-@pytest.mark.parametrize("compute", ["fp16", "bf16"])
-@pytest.mark.parametrize("precision", ROUNDED)
+@pytest.mark.parametrize(
+    ("precision", "compute"), [("int8", "fp16"), ("int8", "bf16"), ("fp8", "fp16"), ("int4", "bf16")]
+)
 @each_model
 def test_engines_with_rounded_weights_are_built(case: Any, precision: str, compute: str, copy_of: Any) -> None:
     opened = copy_of(case, precision=precision, compute=compute)
