@@ -31,10 +31,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """RMS norm over the last axis, scaled by `weight` [d]; no mean, no bias."""
+    """A norm over the last axis, scaled by `weight` [d]: by the root mean square (`rms`), or by the standard deviation
+    after the mean is taken away (`layer`: BART, Whisper, GPT-2). `bias` [d] is added."""
 
     weight: str
     epsilon: float
+    kind: Literal["rms", "layer"] = "rms"
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,28 @@ class Rotary:
 
     inverse_frequencies: tuple[float, ...]
     scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Vectors by absolute position, from 0 to `count` - 1: the rows of `table` [offset + count, d] from `offset` on
+    (BART's begin at 2), or without a table the sines of position times each of `frequencies`, then the cosines, cut or
+    filled with zeros to d (Marian, M2M100)."""
+
+    count: int
+    table: str | None = None
+    offset: int = 0
+    frequencies: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """norm(scale * row of `table` [vocab, d] + position). A scale is that of Marian and Gemma, the norm BART's."""
+
+    table: str
+    scale: float = 1.0
+    positions: Positions | None = None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +115,8 @@ class MLP:
 
 @dataclass(frozen=True)
 class Layer:
-    """Pre-norm residual blocks, in this order: self-attention, cross-attention (if any), MLP."""
+    """Residual blocks, in this order: self-attention, cross-attention (if any), MLP. The norm of each stands before it
+    (`pre`: x + block(norm(x))), or behind the sum (`post`: norm(x + block(x)), as BART and Marian have it)."""
 
     attention_norm: Norm
     attention: Attention
@@ -98,6 +124,7 @@ class Layer:
     mlp: MLP
     cross_norm: Norm | None = None
     cross: Attention | None = None
+    order: Literal["pre", "post"] = "pre"
 
 
 @dataclass(frozen=True)
@@ -111,13 +138,16 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Head:
-    """logits = scale * norm(adapter(hidden)) W^T. `weight` [vocab, d]; a tied head names the embedding's tensor.
-    Trained with an exit vocabulary, the head has the rows of `tokens`, ascending, and as one class more that of `other`
-    [1, d], which stands for all remaining tokens and never exits."""
+    """logits = scale * norm(adapter(hidden)) W^T + bias. `weight` [vocab, d]; a tied head names the embedding's tensor.
+    `norm` None: there is none (BART, Marian). `bias` has vocab values, in one axis or two. Tokens that are `suppressed`
+    have the lowest logits (Marian's padding). Trained with an exit vocabulary, the head has the rows of `tokens`,
+    ascending, and as one class more that of `other` [1, d], which stands for all remaining tokens and never exits."""
 
-    norm: Norm
+    norm: Norm | None
     weight: str
     scale: float = 1.0
+    bias: str | None = None
+    suppressed: tuple[int, ...] = ()
     adapter: Adapter | None = None
     tokens: tuple[int, ...] = ()
     other: Linear | None = None
@@ -125,11 +155,11 @@ class Head:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Bidirectional layers over the prompt, ending in a norm. `embedding` [vocab, d]."""
+    """Bidirectional layers over the prompt, ending in a norm, if any."""
 
-    embedding: str
+    embedding: Embedding
     layers: tuple[Layer, ...]
-    norm: Norm
+    norm: Norm | None
 
 
 @dataclass(frozen=True)
@@ -142,12 +172,12 @@ class ForeignEncoder:
 
 @dataclass(frozen=True)
 class Decoder:
-    """L causal layers with a head. `embedding` [vocab, d]; `max_positions` None where positions are relative.
-    `exit_head` is the shallow decoder's, where it was trained apart; None is `head`. Between the exit layer and it
-    stand `exit_layers`, which read what `exit_map` [d, exit_inputs * d] makes of the exit layer's states: of one input,
-    or of two, where it is joined by the final normed state of the position before."""
+    """L causal layers with a head. `max_positions` None where positions are relative. `exit_head` is the shallow
+    decoder's, where it was trained apart; None is `head`. Between the exit layer and it stand `exit_layers`, which read
+    what `exit_map` [d, exit_inputs * d] makes of the exit layer's states: of one input, or of two, where it is joined
+    by the final normed state of the position before."""
 
-    embedding: str
+    embedding: Embedding
     layers: tuple[Layer, ...]
     head: Head
     max_positions: int | None = None

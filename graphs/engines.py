@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Decoder, Description, Encoder, Layer
-from graphs.dialects.base import Call, Dialect, Packing, in_heads, key_value_outputs, linear, packing
+from graphs.dialects.base import Call, Dialect, Packing, embed, in_heads, key_value_outputs, linear, packing
 from graphs.dialects.ort import KernelDialect, OrtDialect
 from graphs.dialects.standard import StandardDialect
 from graphs.engine_options import FLOAT_TYPES, EngineOptions
@@ -64,7 +64,7 @@ class EngineBuilder:
         call = self._decoder_call(graph, tokens)
         dialect = self._dialect(graph, call)
         layers = self.description.decoder.layers[: self.options.exit_layer]
-        x = self._embed(graph, tokens, self.description.decoder.embedding)
+        x = embed(graph, dialect, call, tokens, self.description.decoder.embedding)
         hidden = self._layers(graph, dialect, x, layers, 0)
         rows = self._output_hidden(graph, hidden, call, FLOAT, "q")
         if self.description.exit_engine:
@@ -120,7 +120,8 @@ class EngineBuilder:
         self._head(graph, dialect, hidden, graph.input("emitted", INT64, ["R"]), rows)
         if self.description.exit_engine:
             assert rows is not None
-            features = rows.in_rows(graph, dialect.norm(hidden, self.description.decoder.head.norm))
+            norm = self.description.decoder.head.norm
+            features = rows.in_rows(graph, hidden if norm is None else dialect.norm(hidden, norm))
             graph.output("features", features, FLOAT, ["B", "k", width])
         self._save(graph)
 
@@ -133,7 +134,7 @@ class EngineBuilder:
         lengths = graph.input("lengths", INT32, ["B"])
         call = Call(_size(graph, tokens), lengths)
         dialect = self._dialect(graph, call)
-        x = self._embed(graph, tokens, encoder.embedding)
+        x = embed(graph, dialect, call, tokens, encoder.embedding)
         hidden = encoder_layers(graph, dialect, x, encoder.layers, encoder.norm)
         self._output_hidden(graph, hidden, call, graph.compute, "E")
         self._save(graph)
@@ -172,8 +173,9 @@ class EngineBuilder:
         ]
         if products.own:
             passes.append(FuseProducts())
-        table = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", "")}.get(engine)
-        if self._rounding.embedding and table:
+        read = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", None)}.get(engine)
+        if self._rounding.embedding and read:
+            table = read.table
             # A head in 4 bits would be a coarse table.
             tied = products.own and table == decoder.head.weight and plan.head == "int8-block"
             passes.append(QuantizeEmbedding(self._quantizer, table, tied))
@@ -194,12 +196,6 @@ class EngineBuilder:
         past, query = (graph.input(name, INT32, ["B"]) for name in ("past_lengths", "query_lengths"))
         cross = graph.input("cross_lengths", INT32, ["B"]) if self.description.encoder else None
         return Call(_size(graph, rows), query, past, cross)
-
-    def _embed(self, graph: Graph, tokens: ir.Value, name: str) -> ir.Value:
-        """int64 [B, q] -> float32 [M, d]."""
-        table = graph.weight(name)
-        flat = graph.op("Reshape", [tokens, graph.constant([-1])])
-        return graph.to_float(graph.op("Gather", [table, flat], axis=0))
 
     def _layers(self, graph: Graph, dialect: Dialect, x: ir.Value, layers: tuple[Layer, ...], first: int) -> ir.Value:
         return decoder_layers(graph, dialect, x, layers, range(first, first + len(layers)))

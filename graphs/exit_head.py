@@ -12,7 +12,7 @@ from graphs.weights import Weights
 
 # Tensors of an exit's own, float32: shallow logits = head(norm(h + up(silu(down(adapter_norm(h)))))).
 EXIT = "exit."  # that their names begin with
-EXIT_NORM = "exit.norm.weight"  # [d]
+EXIT_NORM, EXIT_NORM_BIAS = "exit.norm.weight", "exit.norm.bias"  # [d], the second where the model's final norm has one
 ADAPTER_NORM = "exit.adapter.norm.weight"  # [d]
 ADAPTER_DOWN = "exit.adapter.down.weight"  # [r, d]
 ADAPTER_UP = "exit.adapter.up.weight"  # [d, r]
@@ -30,11 +30,12 @@ def with_exit(description: Description, weights: Weights) -> Description:
     """The description with what `weights` has of an exit's own, if anything: layers, which are like the last ones of
     the model, a norm, an adapter and a vocabulary; the head's weight and scale are the final head's."""
     decoder = description.decoder
-    head, epsilon = decoder.head, decoder.head.norm.epsilon
-    if EXIT_NORM in weights:
-        head = replace(head, norm=Norm(EXIT_NORM, epsilon))
+    head, norm = decoder.head, decoder.head.norm
+    if EXIT_NORM in weights and norm is not None:
+        head = replace(head, norm=replace(norm, weight=EXIT_NORM, bias=norm.bias and EXIT_NORM_BIAS))
     if ADAPTER_UP in weights:
-        head = replace(head, adapter=Adapter(Norm(ADAPTER_NORM, epsilon), Linear(ADAPTER_DOWN), Linear(ADAPTER_UP)))
+        adapter_norm = Norm(ADAPTER_NORM, adapter_epsilon(description))
+        head = replace(head, adapter=Adapter(adapter_norm, Linear(ADAPTER_DOWN), Linear(ADAPTER_UP)))
     if VOCABULARY in weights:
         tokens = tuple(map(int, weights.read(VOCABULARY)))
         check_tokens(tokens, description.vocab_size)
@@ -49,6 +50,11 @@ def with_exit(description: Description, weights: Weights) -> Description:
         layers = own_layers(description, count)
         decoder = replace(decoder, exit_map=Linear(EXIT_MAP), exit_layers=layers, exit_inputs=inputs)
     return description if decoder is description.decoder else replace(description, decoder=decoder)
+
+
+def adapter_epsilon(description: Description) -> float:
+    """That of the adapter's norm, an RMS norm of its own."""
+    return (description.decoder.head.norm or description.decoder.layers[-1].mlp_norm).epsilon
 
 
 def check_tokens(tokens: tuple[int, ...], vocabulary: int) -> None:
@@ -71,7 +77,7 @@ def _renamed(part: Part, name: str) -> Part:
         if isinstance(value, Linear):
             changed[field.name] = Linear(f"{place}.weight", value.bias and f"{place}.bias")
         elif isinstance(value, Norm):
-            changed[field.name] = replace(value, weight=f"{place}.weight")
+            changed[field.name] = replace(value, weight=f"{place}.weight", bias=value.bias and f"{place}.bias")
         elif isinstance(value, RelativeBias):
             changed[field.name] = replace(value, table=f"{place}.weight")
         elif type(value) in (Attention, MLP):

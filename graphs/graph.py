@@ -101,6 +101,10 @@ class Graph:
 
         return self._unread(as_name, (count, *shape[1:]), None, produce)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a checkpoint tensor."""
+        return self._source.shape(name)
+
     def read(self, name: str) -> np.ndarray:
         """A checkpoint tensor as float32, to compute a table from."""
         return self._source.read(name)

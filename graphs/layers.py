@@ -1,9 +1,9 @@
-"""Transformer layers, pre-norm, on a residual stream that stays in fp32; and the LM head with arg max and confidence,
+"""Transformer layers on a residual stream that stays in fp32; and the LM head with arg max and confidence,
 so that a few bytes per token leave the graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,9 @@ from graphs.dialects.ort import KernelDialect
 from graphs.graph import Graph
 from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.text.sampler import UNKNOWN
+
+# The logit of suppressed tokens is lower by this: no other comes near, and fp16 holds it.
+SUPPRESSED = -30000.0
 
 
 class Residual:
@@ -33,8 +36,16 @@ class Residual:
             self._delta = None
         return self.graph.to_compute(normed)
 
-    def add(self, delta: ir.Value) -> None:
-        self._delta = delta
+    def read(self, layer: Layer, norm: Norm) -> ir.Value:
+        """What a layer's block that has this norm reads, in the compute type."""
+        return self.normed(norm) if layer.order == "pre" else self.graph.to_compute(self.value())
+
+    def add(self, layer: Layer, norm: Norm, delta: ir.Value) -> None:
+        """Add what the block gave, float32 [M, d]."""
+        if layer.order == "pre":
+            self._delta = delta
+        else:
+            _, self._x = self.dialect.add_norm(self.value(), delta, norm)
 
     def value(self) -> ir.Value:
         """The stream itself, float32 [M, d]."""
@@ -49,23 +60,23 @@ def decoder_layers(
     """Hidden states float32 [M, d] after `layers`, which have these `names` in the KV cache."""
     stream = Residual(graph, dialect, x)
     for name, layer in zip(names, layers, strict=True):
-        attended = dialect.self_attention(stream.normed(layer.attention_norm), layer.attention, name)
-        stream.add(project(graph, attended, layer.attention))
+        attended = dialect.self_attention(stream.read(layer, layer.attention_norm), layer.attention, name)
+        stream.add(layer, layer.attention_norm, project(graph, attended, layer.attention))
         if layer.cross is not None and layer.cross_norm is not None:
-            attended = dialect.cross_attention(stream.normed(layer.cross_norm), layer.cross, name)
-            stream.add(project(graph, attended, layer.cross))
-        stream.add(mlp(graph, stream.normed(layer.mlp_norm), layer.mlp))
+            attended = dialect.cross_attention(stream.read(layer, layer.cross_norm), layer.cross, name)
+            stream.add(layer, layer.cross_norm, project(graph, attended, layer.cross))
+        stream.add(layer, layer.mlp_norm, mlp(graph, stream.read(layer, layer.mlp_norm), layer.mlp))
     return stream.value()
 
 
-def encoder_layers(graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], norm: Norm) -> ir.Value:
+def encoder_layers(graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], norm: Norm | None) -> ir.Value:
     """Hidden states in the compute type [M, d] after `layers` and `norm`."""
     stream = Residual(graph, dialect, x)
     for layer in layers:
-        attended = dialect.encoder_attention(stream.normed(layer.attention_norm), layer.attention)
-        stream.add(project(graph, attended, layer.attention))
-        stream.add(mlp(graph, stream.normed(layer.mlp_norm), layer.mlp))
-    return stream.normed(norm)
+        attended = dialect.encoder_attention(stream.read(layer, layer.attention_norm), layer.attention)
+        stream.add(layer, layer.attention_norm, project(graph, attended, layer.attention))
+        stream.add(layer, layer.mlp_norm, mlp(graph, stream.read(layer, layer.mlp_norm), layer.mlp))
+    return graph.to_compute(stream.value()) if norm is None else stream.normed(norm)
 
 
 def project(graph: Graph, attended: ir.Value, attention: Attention) -> ir.Value:
@@ -131,7 +142,7 @@ def head_outputs(
     places = rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
     normed = _normed(graph, dialect, graph.op("Gather", [hidden, places], axis=0), head)
     if feature:
-        graph.output("feature", normed, ir.DataType.FLOAT, ["R", graph.read(head.norm.weight).shape[0]])
+        graph.output("feature", normed, ir.DataType.FLOAT, ["R", graph.shape(head.weight)[1]])
     if head.scale != 1.0:
         normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
     normed = graph.to_compute(normed)
@@ -192,19 +203,28 @@ def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head) -> ir.
         inner = fp32_linear(graph, dialect.norm(hidden, adapter.norm), adapter.down)
         outer = fp32_linear(graph, activate(graph, inner, "silu"), adapter.up)
         hidden = graph.op("Add", [hidden, outer])
-    return dialect.norm(hidden, head.norm)
+    return hidden if head.norm is None else dialect.norm(hidden, head.norm)
 
 
 def _weights(graph: Graph, head: Head, packed: bool, tokens: np.ndarray | None) -> list[ir.Value]:
-    """The head's weight [classes, d], and where it has a class for other tokens, a bias."""
+    """The head's weight [classes, d], and its bias, where it is not zero."""
+    bias = head_bias(head, graph.shape(head.weight)[0], graph.read)
     if tokens is None:
-        return [graph.weight(head.weight) if packed else graph.unpacked_weight(head.weight)]
-    if head.other is None:
-        return [graph.selected_weight(head.weight, tokens, exit_rows(head))]
-    assert head.other.bias is not None
-    bias = np.concatenate([np.zeros(len(tokens), np.float32), graph.read(head.other.bias)])
-    weight = graph.selected_weight(head.weight, tokens, exit_rows(head), [head.other.weight])
-    return [weight, graph.table(f"{exit_rows(head)}.bias", bias)]
+        weight = graph.weight(head.weight) if packed else graph.unpacked_weight(head.weight)
+        return [weight, graph.table(f"{head.weight}.bias", bias)] if bias.any() else [weight]
+    bias, also = bias[tokens], []
+    if head.other is not None:
+        assert head.other.bias is not None
+        bias, also = np.concatenate([bias, graph.read(head.other.bias)]), [head.other.weight]
+    weight = graph.selected_weight(head.weight, tokens, exit_rows(head), also)
+    return [weight, graph.table(f"{exit_rows(head)}.bias", bias)] if bias.any() else [weight]
+
+
+def head_bias(head: Head, vocabulary: int, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """What is added to the logits, float32 [vocab]: suppressed tokens get so little that no other token gets less."""
+    bias = np.zeros(vocabulary, np.float32) if head.bias is None else read(head.bias).reshape(-1).copy()
+    bias[list(head.suppressed)] = SUPPRESSED
+    return bias
 
 
 def _in_whole_vocabulary(graph: Graph, logits: ir.Value, tokens: np.ndarray, classes: int, vocabulary: int) -> ir.Value:

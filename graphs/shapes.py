@@ -161,8 +161,10 @@ def own_shapes(description: Description, weights: Weights, count: int, reads: Ex
 
 def _shapes(description: Description, weights: Weights, inner: int | None) -> Iterator[tuple[str, Shape]]:
     width, decoder = description.hidden_size, description.decoder
-    yield decoder.embedding, (description.vocab_size, width)
+    embeddings = [decoder.embedding]
     yield decoder.head.weight, (description.vocab_size, width)
+    if decoder.head.bias is not None:
+        yield decoder.head.bias, (*weights.shape(decoder.head.bias)[:-1], description.vocab_size)
     norms: list[tuple[Norm | None, int]] = [(decoder.head.norm, width)]
     linears: list[tuple[Linear | None, int, int]] = [(decoder.exit_map, width, decoder.exit_inputs * width)]
     layers = decoder.layers + decoder.exit_layers
@@ -176,6 +178,12 @@ def _shapes(description: Description, weights: Weights, inner: int | None) -> It
     if isinstance(description.encoder, Encoder):
         norms.append((description.encoder.norm, width))
         layers += description.encoder.layers
+        embeddings.append(description.encoder.embedding)
+    for embedding in embeddings:
+        yield embedding.table, (description.vocab_size, width)
+        norms.append((embedding.norm, width))
+        if (positions := embedding.positions) is not None and positions.table is not None:
+            yield positions.table, (positions.offset + positions.count, width)
     for layer in layers:
         norms += [(norm, width) for norm in (layer.attention_norm, layer.cross_norm, layer.mlp_norm)]
         for attention in filter(None, (layer.attention, layer.cross)):
@@ -187,7 +195,9 @@ def _shapes(description: Description, weights: Weights, inner: int | None) -> It
                 yield bias.table, (bias.buckets, attention.heads)
         wide = inner or weights.shape(layer.mlp.down.weight)[-1]
         linears += [(layer.mlp.down, width, wide), (layer.mlp.up, wide, width), (layer.mlp.gate, wide, width)]
-    yield from ((norm.weight, (size,)) for norm, size in norms if norm is not None)
+    for norm, size in norms:
+        if norm is not None:
+            yield from ((name, (size,)) for name in (norm.weight, norm.bias) if name is not None)
     for linear, outputs, inputs in linears:
         if linear is not None:
             yield linear.weight, (outputs, inputs)

@@ -243,7 +243,7 @@ def _head_copies(
     row = description.hidden_size * bits // 8
     whole, reason = description.vocab_size * row, ""
     if engines.kernels == "freeexport":
-        if head == description.decoder.embedding and engines.head == "int4":
+        if head == description.decoder.embedding.table and engines.head == "int4":
             reason = "head, packed for freeexport's kernels, beside the embedding table"
     elif engines.target == "cpu" and quantization is None:
         reason = "head, packed by ONNX Runtime for the deep engine (in memory)"

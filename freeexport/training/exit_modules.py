@@ -56,6 +56,13 @@ class RMSNorm(nn.Module):
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon))
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, in float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float())
+
+
 class Adapter(nn.Module):
     """h + up(silu(down(norm(h)))); adds nothing until `up` is set or trained."""
 
@@ -76,17 +83,16 @@ class Exit(nn.Module):
     """An exit's own parameters, named as in graphs.exit_head without "exit.": `norm(forward(states, encoded))` is what
     the head reads, `states` [..., d] those after the exit layer; `encoded` None in a decoder-only model."""
 
-    norm: RMSNorm
+    norm: nn.Module
     reads_feature = False  # whether `forward` needs the final normed states, too: `features` [..., d]
 
 
 class AdaptedExit(Exit):
-    """A norm, and an adapter unless `rank` is 0."""
+    """A norm, which becomes the exit's own, and an adapter, if any."""
 
-    def __init__(self, norm: torch.Tensor | np.ndarray, epsilon: float, rank: int) -> None:
+    def __init__(self, norm: nn.Module, adapter: Adapter | None) -> None:
         super().__init__()
-        self.adapter = Adapter(len(norm), rank, epsilon) if rank else None
-        self.norm = RMSNorm(norm, epsilon)
+        self.norm, self.adapter = norm, adapter
 
     def forward(
         self, states: torch.Tensor, encoded: Encoded | None = None, features: torch.Tensor | None = None
@@ -108,17 +114,15 @@ class JoinedInputs(Exit):
 
 
 class ExitLayers(Exit):
-    """Transformer layers behind the linear map `weight` [d, d], or [d, 2 d] of `JoinedInputs`; `read` gives the layers'
-    weights by name."""
+    """Transformer layers behind the linear map `weight` [d, d], or [d, 2 d] of `JoinedInputs`, and a norm, which
+    becomes the exit's own; `read` gives the layers' weights by name."""
 
-    def __init__(
-        self, layers: Sequence[Layer], read: Read, weight: np.ndarray, norm: np.ndarray, epsilon: float
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer], read: Read, weight: np.ndarray, norm: nn.Module) -> None:
         super().__init__()
         self.map = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.map.weight = _parameter(weight)
         self.layers = nn.ModuleList(ExitLayer(layer, read) for layer in layers)
-        self.norm, self._join = RMSNorm(norm, epsilon), JoinedInputs()
+        self.norm, self._join = norm, JoinedInputs()
 
     @property
     def reads_feature(self) -> bool:  # type: ignore[override]
@@ -165,10 +169,11 @@ class KnownTokens(nn.Module):
     def __len__(self) -> int:
         return len(self.vocabulary)
 
-    def logits(self, normed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[N, d], and rows [n, d] of the head -> [N, n + 1]."""
+    def logits(self, normed: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, d], and rows [n, d] of the head, and their biases [n] -> [N, n + 1]."""
         weight = torch.cat([rows, self.other.weight.to(rows.dtype)])
-        return F.linear(normed.to(rows.dtype), weight, F.pad(self.other.bias, (len(self), 0)).to(rows.dtype))
+        biases = F.pad(self.other.bias, (len(self), 0)) if bias is None else torch.cat([bias, self.other.bias])
+        return F.linear(normed.to(rows.dtype), weight, biases.to(rows.dtype))
 
     def classes(self, tokens: torch.Tensor) -> torch.Tensor:
         """The classes of token ids."""
@@ -193,11 +198,15 @@ def trained_exit(checkpoint: Checkpoint, description: Description) -> tuple[Exit
         known = KnownTokens(head.tokens, description.hidden_size).eval()
         known.other.weight, known.other.bias = (_parameter(checkpoint.read(name)) for name in (OTHER, OTHER_BIAS))
     if decoder.exit_map is not None:
-        weights = checkpoint.read(decoder.exit_map.weight), checkpoint.read(head.norm.weight)
-        own = ExitLayers(decoder.exit_layers, checkpoint.read, *weights, head.norm.epsilon).eval()
-    elif head.norm is not description.decoder.head.norm:
-        rank = checkpoint.shape(head.adapter.down.weight)[0] if head.adapter else 0
-        own = AdaptedExit(checkpoint.read(head.norm.weight), head.norm.epsilon, rank).eval()
+        weight = checkpoint.read(decoder.exit_map.weight)
+        norm = norm_module(head.norm, checkpoint.read)
+        own = ExitLayers(decoder.exit_layers, checkpoint.read, weight, norm).eval()
+    elif head.norm is not description.decoder.head.norm or head.adapter is not None:
+        adapter = None
+        if head.adapter is not None:
+            rank = checkpoint.shape(head.adapter.down.weight)[0]
+            adapter = Adapter(description.hidden_size, rank, head.adapter.norm.epsilon)
+        own = AdaptedExit(norm_module(head.norm, checkpoint.read), adapter).eval()
         own.load_state_dict({name: torch.from_numpy(checkpoint.read(PREFIX + name)) for name in own.state_dict()})
     return own, known
 
@@ -214,24 +223,28 @@ def write_exit(own: Exit | None, known: KnownTokens | None, directory: Path) -> 
 
 
 class ExitLayer(nn.Module):
-    """Causal self-attention, cross-attention in an encoder-decoder, and MLP, pre-norm, on a residual stream in
-    float32."""
+    """Causal self-attention, cross-attention in an encoder-decoder, and MLP, on a residual stream in float32."""
 
     def __init__(self, layer: Layer, read: Read) -> None:
         super().__init__()
-        self.attention_norm = _norm(layer.attention_norm, read)
+        self.order = layer.order
+        self.attention_norm = norm_module(layer.attention_norm, read)
         self.attention = ExitAttention(layer.attention, read)
-        self.cross_norm = None if layer.cross_norm is None else _norm(layer.cross_norm, read)
+        self.cross_norm = None if layer.cross_norm is None else norm_module(layer.cross_norm, read)
         self.cross = None if layer.cross is None else ExitAttention(layer.cross, read)
-        self.mlp_norm = _norm(layer.mlp_norm, read)
+        self.mlp_norm = norm_module(layer.mlp_norm, read)
         self.mlp = FeedForward(layer.mlp, read)
 
     def forward(self, x: torch.Tensor, encoded: Encoded | None, before: list[KeyValue]) -> torch.Tensor:
         """[B, n, d] -> [B, n, d]. `before`: see ExitAttention."""
-        x = x + self.attention(self.attention_norm(x), None, before)
+        x = self._block(x, self.attention_norm, lambda read: self.attention(read, None, before))
         if self.cross is not None and self.cross_norm is not None:
-            x = x + self.cross(self.cross_norm(x), encoded)
-        mixed: torch.Tensor = x + self.mlp(self.mlp_norm(x))
+            cross = self.cross
+            x = self._block(x, self.cross_norm, lambda read: cross(read, encoded))
+        return self._block(x, self.mlp_norm, self.mlp)
+
+    def _block(self, x: torch.Tensor, norm: nn.Module, block: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        mixed: torch.Tensor = x + block(norm(x)) if self.order == "pre" else norm(x + block(x))
         return mixed
 
 
@@ -247,8 +260,8 @@ class ExitAttention(nn.Module):
         self.described = attention
         self.query, self.key = _linear(attention.query, read), _linear(attention.key, read)
         self.value, self.output = _linear(attention.value, read), _linear(attention.output, read)
-        self.query_norm = _norm(attention.query_norm, read) if attention.query_norm else nn.Identity()
-        self.key_norm = _norm(attention.key_norm, read) if attention.key_norm else nn.Identity()
+        self.query_norm = norm_module(attention.query_norm, read)
+        self.key_norm = norm_module(attention.key_norm, read)
         if (bias := attention.relative_bias) is not None:
             self.relative_bias = nn.Embedding(bias.buckets, attention.heads)
             self.relative_bias.weight = _parameter(read(bias.table))
@@ -334,8 +347,18 @@ class FeedForward(nn.Module):
         return out
 
 
-def _norm(norm: Norm, read: Read) -> RMSNorm:
-    return RMSNorm(read(norm.weight), norm.epsilon)
+def norm_module(norm: Norm | None, read: Read) -> nn.Module:
+    """A described norm, with weights of its own."""
+    if norm is None:
+        return nn.Identity()
+    weight = read(norm.weight)
+    if norm.kind == "rms":
+        return RMSNorm(weight, norm.epsilon)
+    module = LayerNorm(len(weight), norm.epsilon, bias=norm.bias is not None)
+    module.weight = _parameter(weight)
+    if norm.bias is not None:
+        module.bias = _parameter(read(norm.bias))
+    return module
 
 
 def _linear(linear: Linear, read: Read) -> nn.Linear:

@@ -13,11 +13,19 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example, known_ends
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.training.batches import Collator
-from freeexport.training.exit_modules import AdaptedExit, Adapter, Exit, ExitLayers, JoinedInputs, KnownTokens
+from freeexport.training.exit_modules import (
+    AdaptedExit,
+    Adapter,
+    Exit,
+    ExitLayers,
+    JoinedInputs,
+    KnownTokens,
+    norm_module,
+)
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep, SharedHead
 from graphs.description import Description
-from graphs.exit_head import VOCABULARY
+from graphs.exit_head import VOCABULARY, adapter_epsilon
 from runtime.bundle.manifest import ExitVocabulary
 from runtime.errors import OptionError
 
@@ -44,15 +52,16 @@ def first_exit(
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,), own=joined)
     states = observed(whole, examples, collate, options.bf16, everywhere=options.exit_layers > 0)
     pairs = ((hidden[EXIT if joined else options.exit_layer], hidden[into]) for hidden in states)
-    norm_weight = checkpoint.read(norm.weight)
+    own_norm, width = norm_module(norm, checkpoint.read), description.hidden_size
     if options.exit_layers:
-        linear = linear_map(*_joined(pairs, _POSITIONS), description.hidden_size)
-        return ExitLayers(layers[into:], checkpoint.read, linear, norm_weight, norm.epsilon)
+        linear = linear_map(*_joined(pairs, _POSITIONS), width)
+        return ExitLayers(layers[into:], checkpoint.read, linear, own_norm)
     torch.manual_seed(options.seed)
-    own = AdaptedExit(norm_weight, norm.epsilon, options.adapter_rank)
-    if own.adapter is not None:
-        begin_linear(own.adapter, *_joined(pairs, _POSITIONS), norm_weight)
-    return own
+    adapter = Adapter(width, options.adapter_rank, adapter_epsilon(description)) if options.adapter_rank else None
+    if adapter is not None:
+        seen = np.ones(width, np.float32) if norm is None else checkpoint.read(norm.weight)
+        begin_linear(adapter, *_joined(pairs, _POSITIONS), seen)
+    return AdaptedExit(own_norm, adapter)
 
 
 def observed(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from freeexport.checkpoints.examples import Example
 from freeexport.system.progress import progress
@@ -183,15 +184,18 @@ class FrozenExit(nn.Module):
     accepts_loss_kwargs = True
     _keys_to_ignore_on_save: tuple[str, ...] | None = None
     _rows: torch.Tensor  # [n, d] of the known tokens
+    _bias: torch.Tensor | None  # [n]
 
     def __init__(self, whole: ShallowDeep) -> None:
         """Take the exit of `whole`, not its model."""
         super().__init__()
         self.seq2seq, self.exit, self.known = whole.seq2seq, whole.own, whole.known
         # The norm and the head alone, so that the layers' memory goes back.
-        self.head = SharedHead(whole.head.norm, whole.head.linear, whole.head.scale).requires_grad_(False)
-        rows = None if self.known is None else self.head.weight[self.known.vocabulary].detach()
-        self.register_buffer("_rows", rows, persistent=False)
+        head = whole.head
+        self.head = SharedHead(head.norm, head.linear, head.scale, bias=head.bias).requires_grad_(False)
+        rows, bias = (None, None) if self.known is None else self.head.rows(self.known.vocabulary)
+        self.register_buffer("_rows", None if rows is None else rows.detach(), persistent=False)
+        self.register_buffer("_bias", bias, persistent=False)
         self.exit_layer, self.layers = whole.exit_layer, whole.layers
         self.loss_name, self.alpha = whole.loss_name, whole.alpha
 
@@ -223,7 +227,7 @@ class FrozenExit(nn.Module):
         # In float32: logits in bfloat16 are off by a twentieth.
         with torch.autocast(states.device.type, enabled=False):
             if not self.training:
-                logits = self.head.linear(students[-1]) if known is None else known.logits(students[-1], self._rows)
+                logits = self._logits(students[-1])
                 by_layer = {self.exit_layer: losses.cross_entropy(logits, classes), self.layers: nats}
                 return measures(
                     by_layer, labels, exits_of(logits, None if known is None else known.vocabulary), predicted
@@ -247,6 +251,12 @@ class FrozenExit(nn.Module):
             loss = loss + self.alpha * losses.best_distillation(chances, found[:, 1:])
         return loss
 
+    def _logits(self, student: torch.Tensor) -> torch.Tensor:
+        """Of all tokens, [R, V], or of the classes of an exit vocabulary."""
+        if self.known is not None:
+            return self.known.logits(student, self._rows, self._bias)
+        return functional.linear(student, self.head.weight, self.head.bias)
+
     def _log_chances(self, student: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logarithms of probabilities [R, n] of n tokens, and where those of `tokens` [R, m] stand among them; classes,
         where there is an exit vocabulary.
@@ -255,16 +265,17 @@ class FrozenExit(nn.Module):
         of the others a sample, which stands for all of them.
         """
         if self.known is not None:
-            return self.known.logits(student, self._rows).log_softmax(-1), tokens
+            return self._logits(student).log_softmax(-1), tokens
         weight = self.head.weight
         size, needed = len(weight), tokens.unique()
         if len(needed) + _OTHERS >= size:
-            return (student @ weight.T).log_softmax(-1), tokens
+            return self._logits(student).log_softmax(-1), tokens
         place = torch.full((size,), -1, device=tokens.device)
         place[needed] = torch.arange(len(needed), device=tokens.device)
         others = torch.randint(size, (_OTHERS,), device=tokens.device)
         others = others[place[others] < 0]
-        logits = student @ weight[torch.cat([needed, others])].T
+        rows, bias = self.head.rows(torch.cat([needed, others]))
+        logits = functional.linear(student, rows, bias)
         more = torch.zeros(logits.shape[1], device=logits.device)
         more[len(needed) :] = torch.log(torch.tensor((size - len(needed)) / max(1, len(others))))
         return (logits + more).log_softmax(-1), place[tokens]

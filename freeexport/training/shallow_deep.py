@@ -13,6 +13,7 @@ from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
 from freeexport.training.exit_modules import PASSES, Encoded, Exit, ExitLayers, KnownTokens
 from graphs.description import Description
+from graphs.layers import head_bias
 
 if TYPE_CHECKING:
     from runtime.bundle.manifest import ConfidenceMeasure
@@ -25,10 +26,20 @@ IGNORED = -100  # the label of a position that predicts nothing
 
 
 class SharedHead(nn.Module):
-    """logits = scale * dropout(norm(hidden)) W^T, with the model's own modules."""
+    """logits = scale * dropout(norm(hidden)) W^T + bias [V], with the model's own modules."""
 
-    def __init__(self, norm: nn.Module, linear: nn.Module, scale: float, dropout: nn.Module | None = None) -> None:
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        linear: nn.Module,
+        scale: float,
+        dropout: nn.Module | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self.register_buffer("bias", bias, persistent=False)
         self.norm = norm
         self.linear = linear
         self.scale = scale
@@ -51,7 +62,11 @@ class SharedHead(nn.Module):
     def read(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of what `normed` gives, [N, d]."""
         logits: torch.Tensor = self.linear((normed * self.scale).to(self.weight.dtype))
-        return logits
+        return logits if self.bias is None else logits + self.bias
+
+    def rows(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weights [n, d] and biases [n] of some tokens."""
+        return self.weight[tokens], None if self.bias is None else self.bias[tokens]
 
 
 class ShallowDeep(nn.Module):
@@ -89,8 +104,8 @@ class ShallowDeep(nn.Module):
         self.own, self.known = own, known
         self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
         self._recording: dict[int, torch.Tensor] | None = None
-        layers = model.decoder.block if self.seq2seq else model.model.layers
-        for number, layer in enumerate([model.get_input_embeddings(), *layers]):
+        stack, name = layer_list(model)
+        for number, layer in enumerate([model.get_input_embeddings(), *getattr(stack, name)]):
             if number in self.kept:
                 layer.register_forward_hook(self._recorder(number))
 
@@ -141,7 +156,7 @@ class ShallowDeep(nn.Module):
         """The exit's logits of what `exit_normed` gives: [N, V], or those of the classes of `known`."""
         if self.known is None:
             return self.head.read(normed)
-        return self.known.logits(normed * self.head.scale, self.head.weight[self.known.vocabulary])
+        return self.known.logits(normed * self.head.scale, *self.head.rows(self.known.vocabulary))
 
     def _run(
         self,
@@ -150,10 +165,10 @@ class ShallowDeep(nn.Module):
         decoder_input_ids: torch.Tensor | None = None,
     ) -> Encoded | None:
         if not self.seq2seq:
-            self.model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
             return None
-        encoded = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask)
-        self.model.decoder(
+        encoded = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+        self.model.get_decoder()(
             input_ids=decoder_input_ids,
             encoder_hidden_states=encoded[0],
             encoder_attention_mask=attention_mask,
@@ -238,6 +253,16 @@ def measures(
 def shared_head(model: Any, description: Description) -> SharedHead:
     """Final norm and head as the model applies them."""
     head = description.decoder.head
-    norm = model.get_submodule(head.norm.weight.removesuffix(".weight"))
-    dropout = None if description.encoder is None else model.decoder.dropout
-    return SharedHead(norm, model.get_output_embeddings(), head.scale, dropout)
+    norm = nn.Identity() if head.norm is None else model.get_submodule(head.norm.weight.removesuffix(".weight"))
+    # T5's, behind the norm; other decoders have a number of this name, for what stands in their layers.
+    dropout = getattr(model.get_decoder(), "dropout", None)
+    linear, state = model.get_output_embeddings(), model.state_dict()
+    added = head_bias(head, description.vocab_size, lambda name: state[name].float().cpu().numpy())
+    bias = torch.from_numpy(added) if added.any() else None
+    return SharedHead(norm, linear, head.scale, dropout if isinstance(dropout, nn.Module) else None, bias)
+
+
+def layer_list(model: Any) -> tuple[Any, str]:
+    """The module that holds the decoder layers, and under which name."""
+    decoder = model.get_decoder()
+    return decoder, next(name for name in ("block", "layers", "h") if hasattr(decoder, name))

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
 from freeexport.training.exit_modules import Encoded
+from freeexport.training.shallow_deep import layer_list
 from freeexport.verification.checks import Check, Measure
 from freeexport.verification.engines import (
     Batch,
@@ -107,12 +108,6 @@ class States:
             None if encoded is None else valid_rows(encoded.numpy(), batch.prompt_lengths),
             None if confidence is None else valid_rows(confidence.numpy(), batch.lengths),
         )
-
-
-def layer_list(model: Any) -> tuple[Any, str]:
-    """The module that holds the decoder layers, and under which name."""
-    decoder = model.get_decoder()
-    return decoder, "block" if hasattr(decoder, "block") else "layers"
 
 
 def forward(model: Any, batch: Batch) -> Any:

@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import Attention, Linear, Norm, RelativeBias, Rotary
-from graphs.graph import Dimension, Graph
+from graphs.description import Attention, Embedding, Linear, Norm, Positions, RelativeBias, Rotary
+from graphs.graph import STACK, Dimension, Graph
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Call:
 
 class Dialect(Protocol):
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
-        """RMS norm over the last axis, computed in fp32. `x` and the result are float32 [M, d]."""
+        """The norm over the last axis, computed in fp32. `x` and the result are float32 [M, d]."""
 
     def add_norm(self, x: ir.Value, delta: ir.Value, norm: Norm) -> tuple[ir.Value, ir.Value]:
         """x + delta, and its norm; all float32 [M, d]."""
@@ -57,7 +57,11 @@ def stacked_linear(graph: Graph, x: ir.Value, layers: Sequence[Linear]) -> ir.Va
         return graph.op("Gemm", [x, weight], transB=1)
     if len(biases) == len(layers):
         return graph.op("Gemm", [x, weight, graph.stacked_weight(biases)], transB=1)
-    return graph.op("Concat", [linear(graph, x, layer) for layer in layers], axis=-1)
+    # Whisper's keys have none: zeros stand for it.
+    parts = [
+        np.zeros(graph.shape(one.weight)[0], np.float32) if one.bias is None else graph.read(one.bias) for one in layers
+    ]
+    return graph.op("Gemm", [x, weight, graph.table(f"{STACK.join(biases)}.filled", np.concatenate(parts))], transB=1)
 
 
 def query_key_value(graph: Graph, x: ir.Value, attention: Attention) -> ir.Value:
@@ -119,6 +123,40 @@ def rotary_tables(graph: Graph, rotary: Rotary, positions: int) -> tuple[ir.Valu
         for name, of in (("cos", np.cos), ("sin", np.sin))
     )
     return cos, sin
+
+
+def norm_weights(graph: Graph, norm: Norm) -> list[ir.Value]:
+    """The scale of a norm, and its bias where it has one."""
+    names = [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
+    return [graph.weight(name, dtype=ir.DataType.FLOAT) for name in names]
+
+
+def embed(graph: Graph, dialect: Dialect, call: Call, tokens: ir.Value, embedding: Embedding) -> ir.Value:
+    """int64 [B, rows] -> float32 [M, d]."""
+    x = graph.op("Gather", [graph.weight(embedding.table), graph.op("Reshape", [tokens, graph.constant([-1])])], axis=0)
+    x = graph.to_float(x)
+    if embedding.scale != 1.0:
+        x = graph.op("Mul", [x, graph.constant(np.float32(embedding.scale))])
+    if (positions := embedding.positions) is not None:
+        width = graph.shape(embedding.table)[1]
+        rows = position_rows(graph, positions, width)
+        digest = hashlib.sha256(rows.tobytes()).hexdigest()[:8]  # equal tables share a name
+        table = graph.table(f"positions.{digest}", rows, ir.DataType.FLOAT)
+        # Padding may stand behind the last position.
+        last = graph.constant(np.int64(positions.count - 1))
+        added = graph.op("Gather", [table, graph.op("Min", [query_positions(graph, call), last])], axis=0)
+        x = flat(graph, graph.op("Add", [in_rows(graph, x, call), added]), width)
+    return x if embedding.norm is None else dialect.norm(x, embedding.norm)
+
+
+def position_rows(graph: Graph, positions: Positions, width: int) -> np.ndarray:
+    """float32 [count, width]."""
+    if positions.table is not None:
+        return graph.read(positions.table)[positions.offset : positions.offset + positions.count]
+    steps = np.arange(positions.offset, positions.offset + positions.count)
+    angles = steps[:, None] * np.asarray(positions.frequencies)[None]
+    waves = np.concatenate([np.sin(angles), np.cos(angles), np.zeros((len(steps), width))], axis=1)
+    return waves[:, :width].astype(np.float32)
 
 
 def query_positions(graph: Graph, call: Call) -> ir.Value:

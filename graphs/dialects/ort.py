@@ -21,6 +21,7 @@ from graphs.dialects.base import (
     key_value_inputs,
     key_value_outputs,
     linear,
+    norm_weights,
     query_key_value,
     query_positions,
     rotary_tables,
@@ -79,14 +80,13 @@ class OrtDialect:
         return self.graph.op("Max", [longest, self.graph.cast(rows, ir.DataType.INT32)])
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
-        weight = self.graph.weight(norm.weight, dtype=ir.DataType.FLOAT)
-        return self.graph.op("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=norm.epsilon, stash_type=1)
+        kind = "SimplifiedLayerNormalization" if norm.kind == "rms" else "LayerNormalization"
+        return self.graph.op(kind, [x, *norm_weights(self.graph, norm)], axis=-1, epsilon=norm.epsilon, stash_type=1)
 
     def add_norm(self, x: ir.Value, delta: ir.Value, norm: Norm) -> tuple[ir.Value, ir.Value]:
-        weight = self.graph.weight(norm.weight, dtype=ir.DataType.FLOAT)
-        normed, _, _, total = self.graph.ops(
-            "SkipSimplifiedLayerNormalization", [x, delta, weight], 4, MICROSOFT, epsilon=norm.epsilon
-        )
+        kind = "SkipSimplifiedLayerNormalization" if norm.kind == "rms" else "SkipLayerNormalization"
+        inputs = [x, delta, *norm_weights(self.graph, norm)]
+        normed, _, _, total = self.graph.ops(kind, inputs, 4, MICROSOFT, epsilon=norm.epsilon)
         return total, normed
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:

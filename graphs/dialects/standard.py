@@ -14,6 +14,7 @@ from graphs.dialects.base import (
     in_heads,
     key_value_inputs,
     linear,
+    norm_weights,
     query_key_value,
     query_positions,
     rotary_tables,
@@ -38,8 +39,8 @@ class StandardDialect:
             self._past = graph.cast(call.past_lengths, ir.DataType.INT64)
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
-        weight = self.graph.weight(norm.weight, dtype=ir.DataType.FLOAT)
-        return self.graph.op("RMSNormalization", [x, weight], axis=-1, epsilon=norm.epsilon, stash_type=1)
+        kind = "RMSNormalization" if norm.kind == "rms" else "LayerNormalization"
+        return self.graph.op(kind, [x, *norm_weights(self.graph, norm)], axis=-1, epsilon=norm.epsilon, stash_type=1)
 
     def add_norm(self, x: ir.Value, delta: ir.Value, norm: Norm) -> tuple[ir.Value, ir.Value]:
         total = self.graph.op("Add", [x, delta])

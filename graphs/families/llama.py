@@ -10,7 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from graphs.description import ACTIVATIONS, MLP, Attention, Decoder, Description, Head, Layer, Linear, Norm, Rotary
+from graphs.description import (
+    ACTIVATIONS,
+    MLP,
+    Attention,
+    Decoder,
+    Description,
+    Embedding,
+    Head,
+    Layer,
+    Linear,
+    Norm,
+    Rotary,
+)
 from graphs.errors import UnsupportedModelError
 from graphs.shapes import positive, vocabulary_size
 from graphs.weights import Weights
@@ -32,7 +44,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         family="llama",
         vocab_size=vocabulary_size(weights, EMBEDDING, width),
         hidden_size=width,
-        decoder=Decoder(EMBEDDING, layers, head, max_positions=int(config["max_position_embeddings"])),
+        decoder=Decoder(Embedding(EMBEDDING), layers, head, max_positions=int(config["max_position_embeddings"])),
     )
 
 

@@ -12,6 +12,7 @@ from graphs.description import (
     Attention,
     Decoder,
     Description,
+    Embedding,
     Encoder,
     ForeignEncoder,
     Head,
@@ -45,7 +46,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         family="t5",
         vocab_size=vocabulary_size(weights, embedding, width),
         hidden_size=width,
-        decoder=Decoder(embedding, tuple(_layer(config, "decoder", n) for n in range(decoder_layers)), head),
+        decoder=Decoder(Embedding(embedding), tuple(_layer(config, "decoder", n) for n in range(decoder_layers)), head),
         encoder=_encoder(config, embedding),
     )
 
@@ -57,7 +58,7 @@ def _encoder(config: Mapping[str, Any], embedding: str) -> Encoder | ForeignEnco
         globally = config["encoder_attention_type"] == "transient-global"
         return ForeignEncoder(math.lcm(block, int(config["global_block_size"])) if globally else block)
     layers = tuple(_layer(config, "encoder", n) for n in range(config["num_layers"]))
-    return Encoder(embedding, layers, _norm(config, "encoder.final_layer_norm"))
+    return Encoder(Embedding(embedding), layers, _norm(config, "encoder.final_layer_norm"))
 
 
 def _scaled(config: Mapping[str, Any]) -> bool:

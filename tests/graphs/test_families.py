@@ -89,7 +89,7 @@ def test_a_description_names_every_weight_of_the_checkpoint(case: Case, checkpoi
     assert len(description.decoder.layers) == case.layers
     assert description.vocab_size == VOCAB_SIZE
     config = json.loads((checkpoint(case) / "config.json").read_text())
-    assert (description.decoder.head.weight == description.decoder.embedding) == config["tie_word_embeddings"]
+    assert (description.decoder.head.weight == description.decoder.embedding.table) == config["tie_word_embeddings"]
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None])

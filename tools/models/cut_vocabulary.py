@@ -21,7 +21,7 @@ from freeexport.checkpoints.examples import TARGETS_WANTED, encode, read_example
 from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_file
 from freeexport.system.output import output_directory
 from freeexport.training.batches import DEFAULT_MAX_TOKENS
-from freeexport.training.exit_modules import ExitLayers, KnownTokens, write_exit
+from freeexport.training.exit_modules import ExitLayers, KnownTokens, norm_module, write_exit
 from freeexport.training.exit_start import chosen_tokens
 from freeexport.training.options import TrainingOptions
 from freeexport.training.tuning import link_base
@@ -42,11 +42,11 @@ def write_cut(model: str, directory: Path, data: Path, tokens: int) -> None:
     examples, _ = encode(read_examples(data, need_target=TARGETS_WANTED), form, data)
     options = TrainingOptions(data, before, exit_vocab=tokens)
     ids, vocabulary = chosen_tokens(checkpoint, description, options, examples)
-    known, norm = KnownTokens(ids, width), decoder.head.norm
+    known = KnownTokens(ids, width)
     known.other.weight.zero_()
     known.other.bias.fill_(NEVER)
-    identity, scale = np.eye(width, dtype=np.float32), checkpoint.read(norm.weight)
-    own = ExitLayers(decoder.layers[before:], checkpoint.read, identity, scale, norm.epsilon)
+    identity, norm = np.eye(width, dtype=np.float32), norm_module(decoder.head.norm, checkpoint.read)
+    own = ExitLayers(decoder.layers[before:], checkpoint.read, identity, norm)
     link_base(checkpoint, directory)
     write_exit(own, known, directory)
     base = open_checkpoint(str(directory)).sha256

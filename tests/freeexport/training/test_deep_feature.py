@@ -15,7 +15,7 @@ from training_case import LLAMA, T5, Runs, logged, run_options
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.training.batches import described
-from freeexport.training.exit_modules import ExitLayers, trained_exit
+from freeexport.training.exit_modules import ExitLayers, norm_module, trained_exit
 from freeexport.training.train import train
 from graphs.families import describe
 from runtime.errors import OptionError
@@ -32,7 +32,7 @@ def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, nam
     decoder, width, length, passes = description.decoder, description.hidden_size, 9, 4
     generator = torch.Generator().manual_seed(0)
     linear = torch.randn(width, 2 * width, generator=generator).numpy() / width**0.5
-    own = ExitLayers(decoder.layers[-2:], opened.read, linear, opened.read(decoder.head.norm.weight), 1e-5)
+    own = ExitLayers(decoder.layers[-2:], opened.read, linear, norm_module(decoder.head.norm, opened.read))
     states, features = torch.randn(2, 1, length, width, generator=generator)
     with torch.no_grad():
         found = own.passes(states, None, features, passes)

@@ -16,7 +16,7 @@ from training_case import LLAMA, frozen_exit
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_FILE
 from freeexport.training import losses
-from freeexport.training.exit_modules import Adapter, Encoded, ExitLayers
+from freeexport.training.exit_modules import Adapter, Encoded, ExitLayers, norm_module
 from freeexport.training.exit_start import begin_linear, low_rank
 from freeexport.training.shallow_deep import SharedHead
 from graphs.families import describe
@@ -31,7 +31,7 @@ def test_copies_of_the_last_layers_behind_no_map_compute_what_the_model_does(
     opened = open_checkpoint(str(checkpoint(case)))
     description = describe(opened.config, opened)
     norm, identity = description.decoder.head.norm, np.eye(description.hidden_size, dtype=np.float32)
-    own = ExitLayers(description.decoder.layers[1:], opened.read, identity, opened.read(norm.weight), norm.epsilon)
+    own = ExitLayers(description.decoder.layers[1:], opened.read, identity, norm_module(norm, opened.read))
     model = load(checkpoint(case))
     ids, mask = torch.from_numpy(np.random.default_rng(0).integers(3, 250, (2, 21))), torch.ones(2, 21)
     given: dict[str, torch.Tensor] = {"input_ids": ids}

@@ -15,7 +15,7 @@ from training_case import LLAMA, T5, frozen_exit
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.training import losses
-from freeexport.training.exit_modules import AdaptedExit
+from freeexport.training.exit_modules import AdaptedExit, RMSNorm
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ShallowDeep, SharedHead
 from freeexport.training.tuning import trainable_model
@@ -115,7 +115,7 @@ def test_a_frozen_exit_is_read_after_its_own_norm() -> None:
     labels = RANDOM.integers(0, 11, 7)
     norm, linear = nn.RMSNorm(8, eps=EPSILON), nn.Linear(8, 11, bias=False)
     norm.weight.data, linear.weight.data = torch.tensor(weight).float(), torch.tensor(matrix).float()
-    own = AdaptedExit(torch.tensor(weight * 1.5), EPSILON, rank=0)
+    own = AdaptedExit(RMSNorm(torch.tensor(weight * 1.5), EPSILON), None)
     module = frozen_exit(own, SharedHead(norm, linear, 1.0), 2, 6).train()
     student, teacher = (
         log_softmax(rms(state, scale * weight, EPSILON) @ matrix.T) for state, scale in ((shallow, 1.5), (deep, 1.0))
