@@ -22,6 +22,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "json_file": "",
         "kernels": "",
         "bundle": "",
+        "audio": "",
         "text": "",
         "machine": "bundle",
         "options": "machine text",

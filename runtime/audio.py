@@ -1,0 +1,149 @@
+"""Sound as an encoder of speech reads it: samples from a WAV file or an array, and their log-mel spectrogram (Radford
+et al. 2022, arXiv 2212.04356, section 2.2)."""
+
+from __future__ import annotations
+
+import io
+import math
+import wave
+from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import PromptError
+from runtime.json_file import UnreadableError, read_bytes
+
+RATE = 16_000  # samples a second
+HOP, FFT = 160, 400  # samples from one frame to the next, and of a frame
+FRAMES_A_SECOND = RATE // HOP
+# What is read at most: 4 hours, as samples and as a file of 24-bit stereo at 48 kHz for half as long.
+LONGEST_SECONDS = 4 * 3600
+LARGEST_WAV = 2 << 30
+LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
+LEAST_POWER = 1e-10
+RANGE = 8.0  # powers of ten below the loudest that are told apart
+# Frames that are transformed at once.
+_BLOCK = 3000
+_HALF_TAPS = 16  # zero crossings of the resampling filter on each side
+
+
+def read_audio(source: Any) -> np.ndarray:
+    """Samples float32 [n] at 16 kHz: of an array that holds them already, a float type in about -1 to 1, or of a WAV
+    file by its path or content: PCM of 8 to 32 bits, channels averaged, other rates resampled. Raises PromptError."""
+    if isinstance(source, (str, PathLike, bytes)):
+        samples = _read_wav(source)
+    else:
+        samples = np.asarray(source)
+        if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
+            raise PromptError(
+                f"the audio is an array of {samples.dtype} {list(samples.shape)}; pass float samples [n] at {RATE} Hz, "
+                "one channel, or the path of a WAV file"
+            )
+    if len(samples) == 0:
+        raise PromptError("the audio is empty; pass at least one sample")
+    if len(samples) > LONGEST_SECONDS * RATE:
+        raise PromptError(
+            f"the audio has {len(samples) / RATE / 3600:.1f} hours, at most {LONGEST_SECONDS // 3600} are read; "
+            "cut it into files"
+        )
+    samples = np.ascontiguousarray(samples, np.float32)
+    if not np.isfinite(samples).all():
+        raise PromptError("the audio has samples that are NaN or infinite; repair it")
+    return samples
+
+
+def _read_wav(source: Any) -> np.ndarray:
+    name = "the audio" if isinstance(source, bytes) else str(source)
+    try:
+        content = source if isinstance(source, bytes) else read_bytes(Path(source), LARGEST_WAV)
+        with wave.open(io.BytesIO(content)) as file:
+            rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
+            frames = file.readframes(file.getnframes())
+    except UnreadableError as error:
+        raise PromptError(f"{name} cannot be read ({error}); give a WAV file") from None
+    except (wave.Error, EOFError) as error:
+        problem = str(error) or "it ends early"
+        raise PromptError(f"{name} is no WAV file of PCM samples ({problem}); convert it to one") from None
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise PromptError(f"{name} has {rate} samples a second; give {LOWEST_RATE} to {HIGHEST_RATE}, best {RATE}")
+    frames = frames[: len(frames) // (width * channels) * width * channels]
+    if width == 1:
+        samples = np.frombuffer(frames, np.uint8).astype(np.float32) / 128 - 1
+    elif width == 3:
+        parts = np.frombuffer(frames, np.uint8).reshape(-1, 3)
+        whole = np.zeros((len(parts), 4), np.uint8)
+        whole[:, 1:] = parts
+        samples = whole.view("<i4")[:, 0].astype(np.float32) / 2**31
+    else:
+        samples = np.frombuffer(frames, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
+    if channels > 1:
+        samples = samples.reshape(-1, channels).mean(axis=1)
+    return samples if rate == RATE else resampled(samples, rate)
+
+
+def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
+    """float32 [n] of `rate` samples a second -> float32 at 16 kHz, by a windowed sinc: what both rates hold is kept."""
+    shared = math.gcd(rate, RATE)
+    up, down = RATE // shared, rate // shared
+    narrow = min(1.0, RATE / rate)  # of the old rate's band is kept
+    reach = math.ceil(_HALF_TAPS / narrow)
+    padded = np.pad(samples, (reach, reach + down))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
+    result = np.zeros(math.ceil(len(samples) * up / down), np.float32)
+    steps = np.arange(-reach, reach + 1)
+    for phase in range(min(up, len(result))):
+        first, offset = divmod(phase * down, up)
+        distance = steps - offset / up
+        taper = np.where(abs(distance) < reach, np.cos(np.pi / 2 * distance / reach) ** 2, 0)
+        kernel = (np.sinc(distance * narrow) * narrow * taper).astype(np.float32)
+        count = len(result[phase::up])
+        result[phase::up] = windows[first : first + count * down : down][:count] @ kernel
+    return result
+
+
+def log_mel(samples: np.ndarray, bins: int) -> np.ndarray:
+    """The spectrogram of samples float32 [n]: float32 [bins, frames], 100 frames a second, until nothing but silence
+    follows, whose last frame is one of it. Values are as Whisper was trained: logarithms, cut 8 powers of ten below the
+    loudest, about -1 to 1.5."""
+    frames = math.ceil((len(samples) + FFT // 2) / HOP) + 1
+    padded = np.zeros(frames * HOP + FFT, np.float32)
+    padded[FFT // 2 : FFT // 2 + len(samples)] = samples
+    padded[: FFT // 2] = padded[FFT : FFT // 2 : -1]  # the beginning is mirrored
+    windows = np.lib.stride_tricks.sliding_window_view(padded, FFT)[::HOP][:frames]
+    hann = (0.5 - 0.5 * np.cos(2 * np.pi / FFT * np.arange(FFT))).astype(np.float32)
+    filters = mel_filters(bins)
+    mels = np.empty((bins, frames), np.float32)
+    for start in range(0, frames, _BLOCK):
+        spectrum = np.fft.rfft(windows[start : start + _BLOCK] * hann, axis=1)
+        power = spectrum.real.astype(np.float32) ** 2 + spectrum.imag.astype(np.float32) ** 2
+        mels[:, start : start + _BLOCK] = filters @ power.T
+    np.log10(np.maximum(mels, np.float32(LEAST_POWER), out=mels), out=mels)
+    np.maximum(mels, mels.max() - np.float32(RANGE), out=mels)
+    mels += 4
+    mels /= 4
+    return mels
+
+
+def window(mels: np.ndarray, start: int, count: int) -> np.ndarray:
+    """`count` frames of a spectrogram from `start` on, with silence behind its end: float32 [1, bins, count]."""
+    part = mels[:, start : start + count]
+    silence = np.broadcast_to(mels[:, -1:], (len(mels), count - part.shape[1]))
+    return np.ascontiguousarray(np.concatenate([part, silence], axis=1))[None]
+
+
+@cache
+def mel_filters(bins: int) -> np.ndarray:
+    """Triangles of equal area over the frequencies of a frame, float32 [bins, FFT / 2 + 1]: their corners stand equally
+    far on Slaney's mel scale, which is linear up to 1 kHz and logarithmic above."""
+    linear, step = 200 / 3, math.log(6.4) / 27  # Hz a mel below 1 kHz, and the logarithm of a mel's ratio above
+    break_mel = 1000 / linear
+    top = break_mel + math.log(RATE / 2 / 1000) / step
+    mels = np.linspace(0, top, bins + 2)
+    corners = np.where(mels < break_mel, mels * linear, 1000 * np.exp(step * (mels - break_mel)))
+    frequencies = np.linspace(0, RATE / 2, FFT // 2 + 1)
+    left, middle, right = (corners[first : first + bins, None] for first in range(3))
+    rising, falling = (frequencies - left) / (middle - left), (right - frequencies) / (right - middle)
+    return (np.maximum(0, np.minimum(rising, falling)) * 2 / (right - left)).astype(np.float32)

@@ -1,0 +1,92 @@
+"""Log-mel features against transformers' extractor, WAV files of all kinds, resampling."""
+
+from __future__ import annotations
+
+import io
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.audio import RATE, log_mel, read_audio, resampled, window
+from runtime.errors import PromptError
+
+# The extractor in torch is float32 as ours is, and in numpy float64: both are as far from each other.
+TOLERANCE = 2e-4
+
+
+def sound(seconds: float, rate: int = RATE) -> np.ndarray:
+    """A rising tone in noise, with a pause."""
+    time = np.arange(int(seconds * rate)) / rate
+    noise = np.random.default_rng(0).standard_normal(len(time))
+    return ((0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time) + 0.01 * noise) * (time % 1 < 0.7)).astype(np.float32)
+
+
+def wav(samples: np.ndarray, rate: int = RATE, width: int = 2, channels: int = 1) -> bytes:
+    whole = np.repeat(np.clip(samples, -1, 1), channels).astype(np.float64)
+    if width == 1:
+        data = ((whole + 1) * 127.5).astype(np.uint8).tobytes()
+    else:
+        data = (whole * (2**31 - 1)).astype("<i4").view(np.uint8).reshape(-1, 4)[:, 4 - width :].tobytes()
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(data)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("bins", "seconds"), [(80, 3.21), (128, 0.003), (80, 31.0)])
+def test_features_are_those_of_transformers(bins: int, seconds: float) -> None:
+    from transformers import WhisperFeatureExtractor
+
+    samples = sound(seconds)
+    theirs = WhisperFeatureExtractor(feature_size=bins)(samples, sampling_rate=RATE, return_tensors="np")
+    theirs = theirs["input_features"][0]
+    ours = window(log_mel(samples[: 30 * RATE], bins), 0, 3000)[0]
+    # The frames at 30 s read beyond what the extractor was given, and it mirrors what is before instead.
+    until = 2998 if seconds > 30 else 3000
+    assert np.abs(ours - theirs)[:, :until].max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("width", "channels", "error"), [(1, 1, 0.02), (2, 2, 1e-4), (3, 1, 1e-6), (4, 1, 1e-6)])
+def test_pcm_of_every_width_is_read_and_channels_are_averaged(
+    width: int, channels: int, error: float, tmp_path: Path
+) -> None:
+    path = tmp_path / "sound.wav"
+    path.write_bytes(wav(sound(0.1), width=width, channels=channels))
+    assert np.abs(read_audio(path) - sound(0.1)).max() < error
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_other_rates_are_resampled(rate: int) -> None:
+    time, tone = np.arange(rate) / rate, 440.0
+    samples = read_audio(wav(np.sin(2 * np.pi * tone * time) / 2, rate))
+    wanted = np.sin(2 * np.pi * tone * np.arange(RATE) / RATE) / 2
+    assert len(samples) == RATE
+    assert np.abs(samples - wanted)[100:-100].max() < 2e-3
+    # What the new rate cannot hold is gone.
+    high = np.sin(2 * np.pi * 11000 * time).astype(np.float32)
+    assert rate <= RATE or rate == 22050 or np.abs(resampled(high, rate)[100:-100]).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros(0, np.float32), "the audio is empty"),
+        (np.zeros((2, 100), np.float32), "an array of float32 [2, 100]"),
+        (np.zeros(100, np.int16), "an array of int16 [100]"),
+        (np.array([0.0, np.nan]), "NaN or infinite"),
+        (np.broadcast_to(np.float32(0), 5 * 3600 * RATE), "5.0 hours, at most 4"),
+        (b"OggS" + bytes(100), "no WAV file of PCM samples"),
+        (wav(sound(0.1))[:30], "no WAV file of PCM samples"),
+        (wav(sound(0.1), 1000), "1000 samples a second"),
+        ("/missing.wav", "/missing.wav cannot be read"),
+    ],
+)
+def test_bad_audio_is_refused_in_a_line(given: object, message: str) -> None:
+    with pytest.raises(PromptError, match=r"^[^\n]*$") as caught:
+        read_audio(given)
+    assert message in str(caught.value)
