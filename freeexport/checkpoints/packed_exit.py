@@ -99,14 +99,14 @@ def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
     return packed, file
 
 
-def misfit(packed: PackedExit, checkpoint: Checkpoint, sha256: str | None = None) -> str | None:
-    """Why an exit does not fit a model, None where it does. `sha256`: `weights_sha256` of the model, if known."""
+def misfit(packed: PackedExit, checkpoint: Checkpoint, sha256: str) -> str | None:
+    """Why an exit does not fit a model, None where it does. `sha256`: `weights_sha256` of the model."""
     if (family := describe(checkpoint.config, checkpoint).family) != packed.family:
         return f"it is for {packed.family} models, of {packed.model}, and {checkpoint.name} is a {family} model"
-    if (found := sha256 or weights_sha256(checkpoint)) != packed.weights_sha256:
+    if sha256 != packed.weights_sha256:
         return (
             f"it was trained on other weights, of {packed.model} (sha256 {packed.weights_sha256[:12]}..., those of "
-            f"{checkpoint.name} have {found[:12]}...)"
+            f"{checkpoint.name} have {sha256[:12]}...)"
         )
     return None
 
@@ -139,7 +139,7 @@ def with_exit_applied(model: str, name: str) -> Iterator[str]:
     base = open_checkpoint(model)
     if base.adapter is not None:
         raise CheckpointError(f"{model} is a LoRA adapter; merge it into its base with peft, then apply an exit")
-    if (reason := misfit(packed, base)) is not None:
+    if (reason := misfit(packed, base, weights_sha256(base))) is not None:
         raise CheckpointError(f"exit {name} does not fit: {reason}; choose another (freeexport exits {model})")
     with tempfile.TemporaryDirectory(prefix="freeexport-exit-") as work:
         stem = base.path.stem if base.path.is_file() else base.path.name

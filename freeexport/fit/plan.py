@@ -10,12 +10,11 @@ import json
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import psutil
@@ -24,7 +23,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import Example, encode, text_format
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
-from freeexport.checkpoints.packed_exit import misfit, read_packed, ready_made
+from freeexport.checkpoints.packed_exit import misfit, read_packed, ready_made, weights_sha256
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.measure.byte_model import row_share
 from freeexport.measure.costs import bandwidth_of
@@ -42,9 +41,6 @@ from runtime.bundle.manifest import Precision
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
 
-if TYPE_CHECKING:
-    from freeexport.training.options import TrainingOptions
-
 # Of layers that a token passes before it exits, the share x of all lets 1 - exp(-depth x) of the tokens exit: a hard
 # task (summaries), a usual one, and an easy one (records as JSON) of docs/results.
 DEPTHS = {"hard": 0.5, "usual": 3.5, "easy": 6.0}
@@ -55,7 +51,7 @@ PAYS = 1.05  # the usual speed-up of a request from which on training is worth i
 PROMPT = 1 / 8
 # The share of memory bandwidth that decoding reaches.
 REACHED = 0.7
-SAMPLE = 16000  # lines whose tokens are counted
+SAMPLE = 5000  # lines whose tokens are counted
 COVERED = 0.9  # of the target tokens, at least, by an exit vocabulary
 LONGEST = 0.99  # of the targets are no longer than the outputs may be
 
@@ -70,7 +66,7 @@ TOGETHER = 0.85  # of the training time, with the model; the rest trains the exi
 CONVERTING, CONVERTED = 45, 1.5e6
 ACTIVATIONS, LOGITS = 2 << 30, 32  # the latter for each token of the vocabulary
 FEW_STEPS = 100  # with which an exit hardly learns
-STEPS, BATCH_TOKENS = 5, 2048  # that are timed
+STEPS, BATCH_TOKENS = 4, 2048  # that are timed, the first aside
 
 
 @dataclass(frozen=True)
@@ -226,7 +222,7 @@ def _with_times(
     fits = 16 * parameters + ACTIVATIONS + LOGITS * BATCH_TOKENS * vocabulary < psutil.virtual_memory().available
     tune: tuple[Tune, ...] = ("full", "exit") if fits else ("exit",)
     bf16, learning_rate = multiplies_bfloat16(), 3e-4 if parameters < 3e8 else 1e-4
-    speed = training_speed(options, found, tune[0], bf16, learning_rate)
+    speed = training_speed(options, texts, found, tune[0], bf16, learning_rate)
     left, least = options.budget - sum(seconds.values()), FEW_STEPS * speed["step"] / TOGETHER
     if left < least:
         needed = math.ceil((options.budget - left + least) / 60)
@@ -302,8 +298,10 @@ def ready_exit(checkpoint: Checkpoint) -> str | None:
     """The name of a ready-made exit that fits these weights and leaves them as they are."""
     if checkpoint.adapter is not None or checkpoint.exit is not None:
         return None
-    packed = ((path.stem, read_packed(path)[0]) for path in ready_made())
-    return next((name for name, one in packed if not one.adapter_config and misfit(one, checkpoint) is None), None)
+    packed = {path.stem: read_packed(path)[0] for path in ready_made()}
+    fitting = {name: one for name, one in packed.items() if not one.adapter_config}
+    sha256 = weights_sha256(checkpoint) if fitting else ""
+    return next((name for name, one in fitting.items() if misfit(one, checkpoint, sha256) is None), None)
 
 
 def as_stored(checkpoint: Checkpoint) -> Precision:
@@ -317,17 +315,20 @@ def as_stored(checkpoint: Checkpoint) -> Precision:
 
 
 def training_speed(
-    options: FitOptions, found: PlannedExit, tune: Tune, bf16: bool, learning_rate: float
+    options: FitOptions, texts: Texts, found: PlannedExit, tune: Tune, bf16: bool, learning_rate: float
 ) -> dict[str, float]:
     """Seconds of a training step and tokens a second, of STEPS steps in a process of its own."""
+    # Few lines more than the steps read: an exit's start is computed from all of them.
+    lines = max(8, math.ceil(1.2 * STEPS * BATCH_TOKENS / (texts.prompt + texts.target)))
     given: dict[str, Any] = {
         "exit_layer": found.layer,
         "exit_layers": found.own,
         "exit_vocab": found.vocabulary,
         "tune": tune,
     }
-    given |= {"bf16": bf16, "learning_rate": learning_rate, "batch_tokens": BATCH_TOKENS}
-    answer = run_child(__name__, json.dumps({"model": options.model, "data": str(options.data), "options": given}))
+    given |= {"bf16": bf16, "learning_rate": learning_rate, "batch_tokens": BATCH_TOKENS, "steps": STEPS}
+    asked = {"model": options.model, "data": str(options.data), "lines": lines, "options": given}
+    answer = run_child(__name__, json.dumps(asked))
     measured: dict[str, float] = json.loads(answer)
     return measured
 
@@ -366,48 +367,17 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Time training steps, and print what a step takes as JSON."""
+    """Time training steps on the first lines of the data, and print what a step takes as JSON."""
     from freeexport.training.options import TrainingOptions
+    from freeexport.training.train import step_speed
 
     given = json.loads(arguments[0])
     with tempfile.TemporaryDirectory() as directory:
         data = Path(directory) / "lines.jsonl"
         with Path(given["data"]).open("rb") as file:
-            data.write_bytes(b"".join(line for line, _ in zip(file, range(TRAIN * 2), strict=False)))
-        print(json.dumps(timed_steps(given["model"], TrainingOptions(data, **given["options"]), Path(directory))))
-
-
-def timed_steps(model: str, options: TrainingOptions, directory: Path) -> dict[str, float]:
-    """Seconds of a training step and the tokens a second that it sees, the first step left out."""
-    import torch
-
-    from freeexport.training.batches import LengthBatches, described, examples, loader
-    from freeexport.training.exit_start import chosen_tokens
-    from freeexport.training.tuning import trainable
-
-    checkpoint = open_checkpoint(model)
-    description = described(checkpoint, options)
-    training, validation, _ = examples(checkpoint, description, options)
-    tokens = chosen_tokens(checkpoint, description, options, training)[0] if options.exit_vocab else None
-    tuning = trainable(model, checkpoint, description, options, training, validation, tokens, directory / "states")
-    module, device = tuning.module.train(), "cuda" if torch.cuda.is_available() else "cpu"
-    module.to(device)
-    parameters = [one for one in module.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, options.rate, fused=True)
-    lengths = tuning.lengths[0]
-    batches = [batch for _ in range(STEPS) for batch in LengthBatches(lengths, options.batch_tokens, options.seed)]
-    began, seen = 0.0, 0
-    for number, batch in enumerate(loader(tuning.training, batches[:STEPS], tuning.collate)):  # type: ignore[arg-type]
-        if number == 1:  # the first allocates what the others use again
-            began = time.monotonic()
-        with torch.autocast(device, torch.bfloat16, enabled=options.bf16):
-            loss = module(**{name: value.to(device) for name, value in batch.items()})["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seen += sum(lengths[place] for place in batches[number]) if number else 0
-    seconds = time.monotonic() - began
-    return {"step": seconds / (STEPS - 1), "tokens_per_second": seen / seconds}
+            data.write_bytes(b"".join(islice(file, given["lines"])))
+        step, speed = step_speed(given["model"], TrainingOptions(data, **given["options"]), Path(directory))
+        print(json.dumps({"step": step, "tokens_per_second": speed}))
 
 
 if __name__ == "__main__":

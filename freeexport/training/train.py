@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,6 +148,44 @@ def _train(
         shutil.rmtree(directory, ignore_errors=True)
     process.wait_for_everyone()
     return replace(trained, out=str(out))
+
+
+def step_speed(model: str, options: TrainingOptions, directory: Path, seconds: float = 15.0) -> tuple[float, float]:
+    """Train `options.steps` steps, fewer where they take longer than `seconds`, the first aside; return the seconds of
+    one and the tokens that it saw in a second. Nothing is written but files in `directory`, which are of no more use.
+
+    Raises as `train` does.
+    """
+    from torch import cuda
+    from transformers import TrainerCallback
+
+    from freeexport.checkpoints.checkpoint import open_checkpoint
+    from freeexport.training.batches import described, examples
+    from freeexport.training.exit_start import chosen_tokens
+    from freeexport.training.trainer import Clock, ExitTrainer, training_arguments
+    from freeexport.training.tuning import trainable
+
+    if not cuda.is_available():
+        keep_freed_memory()
+    checkpoint = open_checkpoint(model)
+    description = described(checkpoint, options)
+    training, validation, _ = examples(checkpoint, description, options)
+    tokens = chosen_tokens(checkpoint, description, options, training)[0] if options.exit_vocab else None
+    tuning = trainable(model, checkpoint, description, options, training, validation, tokens, directory / "states")
+    arguments = training_arguments(options, directory, tuning.lengths[0], resumed=True)
+    arguments.eval_strategy = arguments.save_strategy = "no"
+    arguments.load_best_model_at_end = False
+    marks: list[tuple[float, int]] = []  # times and tokens at the ends of steps; the first allocates for the others
+
+    class Timer(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            marks.append((time.monotonic(), int(trainer.tokens_seen)))
+            control.should_training_stop |= len(marks) > 1 and marks[-1][0] - marks[0][0] > seconds
+
+    trainer = ExitTrainer(tuning, arguments, options, Clock(None), [Timer()])
+    trainer.run(None)
+    (began, before), (ended, after) = marks[0], marks[-1]
+    return (ended - began) / (len(marks) - 1), (after - before) / (ended - began)
 
 
 def leave_group() -> bool:

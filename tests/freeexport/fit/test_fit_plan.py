@@ -10,13 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import DataError
 from freeexport.fit import plan as planning
-from freeexport.fit.plan import FitOptions, Texts, describe_plan, make_plan, timed_steps
+from freeexport.fit.plan import FitOptions, Texts, describe_plan, make_plan
 from freeexport.fit.splits import read_lines
 from freeexport.fit.steps import Places, steps_of
 from freeexport.metrics import MetricError
 from freeexport.training.options import TrainingOptions
+from freeexport.training.train import step_speed
 from runtime.errors import OptionError
 
 Options = Callable[..., FitOptions]
@@ -61,12 +63,15 @@ def test_a_ready_made_exit_that_fits_is_used_where_it_leaves_the_model_as_it_is(
         "read_packed",
         lambda path: (SimpleNamespace(adapter_config=adapters[path.stem], name=path.stem), None),
     )
+    hashed: list[Checkpoint] = []
+    monkeypatch.setattr(planning, "weights_sha256", lambda model: hashed.append(model) or "abc")
     monkeypatch.setattr(
-        planning, "misfit", lambda packed, checkpoint: None if packed.name == "general" else "other weights"
+        planning, "misfit", lambda packed, model, sha256: None if (packed.name, sha256) == ("general", "abc") else "other"
     )
     given = options(data=None)
     found = planned(given)
     assert found.ready_made == "general"
+    assert len(hashed) == 1
     assert "the ready-made exit general and from the text" in dict(describe_plan(given, found))["training"]
     (step,) = steps_of(given, found, Places.of(given))
     assert step.arguments[-2:] == ("--exit", "general")
@@ -134,8 +139,11 @@ def test_data_of_five_lines_are_refused_before_the_model_is_read(options: Option
 def test_training_steps_are_timed(options: Options, tmp_path: Path) -> None:
     given = options()
     assert given.data is not None
-    training = TrainingOptions(given.data, exit_layer=1, exit_layers=1, batch_tokens=200)
-    for one in (training, replace(training, tune="exit")):
-        found = timed_steps(given.model, one, tmp_path)
-        assert 0 < found["step"] < 60
-        assert found["tokens_per_second"] > 0
+    training = TrainingOptions(given.data, exit_layer=1, exit_layers=1, batch_tokens=200, steps=4)
+    for number, one in enumerate((training, replace(training, tune="exit"))):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        step, tokens_per_second = step_speed(given.model, one, directory, seconds=0.0 if number else 15.0)
+        assert 0 < step < 60
+        assert tokens_per_second > 0
+        assert {path.name for path in directory.iterdir()} <= {"states"}
