@@ -6,15 +6,27 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import numpy as np
 
-from runtime.errors import OptionError, one_line, shown
+from runtime.checks import (
+    check_bool,
+    check_choice,
+    check_grammar,
+    check_number,
+    check_whole,
+    is_text,
+    json_schema,
+    logits_processors,
+    number,
+    output_choices,
+    stop_strings,
+    token_biases,
+)
+from runtime.errors import OptionError, shown
 from runtime.machine.device import Device
 from runtime.text.sampler import LogitsProcessor
 
@@ -25,18 +37,14 @@ Drafts = Literal["auto", "exit", "lookup", "none"]
 # Token ids that may come after those that the decoder read or wrote so far, int64 [n].
 DraftSource = Callable[[np.ndarray], Sequence[int] | np.ndarray]
 
-# Counts end where int64 ends: numpy holds them, and every message can print them.
-MOST = 2**63 - 1
 # Logits are float32: divided by less, or raised by more, they become infinite, and every token is token 0.
-LEAST_DIVISOR, MOST_PENALTY, MOST_BIAS = 1e-6, 1e6, 1e20
+LEAST_DIVISOR, MOST_PENALTY = 1e-6, 1e6
 FLOAT32_MAX = 3.4e38
 # A length to a greater power is beyond float64, and a lock waits no longer.
 MOST_LENGTH_PENALTY, MOST_SECONDS = 50, 1e9
 ABOVE_ZERO = math.ulp(0.0)
 MOST_TOP_LOGPROBS = 20  # as OpenAI's interface
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
-# Characters of one; keys of an object in a schema, as compiling takes time that grows with their square; and levels.
-MOST_GRAMMAR, MOST_PROPERTIES, MOST_DEPTH = 256 << 10, 1000, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,7 @@ class SessionOptions:
         check_whole("capacity", self.capacity, 1, optional=True)
         check_whole("adaptive_memory", self.adaptive_memory, 100)
         check_whole("prefix_cache_mb", self.prefix_cache_mb, 0)
-        adaptive = _is_text(self.threshold, "adaptive")
+        adaptive = is_text(self.threshold, "adaptive")
         if not adaptive:
             check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never), or 'adaptive'")
         check_choice("adaptive_rule", self.adaptive_rule, get_args(AdaptiveRule))
@@ -256,11 +264,11 @@ class GenerationOptions:
             check_bool(name, getattr(self, name))
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
             raise OptionError(f"cache_salt is {shown(self.cache_salt)}; give a text that is not empty, or None")
-        if not isinstance(self.early_stopping, (bool, np.bool_)) and not _is_text(self.early_stopping, "never"):
+        if not isinstance(self.early_stopping, (bool, np.bool_)) and not is_text(self.early_stopping, "never"):
             raise OptionError(f"early_stopping is {shown(self.early_stopping)}; choose True, False or 'never'")
-        object.__setattr__(self, "stop", _strings(self.stop))
-        object.__setattr__(self, "sequence_bias", _biases(self.sequence_bias))
-        object.__setattr__(self, "logits_processor", _processors(self.logits_processor))
+        object.__setattr__(self, "stop", stop_strings(self.stop))
+        object.__setattr__(self, "sequence_bias", token_biases(self.sequence_bias))
+        object.__setattr__(self, "logits_processor", logits_processors(self.logits_processor))
         self._check_grammar()
         self._check_sampling()
         self._check_beams()
@@ -288,17 +296,10 @@ class GenerationOptions:
             for other in ("ignore_eos", "min_new_tokens"):
                 if getattr(self, other):
                     raise OptionError(f"{other} is {getattr(self, other)!r}, but {name} ends the output; choose one")
-        object.__setattr__(self, "json_schema", _schema(self.json_schema))
-        object.__setattr__(self, "choice", _choice(self.choice))
+        object.__setattr__(self, "json_schema", json_schema(self.json_schema))
+        object.__setattr__(self, "choice", output_choices(self.choice))
         for name in ("regex", "grammar"):
-            text = getattr(self, name)
-            if text is None:
-                continue
-            if not (isinstance(text, str) and text):
-                raise OptionError(f"{name} is {shown(text)}; give a text that is not empty")
-            if len(text) > MOST_GRAMMAR:
-                raise OptionError(f"{name} has {len(text)} characters, at most {MOST_GRAMMAR} are read; shorten it")
-        _check_schemas(self.grammar or "")
+            check_grammar(name, getattr(self, name))
 
     def _check_sampling(self) -> None:
         if self.do_sample is False and self.temperature:
@@ -439,152 +440,3 @@ def documented(kind: type[Options]) -> dict[str, str]:
         elif line.startswith(" " * 8) and found:
             found[next(reversed(found))] += f" {line.strip()}"
     return found
-
-
-def _is_text(value: Any, text: str) -> bool:
-    """Equal, where comparing with an array would give an array."""
-    return isinstance(value, str) and value == text
-
-
-def _strings(stop: Any) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else listed(stop)
-    if strings is None or not all(isinstance(text, str) and text for text in strings):
-        raise OptionError(f"stop is {shown(stop)}; give strings that are not empty")
-    return strings
-
-
-class _Checked(str):
-    """A checked schema as JSON: `replace` does not check it again."""
-
-
-def _schema(given: Any) -> _Checked | None:
-    if given is None or isinstance(given, _Checked):
-        return given
-    problem = f"json_schema is {shown(given)}"
-    if not isinstance(given, (str, Mapping)):
-        raise OptionError(f"{problem}; give a JSON schema as a mapping, or its text")
-    try:
-        text = given if isinstance(given, str) else json.dumps(given)
-        if len(text) > MOST_GRAMMAR:
-            raise OptionError(f"json_schema has {len(text)} characters, at most {MOST_GRAMMAR} are read; shorten it")
-        schema = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise OptionError(f"{problem}, no JSON ({one_line(error)}); give a mapping or its text") from None
-    if not isinstance(schema, dict):
-        raise OptionError(f"{problem}; give a JSON object")
-    check_schema("json_schema", schema)
-    return _Checked(text)
-
-
-def check_schema(name: str, schema: Any) -> None:
-    """Raise OptionError for a JSON schema, the value of `name`, that is too deep or too wide to be compiled soon."""
-    inner: list[tuple[Any, int]] = [(schema, 0)]
-    while inner:
-        value, depth = inner.pop()
-        if isinstance(value, dict) and len(value) > MOST_PROPERTIES:
-            most = f"at most {MOST_PROPERTIES} are read"
-            raise OptionError(f"{name} has an object of {len(value)} keys, {most}; split it")
-        if depth > MOST_DEPTH:
-            raise OptionError(f"{name} is nested deeper than {MOST_DEPTH} levels; name parts of it in $defs")
-        below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        inner.extend((part, depth + 1) for part in below)
-
-
-def _check_schemas(grammar: str) -> None:
-    """Check the JSON schemas within a grammar."""
-    for found in re.finditer(r"%json\s*", grammar):
-        with suppress(ValueError, RecursionError):  # llguidance refuses it
-            check_schema("grammar", json.JSONDecoder().raw_decode(grammar, found.end())[0])
-
-
-def _choice(given: Any) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    choices = None if isinstance(given, str) else listed(given)
-    if not choices or not all(isinstance(text, str) and text for text in choices):
-        raise OptionError(f"choice is {shown(given)}; give a list of strings that are not empty")
-    if sum(map(len, choices)) > MOST_GRAMMAR:
-        raise OptionError(f"choice has more than {MOST_GRAMMAR} characters; give fewer")
-    return choices
-
-
-class _Biases(dict[tuple[int, ...], float]):
-    """Checked biases: `replace` does not check a thousand of them again."""
-
-
-def _biases(given: Any) -> _Biases | None:
-    if given is None or isinstance(given, _Biases):
-        return given
-    items = listed(given.items()) if isinstance(given, Mapping) else None
-    biases = _Biases({key if isinstance(key, tuple) else (key,): bias for key, bias in items or ()})
-    fit = all(map(_is_sequence, biases)) and all(abs(number(bias)) <= MOST_BIAS for bias in biases.values())
-    if items is None or not fit:
-        raise OptionError(
-            f"sequence_bias is {shown(given)}; "
-            f"give {{token: bias}} or {{(token, token): bias}}, biases of at most {MOST_BIAS:.0e} nats"
-        )
-    return biases
-
-
-def _is_sequence(tokens: tuple[Any, ...]) -> bool:
-    whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens)
-    return bool(tokens) and whole and all(0 <= token <= MOST for token in tokens)
-
-
-def _processors(given: Any) -> tuple[LogitsProcessor, ...]:
-    processors = (given,) if callable(given) else listed(given)
-    if processors is None or not all(callable(processor) for processor in processors):
-        raise OptionError(f"logits_processor is {shown(given)}; give a callable, or a list of them")
-    return processors
-
-
-def number(value: Any) -> float:
-    """NaN, which is in no range, for what is no real number or beyond float64."""
-    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
-        return math.nan
-    try:
-        return float(value)
-    except (OverflowError, ValueError, TypeError):
-        return math.nan
-
-
-def check_number(name: str, value: Any, low: float, high: float, allowed: str, *, optional: bool = True) -> None:
-    """`value` is a finite number with low <= value <= high; None passes where `optional`."""
-    if value is None and optional:
-        return
-    given = number(value)
-    if not (math.isfinite(given) and low <= given <= high):
-        raise OptionError(f"{name} is {shown(value)}; choose a number {allowed}")
-
-
-def check_whole(name: str, value: Any, low: int, high: int = MOST, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not low <= value <= high:
-        # The largest count is no choice that anybody would read about.
-        upper = f" to {high}" if high < MOST or (whole and value > high) else ""
-        raise OptionError(f"{name} is {shown(value)}; choose a whole number from {low}{upper}")
-
-
-def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        *most, last = map(repr, choices)
-        raise OptionError(f"{name} is {shown(value)}; choose {', '.join(most)} or {last}")
-
-
-def check_bool(name: str, value: Any, *, none: str = "") -> None:
-    """True or False, of numpy too; `none` says what None stands for, where it may be given."""
-    if isinstance(value, (bool, np.bool_)) or (value is None and none):
-        return
-    raise OptionError(f"{name} is {shown(value)}; choose True{', False or None ' + none if none else ' or False'}")
-
-
-def listed(given: Any) -> tuple[Any, ...] | None:
-    """The items of a finite collection; None for anything else, as an endless iterator would never be checked."""
-    if not isinstance(given, Collection) or not isinstance(given, Iterable):
-        return None
-    try:
-        return tuple(given)
-    except Exception:  # a foreign class that cannot be read; the caller names the option
-        return None

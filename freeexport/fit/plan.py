@@ -318,8 +318,8 @@ def training_speed(
     options: FitOptions, texts: Texts, found: PlannedExit, tune: Tune, bf16: bool, learning_rate: float
 ) -> dict[str, float]:
     """Seconds of a training step and tokens a second, of STEPS steps in a process of its own."""
-    # Few lines more than the steps read: an exit's start is computed from all of them.
-    lines = max(8, math.ceil(1.2 * STEPS * BATCH_TOKENS / (texts.prompt + texts.target)))
+    # Two batches again and again: the exit's start is computed from all lines, which takes as long as steps.
+    lines = max(4, math.ceil(2 * BATCH_TOKENS / (texts.prompt + texts.target)))
     given: dict[str, Any] = {
         "exit_layer": found.layer,
         "exit_layers": found.own,

@@ -12,7 +12,7 @@ from typing import Any
 
 from freeexport.serving.protocol import ChatRequest, CompletionRequest, Tool, invalid
 from runtime import OptionError
-from runtime.options import check_schema
+from runtime.checks import check_schema
 from runtime.text.grammar import JSON_FORM, written_form
 from runtime.text.tokenizer import Tokenizer
 

@@ -66,7 +66,9 @@ def test_a_ready_made_exit_that_fits_is_used_where_it_leaves_the_model_as_it_is(
     hashed: list[Checkpoint] = []
     monkeypatch.setattr(planning, "weights_sha256", lambda model: hashed.append(model) or "abc")
     monkeypatch.setattr(
-        planning, "misfit", lambda packed, model, sha256: None if (packed.name, sha256) == ("general", "abc") else "other"
+        planning,
+        "misfit",
+        lambda packed, model, sha256: None if (packed.name, sha256) == ("general", "abc") else "other",
     )
     given = options(data=None)
     found = planned(given)
