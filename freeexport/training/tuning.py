@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
+from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, MergedWeights, read_adapter
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.system.output import link_or_copy
@@ -67,17 +69,18 @@ def trainable(
     cache: Path,
 ) -> Trainable:
     """Prepare what `options.tune` names. `tokens`: the exit's vocabulary, None for all. Raises OptionError for a LoRA
-    adapter that neither another one nor an exit can be trained on.
+    adapter that another one cannot be trained on.
 
     full: every weight, in 16 bytes of memory a parameter and what the batch needs, and the exit's own layers.
     lora: an adapter, written with `model_name` as its base, and the exit's own layers.
-    exit: an exit on a frozen model, which runs once over the data; the directory `cache` takes 2 d + 210 bytes, with
-    features 4 d + 214, a position, of all for layers, and 2 d + 4 one of the encoder, of the targets for an adapter. Of
-    several processes, the first must be through before the others call this: they find the cache filled.
+    exit: an exit on a frozen model, or on one with an adapter, which runs once over the data; the directory `cache`
+    takes 2 d + 210 bytes, with features 4 d + 214, a position, of all for layers, and 2 d + 4 one of the encoder, of
+    the targets for an adapter. Of several processes, the first must be through before the others call this: they find
+    the cache filled.
     """
-    if checkpoint.adapter is not None and options.tune != "full":
+    if checkpoint.adapter is not None and options.tune == "lora":
         raise OptionError(
-            f"{model_name} is a LoRA adapter itself; --tune {options.tune} needs its weights merged into a checkpoint"
+            f"{model_name} is a LoRA adapter itself; --tune lora needs its weights merged into a checkpoint"
         )
     model, frozen = trainable_model(checkpoint, options), options.tune == "exit"
     collate = Collator(checkpoint.generation_config.get("decoder_start_token_id"))
@@ -181,7 +184,14 @@ def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def link_base(checkpoint: Checkpoint, directory: Path) -> None:
-    """Put the base's weights, configuration and tokenizer there, unchanged."""
+    """Put the base's weights, configuration and tokenizer there, unchanged; of a LoRA adapter its own files."""
+    if checkpoint.adapter is not None:
+        config, base = read_adapter(checkpoint.adapter)
+        config["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).exists() else base
+        (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        path = next(file.path for file in checkpoint.files if isinstance(file, MergedWeights))
+        link_or_copy(path, directory / path.name)
+        return
     paths = {file.path for file in checkpoint.files if file.path.name != EXIT_WEIGHTS}
     if not checkpoint.path.is_file():
         paths |= {checkpoint.path / "config.json", *checkpoint.path.glob("*.index.json")}

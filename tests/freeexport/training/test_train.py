@@ -90,6 +90,15 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
     assert (written["r"], written["lora_alpha"], written["lora_dropout"]) == (4, 8, 0.1)
     for name, value in evaluated(out, run_options(words, **options)).items():
         assert trained.metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-3, abs=1e-3), name
+    if options:  # its exit can be trained further, alone
+        alone = out.with_name("alone")
+        train(str(out), alone, run_options(words, **{**options, "tune": "exit", "steps": 4}))
+        further = open_checkpoint(str(alone))
+        assert further.exit is not None
+        assert (further.exit.tune, further.adapter) == ("exit", alone)
+        assert all(np.array_equal(further.read(name), opened.read(name)) for name in before)
+        assert not np.array_equal(further.read("exit.norm.weight"), opened.read("exit.norm.weight"))
+        assert open_checkpoint(str(alone)).sha256 != opened.sha256
 
 
 @pytest.mark.parametrize(
