@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,6 @@ from freeexport.training.frozen import FrozenExit, cached_teacher, collate_teach
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ENCODER, ShallowDeep
 from graphs.description import Description
-from runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,21 +67,20 @@ def trainable(
     tokens: np.ndarray | None,
     cache: Path,
 ) -> Trainable:
-    """Prepare what `options.tune` names. `tokens`: the exit's vocabulary, None for all. Raises OptionError for a LoRA
-    adapter that another one cannot be trained on.
+    """Prepare what `options.tune` names. `tokens`: the exit's vocabulary, None for all.
 
     full: every weight, in 16 bytes of memory a parameter and what the batch needs, and the exit's own layers.
-    lora: an adapter, written with `model_name` as its base, and the exit's own layers.
+    lora: an adapter, written with `model_name` as its base or the training of the one that it is, and the exit's own
+    layers.
     exit: an exit on a frozen model, or on one with an adapter, which runs once over the data; the directory `cache`
     takes 2 d + 210 bytes, with features 4 d + 214, a position, of all for layers, and 2 d + 4 one of the encoder, of
     the targets for an adapter. Of several processes, the first must be through before the others call this: they find
     the cache filled.
     """
-    if checkpoint.adapter is not None and options.tune == "lora":
-        raise OptionError(
-            f"{model_name} is a LoRA adapter itself; --tune lora needs its weights merged into a checkpoint"
-        )
-    model, frozen = trainable_model(checkpoint, options), options.tune == "exit"
+    # An adapter's training goes on beside its base, all else on the two merged.
+    goes_on = checkpoint.adapter if options.tune == "lora" else None
+    base = checkpoint if goes_on is None else replace(checkpoint, adapter=None)
+    model, frozen = trainable_model(base, options), options.tune == "exit"
     collate = Collator(checkpoint.generation_config.get("decoder_start_token_id"))
     if frozen:
         model.requires_grad_(False)
@@ -96,7 +94,9 @@ def trainable(
         known = KnownTokens(tokens, description.hidden_size)
     for part in filter(None, (own, known)):
         part.to(model.device).train()
-    adapted = _adapted(model, model_name, description, options) if options.tune == "lora" else None
+    adapted = None
+    if options.tune == "lora":
+        adapted = _adapted(model, model_name, goes_on, description, options)
     module = ShallowDeep(model, description, options.exit_layer, options.loss, options.loss_alpha, own=own, known=known)
     if known is not None and begins:
         states = observed(module, training, collate, options.bf16)
@@ -128,10 +128,20 @@ def trainable(
     return Trainable(FrozenExit(module).cpu(), first, second, lengths, collate_teacher, write, own)
 
 
-def _adapted(model: PreTrainedModel, model_name: str, description: Description, options: TrainingOptions) -> PeftModel:
-    """The model with LoRA on every linear layer but the head. A hub name is its base as it is, a path absolute."""
-    from peft import LoraConfig, get_peft_model
+def _adapted(
+    model: PreTrainedModel, model_name: str, goes_on: Path | None, description: Description, options: TrainingOptions
+) -> PeftModel:
+    """The model with LoRA on every linear layer but the head, or with the adapter whose training goes on, which keeps
+    its rank. A hub name is its base as it is, a path absolute."""
+    from peft import LoraConfig, PeftModel, get_peft_model
 
+    # A frozen embedding would cut gradient checkpointing off from everything below.
+    if options.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if goes_on is not None:
+        further: PeftModel = PeftModel.from_pretrained(model, str(goes_on), is_trainable=True)
+        further.peft_config["default"].base_model_name_or_path = resolved(read_adapter(goes_on)[1])
+        return further
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=2 * options.lora_rank,
@@ -141,12 +151,12 @@ def _adapted(model: PreTrainedModel, model_name: str, description: Description, 
     )
     torch.manual_seed(options.seed)  # of the adapters' random half
     adapted: PeftModel = get_peft_model(model, config)
-    path = Path(model_name)
-    config.base_model_name_or_path = str(path.resolve()) if path.exists() else model_name
-    # A frozen embedding would cut gradient checkpointing off from everything below.
-    if options.gradient_checkpointing:
-        model.enable_input_require_grads()
+    config.base_model_name_or_path = resolved(model_name)
     return adapted
+
+
+def resolved(base: str) -> str:
+    return str(Path(base).resolve()) if Path(base).exists() else base
 
 
 def trainable_model(checkpoint: Checkpoint, options: TrainingOptions) -> PreTrainedModel:
@@ -187,7 +197,7 @@ def link_base(checkpoint: Checkpoint, directory: Path) -> None:
     """Put the base's weights, configuration and tokenizer there, unchanged; of a LoRA adapter its own files."""
     if checkpoint.adapter is not None:
         config, base = read_adapter(checkpoint.adapter)
-        config["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).exists() else base
+        config = {**config, "base_model_name_or_path": resolved(base)}
         (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         path = next(file.path for file in checkpoint.files if isinstance(file, MergedWeights))
         link_or_copy(path, directory / path.name)

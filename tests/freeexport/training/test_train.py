@@ -98,7 +98,15 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
         assert (further.exit.tune, further.adapter) == ("exit", alone)
         assert all(np.array_equal(further.read(name), opened.read(name)) for name in before)
         assert not np.array_equal(further.read("exit.norm.weight"), opened.read("exit.norm.weight"))
-        assert open_checkpoint(str(alone)).sha256 != opened.sha256
+        assert further.sha256 != opened.sha256
+        # So can both.
+        both = out.with_name("both")
+        train(str(out), both, run_options(words, **{**options, "tune": "lora", "steps": 2, "evaluate_every": 2}))
+        went_on, was = (load_file(path / "adapter_model.safetensors") for path in (both, out))
+        assert went_on.keys() == was.keys()
+        assert all(went_on[name].shape == was[name].shape and not torch.equal(went_on[name], was[name]) for name in was)
+        config = json.loads((both / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == written["base_model_name_or_path"]
 
 
 @pytest.mark.parametrize(
