@@ -38,6 +38,9 @@ class Time(click.ParamType):
 @click.option("--metric", type=MetricName(), help=f"Compares outputs with targets. {METRICS}  [with --lossless: exact]")
 @click.option("--quality", type=float, help="The share of the full model's metric to keep.  [default: 0.99]")
 @click.option("--lossless", is_flag=True, help="Every token must be the full model's.")
+@click.option("--paper", is_flag=True,
+              help="For researchers: also train with the losses of FREE, CALM, static exits and none, with three seeds "
+              "each, and compare all in a table for Markdown and LaTeX. Takes a budget of many hours.")  # fmt: skip
 @section("Time")
 @click.option("--budget", type=Time(), default="2h", help="All of it takes so long, such as 2h, 90m or 1h30m.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print the plan, and stop.")
@@ -54,6 +57,7 @@ def command(model: str, out: Path, quality: float | None, lossless: bool, only_p
     \b
     Example:
       freeexport fit path/to/checkpoint bundle --data task.jsonl --metric rouge-l --budget 2h
+      freeexport fit path/to/checkpoint bundle --data task.jsonl --metric rouge-l --budget 24h --paper
       freeexport fit model.gguf bundle
     """
     from freeexport.fit.plan import FitOptions, describe_plan

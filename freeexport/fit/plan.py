@@ -24,6 +24,7 @@ from freeexport.checkpoints.examples import Example, encode, text_format
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.packed_exit import misfit, read_packed, ready_made, weights_sha256
+from freeexport.fit.paper import repeated
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.measure.byte_model import row_share
 from freeexport.measure.costs import bandwidth_of
@@ -58,8 +59,8 @@ LONGEST = 0.99  # of the targets are no longer than the outputs may be
 # Lines of the splits, at least and as many as do any good; of the training itself, at least.
 TEST, CALIBRATION, VALIDATION, TRAIN = (100, 400), (60, 300), 100, 100
 # Decodings of a line in units of one by the full model: of a calibration by quality, and by agreement; of an evaluation
-# of both bundles, and of the model as it is alone.
-BY_QUALITY, BY_AGREEMENT, COMPARED, ALONE = 8.0, 2.0, 6.5, 2.0
+# of both bundles, of the model as it is alone, and of one seed's bundles.
+BY_QUALITY, BY_AGREEMENT, COMPARED, ALONE, PAPER = 8.0, 2.0, 6.5, 2.0, 13.0
 SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # of the budget, at most
 TOGETHER = 0.85  # of the training time, with the model; the rest trains the exit alone
 # Seconds of a conversion, and weights a second besides; bytes that training takes beside its weights.
@@ -72,7 +73,8 @@ STEPS, BATCH_TOKENS = 4, 2048  # that are timed, the first aside
 @dataclass(frozen=True)
 class FitOptions:
     """`budget` in seconds. `quality`: the share of the full model's metric to keep; None: every token must be the full
-    model's. Raises OptionError for what cannot be."""
+    model's. `paper`: trainings with other losses and of three seeds, and a table that compares them. Raises OptionError
+    for what cannot be."""
 
     model: str
     out: Path
@@ -82,6 +84,7 @@ class FitOptions:
     quality: float | None = 0.99
     threads: int | None = None
     overwrite: bool = False
+    paper: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.metric)
@@ -89,6 +92,8 @@ class FitOptions:
             raise OptionError(f"--budget is {self.budget:g} s; give a time above 0, such as 2h or 90m")
         if self.quality is not None and not 0 < self.quality < 1:
             raise OptionError(f"--quality is {self.quality:g}; give a share between 0 and 1, or --lossless")
+        if self.paper and self.data is None:
+            raise OptionError("--paper compares trainings, and there are no data; give --data, or leave it out")
         if self.data is not None and not self.data.is_file():
             raise OptionError(f"--data {self.data}: there is no such file; name a JSONL file with 'input' and 'target'")
 
@@ -96,7 +101,13 @@ class FitOptions:
         """Return what a run that goes on must share with the one before, as JSON values."""
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
         data = None if self.data is None else str(self.data.absolute())
-        return {"model": model, "data": data, "budget": self.budget, "threads": self.threads or usable_cores()}
+        return {
+            "model": model,
+            "data": data,
+            "budget": self.budget,
+            "threads": self.threads or usable_cores(),
+            "paper": self.paper,
+        }
 
 
 @dataclass(frozen=True)
@@ -143,9 +154,9 @@ class Training:
 
 @dataclass(frozen=True)
 class Plan:
-    """`rate`: tokens a second that the full model will decode in 8 bits. `seconds` by step of the run, `lines` by
-    split. `exit` and `training`: None where nothing is trained, and `why` then; `ready_made`: the name of an exit that
-    fits the weights. `busy`: cores that others used."""
+    """`rate`: tokens a second that the full model will decode in 8 bits. `seconds` by step of the run, which is made as
+    often as `times` says, or once; `lines` by split. `exit` and `training`: None where nothing is trained, and `why`
+    then; `ready_made`: the name of an exit that fits the weights. `busy`: cores that others used."""
 
     name: str
     layers: int
@@ -159,6 +170,7 @@ class Plan:
     exit: PlannedExit | None = None
     training: Training | None = None
     ready_made: str | None = None
+    times: dict[str, int] = field(default_factory=dict)
 
     @property
     def drafts(self) -> str:
@@ -212,31 +224,37 @@ def _with_times(
         seconds = {"untrained": converting, "evaluate": tested * ALONE * request}
         why = f"an exit would usually give {usual:.2f}x a request here: training cannot pay"
         return replace(plan, exit=None, why=why, lines={"test": tested}, seconds=seconds)
-    each = BY_AGREEMENT if options.quality is None else BY_QUALITY
-    sizes = {"test": count(TEST, "evaluate", COMPARED), "calibration": count(CALIBRATION, "calibrate", each)}
+    each, compared = BY_AGREEMENT if options.quality is None else BY_QUALITY, PAPER if options.paper else COMPARED
+    sizes = {"test": count(TEST, "evaluate", compared), "calibration": count(CALIBRATION, "calibrate", each)}
     sizes["validation"] = min(VALIDATION, lines // 10)
     sizes[TRAIN_SPLIT] = lines - sum(sizes.values())
+    times = repeated() if options.paper else {}
     seconds = {"untrained": converting, "trained": converting}
-    seconds |= {"calibrate": sizes["calibration"] * each * request, "evaluate": sizes["test"] * COMPARED * request}
+    seconds |= {"calibrate": sizes["calibration"] * each * request, "evaluate": sizes["test"] * compared * request}
     # Weights, gradients and both moments of every parameter; activations, above all logits, of a batch.
     fits = 16 * parameters + ACTIVATIONS + LOGITS * BATCH_TOKENS * vocabulary < psutil.virtual_memory().available
     tune: tuple[Tune, ...] = ("full", "exit") if fits else ("exit",)
     bf16, learning_rate = multiplies_bfloat16(), 3e-4 if parameters < 3e8 else 1e-4
     speed = training_speed(options, texts, found, tune[0], bf16, learning_rate)
-    left, least = options.budget - sum(seconds.values()), FEW_STEPS * speed["step"] / TOGETHER
+    if options.paper and not fits:
+        raise OptionError(f"--paper trains all weights of {plan.name}, and they do not fit in memory; leave it out")
+    left = options.budget - sum(times.get(name, 1) * one for name, one in seconds.items())
+    shares = {"joint": TOGETHER, "exit": 1 - TOGETHER}
+    runs = sum(times.get(name, 1) * share for name, share in shares.items())
+    least = FEW_STEPS * speed["step"] * runs / TOGETHER
     if left < least:
         needed = math.ceil((options.budget - left + least) / 60)
         raise OptionError(
             f"--budget {duration(options.budget)} leaves {duration(max(0.0, left))} for training, and {FEW_STEPS} "
             f"steps take {duration(least)}; give --budget {needed}m or more, or leave --data out"
         )
-    seconds |= {"joint": TOGETHER * left, "exit": (1 - TOGETHER) * left}
+    seconds |= {name: share * left / runs for name, share in shares.items()}
     if not fits:
         seconds["exit"] += seconds.pop("joint")
     # The frozen model reads its lines once before, three times as fast as it trains, in a quarter of the time.
     frozen = 0.75 * seconds["exit"] * speed["tokens_per_second"] / (texts.prompt + texts.target)
     training = Training(tune, **speed, bf16=bf16, learning_rate=learning_rate, frozen_lines=max(TRAIN, int(frozen)))
-    return replace(plan, precision="int8", lines=sizes, seconds=seconds, training=training)
+    return replace(plan, precision="int8", lines=sizes, seconds=seconds, times=times, training=training)
 
 
 def least_lines() -> int:
@@ -359,8 +377,10 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         times = (f"{duration(seconds[name])} of {what}" for name, what in map(steps.__getitem__, training.tune))
         speed = f"{training.tokens_per_second:,.0f} tokens/s, {training.step:.2f} s a step"
         rows["training"] = f"{speed}: {', then '.join(times)}"
-    rows["time"] = ", ".join(f"{name} {duration(time)}" for name, time in seconds.items())
-    rows["in all"] = f"{duration(sum(seconds.values()))} of {duration(options.budget)}"
+    counts = {name: f"{plan.times[name]} x " if name in plan.times else "" for name in seconds}
+    rows["time"] = ", ".join(f"{name} {counts[name]}{duration(time)}" for name, time in seconds.items())
+    total = sum(plan.times.get(name, 1) * time for name, time in seconds.items())
+    rows["in all"] = f"{duration(total)} of {duration(options.budget)}"
     if note := load_note(plan.busy):
         rows["note"] = note
     return list(rows.items())

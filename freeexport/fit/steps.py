@@ -14,13 +14,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
 
+from freeexport.checkpoints.exit_file import LossName
 from freeexport.fit import splits
+from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
 from freeexport.fit.plan import BATCH_TOKENS, FitOptions, Plan, describe_plan, least_lines, make_plan
 from freeexport.measure.evaluate import Story, evaluate, write
 from freeexport.measure.exit_verdict import Verdict
@@ -29,7 +31,7 @@ from freeexport.measure.settings import RUN, EvaluateOptions, Method
 from freeexport.measure.table import Sheet
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.output import check_output, link_or_copy, output_directory, write_whole
-from freeexport.system.progress import Advance, duration, progress
+from freeexport.system.progress import BY_PARENT, Advance, duration, progress
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle, sha256_of
@@ -43,13 +45,15 @@ ANEW = "start anew with --overwrite"
 AGAIN = "what was made is kept: give the same command again to go on"
 FINISHED = "finished"  # in DONE, beside the names of steps
 # What both trainings share; then the weight of distillation and the learning rate of the exit alone.
-PACE = ("--loss", "logit-kd", "--schedule", "hold", "--warmup", "0.03", "--patience", "0")
+PACE = ("--schedule", "hold", "--warmup", "0.03", "--patience", "0")
 ALPHA, ALPHA_ALONE, RATE_ALONE = 2, 4, 5e-4
 ALONE = 0.1  # of a whole step's time, a step of the exit alone
 EVALUATIONS = 6  # of a training
 # Thresholds that an evaluation shows beside the calibrated one; they choose nothing.
 CURVE = (0.8, 0.95)
 TRAINED, UNTRAINED = "trained", "untrained"  # bundles
+# Lines of commands that say what to do next, which is done here.
+UNASKED = ("next:", "does not pay:", "note: exit after layer")
 
 
 @dataclass(frozen=True)
@@ -141,50 +145,78 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
         step = convert("convert", model, places.out)
         more = [*(["--exit", plan.ready_made] if plan.ready_made else []), *(["--overwrite"] * options.overwrite)]
         return [replace(step, arguments=(*step.arguments, *more))]
-    steps = [convert(UNTRAINED, model, places.work / UNTRAINED)]
-    for tune in plan.training.tune if plan.training else ():
-        steps.append(_training("joint" if tune == "full" else "exit", model, plan, places))
-        model = str(steps[-1].output)
     threads = () if options.threads is None else ("--threads", str(options.threads))
-    if plan.exit is not None:
-        bundle = places.work / TRAINED
+
+    def calibrate(name: str, bundle: Path) -> Step:
         rule = () if options.quality is None else ("--target-quality", str(options.quality), "--metric", options.metric)
         lines = ("--data", str(places.data("calibration")), "--max-new-tokens", most)
-        calibrate = ("calibrate", str(bundle), *lines, *rule, *threads)
-        steps += [convert(TRAINED, model, bundle), Step("calibrate", calibrate, seconds["calibrate"])]
-    test = evaluation(options, plan, places)
-    arguments = [f"{path}={','.join(methods)}" for path, methods in test.bundles]
-    arguments += ["--data", str(test.data), "--samples", str(test.samples), "--max-new-tokens", most]
-    arguments += [part for threshold in test.thresholds for part in ("--threshold", str(threshold))]
-    arguments += ["--metric", *test.metrics, "--target-quality", str(test.quality), *threads]
-    command = ("evaluate", *arguments, "--output", str(test.output))
-    return [*steps, Step("evaluate", command, seconds["evaluate"])]
+        return Step(name, ("calibrate", str(bundle), *lines, *rule, *threads), seconds["calibrate"])
+
+    steps = [convert(UNTRAINED, model, places.work / UNTRAINED)]
+    if options.paper and plan.exit is not None:
+        for name, seed in product(COMPARED, SEEDS):
+            loss, methods = COMPARED[name]
+            bundle = bundle_of(name, seed, places)
+            steps.append(_training("joint", model, plan, places, f"{name}-{seed}-joint", loss, seed))
+            if name == "exit":
+                joint = str(steps[-1].output)
+                steps.append(_training("exit", joint, plan, places, f"{name}-{seed}-alone", loss, seed))
+            steps.append(replace(convert(TRAINED, str(steps[-1].output), bundle), name=bundle.name))
+            if "free" in methods:
+                steps.append(calibrate(f"calibrate {bundle.name}", bundle))
+    else:
+        for tune in plan.training.tune if plan.training else ():
+            name = "joint" if tune == "full" else "exit"
+            steps.append(_training(name, model, plan, places, name))
+            model = str(steps[-1].output)
+        if plan.exit is not None:
+            bundle = places.work / TRAINED
+            steps += [convert(TRAINED, model, bundle), calibrate("calibrate", bundle)]
+    for seed, test in enumerate(evaluations(options, plan, places)):
+        arguments = [f"{path}={','.join(methods)}" for path, methods in test.bundles]
+        arguments += ["--data", str(test.data), "--samples", str(test.samples), "--max-new-tokens", most]
+        arguments += [part for threshold in test.thresholds for part in ("--threshold", str(threshold))]
+        arguments += [part for model in test.calm_models for part in ("--calm-model", model)]
+        arguments += ["--metric", *test.metrics, "--target-quality", str(test.quality), *threads]
+        command = ("evaluate", *arguments, "--output", str(test.output))
+        steps.append(Step(f"evaluate {seed}" if seed else "evaluate", command, seconds["evaluate"]))
+    return steps
 
 
-def _training(name: str, model: str, plan: Plan, places: Places) -> Step:
-    found, training, alone = plan.exit, plan.training, name == "exit"
+def bundle_of(name: str, seed: int, places: Places) -> Path:
+    """The bundle of a training that is compared, of a seed."""
+    return places.work / f"{name}-{seed}"
+
+
+def _training(
+    kind: str, model: str, plan: Plan, places: Places, name: str, loss: LossName = "logit-kd", seed: int = 0
+) -> Step:
+    """Train "joint", all weights, or the "exit" alone, into OUT.work/NAME."""
+    found, training, alone = plan.exit, plan.training, kind == "exit"
     assert found is not None
     assert training is not None
-    what: list[object] = ["--tune", "exit" if alone else "full"]
-    what += ["--exit-layer", found.layer, "--exit-layers", found.own]
-    what += [] if found.vocabulary is None else ["--exit-vocab", found.vocabulary]
+    what: list[object] = ["--tune", "exit" if alone else "full", "--exit-layer", found.layer]
+    if loss == "logit-kd":
+        what += ["--exit-layers", found.own]
+        what += [] if found.vocabulary is None else ["--exit-vocab", found.vocabulary]
     what += ["--data", places.data("frozen" if alone else splits.TRAIN), "--validation", places.data("validation")]
     alpha, rate = (ALPHA_ALONE, RATE_ALONE) if alone else (ALPHA, training.learning_rate)
-    steps = plan.seconds[name] / training.step / (ALONE if alone and len(training.tune) > 1 else 1)
-    what += [*PACE, "--loss-alpha", alpha, "--learning-rate", rate, "--batch-tokens", BATCH_TOKENS]
-    what += ["--time-limit", f"{plan.seconds[name] / 60:.2f}", "--evaluate-every", max(1, int(steps / EVALUATIONS))]
+    steps = plan.seconds[kind] / training.step / (ALONE if alone and len(training.tune) > 1 else 1)
+    what += ["--loss", loss, *PACE, "--loss-alpha", alpha, "--learning-rate", rate, "--batch-tokens", BATCH_TOKENS]
+    what += ["--time-limit", f"{plan.seconds[kind] / 60:.2f}", "--evaluate-every", max(1, int(steps / EVALUATIONS))]
+    what += ["--seed", seed] if seed else []
     out = places.work / name
     arguments = ("train", model, str(out), *map(str, what), *(["--bf16"] if training.bf16 else []))
-    return Step(name, arguments, plan.seconds[name], out)
+    return Step(name, arguments, plan.seconds[kind], out)
 
 
-def evaluation(options: FitOptions, plan: Plan, places: Places) -> EvaluateOptions:
-    """How the bundles are compared, on lines that nothing was chosen by."""
+def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[EvaluateOptions]:
+    """How the bundles are compared, on lines that nothing was chosen by: once, or for each seed."""
     assert plan.texts is not None
     bundles: list[tuple[Path, tuple[Method, ...]]] = [(places.work / UNTRAINED, ("full", "lossless"))]
     if plan.exit is not None:
         bundles.append((places.work / TRAINED, ("full", "static", "free", "lossless")))
-    return EvaluateOptions(
+    once = EvaluateOptions(
         bundles=tuple(bundles),
         data=places.data("test"),
         output=places.report,
@@ -195,6 +227,21 @@ def evaluation(options: FitOptions, plan: Plan, places: Places) -> EvaluateOptio
         threads=options.threads,
         quality=options.quality or 1.0,
     )
+    if not options.paper or plan.exit is None:
+        return [once]
+    return [
+        replace(
+            once,
+            bundles=tuple((bundle_of(name, seed, places), methods) for name, (_, methods) in COMPARED.items()),
+            calm_models=tuple(
+                str(places.work / f"{name}-{seed}-joint")
+                for name, (_, methods) in COMPARED.items()
+                if "calm" in methods
+            ),
+            output=places.work / f"evaluation-{seed}" if seed else places.report,
+        )
+        for seed in SEEDS
+    ]
 
 
 def fit(options: FitOptions, plan: Plan) -> Verdict:
@@ -206,10 +253,14 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     if options.data is None:
         text = f"{plan.why}; lossless drafts {plan.drafts}, with every token equal"
         return Verdict("neutral", text, f"freeexport serve {shlex.quote(str(options.out))}")
-    found = evaluate(evaluation(options, plan, places))
+    found, *others = map(evaluate, evaluations(options, plan, places))
     bundle, verdict = conclude(found.rows, options, places)
     plan_sheet = Sheet("Plan", ("", ""), tuple(describe_plan(options, plan)))
-    write(found, Story(f"{plan.name}, fitted to {options.data.name}", verdict, (plan_sheet, _tried(steps, done))))
+    compared = [comparison([found, *others])] if others else []
+    sheets = (*compared, plan_sheet, _tried(steps, done))
+    write(found, Story(f"{plan.name}, fitted to {options.data.name}", verdict, sheets))
+    for name, text in (item for sheet in compared for item in written(sheet).items()):
+        write_whole(places.report / name, text)
     with output_directory(places.out, MANIFEST, options.overwrite) as directory:
         shutil.copytree(bundle, directory, copy_function=link_or_copy, dirs_exist_ok=True)
     _mark(places, done, FINISHED, {})
@@ -287,18 +338,25 @@ def _run(steps: Sequence[Step], pending: Sequence[Step], done: dict[str, Any], p
             began = time.monotonic()
             try:
                 with clock.ticking(step.seconds, advance):
-                    output = run_child("freeexport", *_going_on(step, places), show=partial(click.echo, err=True))
+                    said = run_child("freeexport", *_going_on(step, places), variables={BY_PARENT: "1"}, show=_show)
             except ChildError as error:
                 raise FreeExportError(f"{step.name} failed: {error}; {AGAIN}") from None
             except KeyboardInterrupt:
                 click.echo(AGAIN, err=True)
                 raise
+            output = "".join(f"{line}\n" for line in said.splitlines() if not line.startswith(UNASKED))
             click.echo(output, nl=False)
-            if step.name == "calibrate" and places.report.exists():
-                shutil.rmtree(places.report)  # it is of another threshold
+            if step.arguments[0] == "calibrate":
+                for test in (places.report, *places.work.glob("evaluation-*")):
+                    shutil.rmtree(test, ignore_errors=True)  # it is of another threshold
             if places.work.exists():
                 entry = {"arguments": step.arguments, "seconds": time.monotonic() - began, "output": output}
                 _mark(places, done, step.name, entry)
+
+
+def _show(line: str) -> None:
+    if not line.startswith(UNASKED):
+        click.echo(line, err=True)
 
 
 def _going_on(step: Step, places: Places) -> tuple[str, ...]:

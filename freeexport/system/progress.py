@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 
 # Seconds between plain lines, and until the first, so that short work prints nothing.
 EVERY = 30.0
+# In the environment of a process whose parent shows how far all of the work is: nothing is shown here.
+BY_PARENT = "FREEEXPORT_PROGRESS_BY_PARENT"
 
 
 class Advance(Protocol):
@@ -43,6 +46,11 @@ def progress(
         if bar is not None:
             bar.update(task, completed=done)
 
+    bar: Any = None
+    if os.environ.get(BY_PARENT):
+        yield advance
+        return
+
     def write_lines() -> None:
         while not over.wait(EVERY):
             try:
@@ -51,7 +59,6 @@ def progress(
             except (OSError, ValueError):  # nobody reads it any more
                 return
 
-    bar: Any = None
     if sys.stderr is not None and sys.stderr.isatty():
         bar = _bar(seconds_left)
         task = bar.add_task(description, total=total, completed=done)

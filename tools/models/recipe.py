@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 import click
@@ -46,10 +45,3 @@ def convert(model: Path, bundle: Path, options: Sequence[object], calibrate: Seq
     if calibrate and not (bundle / CALIBRATION).exists():
         python("freeexport", "calibrate", bundle, *calibrate)
     return bundle
-
-
-def first_lines(source: Path, count: int, target: Path) -> Path:
-    """Write the first lines of a file to another; its path."""
-    with source.open(encoding="utf-8") as file:
-        target.write_text("".join(islice(file, count)), encoding="utf-8")
-    return target

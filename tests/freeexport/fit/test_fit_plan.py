@@ -125,6 +125,7 @@ def test_a_metric_that_does_not_fit_the_targets_is_refused(options: Options) -> 
         ({"quality": 1.5}, "--quality is 1.5; give a share between 0 and 1, or --lossless"),
         ({"data": Path("missing.jsonl")}, "missing.jsonl: there is no such file"),
         ({"metric": "rouge"}, "'rouge' is no metric"),
+        ({"data": None, "paper": True}, "--paper compares trainings, and there are no data"),
     ],
 )
 def test_options_out_of_range_are_refused(options: Options, change: dict[str, object], problem: str) -> None:

@@ -1,0 +1,127 @@
+"""What `freeexport fit --paper` compares: trainings with the losses of FREE, CALM, static exits and none, of three
+seeds each, in one table with significance.
+
+All trainings begin with one model and take equally long. The quality and speed of a setting are those of all seeds
+together: a line's statistics and seconds are added over seeds, and lines are resampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from freeexport.checkpoints.exit_file import LossName
+from freeexport.measure.evaluate import Evaluation
+from freeexport.measure.quality import RESAMPLES, Row, speed_interval
+from freeexport.measure.settings import Method
+from freeexport.measure.table import Sheet, markdown, plus_minus
+from freeexport.metrics import Metric, bounded, draws
+
+SEEDS = (0, 1, 2)
+# By the name of a training, its loss and the methods that decode its bundle. The first has no exit, so all others are
+# compared with it; "exit" is what `fit` trains elsewhere, with layers of its own, and then the exit alone.
+COMPARED: dict[str, tuple[LossName, tuple[Method, ...]]] = {
+    "plain": ("deep-ce", ("full", "lookup")),
+    "exit": ("logit-kd", ("full", "static", "free", "lossless")),
+    "free": ("kd-dyn", ("full", "static", "free")),
+    "static": ("ce", ("full", "static")),
+    "calm": ("weighted-ce", ("full", "static", "calm")),
+}
+SIGNIFICANT = 0.05
+Name = tuple[str, str, str]  # training, method, threshold
+_LATEX = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "±": r"$\pm$", "<": "$<$", "#": r"\#"})
+
+
+def repeated() -> dict[str, int]:
+    """How often each step of a plan is made."""
+    every, calibrated = len(COMPARED) * len(SEEDS), sum("free" in methods for _, methods in COMPARED.values())
+    counts = {"trained": every, "calibrate": calibrated * len(SEEDS), "evaluate": len(SEEDS)}
+    return {**counts, "joint": every, "exit": len(SEEDS)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting over all seeds: `tables` [n, k] of the metric, one a seed; `seconds` [n] of requests, added over
+    seeds; `exits`: the mean share of tokens."""
+
+    tables: list[np.ndarray]
+    seconds: np.ndarray
+    exits: float
+
+    @classmethod
+    def of(cls, name: Name, found: Sequence[Evaluation]) -> Setting:
+        tables, seconds, exits = [], [], []
+        for one in found:
+            row = _rows(one)[name]
+            lines = one.records[row["bundle"], row["setting"]]
+            texts, known = [turns[0].text for turns in lines.values()], [one.references[line] for line in lines]
+            tables.append(found[0].metrics[0].table(texts, known))
+            seconds.append([np.median([turn.seconds for turn in turns]) for turns in lines.values()])
+            exits.append(row["exit_rate"])
+        return cls(tables, np.sum(seconds, axis=0), float(np.mean(exits)))
+
+
+def _rows(found: Evaluation) -> dict[Name, Row]:
+    """The rows by training, method and threshold, a calibrated one without its number."""
+    named = {}
+    for row in found.rows:
+        at = "calibrated" if row["calibrated"] else "" if row["threshold"] is None else f"{row['threshold']:g}"
+        named[row["bundle"].rpartition("-")[0], row["method"], at] = row
+    return named
+
+
+def comparison(found: Sequence[Evaluation]) -> Sheet:
+    """Tabulate evaluations that differ by the seed of their trainings, of the same lines and settings. Speed and
+    significance are against the full model of the first training; p is two-sided, of a paired bootstrap over lines."""
+    metric, every = found[0].metrics[0], [_rows(one) for one in found]
+    settings = {name: Setting.of(name, found) for name in every[0] if all(name in rows for rows in every)}
+    whole = next(iter(settings.values()))
+    rows = []
+    for (name, method, at), one in settings.items():
+        values = 100 * np.array([metric.of(table) for table in one.tables])
+        values = 100 - values if metric.error else values
+        low, high, p, mark = None, None, "", ""
+        if one is not whole:
+            low, high = speed_interval(one.seconds, whole.seconds)
+            value = p_value(metric, np.sum(one.tables, axis=0), np.sum(whole.tables, axis=0))
+            p, mark = f"{value:.3f}", "*" if value < SIGNIFICANT else ""
+        speed = plus_minus(whole.seconds.sum() / one.seconds.sum(), low, high, 2)
+        quality = f"{values.mean():.2f} ± {values.std(ddof=1):.2f}{mark}"
+        rows.append((name, COMPARED[name][0], f"{method} {at}".strip(), quality, p, f"{one.exits:.0%}", f"{speed}x"))
+    columns = ("training", "loss", "method", f"{metric.shown}, %#", "p#", "exits#", "speed#")
+    facts = (
+        (
+            f"{metric.shown}, %",
+            f"mean and deviation of {len(found)} seeds; *: differs from plain full, p < 0.05",
+        ),
+        ("p", "of that difference, two-sided: paired bootstrap over lines, their statistics added over seeds"),
+        ("speed", "of whole requests, as a multiple of plain full's; ± is half a 95 % interval over lines"),
+    )
+    return Sheet(f"Trainings compared, {len(whole.seconds)} lines", columns, tuple(rows), facts)
+
+
+def p_value(metric: Metric, ours: np.ndarray, others: np.ndarray) -> float:
+    """The two-sided p of a difference between the values of two tables [n, k] of the same lines."""
+    if np.array_equal(ours, others):
+        return 1.0
+    resamples = draws(len(ours), RESAMPLES)
+    pairs = zip(resamples @ ours, resamples @ others, strict=True)
+    differences = np.array([bounded(metric.value(one)) - bounded(metric.value(other)) for one, other in pairs])
+    tail = min((differences <= 0).mean(), (differences >= 0).mean())
+    return float(min(1.0, 2 * max(tail, 1 / (2 * RESAMPLES))))
+
+
+def written(sheet: Sheet) -> dict[str, str]:
+    """Files of a comparison: Markdown, and a table for LaTeX with the package booktabs."""
+    notes = "\n".join(f"- {name}: {text}" for name, text in sheet.facts)
+    form = "".join("r" if name.endswith("#") else "l" for name in sheet.columns)
+    lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in sheet.rows]
+    names = " & ".join(name.rstrip("#").translate(_LATEX) for name in sheet.columns) + r" \\"
+    caption = f"{sheet.title}. " + "; ".join(f"{name}: {text}" for name, text in sheet.facts[1:])
+    latex = [
+        r"\begin{table}\centering", rf"\begin{{tabular}}{{{form}}}", r"\toprule", names, r"\midrule", *lines,
+        r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption.translate(_LATEX)}.}}", r"\end{table}", "",
+    ]  # fmt: skip
+    return {"table.md": f"# {sheet.title}\n\n{markdown(sheet)}\n\n{notes}\n", "table.tex": "\n".join(latex)}
