@@ -1,5 +1,5 @@
-"""What `freeexport fit --paper` compares: trainings with the losses of FREE, CALM, static exits and none, of three
-seeds each, in one table with significance.
+"""Trainings that `freeexport fit --paper` compares: losses of FREE, CALM, static exits and none, of three seeds each,
+in one table with significance.
 
 All trainings begin with one model and take equally long. The quality and speed of a setting are those of all seeds
 together: a line's statistics and seconds are added over seeds, and lines are resampled.
