@@ -23,13 +23,13 @@ class _Attention(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity", "width")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("window", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("input", "past_key", "past_value", "key", "value")),
         *((name, ctypes.c_void_p) for name in ("cross_lengths", "past_lengths", "query_lengths")),
         ("packed", ctypes.c_bool),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
-        ("positions", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("positions", "turned")),
         ("bias", ctypes.c_void_p),
         ("reach", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm")),
@@ -40,7 +40,7 @@ class _Attention(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer; `tables` are those of TABLES that it has. `window` 0 sees all."""
+    """One attention layer; `tables` are those of TABLES that it has. `window` 0 sees all, `softcap` 0 caps nothing."""
 
     heads: int
     kv_heads: int
@@ -48,6 +48,7 @@ class Layer:
     window: int = 0
     tables: dict[str, np.ndarray] = field(default_factory=dict)
     scale: float = 0.2
+    softcap: float = 0.0
 
     @property
     def width(self) -> int:
@@ -76,16 +77,16 @@ class Call:
 
 
 def random_layer(rng: np.random.Generator, heads: int, kv_heads: int, size: int, window: int, kinds: str) -> Layer:
-    """`kinds` has r for rotary positions, b for a bias by distance, n for norms of heads."""
+    """`kinds` has r for rotary positions, p for those of a part of a head, s for capped scores, b for a bias by distance, n for norms of heads."""
     tables = {}
-    if "r" in kinds:
-        angles = rng.standard_normal((POSITIONS, size // 2)).astype(np.float32)
+    if "r" in kinds or "p" in kinds:
+        angles = rng.standard_normal((POSITIONS, size // 2 if "r" in kinds else size // 4 + 1)).astype(np.float32)
         tables |= {"cosine": np.cos(angles), "sine": np.sin(angles)}
     if "b" in kinds:
         tables["bias"] = rng.standard_normal((9, heads)).astype(np.float32)
     if "n" in kinds:
         tables |= {name: rng.standard_normal(size).astype(np.float32) for name in ("query_norm", "key_norm")}
-    return Layer(heads, kv_heads, size, window, tables)
+    return Layer(heads, kv_heads, size, window, tables, softcap=0.5 if "s" in kinds else 0.0)
 
 
 def random_call(
@@ -109,7 +110,8 @@ def attend(instructions: str, layer: Layer, call: Call, packed: bool, library: P
         capacity=call.key.shape[2], scale=layer.scale, window=layer.window, input=rows.ctypes.data,
         past_key=call.key.ctypes.data, past_value=call.value.ctypes.data, key=call.key.ctypes.data,
         value=call.value.ctypes.data, past_lengths=call.past.ctypes.data, query_lengths=call.lengths.ctypes.data,
-        width=layer.width, packed=packed, positions=POSITIONS, reach=8, epsilon=EPSILON, y=y.ctypes.data, **at,
+        width=layer.width, packed=packed, positions=POSITIONS, softcap=layer.softcap,
+        turned=layer.tables["cosine"].shape[1] if "cosine" in at else 0, reach=8, epsilon=EPSILON, y=y.ctypes.data, **at,
     )  # fmt: skip
     problem = function(instructions.encode(), ctypes.byref(given))
     if problem is not None:
@@ -138,6 +140,8 @@ def exact(layer: Layer, call: Call) -> np.ndarray:
             for head in range(layer.heads):
                 group = head // (layer.heads // layer.kv_heads)
                 scores = call.key[b, group, begin : position + 1].astype(np.float64) @ query[head] * layer.scale
+                if layer.softcap:
+                    scores = layer.softcap * np.tanh(scores / layer.softcap)
                 scores += tables["bias"][distance, head] if "bias" in tables else 0
                 weights = np.exp(scores - scores.max())
                 place = slice(head * layer.size, (head + 1) * layer.size)
@@ -153,19 +157,21 @@ def _turned(x: np.ndarray, tables: dict[str, np.ndarray], position: int) -> np.n
     if "cosine" not in tables:
         return x
     cosine, sine = tables["cosine"][position], tables["sine"][position]
-    low, high = np.split(x, 2, axis=-1)
-    return np.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=-1)
+    low, high, rest = np.split(x, [len(cosine), 2 * len(cosine)], axis=-1)
+    return np.concatenate([low * cosine - high * sine, high * cosine + low * sine, rest], axis=-1)
 
 
 LENGTHS = {"past_lengths", "query_lengths", "lengths"}
 
 
 def attention_session(layer: Layer, packed: bool, threads: int = 1, **changes: object) -> ort.InferenceSession:
-    """ONNX Runtime's, with a graph of one CachedAttention whose tables are inputs, too. `changes` are attributes."""
-    attributes = {"window": layer.window, "epsilon": EPSILON, **_attributes(layer, packed), **changes}
+    """ONNX Runtime's, with a graph of one CachedAttention or CappedAttention whose tables are inputs, too. `changes` are attributes."""
+    capped = {"softcap": layer.softcap} if layer.softcap else {}
+    attributes = {"window": layer.window, **capped, "epsilon": EPSILON, **_attributes(layer, packed), **changes}
     inputs = "rows", "past_key", "past_value", "past_lengths", "query_lengths"
     names = [*inputs, *(name if name in layer.tables else "" for name in TABLES)]
-    return one_node("CachedAttention", _types(names), ["y", "key", "value"], {}, names, threads, **attributes)
+    kind = "CappedAttention" if layer.softcap else "CachedAttention"
+    return one_node(kind, _types(names), ["y", "key", "value"], {}, names, threads, **attributes)
 
 
 def cross_session(layer: Layer, packed: bool, threads: int = 1) -> ort.InferenceSession:

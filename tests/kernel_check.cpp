@@ -155,7 +155,7 @@ void try_attention(const std::vector<const Kernels*>& all) {
   Attention a = {};
   a.batch = between(1, 3), a.kv_heads = between(1, 3), a.heads = a.kv_heads * between(1, 5);
   a.size = 16 * between(1, 8), a.capacity = 220, a.scale = 0.2f, a.window = between(0, 1) ? between(1, 150) : 0;
-  a.width = (a.heads + 2 * a.kv_heads) * a.size, a.packed = true, a.positions = 220, a.reach = 9, a.epsilon = 1e-6f;
+  a.width = (a.heads + 2 * a.kv_heads) * a.size, a.packed = true, a.positions = 220, a.turned = between(1, a.size / 2), a.reach = 9, a.epsilon = 1e-6f;
   std::vector<int32_t> past, lengths;
   for (int64_t b = 0; b < a.batch; b++) {
     past.push_back(between(0, 200)), lengths.push_back(between(b == 0, 12));
@@ -163,9 +163,10 @@ void try_attention(const std::vector<const Kernels*>& all) {
   }
   a.past_lengths = past.data(), a.query_lengths = lengths.data();
   const auto rows = floats(a.rows * a.width), keys = floats(a.batch * a.kv_heads * a.capacity * a.size);
-  const auto values = floats(keys.size()), cosine = floats(a.positions * a.size / 2), sine = floats(cosine.size());
+  const auto values = floats(keys.size()), cosine = floats(a.positions * a.turned), sine = floats(cosine.size());
   const auto bias = floats((a.reach + 1) * a.heads), norm = floats(a.size);
   a.input = rows.data();
+  if (between(0, 1)) a.softcap = 3.0f;
   if (between(0, 1)) a.cosine = cosine.data(), a.sine = sine.data();
   if (between(0, 1)) a.bias = bias.data();
   if (between(0, 1)) a.query_norm = a.key_norm = norm.data();

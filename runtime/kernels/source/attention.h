@@ -15,6 +15,7 @@ struct Attention {
   int64_t heads, kv_heads, size, capacity;
   int64_t width;              // of a row of input: (heads + 2 kv_heads) * size, or heads * size of cross-attention
   float scale;
+  float softcap;              // scores become softcap * tanh(score / softcap); 0 for none
   int64_t window;             // newest positions that a row sees, itself included; 0 for all
   const float* input;         // [rows, width]: query, key, value
   const float* past_key;      // [batch, kv_heads, capacity, size], as the next three
@@ -25,9 +26,9 @@ struct Attention {
   const int32_t* past_lengths;   // [batch]: valid positions before the call
   const int32_t* query_lengths;  // [batch]: rows that count
   bool packed;                // rows that count stand side by side; else each sequence has rows / batch of them
-  const float* cosine;        // [positions, size / 2] of rotary halves, or null
+  const float* cosine;        // [positions, turned] of rotary halves, or null
   const float* sine;
-  int64_t positions;
+  int64_t positions, turned;  // pairs of a head that are turned: at most size / 2
   const float* bias;          // [reach + 1, heads] by distance, the last for all that is further; or null
   int64_t reach;
   const float* query_norm;    // [size], or null: each head's own norm

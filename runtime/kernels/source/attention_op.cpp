@@ -1,4 +1,4 @@
-// CachedAttention and CrossAttention as operators of ONNX Runtime.
+// CachedAttention, the same with capped scores, and CrossAttention as operators of ONNX Runtime.
 #include "operators.h"
 
 namespace freeexport {
@@ -11,7 +11,7 @@ enum Output : size_t { kY, kKey, kValue, kOutputs };
 // Of CrossAttention, beside kRows, kPastKey and kPastValue, which are those of the prompt, and kQueryLengths.
 constexpr size_t kCrossLengths = kPastLengths, kCrossInputs = kQueryLengths + 1;
 
-// One CachedAttention or CrossAttention of a session: what it computes, without the tensors.
+// One attention of a session: what it computes, without the tensors.
 struct Kernel {
   const ort::Api* api;
   const Kernels* kernels;
@@ -63,6 +63,15 @@ ort::Status* create_cached(const ort::CustomOp*, const ort::Api* api, const ort:
   return keep(api, kernel, out);
 }
 
+ort::Status* create_capped(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  Kernel kernel;
+  RETURN_IF_ERROR(begin_kernel(api, info, kInputs, &kernel));
+  RETURN_IF_ERROR(read_attributes(info, &kernel));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &kernel.attention.softcap));
+  if (!(kernel.attention.softcap > 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is not above 0");
+  return keep(api, kernel, out);
+}
+
 ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kCrossInputs, &kernel));
@@ -92,7 +101,7 @@ ort::Status* check_shape(const Kernel& kernel, const ort::KernelContext* context
 
 ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* context, Attention* a) {
   int64_t rows[2] = {-1, a->width}, cache[4] = {-1, a->kv_heads, -1, a->size};
-  int64_t tables[2] = {-1, a->size / 2}, bias[2] = {-1, a->heads}, norm[1] = {a->size};
+  int64_t tables[2] = {-1, -1}, bias[2] = {-1, a->heads}, norm[1] = {a->size};
   RETURN_IF_ERROR(check_shape(kernel, context, kRows, "rows", 2, rows));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastKey, "past_key", 4, cache));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastValue, "past_value", 4, cache));
@@ -107,6 +116,8 @@ ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* contex
   a->batch = cache[0];
   a->capacity = cache[2];
   a->positions = tables[0];
+  a->turned = kernel.given[kCosine] ? tables[1] : 0;
+  if (a->turned > a->size / 2) return fail(kernel.api, ort::kInvalidArgument, "cosine is wider than half a head");
   a->reach = bias[0] - 1;
   if (kernel.given[kBias] && a->reach < 0) return fail(kernel.api, ort::kInvalidArgument, "bias has no rows");
   if (!a->packed && (a->batch == 0 ? a->rows != 0 : a->rows % a->batch != 0))
@@ -190,6 +201,13 @@ constexpr ort::CustomOp cached_attention_op() {
   return op;
 }
 
+constexpr ort::CustomOp capped_attention_op() {
+  ort::CustomOp op = cached_attention_op();
+  op.GetName = [](const ort::CustomOp*) { return "CappedAttention"; };
+  op.CreateKernelV2 = create_capped;
+  return op;
+}
+
 constexpr ort::CustomOp cross_attention_op() {
   ort::CustomOp op = common_attention();
   op.GetName = [](const ort::CustomOp*) { return "CrossAttention"; };
@@ -202,6 +220,7 @@ constexpr ort::CustomOp cross_attention_op() {
 
 }  // namespace
 
-constexpr ort::CustomOp kCachedAttentionOp = cached_attention_op(), kCrossAttentionOp = cross_attention_op();
+constexpr ort::CustomOp kCachedAttentionOp = cached_attention_op(), kCappedAttentionOp = capped_attention_op();
+constexpr ort::CustomOp kCrossAttentionOp = cross_attention_op();
 
 }  // namespace freeexport

@@ -30,7 +30,7 @@ inline void put_values(float* to, typename V::Float values) {
 
 // x / sqrt(mean(x^2) + epsilon) * norm, then turned by the position; in place.
 __attribute__((noinline)) void norm_and_turn(const Attention& a, const float* norm, int64_t position, float* x) {
-  const int64_t size = a.size, half = size / 2;
+  const int64_t size = a.size, half = a.turned;
   if (norm != nullptr) {
     const float scale = 1.0f / root(sum_of_squares(x, size) / static_cast<float>(size) + a.epsilon);
     for (int64_t i = 0; i < size; i++) x[i] = (x[i] * scale) * norm[i];
@@ -184,10 +184,22 @@ inline void exponentials(float* x, int64_t count, float* most, float* sum) {
   *sum = sums[0];
 }
 
+// most * tanh(x / most) in place, of at most kPieceRows numbers.
+inline void cap(float* x, int64_t count, float most) {
+  float powers[kPieceRows];
+  for (int64_t t = 0; t < count; t++) powers[t] = (x[t] < 0.0f ? x[t] : -x[t]) * (2.0f / most);
+  exponentials(powers, count);
+  for (int64_t t = 0; t < count; t++) {
+    const float size = most * ((1.0f - powers[t]) / (1.0f + powers[t]));
+    x[t] = x[t] < 0.0f ? -size : size;
+  }
+}
+
 // `begin` is the position of the first key, `position` that of the row.
 inline void scale_and_bias(const Attention& a, int64_t head, int64_t begin, int64_t position, float* scores,
                            int64_t count) {
   for (int64_t t = 0; t < count; t++) scores[t] *= a.scale;
+  if (a.softcap > 0.0f) cap(scores, count, a.softcap);
   if (a.bias == nullptr) return;
   for (int64_t t = 0; t < count; t++) {
     const int64_t distance = position - (begin + t);

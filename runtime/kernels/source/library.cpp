@@ -30,6 +30,7 @@ EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOption
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kPackedLinearOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kPackedRowsOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCachedAttentionOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCappedAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCrossAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kBestTwoOp));
   return api->AddCustomOpDomain(options, domain);

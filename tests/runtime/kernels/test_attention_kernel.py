@@ -25,7 +25,7 @@ if problem := missing():
 layers = st.tuples(
     st.integers(0, 2**32), st.sampled_from([(1, 1), (3, 1), (4, 2), (9, 3), (5, 1), (12, 12)]),
     st.sampled_from([16, 24, 40, 48, 64, 128]), st.sampled_from([0, 1, 5, 30, 100]),
-    st.sampled_from(["", "r", "b", "rn", "n"]),
+    st.sampled_from(["", "r", "b", "rn", "n", "p", "rs"]),
 )  # fmt: skip
 # Contexts of up to four pieces.
 pasts = st.one_of(st.integers(0, 25), st.integers(50, 200))
