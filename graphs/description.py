@@ -6,7 +6,7 @@ checkpoint. Linear weights are [outputs, inputs], as PyTorch stores them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Activation = Literal["relu", "gelu", "gelu-tanh", "silu"]
@@ -42,11 +42,19 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions on halves (not interleaved). `inverse_frequencies` [head_dim / 2], radians per position;
-    `scale` multiplies cosine and sine (YaRN's attention factor)."""
+    """Rotary positions on halves (not interleaved) of a head's first 2 n values, n those of `inverse_frequencies`,
+    radians per position (Phi turns a part of a head, all others the whole). `scale` multiplies cosine and sine (YaRN's
+    attention factor). Where a cache has more than `short` positions, `long` are the frequencies (Phi's longrope)."""
 
     inverse_frequencies: tuple[float, ...]
     scale: float = 1.0
+    long: tuple[float, ...] = ()
+    short: int = 0
+
+    def at(self, capacity: int) -> Rotary:
+        """With the frequencies of a cache of so many positions."""
+        chosen = self.long if self.long and capacity > self.short else self.inverse_frequencies
+        return Rotary(chosen, self.scale)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,9 @@ class RelativeBias:
 @dataclass(frozen=True)
 class Attention:
     """Scaled dot-product attention: query [heads * head_dim, d], key and value [kv_heads * head_dim, d]. `window` is
-    the number of newest positions a query sees, itself included; None is all."""
+    the number of newest positions a query sees, itself included; None is all. With a `softcap` a score becomes
+    softcap * tanh(score / softcap) (Gemma 2). Layers may differ in `rotary` (Gemma 3; none in some of SmolLM3's) and in
+    `window`, not in heads."""
 
     heads: int
     kv_heads: int
@@ -99,6 +109,7 @@ class Attention:
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     window: int | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,8 @@ class MLP:
 @dataclass(frozen=True)
 class Layer:
     """Residual blocks, in this order: self-attention, cross-attention (if any), MLP. The norm of each stands before it
-    (`pre`: x + block(norm(x))), or behind the sum (`post`: norm(x + block(x)), as BART and Marian have it)."""
+    (`pre`: x + block(norm(x))), or behind the sum (`post`: norm(x + block(x)), as BART and Marian have it). Norms of
+    what blocks give, `attention_out` and `mlp_out`, stand before the sum (Gemma 2 and 3 have both)."""
 
     attention_norm: Norm
     attention: Attention
@@ -125,6 +137,8 @@ class Layer:
     cross_norm: Norm | None = None
     cross: Attention | None = None
     order: Literal["pre", "post"] = "pre"
+    attention_out: Norm | None = None
+    mlp_out: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -141,13 +155,15 @@ class Head:
     """logits = scale * norm(adapter(hidden)) W^T + bias. `weight` [vocab, d]; a tied head names the embedding's tensor.
     `norm` None: there is none (BART, Marian). `bias` has vocab values, in one axis or two. Tokens that are `suppressed`
     have the lowest logits (Marian's padding). Trained with an exit vocabulary, the head has the rows of `tokens`,
-    ascending, and as one class more that of `other` [1, d], which stands for all remaining tokens and never exits."""
+    ascending, and as one class more that of `other` [1, d], which stands for all remaining tokens and never exits. With
+    a `softcap` the logits of tokens become softcap * tanh(logit / softcap) (Gemma 2)."""
 
     norm: Norm | None
     weight: str
     scale: float = 1.0
     bias: str | None = None
     suppressed: tuple[int, ...] = ()
+    softcap: float | None = None
     adapter: Adapter | None = None
     tokens: tuple[int, ...] = ()
     other: Linear | None = None
@@ -204,5 +220,19 @@ class Description:
 
     @property
     def attention(self) -> Attention:
-        """Any decoder layer's self-attention: heads and head size are the same in all of them."""
-        return self.decoder.layers[0].attention
+        """A decoder layer's self-attention, with rotary positions if any has: heads and head size are the same in all
+        of them."""
+        attentions = [layer.attention for layer in self.decoder.layers]
+        return next((one for one in attentions if one.rotary), attentions[0])
+
+    def at(self, capacity: int) -> Description:
+        """With the rotary frequencies of a cache of so many positions."""
+
+        def chosen(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+            found = [layer.attention for layer in layers]
+            found = [replace(one, rotary=one.rotary and one.rotary.at(capacity)) for one in found]
+            return tuple(replace(layer, attention=one) for layer, one in zip(layers, found, strict=True))
+
+        decoder = self.decoder
+        layers, own = chosen(decoder.layers), chosen(decoder.exit_layers)
+        return replace(self, decoder=replace(decoder, layers=layers, exit_layers=own))

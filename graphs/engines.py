@@ -46,7 +46,7 @@ class EngineBuilder:
     ) -> None:
         options.check(description)
         check_weights(description, source)
-        self.description, self.options = description, options
+        self.description, self.options = description.at(options.capacity), options
         self._source, self._weights, self._directory = source, weights, directory
         self._rounding = rounding(options.target, options.kernels)
         self._quantizer = Quantizer(weights, self._rounding.scheme, self._rounding.products.own, rounded)

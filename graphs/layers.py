@@ -61,12 +61,19 @@ def decoder_layers(
     stream = Residual(graph, dialect, x)
     for name, layer in zip(names, layers, strict=True):
         attended = dialect.self_attention(stream.read(layer, layer.attention_norm), layer.attention, name)
-        stream.add(layer, layer.attention_norm, project(graph, attended, layer.attention))
+        attended = _normed_out(dialect, project(graph, attended, layer.attention), layer.attention_out)
+        stream.add(layer, layer.attention_norm, attended)
         if layer.cross is not None and layer.cross_norm is not None:
             attended = dialect.cross_attention(stream.read(layer, layer.cross_norm), layer.cross, name)
             stream.add(layer, layer.cross_norm, project(graph, attended, layer.cross))
-        stream.add(layer, layer.mlp_norm, mlp(graph, stream.read(layer, layer.mlp_norm), layer.mlp))
+        mixed = mlp(graph, stream.read(layer, layer.mlp_norm), layer.mlp)
+        stream.add(layer, layer.mlp_norm, _normed_out(dialect, mixed, layer.mlp_out))
     return stream.value()
+
+
+def _normed_out(dialect: Dialect, x: ir.Value, norm: Norm | None) -> ir.Value:
+    """What a block adds to the stream."""
+    return x if norm is None else dialect.norm(x, norm)
 
 
 def encoder_layers(graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], norm: Norm | None) -> ir.Value:
@@ -147,6 +154,7 @@ def head_outputs(
         normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
     normed = graph.to_compute(normed)
     scores = graph.to_float(graph.op("Gemm", [normed, *_weights(graph, head, packed, tokens)], transB=1))
+    scores = _capped(graph, scores, head)
     classes = vocabulary if tokens is None else len(tokens) + (head.other is not None)  # scores [R, classes]
     own = isinstance(dialect, KernelDialect) and confidence != "entropy"
     if isinstance(dialect, KernelDialect) and own:
@@ -225,6 +233,18 @@ def head_bias(head: Head, vocabulary: int, read: Callable[[str], np.ndarray]) ->
     bias = np.zeros(vocabulary, np.float32) if head.bias is None else read(head.bias).reshape(-1).copy()
     bias[list(head.suppressed)] = SUPPRESSED
     return bias
+
+
+def _capped(graph: Graph, scores: ir.Value, head: Head) -> ir.Value:
+    """[R, classes], all but the class of other tokens capped."""
+    if head.softcap is None:
+        return scores
+    limit, other = graph.constant(np.float32(head.softcap)), None
+    if head.other is not None:
+        sizes = graph.constant([len(head.tokens), 1])
+        scores, other = graph.ops("Split", [scores, sizes], 2, axis=1)
+    capped = graph.op("Mul", [graph.op("Tanh", [graph.op("Div", [scores, limit])]), limit])
+    return capped if other is None else graph.op("Concat", [capped, other], axis=1)
 
 
 def _in_whole_vocabulary(graph: Graph, logits: ir.Value, tokens: np.ndarray, classes: int, vocabulary: int) -> ir.Value:

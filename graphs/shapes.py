@@ -34,6 +34,11 @@ SIZES: dict[str, int] = {
     "hidden_size": MAX_WIDTH,
     "d_model": MAX_WIDTH,
     "head_dim": MAX_HEAD_SIZE,
+    "n_layer": MAX_LAYERS,
+    "n_head": MAX_HEADS,
+    "n_embd": MAX_WIDTH,
+    "n_inner": MAX_MLP_WIDTH,
+    "n_positions": MAX_POSITIONS,
     "d_kv": MAX_HEAD_SIZE,
     "intermediate_size": MAX_MLP_WIDTH,
     "d_ff": MAX_MLP_WIDTH,
@@ -52,6 +57,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "layer_norm_epsilon": (0.0, 1.0),
     "max_window_layers": (-1.0, MAX_LAYERS),
     "rope_theta": (1.0, 1e12),
+    "rope_local_base_freq": (1.0, 1e12),
+    "query_pre_attn_scalar": (0.0, 1e6),
+    "attn_logit_softcapping": (0.0, 1e6),
+    "final_logit_softcapping": (0.0, 1e6),
+    **dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier"), (0.0, 1e6)),
+    "logits_scaling": (0.0, 1e6),
     "partial_rotary_factor": (0.0, 1.0),
     "factor": (0.0, 1e6),
     "low_freq_factor": (0.0, 1e6),
@@ -74,7 +85,10 @@ def check_config(config: Mapping[str, Any], required: tuple[str, ...] = ()) -> N
     for name in ROPE:
         if config.get(name) is not None and not isinstance(config[name], Mapping):
             raise _refused(config, name, "it must be an object")
-    for part in (config, *(config.get(name) or {} for name in ROPE)):
+    ropes = [config.get(name) or {} for name in ROPE]
+    # Gemma 3 has those of each kind of layer.
+    ropes += [part for rope in ropes for part in rope.values() if isinstance(part, Mapping)]
+    for part in (config, *ropes):
         for name, most in SIZES.items():
             if part.get(name) is not None and not (type(part[name]) is int and 1 <= part[name] <= most):
                 raise _refused(part, name, f"it must be a whole number from 1 to {most}")
@@ -95,6 +109,12 @@ def check_config(config: Mapping[str, Any], required: tuple[str, ...] = ()) -> N
     layers, kinds = config.get("num_hidden_layers"), config.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or (layers is not None and len(kinds) != layers)):
         raise _refused(config, "layer_types", f"it must name {layers} layers, as num_hidden_layers")
+    turned = config.get("no_rope_layers")
+    if turned is not None and (not isinstance(turned, list) or (layers is not None and len(turned) < layers)):
+        raise _refused(config, "no_rope_layers", f"it must have a value for each of {layers} layers")
+    width = config.get("n_embd")
+    if width and config.get("n_head") and width % config["n_head"]:
+        raise _refused(config, "n_embd", f"it must be a multiple of n_head, {config['n_head']}")
 
 
 def _refused(config: Mapping[str, Any], name: str, wanted: str) -> UnsupportedModelError:
@@ -138,7 +158,8 @@ def check_checkpoint(config: Mapping[str, Any], description: Description, weight
             f"vocab_size is {vocabulary} in the configuration, the embedding has {description.vocab_size} rows; "
             "correct config.json"
         )
-    check_weights(description, weights, config.get("intermediate_size") or config.get("d_ff"))
+    inner = config.get("intermediate_size") or config.get("d_ff") or config.get("n_inner")
+    check_weights(description, weights, inner or (4 * description.hidden_size if "n_inner" in config else None))
 
 
 def weight_names(description: Description, weights: Weights) -> list[str]:
@@ -186,6 +207,7 @@ def _shapes(description: Description, weights: Weights, inner: int | None) -> It
             yield positions.table, (positions.offset + positions.count, width)
     for layer in layers:
         norms += [(norm, width) for norm in (layer.attention_norm, layer.cross_norm, layer.mlp_norm)]
+        norms += [(norm, width) for norm in (layer.attention_out, layer.mlp_out)]
         for attention in filter(None, (layer.attention, layer.cross)):
             queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
             linears += [(attention.query, queries, width), (attention.output, width, queries)]

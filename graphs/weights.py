@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ PAGE, CACHE_LINE, BIG = 4096, 64, 1 << 20
 
 
 class Weights(Protocol):
-    """A checkpoint as the builders see it."""
+    """A checkpoint as the builders see it. Names are those of its tensors, or of views of these."""
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -26,6 +27,50 @@ class Weights(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as float32. Raises where it is missing or holds NaN."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A weight that is made of a checkpoint tensor while it is read: transposed, then the rows from `start` to `stop`
+    (None: to the end), times `factor`, plus `offset`. `str()` is the name that descriptions use."""
+
+    tensor: str
+    transposed: bool = False
+    start: int = 0
+    stop: int | None = None
+    factor: float = 1.0
+    offset: float = 0.0
+
+    def __str__(self) -> str:
+        parts = ["transposed"] if self.transposed else []
+        if self.start or self.stop is not None:
+            parts.append(f"rows={self.start}:{'' if self.stop is None else self.stop}")
+        parts += [f"factor={self.factor!r}"] if self.factor != 1.0 else []
+        parts += [f"offset={self.offset!r}"] if self.offset else []
+        return f"{self.tensor}?{'&'.join(parts)}" if parts else self.tensor
+
+    @classmethod
+    def of(cls, name: str) -> View:
+        """The view of this name; the tensor itself, where the name asks for nothing."""
+        tensor, _, parts = name.partition("?")
+        given = dict(part.partition("=")[::2] for part in parts.split("&"))
+        start, _, stop = given.get("rows", "0:").partition(":")
+        last = int(stop) if stop else None
+        factor, offset = float(given.get("factor", 1.0)), float(given.get("offset", 0.0))
+        return cls(tensor, "transposed" in given, int(start), last, factor, offset)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the view, from that of the tensor."""
+        if self.transposed:
+            shape = shape[::-1]
+        return (len(range(*slice(self.start, self.stop).indices(shape[0]))), *shape[1:])
+
+    def read(self, array: np.ndarray) -> np.ndarray:
+        """The view, from the tensor as float32."""
+        part = (array.T if self.transposed else array)[self.start : self.stop]
+        if self.factor != 1.0:
+            part = part * np.float32(self.factor)
+        return np.ascontiguousarray(part + np.float32(self.offset) if self.offset else part)
 
 
 class WeightFile:

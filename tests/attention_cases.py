@@ -77,7 +77,8 @@ class Call:
 
 
 def random_layer(rng: np.random.Generator, heads: int, kv_heads: int, size: int, window: int, kinds: str) -> Layer:
-    """`kinds` has r for rotary positions, p for those of a part of a head, s for capped scores, b for a bias by distance, n for norms of heads."""
+    """`kinds` has r for rotary positions, p for those of a part of a head, s for capped scores, b for a bias by
+    distance, n for norms of heads."""
     tables = {}
     if "r" in kinds or "p" in kinds:
         angles = rng.standard_normal((POSITIONS, size // 2 if "r" in kinds else size // 4 + 1)).astype(np.float32)
@@ -110,8 +111,8 @@ def attend(instructions: str, layer: Layer, call: Call, packed: bool, library: P
         capacity=call.key.shape[2], scale=layer.scale, window=layer.window, input=rows.ctypes.data,
         past_key=call.key.ctypes.data, past_value=call.value.ctypes.data, key=call.key.ctypes.data,
         value=call.value.ctypes.data, past_lengths=call.past.ctypes.data, query_lengths=call.lengths.ctypes.data,
-        width=layer.width, packed=packed, positions=POSITIONS, softcap=layer.softcap,
-        turned=layer.tables["cosine"].shape[1] if "cosine" in at else 0, reach=8, epsilon=EPSILON, y=y.ctypes.data, **at,
+        width=layer.width, packed=packed, positions=POSITIONS, softcap=layer.softcap, reach=8,
+        turned=layer.tables["cosine"].shape[1] if "cosine" in at else 0, epsilon=EPSILON, y=y.ctypes.data, **at,
     )  # fmt: skip
     problem = function(instructions.encode(), ctypes.byref(given))
     if problem is not None:
@@ -165,7 +166,7 @@ LENGTHS = {"past_lengths", "query_lengths", "lengths"}
 
 
 def attention_session(layer: Layer, packed: bool, threads: int = 1, **changes: object) -> ort.InferenceSession:
-    """ONNX Runtime's, with a graph of one CachedAttention or CappedAttention whose tables are inputs, too. `changes` are attributes."""
+    """ONNX Runtime's, with a graph of one attention whose tables are inputs, too. `changes` are attributes."""
     capped = {"softcap": layer.softcap} if layer.softcap else {}
     attributes = {"window": layer.window, **capped, "epsilon": EPSILON, **_attributes(layer, packed), **changes}
     inputs = "rows", "past_key", "past_value", "past_lengths", "query_lengths"

@@ -69,21 +69,27 @@ def load(directory: Path) -> Any:
 def _llama(
     name: str, exit_layers: tuple[int, ...], model: str = "Llama", legacy_rope: bool = False, **options: Any
 ) -> Case:
-    config = {
+    sizes = {
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
-        "vocab_size": VOCAB_SIZE,
         "num_hidden_layers": exit_layers[-1] + 1,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
+    }
+    config = {
+        **({} if model == "GPT2" else sizes),
+        "vocab_size": VOCAB_SIZE,
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": None,
         **options,
     }
-    blueprint = _Blueprint(name, f"{model}Config", f"{model}ForCausalLM", config, t5=False, legacy_rope=legacy_rope)
+    config_class = "Gemma3TextConfig" if model == "Gemma3" else f"{model}Config"
+    head = "GPT2LMHeadModel" if model == "GPT2" else f"{model}ForCausalLM"
+    blueprint = _Blueprint(name, config_class, head, config, t5=False, legacy_rope=legacy_rope)
     return Case(name, partial(_write, blueprint), exit_layers)
 
 
@@ -156,15 +162,18 @@ def _shapes(blueprint: _Blueprint, config: Any) -> dict[str, tuple[int, ...]]:
 
 def _draw(blueprint: _Blueprint, name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.default_rng(zlib.crc32(f"{blueprint.name}/{name}".encode())).standard_normal(shape)
-    if name in ("model.norm.weight", "decoder.final_layer_norm.weight"):
+    offset = 1 if "Gemma" in blueprint.model_class else 0  # of norms
+    if name in ("model.norm.weight", "decoder.final_layer_norm.weight", "transformer.ln_f.weight"):
         # Random signs: a tied head would otherwise answer every token with itself.
-        value = np.where(noise > 0, 1, -1) * (1 + 0.2 * np.abs(noise))
-    elif name.endswith("norm.weight"):
-        value = 1 + 0.2 * noise
+        value = np.where(noise > 0, 1, -1) * (1 + 0.2 * np.abs(noise)) - offset
+    elif name.endswith("norm.weight") or ".ln_" in name:
+        value = (name.endswith("weight") - offset) + 0.2 * noise
     elif name.endswith(("relative_attention_bias.weight", ".bias")):
         value = noise * (2.0 if "relative" in name else 0.3)
-    elif name in ("shared.weight", "model.embed_tokens.weight", "lm_head.weight"):
+    elif name in ("shared.weight", "model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight"):
         value = noise * _vocabulary_scale(blueprint, name, shape[1])
+    elif name == "transformer.wpe.weight":
+        value = 0.3 * noise * _vocabulary_scale(blueprint, name, shape[1])
     else:
         value = noise * _gain(blueprint, name) / math.sqrt(shape[1])
     return value.astype(np.float32)
@@ -180,13 +189,13 @@ def _vocabulary_scale(blueprint: _Blueprint, name: str, width: int) -> float:
 
 def _gain(blueprint: _Blueprint, name: str) -> float:
     """Standard deviation of a linear layer's outputs over that of its inputs."""
-    if not name.endswith((".o.weight", ".wo.weight", ".o_proj.weight", ".down_proj.weight")):
+    if not name.endswith((".o.weight", ".wo.weight", ".o_proj.weight", ".down_proj.weight", ".c_proj.weight")):
         return 1.3
-    width = blueprint.options["d_model" if blueprint.t5 else "hidden_size"]
+    width = next(blueprint.options[key] for key in ("d_model", "n_embd", "hidden_size") if key in blueprint.options)
     if "EncDecAttention" in name:
         share = CROSS_ATTENTION
     else:
-        share = SELF_ATTENTION if "SelfAttention" in name or "self_attn" in name else MLP
+        share = SELF_ATTENTION if any(part in name for part in ("SelfAttention", "self_attn", ".attn.")) else MLP
     return share * _vocabulary_scale(blueprint, "shared.weight", width)
 
 
@@ -235,7 +244,12 @@ LLAMA3_ROPE = {
 }
 # Few rotations, so that the ramp between the two kinds of frequencies lies inside a small head.
 YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "original_max_position_embeddings": 128}
-LINEAR_ROPE = {"type": "linear", "factor": 2.5}  # the key that checkpoints of 2023 use
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1 + 0.1 * step for step in range(24)],
+    "long_factor": [1 + 2.5 * step for step in range(24)],
+}
 
 CASES: tuple[Case, ...] = (
     _t5("t5-relu-tied", (1, 2, 3), feed_forward_proj="relu", tie_word_embeddings=True),
@@ -256,10 +270,8 @@ CASES: tuple[Case, ...] = (
         rope_scaling=LLAMA3_ROPE,
         legacy_rope=True,
     ),
-    _llama("llama-linear-rope", (1, 2), rope_scaling=LINEAR_ROPE, rope_theta=1e4, legacy_rope=True),
     _llama("llama-yarn-rope", (1, 3), rope_scaling=YARN_ROPE, num_key_value_heads=1, head_dim=32),
     _llama("llama-biases", (1, 2), attention_bias=True, mlp_bias=True),
-    _llama("llama-head-dim", (1, 3), head_dim=32, num_key_value_heads=2),
     _llama(
         "mistral-window",
         (1, 3),
@@ -273,7 +285,64 @@ CASES: tuple[Case, ...] = (
     _llama(
         "qwen2-tied", (1, 2, 3), model="Qwen2", num_key_value_heads=2, tie_word_embeddings=True, intermediate_size=112
     ),
-    _llama("qwen3", (1, 3), model="Qwen3", num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6),
+    _llama(
+        "qwen3",
+        (1, 3),
+        model="Qwen3",
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        use_sliding_window=True,
+        sliding_window=11,
+        max_window_layers=2,
+    ),
+    _llama("smollm3", (1, 3), model="SmolLM3", num_key_value_heads=2, no_rope_layer_interval=2),
+    _llama(
+        "granite",
+        (1, 2),
+        model="Granite",
+        tie_word_embeddings=True,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+        attention_bias=True,
+    ),
+    _llama(
+        "phi3-longrope",
+        (1, 2),
+        model="Phi3",
+        hidden_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        original_max_position_embeddings=512,
+        max_position_embeddings=4096,
+        rope_parameters={**LONG_ROPE, "partial_rotary_factor": 0.75},
+    ),
+    _llama(
+        "gemma2",
+        (1, 3),
+        model="Gemma2",
+        head_dim=32,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        sliding_window=11,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=9.0,
+    ),
+    _llama(
+        "gemma3",
+        (1, 2),
+        model="Gemma3",
+        head_dim=16,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        sliding_window=11,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=20,
+    ),
+    _llama("gpt2", (1, 2), model="GPT2", tie_word_embeddings=True, n_layer=3, n_head=4, n_embd=64, n_positions=512),
 )
 
 BY_NAME = {case.name: case for case in CASES}

@@ -247,7 +247,7 @@ class ExitVocabulary:
 def cut_after(model: Any, layers: int) -> Iterator[None]:
     """The model without the decoder layers after the first `layers`; norm and head stay."""
     stack = model.get_decoder()
-    name = "block" if model.config.is_encoder_decoder else "layers"
+    name = next(name for name in ("block", "layers", "h") if hasattr(stack, name))
     whole = getattr(stack, name)
     setattr(stack, name, whole[:layers])
     try:

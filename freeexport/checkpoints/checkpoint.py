@@ -19,8 +19,9 @@ from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, MergedWeights, r
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
 from freeexport.checkpoints.weight_files import Shape, TensorFile, one_line, read_json, weight_files
 from graphs.errors import UnsupportedModelError
-from graphs.families import supported
+from graphs.families import family_of
 from graphs.shapes import check_config
+from graphs.weights import View
 from runtime.errors import FreeExportError, OptionError
 
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
@@ -99,18 +100,21 @@ class Checkpoint:
         return chosen
 
     def __contains__(self, name: object) -> bool:
-        return name in self.tensors
+        return View.of(str(name)).tensor in self.tensors
 
     def names(self) -> Iterable[str]:
         return self.tensors.keys()
 
     def shape(self, name: str) -> Shape:
-        """Raises CheckpointError when there is no such tensor."""
-        return self._file(name).shapes[name]
+        """Of a tensor, or a view of one. Raises CheckpointError when there is no such tensor."""
+        view = View.of(name)
+        return view.shape(self._file(view.tensor).shapes[view.tensor])
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as float32, in memory of its own. Raises CheckpointError when it is not there or not finite."""
-        array = self._file(name).read(name)
+        """The tensor, or a view of one, as float32 in memory of its own. Raises CheckpointError when it is not there or
+        not finite."""
+        view = View.of(name)
+        array = view.read(self._file(view.tensor).read(view.tensor))
         # NaN survives min and max, so these two see every bad value without a mask of the tensor's size.
         if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
             raise CheckpointError(f"{self.name}: tensor {name} holds NaN or infinity; repair or replace the checkpoint")
@@ -217,10 +221,10 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
 def _check_family(path: Path, name: str) -> dict[str, Any]:
     """Read config.json, whose architecture has a description."""
     stored = read_json(path / "config.json")
-    if (model_type := stored.get("model_type")) not in supported():
-        raise UnsupportedModelError(
-            f"{name}: architecture {str(model_type)[:80]!r} is not supported; supported are {', '.join(supported())}"
-        )
+    try:
+        family_of(stored)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from None
     return stored
 
 

@@ -129,7 +129,7 @@ def read_exit_weights(
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again")
     file = SafetensorsFile(path)
-    shapes = exit_file.shapes(int(config.get("d_model") or config["hidden_size"]))
+    shapes = exit_file.shapes(int(config.get("d_model") or config.get("n_embd") or config["hidden_size"]))
     if exit_file.exit_layers:
         description = describe(config, weights)
         layers = len(description.decoder.layers)

@@ -169,11 +169,14 @@ class KnownTokens(nn.Module):
     def __len__(self) -> int:
         return len(self.vocabulary)
 
-    def logits(self, normed: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, d], and rows [n, d] of the head, and their biases [n] -> [N, n + 1]."""
+    def logits(
+        self, normed: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None, softcap: float | None = None
+    ) -> torch.Tensor:
+        """[N, d], and rows [n, d] of the head, and their biases [n] -> [N, n + 1]: those of tokens capped, if so."""
         weight = torch.cat([rows, self.other.weight.to(rows.dtype)])
         biases = F.pad(self.other.bias, (len(self), 0)) if bias is None else torch.cat([bias, self.other.bias])
-        return F.linear(normed.to(rows.dtype), weight, biases.to(rows.dtype))
+        logits = F.linear(normed.to(rows.dtype), weight, biases.to(rows.dtype))
+        return torch.cat([capped(logits[:, :-1], softcap), logits[:, -1:]], dim=-1) if softcap else logits
 
     def classes(self, tokens: torch.Tensor) -> torch.Tensor:
         """The classes of token ids."""
@@ -184,6 +187,11 @@ class KnownTokens(nn.Module):
         """Logits of all tokens [N, V] -> of the classes [N, n + 1]: the other tokens' probabilities are added up."""
         tail = logits.index_fill(-1, self.vocabulary, float("-inf")).logsumexp(-1, keepdim=True)
         return torch.cat([logits[:, self.vocabulary], tail], dim=-1)
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """softcap * tanh(logits / softcap); the logits themselves where there is none."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def trained_exit(checkpoint: Checkpoint, description: Description) -> tuple[Exit | None, KnownTokens | None]:
@@ -234,14 +242,16 @@ class ExitLayer(nn.Module):
         self.cross = None if layer.cross is None else ExitAttention(layer.cross, read)
         self.mlp_norm = norm_module(layer.mlp_norm, read)
         self.mlp = FeedForward(layer.mlp, read)
+        self.attention_out = norm_module(layer.attention_out, read)
+        self.mlp_out = norm_module(layer.mlp_out, read)
 
     def forward(self, x: torch.Tensor, encoded: Encoded | None, before: list[KeyValue]) -> torch.Tensor:
         """[B, n, d] -> [B, n, d]. `before`: see ExitAttention."""
-        x = self._block(x, self.attention_norm, lambda read: self.attention(read, None, before))
+        x = self._block(x, self.attention_norm, lambda read: self.attention_out(self.attention(read, None, before)))
         if self.cross is not None and self.cross_norm is not None:
             cross = self.cross
             x = self._block(x, self.cross_norm, lambda read: cross(read, encoded))
-        return self._block(x, self.mlp_norm, self.mlp)
+        return self._block(x, self.mlp_norm, lambda read: self.mlp_out(self.mlp(read)))
 
     def _block(self, x: torch.Tensor, norm: nn.Module, block: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         mixed: torch.Tensor = x + block(norm(x)) if self.order == "pre" else norm(x + block(x))
@@ -282,7 +292,7 @@ class ExitAttention(nn.Module):
         before.append((key, value))
         key, value = before[0]
         newest = list(enumerate(before[:0:-1]))[:length]  # by their distance
-        if query.is_cuda and not newest:
+        if query.is_cuda and not newest and one.softcap is None:
             given = mask if bias is None else bias.masked_fill(~mask, float("-inf")).to(value.dtype)
             mixed = F.scaled_dot_product_attention(
                 query, key, value, None if causal else given, is_causal=causal, scale=one.scale
@@ -293,7 +303,7 @@ class ExitAttention(nn.Module):
             for back, (keys, _) in newest:
                 own = (query[:, :, back:] * keys[:, :, : length - back]).sum(-1)
                 scores = scores.diagonal_scatter(own.to(scores.dtype), -back, -2, -1)
-            scores = scores * one.scale
+            scores = capped(scores * one.scale, one.softcap)
             scores = (scores if bias is None else scores + bias).masked_fill(~mask, float("-inf"))
             shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
             mixed = shares @ value
@@ -322,14 +332,15 @@ class ExitAttention(nn.Module):
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """Rotary positions of [B, heads, n, head_dim], in float32."""
-        rotary = self.described.rotary
-        if rotary is None:
+        if self.described.rotary is None:
             return x
+        rotary = self.described.rotary.at(x.shape[2])
         frequencies = torch.tensor(rotary.inverse_frequencies, dtype=torch.float32, device=x.device)
         angles = torch.arange(x.shape[2], device=x.device)[:, None] * frequencies
         cosine, sine = (part(angles).tile(2) * rotary.scale for part in (torch.cos, torch.sin))
-        low, high = x.float().chunk(2, dim=-1)
-        return torch.cat([low, high], -1) * cosine + torch.cat([-high, low], -1) * sine
+        pairs = len(frequencies)
+        low, high, rest = x.float().tensor_split([pairs, 2 * pairs], dim=-1)
+        return torch.cat([torch.cat([low, high], -1) * cosine + torch.cat([-high, low], -1) * sine, rest], -1)
 
 
 class FeedForward(nn.Module):

@@ -16,7 +16,7 @@ from freeexport.checkpoints.examples import Example
 from freeexport.system.progress import progress
 from freeexport.training import losses
 from freeexport.training.batches import Collator, LengthBatches, token_counts
-from freeexport.training.exit_modules import PASSES, Encoded, ExitLayers, KnownTokens
+from freeexport.training.exit_modules import PASSES, Encoded, ExitLayers, KnownTokens, capped
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ENCODER, IGNORED, Outputs, ShallowDeep, SharedHead, exits_of, measures
 
@@ -192,7 +192,7 @@ class FrozenExit(nn.Module):
         self.seq2seq, self.exit, self.known = whole.seq2seq, whole.own, whole.known
         # The norm and the head alone, so that the layers' memory goes back.
         head = whole.head
-        self.head = SharedHead(head.norm, head.linear, head.scale, bias=head.bias).requires_grad_(False)
+        self.head = SharedHead(head.norm, head.linear, head.scale, None, head.bias, head.softcap).requires_grad_(False)
         rows, bias = (None, None) if self.known is None else self.head.rows(self.known.vocabulary)
         self.register_buffer("_rows", None if rows is None else rows.detach(), persistent=False)
         self.register_buffer("_bias", bias, persistent=False)
@@ -254,8 +254,8 @@ class FrozenExit(nn.Module):
     def _logits(self, student: torch.Tensor) -> torch.Tensor:
         """Of all tokens, [R, V], or of the classes of an exit vocabulary."""
         if self.known is not None:
-            return self.known.logits(student, self._rows, self._bias)
-        return functional.linear(student, self.head.weight, self.head.bias)
+            return self.known.logits(student, self._rows, self._bias, self.head.softcap)
+        return capped(functional.linear(student, self.head.weight, self.head.bias), self.head.softcap)
 
     def _log_chances(self, student: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logarithms of probabilities [R, n] of n tokens, and where those of `tokens` [R, m] stand among them; classes,
@@ -275,7 +275,7 @@ class FrozenExit(nn.Module):
         others = torch.randint(size, (_OTHERS,), device=tokens.device)
         others = others[place[others] < 0]
         rows, bias = self.head.rows(torch.cat([needed, others]))
-        logits = functional.linear(student, rows, bias)
+        logits = capped(functional.linear(student, rows, bias), self.head.softcap)
         more = torch.zeros(logits.shape[1], device=logits.device)
         more[len(needed) :] = torch.log(torch.tensor((size - len(needed)) / max(1, len(others))))
         return (logits + more).log_softmax(-1), place[tokens]

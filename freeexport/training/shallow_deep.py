@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
-from freeexport.training.exit_modules import PASSES, Encoded, Exit, ExitLayers, KnownTokens
+from freeexport.training.exit_modules import PASSES, Encoded, Exit, ExitLayers, KnownTokens, capped
 from graphs.description import Description
 from graphs.layers import head_bias
+from graphs.weights import View
 
 if TYPE_CHECKING:
     from runtime.bundle.manifest import ConfidenceMeasure
@@ -26,7 +27,7 @@ IGNORED = -100  # the label of a position that predicts nothing
 
 
 class SharedHead(nn.Module):
-    """logits = scale * dropout(norm(hidden)) W^T + bias [V], with the model's own modules."""
+    """logits = scale * dropout(norm(hidden)) W^T + bias [V], with the model's own modules; capped by `softcap`."""
 
     bias: torch.Tensor | None
 
@@ -37,8 +38,10 @@ class SharedHead(nn.Module):
         scale: float,
         dropout: nn.Module | None = None,
         bias: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
+        self.softcap = softcap
         self.register_buffer("bias", bias, persistent=False)
         self.norm = norm
         self.linear = linear
@@ -62,7 +65,7 @@ class SharedHead(nn.Module):
     def read(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of what `normed` gives, [N, d]."""
         logits: torch.Tensor = self.linear((normed * self.scale).to(self.weight.dtype))
-        return logits if self.bias is None else logits + self.bias
+        return capped(logits if self.bias is None else logits + self.bias, self.softcap)
 
     def rows(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weights [n, d] and biases [n] of some tokens."""
@@ -156,7 +159,8 @@ class ShallowDeep(nn.Module):
         """The exit's logits of what `exit_normed` gives: [N, V], or those of the classes of `known`."""
         if self.known is None:
             return self.head.read(normed)
-        return self.known.logits(normed * self.head.scale, *self.head.rows(self.known.vocabulary))
+        rows = self.head.rows(self.known.vocabulary)
+        return self.known.logits(normed * self.head.scale, *rows, self.head.softcap)
 
     def _run(
         self,
@@ -253,13 +257,21 @@ def measures(
 def shared_head(model: Any, description: Description) -> SharedHead:
     """Final norm and head as the model applies them."""
     head = description.decoder.head
-    norm = nn.Identity() if head.norm is None else model.get_submodule(head.norm.weight.removesuffix(".weight"))
+    norm = (
+        nn.Identity() if head.norm is None else _module(model, View.of(head.norm.weight).tensor.removesuffix(".weight"))
+    )
     # T5's, behind the norm; other decoders have a number of this name, for what stands in their layers.
     dropout = getattr(model.get_decoder(), "dropout", None)
     linear, state = model.get_output_embeddings(), model.state_dict()
     added = head_bias(head, description.vocab_size, lambda name: state[name].float().cpu().numpy())
     bias = torch.from_numpy(added) if added.any() else None
-    return SharedHead(norm, linear, head.scale, dropout if isinstance(dropout, nn.Module) else None, bias)
+    dropout = dropout if isinstance(dropout, nn.Module) else None
+    return SharedHead(norm, linear, head.scale, dropout, bias, head.softcap)
+
+
+def _module(model: Any, name: str) -> Any:
+    """The first GPT-2 checkpoints have the names of the model without a head."""
+    return (model if name.partition(".")[0] in dict(model.named_children()) else model.base_model).get_submodule(name)
 
 
 def layer_list(model: Any) -> tuple[Any, str]:

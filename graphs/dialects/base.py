@@ -112,7 +112,7 @@ def head_norm(graph: Graph, dialect: Dialect, x: ir.Value, norm: Norm | None, he
 
 
 def rotary_tables(graph: Graph, rotary: Rotary, positions: int) -> tuple[ir.Value, ir.Value]:
-    """Cosine and sine of every position, [positions, head_dim / 2]."""
+    """Cosine and sine of every position, [positions, pairs that are turned]."""
     # Angles in float32, as the models were trained and as Hugging Face computes them.
     frequencies = np.asarray(rotary.inverse_frequencies, np.float32)
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None]

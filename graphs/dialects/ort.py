@@ -31,16 +31,22 @@ from runtime.kernels import DOMAIN
 
 
 def fits_head_size(attention: Attention) -> bool:
-    """Whether GroupQueryAttention has a kernel for heads of this size."""
-    return attention.head_dim % _head_step(attention) == 0
+    """Whether GroupQueryAttention has a kernel for heads of this size, and for the part of it that is turned."""
+    return attention.head_dim % _head_step(attention) == 0 and _turned(attention) % 16 == 0
 
 
 def misfit(attention: Attention) -> str:
     """Why heads of this size do not fit."""
+    if (turned := _turned(attention)) % 16:
+        return f"{turned} values of each head are rotated, and the ort dialect's operator needs a multiple of 16"
     return (
         f"attention heads of size {attention.head_dim} do not fit the ort dialect, whose operator needs "
         f"a multiple of {_head_step(attention)}"
     )
+
+
+def _turned(attention: Attention) -> int:
+    return 2 * len(attention.rotary.inverse_frequencies) if attention.rotary else 0
 
 
 def _head_step(attention: Attention) -> int:
@@ -107,6 +113,7 @@ class OrtDialect:
             scale=attention.scale,
             do_rotary=int(attention.rotary is not None),
             local_window_size=attention.window or -1,
+            softcap=attention.softcap or 0.0,
         )
         key_value_outputs(graph, "present", layer, attention, "cache", present)
         return self._flat(out, attention)
@@ -181,8 +188,10 @@ class KernelDialect(OrtDialect):
         norms = (attention.query_norm, attention.key_norm)
         weights = [None if norm is None else graph.weight(norm.weight, dtype=ir.DataType.FLOAT) for norm in norms]
         table = None if bias is None else distance_table(graph, bias)
+        # Another name, so that kernels without caps refuse the graph.
+        capped = {} if attention.softcap is None else {"softcap": attention.softcap}
         out, *present = graph.ops(
-            "CachedAttention",
+            "CappedAttention" if capped else "CachedAttention",
             [rows, *past, call.past_lengths, call.query_lengths, cos, sin, table, *weights],
             3,
             DOMAIN,
@@ -193,6 +202,7 @@ class KernelDialect(OrtDialect):
             window=attention.window or 0,
             packed=int(self._packing is not None),
             epsilon=next((norm.epsilon for norm in norms if norm), 0.0),
+            **capped,
         )
         key_value_outputs(graph, "present", layer, attention, "cache", present)
         return self._typed(out, attention)

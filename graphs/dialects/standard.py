@@ -58,7 +58,11 @@ class StandardDialect:
         )
         if attention.rotary:
             cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows)
-            query, key = (graph.op("RotaryEmbedding", [part, cos, sin, self._positions]) for part in (query, key))
+            turned = 2 * len(attention.rotary.inverse_frequencies)
+            part_of = {"rotary_embedding_dim": turned} if turned < size else {}
+            query, key = (
+                graph.op("RotaryEmbedding", [part, cos, sin, self._positions], **part_of) for part in (query, key)
+            )
         present = [self._extend(f"{layer}.{part}", new, attention) for part, new in (("key", key), ("value", value))]
         mask = self._mask(attention, present[0])
         return self._attend(query, present[0], present[1], mask, attention)
@@ -137,5 +141,6 @@ class StandardDialect:
         self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, attention: Attention
     ) -> ir.Value:
         graph = self.graph
-        out = graph.op("Attention", [query, key, value, mask], scale=attention.scale)
+        capped = {} if attention.softcap is None else {"softcap": attention.softcap}
+        out = graph.op("Attention", [query, key, value, mask], scale=attention.scale, **capped)
         return flat(graph, graph.op("Transpose", [out], perm=[0, 2, 1, 3]), attention.heads * attention.head_dim)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from graphs.description import Description
 from graphs.errors import UnsupportedModelError
-from graphs.families import llama, t5
+from graphs.families import gemma, gpt2, llama, t5
 from graphs.shapes import check_config
 from graphs.weights import Weights
 
-FAMILIES = (t5, llama)
+FAMILIES = (t5, llama, gemma, gpt2)
+# What these fields of a configuration say that no description has.
+_BEYOND = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts"),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), "state-space layers"),
+    **dict.fromkeys(("linear_num_key_heads", "linear_conv_kernel_dim"), "linear attention"),
+    **dict.fromkeys(("vision_config", "audio_config"), "other inputs than text"),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), "latent attention"),
+}
 
 
 def supported() -> list[str]:
@@ -19,11 +29,25 @@ def supported() -> list[str]:
     return sorted(model_type for family in FAMILIES for model_type in family.MODEL_TYPES)
 
 
+def family_of(config: Mapping[str, Any]) -> ModuleType:
+    """The file of a configuration's family. UnsupportedModelError where there is none, or a field asks for what no
+    description has."""
+    model_type = str(config.get("model_type"))[:80]
+    field = next((name for name in _BEYOND if config.get(name)), None)
+    found = next((family for family in FAMILIES if model_type in family.MODEL_TYPES), None)
+    if found is not None and field is None:
+        return found
+    reason = "" if field is None else f" ({field}: {_BEYOND[field]})"
+    near = difflib.get_close_matches(model_type, supported(), 3, 0.5) if found is None else []
+    nearest = f"the nearest are {', '.join(near)}; " if near else ""
+    raise UnsupportedModelError(
+        f"architecture {model_type!r}{reason} is not supported; {nearest}supported are {', '.join(supported())}"
+    )
+
+
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     """The description of a checkpoint. UnsupportedModelError names what is not supported, or out of range."""
-    model_type = config.get("model_type")
-    for family in FAMILIES:
-        if model_type in family.MODEL_TYPES:
-            check_config(config, family.REQUIRED)
-            return family.describe(config, weights)
-    raise UnsupportedModelError(f"architecture {model_type!r} is not supported; supported are {', '.join(supported())}")
+    family = family_of(config)
+    check_config(config, family.REQUIRED)
+    described: Description = family.describe(config, weights)
+    return described

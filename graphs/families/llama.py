@@ -1,84 +1,90 @@
-"""Llama and its kin: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3; and rotary frequencies with the scaling rules that
-checkpoints name in `rope_parameters` or `rope_scaling` (RoFormer, arXiv 2104.09864; YaRN, arXiv 2309.00071; the
-frequency bands of the Llama 3.1 model card)."""
+"""Llama and its kin: Llama 2 and 3, SmolLM2, SmolLM3, Mistral, Qwen2, Qwen3, Granite, Phi-3 and Phi-4-mini. Differences
+stand where they are read."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from graphs.description import (
-    ACTIVATIONS,
-    MLP,
-    Attention,
-    Decoder,
-    Description,
-    Embedding,
-    Head,
-    Layer,
-    Linear,
-    Norm,
-    Rotary,
-)
+from graphs.description import ACTIVATIONS, MLP, Attention, Decoder, Description, Embedding, Head, Layer, Linear, Norm
 from graphs.errors import UnsupportedModelError
-from graphs.shapes import positive, vocabulary_size
-from graphs.weights import Weights
+from graphs.families.rotary import rotary
+from graphs.shapes import vocabulary_size
+from graphs.weights import View, Weights
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
 REQUIRED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings", "rms_norm_eps")
 EMBEDDING = "model.embed_tokens.weight"
 
 
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:
-    if str(config.get("hidden_act", "silu")) not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"hidden_act {config['hidden_act']!r} is not supported; known are {list(ACTIVATIONS)}"
-        )
-    head = Head(_norm(config, "model.norm"), EMBEDDING if config.get("tie_word_embeddings") else "lm_head.weight")
+    head = Head(
+        norm(config, "model.norm"),
+        EMBEDDING if config.get("tie_word_embeddings") else "lm_head.weight",
+        scale=1.0 / float(config.get("logits_scaling") or 1.0),  # Granite's
+    )
+    embedding = Embedding(EMBEDDING, scale=float(config.get("embedding_multiplier") or 1.0))
+    layers = tuple(decoder_layer(config, weights, number) for number in range(config["num_hidden_layers"]))
+    return description(config, weights, embedding, layers, head)
+
+
+def description(
+    config: Mapping[str, Any], weights: Weights, embedding: Embedding, layers: tuple[Layer, ...], head: Head
+) -> Description:
+    """The whole of it, for Llama and for the families that build on it."""
     width = int(config["hidden_size"])
-    layers = tuple(_layer(config, weights, number) for number in range(config["num_hidden_layers"]))
     return Description(
         family="llama",
         vocab_size=vocabulary_size(weights, EMBEDDING, width),
         hidden_size=width,
-        decoder=Decoder(Embedding(EMBEDDING), layers, head, max_positions=int(config["max_position_embeddings"])),
+        decoder=Decoder(embedding, layers, head, max_positions=int(config["max_position_embeddings"])),
     )
 
 
-def _layer(config: Mapping[str, Any], weights: Weights, number: int) -> Layer:
+def decoder_layer(config: Mapping[str, Any], weights: Weights, number: int) -> Layer:
+    """Layer `number`, from 0."""
     name = f"model.layers.{number}"
+    activation = str(config.get("hidden_act", "silu"))
+    if activation not in ACTIVATIONS:
+        raise UnsupportedModelError(f"hidden_act {activation!r} is not supported; known are {list(ACTIVATIONS)}")
+    if config["model_type"] == "phi3":
+        inner = int(config["intermediate_size"])
+        gate, up = _rows_of(f"{name}.mlp.gate_up_proj.weight", inner)
+    else:
+        gate, up = (_linear(weights, f"{name}.mlp.{part}_proj") for part in ("gate", "up"))
     return Layer(
-        attention_norm=_norm(config, f"{name}.input_layernorm"),
+        attention_norm=norm(config, f"{name}.input_layernorm"),
         attention=_attention(config, weights, number, f"{name}.self_attn"),
-        mlp_norm=_norm(config, f"{name}.post_attention_layernorm"),
-        mlp=MLP(
-            activation=ACTIVATIONS[config.get("hidden_act", "silu")],
-            gate=_linear(weights, f"{name}.mlp.gate_proj"),
-            up=_linear(weights, f"{name}.mlp.up_proj"),
-            down=_linear(weights, f"{name}.mlp.down_proj"),
-        ),
+        mlp_norm=norm(config, f"{name}.post_attention_layernorm"),
+        mlp=MLP(ACTIVATIONS[activation], up, _output(config, weights, f"{name}.mlp.down_proj"), gate),
     )
 
 
 def _attention(config: Mapping[str, Any], weights: Weights, number: int, name: str) -> Attention:
     heads = int(config["num_attention_heads"])
+    kv_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    normed = config["model_type"] == "qwen3"
+    model_type = config["model_type"]
+    if model_type == "phi3":
+        parts = _rows_of(f"{name}.qkv_proj.weight", heads * head_dim, kv_heads * head_dim)
+    else:
+        parts = [_linear(weights, f"{name}.{part}_proj") for part in "qkv"]
+    normed = model_type in ("qwen3", "gemma3_text")
+    turned = config["no_rope_layers"][number] if config.get("no_rope_layers") else True  # SmolLM3's
+    # A kind of layer has rotary positions of its own in Gemma 3.
+    kind = config["layer_types"][number] if model_type == "gemma3_text" else ""
     return Attention(
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
+        kv_heads=kv_heads,
         head_dim=head_dim,
-        scale=head_dim**-0.5,
-        query=_linear(weights, f"{name}.q_proj"),
-        key=_linear(weights, f"{name}.k_proj"),
-        value=_linear(weights, f"{name}.v_proj"),
-        output=_linear(weights, f"{name}.o_proj"),
-        rotary=rotary(config, head_dim),
-        query_norm=_norm(config, f"{name}.q_norm") if normed else None,
-        key_norm=_norm(config, f"{name}.k_norm") if normed else None,
+        scale=float(config.get("attention_multiplier") or head_dim**-0.5),  # Granite's
+        query=parts[0],
+        key=parts[1],
+        value=parts[2],
+        output=_output(config, weights, f"{name}.o_proj"),
+        rotary=rotary(config, head_dim, model_type == "phi3", kind) if turned else None,
+        query_norm=norm(config, f"{name}.q_norm") if normed else None,
+        key_norm=norm(config, f"{name}.k_norm") if normed else None,
         window=_window(config, number),
     )
 
@@ -99,71 +105,20 @@ def _linear(weights: Weights, name: str) -> Linear:
     return Linear(f"{name}.weight", bias if bias in weights else None)
 
 
-def _norm(config: Mapping[str, Any], name: str) -> Norm:
-    return Norm(f"{name}.weight", float(config["rms_norm_eps"]))
+def _rows_of(name: str, *sizes: int) -> list[Linear]:
+    """The layers whose weights stand in one tensor (Phi), of these sizes and what is left."""
+    ends = [sum(sizes[:count]) for count in range(len(sizes) + 1)]
+    return [Linear(str(View(name, start=a, stop=b))) for a, b in zip(ends, [*ends[1:], None], strict=True)]
 
 
-def rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
-    """The rotary positions of a configuration. UnsupportedModelError where the scaling rule is unknown."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UnsupportedModelError("partial rotary positions (partial_rotary_factor != 1) are not supported")
-    if str(kind) not in RULES:
-        raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; known are {', '.join(sorted(RULES))}")
-    if head_dim % 2:
-        raise UnsupportedModelError(f"attention heads of size {head_dim} cannot be rotated; head_dim must be even")
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / (np.float32(theta) ** exponents)).astype(np.float32)
-    what = f"rope scaling {kind!r}"
-    try:
-        with np.errstate(all="ignore"):
-            scaled, scale = RULES[kind](frequencies, {"rope_theta": theta, **rope}, config)
-    except KeyError as error:
-        raise UnsupportedModelError(f"{what} has no {error.args[0]}; add it to config.json") from None
-    return Rotary(positive(tuple(map(float, scaled)), what), scale)
+def _output(config: Mapping[str, Any], weights: Weights, name: str) -> Linear:
+    """A block's last layer, whose weights take Granite's multiplier of what is added to the residual stream."""
+    plain, factor = _linear(weights, name), float(config.get("residual_multiplier") or 1.0)
+    bias = plain.bias and str(View(plain.bias, factor=factor))
+    return Linear(str(View(plain.weight, factor=factor)), bias)
 
 
-def _llama3(frequencies: np.ndarray, rope: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[np.ndarray, float]:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    factor, low, high = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = float(rope["original_max_position_embeddings"]) * frequencies / np.float32(2 * math.pi)
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return ((1 - blend) * frequencies / factor + blend * frequencies).astype(np.float32), 1.0
-
-
-def _yarn(frequencies: np.ndarray, rope: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[np.ndarray, float]:
-    """Frequencies that turn often within the original context are kept, slow ones stretched, a ramp between."""
-    factor = float(rope["factor"])
-    original = float(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
-    pairs, base = len(frequencies), float(rope["rope_theta"])
-
-    def pair_of(rotations: float) -> float:
-        return pairs * math.log(original / (rotations * 2 * math.pi)) / math.log(base)
-
-    low, high = pair_of(float(rope.get("beta_fast") or 32)), pair_of(float(rope.get("beta_slow") or 1))
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * pairs - 1)
-    ramp = np.clip((np.arange(pairs, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
-    return (frequencies * (1 - ramp) + frequencies / factor * ramp).astype(np.float32), _yarn_scale(factor, rope)
-
-
-def _yarn_scale(factor: float, rope: Mapping[str, Any]) -> float:
-    def grown(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return grown(float(rope["mscale"])) / grown(float(rope["mscale_all_dim"]))
-    return grown(1.0)
-
-
-RULES: dict[str, Callable[[np.ndarray, Mapping[str, Any], Mapping[str, Any]], tuple[np.ndarray, float]]] = {
-    "default": lambda frequencies, rope, config: (frequencies, 1.0),
-    "linear": lambda frequencies, rope, config: (frequencies / np.float32(rope["factor"]), 1.0),
-    "llama3": _llama3,
-    "yarn": _yarn,
-}
+def norm(config: Mapping[str, Any], name: str) -> Norm:
+    """Gemma's weights are what is added to 1."""
+    offset = 1.0 if config["model_type"].startswith("gemma") else 0.0
+    return Norm(str(View(f"{name}.weight", offset=offset)), float(config["rms_norm_eps"]))

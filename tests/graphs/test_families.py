@@ -15,6 +15,7 @@ from graphs.description import Description, Encoder
 from graphs.errors import UnsupportedModelError
 from graphs.families import describe, supported
 from graphs.shapes import ROPE, SIZES, check_checkpoint
+from graphs.weights import View
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -44,6 +45,7 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
+GPT2 = ("n_layer", "n_head", "n_embd", "n_positions", "layer_norm_epsilon")
 T5 = {
     "model_type": "t5",
     "d_model": 64,
@@ -68,8 +70,8 @@ def weights_of(description: Description) -> set[str]:
     found: set[str] = set()
 
     def visit(value: Any) -> None:
-        if isinstance(value, str) and value.endswith((".weight", ".bias")):
-            found.add(value)
+        if isinstance(value, str) and View.of(value).tensor.endswith((".weight", ".bias")):
+            found.add(View.of(value).tensor)
         elif isinstance(value, tuple):
             for item in value:
                 visit(item)
@@ -92,7 +94,7 @@ def test_a_description_names_every_weight_of_the_checkpoint(case: Case, checkpoi
     assert (description.decoder.head.weight == description.decoder.embedding.table) == config["tie_word_embeddings"]
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", None])
+@pytest.mark.parametrize("model_type", ["gptj", None])
 def test_another_architecture_or_option_is_refused_with_those_supported(model_type: str | None) -> None:
     with pytest.raises(UnsupportedModelError) as refused:
         describe({"model_type": model_type}, Names())
@@ -101,7 +103,26 @@ def test_another_architecture_or_option_is_refused_with_those_supported(model_ty
     assert "quick_gelu" in refusal(llama, hidden_act="quick_gelu")
     assert "longrope" in refusal(llama, rope_scaling={"rope_type": "longrope"})
     assert "gated-swiglu" in refusal(t5, feed_forward_proj="gated-swiglu")
-    assert supported() == ["llama", "longt5", "mistral", "mt5", "qwen2", "qwen3", "t5", "umt5"]
+    assert {"gemma", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "phi3", "smollm3"} <= set(supported())
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "'qwen3_moe' (num_experts: a mixture of experts)"),
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "the nearest are qwen3"),
+        ({**LLAMA, "num_local_experts": 4}, "'llama' (num_local_experts: a mixture of experts) is not supported"),
+        ({**LLAMA, "rope_scaling": {"rope_type": "proportional"}}, "rope scaling 'proportional'"),
+        ({**LLAMA, "model_type": "phi3", "intermediate_size": 96, "partial_rotary_factor": 0.01}, "0 of 16 values"),
+        ({**LLAMA, "model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers is [1]"),
+        ({**LLAMA, "model_type": "gemma3_text", "head_dim": 16, "use_bidirectional_attention": True}, "bidirectional"),
+        ({"model_type": "gpt2", **dict.fromkeys(GPT2, 1), "scale_attn_weights": False}, "scale_attn_weights False"),
+    ],
+)
+def test_what_is_beyond_a_description_is_refused_by_its_field(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnsupportedModelError) as refused:
+        describe(config, Names())
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from graphs.errors import UnsupportedModelError
-from graphs.families.llama import rotary
+from graphs.families.rotary import rotary
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -65,6 +66,27 @@ def test_keys_of_older_checkpoints_mean_the_same(scaling: dict[str, Any] | None)
 
 
 @pytest.mark.parametrize("where", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}])
-def test_partial_rotary_positions_are_refused(where: dict[str, Any]) -> None:
+def test_partial_rotary_positions_are_for_families_that_have_them(where: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError, match="partial_rotary_factor"):
         rotary(where, 64)
+    whole, half = rotary({}, 32), rotary(where, 64, partial=True)
+    assert half == whole
+
+
+def test_longrope_has_frequencies_for_short_and_for_long_contexts() -> None:
+    lists = {"short_factor": [1 + 0.01 * n for n in range(24)], "long_factor": [1 + 3.5 * n for n in range(24)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, **lists}
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "original_max_position_embeddings": 4096}
+    config = Phi3Config(**sizes, max_position_embeddings=131072, rope_parameters=rope, pad_token_id=None)
+    theirs, ours = Phi3RotaryEmbedding(config), rotary(config.to_dict(), 64, partial=True)
+    for capacity in (4096, 4097):
+        theirs(torch.zeros(1), torch.arange(capacity)[None])
+        np.testing.assert_allclose(ours.at(capacity).inverse_frequencies, theirs.inv_freq.numpy(), rtol=2e-6)
+    assert ours.scale == pytest.approx(theirs.attention_scaling)
+    assert "24 numbers" in refused({**config.to_dict(), "rope_parameters": {**rope, "long_factor": [1.0]}})
+
+
+def refused(config: dict[str, Any]) -> str:
+    with pytest.raises(UnsupportedModelError) as error:
+        rotary(config, 64, partial=True)
+    return str(error.value)
