@@ -53,7 +53,7 @@ def with_exit(description: Description, weights: Weights) -> Description:
 
 
 def adapter_epsilon(description: Description) -> float:
-    """That of the adapter's norm, an RMS norm of its own."""
+    """Epsilon of the adapter's norm, an RMS norm of its own."""
     return (description.decoder.head.norm or description.decoder.layers[-1].mlp_norm).epsilon
 
 

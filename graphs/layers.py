@@ -37,7 +37,7 @@ class Residual:
         return self.graph.to_compute(normed)
 
     def read(self, layer: Layer, norm: Norm) -> ir.Value:
-        """What a layer's block that has this norm reads, in the compute type."""
+        """Input of a layer's block that has this norm, in the compute type."""
         return self.normed(norm) if layer.order == "pre" else self.graph.to_compute(self.value())
 
     def add(self, layer: Layer, norm: Norm, delta: ir.Value) -> None:
@@ -72,7 +72,7 @@ def decoder_layers(
 
 
 def _normed_out(dialect: Dialect, x: ir.Value, norm: Norm | None) -> ir.Value:
-    """What a block adds to the stream."""
+    """Norm of a block's output, if any."""
     return x if norm is None else dialect.norm(x, norm)
 
 
@@ -229,7 +229,7 @@ def _weights(graph: Graph, head: Head, packed: bool, tokens: np.ndarray | None) 
 
 
 def head_bias(head: Head, vocabulary: int, read: Callable[[str], np.ndarray]) -> np.ndarray:
-    """What is added to the logits, float32 [vocab]: suppressed tokens get so little that no other token gets less."""
+    """Biases of the logits, float32 [vocab]: suppressed tokens get so little that no other token gets less."""
     bias = np.zeros(vocabulary, np.float32) if head.bias is None else read(head.bias).reshape(-1).copy()
     bias[list(head.suppressed)] = SUPPRESSED
     return bias

@@ -60,7 +60,7 @@ class View:
         return cls(tensor, "transposed" in given, int(start), last, factor, offset)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the view, from that of the tensor."""
+        """Shape of the view, from that of the tensor."""
         if self.transposed:
             shape = shape[::-1]
         return (len(range(*slice(self.start, self.stop).indices(shape[0]))), *shape[1:])

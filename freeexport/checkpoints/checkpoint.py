@@ -106,7 +106,7 @@ class Checkpoint:
         return self.tensors.keys()
 
     def shape(self, name: str) -> Shape:
-        """Of a tensor, or a view of one. Raises CheckpointError when there is no such tensor."""
+        """Shape of a tensor, or of a view of one. Raises CheckpointError when there is no such tensor."""
         view = View.of(name)
         return view.shape(self._file(view.tensor).shapes[view.tensor])
 

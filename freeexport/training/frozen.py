@@ -252,7 +252,7 @@ class FrozenExit(nn.Module):
         return loss
 
     def _logits(self, student: torch.Tensor) -> torch.Tensor:
-        """Of all tokens, [R, V], or of the classes of an exit vocabulary."""
+        """Logits of all tokens, [R, V], or of the classes of an exit vocabulary."""
         if self.known is not None:
             return self.known.logits(student, self._rows, self._bias, self.head.softcap)
         return capped(functional.linear(student, self.head.weight, self.head.bias), self.head.softcap)

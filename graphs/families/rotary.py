@@ -19,7 +19,7 @@ Values = Mapping[str, Any]
 
 
 def rotary(config: Values, head_dim: int, partial: bool = False, kind_of_layer: str = "") -> Rotary:
-    """The rotary positions of a configuration, of layers of this kind where kinds have their own. `partial`: whether
+    """Rotary positions of a configuration, of layers of this kind where kinds have their own. `partial`: whether
     the family may turn a part of each head. UnsupportedModelError where the scaling rule is unknown."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     rope = rope.get(kind_of_layer) or rope
@@ -30,7 +30,7 @@ def rotary(config: Values, head_dim: int, partial: bool = False, kind_of_layer: 
     share = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
     if share != 1.0 and not partial:
         raise UnsupportedModelError(
-            f"partial rotary positions (partial_rotary_factor {share:g}) are not supported for {config.get('model_type')}"
+            f"partial_rotary_factor is {share:g}; positions of a part of a head are not supported for this model_type"
         )
     if str(kind) not in RULES:
         raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; known are {', '.join(sorted(RULES))}")
