@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -59,7 +61,7 @@ class StandardDialect:
         if attention.rotary:
             cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows)
             turned = 2 * len(attention.rotary.inverse_frequencies)
-            part_of = {"rotary_embedding_dim": turned} if turned < size else {}
+            part_of: dict[str, Any] = {"rotary_embedding_dim": turned} if turned < size else {}
             query, key = (
                 graph.op("RotaryEmbedding", [part, cos, sin, self._positions], **part_of) for part in (query, key)
             )
@@ -141,6 +143,6 @@ class StandardDialect:
         self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, attention: Attention
     ) -> ir.Value:
         graph = self.graph
-        capped = {} if attention.softcap is None else {"softcap": attention.softcap}
+        capped: dict[str, Any] = {} if attention.softcap is None else {"softcap": attention.softcap}
         out = graph.op("Attention", [query, key, value, mask], scale=attention.scale, **capped)
         return flat(graph, graph.op("Transpose", [out], perm=[0, 2, 1, 3]), attention.heads * attention.head_dim)
