@@ -49,7 +49,7 @@ ADVICE = {
     "previous_response_id": "nothing is stored, send the whole conversation",
     "functions": "use tools",
     "function_call": "use tool_choice",
-    "tools": "use chat completions",
+    "tools": "use chat completions or responses",
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "use structured_outputs"),
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses: text in, text out, whole or as events. Nothing is stored, and there are no tools."""
+"""OpenAI's /v1/responses: text in, text and calls of functions out, whole or as events. Nothing is stored."""
 
 from __future__ import annotations
 
@@ -14,23 +14,45 @@ from freeexport.serving.protocol import (
     CompletionRequest,
     Count,
     Free,
+    Function,
+    FunctionCall,
     JsonSchema,
     Message,
+    Named,
     Part,
     ResponseFormat,
     StreamOptions,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    invalid,
     unsupported,
 )
 from freeexport.serving.replies import Reply, usage
+from freeexport.serving.tools import CallReader
 from runtime import GenerationResult, Session, Token
 
 TEXTS = ("input_text", "output_text", "text")
 
 
-class InputItem(msgspec.Struct):
-    role: str
-    content: str | list[Part]
-    type: Literal["message"] = "message"
+class InputItem(msgspec.Struct, kw_only=True):
+    """A message, a call that an answer had, or what the function gave."""
+
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    role: str = ""
+    content: str | list[Part] | None = None
+    call_id: str = ""
+    name: str = ""
+    arguments: str = ""
+    output: str | list[Part] | None = None
+
+
+class FunctionTool(Function, kw_only=True):
+    type: Literal["function"]
+
+
+class FunctionChoice(Named):
+    type: Literal["function"]
 
 
 class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -54,6 +76,9 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     top_p: float | None = None
     stream: bool = False
     text: Text = msgspec.field(default_factory=Text)
+    tools: Annotated[list[FunctionTool], msgspec.Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool = True
     user: str | None = None
     free: Free = msgspec.field(default_factory=Free)
 
@@ -63,7 +88,15 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
         if isinstance(self.input, str):
             messages.append(Message("user", self.input))
         else:
-            messages += [_message(item, f"input[{number}]") for number, item in enumerate(self.input)]
+            for number, item in enumerate(self.input):
+                _add(messages, item, f"input[{number}]")
+        tools = [
+            Tool(
+                type="function", function=Function(**{name: getattr(tool, name) for name in Function.__struct_fields__})
+            )
+            for tool in self.tools or ()
+        ]
+        chosen = self.tool_choice
         form = self.text.format
         schema = JsonSchema(name=form.name, schema=form.schema) if form.type == "json_schema" else None
         return ChatRequest(
@@ -75,18 +108,34 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
             stream=self.stream,
             stream_options=StreamOptions(include_usage=True) if self.stream else None,
             response_format=ResponseFormat(type=form.type, json_schema=schema),
+            tools=tools or None,
+            tool_choice=ToolChoice("function", chosen) if isinstance(chosen, FunctionChoice) else chosen,
+            parallel_tool_calls=self.parallel_tool_calls,
             user=self.user,
             free=self.free,
         )
 
 
-def _message(item: InputItem, where: str) -> Message:
-    if isinstance(item.content, str):
-        return Message(item.role, item.content)
-    for number, part in enumerate(item.content):
+def _add(messages: list[Message], item: InputItem, where: str) -> None:
+    """Add an item to a chat: calls of one answer are of one message. Raises ApiError for a part that is no text."""
+    if item.type == "function_call":
+        if not (messages and messages[-1].role == "assistant"):
+            messages.append(Message("assistant", ""))
+        call = ToolCall(FunctionCall(item.name, item.arguments), item.call_id)
+        messages[-1].tool_calls = [*(messages[-1].tool_calls or ()), call]
+        return
+    name = "output" if item.type == "function_call_output" else "content"
+    content = getattr(item, name)
+    if content is None:
+        raise invalid(f"{where}.{name}", f"{where}.{name} is missing; give a text")
+    for number, part in enumerate(() if isinstance(content, str) else content):
         if part.type not in TEXTS or part.text is None:
-            raise unsupported(f"{where}.content[{number}].type", "this model reads text", f" {part.type[:40]!r}")
-    return Message(item.role, "".join(part.text or "" for part in item.content))
+            raise unsupported(f"{where}.{name}[{number}].type", "this model reads text", f" {part.type[:40]!r}")
+    text = content if isinstance(content, str) else "".join(part.text or "" for part in content)
+    if name == "output":
+        messages.append(Message("tool", text, tool_call_id=item.call_id or None))
+    else:
+        messages.append(Message(item.role, text))
 
 
 class ResponseReply(Reply):
@@ -98,8 +147,10 @@ class ResponseReply(Reply):
         self, session: Session, model: str, chat: ChatRequest | CompletionRequest, asked: ResponseRequest
     ) -> None:
         super().__init__(session, model, chat)
-        self.id, self._item = (f"{kind}_{secrets.token_hex(12)}" for kind in ("resp", "msg"))
+        self.id = f"resp_{secrets.token_hex(12)}"
         self._asked, self._number = asked, 0
+        self._reader = None if self._form is None else CallReader(self._form)
+        self._items = list[dict[str, Any]]()  # the output so far; the last one is open
 
     def encode(self, data: Any) -> bytes:
         """Return events as they are sent, numbered."""
@@ -115,44 +166,69 @@ class ResponseReply(Reply):
         return self.encode([{"type": "error", **{name: found[name] for name in ("code", "message", "param")}}])
 
     def whole(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
+        self._take(results[0].text, results[0])
         return self._response(results[0], prompts)
 
     def opening(self, index: int) -> Any:
         begun = self._response(None, ())
-        return [
-            {"type": "response.created", "response": begun},
-            {"type": "response.in_progress", "response": begun},
-            {"type": "response.output_item.added", "output_index": 0, "item": self._message(None)},
-            {"type": "response.content_part.added", **self._place, "part": self._part("")},
-        ]
+        return [{"type": f"response.{kind}", "response": begun} for kind in ("created", "in_progress")]
 
     def chunk(self, index: int, tokens: Sequence[Token], result: GenerationResult | None = None) -> Any:
-        text = "".join(token.text for token in tokens)
-        events = [{"type": "response.output_text.delta", **self._place, "delta": text, "logprobs": []}] if text else []
-        if result is not None:
-            done = {**self._place, "text": result.text, "logprobs": []}
-            events += [
-                {"type": "response.output_text.done", **done},
-                {"type": "response.content_part.done", **self._place, "part": self._part(result.text)},
-                {"type": "response.output_item.done", "output_index": 0, "item": self._message(result)},
-            ]
-        return events
+        return self._take("".join(token.text for token in tokens), result)
 
     def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> Any:
         response = self._response(results[0], prompts)
         return [{"type": f"response.{response['status']}", "response": response}]
 
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item, "output_index": 0, "content_index": 0}
+    def _take(self, text: str, result: GenerationResult | None) -> list[dict[str, Any]]:
+        """Add text to the output, the last with its result, and return the events of that."""
+        events, calls = list[dict[str, Any]](), list[dict[str, Any]]()
+        if self._reader is not None:
+            text, calls = self._reader.read(text, result is not None)
+        if text or (result is not None and not self._items and not calls):
+            if not self._items:
+                message = {"type": "message", "role": "assistant", "content": list[Any]()}
+                events += self._begin({"id": f"msg_{secrets.token_hex(12)}", **message})
+                self._items[-1]["content"] = [_part("")]
+                events.append(self._event("content_part.added", content_index=0, part=_part("")))
+            self._items[0]["content"][0]["text"] += text
+            if text:
+                events.append(self._event("output_text.delta", content_index=0, delta=text, logprobs=[]))
+        for call in calls:
+            if "id" in call:
+                events += self._end("completed") if self._items else []
+                named = {"call_id": call["id"], "name": call["function"]["name"], "arguments": ""}
+                events += self._begin({"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **named})
+            if arguments := call["function"]["arguments"]:
+                self._items[-1]["arguments"] += arguments
+                events.append(self._event("function_call_arguments.delta", delta=arguments))
+        return events + (self._end(_status(result)) if result is not None else [])
 
-    def _part(self, text: str) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    def _begin(self, item: dict[str, Any]) -> list[dict[str, Any]]:
+        self._items.append({**item, "status": "in_progress"})
+        return [self._event("output_item.added", item=dict(self._items[-1]))]
 
-    def _message(self, result: GenerationResult | None) -> dict[str, Any]:
-        content = [] if result is None else [self._part(result.text)]
-        item = {"id": self._item, "type": "message", "role": "assistant", "content": content}
-        return {**item, "status": _status(result)}
+    def _end(self, status: str) -> list[dict[str, Any]]:
+        """End the open item."""
+        item = self._items[-1]
+        item["status"] = status
+        if item["type"] == "message":
+            (part,) = item["content"]
+            events = [
+                self._event("output_text.done", content_index=0, text=part["text"], logprobs=[]),
+                self._event("content_part.done", content_index=0, part=part),
+            ]
+        else:
+            named = {name: item[name] for name in ("name", "arguments")}
+            events = [self._event("function_call_arguments.done", **named)]
+        return [*events, self._event("output_item.done", item=item)]
+
+    def _event(self, kind: str, **more: Any) -> dict[str, Any]:
+        """An event of the open item."""
+        place: dict[str, Any] = {"output_index": len(self._items) - 1}
+        if "item" not in more:
+            place["item_id"] = self._items[-1]["id"]
+        return {"type": f"response.{kind}", **place, **more}
 
     def _response(self, result: GenerationResult | None, prompts: Sequence[int]) -> dict[str, Any]:
         asked, cut = self._asked, result is not None and result.finish_reason == "length"
@@ -169,14 +245,18 @@ class ResponseReply(Reply):
             "temperature": asked.temperature,
             "top_p": asked.top_p,
             "text": asked.text,
-            "tools": [],
-            "tool_choice": "none",
-            "parallel_tool_calls": False,
+            "tools": asked.tools or [],
+            "tool_choice": asked.tool_choice or ("auto" if asked.tools else "none"),
+            "parallel_tool_calls": asked.parallel_tool_calls,
             "store": False,
             "metadata": {},
-            "output": [] if result is None else [self._message(result)],
+            "output": list(self._items),
             "usage": None if result is None else _counted(result, prompts),
         }
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _status(result: GenerationResult | None) -> str:

@@ -1,4 +1,4 @@
-"""The endpoints: OpenAI's, vLLM's /tokenize, KServe's health, and Prometheus' /metrics."""
+"""The endpoints: OpenAI's, vLLM's /tokenize, KServe's health, Prometheus' /metrics, and their OpenAPI document."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from freeexport.serving import protocol
+from freeexport.serving import openapi, protocol
 from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
 from freeexport.serving.metrics import SessionCollector
 from freeexport.serving.protocol import ApiError, api_error, invalid
@@ -55,6 +55,8 @@ def application(service: Service) -> Starlette:
         Route("/v2/health/ready", endpoints.ready),
         Route("/v2/models/{model:path}/ready", endpoints.model_ready),
         Route("/metrics", endpoints.metrics),
+        Route("/openapi.json", endpoints.openapi),
+        Route("/docs", endpoints.docs),
     ]
     origins = list(service.options.origins)
     allow = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -181,6 +183,13 @@ class Endpoints:
 
     async def metrics(self, request: Request) -> Response:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def openapi(self, request: Request) -> Response:
+        return json(openapi.document(self._service.options.api_key is not None))
+
+    async def docs(self, request: Request) -> Response:
+        made = openapi.document(self._service.options.api_key is not None)
+        return Response(openapi.page(made), media_type="text/html")
 
     async def _parsed(self, request: Request, kind: type[protocol.Body]) -> protocol.Body:
         self._authorize(request)

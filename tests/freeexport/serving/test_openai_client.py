@@ -203,7 +203,8 @@ def test_a_response_of_a_schema_is_of_it(client: openai.OpenAI) -> None:
     ("more", "named"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported; nothing is stored"),
-        ({"tools": [{"type": "function", "name": "f"}]}, "tools is not supported; use chat completions"),
+        ({"tools": [{"type": "web_search"}]}, "tools.*Invalid enum value 'web_search'"),
+        ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "output is missing"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content.0..type 'input_image' is not"),
         ({"input": []}, "input"),
     ],

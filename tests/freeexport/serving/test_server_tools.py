@@ -283,6 +283,29 @@ def test_a_conversation_goes_on_after_a_call(client: openai.OpenAI) -> None:
     assert cut.finish_reason == "length"
 
 
+def test_responses_call_functions_and_go_on_after_them(client: openai.OpenAI) -> None:
+    chosen = client.chat.completions.create(**{**ASKED, **NAMED}).choices[0].message.tool_calls or ()
+    tools: Any = [{"type": "function", "strict": False, **tool["function"]} for tool in TOOLS]
+    asked: dict[str, Any] = {"model": "chat", "tools": tools, "tool_choice": {"type": "function", "name": "clock"}}
+    asked |= {"input": MESSAGES, "max_output_tokens": 200}
+    whole = client.responses.create(**asked)
+    (call,) = whole.output
+    assert (call.type, call.status, call.name) == ("function_call", "completed", "clock")
+    assert call.arguments == chosen[0].function.arguments
+    with client.responses.stream(**asked) as stream:
+        kinds = [event.type.removeprefix("response.") for event in stream]
+        final = stream.get_final_response().output
+    assert kinds[2] == "output_item.added"
+    assert kinds[-3:] == ["function_call_arguments.done", "output_item.done", "completed"]
+    assert [(one.name, one.arguments) for one in final] == [(call.name, call.arguments)]  # type: ignore[union-attr]
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "Noon."}
+    items = [*MESSAGES, call.model_dump(exclude={"parsed_arguments"}), result]
+    again = client.responses.create(**{**asked, "input": items, "tool_choice": "auto", "max_output_tokens": 8})
+    assert again.usage is not None
+    assert again.usage.input_tokens > whole.usage.input_tokens  # type: ignore[union-attr]
+    assert again.output
+
+
 class Package(BaseModel):
     kind: Literal["library", "program"]
     free: bool

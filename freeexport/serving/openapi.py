@@ -1,0 +1,182 @@
+"""The server's OpenAPI document, made of the types that requests are read as, and a page that shows it."""
+
+from __future__ import annotations
+
+from functools import cache
+from html import escape
+from typing import Any
+
+import msgspec
+
+from freeexport import __version__
+from freeexport.serving.protocol import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from freeexport.serving.responses import ResponseRequest
+
+REFERENCE = "#/components/schemas/"
+# By path: what it is for, the type of the body it takes, and the fields that an answer has at least.
+POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+    "/v1/chat/completions": (
+        "Answer a conversation, whole or as a stream of events",
+        ChatRequest,
+        ("id", "object", "created", "model", "choices", "usage"),
+    ),
+    "/v1/completions": (
+        "Go on with a text or token ids, whole or as a stream of events",
+        CompletionRequest,
+        ("id", "object", "created", "model", "choices", "usage"),
+    ),
+    "/v1/responses": (
+        "Answer a text or a conversation, whole or as events; nothing is stored",
+        ResponseRequest,
+        ("id", "object", "created_at", "model", "status", "output", "usage"),
+    ),
+    "/tokenize": ("The token ids of a text or a conversation", TokenizeRequest, ("count", "max_model_len", "tokens")),
+    "/detokenize": ("The text of token ids", DetokenizeRequest, ("prompt",)),
+}
+# By path: what it is for, the fields of an answer, and other statuses that it may have.
+GET: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
+    "/v1/models": ("The models that are served", ("object", "data"), ()),
+    "/v1/models/{model}": ("One model", ("id", "object", "created", "owned_by", "max_model_len"), (404, 503)),
+    "/health": ("Whether requests are taken", ("status", "ready"), (503,)),
+    "/v2/health/live": ("Whether the process lives", ("live",), ()),
+    "/v2/health/ready": ("Whether requests are taken", ("status", "ready"), (503,)),
+    "/v2/models/{model}/ready": ("Whether a model takes requests", ("name", "ready"), (404, 503)),
+    "/metrics": ("Counters for Prometheus", (), ()),
+    "/openapi.json": ("This document", ("openapi", "info", "paths"), ()),
+}
+STATUSES = {
+    400: "A field is wrong; the message names it",
+    401: "The API key is missing or wrong",
+    404: "There is no such model",
+    408: "The deadline passed, or the body did not come",
+    413: "The body is too large",
+    429: "The queue is full; Retry-After says when to ask again",
+    503: "The model is being loaded, or the server ends",
+    504: "The server's time limit passed",
+}
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+STYLE = """body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
+code{background:#f3f3f3;padding:.1em .3em}table{border-collapse:collapse;width:100%}
+td,th{text-align:left;vertical-align:top;border-bottom:1px solid #ddd;padding:.3em .6em}
+summary{cursor:pointer;margin:.5em 0}.verb{font-weight:bold;display:inline-block;width:4em}"""
+
+
+@cache
+def document(guarded: bool = False) -> dict[str, Any]:
+    """The document; `guarded`: requests need an API key."""
+    kinds = [kind for _, kind, _ in POST.values()]
+    _, schemas = msgspec.json.schema_components(kinds, ref_template=REFERENCE + "{name}")
+    for kind in kinds:
+        schema = schemas[kind.__name__]
+        neutral = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
+        schema |= {"properties": neutral | schema["properties"], "additionalProperties": False}
+    failed: dict[str, Any] = {
+        "message": {"type": "string"},
+        "type": {"type": "string"},
+        "param": _nullable(),
+        "code": _nullable(),
+    }
+    schemas["Error"] = _object({"error": {**_object(failed), "required": ["message", "type"]}})
+    paths: dict[str, Any] = {}
+    for path, (purpose, kind, fields) in POST.items():
+        answer: dict[str, Any] = {"application/json": {"schema": _object({field: {} for field in fields})}}
+        if "stream" in {field.name for field in msgspec.structs.fields(kind)}:
+            answer |= EVENTS
+        schema = {"$ref": REFERENCE + kind.__name__}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        paths[path] = {"post": {**_operation(path, purpose, answer, tuple(STATUSES)), "requestBody": body}}
+    for path, (purpose, fields, statuses) in GET.items():
+        shown: dict[str, Any] = {"schema": _object({field: {} for field in fields})}
+        content = {"application/json": shown} if fields else {"text/plain": {"schema": {"type": "string"}}}
+        operation = _operation(path, purpose, content, (*statuses, *([401] if path.startswith("/v1") else [])))
+        if "{model}" in path:
+            text = {"type": "string", "minLength": 1}
+            operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": text}]
+        paths[path] = {"get": operation}
+    components: dict[str, Any] = {"schemas": schemas}
+    made: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "freeexport", "version": __version__}, "paths": paths}
+    if guarded:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        made["security"] = [{"key": []}]
+    return {**made, "components": components}
+
+
+def _operation(path: str, purpose: str, answer: dict[str, Any], statuses: tuple[int, ...]) -> dict[str, Any]:
+    name = path.strip("/").replace("/", "_").replace("{", "").replace("}", "").replace(".", "_")
+    failed = {"application/json": {"schema": {"$ref": REFERENCE + "Error"}}}
+    if "health" in path:  # its state is the answer
+        failed = answer
+    responses = {"200": {"description": "The answer", "content": answer}}
+    responses |= {str(status): {"description": STATUSES[status], "content": failed} for status in statuses}
+    return {"operationId": name, "summary": purpose, "responses": responses}
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _nullable() -> dict[str, Any]:
+    return {"type": ["string", "null"]}
+
+
+def page(made: dict[str, Any]) -> str:
+    """A document as a page that needs nothing else: every path, and the fields of its request."""
+    schemas = made["components"]["schemas"]
+    parts = []
+    for path, methods in made["paths"].items():
+        for verb, operation in methods.items():
+            head = f'<span class="verb">{verb.upper()}</span><code>{escape(path)}</code> {escape(operation["summary"])}'
+            rows = ""
+            if body := operation.get("requestBody"):
+                name = body["content"]["application/json"]["schema"]["$ref"].removeprefix(REFERENCE)
+                rows = _fields(schemas[name], schemas)
+            statuses = ", ".join(f"{code} {escape(one['description'])}" for code, one in operation["responses"].items())
+            parts.append(f"<details><summary>{head}</summary>{rows}<p>Statuses: {statuses}.</p></details>")
+    shown = [name for name, one in schemas.items() if not name.endswith("Request") and one.get("properties")]
+    parts += ["<h2>Types</h2>"]
+    parts += [
+        f'<details id="{name}"><summary><code>{name}</code> {escape(schemas[name].get("description", ""))}</summary>'
+        f"{_fields(schemas[name], schemas)}</details>"
+        for name in shown
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>freeexport's interface</title><style>{STYLE}</style>"
+        f"<h1>freeexport {escape(made['info']['version'])}</h1>"
+        '<p>OpenAI\'s interface, and fields of early exit. As a document: <a href="openapi.json">openapi.json</a>.</p>'
+        f"{''.join(parts)}</html>\n"
+    )
+
+
+def _fields(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
+    needed = schema.get("required", ())
+    rows = "".join(
+        f"<tr><td><code>{escape(name)}</code>{' *' if name in needed else ''}</td><td>{_kind(one, schemas)}</td></tr>"
+        for name, one in schema.get("properties", {}).items()
+    )
+    return f"<table><tr><th>field (* needed)</th><th>value</th></tr>{rows}</table>"
+
+
+def _kind(one: dict[str, Any], schemas: dict[str, Any]) -> str:
+    """A schema in words."""
+    if "$ref" in one:
+        name = one["$ref"].removeprefix(REFERENCE)
+        return (
+            " or ".join(map(_word, schemas[name]["enum"]))
+            if "enum" in schemas[name]
+            else f'<a href="#{name}">{name}</a>'
+        )
+    if "anyOf" in one:
+        return " or ".join(_kind(part, schemas) for part in one["anyOf"])
+    if "enum" in one:
+        return " or ".join(map(_word, one["enum"]))
+    text = escape(str(one.get("type", "anything")))
+    if one.get("type") == "array" and "items" in one and isinstance(one["items"], dict):
+        text = f"list of {_kind(one['items'], schemas)}"
+    limits = [f"{words} {one[name]}" for name, words in (("minimum", "from"), ("maximum", "to")) if name in one]
+    limits += [f"default {_word(one['default'])}"] if one.get("default") not in (None, {}, []) else []
+    return f"{text} {', '.join(limits)}".strip()
+
+
+def _word(value: Any) -> str:
+    return f"<code>{escape(msgspec.json.encode(value).decode())}</code>"

@@ -1,0 +1,54 @@
+"""The OpenAPI document and its page; requests made at random from it, by schemathesis where it is installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from fuzz import SECONDS
+from running_server import Running
+
+from freeexport.serving.openapi import POST, document
+from freeexport.serving.protocol import NEUTRAL
+from freeexport.serving.routes import application
+from freeexport.serving.service import ServerOptions, Service
+
+# Beside the interpreter, whose folder an environment that is not active has not on its path.
+PROGRAM = shutil.which("schemathesis", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+def test_the_document_describes_every_path_and_what_it_refers_to() -> None:
+    made = document()
+    served = application(Service(ServerOptions([Path("bundle")]), print))
+    paths = {re.sub(":path", "", route.path) for route in served.routes}  # type: ignore[attr-defined]
+    assert set(made["paths"]) == paths - {"/docs"}
+    schemas = made["components"]["schemas"]
+    assert set(re.findall(r"#/components/schemas/(\w+)", str(made))) <= schemas.keys()
+    for _, kind, _ in POST.values():
+        assert set(schemas[kind.__name__]["properties"]) == {*kind.__struct_fields__, *NEUTRAL}
+    assert "security" not in made
+    assert document(guarded=True)["security"] == [{"key": []}]
+
+
+def test_document_and_page_are_served_and_the_page_needs_nothing_else(http: httpx.Client) -> None:
+    made = http.get("/openapi.json").json()
+    page = http.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert all(f"<code>{path}</code>" in page.text for path in made["paths"])
+    assert set(re.findall(r'(?:src|href)="([^"#]+)', page.text)) == {"openapi.json"}
+    assert all(f'id="{name}"' in page.text for name in re.findall(r'href="#(\w+)"', page.text))
+
+
+@pytest.mark.skipif(not (SECONDS and PROGRAM), reason="needs schemathesis, and FREEEXPORT_FUZZ_SECONDS")
+def test_no_request_of_the_document_is_an_error_of_the_server(server: Running) -> None:
+    command = [str(PROGRAM), "run", f"{server.url}/openapi.json", "--no-color"]
+    limits = ["--max-time", str(max(15, int(SECONDS))), "--checks", CHECKS, "--suppress-health-check", "all"]
+    done = subprocess.run([*command, *limits], capture_output=True, text=True, timeout=SECONDS + 240)
+    assert done.returncode == 0, done.stdout[-4000:]
