@@ -83,8 +83,8 @@ class EngineBuilder:
         assert decoder.exit_map is not None
         call = replace(call, query_lengths=graph.input("exit_lengths", INT32, ["B"]))
         if self.options.packed:
-            rows = packing(graph, call, idle=True)
-            dialect, x = self._dialect(graph, call, rows), rows.packed(graph, hidden)
+            rows = self._packing(graph, call, hidden, idle=True)
+            dialect, x = self._dialect(graph, call, rows), rows.counted
         else:
             x = graph.op("Reshape", [hidden, graph.constant([-1, self.description.hidden_size])])
         x = graph.to_float(linear(graph, graph.to_compute(x), decoder.exit_map))
@@ -98,10 +98,11 @@ class EngineBuilder:
         assert decoder.exit_map is not None
         states = [graph.input(name, FLOAT, ["B", "k", width]) for name in ("hidden", "features")]
         call = self._decoder_call(graph, states[0])
-        rows = packing(graph, call)
+        joined = graph.op("Concat", states, axis=-1)
+        joined.shape = ir.Shape(["B", "k", 2 * width])
+        rows = self._packing(graph, call, joined)
         dialect = self._dialect(graph, call, rows)
-        joined = graph.op("Concat", [rows.packed(graph, one) for one in states], axis=-1)
-        x = graph.to_float(linear(graph, graph.to_compute(joined), decoder.exit_map))
+        x = graph.to_float(linear(graph, graph.to_compute(rows.counted), decoder.exit_map))
         x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder))
         self._head(graph, dialect, x, None, rows)
         self._save(graph)
@@ -112,10 +113,10 @@ class EngineBuilder:
         width = self.description.hidden_size
         stacked = graph.input("hidden", FLOAT, ["B", "k", width])
         call = self._decoder_call(graph, stacked)
-        rows = packing(graph, call) if self.options.packed else None
+        rows = self._packing(graph, call, stacked) if self.options.packed else None
         dialect = self._dialect(graph, call, rows)
         layers = self.description.decoder.layers[self.options.exit_layer :]
-        x = rows.packed(graph, stacked) if rows else graph.op("Reshape", [stacked, graph.constant([-1, width])])
+        x = rows.counted if rows else graph.op("Reshape", [stacked, graph.constant([-1, width])])
         hidden = self._layers(graph, dialect, x, layers, self.options.exit_layer)
         self._head(graph, dialect, hidden, graph.input("emitted", INT64, ["R"]), rows)
         if self.description.exit_engine:
@@ -191,6 +192,9 @@ class EngineBuilder:
         if self.options.dialect == "ort":
             return OrtDialect(graph, call, rows, packed)
         return StandardDialect(graph, call, rows, fixed=self.options.target == "tensorrt")
+
+    def _packing(self, graph: Graph, call: Call, x: ir.Value, idle: bool = False) -> Packing:
+        return packing(graph, call, x, idle, self.options.own_attention(self.description))
 
     def _decoder_call(self, graph: Graph, rows: ir.Value) -> Call:
         past, query = (graph.input(name, INT32, ["B"]) for name in ("past_lengths", "query_lengths"))

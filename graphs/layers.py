@@ -156,21 +156,37 @@ def head_outputs(
     scores = graph.to_float(graph.op("Gemm", [normed, *_weights(graph, head, packed, tokens)], transB=1))
     scores = _capped(graph, scores, head)
     classes = vocabulary if tokens is None else len(tokens) + (head.other is not None)  # scores [R, classes]
-    own = isinstance(dialect, KernelDialect) and confidence != "entropy"
-    if isinstance(dialect, KernelDialect) and own:
-        # One pass of our own operator over the logits.
-        top, log_sum = dialect.best_two(scores)
-        log_sum = graph.op("Unsqueeze", [log_sum, graph.constant([1])])
+    other = head.other is not None and tokens is not None
+    known = None if tokens is None else graph.table("exit_vocabulary", tokens, ir.DataType.INT64)
+    logits, nll = scores, None
+    if isinstance(dialect, KernelDialect) and confidence != "entropy":
+        token, measured, nll = dialect.predict(scores, confidence == "softmax", other, emitted, known)
+        if known is not None:
+            logits = dialect.in_whole_vocabulary(scores, known, vocabulary)
     else:
-        log_probabilities = graph.op("LogSoftmax", [scores], axis=-1)
-        _, top = graph.ops("TopK", [scores, graph.constant([2])], 2, axis=-1, largest=1, sorted=1)
+        token, measured, nll = _predictions(graph, scores, confidence, emitted, known, classes, other)
+        if tokens is not None:
+            logits = _in_whole_vocabulary(graph, scores, tokens, classes, vocabulary)
+    graph.output("token", token, ir.DataType.INT64, ["R"])
+    graph.output("confidence", measured, ir.DataType.FLOAT, ["R"])
+    if emitted is not None:
+        assert nll is not None
+        graph.output("nll", nll, ir.DataType.FLOAT, ["R"])
+    graph.output("logits", logits, ir.DataType.FLOAT, ["R", vocabulary])
 
-    def log_probabilities_of(index: ir.Value) -> ir.Value:
-        """int64 [R, n] -> float32 [R, n]."""
-        if own:
-            return graph.op("Sub", [graph.op("GatherElements", [scores, index], axis=1), log_sum])
-        return graph.op("GatherElements", [log_probabilities, index], axis=1)
 
+def _predictions(
+    graph: Graph,
+    scores: ir.Value,
+    confidence: ConfidenceMeasure,
+    emitted: ir.Value | None,
+    known: ir.Value | None,
+    classes: int,
+    other: bool,
+) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """See KernelDialect.predict, of so many `classes`; by operators of ONNX, and any measure of confidence."""
+    log_probabilities = graph.op("LogSoftmax", [scores], axis=-1)
+    _, top = graph.ops("TopK", [scores, graph.constant([2])], 2, axis=-1, largest=1, sorted=1)
     token = graph.op("Gather", [top, graph.constant(np.int64(0))], axis=1)
     # In [0, 1], higher is more confident.
     if confidence == "entropy":
@@ -179,30 +195,25 @@ def head_outputs(
         scaled = graph.op("Div", [negative, graph.constant(np.float32(np.log(classes)))])
         measured = graph.op("Add", [scaled, graph.constant(np.float32(1))])
     else:
-        best_two = graph.op("Exp", [log_probabilities_of(top)])
+        best_two = graph.op("Exp", [graph.op("GatherElements", [log_probabilities, top], axis=1)])
         measured = graph.op("Gather", [best_two, graph.constant(np.int64(0))], axis=1)
         if confidence == "softmax":
             second = graph.op("Gather", [best_two, graph.constant(np.int64(1))], axis=1)
             measured = graph.op("Sub", [measured, second])
     # Rounding may step over the ends; the contract does not.
     measured = graph.op("Clip", [measured, graph.constant(np.float32(0)), graph.constant(np.float32(1))])
-    logits = scores
-    if tokens is not None and head.other is not None:
-        is_other = graph.op("Equal", [token, graph.constant(np.int64(len(tokens)))])
+    if other:
+        is_other = graph.op("Equal", [token, graph.constant(np.int64(classes - 1))])
         second = graph.op("Gather", [top, graph.constant(np.int64(1))], axis=1)
         token = graph.op("Where", [is_other, second, token])
         measured = graph.op("Where", [is_other, graph.constant(np.float32(0)), measured])
-    if tokens is not None:
-        known = graph.table("exit_vocabulary", tokens, ir.DataType.INT64)
+    if known is not None:
         token = graph.op("Gather", [known, token], axis=0)
-        logits = _in_whole_vocabulary(graph, scores, tokens, classes, vocabulary)
-    graph.output("token", token, ir.DataType.INT64, ["R"])
-    graph.output("confidence", measured, ir.DataType.FLOAT, ["R"])
-    if emitted is not None:
-        chosen = log_probabilities_of(graph.op("Unsqueeze", [emitted, graph.constant([1])]))
-        nll = graph.op("Neg", [graph.op("Squeeze", [chosen, graph.constant([1])])])
-        graph.output("nll", nll, ir.DataType.FLOAT, ["R"])
-    graph.output("logits", logits, ir.DataType.FLOAT, ["R", vocabulary])
+    if emitted is None:
+        return token, measured, None
+    index = graph.op("Unsqueeze", [emitted, graph.constant([1])])
+    chosen = graph.op("GatherElements", [log_probabilities, index], axis=1)
+    return token, measured, graph.op("Neg", [graph.op("Squeeze", [chosen, graph.constant([1])])])
 
 
 def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head) -> ir.Value:

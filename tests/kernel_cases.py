@@ -183,6 +183,25 @@ def best_two(threads: int = 1) -> Any:
     return lambda logits: made.run(None, {"logits": logits})
 
 
+def predictions(logits: np.ndarray, emitted: Any = None, known: Any = None, margin: int = 1, other: int = 0) -> Any:
+    """Token, confidence and nll of logits [R, C] by Predict."""
+    tokens = {"emitted": emitted, "known": known}
+    arrays = {name: np.array(array, np.int64) for name, array in tokens.items() if array is not None}
+    given = {"logits": TensorProto.FLOAT} | dict.fromkeys(arrays, TensorProto.INT64)
+    outputs = {"token": TensorProto.INT64, "confidence": TensorProto.FLOAT, "nll": TensorProto.FLOAT}
+    names = ["logits", *(name if name in arrays else "" for name in tokens)]
+    return one_node("Predict", given, outputs, {}, names, margin=margin, other=other).run(
+        None, {"logits": logits, **arrays}
+    )
+
+
+def whole_vocabulary(known: np.ndarray, vocabulary: int, unknown: float) -> ort.InferenceSession:
+    """A graph of one WholeVocabulary: logits [R, C] of known tokens -> y [R, vocabulary]."""
+    sizes: dict[str, Any] = {"vocabulary": vocabulary, "unknown": float(unknown)}
+    given, names = {"logits": TensorProto.FLOAT}, ["logits", "known"]
+    return one_node("WholeVocabulary", given, ["y"], {"known": known}, names, **sizes)
+
+
 def one_node(
     kind: str,
     given: dict[str, int],

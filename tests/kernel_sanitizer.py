@@ -67,11 +67,13 @@ def run_in_onnx_runtime(library: Path) -> None:
     from attention_cases import attention_session, feeds, random_call, random_layer
 
     kernel_cases.LIBRARY = library
-    from kernel_cases import best_two
+    from kernel_cases import best_two, predictions
 
     rng = np.random.default_rng(1)
     for count in (2, 63, 64, 65, 4096, 4097, 9000):
-        best_two(3)(rng.standard_normal((3, count)).astype(np.float32))
+        logits = rng.standard_normal((3, count)).astype(np.float32)
+        best_two(3)(logits)
+        predictions(logits, [0, 1, count - 1])
     case = kernel_cases.random_case(rng, 90, 70, 4, bias=True)
     product = kernel_cases.session(case, 3)
     for rows in (0, 1, 9, 70):

@@ -40,7 +40,7 @@ KINDS = {
     **dict.fromkeys(PRODUCTS, "products"),
     **dict.fromkeys(ATTENTION, "attention"),
     **dict.fromkeys(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"), "norms"),
-    **dict.fromkeys(("BestTwo", "LogSoftmax", "TopK", "ArgMax", "GatherElements"), "best tokens"),
+    **dict.fromkeys(("Predict", "BestTwo", "LogSoftmax", "TopK", "ArgMax", "GatherElements"), "best tokens"),
 }
 
 

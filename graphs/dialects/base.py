@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from graphs.description import Attention, Embedding, Linear, Norm, Positions, RelativeBias, Rotary
 from graphs.graph import STACK, Dimension, Graph
+from runtime.kernels import DOMAIN
 
 
 @dataclass(frozen=True)
@@ -214,27 +215,36 @@ def distance_table(graph: Graph, bias: RelativeBias) -> ir.Value:
 
 @dataclass(frozen=True)
 class Packing:
-    """`valid` int64 [N, 2]: sequence and row of each row that counts. `rows` int64 [B * rows]: which of them each row
-    of the call is; of padding, any. `attended`: the same, [B, rows]. `idle`: in some calls no row counts."""
+    """`counted` float32 [N, d]: the rows that count of what was packed. `rows` int64 [B * rows]: which of them each row
+    of the call is; of padding, any. `size` int64 [2]: B and rows. `valid` int64 [N, 2]: sequence and row of each that
+    counts, which attention that takes padding needs. `idle`: in some calls no row counts."""
 
-    valid: ir.Value
+    counted: ir.Value
     rows: ir.Value
-    attended: ir.Value
+    size: ir.Value
+    valid: ir.Value | None = None
     idle: bool = False
 
     def packed(self, graph: Graph, x: ir.Value) -> ir.Value:
         """[B, rows, n] -> [N, n]."""
+        assert self.valid is not None
         return graph.op("GatherND", [x, self.valid])
 
     def in_rows(self, graph: Graph, x: ir.Value) -> ir.Value:
         """[N, n] -> [B, rows, n]."""
         if self.idle:  # padding has a row to be
             x = graph.op("Pad", [x, graph.constant([0, 1]), None, graph.constant([0])])
-        return graph.op("Gather", [x, self.attended], axis=0)
+        return graph.op("Gather", [x, graph.op("Reshape", [self.rows, self.size])], axis=0)
 
 
-def packing(graph: Graph, call: Call, idle: bool = False) -> Packing:
-    """Rows of a call; `idle` as there."""
+def packing(graph: Graph, call: Call, x: ir.Value, idle: bool = False, own: bool = False) -> Packing:
+    """Pack `x` float32 [B, rows, d]; `idle` as there. `own`: by our own operator, for our own attention."""
+    if own:
+        counted, rows = graph.ops("CountedRows", [x, call.query_lengths], 2, DOMAIN)
+        counted.type, rows.type = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
+        assert x.shape is not None
+        counted.shape, rows.shape = ir.Shape([None, x.shape[2]]), ir.Shape([None])
+        return Packing(counted, rows, call.size, None, idle)
     longest = graph.op("Gather", [call.size, graph.constant(np.int64(1))], axis=0)
     first, one = graph.constant(np.int64(0)), graph.constant(np.int64(1))
     steps = graph.op("Range", [first, longest, one])
@@ -244,4 +254,4 @@ def packing(graph: Graph, call: Call, idle: bool = False) -> Packing:
     flags = graph.op("Reshape", [graph.cast(counts, ir.DataType.INT64), graph.constant([-1])])
     before = graph.op("Sub", [graph.op("CumSum", [flags, first]), one])
     rows = graph.op("Max", [before, first])
-    return Packing(valid, rows, graph.op("Reshape", [rows, graph.op("Shape", [counts])]), idle)
+    return Packing(graph.op("GatherND", [x, valid]), rows, call.size, valid, idle)

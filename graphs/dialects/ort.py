@@ -28,6 +28,7 @@ from graphs.dialects.base import (
 )
 from graphs.graph import MICROSOFT, Graph
 from runtime.kernels import DOMAIN
+from runtime.text.sampler import UNKNOWN
 
 
 def fits_head_size(attention: Attention) -> bool:
@@ -228,9 +229,19 @@ class KernelDialect(OrtDialect):
         out.shape = ir.Shape([None, attention.heads * attention.head_dim])
         return out
 
-    def best_two(self, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """[R, V] -> the indices of the best two int64 [R, 2], and the logarithm of the sum of exponentials [R]."""
-        top, log_sum = self.graph.ops("BestTwo", [logits], 2, DOMAIN)
-        top.type, top.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([None, 2])
-        log_sum.type, log_sum.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None])
-        return top, log_sum
+    def predict(
+        self, scores: ir.Value, margin: bool, other: bool, emitted: ir.Value | None, known: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """[R, C] -> token int64 [R], confidence and nll float32 [R]. Of `known` tokens, int64 [N], the last of N + 1
+        classes may be any `other`; `margin`: confidence is the best probability less the second."""
+        outputs = self.graph.ops("Predict", [scores, emitted, known], 3, DOMAIN, margin=int(margin), other=int(other))
+        for output, dtype in zip(outputs, (ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.FLOAT), strict=True):
+            output.type, output.shape = ir.TensorType(dtype), ir.Shape([None])
+        token, confidence, nll = outputs
+        return token, confidence, nll
+
+    def in_whole_vocabulary(self, scores: ir.Value, known: ir.Value, vocabulary: int) -> ir.Value:
+        """[R, C] of `known` tokens, int64 [N] -> [R, V]."""
+        out = self.graph.op("WholeVocabulary", [scores, known], DOMAIN, vocabulary=vocabulary, unknown=float(UNKNOWN))
+        out.type, out.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, vocabulary])
+        return out

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from kernel_cases import session_of
 from onnxruntime import InferenceSession
 from tensor_source import Source
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -16,6 +17,7 @@ from graphs.description import RelativeBias
 from graphs.dialects.base import Call, buckets, by_distance, packing
 from graphs.graph import Graph
 from graphs.weights import WeightFile
+from runtime.kernels import missing
 
 FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 
@@ -41,18 +43,21 @@ def test_buckets_are_those_of_transformers(sizes: tuple[int, int], bidirectional
     np.testing.assert_array_equal(expanded, table[[ours[REACH + distance] for distance in rows]])
 
 
-def test_rows_that_count_stand_side_by_side_and_find_their_places(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "own", [False, pytest.param(True, marks=pytest.mark.skipif(missing() is not None, reason=str(missing())))]
+)
+def test_rows_that_count_stand_side_by_side_and_find_their_places(own: bool, tmp_path: Path) -> None:
     with WeightFile(tmp_path / "weights.data") as weights:
         graph = Graph("g", Source({}), weights, FLOAT)
         x, lengths = graph.input("x", FLOAT, ["B", "k", 2]), graph.input("query_lengths", INT32, ["B"])
-        rows = packing(graph, Call(graph.op("Shape", [x], start=0, end=2), lengths))
-        packed = rows.packed(graph, x)
-        graph.output("packed", packed, FLOAT, ["N", 2])
-        graph.output("attended", rows.in_rows(graph, packed), FLOAT, ["B", "k", 2])
+        rows = packing(graph, Call(graph.op("Shape", [x], start=0, end=2), lengths), x, own=own)
+        graph.output("packed", rows.counted, FLOAT, ["N", 2])
+        graph.output("attended", rows.in_rows(graph, rows.counted), FLOAT, ["B", "k", 2])
         graph.output("rows", rows.rows, INT64, ["M"])
         graph.save(tmp_path / "g.onnx")
     given = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
-    session = InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"])
+    path = tmp_path / "g.onnx"
+    session = session_of(path) if own else InferenceSession(str(path), providers=["CPUExecutionProvider"])
     counts = [2, 0, 3, 1]
     found, attended, places = session.run(None, {"x": given, "query_lengths": np.array(counts, np.int32)})
     np.testing.assert_array_equal(found, np.concatenate([given[row, :count] for row, count in enumerate(counts)]))

@@ -33,6 +33,9 @@ EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOption
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCappedAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCrossAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kBestTwoOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kPredictOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kWholeVocabularyOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCountedRowsOp));
   return api->AddCustomOpDomain(options, domain);
 }
 

@@ -11,7 +11,7 @@
 namespace freeexport {
 
 extern const ort::CustomOp kPackedLinearOp, kPackedRowsOp, kCachedAttentionOp, kCappedAttentionOp;
-extern const ort::CustomOp kCrossAttentionOp, kBestTwoOp;
+extern const ort::CustomOp kCrossAttentionOp, kBestTwoOp, kPredictOp, kWholeVocabularyOp, kCountedRowsOp;
 
 __attribute__((format(printf, 3, 4))) inline ort::Status* fail(const ort::Api* api, int code, const char* format, ...) {
   char text[300] = "freeexport: ";

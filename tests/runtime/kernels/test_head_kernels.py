@@ -1,4 +1,4 @@
-"""The best two logits of each row, and rows of a weight that is packed for products."""
+"""The best two logits of each row and what they predict, and rows of a weight that is packed for products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import INSTRUCTIONS, best_two, here, packed_rows, random_case
+from kernel_cases import INSTRUCTIONS, best_two, here, packed_rows, predictions, random_case, whole_vocabulary
 
 from runtime.kernels import missing
 
@@ -59,6 +59,50 @@ def test_no_numbers_no_rows_and_wrong_shapes() -> None:
     for shape in ((3,), (3, 1), (2, 3, 4)):
         with pytest.raises(Exception, match="logits are no rows of two or more"):
             RUN[1](np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize(("margin", "known", "other"), [(1, False, 0), (0, True, 0), (1, True, 1)])
+def test_predictions_are_those_of_float64(margin: int, known: bool, other: int) -> None:
+    rng = np.random.default_rng(margin + 2 * other)
+    logits = (rng.standard_normal((40, 12)) * 4).astype(np.float32)
+    tokens = np.sort(rng.permutation(50)[: 12 - other]) if known else None
+    emitted = None if known else rng.integers(0, 12, 40)
+    token, confidence, nll = predictions(logits, emitted, tokens, margin=margin, other=other)
+    exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
+    order = np.argsort(-logits, axis=1)
+    is_other = (order[:, 0] == 11) & bool(other)
+    best = np.where(is_other, order[:, 1], order[:, 0])
+    np.testing.assert_array_equal(token, best if tokens is None else tokens[best])
+    ranked = np.sort(np.exp(exact), axis=1)[:, ::-1]
+    np.testing.assert_allclose(confidence, np.where(is_other, 0, ranked[:, 0] - margin * ranked[:, 1]), atol=1e-6)
+    np.testing.assert_allclose(nll, -exact[np.arange(40), order[:, 0] if emitted is None else emitted], atol=1e-5)
+    one = predictions(logits[7:8], emitted if emitted is None else emitted[7:8], tokens, margin=margin, other=other)
+    np.testing.assert_array_equal(np.stack(one)[:, 0], np.stack([token[7], confidence[7], nll[7]]))
+    none = predictions(logits[:0], emitted if emitted is None else emitted[:0], tokens, margin=margin, other=other)
+    assert [part.shape for part in none] == [(0,)] * 3
+    if tokens is not None:
+        whole = whole_vocabulary(tokens, 50, -9)
+        expected = np.full((40, 50), -9, np.float32)
+        expected[:, tokens] = logits[:, : len(tokens)]
+        np.testing.assert_array_equal(whole.run(None, {"logits": logits})[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("emitted", "known", "message"),
+    [
+        ([9], None, "emitted token 9 is none of 5"),
+        ([1, 2], None, "2 emitted tokens for 1 rows"),
+        (None, [1, 2, 3], "5 logits for 3 known tokens"),
+    ],
+)
+def test_tokens_that_do_not_fit_the_logits_are_an_error(
+    emitted: list[int] | None, known: list[int] | None, message: str
+) -> None:
+    with pytest.raises(Exception, match=message):
+        predictions(np.ones((1, 5), np.float32), emitted, known)
+    whole = whole_vocabulary(np.array([0, 50]), 50, 0)
+    with pytest.raises(Exception, match="known tokens do not fit"):
+        whole.run(None, {"logits": np.ones((1, 5), np.float32)})
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "block"), [(1, 1, 32), (16, 32, 32), (37, 95, 64), (40, 576, 64)])
