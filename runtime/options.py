@@ -164,6 +164,9 @@ class GenerationOptions:
     parse_special: control tokens that the prompt spells, such as <|im_start|>, become their ids; else they are text, as
         with llama.cpp's option of this name and transformers' split_special_tokens. None is True for a text prompt, as
         in transformers, and False for the contents of messages, so that no user can end a turn or begin one.
+    src_lang: the language of a text prompt, by a code of the translation model ("deu_Latn", "de_DE", "de"). None is the
+        one of its tokenizer.
+    tgt_lang: the language that a translation model writes. None is what its generation_config.json says.
     stop: generation ends before the first of these strings appears in the text.
     ignore_eos: go on after an end-of-sequence token (to measure).
     deadline: seconds from the call, waiting for a slot included, after which the request ends as if it were cancelled:
@@ -209,6 +212,8 @@ class GenerationOptions:
     draft_source: DraftSource | None = None
     sync_every: int = 4
     parse_special: bool | None = None
+    src_lang: str | None = None
+    tgt_lang: str | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     deadline: float | None = None
@@ -258,6 +263,9 @@ class GenerationOptions:
         check_number("deadline", self.deadline, ABOVE_ZERO, MOST_SECONDS, "of seconds above 0, up to 1e9, or None")
         most = MOST_LENGTH_PENALTY
         check_number("length_penalty", self.length_penalty, -most, most, f"from -{most} to {most}", optional=False)
+        for name in ("src_lang", "tgt_lang"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise OptionError(f"{name} is {shown(getattr(self, name))}; give the code of a language, or None")
         check_bool("parse_special", self.parse_special, none="(in text, not in messages)")
         check_bool("do_sample", self.do_sample, none="(as temperature says)")
         for name in ("ignore_eos", "output_logprobs", "output_confidence"):
@@ -388,6 +396,8 @@ class GenerationKeywords(TypedDict, total=False):
     draft_source: DraftSource | None
     sync_every: int
     parse_special: bool | None
+    src_lang: str | None
+    tgt_lang: str | None
     stop: Sequence[str]
     ignore_eos: bool
     deadline: float | None

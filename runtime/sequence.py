@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Container, Generator, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any, cast
@@ -85,6 +86,35 @@ class Model:
         parse_special = None if parse_special is None else bool(parse_special)
         return encode_prompt(prompt, self.tokenizer, self.manifest.vocab_size, limit, parse_special, missing, tools)
 
+    def _check_language(self, name: str, code: str | None, prompt: Prompt) -> None:
+        """Raise OptionError for a language that the bundle does not know, or cannot set."""
+        if code is None:
+            return
+        languages = self.manifest.languages
+        if languages is None:
+            raise OptionError(f"{name} is {code!r}; this bundle has no language tokens, leave it out")
+        if name == "src_lang" and languages.source is None:
+            raise OptionError(f"src_lang is {code!r}; this bundle's prompts do not name their language, leave it out")
+        if code not in languages.tokens:
+            near = get_close_matches(code, languages.tokens, 5, 0.3) or sorted(languages.tokens)[:5]
+            raise OptionError(
+                f"{name} is {code!r}; this bundle has {len(languages.tokens)} languages, as {', '.join(near)}"
+            )
+        if not isinstance(prompt, str) and (name == "src_lang" or languages.target == "prompt"):
+            raise OptionError(f"{name} is {code!r}, which is for a prompt of text; put its token among the ids")
+
+    def _with_languages(self, ids: np.ndarray, options: GenerationOptions) -> np.ndarray:
+        """The ids of a text prompt with the languages of a request."""
+        languages = self.manifest.languages
+        if languages is not None and languages.source is not None and options.src_lang is not None:
+            # The tokenizer adds the token of one language, at the beginning or at the end.
+            ends = np.array([0, len(ids) - 1])
+            places = ends[ids[ends] == languages.tokens[languages.source]]
+            ids[places] = languages.tokens[options.src_lang]
+        if languages is not None and languages.target == "prompt" and options.tgt_lang is not None:
+            ids = np.concatenate([[languages.tokens[options.tgt_lang]], ids])
+        return ids
+
     def grammar(self, options: GenerationOptions) -> Grammar | None:
         """The grammar that constrains a request, compiled unless it was. Raises OptionError."""
         constraint = options.constraint
@@ -111,6 +141,8 @@ class Model:
             raise OptionError(
                 f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this bundle is decoder-only"
             )
+        for name in ("src_lang", "tgt_lang"):
+            self._check_language(name, getattr(options, name), prompt)
         for tokens in options.sequence_bias or ():
             if max(tokens) >= manifest.vocab_size:
                 raise OptionError(
@@ -128,7 +160,7 @@ class Model:
         if options.predicted_output is not None:
             expected = encode_expected(options.predicted_output, self.tokenizer, manifest.vocab_size, self.capacity)
             options = replace(options, predicted_output=expected.tolist())
-        tokens = self.encode(prompt, options.parse_special)
+        tokens = self._with_languages(self.encode(prompt, options.parse_special), options)
         grammar = self.grammar(options)
         return Sequence(self, tokens, options, cancel, monotonic() if asked is None else asked, count or 1, grammar)
 
@@ -172,16 +204,31 @@ class Sequence(Response):
         self.results: list[GenerationResult] = []
         self.token_times: list[list[float]] = []
         # What the decoder reads before its first token.
-        prompt = ids if model.encoder is None else np.array([manifest.decoder_start_token_id or 0], np.int64)
+        languages, target = manifest.languages, None
+        if languages is not None and options.tgt_lang is not None:
+            target = languages.tokens[options.tgt_lang]
+        start = manifest.decoder_start_token_id or 0
+        if target is not None and languages is not None and languages.target == "start":
+            start = target
+        prompt = ids if model.encoder is None else np.array([start], np.int64)
         # The newest token is never read back, so it needs no position.
         limit = min(options.max_new_tokens, model.capacity - len(prompt) + 1)
         eos = frozenset[int]() if options.ignore_eos else frozenset(manifest.eos_token_ids)
+        fixed, first = dict[int, int](), manifest.forced_first_token_id
+        if target is not None and languages is not None and languages.target == "first":
+            first = target
+        if first is not None:
+            fixed[0] = first
+        if manifest.forced_last_token_id is not None and not options.ignore_eos and grammar is None:
+            fixed[limit - 1] = manifest.forced_last_token_id
+        # What a grammar is about begins behind a token that is not free.
+        self._sampled_from = len(prompt) + (grammar is not None and 0 in fixed)
         self._seed = secrets.randbits(64) if options.seed is None else int(options.seed)
-        sampler = sampler_of(options, len(prompt), eos, (self._seed, 0), grammar)
+        sampler = sampler_of(options, self._sampled_from, eos, (self._seed, 0), grammar)
         text = Detokenizer(model.tokenizer, tuple(options.stop))
         until = math.inf if options.deadline is None else asked + options.deadline
         logprobs, best = options.output_logprobs, int(options.top_logprobs)
-        super().__init__(prompt, limit, eos, sampler, logprobs, text, best, cancel, asked, until)
+        super().__init__(prompt, limit, eos, sampler, logprobs, text, best, cancel, asked, until, fixed)
         assert options.mode is not None
         self._threshold, self._labels = model.thresholds.decide(options.threshold, options.mode)
         # Full where nothing can exit, unless the request returns or learns from confidences.
@@ -269,7 +316,8 @@ class Sequence(Response):
         try:
             for number in range(self.count):
                 if number:
-                    sampler = sampler_of(self.options, len(self.prompt), self._eos, (self._seed, number), self._grammar)
+                    seed = self._seed, number
+                    sampler = sampler_of(self.options, self._sampled_from, self._eos, seed, self._grammar)
                     self.restart(sampler, Detokenizer(self.model.tokenizer, tuple(self.options.stop)))
                 self._reset(decoder, number)
                 self.begin(decoder.stats)
@@ -305,7 +353,7 @@ class Sequence(Response):
         """Begin a continuation: the loop that goes on with it. A decoder-only model's first token is the deep
         prediction after the prompt, which is read once for all; an encoder-decoder decides it like the others."""
         if number == 0:
-            decoder.want_logits(not self.greedy)
+            decoder.want_logits(self.reads_logits)
         if self.model.encoder is not None:
             if number == 0:
                 decoder.attend(self._encode(decoder))
@@ -360,6 +408,11 @@ class Sequence(Response):
         def score(sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
             newest = sequences[:, -1] if sequences.shape[1] else np.full(len(sequences), self.prompt[-1])
             raw = log_softmax((yield from rows.stepping(newest, sources)))
+            fixed = self._fixed.get(len(self.prompt) + sequences.shape[1])
+            if fixed is not None:
+                processed = np.full_like(raw, -np.inf)
+                processed[:, fixed] = 0.0
+                return processed, raw
             if sampler is None:
                 return raw, raw
             processed = np.empty_like(raw)

@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 
 VOCAB_SIZE = 288  # more than the 259 ids of the tokenizer, as in T5
+# Of BART's kin the tokenizer has these besides, and writes the first into a prompt.
+LANGUAGES = {"eng_Latn": 259, "deu_Latn": 260, "fra_Latn": 261}
 
 # Prompts as token ids, valid in every case. They stay clear of special tokens: 0 is padding in T5.
 PROMPTS: tuple[tuple[int, ...], ...] = (
@@ -116,9 +118,40 @@ def _t5(name: str, exit_layers: tuple[int, ...], model: str = "T5", **options: A
     return Case(name, partial(_write, blueprint), exit_layers)
 
 
+def _bart(
+    name: str,
+    exit_layers: tuple[int, ...],
+    model: str = "Bart",
+    generation: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Case:
+    config = {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 32,
+        "encoder_layers": exit_layers[-1] + 1,
+        "decoder_layers": exit_layers[-1] + 1,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 72,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "forced_eos_token_id": None,
+        "tie_word_embeddings": True,
+        **options,
+    }
+    suffix = "MTModel" if model == "Marian" else "ForConditionalGeneration"
+    blueprint = _Blueprint(name, f"{model}Config", f"{model}{suffix}", config, t5=True, generation=generation)
+    return Case(name, partial(_write, blueprint), exit_layers)
+
+
 @dataclass(frozen=True)
 class _Blueprint:
-    """Values that `_write` makes a checkpoint from. `legacy_rope` writes the config keys of transformers 4."""
+    """Values that `_write` makes a checkpoint from. `legacy_rope` writes the config keys of transformers 4. `t5`: an
+    encoder-decoder, with the special tokens of T5."""
 
     name: str
     config_class: str
@@ -126,6 +159,11 @@ class _Blueprint:
     options: dict[str, Any]
     t5: bool
     legacy_rope: bool = False
+    generation: Mapping[str, Any] | None = None
+
+    @property
+    def kin_of_bart(self) -> bool:
+        return "encoder_layers" in self.options
 
     @property
     def tied(self) -> bool:
@@ -139,9 +177,12 @@ def _write(blueprint: _Blueprint, directory: Path) -> None:
     config = getattr(transformers, blueprint.config_class)(**copy.deepcopy(blueprint.options))
     config.architectures = [blueprint.model_class]
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: _draw(blueprint, name, shape) for name, shape in _shapes(blueprint, config).items()}
+    shapes = {name: shape for name, shape in _shapes(blueprint, config).items() if not _sines(blueprint, name)}
+    weights = {name: _draw(blueprint, name, shape) for name, shape in shapes.items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    transformers.GenerationConfig.from_model_config(config).save_pretrained(directory)
+    generation = transformers.GenerationConfig.from_model_config(config)
+    generation.update(**(blueprint.generation or {}))
+    generation.save_pretrained(directory)
     config.save_pretrained(directory)
     _write_published_keys(blueprint, directory / "config.json")
     _write_tokenizer(blueprint, directory)
@@ -156,21 +197,31 @@ def _shapes(blueprint: _Blueprint, config: Any) -> dict[str, tuple[int, ...]]:
         model = getattr(transformers, blueprint.model_class)(config)
     shared = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     if blueprint.tied:
-        shared.add("lm_head.weight")
+        shared |= {"lm_head.weight", *(f"model.{name}" for name in shared)}
+    else:  # BART's kin reads tables of their own
+        shared.add("model.shared.weight")
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in shared}
+
+
+def _sines(blueprint: _Blueprint, name: str) -> bool:
+    """Whether a tensor holds positions that are computed, as published Marian checkpoints have them."""
+    return name.endswith("embed_positions.weight") and blueprint.model_class.startswith(("Marian", "Pegasus"))
 
 
 def _draw(blueprint: _Blueprint, name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.default_rng(zlib.crc32(f"{blueprint.name}/{name}".encode())).standard_normal(shape)
     offset = 1 if "Gemma" in blueprint.model_class else 0  # of norms
-    if name in ("model.norm.weight", "decoder.final_layer_norm.weight", "transformer.ln_f.weight"):
+    finals = ("model.norm.weight", "decoder.final_layer_norm.weight", "model.decoder.layer_norm.weight")
+    if name == "final_logits_bias" or "embed_positions" in name:
+        value = noise
+    elif name in (*finals, "transformer.ln_f.weight"):
         # Random signs: a tied head would otherwise answer every token with itself.
         value = np.where(noise > 0, 1, -1) * (1 + 0.2 * np.abs(noise)) - offset
-    elif name.endswith("norm.weight") or ".ln_" in name:
+    elif name.endswith(("norm.weight", "layernorm_embedding.weight")) or ".ln_" in name:
         value = (name.endswith("weight") - offset) + 0.2 * noise
     elif name.endswith(("relative_attention_bias.weight", ".bias")):
         value = noise * (2.0 if "relative" in name else 0.3)
-    elif name in ("shared.weight", "model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight"):
+    elif name.endswith(("shared.weight", "embed_tokens.weight", "lm_head.weight", "transformer.wte.weight")):
         value = noise * _vocabulary_scale(blueprint, name, shape[1])
     elif name == "transformer.wpe.weight":
         value = 0.3 * noise * _vocabulary_scale(blueprint, name, shape[1])
@@ -183,19 +234,24 @@ def _vocabulary_scale(blueprint: _Blueprint, name: str, width: int) -> float:
     """Standard deviation of embedding and head rows that gives logits one of LOGIT_SPREAD."""
     heads = name == "lm_head.weight" or blueprint.tied
     if not heads:
-        return 1.0
-    return LOGIT_SPREAD if blueprint.tied and blueprint.t5 else LOGIT_SPREAD / math.sqrt(width)
+        scaled = blueprint.options.get("scale_embedding", blueprint.config_class == "M2M100Config")
+        return 1 / math.sqrt(width) if scaled else 1.0
+    scaled = blueprint.tied and blueprint.t5 and not blueprint.kin_of_bart
+    return LOGIT_SPREAD if scaled else LOGIT_SPREAD / math.sqrt(width)
 
 
 def _gain(blueprint: _Blueprint, name: str) -> float:
     """Standard deviation of a linear layer's outputs over that of its inputs."""
-    if not name.endswith((".o.weight", ".wo.weight", ".o_proj.weight", ".down_proj.weight", ".c_proj.weight")):
+    outer = (".o.weight", ".wo.weight", ".o_proj.weight", ".down_proj.weight", ".c_proj.weight", "out_proj.weight")
+    if not name.endswith((*outer, "fc2.weight")):
         return 1.3
     width = next(blueprint.options[key] for key in ("d_model", "n_embd", "hidden_size") if key in blueprint.options)
-    if "EncDecAttention" in name:
+    if "EncDecAttention" in name or "encoder_attn" in name:
         share = CROSS_ATTENTION
     else:
         share = SELF_ATTENTION if any(part in name for part in ("SelfAttention", "self_attn", ".attn.")) else MLP
+    if blueprint.kin_of_bart:
+        return share / 3  # norms behind each block would soon leave nothing of the token
     return share * _vocabulary_scale(blueprint, "shared.weight", width)
 
 
@@ -226,6 +282,12 @@ def _write_tokenizer(blueprint: _Blueprint, directory: Path) -> None:
         single="$A </s>" if blueprint.t5 else "<s> $A",
         special_tokens=[("</s>", 1)] if blueprint.t5 else [("<s>", 1)],
     )
+    if blueprint.config_class in ("M2M100Config", "MBartConfig"):
+        tokenizer.add_special_tokens(list(LANGUAGES))
+        first, *_ = LANGUAGES.items()
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first[0]} $A </s>", special_tokens=[first, ("</s>", 1)]
+        )
     names = {"eos_token": "</s>", "unk_token": "<unk>"} | (
         {"pad_token": "<pad>"} if blueprint.t5 else {"bos_token": "<s>"}
     )
@@ -260,6 +322,24 @@ CASES: tuple[Case, ...] = (
     _t5("byt5-deep-encoder", (1, 2), num_layers=6, d_model=40, d_ff=104),
     _t5("mt5", (1, 3), model="MT5", num_heads=2, d_kv=16),
     _t5("umt5", (1, 3), model="UMT5"),
+    _bart("bart", (1, 2), tie_word_embeddings=False),
+    _bart(
+        "marian",
+        (1, 2),
+        model="Marian",
+        activation_function="silu",
+        tie_word_embeddings=False,
+        generation={"bad_words_ids": [[0]]},
+    ),
+    _bart(
+        "m2m100",
+        (1, 2),
+        model="M2M100",
+        decoder_attention_heads=2,
+        encoder_layers=2,
+        decoder_start_token_id=1,
+        tie_word_embeddings=False,
+    ),
     _llama("llama-tied", (1, 2, 4), tie_word_embeddings=True),
     _llama("llama-untied-many-eos", (1, 3), eos_token_id=[2, *range(223, 233)]),
     _llama(
@@ -346,6 +426,14 @@ CASES: tuple[Case, ...] = (
 )
 
 BY_NAME = {case.name: case for case in CASES}
+
+# What is in their graphs the cases above have, too; tokens are forced, and prompts and outputs have languages.
+KIN: tuple[Case, ...] = (
+    _bart("bart-forced", (1,), generation={"forced_bos_token_id": 2, "forced_eos_token_id": 1}),
+    _bart("mbart", (1, 2), model="MBart", decoder_start_token_id=LANGUAGES["deu_Latn"], scale_embedding=True),
+    _bart("nllb", (1, 2), model="M2M100", generation={"forced_bos_token_id": LANGUAGES["fra_Latn"]}),
+    _bart("pegasus", (1,), model="Pegasus", activation_function="relu", generation={"forced_eos_token_id": 1}),
+)
 
 # Large enough that tables, graphs and padding are small beside the weights.
 LARGER: tuple[Case, ...] = (

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
 from freeexport.training.exit_modules import trained_exit
-from graphs.exit_head import EXIT_MAP, EXIT_NORM
+from graphs.exit_head import EXIT_MAP, EXIT_NORM, EXIT_NORM_BIAS
 from graphs.families import describe
 from graphs.shapes import own_shapes
 from runtime.bundle.manifest import ExitInput
@@ -32,13 +32,16 @@ def write_exit(
     tensors = {
         name: (draw.standard_normal(shape) * (2.0 if "relative_bias" in name else like)).astype(np.float32)
         if len(shape) > 1
-        else (1 + 0.1 * draw.standard_normal(shape)).astype(np.float32)
+        else (("bias" not in name) + 0.1 * draw.standard_normal(shape)).astype(np.float32)
         for name, shape in own_shapes(description, opened, layers, reads).items()
     }
     tensors[EXIT_MAP] = tensors[EXIT_MAP] / 4
     tensors[EXIT_MAP][:, :width] += np.eye(width, dtype=np.float32)
     tensors[EXIT_MAP][:, width:] += np.eye(width, dtype=np.float32)[:, : tensors[EXIT_MAP].shape[1] - width] / 10
-    tensors[EXIT_NORM] = opened.read(description.decoder.head.norm.weight) * np.float32(1.1)
+    if (norm := description.decoder.head.norm) is not None:
+        tensors[EXIT_NORM] = opened.read(norm.weight) * np.float32(1.1)
+        if norm.bias is not None:
+            tensors[EXIT_NORM_BIAS] = opened.read(norm.bias)
     save_file(tensors, directory / EXIT_WEIGHTS)
     exit_file = ExitFile(exit_layer, True, 0, opened.sha256, "logit-kd", "exit", layers, exit_input=reads)
     write_exit_file(directory, exit_file)
@@ -74,5 +77,5 @@ def model_with_exit(directory: Path) -> Any:
 
 
 EXIT_CASES = tuple(
-    map(with_exit_layers, ("llama-tied", "qwen3", "mistral-window", "llama-biases", "t5-relu-tied", "umt5"))
+    map(with_exit_layers, ("llama-tied", "qwen3", "mistral-window", "llama-biases", "t5-relu-tied", "umt5", "marian"))
 )

@@ -211,12 +211,16 @@ class Run:
             states = out.decoder_hidden_states if self.inputs else out.hidden_states
             scale = self.model.config.d_model**-0.5 if getattr(self.model.config, "scale_decoder_outputs", False) else 1
             shallow = self.model.lm_head(own.norm(own(states[self.exit_layer], self.encoded())) * scale)
+            shallow = shallow + getattr(self.model, "final_logits_bias", 0.0)
         else:
             with cut_after(self.model, self.exit_layer):
                 shallow = self.model(**self.inputs, **{name: ids}, use_cache=False).logits
         known: ExitVocabulary | None = getattr(self.model, "exit_vocabulary", None)
         if known is not None:
             shallow = known.classes(shallow, self.read[-1])
+        for logits in (shallow, deep):
+            for (token,) in self.model.generation_config.bad_words_ids or ():
+                logits[..., token] = float("-inf")
         return shallow[0, self.start - 1 :].float(), deep[0, self.start - 1 :].float()
 
     def encoded(self) -> Encoded | None:

@@ -24,7 +24,12 @@ from graphs.shapes import check_config
 from graphs.weights import View
 from runtime.errors import FreeExportError, OptionError
 
-_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+# Tokens that are never given are part of the head (graphs/families/__init__.py).
+_SUPPRESSED = ("bad_words_ids", "suppress_tokens")
+_GENERATION_KEYS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+    *("forced_eos_token_id", *_SUPPRESSED),
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -215,6 +220,7 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
         raise CheckpointError(f"{path} is stored quantised; give the original float checkpoint, or a GGUF file")
     config, file = _config(path, str(path)), path / "generation_config.json"
     generation_config = _generation_config(config, read_json(file) if file.is_file() else None)
+    config |= {key: generation_config.get(key) for key in _SUPPRESSED}
     return Checkpoint(path, name, config, generation_config, *weight_files(path))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -44,7 +44,8 @@ class TextFormat:
     """The way from text to token ids. `limit` is the most tokens of a sequence that the model is trained on.
 
     Encoder-decoder models have the limit for prompt and target each, decoder-only ones for both together. `truncate`:
-    prompts give way, at the end for an encoder, else at the beginning, where the target is farthest away.
+    prompts give way, at the end for an encoder, else at the beginning, where the target is farthest away. `begin`:
+    tokens that every target begins with.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class TextFormat:
     limit: int
     seq2seq: bool
     truncate: bool = False
+    begin: tuple[int, ...] = ()
 
     def fits(self, example: Example) -> bool:
         prompt, target = len(example.prompt), len(example.target)
@@ -84,7 +86,14 @@ def text_format(checkpoint: Checkpoint, description: Description, limit: int) ->
         raise CheckpointError(f"{checkpoint.name} names no eos_token_id; add it to its generation_config.json")
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     limit = min(limit, description.decoder.max_positions or limit)
-    return TextFormat(tokenizer, int(end), limit, description.encoder is not None)
+    seq2seq, first = description.encoder is not None, forced(checkpoint.generation_config, "forced_bos_token_id")
+    return TextFormat(tokenizer, int(end), limit, seq2seq, begin=(first,) if seq2seq and first is not None else ())
+
+
+def forced(generation: Mapping[str, Any], name: str) -> int | None:
+    """A token id of the generation settings; of a list the first."""
+    given = generation.get(name)
+    return (int(given[0]) if given else None) if isinstance(given, list) else given
 
 
 def end_ids(checkpoint: Checkpoint) -> list[int]:
@@ -136,9 +145,9 @@ def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[l
     prompts, targets = prompt_ids(requests, form, path), list[list[int]]()
     for start in range(0, len(requests), _CHUNK):
         texts = [str(request.target) for request in requests[start : start + _CHUNK]]
-        targets += _ids(form.tokenizer, texts, special=False)
+        targets += _ids(form.tokenizer, texts, special=False, target=form.seq2seq)
     examples = [
-        Example(prompt, np.array([*target, form.eos], np.int32), request.line_number)
+        Example(prompt, np.array([*form.begin, *target, form.eos], np.int32), request.line_number)
         for request, prompt, target in zip(requests, prompts, targets, strict=True)
     ]
     return fitted(examples, form, path)
@@ -191,8 +200,12 @@ def _prompts(inputs: Sequence[str | list[dict[str, str]]], tokenizer: PreTrained
     return found
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Any], special: bool) -> list[list[int]]:
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[Any], special: bool, target: bool = False
+) -> list[list[int]]:
+    # Marian has another SentencePiece model for targets.
+    given = {"text_target" if target else "text": list(texts)}
     # `verbose` warns of texts longer than the tokenizer's own limit, which is not ours.
-    encoded = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(**given, add_special_tokens=special, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids

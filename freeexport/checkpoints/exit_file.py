@@ -13,6 +13,7 @@ from graphs.exit_head import (
     ADAPTER_NORM,
     ADAPTER_UP,
     EXIT_NORM,
+    EXIT_NORM_BIAS,
     OTHER,
     OTHER_BIAS,
     VOCABULARY,
@@ -129,9 +130,13 @@ def read_exit_weights(
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again")
     file = SafetensorsFile(path)
-    shapes = exit_file.shapes(int(config.get("d_model") or config.get("n_embd") or config["hidden_size"]))
+    description = describe(config, weights)
+    shapes, norm = exit_file.shapes(description.hidden_size), description.decoder.head.norm
+    if norm is None:
+        shapes.pop(EXIT_NORM, None)
+    elif norm.bias is not None and EXIT_NORM in shapes:
+        shapes[EXIT_NORM_BIAS] = shapes[EXIT_NORM]
     if exit_file.exit_layers:
-        description = describe(config, weights)
         layers = len(description.decoder.layers)
         if exit_file.exit_layers > layers:
             raise CheckpointError(

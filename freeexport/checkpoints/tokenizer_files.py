@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.weight_files import CheckpointError, one_line
+from runtime.bundle.manifest import Languages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,8 +20,13 @@ if TYPE_CHECKING:
 # transformers 5 makes an empty tokenizer where none of these is there, rather than failing.
 _SOURCES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("vocab.json", "vocab.txt"),
+    *("vocab.json", "vocab.txt", "source.spm"),
 )
+# How tokens spell a language: deu_Latn and de_DE, __de__ (M2M100), >>deu<< (Marian); and where that of the target goes.
+_LANGUAGE = re.compile(r"([a-z]{2,3}_[A-Z][A-Za-z]{1,3})|__([a-z]{2,3})__|>>([\w-]+)<<")
+_TARGETS: dict[str, Literal["first", "start", "prompt"]] = {"m2m_100": "first", "mbart": "first", "marian": "prompt"}
+# Slow tokenizers, and the name of their SentencePiece model for prompts.
+_PIECES = {"MarianTokenizer": "spm_source", "M2M100Tokenizer": "sp_model"}
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _BYT5_OFFSET = 3
 
@@ -54,6 +61,26 @@ def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
     return list(files)
 
 
+def languages_of(checkpoint: Checkpoint, directory: Path) -> Languages | None:
+    """The languages of a translation model by the tokens of the tokenizer.json in `directory`; None without any."""
+    file = directory / "tokenizer.json"
+    if checkpoint.config.get("model_type") not in _TARGETS or not file.is_file():
+        return None
+    tokenizer = Tokenizer.from_file(str(file))
+    found = (
+        (_LANGUAGE.fullmatch(token.content), index) for index, token in tokenizer.get_added_tokens_decoder().items()
+    )
+    tokens = {next(filter(None, match.groups())): index for match, index in found if match}
+    if not tokens:
+        return None
+    written = set(tokenizer.encode("a").ids)
+    source = next((code for code, index in tokens.items() if index in written), None)
+    # mBART of 25 languages has the target's token in place of a start token.
+    start = checkpoint.generation_config.get("decoder_start_token_id")
+    target = "start" if start in tokens.values() else _TARGETS[checkpoint.config["model_type"]]
+    return Languages(dict(sorted(tokens.items())), source, target)
+
+
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint brings a tokenizer; without one, only token ids can be decoded from."""
     if gguf := _gguf(checkpoint):
@@ -86,8 +113,11 @@ def _unreadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
 def _fast(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> Tokenizer:
     # Not the checkpoint's own tokenizer.json: transformers changes it on loading (bos and eos of Llama, added tokens),
     # and a file from the hub may have truncation and padding switched on.
-    if type(tokenizer).__name__ == "ByT5Tokenizer":
+    kind = type(tokenizer).__name__
+    if kind == "ByT5Tokenizer":
         return _byt5(tokenizer)
+    if kind in _PIECES:
+        return _of_pieces(tokenizer, _PIECES[kind])
     if not tokenizer.is_fast:
         raise CheckpointError(
             f"{checkpoint.name}: {type(tokenizer).__name__} has no equivalent in the tokenizers library; "
@@ -97,6 +127,56 @@ def _fast(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> Tokeniz
     fast.no_padding()
     fast.no_truncation()
     return fast
+
+
+def _of_pieces(tokenizer: Any, model: str) -> Tokenizer:
+    """SentencePiece pieces with ids of the checkpoint's own, as `encoder` of the tokenizer has them. Pieces that the
+    prompt's model does not have, as those of Marian's targets, are there for their text."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto()
+    proto.ParseFromString(getattr(tokenizer, model).serialized_model_proto())
+    normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
+    scores = {piece.piece: piece.score for piece in normal}
+    ids: dict[str, int] = tokenizer.encoder
+    rare = min(scores.values()) * 100 - 100
+    if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
+        known = scores.keys() & ids.keys()
+        by_score = sorted(known, key=lambda piece: -scores[piece])
+        cuts = ((piece[:cut], piece[cut:]) for piece in by_score for cut in range(1, len(piece)))
+        merges = [(left, right) for left, right in cuts if left in known and right in known]
+        fast = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token=str(tokenizer.unk_token), fuse_unk=True))
+    else:
+        pieces = {index: piece for piece, index in ids.items()}
+        vocabulary = [
+            (pieces.get(n, f"<unused{n}>"), scores.get(pieces.get(n, ""), rare)) for n in range(max(pieces) + 1)
+        ]
+        fast = Tokenizer(models.Unigram(vocabulary, unk_id=ids[str(tokenizer.unk_token)]))
+    steps: list[Any] = [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if proto.normalizer_spec.precompiled_charsmap:
+        steps.insert(0, normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
+    fast.normalizer = normalizers.Sequence(steps)
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    fast.decoder = decoders.Metaspace(prepend_scheme="always")
+    languages = dict(getattr(tokenizer, "lang_token_to_id", {}))
+    languages |= {piece: index for piece, index in ids.items() if _LANGUAGE.fullmatch(piece)}
+    named = (getattr(tokenizer, name, None) for name in _SPECIAL)
+    special = [str(token) for token in named if token is not None and str(token) in ids]
+    fast.add_special_tokens([*special, *sorted(languages, key=lambda token: languages[token])])
+    before, after = (tokenizer.convert_ids_to_tokens(part) for part in _around(tokenizer))
+    fast.post_processor = processors.TemplateProcessing(
+        single=" ".join([*before, "$A", *after]),
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in {*before, *after}],
+    )
+    return fast
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer writes before a text and behind it."""
+    inner = tokenizer.unk_token_id
+    ids = tokenizer.build_inputs_with_special_tokens([inner])
+    place = ids.index(inner)
+    return ids[:place], ids[place + 1 :]
 
 
 def _byt5(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -41,7 +41,8 @@ def torch_device(name: str) -> torch.device:
 def reference_model(checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = "float32") -> PreTrainedModel:
     """The Hugging Face model of the checkpoint, in evaluation mode; peft merges a LoRA adapter into it.
 
-    In float32 it takes 4 bytes of memory a parameter. An exit's own parameters are not part of it. Raises
+    In float32 it takes 4 bytes of memory a parameter. An exit's own parameters are not part of it; that some tokens are
+    suppressed is. Raises
     UnsupportedModelError where the weights are of other sizes than the configuration says, CheckpointError where one is
     missing, OptionError as `torch_device` does.
     """
@@ -49,10 +50,11 @@ def reference_model(checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = 
     import transformers
 
     from graphs.families import describe
+    from graphs.layers import SUPPRESSED
     from graphs.shapes import check_checkpoint
 
-    place = torch_device(device)
-    check_checkpoint(checkpoint.config, describe(checkpoint.config, checkpoint), checkpoint)
+    place, description = torch_device(device), describe(checkpoint.config, checkpoint)
+    check_checkpoint(checkpoint.config, description, checkpoint)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     seq2seq = checkpoint.config.get("is_encoder_decoder")
@@ -70,6 +72,11 @@ def reference_model(checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = 
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(checkpoint.adapter)).merge_and_unload()
+    if never := list(description.decoder.head.suppressed):
+        head: Any = model.get_output_embeddings()
+        head.register_forward_hook(
+            lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(never, device=logits.device), SUPPRESSED)
+        )
     return model.eval().to(place)
 
 
@@ -100,6 +107,8 @@ def greedy_ids(model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray]
         pad_token_id=ends[0] if ends else 0,
         decoder_start_token_id=values.get("decoder_start_token_id"),
         bos_token_id=values.get("bos_token_id"),
+        forced_bos_token_id=values.get("forced_bos_token_id"),
+        forced_eos_token_id=values.get("forced_eos_token_id"),
     )
     own, model.generation_config = model.generation_config, config  # its sampling and penalties would fill the gaps
     try:

@@ -13,8 +13,8 @@ import click
 
 from freeexport import __version__
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.checkpoints.examples import known_ends
-from freeexport.checkpoints.tokenizer_files import write_tokenizer
+from freeexport.checkpoints.examples import forced, known_ends
+from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.recalibrate import check_fits, with_calibration
 from freeexport.measure.costs import measured_in_child
@@ -75,6 +75,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             err=True,
         )
     engines = engine_options(description, options, checkpoint.exit_layer(layers, exit_layer))
+    longest_prompt = options.longest_prompt(description)
     _decoder_start(checkpoint, description)
     if calibration is not None:
         facts = (description.vocab_size, engines.exit_layer, engines.confidence, engines.max_pending)
@@ -95,7 +96,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
 
         write_tokenizer(checkpoint, directory)
         written = _write_engines(checkpoint, description, engines, options.rounding_data, directory)
-        manifest = _new_manifest(checkpoint, description, engines, options, written, directory)
+        manifest = _new_manifest(checkpoint, description, engines, longest_prompt, written, directory)
         manifest = replace(manifest, exit_vocabulary=vocabulary)
         if calibration is not None:
             manifest = with_calibration(manifest, calibration, directory)
@@ -167,7 +168,7 @@ def _new_manifest(
     checkpoint: Checkpoint,
     description: Description,
     engines: EngineOptions,
-    options: ConvertOptions,
+    longest_prompt: int,
     written: tuple[int, list[DeclaredCopy], Quantization | None],
     directory: Path,
 ) -> Manifest:
@@ -197,7 +198,7 @@ def _new_manifest(
         head_dim=attention.head_dim,
         capacity=engines.capacity,
         max_pending=engines.max_pending,
-        encoder_capacity=options.longest_prompt if description.encoder else 0,
+        encoder_capacity=longest_prompt,
         confidence=engines.confidence,
         threshold=1.0,
         # Ids that the model has no row for never come, so they end nothing.
@@ -217,6 +218,9 @@ def _new_manifest(
         exit_trained=checkpoint.exit is not None and checkpoint.exit.trained,
         kernels=KERNELS_VERSION if engines.kernels == "freeexport" else None,
         compute=None if engines.target == "cpu" or quantization is None else engines.float_type,
+        forced_first_token_id=forced(generation, "forced_bos_token_id") if description.encoder else None,
+        forced_last_token_id=forced(generation, "forced_eos_token_id") if description.encoder else None,
+        languages=languages_of(checkpoint, directory),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from graphs.description import Description
+from graphs.description import Description, Encoder
 from graphs.dialects.ort import fits_head_size, has_attention_kernel
 from graphs.engine_options import TARGETS, EngineOptions
 from graphs.errors import GraphError
@@ -75,13 +75,20 @@ class ConvertOptions:
         for option, path in files:
             if path is not None and not path.is_file():
                 raise OptionError(f"{option} {path}: there is no such file; name another")
-        if self.longest_prompt < 1:
-            raise GraphError(f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more")
 
-    @property
-    def longest_prompt(self) -> int:
-        """Longest prompt of an encoder-decoder, in tokens."""
-        return DEFAULT_ENCODER_CAPACITY if self.encoder_capacity is None else self.encoder_capacity
+    def longest_prompt(self, description: Description) -> int:
+        """Longest prompt of an encoder-decoder, in tokens; 0 for a decoder-only model. Raises GraphError where its
+        encoder has fewer positions."""
+        encoder = description.encoder
+        if encoder is None:
+            return 0
+        positions = encoder.embedding.positions if isinstance(encoder, Encoder) else None
+        most = None if positions is None else positions.count
+        given = self.encoder_capacity
+        if given is not None and not 1 <= given <= (most or given):
+            allowed = "1 or more" if most is None else f"1 to {most}"
+            raise GraphError(f"encoder capacity {given} is out of range; choose {allowed}")
+        return given or min(DEFAULT_ENCODER_CAPACITY, most or DEFAULT_ENCODER_CAPACITY)
 
 
 def engine_options(description: Description, options: ConvertOptions, exit_layer: int) -> EngineOptions:

@@ -56,6 +56,9 @@ def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path)
         raise OptionError(f"--calm-from {least} is out of range; choose 1 to {manifest.layers - 1}")
     if manifest.dialect != "ort" or manifest.target != "cpu":
         raise OptionError("method calm is for bundles of --target cpu in the dialect ort")
+    description = describe(opened.config, opened)
+    if description.decoder.layers[0].order != "pre":
+        raise OptionError(f"method calm is for layers with their norms first, not for {description.family}")
     options = EngineOptions(
         exit_layer=least,
         capacity=manifest.capacity,
@@ -75,7 +78,7 @@ def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path)
     with output_directory(directory, FACTS, overwrite=True) as partial:
         layers = range(least, manifest.layers)
         with WeightFile(partial / WEIGHTS) as weights, progress("building calm", 2 + 2 * len(layers)) as advance:
-            builder = CalmBuilder(describe(opened.config, opened), options, opened, weights, partial)
+            builder = CalmBuilder(description, options, opened, weights, partial)
             builder.shallow()
             builder.deep()
             advance(2)

@@ -157,7 +157,12 @@ def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: in
     found: dict[str, list[Any]] = {name: [] for name in _TYPES}
     with session.decoder(prompt) as decoder:
         if manifest.encoder_decoder:
-            token, most = manifest.decoder_start_token_id or 0, min(max_new_tokens, session.capacity)
+            # Nothing is predicted where a token is forced.
+            *before, token = manifest.output_begins
+            most = min(max_new_tokens, session.capacity) - len(before)
+            for given in before:
+                decoder.step(given, head=True)
+                decoder.sync(0)
         else:
             token = decoder.prefill(prompt.astype(np.int64), head=False, exits=True).token
             most = min(max_new_tokens, session.capacity - len(prompt) + 1) - 1

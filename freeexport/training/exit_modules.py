@@ -200,8 +200,7 @@ def trained_exit(checkpoint: Checkpoint, description: Description) -> tuple[Exit
     decoder = with_exit(description, checkpoint).decoder
     own: Exit | None = None
     known: KnownTokens | None = None
-    if (head := decoder.exit_head) is None:
-        return None, None
+    head = decoder.exit_head or decoder.head
     if head.tokens:
         known = KnownTokens(head.tokens, description.hidden_size).eval()
         known.other.weight, known.other.bias = (_parameter(checkpoint.read(name)) for name in (OTHER, OTHER_BIAS))

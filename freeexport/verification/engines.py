@@ -85,8 +85,8 @@ def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:
     if not manifest.encoder_decoder:
         return Batch(*pad([ids[:limit] for ids in sequences]))
     # What the decoder reads need not answer the prompt: any text will do.
-    start = [manifest.decoder_start_token_id or 0]
-    targets = [start + ids[: limit - 1] for ids in sequences[1:] + sequences[:1]]
+    start = manifest.output_begins[:limit]
+    targets = [start + ids[: limit - len(start)] for ids in sequences[1:] + sequences[:1]]
     prompts = [ids[: min(tokens, manifest.encoder_capacity)] for ids in sequences]
     return Batch(*pad(targets), *pad(prompts))
 

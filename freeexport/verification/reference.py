@@ -29,6 +29,7 @@ from freeexport.verification.engines import (
     pad,
     rows_of,
 )
+from graphs.layers import SUPPRESSED
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import EnginePrecision, Manifest, Precision
@@ -65,6 +66,13 @@ ROWS, LONGEST, LINES = 8, 256, 256
 # States [B, n, d], those of an encoder, and a decoder-only model's final normed ones [B, n, d] -> logits [B, n, V], and
 # confidences [B, n, 1] where these depend on more than the logits.
 ExitHead = Callable[[torch.Tensor, Encoded | None, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+# What a checkpoint may recommend beyond greedy decoding.
+PLAIN = {
+    **{"min_new_tokens": 0, "min_length": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0},
+    "repetition_penalty": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,8 @@ def valid_rows(states: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
 
 def state_checks(ours: States, truth: States, theirs: States, precision: Precision) -> Iterator[Check]:
     """How far ours and transformers' states in this precision are from float64's, and how far ours may be."""
-    known = np.flatnonzero(ours.shallow[0] > np.finfo(np.float32).min)
+    # Neither tokens that the exit does not know nor those that are suppressed.
+    known = {name: getattr(ours, name)[0] > SUPPRESSED / 2 for name in ("shallow", "deep")}
     measure: Measure = "largest" if precision in LEAST else "rms"
     distance = _largest if precision in LEAST else _root_mean_square
     for name, tensor, field in (
@@ -144,8 +153,8 @@ def state_checks(ours: States, truth: States, theirs: States, precision: Precisi
         values, wanted, reference = (getattr(states, field) for states in (ours, truth, theirs))
         if values is None or wanted is None or reference is None:
             continue
-        if field == "shallow":
-            values, wanted, reference = values[:, known], wanted[:, known], reference[:, known]
+        if field in known:
+            values, wanted, reference = (one[:, known[field]] for one in (values, wanted, reference))
         itself = distance(reference, wanted)
         tolerance = max(LEAST.get(precision, COARSE_LEAST), TIMES * itself)
         yield Check(name, tensor, distance(values, wanted), tolerance, measure, itself, scale_of(wanted))
@@ -175,9 +184,9 @@ def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractConte
 
 def engine_of(module: str, exit_layer: int) -> str:
     """The engine that computes a module of transformers, by its name."""
-    if module.startswith("encoder."):
+    if module.startswith(("encoder.", "model.encoder.")):
         return "encoder"
-    if module.endswith(("EncDecAttention.k", "EncDecAttention.v")):
+    if module.endswith(("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")):
         return "prologue"
     layer = re.search(r"\.(?:layers|block)\.(\d+)\.", module)
     return "shallow" if layer and int(layer[1]) < exit_layer else "deep"
@@ -312,7 +321,7 @@ def reference_ids(
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,
         max_time=seconds if seconds < math.inf else None,
-        min_new_tokens=0,
+        **PLAIN,
         do_sample=False,
         num_beams=1,
         eos_token_id=list(eos) or None,
@@ -409,7 +418,7 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
     for start in range(0, len(pairs), ROWS):
         chunk = pairs[start : start + ROWS]
         if manifest.encoder_decoder:
-            begin = [manifest.decoder_start_token_id or 0]
+            begin = manifest.output_begins
             targets = [(begin + target)[:longest] for _, target in chunk]
             yield Batch(*pad(targets), *pad([prompt[: manifest.encoder_capacity] for prompt, _ in chunk]))
         else:

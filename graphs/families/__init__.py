@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 from graphs.description import Description
 from graphs.errors import UnsupportedModelError
-from graphs.families import gemma, gpt2, llama, t5
+from graphs.families import bart, gemma, gpt2, llama, t5
 from graphs.shapes import check_config
 from graphs.weights import Weights
 
-FAMILIES = (t5, llama, gemma, gpt2)
+FAMILIES = (t5, llama, gemma, gpt2, bart)
 # What these fields of a configuration say that no description has.
 _BEYOND = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts"),
@@ -49,5 +50,17 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     """The description of a checkpoint. UnsupportedModelError names what is not supported, or out of range."""
     family = family_of(config)
     check_config(config, family.REQUIRED)
-    described: Description = family.describe(config, weights)
-    return described
+    return _suppressing(family.describe(config, weights), config)
+
+
+def suppressed(config: Mapping[str, Any]) -> Iterator[int]:
+    """Tokens that generation must never give, as generation_config.json says (Marian's padding)."""
+    yield from (int(token) for token in config.get("suppress_tokens") or ())
+    yield from (int(words[0]) for words in config.get("bad_words_ids") or () if len(words) == 1)
+
+
+def _suppressing(description: Description, config: Mapping[str, Any]) -> Description:
+    found = tuple(sorted(token for token in {*suppressed(config)} if 0 <= token < description.vocab_size))
+    decoder = description.decoder
+    head = replace(decoder.head, suppressed=found)
+    return replace(description, decoder=replace(decoder, head=head)) if found else description

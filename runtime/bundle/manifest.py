@@ -16,7 +16,7 @@ from runtime.bundle.schema import Range, Reader, is_newer, parse_object
 from runtime.errors import BundleError
 
 # A newer minor version only adds fields that may be skipped; a newer major one cannot be read.
-SCHEMA_VERSION, SCHEMA_MINOR = 2, 3
+SCHEMA_VERSION, SCHEMA_MINOR = 2, 4
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
@@ -120,6 +120,17 @@ class DeclaredCopy:
 
 
 @dataclass(frozen=True)
+class Languages:
+    """Token ids by language code. `source`: the language that the tokenizer writes into a prompt, None for none.
+    `target`: where the target's token stands: as the output's first token, as the decoder's start token, or before the
+    prompt."""
+
+    tokens: dict[str, int]
+    source: str | None
+    target: Literal["first", "start", "prompt"]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything `runtime` must know about a bundle before it loads an engine. Lengths count tokens.
 
@@ -135,7 +146,9 @@ class Manifest:
     where `packed`, they are run only where an exit may be taken. `exit_input`: what they read; with "feature" they and
     the shallow head are an engine of their own, exit.onnx.
     `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `costs`: as
-    `convert` measured them, None where it did not. `schema_minor`: once read, that of this code.
+    `convert` measured them, None where it did not. `forced_first_token_id`, `forced_last_token_id`: what an output
+    begins with, and ends with where it is cut at its limit; None for what is predicted. `languages` of a translation
+    model, None elsewhere. `schema_minor`: once read, that of this code.
     """
 
     schema_version: Annotated[int, Range(SCHEMA_VERSION, SCHEMA_VERSION)]
@@ -177,11 +190,20 @@ class Manifest:
     kernels: int | None = None
     exit_layers: LayerCount = 0
     exit_input: ExitInput = "state"
+    forced_first_token_id: int | None = None
+    forced_last_token_id: int | None = None
+    languages: Languages | None = None
     schema_minor: Annotated[int, Range(SCHEMA_MINOR, SCHEMA_MINOR)] = SCHEMA_MINOR
 
     @property
     def encoder_decoder(self) -> bool:
         return self.encoder_capacity > 0
+
+    @property
+    def output_begins(self) -> list[int]:
+        """What the decoder of an encoder-decoder reads before the first token that is predicted."""
+        first = self.forced_first_token_id
+        return [self.decoder_start_token_id or 0, *([] if first is None else [first])]
 
     @property
     def exit_engine(self) -> bool:
@@ -251,6 +273,10 @@ class Manifest:
         manifest._check(where)
         return manifest
 
+    def _knows(self, languages: Languages) -> bool:
+        source = languages.source is None or languages.source in languages.tokens
+        return source and all(0 <= token < self.vocab_size for token in languages.tokens.values())
+
     def _check(self, where: str) -> None:
         """Check the fields that depend on each other."""
         start = self.decoder_start_token_id
@@ -264,7 +290,15 @@ class Manifest:
             (not (self.exit_engine and self.encoder_decoder), "exit_input", self.exit_input),
             (1 <= (self.tuned_max_pending or 1) <= self.max_pending, "tuned_max_pending", self.tuned_max_pending),
             (start is not None or not self.encoder_decoder, "decoder_start_token_id", start),
-            (0 <= (start or 0) < self.vocab_size, "decoder_start_token_id", start),
+            *(
+                (0 <= (token or 0) < self.vocab_size, name, token)
+                for name, token in (
+                    ("decoder_start_token_id", start),
+                    ("forced_first_token_id", self.forced_first_token_id),
+                    ("forced_last_token_id", self.forced_last_token_id),
+                )
+            ),
+            (self.languages is None or self._knows(self.languages), "languages", self.languages),
             (all(0 <= token < self.vocab_size for token in self.eos_token_ids), "eos_token_ids", self.eos_token_ids),
         ]
         for holds, name, value in rules:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import monotonic
+from types import MappingProxyType
 
 import numpy as np
 
@@ -21,10 +22,12 @@ class Response:
     so a draft is chosen as the final token is.
 
     `prompt` int64 [n]: what the decoder reads before the first token. `limit`: most tokens. `eos`: tokens that end it.
-    `sampler` None is arg max. `logprobs`: also of each token, and with `top_logprobs` of as many of the likeliest in
-    its place. `greedy`: neither, so of a prediction the token is all that is needed. It ends early once `cancel` is
-    set, or `cancelled`, and at `until`, which is like `asked` a time of the monotonic clock. `finished`: why it has
-    ended, None until then. `times`: when each token became final.
+    `fixed`: tokens that the model wants at a place of the output, whatever is predicted (a target language, the last
+    end of sequence); a grammar is about what follows the first. `sampler` None is arg max. `logprobs`: also of each
+    token, and with `top_logprobs` of as many of the likeliest in its place. `greedy`: of the next prediction the token
+    is all that is needed; `reads_logits`: of some it is not. It ends early once `cancel` is set, or `cancelled`, and at
+    `until`, which is like `asked` a time of the monotonic clock. `finished`: why it has ended, None until then.
+    `times`: when each token became final.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Response:
         cancel: threading.Event | None = None,
         asked: float = 0.0,
         until: float = math.inf,
+        fixed: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self.prompt, self.cancelled, self.asked, self.until = prompt, False, asked, until
         self.may_leave = cancel is not None or until != math.inf
@@ -46,6 +50,8 @@ class Response:
         self._ids = np.empty(len(prompt) + limit, np.int64)
         self._ids[: len(prompt)] = prompt
         self._end = len(prompt) + limit
+        self._fixed = {len(prompt) + place: token for place, token in fixed.items()}
+        self._grammar_begins = len(prompt) + (0 in fixed)
         self._eos = eos
         self._logprobs, self._top_logprobs = logprobs or top_logprobs > 0, top_logprobs
         self._left: GenerationResult | None = None
@@ -58,11 +64,10 @@ class Response:
         self.newest, self._length = int(self.prompt[-1]), len(self.prompt)
         self.finished: FinishReason | None = None
         self._sampler, self._text = sampler, text
-        self.greedy = sampler is None and not self._logprobs
+        self.reads_logits = sampler is not None or self._logprobs
         self._grammar = None if sampler is None else sampler.grammar
         self._takes_best = sampler is not None and sampler.only_masks
-        # Whether forced tokens go without a prediction: their log-probabilities are one.
-        self.joins_forced = self._grammar is not None and not self._logprobs
+        self._look_ahead()
         # Looked up once: what is called for every token is seldom in the processor's cache.
         self._push = text.push
         self._rest = ""  # text that was withheld when it was cut short
@@ -77,11 +82,15 @@ class Response:
 
     def choose(self, prediction: Prediction, drafts: Sequence[int] = ()) -> int:
         """The token that comes after the final ones and `drafts`."""
+        if self._fixed:
+            fixed = self._fixed.get(self._length + len(drafts))
+            if fixed is not None:
+                return fixed
         if self._sampler is None:
             return prediction.token
         context, grammar = self._context(drafts), self._grammar
         if grammar is not None:
-            output = context[len(self.prompt) :]
+            output = context[self._grammar_begins :]
             forced = grammar.forced(output)
             if forced is not None:
                 return forced
@@ -93,17 +102,26 @@ class Response:
 
     def judged(self, guess: Prediction, drafts: Sequence[int] = ()) -> Prediction:
         """A shallow prediction, whose confidence is 0 where the grammar refuses its best token after `drafts`."""
-        if self._grammar is None or guess.confidence is None:
+        if self._grammar is None or guess.confidence is None or self._length + len(drafts) in self._fixed:
             return guess
         allowed = self._grammar.allows(self._output(drafts), (guess.token,))
         return guess if allowed else guess._replace(confidence=0.0)
 
     def forced(self, drafts: Sequence[int] = ()) -> int | None:
-        """The only token that the grammar allows after the final ones and `drafts`; None where it leaves a choice, and
-        where forced tokens need a prediction too."""
-        if self._grammar is None or not self.joins_forced:
+        """The only token that may come after the final ones and `drafts`, as it is fixed, or by the grammar; None where
+        there is a choice, and where forced tokens need a prediction too, as their log-probabilities are one."""
+        if self._logprobs:
             return None
+        fixed = self._fixed.get(self._length + len(drafts))
+        if fixed is not None or self._grammar is None:
+            return fixed
         return self._grammar.forced(self._output(drafts))
+
+    def _look_ahead(self) -> None:
+        """Say how the next token is chosen. `joins_forced`: it may go without a prediction."""
+        fixed = self._length in self._fixed
+        self.greedy = not self.reads_logits and not fixed
+        self.joins_forced = (fixed or self._grammar is not None) and not self._logprobs
 
     def _context(self, drafts: Sequence[int]) -> np.ndarray:
         length = self._length + len(drafts)
@@ -111,8 +129,8 @@ class Response:
         return self._ids[:length]
 
     def _output(self, drafts: Sequence[int]) -> np.ndarray:
-        """The final tokens and `drafts`, without the prompt."""
-        return self._context(drafts)[len(self.prompt) :]
+        """The final tokens and `drafts` that the grammar is about."""
+        return self._context(drafts)[self._grammar_begins :]
 
     def ends(self, drafts: Sequence[int]) -> bool:
         """True where the request is over with the last of `drafts`, should all of them become final."""
@@ -140,6 +158,8 @@ class Response:
         if self._sampler is not None:
             self._ids[self._length] = token
         self._length += 1
+        if self._fixed:
+            self._look_ahead()
         best: TopLogprobs | None = None
         if self._logprobs and prediction is not None and prediction.logits is not None:
             logprobs = log_softmax(prediction.logits)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, VOCAB_SIZE, Case
+from checkpoints import CASES, KIN, VOCAB_SIZE, Case
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from graphs.description import Description, Encoder
@@ -70,7 +70,7 @@ def weights_of(description: Description) -> set[str]:
     found: set[str] = set()
 
     def visit(value: Any) -> None:
-        if isinstance(value, str) and View.of(value).tensor.endswith((".weight", ".bias")):
+        if isinstance(value, str) and View.of(value).tensor.endswith((".weight", "bias")):
             found.add(View.of(value).tensor)
         elif isinstance(value, tuple):
             for item in value:
@@ -83,7 +83,7 @@ def weights_of(description: Description) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *KIN], ids=lambda case: case.name)
 def test_a_description_names_every_weight_of_the_checkpoint(case: Case, checkpoint: Callable[[Case], Path]) -> None:
     source = open_checkpoint(str(checkpoint(case)))
     description = describe(source.config, source)

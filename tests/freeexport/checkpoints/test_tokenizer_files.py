@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from freeexport.checkpoints import tokenizer_files
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint, smollm2
-from freeexport.checkpoints.tokenizer_files import has_tokenizer, write_tokenizer
+from freeexport.checkpoints.tokenizer_files import has_tokenizer, languages_of, write_tokenizer
 
 TEXTS = [
     "Hello world, this is a test.",
@@ -144,6 +144,55 @@ def test_t5_sentencepiece_is_converted(directory: Path) -> None:
     assert tokenizer.encode("hello world").ids[-1] == reference.eos_token_id == 1
     assert_equal_on_texts(tokenizer, reference)
     assert tokenizer.token_to_id("<extra_id_0>") == reference.convert_tokens_to_ids("<extra_id_0>")
+
+
+def sentence_pieces(path: Path, texts: list[str], kind: str) -> list[str]:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=(writer := io.BytesIO()),
+        vocab_size=80,
+        hard_vocab_limit=False,
+        model_type=kind,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    path.write_bytes(writer.getvalue())
+    model = sentencepiece.SentencePieceProcessor(model_proto=writer.getvalue())
+    inner = (index for index in range(len(model)) if not (model.is_unknown(index) or model.is_control(index)))
+    return [model.id_to_piece(index) for index in inner]
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_tokenizers_of_translation_models_equal_transformers(directory: Path, kind: str) -> None:
+    marian = kind == "unigram"
+    pieces = sentence_pieces(directory / ("source.spm" if marian else "sentencepiece.bpe.model"), CORPUS, kind)
+    texts = [*(text.strip() for text in TEXTS[:3]), "quick  fox", "unknown \u4e00\u4e01 here", "a</s> b"]
+    if marian:
+        other = sentence_pieces(directory / "target.spm", ["der schnelle braune fuchs springt", *TEXTS], kind)
+        # Ids are neither model's own, and some pieces only the target has.
+        order = [">>deu<<", "</s>", "<unk>", *sorted({*pieces, *other}), "<pad>"]
+        (directory / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(order)}))
+        (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))
+    else:
+        order = ["<s>", "<pad>", "</s>", "<unk>", *pieces]
+        (directory / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(order)}))
+        (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "M2M100Tokenizer"}))
+    (directory / "config.json").write_text(json.dumps({"model_type": "marian" if marian else "m2m_100"}))
+    tokenizer = written(directory)
+    reference = transformers.AutoTokenizer.from_pretrained(directory)
+    for text in texts:
+        ids = reference(text).input_ids
+        assert tokenizer.encode(text).ids == ids, text
+        decoded = reference.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == decoded.removeprefix("__en__ "), text
+    marked = ">>deu<< hello world"
+    assert not marian or tokenizer.encode(marked).ids == reference(marked).input_ids
+    languages = languages_of(open_checkpoint(str(directory)), directory.parent / "out")
+    assert languages is not None
+    assert languages.source == (None if marian else "en")
+    assert languages.target == ("prompt" if marian else "first")
+    code = "deu" if marian else "de"
+    assert languages.tokens[code] == (0 if marian else reference.get_lang_id("de"))
 
 
 def test_byt5_is_built(directory: Path) -> None:

@@ -1,0 +1,148 @@
+"""BART and its kin: BART, mBART, Marian, M2M100 and NLLB, Pegasus. One code path; `KINDS` says what differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from graphs.description import (
+    ACTIVATIONS,
+    MLP,
+    Attention,
+    Decoder,
+    Description,
+    Embedding,
+    Encoder,
+    Head,
+    Layer,
+    Linear,
+    Norm,
+    Positions,
+)
+from graphs.errors import UnsupportedModelError
+from graphs.shapes import vocabulary_size
+from graphs.weights import Weights
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`order`, as in a layer; `embedding_norm`: a norm behind the embedding; `final_norm`: one behind the last layer.
+    `positions`: learned, or sines as Marian or as Tensor2Tensor has them."""
+
+    order: Literal["pre", "post"]
+    embedding_norm: bool
+    final_norm: bool
+    positions: Literal["learned", "marian", "tensor2tensor"]
+
+
+KINDS = {
+    "bart": Kind("post", True, False, "learned"),
+    "mbart": Kind("pre", True, True, "learned"),
+    "marian": Kind("post", False, False, "marian"),
+    "m2m_100": Kind("pre", False, True, "tensor2tensor"),
+    "pegasus": Kind("pre", False, True, "marian"),
+}
+MODEL_TYPES = tuple(KINDS)
+REQUIRED = (
+    *("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"),
+    *("max_position_embeddings", "activation_function"),
+)
+# One matrix, under whichever of its names the checkpoint kept.
+EMBEDDINGS = tuple(f"model.{name}.weight" for name in ("shared", "decoder.embed_tokens", "encoder.embed_tokens"))
+LEARNED_OFFSET = 2  # rows before the first position
+EPSILON = 1e-5  # torch's default
+
+
+def describe(config: Mapping[str, Any], weights: Weights) -> Description:
+    if not config.get("share_encoder_decoder_embeddings", True):
+        raise UnsupportedModelError(
+            "share_encoder_decoder_embeddings is False, so prompt and output have vocabularies of their own, which is "
+            "not supported; use a model that shares them"
+        )
+    if config["activation_function"] not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"activation_function {config['activation_function']!r} is not supported; known are {list(ACTIVATIONS)}"
+        )
+    kind, width = KINDS[config["model_type"]], int(config["d_model"])
+    table = next((name for name in EMBEDDINGS if name in weights), EMBEDDINGS[0])
+    # Untied, encoder and decoder have tables of their own, too.
+    tied = config.get("tie_word_embeddings", True) or "lm_head.weight" not in weights
+    own = {side: f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
+    tables = {side: table if tied or name not in weights else name for side, name in own.items()}
+    head = Head(
+        _norm("model.decoder.layer_norm") if kind.final_norm else None,
+        table if tied else "lm_head.weight",
+        bias="final_logits_bias" if "final_logits_bias" in weights else None,
+    )
+    decoder, encoder = (_layers(config, side) for side in ("decoder", "encoder"))
+    return Description(
+        family="bart",
+        vocab_size=vocabulary_size(weights, table, width),
+        hidden_size=width,
+        decoder=Decoder(
+            _embedding(config, weights, "decoder", tables), decoder, head, int(config["max_position_embeddings"])
+        ),
+        encoder=Encoder(
+            _embedding(config, weights, "encoder", tables),
+            encoder,
+            _norm("model.encoder.layer_norm") if kind.final_norm else None,
+        ),
+    )
+
+
+def _embedding(config: Mapping[str, Any], weights: Weights, side: str, tables: Mapping[str, str]) -> Embedding:
+    kind, width, count = KINDS[config["model_type"]], int(config["d_model"]), int(config["max_position_embeddings"])
+    # Published Marian checkpoints hold their sines.
+    name: str | None = f"model.{side}.embed_positions.weight"
+    if kind.positions == "learned":
+        positions = Positions(count, name, LEARNED_OFFSET)
+    elif kind.positions == "marian":
+        frequencies = tuple(10000.0 ** -(2 * step / width) for step in range((width + 1) // 2))
+        positions = Positions(count, name) if name in weights else Positions(count, frequencies=frequencies)
+    else:
+        half = width // 2
+        exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000) / max(1, half - 1))
+        # Positions count from behind that of padding.
+        offset = int(config["pad_token_id"]) + 1
+        positions = Positions(count, offset=offset, frequencies=tuple(map(float, np.exp(exponents))))
+    norm = _norm(f"model.{side}.layernorm_embedding") if kind.embedding_norm else None
+    return Embedding(tables[side], math.sqrt(width) if config.get("scale_embedding") else 1.0, positions, norm)
+
+
+def _layers(config: Mapping[str, Any], side: str) -> tuple[Layer, ...]:
+    heads, activation = int(config[f"{side}_attention_heads"]), ACTIVATIONS[config["activation_function"]]
+    if config["d_model"] % heads:
+        raise UnsupportedModelError(
+            f"d_model is {config['d_model']} in the configuration, not a multiple of {side}_attention_heads, {heads}"
+        )
+
+    def attention(name: str) -> Attention:
+        size = int(config["d_model"]) // heads
+        parts = (_linear(f"{name}.{part}_proj") for part in ("q", "k", "v", "out"))
+        return Attention(heads, heads, size, size**-0.5, *parts)
+
+    def layer(name: str) -> Layer:
+        crosses = side == "decoder"
+        return Layer(
+            attention_norm=_norm(f"{name}.self_attn_layer_norm"),
+            attention=attention(f"{name}.self_attn"),
+            cross_norm=_norm(f"{name}.encoder_attn_layer_norm") if crosses else None,
+            cross=attention(f"{name}.encoder_attn") if crosses else None,
+            mlp_norm=_norm(f"{name}.final_layer_norm"),
+            mlp=MLP(activation, up=_linear(f"{name}.fc1"), down=_linear(f"{name}.fc2")),
+            order=KINDS[config["model_type"]].order,
+        )
+
+    return tuple(layer(f"model.{side}.layers.{number}") for number in range(int(config[f"{side}_layers"])))
+
+
+def _linear(name: str) -> Linear:
+    return Linear(f"{name}.weight", f"{name}.bias")
+
+
+def _norm(name: str) -> Norm:
+    return Norm(f"{name}.weight", EPSILON, "layer", f"{name}.bias")
