@@ -201,7 +201,7 @@ class Manifest:
 
     @property
     def output_begins(self) -> list[int]:
-        """What the decoder of an encoder-decoder reads before the first token that is predicted."""
+        """The tokens that an encoder-decoder reads before the first that is predicted."""
         first = self.forced_first_token_id
         return [self.decoder_start_token_id or 0, *([] if first is None else [first])]
 
