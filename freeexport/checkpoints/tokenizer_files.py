@@ -132,9 +132,9 @@ def _fast(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> Tokeniz
 def _of_pieces(tokenizer: Any, model: str) -> Tokenizer:
     """SentencePiece pieces with ids of the checkpoint's own, as `encoder` of the tokenizer has them. Pieces that the
     prompt's model does not have, as those of Marian's targets, are there for their text."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece import sentencepiece_model_pb2
 
-    proto = ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(getattr(tokenizer, model).serialized_model_proto())
     normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
     scores = {piece.piece: piece.score for piece in normal}

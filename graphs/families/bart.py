@@ -97,7 +97,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
 def _embedding(config: Mapping[str, Any], weights: Weights, side: str, tables: Mapping[str, str]) -> Embedding:
     kind, width, count = KINDS[config["model_type"]], int(config["d_model"]), int(config["max_position_embeddings"])
     # Published Marian checkpoints hold their sines.
-    name: str | None = f"model.{side}.embed_positions.weight"
+    name = f"model.{side}.embed_positions.weight"
     if kind.positions == "learned":
         positions = Positions(count, name, LEARNED_OFFSET)
     elif kind.positions == "marian":
@@ -122,8 +122,8 @@ def _layers(config: Mapping[str, Any], side: str) -> tuple[Layer, ...]:
 
     def attention(name: str) -> Attention:
         size = int(config["d_model"]) // heads
-        parts = (_linear(f"{name}.{part}_proj") for part in ("q", "k", "v", "out"))
-        return Attention(heads, heads, size, size**-0.5, *parts)
+        query, key, value, output = (_linear(f"{name}.{part}_proj") for part in ("q", "k", "v", "out"))
+        return Attention(heads, heads, size, size**-0.5, query, key, value, output)
 
     def layer(name: str) -> Layer:
         crosses = side == "decoder"
