@@ -80,6 +80,16 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class Spectrogram:
+    """The input of an encoder of speech: two convolutions of width 3 over a spectrogram [bins, 2 * count], with a GELU
+    after each, the second of stride 2, and positions (Whisper). Their weights are [d, inputs, 3]."""
+
+    bins: int
+    convolutions: tuple[Linear, Linear]
+    positions: Positions
+
+
+@dataclass(frozen=True)
 class RelativeBias:
     """T5's bias by bucketed distance; `table` [buckets, heads]. Causal unless `bidirectional`."""
 
@@ -173,7 +183,7 @@ class Head:
 class Encoder:
     """Bidirectional layers over the prompt, ending in a norm, if any."""
 
-    embedding: Embedding
+    embedding: Embedding | Spectrogram
     layers: tuple[Layer, ...]
     norm: Norm | None
 
@@ -217,6 +227,12 @@ class Description:
     def exit_engine(self) -> bool:
         """Whether the exit is an engine of its own: it reads a feature."""
         return self.decoder.exit_inputs > 1
+
+    @property
+    def spectrogram(self) -> Spectrogram | None:
+        """The input of the encoder of a model of speech; None where prompts are text."""
+        embedding = getattr(self.encoder, "embedding", None)
+        return embedding if isinstance(embedding, Spectrogram) else None
 
     @property
     def attention(self) -> Attention:

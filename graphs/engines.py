@@ -13,12 +13,23 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import Decoder, Description, Encoder, Layer
-from graphs.dialects.base import Call, Dialect, Packing, embed, in_heads, key_value_outputs, linear, packing
+from graphs.description import Decoder, Description, Embedding, Encoder, Layer, Spectrogram
+from graphs.dialects.base import (
+    Call,
+    Dialect,
+    Packing,
+    embed,
+    embed_sound,
+    flat,
+    in_heads,
+    key_value_outputs,
+    linear,
+    packing,
+)
 from graphs.dialects.ort import KernelDialect, OrtDialect
 from graphs.dialects.standard import StandardDialect
 from graphs.engine_options import FLOAT_TYPES, EngineOptions
-from graphs.graph import Graph
+from graphs.graph import Dimension, Graph
 from graphs.layers import decoder_layers, encoder_layers, exit_rows, head_outputs
 from graphs.quantization.passes import FuseProducts, QuantizeEmbedding, QuantizeLinears
 from graphs.quantization.plan import rounding
@@ -127,15 +138,22 @@ class EngineBuilder:
         self._save(graph)
 
     def encoder(self) -> None:
-        """encoder.onnx: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d]."""
+        """encoder.onnx: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d]; of speech `features`
+        float32 [B, bins, 2 E], with a fixed E."""
         encoder = self.description.encoder
         assert isinstance(encoder, Encoder)
-        graph = self._graph("encoder")
-        tokens = graph.input("input_ids", INT64, ["B", "E"])
-        lengths = graph.input("lengths", INT32, ["B"])
-        call = Call(_size(graph, tokens), lengths)
-        dialect = self._dialect(graph, call)
-        x = embed(graph, dialect, call, tokens, encoder.embedding)
+        graph, embedding = self._graph("encoder"), encoder.embedding
+        if isinstance(embedding, Spectrogram):
+            shape: list[Dimension] = ["B", embedding.bins, 2 * embedding.positions.count]
+            x = embed_sound(graph, graph.input("features", FLOAT, shape), embedding)
+            call = Call(_size(graph, x), None)
+            dialect = self._dialect(graph, call)
+            x = flat(graph, x, self.description.hidden_size)
+        else:
+            tokens = graph.input("input_ids", INT64, ["B", "E"])
+            call = Call(_size(graph, tokens), graph.input("lengths", INT32, ["B"]))
+            dialect = self._dialect(graph, call)
+            x = embed(graph, dialect, call, tokens, embedding)
         hidden = encoder_layers(graph, dialect, x, encoder.layers, encoder.norm)
         self._output_hidden(graph, hidden, call, graph.compute, "E")
         self._save(graph)
@@ -175,7 +193,7 @@ class EngineBuilder:
         if products.own:
             passes.append(FuseProducts())
         read = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", None)}.get(engine)
-        if self._rounding.embedding and read:
+        if self._rounding.embedding and isinstance(read, Embedding):
             table = read.table
             # A head in 4 bits would be a coarse table.
             tied = products.own and table == decoder.head.weight and plan.head == "int8-block"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from graphs.description import Description, Encoder, Linear, Norm
+from graphs.description import Description, Encoder, Linear, Norm, Spectrogram
 from graphs.errors import UnsupportedModelError
 from graphs.exit_head import EXIT_LAYERS, EXIT_MAP, own_layers
 from graphs.weights import Weights
@@ -56,6 +56,9 @@ SIZES: dict[str, int] = {
     "relative_attention_max_distance": MAX_POSITIONS,
     "local_radius": MAX_POSITIONS,
     "global_block_size": MAX_POSITIONS,
+    "max_source_positions": MAX_POSITIONS,
+    "max_target_positions": MAX_POSITIONS,
+    "num_mel_bins": MAX_HEAD_SIZE,
 }
 # Numbers above the first and up to the second.
 RANGES: dict[str, tuple[float, float]] = {
@@ -205,7 +208,18 @@ def _shapes(description: Description, weights: Weights, inner: int | None) -> It
     if isinstance(description.encoder, Encoder):
         norms.append((description.encoder.norm, width))
         layers += description.encoder.layers
-        embeddings.append(description.encoder.embedding)
+        sound = description.encoder.embedding
+        if isinstance(sound, Spectrogram):
+            table, inputs = sound.positions.table, sound.bins
+            assert table is not None
+            yield table, (sound.positions.count, width)
+            for convolution in sound.convolutions:
+                assert convolution.bias is not None
+                yield convolution.weight, (width, inputs, 3)
+                yield convolution.bias, (width,)
+                inputs = width
+        else:
+            embeddings.append(sound)
     for embedding in embeddings:
         yield embedding.table, (description.vocab_size, width)
         norms.append((embedding.norm, width))

@@ -20,6 +20,7 @@ from runtime.checks import (
     check_whole,
     is_text,
     json_schema,
+    listed,
     logits_processors,
     number,
     output_choices,
@@ -44,6 +45,10 @@ FLOAT32_MAX = 3.4e38
 MOST_LENGTH_PENALTY, MOST_SECONDS = 50, 1e9
 ABOVE_ZERO = math.ulp(0.0)
 MOST_TOP_LOGPROBS = 20  # as OpenAI's interface
+SPEECH = (
+    *("language", "task", "timestamps", "initial_prompt", "condition_on_previous", "fallback_temperatures"),
+    *("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"),
+)
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
 
 
@@ -196,6 +201,20 @@ class GenerationOptions:
         beams. Fewer where an exit vocabulary knows fewer.
     cache_salt: text that tells users apart: a request reuses prefixes (SessionOptions.prefix_cache_mb) only of requests
         with the same salt, and without one only of those without.
+    language: of speech: the code of what is spoken, such as "en"; None finds it out in the first 30 s.
+    task: of speech: "transcribe", or "translate" into English. Default "transcribe".
+    timestamps: of speech: find out when what was said; the result has segments. Audio that is longer than 30 s is
+        decoded with timestamps anyway, as its windows begin where the segments of the last one end. Default False.
+    initial_prompt: of speech: text before the first window: names and spellings that it is likely to have.
+    condition_on_previous: of speech: let each window read the text of those before. It keeps names and style alike, and
+        errors too. Default False.
+    fallback_temperatures: of speech: where the text of a window repeats itself or is unlikely, it is decoded again at
+        each of these in turn, until it is not; () accepts the first. Default (0.2, 0.4, 0.6, 0.8, 1.0).
+    compression_ratio_threshold: of speech: a text that zlib makes shorter by more than this factor repeats itself; None
+        accepts any. Default 2.4.
+    logprob_threshold: of speech: a text of fewer nats a token is unlikely; None accepts any. Default -1.0.
+    no_speech_threshold: of speech: a window whose text is unlikely is silent where the probability that nothing is
+        said is greater; None looks for no silence. Default 0.6.
     num_beams: more than 1 is beam search: encoder-decoders in "full", without sampling. Default 1.
     length_penalty: a finished beam's log-probability is divided by its length to this power. Default 1.
     early_stopping: when beam search stops, as in transformers: True, False or "never". Default False.
@@ -234,6 +253,15 @@ class GenerationOptions:
     output_logprobs: bool = False
     top_logprobs: int = 0
     cache_salt: str | None = None
+    language: str | None = None
+    task: Literal["transcribe", "translate"] = "transcribe"
+    timestamps: bool = False
+    initial_prompt: str | None = None
+    condition_on_previous: bool = False
+    fallback_temperatures: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    compression_ratio_threshold: float | None = 2.4
+    logprob_threshold: float | None = -1.0
+    no_speech_threshold: float | None = 0.6
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -277,6 +305,7 @@ class GenerationOptions:
         object.__setattr__(self, "stop", stop_strings(self.stop))
         object.__setattr__(self, "sequence_bias", token_biases(self.sequence_bias))
         object.__setattr__(self, "logits_processor", logits_processors(self.logits_processor))
+        self._check_speech()
         self._check_grammar()
         self._check_sampling()
         self._check_beams()
@@ -295,6 +324,30 @@ class GenerationOptions:
             return None
         given = getattr(self, name)
         return name, given if isinstance(given, str) else json.dumps(given)
+
+    @property
+    def speech(self) -> str | None:
+        """The first option of speech that is not as by default; None where there is none."""
+        named = [field for field in fields(self) if field.name in SPEECH]
+        return next((field.name for field in named if getattr(self, field.name) != field.default), None)
+
+    def _check_speech(self) -> None:
+        check_choice("task", self.task, ("transcribe", "translate"))
+        for name in ("timestamps", "condition_on_previous"):
+            check_bool(name, getattr(self, name))
+        for name in ("language", "initial_prompt"):
+            text = getattr(self, name)
+            if text is not None and not (isinstance(text, str) and text):
+                raise OptionError(f"{name} is {shown(text)}; give a text that is not empty, or None")
+        check_number("compression_ratio_threshold", self.compression_ratio_threshold, 0, 1e9, "from 0 on, or None")
+        check_number("logprob_threshold", self.logprob_threshold, -1e9, 0, "of at most 0, or None")
+        check_number("no_speech_threshold", self.no_speech_threshold, 0, 1, "from 0 to 1, or None")
+        given = listed(self.fallback_temperatures)
+        if given is None or not all(LEAST_DIVISOR <= number(each) <= FLOAT32_MAX for each in given):
+            raise OptionError(
+                f"fallback_temperatures is {shown(self.fallback_temperatures)}; give temperatures above 0, or ()"
+            )
+        object.__setattr__(self, "fallback_temperatures", given)
 
     def _check_grammar(self) -> None:
         given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
@@ -418,6 +471,15 @@ class GenerationKeywords(TypedDict, total=False):
     output_logprobs: bool
     top_logprobs: int
     cache_salt: str | None
+    language: str | None
+    task: Literal["transcribe", "translate"]
+    timestamps: bool
+    initial_prompt: str | None
+    condition_on_previous: bool
+    fallback_temperatures: Sequence[float]
+    compression_ratio_threshold: float | None
+    logprob_threshold: float | None
+    no_speech_threshold: float | None
     num_beams: int
     length_penalty: float
     early_stopping: bool | Literal["never"]

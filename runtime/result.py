@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -100,6 +101,27 @@ class Stats:
         accepted = self.exits + others
         return accepted / (accepted + self.rejected) if self.rejected else 1.0
 
+    @classmethod
+    def joined(cls, parts: Sequence[Stats]) -> Stats:
+        """The sums of several requests, as of the windows of a sound; the mode is the first's, and the first token and
+        the time in the queue are that of the first."""
+        whole = cls(parts[0].mode)
+        for part in parts:
+            for each in fields(cls):
+                if each.name not in ("mode", "drafts", "longer_passes", "queue_seconds", "first_token_seconds"):
+                    start = 0 if part is parts[0] else getattr(whole, each.name)
+                    setattr(whole, each.name, start + getattr(part, each.name))
+            for source, counts in part.drafts.items():
+                sums = whole.drafts.setdefault(source, DraftStats())
+                sums.drafts, sums.proposed = sums.drafts + counts.drafts, sums.proposed + counts.proposed
+                sums.accepted += counts.accepted
+                sums.by_accepted += counts.by_accepted
+            for rows, done in part.longer_passes.items():
+                passes = whole.longer_passes.setdefault(rows, PassStats())
+                passes.count, passes.seconds = passes.count + done.count, passes.seconds + done.seconds
+        whole.queue_seconds, whole.first_token_seconds = parts[0].queue_seconds, parts[0].first_token_seconds
+        return whole
+
     def count_draft(self, source: str, proposed: int, accepted: int) -> None:
         if proposed:
             counts = self.drafts.setdefault(source, DraftStats())
@@ -168,11 +190,28 @@ class Token(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a sound, from `start` to `end` in seconds, and what was said in it. Of the window that it was found in:
+    the `temperature` it was decoded at, mean nats a token (`avg_logprob`) and the probability that there was no speech,
+    None where they were not asked for. `compression_ratio` is that of its text, high where it repeats itself."""
+
+    start: float
+    end: float
+    text: str
+    token_ids: tuple[int, ...]
+    temperature: float
+    avg_logprob: float | None
+    compression_ratio: float
+    no_speech_prob: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
     """A finished request. `finish_reason`: "eos", "stop" (string) and "length" are regular ends; "cancelled" and
     "deadline" cut it short. `token_ids` are the generated ones, end of sequence included; `exited`, `confidence`,
     `logprobs` and `top_logprobs` (None unless asked for) run parallel to them. `text` has no special tokens and no stop
-    string."""
+    string. Of speech: its `language`, and its `segments` where timestamps were asked for or it is longer than a window;
+    `token_ids` are those of all windows."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -182,6 +221,8 @@ class GenerationResult:
     stats: Stats
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[TopLogprobs, ...] | None = None
+    language: str | None = None
+    segments: tuple[Segment, ...] | None = None
 
     @property
     def complete(self) -> bool:

@@ -34,8 +34,9 @@ from runtime.machine.device import Device
 from runtime.metrics import Observer
 from runtime.options import GenerationOptions, Mode, SessionOptions
 from runtime.result import GenerationResult, Stats, Token
+from runtime.speech import Sound, SpeechPrompt
 from runtime.text.detokenizer import Detokenizer
-from runtime.text.grammar import Grammar, Grammars
+from runtime.text.grammar import Constraint, Grammar, Grammars
 from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected, encode_prompt
 from runtime.text.sampler import LogitsProcessor, Sampler, Warping, log_softmax
 from runtime.text.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ class Model:
         parse_special = None if parse_special is None else bool(parse_special)
         return encode_prompt(prompt, self.tokenizer, self.manifest.vocab_size, limit, parse_special, missing, tools)
 
-    def _check_language(self, name: str, code: str | None, prompt: Prompt) -> None:
+    def _check_language(self, name: str, code: str | None, prompt: Prompt | SpeechPrompt) -> None:
         """Raise OptionError for a language that the bundle does not know, or cannot set."""
         if code is None:
             return
@@ -122,7 +123,7 @@ class Model:
 
     def sequence(
         self,
-        prompt: Prompt,
+        prompt: Prompt | SpeechPrompt,
         options: GenerationOptions,
         cancel: threading.Event | None = None,
         count: int | None = None,
@@ -160,13 +161,22 @@ class Model:
         if options.predicted_output is not None:
             expected = encode_expected(options.predicted_output, self.tokenizer, manifest.vocab_size, self.capacity)
             options = replace(options, predicted_output=expected.tolist())
-        tokens = self._with_languages(self.encode(prompt, options.parse_special), options)
-        grammar = self.grammar(options)
-        return Sequence(self, tokens, options, cancel, monotonic() if asked is None else asked, count or 1, grammar)
+        sound: Sound | None = None
+        grammar: Constraint | None = None
+        if isinstance(prompt, SpeechPrompt):
+            tokens, sound, grammar = np.array(prompt.prefix, np.int64), prompt.sound, prompt.rules
+        else:
+            if options.speech is not None:
+                raise OptionError(f"{options.speech} is for bundles that read speech, and this one reads text")
+            tokens = self._with_languages(self.encode(prompt, options.parse_special), options)
+            grammar = self.grammar(options)
+        asked = monotonic() if asked is None else asked
+        return Sequence(self, tokens, options, cancel, asked, count or 1, grammar, sound)
 
 
 class Sequence(Response):
-    """A request: how its prompt `ids`, int64 [n], are decoded in a slot, and its place in the scheduler.
+    """A request: how its prompt `ids`, int64 [n], are decoded in a slot, and its place in the scheduler. Of speech, the
+    encoder reads `sound`, and the decoder `ids` first.
 
     `mode`: how it is decoded, which is not always as asked for (see the option `threshold`). `results` of its `count`
     continuations of the prompt, as far as they have ended, and `token_times`, when their tokens became final.
@@ -197,10 +207,11 @@ class Sequence(Response):
         cancel: threading.Event | None = None,
         asked: float = 0.0,
         count: int = 1,
-        grammar: Grammar | None = None,
+        grammar: Constraint | None = None,
+        sound: Sound | None = None,
     ) -> None:
         manifest = model.manifest
-        self.model, self.ids, self.options, self.count = model, ids, options, count
+        self.model, self.ids, self.options, self.count, self.sound = model, ids, options, count, sound
         self.results: list[GenerationResult] = []
         self.token_times: list[list[float]] = []
         # What the decoder reads before its first token.
@@ -210,7 +221,9 @@ class Sequence(Response):
         start = manifest.decoder_start_token_id or 0
         if target is not None and languages is not None and languages.target == "start":
             start = target
-        prompt = ids if model.encoder is None else np.array([start], np.int64)
+        prompt = ids if model.encoder is None or sound is not None else np.array([start], np.int64)
+        # Whether it is read before the first token, which is then the deep prediction after it.
+        self._reads = model.encoder is None or len(prompt) > 1
         # The newest token is never read back, so it needs no position.
         limit = min(options.max_new_tokens, model.capacity - len(prompt) + 1)
         eos = frozenset[int]() if options.ignore_eos else frozenset(manifest.eos_token_ids)
@@ -345,18 +358,19 @@ class Sequence(Response):
             decoder.reset()
         else:
             decoder.stats = Stats()
-            decoder.trim(0 if self.model.encoder is not None else len(self.prompt))
+            decoder.trim(len(self.prompt) if self._reads else 0)
         decoder.stats.mode, decoder.stats.prompt_tokens = self.mode, len(self.ids)
-        decoder.stats.predicted = int(self.model.encoder is None)
+        decoder.stats.predicted = int(self._reads)
 
     def _begin(self, decoder: Decoder, number: int) -> Generator[Token | Waiting, None, Loop]:
-        """Begin a continuation: the loop that goes on with it. A decoder-only model's first token is the deep
-        prediction after the prompt, which is read once for all; an encoder-decoder decides it like the others."""
+        """Begin a continuation: the loop that goes on with it. A decoder-only model's first token, and that of speech,
+        is the deep prediction after the prompt, which is read once for all; an encoder-decoder of text decides it like
+        the others."""
         if number == 0:
             decoder.want_logits(self.reads_logits)
-        if self.model.encoder is not None:
-            if number == 0:
+            if self.model.encoder is not None:
                 decoder.attend(self._encode(decoder))
+        if not self._reads:
             decoder.begin(self._exits or self._head)
         else:
             if self._first is None:
@@ -386,7 +400,7 @@ class Sequence(Response):
         if self.options.drafts != "exit":
             predicted, own = self.options.predicted_output, self.options.draft_source
             assert not isinstance(predicted, str)
-            text = () if self.model.encoder is None else self.ids.tolist()
+            text = () if self.model.encoder is None or self.sound is not None else self.ids.tolist()
             vocabulary = self.model.manifest.vocab_size
             sources = DraftSources(vocabulary, self.prompt.tolist(), text, predicted, own)
         drafts = Drafts(learned.costs, acceptance, sources, self.options.drafts != "lookup")
@@ -429,6 +443,10 @@ class Sequence(Response):
     def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
         assert self.model.encoder is not None
         began, store, ids = perf_counter(), self.model.prefixes, self.ids
+        if (sound := self.sound) is not None:
+            sound.cross = sound.cross or self.model.encoder.run(sound.features, decoder)
+            decoder.stats.encode_seconds = perf_counter() - began
+            return sound.cross
         chain = [] if store is None else hashes(ids, len(ids), self.options.cache_salt)
         found = store.find(chain) if store is not None else []
         cross: dict[str, np.ndarray] = found[0] if found else self.model.encoder.run(ids, decoder)
@@ -455,7 +473,7 @@ def sampler_of(
     prompt_length: int,
     eos: frozenset[int],
     seed: tuple[int, int],
-    grammar: Grammar | None = None,
+    grammar: Constraint | None = None,
 ) -> Sampler | None:
     """How options choose among logits; None where that is arg max, which the engines do themselves."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import contextmanager, suppress
@@ -34,6 +36,7 @@ from runtime.options import GenerationKeywords, GenerationOptions, SessionKeywor
 from runtime.result import GenerationResult
 from runtime.scheduler import CLOSED, Scheduler
 from runtime.sequence import Model, Sequence, check_count
+from runtime.speech import SpeechPrompt, Transcriber
 from runtime.stream import AsyncInbox, AsyncStream, Inbox, PromptList, Stream
 from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
@@ -71,6 +74,8 @@ class Session:
         self.bundle = Bundle.open(bundle, options.verify)
         manifest, device = self.bundle.manifest, Device.parse(options.device)
         check_runnable(manifest, device)
+        if manifest.speech is not None and device.index is not None:
+            raise OptionError(f"device is {options.device!r}, and speech is read on the CPU alone yet; leave it out")
         self.capacity = _capacity(manifest, options.capacity)
         self.threads = options.threads or usable_cores()
         costs = costs_here(manifest, self.threads)
@@ -97,7 +102,8 @@ class Session:
         limit = options.prefix_cache_bytes
         loaded = self.capacity, encoder, self._tokenizer, thresholds, calls, self._observer, scheduler.guarded
         self._model = Model(self.bundle, options, *loaded, PrefixStore(limit) if limit else None)
-        self._closed = False
+        self._closed, speech = False, manifest.speech is not None
+        self._transcriber = Transcriber(manifest, self._tokenizer, self.capacity) if speech else None
 
     @property
     def manifest(self) -> Manifest:
@@ -121,10 +127,13 @@ class Session:
     def generate(self, prompt: Any, options: Given = None, **keywords: Unpack[Keywords]) -> Any:
         """Decode one prompt to its end, or each of a list of prompts.
 
-        A prompt is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. A list
-        of prompts gives a list of results in the same order. Raises PromptError, OptionError, QueueFullError; for a
+        A prompt is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. Of a
+        bundle that reads speech it is samples, floats [n] at 16 kHz, or a WAV file: its path or content. A list of
+        prompts gives a list of results in the same order. Raises PromptError, OptionError, QueueFullError; for a
         list BatchError, after all have ended, where any failed.
         """
+        if self._transcriber is not None:
+            return self._transcribe(prompt, options, keywords)
         if not _is_list_of_prompts(prompt):
             return Stream(self._scheduler, self._sequence(prompt, options, keywords), whole=True).drain()
         inbox = Inbox[None]()
@@ -151,6 +160,13 @@ class Session:
 
     async def agenerate(self, prompt: Any, options: Given = None, **keywords: Unpack[Keywords]) -> Any:
         """`generate` for asyncio: a result, or a list of them. Cancelling the task ends the request."""
+        if self._transcriber is not None:
+            cancel = keywords["cancel"] = keywords.get("cancel") or threading.Event()
+            try:
+                return await asyncio.to_thread(self._transcribe, prompt, options, keywords)
+            except asyncio.CancelledError:
+                cancel.set()
+                raise
         if not _is_list_of_prompts(prompt):
             return await AsyncStream(self._scheduler, self._sequence(prompt, options, keywords), whole=True).drain()
         inbox = AsyncInbox[None]()
@@ -262,7 +278,27 @@ class Session:
         if count is not None:
             check_count(count, chosen)
         self._refuse_if_closed()
+        if self._transcriber is not None:
+            speech = self._transcriber.single(prompt, chosen, partial(self._window, cancel))
+            return self._model.sequence(speech, chosen, cancel, count)
         return self._model.sequence(prompt, chosen, cancel, count)
+
+    def _transcribe(self, audio: Any, options: Given, keywords: Keywords) -> Any:
+        """The result of a sound, or of each of a list of them, one after the other."""
+        assert self._transcriber is not None
+        cancel = keywords.pop("cancel", None)
+        chosen = merged(GenerationOptions, options, keywords)
+        self._refuse_if_closed()
+        if isinstance(audio, SpeechPrompt):
+            return self._window(cancel, audio, chosen)
+        listed = isinstance(audio, (list, tuple))
+        transcribe = partial(self._transcriber.transcribe, options=chosen, decode=partial(self._window, cancel))
+        return [transcribe(each) for each in audio] if listed else transcribe(audio)
+
+    def _window(
+        self, cancel: threading.Event | None, prompt: SpeechPrompt, options: GenerationOptions
+    ) -> GenerationResult:
+        return Stream(self._scheduler, self._model.sequence(prompt, options, cancel), whole=True).drain()
 
     @contextmanager
     def _prompts(

@@ -36,11 +36,12 @@ ALLOWED: dict[str, dict[str, str]] = {
         "decoding": "engines adaptation text options result",
         "thresholds": "adaptation bundle options",
         "batching": "decoding engines adaptation bundle",
-        "sequence": "thresholds decoding engines adaptation text machine bundle options result metrics",
+        "speech": "audio bundle text options result",
+        "sequence": "speech thresholds decoding engines adaptation text machine bundle options result metrics",
         "scheduler": "sequence batching decoding engines adaptation",
         "stream": "scheduler sequence text result",
-        "session": "stream scheduler batching sequence thresholds decoding tensorrt cuda engines adaptation text "
-        "bundle machine options result metrics",
+        "session": "speech stream scheduler batching sequence thresholds decoding tensorrt cuda engines adaptation "
+        "text bundle machine options result metrics",
     },
     "freeexport": {
         "system": "",

@@ -58,7 +58,9 @@ def reference_model(checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     seq2seq = checkpoint.config.get("is_encoder_decoder")
-    loader = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    loader: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    if checkpoint.config.get("model_type") == "whisper":
+        loader = transformers.AutoModelForSpeechSeq2Seq
     source, options = checkpoint.source
     # 4.57 takes `dtype` as well; only older releases want `torch_dtype`.
     model = loader.from_pretrained(

@@ -40,6 +40,7 @@ from runtime.bundle.manifest import (
     File,
     Manifest,
     Quantization,
+    Speech,
 )
 from runtime.errors import BundleError
 from runtime.kernels import VERSION as KERNELS_VERSION
@@ -77,6 +78,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     engines = engine_options(description, options, checkpoint.exit_layer(layers, exit_layer))
     longest_prompt = options.longest_prompt(description)
     _decoder_start(checkpoint, description)
+    speech_of(checkpoint, description)
     if calibration is not None:
         facts = (description.vocab_size, engines.exit_layer, engines.confidence, engines.max_pending)
         # The hash reads every weight, so all else is compared first.
@@ -221,6 +223,33 @@ def _new_manifest(
         forced_first_token_id=forced(generation, "forced_bos_token_id") if description.encoder else None,
         forced_last_token_id=forced(generation, "forced_eos_token_id") if description.encoder else None,
         languages=languages_of(checkpoint, directory),
+        speech=speech_of(checkpoint, description),
+    )
+
+
+def speech_of(checkpoint: Checkpoint, description: Description) -> Speech | None:
+    """The tokens of speech, as generation_config.json names them; None for a model of text. Raises GraphError."""
+    sound, config = description.spectrogram, checkpoint.generation_config
+    if sound is None:
+        return None
+    timestamps = config.get("no_timestamps_token_id")
+    if not isinstance(timestamps, int):
+        raise GraphError(
+            f"{checkpoint.name} names no no_timestamps_token_id; add the generation_config.json of the Whisper model "
+            "that it was made from"
+        )
+    languages = {code.strip("<|>"): token for code, token in (config.get("lang_to_id") or {}).items()}
+    ends = known_ends(checkpoint, description.vocab_size)
+    return Speech(
+        bins=sound.bins,
+        no_timestamps=timestamps,
+        previous=int(config.get("prev_sot_token_id") or timestamps - 2),
+        no_speech=timestamps - 1,
+        languages=languages,
+        tasks=dict(config.get("task_to_id") or {}) if languages else {},
+        suppressed=tuple(token for token in config.get("suppress_tokens") or () if token not in ends),
+        begin_suppressed=tuple(config.get("begin_suppress_tokens") or ()),
+        latest_first=int(config.get("max_initial_timestamp_index") or 50),
     )
 
 

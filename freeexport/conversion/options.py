@@ -85,6 +85,10 @@ class ConvertOptions:
         positions = encoder.embedding.positions if isinstance(encoder, Encoder) else None
         most = None if positions is None else positions.count
         given = self.encoder_capacity
+        if description.spectrogram is not None and given not in (None, most):
+            raise GraphError(
+                f"encoder capacity {given} is not the {most} positions of a window of speech; leave it out"
+            )
         if given is not None and not 1 <= given <= (most or given):
             allowed = "1 or more" if most is None else f"1 to {most}"
             raise GraphError(f"encoder capacity {given} is out of range; choose {allowed}")

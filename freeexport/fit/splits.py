@@ -20,8 +20,6 @@ WORDS, SKETCH = 4, 48
 FRAME, FRAME_LINES = 0.02, 20
 # Inputs that share at least this part of the smaller sketch are alike.
 ALIKE = 0.5
-# The largest part of a split that one family may be; the next where too few families are small enough.
-SHARES = (0.02, 0.1, 0.5, 1.0)
 
 
 def stable_hash(text: str) -> int:
@@ -47,33 +45,24 @@ def read_lines(data: Path, least: int) -> list[Request]:
 
 def split(lines: Sequence[Request], sizes: Mapping[str, int], data: Path) -> dict[str, list[Request]]:
     """Splits of the sizes given, in their order, and TRAIN with all other lines, each in an order that depends on the
-    inputs alone. Families of alike inputs stay together, and are as small a part of a split as the data allow: the
-    larger ones are trained on. Raises DataError where that leaves a split without lines."""
+    inputs alone. Families of alike inputs stay together. Raises DataError where that leaves a split without lines."""
     texts = [normalised(line.input if isinstance(line.input, str) else json.dumps(line.input)) for line in lines]
     hashes, family = [stable_hash(text) for text in texts], families(texts)
     members: dict[int, list[int]] = {}
     for place in sorted(range(len(lines)), key=hashes.__getitem__):
         members.setdefault(int(family[place]), []).append(place)
-    # By a hash of their own: the smallest of its lines' hashes would bring a large family first.
-    order = sorted(members.values(), key=lambda places: stable_hash(f"family {texts[places[0]]}"))
-    for share in SHARES:
-        found: dict[str, list[int]] = {name: [] for name in (*sizes, TRAIN)}
-        for places in order:
-            fits = (
-                name
-                for name, size in sizes.items()
-                if len(found[name]) + len(places) <= size and len(places) <= max(1, share * size)
+    found: dict[str, list[Request]] = {name: [] for name in (*sizes, TRAIN)}
+    for places in members.values():
+        fits = (name for name, size in sizes.items() if len(found[name]) + len(places) <= size)
+        found[next(fits, TRAIN)] += [lines[place] for place in places]
+    largest = max(map(len, members.values()))
+    for name, size in sizes.items():
+        if len(found[name]) < size / 2 or not found[TRAIN]:
+            raise DataError(
+                f"{data}: {largest} of {len(lines)} inputs are alike, and there are {len(members)} different ones: "
+                f"too few for a {name} split of {size} lines that is not like the others; give more different lines"
             )
-            found[next(fits, TRAIN)] += places
-        if found[TRAIN] and all(len(found[name]) >= size / 2 for name, size in sizes.items()):
-            return {
-                name: [lines[at] for at in sorted(places, key=hashes.__getitem__)] for name, places in found.items()
-            }
-    largest, short = max(map(len, order)), next((name for name in sizes if len(found[name]) < sizes[name] / 2), TRAIN)
-    raise DataError(
-        f"{data}: {largest} of {len(lines)} inputs are alike, and there are {len(members)} different ones: too few for "
-        f"a {short} split of {sizes.get(short, 1)} lines that is not like the others; give more different lines"
-    )
+    return found
 
 
 def write(splits: Mapping[str, Sequence[Request]], directory: Path) -> None:

@@ -29,6 +29,7 @@ from runtime.bundle.schema import Reader
 from runtime.errors import OptionError
 from runtime.machine.machine import host
 from runtime.result import Stats
+from runtime.speech import SpeechPrompt
 
 if TYPE_CHECKING:
     from runtime.bundle.manifest import Manifest
@@ -208,7 +209,12 @@ def main(arguments: Sequence[str]) -> None:
         manifest = session.manifest
         room = manifest.encoder_capacity if manifest.encoder_decoder else session.capacity // 2
         random = np.random.default_rng(0)
-        prompts = [random.integers(0, manifest.vocab_size, max(1, min(given["context"], room))) for _ in range(PROMPTS)]
+        prompts: list[Any] = [
+            random.integers(0, manifest.vocab_size, max(1, min(given["context"], room))) for _ in range(PROMPTS)
+        ]
+        if manifest.speech is not None:  # one window, as they are all of one length, and reading it takes long
+            features = random.standard_normal((manifest.speech.bins, 2 * manifest.encoder_capacity), np.float32)
+            prompts = [SpeechPrompt.plain(manifest, features)]
         print(json.dumps(asdict(measured_costs(session, prompts, given["tokens"]))))
 
 

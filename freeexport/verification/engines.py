@@ -19,7 +19,7 @@ import numpy as np
 
 from freeexport.verification.checks import Check, Measure
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import FloatType
+from runtime.bundle.manifest import FloatType, Manifest
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import OnnxEngine, value
 from runtime.engines.runner import Encoder
@@ -33,6 +33,7 @@ FACTOR = 4.0
 BEST, ROWS = 0.01, 0.02
 # Nats that may always be: in fp32 noise is almost nothing, and kernels that add up in another order differ by more.
 LEAST = 1e-4
+SOUNDS = 2  # windows that are run of a bundle that reads speech
 # Rows whose log probabilities are in memory at once.
 _BLOCK = 64
 # By how much of themselves the numbers that an engine reads are changed, at most, to see its noise: a last bit of what
@@ -61,7 +62,8 @@ QUICK = Extent(tokens=24, draws=2, sync_sizes=(2, 8), prompts=2, new_tokens=16, 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids int64 [B, n] and their lengths [B]; for an encoder-decoder also the prompts."""
+    """Right-padded token ids int64 [B, n] and their lengths [B]; for an encoder-decoder also the prompts, which of
+    speech are spectrograms float32 [B, bins, 2 E]."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -82,6 +84,11 @@ def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:
     """The sample texts as a padded batch."""
     manifest, sequences = bundle.manifest, sample_ids(bundle)
     limit = max(1, min(tokens, manifest.capacity - 1))
+    if manifest.speech is not None:
+        start = [manifest.decoder_start_token_id or 0]
+        targets = [start + ids[: limit - 1] for ids in sequences[:SOUNDS]]
+        lengths = np.full(SOUNDS, manifest.encoder_capacity, np.int32)
+        return Batch(*pad(targets), sample_sounds(manifest), lengths)
     if not manifest.encoder_decoder:
         return Batch(*pad([ids[:limit] for ids in sequences]))
     # What the decoder reads need not answer the prompt: any text will do.
@@ -89,6 +96,14 @@ def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:
     targets = [start + ids[: limit - len(start)] for ids in sequences[1:] + sequences[:1]]
     prompts = [ids[: min(tokens, manifest.encoder_capacity)] for ids in sequences]
     return Batch(*pad(targets), *pad(prompts))
+
+
+def sample_sounds(manifest: Manifest) -> np.ndarray:
+    """Windows of noise that rises and falls, as spectrograms float32 [SOUNDS, bins, 2 E]."""
+    assert manifest.speech is not None
+    shape = (SOUNDS, manifest.speech.bins, 2 * manifest.encoder_capacity)
+    smooth = np.random.default_rng(0).standard_normal(shape).cumsum(axis=-1)
+    return np.tanh(smooth / np.abs(smooth).max(axis=-1, keepdims=True)).astype(np.float32)
 
 
 def sample_ids(bundle: Bundle) -> list[list[int]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import EnginePrecision, Manifest, Precision
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
+from runtime.speech import SpeechPrompt
 from runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ class States:
         features = out["hidden_states"][-1] if "hidden_states" in out else None
         encoded, prompts = out.get("encoder_last_hidden_state"), None
         if batch.prompts is not None and batch.prompt_lengths is not None:
-            prompts = Encoded(encoded, torch.from_numpy(mask_of(batch.prompt_lengths, batch.prompts.shape[1])) > 0)
+            prompts = Encoded(encoded, torch.from_numpy(mask_of(batch.prompt_lengths, encoded.shape[1])) > 0)
         deep = valid_rows(out["logits"].numpy(), batch.lengths)
         del out
         confidence = None
@@ -125,6 +127,8 @@ def forward(model: Any, batch: Batch) -> Any:
     if batch.prompts is not None and batch.prompt_lengths is not None:
         prompt_mask = torch.from_numpy(mask_of(batch.prompt_lengths, batch.prompts.shape[1]))
         inputs = {"input_ids": torch.from_numpy(batch.prompts), "attention_mask": prompt_mask}
+        if batch.prompts.ndim == 3:
+            inputs = {"input_features": torch.from_numpy(batch.prompts)}
         inputs |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
     # T5's cache fails where the decoder is deeper than the encoder.
     with torch.no_grad():
@@ -291,7 +295,7 @@ class Comparison:
 def compare(
     session: Session,
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     new_tokens: int,
     seconds: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[Comparison]:
@@ -301,9 +305,12 @@ def compare(
     room = session.capacity - (0 if session.manifest.encoder_decoder else max(map(len, prompts)))
     count = max(1, min(new_tokens, room))
     for number, prompt in enumerate(prompts):
-        ours = session.generate(list(prompt), mode="full", max_new_tokens=count).token_ids
+        asked: Any = list(prompt)
+        if isinstance(prompt, np.ndarray):
+            asked = SpeechPrompt.plain(session.manifest, prompt)
+        ours = session.generate(asked, mode="full", max_new_tokens=count).token_ids
         most = max(1.0, seconds())
-        theirs, gaps = reference_ids(model, list(prompt), count, ends, most)
+        theirs, gaps = reference_ids(model, asked, count, ends, most)
         if most < math.inf and theirs and theirs[-1] not in ends:
             ours = ours[: len(theirs)]
         differing = (index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
@@ -312,9 +319,12 @@ def compare(
 
 
 def reference_ids(
-    model: Any, prompt: list[int], count: int, eos: Sequence[int], seconds: float = math.inf
+    model: Any, prompt: list[int] | SpeechPrompt, count: int, eos: Sequence[int], seconds: float = math.inf
 ) -> tuple[list[int], list[float]]:
-    """Greedy ids of `generate`, and the distance of the two best logits at each."""
+    """Greedy ids of `generate`, and the distance of the two best logits at each. Whisper's own `generate` has rules for
+    tokens, so a window is decoded step by step."""
+    if isinstance(prompt, SpeechPrompt):
+        return _window_ids(model, prompt, count, eos, seconds)
     ids = torch.tensor([prompt])
     out = model.generate(
         input_ids=ids,
@@ -333,6 +343,21 @@ def reference_ids(
     start = 1 if model.config.is_encoder_decoder else len(prompt)
     best = [np.sort(logits[0].float().numpy())[-2:] for logits in out.logits]
     return out.sequences[0, start:].tolist(), [float(first - second) for second, first in best]
+
+
+@torch.no_grad()
+def _window_ids(
+    model: Any, prompt: SpeechPrompt, count: int, eos: Sequence[int], seconds: float
+) -> tuple[list[int], list[float]]:
+    encoded = model.get_encoder()(torch.from_numpy(prompt.sound.features))
+    ids, gaps, until = list(prompt.prefix), list[float](), monotonic() + seconds
+    while len(gaps) < count and (not gaps or (ids[-1] not in eos and monotonic() < until)):
+        read = torch.tensor([ids])
+        logits = model(encoder_outputs=encoded, decoder_input_ids=read, use_cache=False).logits[0, -1]
+        (best, second), tokens = torch.topk(logits.float(), 2)
+        ids.append(int(tokens[0]))
+        gaps.append(float(best - second))
+    return ids[len(prompt) :], gaps
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from freeexport.verification.engines import (
     rows_of,
     sample_batch,
     sample_ids,
+    sample_sounds,
     self_checks,
 )
 from graphs.families import describe
@@ -151,7 +152,9 @@ class _Verification:
         from freeexport.verification.reference import compare
 
         limit = min(FULL.tokens, self.manifest.encoder_capacity or max(1, self.manifest.capacity // 2))
-        prompts = [ids[:limit] for ids in sample_ids(self.bundle)][: self.extent.prompts]
+        prompts: list[Any] = [ids[:limit] for ids in sample_ids(self.bundle)][: self.extent.prompts]
+        if self.manifest.speech is not None:
+            prompts = list(sample_sounds(self.manifest))
         tie, count = _tie(self.manifest.precision, checks), self.extent.new_tokens
         greedy, traces = list[dict[str, Any]](), list[Traces]()
         with Session(self.bundle.path, slots=1, threads=self.threads) as session:
@@ -160,7 +163,8 @@ class _Verification:
                 if len(greedy) < len(prompts) and not self._in_time(f"{len(prompts) - len(greedy)} prompts"):
                     break
             for line, ids in enumerate(prompts[: len(greedy)], start=1):
-                traces.append(trace_of(session, line, np.array(ids, np.int64), count))
+                sound = isinstance(ids, np.ndarray)
+                traces.append(trace_of(session, line, ids[None] if sound else np.array(ids, np.int64), count))
         joined = Traces.joined(traces)
         agreement, passed = joined.share(joined.agrees), all(prompt["passed"] for prompt in greedy)
         return {

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import Attention, Embedding, Linear, Norm, Positions, RelativeBias, Rotary
+from graphs.description import Attention, Embedding, Linear, Norm, Positions, RelativeBias, Rotary, Spectrogram
 from graphs.graph import STACK, Dimension, Graph
 from runtime.kernels import DOMAIN
 
@@ -20,10 +20,10 @@ from runtime.kernels import DOMAIN
 @dataclass(frozen=True)
 class Call:
     """The inputs of an engine call that attention needs. Lengths are int32 [B]; `size` is int64 [2]: B and rows. In an
-    encoder `past_lengths` is None and `query_lengths` are the lengths of the prompts."""
+    encoder `past_lengths` is None and `query_lengths` are the lengths of the prompts, None where all are whole."""
 
     size: ir.Value
-    query_lengths: ir.Value
+    query_lengths: ir.Value | None
     past_lengths: ir.Value | None = None
     cross_lengths: ir.Value | None = None
 
@@ -150,6 +150,18 @@ def embed(graph: Graph, dialect: Dialect, call: Call, tokens: ir.Value, embeddin
     return x if embedding.norm is None else dialect.norm(x, embedding.norm)
 
 
+def embed_sound(graph: Graph, features: ir.Value, spectrogram: Spectrogram) -> ir.Value:
+    """Features float32 [B, bins, 2 * count] -> float32 [B, count, d]."""
+    x = graph.to_compute(features)
+    for stride, layer in enumerate(spectrogram.convolutions, 1):
+        assert layer.bias is not None
+        weights = [graph.weight(layer.weight), graph.weight(layer.bias)]
+        x = graph.op("Gelu", [graph.op("Conv", [x, *weights], pads=[1, 1], strides=[stride])])
+    x = graph.to_float(graph.op("Transpose", [x], perm=[0, 2, 1]))
+    assert spectrogram.positions.table is not None
+    return graph.op("Add", [x, graph.weight(spectrogram.positions.table, ir.DataType.FLOAT)])
+
+
 def position_rows(graph: Graph, positions: Positions, width: int) -> np.ndarray:
     """float32 [count, width]."""
     if positions.table is not None:
@@ -239,6 +251,7 @@ class Packing:
 
 def packing(graph: Graph, call: Call, x: ir.Value, idle: bool = False, own: bool = False) -> Packing:
     """Pack `x` float32 [B, rows, d]; `idle` as there. `own`: by our own operator, for our own attention."""
+    assert call.query_lengths is not None
     if own:
         counted, rows = graph.ops("CountedRows", [x, call.query_lengths], 2, DOMAIN)
         counted.type, rows.type = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)

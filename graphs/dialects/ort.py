@@ -68,6 +68,7 @@ class OrtDialect:
     @cached_property
     def _total(self) -> ir.Value:
         assert self.call.past_lengths is not None
+        assert self.call.query_lengths is not None
         return self.graph.op("Add", [self.call.past_lengths, self.call.query_lengths])
 
     @cached_property

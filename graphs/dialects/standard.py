@@ -85,6 +85,8 @@ class StandardDialect:
         bias = attention.relative_bias
         name = (bias.table if bias else None, None)
         if name not in self._masks:
+            if call.query_lengths is None:
+                return self._attend(query, key, value, None, attention)
             keys = graph.op("Squeeze", [self._positions, graph.constant([0])])
             mask = self._padding_mask(keys, call.query_lengths)
             if bias is not None:
@@ -140,7 +142,7 @@ class StandardDialect:
         return graph.op("Range", [graph.constant(np.int64(0)), length, graph.constant(np.int64(1))])
 
     def _attend(
-        self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, attention: Attention
+        self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, attention: Attention
     ) -> ir.Value:
         graph = self.graph
         capped: dict[str, Any] = {} if attention.softcap is None else {"softcap": attention.softcap}

@@ -10,11 +10,11 @@ from typing import Any
 
 from graphs.description import Description
 from graphs.errors import UnsupportedModelError
-from graphs.families import bart, gemma, gpt2, llama, t5
+from graphs.families import bart, gemma, gpt2, llama, t5, whisper
 from graphs.shapes import check_config
 from graphs.weights import Weights
 
-FAMILIES = (t5, llama, gemma, gpt2, bart)
+FAMILIES = (t5, llama, gemma, gpt2, bart, whisper)
 # What these fields of a configuration say that no description has.
 _BEYOND = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts"),
@@ -60,6 +60,8 @@ def suppressed(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def _suppressing(description: Description, config: Mapping[str, Any]) -> Description:
+    if description.spectrogram is not None:  # its rules, which read the probability of no speech, suppress them
+        return description
     found = tuple(sorted(token for token in {*suppressed(config)} if 0 <= token < description.vocab_size))
     decoder = description.decoder
     head = replace(decoder.head, suppressed=found)

@@ -103,6 +103,31 @@ class ExitVocabulary:
 
 
 @dataclass(frozen=True)
+class Speech:
+    """Facts about the speech that a bundle reads: `bins` of its spectrogram, and token ids. `languages` by their
+    codes and `tasks`, "transcribe" and "translate", are empty where it knows English alone. Behind `no_timestamps`
+    stand the timestamps, 0.02 s apart, of which an output begins with one of the first `latest_first` + 1; before it
+    stand `previous`, which begins the text before a window, and `no_speech`. `suppressed` tokens are never written,
+    those of `begin_suppressed` not as the first."""
+
+    bins: Width
+    no_timestamps: int
+    previous: int
+    no_speech: int
+    languages: dict[str, int] = field(default_factory=dict)
+    tasks: dict[str, int] = field(default_factory=dict)
+    suppressed: tuple[int, ...] = ()
+    begin_suppressed: tuple[int, ...] = ()
+    latest_first: int = 50
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids that it names."""
+        named = (self.no_timestamps, self.previous, self.no_speech, *self.languages.values(), *self.tasks.values())
+        return [*named, *self.suppressed, *self.begin_suppressed]
+
+
+@dataclass(frozen=True)
 class File:
     """A file of the bundle: its size in bytes and the sha256 of its content in hexadecimal."""
 
@@ -145,6 +170,7 @@ class Manifest:
     `exit_layers`: how many layers the exit has of its own, behind the exit layer, which only its prediction reads:
     where `packed`, they are run only where an exit may be taken. `exit_input`: what they read; with "feature" they and
     the shallow head are an engine of their own, exit.onnx.
+    `speech` is None where prompts are text; else `encoder_capacity` is the positions of a window of sound.
     `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `costs`: as
     `convert` measured them, None where it did not. `forced_first_token_id`, `forced_last_token_id`: what an output
     begins with, and ends with where it is cut at its limit; None for what is predicted. `languages` of a translation
@@ -193,6 +219,7 @@ class Manifest:
     forced_first_token_id: int | None = None
     forced_last_token_id: int | None = None
     languages: Languages | None = None
+    speech: Speech | None = None
     schema_minor: Annotated[int, Range(SCHEMA_MINOR, SCHEMA_MINOR)] = SCHEMA_MINOR
 
     @property
@@ -300,6 +327,8 @@ class Manifest:
             ),
             (self.languages is None or self._knows(self.languages), "languages", self.languages),
             (all(0 <= token < self.vocab_size for token in self.eos_token_ids), "eos_token_ids", self.eos_token_ids),
+            (self.speech is None or self.encoder_decoder, "encoder_capacity", self.encoder_capacity),
+            (all(0 <= token < self.vocab_size for token in getattr(self.speech, "ids", ())), "speech", self.speech),
         ]
         for holds, name, value in rules:
             if not holds:

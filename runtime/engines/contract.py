@@ -37,6 +37,9 @@ def contract(manifest: Manifest, engine: str) -> tuple[Tensors, Tensors]:
 
     lengths = Tensor(INT32, ("B",))
     encoded = {"hidden": Tensor(compute, ("B", "E", width))}
+    if engine == "encoder" and manifest.speech is not None:
+        sound = ("B", manifest.speech.bins, 2 * manifest.encoder_capacity)
+        return {"features": Tensor(FLOAT, sound)}, encoded
     if engine == "encoder":
         return {"input_ids": Tensor(INT64, ("B", "E")), "lengths": lengths}, encoded
     if engine == "prologue":

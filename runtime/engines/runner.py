@@ -67,12 +67,16 @@ class Encoder:
         self._cross = list(prologue.output_shapes)
 
     def run(self, tokens: np.ndarray, reader: object = None) -> dict[str, np.ndarray]:
-        """Prompt int64 [n] -> `cross.{layer}.key|value` [1, heads, n, head_dim] and `cross_lengths` int32 [1]. What a
-        `reader` had before, it does not need any more."""
+        """Prompt int64 [n] -> `cross.{layer}.key|value` [1, heads, n, head_dim] and `cross_lengths` int32 [1]. Of
+        speech the prompt is a window float32 [1, bins, 2 n]. What a `reader` had before, it does not need any more."""
+        if tokens.ndim == 3:
+            return self.run_padded(tokens, np.array([tokens.shape[2] // 2], np.int32))[0]
         return self.run_padded(tokens[None], np.array([len(tokens)], np.int32))[0]
 
     def run_padded(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Right-padded prompts int64 [B, E] of `lengths` int32 [B] -> the same for B rows, and hidden [B, E, d]."""
-        (hidden,) = self._encoder.run(["hidden"], {"input_ids": tokens, "lengths": lengths})
+        """Right-padded prompts int64 [B, E] of `lengths` int32 [B], or windows of speech float32 [B, bins, 2 E], which
+        are whole -> the same for B rows, and hidden [B, E, d]."""
+        inputs = {"features": tokens} if tokens.ndim == 3 else {"input_ids": tokens, "lengths": lengths}
+        (hidden,) = self._encoder.run(["hidden"], inputs)
         cross = self._prologue.run(self._cross, {"hidden": hidden})
         return {**dict(zip(self._cross, cross, strict=True)), "cross_lengths": lengths}, hidden

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,6 +36,20 @@ MOST_FORCED = 10_000
 # Parts of a schema that are looked at to tell whether it requires itself.
 MOST_LOOKS = 10_000
 INFINITE = "no finite output satisfies it: it requires itself"
+
+
+class Constraint(Protocol):
+    """The tokens that may follow an `output`, int64 [n]: a Grammar, or the rules of speech. `seconds`: the time that it
+    took. `by_scores`: whether the best token, where it is allowed, may still not be the one."""
+
+    seconds: float
+    by_scores: bool
+
+    def forced(self, output: np.ndarray) -> int | None: ...
+
+    def allows(self, output: np.ndarray, tokens: Sequence[int]) -> int: ...
+
+    def mask(self, scores: np.ndarray, output: np.ndarray) -> np.ndarray: ...
 
 
 class Grammars:
@@ -99,6 +113,8 @@ class Grammar:
     States are those behind each token of the output that was last asked for. Each knows the tokens that are forced
     there, found where the last choice was made: so what is forced depends on the output alone.
     """
+
+    by_scores = False
 
     def __init__(self, name: str, matcher: Any, ends: Sequence[int], vocab_size: int, most: int) -> None:
         self.seconds = 0.0

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from runtime.errors import OptionError
-from runtime.text.grammar import NEVER, UNKNOWN, Grammar
+from runtime.text.grammar import NEVER, UNKNOWN, Constraint
 
 # As transformers' LogitsProcessor, on numpy: (input_ids int64 [1, n], scores float32 [1, V]) -> scores [1, V]. A draft
 # is chosen, and chosen again: the same arguments must give the same scores.
@@ -68,7 +68,7 @@ class Sampler:
     processors: tuple[LogitsProcessor, ...] = ()
     warping: Warping | None = None
     seed: tuple[int, int] = (0, 0)
-    grammar: Grammar | None = None
+    grammar: Constraint | None = None
 
     def __call__(self, logits: np.ndarray, context: np.ndarray) -> int:
         """The token after `context`, int64 [n], from logits float32 [V], which stay as they are. Raises OptionError
@@ -110,6 +110,8 @@ class Sampler:
     @property
     def only_masks(self) -> bool:
         """Whether the grammar alone changes scores, so that the best token is chosen wherever it is allowed."""
+        if self.grammar is not None and self.grammar.by_scores:
+            return False
         others = self.sequence_bias or self.processors or self.warping or self.min_new_tokens
         return not others and self.repetition_penalty == 1.0
 

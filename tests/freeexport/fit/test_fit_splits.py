@@ -50,14 +50,6 @@ def test_splits_have_their_sizes_and_no_family_is_in_two() -> None:
     assert [line.input for line in backwards["test"]] == [line.input for line in found["test"]]
 
 
-def test_a_large_family_is_no_large_part_of_a_split_that_judges() -> None:
-    texts = [f"{record(number)} {more}" for number in range(4) for more in range(60)]
-    texts += [record(number) for number in range(4, 300)]
-    found = split(lines_of(texts), {"test": 50, "calibration": 50}, Path("data.jsonl"))
-    assert all(line.line_number > 240 for name in ("test", "calibration") for line in found[name])
-    assert len(found[TRAIN]) == len(texts) - 100
-
-
 def test_written_splits_are_read_back(tmp_path: Path) -> None:
     lines = [Request(1, "a\u2028b", "ä", references=["c"]), Request(2, [{"role": "user", "content": "hi"}], "x")]
     write({TRAIN: lines}, tmp_path)

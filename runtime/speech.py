@@ -1,0 +1,324 @@
+"""Speech to text by a bundle of Whisper: windows of 30 s, language, rules for tokens, segments, and what is decoded
+again (Radford et al. 2022, arXiv 2212.04356, section 4.5)."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from runtime.audio import FRAMES_A_SECOND, log_mel, read_audio, window
+from runtime.bundle.manifest import Manifest, Speech
+from runtime.errors import OptionError, PromptLengthError
+from runtime.options import GenerationOptions
+from runtime.result import GenerationResult, Segment, Stats
+from runtime.text.grammar import NEVER
+from runtime.text.sampler import softmax
+from runtime.text.tokenizer import Tokenizer
+
+SECONDS_A_TIMESTAMP = 0.02
+FRAMES_A_POSITION = 2  # of the encoder; a timestamp is a position
+
+
+@dataclass(eq=False)
+class Sound:
+    """A window of sound, `features` float32 [1, bins, 2 E], and what cross-attention reads once one of the requests for
+    it has made it."""
+
+    features: np.ndarray
+    cross: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class SpeechPrompt:
+    """A request for a window: the tokens that the decoder reads first, and the rules for what it writes, if any."""
+
+    sound: Sound
+    prefix: tuple[int, ...]
+    rules: Rules | None = None
+
+    def __len__(self) -> int:
+        """Tokens that the decoder reads."""
+        return len(self.prefix)
+
+    @classmethod
+    def plain(cls, manifest: Manifest, features: np.ndarray) -> SpeechPrompt:
+        """A window float32 [bins, 2 E] that is decoded without rules, from the start token on: for measurements."""
+        return cls(Sound(np.ascontiguousarray(features[None])), (manifest.decoder_start_token_id or 0,))
+
+
+class Rules:
+    """Rules for which tokens may follow which, in place of a grammar (runtime/text/grammar.py): an `output` int64 [n]
+    is what the request wrote so far, drafts included. They bind shallow and deep predictions alike. `probe`: the one
+    token wanted is a language, and `no_speech` the probability that there is no speech."""
+
+    seconds = 0.0  # the time that they take, which nobody measured
+
+    def __init__(self, speech: Speech, eos: Sequence[int], timestamps: bool, probe: bool = False) -> None:
+        self._speech, self._first = speech, speech.no_timestamps + 1
+        self.by_scores = timestamps or probe  # whether an allowed best token may still not be the one
+        self._eos, self._timestamps, self._probe = frozenset(eos), timestamps, probe
+        self._suppressed = {*speech.suppressed, *speech.begin_suppressed, speech.no_speech, speech.no_timestamps}
+        self._later = self._suppressed - (set(speech.begin_suppressed) - set(speech.suppressed))
+        self.no_speech: float | None = None
+
+    def forced(self, output: np.ndarray) -> int | None:
+        return None
+
+    def allows(self, output: np.ndarray, tokens: Sequence[int]) -> int:
+        """How many of `tokens` may follow, one after the other."""
+        written = output.tolist()
+        for count, token in enumerate(tokens):
+            if token in (self._later if written else self._suppressed):
+                return count
+            if self._timestamps:
+                if not any(low <= token < high for low, high in self._ranges(written)):
+                    return count
+            elif token >= self._first:
+                return count
+            written.append(token)
+        return len(tokens)
+
+    def mask(self, scores: np.ndarray, output: np.ndarray) -> np.ndarray:
+        """Scores float32 [V] in which tokens that must not follow are never chosen."""
+        speech = self._speech
+        if self._probe:
+            self.no_speech = float(softmax(scores)[speech.no_speech])
+            return _only(scores, list(speech.languages.values()) or list(self._eos)[:1])
+        masked = scores.copy()
+        masked[list(self._later if len(output) else self._suppressed)] = NEVER
+        if not self._timestamps:
+            masked[self._first :] = NEVER
+            return masked
+        for low, high in self._ranges(output.tolist(), len(scores), inverted=True):
+            masked[low:high] = NEVER
+        # Timestamps together are likelier than any text: one of them, then.
+        text, times = masked[: self._first].max(), masked[self._first :]
+        best = times.max(initial=NEVER)
+        if best > NEVER and best + np.log(np.exp(times - best).sum()) > text:
+            masked[: self._first] = NEVER
+        return masked
+
+    def _ranges(self, written: list[int], size: int = 0, inverted: bool = False) -> list[tuple[int, int]]:
+        """The ids that timestamps allow next, as ranges; or those below `size` that they do not: an output begins with
+        one, they come in pairs but before the end, and none goes back."""
+        first, end = self._first, min(self._eos)
+        limit = 1 << 40
+        if not written:
+            allowed = [(first, first + self._speech.latest_first + 1)]
+        else:
+            times = [token for token in written if token >= first]
+            last = written[-1] >= first
+            pair = last and (len(written) < 2 or written[-2] >= first)
+            # A second of a pair may be the same moment.
+            least = (times[-1] + (not last or pair)) if times else first
+            text, ends, later = (0, end), (end, first), (least, limit)
+            allowed = [text, ends] if pair else [ends, later] if last else [text, ends, later]
+        if not inverted:
+            return allowed
+        forbidden, position = list[tuple[int, int]](), 0
+        for low, high in allowed:
+            forbidden.append((position, low))
+            position = high
+        return [*forbidden, (position, size)]
+
+
+def _only(scores: np.ndarray, tokens: list[int]) -> np.ndarray:
+    masked = np.full_like(scores, NEVER)
+    masked[tokens] = scores[tokens]
+    return masked
+
+
+Decode = Callable[[SpeechPrompt, GenerationOptions], GenerationResult]
+
+
+class Transcriber:
+    """Turns sound into text, window by window, each a request to `decode`."""
+
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer | None, capacity: int) -> None:
+        assert manifest.speech is not None
+        self._speech, self._tokenizer, self._capacity = manifest.speech, tokenizer, capacity
+        self._start, self._eos = manifest.decoder_start_token_id or 0, manifest.eos_token_ids
+        self._frames = FRAMES_A_POSITION * manifest.encoder_capacity
+        self._codes = {token: code for code, token in self._speech.languages.items()}
+
+    def check(self, options: GenerationOptions) -> None:
+        """Raise OptionError for options that speech has not."""
+        known = ", ".join(self._speech.languages) or "en alone: the bundle is of English"
+        if options.language is not None and options.language not in (self._speech.languages or ("en",)):
+            raise OptionError(f"language is {options.language!r}; known are {known}")
+        if options.task == "translate" and "translate" not in self._speech.tasks:
+            raise OptionError("task is 'translate', but the bundle knows English alone; leave it out")
+        if options.constraint is not None or options.num_beams > 1 or options.predicted_output is not None:
+            name = (options.constraint or ("num_beams" if options.num_beams > 1 else "predicted_output",))[0]
+            raise OptionError(f"{name} is given with speech, which has none; leave it out")
+        if options.initial_prompt is not None and self._tokenizer is None:
+            raise OptionError("initial_prompt is given, but the session has no tokenizer; leave it out")
+
+    def single(self, audio: Any, options: GenerationOptions, decode: Decode) -> SpeechPrompt:
+        """The request for a sound of one window. Raises PromptLengthError for a longer one."""
+        self.check(options)
+        mels, frames = self._read(audio)
+        if frames > self._frames:
+            raise PromptLengthError(
+                f"the audio has {frames / FRAMES_A_SECOND:.1f} s, and one window of "
+                f"{self._frames / FRAMES_A_SECOND:g} s is decoded as a stream; use generate"
+            )
+        sound = Sound(window(mels, 0, self._frames))
+        language = options.language or (self._probe(sound, options, decode)[0] if self._speech.languages else "en")
+        return self._prompt(sound, language, options, options.timestamps, self._before(options))
+
+    def transcribe(self, audio: Any, options: GenerationOptions, decode: Decode) -> GenerationResult:
+        """The text of a sound of any length. Raises PromptError, OptionError, and what `decode` raises."""
+        self.check(options)
+        until = math.inf if options.deadline is None else monotonic() + options.deadline
+        mels, total = self._read(audio)
+        timestamps = options.timestamps or total > self._frames
+        before, place = self._before(options), 0
+        language = options.language or (None if self._speech.languages else "en")
+        segments, parts = list[Segment](), list[GenerationResult]()
+        while place < total:
+            if until < math.inf:
+                options = replace(options, deadline=max(until - monotonic(), 1e-3))
+            sound = Sound(window(mels, place, self._frames))
+            quiet: float | None = None
+            if language is None or options.timestamps:
+                found, quiet = self._probe(sound, options, decode)
+                language = language or found
+            prompt = self._prompt(sound, language, options, timestamps, before)
+            result, quiet, temperature = self._decoded(prompt, options, decode, quiet)
+            parts.append(result)
+            if not result.complete:
+                break
+            size = min(self._frames, total - place)
+            nats = _mean(result)
+            if _silent(options, quiet, nats):
+                place += size
+                continue
+            tokens = [token for token in result.token_ids if token not in self._eos]
+            cut, advance = self._cut(tokens, size)
+            for start, end, ids in cut:
+                text = self._text(ids)
+                first, last = (place / FRAMES_A_SECOND + count * SECONDS_A_TIMESTAMP for count in (start, end))
+                segments.append(Segment(first, last, text, tuple(ids), temperature, nats, _compression(text), quiet))
+            if options.condition_on_previous:
+                before = [*before, *tokens] if temperature <= 0.5 else []
+            place += advance or size
+        return self._joined(parts, segments, language, options.timestamps)
+
+    def _read(self, audio: Any) -> tuple[np.ndarray, int]:
+        samples = read_audio(audio)
+        return log_mel(samples, self._speech.bins), math.ceil(len(samples) * FRAMES_A_SECOND / 16_000)
+
+    def _before(self, options: GenerationOptions) -> list[int]:
+        if options.initial_prompt is None or self._tokenizer is None:
+            return []
+        return self._tokenizer.encode(f" {options.initial_prompt.strip()}", special=False, parse_special=False)
+
+    def _prompt(
+        self, sound: Sound, language: str, options: GenerationOptions, timestamps: bool, before: Sequence[int]
+    ) -> SpeechPrompt:
+        speech, kept = self._speech, self._capacity // 2 - 1
+        prefix = [speech.previous, *before[-kept:]] if before and kept > 0 else []
+        prefix.append(self._start)
+        if speech.languages:
+            prefix += [speech.languages[language], speech.tasks[options.task]]
+        if not timestamps:
+            prefix.append(speech.no_timestamps)
+        return SpeechPrompt(sound, tuple(prefix), Rules(speech, self._eos, timestamps))
+
+    def _probe(self, sound: Sound, options: GenerationOptions, decode: Decode) -> tuple[str, float]:
+        """The likeliest language, and the probability that there is no speech."""
+        rules = Rules(self._speech, self._eos, timestamps=False, probe=True)
+        deadline = GenerationOptions(max_new_tokens=1, mode="full", deadline=options.deadline)
+        result = decode(SpeechPrompt(sound, (self._start,), rules), deadline)
+        token = result.token_ids[0] if result.token_ids else -1
+        return self._codes.get(token, "en"), rules.no_speech or 0.0
+
+    def _decoded(
+        self, prompt: SpeechPrompt, options: GenerationOptions, decode: Decode, quiet: float | None
+    ) -> tuple[GenerationResult, float | None, float]:
+        """Decode a window, again at higher temperatures where the text repeats itself or is unlikely: the result, the
+        probability of no speech where it was needed, and the temperature."""
+        wanted = options.logprob_threshold
+        first = float(options.temperature or 0.0)
+        temperatures = [first, *(each for each in options.fallback_temperatures if each > first)]
+        for temperature in temperatures:
+            asked = replace(options, output_logprobs=options.output_logprobs or wanted is not None)
+            if temperature != first:
+                asked = replace(asked, temperature=temperature, do_sample=True, top_k=0)
+            result = decode(prompt, asked)
+            nats, limit = _mean(result), options.compression_ratio_threshold
+            repeats = limit is not None and _compression(self._text(result.token_ids)) > limit
+            unlikely = wanted is not None and nats is not None and nats < wanted
+            if unlikely and options.no_speech_threshold is not None and quiet is None:
+                quiet = self._probe(prompt.sound, options, decode)[1]
+            if not result.complete or _silent(options, quiet, nats) or not (repeats or unlikely):
+                break
+        return result, quiet, temperature
+
+    def _cut(self, tokens: list[int], frames: int) -> tuple[list[tuple[int, int, list[int]]], int]:
+        """Segments of a window by its timestamps: from and to, as counts of timestamps, and their tokens; and the
+        frames after which the next window begins, 0 for all of this one."""
+        zero = self._speech.no_timestamps + 1
+        times = [place for place, token in enumerate(tokens) if token >= zero]
+        pairs = [place for place in times if place and tokens[place - 1] >= zero]
+        whole = len(times) > 0 and times[-1] == len(tokens) - 1 and len(tokens) - 2 not in times
+        if not pairs:
+            last = tokens[times[-1]] - zero if times else 0
+            return [(0, last or frames // FRAMES_A_POSITION, tokens)], 0
+        ends = [*pairs, len(tokens)] if whole else pairs
+        cut, start = list[tuple[int, int, list[int]]](), 0
+        for end in ends:
+            part = tokens[start:end]
+            cut.append((part[0] - zero, part[-1] - zero, part))
+            start = end
+        return cut, 0 if whole else (tokens[ends[-1] - 1] - zero) * FRAMES_A_POSITION
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without timestamps and others that are none."""
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode([token for token in tokens if token < self._start and token not in self._eos])
+
+    def _joined(
+        self, parts: list[GenerationResult], segments: list[Segment], language: str | None, timestamps: bool
+    ) -> GenerationResult:
+        """The result of all windows, of whose text the silent have none."""
+        stats = Stats.joined([part.stats for part in parts])
+        done = all(part.complete for part in parts)
+        unfinished = [] if done else [self._text(parts[-1].token_ids)]
+        return GenerationResult(
+            text="".join([segment.text for segment in segments] + unfinished).strip(),
+            token_ids=tuple(token for part in parts for token in part.token_ids),
+            exited=tuple(exited for part in parts for exited in part.exited),
+            confidence=tuple(confidence for part in parts for confidence in part.confidence),
+            finish_reason=parts[-1].finish_reason,
+            stats=stats,
+            language=language,
+            segments=tuple(segments) if timestamps else None,
+        )
+
+
+def _silent(options: GenerationOptions, quiet: float | None, nats: float | None) -> bool:
+    """Whether a window has no speech: it is likely, and the text that was found is not."""
+    limit, least = options.no_speech_threshold, options.logprob_threshold
+    if limit is None or quiet is None or quiet <= limit:
+        return False
+    return least is None or nats is None or nats < least
+
+
+def _mean(result: GenerationResult) -> float | None:
+    """Nats a token."""
+    return sum(result.logprobs) / len(result.logprobs) if result.logprobs else None
+
+
+def _compression(text: str) -> float:
+    """How many times as long a text is as when it is compressed: much, where it repeats itself."""
+    data = text.encode()
+    return len(data) / len(zlib.compress(data)) if data else 0.0
