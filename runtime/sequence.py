@@ -76,6 +76,10 @@ class Model:
 
     def __post_init__(self) -> None:
         self.manifest, self.learned = self.bundle.manifest, LearnedDrafts(self.costs)
+        # Whether an exit's own layers read every row, and whether a request may go without: a prefix that they have
+        # not read is none for one that needs them.
+        self.own_layers = bool(self.manifest.exit_layers) and not self.manifest.exit_engine
+        self.chooses_exit = self.own_layers and (self.encoder is not None or self.prefixes is None)
         self._grammars = Grammars(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
 
     def encode(
@@ -255,6 +259,8 @@ class Sequence(Response):
         # Whether the shallow head may run after the prompt, and whether it runs at the prompt: lossless must not cost
         # more than full before it knows that drafts pay.
         self._exits = self.mode != "full" and not (self.mode == "lossless" and options.drafts == "lookup")
+        if self.mode == "lossless" and options.drafts == "auto" and model.chooses_exit:
+            self._exits = model.learned.acceptance(self._threshold, options.samples).choice.next()
         self._head = self.mode not in ("full", "lossless") or options.output_confidence
         self._prefix: Prefix | None = None
         if model.prefixes is not None and model.encoder is None:
@@ -403,7 +409,8 @@ class Sequence(Response):
             text = () if self.model.encoder is None or self.sound is not None else self.ids.tolist()
             vocabulary = self.model.manifest.vocab_size
             sources = DraftSources(vocabulary, self.prompt.tolist(), text, predicted, own)
-        drafts = Drafts(learned.costs, acceptance, sources, self.options.drafts != "lookup")
+        costs = learned.costs if self._exits or not self.model.own_layers else learned.without
+        drafts = Drafts(costs, acceptance, sources, self._exits)
         return lossless(decoder, self, threshold, room, drafts)
 
     def _beam(self, decoder: Decoder, number: int) -> Loop:

@@ -5,6 +5,8 @@ that may be repeated, or as the caller's own code expects.
   lookup of two, and the exit, where they pay by what their tokens were worth in earlier requests.
 - A draft has up to 3 tokens at first; after one that was accepted whole twice as many and one more, after another as
   many as were accepted of it, at least 1. Of those lengths the measured costs decide for the one that promises most.
+- Where the exit has layers of its own, they read every row of a request that may draft from it, drafted or not. So
+  requests take turns at first, with the exit and without; then the faster way is taken, the other tried now and then.
 - A request that drafts have cost more than GRANT tokens and SHARE of its time tries only what LONG tokens agree with,
   until it has made up for that. The next request begins without that debt.
 """
@@ -242,6 +244,9 @@ CONFIRMED = 0.9
 PROBE_SHARE, PROBE_TOKENS = 0.005, 16
 # One of so many tokens without a draft is timed.
 TIMED = 8
+# So many requests of a setting draft from the exit and do not by turns; then the slower way is tried by one in TRY, or
+# one in SELDOM where a token cost FAR times as much. Costs are of the last tokens, about as many.
+TURNS, TRY, SELDOM, FAR, LAST = 6, 16, 64, 1.2, 2048
 # Observations that an average of acceptance goes back, and tokens of agreement beyond which more say no more.
 RECENT, MOST_AGREES = 64, 8
 # Settings of requests for which a session remembers acceptance.
@@ -259,12 +264,37 @@ class Average:
         self.value += (holds - self.value) / self.count
 
 
-class Acceptance:
-    """How often drafted tokens are right, over many requests: `sure` are those that the exit drafts, `kept` those of
-    them that the deep decoder chooses too. Shared by requests that draft alike; a lost update does no harm."""
+class ExitChoice:
+    """Whether a request may draft from an exit with layers of its own: what it then pays for every row, and that the
+    text may have had the drafts that are easy, only whole requests show."""
 
     def __init__(self) -> None:
-        self.sure, self.kept = Average(), Average()
+        self._requests = 0
+        self._spent, self._tokens = [0.0, 0.0], [0.0, 0.0]  # without and with the exit, faded
+
+    def next(self) -> bool:
+        """Choose for the next request."""
+        self._requests += 1
+        if self._requests <= TURNS or not all(self._tokens):
+            return self._requests % 2 == 1
+        without, exits = (spent / tokens for spent, tokens in zip(self._spent, self._tokens, strict=True))
+        far = max(without, exits) > FAR * min(without, exits)
+        return (exits <= without) != (self._requests % (SELDOM if far else TRY) == 0)
+
+    def observe(self, exits: bool, spent: float, tokens: int) -> None:
+        """Learn that `tokens` took as long as so many deep passes over a row, which do not depend on the exit."""
+        faded = max(0.0, 1 - tokens / LAST)
+        self._spent[exits] = self._spent[exits] * faded + spent
+        self._tokens[exits] = self._tokens[exits] * faded + tokens
+
+
+class Acceptance:
+    """How often drafted tokens are right, over many requests: `sure` are those that the exit drafts, `kept` those of
+    them that the deep decoder chooses too; and the `choice` of the exit. Shared by requests that draft alike; a lost
+    update does no harm."""
+
+    def __init__(self) -> None:
+        self.sure, self.kept, self.choice = Average(), Average(), ExitChoice()
         self._right: dict[tuple[str, int], Average] = {}
 
     def right(self, source: str, agrees: int) -> Average:
@@ -277,11 +307,11 @@ class Acceptance:
 
 
 class LearnedDrafts:
-    """Lessons of a session's lossless requests: `costs` of calls, and acceptance by threshold and by whether tokens are
-    sampled."""
+    """Lessons of a session's lossless requests: `costs` of calls, those `without` an exit's own layers apart, and
+    acceptance by threshold and by whether tokens are sampled."""
 
     def __init__(self, costs: CallCosts) -> None:
-        self.costs = costs
+        self.costs, self.without = costs, CallCosts(costs.base)
         self._acceptance: dict[tuple[float, bool], Acceptance] = {}
 
     def acceptance(self, threshold: float, samples: bool) -> Acceptance:
@@ -294,6 +324,7 @@ class LearnedDrafts:
         """Begin anew."""
         self._acceptance.clear()
         self.costs.forget()
+        self.without.forget()
 
 
 class Plan(NamedTuple):
@@ -337,6 +368,7 @@ class Drafts:
         self._lost = 0.0  # by drafts, in tokens of mode full
         self._call_seconds = 0.0  # of the caller's source, when it was last called
         self._to_probe, self._to_time = 2, 2
+        self._spent, self._made = 0.0, 0  # seconds of tokens that the choice of the exit was not told
         self._exit_length = self._best_exit()
 
     def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
@@ -362,16 +394,23 @@ class Drafts:
     def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
         """Learn from a token without a draft: seconds of its step and pass, in calls of its own unless `shared`."""
         self._to_time -= 1
+        if not shared:
+            self._spent += shallow + deep
+            self._made += 1
         if not shared and (self._to_time <= 0 or not self._costs.measured("pass", 1)):
             self._to_time = TIMED
             self._costs.observe("step", 1, shallow)
             self._costs.observe("pass", 1, deep)
+            self._tell_choice()
 
     def observe(self, plan: Plan, outcome: Outcome, shallow: float, deep: float, shared: bool) -> None:
         """Learn from a draft or a probe, and the seconds of its shallow calls and of its deep pass."""
         costs, among, rows = self._costs, self._sequences, outcome.rows
         heads = sum(sure is not None for sure in outcome.sure)
         if not shared:
+            self._spent += shallow + deep
+            self._made += outcome.made
+            self._tell_choice()
             costs.observe("pass", rows, deep)
             if plan.tokens:
                 costs.observe("step", rows, shallow)
@@ -400,6 +439,11 @@ class Drafts:
             self._next["exit"] = 1, True
         if heads:
             self._exit_length = self._best_exit()
+
+    def _tell_choice(self) -> None:
+        if self._costs.measured("pass", 1):
+            self._acceptance.choice.observe(self._exits, self._spent / self._costs.seconds("pass", 1), self._made)
+        self._spent, self._made = 0.0, 0
 
     @property
     def _budget(self) -> float:

@@ -100,18 +100,20 @@ class Request:
         exits: tuple[float, float] | None = None,
         noise: float = 0.0,
         seed: int = 0,
+        costs: CallCosts | None = None,
     ) -> None:
         self.machine, self.noise, self.chance = machine, noise, random.Random(seed)
         self.sure, self.kept = exits or (0.0, 0.0)
         self.plans: list[tuple[int, Plan]] = []
         sources: Any = text
-        self.drafts = Drafts(learned.costs, learned.acceptance(0.5, False), sources, exits is not None)
+        self.drafts = Drafts(costs or learned.costs, learned.acceptance(0.5, False), sources, exits is not None)
         output, spent = Output(tokens), 0.0
         while len(output.tokens) < tokens:
             made, seconds = self.one_pass(output)
             output.tokens += [RIGHT] * made
             spent += seconds + machine.outside
         full = machine.step + machine.deep + machine.outside
+        self.spent = spent
         self.speed = tokens * (full + noise / 2 * (machine.step + machine.deep)) / spent
 
     def one_pass(self, output: Any) -> tuple[int, float]:
@@ -295,3 +297,31 @@ def test_an_exit_that_begins_to_be_right_is_drafted_again() -> None:
     for seed in range(5):
         Request(machine, learned, 100, exits=(0.9, 0.0), seed=seed)
     assert Request(machine, learned, 400, exits=(0.95, 0.95)).speed > 1.15
+
+
+@each_machine
+@pytest.mark.parametrize(
+    ("own", "kept", "found"), [(0.6, 0.5, 0.3), (0.3, 0.3, 0.0), (0.1, 0.97, 0.1), (0.02, 0.9, 0.0)]
+)
+def test_an_exits_own_layers_are_read_by_the_requests_that_they_make_faster(
+    name: str, own: float, kept: float, found: float
+) -> None:
+    """`own`: what its layers cost, of a shallow step."""
+    machine = MACHINES[name]
+    with_own = machine._replace(step=machine.step * (1 + own))
+
+    def spent(way: bool | None) -> float:
+        learned, total = learned_by(machine.costs), 0.0
+        choice = learned.acceptance(0.5, False).choice
+        for number in range(120):
+            exits = choice.next() if way is None else way
+            text = Text(found, 0.8, seed=number)
+            costs = learned.costs if exits else learned.without
+            chances = (0.8, kept) if exits else None
+            request = Request(with_own if exits else machine, learned, 50, text, chances, 0.1, number, costs)
+            total += request.spent
+        return total
+
+    ways = spent(False), spent(True)
+    # What turns at first and tries later cost, of a way that is slower.
+    assert spent(None) < min(ways) + 0.1 * (max(ways) - min(ways)) + 0.02 * min(ways)
