@@ -31,6 +31,8 @@ class Reply:
         # Of each choice in a stream: its calls, and how many of the tokens that no chunk had it has read.
         self._readers: dict[int, CallReader] = {}
         self._read: dict[int, int] = {}
+        self.prompts: Sequence[int] = ()
+        self._written: dict[int, int] = {}  # tokens of each choice in chunks
 
     def encode(self, data: Any) -> bytes:
         """Return what a chunk is sent as."""
@@ -111,7 +113,14 @@ class Reply:
     def _chunk(self, index: int, delta: Any, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
         choice = self._choice(index, {"delta" if self._chat else "text": delta}, tokens or None, reason)
         chunk = {**self._head(self._chunks), "choices": [choice]}
-        return {**chunk, "usage": None} if self._request.include_usage else chunk
+        if not self._request.include_usage:
+            return chunk
+        self._written[index] = self._written.get(index, 0) + len(tokens)
+        options, so_far = self._request.stream_options, None
+        if options is not None and options.continuous_usage_stats:
+            read, written = self.prompts[index // self._request.n], self._written[index]
+            so_far = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        return {**chunk, "usage": so_far}
 
     def _choice(self, index: int, content: Any, tokens: Sequence[Token] | None, reason: str | None) -> dict[str, Any]:
         logprobs = None if self._request.alternatives is None or tokens is None else self._logprobs(tokens)

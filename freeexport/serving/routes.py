@@ -116,6 +116,7 @@ class Endpoints:
                 reply = ResponseReply(session, name, asked, given)
             record.line |= {"id": reply.id, "model": name, "stream": asked.stream}
             generation = await begin(session, asked, options.mode, options.deadline)
+            reply.prompts = generation.prompts
             record.line["prompt_tokens"] = sum(generation.prompts)
             if asked.stream:
                 return EventStream(generation, reply, asked, record)

@@ -64,6 +64,11 @@ def test_a_chat_is_what_the_session_generates_whole_and_in_a_stream(client: open
     assert [chunk.choices[0].finish_reason for chunk in told[-2:]] == [None, "length"]
     assert (last.choices, last.usage.completion_tokens) == ([], 20)
     assert all(chunk.usage is None for chunk in told)
+    continuous: Any = {"include_usage": True, "continuous_usage_stats": True}
+    *told, last = client.chat.completions.create(stream=True, stream_options=continuous, **ASKED)
+    counts = [chunk.usage.completion_tokens for chunk in told]
+    assert (counts[0], counts[-1], counts) == (0, 20, sorted(counts))
+    assert {chunk.usage.prompt_tokens for chunk in told} == {stats.prompt_tokens}
 
 
 def spelled(session: Session, token: int) -> str:
