@@ -431,7 +431,13 @@ BY_NAME = {case.name: case for case in CASES}
 KIN: tuple[Case, ...] = (
     _bart("bart-forced", (1,), generation={"forced_bos_token_id": 2, "forced_eos_token_id": 1}),
     _bart("mbart", (1, 2), model="MBart", decoder_start_token_id=LANGUAGES["deu_Latn"], scale_embedding=True),
-    _bart("nllb", (1, 2), model="M2M100", generation={"forced_bos_token_id": LANGUAGES["fra_Latn"]}),
+    _bart(
+        "nllb",
+        (1, 2),
+        model="M2M100",
+        decoder_start_token_id=1,
+        generation={"forced_bos_token_id": LANGUAGES["fra_Latn"]},
+    ),
     _bart("pegasus", (1,), model="Pegasus", activation_function="relu", generation={"forced_eos_token_id": 1}),
 )
 

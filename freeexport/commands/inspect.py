@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from runtime.bundle.calibration import Calibration
-    from runtime.bundle.manifest import Manifest, Quantization
+    from runtime.bundle.manifest import Languages, Manifest, Quantization
 
     Rows = list[tuple[str, str]]
 
@@ -113,10 +113,17 @@ def _model(manifest: Manifest) -> Rows:
         ("heads", f"{manifest.heads} of size {manifest.head_dim}, {manifest.kv_heads} for keys and values"),
         ("vocabulary", str(manifest.vocab_size)),
         ("end tokens", ", ".join(map(str, manifest.eos_token_ids)) or "none"),
+        *([("languages", _languages(manifest.languages))] if manifest.languages else []),
         *((name, getattr(manifest, name)) for name in ("target", "dialect", "precision")),
         *([("4-bit weights", f"fitted to {fitted.tokens} tokens of {fitted.texts} texts")] if fitted else []),
         *([("kernels", kernels_of(manifest.kernels))] if quantization and manifest.target == "cpu" else []),
     ]
+
+
+def _languages(languages: Languages) -> str:
+    codes = list(languages.tokens)
+    shown = ", ".join(codes[:3]) + (", ..." if len(codes) > 3 else "")
+    return f"{len(codes)} ({shown}), prompts in {languages.source or 'any'}"
 
 
 def _precision(quantization: Quantization) -> list[Table]:

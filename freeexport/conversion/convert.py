@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -75,6 +76,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             "--exit-layer chooses another, freeexport train trains one",
             err=True,
         )
+    if ignored := _ignored(checkpoint.generation_config):
+        click.echo(f"note: not part of the bundle, though generation_config.json says so: {ignored}", err=True)
     engines = engine_options(description, options, checkpoint.exit_layer(layers, exit_layer))
     longest_prompt = options.longest_prompt(description)
     _decoder_start(checkpoint, description)
@@ -122,6 +125,14 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             manifest = replace(manifest, costs=recordable(measured_in_child(directory)))
         write_manifest()
     return manifest
+
+
+def _ignored(generation: dict[str, Any]) -> str:
+    """The recommended settings that a request has to give itself, or cannot."""
+    plain = {"num_beams": 1, "length_penalty": 1.0, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
+    named = [f"{name} {generation[name]}" for name, value in plain.items() if (generation.get(name) or value) != value]
+    longer = sum(len(words) > 1 for words in generation.get("bad_words_ids") or ())
+    return ", ".join([*named, *([f"{longer} bad_words_ids of several tokens"] if longer else [])])
 
 
 def _unverified_place(out: Path) -> Path:

@@ -108,6 +108,8 @@ class ShallowDeep(nn.Module):
         self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
         self._recording: dict[int, torch.Tensor] | None = None
         stack, name = layer_list(model)
+        if hasattr(stack, "layerdrop"):
+            stack.layerdrop = 0.0  # M2M100 would leave out layers whose states are read
         for number, layer in enumerate([model.get_input_embeddings(), *getattr(stack, name)]):
             if number in self.kept:
                 layer.register_forward_hook(self._recorder(number))

@@ -72,7 +72,7 @@ ExitHead = Callable[[torch.Tensor, Encoded | None, torch.Tensor | None], tuple[t
 
 # What a checkpoint may recommend beyond greedy decoding.
 PLAIN = {
-    **{"min_new_tokens": 0, "min_length": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0},
+    **{"min_new_tokens": None, "min_length": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0},
     "repetition_penalty": 1.0,
 }
 

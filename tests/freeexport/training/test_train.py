@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import Case
+from checkpoints import BY_NAME, Case
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from training_case import LLAMA, T5, Runs, evaluated, logged, run_options, tensors
@@ -116,8 +116,9 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
         (LLAMA, {"adapter_rank": 8}),
         (LLAMA, {"exit_layers": 2, "learning_rate": 3e-3}),
         (T5, {"exit_layers": 2, "learning_rate": 3e-3}),
+        (BY_NAME["m2m100"], {"exit_layers": 1, "exit_layer": 1, "learning_rate": 3e-3}),
     ],
-    ids=["t5-norm", "llama-adapter", "llama-layers", "t5-layers"],
+    ids=["t5-norm", "llama-adapter", "llama-layers", "t5-layers", "m2m100-layers"],
 )
 def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     checkpoint: Directory, words: Path, case: Case, options: dict[str, Any], run: Runs
@@ -129,8 +130,9 @@ def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     assert found == (True, options.get("adapter_rank", 0), options.get("exit_layers", 0))
     assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
-    final = "decoder.final_layer_norm.weight" if case is T5 else "model.norm.weight"
-    assert not np.array_equal(opened.read("exit.norm.weight"), opened.read(final))
+    final = describe(opened.config, opened).decoder.head.norm
+    assert final is not None
+    assert not np.array_equal(opened.read("exit.norm.weight"), opened.read(final.weight))
     assert len(opened.sha256) == 64
     shallow, deep = logged(out, "eval_shallow_loss"), logged(out, "eval_deep_loss")
     assert shallow[-1] < shallow[0]
