@@ -32,14 +32,34 @@ def t5_shapes(hidden: int, inner: int, heads: int, width: int) -> dict[str, Any]
     return shapes
 
 
+def gpt2_shapes(hidden: int) -> dict[str, Any]:
+    shapes: dict[str, Any] = {"token_embd": (50257, hidden), "position_embd": (1024, hidden)}
+    layer: dict[str, Any] = {"attn_qkv": (3 * hidden, hidden), "attn_output": (hidden, hidden)}
+    layer |= {"ffn_up": (4 * hidden, hidden), "ffn_down": (hidden, 4 * hidden)}
+    layer |= {f"{name}.bias": shape[:1] for name, shape in layer.items()}
+    norms = {f"{name}_norm{part}": (hidden,) for name in ("attn", "ffn") for part in ("", ".bias")}
+    shapes |= {"output_norm": (hidden,), "output_norm.bias": (hidden,)}
+    return shapes | {f"blk.{block}.{name}": shape for block in range(2) for name, shape in (layer | norms).items()}
+
+
 def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only: str = "attn") -> Path:
     """A model of two layers with random weights; matrices with `only` in their names are quantized to a kind."""
     hidden, inner, heads, kv_heads = 64, 96, 4, 4 if architecture == "t5" else 2
     width = 128 if architecture == "qwen3" else hidden // heads  # transformers takes Qwen 3's heads to be 128 wide
     if architecture == "t5":
         shapes = t5_shapes(hidden, inner, heads, width)
+    elif architecture == "gpt2":
+        shapes = gpt2_shapes(hidden)
     else:
-        shapes = decoder_shapes(hidden, inner, heads, kv_heads, width, norms=architecture == "qwen3")
+        normed = architecture in ("qwen3", "gemma3")
+        shapes = decoder_shapes(hidden, inner, heads, kv_heads, width, normed)
+    for block in range(2):
+        if architecture == "gemma3":
+            shapes |= {f"blk.{block}.{name}": (hidden,) for name in ("post_attention_norm", "post_ffw_norm")}
+        if architecture == "phi3":
+            parts = [shapes.pop(f"blk.{block}.{name}")[0] for name in ("attn_q", "attn_k", "attn_v")]
+            shapes[f"blk.{block}.attn_qkv"] = sum(parts), hidden
+            shapes[f"blk.{block}.ffn_up"] = 2 * shapes.pop(f"blk.{block}.ffn_gate")[0], hidden
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -48,9 +68,13 @@ def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(32)
-    if architecture == "t5":
+    if architecture == "phi3":
+        writer.add_pad_token_id(0)  # transformers' own is beyond the embedding
+    if architecture in ("t5", "gemma3"):
         writer.add_key_length(width)
+    if architecture == "t5":
         writer.add_relative_attn_buckets_count(32)
         writer.add_decoder_start_token_id(0)
     random = np.random.default_rng(0)
@@ -58,7 +82,8 @@ def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only
         array = random.standard_normal(shape, np.float32)
         quantized = array.ndim == 2 and only in name and "rel" not in name
         stored = gguf.GGMLQuantizationType[kind if quantized else "F32"]
-        writer.add_tensor(f"{name}.weight", gguf.quantize(array, stored) if quantized else array, raw_dtype=stored)
+        full = name if name.endswith(".bias") else f"{name}.weight"
+        writer.add_tensor(full, gguf.quantize(array, stored) if quantized else array, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

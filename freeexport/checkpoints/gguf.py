@@ -23,7 +23,7 @@ from freeexport.checkpoints.weight_files import CheckpointError, Shape, TensorFi
 from graphs.errors import UnsupportedModelError
 from graphs.shapes import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "t5")  # a Mistral model calls itself llama
+ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3", "t5")  # a Mistral model is a llama
 # Several times what published models have.
 MAX_TENSORS = 1 << 16
 MAX_FIELDS = 1 << 12
@@ -37,9 +37,16 @@ MAX_ITEMS = {
 MAX_OTHER_ITEMS = 1 << 12
 # A GGUF name stands for the names of many architectures; these are the ones transformers' own classes use.
 _DECODER_ONLY = re.compile(
-    r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm"
+    r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm|(pre|post)_feedforward_layernorm"
     r"|self_attn\.([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj))|lm_head"
 )
+_OTHERS = {
+    "gpt2": re.compile(r"transformer\.(w[tp]e|ln_f|h\.\d+\.(ln_[12]|attn\.c_(attn|proj)|mlp\.c_(fc|proj)))|lm_head"),
+    "phi3": re.compile(
+        r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm"
+        r"|self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj))|lm_head"
+    ),
+}
 _ENCODER_DECODER = re.compile(r"(encoder|decoder)\.(block\.\d+\.layer\..+|final_layer_norm)|shared|lm_head")
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _TEXT, _ARRAY = 8, 9
@@ -205,6 +212,11 @@ class GGUFFile(TensorFile):
         self._architecture = str(header.fields.get("general.architecture"))
         if self._architecture not in ARCHITECTURES:
             raise CheckpointError(f"{path} names no general.architecture; download it again")
+        if "rope_factors_short.weight" in header.tensors:
+            raise UnsupportedModelError(
+                f"{path}: its rotary positions have factors (rope_factors_short), which transformers does not read from "
+                "GGUF; give the original checkpoint"
+            )
         embedding = header.tensors.get("token_embd.weight")
         for name in ("tokens", "scores", "token_type"):
             # transformers reads every item, so there must be weights for them.
@@ -220,7 +232,10 @@ class GGUFFile(TensorFile):
         blocks = max(self._field(key, MAX_LAYERS) or 0 for key in keys)
         self._data: Any = np.memmap(path, mode="r")
         self._tensors = _hugging_face_names(header.tensors, self._architecture, blocks)
-        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.shapes = {
+            name: tensor.shape[::-1] if self._is_conv(tensor) else tensor.shape
+            for name, tensor in self._tensors.items()
+        }
         self.nbytes = sum(tensor.nbytes for tensor in header.tensors.values())
 
     def _field(self, key: str, most: int, least: int = 1) -> int | None:
@@ -230,6 +245,10 @@ class GGUFFile(TensorFile):
                 f"{self.path}: {key} is {str(value)[:40]!r}; it must be a whole number from {least} to {most}"
             )
         return value
+
+    def _is_conv(self, tensor: _Tensor) -> bool:
+        """Whether transformers has a matrix the other way round: GPT-2's layers are Conv1D."""
+        return self._architecture == "gpt2" and tensor.name.startswith("blk.") and len(tensor.shape) == 2
 
     @property
     def has_tokenizer(self) -> bool:
@@ -275,6 +294,10 @@ class GGUFFile(TensorFile):
                 # Rotary rows from llama.cpp's interleaved pairs back to halves. [heads * head_dim, ...] both ways.
                 pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
                 array = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
+            if self._architecture in ("gemma2", "gemma3") and tensor.name.endswith("norm.weight"):
+                array = array - 1  # llama.cpp stores what the norm multiplies with
+            if self._is_conv(tensor):
+                array = np.ascontiguousarray(array.T)
         except (NotImplementedError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointError(
                 f"{self.path}: {name} cannot be dequantised ({one_line(error)}); use a file of another quantisation"
@@ -318,7 +341,7 @@ def _hugging_face_names(found: dict[str, _Tensor], architecture: str, blocks: in
     for name, (_, gguf_name) in get_tensor_name_map(known, blocks).mapping.items():
         candidates[gguf_name].append(name)
     present = {name.rpartition(".")[0] for name in found}
-    canonical = _ENCODER_DECODER if "enc.output_norm" in present else _DECODER_ONLY
+    canonical = _ENCODER_DECODER if "enc.output_norm" in present else _OTHERS.get(architecture, _DECODER_ONLY)
     tensors = {}
     for tensor in found.values():
         stem, dot, suffix = tensor.name.rpartition(".")

@@ -38,11 +38,14 @@ def torch_device(name: str) -> torch.device:
     return torch.device(str(device))
 
 
-def reference_model(checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = "float32") -> PreTrainedModel:
+def reference_model(
+    checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = "float32", capacity: int = 0
+) -> PreTrainedModel:
     """The Hugging Face model of the checkpoint, in evaluation mode; peft merges a LoRA adapter into it.
 
-    In float32 it takes 4 bytes of memory a parameter. An exit's own parameters are not part of it; that some tokens are
-    suppressed is. Raises
+    In float32 it takes 4 bytes of memory a parameter. Rotary positions are those of a bundle with a cache of `capacity`
+    positions: where transformers changes them with the length of a prompt, a bundle does not. An exit's own parameters
+    are not part of it; that some tokens are suppressed is. Raises
     UnsupportedModelError where the weights are of other sizes than the configuration says, CheckpointError where one is
     missing, OptionError as `torch_device` does.
     """
@@ -79,6 +82,9 @@ def reference_model(checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = 
         head.register_forward_hook(
             lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(never, device=logits.device), SUPPRESSED)
         )
+    rotary = description.attention.rotary
+    if rotary is not None and rotary.at(capacity).inverse_frequencies == rotary.long:
+        model.get_decoder().rotary_emb.original_inv_freq.copy_(torch.tensor(rotary.long))
     return model.eval().to(place)
 
 

@@ -24,6 +24,7 @@ from graphs.engine_options import EngineOptions
 from graphs.quantization.inputs import round_4_bits_for
 from graphs.quantization.plan import rounding
 from graphs.quantization.rounding import BLOCK, FLOAT32, Rounded, values_of
+from graphs.shapes import weight_names
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.manifest import RoundingData
 from runtime.errors import OptionError
@@ -64,10 +65,10 @@ def round_for_text(
         )
     model = reference_model(checkpoint)
     stack, field = layer_list(model)
-    rounder = _Rounder(model, description, engines)
+    rounder = _Rounder(model, description, engines, set(weight_names(description, checkpoint)))
     if rounder.done:
         raise OptionError(
-            f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, which are kept; "
+            f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, or in parts of tensors; "
             "leave it out"
         )
     layers = list(getattr(stack, field))
@@ -88,14 +89,15 @@ def round_for_text(
 class _Rounder:
     """Rounds the linear layers of a model that get 4 bits, in place too. `weights`: what became of them."""
 
-    def __init__(self, model: Any, description: Description, engines: EngineOptions) -> None:
+    def __init__(self, model: Any, description: Description, engines: EngineOptions, read: set[str]) -> None:
         self.weights: dict[str, Rounded] = {}
         used = rounding(engines.target, engines.kernels)
         self._scheme, self._type = used.scheme, np.dtype(np.float16) if used.products.own else FLOAT32
         self._modules = {
             name: module
             for name, module in _with_4_bits(model, description, engines).items()
-            if not self._scheme.keeps(module.weight.detach().numpy(), self._type)
+            if name in read  # whole: parts of a tensor, and Conv1D, are rounded without text
+            and not self._scheme.keeps(module.weight.detach().numpy(), self._type)
         }
 
     @property

@@ -110,7 +110,10 @@ class ShallowDeep(nn.Module):
         stack, name = layer_list(model)
         if hasattr(stack, "layerdrop"):
             stack.layerdrop = 0.0  # M2M100 would leave out layers whose states are read
-        for number, layer in enumerate([model.get_input_embeddings(), *getattr(stack, name)]):
+        layers = getattr(stack, name)
+        if 0 in self.kept:  # embeddings, with their scale, positions and norm
+            layers[0].register_forward_pre_hook(self._recorder(0))
+        for number, layer in enumerate(layers, 1):
             if number in self.kept:
                 layer.register_forward_hook(self._recorder(number))
 
@@ -120,7 +123,8 @@ class ShallowDeep(nn.Module):
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     def _recorder(self, number: int) -> Any:
-        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        def record(module: nn.Module, inputs: Any, output: Any = None) -> None:
+            output = inputs if output is None else output
             # Gradient checkpointing runs a layer again in the backward pass: then nobody is recording.
             if self._recording is not None:
                 self._recording[number] = output[0] if isinstance(output, tuple) else output

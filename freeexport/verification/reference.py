@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
 
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
 from freeexport.training.exit_modules import Encoded
@@ -192,7 +193,7 @@ def engine_of(module: str, exit_layer: int) -> str:
         return "encoder"
     if module.endswith(("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")):
         return "prologue"
-    layer = re.search(r"\.(?:layers|block)\.(\d+)\.", module)
+    layer = re.search(r"\.(?:layers|block|h)\.(\d+)\.", module)
     return "shallow" if layer and int(layer[1]) < exit_layer else "deep"
 
 
@@ -257,12 +258,13 @@ def coarsening(
             if activations:
                 size = read.shape[-1]
                 wrong = torch.hypot(wrong, _rounding_error(read, size if found.linears == "int8" else ACTIVATION_BLOCK))
-            rows = torch.linalg.vector_norm(module.weight, dim=1) / module.weight.shape[1] ** 0.5
+            weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.T
+            rows = torch.linalg.vector_norm(weight, dim=1) / weight.shape[1] ** 0.5
             return output + torch.randn(output.shape, generator=generator) * rows * wrong
 
         return coarse
 
-    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear))
+    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, (torch.nn.Linear, Conv1D)))
     known = ((part, found) for name, part in linear if (found := precision_of(name)) is not None)
     return _hooked(part.register_forward_hook(coarsener(found)) for part, found in known)
 

@@ -75,7 +75,7 @@ class _Verification:
             # torch takes a second to import, and a bundle is checked without it too.
             from freeexport.checkpoints.transformers_model import reference_model
 
-            reference = reference_model(checkpoint)
+            reference = reference_model(checkpoint, capacity=self.manifest.capacity)
         self.began = time.monotonic()
         batch = sample_batch(self.bundle, self.extent.tokens)
         cross, encoded = encode(self.bundle, batch, self.threads)

@@ -20,13 +20,14 @@ from graphs.errors import UnsupportedModelError
 from runtime.errors import FreeExportError
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "t5"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "t5", "gemma3", "phi3", "gpt2"])
 def test_gguf_tensors_equal_what_transformers_loads(tmp_path: Path, architecture: str) -> None:
     checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", architecture)))
     # Not `reference_model`: transformers takes every T5 of a GGUF to be gated, whatever its configuration says.
     loader = transformers.AutoModelForSeq2SeqLM if architecture == "t5" else transformers.AutoModelForCausalLM
     model = loader.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     tied = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    tied |= {"lm_head.weight"} if architecture == "gpt2" else set()
     assert set(checkpoint.names()) == set(model.state_dict()) - tied
     assert_equals_model(checkpoint, model)
 
@@ -131,14 +132,14 @@ def test_a_header_that_does_not_fit_the_file_is_refused_at_once(tmp_path: Path, 
 
 def test_an_unsupported_architecture_is_the_first_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the vocabulary is read, which takes transformers a minute, or the weights, which are damaged."""
-    fields = (text(b"general.architecture"), TEXT, text(b"gemma3"), TOKENS, ARRAY, TEXT, number(1 << 60))
+    fields = (text(b"general.architecture"), TEXT, text(b"falcon"), TOKENS, ARRAY, TEXT, number(1 << 60))
     content = header(*fields, fields=2, tensors=9)
-    (tmp_path / "gemma.gguf").write_bytes(content + bytes(300))
+    (tmp_path / "falcon.gguf").write_bytes(content + bytes(300))
     monkeypatch.setattr("freeexport.checkpoints.checkpoint._config", None)
     with pytest.raises(
-        UnsupportedModelError, match="'gemma3' is not supported; supported GGUF architectures are llama"
+        UnsupportedModelError, match="'falcon' is not supported; supported GGUF architectures are gemma2"
     ):
-        open_checkpoint(str(tmp_path / "gemma.gguf"))
+        open_checkpoint(str(tmp_path / "falcon.gguf"))
 
 
 def test_a_vocabulary_without_weights_is_refused(tmp_path: Path) -> None:
