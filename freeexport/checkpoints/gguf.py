@@ -214,8 +214,8 @@ class GGUFFile(TensorFile):
             raise CheckpointError(f"{path} names no general.architecture; download it again")
         if "rope_factors_short.weight" in header.tensors:
             raise UnsupportedModelError(
-                f"{path}: its rotary positions have factors (rope_factors_short), which transformers does not read from "
-                "GGUF; give the original checkpoint"
+                f"{path}: its rotary positions have factors (rope_factors_short), which transformers does not read; "
+                "give the original checkpoint"
             )
         embedding = header.tensors.get("token_embd.weight")
         for name in ("tokens", "scores", "token_type"):
