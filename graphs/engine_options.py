@@ -148,6 +148,11 @@ class EngineOptions:
 
         return format_of
 
+    def keeps_file_bits(self, of_head: bool = False) -> bool:
+        """Whether a weight that a file has in 4 to 8 bits stays in them: at int4 with our own operators; a head whose
+        format was asked for is given that."""
+        return self.kernels == "freeexport" and self.precision == "int4" and not (of_head and self.head is not None)
+
     @property
     def float_type(self) -> FloatType:
         """The type of activations, and of weights that are not quantized."""

@@ -5,7 +5,7 @@ Inputs and outputs are the engine contract of docs/architecture.md. B rows of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +31,7 @@ from graphs.dialects.standard import StandardDialect
 from graphs.engine_options import FLOAT_TYPES, EngineOptions
 from graphs.graph import Dimension, Graph
 from graphs.layers import decoder_layers, encoder_layers, exit_rows, head_outputs
+from graphs.quantization.panels import InFile
 from graphs.quantization.passes import FuseProducts, QuantizeEmbedding, QuantizeLinears
 from graphs.quantization.plan import rounding
 from graphs.quantization.quantizer import Quantizer
@@ -44,7 +45,8 @@ FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 
 class EngineBuilder:
     """Builds the graphs of one model into one directory; they share one weight file. `rounded`: weights that
-    are in 4 bits already, by the names of their tensors."""
+    are in 4 bits already, by the names of their tensors. `in_file`: how the checkpoint has a tensor, where our own
+    operators can read that."""
 
     def __init__(
         self,
@@ -54,13 +56,19 @@ class EngineBuilder:
         weights: WeightFile,
         directory: Path,
         rounded: Mapping[str, Rounded] = MappingProxyType({}),
+        in_file: Callable[[str], InFile | None] = lambda _: None,
     ) -> None:
         options.check(description)
         check_weights(description, source)
         self.description, self.options = description.at(options.capacity), options
         self._source, self._weights, self._directory = source, weights, directory
         self._rounding = rounding(options.target, options.kernels)
-        self._quantizer = Quantizer(weights, self._rounding.scheme, self._rounding.products.own, rounded)
+        head = description.decoder.head.weight
+
+        def kept(name: str) -> InFile | None:
+            return in_file(name) if options.keeps_file_bits(name == head) else None
+
+        self._quantizer = Quantizer(weights, self._rounding.scheme, self._rounding.products.own, rounded, kept)
 
     @property
     def quantization(self) -> Quantization | None:

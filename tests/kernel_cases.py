@@ -13,7 +13,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from graphs.quantization.rounding import Rounded, in_panels, round_4_bits, round_8_bits
+from graphs.quantization.panels import in_panels
+from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
 from runtime.kernels import DOMAIN, LIBRARY
 
 ROUND = {4: round_4_bits, 8: round_8_bits}
@@ -37,13 +38,17 @@ class Case:
     def tensors(self) -> dict[str, np.ndarray | None]:
         packed = self.packed
         weight = {"data": packed.data, "scales": packed.scales, "zeros": packed.zero_points}
-        return {**weight, "offsets": packed.offsets, "bias": self.bias}
+        return {**weight, "offsets": packed.offsets, "bias": self.bias, "multiples": packed.multiples}
 
 
 def random_case(
     rng: np.random.Generator, outputs: int, inputs: int, bits: int, block: int = 32, bias: bool = False
 ) -> Case:
-    """Every other weight in 4 bits has offsets in place of zero points."""
+    """Every other weight in 4 or 5 bits has offsets in place of zero points. Of multiples of 256 inputs every other of
+    these has multiples, and 6 bits have; of other numbers 6 bits become 5."""
+    if bits in (5, 6) or (bits == 4 and inputs % 256 == 0 and rng.integers(2)):
+        case = case_in_file(rng, outputs, inputs, bits, block)
+        return replace(case, bias=rng.standard_normal(outputs).astype(np.float32) if bias else None)
     weight = rng.standard_normal((outputs, inputs)).astype(np.float32)
     rounded = ROUND[bits](weight, block, np.dtype(np.float16))
     if bits == 4 and rng.integers(2):
@@ -52,10 +57,24 @@ def random_case(
     return case_of(rounded, inputs, bits, block, rng.standard_normal(outputs) if bias else None)
 
 
+def case_in_file(rng: np.random.Generator, outputs: int, inputs: int, bits: int, block: int) -> Case:
+    bits = 5 if bits == 6 and inputs % 256 else bits
+    multiples = bits != 5 or (inputs % 256 == 0 and bool(rng.integers(2)))
+    offsets = bits != 6 and (multiples or bool(rng.integers(2)))
+    block = 16 if bits == 6 else 32 if multiples else block
+    blocks = -(-inputs // block)
+    data = rng.integers(0, 1 << bits, (outputs, blocks, block), np.uint8)
+    scales = rng.standard_normal((2, outputs, inputs // 256 if multiples else blocks)).astype(np.float16)
+    by = rng.integers(-128, 128, (outputs, blocks, 1 + offsets), np.int8) if multiples else None
+    if bits == 4:
+        data = data[..., 0::2] | data[..., 1::2] << 4
+    return case_of(Rounded(data, scales[0], None, 0, scales[1] if offsets else None, by), inputs, bits, block)
+
+
 def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarray | None = None) -> Case:
     """`values` are worked out from the quantized weight, not from the packed one."""
-    outputs, blocks = rounded.scales.shape
-    data, zeros = rounded.data, np.full((outputs, blocks), 8 if bits == 4 else 128)
+    outputs, blocks = rounded.data.shape[:2]
+    data, zeros = rounded.data, np.full((outputs, blocks), 1 << (bits - 1))
     if bits == 4:
         data = np.stack([data & 15, data >> 4], -1).reshape(outputs, blocks, block)
         if rounded.zero_points is not None:
@@ -63,9 +82,12 @@ def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarr
             zeros = np.stack(halves, -1).reshape(outputs, -1)[:, :blocks]
     if rounded.offsets is not None:
         zeros = np.zeros_like(zeros)
-    values = (data.astype(np.float64) - zeros[..., None]) * rounded.scales[..., None].astype(np.float64)
-    if rounded.offsets is not None:
-        values += rounded.offsets[..., None].astype(np.float64)
+    scales, offsets = rounded.scales.astype(np.float64), 0 if rounded.offsets is None else rounded.offsets
+    if (multiples := rounded.multiples) is not None:
+        scales, offsets = (np.repeat(part, 256 // block, 1) if np.ndim(part) else part for part in (scales, offsets))
+        scales, offsets = scales * multiples[..., 0], offsets * multiples[..., -1].astype(np.float64)
+    values = (data.astype(np.float64) - zeros[..., None]) * scales[..., None]
+    values += np.broadcast_to(offsets, scales.shape)[..., None]
     given = None if bias is None else bias.astype(np.float32)
     return Case(
         outputs, inputs, bits, block, in_panels(rounded, inputs, bits), values.reshape(outputs, -1)[:, :inputs], given
@@ -76,7 +98,7 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("outputs", "inputs")),
         *((name, ctypes.c_int) for name in ("bits", "block")),
-        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros", "offsets", "bias")),
+        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros", "offsets", "bias", "multiples")),
     )
 
 
@@ -97,6 +119,7 @@ class _Product(ctypes.Structure):
 
 INPUTS = (
     "data", "scales", "zeros", "bias", "skip", "norm", "up_data", "up_scales", "up_zeros", "offsets", "up_offsets",
+    "multiples", "up_multiples",
 )  # fmt: skip
 ACTIVATIONS = ("none", "relu", "silu", "gelu-tanh")
 
@@ -169,11 +192,12 @@ def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSes
 
 def packed_rows(case: Case, constant: bool = True, **changes: Any) -> ort.InferenceSession:
     """A graph of one PackedRows: indices -> rows."""
-    attributes = {"N": case.outputs, "K": case.inputs, "block_size": case.block} | changes
+    attributes = {"N": case.outputs, "K": case.inputs, "block_size": case.block, "bits": case.bits} | changes
     given = {"indices": TensorProto.INT64} | ({} if constant else {"data": TensorProto.UINT8})
-    tensors = {"data": case.packed.data, "scales": case.packed.scales}
-    constants = {name: array for name, array in tensors.items() if name not in given}
-    return one_node("PackedRows", given, ["rows"], constants, ["indices", "data", "scales"], **attributes)
+    tensors = {name: getattr(case.packed, name) for name in ("data", "scales", "offsets", "multiples")}
+    constants = {name: array for name, array in tensors.items() if name not in given and array is not None}
+    names = ["indices", *(name if array is not None else "" for name, array in tensors.items())]
+    return one_node("PackedRows", given, ["rows"], constants, names, **attributes)
 
 
 def best_two(threads: int = 1) -> Any:

@@ -56,13 +56,18 @@ struct Packed {
   Weight weight;
   std::vector<uint8_t> data, zeros;
   std::vector<uint16_t> scales, offsets;
+  std::vector<int8_t> multiples;
   std::vector<float> bias;
 
   Packed(int64_t outputs, int64_t inputs, int bits) : weight{} {
     weight.outputs = outputs, weight.inputs = inputs, weight.bits = bits;
-    weight.block = kGroup << between(0, 2);
+    const bool multiple = inputs % kSuper == 0 && bits != 8 && (bits == 6 || between(0, 1));
+    weight.block = bits == 6 ? kGroup / 2 : multiple ? kGroup : kGroup << between(0, 2);
+    multiples.resize(weight.panels() * weight.blocks() * kPanel * 2);
+    for (auto& one : multiples) one = random_bits();
+    if (multiple) weight.multiples = multiples.data();
     data.resize(weight.panels() * weight.groups() * weight.group_bytes());
-    scales.resize(weight.panels() * weight.blocks() * kPanel);
+    scales.resize(weight.panels() * weight.scales_of_panel() * kPanel);
     zeros.resize(scales.size());
     for (auto& one : data) one = random_bits();
     for (auto& one : scales) one = (between(0, 1) << 15) | between(0, 0x3c00);  // up to 1, with denormal ones
@@ -70,11 +75,9 @@ struct Packed {
     weight.data = data.data(), weight.scales = scales.data();
     offsets.resize(scales.size());
     for (auto& one : offsets) one = (between(0, 1) << 15) | between(0, 0x4000);
-    switch (between(0, bits == 4 ? 2 : 1)) {
-      case 0: break;
-      case 1: weight.zeros = zeros.data(); break;
-      default: weight.offsets = offsets.data();
-    }
+    const int64_t form = bits == 6 ? 0 : multiple ? 2 : bits == 5 ? 2 * between(0, 1) : between(0, bits == 4 ? 2 : 1);
+    if (form == 1) weight.zeros = zeros.data();
+    if (form == 2) weight.offsets = offsets.data();
     bias = floats(outputs);
     if (between(0, 1)) weight.bias = bias.data();
   }
@@ -82,12 +85,19 @@ struct Packed {
   // By the layout that packed_linear.h describes.
   double at(int64_t output, int64_t input) const {
     const int64_t panel = output / kPanel, lane = output % kPanel, group = input / kGroup, quad = input % kGroup / 4;
-    const uint8_t* bytes = data.data() + (panel * weight.groups() + group) * weight.group_bytes();
-    const uint8_t byte = bytes[(weight.bits == 4 ? quad / 2 : quad) * 64 + lane * 4 + input % 4];
-    const int whole = weight.bits == 8 ? byte : quad % 2 ? byte >> 4 : byte & 15;
-    const int64_t block = (panel * weight.blocks() + input / weight.block) * kPanel + lane;
-    const int zero = weight.offsets ? 0 : weight.zeros ? zeros[block] : weight.bits == 4 ? 8 : 128;
-    return (whole - zero) * wide(scales[block]) + (weight.offsets ? wide(offsets[block]) : 0);
+    const uint8_t* bytes = data.data() + (panel * weight.groups() + group) * weight.group_bytes() + lane * 4 + input % 4;
+    const uint8_t byte = bytes[(weight.bits == 8 ? quad : quad / 2) * 64];
+    int whole = weight.bits == 8 ? byte : quad % 2 ? byte >> 4 : byte & 15;
+    if (weight.bits == 5) whole += (bytes[256] >> quad & 1) * 16;
+    if (weight.bits == 6) whole += (bytes[256 + 64 * (quad / 4)] >> 2 * (quad % 4) & 3) * 16;
+    const int64_t block = panel * weight.blocks() + input / weight.block, at = block * kPanel + lane;
+    const int zero = weight.offsets ? 0 : weight.zeros ? zeros[at] : 1 << (weight.bits - 1);
+    if (!weight.multiples) return (whole - zero) * wide(scales[at]) + (weight.offsets ? wide(offsets[at]) : 0);
+    const int64_t super = (panel * (weight.inputs / kSuper) + input / kSuper) * kPanel + lane;
+    const double scale = wide(scales[super]);
+    if (weight.bits == 6) return (whole - zero) * scale * multiples[at];
+    return whole * scale * multiples[block * 2 * kPanel + lane] +
+           wide(offsets[super]) * multiples[(block * 2 + 1) * kPanel + lane];
   }
 
   static double wide(uint16_t half) {
@@ -130,8 +140,10 @@ std::vector<float> multiplied(const Kernels& kernels, Product product, std::vect
 }
 
 void try_products(const std::vector<const Kernels*>& all, bool fused) {
-  const int64_t outputs = between(1, 70), inputs = between(1, 300), rows = between(1, 33);
-  const Packed packed(outputs, inputs, between(0, 1) ? 4 : 8), up(outputs, inputs, between(0, 1) ? 4 : 8);
+  const int64_t outputs = between(1, 70), whole = between(0, 1), inputs = whole ? kSuper : between(1, 300);
+  const int64_t rows = between(1, 33);
+  const int kBits[] = {4, 8, 5, 6};
+  const Packed packed(outputs, inputs, kBits[between(0, 2 + whole)]), up(outputs, inputs, kBits[between(0, 2 + whole)]);
   const auto x = floats(rows * inputs), skip = floats(rows * inputs), norm = floats(inputs);
   Product product = {};
   product.rows = rows, product.x = x.data(), product.epsilon = 1e-5f, product.weight = packed.weight;

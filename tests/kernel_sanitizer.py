@@ -33,17 +33,18 @@ def check(library: Path) -> None:
 
     rng, count = np.random.default_rng(0), 0
     names = [name for name in INSTRUCTIONS if here(name, library)]
-    for outputs, inputs in ((1, 1), (15, 31), (16, 32), (17, 33), (33, 95), (40, 200), (8, 129)):
-        for bits in (4, 8):
+    others = {4: 8, 5: 6, 6: 4, 8: 5}
+    for outputs, inputs in ((1, 1), (15, 31), (16, 32), (17, 33), (33, 95), (40, 256), (8, 129)):
+        for bits in (4, 5, 6, 8):
             for block in (32, 128):
                 case = random_case(rng, outputs, inputs, bits, block, bias=bool(outputs % 2))
                 for rows in (1, 2, 3, 4, 5, 7, 8, 9, 17, 33):
                     x = rng.standard_normal((rows, inputs)).astype(np.float32)
                     x[0, 0] = np.nan if rows == 3 else 1e30
-                    up = random_case(rng, outputs, inputs, 12 - bits, 64)
+                    up = random_case(rng, outputs, inputs, others[bits], 64)
                     norm = rng.standard_normal(inputs).astype(np.float32)
                     fused = {"skip": x[::-1].copy(), "norm": norm, "activation": ACTIVATIONS[rows % 4], "up": up}
-                    beside = {"up": random_case(rng, outputs + 2, inputs, 12 - bits, 32), "beside": True}
+                    beside = {"up": random_case(rng, outputs + 2, inputs, others[bits], 32), "beside": True}
                     for extra in ({}, fused, beside):
                         expected = multiply("scalar", x, case, library, **extra)
                         for name in names:

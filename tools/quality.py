@@ -2,11 +2,13 @@
 
     python -m tools.quality precisions FP32 BUNDLE ... --output quality.json
     python -m tools.quality modes BUNDLE --samples 200
+    python -m tools.quality file FILE.gguf BUNDLE ... --data text.jsonl --output file.json
 
 `precisions` compares bundles of one chat model with its fp32 bundle on prompts of ten kinds: how many greedy answers
 are the same, what the fp32 model thinks of an answer (mean log-likelihood of its tokens), and how often both choose the
 same next token where both have read the fp32 answer so far. `modes` compares token ids: lossless with full, and batches
-of requests with the same requests alone.
+of requests with the same requests alone. `file` compares bundles with the GGUF file that they were made from: their
+sizes, the formats of their weights, and their predictions with those of the file's dequantized weights.
 """
 
 from __future__ import annotations
@@ -191,6 +193,42 @@ def precisions(
     if output is not None:
         facts = {"model": Bundle.open(bundles[0]).manifest.source, "prompts": samples, "tokens": tokens}
         content = {**facts, "processor": host(threads).processor, "rows": rows}
+        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@main.command("file")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines, read teacher-forced.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write JSON here.")
+def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | None) -> None:
+    """Compare BUNDLES with the GGUF file MODEL that they were made from."""
+    from freeexport.checkpoints.checkpoint import open_checkpoint
+    from freeexport.checkpoints.transformers_model import reference_model
+    from freeexport.verification.reference import predictions_on, quality_of
+
+    reference, size, rows = reference_model(open_checkpoint(str(model))), model.stat().st_size, list[dict[str, Any]]()
+    click.echo(
+        "| bundle | MB | of the file | divergence, nats | same best token | nats a token |\n|---|---|---|---|---|---|"
+    )
+    for path in bundles:
+        bundle = Bundle.open(path)
+        manifest = bundle.manifest
+        quality = quality_of(predictions_on(bundle, reference, data), manifest.precision)
+        whole = sum(file.size for file in manifest.files.values())
+        engines = () if manifest.quantization is None else manifest.quantization.engines
+        row = {
+            "bundle": path.name,
+            "bytes": whole,
+            "of_file": round(whole / size, 4),
+            "kept": {one.engine: one.kinds or one.kept for one in engines},
+            **{name: getattr(quality, name) for name in ("tokens", "divergence", "agreement", "reference_nll", "nll")},
+        }
+        rows.append(row)
+        figures = f"{quality.divergence:.4f} | {quality.agreement:.1%} | {quality.nll - quality.reference_nll:+.4f}"
+        click.echo(f"| {path.name} | {whole / 1e6:.0f} | {whole / size:.3f} | {figures} |")
+    if output is not None:
+        content = {"model": model.name, "file_bytes": size, "processor": host(1).processor, "rows": rows}
         output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,13 @@ import numpy as np
 
 from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit_file, read_exit_weights
 from freeexport.checkpoints.gguf import GGUFFile, without_arrays
+from freeexport.checkpoints.gguf_values import KINDS
 from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, MergedWeights, read_adapter
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
 from freeexport.checkpoints.weight_files import Shape, TensorFile, one_line, read_json, weight_files
 from graphs.errors import UnsupportedModelError
 from graphs.families import family_of
+from graphs.quantization.panels import InFile
 from graphs.shapes import check_config
 from graphs.weights import View
 from runtime.errors import FreeExportError, OptionError
@@ -124,6 +127,18 @@ class Checkpoint:
         if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
             raise CheckpointError(f"{self.name}: tensor {name} holds NaN or infinity; repair or replace the checkpoint")
         return array
+
+    def in_file(self, name: str) -> InFile | None:
+        """How the file has a matrix, where our own operators read it as it is; None for any other name."""
+        return self.tensors[name].in_file(name) if name in self.tensors else None
+
+    def rounded_kinds(self) -> str:
+        """The kinds in which a GGUF file has matrices that cannot stay as they are, and how many of each."""
+        kinds = Counter[str]()
+        for file in self.files:
+            kinds.update(file.kinds() if isinstance(file, GGUFFile) else {})
+        others = {kind: count for kind, count in kinds.items() if kind not in (*KINDS, "Q4_0", "Q4_1")}
+        return ", ".join(f"{count} in {kind}" for kind, count in sorted(others.items()) if kind[0] not in "FB")
 
     def _file(self, name: str) -> TensorFile:
         if name not in self.tensors:

@@ -11,7 +11,7 @@ import mmap
 import re
 import struct
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +19,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from freeexport.checkpoints.gguf_values import KINDS, values_of
 from freeexport.checkpoints.weight_files import CheckpointError, Shape, TensorFile, one_line
 from graphs.errors import UnsupportedModelError
+from graphs.quantization.panels import InFile
+from graphs.quantization.rounding import Rounded
 from graphs.shapes import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 
 ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3", "t5")  # a Mistral model is a llama
@@ -270,6 +273,46 @@ class GGUFFile(TensorFile):
                 found[name] = self._data[at + 8 : at + 8 + length].tobytes().decode("utf-8", "replace")
         return found
 
+    def _ordered(self, tensor: _Tensor, array: np.ndarray) -> np.ndarray:
+        """The rows [heads * head_dim, ...] of a Llama's query and key, which llama.cpp has as interleaved pairs, as the
+        two halves of a rotation."""
+        if self._architecture != "llama" or not (part := re.search(r"\.attn_([qk])\.", tensor.name)):
+            return array
+        heads = self._field("llama.attention.head_count", MAX_HEADS)
+        if part[1] == "k":
+            heads = self._field("llama.attention.head_count_kv", MAX_HEADS) or heads
+        if heads is None:
+            raise CheckpointError(f"{self.path} has no llama.attention.head_count; download it again")
+        pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
+
+    def kinds(self) -> Counter[str]:
+        """How many matrices the file has by the name of their type."""
+        from gguf.constants import GGMLQuantizationType
+
+        return Counter(GGMLQuantizationType(one.kind).name for one in self._tensors.values() if len(one.shape) == 2)
+
+    def in_file(self, name: str) -> InFile | None:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        tensor = self._tensors[name]
+        kind = GGMLQuantizationType(tensor.kind)
+        known = KINDS.get(kind.name)
+        if known is None or len(tensor.shape) != 2 or self.header.order == ">" or self._is_conv(tensor):
+            return None
+
+        def read() -> Rounded:
+            begin = self.header.data + tensor.at
+            raw = np.asarray(self._data[begin : begin + tensor.nbytes]).reshape(-1, GGML_QUANT_SIZES[kind][1])
+            found = values_of(kind.name, raw, tensor.shape[0])
+            if found is None:
+                raise CheckpointError(f"{self.path}: tensor {name} holds NaN or infinity; repair or replace the file")
+            order = self._ordered(tensor, np.arange(tensor.shape[0]))
+            rest = (None if part is None else part[order] for part in (found.offsets, found.multiples))
+            return Rounded(found.data[order], found.scales[order], None, 0.0, *rest)
+
+        return InFile(kind.name, known.format, known.block, read)
+
     def read(self, name: str) -> np.ndarray:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
@@ -284,16 +327,7 @@ class GGUFFile(TensorFile):
                 raise NotImplementedError("its quantized blocks are in the other byte order")
             else:
                 array = dequantize(stored.reshape(*tensor.shape[:-1], -1), GGMLQuantizationType(tensor.kind))
-            array = array.reshape(tensor.shape)
-            if self._architecture == "llama" and (part := re.search(r"\.attn_([qk])\.", tensor.name)):
-                heads = self._field("llama.attention.head_count", MAX_HEADS)
-                if part[1] == "k":
-                    heads = self._field("llama.attention.head_count_kv", MAX_HEADS) or heads
-                if heads is None:
-                    raise CheckpointError(f"{self.path} has no llama.attention.head_count; download it again")
-                # Rotary rows from llama.cpp's interleaved pairs back to halves. [heads * head_dim, ...] both ways.
-                pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
-                array = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
+            array = self._ordered(tensor, array.reshape(tensor.shape))
             if self._architecture in ("gemma2", "gemma3") and tensor.name.endswith("norm.weight"):
                 array = array - 1  # llama.cpp stores what the norm multiplies with
             if self._is_conv(tensor):

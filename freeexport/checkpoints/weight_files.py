@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graphs.quantization.panels import InFile
 from runtime.errors import FreeExportError
 from runtime.json_file import read_object
 
@@ -40,6 +41,10 @@ class TensorFile:
     def read(self, name: str) -> np.ndarray:
         """The tensor as a float32 array of its own memory."""
         raise NotImplementedError
+
+    def in_file(self, name: str) -> InFile | None:
+        """How the file has a matrix, where our own operators read it as it is."""
+        return None
 
 
 class SafetensorsFile(TensorFile):

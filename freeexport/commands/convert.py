@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -150,9 +151,13 @@ def _lines(manifest: Manifest, model: Path, out: Path, options: dict[str, Any]) 
             yield f"kept at a higher precision: {names}{more} (see inspect)"
         if kept := {item.engine: item.kept for item in quantization.engines if item.kept}:
             each = ", ".join(f"{engine} {count}" for engine, count in kept.items())
-            yield f"4-bit weights: {sum(kept.values())} tensors keep the checkpoint's bits ({each})"
+            kinds = Counter[str]()
+            for item in quantization.engines:
+                kinds.update(item.kinds)
+            known = "".join(f"; {kind} {count}" for kind, count in sorted(kinds.items()))
+            yield f"weights: {sum(kept.values())} tensors keep the checkpoint's bits ({each}{known})"
         elif model.suffix == ".gguf" and precision in ("int4", "mixed"):
-            yield "4-bit weights: quantized again; only blocks of 32 such as Q4_0 and Q4_1 keep their bits"
+            yield "weights: quantized again; Q4_0 and Q4_1 keep their bits, and at int4 with our kernels Q4_K to Q8_0"
         if (data := quantization.rounding_data) is not None:
             yield f"4-bit weights: fitted to {data.tokens} tokens of {data.texts} texts"
         if on_cpu:

@@ -130,14 +130,17 @@ def _precision(quantization: Quantization) -> list[Table]:
     """A row an engine; and a row a weight with a higher precision than its engine: it would lose too much, or the plan
     has it so."""
     engines = [
-        (one.engine, one.linears, one.head or "", human_bytes(one.bytes), f"{one.largest_error:.1%}", f"{one.kept}")
+        (
+            *(one.engine, one.linears, one.head or "", human_bytes(one.bytes), f"{one.largest_error:.1%}"),
+            f"{one.kept}" + "".join(f", {kind} {count}" for kind, count in one.kinds.items()),
+        )
         for one in quantization.engines
     ]
     higher = [
         (one.engine, one.tensor, one.wanted, one.stored, "by plan" if one.error is None else f"{one.error:.1%}")
         for one in quantization.higher
     ]
-    columns = ("engine", "linear layers", "head", "weights#", "largest error#", "4 bits as they were#")
+    columns = ("engine", "linear layers", "head", "weights#", "largest error#", "bits kept#")
     return [
         table("Precision", columns, engines),
         table("Kept at a higher precision", ("engine", "tensor", "wanted", "stored", "error as wanted#"), higher),

@@ -80,6 +80,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         click.echo(f"note: not part of the bundle, though generation_config.json says so: {ignored}", err=True)
     engines = engine_options(description, options, checkpoint.exit_layer(layers, exit_layer))
     longest_prompt = options.longest_prompt(description)
+    if engines.keeps_file_bits() and (others := checkpoint.rounded_kinds()):
+        click.echo(f"note: {others}: no operator reads these, so they are dequantized and quantized again", err=True)
     _decoder_start(checkpoint, description)
     speech_of(checkpoint, description)
     if calibration is not None:
@@ -160,7 +162,7 @@ def _write_engines(
     names = engine_names(description)
     with WeightFile(directory / WEIGHTS) as weights, progress("building engines", len(names)) as advance:
         given = {} if fitted is None else fitted.weights
-        builder = EngineBuilder(description, options, checkpoint, weights, directory, given)
+        builder = EngineBuilder(description, options, checkpoint, weights, directory, given, checkpoint.in_file)
         for name in names:
             if name == "encoder" and isinstance(description.encoder, ForeignEncoder):
                 from freeexport.conversion.encoder_export import export_encoder

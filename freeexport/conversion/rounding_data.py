@@ -65,7 +65,7 @@ def round_for_text(
         )
     model = reference_model(checkpoint)
     stack, field = layer_list(model)
-    rounder = _Rounder(model, description, engines, set(weight_names(description, checkpoint)))
+    rounder = _Rounder(model, checkpoint, description, engines, set(weight_names(description, checkpoint)))
     if rounder.done:
         raise OptionError(
             f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, or in parts of tensors; "
@@ -89,7 +89,9 @@ def round_for_text(
 class _Rounder:
     """Rounds the linear layers of a model that get 4 bits, in place too. `weights`: what became of them."""
 
-    def __init__(self, model: Any, description: Description, engines: EngineOptions, read: set[str]) -> None:
+    def __init__(
+        self, model: Any, checkpoint: Checkpoint, description: Description, engines: EngineOptions, read: set[str]
+    ) -> None:
         self.weights: dict[str, Rounded] = {}
         used = rounding(engines.target, engines.kernels)
         self._scheme, self._type = used.scheme, np.dtype(np.float16) if used.products.own else FLOAT32
@@ -97,6 +99,7 @@ class _Rounder:
             name: module
             for name, module in _with_4_bits(model, description, engines).items()
             if name in read  # whole: parts of a tensor, and Conv1D, are rounded without text
+            and not (engines.keeps_file_bits(name == description.decoder.head.weight) and checkpoint.in_file(name))
             and not self._scheme.keeps(module.weight.detach().numpy(), self._type)
         }
 

@@ -3,6 +3,7 @@ stands before and behind a product on our own operators becomes part of it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +15,16 @@ from onnx_ir.tape import Tape
 
 from graphs.exit_head import EXIT
 from graphs.graph import MICROSOFT, STACK, drop_unused, external, unread
+from graphs.quantization.panels import BITS
 from graphs.quantization.quantizer import FLOATS, OPERANDS, Quantizer, Stored
-from graphs.quantization.rounding import BITS
 from runtime.bundle.manifest import EnginePrecision, HigherTensor, TensorFormat
 from runtime.kernels import DOMAIN
 
 # Inputs of PackedLinear, and those of its two weights in the order of `OPERANDS`.
-X, DATA, SCALES, ZEROS, BIAS, SKIP, NORM, UP_DATA, UP_SCALES, UP_ZEROS, OFFSETS, UP_OFFSETS, INPUTS = range(13)
-WEIGHT = (DATA, SCALES, ZEROS, OFFSETS)
-UP = (UP_DATA, UP_SCALES, UP_ZEROS, UP_OFFSETS)
+X, DATA, SCALES, ZEROS, BIAS, SKIP, NORM, UP_DATA, UP_SCALES, UP_ZEROS, OFFSETS, UP_OFFSETS, *_ = range(14)
+MULTIPLES, UP_MULTIPLES, INPUTS = 12, 13, 14
+WEIGHT = (DATA, SCALES, ZEROS, OFFSETS, MULTIPLES)
+UP = (UP_DATA, UP_SCALES, UP_ZEROS, UP_OFFSETS, UP_MULTIPLES)
 # Activations in MatMulNBits are rounded to 8 bits; without it they stay as they are, on a CPU 5 to 40 times slower.
 INT8_ACTIVATIONS = 4
 
@@ -160,10 +162,12 @@ class QuantizeLinears(ir.passes.InPlacePass):
         """A weight as it is, or, where the tensors that it is stacked of are to have two formats, those of each."""
         names = str(tensor.name).split(STACK)
         rows = tensor.meta.get(STACK, [tensor.shape.numpy()[0]])
-        runs = [list(run) for _, run in groupby(zip(names, rows, strict=True), key=lambda part: self._wanted(part[0]))]
+        kinds = {name: self._quantizer.kind(name) for name in names}
+        by_format = groupby(zip(names, rows, strict=True), key=lambda part: kinds[part[0]] or self._wanted(part[0]))
+        runs = [list(run) for _, run in by_format]
         if not self._products.own or len(runs) != 2:
             return [tensor]
-        if self._wanted(names[0]) == "int4" and self._quantizer.keeps(tensor):
+        if not any(kinds.values()) and self._wanted(names[0]) == "int4" and self._quantizer.keeps(tensor):
             return [tensor]
         parts, start = [], 0
         for run in runs:
@@ -189,6 +193,9 @@ class QuantizeLinears(ir.passes.InPlacePass):
 
     def _record(self) -> None:
         stored, head = list(self._stored.values()), self._stored.get(self._head)
+        kinds = Counter[str]()
+        for name, each in self._stored.items():
+            kinds.update({each.kind: len(name.split(STACK))} if each.kind else {})
         self._quantizer.engines.append(
             EnginePrecision(
                 engine=self._engine,
@@ -197,10 +204,13 @@ class QuantizeLinears(ir.passes.InPlacePass):
                 bytes=sum(each.bytes for each in stored),
                 largest_error=max((each.error for each in stored), default=0.0),
                 kept=sum(len(name.split(STACK)) for name, each in self._stored.items() if each.kept),
+                kinds=dict(sorted(kinds.items())),
             )
         )
         for name, each in self._stored.items():
             wanted = self._wanted(name.split(STACK)[0])
+            if each.kind:
+                continue
             if each.format != wanted:
                 self._quantizer.higher.append(HigherTensor(self._engine, name, wanted, each.format, each.lost))
             elif wanted != self._linears and name != self._head:
@@ -217,8 +227,8 @@ def _rows_of(tensor: ir.LazyTensor, start: int, end: int) -> ir.TensorProtocol:
 
 class QuantizeEmbedding(ir.passes.InPlacePass):
     """Before: rows of the unwritten float32 tensor `table` [rows, d] are read by Gather along axis 0.
-    After: by GatherBlockQuantized, from 8-bit rows in blocks, or, where it is `tied` to a head that stands packed in
-    8 bits, from that."""
+    After: by GatherBlockQuantized, from 8-bit rows in blocks, or from a weight that stands packed: one in the bits of
+    its file, or, where it is `tied` to it, a head in 8 bits."""
 
     def __init__(self, quantizer: Quantizer, table: str, tied: bool = False) -> None:
         self._quantizer, self._table, self._tied = quantizer, table, tied
@@ -232,13 +242,19 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
         (node,) = self._lookups(graph)
         tensor, index = unread(node.inputs[0]), node.inputs[1]
         assert tensor is not None
-        head = self._quantizer.store(tensor, "int8-block") if self._tied else None
-        stored = head if head is not None and head.rounded else self._quantizer.store_table(tensor)
-        data, scales = (external(graph, part) for part in stored.operands.values())
-        if stored is head:
+        packed = self._tied or self._quantizer.kind(str(tensor.name))
+        weight = self._quantizer.store(tensor, "int8-block") if packed else None
+        stored = weight if weight is not None and weight.rounded else self._quantizer.store_table(tensor)
+        operands = {name: external(graph, part) for name, part in stored.operands.items()}
+        data, scales = operands["data"], operands["scales"]
+        if stored is weight:
             outputs, inputs = tensor.shape.numpy()
             attributes = {"N": outputs, "K": inputs, "block_size": stored.block}
-            rows = tape.op("PackedRows", [index, data, scales], attributes, domain=DOMAIN)
+            attributes |= {} if stored.format == "int8-block" else {"bits": BITS[stored.format]}
+            given = [index, data, scales, *(operands.get(name) for name in ("offsets", "multiples"))]
+            while given[-1] is None:
+                given.pop()
+            rows = tape.op("PackedRows", given, attributes, domain=DOMAIN)
             rows.type, rows.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, inputs])
         else:
             attributes = {"bits": 8, "block_size": stored.block, "gather_axis": 0, "quantize_axis": 1}

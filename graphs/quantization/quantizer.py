@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.graph import STACK
-from graphs.quantization.rounding import BITS, BLOCK, Rounded, Scheme, in_panels, round_4_bits, side_by_side
+from graphs.quantization.panels import BITS, InFile, in_panels
+from graphs.quantization.rounding import BLOCK, Rounded, Scheme, round_4_bits, side_by_side
 from graphs.weights import WeightFile
 from runtime.bundle.manifest import EnginePrecision, HigherTensor, TensorFormat
 
@@ -23,14 +24,14 @@ FLOATS: dict[ir.DataType, TensorFormat] = {
 # Errors of weights that had 4 bits already, and were not rounded; a bell loses 0.078.
 KEPT = 0.01
 # Operands of an operator that multiplies with a quantized weight, in this order.
-OPERANDS = ("data", "scales", "zero_points", "offsets")
+OPERANDS = ("data", "scales", "zero_points", "offsets", "multiples")
 
 
 @dataclass(frozen=True)
 class Stored:
     """A weight in the weight file: of `OPERANDS` those that it has, or none where it stays as it is, in fp32 or what
     its engine computes in. `lost` is its relative error in the format that was wanted, `error` in the one
-    that it got."""
+    that it got. `kind`: what its file calls its bits, which it kept."""
 
     format: TensorFormat
     operands: Mapping[str, ir.ExternalTensor]
@@ -38,6 +39,7 @@ class Stored:
     bytes: int
     lost: float
     error: float
+    kind: str = ""
 
     @property
     def rounded(self) -> bool:
@@ -45,14 +47,15 @@ class Stored:
 
     @property
     def kept(self) -> bool:
-        """In 4 bits, which the checkpoint had already."""
-        return self.format == "int4" and self.error <= KEPT
+        """In bits that the checkpoint had already."""
+        return bool(self.kind) or (self.format == "int4" and self.error <= KEPT)
 
 
 class Quantizer:
     """Rounds tensors one at a time into a weight file, each once a format, and remembers what became of them. `own`:
     linear layers in the layout of our own operators, with scales in fp16; else scales are of the weight's type.
-    `given`: weights that are in 4 bits already, by the names of their tensors."""
+    `given`: weights that are in 4 bits already, by the names of their tensors. `in_file`: of a tensor's name, how the
+    checkpoint has it, where that is to stay; of linear layers and tables for our own operators."""
 
     def __init__(
         self,
@@ -60,8 +63,10 @@ class Quantizer:
         scheme: Scheme,
         own: bool = False,
         given: Mapping[str, Rounded] = MappingProxyType({}),
+        in_file: Callable[[str], InFile | None] = lambda _: None,
     ) -> None:
         self._weights, self._scheme, self._own, self._given = weights, scheme, own, given
+        self._in_file = in_file
         self._stored: dict[tuple[str, TensorFormat], Stored] = {}
         self._kept = False
         # What engines came to, for the manifest.
@@ -78,6 +83,11 @@ class Quantizer:
         if (name, wanted) not in self._stored:
             self._stored[name, wanted] = self._choose(name, tensor, wanted, of_checkpoint and self._kept)
         return self._stored[name, wanted]
+
+    def kind(self, name: str) -> str:
+        """What the file calls the bits of a tensor that are to stay; empty where none are."""
+        found = self._in_file(name) if self._own else None
+        return "" if found is None else found.kind
 
     def keeps(self, tensor: ir.LazyTensor) -> bool:
         """Whether a tensor has 4 bits already, which stay as they are."""
@@ -99,6 +109,9 @@ class Quantizer:
         return self._stored[key]
 
     def _choose(self, name: str, tensor: ir.LazyTensor, wanted: TensorFormat, kept_alone: bool) -> Stored:
+        names = str(tensor.name).split(STACK)
+        if (kind := self.kind(names[0])) and all(self.kind(part) == kind for part in names):
+            return self._as_in_file(name, names, int(tensor.shape.numpy()[1]))
         format_: TensorFormat | None = wanted
         scheme, lost = self._scheme, None
         # What a graph reads is float32, whatever type it is written in.
@@ -119,6 +132,13 @@ class Quantizer:
                 return self._write(name, format_, rounded, block, lost)
             format_ = scheme.higher.get(format_)
         return Stored(FLOATS[tensor.dtype], {}, 0, tensor.nbytes, lost or 0.0, 0.0)
+
+    def _as_in_file(self, name: str, names: list[str], inputs: int) -> Stored:
+        found = [part for each in names if (part := self._in_file(each)) is not None]
+        whole = side_by_side([part.read() for part in found])
+        one = found[0]
+        packed = in_panels(whole, inputs, BITS[one.format])
+        return replace(self._write(name, one.format, packed, one.block, 0.0), kind=one.kind)
 
     def _fitted(self, tensor: ir.LazyTensor, array: np.ndarray) -> Rounded:
         """The tensors that a weight is stacked of as they were given; those that were not, as without text."""

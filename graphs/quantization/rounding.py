@@ -44,13 +44,15 @@ FLOAT32 = np.dtype(np.float32)
 class Rounded:
     """`data`, `scales` and `zero_points` (None where they are the middle of the range) as an operator wants
     them, and the relative error |W - rounded W| / |W|. With `offsets`, as scales, there are no zero points: a value v
-    stands for v * scale + offset."""
+    stands for v * scale + offset. With `multiples`, int8 [outputs, blocks, 1 or 2], scales and offsets are those of 256
+    inputs, and a block's are so many times as large."""
 
     data: np.ndarray
     scales: np.ndarray
     zero_points: np.ndarray | None
     error: float
     offsets: np.ndarray | None = None
+    multiples: np.ndarray | None = None
 
 
 def round_8_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> Rounded:
@@ -92,10 +94,13 @@ def joined(
 
 
 def side_by_side(parts: Sequence[Rounded]) -> Rounded:
-    """Weights of the same inputs and blocks in 4 bits as one; their errors are not, so the largest stands for it."""
-    data, scales = (np.concatenate([getattr(part, name) for part in parts]) for name in ("data", "scales"))
-    zeros = [part.zero_points for part in parts if part.zero_points is not None]
-    return Rounded(data, scales, np.concatenate(zeros), max(part.error for part in parts))
+    """Weights of the same inputs, blocks and form as one; their errors are not, so the largest stands for it."""
+
+    def joined_by(name: str) -> np.ndarray | None:
+        return None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
+
+    whole = {name: joined_by(name) for name in ("data", "scales", "zero_points", "offsets", "multiples")}
+    return Rounded(**whole, error=max(part.error for part in parts))  # type: ignore[arg-type]
 
 
 def best_range(
@@ -285,39 +290,6 @@ def _round(piece: np.ndarray, scale: np.ndarray, type_: np.dtype) -> tuple[np.nd
     steps = at_least(fitted.astype(np.float32), type_)
     errors = np.square(values * steps[..., None].astype(np.float32) - piece).sum(-1)
     return values.astype(INT4), steps, errors
-
-
-BITS: dict[TensorFormat, int] = {"int4": 4, "int8-block": 8}
-# Outputs that stand together, and inputs that share a scale of the activations.
-PANEL, GROUP = 16, 32
-
-
-def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
-    """A weight [outputs, inputs] of `round_4_bits` or `round_8_bits`: `data` uint8 [panels, groups, bytes], `scales`,
-    `offsets` and uint8 `zero_points` [panels, blocks, 16]. The last panel is filled up with outputs of scale 0."""
-    outputs, blocks = rounded.scales.shape
-    panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
-    data = np.zeros((panels * PANEL, groups, GROUP * bits // 8), np.uint8)
-    for rows in pieces(rounded.data.reshape(outputs, -1)):
-        piece = rounded.data[rows]
-        values = (piece if bits == 8 else unpacked(piece)).reshape(len(piece), -1)[:, : groups * GROUP]
-        if bits == 4:  # the even quads of inputs low, the odd ones high
-            quads = values.reshape(len(piece), groups, GROUP // 8, 2, 4)
-            values = quads[..., 0, :] | quads[..., 1, :] << 4
-        data[rows] = values.reshape(len(piece), groups, -1)
-    # [panel, output, group, quad, byte] -> [panel, group, quad, output, byte]
-    ordered = data.reshape(panels, PANEL, groups, bits, 4).transpose(0, 2, 3, 1, 4)
-    zeros = None if rounded.zero_points is None else _by_panel(unpacked(rounded.zero_points)[:, :blocks], panels)
-    packed = np.ascontiguousarray(ordered).reshape(panels, groups, -1)
-    offsets = None if rounded.offsets is None else _by_panel(rounded.offsets, panels)
-    return Rounded(packed, _by_panel(rounded.scales, panels), zeros, rounded.error, offsets)
-
-
-def _by_panel(values: np.ndarray, panels: int) -> np.ndarray:
-    """[outputs, blocks] -> [panels, blocks, 16]."""
-    padded = np.zeros((panels * PANEL, values.shape[1]), values.dtype)
-    padded[: len(values)] = values
-    return np.ascontiguousarray(padded.reshape(panels, PANEL, -1).transpose(0, 2, 1))
 
 
 # 4 bits come in blocks of 32, or larger ones where a weight bears it: 16 would take half as long again.

@@ -34,9 +34,10 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mixed"]
 Dialect = Literal["ort", "standard"]
 Target = Literal["cpu", "cuda", "tensorrt"]
 FloatType = Literal["fp32", "fp16", "bf16"]
-# int8-block and int4: blocks along the inputs, activations by row and block. For TensorRT only weights are quantized:
-# int8 and fp8 by output channel, int4 in blocks. Older bundles for CPUs have int8 too, with activations by row.
-TensorFormat = Literal["fp32", "fp16", "bf16", "int8", "int8-block", "int4", "fp8"]
+# int8-block, int4, and int5 and int6 of GGUF files: blocks along the inputs, activations by row and block. For TensorRT
+# only weights are quantized: int8 and fp8 by output channel, int4 in blocks. Older bundles for CPUs have int8 too, with
+# activations by row.
+TensorFormat = Literal["fp32", "fp16", "bf16", "int8", "int8-block", "int6", "int5", "int4", "fp8"]
 # Whose operators multiply with quantized weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
 # The format of a quantized model's head: "int8" is in blocks.
@@ -60,8 +61,8 @@ class HigherTensor:
 @dataclass(frozen=True)
 class EnginePrecision:
     """The linear layers of an engine: their format, that of its head (None for an engine without one), bytes of weights
-    and scales, and the largest relative error of a weight, before it was fitted to text. `kept`: tensors in 4 bits that
-    the checkpoint had in 4 bits already."""
+    and scales, and the largest relative error of a weight, before it was fitted to text. `kept`: tensors in bits that
+    the checkpoint had already; `kinds`: how many of them by the file's name of these bits, where it was read."""
 
     engine: str
     linears: TensorFormat
@@ -69,6 +70,7 @@ class EnginePrecision:
     bytes: int
     largest_error: float
     kept: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

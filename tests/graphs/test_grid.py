@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import INSTRUCTIONS, case_of, here, multiply, with_rounded_rows
 
+from freeexport.checkpoints.gguf_values import KINDS, values_of
+from graphs.quantization.panels import BITS
 from graphs.quantization.rounding import IntegerScheme, Rounded, on_grid, unpacked
 
 FLOAT16 = np.dtype(np.float16)
@@ -27,6 +31,33 @@ def any_q4_k(outputs: int, inputs: int) -> np.ndarray:
     raw = np.random.default_rng(1).integers(0, 256, (outputs, inputs // 256, 144), np.uint8)
     raw[..., :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
     return dequantize(raw.reshape(outputs, -1), GGMLQuantizationType.Q4_K)
+
+
+def any_blocks(kind: str, outputs: int, inputs: int) -> np.ndarray:
+    """Random bytes as blocks of a kind, with scales and offsets of an ordinary size."""
+    size, width = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    raw = np.random.default_rng(2).integers(0, 256, (outputs * inputs // size, width), np.uint8)
+    for at in {"Q6_K": [208], "Q5_0": [0], "Q8_0": [0]}.get(kind, [0, 2]):
+        numbers = np.random.default_rng(at).uniform(1e-3, 2e-2, (len(raw), 1))
+        raw[:, at : at + 2] = numbers.astype("<f2").view(np.uint8)
+    return raw
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_a_file_keep_their_bits_in_panels(kind: str) -> None:
+    raw, known = any_blocks(kind, 20, 512), KINDS[kind]
+    found = values_of(kind, raw, 20)
+    assert found is not None
+    case = case_of(found, 512, BITS[known.format], known.block)
+    np.testing.assert_array_equal(
+        case.values.astype(np.float32), dequantize(raw.reshape(20, -1), GGMLQuantizationType[kind])
+    )
+    x = np.random.default_rng(3).standard_normal((5, 512)).astype(np.float32)
+    expected = with_rounded_rows(x, case)
+    for name in filter(here, ("scalar", *INSTRUCTIONS)):
+        np.testing.assert_allclose(multiply(name, x, case), expected, atol=4e-6 * np.abs(expected).max())
+    raw[3, 208 if kind == "Q6_K" else 0 :][:2] = np.array([np.inf], "<f2").view(np.uint8)
+    assert values_of(kind, raw, 20) is None
 
 
 def read(rounded: Rounded, offsets: bool) -> np.ndarray:

@@ -14,6 +14,8 @@ struct Vec : Vec256 {
   static Int sum(Int a, Int b) { return _mm256_add_epi32(a, b); }
   template <int Bits>
   using Quads = PairQuads<Vec, Bits>;
+  template <int Bits>
+  using Unpacked = PairGroup<Vec, Bits>;
 };
 
 }  // namespace

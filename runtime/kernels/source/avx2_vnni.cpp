@@ -17,6 +17,8 @@ struct Vec : Vec256 {
   static Int sum(Int a, Int b) { return _mm256_add_epi32(a, b); }
   template <int Bits>
   using Quads = RowByRow<VnniQuads<Vec, Bits>>;
+  template <int Bits>
+  using Unpacked = VnniQuads<Vec, Bits>;
 };
 
 bool supported() {

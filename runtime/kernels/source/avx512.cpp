@@ -13,6 +13,8 @@ struct Vec : Vec512 {
   static Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }
   template <int Bits>
   using Quads = PairQuads<Vec, Bits>;
+  template <int Bits>
+  using Unpacked = PairGroup<Vec, Bits>;
 };
 
 bool supported() {

@@ -74,6 +74,7 @@ static_assert(ours::kInvalidGraph == official::ORT_INVALID_GRAPH);
 static_assert(ours::kEngineError == official::ORT_RUNTIME_EXCEPTION);
 static_assert(ours::kFloat == official::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 static_assert(ours::kUint8 == official::ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
+static_assert(ours::kInt8 == official::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
 static_assert(ours::kInt64 == official::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
 static_assert(ours::kFloat16 == official::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
 static_assert(ours::kInt32 == official::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);

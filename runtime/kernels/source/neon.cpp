@@ -20,6 +20,8 @@ struct Vec : VecNeon {
   }
   template <int Bits>
   using Quads = RowByRow<NeonQuads<Vec, Bits>>;
+  template <int Bits>
+  using Unpacked = NeonQuads<Vec, Bits>;
 };
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace freeexport::ort {
 
 constexpr uint32_t kApiVersion = 18;
 constexpr int kInvalidArgument = 2, kInvalidGraph = 10, kEngineError = 6;  // OrtErrorCode
-constexpr int kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10;  // ONNXTensorElementDataType
+constexpr int kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10;  // ONNXTensorElementDataType
 constexpr int kRequired = 0, kOptional = 1;                                 // OrtCustomOpInputOutputCharacteristic
 
 struct Status;

@@ -115,8 +115,18 @@ const Kernels* choose_kernels(const char** problem) {
 const char* check_sizes(int64_t outputs, int64_t inputs, int64_t bits, int64_t block) {
   constexpr int64_t kMost = int64_t{1} << 28;
   if (outputs < 1 || outputs > kMost || inputs < 1 || inputs > kMost) return "N or K is out of range";
-  if (bits != 4 && bits != 8) return "bits is not 4 or 8";
+  if (bits != 4 && bits != 5 && bits != 6 && bits != 8) return "bits is not 4, 5, 6 or 8";
+  if (bits == 6) return block == kGroup / 2 ? nullptr : "block_size of 6 bits is not 16";
   if (block < kGroup || block > kMost || block % kGroup != 0) return "block_size is no multiple of 32";
+  return nullptr;
+}
+
+const char* check_form(const Weight& weight, bool zeros, bool offsets, bool multiples) {
+  if (offsets && (weight.bits > 5 || zeros)) return "offsets go with 4 and 5 bits, and with no zero points";
+  if (zeros && weight.bits != 4 && weight.bits != 8) return "zero points go with 4 and 8 bits";
+  if (multiples != (weight.bits == 6) && !(multiples && offsets && weight.block == kGroup))
+    return "multiples go with 6 bits, or with offsets and a block_size of 32";
+  if (multiples && weight.inputs % kSuper != 0) return "K is no multiple of 256, as multiples want it";
   return nullptr;
 }
 

@@ -24,23 +24,30 @@ constexpr int64_t kTaskRows = 64;  // that one task multiplies with a panel, at 
 constexpr int16_t kCounter = 27008;
 constexpr float kCounted = 12582912.0f;
 
-// A weight [outputs, inputs]. A value v stands for (v - zero point) * scale, or v * scale + offset.
+constexpr int kSuper = 256;  // inputs of a super-block
+
+// A weight [outputs, inputs]. A value v stands for (v - zero point) * scale, or v * scale + offset. With `multiples` the
+// scale and the offset of a block are those of its super-block times small integers, as in a GGUF file's K-quants.
 struct Weight {
   int64_t outputs, inputs;
-  int bits;     // 4 or 8
-  int block;    // inputs that share a scale and a zero point: a multiple of kGroup
+  int bits;     // 4, 5, 6 or 8
+  int block;    // inputs that share a scale and a zero point: a multiple of kGroup; of 6 bits 16
   // [panels][groups][8 quads of inputs][16 outputs][4 inputs] in 8 bits; in 4 bits the low halves of the bytes of quad
-  // j are quad 2j, the high halves quad 2j + 1, of [4 bytes quads]. What pads outputs and inputs is never seen.
+  // j are quad 2j, the high halves quad 2j + 1, of [4 bytes quads]. 5 and 6 bits are 4, and behind them [16][4] bytes
+  // whose bit j is the fifth of quad j, or [2][16][4] whose bits 2j and 2j + 1 are those of quad j, the second's of
+  // 4 + j. What pads outputs and inputs is never seen.
   const uint8_t* data;
-  const uint16_t* scales;  // [panels][blocks][16], float16
-  const uint8_t* zeros;  // [panels][blocks][16], or null for 8 (4 bits) or 128 (8 bits)
-  const uint16_t* offsets;  // [panels][blocks][16], float16, or null; of 4 bits, without zeros
+  const uint16_t* scales;  // [panels][blocks, or super-blocks][16], float16
+  const uint8_t* zeros;  // [panels][blocks][16], of 4 and 8 bits; or null for the middle: 8, 16, 32 or 128
+  const uint16_t* offsets;  // as scales, or null; of 4 and 5 bits, without zeros
   const float* bias;     // [outputs], or null
+  const int8_t* multiples;  // [panels][blocks][16], of 4 and 5 bits [2][16] for scale and offset; or null
 
   // Inlined always: a copy that one file compiled for its processor must not serve the others.
   FREEEXPORT_INLINE int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
   FREEEXPORT_INLINE int64_t groups() const { return (inputs + kGroup - 1) / kGroup; }
   FREEEXPORT_INLINE int64_t blocks() const { return (inputs + block - 1) / block; }
+  FREEEXPORT_INLINE int64_t scales_of_panel() const { return multiples ? (inputs + kSuper - 1) / kSuper : blocks(); }
   FREEEXPORT_INLINE int64_t group_bytes() const { return int64_t{kGroup} * kPanel * bits / 8; }
 };
 
@@ -66,14 +73,25 @@ struct Product {
   FREEEXPORT_INLINE int64_t panels() const { return weight.panels() + (beside ? up.panels() : 0); }
 };
 
+// Input i of a group, of an output whose bytes begin at `data`.
+FREEEXPORT_INLINE int value_of(const uint8_t* data, int bits, int i) {
+  const int quad = i / 4, each = bits - 4;
+  if (bits == 8) return data[64 * quad + i % 4];
+  const int byte = data[64 * (quad / 2) + i % 4], value = quad % 2 ? byte >> 4 : byte & 15;
+  if (bits == 4) return value;
+  const int above = data[256 + 64 * (quad * each / 8) + i % 4] >> quad * each % 8;
+  return value + ((above & ((1 << each) - 1)) << 4);
+}
+
 // 32 inputs of a row, quantized: values, their scale, and the sum of the values, with the sign turned, a pair with
-// `counter`, and times the scale. Rows stand as they are multiplied, so many at once: [tiles of rows][groups][rows of the tile].
+// `counter`, and times the scale; and such pairs of the first and the last 16. Rows stand as they are multiplied, so many at once: [tiles of rows][groups][rows of the tile].
 struct Group {
   int8_t values[kGroup];
   float scale;
   int16_t minus_sum;
   int16_t counter;  // kCounter
   float scaled_sum;
+  int16_t halves[2][2];
 };
 
 // The kernels of one instruction set.
@@ -116,5 +134,7 @@ const Kernels* find_kernels(const char* name);
 
 // Null, or what is wrong with these sizes.
 const char* check_sizes(int64_t outputs, int64_t inputs, int64_t bits, int64_t block);
+// The same of which of a weight's tensors are there.
+const char* check_form(const Weight& weight, bool zeros, bool offsets, bool multiples);
 
 }  // namespace freeexport

@@ -7,7 +7,7 @@ namespace freeexport {
 namespace {
 
 enum Input : size_t { kX, kData, kScales, kZeros, kBias, kSkip, kNorm, kUpData, kUpScales, kUpZeros, kOffsets, kUpOffsets,
-                      kInputs };
+                      kMultiples, kUpMultiples, kInputs };
 enum Output : size_t { kY, kTotal, kOutputs };
 
 // One PackedLinear of a session: what it computes, without the tensors, which are asked for in each call.
@@ -22,7 +22,8 @@ struct Kernel {
 ort::Status* check_constant(const Kernel& kernel, const ort::KernelInfo* info, size_t input, int type,
                             int64_t expected) {
   static const char* const kNames[] = {"x",       "data",      "scales",      "zero points",      "bias",    "skip",
-                                       "norms", "up's data", "up's scales", "up's zero points", "offsets", "up's offsets"};
+                                       "norms", "up's data", "up's scales", "up's zero points", "offsets", "up's offsets",
+                                       "multiples", "up's multiples"};
   const ort::Api* api = kernel.api;
   if (!kernel.given[input]) return nullptr;
   int constant = 0, found_type = 0;
@@ -36,15 +37,19 @@ ort::Status* check_constant(const Kernel& kernel, const ort::KernelInfo* info, s
               static_cast<long long>(count), static_cast<long long>(expected));
 }
 
-// The tensors of a weight, which begin at input `data`, and its offsets.
-ort::Status* check_weight(const Kernel& kernel, const ort::KernelInfo* info, size_t data, size_t offsets, const Weight& w) {
-  if (kernel.given[offsets] && (w.bits != 4 || kernel.given[data + 2]))
-    return fail(kernel.api, ort::kInvalidGraph, "offsets go with 4 bits, and with no zero points");
-  const int64_t scales = w.panels() * w.blocks() * kPanel;
+// The tensors of a weight, which begin at input `data`, its offsets and multiples.
+ort::Status* check_weight(const Kernel& kernel, const ort::KernelInfo* info, size_t data, size_t offsets,
+                          size_t multiples, const Weight& w) {
+  const bool has_offsets = kernel.given[offsets], has_multiples = kernel.given[multiples];
+  if (const char* problem = check_form(w, kernel.given[data + 2], has_offsets, has_multiples))
+    return fail(kernel.api, ort::kInvalidGraph, "%s", problem);
+  const int64_t blocks = w.panels() * w.blocks() * kPanel;
+  const int64_t scales = has_multiples ? w.panels() * (w.inputs / kSuper) * kPanel : blocks;
   const int64_t bytes = w.panels() * w.groups() * w.group_bytes();
   RETURN_IF_ERROR(check_constant(kernel, info, data, ort::kUint8, bytes));
   RETURN_IF_ERROR(check_constant(kernel, info, data + 1, ort::kFloat16, scales));
-  RETURN_IF_ERROR(check_constant(kernel, info, data + 2, ort::kUint8, scales));
+  RETURN_IF_ERROR(check_constant(kernel, info, data + 2, ort::kUint8, blocks));
+  RETURN_IF_ERROR(check_constant(kernel, info, multiples, ort::kInt8, has_offsets ? 2 * blocks : blocks));
   return check_constant(kernel, info, offsets, ort::kFloat16, scales);
 }
 
@@ -85,7 +90,7 @@ ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
   Product& product = kernel->product;
   const bool* given = kernel->given;
   RETURN_IF_ERROR(read_sizes(api, info, "N", "bits", "block_size", &product.weight));
-  RETURN_IF_ERROR(check_weight(*kernel, info, kData, kOffsets, product.weight));
+  RETURN_IF_ERROR(check_weight(*kernel, info, kData, kOffsets, kMultiples, product.weight));
   RETURN_IF_ERROR(check_constant(*kernel, info, kNorm, ort::kFloat, product.weight.inputs));
   RETURN_IF_ERROR(read_activation(api, info, &product.activation));
   if (given[kNorm]) RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "epsilon", &product.epsilon));
@@ -97,7 +102,7 @@ ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
   if (given[kUpData]) {
     const char* outputs = product.beside ? "up_N" : "N";
     RETURN_IF_ERROR(read_sizes(api, info, outputs, "up_bits", "up_block_size", &product.up));
-    RETURN_IF_ERROR(check_weight(*kernel, info, kUpData, kUpOffsets, product.up));
+    RETURN_IF_ERROR(check_weight(*kernel, info, kUpData, kUpOffsets, kUpMultiples, product.up));
   }
   return check_constant(*kernel, info, kBias, ort::kFloat, product.outputs());
 }
@@ -141,11 +146,12 @@ ort::Status* output_of(const Kernel& kernel, ort::KernelContext* context, size_t
   return kernel.api->GetTensorMutableData(value, reinterpret_cast<void**>(data));
 }
 
-void set_tensors(const void* const* inputs, const void* offsets, Weight* weight) {
+void set_tensors(const void* const* inputs, const void* offsets, const void* multiples, Weight* weight) {
   weight->data = static_cast<const uint8_t*>(inputs[0]);
   weight->scales = static_cast<const uint16_t*>(inputs[1]);
   weight->zeros = static_cast<const uint8_t*>(inputs[2]);
   weight->offsets = static_cast<const uint16_t*>(offsets);
+  weight->multiples = static_cast<const int8_t*>(multiples);
 }
 
 ort::Status* compute(void* op, ort::KernelContext* context) {
@@ -171,8 +177,8 @@ ort::Status* compute(void* op, ort::KernelContext* context) {
   product.norm = static_cast<const float*>(inputs[kNorm]);
   product.weight.bias = static_cast<const float*>(inputs[kBias]);
   if (product.beside && product.weight.bias) product.up.bias = product.weight.bias + product.weight.outputs;
-  set_tensors(inputs + kData, inputs[kOffsets], &product.weight);
-  set_tensors(inputs + kUpData, inputs[kUpOffsets], &product.up);
+  set_tensors(inputs + kData, inputs[kOffsets], inputs[kMultiples], &product.weight);
+  set_tensors(inputs + kUpData, inputs[kUpOffsets], inputs[kUpMultiples], &product.up);
   Session session = {api, context, nullptr};
   if (!packed_linear(*kernel.kernels, product, parallel_for, &session))
     return fail(api, ort::kEngineError, "no memory for the rows of a call");
@@ -185,6 +191,7 @@ constexpr ort::CustomOp packed_linear_op() {
   op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputs; };
   op.GetInputType = [](const ort::CustomOp*, size_t input) {
     if (input == kScales || input == kUpScales || input == kOffsets || input == kUpOffsets) return ort::kFloat16;
+    if (input == kMultiples || input == kUpMultiples) return ort::kInt8;
     const bool bytes = input == kData || input == kZeros || input == kUpData || input == kUpZeros;
     return bytes ? ort::kUint8 : ort::kFloat;
   };

@@ -1,5 +1,5 @@
-// PackedRows as an operator of ONNX Runtime: rows of a weight in 8 bits that is packed for PackedLinear. A head that is
-// tied to the embedding so needs no second copy.
+// PackedRows as an operator of ONNX Runtime: rows of a weight that is packed for PackedLinear, without zero points. A head
+// that is tied to the embedding so needs no second copy.
 #include <cstring>
 
 #include "operators.h"
@@ -7,14 +7,15 @@
 namespace freeexport {
 namespace {
 
-enum Input : size_t { kIndices, kData, kScales, kInputs };
+enum Input : size_t { kIndices, kData, kScales, kOffsets, kMultiples, kInputs };
 
 struct Kernel {
   const ort::Api* api;
   Weight weight;  // without its tensors
+  bool given[kInputs];
 };
 
-// Of finite halves: their bits are those of a float that is 2^-112 as large.
+// Of a finite half: its bits are those of a float that is 2^-112 as large.
 float widened(uint16_t half) {
   const uint32_t bits = (half & 0x8000u) << 16 | (half & 0x7fffu) << 13;
   float value;
@@ -25,39 +26,64 @@ float widened(uint16_t half) {
 void read_row(const Weight& weight, int64_t row, float* y) {
   const int64_t panel = row / kPanel, lane = row % kPanel;
   const uint8_t* data = weight.data + panel * weight.groups() * weight.group_bytes() + lane * 4;
-  const uint16_t* scales = weight.scales + panel * weight.blocks() * kPanel + lane;
-  for (int64_t first = 0; first < weight.inputs; first += weight.block, scales += kPanel) {
+  const int64_t first_scale = panel * weight.scales_of_panel() * kPanel + lane;
+  const int64_t inputs_of_scale = weight.multiples ? kSuper : weight.block, parts = weight.offsets ? 2 : 1;
+  const int8_t* multiples = weight.multiples ? weight.multiples + panel * weight.blocks() * parts * kPanel + lane : nullptr;
+  const int zero = weight.offsets ? 0 : 1 << (weight.bits - 1);
+  for (int64_t first = 0; first < weight.inputs; first += weight.block) {
     const int64_t end = first + weight.block < weight.inputs ? first + weight.block : weight.inputs;
-    const float scale = widened(*scales);
-    for (int64_t i = first; i < end; i++) y[i] = static_cast<float>(data[i / 4 * 4 * kPanel + i % 4] - 128) * scale;
+    const int64_t at = first_scale + first / inputs_of_scale * kPanel;
+    float scale = widened(weight.scales[at]), offset = weight.offsets ? widened(weight.offsets[at]) : 0.0f;
+    if (multiples) {
+      scale *= static_cast<float>(*multiples);
+      if (weight.offsets) offset *= static_cast<float>(multiples[kPanel]);
+      multiples += parts * kPanel;
+    }
+    for (int64_t i = first; i < end; i++) {
+      const uint8_t* group = data + i / kGroup * weight.group_bytes();
+      y[i] = static_cast<float>(value_of(group, weight.bits, static_cast<int>(i % kGroup)) - zero) * scale + offset;
+    }
   }
 }
 
-ort::Status* check_constant(const ort::Api* api, const ort::KernelInfo* info, size_t input, int64_t expected) {
-  int constant = 0, type = 0;
+ort::Status* check_constant(const ort::Api* api, const ort::KernelInfo* info, const Kernel& kernel, size_t input, int type,
+                            int64_t expected) {
+  if (!kernel.given[input]) return nullptr;
+  int constant = 0, found_type = 0;
   const ort::Value* value = nullptr;
   RETURN_IF_ERROR(api->KernelInfoGetConstantInput_tensor(info, input, &constant, &value));
   if (!constant) return fail(api, ort::kInvalidGraph, "input %zu of PackedRows is no constant of the graph", input);
   int64_t count = 0;
-  RETURN_IF_ERROR(elements_of(api, value, &count, &type));
-  if (count == expected) return nullptr;
-  return fail(api, ort::kInvalidGraph, "input %zu of PackedRows has %lld elements, N, K and block_size want %lld", input,
+  RETURN_IF_ERROR(elements_of(api, value, &count, &found_type));
+  if (count == expected && found_type == type) return nullptr;
+  return fail(api, ort::kInvalidGraph, "input %zu of PackedRows has %lld elements, N, K, bits and block_size want %lld", input,
               static_cast<long long>(count), static_cast<long long>(expected));
 }
 
 ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
-  Kernel kernel = {api, {}};
+  Kernel kernel = {api, {}, {}};
   Weight& weight = kernel.weight;
   int64_t block = 0;
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "N", &weight.outputs));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "K", &weight.inputs));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "block_size", &block));
-  weight.bits = 8;
-  if (const char* problem = check_sizes(weight.outputs, weight.inputs, weight.bits, block))
-    return fail(api, ort::kInvalidGraph, "%s", problem);
+  int64_t bits = 8;
+  if (ort::Status* status = api->KernelInfoGetAttribute_int64(info, "bits", &bits))
+    api->ReleaseStatus(status), bits = 8;  // of older bundles, which do not say it
+  RETURN_IF_ERROR(find_inputs(api, info, kInputs, kernel.given));
+  const bool offsets = kernel.given[kOffsets], multiples = kernel.given[kMultiples];
+  const char* problem = check_sizes(weight.outputs, weight.inputs, bits, block);
+  weight.bits = static_cast<int>(bits);
   weight.block = static_cast<int>(block);
-  RETURN_IF_ERROR(check_constant(api, info, kData, weight.panels() * weight.groups() * weight.group_bytes()));
-  RETURN_IF_ERROR(check_constant(api, info, kScales, weight.panels() * weight.blocks() * kPanel));
+  if (problem == nullptr) problem = check_form(weight, false, offsets, multiples);
+  if (problem != nullptr) return fail(api, ort::kInvalidGraph, "%s", problem);
+  const int64_t blocks = weight.panels() * weight.blocks() * kPanel;
+  const int64_t scales = multiples ? weight.panels() * (weight.inputs / kSuper) * kPanel : blocks;
+  const int64_t bytes = weight.panels() * weight.groups() * weight.group_bytes();
+  RETURN_IF_ERROR(check_constant(api, info, kernel, kData, ort::kUint8, bytes));
+  RETURN_IF_ERROR(check_constant(api, info, kernel, kScales, ort::kFloat16, scales));
+  RETURN_IF_ERROR(check_constant(api, info, kernel, kOffsets, ort::kFloat16, scales));
+  RETURN_IF_ERROR(check_constant(api, info, kernel, kMultiples, ort::kInt8, offsets ? 2 * blocks : blocks));
   return keep(api, kernel, out);
 }
 
@@ -74,9 +100,11 @@ ort::Status* compute(void* op, ort::KernelContext* context) {
   shape[rank] = weight.inputs;
   const void* inputs[kInputs] = {};
   for (size_t input = 0; input < kInputs; input++)
-    RETURN_IF_ERROR(input_of(api, context, input, true, &inputs[input]));
+    RETURN_IF_ERROR(input_of(api, context, input, kernel.given[input], &inputs[input]));
   weight.data = static_cast<const uint8_t*>(inputs[kData]);
   weight.scales = static_cast<const uint16_t*>(inputs[kScales]);
+  weight.offsets = static_cast<const uint16_t*>(inputs[kOffsets]);
+  weight.multiples = static_cast<const int8_t*>(inputs[kMultiples]);
   ort::Value* value = nullptr;
   float* y = nullptr;
   RETURN_IF_ERROR(api->KernelContext_GetOutput(context, 0, shape, rank + 1, &value));
@@ -96,9 +124,12 @@ constexpr ort::CustomOp packed_rows_op() {
   op.GetName = [](const ort::CustomOp*) { return "PackedRows"; };
   op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputs; };
   op.GetInputType = [](const ort::CustomOp*, size_t input) {
-    return input == kIndices ? ort::kInt64 : input == kData ? ort::kUint8 : ort::kFloat16;
+    static constexpr int kTypes[kInputs] = {ort::kInt64, ort::kUint8, ort::kFloat16, ort::kFloat16, ort::kInt8};
+    return kTypes[input];
   };
-  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t input) {
+    return input <= kScales ? ort::kRequired : ort::kOptional;
+  };
   op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
   op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
   op.CreateKernelV2 = create_kernel;

@@ -2,11 +2,29 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "packed_linear.h"
 
 namespace freeexport {
 namespace {
+
+// Where the bits beyond four of a quad's weights stand: bytes behind the group's first, how far they are shifted to the
+// left, and which they are then.
+template <int Bits, int Quad>
+struct Plane {
+  static constexpr int kEach = Bits - 4, kPerByte = kEach > 0 ? 8 / kEach : 8;
+  static constexpr int kByte = 256 + 64 * (Quad / kPerByte), kShift = 4 - kEach * (Quad % kPerByte);
+  static constexpr int kMask = ((1 << kEach) - 1) << 4;
+};
+
+template <int First = 0, int Last = 8, typename Do>
+FREEEXPORT_INLINE void each_quad(const Do& apply) {
+  if constexpr (First < Last) {
+    apply(std::integral_constant<int, First>{});
+    each_quad<First + 1, Last>(apply);
+  }
+}
 
 // `multiply` hands the products of a group, of row `m` with register `w` of V::kLanes outputs, to `take(m, w, dot)`; they
 // begin with `start(m, w)`. Of M rows and `Wide` registers, at best `kWide<M>`.
@@ -29,15 +47,30 @@ template <typename V, int Bits>
 struct VnniQuads {
   typename V::Int quads[8];  // of inputs 4i to 4i + 3 of each output
   explicit VnniQuads(const uint8_t* data) {
-    for (int j = 0; j < Bits; j++) {
+    for (int j = 0; j < (Bits == 8 ? 8 : 4); j++) {
       const typename V::Int bytes = V::load(data + 64 * j);
-      if constexpr (Bits == 4) {
+      if constexpr (Bits < 8) {
         quads[2 * j] = V::low(bytes);
         quads[2 * j + 1] = V::high(bytes);
       } else {
         quads[j] = bytes;
       }
     }
+    if constexpr (Bits == 5 || Bits == 6)
+      each_quad([&](auto quad) {
+        using At = Plane<Bits, quad>;
+        quads[quad] = V::template with_bits<At::kShift>(quads[quad], V::load(data + At::kByte), At::kMask);
+      });
+  }
+  // The products of one of `Parts` of the group, which begin with `start`.
+  template <int Part, int Parts>
+  typename V::Int dot_part(const int8_t* a, typename V::Int start) const {
+    typename V::Int even = start, odd = V::all(0);
+    for (int j = Part * 8 / Parts; j < (Part + 1) * 8 / Parts; j += 2) {
+      even = V::dot_quad(even, quads[j], V::quad(a, j));
+      odd = V::dot_quad(odd, quads[j + 1], V::quad(a, j + 1));
+    }
+    return V::sum(even, odd);
   }
   typename V::Int dot(const int8_t* a, typename V::Int start) const {
     typename V::Int even = start, odd = V::all(0);
@@ -99,6 +132,25 @@ struct PairQuads {
         take(m, w, Bits == 4 ? dot : V::sum(dot, V::widen_pairs(high[m][w], 16)));
       }
     }
+  }
+};
+
+// The same of weights in 4 to 6 bits that are unpacked once for all rows: of 5 bits four quads fit in 16 bits, of 6 two.
+template <typename V, int Bits>
+struct PairGroup : VnniQuads<V, Bits> {
+  using VnniQuads<V, Bits>::VnniQuads;
+
+  template <int Part, int Parts>
+  typename V::Int dot_part(const int8_t* a, typename V::Int dot) const {
+    constexpr int kFull = Bits == 4 ? 8 : Bits == 5 ? 4 : 2, kCount = 8 / Parts;
+    each_quad<0, kCount / (kFull < kCount ? kFull : kCount)>([&](auto piece) {
+      constexpr int kFirst = Part * kCount + piece * kFull, kLast = kFirst + (kFull < kCount ? kFull : kCount);
+      typename V::Int sum = V::pairs(this->quads[kFirst], V::quad(a, kFirst));
+#pragma GCC unroll 8
+      for (int j = kFirst + 1; j < kLast; j++) sum = V::sum_pairs(sum, V::pairs(this->quads[j], V::quad(a, j)));
+      dot = V::sum(dot, V::widen_pairs(sum, 1));
+    });
+    return dot;
   }
 };
 

@@ -37,12 +37,12 @@ struct Vec {
   }
   static Int widened(const uint8_t* from) { return *from; }
   static Int counted(Int zero) { return zero; }
-  static Int start(Int zero, const Group& group) { return zero * group.minus_sum; }
+  static Int start(Int zero, const int16_t* sum) { return zero * *sum; }
+  static Int start(Int zero, const Group& group) { return start(zero, &group.minus_sum); }
   using Scale = Float;
-  static Scale scale(const uint16_t* from) {
-    const Float by = halves(from);
-    return by + (by - by);  // an infinite one gives NaN, as it does where products are counted
-  }
+  static Scale scale(Float by) { return by + (by - by); }  // an infinite one gives NaN, as where products are counted
+  static Scale scale(const uint16_t* from) { return scale(halves(from)); }
+  static Float times(Float a, const int8_t* b) { return a * static_cast<float>(*b); }
   static Float scaled(Int sum, Scale by) { return static_cast<float>(sum) * by; }
   static Float add_product(Float a, Float b, Float c) { return std::fma(a, b, c); }
   static void store(float* to, Float value) { *to = value; }
@@ -51,15 +51,15 @@ struct Vec {
   struct Output {
     const uint8_t* data;
     explicit Output(const uint8_t* from) : data(from) {}
-    Int dot(const int8_t* a, Int sum) const {
-      for (int i = 0; i < 32; i++) {
-        const int quad = i / 4, byte = (Bits == 4 ? quad / 2 : quad) * 64 + i % 4;
-        const int value = Bits == 8 ? data[byte] : quad % 2 ? data[byte] >> 4 : data[byte] & 15;
-        sum += value * a[i];
-      }
+    Int dot(const int8_t* a, Int sum) const { return dot_part<0, 1>(a, sum); }
+    template <int Part, int Parts>
+    Int dot_part(const int8_t* a, Int sum) const {
+      for (int i = Part * kGroup / Parts; i < (Part + 1) * kGroup / Parts; i++) sum += value_of(data, Bits, i) * a[i];
       return sum;
     }
   };
+  template <int Bits>
+  using Unpacked = Output<Bits>;
   template <int Bits>
   using Quads = RowByRow<Output<Bits>>;
 };

@@ -112,7 +112,7 @@ inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride) 
     const int32_t bits = peak_bits(group);
     std::memcpy(&peak, &bits, sizeof(peak));
     float scale = peak / 127.0f;
-    int32_t sum = 0;
+    int32_t sum = 0, first = 0;
     if (bits >= kInfinite || peak < 1e-30f) {
       // What is no number must be seen in the result; what is next to nothing has no scale.
       std::memset(to->values, 0, kGroup);
@@ -128,11 +128,15 @@ inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride) 
       for (int i = 0; i < kGroup; i++) quantized[i] = static_cast<int32_t>((group[i] * inverse + kRound) - kRound);
       for (int i = 0; i < kGroup; i++) to->values[i] = static_cast<int8_t>(quantized[i]);
       for (int i = 0; i < kGroup; i++) sum += quantized[i];
+      for (int i = 0; i < kGroup / 2; i++) first += quantized[i];
     }
     to->scale = scale;
     to->minus_sum = static_cast<int16_t>(-sum);
     to->counter = kCounter;
     to->scaled_sum = scale * static_cast<float>(sum);
+    to->halves[0][0] = static_cast<int16_t>(-first);
+    to->halves[1][0] = static_cast<int16_t>(first - sum);
+    to->halves[0][1] = to->halves[1][1] = kCounter;
   }
 }
 
@@ -281,6 +285,8 @@ struct Tiles {
   }
 };
 
+#include "file_tiles.h"
+
 // Of rows first..last to y, whose first value is that of row `first` and the panel's first output.
 inline void multiply(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y,
                      int64_t stride) {
@@ -288,6 +294,7 @@ inline void multiply(const Group* rows, int64_t first, int64_t last, const Weigh
   static constexpr Tiles<4, true> with_offsets{};
   static constexpr Tiles<8, false> in_8_bits{};
   const Tile* tiles = weight.bits == 8 ? in_8_bits.of : weight.offsets ? with_offsets.of : in_4_bits.of;
+  if (weight.multiples || weight.bits == 5) tiles = tiles_of_file(weight);
   for (int64_t m = first; m < last; m += Vec::kRows)
     tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride);
 }

@@ -65,28 +65,36 @@ struct Vec256 {
   }
   // Zero points as pairs of 16 bits with -32768, so that one operation gives what products are counted from.
   static Int counted(Int zero) { return _mm256_or_si256(zero, all(INT32_MIN)); }
-  static Int start(Int zero, const Group& group) {
+  static Int start(Int zero, const int16_t* sum) {
     int32_t pair;
-    std::memcpy(&pair, &group.minus_sum, 4);
+    std::memcpy(&pair, sum, 4);
     return _mm256_madd_epi16(zero, all(pair));
   }
+  static Int start(Int zero, const Group& group) { return start(zero, &group.minus_sum); }
   struct Scale {
     Float by, counted;
   };
-  static Scale scale(const uint16_t* from) {
-    const Float by = halves(from);
-    return {by, _mm256_mul_ps(by, set(-kCounted))};
-  }
+  static Scale scale(Float by) { return {by, _mm256_mul_ps(by, set(-kCounted))}; }
+  static Scale scale(const uint16_t* from) { return scale(halves(from)); }
   static Float scaled(Int sum, const Scale& scale) {
     return _mm256_fnmadd_ps(_mm256_castsi256_ps(sum), scale.by, scale.counted);
   }
   static Float added(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float times(Float a, const int8_t* b) {
+    return _mm256_mul_ps(a, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(b)))));
+  }
   static Float add_product(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static void store(float* to, Float value) { _mm256_storeu_ps(to, value); }
 
   static Int load(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
   static Int low(Int bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
   static Int high(Int bytes) { return low(_mm256_srli_epi16(bytes, 4)); }
+  // `bits` of `mask`, after a shift to the left (or right, where it is negative), set in `bytes`.
+  template <int Shift>
+  static Int with_bits(Int bytes, Int bits, int mask) {
+    const Int moved = Shift < 0 ? _mm256_srli_epi16(bits, Shift < 0 ? -Shift : 0) : _mm256_slli_epi16(bits, Shift < 0 ? 0 : Shift);
+    return _mm256_or_si256(bytes, _mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(mask))));
+  }
   static Int quad(const int8_t* a, int index) {
     int32_t four;
     std::memcpy(&four, a + 4 * index, 4);

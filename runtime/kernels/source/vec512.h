@@ -71,22 +71,24 @@ struct Vec512 {
   }
   // Zero points as pairs of 16 bits with -32768, so that one operation gives what products are counted from.
   static Int counted(Int zero) { return _mm512_or_si512(zero, all(INT32_MIN)); }
-  static Int start(Int zero, const Group& group) {
+  static Int start(Int zero, const int16_t* sum) {
     int32_t pair;
-    std::memcpy(&pair, &group.minus_sum, 4);
+    std::memcpy(&pair, sum, 4);
     return _mm512_madd_epi16(zero, all(pair));
   }
+  static Int start(Int zero, const Group& group) { return start(zero, &group.minus_sum); }
   struct Scale {
     Float by, counted;
   };
-  static Scale scale(const uint16_t* from) {
-    const Float by = halves(from);
-    return {by, _mm512_mul_ps(by, set(-kCounted))};
-  }
+  static Scale scale(Float by) { return {by, _mm512_mul_ps(by, set(-kCounted))}; }
+  static Scale scale(const uint16_t* from) { return scale(halves(from)); }
   static Float scaled(Int sum, const Scale& scale) {
     return _mm512_fnmadd_ps(_mm512_castsi512_ps(sum), scale.by, scale.counted);
   }
   static Float added(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float times(Float a, const int8_t* b) {
+    return _mm512_mul_ps(a, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)))));
+  }
   static Float add_product(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
   static void store_eight(float* to, Float value) { _mm256_storeu_ps(to, _mm512_castps512_ps256(value)); }
@@ -94,6 +96,12 @@ struct Vec512 {
   static Int load(const uint8_t* from) { return _mm512_loadu_si512(from); }
   static Int low(Int bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
   static Int high(Int bytes) { return low(_mm512_srli_epi16(bytes, 4)); }
+  // `bits` of `mask`, after a shift to the left (or right, where it is negative), set in `bytes`.
+  template <int Shift>
+  static Int with_bits(Int bytes, Int bits, int mask) {
+    const Int moved = Shift < 0 ? _mm512_srli_epi16(bits, Shift < 0 ? -Shift : 0) : _mm512_slli_epi16(bits, Shift < 0 ? 0 : Shift);
+    return _mm512_ternarylogic_epi32(bytes, moved, _mm512_set1_epi8(static_cast<char>(mask)), 0xf8);
+  }
   static Int quad(const int8_t* a, int index) {
     int32_t four;
     std::memcpy(&four, a + 4 * index, 4);

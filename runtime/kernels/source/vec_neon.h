@@ -69,13 +69,26 @@ struct VecNeon {
     return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))), vreinterpretq_s32_u32(vmovl_high_u16(wide))};
   }
   static Int counted(Int zero) { return zero; }
-  static Int start(Int zero, const Group& group) {
-    return {vmulq_n_s32(zero.low, group.minus_sum), vmulq_n_s32(zero.high, group.minus_sum)};
-  }
+  static Int start(Int zero, const int16_t* sum) { return {vmulq_n_s32(zero.low, *sum), vmulq_n_s32(zero.high, *sum)}; }
+  static Int start(Int zero, const Group& group) { return start(zero, &group.minus_sum); }
   using Scale = Float;
-  static Scale scale(const uint16_t* from) {
-    const Float by = halves(from);  // an infinite one gives NaN, as it does where products are counted
+  static Scale scale(Float by) {  // an infinite one gives NaN, as it does where products are counted
     return {vaddq_f32(by.low, vsubq_f32(by.low, by.low)), vaddq_f32(by.high, vsubq_f32(by.high, by.high))};
+  }
+  static Scale scale(const uint16_t* from) { return scale(halves(from)); }
+  static Float times(Float a, const int8_t* b) {
+    const int16x8_t wide = vmovl_s8(vld1_s8(b));
+    return {vmulq_f32(a.low, vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)))),
+            vmulq_f32(a.high, vcvtq_f32_s32(vmovl_high_s16(wide)))};
+  }
+  // `bits` of `mask`, after a shift to the left (or right, where it is negative), set in `bytes`.
+  template <int Shift>
+  static uint8x16_t with_bits(uint8x16_t bytes, uint8x16_t bits, int mask) {
+    if constexpr (Shift < 0)
+      bits = vshrq_n_u8(bits, -Shift);
+    else
+      bits = vshlq_n_u8(bits, Shift);
+    return vorrq_u8(bytes, vandq_u8(bits, vdupq_n_u8(static_cast<uint8_t>(mask))));
   }
   static Float scaled(Int sum, const Scale& by) {
     return {vmulq_f32(vcvtq_f32_s32(sum.low), by.low), vmulq_f32(vcvtq_f32_s32(sum.high), by.high)};
@@ -96,9 +109,9 @@ struct NeonQuads {
   uint8x16_t low[8], high[8];
 
   explicit NeonQuads(const uint8_t* data) {
-    for (int j = 0; j < Bits; j++) {
+    for (int j = 0; j < (Bits == 8 ? 8 : 4); j++) {
       const uint8x16_t first = vld1q_u8(data + 64 * j), second = vld1q_u8(data + 64 * j + 16);
-      if constexpr (Bits == 4) {
+      if constexpr (Bits < 8) {
         low[2 * j] = vandq_u8(first, vdupq_n_u8(15));
         high[2 * j] = vandq_u8(second, vdupq_n_u8(15));
         low[2 * j + 1] = vshrq_n_u8(first, 4);
@@ -108,6 +121,25 @@ struct NeonQuads {
         high[j] = veorq_u8(second, vdupq_n_u8(V::kFlip));
       }
     }
+    if constexpr (Bits == 5 || Bits == 6)
+      each_quad([&](auto quad) {
+        using At = Plane<Bits, quad>;
+        low[quad] = V::template with_bits<At::kShift>(low[quad], vld1q_u8(data + At::kByte), At::kMask);
+        high[quad] = V::template with_bits<At::kShift>(high[quad], vld1q_u8(data + At::kByte + 16), At::kMask);
+      });
+  }
+
+  // The products of one of `Parts` of the group, which begin with `start`.
+  template <int Part, int Parts>
+  typename V::Int dot_part(const int8_t* a, typename V::Int start) const {
+    if constexpr (Parts == 1) return dot(a, start);
+    const int8x16_t four = vld1q_s8(a + 16 * Part);
+    typename V::Int odd = V::all(0);
+    add<4 * Part>(four, start);
+    add<4 * Part + 1>(four, odd);
+    add<4 * Part + 2>(four, start);
+    add<4 * Part + 3>(four, odd);
+    return {vaddq_s32(start.low, odd.low), vaddq_s32(start.high, odd.high)};
   }
 
   typename V::Int dot(const int8_t* a, typename V::Int start) const {

@@ -1,4 +1,4 @@
-"""A GGUF file that has 4 bits already becomes an int4 bundle of the same weights."""
+"""A GGUF file that has 4 to 8 bits already becomes an int4 bundle of the same weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import Kernels, Quantization
+from runtime.bundle.manifest import HeadPrecision, Kernels, Quantization
 from runtime.kernels import missing
 
 needs_kernels = pytest.mark.skipif(missing() is not None, reason="the kernels are not built")
 
 
-def converted(model: Path, kernels: Kernels) -> Bundle:
+def converted(model: Path, kernels: Kernels, head: HeadPrecision | None = "int4") -> Bundle:
     out = model.with_name(f"{model.stem}-{kernels}")
-    options = ConvertOptions(1, precision="int4", kernels=kernels, head="int4", verify="none", measure=False)
+    options = ConvertOptions(1, precision="int4", kernels=kernels, head=head, verify="none", measure=False)
     convert(str(model), out, options)
     return Bundle.open(out)
 
@@ -39,13 +39,17 @@ def quantization(bundle: Bundle) -> Quantization:
     [
         pytest.param("Q4_1", "freeexport", True, marks=needs_kernels),
         pytest.param("Q4_0", "freeexport", True, marks=needs_kernels),
+        pytest.param("Q5_0", "freeexport", True, marks=needs_kernels),
+        pytest.param("Q8_0", "freeexport", True, marks=needs_kernels),
         ("Q4_0", "onnxruntime", True),
         ("Q4_1", "onnxruntime", False),
     ],
 )
-def test_4_bits_of_a_file_are_not_rounded_again(kind: str, kernels: Kernels, kept: bool, tmp_path: Path) -> None:
+def test_bits_of_a_file_are_not_rounded_again(kind: str, kernels: Kernels, kept: bool, tmp_path: Path) -> None:
     model = write_gguf(tmp_path / "model.gguf", kind=kind, only="")
-    bundle = converted(model, kernels)
+    named = kind not in ("Q4_0", "Q4_1")
+    bundle = converted(model, kernels, None if named else "int4")
+    assert all(engine.kinds == ({kind: 8} if named else {}) for engine in quantization(bundle).engines)
     errors = [engine.largest_error for engine in quantization(bundle).engines]
     assert all(error < 1e-6 for error in errors) if kept else all(error > 0.01 for error in errors)
     assert all(engine.kept == (8 if kept else 0) for engine in quantization(bundle).engines), (

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import INSTRUCTIONS, best_two, here, packed_rows, predictions, random_case, whole_vocabulary
+from kernel_cases import (
+    INSTRUCTIONS,
+    best_two,
+    case_in_file,
+    here,
+    packed_rows,
+    predictions,
+    random_case,
+    whole_vocabulary,
+)
 
 from runtime.kernels import missing
 
@@ -105,13 +114,19 @@ def test_tokens_that_do_not_fit_the_logits_are_an_error(
         whole.run(None, {"logits": np.ones((1, 5), np.float32)})
 
 
-@pytest.mark.parametrize(("outputs", "inputs", "block"), [(1, 1, 32), (16, 32, 32), (37, 95, 64), (40, 576, 64)])
-def test_rows_are_the_values_that_a_weight_stands_for(outputs: int, inputs: int, block: int) -> None:
-    case = random_case(np.random.default_rng(0), outputs, inputs, 8, block)
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "bits", "block"),
+    [(1, 1, 8, 32), (16, 32, 8, 32), (37, 95, 8, 64), (40, 576, 8, 64), (37, 95, 5, 32)]
+    + [(20, 512, bits, 32) for bits in (4, 5, 6)],
+)
+def test_rows_are_the_values_that_a_weight_stands_for(outputs: int, inputs: int, bits: int, block: int) -> None:
+    made = random_case if bits == 8 else case_in_file
+    case = made(np.random.default_rng(0), outputs, inputs, bits, block)
     indices = np.random.default_rng(1).permutation(outputs)
     for shape in ((-1,), (1, -1)):
         (rows,) = packed_rows(case).run(None, {"indices": indices.reshape(shape)})
-        np.testing.assert_array_equal(rows, case.values[indices].reshape(*indices.reshape(shape).shape, inputs))
+        expected = case.values[indices].reshape(*indices.reshape(shape).shape, inputs)
+        np.testing.assert_array_equal(rows, expected.astype(np.float32))
     assert packed_rows(case).run(None, {"indices": np.empty(0, np.int64)})[0].shape == (0, inputs)
 
 
@@ -134,11 +149,11 @@ def test_an_index_out_of_range_is_an_error(index: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"N": 33}, "input 1 of PackedRows has 1024 elements, N, K and block_size want 1536"),
+        ({"N": 33}, "input 1 of PackedRows has 1024 elements, N, K, bits and block_size want 1536"),
         ({"block_size": 48}, "no multiple of 32"),
         ({"K": 0}, "out of range"),
         ({"constant": False}, "input 1 of PackedRows is no constant"),
-        ({"K": 64, "block_size": 32}, "input 1 of PackedRows has 1024 elements, N, K and block_size want 2048"),
+        ({"K": 64, "block_size": 32}, "input 1 of PackedRows has 1024 elements, N, K, bits and block_size want 2048"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_an_error(changes: dict[str, Any], message: str) -> None:

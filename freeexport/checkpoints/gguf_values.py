@@ -1,0 +1,102 @@
+"""Values, scales and offsets of a GGUF file's quantized blocks, as the file has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from graphs.quantization.rounding import Rounded
+from runtime.bundle.manifest import TensorFormat
+
+# A super-block's inputs, and those of one of its blocks.
+_SUPER, _BLOCK = 256, 32
+
+
+class Blocks(NamedTuple):
+    """Of n blocks of the file: values uint8 [n, inputs of a block], float16 scales and offsets (None without) [n], and
+    multiples int8 [n, blocks of a super-block, 1 or 2] (None without)."""
+
+    values: np.ndarray
+    scales: np.ndarray
+    offsets: np.ndarray | None = None
+    multiples: np.ndarray | None = None
+
+
+class Kind(NamedTuple):
+    """How a kind of block is read, from uint8 [n, bytes of a block]; `block`: inputs that share a scale."""
+
+    format: TensorFormat
+    block: int
+    read: Callable[[np.ndarray], Blocks]
+
+
+def _halves(raw: np.ndarray, at: int) -> np.ndarray:
+    return np.ascontiguousarray(raw[:, at : at + 2]).view("<f2")[:, 0]
+
+
+def _bits(raw: np.ndarray) -> np.ndarray:
+    """[n, bytes] -> [n, 8 bytes]: the lowest bit first."""
+    return np.unpackbits(raw, axis=1, bitorder="little")
+
+
+def _q5(raw: np.ndarray) -> Blocks:
+    """Q5_0, and Q5_1, whose blocks have an offset and so two bytes more."""
+    start = raw.shape[1] - 20
+    low = raw[:, start + 4 :]
+    values = np.concatenate([low & 15, low >> 4], axis=1) | _bits(raw[:, start : start + 4]) << 4
+    return Blocks(values, _halves(raw, 0), _halves(raw, 2) if start == 4 else None)
+
+
+def _q8_0(raw: np.ndarray) -> Blocks:
+    return Blocks(raw[:, 2:] ^ 128, _halves(raw, 0))
+
+
+def _q4_k(raw: np.ndarray) -> Blocks:
+    """Q4_K, and Q5_K, which has 32 bytes of fifth bits, one of each 64 values' two halves after the other."""
+    packed = raw[:, 4:16]  # scales, and offsets to be taken away, of 8 blocks in 6 bits
+    first, second, last = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    scales = np.concatenate([first & 63, last & 15 | first >> 6 << 4], axis=1)
+    offsets = np.concatenate([second & 63, last >> 4 | second >> 6 << 4], axis=1)
+    low = raw[:, -128:].reshape(-1, 4, 1, _BLOCK)
+    values = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 8, _BLOCK)
+    if raw.shape[1] > 144:
+        fifth = raw[:, 16:48, None] >> np.arange(8, dtype=np.uint8) & 1
+        values = values | fifth.transpose(0, 2, 1) << 4
+    multiples = np.stack([scales, offsets], axis=-1).view(np.int8)
+    return Blocks(values.reshape(-1, _SUPER), _halves(raw, 0), -_halves(raw, 2), multiples)
+
+
+def _q6_k(raw: np.ndarray) -> Blocks:
+    low, high = raw[:, :128].reshape(-1, 2, 1, 64), raw[:, 128:192].reshape(-1, 2, 1, _BLOCK)
+    fours = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, _BLOCK)
+    values = fours | (high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3) << 4
+    return Blocks(values.reshape(-1, _SUPER), _halves(raw, 208), None, raw[:, 192:208, None].view(np.int8))
+
+
+# Q4_0 and Q4_1 are found by their values, as are those of other checkpoints (graphs/quantization/rounding.py).
+KINDS = {
+    "Q5_0": Kind("int5", _BLOCK, _q5),
+    "Q5_1": Kind("int5", _BLOCK, _q5),
+    "Q8_0": Kind("int8-block", _BLOCK, _q8_0),
+    "Q4_K": Kind("int4", _BLOCK, _q4_k),
+    "Q5_K": Kind("int5", _BLOCK, _q4_k),
+    "Q6_K": Kind("int6", _BLOCK // 2, _q6_k),
+}
+
+
+def values_of(kind: str, raw: np.ndarray, outputs: int) -> Rounded | None:
+    """A tensor of so many outputs, from uint8 [blocks, bytes]; None where a scale or an offset is not finite."""
+    found = KINDS[kind].read(raw)
+    if not np.isfinite(found.scales).all() or not (found.offsets is None or np.isfinite(found.offsets).all()):
+        return None
+    values = found.values.reshape(outputs, -1, KINDS[kind].block)
+    if KINDS[kind].format == "int4":
+        values = values[..., 0::2] | values[..., 1::2] << 4
+    offsets, multiples = found.offsets, found.multiples
+    if offsets is not None:
+        offsets = offsets.reshape(outputs, -1)
+    if multiples is not None:
+        multiples = multiples.reshape(outputs, -1, multiples.shape[-1])
+    return Rounded(values, found.scales.reshape(outputs, -1), None, 0.0, offsets, multiples)
