@@ -27,7 +27,7 @@ from runtime.errors import (
 )
 from runtime.metrics import Histogram, Metrics, RequestEvent
 from runtime.options import GenerationOptions, SessionOptions
-from runtime.result import GenerationResult, Stats, Token
+from runtime.result import GenerationResult, Segment, Stats, Token
 from runtime.session import Session
 from runtime.stream import AsyncStream, Stream
 from runtime.thresholds import DefaultMode
@@ -52,6 +52,7 @@ __all__ = [
     "PromptLengthError",
     "QueueFullError",
     "RequestEvent",
+    "Segment",
     "Session",
     "SessionOptions",
     "Stats",

@@ -28,10 +28,11 @@ FRAMES_A_POSITION = 2  # of the encoder; a timestamp is a position
 @dataclass(eq=False)
 class Sound:
     """A window of sound, `features` float32 [1, bins, 2 E], and what cross-attention reads once one of the requests for
-    it has made it."""
+    it has made it. `spent`: the statistics of requests whose tokens are not those of the result."""
 
     features: np.ndarray
     cross: dict[str, np.ndarray] = field(default_factory=dict)
+    spent: list[Stats] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +77,7 @@ class Rules:
         for count, token in enumerate(tokens):
             if token in (self._later if written else self._suppressed):
                 return count
-            if self._timestamps:
-                if not any(low <= token < high for low, high in self._ranges(written)):
-                    return count
-            elif token >= self._first:
+            if self._timestamps and not any(low <= token < high for low, high in self._ranges(written)):
                 return count
             written.append(token)
         return len(tokens)
@@ -93,7 +91,6 @@ class Rules:
         masked = scores.copy()
         masked[list(self._later if len(output) else self._suppressed)] = NEVER
         if not self._timestamps:
-            masked[self._first :] = NEVER
             return masked
         for low, high in self._ranges(output.tolist(), len(scores), inverted=True):
             masked[low:high] = NEVER
@@ -192,6 +189,9 @@ class Transcriber:
                 language = language or found
             prompt = self._prompt(sound, language, options, timestamps, before)
             result, quiet, temperature = self._decoded(prompt, options, decode, quiet)
+            for other in sound.spent:
+                for name in ("seconds", "encode_seconds", "prefill_seconds", "shallow_seconds", "deep_seconds"):
+                    setattr(result.stats, name, getattr(result.stats, name) + getattr(other, name))
             parts.append(result)
             if not result.complete:
                 break
@@ -201,7 +201,7 @@ class Transcriber:
                 place += size
                 continue
             tokens = [token for token in result.token_ids if token not in self._eos]
-            cut, advance = self._cut(tokens, size)
+            cut, advance = self._cut(tokens, size) if timestamps else ([(0, size // FRAMES_A_POSITION, tokens)], 0)
             for start, end, ids in cut:
                 text = self._text(ids)
                 first, last = (place / FRAMES_A_SECOND + count * SECONDS_A_TIMESTAMP for count in (start, end))
@@ -209,7 +209,7 @@ class Transcriber:
             if options.condition_on_previous:
                 before = [*before, *tokens] if temperature <= 0.5 else []
             place += advance or size
-        return self._joined(parts, segments, language, options.timestamps)
+        return self._joined(parts, segments, language, timestamps)
 
     def _read(self, audio: Any) -> tuple[np.ndarray, int]:
         samples = read_audio(audio)
@@ -237,6 +237,7 @@ class Transcriber:
         rules = Rules(self._speech, self._eos, timestamps=False, probe=True)
         deadline = GenerationOptions(max_new_tokens=1, mode="full", deadline=options.deadline)
         result = decode(SpeechPrompt(sound, (self._start,), rules), deadline)
+        sound.spent.append(result.stats)
         token = result.token_ids[0] if result.token_ids else -1
         return self._codes.get(token, "en"), rules.no_speech or 0.0
 
@@ -260,6 +261,8 @@ class Transcriber:
                 quiet = self._probe(prompt.sound, options, decode)[1]
             if not result.complete or _silent(options, quiet, nats) or not (repeats or unlikely):
                 break
+            if temperature != temperatures[-1]:
+                prompt.sound.spent.append(result.stats)
         return result, quiet, temperature
 
     def _cut(self, tokens: list[int], frames: int) -> tuple[list[tuple[int, int, list[int]]], int]:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,6 +50,12 @@ def _others(context: click.Context, parameter: click.Parameter, given: tuple[str
               help="JSON lines with an `input` each; - is standard input.")  # fmt: skip
 @click.option("--output", "target", type=click.Path(path_type=Path, allow_dash=True),
               help="Write the results of --input here, a line each.  [default: -, standard output]")  # fmt: skip
+@click.option(
+    "--audio",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A WAV file, for a bundle that reads speech (-o language=de, task=translate, timestamps=true).",
+)
 @click.option("--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a line of JSON.")
 @section("Decoding")
@@ -88,6 +95,7 @@ def command(
     resume: bool,
     overwrite: bool,
     batch: int | None,
+    audio: Path | None,
     chat: bool,
     device: str,
     threads: int | None,
@@ -107,6 +115,7 @@ def command(
       freeexport generate bundle "Correct the spelling: ..." --mode lossless --predicted-output draft.txt
       freeexport generate bundle "Ada, born in 1815: " --json-schema person.json
       freeexport generate bundle --input prompts.jsonl --output results.jsonl --batch-size 8 -o deadline=60
+      freeexport generate whisper-bundle --audio talk.wav -o timestamps=true
       freeexport generate cuda-bundle "Once upon a time" --device cuda:0
     """
     for wrong, message in (
@@ -118,6 +127,10 @@ def command(
         (resume and overwrite, "--resume and --overwrite contradict each other; choose one"),
         (source and target and target.is_file() and target.samefile(source), "--output is the same file as --input"),
         (chat and no_trust_templates, "--chat needs the bundle's chat template; leave out --no-trust-templates"),
+        (
+            audio and (source or prompt or chat or predicted_output or json_schema),
+            "--audio goes without PROMPT, --input, --chat, --predicted-output and --json-schema",
+        ),
         (source and predicted_output, "--predicted-output is for one PROMPT; leave out --input"),
     ):
         if wrong:
@@ -139,6 +152,12 @@ def command(
         if sys.stderr.isatty():
             rows = session.capacity + session.manifest.max_pending
             click.echo(f"KV cache: {slots * session.manifest.kv_bytes_per_token * rows / 1e6:.1f} MB", err=True)
+        if (audio is not None) != (session.manifest.speech is not None):
+            wanted = "text, not speech; leave out --audio" if audio else "speech; give --audio FILE, a WAV file"
+            raise OptionError(f"{bundle} reads {wanted}")
+        if audio is not None:
+            _transcribe(session, audio, options, as_json)
+            return
         names_mode = "mode" in options or "threshold" in options
 
         def prompt_of(text: Any) -> Any:
@@ -178,6 +197,26 @@ def command(
         for result in results:
             logprob = sum(result.logprobs or ()) / len(result.token_ids)
             click.echo(f"[{logprob:.2f} nats a token] {result.text or result.token_ids}")
+
+
+def _transcribe(session: Session, audio: Path, options: dict[str, Any], as_json: bool) -> None:
+    """Print what is said in a file, a line for each segment where there are several."""
+    result = session.generate(str(audio), **options)
+    if as_json:
+        segments = None if result.segments is None else [asdict(segment) for segment in result.segments]
+        fields = {**fields_of(result), "language": result.language, "segments": segments}
+        click.echo(json.dumps(fields, ensure_ascii=False))
+        return
+    if result.segments is None:
+        click.echo(result.text)
+    for segment in result.segments or ():
+        click.echo(f"[{segment.start:8.2f} - {segment.end:8.2f}] {segment.text.strip()}")
+    stats = result.stats
+    click.echo(
+        f"{result.language}, {stats.tokens} tokens in {stats.seconds:.1f} s, of which the encoder took "
+        f"{stats.encode_seconds:.1f} s; {stats.exit_rate:.0%} exited, finished by {result.finish_reason}",
+        err=True,
+    )
 
 
 def _ids(text: Any) -> Any:

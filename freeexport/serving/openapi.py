@@ -11,6 +11,7 @@ import msgspec
 from freeexport import __version__
 from freeexport.serving.protocol import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from freeexport.serving.responses import ResponseRequest
+from freeexport.serving.transcriptions import FORMATS
 
 REFERENCE = "#/components/schemas/"
 # By path: what it is for, the type of the body it takes, and the fields that an answer has at least.
@@ -33,6 +34,12 @@ POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "/tokenize": ("The token ids of a text or a conversation", TokenizeRequest, ("count", "max_model_len", "tokens")),
     "/detokenize": ("The text of token ids", DetokenizeRequest, ("prompt",)),
 }
+# By path: what it is for; and the fields of the form that it takes.
+FORMS = {
+    "/v1/audio/transcriptions": "What is said in a WAV file",
+    "/v1/audio/translations": "What is said in a WAV file, in English",
+}
+FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature")
 # By path: what it is for, the fields of an answer, and other statuses that it may have.
 GET: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
     "/v1/models": ("The models that are served", ("object", "data"), ()),
@@ -85,6 +92,16 @@ def document(guarded: bool = False) -> dict[str, Any]:
         schema = {"$ref": REFERENCE + kind.__name__}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         paths[path] = {"post": {**_operation(path, purpose, answer, tuple(STATUSES)), "requestBody": body}}
+    for path, purpose in FORMS.items():
+        form: dict[str, Any] = {name: {"type": "string"} for name in FIELDS}
+        form["file"] = {"type": "string", "contentMediaType": "audio/wav"}
+        form["response_format"] = {"enum": list(FORMATS)}
+        fitting = {**_object(form), "required": ["file"]}
+        spoken: dict[str, Any] = {"application/json": {"schema": _object({"text": {}})}}
+        spoken["text/plain"] = {"schema": {"type": "string"}}
+        operation = _operation(path, purpose, spoken, tuple(STATUSES))
+        taken: dict[str, Any] = {"required": True, "content": {"multipart/form-data": {"schema": fitting}}}
+        paths[path] = {"post": {**operation, "requestBody": taken}}
     for path, (purpose, fields, statuses) in GET.items():
         shown: dict[str, Any] = {"schema": _object({field: {} for field in fields})}
         content = {"application/json": shown} if fields else {"text/plain": {"schema": {"type": "string"}}}

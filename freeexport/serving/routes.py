@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -25,7 +25,9 @@ from freeexport.serving.protocol import ApiError, api_error, invalid
 from freeexport.serving.replies import Reply
 from freeexport.serving.responses import ResponseReply, ResponseRequest
 from freeexport.serving.service import Record, Service
+from freeexport.serving.transcriptions import LARGEST_AUDIO, Transcription, form_fields
 from runtime import FreeExportError, PromptError, Session
+from runtime.audio import RATE, read_audio
 from runtime.text.prompt import check_text
 from runtime.text.tokenizer import Tokenizer
 
@@ -46,6 +48,8 @@ def application(service: Service) -> Starlette:
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
         Route("/v1/responses", endpoints.responses, methods=["POST"]),
+        Route("/v1/audio/transcriptions", endpoints.transcriptions, methods=["POST"]),
+        Route("/v1/audio/translations", endpoints.translations, methods=["POST"]),
         Route("/v1/models", endpoints.models),
         Route("/v1/models/{model:path}", endpoints.model),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
@@ -124,17 +128,39 @@ class Endpoints:
                 whole = await while_there(request.receive, generation.results())
             finally:
                 record.results = await generation.end()
-        except (ClientGone, ClientDisconnect):
-            record.end(499)
-            return Response(status_code=499)
         except BaseException as error:
-            failed = api_error(error)
-            record.end(failed.status, failed)
-            if failed.status == 500:
-                raise
-            raise failed from None
+            return _failed(record, error)
         record.end(200)
         return json(reply.whole(whole, generation.prompts), headers={"x-request-id": reply.id})
+
+    async def transcriptions(self, request: Request) -> Response:
+        return await self._transcribe(request, "transcribe")
+
+    async def translations(self, request: Request) -> Response:
+        return await self._transcribe(request, "translate")
+
+    async def _transcribe(self, request: Request, task: Literal["transcribe", "translate"]) -> Response:
+        record, options = Record(self._service, request.scope["path"]), self._service.options
+        try:
+            self._authorize(request)
+            fields = form_fields(request.headers.get("content-type", ""), await read_body(request, LARGEST_AUDIO))
+            asked = Transcription.of(fields, task, options.mode, options.deadline)
+            name, session = self._service.session(asked.model)
+            if session.manifest.speech is None:
+                raise invalid("model", f"model {name!r} reads text; ask one that reads speech")
+            record.line["model"] = name
+            samples = await asyncio.to_thread(read_audio, asked.file)
+            result = await while_there(request.receive, session.agenerate(samples, asked.options))
+            record.results = [result]
+            if result.finish_reason == "deadline":
+                raise ApiError(504, f"the server's limit of {options.deadline:g} s passed", "deadline_exceeded")
+            if not result.complete:
+                raise protocol.draining()
+        except BaseException as error:
+            return _failed(record, error)
+        record.end(200)
+        answer = asked.answer(result, len(samples) / RATE)
+        return Response(answer, media_type="text/plain") if isinstance(answer, str) else json(answer)
 
     async def models(self, request: Request) -> Response:
         self._authorize(request)
@@ -214,6 +240,18 @@ class Endpoints:
             "max_model_len": manifest.encoder_capacity or session.capacity,
             "free": {"exit_layer": manifest.exit_layer, "layers": manifest.layers, "threshold": session.threshold},
         }
+
+
+def _failed(record: Record, error: BaseException) -> Response:
+    """End the record of a request that failed: the answer where its client has left, else raise what it is told."""
+    if isinstance(error, (ClientGone, ClientDisconnect)):
+        record.end(499)
+        return Response(status_code=499)
+    failed = api_error(error)
+    record.end(failed.status, failed)
+    if failed.status == 500:
+        raise error
+    raise failed from None
 
 
 async def read_body(request: Request, most: int) -> bytes:

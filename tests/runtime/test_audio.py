@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sounds import sound, wav
 
 from runtime.audio import RATE, log_mel, read_audio, resampled, window
 from runtime.errors import PromptError
 
 # The extractor in torch is float32 as ours is, and in numpy float64: both are as far from each other.
 TOLERANCE = 2e-4
-
-
-def sound(seconds: float, rate: int = RATE) -> np.ndarray:
-    """A rising tone in noise, with a pause."""
-    time = np.arange(int(seconds * rate)) / rate
-    noise = np.random.default_rng(0).standard_normal(len(time))
-    return ((0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time) + 0.01 * noise) * (time % 1 < 0.7)).astype(np.float32)
-
-
-def wav(samples: np.ndarray, rate: int = RATE, width: int = 2, channels: int = 1) -> bytes:
-    whole = np.repeat(np.clip(samples, -1, 1), channels).astype(np.float64)
-    if width == 1:
-        data = ((whole + 1) * 127.5).astype(np.uint8).tobytes()
-    else:
-        data = (whole * (2**31 - 1)).astype("<i4").view(np.uint8).reshape(-1, 4)[:, 4 - width :].tobytes()
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        file.writeframes(data)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(("bins", "seconds"), [(80, 3.21), (128, 0.003), (80, 31.0)])

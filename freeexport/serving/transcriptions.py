@@ -1,0 +1,133 @@
+"""OpenAI's /v1/audio/transcriptions and translations: a form with a WAV file, and what is said in it as JSON, text or
+subtitles."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from email.message import Message
+from typing import Any, Literal
+
+from freeexport.serving.protocol import ApiError, invalid
+from runtime import GenerationOptions, GenerationResult, Segment
+from runtime.options import Mode
+
+FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
+LARGEST_AUDIO = 64 << 20  # bytes of a form: 35 minutes of 16-bit mono at 16 kHz
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """The fields of a form, checked."""
+
+    file: bytes
+    model: str | None
+    format: Literal["json", "text", "srt", "verbose_json", "vtt"]
+    options: GenerationOptions
+
+    @classmethod
+    def of(
+        cls, fields: dict[str, bytes], task: Literal["transcribe", "translate"], mode: Mode | None, limit: float | None
+    ) -> Transcription:
+        """Read the fields of a form. `mode` and `limit`, seconds, are the server's. Raises ApiError, OptionError."""
+        file = fields.pop("file", None)
+        if not file:
+            raise invalid("file", "file is missing or empty; send a WAV file as the field `file` of a form")
+        text = {name: value.decode("utf-8", "replace").strip() for name, value in fields.items()}
+        granularity = text.pop("timestamp_granularities[]", text.pop("timestamp_granularities", "segment"))
+        format = text.pop("response_format", "json")
+        if format not in FORMATS:
+            raise invalid("response_format", f"response_format is {format[:80]!r}; choose {', '.join(FORMATS)}")
+        if granularity != "segment":
+            raise invalid("timestamp_granularities", "words have no timestamps here; choose segment")
+        if text.pop("stream", "false").lower() not in ("false", "0"):
+            raise invalid("stream", "a transcription is not streamed here; leave stream out")
+        model, prompt = text.pop("model", None), text.pop("prompt", None)
+        language, temperature = text.pop("language", None), text.pop("temperature", "0")
+        for name in text:
+            raise invalid(name[:80], f"{name[:80]} is not known here; leave it out")
+        try:
+            degree = float(temperature)
+        except ValueError:
+            raise invalid("temperature", f"temperature is {temperature[:80]!r}; give a number from 0 to 1") from None
+        return cls(
+            file,
+            model or None,
+            format,  # type: ignore[arg-type]
+            GenerationOptions(
+                task=task,
+                language=language or None,
+                initial_prompt=prompt or None,
+                temperature=degree or None,
+                timestamps=format in ("srt", "verbose_json", "vtt"),
+                mode=mode,
+                deadline=limit,
+            ),
+        )
+
+    def answer(self, result: GenerationResult, seconds: float) -> dict[str, Any] | str:
+        """The body of the answer; a text is one of plain text. `seconds`: the length of the sound."""
+        segments = result.segments or ()
+        if self.format == "text":
+            return result.text + "\n"
+        if self.format == "srt":
+            return "".join(f"{number}\n{_times(each, ',')}{_line(each)}" for number, each in enumerate(segments, 1))
+        if self.format == "vtt":
+            return "WEBVTT\n\n" + "".join(f"{_times(each, '.')}{_line(each)}" for each in segments)
+        if self.format == "json":
+            return {"text": result.text}
+        return {
+            "task": self.options.task,
+            "language": result.language,
+            "duration": round(seconds, 3),
+            "text": result.text,
+            "segments": [_fields(number, each) for number, each in enumerate(segments)],
+        }
+
+
+def _fields(number: int, segment: Segment) -> dict[str, Any]:
+    return {
+        "id": number,
+        "seek": int(segment.start * 100),
+        "start": segment.start,
+        "end": segment.end,
+        "text": segment.text,
+        "tokens": list(segment.token_ids),
+        "temperature": segment.temperature,
+        "avg_logprob": segment.avg_logprob or 0.0,
+        "compression_ratio": segment.compression_ratio,
+        "no_speech_prob": segment.no_speech_prob or 0.0,
+    }
+
+
+def _times(segment: Segment, point: str) -> str:
+    def clock(seconds: float) -> str:
+        whole = round(seconds * 1000)
+        return f"{whole // 3_600_000:02}:{whole // 60_000 % 60:02}:{whole // 1000 % 60:02}{point}{whole % 1000:03}"
+
+    return f"{clock(segment.start)} --> {clock(segment.end)}\n"
+
+
+def _line(segment: Segment) -> str:
+    return f"{segment.text.strip().replace('-->', '->')}\n\n"
+
+
+def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
+    """The fields of a multipart/form-data body. Raises ApiError for another kind, and for a field that comes twice."""
+    header = Message()
+    header["Content-Type"] = content_type
+    boundary = header.get_param("boundary")
+    if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
+        raise ApiError(400, "the body is no form; send multipart/form-data with a field `file`", "invalid_form")
+    fields: dict[str, bytes] = {}
+    line = b"\r\n--" + boundary.encode("ascii", "replace")
+    for part in (b"\r\n" + body).split(line)[1:-1]:
+        head, found, content = part.partition(b"\r\n\r\n")
+        name = re.search(rb'(?:^|;)\s*name="([^"]*)"', head.replace(b"\r\n", b";"))
+        if not found or name is None:
+            raise ApiError(400, "a part of the form has no name; send fields as multipart/form-data", "invalid_form")
+        key = name[1].decode("utf-8", "replace")
+        if key in fields:
+            raise ApiError(400, f"the form has {key[:80]!r} twice; send it once", "invalid_form")
+        fields[key] = content
+    return fields

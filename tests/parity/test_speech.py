@@ -1,0 +1,230 @@
+"""Whisper with random weights: token ids against transformers' generate, exits and drafts under the rules of speech,
+windows and segments, and the interfaces for audio."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from running_server import running
+from sounds import sound, wav
+
+from freeexport.cli import main
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
+from runtime import OptionError, PromptError, Session
+from runtime.audio import log_mel, window
+from runtime.speech import Rules, SpeechPrompt, Transcriber
+
+VOCABULARY, END, START, FIRST = 300, 200, 201, 211  # FIRST timestamp
+LANGUAGES = {"<|en|>": 202, "<|de|>": 203, "<|fr|>": 204}
+SUPPRESSED, BEGIN = [*range(20, 60), START, 208, 209], [7, END]
+LAYERS, POSITIONS, CAPACITY = 3, 50, 40  # a window of 1 s
+SOUND = sound(0.9)
+# Random weights say nothing likely.
+RAW: dict[str, Any] = {"logprob_threshold": None, "compression_ratio_threshold": None, "no_speech_threshold": None}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=LAYERS, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40, num_mel_bins=80, init_std=0.35,
+        max_source_positions=POSITIONS, max_target_positions=CAPACITY, decoder_start_token_id=START, eos_token_id=END,
+        pad_token_id=END, bos_token_id=END, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("speech") / "whisper"
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(path)
+    generation = {
+        "decoder_start_token_id": START, "eos_token_id": END, "pad_token_id": END, "bos_token_id": END,
+        "no_timestamps_token_id": FIRST - 1, "prev_sot_token_id": 208, "is_multilingual": True,
+        "lang_to_id": LANGUAGES, "task_to_id": {"translate": 205, "transcribe": 206}, "max_length": CAPACITY,
+        "suppress_tokens": SUPPRESSED, "begin_suppress_tokens": BEGIN, "max_initial_timestamp_index": 10,
+    }  # fmt: skip
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted(checkpoint, tmp_path_factory.mktemp("bundle") / "speech", 1)
+
+
+@pytest.fixture(scope="module")
+def session(bundle: Path) -> Iterator[Session]:
+    with Session(bundle, threads=1, slots=2) as session:
+        yield session
+
+
+def converted(checkpoint: Path, out: Path, exit_layer: int, **options: Any) -> Path:
+    convert(str(checkpoint), out, ConvertOptions(exit_layer=exit_layer, verify="none", measure=False, **options))
+    return out
+
+
+@pytest.mark.parametrize(("exit_layer", "dialect"), [(1, "ort"), (LAYERS - 1, "standard")])
+def test_tokens_are_those_of_transformers(checkpoint: Path, exit_layer: int, dialect: Any, tmp_path: Path) -> None:
+    import torch
+    from checkpoints import load
+
+    model = load(checkpoint)
+    features = torch.from_numpy(window(log_mel(SOUND, 80), 0, 2 * POSITIONS))
+    with Session(converted(checkpoint, tmp_path / "b", exit_layer, dialect=dialect), threads=1) as session:
+        cases = ("de", "transcribe", False), ("fr", "translate", True), (None, "transcribe", True)
+        for language, task, timestamps in cases:
+            given = {name: value for name, value in (("language", language), ("task", task)) if value}
+            theirs = model.generate(features, num_beams=1, do_sample=False, return_timestamps=timestamps,
+                                    max_new_tokens=20, **given)  # fmt: skip
+            wanted = [token for token in theirs[0].tolist() if token != END]
+            for mode in ("full", "lossless"):
+                drafts = {"threshold": 0.1, "drafts": "exit"} if mode == "lossless" else {}
+                options: dict[str, Any] = {"max_new_tokens": 20, "timestamps": timestamps, **drafts, **given, **RAW}
+                ours = [token.id for token in session.stream(SOUND, mode=mode, **options) if token.id != END]
+                # transformers goes on in another window behind the last pair of timestamps.
+                pairs = [n for n in range(1, len(ours)) if timestamps and min(ours[n - 1 : n + 1]) >= FIRST]
+                count = pairs[-1] + 1 if pairs else len(ours)
+                assert count > 3
+                assert (wanted if timestamps else wanted[-count:])[:count] == ours[:count]
+
+
+def test_every_exit_obeys_the_rules(session: Session) -> None:
+    for timestamps in (False, True):
+        result = session.generate(SOUND, mode="free", threshold=0.0, timestamps=timestamps, language="en", **RAW)
+        rules = Rules(session.manifest.speech, (END,), timestamps)  # type: ignore[arg-type]
+        assert result.stats.exits > 3
+        assert rules.allows(np.zeros(0, np.int64), result.token_ids) == len(result.token_ids)
+
+
+def test_rules_of_timestamps(session: Session) -> None:
+    assert session.manifest.speech is not None
+    rules = Rules(session.manifest.speech, (END,), timestamps=True)
+
+    def best(*written: int, likely: int = 3) -> set[int]:
+        scores = np.zeros(VOCABULARY, np.float32)
+        scores[likely] = 20  # likelier than all timestamps together
+        masked = rules.mask(scores, np.array(written, np.int64))
+        return set(np.flatnonzero(masked > -np.inf).tolist())
+
+    assert best() == set(range(FIRST, FIRST + 11))
+    after_first = best(FIRST + 5)
+    assert min(after_first) == 0
+    assert max(after_first) < FIRST
+    assert END in after_first
+    assert not after_first & {*SUPPRESSED, FIRST - 1}
+    assert {token for token in best(FIRST + 5, 3) if token >= FIRST} == set(range(FIRST + 6, VOCABULARY))
+    ended = best(FIRST + 5, 3, FIRST + 9, likely=END)
+    assert END in ended
+    assert min(ended) == END
+    assert FIRST + 9 in ended
+    assert FIRST + 8 not in ended
+    # Timestamps that are likelier together win.
+    assert min(best(FIRST + 5, 3, likely=FIRST + 7)) == FIRST + 6
+
+
+def test_a_long_sound_is_cut_where_segments_end(session: Session) -> None:
+    """A window's last whole segment ends where the next window begins; a silent one has no text."""
+    asked: list[tuple[int, ...]] = []
+    answers = iter([
+        (FIRST, 3, FIRST + 10, FIRST + 10, 4, FIRST + 30, FIRST + 30, 5),
+        (FIRST, 6, FIRST + 40, END),
+        (FIRST, 7, END),
+    ])  # fmt: skip
+
+    def decode(prompt: SpeechPrompt, options: Any) -> Any:
+        asked.append(prompt.prefix)
+        result = session.generate(prompt, mode="full", max_new_tokens=1)
+        object.__setattr__(result, "token_ids", next(answers))
+        object.__setattr__(result, "logprobs", (-0.1,))
+        object.__setattr__(result, "finish_reason", "eos")
+        return result
+
+    from runtime import GenerationOptions
+
+    options = GenerationOptions(language="en", condition_on_previous=True)
+    result = Transcriber(session.manifest, None, CAPACITY).transcribe(sound(1.9), options, decode)
+    assert result.segments is not None
+    assert [(round(each.start, 2), round(each.end, 2)) for each in result.segments] == [
+        (0.0, 0.2), (0.2, 0.6), (0.6, 1.4), (1.6, 1.9),
+    ]  # fmt: skip
+    assert asked[0] == (START, 202, 206)
+    assert asked[1] == (208, *(FIRST, 3, FIRST + 10, FIRST + 10, 4, FIRST + 30, FIRST + 30, 5), START, 202, 206)
+
+
+def test_an_unlikely_text_is_decoded_again_warmer_and_silence_is_left_out(session: Session) -> None:
+    result = session.generate(sound(1.9), language="en", seed=1, fallback_temperatures=(0.5, 9.0), max_new_tokens=8)
+    assert result.segments is not None
+    assert {segment.temperature for segment in result.segments} <= {0.0, 0.5, 9.0}
+    warm = session.generate(SOUND, language="en", seed=1, logprob_threshold=-1e-6, no_speech_threshold=1.0,
+                            fallback_temperatures=(2.0,), timestamps=True)  # fmt: skip
+    assert [segment.temperature for segment in warm.segments or ()] == [2.0] * len(warm.segments or ())
+    silent = session.generate(SOUND, language="en", logprob_threshold=-1e-6, no_speech_threshold=0.0, timestamps=True)
+    assert silent.segments == ()
+    assert silent.token_ids
+
+
+@pytest.mark.parametrize(
+    ("audio", "options", "error", "message"),
+    [
+        (SOUND, {"language": "xx"}, OptionError, "language is 'xx'; known are de, en, fr"),
+        (SOUND, {"task": "summarize"}, OptionError, "task is 'summarize'"),
+        (SOUND, {"num_beams": 2}, OptionError, "num_beams is given with speech"),
+        (SOUND, {"regex": "a"}, OptionError, "regex is given with speech"),
+        (SOUND, {"initial_prompt": "a"}, OptionError, "the session has no tokenizer"),
+        (SOUND, {"fallback_temperatures": (0.0,)}, OptionError, "fallback_temperatures is (0.0,)"),
+        ([1, 2, 3], {}, PromptError, "pass float samples"),
+        ("missing.wav", {}, PromptError, "missing.wav cannot be read"),
+    ],
+)
+def test_bad_requests_are_refused_in_a_line(
+    session: Session, audio: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=r"^[^\n]*$") as caught:
+        session.generate(audio, **options)
+    assert message in str(caught.value)
+
+
+def test_a_stream_is_of_one_window(session: Session) -> None:
+    options: dict[str, Any] = {"language": "de", "mode": "full", **RAW}
+    tokens = [token.id for token in session.stream(SOUND, **options)]
+    assert tokens == list(session.generate(SOUND, **options).token_ids)
+    with pytest.raises(PromptError, match=r"the audio has 1\.9 s"):
+        session.stream(sound(1.9), language="de")
+
+
+def test_the_command_line_reads_audio(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav(SOUND))
+    asked = ["generate", str(bundle), "--audio", str(path), "-o", "language=de", "-o", "timestamps=true", "--json"]
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["language"] == "de"
+    refused = CliRunner().invoke(main, ["generate", str(bundle), "text"])
+    assert refused.exit_code == 1
+    assert "reads speech; give --audio FILE" in refused.output
+
+
+def test_the_server_answers_the_official_client(bundle: Path) -> None:
+    import openai
+
+    with running(bundle, names=("w",)) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        asked: dict[str, Any] = {"model": "w", "file": ("a.wav", wav(SOUND)), "language": "de", "temperature": 0}
+        assert client.audio.transcriptions.create(**asked).text == ""  # the bundle has no tokenizer
+        whole = client.audio.transcriptions.create(response_format="verbose_json", **asked)
+        assert (whole.language, whole.duration) == ("de", 0.9)
+        assert client.audio.transcriptions.create(response_format="vtt", **asked).startswith("WEBVTT")
+        for given, message in (
+            ({"language": "xx"}, "language is 'xx'"),
+            ({"file": b"none"}, "no WAV file"),
+            ({"extra_body": {"stream": "true"}}, "not streamed"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=message):
+                client.audio.transcriptions.create(**{**asked, **given})
