@@ -28,7 +28,7 @@ from runtime.decoding.response import Response
 from runtime.engines.memory import check_beams
 from runtime.engines.prefix_store import Prefix, PrefixStore, hashes
 from runtime.engines.runner import Encoder
-from runtime.errors import BundleError, OptionError
+from runtime.errors import BundleError, OptionError, PromptLengthError
 from runtime.json_file import read_object
 from runtime.machine.device import Device
 from runtime.metrics import Observer
@@ -118,6 +118,12 @@ class Model:
             ids[places] = languages.tokens[options.src_lang]
         if languages is not None and languages.target == "prompt" and options.tgt_lang is not None:
             ids = np.concatenate([[languages.tokens[options.tgt_lang]], ids])
+            most = self.manifest.encoder_capacity
+            if len(ids) > most:
+                raise PromptLengthError(
+                    f"the prompt and its language have {len(ids)} tokens, at most {most} fit; shorten it, or convert "
+                    "with a larger capacity"
+                )
         return ids
 
     def grammar(self, options: GenerationOptions) -> Grammar | None:
