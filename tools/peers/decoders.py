@@ -27,7 +27,8 @@ from typing import Any
 
 # Notes the time of a token, or of several that became known at once.
 Emit = Callable[..., None]
-# (prompt, how many tokens, emit): exactly that many tokens, an end of sequence among them or not. May return facts.
+# (prompt, how many tokens, emit): exactly that many tokens, an end of sequence among them or not; with an option
+# `schema`, JSON of which the output must be, up to its end. May return facts: `ended` where there are fewer.
 Generate = Callable[[list[int], int, Emit], Any]
 # What generates, and installed versions.
 Loaded = tuple[Generate, dict[str, str]]
@@ -72,7 +73,7 @@ def _generate(generate: Generate, prompt: list[int], count: int) -> dict[str, An
     began = time.perf_counter()
     facts = generate(prompt, count, emit)
     seconds = time.perf_counter() - began
-    if len(tokens) != count:
+    if len(tokens) != count and not (facts or {}).get("ended"):
         raise RuntimeError(f"it gave {len(tokens)} tokens, {count} were asked for")
     return {"tokens": tokens, "times": times, "seconds": seconds, "peak_bytes": _peak_bytes(), **(facts or {})}
 
@@ -204,18 +205,25 @@ def load_genai(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     vocabulary = json.loads((Path(path) / "genai_config.json").read_text(encoding="utf-8"))["model"]["vocab_size"]
     config = og.Config(path)
     session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+    schema = options.get("schema")
     # Only the length ends a sequence. The id must be a token's: one that models hardly ever write.
-    config.overlay(json.dumps({"model": {"eos_token_id": vocabulary - 1, "decoder": {"session_options": session}}}))
+    end = {} if schema else {"eos_token_id": vocabulary - 1}
+    config.overlay(json.dumps({"model": {**end, "decoder": {"session_options": session}}}))
     model = og.Model(config)
 
-    def generate(prompt: list[int], count: int, emit: Emit) -> None:
+    def generate(prompt: list[int], count: int, emit: Emit) -> Any:
         params = og.GeneratorParams(model)
         params.set_search_options(do_sample=False, max_length=len(prompt) + count, min_length=0)
+        if schema:
+            params.set_guidance("json_schema", schema)
         generator = og.Generator(model, params)
         generator.append_tokens(prompt)
         for _ in range(count):
             generator.generate_next_token()
             emit(generator.get_next_tokens()[0])
+            if schema and generator.is_done():
+                return {"ended": True}
+        return {}
 
     return generate, _versions("onnxruntime-genai", "onnxruntime")
 
@@ -276,10 +284,15 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     file = Path(path) / "model.gguf" if Path(path).is_dir() else Path(path)
     model = llama_cpp.Llama(str(file), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def generate(prompt: list[int], count: int, emit: Emit) -> None:
+    grammar = llama_cpp.LlamaGrammar.from_json_schema(options["schema"]) if options.get("schema") else None
+
+    def generate(prompt: list[int], count: int, emit: Emit) -> Any:
         model.reset()  # or a prompt that begins like the last one is not read again
-        for token in islice(model.generate(prompt, temp=0.0, repeat_penalty=1.0), count):
+        for token in islice(model.generate(prompt, temp=0.0, repeat_penalty=1.0, grammar=grammar), count):
             emit(token)
+            if grammar is not None and token == model.token_eos():
+                return {"ended": True}
+        return {}
 
     return generate, _versions("llama-cpp-python")
 

@@ -1,24 +1,33 @@
 """Constrained extraction: tokens/s with a JSON schema and without, in modes full and lossless, on the same lines.
 
     python -m tools.speed.constrained BUNDLE DATA --threads 1 --samples 50
+    python -m tools.speed.constrained BUNDLE DATA --against genai-int4 --model model.gguf --save run.json
 
 DATA has JSON lines with an `input` each, and a `target` where there is one. Every constrained output is parsed, and
 lossless compared with full, token by token. Speeds are of decoding, forced tokens included, prompts left out; the share
 of the grammar is of the same seconds. Ends with 1 where an output is not valid or a token differs, or with --require
 where the best with the schema is below 1.3 of full without, or the grammar takes more than 5 % of full.
+
+--against decodes the same lines by other libraries, with the schema and without, in the same rounds: by the checkpoint
+of --model, which may have other weights of the same sizes, so their outputs may differ.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
+from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.measure.timing import interleave, load_note, other_load
 from freeexport.system.machine import detect_machine
+from freeexport.system.output import write_whole
 from runtime import GenerationResult, Session
+from tools.peers.catalog import PEERS, Source, peer_command, peer_model
+from tools.peers.worker import Worker
 
 TEXT = {"type": "string"}
 # Of tools/data/debian.py's records.
@@ -31,6 +40,7 @@ SCHEMA = {
     "required": ["name", "version", "section", "homepage", "summary", "depends"],
 }
 WORTH, SHARE = 1.3, 0.05
+LIMIT = 600.0  # seconds of a peer's answer
 
 
 def decoding(result: GenerationResult) -> float:
@@ -56,9 +66,12 @@ def valid(text: str, schema: dict[str, Any]) -> bool:
 @click.option("--samples", type=click.IntRange(1), default=50, help="Use only the first N lines of DATA.")
 @click.option("--rounds", type=click.IntRange(1), default=2)
 @click.option("--max-new-tokens", "tokens", type=int, default=300)
+@click.option("--against", multiple=True, type=click.Choice([name for name in PEERS if PEERS[name].decoder_only]))
+@click.option("--model", default="", help="The checkpoint of --against.")
+@click.option("--save", type=click.Path(path_type=Path), help="Write all figures as JSON.")
 @click.option("--require", is_flag=True, help="Fail where constraints do not pay as they should.")
 def main(bundle: Path, data: Path, file: Path | None, threads: int, samples: int, rounds: int, tokens: int,
-         require: bool) -> None:
+         against: tuple[str, ...], model: str, save: Path | None, require: bool) -> None:
     # fmt: on
     schema = SCHEMA if file is None else json.loads(file.read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()[:samples]]
@@ -70,16 +83,35 @@ def main(bundle: Path, data: Path, file: Path | None, threads: int, samples: int
         "lossless, schema": {"mode": "lossless", **constrained},
     }
     found: dict[str, list[GenerationResult]] = {name: [] for name in settings}
-    targets = list[str | None]()
-    with Session(bundle, threads=threads, slots=1) as session, other_load() as load:
+    targets, workers = list[str | None](), dict[str, Worker]()
+    peers: dict[str, list[tuple[int, float]]] = {}
+    with Session(bundle, threads=threads, slots=1) as session, other_load() as load, ExitStack() as stack:
+        for peer in map(PEERS.__getitem__, against):
+            command = peer_command(peer)
+            path = peer_model(peer, Source(model, open_checkpoint(model), False), command)
+            for name, more in ((peer.name, {}), (f"{peer.name}, schema", {"schema": json.dumps(schema)})):
+                workers[name], peers[name] = Worker(command, {}), []
+                stack.callback(workers[name].close)
+                options = {**peer.options, **more, "encoder_decoder": False}
+                asked = {"op": "load", "model": str(path), "threads": threads, "cpus": [], "options": options}
+                workers[name].ask(asked, LIMIT)
 
-        def decode(name: str, line: int) -> GenerationResult:
-            return session.generate(lines[line]["input"], max_new_tokens=tokens, **settings[name])
+        def decode(name: str, line: int) -> Any:
+            if name not in workers:
+                return session.generate(lines[line]["input"], max_new_tokens=tokens, **settings[name])
+            # Without the schema as many tokens as ours wrote: only the length ends a peer.
+            most = tokens if "schema" in name else lengths[line]
+            prompt = session.encode(lines[line]["input"]).tolist()
+            answer = workers[name].ask({"op": "generate", "prompt": prompt, "tokens": most}, LIMIT)
+            return len(answer["times"]) - 1, answer["times"][-1] - answer["times"][0]
 
-        for turn in interleave(list(settings), list(range(len(lines))), rounds, decode):
+        lengths = list[int]()
+        for line in lines if workers else ():
+            lengths.append(max(2, len(session.generate(line["input"], max_new_tokens=tokens).token_ids)))
+        for turn in interleave([*settings, *workers], list(range(len(lines))), rounds, decode):
             targets.append(lines[turn.prompt].get("target"))
-            for name, result in zip(settings, turn.runs, strict=True):
-                found[name].append(result)
+            for name, result in zip((*settings, *workers), turn.runs, strict=True):
+                (found if name in found else peers)[name].append(result)
     click.echo(f"{detect_machine().cpu}, {threads} threads, {len(lines)} lines, {rounds} rounds")
     click.echo(load_note(load.cores) or "no other process was busy")
     speeds, shares, failed = dict[str, float](), dict[str, float](), False
@@ -98,6 +130,14 @@ def main(bundle: Path, data: Path, file: Path | None, threads: int, samples: int
             f"{sound} of {len(whole)} whole outputs valid, {right} of {len(results)} as the target"
         )
         failed |= "schema" in name and sound < len(whole)
+    for name, runs in peers.items():
+        speeds[name] = sum(count for count, _ in runs) / sum(seconds for _, seconds in runs)
+        own = name.removesuffix(", schema")
+        click.echo(f"  {name:20} {speeds[name]:7.1f} tokens/s, {speeds[name] / speeds[own]:.2f}x without the schema")
+    if save is not None:
+        facts = {"processor": detect_machine().cpu, "threads": threads, "lines": len(lines), "rounds": rounds}
+        record = {**facts, "busy_cores": load.cores, "tokens_per_second": speeds, "grammar_share": shares}
+        write_whole(save, json.dumps(record, indent=2) + "\n")
     for name in ("", ", schema"):
         pairs = zip(found[f"full{name}"], found[f"lossless{name}"], strict=True)
         different = sum(full.token_ids != lossless.token_ids for full, lossless in pairs)
