@@ -145,8 +145,9 @@ def page(made: dict[str, Any]) -> str:
             head = f'<span class="verb">{verb.upper()}</span><code>{escape(path)}</code> {escape(operation["summary"])}'
             rows = ""
             if body := operation.get("requestBody"):
-                name = body["content"]["application/json"]["schema"]["$ref"].removeprefix(REFERENCE)
-                rows = _fields(schemas[name], schemas)
+                (taken,) = body["content"].values()
+                schema = taken["schema"]
+                rows = _fields(schemas[schema["$ref"].removeprefix(REFERENCE)] if "$ref" in schema else schema, schemas)
             statuses = ", ".join(f"{code} {escape(one['description'])}" for code, one in operation["responses"].items())
             parts.append(f"<details><summary>{head}</summary>{rows}<p>Statuses: {statuses}.</p></details>")
     shown = [name for name, one in schemas.items() if not name.endswith("Request") and one.get("properties")]
