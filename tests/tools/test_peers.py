@@ -25,6 +25,7 @@ from tools.peers import compare as comparing
 from tools.peers.catalog import PEERS, Peer, find_peer, find_source, peer_command
 from tools.peers.compare import Contender, compare, measure
 from tools.peers.decoders import transformers_generate
+from tools.peers.prompts import first_tokens
 from tools.peers.worker import PeerError, Worker
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
@@ -50,6 +51,15 @@ def test_everyone_runs_in_every_round_and_failures_stop_nobody_else() -> None:
     runs, _, failed = measure(everyone[2:], [[5], [fake_peer.DIES]], OPTIONS, settle=0)
     assert "ended with code 3" in failed["bad"]
     assert not runs
+
+
+def test_prompts_are_timed_to_their_first_token() -> None:
+    missing = replace(contender("missing"), command=["/nowhere/python"])
+    rows, failed = first_tokens([missing, contender("good"), contender("again")], [3, 5], 2, 1, vocabulary=4)
+    assert [(row["length"], row["name"]) for row in rows] == [(3, "good"), (3, "again"), (5, "good"), (5, "again")]
+    assert all(row["tokens_per_second"] == pytest.approx(1e3 * row["length"] / row["first_token_ms"]) for row in rows)
+    assert rows[0]["ratio"] == rows[2]["ratio"] == 1
+    assert list(failed) == ["missing"]
 
 
 def test_ours_may_not_fail() -> None:

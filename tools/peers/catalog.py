@@ -40,6 +40,7 @@ REQUIREMENTS = {
     ),
     "ctranslate2": ("ctranslate2>=4.6", *_TRANSFORMERS, "sentencepiece>=0.2"),
     "llama_cpp": ("llama-cpp-python>=0.3",),
+    "openvino": ("openvino-genai>=2025.3", "optimum-intel[openvino]>=2", *_TRANSFORMERS),
 }
 # Without this, llama.cpp's library is compiled without the processor's newest instructions.
 VARIABLES = {"llama_cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}}
@@ -77,6 +78,8 @@ _ALL = (
     Peer("genai-int4", "genai", "int4", {"precision": "int4"}, decoder_only=True),
     Peer("ctranslate2", "ctranslate2", options={"compute_type": "float32"}),
     Peer("ctranslate2-int8", "ctranslate2", "int8", {"compute_type": "int8"}),
+    Peer("openvino-int8", "openvino", "int8", {"precision": "int8"}, decoder_only=True),
+    Peer("openvino-int4", "openvino", "int4", {"precision": "int4"}, decoder_only=True),
     Peer("llama-cpp", "llama_cpp", "as the file", converts=False, decoder_only=True, gguf=True),
     Peer("llama-cpp-q8", "llama_cpp", "8 bits", {"convert_to": "q8_0"}, decoder_only=True, gguf=True),
     Peer("llama-cpp-f32", "llama_cpp", "fp32", {"convert_to": "f32"}, decoder_only=True, gguf=True),
