@@ -356,6 +356,8 @@ class Outcome(NamedTuple):
 class Drafts:
     """The drafts of one request, from `sources` and where it `exits` from the shallow decoder's predictions."""
 
+    clock = staticmethod(perf_counter)
+
     def __init__(
         self, costs: CallCosts, acceptance: Acceptance, sources: DraftSources | None = None, exits: bool = True
     ) -> None:
@@ -368,7 +370,7 @@ class Drafts:
         self._lost = 0.0  # by drafts, in tokens of mode full
         self._call_seconds = 0.0  # of the caller's source, when it was last called
         self._to_probe, self._to_time = 2, 2
-        self._spent, self._made = 0.0, 0  # seconds of tokens that the choice of the exit was not told
+        self._since, self._told = self.clock(), 0  # when the choice of the exit was told of so many tokens
         self._exit_length = self._best_exit()
 
     def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
@@ -394,23 +396,18 @@ class Drafts:
     def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
         """Learn from a token without a draft: seconds of its step and pass, in calls of its own unless `shared`."""
         self._to_time -= 1
-        if not shared:
-            self._spent += shallow + deep
-            self._made += 1
         if not shared and (self._to_time <= 0 or not self._costs.measured("pass", 1)):
             self._to_time = TIMED
             self._costs.observe("step", 1, shallow)
             self._costs.observe("pass", 1, deep)
-            self._tell_choice()
+            self._tell_choice(self._tokens + 1, shared)
 
     def observe(self, plan: Plan, outcome: Outcome, shallow: float, deep: float, shared: bool) -> None:
         """Learn from a draft or a probe, and the seconds of its shallow calls and of its deep pass."""
         costs, among, rows = self._costs, self._sequences, outcome.rows
         heads = sum(sure is not None for sure in outcome.sure)
+        self._tell_choice(self._tokens + outcome.made, shared)
         if not shared:
-            self._spent += shallow + deep
-            self._made += outcome.made
-            self._tell_choice()
             costs.observe("pass", rows, deep)
             if plan.tokens:
                 costs.observe("step", rows, shallow)
@@ -440,10 +437,13 @@ class Drafts:
         if heads:
             self._exit_length = self._best_exit()
 
-    def _tell_choice(self) -> None:
-        if self._costs.measured("pass", 1):
-            self._acceptance.choice.observe(self._exits, self._spent / self._costs.seconds("pass", 1), self._made)
-        self._spent, self._made = 0.0, 0
+    def _tell_choice(self, tokens: int, shared: bool) -> None:
+        """`tokens` are final. All time counts: drafts of the exit take more calls, and Python between them."""
+        now, costs = self.clock(), self._costs
+        if not shared and costs.measured("pass", 1):
+            spent = (now - self._since) / costs.seconds("pass", 1)
+            self._acceptance.choice.observe(self._exits, spent, tokens - self._told)
+        self._since, self._told = now, tokens
 
     @property
     def _budget(self) -> float:

@@ -106,7 +106,10 @@ class Request:
         self.sure, self.kept = exits or (0.0, 0.0)
         self.plans: list[tuple[int, Plan]] = []
         sources: Any = text
+        self.now = 0.0
         self.drafts = Drafts(costs or learned.costs, learned.acceptance(0.5, False), sources, exits is not None)
+        self.drafts._since = 0.0
+        self.drafts.clock = lambda: self.now  # type: ignore[method-assign]
         output, spent = Output(tokens), 0.0
         while len(output.tokens) < tokens:
             made, seconds = self.one_pass(output)
@@ -141,6 +144,7 @@ class Request:
         else:
             shallow = self.noisy(rows * self.machine.step + heads * self.machine.head)
             deep = self.noisy(self.machine.deep + further)
+        self.now += shallow + deep + self.machine.outside
         if plan is PLAIN:
             self.drafts.observe_plain(shallow, deep, shared=False)
             return 1, shallow + deep
