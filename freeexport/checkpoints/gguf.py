@@ -298,6 +298,9 @@ class GGUFFile(TensorFile):
         tensor = self._tensors[name]
         kind = GGMLQuantizationType(tensor.kind)
         known = KINDS.get(kind.name)
+        # Alone, or beside 4 bits that are found by their values, 8 bits are what a plan makes of them.
+        if kind.name == "Q8_0" and not self.kinds().keys() & (KINDS.keys() - {"Q8_0"}):
+            return None
         if known is None or len(tensor.shape) != 2 or self.header.order == ">" or self._is_conv(tensor):
             return None
 
