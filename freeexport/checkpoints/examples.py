@@ -75,7 +75,12 @@ class TextFormat:
 
 def text_format(checkpoint: Checkpoint, description: Description, limit: int) -> TextFormat:
     """Sequences of at most `limit` ids, or the model's own limit. Raises CheckpointError without a tokenizer or an end
-    of sequence."""
+    of sequence, and for a model of speech."""
+    if description.spectrogram is not None:
+        raise CheckpointError(
+            f"{checkpoint.name} reads speech, and examples of speech are not supported in training and measurements "
+            "yet; convert it without"
+        )
     if not has_tokenizer(checkpoint):
         raise CheckpointError(f"{checkpoint.name} has no tokenizer, which text needs; add its tokenizer files")
     tokenizer = load_tokenizer(checkpoint)

@@ -118,6 +118,8 @@ def benchmark(options: BenchOptions) -> dict[str, Any]:
     """Measure, and return what JSON keeps. Raises FreeExportError."""
     bundles = [Bundle.open(path) for path in options.bundles]
     for bundle in bundles:
+        if bundle.manifest.speech is not None:
+            raise OptionError(f"{bundle.path} reads speech, which bench does not support yet; leave it out")
         check_runnable(bundle.manifest, Device.parse(options.device))
         if bundle.manifest.source_sha256 != bundles[0].manifest.source_sha256:
             raise OptionError(

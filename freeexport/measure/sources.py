@@ -234,8 +234,12 @@ def collect(source: Source, data: Path, requests: Sequence[Request], cache: Path
 
 def fitting_prompts(session: Session, requests: Sequence[Request]) -> list[tuple[Request, np.ndarray]]:
     """The requests that fit, with their token ids [n]; a warning for the others. DataError where none fits,
-    CalibrationError for data of another vocabulary."""
+    CalibrationError for data of another vocabulary, OptionError for a bundle of speech."""
     manifest = session.manifest
+    if manifest.speech is not None:
+        raise OptionError(
+            "the bundle reads speech, which calibration and measurements do not support yet; leave it out"
+        )
     limit = manifest.encoder_capacity or session.capacity - 1
     fitting: list[tuple[Request, np.ndarray]] = []
     reasons: list[str] = []

@@ -228,3 +228,13 @@ def test_the_server_answers_the_official_client(bundle: Path) -> None:
         ):
             with pytest.raises(openai.BadRequestError, match=message):
                 client.audio.transcriptions.create(**{**asked, **given})
+
+
+def test_training_and_measurements_refuse_speech_in_a_line(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input": "a", "target": "b"}\n')
+    for asked in (["bench", str(bundle)], ["calibrate", str(bundle)], ["calibrate", str(checkpoint)]):
+        more = ["--exit-layer", "1"] if str(checkpoint) in asked else []
+        done = CliRunner().invoke(main, [*asked, *more, "--data", str(data)])
+        assert done.exit_code == 1, done.output
+        assert "speech" in done.output.strip().splitlines()[-1]
