@@ -15,7 +15,7 @@ _SUPER, _BLOCK = 256, 32
 
 
 class Blocks(NamedTuple):
-    """Of n blocks of the file: values uint8 [n, inputs of a block], float16 scales and offsets (None without) [n], and
+    """The n blocks of a tensor: values uint8 [n, inputs of a block], float16 scales and offsets (None without) [n], and
     multiples int8 [n, blocks of a super-block, 1 or 2] (None without)."""
 
     values: np.ndarray

@@ -55,7 +55,7 @@ def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
 
 
 def _planes(above: np.ndarray, bits: int) -> Iterator[np.ndarray]:
-    """What [n, groups, 8, 4] have beyond 4 bits, of as many quads in a byte as it holds: [n, groups, 1, 4] each."""
+    """The bits that [n, groups, 8, 4] have beyond 4, of as many quads in a byte as it holds: [n, groups, 1, 4] each."""
     if (each := bits - 4) > 0:
         shifts = np.arange(0, 8, each, dtype=np.uint8)[:, None]
         for first in range(0, 8, len(shifts)):

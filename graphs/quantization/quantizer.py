@@ -85,7 +85,7 @@ class Quantizer:
         return self._stored[name, wanted]
 
     def kind(self, name: str) -> str:
-        """What the file calls the bits of a tensor that are to stay; empty where none are."""
+        """The name that the file has for the bits of a tensor that are to stay; empty where none are."""
         found = self._in_file(name) if self._own else None
         return "" if found is None else found.kind
 
