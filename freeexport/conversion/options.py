@@ -76,6 +76,9 @@ class ConvertOptions:
             if path is not None and not path.is_file():
                 raise OptionError(f"{option} {path}: there is no such file; name another")
 
+        if self.encoder_capacity is not None and self.encoder_capacity < 1:
+            raise GraphError(f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more")
+
     def longest_prompt(self, description: Description) -> int:
         """Longest prompt of an encoder-decoder, in tokens; 0 for a decoder-only model. Raises GraphError where its
         encoder has fewer positions."""
@@ -89,9 +92,8 @@ class ConvertOptions:
             raise GraphError(
                 f"encoder capacity {given} is not the {most} positions of a window of speech; leave it out"
             )
-        if given is not None and not 1 <= given <= (most or given):
-            allowed = "1 or more" if most is None else f"1 to {most}"
-            raise GraphError(f"encoder capacity {given} is out of range; choose {allowed}")
+        if given is not None and most is not None and given > most:
+            raise GraphError(f"encoder capacity {given} is out of range; choose 1 to {most}")
         return given or min(DEFAULT_ENCODER_CAPACITY, most or DEFAULT_ENCODER_CAPACITY)
 
 
