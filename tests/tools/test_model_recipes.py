@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from checkpoints import CASES, VOCAB_SIZE, Case
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
-from freeexport.checkpoints.exit_file import read_exit_file
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.exit_file import ExitFile, read_exit_file, write_exit_file
 from freeexport.cli import main as freeexport
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from runtime import Session
 from tools.data.splits import DataError
-from tools.models import cut_vocabulary, demo_model, g2p_table, recipe, task_model
+from tools.models import cut_vocabulary, demo_model, difference_lora, g2p_table, recipe, task_model
 
 BY_NAME = {case.name: case for case in CASES}
 RECIPES = {
@@ -117,6 +121,23 @@ def test_a_model_with_a_cut_vocabulary_writes_what_the_whole_one_does(
     assert known.vocabulary.size == 40
     first = 0 if name.startswith("t5") else 1  # of a decoder-only model, the prompt's own prediction is the whole one's
     assert len({token for ids in made[40] for token in ids[first:]}) <= 40
+
+
+def test_a_difference_of_low_rank_is_an_adapter(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+    base, tuned, out = checkpoint(BY_NAME["llama-tied"]), tmp_path / "tuned", tmp_path / "out"
+    shutil.copytree(base, tuned)
+    tensors, draw = load_file(base / "model.safetensors"), np.random.default_rng(0)
+    for name, array in tensors.items():
+        if ".layers." in name and array.ndim == 2:
+            tensors[name] = array + 0.1 * np.outer(*(draw.normal(size=size) for size in array.shape)).astype(np.float32)
+    save_file(tensors, tuned / "model.safetensors")
+    write_exit_file(tuned, ExitFile(1, False, 0, open_checkpoint(str(tuned)).sha256, "logit-kd", "full"))
+    given = [str(base), str(tuned), str(out), "--rank", "1"]
+    assert "rank 1, 100.0% of" in CliRunner().invoke(difference_lora.command, given, catch_exceptions=False).output
+    merged = open_checkpoint(str(out))
+    assert merged.exit is not None
+    assert merged.exit.exit_layer == 1
+    assert all(np.allclose(merged.read(name), array, atol=1e-4) for name, array in tensors.items())
 
 
 def test_a_recipe_that_was_interrupted_makes_only_what_is_missing(commands: list[list[str]], tmp_path: Path) -> None:
