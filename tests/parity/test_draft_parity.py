@@ -112,6 +112,7 @@ def test_lossless_drafts_are_kept_as_far_as_those_of_the_reference(
 ) -> None:
     draft_exits(monkeypatch, probe=True)
     model, exit_layer, rejected = source_model(case), case.exit_layers[-1], 0
+    exited = False
     with opened(bundle, case, exit_layer) as session:
         for prompt in PROMPTS[::2]:
             threshold, _ = thresholds(session, model, prompt, exit_layer)
@@ -125,11 +126,12 @@ def test_lossless_drafts_are_kept_as_far_as_those_of_the_reference(
                 reference.confidence[0] = None
             if assert_same_tokens(ours, reference) is None:
                 assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
-            assert any(ours.exited)
+            exited |= any(ours.exited)
             rejected += ours.stats.rejected
             greedy = free_decode(model, prompt, exit_layer, 1.0, TOKENS, eos_ids=())
             assert ours.token_ids == tuple(greedy.token_ids)
     assert rejected
+    assert exited
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:

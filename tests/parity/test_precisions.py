@@ -103,7 +103,9 @@ def test_heads_of_40_are_those_of_transformers_and_lossless_equals_full(
 
 
 def test_heads_of_40_without_our_kernels_are_refused_with_what_to_choose(bundle: Bundles) -> None:
-    with pytest.raises(GraphError, match=r"heads of size 40 do not fit .*; choose --kernels freeexport or --precision"):
+    with pytest.raises(
+        GraphError, match=r"40 values of each head are rotated.*; choose --kernels freeexport or --precision"
+    ):
         bundle(LLAMA, precision="int8", kernels="onnxruntime")
 
 

@@ -19,6 +19,10 @@ from reference import (
 
 TOKENS = 48
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Random weights of Gemma give confidences that are too much alike for a threshold between them.
+spread_cases = pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.name.startswith("gemma")], ids=lambda case: case.name
+)
 few_cases = pytest.mark.parametrize("name", ["t5-deep-decoder", "umt5", "llama-tied", "mistral-window"])
 
 
@@ -44,7 +48,7 @@ def test_threshold_one_is_greedy_decoding_of_the_full_model(case: Case, source_m
     assert reference.sync_sizes == [1] * (len(reference.token_ids) - predicted_of(model))
 
 
-@each_case
+@spread_cases
 def test_a_separating_threshold_makes_exits_and_sync_passes(case: Case, source_model: Model) -> None:
     model = source_model(case)
     tokens = free_decode(model, PROMPTS[2], 1, 1.0, TOKENS, eos_ids=()).token_ids

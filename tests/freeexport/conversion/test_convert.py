@@ -245,8 +245,14 @@ def test_heads_without_a_fused_kernel_take_the_standard_dialect_and_convert_says
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--dialect", "ort"), "heads of size 8 do not fit the ort dialect, whose operator needs a multiple of 16"),
-        (("--precision", "int8"), "precision int8 needs operators of ONNX Runtime, but attention heads of size 8"),
+        (
+            ("--dialect", "ort"),
+            "8 values of each head are rotated, and the ort dialect's operator needs a multiple of 16",
+        ),
+        (
+            ("--precision", "int8"),
+            "precision int8 needs operators of ONNX Runtime, but 8 values of each head are rotated",
+        ),
     ],
 )
 def test_heads_without_a_fused_kernel_are_refused_where_it_is_needed(

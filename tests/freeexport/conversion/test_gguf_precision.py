@@ -56,15 +56,15 @@ def test_bits_of_a_file_are_not_rounded_again(kind: str, kernels: Kernels, kept:
     assert all(engine.kept == (8 if kept else 0) for engine in quantization(bundle).engines), (
         "7 of a layer, and the head"
     )
-    tokens = np.random.default_rng(0).integers(3, 32, (1, 24))
+    tokens, lengths = np.random.default_rng(0).integers(3, 32, (5, 24)), np.full(5, 24, np.int32)
     with torch.no_grad():
-        exact = reference_model(open_checkpoint(str(model)))(torch.from_numpy(tokens)).logits[0].numpy()
-    pair = pair_of(bundle.path, rows=1)
-    lengths = np.full(1, 24, np.int32)
+        exact = reference_model(open_checkpoint(str(model)))(torch.from_numpy(tokens)).logits.numpy()
+    pair = pair_of(bundle.path, rows=5)
     ours = pair.deep(pair.shallow(tokens, lengths)["hidden"], lengths)["logits"]
-    error = float(np.linalg.norm(ours.reshape(exact.shape) - exact) / np.linalg.norm(exact))
+    off = ours.reshape(exact.shape) - exact
+    errors = np.linalg.norm(off, axis=(1, 2)) / np.linalg.norm(exact, axis=(1, 2))
     # That of activations in 8 bits, and of the rows of the embedding; random weights make much of it.
-    assert error < 0.2 if kept else error > 0.3
+    assert np.median(errors) < 0.2 if kept else np.median(errors) > 0.3
 
 
 @needs_kernels
