@@ -10,7 +10,7 @@ struct Vec : Vec512 {
   static Int dot_quad(Int sum, Int weights, Int a) { return _mm512_dpbusd_epi32(sum, weights, a); }
   static Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }
   template <int Bits>
-  using Quads = RowByRow<VnniQuads<Vec, Bits>>;
+  using Quads = TwoPanels<Vec, Bits>;
   template <int Bits>
   using Unpacked = VnniQuads<Vec, Bits>;
 };

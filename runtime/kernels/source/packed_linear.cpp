@@ -72,7 +72,8 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   auto* room = normed ? reinterpret_cast<float*>(quantized + groups) : nullptr;
   int64_t panel_bytes = weight.groups() * weight.group_bytes();
   if (product.up.data != nullptr && !product.beside) panel_bytes += weight.groups() * product.up.group_bytes();
-  const int64_t task_panels = panel_bytes < kTaskBytes ? kTaskBytes / panel_bytes : 1;
+  int64_t task_panels = panel_bytes < kTaskBytes ? kTaskBytes / panel_bytes : 1;
+  if (rows > 1) task_panels += task_panels % 2;  // two at a time
   Call call = {kernels, product, quantized, room, task_panels, parts(rows, kTaskRows)};
   if (rows * weight.inputs > kManyInputs)
     run(parallel, context, prepare_task, parts(rows, kPreparedRows), call);

@@ -27,7 +27,7 @@ FREEEXPORT_INLINE void each_quad(const Do& apply) {
 }
 
 // `multiply` hands the products of a group, of row `m` with register `w` of V::kLanes outputs, to `take(m, w, dot)`; they
-// begin with `start(m, w)`. Of M rows and `Wide` registers, at best `kWide<M>`.
+// begin with `start(m, w)`. Of M rows and `Wide` registers, at best `kWide<M>`, whose bytes stand `apart`.
 
 // Row by row, all of which `Quads` multiplies with what it has read once.
 template <typename Quads>
@@ -36,7 +36,8 @@ struct RowByRow {
   static constexpr int kWide = 1;
 
   template <int M, int Wide, typename Start, typename Take>
-  static FREEEXPORT_INLINE void multiply(const uint8_t* data, const Group* rows, const Start& start, const Take& take) {
+  static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t, const Group* rows, const Start& start,
+                                         const Take& take) {
     const Quads quads(data);
 #pragma GCC unroll 8  // else the sums of many rows stand in memory
     for (int m = 0; m < M; m++) take(m, 0, quads.dot(rows[m].values, start(m, 0)));
@@ -82,6 +83,46 @@ struct VnniQuads {
   }
 };
 
+// Two panels at a time, quad by quad: a quad of a row is read once for both, and what is added to stays in registers.
+template <typename V, int Bits>
+struct TwoPanels {
+  template <int M>
+  static constexpr int kWide = M > 1 ? 2 : 1;
+
+  template <int M, int Wide, typename Start, typename Take>
+  static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t apart, const Group* rows, const Start& start,
+                                         const Take& take) {
+    if constexpr (Wide == 1) {
+      RowByRow<VnniQuads<V, Bits>>::template multiply<M, 1>(data, apart, rows, start, take);
+    } else {
+      typename V::Int dots[M][Wide];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int w = 0; w < Wide; w++) dots[m][w] = start(m, w);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) {
+        typename V::Int quads[Wide];
+#pragma GCC unroll 2
+        for (int w = 0; w < Wide; w++) {
+          const typename V::Int bytes = V::load(data + (Bits == 8 ? 64 * j : 64 * (j / 2)) + apart * w);
+          quads[w] = Bits == 8 ? bytes : j % 2 == 0 ? V::low(bytes) : V::high(bytes);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          const typename V::Int a = V::quad(rows[m].values, j);
+#pragma GCC unroll 2
+          for (int w = 0; w < Wide; w++) dots[m][w] = V::dot_quad(dots[m][w], quads[w], a);
+        }
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int w = 0; w < Wide; w++) take(m, w, dots[m][w]);
+    }
+  }
+};
+
 // Pairs of products are added in 16 bits. Of 4 bits times 8 (15 * 127) 17 fit there, and a group has 16 of a lane; 8
 // bits are taken as two times 4. A quad of a row is read once for all registers of weights that it is multiplied with,
 // as these processors would else wait for reading.
@@ -94,7 +135,8 @@ struct PairQuads {
   static constexpr int kWide = V::kLanes == 16 || (Bits == 8 && M > 2) ? 1 : 2;
 
   template <int M, int Wide, typename Start, typename Take>
-  static FREEEXPORT_INLINE void multiply(const uint8_t* data, const Group* rows, const Start& start, const Take& take) {
+  static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t apart, const Group* rows, const Start& start,
+                                         const Take& take) {
     // Of 4 bits all products are in `low`.
     typename V::Int low[M][Wide], high[M][Wide];
 #pragma GCC unroll 8
@@ -102,7 +144,7 @@ struct PairQuads {
       typename V::Int lows[Wide], highs[Wide];
 #pragma GCC unroll 2
       for (int w = 0; w < Wide; w++) {
-        const typename V::Int bytes = V::load(data + 64 * j + 4 * V::kLanes * w);
+        const typename V::Int bytes = V::load(data + 64 * j + apart * w);
         lows[w] = V::low(bytes);
         highs[w] = V::high(bytes);
       }

@@ -234,85 +234,117 @@ inline int64_t bytes_ahead() {
   return M > 4 ? 2048 : 0;
 }
 
-// A tile of M rows times `Wide` registers of outputs of a panel from `lane` on, to y of rows `stride` apart.
+// A tile of M rows times `Wide` registers of outputs of a panel from `lane` on, or of as many panels where a register has
+// one, to y of rows `stride` and panels `apart` from each other.
 template <int Bits, bool Offset, int M, int Wide>
-inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride) {
+inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride,
+                 int64_t apart) {
+  constexpr bool kWhole = Vec::kLanes == kPanel;
   using Quads = typename Vec::template Quads<Bits>;
   const int64_t groups = weight.groups(), bytes = weight.group_bytes();
   const uint8_t* data = weight.data + panel * groups * bytes + lane * 4;
   // The first outputs of a panel fetch for those that follow.
   const int64_t ahead = lane > 0 ? 0 : bytes_ahead<Bits, M>();
+  const int64_t bytes_apart = kWhole ? groups * bytes : 4 * Vec::kLanes;
   Factors<Bits, Offset> factors[Wide];
   Vec::Float sums[Wide][M];
 #pragma GCC unroll 2
   for (int w = 0; w < Wide; w++) {
-    factors[w].begin(weight, panel, lane + w * Vec::kLanes);
+    factors[w].begin(weight, panel + (kWhole ? w : 0), lane + (kWhole ? 0 : w * Vec::kLanes));
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) sums[w][m] = Vec::zero();
   }
   for (int64_t g = 0; g < groups; g++, data += bytes, rows += M) {
-    for (int64_t at = 0; at < bytes && ahead; at += 64) __builtin_prefetch(data + at + ahead);
+    // Behind the end of one of two panels begins the other, which is read already.
+    const uint8_t* next = data + ahead + (kWhole && Wide > 1 && g * bytes + ahead >= bytes_apart ? bytes_apart : 0);
+    for (int64_t at = 0; at < bytes && ahead; at += 64)
+#pragma GCC unroll 2
+      for (int w = 0; w < (kWhole ? Wide : 1); w++) __builtin_prefetch(next + at + w * bytes_apart);
 #pragma GCC unroll 2
     for (int w = 0; w < Wide; w++) factors[w].next();
     Quads::template multiply<M, Wide>(
-        data, rows, [&](int m, int w) { return factors[w].start(rows[m]); },
+        data, bytes_apart, rows, [&](int m, int w) { return factors[w].start(rows[m]); },
         [&](int m, int w, Vec::Int dot) { sums[w][m] = factors[w].added(dot, rows[m], sums[w][m]); });
   }
 #pragma GCC unroll 2
   for (int w = 0; w < Wide; w++)
-    put(sums[w], weight, panel * kPanel + lane + w * Vec::kLanes, y + lane + w * Vec::kLanes, stride);
+    put(sums[w], weight, panel * kPanel + lane + w * Vec::kLanes, y + lane + w * (kWhole ? apart : Vec::kLanes), stride);
 }
 
 // All outputs of a panel.
 template <int Bits, bool Offset, int M>
 inline void tiles_of_panel(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride) {
-  constexpr int kWide = Vec::template Quads<Bits>::template kWide<M>;
+  constexpr int kBest = Vec::template Quads<Bits>::template kWide<M>, kWide = Vec::kLanes == kPanel ? 1 : kBest;
   for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += kWide * Vec::kLanes)
-    tile<Bits, Offset, M, kWide>(rows, weight, panel, lane, y, stride);
+    tile<Bits, Offset, M, kWide>(rows, weight, panel, lane, y, stride, 0);
+}
+
+// Of two panels, where that is faster.
+template <int Bits, bool Offset, int M>
+inline void tiles_of_two(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride, int64_t apart) {
+  if constexpr (Vec::kLanes == kPanel && Vec::template Quads<Bits>::template kWide<M> == 2) {
+    tile<Bits, Offset, M, 2>(rows, weight, panel, 0, y, stride, apart);
+  } else {
+    tiles_of_panel<Bits, Offset, M>(rows, weight, panel, y, stride);
+    tiles_of_panel<Bits, Offset, M>(rows, weight, panel + 1, y + apart, stride);
+  }
 }
 
 using Tile = void (*)(const Group*, const Weight&, int64_t, float*, int64_t);
+using TwoTiles = void (*)(const Group*, const Weight&, int64_t, float*, int64_t, int64_t);
 
 // Of 1 to Vec::kRows rows.
 template <int Bits, bool Offset>
 struct Tiles {
   Tile of[Vec::kRows + 1] = {};
+  TwoTiles of_two[Vec::kRows + 1] = {};
   constexpr Tiles() { fill<Vec::kRows>(); }
   template <int M>
   constexpr void fill() {
     of[M] = tiles_of_panel<Bits, Offset, M>;
+    of_two[M] = tiles_of_two<Bits, Offset, M>;
     if constexpr (M > 1) fill<M - 1>();
   }
 };
 
 #include "file_tiles.h"
 
-// Of rows first..last to y, whose first value is that of row `first` and the panel's first output.
-inline void multiply(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y,
-                     int64_t stride) {
+// Of rows first..last and panels panel..end to y, whose first value is that of row `first` and the first output.
+inline void multiply(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, int64_t end,
+                     float* y, int64_t stride, int64_t apart) {
   static constexpr Tiles<4, false> in_4_bits{};
   static constexpr Tiles<4, true> with_offsets{};
   static constexpr Tiles<8, false> in_8_bits{};
+  const bool file = weight.multiples || weight.bits == 5;
   const Tile* tiles = weight.bits == 8 ? in_8_bits.of : weight.offsets ? with_offsets.of : in_4_bits.of;
-  if (weight.multiples || weight.bits == 5) tiles = tiles_of_file(weight);
-  for (int64_t m = first; m < last; m += Vec::kRows)
-    tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride);
+  if (file) tiles = tiles_of_file(weight);
+  if (Vec::kLanes == kPanel && last - first > 1 && !file) {
+    const TwoTiles* two = weight.bits == 8 ? in_8_bits.of_two : weight.offsets ? with_offsets.of_two : in_4_bits.of_two;
+    for (; panel + 1 < end; panel += 2, y += 2 * apart)
+      for (int64_t m = first; m < last; m += Vec::kRows)
+        two[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride, apart);
+  }
+  for (; panel < end; panel++, y += apart)
+    for (int64_t m = first; m < last; m += Vec::kRows)
+      tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride);
 }
+
+constexpr int64_t kGatedRows = 2 * kTaskRows;  // of all panels
 
 // Of as many panels as there is room for all gates, then all ups: memory is read in longer streams.
 inline void gated_panels(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel,
                          int64_t end) {
   const Weight& weight = product.weight;
-  const int64_t values = (last - first) * kPanel;  // of a panel
-  float gate[kTaskRows * kPanel], up[kTaskRows * kPanel];
-  if (end == weight.panels()) std::memset(gate, 0, sizeof(gate)), std::memset(up, 0, sizeof(up));  // it may not be full
-  for (int64_t p = panel; p < end; p++)
-    multiply(rows, first, last, weight, p, gate + (p - panel) * values, kPanel);
-  const int64_t all = (end - panel) * values;
+  const int64_t values = (last - first) * kPanel, all = (end - panel) * values;  // of a panel, of all
+  float gate[kGatedRows * kPanel], up[kGatedRows * kPanel];
+  if (weight.outputs < end * kPanel) {  // the last is not full
+    std::memset(gate, 0, static_cast<size_t>(all) * sizeof(float));
+    std::memset(up, 0, static_cast<size_t>(all) * sizeof(float));
+  }
+  multiply(rows, first, last, weight, panel, end, gate, kPanel, values);
   activate(product.activation, gate, all);
   if (product.up.data != nullptr) {
-    for (int64_t p = panel; p < end; p++)
-      multiply(rows, first, last, product.up, p, up + (p - panel) * values, kPanel);
+    multiply(rows, first, last, product.up, panel, end, up, kPanel, values);
     for (int64_t i = 0; i < all; i++) gate[i] *= up[i];
   }
   for (int64_t p = panel; p < end; p++) {
@@ -328,16 +360,12 @@ inline void panels(const Product& product, const Group* rows, int64_t first, int
   const Weight& weight = product.weight;
   if (product.beside || (product.activation == kNone && product.up.data == nullptr)) {
     float* y = product.y + first * product.outputs();
-    for (; panel < end; panel++) {
-      const int64_t behind = panel - weight.panels();
-      if (behind < 0)
-        multiply(rows, first, last, weight, panel, y + panel * kPanel, product.outputs());
-      else
-        multiply(rows, first, last, product.up, behind, y + weight.outputs + behind * kPanel, product.outputs());
-    }
+    const int64_t own = weight.panels(), stride = product.outputs(), behind = panel > own ? panel - own : 0;
+    multiply(rows, first, last, weight, panel, end < own ? end : own, y + panel * kPanel, stride, kPanel);
+    multiply(rows, first, last, product.up, behind, end - own, y + weight.outputs + behind * kPanel, stride, kPanel);
     return;
   }
-  const int64_t most = kTaskRows / (last - first);
+  const int64_t most = kGatedRows / (last - first);
   for (; panel < end; panel += most)
     gated_panels(product, rows, first, last, panel, end - panel < most ? end : panel + most);
 }
