@@ -221,6 +221,7 @@ def pack(
         save_file(tensors, partial)
         packed = replace(packed, tensors_sha256=_tensors_sha256(partial))
         save_file(tensors, partial, metadata={_METADATA: json.dumps(asdict(packed), sort_keys=True)})
+        partial.chmod(0o644)  # safetensors lets the owner alone read
     return packed
 
 
