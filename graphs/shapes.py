@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from graphs.description import Description, Encoder, Linear, Norm, Spectrogram
+from graphs.description import ACTIVATIONS, Activation, Description, Encoder, Linear, Norm, Spectrogram
 from graphs.errors import UnsupportedModelError
 from graphs.exit_head import EXIT_LAYERS, EXIT_MAP, own_layers
 from graphs.weights import Weights
@@ -130,6 +130,14 @@ def _refused(config: Mapping[str, Any], name: str, wanted: str) -> UnsupportedMo
     text = repr(config[name])
     shown = text if len(text) <= 40 else text[:37] + "..."
     return UnsupportedModelError(f"{name} is {shown} in the configuration; {wanted}")
+
+
+def activation_of(config: Mapping[str, Any], field: str, default: str = "") -> Activation:
+    """The activation that a field of a configuration names. Raises UnsupportedModelError for an unknown one."""
+    name = str(config.get(field, default))
+    if name not in ACTIVATIONS:
+        raise UnsupportedModelError(f"{field} {name!r} is not supported; known are {list(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def vocabulary_size(weights: Weights, embedding: str, width: int) -> int:

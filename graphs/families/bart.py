@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 
 from graphs.description import (
-    ACTIVATIONS,
     MLP,
     Attention,
     Decoder,
@@ -24,7 +23,7 @@ from graphs.description import (
     Positions,
 )
 from graphs.errors import UnsupportedModelError
-from graphs.shapes import vocabulary_size
+from graphs.shapes import activation_of, vocabulary_size
 from graphs.weights import Weights
 
 
@@ -63,10 +62,6 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
             "share_encoder_decoder_embeddings is False, so prompt and output have vocabularies of their own, which is "
             "not supported; use a model that shares them"
         )
-    if config["activation_function"] not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"activation_function {config['activation_function']!r} is not supported; known are {list(ACTIVATIONS)}"
-        )
     kind, width = KINDS[config["model_type"]], int(config["d_model"])
     table = next((name for name in EMBEDDINGS if name in weights), EMBEDDINGS[0])
     # Untied, encoder and decoder have tables of their own, too.
@@ -74,11 +69,11 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     own = {side: f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
     tables = {side: table if tied or name not in weights else name for side, name in own.items()}
     head = Head(
-        _norm("model.decoder.layer_norm") if kind.final_norm else None,
+        norm("model.decoder.layer_norm") if kind.final_norm else None,
         table if tied else "lm_head.weight",
         bias="final_logits_bias" if "final_logits_bias" in weights else None,
     )
-    decoder, encoder = (_layers(config, side) for side in ("decoder", "encoder"))
+    decoder, encoder = (layers(config, side, kind.order) for side in ("decoder", "encoder"))
     return Description(
         family="bart",
         vocab_size=vocabulary_size(weights, table, width),
@@ -89,7 +84,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         encoder=Encoder(
             _embedding(config, weights, "encoder", tables),
             encoder,
-            _norm("model.encoder.layer_norm") if kind.final_norm else None,
+            norm("model.encoder.layer_norm") if kind.final_norm else None,
         ),
     )
 
@@ -109,12 +104,15 @@ def _embedding(config: Mapping[str, Any], weights: Weights, side: str, tables: M
         # Positions count from behind that of padding.
         offset = int(config["pad_token_id"]) + 1
         positions = Positions(count, offset=offset, frequencies=tuple(map(float, np.exp(exponents))))
-    norm = _norm(f"model.{side}.layernorm_embedding") if kind.embedding_norm else None
-    return Embedding(tables[side], math.sqrt(width) if config.get("scale_embedding") else 1.0, positions, norm)
+    behind = norm(f"model.{side}.layernorm_embedding") if kind.embedding_norm else None
+    return Embedding(tables[side], math.sqrt(width) if config.get("scale_embedding") else 1.0, positions, behind)
 
 
-def _layers(config: Mapping[str, Any], side: str) -> tuple[Layer, ...]:
-    heads, activation = int(config[f"{side}_attention_heads"]), ACTIVATIONS[config["activation_function"]]
+def layers(
+    config: Mapping[str, Any], side: str, order: Literal["pre", "post"] = "pre", key_bias: bool = True
+) -> tuple[Layer, ...]:
+    """The layers of `side`, "encoder" or "decoder", as Whisper has them, too, without biases of the keys."""
+    heads, activation = int(config[f"{side}_attention_heads"]), activation_of(config, "activation_function")
     if config["d_model"] % heads:
         raise UnsupportedModelError(
             f"d_model is {config['d_model']} in the configuration, not a multiple of {side}_attention_heads, {heads}"
@@ -122,27 +120,28 @@ def _layers(config: Mapping[str, Any], side: str) -> tuple[Layer, ...]:
 
     def attention(name: str) -> Attention:
         size = int(config["d_model"]) // heads
-        query, key, value, output = (_linear(f"{name}.{part}_proj") for part in ("q", "k", "v", "out"))
+        query, key, value, output = (linear(f"{name}.{part}_proj") for part in ("q", "k", "v", "out"))
+        key = key if key_bias else Linear(key.weight)
         return Attention(heads, heads, size, size**-0.5, query, key, value, output)
 
     def layer(name: str) -> Layer:
         crosses = side == "decoder"
         return Layer(
-            attention_norm=_norm(f"{name}.self_attn_layer_norm"),
+            attention_norm=norm(f"{name}.self_attn_layer_norm"),
             attention=attention(f"{name}.self_attn"),
-            cross_norm=_norm(f"{name}.encoder_attn_layer_norm") if crosses else None,
+            cross_norm=norm(f"{name}.encoder_attn_layer_norm") if crosses else None,
             cross=attention(f"{name}.encoder_attn") if crosses else None,
-            mlp_norm=_norm(f"{name}.final_layer_norm"),
-            mlp=MLP(activation, up=_linear(f"{name}.fc1"), down=_linear(f"{name}.fc2")),
-            order=KINDS[config["model_type"]].order,
+            mlp_norm=norm(f"{name}.final_layer_norm"),
+            mlp=MLP(activation, up=linear(f"{name}.fc1"), down=linear(f"{name}.fc2")),
+            order=order,
         )
 
     return tuple(layer(f"model.{side}.layers.{number}") for number in range(int(config[f"{side}_layers"])))
 
 
-def _linear(name: str) -> Linear:
+def linear(name: str) -> Linear:
     return Linear(f"{name}.weight", f"{name}.bias")
 
 
-def _norm(name: str) -> Norm:
+def norm(name: str) -> Norm:
     return Norm(f"{name}.weight", EPSILON, "layer", f"{name}.bias")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphs.description import (
-    ACTIVATIONS,
     MLP,
+    Activation,
     Attention,
     Decoder,
     Description,
@@ -20,7 +20,7 @@ from graphs.description import (
     Positions,
 )
 from graphs.errors import UnsupportedModelError
-from graphs.shapes import vocabulary_size
+from graphs.shapes import activation_of, vocabulary_size
 from graphs.weights import View, Weights
 
 MODEL_TYPES = ("gpt2",)
@@ -31,10 +31,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     if config.get("add_cross_attention") or not config.get("scale_attn_weights", True):
         field = "add_cross_attention" if config.get("add_cross_attention") else "scale_attn_weights"
         raise UnsupportedModelError(f"{field} {config[field]} is not supported for gpt2")
-    if (activation := str(config.get("activation_function", "gelu_new"))) not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"activation_function {activation!r} is not supported; known are {list(ACTIVATIONS)}"
-        )
+    activation = activation_of(config, "activation_function", "gelu_new")
     # The first checkpoints have the names of the model without a head.
     prefix = "transformer." if "transformer.wte.weight" in weights else ""
     width, table = int(config["n_embd"]), f"{prefix}wte.weight"
@@ -50,7 +47,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     )
 
 
-def _layer(config: Mapping[str, Any], activation: str, name: str, number: int) -> Layer:
+def _layer(config: Mapping[str, Any], activation: Activation, name: str, number: int) -> Layer:
     heads, width = int(config["n_head"]), int(config["n_embd"])
     scale = (width // heads) ** -0.5
     if config.get("scale_attn_by_inverse_layer_idx"):
@@ -69,7 +66,7 @@ def _layer(config: Mapping[str, Any], activation: str, name: str, number: int) -
         attention_norm=_norm(config, f"{name}.ln_1"),
         attention=attention,
         mlp_norm=_norm(config, f"{name}.ln_2"),
-        mlp=MLP(ACTIVATIONS[activation], _linear(f"{name}.mlp.c_fc"), _linear(f"{name}.mlp.c_proj")),
+        mlp=MLP(activation, _linear(f"{name}.mlp.c_fc"), _linear(f"{name}.mlp.c_proj")),
     )
 
 

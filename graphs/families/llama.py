@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from graphs.description import ACTIVATIONS, MLP, Attention, Decoder, Description, Embedding, Head, Layer, Linear, Norm
-from graphs.errors import UnsupportedModelError
+from graphs.description import MLP, Attention, Decoder, Description, Embedding, Head, Layer, Linear, Norm
 from graphs.families.rotary import rotary
-from graphs.shapes import vocabulary_size
+from graphs.shapes import activation_of, vocabulary_size
 from graphs.weights import View, Weights
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
@@ -44,9 +43,7 @@ def description(
 def decoder_layer(config: Mapping[str, Any], weights: Weights, number: int) -> Layer:
     """Layer `number`, from 0."""
     name = f"model.layers.{number}"
-    activation = str(config.get("hidden_act", "silu"))
-    if activation not in ACTIVATIONS:
-        raise UnsupportedModelError(f"hidden_act {activation!r} is not supported; known are {list(ACTIVATIONS)}")
+    activation = activation_of(config, "hidden_act", "silu")
     if config["model_type"] == "phi3":
         inner = int(config["intermediate_size"])
         gate, up = _rows_of(f"{name}.mlp.gate_up_proj.weight", inner)
@@ -56,7 +53,7 @@ def decoder_layer(config: Mapping[str, Any], weights: Weights, number: int) -> L
         attention_norm=norm(config, f"{name}.input_layernorm"),
         attention=_attention(config, weights, number, f"{name}.self_attn"),
         mlp_norm=norm(config, f"{name}.post_attention_layernorm"),
-        mlp=MLP(ACTIVATIONS[activation], up, _output(config, weights, f"{name}.mlp.down_proj"), gate),
+        mlp=MLP(activation, up, _output(config, weights, f"{name}.mlp.down_proj"), gate),
     )
 
 
