@@ -1,21 +1,19 @@
-"""Measures what a precision costs in answers, and whether the modes of a bundle give the same tokens.
+"""Measures what a precision costs in answers.
 
     python -m tools.quality precisions FP32 BUNDLE ... --output quality.json
-    python -m tools.quality modes BUNDLE --samples 200
     python -m tools.quality file FILE.gguf BUNDLE ... --data text.jsonl --output file.json
 
 `precisions` compares bundles of one chat model with its fp32 bundle on prompts of ten kinds: how many greedy answers
 are the same, what the fp32 model thinks of an answer (mean log-likelihood of its tokens), and how often both choose the
-same next token where both have read the fp32 answer so far. `modes` compares token ids: lossless with full, and batches
-of requests with the same requests alone. `file` compares bundles with the GGUF file that they were made from: their
-sizes, the formats of their weights, and their predictions with those of the file's dequantized weights.
+same next token where both have read the fp32 answer so far. `file` compares bundles with the GGUF file that they were
+made from: their sizes, the formats of their weights, and their predictions with those of its dequantized weights.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +25,6 @@ import numpy as np
 from runtime import Bundle, GenerationResult, Session
 from runtime.machine.machine import host
 
-# Two logits that are nearer than this may change places between one row and several in fp32.
-TIE = 1e-4
 PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
 Tokens = Sequence[int]
 
@@ -130,45 +126,6 @@ def compare(paths: Sequence[Path], samples: int, tokens: int, slots: int, thread
     return rows
 
 
-def differences(
-    session: Session, prompts: Sequence[Any], thresholds: Sequence[float], tokens: int
-) -> Iterator[tuple[str, int, int, int, float]]:
-    """For each setting its name, how many prompts differ from the setting that they must equal, drafts that were
-    rejected, drafts that were accepted, and the largest distance where one differs: of the two best logits, or of the
-    confidence from the threshold.
-
-    Lossless has the answer of full with every seventh token changed as its predicted output, so that drafts are both
-    accepted and rejected.
-    """
-    # Requests of all lengths, so that rows of common calls join and leave at all times.
-    lengths = np.random.default_rng(0).integers(tokens // 2 or 1, tokens + 1, len(prompts)).tolist()
-    options = [{"max_new_tokens": length} for length in lengths]
-    slots, vocabulary = session.options.slots, session.manifest.vocab_size
-
-    def run(at_once: int, own: Sequence[dict[str, Any]] = options, **common: Any) -> list[GenerationResult]:
-        return decode(session, prompts, at_once, own, ignore_eos=True, **common)
-
-    full = run(1, mode="full")
-    predicted = [[t if n % 7 else (t + 1) % vocabulary for n, t in enumerate(r.token_ids, 1)] for r in full]
-    drafting = [{**one, "predicted_output": ids} for one, ids in zip(options, predicted, strict=True)]
-    settings = [("full, together", 1.0, full, run(slots, mode="full"))]
-    for threshold in thresholds:
-        free, together = (run(at_once, mode="free", threshold=threshold) for at_once in (1, slots))
-        settings.append((f"free, threshold {threshold:g}, together", threshold, free, together))
-        for at_once in (1, slots):
-            name = f"lossless, threshold {threshold:g}, {'alone' if at_once == 1 else 'together'}"
-            settings.append((name, threshold, full, run(at_once, drafting, mode="lossless", threshold=threshold)))
-    for name, threshold, wanted, found in settings:
-        gaps = []
-        for prompt, ours, theirs in zip(prompts, found, wanted, strict=True):
-            if (place := first_difference(ours.token_ids, theirs.token_ids)) is not None:
-                (forced,) = force(session, [prompt], [[*theirs.token_ids, 0][: place + 1]], 1)
-                confidence = [*theirs.confidence, None][place]
-                gaps.append(min(forced.gaps[-1], np.inf if confidence is None else abs(confidence - threshold)))
-        accepted = sum(each.accepted for result in found for each in result.stats.drafts.values())
-        yield name, len(gaps), sum(result.stats.rejected for result in found), accepted, max(gaps, default=0.0)
-
-
 @click.group(help=__doc__, context_settings={"show_default": True})
 def main() -> None:
     pass
@@ -230,29 +187,6 @@ def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | N
     if output is not None:
         content = {"model": model.name, "file_bytes": size, "processor": host(1).processor, "rows": rows}
         output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-@main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--samples", type=click.IntRange(1), default=200, help="Prompts of random tokens.")
-@click.option("--threshold", "thresholds", type=click.FloatRange(0, 1), multiple=True, default=(0.0, 0.5, 0.8))
-@click.option("--tokens", type=click.IntRange(1), default=48)
-@click.option("--slots", type=click.IntRange(2), default=8, help="Requests at once.")
-@click.option("--threads", type=click.IntRange(1), default=1)
-def modes(bundle: Path, samples: int, thresholds: tuple[float, ...], tokens: int, slots: int, threads: int) -> None:
-    """Compare the tokens of modes and of batches. Fails on a difference that is no tie of fp32."""
-    wrong = []
-    with Session(bundle, threads=threads, slots=slots) as session:
-        tie = TIE if session.manifest.precision == "fp32" else 0.0
-        source, vocabulary = np.random.default_rng(1), session.manifest.vocab_size
-        prompts = [source.integers(3, vocabulary, source.integers(1, 40)).tolist() for _ in range(samples)]
-        for name, differ, rejected, accepted, gap in differences(session, prompts, thresholds, tokens):
-            drafts = f", {accepted} drafts accepted and {rejected} rejected" if accepted + rejected else ""
-            click.echo(f"{name}: {samples - differ} of {samples} the same{drafts}")
-            if differ and not gap < tie:
-                wrong.append(f"{name}: {gap:.2g} apart")
-    if wrong:
-        raise SystemExit(f"error: differences that are no ties: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`freeexport evaluate`: methods of decoding, layers to exit after, and outputs before a judge."""
+"""`freeexport evaluate`: methods of decoding, and layers to exit after."""
 
 from __future__ import annotations
 
@@ -110,49 +110,6 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     for text in found.report["verdicts"]:
         click.echo(f"\n{text}")
     click.echo(f"\n{found.options.output}: {FILES}")
-
-
-@command.command("judge")
-@click.argument("output", type=click.Path(path_type=Path))
-@click.option("--endpoint", required=True, metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1.")
-@click.option("--judge-model", "model", required=True, help="The chat model that judges.")
-@click.option(
-    "--setting",
-    required=True,
-    help="What is compared with full, such as 'free 0.8', or 'BUNDLE: free 0.8' where there are several.",
-)
-@click.option("--kind", "kinds", type=click.Choice(["likert", "pairwise"]), multiple=True,
-              default=["likert", "pairwise"],
-              help="likert: each output from 1 to 5. pairwise: the better one of two. May be repeated.")  # fmt: skip
-@click.option("--data", type=click.Path(path_type=Path), help="JSONL of the evaluation, where it was moved.")
-@click.option("--samples", type=click.IntRange(1), default=100, help=SAMPLES)
-@click.option("--repeats", type=click.IntRange(1), default=2,
-              help="Verdicts of each; a pair changes its order from one to the next.")  # fmt: skip
-@click.option("--parallel", type=click.IntRange(1), default=4, help="Requests at once.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def judge_outputs(output: Path, endpoint: str, model: str, setting: str, as_json: bool, **given: Any) -> None:
-    """Have a chat model judge what `evaluate` left in the directory OUTPUT: full against another setting.
-
-    The order of a pair is random and changes with each repeat. An interrupted run goes on: nothing is judged twice. A
-    key is read from the environment variable OPENAI_API_KEY.
-
-    \b
-    Example:
-      freeexport evaluate judge results --endpoint https://host/v1 --judge-model NAME --setting "free 0.8"
-    """
-    import os
-
-    from freeexport.measure.judge import Endpoint, JudgeOptions, judge, only_bundle, summary, summary_tables
-    from freeexport.system.output import write_whole
-
-    bundle, _, name = setting.rpartition(": ")
-    options = JudgeOptions(output, bundle or only_bundle(output), name, model, **given)
-    found = summary(judge(options, Endpoint(endpoint, model, os.environ.get("OPENAI_API_KEY") or None)), options)
-    write_whole(output / "judge.json", json.dumps(found, indent=2) + "\n")
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-        return
-    print_page(summary_tables(found, options))
 
 
 @command.command("layers")

@@ -18,7 +18,7 @@ PURPOSES: dict[str, str] = {
     "bench": "plot what was measured",
     "calibrate": "fit the exit threshold",
     "metrics": "compare outputs when calibrating",
-    "evaluate": "compare methods on a task, and have outputs judged",
+    "evaluate": "compare methods on a task",
     "demo": "run the demo",
     "optimum": "export encoders that the builder does not know (holds transformers at 4.57)",
 }

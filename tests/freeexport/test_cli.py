@@ -79,7 +79,7 @@ def test_extras_are_those_that_the_installed_distribution_declares() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras().keys() == PURPOSES.keys() == declared.keys() - {"dev"}
     assert extras()["convert"][:2] == ("torch", "transformers")
-    assert {"rapidfuzz", "sacrebleu", "matplotlib", "httpx"} <= set(extras()["evaluate"])  # [metrics] within it
+    assert {"rapidfuzz", "sacrebleu", "matplotlib"} <= set(extras()["evaluate"])  # [metrics] within it
     assert {"torch", "peft"} <= set(extras()["train"])
     assert missing_of("gpu", {"onnxruntime": "1"}.get) == ()
 

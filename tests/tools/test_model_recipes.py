@@ -1,4 +1,4 @@
-"""Recipes train for hours: here their commands are read as click would, and what these write is only pretended."""
+"""Tools that make models."""
 
 from __future__ import annotations
 
@@ -20,17 +20,9 @@ from freeexport.cli import main as freeexport
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from runtime import Session
-from tools.data.splits import DataError
-from tools.models import cut_vocabulary, demo_model, difference_lora, g2p_table, recipe, task_model
+from tools.models import cut_vocabulary, demo_model, difference_lora
 
 BY_NAME = {case.name: case for case in CASES}
-RECIPES = {
-    "demo_model": (demo_model, ()),
-    "g2p_table": (g2p_table, ()),
-    "restoration": (task_model, ("smollm2", "restoration", "--begin", "trained")),
-    "phrases": (task_model, ("smollm2", "phrases", "--budget", "30h", "--paper")),
-    "t5": (task_model, ("flan-t5-small", "restoration")),
-}
 
 
 def read(verb: str, arguments: list[str]) -> dict[str, object]:
@@ -44,52 +36,40 @@ def read(verb: str, arguments: list[str]) -> dict[str, object]:
     return command.make_context(verb, [*arguments], parent=context).params
 
 
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands that recipes run: each output is an empty directory or file, so that the next step finds it."""
-    found: list[list[str]] = []
+@pytest.mark.parametrize("bf16", [False, True])
+def test_options_that_the_recipe_gives_are_those_of_the_commands(
+    bf16: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Training takes hours: here commands are read as click would, and what these write is only pretended."""
+    given: list[list[str]] = []
 
-    def pretend(*given: object) -> None:
-        arguments = [str(argument) for argument in given]
-        found.append(arguments)
-        if arguments[:2] in (["freeexport", "train"], ["freeexport", "convert"]):
-            Path(arguments[3]).mkdir()
-        elif arguments[0] in ("tools.models.flan_t5", "tools.models.cut_vocabulary"):
-            Path(arguments[2]).mkdir()
-        elif arguments[0].startswith("tools.data."):
-            out = Path(arguments[2] if arguments[0].endswith("debian") else arguments[1])
+    def pretend(*arguments: object) -> None:
+        module, *rest = map(str, arguments)
+        if module == "freeexport":
+            given.append(rest)
+            if rest[0] in ("train", "convert"):
+                Path(rest[2]).mkdir()
+        else:
+            out = Path(rest[0])
             out.mkdir()
             for split in ("train", "validation", "calibration", "test"):
                 (out / f"{split}.jsonl").write_text('{"input": "a", "target": "b", "references": [["b"], ["c"]]}\n')
 
-    for module in (recipe, demo_model, g2p_table, task_model):
-        monkeypatch.setattr(module, "python", pretend)
-    monkeypatch.setattr(task_model, "smollm2", lambda: "model.gguf")
-    monkeypatch.setattr(task_model, "WHEEL", __file__)
-    return found
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_options_that_recipes_give_are_those_of_the_commands(
-    name: str, commands: list[list[str]], tmp_path: Path
-) -> None:
-    module, arguments = RECIPES[name]
-    result = CliRunner().invoke(module.command, [*arguments, str(tmp_path)], catch_exceptions=False)
+    monkeypatch.setattr(demo_model, "python", pretend)
+    monkeypatch.setattr(demo_model, "multiplies_bfloat16", lambda: bf16)
+    result = CliRunner().invoke(demo_model.command, [str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    if module is demo_model:
-        demo_model.calibrate(tmp_path)
-    given = [command[1:] for command in commands if command[0] == "freeexport"]
+    demo_model.calibrate(tmp_path)
     for verb, *options in given:
         read(verb, options)
-    verbs = [verb for verb, *_ in given]
-    assert set(verbs) >= ({"fit"} if module is task_model else {"train", "convert", "evaluate"})
-
-
-def test_a_task_that_a_model_has_not_is_refused(tmp_path: Path) -> None:
-    result = CliRunner().invoke(task_model.command, ["flan-t5-small", "phrases", str(tmp_path / "work")])
-    assert result.exit_code == 2
-    assert "flan-t5-small has no task phrases; choose from restoration" in result.output
-    assert not (tmp_path / "work").exists()
+    assert {verb for verb, *_ in given} == {"train", "convert", "evaluate", "calibrate"}
+    trained = [options for verb, *options in given if verb == "train"]
+    assert all(("--bf16" in options) is bf16 for options in trained)
+    (tmp_path / "stage2").rmdir()
+    (tmp_path / "stage2.training").mkdir()
+    given.clear()
+    demo_model.train_stages(tmp_path)
+    assert [(Path(options[1]).name, "--resume" in options) for _, *options in given] == [("stage2", True)]
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "t5-gated-tied"])
@@ -138,63 +118,6 @@ def test_a_difference_of_low_rank_is_an_adapter(checkpoint: Callable[[Case], Pat
     assert merged.exit is not None
     assert merged.exit.exit_layer == 1
     assert all(np.allclose(merged.read(name), array, atol=1e-4) for name, array in tensors.items())
-
-
-def test_a_recipe_that_was_interrupted_makes_only_what_is_missing(commands: list[list[str]], tmp_path: Path) -> None:
-    runner = CliRunner()
-    runner.invoke(g2p_table.command, [str(tmp_path), "--train-only"], catch_exceptions=False)
-    trained = [command[3] for command in commands if command[:2] == ["freeexport", "train"]]
-    assert len(trained) == len(set(trained)) == 1 + len(g2p_table.TRAININGS)
-    (tmp_path / "kd-dyn-2-1").rmdir()
-    (tmp_path / "kd-dyn-2-1.training").mkdir()
-    commands.clear()
-    runner.invoke(g2p_table.command, [str(tmp_path), "--train-only"], catch_exceptions=False)
-    again = [command for command in commands if command[:2] == ["freeexport", "train"]]
-    assert [Path(command[3]).name for command in again] == ["kd-dyn-2-1"]
-    assert "--resume" in again[0]
-
-
-@pytest.mark.parametrize("fast", [False, True])
-def test_recipes_train_in_bfloat16_only_where_the_processor_multiplies_it(
-    fast: bool, commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recipe, "multiplies_bfloat16", lambda: fast)
-    recipe.train("model", tmp_path / "out")
-    assert ("--bf16" in commands[0]) is fast
-
-
-def test_one_table_makes_only_what_it_needs(commands: list[list[str]], tmp_path: Path) -> None:
-    arguments = [str(tmp_path), "--only", "losses-int8-seed-0", "--threads", "2"]
-    CliRunner().invoke(g2p_table.command, arguments, catch_exceptions=False)
-    trained = [Path(command[3]).name for command in commands if command[:2] == ["freeexport", "train"]]
-    assert trained == ["stage1", *(f"{loss}-2-0" for loss in g2p_table.METHODS)]
-    (evaluation,) = [command[1:] for command in commands if command[:2] == ["freeexport", "evaluate"]]
-    assert all(f"{tmp_path}/{loss}-2-0-int8=" in " ".join(evaluation) for loss in g2p_table.METHODS)
-    options = read(evaluation[0], evaluation[1:])
-    assert (options["threads"], options["output"]) == (2, tmp_path / "results-2" / "losses-int8-seed-0")
-
-
-def test_every_table_is_made_under_its_name(commands: list[list[str]], tmp_path: Path) -> None:
-    CliRunner().invoke(g2p_table.command, [str(tmp_path)], catch_exceptions=False)
-    outputs = [Path(command[-1]).relative_to(tmp_path) for command in commands if command[1] == "evaluate"]
-    assert outputs == [Path("results") / name for name in g2p_table.TABLES]
-
-
-def test_trainings_may_begin_with_another_checkpoint_but_all_with_one(
-    commands: list[list[str]], tmp_path: Path
-) -> None:
-    begin, other, work = (tmp_path / name for name in ("begin", "other", "work"))
-    begin.mkdir()
-    other.mkdir()
-    arguments = [str(work), "--only", "confidence", "--begin"]
-    for _ in range(2):
-        CliRunner().invoke(g2p_table.command, [*arguments, str(begin)], catch_exceptions=False)
-        trained = [command[2:4] for command in commands if command[:2] == ["freeexport", "train"]]
-        assert trained == [[str(work / "stage1"), str(work / g2p_table.BEST.name)]]
-    assert (work / "stage1").resolve() == begin
-    assert not any(command[0] == "tools.data.g2p_tokenizer" for command in commands)
-    with pytest.raises(DataError, match="choose another WORK"):
-        g2p_table.begin_with(work, other)
 
 
 def test_the_shipped_model_can_be_trained_further(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Answers of precisions compared with fp32's, and tokens of modes and batches with each other."""
+"""Answers of precisions compared with fp32's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from checkpoints import CASES, Bundles
 from click.testing import CliRunner
 
-from runtime.decoding.calls import SlotCall
 from tools.quality import chat_prompts, first_difference, main
 
 BY_NAME = {case.name: case for case in CASES}
@@ -36,34 +35,6 @@ def test_fp32_equals_itself_and_a_coarser_precision_is_less_likely(bundle: Bundl
     assert int4["likelihood"] < fp32["likelihood"] < 0
     assert int4["gap"] > 0
     assert sum(int4["same_by_kind"].values()) == int4["same_answers"]
-
-
-@pytest.mark.parametrize("name", ["llama-tied", "t5-wide-heads"])
-def test_modes_and_batches_of_quantized_bundles_give_the_same_tokens(name: str, bundle: Bundles) -> None:
-    path = bundle(BY_NAME[name], precision="mixed")
-    arguments = ["modes", str(path), "--samples", "16", "--tokens", "16", "--threshold", "0.3", "--slots", "5"]
-    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()
-    assert len(lines) == 4
-    assert all("16 of 16 the same" in line for line in lines)
-    assert "drafts accepted" in lines[-1]
-    assert ", 0 drafts accepted" not in lines[-1]
-
-
-def test_a_difference_is_listed_and_fails(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = SlotCall.run
-
-    def wrong(call: SlotCall) -> None:
-        run(call)
-        if len(call.outputs.get("nll", ())) > 1:
-            call.outputs["token"][:] = 5
-
-    monkeypatch.setattr(SlotCall, "run", wrong)
-    arguments = ["modes", str(bundle(BY_NAME["llama-tied"])), "--samples", "4", "--tokens", "12", "--threshold", "0.0"]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 1
-    assert "differences that are no ties: lossless, threshold 0, alone" in str(result.exception)
 
 
 @pytest.mark.parametrize(

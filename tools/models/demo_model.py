@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from typing import Any
 import click
 from safetensors import safe_open
 
+from freeexport.system.machine import multiplies_bfloat16
 from tools.data.splits import DataError, run
-from tools.models.recipe import ROOT, python, splits, train
 
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "freeexport" / "data" / "g2p"
 OTHER_EXIT_LAYER = 4
 TEST_PHRASES, SHORTEST_SHOWN = 100, 8
@@ -33,6 +36,28 @@ STAGES = (
     ("stage1", 26, "short", ("--batch-tokens", 3072, "--learning-rate", 7e-4, "--schedule", "constant")),
     ("stage2", 48, "long", ("--batch-tokens", 4096, "--learning-rate", 6e-4, "--schedule", "cosine")),
 )
+
+
+def python(*arguments: object) -> None:
+    """Run a module of this project; DataError where it fails."""
+    command = [str(argument) for argument in arguments]
+    click.echo("$ python -m " + " ".join(command))
+    if subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode:
+        raise DataError(f"python -m {command[0]} failed; its message is above; run this again to go on")
+
+
+def splits(data: Path) -> tuple[object, ...]:
+    """Options that train on one split of a data set and stop by another."""
+    return "--data", data / "train.jsonl", "--validation", data / "validation.jsonl"
+
+
+def train(model: object, out: Path, *options: object) -> Path:
+    """`freeexport train`, in bfloat16 where the processor has it; goes on where it was stopped; returns `out`."""
+    if not out.exists():
+        resume = ("--resume",) if out.with_name(out.name + ".training").exists() else ()
+        bf16 = ("--bf16",) if multiplies_bfloat16() else ()
+        python("freeexport", "train", model, out, *options, *bf16, *resume)
+    return out
 
 
 def build_data(work: Path) -> None:
