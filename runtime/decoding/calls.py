@@ -28,6 +28,9 @@ class Prediction(NamedTuple):
     logits: np.ndarray | None = None
 
 
+# Sequences for which a bound call is kept that none of them used: binding anew takes three times as long.
+KEPT = 3
+
 # The prediction at a row without the head.
 NOTHING = Prediction(-1)
 
@@ -55,7 +58,7 @@ class SlotCall:
     """
 
     __slots__ = (
-        *("_call", "_used", "batch_size", "exits", "heads", "inputs"),
+        *("_age", "_call", "_cross", "_kept", "batch_size", "exits", "heads", "inputs"),
         *("outputs", "owner", "rows", "runner", "seconds"),
     )
 
@@ -72,7 +75,9 @@ class SlotCall:
         self.owner, self.runner, self.inputs, self.outputs = owner, runner, inputs, outputs
         self.rows, self.heads, self.exits, self.seconds, self.batch_size = rows, heads, exits, 0.0, 1
         self._call: Call | None = None
-        self._used = False
+        self._kept: Call | None = None  # bound, but to what an earlier sequence read, `_age` sequences ago
+        self._age = 0
+        self._cross: Mapping[str, Any] = {}
 
     def submit(self) -> Event:
         """Run it by itself, where calls of its engine run."""
@@ -81,26 +86,29 @@ class SlotCall:
     def run(self) -> None:
         """Run it by itself, to its end."""
         call = self._call or self._bound()
-        self._used = True
         self.seconds, self.batch_size = self.runner.run(call), 1
 
     def _bound(self) -> Call:
-        if self._call is None:
+        if self._call is None and self._kept is not None:
+            self._kept.rebind(self._cross, {})
+            self._call, self._kept = self._kept, None
+        elif self._call is None:
             self._call = self.owner.bind(self)
-        self._used = True
         return self._call
 
     def attend(self, cross: Mapping[str, Any]) -> None:
-        """Read this instead of what the sequence before did. A call that it did not use is forgotten."""
-        if self._call is not None and self._used:
-            self._call.rebind(cross, {})
-        else:
-            self._call = None
-        self._used = False
+        """Read this instead of what the sequence before did, from the next run on. A call that KEPT sequences did not
+        use is forgotten, and with it what it had read."""
+        if self._call is not None:
+            self._kept, self._call, self._age = self._call, None, 0
+        elif self._age == KEPT:
+            self._kept = None
+        self._age += 1
+        self._cross = cross
 
     def forget(self) -> None:
         """The slot has changed: bind again."""
-        self._call = None
+        self._call = self._kept = None
 
 
 # Nothing: what follows are engine calls that a sequence which is alone runs itself.

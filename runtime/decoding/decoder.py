@@ -345,7 +345,8 @@ class Decoder:
 
     def _bind_both(self) -> tuple[SlotCall, SlotCall]:
         """The shallow decoder on `_token` without the head, and the deep one on what that gives, with it."""
-        deep = self._passes[0, 1, False] = self._deep_call(self._hidden, 1)
+        deep = self._passes.get((0, 1, False)) or self._deep_call(self._hidden, 1)
+        self._passes[0, 1, False] = deep
         self._both = self._step_call(False), deep
         return self._both
 
