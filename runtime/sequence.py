@@ -38,7 +38,7 @@ from runtime.speech import Sound, SpeechPrompt
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.grammar import Constraint, Grammar, Grammars
 from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected, encode_prompt
-from runtime.text.sampler import LogitsProcessor, Sampler, Warping, log_softmax
+from runtime.text.sampler import LogitsProcessor, Sampler, Warping
 from runtime.text.tokenizer import Tokenizer
 from runtime.thresholds import Thresholds
 
@@ -434,20 +434,19 @@ class Sequence(Response):
 
         def score(sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
             newest = sequences[:, -1] if sequences.shape[1] else np.full(len(sequences), self.prompt[-1])
-            raw = log_softmax((yield from rows.stepping(newest, sources)))
+            scores = Scores.of((yield from rows.stepping(newest, sources)))
             fixed = self._fixed.get(len(self.prompt) + sequences.shape[1])
             if fixed is not None:
-                processed = np.full_like(raw, -np.inf)
+                processed = np.full_like(scores.logits, -np.inf)
                 processed[:, fixed] = 0.0
-                return processed, raw
+                return scores._replace(processed=processed)
             if sampler is None:
-                return raw, raw
-            processed = np.empty_like(raw)
+                return scores
+            processed = (scores.logits - scores.log_sums[:, None]).astype(np.float32)
             for row, sequence in enumerate(sequences):
-                read = np.concatenate([self.prompt, sequence])
-                processed[row] = sampler.process(raw[row].astype(np.float32), read)
+                processed[row] = sampler.process(processed[row], np.concatenate([self.prompt, sequence]))
                 yield None
-            return processed, raw
+            return scores._replace(processed=processed)
 
         limit, penalty = self._end - len(self.prompt), float(options.length_penalty)
         search = BeamSearch(options.num_beams, limit, self._eos, penalty, options.early_stopping)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,28 @@ from runtime.engines.runner import Runner
 # Positions that the caches begin with, and grow from: an engine call takes as long as all their positions do.
 FIRST_ROWS = 32
 
+# Columns of logits that are looked at one by one where the best of them is among the best of all.
+COLUMNS = 64
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of what comes next: `logits` float32 [B, V] less `log_sums` float64 [B]. Beams are ranked by
+    `processed` ones, float [B, V], where there are any."""
+
+    logits: np.ndarray
+    log_sums: np.ndarray
+    processed: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, logits: np.ndarray) -> Scores:
+        """Computed in the type of the logits, as transformers does: a vocabulary is long, and read at every token."""
+        best = logits.max(axis=1, keepdims=True)
+        sums = np.exp(logits - best).sum(axis=1)
+        return cls(logits, best[:, 0].astype(np.float64) + np.log(sums))
+
+
 # A coroutine from continuations of the beams so far, int64 [B, n], and which of the former beams each goes on from,
-# int64 [B], to the scores of what comes next, float64 [B, V], processed and raw.
-Scores = tuple[np.ndarray, np.ndarray]
+# int64 [B].
 Scoring = Callable[[np.ndarray, np.ndarray], Waits[Scores]]
 
 # A beam that is there to fill a row, and must not win.
@@ -60,10 +79,11 @@ class BeamSearch:
                 yield None
             if cancelled():
                 return []
-            scores, raw = yield from score(sequences, sources)
-            totals, parents, tokens = self._candidates(totals[:, None] + scores)
+            scores = yield from score(sequences, sources)
+            totals, parents, tokens = self._candidates(totals, scores)
+            newest = scores.logits[parents, tokens] - scores.log_sums[parents]
             sequences = np.concatenate([sequences[parents], tokens[:, None]], axis=1)
-            logprobs = np.concatenate([logprobs[parents], raw[parents, tokens][:, None]], axis=1)
+            logprobs = np.concatenate([logprobs[parents], newest[:, None]], axis=1)
             ends = np.isin(tokens, list(self.eos)) | (length == self.limit)
             finished = self._finish(finished, sequences, logprobs, totals, ends)
             going = np.flatnonzero(~ends)[: self.beams]
@@ -75,14 +95,18 @@ class BeamSearch:
             sequences, logprobs, sources = sequences[fill], logprobs[fill], parents[fill]
         return finished
 
-    def _candidates(self, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The best continuations of all beams [B, V]: enough that `beams` go on even if all the others end. Their
-        totals, beams and tokens, best first."""
-        flat = totals.reshape(-1)
-        count = min(len(flat), self.beams * max(2, 1 + len(self.eos)))
-        best = np.argpartition(-flat, count - 1)[:count]
-        best = best[np.argsort(-flat[best], kind="stable")]
-        return flat[best], best // totals.shape[1], best % totals.shape[1]
+    def _candidates(self, totals: np.ndarray, scores: Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The best continuations of all beams, which have these `totals` [B]: enough that `beams` go on even if all the
+        others end. Their totals, beams and tokens, best first."""
+        plain = scores.processed is None
+        values = scores.logits if plain else scores.processed
+        totals = totals - scores.log_sums if plain else totals
+        assert values is not None
+        count = min(values.size, self.beams * max(2, 1 + len(self.eos)))
+        beams, tokens = _promising(values, totals, count)
+        found = totals[beams] + values[beams, tokens]
+        best = np.argsort(-found, kind="stable")[:count]
+        return found[best], beams[best], tokens[best]
 
     def _finish(
         self,
@@ -115,6 +139,22 @@ class BeamSearch:
 
     def _scaled(self, total: float, length: int) -> float:
         return float(total / length**self.length_penalty)
+
+
+def _promising(values: np.ndarray, totals: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of some `values` [B, V], in their order, with the `count` best of totals[:, None] + values among
+    them: those in sets of columns whose best is one of the `count` best of all sets."""
+    rows, columns = values.shape
+    sets = columns // COLUMNS
+    if rows * sets <= count:
+        beams, tokens = np.divmod(np.arange(values.size), columns)
+        return beams, tokens
+    peaks = totals[:, None] + values[:, : sets * COLUMNS].reshape(rows, COLUMNS, sets).max(axis=1)
+    # What is no number is not less, and so is seen.
+    beams, numbers = np.nonzero(~(peaks < np.partition(peaks, -count, axis=None)[-count]))
+    tokens = (numbers[:, None] + sets * np.arange(COLUMNS)).reshape(-1)
+    last = np.indices((rows, columns - sets * COLUMNS)).reshape(2, -1)
+    return np.append(np.repeat(beams, COLUMNS), last[0]), np.append(tokens, last[1] + sets * COLUMNS)
 
 
 class BeamRows:

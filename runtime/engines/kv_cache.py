@@ -83,11 +83,12 @@ class KVCache:
 
     def gather(self, sources: np.ndarray) -> None:
         """Make every slot i a copy of what slot `sources[i]` was."""
-        if (sources == np.arange(len(sources))).all():
+        changed = np.flatnonzero(sources != np.arange(len(sources)))
+        if len(changed) == 0:
             return
         length = int(self.lengths.max())
         for array in self.arrays.values():
-            array[:, :, :length] = array[sources, :, :length]
+            array[changed, :, :length] = array[sources[changed], :, :length]
         self.lengths[:] = self.lengths[sources]
 
     def resized(self, slots: int, rows: int) -> KVCache:

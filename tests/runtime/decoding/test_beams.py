@@ -38,7 +38,7 @@ class Language:
     def score(self, sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
         yield None
         rows = np.stack([self.after(tuple(row)) for row in sequences.tolist()])
-        return rows, rows
+        return Scores.of(rows)
 
     def total(self, sequence: tuple[int, ...]) -> float:
         return sum(float(self.after(sequence[:index])[token]) for index, token in enumerate(sequence))
@@ -69,6 +69,19 @@ def test_beams_are_different_sequences_best_first(seed: int, beams: int, early: 
     for hypothesis in found:
         assert EOS not in hypothesis.tokens[:-1]
         assert hypothesis.tokens[-1] == EOS or len(hypothesis.tokens) == 6
+
+
+@given(st.integers(0, 500), st.integers(1, 5), st.sampled_from([3, 64, 200, 1000]))
+def test_candidates_are_the_best_of_all(seed: int, beams: int, vocabulary: int) -> None:
+    source = np.random.default_rng(seed)
+    logits, totals = source.normal(size=(beams, vocabulary)), source.normal(size=beams)
+    logits[source.random(logits.shape) < 0.1] = -np.inf
+    scores = Scores.of(logits) if seed % 2 else Scores(logits, np.zeros(beams), log_softmax(logits))
+    found, rows, tokens = BeamSearch(beams, 6, frozenset({EOS}))._candidates(totals, scores)
+    every = totals[:, None] + log_softmax(logits)
+    best = np.sort(every, axis=None)[::-1][: min(2 * beams, every.size)]
+    np.testing.assert_allclose(found, best)
+    np.testing.assert_allclose(every[rows, tokens], best)
 
 
 SETTINGS: tuple[dict[str, Any], ...] = (
