@@ -61,12 +61,6 @@ from runtime.tensorrt.files import DIRECTORY
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest, or what was built, as JSON.")
 @section("How exits decide", rare=True)
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", help=CONFIDENCES)
-@click.option("--exit-vocab", type=click.IntRange(0), metavar="N",
-              help="Tokens that the shallow head knows, chosen on --data; others never exit. 0: as many as are fastest."
-              "  [default: all]")  # fmt: skip
-@click.option("--data", type=click.Path(path_type=Path),
-              help="JSON lines with input (and target): text for --exit-vocab, and that 4-bit weights fit, which then "
-              "lose less.")  # fmt: skip
 @section("Graphs and quantized weights", rare=True)
 @click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
 @click.option("--dialect", type=click.Choice(get_args(Dialect)),
@@ -77,6 +71,8 @@ from runtime.tensorrt.files import DIRECTORY
 @click.option("--kernels", type=click.Choice(get_args(Kernels)),
               help="Operators for quantized weights on a CPU. freeexport: ours. onnxruntime: its own, which other "
               "programs run too.  [default: freeexport where its library is built]")  # fmt: skip
+@click.option("--data", "rounding_data", type=click.Path(path_type=Path),
+              help="JSON lines with input (and target) that 4-bit weights are fitted to.")  # fmt: skip
 @click.option("--compute", type=click.Choice(get_args(FloatType)),
               help="The type a GPU computes in, where weights are quantized.  [default: fp16]")  # fmt: skip
 @section("TensorRT", rare=True)
@@ -87,7 +83,6 @@ def command(
     model: str,
     out: Path | None,
     exit_: str | None,
-    data: Path | None,
     build: int | None,
     as_json: bool,
     **options: Any,
@@ -112,10 +107,6 @@ def command(
         raise click.UsageError(f"{model} is a bundle already; give a checkpoint, or leave out OUT and give --build")
     if build is not None and options["target"] != "tensorrt":
         raise click.UsageError("--build is for --target tensorrt")
-    # Text is for the exit vocabulary, and for what gets 4 bits; where there is neither, that is refused.
-    fits = options["precision"] in ("int4", "mixed") or options["head"] == "int4" or options["exit_vocab"] is None
-    options["data"] = data if options["exit_vocab"] is not None else None
-    options["rounding_data"] = data if fits else None
     with nullcontext(model) if exit_ is None else with_exit_applied(model, exit_) as source:
         manifest = convert(source, out, ConvertOptions(measure=options["verify"] != "none", **options))
     if as_json and build is None:
@@ -163,8 +154,7 @@ def _lines(manifest: Manifest, model: Path, out: Path, options: dict[str, Any]) 
         if on_cpu:
             yield f"kernels: {kernels_of(manifest.kernels)}"
     if (vocabulary := manifest.exit_vocabulary) is not None:
-        text = "training targets" if vocabulary.trained else "shallow decoder's predictions"
-        known = f"{vocabulary.covered:.2%} of the {text}"
+        known = f"{vocabulary.covered:.2%} of the training targets"
         yield f"exit vocabulary: {vocabulary.size} of {manifest.vocab_size} tokens, {known}"
     yield f"KV cache: {human_bytes(manifest.kv_bytes_per_sequence)} per sequence of {manifest.capacity} positions"
     yield f"verified: {'yes' if manifest.verified else 'no'}"

@@ -125,9 +125,8 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
 @click.option("--device", default=LayersOptions.device, help=DEVICE)
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default=LayersOptions.dtype,
               help="Type of the weights in torch.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the report, with the curves, as JSON.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write the curves to this PNG (needs the extra bench).")
-def compare_layers(model: str, data: Path, as_json: bool, plot: Path | None, **options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def compare_layers(model: str, data: Path, as_json: bool, **options: Any) -> None:
     """Compare the layers of the checkpoint MODEL as exits, on the lines of a JSONL file: `evaluate MODEL --layers`.
 
     Agreement is with the last layer, over the tokens that are decided. A confidence above the threshold exits; `at 99%`
@@ -136,18 +135,11 @@ def compare_layers(model: str, data: Path, as_json: bool, plot: Path | None, **o
 
     \b
     Example:
-      freeexport evaluate path/to/checkpoint --layers --data validation.jsonl --plot exits.png
+      freeexport evaluate path/to/checkpoint --layers --data validation.jsonl
     """
-    from freeexport.measure.layers import check_plot, evaluate_layers, tables
+    from freeexport.measure.layers import evaluate_layers, tables
 
-    if plot is not None:
-        check_plot(plot)
     report = evaluate_layers(model, data, LayersOptions(**options))
-    if plot is not None:
-        from freeexport.measure.plot import layer_curves
-        from freeexport.system.page import save_figure
-
-        save_figure(layer_curves(report), plot)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:

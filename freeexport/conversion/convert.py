@@ -90,12 +90,6 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         check_fits(calibration, calibration.source_sha256, *facts)
         check_fits(calibration, checkpoint.sha256, *facts)
     vocabulary = None if checkpoint.exit is None else checkpoint.exit.vocabulary
-    if options.exit_vocab is not None and options.data is not None:
-        # torch, which decodes the data.
-        from freeexport.measure.exit_vocabulary import choose_exit_vocabulary
-
-        chosen = choose_exit_vocabulary(model, options.data, options.exit_vocab, out, engines.exit_layer)
-        engines, vocabulary = replace(engines, exit_tokens=chosen.tokens), chosen.facts
     with output_directory(out, MANIFEST, options.overwrite) as directory:
 
         def write_manifest() -> None:

@@ -42,7 +42,6 @@ class ConvertOptions:
     head: None is 8 bits where weights are quantized.
     compute: the type that engines for a GPU with quantized weights compute in, None for fp16.
     kernels: whose operators multiply with weights quantized for a CPU, None for ours where their library is.
-    exit_vocab: how many tokens the shallow head knows, 0 for as many as are fastest, chosen on lines of `data`.
     calibration: the file of `freeexport calibrate` for this checkpoint.
     rounding_data: text that weights in 4 bits are rounded for.
     """
@@ -58,8 +57,6 @@ class ConvertOptions:
     head: HeadPrecision | None = None
     compute: FloatType | None = None
     kernels: Kernels | None = None
-    exit_vocab: int | None = None
-    data: Path | None = None
     calibration: Path | None = None
     rounding_data: Path | None = None
     verify: Verify = "quick"
@@ -67,12 +64,7 @@ class ConvertOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.exit_vocab is not None and self.calibration is not None:
-            raise OptionError("the confidences of an exit vocabulary are others; convert, then calibrate the bundle")
-        if (self.exit_vocab is None) != (self.data is None):
-            raise OptionError("--exit-vocab chooses its tokens on --data FILE: give both, or neither")
-        files = (("--data", self.data), ("--calibration", self.calibration), ("--data", self.rounding_data))
-        for option, path in files:
+        for option, path in (("--calibration", self.calibration), ("--data", self.rounding_data)):
             if path is not None and not path.is_file():
                 raise OptionError(f"{option} {path}: there is no such file; name another")
 
@@ -104,11 +96,6 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
     dialect, precisions = TARGETS[options.target]
     precision = options.precision or precisions[0]
     head = description.decoder.exit_head
-    if head is not None and head.tokens and options.exit_vocab is not None:
-        raise OptionError(
-            f"--exit-vocab {options.exit_vocab}: the exit was trained with a vocabulary of {len(head.tokens)} tokens; "
-            "leave the option out"
-        )
     # Ours for weights that are quantized for a CPU, where their library can be used here.
     quantized = options.target == "cpu" and precision in ROUNDING["cpu"].plans
     kernels = options.kernels or ("freeexport" if quantized and missing() is None else "onnxruntime")
@@ -132,7 +119,7 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
     in_4_bits = plan is not None and "int4" in (plan.shallow, plan.deep, plan.head)
     if options.rounding_data is not None and (engines.target != "cpu" or not in_4_bits):
         raise OptionError(
-            "--data is for --exit-vocab, or weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4), "
+            "--data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4), "
             f"not for precision {engines.precision} of target {engines.target}; leave it out"
         )
     return engines

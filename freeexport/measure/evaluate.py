@@ -32,7 +32,7 @@ from freeexport.measure.settings import (
 )
 from freeexport.measure.sources import engines_hash, fitting_prompts, reference_of
 from freeexport.measure.table import Sheet, about, as_csv, environment, markdown, plus_minus, render, sheet
-from freeexport.measure.timing import Energy, OtherLoad, interleave, load_note
+from freeexport.measure.timing import OtherLoad, interleave, load_note
 from freeexport.metrics import Metric, Reference, metric_of
 from freeexport.system.jsonl import Request
 from freeexport.system.output import write_whole
@@ -152,7 +152,7 @@ def _measure(
 ) -> dict[str, str]:
     """Decode what `records` does not have yet: each line in every setting of every bundle, in turn. Returns the loss
     that the model of each bundle with methods of CALM was trained with, "" where that is not known."""
-    energy, load = Energy(), OtherLoad()
+    load = OtherLoad()
     with ExitStack() as stack:
         decoders = [Decoder(entry, number, options, threads, records) for number, entry in enumerate(entries)]
         for decoder in decoders:
@@ -172,10 +172,7 @@ def _measure(
 
         def decode(which: tuple[int, Setting], line: int) -> dict[str, Any]:
             number, setting = which
-            before = energy.joules()
-            decoded = decoders[number].decode(setting, prompts[number][line], options.max_new_tokens)
-            after = energy.joules()
-            return {**decoded, "joules": None if before is None or after is None else after - before}
+            return decoders[number].decode(setting, prompts[number][line], options.max_new_tokens)
 
         if not all(done(turn, place) for turn in range(options.rounds) for place in range(len(lines))):
             for number, setting in settings:
@@ -328,7 +325,6 @@ def settings_sheet(found: Evaluation) -> Sheet:
         "predicted#": lambda row: "" if row["predicted"] is None else f"{row['predicted']:.2f}x",
         "first token#": lambda row: f"{row['first_speed']:.2f}x",
         "same#": lambda row: f"{row['same']:.0%}",
-        "mJ/token#": lambda row: "" if row["joules_per_token"] is None else f"{1e3 * row['joules_per_token']:.3g}",
     }
     title = f"{found.options.data.name}, {found.report['lines']} lines, {found.report['threads']} thread(s)"
     return sheet(title, columns, found.rows, keep=("setting", "speed", "tokens/s"))
@@ -351,7 +347,7 @@ def _relative(metric: Metric, row: Row) -> str:
 
 def narrow(shown: Sheet, metrics: Sequence[Metric]) -> Sheet:
     """Leave out what a terminal has no room for, the least important first: the files have every column."""
-    spare = ["mJ/token", "first token", "layers", "same", "precision", "exits", "tokens/s", "of first"]
+    spare = ["first token", "layers", "same", "precision", "exits", "tokens/s", "of first"]
     others = (name for one in metrics[::-1] for name in (f"{one.shown}, % of first", one.shown, f"% of {one.shown}"))
     kept = (metrics[0].shown, f"% of {metrics[0].shown}")
     return shown.within([*spare, *(name for name in others if name not in kept), "a token", "predicted", "spread"])

@@ -201,6 +201,6 @@ def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
     """An exit that does not pay, and what to do instead."""
     steps = [*first, f"train it for the exit (freeexport train {facts.name if facts.checkpoint else 'CHECKPOINT'} OUT)"]
     if facts.heavy_head:
-        steps.append("give the exit a smaller head (freeexport convert --exit-vocab N), which outweighs its layers")
+        steps.append("give the exit a smaller head (freeexport train --exit-vocab N), which outweighs its layers")
     steps.append("use mode lossless, whose text is the full model's")
     return Verdict("bad", f"does not pay: {why}", ", ".join(steps[:-1]) + ", or " + steps[-1])

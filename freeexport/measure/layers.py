@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 TARGETS = (0.99, 0.95, 0.90)
 MAX_PENDING = 16
-_CURVE_POINTS = 100  # of a curve as JSON
 _LOGIT_ROWS = 256  # tokens whose logits are in memory at a time: a vocabulary of 150,000 takes 150 MB
 
 
@@ -189,13 +188,6 @@ class Curve:
         reaching = np.flatnonzero(self.agreement >= target)
         return self._point(int(reaching[-1])) if len(reaching) else NO_EXIT
 
-    def sampled(self, count: int) -> Iterator[Point]:
-        """At most `count` points, evenly spaced in exit rate, the last one among them."""
-        if len(self.exit_rate):
-            wanted = np.linspace(0, self.exit_rate[-1], count + 1)[1:]
-            for index in sorted(set(np.searchsorted(self.exit_rate, wanted).tolist())):
-                yield self._point(min(index, len(self.exit_rate) - 1))
-
     def _point(self, index: int) -> Point:
         return Point(float(self.threshold[index]), float(self.exit_rate[index]), float(self.agreement[index]))
 
@@ -303,7 +295,6 @@ def layers_report(
                 "at": {str(target): asdict(curve.at_agreement(target)) for target in TARGETS},
                 "speedup": fact.speedup,
                 "break_even": fact.break_even,
-                "curve": [asdict(point) for point in curve.sampled(_CURVE_POINTS)],
             }
         )
     best = max(range(len(exits)), key=lambda number: (exits[number]["speedup"], exits[number]["agreement"]))
@@ -354,13 +345,3 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     }
     shown = [(name, text) for name, text in summary.items() if text]
     return [table(f"Layers of {report['model']} as exits", columns, rows), pairs("Summary", shown)]
-
-
-def check_plot(path: Path) -> None:
-    """Raise, before any long work, what would keep a picture from being written: no matplotlib, or no place."""
-    import matplotlib  # noqa: F401
-
-    if path.suffix.lower() != ".png":
-        raise OptionError(f"--plot is {path}, which is no PNG; end its name in .png")
-    if not path.parent.is_dir():
-        raise OptionError(f"--plot: there is no directory {path.parent}; make it first")

@@ -1,22 +1,19 @@
-"""Figures of evaluations, benchmarks, layers and calibrations."""
+"""Figures of evaluations and benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from freeexport.system.page import BLUE, GREEN, GREY, ORANGE, PURPLE, YELLOW, legend_beside, new_figure
-from runtime.bundle.beta import NEVER_EXIT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from freeexport.measure.calibrate import Calibrated
     from freeexport.measure.quality import Row
 
 # Colour and mark of each method.
@@ -38,10 +35,6 @@ _LINES = ("-", "--", ":", "-.")
 _APART = 0.1
 # A point so far below the wanted quality is an arrow at the lower edge: it would flatten all others.
 _FAR = 0.12
-_MOST_CURVES, _MOST_VALUES = 12, 16  # of layers that are drawn, and bars that have room for a number above each
-_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
-_TOP = 0.999  # agreement beyond this is drawn here
-_EDGES = 41
 
 
 def quality_speed(rows: Sequence[Row], metric: str, label: str, wanted: float) -> Figure:
@@ -117,123 +110,3 @@ def bench_speeds(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_title(title, fontsize="medium")
     legend_beside(axes)
     return figure
-
-
-def layer_curves(report: Mapping[str, Any]) -> Figure:
-    """Draw agreement of exits against exit rate, a curve a layer (evenly spaced layers, where there are many), and the
-    predicted speedup by layer. `report` as `evaluate --layers --json` prints it."""
-    from matplotlib import colormaps
-    from matplotlib.ticker import MaxNLocator
-
-    figure = new_figure(13, 5)
-    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
-    figure.suptitle(f"{report['model']}: exits after each of {report['layers']} layers")
-    exits, target = report["exits"], report["options"]["agreement"]
-    step = -(-len(exits) // _MOST_CURVES)
-    shown = exits[step - 1 :: step]
-    # Dark to light with depth, which survives grey printing, and dashes for neighbours.
-    shades = colormaps["viridis"](np.linspace(0, 0.9, len(shown)))
-    for one, shade, dashes in zip(shown, shades, cycle(("-", "--", "-.", ":"))):
-        rates, disagree = [], []
-        for point in one["curve"]:
-            rates.append(point["exit_rate"])
-            disagree.append(1 - min(point["agreement"], _TOP))
-        left.plot(rates, disagree, color=shade, linestyle=dashes, label=f"layer {one['exit_layer']}")
-    left.axhline(1 - min(target, _TOP), color=GREY, linewidth=0.8, linestyle="--", label=f"{100 * target:.4g} % agree")
-    # By the logarithm of those that disagree: exits matter between 90 and 99.9 %, and bad layers are at 20.
-    left.set_yscale("log")
-    left.set(
-        xlabel="tokens that exit", ylabel="exits that agree with the last layer", xlim=(0, 1), ylim=(1.1, 1 - _TOP)
-    )
-    names = [*(f"{100 * tick:.4g} %" for tick in _TICKS), f"{100 * _TOP:.4g} % or more"]
-    left.set_yticks([1 - tick for tick in (*_TICKS, _TOP)], names)
-    left.minorticks_off()
-    left.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    legend_beside(left)
-
-    # Bars from 1.0, which is mode full; those below are slower.
-    layers, speeds = zip(*((one["exit_layer"], one["speedup"]) for one in exits), strict=True)
-    colours = [BLUE if speed >= 1 else ORANGE for speed in speeds]
-    bars = right.bar(layers, [speed - 1 for speed in speeds], bottom=1, color=colours)
-    if len(layers) <= _MOST_VALUES:
-        right.bar_label(bars, [f"{speed:.2f}x" for speed in speeds], padding=2, fontsize="small")
-    right.axhline(1, color="black", linewidth=0.9)
-    low, high = min(1.0, *speeds), max(1.0, *speeds)
-    room = 0.1 * max(high - low, 0.05)
-    right.set(xlim=(0.4, report["layers"] - 0.4), ylim=(low - room, high + room))
-    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    right.yaxis.set_major_formatter(_times)
-    right.set(xlabel="exit layer", ylabel="predicted speed over mode full")
-    right.set_title(f"where {100 * target:.4g} % of the exits agree", fontsize="medium")
-    return figure
-
-
-def trade_figure(result: Calibrated) -> Figure:
-    """Draw tokens that are the full model's, and the quality kept where it was decoded, over the speed."""
-    rows, chosen = result.calibration.table, result.calibration.threshold
-    figure = new_figure(9, 4.6)
-    axes = figure.subplots()
-    kept = [1 - row.exit_rate * (1 - (1 if row.agreement is None else row.agreement)) for row in rows]
-    predicted = [row.predicted_speedup or 1.0 for row in rows]
-    axes.plot(predicted, kept, "o-", color=BLUE, markersize=4, label="tokens kept, speed predicted")
-    measured = [(row.measured_speedup, same) for row, same in zip(rows, kept, strict=True) if row.measured_speedup]
-    if measured:
-        axes.plot(*zip(*measured, strict=True), "D", color="black", label="tokens kept, speed measured")
-    quality = [(row.measured_speedup or row.predicted_speedup or 1.0, row.quality) for row in rows if row.quality]
-    if quality:
-        axes.plot(*zip(*quality, strict=True), "s", color=GREEN, label="quality kept")
-    place = [row.threshold for row in rows].index(chosen)
-    name = f"chosen: {'never' if chosen >= NEVER_EXIT else f'{chosen:.4g}'}"
-    axes.plot(predicted[place], kept[place], "o", color=ORANGE, markersize=11, fillstyle="none", label=name)
-    axes.axvline(1, color="black", linewidth=0.9, label="1.0x: mode full")
-    axes.set(xlabel="speed over mode full", ylabel="kept of the full model's output")
-    axes.xaxis.set_major_formatter(_times)
-    axes.yaxis.set_major_formatter(_percent)
-    legend_beside(axes)
-    return figure
-
-
-def mixture_figure(result: Calibrated) -> Figure:
-    """Draw the tokens by confidence with the fitted densities; below, P(agree | confidence) beside what was seen."""
-    mixture, traces, threshold = result.calibration.mixture, result.traces, result.calibration.threshold
-    figure = new_figure(9, 6)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    edges, grid, counts = np.linspace(0, 1, _EDGES), np.linspace(0.002, 0.998, 500), []
-    least = 1 / max(1, traces.tokens)
-    for agrees, colour, hatch, line, name in (
-        (True, BLUE, "", "-", "agree"),
-        (False, ORANGE, "////", "--", "disagree"),
-    ):
-        values = traces.confidence[traces.agrees == agrees]
-        counts.append(np.histogram(values, edges)[0])
-        style: dict[str, Any] = {"facecolor": f"{colour}40", "edgecolor": colour, "hatch": hatch, "linewidth": 0.8}
-        weights = np.full(len(values), least)
-        upper.hist(values, edges.tolist(), weights=weights, histtype="stepfilled", label=f"tokens that {name}", **style)
-        if mixture is not None:
-            share = mixture.weight_agree if agrees else 1 - mixture.weight_agree
-            component = mixture.agree if agrees else mixture.disagree
-            fitted = share * component.density(grid) / (_EDGES - 1)
-            upper.plot(grid, fitted, color=colour, linestyle=line, label=f"fitted, {name}")
-    # Few tokens decide: most are confident and agree, and on a linear scale the others could not be seen.
-    upper.set(ylabel="share of all tokens (log)", yscale="log", xlim=(0, 1), ylim=(0.5 * least, 1))
-    tokens = counts[0] + counts[1]
-    some = tokens > 0
-    centres, sizes = (edges[:-1] + edges[1:])[some] / 2, 8 + 60 * np.sqrt(tokens[some] / max(1, tokens.max()))
-    lower.scatter(centres, counts[0][some] / tokens[some], s=sizes, color=GREEN, label="seen (larger: more tokens)")
-    if mixture is not None:
-        lower.plot(grid, mixture.posterior(grid), color="black", label="P(agree | confidence)")
-    lower.set(xlabel=f"confidence ({result.calibration.confidence})", ylabel="tokens that agree", ylim=(-0.03, 1.03))
-    for axes in (upper, lower):
-        axes.yaxis.set_major_formatter(_percent)
-        if threshold < NEVER_EXIT:
-            axes.axvline(threshold, color=GREY, linestyle=":", label="threshold")
-        legend_beside(axes)
-    return figure
-
-
-def _percent(value: float, _: float) -> str:
-    return f"{100 * value:.3g} %"
-
-
-def _times(value: float, _: float) -> str:
-    return f"{value:.2f}x"

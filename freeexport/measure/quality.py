@@ -136,9 +136,6 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
     seconds, decoding, _ = _medians(lines).sum(axis=0).tolist()
     rounds = [sum(one.decode_seconds for one in turns) for turns in zip(*lines.values(), strict=False)]
     speeds = [1 / seconds for seconds in rounds] if all(rounds) else []
-    every = [one for turns in lines.values() for one in turns]
-    joules = [one.joules for one in every if one.joules is not None]
-    known = len(joules) == len(every)
     return {
         "precision": manifest.precision,
         "setting": setting.name,
@@ -156,7 +153,6 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
         # Lines whose tokens are the full model's, and those that ended at the limit of tokens.
         "same": float(np.mean([one.token_ids == other.token_ids for one, other in zip(first, others, strict=True)])),
         "cut": float(np.mean([one.finish_reason == "length" for one in first])),
-        "joules_per_token": sum(joules) / max(1, sum(one.tokens for one in every)) if known else None,
     }
 
 

@@ -153,8 +153,8 @@ Key = tuple[str, str, int, int]
 class Record:
     """One line decoded. `seconds` from the prompt to the last token, `first_seconds` to the first token, and
     `decode_seconds` after it; `layers` of all tokens that could exit, where they are not those of one exit; `threshold`
-    that an adaptive session had, and what it had learned then; `joules` where they are known; `busy`: cores that other
-    processes used; `calls` of the engines, not of those of CALM. Text, tokens and calls are those of round 0."""
+    that an adaptive session had, and what it had learned then; `busy`: cores that other processes used; `calls` of the
+    engines, not of those of CALM. Text, tokens and calls are those of round 0."""
 
     bundle: str
     setting: str
@@ -164,7 +164,6 @@ class Record:
     decode_seconds: float
     tokens: int
     busy: float
-    joules: float | None = None
     text: str = ""
     token_ids: tuple[int, ...] = ()
     exited: tuple[bool, ...] = ()

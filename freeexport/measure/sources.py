@@ -1,27 +1,23 @@
-"""Sources of traces: bundles, which decode with their engines, or a checkpoint, with transformers."""
+"""Bundles as sources of traces, which their engines decode."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 
-from freeexport.checkpoints.examples import DataError, TextFormat, known_ends, text_format
+from freeexport.checkpoints.examples import DataError
 from freeexport.measure.costs import measured_costs
 from freeexport.measure.traces import ReplaySession, TraceCache, Traces, trace_of
 from freeexport.metrics import Reference
 from freeexport.system.jsonl import Request
 from freeexport.system.progress import progress
-from runtime import Bundle, Session
+from runtime import Session
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import is_calibration
 from runtime.bundle.costs import Costs
@@ -31,17 +27,8 @@ from runtime.json_file import read_object
 from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import TOKENIZER
 
-if TYPE_CHECKING:
-    from freeexport.checkpoints.checkpoint import Checkpoint
-
-BATCH = 8  # lines that a checkpoint decodes at once
-MAX_PENDING = 16  # of a checkpoint: convert's default
-# Where checkpoints differ, as those of two exits trained on one model do, so many outputs must be the same.
-COMPARED = 8
 # A few unknown characters are in any text; so many are text that the tokenizer was not made for.
 MOST_UNKNOWN = 0.2
-# What bundles of one model have in common.
-_SHARED = ("family", "layers", "hidden_size", "heads", "vocab_size", "precision", "decoder_start_token_id")
 
 
 @dataclass(frozen=True)
@@ -92,132 +79,14 @@ class BundleSource:
         return measured_costs(self.session, [ids for _, ids in self.prompts(requests)], tokens)
 
 
-class CheckpointSource:
-    """A checkpoint, its transformers model loaded when it is first needed."""
-
-    def __init__(self, checkpoint: Checkpoint, exit_layer: int | None, device: str) -> None:
-        from freeexport.checkpoints.transformers_model import torch_device
-        from graphs.families import describe
-
-        torch_device(device)
-        self._checkpoint, self._device = checkpoint, device
-        self._description = describe(checkpoint.config, checkpoint)
-        layers, vocabulary = len(self._description.decoder.layers), self._description.vocab_size
-        self.facts = Facts(
-            checkpoint.name,
-            checkpoint.sha256,
-            checkpoint.sha256,
-            vocabulary,
-            layers,
-            checkpoint.exit_layer(layers, exit_layer),
-            "softmax",
-            MAX_PENDING,
-            known_ends(checkpoint, vocabulary),
-            checkpoint.exit is not None,
-        )
-
-    @cached_property
-    def _form(self) -> TextFormat:
-        return text_format(self._checkpoint, self._description, 2048)
-
-    @cached_property
-    def _reader(self) -> Any:
-        from freeexport.checkpoints.transformers_model import reference_model
-        from freeexport.measure.layers import LayerReader
-
-        model = reference_model(self._checkpoint, self._device, "float32")
-        return LayerReader(model, self._checkpoint, self._description, self.facts.exit_layer)
-
-    def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Traces]:
-        """The traces of the requests that fit, one each, in order."""
-        from freeexport.measure.layers import encoded
-
-        examples = encoded(requests, self._form, Path("the data"), max_new_tokens)
-        check_unknown([example.prompt for example in examples], self._form.tokenizer.unk_token_id)
-        for start in range(0, len(examples), BATCH):
-            batch = examples[start : start + BATCH]
-            outputs = self._reader.greedy_outputs(batch, max_new_tokens, BATCH, lambda n=1: None)
-            (traces,), _ = self._reader.traces(outputs, [self.facts.exit_layer])
-            yield from (traces.part(np.arange(len(batch)) == place) for place in range(len(batch)))
-
-    def token_ids(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """Texts without special tokens."""
-        if texts:
-            yield from self._form.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
-    def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
-        """The costs of a token, in bytes of weights."""
-        from graphs.step_costs import analytic
-
-        steps, facts = analytic(self._description, self._checkpoint), self.facts
-        if (found := self._checkpoint.exit) is None:
-            return steps.at(facts.exit_layer, facts.layers)
-        share = found.head_share(self._description.vocab_size)
-        return steps.at(facts.exit_layer, facts.layers, found.exit_layers, share, found.inputs)
+def check_bundle(model: str) -> Path:
+    """Raises OptionError where a path is no bundle."""
+    if not (Path(model) / MANIFEST).is_file():
+        raise OptionError(f"{model} is no bundle; convert the checkpoint, then calibrate what that writes")
+    return Path(model)
 
 
-Source = BundleSource | CheckpointSource
-
-
-@contextmanager
-def open_sources(
-    models: Sequence[str], exit_layer: int | None, device: str, threads: int | None
-) -> Iterator[list[BundleSource] | list[CheckpointSource]]:
-    """One checkpoint, or bundles of one model, which are timed in turn and so opened together. Raises OptionError for
-    options that they do not have, and where they do not go together."""
-    if not is_bundle(models[0]) and len(models) == 1:
-        from freeexport.checkpoints.checkpoint import open_checkpoint
-
-        yield [CheckpointSource(open_checkpoint(models[0]), exit_layer, device)]
-        return
-    if exit_layer is not None:
-        raise OptionError("--exit-layer is for checkpoints; a bundle has its own, fixed at convert")
-    paths = [Path(model) for model in models]
-    _check_alike(paths, [Bundle.open(path).manifest for path in paths])
-    options: dict[str, Any] = {"threads": threads, "device": device}
-    with ExitStack() as stack:
-        yield [BundleSource(path, stack.enter_context(ReplaySession(path, **options))) for path in paths]
-
-
-def is_bundle(model: str) -> bool:
-    return (Path(model) / MANIFEST).is_file()
-
-
-def _check_alike(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    places = [os.path.realpath(path) for path in paths]
-    if len(set(places)) < len(places):
-        raise OptionError(f"{max(paths, key=lambda path: places.count(os.path.realpath(path)))} is given twice")
-    remedy = "give bundles of one model, with its exit at different layers"
-    for path, other in zip(paths[1:], manifests[1:], strict=True):
-        for name in _SHARED:
-            values: list[Any] = [getattr(manifest, name) for manifest in (other, manifests[0])]
-            if values[0] != values[1]:
-                what = "precisions" if name == "precision" else "checkpoints"
-                shown = f"{name} {values[0]} and {values[1]}"
-                raise OptionError(f"{path} and {paths[0]} are of different {what} ({shown}); {remedy}")
-        if other.files.get(TOKENIZER) != manifests[0].files.get(TOKENIZER):
-            raise OptionError(f"{path} and {paths[0]} have different tokenizers; {remedy}")
-
-
-def check_same_model(sources: Sequence[BundleSource], requests: Sequence[Request], max_new_tokens: int) -> None:
-    """Raises OptionError where the whole models write different texts. One checkpoint's need not be asked."""
-    if len({source.facts.source_sha256 for source in sources}) == 1:
-        return
-
-    def written(source: BundleSource) -> list[tuple[int, ...]]:
-        given: dict[str, Any] = {"mode": "full", "max_new_tokens": max_new_tokens}
-        return [source.session.generate(ids, **given).token_ids for _, ids in source.prompts(requests[:COMPARED])]
-
-    first = written(sources[0])
-    for source in sources[1:]:
-        if written(source) != first:
-            raise OptionError(
-                f"{source.path} and {sources[0].path} are of different checkpoints: their full models do not write the "
-                "same; give bundles of one model, with its exit at different layers"
-            )
-
-
-def collect(source: Source, data: Path, requests: Sequence[Request], cache: Path, max_new_tokens: int) -> Traces:
+def collect(source: BundleSource, data: Path, requests: Sequence[Request], cache: Path, max_new_tokens: int) -> Traces:
     """Traces of the requests: those in the file `cache` are taken from there, the others are added to it."""
     facts = source.facts
     depends = {"model": facts.hash, "data": sha256_of(data), "exit_layer": facts.exit_layer}

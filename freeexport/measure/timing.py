@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Generic, TypeVar
 
@@ -133,30 +132,3 @@ def _busy_seconds() -> float:
     """Seconds for which processors of this machine were not idle. Virtual machines that run here count as `user`."""
     names = ("user", "nice", "system", "irq", "softirq", "interrupt", "dpc")
     return sum(value for name, value in psutil.cpu_times()._asdict().items() if name in names)
-
-
-class Energy:
-    """Joules of all processor packages since it was made (RAPL, Linux); None where the machine does not tell."""
-
-    def __init__(self, root: Path = Path("/sys/class/powercap")) -> None:
-        # Packages only, not their parts.
-        self._counters = [place for place in root.glob("intel-rapl:*") if place.name.count(":") == 1]
-        self._total = 0.0
-        try:
-            self._limits = [int((place / "max_energy_range_uj").read_text()) for place in self._counters]
-            self._last = self._read()
-        except (OSError, ValueError):  # only root may read them on most systems
-            self._counters = []
-
-    def joules(self) -> float | None:
-        """Read the counters; to be called more often than they overflow, which takes minutes at full power."""
-        if not self._counters:
-            return None
-        now = self._read()
-        for before, after, limit in zip(self._last, now, self._limits, strict=True):
-            self._total += (after - before if after >= before else after + limit - before) / 1e6
-        self._last = now
-        return self._total
-
-    def _read(self) -> list[int]:
-        return [int((place / "energy_uj").read_text()) for place in self._counters]

@@ -26,7 +26,7 @@ PURPOSES: dict[str, str] = {
 NEEDED = {
     "fit": ("train", "evaluate", "calibrate", "convert", "metrics", "bench"),
     "train": ("train",),
-    "calibrate": ("calibrate", "convert", "metrics", "bench"),
+    "calibrate": ("calibrate", "metrics"),
     "evaluate": ("evaluate", "convert"),
     "bench": ("bench", "convert"),
     "serve": ("serve",),

@@ -17,18 +17,13 @@ from reference import assert_same_tokens, replay, separating_threshold
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.commands.inspect import command as inspect
-from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
-from freeexport.measure.sources import open_sources
 from freeexport.measure.threshold import fit
-from freeexport.system.jsonl import Request
 from freeexport.training.exit_modules import Exit, KnownTokens, trained_exit
 from freeexport.verification.engines import QUICK
 from freeexport.verification.verification import verify
 from runtime import Session
 from runtime.adaptation.adaptive_threshold import _sums
 from runtime.bundle.bundle import Bundle
-from runtime.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,27 +106,11 @@ def test_verify_refuses_another_class_of_others(
     assert [check["tensor"] for check in report["checks"] if not check["passed"]] == ["exit confidence"]
 
 
-@pytest.mark.parametrize("case", [LLAMA, T5_LAYERS], ids=lambda case: case.name)
-def test_the_checkpoint_and_its_bundle_give_the_same_traces(case: Case, bundle: Bundles, checkpoint: Directory) -> None:
-    requests, traces = [Request(1, "one two three"), Request(2, "four")], []
-    for model, layer in ((str(checkpoint(case)), None), (str(bundle(case, EXIT_LAYER)), None)):
-        with open_sources([model], layer, "cpu", 1) as sources:
-            traces.append(list(sources[0].traces(requests, 12)))
-    for ours, theirs in zip(*traces, strict=True):
-        np.testing.assert_array_equal(ours.token, theirs.token)
-        np.testing.assert_array_equal(ours.agrees, theirs.agrees)
-        np.testing.assert_allclose(ours.confidence, theirs.confidence, atol=1e-5)
-
-
-def test_convert_needs_no_option_and_takes_none(bundle: Bundles, checkpoint: Directory, tmp_path: Path) -> None:
+def test_inspect_shows_the_vocabulary(bundle: Bundles, checkpoint: Directory) -> None:
     path = bundle(LLAMA, EXIT_LAYER)
     shown = CliRunner().invoke(inspect, [str(path)]).output
     assert f"{len(KNOWN)} of 288 tokens" in shown
     assert "trained with one class for all others" in " ".join(shown.split())
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"input": "a"}\n')
-    with pytest.raises(OptionError, match=f"trained with a vocabulary of {len(KNOWN)} tokens; leave the option out"):
-        convert(str(checkpoint(LLAMA)), tmp_path / "out", ConvertOptions(exit_vocab=100, data=data))
     assert open_checkpoint(str(checkpoint(LLAMA))).sha256 == Bundle.open(path).manifest.source_sha256
 
 

@@ -54,8 +54,6 @@ def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
         ("--max-new-tokens", ("Generate at most so many tokens", "Tokens to generate for a prompt; ends")),
         ("--threshold", ("above this confidence",)),
         ("--agreement", ("must agree",)),
-        ("--plot", ("PNG",)),
-        ("--report", ("directory",)),
         ("--json", ("Print",)),
     ],
 )

@@ -286,7 +286,6 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--target", "cuda", "--precision", "mixed"), "target cuda has no precision mixed"),
         (("--calibration", "nowhere"), "--calibration nowhere: there is no such file; name another"),
         (("--data", "nowhere", "--precision", "int4"), "--data nowhere: there is no such file; name another"),
-        (("--data", "nowhere", "--exit-vocab", "9"), "--data nowhere: there is no such file; name another"),
     ],
 )
 def test_a_bad_option_is_refused_before_any_work(

@@ -240,9 +240,7 @@ def test_where_nothing_has_4_bits_text_is_refused(
     options: tuple[str, ...], text: Path, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     line = error(convert(checkpoint(LLAMA), tmp_path / "out", *options, "--data", str(text)))
-    assert (
-        "--data is for --exit-vocab, or weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4)" in line
-    )
+    assert "--data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4)" in line
 
 
 def test_where_all_4_bits_are_kept_there_is_nothing_to_fit(

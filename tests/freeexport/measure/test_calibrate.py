@@ -1,13 +1,11 @@
-"""`freeexport calibrate`: a bundle, a checkpoint, and several bundles of one model."""
+"""`freeexport calibrate`."""
 
 from __future__ import annotations
 
-import html
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,15 @@ import pytest
 from checkpoints import CASES, TEXTS, Bundles, Case
 from click.testing import CliRunner, Result
 from command_errors import error
-from traces import mixed
 
 from freeexport.cli import main
 from freeexport.measure import sources, timing
-from freeexport.measure.calibrate import fastest_rows
 from freeexport.measure.sources import check_unknown, unknown_of_bundle
 from freeexport.measure.traces import Traces, trace_of
 from runtime import Bundle, Session
 from runtime.bundle.calibration import read_calibration
 from runtime.bundle.costs import Costs
-from runtime.bundle.manifest import MANIFEST, Manifest
+from runtime.bundle.manifest import MANIFEST
 from runtime.errors import CalibrationError
 
 BY_NAME = {case.name: case for case in CASES}
@@ -35,7 +31,6 @@ T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
 PAYS = Costs(shallow=1.0, shallow_without_head=0.9, deep={1: 4.0, 2: 4.1, 4: 4.2, 16: 30.0})
 Directory = Callable[[Case], Path]
 Own = Callable[..., Path]
-PROMPT_OF = {1: np.array([40, 41]), 2: np.array([90])}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,17 +106,19 @@ def test_times_of_a_busy_machine_are_printed_and_marked(own: Own, data: Path, mo
     assert "from round to round" in page
 
 
-def test_a_checkpoint_is_calibrated_before_export(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
+def test_a_calibration_in_a_file_is_for_another_conversion(
+    checkpoint: Directory, bundle: Bundles, data: Path, tmp_path: Path
+) -> None:
     file, out = tmp_path / "calibration.json", tmp_path / "bundle"
-    model = checkpoint(T5)
-    answer = calibrated(model, "--data", data, "--exit-layer", 3, "--agreement", 0.2, "--output", file)
-    assert answer["costs"] is None
+    model, before = checkpoint(T5), bundle(T5, 3)
+    answer = calibrated(before, "--data", data, "--agreement", 0.2, "--output", file)
+    assert Bundle.open(before).manifest.threshold == 1.0
     quick = ("--verify", "none", "--calibration", file)
     result = run("convert", model, out, "--exit-layer", 3, *quick)
     assert result.exit_code == 0, result.output
-    bundle = Bundle.open(out, verify="full")
-    assert bundle.manifest.threshold == answer["threshold"]
-    assert bundle.calibration == read_calibration(file)
+    opened = Bundle.open(out, verify="full")
+    assert opened.manifest.threshold == answer["threshold"]
+    assert opened.calibration == read_calibration(file)
     other = ("convert", model, tmp_path / "other")
     entropy = ("--exit-layer", 3, "--confidence", "entropy", *quick)
     assert "another confidence measure 'softmax', not 'entropy'" in error(run(*other, *entropy))
@@ -167,7 +164,6 @@ def test_an_interrupted_run_continues_and_other_rules_need_no_decoding(
     [
         (1, (), "a threshold needs at least 50; give more samples"),
         (36, ("--rule", "risk"), "needs at least 59 sequences, the data have 36"),
-        (36, ("--exit-layer", "2"), "--exit-layer is for checkpoints"),
         (36, ("--device", "tpu"), "device is 'tpu'; choose 'cpu', or 'cuda:0'"),
         (36, ("--agreement", "1"), "agreement is 1.0; choose a number between 0 and 1"),
     ],
@@ -222,94 +218,15 @@ def test_data_of_another_vocabulary_are_refused() -> None:
         check_unknown([np.array([2, 5]), np.array([2, 9])], 2)
 
 
-def test_an_exit_layer_or_a_device_that_is_none_is_refused(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
-    given = ("calibrate", checkpoint(T5), "--data", data, "--output", tmp_path / "out.json")
-    assert f"choose --exit-layer, from 1 to {T5.layers - 1}" in error(run(*given))
-    assert "exit layer 6 is out of range" in error(run(*given, "--exit-layer", T5.layers))
-    assert "device cuda:999 is not there: torch" in error(run(*given, "--exit-layer", 1, "--device", "cuda:999"))
-    for option in (("--metric", "exact"), ("--rounds", 2)):  # it has no engines
-        assert "convert, then calibrate" in error(run(*given, "--exit-layer", 1, *option))
+def test_a_checkpoint_is_refused(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
+    assert "is no bundle; convert the checkpoint" in error(run("calibrate", checkpoint(T5), "--data", data))
     assert list(tmp_path.iterdir()) == [data]
 
 
 @pytest.mark.parametrize("rule", [("--target-quality", 0.1), ("--risk", 0.9, "--metric", "chrf")])
-def test_rules_that_decode_write_a_report(own: Own, data: Path, tmp_path: Path, rule: tuple[Any, ...]) -> None:
-    path, report = own(T5), tmp_path / "report"
-    given = ("--data", data, *rule, "--samples", 6, "--report", report, "--rounds", 1)
-    answer = calibrated(path, *given)
+def test_rules_that_decode_show_quality(own: Own, data: Path, rule: tuple[Any, ...]) -> None:
+    answer = calibrated(own(T5), "--data", data, *rule, "--samples", 6, "--rounds", 1)
     assert {0.5, 0.9} <= {row["threshold"] for row in answer["table"] if row["measured_speedup"]}
     decoded = [row for row in answer["table"] if row["quality"] is not None]
     assert decoded
     assert all(0 <= row["quality"] <= 1 for row in decoded)
-    page = html.unescape((report / "index.html").read_text())
-    assert answer["verdict"]["text"][1:] in page
-    assert answer["verdict"]["next_step"] in page
-    for picture in ("speed.png", "mixture.png"):
-        assert (report / picture).read_bytes().startswith(b"\x89PNG")
-    assert read_calibration(report / "calibration.json") == Bundle.open(path).calibration
-    assert "is not what this command writes" in error(run("calibrate", path, "--data", data, "--report", tmp_path))
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Mode free so much faster than mode full, the more the earlier the exit."""
-
-    def behaves(faster: float) -> None:
-        def speeds(settings: Sequence[Any], prompts: Any, rounds: int, decode: Any) -> np.ndarray:
-            row = [100.0 if threshold is None else 100.0 * faster / (1 + bundle) for bundle, threshold in settings]
-            return np.tile(row, (rounds, 1))
-
-        monkeypatch.setattr(timing, "speeds", speeds)
-
-    behaves(1.5)
-    return behaves
-
-
-@pytest.mark.usefixtures("machine")
-def test_of_several_bundles_the_fastest_is_chosen_and_written(own: Own, data: Path) -> None:
-    paths = [own(LLAMA, 2), own(LLAMA, 1)]
-    given = ("--data", data, "--samples", 12, "--target-quality", 0.5, "--metric", "chrf", "--delta", 0.3)
-    answer = calibrated(*paths, *given)
-    assert (answer["best"], answer["written"]) == (0, str(paths[0]))
-    assert f"{paths[0]}, exit layer 2 of 5, threshold " in answer["advice"]
-    assert "1.50x the fastest full model's speed" in answer["advice"]
-    chosen = answer["bundles"][0]
-    assert chosen["delta"] == 0.15  # both together keep what was asked for
-    assert Bundle.open(paths[1], verify="full").manifest.threshold == 1.0
-    opened = Bundle.open(paths[0], verify="full").manifest
-    assert (opened.threshold, opened.tuned_max_pending) == (chosen["threshold"], chosen["max_pending"])
-
-
-def test_shorter_passes_are_preferred_where_long_ones_cost_more_than_they_save() -> None:
-    traces = mixed(50, 60, agree=0.99)
-    assert fastest_rows(traces, 0.3, PAYS, 16) == 4
-    assert fastest_rows(traces, 0.3, replace(PAYS, deep={1: 4.0, 16: 4.5}), 16) is None
-    assert fastest_rows(traces, 1.0, PAYS, 16) is None
-
-
-def test_mode_full_where_no_exit_is_faster(own: Own, data: Path, machine: Callable[[float], None]) -> None:
-    machine(0.9)
-    path = own(LLAMA, 2)
-    before = (path / MANIFEST).read_bytes()
-    answer = calibrated(path, own(LLAMA, 1), "--data", data, "--agreement", 0.2)
-    assert (answer["best"], answer["written"]) == (None, None)
-    assert "use mode full: the fastest exit was measured at 0.90x its speed" in answer["advice"]
-    assert (path / MANIFEST).read_bytes() == before
-
-
-def test_bundles_that_do_not_go_together_are_refused(
-    bundle: Bundles, own: Own, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calibrate = partial(run, "calibrate", one := bundle(LLAMA, 1), "--data", data)
-    assert "are of different checkpoints (family" in error(calibrate(bundle(T5, 1)))
-    assert "is given twice" in error(calibrate(one))
-    assert "different precisions" in error(calibrate(bundle(LLAMA, 1, precision="int8")))
-    # Checkpoints that differ must write the same, as those of two exits trained on one model do.
-    path = own(LLAMA, 2)
-    manifest = Manifest.from_json((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(replace(manifest, source_sha256="cd" * 32).to_json())
-    assert calibrate(path, "--max-new-tokens", 8, "--samples", 12, "--rounds", 1).exit_code == 0
-    monkeypatch.setattr(
-        sources.BundleSource, "prompts", lambda source, lines: [(lines[0], PROMPT_OF[source.facts.exit_layer])]
-    )
-    assert "their full models do not write the same" in error(calibrate(path, "--max-new-tokens", 8))

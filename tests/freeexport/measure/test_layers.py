@@ -1,12 +1,10 @@
-"""Every layer's predictions against the model cut after that layer, and the report and picture of them."""
+"""Every layer's predictions against the model cut after that layer, and the report of them."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
 from freeexport.cli import main
 from freeexport.measure.layers import NO_EXIT, Curve, LayerReader, LayersOptions, layers_report
-from freeexport.measure.plot import layer_curves
 from freeexport.measure.traces import Traces
 from freeexport.verification.reference import reference_ids
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
@@ -224,20 +221,6 @@ def test_a_bundles_measurements_replace_the_sizes(checkpoint: Directory, data: P
     assert "no measured costs" in error(run(checkpoint(case), data, str(bundle(case))))
 
 
-def test_the_plot_is_a_picture_or_refused_before_the_work(
-    checkpoint: Directory, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture = tmp_path / "exits.png"
-    result = run(checkpoint(BY_NAME["llama-tied"]), data, "--on", "targets", "--plot", str(picture))
-    assert result.exit_code == 0, result.output
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "exits.png"}
-    for name, message in (("x.pdf", ".png"), ("none/x.png", "make it first")):
-        assert message in error(run("missing", data, "--plot", str(tmp_path / name)))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "freeexport[evaluate]" in error(run("missing", data, "--plot", str(picture)))
-
-
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
@@ -296,64 +279,3 @@ def test_no_threshold_lets_more_tokens_exit_at_the_agreement(tokens: list[tuple[
 def test_nothing_exits_at_confidence_0_and_where_the_agreement_is_not_reached() -> None:
     assert Curve.of(np.array([0.9, 0.1]), np.array([False, True])).at_agreement(0.9) == NO_EXIT
     assert Curve.of(np.zeros(3), np.ones(3, bool)).at_agreement(0.9) == NO_EXIT
-    assert list(Curve.of(np.zeros(3), np.ones(3, bool)).sampled(10)) == []
-
-
-def test_sampling_keeps_the_last_point() -> None:
-    curve = Curve.of(np.linspace(0.1, 0.9, 50), np.ones(50, bool))
-    points = list(curve.sampled(7))
-    assert len(points) == 7
-    assert points[-1].exit_rate == 1
-    assert len(list(curve.sampled(1000))) == 50
-
-
-def drawn(*speeds: float) -> tuple[Any, Any]:
-    """Draw exits whose curves rise with depth, with these speeds."""
-    pytest.importorskip("matplotlib")
-    random = np.random.default_rng(0)
-    exits = []
-    for layer, speed in enumerate(speeds, start=1):
-        confidence = random.random(400)
-        curve = Curve.of(confidence, random.random(400) < 0.2 + 0.8 * layer / len(speeds) * confidence)
-        exits.append({"exit_layer": layer, "speedup": speed, "curve": [asdict(point) for point in curve.sampled(100)]})
-    layers = len(speeds) + 1
-    figure = layer_curves({"model": "g2p", "layers": layers, "options": {"agreement": 0.99}, "exits": exits})
-    figure.canvas.draw()
-    curves, bars = figure.axes
-    return curves, bars
-
-
-@pytest.mark.parametrize("layers", [1, 29])
-def test_layers_are_counted_in_whole_numbers_and_many_have_no_values_over_each_other(layers: int) -> None:
-    curves, speeds = drawn(*np.linspace(0.9, 1.6, layers).tolist())
-    low, high = speeds.get_xlim()
-    ticks = [tick for tick in speeds.get_xticks() if low <= tick <= high]
-    assert ticks
-    assert all(tick == int(tick) and 1 <= tick <= layers for tick in ticks)
-    assert len(speeds.patches) == layers
-    assert bool(speeds.texts) == (layers == 1)
-    assert len(curves.lines) <= 13
-
-
-def test_bars_start_at_the_speed_of_mode_full_and_carry_their_values() -> None:
-    _, speeds = drawn(0.8, 1.0, 1.55)
-    assert [bar.get_y() for bar in speeds.patches] == [1, 1, 1]
-    assert [bar.get_y() + bar.get_height() for bar in speeds.patches] == pytest.approx([0.8, 1.0, 1.55])
-    assert [text.get_text() for text in speeds.texts] == ["0.80x", "1.00x", "1.55x"]
-    low, high = speeds.get_ylim()
-    assert low < 0.8
-    assert high > 1.55
-    assert drawn(0.9, 0.95)[1].get_ylim()[1] > 1  # room for the line of mode full
-
-
-def test_curves_differ_by_dashes_too_and_their_legend_is_beside_them() -> None:
-    curves, _ = drawn(1.1, 1.2, 1.3)
-    assert len({line.get_linestyle() for line in curves.lines[:3]}) == 3
-    assert curves.get_legend().get_window_extent().x0 > curves.get_window_extent().x1
-    names = [text.get_text() for text in curves.get_legend().get_texts()]
-    assert names == ["layer 1", "layer 2", "layer 3", "99 % agree"]
-    bottom, top = curves.get_ylim()
-    for line in curves.lines:  # every curve is inside the panel
-        values = np.asarray(line.get_ydata(), float)
-        assert bottom >= values.max()
-        assert values.min() >= top > 0

@@ -22,7 +22,7 @@ def record(setting: Setting, line: int, seconds: float, text: str, exits: int, *
     """Ten tokens, of which the prompt takes 0.1 seconds."""
     flags = (False, *(number < exits for number in range(9)))
     ids = tuple(map(ord, f"{text:10}"))
-    made = Record("one", setting.name, line, 0, seconds, seconds - 0.1, 10, 0.0, None, text, ids, flags, "eos")
+    made = Record("one", setting.name, line, 0, seconds, seconds - 0.1, 10, 0.0, text, ids, flags, "eos")
     return replace(made, **changes)
 
 
@@ -72,7 +72,6 @@ def test_rows_are_those_worked_out_by_hand(entry: Entry) -> None:
     assert (static["exit_rate"], static["layers"], static["same"]) == (1, 10, 0.5)
     assert static["scores"]["exact"]["value"] == static["scores"]["exact"]["relative"] == 0.5
     assert full["scores"]["exact"]["low"] is None
-    assert full["joules_per_token"] is None
 
 
 def test_layers_of_the_exits_own_count_wherever_they_run(tmp_path: Path) -> None:
@@ -91,15 +90,6 @@ def test_the_median_round_of_each_line_counts(entry: Entry) -> None:
     assert full["seconds_per_request"] == pytest.approx(1.1)
     assert full["spread"] == pytest.approx(1)  # 2, 2 and 1 seconds
     assert static["spread"] is None
-
-
-def test_energy_is_that_of_all_rounds_where_all_are_known(entry: Entry) -> None:
-    found = records()
-    for line in (1, 2):
-        found["one", "full"][line] = [replace(found["one", "full"][line][0], joules=2.0)]
-    found["one", "static"][1] = [replace(found["one", "static"][1][0], joules=2.0)]
-    full, static, _ = rows_of([entry], found, REFERENCES, [metric_of("exact")])
-    assert (full["joules_per_token"], static["joules_per_token"]) == (0.2, None)
 
 
 def test_scores_are_relative_to_the_first_full_model_or_where_it_has_none_to_nothing(entry: Entry) -> None:

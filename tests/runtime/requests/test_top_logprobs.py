@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles, Case, Model
+from checkpoints import CASES, PROMPTS, Bundles, Case, Model
 from draft_plans import draft_exits
 from exit_layer_case import EXIT_CASES, EXIT_LAYER
+from exit_vocabulary_case import KNOWN, with_exit_vocabulary
 from reference import Run
 
-from freeexport.measure import exit_vocabulary
-from freeexport.measure.exit_vocabulary import ChosenVocabulary
-from runtime import GenerationResult, OptionError, Session
-from runtime.bundle.manifest import ExitVocabulary
+from runtime import GenerationResult, Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,23 +36,17 @@ def longest_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     draft_exits(monkeypatch)
 
 
-def same_as_transformers(ours: GenerationResult, run: Run, judged: bool, known: list[int] | None = None) -> None:
-    """`known`: the only tokens of the shallow head."""
+def same_as_transformers(ours: GenerationResult, run: Run, judged: bool) -> None:
     shallow, deep = run.logits(ours.token_ids[:-1])
-    if known is not None:
-        masked = torch.full_like(shallow, -torch.inf)
-        masked[:, known] = shallow[:, known]
-        shallow = masked
     assert ours.top_logprobs is not None
     assert ours.logprobs is not None
     for step, best in enumerate(ours.top_logprobs):
         by_shallow = ours.exited[step] and not judged
         expected = (shallow if by_shallow else deep)[step].log_softmax(-1)
         ids, found = zip(*best, strict=True)
-        count = min(COUNT, len(known)) if known is not None and by_shallow else COUNT
-        assert len(set(ids)) == count
+        assert len(set(ids)) == COUNT
         # Two that are as good as equal may change places.
-        assert list(found) == pytest.approx(expected.topk(count).values.tolist(), abs=1e-3)
+        assert list(found) == pytest.approx(expected.topk(COUNT).values.tolist(), abs=1e-3)
         assert list(found) == pytest.approx(expected[list(ids)].tolist(), abs=1e-3)
         assert ours.logprobs[step] == pytest.approx(float(expected[ours.token_ids[step]]), abs=1e-3)
 
@@ -91,30 +81,11 @@ def test_an_exit_of_layers_has_its_own(bundle: Bundles, source_model: Model) -> 
     same_as_transformers(ours, Run(source_model(case), PROMPTS[2], EXIT_LAYER), False)
 
 
-@pytest.mark.parametrize("size", [4, 100])
-def test_of_an_exit_vocabulary_only_its_tokens_are_named(
-    size: int, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = list(range(3, VOCAB_SIZE, VOCAB_SIZE // size))[:size]
-    chosen = ChosenVocabulary(tuple(known), ExitVocabulary(size, 1.0, 1))
-    monkeypatch.setattr(exit_vocabulary, "choose_exit_vocabulary", lambda *given: chosen)
-    with Session(bundle(LLAMA, 2, exit_vocab=size, data=Path(__file__)), threads=1, slots=1) as session:
+def test_of_an_exit_vocabulary_only_its_tokens_are_named(bundle: Bundles) -> None:
+    with Session(bundle(with_exit_vocabulary("llama-tied"), EXIT_LAYER), threads=1, slots=1) as session:
         ours = session.generate(
             PROMPTS[0], mode="free", threshold=0.0, max_new_tokens=TOKENS, ignore_eos=True, top_logprobs=COUNT
         )
     exited = [best for best, exited in zip(ours.top_logprobs or (), ours.exited, strict=True) if exited]
     assert exited
-    assert {token for best in exited for token, _ in best} <= set(known)
-    same_as_transformers(ours, Run(source_model(LLAMA), PROMPTS[0], 2), False, known)
-
-
-def test_a_stream_has_them_and_so_have_several_samples(bundle: Bundles) -> None:
-    with Session(bundle(LLAMA, 2), threads=1, slots=1) as session:
-        with session.stream(PROMPTS[0], max_new_tokens=8, threshold=0.3, top_logprobs=2) as stream:
-            streamed = tuple(token.top_logprobs for token in stream)
-        assert streamed == stream.result.top_logprobs
-        assert all(len(best) == 2 for best in streamed if best is not None)
-        best = session.generate_best(PROMPTS[0], 3, do_sample=True, seed=1, max_new_tokens=4, top_logprobs=2)
-        assert [len(result.top_logprobs or ()) for result in best] == [len(result.token_ids) for result in best]
-        with pytest.raises(OptionError, match=r"^top_logprobs is 21; choose a whole number from 0 to 20"):
-            session.generate(PROMPTS[0], top_logprobs=21)
+    assert {token for best in exited for token, _ in best} <= set(KNOWN)
