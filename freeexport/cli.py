@@ -38,7 +38,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "inspect": "Show what a bundle holds.",
     },
     "Measure": {
-        "evaluate": "Compare methods on a task, or layers as exits.",
+        "evaluate": "Compare methods on a task.",
         "bench": "Measure the speed of a bundle.",
     },
     "Begin": {

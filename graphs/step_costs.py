@@ -23,7 +23,6 @@ class StepCosts:
     layer: float
     head: float
     growth: dict[int, float]
-    measured: bool
     map: float = 0.0
 
     def at(self, exit_layer: int, layers: int, own: int = 0, share: float = 1.0, inputs: int = 1) -> Costs:
@@ -32,7 +31,7 @@ class StepCosts:
         shallow, deep = exit_layer * self.layer, (layers - exit_layer) * self.layer + self.head
         deep_passes = {size: deep * factor for size, factor in self.growth.items()}
         behind = own * self.layer + (inputs * self.map if own else 0.0) + share * self.head
-        return Costs(shallow + behind, shallow, deep_passes, measured=self.measured)
+        return Costs(shallow + behind, shallow, deep_passes, measured=False)
 
 
 def analytic(description: Description, weights: Weights) -> StepCosts:
@@ -48,4 +47,4 @@ def analytic(description: Description, weights: Weights) -> StepCosts:
     head = _FLOAT * math.prod(weights.shape(description.decoder.head.weight))
     growth = {size: 1 + _ROW_GROWTH * (size - 1) for size in _SIZES}
     linear_map = _FLOAT * description.hidden_size**2
-    return StepCosts(total / len(layers), head, growth, measured=False, map=linear_map)
+    return StepCosts(total / len(layers), head, growth, map=linear_map)

@@ -1,16 +1,14 @@
-"""`freeexport evaluate`: methods of decoding, and layers to exit after."""
+"""`freeexport evaluate`: methods of decoding compared on a task."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
-from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.commands.verb_options import (
-    DEVICE,
     MAX_NEW_TOKENS,
     METRICS,
     SAMPLES,
@@ -18,35 +16,11 @@ from freeexport.commands.verb_options import (
     SectionedCommand,
     section,
 )
-from freeexport.measure.layers import LayersOptions
 from freeexport.measure.settings import METHODS, THRESHOLDS, EvaluateOptions, bundle_and_methods, methods_of
 from freeexport.system.page import print_page
 
 
-class _RunByDefault(click.Group):
-    """`evaluate BUNDLE ...` is `evaluate run BUNDLE ...`, and `evaluate CHECKPOINT --layers` is `evaluate layers`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, *ctx.help_option_names):
-            verb = "layers" if "--layers" in args else "run"
-            args = [verb, *(argument for argument in args if argument != "--layers")]
-        return super().parse_args(ctx, args)
-
-
-@click.group(cls=_RunByDefault)
-def command() -> None:
-    """Compare methods of decoding on a task, by quality and speed: `freeexport evaluate BUNDLE ...`; or, before
-    training and conversion, the layers of a checkpoint as exits: `freeexport evaluate CHECKPOINT --layers`.
-
-    \b
-    Example:
-      freeexport evaluate bundle --data test.jsonl --metric rouge-l --output results
-      freeexport evaluate path/to/checkpoint --layers --data validation.jsonl
-      freeexport evaluate run --help
-    """
-
-
-@command.command(cls=SectionedCommand)
+@click.command(cls=SectionedCommand)
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE[=METHODS]...")
 @section("Data")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' and 'target'.")
@@ -78,7 +52,7 @@ def command() -> None:
               help="The directory of outputs and results. A run that was interrupted goes on there.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace what another run left in --output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> None:
+def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> None:
     """Compare methods of decoding on a task: quality against references, and speed, interleaved line by line.
 
     BUNDLEs may be those of several checkpoints, each with the METHODS that it was trained for. What is relative is so
@@ -110,37 +84,3 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     for text in found.report["verdicts"]:
         click.echo(f"\n{text}")
     click.echo(f"\n{found.options.output}: {FILES}")
-
-
-@command.command("layers")
-@click.argument("model")
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
-@click.option("--on", "forcing", type=click.Choice(["output", "targets"]), default=LayersOptions.forcing,
-              help="Text that the decoder reads: its own greedy output, or the data's targets.")  # fmt: skip
-@click.option("--samples", type=click.IntRange(1), default=LayersOptions.samples, help=SAMPLES)
-@click.option("--agreement", type=click.FloatRange(0, 1), default=LayersOptions.agreement,
-              help="The share of exits that must agree with the last layer.")  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(1), default=LayersOptions.max_new_tokens, help=MAX_NEW_TOKENS)
-@click.option("--device", default=LayersOptions.device, help=DEVICE)
-@click.option("--dtype", type=click.Choice(get_args(Dtype)), default=LayersOptions.dtype,
-              help="Type of the weights in torch.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def compare_layers(model: str, data: Path, as_json: bool, **options: Any) -> None:
-    """Compare the layers of the checkpoint MODEL as exits, on the lines of a JSONL file: `evaluate MODEL --layers`.
-
-    Agreement is with the last layer, over the tokens that are decided. A confidence above the threshold exits; `at 99%`
-    is the largest share of tokens that can exit so that 99 % of them agree. Speedups are predicted from the sizes of
-    layers and head, or from what was measured on BUNDLE, a bundle of MODEL.
-
-    \b
-    Example:
-      freeexport evaluate path/to/checkpoint --layers --data validation.jsonl
-    """
-    from freeexport.measure.layers import evaluate_layers, tables
-
-    report = evaluate_layers(model, data, LayersOptions(**options))
-    if as_json:
-        click.echo(json.dumps(report, indent=2))
-    else:
-        print_page(tables(report))

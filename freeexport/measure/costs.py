@@ -23,16 +23,14 @@ import numpy as np
 from freeexport.measure.timing import interleave, other_load
 from freeexport.measure.traces import THRESHOLD, ReplaySession, drawn
 from freeexport.system.child import run_child
-from graphs.step_costs import StepCosts
 from runtime.bundle.costs import Costs, Outside
 from runtime.bundle.schema import Reader
-from runtime.errors import OptionError
 from runtime.machine.machine import host
 from runtime.result import Stats
 from runtime.speech import SpeechPrompt
 
 if TYPE_CHECKING:
-    from runtime.bundle.manifest import Manifest
+    pass
 
 # Rows of deep passes whose costs are kept.
 SIZES = (1, 2, 4, 8, 16)
@@ -159,21 +157,6 @@ def _deep(samples: Sequence[Sample]) -> dict[int, float]:
     means = np.array([total[rows] / count[rows] for rows in seen])
     fitted, *_ = np.linalg.lstsq(shares * weights[:, None], means * weights, rcond=None)
     return dict(zip(knots, np.maximum.accumulate(fitted).tolist(), strict=True))
-
-
-def measured_steps(manifest: Manifest) -> StepCosts:
-    """Milliseconds, from what `convert` timed at the bundle's own exit layer. Raises OptionError where it did not."""
-    costs = manifest.costs
-    if costs is None:
-        raise OptionError("the bundle holds no measured costs; convert it again without --verify none")
-    # A shallow step with its head has the exit's own layers too; one without has neither. In the standard dialect all
-    # steps have the layers.
-    own, both = manifest.exit_layers, costs.head
-    layers = manifest.layers - own if manifest.packed else manifest.layers + own
-    layer = (costs.shallow_without_head + costs.deep[1] - both) / layers
-    head = max(0.0, both - own * layer) if manifest.packed else both
-    growth = {size: seconds / costs.deep[1] for size, seconds in costs.deep.items()}
-    return StepCosts(1e3 * layer, 1e3 * head, growth, measured=True)
 
 
 def bandwidth_of(threads: int) -> float:

@@ -1,4 +1,4 @@
-"""Whether an exit pays, why, and what to do next, as convert, calibrate, evaluate --layers and inspect say it."""
+"""Whether an exit pays, why, and what to do next, as convert, calibrate and inspect say it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ Z = 1.96
 FAIR_AGREEMENT = 0.8
 
 Level = Literal["good", "neutral", "bad"]
-# What a predicted speedup rests on: times of the engines, the sizes of layers and head, times taken while other work
-# kept the machine busy, or nothing.
-Basis = Literal["measured", "sizes", "busy", "unknown"]
+# What a predicted speedup rests on: times of the engines, times taken while other work kept the machine busy, or
+# nothing.
+Basis = Literal["measured", "busy", "unknown"]
 _BASES = {
     "measured": "by the engines' measured times",
-    "sizes": "by the sizes of layers and head",
     "busy": "by times taken on a busy machine",
     "unknown": "",
 }
@@ -93,7 +92,7 @@ class Verdict:
 class ExitFacts:
     """Facts of an exit. None is not known.
 
-    `name` is what commands call the bundle, or the `checkpoint`; `data` the file that was used. `trained`: whether the
+    `name` is what commands call the bundle; `data` the file that was used. `trained`: whether the
     checkpoint was trained for this exit. `threshold`: as calibrated, None where it was not; 1.0 is never to exit, and
     `why_never` then says why. `agreement`: the share of tokens at which the shallow prediction is the deep one.
     `exit_rate` and `exit_agreement` (of those that exit) are those at the threshold, and so are `speedup`, predicted,
@@ -115,7 +114,6 @@ class ExitFacts:
     speedup: float | None = None
     measured: float | None = None
     basis: Basis = "unknown"
-    checkpoint: bool = False
     heavy_head: bool = False
     data: str = "FILE"
 
@@ -150,8 +148,7 @@ def verdict(facts: ExitFacts) -> Verdict:
         known = f" (shallow and deep prediction agree at {seen} of the model's own tokens)" if seen is not None else ""
         poor = f"is untrained{known}"
     saves_nothing = f"saves nothing even if every token exited, {basis}"
-    # A comparison of layers has looked at all of them.
-    elsewhere = () if facts.checkpoint else ("compare layers (freeexport evaluate CHECKPOINT --layers)",)
+    elsewhere = "exit after an earlier layer (--exit-layer)"
 
     if facts.threshold is None:
         if poor:
@@ -159,7 +156,7 @@ def verdict(facts: ExitFacts) -> Verdict:
         if facts.basis == "unknown":
             return Verdict("neutral", "not calibrated, so nothing exits yet; speed not measured", calibrate)
         if even is None:
-            return _bad(facts, f"{where} {saves_nothing}", *elsewhere)
+            return _bad(facts, f"{where} {saves_nothing}", elsewhere)
         pays = f"exits pay {basis} once {even:.1%} of the tokens exit"
         return Verdict("neutral", f"not calibrated, so nothing exits yet; {pays}", calibrate)
     if facts.threshold >= 1.0:
@@ -178,7 +175,7 @@ def verdict(facts: ExitFacts) -> Verdict:
     if facts.measured is None:
         gain = f"{speedup:.2f}x the speed of mode full, predicted {basis}"
         if even is None:
-            return _bad(facts, f"{rates}; it {saves_nothing}", *elsewhere)
+            return _bad(facts, f"{rates}; it {saves_nothing}", elsewhere)
     else:
         also = "" if predicted is None else f" ({predicted:.2f}x predicted {basis})"
         gain = f"{speedup:.2f}x the speed of mode full, measured{also}"
@@ -191,15 +188,12 @@ def verdict(facts: ExitFacts) -> Verdict:
         return Verdict("neutral", f"may pay: {gain}; {rates}; {few}", "give more data")
     if facts.measured is None and facts.basis == "busy":
         return Verdict("neutral", f"may pay: {gain}; {rates}", f"{calibrate}, on an idle machine")
-    following = f"freeexport bench {facts.name} --threshold {facts.threshold:.4g}"
-    if facts.checkpoint:
-        following = f"freeexport convert {facts.name} OUT --exit-layer {facts.exit_layer}, then calibrate the bundle"
-    return Verdict("good", f"pays: {gain}; {rates}", following)
+    return Verdict("good", f"pays: {gain}; {rates}", f"freeexport bench {facts.name} --threshold {facts.threshold:.4g}")
 
 
 def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
     """An exit that does not pay, and what to do instead."""
-    steps = [*first, f"train it for the exit (freeexport train {facts.name if facts.checkpoint else 'CHECKPOINT'} OUT)"]
+    steps = [*first, "train it for the exit (freeexport train CHECKPOINT OUT)"]
     if facts.heavy_head:
         steps.append("give the exit a smaller head (freeexport train --exit-vocab N), which outweighs its layers")
     steps.append("use mode lossless, whose text is the full model's")

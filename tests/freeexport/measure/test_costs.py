@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from freeexport.measure.costs import (
     measure_bandwidth,
     measured_costs,
     measured_in_child,
-    measured_steps,
 )
 from freeexport.measure.traces import ReplaySession
 from freeexport.system.child import ChildError, run_child
@@ -176,33 +174,14 @@ def test_analytic_costs_are_the_bytes_a_step_reads(
     assert (costs.layer, costs.head) == (4 * layer, 4 * head)
     assert costs.growth[1] == 1
     assert costs.growth[8] == pytest.approx(1.9)
-    assert not costs.measured
 
 
 def test_costs_at_a_layer_split_the_model_and_an_early_exit_saves_more() -> None:
-    costs = StepCosts(layer=2, head=3, growth={1: 1, 4: 1.5}, measured=False)
+    costs = StepCosts(layer=2, head=3, growth={1: 1, 4: 1.5})
     at = costs.at(4, 10)
     assert (at.shallow, at.shallow_without_head, at.deep, at.full) == (11, 8, {1: 15, 4: 22.5}, 10 * 2 + 3)
     assert costs.at(2, 10).speedup(0.95, 16) > costs.at(8, 10).speedup(0.95, 16) > 1
     assert costs.at(2, 10).speedup(0, 16) < 1
-
-
-@pytest.mark.parametrize(
-    ("own", "packed", "shallow", "without_head"),
-    # 12 layers of 1 ms, exit after 4, a head of 1 ms; an exit's own layers are part of a shallow step with the head,
-    # in the standard dialect of every step.
-    [(0, True, 0.005, 0.004), (2, True, 0.007, 0.004), (2, False, 0.007, 0.006)],
-)
-def test_measured_costs_reproduce_the_bundle_at_its_own_layer(
-    own: int, packed: bool, shallow: float, without_head: float
-) -> None:
-    recorded = Costs(shallow, without_head, {1: 0.009, 8: 0.018})
-    manifest = SimpleNamespace(costs=recorded, layers=12, exit_layers=own, packed=packed)
-    costs = measured_steps(manifest)  # type: ignore[arg-type]
-    assert (costs.layer, costs.head) == pytest.approx((1.0, 1.0))
-    assert costs.growth == {1: 1.0, 8: 2.0}
-    at = costs.at(4, 12, own)
-    assert (at.shallow, at.shallow_without_head, at.deep[1]) == pytest.approx((1e3 * shallow, 4, 9))
 
 
 def test_bandwidth_is_of_this_world() -> None:

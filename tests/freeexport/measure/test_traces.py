@@ -1,27 +1,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CASES, TEXTS, Bundles, Case
+from checkpoints import CASES, TEXTS, Bundles, Case, Model
 from exit_layer_case import with_exit_layers
-from exit_vocabulary_case import with_exit_vocabulary
+from exit_vocabulary_case import model_with_vocabulary, with_exit_vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import Run, confidence_of
 from traces import mixed, trace
 
-from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.checkpoints.examples import text_format
-from freeexport.checkpoints.transformers_model import reference_model
-from freeexport.measure.layers import LayerReader, encoded
 from freeexport.measure.sources import BundleSource
 from freeexport.measure.traces import ReplaySession, TraceCache, Traces, replay, trace_of
 from freeexport.system.jsonl import Request
-from graphs.families import describe
 from runtime import Session
 from runtime.bundle.costs import Costs, Outside
 from runtime.errors import OptionError
@@ -161,32 +156,33 @@ def test_a_file_that_holds_no_traces_is_left_as_it_is(tmp_path: Path, content: s
     assert path.read_text() == content
 
 
-EXITS = with_exit_layers("llama-tied"), with_exit_vocabulary("llama-tied"), with_exit_vocabulary("t5-relu-tied", True)
+KNOWN = with_exit_vocabulary("llama-tied"), with_exit_vocabulary("t5-relu-tied", layers=True)
+EXITS = with_exit_layers("llama-tied"), *(replace(case, model=model_with_vocabulary) for case in KNOWN)
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("case", [T5, LLAMA, *EXITS], ids=lambda case: case.name)
-def test_traces_are_those_of_the_checkpoint_in_torch(
-    case: Case, checkpoint: Callable[[Case], Path], bundle: Bundles
-) -> None:
+def test_traces_are_those_of_transformers(case: Case, bundle: Bundles, source_model: Model) -> None:
     requests = [Request(number, text) for number, text in enumerate(TEXTS[:10], start=1)]
-    opened = open_checkpoint(str(checkpoint(case)))
-    description, layer = (
-        describe(opened.config, opened),
-        opened.exit_layer(case.layers, 1 if opened.exit is None else None),
-    )
-    reader = LayerReader(reference_model(opened, "cpu", "float32"), opened, description, layer)
-    examples = encoded(requests, text_format(opened, description, 2048), Path("data"), 9)
-    outputs = reader.greedy_outputs(examples, 9, 8, lambda *_: None)
-    (theirs,), _ = reader.traces(outputs, [layer])
+    layer, model = case.exit_layers[0], source_model(case)
     with ReplaySession(bundle(case, layer)) as session:
-        ours = list(BundleSource(session.bundle.path, session).traces(requests, 9))
-        full = session.generate(TEXTS[0], mode="full", max_new_tokens=9).token_ids
-    # Of a decoder the first token never exits.
-    assert ours[0].tokens == len(full) - (description.encoder is None)
-    joined = Traces.joined(ours)
-    for name, tolerance in {"line": 0, "length": 0, "confidence": 2e-4, "agrees": 0, "token": 0, "nll": 2e-3}.items():
-        np.testing.assert_allclose(getattr(joined, name), getattr(theirs, name), rtol=0, atol=tolerance)
+        source, first = BundleSource(session.bundle.path, session), int(not session.manifest.encoder_decoder)
+        ends, traces = session.manifest.eos_token_ids, list(source.traces(requests, 9))
+        prompts = [ids.tolist() for _, ids in source.prompts(requests)]
+    for found, prompt in zip(traces, prompts, strict=True):
+        run, ids = Run(model, prompt, layer), list[int]()
+        while len(ids) < 9 and not (ids and ids[-1] in ends):
+            ids.append(int(run.logits(ids)[1][-1].argmax()))
+        # Of a decoder the first token never exits.
+        shallow, deep = (logits[first : len(ids)] for logits in run.logits(ids))
+        vocabulary = deep.shape[-1]
+        tokens = shallow[:, :vocabulary].argmax(-1)
+        confidence = [confidence_of(row, vocabulary) for row in shallow]
+        nll = -deep.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        np.testing.assert_array_equal(found.token, tokens)
+        np.testing.assert_array_equal(found.agrees, tokens == deep.argmax(-1))
+        np.testing.assert_allclose(found.confidence, confidence, atol=2e-4)
+        np.testing.assert_allclose(found.nll, nll, atol=2e-3)
 
 
 @pytest.mark.usefixtures("one_thread")
