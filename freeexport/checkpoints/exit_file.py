@@ -73,15 +73,6 @@ class ExitFile:
     def has_parameters(self) -> bool:
         return self.exit_norm or self.adapter_rank > 0 or self.exit_layers > 0 or self.vocabulary is not None
 
-    @property
-    def inputs(self) -> int:
-        """How many states the exit's own layers read at a position."""
-        return 1 if self.exit_input == "state" else 2
-
-    def head_share(self, vocab_size: int) -> float:
-        """How much of the head the exit reads."""
-        return 1.0 if self.vocabulary is None else (self.vocabulary.size + 1) / vocab_size
-
     def shapes(self, hidden_size: int) -> dict[str, Shape]:
         """Shapes of the exit's own tensors, its layers apart."""
         shapes: dict[str, Shape] = {}

@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 from checkpoints import LONG, Bundles
-from running_server import ENDLESS, eventually
+from running_server import eventually
 
 from freeexport.serving.server import listen
 from runtime import Session
@@ -149,16 +149,6 @@ def test_a_killed_replica_loses_only_what_it_had_and_says_so(served: SimpleNames
     assert eventually(lambda: all_at_once(served.url) == [("answered", text) for text in expected], 60)
 
 
-def test_a_new_version_lets_running_requests_end(served: SimpleNamespace, expected: list[str]) -> None:
-    body = {"prompt": "x", "max_tokens": 1500, "stream": True, **ENDLESS}
-    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=200) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        served.serve.run(served.build(served.arguments.model_copy(update={"slots": 2})))
-        assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert ask(served.url, 0) == ("answered", expected[0])
-
-
 def start(cluster: Any, *arguments: Any, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     environment = {**os.environ, "RAY_ADDRESS": cluster.address}
     command = [sys.executable, str(SCRIPTS / "ray_batch.py"), *map(str, arguments)]
@@ -216,25 +206,3 @@ def test_a_killed_batch_job_goes_on_where_it_was(
     assert [answers[number]["answer"] for number in range(24)] == expected
     assert answers[24]["error"] == "the prompt is None, no text"
     assert "5001 tokens" in answers[25]["error"]
-
-
-def test_lines_of_json_are_read_too_and_mistakes_take_one_line(cluster: Any, bundle8: Path, tmp_path: Path) -> None:
-    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers"
-    source.write_text(
-        "".join(json.dumps({"id": f"row {number}", "prompt": f"prompt {number}"}) + "\n" for number in range(3))
-    )
-    job = [bundle8, source, output, "--max-new-tokens", 4, "--workers", 1]
-    code, said = batch(cluster, *job)
-    assert code == 0, said
-    assert {row["id"]: row["tokens"] for row in rows(output)} == {"row 0": 4, "row 1": 4, "row 2": 4}
-    for wrong, message in (
-        ([*job, "--threads", 9], "9 cores for sessions and 1 for Ray are needed"),
-        ([*job, "--mode", "full"], "was made with other options"),
-        ([bundle8, source, tmp_path / "other", "--column", "text"], "has no column 'text'; it has id, prompt"),
-        ([bundle8, source, tmp_path], "is not empty, and no job wrote it"),
-        ([bundle8, tmp_path, tmp_path / "other"], "give .parquet or .jsonl files"),
-        ([bundle8, source, tmp_path / "other", "--threshold", 2], "2.0 is not in the range"),
-    ):
-        code, said = batch(cluster, *wrong)
-        assert code in (1, 2)
-        assert message in said.splitlines()[-1]

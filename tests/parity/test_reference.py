@@ -14,15 +14,10 @@ from reference import (
     free_decode,
     predicted_of,
     replay,
-    separating_threshold,
 )
 
 TOKENS = 48
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# Random weights of Gemma give confidences that are too much alike for a threshold between them.
-spread_cases = pytest.mark.parametrize(
-    "case", [case for case in CASES if not case.name.startswith("gemma")], ids=lambda case: case.name
-)
 few_cases = pytest.mark.parametrize("name", ["t5-deep-decoder", "umt5", "llama-tied", "mistral-window"])
 
 
@@ -46,32 +41,6 @@ def test_threshold_one_is_greedy_decoding_of_the_full_model(case: Case, source_m
     assert reference.token_ids == generate(model, PROMPTS[0], TOKENS)
     assert not any(reference.exited)
     assert reference.sync_sizes == [1] * (len(reference.token_ids) - predicted_of(model))
-
-
-@spread_cases
-def test_a_separating_threshold_makes_exits_and_sync_passes(case: Case, source_model: Model) -> None:
-    model = source_model(case)
-    tokens = free_decode(model, PROMPTS[2], 1, 1.0, TOKENS, eos_ids=()).token_ids
-    for exit_layer in case.exit_layers:
-        recorded = replay(model, PROMPTS[2], tokens, exit_layer, 1.0)
-        values = [value for value in recorded.confidence if value is not None]
-        assert max(values) - min(values) > 0.4
-        threshold = separating_threshold(recorded)
-        assert min(abs(value - threshold) for value in values) > 1e-4
-        reference = free_decode(model, PROMPTS[2], exit_layer, threshold, 24, eos_ids=())
-        assert 4 <= sum(reference.exited) <= 20
-        assert max(reference.sync_sizes) > 1
-
-
-@each_case
-def test_threshold_zero_exits_everything_but_predicted_and_forced_tokens(case: Case, source_model: Model) -> None:
-    model = source_model(case)
-    predicted = predicted_of(model)
-    reference = free_decode(model, PROMPTS[0], case.exit_layers[-1], 0.0, 14, max_pending=4, eos_ids=())
-    assert reference.exited == ([False] * predicted + ([True] * 3 + [False]) * 4)[:14]
-    assert reference.forced == [step >= predicted and not exited for step, exited in enumerate(reference.exited)]
-    assert reference.sync_sizes == [4, 4, 4]
-    assert reference.stacked == [(step + 1 - predicted) % 4 for step in range(14)]
 
 
 @few_cases

@@ -92,9 +92,6 @@ def gathered(session: Session, prompt: Any, **options: Any) -> tuple[list[Token]
     return tokens, stream.result
 
 
-# Many at once
-
-
 # Streams
 
 
@@ -341,9 +338,6 @@ def test_a_session_that_does_not_trust_templates_takes_token_ids_alone(
             session.generate(prompt)
     with pytest.raises(OptionError, match=r"stop strings need text.*trust_templates is False"):
         session.generate([1, 5, 7], stop="x")
-
-
-# Closing
 
 
 # Closing

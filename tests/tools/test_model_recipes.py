@@ -5,22 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import pytest
-from checkpoints import CASES, VOCAB_SIZE, Case
+from checkpoints import CASES, Case
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import ExitFile, read_exit_file, write_exit_file
 from freeexport.cli import main as freeexport
-from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
-from runtime import Session
-from tools.models import cut_vocabulary, demo_model, difference_lora
+from tools.models import demo_model, difference_lora
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -70,37 +66,6 @@ def test_options_that_the_recipe_gives_are_those_of_the_commands(
     given.clear()
     demo_model.train_stages(tmp_path)
     assert [(Path(options[1]).name, "--resume" in options) for _, *options in given] == [("stage2", True)]
-
-
-@pytest.mark.parametrize("name", ["llama-tied", "t5-gated-tied"])
-def test_a_model_with_a_cut_vocabulary_writes_what_the_whole_one_does(
-    name: str, checkpoint: Callable[[Case], Path], tmp_path: Path
-) -> None:
-    """As long as that has no other tokens; otherwise the likeliest that it knows."""
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"input": "one two", "target": "three four"}\n' * 2)
-    case, texts = BY_NAME[name], ["one two three", "x", "line 5"]
-    made = dict[int, list[tuple[int, ...]]]()
-    for tokens in (VOCAB_SIZE - 1, 40):
-        cut, out = tmp_path / f"cut-{tokens}", tmp_path / f"bundle-{tokens}"
-        given = [str(checkpoint(case)), str(cut), "--data", str(data), "--tokens", str(tokens)]
-        result = CliRunner().invoke(cut_vocabulary.command, given, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        convert(str(cut), out, ConvertOptions(capacity=128, encoder_capacity=128, verify="none", measure=False))
-        options: dict[str, Any] = {"max_new_tokens": 16, "ignore_eos": True}
-        with Session(out, threads=1, slots=1) as session:
-            full, static = (
-                [session.generate(text, mode=mode, **options).token_ids for text in texts]
-                for mode in ("full", "shallow")
-            )
-        made[tokens] = static
-    assert made[VOCAB_SIZE - 1] == full
-    known = read_exit_file(tmp_path / "cut-40")
-    assert known is not None
-    assert known.vocabulary is not None
-    assert known.vocabulary.size == 40
-    first = 0 if name.startswith("t5") else 1  # of a decoder-only model, the prompt's own prediction is the whole one's
-    assert len({token for ids in made[40] for token in ids[first:]}) <= 40
 
 
 def test_a_difference_of_low_rank_is_an_adapter(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:

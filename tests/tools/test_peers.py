@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fake_peer
 import pytest
 from checkpoints import CASES, Bundles, Case, load
-from click.testing import CliRunner
 
 from freeexport.measure.bench import BenchOptions, BenchSetting
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
-from runtime.machine.machine import user_cache
-from tools.peers import catalog
 from tools.peers import compare as comparing
-from tools.peers.catalog import PEERS, Peer, find_peer, find_source, peer_command
+from tools.peers.catalog import PEERS, Peer, find_source
 from tools.peers.compare import Contender, compare, measure
 from tools.peers.decoders import transformers_generate
 from tools.peers.prompts import first_tokens
@@ -133,16 +127,6 @@ def test_what_a_peer_cannot_run_or_have_is_said(
         find_source(bundles[0].manifest, str(checkpoint(LLAMA)))
 
 
-def test_names_are_of_peers_or_of_checkpoints(tmp_path: Path) -> None:
-    assert find_peer("organisation/model") is None
-    assert find_peer(str(tmp_path)) is None
-    for name, said in (("genai_int4", "did you mean genai-int4"), ("nothing-like-it", "known are hf, hf-early-exit")):
-        with pytest.raises(OptionError, match=said):
-            find_peer(name)
-    twice = CliRunner().invoke(comparing.main, ["bundle", "--against", "hf", "--against", "hf"])
-    assert "--against names hf twice" in str(twice.exception)
-
-
 def test_transformers_drafts_from_the_prompt_where_it_is_asked_to(checkpoint: Callable[[Case], Path]) -> None:
     plain, lookup = list[int](), list[int]()
     prompt = [*range(20, 40)] * 3
@@ -189,63 +173,3 @@ def test_a_worker_that_dies_or_hangs_is_reported(worker: Worker, last: int, limi
         worker.ask(generate(last), limit)
     with pytest.raises(PeerError, match=then):
         worker.ask(generate(1), 60)
-
-
-def test_what_is_no_answer_is_reported() -> None:
-    worker = Worker([sys.executable, "-c", "input(); print('hello')"], {})
-    with pytest.raises(PeerError, match="answered 'hello', which is not JSON"):
-        worker.ask(generate(1), 60)
-    worker.close()
-
-
-def test_an_environment_is_built_once_and_has_what_was_asked_for(
-    tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the smallest package that pip installs; pip is this environment's, as copying it takes most of the time."""
-    run = subprocess.run
-
-    def with_our_pip(command: list[str], **given: Any) -> Any:
-        own = [sys.executable, "-m", "pip", "--python", command[0], *command[3:]]
-        return run([*command, "--without-pip"] if "venv" in command else own, **given)
-
-    wheel, info = tmp_path / "fake_decoder-1.0-py3-none-any.whl", "fake_decoder-1.0.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("fake_decoder.py", "ANSWER = 42\n")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: fake-decoder\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    monkeypatch.setitem(catalog.REQUIREMENTS, "fake", (str(wheel),))
-    monkeypatch.setattr(subprocess, "run", with_our_pip)
-    peer = Peer("fake", "fake")
-    command = peer_command(peer)
-    program = "import fake_decoder; print(fake_decoder.ANSWER)"
-    assert run([*command[:2], "-c", program], capture_output=True).stdout == b"42\n"
-    assert not list(user_cache("peers", "environments").glob(".*partial*"))
-    monkeypatch.setattr(subprocess, "run", None)
-    assert peer_command(peer) == command
-    monkeypatch.setitem(catalog.VARIABLES, "fake", {"X": "1"})
-    assert peer.key not in command[0]
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (partial(subprocess.CalledProcessError, 1), r"cannot be built \(No matching .*missing\.whl\); see .*fake\.log"),
-        (lambda command: subprocess.TimeoutExpired(command, 5), "not built within 3600 s"),
-    ],
-)
-def test_an_environment_that_fails_leaves_nothing_but_the_log(
-    error: Callable[[list[str]], Exception], said: str, cache: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(command: list[str], stdout: Any, **given: Any) -> None:
-        if "install" in command:
-            stdout.write("Looking\nERROR: No matching distribution for missing.whl\nnote: that was pip\n")
-            stdout.flush()
-            raise error(command)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setitem(catalog.REQUIREMENTS, "fake", ("missing.whl",))
-    with pytest.raises(PeerError, match=said):
-        peer_command(Peer("fake", "fake"))
-    assert not list(user_cache("peers", "environments").iterdir())
-    assert user_cache("peers", "logs", "fake.log").is_file()

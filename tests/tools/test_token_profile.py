@@ -42,25 +42,6 @@ def test_a_call_is_the_median_one_without_what_noting_took() -> None:
     assert (product.kind, reshape.kind) == ("products", "glue")
 
 
-def test_noting_is_what_a_reshape_takes_where_there_are_few() -> None:
-    """Not what the only frequent operator takes, which is a product in a graph of our own kernels."""
-    products = [kernel("PackedLinear", 2000 + 100 * number, 40, [1, 8], [1, 16]) for number in range(12)]
-    events = [*products, kernel("Reshape", 3500, 3, [1, 8], [1, 1, 8]), kernel("BestTwo", 3600, 60, [1, 8], [1, 2])]
-    kernels, noting = typical(calls([*events, run(2000)]))
-    assert noting == pytest.approx(3e-6)
-    seconds = {one.kind: one.seconds for one in kernels}
-    assert seconds == {"products": pytest.approx(12 * 37e-6), "best tokens": pytest.approx(57e-6), "glue": 0}
-
-
-def test_shapes_that_change_from_call_to_call_are_one_kernel() -> None:
-    growing = [call(2000 * number, 40) for number in (1, 2)]
-    for number, events in enumerate(growing):
-        events.insert(0, kernel("Gather", 2000 * number + 2050, 7, [3], [1, number]))
-    kernels, noting = typical(calls([*growing[0], *growing[1]]))
-    (gathered,) = [one for one in kernels if one.operator == "Gather"]
-    assert (gathered.count, gathered.seconds) == (1, pytest.approx(7e-6 - noting))
-
-
 def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:
     path = bundle(BY_NAME["llama-tied"])
     found = profile(path, 1, 6, 8)

@@ -200,23 +200,6 @@ def test_a_configuration_out_of_range_is_refused_before_work(tmp_path: Path, nam
         open_checkpoint(str(tmp_path))
 
 
-def test_the_reference_is_not_made_of_a_configuration_of_other_sizes(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 1 << 20}))
-    with pytest.raises(UnsupportedModelError, match="the configuration says"):
-        reference_model(open_checkpoint(str(tmp_path)))
-
-
-def test_truncated_safetensors_are_refused(tmp_path: Path) -> None:
-    path = with_tensors(tmp_path, a=np.zeros(100, np.float32)) / "model.safetensors"
-    content = path.read_bytes()
-    for keep in (0, 7, 20, -1):
-        path.write_bytes(content[:keep])
-        with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file"):
-            open_checkpoint(str(tmp_path))
-
-
 def write_safetensors(path: Path, header: Any, data: bytes) -> None:
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -230,17 +213,11 @@ def entry(start: int, stop: int, *shape: int, dtype: str = "F32") -> dict[str, A
     "header",
     [
         pytest.param({"a": entry(0, 36, 9)}, id="beyond the end"),
-        pytest.param({"a": entry(0, 8, 3)}, id="of another size"),
-        pytest.param({"a": entry(8, 0, 2)}, id="backwards"),
         pytest.param({"a": entry(0, 4, 1), "b": entry(0, 8, 2)}, id="overlap"),
         pytest.param({"a": entry(4, 8, 1)}, id="hole"),
-        pytest.param({"a": entry(0, 4, 1)}, id="bytes of nothing at the end"),
-        pytest.param({"a": entry(-8, 0, 2)}, id="negative"),
         pytest.param({"a": entry(0, 8, -2)}, id="negative shape"),
         pytest.param({"a": entry(0, 8, 1 << 62, 8)}, id="product beyond 64 bits"),
-        pytest.param({"a": {**entry(0, 8, 2), "data_offsets": ["0", "8"]}}, id="offsets as text"),
         pytest.param({"a": entry(0, 8, 2, dtype="F33")}, id="unknown type"),
-        pytest.param({"a": {"dtype": "F32", "shape": [2]}}, id="no offsets"),
         pytest.param([], id="no object"),
     ],
 )

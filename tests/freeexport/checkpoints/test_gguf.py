@@ -79,24 +79,12 @@ MANY = 500_000
     ("content", "part"),
     [
         pytest.param(header(tensors=1 << 62), "it has 4611686018427387904 tensors; at most 65536", id="tensors"),
-        pytest.param(header(tensors=60000), "it has 60000 tensors, and 0 bytes of them", id="missing tensors"),
         pytest.param(header(fields=1 << 40), "it has 1099511627776 fields; at most 4096", id="fields"),
-        pytest.param(header(fields=1, version=9), "it is of version 9, 2 and 3 are known", id="version"),
-        pytest.param(header(text(b""), U8, b"\1", fields=1), "name '' , which is none", id="empty key"),
         pytest.param(header(X, U8, b"\1", X, U8, b"\1", fields=2), "name 'x' twice", id="key twice"),
-        pytest.param(header(number(1 << 63), bytes(8), fields=1), "a field has 9223372036854775808 bytes", id="name"),
-        pytest.param(header(X, TEXT, number(1 << 30), bytes(64), fields=1), "a text has 1073741824 bytes", id="1 GiB"),
         pytest.param(header(X, ARRAY, U8, number(1 << 40), fields=1), "1099511627776 items in x", id="items"),
-        pytest.param(header(X, ARRAY, TEXT, number(1 << 12), fields=1), "4096 items in x, and 0 bytes", id="texts"),
-        pytest.param(header(X, ARRAY, ARRAY, number(1), ARRAY, fields=1), "has the type 9", id="array of arrays"),
-        pytest.param(header(X, ARRAY, number(99, 4), number(1), b"1", fields=1), "the type 99", id="type of items"),
         pytest.param(header(X, number(255, 4), bytes(8), fields=1), "a field has the type 255", id="type of field"),
         pytest.param(header(ALIGNMENT, U32, number(0, 4), fields=1), "general.alignment is '0'", id="no alignment"),
-        pytest.param(header(ALIGNMENT, U32, number(24, 4), fields=1), "general.alignment is '24'", id="alignment"),
-        pytest.param(header(ALIGNMENT, F32, bytes(4), fields=1), "general.alignment is '0.0'", id="float alignment"),
         pytest.param(header(ALIGNMENT, U32, number(1 << 31, 4), fields=1), "alignment is '2147483648'", id="2 GiB"),
-        pytest.param(header(tensor(*[1] * 255), tensors=1), "255 dimensions of a tensor; at most 4", id="dimensions"),
-        pytest.param(header(tensor(), bytes(64), tensors=1), "tensor 'x' has the shape []", id="no dimension"),
         pytest.param(
             header(tensor(4, 0), bytes(64), tensors=1), "tensor 'x' has the shape [0, 4]", id="zero dimension"
         ),
@@ -104,9 +92,7 @@ MANY = 500_000
             header(tensor(1 << 62, 8), tensors=1), "tensor 'x' has 147573952589676412928 bytes", id="overflow"
         ),
         pytest.param(header(tensor(4, kind=999), bytes(64), tensors=1), "tensor 'x' has the type 999", id="kind"),
-        pytest.param(header(tensor(33, kind=8), bytes(64), tensors=1), "no multiple of 32", id="half a block"),
         pytest.param(header(tensor(4, at=1 << 63), bytes(64), tensors=1), "which the file has not", id="offset"),
-        pytest.param(header(tensor(4, at=4), bytes(64), tensors=1), "which the file has not", id="unaligned offset"),
         pytest.param(header(tensor(4), tensor(4), bytes(64), tensors=2), "tensor 'x' is there twice", id="twice"),
         pytest.param(
             header(TOKENS, ARRAY, TEXT, number(MANY), bytes(8 * MANY), fields=1),

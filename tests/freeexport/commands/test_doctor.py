@@ -24,7 +24,6 @@ from freeexport.commands.doctor import (
     provider_problem,
     wheel_problems,
 )
-from freeexport.system.extras import extras
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
@@ -81,28 +80,6 @@ def test_a_wheel_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch
 def test_a_provider_that_raises_or_falls_back_silently_is_not_usable() -> None:
     assert provider_problem(fake_onnxruntime({CPU}), CUDA) == "libcublas.so.12 not found"
     assert provider_problem(fake_onnxruntime({CPU}, silent={CUDA}), CUDA)
-
-
-@pytest.mark.parametrize(("working", "usable"), [({CPU}, [False, True]), (set[str](), [False, False])])
-def test_one_working_provider_is_enough(working: set[str], usable: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", fake_onnxruntime(working))
-    providers, problems = probe_onnxruntime("onnxruntime-gpu")
-    assert [provider["usable"] for provider in providers] == usable
-    assert bool(problems) != any(usable)
-    assert not problems or "no execution provider" in problems[0]
-
-
-def test_missing_extras_name_packages_and_command() -> None:
-    convert = dict.fromkeys(extras()["convert"], "1.0")
-    installed = {"onnxruntime": "1", **convert, "torch": ""}
-    missing = {item["extra"]: item for item in examine(installed.get)["missing"]}
-    assert missing["convert"]["packages"] == ("torch",)
-    assert missing["convert"]["command"] == "pip install 'freeexport[convert]'"
-    assert "cpu" not in missing
-    assert "gpu" not in missing
-    without = [item["extra"] for item in examine(convert.get)["missing"]]
-    assert without[:2] == ["cpu", "gpu"]
-    assert "convert" not in without
 
 
 def test_page_and_json_show_versions_problems_and_commands(monkeypatch: pytest.MonkeyPatch) -> None:

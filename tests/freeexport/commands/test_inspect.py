@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from handmade_bundle import VERIFICATION, write_bundle
 
 from freeexport import cli
 from runtime.bundle.costs import Costs, Host, Outside
-from runtime.bundle.manifest import MANIFEST, DeclaredCopy, HigherTensor, Manifest, Quantization
+from runtime.bundle.manifest import MANIFEST, Manifest
 
 COSTS = Costs(0.012, 0.01, {1: 0.02, 8: 0.03, 16: 0.045}, Outside(1e-4, 1e-4, 1e-4), host=Host("a CPU", 4, 2, "1.32"))
 
@@ -92,32 +92,6 @@ def test_damaged_agreement_in_the_report_is_not_repeated(tmp_path: Path) -> None
         (bundle / "verification.json").write_text(json.dumps({**VERIFICATION, "exit": seen}))
         assert "own tokens" not in inspect(bundle).stdout
         assert "is untrained" in inspect(bundle).stdout
-
-
-def test_verification_copies_and_the_longest_prompt_are_shown(tmp_path: Path) -> None:
-    copies = (DeclaredCopy("lm_head.weight", 113_000_000, "prepacked by ONNX Runtime [shallow]"),)
-    result = inspect(write_bundle(tmp_path / "bundle", copies=copies, encoder_capacity=512, decoder_start_token_id=0))
-    assert row(result, "verified") == "yes"
-    assert row(result, "prefill: deep logits") == "3.2e-06, at most 1e-04"
-    assert row(result, "greedy ids, 64 tokens") == "1 of 2 prompts equal"
-    assert row(result, "lm_head.weight") == "113 MB  prepacked by ONNX Runtime [shallow]"
-    assert row(result, "longest prompt") == "512 tokens"
-    bundle = write_bundle(tmp_path / "unverified", verified=False)
-    assert row(inspect(bundle), "verified") == f"no; run: freeexport verify {bundle}"
-
-
-def test_weights_with_a_higher_precision_are_listed(tmp_path: Path) -> None:
-    lost = HigherTensor("deep", "down_proj.weight", "int4", "int8-block", 0.151)
-    planned = HigherTensor("shallow", "v_proj.weight", "int4", "int8-block", None)
-    bundle = write_bundle(
-        tmp_path / "bundle", precision="int4", quantization=Quantization(higher=(lost, planned)), kernels=2
-    )
-    page = [" ".join(line.split()) for line in inspect(bundle).stdout.splitlines()]
-    assert "engine tensor wanted stored error as wanted" in page
-    assert "deep down_proj.weight int4 int8-block 15.1%" in page
-    assert "shallow v_proj.weight int4 int8-block by plan" in page
-    listed = json.loads(inspect(bundle, "--json").stdout)["manifest"]["quantization"]["higher"]
-    assert listed == [asdict(lost), asdict(planned)]
 
 
 def test_json_has_the_manifest_and_derived_sizes(tmp_path: Path) -> None:

@@ -47,22 +47,6 @@ def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
     assert kinds["--target"] == {"choice": ["convert"]}
 
 
-@pytest.mark.parametrize(
-    ("name", "texts"),
-    [
-        ("--samples", ("Use only the first N lines of --data.",)),
-        ("--max-new-tokens", ("Generate at most so many tokens", "Tokens to generate for a prompt; ends")),
-        ("--threshold", ("above this confidence",)),
-        ("--agreement", ("must agree",)),
-        ("--json", ("Print",)),
-    ],
-)
-def test_an_option_says_the_same_in_every_verb(name: str, texts: tuple[str, ...]) -> None:
-    said = [(verb, option.help or "") for verb, option in options() if name in option.opts]
-    assert said
-    assert [(verb, text) for verb, text in said if not any(part in text for part in texts)] == []
-
-
 @pytest.mark.parametrize("verb", LONG)
 def test_a_long_help_is_in_sections_that_have_every_option_once(verb: str) -> None:
     command = dict(commands())[verb]

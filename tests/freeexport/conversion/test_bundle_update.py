@@ -75,14 +75,3 @@ def test_a_calibration_of_something_else_is_refused_and_nothing_changes(
     with pytest.raises(CalibrationError, match=reason):
         update_bundle(path, replace(CALIBRATION, **change))  # type: ignore[arg-type]
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
-
-
-def test_the_longest_passes_of_a_tuned_choice_go_with_its_threshold_and_are_the_next_ones_to_set(
-    tmp_path: Path,
-) -> None:
-    path = write_bundle(tmp_path / "bundle")
-    assert update_bundle(path, replace(CALIBRATION, max_pending=4)).tuned_max_pending == 4
-    assert Bundle.open(path, verify="full").manifest.tuned_max_pending == 4
-    with pytest.raises(CalibrationError, match="over 17 rows, the bundle has room for 16"):
-        update_bundle(path, replace(CALIBRATION, max_pending=17))
-    assert update_bundle(path, CALIBRATION).tuned_max_pending is None

@@ -134,11 +134,6 @@ def test_defaults_are_those_of_the_model_and_json_is_the_manifest(checkpoint: Ch
     assert {name: manifest[name] for name in wanted} == wanted
 
 
-def test_fp16_on_a_cpu_gets_a_note(checkpoint: Checkpoint, place: Path) -> None:
-    result = convert(checkpoint(LLAMA), place / "fp16", *FAST, "--precision", "fp16")
-    assert "a CPU computes in fp32, so fp16 saves space and no time; --precision int8 is faster" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

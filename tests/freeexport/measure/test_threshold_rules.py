@@ -229,12 +229,6 @@ def test_a_threshold_that_no_token_exceeds_is_never() -> None:
     assert 0 < choose(TRACES, Rule()).threshold < float(TRACES.confidence.max())
 
 
-def test_a_bound_beyond_all_tokens_is_never() -> None:
-    # Nothing exits above 0.2 or so, where half of the exits are wrong: the bound holds where there is nothing to lose.
-    wrong = Traces.joined(trace([0.1, 0.2], [False, False], line) for line in range(1, 101))
-    assert choose(wrong, Rule(method="risk")).threshold == 1.0
-
-
 def quality(outputs: DecodedOutputs, delta: float = 0.05) -> Choice:
     return choose(TRACES, Rule("quality", quality=0.95, delta=delta), outputs)
 
@@ -293,11 +287,6 @@ def test_the_quality_asked_for_is_kept_as_often_as_promised(monkeypatch: pytest.
     assert naive > 2 * delta * 200  # what was observed alone breaks it
 
 
-def test_where_nothing_keeps_the_quality_nothing_exits() -> None:
-    everything = dict.fromkeys(COARSE_THRESHOLDS[1:], np.ones(COUNT, np.bool_))
-    assert quality(Decoded(everything)).threshold == 1.0
-
-
 def test_the_risk_of_a_metric_is_that_of_the_outputs() -> None:
     options = Rule(method="risk", metric="exact", risk=0.1, delta=0.05)
     outputs = Decoded({0.5: wrong_at(np.ones(COUNT, np.bool_), 0.05), 0.4: wrong_at(np.ones(COUNT, np.bool_), 0.09)})
@@ -348,7 +337,3 @@ def test_the_papers_rule_has_a_threshold_for_whatever_it_is_given() -> None:
     # Without tokens of a class, both fits are the same.
     assert paper_threshold(some, nothing) == paper_threshold(nothing, some) == GRID[0]
     assert paper_threshold(Moments.of(np.array([0.0, 1.0])), some) in GRID
-
-
-def test_every_third_sequence_is_held_out() -> None:
-    assert held_out_of(7).tolist() == [False, False, True, False, False, True, False]

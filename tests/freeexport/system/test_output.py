@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 from killed_process import killed_before
-from safetensors import SafetensorError
 
 from freeexport import cli
-from freeexport.system.output import OutputError, naming, output_directory, replacing
+from freeexport.system.output import OutputError, output_directory, replacing
 
 MARKER = "marker.json"
 STEPS = {Path: ("rename", "mkdir", "unlink"), os: ("open", "write", "fsync", "unlink", "rmdir")}
@@ -226,21 +225,6 @@ def test_without_locks_a_lock_file_that_was_left_is_named(tmp_path: Path, monkey
     assert listing(tmp_path) == {"out"}
 
 
-def test_names_that_only_look_alike_are_left_alone(tmp_path: Path) -> None:
-    names = {".out.partial-abc", ".out.lock-abc", ".out.old-1", ".other.partial"}
-    for name in names:
-        put_directory(tmp_path / name)
-    write(tmp_path / "out", "x")
-    assert listing(tmp_path) == {"out", *names}
-    put_directory(tmp_path / ".new.partial")
-    with pytest.raises(FileExistsError):
-        write(tmp_path / "new", "x")
-    put_file(tmp_path / ".next.lock")
-    with pytest.raises(OutputError, match=r"\.next\.lock exists and is no lock of this command"):
-        write(tmp_path / "next", "x")
-    assert listing(tmp_path) == {"out", *names, ".new.partial", ".next.lock"}
-
-
 def in_directory(out: Path) -> None:
     with output_directory(out, "marker", overwrite=False):
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
@@ -259,17 +243,3 @@ def test_a_file_that_grows_too_large_is_named(tmp_path: Path, begin: Callable[[P
         f"{tmp_path}/out: a file grew too large for ulimit -f or the file system; raise the limit, or write elsewhere"
     )
     assert not any(tmp_path.iterdir())
-
-
-def test_errors_of_safetensors_are_those_of_the_disk_and_others_are_left_as_they_are() -> None:
-    for number in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
-        text = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
-        with pytest.raises(OSError, match=os.strerror(number)) as caught, naming(Path("out")):
-            raise SafetensorError(text)
-        assert (caught.value.errno, caught.value.filename) == (number, "out")
-    for error in (OSError(errno.ENOSPC, "full", "other"), OSError(errno.ENOENT, "none"), ValueError("no (os error 2)")):
-        before = str(error)
-        with pytest.raises(type(error)) as found, naming(Path("out")):
-            raise error
-        assert found.value is error
-        assert str(error) == before

@@ -7,7 +7,7 @@ from time import sleep
 import pytest
 
 from freeexport.system import progress as progress_module
-from freeexport.system.progress import duration, progress, progress_line
+from freeexport.system.progress import progress, progress_line
 
 
 class Terminal(io.StringIO):
@@ -53,13 +53,6 @@ def test_a_reader_that_is_gone_does_not_end_the_work(monkeypatch: pytest.MonkeyP
         with progress("work", 2) as advance:
             sleep(0.05)
             advance()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "1 h 40 min"), (90000, "25 h 0 min")]
-)
-def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_silent_where_stderr_is_not_a_terminal_and_work_is_short(

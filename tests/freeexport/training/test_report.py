@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,27 +52,6 @@ def test_the_time_limit_holds_with_the_evaluation_that_ends_a_run(
     assert result.best_step == result.steps == steps
     assert logged(tmp_path / "out", "learning_rate")[-1] < 1e-5  # the schedule ended with the time
     assert logged(tmp_path / "out", "eval_oracle_exits") == [0.5, 0.5]
-
-
-def test_the_remaining_time_never_rises() -> None:
-    """Through evaluations, when time passes without a step, and through steps that take longer and longer."""
-    clock = Clock(None)
-    watch, state = report.Watch(clock, None), SimpleNamespace(global_step=0, max_steps=100)
-    watch._timed, found, elapsed = False, [], 0.0
-    assert watch.seconds_left(state) is None
-    for step in range(1, 101):
-        elapsed += 1.0 + step / 10 + (30.0 if step % 10 == 0 else 0.0)
-        clock._start = time.monotonic() - elapsed
-        state.global_step = step
-        found.append(watch.seconds_left(state))
-        clock._start -= 5.0  # an evaluation
-        found.append(watch.seconds_left(state))
-    assert None not in found
-    assert found == sorted(found, key=lambda left: -(left or 0.0))
-    assert found[-1] == 0.0
-    limited = report.Watch(Clock(100.0, elapsed=40.0), None)
-    limited._timed = True
-    assert limited.seconds_left(SimpleNamespace(global_step=0, max_steps=10**9)) == pytest.approx(60.0, abs=0.5)
 
 
 def test_a_plan_counts_what_fits_in_the_time() -> None:

@@ -31,7 +31,7 @@ from runtime.adaptation.adaptive_threshold import (
     paper_threshold,
     probe_every,
 )
-from runtime.bundle.beta import MOST_SHAPE, Beta, BetaMixture, threshold_at
+from runtime.bundle.beta import Beta, BetaMixture, threshold_at
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
 from runtime.bundle.costs import Costs
@@ -149,16 +149,6 @@ def test_audits_free_a_threshold_at_which_nothing_would_ever_be_labelled(monkeyp
     assert stuck.threshold < 0.5
 
 
-def test_audits_are_rare() -> None:
-    threshold, audits, left = adapting(BetaMixture(Beta(4.0, 0.4), Beta(4.0, 0.4), 0.95)), 0, 0
-    for _ in range(400):
-        seen = threshold.begin()
-        audits += seen.leave([0.99] * 5)
-        left += 5
-        threshold.complete(seen)
-    assert audits == pytest.approx(left / adaptive.AUDIT_TOKENS, abs=1)
-
-
 def test_a_request_keeps_the_threshold_of_its_start() -> None:
     threshold = adapting(SURE)
     seen = threshold.begin()
@@ -224,15 +214,6 @@ def test_without_a_calibration_2000_tokens_teach_the_threshold(
     assert threshold.threshold == pytest.approx(threshold_at(true, 0.95), abs=tolerance)
 
 
-def test_a_target_takes_precedence_over_that_of_the_calibration() -> None:
-    given = AdaptiveThreshold(MANIFEST, calibration_of(MANIFEST, SHARP, 0.9), 4000, target=0.99)
-    assert given.threshold == threshold_at(SHARP, 0.99)
-    strict, lax = (AdaptiveThreshold(MANIFEST, None, 4000, target=target) for target in (0.99, 0.8))
-    for threshold in (strict, lax):
-        Requests(seed=13, mean=30).run(threshold, SHARP, 4000)
-        assert threshold.threshold == pytest.approx(threshold_at(SHARP, threshold.target), abs=0.03)
-
-
 def test_where_labels_are_dear_fewer_requests_are_learned_from() -> None:
     assert label_every(None) == 1
     light = Costs(4.0, 3.95, {1: 10.0, 4: 13.0})
@@ -251,22 +232,6 @@ def test_where_labels_are_dear_fewer_requests_are_learned_from() -> None:
 
 WRONG = BetaMixture(Beta(1.1, 3.2), Beta(0.95, 1.3), 0.045)  # an untrained exit
 HEAVY = Costs(4.0, 2.0, {1: 8.0, 2: 8.5})  # 0.83x where nothing exits
-
-
-@pytest.mark.parametrize("mixture", [SHARP, BROAD, SURE, HARD, WRONG])
-def test_a_mixture_knows_how_many_tokens_are_above_a_threshold(mixture: BetaMixture) -> None:
-    confidences = np.array([c for c, _ in Requests(seed=20)._tokens(mixture, 40_000)])
-    for threshold in (0.0, 0.3, 0.9, 0.99):
-        assert mixture.above(threshold) == pytest.approx(float((confidences > threshold).mean()), abs=0.008)
-
-
-@pytest.mark.parametrize("shape", [1e-2, 1.0, 1e4, MOST_SHAPE])
-def test_shares_above_a_threshold_hold_for_any_shape(shape: float) -> None:
-    even, low = Beta(shape, shape), Beta(1e-2, shape)
-    assert even.above(0.5) == pytest.approx(0.5, abs=1e-3)
-    for one in (even, low):
-        shares = [one.above(threshold) for threshold in (0.0, 1e-3, 0.5, 0.999, 1.0)]
-        assert 1 >= shares[0] >= shares[1] >= shares[2] >= shares[3] >= shares[4] >= 0
 
 
 def test_where_nothing_may_exit_few_requests_run_the_head_and_exits_come_back() -> None:
@@ -539,13 +504,6 @@ def test_where_little_agrees_it_exits_all_the_same_and_the_default_rule_does_not
         wrong[type(rule)] = errors / tokens
     assert wrong[AdaptiveThreshold] < 0.01
     assert wrong[PaperThreshold] > 0.4
-
-
-def test_a_larger_zeta_asks_for_more_confidence() -> None:
-    rules = [PaperThreshold(MANIFEST, None, zeta=zeta) for zeta in (0.1, 0.4, 0.8)]
-    for rule in rules:
-        teach(rule, np.random.default_rng(5), labels=400)
-    assert rules[0].threshold <= rules[1].threshold <= rules[2].threshold > rules[0].threshold
 
 
 @pytest.mark.parametrize("confidence", [math.nan, math.inf])

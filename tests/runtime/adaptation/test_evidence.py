@@ -47,16 +47,6 @@ def most_likely_mixture(values: list[float], agrees: list[bool], known: list[boo
     return mixture_of(found.x)
 
 
-def test_tokens_fade_with_those_that_come_after() -> None:
-    evidence = nothing()
-    evidence.add([(0.5, True)], [], memory=100)
-    evidence.add([(0.9, False)] * 30, [0.2] * 20, memory=100)
-    assert evidence.agree.weight == pytest.approx(math.exp(-0.5))
-    assert evidence.agree.log == pytest.approx(math.exp(-0.5) * math.log(0.5))
-    assert evidence.disagree.weight == pytest.approx(30)
-    assert evidence.unlabelled[:, 0].sum() == pytest.approx(20)
-
-
 @given(st.lists(st.tuples(confidences, confidences), max_size=40))
 def test_the_weight_is_bounded_whatever_is_seen(requests: list[tuple[list[float], list[float]]]) -> None:
     evidence = nothing()
@@ -94,23 +84,9 @@ def test_unlabelled_tokens_in_bins_count_as_they_do_one_by_one() -> None:
     assert (mixture.agree.a, mixture.agree.b) == pytest.approx((fitted.agree.a, fitted.agree.b), rel=0.05)
 
 
-def test_without_evidence_the_prior_stands() -> None:
-    mixture = nothing().refit(MIXTURE, MIXTURE)
-    assert mixture.weight_agree == pytest.approx(MIXTURE.weight_agree)
-    assert (mixture.agree.a, mixture.disagree.b) == pytest.approx((8.0, 2.5), rel=1e-6)
-
-
 def test_a_confidence_that_is_not_a_number_says_nothing() -> None:
     evidence = nothing()
     evidence.add([(math.nan, True), (0.5, True)], [math.inf, math.nan, 0.4], FOREVER)
     assert evidence.agree.weight == 1
     assert evidence.unlabelled[:, 0].sum() == 1
     assert math.isfinite(evidence.refit(MIXTURE, MIXTURE).weight_agree)
-
-
-def test_a_class_that_is_never_seen_keeps_its_prior() -> None:
-    evidence = nothing()
-    evidence.add([(c, True) for c in drawn(500)[0]], [], FOREVER)
-    mixture = evidence.refit(MIXTURE, MIXTURE)
-    assert (mixture.disagree.a, mixture.disagree.b) == pytest.approx((1.5, 2.5), rel=1e-5)
-    assert 0.98 < mixture.weight_agree < 1

@@ -13,7 +13,6 @@ from runtime.bundle.beta import (
     EPSILON,
     LEAST_SHAPE,
     MOST_CONCENTRATION,
-    UNIFORM,
     Beta,
     BetaMixture,
     LogSums,
@@ -25,18 +24,6 @@ from runtime.bundle.beta import (
 from runtime.errors import CalibrationError
 
 shapes = st.floats(0.05, 200)
-
-
-@pytest.mark.parametrize("beta", [Beta(1, 1), Beta(2, 3), Beta(8, 0.5), Beta(0.3, 0.3), Beta(500, 20)])
-def test_a_density_integrates_to_one(beta: Beta) -> None:
-    # In the logit, where the ends of [0, 1] are far apart.
-    logit = np.linspace(-30, 30, 60_001)
-    confidence = 1 / (1 + np.exp(-logit))
-    inside = (confidence > EPSILON) & (confidence < 1 - EPSILON)
-    mass = (beta.density(confidence) * confidence * (1 - confidence))[inside].sum() * (logit[1] - logit[0])
-    tail = 0.05 if min(beta.a, beta.b) < 1 else 1e-3
-    assert 1 - tail <= mass <= 1 + 1e-6
-    assert float(beta.log_density(0.5)) == pytest.approx(math.log(float(beta.density(0.5))))
 
 
 def test_derivatives_of_the_gamma_function() -> None:
@@ -68,15 +55,6 @@ def test_a_fit_is_never_less_likely_than_its_start(confidences: list[float], a: 
         assert found.a + found.b <= MOST_CONCENTRATION * 1.001
 
 
-def test_log_sums_are_all_that_a_likelihood_needs() -> None:
-    confidences = np.array([0.0, 0.2, 0.9, 1.0])
-    beta = Beta(3, 0.7)
-    assert beta.log_likelihood(LogSums.of(confidences)) == pytest.approx(float(beta.log_density(confidences).sum()))
-    halves = LogSums.of(confidences[:2]) + LogSums.of(confidences[2:])
-    assert beta.log_likelihood(halves.scaled(2.0)) == pytest.approx(2 * beta.log_likelihood(LogSums.of(confidences)))
-    assert UNIFORM.expected(3.0) == pytest.approx((3.0, -3.0, -3.0))
-
-
 @pytest.mark.parametrize("shape", [0.0, -1.0, math.nan, math.inf])
 def test_a_shape_is_a_number_above_zero(shape: float) -> None:
     with pytest.raises(CalibrationError, match="a = "):
@@ -86,8 +64,6 @@ def test_a_shape_is_a_number_above_zero(shape: float) -> None:
 
 
 SHARP = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)
-SURE = BetaMixture(Beta(4.0, 0.25), Beta(2.0, 1.0), 0.92)
-
 mild = st.floats(0.1, 30)
 mixtures = st.builds(BetaMixture, st.builds(Beta, mild, mild), st.builds(Beta, mild, mild), st.floats(0.02, 0.98))
 
@@ -116,13 +92,6 @@ def test_the_threshold_is_where_the_posterior_begins_to_hold(mixture: BetaMixtur
         assert float(mixture.log_odds(below)) <= wanted + 1e-9
 
 
-def test_an_island_below_is_no_threshold() -> None:
-    # Agreeing tokens are either very unsure or very sure: P(agree | c) falls, then rises.
-    mixture = BetaMixture(Beta(0.4, 0.4), Beta(6.0, 6.0), 0.7)
-    assert float(mixture.posterior(0.01)) > 0.95
-    assert 0.8 < threshold_at(mixture, 0.95) < 1.0
-
-
 def test_a_posterior_that_falls_at_the_end_never_lets_exit() -> None:
     # P(agree | c) holds in the middle, and not where confidence is highest.
     mixture = BetaMixture(Beta(20.0, 6.0), Beta(2.0, 0.5), 0.9)
@@ -137,12 +106,6 @@ def test_the_ends_of_thresholds() -> None:
     for target in (0.0, 1.0, math.nan, -1.0):
         with pytest.raises(CalibrationError, match="target"):
             threshold_at(SHARP, target)
-
-
-def test_a_higher_target_never_lowers_the_threshold() -> None:
-    thresholds = [threshold_at(SURE, target) for target in (0.5, 0.9, 0.95, 0.99, 0.999)]
-    assert thresholds == sorted(thresholds)
-    assert len(set(thresholds)) == 5
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, math.nan, 1.5])

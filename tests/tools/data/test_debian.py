@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from tools.data import debian, debian_index
-from tools.data.debian import EXTRACT_SEPARATOR, MOST_DEPENDENCIES, Pair, extracted, extractions, split_pairs, summaries
-from tools.data.debian_index import Description, components, descriptions, families, fetch_index, stanzas, stem
+from tools.data import debian
+from tools.data.debian import EXTRACT_SEPARATOR, Pair, extracted, extractions, split_pairs
+from tools.data.debian_index import Description, descriptions, families, fetch_index, stanzas, stem
 from tools.data.splits import DataError
 
 TRANSLATION = """\
@@ -62,11 +62,6 @@ def test_packages_named_alike_have_one_stem(package: str) -> None:
     assert stem(package) == "foo"
 
 
-def test_items_are_joined_through_others() -> None:
-    found = components({"a": ["1"], "b": ["1", "2"], "c": ["2", "3"], "d": ["4"]})
-    assert found["a"] == found["b"] == found["c"] != found["d"]
-
-
 def test_families_share_source_name_or_a_rare_paragraph() -> None:
     texts = {
         "1": ("libfoo2", ()),
@@ -83,22 +78,6 @@ def test_families_share_source_name_or_a_rare_paragraph() -> None:
     assert found["3"] == found["4"]
     assert found["6"] == found["7"]
     assert len({found[md5] for md5 in "1356"}) == 4
-
-
-def test_boilerplate_makes_no_family() -> None:
-    english = {name: Description(name, "", (LONG,)) for name in ("one", "two", "six", "ten", "cat", "dog")}
-    assert len(set(families(english, []).values())) == 6
-
-
-def test_a_summary_needs_a_long_text_and_stands_once() -> None:
-    body = " ".join(["word"] * 20)
-    english = {
-        "1": Description("a", "a synopsis here", (body,)),
-        "2": Description("b", "another synopsis here", (body.upper(),)),
-        "3": Description("c", "a synopsis here", ("too short",)),
-        "4": Description("d", "short", (body + " more",)),
-    }
-    assert list(summaries(english)) == [Pair("1", f"summarize: {body}", "a synopsis here")]
 
 
 def test_sentences_are_restored_from_lower_case_without_punctuation() -> None:
@@ -122,11 +101,6 @@ def test_values_are_the_records_without_epoch_revision_architecture_and_versions
     }
 
 
-@pytest.mark.parametrize("depends", ["", ", ".join(f"lib{number}" for number in range(MOST_DEPENDENCIES + 1))])
-def test_records_without_or_with_very_many_dependencies_are_left_out(depends: str) -> None:
-    assert extracted({**FOO, "Depends": depends}) is None
-
-
 def test_a_description_is_extracted_once_without_people_and_checksums() -> None:
     (pair,) = extractions([FOO, DOC, FOO], {"aaa": Description("libfoo2", "", ())})
     assert pair.md5 == "aaa"
@@ -147,17 +121,6 @@ def test_a_family_is_in_one_split_and_a_large_one_in_train() -> None:
     assert owner["large"] == {"train"}
     assert all(len(names) == 1 for names in owner.values())
     assert len(splits["test"]) > 10
-
-
-def test_the_private_configuration_leaves_out_the_machines_languages(tmp_path: Path) -> None:
-    system = tmp_path / "system"
-    system.mkdir()
-    (system / "languages").write_text('Acquire::Languages "none";')
-    (system / "proxy").write_text('Acquire::http::Proxy "http://proxy";')
-    path = debian_index.private_configuration(tmp_path / "own", system)
-    assert {part.name for part in (tmp_path / "own/parts").iterdir()} == {"proxy", "zz-languages"}
-    assert f'Dir::State::lists "{tmp_path}/own/lists/";' in path.read_text()
-    assert "/etc" not in path.read_text()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from freeexport.checkpoints.transformers_model import write_random_weights
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.tokenizer import Tokenizer
 from tools.data import g2p, g2p_tokenizer
-from tools.data.g2p import PREFIX, Word, build, example, phrases, words_of
+from tools.data.g2p import PREFIX, Word, build, example, words_of
 from tools.data.g2p_tokenizer import VOCABULARY, build_tokenizer
 from tools.data.splits import SHARES, DataError, split_of
 
@@ -62,16 +62,6 @@ def test_letters_and_phonemes_of_a_spaced_phrase_are_tokens_of_their_own() -> No
     assert line.extra["references"][1] == ["D AO G Z"]
 
 
-def test_phrases_use_every_word_equally_often_and_depend_on_the_seed_alone() -> None:
-    made = list(phrases(WORDS[:90], 100, 8, 10, seed=3))
-    assert {len(phrase) for phrase in made} == {8, 9, 10}
-    counts = Counter(word for phrase in made for word in phrase)
-    assert len(counts) == 90
-    assert max(counts.values()) - min(counts.values()) <= 1
-    assert made == list(phrases(WORDS[:90], 100, 8, 10, seed=3))
-    assert made != list(phrases(WORDS[:90], 100, 8, 10, seed=2))
-
-
 def test_splits_have_words_of_their_own_and_the_sizes_that_were_asked_for() -> None:
     singles, counts = {**dict.fromkeys(SHARES, 3), "train": 7}, {**dict.fromkeys(SHARES, 2), "train": 5}
     for name, lines in build(WORDS, singles, counts, (8, 10), seed=0, references=False).items():
@@ -116,11 +106,6 @@ def test_an_input_is_a_token_a_character_and_a_target_one_a_phoneme() -> None:
     assert len(VOCABULARY) == tokenizer.get_vocab_size() == 72
 
 
-@pytest.mark.parametrize("text", ["g2p: café", "g2p: A1", "g2p: x\n", "g2p: g2p: x"])
-def test_other_characters_are_unknown(text: str) -> None:
-    assert 2 in build_tokenizer().encode(text).ids
-
-
 def test_transformers_and_the_runtime_load_the_tokenizer_and_a_model_of_the_configuration(tmp_path: Path) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -144,9 +129,3 @@ def test_transformers_and_the_runtime_load_the_tokenizer_and_a_model_of_the_conf
     pieces = [stream.push(token) for token in own.encode(PHRASE)]
     assert pieces[:3] == ["HH", " AH", " L"]
     assert "".join(pieces) + stream.finish() == PHRASE
-
-
-def test_a_width_that_heads_do_not_divide_is_a_usage_error(tmp_path: Path) -> None:
-    result = CliRunner().invoke(g2p_tokenizer.command, [str(tmp_path / "x"), "--d-model", "30", "--heads", "4"])
-    assert result.exit_code == 2
-    assert not (tmp_path / "x").exists()

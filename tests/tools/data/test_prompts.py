@@ -9,24 +9,10 @@ from click.testing import CliRunner
 
 from freeexport.checkpoints.examples import read_examples
 from tools.data import prompts as tool
-from tools.data.debian_index import Description
-from tools.data.prompts import _DIGITS, KINDS, Source, nouns, packages, prompts, terms
+from tools.data.prompts import KINDS, Source, prompts
 from tools.data.splits import SHARES, split_of
 
 BODY = "A frobnicator turns the knobs of a machine. " * 8
-
-
-def digits(value: int) -> str:
-    return "".join(_DIGITS[value >> shift & 63] for shift in (12, 6, 0))
-
-
-def dictd(entries: dict[str, str]) -> tuple[list[str], bytes]:
-    """Index and text of a dictionary."""
-    index, text = list[str](), b""
-    for headword, entry in entries.items():
-        index.append(f"{headword}\t{digits(len(text))}\t{digits(len(entry.encode()))}\n")
-        text += entry.encode()
-    return index, text
 
 
 def sources(count: int = 3000) -> list[Source]:
@@ -45,40 +31,6 @@ def sources(count: int = 3000) -> list[Source]:
         for number in range(count // 3)
     ]
     return [source for source in made if split_of(source.key) == "train"]
-
-
-def test_terms_are_the_first_paragraphs_without_marks_and_references_are_left_out() -> None:
-    entries = {
-        "00-database-info": "FOLDOC\n   About this dictionary and what is to be found in it.\n",
-        "foo bar": "Foo Bar\n\n   <jargon> A {sample name} for\n   absolutely anything, "
-        "see (http://foo.example), used (1996-01-02).\n",
-        "baz": "baz\n\n   <jargon> See {foo bar} and all that is said about it there.\n",
-    }
-    [term] = terms(*dictd(entries))
-    assert (term.key, term.name, term.group) == ("term foo bar", "Foo Bar", "subject jargon")
-    assert term.sentence == "A sample name for absolutely anything, see, used."
-
-
-def test_nouns_are_common_and_their_examples_sentences() -> None:
-    data = [
-        "  1 licence text\n",
-        '00015388 05 n 01 animal 0 002 @ 1 n 0000 | a living organism; "they saw the animal at night"; "so"\n',
-        "00015389 05 n 01 Rome 0 002 @ 1 n 0000 | a town\n",
-        "00015390 05 n 01 okapi 0 002 @ 1 n 0000 | a rare animal\n",
-    ]
-    counts = ["animal%1:05:00:: 1 9\n", "rome%1:15:00:: 1 9\n", "okapi%1:05:00:: 1 1\n", "animal%3:00:00:: 1 9\n"]
-    [noun] = nouns(data, counts)
-    assert (noun.name, noun.group, noun.sentence) == ("animal", "class 05", "They saw the animal at night.")
-
-
-def test_packages_of_one_family_have_one_key() -> None:
-    english = {"a": Description("libfoo2", "foo", (BODY,)), "b": Description("foo-doc", "doc", ("Short.",))}
-    records = [{"Package": "libfoo2", "Version": "1", "Section": "libs", "Description-md5": "a"}]
-    first, second = packages(english, records)
-    assert first.key == second.key
-    assert first.record == "Package: libfoo2\nVersion: 1\nSection: libs"
-    assert first.text == BODY.strip()
-    assert second.text == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -13,7 +12,7 @@ from checkpoints import CASES, Bundles
 from device_cases import EXITS
 from onnx import TensorProto, helper
 
-from tools.gpu.operators import OPSETS, TABLE, VALUES, check_bundle, check_graph, load_table, main, write
+from tools.gpu.operators import OPSETS, check_bundle, check_graph, load_table
 
 BY_NAME = {case.name: case for case in (*CASES, *EXITS)}
 FLOAT, HALF, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
@@ -100,26 +99,3 @@ def test_types_go_through_a_graph() -> None:
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSETS[""])])
     (found,) = check_graph(made, "deep", TABLE_HERE)
     assert "Attention mixed" in found
-
-
-def test_a_bundle_is_checked_from_the_command_line(
-    bundle: Bundles, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """GroupQueryAttention of the fused dialect has no lengths of queries there, which batches need."""
-    for path, code in ((bundle(BY_NAME["qwen3"], target="cuda"), 0), (bundle(BY_NAME["qwen3"]), 1), (tmp_path, 1)):
-        monkeypatch.setattr("sys.argv", ["operators.py", str(path)])
-        assert main() == code
-    output = capsys.readouterr()
-    assert "0 nodes without a CUDA kernel in ONNX Runtime 1.31.1" in output.out
-    assert re.search("GroupQueryAttention .*query_lengths is more than its schema has", output.out)
-    assert "has no graphs; give a bundle" in output.err
-
-
-def test_the_table_is_written_as_it_was_read_and_is_of_our_opset(tmp_path: Path) -> None:
-    again = tmp_path / "again.json"
-    write(TABLE_HERE, again)
-    assert again.read_text(encoding="utf-8") == TABLE.read_text(encoding="utf-8")
-    assert set(VALUES) <= set(TABLE_HERE["operators"])
-    write({**TABLE_HERE, "opset": 23}, again)
-    with pytest.raises(ValueError, match="opset 23, the graphs are of 24"):
-        load_table(again)
