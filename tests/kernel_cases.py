@@ -107,21 +107,21 @@ class _Product(ctypes.Structure):
 
     _fields_ = (
         ("rows", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("x", "skip", "norm")),
+        *((name, ctypes.c_void_p) for name in ("x", "skip", "norm", "shift")),
         ("epsilon", ctypes.c_float),
         ("activation", ctypes.c_int),
         ("weight", _Weight),
         ("up", _Weight),
         *((name, ctypes.c_void_p) for name in ("total", "y")),
-        ("beside", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("beside", "layer", "keeps_norm")),
     )
 
 
 INPUTS = (
     "data", "scales", "zeros", "bias", "skip", "norm", "up_data", "up_scales", "up_zeros", "offsets", "up_offsets",
-    "multiples", "up_multiples",
+    "multiples", "up_multiples", "shift",
 )  # fmt: skip
-ACTIVATIONS = ("none", "relu", "silu", "gelu-tanh")
+ACTIVATIONS = ("none", "relu", "silu", "gelu-tanh", "gelu")
 
 
 def multiply(
@@ -134,21 +134,28 @@ def multiply(
     activation: str = "none",
     up: Case | None = None,
     beside: bool = False,
+    shift: np.ndarray | None = None,
+    keeps_norm: np.ndarray | None = None,
 ) -> np.ndarray:
-    """By the kernels of an instruction set, on one thread, without ONNX Runtime. ValueError where they refuse."""
+    """By the kernels of an instruction set, on one thread, without ONNX Runtime. With a `shift` it is a layer
+    norm; `keeps_norm`: what the norm must be, which is kept. ValueError where they refuse."""
     call = ctypes.CDLL(str(library)).freeexport_packed_linear
     call.restype = ctypes.c_char_p
     outputs = case.outputs + (up.outputs if beside and up else 0)
     y, total = np.full((len(x), outputs), np.nan, np.float32), np.full_like(x, np.nan)
-    product = _Product(len(x), _address(x), _address(skip), _address(norm), EPSILON, ACTIVATIONS.index(activation))
+    inputs = map(_address, (x, skip, norm, shift))
+    product = _Product(len(x), *inputs, EPSILON, ACTIVATIONS.index(activation))
     product.weight = _weight(case)
     if up is not None:
         product.up = _weight(up)
     product.total, product.y, product.beside = _address(total), _address(y), beside
+    product.layer, product.keeps_norm = shift is not None, keeps_norm is not None
     problem = call(instructions.encode(), ctypes.byref(product))
     if problem is not None:
         raise ValueError(problem.decode())
-    if skip is not None:
+    if keeps_norm is not None:
+        np.testing.assert_allclose(total, keeps_norm, atol=2e-6 * np.abs(keeps_norm).max())
+    elif skip is not None:
         np.testing.assert_array_equal(total, x + skip)
     return y
 

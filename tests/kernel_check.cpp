@@ -144,7 +144,7 @@ void try_products(const std::vector<const Kernels*>& all, bool fused) {
   const int64_t rows = between(1, 33);
   const int kBits[] = {4, 8, 5, 6};
   const Packed packed(outputs, inputs, kBits[between(0, 2 + whole)]), up(outputs, inputs, kBits[between(0, 2 + whole)]);
-  const auto x = floats(rows * inputs), skip = floats(rows * inputs), norm = floats(inputs);
+  const auto x = floats(rows * inputs), skip = floats(rows * inputs), norm = floats(inputs), shift = floats(inputs);
   Product product = {};
   product.rows = rows, product.x = x.data(), product.epsilon = 1e-5f, product.weight = packed.weight;
   if (fused) {
@@ -152,6 +152,7 @@ void try_products(const std::vector<const Kernels*>& all, bool fused) {
     product.activation = between(0, kActivations - 1);
     if (between(0, 1)) product.up = up.weight;
     product.beside = product.up.data != nullptr && product.activation == kNone;
+    if ((product.layer = between(0, 1))) product.shift = shift.data(), product.keeps_norm = between(0, 1);
   }
   std::vector<float> total(x.size()), again(x.size());
   const auto y = multiplied(kScalar, product, &total);

@@ -21,10 +21,17 @@ from runtime.bundle.manifest import EnginePrecision, HigherTensor, TensorFormat
 from runtime.kernels import DOMAIN
 
 # Inputs of PackedLinear, and those of its two weights in the order of `OPERANDS`.
-X, DATA, SCALES, ZEROS, BIAS, SKIP, NORM, UP_DATA, UP_SCALES, UP_ZEROS, OFFSETS, UP_OFFSETS, *_ = range(14)
-MULTIPLES, UP_MULTIPLES, INPUTS = 12, 13, 14
+X, DATA, SCALES, ZEROS, BIAS, SKIP, NORM, UP_DATA, UP_SCALES, UP_ZEROS, OFFSETS, UP_OFFSETS, *_ = range(15)
+MULTIPLES, UP_MULTIPLES, SHIFT, INPUTS = 12, 13, 14, 15
 WEIGHT = (DATA, SCALES, ZEROS, OFFSETS, MULTIPLES)
 UP = (UP_DATA, UP_SCALES, UP_ZEROS, UP_OFFSETS, UP_MULTIPLES)
+# Norms by operator: whether it is a layer norm, and whether it is of a sum, its fourth output.
+NORMS = {
+    "SimplifiedLayerNormalization": (False, False),
+    "SkipSimplifiedLayerNormalization": (False, True),
+    "LayerNormalization": (True, False),
+    "SkipLayerNormalization": (True, True),
+}
 # Activations in MatMulNBits are rounded to 8 bits; without it they stay as they are, on a CPU 5 to 40 times slower.
 INT8_ACTIVATIONS = 4
 
@@ -275,7 +282,8 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
 
 class FuseProducts(ir.passes.InPlacePass):
     """Before: PackedLinear of x alone, with norms, activations and gates as operators of their own.
-    After: an activation and a gate that nothing else reads, and a norm that one product reads, are part of it."""
+    After: an activation and a gate that nothing else reads, and a norm that one product reads, are part of it; also the
+    norm of a sum that others read after it, where nothing reads the sum (layers of order `post`)."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for fuse in (_with_activation, _with_gate, _with_norm):
@@ -292,7 +300,7 @@ def _with_activation(graph: ir.Graph, node: ir.Node) -> None:
     if len(readers) == 1 and "Relu" in by_type:
         name, nodes = "relu", readers
     elif len(readers) == 1 and "Gelu" in by_type:
-        name = "gelu-tanh" if readers[0].attributes.get_string("approximate", "none") == "tanh" else ""
+        name = "gelu-tanh" if readers[0].attributes.get_string("approximate", "none") == "tanh" else "gelu"
         nodes = readers
     elif len(readers) == 2 and by_type.keys() == {"Sigmoid", "Mul"}:
         nodes = [by_type["Sigmoid"], by_type["Mul"]]
@@ -324,29 +332,32 @@ def _with_gate(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _with_norm(graph: ir.Graph, node: ir.Node) -> None:
-    """(Skip)SimplifiedLayerNormalization -> PackedLinear."""
+    """(Skip)(Simplified)LayerNormalization -> PackedLinear."""
     normed = node.inputs[X]
     norm = normed.producer() if normed is not None else None
-    if normed is None or norm is None or _readers(normed) != [node] or normed.is_graph_output():
+    if normed is None or norm is None or norm.op_type not in NORMS or normed.is_graph_output():
         return
-    epsilon = norm.attributes.get_float("epsilon", 1e-5)
-    if norm.op_type == "SimplifiedLayerNormalization":
-        inputs = {X: norm.inputs[0], NORM: norm.inputs[1]}
-    elif norm.op_type == "SkipSimplifiedLayerNormalization" and norm.domain == MICROSOFT:
-        inputs = {X: norm.inputs[0], SKIP: norm.inputs[1], NORM: norm.inputs[2]}
-    else:
+    layer, skips = NORMS[norm.op_type]
+    readers, others = _readers(normed), norm.outputs[3] if skips else normed
+    keeps, first = readers != [node], next(one for one in graph if one in readers)
+    if keeps and (others.uses() or others.is_graph_output() or first is not node):
         return
+    inputs = dict(zip((X, SKIP, NORM, SHIFT) if skips else (X, NORM, SHIFT), norm.inputs, strict=False))
     node.resize_inputs(INPUTS)
     for place, value in inputs.items():
         node.replace_input_with(place, value)
-    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
-    if SKIP in inputs:
-        node.resize_outputs(2)
-        total = norm.outputs[3]
-        node.outputs[1].name, node.outputs[1].type = f"{total.name}.total", ir.TensorType(ir.DataType.FLOAT)
-        _take_over(graph, node.outputs[1], total, [norm])
-    else:
+    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", norm.attributes.get_float("epsilon", 1e-5))
+    if layer:
+        node.attributes["layer"] = ir.AttrInt64("layer", 1)
+    if not skips:
         graph.remove(norm, safe=True)
+        return
+    if keeps:
+        node.attributes["keeps_norm"] = ir.AttrInt64("keeps_norm", 1)
+    node.resize_outputs(2)
+    old = normed if keeps else others
+    node.outputs[1].name, node.outputs[1].type = f"{old.name}.total", ir.TensorType(ir.DataType.FLOAT)
+    _take_over(graph, node.outputs[1], old, [norm])
 
 
 def _is_product(node: ir.Node) -> bool:

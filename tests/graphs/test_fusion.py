@@ -25,7 +25,13 @@ if problem := missing():
     pytest.skip(problem, allow_module_level=True)
 
 BY_NAME = {case.name: case for case in CASES}
-WEIGHTS = {"gate": normal(24, 40), "up": normal(24, 40, seed=1), "bias": normal(24, seed=2), "norm": normal(40, seed=3)}
+WEIGHTS = {
+    "gate": normal(24, 40),
+    "up": normal(24, 40, seed=1),
+    "bias": normal(24, seed=2),
+    "norm": normal(40, seed=3),
+    "shift": normal(40, seed=6),
+}
 
 
 def product(graph: Graph, x, name: str, bias: bool = False):
@@ -66,6 +72,34 @@ def with_norm_and_gate(graph: Graph, x, skip):
     return [gated(graph, "Silu", normed), total]
 
 
+def layer_norm(graph: Graph, *rows):
+    weights = [graph.weight("norm"), graph.weight("shift")]
+    if len(rows) == 1:
+        return graph.op("LayerNormalization", [*rows, *weights], axis=-1, epsilon=1e-5)
+    return graph.ops("SkipLayerNormalization", [*rows, *weights], 4, MICROSOFT, epsilon=1e-5)
+
+
+def with_layer_norm(graph: Graph, x, skip):
+    return [product(graph, layer_norm(graph, x), "up")]
+
+
+def with_layer_norm_and_sum(graph: Graph, x, skip):
+    normed, _, _, total = layer_norm(graph, x, skip)
+    return [product(graph, normed, "up"), graph.op("Neg", [total])]
+
+
+def with_layer_norm_read_again(graph: Graph, x, skip):
+    normed = layer_norm(graph, x, skip)[0]
+    up = product(graph, normed, "up")
+    return [up, graph.op("Add", [normed, x])]
+
+
+def with_layer_norm_read_before(graph: Graph, x, skip):
+    normed = layer_norm(graph, x, skip)[0]
+    before = graph.op("Neg", [normed])
+    return [product(graph, normed, "up"), before]
+
+
 def with_norm_of_two(graph: Graph, x, skip):
     normed = graph.op("SimplifiedLayerNormalization", [x, graph.weight("norm")], axis=-1, epsilon=1e-5)
     return [product(graph, normed, "gate"), product(graph, normed, "up")]
@@ -77,9 +111,7 @@ GRAPHS: dict[str, tuple[Any, dict[str, int]]] = {
     "a gate on the other side": (lambda graph, x, skip: [gated(graph, "Relu", x, up_first=True)], {}),
     "a gate with gelu": (lambda graph, x, skip: [gated(graph, "Gelu", x, up_first=True)], {}),
     "an activation": (lambda graph, x, skip: [activated(graph, "Relu", product(graph, x, "up"))], {}),
-    "an activation without a kernel": (
-        lambda graph, x, skip: [activated(graph, "Gelu", product(graph, x, "up"), "none")], {"Gelu": 1},
-    ),
+    "a gelu that is no tanh": (lambda graph, x, skip: [activated(graph, "Gelu", product(graph, x, "up"), "none")], {}),
     "what something else reads": (with_other_readers, {"PackedLinear": 2, "Relu": 1, "Mul": 1, "Neg": 2}),
     "a gate of another input": (
         lambda graph, x, skip: [gated(graph, "Relu", x, up=product(graph, skip, "up"))], {"PackedLinear": 2, "Mul": 1},
@@ -90,6 +122,10 @@ GRAPHS: dict[str, tuple[Any, dict[str, int]]] = {
     ),
     "a norm with its sum": (with_norm_and_sum, {"Neg": 1}),
     "a norm and a gate": (with_norm_and_gate, {}),
+    "a layer norm": (with_layer_norm, {}),
+    "a layer norm of a sum that is read, too": (with_layer_norm_and_sum, {"Neg": 1}),
+    "the layer norm of a sum that others read after it": (with_layer_norm_read_again, {"Add": 1}),
+    "a layer norm that others read before": (with_layer_norm_read_before, {"Neg": 1, "SkipLayerNormalization": 1}),
     "a norm that two products read": (with_norm_of_two, {"PackedLinear": 2, "SimplifiedLayerNormalization": 1}),
 }  # fmt: skip
 

@@ -65,7 +65,7 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   const int64_t rows = product.rows;
   if (rows == 0) return true;
   const auto groups = static_cast<size_t>(rows * weight.groups()), inputs = static_cast<size_t>(rows * weight.inputs);
-  const size_t normed = product.norm ? inputs * sizeof(float) : 0;
+  const size_t normed = product.norm && !product.keeps_norm ? inputs * sizeof(float) : 0;
   auto* memory = static_cast<char*>(std::malloc(groups * sizeof(Group) + normed));
   if (memory == nullptr) return false;
   auto* quantized = reinterpret_cast<Group*>(memory);

@@ -1,5 +1,5 @@
 // y = x W^T + bias for rows x in fp32 and a weight W in 4 or 8 bits, packed in panels of 16 outputs; and what stands
-// before and behind such a product in a transformer: the RMS norm of a sum, an activation, and a gate.
+// before and behind such a product in a transformer: the norm of a sum, an activation, and a gate.
 //
 // Rows are quantized to 8 bits, each group of 32 inputs with a scale of its own. Per group the products are summed in
 // integers, exactly; the groups are added up in order, in fp32, with the same operations on every instruction set. So
@@ -51,23 +51,26 @@ struct Weight {
   FREEEXPORT_INLINE int64_t group_bytes() const { return int64_t{kGroup} * kPanel * bits / 8; }
 };
 
-enum Activation : int { kNone, kRelu, kSilu, kGeluTanh, kActivations };
+enum Activation : int { kNone, kRelu, kSilu, kGeluTanh, kGelu, kActivations };
 
 // Of one call: y = activation(n W^T + bias), times n U^T where there is an `up` U; with n = x, or, where there is a
-// `norm`, n = t / sqrt(mean(t^2) + epsilon) * norm of t = x + skip, or of t = x without skip. Or y has the products of W
-// and U, whose bias goes on behind that of W, `beside` each other.
+// `norm`, n = t / sqrt(mean(t^2) + epsilon) * norm of t = x + skip, or of t = x without skip. A `layer` norm takes the mean
+// from t first, and adds `shift`. Or y has the products of W and U, whose bias goes on behind that of W, `beside` each
+// other.
 struct Product {
   int64_t rows;
   const float* x;      // [rows, inputs]
   const float* skip;   // the same, or null
   const float* norm;   // [inputs], or null; where there is skip, it is there
+  const float* shift;  // [inputs], or null; of a layer norm
   float epsilon;
   int activation;
   Weight weight;
   Weight up;           // of the same inputs, without `beside` of the same outputs; or data is null
-  float* total;        // [rows, inputs]: x + skip; null without skip
+  float* total;        // [rows, inputs]: x + skip, or where it `keeps_norm` n; null without skip
   float* y;            // [rows, outputs]
   int beside;          // without activation
+  int layer, keeps_norm;
 
   FREEEXPORT_INLINE int64_t outputs() const { return weight.outputs + (beside ? up.outputs : 0); }
   FREEEXPORT_INLINE int64_t panels() const { return weight.panels() + (beside ? up.panels() : 0); }

@@ -7,7 +7,7 @@ namespace freeexport {
 namespace {
 
 enum Input : size_t { kX, kData, kScales, kZeros, kBias, kSkip, kNorm, kUpData, kUpScales, kUpZeros, kOffsets, kUpOffsets,
-                      kMultiples, kUpMultiples, kInputs };
+                      kMultiples, kUpMultiples, kShift, kInputs };
 enum Output : size_t { kY, kTotal, kOutputs };
 
 // One PackedLinear of a session: what it computes, without the tensors, which are asked for in each call.
@@ -23,7 +23,7 @@ ort::Status* check_constant(const Kernel& kernel, const ort::KernelInfo* info, s
                             int64_t expected) {
   static const char* const kNames[] = {"x",       "data",      "scales",      "zero points",      "bias",    "skip",
                                        "norms", "up's data", "up's scales", "up's zero points", "offsets", "up's offsets",
-                                       "multiples", "up's multiples"};
+                                       "multiples", "up's multiples", "shifts"};
   const ort::Api* api = kernel.api;
   if (!kernel.given[input]) return nullptr;
   int constant = 0, found_type = 0;
@@ -68,21 +68,22 @@ ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const 
 }
 
 ort::Status* read_activation(const ort::Api* api, const ort::KernelInfo* info, int* activation) {
-  static const char* const kNames[kActivations] = {"none", "relu", "silu", "gelu-tanh"};
+  static const char* const kNames[kActivations] = {"none", "relu", "silu", "gelu-tanh", "gelu"};
   char name[32] = "none";
   size_t size = sizeof(name);
   if (ort::Status* status = api->KernelInfoGetAttribute_string(info, "activation", name, &size))
     api->ReleaseStatus(status);  // it has none
   for (*activation = 0; *activation < kActivations; ++*activation)
     if (std::strcmp(kNames[*activation], name) == 0) return nullptr;
-  return fail(api, ort::kInvalidGraph, "activation is none of none, relu, silu and gelu-tanh");
+  return fail(api, ort::kInvalidGraph, "activation is none of none, relu, silu, gelu-tanh and gelu");
 }
 
-bool has_integer(const ort::Api* api, const ort::KernelInfo* info, const char* name) {
+// An attribute that may be left out.
+int64_t integer_of(const ort::Api* api, const ort::KernelInfo* info, const char* name) {
   int64_t value = 0;
   ort::Status* status = api->KernelInfoGetAttribute_int64(info, name, &value);
   if (status != nullptr) api->ReleaseStatus(status);
-  return status == nullptr;
+  return status == nullptr ? value : 0;
 }
 
 ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
@@ -96,7 +97,13 @@ ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
   if (given[kNorm]) RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "epsilon", &product.epsilon));
   if (given[kSkip] && !given[kNorm]) return fail(api, ort::kInvalidGraph, "skip goes with a norm");
   if (given[kUpData] != given[kUpScales]) return fail(api, ort::kInvalidGraph, "up's data go with its scales");
-  product.beside = has_integer(api, info, "up_N");
+  product.layer = integer_of(api, info, "layer") != 0;
+  product.keeps_norm = integer_of(api, info, "keeps_norm") != 0;
+  if (given[kShift] && !product.layer) return fail(api, ort::kInvalidGraph, "shifts go with a layer norm");
+  if (product.layer && !given[kNorm]) return fail(api, ort::kInvalidGraph, "a layer norm goes with norms");
+  if (product.keeps_norm && !given[kSkip]) return fail(api, ort::kInvalidGraph, "keeps_norm goes with skip");
+  RETURN_IF_ERROR(check_constant(*kernel, info, kShift, ort::kFloat, product.weight.inputs));
+  product.beside = integer_of(api, info, "up_N") != 0;
   if (product.beside && (!given[kUpData] || product.activation != kNone))
     return fail(api, ort::kInvalidGraph, "up_N goes with up's data, and with no activation");
   if (given[kUpData]) {
@@ -175,6 +182,7 @@ ort::Status* compute(void* op, ort::KernelContext* context) {
   product.x = static_cast<const float*>(inputs[kX]);
   product.skip = static_cast<const float*>(inputs[kSkip]);
   product.norm = static_cast<const float*>(inputs[kNorm]);
+  product.shift = static_cast<const float*>(inputs[kShift]);
   product.weight.bias = static_cast<const float*>(inputs[kBias]);
   if (product.beside && product.weight.bias) product.up.bias = product.weight.bias + product.weight.outputs;
   set_tensors(inputs + kData, inputs[kOffsets], inputs[kMultiples], &product.weight);

@@ -33,15 +33,20 @@ inline int32_t peak_bits(const float* group) {
 }
 
 // 16 sums next to each other, then their sum: the same order for every width of registers.
-inline float sum_of_squares(const float* x, int64_t count) {
+template <typename Term>
+inline float sum_of(const float* x, int64_t count, const Term& term) {
   float sums[16] = {};
   int64_t i = 0;
   for (; i + 16 <= count; i += 16)
-    for (int j = 0; j < 16; j++) sums[j] += x[i + j] * x[i + j];
-  for (int j = 0; i < count; i++, j++) sums[j] += x[i] * x[i];
+    for (int j = 0; j < 16; j++) sums[j] += term(x[i + j]);
+  for (int j = 0; i < count; i++, j++) sums[j] += term(x[i]);
   for (int half = 8; half > 0; half /= 2)
     for (int j = 0; j < half; j++) sums[j] += sums[j + half];
   return sums[0];
+}
+
+inline float sum_of_squares(const float* x, int64_t count) {
+  return sum_of(x, count, [](float value) { return value * value; });
 }
 
 inline float root(float value) { return __builtin_sqrtf(value); }
@@ -89,6 +94,24 @@ inline void times_sigmoid(float* x, int64_t count, const Inner& inner) {
   }
 }
 
+// x times the normal distribution's function of it, in place: erfc(z) = (a t + b t^2 + ...) e^(-z^2) with
+// t = 1 / (1 + p z) (Abramowitz and Stegun, 7.1.26), to 1.5e-7.
+inline void gelu(float* x, int64_t count) {
+  constexpr int64_t kAtOnce = 64;
+  float powers[kAtOnce];
+  for (int64_t at = 0; at < count; at += kAtOnce, x += kAtOnce) {
+    const int64_t size = count - at < kAtOnce ? count - at : kAtOnce;
+    for (int64_t i = 0; i < size; i++) powers[i] = -0.5f * (x[i] * x[i]);
+    exponentials(powers, size);
+    for (int64_t i = 0; i < size; i++) {
+      const float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * __builtin_fabsf(x[i]));
+      const float p = (((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
+      const float tail = 0.5f * x[i] * (p * t * powers[i]);
+      x[i] = x[i] < 0.0f ? tail : x[i] - tail;
+    }
+  }
+}
+
 inline void activate(int activation, float* x, int64_t count) {
   if (activation == kRelu) {
     for (int64_t i = 0; i < count; i++) x[i] = x[i] < 0.0f ? 0.0f : x[i];
@@ -98,6 +121,8 @@ inline void activate(int activation, float* x, int64_t count) {
     times_sigmoid(x, count, [](float value) {
       return 2.0f * (0.7978845608f * (value + 0.044715f * (value * value * value)));
     });
+  } else if (activation == kGelu) {
+    gelu(x, count);
   }
 }
 
@@ -151,9 +176,17 @@ inline void prepare(const Product& product, int64_t row, float* normed, Group* r
     x = total;
   }
   if (product.norm != nullptr) {
+    if (product.keeps_norm) normed = product.total + row * inputs;
+    if (product.layer) {
+      const float middle = sum_of(x, inputs, [](float value) { return value; }) / static_cast<float>(inputs);
+      for (int64_t i = 0; i < inputs; i++) normed[i] = x[i] - middle;
+      x = normed;
+    }
     const float mean = sum_of_squares(x, inputs) / static_cast<float>(inputs);
     const float scale = 1.0f / root(mean + product.epsilon);
     for (int64_t i = 0; i < inputs; i++) normed[i] = (x[i] * scale) * product.norm[i];
+    if (product.shift != nullptr)
+      for (int64_t i = 0; i < inputs; i++) normed[i] += product.shift[i];
     x = normed;
   }
   const int64_t tile = row / Vec::kRows * Vec::kRows;

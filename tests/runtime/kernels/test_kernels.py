@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
@@ -101,29 +102,39 @@ def activated(activation, x):
     """In float64."""
     if activation == "relu":
         return np.maximum(x, 0)
+    if activation == "gelu":
+        return torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
     inner = 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3) if activation == "gelu-tanh" else x
     with np.errstate(over="ignore"):
         return x / (1 + np.exp(-inner)) if activation != "none" else x
 
 
-@given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(["", "norm", "skip"]), st.sampled_from([None, 4, 6, 8]))
-@settings(max_examples=50, deadline=None)
+BEFORE = ("", "norm", "skip", "layer", "layer skip", "layer skip kept")
+
+
+@given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(BEFORE), st.sampled_from([None, 4, 6, 8]))
+@settings(max_examples=60, deadline=None)
 def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywhere(shape, activation, before, up_bits):
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)
     case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
-    skip = rows(rng, count, inputs) if before == "skip" else None
+    skip = rows(rng, count, inputs) if "skip" in before else None
     norm = rng.standard_normal(inputs).astype(np.float32) if before else None
+    shift = rng.standard_normal(inputs).astype(np.float32) if "layer" in before else None
     up = None if up_bits is None else random_case(rng, outputs, inputs, up_bits, 32)
-    fused = {"skip": skip, "norm": norm, "activation": activation, "up": up}
-    y = everywhere(x, case, **fused)
-    for row in {0, count // 2, count - 1}:
-        alone = {**fused, "skip": None if skip is None else skip[row : row + 1]}
-        assert_same_bits(multiply("scalar", x[row : row + 1], case, **alone)[0], y[row])
     total = x if skip is None else x + skip
     if norm is not None:
-        scale = 1 / np.sqrt(np.square(total, dtype=np.float64).mean(1, keepdims=True) + EPSILON)
-        total = (total * scale * norm).astype(np.float32)
+        centred = total - (0 if shift is None else total.mean(1, keepdims=True, dtype=np.float64))
+        scale = 1 / np.sqrt(np.square(centred, dtype=np.float64).mean(1, keepdims=True) + EPSILON)
+        total = (centred * scale * norm + (0 if shift is None else shift)).astype(np.float32)
+    kept = total if "kept" in before else None
+    fused = {"skip": skip, "norm": norm, "shift": shift, "activation": activation, "up": up, "keeps_norm": kept}
+    y = everywhere(x, case, **fused)
+    for row in {0, count // 2, count - 1}:
+        alone = {
+            name: fused[name] if fused[name] is None else fused[name][row : row + 1] for name in ("skip", "keeps_norm")
+        }
+        assert_same_bits(multiply("scalar", x[row : row + 1], case, **fused | alone)[0], y[row])
     expected = activated(activation, with_rounded_rows(total, case))
     expected *= 1 if up is None else with_rounded_rows(total, up)
     # Where a norm's last bit tips a value over to the next of 255 steps.
@@ -291,10 +302,13 @@ WRONG = {
     "norms have 3 elements": {"norm": np.ones(3, np.float32), "epsilon": 1e-5},
     "epsilon": {"norm": np.ones(64, np.float32)},
     "skip goes with a norm": {"skip": np.ones(64, np.float32)},
+    "keeps_norm goes with skip": {"norm": np.ones(64, np.float32), "epsilon": 1e-5, "keeps_norm": 1},
+    "shifts go with a layer norm": {"norm": np.ones(64, np.float32), "epsilon": 1e-5, "shift": np.ones(64, np.float32)},
+    "a layer norm goes with norms": {"layer": 1},
     "skip goes with a second output": {
         "skip": np.ones(64, np.float32), "norm": np.ones(64, np.float32), "epsilon": 1e-5, "single": True,
     },
-    "none of none, relu, silu and gelu-tanh": {"activation": "tanh"},
+    "none of none, relu, silu, gelu-tanh and gelu": {"activation": "tanh"},
     "up's data go with its scales": {"up_data": np.ones(3, np.uint8)},
     "up_bits": UP,
     "up_N goes with up's data": {"up_N": 16},
