@@ -83,13 +83,21 @@ class Model:
         self._grammars = Grammars(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
 
     def encode(
-        self, prompt: Prompt, parse_special: bool | None = None, tools: List[Mapping[str, Any]] | None = None
+        self,
+        prompt: Prompt,
+        parse_special: bool | None = None,
+        tools: List[Mapping[str, Any]] | None = None,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
     ) -> np.ndarray:
-        """Token ids int64 [n]. Raises PromptError."""
+        """Token ids int64 [n], with the languages of a request. Raises PromptError, and OptionError for a language."""
+        self._check_language("src_lang", src_lang, prompt)
+        self._check_language("tgt_lang", tgt_lang, prompt)
         limit = self.manifest.encoder_capacity or self.capacity
         missing = NO_TOKENIZER if self.options.trust_templates else UNTRUSTED
         parse_special = None if parse_special is None else bool(parse_special)
-        return encode_prompt(prompt, self.tokenizer, self.manifest.vocab_size, limit, parse_special, missing, tools)
+        ids = encode_prompt(prompt, self.tokenizer, self.manifest.vocab_size, limit, parse_special, missing, tools)
+        return self._with_languages(ids, src_lang, tgt_lang)
 
     def _check_language(self, name: str, code: str | None, prompt: Prompt | SpeechPrompt) -> None:
         """Raise OptionError for a language that the bundle does not know, or cannot set."""
@@ -108,16 +116,15 @@ class Model:
         if not isinstance(prompt, str) and (name == "src_lang" or languages.target == "prompt"):
             raise OptionError(f"{name} is {code!r}, which is for a prompt of text; put its token among the ids")
 
-    def _with_languages(self, ids: np.ndarray, options: GenerationOptions) -> np.ndarray:
-        """The ids of a text prompt with the languages of a request."""
+    def _with_languages(self, ids: np.ndarray, src_lang: str | None, tgt_lang: str | None) -> np.ndarray:
         languages = self.manifest.languages
-        if languages is not None and languages.source is not None and options.src_lang is not None:
+        if languages is not None and languages.source is not None and src_lang is not None:
             # The tokenizer adds the token of one language, at the beginning or at the end.
             ends = np.array([0, len(ids) - 1])
             places = ends[ids[ends] == languages.tokens[languages.source]]
-            ids[places] = languages.tokens[options.src_lang]
-        if languages is not None and languages.target == "prompt" and options.tgt_lang is not None:
-            ids = np.concatenate([[languages.tokens[options.tgt_lang]], ids])
+            ids[places] = languages.tokens[src_lang]
+        if languages is not None and languages.target == "prompt" and tgt_lang is not None:
+            ids = np.concatenate([[languages.tokens[tgt_lang]], ids])
             most = self.manifest.encoder_capacity
             if len(ids) > most:
                 raise PromptLengthError(
@@ -152,8 +159,6 @@ class Model:
             raise OptionError(
                 f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this bundle is decoder-only"
             )
-        for name in ("src_lang", "tgt_lang"):
-            self._check_language(name, getattr(options, name), prompt)
         for tokens in options.sequence_bias or ():
             if max(tokens) >= manifest.vocab_size:
                 raise OptionError(
@@ -174,11 +179,13 @@ class Model:
         sound: Sound | None = None
         grammar: Constraint | None = None
         if isinstance(prompt, SpeechPrompt):
+            for name in ("src_lang", "tgt_lang"):
+                self._check_language(name, getattr(options, name), prompt)
             tokens, sound, grammar = np.array(prompt.prefix, np.int64), prompt.sound, prompt.rules
         else:
             if options.speech is not None:
                 raise OptionError(f"{options.speech} is for bundles that read speech, and this one reads text")
-            tokens = self._with_languages(self.encode(prompt, options.parse_special), options)
+            tokens = self.encode(prompt, options.parse_special, None, options.src_lang, options.tgt_lang)
             grammar = self.grammar(options)
         asked = monotonic() if asked is None else asked
         return Sequence(self, tokens, options, cancel, asked, count or 1, grammar, sound)

@@ -180,10 +180,18 @@ class Session:
         ends the request."""
         return AsyncStream(self._scheduler, self._sequence(prompt, options, keywords))
 
-    def encode(self, prompt: Prompt, *, tools: List[Mapping[str, Any]] | None = None) -> np.ndarray:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        tools: List[Mapping[str, Any]] | None = None,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+    ) -> np.ndarray:
         """The token ids, int64 [n], that `generate` reads of a prompt: it takes them as the prompt, too. `tools`, for
-        the chat template, are functions as OpenAI's interface describes them. Raises PromptError."""
-        return self._model.encode(prompt, tools=tools)
+        the chat template, are functions as OpenAI's interface describes them. `src_lang` and `tgt_lang` as the options;
+        `generate` needs the latter again, unless its token stands in the prompt. Raises PromptError, OptionError."""
+        return self._model.encode(prompt, None, tools, src_lang, tgt_lang)
 
     def prepare(self, options: Given = None, **keywords: Unpack[Keywords]) -> None:
         """Compile the grammar that constrains such requests, which takes up to seconds once; they then begin at once.

@@ -91,7 +91,12 @@ async def begin(session: Session, request: Generating, mode: Mode | None, deadli
         tools = [msgspec.to_builtins(tool) for tool in request.offered]
         if isinstance(request, ChatRequest) and not form.shown:
             read, tools = [shown(messages, tools, form) for messages in prompts], []
-        encoded = [session.encode(prompt, tools=tools) for prompt in read]
+        encoded = [
+            session.encode(prompt, tools=tools, src_lang=given.src_lang, tgt_lang=given.tgt_lang) for prompt in read
+        ]
+        languages = session.manifest.languages
+        told = languages is not None and languages.target == "prompt"  # by the ids
+        given = replace(given, src_lang=None, tgt_lang=None if told else given.tgt_lang)
         field, constrained = constraint(request, form)
         if field:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -11,7 +12,10 @@ from runtime import FreeExportError, GenerationOptions, OptionError, PromptError
 from runtime.options import MOST_TOP_LOGPROBS, Mode
 
 # The fields of a request by the session's options.
-SAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt")
+SAME = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt"),
+    *("src_lang", "tgt_lang"),
+)
 FIELDS = dict(zip(SAME, SAME, strict=True)) | {
     "max_new_tokens": "max_tokens",
     "mode": "free.mode",
@@ -116,6 +120,7 @@ def api_error(error: BaseException) -> ApiError:
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Stop = Annotated[str, msgspec.Meta(max_length=1024)]
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
+Language = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
 class Free(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -439,6 +444,8 @@ class CompletionRequest(Request, kw_only=True):
     prompt: str | list[int | str | list[int]]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
     echo: bool = False
+    src_lang: Language | None = None  # of the prompt and of the answer, for translation models
+    tgt_lang: Language | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -451,6 +458,9 @@ class CompletionRequest(Request, kw_only=True):
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    def options(self, mode: Mode | None, deadline: float | None) -> GenerationOptions:
+        return replace(super().options(mode, deadline), src_lang=self.src_lang, tgt_lang=self.tgt_lang)
 
     @property
     def prompts(self) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+from checkpoints import KIN, Bundles
 from running_server import ENDLESS, MESSAGES, Running, eventually, running
 
 from freeexport.serving.replies import usage
@@ -19,8 +20,13 @@ ASKED: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 20
 
 
 @pytest.fixture(scope="module")
-def server(chat: Path, t5: Path) -> Iterator[Running]:
-    with running(chat, t5, names=("chat", "t5"), slots=4, queue=4) as server:
+def nllb(bundle: Bundles) -> Path:
+    return bundle(next(case for case in KIN if case.name == "nllb"), 1)
+
+
+@pytest.fixture(scope="module")
+def server(chat: Path, t5: Path, nllb: Path) -> Iterator[Running]:
+    with running(chat, t5, nllb, names=("chat", "t5", "nllb"), slots=4, queue=4) as server:
         yield server
 
 
@@ -37,7 +43,7 @@ def session(chat: Path) -> Iterator[Session]:
 
 
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["chat", "t5"]
+    assert [model.id for model in client.models.list()] == ["chat", "t5", "nllb"]
     assert client.models.retrieve("t5").owned_by == "freeexport"
 
 
@@ -231,6 +237,27 @@ def test_prompts_are_texts_or_ids_and_an_encoder_decoder_reads_them(client: open
     both = client.completions.create(model="t5", prompt=[ids, ids], max_tokens=9)
     assert [choice.text for choice in both.choices] == [expected[0]] * 2
     assert both.usage.prompt_tokens == 2 * len(ids)
+
+
+def test_languages_are_fields_of_a_completion(client: openai.OpenAI, nllb: Path) -> None:
+    asked: dict[str, Any] = {"model": "nllb", "prompt": "x", "max_tokens": 9}
+    languages = {"src_lang": "fra_Latn", "tgt_lang": "deu_Latn"}
+    with Session(nllb, threads=1) as session:
+        expected = session.generate("x", max_new_tokens=9, **languages)
+        assert expected.token_ids != session.generate("x", max_new_tokens=9).token_ids
+    answer = client.completions.create(**asked, extra_body=languages)
+    assert answer.choices[0].text == expected.text
+    for given, named in (
+        ({"tgt_lang": "deu"}, "tgt_lang is 'deu'; this bundle has 3 languages, as deu_Latn"),
+        ({"src_lang": "fra_Latn", "prompt": [259, 5]}, "src_lang is 'fra_Latn', which is for a prompt of text"),
+        ({"tgt_lang": "deu_Latn", "model": "t5"}, "tgt_lang is 'deu_Latn'; this bundle has no language tokens"),
+        ({"src_lang": ""}, "src_lang: Expected `str` of length >= 1"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=named) as raised:
+            client.completions.create(
+                **asked | {n: given.pop(n) for n in ("model", "prompt") if n in given}, extra_body=given
+            )
+        assert raised.value.param == next(iter(given))
 
 
 def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, session: Session) -> None:
