@@ -46,7 +46,7 @@ def g2p(directory: Path) -> None:
     with Session(bundle, threads=THREADS, slots=1) as session:
         green = click.style("green", fg="green")
         click.echo(f"\n{green} tokens exited after layer {session.manifest.exit_layer}; the others took every layer")
-        for phrase in (request.input for request in read_examples(PHRASES, SHOWN)):
+        for phrase in (request.text for request in read_examples(PHRASES, SHOWN)):
             click.echo(f"\n{phrase}\n  {_coloured(session, session.generate(phrase))}")
         click.echo()
     with tempfile.TemporaryDirectory() as results:

@@ -30,33 +30,35 @@ _BLOCK = 3000
 _HALF_TAPS = 16  # zero crossings of the resampling filter on each side
 
 
-def read_audio(source: Any) -> np.ndarray:
+def read_audio(source: Any, name: str = "the audio") -> np.ndarray:
     """Samples float32 [n] at 16 kHz: of an array that holds them already, a float type in about -1 to 1, or of a WAV
-    file by its path or content: PCM of 8 to 32 bits, channels averaged, other rates resampled. Raises PromptError."""
+    file by its path or content: PCM of 8 to 32 bits, channels averaged, other rates resampled. `name` is what errors
+    call it. Raises PromptError."""
+    if isinstance(source, (str, PathLike)):
+        name = str(source)
     if isinstance(source, (str, PathLike, bytes)):
-        samples = _read_wav(source)
+        samples = _read_wav(source, name)
     else:
         samples = np.asarray(source)
         if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
             raise PromptError(
-                f"the audio is an array of {samples.dtype} {list(samples.shape)}; pass float samples [n] at {RATE} Hz, "
+                f"{name} is an array of {samples.dtype} {list(samples.shape)}; pass float samples [n] at {RATE} Hz, "
                 "one channel, or the path of a WAV file"
             )
     if len(samples) == 0:
-        raise PromptError("the audio is empty; pass at least one sample")
+        raise PromptError(f"{name} is empty; pass at least one sample")
     if len(samples) > LONGEST_SECONDS * RATE:
         raise PromptError(
-            f"the audio has {len(samples) / RATE / 3600:.1f} hours, at most {LONGEST_SECONDS // 3600} are read; "
+            f"{name} has {len(samples) / RATE / 3600:.1f} hours, at most {LONGEST_SECONDS // 3600} are read; "
             "cut it into files"
         )
     samples = np.ascontiguousarray(samples, np.float32)
     if not np.isfinite(samples).all():
-        raise PromptError("the audio has samples that are NaN or infinite; repair it")
+        raise PromptError(f"{name} has samples that are NaN or infinite; repair it")
     return samples
 
 
-def _read_wav(source: Any) -> np.ndarray:
-    name = "the audio" if isinstance(source, bytes) else str(source)
+def _read_wav(source: Any, name: str) -> np.ndarray:
     try:
         content = source if isinstance(source, bytes) else read_bytes(Path(source), LARGEST_WAV)
         with wave.open(io.BytesIO(content)) as file:

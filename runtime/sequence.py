@@ -463,9 +463,11 @@ class Sequence(Response):
         assert self.model.encoder is not None
         began, store, ids = perf_counter(), self.model.prefixes, self.ids
         if (sound := self.sound) is not None:
-            sound.cross = sound.cross or self.model.encoder.run(sound.features, decoder)
+            read = sound.cross or self.model.encoder.run(sound.features, decoder)
+            if sound.keeps:
+                sound.cross = read
             decoder.stats.encode_seconds = perf_counter() - began
-            return sound.cross
+            return read
         chain = [] if store is None else hashes(ids, len(ids), self.options.cache_salt)
         found = store.find(chain) if store is not None else []
         cross: dict[str, np.ndarray] = found[0] if found else self.model.encoder.run(ids, decoder)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -36,7 +37,7 @@ from runtime.options import GenerationKeywords, GenerationOptions, SessionKeywor
 from runtime.result import GenerationResult
 from runtime.scheduler import CLOSED, Scheduler
 from runtime.sequence import Model, Sequence, check_count
-from runtime.speech import SpeechPrompt, Transcriber
+from runtime.speech import Sound, SpeechPrompt, Transcriber
 from runtime.stream import AsyncInbox, AsyncStream, Inbox, PromptList, Stream
 from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
@@ -193,6 +194,16 @@ class Session:
         `generate` needs the latter again, unless its token stands in the prompt. Raises PromptError, OptionError."""
         return self._model.encode(prompt, None, tools, src_lang, tgt_lang)
 
+    def listen(self, audio: Any, language: str | None = None) -> SpeechPrompt:
+        """A window of sound with the tokens that the decoder reads before it writes, which `generate` and `decoder`
+        take: for measurements, so that each request reads the sound anew. Raises PromptError, and OptionError where
+        the bundle reads text."""
+        if self._transcriber is None:
+            raise OptionError("the bundle reads text, not speech; give it text")
+        chosen = merged(GenerationOptions, None, {"language": language})
+        prompt = self._transcriber.single(audio, chosen, partial(self._window, None))
+        return replace(prompt, sound=Sound(prompt.sound.features, keeps=False))
+
     def prepare(self, options: Given = None, **keywords: Unpack[Keywords]) -> None:
         """Compile the grammar that constrains such requests, which takes up to seconds once; they then begin at once.
         Raises OptionError."""
@@ -213,14 +224,15 @@ class Session:
         return sequence.best()
 
     @contextmanager
-    def decoder(self, prompt: np.ndarray | None = None) -> Iterator[Decoder]:
-        """A slot of the session, to drive by hand: for measurements. `prompt` int64 [n] is what the encoder of an
-        encoder-decoder reads, by default one token; the decoder has read nothing yet."""
+    def decoder(self, prompt: np.ndarray | SpeechPrompt | None = None) -> Iterator[Decoder]:
+        """A slot of the session, to drive by hand: for measurements. `prompt` int64 [n], or of speech a window, is what
+        the encoder of an encoder-decoder reads, by default one token; the decoder has read nothing yet."""
         self._refuse_if_closed()
         with self._scheduler.borrowed() as decoder:
             decoder.reset()
             if self._model.encoder is not None:
-                decoder.attend(self._model.encoder.run(np.zeros(1, np.int64) if prompt is None else prompt, decoder))
+                read = prompt.sound.features if isinstance(prompt, SpeechPrompt) else prompt
+                decoder.attend(self._model.encoder.run(np.zeros(1, np.int64) if read is None else read, decoder))
             decoder.want_logits(False)
             yield decoder
 

@@ -28,9 +28,11 @@ FRAMES_A_POSITION = 2  # of the encoder; a timestamp is a position
 @dataclass(eq=False)
 class Sound:
     """A window of sound, `features` float32 [1, bins, 2 E], and what cross-attention reads once one of the requests for
-    it has made it. `spent`: the statistics of requests whose tokens are not those of the result."""
+    it has made it, unless each is to make its own, as measurements are. `spent`: the statistics of requests whose
+    tokens are not those of the result."""
 
     features: np.ndarray
+    keeps: bool = True
     cross: dict[str, np.ndarray] = field(default_factory=dict)
     spent: list[Stats] = field(default_factory=list)
 
@@ -225,11 +227,7 @@ class Transcriber:
     ) -> SpeechPrompt:
         speech, kept = self._speech, self._capacity // 2 - 1
         prefix = [speech.previous, *before[-kept:]] if before and kept > 0 else []
-        prefix.append(self._start)
-        if speech.languages:
-            prefix += [speech.languages[language], speech.tasks[options.task]]
-        if not timestamps:
-            prefix.append(speech.no_timestamps)
+        prefix += [self._start, *speech.prefix(language, options.task, timestamps)]
         return SpeechPrompt(sound, tuple(prefix), Rules(speech, self._eos, timestamps))
 
     def _probe(self, sound: Sound, options: GenerationOptions, decode: Decode) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""Lines of data as token ids: how a checkpoint's text becomes ids, splits, and what is too long."""
+"""Lines of data as examples: text that becomes ids, recordings of speech, splits, and what is too long."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError
 from freeexport.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
 from freeexport.system.jsonl import BrokenLine, Request, read_requests
 from graphs.description import Description
-from runtime.errors import FreeExportError
+from graphs.errors import GraphError
+from runtime.audio import LARGEST_WAV, RATE, log_mel, read_audio, window
+from runtime.bundle.manifest import Speech
+from runtime.errors import FreeExportError, PromptError
+from runtime.json_file import UnreadableError, read_bytes
+from runtime.speech import FRAMES_A_POSITION, SECONDS_A_TIMESTAMP
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TARGETS_WANTED = "give every line an input and a target"
+TARGETS_WANTED = "give every line an input, or audio, and a target"
 _CHUNK = 4096  # texts a call of the tokenizer
 _HASH_RANGE = 1 << 32
 
@@ -31,12 +36,36 @@ class DataError(FreeExportError):
 
 
 @dataclass(frozen=True)
-class Example:
-    """Token ids, int32: `prompt` [n] as the model gets it, `target` [m] with its end-of-sequence id."""
+class Recording:
+    """A WAV file that is read anew where it is needed: a window of sound, of which the encoder makes `rows` positions
+    from `bins` bins. `digest` is of the file's content, `language` the code of what is spoken."""
 
-    prompt: np.ndarray
+    path: Path
+    digest: str
+    language: str
+    bins: int
+    rows: int
+
+    def __len__(self) -> int:
+        """Positions of the encoder, which reads silence, too."""
+        return self.rows
+
+    def features(self) -> np.ndarray:
+        """The spectrogram, float32 [bins, 2 rows]."""
+        mels = log_mel(read_audio(self.path), self.bins)
+        whole: np.ndarray = window(mels, 0, FRAMES_A_POSITION * self.rows)[0]
+        return whole
+
+
+@dataclass(frozen=True)
+class Example:
+    """`prompt`: token ids int32 [n] as the model gets them, or a Recording; `target`: ids int32 [m] with that of the
+    end of a sequence, of which the first `given` are not predicted."""
+
+    prompt: Any
     target: np.ndarray
     line: int
+    given: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +74,7 @@ class TextFormat:
 
     Encoder-decoder models have the limit for prompt and target each, decoder-only ones for both together. `truncate`:
     prompts give way, at the end for an encoder, else at the beginning, where the target is farthest away. `begin`:
-    tokens that every target begins with.
+    tokens that every target begins with. `speech` where inputs are recordings of `bins` bins and `rows` positions.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,9 +83,12 @@ class TextFormat:
     seq2seq: bool
     truncate: bool = False
     begin: tuple[int, ...] = ()
+    speech: Speech | None = None
+    bins: int = 0
+    rows: int = 0
 
     def fits(self, example: Example) -> bool:
-        prompt, target = len(example.prompt), len(example.target)
+        prompt, target = 0 if self.speech else len(example.prompt), len(example.target)
         return max(prompt, target) <= self.limit if self.seq2seq else prompt + target <= self.limit
 
     def cut(self, example: Example) -> Example:
@@ -64,6 +96,7 @@ class TextFormat:
         target would do."""
         room = self.limit if self.seq2seq else self.limit - len(example.target)
         prompt = example.prompt
+        assert isinstance(prompt, np.ndarray)
         outer = prompt[-1:] if self.seq2seq else prompt[:1]
         outer = outer if outer[0] in self.tokenizer.all_special_ids else outer[:0]
         inner = room - len(outer)
@@ -73,13 +106,40 @@ class TextFormat:
         return replace(example, prompt=np.concatenate(parts))
 
 
-def text_format(checkpoint: Checkpoint, description: Description, limit: int) -> TextFormat:
+def speech_of(checkpoint: Checkpoint, description: Description) -> Speech | None:
+    """The tokens of speech, as generation_config.json names them; None for a model of text. Raises GraphError."""
+    sound, config = description.spectrogram, checkpoint.generation_config
+    if sound is None:
+        return None
+    timestamps = config.get("no_timestamps_token_id")
+    if not isinstance(timestamps, int):
+        raise GraphError(
+            f"{checkpoint.name} names no no_timestamps_token_id; add the generation_config.json of the Whisper model "
+            "that it was made from"
+        )
+    languages = {code.strip("<|>"): token for code, token in (config.get("lang_to_id") or {}).items()}
+    ends = known_ends(checkpoint, description.vocab_size)
+    return Speech(
+        bins=sound.bins,
+        no_timestamps=timestamps,
+        previous=int(config.get("prev_sot_token_id") or timestamps - 2),
+        no_speech=timestamps - 1,
+        languages=languages,
+        tasks=dict(config.get("task_to_id") or {}) if languages else {},
+        suppressed=tuple(token for token in config.get("suppress_tokens") or () if token not in ends),
+        begin_suppressed=tuple(config.get("begin_suppress_tokens") or ()),
+        latest_first=int(config.get("max_initial_timestamp_index") or 50),
+    )
+
+
+def text_format(checkpoint: Checkpoint, description: Description, limit: int, speech: bool = False) -> TextFormat:
     """Sequences of at most `limit` ids, or the model's own limit. Raises CheckpointError without a tokenizer or an end
-    of sequence, and for a model of speech."""
-    if description.spectrogram is not None:
+    of sequence, and for a model of speech unless `speech` may be."""
+    sound = description.spectrogram
+    if sound is not None and not speech:
         raise CheckpointError(
-            f"{checkpoint.name} reads speech, and examples of speech are not supported in training and measurements "
-            "yet; convert it without"
+            f"{checkpoint.name} reads speech, which train takes, and calibrate and evaluate of a bundle, but not this: "
+            "train and convert it, and use the bundle"
         )
     if not has_tokenizer(checkpoint):
         raise CheckpointError(f"{checkpoint.name} has no tokenizer, which text needs; add its tokenizer files")
@@ -92,7 +152,10 @@ def text_format(checkpoint: Checkpoint, description: Description, limit: int) ->
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     limit = min(limit, description.decoder.max_positions or limit)
     seq2seq, first = description.encoder is not None, forced(checkpoint.generation_config, "forced_bos_token_id")
-    return TextFormat(tokenizer, int(end), limit, seq2seq, begin=(first,) if seq2seq and first is not None else ())
+    form = TextFormat(tokenizer, int(end), limit, seq2seq, begin=(first,) if seq2seq and first is not None else ())
+    if sound is None:
+        return form
+    return replace(form, speech=speech_of(checkpoint, description), bins=sound.bins, rows=sound.positions.count)
 
 
 def forced(generation: Mapping[str, Any], name: str) -> int | None:
@@ -133,7 +196,7 @@ def split(requests: Sequence[Request], share: float, path: Path) -> tuple[list[R
     whatever else the file holds. Raises DataError where one of the two would be empty."""
     ranked = []
     for request in requests:
-        text = json.dumps(request.input, sort_keys=True)
+        text = str(request.input) if isinstance(request.input, Path) else json.dumps(request.input, sort_keys=True)
         ranked.append((int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"), request))
     lowest = min(rank for rank, _ in ranked)
     # A small file may have no hash below the share; then its lowest one stands for it.
@@ -147,26 +210,63 @@ def split(requests: Sequence[Request], share: float, path: Path) -> tuple[list[R
 def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[list[Example], str | None]:
     """Examples in the order of the file, without those that do not fit, also when cut where `form` says so; and a line
     about those that were cut or left out. Raises DataError where none fits."""
-    prompts, targets = prompt_ids(requests, form, path), list[list[int]]()
+    prompts, targets = prompts_of(requests, form, path), list[list[int]]()
     for start in range(0, len(requests), _CHUNK):
         texts = [str(request.target) for request in requests[start : start + _CHUNK]]
+        if form.speech is not None:  # which begins a transcript with a space
+            texts = [f" {text.strip()}" for text in texts]
         targets += _ids(form.tokenizer, texts, special=False, target=form.seq2seq)
     examples = [
-        Example(prompt, np.array([*form.begin, *target, form.eos], np.int32), request.line_number)
+        example_of(prompt, [*form.begin, *target, form.eos], form, request)
         for request, prompt, target in zip(requests, prompts, targets, strict=True)
     ]
     return fitted(examples, form, path)
 
 
-def prompt_ids(requests: Sequence[Request], form: TextFormat, path: Path) -> list[np.ndarray]:
-    """The ids of the inputs, int32 [n] each. Raises DataError for an input without tokens."""
+def example_of(
+    prompt: np.ndarray | Recording, target: Sequence[int] | np.ndarray, form: TextFormat, request: Request
+) -> Example:
+    """An example, of speech with the tokens that the decoder reads before what it writes."""
+    given: list[int] = []
+    if isinstance(prompt, Recording) and form.speech is not None:
+        given = form.speech.prefix(prompt.language)
+    return Example(prompt, np.array([*given, *target], np.int32), request.line_number, len(given))
+
+
+def prompts_of(requests: Sequence[Request], form: TextFormat, path: Path) -> Sequence[np.ndarray | Recording]:
+    """The recordings, each of which was read once, or the ids of the inputs, int32 [n] each. Raises DataError for one
+    that cannot be used: the line, and why."""
+    if form.speech is not None:
+        return [_recording(request, form, form.speech, path) for request in requests]
     prompts = list[list[int]]()
     for start in range(0, len(requests), _CHUNK):
-        prompts += _prompts([request.input for request in requests[start : start + _CHUNK]], form.tokenizer)
+        prompts += _prompts([request.text for request in requests[start : start + _CHUNK]], form.tokenizer)
     for request, prompt in zip(requests, prompts, strict=True):
         if not prompt:
             raise DataError(f"{path}, line {request.line_number}: 'input' has no tokens; give it some text")
     return [np.array(prompt, np.int32) for prompt in prompts]
+
+
+def _recording(request: Request, form: TextFormat, speech: Speech, path: Path) -> Recording:
+    where, language = f"{path}, line {request.line_number}", request.language or "en"
+    if not isinstance(request.input, Path):
+        raise DataError(f"{where}: it has 'input', and the model reads speech; give 'audio', the path of a WAV file")
+    if language not in (speech.languages or ("en",)):
+        known = ", ".join(list(speech.languages)[:8]) or "en alone"
+        raise DataError(f"{where}: 'language' is {language!r}; the model knows {known}")
+    try:
+        content = read_bytes(request.input, LARGEST_WAV)
+        seconds = len(read_audio(content, str(request.input))) / RATE
+    except UnreadableError as error:
+        raise DataError(f"{where}: {request.input} cannot be read ({error}); name a WAV file") from None
+    except PromptError as error:
+        raise DataError(f"{where}: {error}") from None
+    if seconds > (longest := form.rows * SECONDS_A_TIMESTAMP):
+        raise DataError(
+            f"{where}: {request.input} has {seconds:.1f} s, and the model reads windows of {longest:g} s; cut it"
+        )
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    return Recording(request.input, digest, language, form.bins, form.rows)
 
 
 def fitted(examples: list[Example], form: TextFormat, path: Path) -> tuple[list[Example], str | None]:

@@ -31,7 +31,9 @@ _IMPLIED: dict[str, Method] = {"agreement": "bmm", "zeta": "paper", "risk": "ris
 @click.command(cls=SectionedCommand)
 @click.argument("bundle")
 @section("Data")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input', or 'audio' (and 'target')."
+)
 @click.option("--samples", type=click.IntRange(1), default=CalibrateOptions.samples, help=SAMPLES)
 @click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, help=MAX_NEW_TOKENS)
 @section("How the threshold is chosen")

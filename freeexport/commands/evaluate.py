@@ -23,7 +23,9 @@ from freeexport.system.page import print_page
 @click.command(cls=SectionedCommand)
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE[=METHODS]...")
 @section("Data")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' and 'target'.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input', or 'audio', and 'target'."
+)
 @click.option("--samples", type=click.IntRange(1), default=EvaluateOptions.samples, help=SAMPLES)
 @click.option("--max-new-tokens", type=click.IntRange(2), default=EvaluateOptions.max_new_tokens, help=MAX_NEW_TOKENS)
 @section("What is compared")

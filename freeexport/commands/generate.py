@@ -17,7 +17,7 @@ from freeexport.commands.verb_options import DEVICE, THREADS, SectionedCommand, 
 from freeexport.system.answers import answer_file, fields_of
 from freeexport.system.jsonl import STANDARD
 from runtime import FreeExportError, GenerationResult, OptionError, Session
-from runtime.errors import PromptLengthError
+from runtime.errors import PromptError, PromptLengthError
 from runtime.json_file import UnreadableError, read_text
 from runtime.options import Mode
 
@@ -47,7 +47,7 @@ def _others(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.argument("prompt", required=False)
 @section("Prompts and results")
 @click.option("--input", "source", type=click.Path(path_type=Path, allow_dash=True),
-              help="JSON lines with an `input` each; - is standard input.")  # fmt: skip
+              help="JSON lines with an `input` each, or `audio`; - is standard input.")  # fmt: skip
 @click.option("--output", "target", type=click.Path(path_type=Path, allow_dash=True),
               help="Write the results of --input here, a line each.  [default: -, standard output]")  # fmt: skip
 @click.option(
@@ -152,7 +152,8 @@ def command(
         if sys.stderr.isatty():
             rows = session.capacity + session.manifest.max_pending
             click.echo(f"KV cache: {slots * session.manifest.kv_bytes_per_token * rows / 1e6:.1f} MB", err=True)
-        if (audio is not None) != (session.manifest.speech is not None):
+        speech = session.manifest.speech is not None
+        if (audio is not None) != speech and not (speech and source):
             wanted = "text, not speech; leave out --audio" if audio else "speech; give --audio FILE, a WAV file"
             raise OptionError(f"{bundle} reads {wanted}")
         if audio is not None:
@@ -161,6 +162,10 @@ def command(
         names_mode = "mode" in options or "threshold" in options
 
         def prompt_of(text: Any) -> Any:
+            if isinstance(text, Path) != speech:
+                raise PromptError(f"the bundle reads {'speech; give `audio`' if speech else 'text; give `input`'}")
+            if speech:
+                return text
             if no_trust_templates:
                 text = _ids(text)
             elif chat and isinstance(text, str):

@@ -27,7 +27,9 @@ OWN = Path("-")  # beside OUT
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @section("Data")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' and 'target'.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input', or 'audio', and 'target'."
+)
 @click.option("--validation", type=click.Path(path_type=Path), help="JSONL to evaluate on.  [default: 2 % of DATA]")
 @click.option("--max-tokens", type=int, help="Skip longer examples.  [default: the model's limit, at most 2048]")
 @click.option("--self-distill", type=click.Path(path_type=Path), is_flag=False, flag_value=OWN, metavar="[DIR]",
@@ -113,7 +115,7 @@ def command(model: str, out: Path, as_json: bool, rank: int | None, **options: A
         options["self_distill"] = out.absolute().with_name(f"{out.absolute().name}.outputs")
 
     def generate(
-        checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int, directory: Path
+        checkpoint: Checkpoint, prompts: Sequence[Any], new_tokens: int, directory: Path
     ) -> Iterator[tuple[int, np.ndarray]]:
         from freeexport.conversion.own_outputs import own_outputs  # torch
 

@@ -14,7 +14,7 @@ import click
 
 from freeexport import __version__
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.checkpoints.examples import forced, known_ends
+from freeexport.checkpoints.examples import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.recalibrate import check_fits, with_calibration
@@ -41,7 +41,6 @@ from runtime.bundle.manifest import (
     File,
     Manifest,
     Quantization,
-    Speech,
 )
 from runtime.errors import BundleError
 from runtime.kernels import VERSION as KERNELS_VERSION
@@ -231,32 +230,6 @@ def _new_manifest(
         forced_last_token_id=forced(generation, "forced_eos_token_id") if description.encoder else None,
         languages=languages_of(checkpoint, directory),
         speech=speech_of(checkpoint, description),
-    )
-
-
-def speech_of(checkpoint: Checkpoint, description: Description) -> Speech | None:
-    """The tokens of speech, as generation_config.json names them; None for a model of text. Raises GraphError."""
-    sound, config = description.spectrogram, checkpoint.generation_config
-    if sound is None:
-        return None
-    timestamps = config.get("no_timestamps_token_id")
-    if not isinstance(timestamps, int):
-        raise GraphError(
-            f"{checkpoint.name} names no no_timestamps_token_id; add the generation_config.json of the Whisper model "
-            "that it was made from"
-        )
-    languages = {code.strip("<|>"): token for code, token in (config.get("lang_to_id") or {}).items()}
-    ends = known_ends(checkpoint, description.vocab_size)
-    return Speech(
-        bins=sound.bins,
-        no_timestamps=timestamps,
-        previous=int(config.get("prev_sot_token_id") or timestamps - 2),
-        no_speech=timestamps - 1,
-        languages=languages,
-        tasks=dict(config.get("task_to_id") or {}) if languages else {},
-        suppressed=tuple(token for token in config.get("suppress_tokens") or () if token not in ends),
-        begin_suppressed=tuple(config.get("begin_suppress_tokens") or ()),
-        latest_first=int(config.get("max_initial_timestamp_index") or 50),
     )
 
 

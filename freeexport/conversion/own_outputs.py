@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.examples import Recording
 from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
@@ -24,21 +26,23 @@ ENGINES = "engines"  # a bundle
 CACHE_BYTES = 1 << 30  # of keys and values in all slots
 MOST_SLOTS = 32
 GPU_BATCH = 64
+PREFIX = 4  # tokens before a transcript
 
 
 def own_outputs(
-    model: str, checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int, directory: Path
+    model: str, checkpoint: Checkpoint, prompts: Sequence[Any], new_tokens: int, directory: Path
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the index of each prompt and its greedy output, ids int32 [m] of at most `new_tokens`, the end of the
     sequence among them, as soon as it is done.
 
     On a CPU by 8-bit engines, in `directory` until all are done, mostly faster than transformers in bfloat16
-    (docs/training.md), and the text is that of an int8 bundle. An output does not depend on the others. On a GPU by
-    transformers in bfloat16. `checkpoint` is the opened `model`.
+    (docs/training.md), and the text is that of an int8 bundle; so are all of recordings. An output does not depend on
+    the others. On a GPU, of text, by transformers in bfloat16. `checkpoint` is the opened `model`.
     """
     import torch
 
-    if torch.cuda.is_available():
+    sounds = isinstance(prompts[0], Recording)
+    if torch.cuda.is_available() and not sounds:
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         whole = reference_model(checkpoint, "cuda:0", "bfloat16")
         for start in range(0, len(order), GPU_BATCH):
@@ -47,7 +51,7 @@ def own_outputs(
         return
     longest = max(map(len, prompts))
     seq2seq = checkpoint.config.get("is_encoder_decoder")
-    capacity = (0 if seq2seq else longest) + new_tokens + 1
+    capacity = (0 if seq2seq else longest) + new_tokens + 1 + (PREFIX if sounds else 0)
     bundle = directory / ENGINES
     _convert(model, checkpoint, capacity, longest if seq2seq else None, bundle)
     slots = int(np.clip(CACHE_BYTES // Bundle.open(bundle).manifest.kv_bytes_per_sequence, 1, MOST_SLOTS))
@@ -55,7 +59,12 @@ def own_outputs(
     with Session(bundle, slots=slots) as session, ThreadPoolExecutor(slots) as pool:
 
         def answer(index: int) -> tuple[int, np.ndarray]:
-            result = session.generate(prompts[index], mode="full", max_new_tokens=new_tokens, cancel=cancel)
+            asked: Any = prompts[index]
+            given: dict[str, Any] = {"max_new_tokens": new_tokens}
+            if isinstance(asked, Recording):
+                given |= {"language": asked.language, "fallback_temperatures": ()}
+                asked = asked.path
+            result = session.generate(asked, mode="full", cancel=cancel, **given)
             return index, np.array(result.token_ids, np.int32)
 
         waiting = iter(range(len(prompts)))

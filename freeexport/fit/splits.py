@@ -46,7 +46,7 @@ def read_lines(data: Path, least: int) -> list[Request]:
 def split(lines: Sequence[Request], sizes: Mapping[str, int], data: Path) -> dict[str, list[Request]]:
     """Splits of the sizes given, in their order, and TRAIN with all other lines, each in an order that depends on the
     inputs alone. Families of alike inputs stay together. Raises DataError where that leaves a split without lines."""
-    texts = [normalised(line.input if isinstance(line.input, str) else json.dumps(line.input)) for line in lines]
+    texts = [normalised(json.dumps(line.input) if isinstance(line.input, list) else str(line.input)) for line in lines]
     hashes, family = [stable_hash(text) for text in texts], families(texts)
     members: dict[int, list[int]] = {}
     for place in sorted(range(len(lines)), key=hashes.__getitem__):

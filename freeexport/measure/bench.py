@@ -164,7 +164,7 @@ def bench_prompts(bundle: Bundle, data: Path | None, limit: int) -> list[list[in
     longest = manifest.encoder_capacity or manifest.capacity // 2
     if data is not None:
         examples = read_examples(data, limit)
-        return [encode_prompt(one.input, tokenizer, manifest.vocab_size, longest).tolist() for one in examples]
+        return [encode_prompt(one.text, tokenizer, manifest.vocab_size, longest).tolist() for one in examples]
     texts = files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
     prompts = [] if tokenizer is None else [tokenizer.encode(text) for text in texts]
     if not prompts or max(map(max, prompts)) >= manifest.vocab_size:

@@ -457,7 +457,7 @@ def examples(found: Evaluation) -> list[dict[str, Any]]:
             name = f"{setting}, {bundle}" if len(bundles) > 1 else setting
             outputs.append((name, list(zip(texts, record.exited, strict=True))))
         given = found.requests[line].input
-        asked = given if isinstance(given, str) else given[-1]["content"]
+        asked = given[-1]["content"] if isinstance(given, list) else str(given)
         reference = found.references[line].texts[0]
         made.append({"line": line, "input": asked, "reference": reference, "outputs": outputs})
     return made

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -66,7 +67,7 @@ class BundleSource:
             manifest.exit_trained,
         )
 
-    def prompts(self, requests: Sequence[Request]) -> list[tuple[Request, np.ndarray]]:
+    def prompts(self, requests: Sequence[Request]) -> list[tuple[Request, Any]]:
         return fitting_prompts(self.session, requests)
 
     def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Traces]:
@@ -101,29 +102,34 @@ def collect(source: BundleSource, data: Path, requests: Sequence[Request], cache
     return Traces.joined([trace for trace in found if trace is not None])
 
 
-def fitting_prompts(session: Session, requests: Sequence[Request]) -> list[tuple[Request, np.ndarray]]:
-    """The requests that fit, with their token ids [n]; a warning for the others. DataError where none fits,
-    CalibrationError for data of another vocabulary, OptionError for a bundle of speech."""
+def fitting_prompts(session: Session, requests: Sequence[Request]) -> list[tuple[Request, Any]]:
+    """The requests that fit, with their token ids [n] or their window of sound; a warning for the others. DataError
+    where none fits, CalibrationError for data of another vocabulary."""
     manifest = session.manifest
-    if manifest.speech is not None:
-        raise OptionError(
-            "the bundle reads speech, which calibration and measurements do not support yet; leave it out"
-        )
     limit = manifest.encoder_capacity or session.capacity - 1
-    fitting: list[tuple[Request, np.ndarray]] = []
+    fitting: list[tuple[Request, Any]] = []
     reasons: list[str] = []
     for request in requests:
         try:
-            fitting.append((request, encode_prompt(request.input, session.tokenizer, manifest.vocab_size, limit)))
-        except PromptError as error:
+            fitting.append((request, _prompt(session, request, limit)))
+        except (PromptError, OptionError) as error:
             reasons.append(f"line {request.line_number}: {error}")
     if reasons and not fitting:
         raise DataError(f"none of the {len(requests)} inputs can be used; {reasons[0]}")
     if reasons:
         click.echo(f"warning: {len(reasons)} of {len(requests)} inputs are left out; the first, {reasons[0]}", err=True)
-    listed = TOKENIZER in manifest.files
-    check_unknown([ids for _, ids in fitting], unknown_of_bundle(session.bundle.path) if listed else None)
+    if manifest.speech is None:
+        listed = TOKENIZER in manifest.files
+        check_unknown([ids for _, ids in fitting], unknown_of_bundle(session.bundle.path) if listed else None)
     return fitting
+
+
+def _prompt(session: Session, request: Request, limit: int) -> Any:
+    if session.manifest.speech is None:
+        return encode_prompt(request.text, session.tokenizer, session.manifest.vocab_size, limit)
+    if not isinstance(request.input, Path):
+        raise PromptError("it has 'input', and the bundle reads speech; give 'audio', the path of a WAV file")
+    return session.listen(request.input, request.language or "en")
 
 
 def reference_of(request: Request) -> Reference | None:

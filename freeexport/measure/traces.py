@@ -24,6 +24,7 @@ from runtime.decoding.feature_decoder import FeatureDecoder
 from runtime.engines.runner import Runner
 from runtime.errors import OptionError
 from runtime.json_file import parse_json, read_text
+from runtime.speech import SpeechPrompt
 
 _KIND = "freeexport traces"
 # Traces of another format are dropped as those of another key are. 3: a T5's first token may exit.
@@ -144,15 +145,15 @@ def replay(traces: Traces, threshold: float, max_pending: int) -> Replay:
     return Replay(threshold, exits, agreeing, dict(zip(sizes.tolist(), counts.tolist(), strict=True)))
 
 
-def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: int) -> Traces:
-    """Decode `prompt` int64 [n] as mode `full` does, at most `max_new_tokens`, until an end of sequence, and ask both
-    decoders at each token.
+def trace_of(session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max_new_tokens: int) -> Traces:
+    """Decode `prompt` int64 [n], or a window of sound, as mode `full` does, at most `max_new_tokens`, until an end of
+    sequence, and ask both decoders at each token.
 
     An exit that reads features is asked as in drafts, DRAFTED tokens between two sync passes: the first after one reads
     the deep decoder's feature, and agrees more often than those behind it.
     """
     manifest = session.manifest
-    if manifest.exit_engine:
+    if manifest.exit_engine or isinstance(prompt, SpeechPrompt):
         return _drafted_trace(session, line, prompt, max_new_tokens)
     found: dict[str, list[Any]] = {name: [] for name in _TYPES}
     with session.decoder(prompt) as decoder:
@@ -179,18 +180,23 @@ def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: in
     return Traces.one(line, **found)
 
 
-def _drafted_trace(session: Session, line: int, prompt: np.ndarray, max_new_tokens: int) -> Traces:
-    ids = session.generate(prompt, mode="full", max_new_tokens=max_new_tokens).token_ids
+def _drafted_trace(session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max_new_tokens: int) -> Traces:
+    """Traces of an exit that reads features, and of speech, whose rules have a say in the output."""
+    spoken = isinstance(prompt, SpeechPrompt)
+    asked: Any = prompt
+    ids = session.generate(asked, mode="full", max_new_tokens=max_new_tokens).token_ids
     found: dict[str, list[Any]] = {name: [] for name in _TYPES}
     with session.decoder(prompt) as decoder:
-        decoder.prefill(prompt.astype(np.int64), head=False, exits=True)
-        most = min(DRAFTED, session.manifest.max_pending)
+        read_first = np.array(prompt.prefix if isinstance(prompt, SpeechPrompt) else prompt, np.int64)
+        decoder.prefill(read_first, head=False, exits=True)
+        most = 1 if spoken else min(DRAFTED, session.manifest.max_pending)
         for start in range(0, len(ids) - 1, most):
             read = ids[start : min(start + most, len(ids) - 1)]
             guesses = [decoder.step(token, head=True) for token in read]
             answers = decoder.sync(len(read), drafts=[guess.token for guess in guesses])
-            for guess, deep in zip(guesses, answers, strict=True):
-                values = (guess.confidence or 0.0, guess.token == deep.token, deep.nll or 0.0, guess.token)
+            for place, (guess, deep) in enumerate(zip(guesses, answers, strict=True), start + 1):
+                right = guess.token == (ids[place] if spoken else deep.token)
+                values = (guess.confidence or 0.0, right, deep.nll or 0.0, guess.token)
                 for name, value in zip(_TYPES, values, strict=True):
                     found[name].append(value)
     return Traces.one(line, **found)

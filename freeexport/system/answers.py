@@ -20,6 +20,7 @@ from freeexport.system.jsonl import (
     BrokenLine,
     Request,
     append_lines,
+    asked,
     encoded,
     open_pipe,
     read_requests,
@@ -191,9 +192,9 @@ class ResultFile:
     def write(self, line: Line, **result: Any) -> None:
         """Append a result, its fields in this order. Raises FreeExportError where the line cannot be written, as on a
         full disk."""
-        asked = {"input": line.input} if isinstance(line, Request) else {}
+        question = asked(line) if isinstance(line, Request) else {}
         target = {"target": line.target} if isinstance(line, Request) and line.target is not None else {}
-        record = {**_name(line), **asked, **result, **target}
+        record = {**_name(line), **question, **result, **target}
         if self._stream is not None:
             self._stream.write(encoded(record) + b"\n")
             self._stream.flush()

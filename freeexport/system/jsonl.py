@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from runtime.errors import FreeExportError, OptionError
+from runtime.errors import FreeExportError, OptionError, PromptError
 
 # Bytes of a line: a million tokens with room to spare.
 MAX_LINE = 16 << 20
@@ -29,14 +29,23 @@ _OTHER_NAMES = ("text", "prompt", "messages", "instruction", "source")
 
 @dataclass(frozen=True)
 class Request:
-    """A line of the input file: `input` is text or messages; `line_number` counts from 1, blank lines included.
-    `references`: as the line has them, not checked."""
+    """A line of the input file: `input` is text, messages, or the path that `audio` names, relative to the file, of
+    what is spoken in `language`; `line_number` counts from 1, blank lines included. `references`: as the line has them,
+    not checked."""
 
     line_number: int
-    input: str | list[dict[str, str]]
+    input: str | list[dict[str, str]] | Path
     target: str | None = None
     id: str | int | None = None
     references: Any = None
+    language: str | None = None
+
+    @property
+    def text(self) -> str | list[dict[str, str]]:
+        """The input, which must not be audio: PromptError."""
+        if isinstance(self.input, Path):
+            raise PromptError(f"line {self.line_number} has 'audio', and the model reads text; give 'input'")
+        return self.input
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
                 elif not line:
                     return
                 elif line.strip():
-                    yield _parse(number, line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b""))
+                    text = line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
+                    yield _parse(number, text, path.parent)
 
     return lines()
 
@@ -111,6 +121,12 @@ def _unreadable(path: Path, error: OSError) -> OptionError:
     return OptionError(f"{path} cannot be read ({error.strerror}); name a JSONL file")
 
 
+def asked(request: Request) -> dict[str, Any]:
+    """The input as a field of a line in another file."""
+    audio = isinstance(request.input, Path)
+    return {"audio": str(request.input)} if audio else {"input": request.input}
+
+
 def encoded(record: Mapping[str, Any]) -> bytes:
     """JSON in UTF-8. A lone surrogate can only be escaped, in JSON as in Python."""
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
@@ -146,7 +162,7 @@ def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
     return None
 
 
-def _parse(number: int, line: bytes) -> Request | BrokenLine:
+def _parse(number: int, line: bytes, folder: Path) -> Request | BrokenLine:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -165,10 +181,19 @@ def _parse(number: int, line: bytes) -> Request | BrokenLine:
         problem = f"'target' is {type(target).__name__}, not a string"
     if problem is not None:
         return BrokenLine(number, problem, identity)
-    return Request(number, record["input"], target, identity, record.get("references"))
+    given = folder / record["audio"] if "audio" in record else record["input"]
+    return Request(number, given, target, identity, record.get("references"), record.get("language"))
 
 
 def _input_problem(record: dict[str, Any]) -> str | None:
+    if "audio" in record:
+        audio, language = record["audio"], record.get("language")
+        if "input" in record:
+            return "it has both 'input' and 'audio'; leave one out"
+        if not isinstance(audio, str) or not audio or "\0" in audio:
+            return f"'audio' is {audio!r:.40}, not the path of a WAV file"
+        wrong = not isinstance(language, (str, type(None)))
+        return f"'language' is {type(language).__name__}, not a code such as \"en\"" if wrong else None
     if "input" not in record:
         other = next((name for name in _OTHER_NAMES if name in record), None)
         return "'input' is missing" if other is None else f"'input' is missing, it has {other!r}; rename it to 'input'"

@@ -15,13 +15,14 @@ from freeexport.checkpoints.examples import (
     TARGETS_WANTED,
     DataError,
     Example,
+    Recording,
     encode,
     fitted,
     read_examples,
     split,
     text_format,
 )
-from freeexport.training.options import TrainingOptions
+from freeexport.training.options import MEASURED, TrainingOptions
 from freeexport.training.self_distill import Generate, own_examples
 from freeexport.training.shallow_deep import IGNORED
 from graphs.description import Description
@@ -43,6 +44,10 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
         )
     if options.exit_input == "feature" and description.encoder is not None:
         raise OptionError(f"--exit-input feature is for decoder-only models; leave it out for {description.family}")
+    measured = options.select_by in MEASURED
+    if description.spectrogram is not None and (options.truncate or not measured):
+        flag = f"--select-by {options.select_by} decodes" if not measured else "--truncate cuts"
+        raise OptionError(f"{flag} text, and the model reads speech; leave it out")
     if options.exit_layers > layers - options.exit_layer:
         raise OptionError(
             f"--exit-layers is {options.exit_layers}; after layer {options.exit_layer} of {layers} at most "
@@ -59,7 +64,7 @@ def examples(
 
     Raises DataError for a broken line and for too few examples, CheckpointError where there is no tokenizer.
     """
-    form = text_format(checkpoint, description, options.max_tokens or DEFAULT_MAX_TOKENS)
+    form = text_format(checkpoint, description, options.max_tokens or DEFAULT_MAX_TOKENS, speech=True)
     form = replace(form, truncate=options.truncate)
     needed = "" if options.self_distill else TARGETS_WANTED
     training = read_examples(options.data, need_target=needed)
@@ -125,10 +130,12 @@ class LengthBatches(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples on the right, to the longest: `input_ids` and `attention_mask` [B, n], `labels` [B, m].
+    """Pads examples on the right, to the longest: `input_ids` [B, n], or of speech `input_features` float32
+    [B, bins, 2 n], `attention_mask` [B, n] and `labels` [B, m].
 
     Encoder-decoder models also get `decoder_input_ids` [B, m], which begin with `start`. A label is the id that the
-    position's output predicts, -100 where it predicts none: padding, and the prompt of a decoder-only model.
+    position's output predicts, -100 where it predicts none: padding, the prompt of a decoder-only model, and what is
+    given of a target.
     """
 
     start: int | None
@@ -137,7 +144,9 @@ class Collator:
         if self.start is not None:
             targets = [example.target for example in examples]
             shifted = [np.concatenate([[self.start], target[:-1]]) for target in targets]
-            ids, labels = [example.prompt for example in examples], targets
+            ids, labels = [example.prompt for example in examples], [target.copy() for target in targets]
+            for example, label in zip(examples, labels, strict=True):
+                label[: example.given] = IGNORED
             extra = {"decoder_input_ids": _padded(shifted, 0)}
         else:
             whole = [np.concatenate([example.prompt, example.target]) for example in examples]
@@ -145,7 +154,9 @@ class Collator:
             labels = [np.concatenate([np.full_like(one.prompt[1:], IGNORED), one.target]) for one in examples]
             extra = {}
         mask = _padded([np.ones(len(one), np.int64) for one in ids], 0)
-        return {"input_ids": _padded(ids, 0), "attention_mask": mask, "labels": _padded(labels, IGNORED), **extra}
+        sounds = [torch.from_numpy(one.features()) for one in ids if isinstance(one, Recording)]
+        read = {"input_features": torch.stack(sounds)} if sounds else {"input_ids": _padded(ids, 0)}
+        return {**read, "attention_mask": mask, "labels": _padded(labels, IGNORED), **extra}
 
 
 def _padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:

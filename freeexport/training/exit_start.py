@@ -101,7 +101,9 @@ def chosen_tokens(
     tokens and ends of sequence, the most frequent in the targets, then the lowest ids; those of the checkpoint where
     its exit has a vocabulary. Raises OptionError for a number out of range."""
     size, vocabulary = options.exit_vocab or 0, description.vocab_size
-    special = {*load_tokenizer(checkpoint).all_special_ids, *known_ends(checkpoint, vocabulary)}
+    # Of speech, no special token but the end is ever written.
+    named = [] if description.spectrogram is not None else load_tokenizer(checkpoint).all_special_ids
+    special = {*named, *known_ends(checkpoint, vocabulary)}
     kept = np.array(sorted(token for token in special if 0 <= token < vocabulary), np.int64)
     fewest = max(2, len(kept) + 1)
     if not fewest <= size < vocabulary:
@@ -109,7 +111,7 @@ def chosen_tokens(
             f"--exit-vocab is {size}; this model has {vocabulary} tokens, and {len(kept)} special ones, which are "
             f"always kept: choose {fewest} to {vocabulary - 1}"
         )
-    counts = np.bincount(np.concatenate([one.target for one in training]), minlength=vocabulary)
+    counts = np.bincount(np.concatenate([one.target[one.given :] for one in training]), minlength=vocabulary)
     ranked = np.lexsort((np.arange(vocabulary), -counts))
     tokens = np.sort(np.concatenate([kept, ranked[~np.isin(ranked, kept)]])[:size])
     if VOCABULARY in checkpoint:

@@ -83,11 +83,11 @@ def cached_teacher(
     """Records of the frozen model's outputs at the positions of each example, from the file `path`; where there is none
     they are computed, on the device where the model stands, and written there first.
 
-    `states` float16 [d] times `scales` is the state after the exit layer: of all positions for an exit of
-    layers, for an adapter of those with a label; `features`, for an exit that reads them, the final normed state;
-    `labels` is -100 where nothing is predicted. Where something is: the `best` 32 tokens, or classes of `known`, with
-    the logarithms of their `chances`, the one `predicted`, and the `nats` of the label. Where `model` keeps ENCODER,
-    its states are written, too: to run it in every step would take longer than the rest of the step.
+    `states` float16 [d] times `scales` is the state after the exit layer: for an exit of layers of all positions that
+    its attention sees, for an adapter of those with a label; `features`, for an exit that reads them, the final normed
+    state; `labels` is -100 where nothing is predicted. Where something is: the `best` 32 tokens, or classes of `known`,
+    with the logarithms of their `chances`, the one `predicted`, and the `nats` of the label. Where `model` keeps
+    ENCODER, its states are written, too: to run it in every step would take longer than the rest of the step.
     """
     ends_path, encoder_path = path.with_suffix(".ends.npy"), path.with_suffix(".encoder.npy")
     paths = [path, encoder_path] if ENCODER in model.kept else [path]
@@ -111,7 +111,7 @@ def _write_teacher(
     options: TrainingOptions,
     known: KnownTokens | None,
 ) -> None:
-    everywhere = options.exit_layers > 0 and not model.seq2seq
+    everywhere = options.exit_layers > 0 and (not model.seq2seq or any(example.given for example in examples))
     labels = [collate([example])["labels"] for example in examples]
     rows = [one.numel() if everywhere else int((one != IGNORED).sum()) for one in labels]
     counts = np.array([rows, [len(example.prompt) for example in examples]][: len(paths)])
@@ -133,7 +133,10 @@ def _write_teacher(
     with progress(f"teacher of {ends_path.name.partition('.')[0]}, batches", len(batches)) as advance:
         for batch in batches:
             inputs = {key: one.to(model.device) for key, one in collate([examples[i] for i in batch]).items()}
-            kept = inputs["attention_mask"] > 0 if everywhere else inputs["labels"] != IGNORED
+            kept = inputs["labels"] != IGNORED
+            if everywhere:  # padding is on the right
+                kept = torch.arange(kept.shape[1])[None] < torch.from_numpy(counts[0][batch])[:, None]
+                kept = kept.to(model.device)
             places, *prompts = (
                 np.concatenate([np.arange(end[i] - count[i], end[i]) for i in batch])
                 for end, count in zip(ends, counts, strict=True)

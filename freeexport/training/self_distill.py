@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import Example, TextFormat, prompt_ids
-from freeexport.system.jsonl import Request, append_lines, whole_lines
+from freeexport.checkpoints.examples import Example, Recording, TextFormat, example_of, prompts_of
+from freeexport.system.jsonl import Request, append_lines, asked, whole_lines
 from freeexport.system.output import OutputError
 from freeexport.system.progress import progress
 from runtime.json_file import read_object
 
 # (checkpoint, prompts, most new tokens, directory for its own files) -> index and output of each prompt, as they come.
-Generate = Callable[[Checkpoint, Sequence[np.ndarray], int, Path], Iterator[tuple[int, np.ndarray]]]
+Generate = Callable[[Checkpoint, Sequence[Any], int, Path], Iterator[tuple[int, np.ndarray]]]
 OUTPUTS, ABOUT = "outputs.jsonl", "outputs.json"
 
 
@@ -31,36 +32,43 @@ def own_examples(
     """The prompts of each set of lines with the model's output as target, which ends as the model ended it, or after
     `new_tokens`. An input that leaves no room for one has none, and is too long for training.
 
-    Outputs that are not in `directory` are generated and added: OUTPUTS has lines with `input`, `target` (the text) and
-    `target_ids`; ABOUT names the model and the limit. Raises OutputError where the directory holds outputs of another
-    model or limit, or something else.
+    Outputs that are not in `directory` are generated and added: OUTPUTS has lines with `input`, or `audio` and the
+    `digest` of its content, `target` (the text) and `target_ids`; ABOUT names the model and the limit. Raises
+    OutputError where the directory holds outputs of another model or limit, or something else.
     """
     _open(directory, checkpoint, new_tokens)
     outputs: dict[str, list[int]] = {}
     for line in whole_lines(directory / OUTPUTS):
         record = json.loads(line)
-        outputs[_key(record["input"])] = record["target_ids"]
-    prompts = [prompt_ids(requests, form, path) for path, requests in sets]
-    missing: dict[str, tuple[Request, np.ndarray]] = {}
-    for (_, requests), found in zip(sets, prompts, strict=True):
-        for request, prompt in zip(requests, found, strict=True):
-            if _key(request.input) not in outputs and len(prompt) + (not form.seq2seq) <= form.limit:
-                missing[_key(request.input)] = request, prompt
+        outputs[record.get("digest") or _key(record["input"])] = record["target_ids"]
+    prompts = [prompts_of(requests, form, path) for path, requests in sets]
+    keys = [
+        [one.digest if isinstance(one, Recording) else _key(request.input) for request, one in zip(*pair, strict=True)]
+        for pair in zip((requests for _, requests in sets), prompts, strict=True)
+    ]
+    missing: dict[str, tuple[Request, np.ndarray | Recording]] = {}
+    for (_, requests), found, named in zip(sets, prompts, keys, strict=True):
+        for request, prompt, key in zip(requests, found, named, strict=True):
+            fits = form.speech is not None or len(prompt) + (not form.seq2seq) <= form.limit
+            if key not in outputs and fits:
+                missing[key] = request, prompt
     if missing:
-        wanted = list(missing.values())
+        wanted, names = list(missing.values()), list(missing)
         with progress("the model's own outputs", len(outputs) + len(wanted), len(outputs)) as advance:
             for index, ids in generate(checkpoint, [prompt for _, prompt in wanted], new_tokens, directory):
                 text = str(form.tokenizer.decode(ids, skip_special_tokens=True))
-                asked = wanted[index][0].input
-                append_lines(directory / OUTPUTS, [{"input": asked, "target": text, "target_ids": ids.tolist()}])
-                outputs[_key(asked)] = ids.tolist()
+                request, prompt = wanted[index]
+                digest = {"digest": prompt.digest} if isinstance(prompt, Recording) else {}
+                record = {**asked(request), **digest, "target": text, "target_ids": ids.tolist()}
+                append_lines(directory / OUTPUTS, [record])
+                outputs[names[index]] = ids.tolist()
                 advance()
     return [
         [
-            Example(prompt, np.array(outputs.get(_key(request.input), [form.eos]), np.int32), request.line_number)
-            for request, prompt in zip(requests, found, strict=True)
+            example_of(prompt, outputs.get(key, [form.eos]), form, request)
+            for request, prompt, key in zip(requests, found, named, strict=True)
         ]
-        for (_, requests), found in zip(sets, prompts, strict=True)
+        for (_, requests), found, named in zip(sets, prompts, keys, strict=True)
     ]
 
 
@@ -84,5 +92,5 @@ def _open(directory: Path, checkpoint: Checkpoint, new_tokens: int) -> None:
         path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def _key(text: str | list[dict[str, str]]) -> str:
+def _key(text: object) -> str:
     return json.dumps(text, sort_keys=True)

@@ -170,20 +170,26 @@ class ShallowDeep(nn.Module):
 
     def _run(
         self,
-        input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
     ) -> Encoded | None:
         if not self.seq2seq:
             self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
             return None
-        encoded = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
-        self.model.get_decoder()(
-            input_ids=decoder_input_ids,
-            encoder_hidden_states=encoded[0],
-            encoder_attention_mask=attention_mask,
-            use_cache=False,
-        )
+        encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
+        if input_features is not None:  # a whole window, of which nothing is padding
+            encoded = encoder(input_features)
+            decoder(input_ids=decoder_input_ids, encoder_hidden_states=encoded[0], use_cache=False)
+        else:
+            encoded = encoder(input_ids=input_ids, attention_mask=attention_mask)
+            decoder(
+                input_ids=decoder_input_ids,
+                encoder_hidden_states=encoded[0],
+                encoder_attention_mask=attention_mask,
+                use_cache=False,
+            )
         return Encoded(encoded[0], attention_mask > 0)
 
     def forward(self, labels: torch.Tensor, **batch: torch.Tensor) -> Outputs:

@@ -97,10 +97,11 @@ def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
 
 
 def decided_rows(labels: torch.Tensor, seq2seq: bool) -> torch.Tensor:
-    """The rows that may exit, bool [N], of those of labels [B, m] that are not IGNORED: all but a decoder-only model's
-    first of each sequence."""
+    """The rows that may exit, bool [N], of those of labels [B, m] that are not IGNORED: all but the first of each
+    sequence of a decoder-only model, and of one that begins with given tokens, as of speech."""
     wanted = labels != IGNORED
-    return (wanted.cumsum(1) > (0 if seq2seq else 1))[wanted]
+    left_out = ~wanted[:, :1] | (not seq2seq)
+    return (wanted.cumsum(1) > left_out.int())[wanted]
 
 
 def oracle_exits(confidence: torch.Tensor, agreed: torch.Tensor) -> float:

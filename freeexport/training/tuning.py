@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import Example
+from freeexport.checkpoints.examples import Example, speech_of
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
 from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, MergedWeights, read_adapter
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
@@ -26,6 +26,7 @@ from freeexport.training.frozen import FrozenExit, cached_teacher, collate_teach
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ENCODER, ShallowDeep
 from graphs.description import Description
+from graphs.layers import SUPPRESSED
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # The tokenizer's files in a checkpoint directory, and its generation settings.
 _TOKENIZER_FILES = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
-    *("chat_template.*", "generation_config.json"),
+    *("chat_template.*", "generation_config.json", "preprocessor_config.json"),
 )
 
 
@@ -81,6 +82,8 @@ def trainable(
     goes_on = checkpoint.adapter if options.tune == "lora" else None
     base = checkpoint if goes_on is None else replace(checkpoint, adapter=None)
     model, frozen = trainable_model(base, options), options.tune == "exit"
+    if (speech := speech_of(checkpoint, description)) is not None:
+        _suppress(model, [*speech.suppressed, speech.no_speech, speech.no_timestamps])
     collate = Collator(checkpoint.generation_config.get("decoder_start_token_id"))
     if frozen:
         model.requires_grad_(False)
@@ -126,6 +129,15 @@ def trainable(
     torch.manual_seed(options.seed)
     lengths = [one.positions for one in first], [one.positions for one in second]
     return Trainable(FrozenExit(module).cpu(), first, second, lengths, collate_teacher, write, own)
+
+
+def _suppress(model: PreTrainedModel, tokens: list[int]) -> None:
+    """Make what is never written improbable, as decoding does."""
+
+    def suppressed(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor(tokens, device=logits.device), SUPPRESSED)
+
+    model.get_output_embeddings().register_forward_hook(suppressed)
 
 
 def _adapted(

@@ -438,7 +438,7 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
         raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
     pairs = []
     for request in read_examples(data, LINES, TARGETS_WANTED):
-        text = request.input
+        text = request.text
         prompt = tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode_chat(text)
         pairs.append((prompt, tokenizer.encode(request.target or "", special=False)))
     longest = min(LONGEST, manifest.capacity)

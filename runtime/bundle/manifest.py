@@ -128,6 +128,11 @@ class Speech:
         named = (self.no_timestamps, self.previous, self.no_speech, *self.languages.values(), *self.tasks.values())
         return [*named, *self.suppressed, *self.begin_suppressed]
 
+    def prefix(self, language: str, task: str = "transcribe", timestamps: bool = False) -> list[int]:
+        """The tokens that the decoder reads behind its start token before it writes."""
+        chosen = [self.languages[language], self.tasks[task]] if self.languages else []
+        return chosen if timestamps else [*chosen, self.no_timestamps]
+
 
 @dataclass(frozen=True)
 class File:

@@ -4,19 +4,30 @@ windows and segments, and the interfaces for audio."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import BY_NAME
 from click.testing import CliRunner
 from running_server import running
 from sounds import sound, wav
+from transformers import AutoTokenizer
 
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.examples import DataError, encode, read_examples, text_format
 from freeexport.cli import main
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.own_outputs import own_outputs
+from freeexport.measure.sources import BundleSource
+from freeexport.measure.traces import ReplaySession
+from freeexport.training.options import TrainingOptions
+from freeexport.training.train import train
+from graphs.families import describe
 from runtime import OptionError, PromptError, Session
 from runtime.audio import log_mel, window
 from runtime.speech import Rules, SpeechPrompt, Transcriber
@@ -65,7 +76,7 @@ def session(bundle: Path) -> Iterator[Session]:
         yield session
 
 
-def converted(checkpoint: Path, out: Path, exit_layer: int, **options: Any) -> Path:
+def converted(checkpoint: Path, out: Path, exit_layer: int | None, **options: Any) -> Path:
     convert(str(checkpoint), out, ConvertOptions(exit_layer=exit_layer, verify="none", measure=False, **options))
     return out
 
@@ -230,11 +241,91 @@ def test_the_server_answers_the_official_client(bundle: Path) -> None:
                 client.audio.transcriptions.create(**{**asked, **given})
 
 
-def test_training_and_measurements_refuse_speech_in_a_line(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"input": "a", "target": "b"}\n')
-    for asked in (["bench", str(bundle)], ["calibrate", str(bundle)], ["calibrate", str(checkpoint)]):
-        more = ["--exit-layer", "1"] if str(checkpoint) in asked else []
-        done = CliRunner().invoke(main, [*asked, *more, "--data", str(data)])
+@pytest.fixture(scope="module")
+def spoken(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkpoint with a tokenizer, and `lines.jsonl` beside WAV files."""
+    directory = tmp_path_factory.mktemp("spoken")
+    shutil.copytree(checkpoint, directory / "model")
+    (directory / "text").mkdir()
+    BY_NAME["llama-tied"].build(directory / "text")
+    AutoTokenizer.from_pretrained(directory / "text").save_pretrained(directory / "model")
+    names = [f"{number}.wav" for number in range(6)]
+    for number, name in enumerate(names):
+        (directory / name).write_bytes(wav(sound(0.4 + number / 10)))
+    lines = [json.dumps({"audio": name, "language": "de", "target": "abba"}) for name in names]
+    (directory / "lines.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def test_an_exit_is_trained_on_the_models_own_transcripts(spoken: Path, session: Session, tmp_path: Path) -> None:
+    data, out, own = spoken / "lines.jsonl", tmp_path / "out", tmp_path / "own"
+    options = TrainingOptions(data, 1, validation=data, self_distill=own, new_tokens=12, tune="exit", exit_layers=1,
+                              exit_vocab=250, steps=3)  # fmt: skip
+    asked: dict[str, Any] = {"language": "de", "max_new_tokens": 12, **RAW}
+
+    def transcripts(checkpoint: Any, recordings: Any, new_tokens: int, directory: Path) -> Iterator[Any]:
+        in_8_bits = dict(own_outputs(str(spoken / "model"), checkpoint, recordings, new_tokens, directory))
+        assert sorted(in_8_bits) == list(range(6))
+        assert all(0 < len(ids) <= new_tokens for ids in in_8_bits.values())
+        for number, recording in enumerate(recordings):
+            ids = session.generate(recording.path, mode="full", **asked).token_ids
+            yield number, np.array(ids, np.int32)
+
+    trained = train(str(spoken / "model"), out, options, transcripts)
+    first = 6 / sum(len(json.loads(line)["target_ids"]) for line in (own / "outputs.jsonl").read_text().splitlines())
+    # What decoding suppresses, training does, but at first tokens, which never exit.
+    assert trained.metrics["eval_deep_accuracy"] >= 1 - first
+    # Engines agree at the tokens at which the exit does that reads the frozen teacher's records.
+    agreement = trained.metrics["eval_agreement"]
+    bundle = converted(out, tmp_path / "bundle", None, precision="fp32")
+    with ReplaySession(bundle, threads=1) as replaying:
+        traces = list(BundleSource(bundle, replaying).traces(read_examples(data), 12))
+        assert np.concatenate([trace.agrees for trace in traces]).mean() == pytest.approx(agreement)
+        for path in (spoken / f"{number}.wav" for number in range(6)):
+            lossless = replaying.generate(path, mode="lossless", threshold=0.0, drafts="exit", **asked)
+            assert lossless.token_ids == session.generate(path, mode="full", **asked).token_ids
+    given = ["--data", str(data), "--max-new-tokens", "12", "--metric", "wer", "--methods", "full,lossless"]
+    for verb in (["evaluate", str(bundle), *given, "--output", str(tmp_path / "results")],
+                 ["generate", str(bundle), "--input", str(data), "-o", "language=de"]):  # fmt: skip
+        done = CliRunner().invoke(main, verb)
+        assert done.exit_code == 0, done.output
+    assert [Path(json.loads(line)["audio"]).name for line in done.stdout.splitlines()][-1] == "5.wav"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"audio": "none.wav"}, "line 2: .*none.wav cannot be read"),
+        ({"audio": "lines.jsonl"}, "line 2: .*lines.jsonl is no WAV file"),
+        ({"audio": "empty.wav"}, "line 2: .*empty.wav is empty"),
+        ({"audio": "slow.wav"}, "line 2: .*slow.wav has 3000 samples a second"),
+        ({"audio": "long.wav"}, r"line 2: .*long.wav has 1\.5 s, and the model reads windows of 1 s"),
+        ({"audio": "0.wav", "language": "xx"}, "line 2: 'language' is 'xx'"),
+        ({"audio": "0.wav", "language": 3}, "line 2: 'language' is int"),
+        ({"audio": "0.wav", "input": "a"}, "line 2: it has both 'input' and 'audio'"),
+        ({"audio": 3}, "line 2: 'audio' is 3"),
+        ({"input": "a"}, "line 2: it has 'input', and the model reads speech"),
+    ],
+)
+def test_a_line_of_speech_is_checked_before_use(spoken: Path, line: dict[str, Any], message: str) -> None:
+    for name, content in (("empty", wav(SOUND[:0])), ("slow", wav(SOUND, 3000)), ("long", wav(sound(1.5)))):
+        (spoken / f"{name}.wav").write_bytes(content)
+    data = spoken / "broken.jsonl"
+    data.write_text("".join(json.dumps({"target": "a", **each}) + "\n" for each in ({"audio": "0.wav"}, line)))
+    opened = open_checkpoint(str(spoken / "model"))
+    with pytest.raises(DataError, match=message):
+        encode(read_examples(data), text_format(opened, describe(opened.config, opened), 40, speech=True), data)
+
+
+def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_path: Path) -> None:
+    data, model, text = (str(spoken / name) for name in ("lines.jsonl", "model", "text"))
+    (spoken / "text.jsonl").write_text('{"input": "a", "target": "b"}\n')
+    for asked, message in (
+        (["bench", str(bundle), "--data", data], "speech"),
+        (["calibrate", str(bundle), "--data", str(spoken / "text.jsonl")], "the bundle reads speech; give 'audio'"),
+        (["train", text, str(tmp_path / "out"), "--exit-layer", "1", "--data", data], "line 1 has 'audio'"),
+        (["train", model, str(tmp_path / "out"), "--exit-layer", "1", "--truncate", "--data", data], "--truncate cuts"),
+    ):
+        done = CliRunner().invoke(main, asked)
         assert done.exit_code == 1, done.output
-        assert "speech" in done.output.strip().splitlines()[-1]
+        assert message in done.output.strip().splitlines()[-1]
