@@ -34,7 +34,7 @@ def conversion_in_this_process() -> Iterator[None]:
     Children would import torch and transformers once more for each; test_convert.py and test_costs.py have some.
     """
     from freeexport.commands.convert import verify_command
-    from freeexport.measure import costs, sources
+    from freeexport.measure import calibrate, costs
     from freeexport.verification import verification
 
     def run_here(module: str, *arguments: str, variables: Any = None) -> str:
@@ -53,7 +53,7 @@ def conversion_in_this_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (costs, verification):
             patch.setattr(module, "run_child", run_here)
-        for module in (costs, sources):
+        for module in (costs, calibrate):
             patch.setattr(module, "measured_costs", partial(costs.measured_costs, rounds=1, seconds=0.3))
         yield
 

@@ -7,14 +7,16 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from freeexport import __version__
 from freeexport.checkpoints.examples import read_examples
 from freeexport.measure import timing
+from freeexport.measure.costs import measured_costs
 from freeexport.measure.exit_verdict import ExitFacts, Verdict, verdict, why_never
-from freeexport.measure.sources import BundleSource, Facts, check_bundle, collect, reference_of
+from freeexport.measure.sources import collect, fitting_prompts, reference_of
 from freeexport.measure.threshold import (
     Choice,
     DecodedOutputs,
@@ -25,10 +27,10 @@ from freeexport.measure.threshold import (
     sequences_needed,
 )
 from freeexport.measure.traces import Replay, ReplaySession, Traces, replay
-from freeexport.system.jsonl import Request
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.bundle.costs import Costs, recordable
+from runtime.bundle.manifest import Manifest
 from runtime.errors import CalibrationError
 from runtime.machine.device import Device
 from runtime.options import Mode
@@ -62,11 +64,11 @@ class Calibrated:
     share of wrong exits that mode rollback takes back. `notes` are sentences that the user should read."""
 
     calibration: Calibration
-    facts: Facts
+    path: str
+    manifest: Manifest
     traces: Traces
     costs: Costs
     chosen: Replay
-    max_pending: int
     data: str = "FILE"
     caught: float | None = None
     speeds: tuple[float, float] | None = None
@@ -74,7 +76,7 @@ class Calibrated:
 
     @property
     def break_even(self) -> float | None:
-        return self.costs.break_even(self.max_pending)
+        return self.costs.break_even(self.manifest.max_pending)
 
     @property
     def verdict(self) -> Verdict:
@@ -82,10 +84,10 @@ class Calibrated:
         calibration, traces, exits = self.calibration, self.traces, self.chosen.exits
         return verdict(
             ExitFacts(
-                name=self.facts.path,
+                name=self.path,
                 exit_layer=calibration.exit_layer,
-                layers=self.facts.layers,
-                trained=self.facts.trained,
+                layers=self.manifest.layers,
+                trained=self.manifest.exit_trained,
                 threshold=calibration.threshold,
                 why_never=why_never(calibration),
                 agreement=traces.share(traces.agrees),
@@ -107,27 +109,22 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
 
     Raises DataError, CalibrationError, BundleError and OptionError.
     """
-    requests, path = read_examples(data, options.samples), check_bundle(model)
-    with ReplaySession(path, threads=options.threads, device=options.device) as session:
-        source = BundleSource(path, session)
-        beside = Path(os.path.abspath(path))
+    requests, beside = read_examples(data, options.samples), Path(os.path.abspath(model))
+    with ReplaySession(model, threads=options.threads, device=options.device) as session:
         cache = beside.with_name(f"{beside.name}.traces.jsonl")
-        traces = collect(source, data, requests, cache, options.max_new_tokens)
+        traces = collect(session, data, requests, cache, options.max_new_tokens)
         check_enough(traces, options.rule)
-        costs = source.costs(requests, traces.mean_length)
-        choice = choose(traces, options.rule, _outputs(source, requests, options))
-        result = explained(choice, source.facts, traces, costs, options.rule, str(data))
-        return _timed(source, result, requests, options) if options.rounds else result
-
-
-def _outputs(source: BundleSource, requests: Sequence[Request], options: CalibrateOptions) -> DecodedOutputs | None:
-    """The outputs of rules that compare them; against the data's references where every line has one."""
-    if not options.rule.needs_outputs:
-        return None
-    fitting = source.prompts(requests)
-    found = [reference for request, _ in fitting if (reference := reference_of(request)) is not None]
-    targets = found if len(found) == len(fitting) else None
-    return DecodedOutputs(source.session, [ids for _, ids in fitting], targets, options.max_new_tokens)
+        fitting = fitting_prompts(session, requests)
+        prompts = [ids for _, ids in fitting]
+        costs, outputs = measured_costs(session, prompts, traces.mean_length), None
+        if options.rule.needs_outputs:
+            # Against the data's references where every line has one.
+            found = [reference for request, _ in fitting if (reference := reference_of(request)) is not None]
+            targets = found if len(found) == len(fitting) else None
+            outputs = DecodedOutputs(session, prompts, targets, options.max_new_tokens)
+        choice = choose(traces, options.rule, outputs)
+        result = explained(choice, model, session.manifest, traces, costs, options.rule, str(data))
+        return _timed(session, prompts[:PROMPTS], result, options) if options.rounds else result
 
 
 def check_enough(traces: Traces, rule: Rule) -> None:
@@ -147,17 +144,19 @@ def check_enough(traces: Traces, rule: Rule) -> None:
         )
 
 
-def explained(choice: Choice, facts: Facts, traces: Traces, costs: Costs, rule: Rule, data: str = "FILE") -> Calibrated:
+def explained(
+    choice: Choice, path: str, manifest: Manifest, traces: Traces, costs: Costs, rule: Rule, data: str = "FILE"
+) -> Calibrated:
     """A choice with what it gives."""
-    most, threshold = facts.max_pending, choice.threshold
+    threshold = choice.threshold
     limit, caught = rollback_limit(traces, threshold)
-    replays = {one: replay(traces, one, most) for one in sorted({*TABLE, threshold, *choice.quality})}
+    replays = {one: replay(traces, one, manifest.max_pending) for one in sorted({*TABLE, threshold, *choice.quality})}
     calibration = Calibration(
         schema_version=CALIBRATION_VERSION,
-        source_sha256=facts.source_sha256,
-        vocab_size=facts.vocab_size,
-        exit_layer=facts.exit_layer,
-        confidence=facts.confidence,
+        source_sha256=manifest.source_sha256,
+        vocab_size=manifest.vocab_size,
+        exit_layer=manifest.exit_layer,
+        confidence=manifest.confidence,
         method=rule.method,
         threshold=threshold,
         sequences=len(traces.length),
@@ -180,23 +179,20 @@ def explained(choice: Choice, facts: Facts, traces: Traces, costs: Costs, rule: 
         "the threshold does not depend on them"
     )
     notes = (*choice.notes, *([] if costs.trusted else [busy]))
-    return Calibrated(calibration, facts, traces, costs, replays[threshold], most, data, caught, notes=notes)
+    return Calibrated(calibration, path, manifest, traces, costs, replays[threshold], data, caught, notes=notes)
 
 
-def _timed(
-    source: BundleSource, result: Calibrated, requests: Sequence[Request], options: CalibrateOptions
-) -> Calibrated:
+def _timed(session: ReplaySession, prompts: Sequence[Any], result: Calibrated, options: CalibrateOptions) -> Calibrated:
     """The result with measured speeds: of mode full, None, and of free at the threshold and a few others."""
     chosen = result.calibration.threshold
     settings: list[float | None] = [None, *sorted({chosen if chosen < NEVER_EXIT else 0.7, 0.5, 0.9})]
 
-    def decode(threshold: float | None, prompt: np.ndarray) -> tuple[int, float]:
+    def decode(threshold: float | None, prompt: Any) -> tuple[int, float]:
         mode: Mode = "full" if threshold is None else "free"
         most = options.max_new_tokens
-        stats = source.session.generate(prompt, mode=mode, threshold=threshold, max_new_tokens=most).stats
+        stats = session.generate(prompt, mode=mode, threshold=threshold, max_new_tokens=most).stats
         return stats.candidates, stats.seconds - stats.encode_seconds - stats.prefill_seconds
 
-    prompts = [ids for _, ids in source.prompts(requests)][:PROMPTS]
     with timing.other_load() as load:
         full, *speeds = timing.speeds(settings, prompts, options.rounds, decode).T
     known = {at: speed for at, speed in zip(settings[1:], speeds, strict=True) if np.isfinite(speed).all()}

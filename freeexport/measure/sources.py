@@ -1,11 +1,10 @@
-"""Bundles as sources of traces, which their engines decode."""
+"""Lines of data for a bundle: prompts that fit, and the traces that its engines decode."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import click
 import numpy as np
 
 from freeexport.checkpoints.examples import DataError
-from freeexport.measure.costs import measured_costs
 from freeexport.measure.traces import ReplaySession, TraceCache, Traces, trace_of
 from freeexport.metrics import Reference
 from freeexport.system.jsonl import Request
@@ -21,8 +19,7 @@ from freeexport.system.progress import progress
 from runtime import Session
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import is_calibration
-from runtime.bundle.costs import Costs
-from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, Manifest
+from runtime.bundle.manifest import Manifest
 from runtime.errors import CalibrationError, OptionError, PromptError
 from runtime.json_file import read_object
 from runtime.text.prompt import encode_prompt
@@ -32,71 +29,17 @@ from runtime.text.tokenizer import TOKENIZER
 MOST_UNKNOWN = 0.2
 
 
-@dataclass(frozen=True)
-class Facts:
-    """The model that a calibration belongs to. `hash` is of all that traces depend on; `ends` are the tokens that end a
-    sequence. `path` is how commands name the model; `trained`: for this exit, None where that is not known."""
-
-    path: str
-    source_sha256: str
-    hash: str
-    vocab_size: int
-    layers: int
-    exit_layer: int
-    confidence: ConfidenceMeasure
-    max_pending: int
-    ends: tuple[int, ...]
-    trained: bool | None = None
-
-
-class BundleSource:
-    """A bundle and an open session of it."""
-
-    def __init__(self, path: Path, session: ReplaySession) -> None:
-        self.path, self.session, manifest = path, session, session.manifest
-        self.facts = Facts(
-            str(path),
-            manifest.source_sha256,
-            engines_hash(manifest),
-            manifest.vocab_size,
-            manifest.layers,
-            manifest.exit_layer,
-            manifest.confidence,
-            manifest.max_pending,
-            manifest.eos_token_ids,
-            manifest.exit_trained,
-        )
-
-    def prompts(self, requests: Sequence[Request]) -> list[tuple[Request, Any]]:
-        return fitting_prompts(self.session, requests)
-
-    def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Traces]:
-        """The traces of the requests that fit, one each, in order."""
-        for request, prompt in self.prompts(requests):
-            yield trace_of(self.session, request.line_number, prompt, max_new_tokens)
-
-    def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
-        """The costs of decoding requests like these, `tokens` each."""
-        return measured_costs(self.session, [ids for _, ids in self.prompts(requests)], tokens)
-
-
-def check_bundle(model: str) -> Path:
-    """Raises OptionError where a path is no bundle."""
-    if not (Path(model) / MANIFEST).is_file():
-        raise OptionError(f"{model} is no bundle; convert the checkpoint, then calibrate what that writes")
-    return Path(model)
-
-
-def collect(source: BundleSource, data: Path, requests: Sequence[Request], cache: Path, max_new_tokens: int) -> Traces:
-    """Traces of the requests: those in the file `cache` are taken from there, the others are added to it."""
-    facts = source.facts
-    depends = {"model": facts.hash, "data": sha256_of(data), "exit_layer": facts.exit_layer}
-    known = TraceCache(cache, {**depends, "confidence": facts.confidence, "max_new_tokens": max_new_tokens})
+def collect(session: ReplaySession, data: Path, requests: Sequence[Request], cache: Path, most: int) -> Traces:
+    """Traces of the requests that fit, of at most so many tokens: those in the file `cache` are taken from there, the
+    others are added to it."""
+    manifest = session.manifest
+    depends = {"model": engines_hash(manifest), "data": sha256_of(data), "exit_layer": manifest.exit_layer}
+    known = TraceCache(cache, {**depends, "confidence": manifest.confidence, "max_new_tokens": most})
     missing = [request for request in requests if known.get(request.line_number) is None]
     if missing:
         with progress("decoding", len(requests), len(requests) - len(missing)) as advance:
-            for trace in source.traces(missing, max_new_tokens):
-                known.add(trace)
+            for request, prompt in fitting_prompts(session, missing):
+                known.add(trace_of(session, request.line_number, prompt, most))
                 advance()
     found = [known.get(request.line_number) for request in requests]
     return Traces.joined([trace for trace in found if trace is not None])

@@ -23,8 +23,8 @@ from freeexport.cli import main
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.conversion.own_outputs import own_outputs
-from freeexport.measure.sources import BundleSource
-from freeexport.measure.traces import ReplaySession
+from freeexport.measure.sources import fitting_prompts
+from freeexport.measure.traces import ReplaySession, trace_of
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
 from graphs.families import describe
@@ -279,7 +279,7 @@ def test_an_exit_is_trained_on_the_models_own_transcripts(spoken: Path, session:
     agreement = trained.metrics["eval_agreement"]
     bundle = converted(out, tmp_path / "bundle", None, precision="fp32")
     with ReplaySession(bundle, threads=1) as replaying:
-        traces = list(BundleSource(bundle, replaying).traces(read_examples(data), 12))
+        traces = [trace_of(replaying, 1, one, 12) for _, one in fitting_prompts(replaying, read_examples(data))]
         assert np.concatenate([trace.agrees for trace in traces]).mean() == pytest.approx(agreement)
         for path in (spoken / f"{number}.wav" for number in range(6)):
             lossless = replaying.generate(path, mode="lossless", threshold=0.0, drafts="exit", **asked)

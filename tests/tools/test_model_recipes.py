@@ -55,10 +55,9 @@ def test_options_that_the_recipe_gives_are_those_of_the_commands(
     monkeypatch.setattr(demo_model, "multiplies_bfloat16", lambda: bf16)
     result = CliRunner().invoke(demo_model.command, [str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    demo_model.calibrate(tmp_path)
     for verb, *options in given:
         read(verb, options)
-    assert {verb for verb, *_ in given} == {"train", "convert", "evaluate", "calibrate"}
+    assert {verb for verb, *_ in given} == {"train", "convert", "calibrate"}
     trained = [options for verb, *options in given if verb == "train"]
     assert all(("--bf16" in options) is bf16 for options in trained)
     (tmp_path / "stage2").rmdir()
@@ -96,11 +95,3 @@ def test_the_shipped_model_can_be_trained_further(tmp_path: Path) -> None:
     assert exit_file is not None
     assert exit_file.exit_layer == 3
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (demo_model.DATA / "tokenizer.json").read_bytes()
-
-
-def test_calibration_and_test_phrases_are_different_files(tmp_path: Path) -> None:
-    for split in ("calibration", "test"):
-        line = f'{{"input": "{split}", "target": "b", "references": [["b"], ["c"]]}}\n'
-        (tmp_path / f"{split}.jsonl").write_text(line)
-    paths = [demo_model.part_of(tmp_path / f"{split}.jsonl", "phrases") for split in ("calibration", "test")]
-    assert [split in path.read_text() for split, path in zip(("calibration", "test"), paths, strict=True)] == [True] * 2

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from command_errors import error
 
 from freeexport.cli import main
+from freeexport.measure import calibrate as calibrating
 from freeexport.measure import sources, timing
 from freeexport.measure.sources import check_unknown, unknown_of_bundle
 from freeexport.measure.traces import Traces, trace_of
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "measured_costs", lambda *given: PAYS)
+    monkeypatch.setattr(calibrating, "measured_costs", lambda *given: PAYS)
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_never_is_exactly_one_and_the_verdict_is_printed_once(own: Own, data: Pa
 
 def test_times_of_a_busy_machine_are_printed_and_marked(own: Own, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = own(T5)
-    monkeypatch.setattr(sources, "measured_costs", lambda *given: replace(PAYS, busy=1.3))
+    monkeypatch.setattr(calibrating, "measured_costs", lambda *given: replace(PAYS, busy=1.3))
     monkeypatch.setattr(timing.OtherLoad, "so_far", lambda load: 1.3)
     given = (path, "--data", data, "--agreement", 0.2, "--rounds", 1, "--samples", 12)
     answer = calibrated(*given)
@@ -219,7 +220,7 @@ def test_data_of_another_vocabulary_are_refused() -> None:
 
 
 def test_a_checkpoint_is_refused(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
-    assert "is no bundle; convert the checkpoint" in error(run("calibrate", checkpoint(T5), "--data", data))
+    assert "is not a bundle" in error(run("calibrate", checkpoint(T5), "--data", data))
     assert list(tmp_path.iterdir()) == [data]
 
 

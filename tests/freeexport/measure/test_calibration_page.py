@@ -15,7 +15,6 @@ from freeexport.conversion.bundle_verdict import _calibrated
 from freeexport.measure.calibrate import explained
 from freeexport.measure.calibration_page import calibration_tables, promise, tables
 from freeexport.measure.exit_verdict import ExitFacts, verdict
-from freeexport.measure.sources import Facts
 from freeexport.measure.threshold import Rule, choose
 from freeexport.system.page import print_page
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
@@ -23,12 +22,11 @@ from runtime.bundle.beta import Beta, BetaMixture
 from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.bundle.costs import Costs
 
-FACTS = Facts("out/my <bundle>", "0" * 64, "1" * 64, 40, 8, 2, "softmax", 16, (1,), trained=True)
 COSTS = Costs(shallow=3.0, shallow_without_head=2.0, deep={1: 9.0, 16: 20.0})
 
 
 TRACES = mixed(100, 30, agree=0.95)
-GOOD = explained(choose(TRACES, Rule()), FACTS, TRACES, COSTS, Rule())
+GOOD = explained(choose(TRACES, Rule()), "bundle", MANIFEST, TRACES, COSTS, Rule())
 
 
 @pytest.mark.parametrize(
@@ -41,7 +39,7 @@ GOOD = explained(choose(TRACES, Rule()), FACTS, TRACES, COSTS, Rule())
 )
 def test_a_rule_says_what_it_promises(rule: Rule, text: str) -> None:
     traces = mixed(20, 10)
-    assert text in promise(explained(choose(traces, rule), FACTS, traces, COSTS, rule).calibration)
+    assert text in promise(explained(choose(traces, rule), "bundle", MANIFEST, traces, COSTS, rule).calibration)
 
 
 def test_a_terminal_shows_what_the_threshold_rests_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +53,6 @@ def test_a_terminal_shows_what_the_threshold_rests_on(capsys: pytest.CaptureFixt
 UNITS = st.sampled_from([0.0, 5e-324, 1e-9, 0.5, 1 - 2**-53, 1.0])
 COUNTS = st.sampled_from([1, 7, 1 << 50])
 SHAPES = st.sampled_from([5e-324, 1e-9, 1.0, 1e9])
-BETAS = st.builds(Beta, SHAPES, SHAPES)
 SECONDS = st.sampled_from([5e-324, 1e-3, 1e15])
 
 

@@ -18,7 +18,6 @@ from click.testing import CliRunner, Result
 
 from freeexport.cli import main
 from freeexport.measure import evaluate as evaluation
-from freeexport.measure import sources
 from freeexport.measure.costs import measured_costs
 from freeexport.measure.settings import CALM, METHODS, OUTPUTS, RUN
 from runtime import Session
@@ -217,7 +216,7 @@ def test_an_output_of_another_run_is_refused_by_what_differs(run: Run, tmp_path:
 def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(
     run: Run, bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "measured_costs", partial(measured_costs, rounds=1, seconds=0.1))
+    monkeypatch.setattr("freeexport.measure.calibrate.measured_costs", partial(measured_costs, rounds=1, seconds=0.1))
     calibration = tmp_path / "calibration.json"
     many = tmp_path / "many.jsonl"
     many.write_text("".join(json.dumps({"input": f"line {n}"}) + "\n" for n in range(12)))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reference import Run, confidence_of
 from traces import mixed, trace
 
-from freeexport.measure.sources import BundleSource
+from freeexport.measure.sources import fitting_prompts
 from freeexport.measure.traces import ReplaySession, TraceCache, Traces, replay, trace_of
 from freeexport.system.jsonl import Request
 from runtime import Session
@@ -166,11 +166,11 @@ def test_traces_are_those_of_transformers(case: Case, bundle: Bundles, source_mo
     requests = [Request(number, text) for number, text in enumerate(TEXTS[:10], start=1)]
     layer, model = case.exit_layers[0], source_model(case)
     with ReplaySession(bundle(case, layer)) as session:
-        source, first = BundleSource(session.bundle.path, session), int(not session.manifest.encoder_decoder)
-        ends, traces = session.manifest.eos_token_ids, list(source.traces(requests, 9))
-        prompts = [ids.tolist() for _, ids in source.prompts(requests)]
+        first, ends = int(not session.manifest.encoder_decoder), session.manifest.eos_token_ids
+        prompts = [ids for _, ids in fitting_prompts(session, requests)]
+        traces = [trace_of(session, 1, ids, 9) for ids in prompts]
     for found, prompt in zip(traces, prompts, strict=True):
-        run, ids = Run(model, prompt, layer), list[int]()
+        run, ids = Run(model, prompt.tolist(), layer), list[int]()
         while len(ids) < 9 and not (ids and ids[-1] in ends):
             ids.append(int(run.logits(ids)[1][-1].argmax()))
         # Of a decoder the first token never exits.

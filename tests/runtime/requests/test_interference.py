@@ -147,18 +147,6 @@ def test_a_callback_that_asks_its_own_session_is_told_so(way: str, outer: str, o
     assert Aside(lambda: session.generate([7], max_new_tokens=3)).result().stats.tokens == 3
 
 
-def test_a_callback_may_ask_another_session(open_session: Open) -> None:
-    session, other = open_session(), open_session()
-
-    def asking(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        assert asyncio.run(other.agenerate([5], max_new_tokens=2)).stats.tokens == 2
-        assert other.generate([5], max_new_tokens=2).stats.tokens == 2
-        return scores
-
-    asked = Aside(lambda: session.generate([7], max_new_tokens=3, logits_processor=asking))
-    assert asked.result().stats.tokens == 3
-
-
 def test_a_callback_that_waits_for_a_thread_that_asks_ends_with_that_ones_deadline(open_session: Open) -> None:
     session, inner = open_session(slots=2), list[GenerationResult]()
 

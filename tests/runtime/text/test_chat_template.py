@@ -23,7 +23,6 @@ def nested(begin: str, end: str, depth: int) -> str:
 
 HOSTILE = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "filtered loops": "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
     "recursive loops": "{% for a in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "callers": "{% macro f() %}{{ caller() }}{{ caller() }}{% endmacro %}"
@@ -31,8 +30,6 @@ HOSTILE = {
     "spelled counter": r"{% for i in range(99999) %}{{ '\x00turns' | replace('x', '') }}{% for j in range(9) %}"
     "{% endfor %}{% endfor %}",
     "output": "{% set s = 'x' * 10**5 %}{% for i in range(99999) %}{{ s }}{% endfor %}",
-    "output at once": "{{ 'x' * 10**7 }}",
-    "numbers": "{% for i in range(9999) %}{{ 10**4000 }}{% endfor %}",
     "range": "{% for i in range(10**9) %}{% endfor %}",
     "date": "{{ strftime_now('%c' * 500000) }}",
 }
@@ -122,31 +119,6 @@ PUBLISHED = {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}""",
-    "instructions": """{%- if messages[0]["role"] == "system" %}
-    {%- set system_message = messages[0]["content"] %}{%- set loop_messages = messages[1:] %}
-{%- else %}{%- set loop_messages = messages %}{%- endif %}
-{%- set user_messages = loop_messages | selectattr("role", "equalto", "user") | list %}
-{%- set ns = namespace(index=0) %}
-{%- for message in loop_messages %}
-    {%- if not (message.role == "tool" or (message.tool_calls is defined and message.tool_calls is not none)) %}
-        {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
-            {{- raise_exception("roles must alternate") }}
-        {%- endif %}
-        {%- set ns.index = ns.index + 1 %}
-    {%- endif %}
-{%- endfor %}
-{{- bos_token }}
-{%- for message in loop_messages %}
-    {%- if message["role"] == "user" %}
-        {%- if loop.last and system_message is defined %}
-            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
-        {%- else %}
-            {{- "[INST] " + message["content"] + "[/INST]" }}
-        {%- endif %}
-    {%- elif message["role"] == "assistant" %}
-        {{- " " + message["content"] | trim + eos_token }}
-    {%- endif %}
-{%- endfor %}""",
     "macros": """{%- macro turn(role, text) -%}
 {{ '<start>' ~ role ~ '\\n' ~ text | trim | replace('\\r', '') | indent(2) ~ '<end>\\n' }}
 {%- endmacro -%}

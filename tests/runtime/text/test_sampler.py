@@ -33,7 +33,6 @@ from runtime.text.sampler import (
     Sampler,
     Warping,
     likeliest,
-    log_softmax,
     race,
     softmax,
 )
@@ -99,21 +98,9 @@ def test_top_p_keeps_the_fewest_best_that_reach_the_mass(values: list[float], ma
     assert probabilities[kept].sum() - probabilities[kept].min() < mass + 1e-9
 
 
-def test_softmax_is_that_of_torch() -> None:
-    for scores in cases():
-        np.testing.assert_allclose(softmax(scores), torch.tensor(scores).double().softmax(-1).numpy(), atol=1e-12)
-        np.testing.assert_allclose(log_softmax(scores), torch.tensor(scores).double().log_softmax(-1).numpy())
-
-
 DRAWS = 10_000
 TARGET = np.array([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02, 0.0])
 DRAFT = np.array([0.05, 0.45, 0.1, 0.02, 0.2, 0.1, 0.04, 0.04])
-
-
-def test_a_race_draws_with_the_given_probabilities() -> None:
-    counts = np.bincount([race(TARGET, (7, 0), position) for position in range(DRAWS)], minlength=len(TARGET))
-    assert counts[TARGET == 0].sum() == 0
-    assert chisquare(counts[TARGET > 0], DRAWS * TARGET[TARGET > 0]).pvalue > 0.001
 
 
 def test_seeds_samples_and_positions_draw_independently() -> None:
@@ -138,11 +125,6 @@ def test_speculative_sampling_has_the_deep_distribution_and_keeps_enough_drafts(
     assert (1 - distance) / (1 + distance) - 0.01 < kept.mean() < 1 - distance + 0.01
     # Given that it was kept, and given that it was not, a token is not distributed so: the test can fail.
     assert chisquare(np.bincount(np.array(deep)[kept], minlength=8)[:7], kept.sum() * TARGET[:7]).pvalue < 1e-6
-
-
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32), st.integers(0, 5000))
-def test_any_seed_draws_a_possible_token(seed: int, sample: int, position: int) -> None:
-    assert TARGET[race(TARGET, (seed, sample), position)] > 0
 
 
 def test_warping_is_the_distribution_that_transformers_samples_from() -> None:

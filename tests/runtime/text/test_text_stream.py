@@ -178,12 +178,6 @@ def test_pieces_come_as_soon_as_they_are_final(
     assert run(Detokenizer(BUILT[name], stop), spelt(name, *tokens))[0] == pieces
 
 
-def test_spaces_dropped_at_the_end_are_so_only_there() -> None:
-    tokenizer = byte_fallback(*LLAMA_STEPS[:3], decoders.Strip(" ", 0, 1))
-    pieces, _ = run(Detokenizer(tokenizer), spelt("llama-2", "a", "▁", "b", "▁"))
-    assert "".join(pieces) == "a b"
-
-
 def test_without_a_tokenizer_there_is_no_text_and_stop_strings_are_texts() -> None:
     stream = Detokenizer(None, [])
     assert (stream.push(7), stream.finish(), stream.stopped) == ("", "", False)
