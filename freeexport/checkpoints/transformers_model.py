@@ -6,11 +6,13 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from freeexport.checkpoints.gguf import quick_reader
 from freeexport.checkpoints.weight_files import CheckpointError, one_line
 from runtime.errors import FreeExportError, OptionError
 from runtime.machine.device import Device
@@ -66,9 +68,9 @@ def reference_model(
         loader = transformers.AutoModelForSpeechSeq2Seq
     source, options = checkpoint.source
     # 4.57 takes `dtype` as well; only older releases want `torch_dtype`.
-    model = loader.from_pretrained(
-        source, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, **options
-    )
+    given = {"dtype": getattr(torch, dtype), "trust_remote_code": False, "local_files_only": True, **options}
+    with quick_reader() if "gguf_file" in options else nullcontext():
+        model = loader.from_pretrained(source, **given)
     if "gguf_file" in options:
         # Its weights are plain by now, but transformers would refuse to save them.
         model.hf_quantizer = None

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,9 @@ from typing import Any
 import click
 
 from freeexport.checkpoints.exit_file import LossName
+from freeexport.checkpoints.packed_exit import with_exit_applied
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
 from freeexport.fit.plan import BATCH_TOKENS, FitOptions, Plan, describe_plan, least_lines, make_plan
@@ -31,6 +34,7 @@ from freeexport.measure.settings import RUN, EvaluateOptions, Method
 from freeexport.measure.table import Sheet
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.output import check_output, link_or_copy, output_directory, write_whole
+from freeexport.system.page import human_bytes
 from freeexport.system.progress import BY_PARENT, Advance, duration, progress
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from runtime.bundle.beta import NEVER_EXIT
@@ -138,11 +142,11 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
     """The steps of a run, in order. What is not trained is converted first, as it shows soonest what fails."""
     seconds, model, most = plan.seconds, options.model, str(plan.texts.most if plan.texts else 0)
 
-    def convert(name: str, model: str, out: Path) -> Step:
+    def converting(name: str, model: str, out: Path) -> Step:
         return Step(name, ("convert", model, str(out), "--precision", plan.precision), seconds[name], out)
 
     if options.data is None:
-        step = convert("convert", model, places.out)
+        step = converting("convert", model, places.out)
         more = [*(["--exit", plan.ready_made] if plan.ready_made else []), *(["--overwrite"] * options.overwrite)]
         return [replace(step, arguments=(*step.arguments, *more))]
     threads = () if options.threads is None else ("--threads", str(options.threads))
@@ -152,7 +156,7 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
         lines = ("--data", str(places.data("calibration")), "--max-new-tokens", most)
         return Step(name, ("calibrate", str(bundle), *lines, *rule, *threads), seconds["calibrate"])
 
-    steps = [convert(UNTRAINED, model, places.work / UNTRAINED)]
+    steps = [converting(UNTRAINED, model, places.work / UNTRAINED)]
     if options.paper and plan.exit is not None:
         for name, seed in product(COMPARED, SEEDS):
             loss, methods = COMPARED[name]
@@ -161,7 +165,7 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
             if name == "exit":
                 joint = str(steps[-1].output)
                 steps.append(_training("exit", joint, plan, places, f"{name}-{seed}-alone", loss, seed))
-            steps.append(replace(convert(TRAINED, str(steps[-1].output), bundle), name=bundle.name))
+            steps.append(replace(converting(TRAINED, str(steps[-1].output), bundle), name=bundle.name))
             if "free" in methods:
                 steps.append(calibrate(f"calibrate {bundle.name}", bundle))
     else:
@@ -171,7 +175,7 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
             model = str(steps[-1].output)
         if plan.exit is not None:
             bundle = places.work / TRAINED
-            steps += [convert(TRAINED, model, bundle), calibrate("calibrate", bundle)]
+            steps += [converting(TRAINED, model, bundle), calibrate("calibrate", bundle)]
     for seed, test in enumerate(evaluations(options, plan, places)):
         arguments = [f"{path}={','.join(methods)}" for path, methods in test.bundles]
         arguments += ["--data", str(test.data), "--samples", str(test.samples), "--max-new-tokens", most]
@@ -249,10 +253,17 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     FreeExportError where a step fails: the same call goes on."""
     places = Places.of(options)
     steps, done = steps_of(options, plan, places), _done(places.work)
-    _run(steps, _pending(steps, done), done, places)
     if options.data is None:
+        # In this process, where planning imported what a conversion needs.
+        click.echo(f"{steps[0].name}, about {duration(steps[0].seconds)}: {steps[0].command}", err=True)
+        whole, name = nullcontext(options.model), plan.ready_made
+        with whole if name is None else with_exit_applied(options.model, name) as model:
+            manifest = convert(model, places.out, ConvertOptions(precision=plan.precision, overwrite=options.overwrite))
+        size = human_bytes(sum(file.size for file in manifest.files.values()))
+        click.echo(f"{options.out}: {size}, {'' if manifest.verified else 'not '}verified")
         text = f"{plan.why}; lossless drafts {plan.drafts}, with every token equal"
         return Verdict("neutral", text, f"freeexport serve {shlex.quote(str(options.out))}")
+    _run(steps, _pending(steps, done), done, places)
     found, *others = map(evaluate, evaluations(options, plan, places))
     bundle, verdict = conclude(found.rows, options, places)
     plan_sheet = Sheet("Plan", ("", ""), tuple(describe_plan(options, plan)))

@@ -37,14 +37,14 @@ SIZES = (1, 2, 4, 8, 16)
 # Exit rates of the requests in mode free. In one request more, passes run over each of SIZES in turn.
 RATES = (0.0, 0.5, 0.8, 0.95)
 # Prompts a round, and rounds, as far as they fit into so many seconds; at least the fewest rounds.
-PROMPTS, ROUNDS, SECONDS, FEWEST = 8, 9, 12.0, 2
+PROMPTS, ROUNDS, SECONDS, FEWEST = 8, 9, 8.0, 2
 # A prompt and its continuation where none are given.
 CONTEXT, TOKENS = 112, 33
 
 
 # Of the memory that bandwidth is measured on: more than any cache holds. The best of several passes counts, as the
 # machine was then disturbed least.
-BUFFER, PASSES = 1 << 30, 8
+BUFFER, PASSES = 1 << 30, 3
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from gguf_model import write_gguf
 from test_checkpoint import assert_equals_model
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from freeexport.checkpoints.gguf import GGUFFile, Header
+from freeexport.checkpoints.gguf import GGUFFile, Header, quick_reader
 from freeexport.checkpoints.transformers_model import reference_model
 from graphs.errors import UnsupportedModelError
 from runtime.errors import FreeExportError
@@ -154,6 +154,32 @@ def test_special_tokens_are_those_of_the_file(tmp_path: Path) -> None:
     assert GGUFFile(tmp_path / "3.gguf").special_tokens() == {"bos_token": "<s>", "eos_token": "é"}
     with pytest.raises(CheckpointError, match="eos_token_id is '77'; it must be a whole number from 0 to 3"):
         GGUFFile(tmp_path / "77.gguf").special_tokens()
+
+
+@pytest.mark.parametrize("order", list(gguf.GGUFEndian))
+def test_the_quick_reader_reads_what_the_usual_one_reads(tmp_path: Path, order: gguf.GGUFEndian) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama", endianess=order)
+    writer.add_token_list(["", "<s>", "é"])
+    writer.add_token_scores([0.5, -1.0, 2.0])
+    writer.add_token_types([1, 3, 1])
+    writer.add_bool("last", True)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    usual = gguf.GGUFReader(tmp_path / "a.gguf")
+    with quick_reader():
+        quick = gguf.GGUFReader(tmp_path / "a.gguf")
+        assert type(quick) is not type(usual)
+    assert gguf.GGUFReader is type(usual)
+
+    def read(reader: gguf.GGUFReader) -> dict[str, object]:
+        return {
+            name: (field.types, [bytes(field.parts[n]) for n in field.data]) for name, field in reader.fields.items()
+        }
+
+    assert read(quick) == read(usual)
+    assert quick.data_offset == usual.data_offset
 
 
 @pytest.mark.parametrize(
