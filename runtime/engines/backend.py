@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from runtime.bundle.manifest import Manifest
 from runtime.engines.contract import check_contract
 from runtime.engines.kv_cache import FeatureCache, KVCache
 from runtime.engines.memory import check_memory
-from runtime.engines.onnx import OnnxEngine
+from runtime.engines.onnx import OnnxEngine, import_onnxruntime
 from runtime.engines.runner import Encoder, Runner
 from runtime.machine.machine import read_in_large_pages
 from runtime.options import SessionOptions
@@ -23,6 +23,7 @@ from runtime.options import SessionOptions
 Load = Callable[[str], Any]
 # What takes longest begins first.
 ORDER = ("deep", "encoder", "shallow", "exit", "prologue")
+HEAD_START = 0.01  # seconds
 
 
 class Backend:
@@ -44,12 +45,15 @@ class Backend:
         second core. EngineError where one cannot be loaded, BundleError where it is not that of the manifest.
         """
         names = [name for name in ORDER if f"{name}.onnx" in engine_files(self.manifest)]
+        import_onnxruntime()
         with ThreadPoolExecutor(min(self.threads, len(names)), thread_name_prefix="load") as pool:
             if self.manifest.kernels is not None:  # they read their weights where the file is mapped
                 for name in self.manifest.files:
                     if name.endswith(".data"):
                         pool.submit(read_in_large_pages, self.bundle.path / name)
             futures = {name: pool.submit(self._load, name) for name in names}
+            # A tokenizer is parsed under the interpreter's lock: let engines get into ONNX Runtime, outside it, before.
+            wait(futures.values(), timeout=HEAD_START)
             try:
                 yield lambda name: futures[name].result()
             except BaseException:
