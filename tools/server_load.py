@@ -1,30 +1,38 @@
 """`freeexport serve` under load, on loopback: latency as clients see it, and what the server costs.
 
     python -m tools.server_load BUNDLE --threads 2 --seconds 20
+    python -m tools.server_load BUNDLE --against "llama-server -m FILE -t 2 -np 16 -c 16384 --port 8091"
 
 Prints tokens/s of one client beside those of Session.stream in this process, in turn; for each number of clients p50,
 p95 and p99 of the time to the first token and between tokens; and the same between tokens of eight streams while a
-long prompt arrives. Clients share the cores with the server. The machine should be idle: its load is printed.
+long prompt arrives. With --against another server answers the same requests, in turn with ours, one server alive at a
+time. Clients share the cores with the server; their share of them is printed. The machine should be idle: its load is
+printed. Every answer has --max-new-tokens tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import httpx
 import numpy as np
 
+from freeexport.system.machine import detect_machine
+from freeexport.system.output import write_whole
 from runtime import Bundle, EngineError, Session
 
 PROMPTS = ("Once upon a time", "The capital of France is", "A good way to learn a language is", "Rain fell on the")
@@ -53,7 +61,7 @@ def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
 async def stream(client: httpx.AsyncClient, prompt: str | Sequence[int], tokens: int) -> list[float]:
     """The times of the request and of each chunk with text."""
     times = [time.perf_counter()]
-    body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0}
+    body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0, "ignore_eos": True}
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
@@ -109,7 +117,8 @@ def print_cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -
     with Session(bundle, threads=threads, slots=1) as session:
         for turn in range(rounds + 1):
             began = time.perf_counter()
-            chunks = sum(bool(token.text) for token in session.stream(PROMPTS[0], mode="full", max_new_tokens=tokens))
+            asked = session.stream(PROMPTS[0], mode="full", max_new_tokens=tokens, ignore_eos=True)
+            chunks = sum(bool(token.text) for token in asked)
             between = time.perf_counter()
             assert asyncio.run(ask()) == chunks
             if turn:  # the first warms up
@@ -120,17 +129,48 @@ def print_cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -
     click.echo(f"  ratios of {rounds} rounds: {min(ratios):.3f} to {max(ratios):.3f}")
 
 
-def print_latency(url: str, seconds: float, tokens: int) -> None:
+@contextmanager
+def other_server(command: str) -> Iterator[str]:
+    """The address of the server of a command that names its --port."""
+    parts = shlex.split(command)
+    if "--port" not in parts[:-1]:
+        raise click.UsageError(f"--against {command!r} names no --port; add one that is free")
+    url = f"http://127.0.0.1:{parts[parts.index('--port') + 1]}"
+    with subprocess.Popen(parts, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(600):
+                with suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                if process.poll() is not None:
+                    raise EngineError(f"{parts[0]} ended with code {process.returncode}")
+                time.sleep(0.1)
+            yield url
+        finally:
+            process.terminate()
+
+
+def latency(url: str, clients: int, seconds: float, tokens: int, name: str) -> dict[str, Any]:
+    """Print and return what so many clients see."""
     asyncio.run(load(url, 1, 1, tokens))  # warms up
-    click.echo("clients  requests  tokens/s  first token ms: p50, p95, p99    between tokens ms: the same")
-    for clients in CLIENTS:
-        began = time.perf_counter()
-        done = asyncio.run(load(url, clients, seconds, tokens))
-        speed = sum(len(times) - 1 for times in done) / (time.perf_counter() - began)
-        first = percentiles([times[1] - times[0] for times in done if times[1:]])
-        click.echo(f"{clients:7} {len(done):9} {speed:9.1f}  {first}    {percentiles(gaps(done))}")
+    began, own = time.perf_counter(), time.process_time()
+    done = asyncio.run(load(url, clients, seconds, tokens))
+    took = time.perf_counter() - began
+    speed, share = tokens * len(done) / took, (time.process_time() - own) / took
+    first, between = [times[1] - times[0] for times in done if times[1:]], gaps(done)
+    row = f"{clients:7} {len(done):9} {speed:9.1f}  {percentiles(first)}    {percentiles(between)}"
+    click.echo(f"{row}    {share:4.2f}  {name}")
+    found = {"first_token_ms": 1e3 * float(np.median(first)), "between_tokens_ms": 1e3 * float(np.median(between))}
+    return {"server": name, "clients": clients, "tokens_per_second": speed, "client_cores": share, **found}
 
 
+def _save(save: Path | None, threads: int, tokens: int, rows: list[dict[str, Any]], against: str | None) -> None:
+    if save is not None:
+        facts = {"processor": detect_machine().cpu, "threads": threads, "tokens": tokens, "against": against}
+        write_whole(save, json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+
+
+# fmt: off
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.option("--threads", type=int, default=2)
@@ -138,12 +178,29 @@ def print_latency(url: str, seconds: float, tokens: int) -> None:
 @click.option("--seconds", type=float, default=20, help="For each number of clients.")
 @click.option("--max-new-tokens", "tokens", type=int, default=64)
 @click.option("--rounds", type=int, default=9)
-def main(bundle: Path, threads: int, slots: int, seconds: float, tokens: int, rounds: int) -> None:
+@click.option("--clients", type=int, multiple=True, help="Numbers of clients.  [default: 1, 4, 16, 64]")
+@click.option("--against", help="The command of another server, with its --port.")
+@click.option("--save", type=click.Path(path_type=Path), help="Write what clients see as JSON.")
+def main(bundle: Path, threads: int, slots: int, seconds: float, tokens: int, rounds: int, clients: tuple[int, ...],
+         against: str | None, save: Path | None) -> None:
+    # fmt: on
     """Measure the server of BUNDLE."""
-    click.echo(f"load average before: {os.getloadavg()[0]:.1f}")
+    click.echo(f"{detect_machine().cpu}, {threads} threads; load average before: {os.getloadavg()[0]:.1f}")
+    heading = "clients  requests  tokens/s  first token ms: p50, p95, p99    between tokens ms    client cores"
+    found = list[dict[str, Any]]()
+    if against is not None:
+        click.echo(heading)
+        for number, turn in itertools.product(clients or CLIENTS, range(rounds)):
+            for name in ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours"):
+                with served(bundle, threads, slots) if name == "ours" else other_server(against) as url:
+                    found.append(latency(url, number, seconds, tokens, name))
+        _save(save, threads, tokens, found, against)
+        return
     with served(bundle, threads, slots) as url:
         print_cost(url, bundle, threads, rounds, tokens)
-        print_latency(url, seconds, tokens)
+        click.echo(heading)
+        found += [latency(url, number, seconds, tokens, "ours") for number in clients or CLIENTS]
+        _save(save, threads, tokens, found, None)
         if Bundle.open(bundle).manifest.capacity <= LONG_PROMPT:
             click.echo(f"no prompt of {LONG_PROMPT} tokens: they do not fit this bundle")
             return

