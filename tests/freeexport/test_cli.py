@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from freeexport import cli, commands
-from freeexport.system.extras import PURPOSES, extras, how_to_install, missing_of
+from freeexport.system.extras import PURPOSES, extras, missing_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -229,16 +229,6 @@ def test_a_missing_package_names_the_extra_of_its_verb(
     assert cli.describe(ModuleNotFoundError(f"No module named {module}", name=module), verb) == line
 
 
-def test_all_that_a_verb_lacks_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = ("onnxruntime", "peft", "tensorboard", "torch", "transformers")
-    missing = {name: tuple(package for package in extras()[name] if package in absent) for name in extras()}
-    monkeypatch.setattr("freeexport.system.extras.missing_of", missing.__getitem__)
-    assert how_to_install("peft", "train") == (
-        "peft, onnxruntime, tensorboard, torch, transformers are not installed; "
-        "run: pip install 'freeexport[cpu,train]'"
-    )
-
-
 @pytest.mark.parametrize(("verb", "near"), [("convrt", "; did you mean 'convert'?"), ("zzz", "")])
 def test_a_verb_that_is_none_names_the_nearest(verb: str, near: str) -> None:
     result = CliRunner().invoke(cli.main, [verb])
@@ -250,11 +240,6 @@ def test_an_option_that_is_none_names_the_nearest() -> None:
     result = CliRunner().invoke(cli.main, ["convert", "--exit-layr", "3"])
     assert result.exit_code == 2
     assert "--exit-layer" in result.stderr
-
-
-def test_missing_package_at_a_verbs_import_is_one_line(run_verb: Run) -> None:
-    header = "raise ModuleNotFoundError('No module named torch', name='torch')"
-    assert "freeexport[convert]" in error_line(run_verb("pass", header=header))
 
 
 def test_debug_shows_the_traceback_and_the_line(run_verb: Run, monkeypatch: pytest.MonkeyPatch) -> None:

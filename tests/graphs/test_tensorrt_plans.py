@@ -9,11 +9,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from checkpoints import CASES, Bundles
-from hypothesis import given
 from hypothesis import strategies as st
 
 from graphs.errors import BuildError
-from graphs.tensorrt.build import Phases, build, dimensions, profiles_of
+from graphs.tensorrt.build import build, dimensions, profiles_of
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.errors import EngineError
 from runtime.tensorrt.files import Plan, Profile, import_tensorrt, profile_for
@@ -123,19 +122,3 @@ def builds(draw: st.DrawFn) -> list[tuple[str, str, str | None, int]]:
     events: list[tuple[str, str, str | None, int]] = []
     phase("root", None, 0)
     return events
-
-
-@given(builds())
-def test_progress_never_goes_back_and_ends_at_one(events: list[tuple[str, str, str | None, int]]) -> None:
-    phases, reached = Phases(), [0.0]
-    for kind, name, parent, number in events:
-        if kind == "start":
-            phases.start(name, parent, number)
-        else:
-            reached.append(phases.step(name, number) if kind == "step" else phases.finish(name))
-    assert reached == sorted(reached)
-    assert reached[-1] == 1.0
-    phases = Phases()  # a step counts as much as its phase has steps
-    phases.start("build", None, 2)
-    phases.start("optimize", "build", 4)
-    assert phases.step("optimize", 2) == pytest.approx(3 / 8)

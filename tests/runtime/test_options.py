@@ -25,7 +25,6 @@ from runtime.options import (
     documented,
     merged,
 )
-from runtime.sequence import sampler_of
 
 
 def test_overlap_is_for_gpus_and_says_why() -> None:
@@ -130,17 +129,6 @@ def test_any_value_is_an_option_or_refused(options: Any) -> None:
             assert isinstance(options(**values), options)
 
     check()
-
-
-@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 3e38])
-@pytest.mark.parametrize("penalty", [1e-6, 1.0, 1e6])
-def test_no_temperature_or_penalty_that_is_taken_loses_the_logits(temperature: float, penalty: float) -> None:
-    options = GenerationOptions(
-        temperature=temperature, repetition_penalty=penalty, top_k=1, sequence_bias={1: 1e20, 2: -1e20}
-    )
-    sampler = sampler_of(options, 1, frozenset(), (0, 0))
-    assert sampler is not None
-    assert sampler(np.array([-1e4, 5.0, 2.0, 1e4], np.float32), np.array([0])) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
 
@@ -47,18 +46,3 @@ def test_every_row_reason_and_option_is_shown_and_a_change_by_hand_is_found(
             assert f"| `{field.name}` | `{field.default!r}` |" in (tmp_path / "docs" / "options.md").read_text()
     page.write_text(text.replace("GB/s", "TB/s"))
     assert "benchmarks.md is not what it is made from" in CliRunner().invoke(pages.main, ["--check"]).output
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "holds no figures"),
-        ("[]", "holds no figures"),
-        ('{"schema": 1, "settings": {}}', "holds no figures"),
-        ('{"schema": 7, "settings": {"idle": true}}', "schema 7, not 1"),
-    ],
-)
-def test_files_without_figures_are_refused(text: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(click.ClickException, match=said):
-        pages.benchmark(tmp_path / "run.json")

@@ -95,18 +95,6 @@ def test_outputs_are_constrained(generate: Run, tmp_path: Path) -> None:
         assert message in error(generate("Hi", *more))
 
 
-def test_several_samples_are_printed_best_first(generate: Run, session: Session, tmp_path: Path) -> None:
-    arguments = ("--temperature", "1", "-o", "seed=2", "--max-new-tokens", "5", "-o", "num_return_sequences=3")
-    texts = [r.text for r in session.generate_best("Hi", 3, temperature=1.0, seed=2, max_new_tokens=5)]
-    ours = json.loads(generate("Hi", "--json", *arguments).stdout)
-    assert [ours["text"], *ours["others"]] == texts
-    assert generate("Hi", *arguments).stdout.count("nats a token]") == 3
-    (tmp_path / "in.jsonl").write_text('{"input": "Hi"}\n')
-    assert generate("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), *arguments).exit_code == 0
-    line = json.loads((tmp_path / "out").read_text())
-    assert [line["text"], *line["others"]] == texts
-
-
 @pytest.fixture
 def silent(generate: Run, session: Session) -> Callable[..., Result]:
     """Answers that end at once: the first token is biased to be the end of sequence."""

@@ -13,7 +13,6 @@ from click.testing import CliRunner, Result
 from freeexport.cli import main
 from freeexport.measure import bench as benching
 from freeexport.measure.bench import Run, rows_of, verdict
-from freeexport.measure.plot import bench_speeds
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 T5 = next(case for case in CASES if case.name == "t5-gated-tied")
@@ -160,11 +159,3 @@ def test_a_table_fits_80_columns_and_leaves_out_what_nobody_has(bundle: Bundles,
     assert max(len(line.rstrip()) for line in table) <= 80
     assert "precision" not in table[0]
     assert "precision: fp32" in result.stdout
-
-
-def test_bars_carry_values_and_marks_of_the_roofline() -> None:
-    row = {"name": "full", "precision": "fp32", "tokens_per_second": 45.9, "spread": 0.05, "decode_per_second": 50.0}
-    (axes,) = bench_speeds("some CPU", [{**row, "roofline": 0.8}, {**row, "roofline": None}]).axes
-    assert [text.get_text() for text in axes.texts] == ["45.9", "45.9"]
-    assert "some CPU" in axes.get_title()
-    assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "D"] == [[62.5]]

@@ -148,17 +148,3 @@ def test_bytes_and_the_speed_that_they_predict_are_those_worked_out_by_hand(bund
     lookup = Calls(5, 10, 2, 0, False, 8, {5: 2})
     assert model.token([lookup]) == pytest.approx((2 * step + 8 * row * shallow.layers + 2 * longer) / 10)
     assert model.token([full, free]) == pytest.approx((model.token([full]) + model.token([free])) / 2)
-
-
-@pytest.mark.parametrize(
-    ("precision", "features", "share"),
-    [
-        ("int8", ("avx2", "avx512_vnni", "amx_int8"), 0.05),
-        ("int8", ("avx2",), 0.24),
-        ("mixed", ("avx2", "avx512_vnni"), 0.25),
-        ("fp32", ("avx2", "amx_int8"), 0.13),
-        ("int8", (), 0.13),
-    ],
-)
-def test_what_a_further_row_costs_is_the_processors(precision: str, features: tuple[str, ...], share: float) -> None:
-    assert row_share(precision, features) == share

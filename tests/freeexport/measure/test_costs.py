@@ -22,8 +22,6 @@ from freeexport.system.child import ChildError, run_child
 from graphs.families import describe
 from graphs.step_costs import StepCosts, analytic
 from runtime.bundle.costs import Costs, Outside, recordable
-from runtime.machine.machine import host
-from runtime.result import Stats
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama-tied"]
@@ -84,14 +82,6 @@ def test_speedups_at_other_exit_rates_are_predicted_from_noisy_requests(exit_rat
     assert fit(samples(noise=0.1)).speedup_of(sizes, steps) == pytest.approx(TRUE.full * steps / seconds, rel=0.05)
 
 
-def test_short_sequences_have_costs_of_the_passes_that_they_can_have() -> None:
-    found = fit(samples(steps=6))
-    assert next(iter(found.deep)) == 1
-    assert max(found.deep) <= 6
-    # Beyond them it goes on as before.
-    assert found.deep_pass(8) == pytest.approx(TRUE.deep_pass(8))
-
-
 def test_noise_makes_nothing_negative_nor_a_longer_pass_cheaper() -> None:
     drawn = [sample(kind, 40, seed) for seed in range(3) for kind in (None, 0.5, 0.9)]
     shuffled = [replace(one, shallow=one.shallow / (1 + one.passes), outside=-0.1, deep={k: 1 / k for k in one.deep})
@@ -100,15 +90,6 @@ def test_noise_makes_nothing_negative_nor_a_longer_pass_cheaper() -> None:
     assert min(found.shallow, *asdict(found.outside).values()) >= 0
     seconds = list(found.deep.values())
     assert seconds == sorted(seconds)
-
-
-def test_a_sample_of_a_request_counts_its_steps_and_passes() -> None:
-    stats = Stats(tokens=9, seconds=10.0, prefill_seconds=1.0, shallow_seconds=4.0)
-    for rows, seconds in ((3, 1.0), (3, 1.5), (1, 0.5)):
-        stats.count_pass(rows, seconds)
-    found = Sample.of(True, stats)
-    assert (found.steps, found.passes, found.shallow, found.outside) == (8, 3, 4.0, 2.0)
-    assert found.deep == {3: 1.25, 1: 0.5}
 
 
 def test_a_process_of_its_own_measures_and_says_what_failed(
@@ -132,13 +113,6 @@ def test_costs_of_a_session_that_decodes(bundle: Bundles) -> None:
     assert list(costs.deep) == [1, 2, 4]
     assert costs.full > costs.deep[1] > 0
     assert costs.measured
-
-
-def test_costs_from_a_process_of_its_own_say_where_they_hold(bundle: Bundles) -> None:
-    costs = measured_in_child(bundle(LLAMA, max_pending=4), threads=1, tokens=6, context=4)
-    assert costs.deep_pass(4) > 0
-    assert costs.host == host(threads=1)
-    assert costs.sound
 
 
 def test_speedups_are_those_of_the_passes_that_ran() -> None:

@@ -144,11 +144,6 @@ def test_the_table_fits_80_columns_and_says_what_is_the_same_in_every_row(done: 
     assert "precision: fp32" in lines
 
 
-def test_the_spread_over_rounds_and_the_byte_model_are_named(done: Done) -> None:
-    assert "spread: tokens/s of a setting differed by up to " in done.stdout
-    assert "predicted: speed a token by the byte model: weights and caches that engine calls read, 13%" in done.stdout
-
-
 def test_bundles_are_interleaved_as_settings_are(
     run: Run, bundle: Bundles, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,19 +267,3 @@ def test_data_that_cannot_be_compared_are_refused(
     result = run(*extra, file=file)
     assert result.exit_code == 1
     assert message in result.stderr
-
-
-def test_a_metric_that_the_full_model_scores_0_in_is_noted(run: Run, tmp_path: Path) -> None:
-    file = tmp_path / "other.jsonl"
-    file.write_text('{"input": "x", "target": "q"}\n')
-    found = json.loads(run("--methods", "full", "--json", file=file).stdout)
-    assert any("exact gives the full model of" in note for note in found["notes"])
-
-
-def test_pieces_of_an_output_make_its_text(path: Path) -> None:
-    with Session(path, slots=1) as session:
-        tokenizer, ends = session.tokenizer, set(session.manifest.eos_token_ids)
-    assert tokenizer is not None
-    found = evaluation.pieces(tokenizer, [*tokenizer.encode("a naïve text", special=False), *ends], ends)
-    assert "".join(found) == "a naïve text"
-    assert "ï" in found  # of two bytes, with the second

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from handmade_bundle import write_bundle
 
-from freeexport.measure.quality import FEWEST_LINES, area, curves_of, rows_of, score, speed_interval, verdicts
+from freeexport.measure.quality import FEWEST_LINES, curves_of, rows_of, score, speed_interval, verdicts
 from freeexport.measure.settings import Entry, Record, Setting
 from freeexport.metrics import Reference, metric_of
 from runtime.bundle.bundle import Bundle
@@ -194,16 +194,6 @@ def test_the_interval_of_a_speed_is_over_lines_and_paired() -> None:
     # Half the seconds for half the tokens is no faster a token.
     tokens = np.stack([full, 10 * full], axis=1)
     assert speed_interval(tokens / 2, tokens) == (pytest.approx(1), pytest.approx(1))
-
-
-def test_the_area_is_the_mean_of_the_best_quality_at_each_speed() -> None:
-    assert area([(1, 1)], 2) == 0
-    assert area([(1, 1), (2, 1)], 2) == 1
-    assert area([(1, 1), (1.5, 0.8), (2, 0.5)], 2) == pytest.approx(0.65)
-    assert area([(1, 1), (1.5, 0.8), (1.2, 0.1), (0.9, 2)], 2) == pytest.approx(
-        0.4
-    )  # what is slower and worse: nothing
-    assert area([(1, 1)], 1) == 0
 
 
 def test_the_interval_is_paired() -> None:

@@ -243,21 +243,6 @@ def test_the_weights_of_the_best_outputs_are_kept(run: Runs, words: Path) -> Non
     assert chrf_of_outputs(out, run_options(words)) == pytest.approx(max(found[1:]), abs=1e-6)
 
 
-def test_a_measure_of_the_exit_selects_as_well(run: Runs) -> None:
-    out, result = run(LLAMA, select_by="agreement", steps=4, evaluate_every=2, learning_rate=3e-3)
-    found = logged(out, "eval_agreement")[1:]
-    assert result.metrics["eval_agreement"] == max(found)
-    assert result.best_step == 2 * (1 + found.index(max(found)))
-
-
-def test_a_metric_that_does_not_fit_the_targets_is_one_line(checkpoint: Directory, words: Path, tmp_path: Path) -> None:
-    arguments = ["train", str(checkpoint(LLAMA)), str(tmp_path / "out"), "--data", str(words / "train.jsonl")]
-    result = CliRunner().invoke(main, [*arguments, "--exit-layer", "2", "--steps", "2", "--select-by", "punct-f1"])
-    assert result.exit_code != 0
-    assert "punct-f1 does not fit" in result.output
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

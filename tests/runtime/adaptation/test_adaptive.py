@@ -506,16 +506,6 @@ def test_where_little_agrees_it_exits_all_the_same_and_the_default_rule_does_not
     assert wrong[PaperThreshold] > 0.4
 
 
-@pytest.mark.parametrize("confidence", [math.nan, math.inf])
-def test_a_confidence_that_is_no_number_teaches_nothing(confidence: float) -> None:
-    ones = [PaperThreshold(MANIFEST, None) for _ in range(2)]
-    for learner, more in zip(ones, ([], [(confidence, True)]), strict=True):
-        request = learner.begin()
-        request.label([(0.9, True), (0.8, True), (0.3, False), (0.5, False), *more])
-        learner.complete(request)
-    assert ones[0].threshold == ones[1].threshold
-
-
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

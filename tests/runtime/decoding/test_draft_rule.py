@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import NEUTRAL, Costs
-from runtime.decoding.drafts import PLAIN, Acceptance, Candidates, Drafts, LearnedDrafts, Outcome, Plan
+from runtime.decoding.drafts import PLAIN, Candidates, Drafts, LearnedDrafts, Outcome, Plan
 
 ROOM = 15
 
@@ -248,30 +248,6 @@ def test_no_request_inherits_a_refusal(name: str) -> None:
     assert after.speed > (1.3 if name == "dear rows" else 2.0)
 
 
-def test_a_draft_is_short_after_a_miss_and_doubles_after_a_hit() -> None:
-    costs = CallCosts(Costs(2.0, 1.0, {1: 1.0, 16: 1.1}, measured=False))
-    drafts, output = Drafts(costs, Acceptance()), Output(1000)
-
-    def length(kept: int | None = None) -> int:
-        count = drafts._length("lookup", 5, 1000)
-        kept = count if kept is None else kept
-        drafts.observe(Plan("lookup", (RIGHT,) * count), Outcome(count + 1, count, kept, kept + 1), 1.0, 1.0, True)
-        return count
-
-    assert [length() for _ in range(4)] == [3, 7, 15, 15]
-    assert (length(kept=0), length(), length(), length(kept=5), length()) == (15, 1, 3, 7, 3)
-    assert drafts.plan(output, 0) is PLAIN  # type: ignore[arg-type]
-
-
-def test_measured_costs_decide_how_long_and_nothing_else() -> None:
-    for further, longest in ((0.02, 15), (0.45, 1)):
-        costs = CallCosts(Costs(2.0, 1.0, {1: 1.0, 2: 1.0 + further, 16: 1.0 + 15 * further}, measured=False))
-        drafts = Drafts(costs, Acceptance())
-        drafts._next["lookup"] = 15, False
-        assert drafts._length("lookup", 5, 15) in (longest, 7 if longest == 15 else 1)
-        assert drafts._length("lookup", 3, 15) >= 1
-
-
 # What pays
 
 
@@ -293,14 +269,6 @@ def test_an_exit_that_is_right_pays(name: str, kept: float, least: float) -> Non
     for seed in range(3):
         Request(MACHINES[name], learned, 64, exits=(1.0, kept), seed=seed)
     assert Request(MACHINES[name], learned, 400, exits=(0.95, kept), noise=0.1).speed > least
-
-
-def test_an_exit_that_begins_to_be_right_is_drafted_again() -> None:
-    learned = learned_by()
-    machine = MACHINES["smollm2-int8"]
-    for seed in range(5):
-        Request(machine, learned, 100, exits=(0.9, 0.0), seed=seed)
-    assert Request(machine, learned, 400, exits=(0.95, 0.95)).speed > 1.15
 
 
 @each_machine

@@ -75,18 +75,6 @@ def test_weights_of_our_own_kernels_are_read_in_large_pages(bundle: Bundles, mon
 MB = 1 << 20
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.uint8])
-@pytest.mark.parametrize("shape", [(0, 3), (2, 3, 5), (16, 3, 700, 64)])
-def test_zeros_have_the_shape_and_type_and_can_be_written(shape: tuple[int, ...], dtype: type) -> None:
-    array = lazy_zeros(shape, dtype)
-    assert array.shape == shape
-    assert array.dtype == dtype
-    assert not array.any()
-    array[...] = 1
-    assert array.sum(dtype=np.float64) == array.size
-    assert array.flags.c_contiguous
-
-
 def test_what_was_not_written_is_not_in_memory() -> None:
     size = 64 * MB
     assert size > LARGE

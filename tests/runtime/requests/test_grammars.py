@@ -210,14 +210,6 @@ def test_requests_together_and_several_continuations(sessions: Callable[[str], S
     assert {result.text for result in best} <= {"yes", "no"}
 
 
-def test_an_adaptive_threshold_obeys_the_grammar(open_session: Open) -> None:
-    session = open_session("llama-tied", 2, threshold="adaptive")
-    for prompt in PROMPTS:
-        result = session.generate(list(prompt), mode="free", max_new_tokens=80, **CONSTRAINTS["regex"])
-        assert result.finish_reason == "length" or holds(CONSTRAINTS["regex"], result.text)
-    assert session.adaptive_state()
-
-
 def test_a_prepared_grammar_is_compiled_once(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     session = open_session("llama-tied")
     session.prepare(choice=["a", "b"])

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from tools.data import debian
 from tools.data.debian import EXTRACT_SEPARATOR, Pair, extracted, extractions, split_pairs
 from tools.data.debian_index import Description, descriptions, families, fetch_index, stanzas, stem
-from tools.data.splits import DataError
 
 TRANSLATION = """\
 Package: libfoo2
@@ -147,28 +146,6 @@ def test_apt_is_told_absolute_directories(apt: dict[str, Any], tmp_path: Path, m
     fetch_index(Path("index"))
     assert all(f'"{tmp_path}/' in configuration for configuration in apt["configurations"])
     assert (tmp_path / "index/Packages").read_bytes() == b"text\n"
-
-
-@pytest.mark.parametrize(
-    ("lists", "fails", "expected"),
-    [
-        ([], None, pytest.raises(DataError, match="have no Packages; check")),
-        (
-            ["binary-amd64_Packages"],
-            subprocess.CalledProcessError(1, "apt-helper", stderr=b"W: x\nE: offline"),
-            pytest.raises(DataError, match=r"apt-helper failed \(E: offline\)"),
-        ),
-        (["binary-amd64_Packages"], FileNotFoundError(), pytest.raises(DataError, match="is not on this machine")),
-        (["binary-amd64_Packages"], KeyboardInterrupt(), pytest.raises(KeyboardInterrupt)),
-    ],
-)
-def test_an_index_that_fails_leaves_nothing(
-    apt: dict[str, Any], tmp_path: Path, lists: list[str], fails: Any, expected: Any
-) -> None:
-    apt.update(lists=lists, fails=fails)
-    with expected:
-        fetch_index(tmp_path / "index")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:

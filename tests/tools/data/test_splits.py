@@ -4,11 +4,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import click
 import pytest
 
 from freeexport.system.output import OutputError
-from tools.data.splits import SHARES, DataError, Line, run, shuffled, split_of, write_data_set
+from tools.data.splits import SHARES, DataError, Line, shuffled, split_of, write_data_set
 
 
 def examples(name: str, count: int = 2) -> list[Line]:
@@ -57,25 +56,3 @@ def test_overlapping_and_empty_splits_are_refused_and_nothing_is_written(tmp_pat
     with pytest.raises(DataError, match="split calibration has no examples"):
         write_data_set(tmp_path / "set", {**data_set(), "calibration": []}, {})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
-    class Interrupting(dict):  # type: ignore[type-arg]
-        def items(self) -> object:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_data_set(tmp_path / "set", data_set(), {"x": Interrupting(a=1)})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    @click.command()
-    def tool() -> None:
-        raise DataError("it is missing")
-
-    monkeypatch.setattr("sys.argv", ["tool"])
-    with pytest.raises(SystemExit) as stopped:
-        run(tool)
-    assert stopped.value.code == 1
-    assert capsys.readouterr().err == "error: it is missing\n"

@@ -81,21 +81,3 @@ def test_what_the_provider_cannot_run_is_named(graph: onnx.ModelProto, problem: 
     found = check_graph(graph, "shallow", TABLE_HERE)
     assert len(found) == (problem is not None)
     assert all(text.startswith("shallow: ") and re.search(str(problem), text) for text in found)
-
-
-def test_types_go_through_a_graph() -> None:
-    """A Cast decides the type of what follows, and a Shape is int64."""
-    graph = helper.make_graph(
-        [
-            helper.make_node("Cast", ["x"], ["h"], to=HALF),
-            helper.make_node("Attention", ["h", "h", "h", "x"], ["y"], name="mixed"),
-            helper.make_node("Shape", ["y"], ["n"]),
-            helper.make_node("Range", ["n", "n", "n"], ["r"]),
-        ],
-        "graph",
-        [helper.make_tensor_value_info("x", FLOAT, None)],
-        [],
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSETS[""])])
-    (found,) = check_graph(made, "deep", TABLE_HERE)
-    assert "Attention mixed" in found
