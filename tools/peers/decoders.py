@@ -98,7 +98,8 @@ def _versions(*distributions: str) -> dict[str, str]:
 
 
 def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
-    """Load a bundle for the fields of a BenchSetting, or a checkpoint for `{"checkpoint": True}`."""
+    """Load a bundle for the fields of a BenchSetting, or for beam search with so many `beams`, or a checkpoint for
+    `{"checkpoint": True}`."""
     if options.get("checkpoint"):
         import torch
 
@@ -108,6 +109,15 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
         torch.set_num_threads(threads)
         model = reference_model(open_checkpoint(path))
         return transformers_generate(model, {}), _versions("torch", "transformers")
+    if "beams" in options:
+        from runtime import Session
+
+        searching, given = Session(path, threads=threads, slots=1), {"mode": "full", "num_beams": options["beams"]}
+
+        def search(prompt: list[int], count: int, emit: Emit) -> None:
+            emit(*searching.generate(prompt, max_new_tokens=count, ignore_eos=True, **given).token_ids)
+
+        return search, _versions("onnxruntime", "numpy")
     from freeexport.measure.bench import BenchSetting, decode, full_tokens, open_session
 
     setting = BenchSetting(**options)
@@ -245,7 +255,8 @@ def load_ctranslate2(path: str, threads: int, options: dict[str, Any]) -> Loaded
     given = {"device": "cpu", "compute_type": options["compute_type"], "inter_threads": 1, "intra_threads": threads}
     engine = kind(path, **given)
     # Only the length ends a sequence: no token has this id.
-    common = {"beam_size": 1, "end_token": [len(vocabulary)]}
+    common = {"beam_size": options.get("beams", 1), "end_token": [len(vocabulary)]}
+    ids = {token: number for number, token in enumerate(vocabulary)}
 
     def generate(prompt: list[int], count: int, emit: Emit) -> None:
         texts = [[vocabulary[token] for token in prompt]]
@@ -255,8 +266,12 @@ def load_ctranslate2(path: str, threads: int, options: dict[str, Any]) -> Loaded
             return False
 
         if seq2seq:
-            lengths = {"max_decoding_length": count, "min_decoding_length": 0}
-            engine.translate_batch(texts, **lengths, **common, callback=noted)
+            lengths = {"max_decoding_length": count, "min_decoding_length": 0, "max_input_length": 0}
+            if common["beam_size"] > 1:  # which has no callback
+                (found,) = engine.translate_batch(texts, **lengths, **common)
+                emit(*(ids[token] for token in found.hypotheses[0]))
+            else:
+                engine.translate_batch(texts, **lengths, **common, callback=noted)
         else:
             # The prompt in one call, as in every other decoder.
             lengths = {"max_length": count, "min_length": 0, "include_prompt_in_result": False}
