@@ -43,16 +43,6 @@ def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
     assert counted.inter_token_latency.counts[TOKEN_SECONDS.index(0.001) : TOKEN_SECONDS.index(0.0025) + 1] != [0, 0]
 
 
-def test_passes_over_one_token_and_over_several_are_counted_by_their_rows() -> None:
-    stats = Stats()
-    assert (stats.sync_sizes, stats.sync_seconds, stats.sync_passes) == ({}, {}, 0)
-    for rows, seconds in ((1, 1.0), (3, 2.0), (1, 0.5), (3, 4.0), (2, 1.5)):
-        stats.count_pass(rows, seconds)
-    assert stats.sync_sizes == {1: 2, 2: 1, 3: 2}
-    assert stats.sync_seconds == {1: 1.5, 2: 1.5, 3: 6.0}
-    assert (stats.sync_passes, stats.deep_seconds) == (5, 9.0)
-
-
 def test_requests_are_counted_as_they_end(chat: Path) -> None:
     gate = threading.Event()
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from killed_process import killed_before
 
-from freeexport import cli
-from freeexport.system.output import OutputError, output_directory, replacing
+from freeexport.system.output import OutputError, output_directory
 
 MARKER = "marker.json"
 STEPS = {Path: ("rename", "mkdir", "unlink"), os: ("open", "write", "fsync", "unlink", "rmdir")}
@@ -223,23 +222,3 @@ def test_without_locks_a_lock_file_that_was_left_is_named(tmp_path: Path, monkey
         with pytest.raises(OutputError, match=r"remove .*\.out\.lock if none does"):
             write(tmp_path / "out", "y")
     assert listing(tmp_path) == {"out"}
-
-
-def in_directory(out: Path) -> None:
-    with output_directory(out, "marker", overwrite=False):
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-
-
-def in_file(out: Path) -> None:
-    with replacing(out):
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-
-
-@pytest.mark.parametrize("begin", [in_directory, in_file])
-def test_a_file_that_grows_too_large_is_named(tmp_path: Path, begin: Callable[[Path], None]) -> None:
-    with pytest.raises(OSError, match="File too large") as caught:
-        begin(tmp_path / "out")
-    assert cli.describe(caught.value) == (
-        f"{tmp_path}/out: a file grew too large for ulimit -f or the file system; raise the limit, or write elsewhere"
-    )
-    assert not any(tmp_path.iterdir())

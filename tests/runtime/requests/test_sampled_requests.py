@@ -197,11 +197,6 @@ def test_a_bias_beyond_the_vocabulary_is_refused(sessions: Sessions) -> None:
     assert chosen.token_ids == (77,) * 5
 
 
-def test_rollback_needs_a_threshold_where_the_bundle_records_none(sessions: Sessions) -> None:
-    with pytest.raises(OptionError, match="rollback_threshold is None and this bundle records none"):
-        sessions(LLAMA).generate(PROMPTS[0], mode="rollback")
-
-
 # Values that a bundle recommends
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import PROMPTS, Open
 
-from runtime import AsyncStream, GenerationResult, OptionError, PromptError, QueueFullError
+from runtime import AsyncStream, GenerationResult, QueueFullError
 
 PROMPT = list(PROMPTS[0])
 ENDLESS: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True}
@@ -60,19 +60,6 @@ def test_streams_that_are_given_up_unread_make_room_in_the_queue(way: str, open_
             run(stream.aclose())
         del stream
     assert session.generate(PROMPT, max_new_tokens=3).token_ids == alone.token_ids
-
-
-def test_what_is_wrong_with_a_request_is_said_at_the_call(open_session: Open) -> None:
-    session = open_session()
-    for ask in (session.stream, session.astream):
-        with pytest.raises(PromptError):
-            ask([10**6])
-        with pytest.raises(OptionError):
-            ask(PROMPT, threshold=2.0)
-    session.close()
-    for ask in (session.stream, session.astream):
-        with pytest.raises(OptionError, match="closed"):
-            ask(PROMPT)
 
 
 # What they give
