@@ -212,6 +212,11 @@ class Decoder:
     exit_layers: tuple[Layer, ...] = ()
     exit_inputs: int = 1
 
+    @property
+    def exit_tokens(self) -> tuple[int, ...]:
+        """The tokens that the exit knows, ascending; empty for all."""
+        return () if self.exit_head is None else self.exit_head.tokens
+
 
 @dataclass(frozen=True)
 class Description:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphs.description import Description, ForeignEncoder
 from graphs.dialects.ort import fits_head_size, has_attention_kernel, misfit
 from graphs.errors import GraphError
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP, check_tokens
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP
 from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
 from runtime.bundle.manifest import (
     ConfidenceMeasure,
@@ -35,9 +35,8 @@ FLOAT_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": i
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of engines. GraphError where a value is out of range. `exit_tokens`, ascending, are those that the
-    shallow head knows; empty for all. `compute` is the type of activations where weights are quantized for a GPU, None
-    for its first. `kernels`: whose operators multiply with quantized weights on a CPU."""
+    """Options of engines. GraphError where a value is out of range. `compute` is the type of activations where weights
+    are quantized for a GPU, None for its first. `kernels`: whose operators multiply with quantized weights on a CPU."""
 
     exit_layer: int
     capacity: int
@@ -46,7 +45,6 @@ class EngineOptions:
     dialect: DialectName = "ort"
     confidence: ConfidenceMeasure = "softmax"
     head: HeadPrecision | None = None
-    exit_tokens: tuple[int, ...] = ()
     target: Target = "cpu"
     compute: FloatType | None = None
     kernels: Kernels = "onnxruntime"
@@ -78,11 +76,6 @@ class EngineOptions:
                 f"--kernels freeexport is for weights that are quantized for a CPU, not for precision {self.precision} "
                 f"of target {self.target}; leave it out"
             )
-        trained = () if description.decoder.exit_head is None else description.decoder.exit_head.tokens
-        if trained and self.exit_tokens != trained:
-            raise GraphError(f"the exit was trained with a vocabulary of {len(trained)} tokens and has no other")
-        if self.exit_tokens:
-            check_tokens(self.exit_tokens, description.vocab_size)
         if description.exit_engine and description.encoder is not None:
             raise GraphError(f"an exit that reads a feature is for decoder-only models, not for {description.family}")
         if description.exit_engine and not self.packed:

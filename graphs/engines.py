@@ -191,7 +191,7 @@ class EngineBuilder:
         plan, decoder, encoder = self.options.plan, self.description.decoder, self.description.encoder
         if plan is None:
             return []
-        exits = engine in ("shallow", "exit") and self.options.exit_tokens
+        exits = engine in ("shallow", "exit") and decoder.exit_tokens
         head = exit_rows(decoder.head) if exits else decoder.head.weight
         wanted = self.options.wanted(self.description, engine, head)
         products = self._rounding.products
@@ -240,10 +240,9 @@ class EngineBuilder:
     ) -> None:
         # A shallow step reads one row at a time: one packed copy, the deep engine's, is enough.
         packed = emitted is not None or self.options.dialect != "ort"
-        decoder, known = self.description.decoder, self.options.exit_tokens
-        shallow = emitted is None
+        decoder, shallow = self.description.decoder, emitted is None
         head = (decoder.exit_head or decoder.head) if shallow else decoder.head
-        tokens = np.array(known, np.int64) if shallow and known else None
+        tokens = np.array(head.tokens, np.int64) if head.tokens else None
         size, confidence = self.description.vocab_size, self.options.confidence
         feature = shallow and self.description.exit_engine
         head_outputs(graph, dialect, hidden, head, size, confidence, emitted, packed, tokens, rows, feature)

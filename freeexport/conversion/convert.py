@@ -249,6 +249,7 @@ def _head_copies(
 ) -> list[DeclaredCopy]:
     """The head's weights a second time: packed or on a device, and those of an exit vocabulary."""
     head, copies = description.decoder.head.weight, list[DeclaredCopy]()
+    known = description.decoder.exit_tokens
     if quantization is None:
         bits = 32 if engines.float_type == "fp32" else 16
     else:
@@ -260,14 +261,14 @@ def _head_copies(
             reason = "head, packed for freeexport's kernels, beside the embedding table"
     elif engines.target == "cpu" and quantization is None:
         reason = "head, packed by ONNX Runtime for the deep engine (in memory)"
-    elif not engines.exit_tokens:
+    elif not known:
         reason = "head, packed by ONNX Runtime for each of the two engines (in memory)"
         if engines.target != "cpu":
             reason = "head, for the deep engine (in the memory of the device)"
     if reason:
         copies.append(DeclaredCopy(head, whole, reason))
-    if engines.exit_tokens:
-        copies.append(DeclaredCopy(head, len(engines.exit_tokens) * row, "head rows of the exit vocabulary"))
+    if known:
+        copies.append(DeclaredCopy(head, len(known) * row, "head rows of the exit vocabulary"))
     return copies
 
 

@@ -95,7 +95,6 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
     limit, attention = description.decoder.max_positions or DEFAULT_CAPACITY, description.attention
     dialect, precisions = TARGETS[options.target]
     precision = options.precision or precisions[0]
-    head = description.decoder.exit_head
     # Ours for weights that are quantized for a CPU, where their library can be used here.
     quantized = options.target == "cpu" and precision in ROUNDING["cpu"].plans
     kernels = options.kernels or ("freeexport" if quantized and missing() is None else "onnxruntime")
@@ -110,7 +109,6 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
         target=options.target,
         confidence=options.confidence,
         head=options.head,
-        exit_tokens=() if head is None else head.tokens,
         compute=options.compute,
         kernels=kernels,
     )

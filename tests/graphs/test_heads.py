@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder
 from graphs.errors import GraphError
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, with_exit
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, check_tokens, with_exit
 from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
@@ -36,11 +37,10 @@ def pair(bundle: Bundles, tmp_path: Path) -> Pair:
     """A bundle's engines with another shallow engine."""
 
     def build(case: Case, description: Description, source: Any, **options: Any) -> EnginePair:
-        known = options.pop("exit_tokens", ())
         opened = Bundle.open(bundle(case, 1, **options))
         path = Path(shutil.copytree(opened.path, tmp_path / "copy"))
         with WeightFile(path / "shallow.data") as weights:
-            engines = EngineOptions(1, 128, exit_tokens=known, **options)
+            engines = EngineOptions(1, 128, **options)
             EngineBuilder(description, engines, source, weights, path).shallow()
         changed = Bundle(path, opened.manifest, "")
         return EnginePair(changed, 1, 1, encode(changed, sample_batch(changed))[0])
@@ -53,13 +53,20 @@ def described(case: Case, checkpoint: Callable[[Case], Path]) -> tuple[Descripti
     return describe(source.config, source), source
 
 
+def knowing(case: Case, checkpoint: Callable[[Case], Path]) -> tuple[Description, Checkpoint]:
+    """The final head as that of the exit, which knows KNOWN."""
+    found, source = described(case, checkpoint)
+    exit_head = replace(found.decoder.head, tokens=KNOWN)
+    return replace(found, decoder=replace(found.decoder, exit_head=exit_head)), source
+
+
 @pytest.mark.parametrize("measure", list(CONFIDENCES))
 def test_token_and_confidence_are_those_of_the_known_logits(
     measure: ConfidenceMeasure, pair: Pair, bundle: Bundles, checkpoint: Callable[[Case], Path]
 ) -> None:
     case, (ids, lengths) = BY_NAME["llama-untied-many-eos"], tokens(40)
     whole = pair_of(bundle(case, 1, confidence=measure), rows=1).shallow(ids, lengths)
-    found = pair(case, *described(case, checkpoint), confidence=measure, exit_tokens=KNOWN)
+    found = pair(case, *knowing(case, checkpoint), confidence=measure)
     some, known = found.shallow(ids, lengths), np.array(KNOWN)
     np.testing.assert_allclose(some["logits"][:, known], whole["logits"][:, known], atol=1e-4)
     assert (some["logits"][:, np.setdiff1d(np.arange(VOCAB_SIZE), known)] == UNKNOWN).all()
@@ -71,16 +78,16 @@ def test_token_and_confidence_are_those_of_the_known_logits(
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_rounded_heads_know_them_too(precision: Precision, pair: Pair, checkpoint: Callable[[Case], Path]) -> None:
-    found = pair(LLAMA, *described(LLAMA, checkpoint), precision=precision, exit_tokens=KNOWN)
+    found = pair(LLAMA, *knowing(LLAMA, checkpoint), precision=precision)
     outputs = found.shallow(*tokens(40))
     assert set(outputs["token"]) <= set(KNOWN)
     np.testing.assert_array_equal(outputs["token"], outputs["logits"].argmax(-1))
 
 
 @pytest.mark.parametrize("known", [(1,), (2, 1), (1, 1), (-1, 2), (1, VOCAB_SIZE)])
-def test_what_is_no_set_of_tokens_is_refused(known: tuple[int, ...], checkpoint: Callable[[Case], Path]) -> None:
+def test_what_is_no_set_of_tokens_is_refused(known: tuple[int, ...]) -> None:
     with pytest.raises(GraphError, match=f"2 to {VOCAB_SIZE} different tokens"):
-        EngineOptions(1, 64, exit_tokens=known).check(described(LLAMA, checkpoint)[0])
+        check_tokens(known, VOCAB_SIZE)
 
 
 class WithExit:
