@@ -26,8 +26,8 @@ import jiwer
 import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
-from freeexport.measure.sources import BundleSource
-from freeexport.measure.traces import ReplaySession, Traces
+from freeexport.measure.sources import fitting_prompts
+from freeexport.measure.traces import ReplaySession, Traces, trace_of
 from freeexport.system.machine import detect_machine
 from runtime import Session
 from runtime.audio import read_audio
@@ -93,10 +93,10 @@ def run(session: Session, mode: str, path: Path) -> dict[str, Any]:
 
 
 def agreement(directory: str, data: Path, samples: int) -> dict[str, Any]:
-    """Shares of the deep decoder's tokens that the exit predicts, by their place, and of those that it is sure of."""
+    """Shares of the deep decoder's tokens that the exit predicts, by their place, and where it is confident."""
     with ReplaySession(directory, threads=1) as session:
-        source = BundleSource(Path(directory), session)
-        traces = Traces.joined(source.traces(read_examples(data, samples), OURS["max_new_tokens"]))
+        prompts, most = fitting_prompts(session, read_examples(data, samples)), OURS["max_new_tokens"]
+        traces = Traces.joined(trace_of(session, one.line_number, prompt, most) for one, prompt in prompts)
     place = np.concatenate([np.arange(length) for length in traces.length]) + 2  # the first token is never the exit's
     found: dict[str, Any] = {"tokens": traces.tokens, "agreement": round(traces.agreement, 4)}
     for low, high in zip(PLACES, [*PLACES[1:], 1 << 30], strict=True):
