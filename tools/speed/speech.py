@@ -87,6 +87,7 @@ def run(session: Session, mode: str, path: Path) -> dict[str, Any]:
         "text": result.text,
         "seconds": time.perf_counter() - began,
         "encode": stats.encode_seconds,
+        "decode": stats.seconds - stats.encode_seconds,
         "ids": result.token_ids,
         "tokens": stats.tokens,
     }
@@ -138,6 +139,10 @@ def table(runs: dict[str, list[list[dict[str, Any]]]], lines: list[dict[str, Any
                 f"times_as_fast_as_{first}": round(float(np.median(ratios)), 3),
             }
             if "encode" in clips[0][0]:
+                if "decode" in runs[first][0][0]:
+                    pairs = [zip(runs[first][place], rounds[place], strict=True) for place in places]
+                    ratios = [np.median([a["decode"] / b["decode"] for a, b in each]) for each in pairs]
+                    row[f"decoding_times_as_fast_as_{first}"] = round(float(np.median(ratios)), 3)
                 shares = [np.median([one["encode"] / one["seconds"] for one in clip]) for clip in clips]
                 row["encoder_share"] = round(float(np.median(shares)), 3)
                 row["tokens"] = float(np.median([clip[0]["tokens"] for clip in clips]))
