@@ -10,7 +10,7 @@ from typing import Any
 
 import fake_peer
 import pytest
-from checkpoints import CASES, Bundles, Case, load
+from checkpoints import CASES, Bundles, Case
 
 from freeexport.measure.bench import BenchOptions, BenchSetting
 from runtime.bundle.bundle import Bundle
@@ -18,7 +18,6 @@ from runtime.errors import FreeExportError, OptionError
 from tools.peers import compare as comparing
 from tools.peers.catalog import PEERS, Peer, find_source
 from tools.peers.compare import Contender, compare, measure
-from tools.peers.decoders import transformers_generate
 from tools.peers.prompts import first_tokens
 from tools.peers.worker import PeerError, Worker
 
@@ -125,16 +124,6 @@ def test_what_a_peer_cannot_run_or_have_is_said(
         comparing.contenders_of(["genai"], None, bundles, options)
     with pytest.raises(OptionError, match="is not the checkpoint that the bundle came from"):
         find_source(bundles[0].manifest, str(checkpoint(LLAMA)))
-
-
-def test_transformers_drafts_from_the_prompt_where_it_is_asked_to(checkpoint: Callable[[Case], Path]) -> None:
-    plain, lookup = list[int](), list[int]()
-    prompt = [*range(20, 40)] * 3
-    transformers_generate(load(checkpoint(LLAMA)), {})(prompt, 24, lambda *tokens: plain.extend(tokens))
-    options = PEERS["hf-lookup"].options
-    transformers_generate(load(checkpoint(LLAMA)), options)(prompt, 24, lambda *tokens: lookup.extend(tokens))
-    assert lookup == plain
-    assert options == {"lookup": 10}
 
 
 @pytest.fixture

@@ -34,20 +34,6 @@ def test_settings_take_turns_and_none_always_follows_the_same_other() -> None:
     assert all(len(firsts) > 1 for firsts in before.values())
 
 
-def test_what_slows_the_machine_for_a_while_slows_all_settings_alike() -> None:
-    """A machine at half its speed from the 30th run on: one setting after the other would differ by 2x."""
-    runs = 0
-
-    def decode(setting: int, prompt: int) -> tuple[int, float]:
-        nonlocal runs
-        runs += 1
-        return 10, 1.0 if runs <= 30 else 2.0
-
-    found = speeds([0, 1], range(10), 3, decode)
-    assert found.shape == (3, 2)
-    assert np.abs(found[:, 0] / found[:, 1] - 1).max() < 0.1
-
-
 def test_turns_that_are_done_are_not_repeated() -> None:
     calls: list[tuple[str, int]] = []
 

@@ -61,12 +61,3 @@ def test_a_cost_not_seen_for_long_is_forgotten() -> None:
     assert costs.seconds("pass", 4) == pytest.approx(26.0, rel=0.05)
     seen(costs, "pass", 1, 10.0, MEMORY + 1)
     assert costs.seconds("pass", 4) == pytest.approx(13.0)
-
-
-def test_a_further_row_is_known_between_sizes_that_are_far_apart() -> None:
-    costs = CallCosts(BASE)
-    seen(costs, "pass", 4, 14.0)
-    assert costs.further_row() == pytest.approx(0.0, abs=1) or costs.further_row() is None
-    seen(costs, "pass", 2, 12.0)
-    assert costs.further_row() == pytest.approx(0.1, abs=0.02)
-    assert 0 <= (costs.further_row() or 0) <= 1

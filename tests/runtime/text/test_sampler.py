@@ -153,14 +153,6 @@ def test_warping_is_the_distribution_that_transformers_samples_from() -> None:
         np.testing.assert_allclose(ours, scores[0].double().softmax(-1).numpy(), atol=1e-6)
 
 
-def test_without_warping_the_best_token_is_chosen() -> None:
-    logits = np.array([1.0, 3.0, 2.0], np.float32)
-    assert Sampler(1)(logits, np.array([0])) == 1
-    assert Sampler(1, repetition_penalty=2.0)(logits, np.array([1])) == 2
-    assert Sampler(1, frozenset({1}), min_new_tokens=1)(logits, np.array([0])) == 2
-    assert Sampler(1, frozenset({1}), min_new_tokens=1)(logits, np.array([0, 5])) == 1
-
-
 def test_processors_of_the_caller_run_in_order_after_the_others_on_copies() -> None:
     seen: list[Any] = []
 
