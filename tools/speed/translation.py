@@ -91,7 +91,7 @@ def write_tokenizer(directory: Path, count: int, special: tuple[list[str], list[
     tokenizer.add_special_tokens(first + last)
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", pieces.index("</s>"))])
     tokenizer.save(str(directory / "tokenizer.json"))
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names = {"bos_token": first[0], "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     content = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (directory / "tokenizer_config.json").write_text(json.dumps(content))
 
