@@ -143,7 +143,7 @@ def time(
         click.echo(f"{name}: {text}")
     if save is not None:
         found = {
-            "model": model,
+            "model": Path(model).name,
             "precision": manifest.precision,
             "rounds": rounds,
             "facts": facts,
