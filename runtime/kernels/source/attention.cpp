@@ -8,12 +8,12 @@
 namespace freeexport {
 namespace {
 
-// Rows whose pieces one task attends with, as they may share keys: of few rows, and of many.
-constexpr int64_t kFewPlaces = 8, kManyPlaces = 32;
+// Rows that one task attends with, as they may share keys: with few rows, and at most.
+constexpr int64_t kFewPlaces = 8, kManyPlaces = 64;
+// Tasks for each head of keys that many rows make, until they have so many rows.
+constexpr int64_t kTasksOfMany = 16;
 // Queries that share keys from which on a piece of these is turned.
 constexpr int64_t kTurnedFor = 12;
-// Floats of the rooms of a task, at most, where it has many rows.
-constexpr int64_t kManyRooms = 4 << 20;
 // With fewer tasks than these each piece is a task of its own.
 constexpr int64_t kFewTasks = 16;
 // Values of keys that are seen, below which one thread does all.
@@ -30,11 +30,11 @@ struct Call {
   const Place* places;
   int64_t count;          // of places
   int64_t stored_places;  // that one task stores
-  int64_t pieces;         // of the row that has most
+  int64_t pieces;         // of the block that has most
   int64_t task_places;    // that share a task
   int64_t blocks;         // of so many places
   int64_t seen;           // positions, of all places
-  int64_t room;           // of the pieces of a row and group of heads
+  int64_t slots, room;    // of a row and group of heads: pieces, and floats for them
   float* rooms;           // [kv_heads, places] of these, or null, where one task does all pieces
   bool failed;            // for want of memory
 };
@@ -48,68 +48,84 @@ void store_task(void* data, size_t index) {
 
 // The keys of a piece; those of the next group of heads where there is no such piece, and none behind the last group.
 Ahead keys_of(const Attention& a, const Place& place, int64_t kv_head, int64_t piece) {
-  if (piece >= pieces_of(a, place)) {
+  if (piece >= end_piece(place)) {
     if (++kv_head == a.kv_heads) return {a.key, 0};
-    piece = 0;
+    piece = first_piece(a, place);
   }
-  const int64_t position = first_position(a, place) + piece * kPieceRows;
-  return {a.key + keys_at(a, place, kv_head, position), least(place.position + 1 - position, kPieceRows)};
+  const int64_t position = most(first_position(a, place), piece * kPieceRows);
+  return {a.key + keys_at(a, place, kv_head, position), least(place.position + 1, (piece + 1) * kPieceRows) - position};
 }
 
-// Whether the first keys that two rows see are the same. Of a sequence, later rows stand further behind.
-bool begin_alike(const Attention& a, const Place& one, const Place& other) {
-  return one.sequence == other.sequence && first_position(a, one) == first_position(a, other);
+bool sees(const Attention& a, const Place& place, int64_t piece) {
+  return first_piece(a, place) <= piece && piece < end_piece(place);
 }
 
-// A piece of all places of a block; of room i that of the block's place i.
-void attend_block(const Call& call, int64_t block, int64_t kv_head, int64_t piece, float* rooms) {
-  const int64_t first = block * call.task_places, last = least(first + call.task_places, call.count);
+// The places of a block, and the pieces that they see.
+struct Block {
+  const Place *first, *last;
+  int64_t piece, end;
+};
+
+Block block_of(const Attention& a, const Place* places, int64_t count, int64_t task_places, int64_t block) {
+  Block found = {places + block * task_places, places + least((block + 1) * task_places, count), INT64_MAX, 0};
+  for (const Place* place = found.first; place < found.last; place++) {
+    found.piece = least(found.piece, first_piece(a, *place));
+    found.end = most(found.end, end_piece(*place));
+  }
+  return found;
+}
+
+// A piece of all places of a block that see of it; `room` is that of the block's first place.
+void attend_block(const Call& call, const Block& block, int64_t kv_head, int64_t piece, Room room) {
   const Attention& a = call.attention;
   const bool turns = call.kernels.attend_rows != nullptr && a.size <= kTurnedSize;
-  for (int64_t i = first, end = first; i < last; i++) {
-    const Place& place = call.places[i];
-    if (piece >= pieces_of(a, place)) continue;
-    for (end = i + 1; turns && end < last && begin_alike(a, place, call.places[end]);) end++;
-    if ((end - i) * a.heads >= kTurnedFor * a.kv_heads) {
-      call.kernels.attend_rows(a, &place, end - i, kv_head, piece, rooms + (i - first) * call.room, call.room);
-      i = end - 1;
+  float* const rooms = room.values;
+  for (const Place *place = block.first, *end = place; place < block.last; place = end) {
+    end = place + 1;
+    if (!sees(a, *place, piece)) continue;
+    while (turns && end < block.last && end->sequence == place->sequence && sees(a, *end, piece)) end++;
+    room.values = rooms + (place - block.first) * room.apart;
+    if ((end - place) * a.heads >= kTurnedFor * a.kv_heads) {
+      call.kernels.attend_rows(a, place, end - place, kv_head, piece, room);
       continue;
     }
+    end = place + 1;
     Ahead ahead = {a.key, 0};
-    if (i + 1 == last)
-      ahead = keys_of(a, call.places[first], kv_head, piece + 1);
-    else if (call.places[i + 1].sequence != place.sequence)
-      ahead = keys_of(a, call.places[i + 1], kv_head, piece);
-    call.kernels.attend(a, place, kv_head, piece, ahead, rooms + (i - first) * call.room);
+    if (end == block.last)
+      ahead = keys_of(a, *block.first, kv_head, piece + 1);
+    else if (end->sequence != place->sequence)
+      ahead = keys_of(a, *end, kv_head, piece);
+    call.kernels.attend(a, *place, kv_head, piece, ahead, room);
   }
-}
-
-void join_block(const Call& call, int64_t block, int64_t kv_head, float* rooms) {
-  const int64_t first = block * call.task_places, last = least(first + call.task_places, call.count);
-  for (int64_t i = first; i < last; i++)
-    call.kernels.join(call.attention, call.places[i], kv_head, rooms + (i - first) * call.room);
 }
 
 // One piece of a block.
 void piece_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
   const int64_t piece = static_cast<int64_t>(index) % call.pieces, at = static_cast<int64_t>(index) / call.pieces;
-  const int64_t block = at / call.attention.kv_heads, kv_head = at % call.attention.kv_heads;
-  attend_block(call, block, kv_head, piece, call.rooms + (kv_head * call.count + block * call.task_places) * call.room);
+  const int64_t kv_head = at % call.attention.kv_heads, number = at / call.attention.kv_heads;
+  const Block block = block_of(call.attention, call.places, call.count, call.task_places, number);
+  if (block.piece + piece >= block.end) return;
+  float* rooms = call.rooms + (kv_head * call.count + number * call.task_places) * call.room;
+  attend_block(call, block, kv_head, block.piece + piece, {rooms, call.slots, call.room, false});
 }
 
-// All pieces of a block.
+// All pieces of a block: first and last blocks by turns, as the last see most.
 void block_task(void* data, size_t index) {
   Call& call = *static_cast<Call*>(data);
-  const int64_t block = static_cast<int64_t>(index) / call.attention.kv_heads;
-  const int64_t kv_head = static_cast<int64_t>(index) % call.attention.kv_heads;
+  const Attention& a = call.attention;
+  const int64_t turn = static_cast<int64_t>(index) / a.kv_heads, kv_head = static_cast<int64_t>(index) % a.kv_heads;
+  const int64_t number = turn % 2 ? call.blocks - 1 - turn / 2 : turn / 2;
+  const Block block = block_of(a, call.places, call.count, call.task_places, number);
   auto* rooms = static_cast<float*>(std::malloc(static_cast<size_t>(call.task_places * call.room) * sizeof(float)));
   if (rooms == nullptr) {
     __atomic_store_n(&call.failed, true, __ATOMIC_RELAXED);
     return;
   }
-  for (int64_t piece = 0; piece < call.pieces; piece++) attend_block(call, block, kv_head, piece, rooms);
-  join_block(call, block, kv_head, rooms);
+  for (int64_t piece = block.piece; piece < block.end; piece++)
+    attend_block(call, block, kv_head, piece, {rooms, call.slots, call.room, true});
+  for (const Place* place = block.first; place < block.last; place++)
+    call.kernels.join(a, *place, kv_head, {rooms + (place - block.first) * call.room, call.slots, call.room, true});
   std::free(rooms);
 }
 
@@ -132,7 +148,8 @@ void attend_few(Parallel parallel, void* context, Call& call) {
   const bool little = call.seen * a.kv_heads * a.size < kLittle;
   run(little ? nullptr : parallel, context, piece_task, call.blocks * a.kv_heads * call.pieces, call);
   for (int64_t i = 0; i < rooms; i++)
-    call.kernels.join(a, call.places[i % call.count], i / call.count, call.rooms + i * call.room);
+    call.kernels.join(a, call.places[i % call.count], i / call.count,
+                      {call.rooms + i * call.room, call.slots, call.room, false});
   std::free(call.rooms);
 }
 
@@ -184,21 +201,28 @@ const char* attention(const Kernels& kernels, const Attention& a, Parallel paral
   if (places == nullptr) return "no memory for the rows of a call";
   const int64_t count = find_places(a, places);
   if (!a.cross_lengths) copy_past(a);
-  int64_t pieces = 0, seen = 0;
-  for (int64_t i = 0; i < count; i++) {
-    pieces = most(pieces, pieces_of(a, places[i]));
-    seen += places[i].position + 1 - first_position(a, places[i]);
+  const int64_t values = a.kv_heads * a.size * 2;
+  const int64_t task_places = count < kTasksOfMany * kFewPlaces ? kFewPlaces
+                                                                : least(count / kTasksOfMany / 8 * 8, kManyPlaces);
+  const int64_t stored_places = kStoredValues / values + 1, blocks = (count + task_places - 1) / task_places;
+  Call call = {kernels, a, places, count, stored_places, 0, task_places, blocks, 0, 0, 0, nullptr, false};
+  for (int64_t block = 0; block < call.blocks; block++) {
+    const Block all = block_of(a, places, count, task_places, block);
+    call.pieces = most(call.pieces, all.end - all.piece);
   }
-  const int64_t values = a.kv_heads * a.size * 2, room = attention_room(a, pieces);
-  const bool many = count >= 2 * kManyPlaces && kManyPlaces * room <= kManyRooms;
-  const int64_t task_places = many ? kManyPlaces : kFewPlaces, blocks = (count + task_places - 1) / task_places;
-  Call call = {kernels, a, places, count, kStoredValues / values + 1, pieces, task_places, blocks, seen, room, nullptr, false};
+  for (int64_t i = 0; i < count; i++) {
+    call.slots = most(call.slots, end_piece(places[i]) - first_piece(a, places[i]));
+    call.seen += places[i].position + 1 - first_position(a, places[i]);
+  }
+  const bool few = call.blocks * a.kv_heads < kFewTasks && call.pieces > 0;
+  if (!few) call.slots = kRunningSlots;
+  call.room = attention_room(a, call.slots);
   if (!a.cross_lengths)
     run(parallel, context, store_task, (count + call.stored_places - 1) / call.stored_places, call);
-  if (blocks * a.kv_heads < kFewTasks && pieces > 0)
+  if (few)
     attend_few(parallel, context, call);
   else
-    run(parallel, context, block_task, blocks * a.kv_heads, call);
+    run(parallel, context, block_task, call.blocks * a.kv_heads, call);
   std::free(places);
   return call.failed ? "no memory for the scores of a row" : nullptr;
 }

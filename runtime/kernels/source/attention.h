@@ -2,7 +2,7 @@
 // its sequence, and itself; or, with `cross_lengths`, over the keys and values of a prompt.
 //
 // A row is summed in an order that is its own, whatever else is in the call: what it sees is cut into pieces, each with
-// a largest score and sums of its own, which threads may share; they are joined in order.
+// a largest score and sums of its own, which threads may share; they are joined one after the other.
 #pragma once
 
 #include <cstddef>
@@ -44,7 +44,7 @@ struct Place {
 
 // Heads of a group that are summed side by side: they share keys and values.
 constexpr int kSharing = 4;
-// Positions that are weighed together, from the first on that a row sees. The pieces of a row are joined in order.
+// Positions that are weighed together.
 constexpr int64_t kPieceRows = 64;
 // Size of heads, at most, whose keys are turned for many rows.
 constexpr int64_t kTurnedSize = 256;
@@ -54,9 +54,11 @@ constexpr int64_t kTurnedSize = 256;
 FREEEXPORT_ATTENTION int64_t first_position(const Attention& a, const Place& place) {
   return a.window && place.position >= a.window ? place.position + 1 - a.window : 0;
 }
-FREEEXPORT_ATTENTION int64_t pieces_of(const Attention& a, const Place& place) {
-  return (place.position - first_position(a, place) + kPieceRows) / kPieceRows;
+// Pieces begin at every 64th position, so that all rows of a sequence share them; those that a row sees.
+FREEEXPORT_ATTENTION int64_t first_piece(const Attention& a, const Place& place) {
+  return first_position(a, place) / kPieceRows;
 }
+FREEEXPORT_ATTENTION int64_t end_piece(const Place& place) { return (place.position + kPieceRows) / kPieceRows; }
 // Where the key and the value of a position stand in the cache.
 FREEEXPORT_ATTENTION int64_t keys_at(const Attention& a, const Place& place, int64_t kv_head, int64_t position) {
   return ((place.sequence * a.kv_heads + kv_head) * a.capacity + position) * a.size;
@@ -68,11 +70,19 @@ struct Ahead {
   int64_t rows;
 };
 
-// Room for the pieces of one row and group of heads, in floats: [heads of the group][pieces][size] of outputs, and
-// [heads of the group][padded pieces] of largest scores and of sums of exponentials.
-FREEEXPORT_ATTENTION int64_t padded_pieces(int64_t pieces) { return (pieces + 15) / 16 * 16; }
-FREEEXPORT_ATTENTION int64_t attention_room(const Attention& a, int64_t pieces) {
-  return a.heads / a.kv_heads * (pieces * a.size + 2 * padded_pieces(pieces));
+// Room for one row and group of heads, of floats: [heads of the group][slots][size] of outputs, and [heads of the group]
+// [padded slots] of largest scores and of sums of exponentials. Each piece has a slot; or, in a room that is `running`,
+// all that come first have slot 0, which the next one joins. Rooms of rows stand `apart`.
+struct Room {
+  float* values;
+  int64_t slots, apart;
+  bool running;
+};
+constexpr int64_t kRunningSlots = 2;
+
+FREEEXPORT_ATTENTION int64_t padded_slots(int64_t slots) { return (slots + 15) / 16 * 16; }
+FREEEXPORT_ATTENTION int64_t attention_room(const Attention& a, int64_t slots) {
+  return a.heads / a.kv_heads * (slots * a.size + 2 * padded_slots(slots));
 }
 
 struct Kernels;

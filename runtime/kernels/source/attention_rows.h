@@ -10,63 +10,59 @@ namespace {
 
 constexpr int kQueries = 16;  // queries whose scores are kept at once
 
-// A head of a row, and where its share of a piece goes.
+// A head of a row, where its share of a piece goes, and what it sees of that.
 struct Query {
   const float* values;
-  float *out, *largest, *sum;
-  int64_t seen;  // keys of the piece
+  Part part;
+  Seen seen;
 };
 
 // As many queries and registers of keys as there are registers for.
-constexpr int kScoreQueries = Vec::kLanes == 16 ? 4 : 2, kScoreKeys = 2;
+constexpr int kScoreQueries = 4, kScoreKeys = 2;
+constexpr int64_t kScored = kScoreKeys * Vec::kLanes;
 
-// Keys [count, size] to turned [size, kPieceRows]; behind them zeros, as far as scores are computed.
+// Keys [count, size] to turned [kPieceRows / kScored][size][kScored]; behind them zeros, as far as scores are computed.
 inline void turn_keys(const float* keys, int64_t size, int64_t count, float* turned) {
-  constexpr int64_t kScored = kScoreKeys * Vec::kLanes;
   const int64_t whole = count / Vec::kLanes * Vec::kLanes, end = (count + kScored - 1) / kScored * kScored;
+  const auto at = [&](int64_t t) { return turned + t / kScored * kScored * size + t % kScored; };
   for (int64_t t = 0; t < whole; t += Vec::kLanes)
-    for (int64_t i = 0; i < size; i += 4)
-      Vec::turn_four(keys + t * size + i, size, turned + i * kPieceRows + t, kPieceRows);
-  for (int64_t i = 0; i < size; i++)
-    for (int64_t t = whole; t < end; t++) turned[i * kPieceRows + t] = t < count ? keys[t * size + i] : 0.0f;
+    for (int64_t i = 0; i < size; i += 4) Vec::turn_four(keys + t * size + i, size, at(t) + i * kScored, kScored);
+  for (int64_t t = whole; t < end; t++)
+    for (int64_t i = 0; i < size; i++) at(t)[i * kScored] = t < count ? keys[t * size + i] : 0.0f;
 }
 
-// Adds the products of values first, first + 16, ... of the size, one after the other: what a lane has of a row alone.
+// scores[q][t] of keys from..end, and of more up to whole registers. What a lane has of a row alone, the products of values
+// lane, lane + 16, ... of the size, is summed one after the other, and lanes are added as a row alone folds them.
 template <int Q>
-FREEEXPORT_INLINE void add_lane(const Query* queries, const float* turned, int64_t size, int64_t first,
-                                typename Vec::Float (&sums)[Q][kScoreKeys]) {
-#pragma GCC unroll 4
-  for (int q = 0; q < Q; q++)
-#pragma GCC unroll 2
-    for (int k = 0; k < kScoreKeys; k++) sums[q][k] = Vec::zero();
-  for (int64_t i = first; i < size; i += kWide) {
-    typename Vec::Float keys[kScoreKeys];
-#pragma GCC unroll 2
-    for (int k = 0; k < kScoreKeys; k++) keys[k] = Vec::floats(turned + i * kPieceRows + k * Vec::kLanes);
-#pragma GCC unroll 4
-    for (int q = 0; q < Q; q++) {
-      const typename Vec::Float value = Vec::set(queries[q].values[i]);
-#pragma GCC unroll 2
-      for (int k = 0; k < kScoreKeys; k++) sums[q][k] = Vec::add_product(value, keys[k], sums[q][k]);
-    }
-  }
-}
-
-// scores[q][t] of `count` keys, and more up to the next registers. Lanes are added as a row alone folds them.
-template <int Q>
-inline void score(const Query* queries, const float* turned, int64_t size, int64_t count, float* scores) {
-  for (int64_t t = 0; t < count; t += kScoreKeys * Vec::kLanes) {
-    typename Vec::Float halves[kHalf][Q][kScoreKeys];
-    for (int lane = 0; lane < kHalf; lane++) {
-      typename Vec::Float low[Q][kScoreKeys], high[Q][kScoreKeys];
-      add_lane<Q>(queries, turned + t, size, lane, low);
-      add_lane<Q>(queries, turned + t, size, lane + kHalf, high);
-#pragma GCC unroll 4
+inline void score(const Query* queries, const float* turned, int64_t size, int64_t from, int64_t end, float* scores) {
+  using Sums = typename Vec::Float[Q][kScoreKeys];
+  for (int64_t t = from / kScored * kScored; t < end; t += kScored) {
+    const float* keys = turned + t * size;
+    Sums halves[kHalf];
+    for (int lane = 0; lane < kWide; lane++) {
+      Sums sums;
+#pragma GCC unroll 8
       for (int q = 0; q < Q; q++)
 #pragma GCC unroll 2
-        for (int k = 0; k < kScoreKeys; k++) halves[lane][q][k] = Vec::added(low[q][k], high[q][k]);
+        for (int k = 0; k < kScoreKeys; k++) sums[q][k] = Vec::zero();
+      for (int64_t i = lane; i < size; i += kWide) {
+        typename Vec::Float key[kScoreKeys];
+#pragma GCC unroll 2
+        for (int k = 0; k < kScoreKeys; k++) key[k] = Vec::floats(keys + i * kScored + k * Vec::kLanes);
+#pragma GCC unroll 8
+        for (int q = 0; q < Q; q++) {
+          const typename Vec::Float value = Vec::set(queries[q].values[i]);
+#pragma GCC unroll 2
+          for (int k = 0; k < kScoreKeys; k++) sums[q][k] = Vec::add_product(value, key[k], sums[q][k]);
+        }
+      }
+      Sums& half = halves[lane % kHalf];
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; q++)
+#pragma GCC unroll 2
+        for (int k = 0; k < kScoreKeys; k++) half[q][k] = lane < kHalf ? sums[q][k] : Vec::added(half[q][k], sums[q][k]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int q = 0; q < Q; q++)
 #pragma GCC unroll 2
       for (int k = 0; k < kScoreKeys; k++) {
@@ -77,7 +73,8 @@ inline void score(const Query* queries, const float* turned, int64_t size, int64
   }
 }
 
-// Values weighed, for `Parts` registers of their size from `from` on: of all queries as far as all see, then of each.
+// Values weighed, for `Parts` registers of their size from `from` on: of all queries where all see, before and behind of
+// each alone.
 template <int Q, int Parts, bool Half = false>
 inline void weigh_rows(const Query* queries, const float* weights, const float* values, int64_t size, int64_t from) {
   typename Vec::Float sums[Q][Parts];
@@ -85,9 +82,23 @@ inline void weigh_rows(const Query* queries, const float* weights, const float* 
   for (int q = 0; q < Q; q++)
 #pragma GCC unroll 4
     for (int p = 0; p < Parts; p++) sums[q][p] = Vec::zero();
-  int64_t all = queries[0].seen;
-  for (int q = 1; q < Q; q++) all = queries[q].seen < all ? queries[q].seen : all;
-  for (int64_t t = 0; t < all; t++) {
+  Seen all = queries[0].seen;
+  for (int q = 1; q < Q; q++) {
+    all.from = queries[q].seen.from > all.from ? queries[q].seen.from : all.from;
+    all.end = queries[q].seen.end < all.end ? queries[q].seen.end : all.end;
+  }
+  if (all.end < all.from) all.end = all.from;
+  const auto add_alone = [&](int64_t begin, int64_t end, int q) {
+    for (int64_t t = begin; t < end; t++)
+#pragma GCC unroll 4
+      for (int p = 0; p < Parts; p++)
+        sums[q][p] = Vec::add_product(Vec::set(weights[q * kPieceRows + t]),
+                                      values_at<Vec, Half>(values + t * size + from + p * Vec::kLanes), sums[q][p]);
+  };
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++)
+    add_alone(queries[q].seen.from, all.from < queries[q].seen.end ? all.from : queries[q].seen.end, q);
+  for (int64_t t = all.from; t < all.end; t++) {
     typename Vec::Float value[Parts];
 #pragma GCC unroll 4
     for (int p = 0; p < Parts; p++) value[p] = values_at<Vec, Half>(values + t * size + from + p * Vec::kLanes);
@@ -100,13 +111,9 @@ inline void weigh_rows(const Query* queries, const float* weights, const float* 
   }
 #pragma GCC unroll 8
   for (int q = 0; q < Q; q++) {
-    for (int64_t t = all; t < queries[q].seen; t++)
+    add_alone(all.end, queries[q].seen.end, q);
 #pragma GCC unroll 4
-      for (int p = 0; p < Parts; p++)
-        sums[q][p] = Vec::add_product(Vec::set(weights[q * kPieceRows + t]),
-                                      values_at<Vec, Half>(values + t * size + from + p * Vec::kLanes), sums[q][p]);
-#pragma GCC unroll 4
-    for (int p = 0; p < Parts; p++) put_values<Vec, Half>(queries[q].out + from + p * Vec::kLanes, sums[q][p]);
+    for (int p = 0; p < Parts; p++) put_values<Vec, Half>(queries[q].part.out + from + p * Vec::kLanes, sums[q][p]);
   }
 }
 
@@ -120,37 +127,53 @@ inline void weigh_size(const Query* queries, const float* weights, const float* 
   if (from < size) weigh_rows<Q, kHalfParts, true>(queries, weights, values, size, from);
 }
 
-// A piece, for all heads of a group and `count` rows of a sequence that begin to see at one position, the next one
-// behind the other. `room` lies between those of two rows.
+// A piece, for all heads of a group and `count` rows of a sequence that see of it, the next one behind the other; `room`
+// is that of the first.
 inline void attend_rows(const Attention& a, const Place* places, int64_t count, int64_t kv_head, int64_t piece,
-                        float* rooms, int64_t room) {
-  const int64_t size = a.size, group = a.heads / a.kv_heads;
-  const int64_t begin = first_position(a, places[0]) + piece * kPieceRows, at = keys_at(a, places[0], kv_head, begin);
-  alignas(64) float keys[kTurnedSize * kPieceRows], scores[kQueries * kPieceRows];
-  const int64_t most = keys_seen(places[count - 1], begin);
-  turn_keys(a.key + at, size, most, keys);
+                        const Room& room) {
+  const int64_t size = a.size, group = a.heads / a.kv_heads, begin = piece * kPieceRows;
+  const int64_t at = keys_at(a, places[0], kv_head, begin);
+  alignas(64) float keys[kTurnedSize * kPieceRows], scores[kQueries * kPieceRows], outputs[kQueries * kTurnedSize];
+  float largest[kQueries], sums[kQueries], powers[kQueries];
+  turn_keys(a.key + at, size, seen_of(a, places[count - 1], piece).end, keys);
+  const auto values_of = [&](int64_t query) {
+    return queries_of(a, places[query / group]) + (kv_head * group + query % group) * size;
+  };
   for (int64_t first = 0; first < count * group; first += kQueries) {
     Query queries[kQueries];
+    Part parts[kQueries];
     const int64_t left = count * group - first, here = left < kQueries ? left : kQueries;
     for (int64_t q = 0; q < here; q++) {
-      const int64_t row = (first + q) / group, within = (first + q) % group, head = kv_head * group + within;
+      for (int64_t i = 0; i < size && kQueries + q < left; i += kWide)
+        __builtin_prefetch(values_of(first + kQueries + q) + i);
+      const int64_t row = (first + q) / group, within = (first + q) % group;
       const Place& place = places[row];
-      const int64_t pieces = pieces_of(a, place), padded = padded_pieces(pieces);
-      float *own = rooms + row * room, *largest = own + group * pieces * size + within * padded + piece;
-      queries[q] = {queries_of(a, place) + head * size, own + (within * pieces + piece) * size, largest,
-                    largest + group * padded, keys_seen(place, begin)};
+      const int64_t before = piece - first_piece(a, place);
+      const Room own = {room.values + row * room.apart, room.slots, room.apart, room.running};
+      parts[q] = part_of(a, own, within, room.running ? 0 : before);
+      const bool joins = room.running && before > 0;
+      queries[q] = {values_of(first + q),
+                    joins ? Part{outputs + q * size, largest + q, sums + q} : parts[q], seen_of(a, place, piece)};
     }
+    const int64_t from = queries[0].seen.from, end = queries[here - 1].seen.end;
     int64_t q = 0;
     for (; q + kScoreQueries <= here; q += kScoreQueries)
-      score<kScoreQueries>(queries + q, keys, size, most, scores + q * kPieceRows);
-    for (; q < here; q++) score<1>(queries + q, keys, size, most, scores + q * kPieceRows);
+      score<kScoreQueries>(queries + q, keys, size, from, end, scores + q * kPieceRows);
+    for (; q < here; q++) score<1>(queries + q, keys, size, from, end, scores + q * kPieceRows);
     for (q = 0; q < here; q++) {
-      const int64_t head = kv_head * group + (first + q) % group;
-      scale_and_bias(a, head, begin, places[(first + q) / group].position, scores + q * kPieceRows, queries[q].seen);
-      exponentials(scores + q * kPieceRows, queries[q].seen, queries[q].largest, queries[q].sum);
+      const Seen seen = queries[q].seen;
+      float* own = scores + q * kPieceRows;
+      scale_and_bias(a, kv_head * group + (first + q) % group, begin + seen.from, places[(first + q) / group].position,
+                     own + seen.from, seen.end - seen.from);
+      exponentials(own, seen.from, seen.end, queries[q].part.largest, queries[q].part.sum);
     }
     for (q = 0; q + 4 <= here; q += 4) weigh_size<4>(queries + q, scores + q * kPieceRows, a.value + at, size);
     for (; q < here; q++) weigh_size<1>(queries + q, scores + q * kPieceRows, a.value + at, size);
+    if (!room.running) continue;
+    for (q = 0; q < here; q++) powers[q] = distance_of(*parts[q].largest, *queries[q].part.largest);
+    exponentials(powers, here);
+    for (q = 0; q < here; q++)
+      if (queries[q].part.out != parts[q].out) join_piece(parts[q], queries[q].part, powers[q], size);
   }
 }
 

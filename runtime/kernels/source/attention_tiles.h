@@ -52,10 +52,13 @@ inline const float* queries_of(const Attention& a, const Place& place) {
   return turned(a) ? a.y + place.row * a.heads * a.size : a.input + place.row * a.width;
 }
 
-// Keys of the piece that begins at a position that a row sees.
-inline int64_t keys_seen(const Place& place, int64_t begin) {
-  const int64_t left = place.position + 1 - begin;
-  return left < kPieceRows ? left : kPieceRows;
+// Keys of a piece that a row sees: those from `from` to `end` of its 64.
+struct Seen {
+  int64_t from, end;
+};
+inline Seen seen_of(const Attention& a, const Place& place, int64_t piece) {
+  const int64_t from = first_position(a, place) - piece * kPieceRows, end = place.position + 1 - piece * kPieceRows;
+  return {from > 0 ? from : 0, end < kPieceRows ? end : kPieceRows};
 }
 
 // Keys and values of a row to the cache, and its queries to y.
@@ -162,26 +165,34 @@ inline void weigh(const float* weights, int64_t stride, const float* values, int
     for (int p = 0; p < Parts; p++) put_values<Vec, Half>(out + q * apart + from + p * Vec::kLanes, sums[q][p]);
 }
 
-// e^(x - largest) in place, the largest, and the sum of these: 16 next to each other are summed apart. What x has room
-// for behind its end, up to the next multiple of 16, is written to.
-inline void exponentials(float* x, int64_t count, float* most, float* sum) {
-  float largest[kWide], sums[kWide] = {};
-  const int64_t end = (count + kWide - 1) / kWide * kWide;
-  for (int64_t i = count; i < end; i++) x[i] = x[0];
-  for (int j = 0; j < kWide; j++) largest[j] = x[j];
-  for (int64_t i = kWide; i < end; i += kWide)
-    for (int j = 0; j < kWide; j++) largest[j] = x[i + j] > largest[j] ? x[i + j] : largest[j];
-  for (int half = kWide / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; j++) largest[j] = largest[j + half] > largest[j] ? largest[j + half] : largest[j];
-  for (int64_t i = 0; i < end; i++) x[i] -= largest[0];
-  exponentials(x, end);
-  for (int64_t i = count; i < end; i++) x[i] = 0.0f;
-  for (int64_t i = 0; i < end; i += kWide)
-    for (int j = 0; j < kWide; j++) sums[j] += x[i + j];
-  for (int half = kWide / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; j++) sums[j] += sums[j + half];
-  *most = largest[0];
-  *sum = sums[0];
+// e^(x - largest) of x[from]..x[end] in place, the largest, and the sum of these: 16 next to each other are summed apart.
+// The rest of the 16 numbers at both ends, for which x has room, becomes 0.
+inline void exponentials(float* x, int64_t from, int64_t end, float* most, float* sum) {
+  const int64_t first = from / kWide * kWide, last = (end + kWide - 1) / kWide * kWide;
+  for (int64_t i = first; i < from; i++) x[i] = x[from];
+  for (int64_t i = end; i < last; i++) x[i] = x[from];
+  typename Vec::Float parts[kParts];
+  for (int p = 0; p < kParts; p++) parts[p] = Vec::floats(x + first + p * Vec::kLanes);
+  for (int64_t i = first + kWide; i < last; i += kWide)
+    for (int p = 0; p < kParts; p++) parts[p] = Vec::larger(Vec::floats(x + i + p * Vec::kLanes), parts[p]);
+  *most = Vec::largest(parts);
+  const typename Vec::Float all = Vec::set(*most);
+  for (int p = 0; p < kParts; p++) parts[p] = Vec::zero();
+  const bool whole = first == from && last == end;
+  for (int64_t i = first; i < last; i += kWide)
+    for (int p = 0; p < kParts; p++) {
+      float* at = x + i + p * Vec::kLanes;
+      const typename Vec::Float power = exponential(Vec::minus(Vec::floats(at), all));
+      if (whole) parts[p] = Vec::added(parts[p], power);
+      Vec::store(at, power);
+    }
+  if (!whole) {
+    for (int64_t i = first; i < from; i++) x[i] = 0.0f;
+    for (int64_t i = end; i < last; i++) x[i] = 0.0f;
+    for (int64_t i = first; i < last; i += kWide)
+      for (int p = 0; p < kParts; p++) parts[p] = Vec::added(parts[p], Vec::floats(x + i + p * Vec::kLanes));
+  }
+  *sum = Vec::fold(parts);
 }
 
 // most * tanh(x / most) in place, of at most kPieceRows numbers.
@@ -220,28 +231,58 @@ inline void weigh_all(const float* weights, int64_t stride, const float* values,
   if (from < size) weigh<Q, kHalfParts, true>(weights, stride, values, size, count, from, out, apart, ahead);
 }
 
+// What a head has so far: outputs, the largest score, and the sum of exponentials.
+struct Part {
+  float *out, *largest, *sum;
+};
+inline Part part_of(const Attention& a, const Room& room, int64_t within, int64_t slot) {
+  const int64_t group = a.heads / a.kv_heads, padded = padded_slots(room.slots);
+  float* largest = room.values + group * room.slots * a.size + within * padded + slot;
+  return {room.values + (within * room.slots + slot) * a.size, largest, largest + group * padded};
+}
+
+// The distance of two largest scores, below 0: e to it is what the smaller one's share is multiplied with.
+inline float distance_of(float a, float b) { return a > b ? b - a : a - b; }
+
+// A later piece joins what is there; `power` is e^distance_of both.
+inline void join_piece(const Part& to, const Part& piece, float power, int64_t size) {
+  const bool more = *piece.largest > *to.largest;
+  const float own = more ? power : 1.0f, other = more ? 1.0f : power;
+  const auto joined = [&](typename Vec::Float values, typename Vec::Float others) {
+    return Vec::add_product(values, Vec::set(own), Vec::times(others, Vec::set(other)));
+  };
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= size; i += Vec::kLanes)
+    Vec::store(to.out + i, joined(Vec::floats(to.out + i), Vec::floats(piece.out + i)));
+  if (i < size)
+    put_values<Vec, true>(to.out + i, joined(values_at<Vec, true>(to.out + i), values_at<Vec, true>(piece.out + i)));
+  *to.sum = *to.sum * own + *piece.sum * other;
+  if (more) *to.largest = *piece.largest;
+}
+
 // Of a piece, Q heads from that of number `within` of its group on.
 template <int Q>
 inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, int64_t within,
-                         const Ahead& ahead, float* room) {
-  const int64_t size = a.size, group = a.heads / a.kv_heads, head = kv_head * group + within;
-  const int64_t begin = first_position(a, place) + piece * kPieceRows, pieces = pieces_of(a, place);
-  const int64_t count = keys_seen(place, begin), at = keys_at(a, place, kv_head, begin);
+                         const Ahead& ahead, const Room& room) {
+  const int64_t size = a.size, head = kv_head * (a.heads / a.kv_heads) + within, begin = piece * kPieceRows;
+  const Seen seen = seen_of(a, place, piece);
+  const int64_t at = keys_at(a, place, kv_head, begin + seen.from), count = seen.end - seen.from;
+  const int64_t slot = room.running ? piece > first_piece(a, place) : piece - first_piece(a, place);
   float scores[Q * kPieceRows];
-  dots<Q>(queries_of(a, place) + head * size, a.key + at, a.value + at, size, count, scores);
-  float* outputs = room + (within * pieces + piece) * size;
-  const int64_t padded = padded_pieces(pieces);
-  float* largest = room + group * pieces * size + within * padded + piece;
+  dots<Q>(queries_of(a, place) + head * size, a.key + at, a.value + at, size, count, scores + seen.from);
   for (int q = 0; q < Q; q++) {
-    scale_and_bias(a, head + q, begin, place.position, scores + q * kPieceRows, count);
-    exponentials(scores + q * kPieceRows, count, largest + q * padded, largest + (group + q) * padded);
+    float* own = scores + q * kPieceRows;
+    const Part part = part_of(a, room, within + q, slot);
+    scale_and_bias(a, head + q, begin + seen.from, place.position, own + seen.from, count);
+    exponentials(own, seen.from, seen.end, part.largest, part.sum);
   }
-  weigh_all<Q>(scores, kPieceRows, a.value + at, size, count, outputs, pieces * size, ahead);
+  weigh_all<Q>(scores + seen.from, kPieceRows, a.value + at, size, count, part_of(a, room, within, slot).out,
+               room.slots * size, ahead);
 }
 
-// A piece of what a row sees, for all heads of a group. `room` is of attention_room.
+// A piece of what a row sees, for all heads of a group.
 inline void attend(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
-                   float* room) {
+                   const Room& room) {
   const int64_t group = a.heads / a.kv_heads;
   for (int64_t g = 0; g < group; g += kSharing) {
     const int64_t left = group - g;
@@ -254,30 +295,37 @@ inline void attend(const Attention& a, const Place& place, int64_t kv_head, int6
     else
       attend_heads<1>(a, place, kv_head, piece, g, ahead, room);
   }
+  if (!room.running || piece == first_piece(a, place)) return;
+  for (int64_t g = 0; g < group; g++) {
+    const Part to = part_of(a, room, g, 0), part = part_of(a, room, g, 1);
+    float power = distance_of(*to.largest, *part.largest);
+    exponentials(&power, 1);
+    join_piece(to, part, power, a.size);
+  }
 }
 
-// The pieces of a row, weighed by what they have of the whole, to y.
-inline void join(const Attention& a, const Place& place, int64_t kv_head, float* room) {
-  const int64_t size = a.size, group = a.heads / a.kv_heads, pieces = pieces_of(a, place);
-  const int64_t padded = padded_pieces(pieces);
-  float *largest = room + group * pieces * size, *sums = largest + group * padded;
-  for (int64_t g = 0; g < group; g++, largest += padded, sums += padded, room += pieces * size) {
+// What a row has of all pieces, divided by the sum, to y.
+inline void join(const Attention& a, const Place& place, int64_t kv_head, const Room& room) {
+  const int64_t size = a.size, group = a.heads / a.kv_heads, pieces = end_piece(place) - first_piece(a, place);
+  for (int64_t g = 0; g < group; g++) {
     float* y = a.y + (place.row * a.heads + kv_head * group + g) * size;
     if (pieces == 0) {  // there is nothing to attend to
       std::memset(y, 0, static_cast<size_t>(size) * sizeof(float));
       continue;
     }
-    const float* joined = room;
-    float sum = sums[0];
-    if (pieces > 1) {
-      float most, all;
-      exponentials(largest, pieces, &most, &all);
-      sum = 0.0f;
-      for (int64_t p = 0; p < pieces; p++) sum += sums[p] * largest[p];
-      weigh_all<1>(largest, 0, room, size, pieces, y, 0, {room, 0});
-      joined = y;
+    const Part all = part_of(a, room, g, 0);
+    for (int64_t first = 1; first < pieces && !room.running; first += kPieceRows) {
+      const int64_t count = pieces - first < kPieceRows ? pieces - first : kPieceRows;
+      float powers[kPieceRows], most = *all.largest;
+      for (int64_t p = 0; p < count; p++) {
+        const float next = all.largest[first + p];
+        powers[p] = distance_of(most, next);
+        most = next > most ? next : most;
+      }
+      exponentials(powers, count);
+      for (int64_t p = 0; p < count; p++) join_piece(all, part_of(a, room, g, first + p), powers[p], size);
     }
-    for (int64_t i = 0; i < size; i++) y[i] = joined[i] / sum;
+    for (int64_t i = 0; i < size; i++) y[i] = all.out[i] / *all.sum;
   }
 }
 

@@ -108,12 +108,12 @@ struct Kernels {
   // Of attention: keys and values of a row to the cache; a piece of what it sees, for one group of heads; all joined.
   void (*store_row)(const Attention& attention, const Place& place);
   void (*attend)(const Attention& attention, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
-                 float* room);
-  // The same for rows of a sequence, one behind the other, that begin to see at one position, with `room` between those
-  // of two; null where rows are attended one by one.
+                 const Room& room);
+  // The same for rows of a sequence, one behind the other, that see of the piece, with the room of the first; null where
+  // rows are attended one by one.
   void (*attend_rows)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head, int64_t piece,
-                      float* rooms, int64_t room);
-  void (*join)(const Attention& attention, const Place& place, int64_t kv_head, float* room);
+                      const Room& room);
+  void (*join)(const Attention& attention, const Place& place, int64_t kv_head, const Room& room);
   // Of a head: the best two of `count` logits, the first of which has number `first`.
   void (*best_of_piece)(const float* logits, int64_t first, int64_t count, BestTwo* two);
 };

@@ -25,6 +25,17 @@ struct Vec {
   static void fold_four(const Float (&parts)[4][16], float* to) {
     for (int i = 0; i < 4; i++) to[i] = fold(parts[i]);
   }
+  static Float added(Float a, Float b) { return a + b; }
+  static Float minus(Float a, Float b) { return a - b; }
+  static Float times(Float a, Float b) { return a * b; }
+  static Float larger(Float a, Float b) { return a > b ? a : b; }
+  static Float smaller(Float a, Float b) { return a < b ? a : b; }
+  static float largest(const Float (&parts)[16]) {
+    float most = parts[0];
+    for (float part : parts) most = larger(part, most);
+    return most;
+  }
+  static Float times_power(Float a, Float n, Float) { return a * std::ldexp(1.0f, n == n ? static_cast<int>(n) : 0); }
   static Float zero() { return 0.0f; }
   static Int all(int32_t value) { return value; }
   static Float floats(const float* from) { return *from; }

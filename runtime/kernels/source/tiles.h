@@ -51,34 +51,32 @@ inline float sum_of_squares(const float* x, int64_t count) {
 
 inline float root(float value) { return __builtin_sqrtf(value); }
 
-// e^x, to about 1e-7 of it: 2^n times a polynomial (of Cephes). Plain operations, which give the same bits everywhere.
-// For x from -87 to 89; beyond 88.4, where n is 128, it is infinite.
-inline float exponential_within(float x) {
-  constexpr float kRound = 12582912.0f;
-  const float rounded = x * 1.44269504088896341f + kRound;
-  const float n = rounded - kRound;
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float mantissa = p * (r * r) + r + 1.0f;
-  uint32_t bits, power;
-  std::memcpy(&bits, &rounded, sizeof(bits));
-  power = (bits - 0x4b400000u + 127u) << 23;  // of 2^n; the low bits of `rounded` are n
-  float scale;
-  std::memcpy(&scale, &power, sizeof(scale));
-  return mantissa * scale;
+// e^x, to about 1e-7 of it: 2^n times a polynomial (of Cephes), of the same operations everywhere. Beyond -87 and 88 it
+// is that of these.
+inline Vec::Float exponential(Vec::Float x) {
+  const auto both = [](Vec::Float a, Vec::Float b, float c) { return Vec::add_product(a, b, Vec::set(c)); };
+  x = Vec::smaller(Vec::set(88.0f), Vec::larger(Vec::set(-87.0f), x));  // what is no number stays so
+  const Vec::Float rounded = both(x, Vec::set(1.44269504088896341f), 12582912.0f);
+  const Vec::Float n = Vec::minus(rounded, Vec::set(12582912.0f));
+  const Vec::Float near = Vec::add_product(n, Vec::set(-0.693359375f), x);
+  const Vec::Float r = Vec::add_product(n, Vec::set(2.12194440e-4f), near);
+  Vec::Float p = both(Vec::set(1.9875691500e-4f), r, 1.3981999507e-3f);
+  p = both(p, r, 8.3334519073e-3f);
+  p = both(p, r, 4.1665795894e-2f);
+  p = both(p, r, 1.6666665459e-1f);
+  p = both(p, r, 5.0000001201e-1f);
+  p = Vec::added(Vec::add_product(p, Vec::times(r, r), r), Vec::set(1.0f));
+  return Vec::times_power(p, n, rounded);
 }
 
-// e^x in place. Limits have loops of their own: GCC takes the exponential of a limit for a case of its own, and then one
-// number after the other.
+// e^x in place.
 inline void exponentials(float* x, int64_t count) {
-  for (int64_t i = 0; i < count; i++) x[i] = x[i] < -87.0f ? -87.0f : x[i];
-  for (int64_t i = 0; i < count; i++) x[i] = x[i] > 89.0f ? 89.0f : x[i];
-  for (int64_t i = 0; i < count; i++) x[i] = exponential_within(x[i]);
+  for (; count >= Vec::kLanes; count -= Vec::kLanes, x += Vec::kLanes) Vec::store(x, exponential(Vec::floats(x)));
+  if (count <= 0) return;
+  float rest[Vec::kLanes] = {};
+  for (int64_t i = 0; i < count; i++) rest[i] = x[i];
+  Vec::store(rest, exponential(Vec::floats(rest)));
+  for (int64_t i = 0; i < count; i++) x[i] = rest[i];
 }
 
 // x / (1 + e^-inner(x)) in place, so many at once.

@@ -80,6 +80,21 @@ struct Vec256 {
     return _mm256_fnmadd_ps(_mm256_castsi256_ps(sum), scale.by, scale.counted);
   }
   static Float added(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float minus(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static Float times(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }  // b where one of them is no number
+  static Float smaller(Float a, Float b) { return _mm256_min_ps(a, b); }
+  static float largest(const Float (&parts)[2]) {
+    const __m256 eight = larger(parts[0], parts[1]);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  // a * 2^n, where n was added to 1.5 * 2^23 to become `rounded`.
+  static Float times_power(Float a, Float, Float rounded) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_castps_si256(rounded), all(127 - 0x4b400000));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
   static Float times(Float a, const int8_t* b) {
     return _mm256_mul_ps(a, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(b)))));
   }

@@ -86,6 +86,13 @@ struct Vec512 {
     return _mm512_fnmadd_ps(_mm512_castsi512_ps(sum), scale.by, scale.counted);
   }
   static Float added(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float minus(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static Float times(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b where one of them is no number
+  static Float smaller(Float a, Float b) { return _mm512_min_ps(a, b); }
+  static float largest(const Float (&parts)[1]) { return _mm512_reduce_max_ps(parts[0]); }
+  // a * 2^n, where n was added to 1.5 * 2^23 to become `rounded`.
+  static Float times_power(Float a, Float n, Float) { return _mm512_scalef_ps(a, n); }
   static Float times(Float a, const int8_t* b) {
     return _mm512_mul_ps(a, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)))));
   }

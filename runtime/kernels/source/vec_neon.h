@@ -57,6 +57,24 @@ struct VecNeon {
     }
   }
   static Float added(Float a, Float b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+  static Float minus(Float a, Float b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+  static Float times(Float a, Float b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+  // b where one of them is no number.
+  static float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static float32x4_t smaller(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+  static Float larger(Float a, Float b) { return {larger(a.low, b.low), larger(a.high, b.high)}; }
+  static Float smaller(Float a, Float b) { return {smaller(a.low, b.low), smaller(a.high, b.high)}; }
+  static float largest(const Float (&parts)[2]) {
+    return vmaxvq_f32(larger(larger(parts[0].low, parts[1].low), larger(parts[0].high, parts[1].high)));
+  }
+  // a * 2^n, where n was added to 1.5 * 2^23 to become `rounded`.
+  static float32x4_t times_power(float32x4_t a, float32x4_t rounded) {
+    const int32x4_t exponent = vaddq_s32(vreinterpretq_s32_f32(rounded), vdupq_n_s32(127 - 0x4b400000));
+    return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+  }
+  static Float times_power(Float a, Float, Float rounded) {
+    return {times_power(a.low, rounded.low), times_power(a.high, rounded.high)};
+  }
   static Float zero() { return set(0.0f); }
   static Int all(int32_t value) { return {vdupq_n_s32(value), vdupq_n_s32(value)}; }
   static Float floats(const float* from) { return {vld1q_f32(from), vld1q_f32(from + 4)}; }
