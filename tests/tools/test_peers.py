@@ -48,10 +48,10 @@ def test_everyone_runs_in_every_round_and_failures_stop_nobody_else() -> None:
 
 def test_prompts_are_timed_to_their_first_token() -> None:
     missing = replace(contender("missing"), command=["/nowhere/python"])
-    rows, failed = first_tokens([missing, contender("good"), contender("again")], [3, 5], 2, 1, vocabulary=4)
+    rows, failed = first_tokens([missing, contender("good"), contender("again")], [3, 5], 2, 2, 1, vocabulary=4)
     assert [(row["length"], row["name"]) for row in rows] == [(3, "good"), (3, "again"), (5, "good"), (5, "again")]
     assert all(row["tokens_per_second"] == pytest.approx(1e3 * row["length"] / row["first_token_ms"]) for row in rows)
-    assert rows[0]["ratio"] == rows[2]["ratio"] == 1
+    assert rows[0]["ratio"] == rows[2]["ratio"] == rows[2]["decode_ratio"] == 1
     assert list(failed) == ["missing"]
 
 

@@ -297,7 +297,8 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     import llama_cpp
 
     file = Path(path) / "model.gguf" if Path(path).is_dir() else Path(path)
-    model = llama_cpp.Llama(str(file), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+    context = options.get("context", 2048)
+    model = llama_cpp.Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     grammar = llama_cpp.LlamaGrammar.from_json_schema(options["schema"]) if options.get("schema") else None
 
