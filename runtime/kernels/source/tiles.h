@@ -79,7 +79,8 @@ inline void exponentials(float* x, int64_t count) {
   for (int64_t i = 0; i < count; i++) x[i] = rest[i];
 }
 
-// x / (1 + e^-inner(x)) in place, so many at once.
+// x / (1 + e^-inner(x)) in place, so many at once. Nothing is left where the power is the largest there is: of -1e38 the
+// quotient would be seen.
 template <typename Inner>
 inline void times_sigmoid(float* x, int64_t count, const Inner& inner) {
   constexpr int64_t kAtOnce = 64;
@@ -88,7 +89,7 @@ inline void times_sigmoid(float* x, int64_t count, const Inner& inner) {
     const int64_t size = count - at < kAtOnce ? count - at : kAtOnce;
     for (int64_t i = 0; i < size; i++) powers[i] = -inner(x[i]);
     exponentials(powers, size);
-    for (int64_t i = 0; i < size; i++) x[i] = x[i] / (1.0f + powers[i]);
+    for (int64_t i = 0; i < size; i++) x[i] = powers[i] > 1.6e38f ? 0.0f : x[i] / (1.0f + powers[i]);
   }
 }
 

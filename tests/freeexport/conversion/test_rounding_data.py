@@ -220,7 +220,7 @@ def convert(model: Path, out: Path, *arguments: str) -> Result:
     ("content", "said"),
     [
         ("", "has no examples; give one JSON object with 'input' and 'target' a line"),
-        ('{"input": "x"}\n', "line 1: 'target' is missing; give every line an input and a target"),
+        ('{"input": "x"}\n', "line 1: 'target' is missing; give every line an input, or audio, and a target"),
         ("not JSON\n", "line 1: "),
         ('{"input": "x", "target": "y"}\n', "tokens for the decoder; rounding needs at least 512, give more lines"),
     ],
