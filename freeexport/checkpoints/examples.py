@@ -238,9 +238,14 @@ def prompts_of(requests: Sequence[Request], form: TextFormat, path: Path) -> Seq
     that cannot be used: the line, and why."""
     if form.speech is not None:
         return [_recording(request, form, form.speech, path) for request in requests]
-    prompts = list[list[int]]()
-    for start in range(0, len(requests), _CHUNK):
-        prompts += _prompts([request.text for request in requests[start : start + _CHUNK]], form.tokenizer)
+    prompts, texts = list[list[int]](), list[str | list[dict[str, str]]]()
+    for request in requests:
+        try:
+            texts.append(request.text)
+        except PromptError as error:
+            raise DataError(f"{path}, line {request.line_number}: {error}") from error
+    for start in range(0, len(texts), _CHUNK):
+        prompts += _prompts(texts[start : start + _CHUNK], form.tokenizer)
     for request, prompt in zip(requests, prompts, strict=True):
         if not prompt:
             raise DataError(f"{path}, line {request.line_number}: 'input' has no tokens; give it some text")

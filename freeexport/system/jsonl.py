@@ -44,7 +44,7 @@ class Request:
     def text(self) -> str | list[dict[str, str]]:
         """The input, which must not be audio: PromptError."""
         if isinstance(self.input, Path):
-            raise PromptError(f"line {self.line_number} has 'audio', and the model reads text; give 'input'")
+            raise PromptError("it has 'audio', and the model reads text; give 'input'")
         return self.input
 
 
