@@ -145,6 +145,8 @@ def other_server(command: str) -> Iterator[str]:
                 if process.poll() is not None:
                     raise EngineError(f"{parts[0]} ended with code {process.returncode}")
                 time.sleep(0.1)
+            else:
+                raise EngineError(f"{parts[0]} does not answer at {url}/health")
             yield url
         finally:
             process.terminate()

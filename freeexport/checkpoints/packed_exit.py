@@ -129,11 +129,15 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
 
 
 @contextmanager
-def with_exit_applied(model: str, name: str) -> Iterator[str]:
-    """A checkpoint directory, as long as the block runs: the model with a ready-made exit, or one in a file.
+def with_exit_applied(model: str, name: str | None) -> Iterator[str]:
+    """A checkpoint directory, as long as the block runs: the model with a ready-made exit, or one in a file; without a
+    name the model as it is.
 
     Raises CheckpointError where there is no such exit, and where it does not fit the model.
     """
+    if name is None:
+        yield model
+        return
     path = find_exit(name)
     packed, file = read_packed(path)
     base = open_checkpoint(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -95,7 +94,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     source, options = checkpoint.source
     try:
-        with quick_reader() if "gguf_file" in options else nullcontext():
+        with quick_reader(options):
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # tokenizers of every kind, each with errors of its own
         raise _unreadable(checkpoint, error) from None

@@ -6,7 +6,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,7 +68,7 @@ def reference_model(
     source, options = checkpoint.source
     # 4.57 takes `dtype` as well; only older releases want `torch_dtype`.
     given = {"dtype": getattr(torch, dtype), "trust_remote_code": False, "local_files_only": True, **options}
-    with quick_reader() if "gguf_file" in options else nullcontext():
+    with quick_reader(options):
         model = loader.from_pretrained(source, **given)
     if "gguf_file" in options:
         # Its weights are plain by now, but transformers would refuse to save them.

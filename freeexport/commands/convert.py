@@ -107,7 +107,7 @@ def command(
         raise click.UsageError(f"{model} is a bundle already; give a checkpoint, or leave out OUT and give --build")
     if build is not None and options["target"] != "tensorrt":
         raise click.UsageError("--build is for --target tensorrt")
-    with nullcontext(model) if exit_ is None else with_exit_applied(model, exit_) as source:
+    with with_exit_applied(model, exit_) as source:
         manifest = convert(source, out, ConvertOptions(measure=options["verify"] != "none", **options))
     if as_json and build is None:
         click.echo(manifest.to_json(), nl=False)

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -256,8 +256,7 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     if options.data is None:
         # In this process, where planning imported what a conversion needs.
         click.echo(f"{steps[0].name}, about {duration(steps[0].seconds)}: {steps[0].command}", err=True)
-        whole, name = nullcontext(options.model), plan.ready_made
-        with whole if name is None else with_exit_applied(options.model, name) as model:
+        with with_exit_applied(options.model, plan.ready_made) as model:
             manifest = convert(model, places.out, ConvertOptions(precision=plan.precision, overwrite=options.overwrite))
         size = human_bytes(sum(file.size for file in manifest.files.values()))
         click.echo(f"{options.out}: {size}, {'' if manifest.verified else 'not '}verified")

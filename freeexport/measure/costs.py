@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +28,6 @@ from runtime.bundle.schema import Reader
 from runtime.machine.machine import host
 from runtime.result import Stats
 from runtime.speech import SpeechPrompt
-
-if TYPE_CHECKING:
-    pass
 
 # Rows of deep passes whose costs are kept.
 SIZES = (1, 2, 4, 8, 16)

@@ -118,6 +118,11 @@ def words(text: str) -> str:
     return " ".join(re.sub(r"[^a-z0-9' ]", " ", text.lower().replace("-", " ")).split())
 
 
+def ratio(pairs: list[list[tuple[dict[str, Any], dict[str, Any]]]], field: str) -> float:
+    """The median over lines of the median over rounds of one run's field over another's."""
+    return round(float(np.median([np.median([a[field] / b[field] for a, b in line]) for line in pairs])), 3)
+
+
 def table(runs: dict[str, list[list[dict[str, Any]]]], lines: list[dict[str, Any]], first: str) -> dict[str, Any]:
     """By group of lines and name: word error rate, and medians over the lines of seconds and of ratios to `first`."""
     found: dict[str, Any] = {}
@@ -131,18 +136,15 @@ def table(runs: dict[str, list[list[dict[str, Any]]]], lines: list[dict[str, Any
         for name, rounds in runs.items():
             clips = [rounds[place] for place in places]
             seconds = [np.median([one["seconds"] for one in clip]) for clip in clips]
-            pairs = [zip(runs[first][place], rounds[place], strict=True) for place in places]
-            ratios = [np.median([a["seconds"] / b["seconds"] for a, b in each]) for each in pairs]
+            pairs = [list(zip(runs[first][place], rounds[place], strict=True)) for place in places]
             row = {
                 "wer": round(jiwer.wer(texts, [words(clip[0]["text"]) for clip in clips]), 4),
                 "seconds": round(float(np.median(seconds)), 4),
-                f"times_as_fast_as_{first}": round(float(np.median(ratios)), 3),
+                f"times_as_fast_as_{first}": ratio(pairs, "seconds"),
             }
             if "encode" in clips[0][0]:
                 if "decode" in runs[first][0][0]:
-                    pairs = [zip(runs[first][place], rounds[place], strict=True) for place in places]
-                    ratios = [np.median([a["decode"] / b["decode"] for a, b in each]) for each in pairs]
-                    row[f"decoding_times_as_fast_as_{first}"] = round(float(np.median(ratios)), 3)
+                    row[f"decoding_times_as_fast_as_{first}"] = ratio(pairs, "decode")
                 shares = [np.median([one["encode"] / one["seconds"] for one in clip]) for clip in clips]
                 row["encoder_share"] = round(float(np.median(shares)), 3)
                 row["tokens"] = float(np.median([clip[0]["tokens"] for clip in clips]))

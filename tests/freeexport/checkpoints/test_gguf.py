@@ -168,7 +168,7 @@ def test_the_quick_reader_reads_what_the_usual_one_reads(tmp_path: Path, order: 
     writer.write_tensors_to_file()
     writer.close()
     usual = gguf.GGUFReader(tmp_path / "a.gguf")
-    with quick_reader():
+    with quick_reader({"gguf_file": "a.gguf"}):
         quick = gguf.GGUFReader(tmp_path / "a.gguf")
         assert type(quick) is not type(usual)
     assert gguf.GGUFReader is type(usual)
