@@ -11,8 +11,12 @@ import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -87,17 +91,41 @@ class Verbs(click.Group):
             raise click.exceptions.Exit(INTERRUPTED) from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.UsageError, click.exceptions.Exit, BrokenPipeError):
-            raise  # click's own exit codes: 2, the command's, and a quiet 1
-        except (Exception, KeyboardInterrupt) as error:
-            if ctx.params["debug"]:
-                traceback.print_exc()
-            reason = describe(error, ctx.invoked_subcommand)
-            if not tell_parent(reason):
-                click.echo(f"error: {reason}", err=True)
-            ctx.exit(INTERRUPTED if isinstance(error, (KeyboardInterrupt, click.Abort)) else 1)
+        with _interrupts() as interrupted:
+            try:
+                return super().invoke(ctx)
+            except (click.UsageError, click.exceptions.Exit, BrokenPipeError):
+                raise  # click's own exit codes: 2, the command's, and a quiet 1
+            except (Exception, KeyboardInterrupt) as error:
+                if ctx.params["debug"]:
+                    traceback.print_exc()
+                if interrupted and not isinstance(error, FreeExportError):
+                    error = KeyboardInterrupt()
+                reason = describe(error, ctx.invoked_subcommand)
+                if not tell_parent(reason):
+                    click.echo(f"error: {reason}", err=True)
+                ctx.exit(INTERRUPTED if isinstance(error, (KeyboardInterrupt, click.Abort)) else 1)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collect the interrupts that come. Native code makes errors of its own out of some: torch, where it asks an object
+    for its shape."""
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def describe(error: BaseException, verb: str | None = None) -> str:

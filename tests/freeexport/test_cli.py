@@ -156,8 +156,9 @@ def test_ctrl_c_while_packages_are_imported_exits_with_130(module: str) -> None:
     [
         "cli.Verbs.get_command = lambda *_: click.command()(interrupt)",
         "click.Group.parse_args = lambda *_: interrupt()",
+        "cli.Verbs.get_command = lambda *_: click.command()(swallow)",
     ],
-    ids=["in the verb", "while options are parsed"],
+    ids=["in the verb", "while options are parsed", "where native code makes it its own error"],
 )
 def test_ctrl_c_in_a_real_process_exits_with_130(changed: str) -> None:
     code = (
@@ -165,6 +166,10 @@ def test_ctrl_c_in_a_real_process_exits_with_130(changed: str) -> None:
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from freeexport import cli; import click\n"
         "interrupt = lambda: signal.raise_signal(signal.SIGINT)\n"
+        "def swallow():\n"
+        "    try: interrupt()\n"
+        "    except KeyboardInterrupt: pass\n"
+        "    raise ValueError('could not determine the shape')\n"
         f"{changed}\ncli.main(['doctor'])"
     )
     done = run_python(code)
