@@ -21,7 +21,7 @@ from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ENCODER, IGNORED, Outputs, ShallowDeep, SharedHead, exits_of, measures
 
 BEST = 32  # tokens of the teacher that are kept, or classes of an exit vocabulary
-_LOGIT_ROWS = 512  # whose logits are in memory at a time
+_LOGITS = 1 << 28  # that are in memory at a time
 _OTHERS = 2048  # tokens beside those in question that a step's softmax is estimated from
 
 
@@ -129,6 +129,7 @@ def _write_teacher(
     )
     lengths = token_counts(examples)
     model.eval()
+    room = model.head.weight.new_empty(max(1, min(_LOGITS // vocabulary, sum(lengths))), vocabulary)
     batches = LengthBatches(lengths, max(4096, max(lengths)), seed=0)
     with progress(f"teacher of {ends_path.name.partition('.')[0]}, batches", len(batches)) as advance:
         for batch in batches:
@@ -151,18 +152,35 @@ def _write_teacher(
             for into, where in zip(encoder, prompts, strict=True):
                 _write_states(into, where, hidden[ENCODER])
             records["labels"][places] = found.cpu().numpy()
-            for piece in (found != IGNORED).nonzero()[:, 0].split(_LOGIT_ROWS):
-                # In float32: the best two of logits in bfloat16 are often equal.
-                chances = model.head(hidden[model.layers][piece].float()).float().log_softmax(-1)
-                top = (chances if known is None else known.folded(chances)).topk(best, dim=-1)
-                nats = -chances.gather(1, found[piece, None])[:, 0]
-                values = {"best": top.indices, "chances": top.values, "predicted": chances.argmax(-1), "nats": nats}
+            for piece in (found != IGNORED).nonzero()[:, 0].split(len(room)):
+                chances = _log_chances(model.head, hidden[model.layers][piece].float(), room, options.bf16)
+                predicted, nats = chances.argmax(-1), -chances.gather(1, found[piece, None])[:, 0]
+                top = (chances if known is None else known.folded_chances(chances)).topk(best, dim=-1)
+                values = {"best": top.indices, "chances": top.values, "predicted": predicted, "nats": nats}
                 for name, value in values.items():
                     records[name][places[piece.cpu().numpy()]] = value.cpu().numpy()
             advance()
     for each in (records, *encoder):
         each.flush()
     np.save(ends_path, ends)  # last: where it is, the records are complete
+
+
+def _log_chances(head: SharedHead, states: torch.Tensor, room: torch.Tensor, bf16: bool) -> torch.Tensor:
+    """Logarithms of probabilities [N, V] of states [N, d], in `room` where that is float32: the memory of so many
+    logits costs more to get than to fill. With `bf16` factors are rounded to bfloat16, but no logit: the best two of
+    logits in bfloat16 are often equal."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if bf16 else precision)
+    try:
+        read = (head.normed(states) * head.scale).to(room.dtype)
+        logits = torch.mm(read, head.weight.T, out=room[: len(states)]).float()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    if head.bias is not None:
+        logits += head.bias
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def _states(records: np.ndarray, name: str = "states", scale: str = "scales") -> np.ndarray:

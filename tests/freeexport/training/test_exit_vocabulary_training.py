@@ -21,6 +21,7 @@ from freeexport.conversion.options import ConvertOptions
 from freeexport.training.batches import Collator, described, examples
 from freeexport.training.exit_modules import KnownTokens
 from freeexport.training.exit_start import begin_other, chosen_tokens, observed
+from freeexport.training.frozen import _log_chances
 from freeexport.training.shallow_deep import ShallowDeep, SharedHead, exits_of
 from freeexport.training.train import train
 from freeexport.verification.engines import QUICK
@@ -46,9 +47,12 @@ def test_classes_and_folded_predictions_equal_numpy() -> None:
     assert known.classes(torch.arange(12)).tolist() == [4, 0, 4, 4, 1, 2, 4, 4, 4, 3, 4, 4]
     found = known.folded(torch.tensor(deep)).log_softmax(-1).numpy()
     np.testing.assert_allclose(found, folded(deep), atol=1e-9)
+    chances = known.folded_chances(torch.tensor(deep).log_softmax(-1)).numpy()
+    np.testing.assert_allclose(chances, folded(deep), atol=1e-9)
     # A tail of no probability is no fault.
     deep[:, TOKENS[0]] = 2000.0
     assert torch.isfinite(known.folded(torch.tensor(deep))).all()
+    assert known.folded_chances(torch.tensor(deep).log_softmax(-1))[:, -1].allclose(torch.tensor(1e-6).double().log())
 
 
 def test_the_class_of_others_never_exits_and_leaves_the_best_known_token() -> None:
@@ -192,3 +196,13 @@ def test_a_vocabulary_is_trained_further_as_it_is(run: Runs, words: Path, tmp_pa
     for change in ({"exit_vocab": None}, {"exit_vocab": 13}):
         with pytest.raises(CheckpointError, match="the same --exit-layer, --exit-layers, --exit-input and"):
             train(str(out), tmp_path / "other", replace(still, **change))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_teacher_predicts_as_the_models_head(bf16: bool) -> None:
+    linear, bias = torch.nn.Linear(32, 50, bias=False), torch.linspace(-1, 1, 50)
+    head = SharedHead(torch.nn.LayerNorm(32), linear, 0.5, None, bias, softcap=2.0).requires_grad_(False)
+    states, before = torch.randn(7, 32), torch.get_float32_matmul_precision()
+    found = _log_chances(head, states, torch.empty(9, 50), bf16)
+    assert torch.allclose(found, head(states).log_softmax(-1), atol=0.03 if bf16 else 1e-5)
+    assert torch.get_float32_matmul_precision() == before
