@@ -181,10 +181,11 @@ class Record:
 
 class Records:
     """The records in the directory `output`, whose file RUN describes the run: it must equal `run`. Raises OptionError
-    where it does not, or where something else stands there; `overwrite` begins anew."""
+    where it does not, or where something else stands there; `overwrite` begins anew. Nothing is written, and nothing
+    replaced, before there is a record."""
 
     def __init__(self, output: Path, run: Mapping[str, Any], overwrite: bool = False) -> None:
-        self._path = output / OUTPUTS
+        self._path, self._run = output / OUTPUTS, run
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             if not (output / RUN).is_file():
                 raise OptionError(
@@ -202,16 +203,18 @@ class Records:
                     f"{output} holds another run, with other {', '.join(names)}; name another --output, or replace it "
                     "with --overwrite"
                 )
-        output.mkdir(parents=True, exist_ok=True)
-        if overwrite or not (output / RUN).exists():
-            self._path.unlink(missing_ok=True)
-            write_whole(output / RUN, json.dumps(run, indent=2, sort_keys=True) + "\n")
-        self._found = {record.key: record for record in read_records(self._path)}
+        self._begins = overwrite or not (output / RUN).exists()
+        self._found = {} if self._begins else {record.key: record for record in read_records(self._path)}
 
     def has(self, keys: Iterable[Key]) -> bool:
         return all(key in self._found for key in keys)
 
     def add(self, records: Sequence[Record]) -> None:
+        if self._begins:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)
+            write_whole(self._path.with_name(RUN), json.dumps(self._run, indent=2, sort_keys=True) + "\n")
+            self._begins = False
         filled = (
             {name: value for name, value in asdict(one).items() if value not in (None, "", ())} for one in records
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -264,6 +265,13 @@ def test_data_that_cannot_be_compared_are_refused(
     file = tmp_path / "bad.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     extra = ("--metric", "case-f1") if "case-f1" in message else ()
-    result = run(*extra, file=file)
+    assert run("--methods", "full").exit_code == 0
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    result = run(*extra, "--overwrite", file=file)
     assert result.exit_code == 1
     assert message in result.stderr
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    shutil.rmtree(out)
+    assert run(*extra, file=file).exit_code == 1
+    assert not out.exists()
