@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import PromptError
-from runtime.json_file import UnreadableError, read_bytes
+from runtime.json_file import UnreadableError, opened
 
 RATE = 16_000  # samples a second
 HOP, FFT = 160, 400  # samples from one frame to the next, and of a frame
@@ -23,10 +23,12 @@ FRAMES_A_SECOND = RATE // HOP
 LONGEST_SECONDS = 4 * 3600
 LARGEST_WAV = 2 << 30
 LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
+LOUDEST = 100.0  # that may be meant for -1 to 1; samples of 16 bits are far beyond
 LEAST_POWER = 1e-10
 RANGE = 8.0  # powers of ten below the loudest that are told apart
 # Frames that are transformed at once.
 _BLOCK = 3000
+_PHASES = 64
 _HALF_TAPS = 16  # zero crossings of the resampling filter on each side
 
 
@@ -47,31 +49,55 @@ def read_audio(source: Any, name: str = "the audio") -> np.ndarray:
             )
     if len(samples) == 0:
         raise PromptError(f"{name} is empty; pass at least one sample")
-    if len(samples) > LONGEST_SECONDS * RATE:
-        raise PromptError(
-            f"{name} has {len(samples) / RATE / 3600:.1f} hours, at most {LONGEST_SECONDS // 3600} are read; "
-            "cut it into files"
-        )
+    _check_length(len(samples) / RATE, name)
     samples = np.ascontiguousarray(samples, np.float32)
     if not np.isfinite(samples).all():
         raise PromptError(f"{name} has samples that are NaN or infinite; repair it")
+    if (loudest := max(samples.max(), -samples.min())) > LOUDEST:
+        raise PromptError(f"{name} has samples up to {loudest:g}; divide them, so that they lie between -1 and 1")
     return samples
 
 
 def _read_wav(source: Any, name: str) -> np.ndarray:
+    """Samples at 16 kHz. A minute is read at a time: hours of stereo would fill the memory several times over."""
     try:
-        content = source if isinstance(source, bytes) else read_bytes(Path(source), LARGEST_WAV)
-        with wave.open(io.BytesIO(content)) as file:
-            rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
-            frames = file.readframes(file.getnframes())
+        with io.BytesIO(source) if isinstance(source, bytes) else opened(Path(source), LARGEST_WAV) as file:
+            with wave.open(file) as header:
+                rate, channels, width = header.getframerate(), header.getnchannels(), header.getsampwidth()
+                begin, count = file.tell(), header.getnframes()
+            frame = width * channels
+            # Of a stream, the header has the largest number for what is not known.
+            count = min(count, (file.seek(0, io.SEEK_END) - begin) // frame)
+            if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+                raise PromptError(
+                    f"{name} has {rate} samples a second; give {LOWEST_RATE} to {HIGHEST_RATE}, best {RATE}"
+                )
+            _check_length(count / rate, name)
+            samples = np.empty(math.ceil(count * RATE / rate), np.float32)
+            minute, beside = 60 * rate, 0 if rate == RATE else rate  # a second, of which the filter reads a part
+            for start in range(0, count, minute):
+                first = max(0, start - beside)
+                file.seek(begin + first * frame)
+                part = _decoded(file.read((min(count, start + minute + beside) - first) * frame), width, channels)
+                part = part if rate == RATE else resampled(part, rate)[RATE * (first < start) :][: 60 * RATE]
+                samples[start // rate * RATE :][: len(part)] = part
+            return samples
     except UnreadableError as error:
         raise PromptError(f"{name} cannot be read ({error}); give a WAV file") from None
     except (wave.Error, EOFError) as error:
         problem = str(error) or "it ends early"
         raise PromptError(f"{name} is no WAV file of PCM samples ({problem}); convert it to one") from None
-    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-        raise PromptError(f"{name} has {rate} samples a second; give {LOWEST_RATE} to {HIGHEST_RATE}, best {RATE}")
-    frames = frames[: len(frames) // (width * channels) * width * channels]
+
+
+def _check_length(seconds: float, name: str) -> None:
+    if seconds > LONGEST_SECONDS:
+        raise PromptError(
+            f"{name} has {seconds / 3600:.1f} hours, at most {LONGEST_SECONDS // 3600} are read; cut it into files"
+        )
+
+
+def _decoded(frames: bytes, width: int, channels: int) -> np.ndarray:
+    """PCM samples of so many bytes as float32 [n], channels averaged."""
     if width == 1:
         samples = np.frombuffer(frames, np.uint8).astype(np.float32) / 128 - 1
     elif width == 3:
@@ -81,29 +107,31 @@ def _read_wav(source: Any, name: str) -> np.ndarray:
         samples = whole.view("<i4")[:, 0].astype(np.float32) / 2**31
     else:
         samples = np.frombuffer(frames, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
-    if channels > 1:
-        samples = samples.reshape(-1, channels).mean(axis=1)
-    return samples if rate == RATE else resampled(samples, rate)
+    # Means over so short an axis take numpy long.
+    return samples.reshape(-1, channels) @ np.full(channels, 1 / channels, np.float32) if channels > 1 else samples
 
 
 def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
     """float32 [n] of `rate` samples a second -> float32 at 16 kHz, by a windowed sinc: what both rates hold is kept."""
     shared = math.gcd(rate, RATE)
-    up, down = RATE // shared, rate // shared
+    # Of `up` new samples, which stand above `down` old ones, _PHASES are one product of matrices.
+    repeat = math.ceil(_PHASES * shared / RATE)
+    up, down = RATE // shared * repeat, rate // shared * repeat
     narrow = min(1.0, RATE / rate)  # of the old rate's band is kept
     reach = math.ceil(_HALF_TAPS / narrow)
-    padded = np.pad(samples, (reach, reach + down))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
-    result = np.zeros(math.ceil(len(samples) * up / down), np.float32)
-    steps = np.arange(-reach, reach + 1)
-    for phase in range(min(up, len(result))):
-        first, offset = divmod(phase * down, up)
-        distance = steps - offset / up
+    size = math.ceil(len(samples) * RATE / rate)
+    count = max(1, math.ceil(size / up))
+    padded = np.pad(samples, (reach, max(0, count * down - len(samples)) + reach + 2))
+    result = np.empty((count, up), np.float32)
+    for phase in range(0, up, _PHASES):
+        whole, part = np.divmod(np.arange(phase, min(phase + _PHASES, up)) * down, up)
+        width = whole[-1] - whole[0] + 2 * reach + 2
+        distance = (np.arange(width) - reach)[:, None] - (whole - whole[0] + part / up)
         taper = np.where(abs(distance) < reach, np.cos(np.pi / 2 * distance / reach) ** 2, 0)
         kernel = (np.sinc(distance * narrow) * narrow * taper).astype(np.float32)
-        count = len(result[phase::up])
-        result[phase::up] = windows[first : first + count * down : down][:count] @ kernel
-    return result
+        windows = np.lib.stride_tricks.sliding_window_view(padded, width)[whole[0] :: down][:count]
+        result[:, phase : phase + _PHASES] = np.ascontiguousarray(windows) @ kernel
+    return result.reshape(-1)[:size]
 
 
 def log_mel(samples: np.ndarray, bins: int) -> np.ndarray:

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from runtime.errors import BundleError, FreeExportError
 
@@ -81,6 +83,16 @@ def read_text(path: Path, limit: int = LARGEST_FILE) -> str:
 
 def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
     """The content of a regular file of at most `limit` bytes. UnreadableError, for a missing file too."""
+    with opened(path, limit) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UnreadableError(f"it has more than the {limit} bytes that are read")
+    return content
+
+
+@contextmanager
+def opened(path: Path, limit: int) -> Iterator[BinaryIO]:
+    """A regular file of at most `limit` bytes, to read. UnreadableError, also where reading it fails."""
     # Without O_NONBLOCK the opening of a named pipe that nobody writes to would wait for ever.
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -91,7 +103,7 @@ def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
                 raise UnreadableError(f"it is {kind}, not a regular file")
             if status.st_size > limit:
                 raise UnreadableError(f"it has {status.st_size} bytes, at most {limit} are read")
-            content = file.read(limit + 1)
+            yield file
     except IsADirectoryError:
         raise UnreadableError("it is a directory, not a regular file") from None
     except OSError as error:
@@ -100,9 +112,6 @@ def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
         if isinstance(error, UnreadableError):
             raise
         raise UnreadableError(str(error)) from None  # a null character in the path
-    if len(content) > limit:
-        raise UnreadableError(f"it has more than the {limit} bytes that are read")
-    return content
 
 
 def _integer(digits: str) -> int:

@@ -27,6 +27,9 @@ from graphs.shapes import check_config
 from graphs.weights import View
 from runtime.errors import FreeExportError, OptionError
 
+# Ends of the names of tensors that belong to packed weights: of GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8.
+_OF_PACKED = ("qweight", "qzeros", "SCB", "absmax", "weight_packed", "weight_scale", "weight_scale_inv")
+_FLOATS = "give the original float checkpoint, or a GGUF file"
 # Tokens that are never given are part of the head (graphs/families/__init__.py).
 _SUPPRESSED = ("bad_words_ids", "suppress_tokens")
 _GENERATION_KEYS = (
@@ -232,11 +235,15 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     stored = _check_family(path, name)
     check_config(stored)  # before transformers makes a list of that many layers
     if "quantization_config" in stored:
-        raise CheckpointError(f"{path} is stored quantised; give the original float checkpoint, or a GGUF file")
+        raise CheckpointError(f"{path} is stored quantised; {_FLOATS}")
     config, file = _config(path, str(path)), path / "generation_config.json"
     generation_config = _generation_config(config, read_json(file) if file.is_file() else None)
     config |= {key: generation_config.get(key) for key in _SUPPRESSED}
-    return Checkpoint(path, name, config, generation_config, *weight_files(path))
+    files, tensors = weight_files(path)
+    packed = next((tensor for tensor in tensors if tensor.rsplit(".", 1)[-1] in _OF_PACKED), None)
+    if packed is not None:
+        raise CheckpointError(f"{path} is stored quantised, as its tensor {packed} says; {_FLOATS}")
+    return Checkpoint(path, name, config, generation_config, files, tensors)
 
 
 def _check_family(path: Path, name: str) -> dict[str, Any]:

@@ -39,11 +39,24 @@ def family_of(config: Mapping[str, Any]) -> ModuleType:
     if found is not None and field is None:
         return found
     reason = "" if field is None else f" ({field}: {_BEYOND[field]})"
-    near = difflib.get_close_matches(model_type, supported(), 3, 0.5) if found is None else []
-    nearest = f"the nearest are {', '.join(near)}; " if near else ""
+    nearest = _nearest(model_type, config) if found is None else ""
     raise UnsupportedModelError(
         f"architecture {model_type!r}{reason} is not supported; {nearest}supported are {', '.join(supported())}"
     )
+
+
+def _nearest(model_type: str, config: Mapping[str, Any]) -> str:
+    """The types whose names are near, or else the one whose fields the configuration has, and those that it lacks."""
+    names = difflib.get_close_matches(model_type, supported(), 3, 0.65)
+    lacking = {family: [name for name in family.REQUIRED if config.get(name) is None] for family in FAMILIES}
+    near = [family for family in FAMILIES if {*names[:1]} & {*family.MODEL_TYPES}] or FAMILIES
+    family = min(near, key=lambda one: len(lacking[one]) / len(one.REQUIRED))
+    fields = ""
+    if 2 * len(lacking[family]) < len(family.REQUIRED):
+        names = names or [family.MODEL_TYPES[0]]
+        lacks = ", ".join(lacking[family])
+        fields = f" (the configuration lacks {lacks})" if lacks else " (the configuration has its fields)"
+    return f"the nearest {'are' if names[1:] else 'is'} {', '.join(names)}{fields}; " if names else ""
 
 
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:

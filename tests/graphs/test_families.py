@@ -110,7 +110,10 @@ def test_another_architecture_or_option_is_refused_with_those_supported(model_ty
     ("config", "said"),
     [
         ({"model_type": "qwen3_moe", "num_experts": 8}, "'qwen3_moe' (num_experts: a mixture of experts)"),
-        ({"model_type": "qwen3_moe", "num_experts": 8}, "the nearest are qwen3"),
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "the nearest is qwen3; supported"),
+        ({**LLAMA, "model_type": "olmo", "rms_norm_eps": None}, "is llama (the configuration lacks rms_norm_eps)"),
+        ({**T5, "model_type": "t5x"}, "t5 (the configuration has its fields); supported"),
+        ({"model_type": "falcon"}, "'falcon' is not supported; supported are bart"),
         ({**LLAMA, "num_local_experts": 4}, "'llama' (num_local_experts: a mixture of experts) is not supported"),
         ({**LLAMA, "rope_scaling": {"rope_type": "proportional"}}, "rope scaling 'proportional'"),
         ({**LLAMA, "model_type": "phi3", "intermediate_size": 96, "partial_rotary_factor": 0.01}, "0 of 16 values"),

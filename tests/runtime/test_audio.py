@@ -49,6 +49,21 @@ def test_other_rates_are_resampled(rate: int) -> None:
     assert rate <= RATE or rate == 22050 or np.abs(resampled(high, rate)[100:-100]).max() < 0.01
 
 
+def test_a_long_file_is_read_a_minute_at_a_time(tmp_path: Path) -> None:
+    loud = np.random.default_rng(0).uniform(-0.5, 0.5, 8000 * 61)
+    (path := tmp_path / "a.wav").write_bytes(content := wav(loud, 8000, channels=2))
+    whole = resampled(np.frombuffer(content[44:], "<i2")[::2].astype(np.float32) / 2**15, 8000)
+    assert np.abs(read_audio(path) - whole).max() < 1e-6
+    # What wrote to a pipe did not know the length.
+    assert len(read_audio(content[:40] + b"\xf0\xff\xff\xff" + content[44:])) == 61 * RATE
+    with path.open("r+b") as file:  # of which nothing is read
+        file.seek(40)
+        file.write(b"\xf0\xff\xff\xff")
+        file.truncate(2 * 2 * 8000 * 3600 * 5)
+    with pytest.raises(PromptError, match=r"5\.0 hours, at most 4 are read"):
+        read_audio(path)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -56,6 +71,7 @@ def test_other_rates_are_resampled(rate: int) -> None:
         (np.zeros((2, 100), np.float32), "an array of float32 [2, 100]"),
         (np.zeros(100, np.int16), "an array of int16 [100]"),
         (np.array([0.0, np.nan]), "NaN or infinite"),
+        (sound(0.1) * 32767, "divide them, so that they lie between -1 and 1"),
         (np.broadcast_to(np.float32(0), 5 * 3600 * RATE), "5.0 hours, at most 4"),
         (b"OggS" + bytes(100), "no WAV file of PCM samples"),
         (wav(sound(0.1))[:30], "no WAV file of PCM samples"),

@@ -189,6 +189,12 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: str, pa
         open_checkpoint(str(tmp_path))
 
 
+def test_packed_weights_are_refused_by_their_names(tmp_path: Path) -> None:
+    held = {"a.weight": np.zeros((2, 2), np.int8), "a.weight_scale": np.ones(2, np.float32)}
+    with pytest.raises(CheckpointError, match=r"stored quantised, as its tensor a\.weight_scale says; give the orig"):
+        open_checkpoint(str(with_tensors(tmp_path, **held)))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("num_hidden_layers", 10**12), ("head_dim", 10**9), ("rms_norm_eps", float("nan"))],
