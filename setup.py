@@ -27,6 +27,7 @@ INSTRUCTIONS = {
         "avx2_vnni": f"{_AVX2} -mavxvnni",
         "avx512": f"{_AVX2} {_AVX512}",
         "avx512_vnni": f"{_AVX2} {_AVX512} -mavx512vnni",
+        "amx": f"{_AVX2} {_AVX512} -mavx512vnni -mavx512vbmi -mavx512bf16 -mamx-tile -mamx-bf16",
     },
     "aarch64": {"neon": "-march=armv8-a+dotprod", "neon_i8mm": "-march=armv8-a+i8mm"},
 }

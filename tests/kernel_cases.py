@@ -19,7 +19,7 @@ from runtime.kernels import DOMAIN, LIBRARY
 
 ROUND = {4: round_4_bits, 8: round_8_bits}
 EPSILON = 1e-5
-INSTRUCTIONS = ("avx2", "avx2-vnni", "avx512", "avx512-vnni")
+INSTRUCTIONS = ("avx2", "avx2-vnni", "avx512", "avx512-vnni", "amx")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _Product(ctypes.Structure):
         ("weight", _Weight),
         ("up", _Weight),
         *((name, ctypes.c_void_p) for name in ("total", "y")),
-        *((name, ctypes.c_int) for name in ("beside", "layer", "keeps_norm")),
+        *((name, ctypes.c_int) for name in ("beside", "layer", "keeps_norm", "prompt")),
     )
 
 
@@ -136,6 +136,7 @@ def multiply(
     beside: bool = False,
     shift: np.ndarray | None = None,
     keeps_norm: np.ndarray | None = None,
+    prompt: bool = False,
 ) -> np.ndarray:
     """By the kernels of an instruction set, on one thread, without ONNX Runtime. With a `shift` it is a layer
     norm; `keeps_norm`: what the norm must be, which is kept. ValueError where they refuse."""
@@ -149,7 +150,7 @@ def multiply(
     if up is not None:
         product.up = _weight(up)
     product.total, product.y, product.beside = _address(total), _address(y), beside
-    product.layer, product.keeps_norm = shift is not None, keeps_norm is not None
+    product.layer, product.keeps_norm, product.prompt = shift is not None, keeps_norm is not None, prompt
     problem = call(instructions.encode(), ctypes.byref(product))
     if problem is not None:
         raise ValueError(problem.decode())

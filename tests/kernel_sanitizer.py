@@ -50,6 +50,8 @@ def check(library: Path) -> None:
                         for name in names:
                             np.testing.assert_array_equal(multiply(name, x, case, library, **extra), expected, name)
                             count += 1
+                        if "amx" in names:
+                            multiply("amx", x, case, library, **extra, prompt=True)
     for heads, kv_heads, size, window, kinds in ((3, 1, 24, 0, "r"), (5, 1, 40, 3, "b"), (4, 4, 64, 0, "rn")):
         layer = random_layer(rng, heads, kv_heads, size, window, kinds)
         for packed in (False, True):

@@ -33,7 +33,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "engines": "kernels bundle machine options",
         "cuda": "engines bundle machine options",
         "tensorrt": "cuda engines bundle machine options",
-        "decoding": "engines adaptation text options result",
+        "decoding": "kernels engines adaptation text options result",
         "thresholds": "adaptation bundle options",
         "batching": "decoding engines adaptation bundle",
         "speech": "audio bundle text options result",

@@ -37,6 +37,7 @@ from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, FloatType, Manifest, Precision
 from runtime.errors import FreeExportError
+from runtime.kernels import reading_prompt
 from runtime.machine.machine import available_memory, usable_cores
 
 # Bytes for a token of the vocabulary: 4 texts of 48 tokens, their logits in ten ways.
@@ -80,7 +81,9 @@ class _Verification:
         batch = sample_batch(self.bundle, self.extent.tokens)
         cross, encoded = encode(self.bundle, batch, self.threads)
         pair = EnginePair(self.bundle, len(batch.tokens), self.threads, cross)
-        shallow, deep = pair.both(batch.tokens, batch.lengths)
+        # All rows at once are a decoder-only model's prompt, whose rows may be computed by kernels of their own.
+        with nullcontext() if self.manifest.encoder_decoder else reading_prompt():
+            shallow, deep = pair.both(batch.tokens, batch.lengths)
         index = rows_of(batch.lengths, batch.width)
         whole = Rows.of_call(index, index, shallow, deep["logits"])
         checks, more = list[Check](), dict[str, Any]()

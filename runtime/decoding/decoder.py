@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -12,6 +13,7 @@ from runtime.decoding.calls import NOTHING, Prediction, RunAhead, SlotCall, Wait
 from runtime.engines.onnx import Call
 from runtime.engines.prefix_store import BLOCK, Prefix
 from runtime.engines.runner import Runner
+from runtime.kernels import reading_prompt
 from runtime.result import Stats
 
 # Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.
@@ -368,7 +370,9 @@ class Decoder:
 
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         rows, began = piece.shape[1], perf_counter()
-        self._read_piece(piece, shallow_head, deep_head)
+        # The few tokens that an encoder-decoder begins with are rows like those of its steps.
+        with nullcontext() if self.cross else reading_prompt():
+            self._read_piece(piece, shallow_head, deep_head)
         if rows >= FEWEST_SHARED_ROWS:
             fit = rows * SHARED_PREFILL_SECONDS / max(perf_counter() - began, 1e-9)
             # The nearest whole blocks: the next below could be the same for ever, as more rows take less time each.

@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine, value
+from runtime.kernels import reading_prompt
 from runtime.machine.machine import lazy_zeros
 
 
@@ -77,6 +78,7 @@ class Encoder:
         """Right-padded prompts int64 [B, E] of `lengths` int32 [B], or windows of speech float32 [B, bins, 2 E], which
         are whole -> the same for B rows, and hidden [B, E, d]."""
         inputs = {"features": tokens} if tokens.ndim == 3 else {"input_ids": tokens, "lengths": lengths}
-        (hidden,) = self._encoder.run(["hidden"], inputs)
-        cross = self._prologue.run(self._cross, {"hidden": hidden})
+        with reading_prompt():
+            (hidden,) = self._encoder.run(["hidden"], inputs)
+            cross = self._prologue.run(self._cross, {"hidden": hidden})
         return {**dict(zip(self._cross, cross, strict=True)), "cross_lengths": lengths}, hidden

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,28 @@ def register(options: Any, needed: int = VERSION) -> None:
 
 def instructions() -> str:
     """The instruction set that the kernels use here, by the processor or FREEEXPORT_INSTRUCTIONS: scalar, avx2,
-    avx2-vnni, avx512, avx512-vnni, neon or neon-i8mm. EngineError where there is none."""
+    avx2-vnni, avx512, avx512-vnni, amx, neon or neon-i8mm. EngineError where there is none."""
     problem = ctypes.c_char_p()
     name: bytes | None = _library(LIBRARY).freeexport_instructions(ctypes.byref(problem))
     if name is None:
         raise EngineError((problem.value or b"").decode())
     return name.decode()
+
+
+@contextmanager
+def reading_prompt() -> Iterator[None]:
+    """Let engine calls of this thread read a prompt. Where the instructions are `amx`, its rows are then multiplied
+    with quantized weights in bfloat16: a row's bits still depend on the row alone, but are not those of other calls."""
+    try:
+        library = _library(LIBRARY)
+    except EngineError:  # which no engine of this process uses
+        yield
+        return
+    before = library.freeexport_read_prompt(1)
+    try:
+        yield
+    finally:
+        library.freeexport_read_prompt(before)
 
 
 def missing() -> str | None:

@@ -25,6 +25,7 @@ bool supported() {
 
 #include "tiles.h"
 
+#include "amx.h"
 #include "attention_rows.h"
 #include "best_two_tiles.h"
 
@@ -32,5 +33,7 @@ namespace freeexport {
 
 const Kernels kAvx512Vnni = {"avx512-vnni", supported, prepare, panels,
                        store_row, attend, attend_rows, join, piece};
+const Kernels kAmx = {"amx", [] { return supported() && amx_supported(); }, prepare, panels,
+                      store_row, attend, attend_rows, join, piece, amx_prepare, amx_panels};
 
 }  // namespace freeexport

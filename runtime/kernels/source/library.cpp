@@ -5,6 +5,9 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace freeexport {
+
+thread_local bool reading_prompt = false;
+
 namespace {
 
 void serial(void*, void (*task)(void*, size_t), size_t total, void* data) {
@@ -45,6 +48,13 @@ EXPORT int freeexport_kernels_version() { return FREEEXPORT_KERNELS_VERSION; }
 EXPORT const char* freeexport_instructions(const char** problem) {
   const freeexport::Kernels* kernels = freeexport::choose_kernels(problem);
   return kernels ? kernels->name : nullptr;
+}
+
+// Says whether this thread's calls read a prompt, until it says otherwise: whether they did before.
+EXPORT int freeexport_read_prompt(int reads) {
+  const bool before = freeexport::reading_prompt;
+  freeexport::reading_prompt = reads != 0;
+  return before;
 }
 
 // Whether this processor has an instruction set; -1 where the library has no kernels of that name.

@@ -13,6 +13,10 @@ namespace freeexport {
 extern const ort::CustomOp kPackedLinearOp, kPackedRowsOp, kCachedAttentionOp, kCappedAttentionOp;
 extern const ort::CustomOp kCrossAttentionOp, kBestTwoOp, kPredictOp, kWholeVocabularyOp, kCountedRowsOp;
 
+// Whether the engine call that this thread runs reads a prompt: ONNX Runtime calls operators on the thread that runs a
+// session, as its sequential executor does, and only their tasks on others.
+extern thread_local bool reading_prompt;
+
 __attribute__((format(printf, 3, 4))) inline ort::Status* fail(const ort::Api* api, int code, const char* format, ...) {
   char text[300] = "freeexport: ";
   constexpr size_t kBegun = 12;

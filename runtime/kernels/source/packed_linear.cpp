@@ -13,7 +13,7 @@ constexpr int64_t kManyInputs = 64 << 10, kPreparedRows = 8;
 
 const Kernels* const kAll[] = {  // the best first
 #if defined(__x86_64__)
-    &kAvx512Vnni, &kAvx512, &kAvx2Vnni, &kAvx2,
+    &kAmx, &kAvx512Vnni, &kAvx512, &kAvx2Vnni, &kAvx2,
 #elif defined(__aarch64__)
     &kNeonI8mm, &kNeon,
 #endif
@@ -24,17 +24,28 @@ struct Call {
   const Kernels& kernels;
   const Product& product;
   Group* quantized;
+  uint16_t* prompt;  // the same of a prompt's rows in tiles, else null
   float* normed;  // [rows, inputs], where there is a norm
-  int64_t task_panels, row_blocks;
+  int64_t task_panels, task_rows, row_blocks;
 };
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// A weight of so many outputs is a head, which answers for one row of a prompt: to unpack it would take longer.
+bool is_head(const Product& product) {
+  return product.weight.outputs > 16 * product.weight.inputs && !product.up.data && product.activation == kNone;
+}
+
 void prepare_rows(const Call& call, int64_t first, int64_t last) {
   const int64_t inputs = call.product.weight.inputs;
-  for (int64_t row = first; row < last; row++)
-    call.kernels.prepare(call.product, row, call.normed ? call.normed + row * inputs : nullptr, call.quantized);
+  for (int64_t row = first; row < last; row++) {
+    float* normed = call.normed ? call.normed + row * inputs : nullptr;
+    if (call.prompt)
+      call.kernels.prepare_prompt(call.product, row, normed, call.prompt);
+    else
+      call.kernels.prepare(call.product, row, normed, call.quantized);
+  }
 }
 
 void prepare_task(void* data, size_t index) {
@@ -45,10 +56,14 @@ void prepare_task(void* data, size_t index) {
 
 void panel_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
-  const int64_t first = static_cast<int64_t>(index) % call.row_blocks * kTaskRows;
+  const int64_t first = static_cast<int64_t>(index) % call.row_blocks * call.task_rows;
+  const int64_t last = least(first + call.task_rows, call.product.rows);
   const int64_t panel = static_cast<int64_t>(index) / call.row_blocks * call.task_panels;
   const int64_t end = least(panel + call.task_panels, call.product.panels());
-  call.kernels.panels(call.product, call.quantized, first, least(first + kTaskRows, call.product.rows), panel, end);
+  if (call.prompt)
+    call.kernels.prompt_panels(call.product, call.prompt, first, last, panel, end);
+  else
+    call.kernels.panels(call.product, call.quantized, first, last, panel, end);
 }
 
 void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t total, Call& call) {
@@ -64,22 +79,25 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   const Weight& weight = product.weight;
   const int64_t rows = product.rows;
   if (rows == 0) return true;
-  const auto groups = static_cast<size_t>(rows * weight.groups()), inputs = static_cast<size_t>(rows * weight.inputs);
+  const bool tiles = product.prompt && kernels.prompt_panels && !is_head(product);
+  const int64_t all = tiles ? parts(rows, kTileRows) * kTileRows : rows;
+  const auto groups = static_cast<size_t>(all * weight.groups()), inputs = static_cast<size_t>(rows * weight.inputs);
+  const size_t prepared = groups * (tiles ? kGroup * sizeof(uint16_t) : sizeof(Group));
   const size_t normed = product.norm && !product.keeps_norm ? inputs * sizeof(float) : 0;
-  auto* memory = static_cast<char*>(std::malloc(groups * sizeof(Group) + normed));
+  auto* memory = static_cast<char*>(std::aligned_alloc(64, (prepared + normed + 63) / 64 * 64));
   if (memory == nullptr) return false;
-  auto* quantized = reinterpret_cast<Group*>(memory);
-  auto* room = normed ? reinterpret_cast<float*>(quantized + groups) : nullptr;
+  Call call = {kernels, product, reinterpret_cast<Group*>(memory), tiles ? reinterpret_cast<uint16_t*>(memory) : nullptr,
+               normed ? reinterpret_cast<float*>(memory + prepared) : nullptr, 0, tiles ? kPromptRows : kTaskRows, 0};
   int64_t panel_bytes = weight.groups() * weight.group_bytes();
   if (product.up.data != nullptr && !product.beside) panel_bytes += weight.groups() * product.up.group_bytes();
-  int64_t task_panels = panel_bytes < kTaskBytes ? kTaskBytes / panel_bytes : 1;
-  if (rows > 1) task_panels += task_panels % 2;  // two at a time
-  Call call = {kernels, product, quantized, room, task_panels, parts(rows, kTaskRows)};
+  call.task_panels = panel_bytes < kTaskBytes ? kTaskBytes / panel_bytes : 1;
+  if (rows > 1 || tiles) call.task_panels += call.task_panels % 2;  // two at a time
+  call.row_blocks = parts(rows, call.task_rows);
   if (rows * weight.inputs > kManyInputs)
     run(parallel, context, prepare_task, parts(rows, kPreparedRows), call);
   else
     prepare_rows(call, 0, rows);
-  run(parallel, context, panel_task, parts(product.panels(), task_panels) * call.row_blocks, call);
+  run(parallel, context, panel_task, parts(product.panels(), call.task_panels) * call.row_blocks, call);
   std::free(memory);
   return true;
 }
@@ -100,14 +118,14 @@ const Kernels* choose_kernels(const char** problem) {
   if (found == nullptr) {
     *problem = "FREEEXPORT_INSTRUCTIONS names no instruction set of freeexport's kernels; choose scalar, "
 #if defined(__x86_64__)
-               "avx2, avx2-vnni, avx512 or avx512-vnni, or unset it";
+               "avx2, avx2-vnni, avx512, avx512-vnni or amx, or unset it";
 #elif defined(__aarch64__)
                "neon or neon-i8mm, or unset it";
 #else
                "or unset it";
 #endif
   } else if (!found->supported()) {
-    *problem = "FREEEXPORT_INSTRUCTIONS names instructions that this processor lacks; unset it";
+    *problem = "FREEEXPORT_INSTRUCTIONS names instructions that this processor lacks, or that its system refuses; unset it";
     found = nullptr;
   }
   return found;

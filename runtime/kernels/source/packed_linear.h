@@ -19,6 +19,8 @@ namespace freeexport {
 constexpr int kGroup = 32;  // inputs that share a scale of the activations
 constexpr int kPanel = 16;  // outputs that stand together
 constexpr int64_t kTaskRows = 64;  // that one task multiplies with a panel, at most
+constexpr int64_t kTileRows = 16;  // of a tile of bfloat16
+constexpr int64_t kPromptRows = 512;  // the same of a prompt's rows in tiles
 // Of an integer d that is added to the bits of the float -1.5 * 2^23 comes the float -(1.5 * 2^23 + d), exactly, as long
 // as d has 22 bits: the sums of products need no conversion. These bits are kCounter * -32768.
 constexpr int16_t kCounter = 27008;
@@ -71,6 +73,7 @@ struct Product {
   float* y;            // [rows, outputs]
   int beside;          // without activation
   int layer, keeps_norm;
+  int prompt;          // rows of a prompt: these may have bits of their own, see `prompt_panels`
 
   FREEEXPORT_INLINE int64_t outputs() const { return weight.outputs + (beside ? up.outputs : 0); }
   FREEEXPORT_INLINE int64_t panels() const { return weight.panels() + (beside ? up.panels() : 0); }
@@ -116,11 +119,16 @@ struct Kernels {
   void (*join)(const Attention& attention, const Place& place, int64_t kv_head, const Room& room);
   // Of a head: the best two of `count` logits, the first of which has number `first`.
   void (*best_of_piece)(const float* logits, int64_t first, int64_t count, BestTwo* two);
+  // The same as `prepare` and `panels` for rows of a prompt, at most kPromptRows, whose bits then depend on the row and
+  // the weight alone, too; `rows` [rows, as whole tiles of 16][groups][16][32 inputs] are bfloat16. Or null.
+  void (*prepare_prompt)(const Product& product, int64_t row, float* normed, uint16_t* rows);
+  void (*prompt_panels)(const Product& product, const uint16_t* rows, int64_t first, int64_t last, int64_t panel,
+                        int64_t end);
 };
 
 extern const Kernels kScalar;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni;
+extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAmx;
 #elif defined(__aarch64__)
 extern const Kernels kNeon, kNeonI8mm;
 #endif

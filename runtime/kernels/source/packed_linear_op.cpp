@@ -187,6 +187,7 @@ ort::Status* compute(void* op, ort::KernelContext* context) {
   if (product.beside && product.weight.bias) product.up.bias = product.weight.bias + product.weight.outputs;
   set_tensors(inputs + kData, inputs[kOffsets], inputs[kMultiples], &product.weight);
   set_tensors(inputs + kUpData, inputs[kUpOffsets], inputs[kUpMultiples], &product.up);
+  product.prompt = reading_prompt;
   Session session = {api, context, nullptr};
   if (!packed_linear(*kernel.kernels, product, parallel_for, &session))
     return fail(api, ort::kEngineError, "no memory for the rows of a call");

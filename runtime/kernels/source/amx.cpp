@@ -1,0 +1,252 @@
+// Products of a prompt's rows in tiles (AMX): rows and weights are rounded to bfloat16, products summed in fp32.
+//
+// A task takes two panels and many rows: it unpacks a piece of the panels' inputs to tiles, once for all rows, multiplies,
+// and goes on with the next piece. What a row sums does not depend on the others, nor on their number.
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "amx.h"
+#include "quads.h"
+#include "vec512.h"
+
+namespace freeexport {
+namespace {
+
+using Vec = Vec512;
+
+}  // namespace
+}  // namespace freeexport
+
+#include "fused.h"
+#include "tile_registers.h"
+
+namespace freeexport {
+namespace {
+
+constexpr int64_t kPieceGroups = 20;  // of inputs that are unpacked at once: two panels of them fit in the first cache
+constexpr int64_t kMostTiles = kPromptRows / kTileRows;
+
+// Of a quad of 16 outputs, [16][4], the bytes that become pairs of inputs 0 and 1 of the first 8 outputs, of the last 8,
+// and of inputs 2 and 3: each the lowest of 4.
+struct Order {
+  uint8_t at[4][64] = {};
+  constexpr Order() {
+    for (int part = 0; part < 4; part++)
+      for (int i = 0; i < 16; i++) at[part][4 * i] = static_cast<uint8_t>(4 * (part % 2 * 8 + i / 2) + part / 2 * 2 + i % 2);
+  }
+};
+
+// What 16 inputs' values of a panel are multiplied with, and what is added: of the first 8 outputs and the last 8, each
+// twice.
+struct Factors {
+  __m512 scale[2], offset[2];
+
+  Factors(__m512 by, __m512 plus) {
+    const __m512i twice = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 1);
+    for (int half = 0; half < 2; half++) {
+      const __m512i lanes = _mm512_add_epi32(twice, _mm512_set1_epi32(8 * half));
+      scale[half] = _mm512_permutexvar_ps(lanes, by);
+      offset[half] = _mm512_permutexvar_ps(lanes, plus);
+    }
+  }
+};
+
+// Of a block, where it has its own scale or is a part of that of a super-block.
+FREEEXPORT_INLINE Factors factors_of(const Weight& weight, int64_t block, int64_t scale_of) {
+  const __m512 whole = Vec::halves(weight.scales + scale_of * kPanel);
+  const int8_t* multiples = weight.multiples ? weight.multiples + block * (weight.offsets ? 2 : 1) * kPanel : nullptr;
+  const __m512 scale = multiples ? Vec::times(whole, multiples) : whole;
+  if (weight.offsets) {
+    const __m512 offset = Vec::halves(weight.offsets + scale_of * kPanel);
+    return {scale, multiples ? Vec::times(offset, multiples + kPanel) : offset};
+  }
+  const __m512i zero = weight.zeros ? Vec::widened(weight.zeros + block * kPanel) : Vec::all(1 << (weight.bits - 1));
+  return {scale, _mm512_mul_ps(_mm512_cvtepi32_ps(zero), _mm512_sub_ps(Vec::zero(), scale))};
+}
+
+// Groups first..last of a panel to tiles [groups][16 pairs of inputs][16 outputs][2].
+template <int Bits>
+void unpack(const Weight& weight, int64_t panel, int64_t first, int64_t last, uint16_t* to) {
+  static constexpr Order kOrder{};
+  const __m512i order[4] = {_mm512_loadu_si512(kOrder.at[0]), _mm512_loadu_si512(kOrder.at[1]),
+                            _mm512_loadu_si512(kOrder.at[2]), _mm512_loadu_si512(kOrder.at[3])};
+  constexpr int64_t kBytes = kGroup * kPanel * Bits / 8;
+  const uint8_t* data = weight.data + (panel * weight.groups() + first) * kBytes;
+  const int64_t groups_of_block = Bits == 6 ? 1 : weight.block / kGroup, blocks = panel * weight.blocks();
+  const int64_t scales = panel * weight.scales_of_panel();
+  int64_t block = first / groups_of_block, next = first;
+  Factors low(Vec::zero(), Vec::zero()), high = low;
+  for (int64_t g = first; g < last; g++, data += kBytes, to += kTileValues) {
+    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(data + at + 4096);
+    const VnniQuads<Vec, Bits> quads(data);
+    if (g == next) {
+      const int64_t scale_of = scales + (weight.multiples ? g / (kSuper / kGroup) : block);
+      low = high = factors_of(weight, blocks + (Bits == 6 ? 2 * block : block), scale_of);
+      if constexpr (Bits == 6) high = factors_of(weight, blocks + 2 * block + 1, scale_of);
+      next = ++block * groups_of_block;
+    }
+    each_quad([&](auto quad) {
+      const Factors& by = quad < 4 ? low : high;
+#pragma GCC unroll 2
+      for (int pair = 0; pair < 2; pair++) {
+        __m512 halves[2];
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+          const __m512i bytes = _mm512_maskz_permutexvar_epi8(0x1111111111111111, order[2 * pair + half], quads.quads[quad]);
+          halves[half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(bytes), by.scale[half], by.offset[half]);
+        }
+        _mm512_store_si512(to + 32 * (2 * quad + pair), (__m512i)_mm512_cvtne2ps_pbh(halves[1], halves[0]));
+      }
+    });
+  }
+}
+
+using Unpack = void (*)(const Weight&, int64_t, int64_t, int64_t, uint16_t*);
+
+// A panel of a product's outputs: of which weight, which of its panels, and y of its first output and row 0.
+struct Panel {
+  const Weight* weight;
+  int64_t number;
+  float* y;
+
+  FREEEXPORT_INLINE int64_t outputs() const {
+    const int64_t left = weight->outputs - number * kPanel;
+    return left < kPanel ? left : kPanel;
+  }
+};
+
+struct alignas(64) Scratch {
+  uint16_t weights[2][kPieceGroups * kTileValues];
+  float sums[kMostTiles][2][kTileRows * kPanel];  // between pieces
+  float tiles[2][2][kTileRows * kPanel];          // of rows and panels
+  float bias[2][kPanel];
+};
+
+template <int Tile>
+FREEEXPORT_INLINE void begin_tile(const float* bias, const float* sums) {
+  if (sums != nullptr)
+    load_tile<Tile>(sums, 64);
+  else
+    load_tile<Tile>(bias, 0);
+}
+
+// Where a tile's sums go.
+struct Target {
+  float* values;
+  int64_t row_bytes;
+};
+
+// Of R tiles of rows and P panels: the products of a piece.
+template <int R, int P>
+void multiply_piece(Scratch& scratch, const uint16_t* rows, int64_t apart, int64_t tile, int64_t count, bool begins,
+                    const Target (&to)[2][2]) {
+  const auto sums = [&](int r, int p) { return begins ? nullptr : scratch.sums[tile + r][p]; };
+  begin_tile<0>(scratch.bias[0], sums(0, 0));
+  if constexpr (P > 1) begin_tile<1>(scratch.bias[1], sums(0, 1));
+  if constexpr (R > 1) begin_tile<2>(scratch.bias[0], sums(1, 0));
+  if constexpr (R > 1 && P > 1) begin_tile<3>(scratch.bias[1], sums(1, 1));
+  add_products<R, P>(rows, apart, scratch.weights[0], kPieceGroups * kTileValues, count);
+  store_tile<0>(to[0][0].values, to[0][0].row_bytes);
+  if constexpr (P > 1) store_tile<1>(to[0][1].values, to[0][1].row_bytes);
+  if constexpr (R > 1) store_tile<2>(to[1][0].values, to[1][0].row_bytes);
+  if constexpr (R > 1 && P > 1) store_tile<3>(to[1][1].values, to[1][1].row_bytes);
+}
+
+// One or two panels of all rows; `gated`: the second is what the first is multiplied with.
+void multiply_panels(const Product& product, const uint16_t* rows, int64_t first, int64_t last, const Panel* panels,
+                     int count, bool gated, Scratch& scratch) {
+  const int64_t groups = product.weight.groups(), stride = product.outputs();
+  const bool plain = product.activation == kNone && !gated;
+  for (int p = 0; p < count; p++) {
+    const float* bias = panels[p].weight->bias;
+    for (int64_t i = 0; i < kPanel; i++)
+      scratch.bias[p][i] = bias != nullptr && i < panels[p].outputs() ? bias[panels[p].number * kPanel + i] : 0.0f;
+  }
+  const int64_t pieces = (groups + kPieceGroups - 1) / kPieceGroups, tiles = (last - first + kTileRows - 1) / kTileRows;
+  for (int64_t piece = 0; piece < pieces; piece++) {
+    const int64_t begin = groups * piece / pieces, end = groups * (piece + 1) / pieces;
+    for (int p = 0; p < count; p++) {
+      const int bits = panels[p].weight->bits;
+      const Unpack to_tiles = bits == 4 ? unpack<4> : bits == 5 ? unpack<5> : bits == 6 ? unpack<6> : unpack<8>;
+      to_tiles(*panels[p].weight, panels[p].number, begin, end, scratch.weights[p]);
+    }
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+      const int together = tile + 1 < tiles ? 2 : 1;
+      const bool ends = piece + 1 == pieces;
+      Target to[2][2] = {};
+      for (int r = 0; r < together; r++)
+        for (int p = 0; p < count; p++) {
+          const int64_t row = first + (tile + r) * kTileRows;
+          const bool whole = plain && row + kTileRows <= last && panels[p].outputs() == kPanel;
+          to[r][p] = {!ends ? scratch.sums[tile + r][p] : scratch.tiles[r][p], 64};
+          if (ends && whole) to[r][p] = {panels[p].y + row * stride, stride * 4};
+        }
+      const uint16_t* from = rows + ((first / kTileRows + tile) * groups + begin) * kTileValues;
+      const auto multiply = together == 2 ? (count == 2 ? multiply_piece<2, 2> : multiply_piece<2, 1>)
+                                          : (count == 2 ? multiply_piece<1, 2> : multiply_piece<1, 1>);
+      multiply(scratch, from, groups * kTileValues, tile, end - begin, piece == 0, to);
+      if (!ends) continue;
+      for (int r = 0; r < together; r++) {
+        const int64_t row = first + (tile + r) * kTileRows, here = last - row < kTileRows ? last - row : kTileRows;
+        for (int p = 0; p < (gated ? 1 : count); p++) {
+          float* values = scratch.tiles[r][p];
+          if (to[r][p].values != values) continue;
+          activate(product.activation, values, here * kPanel);
+          if (gated)
+            for (int64_t i = 0; i < here * kPanel; i++) values[i] *= scratch.tiles[r][1][i];
+          for (int64_t m = 0; m < here; m++)
+            std::memcpy(panels[p].y + (row + m) * stride, values + m * kPanel,
+                        static_cast<size_t>(panels[p].outputs()) * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+bool granted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of Linux 5.16
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+bool amx_supported() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && granted();
+}
+
+void amx_prepare(const Product& product, int64_t row, float* normed, uint16_t* rows) {
+  const int64_t inputs = product.weight.inputs, groups = product.weight.groups();
+  const float* x = normed_row(product, row, normed);
+  uint16_t* to = rows + row / kTileRows * groups * kTileValues + row % kTileRows * kGroup;
+  const auto values = [&](int64_t at) {
+    const int64_t left = inputs - at;
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0), x + at);
+  };
+  for (int64_t g = 0; g < groups; g++, to += kTileValues)
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(values(g * kGroup + 16), values(g * kGroup)));
+}
+
+void amx_panels(const Product& product, const uint16_t* rows, int64_t first, int64_t last, int64_t panel, int64_t end) {
+  const Tiles tiles;
+  Scratch scratch;
+  const bool gated = product.up.data != nullptr && !product.beside;
+  const auto at = [&](int64_t number) -> Panel {
+    const int64_t behind = number - product.weight.panels();
+    if (behind < 0) return {&product.weight, number, product.y + number * kPanel};
+    return {&product.up, behind, product.y + product.weight.outputs + behind * kPanel};
+  };
+  for (; panel < end; panel += gated ? 1 : 2) {
+    Panel panels[2] = {at(panel), {}};
+    if (gated)
+      panels[1] = {&product.up, panel, nullptr};
+    else if (panel + 1 < end)
+      panels[1] = at(panel + 1);
+    multiply_panels(product, rows, first, last, panels, panels[1].weight ? 2 : 1, gated, scratch);
+  }
+}
+
+}  // namespace freeexport

@@ -1,0 +1,65 @@
+// AMX's tile registers: 16 rows of 64 bytes each. Written as assembler: GCC's own functions do not tell the compiler that
+// they read and write memory.
+#pragma once
+
+#include <cstdint>
+
+#include "packed_linear.h"
+
+namespace freeexport {
+namespace {
+
+constexpr int64_t kTileValues = 512;  // of 16 bits
+
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1, unused[15] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tiles of the thread, as long as it lives.
+struct Tiles {
+  Tiles() {
+    const TileConfiguration configuration;
+    asm volatile("ldtilecfg %0" ::"m"(configuration) : "memory");
+  }
+  ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
+};
+
+template <int Tile>
+FREEEXPORT_INLINE void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
+}
+template <int Tile>
+FREEEXPORT_INLINE void load_tile(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(Tile) : "memory");
+}
+template <int Tile>
+FREEEXPORT_INLINE void store_tile(void* to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(Tile) : "memory");
+}
+// sums[m][n] += sum over k of a[m][2k] b[k][2n] + a[m][2k + 1] b[k][2n + 1], in bfloat16; sums in fp32.
+template <int Sums, int A, int B>
+FREEEXPORT_INLINE void add_tile_product() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
+}
+
+// Adds products of R tiles of rows (1 or 2) and P of columns (1 or 2), which stand `apart`, `count` of each one behind the
+// other, to tiles 2 r + p.
+template <int R, int P>
+FREEEXPORT_INLINE void add_products(const uint16_t* a, int64_t a_apart, const uint16_t* b, int64_t b_apart,
+                                    int64_t count) {
+  for (int64_t i = 0; i < count; i++, a += kTileValues, b += kTileValues) {
+    load_tile<4>(a, 64);
+    load_tile<6>(b, 64);
+    if constexpr (R > 1) load_tile<5>(a + a_apart, 64);
+    if constexpr (P > 1) load_tile<7>(b + b_apart, 64);
+    add_tile_product<0, 4, 6>();
+    if constexpr (P > 1) add_tile_product<1, 4, 7>();
+    if constexpr (R > 1) add_tile_product<2, 5, 6>();
+    if constexpr (R > 1 && P > 1) add_tile_product<3, 5, 7>();
+  }
+}
+
+}  // namespace
+}  // namespace freeexport

@@ -1,0 +1,185 @@
+"""Products of a prompt in tiles of bfloat16: against float64, the same bits whatever stands beside a row, and which
+calls have them."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from checkpoints import CASES
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from kernel_cases import ACTIVATIONS, EPSILON, here, multiply, random_case, session
+from test_kernels import BEFORE, activated, assert_same_bits, rows, shapes
+
+import runtime.decoding.decoder
+from runtime import Session
+from runtime.decoding.decoder import Decoder
+from runtime.kernels import missing, reading_prompt
+
+if problem := missing():
+    pytest.skip(problem, allow_module_level=True)
+if not here("amx"):
+    pytest.skip("this processor has no AMX, or the system refuses it", allow_module_level=True)
+
+TILES = {"prompt": True}
+CASE = next(case for case in CASES if case.name == "llama-tied")
+
+
+def rounded(x):
+    """To the nearest bfloat16, as float64."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def in_bfloat16(x, case):
+    """The product of rounded rows and weights, in float64, and how far sums in fp32 may be from it: each addition
+    rounds once, to 2^-24 of what stands there then, at most the sum of magnitudes."""
+    x, weight = rounded(x), rounded(case.values)
+    bias = np.zeros(1) if case.bias is None else case.bias
+    sizes = np.abs(x) @ np.abs(weight).T + np.abs(bias)
+    return x @ weight.T + bias, (case.inputs + 2) * 2.0**-24 * sizes + 1e-30
+
+
+@given(shapes, st.sampled_from([None, 4, 5, 6, 8]))
+@settings(max_examples=60, deadline=None)
+def test_products_are_those_of_rows_and_weights_in_bfloat16(shape, second):
+    seed, count, outputs, inputs, bits, block, bias = shape
+    assume(outputs <= 16 * inputs)  # else it is a head
+    rng = np.random.default_rng(seed)
+    case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
+    cases = [case] if second is None else [case, random_case(rng, outputs + 3, inputs, second, 32, bias)]
+    y = multiply("amx", x, case, up=None if second is None else cases[1], beside=second is not None, **TILES)
+    pairs = [in_bfloat16(x, one) for one in cases]
+    expected, limit = (np.concatenate(part, axis=1) for part in zip(*pairs, strict=True))
+    assert (np.abs(y - expected) <= limit).all()
+    # A factor that is rounded to 8 bits is off by 2^-8 of itself at most, a product of two by twice that.
+    exact = x.astype(np.float64) @ case.values.T + (0 if case.bias is None else case.bias)
+    sizes = np.abs(x).astype(np.float64) @ np.abs(case.values).T
+    assert (np.abs(y[:, :outputs] - exact) <= 1.01 * 2.0**-7 * sizes + limit[:, :outputs]).all()
+
+
+@given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(BEFORE), st.sampled_from([None, 4, 6, 8]))
+@settings(max_examples=60, deadline=None)
+def test_what_stands_before_and_behind_a_product_is_as_in_other_calls(shape, activation, before, up_bits):
+    seed, count, outputs, inputs, bits, block, bias = shape
+    assume(outputs <= 16 * inputs)  # else it is a head
+    rng = np.random.default_rng(seed)
+    case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
+    up = None if up_bits is None else random_case(rng, outputs, inputs, up_bits, 32)
+    skip = rows(rng, count, inputs) if "skip" in before else None
+    norm = rng.standard_normal(inputs).astype(np.float32) if before else None
+    shift = rng.standard_normal(inputs).astype(np.float32) if "layer" in before else None
+    total = x if skip is None else x + skip
+    if norm is not None:
+        centred = total - (0 if shift is None else total.mean(1, keepdims=True, dtype=np.float64))
+        scale = 1 / np.sqrt(np.square(centred, dtype=np.float64).mean(1, keepdims=True) + EPSILON)
+        total = (centred * scale * norm + (0 if shift is None else shift)).astype(np.float32)
+    kept = total if "kept" in before else None
+    fused = {"skip": skip, "norm": norm, "shift": shift, "activation": activation, "up": up, "keeps_norm": kept}
+    y = multiply("amx", x, case, **fused, **TILES)
+    inner, gate = in_bfloat16(total, case)[0], np.ones(1) if up is None else in_bfloat16(total, up)[0]
+    expected = activated(activation, inner) * gate
+    size = max(np.abs(expected).max(), 0.1 * np.abs(inner).max() * np.abs(gate).max())
+    # Where a norm's last bit tips a value over to the next bfloat16.
+    np.testing.assert_allclose(y, expected, atol=(2.0**-7 if before else 2e-5) * size + 1e-12)
+    assert np.median(np.abs(y - expected)) <= 1e-3 * size + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("bits", "inputs", "threads"), [(4, 576, 1), (4, 1500, 3), (8, 1500, 1), (5, 576, 3), (6, 1536, 3)]
+)
+def test_the_bits_of_a_row_depend_neither_on_the_others_nor_on_threads(bits, inputs, threads, monkeypatch):
+    rng = np.random.default_rng(bits)
+    case, x = random_case(rng, 600, inputs, bits, bias=True), rows(rng, 600, inputs)
+    alone = np.concatenate([multiply("amx", row[None], case, **TILES) for row in x[:70]])
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "amx")
+    product = session(case, threads)
+    with reading_prompt():
+        (whole,) = product.run(None, {"x": x})
+    assert_same_bits(whole[:70], alone)
+    for start, end in ((0, 1), (0, 15), (3, 20), (5, 38), (40, 600), (17, 530)):
+        with reading_prompt():
+            (y,) = product.run(None, {"x": x[start:end]})
+        assert_same_bits(y, whole[start:end])
+    (y,) = product.run(None, {"x": x[:40]})
+    assert_same_bits(y, multiply("scalar", x[:40], case))
+
+
+def test_a_value_that_is_no_number_is_seen_in_its_row_alone():
+    rng = np.random.default_rng(1)
+    case, x = random_case(rng, 20, 70, 4), rows(rng, 3, 70)
+    good = multiply("amx", x, case, **TILES)
+    for bad in (np.nan, np.inf, -np.inf):
+        x[1, 40] = bad
+        y = multiply("amx", x, case, **TILES)
+        assert not np.isfinite(y[1]).any()
+        assert_same_bits(y[[0, 2]], good[[0, 2]])
+
+
+def test_a_head_has_its_own_kernels_in_a_prompt_too():
+    rng = np.random.default_rng(2)
+    case, x = random_case(rng, 600, 36, 8), rows(rng, 3, 36)
+    assert_same_bits(multiply("amx", x, case, **TILES), multiply("scalar", x, case))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_prompt_in_pieces_is_one_read_at_once_and_lossless_is_full(bundle, precision, monkeypatch):
+    path = bundle(CASE, precision=precision, kernels="freeexport")
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "amx")
+    prompt, read = np.random.default_rng(3).integers(3, 90, 40).tolist(), []
+
+    def keep(decoder, length):
+        arrays = [array for runner in decoder.runners for array in runner.cache.arrays.values()]
+        read.append(np.stack([array[decoder.slot, :, :length] for array in arrays]))
+
+    monkeypatch.setattr(Decoder, "begun", keep)
+    for piece in (512, 16, 7, 1):
+        monkeypatch.setattr(runtime.decoding.decoder, "PREFILL_ROWS", piece)
+        with Session(path, slots=1) as opened:
+            texts = [
+                opened.generate(prompt, max_new_tokens=20, mode=mode, threshold=0.0) for mode in ("lossless", "full")
+            ]
+        assert texts[0].token_ids == texts[1].token_ids
+        assert_same_bits(read[-1], read[0])
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "avx512-vnni")
+    with Session(path, slots=1) as opened:
+        opened.generate(prompt, max_new_tokens=1, mode="full")
+    assert not np.array_equal(read[-1], read[0])  # so the others were read in tiles
+
+
+def test_a_prompt_that_begins_with_another_one_has_the_bits_that_it_has_alone(bundle, monkeypatch):
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "amx")
+    path, options = bundle(CASE, precision="int8", kernels="freeexport"), {"mode": "full", "output_logprobs": True}
+    prompts = [[*range(3, 40), *range(first, first + length)] for first, length in ((3, 9), (50, 1), (60, 30))]
+    with Session(path, slots=2, prefix_cache_mb=64) as reuses, Session(path, slots=2) as plain:
+        for prompt in prompts:
+            ours, alone = (opened.generate(prompt, max_new_tokens=6, **options) for opened in (reuses, plain))
+            assert (ours.token_ids, ours.logprobs) == (alone.token_ids, alone.logprobs)
+        assert ours.stats.cached_tokens == 32
+
+
+REFUSED = """
+import ctypes, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+# BPF: arch_prctl (158) with ARCH_REQ_XCOMP_PERM (0x1023) is refused, with EPERM; all else is allowed.
+steps = [(0x20, 0, 0, 0), (0x15, 0, 3, 158), (0x20, 0, 0, 16), (0x15, 0, 1, 0x1023), (0x06, 0, 0, 0x50001)]
+steps.append((0x06, 0, 0, 0x7FFF0000))
+code = b"".join(struct.pack("HBBI", *step) for step in steps)
+buffer = ctypes.create_string_buffer(code)
+program = struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(buffer))
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+from runtime.kernels import instructions
+print(instructions())
+"""
+
+
+@pytest.mark.parametrize("wanted", [None, "amx"])
+def test_without_permission_to_use_tiles_the_next_instructions_are_taken_or_an_error_says_so(wanted):
+    environment = {**os.environ, "FREEEXPORT_INSTRUCTIONS": wanted or ""}
+    done = subprocess.run([sys.executable, "-c", REFUSED], env=environment, capture_output=True, text=True, timeout=60)
+    if wanted is None:
+        assert done.stdout == "avx512-vnni\n", done.stderr
+    else:
+        assert "names instructions that this processor lacks, or that its system refuses" in done.stderr
