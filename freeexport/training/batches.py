@@ -64,7 +64,7 @@ def examples(
 
     Raises DataError for a broken line and for too few examples, CheckpointError where there is no tokenizer.
     """
-    form = text_format(checkpoint, description, options.max_tokens or DEFAULT_MAX_TOKENS, speech=True)
+    form = text_format(checkpoint, description, options.max_tokens or DEFAULT_MAX_TOKENS)
     form = replace(form, truncate=options.truncate)
     needed = "" if options.self_distill else TARGETS_WANTED
     training = read_examples(options.data, need_target=needed)

@@ -176,6 +176,8 @@ def _log_chances(head: SharedHead, states: torch.Tensor, room: torch.Tensor, bf1
         logits = torch.mm(read, head.weight.T, out=room[: len(states)]).float()
     finally:
         torch.set_float32_matmul_precision(precision)
+    for suppress in head.linear._forward_hooks.values():  # what speech never says (tuning.py)
+        logits = suppress(head.linear, (read,), logits)
     if head.bias is not None:
         logits += head.bias
     if head.softcap is not None:

@@ -135,7 +135,7 @@ def _suppress(model: PreTrainedModel, tokens: list[int]) -> None:
     """Make what is never written improbable, as decoding does."""
 
     def suppressed(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
-        return logits.index_fill(-1, torch.tensor(tokens, device=logits.device), SUPPRESSED)
+        return logits.index_fill_(-1, torch.tensor(tokens, device=logits.device), SUPPRESSED)
 
     model.get_output_embeddings().register_forward_hook(suppressed)
 
