@@ -94,8 +94,8 @@ class EngineOptions:
                 f"target {self.target} is not for {description.family}, whose encoder is exported from its own code; "
                 "choose --target cpu"
             )
-        if self.target == "tensorrt" and description.spectrogram is not None:
-            raise GraphError(f"target tensorrt is not for {description.family} yet; choose --target cpu")
+        if self.target == "tensorrt" and description.attention.softcap is not None:
+            raise GraphError("target tensorrt has no attention with attn_logit_softcapping; choose --target cuda")
         if dialect is not None and self.dialect != dialect:
             raise GraphError(f"target {self.target} needs dialect {dialect}, not {self.dialect}; leave --dialect out")
         if self.precision not in precisions:

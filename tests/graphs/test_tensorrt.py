@@ -30,7 +30,8 @@ BY_NAME = {case.name: case for case in (*CASES, *LARGER)}
 T5, LLAMA = BY_NAME["t5-larger-tied"], BY_NAME["llama-grouped-llama3-rope"]
 T5_EXIT, LLAMA_EXIT = (with_exit_vocabulary(case.name, layers=True) for case in (T5, LLAMA))
 SEQ2SEQ, DECODER = ["encoder", "prologue", "shallow", "deep"], ["shallow", "deep"]
-ENGINES = {T5: SEQ2SEQ, LLAMA: DECODER, T5_EXIT: SEQ2SEQ, LLAMA_EXIT: DECODER}
+NEW = dict.fromkeys((BY_NAME["gemma3"], BY_NAME["gpt2"]), DECODER)
+ENGINES = {T5: SEQ2SEQ, LLAMA: DECODER, T5_EXIT: SEQ2SEQ, LLAMA_EXIT: DECODER, **NEW}
 FLOATS = {trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16}
 ONNX_FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 

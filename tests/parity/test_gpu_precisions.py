@@ -137,9 +137,9 @@ def test_rounded_bundles_are_verified_against_their_checkpoint(
 
 
 @pytest.mark.parametrize("target", ["cuda", "tensorrt"])
-@pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)
-def test_every_product_of_every_engine_reads_rounded_weights(case: Case, target: str, bundle: Bundles) -> None:
-    path = bundle(case, target=target, precision="int8")
+@pytest.mark.parametrize("name", [LLAMA.name, T5.name, "marian", "phi3-longrope", "gemma3", "gpt2"])
+def test_every_product_of_every_engine_reads_rounded_weights(name: str, target: str, bundle: Bundles) -> None:
+    path = bundle(BY_NAME[name], target=target, precision="int8")
     for file in path.glob("*.onnx"):
         graph = onnx.load(file, load_external_data=False).graph
         rounded = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}

@@ -27,7 +27,10 @@ from runtime.errors import CapacityError, EngineError
 
 BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
-MODELS = ("t5-relu-tied", "llama-grouped-llama3-rope", "mistral-window")
+MODELS = (
+    *("t5-relu-tied", "llama-grouped-llama3-rope", "mistral-window", "bart", "marian", "m2m100", "smollm3", "granite"),
+    *("phi3-longrope", "gemma2", "gemma3", "gpt2"),
+)
 
 Checkpoint = Callable[[Case], Path]
 
@@ -123,7 +126,7 @@ def test_the_capacity_of_a_bundle_for_tensorrt_is_fixed(bundle: Bundles) -> None
 def said(path: Path) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
     """Token ids and exits on the prompts."""
     with Session(path, threads=1) as session:
-        results = [session.generate(list(prompt), max_new_tokens=24, threshold=0.5) for prompt in PROMPTS]
+        results = [session.generate(list(prompt), max_new_tokens=24, threshold=0.15) for prompt in PROMPTS]
     return [(result.token_ids, result.exited) for result in results]
 
 
@@ -132,7 +135,11 @@ def test_targets_and_a_fixed_cache_change_no_token(name: str, bundle: Bundles) -
     expected = said(bundle(BY_NAME[name]))
     assert said(bundle(BY_NAME[name], target="cuda", precision="fp32")) == expected
     assert 0 < sum(sum(exited) for _, exited in expected) < sum(len(ids) for ids, _ in expected)
-    assert said(bundle(BY_NAME[name], target="tensorrt")) == said(bundle(BY_NAME[name], target="cuda"))
+    if name == "gemma2":  # TensorRT parses no Attention with a softcap
+        with pytest.raises(GraphError, match="tensorrt has no attention with attn_logit_softcapping"):
+            bundle(BY_NAME[name], target="tensorrt")
+    else:
+        assert said(bundle(BY_NAME[name], target="tensorrt")) == said(bundle(BY_NAME[name], target="cuda"))
 
 
 @pytest.mark.parametrize("case", [T5, LLAMA, *EXITS], ids=lambda case: case.name)
