@@ -132,15 +132,10 @@ def speech_of(checkpoint: Checkpoint, description: Description) -> Speech | None
     )
 
 
-def text_format(checkpoint: Checkpoint, description: Description, limit: int, speech: bool = False) -> TextFormat:
+def text_format(checkpoint: Checkpoint, description: Description, limit: int) -> TextFormat:
     """Sequences of at most `limit` ids, or the model's own limit. Raises CheckpointError without a tokenizer or an end
-    of sequence, and for a model of speech unless `speech` may be."""
+    of sequence."""
     sound = description.spectrogram
-    if sound is not None and not speech:
-        raise CheckpointError(
-            f"{checkpoint.name} reads speech, which train takes, and calibrate and evaluate of a bundle, but not this: "
-            "train and convert it, and use the bundle"
-        )
     if not has_tokenizer(checkpoint):
         raise CheckpointError(f"{checkpoint.name} has no tokenizer, which text needs; add its tokenizer files")
     tokenizer = load_tokenizer(checkpoint)
@@ -237,7 +232,7 @@ def prompts_of(requests: Sequence[Request], form: TextFormat, path: Path) -> Seq
     """The recordings, each of which was read once, or the ids of the inputs, int32 [n] each. Raises DataError for one
     that cannot be used: the line, and why."""
     if form.speech is not None:
-        return [_recording(request, form, form.speech, path) for request in requests]
+        return [recording_of(request, form.speech, form.rows, path) for request in requests]
     prompts, texts = list[list[int]](), list[str | list[dict[str, str]]]()
     for request in requests:
         try:
@@ -252,7 +247,8 @@ def prompts_of(requests: Sequence[Request], form: TextFormat, path: Path) -> Seq
     return [np.array(prompt, np.int32) for prompt in prompts]
 
 
-def _recording(request: Request, form: TextFormat, speech: Speech, path: Path) -> Recording:
+def recording_of(request: Request, speech: Speech, rows: int, path: Path) -> Recording:
+    """The WAV file of a line, for an encoder of so many positions. Raises DataError for one that cannot be used."""
     where, language = f"{path}, line {request.line_number}", request.language or "en"
     if not isinstance(request.input, Path):
         raise DataError(f"{where}: it has 'input', and the model reads speech; give 'audio', the path of a WAV file")
@@ -266,12 +262,12 @@ def _recording(request: Request, form: TextFormat, speech: Speech, path: Path) -
         raise DataError(f"{where}: {request.input} cannot be read ({error}); name a WAV file") from None
     except PromptError as error:
         raise DataError(f"{where}: {error}") from None
-    if seconds > (longest := form.rows * SECONDS_A_TIMESTAMP):
+    if seconds > (longest := rows * SECONDS_A_TIMESTAMP):
         raise DataError(
             f"{where}: {request.input} has {seconds:.1f} s, and the model reads windows of {longest:g} s; cut it"
         )
     digest = hashlib.sha256(content).hexdigest()[:32]
-    return Recording(request.input, digest, language, form.bins, form.rows)
+    return Recording(request.input, digest, language, speech.bins, rows)
 
 
 def fitted(examples: list[Example], form: TextFormat, path: Path) -> tuple[list[Example], str | None]:

@@ -34,7 +34,7 @@ class Time(click.ParamType):
 @click.argument("out", type=click.Path(path_type=Path))
 @section("The task")
 @click.option("--data", type=click.Path(path_type=Path),
-              help="JSONL with 'input' and 'target'.  [default: no training; drafts come from the text]")  # fmt: skip
+              help="JSONL with 'input' or 'audio', and 'target'.  [default: no training]")  # fmt: skip
 @click.option("--metric", type=MetricName(), help=f"Compares outputs with targets. {METRICS}  [with --lossless: exact]")
 @click.option("--quality", type=float, help="The share of the full model's metric to keep.  [default: 0.99]")
 @click.option("--lossless", is_flag=True, help="Every token must be the full model's.")

@@ -209,6 +209,8 @@ def _texts(
     checkpoint: Checkpoint, description: Description, engines: EngineOptions, data: Path
 ) -> tuple[list[Example], int]:
     """The first lines, and how many tokens the decoder has to read of them."""
+    if description.spectrogram is not None:
+        raise OptionError(f"--data rounds weights for text, and {checkpoint.name} reads speech; leave it out")
     form = replace(text_format(checkpoint, description, min(LONGEST, engines.capacity)), truncate=True)
     examples, _ = encode(read_examples(data, LINES, TARGETS_WANTED), form, data)
     texts, tokens = [], 0

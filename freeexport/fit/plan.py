@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ import numpy as np
 import psutil
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.checkpoints.examples import Example, encode, text_format
+from freeexport.checkpoints.examples import Example, encode, read_examples, text_format
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.packed_exit import misfit, read_packed, ready_made, weights_sha256
 from freeexport.fit.paper import repeated
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
+from freeexport.fit.splits import write
 from freeexport.measure.byte_model import row_share
 from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.sources import reference_of
@@ -35,7 +36,7 @@ from freeexport.system.child import run_child
 from freeexport.system.jsonl import Request
 from freeexport.system.machine import multiplies_bfloat16, read_cpuinfo
 from freeexport.system.progress import duration
-from graphs.description import Description
+from graphs.description import Description, Encoder
 from graphs.families import describe
 from graphs.step_costs import analytic
 from runtime.bundle.manifest import Precision
@@ -48,7 +49,8 @@ DEPTHS = {"hard": 0.5, "usual": 3.5, "easy": 6.0}
 OWN_LAYERS = (1, 2)  # of the exit
 MAX_PENDING = 16  # convert's default
 PAYS = 1.05  # the usual speed-up of a request from which on training is worth its time
-# A prompt's token costs this share of a decoded one: many share a read of the weights.
+# A prompt's token costs this share of a decoded one: many share a read of the weights. A position of an encoder of
+# speech costs less where the decoder has more weights than the encoder (Whisper base in int8: 1/20).
 PROMPT = 1 / 8
 # The share of memory bandwidth that decoding reaches.
 REACHED = 0.7
@@ -68,6 +70,7 @@ CONVERTING, CONVERTED = 45, 1.5e6
 ACTIVATIONS, LOGITS = 2 << 30, 32  # the latter for each token of the vocabulary
 FEW_STEPS = 100  # with which an exit hardly learns
 STEPS, BATCH_TOKENS = 4, 2048  # that are timed, the first aside
+RECORDINGS = 6  # of a batch of speech
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ class FitOptions:
         if self.paper and self.data is None:
             raise OptionError("--paper compares trainings, and there are no data; give --data, or leave it out")
         if self.data is not None and not self.data.is_file():
-            raise OptionError(f"--data {self.data}: there is no such file; name a JSONL file with 'input' and 'target'")
+            raise OptionError(
+                f"--data {self.data}: there is no such file; name a JSONL file with 'input' (or 'audio') and 'target'"
+            )
 
     def recorded(self) -> dict[str, Any]:
         """Return what a run that goes on must share with the one before, as JSON values."""
@@ -127,21 +132,33 @@ class PlannedExit:
 
 @dataclass(frozen=True)
 class Texts:
-    """Mean tokens of a line's input and target, and the most that an output may have."""
+    """Mean tokens of a line's input and target, and the most that an output may have. A token of the input costs the
+    `share` of a decoded one; those of `speech` are positions of the encoder."""
 
     prompt: float
     target: float
     most: int
+    share: float = PROMPT
+    speech: bool = False
+
+    @property
+    def read(self) -> float:
+        """What reading an input costs, in decoded tokens."""
+        return self.share * self.prompt
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch in training."""
+        return math.ceil(RECORDINGS * (self.prompt + self.most)) if self.speech else BATCH_TOKENS
 
     def request(self, speed: float) -> float:
         """The speed of a request, where that of a token is `speed`."""
-        read = PROMPT * self.prompt
-        return (read + self.target) / (read + self.target / speed)
+        return (self.read + self.target) / (self.read + self.target / speed)
 
 
 @dataclass(frozen=True)
 class Training:
-    """`tune`: the trainings, in order. `step`: seconds of one of BATCH_TOKENS, which saw `tokens_per_second`.
+    """`tune`: the trainings, in order. `step`: seconds of one batch, which saw `tokens_per_second`.
     `frozen_lines` train the exit alone."""
 
     tune: tuple[Tune, ...]
@@ -200,8 +217,13 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
         else:
             _check_metric(options.metric, lines)
             step = max(1, len(lines) // SAMPLE)
-            examples = encode(lines[::step], text_format(checkpoint, description, 2048), options.data)[0]
-            plan = replace(plan, texts=_texts(examples), exit=best_exit(checkpoint, description, examples))
+            form = text_format(checkpoint, description, 2048)
+            examples = encode(lines[::step], form, options.data)[0]
+            texts = replace(_texts(examples), share=PROMPT)
+            if form.speech is not None:
+                share = 4 * _encoder_weights(description, checkpoint) / (layers * costs.layer + costs.head)
+                texts = replace(texts, most=min(texts.most, form.limit), share=PROMPT * share, speech=True)
+            plan = replace(plan, texts=texts, exit=best_exit(checkpoint, description, examples))
             plan = _with_times(options, plan, converting, parameters, description.vocab_size, len(lines))
     return replace(plan, busy=load.cores)
 
@@ -213,7 +235,7 @@ def _with_times(
     texts, found = plan.texts, plan.exit
     assert texts is not None
     assert found is not None
-    request = (PROMPT * texts.prompt + texts.target) / plan.rate  # seconds, by the full model
+    request = (texts.read + texts.target) / plan.rate  # seconds, by the full model
 
     def count(bounds: tuple[int, int], step: str, each: float) -> int:
         """How many lines fit the step's share of the budget; at most a quarter of all lines above the least."""
@@ -268,6 +290,14 @@ def _check_metric(name: str, lines: Sequence[Request]) -> None:
     scored = metric.of(metric.table([one.texts[0] for one in known], known))
     if not scored:
         raise MetricError(f"metric {name} gives the targets themselves 0: it does not fit these data; choose another")
+
+
+def _encoder_weights(description: Description, weights: Checkpoint) -> int:
+    """The weights of the products in an encoder's layers."""
+    layers = description.encoder.layers if isinstance(description.encoder, Encoder) else ()
+    linears = [getattr(one.attention, part) for one in layers for part in ("query", "key", "value", "output")]
+    linears += [linear for one in layers for linear in (one.mlp.up, one.mlp.down, one.mlp.gate) if linear]
+    return sum(math.prod(weights.shape(linear.weight)) for linear in linears)
 
 
 def _texts(examples: Sequence[Example]) -> Texts:
@@ -337,14 +367,14 @@ def training_speed(
 ) -> dict[str, float]:
     """Seconds of a training step and tokens a second, of STEPS steps in a process of its own."""
     # Two batches again and again: the exit's start is computed from all lines, which takes as long as steps.
-    lines = max(4, math.ceil(2 * BATCH_TOKENS / (texts.prompt + texts.target)))
+    lines = max(4, math.ceil(2 * texts.batch_tokens / (texts.prompt + texts.target)))
     given: dict[str, Any] = {
         "exit_layer": found.layer,
         "exit_layers": found.own,
         "exit_vocab": found.vocabulary,
         "tune": tune,
     }
-    given |= {"bf16": bf16, "learning_rate": learning_rate, "batch_tokens": BATCH_TOKENS, "steps": STEPS}
+    given |= {"bf16": bf16, "learning_rate": learning_rate, "batch_tokens": texts.batch_tokens, "steps": STEPS}
     asked = {"model": options.model, "data": str(options.data), "lines": lines, "options": given}
     answer = run_child(__name__, json.dumps(asked))
     measured: dict[str, float] = json.loads(answer)
@@ -358,7 +388,10 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     rows = {"model": f"{plan.name}, {plan.layers} decoder layers", "precision": f"{plan.precision}, {bits}"}
     rows["speed"] = f"about {plan.rate:.0f} tokens/s of the full model in 8 bits, by memory bandwidth"
     if texts is not None:
-        rows["data"] = f"{texts.prompt:.0f} tokens in, {texts.target:.0f} out; outputs get at most {texts.most}"
+        inputs = (
+            f"recordings, each as dear as {texts.read:.0f} tokens" if texts.speech else f"{texts.prompt:.0f} tokens in"
+        )
+        rows["data"] = f"{inputs}, {texts.target:.0f} out; outputs get at most {texts.most}"
         rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
     if found is None or texts is None or training is None:
         rows["training"] = f"none: {plan.why}; mode lossless drafts {plan.drafts}, with every token equal"
@@ -393,9 +426,9 @@ def main(arguments: Sequence[str]) -> None:
 
     given = json.loads(arguments[0])
     with tempfile.TemporaryDirectory() as directory:
+        lines = read_examples(Path(given["data"]), given["lines"])
+        write({"lines": lines}, Path(directory))
         data = Path(directory) / "lines.jsonl"
-        with Path(given["data"]).open("rb") as file:
-            data.write_bytes(b"".join(islice(file, given["lines"])))
         step, speed = step_speed(given["model"], TrainingOptions(data, **given["options"]), Path(directory))
         print(json.dumps({"step": step, "tokens_per_second": speed}))
 

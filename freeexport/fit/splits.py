@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
-from freeexport.system.jsonl import Request, encoded
+from freeexport.system.jsonl import Request, asked, encoded
 
 TRAIN = "train"
 # Words of a shingle, and how many shingles stand for an input: those with the smallest hashes.
@@ -46,7 +47,9 @@ def read_lines(data: Path, least: int) -> list[Request]:
 def split(lines: Sequence[Request], sizes: Mapping[str, int], data: Path) -> dict[str, list[Request]]:
     """Splits of the sizes given, in their order, and TRAIN with all other lines, each in an order that depends on the
     inputs alone. Families of alike inputs stay together. Raises DataError where that leaves a split without lines."""
-    texts = [normalised(json.dumps(line.input) if isinstance(line.input, list) else str(line.input)) for line in lines]
+    # Of recordings what is said: their names tell nothing.
+    inputs = [line.target if isinstance(line.input, Path) else line.input for line in lines]
+    texts = [normalised(json.dumps(text) if isinstance(text, list) else str(text)) for text in inputs]
     hashes, family = [stable_hash(text) for text in texts], families(texts)
     members: dict[int, list[int]] = {}
     for place in sorted(range(len(lines)), key=hashes.__getitem__):
@@ -68,7 +71,9 @@ def split(lines: Sequence[Request], sizes: Mapping[str, int], data: Path) -> dic
 def write(splits: Mapping[str, Sequence[Request]], directory: Path) -> None:
     """Write NAME.jsonl for each split."""
     for name, lines in splits.items():
-        records = [{"input": one.input, "target": one.target, "references": one.references} for one in lines]
+        fields = ("target", "references", "language")
+        records = [{**asked(one), **{name: getattr(one, name) for name in fields}} for one in lines]
+        records = [one | ({"audio": os.path.abspath(one["audio"])} if "audio" in one else {}) for one in records]
         content = (encoded({key: value for key, value in one.items() if value is not None}) for one in records)
         (directory / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in content))
 

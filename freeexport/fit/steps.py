@@ -26,7 +26,7 @@ from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
-from freeexport.fit.plan import BATCH_TOKENS, FitOptions, Plan, describe_plan, least_lines, make_plan
+from freeexport.fit.plan import FitOptions, Plan, describe_plan, least_lines, make_plan
 from freeexport.measure.evaluate import Story, evaluate, write
 from freeexport.measure.exit_verdict import Verdict
 from freeexport.measure.quality import Row
@@ -198,6 +198,7 @@ def _training(
     """Train "joint", all weights, or the "exit" alone, into OUT.work/NAME."""
     found, training, alone = plan.exit, plan.training, kind == "exit"
     assert found is not None
+    assert plan.texts is not None
     assert training is not None
     what: list[object] = ["--tune", "exit" if alone else "full", "--exit-layer", found.layer]
     if loss == "logit-kd":
@@ -206,7 +207,8 @@ def _training(
     what += ["--data", places.data("frozen" if alone else splits.TRAIN), "--validation", places.data("validation")]
     alpha, rate = (ALPHA_ALONE, RATE_ALONE) if alone else (ALPHA, training.learning_rate)
     steps = plan.seconds[kind] / training.step / (ALONE if alone and len(training.tune) > 1 else 1)
-    what += ["--loss", loss, *PACE, "--loss-alpha", alpha, "--learning-rate", rate, "--batch-tokens", BATCH_TOKENS]
+    what += ["--loss", loss, *PACE, "--loss-alpha", alpha, "--learning-rate", rate]
+    what += ["--batch-tokens", plan.texts.batch_tokens]
     what += ["--time-limit", f"{plan.seconds[kind] / 60:.2f}", "--evaluate-every", max(1, int(steps / EVALUATIONS))]
     what += ["--seed", seed] if seed else []
     out = places.work / name

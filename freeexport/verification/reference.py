@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
+from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples, recording_of
 from freeexport.training.exit_modules import Encoded
 from freeexport.training.shallow_deep import layer_list
 from freeexport.verification.checks import Check, Measure
@@ -65,6 +65,7 @@ QUALITY_LEAST = {"fp32": 1e-4, "fp16": 2e-2}
 QUALITY_COARSE_LEAST = 5e-2
 # Sequences in memory at once, the most tokens of each, and how many lines are read.
 ROWS, LONGEST, LINES = 8, 256, 256
+RECORDINGS = 32  # lines of speech that are read: the encoder takes as long as hundreds of tokens
 
 # States [B, n, d], those of an encoder, and a decoder-only model's final normed ones [B, n, d] -> logits [B, n, V], and
 # confidences [B, n, 1] where these depend on more than the logits.
@@ -414,7 +415,8 @@ def quality_of(predictions: Iterable[Predictions], precision: Precision) -> Qual
 
 def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path) -> Iterator[Predictions]:
     """Teacher-forced, on the targets of `data` (JSON lines). Raises DataError, OptionError."""
-    threads = usable_cores()
+    threads, speech = usable_cores(), bundle.manifest.speech
+    given = 0 if speech is None else len(speech.prefix(next(iter(speech.languages), "en")))
 
     def logits(batch: Batch, rows: np.ndarray) -> np.ndarray:
         found: np.ndarray = forward(model, batch)["logits"].flatten(0, 1).numpy()[rows]
@@ -424,6 +426,7 @@ def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path) -> Iterat
         pair = EnginePair(bundle, len(batch.tokens), threads, encode(bundle, batch, threads)[0])
         deep = pair.deep(pair.shallow(batch.tokens, batch.lengths)["hidden"], batch.lengths)
         rows = rows_of(np.maximum(batch.lengths - 1, 0), batch.width)
+        rows = rows[rows % batch.width >= given]
         theirs = coarse = logits(batch, rows)
         if bundle.manifest.precision != "fp32":
             with in_precision_of(bundle.manifest, model):
@@ -436,12 +439,23 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
     manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
     if tokenizer is None:
         raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
+    longest = min(LONGEST, manifest.capacity)
+    if (speech := manifest.speech) is not None:
+        requests, start = read_examples(data, RECORDINGS, TARGETS_WANTED), manifest.decoder_start_token_id or 0
+        for first in range(0, len(requests), ROWS):
+            lines = requests[first : first + ROWS]
+            sounds = [recording_of(line, speech, manifest.encoder_capacity, data) for line in lines]
+            texts = [tokenizer.encode(f" {str(line.target).strip()}", special=False) for line in lines]
+            begins = [[start, *speech.prefix(sound.language)] for sound in sounds]
+            targets = [(begin + text)[:longest] for begin, text in zip(begins, texts, strict=True)]
+            features, counts = [sound.features() for sound in sounds], [len(sound) for sound in sounds]
+            yield Batch(*pad(targets), np.stack(features), np.array(counts, np.int32))
+        return
     pairs = []
     for request in read_examples(data, LINES, TARGETS_WANTED):
         text = request.text
         prompt = tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode_chat(text)
         pairs.append((prompt, tokenizer.encode(request.target or "", special=False)))
-    longest = min(LONGEST, manifest.capacity)
     for start in range(0, len(pairs), ROWS):
         chunk = pairs[start : start + ROWS]
         if manifest.encoder_decoder:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from checkpoints import BY_NAME
 from click.testing import CliRunner
@@ -23,14 +24,20 @@ from freeexport.cli import main
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.conversion.own_outputs import own_outputs
+from freeexport.fit import plan, steps
+from freeexport.fit.plan import FitOptions
+from freeexport.fit.steps import fit, planned
 from freeexport.measure.sources import fitting_prompts
 from freeexport.measure.traces import ReplaySession, trace_of
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
+from freeexport.verification.engines import QUICK
+from freeexport.verification.verification import failure, verify
 from graphs.families import describe
-from runtime import OptionError, PromptError, Session
+from runtime import Bundle, OptionError, PromptError, Session
 from runtime.audio import log_mel, window
 from runtime.speech import Rules, SpeechPrompt, Transcriber
+from runtime.text.tokenizer import Tokenizer
 
 VOCABULARY, END, START, FIRST = 300, 200, 201, 211  # FIRST timestamp
 LANGUAGES = {"<|en|>": 202, "<|de|>": 203, "<|fr|>": 204}
@@ -104,6 +111,19 @@ def test_tokens_are_those_of_transformers(checkpoint: Path, exit_layer: int, dia
                 count = pairs[-1] + 1 if pairs else len(ours)
                 assert count > 3
                 assert (wanted if timestamps else wanted[-count:])[:count] == ours[:count]
+
+
+@pytest.mark.parametrize("asked", [("cuda", "fp32"), ("cuda", "int8"), ("tensorrt", "fp16")], ids=str)
+def test_graphs_for_gpus_say_what_those_for_a_cpu_say(
+    checkpoint: Path, session: Session, asked: tuple[Any, Any], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"mode": "lossless", "threshold": 0.1, "drafts": "exit", "language": "de", **RAW}
+    path = converted(checkpoint, tmp_path / "b", 1, target=asked[0], precision=asked[1])
+    with Session(path, threads=1) as other:
+        assert other.generate(SOUND, **options).token_ids == session.generate(SOUND, **options).token_ids
+    for file in path.glob("*.onnx"):
+        nodes = onnx.load(file, load_external_data=False).graph.node
+        assert {node.domain for node in nodes} <= ({"", "com.microsoft"} if asked[1] == "int8" else {""})
 
 
 def test_every_exit_obeys_the_rules(session: Session) -> None:
@@ -257,6 +277,43 @@ def spoken(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_a_bundle_is_verified_on_what_was_said(spoken: Path, tmp_path: Path) -> None:
+    bundle, data = converted(spoken / "model", tmp_path / "b", 1, precision="int8"), spoken / "lines.jsonl"
+    report = verify(Bundle.open(bundle), str(spoken / "model"), data, QUICK)
+    assert report["passed"], failure(report)
+    target = Tokenizer.load(bundle).encode(" abba", special=False)  # type: ignore[union-attr]
+    assert report["quality"]["tokens"] == 6 * len(target)
+    (spoken / "text.jsonl").write_text(json.dumps({"input": "a", "target": "b"}) + "\n")
+    with pytest.raises(DataError, match="line 1: it has 'input', and the model reads speech"):
+        verify(Bundle.open(bundle), str(spoken / "model"), spoken / "text.jsonl", QUICK)
+
+
+def test_fit_makes_a_bundle_of_recordings(spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(module: str, *arguments: str, **shown: Any) -> str:
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    monkeypatch.setattr(steps, "run_child", here)
+    monkeypatch.setattr(plan, "bandwidth_of", lambda threads: 1e9)
+    monkeypatch.setattr(plan, "training_speed", lambda *given: {"step": 0.01, "tokens_per_second": 1e5})
+    draw, lines = np.random.default_rng(0), list[str]()
+    for number in range(312):
+        said = "".join(draw.choice(list("abcdef"), 6))
+        lines.append(json.dumps({"audio": f"{number % 6}.wav", "language": "de", "target": said}))
+    (data := spoken / "many.jsonl").write_text("\n".join(lines) + "\n")
+    options = FitOptions(str(spoken / "model"), tmp_path / "out", data, "wer", 100.0, quality=None, threads=1)
+    made = planned(options, keep=True)
+    assert made.training is not None
+    assert made.texts is not None
+    decoder = LAYERS * (6 * 32 * 32 + 2 * 32 * 40) + VOCABULARY * 32
+    encoder = 2 * (4 * 32 * 32 + 2 * 32 * 48)
+    assert made.texts.read == pytest.approx(POSITIONS / 8 * encoder / decoder)
+    assert "a request" in fit(options, made).text
+    with Session(options.out, threads=1) as session:
+        assert session.generate(SOUND, language="de", **RAW).token_ids
+
+
 def test_an_exit_is_trained_on_the_models_own_transcripts(spoken: Path, session: Session, tmp_path: Path) -> None:
     data, out, own = spoken / "lines.jsonl", tmp_path / "out", tmp_path / "own"
     options = TrainingOptions(data, 1, validation=data, self_distill=own, new_tokens=12, tune="exit", exit_layers=1,
@@ -314,7 +371,7 @@ def test_a_line_of_speech_is_checked_before_use(spoken: Path, line: dict[str, An
     data.write_text("".join(json.dumps({"target": "a", **each}) + "\n" for each in ({"audio": "0.wav"}, line)))
     opened = open_checkpoint(str(spoken / "model"))
     with pytest.raises(DataError, match=message):
-        encode(read_examples(data), text_format(opened, describe(opened.config, opened), 40, speech=True), data)
+        encode(read_examples(data), text_format(opened, describe(opened.config, opened), 40), data)
 
 
 def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_path: Path) -> None:
