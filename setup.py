@@ -20,6 +20,7 @@ SOURCE = Path("runtime", "kernels", "source")
 # The same bits everywhere: no multiplication and addition may become one operation unless the source says so.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 _AVX2, _AVX512 = "-mavx2 -mfma -mf16c", "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
+_AMX = f"{_AVX2} {_AVX512} -mavx512vnni -mavx512vbmi -mavx512bf16 -mamx-tile -mamx-bf16"
 # Of the files that are compiled for other instructions than the processor's first, by its name.
 INSTRUCTIONS = {
     "x86_64": {
@@ -27,7 +28,8 @@ INSTRUCTIONS = {
         "avx2_vnni": f"{_AVX2} -mavxvnni",
         "avx512": f"{_AVX2} {_AVX512}",
         "avx512_vnni": f"{_AVX2} {_AVX512} -mavx512vnni",
-        "amx": f"{_AVX2} {_AVX512} -mavx512vnni -mavx512vbmi -mavx512bf16 -mamx-tile -mamx-bf16",
+        "amx": _AMX,
+        "amx_attention": _AMX,
     },
     "aarch64": {"neon": "-march=armv8-a+dotprod", "neon_i8mm": "-march=armv8-a+i8mm"},
 }

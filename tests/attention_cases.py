@@ -35,6 +35,7 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm")),
         ("epsilon", ctypes.c_float),
         ("y", ctypes.c_void_p),
+        ("prompt", ctypes.c_int),
     )
 
 
@@ -99,7 +100,9 @@ def random_call(
     return Call(rows, *caches, np.array(past, np.int32), np.array(lengths, np.int32))
 
 
-def attend(instructions: str, layer: Layer, call: Call, packed: bool, library: Path = LIBRARY) -> np.ndarray:
+def attend(
+    instructions: str, layer: Layer, call: Call, packed: bool, library: Path = LIBRARY, prompt: bool = False
+) -> np.ndarray:
     """y [B, R, heads * size], 0 where rows do not count; extends the caches of `call`. ValueError where refused."""
     function = ctypes.CDLL(str(library)).freeexport_attention
     function.restype = ctypes.c_char_p
@@ -112,7 +115,8 @@ def attend(instructions: str, layer: Layer, call: Call, packed: bool, library: P
         past_key=call.key.ctypes.data, past_value=call.value.ctypes.data, key=call.key.ctypes.data,
         value=call.value.ctypes.data, past_lengths=call.past.ctypes.data, query_lengths=call.lengths.ctypes.data,
         width=layer.width, packed=packed, positions=POSITIONS, softcap=layer.softcap, reach=8,
-        turned=layer.tables["cosine"].shape[1] if "cosine" in at else 0, epsilon=EPSILON, y=y.ctypes.data, **at,
+        turned=layer.tables["cosine"].shape[1] if "cosine" in at else 0, epsilon=EPSILON, y=y.ctypes.data,
+        prompt=prompt, **at,
     )  # fmt: skip
     problem = function(instructions.encode(), ctypes.byref(given))
     if problem is not None:

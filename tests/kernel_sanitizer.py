@@ -59,6 +59,8 @@ def check(library: Path) -> None:
             expected = attend("scalar", layer, call.fresh(), packed, library)
             for name in names:
                 np.testing.assert_array_equal(attend(name, layer, call.fresh(), packed, library), expected, name)
+            if "amx" in names:
+                attend("amx", layer, call.fresh(), packed, library, prompt=True)
     run_in_onnx_runtime(library)
     print(f"{count} products checked: scalar, {', '.join(names)}")
 

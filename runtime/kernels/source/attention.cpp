@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kFewPlaces = 8, kManyPlaces = 64;
 // Tasks for each head of keys that many rows make, until they have so many rows.
 constexpr int64_t kTasksOfMany = 16;
+// The same of a prompt's rows in tiles.
+constexpr int64_t kBlocksOfPrompt = 4, kPromptPlaces = 128;
 // Queries that share keys from which on a piece of these is turned.
 constexpr int64_t kTurnedFor = 12;
 // With fewer tasks than these each piece is a task of its own.
@@ -129,6 +131,24 @@ void block_task(void* data, size_t index) {
   std::free(rooms);
 }
 
+// All of a block of a prompt's rows.
+void prompt_task(void* data, size_t index) {
+  Call& call = *static_cast<Call*>(data);
+  const Attention& a = call.attention;
+  const int64_t turn = static_cast<int64_t>(index) / a.kv_heads, kv_head = static_cast<int64_t>(index) % a.kv_heads;
+  const int64_t number = turn % 2 ? call.blocks - 1 - turn / 2 : turn / 2;
+  const Place* last = call.places + least((number + 1) * call.task_places, call.count);
+  for (const Place *place = call.places + number * call.task_places, *end = place; place < last; place = end) {
+    while (end < last && end->sequence == place->sequence) end++;
+    if (!call.kernels.attend_prompt(a, place, end - place, kv_head)) __atomic_store_n(&call.failed, true, __ATOMIC_RELAXED);
+  }
+}
+
+// Whether a call's rows are attended to in tiles, by its kind and the model's sizes alone.
+bool in_tiles(const Kernels& kernels, const Attention& a) {
+  return a.prompt && kernels.attend_prompt && !a.cross_lengths && !a.bias && a.size <= kTurnedSize && a.scale > 0.0f;
+}
+
 void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t total, Call& call) {
   if (parallel == nullptr || total == 1)
     for (int64_t i = 0; i < total; i++) task(&call, static_cast<size_t>(i));
@@ -202,8 +222,11 @@ const char* attention(const Kernels& kernels, const Attention& a, Parallel paral
   const int64_t count = find_places(a, places);
   if (!a.cross_lengths) copy_past(a);
   const int64_t values = a.kv_heads * a.size * 2;
-  const int64_t task_places = count < kTasksOfMany * kFewPlaces ? kFewPlaces
-                                                                : least(count / kTasksOfMany / 8 * 8, kManyPlaces);
+  const bool tiles = in_tiles(kernels, a);
+  const int64_t task_places = tiles ? most(16, least(count / kBlocksOfPrompt / 16 * 16, kPromptPlaces))
+                              : count < kTasksOfMany * kFewPlaces
+                                  ? kFewPlaces
+                                  : least(count / kTasksOfMany / 8 * 8, kManyPlaces);
   const int64_t stored_places = kStoredValues / values + 1, blocks = (count + task_places - 1) / task_places;
   Call call = {kernels, a, places, count, stored_places, 0, task_places, blocks, 0, 0, 0, nullptr, false};
   for (int64_t block = 0; block < call.blocks; block++) {
@@ -214,12 +237,14 @@ const char* attention(const Kernels& kernels, const Attention& a, Parallel paral
     call.slots = most(call.slots, end_piece(places[i]) - first_piece(a, places[i]));
     call.seen += places[i].position + 1 - first_position(a, places[i]);
   }
-  const bool few = call.blocks * a.kv_heads < kFewTasks && call.pieces > 0;
+  const bool few = !tiles && call.blocks * a.kv_heads < kFewTasks && call.pieces > 0;
   if (!few) call.slots = kRunningSlots;
   call.room = attention_room(a, call.slots);
   if (!a.cross_lengths)
     run(parallel, context, store_task, (count + call.stored_places - 1) / call.stored_places, call);
-  if (few)
+  if (tiles)
+    run(parallel, context, prompt_task, call.blocks * a.kv_heads, call);
+  else if (few)
     attend_few(parallel, context, call);
   else
     run(parallel, context, block_task, call.blocks * a.kv_heads, call);

@@ -35,6 +35,7 @@ struct Attention {
   const float* key_norm;
   float epsilon;
   float* y;                   // [rows, heads * size]; rows that do not count are 0
+  int prompt;                 // rows of a prompt: these may have bits of their own, see `attend_prompt`
 };
 
 // A row that counts: where it stands in the call, and in which sequence at which position, the last that it sees.

@@ -148,6 +148,7 @@ ort::Status* begin_call(const Kernel& kernel, ort::KernelContext* context, size_
                                           &a->cosine, &a->sine,     &a->bias,       &a->query_norm, &a->key_norm};
   for (size_t input = kRows; input < kInputs; input++)
     if (tensors[input] != nullptr) *tensors[input] = static_cast<const float*>(inputs[input]);
+  a->prompt = reading_prompt;
   a->query_lengths = static_cast<const int32_t*>(inputs[kQueryLengths]);
   return make_outputs(kernel, context, outputs, a);
 }

@@ -34,6 +34,6 @@ namespace freeexport {
 const Kernels kAvx512Vnni = {"avx512-vnni", supported, prepare, panels,
                        store_row, attend, attend_rows, join, piece};
 const Kernels kAmx = {"amx", [] { return supported() && amx_supported(); }, prepare, panels,
-                      store_row, attend, attend_rows, join, piece, amx_prepare, amx_panels};
+                      store_row, attend, attend_rows, join, piece, amx_prepare, amx_panels, amx_attend};
 
 }  // namespace freeexport

@@ -124,6 +124,9 @@ struct Kernels {
   void (*prepare_prompt)(const Product& product, int64_t row, float* normed, uint16_t* rows);
   void (*prompt_panels)(const Product& product, const uint16_t* rows, int64_t first, int64_t last, int64_t panel,
                         int64_t end);
+  // All that rows of a sequence see, one behind the other, of a prompt, for one group of heads, to y. False where there
+  // is no memory for it. Or null.
+  bool (*attend_prompt)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head);
 };
 
 extern const Kernels kScalar;

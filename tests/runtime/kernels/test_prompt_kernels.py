@@ -1,5 +1,5 @@
-"""Products of a prompt in tiles of bfloat16: against float64, the same bits whatever stands beside a row, and which
-calls have them."""
+"""Products and attention of a prompt in tiles of bfloat16: against float64, the same bits whatever stands beside a row,
+and which calls have them."""
 
 import os
 import subprocess
@@ -7,10 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from attention_cases import Call, attend, attention_session, exact, feeds, random_call, random_layer
 from checkpoints import CASES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import ACTIVATIONS, EPSILON, here, multiply, random_case, session
+from test_attention_kernel import pasts
 from test_kernels import BEFORE, activated, assert_same_bits, rows, shapes
 
 import runtime.decoding.decoder
@@ -122,6 +124,75 @@ def test_a_head_has_its_own_kernels_in_a_prompt_too():
     rng = np.random.default_rng(2)
     case, x = random_case(rng, 600, 36, 8), rows(rng, 3, 36)
     assert_same_bits(multiply("amx", x, case, **TILES), multiply("scalar", x, case))
+
+
+layers = st.tuples(
+    st.integers(0, 2**32), st.sampled_from([(1, 1), (4, 2), (9, 3), (5, 1), (12, 12)]),
+    st.sampled_from([16, 24, 40, 64, 128, 256]), st.sampled_from([0, 1, 5, 30, 100]),
+    st.sampled_from(["", "r", "rn", "n", "p", "rs"]),
+)  # fmt: skip
+sequences = st.lists(st.tuples(pasts, st.integers(1, 60)), min_size=1, max_size=2)
+
+
+@given(layers, sequences, st.integers(1, 40), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_attention_is_near_that_of_float64_and_a_row_has_the_same_bits_in_any_piece(given, sequence, piece, packed):
+    seed, heads, size, window, kinds = given
+    rng = np.random.default_rng(seed)
+    layer, (past, lengths) = random_layer(rng, *heads, size, window, kinds), map(list, zip(*sequence, strict=True))
+    call = random_call(rng, layer, past, lengths, capacity=280)
+    ours, expected = call.fresh(), call.fresh()
+    y, wanted = attend("amx", layer, ours, packed, prompt=True), exact(layer, expected)
+    np.testing.assert_allclose(ours.key, expected.key, atol=2e-5)
+    # A score of values about 1 is off by about 2^-9 sqrt(2 size) * 0.2, and so, relatively, are weights; these and
+    # values by 2^-9 more, at random.
+    assert np.sqrt(np.square(y - wanted).mean()) <= 0.01 * np.sqrt(np.square(wanted).mean())
+    for b, length in enumerate(lengths):
+        for row in range(0, length, piece):
+            count = min(piece, length - row)
+            key, value = (cache[b : b + 1].copy() for cache in (ours.key, ours.value))
+            key[:, :, past[b] + row :] = value[:, :, past[b] + row :] = np.nan  # unspecified, and never read
+            alone = Call(call.rows[b : b + 1, row : row + count], key, value, call.past[b : b + 1] + np.int32(row),
+                         np.array([count], np.int32))  # fmt: skip
+            np.testing.assert_array_equal(attend("amx", layer, alone, packed, prompt=True)[0], y[b, row : row + count])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_onnx_runtime_attends_to_a_prompt_in_tiles_on_its_threads(threads, monkeypatch):
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "amx")
+    rng = np.random.default_rng(0)
+    layer = random_layer(rng, 9, 3, 64, 0, "r")
+    call, opened = random_call(rng, layer, [20], [150], capacity=180), attention_session(layer, True, threads)
+    with reading_prompt():
+        y = opened.run(["y"], feeds(layer, call.fresh(), True))[0]
+    np.testing.assert_array_equal(y, attend("amx", layer, call.fresh(), True, prompt=True)[0])
+    y = opened.run(["y"], feeds(layer, call.fresh(), True))[0]
+    np.testing.assert_array_equal(y, attend("scalar", layer, call.fresh(), True)[0])
+
+
+@pytest.mark.parametrize(("kinds", "size"), [("rb", 64), ("r", 264)])
+def test_a_bias_and_large_heads_are_attended_to_as_in_other_calls(kinds, size):
+    rng = np.random.default_rng(1)
+    layer = random_layer(rng, 4, 2, size, 0, kinds)
+    call = random_call(rng, layer, [5], [40], capacity=60)
+    y = attend("amx", layer, call.fresh(), True, prompt=True)
+    np.testing.assert_array_equal(y, attend("scalar", layer, call.fresh(), True))
+
+
+def test_a_row_that_is_no_number_is_seen_in_what_comes_after_it_alone():
+    rng = np.random.default_rng(1)
+    layer = random_layer(rng, 4, 2, 32, 0, "r")
+    call = random_call(rng, layer, [5, 5], [4, 6])
+    good = attend("amx", layer, call.fresh(), True, prompt=True)
+    call.rows[0, 1, 0] = np.nan  # of a query
+    call.rows[0, 2, 4 * 32] = np.nan  # of a key
+    call.rows[1, 3, 6 * 32] = np.inf  # of a value
+    y = attend("amx", layer, call.fresh(), True, prompt=True)
+    assert np.isnan(y[0, 1, :32]).all()
+    assert np.isnan(y[0, 2, :64]).all()
+    assert not np.isfinite(y[1, 3:6, :64:32]).any()
+    y[0, 1, :32], y[0, 2:, :64], y[1, 3:, :64:32] = good[0, 1, :32], good[0, 2:, :64], good[1, 3:, :64:32]
+    np.testing.assert_array_equal(y, good)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
