@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -81,21 +82,24 @@ class _Verification:
         batch = sample_batch(self.bundle, self.extent.tokens)
         cross, encoded = encode(self.bundle, batch, self.threads)
         pair = EnginePair(self.bundle, len(batch.tokens), self.threads, cross)
-        # All rows at once are a decoder-only model's prompt, whose rows may be computed by kernels of their own.
-        with nullcontext() if self.manifest.encoder_decoder else reading_prompt():
-            shallow, deep = pair.both(batch.tokens, batch.lengths)
         index = rows_of(batch.lengths, batch.width)
-        whole = Rows.of_call(index, index, shallow, deep["logits"])
+        # All rows at once are a decoder-only model's prompt, for which there may be kernels of their own: what these
+        # give is compared with the checkpoint; what those of steps give with it too, and with steps and sync passes.
+        readings = list[tuple[Rows, np.ndarray]]()
+        ways: list[AbstractContextManager[None]] = [reading_prompt(), nullcontext()]
+        for reads in ways[manifest.encoder_decoder :]:
+            pair.trim(0)
+            with reads:
+                shallow, deep = pair.both(batch.tokens, batch.lengths)
+            readings.append((Rows.of_call(index, index, shallow, deep["logits"]), shallow["confidence"][index, None]))
         checks, more = list[Check](), dict[str, Any]()
         if checkpoint is not None:
-            checks, quality = self._against(
-                checkpoint, reference, batch, whole, shallow["confidence"][index, None], encoded, data
-            )
+            checks, quality = self._against(checkpoint, reference, batch, readings, encoded, data)
         if self._in_time("stepping and sync passes"):
             # For a GPU weights are quantized, and activations are not.
             rounds = manifest.quantization is not None and manifest.target == "cpu"
             arithmetic = "8 bits" if rounds else self.float_type
-            checks += self_checks(pair, batch, whole, shallow["hidden"], arithmetic, self.extent)
+            checks += self_checks(pair, batch, readings[-1][0], shallow["hidden"], arithmetic, self.extent)
         passed = all(check.passed for check in checks)
         if checkpoint is not None:
             more = self._decoded(reference, checks) | {"quality": quality}
@@ -125,12 +129,12 @@ class _Verification:
         checkpoint: Checkpoint,
         model: Any,
         batch: Batch,
-        whole: Rows,
-        confidence: np.ndarray,
+        readings: Sequence[tuple[Rows, np.ndarray]],
         encoded: np.ndarray | None,
         data: Path | None,
     ) -> tuple[list[Check], dict[str, Any]]:
-        """Engines, and transformers in the bundle's precision, against transformers in float64; and the quality."""
+        """All `readings` of the sample, each with its confidence, and transformers in the bundle's precision, against
+        transformers in float64; and the quality of the first."""
         from freeexport.verification import reference
 
         manifest, exit_head = self.manifest, _exit_head(checkpoint, model, self.manifest.confidence)
@@ -139,8 +143,10 @@ class _Verification:
         with reference.in_precision_of(manifest, model):
             theirs = reference.States.of(model, manifest.exit_layer, batch, exit_head)
         prompts = None if encoded is None else reference.valid_rows(encoded, batch.prompt_lengths)
-        ours = reference.States(whole.deep, whole.shallow, whole.hidden, prompts, confidence)
-        checks = list(reference.state_checks(ours, truth, theirs, manifest.precision))
+        checks, whole = list[Check](), readings[0][0]
+        for rows, confidence in readings:
+            ours = reference.States(rows.deep, rows.shallow, rows.hidden, prompts, confidence)
+            checks += reference.state_checks(ours, truth, theirs, manifest.precision)
         followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
         bundle, exact, coarse = (states.deep[followed] for states in (ours, truth, theirs))
         sample = reference.Predictions(bundle, exact, coarse, batch.following(whole.index[followed]))
