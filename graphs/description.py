@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W^T + b. `weight` [outputs, inputs], `bias` [outputs]."""
+    """y = x W^T + b. `weight` [outputs, inputs], `bias` [outputs] (BART, Whisper but for keys, GPT-2, Qwen 2)."""
 
     weight: str
     bias: str | None = None
@@ -102,9 +102,10 @@ class RelativeBias:
 @dataclass(frozen=True)
 class Attention:
     """Scaled dot-product attention: query [heads * head_dim, d], key and value [kv_heads * head_dim, d]. `window` is
-    the number of newest positions a query sees, itself included; None is all. With a `softcap` a score becomes
-    softcap * tanh(score / softcap) (Gemma 2). Layers may differ in `rotary` (Gemma 3; none in some of SmolLM3's) and in
-    `window`, not in heads."""
+    the number of newest positions a query sees, itself included; None is all (Mistral, Qwen, Gemma 2 and 3). `scale` is
+    1 in T5, a multiplier in Granite. Norms of each head's query and key are those of Qwen 3 and Gemma 3. With a
+    `softcap` a score becomes softcap * tanh(score / softcap) (Gemma 2). Layers may differ in `rotary` (Gemma 3; none in
+    some of SmolLM3's) and in `window`, not in heads."""
 
     heads: int
     kv_heads: int
@@ -124,8 +125,8 @@ class Attention:
 
 @dataclass(frozen=True)
 class MLP:
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where there is a gate. `fp32` keeps `down` in
-    float32 at every precision (T5's overflows in fp16)."""
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where there is a gate (Llama and its kin, Gemma, T5
+    1.1; not BART, Whisper, GPT-2). `fp32` keeps `down` in float32 at every precision (T5's overflows in fp16)."""
 
     activation: Activation
     up: Linear
@@ -163,10 +164,11 @@ class Adapter:
 @dataclass(frozen=True)
 class Head:
     """logits = scale * norm(adapter(hidden)) W^T + bias. `weight` [vocab, d]; a tied head names the embedding's tensor.
-    `norm` None: there is none (BART, Marian). `bias` has vocab values, in one axis or two. Tokens that are `suppressed`
-    have the lowest logits (Marian's padding). Trained with an exit vocabulary, the head has the rows of `tokens`,
-    ascending, and as one class more that of `other` [1, d], which stands for all remaining tokens and never exits. With
-    a `softcap` the logits of tokens become softcap * tanh(logit / softcap) (Gemma 2)."""
+    A scale is T5's, where it is tied, and Granite's. `norm` None: there is none (BART, Marian). `bias`, of vocab values
+    in one axis or two, is the final_logits_bias of BART and its kin. Tokens that are `suppressed` have the lowest
+    logits (Marian's padding). Trained with an exit vocabulary, the head has the rows of `tokens`, ascending, and as one
+    class more that of `other` [1, d], which stands for all remaining tokens and never exits. With a `softcap` the
+    logits of tokens become softcap * tanh(logit / softcap) (Gemma 2)."""
 
     norm: Norm | None
     weight: str
