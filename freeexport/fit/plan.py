@@ -143,7 +143,7 @@ class Texts:
 
     @property
     def read(self) -> float:
-        """What reading an input costs, in decoded tokens."""
+        """The cost of reading an input, in decoded tokens."""
         return self.share * self.prompt
 
     @property

@@ -189,7 +189,7 @@ class KnownTokens(nn.Module):
         return torch.cat([logits[:, self.vocabulary], tail], dim=-1)
 
     def folded_chances(self, chances: torch.Tensor) -> torch.Tensor:
-        """The same of logarithms of probabilities, without a pass over all: what others have is what is left of 1, a
+        """Fold logarithms of probabilities, without a pass over all: what others have is what is left of 1, a
         millionth at least."""
         known = chances[:, self.vocabulary]
         rest = (1 - known.double().exp().sum(-1, keepdim=True)).clamp_min(1e-6)
