@@ -54,12 +54,14 @@ def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only
         normed = architecture in ("qwen3", "gemma3")
         shapes = decoder_shapes(hidden, inner, heads, kv_heads, width, normed)
     for block in range(2):
-        if architecture == "gemma3":
+        if architecture in ("gemma2", "gemma3"):
             shapes |= {f"blk.{block}.{name}": (hidden,) for name in ("post_attention_norm", "post_ffw_norm")}
         if architecture == "phi3":
             parts = [shapes.pop(f"blk.{block}.{name}")[0] for name in ("attn_q", "attn_k", "attn_v")]
             shapes[f"blk.{block}.attn_qkv"] = sum(parts), hidden
             shapes[f"blk.{block}.ffn_up"] = 2 * shapes.pop(f"blk.{block}.ffn_gate")[0], hidden
+    if architecture == "gemma2":
+        del shapes["output"]  # it is tied
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -72,7 +74,7 @@ def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only
     writer.add_vocab_size(32)
     if architecture == "phi3":
         writer.add_pad_token_id(0)  # transformers' own is beyond the embedding
-    if architecture in ("t5", "gemma3"):
+    if architecture in ("t5", "gemma2", "gemma3"):
         writer.add_key_length(width)
     if architecture == "t5":
         writer.add_relative_attn_buckets_count(32)
