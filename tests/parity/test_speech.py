@@ -377,11 +377,13 @@ def test_a_line_of_speech_is_checked_before_use(spoken: Path, line: dict[str, An
 def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_path: Path) -> None:
     data, model, text = (str(spoken / name) for name in ("lines.jsonl", "model", "text"))
     (spoken / "text.jsonl").write_text('{"input": "a", "target": "b"}\n')
+    rounded = ("--exit-layer", "1", "--precision", "int4")
     for asked, message in (
         (["bench", str(bundle), "--data", data], "speech"),
         (["calibrate", str(bundle), "--data", str(spoken / "text.jsonl")], "the bundle reads speech; give 'audio'"),
         (["train", text, str(tmp_path / "out"), "--exit-layer", "1", "--data", data], "line 1: it has 'audio'"),
         (["train", model, str(tmp_path / "out"), "--exit-layer", "1", "--truncate", "--data", data], "--truncate cuts"),
+        (["convert", model, str(tmp_path / "out"), *rounded, "--data", data], "--data rounds weights for text"),
     ):
         done = CliRunner().invoke(main, asked)
         assert done.exit_code == 1, done.output
