@@ -20,7 +20,7 @@ SOURCE = Path("runtime", "kernels", "source")
 # The same bits everywhere: no multiplication and addition may become one operation unless the source says so.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 _AVX2, _AVX512 = "-mavx2 -mfma -mf16c", "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
-_AMX = f"{_AVX2} {_AVX512} -mavx512vnni -mavx512vbmi -mavx512bf16 -mamx-tile -mamx-bf16"
+_AMX = f"{_AVX2} {_AVX512} -mavx512vnni -mavx512vbmi -mavx512bf16 -mamx-tile -mamx-bf16 -mprfchw"
 # Of the files that are compiled for other instructions than the processor's first, by its name.
 INSTRUCTIONS = {
     "x86_64": {

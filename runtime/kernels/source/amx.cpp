@@ -1,7 +1,7 @@
 // Products of a prompt's rows in tiles (AMX): rows and weights are rounded to bfloat16, products summed in fp32.
 //
-// A task takes two panels and many rows: it unpacks a piece of the panels' inputs to tiles, once for all rows, multiplies,
-// and goes on with the next piece. What a row sums does not depend on the others, nor on their number.
+// A task takes two panels and many rows: it unpacks a piece of the panels' inputs to tiles, once for all rows,
+// multiplies, and goes on with the next piece. What a row sums does not depend on the others, nor on their number.
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -25,15 +25,17 @@ namespace freeexport {
 namespace {
 
 constexpr int64_t kPieceGroups = 20;  // of inputs that are unpacked at once: two panels of them fit in the first cache
+FREEEXPORT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t kMostTiles = kPromptRows / kTileRows;
 
-// Of a quad of 16 outputs, [16][4], the bytes that become pairs of inputs 0 and 1 of the first 8 outputs, of the last 8,
-// and of inputs 2 and 3: each the lowest of 4.
+// Of a quad of 16 outputs, [16][4], the bytes that become pairs of inputs 0 and 1 of the first 8 outputs, of the last
+// 8, and of inputs 2 and 3: each the lowest of 4.
 struct Order {
   uint8_t at[4][64] = {};
   constexpr Order() {
     for (int part = 0; part < 4; part++)
-      for (int i = 0; i < 16; i++) at[part][4 * i] = static_cast<uint8_t>(4 * (part % 2 * 8 + i / 2) + part / 2 * 2 + i % 2);
+      for (int i = 0; i < 16; i++)
+        at[part][4 * i] = static_cast<uint8_t>(4 * (part % 2 * 8 + i / 2) + part / 2 * 2 + i % 2);
   }
 };
 
@@ -93,8 +95,9 @@ void unpack(const Weight& weight, int64_t panel, int64_t first, int64_t last, ui
         __m512 halves[2];
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
-          const __m512i bytes = _mm512_maskz_permutexvar_epi8(0x1111111111111111, order[2 * pair + half], quads.quads[quad]);
-          halves[half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(bytes), by.scale[half], by.offset[half]);
+          const __m512i value =
+              _mm512_maskz_permutexvar_epi8(0x1111111111111111, order[2 * pair + half], quads.quads[quad]);
+          halves[half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(value), by.scale[half], by.offset[half]);
         }
         _mm512_store_si512(to + 32 * (2 * quad + pair), (__m512i)_mm512_cvtne2ps_pbh(halves[1], halves[0]));
       }
@@ -116,10 +119,12 @@ struct Panel {
   }
 };
 
+using Sums = float[2][kTileRows * kPanel];  // of a tile of rows and two panels
+
 struct alignas(64) Scratch {
   uint16_t weights[2][kPieceGroups * kTileValues];
-  float sums[kMostTiles][2][kTileRows * kPanel];  // between pieces
-  float tiles[2][2][kTileRows * kPanel];          // of rows and panels
+  Sums sums[kMostTiles];  // between pieces
+  Sums tiles[2];
   float bias[2][kPanel];
 };
 
@@ -131,33 +136,36 @@ FREEEXPORT_INLINE void begin_tile(const float* bias, const float* sums) {
     load_tile<Tile>(bias, 0);
 }
 
-// Where a tile's sums go.
-struct Target {
-  float* values;
-  int64_t row_bytes;
-};
-
 // Of R tiles of rows and P panels: the products of a piece.
 template <int R, int P>
 void multiply_piece(Scratch& scratch, const uint16_t* rows, int64_t apart, int64_t tile, int64_t count, bool begins,
-                    const Target (&to)[2][2]) {
+                    Sums* to) {
   const auto sums = [&](int r, int p) { return begins ? nullptr : scratch.sums[tile + r][p]; };
   begin_tile<0>(scratch.bias[0], sums(0, 0));
   if constexpr (P > 1) begin_tile<1>(scratch.bias[1], sums(0, 1));
   if constexpr (R > 1) begin_tile<2>(scratch.bias[0], sums(1, 0));
   if constexpr (R > 1 && P > 1) begin_tile<3>(scratch.bias[1], sums(1, 1));
   add_products<R, P>(rows, apart, scratch.weights[0], kPieceGroups * kTileValues, count);
-  store_tile<0>(to[0][0].values, to[0][0].row_bytes);
-  if constexpr (P > 1) store_tile<1>(to[0][1].values, to[0][1].row_bytes);
-  if constexpr (R > 1) store_tile<2>(to[1][0].values, to[1][0].row_bytes);
-  if constexpr (R > 1 && P > 1) store_tile<3>(to[1][1].values, to[1][1].row_bytes);
+  store_tile<0>(to[0][0], 64);
+  if constexpr (P > 1) store_tile<1>(to[0][1], 64);
+  if constexpr (R > 1) store_tile<2>(to[1][0], 64);
+  if constexpr (R > 1 && P > 1) store_tile<3>(to[1][1], 64);
+}
+
+// x / (1 + e^-x), to about 1e-5 of it, which is little beside what bfloat16 takes away. Nothing is left below -87.
+FREEEXPORT_INLINE __m512 silu(__m512 x) {
+  const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f));
+  const __m512 sum = _mm512_add_ps(Vec::power_of_two(power), _mm512_set1_ps(1.0f));
+  const __m512 near = _mm512_rcp14_ps(sum);
+  const __m512 inverse = _mm512_mul_ps(near, _mm512_fnmadd_ps(sum, near, _mm512_set1_ps(2.0f)));
+  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(power, _mm512_set1_ps(126.0f), _CMP_NGE_UQ), x, inverse);
 }
 
 // One or two panels of all rows; `gated`: the second is what the first is multiplied with.
 void multiply_panels(const Product& product, const uint16_t* rows, int64_t first, int64_t last, const Panel* panels,
                      int count, bool gated, Scratch& scratch) {
   const int64_t groups = product.weight.groups(), stride = product.outputs();
-  const bool plain = product.activation == kNone && !gated;
+  const int columns = gated ? 1 : count;  // panels of y
   for (int p = 0; p < count; p++) {
     const float* bias = panels[p].weight->bias;
     for (int64_t i = 0; i < kPanel; i++)
@@ -172,34 +180,28 @@ void multiply_panels(const Product& product, const uint16_t* rows, int64_t first
       to_tiles(*panels[p].weight, panels[p].number, begin, end, scratch.weights[p]);
     }
     for (int64_t tile = 0; tile < tiles; tile += 2) {
-      const int together = tile + 1 < tiles ? 2 : 1;
-      const bool ends = piece + 1 == pieces;
-      Target to[2][2] = {};
-      for (int r = 0; r < together; r++)
-        for (int p = 0; p < count; p++) {
-          const int64_t row = first + (tile + r) * kTileRows;
-          const bool whole = plain && row + kTileRows <= last && panels[p].outputs() == kPanel;
-          to[r][p] = {!ends ? scratch.sums[tile + r][p] : scratch.tiles[r][p], 64};
-          if (ends && whole) to[r][p] = {panels[p].y + row * stride, stride * 4};
-        }
+      const bool ends = piece + 1 == pieces, two = tile + 1 < tiles;
+      const int64_t row = first + tile * kTileRows, behind = least(last, row + (two ? 2 : 1) * kTileRows);
+      for (int64_t m = row; ends && m < behind; m++)  // what is written to is fetched meanwhile
+        for (int p = 0; p < columns; p++) __builtin_prefetch(panels[p].y + m * stride, 1);
       const uint16_t* from = rows + ((first / kTileRows + tile) * groups + begin) * kTileValues;
-      const auto multiply = together == 2 ? (count == 2 ? multiply_piece<2, 2> : multiply_piece<2, 1>)
-                                          : (count == 2 ? multiply_piece<1, 2> : multiply_piece<1, 1>);
+      const auto multiply = two ? (count == 2 ? multiply_piece<2, 2> : multiply_piece<2, 1>)
+                                : (count == 2 ? multiply_piece<1, 2> : multiply_piece<1, 1>);
+      Sums* to = ends ? scratch.tiles : scratch.sums + tile;
       multiply(scratch, from, groups * kTileValues, tile, end - begin, piece == 0, to);
       if (!ends) continue;
-      for (int r = 0; r < together; r++) {
-        const int64_t row = first + (tile + r) * kTileRows, here = last - row < kTileRows ? last - row : kTileRows;
-        for (int p = 0; p < (gated ? 1 : count); p++) {
-          float* values = scratch.tiles[r][p];
-          if (to[r][p].values != values) continue;
-          activate(product.activation, values, here * kPanel);
-          if (gated)
-            for (int64_t i = 0; i < here * kPanel; i++) values[i] *= scratch.tiles[r][1][i];
-          for (int64_t m = 0; m < here; m++)
-            std::memcpy(panels[p].y + (row + m) * stride, values + m * kPanel,
-                        static_cast<size_t>(panels[p].outputs()) * sizeof(float));
+      if (product.activation != kNone && product.activation != kSilu)
+        for (int p = 0; p < columns; p++)
+          for (int r = 0; r <= two; r++) activate(product.activation, scratch.tiles[r][p], kTileRows * kPanel);
+      for (int64_t m = row; m < behind; m++)
+        for (int p = 0; p < columns; p++) {
+          const Sums& sums = scratch.tiles[(m - row) / kTileRows];
+          const int64_t at = (m - row) % kTileRows * kPanel;
+          __m512 y = _mm512_load_ps(sums[p] + at);
+          if (product.activation == kSilu) y = silu(y);
+          if (gated) y = _mm512_mul_ps(y, _mm512_load_ps(sums[1] + at));
+          _mm512_mask_storeu_ps(panels[p].y + m * stride, static_cast<__mmask16>((1 << panels[p].outputs()) - 1), y);
         }
-      }
     }
   }
 }

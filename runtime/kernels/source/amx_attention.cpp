@@ -1,7 +1,7 @@
 // Attention of a prompt's rows in tiles (AMX): queries, keys, values and weights are rounded to bfloat16, all sums are
-// fp32. Keys stand in the rows of a tile and 16 queries, heads of a group for one row after the other, in its columns, so
-// that a register has a score of each query, and nothing is folded. A query joins the pieces that it sees in order; what
-// it does not see has weight 0, so its bits do not depend on the queries beside it.
+// fp32. Keys stand in the rows of a tile and 16 queries, heads of a group for one row after the other, in its columns:
+// a register has a score of each query, and nothing is folded. A query joins the pieces that it sees in order; what it
+// does not see has weight 0, so its bits do not depend on the queries beside it.
 #include "amx.h"
 #include "vec512.h"
 
@@ -40,8 +40,10 @@ FREEEXPORT_INLINE void turn(__m512i (&rows)[16]) {
       rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(halves[i + j], halves[i + 2 + j]);
     }
   for (int i = 0; i < 4; i++) {
-    const __m512i low = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0x88), next = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0xdd);
-    const __m512i far = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0x88), last = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0xdd);
+    const __m512i low = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0x88);
+    const __m512i next = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0xdd);
+    const __m512i far = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0x88);
+    const __m512i last = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0xdd);
     halves[i] = _mm512_shuffle_i32x4(low, far, 0x88), halves[8 + i] = _mm512_shuffle_i32x4(low, far, 0xdd);
     halves[4 + i] = _mm512_shuffle_i32x4(next, last, 0x88), halves[12 + i] = _mm512_shuffle_i32x4(next, last, 0xdd);
   }
@@ -62,16 +64,6 @@ FREEEXPORT_INLINE __m512i paired(__m512 first, __m512 second) {
   const __m512i order = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(0x10001)));
   return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-}
-
-// 2^x: to about 3e-6 of it, of 0 exactly 1.
-FREEEXPORT_INLINE __m512 power_of_two(__m512 x) {
-  const auto both = [](__m512 a, __m512 b, float c) { return _mm512_fmadd_ps(a, b, _mm512_set1_ps(c)); };
-  const __m512 r = _mm512_reduce_ps(x, 1);  // from the next lower integer
-  __m512 p = both(_mm512_set1_ps(1.342669028e-2f), r, 5.224246456e-2f);
-  p = both(p, r, 2.412802093e-1f);
-  p = both(p, r, 6.930448443e-1f);
-  return _mm512_scalef_ps(both(p, r, 1.0f), x);
 }
 
 // What 16 queries see and have so far; before them their values stand in tiles, and their outputs behind.
@@ -152,15 +144,18 @@ struct Sight {
   }
 };
 
-// Scores to weights, 2 to their distance from the largest score so far; what there was before shrinks by what is returned.
+// Scores to weights, 2 to their distance from the largest score so far. What there was before shrinks by what this
+// returns.
 __m512 weigh(const Attention& a, const Sight& sight, Memory& room, Lanes& lanes) {
   constexpr float kLog2E = 1.44269504088896341f;
   float by = a.scale * kLog2E;
   if (a.softcap > 0.0f) {
-    const __m512 cap = _mm512_set1_ps(a.softcap), twice = _mm512_set1_ps(2.0f * a.scale / a.softcap), one = _mm512_set1_ps(1.0f);
+    const __m512 cap = _mm512_set1_ps(a.softcap), twice = _mm512_set1_ps(2.0f * a.scale / a.softcap);
+    const __m512 one = _mm512_set1_ps(1.0f);
     for (int64_t t = 0; t < kPieceRows; t++) {  // softcap tanh(score / softcap)
       const __m512 power = exponential(_mm512_mul_ps(_mm512_load_ps(room.scores + t * 16), twice));
-      _mm512_store_ps(room.scores + t * 16, _mm512_mul_ps(cap, _mm512_div_ps(_mm512_sub_ps(power, one), _mm512_add_ps(power, one))));
+      const __m512 share = _mm512_div_ps(_mm512_sub_ps(power, one), _mm512_add_ps(power, one));
+      _mm512_store_ps(room.scores + t * 16, _mm512_mul_ps(cap, share));
     }
     by = kLog2E;
   }
@@ -177,13 +172,13 @@ __m512 weigh(const Attention& a, const Sight& sight, Memory& room, Lanes& lanes)
 #pragma GCC unroll 4
     for (int64_t i = 0; i < 4; i++) {
       const __m512 score = _mm512_load_ps(room.scores + (t + i) * 16);
-      powers[i] = _mm512_maskz_mov_ps(sight.of(t + i), power_of_two(_mm512_fmsub_ps(score, times, largest)));
+      powers[i] = _mm512_maskz_mov_ps(sight.of(t + i), Vec::power_of_two(_mm512_fmsub_ps(score, times, largest)));
       sums[i] = _mm512_add_ps(sums[i], powers[i]);
     }
     _mm512_store_si512(room.weights + t * 16, paired(powers[0], powers[1]));
     _mm512_store_si512(room.weights + (t + 2) * 16, paired(powers[2], powers[3]));
   }
-  const __m512 shrink = power_of_two(_mm512_sub_ps(before, largest));
+  const __m512 shrink = Vec::power_of_two(_mm512_sub_ps(before, largest));
   const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
   _mm512_store_ps(lanes.largest, largest);
   _mm512_store_ps(lanes.sums, _mm512_fmadd_ps(_mm512_load_ps(lanes.sums), shrink, sum));
@@ -274,11 +269,15 @@ bool amx_attend(const Attention& a, const Place* places, int64_t count, int64_t 
     }
     for (int64_t s = 0; s < room.steps; s++) {
       __m512i rows[16];
-      for (int64_t query = tile * 16; query < tile * 16 + 16; query++)
-        rows[query % 16] = query < queries ? rounded(queries_of(a, places[query / group]) + head_of(query) * size, s * kGroup, size)
-                                           : _mm512_setzero_si512();
+      for (int64_t query = tile * 16; query < tile * 16 + 16; query++) {
+        rows[query % 16] = _mm512_setzero_si512();
+        if (query < queries)
+          rows[query % 16] =
+              rounded(queries_of(a, places[query / group]) + head_of(query) * size, s * kGroup, size);
+      }
       turn(rows);
-      for (int i = 0; i < 16; i++) _mm512_store_si512(room.queries + (tile * room.steps + s) * kTileValues + i * kGroup, rows[i]);
+      uint16_t* to = room.queries + (tile * room.steps + s) * kTileValues;
+      for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * kGroup, rows[i]);
     }
   }
   std::memset(room.outputs, 0, static_cast<size_t>(room.tiles * room.parts * kSums) * sizeof(float));

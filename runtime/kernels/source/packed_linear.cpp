@@ -25,7 +25,7 @@ struct Call {
   const Product& product;
   Group* quantized;
   uint16_t* prompt;  // the same of a prompt's rows in tiles, else null
-  float* normed;  // [rows, inputs], where there is a norm
+  float* normed;  // room for a row [inputs] of each task, where there is a norm
   int64_t task_panels, task_rows, row_blocks;
 };
 
@@ -38,9 +38,8 @@ bool is_head(const Product& product) {
 }
 
 void prepare_rows(const Call& call, int64_t first, int64_t last) {
-  const int64_t inputs = call.product.weight.inputs;
+  float* normed = call.normed ? call.normed + first / kPreparedRows * call.product.weight.inputs : nullptr;
   for (int64_t row = first; row < last; row++) {
-    float* normed = call.normed ? call.normed + row * inputs : nullptr;
     if (call.prompt)
       call.kernels.prepare_prompt(call.product, row, normed, call.prompt);
     else
@@ -81,7 +80,8 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   if (rows == 0) return true;
   const bool tiles = product.prompt && kernels.prompt_panels && !is_head(product);
   const int64_t all = tiles ? parts(rows, kTileRows) * kTileRows : rows;
-  const auto groups = static_cast<size_t>(all * weight.groups()), inputs = static_cast<size_t>(rows * weight.inputs);
+  const auto groups = static_cast<size_t>(all * weight.groups());
+  const auto inputs = static_cast<size_t>(parts(rows, kPreparedRows) * weight.inputs);
   const size_t prepared = groups * (tiles ? kGroup * sizeof(uint16_t) : sizeof(Group));
   const size_t normed = product.norm && !product.keeps_norm ? inputs * sizeof(float) : 0;
   auto* memory = static_cast<char*>(std::aligned_alloc(64, (prepared + normed + 63) / 64 * 64));

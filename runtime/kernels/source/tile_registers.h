@@ -1,5 +1,5 @@
-// AMX's tile registers: 16 rows of 64 bytes each. Written as assembler: GCC's own functions do not tell the compiler that
-// they read and write memory.
+// AMX's tile registers: 16 rows of 64 bytes each. Written as assembler: GCC's own functions do not tell the compiler
+// that they read and write memory.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +44,8 @@ FREEEXPORT_INLINE void add_tile_product() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
 }
 
-// Adds products of R tiles of rows (1 or 2) and P of columns (1 or 2), which stand `apart`, `count` of each one behind the
-// other, to tiles 2 r + p.
+// Adds products of R tiles of rows (1 or 2) and P of columns (1 or 2), which stand `apart`, `count` of each one behind
+// the other, to tiles 2 r + p.
 template <int R, int P>
 FREEEXPORT_INLINE void add_products(const uint16_t* a, int64_t a_apart, const uint16_t* b, int64_t b_apart,
                                     int64_t count) {

@@ -93,6 +93,14 @@ struct Vec512 {
   static float largest(const Float (&parts)[1]) { return _mm512_reduce_max_ps(parts[0]); }
   // a * 2^n, where n was added to 1.5 * 2^23 to become `rounded`.
   static Float times_power(Float a, Float n, Float) { return _mm512_scalef_ps(a, n); }
+  // 2^a: to about 3e-6 of it, of 0 exactly 1.
+  static Float power_of_two(Float a) {
+    const Float r = _mm512_reduce_ps(a, 1);  // from the next lower integer
+    Float p = add_product(set(1.342669028e-2f), r, set(5.224246456e-2f));
+    p = add_product(p, r, set(2.412802093e-1f));
+    p = add_product(p, r, set(6.930448443e-1f));
+    return _mm512_scalef_ps(add_product(p, r, set(1.0f)), a);
+  }
   static Float times(Float a, const int8_t* b) {
     return _mm512_mul_ps(a, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)))));
   }
