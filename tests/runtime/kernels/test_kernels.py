@@ -109,12 +109,8 @@ def activated(activation, x):
         return x / (1 + np.exp(-inner)) if activation != "none" else x
 
 
-BEFORE = ("", "norm", "skip", "layer", "layer skip", "layer skip kept")
-
-
-@given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(BEFORE), st.sampled_from([None, 4, 6, 8]))
-@settings(max_examples=60, deadline=None)
-def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywhere(shape, activation, before, up_bits):
+def fused_case(shape, activation, before, up_bits):
+    """A weight, rows, these as they are multiplied, and what stands before and behind the product."""
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)
     case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
@@ -129,6 +125,17 @@ def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywher
         total = (centred * scale * norm + (0 if shift is None else shift)).astype(np.float32)
     kept = total if "kept" in before else None
     fused = {"skip": skip, "norm": norm, "shift": shift, "activation": activation, "up": up, "keeps_norm": kept}
+    return case, x, total, fused
+
+
+BEFORE = ("", "norm", "skip", "layer", "layer skip", "layer skip kept")
+
+
+@given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(BEFORE), st.sampled_from([None, 4, 6, 8]))
+@settings(max_examples=60, deadline=None)
+def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywhere(shape, activation, before, up_bits):
+    case, x, total, fused = fused_case(shape, activation, before, up_bits)
+    count, up = len(x), fused["up"]
     y = everywhere(x, case, **fused)
     for row in {0, count // 2, count - 1}:
         alone = {

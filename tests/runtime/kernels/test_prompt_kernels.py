@@ -11,9 +11,9 @@ from attention_cases import Call, attend, attention_session, exact, feeds, rando
 from checkpoints import CASES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kernel_cases import ACTIVATIONS, EPSILON, here, multiply, random_case, session
+from kernel_cases import ACTIVATIONS, here, multiply, random_case, session
 from test_attention_kernel import pasts
-from test_kernels import BEFORE, activated, assert_same_bits, rows, shapes
+from test_kernels import BEFORE, activated, assert_same_bits, fused_case, rows, shapes
 
 import runtime.decoding.decoder
 from runtime import Session
@@ -65,21 +65,8 @@ def test_products_are_those_of_rows_and_weights_in_bfloat16(shape, second):
 @given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(BEFORE), st.sampled_from([None, 4, 6, 8]))
 @settings(max_examples=60, deadline=None)
 def test_what_stands_before_and_behind_a_product_is_as_in_other_calls(shape, activation, before, up_bits):
-    seed, count, outputs, inputs, bits, block, bias = shape
-    assume(outputs <= 16 * inputs)  # else it is a head
-    rng = np.random.default_rng(seed)
-    case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
-    up = None if up_bits is None else random_case(rng, outputs, inputs, up_bits, 32)
-    skip = rows(rng, count, inputs) if "skip" in before else None
-    norm = rng.standard_normal(inputs).astype(np.float32) if before else None
-    shift = rng.standard_normal(inputs).astype(np.float32) if "layer" in before else None
-    total = x if skip is None else x + skip
-    if norm is not None:
-        centred = total - (0 if shift is None else total.mean(1, keepdims=True, dtype=np.float64))
-        scale = 1 / np.sqrt(np.square(centred, dtype=np.float64).mean(1, keepdims=True) + EPSILON)
-        total = (centred * scale * norm + (0 if shift is None else shift)).astype(np.float32)
-    kept = total if "kept" in before else None
-    fused = {"skip": skip, "norm": norm, "shift": shift, "activation": activation, "up": up, "keeps_norm": kept}
+    case, x, total, fused = fused_case(shape, activation, before, up_bits)
+    up = fused["up"]
     y = multiply("amx", x, case, **fused, **TILES)
     inner, gate = in_bfloat16(total, case)[0], np.ones(1) if up is None else in_bfloat16(total, up)[0]
     expected = activated(activation, inner) * gate
