@@ -143,10 +143,9 @@ class _Verification:
         with reference.in_precision_of(manifest, model):
             theirs = reference.States.of(model, manifest.exit_layer, batch, exit_head)
         prompts = None if encoded is None else reference.valid_rows(encoded, batch.prompt_lengths)
-        checks, whole = list[Check](), readings[0][0]
-        for rows, confidence in readings:
-            ours = reference.States(rows.deep, rows.shallow, rows.hidden, prompts, confidence)
-            checks += reference.state_checks(ours, truth, theirs, manifest.precision)
+        read = [reference.States(one.deep, one.shallow, one.hidden, prompts, sure) for one, sure in readings]
+        checks = [check for one in read for check in reference.state_checks(one, truth, theirs, manifest.precision)]
+        ours, whole = read[0], readings[0][0]
         followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
         bundle, exact, coarse = (states.deep[followed] for states in (ours, truth, theirs))
         sample = reference.Predictions(bundle, exact, coarse, batch.following(whole.index[followed]))
