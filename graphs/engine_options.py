@@ -115,6 +115,10 @@ class EngineOptions:
         """Whether decoders have our own attention, which gives a row the same bits in every call."""
         return self.kernels == "freeexport" and has_attention_kernel(description.attention)
 
+    def cache_type(self, description: Description) -> FloatType:
+        """The type of keys and values, which our own attention reads in half the bytes."""
+        return "fp16" if self.own_attention(description) else self.float_type
+
     @property
     def packed(self) -> bool:
         """Whether the deep engine computes the rows of a call that count only."""

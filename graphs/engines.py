@@ -181,6 +181,8 @@ class EngineBuilder:
             assert cross is not None
             parts = (linear(graph, x, projection) for projection in (cross.key, cross.value))
             values = [in_heads(graph, part, call, cross.kv_heads, cross.head_dim) for part in parts]
+            if graph.cache != graph.compute:
+                values = [graph.cast(value, graph.cache) for value in values]
             key_value_outputs(graph, "cross", name, cross, "E", values)
         self._save(graph)
 
@@ -209,7 +211,8 @@ class EngineBuilder:
         return passes
 
     def _graph(self, name: str) -> Graph:
-        return Graph(name, self._source, self._weights, FLOAT_TYPES[self.options.float_type])
+        kinds = (FLOAT_TYPES[kind] for kind in (self.options.float_type, self.options.cache_type(self.description)))
+        return Graph(name, self._source, self._weights, *kinds)
 
     def _dialect(self, graph: Graph, call: Call, packed: Packing | None = None) -> Dialect:
         rows = self.options.capacity + self.options.max_pending

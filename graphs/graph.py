@@ -22,11 +22,19 @@ OPSET, IR_VERSION = 24, 11
 
 
 class Graph:
-    """Records operators. `compute` is the type of weights and activations between the fp32 islands."""
+    """Records operators. `compute` is the type of weights and activations between the fp32 islands, `cache` that of
+    keys and values, the same if none is given."""
 
-    def __init__(self, name: str, source: Weights, weights: WeightFile, compute: ir.DataType) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: Weights,
+        weights: WeightFile,
+        compute: ir.DataType,
+        cache: ir.DataType | None = None,
+    ) -> None:
         self.name = name
-        self.compute = compute
+        self.compute, self.cache = compute, cache or compute
         self._source, self._weights = source, weights
         self._tape = Tape()
         self._inputs: list[ir.Value] = []

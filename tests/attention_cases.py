@@ -25,7 +25,9 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity", "width")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("window", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("input", "past_key", "past_value", "key", "value")),
+        ("input", ctypes.c_void_p),
+        ("halves", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("past_key", "past_value", "key", "value")),
         *((name, ctypes.c_void_p) for name in ("cross_lengths", "past_lengths", "query_lengths")),
         ("packed", ctypes.c_bool),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
@@ -41,7 +43,8 @@ class _Attention(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer; `tables` are those of TABLES that it has. `window` 0 sees all, `softcap` 0 caps nothing."""
+    """One attention layer; `tables` are those of TABLES that it has. `window` 0 sees all, `softcap` 0 caps nothing;
+    `cache` is the type of keys and values."""
 
     heads: int
     kv_heads: int
@@ -50,6 +53,7 @@ class Layer:
     tables: dict[str, np.ndarray] = field(default_factory=dict)
     scale: float = 0.2
     softcap: float = 0.0
+    cache: type = np.float32
 
     @property
     def width(self) -> int:
@@ -79,7 +83,7 @@ class Call:
 
 def random_layer(rng: np.random.Generator, heads: int, kv_heads: int, size: int, window: int, kinds: str) -> Layer:
     """`kinds` has r for rotary positions, p for those of a part of a head, s for capped scores, b for a bias by
-    distance, n for norms of heads."""
+    distance, n for norms of heads, h for keys and values in float16."""
     tables = {}
     if "r" in kinds or "p" in kinds:
         angles = rng.standard_normal((POSITIONS, size // 2 if "r" in kinds else size // 4 + 1)).astype(np.float32)
@@ -88,7 +92,8 @@ def random_layer(rng: np.random.Generator, heads: int, kv_heads: int, size: int,
         tables["bias"] = rng.standard_normal((9, heads)).astype(np.float32)
     if "n" in kinds:
         tables |= {name: rng.standard_normal(size).astype(np.float32) for name in ("query_norm", "key_norm")}
-    return Layer(heads, kv_heads, size, window, tables, softcap=0.5 if "s" in kinds else 0.0)
+    cache = np.float16 if "h" in kinds else np.float32
+    return Layer(heads, kv_heads, size, window, tables, softcap=0.5 if "s" in kinds else 0.0, cache=cache)
 
 
 def random_call(
@@ -96,7 +101,7 @@ def random_call(
 ) -> Call:
     rows = rng.standard_normal((len(past), max(lengths), layer.width)).astype(np.float32)
     shape = len(past), layer.kv_heads, capacity, layer.size
-    caches = [rng.standard_normal(shape).astype(np.float32) for _ in range(2)]
+    caches = [rng.standard_normal(shape).astype(layer.cache) for _ in range(2)]
     return Call(rows, *caches, np.array(past, np.int32), np.array(lengths, np.int32))
 
 
@@ -115,8 +120,8 @@ def attend(
         past_key=call.key.ctypes.data, past_value=call.value.ctypes.data, key=call.key.ctypes.data,
         value=call.value.ctypes.data, past_lengths=call.past.ctypes.data, query_lengths=call.lengths.ctypes.data,
         width=layer.width, packed=packed, positions=POSITIONS, softcap=layer.softcap, reach=8,
-        turned=layer.tables["cosine"].shape[1] if "cosine" in at else 0, epsilon=EPSILON, y=y.ctypes.data,
-        prompt=prompt, **at,
+        halves=layer.cache == np.float16, prompt=prompt,
+        turned=layer.tables["cosine"].shape[1] if "cosine" in at else 0, epsilon=EPSILON, y=y.ctypes.data, **at,
     )  # fmt: skip
     problem = function(instructions.encode(), ctypes.byref(given))
     if problem is not None:
@@ -176,17 +181,24 @@ def attention_session(layer: Layer, packed: bool, threads: int = 1, **changes: o
     inputs = "rows", "past_key", "past_value", "past_lengths", "query_lengths"
     names = [*inputs, *(name if name in layer.tables else "" for name in TABLES)]
     kind = "CappedAttention" if layer.softcap else "CachedAttention"
-    return one_node(kind, _types(names), ["y", "key", "value"], {}, names, threads, **attributes)
+    if layer.cache == np.float16:
+        kind, attributes = "HalfAttention", {"softcap": 0.0, **attributes}
+    outputs = _types(["y", "key", "value"], layer)
+    return one_node(kind, _types(names, layer), outputs, {}, names, threads, **attributes)
 
 
 def cross_session(layer: Layer, packed: bool, threads: int = 1) -> ort.InferenceSession:
-    """With a graph of one CrossAttention."""
-    given = _types(["rows", "key", "value", "lengths", "query_lengths"])
-    return one_node("CrossAttention", given, ["y"], {}, threads=threads, **_attributes(layer, packed))
+    """With a graph of one CrossAttention, or that of a prompt in float16."""
+    given = _types(["rows", "key", "value", "lengths", "query_lengths"], layer)
+    kind = "HalfCrossAttention" if layer.cache == np.float16 else "CrossAttention"
+    return one_node(kind, given, ["y"], {}, threads=threads, **_attributes(layer, packed))
 
 
-def _types(names: list[str]) -> dict[str, int]:
-    return {name: TensorProto.INT32 if name in LENGTHS else TensorProto.FLOAT for name in names if name}
+def _types(names: list[str], layer: Layer) -> dict[str, int]:
+    cache = TensorProto.FLOAT16 if layer.cache == np.float16 else TensorProto.FLOAT
+    caches = dict.fromkeys(("past_key", "past_value", "key", "value"), cache)
+    known = dict.fromkeys(LENGTHS, TensorProto.INT32) | caches
+    return {name: known.get(name, TensorProto.FLOAT) for name in names if name}
 
 
 def _attributes(layer: Layer, packed: bool) -> dict[str, object]:

@@ -35,7 +35,7 @@ PRODUCTS = (
     *("PackedLinear", "MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
     *("MatMul", "FusedMatMul", "Gemm"),
 )
-ATTENTION = ("CachedAttention", "CrossAttention", "GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax")
+ATTENTION = ("HalfAttention", "HalfCrossAttention", "GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax")
 KINDS = {
     **dict.fromkeys(PRODUCTS, "products"),
     **dict.fromkeys(ATTENTION, "attention"),

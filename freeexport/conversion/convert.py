@@ -225,6 +225,7 @@ def _new_manifest(
         target=engines.target,
         exit_trained=checkpoint.exit is not None and checkpoint.exit.trained,
         kernels=KERNELS_VERSION if engines.kernels == "freeexport" else None,
+        kv_cache=cache if (cache := engines.cache_type(description)) != engines.float_type else None,
         compute=None if engines.target == "cpu" or quantization is None else engines.float_type,
         forced_first_token_id=forced(generation, "forced_bos_token_id") if description.encoder else None,
         forced_last_token_id=forced(generation, "forced_eos_token_id") if description.encoder else None,

@@ -154,7 +154,7 @@ class EnginePair:
         self.manifest = manifest = bundle.manifest
         self.rows, self.cross = rows, cross or {}
         self.caches, self._engines = dict[str, KVCache](), dict[str, OnnxEngine]()
-        dtype = np.float16 if manifest.float_type == "fp16" else np.float32
+        dtype = np.float16 if manifest.cache_type == "fp16" else np.float32
         length = manifest.capacity + manifest.max_pending
         engines = {"shallow": manifest.shallow_caches, "deep": manifest.deep_layers}
         if manifest.exit_engine:

@@ -75,7 +75,7 @@ def key_value_inputs(
 ) -> list[ir.Value]:
     """Inputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, head_dim]."""
     shape: list[Dimension] = ["B", attention.kv_heads, rows, attention.head_dim]
-    return [graph.input(f"{prefix}.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
+    return [graph.input(f"{prefix}.{layer}.{part}", graph.cache, shape) for part in ("key", "value")]
 
 
 def key_value_outputs(
@@ -84,7 +84,7 @@ def key_value_outputs(
     """Outputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, head_dim]."""
     shape: list[Dimension] = ["B", attention.kv_heads, rows, attention.head_dim]
     for part, value in zip(("key", "value"), values, strict=True):
-        graph.output(f"{prefix}.{layer}.{part}", value, graph.compute, shape)
+        graph.output(f"{prefix}.{layer}.{part}", value, graph.cache, shape)
 
 
 def in_heads(graph: Graph, x: ir.Value, call: Call, heads: int, head_dim: int) -> ir.Value:

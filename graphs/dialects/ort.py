@@ -179,8 +179,8 @@ def has_attention_kernel(attention: Attention) -> bool:
 
 
 class KernelDialect(OrtDialect):
-    """See graphs.dialects.base.Dialect. Attention gives a row the same bits in every call, and takes rows as they stand
-    between attentions, with padding or, with `packing`, without."""
+    """See graphs.dialects.base.Dialect. Attention gives a row the same bits in every call, keeps keys and values in
+    float16, and takes rows as they stand between attentions, with padding or, with `packing`, without."""
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call, bias = self.graph, self.call, attention.relative_bias
@@ -190,10 +190,8 @@ class KernelDialect(OrtDialect):
         norms = (attention.query_norm, attention.key_norm)
         weights = [None if norm is None else graph.weight(norm.weight, dtype=ir.DataType.FLOAT) for norm in norms]
         table = None if bias is None else distance_table(graph, bias)
-        # Another name, so that kernels without caps refuse the graph.
-        capped = {} if attention.softcap is None else {"softcap": attention.softcap}
         out, *present = graph.ops(
-            "CappedAttention" if capped else "CachedAttention",
+            "HalfAttention",
             [rows, *past, call.past_lengths, call.query_lengths, cos, sin, table, *weights],
             3,
             DOMAIN,
@@ -204,7 +202,7 @@ class KernelDialect(OrtDialect):
             window=attention.window or 0,
             packed=int(self._packing is not None),
             epsilon=next((norm.epsilon for norm in norms if norm), 0.0),
-            **capped,
+            softcap=attention.softcap or 0.0,
         )
         key_value_outputs(graph, "present", layer, attention, "cache", present)
         return self._typed(out, attention)
@@ -213,7 +211,7 @@ class KernelDialect(OrtDialect):
         graph, call = self.graph, self.call
         rows = linear(graph, x, attention.query)
         out = graph.op(
-            "CrossAttention",
+            "HalfCrossAttention",
             [rows, *key_value_inputs(graph, "cross", layer, attention, "E"), call.cross_lengths, call.query_lengths],
             DOMAIN,
             num_heads=attention.heads,

@@ -16,7 +16,7 @@ from runtime.bundle.schema import Range, Reader, is_newer, parse_object
 from runtime.errors import BundleError
 
 # A newer minor version only adds fields that may be skipped; a newer major one cannot be read.
-SCHEMA_VERSION, SCHEMA_MINOR = 2, 4
+SCHEMA_VERSION, SCHEMA_MINOR = 2, 5
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
@@ -178,7 +178,8 @@ class Manifest:
     where `packed`, they are run only where an exit may be taken. `exit_input`: what they read; with "feature" they and
     the shallow head are an engine of their own, exit.onnx.
     `speech` is None where prompts are text; else `encoder_capacity` is the positions of a window of sound.
-    `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `costs`: as
+    `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `kv_cache`: the
+    type of keys and values where it is not `float_type`, else None. `costs`: as
     `convert` measured them, None where it did not. `forced_first_token_id`, `forced_last_token_id`: what an output
     begins with, and ends with where it is cut at its limit; None for what is predicted. `languages` of a translation
     model, None elsewhere. `schema_minor`: once read, that of this code.
@@ -221,6 +222,7 @@ class Manifest:
     packed: bool = False
     exit_trained: bool | None = None
     kernels: int | None = None
+    kv_cache: FloatType | None = None
     exit_layers: LayerCount = 0
     exit_input: ExitInput = "state"
     forced_first_token_id: int | None = None
@@ -264,15 +266,20 @@ class Manifest:
 
     @property
     def float_type(self) -> FloatType:
-        """The type of activations, the KV cache, and weights that are not quantized."""
+        """The type of activations, and of weights that are not quantized."""
         if self.compute is not None:
             return self.compute
         return self.precision if self.precision in ("fp16", "bf16") else "fp32"
 
     @property
+    def cache_type(self) -> FloatType:
+        """The type of keys and values, in the cache and of prompts."""
+        return self.kv_cache or self.float_type
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one position in the self-attention caches of all layers."""
-        element = 4 if self.float_type == "fp32" else 2
+        element = 4 if self.cache_type == "fp32" else 2
         return 2 * (self.layers + self.exit_layers) * self.kv_heads * self.head_dim * element
 
     @property

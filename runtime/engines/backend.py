@@ -100,5 +100,5 @@ def cache_sizes(
     manifest: Manifest, layers: Sequence[int | str], slots: int, capacity: int
 ) -> tuple[Sequence[int | str], int, int, int, int, Any]:
     """The first arguments of a KVCache. numpy has no bfloat16: its bits are uint16."""
-    dtype = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}[manifest.float_type]
+    dtype = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}[manifest.cache_type]
     return layers, slots, manifest.kv_heads, capacity + manifest.max_pending, manifest.head_dim, dtype

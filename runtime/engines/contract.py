@@ -32,7 +32,7 @@ def contract(manifest: Manifest, engine: str) -> tuple[Tensors, Tensors]:
     compute, width = _FLOATS[manifest.float_type], manifest.hidden_size
 
     def layers(prefix: str, numbers: Iterable[int | str], rows: int | str) -> Tensors:
-        tensor = Tensor(compute, ("B", manifest.kv_heads, rows, manifest.head_dim))
+        tensor = Tensor(_FLOATS[manifest.cache_type], ("B", manifest.kv_heads, rows, manifest.head_dim))
         return {f"{prefix}.{layer}.{part}": tensor for layer in numbers for part in PARTS}
 
     lengths = Tensor(INT32, ("B",))

@@ -51,12 +51,18 @@ FREEEXPORT_INLINE void turn(__m512i (&rows)[16]) {
 }
 
 // Values from `at` on of `size`, and zeros behind them.
+FREEEXPORT_INLINE __mmask16 left_of(int64_t left) {
+  return static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
+}
 FREEEXPORT_INLINE __m512 values_of(const float* from, int64_t at, int64_t size) {
-  const int64_t left = size - at;
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0), from + at);
+  return _mm512_maskz_loadu_ps(left_of(size - at), from + at);
+}
+FREEEXPORT_INLINE __m512 values_of(const uint16_t* from, int64_t at, int64_t size) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(left_of(size - at), from + at));
 }
 // 32 of them in bfloat16.
-FREEEXPORT_INLINE __m512i rounded(const float* from, int64_t at, int64_t size) {
+template <typename C>
+FREEEXPORT_INLINE __m512i rounded(const C* from, int64_t at, int64_t size) {
   return (__m512i)_mm512_cvtne2ps_pbh(values_of(from, at + 16, size), values_of(from, at, size));
 }
 // Both as pairs, in bfloat16.
@@ -85,8 +91,9 @@ struct Memory {
 };
 
 // Keys and values of a piece from the cache, as far as there are any.
+template <typename C>
 void read_piece(const Attention& a, int64_t at, int64_t count, Memory& room) {
-  const float *keys = a.key + at, *values = a.value + at;
+  const C *keys = static_cast<const C*>(a.key) + at, *values = static_cast<const C*>(a.value) + at;
   const int64_t size = a.size;
   for (int64_t t = 0; t < kPieceRows; t++)
     for (int64_t s = 0; s < room.steps; s++) {
@@ -208,10 +215,12 @@ FREEEXPORT_INLINE void add_values(const Memory& room, const uint16_t* values, fl
 }
 
 // A value that is no number is seen by those that see its key, and by no other, as 0 times it would.
-void see_odd(const Attention& a, const float* values, int64_t count, const Sight& sight, float* outputs) {
+void see_odd(const Attention& a, int64_t at, int64_t count, const Sight& sight, float* outputs) {
   for (int64_t t = 0; t < count; t++)
     for (int64_t i = 0; i < a.size; i++) {
-      const float value = values[t * a.size + i];
+      const int64_t place = at + t * a.size + i;
+      const float value = a.halves ? _cvtsh_ss(static_cast<const uint16_t*>(a.value)[place])
+                                   : static_cast<const float*>(a.value)[place];
       if (value - value == 0.0f) continue;
       const __m512 now = _mm512_load_ps(outputs + i * 16);
       _mm512_store_ps(outputs + i * 16, _mm512_mask_add_ps(now, sight.of(t), now, _mm512_set1_ps(value)));
@@ -235,7 +244,7 @@ void attend_tile(const Attention& a, int64_t begin, int64_t at, int64_t count, i
   const auto values = [&] { return room.values + part * kKeySteps * kTileValues; };
   for (; part + 4 <= room.parts; part += 4) add_values<4>(room, values(), outputs + part * kSums);
   for (; part < room.parts; part++) add_values<1>(room, values(), outputs + part * kSums);
-  if (room.odd) see_odd(a, a.value + at, count, sight, outputs);
+  if (room.odd) see_odd(a, at, count, sight, outputs);
 }
 
 }  // namespace
@@ -287,7 +296,7 @@ bool amx_attend(const Attention& a, const Place* places, int64_t count, int64_t 
     for (int64_t piece = first_piece(a, places[0]); piece < end_piece(places[count - 1]); piece++) {
       const int64_t begin = piece * kPieceRows, here = end - begin < kPieceRows ? end - begin : kPieceRows;
       const int64_t at = keys_at(a, places[0], kv_head, begin);
-      read_piece(a, at, here, room);
+      a.halves ? read_piece<uint16_t>(a, at, here, room) : read_piece<float>(a, at, here, room);
       for (int64_t tile = 0; tile < room.tiles; tile++) attend_tile(a, begin, at, here, tile, room);
     }
   }

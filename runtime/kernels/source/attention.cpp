@@ -55,7 +55,8 @@ Ahead keys_of(const Attention& a, const Place& place, int64_t kv_head, int64_t p
     piece = first_piece(a, place);
   }
   const int64_t position = most(first_position(a, place), piece * kPieceRows);
-  return {a.key + keys_at(a, place, kv_head, position), least(place.position + 1, (piece + 1) * kPieceRows) - position};
+  return {static_cast<const char*>(a.key) + keys_at(a, place, kv_head, position) * value_bytes(a),
+          least(place.position + 1, (piece + 1) * kPieceRows) - position};
 }
 
 bool sees(const Attention& a, const Place& place, int64_t piece) {
@@ -206,10 +207,13 @@ int64_t find_places(const Attention& a, Place* places) {
 void copy_past(const Attention& a) {
   for (int64_t b = 0; b < a.batch; b++)
     for (int64_t head = 0; head < a.kv_heads; head++) {
-      const int64_t at = (b * a.kv_heads + head) * a.capacity * a.size;
-      const size_t bytes = static_cast<size_t>(a.past_lengths[b] * a.size) * sizeof(float);
-      if (a.key != a.past_key) std::memcpy(a.key + at, a.past_key + at, bytes);
-      if (a.value != a.past_value) std::memcpy(a.value + at, a.past_value + at, bytes);
+      const int64_t at = (b * a.kv_heads + head) * a.capacity * a.size * value_bytes(a);
+      const auto bytes = static_cast<size_t>(a.past_lengths[b] * a.size * value_bytes(a));
+      const auto copy = [&](void* to, const void* from) {
+        if (to != from) std::memcpy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, bytes);
+      };
+      copy(a.key, a.past_key);
+      copy(a.value, a.past_value);
     }
 }
 

@@ -18,10 +18,11 @@ struct Attention {
   float softcap;              // scores become softcap * tanh(score / softcap); 0 for none
   int64_t window;             // newest positions that a row sees, itself included; 0 for all
   const float* input;         // [rows, width]: query, key, value
-  const float* past_key;      // [batch, kv_heads, capacity, size], as the next three
-  const float* past_value;
-  float* key;                 // what is attended to: the same memory as the past's, or another that is filled
-  float* value;
+  bool halves;                // keys and values are in float16, else in fp32
+  const void* past_key;       // [batch, kv_heads, capacity, size], as the next three
+  const void* past_value;
+  void* key;                  // what is attended to: the same memory as the past's, or another that is filled
+  void* value;
   const int32_t* cross_lengths;  // [batch]: valid positions of keys that all rows see; or null
   const int32_t* past_lengths;   // [batch]: valid positions before the call
   const int32_t* query_lengths;  // [batch]: rows that count
@@ -60,14 +61,15 @@ FREEEXPORT_ATTENTION int64_t first_piece(const Attention& a, const Place& place)
   return first_position(a, place) / kPieceRows;
 }
 FREEEXPORT_ATTENTION int64_t end_piece(const Place& place) { return (place.position + kPieceRows) / kPieceRows; }
-// Where the key and the value of a position stand in the cache.
+// Where the key and the value of a position stand in the cache, in values.
 FREEEXPORT_ATTENTION int64_t keys_at(const Attention& a, const Place& place, int64_t kv_head, int64_t position) {
   return ((place.sequence * a.kv_heads + kv_head) * a.capacity + position) * a.size;
 }
+FREEEXPORT_ATTENTION int64_t value_bytes(const Attention& a) { return a.halves ? 2 : 4; }
 
 // Keys of a later piece, which are fetched meanwhile.
 struct Ahead {
-  const float* keys;
+  const void* keys;
   int64_t rows;
 };
 

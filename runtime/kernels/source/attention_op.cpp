@@ -1,4 +1,4 @@
-// CachedAttention, the same with capped scores, and CrossAttention as operators of ONNX Runtime.
+// CachedAttention, with capped scores, with a cache in float16, and CrossAttention as operators of ONNX Runtime.
 #include "operators.h"
 
 namespace freeexport {
@@ -72,11 +72,27 @@ ort::Status* create_capped(const ort::CustomOp*, const ort::Api* api, const ort:
   return keep(api, kernel, out);
 }
 
+ort::Status* create_half(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  Kernel kernel;
+  RETURN_IF_ERROR(begin_kernel(api, info, kInputs, &kernel));
+  RETURN_IF_ERROR(read_attributes(info, &kernel));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &kernel.attention.softcap));
+  if (!(kernel.attention.softcap >= 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is negative");
+  kernel.attention.halves = true;
+  return keep(api, kernel, out);
+}
+
 ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kCrossInputs, &kernel));
   kernel.attention.width = kernel.attention.heads * kernel.attention.size;
   return keep(api, kernel, out);
+}
+
+ort::Status* create_half_cross(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  RETURN_IF_ERROR(create_cross(op, api, info, out));
+  static_cast<Kernel*>(*out)->attention.halves = true;
+  return nullptr;
 }
 
 // Checks an input's shape against one of which -1 may be anything, which it becomes.
@@ -127,13 +143,13 @@ ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* contex
 
 ort::Status* make_outputs(const Kernel& kernel, ort::KernelContext* context, size_t outputs, Attention* a) {
   const int64_t y[2] = {a->rows, a->heads * a->size}, cache[4] = {a->batch, a->kv_heads, a->capacity, a->size};
-  float** const data[kOutputs] = {&a->y, &a->key, &a->value};
+  void** const data[kOutputs] = {reinterpret_cast<void**>(&a->y), &a->key, &a->value};
   for (size_t output = kY; output < outputs; output++) {
     ort::Value* value = nullptr;
     RETURN_IF_ERROR(kernel.api->KernelContext_GetOutput(context, output, output == kY ? y : cache, output == kY ? 2 : 4,
                                                         &value));
     if (value == nullptr) return fail(kernel.api, ort::kInvalidGraph, "an output is missing");
-    RETURN_IF_ERROR(kernel.api->GetTensorMutableData(value, reinterpret_cast<void**>(data[output])));
+    RETURN_IF_ERROR(kernel.api->GetTensorMutableData(value, data[output]));
   }
   return nullptr;
 }
@@ -144,8 +160,10 @@ ort::Status* begin_call(const Kernel& kernel, ort::KernelContext* context, size_
   RETURN_IF_ERROR(check_shapes(kernel, context, a));
   for (size_t input = kRows; input < kInputs; input++)
     RETURN_IF_ERROR(input_of(kernel.api, context, input, kernel.given[input], &inputs[input]));
-  const float** const tensors[kInputs] = {&a->input,  &a->past_key, &a->past_value, nullptr,        nullptr,
-                                          &a->cosine, &a->sine,     &a->bias,       &a->query_norm, &a->key_norm};
+  a->past_key = inputs[kPastKey];
+  a->past_value = inputs[kPastValue];
+  const float** const tensors[kInputs] = {&a->input, nullptr, nullptr, nullptr, nullptr, &a->cosine,
+                                          &a->sine,  &a->bias, &a->query_norm, &a->key_norm};
   for (size_t input = kRows; input < kInputs; input++)
     if (tensors[input] != nullptr) *tensors[input] = static_cast<const float*>(inputs[input]);
   a->prompt = reading_prompt;
@@ -175,8 +193,8 @@ ort::Status* compute_cross(void* op, ort::KernelContext* context) {
   const void* inputs[kInputs] = {};
   RETURN_IF_ERROR(begin_call(kernel, context, kKey, inputs, &a));
   a.cross_lengths = static_cast<const int32_t*>(inputs[kCrossLengths]);
-  a.key = const_cast<float*>(a.past_key);  // which are not written to
-  a.value = const_cast<float*>(a.past_value);
+  a.key = const_cast<void*>(a.past_key);  // which are not written to
+  a.value = const_cast<void*>(a.past_value);
   return run(kernel, context, a);
 }
 
@@ -209,6 +227,23 @@ constexpr ort::CustomOp capped_attention_op() {
   return op;
 }
 
+// With keys and values in float16.
+constexpr ort::CustomOp with_halves(ort::CustomOp op) {
+  op.GetInputType = [](const ort::CustomOp*, size_t input) {
+    if (input == kPastKey || input == kPastValue) return ort::kFloat16;
+    return input == kPastLengths || input == kQueryLengths ? ort::kInt32 : ort::kFloat;
+  };
+  return op;
+}
+
+constexpr ort::CustomOp half_attention_op() {
+  ort::CustomOp op = with_halves(cached_attention_op());
+  op.GetName = [](const ort::CustomOp*) { return "HalfAttention"; };
+  op.GetOutputType = [](const ort::CustomOp*, size_t output) { return output == kY ? ort::kFloat : ort::kFloat16; };
+  op.CreateKernelV2 = create_half;
+  return op;
+}
+
 constexpr ort::CustomOp cross_attention_op() {
   ort::CustomOp op = common_attention();
   op.GetName = [](const ort::CustomOp*) { return "CrossAttention"; };
@@ -219,9 +254,17 @@ constexpr ort::CustomOp cross_attention_op() {
   return op;
 }
 
+constexpr ort::CustomOp half_cross_op() {
+  ort::CustomOp op = with_halves(cross_attention_op());
+  op.GetName = [](const ort::CustomOp*) { return "HalfCrossAttention"; };
+  op.CreateKernelV2 = create_half_cross;
+  return op;
+}
+
 }  // namespace
 
 constexpr ort::CustomOp kCachedAttentionOp = cached_attention_op(), kCappedAttentionOp = capped_attention_op();
-constexpr ort::CustomOp kCrossAttentionOp = cross_attention_op();
+constexpr ort::CustomOp kHalfAttentionOp = half_attention_op();
+constexpr ort::CustomOp kCrossAttentionOp = cross_attention_op(), kHalfCrossAttentionOp = half_cross_op();
 
 }  // namespace freeexport

@@ -127,6 +127,20 @@ inline void weigh_size(const Query* queries, const float* weights, const float* 
   if (from < size) weigh_rows<Q, kHalfParts, true>(queries, weights, values, size, from);
 }
 
+// Of a piece's keys or values [count, size], in fp32 or float16, the same in fp32, for which `room` has room.
+inline const float* widened(const Attention& a, const void* cache, int64_t at, int64_t count, float* room) {
+  if (!a.halves) return static_cast<const float*>(cache) + at;
+  const uint16_t* halves = static_cast<const uint16_t*>(cache) + at;
+  int64_t i = 0;
+  for (; i + kWide <= count * a.size; i += kWide)
+    for (int p = 0; p < kParts; p++)
+      Vec::store(room + i + p * Vec::kLanes, Vec::halves(halves + i + p * Vec::kLanes));
+  if (i < count * a.size)
+    for (int p = 0; p < kHalfParts; p++)
+      put_values<Vec, true>(room + i + p * Vec::kLanes, values_at<Vec, true>(halves + i + p * Vec::kLanes));
+  return room;
+}
+
 // A piece, for all heads of a group and `count` rows of a sequence that see of it, the next one behind the other; `room`
 // is that of the first.
 inline void attend_rows(const Attention& a, const Place* places, int64_t count, int64_t kv_head, int64_t piece,
@@ -135,7 +149,10 @@ inline void attend_rows(const Attention& a, const Place* places, int64_t count, 
   const int64_t at = keys_at(a, places[0], kv_head, begin);
   alignas(64) float keys[kTurnedSize * kPieceRows], scores[kQueries * kPieceRows], outputs[kQueries * kTurnedSize];
   float largest[kQueries], sums[kQueries], powers[kQueries];
-  turn_keys(a.key + at, size, seen_of(a, places[count - 1], piece).end, keys);
+  alignas(64) float room_of_keys[kTurnedSize * kPieceRows], room_of_values[kTurnedSize * kPieceRows];
+  const int64_t end_of_all = seen_of(a, places[count - 1], piece).end;
+  turn_keys(widened(a, a.key, at, end_of_all, room_of_keys), size, end_of_all, keys);
+  const float* all_values = widened(a, a.value, at, end_of_all, room_of_values);
   const auto values_of = [&](int64_t query) {
     return queries_of(a, places[query / group]) + (kv_head * group + query % group) * size;
   };
@@ -167,8 +184,8 @@ inline void attend_rows(const Attention& a, const Place* places, int64_t count, 
                      own + seen.from, seen.end - seen.from);
       exponentials(own, seen.from, seen.end, queries[q].part.largest, queries[q].part.sum);
     }
-    for (q = 0; q + 4 <= here; q += 4) weigh_size<4>(queries + q, scores + q * kPieceRows, a.value + at, size);
-    for (; q < here; q++) weigh_size<1>(queries + q, scores + q * kPieceRows, a.value + at, size);
+    for (q = 0; q + 4 <= here; q += 4) weigh_size<4>(queries + q, scores + q * kPieceRows, all_values, size);
+    for (; q < here; q++) weigh_size<1>(queries + q, scores + q * kPieceRows, all_values, size);
     if (!room.running) continue;
     for (q = 0; q < here; q++) powers[q] = distance_of(*parts[q].largest, *queries[q].part.largest);
     exponentials(powers, here);

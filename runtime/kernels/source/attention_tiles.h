@@ -12,12 +12,14 @@ constexpr int kParts = kWide / Vec::kLanes;
 // one holds `kWide`.
 constexpr int kHalf = kWide / 2, kHalfParts = (kParts + 1) / 2;
 
-template <typename V, bool Half>
-inline typename V::Float values_at(const float* from) {
+template <typename V, bool Half, typename C>
+inline typename V::Float values_at(const C* from) {
   if constexpr (Half && V::kLanes > kHalf)
     return V::eight(from);
-  else
+  else if constexpr (sizeof(C) == sizeof(float))
     return V::floats(from);
+  else
+    return V::halves(from);
 }
 
 template <typename V, bool Half>
@@ -61,26 +63,39 @@ inline Seen seen_of(const Attention& a, const Place& place, int64_t piece) {
   return {from > 0 ? from : 0, end < kPieceRows ? end : kPieceRows};
 }
 
-// Keys and values of a row to the cache, and its queries to y.
-inline void store_row(const Attention& a, const Place& place) {
+inline void put_in_cache(float* to, const float* from, int64_t size) {
+  std::memcpy(to, from, static_cast<size_t>(size) * sizeof(float));
+}
+inline void put_in_cache(uint16_t* to, const float* from, int64_t size) {
+  for (int64_t i = 0; i < size; i += 8) Vec::put_halves(to + i, from + i);
+}
+
+// Keys and values of a row to the cache, of type C, and its queries to y.
+template <typename C>
+inline void store_row_as(const Attention& a, const Place& place) {
   const size_t bytes = static_cast<size_t>(a.size) * sizeof(float);
   const float* keys = a.input + place.row * a.width + a.heads * a.size;
+  float* queries = a.y + place.row * a.heads * a.size;
   for (int64_t head = 0; head < a.kv_heads; head++) {
-    const int64_t at = ((place.sequence * a.kv_heads + head) * a.capacity + place.position) * a.size;
-    std::memcpy(a.key + at, keys + head * a.size, bytes);
-    norm_and_turn(a, a.key_norm, place.position, a.key + at);
-    std::memcpy(a.value + at, keys + (a.kv_heads + head) * a.size, bytes);
+    const int64_t at = keys_at(a, place, head, place.position);
+    std::memcpy(queries, keys + head * a.size, bytes);  // a key has this room first
+    norm_and_turn(a, a.key_norm, place.position, queries);
+    put_in_cache(static_cast<C*>(a.key) + at, queries, a.size);
+    put_in_cache(static_cast<C*>(a.value) + at, keys + (a.kv_heads + head) * a.size, a.size);
   }
   if (!turned(a)) return;
-  float* queries = a.y + place.row * a.heads * a.size;
   std::memcpy(queries, a.input + place.row * a.width, bytes * static_cast<size_t>(a.heads));
   for (int64_t head = 0; head < a.heads; head++)
     norm_and_turn(a, a.query_norm, place.position, queries + head * a.size);
 }
 
+inline void store_row(const Attention& a, const Place& place) {
+  a.halves ? store_row_as<uint16_t>(a, place) : store_row_as<float>(a, place);
+}
+
 // Adds the products of `Parts` registers of 4 keys and Q queries to sums. `Half`: of 8 values.
-template <int Q, int Parts, bool Half>
-inline void add_four(const float* queries, const float* keys, int64_t size, typename Vec::Float (&sums)[Q][4][kParts]) {
+template <int Q, int Parts, bool Half, typename C>
+inline void add_four(const float* queries, const C* keys, int64_t size, typename Vec::Float (&sums)[Q][4][kParts]) {
 #pragma GCC unroll 16
   for (int p = 0; p < Parts; p++) {
     typename Vec::Float query[Q];
@@ -96,8 +111,8 @@ inline void add_four(const float* queries, const float* keys, int64_t size, type
 }
 
 // Of 4 keys and Q queries: scores[q][0..3]. Meanwhile the rows of `ahead` are fetched.
-template <int Q>
-inline void dot_four(const float* queries, const float* keys, int64_t size, float* scores, const float* ahead) {
+template <int Q, typename C>
+inline void dot_four(const float* queries, const C* keys, int64_t size, float* scores, const C* ahead) {
   typename Vec::Float sums[Q][4][kParts];
 #pragma GCC unroll 16
   for (int q = 0; q < Q; q++)
@@ -117,9 +132,8 @@ inline void dot_four(const float* queries, const float* keys, int64_t size, floa
 }
 
 // scores[q][t] = queries[q] . keys[t]. Meanwhile `values` are fetched.
-template <int Q>
-inline void dots(const float* queries, const float* keys, const float* values, int64_t size, int64_t count,
-                 float* scores) {
+template <int Q, typename C>
+inline void dots(const float* queries, const C* keys, const C* values, int64_t size, int64_t count, float* scores) {
   constexpr int kTogether = kParts == 1 ? Q : 1;  // as many sums as there are registers for
   int64_t t = 0;
   for (; t + 4 <= count; t += 4)
@@ -134,7 +148,7 @@ inline void dots(const float* queries, const float* keys, const float* values, i
       for (; at + kWide <= size; at += kWide)
         for (int p = 0; p < kParts; p++)
           sums[p] = Vec::add_product(Vec::floats(queries + q * size + at + p * Vec::kLanes),
-                                     Vec::floats(keys + t * size + at + p * Vec::kLanes), sums[p]);
+                                     values_at<Vec, false>(keys + t * size + at + p * Vec::kLanes), sums[p]);
       if (at < size)
         for (int p = 0; p < kHalfParts; p++)
           sums[p] = Vec::add_product(values_at<Vec, true>(queries + q * size + at + p * Vec::kLanes),
@@ -146,15 +160,16 @@ inline void dots(const float* queries, const float* keys, const float* values, i
 // out[q] = sum over t of weights[q][t] values[t], for `Parts` registers of the values' size from `from` on, or 8 of it
 // where `Half`; `stride` between the weights of two q, `apart` between their sums. Meanwhile the rows of `ahead` are
 // fetched.
-template <int Q, int Parts, bool Half = false>
-inline void weigh(const float* weights, int64_t stride, const float* values, int64_t size, int64_t count, int64_t from,
+template <int Q, int Parts, bool Half = false, typename C>
+inline void weigh(const float* weights, int64_t stride, const C* values, int64_t size, int64_t count, int64_t from,
                   float* out, int64_t apart, const Ahead& ahead) {
   typename Vec::Float sums[Q][Parts];
   for (int q = 0; q < Q; q++)
     for (int p = 0; p < Parts; p++) sums[q][p] = Vec::zero();
   for (int64_t t = 0; t < count; t++) {
     if (t < ahead.rows)
-      for (int w = 0; w < Parts * Vec::kLanes; w += kWide) __builtin_prefetch(ahead.keys + t * size + from + w);
+      for (int w = 0; w < Parts * Vec::kLanes; w += kWide)
+        __builtin_prefetch(static_cast<const C*>(ahead.keys) + t * size + from + w);
     for (int p = 0; p < Parts; p++) {
       const typename Vec::Float value = values_at<Vec, Half>(values + t * size + from + p * Vec::kLanes);
       for (int q = 0; q < Q; q++)
@@ -219,9 +234,9 @@ inline void scale_and_bias(const Attention& a, int64_t head, int64_t begin, int6
 }
 
 // The same for all of the values' size, as much at once as there are registers for.
-template <int Q>
-inline void weigh_all(const float* weights, int64_t stride, const float* values, int64_t size, int64_t count,
-                      float* out, int64_t apart, const Ahead& ahead) {
+template <int Q, typename C>
+inline void weigh_all(const float* weights, int64_t stride, const C* values, int64_t size, int64_t count, float* out,
+                      int64_t apart, const Ahead& ahead) {
   constexpr int kWideSums = Vec::kLanes == 16 || Q == 1 ? 4 : Q < 4 ? 2 : 1;
   int64_t from = 0;
   for (; from + kWideSums * kWide <= size; from += kWideSums * kWide)
@@ -261,7 +276,7 @@ inline void join_piece(const Part& to, const Part& piece, float power, int64_t s
 }
 
 // Of a piece, Q heads from that of number `within` of its group on.
-template <int Q>
+template <int Q, typename C>
 inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, int64_t within,
                          const Ahead& ahead, const Room& room) {
   const int64_t size = a.size, head = kv_head * (a.heads / a.kv_heads) + within, begin = piece * kPieceRows;
@@ -269,31 +284,33 @@ inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head
   const int64_t at = keys_at(a, place, kv_head, begin + seen.from), count = seen.end - seen.from;
   const int64_t slot = room.running ? piece > first_piece(a, place) : piece - first_piece(a, place);
   float scores[Q * kPieceRows];
-  dots<Q>(queries_of(a, place) + head * size, a.key + at, a.value + at, size, count, scores + seen.from);
+  const C *keys = static_cast<const C*>(a.key) + at, *values = static_cast<const C*>(a.value) + at;
+  dots<Q>(queries_of(a, place) + head * size, keys, values, size, count, scores + seen.from);
   for (int q = 0; q < Q; q++) {
     float* own = scores + q * kPieceRows;
     const Part part = part_of(a, room, within + q, slot);
     scale_and_bias(a, head + q, begin + seen.from, place.position, own + seen.from, count);
     exponentials(own, seen.from, seen.end, part.largest, part.sum);
   }
-  weigh_all<Q>(scores + seen.from, kPieceRows, a.value + at, size, count, part_of(a, room, within, slot).out,
+  weigh_all<Q>(scores + seen.from, kPieceRows, values, size, count, part_of(a, room, within, slot).out,
                room.slots * size, ahead);
 }
 
 // A piece of what a row sees, for all heads of a group.
-inline void attend(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
-                   const Room& room) {
+template <typename C>
+inline void attend_as(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
+                      const Room& room) {
   const int64_t group = a.heads / a.kv_heads;
   for (int64_t g = 0; g < group; g += kSharing) {
     const int64_t left = group - g;
     if (left >= 4)
-      attend_heads<4>(a, place, kv_head, piece, g, ahead, room);
+      attend_heads<4, C>(a, place, kv_head, piece, g, ahead, room);
     else if (left == 3)
-      attend_heads<3>(a, place, kv_head, piece, g, ahead, room);
+      attend_heads<3, C>(a, place, kv_head, piece, g, ahead, room);
     else if (left == 2)
-      attend_heads<2>(a, place, kv_head, piece, g, ahead, room);
+      attend_heads<2, C>(a, place, kv_head, piece, g, ahead, room);
     else
-      attend_heads<1>(a, place, kv_head, piece, g, ahead, room);
+      attend_heads<1, C>(a, place, kv_head, piece, g, ahead, room);
   }
   if (!room.running || piece == first_piece(a, place)) return;
   for (int64_t g = 0; g < group; g++) {
@@ -302,6 +319,12 @@ inline void attend(const Attention& a, const Place& place, int64_t kv_head, int6
     exponentials(&power, 1);
     join_piece(to, part, power, a.size);
   }
+}
+
+inline void attend(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
+                   const Room& room) {
+  a.halves ? attend_as<uint16_t>(a, place, kv_head, piece, ahead, room)
+           : attend_as<float>(a, place, kv_head, piece, ahead, room);
 }
 
 // What a row has of all pieces, divided by the sum, to y.

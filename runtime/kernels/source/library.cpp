@@ -35,6 +35,8 @@ EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOption
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCachedAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCappedAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCrossAttentionOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kHalfAttentionOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kHalfCrossAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kBestTwoOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kPredictOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kWholeVocabularyOp));

@@ -10,8 +10,9 @@
 
 namespace freeexport {
 
-extern const ort::CustomOp kPackedLinearOp, kPackedRowsOp, kCachedAttentionOp, kCappedAttentionOp;
-extern const ort::CustomOp kCrossAttentionOp, kBestTwoOp, kPredictOp, kWholeVocabularyOp, kCountedRowsOp;
+extern const ort::CustomOp kPackedLinearOp, kPackedRowsOp, kCachedAttentionOp, kCappedAttentionOp, kHalfAttentionOp;
+extern const ort::CustomOp kCrossAttentionOp, kHalfCrossAttentionOp, kBestTwoOp, kPredictOp, kWholeVocabularyOp;
+extern const ort::CustomOp kCountedRowsOp;
 
 // Whether the engine call that this thread runs reads a prompt: ONNX Runtime calls operators on the thread that runs a
 // session, as its sequential executor does, and only their tasks on others.

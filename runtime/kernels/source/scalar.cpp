@@ -1,5 +1,6 @@
 // Plain C++, for any processor: what the other kernels are compared with.
 #include <cmath>
+#include <cstring>
 
 #include "packed_linear.h"
 #include "quads.h"
@@ -45,6 +46,22 @@ struct Vec {
                        : exponent     ? std::ldexp(1024.0f + static_cast<float>(fraction), exponent - 25)
                                       : std::ldexp(static_cast<float>(fraction), -24);
     return *from & 0x8000 ? -size : size;
+  }
+  static void put_halves(uint16_t* to, const float* from) {
+    for (int i = 0; i < 8; i++) {
+      uint32_t bits;
+      std::memcpy(&bits, from + i, sizeof(bits));
+      uint32_t size = bits & 0x7fffffff;
+      if (size > 0x7f800000)  // no number
+        size = 0x7e00 | (size >> 13 & 0x1ff);
+      else if (size >= 0x477ff000)  // rounds to more than 65504
+        size = 0x7c00;
+      else if (size < 0x38800000)  // below the least normal float16
+        size = static_cast<uint32_t>(std::nearbyint(std::ldexp(std::fabs(from[i]), 24)));
+      else
+        size = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+      to[i] = static_cast<uint16_t>((bits >> 16 & 0x8000) | size);
+    }
   }
   static Int widened(const uint8_t* from) { return *from; }
   static Int counted(Int zero) { return zero; }

@@ -63,8 +63,16 @@ struct Vec512 {
   static Float floats(const float* from) { return _mm512_loadu_ps(from); }
   // 8 values, and 0 behind them.
   static Float eight(const float* from) { return _mm512_zextps256_ps512(_mm256_loadu_ps(from)); }
+  static Float eight(const uint16_t* from) {
+    return _mm512_zextps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
   static Float halves(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  // 8 values to float16, rounded to the nearest, of two to the even one.
+  static void put_halves(uint16_t* to, const float* from) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
   }
   static Int widened(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));

@@ -82,6 +82,10 @@ struct VecNeon {
     const float16x8_t half = vreinterpretq_f16_u16(vld1q_u16(from));
     return {vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)};
   }
+  static void put_halves(uint16_t* to, const float* from) {
+    const float16x8_t halves = vcvt_high_f16_f32(vcvt_f16_f32(vld1q_f32(from)), vld1q_f32(from + 4));
+    vst1q_u16(to, vreinterpretq_u16_f16(halves));
+  }
   static Int widened(const uint8_t* from) {
     const uint16x8_t wide = vmovl_u8(vld1_u8(from));
     return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))), vreinterpretq_s32_u32(vmovl_high_u16(wide))};
