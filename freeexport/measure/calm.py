@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -37,6 +38,7 @@ from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine
 from runtime.engines.runner import Encoder
 from runtime.errors import OptionError
+from runtime.kernels import reading_prompt
 
 WEIGHTS, FACTS = "weights.data", "calm.json"
 # The paper's decaying threshold: how much of the given one decays, and the temperature of it.
@@ -199,12 +201,14 @@ class Calm:
         rows, none = len(tokens), np.zeros(0, np.int64)
         state = np.zeros((1, rows, self._manifest.hidden_size), np.float32)
         lengths, shallow = self._lengths(rows), range(self.least)
-        self._engines["shallow"].bind(
+        first = self._engines["shallow"].bind(
             {"input_ids": tokens[None], **lengths, "head_rows": none, **self._arrays("past", shallow)},
             {"hidden": state, "token": self._token[:0], "confidence": self._confidence[:0],
              **self._arrays("present", shallow)},
-        ).run()  # fmt: skip
-        self._deep(state, np.array([rows - 1], np.int64), lengths, {}).run()
+        )  # fmt: skip
+        with nullcontext() if self._manifest.encoder_decoder else reading_prompt():
+            first.run()
+            self._deep(state, np.array([rows - 1], np.int64), lengths, {}).run()
         self._cache.extend(0, rows)
         return int(self._token[0])
 
