@@ -242,7 +242,7 @@ def test_attention_computes_what_onnx_runtimes_does(
     sizes = {"capacity": 128, "encoder_capacity": 128, "verify": "none", "measure": False}
     convert(str(checkpoint(case)), tmp_path / "theirs", ConvertOptions(1, precision="int8", **OWN, **sizes))
     for engine in ("shallow", "deep"):
-        assert "CachedAttention" in kinds(ours, engine)
+        assert "HalfAttention" in kinds(ours, engine)
         assert "GroupQueryAttention" in kinds(tmp_path / "theirs", engine)
         assert not {"GroupQueryAttention", "MultiHeadAttention"} & kinds(ours, engine)
     ids, lengths = tokens(33, 8, 21)
