@@ -256,10 +256,11 @@ def test_attention_computes_what_onnx_runtimes_does(
         valid = np.arange(33) < lengths[:, None]
         found.append([hidden[valid], deep[valid], again])
     for mine, other in zip(*found, strict=True):
-        # A last bit now and then tips an activation over to the next of 255 steps.
-        np.testing.assert_allclose(mine, other, rtol=0, atol=0.03 * np.abs(other).max())
-        rows = np.abs(mine - other).max(-1)
-        assert (rows < 1e-4 * np.abs(other).max()).mean() > 0.25
+        # Keys in float16 tip activations over to the next of 255 steps.
+        apart = np.abs(mine - other).max(-1) / np.abs(other).max()
+        most, middle = (0.02, 0.01) if mine is found[0][0] else (0.25, 0.08)  # of states, and of logits
+        assert apart.max() < most
+        assert np.median(apart) < middle
 
 
 @with_kernels
