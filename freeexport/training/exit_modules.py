@@ -173,10 +173,11 @@ class KnownTokens(nn.Module):
         self, normed: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None, softcap: float | None = None
     ) -> torch.Tensor:
         """[N, d], and rows [n, d] of the head, and their biases [n] -> [N, n + 1]: those of tokens capped, if so."""
-        weight = torch.cat([rows, self.other.weight.to(rows.dtype)])
-        biases = F.pad(self.other.bias, (len(self), 0)) if bias is None else torch.cat([bias, self.other.bias])
-        logits = F.linear(normed.to(rows.dtype), weight, biases.to(rows.dtype))
-        return torch.cat([capped(logits[:, :-1], softcap), logits[:, -1:]], dim=-1) if softcap else logits
+        # Apart, as the rows may be frozen: gradients of all would take as long as the product.
+        read = normed.to(rows.dtype)
+        logits = F.linear(read, rows, None if bias is None else bias.to(rows.dtype))
+        other = F.linear(read, self.other.weight.to(rows.dtype), self.other.bias.to(rows.dtype))
+        return torch.cat([capped(logits, softcap), other], dim=-1)
 
     def classes(self, tokens: torch.Tensor) -> torch.Tensor:
         """The classes of token ids."""

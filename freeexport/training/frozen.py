@@ -18,7 +18,16 @@ from freeexport.training import losses
 from freeexport.training.batches import Collator, LengthBatches, token_counts
 from freeexport.training.exit_modules import PASSES, Encoded, ExitLayers, KnownTokens, capped
 from freeexport.training.options import TrainingOptions
-from freeexport.training.shallow_deep import ENCODER, IGNORED, Outputs, ShallowDeep, SharedHead, exits_of, measures
+from freeexport.training.shallow_deep import (
+    ENCODER,
+    IGNORED,
+    Outputs,
+    ShallowDeep,
+    SharedHead,
+    exits_of,
+    measures,
+    products,
+)
 
 BEST = 32  # tokens of the teacher that are kept, or classes of an exit vocabulary
 _LOGITS = 1 << 28  # that are in memory at a time
@@ -167,15 +176,10 @@ def _write_teacher(
 
 def _log_chances(head: SharedHead, states: torch.Tensor, room: torch.Tensor, bf16: bool) -> torch.Tensor:
     """Logarithms of probabilities [N, V] of states [N, d], in `room` where that is float32: the memory of so many
-    logits costs more to get than to fill. With `bf16` factors are rounded to bfloat16, but no logit: the best two of
-    logits in bfloat16 are often equal."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if bf16 else precision)
-    try:
+    logits costs more to get than to fill."""
+    with products(bf16):
         read = (head.normed(states) * head.scale).to(room.dtype)
         logits = torch.mm(read, head.weight.T, out=room[: len(states)]).float()
-    finally:
-        torch.set_float32_matmul_precision(precision)
     for suppress in head.linear._forward_hooks.values():  # what speech never says (tuning.py)
         logits = suppress(head.linear, (read,), logits)
     if head.bias is not None:

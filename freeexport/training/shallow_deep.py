@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,18 @@ Outputs = dict[str, torch.Tensor]
 MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement", "confidence")
 EXIT, ENCODER = -1, -2  # as a layer's number: behind the exit's own layers, and behind the encoder
 IGNORED = -100  # the label of a position that predicts nothing
+
+
+@contextmanager
+def products(bf16: bool) -> Iterator[None]:
+    """With `bf16` products in float32, as those of heads, take factors in bfloat16; what they give is float32: the best
+    two of logits in bfloat16 are often equal."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if bf16 else precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 class SharedHead(nn.Module):

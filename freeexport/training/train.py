@@ -18,6 +18,7 @@ from freeexport.system.machine import BFLOAT16, keep_freed_memory, multiplies_bf
 from freeexport.system.output import naming, output_directory
 from freeexport.training.options import MEASURED, TrainingOptions
 from freeexport.training.run_directory import ELAPSED, METRICS, TENSORBOARD, last_checkpoint, open_run, run_directory
+from freeexport.training.shallow_deep import products
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -243,7 +244,8 @@ def _run(
     arguments = training_arguments(options, directory, tuning.lengths[0], checkpoint is not None)
     watch.trainer = trainer = ExitTrainer(tuning, arguments, options, clock, callbacks, written)
     try:
-        trainer.run(checkpoint)
+        with products(options.bf16):
+            trainer.run(checkpoint)
     finally:
         watch.close()
     (best_step, best), before = trainer.best(), trainer.before()
