@@ -381,7 +381,10 @@ def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_
     for asked, message in (
         (["bench", str(bundle), "--data", data], "speech"),
         (["calibrate", str(bundle), "--data", str(spoken / "text.jsonl")], "the bundle reads speech; give 'audio'"),
-        (["train", text, str(tmp_path / "out"), "--exit-layer", "1", "--data", data], "line 1: it has 'audio'"),
+        (
+            ["train", text, str(tmp_path / "out"), "--exit-layer", "1", "--data", data],
+            "it has 'audio', and the model reads text",
+        ),
         (["train", model, str(tmp_path / "out"), "--exit-layer", "1", "--truncate", "--data", data], "--truncate cuts"),
         (["convert", model, str(tmp_path / "out"), *rounded, "--data", data], "--data rounds weights for text"),
     ):
