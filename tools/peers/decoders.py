@@ -314,7 +314,8 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
 
 
 def convert_openvino(source: str, out: str, options: dict[str, Any]) -> None:
-    export = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino", "--model", source]
+    # As a module: the environment was moved after pip wrote the path of its Python into optimum-cli.
+    export = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", source]
     # Groups that divide the sizes of small models, too; by default such layers would stay in 8 bits.
     given = ["--group-size", "64"] if options["precision"] == "int4" else []
     export += ["--task", "text-generation-with-past", "--weight-format", options["precision"], *given, out]
