@@ -23,7 +23,7 @@ from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, 
 from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Precision
+from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Kernels, Precision
 from runtime.text.grammar import UNKNOWN
 
 BY_NAME = {case.name: case for case in CASES}
@@ -40,7 +40,8 @@ def pair(bundle: Bundles, tmp_path: Path) -> Pair:
         opened = Bundle.open(bundle(case, 1, **options))
         path = Path(shutil.copytree(opened.path, tmp_path / "copy"))
         with WeightFile(path / "shallow.data") as weights:
-            engines = EngineOptions(1, 128, **options)
+            kernels: Kernels = "freeexport" if opened.manifest.kernels else "onnxruntime"
+            engines = EngineOptions(1, 128, kernels=kernels, **options)
             EngineBuilder(description, engines, source, weights, path).shallow()
         changed = Bundle(path, opened.manifest, "")
         return EnginePair(changed, 1, 1, encode(changed, sample_batch(changed))[0])
