@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -206,7 +205,7 @@ class Calm:
             {"hidden": state, "token": self._token[:0], "confidence": self._confidence[:0],
              **self._arrays("present", shallow)},
         )  # fmt: skip
-        with nullcontext() if self._manifest.encoder_decoder else reading_prompt():
+        with reading_prompt(not self._manifest.encoder_decoder):
             first.run()
             self._deep(state, np.array([rows - 1], np.int64), lengths, {}).run()
         self._cache.extend(0, rows)

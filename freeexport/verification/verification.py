@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,9 @@ class _Verification:
         # All rows at once are a decoder-only model's prompt, for which there may be kernels of their own: what these
         # give is compared with the checkpoint; what those of steps give with it too, and with steps and sync passes.
         readings = list[tuple[Rows, np.ndarray]]()
-        ways: list[AbstractContextManager[None]] = [reading_prompt(), nullcontext()]
-        for reads in ways[manifest.encoder_decoder :]:
+        for reads in (False,) if manifest.encoder_decoder else (True, False):
             pair.trim(0)
-            with reads:
+            with reading_prompt(reads):
                 shallow, deep = pair.both(batch.tokens, batch.lengths)
             readings.append((Rows.of_call(index, index, shallow, deep["logits"]), shallow["confidence"][index, None]))
         checks, more = list[Check](), dict[str, Any]()

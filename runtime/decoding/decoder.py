@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -371,7 +370,7 @@ class Decoder:
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         rows, began = piece.shape[1], perf_counter()
         # The few tokens that an encoder-decoder begins with are rows like those of its steps.
-        with nullcontext() if self.cross else reading_prompt():
+        with reading_prompt(not self.cross):
             self._read_piece(piece, shallow_head, deep_head)
         if rows >= FEWEST_SHARED_ROWS:
             fit = rows * SHARED_PREFILL_SECONDS / max(perf_counter() - began, 1e-9)

@@ -52,15 +52,15 @@ def instructions() -> str:
 
 
 @contextmanager
-def reading_prompt() -> Iterator[None]:
-    """Let engine calls of this thread read a prompt. Where the instructions are `amx`, its rows are then multiplied
+def reading_prompt(reads: bool = True) -> Iterator[None]:
+    """Say whether engine calls of this thread read a prompt. Where the instructions are `amx`, its rows are multiplied
     with quantized weights in bfloat16: a row's bits still depend on the row alone, but are not those of other calls."""
     try:
         library = _library(LIBRARY)
     except EngineError:  # which no engine of this process uses
         yield
         return
-    before = library.freeexport_read_prompt(1)
+    before = library.freeexport_read_prompt(int(reads))
     try:
         yield
     finally:

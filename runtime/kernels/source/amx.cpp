@@ -8,24 +8,12 @@
 
 #include "amx.h"
 #include "quads.h"
-#include "vec512.h"
-
-namespace freeexport {
-namespace {
-
-using Vec = Vec512;
-
-}  // namespace
-}  // namespace freeexport
-
-#include "fused.h"
 #include "tile_registers.h"
 
 namespace freeexport {
 namespace {
 
 constexpr int64_t kPieceGroups = 20;  // of inputs that are unpacked at once: two panels of them fit in the first cache
-FREEEXPORT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t kMostTiles = kPromptRows / kTileRows;
 
 // Of a quad of 16 outputs, [16][4], the bytes that become pairs of inputs 0 and 1 of the first 8 outputs, of the last

@@ -2,23 +2,12 @@
 // fp32. Keys stand in the rows of a tile and 16 queries, heads of a group for one row after the other, in its columns:
 // a register has a score of each query, and nothing is folded. A query joins the pieces that it sees in order; what it
 // does not see has weight 0, so its bits do not depend on the queries beside it.
-#include "amx.h"
-#include "vec512.h"
-
-namespace freeexport {
-namespace {
-
-using Vec = Vec512;
-
-}  // namespace
-}  // namespace freeexport
-
 #include <cstdlib>
 
-#include "fused.h"
+#include "amx.h"
+#include "tile_registers.h"
 
 #include "attention_tiles.h"
-#include "tile_registers.h"
 
 namespace freeexport {
 namespace {

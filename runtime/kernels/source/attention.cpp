@@ -23,7 +23,6 @@ constexpr int64_t kLittle = 6 << 10;
 // Values of rows that are stored by one task.
 constexpr int64_t kStoredValues = 16 << 10;
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Call {

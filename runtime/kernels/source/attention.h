@@ -53,6 +53,8 @@ constexpr int64_t kTurnedSize = 256;
 
 #define FREEEXPORT_ATTENTION __attribute__((always_inline)) inline
 
+FREEEXPORT_ATTENTION int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 FREEEXPORT_ATTENTION int64_t first_position(const Attention& a, const Place& place) {
   return a.window && place.position >= a.window ? place.position + 1 - a.window : 0;
 }

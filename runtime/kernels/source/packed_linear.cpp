@@ -30,7 +30,6 @@ struct Call {
 };
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A weight of so many outputs is a head, which answers for one row of a prompt: to unpack it would take longer.
 bool is_head(const Product& product) {

@@ -1,10 +1,18 @@
 // AMX's tile registers: 16 rows of 64 bytes each. Written as assembler: GCC's own functions do not tell the compiler
-// that they read and write memory.
+// that they read and write memory. Beside them stand AVX-512's registers, as `Vec`.
 #pragma once
 
-#include <cstdint>
+#include "vec512.h"
 
-#include "packed_linear.h"
+namespace freeexport {
+namespace {
+
+using Vec = Vec512;
+
+}  // namespace
+}  // namespace freeexport
+
+#include "fused.h"
 
 namespace freeexport {
 namespace {
