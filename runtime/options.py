@@ -153,8 +153,9 @@ class GenerationOptions:
         and runs the deep decoder on a decoder-only model's prompt alone (static exiting, to compare with). None is
         "free" where a threshold is given or calibrated, else "lossless" with drafts from the text ("full" for what that
         does not support: beams, output_confidence); `stats.mode` says which.
-    threshold: a token exits if its confidence is greater; in [0, 1]. None is the bundle's. Nothing exits at 1: "free"
-        and "rollback" then decode as "full", which runs no shallow head, and `stats.mode` says so.
+    threshold: a token exits if its confidence is greater; in [0, 1]. None is the bundle's; in "lossless" none: drafts
+        are as long as they paid before. Nothing exits at 1: "free" and "rollback" then decode as "full", which runs no
+        shallow head, and `stats.mode` says so.
     output_confidence: the shallow confidence of every token, also in "full" and at threshold 1: runs the shallow head
         at each token. Not in "lossless", nor with beams.
     rollback_threshold: nats of deep cross-entropy above which "rollback" rejects a token. None is the bundle's.

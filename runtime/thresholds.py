@@ -10,9 +10,6 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
 from runtime.options import GenerationOptions, Mode, SessionOptions
 
-# Where a bundle was not calibrated, lossless drafts above this: its tokens are those of full at any threshold.
-DRAFT_THRESHOLD = 0.5
-
 
 @dataclass(frozen=True)
 class DefaultMode:
@@ -60,8 +57,8 @@ class Thresholds:
         1. `asked`: the request's own option.
         2. The session's option, where it is a number.
         3. In mode "free", where the session's option is "adaptive": what was learned so far, for all of the request.
-        4. What the bundle was calibrated to.
-        5. Never: NEVER_EXIT, which an uncalibrated bundle records. Mode "lossless" then drafts above DRAFT_THRESHOLD.
+        4. In mode "lossless" none, 0: what is drafted then depends on what drafts were worth.
+        5. What the bundle was calibrated to: NEVER_EXIT where it was not.
         """
         if asked is not None:
             return float(asked), None
@@ -70,8 +67,7 @@ class Thresholds:
         if self.adaptive is not None and mode == "free":
             labels = self.adaptive.begin()
             return labels.threshold, labels
-        calibrated = self._bundle.manifest.threshold
-        return DRAFT_THRESHOLD if calibrated >= NEVER_EXIT and mode == "lossless" else calibrated, None
+        return 0.0 if mode == "lossless" else self._bundle.manifest.threshold, None
 
     def learn(self, labels: RequestLabels | None) -> None:
         """A request has ended, with these labels."""

@@ -8,22 +8,27 @@ import pytest
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import drafts
-from runtime.decoding.drafts import PLAIN, Acceptance, Drafts, Plan
+from runtime.decoding.drafts import PLAIN, Acceptance, Chain, Drafts, Plan
 
 
-def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, probe: bool = False, plain_every: int = 0) -> None:
-    """Draft up to `most` tokens of the exit at each step, none at every `plain_every`-th, and no candidates."""
+def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 0) -> None:
+    """Draft up to `most` tokens of the exit at each step, whatever they cost, none at every `plain_every`-th, and no
+    candidates."""
     count = 0
 
     def plan(self: Drafts, response: object, room: int, sequences: int = 1) -> Plan:
         nonlocal count
         count += 1
-        nothing = room == 0 and not probe
-        return (
-            PLAIN if nothing or (plain_every and count % plain_every == 0) else Plan(exits=min(most, room), probe=probe)
-        )
+        nothing = room == 0 or (plain_every and count % plain_every == 0)
+        return PLAIN if nothing else Plan(exits=min(most, room))
 
     patch.setattr(Drafts, "plan", plan)
+    patch.setattr(Drafts, "chain", free_chain)
+
+
+def free_chain(drafts: Drafts, threshold: float) -> Chain:
+    """A draft whose tokens cost nothing."""
+    return Chain(Acceptance(), threshold, 0.0, 0.0)
 
 
 class LongestExits(Drafts):
@@ -31,6 +36,8 @@ class LongestExits(Drafts):
 
     def __init__(self) -> None:
         super().__init__(CallCosts(), Acceptance())
+
+    chain = free_chain
 
     def plan(self, response: object, most: int, sequences: int = 1) -> Plan:
         return Plan(exits=most) if most else PLAIN

@@ -56,6 +56,10 @@ class CallCosts:
         """The shallow head of one step."""
         return max(0.0, self.seconds("head", sequences) - self.seconds("step", sequences))
 
+    def row(self) -> float:
+        """A further row of a deep pass."""
+        return self.further_row() * self.seconds("pass", 1)
+
     def further_row(self) -> float:
         """A further row of a deep pass as a share of the first: between the fewest and the most rows that were
         measured, by the base where these are not far apart."""

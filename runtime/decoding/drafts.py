@@ -1,10 +1,14 @@
 """Chooses what a lossless request drafts next, and how many tokens. A candidate is a token that may come next: of text
 that may be repeated, or as the caller's own code expects.
 
-- A lookup whose newest three tokens stood before is always tried, and so are `predicted_output` and `draft_source`; a
-  lookup of two, and the exit, where they pay by what their tokens were worth in earlier requests.
-- A draft has up to 3 tokens at first; after one that was accepted whole twice as many and one more, after another as
-  many as were accepted of it, at least 1. Of those lengths the measured costs decide for the one that promises most.
+- A lookup whose newest three tokens stood before is tried, and so are `predicted_output` and `draft_source`; a lookup
+  of two, or of three where the exit pays, where it promises more by what its tokens were worth in earlier requests.
+- A draft of a text has up to 3 tokens at first; after one that was accepted whole twice as many and one more, after
+  another as many as were accepted of it, at least 1. Of those lengths the measured costs decide for the one that
+  promises most.
+- A draft of the exit goes on as long as its next token is worth what it costs: the chance that it and all before it are
+  right, as tokens of such confidence were before, against the time of its step and of its row in the deep pass. The
+  exit is drafted where its drafts have saved more than that time is worth elsewhere.
 - Where the exit has layers of its own, they read every row of a request that may draft from it, drafted or not. So
   requests take turns at first, with the exit and without; then the faster way is taken, the other tried now and then.
 - A request that drafts have cost more than GRANT tokens and SHARE of its time tries only what LONG tokens agree with,
@@ -13,8 +17,9 @@ that may be repeated, or as the caller's own code expects.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from numbers import Integral
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -22,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
+from runtime.decoding.calls import Prediction
 from runtime.decoding.response import Response
 from runtime.errors import OptionError, shown
 from runtime.options import DraftSource
@@ -239,7 +245,9 @@ GRANT, SHARE, SAVED = 0.5, 0.015, 8.0
 MARGIN = 1.01
 # Acceptance of a token where the draft before was accepted whole, at least.
 CONFIRMED = 0.9
-# While the exit is not drafted, its head runs so rarely that it costs this share of the time, and at most at every
+# Confidences that are told apart, and what is thought of the first.
+STEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+# While the exit is not drafted, it is tried so rarely that its head costs this share of the time, and at most at every
 # PROBE_TOKENS-th token.
 PROBE_SHARE, PROBE_TOKENS = 0.005, 16
 # One of so many tokens without a draft is timed.
@@ -288,14 +296,36 @@ class ExitChoice:
         self._tokens[exits] = self._tokens[exits] * faded + tokens
 
 
-class Acceptance:
-    """How often drafted tokens are right, over many requests: `sure` are those that the exit drafts, `kept` those of
-    them that the deep decoder chooses too; and the `choice` of the exit. Shared by requests that draft alike; a lost
-    update does no harm."""
+class ExitDrafts:
+    """The mean draft of the exit: its `rows`, those with the head, and the tokens that it `made`."""
 
     def __init__(self) -> None:
-        self.sure, self.kept, self.choice = Average(), Average(), ExitChoice()
+        self.rows, self.heads, self.made = Average(2.0), Average(2.0), Average(2.0)
+
+    def observe(self, rows: int, heads: int, made: int) -> None:
+        for average, value in ((self.rows, rows), (self.heads, heads), (self.made, made)):
+            average.observe(value)
+
+
+class Acceptance:
+    """How often drafted tokens are right, over many requests: those of the exit by their `confidence`, and `drafts` of
+    the exit as a whole; the tokens `made` by a deep pass, and the time `spent` for them, in tokens of mode full; and
+    the `choice` of the exit. Shared by requests that draft alike; a lost update does no harm."""
+
+    def __init__(self) -> None:
+        self.confidence = [Average((one + two) / 2) for one, two in pairwise((0.0, *STEPS, 1.0))]
+        self.exit, self.drafts = Average(), ExitDrafts()
+        self.made, self.spent, self.choice = Average(1.0), Average(1.0), ExitChoice()
         self._right: dict[tuple[str, int], Average] = {}
+
+    def sure(self, confidence: float) -> Average:
+        """The average of the exit's tokens of such confidence."""
+        return self.confidence[bisect(STEPS, confidence)]
+
+    def passed(self, made: int, spent: float) -> None:
+        """Learn what a deep pass gave, in tokens and for how many tokens of mode full."""
+        self.made.observe(made)
+        self.spent.observe(spent)
 
     def right(self, source: str, agrees: int) -> Average:
         """The average of a source's candidates behind so many tokens that agree with it."""
@@ -328,13 +358,11 @@ class LearnedDrafts:
 
 
 class Plan(NamedTuple):
-    """The next draft: `tokens` of a `source`, or up to `exits` tokens that the exit predicts. `probe`: nothing is
-    drafted, but the shallow head runs."""
+    """The next draft: `tokens` of a `source`, or up to `exits` tokens that the exit predicts."""
 
     source: str = "exit"
     tokens: tuple[int, ...] = ()
     exits: int = 0
-    probe: bool = False
 
 
 PLAIN = Plan()
@@ -342,15 +370,36 @@ PLAIN = Plan()
 
 class Outcome(NamedTuple):
     """The outcome of a draft: `kept` of `proposed` tokens were accepted and `made` tokens final, after `rows` shallow
-    steps. `sure`: whether each row was, None without the head; `agreed`: the prediction at the row behind the draft was
+    steps. `confidences` of the rows, None without the head; `agreed`: the prediction at the row behind the draft was
     the deep decoder's."""
 
     rows: int
     proposed: int
     kept: int
     made: int
-    sure: tuple[bool | None, ...] = ()
+    confidences: tuple[float | None, ...] = ()
     agreed: bool = False
+
+
+class Chain:
+    """Tells, token by token of one draft of the exit, what is worth its costs in tokens: of the `step` that reads a
+    token and its row in the deep pass, and of the `head` for the next. Nothing is drafted whose confidence is not above
+    `threshold`."""
+
+    def __init__(self, acceptance: Acceptance, threshold: float, step: float, head: float) -> None:
+        self._acceptance, self._threshold = acceptance, threshold
+        self._step, self._head, self._reached = step, head, 1.0
+
+    def __call__(self, guess: Prediction) -> bool:
+        """Whether to draft this prediction, which is right with all before it as often as such were."""
+        if guess.confidence is None or guess.confidence <= self._threshold:
+            return False
+        self._reached *= self._acceptance.sure(guess.confidence).value
+        return self._reached > self._step
+
+    def goes_on(self) -> bool:
+        """Whether to predict one more, which is as likely right as most are."""
+        return self._reached == 1.0 or self._reached * self._acceptance.exit.value > self._step + self._head
 
 
 class Drafts:
@@ -369,16 +418,12 @@ class Drafts:
         self._sequences, self._tokens = 1, 0
         self._lost = 0.0  # by drafts, in tokens of mode full
         self._call_seconds = 0.0  # of the caller's source, when it was last called
-        self._to_probe, self._to_time = 2, 2
+        self._to_probe, self._to_time = 0, 2
         self._since, self._told = self.clock(), 0  # when the choice of the exit was told of so many tokens
-        self._exit_length = self._best_exit()
 
     def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
         """Choose the next draft, of at most `most` tokens, in calls that so many sequences share."""
-        self._tokens = len(response.tokens)
-        if sequences != self._sequences:
-            self._sequences = sequences
-            self._exit_length = self._best_exit()
+        self._tokens, self._sequences = len(response.tokens), sequences
         # Without a token of mode full to compare with, a draft that loses would pass for one that pays.
         if most == 0 or (sequences == 1 and not self._costs.measured("pass", 1)):
             return PLAIN
@@ -395,6 +440,7 @@ class Drafts:
 
     def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
         """Learn from a token without a draft: seconds of its step and pass, in calls of its own unless `shared`."""
+        self._acceptance.passed(1, 1.0)
         self._to_time -= 1
         if not shared and (self._to_time <= 0 or not self._costs.measured("pass", 1)):
             self._to_time = TIMED
@@ -403,9 +449,9 @@ class Drafts:
             self._tell_choice(self._tokens + 1, shared)
 
     def observe(self, plan: Plan, outcome: Outcome, shallow: float, deep: float, shared: bool) -> None:
-        """Learn from a draft or a probe, and the seconds of its shallow calls and of its deep pass."""
-        costs, among, rows = self._costs, self._sequences, outcome.rows
-        heads = sum(sure is not None for sure in outcome.sure)
+        """Learn from a draft, and the seconds of its shallow calls and of its deep pass."""
+        costs, among, rows, acceptance = self._costs, self._sequences, outcome.rows, self._acceptance
+        heads = sum(confidence is not None for confidence in outcome.confidences)
         self._tell_choice(self._tokens + outcome.made, shared)
         if not shared:
             costs.observe("pass", rows, deep)
@@ -418,24 +464,27 @@ class Drafts:
         spent = costs.seconds("pass", among + rows - 1)
         if plan.tokens:
             spent += costs.seconds("step", among + rows - 1)
+            if outcome.proposed:
+                whole = outcome.kept == outcome.proposed
+                self._next[plan.source] = (2 * outcome.proposed + 1 if whole else max(1, outcome.kept)), whole
         else:
             spent += rows * costs.seconds("step", among) + heads * costs.head(among)
+            acceptance.drafts.observe(rows, heads, outcome.made)
         self._lost = max(-SAVED, self._lost + spent / costs.token(among) - outcome.made)
-        if outcome.proposed:
-            whole = outcome.kept == outcome.proposed
-            self._next[plan.source] = (2 * outcome.proposed + 1 if whole else max(1, outcome.kept)), whole
+        acceptance.passed(outcome.made, spent / costs.token(among))
         # Rows with the head, up to the first that was rejected.
-        for row, sure in enumerate(outcome.sure[: outcome.kept + 1]):
-            if sure is None:
-                continue
-            self._acceptance.sure.observe(sure)
-            if sure:
+        for row, confidence in enumerate(outcome.confidences[: outcome.kept + 1]):
+            if confidence is not None:
                 right = row < outcome.kept or (row == outcome.proposed and outcome.agreed)
-                self._acceptance.kept.observe(right)
-        if plan.probe and outcome.sure[-1] and outcome.agreed:
-            self._next["exit"] = 1, True
-        if heads:
-            self._exit_length = self._best_exit()
+                acceptance.sure(confidence).observe(right)
+                acceptance.exit.observe(right)
+
+    def chain(self, threshold: float) -> Chain:
+        """Begin a draft of the exit, of tokens whose confidence is above `threshold`."""
+        costs, among = self._costs, self._sequences
+        tokens = self._gain / costs.token(among)  # that are made in a second
+        step, head = costs.seconds("step", among) + costs.row(), costs.head(among)
+        return Chain(self._acceptance, threshold, tokens * step, tokens * head)
 
     def _tell_choice(self, tokens: int, shared: bool) -> None:
         """`tokens` are final. All time counts: drafts of the exit take more calls, and Python between them."""
@@ -489,39 +538,37 @@ class Drafts:
             spent = costs.seconds("step", among + length) + costs.seconds("pass", among + length)
             if tokens * full / spent > promise:
                 best, promise = length, tokens * full / spent
-        return best if source != "lookup" or agrees >= TRIED or promise > MARGIN else 0
+        if source != "lookup":
+            return best
+        exits = self._exit_gain
+        return best if promise > (exits or MARGIN) or (agrees >= TRIED and not exits) else 0
 
     def _plan_exit(self, most: int) -> Plan:
         if self._budget < 0:
             return PLAIN
-        if self._exit_length:
-            return Plan(exits=min(self._exit_length, most))
+        draft = Plan(exits=min(LENGTHS[-1], most))
+        if self._exit_gain:
+            return draft
         self._to_probe -= 1
         if self._to_probe > 0:
             return PLAIN
         share = self._costs.head(self._sequences) / self._costs.token(self._sequences)
         self._to_probe = max(PROBE_TOKENS, int(share / PROBE_SHARE))
-        return Plan(probe=True)
+        return draft
 
-    def _best_exit(self) -> int:
-        """Choose the length of the exit's next draft, 0 where none pays."""
-        costs, among = self._costs, self._sequences
-        most, whole = self._next.get("exit", (FIRST, False))
-        sure, kept = self._acceptance.sure.value, self._acceptance.kept.value
-        if whole:
-            sure, kept = max(sure, CONFIRMED), max(kept, CONFIRMED)
-        step, head, full = costs.seconds("step", among), costs.head(among), costs.token(among)
-        tokens = reached = both = 1.0  # `reached`: the chance of a draft so long, `both`: and of its being right
-        drafted = stopped = 0.0  # `stopped`: deep passes of drafts that ended before
-        best, promise = 0, MARGIN
-        for length in range(1, min(most, LENGTHS[-1]) + 1):
-            drafted += reached
-            stopped += costs.seconds("pass", among + length - 1) * reached * (1 - sure)
-            reached *= sure
-            both *= sure * kept
-            tokens += both
-            deep = costs.seconds("pass", among + length)
-            speed = tokens * full / ((step + head) * drafted + step * reached + stopped + deep * reached)
-            if speed > promise:
-                best, promise = length, speed
-        return best
+    @property
+    def _gain(self) -> float:
+        """Tokens that are made in the time of one of mode full."""
+        return max(1.0, self._acceptance.made.value / self._acceptance.spent.value)
+
+    @property
+    def _exit_gain(self) -> float:
+        """Tokens that the exit's drafts make in that time, 0 where they do not pay."""
+        if not self._exits:
+            return 0.0
+        costs, among, draft = self._costs, self._sequences, self._acceptance.drafts
+        rows, heads, made = draft.rows.value, draft.heads.value, draft.made.value
+        deep = costs.seconds("pass", among) + (rows - 1) * costs.row()
+        spent = deep + rows * costs.seconds("step", among) + heads * costs.head(among)
+        gain = made * costs.token(among) / spent
+        return gain if gain > MARGIN else 0.0

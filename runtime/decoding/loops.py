@@ -8,7 +8,7 @@ yield the engine calls that they wait for.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
@@ -19,6 +19,8 @@ from runtime.decoding.response import Response
 from runtime.result import Token
 
 Loop = Generator[Token | Waiting, None, None]
+# Whether a shallow prediction is sure enough to go on with.
+Sure = Callable[[Prediction], bool]
 
 
 def full(decoder: Decoder, response: Response) -> Loop:
@@ -74,7 +76,7 @@ def free(
                 yield response.add(token, True, guess.confidence, guess)
                 continue
             decoder.stats.forced += sure
-            ahead = _run_ahead(decoder, response, threshold, [], token) if decoder.overlaps else None
+            ahead = _run_ahead(decoder, response, _above(threshold), [], token) if decoder.overlaps else None
             yield from decoder.syncing(len(rows) or 1, (), ahead)
             answers = decoder.answers()
             if labels is not None:
@@ -108,8 +110,8 @@ def rollback(decoder: Decoder, response: Response, threshold: float, max_pending
         unread = yield from _forced(decoder, response, max_pending)
         if response.finished:
             return
-        draft = yield from _exits(decoder, response, threshold, unread, max_pending - len(unread), head=True)
-        deep = yield from _verify(decoder, response, threshold, draft)
+        draft = yield from _exits(decoder, response, _above(threshold), unread, max_pending - len(unread))
+        deep = yield from _verify(decoder, response, _above(threshold), draft)
         tokens = draft.tokens
         wrong = (row for row in range(len(tokens)) if not draft.certain(row) and (deep[row].nll or 0.0) > limit)
         kept = next(wrong, len(tokens))
@@ -139,13 +141,14 @@ def lossless(decoder: Decoder, response: Response, threshold: float, max_pending
         if plan.tokens:
             draft = yield from _together(decoder, response, plan.source, unread, list(plan.tokens))
         else:
-            draft = yield from _exits(decoder, response, threshold, unread, plan.exits, plan.probe)
-        answers = yield from _verify(decoder, response, threshold, draft)
+            chain = drafts.chain(threshold)
+            draft = yield from _exits(decoder, response, chain, unread, plan.exits, chain.goes_on)
+        answers = yield from _verify(decoder, response, drafts.chain(threshold), draft)
         kept, correction = _agreement(response, draft.tokens, answers)
-        sure = tuple(None if guess.confidence is None else _sure(guess, threshold) for guess in draft.guesses)
+        confidences = tuple(guess.confidence for guess in draft.guesses)
         agreed = draft.following is not None and draft.following == correction
         made = kept + (correction is not None)
-        outcome = Outcome(len(draft.guesses), len(draft.tokens), kept, made, sure, agreed)
+        outcome = Outcome(len(draft.guesses), len(draft.tokens), kept, made, confidences, agreed)
         spent = stats.shallow_seconds - shallow, stats.deep_seconds - deep
         drafts.observe(plan, outcome, *spent, decoder.batch_size > 1 or len(unread) > 1)
         yield from _settle(decoder, response, draft, answers, kept, correction)
@@ -200,20 +203,26 @@ def _together(decoder: Decoder, response: Response, source: str, unread: list[in
 
 
 def _exits(
-    decoder: Decoder, response: Response, threshold: float, unread: list[int], most: int, head: bool
+    decoder: Decoder,
+    response: Response,
+    sure: Sure,
+    unread: list[int],
+    most: int,
+    goes_on: Callable[[], bool] | None = None,
 ) -> Waits[Draft]:
-    """Draft tokens that exit, and what the grammar forces after each, until one is not sure, `most` are drafted, or one
-    would end the request. `head`: run the shallow head also at the row after the last."""
+    """Draft tokens that exit, and what the grammar forces after each, until one is not `sure`, `most` are drafted, or
+    one would end the request. The shallow head runs where it `goes_on`; None: also at the row after the last."""
     tokens: list[int] = []
     guesses: list[Prediction] = []
     while True:
-        yield from decoder.stepping_together(unread, head or len(tokens) < most)
+        head = goes_on is None or (len(tokens) < most and goes_on())
+        yield from decoder.stepping_together(unread, head)
         guess = response.judged(decoder.guess(), tokens)
         guesses.append(guess)
         following = None if guess.confidence is None else response.choose(guess, tokens)
-        sure = _sure(guess, threshold)
-        if following is None or not sure or len(tokens) >= most:
-            decoder.stats.forced += sure
+        enough = sure(guess)
+        if following is None or not enough or len(tokens) >= most:
+            decoder.stats.forced += enough
             return Draft("exit", tokens, guesses, following)
         unread = []
         while following is not None and len(tokens) < most:
@@ -228,23 +237,23 @@ def _exits(
             following = response.forced(tokens)
 
 
-def _verify(decoder: Decoder, response: Response, threshold: float, draft: Draft) -> Waits[list[Prediction]]:
+def _verify(decoder: Decoder, response: Response, sure: Sure, draft: Draft) -> Waits[list[Prediction]]:
     """The deep prediction at every row of a draft."""
-    ahead = _run_ahead(decoder, response, threshold, draft.tokens, draft.following)
+    ahead = _run_ahead(decoder, response, sure, draft.tokens, draft.following)
     yield from decoder.syncing(len(draft.guesses), draft.tokens, ahead)
     return decoder.answers()
 
 
 def _run_ahead(
-    decoder: Decoder, response: Response, threshold: float, drafts: list[int], following: int | None
+    decoder: Decoder, response: Response, sure: Sure, drafts: list[int], following: int | None
 ) -> RunAhead | None:
-    """Take the shallow decoder's own prediction for the next token, and go on as long as it is sure."""
+    """Take the shallow decoder's own prediction for the next token, and go on as long as it is `sure`."""
     if following is None or not decoder.overlaps:
         return None
 
     def ahead(guess: Prediction | None, tokens: Sequence[int]) -> int | None:
         path = [*drafts, *tokens]
-        if guess is not None and not _sure(response.judged(guess, path), threshold):
+        if guess is not None and not sure(response.judged(guess, path)):
             return None
         token = following if guess is None else response.choose(guess, path)
         # What is forced after a token is read with it, in one call.
@@ -285,5 +294,6 @@ def _settle(
         yield response.add(correction, False, draft.guesses[kept].confidence, answers[kept])
 
 
-def _sure(guess: Prediction, threshold: float) -> bool:
-    return guess.confidence is not None and guess.confidence > threshold
+def _above(threshold: float) -> Sure:
+    """Surer than the threshold."""
+    return lambda guess: guess.confidence is not None and guess.confidence > threshold

@@ -288,6 +288,14 @@ def test_the_default_mode_says_what_the_calibration_expects(bundle: Bundles) -> 
     )
 
 
+def test_a_calibrated_threshold_is_not_for_drafts(bundle: Bundles) -> None:
+    manifest = replace(Bundle.open(bundle(BY_NAME[LLAMA], 2)).manifest, threshold=0.8)
+    calibrated: Any = SimpleNamespace(manifest=manifest, calibration=None)
+    plain, given = Thresholds(calibrated, SessionOptions()), Thresholds(calibrated, SessionOptions(threshold=0.5))
+    assert [plain.decide(None, mode)[0] for mode in ("free", "rollback", "lossless")] == [0.8, 0.8, 0.0]
+    assert (given.decide(None, "lossless")[0], given.decide(0.3, "lossless")[0]) == (0.5, 0.3)
+
+
 def test_passes_are_as_long_as_tuned_in_mode_free_alone(bundle: Bundles, tmp_path: Path) -> None:
     path = Path(shutil.copytree(bundle(BY_NAME[LLAMA], 2), tmp_path / "bundle"))
     manifest = Manifest.from_json((path / MANIFEST).read_text())

@@ -28,7 +28,7 @@ from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
-from runtime.decoding.drafts import PLAIN, Acceptance, Drafts, Plan
+from runtime.decoding.drafts import PLAIN, Acceptance, Chain, Drafts, Plan
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
@@ -218,23 +218,25 @@ def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
 
 
 class Planned(Drafts):
-    """The exit's drafts and probes as they are given, over and over."""
+    """The exit's drafts as they are given, over and over: how many tokens, at most, and what they cost."""
 
-    def __init__(self, plans: list[tuple[int, bool]]) -> None:
+    def __init__(self, plans: list[tuple[int, float]]) -> None:
         super().__init__(CallCosts(), Acceptance())
-        self.turns = itertools.cycle(plans)
+        self.turns, self.cost = itertools.cycle(plans), 0.0
 
     def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
-        length, probe = next(self.turns)
-        length = min(length, most)
-        return Plan(exits=length, probe=probe) if length or probe else PLAIN
+        length, self.cost = next(self.turns)
+        return Plan(exits=min(length, most)) if min(length, most) else PLAIN
+
+    def chain(self, threshold: float) -> Chain:
+        return Chain(self._acceptance, threshold, self.cost, self.cost)
 
 
 @given(
     trace=traces,
     agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
     threshold=confidences,
-    plans=st.lists(st.tuples(st.integers(0, 7), st.booleans()), min_size=1, max_size=20),
+    plans=st.lists(st.tuples(st.integers(0, 7), st.sampled_from([0.0, 0.0, 0.2, 0.5])), min_size=1, max_size=20),
     max_pending=st.integers(1, 8),
     tokens=st.integers(1, 40),
     starts=st.booleans(),
@@ -244,7 +246,7 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     trace: list[float],
     agrees: list[bool],
     threshold: float,
-    plans: list[tuple[int, bool]],
+    plans: list[tuple[int, float]],
     max_pending: int,
     tokens: int,
     starts: bool,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import NEUTRAL, Costs
+from runtime.decoding.calls import Prediction
 from runtime.decoding.drafts import PLAIN, Candidates, Drafts, LearnedDrafts, Outcome, Plan
 
 ROOM = 15
@@ -43,6 +44,7 @@ MACHINES = {
 }
 each_machine = pytest.mark.parametrize("name", MACHINES)
 RIGHT, WRONG = 1, 0
+SURE, UNSURE = 0.97, 0.05  # confidences
 
 
 class Text:
@@ -88,8 +90,8 @@ class Output:
 
 
 class Request:
-    """A simulated request: `speed` over mode full, and the `plans` that were made. `sure` and `kept` are chances of
-    the exit; `noise`, how much longer a call may take."""
+    """A simulated request: `speed` over mode full, and the `plans` that were made. `exits`: the chance that the exit is
+    sure, and that it is then right; else it is wrong. `noise`, how much longer a call may take."""
 
     def __init__(
         self,
@@ -123,19 +125,22 @@ class Request:
         left = output.limit - len(output.tokens)
         plan = self.drafts.plan(output, ROOM)
         self.plans.append((len(output.tokens), plan))
-        rows, heads, sure, drafted = 1, 0, list[bool](), 0
+        rows, confidences, right, drafted = 1, list[float | None](), list[bool](), 0
         if plan.tokens:
             drafted = len(plan.tokens)
             rows = drafted + (drafted < left)
         elif plan is not PLAIN:
-            while drafted < min(plan.exits, left):
-                sure.append(self.chance.random() < self.sure)
-                if not sure[-1]:
+            chain, most = self.drafts.chain(0.0), min(plan.exits, left)
+            while drafted < most and (not drafted or chain.goes_on()):
+                sure = self.chance.random() < self.sure
+                right.append(sure and self.chance.random() < self.kept)
+                confidences.append(SURE if sure else UNSURE)
+                if not chain(Prediction(RIGHT, confidences[-1])):
                     break
                 drafted += 1
-            if plan.probe:
-                sure.append(self.chance.random() < self.sure)
-            rows, heads = drafted + (drafted < left), len(sure)
+            rows = drafted + (drafted < left)
+            confidences += [None] * (rows - len(confidences))
+        heads = len(confidences) - confidences.count(None)
         share = self.machine.step / (self.machine.step + self.machine.deep)
         further = (rows - 1) * self.machine.further
         if plan.tokens:
@@ -149,11 +154,11 @@ class Request:
             self.drafts.observe_plain(shallow, deep, shared=False)
             return 1, shallow + deep
         kept = 0
-        while kept < drafted and (plan.tokens[kept] == RIGHT if plan.tokens else self.chance.random() < self.kept):
+        while kept < drafted and (plan.tokens[kept] == RIGHT if plan.tokens else right[kept]):
             kept += 1
         made = min(kept + 1, left)
-        agreed = len(sure) > drafted and kept == drafted and self.chance.random() < self.kept
-        self.drafts.observe(plan, Outcome(rows, drafted, kept, made, tuple(sure), agreed), shallow, deep, shared=False)
+        agreed = len(right) > drafted and kept == drafted and right[drafted]
+        self.drafts.observe(plan, Outcome(rows, drafted, kept, made, tuple(confidences), agreed), shallow, deep, False)
         return made, shallow + deep
 
     def noisy(self, seconds: float) -> float:
@@ -269,6 +274,25 @@ def test_an_exit_that_is_right_pays(name: str, kept: float, least: float) -> Non
     for seed in range(3):
         Request(MACHINES[name], learned, 64, exits=(1.0, kept), seed=seed)
     assert Request(MACHINES[name], learned, 400, exits=(0.95, kept), noise=0.1).speed > least
+
+
+def test_a_draft_goes_on_as_far_as_tokens_of_such_confidence_were_right() -> None:
+    """A low confidence that was always right is drafted, a high one that never was is not; and a threshold is kept."""
+    machine = MACHINES["smollm2-int8"]
+    learned = learned_by(machine.costs)
+    drafts = Drafts(learned.costs, learned.acceptance(0.0, False))
+    for confidence, right in ((0.25, True), (0.85, False)) * 40:
+        outcome = Outcome(2 if right else 1, int(right), int(right), 1 + right, (confidence, None)[: 1 + right])
+        drafts.observe(Plan(exits=1), outcome, machine.step + machine.head, machine.deep, shared=False)
+
+    def drafted(threshold: float, *confidences: float) -> list[bool]:
+        chain = drafts.chain(threshold)
+        return [chain(Prediction(RIGHT, confidence)) for confidence in confidences]
+
+    assert drafted(0.0, 0.25, 0.25, 0.25) == [True, True, True]
+    assert drafted(0.0, 0.25, 0.85) == [True, False]
+    assert drafted(0.0, *[0.55] * 4)[-1] is False  # as likely wrong as right: not four times
+    assert drafted(0.3, 0.25) == [False]
 
 
 @each_machine

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from draft_plans import free_chain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording_engine import DEEP_TOKEN, LENGTH, alone, decoded, prompt_of
@@ -48,9 +49,11 @@ def measured() -> CallCosts:
 
 
 class Chosen(Drafts):
-    """Lengths of drafts as they are given, over and over: exits, probe, candidates."""
+    """Lengths of drafts as they are given, over and over: exits, candidates."""
 
-    def __init__(self, sources: DraftSources, plans: list[tuple[int, bool, int]]) -> None:
+    chain = free_chain
+
+    def __init__(self, sources: DraftSources, plans: list[tuple[int, int]]) -> None:
         super().__init__(measured(), Acceptance(), sources)
         self.turns, self.now = itertools.cycle(plans), plans[0]
 
@@ -59,11 +62,11 @@ class Chosen(Drafts):
         return super().plan(response, most, sequences)
 
     def _length(self, source: str, agrees: int, count: int) -> int:
-        return min(self.now[2], count)
+        return min(self.now[1], count)
 
     def _plan_exit(self, most: int) -> Plan:
-        length, probe, _ = self.now
-        return Plan(exits=min(length, most), probe=probe) if min(length, most) or probe else PLAIN
+        length = min(self.now[0], most)
+        return Plan(exits=length) if length else PLAIN
 
 
 tokens = st.integers(0, VOCAB - 1)
@@ -155,7 +158,7 @@ def test_what_is_no_list_of_token_ids_is_refused_with_its_value(given: Any) -> N
 
 
 @given(
-    plans=st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 7)), min_size=1, max_size=20),
+    plans=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=1, max_size=20),
     right=st.lists(st.booleans(), min_size=1, max_size=LENGTH),
     agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
     max_pending=st.integers(1, 8),
@@ -163,7 +166,7 @@ def test_what_is_no_list_of_token_ids_is_refused_with_its_value(given: Any) -> N
 )
 @settings(max_examples=50)
 def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_the_caches(
-    plans: list[tuple[int, bool, int]], right: list[bool], agrees: list[bool], max_pending: int, limit: int
+    plans: list[tuple[int, int]], right: list[bool], agrees: list[bool], max_pending: int, limit: int
 ) -> None:
     """Candidates are right at some positions; where none is drafted, exits are."""
     prompt = prompt_of(3)
@@ -183,7 +186,7 @@ def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_t
     counted = decoder.stats.drafts
     assert sum(counts.accepted for counts in counted.values()) <= len(steps)
     assert sum(counts.proposed - counts.accepted for counts in counted.values()) == decoder.stats.rejected
-    if limit > 2 and max_pending > 1 and all(right) and all(plan[2] for plan in plans):
+    if limit > 2 and max_pending > 1 and all(right) and all(plan[1] for plan in plans):
         assert counted["own"].accepted == counted["own"].proposed > 0
 
 
@@ -191,7 +194,7 @@ def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
     decoder, shallow, deep = decoder_of([1.0] * LENGTH)
     prompt, wanted = prompt_of(3), [DEEP_TOKEN + place for place in range(2, 2 + 17)]
     sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=wanted)
-    loop = alone(decoded(decode.lossless, decoder, prompt, 17, 0.5, 16, Chosen(sources, [(0, False, 7)])))
+    loop = alone(decoded(decode.lossless, decoder, prompt, 17, 0.5, 16, Chosen(sources, [(0, 7)])))
     assert [step.id for step in loop] == wanted  # type: ignore[union-attr]
     assert shallow.calls == deep.calls == [3, 8, 8]
     assert (shallow.heads[1:], deep.heads[1:]) == ([0, 0], [8, 8])
