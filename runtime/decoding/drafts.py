@@ -419,6 +419,8 @@ class Drafts:
         self._lost = 0.0  # by drafts, in tokens of mode full
         self._call_seconds = 0.0  # of the caller's source, when it was last called
         self._to_probe, self._to_time = 0, 2
+        self._probes = 0
+        self._after_exit = False  # whether the exit was drafted before, so that it has no other rows to catch up with
         self._since, self._told = self.clock(), 0  # when the choice of the exit was told of so many tokens
 
     def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
@@ -441,6 +443,7 @@ class Drafts:
     def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
         """Learn from a token without a draft: seconds of its step and pass, in calls of its own unless `shared`."""
         self._acceptance.passed(1, 1.0)
+        self._after_exit = False
         self._to_time -= 1
         if not shared and (self._to_time <= 0 or not self._costs.measured("pass", 1)):
             self._to_time = TIMED
@@ -457,7 +460,7 @@ class Drafts:
             costs.observe("pass", rows, deep)
             if plan.tokens:
                 costs.observe("step", rows, shallow)
-            elif heads:
+            elif heads and self._after_exit:
                 # A step with the head takes as long as one without, at least.
                 rest = shallow - (rows - heads) * costs.seconds("step", 1)
                 costs.observe("head", 1, max(rest / heads, shallow / rows))
@@ -470,6 +473,7 @@ class Drafts:
         else:
             spent += rows * costs.seconds("step", among) + heads * costs.head(among)
             acceptance.drafts.observe(rows, heads, outcome.made)
+        self._after_exit = not plan.tokens
         self._lost = max(-SAVED, self._lost + spent / costs.token(among) - outcome.made)
         acceptance.passed(outcome.made, spent / costs.token(among))
         # Rows with the head, up to the first that was rejected.
@@ -550,8 +554,9 @@ class Drafts:
         if self._exit_gain:
             return draft
         self._to_probe -= 1
-        if self._to_probe > 0:
+        if self._to_probe > 0 and not (self._after_exit and self._probes % 2):
             return PLAIN
+        self._probes += 1  # two, one behind the other: the second is timed
         share = self._costs.head(self._sequences) / self._costs.token(self._sequences)
         self._to_probe = max(PROBE_TOKENS, int(share / PROBE_SHARE))
         return draft

@@ -242,7 +242,7 @@ def test_damaged_files_are_refused(packed: Callable[..., Path], checkpoint: Dire
     with pytest.raises(CheckpointError, match="holds weights, but no exit"):
         read_packed(checkpoint(LLAMA) / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"there is no exit general, and no such file; known are smollm2-extraction \(freeexport"
+        CheckpointError, match=r"there is no exit general, and no such file; known are smollm2-chat, smollm2-extraction"
     ):
         packed_exit.find_exit("general")
 
@@ -278,5 +278,5 @@ def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
     model = open_checkpoint(str(smollm2()))
     sha256 = weights_sha256(model)
     found = {packed.name: misfit(packed, model, sha256) for packed, _ in map(read_packed, ready_made())}
-    assert found == {"smollm2-extraction": None}
+    assert found == {"smollm2-chat": None, "smollm2-extraction": None}
     assert all(path.stat().st_size < MOST_BYTES for path in ready_made())
