@@ -467,11 +467,10 @@ class Drafts:
         spent = costs.seconds("pass", among + rows - 1)
         if plan.tokens:
             spent += costs.seconds("step", among + rows - 1)
-            if outcome.proposed:
-                whole = outcome.kept == outcome.proposed
-                self._next[plan.source] = (2 * outcome.proposed + 1 if whole else max(1, outcome.kept)), whole
+            whole = outcome.kept == outcome.proposed
+            self._next[plan.source] = (2 * outcome.proposed + 1 if whole else max(1, outcome.kept)), whole
         else:
-            spent += rows * costs.seconds("step", among) + heads * costs.head(among)
+            spent += self._steps_of_exit(rows, heads)
             acceptance.drafts.observe(rows, heads, outcome.made)
         self._after_exit = not plan.tokens
         self._lost = max(-SAVED, self._lost + spent / costs.token(among) - outcome.made)
@@ -561,6 +560,10 @@ class Drafts:
         self._to_probe = max(PROBE_TOKENS, int(share / PROBE_SHARE))
         return draft
 
+    def _steps_of_exit(self, rows: float, heads: float) -> float:
+        """Seconds of so many shallow steps, one after the other, and of the head at some of them."""
+        return rows * self._costs.seconds("step", self._sequences) + heads * self._costs.head(self._sequences)
+
     @property
     def _gain(self) -> float:
         """Tokens that are made in the time of one of mode full."""
@@ -574,6 +577,5 @@ class Drafts:
         costs, among, draft = self._costs, self._sequences, self._acceptance.drafts
         rows, heads, made = draft.rows.value, draft.heads.value, draft.made.value
         deep = costs.seconds("pass", among) + (rows - 1) * costs.row()
-        spent = deep + rows * costs.seconds("step", among) + heads * costs.head(among)
-        gain = made * costs.token(among) / spent
+        gain = made * costs.token(among) / (deep + self._steps_of_exit(rows, heads))
         return gain if gain > MARGIN else 0.0

@@ -9,6 +9,7 @@ yield the engine calls that they wait for.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
@@ -76,7 +77,7 @@ def free(
                 yield response.add(token, True, guess.confidence, guess)
                 continue
             decoder.stats.forced += sure
-            ahead = _run_ahead(decoder, response, _above(threshold), [], token) if decoder.overlaps else None
+            ahead = _run_ahead(decoder, response, partial(_above, threshold), [], token) if decoder.overlaps else None
             yield from decoder.syncing(len(rows) or 1, (), ahead)
             answers = decoder.answers()
             if labels is not None:
@@ -111,7 +112,7 @@ def rollback(decoder: Decoder, response: Response, threshold: float, max_pending
         if response.finished:
             return
         draft = yield from _exits(decoder, response, _above(threshold), unread, max_pending - len(unread))
-        deep = yield from _verify(decoder, response, _above(threshold), draft)
+        deep = yield from _verify(decoder, response, partial(_above, threshold), draft)
         tokens = draft.tokens
         wrong = (row for row in range(len(tokens)) if not draft.certain(row) and (deep[row].nll or 0.0) > limit)
         kept = next(wrong, len(tokens))
@@ -143,7 +144,7 @@ def lossless(decoder: Decoder, response: Response, threshold: float, max_pending
         else:
             chain = drafts.chain(threshold)
             draft = yield from _exits(decoder, response, chain, unread, plan.exits, chain.goes_on)
-        answers = yield from _verify(decoder, response, drafts.chain(threshold), draft)
+        answers = yield from _verify(decoder, response, partial(drafts.chain, threshold), draft)
         kept, correction = _agreement(response, draft.tokens, answers)
         confidences = tuple(guess.confidence for guess in draft.guesses)
         agreed = draft.following is not None and draft.following == correction
@@ -237,19 +238,21 @@ def _exits(
             following = response.forced(tokens)
 
 
-def _verify(decoder: Decoder, response: Response, sure: Sure, draft: Draft) -> Waits[list[Prediction]]:
+def _verify(decoder: Decoder, response: Response, begin: Callable[[], Sure], draft: Draft) -> Waits[list[Prediction]]:
     """The deep prediction at every row of a draft."""
-    ahead = _run_ahead(decoder, response, sure, draft.tokens, draft.following)
+    ahead = _run_ahead(decoder, response, begin, draft.tokens, draft.following)
     yield from decoder.syncing(len(draft.guesses), draft.tokens, ahead)
     return decoder.answers()
 
 
 def _run_ahead(
-    decoder: Decoder, response: Response, sure: Sure, drafts: list[int], following: int | None
+    decoder: Decoder, response: Response, begin: Callable[[], Sure], drafts: list[int], following: int | None
 ) -> RunAhead | None:
-    """Take the shallow decoder's own prediction for the next token, and go on as long as it is `sure`."""
+    """Take the shallow decoder's own prediction for the next token, and go on as long as it is as sure as what `begin`
+    gives asks for."""
     if following is None or not decoder.overlaps:
         return None
+    sure = begin()
 
     def ahead(guess: Prediction | None, tokens: Sequence[int]) -> int | None:
         path = [*drafts, *tokens]
