@@ -22,7 +22,8 @@ from runtime.bundle.manifest import Manifest
 from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores
 from runtime.decoding.calls import AT_ONCE, Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.drafts import Drafts, DraftSources, LearnedDrafts
+from runtime.decoding.draft_rule import Drafts, LearnedDrafts
+from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.response import Response
 from runtime.engines.memory import check_beams

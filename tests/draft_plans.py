@@ -7,8 +7,8 @@ import math
 import pytest
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.decoding import drafts
-from runtime.decoding.drafts import PLAIN, Acceptance, Chain, Drafts, Plan
+from runtime.decoding import draft_rule
+from runtime.decoding.draft_rule import PLAIN, Acceptance, Chain, Drafts, Plan
 
 
 def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 0) -> None:
@@ -46,4 +46,4 @@ class LongestExits(Drafts):
 def draft_candidates(patch: pytest.MonkeyPatch) -> None:
     """Draft whatever a source finds, whether it pays or not."""
     patch.setattr(Drafts, "_length", lambda self, source, agrees, count: count)
-    patch.setattr(drafts, "GRANT", math.inf)
+    patch.setattr(draft_rule, "GRANT", math.inf)

@@ -28,7 +28,7 @@ from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
-from runtime.decoding.drafts import PLAIN, Acceptance, Chain, Drafts, Plan
+from runtime.decoding.draft_rule import PLAIN, Acceptance, Chain, Drafts, Plan
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner

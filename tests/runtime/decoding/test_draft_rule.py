@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import NEUTRAL, Costs
 from runtime.decoding.calls import Prediction
-from runtime.decoding.drafts import PLAIN, Candidates, Drafts, LearnedDrafts, Outcome, Plan
+from runtime.decoding.draft_rule import PLAIN, Drafts, LearnedDrafts, Outcome, Plan
+from runtime.decoding.draft_sources import Candidates
 
 ROOM = 15
 

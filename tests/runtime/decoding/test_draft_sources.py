@@ -17,20 +17,16 @@ from test_decode import decoder_of, drafted, full
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
-from runtime.decoding.drafts import (
+from runtime.decoding.draft_rule import LENGTHS, PLAIN, Acceptance, Drafts, Plan
+from runtime.decoding.draft_sources import (
     GAP,
-    LENGTHS,
     LONGEST,
     PATIENCE,
-    PLAIN,
     REST,
     SHORTEST,
-    Acceptance,
-    Drafts,
     DraftSources,
     Expected,
     Own,
-    Plan,
     Repetition,
 )
 from runtime.decoding.response import Response
