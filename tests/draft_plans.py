@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import draft_rule
-from runtime.decoding.draft_rule import PLAIN, Acceptance, Chain, Drafts, Plan
+from runtime.decoding.draft_rule import PLAIN, Acceptance, Drafts, Plan
 
 
 def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 0) -> None:
@@ -23,24 +24,22 @@ def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 
         return PLAIN if nothing else Plan(exits=min(most, room))
 
     patch.setattr(Drafts, "plan", plan)
-    patch.setattr(Drafts, "chain", free_chain)
+    patch.setattr(Drafts, "_gain", 0.0)  # a draft's tokens cost nothing
 
 
-def free_chain(drafts: Drafts, threshold: float) -> Chain:
-    """A draft whose tokens cost nothing."""
-    return Chain(Acceptance(), threshold, 0.0, 0.0)
+class PlannedExits(Drafts):
+    """Drafts of the exit as they are given, over and over, for loops that are driven by hand: how many tokens, at most,
+    and how many others are made in the time of one, which is what a drafted one costs."""
 
+    _gain = 0.0
 
-class LongestExits(Drafts):
-    """Drafts of the exit as long as there is room for, for loops that are driven by hand."""
-
-    def __init__(self) -> None:
+    def __init__(self, *plans: tuple[int, float]) -> None:
         super().__init__(CallCosts(), Acceptance())
-
-    chain = free_chain
+        self.turns = itertools.cycle(plans or [(1000, 0.0)])
 
     def plan(self, response: object, most: int, sequences: int = 1) -> Plan:
-        return Plan(exits=most) if most else PLAIN
+        length, self._gain = next(self.turns)
+        return Plan(exits=min(length, most)) if min(length, most) else PLAIN
 
 
 def draft_candidates(patch: pytest.MonkeyPatch) -> None:

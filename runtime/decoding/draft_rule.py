@@ -91,26 +91,17 @@ class ExitChoice:
         self._tokens[exits] = self._tokens[exits] * faded + tokens
 
 
-class ExitDrafts:
-    """The mean draft of the exit: its `rows`, those with the head, and the tokens that it `made`."""
-
-    def __init__(self) -> None:
-        self.rows, self.heads, self.made = Average(2.0), Average(2.0), Average(2.0)
-
-    def observe(self, rows: int, heads: int, made: int) -> None:
-        for average, value in ((self.rows, rows), (self.heads, heads), (self.made, made)):
-            average.observe(value)
-
-
 class Acceptance:
-    """How often drafted tokens are right, over many requests: those of the exit by their `confidence`, and `drafts` of
-    the exit as a whole; the tokens `made` by a deep pass, and the time `spent` for them, in tokens of mode full; and
-    the `choice` of the exit. Shared by requests that draft alike; a lost update does no harm."""
+    """How often drafted tokens are right, over many requests, those of the exit by their `confidence`; and the `choice`
+    of the exit. Shared by requests that draft alike; a lost update does no harm."""
 
     def __init__(self) -> None:
         self.confidence = [Average((one + two) / 2) for one, two in pairwise((0.0, *STEPS, 1.0))]
-        self.exit, self.drafts = Average(), ExitDrafts()
-        self.made, self.spent, self.choice = Average(1.0), Average(1.0), ExitChoice()
+        self.exit, self.choice = Average(), ExitChoice()
+        # The mean deep pass: the tokens that it made, and its time and its steps', in tokens of mode full.
+        self.made, self.spent = Average(1.0), Average(1.0)
+        # The mean draft of the exit. What its rows and heads cost depends on the sequences that share the calls.
+        self.exit_made, self.exit_rows, self.exit_heads = Average(2.0), Average(2.0), Average(2.0)
         self._right: dict[tuple[str, int], Average] = {}
 
     def sure(self, confidence: float) -> Average:
@@ -118,9 +109,13 @@ class Acceptance:
         return self.confidence[bisect(STEPS, confidence)]
 
     def passed(self, made: int, spent: float) -> None:
-        """Learn what a deep pass gave, in tokens and for how many tokens of mode full."""
         self.made.observe(made)
         self.spent.observe(spent)
+
+    def drafted(self, made: int, rows: int, heads: int) -> None:
+        self.exit_made.observe(made)
+        self.exit_rows.observe(rows)
+        self.exit_heads.observe(heads)
 
     def right(self, source: str, agrees: int) -> Average:
         """The average of a source's candidates behind so many tokens that agree with it."""
@@ -213,8 +208,7 @@ class Drafts:
         self._sequences, self._tokens = 1, 0
         self._lost = 0.0  # by drafts, in tokens of mode full
         self._call_seconds = 0.0  # of the caller's source, when it was last called
-        self._to_probe, self._to_time = 0, 2
-        self._probes = 0
+        self._to_probe, self._to_time = 1, 2
         self._after_exit = False  # whether the exit was drafted before, so that it has no other rows to catch up with
         self._since, self._told = self.clock(), 0  # when the choice of the exit was told of so many tokens
 
@@ -266,7 +260,7 @@ class Drafts:
             self._next[plan.source] = (2 * outcome.proposed + 1 if whole else max(1, outcome.kept)), whole
         else:
             spent += self._steps_of_exit(rows, heads)
-            acceptance.drafts.observe(rows, heads, outcome.made)
+            acceptance.drafted(outcome.made, rows, heads)
         self._after_exit = not plan.tokens
         self._lost = max(-SAVED, self._lost + spent / costs.token(among) - outcome.made)
         acceptance.passed(outcome.made, spent / costs.token(among))
@@ -348,11 +342,11 @@ class Drafts:
         if self._exit_gain:
             return draft
         self._to_probe -= 1
-        if self._to_probe > 0 and not (self._after_exit and self._probes % 2):
+        if self._to_probe > 0:
             return PLAIN
-        self._probes += 1  # two, one behind the other: the second is timed
-        share = self._costs.head(self._sequences) / self._costs.token(self._sequences)
-        self._to_probe = max(PROBE_TOKENS, int(share / PROBE_SHARE))
+        if self._to_probe < 0:  # the second of two probes, which is timed
+            share = self._costs.head(self._sequences) / self._costs.token(self._sequences)
+            self._to_probe = max(PROBE_TOKENS, int(share / PROBE_SHARE))
         return draft
 
     def _steps_of_exit(self, rows: float, heads: float) -> float:
@@ -369,8 +363,8 @@ class Drafts:
         """Tokens that the exit's drafts make in that time, 0 where they do not pay."""
         if not self._exits:
             return 0.0
-        costs, among, draft = self._costs, self._sequences, self._acceptance.drafts
-        rows, heads, made = draft.rows.value, draft.heads.value, draft.made.value
+        costs, among, learned = self._costs, self._sequences, self._acceptance
+        rows, heads = learned.exit_rows.value, learned.exit_heads.value
         deep = costs.seconds("pass", among) + (rows - 1) * costs.row()
-        gain = made * costs.token(among) / (deep + self._steps_of_exit(rows, heads))
+        gain = learned.exit_made.value * costs.token(among) / (deep + self._steps_of_exit(rows, heads))
         return gain if gain > MARGIN else 0.0

@@ -1,5 +1,5 @@
-"""Where drafts come from but for the exit: tokens that may come next of text that may be repeated, or as the caller's
-own code expects. What they are worth, runtime/decoding/draft_rule.py judges."""
+"""Sources of drafts besides the exit: tokens that may come next, of text that may be repeated, or as the caller's own
+code expects. runtime/decoding/draft_rule.py judges what they are worth."""
 
 from __future__ import annotations
 

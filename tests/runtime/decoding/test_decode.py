@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
+from draft_plans import PlannedExits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording_engine import (
@@ -25,11 +25,8 @@ from recording_engine import (
 )
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
-from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
-from runtime.decoding.draft_rule import PLAIN, Acceptance, Chain, Drafts, Plan
-from runtime.decoding.response import Response
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
 from runtime.result import Token
@@ -217,26 +214,11 @@ def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
     assert shallow.calls == [3, 1, 1, 1, 1]  # the prompt, then one step for each of four drafts
 
 
-class Planned(Drafts):
-    """The exit's drafts as they are given, over and over: how many tokens, at most, and what they cost."""
-
-    def __init__(self, plans: list[tuple[int, float]]) -> None:
-        super().__init__(CallCosts(), Acceptance())
-        self.turns, self.cost = itertools.cycle(plans), 0.0
-
-    def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
-        length, self.cost = next(self.turns)
-        return Plan(exits=min(length, most)) if min(length, most) else PLAIN
-
-    def chain(self, threshold: float) -> Chain:
-        return Chain(self._acceptance, threshold, self.cost, self.cost)
-
-
 @given(
     trace=traces,
     agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
     threshold=confidences,
-    plans=st.lists(st.tuples(st.integers(0, 7), st.sampled_from([0.0, 0.0, 0.2, 0.5])), min_size=1, max_size=20),
+    plans=st.lists(st.tuples(st.integers(0, 7), st.sampled_from([0.0, 0.0, 0.4, 1.0])), min_size=1, max_size=20),
     max_pending=st.integers(1, 8),
     tokens=st.integers(1, 40),
     starts=st.booleans(),
@@ -255,7 +237,7 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     before = len(prompt) - 1
     whole, _, _ = decoder_of(trace, max_pending, agrees=agrees)
     decoder, shallow, deep = decoder_of(trace, max_pending, agrees=agrees)
-    loop = alone(decoded(decode.lossless, decoder, prompt, tokens, threshold, max_pending, Planned(plans)))
+    loop = alone(decoded(decode.lossless, decoder, prompt, tokens, threshold, max_pending, PlannedExits(*plans)))
     steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
     assert [step.id for step in steps] == [step.id for step in islice(full(whole, prompt), tokens)]
     for index, step in enumerate(steps):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import CASES, PROMPTS, Bundles
-from draft_plans import LongestExits, draft_exits
+from draft_plans import PlannedExits, draft_exits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording_engine import LENGTH, WIDTH, Recorder, alone, cached, decoded, prompt_of
@@ -76,7 +76,7 @@ def steps_of(
         "full": (decode.full, ()),
         "free": (decode.free, (threshold, max_pending, sync_every)),
         "rollback": (decode.rollback, (threshold, max_pending, 2.0)),
-        "lossless": (decode.lossless, (threshold, max_pending, LongestExits())),
+        "lossless": (decode.lossless, (threshold, max_pending, PlannedExits())),
     }
     loop, arguments = loops[mode]
     decoding = decoded(loop, decoder, prompt_of(3), tokens, *arguments, head=mode != "full")

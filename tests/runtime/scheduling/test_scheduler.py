@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from draft_plans import LongestExits
+from draft_plans import PlannedExits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording_engine import alone
@@ -209,7 +209,7 @@ class Ask:
             return (yield from decode.free(decoder, output, self.threshold, self.max_pending, 2))
         if self.mode == "rollback":
             return (yield from decode.rollback(decoder, output, self.threshold, self.max_pending, 2.0))
-        return (yield from decode.lossless(decoder, output, self.threshold, self.max_pending, LongestExits()))
+        return (yield from decode.lossless(decoder, output, self.threshold, self.max_pending, PlannedExits()))
 
     def run(self, decoder: Decoder) -> Generator[Token | Waiting, None, None]:
         decoder.reset()
