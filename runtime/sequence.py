@@ -92,30 +92,29 @@ class Model:
         tgt_lang: str | None = None,
     ) -> np.ndarray:
         """Token ids int64 [n], with the languages of a request. Raises PromptError, and OptionError for a language."""
-        self._check_language("src_lang", src_lang, prompt)
-        self._check_language("tgt_lang", tgt_lang, prompt)
+        self._check_languages(prompt, src_lang=src_lang, tgt_lang=tgt_lang)
         limit = self.manifest.encoder_capacity or self.capacity
         missing = NO_TOKENIZER if self.options.trust_templates else UNTRUSTED
         parse_special = None if parse_special is None else bool(parse_special)
         ids = encode_prompt(prompt, self.tokenizer, self.manifest.vocab_size, limit, parse_special, missing, tools)
         return self._with_languages(ids, src_lang, tgt_lang)
 
-    def _check_language(self, name: str, code: str | None, prompt: Prompt | SpeechPrompt) -> None:
+    def _check_languages(self, prompt: Prompt | SpeechPrompt, **codes: str | None) -> None:
         """Raise OptionError for a language that the bundle does not know, or cannot set."""
-        if code is None:
-            return
         languages = self.manifest.languages
-        if languages is None:
-            raise OptionError(f"{name} is {code!r}; this bundle has no language tokens, leave it out")
-        if name == "src_lang" and languages.source is None:
-            raise OptionError(f"src_lang is {code!r}; this bundle's prompts do not name their language, leave it out")
-        if code not in languages.tokens:
-            near = get_close_matches(code, languages.tokens, 5, 0.3) or sorted(languages.tokens)[:5]
-            raise OptionError(
-                f"{name} is {code!r}; this bundle has {len(languages.tokens)} languages, as {', '.join(near)}"
-            )
-        if not isinstance(prompt, str) and (name == "src_lang" or languages.target == "prompt"):
-            raise OptionError(f"{name} is {code!r}, which is for a prompt of text; put its token among the ids")
+        for name, code in codes.items():
+            if code is None:
+                continue
+            given = f"{name} is {code!r}"
+            if languages is None:
+                raise OptionError(f"{given}; this bundle has no language tokens, leave it out")
+            if name == "src_lang" and languages.source is None:
+                raise OptionError(f"{given}; this bundle's prompts do not name their language, leave it out")
+            if code not in languages.tokens:
+                near = get_close_matches(code, languages.tokens, 5, 0.3) or sorted(languages.tokens)[:5]
+                raise OptionError(f"{given}; this bundle has {len(languages.tokens)} languages, as {', '.join(near)}")
+            if not isinstance(prompt, str) and (name == "src_lang" or languages.target == "prompt"):
+                raise OptionError(f"{given}, which is for a prompt of text; put its token among the ids")
 
     def _with_languages(self, ids: np.ndarray, src_lang: str | None, tgt_lang: str | None) -> np.ndarray:
         languages = self.manifest.languages
@@ -180,8 +179,7 @@ class Model:
         sound: Sound | None = None
         grammar: Constraint | None = None
         if isinstance(prompt, SpeechPrompt):
-            for name in ("src_lang", "tgt_lang"):
-                self._check_language(name, getattr(options, name), prompt)
+            self._check_languages(prompt, src_lang=options.src_lang, tgt_lang=options.tgt_lang)
             tokens, sound, grammar = np.array(prompt.prefix, np.int64), prompt.sound, prompt.rules
         else:
             if options.speech is not None:

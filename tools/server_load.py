@@ -38,6 +38,7 @@ from runtime import Bundle, EngineError, Session
 PROMPTS = ("Once upon a time", "The capital of France is", "A good way to learn a language is", "Rain fell on the")
 CLIENTS = (1, 4, 16, 64)
 STREAMS, LONG_PROMPT = 8, 1500
+START_SECONDS = 60  # that another server may take to answer
 
 
 @contextmanager
@@ -138,7 +139,7 @@ def other_server(command: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{parts[parts.index('--port') + 1]}"
     with subprocess.Popen(parts, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            for _ in range(600):
+            for _ in range(10 * START_SECONDS):
                 with suppress(httpx.HTTPError):
                     if httpx.get(f"{url}/health").status_code == 200:
                         break

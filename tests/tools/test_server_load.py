@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+import time
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
+from runtime import EngineError
 from tools import server_load
 
 
@@ -23,5 +27,21 @@ def test_a_server_is_measured_and_ended(chat: Path, monkeypatch: pytest.MonkeyPa
     assert re.search(r"one client: session [\d.]+ tokens/s, server [\d.]+, ratio", result.output)
     assert re.findall(r"^ +(\d+) +\d+ +[\d.]+(?: +[\d.]+){7}  ours$", result.output, re.MULTILINE) == ["1", "8"]
     assert len(re.findall(r"^8 streams .*ms: +\d", result.output, re.MULTILINE)) == 2
-    result = CliRunner().invoke(server_load.main, [str(chat), "--against", "llama-server -m file"])
-    assert "names no --port; add one that is free" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("llama-server -m file", "names no --port; add one that is free"),
+        (f"{sys.executable} -c 'import time; time.sleep(60)' --port 9", "does not answer at http://127.0.0.1:9/health"),
+        (f"{sys.executable} -c 'raise SystemExit(3)' --port 9", "ended with code 3"),
+    ],
+)
+def test_another_server_that_never_answers_is_refused_and_ended(
+    command: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_load, "START_SECONDS", 10 if "Exit" in command else 1)
+    began = time.monotonic()
+    with pytest.raises((click.UsageError, EngineError), match=problem), server_load.other_server(command):
+        pass
+    assert time.monotonic() - began < 30
