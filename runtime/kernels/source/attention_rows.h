@@ -21,56 +21,93 @@ struct Query {
 constexpr int kScoreQueries = 4, kScoreKeys = 2;
 constexpr int64_t kScored = kScoreKeys * Vec::kLanes;
 
-// Keys [count, size] to turned [kPieceRows / kScored][size][kScored]; behind them zeros, as far as scores are computed.
-inline void turn_keys(const float* keys, int64_t size, int64_t count, float* turned) {
-  const int64_t whole = count / Vec::kLanes * Vec::kLanes, end = (count + kScored - 1) / kScored * kScored;
+// Keys [count, size] of a cache that has `room` of them, to turned [kPieceRows / kScored][size][kScored] in fp32. Behind
+// them stands anything, as far as scores are computed.
+template <typename C>
+inline void turn_keys(const C* keys, int64_t size, int64_t count, int64_t room, float* turned) {
+  const int64_t end = (count + kScored - 1) / kScored * kScored, whole = least(end, room) / Vec::kLanes * Vec::kLanes;
   const auto at = [&](int64_t t) { return turned + t / kScored * kScored * size + t % kScored; };
   for (int64_t t = 0; t < whole; t += Vec::kLanes)
     for (int64_t i = 0; i < size; i += 4) Vec::turn_four(keys + t * size + i, size, at(t) + i * kScored, kScored);
   for (int64_t t = whole; t < end; t++)
-    for (int64_t i = 0; i < size; i++) at(t)[i * kScored] = t < count ? keys[t * size + i] : 0.0f;
+    for (int64_t i = 0; i < size; i += kHalf) {
+      float values[kWide] = {};
+      if (t < count) put_values<Vec, false>(values, values_at<Vec, true>(keys + t * size + i));
+      for (int64_t j = 0; j < kHalf; j++) at(t)[(i + j) * kScored] = values[j];
+    }
 }
 
-// scores[q][t] of keys from..end, and of more up to whole registers. What a lane has of a row alone, the products of values
-// lane, lane + 16, ... of the size, is summed one after the other, and lanes are added as a row alone folds them.
 template <int Q>
-inline void score(const Query* queries, const float* turned, int64_t size, int64_t from, int64_t end, float* scores) {
-  using Sums = typename Vec::Float[Q][kScoreKeys];
+struct Sums {
+  typename Vec::Float of[Q][kScoreKeys];
+};
+template <int Q>
+FREEEXPORT_ATTENTION Sums<Q> added(Sums<Q> a, const Sums<Q>& b) {
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++)
+#pragma GCC unroll 2
+    for (int k = 0; k < kScoreKeys; k++) a.of[q][k] = Vec::added(a.of[q][k], b.of[q][k]);
+  return a;
+}
+
+// The products of values lane, lane + 16, ... of the size, summed one after the other.
+template <int Q, int64_t Size>
+FREEEXPORT_ATTENTION Sums<Q> products(const float* const (&queries)[Q], const float* keys, int64_t size, int64_t lane) {
+  Sums<Q> sums;
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++)
+#pragma GCC unroll 2
+    for (int k = 0; k < kScoreKeys; k++) sums.of[q][k] = Vec::zero();
+  const auto add = [&](int64_t i) __attribute__((always_inline)) {
+    typename Vec::Float key[kScoreKeys];
+#pragma GCC unroll 2
+    for (int k = 0; k < kScoreKeys; k++) key[k] = Vec::floats(keys + i * kScored + k * Vec::kLanes);
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; q++) {
+      const typename Vec::Float value = Vec::set(queries[q][i]);
+#pragma GCC unroll 2
+      for (int k = 0; k < kScoreKeys; k++) sums.of[q][k] = Vec::add_product(value, key[k], sums.of[q][k]);
+    }
+  };
+  if constexpr (Size > 0) {
+#pragma GCC unroll 4
+    for (int64_t step = 0; step < Size / kWide; step++) add(lane + step * kWide);
+  } else {
+    for (int64_t i = lane; i < size; i += kWide) add(i);
+  }
+  return sums;
+}
+
+// Scaled scores[q][t] of keys from..end, and of more up to whole registers. Lanes are added as a row alone folds them,
+// four at once, as there are registers for no more. `Size`: that of a head where it is known, else 0.
+template <int Q, int64_t Size>
+inline void score_size(const Query* rows, const float* turned, int64_t size, int64_t from, int64_t end, float scale,
+                       float* scores) {
+  const float* queries[Q];
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++) queries[q] = rows[q].values;
   for (int64_t t = from / kScored * kScored; t < end; t += kScored) {
     const float* keys = turned + t * size;
-    Sums halves[kHalf];
-    for (int lane = 0; lane < kWide; lane++) {
-      Sums sums;
-#pragma GCC unroll 8
-      for (int q = 0; q < Q; q++)
-#pragma GCC unroll 2
-        for (int k = 0; k < kScoreKeys; k++) sums[q][k] = Vec::zero();
-      for (int64_t i = lane; i < size; i += kWide) {
-        typename Vec::Float key[kScoreKeys];
-#pragma GCC unroll 2
-        for (int k = 0; k < kScoreKeys; k++) key[k] = Vec::floats(keys + i * kScored + k * Vec::kLanes);
-#pragma GCC unroll 8
-        for (int q = 0; q < Q; q++) {
-          const typename Vec::Float value = Vec::set(queries[q].values[i]);
-#pragma GCC unroll 2
-          for (int k = 0; k < kScoreKeys; k++) sums[q][k] = Vec::add_product(value, key[k], sums[q][k]);
-        }
-      }
-      Sums& half = halves[lane % kHalf];
-#pragma GCC unroll 8
-      for (int q = 0; q < Q; q++)
-#pragma GCC unroll 2
-        for (int k = 0; k < kScoreKeys; k++) half[q][k] = lane < kHalf ? sums[q][k] : Vec::added(half[q][k], sums[q][k]);
-    }
+    const auto of = [&](int64_t lane) __attribute__((always_inline)) {
+      return products<Q, Size>(queries, keys, size, lane);
+    };
+    Sums<Q> fours[4];
+    for (int64_t lane = 0; lane < 4; lane++)
+      fours[lane] = added(added(of(lane), of(lane + 8)), added(of(lane + 4), of(lane + 12)));
+    const Sums<Q> all = added(added(fours[0], fours[2]), added(fours[1], fours[3]));
 #pragma GCC unroll 8
     for (int q = 0; q < Q; q++)
 #pragma GCC unroll 2
-      for (int k = 0; k < kScoreKeys; k++) {
-        const auto four = [&](int lane) { return Vec::added(halves[lane][q][k], halves[lane + 4][q][k]); };
-        const auto sum = Vec::added(Vec::added(four(0), four(2)), Vec::added(four(1), four(3)));
-        Vec::store(scores + q * kPieceRows + t + k * Vec::kLanes, sum);
-      }
+      for (int k = 0; k < kScoreKeys; k++)
+        Vec::store(scores + q * kPieceRows + t + k * Vec::kLanes, Vec::times(all.of[q][k], Vec::set(scale)));
   }
+}
+
+template <int Q>
+inline void score(const Query* rows, const float* turned, int64_t size, int64_t from, int64_t end, float scale,
+                  float* scores) {
+  size == 64 ? score_size<Q, 64>(rows, turned, size, from, end, scale, scores)
+             : score_size<Q, 0>(rows, turned, size, from, end, scale, scores);
 }
 
 // Values weighed, for `Parts` registers of their size from `from` on: of all queries where all see, before and behind of
@@ -127,10 +164,10 @@ inline void weigh_size(const Query* queries, const float* weights, const float* 
   if (from < size) weigh_rows<Q, kHalfParts, true>(queries, weights, values, size, from);
 }
 
-// Of a piece's keys or values [count, size], in fp32 or float16, the same in fp32, for which `room` has room.
-inline const float* widened(const Attention& a, const void* cache, int64_t at, int64_t count, float* room) {
-  if (!a.halves) return static_cast<const float*>(cache) + at;
-  const uint16_t* halves = static_cast<const uint16_t*>(cache) + at;
+// Of a piece's values [count, size], in fp32 or float16, the same in fp32, for which `room` has room.
+inline const float* widened(const Attention& a, int64_t at, int64_t count, float* room) {
+  if (!a.halves) return static_cast<const float*>(a.value) + at;
+  const uint16_t* halves = static_cast<const uint16_t*>(a.value) + at;
   int64_t i = 0;
   for (; i + kWide <= count * a.size; i += kWide)
     for (int p = 0; p < kParts; p++)
@@ -149,10 +186,11 @@ inline void attend_rows(const Attention& a, const Place* places, int64_t count, 
   const int64_t at = keys_at(a, places[0], kv_head, begin);
   alignas(64) float keys[kTurnedSize * kPieceRows], scores[kQueries * kPieceRows], outputs[kQueries * kTurnedSize];
   float largest[kQueries], sums[kQueries], powers[kQueries];
-  alignas(64) float room_of_keys[kTurnedSize * kPieceRows], room_of_values[kTurnedSize * kPieceRows];
+  alignas(64) float room_of_values[kTurnedSize * kPieceRows];
   const int64_t end_of_all = seen_of(a, places[count - 1], piece).end;
-  turn_keys(widened(a, a.key, at, end_of_all, room_of_keys), size, end_of_all, keys);
-  const float* all_values = widened(a, a.value, at, end_of_all, room_of_values);
+  a.halves ? turn_keys(static_cast<const uint16_t*>(a.key) + at, size, end_of_all, a.capacity - begin, keys)
+           : turn_keys(static_cast<const float*>(a.key) + at, size, end_of_all, a.capacity - begin, keys);
+  const float* all_values = widened(a, at, end_of_all, room_of_values);
   const auto values_of = [&](int64_t query) {
     return queries_of(a, places[query / group]) + (kv_head * group + query % group) * size;
   };
@@ -175,13 +213,13 @@ inline void attend_rows(const Attention& a, const Place* places, int64_t count, 
     const int64_t from = queries[0].seen.from, end = queries[here - 1].seen.end;
     int64_t q = 0;
     for (; q + kScoreQueries <= here; q += kScoreQueries)
-      score<kScoreQueries>(queries + q, keys, size, from, end, scores + q * kPieceRows);
-    for (; q < here; q++) score<1>(queries + q, keys, size, from, end, scores + q * kPieceRows);
+      score<kScoreQueries>(queries + q, keys, size, from, end, a.scale, scores + q * kPieceRows);
+    for (; q < here; q++) score<1>(queries + q, keys, size, from, end, a.scale, scores + q * kPieceRows);
     for (q = 0; q < here; q++) {
       const Seen seen = queries[q].seen;
       float* own = scores + q * kPieceRows;
-      scale_and_bias(a, kv_head * group + (first + q) % group, begin + seen.from, places[(first + q) / group].position,
-                     own + seen.from, seen.end - seen.from);
+      cap_and_bias(a, kv_head * group + (first + q) % group, begin + seen.from, places[(first + q) / group].position,
+                   own + seen.from, seen.end - seen.from);
       exponentials(own, seen.from, seen.end, queries[q].part.largest, queries[q].part.sum);
     }
     for (q = 0; q + 4 <= here; q += 4) weigh_size<4>(queries + q, scores + q * kPieceRows, all_values, size);

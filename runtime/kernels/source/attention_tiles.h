@@ -221,10 +221,9 @@ inline void cap(float* x, int64_t count, float most) {
   }
 }
 
-// `begin` is the position of the first key, `position` that of the row.
-inline void scale_and_bias(const Attention& a, int64_t head, int64_t begin, int64_t position, float* scores,
-                           int64_t count) {
-  for (int64_t t = 0; t < count; t++) scores[t] *= a.scale;
+// Of scaled scores: `begin` is the position of the first key, `position` that of the row.
+inline void cap_and_bias(const Attention& a, int64_t head, int64_t begin, int64_t position, float* scores,
+                         int64_t count) {
   if (a.softcap > 0.0f) cap(scores, count, a.softcap);
   if (a.bias == nullptr) return;
   for (int64_t t = 0; t < count; t++) {
@@ -289,7 +288,8 @@ inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head
   for (int q = 0; q < Q; q++) {
     float* own = scores + q * kPieceRows;
     const Part part = part_of(a, room, within + q, slot);
-    scale_and_bias(a, head + q, begin + seen.from, place.position, own + seen.from, count);
+    for (int64_t t = seen.from; t < seen.end; t++) own[t] *= a.scale;
+    cap_and_bias(a, head + q, begin + seen.from, place.position, own + seen.from, count);
     exponentials(own, seen.from, seen.end, part.largest, part.sum);
   }
   weigh_all<Q>(scores + seen.from, kPieceRows, values, size, count, part_of(a, room, within, slot).out,
@@ -348,7 +348,8 @@ inline void join(const Attention& a, const Place& place, int64_t kv_head, const 
       exponentials(powers, count);
       for (int64_t p = 0; p < count; p++) join_piece(all, part_of(a, room, g, first + p), powers[p], size);
     }
-    for (int64_t i = 0; i < size; i++) y[i] = all.out[i] / *all.sum;
+    const float by = 1.0f / *all.sum;
+    for (int64_t i = 0; i < size; i++) y[i] = all.out[i] * by;
   }
 }
 

@@ -38,13 +38,20 @@ struct Vec256 {
     const __m128 ab = _mm256_castps256_ps128(two), cd = _mm256_extractf128_ps(two, 1);
     _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
   }
+  // Four values of each fourth row.
+  static Float every_fourth(const float* from, int64_t size) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * size), 1);
+  }
+  static Float every_fourth(const uint16_t* from, int64_t size) {
+    const auto four = [](const uint16_t* row) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)); };
+    return _mm256_cvtph_ps(_mm_unpacklo_epi64(four(from), four(from + 4 * size)));
+  }
   // Four values of kLanes rows, which stand `size` apart: to four rows of `to`, `apart` from each other.
-  static void turn_four(const float* from, int64_t size, float* to, int64_t apart) {
+  template <typename C>
+  static void turn_four(const C* from, int64_t size, float* to, int64_t apart) {
     __m256d pairs[4];
     __m256 rows[4];
-    for (int i = 0; i < 4; i++)
-      rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + i * size)),
-                                     _mm_loadu_ps(from + (4 + i) * size), 1);
+    for (int i = 0; i < 4; i++) rows[i] = every_fourth(from + i * size, size);
     for (int i = 0; i < 2; i++) {
       pairs[i] = _mm256_castps_pd(_mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]));
       pairs[2 + i] = _mm256_castps_pd(_mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));

@@ -39,16 +39,26 @@ struct Vec512 {
     const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
     _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, one)));
   }
+  // Four values of each fourth row.
+  static Float every_fourth(const float* from, int64_t size) {
+    __m512 row = _mm512_castps128_ps512(_mm_loadu_ps(from));
+    row = _mm512_insertf32x4(row, _mm_loadu_ps(from + 4 * size), 1);
+    row = _mm512_insertf32x4(row, _mm_loadu_ps(from + 8 * size), 2);
+    return _mm512_insertf32x4(row, _mm_loadu_ps(from + 12 * size), 3);
+  }
+  static Float every_fourth(const uint16_t* from, int64_t size) {
+    const auto four = [&](int64_t row) {
+      return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + row * size));
+    };
+    const __m128i low = _mm_unpacklo_epi64(four(0), four(4)), high = _mm_unpacklo_epi64(four(8), four(12));
+    return _mm512_cvtph_ps(_mm256_set_m128i(high, low));
+  }
   // Four values of kLanes rows, which stand `size` apart: to four rows of `to`, `apart` from each other.
-  static void turn_four(const float* from, int64_t size, float* to, int64_t apart) {
+  template <typename C>
+  static void turn_four(const C* from, int64_t size, float* to, int64_t apart) {
     __m512d pairs[4];
     __m512 rows[4];
-    for (int i = 0; i < 4; i++) {
-      __m512 row = _mm512_castps128_ps512(_mm_loadu_ps(from + i * size));
-      row = _mm512_insertf32x4(row, _mm_loadu_ps(from + (4 + i) * size), 1);
-      row = _mm512_insertf32x4(row, _mm_loadu_ps(from + (8 + i) * size), 2);
-      rows[i] = _mm512_insertf32x4(row, _mm_loadu_ps(from + (12 + i) * size), 3);
-    }
+    for (int i = 0; i < 4; i++) rows[i] = every_fourth(from + i * size, size);
     for (int i = 0; i < 2; i++) {
       pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]));
       pairs[2 + i] = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));

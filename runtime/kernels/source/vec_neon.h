@@ -41,12 +41,15 @@ struct VecNeon {
     };
     vst1q_f32(to, vpaddq_f32(two(0, 1), two(2, 3)));
   }
+  static float32x4_t four(const float* from) { return vld1q_f32(from); }
+  static float32x4_t four(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
   // Four values of kLanes rows, which stand `size` apart: to four rows of `to`, `apart` from each other.
-  static void turn_four(const float* from, int64_t size, float* to, int64_t apart) {
+  template <typename C>
+  static void turn_four(const C* from, int64_t size, float* to, int64_t apart) {
     for (int half = 0; half < 2; half++, from += 4 * size, to += 4) {
       float64x2_t pairs[4];
       for (int i = 0; i < 2; i++) {
-        const float32x4_t first = vld1q_f32(from + 2 * i * size), second = vld1q_f32(from + (2 * i + 1) * size);
+        const float32x4_t first = four(from + 2 * i * size), second = four(from + (2 * i + 1) * size);
         pairs[i] = vreinterpretq_f64_f32(vzip1q_f32(first, second));
         pairs[2 + i] = vreinterpretq_f64_f32(vzip2q_f32(first, second));
       }
