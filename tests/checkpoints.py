@@ -425,8 +425,6 @@ CASES: tuple[Case, ...] = (
     _llama("gpt2", (1, 2), model="GPT2", tie_word_embeddings=True, n_layer=3, n_head=4, n_embd=64, n_positions=512),
 )
 
-BY_NAME = {case.name: case for case in CASES}
-
 # What is in their graphs the cases above have, too; tokens are forced, and prompts and outputs have languages.
 KIN: tuple[Case, ...] = (
     _bart("bart-forced", (1,), generation={"forced_bos_token_id": 2, "forced_eos_token_id": 1}),
@@ -466,6 +464,7 @@ WIDE: tuple[Case, ...] = (
     _t5("t5-wide", (1,), vocab_size=8192, d_model=512, d_kv=64, d_ff=2048, num_heads=8),
 )
 
+BY_NAME = {case.name: case for case in (*CASES, *KIN, *LARGER, *HEADS_OF_40, LONG, *WIDE)}
 
 # Short prompts of different lengths, to calibrate on.
 TEXTS = ["one two three", "four", "x", *(f"line {n} of {n * n} lines" for n in range(33))]

@@ -6,10 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from checkpoints import CASES
+from checkpoints import BY_NAME
 from exit_vocabulary_case import with_exit_vocabulary
 
-BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
 EXITS = tuple(with_exit_vocabulary(case.name, layers=True) for case in (T5, LLAMA))
 both = pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import CASES, LARGER, Case
+from checkpoints import BY_NAME, Case
 from exit_layer_case import EXIT_LAYER, model_with_exit, write_exit
 from reference import ExitVocabulary
 from safetensors.numpy import load_file, save_file
@@ -24,7 +24,7 @@ KNOWN = np.array([token for token in range(288) if token % 3 or token < 3], np.i
 
 def with_exit_vocabulary(name: str, layers: bool = False) -> Case:
     """The case of this name with an exit vocabulary after layer 1; with `layers`, behind two layers of its own."""
-    plain = next(case for case in (*CASES, *LARGER) if case.name == name)
+    plain = BY_NAME[name]
 
     def build(directory: Path) -> None:
         plain.build(directory)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from checkpoints import CASES, Case
+from checkpoints import BY_NAME, Case
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.transformers_model import reference_model
@@ -22,7 +22,7 @@ from freeexport.training.shallow_deep import MEASURES, ShallowDeep, SharedHead
 from freeexport.training.train import Trained
 from freeexport.training.trainer import decided_rows
 
-T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))
+T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
 
 
 class Run(NamedTuple):

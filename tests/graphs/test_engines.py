@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, Bundles, Case
+from checkpoints import BY_NAME, CASES, Bundles, Case
 from engine_cases import CONFIDENCES, every, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
@@ -19,7 +19,6 @@ from graphs.engine_options import EngineOptions
 from graphs.errors import GraphError
 from graphs.families import describe
 
-BY_NAME = {case.name: case for case in CASES}
 SELECTION = ("t5-relu-tied", "umt5", "llama-yarn-rope", "llama-biases", "mistral-window", "qwen3")
 each_dialect = pytest.mark.parametrize("dialect", ["ort", "standard"])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, KIN, VOCAB_SIZE, Case
+from checkpoints import BY_NAME, CASES, KIN, VOCAB_SIZE, Case
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from graphs.description import Description, Encoder
@@ -16,8 +16,6 @@ from graphs.errors import UnsupportedModelError
 from graphs.families import describe, supported
 from graphs.shapes import ROPE, SIZES, check_checkpoint
 from graphs.weights import View
-
-BY_NAME = {case.name: case for case in CASES}
 
 
 class Names:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES
 from kernel_cases import session_of
 from linear_case import FLOAT, normal
 from tensor_source import Source
@@ -24,7 +23,6 @@ from runtime.kernels import missing
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
 
-BY_NAME = {case.name: case for case in CASES}
 WEIGHTS = {
     "gate": normal(24, 40),
     "up": normal(24, 40, seed=1),

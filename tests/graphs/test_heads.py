@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, VOCAB_SIZE, Bundles, Case
+from checkpoints import BY_NAME, VOCAB_SIZE, Bundles, Case
 from engine_cases import CONFIDENCES, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -26,7 +26,6 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Kernels, Precision
 from runtime.text.grammar import UNKNOWN
 
-BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama-tied"]
 KNOWN = tuple(range(1, VOCAB_SIZE, 7))
 Pair = Callable[..., EnginePair]

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from checkpoints import CASES, LARGER, Bundles
+from checkpoints import BY_NAME, LARGER, Bundles
 from engine_cases import CONFIDENCES, check_rows_are_exact, every, log_softmax, pair_of, tokens
 from kernel_cases import session_of
 from linear_case import BIAS, FLOAT, WEIGHT, normal
@@ -32,7 +32,6 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import HigherTensor, TensorFormat
 from runtime.kernels import VERSION, missing
 
-BY_NAME = {case.name: case for case in CASES}
 ORT, OWN = {"kernels": "onnxruntime"}, {"kernels": "freeexport"}
 each_precision = pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
 with_kernels = pytest.mark.skipif(missing() is not None, reason=str(missing()))

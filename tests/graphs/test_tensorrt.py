@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, LARGER, WIDE, Bundles
+from checkpoints import BY_NAME, WIDE, Bundles
 from exit_vocabulary_case import with_exit_vocabulary
 from onnx import TensorProto
 
@@ -25,7 +25,6 @@ from runtime.tensorrt.files import DIRECTORY, logger_of
 trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/gpu/tensorrt_environment.py)")
 pytestmark = pytest.mark.tensorrt
 
-BY_NAME = {case.name: case for case in (*CASES, *LARGER)}
 # TensorRT's attention kernels want heads of at least 16, and four of them.
 T5, LLAMA = BY_NAME["t5-larger-tied"], BY_NAME["llama-grouped-llama3-rope"]
 T5_EXIT, LLAMA_EXIT = (with_exit_vocabulary(case.name, layers=True) for case in (T5, LLAMA))

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 from hypothesis import strategies as st
 
 from graphs.errors import BuildError
@@ -17,7 +17,6 @@ from runtime.bundle.bundle import Bundle, engine_files
 from runtime.errors import EngineError
 from runtime.tensorrt.files import Plan, Profile, import_tensorrt, profile_for
 
-BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
 
 

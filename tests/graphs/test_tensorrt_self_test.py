@@ -12,7 +12,7 @@ from typing import Any
 import fake_device
 import numpy as np
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner
 from command_errors import error
 from device_cases import EXITS
@@ -23,7 +23,6 @@ from graphs.errors import BuildError
 from graphs.tensorrt.self_test import TOLERANCE
 from runtime.tensorrt.files import DIRECTORY
 
-BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
 OPTIONS = (
     (T5, {"precision": "fp16"}),

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 from onnx import TensorProto
 
 from freeexport.verification.engines import EnginePair, encode, rows_of, sample_batch
 from graphs.widen import fp32_copy
 from runtime.bundle.bundle import Bundle
 
-BY_NAME = {case.name: case for case in CASES}
 # One that rounding hurts much, an encoder-decoder and a decoder that it does not.
 MODELS = ("mt5", "t5-relu-tied", "qwen3")
 each_model = pytest.mark.parametrize("name", MODELS)

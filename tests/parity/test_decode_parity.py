@@ -173,7 +173,7 @@ def test_mode_shallow_is_exiting_at_every_token(
 
 # First tokens: an encoder-decoder decides its first like any other
 
-T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-relu-tied", "llama-tied"))
+T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
 
 
 @pytest.mark.parametrize("exit_layer", [1, T5.layers - 1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import BY_NAME, Case
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
@@ -17,8 +17,6 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import ExitFile, read_exit_file, write_exit_file
 from freeexport.cli import main as freeexport
 from tools.models import demo_model, difference_lora
-
-BY_NAME = {case.name: case for case in CASES}
 
 
 def read(verb: str, arguments: list[str]) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import fake_peer
 import pytest
-from checkpoints import CASES, Bundles, Case
+from checkpoints import BY_NAME, Bundles, Case
 
 from freeexport.measure.bench import BenchOptions, BenchSetting
 from runtime.bundle.bundle import Bundle
@@ -21,8 +21,8 @@ from tools.peers.compare import Contender, compare, measure
 from tools.peers.prompts import first_tokens
 from tools.peers.worker import PeerError, Worker
 
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
-T5 = next(case for case in CASES if case.name == "t5-gated-tied")
+LLAMA = BY_NAME["llama-tied"]
+T5 = BY_NAME["t5-gated-tied"]
 ROOT = Path(__file__).parents[2]
 PROGRAM = "import sys, runpy; sys.path[:0] = sys.argv[1:3]; runpy.run_path(sys.argv[3], run_name='__main__')"
 COMMAND = [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests"), fake_peer.__file__]

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner
 
 from tools.quality import chat_prompts, first_difference, main
-
-BY_NAME = {case.name: case for case in CASES}
 
 
 def test_there_are_200_different_prompts_of_ten_kinds() -> None:

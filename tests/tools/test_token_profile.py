@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner
 
 from runtime import Bundle
 from tools.token_profile import main, profile, table
-
-BY_NAME = {case.name: case for case in CASES}
 
 
 def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:

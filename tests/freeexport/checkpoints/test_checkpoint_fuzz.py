@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import BY_NAME, Case
 from fuzz import fuzz, mutated_bytes
 from gguf_model import write_gguf
 from hypothesis import strategies as st
@@ -112,7 +112,7 @@ ROPE = st.dictionaries(
 
 @pytest.mark.parametrize("name", ["llama-tied", "t5-deep-decoder"])
 def test_configurations(name: str, checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
-    source = checkpoint(next(case for case in CASES if case.name == name))
+    source = checkpoint(BY_NAME[name])
     whole = json.loads((source / "config.json").read_text())
     (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
     keys = st.sampled_from(sorted({*whole, "head_dim", "layer_types", "num_key_value_heads", "max_window_layers"}))

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import BY_NAME, Case
 from safetensors.numpy import save_file
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit_file, write_exit_file
 from freeexport.system.output import link_or_copy
 
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
+LLAMA = BY_NAME["llama-tied"]
 WIDTH = 64
 PLAIN = ExitFile(2, False, 0, "0" * 64, "kd-dyn", "full")
 

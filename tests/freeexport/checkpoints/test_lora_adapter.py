@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import BY_NAME, Case
 from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.lora_adapter import MergedWeights
 
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
+LLAMA = BY_NAME["llama-tied"]
 QUERY, VALUE = (f"model.layers.1.self_attn.{name}_proj" for name in ("q", "v"))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import BY_NAME, Case
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, TextFormat, encode, read_examples, split
@@ -16,7 +16,7 @@ from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.system.jsonl import Request
 from freeexport.training.batches import Collator, LengthBatches
 
-T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))
+T5, LLAMA = (BY_NAME[name] for name in ("t5-deep-decoder", "llama-tied"))
 
 
 @pytest.fixture

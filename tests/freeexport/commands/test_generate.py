@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner, Result
 from command_errors import error
 from fake_device import Machine
@@ -16,7 +16,7 @@ from fake_device import Machine
 from freeexport import cli
 from runtime import Session
 
-CASE = next(case for case in CASES if case.name == "llama-tied")
+CASE = BY_NAME["llama-tied"]
 Run = Callable[..., Result]
 
 

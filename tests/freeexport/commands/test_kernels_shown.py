@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES
+from checkpoints import BY_NAME
 from click.testing import CliRunner
 from command_errors import error
 from handmade_bundle import write_bundle
@@ -18,7 +18,7 @@ from freeexport.cli import main
 from runtime.bundle.manifest import Quantization
 from runtime.kernels import VERSION, missing
 
-CASE = next(case for case in CASES if case.name == "llama-tied")
+CASE = BY_NAME["llama-tied"]
 ROUNDED: dict[str, Any] = {"precision": "int8", "quantization": Quantization()}
 
 

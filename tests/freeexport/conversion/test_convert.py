@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, LARGER, Bundles, Case
+from checkpoints import BY_NAME, LARGER, Bundles, Case
 from click.testing import CliRunner, Result
 from handmade_bundle import write_bundle
 from safetensors.numpy import load_file, save_file
@@ -35,7 +35,6 @@ from runtime import Bundle, Session
 from runtime.bundle.manifest import MANIFEST
 
 ROOT = Path(__file__).parents[3]
-BY_NAME = {case.name: case for case in (*CASES, *LARGER)}
 LLAMA = BY_NAME["llama-tied"]
 FAST = ("--verify", "none", "--capacity", "64")
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from checkpoints import CASES, Bundles, Case, load
+from checkpoints import BY_NAME, Bundles, Case, load
 from click.testing import CliRunner, Result
 from command_errors import error
 
@@ -33,7 +33,6 @@ from runtime.bundle.manifest import Kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"]
 EXIT_LAYER = 2
 each = pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)

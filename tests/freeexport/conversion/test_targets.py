@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, PROMPTS, Bundles, Case
+from checkpoints import BY_NAME, PROMPTS, Bundles, Case
 from click.testing import CliRunner, Result
 from device_cases import EXITS
 
@@ -25,7 +25,6 @@ from graphs.families import describe
 from runtime import Bundle, Session
 from runtime.errors import CapacityError, EngineError
 
-BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
 MODELS = (
     *("t5-relu-tied", "llama-grouped-llama3-rope", "mistral-window", "bart", "marian", "m2m100", "smollm3", "granite"),

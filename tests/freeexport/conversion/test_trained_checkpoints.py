@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import BY_NAME, CASES, Case
 from click.testing import CliRunner
 
 from freeexport.cli import main
@@ -15,7 +15,7 @@ from freeexport.verification.engines import QUICK
 from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
 
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
+LLAMA = BY_NAME["llama-tied"]
 T5 = next(case for case in CASES if case.name.startswith("t5"))
 
 

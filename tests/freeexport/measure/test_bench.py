@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, Bundles, Case
+from checkpoints import BY_NAME, Bundles, Case
 from click.testing import CliRunner, Result
 
 from freeexport.cli import main
 from freeexport.measure import bench as benching
 from freeexport.measure.bench import Run, rows_of, verdict
 
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
-T5 = next(case for case in CASES if case.name == "t5-gated-tied")
+LLAMA = BY_NAME["llama-tied"]
+T5 = BY_NAME["t5-gated-tied"]
 FEW = ("--max-new-tokens", "3", "--samples", "1", "--rounds", "2", "--threads", "1")
 
 

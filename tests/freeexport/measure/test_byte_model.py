@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, Bundles, Case
+from checkpoints import BY_NAME, Bundles, Case
 from exit_layer_case import EXIT_CASES, EXIT_LAYER
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
@@ -20,7 +20,6 @@ from runtime.bundle.bundle import Bundle
 from runtime.decoding.calls import SlotCall
 from runtime.kernels import missing
 
-BY_NAME = {case.name: case for case in CASES}
 OWN = EXIT_CASES[0]
 REPEATED = "one two three one two three one two three"
 

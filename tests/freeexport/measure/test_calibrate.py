@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, TEXTS, Bundles, Case
+from checkpoints import BY_NAME, TEXTS, Bundles, Case
 from click.testing import CliRunner, Result
 from command_errors import error
 
@@ -26,7 +26,6 @@ from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import MANIFEST
 from runtime.errors import CalibrationError
 
-BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
 # Deep passes over a few rows cost little more than over one, over many much more: exits pay, long passes do not.
 PAYS = Costs(shallow=1.0, shallow_without_head=0.9, deep={1: 4.0, 2: 4.1, 4: 4.2, 16: 30.0})

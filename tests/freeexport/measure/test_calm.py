@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Bundles, Case
+from checkpoints import BY_NAME, Bundles, Case
 from click.testing import CliRunner
 
 from freeexport.cli import main
@@ -17,7 +17,6 @@ from freeexport.measure.calm import Calm, threshold_at, write_calm
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 
-BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA, QWEN = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"], BY_NAME["qwen3"]
 Directory = Callable[[Case], Path]
 PROMPTS = ["one two three", "x", "line 5 of 25 lines"]

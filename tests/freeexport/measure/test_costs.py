@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Bundles, Case
+from checkpoints import BY_NAME, Bundles, Case
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.measure.costs import (
@@ -23,7 +23,6 @@ from graphs.families import describe
 from graphs.step_costs import StepCosts, analytic
 from runtime.bundle.costs import Costs, Outside, recordable
 
-BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama-tied"]
 TRUE = Costs(
     shallow=2.0,

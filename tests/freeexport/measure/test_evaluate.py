@@ -14,7 +14,7 @@ from unittest import mock
 from xml.etree import ElementTree
 
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner, Result
 
 from freeexport.cli import main
@@ -24,7 +24,7 @@ from freeexport.measure.settings import CALM, METHODS, OUTPUTS, RUN
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 
-CASE = next(case for case in CASES if case.name == "t5-relu-tied")
+CASE = BY_NAME["t5-relu-tied"]
 Run = Callable[..., Result]
 
 

@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import CASES, PROMPTS, Bundles
+from checkpoints import BY_NAME, PROMPTS, Bundles
 from draft_plans import draft_exits
 
 from freeexport.measure.traces import THRESHOLD, ReplaySession, exit_trace
 from runtime import Session
 from runtime.errors import OptionError
 
-BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama-tied"]
 
 

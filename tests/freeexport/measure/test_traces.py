@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CASES, TEXTS, Bundles, Case, Model
+from checkpoints import BY_NAME, TEXTS, Bundles, Case, Model
 from exit_layer_case import with_exit_layers
 from exit_vocabulary_case import model_with_vocabulary, with_exit_vocabulary
 from hypothesis import given
@@ -21,7 +21,6 @@ from runtime import Session
 from runtime.bundle.costs import Costs, Outside
 from runtime.errors import OptionError
 
-BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
 COSTS = Costs(shallow=2.0, shallow_without_head=1.5, deep={1: 3.0, 2: 3.2, 4: 4.0, 8: 6.0})
 KEY = {"model": "ab" * 32, "data": "cd" * 32, "exit_layer": 2, "confidence": "softmax", "max_new_tokens": 64}

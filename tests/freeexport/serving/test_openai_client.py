@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from checkpoints import KIN, Bundles
+from checkpoints import BY_NAME, Bundles
 from running_server import ENDLESS, MESSAGES, Running, eventually, running
 
 from freeexport.serving.replies import usage
@@ -21,7 +21,7 @@ ASKED: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 20
 
 @pytest.fixture(scope="module")
 def nllb(bundle: Bundles) -> Path:
-    return bundle(next(case for case in KIN if case.name == "nllb"), 1)
+    return bundle(BY_NAME["nllb"], 1)
 
 
 @pytest.fixture(scope="module")

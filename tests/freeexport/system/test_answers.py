@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ from freeexport.system.jsonl import BrokenLine, Request
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 from runtime.result import Stats
 
-CASE = next(case for case in CASES if case.name == "llama-tied")
+CASE = BY_NAME["llama-tied"]
 LINES = [
     *('{"input": "Hi", "id": "a"}', "not JSON", '{"input": "one two three four"}', '{"id": 7, "input": ""}'),
     *('{"input": "x", "id": "b"}', json.dumps({"input": "y" * 400}), '{"input": [{"role": "user", "content": "Hi"}]}'),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CASES, Bundles, Case
+from checkpoints import BY_NAME, Bundles, Case
 from click.testing import CliRunner
 
 from freeexport.cli import main
@@ -23,7 +23,6 @@ from runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"]
 Model = Callable[[Case], Any]
 each = pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)

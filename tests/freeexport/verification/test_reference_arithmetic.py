@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CASES, PROMPTS, Case
+from checkpoints import BY_NAME, PROMPTS, Case
 
 from freeexport.verification.checks import Check
 from freeexport.verification.reference import (
@@ -23,7 +23,6 @@ from runtime.bundle.manifest import EnginePrecision, Precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BY_NAME = {case.name: case for case in CASES}
 Model = Callable[[Case], Any]
 
 

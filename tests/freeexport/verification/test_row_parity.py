@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 
 from freeexport.verification.checks import Check
 from freeexport.verification.engines import (
@@ -24,8 +24,6 @@ from freeexport.verification.engines import (
 )
 from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
-
-BY_NAME = {case.name: case for case in CASES}
 
 # What attention differs by from kernel to kernel, as a share.
 LAST_BITS = 5e-7

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, Bundles, Case
+from checkpoints import BY_NAME, Bundles, Case
 from click.testing import CliRunner, Result
 from damaged_bundle import scale_weight
 from safetensors.numpy import load_file, save_file
@@ -32,7 +32,6 @@ from runtime.bundle.manifest import MANIFEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"]
 
 # Of queries and keys; scores are the square of it larger.

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import BY_NAME, CASES, PROMPTS, Bundles
+from checkpoints import BY_NAME, PROMPTS, Bundles
 from manifest_case import MANIFEST
 from thread_runner import runners_beside
 
@@ -267,7 +267,7 @@ def test_exits_too_few_to_pay_are_left_off_until_they_do() -> None:
 
 TARGET = 0.6
 START = BetaMixture(Beta(2.0, 1.5), Beta(1.2, 2.0), 0.7)
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
+LLAMA = BY_NAME["llama-tied"]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
 
 Open = Callable[..., Session]

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 
 from runtime import Bundle, BundleError, CalibrationError, EngineError, Session
 from runtime.bundle.bundle import VERIFICATION, sha256_of
 from runtime.bundle.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
 from runtime.bundle.manifest import HASH, MANIFEST, File, Manifest, _hash
 
-BY_NAME = {case.name: case for case in CASES}
 FILES = {
     "t5-relu-tied": ("encoder.onnx", "prologue.onnx", "tokenizer.json"),
     "llama-tied": ("shallow.onnx", "deep.onnx", "weights.data", "tokenizer.json", "tokenizer_config.json",

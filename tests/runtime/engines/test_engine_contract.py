@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 
 from runtime import Bundle, BundleError, EngineError, Session
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.manifest import HASH, MANIFEST, _hash
 from runtime.engines.onnx import OnnxEngine
 
-BY_NAME = {case.name: case for case in CASES}
 Copy = Callable[..., Path]
 
 

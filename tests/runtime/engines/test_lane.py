@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS, Bundles
+from checkpoints import BY_NAME, PROMPTS, Bundles
 from draft_plans import PlannedExits, draft_exits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,8 +27,6 @@ from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
 from runtime.result import Token
-
-BY_NAME = {case.name: case for case in CASES}
 
 
 class Delayed:

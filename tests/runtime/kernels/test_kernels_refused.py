@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import pytest
-from checkpoints import CASES
+from checkpoints import BY_NAME
 from kernel_cases import INSTRUCTIONS, here
 
 import runtime.kernels
@@ -24,7 +24,7 @@ from runtime.kernels import LIBRARY, VERSION, instructions, missing, register
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
 
-CASE = next(case for case in CASES if case.name == "llama-tied")
+CASE = BY_NAME["llama-tied"]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from attention_cases import Call, attend, attention_session, exact, feeds, random_call, random_layer
-from checkpoints import CASES
+from checkpoints import BY_NAME
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import ACTIVATIONS, here, multiply, random_case, session
@@ -26,7 +26,7 @@ if not here("amx"):
     pytest.skip("this processor has no AMX, or the system refuses it", allow_module_level=True)
 
 TILES = {"prompt": True}
-CASE = next(case for case in CASES if case.name == "llama-tied")
+CASE = BY_NAME["llama-tied"]
 
 
 def rounded(x):

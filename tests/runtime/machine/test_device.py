@@ -6,14 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 
 from runtime import Session
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import EngineError, OptionError
 from runtime.machine.device import CPU_PROVIDER, CUDA_PROVIDER, Device
 
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
+LLAMA = BY_NAME["llama-tied"]
 
 
 @pytest.mark.parametrize(

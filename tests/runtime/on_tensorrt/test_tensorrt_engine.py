@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 from fake_cuda import FakeCuda
 from fake_tensorrt import _Context, fake_tensorrt
 
@@ -23,7 +23,6 @@ from runtime.errors import CapacityError, DeviceError, EngineError
 from runtime.tensorrt.engine import RUNS_BEFORE_CAPTURE, TensorRTEngine
 from runtime.tensorrt.files import DIRECTORY, record_of
 
-BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama-tied"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 
 from runtime.bundle.bundle import Bundle
 from runtime.errors import EngineError
@@ -26,7 +26,7 @@ from runtime.tensorrt.files import (
     sources_sha256,
 )
 
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
+LLAMA = BY_NAME["llama-tied"]
 Put = Callable[..., Path]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from checkpoints import CASES, PROMPTS, Bundles, Case, Model
+from checkpoints import BY_NAME, PROMPTS, Bundles, Case, Model
 from draft_plans import draft_exits
 from exit_layer_case import EXIT_CASES, EXIT_LAYER
 from exit_vocabulary_case import KNOWN, with_exit_vocabulary
@@ -15,7 +15,7 @@ from runtime import GenerationResult, Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LLAMA, T5 = (next(case for case in CASES if case.name == name) for name in ("llama-tied", "t5-relu-tied"))
+LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"]
 COUNT, TOKENS = 6, 20
 # Modes, and whether an exited token's probabilities are the shallow decoder's.
 MODES = {

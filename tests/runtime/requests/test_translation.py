@@ -12,7 +12,7 @@ from runtime import OptionError, Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 9
-NLLB = next(case for case in KIN if case.name == "nllb")
+NLLB = BY_NAME["nllb"]
 
 
 def theirs(model: Any, prompt: Any, **options: Any) -> list[int]:
@@ -71,7 +71,7 @@ def test_languages_of_prompt_and_output_are_options(bundle: Bundles, source_mode
 
 
 def test_the_start_token_of_mbart_is_the_target_language(bundle: Bundles, source_model: Model) -> None:
-    case = next(case for case in KIN if case.name == "mbart")
+    case = BY_NAME["mbart"]
     with Session(bundle(case, 1), threads=1, slots=1) as session:
         ours = session.generate("x", mode="full", max_new_tokens=TOKENS, tgt_lang="fra_Latn")
         start = LANGUAGES["fra_Latn"]

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES
+from checkpoints import BY_NAME
 from click.testing import CliRunner, Result
 from fake_device import Machine
 
 from tools.gpu import check
 
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
+LLAMA = BY_NAME["llama-tied"]
 
 
 def run(*arguments: object) -> Result:

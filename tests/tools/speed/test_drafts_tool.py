@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner
 
 from tools.speed import drafts
 
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
+LLAMA = BY_NAME["llama-tied"]
 
 
 def test_every_ratio_is_shown_and_what_does_not_pay_fails_where_that_is_required(
