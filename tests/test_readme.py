@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import CASES, Case
-from click.testing import CliRunner
-
-from freeexport.cli import main
+from command_line import invoke
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -56,7 +54,7 @@ def run_verb(line: str) -> None:
     """In this process, so that torch is imported once. `> FILE` at the end takes the output."""
     command, _, file = line.partition(" > ")
     arguments = shlex.split(command, comments=True)[1:]
-    result = CliRunner().invoke(main, arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 0, f"{line}\n{result.output}"
     if file:
         Path(file).write_text(result.stdout, encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
+from command_line import invoke
 
 from freeexport import cli
 
@@ -81,7 +81,7 @@ def helps() -> Iterator[tuple[str, str]]:
     """Every command's name and its help, as it is printed."""
 
     def below(command: click.Command, path: list[str]) -> Iterator[tuple[str, str]]:
-        yield " ".join(["freeexport", *path]), CliRunner().invoke(cli.main, [*path, "--help"]).output
+        yield " ".join(["freeexport", *path]), invoke(*path, "--help").output
         if isinstance(command, click.Group):
             context = click.Context(command)
             for name in command.list_commands(context):

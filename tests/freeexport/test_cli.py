@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command_line import invoke
 
 from freeexport import cli, commands
 from freeexport.system.extras import PURPOSES, extras, missing_of
@@ -33,7 +34,7 @@ def run_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
         monkeypatch.setitem(cli.GROUPS, "Probes", {"probe": "A verb for tests."})
         monkeypatch.delitem(sys.modules, "freeexport.commands.probe", raising=False)
-        return CliRunner().invoke(cli.main, [*arguments, "probe"])
+        return invoke(*arguments, "probe")
 
     return run
 
@@ -69,7 +70,7 @@ def test_help_imports_no_heavy_package_and_is_fast() -> None:
 
 
 def test_version_is_the_distributions() -> None:
-    result = CliRunner().invoke(cli.main, ["--version"])
+    result = invoke("--version")
     declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared is not None
     assert result.stdout == f"freeexport {declared[1]}\n"
@@ -87,7 +88,7 @@ def test_extras_are_those_that_the_installed_distribution_declares() -> None:
 def test_every_listed_verb_has_a_command_with_help_and_an_example() -> None:
     context = click.Context(cli.main)
     for verb in cli.main.list_commands(context):
-        result = CliRunner().invoke(cli.main, [verb, "--help"])
+        result = invoke(verb, "--help")
         assert result.exit_code == 0, verb
         assert "Example" in result.output, verb
 
@@ -236,13 +237,13 @@ def test_a_missing_package_names_the_extra_of_its_verb(
 
 @pytest.mark.parametrize(("verb", "near"), [("convrt", "; did you mean 'convert'?"), ("zzz", "")])
 def test_a_verb_that_is_none_names_the_nearest(verb: str, near: str) -> None:
-    result = CliRunner().invoke(cli.main, [verb])
+    result = invoke(verb)
     assert result.exit_code == 2
     assert result.stderr.endswith(f"Error: No such command '{verb}'{near}\n")
 
 
 def test_an_option_that_is_none_names_the_nearest() -> None:
-    result = CliRunner().invoke(cli.main, ["convert", "--exit-layr", "3"])
+    result = invoke("convert", "--exit-layr", "3")
     assert result.exit_code == 2
     assert "--exit-layer" in result.stderr
 

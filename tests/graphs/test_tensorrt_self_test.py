@@ -13,11 +13,9 @@ import fake_device
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, Bundles
-from click.testing import CliRunner
-from command_errors import error
+from command_line import error, invoke, succeed
 from device_cases import EXITS
 
-from freeexport import cli
 from freeexport.conversion.convert import build_and_test
 from graphs.errors import BuildError
 from graphs.tensorrt.self_test import TOLERANCE
@@ -85,7 +83,7 @@ def test_what_the_type_does_not_explain_is_an_error_of_one_line(
     path = copy_of(LLAMA, precision=precision)
     fake_device.install(monkeypatch)
     monkeypatch.setattr("fake_tensorrt.OUTPUT", wrong(engine, factor))
-    shown = error(CliRunner().invoke(cli.main, ["convert", str(path), "--build", "1"]))
+    shown = error(invoke("convert", path, "--build", "1"))
     assert re.search(message, shown)
     assert not list(path.parent.glob(".bundle*"))
 
@@ -109,10 +107,9 @@ def test_a_wrong_engine_is_an_error_and_does_not_stay(copy_of: Any, monkeypatch:
 def test_without_a_gpu_it_says_that_it_was_not_run(copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copy_of(LLAMA)
     fake_device.install(monkeypatch, devices=0)
-    result = CliRunner().invoke(cli.main, ["convert", str(path), "--build", "1"])
-    assert result.exit_code == 0, result.output
+    result = succeed("convert", path, "--build", "1")
     assert "self-test: not run, there is no GPU to run on" in result.output
-    shown = CliRunner().invoke(cli.main, ["convert", str(path), "--build", "1", "--json"])
+    shown = invoke("convert", path, "--build", "1", "--json")
     content = json.loads(shown.output)
     assert [engine["reused"] for engine in content["engines"]] == [True, True]
     assert content["self_test"]["largest"] == {}

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, HEADS_OF_40, PROMPTS, Bundles, Case
-from click.testing import CliRunner
+from command_line import invoke, succeed
 
-from freeexport.cli import main
 from graphs.errors import GraphError
 from graphs.quantization.rounding import IntegerScheme
 from runtime import Session
@@ -54,7 +53,7 @@ def test_the_standard_dialect_has_no_operators_for_it(
     precision: str, checkpoint: Callable[[Case], Path], tmp_path: Path
 ) -> None:
     arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "1"]
-    result = CliRunner().invoke(main, [*arguments, "--dialect", "standard", "--precision", precision])
+    result = invoke(*arguments, "--dialect", "standard", "--precision", precision)
     assert result.exit_code == 1
     assert f"precision {precision} needs operators of ONNX Runtime; choose --dialect ort" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -65,8 +64,7 @@ def test_a_kept_tensor_is_recorded_and_shown(
 ) -> None:
     monkeypatch.setattr(IntegerScheme, "limits", {**IntegerScheme.limits, "int4": 0.0785})
     arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "2"]
-    result = CliRunner().invoke(main, [*arguments, "--precision", "int4", "--verify", "none"])
-    assert result.exit_code == 0, result.output
+    result = succeed(*arguments, "--precision", "int4", "--verify", "none")
     quantization = Bundle.open(tmp_path / "out").manifest.quantization
     assert quantization is not None
     assert 0 < len(quantization.higher) < 20
@@ -76,7 +74,7 @@ def test_a_kept_tensor_is_recorded_and_shown(
     shown = ", ".join(f"{item.tensor} ({item.stored})" for item in quantization.higher[:3])
     rest = len(quantization.higher) - 3
     assert f"kept at a higher precision: {shown} and {rest} more (see inspect)" in result.stdout
-    page = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).stdout
+    page = invoke("inspect", tmp_path / "out").stdout
     assert "Kept at a higher precision" in page
     with Session(tmp_path / "out") as session:
         assert len(session.generate("Hello", max_new_tokens=5, ignore_eos=True).token_ids) == 5

@@ -13,14 +13,13 @@ import numpy as np
 import onnx
 import pytest
 from checkpoints import BY_NAME
-from click.testing import CliRunner
+from command_line import invoke, succeed
 from running_server import running
 from sounds import sound, wav
 from transformers import AutoTokenizer
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import DataError, encode, read_examples, text_format
-from freeexport.cli import main
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.conversion.own_outputs import own_outputs
@@ -234,10 +233,9 @@ def test_the_command_line_reads_audio(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(wav(SOUND))
     asked = ["generate", str(bundle), "--audio", str(path), "-o", "language=de", "-o", "timestamps=true", "--json"]
-    done = CliRunner().invoke(main, asked)
-    assert done.exit_code == 0, done.output
+    done = succeed(*asked)
     assert json.loads(done.stdout.splitlines()[-1])["language"] == "de"
-    refused = CliRunner().invoke(main, ["generate", str(bundle), "text"])
+    refused = invoke("generate", bundle, "text")
     assert refused.exit_code == 1
     assert "reads speech; give --audio FILE" in refused.output
 
@@ -290,8 +288,7 @@ def test_a_bundle_is_verified_on_what_was_said(spoken: Path, tmp_path: Path) -> 
 
 def test_fit_makes_a_bundle_of_recordings(spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(module: str, *arguments: str, **shown: Any) -> str:
-        done = CliRunner().invoke(main, arguments)
-        assert done.exit_code == 0, done.output
+        done = succeed(*arguments)
         return done.stdout
 
     monkeypatch.setattr(steps, "run_child", here)
@@ -344,8 +341,7 @@ def test_an_exit_is_trained_on_the_models_own_transcripts(spoken: Path, session:
     given = ["--data", str(data), "--max-new-tokens", "12", "--metric", "wer", "--methods", "full,lossless"]
     for verb in (["evaluate", str(bundle), *given, "--output", str(tmp_path / "results")],
                  ["generate", str(bundle), "--input", str(data), "-o", "language=de"]):  # fmt: skip
-        done = CliRunner().invoke(main, verb)
-        assert done.exit_code == 0, done.output
+        done = succeed(*verb)
     assert [Path(json.loads(line)["audio"]).name for line in done.stdout.splitlines()][-1] == "5.wav"
 
 
@@ -388,6 +384,6 @@ def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_
         (["train", model, str(tmp_path / "out"), "--exit-layer", "1", "--truncate", "--data", data], "--truncate cuts"),
         (["convert", model, str(tmp_path / "out"), *rounded, "--data", data], "--data rounds weights for text"),
     ):
-        done = CliRunner().invoke(main, asked)
+        done = invoke(*asked)
         assert done.exit_code == 1, done.output
         assert message in done.output.strip().splitlines()[-1]

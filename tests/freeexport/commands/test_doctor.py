@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import invoke
 
-from freeexport import cli
 from freeexport.commands import doctor
 from freeexport.commands.doctor import (
     WHEELS,
@@ -84,14 +83,14 @@ def test_a_provider_that_raises_or_falls_back_silently_is_not_usable() -> None:
 
 def test_page_and_json_show_versions_problems_and_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda: examine({"torch": "2.13.0", "cuda-bindings": "13"}.get))
-    result = CliRunner().invoke(cli.main, ["doctor"])
+    result = invoke("doctor")
     assert result.exit_code == 1
     assert "2.13.0" in result.stdout
     assert "not installed" in result.stdout
     assert "problem: ONNX Runtime is not installed; run: pip install 'freeexport[cpu]'" in result.stdout
     assert "can decode" not in result.stdout
     assert "CUDA" not in result.stdout
-    result = CliRunner().invoke(cli.main, ["doctor", "--json"])
+    result = invoke("doctor", "--json")
     report = json.loads(result.stdout)
     assert (result.exit_code, report["ok"]) == (1, False)
     assert report["machine"]["usable_cores"] >= 1

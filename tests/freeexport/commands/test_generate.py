@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from checkpoints import BY_NAME, Bundles
-from click.testing import CliRunner, Result
-from command_errors import error
+from click.testing import Result
+from command_line import error, invoke
 from fake_device import Machine
 
-from freeexport import cli
 from runtime import Session
 
 CASE = BY_NAME["llama-tied"]
@@ -23,7 +22,7 @@ Run = Callable[..., Result]
 @pytest.fixture
 def generate(bundle: Bundles) -> Run:
     path = str(bundle(CASE, 2))
-    return lambda *arguments: CliRunner().invoke(cli.main, ["generate", path, *arguments, "--threads", "1"])
+    return lambda *arguments: invoke("generate", path, *arguments, "--threads", "1")
 
 
 @pytest.fixture
@@ -170,7 +169,7 @@ def test_options_that_contradict_each_other_are_usage_errors(
 
 
 def on_a_gpu(path: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(cli.main, ["generate", str(path), "Hi there", "--max-new-tokens", "8", *arguments])
+    return invoke("generate", path, "Hi there", "--max-new-tokens", "8", *arguments)
 
 
 def test_a_device_is_where_the_session_runs(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
-from command_errors import error
+from click.testing import Result
+from command_line import error, invoke
 from handmade_bundle import VERIFICATION, write_bundle
 
-from freeexport import cli
 from runtime.bundle.costs import Costs, Host, Outside
 from runtime.bundle.manifest import MANIFEST, Manifest
 
@@ -19,7 +18,7 @@ COSTS = Costs(0.012, 0.01, {1: 0.02, 8: 0.03, 16: 0.045}, Outside(1e-4, 1e-4, 1e
 
 
 def inspect(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli.main, ["inspect", *map(str, arguments)])
+    return invoke("inspect", *arguments)
 
 
 def row(result: Result, name: str) -> str:

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 from checkpoints import BY_NAME
-from click.testing import CliRunner
-from command_errors import error
+from command_line import error, invoke, succeed
 from handmade_bundle import write_bundle
 
 import runtime.kernels
-from freeexport.cli import main
 from runtime.bundle.manifest import Quantization
 from runtime.kernels import VERSION, missing
 
@@ -29,8 +27,7 @@ def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def printed(*arguments: str) -> str:
     """Words, wherever the page breaks its lines."""
-    result = CliRunner().invoke(main, [*arguments])
-    assert result.exit_code == 0, result.output
+    result = succeed(*arguments)
     return " ".join(result.stdout.replace("│", " ").split())
 
 
@@ -70,15 +67,13 @@ def test_what_could_not_be_verified_here_is_refused_before_the_long_work(
     tmp_path: Path, checkpoint: Callable[[Any], Path]
 ) -> None:
     arguments = ["convert", str(checkpoint(CASE)), str(tmp_path / "out"), "--exit-layer", "1", "--precision", "int8"]
-    result = CliRunner().invoke(main, [*arguments, "--kernels", "freeexport"])
+    result = invoke(*arguments, "--kernels", "freeexport")
     assert "freeexport's kernels are not built here" in error(result)
     assert not (tmp_path / "out").exists()
-    unchecked = CliRunner().invoke(main, [*arguments, "--kernels", "freeexport", "--verify", "none"])
-    assert unchecked.exit_code == 0, unchecked.output
+    succeed(*arguments, "--kernels", "freeexport", "--verify", "none")
 
 
 def convert(model: Path, out: Path, *arguments: str) -> str:
     options = ["--exit-layer", "1", "--capacity", "64", "--precision", "int8", "--verify", "none"]
-    result = CliRunner().invoke(main, ["convert", str(model), str(out), *options, *arguments])
-    assert result.exit_code == 0, result.output
+    result = succeed("convert", model, out, *options, *arguments)
     return result.stdout

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from click.testing import CliRunner
+from command_line import invoke
 from running_server import ENDLESS, MESSAGES
 from serve_command import command
-
-from freeexport.cli import main
 
 
 def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: Path, t5: Path) -> None:
@@ -60,7 +58,7 @@ def test_a_server_whose_output_nobody_reads_ends_all_the_same(chat: Path) -> Non
 
 
 def refused(*arguments: str, **variables: str) -> str:
-    result = CliRunner().invoke(main, ["serve", *arguments], env=variables)
+    result = invoke("serve", *arguments, env=variables)
     assert result.exit_code == 1, result.output
     *_, last = result.stderr.splitlines()
     assert last.startswith("error: ")

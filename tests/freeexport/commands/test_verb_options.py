@@ -9,6 +9,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from command_line import invoke
 
 from freeexport import cli
 from freeexport.commands.verb_options import REST, SectionedCommand, section
@@ -51,7 +52,7 @@ def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
 def test_a_long_help_is_in_sections_that_have_every_option_once(verb: str) -> None:
     command = dict(commands())[verb]
     flag = "--help-all" if any(getattr(option, "rare", False) for option in command.params) else "--help"
-    text = CliRunner().invoke(cli.main, [verb, flag], terminal_width=100).output
+    text = invoke(verb, flag, terminal_width=100).output
     _, *sections = text.split("\n\n")
     titles = [part.splitlines()[0] for part in sections if not part.startswith("  ")]
     assert len(titles) >= 5

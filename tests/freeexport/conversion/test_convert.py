@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, LARGER, Bundles, Case
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command_line import invoke, succeed
 from handmade_bundle import write_bundle
 from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import known_ends
-from freeexport.cli import main
 from freeexport.system.child import run_child
 from freeexport.system.page import human_bytes
 from freeexport.verification.verification import VerificationError, write_report
@@ -43,7 +43,7 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 
 def convert(model: Path, out: Path, *arguments: str, exit_layer: int = 1) -> Result:
-    return CliRunner().invoke(main, ["convert", str(model), str(out), "--exit-layer", str(exit_layer), *arguments])
+    return invoke("convert", model, out, "--exit-layer", exit_layer, *arguments)
 
 
 def failed(result: Result) -> str:
@@ -123,8 +123,7 @@ def test_a_verified_bundle_says_so_and_generates(
 
 def test_defaults_are_those_of_the_model_and_json_is_the_manifest(checkpoint: Checkpoint, place: Path) -> None:
     arguments = ["convert", str(checkpoint(LLAMA)), str(place / "out"), "--verify", "none", "--json"]
-    result = CliRunner().invoke(main, [*arguments, "--confidence", "entropy"])
-    assert result.exit_code == 0, result.output
+    result = succeed(*arguments, "--confidence", "entropy")
     assert "note: exit after layer 2 of 5, a third of them, as llama-tied has no exit.json; --exit-" in result.stderr
     assert result.stdout == (place / "out" / MANIFEST).read_text()
     manifest = json.loads(result.stdout)
@@ -147,7 +146,7 @@ def test_build_is_for_tensorrt_and_a_bundle_is_no_checkpoint(
     result = convert(model, place / "out", *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
-    assert CliRunner().invoke(main, ["convert", str(model)]).exit_code == 2
+    assert invoke("convert", model).exit_code == 2
 
 
 def test_converting_twice_gives_the_same_bytes(checkpoint: Checkpoint, bundle: Bundles, place: Path) -> None:

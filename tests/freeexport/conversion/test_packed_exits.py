@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import BY_NAME, Case
 from click.testing import CliRunner
+from command_line import invoke, succeed
 from gguf_model import write_gguf
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -32,7 +33,6 @@ from freeexport.checkpoints.packed_exit import (
     weights_sha256,
     with_exit_applied,
 )
-from freeexport.cli import main
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.system.output import OutputError
@@ -145,36 +145,33 @@ def test_the_command_applies_an_exit_and_verifies_it(
     """Found by name; a bundle in fp32 is verified against the weights as they are in the file."""
     monkeypatch.setattr(packed_exit, "READY_MADE", tmp_path)
     packed("lora")
-    model, out = str(checkpoint(LLAMA)), tmp_path / "bundle"
-    run = CliRunner().invoke
-    done = run(main, ["convert", model, str(out), "--exit", "lora", "--capacity", "64"])
-    assert done.exit_code == 0, done.output
+    model, out = checkpoint(LLAMA), tmp_path / "bundle"
+    done = succeed("convert", model, out, "--exit", "lora", "--capacity", "64")
     assert "verified: yes" in done.output
     assert Bundle.open(out).manifest.exit_layers == 1
     with Session(out) as session:
         assert session.generate("word 3 is", max_new_tokens=4, threshold=0.0).token_ids
-    against = ["verify", str(out), "--quick", "--against", model]
-    assert "is not the checkpoint" in run(main, against).output
-    assert run(main, [*against, "--exit", "lora"]).exit_code == 0
-    assert "give --against MODEL" in run(main, ["verify", str(out), "--exit", "lora"]).output
+    against = ["verify", out, "--quick", "--against", model]
+    assert "is not the checkpoint" in invoke(*against).output
+    succeed(*against, "--exit", "lora")
+    assert "give --against MODEL" in invoke("verify", out, "--exit", "lora").output
 
 
 def test_exits_are_listed_with_those_that_fit(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_exit, "READY_MADE", tmp_path)
-    run = CliRunner().invoke
-    assert "brings no exits" in run(main, ["exits"]).output
+    assert "brings no exits" in invoke("exits").output
     for kind in ("layers", "t5 layers"):
         packed(kind)
-    lines = run(main, ["exits", str(checkpoint(LLAMA))]).output.splitlines()
+    lines = invoke("exits", checkpoint(LLAMA)).output.splitlines()
     assert lines[0].startswith("layers: for llama-tied, after layer 2, 2 layers of its own, 40 tokens, ")
     assert lines[1:4] == ["    data: words", "    recipe: three steps", "    results: none"]
     assert lines[4] == f"    fits {checkpoint(LLAMA)}: yes"
     assert lines[-1].endswith("no, it is for t5 models, of llama-tied, and llama-tied is a llama model")
-    first, second = json.loads(run(main, ["exits", str(checkpoint(T5)), "--json"]).output)
+    first, second = json.loads(invoke("exits", checkpoint(T5), "--json").output)
     assert (first["fits"], second["fits"], second["exit"]["exit_layer"]) == (False, True, 2)
-    assert json.loads(run(main, ["exits", "--json"]).output)[0]["licence"] == "Apache-2.0"
+    assert json.loads(invoke("exits", "--json").output)[0]["licence"] == "Apache-2.0"
 
 
 def test_weights_are_the_same_in_every_format(checkpoint: Directory, tmp_path: Path) -> None:

@@ -15,11 +15,10 @@ import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import BY_NAME, Bundles, Case, load
-from click.testing import CliRunner, Result
-from command_errors import error
+from click.testing import Result
+from command_line import error, invoke
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.cli import main
 from freeexport.conversion import rounding_data
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.rounding_data import RoundedWeights, round_for_text
@@ -192,12 +191,12 @@ def test_the_manifest_and_inspect_say_what_for(text: Path, bundle: Bundles) -> N
     data = opened.manifest.quantization.rounding_data
     assert data is not None
     assert (data.texts, data.sha256) == (40, hashlib.sha256(text.read_bytes()).hexdigest())
-    assert f"{data.tokens} tokens of 40 texts" in CliRunner().invoke(main, ["inspect", str(path)]).stdout
+    assert f"{data.tokens} tokens of 40 texts" in invoke("inspect", path).stdout
     plain = bundle(LLAMA, EXIT_LAYER, precision="int4")
     as_plain = Bundle.open(plain).manifest.quantization
     assert as_plain is not None
     assert replace(opened.manifest.quantization, rounding_data=None) == as_plain
-    assert "fitted to" not in CliRunner().invoke(main, ["inspect", str(plain)]).stdout
+    assert "fitted to" not in invoke("inspect", plain).stdout
 
 
 def test_long_texts_are_cut_and_late_lines_are_left(
@@ -212,7 +211,7 @@ def test_long_texts_are_cut_and_late_lines_are_left(
 
 def convert(model: Path, out: Path, *arguments: str) -> Result:
     fast = ("--exit-layer", "1", "--verify", "none", "--capacity", "64")
-    return CliRunner().invoke(main, ["convert", str(model), str(out), *fast, *arguments])
+    return invoke("convert", model, out, *fast, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from checkpoints import BY_NAME, PROMPTS, Bundles, Case
-from click.testing import CliRunner, Result
+from command_line import invoke, succeed
 from device_cases import EXITS
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.cli import main
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.verification.engines import QUICK
 from freeexport.verification.verification import failure, verify
@@ -32,10 +31,6 @@ MODELS = (
 )
 
 Checkpoint = Callable[[Case], Path]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +70,7 @@ def test_a_target_decides_what_is_left_open(options: dict[str, Any], expected: A
 def test_what_a_target_cannot_do_is_refused(
     arguments: tuple[str, ...], message: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    result = run("convert", checkpoint(LLAMA), tmp_path / "out", "--exit-layer", 1, *arguments)
+    result = invoke("convert", checkpoint(LLAMA), tmp_path / "out", "--exit-layer", 1, *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
@@ -91,8 +86,7 @@ def test_an_exported_encoder_is_for_the_cpu(checkpoint: Checkpoint) -> None:
 
 def test_bf16_is_verified_as_if_a_cpu_had_it_and_decodes_on_none(checkpoint: Checkpoint, tmp_path: Path) -> None:
     arguments = ("--target", "tensorrt", "--precision", "bf16", "--exit-layer", 1, "--capacity", 128)
-    result = run("convert", checkpoint(LLAMA), tmp_path / "out", *arguments)
-    assert result.exit_code == 0, result.stderr
+    succeed("convert", checkpoint(LLAMA), tmp_path / "out", *arguments)
     bundle = Bundle.open(tmp_path / "out")
     assert bundle.manifest.verified
     assert bundle.verification is not None

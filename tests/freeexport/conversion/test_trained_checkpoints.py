@@ -8,21 +8,14 @@ from pathlib import Path
 
 import pytest
 from checkpoints import BY_NAME, CASES, Case
-from click.testing import CliRunner
+from command_line import invoke, succeed
 
-from freeexport.cli import main
 from freeexport.verification.engines import QUICK
 from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
 
 LLAMA = BY_NAME["llama-tied"]
 T5 = next(case for case in CASES if case.name.startswith("t5"))
-
-
-def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.fixture
@@ -38,13 +31,13 @@ def test_a_trained_exit_converts_at_its_layer_and_verifies(
     case: Case, tune: str, data: Path, tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
     trained, out = tmp_path / "trained", tmp_path / "bundle"
-    run("train", checkpoint(case), trained, "--data", data, "--exit-layer", 2, "--tune", tune, "--steps", 3,
-        "--batch-tokens", 512, *([] if tune == "full" else ["--rank", 4]), "--learning-rate", 0.01)  # fmt: skip
-    run("convert", trained, out, "--verify", "none")
+    succeed("train", checkpoint(case), trained, "--data", data, "--exit-layer", 2, "--tune", tune, "--steps", 3,
+            "--batch-tokens", 512, *([] if tune == "full" else ["--rank", 4]), "--learning-rate", 0.01)  # fmt: skip
+    succeed("convert", trained, out, "--verify", "none")
     bundle = Bundle.open(out)
     assert bundle.manifest.exit_layer == 2
     report = verify(bundle, str(trained), extent=QUICK)
     assert report["passed"], report
-    result = CliRunner().invoke(main, ["convert", str(trained), str(tmp_path / "other"), "--exit-layer", "1"])
+    result = invoke("convert", trained, tmp_path / "other", "--exit-layer", "1")
     assert result.exit_code == 1
     assert "was trained to exit after layer 2, not 1" in result.output

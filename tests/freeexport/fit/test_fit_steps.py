@@ -10,10 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from command_line import invoke, succeed
 from killed_process import killed_before
 
-from freeexport import cli
 from freeexport.fit import steps
 from freeexport.fit.paper import SEEDS, comparison, written
 from freeexport.fit.plan import FitOptions
@@ -31,7 +30,7 @@ ORDER = ["untrained", "joint", "exit", "trained", "calibrate", "evaluate"]
 
 def run_here(module: str, *arguments: str, **shown: Any) -> str:
     """Run a command in this process."""
-    result = CliRunner().invoke(cli.main, arguments)
+    result = invoke(*arguments)
     if result.exit_code:
         raise ChildError(result.stderr)
     return result.stdout
@@ -277,8 +276,7 @@ def test_the_sentence_and_the_command_are_of_the_fastest_that_keeps_enough(
 def test_the_command_prints_the_plan_and_stops(options: Options, tmp_path: Path) -> None:
     given = options()
     arguments = ["fit", given.model, str(given.out), "--data", str(given.data), "--metric", "chrf", "--budget", "1h30m"]
-    result = CliRunner().invoke(cli.main, [*arguments, "--plan"])
-    assert result.exit_code == 0, result.output
+    result = succeed(*arguments, "--plan")
     assert "of 90 min" in result.stdout
     assert "expected, a request" in result.stdout
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
@@ -295,6 +293,6 @@ def test_the_command_prints_the_plan_and_stops(options: Options, tmp_path: Path)
 )
 def test_options_that_cannot_be_read_are_refused(more: list[str], problem: str, options: Options) -> None:
     given = options()
-    result = CliRunner().invoke(cli.main, ["fit", given.model, str(given.out), "--data", str(given.data), *more])
+    result = invoke("fit", given.model, given.out, "--data", given.data, *more)
     assert result.exit_code == 2
     assert problem in result.stderr

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from checkpoints import BY_NAME, Bundles, Case
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command_line import invoke
 
-from freeexport.cli import main
 from freeexport.measure import bench as benching
 from freeexport.measure.bench import Run, rows_of, verdict
 
@@ -73,7 +73,7 @@ def test_a_winner_is_faster_in_its_slowest_round(steps: tuple[float, float], sai
 
 
 def bench(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+    return invoke("bench", *arguments)
 
 
 @pytest.fixture

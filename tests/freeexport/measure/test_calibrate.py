@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, TEXTS, Bundles, Case
-from click.testing import CliRunner, Result
-from command_errors import error
+from command_line import error, invoke, succeed
 
-from freeexport.cli import main
 from freeexport.measure import calibrate as calibrating
 from freeexport.measure import sources, timing
 from freeexport.measure.sources import check_unknown, unknown_of_bundle
@@ -50,13 +48,8 @@ def own(tmp_path: Path, bundle: Bundles) -> Own:
     return copied
 
 
-def run(*arguments: Any) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
 def calibrated(*arguments: Any) -> dict[str, Any]:
-    result = run("calibrate", *arguments, "--max-new-tokens", 12, "--json")
-    assert result.exit_code == 0, result.output
+    result = succeed("calibrate", *arguments, "--max-new-tokens", 12, "--json")
     return dict(json.loads(result.stdout))
 
 
@@ -76,18 +69,17 @@ def test_a_bundle_is_updated_and_decodes_and_shows_it(own: Own, data: Path) -> N
         asked = {"mode": "free", "max_new_tokens": 12, "threshold": answer["threshold"]}
         assert exits == session.generate(TEXTS[0], **asked).stats.exits
         session.generate(TEXTS[0], max_new_tokens=12, mode="rollback")  # has a threshold of its own now
-    assert "P(agree | confidence) is at least 0.2" in run("inspect", path).stdout
-    assert json.loads(run("inspect", path, "--json").stdout)["calibration"]["threshold"] == answer["threshold"]
+    assert "P(agree | confidence) is at least 0.2" in invoke("inspect", path).stdout
+    assert json.loads(invoke("inspect", path, "--json").stdout)["calibration"]["threshold"] == answer["threshold"]
 
 
 def test_never_is_exactly_one_and_the_verdict_is_printed_once(own: Own, data: Path) -> None:
     path = own(T5)
-    result = run("calibrate", path, "--data", data, "--agreement", 0.999999, "--max-new-tokens", 12)
-    assert result.exit_code == 0, result.output
+    result = succeed("calibrate", path, "--data", data, "--agreement", 0.999999, "--max-new-tokens", 12)
     assert result.stdout.count("Next: ") == 1
     assert len([line for line in result.stdout.splitlines() if "the exit after layer 1 of 6" in line]) == 1
     assert Bundle.open(path).manifest.threshold == 1.0
-    shown = " ".join(run("inspect", path).stdout.split())
+    shown = " ".join(invoke("inspect", path).stdout.split())
     assert "never exits: there is no confidence from which 0.999999 of the tokens agree" in shown
 
 
@@ -101,7 +93,7 @@ def test_times_of_a_busy_machine_are_printed_and_marked(own: Own, data: Path, mo
     assert all(row["predicted_speedup"] for row in answer["table"])
     assert answer["costs"]["busy"] == 1.3
     assert any("1.3 cores busy" in note for note in answer["notes"])
-    page = " ".join(run("calibrate", *given, "--max-new-tokens", 12).stdout.split())
+    page = " ".join(invoke("calibrate", *given, "--max-new-tokens", 12).stdout.split())
     assert "others kept 1.3 cores busy" in page
     assert "from round to round" in page
 
@@ -114,18 +106,16 @@ def test_a_calibration_in_a_file_is_for_another_conversion(
     answer = calibrated(before, "--data", data, "--agreement", 0.2, "--output", file)
     assert Bundle.open(before).manifest.threshold == 1.0
     quick = ("--verify", "none", "--calibration", file)
-    result = run("convert", model, out, "--exit-layer", 3, *quick)
-    assert result.exit_code == 0, result.output
+    succeed("convert", model, out, "--exit-layer", 3, *quick)
     opened = Bundle.open(out, verify="full")
     assert opened.manifest.threshold == answer["threshold"]
     assert opened.calibration == read_calibration(file)
     other = ("convert", model, tmp_path / "other")
     entropy = ("--exit-layer", 3, "--confidence", "entropy", *quick)
-    assert "another confidence measure 'softmax', not 'entropy'" in error(run(*other, *entropy))
-    assert "another exit layer 3, not 1" in error(run(*other, "--exit-layer", 1, *quick))
-    assert "another model" in error(
-        run("convert", checkpoint(LLAMA), tmp_path / "other", "--exit-layer", 3, *quick)
-    )  # fmt: skip
+    assert "another confidence measure 'softmax', not 'entropy'" in error(invoke(*other, *entropy))
+    assert "another exit layer 3, not 1" in error(invoke(*other, "--exit-layer", 1, *quick))
+    model = checkpoint(LLAMA)
+    assert "another model" in error(invoke("convert", model, tmp_path / "other", "--exit-layer", 3, *quick))
     assert not (tmp_path / "other").exists()
 
 
@@ -144,7 +134,7 @@ def test_an_interrupted_run_continues_and_other_rules_need_no_decoding(
 
     monkeypatch.setattr(sources, "trace_of", counted)
     before = (path / MANIFEST).read_bytes()
-    result = run("calibrate", path, "--data", data, "--max-new-tokens", 12)
+    result = invoke("calibrate", path, "--data", data, "--max-new-tokens", 12)
     assert result.exit_code == 130
     assert (path / MANIFEST).read_bytes() == before
     until = 1000
@@ -174,28 +164,27 @@ def test_what_cannot_be_calibrated_is_refused_with_the_reason(
     path = own(T5)
     before = (path / MANIFEST).read_bytes()
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:lines]))
-    assert reason in error(run("calibrate", path, "--data", data, "--max-new-tokens", 12, *options))
+    assert reason in error(invoke("calibrate", path, "--data", data, "--max-new-tokens", 12, *options))
     assert (path / MANIFEST).read_bytes() == before
 
 
 def test_options_of_two_rules_are_one_too_many(bundle: Bundles, data: Path) -> None:
-    result = run("calibrate", bundle(T5), "--data", data, "--rule", "risk", "--target-quality", 0.9)
+    result = invoke("calibrate", bundle(T5), "--data", data, "--rule", "risk", "--target-quality", 0.9)
     assert result.exit_code == 2
     assert "several rules (quality, risk)" in result.stderr
 
 
 def test_data_that_are_missing_broken_or_too_long_are_named(own: Own, data: Path, tmp_path: Path) -> None:
     path, lines = own(T5), data.read_text()
-    assert "nowhere cannot be read" in error(run("calibrate", path, "--data", tmp_path / "nowhere"))
+    assert "nowhere cannot be read" in error(invoke("calibrate", path, "--data", tmp_path / "nowhere"))
     data.write_text(lines + "{\n")
-    assert f"line {len(TEXTS) + 1}: not JSON" in error(run("calibrate", path, "--data", data))
+    assert f"line {len(TEXTS) + 1}: not JSON" in error(invoke("calibrate", path, "--data", data))
     long = json.dumps({"input": "y" * 500}) + "\n"
     data.write_text(long + lines)
-    result = run("calibrate", path, "--data", data, "--max-new-tokens", 12)
-    assert result.exit_code == 0, result.output
+    result = succeed("calibrate", path, "--data", data, "--max-new-tokens", 12)
     assert f"warning: 1 of {len(TEXTS) + 1} inputs are left out; the first, line 1: " in result.stderr
     data.write_text(long)
-    assert "none of the 1 inputs can be used" in error(run("calibrate", path, "--data", data))
+    assert "none of the 1 inputs can be used" in error(invoke("calibrate", path, "--data", data))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +208,7 @@ def test_data_of_another_vocabulary_are_refused() -> None:
 
 
 def test_a_checkpoint_is_refused(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
-    assert "is not a bundle" in error(run("calibrate", checkpoint(T5), "--data", data))
+    assert "is not a bundle" in error(invoke("calibrate", checkpoint(T5), "--data", data))
     assert list(tmp_path.iterdir()) == [data]
 
 

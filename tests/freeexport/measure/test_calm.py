@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, Bundles, Case
-from click.testing import CliRunner
+from command_line import invoke, succeed
 
-from freeexport.cli import main
 from freeexport.measure.calm import Calm, threshold_at, write_calm
 from runtime import Session
 from runtime.bundle.bundle import Bundle
@@ -117,8 +116,7 @@ def test_evaluate_runs_it_beside_the_others_and_says_what_it_was_trained_for(
     given = ["--data", data, "--metric", "chrf", "--max-new-tokens", 8, "--threads", 1, "--output", tmp_path / "out"]
     exits = ["--methods", "full,calm,calm-single,calm-decay", "--threshold", 0, "--threshold", 0.999, "--json"]
     command = ["evaluate", bundle(T5), *given, *exits, "--calm-model"]
-    result = CliRunner().invoke(main, [*map(str, command), str(checkpoint(T5))])
-    assert result.exit_code == 0, result.output
+    result = succeed(*command, checkpoint(T5))
     found = json.loads(result.stdout)
     rows = {row["setting"]: row for row in found["rows"]}
     assert (rows["calm 0"]["layers"], rows["calm 0"]["exit_rate"]) == (1, 1)
@@ -138,10 +136,9 @@ def test_evaluate_runs_it_beside_the_others_and_says_what_it_was_trained_for(
         0,
         "--json",
     ]
-    result = CliRunner().invoke(main, [*map(str, ["evaluate", *both, *given, *models])])
-    assert result.exit_code == 0, result.output
+    result = succeed("evaluate", *both, *given, *models)
     assert [row["layers"] for row in json.loads(result.stdout)["rows"]] == [T5.layers, 1, LLAMA.layers, 1]
-    wrong = CliRunner().invoke(main, [*map(str, command), str(checkpoint(LLAMA)), "--overwrite"])
+    wrong = invoke(*command, checkpoint(LLAMA), "--overwrite")
     assert "is not what the bundle came from" in wrong.stderr
-    far = CliRunner().invoke(main, [*map(str, command), str(checkpoint(T5)), "--overwrite", "--calm-from", "99"])
+    far = invoke(*command, checkpoint(T5), "--overwrite", "--calm-from", "99")
     assert "--calm-from 99 is out of range" in far.stderr

@@ -15,9 +15,9 @@ from xml.etree import ElementTree
 
 import pytest
 from checkpoints import BY_NAME, Bundles
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command_line import invoke, succeed
 
-from freeexport.cli import main
 from freeexport.measure import evaluate as evaluation
 from freeexport.measure.costs import measured_costs
 from freeexport.measure.settings import CALM, METHODS, OUTPUTS, RUN
@@ -50,7 +50,7 @@ def call(bundles: tuple[Any, ...], data: Path, out: Path, *arguments: Any) -> Re
     given = ("--metric", "exact", "--max-new-tokens", 12, "--threads", 1, "--output", out)
     options = ("--threshold", 0.3, "--threshold", 0.7)
     everything = ("evaluate", *bundles, "--data", data, *given, *options, *arguments)
-    return CliRunner().invoke(main, [str(one) for one in everything])
+    return invoke(*everything)
 
 
 @pytest.fixture
@@ -217,8 +217,7 @@ def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(
     many = tmp_path / "many.jsonl"
     many.write_text("".join(json.dumps({"input": f"line {n}"}) + "\n" for n in range(12)))
     given = (bundle(CASE), "--data", many, "--agreement", 0.3, "--max-new-tokens", 12, "--output", calibration)
-    done = CliRunner().invoke(main, ["calibrate", *map(str, given)])
-    assert done.exit_code == 0, done.output
+    succeed("calibrate", *given)
     calibrated = bundle(CASE, calibration=calibration)
     assert 0 < Bundle.open(calibrated).manifest.threshold < 1
     rows = figures(run("--methods", "full,free,adaptive", "--json", bundles=(calibrated,)))

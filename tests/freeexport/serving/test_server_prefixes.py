@@ -8,10 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from click.testing import CliRunner
+from command_line import succeed
 from running_server import Running, running
 
-from freeexport.cli import main
 from freeexport.commands.serve import PREFIX_CACHE_MB
 from freeexport.serving import server as serving
 from runtime import SessionOptions
@@ -92,5 +91,5 @@ def test_the_command_keeps_prefixes_on_a_cpu(
 ) -> None:
     served: list[SessionOptions] = []
     monkeypatch.setattr(serving, "run", lambda options, host, port: served.append(options.session))
-    assert CliRunner().invoke(main, ["serve", str(chat), *given]).exit_code == 0
+    succeed("serve", chat, *given)
     assert served[0].prefix_cache_mb == expected

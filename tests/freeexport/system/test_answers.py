@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from checkpoints import BY_NAME, Bundles
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command_line import invoke
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freeexport import cli
 from freeexport.system.answers import AHEAD, Line, ResultFile, answer_file, answers, fields_of
 from freeexport.system.jsonl import BrokenLine, Request
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
@@ -43,7 +43,7 @@ def run(bundle: Bundles, tmp_path: Path) -> Run:
 
     def generate(*arguments: str, text: str | None = None) -> Result:
         given = ("--input", str(source) if text is None else "-")
-        return CliRunner().invoke(cli.main, ["generate", path, *given, *common, *arguments], input=text)
+        return invoke("generate", path, *given, *common, *arguments, input=text)
 
     return generate
 

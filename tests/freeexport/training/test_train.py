@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import BY_NAME, Case
-from click.testing import CliRunner
+from command_line import succeed
 from safetensors.torch import load_file, save_file
 from training_case import LLAMA, T5, Runs, evaluated, logged, run_options, tensors
 
@@ -25,7 +25,6 @@ from freeexport.checkpoints.examples import DataError
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, LossName, read_exit_file
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
-from freeexport.cli import main
 from freeexport.training.batches import examples
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED
@@ -335,8 +334,7 @@ def test_the_command_prints_what_was_reached(
     monkeypatch.setattr("freeexport.training.train.multiplies_bfloat16", lambda: fast)
     arguments = ["train", str(checkpoint(LLAMA)), str(tmp_path / "out"), "--data", str(words / "train.jsonl")]
     given = ["--exit-layer", "1", "--steps", "2", "--bf16", "--max-tokens", "18", "--evaluate-every", "2"]
-    result = CliRunner().invoke(main, [*arguments, *given, *(["--truncate"] if fast else ["--json"])])
-    assert result.exit_code == 0, result.output
+    result = succeed(*arguments, *given, *(["--truncate"] if fast else ["--json"]))
     assert ("warning: --bf16 is slow" in result.stderr) is not fast
     if fast:
         assert "inputs are cut, so that examples have 18 tokens" in result.stderr

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import BY_NAME, Bundles, Case
-from click.testing import CliRunner
+from command_line import invoke, succeed
 
-from freeexport.cli import main
 from freeexport.verification.engines import QUICK
 from freeexport.verification.reference import Quality, predictions_on, quality_of
 from freeexport.verification.verification import verify
@@ -80,21 +79,20 @@ def test_quantized_weights_cost_something_and_pass(
 
 def test_a_quantized_bundle_is_verified(bundle: Bundles, checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(bundle(LLAMA, 2, precision="mixed"), tmp_path / "copy"))
-    result = CliRunner().invoke(main, ["verify", str(path), "--quick", "--against", str(checkpoint(LLAMA))])
-    assert result.exit_code == 0, result.output
+    result = succeed("verify", path, "--quick", "--against", checkpoint(LLAMA))
     assert "quality on " in result.stdout
     opened = Bundle.open(path)
     assert opened.manifest.verified
     assert opened.verification is not None
     assert opened.verification["quality"]["passed"]
     assert opened.verification["greedy"]["tie"] is None
-    page = CliRunner().invoke(main, ["inspect", str(path)]).stdout
+    page = invoke("inspect", path).stdout
     assert "same best token" in page
     assert "largest error" in page
 
 
 def test_data_needs_a_checkpoint(bundle: Bundles) -> None:
-    result = CliRunner().invoke(main, ["verify", str(bundle(LLAMA)), "--data", "x.jsonl"])
+    result = invoke("verify", bundle(LLAMA), "--data", "x.jsonl")
     assert result.exit_code == 2
     assert "give --against MODEL" in result.stderr
 

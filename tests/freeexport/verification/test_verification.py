@@ -15,12 +15,11 @@ import numpy as np
 import onnx
 import pytest
 from checkpoints import BY_NAME, Bundles, Case
-from click.testing import CliRunner, Result
+from command_line import invoke, succeed
 from damaged_bundle import scale_weight
 from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.cli import main
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.verification.checks import Check, greedy_line
@@ -59,10 +58,6 @@ def zero_middle(path: Path, engine: str, name: str) -> None:
 
 def external(tensor: onnx.TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ["verify", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -176,8 +171,7 @@ def test_a_checkpoint_that_the_bundle_was_not_made_from_is_refused(copy: Copy, c
 
 def test_the_command_writes_its_report_and_marks_the_bundle(copy: Copy, checkpoint: Checkpoint) -> None:
     path = copy()
-    result = run(str(path), "--quick", "--against", str(checkpoint(LLAMA)))
-    assert result.exit_code == 0, result.output
+    result = succeed("verify", path, "--quick", "--against", checkpoint(LLAMA))
     assert re.search(
         r"prefill: deep logits differs by \S+ of its largest value, .*transformers itself is \S+ from", result.stdout
     )
@@ -189,7 +183,7 @@ def test_the_command_writes_its_report_and_marks_the_bundle(copy: Copy, checkpoi
     assert opened.verification["against"] == LLAMA.name
     # And takes the mark back where the engines are wrong.
     scale_weight(path, "deep", "model.layers.4.mlp.down_proj", 1.01)
-    result = run(str(path), "--quick", "--against", str(checkpoint(LLAMA)))
+    result = invoke("verify", path, "--quick", "--against", checkpoint(LLAMA))
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: prefill: deep logits differs by ")
@@ -202,8 +196,7 @@ def test_the_command_writes_its_report_and_marks_the_bundle(copy: Copy, checkpoi
 def test_without_a_checkpoint_the_command_changes_nothing_and_checks_every_byte(copy: Copy) -> None:
     path = copy()
     before = (path / MANIFEST).read_bytes()
-    result = run(str(path), "--json")
-    assert result.exit_code == 0, result.output
+    result = succeed("verify", path, "--json")
     report = json.loads(result.stdout)
     assert (report["passed"], report["against"]) == (True, None)
     assert "greedy" not in report
@@ -212,7 +205,7 @@ def test_without_a_checkpoint_the_command_changes_nothing_and_checks_every_byte(
     content = bytearray((path / "weights.data").read_bytes())
     content[-1] ^= 1
     (path / "weights.data").write_bytes(content)
-    result = run(str(path))
+    result = invoke("verify", path)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: weights.data is not the file that was written")
 
