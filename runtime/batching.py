@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding.calls import SlotCall, Waiting
-from runtime.engines.cross_cache import CrossCache
+from runtime.engines.kv_cache import CrossCache
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
 

@@ -20,7 +20,7 @@ from runtime.adaptation.call_costs import CallCosts
 from runtime.batching import BatchedCall, BatchPolicy
 from runtime.decoding.calls import AT_ONCE, SlotCall
 from runtime.decoding.decoder import Decoder
-from runtime.engines.cross_cache import CrossCache
+from runtime.engines.kv_cache import CrossCache
 from runtime.engines.runner import Event, Runner
 from runtime.errors import EngineError, OptionError, QueueFullError
 from runtime.sequence import Sequence

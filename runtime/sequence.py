@@ -26,7 +26,7 @@ from runtime.decoding.draft_rule import Drafts, LearnedDrafts
 from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.response import Response
-from runtime.engines.memory import check_beams
+from runtime.engines.kv_cache import check_beams
 from runtime.engines.prefix_store import Prefix, PrefixStore, hashes
 from runtime.engines.runner import Encoder
 from runtime.errors import BundleError, OptionError, PromptLengthError

@@ -27,7 +27,7 @@ from runtime.decoding.decoder import Decoder
 from runtime.decoding.feature_decoder import FeatureDecoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.backend import Backend
-from runtime.engines.cross_cache import CrossCache
+from runtime.engines.kv_cache import CrossCache
 from runtime.engines.prefix_store import PrefixStore
 from runtime.errors import CapacityError, OptionError, shown
 from runtime.machine.device import Device, check_runnable

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graphs.errors import BuildError
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.bundle.manifest import Manifest
-from runtime.engines.cross_cache import STEP
+from runtime.engines.kv_cache import CROSS_STEP
 from runtime.errors import FreeExportError
 from runtime.tensorrt.files import (
     DIRECTORY,
@@ -44,8 +44,8 @@ def profiles_of(engine: str, manifest: Manifest, max_batch: int) -> tuple[Profil
     if not 1 <= max_batch <= MAX_BATCH:
         raise BuildError(f"max batch {max_batch} is out of range; choose 1 to {MAX_BATCH}")
     batch = {"B": (1, 1, max_batch)}
-    # Sequences that share calls read arrays of one width, which is a multiple of STEP.
-    longest = -(-manifest.encoder_capacity // STEP) * STEP
+    # Sequences that share calls read arrays of one width, which is a multiple of CROSS_STEP.
+    longest = -(-manifest.encoder_capacity // CROSS_STEP) * CROSS_STEP
     prompt = {"E": _up_to(longest)} if manifest.encoder_decoder else {}
     if engine in ("encoder", "prologue"):
         return (Profile("prompt", {**batch, **prompt}),)

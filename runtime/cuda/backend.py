@@ -14,7 +14,7 @@ from runtime.cuda.runner import CudaEncoder, CudaKVCache, CudaRunner
 from runtime.engines import onnx
 from runtime.engines.backend import Backend, Load, cache_sizes
 from runtime.engines.contract import check_contract
-from runtime.engines.cross_cache import STEP
+from runtime.engines.kv_cache import CROSS_STEP
 from runtime.engines.runner import Encoder, Runner
 from runtime.errors import DeviceError, OptionError
 from runtime.machine.device import Device
@@ -85,7 +85,7 @@ class CudaBackend(Backend):
         rows = slots * (self.capacity + manifest.max_pending)
         # A sequence's own, in every width up to the longest, and a padded copy where several share calls.
         longest = manifest.encoder_capacity
-        rows += slots * (2 * longest + (longest + STEP if slots > 1 else 0)) if longest else 0
+        rows += slots * (2 * longest + (longest + CROSS_STEP if slots > 1 else 0)) if longest else 0
         cache, weights = rows * manifest.kv_bytes_per_token, self.weight_bytes()
         what = f"{cache / 1e6:.1f} MB of KV cache ({rows} positions) and {weights / 1e6:.1f} MB of weights"
         logger.info("device %s: %s", self.cuda, what)

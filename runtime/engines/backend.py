@@ -12,8 +12,7 @@ import numpy as np
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.bundle.manifest import Manifest
 from runtime.engines.contract import check_contract
-from runtime.engines.kv_cache import FeatureCache, KVCache
-from runtime.engines.memory import check_memory
+from runtime.engines.kv_cache import FeatureCache, KVCache, check_memory
 from runtime.engines.onnx import OnnxEngine, import_onnxruntime
 from runtime.engines.runner import Encoder, Runner
 from runtime.machine.machine import read_in_large_pages

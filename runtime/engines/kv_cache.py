@@ -1,16 +1,25 @@
-"""The KV cache of one engine: one array per layer and part, a row per slot, written in place by the engine."""
+"""The KV cache of one engine: one array per layer and part, a row per slot, written in place by the engine; what
+cross-attention reads, of all sequences that share calls; and the memory that both may take."""
 
 from __future__ import annotations
 
+import ctypes
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from runtime.bundle.manifest import Manifest
 from runtime.errors import CapacityError
-from runtime.machine.machine import lazy_zeros
+from runtime.machine.machine import available_memory, lazy_zeros
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("key", "value")
+# Widths of cross-attention are multiples of this, so that a longer prompt seldom means another array.
+CROSS_STEP = 32
 
 
 class KVCache:
@@ -149,3 +158,96 @@ class FeatureCache(KVCache):
 
     def row_bytes(self, exits: bool) -> int:
         return super().row_bytes(exits) + 4 * int(self.features.shape[2])
+
+
+class CrossCache:
+    """Keys and values of every slot, padded to one width, [slots, heads, E, head_dim]: rows of a call must stand
+    together. `version` changes where the arrays do. Holds nothing until sequences are first run together.
+    `zeros(shape, dtype)` makes an array."""
+
+    def __init__(self, slots: int, zeros: Callable[..., Any] = lazy_zeros) -> None:
+        self._zeros = zeros
+        self.arrays: dict[str, np.ndarray] = {}
+        self.version = 0
+        self._lengths = np.ones(slots, np.int32)
+        self._placed: dict[int, dict[str, np.ndarray]] = {}
+        self._width = 0
+
+    def place(self, slot: int, cross: dict[str, np.ndarray]) -> None:
+        """Make a slot's row what a sequence alone reads: `cross.{layer}.key|value` [1, heads, E, head_dim]."""
+        if not cross or self._placed.get(slot) is cross:
+            return
+        self._placed[slot] = cross
+        needed = -(-max(int(rows["cross_lengths"][0]) for rows in self._placed.values()) // CROSS_STEP) * CROSS_STEP
+        if needed > self._width or 2 * needed <= self._width:
+            self._resize(needed, cross)
+        else:
+            self._write(slot, cross)
+
+    def forget(self, slot: int) -> None:
+        """The slot's sequence has left."""
+        self._placed.pop(slot, None)
+        self._lengths[slot] = 1  # engines check the lengths of idle rows, too, against arrays that may become narrower
+
+    def rows(self, layers: set[str], first: int, count: int) -> dict[str, np.ndarray]:
+        """Arrays that an engine of these layers reads for `count` slots from `first` on."""
+        if not self.arrays:
+            return {}
+        views = {name: array for name, array in self.arrays.items() if name.split(".")[1] in layers}
+        views["cross_lengths"] = self._lengths
+        return {name: view[first : first + count] for name, view in views.items()}
+
+    def _resize(self, width: int, like: dict[str, np.ndarray]) -> None:
+        slots = len(self._lengths)
+        self._width, self.version = width, self.version + 1
+        self.arrays = {
+            name: self._zeros((slots, array.shape[1], width, array.shape[3]), array.dtype)
+            for name, array in like.items()
+            if name != "cross_lengths"
+        }
+        for slot, cross in self._placed.items():
+            self._write(slot, cross)
+
+    def _write(self, slot: int, cross: dict[str, np.ndarray]) -> None:
+        self._lengths[slot] = length = int(cross["cross_lengths"][0])
+        for name, array in self.arrays.items():
+            array[slot, :, :length] = cross[name][0, :, :length]
+
+
+def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 0) -> None:
+    """CapacityError where the caches, full, are more than the memory that is available: self-attention's, of an
+    encoder-decoder what cross-attention reads, with prompts as long as the bundle allows, and `prefixes`, the bytes of
+    prompts that are kept."""
+    # What glibc's heaps, one a thread, keep of closed sessions: 30 MB of 477 once SmolLM2 was opened 16 times.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    rows, each, longest = capacity + manifest.max_pending, manifest.kv_bytes_per_token, manifest.encoder_capacity
+    each += manifest.feature_bytes_per_token
+    need, what = slots * rows * each, f"{slots} slots x {rows} positions x {each} bytes"
+    # Prompts of an encoder: each sequence's own, and a padded copy where several share calls (CrossCache).
+    read = slots * (longest + (-(-longest // CROSS_STEP) * CROSS_STEP if slots > 1 else 0))
+    if read:
+        need += read * each
+        what += f", and {read} positions of prompts"
+    if prefixes:
+        need += prefixes
+        what += f", and {prefixes // 1_000_000} MB of prefixes"
+    logger.info("KV cache: %.1f MB (%s)", need / 1e6, what)
+    available = available_memory()
+    if available is not None and need > available:
+        raise CapacityError(
+            f"the KV cache needs {need / 1e9:.1f} GB ({what}), {available / 1e9:.1f} GB is available; "
+            f"lower {'prefix_cache_mb, ' if prefixes else ''}"
+            f"{'slots, or convert with a lower --encoder-capacity' if read else 'capacity or slots'}"
+        )
+
+
+def check_beams(manifest: Manifest, beams: int, positions: int) -> None:
+    """CapacityError where the caches of a beam search, should it come to so many positions, are more than the memory
+    that is available."""
+    need, available = beams * positions * manifest.kv_bytes_per_token, available_memory()
+    if available is not None and need > available:
+        raise CapacityError(
+            f"{beams} beams of {positions} positions need {need / 1e9:.1f} GB, {available / 1e9:.1f} GB is available; "
+            "lower num_beams or max_new_tokens"
+        )

@@ -207,9 +207,9 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_allocated(
 ) -> None:
     # 3 slots, 128 + 16 rows, 5 layers, key and value, 4 heads of 16 floats.
     need = 3 * 144 * 5 * 2 * 4 * 16 * 4
-    monkeypatch.setattr("runtime.engines.memory.available_memory", lambda: need)
+    monkeypatch.setattr("runtime.engines.kv_cache.available_memory", lambda: need)
     open_session(slots=3)
-    monkeypatch.setattr("runtime.engines.memory.available_memory", lambda: need - 1)
+    monkeypatch.setattr("runtime.engines.kv_cache.available_memory", lambda: need - 1)
     monkeypatch.setattr("runtime.engines.backend.KVCache", lambda *_: pytest.fail("allocated"))
     with pytest.raises(CapacityError, match=r"needs 0\.0 GB \(3 slots x 144 positions x 2560 bytes\).*lower capacity"):
         open_session(slots=3)
@@ -224,9 +224,9 @@ def test_what_cross_attention_reads_counts_as_cache(
     slots: int, positions: int, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need = positions * open_session(T5).manifest.kv_bytes_per_token
-    monkeypatch.setattr("runtime.engines.memory.available_memory", lambda: need)
+    monkeypatch.setattr("runtime.engines.kv_cache.available_memory", lambda: need)
     open_session(T5, slots=slots)
-    monkeypatch.setattr("runtime.engines.memory.available_memory", lambda: need - 1)
+    monkeypatch.setattr("runtime.engines.kv_cache.available_memory", lambda: need - 1)
     with pytest.raises(CapacityError, match=r"positions of prompts\).*lower slots"):
         open_session(T5, slots=slots)
 

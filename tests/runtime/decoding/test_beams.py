@@ -190,7 +190,7 @@ def test_caches_of_beams_grow_with_their_sequences(bundle: Bundles, monkeypatch:
 def test_beams_whose_caches_do_not_fit_are_refused(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
         monkeypatch.setattr(
-            "runtime.engines.memory.available_memory", lambda: 256 * 21 * session.manifest.kv_bytes_per_token
+            "runtime.engines.kv_cache.available_memory", lambda: 256 * 21 * session.manifest.kv_bytes_per_token
         )
         assert session.generate(PROMPTS[0], mode="full", num_beams=256, max_new_tokens=20).token_ids
         with pytest.raises(CapacityError, match=r"256 beams of 22 positions need .* lower num_beams or max_new_tokens"):

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from manifest_case import MANIFEST
 
-from runtime.engines.cross_cache import STEP, CrossCache
-from runtime.engines.kv_cache import KVCache
-from runtime.engines.memory import check_memory
+from runtime.engines.kv_cache import CROSS_STEP, CrossCache, KVCache, check_memory
 from runtime.errors import CapacityError
 
 LAYERS, KV_HEADS, HEAD_DIM = range(2, 4), 2, 3
@@ -118,12 +116,12 @@ def prompt_of(length: int) -> dict[str, np.ndarray]:
 def test_no_length_is_beyond_the_arrays_once_a_long_prompt_has_left() -> None:
     cache = CrossCache(3)
     cache.place(0, prompt_of(3))
-    cache.place(1, prompt_of(3 * STEP))
-    assert cache.rows({"0"}, 0, 3)["cross.0.key"].shape[2] == 3 * STEP
+    cache.place(1, prompt_of(3 * CROSS_STEP))
+    assert cache.rows({"0"}, 0, 3)["cross.0.key"].shape[2] == 3 * CROSS_STEP
     cache.forget(1)
     cache.place(2, prompt_of(5))
     rows = cache.rows({"0"}, 0, 3)
-    assert rows["cross.0.key"].shape[2] == STEP
+    assert rows["cross.0.key"].shape[2] == CROSS_STEP
     np.testing.assert_array_equal(rows["cross_lengths"], [3, 1, 5])
 
 

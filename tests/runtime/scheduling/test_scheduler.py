@@ -29,8 +29,7 @@ from runtime.decoding.calls import Prediction, SlotCall, Waiting
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.decoding.response import Response
-from runtime.engines.cross_cache import CrossCache
-from runtime.engines.kv_cache import KVCache
+from runtime.engines.kv_cache import CrossCache, KVCache
 from runtime.engines.runner import Runner
 from runtime.metrics import Observer
 from runtime.result import Token
