@@ -152,6 +152,15 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def weights(tmp_path: Path) -> Iterator[Any]:
+    """A bundle's file of weights, empty."""
+    from graphs.weights import WeightFile
+
+    with WeightFile(tmp_path / "weights.data") as file:
+        yield file
+
+
 @pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
     """These models are too small to gain from threads, which wait for each other on a busy machine."""

@@ -8,14 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, File, Manifest
+from manifest_case import MANIFEST
+
+from runtime.bundle.manifest import File
 
 CHECK = {"name": "prefill", "tensor": "deep logits", "error": 3.25e-6, "tolerance": 1e-4, "passed": True}
-
-
 PROMPTS = [{"first_difference": None}, {"first_difference": 7}]
-
-
 VERIFICATION = {"passed": True, "against": "model", "checks": [CHECK], "greedy": {"tokens": 64, "prompts": PROMPTS}}
 
 
@@ -28,11 +26,8 @@ def write_bundle(folder: Path, **changes: Any) -> Path:
     contents = {name: bytes([0x12, len(name)]) + name.encode() for name in names}
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        family="llama",
-        dialect="ort",
-        precision="fp32",
+    manifest = dataclasses.replace(
+        MANIFEST,
         layers=30,
         exit_layer=10,
         hidden_size=576,
@@ -42,20 +37,16 @@ def write_bundle(folder: Path, **changes: Any) -> Path:
         head_dim=64,
         capacity=1008,
         max_pending=16,
-        encoder_capacity=0,
-        confidence="softmax",
         threshold=1.0,
         eos_token_ids=(2,),
-        bos_token_id=1,
         pad_token_id=2,
-        decoder_start_token_id=None,
-        verified=True,
         source="smollm2.gguf",
-        source_sha256="ab" * 32,
         weight_bytes=538_000_000,
         files={name: File(len(text), hashlib.sha256(text).hexdigest()) for name, text in contents.items()},
         versions={"freeexport": "0.1.0", "onnxruntime": "1.32.0"},
+        copies=(),
+        costs=None,
     )
     (folder / "verification.json").write_text(json.dumps(VERIFICATION))
-    (folder / MANIFEST).write_text(dataclasses.replace(manifest, **changes).to_json())
+    (folder / "freeexport.json").write_text(dataclasses.replace(manifest, **changes).to_json())
     return folder

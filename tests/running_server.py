@@ -1,10 +1,15 @@
-"""A server in a thread of this process, on a free port, for tests of what comes over the wire."""
+"""A server in a thread of this process, on a free port, for tests of what comes over the wire; and in a process of its
+own."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +21,8 @@ from freeexport.serving.server import listen, serve
 from freeexport.serving.service import ServerOptions, Service
 from runtime import SessionOptions
 
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "onnx", "scipy")
 # Not the end of the sequence: the models are random.
 ENDLESS = {"logit_bias": {"2": -100}}
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -97,3 +104,30 @@ def eventually(true: Callable[[], bool], seconds: float = 10) -> bool:
     while not true() and time.monotonic() < until:
         time.sleep(0.005)
     return true()
+
+
+@contextmanager
+def command(*arguments: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """`freeexport serve`: the process, its address and what it said before it was ready. Its last line says what heavy
+    it imported."""
+    code = (
+        "import sys, atexit; from freeexport.cli import main;"
+        f"atexit.register(lambda: print('imported', *(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr));"
+        f"main(['serve', *{list(arguments)!r}])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            said = list[str]()
+            assert process.stderr is not None
+            for line in process.stderr:
+                said.append(line)
+                if line.startswith("serving"):
+                    break
+            found = re.search(r"http://\S+(?=/v1)", said[-1])
+            assert found, said
+            yield process, found.group(), said
+        finally:
+            process.kill()

@@ -1,8 +1,11 @@
-"""A checkpoint without files."""
+"""A checkpoint without files, and a linear layer and its weights."""
 
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
+
+FLOAT = ir.DataType.FLOAT
 
 
 class Source:
@@ -19,3 +22,10 @@ class Source:
 
     def read(self, name: str) -> np.ndarray:
         return self.tensors[name]
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+WEIGHT, BIAS = normal(24, 40), normal(24, seed=1)

@@ -10,8 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from kernel_cases import session_of
-from linear_case import FLOAT, normal
-from tensor_source import Source
+from tensor_source import FLOAT, Source, normal
 
 from graphs.graph import MICROSOFT, Graph
 from graphs.quantization.passes import FuseProducts, PackedProducts, QuantizeLinears

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ import pytest
 from checkpoints import BY_NAME, LARGER, Bundles
 from engine_cases import CONFIDENCES, check_rows_are_exact, every, log_softmax, pair_of, tokens
 from kernel_cases import session_of
-from linear_case import BIAS, FLOAT, WEIGHT, normal
 from onnx_ir.tape import Tape
-from tensor_source import Source
+from tensor_source import BIAS, FLOAT, WEIGHT, Source, normal
 
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
@@ -36,12 +35,6 @@ ORT, OWN = {"kernels": "onnxruntime"}, {"kernels": "freeexport"}
 each_precision = pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
 with_kernels = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 each_kernels = pytest.mark.parametrize("own", [False, pytest.param(True, marks=with_kernels)])
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Iterator[WeightFile]:
-    with WeightFile(tmp_path / "weights.data") as file:
-        yield file
 
 
 def product(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -16,12 +14,6 @@ from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import IntegerScheme, round_4_bits
 from graphs.weights import WeightFile
 from runtime.bundle.manifest import TensorFormat
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Iterator[WeightFile]:
-    with WeightFile(tmp_path / "weights.data") as file:
-        yield file
 
 
 def tensor(array: np.ndarray, name: str = "w") -> ir.LazyTensor:

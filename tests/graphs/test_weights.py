@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -13,12 +12,6 @@ from graphs.errors import GraphError
 from graphs.weights import BIG, CACHE_LINE, PAGE, WeightFile
 
 FLOAT, HALF, INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Iterator[WeightFile]:
-    with WeightFile(tmp_path / "weights.data") as file:
-        yield file
 
 
 def never() -> np.ndarray:

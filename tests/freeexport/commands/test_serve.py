@@ -11,8 +11,7 @@ from typing import Any
 
 import httpx
 from command_line import invoke
-from running_server import ENDLESS, MESSAGES
-from serve_command import command
+from running_server import ENDLESS, MESSAGES, command
 
 
 def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: Path, t5: Path) -> None:

@@ -18,8 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
-from running_server import MESSAGES, Running, eventually, read, status
-from serve_command import command
+from running_server import MESSAGES, Running, command, eventually, read, status
 
 from freeexport.serving.protocol import ApiError, ChatRequest, parse
 from freeexport.serving.server import LogWriter
