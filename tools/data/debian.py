@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 
-from tools.data.debian_index import Description, descriptions, families, fetch_index, stanzas
+from tools.data.debian_index import Description, families, read_index
 from tools.data.splits import SHARES, Line, normalised, run, shuffled, split_of, write_data_set
 
 LARGEST_HELD_OUT = 0.005  # of all examples, in one family
@@ -134,13 +134,7 @@ def command(task: str, out: Path, index: Path, train: int | None, held_out: int 
             overwrite: bool) -> None:
     # fmt: on
     """Write a data set made of Debian's package index to the directory OUT, in four splits."""
-    if not index.is_dir():
-        click.echo("fetching the package index", err=True)
-        fetch_index(index)
-    with (index / "Translation-en").open(encoding="utf-8", errors="replace") as file:
-        english = descriptions(file)
-    with (index / "Packages").open(encoding="utf-8", errors="replace") as file:
-        packages = list(stanzas(file))
+    english, packages = read_index(index)
     pairs = {
         "summarization": lambda: summaries(english),
         "restoration": lambda: restorations(english),

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import click
+
 from tools.data.splits import DataError, normalised
 
 # Sources that begin a paragraph alike, at most, for them to be a family: of many words in common, more may be.
@@ -56,7 +58,18 @@ def fetch_index(target: Path) -> None:
         out.rename(target)
 
 
-def private_configuration(directory: Path, system_parts: Path = _SYSTEM_PARTS) -> Path:
+def read_index(index: Path) -> tuple[dict[str, Description], list[dict[str, str]]]:
+    """Descriptions, and the stanzas of the packages; the index is fetched to the directory unless it is there."""
+    if not index.is_dir():
+        click.echo("fetching the package index", err=True)
+        fetch_index(index)
+    with (index / "Translation-en").open(encoding="utf-8", errors="replace") as file:
+        english = descriptions(file)
+    with (index / "Packages").open(encoding="utf-8", errors="replace") as file:
+        return english, list(stanzas(file))
+
+
+def private_configuration(directory: Path) -> Path:
     """Write a configuration that is the machine's, except for its languages and where its lists lie; returns its file.
 
     Images of Debian often set the languages to none in a part of their own: parts that name them are left out.
@@ -64,7 +77,7 @@ def private_configuration(directory: Path, system_parts: Path = _SYSTEM_PARTS) -
     parts, lists, archives = (directory / name for name in ("parts", "lists", "archives"))
     for path in (parts, lists / "partial", archives / "partial"):
         path.mkdir(parents=True)
-    for part in sorted(system_parts.iterdir()) if system_parts.is_dir() else ():
+    for part in sorted(_SYSTEM_PARTS.iterdir()) if _SYSTEM_PARTS.is_dir() else ():
         if part.is_file() and not re.search(r"Acquire::Languages", part.read_text(errors="replace"), re.IGNORECASE):
             shutil.copy(part, parts)
     (parts / "zz-languages").write_text('Acquire::Languages {"en";};\n')

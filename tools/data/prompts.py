@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import click
 
 from tools.data.debian import SHOWN
-from tools.data.debian_index import Description, descriptions, families, fetch_index, stanzas
+from tools.data.debian_index import Description, families, read_index
 from tools.data.splits import SHARES, DataError, Line, normalised, run, shuffled, split_of, stable_hash, write_data_set
 
 PACKAGES = ("dict-foldoc", "wordnet-base")
@@ -294,17 +294,11 @@ def fetch_packages(directory: Path) -> None:
 def command(out: Path, index: Path, dictionaries: Path, train: int, held_out: int, seed: int, overwrite: bool) -> None:
     # fmt: on
     """Write prompts of eight kinds to the directory OUT, in four splits."""
-    if not index.is_dir():
-        click.echo("fetching the package index", err=True)
-        fetch_index(index)
     dictd, wordnet = dictionaries / "usr/share/dictd", dictionaries / "usr/share/wordnet"
     if not dictd.is_dir() or not wordnet.is_dir():
         click.echo(f"fetching {' and '.join(PACKAGES)}", err=True)
         fetch_packages(dictionaries)
-    with (index / "Translation-en").open(encoding="utf-8", errors="replace") as file:
-        english = descriptions(file)
-    with (index / "Packages").open(encoding="utf-8", errors="replace") as file:
-        records = list(stanzas(file))
+    english, records = read_index(index)
     foldoc = (dictd / "foldoc.index").read_text(encoding="utf-8").splitlines()
     sources = [
         *packages(english, records),

@@ -26,7 +26,7 @@ import numpy as np
 from freeexport.fit.splits import stable_hash
 from freeexport.system.output import output_directory
 from runtime.audio import RATE, read_audio, resampled
-from tools.data.debian_index import Description, descriptions, families, fetch_index, stanzas
+from tools.data.debian_index import Description, families, read_index
 from tools.data.splits import MARKER, DataError, run, shuffled, split_of
 
 LENGTHS = {"short": (3.0, 7.0), "medium": (12.0, 18.0), "long": (23.0, 29.0)}  # seconds
@@ -136,12 +136,8 @@ def main(
     out: Path, index: Path, wordnet: Path | None, wanted: tuple[int, int, int], voices: str, overwrite: bool
 ) -> None:
     """Write clips of speech and their texts to OUT."""
-    if not index.exists():
-        fetch_index(index)
-    with (index / "Translation-en").open(encoding="utf-8") as file:
-        english = descriptions(file)
-    with (index / "Packages").open(encoding="utf-8") as file:
-        family = families(english, stanzas(file))
+    english, packages = read_index(index)
+    family = families(english, packages)
     speakers = {"espeak-ng": espeak, **({"hibari": hibari()} if voices == "both" else {})}
     sizes = dict(zip(("train", "validation", "test"), wanted, strict=True))
     lines: dict[str, list[dict[str, object]]] = {split: [] for split in sizes}
