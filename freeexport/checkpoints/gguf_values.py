@@ -36,21 +36,13 @@ def _halves(raw: np.ndarray, at: int) -> np.ndarray:
     return np.ascontiguousarray(raw[:, at : at + 2]).view("<f2")[:, 0]
 
 
-def _bits(raw: np.ndarray) -> np.ndarray:
-    """[n, bytes] -> [n, 8 bytes]: the lowest bit first."""
-    return np.unpackbits(raw, axis=1, bitorder="little")
-
-
 def _q5(raw: np.ndarray) -> Blocks:
     """Q5_0, and Q5_1, whose blocks have an offset and so two bytes more."""
     start = raw.shape[1] - 20
     low = raw[:, start + 4 :]
-    values = np.concatenate([low & 15, low >> 4], axis=1) | _bits(raw[:, start : start + 4]) << 4
+    fifth = np.unpackbits(raw[:, start : start + 4], axis=1, bitorder="little")
+    values = np.concatenate([low & 15, low >> 4], axis=1) | fifth << 4
     return Blocks(values, _halves(raw, 0), _halves(raw, 2) if start == 4 else None)
-
-
-def _q8_0(raw: np.ndarray) -> Blocks:
-    return Blocks(raw[:, 2:] ^ 128, _halves(raw, 0))
 
 
 def _q4_k(raw: np.ndarray) -> Blocks:
@@ -79,7 +71,7 @@ def _q6_k(raw: np.ndarray) -> Blocks:
 KINDS = {
     "Q5_0": Kind("int5", _BLOCK, _q5),
     "Q5_1": Kind("int5", _BLOCK, _q5),
-    "Q8_0": Kind("int8-block", _BLOCK, _q8_0),
+    "Q8_0": Kind("int8-block", _BLOCK, lambda raw: Blocks(raw[:, 2:] ^ 128, _halves(raw, 0))),
     "Q4_K": Kind("int4", _BLOCK, _q4_k),
     "Q5_K": Kind("int5", _BLOCK, _q4_k),
     "Q6_K": Kind("int6", _BLOCK // 2, _q6_k),

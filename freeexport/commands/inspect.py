@@ -34,7 +34,7 @@ def command(bundle: Path, as_json: bool) -> None:
     Example:
       freeexport inspect path/to/bundle
     """
-    from freeexport.conversion.bundle_verdict import bundle_verdict
+    from freeexport.measure.exit_verdict import bundle_verdict
     from runtime.options import SessionOptions
     from runtime.thresholds import Thresholds
 

@@ -107,10 +107,6 @@ class DecodedOutputs:
             self._free[threshold] = self._decoded(f"threshold {threshold:.4g}", mode="free", threshold=threshold)
         return self._free[threshold]
 
-    def against_full(self, metric: str, threshold: float) -> np.ndarray:
-        """Scores [S] of outputs in mode free, against those of the full model; bool where they are 0 or 1."""
-        return scores(metric, self.free(threshold), [Reference((text,)) for text in self.full])
-
     def kept(self, metric: str, threshold: float, part: np.ndarray) -> float:
         """The metric in mode free as a share of the full model's, over the sequences of `part`, bool [S]."""
         if not part.any():
@@ -240,7 +236,7 @@ def _by_risk(traces: Traces, mixture: BetaMixture | None, rule: Rule, outputs: D
     def losses(threshold: float) -> np.ndarray:
         if rule.metric is None or outputs is None:
             return token_losses(traces, threshold)
-        score = outputs.against_full(rule.metric, threshold)
+        score = scores(rule.metric, outputs.free(threshold), [Reference((text,)) for text in outputs.full])
         quality[threshold] = float(np.mean(score))
         return ~score if score.dtype == np.bool_ else 1 - score
 

@@ -29,7 +29,6 @@ from freeexport.system.jsonl import (
 from freeexport.system.output import check_writable
 from freeexport.system.progress import progress
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
-from runtime.result import DraftStats
 
 Line = Request | BrokenLine
 Answer = list[GenerationResult] | Exception
@@ -106,13 +105,12 @@ def answers(ask: Ask, lines: Iterable[Line], batch: int) -> Generator[tuple[Line
         pool.shutdown(cancel_futures=True)
 
 
-def _counts(counts: DraftStats) -> dict[str, int]:
-    return {"drafts": counts.drafts, "proposed": counts.proposed, "accepted": counts.accepted}
-
-
 def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, Any]:
     """A result as JSON can hold it, with the texts of the `others` of its prompt."""
-    drafts = result.stats.drafts
+    drafts = {
+        source: {name: getattr(counts, name) for name in ("drafts", "proposed", "accepted")}
+        for source, counts in result.stats.drafts.items()
+    }
     return {
         "text": result.text,
         "token_ids": list(result.token_ids),
@@ -120,7 +118,7 @@ def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, 
         "finish_reason": result.finish_reason,
         "seconds": round(result.stats.seconds, 6),
         "exit_rate": round(result.stats.exit_rate, 6),
-        **({"drafts": {source: _counts(counts) for source, counts in drafts.items()}} if drafts else {}),
+        **({"drafts": drafts} if drafts else {}),
         **({} if result.logprobs is None else {"logprobs": list(result.logprobs)}),
         **({} if result.top_logprobs is None else {"top_logprobs": list(result.top_logprobs)}),
         **({"others": [other.text for other in others]} if others else {}),

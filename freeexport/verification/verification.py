@@ -103,6 +103,8 @@ class _Verification:
             arithmetic = "8 bits" if rounds else self.float_type
             checks += self_checks(pair, batch, readings[-1][0], shallow["hidden"], arithmetic, self.extent)
         passed = all(check.passed for check in checks)
+        way = "a higher --precision or " if manifest.precision != "fp32" else ""
+        way = way or ("--dialect standard or " if manifest.dialect == "ort" else "")
         if checkpoint is not None:
             more = self._decoded(reference, checks) | {"quality": quality}
             passed = passed and more["greedy"]["passed"] and quality["passed"]
@@ -114,7 +116,7 @@ class _Verification:
             "checks": [{**asdict(check), "passed": check.passed} for check in checks],
             **more,
             "left_out": self.left_out,
-            **({} if passed else {"remedy": _remedy(manifest)}),
+            **({} if passed else {"remedy": f"convert with {way}--verify none"}),
         }
 
     def _seconds_left(self) -> float:
@@ -181,13 +183,6 @@ class _Verification:
             "greedy": {"tokens": count, "tie": tie, "passed": passed, "prompts": greedy},
             "exit": {"agreement": None if agreement is None else asdict(agreement)},
         }
-
-
-def _remedy(manifest: Manifest) -> str:
-    way = "a higher --precision or " if manifest.precision != "fp32" else ""
-    if not way and manifest.dialect == "ort":
-        way = "--dialect standard or "
-    return f"convert with {way}--verify none"
 
 
 def failure(report: dict[str, Any]) -> str:

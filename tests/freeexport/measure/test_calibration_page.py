@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from manifest_case import MANIFEST
 from traces import mixed
 
-from freeexport.conversion.bundle_verdict import _calibrated
 from freeexport.measure.calibrate import explained
 from freeexport.measure.calibration_page import calibration_tables, promise, tables
-from freeexport.measure.exit_verdict import ExitFacts, verdict
+from freeexport.measure.exit_verdict import ExitFacts, _calibrated, verdict
 from freeexport.measure.threshold import Rule, choose
 from freeexport.system.page import print_page
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
