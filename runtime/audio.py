@@ -9,6 +9,7 @@ import wave
 from functools import cache
 from os import PathLike
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -32,14 +33,19 @@ _PHASES = 64
 _HALF_TAPS = 16  # zero crossings of the resampling filter on each side
 
 
-def read_audio(source: Any, name: str = "the audio") -> np.ndarray:
+class LateError(Exception):
+    """The deadline came before all was read."""
+
+
+def read_audio(source: Any, name: str = "the audio", until: float = math.inf) -> np.ndarray:
     """Samples float32 [n] at 16 kHz: of an array that holds them already, a float type in about -1 to 1, or of a WAV
     file by its path or content: PCM of 8 to 32 bits, channels averaged, other rates resampled. `name` is what errors
-    call it. Raises PromptError."""
+    call it. Raises PromptError, and LateError for a file whose reading is not done at `until`, by the monotonic
+    clock."""
     if isinstance(source, (str, PathLike)):
         name = str(source)
     if isinstance(source, (str, PathLike, bytes)):
-        samples = _read_wav(source, name)
+        samples = _read_wav(source, name, until)
     else:
         samples = np.asarray(source)
         if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
@@ -58,7 +64,7 @@ def read_audio(source: Any, name: str = "the audio") -> np.ndarray:
     return samples
 
 
-def _read_wav(source: Any, name: str) -> np.ndarray:
+def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
     """Samples at 16 kHz. A minute is read at a time: hours of stereo would fill the memory several times over."""
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else opened(Path(source), LARGEST_WAV) as file:
@@ -76,6 +82,8 @@ def _read_wav(source: Any, name: str) -> np.ndarray:
             samples = np.empty(math.ceil(count * RATE / rate), np.float32)
             minute, beside = 60 * rate, 0 if rate == RATE else rate  # a second, of which the filter reads a part
             for start in range(0, count, minute):
+                if monotonic() >= until:
+                    raise LateError
                 first = max(0, start - beside)
                 file.seek(begin + first * frame)
                 part = _decoded(file.read((min(count, start + minute + beside) - first) * frame), width, channels)
@@ -134,10 +142,10 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
     return result.reshape(-1)[:size]
 
 
-def log_mel(samples: np.ndarray, bins: int) -> np.ndarray:
+def log_mel(samples: np.ndarray, bins: int, until: float = math.inf) -> np.ndarray:
     """The spectrogram of samples float32 [n]: float32 [bins, frames], 100 frames a second, until nothing but silence
     follows, whose last frame is one of it. Values are as Whisper was trained: logarithms, cut 8 powers of ten below the
-    loudest, about -1 to 1.5."""
+    loudest, about -1 to 1.5. LateError as `read_audio`."""
     frames = math.ceil((len(samples) + FFT // 2) / HOP) + 1
     padded = np.zeros(frames * HOP + FFT, np.float32)
     padded[FFT // 2 : FFT // 2 + len(samples)] = samples
@@ -147,6 +155,8 @@ def log_mel(samples: np.ndarray, bins: int) -> np.ndarray:
     filters = mel_filters(bins)
     mels = np.empty((bins, frames), np.float32)
     for start in range(0, frames, _BLOCK):
+        if monotonic() >= until:
+            raise LateError
         spectrum = np.fft.rfft(windows[start : start + _BLOCK] * hann, axis=1)
         power = spectrum.real.astype(np.float32) ** 2 + spectrum.imag.astype(np.float32) ** 2
         mels[:, start : start + _BLOCK] = filters @ power.T

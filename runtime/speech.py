@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.audio import FRAMES_A_SECOND, log_mel, read_audio, window
+from runtime.audio import FRAMES_A_SECOND, LateError, log_mel, read_audio, window
 from runtime.bundle.manifest import Manifest, Speech
 from runtime.errors import OptionError, PromptLengthError
 from runtime.options import GenerationOptions
@@ -176,7 +176,10 @@ class Transcriber:
         """The text of a sound of any length. Raises PromptError, OptionError, and what `decode` raises."""
         self.check(options)
         until = math.inf if options.deadline is None else monotonic() + options.deadline
-        mels, total = self._read(audio)
+        try:
+            mels, total = self._read(audio, until)
+        except LateError:
+            return GenerationResult("", (), (), (), "deadline", Stats())
         timestamps = options.timestamps or total > self._frames
         before, place = self._before(options), 0
         language = options.language or (None if self._speech.languages else "en")
@@ -213,9 +216,9 @@ class Transcriber:
             place += advance or size
         return self._joined(parts, segments, language, timestamps)
 
-    def _read(self, audio: Any) -> tuple[np.ndarray, int]:
-        samples = read_audio(audio)
-        return log_mel(samples, self._speech.bins), math.ceil(len(samples) * FRAMES_A_SECOND / 16_000)
+    def _read(self, audio: Any, until: float = math.inf) -> tuple[np.ndarray, int]:
+        samples = read_audio(audio, until=until)
+        return log_mel(samples, self._speech.bins, until), math.ceil(len(samples) * FRAMES_A_SECOND / 16_000)
 
     def _before(self, options: GenerationOptions) -> list[int]:
         if options.initial_prompt is None or self._tokenizer is None:

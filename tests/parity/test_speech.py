@@ -4,7 +4,9 @@ windows and segments, and the interfaces for audio."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,19 @@ def test_a_long_sound_is_cut_where_segments_end(session: Session) -> None:
     ]  # fmt: skip
     assert asked[0] == (START, 202, 206)
     assert asked[1] == (208, *(FIRST, 3, FIRST + 10, FIRST + 10, 4, FIRST + 30, FIRST + 30, 5), START, 202, 206)
+
+
+def test_a_deadline_holds_while_a_long_file_is_read(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "long.wav"
+    path.write_bytes(wav(np.zeros(1, np.float32), 48000, channels=2))
+    os.truncate(path, 2 * 2 * 48000 * 3600)
+    with path.open("r+b") as file:  # the length, as what writes to a pipe has it
+        file.seek(40)
+        file.write(b"\xf0\xff\xff\xff")
+    began = time.monotonic()
+    result = session.generate(path, deadline=0.05)
+    assert (result.finish_reason, result.text, result.token_ids) == ("deadline", "", ())
+    assert time.monotonic() - began < 1.5
 
 
 def test_an_unlikely_text_is_decoded_again_warmer_and_silence_is_left_out(session: Session) -> None:
