@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from running_server import Running, running
+
+from runtime import Session
 
 
 @pytest.fixture(scope="session")
@@ -20,4 +23,17 @@ def server(chat: Path) -> Iterator[Running]:
 @pytest.fixture
 def http(server: Running) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def session(chat: Path) -> Iterator[Session]:
+    """What `chat` gives without a server."""
+    with Session(chat, threads=1) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
         yield client

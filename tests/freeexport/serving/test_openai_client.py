@@ -30,18 +30,6 @@ def server(chat: Path, t5: Path, nllb: Path) -> Iterator[Running]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def session(chat: Path) -> Iterator[Session]:
-    with Session(chat, threads=1) as session:
-        yield session
-
-
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["chat", "t5", "nllb"]
     assert client.models.retrieve("t5").owned_by == "freeexport"

@@ -21,9 +21,8 @@ def server(chat: Path) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def expected(chat: Path) -> GenerationResult:
-    with Session(chat, threads=1) as session:
-        return session.generate(MESSAGES, max_new_tokens=20, threshold=0.3, output_logprobs=True)
+def expected(session: Session) -> GenerationResult:
+    return session.generate(MESSAGES, max_new_tokens=20, threshold=0.3, output_logprobs=True)
 
 
 def test_litellm(server: Running, expected: GenerationResult, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,6 @@ NAMED: dict[str, Any] = {"tools": TOOLS, "tool_choice": {"type": "function", "fu
 JSON: dict[str, Any] = {"response_format": {"type": "json_object"}}
 
 
-@pytest.fixture(scope="module")
-def session(chat: Path) -> Iterator[Session]:
-    with Session(chat, threads=1) as session:
-        yield session
-
-
 @pytest.mark.parametrize(
     ("fields", "form", "text", "allowed"),
     [
@@ -232,12 +226,6 @@ def test_constraints_are_options_of_the_session() -> None:
 def server(chat: Path) -> Iterator[Running]:
     with running(chat, names=("chat",), slots=4) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
-        yield client
 
 
 ASKED: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 200}
