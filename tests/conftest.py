@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stdout
 from functools import cache, partial
@@ -104,6 +105,18 @@ def bundle(checkpoint: Callable[[Case], Path], tmp_path_factory: pytest.TempPath
         return converted[key]
 
     return build
+
+
+@pytest.fixture
+def copied(bundle: Bundles, tmp_path: Path) -> Bundles:
+    """Copies a case's bundle, or that of its name, for a test that changes it."""
+
+    def copy(case: Case | str = "llama-tied", exit_layer: int = 1, **options: Any) -> Path:
+        case = BY_NAME[case] if isinstance(case, str) else case
+        place = tmp_path / "copies" / str(len(list(tmp_path.glob("copies/*"))))
+        return Path(shutil.copytree(bundle(case, exit_layer, **options), place / case.name))
+
+    return copy
 
 
 @pytest.fixture(scope="session")

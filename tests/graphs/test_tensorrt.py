@@ -38,20 +38,10 @@ each_model = pytest.mark.parametrize("case", ENGINES, ids=lambda case: case.name
 each_precision = pytest.mark.parametrize("precision", ["fp16", "bf16"])
 
 
-@pytest.fixture
-def copy_of(bundle: Bundles, tmp_path: Path) -> Any:
-    """A bundle for TensorRT, to build in."""
-
-    def copied(case: Any, **options: Any) -> Bundle:
-        return Bundle.open(shutil.copytree(bundle(case, target="tensorrt", **options), tmp_path / "bundle"))
-
-    return copied
-
-
 @each_precision
 @each_model
-def test_every_engine_is_built_with_all_profiles(case: Any, precision: str, copy_of: Any) -> None:
-    opened = copy_of(case, precision=precision)
+def test_every_engine_is_built_with_all_profiles(case: Any, precision: str, copied: Bundles) -> None:
+    opened = Bundle.open(copied(case, precision=precision, target="tensorrt"))
     reported: dict[str, list[float]] = {}
     built = build(opened, 4, lambda name, done: reported.setdefault(name, []).append(done))
     assert [engine.plan.engine for engine in built] == ENGINES[case]
@@ -118,8 +108,8 @@ def weight_bytes(graph: Path) -> int:
     ("precision", "compute"), [("int8", "fp16"), ("int8", "bf16"), ("fp8", "fp16"), ("int4", "bf16")]
 )
 @each_model
-def test_engines_with_rounded_weights_are_built(case: Any, precision: str, compute: str, copy_of: Any) -> None:
-    opened = copy_of(case, precision=precision, compute=compute)
+def test_engines_with_rounded_weights_are_built(case: Any, precision: str, compute: str, copied: Bundles) -> None:
+    opened = Bundle.open(copied(case, precision=precision, compute=compute, target="tensorrt"))
     for name in ENGINES[case]:
         graph = onnx.load(opened.engine(name), load_external_data=False).graph
         kinds = Counter(node.op_type for node in graph.node)
@@ -142,8 +132,8 @@ def test_engines_with_rounded_weights_are_built(case: Any, precision: str, compu
 EIGHT_BITS = ("encoder", "prologue")
 
 
-def test_an_engine_that_is_there_is_kept_and_a_stale_one_is_replaced(copy_of: Any) -> None:
-    opened = copy_of(LLAMA)
+def test_an_engine_that_is_there_is_kept_and_a_stale_one_is_replaced(copied: Bundles) -> None:
+    opened = Bundle.open(copied(LLAMA, target="tensorrt"))
     first = build(opened, 1)
     again = build(opened, 1)
     assert [(one.reused, two.reused) for one, two in zip(first, again, strict=True)] == [(False, True)] * 2
@@ -156,8 +146,8 @@ def test_an_engine_that_is_there_is_kept_and_a_stale_one_is_replaced(copy_of: An
     assert {path.name for path in folder.glob("*.engine.json")} == {f"{engine.plan.file}.json" for engine in other}
 
 
-def test_an_interrupt_stops_the_build_and_leaves_no_part_of_an_engine(copy_of: Any) -> None:
-    opened = copy_of(LLAMA)
+def test_an_interrupt_stops_the_build_and_leaves_no_part_of_an_engine(copied: Bundles) -> None:
+    opened = Bundle.open(copied(LLAMA, target="tensorrt"))
 
     def interrupt(engine: str, done: float) -> None:
         if engine == "deep" and done > 0.2:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import fake_device
@@ -32,26 +30,18 @@ OPTIONS = (
 )
 
 
-@pytest.fixture
-def copy_of(bundle: Bundles, tmp_path: Path) -> Any:
-    def copied(case: Any, **options: Any) -> Path:
-        return shutil.copytree(bundle(case, target="tensorrt", **options), tmp_path / "bundle")
-
-    return copied
-
-
 @pytest.mark.parametrize(("case", "options"), OPTIONS, ids=lambda value: getattr(value, "name", str(value)))
 def test_engines_that_do_what_the_graphs_say_pass_in_every_profile(
-    case: Any, options: dict[str, str], copy_of: Any, monkeypatch: pytest.MonkeyPatch
+    case: Any, options: dict[str, str], copied: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = copy_of(case, **options)
+    path = copied(case, target="tensorrt", **options)
     fake = fake_device.install(monkeypatch)
     built, tested = build_and_test(path, 3)
     assert tested.ran
     # Other kernels round otherwise, and about as much; those of bf16 are here what they are compared with.
     assert {engine.plan.engine for engine in built} == tested.largest.keys()
     assert all(0.1 < found <= TOLERANCE / 1.5 for found in tested.largest.values())
-    assert not list(path.parent.glob(".bundle*"))
+    assert not list(path.parent.glob(".*"))
     runs = set(__import__("tensorrt").runs)
     assert {(name, profile) for name, profile, _ in runs} == {
         (engine.plan.engine, index) for engine in built for index in range(len(engine.plan.profiles))
@@ -78,18 +68,18 @@ def wrong(engine: str, factor: float) -> Callable[[str, np.ndarray], None]:
     ],
 )
 def test_what_the_type_does_not_explain_is_an_error_of_one_line(
-    engine: str, factor: float, precision: str, message: str, copy_of: Any, monkeypatch: pytest.MonkeyPatch
+    engine: str, factor: float, precision: str, message: str, copied: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = copy_of(LLAMA, precision=precision)
+    path = copied(LLAMA, target="tensorrt", precision=precision)
     fake_device.install(monkeypatch)
     monkeypatch.setattr("fake_tensorrt.OUTPUT", wrong(engine, factor))
     shown = error(invoke("convert", path, "--build", "1"))
     assert re.search(message, shown)
-    assert not list(path.parent.glob(".bundle*"))
+    assert not list(path.parent.glob(".*"))
 
 
-def test_a_wrong_engine_is_an_error_and_does_not_stay(copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = copy_of(T5)
+def test_a_wrong_engine_is_an_error_and_does_not_stay(copied: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copied(T5, target="tensorrt")
     fake_device.install(monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr("fake_tensorrt.OUTPUT", wrong("deep", 2.0))
@@ -104,8 +94,8 @@ def test_a_wrong_engine_is_an_error_and_does_not_stay(copy_of: Any, monkeypatch:
     assert [engine.plan.engine for engine in built if not engine.reused] == ["deep"]
 
 
-def test_without_a_gpu_it_says_that_it_was_not_run(copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = copy_of(LLAMA)
+def test_without_a_gpu_it_says_that_it_was_not_run(copied: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copied(LLAMA, target="tensorrt")
     fake_device.install(monkeypatch, devices=0)
     result = succeed("convert", path, "--build", "1")
     assert "self-test: not run, there is no GPU to run on" in result.output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,6 @@ T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
 # Deep passes over a few rows cost little more than over one, over many much more: exits pay, long passes do not.
 PAYS = Costs(shallow=1.0, shallow_without_head=0.9, deep={1: 4.0, 2: 4.1, 4: 4.2, 16: 30.0})
 Directory = Callable[[Case], Path]
-Own = Callable[..., Path]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,23 +36,13 @@ def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrating, "measured_costs", lambda *given: PAYS)
 
 
-@pytest.fixture
-def own(tmp_path: Path, bundle: Bundles) -> Own:
-    """A bundle of a case that the test may change."""
-
-    def copied(case: Case, exit_layer: int = 1) -> Path:
-        return Path(shutil.copytree(bundle(case, exit_layer), tmp_path / f"bundle-{exit_layer}"))
-
-    return copied
-
-
 def calibrated(*arguments: Any) -> dict[str, Any]:
     result = succeed("calibrate", *arguments, "--max-new-tokens", 12, "--json")
     return dict(json.loads(result.stdout))
 
 
-def test_a_bundle_is_updated_and_decodes_and_shows_it(own: Own, data: Path) -> None:
-    path = own(T5)
+def test_a_bundle_is_updated_and_decodes_and_shows_it(copied: Bundles, data: Path) -> None:
+    path = copied(T5)
     answer = calibrated(path, "--data", data, "--agreement", 0.2)
     assert 0 < answer["threshold"] < 1
     assert (answer["sequences"], answer["method"], answer["written"]) == (len(TEXTS), "bmm", str(path))
@@ -73,8 +61,8 @@ def test_a_bundle_is_updated_and_decodes_and_shows_it(own: Own, data: Path) -> N
     assert json.loads(invoke("inspect", path, "--json").stdout)["calibration"]["threshold"] == answer["threshold"]
 
 
-def test_never_is_exactly_one_and_the_verdict_is_printed_once(own: Own, data: Path) -> None:
-    path = own(T5)
+def test_never_is_exactly_one_and_the_verdict_is_printed_once(copied: Bundles, data: Path) -> None:
+    path = copied(T5)
     result = succeed("calibrate", path, "--data", data, "--agreement", 0.999999, "--max-new-tokens", 12)
     assert result.stdout.count("Next: ") == 1
     assert len([line for line in result.stdout.splitlines() if "the exit after layer 1 of 6" in line]) == 1
@@ -83,8 +71,10 @@ def test_never_is_exactly_one_and_the_verdict_is_printed_once(own: Own, data: Pa
     assert "never exits: there is no confidence from which 0.999999 of the tokens agree" in shown
 
 
-def test_times_of_a_busy_machine_are_printed_and_marked(own: Own, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = own(T5)
+def test_times_of_a_busy_machine_are_printed_and_marked(
+    copied: Bundles, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied(T5)
     monkeypatch.setattr(calibrating, "measured_costs", lambda *given: replace(PAYS, busy=1.3))
     monkeypatch.setattr(timing.OtherLoad, "so_far", lambda load: 1.3)
     given = (path, "--data", data, "--agreement", 0.2, "--rounds", 1, "--samples", 12)
@@ -120,9 +110,9 @@ def test_a_calibration_in_a_file_is_for_another_conversion(
 
 
 def test_an_interrupted_run_continues_and_other_rules_need_no_decoding(
-    own: Own, data: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Bundles, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = own(T5)
+    path = copied(T5)
     decoded: list[int] = []
     until = 15
 
@@ -159,9 +149,9 @@ def test_an_interrupted_run_continues_and_other_rules_need_no_decoding(
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_with_the_reason(
-    own: Own, data: Path, lines: int, options: tuple[str, ...], reason: str
+    copied: Bundles, data: Path, lines: int, options: tuple[str, ...], reason: str
 ) -> None:
-    path = own(T5)
+    path = copied(T5)
     before = (path / MANIFEST).read_bytes()
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:lines]))
     assert reason in error(invoke("calibrate", path, "--data", data, "--max-new-tokens", 12, *options))
@@ -174,8 +164,8 @@ def test_options_of_two_rules_are_one_too_many(bundle: Bundles, data: Path) -> N
     assert "several rules (quality, risk)" in result.stderr
 
 
-def test_data_that_are_missing_broken_or_too_long_are_named(own: Own, data: Path, tmp_path: Path) -> None:
-    path, lines = own(T5), data.read_text()
+def test_data_that_are_missing_broken_or_too_long_are_named(copied: Bundles, data: Path, tmp_path: Path) -> None:
+    path, lines = copied(T5), data.read_text()
     assert "nowhere cannot be read" in error(invoke("calibrate", path, "--data", tmp_path / "nowhere"))
     data.write_text(lines + "{\n")
     assert f"line {len(TEXTS) + 1}: not JSON" in error(invoke("calibrate", path, "--data", data))
@@ -213,8 +203,8 @@ def test_a_checkpoint_is_refused(checkpoint: Directory, data: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("rule", [("--target-quality", 0.1), ("--risk", 0.9, "--metric", "chrf")])
-def test_rules_that_decode_show_quality(own: Own, data: Path, rule: tuple[Any, ...]) -> None:
-    answer = calibrated(own(T5), "--data", data, *rule, "--samples", 6, "--rounds", 1)
+def test_rules_that_decode_show_quality(copied: Bundles, data: Path, rule: tuple[Any, ...]) -> None:
+    answer = calibrated(copied(T5), "--data", data, *rule, "--samples", 6, "--rounds", 1)
     assert {0.5, 0.9} <= {row["threshold"] for row in answer["table"] if row["measured_speedup"]}
     decoded = [row for row in answer["table"] if row["quality"] is not None]
     assert decoded

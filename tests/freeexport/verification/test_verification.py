@@ -37,13 +37,6 @@ LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"]
 PEAKY = 3.0
 
 Checkpoint = Callable[[Case], Path]
-Copy = Callable[..., Path]
-
-
-@pytest.fixture
-def copy(bundle: Bundles, tmp_path: Path) -> Copy:
-    """A bundle that a test may damage."""
-    return lambda case=LLAMA: Path(shutil.copytree(bundle(case, 2), tmp_path / "copy"))
 
 
 def zero_middle(path: Path, engine: str, name: str) -> None:
@@ -71,9 +64,9 @@ def external(tensor: onnx.TensorProto) -> dict[str, str]:
     ],
 )
 def test_a_wrong_weight_fails_at_the_first_tensor_it_reaches(
-    case: Case, engine: str, weight: str, where: str, copy: Copy, checkpoint: Checkpoint
+    case: Case, engine: str, weight: str, where: str, copied: Bundles, checkpoint: Checkpoint
 ) -> None:
-    path = copy(case)
+    path = copied(case, 2)
     scale_weight(path, engine, weight, 1.01)
     report = verify(Bundle.open(path), str(checkpoint(case)), extent=QUICK)
     assert not report["passed"]
@@ -116,9 +109,9 @@ def test_where_fp32_itself_is_far_from_float64_a_good_bundle_passes_and_a_wrong_
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_a_damaged_block_of_quantized_weights_fails(
-    precision: str, case: Case, bundle: Bundles, checkpoint: Checkpoint, tmp_path: Path
+    precision: str, case: Case, copied: Bundles, checkpoint: Checkpoint
 ) -> None:
-    path = Path(shutil.copytree(bundle(case, 2, precision=precision), tmp_path / "copy"))
+    path = copied(case, 2, precision=precision)
     assert verify(Bundle.open(path), str(checkpoint(case)), extent=QUICK)["passed"]
     layer = case.layers - 1
     down = (
@@ -130,8 +123,8 @@ def test_a_damaged_block_of_quantized_weights_fails(
     assert "convert with a higher --precision or --verify none" in failure(report)
 
 
-def test_a_weight_that_is_not_a_number_fails_even_without_the_checkpoint(copy: Copy) -> None:
-    path = copy()
+def test_a_weight_that_is_not_a_number_fails_even_without_the_checkpoint(copied: Bundles) -> None:
+    path = copied(exit_layer=2)
     scale_weight(path, "deep", "model.layers.4.mlp.down_proj", math.nan)
     report = verify(Bundle.open(path), None, extent=QUICK)
     assert not report["passed"]
@@ -148,7 +141,7 @@ def test_nan_over_the_tolerance_and_differences_but_at_a_tie_do_not_pass() -> No
     assert [comparison.passed(TIE) for comparison in compared] == [True, True, False, False]
 
 
-def test_greedy_ids_that_differ_fail(copy: Copy, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_ids_that_differ_fail(copied: Bundles, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     import freeexport.verification.reference
 
     original = freeexport.verification.reference.reference_ids
@@ -158,19 +151,19 @@ def test_greedy_ids_that_differ_fail(copy: Copy, checkpoint: Checkpoint, monkeyp
         return [*ids[:5], ids[5] ^ 1, *ids[6:]], [1.0] * len(gaps)
 
     monkeypatch.setattr(freeexport.verification.reference, "reference_ids", one_id_off)
-    report = verify(Bundle.open(copy()), str(checkpoint(LLAMA)), extent=QUICK)
+    report = verify(Bundle.open(copied(exit_layer=2)), str(checkpoint(LLAMA)), extent=QUICK)
     assert all(check["passed"] for check in report["checks"])
     assert not report["passed"]
     assert failure(report).startswith("greedy decoding: token ids of prompt 0 differ from position 5; convert with ")
 
 
-def test_a_checkpoint_that_the_bundle_was_not_made_from_is_refused(copy: Copy, checkpoint: Checkpoint) -> None:
+def test_a_checkpoint_that_the_bundle_was_not_made_from_is_refused(copied: Bundles, checkpoint: Checkpoint) -> None:
     with pytest.raises(VerificationError, match=r"qwen2-tied is not the checkpoint .*made from \(llama-tied\)"):
-        verify(Bundle.open(copy()), str(checkpoint(BY_NAME["qwen2-tied"])))
+        verify(Bundle.open(copied(exit_layer=2)), str(checkpoint(BY_NAME["qwen2-tied"])))
 
 
-def test_the_command_writes_its_report_and_marks_the_bundle(copy: Copy, checkpoint: Checkpoint) -> None:
-    path = copy()
+def test_the_command_writes_its_report_and_marks_the_bundle(copied: Bundles, checkpoint: Checkpoint) -> None:
+    path = copied(exit_layer=2)
     result = succeed("verify", path, "--quick", "--against", checkpoint(LLAMA))
     assert re.search(
         r"prefill: deep logits differs by \S+ of its largest value, .*transformers itself is \S+ from", result.stdout
@@ -193,8 +186,8 @@ def test_the_command_writes_its_report_and_marks_the_bundle(copy: Copy, checkpoi
     assert not opened.verification["passed"]
 
 
-def test_without_a_checkpoint_the_command_changes_nothing_and_checks_every_byte(copy: Copy) -> None:
-    path = copy()
+def test_without_a_checkpoint_the_command_changes_nothing_and_checks_every_byte(copied: Bundles) -> None:
+    path = copied(exit_layer=2)
     before = (path / MANIFEST).read_bytes()
     result = succeed("verify", path, "--json")
     report = json.loads(result.stdout)
@@ -211,19 +204,19 @@ def test_without_a_checkpoint_the_command_changes_nothing_and_checks_every_byte(
 
 
 def test_where_memory_is_short_the_bundle_is_not_verified_and_a_warning_says_so(
-    copy: Copy, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    copied: Bundles, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("freeexport.verification.verification.available_memory", lambda: 10**9)
     monkeypatch.setattr("freeexport.verification.verification.run_child", lambda *_: pytest.fail("started"))
-    path, model = copy(), str(checkpoint(LLAMA))
+    path, model = copied(exit_layer=2), str(checkpoint(LLAMA))
     assert not verify_in_child(path, model, open_checkpoint(model), Bundle.open(path).manifest, "quick")
     errors = capsys.readouterr().err
     assert "needs about 1.0 GB" in errors
     assert "warning: only 1.0 GB is available, so the bundle is not verified" in errors
 
 
-def test_quick_runs_less_and_stops_when_its_time_is_up(copy: Copy, checkpoint: Checkpoint) -> None:
-    bundle, model = Bundle.open(copy()), str(checkpoint(LLAMA))
+def test_quick_runs_less_and_stops_when_its_time_is_up(copied: Bundles, checkpoint: Checkpoint) -> None:
+    bundle, model = Bundle.open(copied(exit_layer=2)), str(checkpoint(LLAMA))
     quick, full = (verify(bundle, model, extent=extent) for extent in (QUICK, FULL))
     assert quick["passed"]
     assert full["passed"]

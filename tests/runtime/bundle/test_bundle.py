@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +25,6 @@ FILES = {
                    "generation_config.json", "chat_template.jinja"),
 }  # fmt: skip
 each_file = pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
-
-Copy = Callable[..., Path]
-
-
-@pytest.fixture
-def copy(bundle: Bundles, tmp_path: Path) -> Copy:
-    """A bundle that a test may damage."""
-    return lambda name="llama-tied": Path(shutil.copytree(bundle(BY_NAME[name]), tmp_path / "copy"))
 
 
 def refusal(path: Path, **options: Any) -> str:
@@ -74,8 +64,8 @@ def test_a_bundle_holds_the_listed_files_and_the_manifest_only(bundle: Bundles) 
 
 
 @each_file
-def test_a_damaged_file_is_named(name: str, file: str, copy: Copy) -> None:
-    path = copy(name)
+def test_a_damaged_file_is_named(name: str, file: str, copied: Bundles) -> None:
+    path = copied(name)
     content = (path / file).read_bytes()
     flipped = bytearray(content)
     flipped[np.random.default_rng(0).integers(len(content))] ^= 1
@@ -90,8 +80,8 @@ def test_a_damaged_file_is_named(name: str, file: str, copy: Copy) -> None:
     assert refusal(path).startswith(f"{file} is missing")
 
 
-def test_flipped_bytes_of_the_manifest_are_noticed_or_change_nothing(copy: Copy) -> None:
-    path = copy()
+def test_flipped_bytes_of_the_manifest_are_noticed_or_change_nothing(copied: Bundles) -> None:
+    path = copied()
     intact, content = Bundle.open(path), (path / MANIFEST).read_bytes()
     for place in range(0, len(content), 11):
         flipped = bytearray(content)
@@ -102,8 +92,8 @@ def test_flipped_bytes_of_the_manifest_are_noticed_or_change_nothing(copy: Copy)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/../../outside"])
-def test_a_path_that_leaves_the_bundle_is_refused_even_where_the_file_fits(name: str, copy: Copy) -> None:
-    path = copy()
+def test_a_path_that_leaves_the_bundle_is_refused_even_where_the_file_fits(name: str, copied: Bundles) -> None:
+    path = copied()
     (path.parent / "outside").write_bytes(b"x")
     (path / "sub").mkdir()
     outside = {"size": 1, "sha256": sha256_of(path.parent / "outside")}
@@ -115,16 +105,16 @@ def test_a_path_that_leaves_the_bundle_is_refused_even_where_the_file_fits(name:
     ("content", "message"),
     [(b"", MANIFEST), (b"nonsense", "not JSON"), (b"[]", "holds list"), (b"\xff\xfe\0\0", "not text")],
 )
-def test_a_manifest_that_is_no_json_object_is_refused(content: bytes, message: str, copy: Copy) -> None:
-    path = copy()
+def test_a_manifest_that_is_no_json_object_is_refused(content: bytes, message: str, copied: Bundles) -> None:
+    path = copied()
     (path / MANIFEST).write_bytes(content)
     assert refusal(path).startswith(MANIFEST)
     assert message in refusal(path)
 
 
 @pytest.mark.parametrize("file", ["encoder.onnx", "prologue.onnx", "shallow.onnx", "deep.onnx"])
-def test_a_manifest_that_lists_no_engine_is_refused(file: str, copy: Copy) -> None:
-    path = copy("t5-relu-tied")
+def test_a_manifest_that_lists_no_engine_is_refused(file: str, copied: Bundles) -> None:
+    path = copied("t5-relu-tied")
     unlist(path, file)
     assert f"lists no {file}" in refusal(path)
 
@@ -136,8 +126,8 @@ def test_where_there_is_no_bundle_the_message_says_how_to_make_one(tmp_path: Pat
     assert f"no {MANIFEST}" in refusal(tmp_path)
 
 
-def test_what_cannot_be_loaded_is_named(copy: Copy) -> None:
-    path = copy()
+def test_what_cannot_be_loaded_is_named(copied: Bundles) -> None:
+    path = copied()
     content = (path / "deep.onnx").read_bytes()
     (path / "deep.onnx").write_bytes(content.replace(b"Reshape", b"Reshapf"))
     # The quick check looks at sizes only.
@@ -152,16 +142,16 @@ def test_what_cannot_be_loaded_is_named(copy: Copy) -> None:
         Session(path)
 
 
-def test_the_hash_of_a_bundle_changes_with_any_file(copy: Copy) -> None:
-    path = copy()
+def test_the_hash_of_a_bundle_changes_with_any_file(copied: Bundles) -> None:
+    path = copied()
     before = Bundle.open(path).sha256
     assert Bundle.open(path).sha256 == before
     rewrite_manifest(path, files={**files_of(path), "deep.onnx": {**files_of(path)["deep.onnx"], "sha256": "00" * 32}})
     assert Bundle.open(path).sha256 != before
 
 
-def test_verification_is_what_the_report_says(copy: Copy) -> None:
-    path = copy()
+def test_verification_is_what_the_report_says(copied: Bundles) -> None:
+    path = copied()
     assert Bundle.open(path).verification is None
     (path / VERIFICATION).write_text('{"passed": true}')
     assert Bundle.open(path).verification == {"passed": True}
@@ -173,8 +163,8 @@ def test_verification_is_what_the_report_says(copy: Copy) -> None:
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("verify", ["sizes", "full"])
-def test_a_planted_file_is_not_read(file: str, verify: str, copy: Copy) -> None:
-    path = copy()
+def test_a_planted_file_is_not_read(file: str, verify: str, copied: Bundles) -> None:
+    path = copied()
     unlist(path, file)
     (path / file).unlink()
     (path / file).symlink_to("/etc/passwd")
@@ -185,8 +175,8 @@ def test_a_planted_file_is_not_read(file: str, verify: str, copy: Copy) -> None:
         session.generate([5], max_new_tokens=1, do_sample=True, seed=1)
 
 
-def test_what_is_not_listed_is_no_part_of_the_bundle(copy: Copy) -> None:
-    path = copy()
+def test_what_is_not_listed_is_no_part_of_the_bundle(copied: Bundles) -> None:
+    path = copied()
     unlist(path, "tokenizer.json")
     with Session(path) as session:
         assert session.tokenizer is None
@@ -197,8 +187,8 @@ def test_what_is_not_listed_is_no_part_of_the_bundle(copy: Copy) -> None:
 
 @pytest.mark.parametrize("file", ["weights.data", "tokenizer.json", "deep.onnx", MANIFEST])
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_link_in_the_place_of_a_file_is_refused(file: str, inside: bool, copy: Copy) -> None:
-    path = copy()
+def test_a_link_in_the_place_of_a_file_is_refused(file: str, inside: bool, copied: Bundles) -> None:
+    path = copied()
     (path.parent / "link").symlink_to(path)  # the directory itself may be one
     assert Bundle.open(path.parent / "link", verify="full").sha256 == Bundle.open(path).sha256
     target = (path if inside else path.parent) / "moved"
@@ -208,15 +198,15 @@ def test_a_link_in_the_place_of_a_file_is_refused(file: str, inside: bool, copy:
 
 
 @pytest.mark.parametrize("file", [MANIFEST, "tokenizer.json", "weights.data", "shallow.onnx"])
-def test_a_named_pipe_is_refused_at_once(file: str, copy: Copy) -> None:
-    path = copy()
+def test_a_named_pipe_is_refused_at_once(file: str, copied: Bundles) -> None:
+    path = copied()
     (path / file).unlink()
     os.mkfifo(path / file)
     assert re.match(rf"{file} .*regular file", refusal(path, verify="full"))
 
 
-def test_a_manifest_that_is_too_large_is_refused_before_it_is_read(copy: Copy) -> None:
-    path = copy()
+def test_a_manifest_that_is_too_large_is_refused_before_it_is_read(copied: Bundles) -> None:
+    path = copied()
     with (path / MANIFEST).open("r+b") as file:
         file.truncate(1 << 40)
     assert f"{1 << 40} bytes, at most" in refusal(path)
@@ -234,8 +224,8 @@ def calibrate(path: Path, **changes: Any) -> Calibration:
     return calibration
 
 
-def test_a_calibration_is_a_file_of_the_bundle_and_of_its_model(copy: Copy) -> None:
-    path = copy()
+def test_a_calibration_is_a_file_of_the_bundle_and_of_its_model(copied: Bundles) -> None:
+    path = copied()
     assert Bundle.open(path).calibration is None
     assert calibrate(path) == Bundle.open(path, verify="full").calibration
     calibrate(path, exit_layer=7)
@@ -246,8 +236,8 @@ def test_a_calibration_is_a_file_of_the_bundle_and_of_its_model(copy: Copy) -> N
     assert refusal(path).startswith(CALIBRATION)
 
 
-def test_a_bundle_may_record_a_threshold_of_rollback(copy: Copy) -> None:
-    path = copy()
+def test_a_bundle_may_record_a_threshold_of_rollback(copied: Bundles) -> None:
+    path = copied()
     rewrite_manifest(path, rollback_threshold=0.0)
     asked: dict[str, Any] = {"mode": "rollback", "threshold": 0.1, "max_new_tokens": 20, "ignore_eos": True}
     with Session(path) as session:
@@ -255,8 +245,8 @@ def test_a_bundle_may_record_a_threshold_of_rollback(copy: Copy) -> None:
     assert always.stats.rejected > never.stats.rejected == 0
 
 
-def test_a_bundle_may_stand_anywhere(copy: Copy, tmp_path: Path) -> None:
-    path = copy().rename(tmp_path / "a name with spaces, [brackets] and ünï")
+def test_a_bundle_may_stand_anywhere(copied: Bundles, tmp_path: Path) -> None:
+    path = copied().rename(tmp_path / "a name with spaces, [brackets] and ünï")
     with Session(path) as session:
         assert session.generate([5], max_new_tokens=2).token_ids
     assert isinstance(Bundle.open(str(path)).manifest, Manifest)

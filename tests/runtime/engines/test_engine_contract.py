@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,6 @@ from runtime import Bundle, BundleError, EngineError, Session
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.manifest import HASH, MANIFEST, _hash
 from runtime.engines.onnx import OnnxEngine
-
-Copy = Callable[..., Path]
-
-
-@pytest.fixture
-def copy(bundle: Bundles, tmp_path: Path) -> Copy:
-    return lambda name="llama-tied": Path(shutil.copytree(bundle(BY_NAME[name]), tmp_path / name))
 
 
 def resign(path: Path, **changes: Any) -> None:
@@ -63,16 +54,16 @@ def refusal(path: Path) -> str:
     ],
 )
 def test_a_manifest_of_another_model_is_refused_with_both_values(
-    name: str, changes: dict[str, Any], both: list[str], copy: Copy
+    name: str, changes: dict[str, Any], both: list[str], copied: Bundles
 ) -> None:
-    path = copy(name)
+    path = copied(name)
     resign(path, **changes)
     message = refusal(path)
     assert all(part in message for part in both), message
 
 
-def test_graphs_that_changed_places_are_refused(copy: Copy) -> None:
-    path = copy()
+def test_graphs_that_changed_places_are_refused(copied: Bundles) -> None:
+    path = copied()
     (path / "deep.onnx").rename(path / "other")
     (path / "shallow.onnx").rename(path / "deep.onnx")
     (path / "other").rename(path / "shallow.onnx")
@@ -80,8 +71,8 @@ def test_graphs_that_changed_places_are_refused(copy: Copy) -> None:
     assert ".onnx has" in refusal(path)
 
 
-def test_a_graph_whose_batch_size_is_fixed_is_refused(copy: Copy) -> None:
-    path = copy()
+def test_a_graph_whose_batch_size_is_fixed_is_refused(copied: Bundles) -> None:
+    path = copied()
     model = onnx.load(path / "deep.onnx", load_external_data=False)
     (hidden,) = (value for value in model.graph.input if value.name == "hidden")
     hidden.type.tensor_type.shape.dim[0].dim_value = 3

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -39,14 +37,12 @@ class Gpu(NamedTuple):
 
 
 @pytest.fixture(params=[0, 1])
-def gpu(
-    bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[Gpu]:
+def gpu(copied: Bundles, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Gpu]:
     """A bundle whose engines are built, with a device that lags by chance."""
     fake = FakeCuda(request.param)
     trt = fake_tensorrt(fake)
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", trt)
-    opened = Bundle.open(shutil.copytree(bundle(LLAMA, target="tensorrt"), tmp_path / "bundle"))
+    opened = Bundle.open(copied(LLAMA, target="tensorrt"))
     build(opened, 2)
     cuda = Cuda(0, fake)
     yield Gpu(fake, cuda, cuda.stream(urgent=True), trt, opened)

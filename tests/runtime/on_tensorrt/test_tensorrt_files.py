@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ Put = Callable[..., Path]
 
 
 @pytest.fixture
-def opened(bundle: Bundles, tmp_path: Path) -> Bundle:
-    return Bundle.open(shutil.copytree(bundle(LLAMA, target="tensorrt"), tmp_path / "bundle"))
+def opened(copied: Bundles) -> Bundle:
+    return Bundle.open(copied(LLAMA, target="tensorrt"))
 
 
 @pytest.fixture

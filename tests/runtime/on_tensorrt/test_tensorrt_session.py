@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,11 @@ Built = Callable[..., Path]
 
 
 @pytest.fixture
-def built(bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Built:
+def built(copied: Bundles, monkeypatch: pytest.MonkeyPatch) -> Built:
     """A bundle with its engines."""
 
     def make(case: Any, max_batch: int = 4, **options: Any) -> Path:
-        path = bundle(case, target="tensorrt", **options)
-        copy = shutil.copytree(path, tmp_path / "bundle")
+        copy = copied(case, target="tensorrt", **options)
         with monkeypatch.context() as patched:
             fake_device.install(patched)
             build(Bundle.open(copy), max_batch)
