@@ -67,5 +67,10 @@ def shown(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
+    """The message of an error in one line of at most 200 characters; its type where it has none."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error, at most 300 characters of it; its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

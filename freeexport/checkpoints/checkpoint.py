@@ -19,13 +19,13 @@ from freeexport.checkpoints.gguf import GGUFFile, without_arrays
 from freeexport.checkpoints.gguf_values import KINDS
 from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, MergedWeights, read_adapter
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
-from freeexport.checkpoints.weight_files import Shape, TensorFile, one_line, read_json, weight_files
+from freeexport.checkpoints.weight_files import Shape, TensorFile, read_json, weight_files
 from graphs.errors import UnsupportedModelError
 from graphs.families import family_of
 from graphs.quantization.panels import InFile
 from graphs.shapes import check_config
 from graphs.weights import View
-from runtime.errors import FreeExportError, OptionError
+from runtime.errors import FreeExportError, OptionError, one_line
 
 # Ends of the names of tensors that belong to packed weights: of GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8.
 _OF_PACKED = ("qweight", "qzeros", "SCB", "absmax", "weight_packed", "weight_scale", "weight_scale_inv")

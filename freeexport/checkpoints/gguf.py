@@ -22,11 +22,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from freeexport.checkpoints.gguf_values import KINDS, values_of
-from freeexport.checkpoints.weight_files import CheckpointError, Shape, TensorFile, one_line
+from freeexport.checkpoints.weight_files import CheckpointError, Shape, TensorFile
 from graphs.errors import UnsupportedModelError
 from graphs.quantization.panels import InFile
 from graphs.quantization.rounding import Rounded
 from graphs.shapes import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
+from runtime.errors import one_line
 
 ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3", "t5")  # a Mistral model is a llama
 # Several times what published models have.

@@ -11,8 +11,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.gguf import GGUFFile, quick_reader
-from freeexport.checkpoints.weight_files import CheckpointError, one_line
+from freeexport.checkpoints.weight_files import CheckpointError
 from runtime.bundle.manifest import Languages
+from runtime.errors import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

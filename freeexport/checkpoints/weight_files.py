@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphs.quantization.panels import InFile
-from runtime.errors import FreeExportError
+from runtime.errors import FreeExportError, one_line
 from runtime.json_file import read_object
 
 if TYPE_CHECKING:
@@ -150,9 +150,3 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file of JSON beside the weights."""
     # Configurations have limits without end, which Python writes as Infinity.
     return read_object(path, "download the checkpoint again", CheckpointError, nan=True)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text for the inside of a message: one line, at most 160 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

@@ -23,7 +23,7 @@ from freeexport.system.extras import PURPOSES, install_command, installed_versio
 from freeexport.system.machine import detect_machine
 from freeexport.system.page import human_bytes, pairs, print_page
 from runtime.cuda.driver import dotted
-from runtime.errors import EngineError
+from runtime.errors import EngineError, first_line
 from runtime.kernels import instructions, missing
 from runtime.tensorrt.files import import_tensorrt
 
@@ -114,7 +114,7 @@ def probe_onnxruntime(wheel: str) -> tuple[list[dict[str, Any]], list[str]]:
         names = list(ort.get_available_providers())
     except Exception as error:  # a broken wheel fails in many ways: ImportError, AttributeError, OSError
         repair = f"pip install --force-reinstall --no-deps {wheel}"
-        return [], [f"{wheel} is installed but does not load ({_first_line(error)}); run: {repair}"]
+        return [], [f"{wheel} is installed but does not load ({first_line(error)}); run: {repair}"]
     problems = {name: provider_problem(ort, name) for name in names}
     providers = [{"name": name, "usable": not why, "problem": why} for name, why in problems.items()]
     if all(problems.values()):
@@ -136,7 +136,7 @@ def provider_problem(ort: Any, name: str) -> str:
             return _NOT_LOADED
         (result,) = session.run(None, {"x": numpy.ones(1, numpy.float32)})
     except Exception as error:  # anything a provider's library raises means not usable
-        return _NOT_LOADED if "fallback to CPU EP" in str(error) else _first_line(error)
+        return _NOT_LOADED if "fallback to CPU EP" in str(error) else first_line(error)
     return "" if result[0] == 2.0 else f"computed 1 + 1 = {result[0]}"
 
 
@@ -249,7 +249,3 @@ def _machine_rows(machine: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", memory),
         ("control group's memory", "none" if limit is None else human_bytes(limit)),
     ]
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

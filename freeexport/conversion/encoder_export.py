@@ -21,6 +21,7 @@ from graphs.foreign_encoder import adapt_encoder
 from graphs.weights import WeightFile
 from runtime.bundle.manifest import Precision
 from runtime.engines.onnx import OnnxEngine
+from runtime.errors import first_line
 from runtime.machine.machine import usable_cores
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def export_encoder(
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"the encoder of {checkpoint.name} ({checkpoint.architecture}) cannot be exported: {_first_line(error)}; "
+            f"the encoder of {checkpoint.name} ({checkpoint.architecture}) cannot be exported: {first_line(error)}; "
             "try another release of torch or transformers"
         ) from error
     compute = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
@@ -149,13 +150,9 @@ def _check_engine(path: Path, module: _Encoder, block: int, precision: Precision
             error = float(difference.max() / max(1.0, float(np.abs(theirs).max())))
             reason = f"it differs by {error:.1e} of the largest value"
         except Exception as failure:  # ONNX Runtime's own types share no base
-            error, reason = np.inf, _first_line(failure)
+            error, reason = np.inf, first_line(failure)
         if not error <= TOLERANCE.get(precision, TOLERANCE["fp32"]):
             raise UnsupportedModelError(
                 f"the encoder of {name} was exported, but is wrong for prompts of {lengths} tokens: {reason}; this "
                 "encoder is not supported"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]

@@ -24,6 +24,7 @@ from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import OnnxEngine, value
 from runtime.engines.runner import Encoder
 from runtime.machine.machine import usable_cores
+from runtime.text.sampler import log_softmax
 from runtime.text.tokenizer import Tokenizer
 
 # A comparison may be so many times as far as noise. Faults (a shifted position, another row's cache) are 15 to 1000
@@ -290,13 +291,6 @@ class Moved:
     @classmethod
     def joined(cls, parts: Sequence[Moved]) -> Moved:
         return cls(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log probabilities in float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
 
 
 def self_checks(

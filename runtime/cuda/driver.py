@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import CapacityError, DeviceError
+from runtime.errors import CapacityError, DeviceError, first_line
 
 INSTALL = "pip install 'freeexport[gpu]'"
 # What leaves a device unusable for the rest of the process (CUDA Runtime API, cudaError_t): its context is lost.
@@ -275,8 +275,9 @@ def _import_runtime() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DeviceError(f"a CUDA device needs cuda-python, which cannot be imported ({first}); {INSTALL}") from error
+        raise DeviceError(
+            f"a CUDA device needs cuda-python, which cannot be imported ({first_line(error)}); {INSTALL}"
+        ) from error
     return runtime
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from runtime.cuda.call import DeviceCall, DeviceEngine, Staging
 from runtime.cuda.driver import Stream
 from runtime.engines.onnx import OnnxEngine, import_onnxruntime
-from runtime.errors import EngineError
+from runtime.errors import EngineError, first_line
 from runtime.machine.device import Device
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class CudaCall(DeviceCall):
             with engine.stream.cuda.undisturbed if captures else nullcontext():
                 engine.session.run_with_iobinding(self._binding, self._options)
         except Exception as error:
-            text = next(iter(str(error).splitlines()), type(error).__name__)[:300]
+            text = first_line(error)
             engine.stream.record(staging.event)  # raises where the device is lost
             if not captures:
                 raise EngineError(f"{engine.name} failed on device {engine.stream.cuda}: {text}") from error

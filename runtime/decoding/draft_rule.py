@@ -57,7 +57,7 @@ MOST_SETTINGS = 64
 
 
 class Average:
-    """Exponential average of a share; begins as `value`, with the weight of two observations."""
+    """Exponential average; begins as `value`, with the weight of two observations."""
 
     def __init__(self, value: float = 0.5) -> None:
         self.value, self.count = value, 2

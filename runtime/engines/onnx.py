@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime import kernels as own_kernels
-from runtime.errors import EngineError
+from runtime.errors import EngineError, first_line
 from runtime.machine.device import CPU, Device
 
 
@@ -43,7 +43,7 @@ class OnnxEngine:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:
             upgrade = "; upgrade freeexport" if "is not a registered function/op" in str(error) else ""
-            raise EngineError(f"{path.name} cannot be loaded: {_first_line(error)}{upgrade}") from error
+            raise EngineError(f"{path.name} cannot be loaded: {first_line(error)}{upgrade}") from error
         device.check_active(self.session, path.name)
         self.file = path.name
 
@@ -109,7 +109,7 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise EngineError(
-            f"ONNX Runtime cannot be imported ({_first_line(error)}); install one wheel: pip install 'freeexport[cpu]'"
+            f"ONNX Runtime cannot be imported ({first_line(error)}); install one wheel: pip install 'freeexport[cpu]'"
         ) from error
     if not hasattr(onnxruntime, "InferenceSession"):
         raise EngineError("the ONNX Runtime package is damaged (two wheels over each other?); run freeexport doctor")
@@ -117,8 +117,4 @@ def import_onnxruntime() -> Any:
 
 
 def _failed(file: str, error: Exception) -> EngineError:
-    return EngineError(f"ONNX Runtime cannot run {file}: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]
+    return EngineError(f"ONNX Runtime cannot run {file}: {first_line(error)}")

@@ -16,7 +16,7 @@ from typing import Any
 from runtime.bundle.bundle import Bundle, Verify, sha256_of
 from runtime.bundle.manifest import Manifest
 from runtime.bundle.schema import Reader
-from runtime.errors import BundleError, EngineError
+from runtime.errors import BundleError, EngineError, first_line
 from runtime.json_file import read_json
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ def import_tensorrt() -> Any:
     try:
         import tensorrt
     except ImportError as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise EngineError(f"TensorRT cannot be imported ({first}); run: {INSTALL}") from error
+        raise EngineError(f"TensorRT cannot be imported ({first_line(error)}); run: {INSTALL}") from error
     version = str(tensorrt.__version__)
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < LEAST:
         least = ".".join(map(str, LEAST))

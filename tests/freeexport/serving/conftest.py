@@ -28,7 +28,7 @@ def http(server: Running) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def session(chat: Path) -> Iterator[Session]:
-    """What `chat` gives without a server."""
+    """A session on `chat`, beside the server."""
     with Session(chat, threads=1) as session:
         yield session
 
