@@ -14,8 +14,8 @@ constexpr int64_t kFewPlaces = 8, kManyPlaces = 64;
 constexpr int64_t kTasksOfMany = 16;
 // The same of a prompt's rows in tiles.
 constexpr int64_t kBlocksOfPrompt = 4, kPromptPlaces = 128;
-// Queries that share keys from which on a piece of these is turned.
-constexpr int64_t kTurnedFor = 12;
+// Queries that share keys, or rows, from which on a piece of these is turned.
+constexpr int64_t kTurnedFor = 12, kTurnedRows = 6;
 // With fewer tasks than these each piece is a task of its own.
 constexpr int64_t kFewTasks = 16;
 // Values of keys that are seen, below which one thread does all.
@@ -87,7 +87,7 @@ void attend_block(const Call& call, const Block& block, int64_t kv_head, int64_t
     if (!sees(a, *place, piece)) continue;
     while (turns && end < block.last && end->sequence == place->sequence && sees(a, *end, piece)) end++;
     room.values = rooms + (place - block.first) * room.apart;
-    if ((end - place) * a.heads >= kTurnedFor * a.kv_heads) {
+    if (end - place >= kTurnedRows || (end - place) * a.heads >= kTurnedFor * a.kv_heads) {
       call.kernels.attend_rows(a, place, end - place, kv_head, piece, room);
       continue;
     }
