@@ -24,6 +24,7 @@ from freeexport.checkpoints.examples import Example, encode, read_examples, text
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.packed_exit import misfit, read_packed, ready_made, weights_sha256
+from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.fit.paper import repeated
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.fit.splits import write
@@ -39,13 +40,16 @@ from freeexport.system.progress import duration
 from graphs.description import Description, Encoder
 from graphs.families import describe
 from graphs.step_costs import analytic
-from runtime.bundle.manifest import Precision
+from runtime.bundle.manifest import ExitInput, Precision
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
 
 # Of layers that a token passes before it exits, the share x of all lets 1 - exp(-depth x) of the tokens exit: a hard
 # task (summaries), a usual one, and an easy one (records as JSON) of docs/results.
 DEPTHS = {"hard": 0.5, "usual": 3.5, "easy": 6.0}
+# The same of exits that read the deep decoder's feature (chat; phrases to phonemes; records as JSON): there is nothing
+# for them to gain by depth, as the model's own weights are trained before.
+FEATURE_RATES = {"hard": 0.2, "usual": 0.7, "easy": 0.85}
 OWN_LAYERS = (1, 2)  # of the exit
 MAX_PENDING = 16  # convert's default
 PAYS = 1.05  # the usual speed-up of a request from which on training is worth its time
@@ -64,7 +68,8 @@ TEST, CALIBRATION, VALIDATION, TRAIN = (100, 400), (60, 300), 100, 100
 # of both bundles, of the model as it is alone, and of one seed's bundles.
 BY_QUALITY, BY_AGREEMENT, COMPARED, ALONE, PAPER = 8.0, 2.0, 6.5, 2.0, 13.0
 SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # of the budget, at most
-TOGETHER = 0.85  # of the training time, with the model; the rest trains the exit alone
+# Of the training time, of all weights; the rest trains the exit alone, which takes longer where nothing else trains it.
+TOGETHER = {"state": 0.85, "feature": 0.6}
 # Seconds of a conversion, and weights a second besides; bytes that training takes beside its weights.
 CONVERTING, CONVERTED = 45, 1.5e6
 ACTIVATIONS, LOGITS = 2 << 30, 32  # the latter for each token of the vocabulary
@@ -119,7 +124,7 @@ class FitOptions:
 class PlannedExit:
     """An exit after `layer`, through layers of its `own`, that knows `vocabulary` tokens (None: all), which are the
     share `covered` of the targets' tokens. `rates` and `speeds` by DEPTHS: tokens that exit, and the speed of a token
-    over the full model's."""
+    over the full model's. `input`: what its layers read; with "feature" the model is trained before, without it."""
 
     layer: int
     own: int
@@ -128,6 +133,7 @@ class PlannedExit:
     break_even: float | None
     rates: dict[str, float]
     speeds: dict[str, float]
+    input: ExitInput = "state"
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,7 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
             if form.speech is not None:
                 share = 4 * _encoder_weights(description, checkpoint) / (layers * costs.layer + costs.head)
                 texts = replace(texts, most=min(texts.most, form.limit), share=PROMPT * share, speech=True)
-            plan = replace(plan, texts=texts, exit=best_exit(checkpoint, description, examples))
+            plan = replace(plan, texts=texts, exit=best_exit(checkpoint, description, examples, options.paper))
             plan = _with_times(options, plan, converting, parameters, description.vocab_size, len(lines))
     return replace(plan, busy=load.cores)
 
@@ -261,9 +267,10 @@ def _with_times(
     if options.paper and not fits:
         raise OptionError(f"--paper trains all weights of {plan.name}, and they do not fit in memory; leave it out")
     left = options.budget - sum(times.get(name, 1) * one for name, one in seconds.items())
-    shares = {"joint": TOGETHER, "exit": 1 - TOGETHER}
+    together = TOGETHER[found.input]
+    shares = {"joint": together, "exit": 1 - together}
     runs = sum(times.get(name, 1) * share for name, share in shares.items())
-    least = FEW_STEPS * speed["step"] * runs / TOGETHER
+    least = FEW_STEPS * speed["step"] * runs / together
     if left < least:
         needed = math.ceil((options.budget - left + least) / 60)
         raise OptionError(
@@ -306,8 +313,11 @@ def _texts(examples: Sequence[Example]) -> Texts:
     return Texts(float(prompts.mean()), float(targets.mean()), max(16, math.ceil(1.1 * longest)))
 
 
-def best_exit(checkpoint: Checkpoint, description: Description, examples: Sequence[Example]) -> PlannedExit:
-    """The exit that is fastest on usual and easy tasks together, by the bytes that it reads."""
+def best_exit(
+    checkpoint: Checkpoint, description: Description, examples: Sequence[Example], paper: bool = False
+) -> PlannedExit:
+    """The exit that is fastest on usual and easy tasks together, by the bytes that it reads. Where the engines can have
+    it, it reads the deep decoder's feature; not for `paper`, whose losses train the layers below an exit."""
     if checkpoint.exit is not None and checkpoint.exit.has_parameters:
         raise OptionError(
             f"{checkpoint.name} has an exit of its own already; give the checkpoint that it was trained on, or use "
@@ -317,15 +327,20 @@ def best_exit(checkpoint: Checkpoint, description: Description, examples: Sequen
     further = row_share("int8", read_cpuinfo()[1])  # of the first row's cost
     costs = replace(costs, growth={rows: 1 + further * (rows - 1) for rows in costs.growth})
     vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
-    for layer, own in product(range(1, layers), OWN_LAYERS):
+    feature = not paper and description.encoder is None
+    feature = feature and engine_options(description, ConvertOptions(precision="int8"), 1).packed
+    reads: ExitInput = "feature" if feature else "state"
+    for layer, own in [(1, 1)] if feature else product(range(1, layers), OWN_LAYERS):
         if layer + own > layers:
             continue
         for size, covered in vocabularies:
-            at = costs.at(layer, layers, own, 1.0 if size is None else (size + 1) / description.vocab_size)
+            share = 1.0 if size is None else (size + 1) / description.vocab_size
+            at = costs.at(layer, layers, own, share, 2 if feature else 1)
             passed = (layer + own) / layers
-            rates = {name: covered * (1 - math.exp(-depth * passed)) for name, depth in DEPTHS.items()}
+            gone = FEATURE_RATES if feature else {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
+            rates = {name: covered * rate for name, rate in gone.items()}
             speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
-            found.append(PlannedExit(layer, own, size, covered, at.break_even(MAX_PENDING), rates, speeds))
+            found.append(PlannedExit(layer, own, size, covered, at.break_even(MAX_PENDING), rates, speeds, reads))
     return max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])
 
 
@@ -375,6 +390,7 @@ def training_speed(
         "tune": tune,
     }
     given |= {"bf16": bf16, "learning_rate": learning_rate, "batch_tokens": texts.batch_tokens, "steps": STEPS}
+    given |= {"exit_input": found.input} if tune == "exit" else {}
     asked = {"model": options.model, "data": str(options.data), "lines": lines, "options": given}
     answer = run_child(__name__, json.dumps(asked))
     measured: dict[str, float] = json.loads(answer)
@@ -398,15 +414,17 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     else:
         known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
         even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"
+        reads = ", which read the deep decoder's feature" if found.input == "feature" else ""
         rows["exit"] = (
-            f"after layer {found.layer} of {plan.layers}, with {found.own} layer(s) of its own{known}: {even}"
+            f"after layer {found.layer} of {plan.layers}, with {found.own} layer(s) of its own{reads}{known}: {even}"
         )
         rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())
-        rows["tokens that exit"] = f"{rates}, by what exits of such depth reached on other tasks"
+        rows["tokens that exit"] = f"{rates}, by what such exits reached on other tasks"
         for name, speed_of in (("a token", float), ("a request", texts.request)):
             speeds = ", ".join(f"{speed_of(speed):.2f}x on {kind} tasks" for kind, speed in found.speeds.items())
             rows[f"expected, {name}"] = f"{speeds}, by the bytes that are read"
-        steps = {"full": ("joint", "all weights with the exit"), "exit": ("exit", "the exit alone")}
+        weights = "all weights" if found.input == "feature" else "all weights with the exit"
+        steps = {"full": ("joint", weights), "exit": ("exit", "the exit alone")}
         times = (f"{duration(seconds[name])} of {what}" for name, what in map(steps.__getitem__, training.tune))
         speed = f"{training.tokens_per_second:,.0f} tokens/s, {training.step:.2f} s a step"
         rows["training"] = f"{speed}: {', then '.join(times)}"

@@ -39,7 +39,7 @@ from freeexport.system.progress import BY_PARENT, Advance, duration, progress
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle, sha256_of
-from runtime.bundle.manifest import MANIFEST
+from runtime.bundle.manifest import MANIFEST, ExitInput
 from runtime.bundle.schema import Reader
 from runtime.errors import FreeExportError, OptionError
 from runtime.json_file import read_object
@@ -50,8 +50,9 @@ AGAIN = "what was made is kept: give the same command again to go on"
 FINISHED = "finished"  # in DONE, beside the names of steps
 # What both trainings share; then the weight of distillation and the learning rate of the exit alone.
 PACE = ("--schedule", "hold", "--warmup", "0.03", "--patience", "0")
-ALPHA, ALPHA_ALONE, RATE_ALONE = 2, 4, 5e-4
-ALONE = 0.1  # of a whole step's time, a step of the exit alone
+ALPHA, ALPHA_ALONE = 2, 4
+RATE_ALONE: dict[ExitInput, float] = {"state": 5e-4, "feature": 1e-3}
+ALONE: dict[ExitInput, float] = {"state": 0.1, "feature": 0.2}  # of a whole step's time, a step of the exit alone
 EVALUATIONS = 6  # of a training
 # Thresholds that an evaluation shows beside the calibrated one; they choose nothing.
 CURVE = (0.8, 0.95)
@@ -201,12 +202,14 @@ def _training(
     assert plan.texts is not None
     assert training is not None
     what: list[object] = ["--tune", "exit" if alone else "full", "--exit-layer", found.layer]
+    if found.input == "feature":
+        loss, what = (loss, [*what, "--exit-input", "feature"]) if alone else ("deep-ce", what)
     if loss == "logit-kd":
         what += ["--exit-layers", found.own]
         what += [] if found.vocabulary is None else ["--exit-vocab", found.vocabulary]
     what += ["--data", places.data("frozen" if alone else splits.TRAIN), "--validation", places.data("validation")]
-    alpha, rate = (ALPHA_ALONE, RATE_ALONE) if alone else (ALPHA, training.learning_rate)
-    steps = plan.seconds[kind] / training.step / (ALONE if alone and len(training.tune) > 1 else 1)
+    alpha, rate = (ALPHA_ALONE, RATE_ALONE[found.input]) if alone else (ALPHA, training.learning_rate)
+    steps = plan.seconds[kind] / training.step / (ALONE[found.input] if alone and len(training.tune) > 1 else 1)
     what += ["--loss", loss, *PACE, "--loss-alpha", alpha, "--learning-rate", rate]
     what += ["--batch-tokens", plan.texts.batch_tokens]
     what += ["--time-limit", f"{plan.seconds[kind] / 60:.2f}", "--evaluate-every", max(1, int(steps / EVALUATIONS))]

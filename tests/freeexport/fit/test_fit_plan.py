@@ -47,6 +47,24 @@ def test_a_plan_keeps_to_its_budget_and_names_all_that_it_decided(options: Optio
     assert {"expected, a token", "expected, a request", "time", "precision"} <= shown.keys()
 
 
+def test_an_exit_reads_the_feature_where_engines_can_have_it(options: Options) -> None:
+    given = options()
+    found = planned(given)
+    assert found.exit is not None
+    assert (found.exit.layer, found.exit.input) == (1, "feature")
+    assert "read the deep decoder's feature" in dict(describe_plan(given, found))["exit"]
+    joint, alone = (
+        step.arguments for step in steps_of(given, found, Places.of(given)) if step.name in ("joint", "exit")
+    )
+    assert "deep-ce" in joint
+    assert "--exit-layers" not in joint
+    assert alone[alone.index("--exit-input") + 1] == "feature"
+    for other in (options("t5-deep-decoder"), options(paper=True, budget=4000.0)):
+        state = planned(other).exit
+        assert state is not None
+        assert state.input == "state"
+
+
 def test_without_data_nothing_is_trained(options: Options) -> None:
     found = planned(options(data=None))
     assert (found.exit, found.training, list(found.seconds)) == (None, None, ["convert"])
