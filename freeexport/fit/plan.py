@@ -327,9 +327,8 @@ def best_exit(
     further = row_share("int8", read_cpuinfo()[1])  # of the first row's cost
     costs = replace(costs, growth={rows: 1 + further * (rows - 1) for rows in costs.growth})
     vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
-    feature = not paper and description.encoder is None
-    feature = feature and engine_options(description, ConvertOptions(precision="int8"), 1).packed
-    reads: ExitInput = "feature" if feature else "state"
+    able = description.encoder is None and engine_options(description, ConvertOptions(precision="int8"), 1).packed
+    feature = able and not paper
     for layer, own in [(1, 1)] if feature else product(range(1, layers), OWN_LAYERS):
         if layer + own > layers:
             continue
@@ -340,8 +339,9 @@ def best_exit(
             gone = FEATURE_RATES if feature else {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
             rates = {name: covered * rate for name, rate in gone.items()}
             speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
-            found.append(PlannedExit(layer, own, size, covered, at.break_even(MAX_PENDING), rates, speeds, reads))
-    return max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])
+            found.append(PlannedExit(layer, own, size, covered, at.break_even(MAX_PENDING), rates, speeds))
+    best = max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])
+    return replace(best, input="feature" if feature else "state")
 
 
 def _vocabularies(examples: Sequence[Example], size: int) -> Iterator[tuple[int | None, float]]:

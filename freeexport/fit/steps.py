@@ -202,10 +202,10 @@ def _training(
     assert plan.texts is not None
     assert training is not None
     what: list[object] = ["--tune", "exit" if alone else "full", "--exit-layer", found.layer]
-    if found.input == "feature":
-        loss, what = (loss, [*what, "--exit-input", "feature"]) if alone else ("deep-ce", what)
+    if found.input == "feature" and not alone:
+        loss = "deep-ce"  # no part of it is the exit, which is trained behind it
     if loss == "logit-kd":
-        what += ["--exit-layers", found.own]
+        what += ["--exit-layers", found.own, "--exit-input", found.input]
         what += [] if found.vocabulary is None else ["--exit-vocab", found.vocabulary]
     what += ["--data", places.data("frozen" if alone else splits.TRAIN), "--validation", places.data("validation")]
     alpha, rate = (ALPHA_ALONE, RATE_ALONE[found.input]) if alone else (ALPHA, training.learning_rate)
