@@ -76,8 +76,6 @@ class EngineOptions:
                 f"--kernels freeexport is for weights that are quantized for a CPU, not for precision {self.precision} "
                 f"of target {self.target}; leave it out"
             )
-        if description.exit_engine and description.encoder is not None:
-            raise GraphError(f"an exit that reads a feature is for decoder-only models, not for {description.family}")
         if description.exit_engine and not self.packed:
             raise GraphError(
                 f"an exit that reads a feature needs dialect ort and target cpu, not {self.dialect} and {self.target}; "

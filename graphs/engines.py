@@ -118,7 +118,7 @@ class EngineBuilder:
         states = [graph.input(name, FLOAT, ["B", "k", width]) for name in ("hidden", "features")]
         call = self._decoder_call(graph, states[0])
         joined = graph.op("Concat", states, axis=-1)
-        joined.shape = ir.Shape(["B", "k", 2 * width])
+        joined.shape, joined.dtype = ir.Shape(["B", "k", 2 * width]), FLOAT
         rows = self._packing(graph, call, joined)
         dialect = self._dialect(graph, call, rows)
         x = graph.to_float(linear(graph, graph.to_compute(rows.counted), decoder.exit_map))

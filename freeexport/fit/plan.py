@@ -21,7 +21,7 @@ import psutil
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import Example, encode, read_examples, text_format
-from freeexport.checkpoints.exit_file import Tune
+from freeexport.checkpoints.exit_file import LossName, Tune
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.packed_exit import misfit, read_packed, ready_made, weights_sha256
 from freeexport.conversion.options import ConvertOptions, engine_options
@@ -134,6 +134,15 @@ class PlannedExit:
     rates: dict[str, float]
     speeds: dict[str, float]
     input: ExitInput = "state"
+
+    def training(self, tune: Tune, loss: LossName = "logit-kd") -> dict[str, Any]:
+        """The options of `train` that make it what it is: of all weights, with it or before it, or of it alone."""
+        given: dict[str, Any] = {"tune": tune, "exit_layer": self.layer}
+        given["loss"] = "deep-ce" if self.input == "feature" and tune == "full" else loss
+        if given["loss"] == "logit-kd":
+            given |= {"exit_layers": self.own, "exit_input": self.input}
+            given |= {} if self.vocabulary is None else {"exit_vocab": self.vocabulary}
+        return given
 
 
 @dataclass(frozen=True)
@@ -316,8 +325,8 @@ def _texts(examples: Sequence[Example]) -> Texts:
 def best_exit(
     checkpoint: Checkpoint, description: Description, examples: Sequence[Example], paper: bool = False
 ) -> PlannedExit:
-    """The exit that is fastest on usual and easy tasks together, by the bytes that it reads. Where the engines can have
-    it, it reads the deep decoder's feature; not for `paper`, whose losses train the layers below an exit."""
+    """The exit that is fastest on usual and easy tasks together, by the bytes that it reads: one that reads the deep
+    decoder's feature only where the engines can have it, and not for `paper`, whose losses train the layers below."""
     if checkpoint.exit is not None and checkpoint.exit.has_parameters:
         raise OptionError(
             f"{checkpoint.name} has an exit of its own already; give the checkpoint that it was trained on, or use "
@@ -327,21 +336,19 @@ def best_exit(
     further = row_share("int8", read_cpuinfo()[1])  # of the first row's cost
     costs = replace(costs, growth={rows: 1 + further * (rows - 1) for rows in costs.growth})
     vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
-    able = description.encoder is None and engine_options(description, ConvertOptions(precision="int8"), 1).packed
-    feature = able and not paper
-    for layer, own in [(1, 1)] if feature else product(range(1, layers), OWN_LAYERS):
-        if layer + own > layers:
-            continue
-        for size, covered in vocabularies:
-            share = 1.0 if size is None else (size + 1) / description.vocab_size
-            at = costs.at(layer, layers, own, share, 2 if feature else 1)
-            passed = (layer + own) / layers
-            gone = FEATURE_RATES if feature else {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
-            rates = {name: covered * rate for name, rate in gone.items()}
-            speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
-            found.append(PlannedExit(layer, own, size, covered, at.break_even(MAX_PENDING), rates, speeds))
-    best = max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])
-    return replace(best, input="feature" if feature else "state")
+    places: list[tuple[ExitInput, int, int]] = [
+        ("state", layer, own) for layer, own in product(range(1, layers), OWN_LAYERS) if layer + own <= layers
+    ]
+    if not paper and engine_options(description, ConvertOptions(precision="int8"), 1).packed:
+        places.append(("feature", 1, 1))
+    for (reads, layer, own), (size, covered) in product(places, vocabularies):
+        share, passed = 1.0 if size is None else (size + 1) / description.vocab_size, (layer + own) / layers
+        at = costs.at(layer, layers, own, share, 2 if reads == "feature" else 1)
+        by_depth = {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
+        rates = {name: covered * rate for name, rate in (FEATURE_RATES if reads == "feature" else by_depth).items()}
+        speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
+        found.append(PlannedExit(layer, own, size, covered, at.break_even(MAX_PENDING), rates, speeds, reads))
+    return max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])
 
 
 def _vocabularies(examples: Sequence[Example], size: int) -> Iterator[tuple[int | None, float]]:
@@ -383,14 +390,8 @@ def training_speed(
     """Seconds of a training step and tokens a second, of STEPS steps in a process of its own."""
     # Two batches again and again: the exit's start is computed from all lines, which takes as long as steps.
     lines = max(4, math.ceil(2 * texts.batch_tokens / (texts.prompt + texts.target)))
-    given: dict[str, Any] = {
-        "exit_layer": found.layer,
-        "exit_layers": found.own,
-        "exit_vocab": found.vocabulary,
-        "tune": tune,
-    }
-    given |= {"bf16": bf16, "learning_rate": learning_rate, "batch_tokens": texts.batch_tokens, "steps": STEPS}
-    given |= {"exit_input": found.input} if tune == "exit" else {}
+    given = {**found.training(tune), "batch_tokens": texts.batch_tokens, "steps": STEPS}
+    given |= {"bf16": bf16, "learning_rate": learning_rate}
     asked = {"model": options.model, "data": str(options.data), "lines": lines, "options": given}
     answer = run_child(__name__, json.dumps(asked))
     measured: dict[str, float] = json.loads(answer)

@@ -201,16 +201,12 @@ def _training(
     assert found is not None
     assert plan.texts is not None
     assert training is not None
-    what: list[object] = ["--tune", "exit" if alone else "full", "--exit-layer", found.layer]
-    if found.input == "feature" and not alone:
-        loss = "deep-ce"  # no part of it is the exit, which is trained behind it
-    if loss == "logit-kd":
-        what += ["--exit-layers", found.own, "--exit-input", found.input]
-        what += [] if found.vocabulary is None else ["--exit-vocab", found.vocabulary]
+    chosen = found.training("exit" if alone else "full", loss)
+    what: list[object] = [part for name, value in chosen.items() for part in (f"--{name.replace('_', '-')}", value)]
     what += ["--data", places.data("frozen" if alone else splits.TRAIN), "--validation", places.data("validation")]
     alpha, rate = (ALPHA_ALONE, RATE_ALONE[found.input]) if alone else (ALPHA, training.learning_rate)
     steps = plan.seconds[kind] / training.step / (ALONE[found.input] if alone and len(training.tune) > 1 else 1)
-    what += ["--loss", loss, *PACE, "--loss-alpha", alpha, "--learning-rate", rate]
+    what += [*PACE, "--loss-alpha", alpha, "--learning-rate", rate]
     what += ["--batch-tokens", plan.texts.batch_tokens]
     what += ["--time-limit", f"{plan.seconds[kind] / 60:.2f}", "--evaluate-every", max(1, int(steps / EVALUATIONS))]
     what += ["--seed", seed] if seed else []

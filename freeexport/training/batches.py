@@ -42,8 +42,6 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
         raise OptionError(
             f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: {first} to {layers - 1}"
         )
-    if options.exit_input == "feature" and description.encoder is not None:
-        raise OptionError(f"--exit-input feature is for decoder-only models; leave it out for {description.family}")
     measured = options.select_by in MEASURED
     if description.spectrogram is not None and (options.truncate or not measured):
         flag = f"--select-by {options.select_by} decodes" if not measured else "--truncate cuts"

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
 
 # Tokens after a sync pass that an exit with a deep feature is trained as: the first reads the feature, the others what
-# the exit gave at the token before. It is measured as the last of them.
-PASSES = 2
+# the exit gave at the token before. It is measured as the second of them.
+PASSES, MEASURED = 4, 2
 Read = Callable[[str], np.ndarray]
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # [B, heads, n, head_dim]
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {

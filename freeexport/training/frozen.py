@@ -16,7 +16,7 @@ from freeexport.checkpoints.examples import Example
 from freeexport.system.progress import progress
 from freeexport.training import losses
 from freeexport.training.batches import Collator, LengthBatches, token_counts
-from freeexport.training.exit_modules import PASSES, Encoded, ExitLayers, KnownTokens, capped
+from freeexport.training.exit_modules import MEASURED, PASSES, Encoded, ExitLayers, KnownTokens, capped
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import (
     ENCODER,
@@ -239,7 +239,7 @@ class FrozenExit(nn.Module):
         features: torch.Tensor | None = None,
     ) -> Outputs:
         """Take what `collate_teacher` gives. An exit that reads features is trained as the first tokens after a sync
-        pass, PASSES of them, and measured as the last of these."""
+        pass, PASSES of them, and measured as the second of these."""
         wanted, known = labels != IGNORED, self.known
         labels = labels[wanted]
         classes = labels if known is None else known.classes(labels)
@@ -249,7 +249,7 @@ class FrozenExit(nn.Module):
             passes = [self.exit(states, prompts)]
         else:
             assert isinstance(self.exit, ExitLayers)
-            passes = self.exit.passes(states, prompts, features, PASSES)
+            passes = self.exit.passes(states, prompts, features, PASSES if self.training else MEASURED)
         students = [self.exit.norm(one[wanted]) * self.head.scale for one in passes]  # [R, d] each
         # In float32: logits in bfloat16 are off by a twentieth.
         with torch.autocast(states.device.type, enabled=False):

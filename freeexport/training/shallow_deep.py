@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
-from freeexport.training.exit_modules import PASSES, Encoded, Exit, ExitLayers, KnownTokens, capped
+from freeexport.training.exit_modules import MEASURED, Encoded, Exit, ExitLayers, KnownTokens, capped
 from graphs.description import Description
 from graphs.layers import head_bias
 from graphs.weights import View
@@ -160,7 +160,7 @@ class ShallowDeep(nn.Module):
             if self.own.reads_feature:
                 features = self.head.normed(recorded[self.layers])
             if features is not None and isinstance(self.own, ExitLayers):
-                recorded[EXIT] = self.own.passes(states, encoded, features, PASSES)[-1]
+                recorded[EXIT] = self.own.passes(states, encoded, features, MEASURED)[-1]
             else:
                 recorded[EXIT] = self.own(states, encoded, features)
         found = {n: one.reshape(-1, one.shape[-1]).index_select(0, rows) for n, one in recorded.items()}

@@ -67,9 +67,9 @@ QUALITY_COARSE_LEAST = 5e-2
 ROWS, LONGEST, LINES = 8, 256, 256
 RECORDINGS = 32  # lines of speech that are read: the encoder takes as long as hundreds of tokens
 
-# States [B, n, d], those of an encoder, and a decoder-only model's final normed ones [B, n, d] -> logits [B, n, V], and
-# confidences [B, n, 1] where these depend on more than the logits.
-ExitHead = Callable[[torch.Tensor, Encoded | None, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+# States [B, n, d], those of an encoder, and the final normed ones [B, n, d] -> logits [B, n, V], and confidences
+# [B, n, 1] where these depend on more than the logits.
+ExitHead = Callable[[torch.Tensor, Encoded | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 # What a checkpoint may recommend beyond greedy decoding.
@@ -95,8 +95,8 @@ class States:
     def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None) -> States:
         """Outputs of transformers, as float32."""
         out = forward(model, batch)
-        states = out.get("decoder_hidden_states", out.get("hidden_states"))[exit_layer]
-        features = out["hidden_states"][-1] if "hidden_states" in out else None
+        layers = out.get("decoder_hidden_states", out.get("hidden_states"))
+        states, features = layers[exit_layer], layers[-1]
         encoded, prompts = out.get("encoder_last_hidden_state"), None
         if batch.prompts is not None and batch.prompt_lengths is not None:
             prompts = Encoded(encoded, torch.from_numpy(mask_of(batch.prompt_lengths, encoded.shape[1])) > 0)
@@ -107,12 +107,12 @@ class States:
             shallow, confidence = exit_head(states, prompts, features)
         else:
             stack, name = layer_list(model)
-            layers = getattr(stack, name)
-            setattr(stack, name, layers[:exit_layer])
+            whole = getattr(stack, name)
+            setattr(stack, name, whole[:exit_layer])
             try:
                 shallow = forward(model, batch)["logits"]
             finally:
-                setattr(stack, name, layers)
+                setattr(stack, name, whole)
         return cls(
             deep,
             valid_rows(shallow.numpy(), batch.lengths),

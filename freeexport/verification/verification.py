@@ -257,7 +257,7 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
 
     @torch.no_grad()
     def read(
-        states: torch.Tensor, encoded: Encoded | None, features: torch.Tensor | None
+        states: torch.Tensor, encoded: Encoded | None, features: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if own is None:
             normed = head.normed(states)

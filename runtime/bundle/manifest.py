@@ -328,7 +328,6 @@ class Manifest:
             (self.exit_layer < self.layers, "exit_layer", self.exit_layer),
             (self.exit_layers > 0 or not self.exit_engine, "exit_input", self.exit_input),
             (self.packed or not self.exit_engine, "exit_input", self.exit_input),
-            (not (self.exit_engine and self.encoder_decoder), "exit_input", self.exit_input),
             (1 <= (self.tuned_max_pending or 1) <= self.max_pending, "tuned_max_pending", self.tuned_max_pending),
             (start is not None or not self.encoder_decoder, "decoder_start_token_id", start),
             *(

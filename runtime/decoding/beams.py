@@ -162,13 +162,13 @@ class BeamRows:
 
     def __init__(self, decoder: Decoder, cross: dict[str, np.ndarray], beams: int, rows: int) -> None:
         self.stats = decoder.stats
-        self._rows, self._runners = rows, decoder.runners
+        self._rows, self._runners = rows, decoder.runners[:2]  # nothing exits
         self._tokens = np.zeros((beams, 1), np.int64)
         self._emitted, self._every = np.zeros(beams, np.int64), np.arange(beams)
         self._hidden = decoder.runners[0].zeros((beams, 1, decoder.hidden_size), np.float32)
         self._logits = np.zeros((beams, decoder.vocab_size), np.float32)
         self._cross = {name: _repeated(array, beams, decoder.runners[0]) for name, array in cross.items()}
-        self._caches = [runner.cache.resized(beams, min(rows, FIRST_ROWS)) for runner in decoder.runners]
+        self._caches = [runner.cache.resized(beams, min(rows, FIRST_ROWS)) for runner in self._runners]
         self._bind()
 
     def stepping(self, tokens: np.ndarray, sources: np.ndarray) -> Waits[np.ndarray]:
@@ -190,7 +190,7 @@ class BeamRows:
 
     def _bind(self) -> None:
         shallow, deep = self._runners
-        tokens = {"input_ids": self._tokens, "head_rows": np.zeros(0, np.int64)}
+        tokens = {"input_ids": self._tokens, **({"head_rows": np.zeros(0, np.int64)} if shallow.heads else {})}
         self._shallow = _bind(shallow, self._caches[0], self._cross, tokens, {"hidden": self._hidden})
         hidden = {"hidden": self._hidden, "head_rows": self._every, "emitted": self._emitted}
         self._deep = _bind(deep, self._caches[1], self._cross, hidden, {"logits": self._logits})

@@ -119,11 +119,11 @@ class Decoder:
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""
         self.cross = cross
-        for runner in self.runners:
+        for runner in self._read:
             layers = {name.split(".")[0] for name in runner.cache.arrays}
             read = {n: v for n, v in cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
             self._read[runner] = {name: runner.value(array) for name, array in read.items()}
-        for call in (*self._steps.values(), *self._passes.values()):
+        for call in self._bound():
             call.attend(self._read[call.runner])
 
     def want_logits(self, wanted: bool) -> None:
@@ -143,7 +143,7 @@ class Decoder:
         self.slot, other.slot = other.slot, self.slot
         self._past, other._past = other._past, self._past
         for decoder in (self, other):
-            for call in (*decoder._steps.values(), *decoder._passes.values()):
+            for call in decoder._bound():
                 call.forget()
 
     # At once
@@ -316,6 +316,10 @@ class Decoder:
             {**call.inputs, **shared, **self._read[runner], **{f"past.{name}": item for name, item in past.items()}},
             {**call.outputs, **{f"present.{name}": item for name, item in past.items()}},
         )
+
+    def _bound(self) -> list[SlotCall]:
+        """The calls that are kept."""
+        return [*self._steps.values(), *self._passes.values()]
 
     def _allow(self, exits: bool) -> None:
         if self._exits != exits:

@@ -45,13 +45,6 @@ class FeatureDecoder(Decoder):
         super().trim(length)
         self._exit_cache.trim(self.slot, length)
 
-    def move(self, other: Decoder) -> None:
-        assert isinstance(other, FeatureDecoder)
-        super().move(other)
-        for decoder in (self, other):
-            for call in decoder._exit_calls.values():
-                call.forget()
-
     # At once
 
     def step(self, token: int, head: bool) -> Prediction:
@@ -143,6 +136,9 @@ class FeatureDecoder(Decoder):
         place = int(self._exit_cache.lengths[self.slot]) - 1
         if call.heads and place >= self.lengths()[1]:
             self._keep_features(place, self._feature)
+
+    def _bound(self) -> list[SlotCall]:
+        return [*super()._bound(), *self._exit_calls.values()]
 
     def _exit_call(self, rows: int, heads: int) -> SlotCall:
         call = self._exit_calls.get((rows, heads))

@@ -37,6 +37,7 @@ from freeexport.verification.verification import failure, verify
 from graphs.families import describe
 from runtime import Bundle, OptionError, PromptError, Session
 from runtime.audio import log_mel, window
+from runtime.bundle.manifest import ExitInput
 from runtime.speech import Rules, SpeechPrompt, Transcriber
 from runtime.text.tokenizer import Tokenizer
 
@@ -326,10 +327,13 @@ def test_fit_makes_a_bundle_of_recordings(spoken: Path, tmp_path: Path, monkeypa
         assert session.generate(SOUND, language="de", **RAW).token_ids
 
 
-def test_an_exit_is_trained_on_the_models_own_transcripts(spoken: Path, session: Session, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exit_input", ["state", "feature"])
+def test_an_exit_is_trained_on_the_models_own_transcripts(
+    exit_input: ExitInput, spoken: Path, session: Session, tmp_path: Path
+) -> None:
     data, out, own = spoken / "lines.jsonl", tmp_path / "out", tmp_path / "own"
     options = TrainingOptions(data, 1, validation=data, self_distill=own, new_tokens=12, tune="exit", exit_layers=1,
-                              exit_vocab=250, steps=3)  # fmt: skip
+                              exit_input=exit_input, exit_vocab=250, steps=3)  # fmt: skip
     asked: dict[str, Any] = {"language": "de", "max_new_tokens": 12, **RAW}
 
     def transcripts(checkpoint: Any, recordings: Any, new_tokens: int, directory: Path) -> Iterator[Any]:
@@ -349,7 +353,9 @@ def test_an_exit_is_trained_on_the_models_own_transcripts(spoken: Path, session:
     bundle = converted(out, tmp_path / "bundle", None, precision="fp32")
     with ReplaySession(bundle, threads=1) as replaying:
         traces = [trace_of(replaying, 1, one, 12) for _, one in fitting_prompts(replaying, read_examples(data))]
-        assert np.concatenate([trace.agrees for trace in traces]).mean() == pytest.approx(agreement)
+        # Of an exit with a feature the trace has first tokens after a sync pass, and training measures the second.
+        agrees = np.concatenate([trace.agrees for trace in traces]).mean()
+        assert agrees == pytest.approx(agreement, abs=0.2 if exit_input == "feature" else 1e-6)
         for path in (spoken / f"{number}.wav" for number in range(6)):
             lossless = replaying.generate(path, mode="lossless", threshold=0.0, drafts="exit", **asked)
             assert lossless.token_ids == session.generate(path, mode="full", **asked).token_ids

@@ -13,7 +13,7 @@ import pytest
 from command_line import invoke, succeed
 from killed_process import killed_before
 
-from freeexport.fit import steps
+from freeexport.fit import plan, steps
 from freeexport.fit.paper import SEEDS, comparison, written
 from freeexport.fit.plan import FitOptions
 from freeexport.fit.steps import Places, conclude, fit, planned, steps_of
@@ -42,7 +42,12 @@ def here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(options: Options) -> None:
+@pytest.mark.parametrize("reads", ["state", "feature"])
+def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(
+    reads: str, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reads == "feature":
+        monkeypatch.setattr(plan, "FEATURE_RATES", {"hard": 0.9, "usual": 0.99, "easy": 1.0})
     given = options(quality=0.5)
     verdict = fit(given, planned(given, keep=True))
     assert re.search(r"\d\.\d\dx a request .*95 %: .* 100 lines", verdict.text)
@@ -51,7 +56,8 @@ def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(options: Options) -> N
     assert "llama-tied, fitted to task.jsonl" in page
     for step in steps_of(given, planned(options(quality=0.5, overwrite=False), keep=False), Places.of(given)):
         assert f"freeexport {step.arguments[0]} " in page
-    assert Bundle.open(given.out, verify="full").manifest.verified
+    manifest = Bundle.open(given.out, verify="full").manifest
+    assert (manifest.verified, manifest.exit_input) == (True, reads)
     with Session(given.out, threads=1, slots=1) as session:
         assert session.generate("abc", max_new_tokens=4).token_ids
     with pytest.raises(OutputError, match="exists; choose another path, or replace it with --overwrite"):

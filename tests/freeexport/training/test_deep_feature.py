@@ -15,7 +15,7 @@ from training_case import LLAMA, T5, Runs, logged, run_options
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.training.batches import described
-from freeexport.training.exit_modules import ExitLayers, norm_module, trained_exit
+from freeexport.training.exit_modules import Encoded, ExitLayers, norm_module, trained_exit
 from freeexport.training.train import train
 from graphs.families import describe
 from runtime.errors import OptionError
@@ -23,7 +23,7 @@ from runtime.errors import OptionError
 Directory = Callable[[Case], Path]
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "t5-relu-tied"])
 def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, name: str) -> None:
     """The output for a position in pass k is that of reading features up to k positions before, and then its own
     output of each position."""
@@ -33,26 +33,27 @@ def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, nam
     generator = torch.Generator().manual_seed(0)
     linear = torch.randn(width, 2 * width, generator=generator).numpy() / width**0.5
     own = ExitLayers(decoder.layers[-2:], opened.read, linear, norm_module(decoder.head.norm, opened.read))
-    states, features = torch.randn(2, 1, length, width, generator=generator)
+    states, features, prompt = torch.randn(3, 1, length, width, generator=generator)
+    encoded = Encoded(prompt, torch.ones(1, length, dtype=torch.bool)) if description.encoder else None
     with torch.no_grad():
-        found = own.passes(states, None, features, passes)
-        torch.testing.assert_close(found[0], own(states, None, features))
+        found = own.passes(states, encoded, features, passes)
+        torch.testing.assert_close(found[0], own(states, encoded, features))
         for number in range(passes):
             for place in range(number, length):
                 read = features.clone()
                 for drafted in range(place - number, place):
-                    read[:, drafted] = own.norm(own(states, None, read)[:, drafted])
+                    read[:, drafted] = own.norm(own(states, encoded, read)[:, drafted])
                 torch.testing.assert_close(
-                    found[number][:, place], own(states, None, read)[:, place], rtol=1e-4, atol=1e-4
+                    found[number][:, place], own(states, encoded, read)[:, place], rtol=1e-4, atol=1e-4
                 )
 
 
-@pytest.mark.parametrize(("exit_layer", "exit_vocab"), [(0, None), (2, 40)])
+@pytest.mark.parametrize(("case", "exit_layer", "exit_vocab"), [(LLAMA, 0, None), (LLAMA, 2, 40), (T5, 1, 40)])
 def test_an_exit_with_a_feature_learns_and_is_gone_on_with(
-    run: Runs, words: Path, exit_layer: int, exit_vocab: int | None
+    run: Runs, words: Path, case: Case, exit_layer: int, exit_vocab: int | None
 ) -> None:
     chosen: dict[str, Any] = {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": exit_layer}
-    made = run(LLAMA, **chosen, exit_vocab=exit_vocab, steps=30, evaluate_every=15, learning_rate=3e-3)
+    made = run(case, **chosen, exit_vocab=exit_vocab, steps=30, evaluate_every=15, learning_rate=3e-3)
     assert logged(made.out, "eval_shallow_loss")[-1] < logged(made.out, "eval_shallow_loss")[0]
     opened = open_checkpoint(str(made.out))
     assert opened.exit is not None
@@ -84,13 +85,10 @@ def test_options_that_do_not_go_together_are_refused(words: Path, changes: dict[
         run_options(words, **{"tune": "exit", "exit_layers": 1, "exit_input": "feature", **changes})
 
 
-@pytest.mark.parametrize(("case", "layer", "reason"), [(T5, 1, "decoder-only"), (LLAMA, 99, "0 to ")])
-def test_models_that_cannot_have_one_are_refused(
-    checkpoint: Directory, words: Path, case: Case, layer: int, reason: str
-) -> None:
-    options = run_options(words, tune="exit", exit_layers=1, exit_input="feature", exit_layer=layer)
-    with pytest.raises(OptionError, match=reason):
-        described(open_checkpoint(str(checkpoint(case))), options)
+def test_an_exit_layer_out_of_range_is_refused(checkpoint: Directory, words: Path) -> None:
+    options = run_options(words, tune="exit", exit_layers=1, exit_input="feature", exit_layer=99)
+    with pytest.raises(OptionError, match="0 to "):
+        described(open_checkpoint(str(checkpoint(LLAMA))), options)
 
 
 def test_features_are_kept_of_every_position(checkpoint: Directory, words: Path, tmp_path: Path) -> None:
