@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ class OnnxEngine:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        self._spread = None
         if kernels is not None:
             own_kernels.register(options, kernels)
+            self._spread = own_kernels.spread_logits()
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:
@@ -62,17 +64,22 @@ class OnnxEngine:
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
         """A call on fixed buffers: numpy arrays, or values made by `value`."""
-        return Call(self.session, inputs, outputs, self.file)
+        return Call(self.session, inputs, outputs, self.file, self._spread)
 
 
 class Call:
     """One engine call with everything bound: change the arrays in place, run, read the arrays. `file`: the graph's
-    name, for the EngineError of a run that fails."""
+    name, for the EngineError of a run that fails. `spread`: what tells our operators whether logits are bound."""
 
     def __init__(
-        self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], file: str = "an engine"
+        self,
+        session: Any,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        file: str = "an engine",
+        spread: Callable[[int], int] | None = None,
     ) -> None:
-        self._session, self._file = session, file
+        self._session, self._file, self._spread = session, file, spread
         self._binding = session.io_binding()
         # Bound memory belongs to the arrays: they must live as long as the call.
         self._inputs: dict[str, Any] = {}
@@ -92,10 +99,15 @@ class Call:
         self._outputs.update(outputs)
 
     def run(self) -> None:
+        spread = None if "logits" in self._outputs else self._spread
+        before = spread(0) if spread else 0
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise _failed(self._file, error) from error
+        finally:
+            if spread:
+                spread(before)
 
 
 def value(item: Any) -> Any:

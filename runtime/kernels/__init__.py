@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -65,6 +65,13 @@ def reading_prompt(reads: bool = True) -> Iterator[None]:
         yield
     finally:
         library.freeexport_read_prompt(before)
+
+
+def spread_logits() -> Callable[[int], int]:
+    """A function that says whether engine calls of this thread give an exit's logits of the whole vocabulary, as they
+    do until told otherwise, and returns what was so before. EngineError where there are no operators."""
+    found: Callable[[int], int] = _library(LIBRARY).freeexport_spread_logits
+    return found
 
 
 def missing() -> str | None:

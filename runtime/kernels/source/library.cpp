@@ -7,6 +7,7 @@
 namespace freeexport {
 
 thread_local bool reading_prompt = false;
+thread_local bool spreading_logits = true;
 
 namespace {
 
@@ -56,6 +57,13 @@ EXPORT const char* freeexport_instructions(const char** problem) {
 EXPORT int freeexport_read_prompt(int reads) {
   const bool before = freeexport::reading_prompt;
   freeexport::reading_prompt = reads != 0;
+  return before;
+}
+
+// Says whether this thread's calls give logits of the whole vocabulary, until it says otherwise: whether they did before.
+EXPORT int freeexport_spread_logits(int spreads) {
+  const bool before = freeexport::spreading_logits;
+  freeexport::spreading_logits = spreads != 0;
   return before;
 }
 

@@ -17,6 +17,8 @@ extern const ort::CustomOp kCountedRowsOp;
 // Whether the engine call that this thread runs reads a prompt: ONNX Runtime calls operators on the thread that runs a
 // session, as its sequential executor does, and only their tasks on others.
 extern thread_local bool reading_prompt;
+// Whether its caller reads logits of the whole vocabulary: else WholeVocabulary leaves them as they are.
+extern thread_local bool spreading_logits;
 
 __attribute__((format(printf, 3, 4))) inline ort::Status* fail(const ort::Api* api, int code, const char* format, ...) {
   char text[300] = "freeexport: ";

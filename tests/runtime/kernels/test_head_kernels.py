@@ -19,7 +19,8 @@ from kernel_cases import (
     whole_vocabulary,
 )
 
-from runtime.kernels import missing
+from runtime.engines.onnx import Call
+from runtime.kernels import missing, spread_logits
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
@@ -94,6 +95,15 @@ def test_predictions_are_those_of_float64(margin: int, known: bool, other: int) 
         expected = np.full((40, 50), -9, np.float32)
         expected[:, tokens] = logits[:, : len(tokens)]
         np.testing.assert_array_equal(whole.run(None, {"logits": logits})[0], expected)
+
+
+def test_logits_that_nobody_reads_are_not_spread() -> None:
+    logits, left = np.ones((2, 3), np.float32), np.full((2, 50), 7, np.float32)
+    whole = whole_vocabulary(np.array([4, 9, 20]), 50, -9)
+    Call(whole, {"logits": logits}, {"y": left}, spread=spread_logits()).run()
+    assert (left == 7).all()
+    (spread,) = whole.run(None, {"logits": logits})
+    assert (spread.sum(axis=1) == 3 - 9 * 47).all(), "a call after it spreads them"
 
 
 @pytest.mark.parametrize(
