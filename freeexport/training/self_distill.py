@@ -73,8 +73,11 @@ def own_examples(
 
 
 def _open(directory: Path, checkpoint: Checkpoint, new_tokens: int) -> None:
-    """Make the directory, or check that its outputs are the model's."""
-    about = {"model": checkpoint.name, "sha256": checkpoint.sha256, "new_tokens": new_tokens}
+    """Make the directory, or check that its outputs are the model's, with whatever exit."""
+    sha256, exit_file = checkpoint.sha256, checkpoint.exit
+    if exit_file is not None and exit_file.has_parameters:
+        sha256 = exit_file.base_sha256
+    about = {"model": checkpoint.name, "sha256": sha256, "new_tokens": new_tokens}
     path = directory / ABOUT
     remedy = "name another directory for --self-distill"
     if path.is_file():

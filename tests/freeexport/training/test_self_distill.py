@@ -147,6 +147,16 @@ def test_the_end_of_an_output_is_the_models(checkpoint: Directory, prompts: Path
     assert "1 of 2 examples are longer than 40 tokens" in notes[0]
 
 
+def test_an_exit_beside_the_model_does_not_change_its_outputs(
+    checkpoint: Directory, prompts: Path, tmp_path: Path
+) -> None:
+    generate = Generator()
+    options = run_options(prompts, self_distill=tmp_path / "own", new_tokens=2, tune="exit", exit_layers=1)
+    train(str(checkpoint(LLAMA)), tmp_path / "out", options, generate)
+    generate.most = generate.made
+    train(str(tmp_path / "out"), tmp_path / "again", options, generate)
+
+
 def test_outputs_of_another_model_or_limit_are_refused(checkpoint: Directory, prompts: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     generate: Generate = Generator()
