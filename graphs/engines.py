@@ -22,6 +22,7 @@ from graphs.dialects.base import (
     embed_sound,
     flat,
     in_heads,
+    in_rows,
     key_value_outputs,
     linear,
     packing,
@@ -111,13 +112,20 @@ class EngineBuilder:
         self._head(graph, dialect, x, None, rows)
 
     def exit(self) -> None:
-        """exit.onnx: the exit's own layers and the head, from the states after layer S and the features that the
-        positions before left. Its head's input is an output, too: it stands for a feature that is not known yet."""
+        """exit.onnx: the exit's own layers and the head, from the states after layer S, or tokens where S is 0, and the
+        features that the positions before left. Its head's input is an output, too: it stands for a feature that is not
+        known yet."""
         graph, decoder, width = self._graph("exit"), self.description.decoder, self.description.hidden_size
         assert decoder.exit_map is not None
-        states = [graph.input(name, FLOAT, ["B", "k", width]) for name in ("hidden", "features")]
-        call = self._decoder_call(graph, states[0])
-        joined = graph.op("Concat", states, axis=-1)
+        features = graph.input("features", FLOAT, ["B", "k", width])
+        call = self._decoder_call(graph, features)
+        if self.options.exit_layer:
+            states = graph.input("hidden", FLOAT, ["B", "k", width])
+        else:
+            tokens = graph.input("input_ids", INT64, ["B", "k"])
+            x = embed(graph, self._dialect(graph, call), call, tokens, decoder.embedding)
+            states = graph.to_float(in_rows(graph, x, call))
+        joined = graph.op("Concat", [states, features], axis=-1)
         joined.shape, joined.dtype = ir.Shape(["B", "k", 2 * width]), FLOAT
         rows = self._packing(graph, call, joined)
         dialect = self._dialect(graph, call, rows)
@@ -202,7 +210,8 @@ class EngineBuilder:
         ]
         if products.own:
             passes.append(FuseProducts())
-        read = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", None)}.get(engine)
+        tables = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", None)}
+        read = tables.get("shallow" if engine == "exit" and not self.options.exit_layer else engine)
         if self._rounding.embedding and isinstance(read, Embedding):
             table = read.table
             # A head in 4 bits would be a coarse table.

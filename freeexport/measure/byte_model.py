@@ -161,7 +161,8 @@ class ByteModel:
             exits = 0.0
         if not manifest.exit_engine and (calls.own or not manifest.packed):
             weights, layers = weights + shallow.own, layers + manifest.exit_layers
-        read = calls.steps * (weights + layers * position + CALL_BYTES) + calls.further * row * weights
+        steps = sum(calls.passes.values()) if manifest.exit_embeds else calls.steps
+        read = steps * (weights + layers * position + CALL_BYTES) + calls.further * row * weights
         read += exits + calls.heads * shallow.head
         weights, beside = deep.layers + deep.head, len(manifest.deep_layers) * position + CALL_BYTES
         return read + sum(count * (weights * (1 + row * (k - 1)) + beside) for k, count in calls.passes.items())

@@ -175,7 +175,8 @@ class EnginePair:
         if self.manifest.exit_engine:
             features = np.concatenate([self._before, deep["features"]], axis=1)
             self._before = np.take_along_axis(features, lengths[:, None, None].astype(np.int64), axis=1)
-            inputs = {"hidden": shallow["hidden"], "features": changed(features[:, :-1])}
+            reads = {"input_ids": tokens} if self.manifest.exit_embeds else {"hidden": shallow["hidden"]}
+            inputs = {**reads, "features": changed(features[:, :-1])}
             shallow |= self._run("exit", inputs, {}, lengths, tokens.shape[1])
         return shallow, deep
 

@@ -247,6 +247,11 @@ class Manifest:
         return self.exit_input == "feature"
 
     @property
+    def exit_embeds(self) -> bool:
+        """Whether an engine of the exit reads tokens, as no layer stands before it."""
+        return self.exit_engine and self.exit_layer == 0
+
+    @property
     def shallow_layers(self) -> range:
         return range(self.exit_layer)
 
@@ -284,8 +289,9 @@ class Manifest:
 
     @property
     def feature_bytes_per_token(self) -> int:
-        """Bytes of what an exit's engine reads at one position, which is kept: a state and a feature."""
-        return 2 * 4 * self.hidden_size if self.exit_engine else 0
+        """Bytes of what an exit's engine reads at one position, which is kept: a state, or a token, and a feature."""
+        feature = 4 * self.hidden_size
+        return (feature + (8 if self.exit_embeds else feature)) if self.exit_engine else 0
 
     @property
     def kv_bytes_per_sequence(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.decoding.calls import NOTHING, Prediction, SlotCall
+from runtime.decoding.calls import NOTHING, Prediction, RunAhead, SlotCall, Waiting
 from runtime.decoding.decoder import PREFILL_ROWS, Decoder
 from runtime.engines.kv_cache import FeatureCache
 from runtime.engines.runner import Runner
@@ -19,6 +19,9 @@ class FeatureDecoder(Decoder):
 
     Its cache may be behind the shallow one. It is caught up, with one call, where a prediction is wanted. A sync pass
     trims it to the rows that had the deep decoder's features: what was drafted is then read again with the right ones.
+
+    Where no layer stands before the exit it embeds tokens itself. The shallow engine then has nothing to do in a step,
+    and embeds what is stacked, with one call, before a sync pass.
     """
 
     def __init__(self, *arguments: Any, exit: Runner) -> None:
@@ -27,7 +30,9 @@ class FeatureDecoder(Decoder):
         self.exit = self._exit = exit
         self._exit_cache = exit.cache
         size = (self.max_pending, self.hidden_size)
-        self._exit_inputs = exit.zeros(size, np.float32), exit.zeros(size, np.float32)
+        self._embeds, self._length = exit.cache.states.ndim == 2, 0
+        self._unread = np.zeros((1, self.max_pending), np.int64)  # tokens that are stacked, and not embedded
+        self._exit_inputs = self._states(self.max_pending), exit.zeros(size, np.float32)
         self._feature, self._passed = np.zeros((1, self.hidden_size), np.float32), exit.zeros(size, np.float32)
         self._read[exit] = {}
         self._past[exit] = {name: exit.value(view) for name, view in exit.cache.slot(self.slot)}
@@ -35,15 +40,21 @@ class FeatureDecoder(Decoder):
     def forget_calls(self) -> None:
         super().forget_calls()
         self._exit_calls: dict[tuple[int, int], SlotCall] = {}  # by rows and heads
+        self._embeddings: dict[int, SlotCall] = {}  # by rows
 
     @property
     def runners(self) -> tuple[Runner, ...]:
         """The shallow and the deep one, and the exit's where later steps may ask it."""
         return (*super().runners, self._exit) if self._exits else super().runners
 
+    def lengths(self) -> tuple[int, int]:
+        shallow, deep = super().lengths()
+        return self._length if self._embeds else shallow, deep
+
     def trim(self, length: int) -> None:
         super().trim(length)
         self._exit_cache.trim(self.slot, length)
+        self._length = min(self._length, length)
 
     # At once
 
@@ -54,23 +65,48 @@ class FeatureDecoder(Decoder):
 
     def full_step(self, token: int) -> int:
         deep = super().full_step(token)
+        self._length += 1
         if self._exits:
             place = self.lengths()[1] - 1
-            self._exit_cache.put(self.slot, place, self._hidden[0])
+            self._exit_cache.put(self.slot, place, [token] if self._embeds else self._hidden[0])
             self._keep_features(place, self._passed[:1])
         return deep
 
     # As the engine calls that are needed
 
     def stepping(self, token: int, head: bool) -> Iterator[SlotCall]:  # type: ignore[override]
+        if self._embeds:
+            return self._keeping((token,), head)
         return self._stepping(super().stepping(token, False), head)
 
     def stepping_together(  # type: ignore[override]
         self, tokens: Sequence[int], head: bool = False
     ) -> Iterator[SlotCall]:
+        if self._embeds:
+            return self._keeping(tokens, head)
         if len(tokens) == 1:
             return self.stepping(tokens[0], head)
         return self._stepping(super().stepping_together(tokens), head)
+
+    def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterator[Waiting]:
+        if self._embeds:
+            call = self._embedding(self.stacked)
+            if self.alone:
+                call.run()
+            else:
+                yield call
+            self.stats.shallow_seconds += call.seconds
+            self._shallow.cache.extend(self.slot, call.rows)
+        yield from super().syncing(heads, drafts, ahead)
+
+    def _keeping(self, tokens: Sequence[int], head: bool) -> Iterator[SlotCall]:
+        """Stack tokens as they are, and with `head` one call of the exit."""
+        self._unread[0, self.stacked : self.stacked + len(tokens)] = tokens
+        if self._exits or head:
+            self._exit_cache.put(self.slot, self._length, tokens)
+        self._length += len(tokens)
+        self.stacked += len(tokens)
+        return self._asking(head)
 
     def _stepping(self, calls: Iterable[SlotCall], head: bool) -> Iterator[SlotCall]:
         """The shallow call, and with `head` one of the exit. Each is counted once it ran."""
@@ -80,11 +116,15 @@ class FeatureDecoder(Decoder):
             if self._exits or head:
                 place, rows = self.lengths()[0] - call.rows, self._stack[self.stacked - call.rows : self.stacked]
                 self._exit_cache.put(self.slot, place, rows)
+        yield from self._asking(head)
+
+    def _asking(self, head: bool) -> Iterator[SlotCall]:
+        """The call of the exit, with `head`; counted once it ran."""
         self._head = head
         if head:
             self._catch_up(self.max_pending)
             self._step = call = self._exit_call(self._behind(), 1)
-            self._fill(call.inputs["hidden"][0], call.inputs["features"][0])
+            self._fill(*(array[0] for array in call.inputs.values()))
             yield call
             self._read_by_exit(call)
             self.batch_size = call.batch_size
@@ -106,7 +146,12 @@ class FeatureDecoder(Decoder):
 
     def _behind(self) -> int:
         """Rows that the exit has not read."""
-        return int(self._shallow.cache.lengths[self.slot] - self._exit_cache.lengths[self.slot])
+        return self.lengths()[0] - int(self._exit_cache.lengths[self.slot])
+
+    def _states(self, rows: int) -> np.ndarray:
+        """Room for what the exit reads at so many positions beside features."""
+        states: np.ndarray = np.zeros((rows, *self._exit_cache.states.shape[2:]), self._exit_cache.states.dtype)
+        return states
 
     def _keep_features(self, place: int, features: np.ndarray) -> None:
         """Keep what the positions from `place` on left."""
@@ -123,7 +168,7 @@ class FeatureDecoder(Decoder):
         last."""
         while (behind := self._behind()) > most:
             rows = min(PREFILL_ROWS, behind - most)
-            inputs = tuple(np.empty((rows, self.hidden_size), np.float32) for _ in range(2))
+            inputs = self._states(rows), np.empty((rows, self.hidden_size), np.float32)
             self._fill(*inputs)
             call = self._exit_call_of(inputs, int(head and rows == behind))
             call.seconds = self._exit.run(self.bind(call))
@@ -138,7 +183,7 @@ class FeatureDecoder(Decoder):
             self._keep_features(place, self._feature)
 
     def _bound(self) -> list[SlotCall]:
-        return [*super()._bound(), *self._exit_calls.values()]
+        return [*super()._bound(), *self._exit_calls.values(), *self._embeddings.values()]
 
     def _exit_call(self, rows: int, heads: int) -> SlotCall:
         call = self._exit_calls.get((rows, heads))
@@ -148,14 +193,22 @@ class FeatureDecoder(Decoder):
         return call
 
     def _exit_call_of(self, inputs: Sequence[np.ndarray], heads: int) -> SlotCall:
-        """The exit on states and features float32 [k, d]; the head for its last row, or for none."""
+        """The exit on states or tokens, and features float32 [k, d]; the head for its last row, or for none."""
         states, features = inputs
         outputs = {"token": self._best[:heads], "confidence": self._confidence[:heads]}
         outputs["feature"] = self._feature[:heads]
         if self._logits:
             outputs["logits"] = self._logits[self._shallow][:heads]
-        given = {"hidden": states[None], "features": features[None]}
+        given = {"input_ids" if self._embeds else "hidden": states[None], "features": features[None]}
         return SlotCall(self, self._exit, given, outputs, len(states), heads)
+
+    def _embedding(self, rows: int) -> SlotCall:
+        """The shallow engine on the stacked tokens."""
+        call = self._embeddings.get(rows)
+        if call is None:
+            call = self._shallow_call(self._unread[:, :rows], self._stack[None, :rows], False)
+            self._embeddings[rows] = call
+        return call
 
     def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         return SlotCall(self, self._shallow, {"input_ids": tokens}, {"hidden": hidden}, tokens.shape[1], 0)
@@ -170,9 +223,10 @@ class FeatureDecoder(Decoder):
 
     def _read_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> tuple[SlotCall, SlotCall]:
         shallow, deep = super()._read_piece(piece, False, deep_head)
+        self._length = self.lengths()[1]
         if self._exits:
-            place = self.lengths()[1] - piece.shape[1]
-            self._exit_cache.put(self.slot, place, shallow.outputs["hidden"][0])
+            place = self._length - piece.shape[1]
+            self._exit_cache.put(self.slot, place, piece[0] if self._embeds else shallow.outputs["hidden"][0])
             self._keep_features(place, deep.outputs["features"][0])
             self._catch_up(0, shallow_head)
         return shallow, deep

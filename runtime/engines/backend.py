@@ -76,7 +76,7 @@ class Backend:
         if not manifest.exit_engine:
             return None
         sizes = cache_sizes(manifest, manifest.exit_names, self.options.slots, self.capacity)
-        return Runner(engine("exit"), FeatureCache(*sizes, width=manifest.hidden_size))
+        return Runner(engine("exit"), FeatureCache(*sizes, width=manifest.hidden_size, embeds=manifest.exit_embeds))
 
     def encoder(self, engine: Load, runner: Runner) -> Encoder | None:
         """The encoder of an encoder-decoder; its output is read in `runner` first."""

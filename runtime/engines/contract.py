@@ -66,7 +66,8 @@ def contract(manifest: Manifest, engine: str) -> tuple[Tensors, Tensors]:
         elif manifest.exit_layers:
             inputs["exit_lengths"] = lengths
     elif engine == "exit":
-        inputs |= {"hidden": states, "features": states}
+        inputs["features"] = states
+        inputs |= {"input_ids": Tensor(INT64, ("B", "k"))} if manifest.exit_embeds else {"hidden": states}
         outputs["feature"] = Tensor(FLOAT, ("R", width))
     else:
         inputs |= {"hidden": states, "emitted": Tensor(INT64, ("R",))}

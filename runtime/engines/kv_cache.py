@@ -74,7 +74,8 @@ class KVCache:
 
     def read(self, slot: int, first: int, count: int, exits: bool) -> np.ndarray:
         """A copy of `count` rows, [arrays, kv_heads, count, head_dim]; the exit's own layers where it `exits`."""
-        return np.stack([array[slot, :, first : first + count] for array in self._arrays_of(exits)])
+        parts = [array[slot, :, first : first + count] for array in self._arrays_of(exits)]
+        return np.stack(parts) if parts else np.zeros((0, self._kv_heads, count, self._head_dim), self._dtype)
 
     def write(self, slot: int, first: int, rows: np.ndarray) -> None:
         """Make what `read` gave the last rows of a slot, of which the first `first` are valid."""
@@ -116,20 +117,22 @@ class KVCache:
 
 
 class FeatureCache(KVCache):
-    """The cache of an exit that is an engine of its own, with what this reads at each position, float32: the `states`
-    [slots, rows, d] after the exit layer, and the `features` [slots, rows + 1, d], of the position before; zeros at the
-    first. The exit's own layers may be behind: rows after their `lengths` are read when a prediction is wanted."""
+    """The cache of an exit that is an engine of its own, with what this reads at each position: the `states` after the
+    exit layer, float32 [slots, rows, d], or tokens int64 [slots, rows] that it `embeds`, and the `features` float32
+    [slots, rows + 1, d] of the position before; zeros at the first. The exit's own layers may be behind: rows after
+    their `lengths` are read when a prediction is wanted."""
 
-    def __init__(self, *sizes: Any, width: int) -> None:
+    def __init__(self, *sizes: Any, width: int, embeds: bool = False) -> None:
         super().__init__(*sizes)
         self.own_exit = False  # all of its layers are
         slots = len(self.lengths)
-        self.states = self._zeros((slots, self.rows, width), np.float32)
+        kept = ((), np.int64) if embeds else ((width,), np.float32)
+        self.states = self._zeros((slots, self.rows, *kept[0]), kept[1])
         self.features = self._zeros((slots, self.rows + 1, width), np.float32)
         self._ends = np.zeros(slots, np.int32)  # how many states each slot has
 
-    def put(self, slot: int, first: int, states: np.ndarray) -> None:
-        """Keep the states [n, d] of the positions from `first` on."""
+    def put(self, slot: int, first: int, states: np.ndarray | Sequence[int]) -> None:
+        """Keep the states [n, d], or tokens, of the positions from `first` on."""
         end = first + len(states)
         self.states[slot, first:end] = states
         self._ends[slot] = end

@@ -31,7 +31,7 @@ EXITS = tuple(
         *(("t5-relu-tied", 1), ("umt5", 0), ("marian", 0)),
     )
 )
-LLAMA_CASE, T5_CASE = EXITS[1], EXITS[4]
+LLAMA_CASE, T5_CASE, LLAMA_AT_0, MARIAN_AT_0 = EXITS[1], EXITS[4], EXITS[0], EXITS[6]
 each_case = pytest.mark.parametrize("case", EXITS, ids=lambda case: case.name)
 
 
@@ -174,7 +174,7 @@ METHODS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("options", METHODS, ids=lambda options: "-".join(map(str, options.values())))
-@pytest.mark.parametrize("case", [LLAMA_CASE, T5_CASE], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [LLAMA_CASE, T5_CASE, LLAMA_AT_0, MARIAN_AT_0], ids=lambda case: case.name)
 def test_batches_say_what_single_requests_do(case: Case, options: dict[str, Any], bundle: Bundles) -> None:
     asked = {"max_new_tokens": TOKENS, "ignore_eos": True, **options}
     with opened(case, bundle) as session:
@@ -193,12 +193,13 @@ def test_the_adaptive_threshold_learns(bundle: Bundles) -> None:
 
 
 @pytest.mark.parametrize("mode", ["free", "lossless"])
-def test_a_stored_prefix_changes_nothing(mode: str, bundle: Bundles) -> None:
+@pytest.mark.parametrize("case", [EXITS[2], LLAMA_AT_0], ids=lambda case: case.name)
+def test_a_stored_prefix_changes_nothing(case: Case, mode: str, bundle: Bundles) -> None:
     options: dict[str, Any] = {"mode": mode, "threshold": 0.1, "max_new_tokens": TOKENS, "ignore_eos": True}
     prompt = list(PROMPTS[2])
-    with opened(EXITS[2], bundle) as session:
+    with opened(case, bundle) as session:
         wanted = [session.generate(ids, **options) for ids in (prompt, [*prompt[:40], 7, 9])]
-    with opened(EXITS[2], bundle, prefix_cache_mb=8) as session:
+    with opened(case, bundle, prefix_cache_mb=8) as session:
         session.generate(prompt, **options)
         for ids, plain in zip((prompt, [*prompt[:40], 7, 9]), wanted, strict=True):
             again = session.generate(ids, **options)
@@ -221,7 +222,7 @@ def test_stop_strings_and_several_answers(bundle: Bundles) -> None:
     [{}, {"precision": "int8", "kernels": "freeexport"}, {"precision": "int4", "kernels": "onnxruntime"}],
     ids=lambda options: options.get("precision", "fp32"),
 )
-@pytest.mark.parametrize("case", [EXITS[0], T5_CASE, EXITS[-1]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [LLAMA_AT_0, T5_CASE, MARIAN_AT_0], ids=lambda case: case.name)
 def test_a_converted_exit_is_verified(
     case: Case, options: dict[str, Any], tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
