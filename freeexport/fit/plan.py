@@ -137,8 +137,9 @@ class PlannedExit:
 
     def training(self, tune: Tune, loss: LossName = "logit-kd") -> dict[str, Any]:
         """The options of `train` that make it what it is: of all weights, with it or before it, or of it alone."""
-        given: dict[str, Any] = {"tune": tune, "exit_layer": self.layer}
-        given["loss"] = "deep-ce" if self.input == "feature" and tune == "full" else loss
+        before = self.input == "feature" and tune == "full"
+        given: dict[str, Any] = {"tune": tune, "exit_layer": max(1, self.layer) if before else self.layer}
+        given["loss"] = "deep-ce" if before else loss
         if given["loss"] == "logit-kd":
             given |= {"exit_layers": self.own, "exit_input": self.input}
             given |= {} if self.vocabulary is None else {"exit_vocab": self.vocabulary}
@@ -340,7 +341,8 @@ def best_exit(
         ("state", layer, own) for layer, own in product(range(1, layers), OWN_LAYERS) if layer + own <= layers
     ]
     if not paper and engine_options(description, ConvertOptions(precision="int8"), 1).packed:
-        places.append(("feature", 1, 1))
+        # As they were measured: on T5, and on SmolLM2 and Qwen2.5.
+        places.append(("feature", 1 if description.encoder is None else 0, 1))
     for (reads, layer, own), (size, covered) in product(places, vocabularies):
         share, passed = 1.0 if size is None else (size + 1) / description.vocab_size, (layer + own) / layers
         at = costs.at(layer, layers, own, share, 2 if reads == "feature" else 1)
@@ -416,9 +418,8 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
         even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"
         reads = ", which read the deep decoder's feature" if found.input == "feature" else ""
-        rows["exit"] = (
-            f"after layer {found.layer} of {plan.layers}, with {found.own} layer(s) of its own{reads}{known}: {even}"
-        )
+        place = f"after layer {found.layer}" if found.layer else "before layer 1"
+        rows["exit"] = f"{place} of {plan.layers}, with {found.own} layer(s) of its own{reads}{known}: {even}"
         rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())
         rows["tokens that exit"] = f"{rates}, by what such exits reached on other tasks"
         for name, speed_of in (("a token", float), ("a request", texts.request)):

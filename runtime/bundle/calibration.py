@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from runtime.bundle.beta import BetaMixture
 from runtime.bundle.costs import Costs
-from runtime.bundle.manifest import ConfidenceMeasure
+from runtime.bundle.manifest import ConfidenceMeasure, LayerCount
 from runtime.bundle.schema import Range, Reader, is_newer, parse_object
 from runtime.errors import CalibrationError
 from runtime.json_file import UnreadableError, read_text
@@ -57,7 +57,7 @@ class Calibration:
     schema_version: Annotated[int, Range(CALIBRATION_VERSION, CALIBRATION_VERSION)]
     source_sha256: str
     vocab_size: Count
-    exit_layer: Count
+    exit_layer: LayerCount
     confidence: ConfidenceMeasure
     method: Method
     threshold: Share

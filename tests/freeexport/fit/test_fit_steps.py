@@ -42,19 +42,21 @@ def here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("reads", ["state", "feature"])
+@pytest.mark.parametrize(
+    ("name", "reads"), [("llama-tied", "state"), ("llama-tied", "feature"), ("t5-deep-decoder", "feature")]
+)
 def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(
-    reads: str, options: Options, monkeypatch: pytest.MonkeyPatch
+    name: str, reads: str, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reads == "feature":
-        monkeypatch.setattr(plan, "FEATURE_RATES", {"hard": 0.9, "usual": 0.99, "easy": 1.0})
-    given = options(quality=0.5)
+        monkeypatch.setattr(plan, "FEATURE_RATES", dict.fromkeys(plan.FEATURE_RATES, 0.99))
+    given = options(name, quality=0.5)
     verdict = fit(given, planned(given, keep=True))
     assert re.search(r"\d\.\d\dx a request .*95 %: .* 100 lines", verdict.text)
     assert verdict.next_step.startswith(f"freeexport serve {given.out}")
     page = (given.out.with_name("out.report") / "report.html").read_text()
-    assert "llama-tied, fitted to task.jsonl" in page
-    for step in steps_of(given, planned(options(quality=0.5, overwrite=False), keep=False), Places.of(given)):
+    assert f"{name}, fitted to task.jsonl" in page
+    for step in steps_of(given, planned(options(name, quality=0.5, overwrite=False), keep=False), Places.of(given)):
         assert f"freeexport {step.arguments[0]} " in page
     manifest = Bundle.open(given.out, verify="full").manifest
     assert (manifest.verified, manifest.exit_input) == (True, reads)
