@@ -160,7 +160,7 @@ OUT_OF_RANGE_CALIBRATION: dict[str, tuple[Any, ...]] = {
     "schema_version": (0,),
     "schema_minor": (-1,),
     "vocab_size": (0, 1 << 60),
-    "exit_layer": (0,),
+    "exit_layer": (-1,),
     "threshold": (1.5, math.nan),
     "sequences": (0, 10**90),
     "positions": (0, 10**90),
