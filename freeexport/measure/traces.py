@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -182,14 +182,21 @@ def trace_of(session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max
 
 def _drafted_trace(session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max_new_tokens: int) -> Traces:
     """Traces of an exit that reads features, and of speech, whose rules have a say in the output."""
-    spoken = isinstance(prompt, SpeechPrompt)
-    asked: Any = prompt
+    spoken, manifest, asked = isinstance(prompt, SpeechPrompt), session.manifest, cast(Any, prompt)
     ids = session.generate(asked, mode="full", max_new_tokens=max_new_tokens).token_ids
     found: dict[str, list[Any]] = {name: [] for name in _TYPES}
     with session.decoder(prompt) as decoder:
-        read_first = np.array(prompt.prefix if isinstance(prompt, SpeechPrompt) else prompt, np.int64)
-        decoder.prefill(read_first, head=False, exits=True)
-        most = 1 if spoken else min(DRAFTED, session.manifest.max_pending)
+        if manifest.encoder_decoder and not spoken:
+            *before, token = manifest.output_begins
+            ids = (token, *ids[len(before) :])
+            decoder.begin(True)
+            for given in before:  # nothing is predicted where a token is forced
+                decoder.step(given, head=True)
+                decoder.sync(0)
+        else:
+            read_first = np.array(prompt.prefix if isinstance(prompt, SpeechPrompt) else prompt, np.int64)
+            decoder.prefill(read_first, head=False, exits=True)
+        most = 1 if spoken else min(DRAFTED, manifest.max_pending)
         for start in range(0, len(ids) - 1, most):
             read = ids[start : min(start + most, len(ids) - 1)]
             guesses = [decoder.step(token, head=True) for token in read]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, TEXTS, Bundles, Case, Model
-from exit_layer_case import with_exit_layers
+from exit_layer_case import with_exit_layers, with_feature
 from exit_vocabulary_case import model_with_vocabulary, with_exit_vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ from runtime.bundle.costs import Costs, Outside
 from runtime.errors import OptionError
 
 T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
+FEATURES = tuple(with_feature(*each) for each in (("t5-relu-tied", 1), ("marian", 0), ("llama-tied", 2)))
 COSTS = Costs(shallow=2.0, shallow_without_head=1.5, deep={1: 3.0, 2: 3.2, 4: 4.0, 8: 6.0})
 KEY = {"model": "ab" * 32, "data": "cd" * 32, "exit_layer": 2, "confidence": "softmax", "max_new_tokens": 64}
 FIRST, SECOND = trace([0.1, 1 / 3, 1.0], [True, False, True], line=3), trace([], [], line=7)
@@ -185,15 +186,18 @@ def test_traces_are_those_of_transformers(case: Case, bundle: Bundles, source_mo
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
-def test_a_trace_is_what_decoding_sees_at_each_token(case: Case, bundle: Bundles) -> None:
-    with Session(bundle(case), slots=1) as session:
+@pytest.mark.parametrize("case", [T5, LLAMA, *FEATURES], ids=lambda case: case.name)
+def test_a_trace_is_what_decoding_sees_at_each_token(
+    case: Case, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freeexport.measure.traces.DRAFTED", 1)  # a sync pass after each token, as where nothing exits
+    with Session(bundle(case, case.exit_layers[0]), slots=1) as session:
         prompt = np.array(session.tokenizer.encode("one two three"), np.int64)  # type: ignore[union-attr]
         trace = trace_of(session, 1, prompt, 15)
         # Just below 1 nothing exits, and every token has a confidence.
         free = session.generate(prompt, mode="free", threshold=np.nextafter(1.0, 0), max_new_tokens=15)
         decided = [one for one in free.confidence or () if one is not None]
-        if case is LLAMA:
+        if not session.manifest.encoder_decoder:
             decided = list(free.confidence or ())[1:]
         np.testing.assert_allclose(trace.confidence, np.array(decided, np.float32), atol=1e-6)
         full = np.array(free.token_ids[len(free.token_ids) - trace.tokens :])
