@@ -70,7 +70,9 @@ def reading_prompt(reads: bool = True) -> Iterator[None]:
 def spread_logits() -> Callable[[int], int]:
     """A function that says whether engine calls of this thread give an exit's logits of the whole vocabulary, as they
     do until told otherwise, and returns what was so before. EngineError where there are no operators."""
-    found: Callable[[int], int] = _library(LIBRARY).freeexport_spread_logits
+    _library(LIBRARY)
+    # Unlike CDLL it keeps the interpreter's lock, which other threads could else take twice in every call.
+    found: Callable[[int], int] = ctypes.PyDLL(str(LIBRARY)).freeexport_spread_logits
     return found
 
 
