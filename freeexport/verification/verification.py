@@ -40,6 +40,7 @@ from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, FloatType, Mani
 from runtime.errors import FreeExportError
 from runtime.kernels import reading_prompt
 from runtime.machine.machine import available_memory, usable_cores
+from runtime.speech import SpeechPrompt
 
 # Bytes for a token of the vocabulary: 4 texts of 48 tokens, their logits in ten ways.
 LOGITS = 4 * 48 * 10 * 4
@@ -176,7 +177,8 @@ class _Verification:
                     break
             for line, ids in enumerate(prompts[: len(greedy)], start=1):
                 sound = isinstance(ids, np.ndarray)
-                traces.append(trace_of(session, line, ids[None] if sound else np.array(ids, np.int64), count))
+                prompt = SpeechPrompt.plain(self.manifest, ids) if sound else np.array(ids, np.int64)
+                traces.append(trace_of(session, line, prompt, count))
         joined = Traces.joined(traces)
         agreement, passed = joined.share(joined.agrees), all(prompt["passed"] for prompt in greedy)
         return {
