@@ -113,8 +113,9 @@ def test_the_engine_gives_what_the_layers_in_torch_do(case: Case, bundle: Bundle
         place += count
     states, features, _ = slow.read(ids[:place])
     _, wanted = slow.exit(states, features)
-    # A token that is never said has -inf in torch, and a large bias in the graph.
-    np.testing.assert_allclose(np.concatenate(found).clip(-1e3), wanted.clamp(-1e3).numpy(), atol=5e-4, rtol=1e-4)
+    # A token that is never said has -inf in torch, and a large bias in the graph. UMT5's random exit triples rounding.
+    atol = 5e-4 if "umt5" in case.name else 2e-4
+    np.testing.assert_allclose(np.concatenate(found).clip(-1e3), wanted.clamp(-1e3).numpy(), atol=atol, rtol=1e-4)
 
 
 @each_case
@@ -222,7 +223,7 @@ def test_stop_strings_and_several_answers(bundle: Bundles) -> None:
     [{}, {"precision": "int8", "kernels": "freeexport"}, {"precision": "int4", "kernels": "onnxruntime"}],
     ids=lambda options: options.get("precision", "fp32"),
 )
-@pytest.mark.parametrize("case", [LLAMA_AT_0, T5_CASE, MARIAN_AT_0], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [LLAMA_AT_0, LLAMA_CASE, T5_CASE, MARIAN_AT_0], ids=lambda case: case.name)
 def test_a_converted_exit_is_verified(
     case: Case, options: dict[str, Any], tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:

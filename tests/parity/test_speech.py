@@ -355,7 +355,7 @@ def test_an_exit_is_trained_on_the_models_own_transcripts(
         traces = [trace_of(replaying, 1, one, 12) for _, one in fitting_prompts(replaying, read_examples(data))]
         # Of an exit with a feature the trace has first tokens after a sync pass, and training measures the second.
         agrees = np.concatenate([trace.agrees for trace in traces]).mean()
-        assert agrees == pytest.approx(agreement, abs=0.2 if exit_input == "feature" else 1e-6)
+        assert agrees == pytest.approx(agreement, abs=0.2 if exit_input == "feature" else None)
         for path in (spoken / f"{number}.wav" for number in range(6)):
             lossless = replaying.generate(path, mode="lossless", threshold=0.0, drafts="exit", **asked)
             assert lossless.token_ids == session.generate(path, mode="full", **asked).token_ids
