@@ -298,7 +298,7 @@ class Comparison:
 def compare(
     session: Session,
     model: Any,
-    prompts: Sequence[Sequence[int] | np.ndarray],
+    prompts: Sequence[Sequence[int] | SpeechPrompt],
     new_tokens: int,
     seconds: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[Comparison]:
@@ -308,9 +308,7 @@ def compare(
     room = session.capacity - (0 if session.manifest.encoder_decoder else max(map(len, prompts)))
     count = max(1, min(new_tokens, room))
     for number, prompt in enumerate(prompts):
-        asked: Any = list(prompt)
-        if isinstance(prompt, np.ndarray):
-            asked = SpeechPrompt.plain(session.manifest, prompt)
+        asked: Any = prompt if isinstance(prompt, SpeechPrompt) else list(prompt)
         ours = session.generate(asked, mode="full", max_new_tokens=count).token_ids
         most = max(1.0, seconds())
         theirs, gaps = reference_ids(model, asked, count, ends, most)

@@ -167,7 +167,7 @@ class _Verification:
         limit = min(FULL.tokens, self.manifest.encoder_capacity or max(1, self.manifest.capacity // 2))
         prompts: list[Any] = [ids[:limit] for ids in sample_ids(self.bundle)][: self.extent.prompts]
         if self.manifest.speech is not None:
-            prompts = list(sample_sounds(self.manifest))
+            prompts = [SpeechPrompt.plain(self.manifest, one) for one in sample_sounds(self.manifest)]
         tie, count = _tie(self.manifest.precision, checks), self.extent.new_tokens
         greedy, traces = list[dict[str, Any]](), list[Traces]()
         with Session(self.bundle.path, slots=1, threads=self.threads) as session:
@@ -175,10 +175,9 @@ class _Verification:
                 greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
                 if len(greedy) < len(prompts) and not self._in_time(f"{len(prompts) - len(greedy)} prompts"):
                     break
-            for line, ids in enumerate(prompts[: len(greedy)], start=1):
-                sound = isinstance(ids, np.ndarray)
-                prompt = SpeechPrompt.plain(self.manifest, ids) if sound else np.array(ids, np.int64)
-                traces.append(trace_of(session, line, prompt, count))
+            for line, prompt in enumerate(prompts[: len(greedy)], start=1):
+                asked = prompt if isinstance(prompt, SpeechPrompt) else np.array(prompt, np.int64)
+                traces.append(trace_of(session, line, asked, count))
         joined = Traces.joined(traces)
         agreement, passed = joined.share(joined.agrees), all(prompt["passed"] for prompt in greedy)
         return {
