@@ -13,9 +13,8 @@ import torch
 from checkpoints import PROMPTS, Bundles, Case, Model
 from draft_plans import draft_exits
 from exit_layer_case import with_feature
-from reference import confidence_of
+from reference import Run, confidence_of
 
-from freeexport.training.exit_modules import Encoded
 from freeexport.verification.engines import Batch, EnginePair, encode
 from runtime import GenerationResult, Session
 from runtime.bundle.bundle import Bundle
@@ -39,34 +38,27 @@ def opened(case: Case, bundle: Bundles, **options: Any) -> Session:
     return Session(bundle(case, case.exit_layers[0]), **{"slots": 1, "threads": 1, **options})
 
 
-class Slow:
-    """A model and its exit, which read everything anew at each token. `start`: what the decoder reads first."""
+class Slow(Run):
+    """A model and its exit, which read everything anew at each token. `first`: what the decoder reads first."""
 
     def __init__(self, model: Any, prompt: list[int], layer: int) -> None:
-        self.model, self.layer, self.start = model, layer, prompt
-        self.inputs: dict[str, Any] = {}
-        self.encoded: Encoded | None = None
+        super().__init__(model, prompt, layer)
+        self.first = self.prompt[0].tolist()
         self.scale = model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
-        if model.config.is_encoder_decoder:
-            with torch.no_grad():
-                self.inputs["encoder_outputs"] = model.get_encoder()(input_ids=torch.tensor([prompt]))
-            states = self.inputs["encoder_outputs"][0]
-            self.encoded = Encoded(states, torch.ones(states.shape[:2], dtype=torch.bool))
-            self.start = [model.config.decoder_start_token_id]
 
     @torch.no_grad()
-    def read(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def layers(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The states after the exit layer and the final normed ones [1, n, d], and the logits [n, V]."""
         name = "decoder_input_ids" if self.inputs else "input_ids"
         out = self.model(**self.inputs, **{name: torch.tensor([ids])}, output_hidden_states=True, use_cache=False)
         states = out.decoder_hidden_states if self.inputs else out.hidden_states
-        return states[self.layer], states[-1], self.never(out.logits[0])
+        return states[self.exit_layer], states[-1], self.never(out.logits[0])
 
     @torch.no_grad()
     def exit(self, states: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The input of the exit's head [n, d], and its logits [n, V]."""
         own = self.model.own_exit
-        normed = own.norm(own(states, self.encoded, features))[0]
+        normed = own.norm(own(states, self.encoded(), features))[0]
         logits = self.model.get_output_embeddings()(normed * self.scale)
         return normed, self.never(logits + getattr(self.model, "final_logits_bias", 0.0))
 
@@ -79,13 +71,13 @@ class Slow:
 def slow_free(slow: Slow, threshold: float) -> tuple[list[int], list[float]]:
     """Tokens and confidences of FREE: features are the deep decoder's up to the last sync pass, and the exit's own
     behind it. The prompt of a decoder-only model predicts the first token."""
-    ids, confidences = list(slow.start), list[float]()
+    ids, confidences = list(slow.first), list[float]()
     begun, synced, stand_ins = len(ids), 0, dict[int, torch.Tensor]()
-    if slow.encoded is None:
+    if not slow.inputs:
         synced = len(ids)
-        ids.append(int(slow.read(ids)[2][-1].argmax()))
+        ids.append(int(slow.layers(ids)[2][-1].argmax()))
     while len(ids) < begun + TOKENS:
-        states, features, deep = slow.read(ids)
+        states, features, deep = slow.layers(ids)
         for place in range(synced, len(ids) - 1):
             features[0, place] = stand_ins[place]
         normed, logits = slow.exit(states, features)
@@ -104,14 +96,14 @@ def test_the_engine_gives_what_the_layers_in_torch_do(case: Case, bundle: Bundle
     layer, ids = case.exit_layers[0], list(PROMPTS[2])
     slow, converted = Slow(source_model(case), ids, layer), Bundle.open(bundle(case, layer))
     tokens, lengths = np.array([ids]), np.array([len(ids)], np.int32)
-    prompts = {} if slow.encoded is None else {"prompts": tokens, "prompt_lengths": lengths}
+    prompts = {"prompts": tokens, "prompt_lengths": lengths} if slow.inputs else {}
     pair = EnginePair(converted, 1, 1, encode(converted, Batch(tokens, lengths, **prompts), 1)[0])
     found, place = [], 0
     for count in (30, 3, 1, 1, 1):
         shallow, _ = pair.both(np.array([ids[place : place + count]]), np.array([count], np.int32))
         found.append(shallow["logits"])
         place += count
-    states, features, _ = slow.read(ids[:place])
+    states, features, _ = slow.layers(ids[:place])
     _, wanted = slow.exit(states, features)
     # A token that is never said has -inf in torch, and a large bias in the graph. UMT5's random exit triples rounding.
     atol = 5e-4 if "umt5" in case.name else 2e-4
@@ -130,7 +122,7 @@ def test_free_decodes_as_the_slow_reference(case: Case, bundle: Bundles, source_
                     prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True, max_pending=PENDING
                 )
                 assert list(result.token_ids) == ids
-                decided = result.confidence[int(slow.encoded is None) :]
+                decided = result.confidence[int(not slow.inputs) :]
                 ours = [one for one in decided if one is not None]
                 np.testing.assert_allclose(ours, confidences, atol=1e-3)
                 exits += result.stats.exits
