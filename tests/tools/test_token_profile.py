@@ -24,7 +24,7 @@ def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:
 
 def test_the_command_prints_a_table(bundle: Bundles) -> None:
     path = str(bundle(BY_NAME["t5-relu-tied"]))
-    result = CliRunner().invoke(main, [path, "--tokens", "6", "--context", "4", "--threads", "1"])
+    result = CliRunner().invoke(main, [path, "--tokens", "6", "--context", "4", "--threads", "1", "--least", "0"])
     assert result.exit_code == 0, result.output
     assert "1 thread(s)" in result.output
     for operator in ("GroupQueryAttention", "MultiHeadAttention", "Gemm"):
