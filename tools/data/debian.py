@@ -1,12 +1,14 @@
-"""Summarization, text restoration and field extraction from the index of Debian's packages.
+"""Summarization, text restoration, translation and field extraction from the index of Debian's packages.
 
     python -m tools.data.debian summarization data/summarization
     python -m tools.data.debian restoration data/restoration
     python -m tools.data.debian extraction data/extraction
+    python -m tools.data.debian translation data/translation
 
 - summarization: the long description -> the one-line synopsis ("summarize: ...").
 - restoration: a sentence in lower case without punctuation -> the sentence.
 - extraction: a package's record -> the fields that matter, as JSON.
+- translation: a paragraph in German -> the English one ("translate German to English: ...").
 
 A family of descriptions (tools/data/debian_index.py) is in one split as a whole; one too large to be held out goes
 to train.
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import click
 
-from tools.data.debian_index import Description, families, read_index
+from tools.data.debian_index import Description, families, read_descriptions, read_index
 from tools.data.splits import SHARES, Line, normalised, run, shuffled, split_of, write_data_set
 
 LARGEST_HELD_OUT = 0.005  # of all examples, in one family
@@ -31,6 +33,7 @@ SHORTEST_BODY, SHORTEST_SYNOPSIS = 20, 3  # words
 MOST_DEPENDENCIES = 12
 # Characters; shorter sentences have little to restore, longer ones are mostly lists.
 _SENTENCE = re.compile(r".{60,260}?[.!?](?= |$)")
+SENTENCES = (60, 400)  # characters of a text to translate
 _PUNCTUATION = re.compile(r"[^\w\s'+#/-]")
 # What ends the input, so that a decoder-only model knows where the answer begins.
 RESTORE_SEPARATOR, EXTRACT_SEPARATOR = "\n=> ", "\nJSON: "
@@ -75,6 +78,23 @@ def restorations(english: Mapping[str, Description]) -> Iterator[Pair]:
                 if sentence[:1].isupper() and key not in seen:
                     seen.add(key)
                     yield Pair(md5, key + RESTORE_SEPARATOR, sentence)
+
+
+def translations(german: Mapping[str, Description], english: Mapping[str, Description]) -> Iterator[Pair]:
+    """German paragraph -> English paragraph at the same place of descriptions with as many, each German one once."""
+    seen = set()
+    for md5, text in german.items():
+        if md5 not in english or len(english[md5].paragraphs) != len(text.paragraphs):
+            continue
+        for source, target in zip(text.paragraphs, english[md5].paragraphs, strict=True):
+            source, target = " ".join(source.split()), " ".join(target.split())
+            key, lengths = normalised(source), sorted((len(source), len(target)))
+            # Lists are not sentences; a text of another length, or the same one, is no translation.
+            if key in seen or not SENTENCES[0] <= len(source) <= SENTENCES[1] or target[-1:] not in (".", "!", "?"):
+                continue
+            if key != normalised(target) and lengths[1] <= 2 * lengths[0]:
+                seen.add(key)
+                yield Pair(md5, f"translate German to English: {source}", target)
 
 
 def extractions(packages: Iterable[Mapping[str, str]], english: Mapping[str, Description]) -> Iterator[Pair]:
@@ -122,7 +142,7 @@ def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str]) -> dict[str, l
 
 # fmt: off
 @click.command(context_settings={"show_default": True})
-@click.argument("task", type=click.Choice(["summarization", "restoration", "extraction"]))
+@click.argument("task", type=click.Choice(["summarization", "restoration", "extraction", "translation"]))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--index", type=click.Path(path_type=Path), default=Path("build/debian-index"),
               help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.")
@@ -139,6 +159,7 @@ def command(task: str, out: Path, index: Path, train: int | None, held_out: int 
         "summarization": lambda: summaries(english),
         "restoration": lambda: restorations(english),
         "extraction": lambda: extractions(packages, english),
+        "translation": lambda: translations(read_descriptions(index, "de"), english),
     }[task]()
     splits = {
         name: shuffled(examples, seed, lambda example: example.input)[: train if name == "train" else held_out]

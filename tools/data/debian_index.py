@@ -30,11 +30,12 @@ _AFFIXES = re.compile(
     r"|(-(dev|dbg|dbgsym|doc|docs|data|common|bin|tools|utils|core|extra|examples|perl|java|dkms|l10n|i18n).*)$"
     r"|[-.]?\d[\d.~+a-z]*$"
 )
+LANGUAGES = ("en", "de")
 _SYSTEM_PARTS = Path("/etc/apt/apt.conf.d")
 
 
 def fetch_index(target: Path) -> None:
-    """Make the directory `target` with the texts `Packages` and `Translation-en` of this machine's sources.
+    """Make the directory `target` with the texts `Packages`, `Translation-en` and `-de` of this machine's sources.
 
     It appears complete or not at all. Raises DataError when apt is missing or fails, or a text has no file.
     """
@@ -48,7 +49,7 @@ def fetch_index(target: Path) -> None:
         _apt(configuration, "apt-get", "-q", "-o", "APT::Update::Error-Mode=any", "update")
         out = work / "index"
         out.mkdir()
-        for kind in ("Packages", "Translation-en"):
+        for kind in ("Packages", *(f"Translation-{language}" for language in LANGUAGES)):
             files = sorted((work / "apt" / "lists").iterdir())
             found = [path for path in files if re.search(rf"_(i18n_)?{kind}(\.\w+)?$", path.name)]
             if not found:
@@ -63,10 +64,18 @@ def read_index(index: Path) -> tuple[dict[str, Description], list[dict[str, str]
     if not index.is_dir():
         click.echo("fetching the package index", err=True)
         fetch_index(index)
-    with (index / "Translation-en").open(encoding="utf-8", errors="replace") as file:
-        english = descriptions(file)
+    english = read_descriptions(index, "en")
     with (index / "Packages").open(encoding="utf-8", errors="replace") as file:
         return english, list(stanzas(file))
+
+
+def read_descriptions(index: Path, language: str) -> dict[str, Description]:
+    """Descriptions in a language by the md5 of the English text. Raises DataError when the index is without them."""
+    path = index / f"Translation-{language}"
+    if not path.is_file():
+        raise DataError(f"{index} has no {path.name}; remove that directory, and it is fetched again")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return descriptions(file, language)
 
 
 def private_configuration(directory: Path) -> Path:
@@ -80,7 +89,8 @@ def private_configuration(directory: Path) -> Path:
     for part in sorted(_SYSTEM_PARTS.iterdir()) if _SYSTEM_PARTS.is_dir() else ():
         if part.is_file() and not re.search(r"Acquire::Languages", part.read_text(errors="replace"), re.IGNORECASE):
             shutil.copy(part, parts)
-    (parts / "zz-languages").write_text('Acquire::Languages {"en";};\n')
+    names = " ".join(f'"{language}";' for language in LANGUAGES)
+    (parts / "zz-languages").write_text(f"Acquire::Languages {{{names}}};\n")
     settings = {"Etc::parts": f"{parts}/", "State::lists": f"{lists}/", "Cache::archives": f"{archives}/"}
     lines = [f'Dir::{name} "{path}";' for name, path in settings.items()]
     # Without root apt has no other user to drop to, and none is needed to write here.
@@ -130,11 +140,11 @@ def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
         yield fields
 
 
-def descriptions(lines: Iterable[str]) -> dict[str, Description]:
-    """The descriptions of a Translation file by the md5 of the text."""
+def descriptions(lines: Iterable[str], language: str = "en") -> dict[str, Description]:
+    """The descriptions of a Translation file by the md5 of the English text."""
     found = {}
     for fields in stanzas(lines):
-        text, md5 = fields.get("Description-en"), fields.get("Description-md5")
+        text, md5 = fields.get(f"Description-{language}"), fields.get("Description-md5")
         if text and md5:
             synopsis, *rest = (line.strip() for line in text.split("\n"))
             blocks = groupby(rest, lambda line: line == ".")

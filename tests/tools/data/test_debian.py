@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from tools.data import debian
-from tools.data.debian import EXTRACT_SEPARATOR, Pair, extracted, extractions, split_pairs
+from tools.data.debian import EXTRACT_SEPARATOR, Pair, extracted, extractions, split_pairs, translations
 from tools.data.debian_index import Description, descriptions, families, fetch_index, stanzas, stem
 
 TRANSLATION = """\
@@ -122,6 +122,25 @@ def test_a_family_is_in_one_split_and_a_large_one_in_train() -> None:
     assert len(splits["test"]) > 10
 
 
+def test_german_paragraphs_meet_the_english_ones_at_their_place() -> None:
+    sentence = "Das Frobnizieren ist die Kunst, Knöpfe ganz ohne Zweck zu drehen, zu drücken und zu ziehen."
+    listed = LONG.replace(".", ":")
+    german = {
+        "aaa": Description("foo", "Foo", (sentence, "Kurz.", sentence.upper())),
+        "other paragraphs": Description("bar", "Bar", (sentence, sentence)),
+        "not translated": Description("baz", "Baz", (LONG + " " + LONG,)),
+        "a list": Description("qux", "Qux", (sentence + " Und mehr",)),
+        "no English": Description("gone", "Gone", (sentence,)),
+    }
+    english = {
+        "aaa": Description("foo", "foo", (LONG, "Short.", LONG)),
+        "other paragraphs": Description("bar", "bar", (LONG,)),
+        "not translated": Description("baz", "baz", (LONG + " " + LONG,)),
+        "a list": Description("qux", "qux", (listed,)),
+    }
+    assert list(translations(german, english)) == [Pair("aaa", f"translate German to English: {sentence}", LONG)]
+
+
 @pytest.fixture
 def apt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stand for apt: `lists` are what an update leaves, `fails` what another command raises."""
@@ -141,11 +160,11 @@ def apt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_apt_is_told_absolute_directories(apt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads a relative one as below its own, and finds no lists there."""
-    apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en"]
+    apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en", "i18n_Translation-de"]
     monkeypatch.chdir(tmp_path)
     fetch_index(Path("index"))
     assert all(f'"{tmp_path}/' in configuration for configuration in apt["configurations"])
-    assert (tmp_path / "index/Packages").read_bytes() == b"text\n"
+    assert all((tmp_path / "index" / name).read_bytes() == b"text\n" for name in ("Packages", "Translation-de"))
 
 
 def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
@@ -163,3 +182,5 @@ def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
     result = CliRunner().invoke(debian.command, arguments)
     assert result.exit_code == 0, result.output
     assert "50 train" in result.output
+    missing = CliRunner().invoke(debian.command, ["translation", *arguments[1:]])
+    assert "no Translation-de; remove that directory" in str(missing.exception)
