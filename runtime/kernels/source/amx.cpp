@@ -13,7 +13,9 @@
 namespace freeexport {
 namespace {
 
-constexpr int64_t kPieceGroups = 20;  // of inputs that are unpacked at once: two panels of them fit in the first cache
+// Of inputs that are unpacked at once: two panels of them fit in the first cache. Where all sums stay in registers
+// between pieces, these may be so small that two threads of a core have room there.
+constexpr int64_t kPieceGroups = 20, kKeptPieceGroups = 4, kKeptTiles = 2;
 constexpr int64_t kMostTiles = kPromptRows / kTileRows;
 
 // Of a quad of 16 outputs, [16][4], the bytes that become pairs of inputs 0 and 1 of the first 8 outputs, of the last
@@ -124,16 +126,20 @@ FREEEXPORT_INLINE void begin_tile(const float* bias, const float* sums) {
     load_tile<Tile>(bias, 0);
 }
 
-// Of R tiles of rows and P panels: the products of a piece.
+// Of R tiles of rows and P panels: the products of a piece, added to `from`, at first to the bias, and put
+// to `to`. Sums that are `kept` are in the registers from the first piece to the last.
 template <int R, int P>
-void multiply_piece(Scratch& scratch, const uint16_t* rows, int64_t apart, int64_t tile, int64_t count, bool begins,
-                    Sums* to) {
-  const auto sums = [&](int r, int p) { return begins ? nullptr : scratch.sums[tile + r][p]; };
-  begin_tile<0>(scratch.bias[0], sums(0, 0));
-  if constexpr (P > 1) begin_tile<1>(scratch.bias[1], sums(0, 1));
-  if constexpr (R > 1) begin_tile<2>(scratch.bias[0], sums(1, 0));
-  if constexpr (R > 1 && P > 1) begin_tile<3>(scratch.bias[1], sums(1, 1));
+void multiply_piece(Scratch& scratch, const uint16_t* rows, int64_t apart, int64_t count, bool begins, bool ends,
+                    bool kept, Sums* from, Sums* to) {
+  const auto sums = [&](int r, int p) { return begins ? nullptr : from[r][p]; };
+  if (begins || !kept) {
+    begin_tile<0>(scratch.bias[0], sums(0, 0));
+    if constexpr (P > 1) begin_tile<1>(scratch.bias[1], sums(0, 1));
+    if constexpr (R > 1) begin_tile<2>(scratch.bias[0], sums(1, 0));
+    if constexpr (R > 1 && P > 1) begin_tile<3>(scratch.bias[1], sums(1, 1));
+  }
   add_products<R, P>(rows, apart, scratch.weights[0], kPieceGroups * kTileValues, count);
+  if (kept && !ends) return;
   store_tile<0>(to[0][0], 64);
   if constexpr (P > 1) store_tile<1>(to[0][1], 64);
   if constexpr (R > 1) store_tile<2>(to[1][0], 64);
@@ -159,7 +165,9 @@ void multiply_panels(const Product& product, const uint16_t* rows, int64_t first
     for (int64_t i = 0; i < kPanel; i++)
       scratch.bias[p][i] = bias != nullptr && i < panels[p].outputs() ? bias[panels[p].number * kPanel + i] : 0.0f;
   }
-  const int64_t pieces = (groups + kPieceGroups - 1) / kPieceGroups, tiles = (last - first + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (last - first + kTileRows - 1) / kTileRows;
+  const bool kept = tiles <= kKeptTiles;
+  const int64_t most = kept ? kKeptPieceGroups : kPieceGroups, pieces = (groups + most - 1) / most;
   for (int64_t piece = 0; piece < pieces; piece++) {
     const int64_t begin = groups * piece / pieces, end = groups * (piece + 1) / pieces;
     for (int p = 0; p < count; p++) {
@@ -175,8 +183,9 @@ void multiply_panels(const Product& product, const uint16_t* rows, int64_t first
       const uint16_t* from = rows + ((first / kTileRows + tile) * groups + begin) * kTileValues;
       const auto multiply = two ? (count == 2 ? multiply_piece<2, 2> : multiply_piece<2, 1>)
                                 : (count == 2 ? multiply_piece<1, 2> : multiply_piece<1, 1>);
-      Sums* to = ends ? scratch.tiles : scratch.sums + tile;
-      multiply(scratch, from, groups * kTileValues, tile, end - begin, piece == 0, to);
+      Sums* sums = scratch.sums + tile;
+      multiply(scratch, from, groups * kTileValues, end - begin, piece == 0, ends, kept, sums,
+               ends ? scratch.tiles : sums);
       if (!ends) continue;
       if (product.activation != kNone && product.activation != kSilu)
         for (int p = 0; p < columns; p++)
