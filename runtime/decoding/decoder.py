@@ -99,7 +99,7 @@ class Decoder:
 
     def lengths(self) -> tuple[int, int]:
         """Valid positions of the shallow and of the deep cache."""
-        return int(self._shallow.cache.lengths[self.slot]), int(self._deep.cache.lengths[self.slot])
+        return self._shallow.cache.length(self.slot), self._deep.cache.length(self.slot)
 
     def reset(self) -> None:
         """Begin a new sequence."""

@@ -34,12 +34,13 @@ class FeatureDecoder(Decoder):
         self._unread = np.zeros((1, self.max_pending), np.int64)  # tokens that are stacked, and not embedded
         self._exit_inputs = self._states(self.max_pending), exit.zeros(size, np.float32)
         self._feature, self._passed = np.zeros((1, self.hidden_size), np.float32), exit.zeros(size, np.float32)
+        self._newest_feature = self._feature[0]
         self._read[exit] = {}
         self._past[exit] = {name: exit.value(view) for name, view in exit.cache.slot(self.slot)}
 
     def forget_calls(self) -> None:
         super().forget_calls()
-        self._exit_calls: dict[tuple[int, int], SlotCall] = {}  # by rows and heads
+        self._exit_calls: dict[int, SlotCall] = {}  # by rows
         self._embeddings: dict[int, SlotCall] = {}  # by rows
 
     @property
@@ -59,6 +60,14 @@ class FeatureDecoder(Decoder):
     # At once
 
     def step(self, token: int, head: bool) -> Prediction:
+        if self._embeds and head:  # the same in fewer functions
+            self._keep((token,), head)
+            self._head = head
+            call = self._ask()
+            call.run()
+            self._asked(call)
+            self.batch_size = 1
+            return self.prediction()
         for call in self.stepping(token, head):
             call.run()
         return self.guess()
@@ -99,13 +108,21 @@ class FeatureDecoder(Decoder):
             self._shallow.cache.extend(self.slot, call.rows)
         yield from super().syncing(heads, drafts, ahead)
 
-    def _keeping(self, tokens: Sequence[int], head: bool) -> Iterator[SlotCall]:
-        """Stack tokens as they are, and with `head` one call of the exit."""
-        self._unread[0, self.stacked : self.stacked + len(tokens)] = tokens
+    def _keep(self, tokens: Sequence[int], head: bool) -> None:
+        """Stack tokens as they are."""
+        count = len(tokens)
+        if count == 1:
+            self._unread[0, self.stacked] = tokens[0]
+        else:
+            self._unread[0, self.stacked : self.stacked + count] = tokens
         if self._exits or head:
             self._exit_cache.put(self.slot, self._length, tokens)
-        self._length += len(tokens)
-        self.stacked += len(tokens)
+        self._length += count
+        self.stacked += count
+
+    def _keeping(self, tokens: Sequence[int], head: bool) -> Iterator[SlotCall]:
+        """Stack tokens, and with `head` one call of the exit."""
+        self._keep(tokens, head)
         return self._asking(head)
 
     def _stepping(self, calls: Iterable[SlotCall], head: bool) -> Iterator[SlotCall]:
@@ -122,12 +139,32 @@ class FeatureDecoder(Decoder):
         """The call of the exit, with `head`; counted once it ran."""
         self._head = head
         if head:
-            self._catch_up(self.max_pending)
-            self._step = call = self._exit_call(self._behind(), 1)
-            self._fill(*(array[0] for array in call.inputs.values()))
+            call = self._ask()
             yield call
-            self._read_by_exit(call)
+            self._asked(call)
             self.batch_size = call.batch_size
+
+    def _ask(self) -> SlotCall:
+        """The call of the exit on all that it has not read, with a prediction after the last."""
+        cache, slot, end = self._exit_cache, self.slot, self.lengths()[0]
+        first = cache.length(slot)
+        if end - first > self.max_pending:
+            self._catch_up(self.max_pending)
+            first = end - self.max_pending
+        states, features = self._exit_inputs
+        states[: end - first] = cache.states[slot, first:end]
+        features[: end - first] = cache.features[slot, first:end]
+        self._step = call = self._exit_calls.get(end - first) or self._exit_call(end - first)
+        return call
+
+    def _asked(self, call: SlotCall) -> None:
+        """Count the call of the exit that ran. Where no sync pass was, its feature is the newest there is."""
+        cache, slot = self._exit_cache, self.slot
+        self.stats.shallow_seconds += call.seconds
+        cache.extend(slot, call.rows)
+        end = cache.length(slot)
+        if call.heads and end > self._deep.cache.length(slot):
+            cache.features[slot, end] = self._newest_feature
 
     def guess(self) -> Prediction:
         """The prediction of the steps that ran, and were counted."""
@@ -144,10 +181,6 @@ class FeatureDecoder(Decoder):
 
     # Calls
 
-    def _behind(self) -> int:
-        """Rows that the exit has not read."""
-        return self.lengths()[0] - int(self._exit_cache.lengths[self.slot])
-
     def _states(self, rows: int) -> np.ndarray:
         """Room for what the exit reads at so many positions beside features."""
         states: np.ndarray = np.zeros((rows, *self._exit_cache.states.shape[2:]), self._exit_cache.states.dtype)
@@ -157,39 +190,25 @@ class FeatureDecoder(Decoder):
         """Keep what the positions from `place` on left."""
         self._exit_cache.features[self.slot, place + 1 : place + 1 + len(features)] = features
 
-    def _fill(self, states: np.ndarray, features: np.ndarray) -> None:
-        """Write what the exit reads at the next positions."""
-        first, cache = int(self._exit_cache.lengths[self.slot]), self._exit_cache
-        states[:] = cache.states[self.slot, first : first + len(states)]
-        features[:] = cache.features[self.slot, first : first + len(features)]
-
     def _catch_up(self, most: int, head: bool = False) -> None:
         """Let the exit read until at most so many rows are left, at once; and with `head` give a prediction at the
         last."""
-        while (behind := self._behind()) > most:
+        cache, slot, end = self._exit_cache, self.slot, self.lengths()[0]
+        while (behind := end - (first := cache.length(slot))) > most:
             rows = min(PREFILL_ROWS, behind - most)
-            inputs = self._states(rows), np.empty((rows, self.hidden_size), np.float32)
-            self._fill(*inputs)
+            inputs = self._states(rows), np.array(cache.features[slot, first : first + rows])
+            inputs[0][:] = cache.states[slot, first : first + rows]
             call = self._exit_call_of(inputs, int(head and rows == behind))
             call.seconds = self._exit.run(self.bind(call))
-            self._read_by_exit(call)
-
-    def _read_by_exit(self, call: SlotCall) -> None:
-        """Count an exit's call that ran."""
-        self.stats.shallow_seconds += call.seconds
-        self._exit_cache.extend(self.slot, call.rows)
-        place = int(self._exit_cache.lengths[self.slot]) - 1
-        if call.heads and place >= self.lengths()[1]:
-            self._keep_features(place, self._feature)
+            self._asked(call)
 
     def _bound(self) -> list[SlotCall]:
         return [*super()._bound(), *self._exit_calls.values(), *self._embeddings.values()]
 
-    def _exit_call(self, rows: int, heads: int) -> SlotCall:
-        call = self._exit_calls.get((rows, heads))
-        if call is None:
-            inputs = tuple(array[:rows] for array in self._exit_inputs)
-            call = self._exit_calls[rows, heads] = self._exit_call_of(inputs, heads)
+    def _exit_call(self, rows: int) -> SlotCall:
+        """The exit on the first rows of `_exit_inputs`, to be kept."""
+        inputs = tuple(array[:rows] for array in self._exit_inputs)
+        call = self._exit_calls[rows] = self._exit_call_of(inputs, 1)
         return call
 
     def _exit_call_of(self, inputs: Sequence[np.ndarray], heads: int) -> SlotCall:

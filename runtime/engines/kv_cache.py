@@ -54,6 +54,11 @@ class KVCache:
         for name, array in self.arrays.items():
             yield name, array[slot : slot + 1]
 
+    def length(self, slot: int) -> int:
+        """Valid rows of a slot."""
+        count: int = self._counts[slot]
+        return count
+
     def extend(self, slot: int, count: int) -> None:
         """Count the rows that an engine has just written. CapacityError where they are more than there is room for."""
         length = self._counts[slot] + count
@@ -63,7 +68,7 @@ class KVCache:
 
     def trim(self, slot: int, length: int) -> None:
         """Forget all but the first `length` rows: the only way back."""
-        self.lengths[slot] = min(int(self.lengths[slot]), length)
+        self._counts[slot] = min(self._counts[slot], length)
 
     def copy_rows(self, source: int, target: int) -> None:
         """Make slot `target` a copy of slot `source`."""
@@ -134,7 +139,10 @@ class FeatureCache(KVCache):
     def put(self, slot: int, first: int, states: np.ndarray | Sequence[int]) -> None:
         """Keep the states [n, d], or tokens, of the positions from `first` on."""
         end = first + len(states)
-        self.states[slot, first:end] = states
+        if len(states) == 1:  # as at every step: a row is written sooner than a slice
+            self.states[slot, first] = states[0]
+        else:
+            self.states[slot, first:end] = states
         self._ends[slot] = end
 
     def copy_rows(self, source: int, target: int) -> None:
