@@ -415,8 +415,32 @@ def test_calls_stay_bound_from_one_request_to_the_next(
     first = session.generate(PROMPT, **options)
     assert len(first.stats.sync_sizes) > 1
     bound.clear()
+    rebound: list[Call] = []
+    rebind = Call.rebind
+    monkeypatch.setattr(Call, "rebind", lambda call, *arrays: (rebound.append(call), rebind(call, *arrays)))
     assert session.generate(PROMPT, **options).token_ids == first.token_ids
-    assert len(bound) == (0 if name == T5 else 2), "a decoder-only model's prompt at both engines"
+    assert len(bound) == len(rebound) == (0 if name == T5 else 2), "a decoder-only model's prompt at both engines"
+
+
+def test_a_prompt_is_read_without_what_stands_behind_it_from_a_longer_one(
+    open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share arrays, so that calls stay bound."""
+    rebound: list[Call] = []
+    rebind = Call.rebind
+    session, options = open_session(T5), {"threshold": 0.1, "max_new_tokens": 24, "ignore_eos": True}
+    long, short = [3 + number % 50 for number in range(60)], [5, 6, 7]
+    expected = open_session(T5).generate(short, **options).token_ids
+    session.generate(long, **options)
+    session.generate(short, **options)
+    monkeypatch.setattr(Call, "rebind", lambda call, *arrays: (rebound.append(call), rebind(call, *arrays)))
+    session.generate(long, **options)
+    assert session.generate(short, **options).token_ids == expected
+    assert not rebound
+    wider = [3 + number % 50 for number in range(100)]
+    alone = open_session(T5).generate(wider, **options).token_ids
+    assert session.generate(wider, **options).token_ids == alone
+    assert session.generate(short, **options).token_ids == expected
 
 
 def test_onnxruntime_sends_no_telemetry_unless_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

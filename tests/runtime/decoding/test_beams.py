@@ -76,6 +76,7 @@ def test_candidates_are_the_best_of_all(seed: int, beams: int, vocabulary: int) 
     source = np.random.default_rng(seed)
     logits, totals = source.normal(size=(beams, vocabulary)), source.normal(size=beams)
     logits[source.random(logits.shape) < 0.1] = -np.inf
+    logits[np.isneginf(logits).all(axis=1)] = 0.0  # some token may always follow
     scores = Scores.of(logits) if seed % 2 else Scores(logits, np.zeros(beams), log_softmax(logits))
     found, rows, tokens = BeamSearch(beams, 6, frozenset({EOS}))._candidates(totals, scores)
     every = totals[:, None] + log_softmax(logits)
