@@ -136,7 +136,7 @@ class Decoder:
             call.attend(self._read[call.runner])
 
     def _copied(self, cross: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The same in arrays of a width that many lengths share: those of the prompt before, where they have it. What
+        """Copy it to arrays of a width that many lengths share: those of the prompt before, where they have it. What
         stands behind the prompt is not read."""
         count = int(cross["cross_lengths"][0])
         width = cross_width(count)
