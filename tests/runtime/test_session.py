@@ -398,6 +398,19 @@ def python(code: str, *arguments: str) -> str:
     return done.stdout
 
 
+def _rebound(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The calls that are bound from here on, again or for the first time."""
+    found: list[Call] = []
+    rebind = Call.rebind
+
+    def noted(call: Call, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        found.append(call)
+        rebind(call, inputs, outputs)
+
+    monkeypatch.setattr(Call, "rebind", noted)
+    return found
+
+
 @both
 def test_calls_stay_bound_from_one_request_to_the_next(
     name: str, open_session: Open, monkeypatch: pytest.MonkeyPatch
@@ -415,9 +428,7 @@ def test_calls_stay_bound_from_one_request_to_the_next(
     first = session.generate(PROMPT, **options)
     assert len(first.stats.sync_sizes) > 1
     bound.clear()
-    rebound: list[Call] = []
-    rebind = Call.rebind
-    monkeypatch.setattr(Call, "rebind", lambda call, *arrays: (rebound.append(call), rebind(call, *arrays)))
+    rebound = _rebound(monkeypatch)
     assert session.generate(PROMPT, **options).token_ids == first.token_ids
     assert len(bound) == len(rebound) == (0 if name == T5 else 2), "a decoder-only model's prompt at both engines"
 
@@ -426,14 +437,12 @@ def test_a_prompt_is_read_without_what_stands_behind_it_from_a_longer_one(
     open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They share arrays, so that calls stay bound."""
-    rebound: list[Call] = []
-    rebind = Call.rebind
     session, options = open_session(T5), {"threshold": 0.1, "max_new_tokens": 24, "ignore_eos": True}
     long, short = [3 + number % 50 for number in range(60)], [5, 6, 7]
     expected = open_session(T5).generate(short, **options).token_ids
     session.generate(long, **options)
     session.generate(short, **options)
-    monkeypatch.setattr(Call, "rebind", lambda call, *arrays: (rebound.append(call), rebind(call, *arrays)))
+    rebound = _rebound(monkeypatch)
     session.generate(long, **options)
     assert session.generate(short, **options).token_ids == expected
     assert not rebound
