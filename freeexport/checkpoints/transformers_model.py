@@ -77,7 +77,8 @@ def reference_model(
     if checkpoint.adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(checkpoint.adapter)).merge_and_unload()
+        # peft freezes the base that it merges into; a training of all weights begins with it, too.
+        model = PeftModel.from_pretrained(model, str(checkpoint.adapter)).merge_and_unload().requires_grad_(True)
     if never := list(description.decoder.head.suppressed):
         head: Any = model.get_output_embeddings()
         head.register_forward_hook(

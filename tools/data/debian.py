@@ -1,13 +1,12 @@
-"""Summarization, text restoration, translation and field extraction from the index of Debian's packages.
+"""Summarization, text restoration, translation and extraction from the index of Debian's packages.
 
-    python -m tools.data.debian summarization data/summarization
-    python -m tools.data.debian restoration data/restoration
     python -m tools.data.debian extraction data/extraction
-    python -m tools.data.debian translation data/translation
 
 - summarization: the long description -> the one-line synopsis ("summarize: ...").
 - restoration: a sentence in lower case without punctuation -> the sentence.
 - extraction: a package's record -> the fields that matter, as JSON.
+- fields: the same in an order of `name: value;`, without characters that T5's vocabulary lacks.
+- appstream: a package's record with its long description -> a component of AppStream's catalog in XML.
 - translation: a paragraph in German -> the English one ("translate German to English: ...").
 
 A family of descriptions (tools/data/debian_index.py) is in one split as a whole; one too large to be held out goes
@@ -22,10 +21,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 
-from tools.data.debian_index import Description, families, read_descriptions, read_index
+from tools.data.debian_index import Description, families, read_descriptions, read_index, stem
 from tools.data.splits import SHARES, Line, normalised, run, shuffled, split_of, write_data_set
 
 LARGEST_HELD_OUT = 0.005  # of all examples, in one family
@@ -36,12 +36,30 @@ _SENTENCE = re.compile(r".{60,260}?[.!?](?= |$)")
 SENTENCES = (60, 400)  # characters of a text to translate
 _PUNCTUATION = re.compile(r"[^\w\s'+#/-]")
 # What ends the input, so that a decoder-only model knows where the answer begins.
-RESTORE_SEPARATOR, EXTRACT_SEPARATOR = "\n=> ", "\nJSON: "
+RESTORE_SEPARATOR = "\n=> "
+EXTRACT_SEPARATORS = {"extraction": "\nJSON: ", "fields": "\nFields: ", "appstream": "\nXML:\n"}
 # In the order of the record; some are there to be passed over.
 SHOWN = (
     *("Package", "Source", "Version", "Installed-Size", "Architecture", "Provides"),
     *("Depends", "Description", "Homepage", "Section", "Priority", "Size"),
 )
+DESCRIBED = (120, 700)  # characters of the long description of a component
+_LISTED = re.compile(r"(^| )[*+•-] ")
+_NOT_IN_T5 = re.compile(r"[{}<>~^`\\]|[^\x00-\x7f]")
+# Main categories of the Desktop Menu Specification by sections of Debian; that of all others is Utility.
+_CATEGORIES = {
+    "AudioVideo": "sound video",
+    "Development": "cli-mono debug devel golang gnustep haskell interpreters introspection java javascript libdevel "
+    "libs lisp ocaml perl php python ruby rust vcs",
+    "Education": "education",
+    "Game": "games",
+    "Graphics": "graphics",
+    "Network": "comm hamradio httpd mail net news web zope",
+    "Office": "editors tex text",
+    "Science": "electronics gnu-r math science",
+    "System": "admin database embedded kernel otherosfs shells",
+}
+CATEGORY = {section: category for category, sections in _CATEGORIES.items() for section in sections.split()}
 
 
 @dataclass(frozen=True)
@@ -97,36 +115,84 @@ def translations(german: Mapping[str, Description], english: Mapping[str, Descri
                 yield Pair(md5, f"translate German to English: {source}", target)
 
 
-def extractions(packages: Iterable[Mapping[str, str]], english: Mapping[str, Description]) -> Iterator[Pair]:
-    """Record of a Packages file -> JSON, one a description."""
+def extractions(
+    packages: Iterable[Mapping[str, str]], english: Mapping[str, Description], task: str = "extraction"
+) -> Iterator[Pair]:
+    """Record of a Packages file -> what the task makes of it, one a description."""
     seen = set()
     for fields in packages:
-        md5, target = fields.get("Description-md5"), extracted(fields)
-        if md5 in english and target is not None and md5 not in seen:
-            seen.add(md5)
-            record = "\n".join(f"{name}: {fields[name]}" for name in SHOWN if name in fields)
-            yield Pair(md5, record + EXTRACT_SEPARATOR, target)
+        md5 = fields.get("Description-md5", "")
+        if md5 in english and md5 not in seen:
+            record = dict(fields)
+            if task == "appstream":
+                paragraphs = [" ".join(text.split()) for text in english[md5].paragraphs]
+                record["Description"] = "\n ".join((fields.get("Description", ""), *paragraphs))
+            target = component(fields, english[md5]) if task == "appstream" else extracted(fields, task == "fields")
+            if target is not None:
+                seen.add(md5)
+                lines = "\n".join(f"{name}: {record[name]}" for name in SHOWN if name in record)
+                yield Pair(md5, lines + EXTRACT_SEPARATORS[task], target)
 
 
-def extracted(fields: Mapping[str, str]) -> str | None:
-    """Name, upstream version, section, home page, summary and dependencies as one line of JSON.
+def extracted(fields: Mapping[str, str], plain: bool = False) -> str | None:
+    """Name, upstream version, section, home page, summary and dependencies as one line of JSON, or in plain text.
 
     Only the first alternative's name of a dependency is kept. None for a record without dependencies or with very
-    many.
+    many, and for plain text of characters that T5 does not know.
     """
     depends = [part.split("|")[0].split()[0].split(":")[0] for part in fields.get("Depends", "").split(",") if part]
     if not 0 < len(depends) <= MOST_DEPENDENCIES or "Description" not in fields:
         return None
-    upstream = re.match(r"^(?:\d+:)?(.+?)(?:-[^-]*)?$", fields["Version"])
     found = {
         "name": fields["Package"],
-        "version": upstream.group(1) if upstream else fields["Version"],
+        "version": upstream_version(fields),
         "section": fields.get("Section"),
         "homepage": fields.get("Homepage"),
         "summary": fields["Description"],
         "depends": depends,
     }
-    return json.dumps(found, ensure_ascii=False)
+    if not plain:
+        return json.dumps(found, ensure_ascii=False)
+    text = "; ".join(f"{name}: {value}" for name, value in (found | {"depends": ", ".join(depends)}).items() if value)
+    return None if _NOT_IN_T5.search(text) else " ".join(text.split())
+
+
+def component(fields: Mapping[str, str], description: Description) -> str | None:
+    """A generic component of an AppStream catalog, indented; its id begins with the home page's host, reversed.
+
+    None for a record without a home page, and for a long description with lists, a short or a very long one.
+    """
+    length = sum(map(len, description.paragraphs))
+    host = re.match(r"\w+://(?:www\.)?([\w.-]+)", fields.get("Homepage", ""))
+    listed = any(map(_LISTED.search, description.paragraphs))
+    if host is None or listed or not DESCRIBED[0] <= length <= DESCRIBED[1] or "Description" not in fields:
+        return None
+    name, section = fields["Package"], fields.get("Section", "")
+    root = ElementTree.Element("component", type="font" if section == "fonts" else "generic")
+
+    def add(parent: ElementTree.Element, tag: str, text: str = "", **attributes: str) -> ElementTree.Element:
+        element = ElementTree.SubElement(parent, tag, attributes)
+        element.text = text or None
+        return element
+
+    add(root, "id", ".".join((*reversed(host[1].split(".")), re.sub(r"[^A-Za-z0-9_.-]", "_", name))))
+    add(root, "pkgname", name)
+    add(root, "name", stem(name))
+    add(root, "summary", fields["Description"])
+    text = add(root, "description")
+    for paragraph in description.paragraphs:
+        add(text, "p", " ".join(paragraph.split()))
+    add(add(root, "categories"), "category", CATEGORY.get(section, "Utility"))
+    add(root, "url", fields["Homepage"], type="homepage")
+    add(add(root, "releases"), "release", version=upstream_version(fields))
+    ElementTree.indent(root, " ")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def upstream_version(fields: Mapping[str, str]) -> str:
+    """A record's version without the epoch and Debian's revision."""
+    upstream = re.match(r"^(?:\d+:)?(.+?)(?:-[^-]*)?$", fields["Version"])
+    return upstream.group(1) if upstream else fields["Version"]
 
 
 def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str]) -> dict[str, list[Line]]:
@@ -142,7 +208,7 @@ def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str]) -> dict[str, l
 
 # fmt: off
 @click.command(context_settings={"show_default": True})
-@click.argument("task", type=click.Choice(["summarization", "restoration", "extraction", "translation"]))
+@click.argument("task", type=click.Choice(["summarization", "restoration", "translation", *EXTRACT_SEPARATORS]))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--index", type=click.Path(path_type=Path), default=Path("build/debian-index"),
               help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.")
@@ -158,9 +224,8 @@ def command(task: str, out: Path, index: Path, train: int | None, held_out: int 
     pairs = {
         "summarization": lambda: summaries(english),
         "restoration": lambda: restorations(english),
-        "extraction": lambda: extractions(packages, english),
         "translation": lambda: translations(read_descriptions(index, "de"), english),
-    }[task]()
+    }.get(task, lambda: extractions(packages, english, task))()
     splits = {
         name: shuffled(examples, seed, lambda example: example.input)[: train if name == "train" else held_out]
         for name, examples in split_pairs(list(pairs), families(english, packages)).items()

@@ -106,6 +106,11 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
         assert all(went_on[name].shape == was[name].shape and not torch.equal(went_on[name], was[name]) for name in was)
         config = json.loads((both / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == written["base_model_name_or_path"]
+    else:  # the merged weights can be trained further, all of them
+        merged = out.with_name("merged")
+        train(str(out), merged, run_options(words, steps=2, learning_rate=1e-2, evaluate_every=2))
+        went_on = tensors(merged)
+        assert not any(np.array_equal(went_on[name], state[name].numpy()) for name in changed)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ import json
 import subprocess
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
 
 from tools.data import debian
-from tools.data.debian import EXTRACT_SEPARATOR, Pair, extracted, extractions, split_pairs, translations
+from tools.data.debian import EXTRACT_SEPARATORS, Pair, component, extracted, extractions, split_pairs, translations
 from tools.data.debian_index import Description, descriptions, families, fetch_index, stanzas, stem
 
 TRANSLATION = """\
@@ -100,11 +101,54 @@ def test_values_are_the_records_without_epoch_revision_architecture_and_versions
     }
 
 
+def test_plain_fields_are_one_line_of_what_t5_can_write() -> None:
+    assert extracted(FOO, plain=True) is None, "its version has a tilde"
+    assert extracted({**FOO, "Version": "1.2-3"}, plain=True) == (
+        'name: libfoo2; version: 1.2; section: libs; homepage: https://foo.example; summary: fast "foo" library; '
+        "depends: libc6, perl, bar-jack, python3"
+    )
+
+
+def test_a_component_says_in_xml_what_record_and_description_do() -> None:
+    described = Description("libfoo2", "", (LONG, "It turns <knobs> & does  no more, which is what it is for."))
+    fields = {**FOO, "Package": "libfoo2+", "Homepage": "https://www.foo.example/x"}
+    (pair,) = extractions([fields], {"aaa": described}, "appstream")
+    assert f'Description: fast "foo" library\n {LONG}\n It turns <knobs> & does no more' in pair.input
+    assert pair.input.endswith(EXTRACT_SEPARATORS["appstream"])
+    root = ElementTree.fromstring(pair.target)
+    assert (root.tag, root.get("type")) == ("component", "generic")
+    assert {element.tag: element.text for element in root if len(element) == 0} == {
+        "id": "example.foo.libfoo2_",
+        "pkgname": "libfoo2+",
+        "name": "foo",
+        "summary": 'fast "foo" library',
+        "url": "https://www.foo.example/x",
+    }
+    assert [text.text for text in root.iter("p")] == [LONG, "It turns <knobs> & does no more, which is what it is for."]
+    assert root.findtext("categories/category") == "Development"
+    assert [release.get("version") for release in root.iter("release")] == ["1.2~rc1"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "paragraphs"),
+    [
+        ({"Homepage": "nowhere"}, (LONG, LONG)),
+        ({}, (LONG,)),
+        ({}, (LONG,) * 20),
+        ({}, (LONG, "It has: * knobs * and handles, of which none does anything.")),
+    ],
+    ids=["no host", "short", "long", "a list"],
+)
+def test_a_record_that_makes_no_component(fields: dict[str, str], paragraphs: tuple[str, ...]) -> None:
+    assert component(FOO, Description("foo", "", (LONG, LONG))) is not None
+    assert component({**FOO, **fields}, Description("foo", "", paragraphs)) is None
+
+
 def test_a_description_is_extracted_once_without_people_and_checksums() -> None:
     (pair,) = extractions([FOO, DOC, FOO], {"aaa": Description("libfoo2", "", ())})
     assert pair.md5 == "aaa"
     assert pair.input.startswith("Package: libfoo2\nSource: foo (1:1.2~rc1-3)\nVersion: ")
-    assert pair.input.endswith(EXTRACT_SEPARATOR)
+    assert pair.input.endswith(EXTRACT_SEPARATORS["extraction"])
     assert "Team" not in pair.input
     assert "SHA256" not in pair.input
 
