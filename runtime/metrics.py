@@ -108,9 +108,8 @@ class Metrics:
             self.drafts += sum(count for rows, count in stats.sync_sizes.items() if rows > 1)
             self.draft_tokens += stats.exits + stats.rejected
             self.accepted_tokens += stats.exits
-            for accepted, count in (pair for each in stats.drafts.values() for pair in each.by_accepted.items()):
-                for place in range(accepted):
-                    self.accepted_at[place] += count
+            for counts in stats.drafts.values():
+                self.accepted_at.update({at: right for at, (right, _) in enumerate(counts.by_position) if right})
         for rows, count in stats.sync_sizes.items():
             self.pass_rows.observe(rows, count)
         for earlier, later in itertools.pairwise(token_times):

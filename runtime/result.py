@@ -17,18 +17,39 @@ FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 
 @dataclass(slots=True)
 class DraftStats:
-    """Counts of one source of drafts: tokens `proposed` and `accepted` in so many `drafts`, and how many drafts had so
-    many tokens accepted. One that the exit continued counts for both sources."""
+    """Drafts of one source: `outcomes[p, a]` of them had p tokens, of which a were accepted. One that the exit
+    continued counts for both sources."""
 
-    drafts: int = 0
-    proposed: int = 0
-    accepted: int = 0
-    by_accepted: Counter[int] = field(default_factory=Counter)
+    outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    @property
+    def drafts(self) -> int:
+        return self.outcomes.total()
+
+    @property
+    def proposed(self) -> int:
+        """Tokens of all drafts."""
+        return sum(proposed * count for (proposed, _), count in self.outcomes.items())
+
+    @property
+    def accepted(self) -> int:
+        """Tokens that the full model chose, too."""
+        return sum(accepted * count for (_, accepted), count in self.outcomes.items())
 
     @property
     def mean_accepted(self) -> float:
         """Accepted tokens of a draft."""
         return self.accepted / max(1, self.drafts)
+
+    @property
+    def by_position(self) -> list[tuple[int, int]]:
+        """Tokens accepted at each position of a draft, and compared there: none is behind a wrong one."""
+        right, compared = Counter[int](), Counter[int]()
+        for (proposed, accepted), count in self.outcomes.items():
+            for position in range(min(accepted + 1, proposed)):
+                right[position] += count * (position < accepted)
+                compared[position] += count
+        return [(right[position], compared[position]) for position in range(len(compared))]
 
 
 @dataclass(slots=True)
@@ -112,10 +133,7 @@ class Stats:
                     start = 0 if part is parts[0] else getattr(whole, each.name)
                     setattr(whole, each.name, start + getattr(part, each.name))
             for source, counts in part.drafts.items():
-                sums = whole.drafts.setdefault(source, DraftStats())
-                sums.drafts, sums.proposed = sums.drafts + counts.drafts, sums.proposed + counts.proposed
-                sums.accepted += counts.accepted
-                sums.by_accepted += counts.by_accepted
+                whole.drafts.setdefault(source, DraftStats()).outcomes += counts.outcomes
             for rows, done in part.longer_passes.items():
                 passes = whole.longer_passes.setdefault(rows, PassStats())
                 passes.count, passes.seconds = passes.count + done.count, passes.seconds + done.seconds
@@ -124,11 +142,7 @@ class Stats:
 
     def count_draft(self, source: str, proposed: int, accepted: int) -> None:
         if proposed:
-            counts = self.drafts.setdefault(source, DraftStats())
-            counts.drafts += 1
-            counts.proposed += proposed
-            counts.accepted += accepted
-            counts.by_accepted[accepted] += 1
+            self.drafts.setdefault(source, DraftStats()).outcomes[proposed, accepted] += 1
 
     def count_pass(self, rows: int, seconds: float) -> None:
         self.deep_seconds += seconds

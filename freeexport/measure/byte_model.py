@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +92,8 @@ def token_bytes(bundle: Bundle, context: float, encoder_tokens: float, exits: bo
 class Calls:
     """Engine calls of a request after its prompt of so many tokens: `steps` of the shallow decoder, `heads` of them
     with its head, `own` whether with the exit's own layers, and `further` rows that they read beyond one each;
-    `passes[k]` of the deep one over k rows. `tokens` were decided by them."""
+    `passes[k]` of the deep one over k rows. `tokens` were decided by them. `drafts`: by source, tokens accepted at each
+    position of its drafts, and compared there."""
 
     prompt: int
     tokens: int
@@ -101,6 +102,7 @@ class Calls:
     own: bool
     further: int
     passes: dict[int, int]
+    drafts: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, found: Mapping[str, Any]) -> Calls:
@@ -127,7 +129,11 @@ def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
         of_exit = stats.drafts.get("exit")
         rejected = of_exit.proposed - of_exit.accepted if of_exit is not None else 0
         heads = sum(one is not None for one in result.confidence[stats.predicted :]) + rejected
-    return Calls(prompt, tokens, steps, min(steps, heads), stats.mode != "full" and not lookup, further, passes)
+    own, by_position = (
+        stats.mode != "full" and not lookup,
+        {name: one.by_position for name, one in stats.drafts.items()},
+    )
+    return Calls(prompt, tokens, steps, min(steps, heads), own, further, passes, by_position)
 
 
 class ByteModel:

@@ -51,6 +51,8 @@ WARM_UP = 16  # tokens
 MOST_CUT = 0.1
 # Lines whose outputs the page shows.
 SHOWN = 12
+# Drafted tokens at a position of which a share of accepted ones is shown.
+LEAST_COMPARED = 20
 # Kept of the first round only.
 _OUTPUTS = {"text", "token_ids", "exited", "finish_reason", "calls"}
 _PREDICTED = (
@@ -371,6 +373,12 @@ def facts(found: Evaluation) -> list[tuple[str, str]]:
     shares = ", ".join(f"{share:.0%}" for share in dict.fromkeys(found.report["row_shares"].values()))
     spreads = [row["spread"] for row in rows if row["spread"] is not None]
     errors = ", ".join(metric.shown for metric in found.metrics if metric.error)
+    drafted = [
+        (f"drafts of {source}", f"{row['bundle']}, {row['setting']}: {', '.join(shown)} % accepted at each position")
+        for row in rows
+        for source, positions in row["drafts"].items()
+        if (shown := [f"{100 * share:.0f}" for share, compared in positions if compared >= LEAST_COMPARED])
+    ]
     return [
         *settings_sheet(found).facts,
         ("speed", "of whole requests, as a multiple of full's; ± is half a 95 % interval of a paired bootstrap"),
@@ -385,6 +393,7 @@ def facts(found: Evaluation) -> list[tuple[str, str]]:
             if spreads
             else []
         ),
+        *drafted,
         *([(errors, "errors: less is better, also of the percentage of full's")] if errors else []),
         *([("*", "the calibrated threshold")] if any(row["calibrated"] for row in rows) else []),
         *about(found.report, found.report["threads"]),

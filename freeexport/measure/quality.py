@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.measure.byte_model import ByteModel
+from freeexport.measure.byte_model import ByteModel, Calls
 from freeexport.measure.settings import WITHOUT_EXIT, Entry, Record, Setting
 from freeexport.measure.timing import spread
 from freeexport.metrics import Metric, Reference, bounded, draws
@@ -40,7 +40,8 @@ def rows_of(
     `scores`: by metric, the value, and the value relative to the full model's with its 95 % interval, None where the
     full model scores 0 or there are too few lines. A bundle without method full is compared with the first one's, and
     one with it also, in `first_bundle`, which is None elsewhere. `predicted`: `token_speed` by the byte model, by
-    `bytes_per_token` on a processor with these `features`; both None where calls are not known.
+    `bytes_per_token` on a processor with these `features`; both None where calls are not known. `drafts`: by source,
+    the share of its tokens that were accepted at each position, of those compared there, and how many those are.
     """
     tables: dict[Name, dict[str, np.ndarray]] = {}
     read: dict[Name, float | None] = {}
@@ -73,6 +74,7 @@ def rows_of(
             name = entry.name, setting.name
             row = {"bundle": entry.name, **_figures(entry, setting, found[name], found[against])}
             row |= {"bytes_per_token": read[name], "against": against[0], **compared(name, against)}
+            row["drafts"] = _by_position([turns[0].calls for turns in found[name].values()])
             rows.append({**row, "first_bundle": None if against == base else compared(name, base)})
     return rows
 
@@ -153,6 +155,20 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
         # Lines whose tokens are the full model's, and those that ended at the limit of tokens.
         "same": float(np.mean([one.token_ids == other.token_ids for one, other in zip(first, others, strict=True)])),
         "cut": float(np.mean([one.finish_reason == "length" for one in first])),
+    }
+
+
+def _by_position(requests: Sequence[Calls | None]) -> dict[str, list[tuple[float, int]]]:
+    """The share of drafts that were accepted at each position, and how many were compared there, by source."""
+    sums: dict[str, np.ndarray] = {}
+    for source, counts in (pair for calls in requests if calls is not None for pair in calls.drafts.items()):
+        longest = max(len(counts), len(sums.get(source, ())))
+        whole = np.zeros((longest, 2), np.int64)
+        for part in (sums.get(source, whole), np.array(counts)):
+            whole[: len(part)] += part
+        sums[source] = whole
+    return {
+        source: [(right / compared, compared) for right, compared in each.tolist()] for source, each in sums.items()
     }
 
 

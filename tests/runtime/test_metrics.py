@@ -31,6 +31,8 @@ def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
     stats = [Stats("lossless", **given), Stats("free", **given)]
     for source, proposed, accepted in (("lookup", 3, 2), ("lookup", 7, 0), ("exit", 2, 2), ("exit", 4, 3)):
         stats[0].count_draft(source, proposed, accepted)
+    assert stats[0].drafts["lookup"].by_position == [(1, 2), (1, 1), (0, 1)]
+    assert stats[0].drafts["exit"].by_position == [(2, 2), (2, 2), (1, 1), (0, 1)]
     counted = Metrics()
     for each in stats:
         counted.add(GenerationResult("", (), (), (), "eos", each), [1.0, 1.002, 1.003])

@@ -103,6 +103,9 @@ def test_every_method_is_decoded_and_compared(done: Done) -> None:
     assert full["request_speed"] == full["scores"]["exact"]["relative"] == full["same"] == 1
     assert (full["layers"], static["layers"], static["exit_rate"]) == (CASE.layers, 1, 1)
     assert lossless["same"] == 1
+    assert all(0 <= share <= 1 for drafts in lossless["drafts"].values() for share, _ in drafts)
+    assert set(rows["lookup"]["drafts"]) == {"lookup"}
+    assert rows["free 0.3"]["drafts"] == {}
     assert lossless["scores"] == {name: {**score, "low": 1, "high": 1} for name, score in full["scores"].items()}
     assert rows["free 0.3"]["exit_rate"] >= rows["free 0.7"]["exit_rate"]
     assert all(row["request_speed"] > 0 and row["first_speed"] > 0 and row["lines"] == 4 for row in rows.values())

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from handmade_bundle import write_bundle
 
+from freeexport.measure.byte_model import Calls
 from freeexport.measure.quality import FEWEST_LINES, curves_of, rows_of, score, speed_interval, verdicts
 from freeexport.measure.settings import Entry, Record, Setting
 from freeexport.metrics import Reference, metric_of
@@ -72,6 +73,16 @@ def test_rows_are_those_worked_out_by_hand(entry: Entry) -> None:
     assert (static["exit_rate"], static["layers"], static["same"]) == (1, 10, 0.5)
     assert static["scores"]["exact"]["value"] == static["scores"]["exact"]["relative"] == 0.5
     assert full["scores"]["exact"]["low"] is None
+
+
+def test_acceptance_by_position_is_summed_over_lines(entry: Entry) -> None:
+    found = records()
+    for line, drafts in ((1, {"exit": [(3, 4), (0, 3)], "lookup": [(1, 1)]}), (2, {"exit": [(1, 4)]})):
+        calls = Calls(5, 9, 9, 9, True, 0, {4: 2}, drafts)
+        found["one", FREE.name][line] = [record(FREE, line, 0.6, "right", 0, calls=calls)]
+    full, _, free = rows_of([entry], found, REFERENCES, [metric_of("exact")])
+    assert free["drafts"] == {"exit": [(0.5, 8), (0, 3)], "lookup": [(1, 1)]}
+    assert full["drafts"] == {}
 
 
 def test_layers_of_the_exits_own_count_wherever_they_run(tmp_path: Path) -> None:
