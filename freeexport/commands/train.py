@@ -16,7 +16,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.commands.verb_options import MAX_NEW_TOKENS, SectionedCommand, section
-from freeexport.training.options import Schedule, TrainingOptions, Tune
+from freeexport.training.options import DEFAULT_RANKS, Schedule, TrainingOptions, Tune
 from freeexport.training.train import leave_group, train
 from runtime.bundle.manifest import ExitInput
 
@@ -35,7 +35,7 @@ OWN = Path("-")  # beside OUT
 @click.option("--self-distill", type=click.Path(path_type=Path), is_flag=False, flag_value=OWN, metavar="[DIR]",
               help="Train on MODEL's own greedy outputs instead of targets. They are kept in DIR, and generated where "
               "they are missing; interrupted, run again.  [DIR: OUT.outputs]")  # fmt: skip
-@click.option("--max-new-tokens", "new_tokens", type=int, default=TrainingOptions.new_tokens,
+@click.option("--max-new-tokens", type=int, default=TrainingOptions.max_new_tokens,
               help=f"{MAX_NEW_TOKENS} For --self-distill.")  # fmt: skip
 @click.option("--truncate", is_flag=True,
               help="Cut long inputs, on the left for decoder-only models, else on the right.")  # fmt: skip
@@ -51,7 +51,7 @@ OWN = Path("-")  # beside OUT
 @click.option("--rank", type=int,
               help="Rank of LoRA adapters, on all linear layers (alpha is twice the rank); of the adapter of --tune "
               "exit, 0 for a norm only.  "
-              f"[default: {TrainingOptions.lora_rank}; exit: {TrainingOptions.adapter_rank}]")  # fmt: skip
+              f"[default: {DEFAULT_RANKS['lora']}; exit: {DEFAULT_RANKS['exit']}]")  # fmt: skip
 @click.option("--exit-layers", type=int, default=TrainingOptions.exit_layers,
               help="Transformer layers of the exit's own, before the head.")  # fmt: skip
 @click.option("--exit-input", type=click.Choice(get_args(ExitInput)), default=TrainingOptions.exit_input,
@@ -96,7 +96,7 @@ OWN = Path("-")  # beside OUT
 @click.option("--resume", is_flag=True, help="Continue the interrupted run in OUT.training.")
 @click.option("--overwrite", is_flag=True, help="Replace what train wrote at OUT, and an interrupted run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(model: str, out: Path, as_json: bool, rank: int | None, **options: Any) -> None:
+def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Fine-tune MODEL for an exit after one of its layers, and write it to OUT for `convert`.
 
     MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. DATA has one JSON object a line, with
@@ -107,10 +107,6 @@ def command(model: str, out: Path, as_json: bool, rank: int | None, **options: A
       freeexport train path/to/checkpoint trained --data train.jsonl --exit-layer 6
       torchrun --nproc-per-node 4 -m freeexport train path/to/checkpoint trained --data train.jsonl --exit-layer 6
     """
-    if rank is not None:
-        if options["tune"] == "full":
-            raise click.UsageError("--rank is for --tune lora or exit; --tune full has no adapters")
-        options["lora_rank" if options["tune"] == "lora" else "adapter_rank"] = rank
     if options["self_distill"] == OWN:
         options["self_distill"] = out.absolute().with_name(f"{out.absolute().name}.outputs")
 

@@ -77,7 +77,7 @@ def examples(
         encoded = [encode(requests, form, path) for path, requests in sets]
     else:
         assert generate is not None
-        own = own_examples(sets, checkpoint, form, options.new_tokens, options.self_distill, generate)
+        own = own_examples(sets, checkpoint, form, options.max_new_tokens, options.self_distill, generate)
         encoded = [fitted(found, form, path) for found, (path, _) in zip(own, sets, strict=True)]
     (first, left_out), (second, also_left_out) = encoded
     return first, second, [note for note in (left_out, also_left_out) if note is not None]

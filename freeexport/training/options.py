@@ -20,6 +20,7 @@ Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]
 EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd")
 DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
 RANDOM_WEIGHTS_RATE = 1e-3
+DEFAULT_RANKS: dict[Tune, int] = {"full": 0, "lora": 16, "exit": 64}
 DEFAULT_EPOCHS = 3.0
 # What every evaluation measures and a run may be selected by: `loss`, which is to be low, and shares.
 MEASURED = ("loss", "agreement", "oracle-exits")
@@ -33,9 +34,9 @@ class TrainingOptions:
 
     `time_limit` is in minutes; `batch_tokens` counts padded tokens, prompt and target, of one device and micro-batch.
     `select_by`: one of MEASURED, or a metric of the outputs. `truncate`: long inputs are cut, not left out.
-    `self_distill`: the directory of the model's own outputs of at most `new_tokens`, which are the targets.
-    `dropout` is that of the model and of LoRA adapters. Raises OptionError for values out of range and for choices that
-    contradict each other.
+    `self_distill`: the directory of the model's own outputs of at most `max_new_tokens`, which are the targets.
+    `rank`: of LoRA adapters, or of the exit's own adapter, where 0 leaves it a norm. `dropout` is that of the model and
+    of LoRA adapters. Raises OptionError for values out of range and for choices that contradict each other.
     """
 
     data: Path
@@ -44,12 +45,11 @@ class TrainingOptions:
     max_tokens: int | None = None
     truncate: bool = False
     self_distill: Path | None = None
-    new_tokens: int = 256
+    max_new_tokens: int = 256
     loss: LossName = "logit-kd"
     loss_alpha: float = 0.5
     tune: Tune = "full"
-    lora_rank: int = 16
-    adapter_rank: int = 64
+    rank: int | None = None
     exit_layers: int = 0
     exit_vocab: int | None = None
     exit_input: ExitInput = "state"
@@ -79,26 +79,21 @@ class TrainingOptions:
             if (value := getattr(self, name)) not in get_args(known):
                 flag = name.replace("_", "-")
                 raise OptionError(f"--{flag} {value!r} is unknown; choose {', '.join(get_args(known))}")
-        for name in (
-            "lora_rank",
-            "steps",
-            "batch_tokens",
-            "accumulate",
-            "max_tokens",
-            "evaluate_every",
-            "exit_vocab",
-            "new_tokens",
-        ):
+        counts = ("steps", "batch_tokens", "accumulate", "max_tokens", "evaluate_every", "exit_vocab", "max_new_tokens")
+        for name in (*counts, *(["rank"] if self.tune == "lora" else [])):
             self._check(name, "at least 1", lambda value: value >= 1)
         for name in ("epochs", "time_limit", "learning_rate"):
             self._check(name, "a number above 0", lambda value: 0 < value < math.inf)
-        for name in ("loss_alpha", "adapter_rank", "exit_layers", "patience"):
+        for name in ("loss_alpha", "rank", "exit_layers", "patience"):
             self._check(name, "0 or more", lambda value: 0 <= value < math.inf)
         for name in ("dropout", "warmup"):
             self._check(name, "a number from 0 to below 1", lambda value: 0 <= value < 1)
         if self.select_by not in MEASURED:
             check_name(self.select_by)
         contradictions = {
+            "--rank is for --tune lora, and for --tune exit without --exit-layers; leave it out": (
+                self.rank is not None and (self.tune == "full" or (self.tune == "exit" and self.exit_layers > 0))
+            ),
             "--steps and --epochs contradict each other; choose one": None not in (self.steps, self.epochs),
             "--resume and --overwrite contradict each other; choose one": self.resume and self.overwrite,
             f"--loss {self.loss} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}": (
@@ -133,6 +128,11 @@ class TrainingOptions:
         value = getattr(self, name)
         if value is not None and not holds(value):
             raise OptionError(f"--{name.replace('_', '-')} is {value}; give {wanted}")
+
+    @property
+    def adapter_rank(self) -> int:
+        """Rank of LoRA adapters, or of the exit's own."""
+        return DEFAULT_RANKS[self.tune] if self.rank is None else self.rank
 
     @property
     def rate(self) -> float:

@@ -155,8 +155,8 @@ def _adapted(
         further.peft_config["default"].base_model_name_or_path = resolved(read_adapter(goes_on)[1])
         return further
     config = LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=2 * options.lora_rank,
+        r=options.adapter_rank,
+        lora_alpha=2 * options.adapter_rank,
         target_modules="all-linear",
         lora_dropout=0.1 if options.dropout is None else options.dropout,  # FREE's authors have 0.1
         task_type="SEQ_2_SEQ_LM" if description.encoder is not None else "CAUSAL_LM",

@@ -64,7 +64,7 @@ def test_targets_are_what_the_whole_model_says_and_are_generated_once(
     case: Case, checkpoint: Directory, prompts: Path, tmp_path: Path
 ) -> None:
     model, own = str(checkpoint(case)), tmp_path / "own"
-    options = run_options(prompts, self_distill=own, new_tokens=6)
+    options = run_options(prompts, self_distill=own, max_new_tokens=6)
     generate = Generator()
     trained = train(model, tmp_path / "out", options, generate)
     assert generate.made == 23  # 24 lines, one of them twice
@@ -73,13 +73,13 @@ def test_targets_are_what_the_whole_model_says_and_are_generated_once(
     assert {line["input"] for line in lines} == {f"line {number} abc" for number in range(23)}
     assert all(1 <= len(line["target_ids"]) <= 6 and isinstance(line["target"], str) for line in lines)
     again = Generator()
-    train(model, tmp_path / "again", run_options(prompts, self_distill=own, new_tokens=6, exit_layer=1), again)
+    train(model, tmp_path / "again", run_options(prompts, self_distill=own, max_new_tokens=6, exit_layer=1), again)
     assert again.made == 0
 
 
 def test_an_interrupted_generation_goes_on_where_it_was(checkpoint: Directory, prompts: Path, tmp_path: Path) -> None:
     model, own = str(checkpoint(LLAMA)), tmp_path / "own"
-    options = run_options(prompts, self_distill=own, new_tokens=6)
+    options = run_options(prompts, self_distill=own, max_new_tokens=6)
     with pytest.raises(KeyboardInterrupt):
         train(model, tmp_path / "out", options, Generator(9))
     with (own / OUTPUTS).open("ab") as file:
@@ -88,7 +88,7 @@ def test_an_interrupted_generation_goes_on_where_it_was(checkpoint: Directory, p
     train(model, tmp_path / "out", options, generate)
     assert generate.made == 23 - 9
     whole = tmp_path / "whole"
-    train(model, tmp_path / "other", run_options(prompts, self_distill=whole, new_tokens=6), Generator())
+    train(model, tmp_path / "other", run_options(prompts, self_distill=whole, max_new_tokens=6), Generator())
     assert sorted((own / OUTPUTS).read_text().splitlines()) == sorted((whole / OUTPUTS).read_text().splitlines())
 
 
@@ -140,7 +140,7 @@ def test_the_end_of_an_output_is_the_models(checkpoint: Directory, prompts: Path
         yield from ((index, np.array([7, 8] if index else [7, 2], np.int32)) for index in range(len(asked)))
 
     (prompts / "validation.jsonl").write_text('{"input": "abc"}\n' + json.dumps({"input": "abc " * 40}) + "\n")
-    options = run_options(prompts, self_distill=tmp_path / "own", new_tokens=2, max_tokens=40)
+    options = run_options(prompts, self_distill=tmp_path / "own", max_new_tokens=2, max_tokens=40)
     training, validation, notes = examples(opened, described(opened, options), options, generate)
     assert [example.target.tolist() for example in training[:2]] == [[7, 2], [7, 8]]
     assert len(validation) == 1
@@ -151,7 +151,7 @@ def test_an_exit_beside_the_model_does_not_change_its_outputs(
     checkpoint: Directory, prompts: Path, tmp_path: Path
 ) -> None:
     generate = Generator()
-    options = run_options(prompts, self_distill=tmp_path / "own", new_tokens=2, tune="exit", exit_layers=1)
+    options = run_options(prompts, self_distill=tmp_path / "own", max_new_tokens=2, tune="exit", exit_layers=1)
     train(str(checkpoint(LLAMA)), tmp_path / "out", options, generate)
     generate.most = generate.made
     train(str(tmp_path / "out"), tmp_path / "again", options, generate)
@@ -161,14 +161,14 @@ def test_outputs_of_another_model_or_limit_are_refused(checkpoint: Directory, pr
     own = tmp_path / "own"
     generate: Generate = Generator()
     options = partial(run_options, prompts, self_distill=own)
-    train(str(checkpoint(LLAMA)), tmp_path / "out", options(new_tokens=2), generate)
+    train(str(checkpoint(LLAMA)), tmp_path / "out", options(max_new_tokens=2), generate)
     with pytest.raises(OutputError, match=r"own has outputs with sha256 \w{12}, not \w{12}; name another directory"):
-        train(str(checkpoint(T5)), tmp_path / "t5", options(new_tokens=2), generate)
+        train(str(checkpoint(T5)), tmp_path / "t5", options(max_new_tokens=2), generate)
     with pytest.raises(OutputError, match=r"own has outputs with new_tokens 2, not 3; name another directory"):
-        train(str(checkpoint(LLAMA)), tmp_path / "longer", options(new_tokens=3), generate)
+        train(str(checkpoint(LLAMA)), tmp_path / "longer", options(max_new_tokens=3), generate)
     (own / ABOUT).unlink()
     with pytest.raises(OutputError, match=r"own exists and holds no outputs of a model"):
-        train(str(checkpoint(LLAMA)), tmp_path / "other", options(new_tokens=2), generate)
+        train(str(checkpoint(LLAMA)), tmp_path / "other", options(max_new_tokens=2), generate)
 
 
 @pytest.mark.parametrize("contradiction", ["from_config", "truncate"])

@@ -68,7 +68,7 @@ def test_every_loss_trains_the_whole_model(checkpoint: Directory, case: Case, lo
 def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
     checkpoint: Directory, words: Path, case: Case, options: dict[str, Any], run: Runs
 ) -> None:
-    out, trained = run(case, tune="lora", lora_rank=4, **{"learning_rate": 1e-2, **options})
+    out, trained = run(case, tune="lora", rank=4, **{"learning_rate": 1e-2, **options})
     opened, base = open_checkpoint(str(out)), open_checkpoint(str(checkpoint(case)))
     assert opened.exit is not None
     assert (opened.exit.tune, opened.exit.exit_layers) == ("lora", options.get("exit_layers", 0))
@@ -116,8 +116,8 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        (T5, {"loss": "ce", "adapter_rank": 0}),
-        (LLAMA, {"adapter_rank": 8}),
+        (T5, {"loss": "ce", "rank": 0}),
+        (LLAMA, {"rank": 8}),
         (LLAMA, {"exit_layers": 2, "learning_rate": 3e-3}),
         (T5, {"exit_layers": 2, "learning_rate": 3e-3}),
         (BY_NAME["m2m100"], {"exit_layers": 1, "exit_layer": 1, "learning_rate": 3e-3}),
@@ -131,7 +131,7 @@ def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     opened, base = open_checkpoint(str(out)), checkpoint(case)
     assert opened.exit is not None
     found = opened.exit.exit_norm, opened.exit.adapter_rank, opened.exit.exit_layers
-    assert found == (True, options.get("adapter_rank", 0), options.get("exit_layers", 0))
+    assert found == (True, options.get("rank", 0), options.get("exit_layers", 0))
     assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     final = describe(opened.config, opened).decoder.head.norm
@@ -142,9 +142,9 @@ def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     assert shallow[-1] < shallow[0]
     assert max(deep) - min(deep) < 1e-5
     # States are kept in half precision.
-    for name, value in evaluated(out, run_options(words, **options)).items():
+    for name, value in evaluated(out, run_options(words, tune="exit", **options)).items():
         assert trained.metrics[f"eval_{name}"] == pytest.approx(value, rel=0.02, abs=0.02), name
-    if options.get("adapter_rank") == 0:  # it begins as the final norm
+    if options.get("rank") == 0:  # it begins as the final norm
         whole = run(T5, **ONE_BATCH).trained.before
         for name in ("eval_shallow_loss", "eval_deep_loss"):
             assert trained.before[name] == pytest.approx(whole[name], rel=1e-3)
@@ -209,7 +209,7 @@ def test_a_model_and_its_exit_are_trained_together_and_further(
 
 
 def test_an_exit_that_another_adapter_was_trained_with_is_refused(run: Runs, tmp_path: Path) -> None:
-    out, _ = run(LLAMA, tune="lora", lora_rank=4, **EXIT_OF_LAYERS)
+    out, _ = run(LLAMA, tune="lora", rank=4, **EXIT_OF_LAYERS)
     other = Path(shutil.copytree(out, tmp_path / "other"))
     weights = load_file(other / "adapter_model.safetensors")
     next(iter(weights.values()))[0, 0] += 1
@@ -261,7 +261,10 @@ def test_the_weights_of_the_best_outputs_are_kept(run: Runs, words: Path) -> Non
         ({"dropout": 1.0}, "--dropout is 1.0"),
         ({"epochs": float("inf"), "steps": None}, "--epochs is inf"),
         ({"loss_alpha": float("inf")}, "--loss-alpha is inf"),
-        ({"lora_rank": 0}, "--lora-rank is 0"),
+        ({"tune": "lora", "rank": 0}, "--rank is 0; give at least 1"),
+        ({"rank": 4}, "--rank is for --tune lora, and for"),
+        ({"tune": "exit", "exit_layers": 1, "rank": 4}, "--rank is for --tune lora, and for"),
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
         ({"exit_layers": -1}, "--exit-layers is -1"),
         ({"exit_layers": 2, "loss": "weighted-ce"}, "--loss weighted-ce is for an exit without"),
         ({"exit_vocab": 99, "loss": "deep-ce"}, "--loss deep-ce is for an exit without"),
@@ -306,7 +309,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
 
 
 def test_training_an_exit_again_is_refused(words: Path, run: Runs, tmp_path: Path) -> None:
-    out, _ = run(LLAMA, tune="exit", steps=24, evaluate_every=8, learning_rate=1e-2, adapter_rank=8)
+    out, _ = run(LLAMA, tune="exit", steps=24, evaluate_every=8, learning_rate=1e-2, rank=8)
     with pytest.raises(CheckpointError, match="has an exit of its own"):
         train(str(out), tmp_path / "again", run_options(words))
 
