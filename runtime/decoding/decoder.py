@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.decoding.calls import NOTHING, Prediction, RunAhead, SlotCall, Waiting, Waits, finish
-from runtime.engines.kv_cache import MOST_COPIED, cross_width
+from runtime.engines.kv_cache import MOST_DOUBLED, CrossCache
 from runtime.engines.onnx import Call
 from runtime.engines.prefix_store import BLOCK, Prefix
 from runtime.engines.runner import Runner
@@ -75,6 +75,7 @@ class Decoder:
         self._logits: dict[Runner, np.ndarray] = {}
         self._step_logits: np.ndarray | None = None  # float32 [V] of the last step, where they are wanted
         self.cross: dict[str, np.ndarray] = {}
+        self._short = CrossCache(1)  # of one slot
         self._attended: dict[str, np.ndarray] | None = None  # what calls are bound to
         self._read: dict[Runner, dict[str, Any]] = {shallow: {}, deep: {}}
         self._past = {
@@ -122,8 +123,10 @@ class Decoder:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`. Of a
         short prompt it is copied: calls that stay bound save more."""
         on_host = all(isinstance(array, np.ndarray) for array in cross.values())
-        if on_host and cross["cross_lengths"][0] <= MOST_COPIED:
-            cross = self._copied(cross)
+        if cross and on_host and cross["cross_lengths"][0] <= MOST_DOUBLED:
+            self._short.place(0, cross)
+            self._short.forget(0)  # nothing is ever moved from there
+            cross = self._short.arrays
         self.cross = cross
         if cross is self._attended:
             return
@@ -134,22 +137,6 @@ class Decoder:
             self._read[runner] = {name: runner.value(array) for name, array in read.items()}
         for call in self._bound():
             call.attend(self._read[call.runner])
-
-    def _copied(self, cross: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Copy it to arrays of a width that many lengths share: those of the prompt before, where they have it. What
-        stands behind the prompt is not read."""
-        count = int(cross["cross_lengths"][0])
-        width = cross_width(count)
-        shapes = {name: (*array.shape[:2], width, *array.shape[3:]) for name, array in cross.items()}
-        shapes["cross_lengths"] = (1,)
-        held = self._attended or {}
-        if {name: array.shape for name, array in held.items()} != shapes:
-            held = {name: np.zeros(shape, cross[name].dtype) for name, shape in shapes.items()}
-        held["cross_lengths"][0] = count
-        for name, array in held.items():
-            if array.ndim == 4:
-                array[:, :, :count] = cross[name][:, :, :count]
-        return held
 
     def want_logits(self, wanted: bool) -> None:
         """Let predictions carry logits, or not: they are copied out of the engines only where they are `wanted`."""

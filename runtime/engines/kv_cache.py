@@ -18,10 +18,9 @@ from runtime.machine.machine import available_memory, lazy_zeros
 logger = logging.getLogger(__name__)
 
 PARTS = ("key", "value")
-# Widths of cross-attention are multiples of this, so that a longer prompt seldom means another array.
-CROSS_STEP = 32
-# Tokens of a prompt for cross-attention that is copied, and the least width: to bind a call again takes 0.2 ms.
-MOST_COPIED, LEAST_COPIED = 512, 64
+# Arrays for cross-attention have a power of two positions up to MOST_DOUBLED, then multiples of CROSS_STEP, so that a
+# longer prompt seldom means another array: to bind a call again takes 0.2 ms.
+LEAST_DOUBLED, MOST_DOUBLED, CROSS_STEP = 64, 512, 32
 
 
 class KVCache:
@@ -174,9 +173,9 @@ class FeatureCache(KVCache):
 
 
 class CrossCache:
-    """Keys and values of every slot, padded to one width, [slots, heads, E, head_dim]: rows of a call must stand
-    together. `version` changes where the arrays do. Holds nothing until sequences are first run together.
-    `zeros(shape, dtype)` makes an array."""
+    """Keys and values of every slot, padded to one width, [slots, heads, E, head_dim], and `cross_lengths` int32
+    [slots]: rows of a call must stand together. `version` changes where the arrays do. Holds nothing until sequences
+    are first run together. `zeros(shape, dtype)` makes an array. What stands behind a prompt is not read."""
 
     def __init__(self, slots: int, zeros: Callable[..., Any] = lazy_zeros) -> None:
         self._zeros = zeros
@@ -191,24 +190,20 @@ class CrossCache:
         if not cross or self._placed.get(slot) is cross:
             return
         self._placed[slot] = cross
-        needed = -(-max(int(rows["cross_lengths"][0]) for rows in self._placed.values()) // CROSS_STEP) * CROSS_STEP
-        if needed > self._width or 2 * needed <= self._width:
+        needed = cross_width(max(int(rows["cross_lengths"][0]) for rows in self._placed.values()))
+        if needed > self._width or (self._width > MOST_DOUBLED and 2 * needed <= self._width):
             self._resize(needed, cross)
         else:
             self._write(slot, cross)
 
     def forget(self, slot: int) -> None:
-        """The slot's sequence has left."""
+        """The slot's sequence has left: what it read may be overwritten, and is not kept for wider arrays."""
         self._placed.pop(slot, None)
-        self._lengths[slot] = 1  # engines check the lengths of idle rows, too, against arrays that may become narrower
 
     def rows(self, layers: set[str], first: int, count: int) -> dict[str, np.ndarray]:
         """Arrays that an engine of these layers reads for `count` slots from `first` on."""
-        if not self.arrays:
-            return {}
-        views = {name: array for name, array in self.arrays.items() if name.split(".")[1] in layers}
-        views["cross_lengths"] = self._lengths
-        return {name: view[first : first + count] for name, view in views.items()}
+        read = (name for name in self.arrays if name == "cross_lengths" or name.split(".")[1] in layers)
+        return {name: self.arrays[name][first : first + count] for name in read}
 
     def _resize(self, width: int, like: dict[str, np.ndarray]) -> None:
         slots = len(self._lengths)
@@ -218,18 +213,22 @@ class CrossCache:
             for name, array in like.items()
             if name != "cross_lengths"
         }
+        self.arrays["cross_lengths"] = self._lengths
+        self._lengths[:] = 1  # engines check the lengths of idle rows, too
         for slot, cross in self._placed.items():
             self._write(slot, cross)
 
     def _write(self, slot: int, cross: dict[str, np.ndarray]) -> None:
         self._lengths[slot] = length = int(cross["cross_lengths"][0])
         for name, array in self.arrays.items():
-            array[slot, :, :length] = cross[name][0, :, :length]
+            if name != "cross_lengths":
+                array[slot, :, :length] = cross[name][0, :, :length]
 
 
 def cross_width(count: int) -> int:
-    """Positions of the arrays that a sequence alone reads, for a prompt of so many."""
-    return max(LEAST_COPIED, 1 << (count - 1).bit_length()) if count <= MOST_COPIED else count
+    """Positions of an array for prompts of so many."""
+    doubled = max(LEAST_DOUBLED, 1 << (count - 1).bit_length())
+    return doubled if doubled <= MOST_DOUBLED else -(-count // CROSS_STEP) * CROSS_STEP
 
 
 def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 0) -> None:
@@ -242,8 +241,8 @@ def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 
     rows, each, longest = capacity + manifest.max_pending, manifest.kv_bytes_per_token, manifest.encoder_capacity
     each += manifest.feature_bytes_per_token
     need, what = slots * rows * each, f"{slots} slots x {rows} positions x {each} bytes"
-    # Prompts of an encoder: each sequence's own, and a padded copy where several share calls (CrossCache).
-    read = slots * (longest and cross_width(longest) + (-(-longest // CROSS_STEP) * CROSS_STEP if slots > 1 else 0))
+    # Prompts of an encoder: each sequence's own, and a copy where several share calls (CrossCache).
+    read = slots * (longest and cross_width(longest)) * (2 if slots > 1 else 1)
     if read:
         need += read * each
         what += f", and {read} positions of prompts"
