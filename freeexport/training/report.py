@@ -37,9 +37,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     memory where little is left. On the main process it also logs, prints a plan after the first steps and evaluations,
     and shows progress whose remaining time never rises."""
 
-    def __init__(self, clock: Clock, log: MetricLog | None) -> None:
-        """`log` of the main process."""
-        self._clock, self._log = clock, log
+    def __init__(self, clock: Clock, log: MetricLog | None, exits: bool = True) -> None:
+        """`log` of the main process. `exits`: whether an exit is trained."""
+        self._clock, self._log, self._exits = clock, log, exits
         self.trainer: Any = None  # which is made with its callbacks
         self._keeps = True
         self._context: Any = None
@@ -106,13 +106,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self._log is None:
             return
         metrics, chosen = others["metrics"], args.metric_for_best_model
-        shown = ("eval_shallow_loss", "eval_agreement", "eval_oracle_exits", "eval_loss")
-        also = "" if chosen in shown else f", {chosen.removeprefix('eval_')} {metrics[chosen]:.3f}"
-        click.echo(
-            f"step {state.global_step}: shallow loss {metrics['eval_shallow_loss']:.3f}, agreement "
-            f"{metrics['eval_agreement']:.3f}, oracle exits {metrics['eval_oracle_exits']:.3f}{also}",
-            err=True,
-        )
+        names = ["eval_shallow_loss", "eval_agreement", "eval_oracle_exits"] if self._exits else []
+        names += [name for name in ("eval_deep_loss", chosen) if name not in (*names, "eval_loss")]
+        shown = (f"{name.removeprefix('eval_').replace('_', ' ')} {metrics[name]:.3f}" for name in dict.fromkeys(names))
+        click.echo(f"step {state.global_step}: {', '.join(shown)}", err=True)
 
     def _now(self, state: Any) -> float:
         return float(int(self._clock.elapsed)) if self._timed else float(state.global_step)

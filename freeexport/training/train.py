@@ -108,7 +108,9 @@ def _train(
     inputs = 1 if options.exit_input == "state" else 2
     costs = analytic(description, checkpoint).at(options.exit_layer, layers, options.exit_layers, share, inputs)
     if writer:
-        for line in [*lines, prospect(costs, options.exit_layer, layers)]:
+        if options.loss != "deep-ce":
+            lines.append(prospect(costs, options.exit_layer, layers))
+        for line in lines:
             click.echo(line, err=True)
     with process.main_process_first():
         cache = directory / "states"
@@ -237,7 +239,7 @@ def _run(
         after = int(checkpoint.name.rpartition("-")[2])
     clock = Clock(None if options.time_limit is None else 60 * options.time_limit, elapsed)
     log = MetricLog(directory / METRICS, directory / TENSORBOARD, after) if writer else None
-    watch = Watch(clock, log)
+    watch = Watch(clock, log, options.loss != "deep-ce")
     callbacks: list[TrainerCallback] = [watch]
     if options.patience:
         callbacks.append(EarlyStoppingCallback(options.patience))

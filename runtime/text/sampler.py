@@ -36,7 +36,8 @@ class Warping:
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         if self.temperature != 1.0:
-            scores = scores / np.float32(self.temperature)
+            with np.errstate(over="ignore"):  # of tokens that an exit does not know
+                scores = scores / np.float32(self.temperature)
         if self.top_k:  # the best, and what ties with the last of them
             count = min(self.top_k, len(scores))
             scores = np.where(scores >= np.partition(scores, -count)[-count], scores, NEVER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,20 @@ def test_a_run_says_its_plan_and_its_evaluation_before_the_first_step(
     assert lines[1].startswith("step 0: shallow loss")
     assert lines[2].startswith("plan: 6 steps")
     assert lines[3].startswith("warning: an exit hardly learns in 6 steps")
+    [said] = (line for line in lines if line.startswith("step 6: "))
+    assert re.sub(r"[\d.]+", "#", said) == "step #: shallow loss #, agreement #, oracle exits #, deep loss #"
+
+
+def test_a_run_without_an_exit_tells_the_loss_of_the_whole_model(
+    checkpoint: Directory, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(str(checkpoint(LLAMA)), tmp_path / "out", run_options(words, steps=1, evaluate_every=1, loss="deep-ce"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"[\d.]+$", "#", line) for line in lines if ": deep loss" in line] == [
+        "step 0: deep loss #",
+        "step 1: deep loss #",
+    ]
+    assert not any("exit after layer" in line for line in lines)
 
 
 def measures(agreement: float, exits: float, deep_loss: float = 1.0) -> dict[str, float]:
