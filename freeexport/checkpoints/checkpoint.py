@@ -82,7 +82,11 @@ class Checkpoint:
 
         Raises CheckpointError where the exit's parameters were trained on other weights.
         """
-        paths = sorted({file.path for file in self.files if file.path.name != EXIT_WEIGHTS})
+        # The adapter's file last, wherever it lies: directories are renamed and moved.
+        paths = sorted(
+            {file.path for file in self.files if file.path.name != EXIT_WEIGHTS},
+            key=lambda path: (path.parent == self.adapter, path),
+        )
         before = [] if self.path.is_file() else [self.path / "config.json"]
         after = [] if self.adapter is None else [self.adapter / ADAPTER_CONFIG]
         digest = hashlib.sha256()

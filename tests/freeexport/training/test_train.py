@@ -208,6 +208,15 @@ def test_a_model_and_its_exit_are_trained_together_and_further(
         train(str(together), tmp_path / "other", replace(options, exit_layers=1))
 
 
+def test_an_adapter_with_an_exit_can_be_moved_and_lie_anywhere_beside_its_base(
+    checkpoint: Directory, words: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(checkpoint(LLAMA), tmp_path / "m")
+    train(str(base), tmp_path / "n", run_options(words, tune="lora", rank=4, **EXIT_OF_LAYERS))
+    found = open_checkpoint(str(tmp_path / "n")).sha256
+    assert open_checkpoint(str((tmp_path / "n").rename(tmp_path / "a"))).sha256 == found
+
+
 def test_an_exit_that_another_adapter_was_trained_with_is_refused(run: Runs, tmp_path: Path) -> None:
     out, _ = run(LLAMA, tune="lora", rank=4, **EXIT_OF_LAYERS)
     other = Path(shutil.copytree(out, tmp_path / "other"))
