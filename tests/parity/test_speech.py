@@ -332,7 +332,7 @@ def test_an_exit_is_trained_on_the_models_own_transcripts(
     exit_input: ExitInput, spoken: Path, session: Session, tmp_path: Path
 ) -> None:
     data, out, own = spoken / "lines.jsonl", tmp_path / "out", tmp_path / "own"
-    options = TrainingOptions(data, 1, validation=data, self_distill=own, new_tokens=12, tune="exit", exit_layers=1,
+    options = TrainingOptions(data, 1, validation=data, self_distill=own, max_new_tokens=12, tune="exit", exit_layers=1,
                               exit_input=exit_input, exit_vocab=250, steps=3)  # fmt: skip
     asked: dict[str, Any] = {"language": "de", "max_new_tokens": 12, **RAW}
 
