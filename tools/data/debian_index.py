@@ -37,7 +37,8 @@ _SYSTEM_PARTS = Path("/etc/apt/apt.conf.d")
 def fetch_index(target: Path) -> None:
     """Make the directory `target` with the texts `Packages`, `Translation-en` and `-de` of this machine's sources.
 
-    It appears complete or not at all. Raises DataError when apt is missing or fails, or a text has no file.
+    It appears complete or not at all; a mirror need not have the German one. Raises DataError when apt is missing or
+    fails, or another text has no file.
     """
     target = target.absolute()  # apt reads a relative directory as one below its own
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +53,11 @@ def fetch_index(target: Path) -> None:
         for kind in ("Packages", *(f"Translation-{language}" for language in LANGUAGES)):
             files = sorted((work / "apt" / "lists").iterdir())
             found = [path for path in files if re.search(rf"_(i18n_)?{kind}(\.\w+)?$", path.name)]
-            if not found:
+            if not found and kind != "Translation-de":
                 raise DataError(f"the sources of apt have no {kind}; check that they name a Debian mirror")
             texts = (_apt(configuration, "/usr/lib/apt/apt-helper", "cat-file", str(path)) for path in found)
-            (out / kind).write_bytes(b"".join(text + b"\n" for text in texts))
+            if found:
+                (out / kind).write_bytes(b"".join(text + b"\n" for text in texts))
         out.rename(target)
 
 
@@ -73,7 +75,9 @@ def read_descriptions(index: Path, language: str) -> dict[str, Description]:
     """Descriptions in a language by the md5 of the English text. Raises DataError when the index is without them."""
     path = index / f"Translation-{language}"
     if not path.is_file():
-        raise DataError(f"{index} has no {path.name}; remove that directory, and it is fetched again")
+        raise DataError(
+            f"{index} has no {path.name}; remove that directory, and it is fetched again, from a mirror that has one"
+        )
     with path.open(encoding="utf-8", errors="replace") as file:
         return descriptions(file, language)
 

@@ -211,6 +211,12 @@ def test_apt_is_told_absolute_directories(apt: dict[str, Any], tmp_path: Path, m
     assert all((tmp_path / "index" / name).read_bytes() == b"text\n" for name in ("Packages", "Translation-de"))
 
 
+def test_a_mirror_without_german_serves_the_other_tasks(apt: dict[str, Any], tmp_path: Path) -> None:
+    apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en"]
+    fetch_index(tmp_path / "index")
+    assert {path.name for path in (tmp_path / "index").iterdir()} == {"Packages", "Translation-en"}
+
+
 def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
     index = tmp_path / "index"
     index.mkdir()
