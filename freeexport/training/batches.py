@@ -39,8 +39,9 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
     layers = len(description.decoder.layers)
     first = 1 if options.exit_input == "state" else 0
     if not first <= options.exit_layer < layers:
+        also = ", or 0 with --exit-input feature" if options.exit_layer == 0 else ""
         raise OptionError(
-            f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: {first} to {layers - 1}"
+            f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: {first} to {layers - 1}{also}"
         )
     measured = options.select_by in MEASURED
     if description.spectrogram is not None and (options.truncate or not measured):

@@ -291,7 +291,7 @@ def test_options_that_cannot_be_are_refused(words: Path, change: dict[str, Any],
 @pytest.mark.parametrize(
     ("case", "change", "reason"),
     [
-        (LLAMA, {"exit_layer": 0}, "has 5 layers: 1 to 4"),
+        (LLAMA, {"exit_layer": 0}, "has 5 layers: 1 to 4, or 0 with --exit-input feature"),
         (LLAMA, {"exit_layer": 5}, "has 5 layers: 1 to 4"),
         (LLAMA, {"exit_layers": 4}, "at most 3 make sense"),
         (LLAMA, {"exit_vocab": 3}, "3 special ones, which are always kept: choose 4 to 287"),
