@@ -7,7 +7,7 @@ else costs time, one above that weights stayed in the processor's cache.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,10 @@ from runtime.result import GenerationResult
 
 # Bytes that could be read in the time that an engine call takes beside reading.
 CALL_BYTES = 1_000_000
-# What a further row of a call costs, as a share of the first one's weights, by the processor's instructions and the
-# precision (docs/precision.md, rows: 8 of them against 1); the last for processors and precisions without a figure.
-_ROW_SHARES = {("amx_int8", "int8"): 0.05, ("amx_int8", "int4"): 0.07, ("avx512_vnni", "int8"): 0.13}
-_ROW_SHARES |= {("avx512_vnni", "int4"): 0.25, ("avx2", "int8"): 0.24, ("avx2", "int4"): 0.13}
+# What a further row of a call costs, as a share of the first one's weights, by the instructions of our kernels and the
+# precision (docs/precision.md, rows: 8 of them against 1); the last for those without a figure.
+_ROW_SHARES = {("amx", "int8"): 0.05, ("amx", "int4"): 0.07, ("avx512-vnni", "int8"): 0.13}
+_ROW_SHARES |= {("avx512-vnni", "int4"): 0.25, ("avx2", "int8"): 0.24, ("avx2", "int4"): 0.13}
 _OTHER_ROW_SHARE = 0.13
 
 
@@ -137,13 +137,14 @@ def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
 
 
 class ByteModel:
-    """Bytes that the calls of a bundle's engines read. `features`: the instruction sets of the processor."""
+    """Bytes that the calls of a bundle's engines read. `instructions` of our kernels, as `runtime.kernels`
+    names them."""
 
-    def __init__(self, bundle: Bundle, features: Sequence[str]) -> None:
+    def __init__(self, bundle: Bundle, instructions: str) -> None:
         self._manifest = manifest = bundle.manifest
         self._shallow, self._deep = decoder_bytes(bundle)
         self._position = manifest.kv_bytes_per_token / (manifest.layers + manifest.exit_layers)
-        self.row_share = row_share(manifest.precision, features)
+        self.row_share = row_share(manifest.precision, instructions)
 
     def token(self, requests: Iterable[Calls]) -> float:
         """Bytes of a token, on average."""
@@ -174,8 +175,6 @@ class ByteModel:
         return read + sum(count * (weights * (1 + row * (k - 1)) + beside) for k, count in calls.passes.items())
 
 
-def row_share(precision: str, features: Sequence[str]) -> float:
-    """The cost of a further row on a processor with these features, as a share of the first."""
-    bits = {"mixed": "int4"}.get(precision, precision)
-    known = (name for name in ("amx_int8", "avx512_vnni", "avx2") if name in features)
-    return _ROW_SHARES.get((next(known, ""), bits), _OTHER_ROW_SHARE)
+def row_share(precision: str, instructions: str) -> float:
+    """The cost of a further row by these instructions, as a share of the first."""
+    return _ROW_SHARES.get((instructions, {"mixed": "int4"}.get(precision, precision)), _OTHER_ROW_SHARE)

@@ -109,7 +109,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     records = Records(options.output, _run(options, entries, threads), options.overwrite)
     losses = _measure(entries, requests, options, threads, records)
     found, made = records.by_setting(), environment()
-    rows = rows_of(entries, found, references, metrics, made["machine"]["features"])
+    rows = rows_of(entries, found, references, metrics, made["machine"]["kernels"])
     told = ("source", "precision", "layers", "exit_layer", "threshold", "exit_trained", "kernels")
     report = {
         **made,
@@ -124,7 +124,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         "verdicts": verdicts(rows, metrics[0], options.quality),
         # Of the byte model: what a further row of a call costs, as a share of the first.
         "row_shares": {
-            entry.name: row_share(entry.bundle.manifest.precision, made["machine"]["features"]) for entry in entries
+            entry.name: row_share(entry.bundle.manifest.precision, made["machine"]["kernels"]) for entry in entries
         },
         "rows": rows,
         "curves": curves_of(rows, metrics[0].name, options.quality),

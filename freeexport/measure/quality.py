@@ -33,15 +33,15 @@ def rows_of(
     found: Mapping[tuple[str, str], Lines],
     references: Mapping[int, Reference],
     metrics: Sequence[Metric],
-    features: Sequence[str] = (),
+    instructions: str = "",
 ) -> list[Row]:
     """Compute a row for each setting of each bundle, in order. Raises MetricError where a metric does not fit.
 
     `scores`: by metric, the value, and the value relative to the full model's with its 95 % interval, None where the
     full model scores 0 or there are too few lines. A bundle without method full is compared with the first one's, and
     one with it also, in `first_bundle`, which is None elsewhere. `predicted`: `token_speed` by the byte model, by
-    `bytes_per_token` on a processor with these `features`; both None where calls are not known. `drafts`: by source,
-    the share of its tokens that were accepted at each position, of those compared there, and how many those are.
+    `bytes_per_token` with these `instructions` of our kernels; both None where calls are not known. `drafts`: by
+    source, the share of its tokens that were accepted at each position, and how many were compared there.
     """
     tables: dict[Name, dict[str, np.ndarray]] = {}
     read: dict[Name, float | None] = {}
@@ -55,7 +55,7 @@ def rows_of(
             calls = [one.calls for one in first if one.calls is not None]
             read[name] = None
             if len(calls) == len(first):
-                model = model or ByteModel(entry.bundle, features)
+                model = model or ByteModel(entry.bundle, instructions)
                 read[name] = model.token(calls)
 
     def compared(name: Name, whole: Name) -> Row:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from freeexport import __version__
 from freeexport.system import page
 from freeexport.system.machine import detect_machine
+from runtime import kernels
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,6 +117,7 @@ def environment() -> dict[str, Any]:
         "machine": {
             "processor": machine.cpu,
             "features": list(machine.features),
+            "kernels": "" if kernels.missing() else kernels.instructions(),
             "cores": machine.cores,
             "memory": machine.memory,
         },
@@ -132,6 +134,7 @@ def about(environment: Mapping[str, Any], threads: int) -> list[tuple[str, str]]
     machine, versions = environment["machine"], environment["versions"]
     return [
         ("processor", f"{machine['processor']} ({' '.join(machine['features'])}), {threads} thread(s)"),
+        ("kernels", machine["kernels"] or "none for this machine"),
         ("versions", ", ".join(f"{name} {value}" for name, value in versions.items())),
     ]
 

@@ -131,7 +131,7 @@ def test_calls_are_those_that_ran(
 def test_bytes_and_the_speed_that_they_predict_are_those_worked_out_by_hand(bundle: Bundles) -> None:
     """Ten tokens after a prompt of five: all of them by the whole model, eight that exit, and drafts from text."""
     made = Bundle.open(bundle(OWN, EXIT_LAYER))
-    manifest, model = made.manifest, ByteModel(made, ("avx2",))
+    manifest, model = made.manifest, ByteModel(made, "avx2")
     shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
     position = manifest.kv_bytes_per_token / (manifest.layers + manifest.exit_layers) * 10
     late = manifest.layers - EXIT_LAYER
@@ -141,7 +141,9 @@ def test_bytes_and_the_speed_that_they_predict_are_those_worked_out_by_hand(bund
     full = Calls(5, 10, 10, 0, False, 0, {1: 10})
     assert model.token([full]) == pytest.approx(step + one_pass)
     free = Calls(5, 10, 10, 10, True, 0, {5: 2})
-    row = row_share("fp32", ("avx2",))
+    row = row_share("fp32", "avx2")
+    assert row_share("int8", "amx") < row_share("int8", "avx512-vnni") < row_share("int8", "avx2")
+    assert row_share("mixed", "avx2") == row_share("int4", "avx2")
     longer = one_pass + 4 * row * (deep.layers + deep.head)
     assert model.token([free]) == pytest.approx(step + own + shallow.head + longer / 5)
     lookup = Calls(5, 10, 2, 0, False, 8, {5: 2})

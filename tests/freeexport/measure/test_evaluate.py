@@ -21,7 +21,7 @@ from command_line import invoke, succeed
 from freeexport.measure import evaluate as evaluation
 from freeexport.measure.costs import measured_costs
 from freeexport.measure.settings import CALM, METHODS, OUTPUTS, RUN
-from runtime import Session
+from runtime import Session, kernels
 from runtime.bundle.bundle import Bundle
 
 CASE = BY_NAME["t5-relu-tied"]
@@ -98,6 +98,7 @@ def test_every_method_is_decoded_and_compared(done: Done) -> None:
     assert (rows["lookup"]["exit_rate"], full["predicted"]) == (0, None)
     assert static["predicted"] > rows["free 0.3"]["predicted"] >= rows["free 0.7"]["predicted"] > 0
     assert rows["lookup"]["predicted"] > 0.3
+    assert content["machine"]["kernels"] == kernels.instructions()
     assert content["row_shares"] == {str(path_name): 0.13 for path_name in content["bundles"]}
     assert full["scores"]["exact"]["value"] == 0.75
     assert full["request_speed"] == full["scores"]["exact"]["relative"] == full["same"] == 1
