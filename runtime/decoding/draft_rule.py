@@ -7,8 +7,9 @@
   another as many as were accepted of it, at least 1. Of those lengths the measured costs decide for the one that
   promises most.
 - A draft of the exit goes on as long as its next token is worth what it costs: the chance that it and all before it are
-  right, as tokens of such confidence were before, against the time of its step and of its row in the deep pass. The
-  exit is drafted where its drafts have saved more than that time is worth elsewhere.
+  right, as tokens of such confidence were before, against the time of its step and of its row in the deep pass. Where
+  it stops, what stood behind the same tokens before is read with it, as long as that is worth its rows. The exit is
+  drafted where its drafts have saved more than that time is worth elsewhere.
 - Where the exit has layers of its own, they read every row of a request that may draft from it, drafted or not. So
   requests take turns at first, with the exit and without; then the faster way is taken, the other tried now and then.
 - A request that drafts have cost more than GRANT tokens and SHARE of its time tries only what LONG tokens agree with,
@@ -18,7 +19,7 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from time import perf_counter
 from typing import NamedTuple
@@ -156,12 +157,13 @@ class Plan(NamedTuple):
 
 
 PLAIN = Plan()
+NO_CANDIDATES = Candidates("lookup", 0, [])
 
 
 class Outcome(NamedTuple):
-    """The outcome of a draft: `kept` of `proposed` tokens were accepted and `made` tokens final, after `rows` shallow
-    steps. `confidences` of the rows, None without the head; `agreed`: the prediction at the row behind the draft was
-    the deep decoder's."""
+    """The outcome of a draft: `kept` of `proposed` tokens, and of those of a text behind them, were accepted and `made`
+    tokens final, after `rows` shallow steps. `confidences` of the rows, None without the head; `agreed`: the exit's
+    prediction at the row behind what it proposed was the deep decoder's."""
 
     rows: int
     proposed: int
@@ -172,24 +174,31 @@ class Outcome(NamedTuple):
 
 
 class Chain:
-    """Tells, token by token of one draft of the exit, what is worth its costs in tokens: of the `step` that reads a
-    token and its row in the deep pass, and of the `head` for the next. Nothing is drafted whose confidence is not above
-    `threshold`."""
+    """Tells, token by token of one draft of the exit, what is worth its costs in tokens: of the `row` that a token has
+    in the deep pass, of that and the `step` that reads it, and of the `head` for the next. Nothing is drafted whose
+    confidence is not above `threshold`."""
 
-    def __init__(self, acceptance: Acceptance, threshold: float, step: float, head: float) -> None:
+    def __init__(self, acceptance: Acceptance, threshold: float, row: float, step: float, head: float) -> None:
         self._acceptance, self._threshold = acceptance, threshold
-        self._step, self._head, self._reached = step, head, 1.0
+        self._row, self._step, self._head, self._reached = row, step, head, 1.0
 
     def __call__(self, guess: Prediction) -> bool:
         """Whether to draft this prediction, which is right with all before it as often as such were."""
         if guess.confidence is None or guess.confidence <= self._threshold:
             return False
-        self._reached *= self._acceptance.sure(guess.confidence).value
-        return self._reached > self._step
+        reached = self._reached * self._acceptance.sure(guess.confidence).value
+        if reached > self._step:
+            self._reached = reached
+        return reached > self._step
 
     def goes_on(self) -> bool:
         """Whether to predict one more, which is as likely right as most are."""
         return self._reached == 1.0 or self._reached * self._acceptance.exit.value > self._step + self._head
+
+    def reads(self, right: float) -> bool:
+        """Whether to read a token of a text behind these, which is right so often."""
+        self._reached *= right
+        return self._reached > self._row
 
 
 class Drafts:
@@ -203,6 +212,8 @@ class Drafts:
         self._costs, self._acceptance = costs, acceptance
         self._sources, self._exits = sources, exits
         self._open: list[Candidates] = []  # for the tokens that come next
+        self._looked = False  # whether the sources have read all final tokens
+        self._behind: Candidates | None = None  # read behind a draft of the exit
         # By source: the most tokens of the next draft, and whether the last was accepted whole.
         self._next: dict[str, tuple[int, bool]] = {}
         self._sequences, self._tokens = 1, 0
@@ -214,12 +225,13 @@ class Drafts:
 
     def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
         """Choose the next draft, of at most `most` tokens, in calls that so many sequences share."""
-        self._tokens, self._sequences = len(response.tokens), sequences
+        self._tokens, self._sequences, self._looked, self._behind = len(response.tokens), sequences, False, None
         # Without a token of mode full to compare with, a draft that loses would pass for one that pays.
         if most == 0 or (sequences == 1 and not self._costs.measured("pass", 1)):
             return PLAIN
         if self._sources is not None and self._sources.due():
             self._judge(self._sources, response)
+            self._looked = True
             for found in self._candidates(self._sources, most):
                 self._open.append(found)
                 tokens = response.within(found.tokens)
@@ -251,7 +263,7 @@ class Drafts:
                 costs.observe("step", rows, shallow)
             elif heads and self._after_exit:
                 # A step with the head takes as long as one without, at least.
-                rest = shallow - (rows - heads) * costs.seconds("step", 1)
+                rest = shallow - (costs.seconds("step", rows - heads) if rows > heads else 0.0)
                 costs.observe("head", 1, max(rest / heads, shallow / rows))
         spent = costs.seconds("pass", among + rows - 1)
         if plan.tokens:
@@ -267,16 +279,33 @@ class Drafts:
         # Rows with the head, up to the first that was rejected.
         for row, confidence in enumerate(outcome.confidences[: outcome.kept + 1]):
             if confidence is not None:
-                right = row < outcome.kept or (row == outcome.proposed and outcome.agreed)
+                right = outcome.agreed if row == outcome.proposed else row < outcome.kept
                 acceptance.sure(confidence).observe(right)
                 acceptance.exit.observe(right)
+        if self._behind is not None and outcome.kept >= outcome.proposed:
+            source, agrees, tokens = self._behind
+            read = outcome.kept - outcome.proposed
+            for place in range(min(read + 1, len(tokens))):
+                acceptance.right(source, agrees + place).observe(place < read)
 
     def chain(self, threshold: float) -> Chain:
         """Begin a draft of the exit, of tokens whose confidence is above `threshold`."""
         costs, among = self._costs, self._sequences
         tokens = self._gain / costs.token(among)  # that are made in a second
-        step, head = costs.seconds("step", among) + costs.row(), costs.head(among)
-        return Chain(self._acceptance, threshold, tokens * step, tokens * head)
+        row, step, head = tokens * costs.row(), tokens * costs.seconds("step", among), tokens * costs.head(among)
+        return Chain(self._acceptance, threshold, row, row + step, head)
+
+    def behind(self, response: Response, drafted: Sequence[int], most: int, chain: Chain) -> Candidates:
+        """Tokens of a text, at most `most`, to be read behind those that the exit has `drafted` by a `chain`."""
+        if self._sources is None or not self._looked or most <= 0:
+            return NO_CANDIDATES
+        found = self._sources.after(drafted, most)
+        tokens = response.within([*drafted, *found.tokens])[len(drafted) :]
+        count = 0
+        while count < len(tokens) and chain.reads(self._acceptance.right(found.source, found.agrees + count).value):
+            count += 1
+        self._behind = found._replace(tokens=tokens[:count])
+        return self._behind
 
     def _tell_choice(self, tokens: int, shared: bool) -> None:
         """`tokens` are final. All time counts: drafts of the exit take more calls, and Python between them."""
@@ -350,8 +379,10 @@ class Drafts:
         return draft
 
     def _steps_of_exit(self, rows: float, heads: float) -> float:
-        """Seconds of so many shallow steps, one after the other, and of the head at some of them."""
-        return rows * self._costs.seconds("step", self._sequences) + heads * self._costs.head(self._sequences)
+        """Seconds of shallow steps, one after the other, and of the head at some of them. All rows without it but one
+        are read together with others."""
+        calls = min(rows, heads + 1)
+        return calls * self._costs.seconds("step", self._sequences) + heads * self._costs.head(self._sequences)
 
     @property
     def _gain(self) -> float:

@@ -3,6 +3,7 @@ code expects. runtime/decoding/draft_rule.py judges what they are worth."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from numbers import Integral
@@ -89,7 +90,22 @@ class Repetition:
                 self._place, self.agrees = place, size
 
     def candidates(self, most: int) -> list[int]:
-        found = self.tokens[self._place : self._place + most] if self.agrees else []
+        return self._behind(self._place, most) if self.agrees else []
+
+    def after(self, drafted: Sequence[int], most: int) -> tuple[int, list[int]]:
+        """How many of the newest tokens, `drafted` the last, stand in the text, and what follows them there."""
+        newest = [*self.tokens[len(self.tokens) - self._known :], *drafted][-LONGEST:]
+        for size in range(len(newest), SHORTEST - 1, -1):
+            key = 0
+            for token in newest[-size:]:
+                key = key * self._vocab_size + token
+            place = self._places[size].get(key)
+            if place is not None:
+                return size, self._behind(place, most)
+        return 0, []
+
+    def _behind(self, place: int, most: int) -> list[int]:
+        found = self.tokens[place : place + most]
         return found[: found.index(GAP)] if GAP in found else found
 
 
@@ -118,6 +134,13 @@ class Expected:
 
     def candidates(self, most: int) -> list[int]:
         return self._tokens[self._place : self._place + most]
+
+    def after(self, drafted: Sequence[int], most: int) -> tuple[int, list[int]]:
+        """How many of the newest tokens, `drafted` the last, are as expected, and what is expected then."""
+        ahead = copy.copy(self)
+        for token in drafted:
+            ahead.read(token)
+        return ahead.agrees, ahead.candidates(most)
 
     def _places(self, token: int) -> Iterator[int]:
         """Behind each occurrence of a token."""
@@ -212,3 +235,8 @@ class DraftSources:
         """Yield candidates of the texts, at most `most` tokens each."""
         for source in self._texts:
             yield Candidates(source.name, source.agrees, source.candidates(most))
+
+    def after(self, drafted: Sequence[int], most: int) -> Candidates:
+        """The candidates behind `drafted` tokens of the text that most of them agree with."""
+        found = [Candidates(source.name, *source.after(drafted, most)) for source in self._texts]
+        return max(found, key=lambda candidates: candidates.agrees)

@@ -16,6 +16,7 @@ from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, RunAhead, Waiting, Waits
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.draft_rule import PLAIN, Drafts, Outcome
+from runtime.decoding.draft_sources import Candidates
 from runtime.decoding.response import Response
 from runtime.result import Token
 
@@ -144,12 +145,19 @@ def lossless(decoder: Decoder, response: Response, threshold: float, max_pending
         else:
             chain = drafts.chain(threshold)
             draft = yield from _exits(decoder, response, chain, unread, plan.exits, chain.goes_on)
+            # Where passes run beside, the exit goes on instead.
+            if not decoder.overlaps and not (draft.tokens and response.ends(draft.tokens)):
+                most = plan.exits - len(draft.tokens)
+                draft = yield from _continued(
+                    decoder, response, draft, drafts.behind(response, draft.tokens, most, chain)
+                )
         answers = yield from _verify(decoder, response, partial(drafts.chain, threshold), draft)
         kept, correction = _agreement(response, draft.tokens, answers)
-        confidences = tuple(guess.confidence for guess in draft.guesses)
-        agreed = draft.following is not None and draft.following == correction
+        confidences = tuple(guess.confidence for guess in draft.guesses[: draft.own + 1])
+        behind = [*draft.tokens[:kept], correction][draft.own : draft.own + 1]
+        agreed = draft.following is not None and behind == [draft.following]
         made = kept + (correction is not None)
-        outcome = Outcome(len(draft.guesses), len(draft.tokens), kept, made, confidences, agreed)
+        outcome = Outcome(len(draft.guesses), draft.own, kept, made, confidences, agreed)
         spent = stats.shallow_seconds - shallow, stats.deep_seconds - deep
         drafts.observe(plan, outcome, *spent, decoder.batch_size > 1 or len(unread) > 1)
         yield from _settle(decoder, response, draft, answers, kept, correction)
@@ -183,16 +191,23 @@ def _deep_token(decoder: Decoder, unread: Sequence[int]) -> Waits[Prediction]:
 class Draft(NamedTuple):
     """Shallow steps without the deep decoder: `guesses`, the prediction at each row from the newest final token on, and
     the `tokens` of a `source` taken after the rows but the last; after the last too where that ends the request.
-    `following` would be next, None where unknown."""
+    `following` would be next, None where unknown. The last `further` tokens are of a text, the source `behind`."""
 
     source: str
     tokens: list[int]
     guesses: list[Prediction]
     following: int | None = None
+    further: int = 0
+    behind: str = ""
+
+    @property
+    def own(self) -> int:
+        """Tokens of the source itself."""
+        return len(self.tokens) - self.further
 
     def certain(self, row: int) -> bool:
         """Whether the grammar forces a token of an exit's draft: no prediction drafted it."""
-        return self.source == "exit" and self.guesses[row].confidence is None
+        return self.source == "exit" and row < self.own and self.guesses[row].confidence is None
 
 
 def _together(decoder: Decoder, response: Response, source: str, unread: list[int], tokens: list[int]) -> Waits[Draft]:
@@ -201,6 +216,17 @@ def _together(decoder: Decoder, response: Response, source: str, unread: list[in
     yield from decoder.stepping_together([*unread, *read])
     decoder.guess()
     return Draft(source, tokens, [NOTHING] * (len(read) + 1))
+
+
+def _continued(decoder: Decoder, response: Response, draft: Draft, found: Candidates) -> Waits[Draft]:
+    """Draft the tokens of a text behind those of a draft, in one shallow call without the head."""
+    tokens = [*draft.tokens, *found.tokens]
+    read = found.tokens[:-1] if found.tokens and response.ends(tokens) else found.tokens
+    if read:
+        yield from decoder.stepping_together(read)
+        decoder.guess()
+    guesses = [*draft.guesses, *[NOTHING] * len(read)]
+    return draft._replace(tokens=tokens, guesses=guesses, further=len(found.tokens), behind=found.source)
 
 
 def _exits(
@@ -279,17 +305,20 @@ def _settle(
 ) -> Iterator[Token]:
     """Trim both caches to the `kept` tokens, make them final, then the deep decoder's `correction`: None where all of a
     draft that ends the request is kept."""
-    stats, exits = decoder.stats, draft.source == "exit"
+    stats, own = decoder.stats, draft.own
+    exits = own if draft.source == "exit" else 0
     certain = [draft.certain(row) for row in range(len(draft.tokens))]
     stats.rejected += certain[kept:].count(False)
-    stats.count_draft(draft.source, certain.count(False), certain[:kept].count(False))
+    stats.count_draft(draft.source, certain[:own].count(False), certain[: min(kept, own)].count(False))
+    if kept >= own:  # else what is behind was not compared
+        stats.count_draft(draft.behind, draft.further, kept - own)
     surplus = len(answers) - kept - (correction is not None)
     if surplus:
         decoder.trim(decoder.lengths()[1] - surplus)
     for row in range(kept):
         if response.finished:
             return
-        exited = exits and not certain[row]
+        exited = row < exits and not certain[row]
         stats.exits += exited
         stats.forced_tokens += certain[row]
         yield response.add(draft.tokens[row], exited, draft.guesses[row].confidence, answers[row])

@@ -185,6 +185,68 @@ def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_t
         assert counted["own"].accepted == counted["own"].proposed > 0
 
 
+@given(
+    confidences=st.lists(st.sampled_from((0.2, 0.9)), min_size=LENGTH, max_size=LENGTH),
+    right=st.lists(st.booleans(), min_size=1, max_size=LENGTH),
+    agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
+    max_pending=st.integers(1, 9),
+    limit=st.integers(1, 40),
+)
+@settings(max_examples=50)
+def test_text_behind_drafts_of_the_exit_gives_the_tokens_of_full_and_leaves_only_them_in_the_caches(
+    confidences: list[float], right: list[bool], agrees: list[bool], max_pending: int, limit: int
+) -> None:
+    prompt = prompt_of(3)
+    whole, _, _ = decoder_of(confidences, max_pending, agrees=agrees)
+    wanted = [step.id for step in islice(full(whole, prompt), limit)]
+    decoder, shallow, deep = decoder_of(confidences, max_pending, agrees=agrees)
+    predicted = [token if right[at % len(right)] else 1 for at, token in enumerate(wanted)]
+    drafts = Chosen(DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=predicted), [(100, 0)])
+    loop = alone(decoded(decode.lossless, decoder, prompt, limit, 0.5, max_pending, drafts))
+    steps = drafted(loop, decoder, shallow, deep, limit, prompt)
+    assert [step.id for step in steps] == wanted
+    assert max(deep.calls[1:], default=1) <= max_pending
+    assert sum(step.exited for step in steps) == decoder.stats.exits
+    counted = decoder.stats.drafts
+    assert sum(counts.accepted for counts in counted.values()) <= len(steps)
+    if all(right) and max_pending > 1:  # then whatever the exit stops at is read behind it
+        assert decoder.stats.sync_passes <= 2 + limit // max_pending + agrees[:limit].count(False) * 2
+
+
+def test_a_text_goes_on_behind_the_exit() -> None:
+    """Sure of two tokens, then not: the expected ones are read in the same pass."""
+    trace, prompt = [*[0.9] * 5, *[0.2] * LENGTH], prompt_of(3)
+    whole, _, _ = decoder_of(trace, agrees=[True] * LENGTH)
+    wanted = [step.id for step in islice(full(whole, prompt), 9)]
+    decoder, _, deep = decoder_of(trace, agrees=[True] * LENGTH)
+    sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=wanted)
+    loop = alone(decoded(decode.lossless, decoder, prompt, 9, 0.5, 16, Chosen(sources, [(100, 0)])))
+    steps = list(loop)
+    assert [step.id for step in steps] == wanted
+    assert deep.calls == [3, 8]
+    assert {name: counts.outcomes for name, counts in decoder.stats.drafts.items()} == {
+        "exit": {(2, 2): 1},
+        "predicted": {(6, 6): 1},
+    }
+
+
+@given(texts, st.lists(tokens, max_size=7))
+def test_what_follows_drafted_tokens_is_what_a_search_finds(text: list[int], drafted: list[int]) -> None:
+    index = Repetition(VOCAB)
+    for token in text:
+        index.push(token)
+    size, found = index.after(drafted, 6)
+    whole = [*text, *drafted]
+    for longest in range(LONGEST, max(size, SHORTEST - 1), -1):
+        newest = whole[-longest:]
+        if len(newest) == longest and GAP not in newest:
+            assert all(text[at - longest : at] != newest or text[at] == GAP for at in range(longest, len(text)))
+    if size:
+        behind = [*whole[len(whole) - size :], *found]
+        assert any(text[at : at + len(behind)] == behind for at in range(len(text)))
+    assert GAP not in found
+
+
 def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
     decoder, shallow, deep = decoder_of([1.0] * LENGTH)
     prompt, wanted = prompt_of(3), [DEEP_TOKEN + place for place in range(2, 2 + 17)]
