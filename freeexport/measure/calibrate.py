@@ -110,6 +110,7 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
     Raises DataError, CalibrationError, BundleError and OptionError.
     """
     requests, beside = read_examples(data, options.samples), Path(os.path.abspath(model))
+    _check_sequences(len(requests), options.rule)  # before long work
     with ReplaySession(model, threads=options.threads, device=options.device) as session:
         cache = beside.with_name(f"{beside.name}.traces.jsonl")
         traces = collect(session, data, requests, cache, options.max_new_tokens)
@@ -130,17 +131,20 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
 def check_enough(traces: Traces, rule: Rule) -> None:
     """Raises CalibrationError, naming how many would do."""
     check_confidences(traces.confidence)
-    if rule.method == "risk":
-        needed, given = sequences_needed(rule.risk, rule.delta), len(traces.length)
-        if given < needed:
-            raise CalibrationError(
-                f"risk {rule.risk:g} with delta {rule.delta:g} needs at least {needed} sequences, the data have "
-                f"{given}; give more samples, or a larger risk or delta"
-            )
+    _check_sequences(len(traces.length), rule)
     if traces.tokens < LEAST_TOKENS:
         raise CalibrationError(
             f"the data give {traces.tokens} tokens that could exit, a threshold needs at least "
             f"{LEAST_TOKENS}; give more samples, or longer ones"
+        )
+
+
+def _check_sequences(given: int, rule: Rule) -> None:
+    needed = sequences_needed(rule.risk, rule.delta) if rule.method == "risk" else 0
+    if given < needed:
+        raise CalibrationError(
+            f"risk {rule.risk:g} with delta {rule.delta:g} needs at least {needed} sequences, the data have "
+            f"{given}; give more samples, or a larger risk or delta"
         )
 
 

@@ -156,6 +156,8 @@ def test_what_cannot_be_calibrated_is_refused_with_the_reason(
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:lines]))
     assert reason in error(invoke("calibrate", path, "--data", data, "--max-new-tokens", 12, *options))
     assert (path / MANIFEST).read_bytes() == before
+    if "risk" in options:  # which is known before anything is decoded
+        assert not path.with_name(f"{path.name}.traces.jsonl").exists()
 
 
 def test_options_of_two_rules_are_one_too_many(bundle: Bundles, data: Path) -> None:
