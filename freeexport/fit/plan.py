@@ -35,12 +35,11 @@ from freeexport.measure.timing import load_note, other_load
 from freeexport.metrics import MetricError, check_name, metric_of
 from freeexport.system.child import run_child
 from freeexport.system.jsonl import Request
-from freeexport.system.machine import multiplies_bfloat16
+from freeexport.system.machine import kernel_instructions, multiplies_bfloat16
 from freeexport.system.progress import duration
 from graphs.description import Description, Encoder
 from graphs.families import describe
 from graphs.step_costs import analytic
-from runtime import kernels
 from runtime.bundle.manifest import ExitInput, Precision
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
@@ -335,7 +334,7 @@ def best_exit(
             "convert and calibrate"
         )
     layers, costs = len(description.decoder.layers), analytic(description, checkpoint)
-    further = row_share("int8", "" if kernels.missing() else kernels.instructions())  # of the first row's cost
+    further = row_share("int8", kernel_instructions())  # of the first row's cost
     costs = replace(costs, growth={rows: 1 + further * (rows - 1) for rows in costs.growth})
     vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
     places: list[tuple[ExitInput, int, int]] = [

@@ -129,10 +129,8 @@ def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
         of_exit = stats.drafts.get("exit")
         rejected = of_exit.proposed - of_exit.accepted if of_exit is not None else 0
         heads = sum(one is not None for one in result.confidence[stats.predicted :]) + rejected
-    own, by_position = (
-        stats.mode != "full" and not lookup,
-        {name: one.by_position for name, one in stats.drafts.items()},
-    )
+    own = stats.mode != "full" and not lookup
+    by_position = {source: counts.by_position for source, counts in stats.drafts.items()}
     return Calls(prompt, tokens, steps, min(steps, heads), own, further, passes, by_position)
 
 

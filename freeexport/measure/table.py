@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from freeexport import __version__
 from freeexport.system import page
-from freeexport.system.machine import detect_machine
-from runtime import kernels
+from freeexport.system.machine import detect_machine, kernel_instructions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -117,7 +116,7 @@ def environment() -> dict[str, Any]:
         "machine": {
             "processor": machine.cpu,
             "features": list(machine.features),
-            "kernels": "" if kernels.missing() else kernels.instructions(),
+            "kernels": kernel_instructions(),
             "cores": machine.cores,
             "memory": machine.memory,
         },

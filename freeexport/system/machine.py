@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from runtime import kernels
 from runtime.machine.machine import ROOT, cpu_quota, memory_limit, usable_cores
 
 # Instruction sets that multiply bfloat16 (the last one's processors are Arm's), by their names in /proc/cpuinfo.
@@ -59,6 +60,11 @@ def detect_machine(root: Path = ROOT) -> Machine:
         memory_available=memory.available,
         memory_limit=memory_limit(root),
     )
+
+
+def kernel_instructions() -> str:
+    """The instructions of our kernels here, as `runtime.kernels` names them; "" where there are none."""
+    return "" if kernels.missing() else kernels.instructions()
 
 
 def read_cpuinfo(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
