@@ -61,7 +61,6 @@ STATUSES = {
     503: "The model is being loaded, or the server ends",
     504: "The server's time limit passed",
 }
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 STYLE = """body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
 code{background:#f3f3f3;padding:.1em .3em}table{border-collapse:collapse;width:100%}
 td,th{text-align:left;vertical-align:top;border-bottom:1px solid #ddd;padding:.3em .6em}
@@ -88,7 +87,7 @@ def document(guarded: bool = False) -> dict[str, Any]:
     for path, (purpose, kind, fields) in POST.items():
         answer: dict[str, Any] = {"application/json": {"schema": _object({field: {} for field in fields})}}
         if "stream" in {field.name for field in msgspec.structs.fields(kind)}:
-            answer |= EVENTS
+            answer["text/event-stream"] = {"schema": _event(kind)}
         schema = {"$ref": REFERENCE + kind.__name__}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         paths[path] = {"post": {**_operation(path, purpose, answer, tuple(STATUSES)), "requestBody": body}}
@@ -126,6 +125,17 @@ def _operation(path: str, purpose: str, answer: dict[str, Any], statuses: tuple[
     responses = {"200": {"description": "The answer", "content": answer}}
     responses |= {str(status): {"description": STATUSES[status], "content": failed} for status in statuses}
     return {"operationId": name, "summary": purpose, "responses": responses}
+
+
+def _event(kind: Any) -> dict[str, Any]:
+    """The schema of one event of a stream, as clients and OpenAI's own document read `schema` before OpenAPI 3.2."""
+    numbered = kind is ResponseRequest
+    fields = ("type", "sequence_number") if numbered else ("id", "object", "created", "model", "choices")
+    sent = _object({field: {} for field in fields})
+    failed = {"$ref": REFERENCE + "Error"}  # numbered events have a type of their own for it
+    json = {"contentMediaType": "application/json", "contentSchema": sent if numbered else {"anyOf": [sent, failed]}}
+    data = {"type": "string", **(json if numbered else {"anyOf": [{"const": "[DONE]"}, json]})}
+    return {**_object({"event": {"type": "string"}, "data": data}), "required": ["data"]}
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

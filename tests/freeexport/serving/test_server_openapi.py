@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -44,6 +45,29 @@ def test_document_and_page_are_served_and_the_page_needs_nothing_else(http: http
     assert all(f"<code>{path}</code>" in page.text for path in made["paths"])
     assert set(re.findall(r'(?:src|href)="([^"#]+)', page.text)) == {"openapi.json"}
     assert all(f'id="{name}"' in page.text for name in re.findall(r'href="#(\w+)"', page.text))
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "field"),
+    [
+        ("/v1/completions", {"prompt": "go"}, "object"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "go"}]}, "object"),
+        ("/v1/responses", {"model": "m", "input": "go"}, "sequence_number"),
+    ],
+)
+def test_every_event_of_a_stream_is_as_the_document_says(
+    http: httpx.Client, path: str, asked: dict[str, Any], field: str
+) -> None:
+    schemathesis = pytest.importorskip("schemathesis")
+    operation = schemathesis.openapi.from_dict(http.get("/openapi.json").json())[path]["POST"]
+    answer = http.post(path, json={**asked, "stream": True})
+    assert answer.text.count("data: {") > 1, answer.text
+    operation.validate_response(answer)
+    altered = answer.text.replace(f'"{field}"', '"other"')
+    changed = httpx.Response(200, headers=answer.headers, text=altered, request=answer.request)
+    changed.elapsed = answer.elapsed
+    with pytest.raises(Exception, match="SSE event"):
+        operation.validate_response(changed)
 
 
 @pytest.mark.skipif(not (SECONDS and PROGRAM), reason="needs schemathesis, and FREEEXPORT_FUZZ_SECONDS")
