@@ -7,7 +7,7 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     path = Path(model).expanduser()
     if not path.is_dir():
         if path.suffix == ".gguf":
-            return _with_exit(_open_gguf(path), path.parent)
+            return _with_exit(_open_gguf(path), path.parent, read_exit_file(path.parent))
         if path.exists():
             raise CheckpointError(f"{model} is a file, but not GGUF; give a directory, a hub name or a .gguf file")
         path = _download(model)
-        return _with_exit(_open_directory(path, model), path)
+        return _with_exit(_open_directory(path, model), path, read_exit_file(path))
     gguf = sorted(path.glob("*.gguf"))
     if (path / ADAPTER_CONFIG).is_file():
         opened = _open_adapter(path)
@@ -185,7 +185,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         opened = _open_gguf(gguf[0])
     else:
         opened = _open_directory(path, path.resolve().name)
-    return _with_exit(opened, path)
+    return _with_exit(opened, path, read_exit_file(path))
 
 
 def smollm2() -> Path:
@@ -200,9 +200,26 @@ def smollm2() -> Path:
     return files[0]
 
 
-def _with_exit(opened: Checkpoint, directory: Path) -> Checkpoint:
+def with_exit_of(opened: Checkpoint, directory: Path) -> Checkpoint:
+    """The checkpoint with the exit that stands in `directory` and was trained on other weights of the same shape, for a
+    training that begins with it.
+
+    Raises CheckpointError where there is none, the checkpoint has one, or shapes differ.
+    """
+    if opened.exit is not None and opened.exit.has_parameters:
+        raise CheckpointError(
+            f"{opened.name} has an exit of its own, which training goes on with; leave --exit-from out"
+        )
+    found = read_exit_file(directory)
+    if found is None or not found.has_parameters:
+        raise CheckpointError(f"{directory} has no exit with weights of its own; name what --tune exit wrote")
+    copied = replace(opened, files=[*opened.files], tensors={**opened.tensors})
+    return _with_exit(copied, directory, replace(found, base_sha256=opened.sha256))
+
+
+def _with_exit(opened: Checkpoint, directory: Path, exit_file: ExitFile | None) -> Checkpoint:
     """Add what exit.json of the directory says, and the tensors of the exit's own."""
-    opened.exit = read_exit_file(directory)
+    opened.exit = exit_file
     if opened.exit is not None and opened.exit.has_parameters:
         file = read_exit_weights(directory, opened.exit, opened.config, opened)
         opened.files.append(file)

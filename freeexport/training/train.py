@@ -95,13 +95,14 @@ def _train(
     writer = process.is_main_process
     with process.main_process_first():
         checkpoint = _base(model, options, directory, writer)
+    begun = _begun(checkpoint, options)
     description = described(checkpoint, options)
     with process.main_process_first():  # the others find its outputs
         training, validation, left_out = examples(checkpoint, description, options, generate)
     layers, lines = len(description.decoder.layers), [f"warning: {line}" for line in left_out]
     tokens, vocabulary, share = None, None, 1.0
     if options.exit_vocab is not None:
-        tokens, vocabulary = chosen_tokens(checkpoint, description, options, training)
+        tokens, vocabulary = chosen_tokens(begun, description, options, training)
         share = (len(tokens) + 1) / description.vocab_size
         covered = f"{vocabulary.covered:.2%} of those in the training targets"
         lines.append(f"exit vocabulary: {len(tokens)} of {description.vocab_size} tokens, {covered}")
@@ -114,7 +115,7 @@ def _train(
             click.echo(line, err=True)
     with process.main_process_first():
         cache = directory / "states"
-        tuning = trainable(model, checkpoint, description, options, training, validation, tokens, cache)
+        tuning = trainable(model, begun, description, options, training, validation, tokens, cache)
     with naming(directory):
         written = None
         if options.select_by not in MEASURED:
@@ -201,7 +202,7 @@ def leave_group() -> bool:
 
 
 def _base(model: str, options: TrainingOptions, directory: Path, writer: bool) -> Checkpoint:
-    from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
+    from freeexport.checkpoints.checkpoint import open_checkpoint
 
     if options.from_config:
         from freeexport.checkpoints.transformers_model import write_random_weights
@@ -210,7 +211,17 @@ def _base(model: str, options: TrainingOptions, directory: Path, writer: bool) -
         if writer and not base.exists():
             write_random_weights(Path(model), base, options.seed)
         return open_checkpoint(str(base))
-    checkpoint = open_checkpoint(model)
+    return open_checkpoint(model)
+
+
+def _begun(checkpoint: Checkpoint, options: TrainingOptions) -> Checkpoint:
+    """The checkpoint with the exit that training begins with, if it has one. Raises CheckpointError where that is not
+    the one asked for."""
+    from freeexport.checkpoints.checkpoint import CheckpointError, with_exit_of
+
+    name = str(options.exit_from or checkpoint.name)
+    if options.exit_from is not None:
+        checkpoint = with_exit_of(checkpoint, options.exit_from)
     found = checkpoint.exit
     if found is not None and found.has_parameters:
         wanted = options.exit_layers, options.exit_layer, options.exit_input
@@ -218,7 +229,7 @@ def _base(model: str, options: TrainingOptions, directory: Path, writer: bool) -
         same_tokens = found.vocabulary is None or found.vocabulary.size == options.exit_vocab
         if adapted or (found.exit_layers, found.exit_layer, found.exit_input) != wanted or not same_tokens:
             raise CheckpointError(
-                f"{model} has an exit of its own already; give the checkpoint that it was trained on, or go on with "
+                f"{name} has an exit of its own already; give the checkpoint that it was trained on, or go on with "
                 "an exit of layers or a vocabulary: the same --exit-layer, --exit-layers, --exit-input and --exit-vocab"
             )
     return checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from checkpoints import BY_NAME, Case
 from training_case import LLAMA, T5, Runs, logged, run_options
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from freeexport.conversion.own_outputs import own_outputs
 from freeexport.training.batches import described
 from freeexport.training.exit_modules import Encoded, ExitLayers, norm_module, trained_exit
 from freeexport.training.train import train
@@ -70,6 +72,35 @@ def test_an_exit_with_a_feature_learns_and_is_gone_on_with(
     other = replace(options, exit_input="state", exit_layer=max(1, exit_layer))
     with pytest.raises(CheckpointError, match="--exit-input"):
         train(str(made.out), made.out.parent / "other", other)
+
+
+def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory, words: Path, tmp_path: Path) -> None:
+    """Train an exit, then all weights on their own, and begin with the exit on what became of them."""
+    chosen: dict[str, Any] = {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": 1}
+    first = run(T5, **chosen, exit_vocab=40, steps=30, evaluate_every=15, learning_rate=3e-3).out
+    changed, made = str(tmp_path / "changed"), tmp_path / "made"
+    train(str(checkpoint(T5)), Path(changed), run_options(words, exit_layer=2, loss="deep-ce", steps=2))
+    own, options = partial(own_outputs, changed), run_options(words, **chosen, exit_vocab=40, steps=1, evaluate_every=1)
+    options = replace(options, learning_rate=1e-12, self_distill=tmp_path / "own", max_new_tokens=8)
+    anew = train(changed, tmp_path / "anew", options, own)
+    begun = train(changed, made, replace(options, exit_from=first), own)
+    assert begun.before["eval_shallow_loss"] < anew.before["eval_shallow_loss"]
+    opened = (open_checkpoint(str(path)) for path in (first, made))
+    before, after = (trained_exit(one, describe(one.config, one)) for one in opened)
+    for old, new in zip(before, after, strict=True):
+        assert old is not None
+        assert new is not None
+        torch.testing.assert_close(new.state_dict(), old.state_dict())
+    assert len(open_checkpoint(str(made)).sha256) == 64  # of the weights beside it now
+    refused = [
+        (changed, replace(options, exit_from=first, exit_vocab=41), f"{first} has an exit of its own already"),
+        (changed, replace(options, exit_from=Path(changed)), f"{changed} has no exit with weights of its own"),
+        (str(first), replace(options, exit_from=made), "leave --exit-from out"),
+        (str(checkpoint(LLAMA)), replace(options, exit_from=first), r"exit.safetensors: .* is .*, not"),
+    ]
+    for model, given, reason in refused:
+        with pytest.raises(CheckpointError, match=reason):
+            train(model, tmp_path / "other", given, own)
 
 
 @pytest.mark.parametrize(
