@@ -1,6 +1,7 @@
 // The best two of a piece of logits. See tiles.h.
 #pragma once
 
+#include "attention_tiles.h"
 #include "best_two.h"
 
 namespace freeexport {
@@ -18,37 +19,42 @@ inline void take(float value, int64_t index, BestTwo* two) {
   }
 }
 
-inline float largest_of(const float* x) {
-  float largest[16];
-  for (int j = 0; j < 16; j++) largest[j] = x[j];
-  for (int i = 16; i < 64; i += 16)
-    for (int j = 0; j < 16; j++) largest[j] = x[i + j] > largest[j] ? x[i + j] : largest[j];
-  for (int half = 8; half > 0; half /= 2)
-    for (int j = 0; j < half; j++) largest[j] = largest[j + half] > largest[j] ? largest[j + half] : largest[j];
-  return largest[0];
+// Of `Size` logits, most of which are passed over together.
+template <int Size>
+inline void look(const float* x, int64_t first, BestTwo* two) {
+  typename Vec::Float largest[kParts];
+  for (int p = 0; p < kParts; p++) largest[p] = Vec::floats(x + p * Vec::kLanes);
+  for (int i = kWide; i < Size; i += kWide)
+    for (int p = 0; p < kParts; p++) largest[p] = Vec::larger(Vec::floats(x + i + p * Vec::kLanes), largest[p]);
+  if (!(Vec::largest(largest) > two->second)) return;
+  for (int i = 0; i < Size; i += Size > kWide ? Size / 4 : 1) {
+    if constexpr (Size > kWide)
+      look<Size / 4>(x + i, first + i, two);
+    else
+      take(x[i], first + i, two);
+  }
 }
 
 // Of `count` logits, at least one, the first of which has number `first`. Of equals the first is taken.
 inline void piece(const float* x, int64_t first, int64_t count, BestTwo* two) {
+  constexpr int kBlock = 16 * kWide;
   *two = {x[0], -__builtin_inff(), first, first, 0.0f};
   int64_t i = 1;
-  for (; i < count && i % 64 != 0; i++) take(x[i], first + i, two);
-  for (; i + 64 <= count; i += 64)
-    if (largest_of(x + i) > two->second)  // which is rare
-      for (int j = 0; j < 64; j++) take(x[i + j], first + i + j, two);
+  for (; i < count && i < kWide; i++) take(x[i], first + i, two);
+  for (; i + kWide <= count && i < kBlock; i += kWide) look<kWide>(x + i, first + i, two);
+  for (; i + kBlock <= count; i += kBlock) look<kBlock>(x + i, first + i, two);
   for (; i < count; i++) take(x[i], first + i, two);
-  float sums[16] = {}, powers[64];
-  for (i = 0; i < count; i += 64) {
-    const int64_t size = count - i < 64 ? count - i : 64;
-    for (int64_t j = 0; j < size; j++) powers[j] = x[i + j] - two->best;
-    exponentials(powers, size);
-    for (int64_t j = size; j < 64; j++) powers[j] = 0.0f;
-    for (int k = 0; k < 64; k += 16)
-      for (int j = 0; j < 16; j++) sums[j] += powers[k + j];
-  }
-  for (int half = 8; half > 0; half /= 2)
-    for (int j = 0; j < half; j++) sums[j] += sums[j + half];
-  two->sum = sums[0];
+  const typename Vec::Float best = Vec::set(two->best);
+  typename Vec::Float sums[kParts];
+  for (int p = 0; p < kParts; p++) sums[p] = Vec::zero();
+  for (i = 0; i + kWide <= count; i += kWide)
+    for (int p = 0; p < kParts; p++)
+      sums[p] = Vec::added(sums[p], exponential(Vec::minus(Vec::floats(x + i + p * Vec::kLanes), best)));
+  float rest[kWide] = {};
+  for (int64_t j = 0; i + j < count; j++) rest[j] = x[i + j] - two->best;
+  exponentials(rest, count - i);
+  for (int p = 0; p < kParts; p++) sums[p] = Vec::added(sums[p], Vec::floats(rest + p * Vec::kLanes));
+  two->sum = Vec::fold(sums);
 }
 
 }  // namespace

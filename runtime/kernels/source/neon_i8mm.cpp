@@ -5,7 +5,7 @@
 namespace freeexport {
 namespace {
 
-struct Vec : VecNeon {
+struct Vec : VecNeon, PlainInputs {
   static constexpr uint8_t kFlip = 0;
   static Int unflipped(int8x16_t, int8x16_t, Int start) { return start; }
   template <int Lane>

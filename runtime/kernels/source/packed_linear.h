@@ -90,7 +90,9 @@ FREEEXPORT_INLINE int value_of(const uint8_t* data, int bits, int i) {
 }
 
 // 32 inputs of a row, quantized: values, their scale, and the sum of the values, with the sign turned, a pair with
-// `counter`, and times the scale; and such pairs of the first and the last 16. Rows stand as they are multiplied, so many at once: [tiles of rows][groups][rows of the tile].
+// `counter`, and times the scale; such pairs of the first and the last 16; and what the products with weights of 4 and of
+// 8 bits begin with whose zero point is the middle. Rows stand as they are multiplied, so many at once:
+// [tiles of rows][groups][rows of the tile].
 struct Group {
   int8_t values[kGroup];
   float scale;
@@ -98,6 +100,7 @@ struct Group {
   int16_t counter;  // kCounter
   float scaled_sum;
   int16_t halves[2][2];
+  int32_t starts[2];
 };
 
 // The kernels of one instruction set.

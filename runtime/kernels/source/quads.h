@@ -2,12 +2,37 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "packed_linear.h"
 
 namespace freeexport {
 namespace {
+
+// Of 32 inputs, without instructions of a processor's own.
+struct PlainInputs {
+  // The largest magnitude, as its bits: of floats without sign these are in the order of their values, NaN last.
+  static FREEEXPORT_INLINE int32_t peak_bits(const float* inputs) {
+    int32_t bits[kGroup], peak = 0;
+    std::memcpy(bits, inputs, sizeof(bits));
+    for (int i = 0; i < kGroup; i++) {
+      const int32_t magnitude = bits[i] & 0x7fffffff;
+      peak = magnitude > peak ? magnitude : peak;
+    }
+    return peak;
+  }
+  // Each times `factor`, at most 127, as the nearest integer, of two the even one; and the sums of the first and the last
+  // 16 of these.
+  static FREEEXPORT_INLINE void round(const float* inputs, float factor, int8_t* values, int32_t* sums) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds
+    int32_t rounded[kGroup];
+    for (int i = 0; i < kGroup; i++) rounded[i] = static_cast<int32_t>((inputs[i] * factor + kRound) - kRound);
+    for (int i = 0; i < kGroup; i++) values[i] = static_cast<int8_t>(rounded[i]);
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < kGroup / 2; i++) sums[0] += rounded[i], sums[1] += rounded[kGroup / 2 + i];
+  }
+};
 
 // Where the bits beyond four of a quad's weights stand: bytes behind the group's first, how far they are shifted to the
 // left, and which they are then.

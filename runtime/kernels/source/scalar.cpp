@@ -8,7 +8,7 @@
 namespace freeexport {
 namespace {
 
-struct Vec {
+struct Vec : PlainInputs {
   using Int = int32_t;
   using Float = float;
   static constexpr int kLanes = 1, kRows = 1;

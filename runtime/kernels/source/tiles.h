@@ -11,39 +11,22 @@ namespace {
 
 constexpr int kQuads = kGroup / 4;
 
-// Of x [inputs] the next group, behind its end zeros.
-inline void read_group(const float* x, int64_t count, float* group) {
-  if (count >= kGroup) {
-    std::memcpy(group, x, kGroup * sizeof(float));
-    return;
-  }
-  std::memset(group, 0, kGroup * sizeof(float));
-  std::memcpy(group, x, static_cast<size_t>(count) * sizeof(float));
-}
-
-// The largest magnitude, as its bits: of floats without sign these are in the order of their values, NaN last.
-inline int32_t peak_bits(const float* group) {
-  int32_t bits[kGroup], peak = 0;
-  std::memcpy(bits, group, sizeof(bits));
-  for (int i = 0; i < kGroup; i++) {
-    const int32_t magnitude = bits[i] & 0x7fffffff;
-    peak = magnitude > peak ? magnitude : peak;
-  }
-  return peak;
-}
-
 // To the groups of a row, which stand `stride` apart.
 inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride) {
   constexpr int32_t kInfinite = 0x7f800000;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to the nearest even
   const int64_t groups = (inputs + kGroup - 1) / kGroup;
-  for (int64_t g = 0; g < groups; g++, to += stride) {
-    float group[kGroup], peak;
-    read_group(x + g * kGroup, inputs - g * kGroup, group);
-    const int32_t bits = peak_bits(group);
+  float padded[kGroup];
+  for (int64_t g = 0; g < groups; g++, x += kGroup, to += stride) {
+    if (inputs - g * kGroup < kGroup) {  // behind the end are zeros
+      std::memset(padded, 0, sizeof(padded));
+      std::memcpy(padded, x, static_cast<size_t>(inputs - g * kGroup) * sizeof(float));
+      x = padded;
+    }
+    const int32_t bits = Vec::peak_bits(x);
+    float peak;
     std::memcpy(&peak, &bits, sizeof(peak));
     float scale = peak / 127.0f;
-    int32_t sum = 0, first = 0;
+    int32_t sums[2] = {0, 0};
     if (bits >= kInfinite || peak < 1e-30f) {
       // What is no number must be seen in the result; what is next to nothing has no scale.
       std::memset(to->values, 0, kGroup);
@@ -54,20 +37,18 @@ inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride) 
         scale = 0.0f;
       }
     } else {
-      const float inverse = 127.0f / peak;
-      int32_t quantized[kGroup];
-      for (int i = 0; i < kGroup; i++) quantized[i] = static_cast<int32_t>((group[i] * inverse + kRound) - kRound);
-      for (int i = 0; i < kGroup; i++) to->values[i] = static_cast<int8_t>(quantized[i]);
-      for (int i = 0; i < kGroup; i++) sum += quantized[i];
-      for (int i = 0; i < kGroup / 2; i++) first += quantized[i];
+      Vec::round(x, 127.0f / peak, to->values, sums);
     }
+    const int32_t sum = sums[0] + sums[1];
     to->scale = scale;
     to->minus_sum = static_cast<int16_t>(-sum);
     to->counter = kCounter;
     to->scaled_sum = scale * static_cast<float>(sum);
-    to->halves[0][0] = static_cast<int16_t>(-first);
-    to->halves[1][0] = static_cast<int16_t>(first - sum);
-    to->halves[0][1] = to->halves[1][1] = kCounter;
+    for (int i = 0; i < 2; i++) {
+      to->halves[i][0] = static_cast<int16_t>(-sums[i]);
+      to->halves[i][1] = kCounter;
+      to->starts[i] = Vec::kNothing - sum * (i == 0 ? 8 : 128);
+    }
   }
 }
 
@@ -97,13 +78,16 @@ inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t outpu
     for (int i = 0; i < left; i++) y[m * stride + i] = all[m][i] + (weight.bias ? weight.bias[output + i] : 0.0f);
 }
 
+// Where the values of a weight count from: the middle, a zero point, or an offset that is added.
+enum class From { kMiddle, kZero, kOffset };
+
 // What the blocks of a panel's groups have to be multiplied with, from output `lane` on.
-template <int Bits, bool Offset>
+template <int Bits, From Where>
 struct Factors {
   int64_t left = 0, groups_of_block;
   const uint16_t *scales, *offsets;
   const uint8_t* zeros;
-  Vec::Int zero = Vec::counted(Vec::all(Bits == 4 ? 8 : 128));
+  Vec::Int zero = {};
   Vec::Scale scale = {};
   Vec::Float offset = {};
 
@@ -111,8 +95,8 @@ struct Factors {
     groups_of_block = weight.block / kGroup;
     const int64_t at = panel * weight.blocks() * kPanel + lane;
     scales = weight.scales + at;
-    zeros = weight.zeros ? weight.zeros + at : nullptr;
-    offsets = Offset ? weight.offsets + at : nullptr;
+    zeros = Where == From::kZero ? weight.zeros + at : nullptr;
+    offsets = Where == From::kOffset ? weight.offsets + at : nullptr;
   }
   // To be called before each group.
   void next() {
@@ -120,23 +104,24 @@ struct Factors {
     left = groups_of_block - 1;
     scale = Vec::scale(scales);
     scales += kPanel;
-    if constexpr (Offset) {
+    if constexpr (Where == From::kOffset) {
       offset = Vec::halves(offsets);
       offsets += kPanel;
-    } else if (zeros) {
+    } else if constexpr (Where == From::kZero) {
       zero = Vec::counted(Vec::widened(zeros));
       zeros += kPanel;
     }
   }
   // What the products of a group, in integers, are added to.
   Vec::Int start(const Group& group) const {
-    if constexpr (Offset) return Vec::all(Vec::kNothing);
+    if constexpr (Where == From::kOffset) return Vec::all(Vec::kNothing);
+    if constexpr (Where == From::kMiddle) return Vec::all(group.starts[Bits == 8]);
     return Vec::start(zero, group);
   }
   // These, added to those of the groups before it.
   Vec::Float added(Vec::Int dot, const Group& group, Vec::Float sum) const {
     sum = Vec::add_product(Vec::scaled(dot, scale), Vec::set(group.scale), sum);
-    if constexpr (Offset) sum = Vec::add_product(offset, Vec::set(group.scaled_sum), sum);
+    if constexpr (Where == From::kOffset) sum = Vec::add_product(offset, Vec::set(group.scaled_sum), sum);
     return sum;
   }
 };
@@ -155,7 +140,7 @@ inline int64_t bytes_ahead() {
 
 // A tile of M rows times `Wide` registers of outputs of a panel from `lane` on, or of as many panels where a register has
 // one, to y of rows `stride` and panels `apart` from each other.
-template <int Bits, bool Offset, int M, int Wide>
+template <int Bits, From Where, int M, int Wide>
 inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride,
                  int64_t apart) {
   constexpr bool kWhole = Vec::kLanes == kPanel;
@@ -165,7 +150,7 @@ inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lan
   // The first outputs of a panel fetch for those that follow.
   const int64_t ahead = lane > 0 ? 0 : bytes_ahead<Bits, M>();
   const int64_t bytes_apart = kWhole ? groups * bytes : 4 * Vec::kLanes;
-  Factors<Bits, Offset> factors[Wide];
+  Factors<Bits, Where> factors[Wide];
   Vec::Float sums[Wide][M];
 #pragma GCC unroll 2
   for (int w = 0; w < Wide; w++) {
@@ -191,21 +176,21 @@ inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lan
 }
 
 // All outputs of a panel.
-template <int Bits, bool Offset, int M>
+template <int Bits, From Where, int M>
 inline void tiles_of_panel(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride) {
   constexpr int kBest = Vec::template Quads<Bits>::template kWide<M>, kWide = Vec::kLanes == kPanel ? 1 : kBest;
   for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += kWide * Vec::kLanes)
-    tile<Bits, Offset, M, kWide>(rows, weight, panel, lane, y, stride, 0);
+    tile<Bits, Where, M, kWide>(rows, weight, panel, lane, y, stride, 0);
 }
 
 // Of two panels, where that is faster.
-template <int Bits, bool Offset, int M>
+template <int Bits, From Where, int M>
 inline void tiles_of_two(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride, int64_t apart) {
   if constexpr (Vec::kLanes == kPanel && Vec::template Quads<Bits>::template kWide<M> == 2) {
-    tile<Bits, Offset, M, 2>(rows, weight, panel, 0, y, stride, apart);
+    tile<Bits, Where, M, 2>(rows, weight, panel, 0, y, stride, apart);
   } else {
-    tiles_of_panel<Bits, Offset, M>(rows, weight, panel, y, stride);
-    tiles_of_panel<Bits, Offset, M>(rows, weight, panel + 1, y + apart, stride);
+    tiles_of_panel<Bits, Where, M>(rows, weight, panel, y, stride);
+    tiles_of_panel<Bits, Where, M>(rows, weight, panel + 1, y + apart, stride);
   }
 }
 
@@ -213,36 +198,46 @@ using Tile = void (*)(const Group*, const Weight&, int64_t, float*, int64_t);
 using TwoTiles = void (*)(const Group*, const Weight&, int64_t, float*, int64_t, int64_t);
 
 // Of 1 to Vec::kRows rows.
-template <int Bits, bool Offset>
 struct Tiles {
   Tile of[Vec::kRows + 1] = {};
   TwoTiles of_two[Vec::kRows + 1] = {};
-  constexpr Tiles() { fill<Vec::kRows>(); }
+};
+
+template <int Bits, From Where>
+struct TilesOf : Tiles {
+  constexpr TilesOf() { fill<Vec::kRows>(); }
   template <int M>
   constexpr void fill() {
-    of[M] = tiles_of_panel<Bits, Offset, M>;
-    of_two[M] = tiles_of_two<Bits, Offset, M>;
+    of[M] = tiles_of_panel<Bits, Where, M>;
+    of_two[M] = tiles_of_two<Bits, Where, M>;
     if constexpr (M > 1) fill<M - 1>();
   }
 };
+
+inline const Tiles& tiles_of(const Weight& weight) {
+  static constexpr TilesOf<4, From::kMiddle> in_4_bits{};
+  static constexpr TilesOf<4, From::kZero> in_4_bits_from_zeros{};
+  static constexpr TilesOf<4, From::kOffset> in_4_bits_with_offsets{};
+  static constexpr TilesOf<8, From::kMiddle> in_8_bits{};
+  static constexpr TilesOf<8, From::kZero> in_8_bits_from_zeros{};
+  if (weight.bits == 8) return weight.zeros ? static_cast<const Tiles&>(in_8_bits_from_zeros) : in_8_bits;
+  if (weight.offsets) return in_4_bits_with_offsets;
+  return weight.zeros ? static_cast<const Tiles&>(in_4_bits_from_zeros) : in_4_bits;
+}
 
 #include "file_tiles.h"
 
 // Of rows first..last and panels panel..end to y, whose first value is that of row `first` and the first output.
 inline void multiply(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, int64_t end,
                      float* y, int64_t stride, int64_t apart) {
-  static constexpr Tiles<4, false> in_4_bits{};
-  static constexpr Tiles<4, true> with_offsets{};
-  static constexpr Tiles<8, false> in_8_bits{};
   const bool file = weight.multiples || weight.bits == 5;
-  const Tile* tiles = weight.bits == 8 ? in_8_bits.of : weight.offsets ? with_offsets.of : in_4_bits.of;
-  if (file) tiles = tiles_of_file(weight);
   if (Vec::kLanes == kPanel && last - first > 1 && !file) {
-    const TwoTiles* two = weight.bits == 8 ? in_8_bits.of_two : weight.offsets ? with_offsets.of_two : in_4_bits.of_two;
+    const TwoTiles* two = tiles_of(weight).of_two;
     for (; panel + 1 < end; panel += 2, y += 2 * apart)
       for (int64_t m = first; m < last; m += Vec::kRows)
         two[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride, apart);
   }
+  const Tile* tiles = file ? tiles_of_file(weight) : tiles_of(weight).of;
   for (; panel < end; panel++, y += apart)
     for (int64_t m = first; m < last; m += Vec::kRows)
       tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride);

@@ -61,6 +61,25 @@ struct Vec256 {
       store(to + (2 * i + 1) * apart, _mm256_castpd_ps(_mm256_unpackhi_pd(pairs[2 * i], pairs[2 * i + 1])));
     }
   }
+  // See PlainInputs.
+  static int32_t peak_bits(const float* inputs) {
+    __m256i most = all(0);
+    for (int i = 0; i < kGroup; i += 8)
+      most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(floats(inputs + i)), all(INT32_MAX)));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+  }
+  static void round(const float* inputs, float factor, int8_t* values, int32_t* sums) {
+    for (int i = 0; i < 2; i++) {
+      const auto eight = [&](int from) { return _mm256_cvtps_epi32(times(floats(inputs + 16 * i + from), set(factor))); };
+      const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(eight(0), eight(8)), 0xd8);
+      const __m128i rounded = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(values + 16 * i), rounded);
+      const __m128i counted = _mm_sad_epu8(_mm_xor_si128(rounded, _mm_set1_epi8(-128)), _mm_setzero_si128());
+      sums[i] = _mm_cvtsi128_si32(counted) + _mm_extract_epi32(counted, 2) - 16 * 128;
+    }
+  }
   static Float zero() { return _mm256_setzero_ps(); }
   static Int all(int32_t value) { return _mm256_set1_epi32(value); }
   static Float floats(const float* from) { return _mm256_loadu_ps(from); }

@@ -68,6 +68,21 @@ struct Vec512 {
       store(to + (2 * i + 1) * apart, _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[2 * i], pairs[2 * i + 1])));
     }
   }
+  // See PlainInputs.
+  static int32_t peak_bits(const float* inputs) {
+    const __m512i size = all(INT32_MAX);
+    const __m512i low = _mm512_and_si512(_mm512_castps_si512(floats(inputs)), size);
+    const __m512i high = _mm512_and_si512(_mm512_castps_si512(floats(inputs + 16)), size);
+    return _mm512_reduce_max_epi32(_mm512_max_epi32(low, high));
+  }
+  static void round(const float* inputs, float factor, int8_t* values, int32_t* sums) {
+    for (int i = 0; i < 2; i++) {
+      const __m128i rounded = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(times(floats(inputs + 16 * i), set(factor))));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(values + 16 * i), rounded);
+      const __m128i counted = _mm_sad_epu8(_mm_xor_si128(rounded, _mm_set1_epi8(-128)), _mm_setzero_si128());
+      sums[i] = _mm_cvtsi128_si32(counted) + _mm_extract_epi32(counted, 2) - 16 * 128;
+    }
+  }
   static Float zero() { return _mm512_setzero_ps(); }
   static Int all(int32_t value) { return _mm512_set1_epi32(value); }
   static Float floats(const float* from) { return _mm512_loadu_ps(from); }
