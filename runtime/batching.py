@@ -29,7 +29,6 @@ class BatchedCall:
     def __init__(self, runner: Runner, cross: CrossCache, hidden_size: int, vocab_size: int) -> None:
         self._runner, self._cross = runner, cross
         self._hidden_size, self._vocab_size = hidden_size, vocab_size
-        self._layers = {name.split(".")[0] for name in runner.cache.arrays}
         self._calls: dict[tuple[int, int, bool], Call] = {}
         self._version = cross.version
 
@@ -95,7 +94,7 @@ class BatchedCall:
             self._calls[key] = self._runner.engine.bind(
                 {
                     **{f"past.{name}": array for name, array in slots.items()},
-                    **self._cross.rows(self._layers, first, count),
+                    **cache.attended(self._cross.rows(first, count)),
                     "past_lengths": cache.lengths[first : first + count],
                 },
                 {f"present.{name}": array for name, array in slots.items()},

@@ -213,12 +213,10 @@ def _bind(
     inputs: Mapping[str, Any],
     outputs: Mapping[str, Any],
 ) -> Call:
-    layers = {name.split(".")[0] for name in cache.arrays}
     past = {f"past.{name}": array for name, array in cache.arrays.items()}
-    read = {n: v for n, v in cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
     beams = len(cache.lengths)
     lengths = {"past_lengths": cache.lengths, "query_lengths": np.ones(beams, np.int32)}
     if cache.own_exit:  # nothing exits
         lengths["exit_lengths"] = np.zeros(beams, np.int32)
     present = {f"present.{name}": array for name, array in cache.arrays.items()}
-    return runner.engine.bind({**inputs, **lengths, **read, **past}, {**outputs, **present})
+    return runner.engine.bind({**inputs, **lengths, **cache.attended(cross), **past}, {**outputs, **present})

@@ -132,9 +132,7 @@ class Decoder:
             return
         self._attended = cross
         for runner in self._read:
-            layers = {name.split(".")[0] for name in runner.cache.arrays}
-            read = {n: v for n, v in cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
-            self._read[runner] = {name: runner.value(array) for name, array in read.items()}
+            self._read[runner] = {name: runner.value(array) for name, array in runner.cache.attended(cross).items()}
         for call in self._bound():
             call.attend(self._read[call.runner])
 

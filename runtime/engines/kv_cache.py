@@ -50,6 +50,11 @@ class KVCache:
             f"{layer}.{part}": zeros((slots, kv_heads, rows, head_dim), dtype) for layer in layers for part in PARTS
         }
 
+    def attended(self, cross: dict[str, Any]) -> dict[str, Any]:
+        """What these layers read of `cross.{layer}.key|value` and `cross_lengths`."""
+        layers = {name.split(".")[0] for name in self.arrays}
+        return {name: array for name, array in cross.items() if name == "cross_lengths" or name.split(".")[1] in layers}
+
     def slot(self, slot: int) -> Iterator[tuple[str, np.ndarray]]:
         """Name and view [1, kv_heads, rows, head_dim] of every array of a slot."""
         for name, array in self.arrays.items():
@@ -200,10 +205,9 @@ class CrossCache:
         """The slot's sequence has left: what it read may be overwritten, and is not kept for wider arrays."""
         self._placed.pop(slot, None)
 
-    def rows(self, layers: set[str], first: int, count: int) -> dict[str, np.ndarray]:
-        """Arrays that an engine of these layers reads for `count` slots from `first` on."""
-        read = (name for name in self.arrays if name == "cross_lengths" or name.split(".")[1] in layers)
-        return {name: self.arrays[name][first : first + count] for name in read}
+    def rows(self, first: int, count: int) -> dict[str, np.ndarray]:
+        """The arrays of `count` slots from `first` on."""
+        return {name: array[first : first + count] for name, array in self.arrays.items()}
 
     def _resize(self, width: int, like: dict[str, np.ndarray]) -> None:
         slots = len(self._lengths)

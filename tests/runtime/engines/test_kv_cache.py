@@ -117,10 +117,10 @@ def test_no_length_is_beyond_the_arrays_once_a_long_prompt_has_left() -> None:
     cache = CrossCache(3)
     cache.place(0, prompt_of(3))
     cache.place(1, prompt_of(MOST_DOUBLED + 1))
-    assert cache.rows({"0"}, 0, 3)["cross.0.key"].shape[2] == MOST_DOUBLED + CROSS_STEP
+    assert cache.rows(0, 3)["cross.0.key"].shape[2] == MOST_DOUBLED + CROSS_STEP
     cache.forget(1)
     cache.place(2, prompt_of(5))
-    rows = cache.rows({"0"}, 0, 3)
+    rows = cache.rows(0, 3)
     assert rows["cross.0.key"].shape[2] == LEAST_DOUBLED
     np.testing.assert_array_equal(rows["cross_lengths"], [3, 1, 5])
 
@@ -130,7 +130,7 @@ def test_arrays_stay_for_prompts_of_other_lengths_up_to_the_widest() -> None:
     for length, version in ((3, 1), (LEAST_DOUBLED, 1), (LEAST_DOUBLED + 1, 2), (9, 2), (MOST_DOUBLED, 3), (1, 3)):
         cache.place(0, prompt_of(length))
         cache.forget(0)
-        assert (cache.version, cache.rows({"0"}, 0, 1)["cross_lengths"].tolist()) == (version, [length])
+        assert (cache.version, cache.rows(0, 1)["cross_lengths"].tolist()) == (version, [length])
 
 
 STATM = Path("/proc/self/statm")
