@@ -51,7 +51,7 @@ class KVCache:
         }
 
     def attended(self, cross: dict[str, Any]) -> dict[str, Any]:
-        """What these layers read of `cross.{layer}.key|value` and `cross_lengths`."""
+        """Choose what these layers read of `cross.{layer}.key|value` and `cross_lengths`."""
         layers = {name.split(".")[0] for name in self.arrays}
         return {name: array for name, array in cross.items() if name == "cross_lengths" or name.split(".")[1] in layers}
 
