@@ -156,6 +156,27 @@ def with_exit_applied(model: str, name: str | None) -> Iterator[str]:
         yield str(directory)
 
 
+def exit_directory(name: str, work: Path) -> Path:
+    """A directory with exit.json and an exit's parameters: `name` itself, or for a ready-made exit or one in a file
+    `work`, which is written unless it is there.
+
+    Raises CheckpointError where there is no such exit, and where it goes with a LoRA adapter.
+    """
+    from safetensors.numpy import save_file
+
+    if Path(name).is_dir():
+        return Path(name)
+    packed, file = read_packed(find_exit(name))
+    if packed.adapter_config is not None:
+        raise CheckpointError(f"exit {name} goes with a LoRA adapter of {packed.model}; choose another to begin with")
+    if not (work / EXIT_FILE).exists():
+        work.mkdir(parents=True, exist_ok=True)
+        tensors = {tensor: _unpacked(file, tensor) for tensor in file.shapes if not tensor.endswith(_SCALES)}
+        save_file(tensors, work / EXIT_WEIGHTS)
+        write_exit_file(work, packed.exit)
+    return work
+
+
 def _unpack(packed: PackedExit, file: SafetensorsFile, base: Checkpoint, directory: Path) -> None:
     """Write the model with the exit to an empty directory; its own files are links."""
     from safetensors.numpy import save_file

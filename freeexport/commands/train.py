@@ -60,8 +60,9 @@ OWN = Path("-")  # beside OUT
 @click.option("--exit-vocab", type=int,
               help="So many tokens are all that the exit knows, beside one class for all others, which never exits: "
               "the most frequent in the targets.  [default: all tokens]")  # fmt: skip
-@click.option("--exit-from", type=click.Path(path_type=Path, exists=True, file_okay=False),
-              help="Begin with the exit that `train` wrote there for other weights of the same shape.")  # fmt: skip
+@click.option("--exit-from", metavar="EXIT",
+              help="Begin with an exit of other weights of the same shape: a directory that `train` wrote, the name of "
+              "a ready-made one, or its file.")  # fmt: skip
 @click.option("--from-config", is_flag=True, help="Start from random weights: MODEL has a config.json and a tokenizer.")
 @section("Length and steps")
 @click.option("--steps", type=int, help="Optimizer steps.")

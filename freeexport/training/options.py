@@ -35,9 +35,9 @@ class TrainingOptions:
     `time_limit` is in minutes; `batch_tokens` counts padded tokens, prompt and target, of one device and micro-batch.
     `select_by`: one of MEASURED, or a metric of the outputs. `truncate`: long inputs are cut, not left out.
     `self_distill`: the directory of the model's own outputs of at most `max_new_tokens`, which are the targets.
-    `rank`: of LoRA adapters, or of the exit's own adapter, where 0 leaves it a norm. `exit_from`: a directory with the
-    exit of other weights, which training begins with. `dropout` is that of the model and of LoRA adapters. Raises
-    OptionError for values out of range and for choices that contradict each other.
+    `rank`: of LoRA adapters, or of the exit's own adapter, where 0 leaves it a norm. `exit_from`: the exit of other
+    weights that training begins with, a directory or as `convert --exit` names one. `dropout` is that of the model and
+    of LoRA adapters. Raises OptionError for values out of range and for choices that contradict each other.
     """
 
     data: Path
@@ -54,7 +54,7 @@ class TrainingOptions:
     exit_layers: int = 0
     exit_vocab: int | None = None
     exit_input: ExitInput = "state"
-    exit_from: Path | None = None
+    exit_from: str | None = None
     from_config: bool = False
     steps: int | None = None
     epochs: float | None = None
@@ -151,6 +151,6 @@ class TrainingOptions:
     def recorded(self) -> dict[str, Any]:
         """Return what a continued run must share with the run before, as JSON values."""
         values = {key: value for key, value in asdict(self).items() if key not in _FREE_ON_RESUME}
-        for name in ("data", "validation", "self_distill", "exit_from"):
+        for name in ("data", "validation", "self_distill"):
             values[name] = None if values[name] is None else str(Path(values[name]).absolute())
         return values

@@ -95,7 +95,7 @@ def _train(
     writer = process.is_main_process
     with process.main_process_first():
         checkpoint = _base(model, options, directory, writer)
-    begun = _begun(checkpoint, options)
+        begun = _begun(checkpoint, options, directory / "exit")
     description = described(checkpoint, options)
     with process.main_process_first():  # the others find its outputs
         training, validation, left_out = examples(checkpoint, description, options, generate)
@@ -214,14 +214,15 @@ def _base(model: str, options: TrainingOptions, directory: Path, writer: bool) -
     return open_checkpoint(model)
 
 
-def _begun(checkpoint: Checkpoint, options: TrainingOptions) -> Checkpoint:
-    """The checkpoint with the exit that training begins with, if it has one. Raises CheckpointError where that is not
-    the one asked for."""
+def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Checkpoint:
+    """The checkpoint with the exit that training begins with, if it has one; a ready-made one is unpacked to `work`.
+    Raises CheckpointError where that is not the one asked for."""
     from freeexport.checkpoints.checkpoint import CheckpointError, with_exit_of
+    from freeexport.checkpoints.packed_exit import exit_directory
 
-    name = str(options.exit_from or checkpoint.name)
+    name = options.exit_from or checkpoint.name
     if options.exit_from is not None:
-        checkpoint = with_exit_of(checkpoint, options.exit_from)
+        checkpoint = with_exit_of(checkpoint, exit_directory(options.exit_from, work))
     found = checkpoint.exit
     if found is not None and found.has_parameters:
         wanted = options.exit_layers, options.exit_layer, options.exit_input

@@ -15,6 +15,7 @@ from checkpoints import BY_NAME, Case
 from training_case import LLAMA, T5, Runs, logged, run_options
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from freeexport.checkpoints.packed_exit import pack
 from freeexport.conversion.own_outputs import own_outputs
 from freeexport.training.batches import described
 from freeexport.training.exit_modules import Encoded, ExitLayers, norm_module, trained_exit
@@ -83,7 +84,7 @@ def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory
     own, options = partial(own_outputs, changed), run_options(words, **chosen, exit_vocab=40, steps=1, evaluate_every=1)
     options = replace(options, learning_rate=1e-12, self_distill=tmp_path / "own", max_new_tokens=8)
     anew = train(changed, tmp_path / "anew", options, own)
-    begun = train(changed, made, replace(options, exit_from=first), own)
+    begun = train(changed, made, replace(options, exit_from=str(first)), own)
     assert begun.before["eval_shallow_loss"] < anew.before["eval_shallow_loss"]
     opened = (open_checkpoint(str(path)) for path in (first, made))
     before, after = (trained_exit(one, describe(one.config, one)) for one in opened)
@@ -92,11 +93,16 @@ def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory
         assert new is not None
         torch.testing.assert_close(new.state_dict(), old.state_dict())
     assert len(open_checkpoint(str(made)).sha256) == 64  # of the weights beside it now
+    packed, ready = tmp_path / "packed.safetensors", replace(options, exit_from=str(tmp_path / "packed.safetensors"))
+    pack(str(first), packed, "packed", "tiny T5", "MIT", "words", "short", "none")
+    unpacked = train(changed, tmp_path / "unpacked", ready, own)
+    assert unpacked.before["eval_shallow_loss"] == pytest.approx(begun.before["eval_shallow_loss"], rel=0.05)
     refused = [
-        (changed, replace(options, exit_from=first, exit_vocab=41), f"{first} has an exit of its own already"),
-        (changed, replace(options, exit_from=Path(changed)), f"{changed} has no exit with weights of its own"),
-        (str(first), replace(options, exit_from=made), "leave --exit-from out"),
-        (str(checkpoint(LLAMA)), replace(options, exit_from=first), r"exit.safetensors: .* is .*, not"),
+        (changed, replace(options, exit_from="nothing"), "there is no exit nothing"),
+        (changed, replace(options, exit_from=str(first), exit_vocab=41), f"{first} has an exit of its own already"),
+        (changed, replace(options, exit_from=changed), f"{changed} has no exit with weights of its own"),
+        (str(first), replace(options, exit_from=str(made)), "leave --exit-from out"),
+        (str(checkpoint(LLAMA)), replace(options, exit_from=str(first)), r"exit.safetensors: .* is .*, not"),
     ]
     for model, given, reason in refused:
         with pytest.raises(CheckpointError, match=reason):
