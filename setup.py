@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -79,9 +80,13 @@ class BuildLibrary(build_ext):
             raise
 
     def _build(self, ext: Extension) -> None:
-        objects = []
-        for source, flags in sources(processor()).items():
-            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        def compiled(file: tuple[str, list[str]]) -> list[str]:
+            objects: list[str] = self.compiler.compile([file[0]], output_dir=self.build_temp, extra_postargs=file[1])
+            return objects
+
+        (Path(self.build_temp) / SOURCE).mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for names in pool.map(compiled, sources(processor()).items()) for name in names]
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(
             objects, target, libraries=["m"], extra_preargs=["-Wl,--as-needed,-z,defs"], target_lang="c++"
