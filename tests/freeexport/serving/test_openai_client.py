@@ -296,7 +296,7 @@ def test_a_wrong_key_and_a_body_that_is_too_large(chat: Path) -> None:
 def test_a_full_queue_is_a_rate_limit_and_choices_enter_it_all_or_none(server: Running, client: openai.OpenAI) -> None:
     session = server.service.sessions["chat"]
     for waiting, choices in ((8, 1), (6, 3)):
-        held = [session.stream([1, 2, 3]) for _ in range(waiting)]
+        held = [session.stream([1, 2, 3], ignore_eos=True) for _ in range(waiting)]
         with pytest.raises(openai.RateLimitError) as raised:
             client.completions.create(model="chat", prompt="x", n=choices, temperature=1.0)
         for stream in held:
