@@ -12,6 +12,10 @@ from runtime.engines.onnx import Call, OnnxEngine, value
 from runtime.kernels import reading_prompt
 from runtime.machine.machine import lazy_zeros
 
+# Tokens of a text, up to which its encoder does without tiles: to unpack weights for them takes as long as to multiply
+# so many rows. A prompt is encoded alone, so its bits still depend on nothing else.
+SHORT_PROMPT = 40
+
 
 class Event:
     """A submitted call. Neither protocol nor abstract: to ask whether something is one, at every token, must cost
@@ -78,7 +82,7 @@ class Encoder:
         """Right-padded prompts int64 [B, E] of `lengths` int32 [B], or windows of speech float32 [B, bins, 2 E], which
         are whole -> the same for B rows, and hidden [B, E, d]."""
         inputs = {"features": tokens} if tokens.ndim == 3 else {"input_ids": tokens, "lengths": lengths}
-        with reading_prompt():
+        with reading_prompt(tokens.ndim == 3 or tokens.shape[1] > SHORT_PROMPT):
             (hidden,) = self._encoder.run(["hidden"], inputs)
             cross = self._prologue.run(self._cross, {"hidden": hidden})
         return {**dict(zip(self._cross, cross, strict=True)), "cross_lengths": lengths}, hidden

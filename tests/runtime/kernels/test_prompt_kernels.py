@@ -4,6 +4,8 @@ and which calls have them."""
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from test_kernels import BEFORE, activated, assert_same_bits, fused_case, rows, 
 import runtime.decoding.decoder
 from runtime import Session
 from runtime.decoding.decoder import Decoder
+from runtime.engines import runner
 from runtime.kernels import missing, reading_prompt
 
 if problem := missing():
@@ -233,6 +236,17 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
 from runtime.kernels import instructions
 print(instructions())
 """
+
+
+def test_the_encoder_reads_a_short_text_alone_without_tiles(monkeypatch):
+    told = []
+    monkeypatch.setattr(runner, "reading_prompt", lambda reads: told.append(reads) or nullcontext())
+    engine = SimpleNamespace(output_shapes={}, run=lambda names, inputs: [np.zeros((1, 1, 1))] * len(names))
+    encoder = runner.Encoder(engine, engine)
+    speech = np.zeros((1, 8, 2))  # a window, which is long
+    for prompt in (np.zeros(runner.SHORT_PROMPT), np.zeros(runner.SHORT_PROMPT + 1), speech):
+        encoder.run(prompt)
+    assert told == [False, True, True]
 
 
 @pytest.mark.parametrize("wanted", [None, "amx"])
