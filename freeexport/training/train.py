@@ -220,7 +220,6 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Chec
     from freeexport.checkpoints.checkpoint import CheckpointError, with_exit_of
     from freeexport.checkpoints.packed_exit import exit_directory
 
-    name = options.exit_from or checkpoint.name
     if options.exit_from is not None:
         checkpoint = with_exit_of(checkpoint, exit_directory(options.exit_from, work))
     found = checkpoint.exit
@@ -229,9 +228,16 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Chec
         adapted = found.exit_norm and not found.exit_layers
         same_tokens = found.vocabulary is None or found.vocabulary.size == options.exit_vocab
         if adapted or (found.exit_layers, found.exit_layer, found.exit_input) != wanted or not same_tokens:
+            if options.exit_from is not None and not adapted:
+                known = "" if found.vocabulary is None else f" --exit-vocab {found.vocabulary.size}"
+                raise CheckpointError(
+                    f"--exit-from {options.exit_from} goes with --exit-layer {found.exit_layer} --exit-layers "
+                    f"{found.exit_layers} --exit-input {found.exit_input}{known}; give these"
+                )
             raise CheckpointError(
-                f"{name} has an exit of its own already; give the checkpoint that it was trained on, or go on with "
-                "an exit of layers or a vocabulary: the same --exit-layer, --exit-layers, --exit-input and --exit-vocab"
+                f"{options.exit_from or checkpoint.name} has an exit of its own already; give the checkpoint that it "
+                "was trained on, or go on with an exit of layers or a vocabulary: the same --exit-layer, "
+                "--exit-layers, --exit-input and --exit-vocab"
             )
     return checkpoint
 

@@ -99,7 +99,11 @@ def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory
     assert unpacked.before["eval_shallow_loss"] == pytest.approx(begun.before["eval_shallow_loss"], rel=0.05)
     refused = [
         (changed, replace(options, exit_from="nothing"), "there is no exit nothing"),
-        (changed, replace(options, exit_from=str(first), exit_vocab=41), f"{first} has an exit of its own already"),
+        (
+            changed,
+            replace(options, exit_from=str(first), exit_vocab=41),
+            "--exit-input feature --exit-vocab 40; give these",
+        ),
         (changed, replace(options, exit_from=changed), f"{changed} has no exit with weights of its own"),
         (str(first), replace(options, exit_from=str(made)), "leave --exit-from out"),
         (str(checkpoint(LLAMA)), replace(options, exit_from=str(first)), r"exit.safetensors: .* is .*, not"),
