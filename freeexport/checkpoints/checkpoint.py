@@ -173,11 +173,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     path = Path(model).expanduser()
     if not path.is_dir():
         if path.suffix == ".gguf":
-            return _with_exit(_open_gguf(path), path.parent, read_exit_file(path.parent))
+            return _with_exit(_open_gguf(path), path.parent)
         if path.exists():
             raise CheckpointError(f"{model} is a file, but not GGUF; give a directory, a hub name or a .gguf file")
         path = _download(model)
-        return _with_exit(_open_directory(path, model), path, read_exit_file(path))
+        return _with_exit(_open_directory(path, model), path)
     gguf = sorted(path.glob("*.gguf"))
     if (path / ADAPTER_CONFIG).is_file():
         opened = _open_adapter(path)
@@ -185,7 +185,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         opened = _open_gguf(gguf[0])
     else:
         opened = _open_directory(path, path.resolve().name)
-    return _with_exit(opened, path, read_exit_file(path))
+    return _with_exit(opened, path)
 
 
 def smollm2() -> Path:
@@ -210,16 +210,16 @@ def with_exit_of(opened: Checkpoint, directory: Path) -> Checkpoint:
         raise CheckpointError(
             f"{opened.name} has an exit of its own, which training goes on with; leave --exit-from out"
         )
-    found = read_exit_file(directory)
-    if found is None or not found.has_parameters:
+    begun = _with_exit(replace(opened, files=[*opened.files], tensors={**opened.tensors}), directory)
+    if begun.exit is None or not begun.exit.has_parameters:
         raise CheckpointError(f"{directory} has no exit with weights of its own; name what --tune exit wrote")
-    copied = replace(opened, files=[*opened.files], tensors={**opened.tensors})
-    return _with_exit(copied, directory, replace(found, base_sha256=opened.sha256))
+    begun.exit = replace(begun.exit, base_sha256=opened.sha256)
+    return begun
 
 
-def _with_exit(opened: Checkpoint, directory: Path, exit_file: ExitFile | None) -> Checkpoint:
+def _with_exit(opened: Checkpoint, directory: Path) -> Checkpoint:
     """Add what exit.json of the directory says, and the tensors of the exit's own."""
-    opened.exit = exit_file
+    opened.exit = read_exit_file(directory)
     if opened.exit is not None and opened.exit.has_parameters:
         file = read_exit_weights(directory, opened.exit, opened.config, opened)
         opened.files.append(file)

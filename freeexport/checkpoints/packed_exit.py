@@ -171,8 +171,7 @@ def exit_directory(name: str, work: Path) -> Path:
         raise CheckpointError(f"exit {name} goes with a LoRA adapter of {packed.model}; choose another to begin with")
     if not (work / EXIT_FILE).exists():
         work.mkdir(parents=True, exist_ok=True)
-        tensors = {tensor: _unpacked(file, tensor) for tensor in file.shapes if not tensor.endswith(_SCALES)}
-        save_file(tensors, work / EXIT_WEIGHTS)
+        save_file(_tensors(file), work / EXIT_WEIGHTS)
         write_exit_file(work, packed.exit)
     return work
 
@@ -181,7 +180,7 @@ def _unpack(packed: PackedExit, file: SafetensorsFile, base: Checkpoint, directo
     """Write the model with the exit to an empty directory; its own files are links."""
     from safetensors.numpy import save_file
 
-    tensors = {name: _unpacked(file, name) for name in file.shapes if not name.endswith(_SCALES)}
+    tensors = _tensors(file)
     if packed.adapter_config is not None:
         config = parse_object(packed.adapter_config, "adapter_config", _REMEDY)
         config["base_model_name_or_path"] = str(base.path.resolve())
@@ -269,6 +268,14 @@ def _packed(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
         return {name: array}
     values = (rounded.data.astype(np.int16) - 128).astype(np.int8).reshape(len(rows), -1)
     return {name: np.ascontiguousarray(values[:, : rows.shape[1]]), f"{name}{_SCALES}": rounded.scales}
+
+
+def _tensors(file: SafetensorsFile) -> dict[str, np.ndarray]:
+    """Unpack all. Raises CheckpointError where they do not fit each other."""
+    try:
+        return {name: _unpacked(file, name) for name in file.shapes if not name.endswith(_SCALES)}
+    except (LookupError, ValueError) as error:
+        raise CheckpointError(f"{file.path} is damaged ({error}); {_REMEDY}") from None
 
 
 def _unpacked(file: SafetensorsFile, name: str) -> np.ndarray:

@@ -129,12 +129,13 @@ def _operation(path: str, purpose: str, answer: dict[str, Any], statuses: tuple[
 
 def _event(kind: Any) -> dict[str, Any]:
     """The schema of one event of a stream, as clients and OpenAI's own document read `schema` before OpenAPI 3.2."""
-    numbered = kind is ResponseRequest
-    fields = ("type", "sequence_number") if numbered else ("id", "object", "created", "model", "choices")
-    sent = _object({field: {} for field in fields})
-    failed = {"$ref": REFERENCE + "Error"}  # numbered events have a type of their own for it
-    json = {"contentMediaType": "application/json", "contentSchema": sent if numbered else {"anyOf": [sent, failed]}}
-    data = {"type": "string", **(json if numbered else {"anyOf": [{"const": "[DONE]"}, json]})}
+    json: dict[str, Any] = {"contentMediaType": "application/json"}
+    if kind is ResponseRequest:  # an error is an event like the others
+        data = {"type": "string", **json, "contentSchema": _object({"type": {}, "sequence_number": {}})}
+    else:
+        chunk = _object({field: {} for field in ("id", "object", "created", "model", "choices")})
+        json["contentSchema"] = {"anyOf": [chunk, {"$ref": REFERENCE + "Error"}]}
+        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, json]}
     return {**_object({"event": {"type": "string"}, "data": data}), "required": ["data"]}
 
 
