@@ -16,7 +16,7 @@ from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, section
 from freeexport.conversion.convert import build_and_test, convert
 from freeexport.conversion.options import ConvertOptions, Verify
-from freeexport.measure.exit_verdict import bundle_verdict
+from freeexport.costs.verdict import bundle_verdict
 from freeexport.system.page import human_bytes
 from freeexport.verification.checks import greedy_line, quality_line, sentence_of
 from freeexport.verification.engines import FULL, QUICK

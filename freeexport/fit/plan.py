@@ -25,21 +25,22 @@ from freeexport.checkpoints.exit_file import LossName, Tune
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.packed_exit import misfit, read_packed, ready_made, weights_sha256
 from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.costs.bytes import step_bytes
+from freeexport.costs.verdict import PAYS, break_even_text
 from freeexport.fit.paper import repeated
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.fit.splits import write
-from freeexport.measure.byte_model import row_share
 from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.sources import reference_of
 from freeexport.measure.timing import load_note, other_load
 from freeexport.metrics import MetricError, check_name, metric_of
 from freeexport.system.child import run_child
 from freeexport.system.jsonl import Request
-from freeexport.system.machine import kernel_instructions, multiplies_bfloat16
+from freeexport.system.machine import multiplies_bfloat16
 from freeexport.system.progress import duration
 from graphs.description import Description, Encoder
 from graphs.families import describe
-from graphs.step_costs import analytic
+from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import ExitInput, Precision
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
@@ -51,8 +52,6 @@ DEPTHS = {"hard": 0.5, "usual": 3.5, "easy": 6.0}
 # for them to gain by depth, as the model's own weights are trained before.
 FEATURE_RATES = {"hard": 0.2, "usual": 0.7, "easy": 0.85}
 OWN_LAYERS = (1, 2)  # of the exit
-MAX_PENDING = 16  # convert's default
-PAYS = 1.05  # the usual speed-up of a request from which on training is worth its time
 # A prompt's token costs this share of a decoded one: many share a read of the weights. A position of an encoder of
 # speech costs less where the decoder has more weights than the encoder (Whisper base in int8: 1/20).
 PROMPT = 1 / 8
@@ -219,14 +218,13 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
     """
     checkpoint = open_checkpoint(options.model)
     description = describe(checkpoint.config, checkpoint)
-    layers, costs = len(description.decoder.layers), analytic(description, checkpoint)
+    layers, costs = len(description.decoder.layers), step_bytes(description, checkpoint)
     if layers < 2:
         raise OptionError(f"{checkpoint.name} has one decoder layer, and an exit needs at least two; use convert")
     parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     converting = CONVERTING + parameters / CONVERTED
     with other_load() as load:
-        # A byte a weight in 8 bits.
-        rate = REACHED * bandwidth_of(options.threads or usable_cores()) / ((layers * costs.layer + costs.head) / 4)
+        rate = REACHED * bandwidth_of(options.threads or usable_cores()) / (layers * costs.layer + costs.head)
         plan = Plan(checkpoint.name, layers, as_stored(checkpoint), rate, 0.0, {"convert": converting})
         if options.data is None:
             plan = replace(plan, why="there are no data to train an exit on", ready_made=ready_exit(checkpoint))
@@ -237,7 +235,7 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
             examples = encode(lines[::step], form, options.data)[0]
             texts = replace(_texts(examples), share=PROMPT)
             if form.speech is not None:
-                share = 4 * _encoder_weights(description, checkpoint) / (layers * costs.layer + costs.head)
+                share = _encoder_weights(description, checkpoint) / (layers * costs.layer + costs.head)
                 texts = replace(texts, most=min(texts.most, form.limit), share=PROMPT * share, speech=True)
             plan = replace(plan, texts=texts, exit=best_exit(checkpoint, description, examples, options.paper))
             plan = _with_times(options, plan, converting, parameters, description.vocab_size, len(lines))
@@ -333,9 +331,7 @@ def best_exit(
             f"{checkpoint.name} has an exit of its own already; give the checkpoint that it was trained on, or use "
             "convert and calibrate"
         )
-    layers, costs = len(description.decoder.layers), analytic(description, checkpoint)
-    further = row_share("int8", kernel_instructions())  # of the first row's cost
-    costs = replace(costs, growth={rows: 1 + further * (rows - 1) for rows in costs.growth})
+    layers, costs = len(description.decoder.layers), step_bytes(description, checkpoint)
     vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
     places: list[tuple[ExitInput, int, int]] = [
         ("state", layer, own) for layer, own in product(range(1, layers), OWN_LAYERS) if layer + own <= layers
@@ -345,7 +341,7 @@ def best_exit(
         places.append(("feature", 1 if description.encoder is None else 0, 1))
     for (reads, layer, own), (size, covered) in product(places, vocabularies):
         share, passed = 1.0 if size is None else (size + 1) / description.vocab_size, (layer + own) / layers
-        at = costs.at(layer, layers, own, share, 2 if reads == "feature" else 1)
+        at = costs.at(layer, layers, own, share, reads)
         by_depth = {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
         rates = {name: covered * rate for name, rate in (FEATURE_RATES if reads == "feature" else by_depth).items()}
         speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
@@ -416,7 +412,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         rows["training"] = f"none: {plan.why}; mode lossless drafts {plan.drafts}, with every token equal"
     else:
         known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
-        even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"
+        even = break_even_text(found.break_even, "bytes")
         reads = ", which read the deep decoder's feature" if found.input == "feature" else ""
         place = f"after layer {found.layer}" if found.layer else "before layer 1"
         rows["exit"] = f"{place} of {plan.layers}, with {found.own} layer(s) of its own{reads}{known}: {even}"

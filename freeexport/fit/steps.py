@@ -24,11 +24,11 @@ from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
+from freeexport.costs.verdict import Verdict
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
 from freeexport.fit.plan import FitOptions, Plan, describe_plan, least_lines, make_plan
 from freeexport.measure.evaluate import Story, evaluate, write
-from freeexport.measure.exit_verdict import Verdict
 from freeexport.measure.quality import Row
 from freeexport.measure.settings import RUN, EvaluateOptions, Method
 from freeexport.measure.table import Sheet

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
-from freeexport.measure.byte_model import token_bytes
+from freeexport.costs.bytes import token_bytes
 from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.table import Sheet, environment, plus_minus, sheet
 from freeexport.measure.timing import interleave, load_note, other_load, spread

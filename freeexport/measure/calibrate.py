@@ -13,9 +13,10 @@ import numpy as np
 
 from freeexport import __version__
 from freeexport.checkpoints.examples import read_examples
+from freeexport.costs.bytes import known_costs
+from freeexport.costs.verdict import ExitFacts, Verdict, basis_of, verdict, why_never
 from freeexport.measure import timing
 from freeexport.measure.costs import measured_costs
-from freeexport.measure.exit_verdict import ExitFacts, Verdict, verdict, why_never
 from freeexport.measure.sources import collect, fitting_prompts, reference_of
 from freeexport.measure.threshold import (
     Choice,
@@ -33,6 +34,7 @@ from runtime.bundle.costs import Costs, recordable
 from runtime.bundle.manifest import Manifest
 from runtime.errors import CalibrationError
 from runtime.machine.device import Device
+from runtime.machine.machine import costs_here
 from runtime.options import Mode
 
 # Fewer say nothing about a threshold.
@@ -76,6 +78,7 @@ class Calibrated:
 
     @property
     def break_even(self) -> float | None:
+        """The exit rate from which on exits pay; None where they never do."""
         return self.costs.break_even(self.manifest.max_pending)
 
     @property
@@ -96,7 +99,7 @@ class Calibrated:
                 break_even=self.break_even,
                 speedup=self.chosen.speedup(self.costs),
                 measured=None if self.speeds is None else self.speeds[1] / self.speeds[0],
-                basis="measured" if self.costs.trusted else "busy",
+                basis=basis_of(self.costs),
                 heavy_head=self.costs.head > self.costs.shallow_without_head,
                 data=self.data,
             )
@@ -117,7 +120,9 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
         check_enough(traces, options.rule)
         fitting = fitting_prompts(session, requests)
         prompts = [ids for _, ids in fitting]
-        costs, outputs = measured_costs(session, prompts, traces.mean_length), None
+        timed = measured_costs(session, prompts, traces.mean_length)
+        costs = known_costs(session.bundle, timed, costs_here(session.manifest, session.threads)) or timed
+        outputs = None
         if options.rule.needs_outputs:
             # Against the data's references where every line has one.
             found = [reference for request, _ in fitting if (reference := reference_of(request)) is not None]
@@ -125,6 +130,8 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
             outputs = DecodedOutputs(session, prompts, targets, options.max_new_tokens)
         choice = choose(traces, options.rule, outputs)
         result = explained(choice, model, session.manifest, traces, costs, options.rule, str(data))
+        if not timed.trusted:
+            result = replace(result, notes=(*result.notes, busy_note(timed, costs)))
         return _timed(session, prompts[:PROMPTS], result, options) if options.rounds else result
 
 
@@ -178,12 +185,17 @@ def explained(
         costs=recordable(costs),
         created_with={"freeexport": __version__, "python": platform.python_version()},
     )
-    busy = (
-        f"other processes kept {costs.busy:.1f} cores busy while the engines were timed: predictions are uncertain, "
-        "the threshold does not depend on them"
+    return Calibrated(calibration, path, manifest, traces, costs, replays[threshold], data, caught, notes=choice.notes)
+
+
+def busy_note(timed: Costs, used: Costs) -> str:
+    """Say that the times of a busy machine predict nothing, and what does."""
+    instead = "the times that convert took" if used.measured else "the bytes that are read"
+    instead = "them all the same, which is uncertain" if used is timed else instead
+    return (
+        f"other processes kept {timed.busy:.1f} cores busy while the engines were timed: speeds are predicted by "
+        f"{instead}; the threshold does not depend on them"
     )
-    notes = (*choice.notes, *([] if costs.trusted else [busy]))
-    return Calibrated(calibration, path, manifest, traces, costs, replays[threshold], data, caught, notes=notes)
 
 
 def _timed(session: ReplaySession, prompts: Sequence[Any], result: Calibrated, options: CalibrateOptions) -> Calibrated:

@@ -14,8 +14,8 @@ import numpy as np
 
 from freeexport import __version__
 from freeexport.checkpoints.examples import DataError, read_examples
-from freeexport.measure.byte_model import CALL_BYTES, calls_of, row_share
-from freeexport.measure.exit_verdict import Verdict
+from freeexport.costs.bytes import CALL_BYTES, calls_of, row_share
+from freeexport.costs.verdict import Verdict
 from freeexport.measure.plot import quality_speed
 from freeexport.measure.quality import Row, curves_of, rows_of, verdicts
 from freeexport.measure.settings import (

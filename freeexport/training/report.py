@@ -13,6 +13,7 @@ import click
 import psutil
 from transformers import TrainerCallback
 
+from freeexport.costs.verdict import trained_verdict
 from freeexport.system.machine import keep_freed_memory
 from freeexport.system.progress import duration, progress
 from freeexport.training.trainer import AGREEING, ENDLESS, Clock
@@ -23,8 +24,6 @@ from runtime.json_file import parse_json
 LEAST_LEFT = 0.25  # of the machine's memory
 PLANNED_AFTER = 5  # steps, whose speed the plan is made from
 FEW_STEPS = 100  # the recipes of tools/models take 400 and more
-_MAX_PENDING = 8  # tokens of a sync pass, as convert's default
-_PAYS = 1.05
 _LOST = 0.02  # a rise of the whole model's loss that a verdict names
 
 
@@ -189,20 +188,6 @@ def plan(
     return lines
 
 
-def prospect(costs: Costs, exit_layer: int, layers: int) -> str:
-    """Say in one line what the exit can bring at all, by the bytes of weights that tokens read."""
-    most, even = costs.speedup(1.0, _MAX_PENDING), costs.break_even(_MAX_PENDING)
-    if even is None:
-        return (
-            f"warning: an exit after layer {exit_layer} of {layers} cannot pay: all tokens exiting would give "
-            f"{most:.2f}x; choose an earlier --exit-layer"
-        )
-    return (
-        f"exit after layer {exit_layer} of {layers}: pays once {even:.0%} of the tokens exit, {most:.1f}x if all did "
-        "(by bytes of weights read)"
-    )
-
-
 def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> list[str]:
     """Sentences about an exit, from the evaluations before training (empty where unknown) and of the best step."""
     start = before or after
@@ -218,16 +203,8 @@ def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> 
             f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model as it is with --tune exit"
         )
     share = after["eval_oracle_exits"]
-    speed, even = costs.speedup(share, _MAX_PENDING), costs.break_even(_MAX_PENDING)
     if before and share <= before["eval_oracle_exits"] and after["eval_agreement"] <= before["eval_agreement"]:
         lines.append("verdict: training made no better exit; train longer, or with another --learning-rate")
-    elif speed >= _PAYS:
-        lines.append(f"verdict: the exit can pay, up to {speed:.2f}x by bytes of weights; calibrate to find out")
-    elif even is None:
-        lines.append("verdict: this exit cannot pay however often tokens exit; choose an earlier --exit-layer")
     else:
-        lines.append(
-            f"verdict: the exit does not pay yet: {share:.0%} of the tokens could exit, {even:.0%} must; train longer, "
-            "choose a later --exit-layer, or decode in mode lossless"
-        )
+        lines.append(f"verdict: the exit {trained_verdict(costs, share)}")
     return lines

@@ -85,12 +85,12 @@ def _train(
     model: str, out: Path, options: TrainingOptions, generate: Generate | None, directory: Path, process: Any
 ) -> Trained:
     from freeexport.checkpoints.checkpoint import open_checkpoint
+    from freeexport.costs.bytes import step_bytes
+    from freeexport.costs.verdict import prospect
     from freeexport.training.batches import described, examples
     from freeexport.training.exit_start import chosen_tokens
-    from freeexport.training.report import prospect
     from freeexport.training.trainer import output_metric
     from freeexport.training.tuning import trainable
-    from graphs.step_costs import analytic
 
     writer = process.is_main_process
     with process.main_process_first():
@@ -106,8 +106,9 @@ def _train(
         share = (len(tokens) + 1) / description.vocab_size
         covered = f"{vocabulary.covered:.2%} of those in the training targets"
         lines.append(f"exit vocabulary: {len(tokens)} of {description.vocab_size} tokens, {covered}")
-    inputs = 1 if options.exit_input == "state" else 2
-    costs = analytic(description, checkpoint).at(options.exit_layer, layers, options.exit_layers, share, inputs)
+    costs = step_bytes(description, checkpoint).at(
+        options.exit_layer, layers, options.exit_layers, share, options.exit_input
+    )
     if writer:
         if options.loss != "deep-ce":
             lines.append(prospect(costs, options.exit_layer, layers))

@@ -13,6 +13,7 @@ import pytest
 from checkpoints import BY_NAME, TEXTS, Bundles, Case
 from command_line import error, invoke, succeed
 
+from freeexport.costs.bytes import bundle_costs
 from freeexport.measure import calibrate as calibrating
 from freeexport.measure import sources, timing
 from freeexport.measure.sources import check_unknown, unknown_of_bundle
@@ -81,10 +82,13 @@ def test_times_of_a_busy_machine_are_printed_and_marked(
     answer = calibrated(*given)
     assert 0 < answer["threshold"] < 1
     assert all(row["predicted_speedup"] for row in answer["table"])
-    assert answer["costs"]["busy"] == 1.3
-    assert any("1.3 cores busy" in note for note in answer["notes"])
+    assert answer["costs"] is None
+    assert any("1.3 cores busy" in note and "predicted by the bytes" in note for note in answer["notes"])
+    even = bundle_costs(Bundle.open(path))
+    assert even is not None
+    assert answer["break_even"] == even.break_even(Bundle.open(path).manifest.max_pending)
     page = " ".join(invoke("calibrate", *given, "--max-new-tokens", 12).stdout.split())
-    assert "others kept 1.3 cores busy" in page
+    assert "bytes that are read" in page
     assert "from round to round" in page
 
 
