@@ -28,6 +28,7 @@ from freeexport.measure.threshold import (
     sequences_needed,
 )
 from freeexport.measure.traces import Replay, ReplaySession, Traces, replay
+from freeexport.system.load import load_note, other_load
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.bundle.costs import Costs, recordable
@@ -209,7 +210,7 @@ def _timed(session: ReplaySession, prompts: Sequence[Any], result: Calibrated, o
         stats = session.generate(prompt, mode=mode, threshold=threshold, max_new_tokens=most).stats
         return stats.candidates, stats.seconds - stats.encode_seconds - stats.prefill_seconds
 
-    with timing.other_load() as load:
+    with other_load() as load:
         full, *speeds = timing.speeds(settings, prompts, options.rounds, decode).T
     known = {at: speed for at, speed in zip(settings[1:], speeds, strict=True) if np.isfinite(speed).all()}
     ratio = {at: float(np.median(speed / full)) for at, speed in known.items()}
@@ -220,5 +221,5 @@ def _timed(session: ReplaySession, prompts: Sequence[Any], result: Calibrated, o
         result,
         calibration=replace(result.calibration, table=table),
         speeds=(float(np.median(full)), float(np.median(known[chosen]))) if chosen in ratio else None,
-        notes=(*result.notes, spread, *filter(None, [timing.load_note(load.cores)])),
+        notes=(*result.notes, spread, *filter(None, [load_note(load.cores)])),
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from runtime.json_file import parse_json
 LEAST_LEFT = 0.25  # of the machine's memory
 PLANNED_AFTER = 5  # steps, whose speed the plan is made from
 FEW_STEPS = 100  # the recipes of tools/models take 400 and more
-_LOST = 0.02  # a rise of the whole model's loss that a verdict names
+_LOST = 0.02  # a rise of the whole model's loss that counts
+RISES = 2  # evaluations in a row with a rise that end a run
 
 
 class DivergedError(FreeExportError):
@@ -102,6 +105,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._log.write(state.global_step, values, int(self.trainer.tokens_seen), self._clock.elapsed)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        deep = [entry["eval_deep_loss"] for entry in state.log_history if "eval_deep_loss" in entry]
+        rises = rising(deep) and not control.should_training_stop
+        control.should_training_stop |= rises
         if self._log is None:
             return
         metrics, chosen = others["metrics"], args.metric_for_best_model
@@ -109,6 +115,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         names += [name for name in ("eval_deep_loss", chosen) if name not in (*names, "eval_loss")]
         shown = (f"{name.removeprefix('eval_').replace('_', ' ')} {metrics[name]:.3f}" for name in dict.fromkeys(names))
         click.echo(f"step {state.global_step}: {', '.join(shown)}", err=True)
+
+        if rises:
+            click.echo(
+                f"stopped: the whole model's loss rose at {RISES} evaluations in a row, from {min(deep):.3f} to "
+                f"{deep[-1]:.3f}; the best weights are kept; lower --learning-rate, or leave the model as it is with "
+                "--tune exit",
+                err=True,
+            )
 
     def _now(self, state: Any) -> float:
         return float(int(self._clock.elapsed)) if self._timed else float(state.global_step)
@@ -186,6 +200,12 @@ def plan(
         more = "a longer --time-limit or a smaller --batch-tokens" if fitting < end else "more --steps or --epochs"
         lines.append(f"warning: an exit hardly learns in {steps} steps; give it {FEW_STEPS} or more: {more}")
     return lines
+
+
+def rising(losses: Sequence[float]) -> bool:
+    """Whether each of the last RISES losses is above the one before, and the last above the lowest."""
+    last = losses[-RISES - 1 :]
+    return len(last) > RISES and all(a < b for a, b in pairwise(last)) and last[-1] > (1 + _LOST) * min(losses)
 
 
 def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> list[str]:

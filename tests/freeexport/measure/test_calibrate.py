@@ -15,9 +15,10 @@ from command_line import error, invoke, succeed
 
 from freeexport.costs.bytes import bundle_costs
 from freeexport.measure import calibrate as calibrating
-from freeexport.measure import sources, timing
+from freeexport.measure import sources
 from freeexport.measure.sources import check_unknown, unknown_of_bundle
 from freeexport.measure.traces import Traces, trace_of
+from freeexport.system.load import OtherLoad
 from runtime import Bundle, Session
 from runtime.bundle.calibration import read_calibration
 from runtime.bundle.costs import Costs
@@ -77,7 +78,7 @@ def test_times_of_a_busy_machine_are_printed_and_marked(
 ) -> None:
     path = copied(T5)
     monkeypatch.setattr(calibrating, "measured_costs", lambda *given: replace(PAYS, busy=1.3))
-    monkeypatch.setattr(timing.OtherLoad, "so_far", lambda load: 1.3)
+    monkeypatch.setattr(OtherLoad, "so_far", lambda load: 1.3)
     given = (path, "--data", data, "--agreement", 0.2, "--rounds", 1, "--samples", 12)
     answer = calibrated(*given)
     assert 0 < answer["threshold"] < 1
