@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from freeexport import __version__
@@ -16,7 +17,7 @@ from freeexport.checkpoints.examples import read_examples
 from freeexport.costs.bytes import known_costs
 from freeexport.costs.verdict import ExitFacts, Verdict, basis_of, verdict, why_never
 from freeexport.measure import timing
-from freeexport.measure.costs import measured_costs
+from freeexport.measure.costs import SECONDS, measured_costs
 from freeexport.measure.sources import collect, fitting_prompts, reference_of
 from freeexport.measure.threshold import (
     Choice,
@@ -29,6 +30,7 @@ from freeexport.measure.threshold import (
 )
 from freeexport.measure.traces import Replay, ReplaySession, Traces, replay
 from freeexport.system.load import load_note, other_load
+from freeexport.system.progress import duration
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.bundle.costs import Costs, recordable
@@ -38,6 +40,9 @@ from runtime.machine.device import Device
 from runtime.machine.machine import costs_here
 from runtime.options import Mode
 
+# Decodings at some thresholds, where a rule compares outputs, in those of a trace, for which both decoders run at
+# every token.
+OUTPUTS = 3
 # Fewer say nothing about a threshold.
 LEAST_TOKENS = 50
 TABLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -117,7 +122,13 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
     _check_sequences(len(requests), options.rule)  # before long work
     with ReplaySession(model, threads=options.threads, device=options.device) as session:
         cache = beside.with_name(f"{beside.name}.traces.jsonl")
-        traces = collect(session, data, requests, cache, options.max_new_tokens)
+
+        def estimate(each: float, left: int) -> None:
+            outputs = OUTPUTS * len(requests) if options.rule.needs_outputs else 0
+            seconds = each * (left + outputs) + SECONDS
+            click.echo(f"about {duration(seconds)} for {len(requests)} sequences", err=True)
+
+        traces = collect(session, data, requests, cache, options.max_new_tokens, estimate)
         check_enough(traces, options.rule)
         fitting = fitting_prompts(session, requests)
         prompts = [ids for _, ids in fitting]

@@ -57,10 +57,14 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
 
 
 def examples(
-    checkpoint: Checkpoint, description: Description, options: TrainingOptions, generate: Generate | None = None
+    checkpoint: Checkpoint,
+    description: Description,
+    options: TrainingOptions,
+    generate: Generate | None = None,
+    check: bool = True,
 ) -> tuple[list[Example], list[Example], list[str]]:
     """Training and validation examples, and what is to be said about those that were cut or left out, or that the
-    tokenizer cannot write. `generate` is for options with `self_distill`.
+    tokenizer cannot write. `generate` is for options with `self_distill`. `check`: see `unwritable`.
 
     Raises DataError for a broken line and for too few examples, CheckpointError where there is no tokenizer.
     """
@@ -70,14 +74,16 @@ def examples(
     training = read_examples(options.data, need_target=needed)
     if len(training) < 2:
         raise DataError(f"{options.data} has one example; give at least two")
+    given = [(options.data, training)]
     if options.validation is None:
         training, validation = split(training, VALIDATION_SHARE, options.data)
     else:
         validation = read_examples(options.validation, need_target=needed)
+        given.append((options.validation, validation))
     sets = (options.data, training), (options.validation or options.data, validation)
     notes: list[str | None] = []
     if options.self_distill is None:
-        notes = [unwritable(requests, form, path) for path, requests in sets]
+        notes = [unwritable(requests, form, path) for path, requests in given if check]
         encoded = [encode(requests, form, path) for path, requests in sets]
     else:
         assert generate is not None

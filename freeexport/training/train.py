@@ -197,7 +197,7 @@ def step_speed(model: str, options: TrainingOptions, directory: Path, seconds: f
         keep_freed_memory()
     checkpoint = open_checkpoint(model)
     description = described(checkpoint, options)
-    training, validation, _ = examples(checkpoint, description, options)
+    training, validation, _ = examples(checkpoint, description, options, check=False)
     tokens = chosen_tokens(checkpoint, description, options, training)[0] if options.exit_vocab else None
     tuning = trainable(model, checkpoint, description, options, training, validation, tokens, directory / "states")
     arguments = training_arguments(options, directory, tuning.lengths[0], resumed=True)
@@ -211,7 +211,7 @@ def step_speed(model: str, options: TrainingOptions, directory: Path, seconds: f
             control.should_training_stop |= len(marks) > 1 and marks[-1][0] - marks[0][0] > seconds
 
     trainer = ExitTrainer(tuning, arguments, options, Clock(None), [Timer()])
-    trainer.run(None)
+    trainer.train()
     return better_half(marks)
 
 

@@ -277,3 +277,24 @@ def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
     found = {packed.name: misfit(packed, model, sha256) for packed, _ in map(read_packed, ready_made())}
     assert found == {"smollm2-chat": None, "smollm2-extraction": None}
     assert all(path.stat().st_size < MOST_BYTES for path in ready_made())
+
+
+def test_convert_names_the_exits_that_fit(
+    checkpoint: Directory, trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = {name: tmp_path / f"{name.replace(' ', '-')}.safetensors" for name in ("layers", "t5 layers")}
+    for name, path in packed.items():
+        pack(str(trained(name)), path, path.stem, **FACTS)
+    monkeypatch.setattr(packed_exit, "ready_made", lambda: sorted(packed.values()))
+    model, out = checkpoint(LLAMA), tmp_path / "out"
+    [found] = packed_exit.fitting_exits(open_checkpoint(str(model)))
+    assert found.name == "layers"
+    assert packed_exit.fitting_exits(open_checkpoint(str(trained("layers")))) == []
+    result = succeed("convert", model, out, "--verify", "none")
+    lines = result.stdout.splitlines()
+    assert lines[-1] == (
+        "exits that come along and fit these weights: layers; with one of them: "
+        f"freeexport convert {model} {out} --exit layers --overwrite"
+    )
+    result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", packed["layers"])
+    assert "exits that come along" not in result.stdout

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,3 +217,22 @@ def test_rules_that_decode_show_quality(copied: Bundles, data: Path, rule: tuple
     decoded = [row for row in answer["table"] if row["quality"] is not None]
     assert decoded
     assert all(0 <= row["quality"] <= 1 for row in decoded)
+
+
+def test_the_time_of_all_sequences_is_told_after_the_first(
+    copied: Bundles, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, made = copied(T5), list[int]()
+    trace = sources.trace_of
+
+    def slow(*given: Any) -> Traces:
+        made.append(1)
+        return trace(*given)
+
+    now = iter(range(0, 10**6, 30))
+    monkeypatch.setattr(sources, "trace_of", slow)
+    monkeypatch.setattr(sources, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    result = succeed("calibrate", path, "--data", data, "--samples", 12, "--max-new-tokens", 12)
+    # Three sequences took 30 s, and nine are left; then the engines are timed.
+    assert "about 98 s for 12 sequences" in result.stderr
+    assert len(made) == 12
