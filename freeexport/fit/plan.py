@@ -78,6 +78,7 @@ CONVERTING, CONVERTED = 45, 1.5e6
 ACTIVATIONS, LOGITS = 2 << 30, 32  # the latter for each token of the vocabulary
 FEW_STEPS = 100  # with which an exit hardly learns
 STEPS, BATCH_TOKENS = 5, 2048  # that are timed, the first aside, in two halves
+SPEED_SECONDS = 60  # of the speed that is measured where there are no data, at most
 LEAST_BATCH = 256  # tokens, where the budget is too small for more
 RECORDINGS = 6  # of a batch of speech
 
@@ -261,7 +262,7 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
             precision=stored,
             rate=bandwidth / (layers * costs.layer * LAYER_BITS[stored] / 8 + costs.head),
             busy=0.0,
-            seconds={"convert": converting},
+            seconds={"convert": converting, "speed": SPEED_SECONDS},
             has_exit=checkpoint.exit is not None and checkpoint.exit.trained,
             ready_made=tuple(packed.name for packed in ready_made),
         )
@@ -506,7 +507,8 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         reads = ", which read the deep decoder's feature" if found.input == "feature" else ""
         place = f"after layer {found.layer}" if found.layer else "before layer 1"
         place = f"goes on with the checkpoint's, {place}" if found.begun else place
-        rows["exit"] = f"{place} of {plan.layers}, with {found.own} layer(s) of its own{reads}{known}: {even}"
+        own = f", with {found.own} layer(s) of its own" if found.own else ""
+        rows["exit"] = f"{place} of {plan.layers}{own}{reads}{known}: {even}"
         rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())
         rows["tokens that exit"] = f"{rates}, by what such exits reached on other tasks"
         for name, speed_of in (("a token", float), ("a request", texts.request)):

@@ -29,7 +29,7 @@ from freeexport.conversion.options import ConvertOptions
 from freeexport.costs.verdict import Verdict
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
-from freeexport.fit.plan import FitOptions, Plan, describe_plan, least_lines, make_plan
+from freeexport.fit.plan import SPEED_SECONDS, FitOptions, Plan, describe_plan, least_lines, make_plan
 from freeexport.measure.bench import bench_prompts
 from freeexport.measure.evaluate import Story, evaluate, write
 from freeexport.measure.quality import Row, speed_interval
@@ -65,8 +65,8 @@ EVALUATIONS = 6  # of a training
 # Thresholds that an evaluation shows beside the calibrated one; they choose nothing.
 CURVE = (0.8, 0.95)
 TRAINED, GIVEN = "trained", "given"  # bundles: of what is trained, and of the model as it is given
-# Of the speed that is measured where there are no data: texts, tokens of each, rounds, and seconds at most.
-SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS, SPEED_SECONDS = 4, 64, 5, 60
+# Of the speed that is measured where there are no data: texts, tokens of each, and rounds at most.
+SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 4, 64, 5
 # Lines of commands that say what to do next, which is done here.
 UNASKED = ("next:", "does not pay:", "note: exit after layer")
 

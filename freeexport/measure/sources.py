@@ -40,7 +40,7 @@ def collect(
     estimate: Callable[[float, int], None] = lambda each, left: None,
 ) -> Traces:
     """Traces of the requests that fit, of at most `most` tokens: those in the file `cache` are taken from there, the
-    others are added to it. After FIRST of them `estimate` gets the seconds of one, and how many are left."""
+    others are added to it. After FIRST of more `estimate` gets the seconds of one, and how many are left."""
     manifest = session.manifest
     depends = {"model": engines_hash(manifest), "data": sha256_of(data), "exit_layer": manifest.exit_layer}
     known = TraceCache(cache, {**depends, "confidence": manifest.confidence, "max_new_tokens": most})
@@ -52,7 +52,7 @@ def collect(
             for done, (request, prompt) in enumerate(fitting, 1):
                 known.add(trace_of(session, request.line_number, prompt, most))
                 advance()
-                if done == min(FIRST, len(fitting)):
+                if done == FIRST < len(fitting):
                     estimate((time.monotonic() - began) / done, len(fitting) - done)
     found = [known.get(request.line_number) for request in requests]
     return Traces.joined([trace for trace in found if trace is not None])

@@ -108,6 +108,11 @@ def _train(
         share = (len(tokens) + 1) / description.vocab_size
         covered = f"{vocabulary.covered:.2%} of those in the training targets"
         lines.append(f"exit vocabulary: {len(tokens)} of {description.vocab_size} tokens, {covered}")
+    if begun.exit is not None and begun.exit.trained and begun.exit.exit_layer != options.exit_layer:
+        lines.append(
+            f"note: {checkpoint.name} was trained for an exit after layer {begun.exit.exit_layer}; OUT has another, "
+            f"after layer {options.exit_layer}"
+        )
     costs = step_bytes(description, checkpoint).at(
         options.exit_layer, layers, options.exit_layers, share, options.exit_input
     )

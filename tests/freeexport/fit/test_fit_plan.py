@@ -70,6 +70,7 @@ def test_an_exit_reads_the_feature_where_that_is_fastest(
     )
     assert "deep-ce" in joint
     assert "--exit-layers" not in joint
+    assert alone[1] == joint[2]  # on the weights that were kept
     assert alone[alone.index("--exit-input") + 1] == "feature"
     compared = planned(options(name, paper=True, budget=4000.0)).exit
     assert compared is not None
@@ -78,7 +79,7 @@ def test_an_exit_reads_the_feature_where_that_is_fastest(
 
 def test_without_data_nothing_is_trained(options: Options) -> None:
     found = planned(options(data=None))
-    assert (found.exit, found.training, list(found.seconds)) == (None, None, ["convert"])
+    assert (found.exit, found.training, list(found.seconds)) == (None, None, ["convert", "speed"])
     assert "mode lossless drafts from the text" in dict(describe_plan(options(data=None), found))["training"]
 
 

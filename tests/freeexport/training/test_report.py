@@ -165,6 +165,13 @@ def test_a_run_stops_when_the_loss_of_the_whole_model_rises(
     assert result.verdict == ("kept: the weights from before training, as no evaluation was better by loss",)
 
 
+def test_an_exit_that_is_given_up_for_another_is_named(
+    good: str, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(good, tmp_path / "out", run_options(words, steps=1, exit_layer=1))
+    assert "was trained for an exit after layer 2; OUT has another, after layer 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("losses", "rises"),
     [
