@@ -335,7 +335,7 @@ class Sequence(Response):
 
     def best(self) -> list[GenerationResult]:
         """Results of the continuations that came to their end, best first."""
-        done = [result for result in self.results if result.complete]
+        done = [result for result in self.results if not result.interrupted]
         if self.options.num_beams > 1:
             return done
         return sorted(done, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
@@ -365,7 +365,7 @@ class Sequence(Response):
                     self.token_times.append(self.times)
                 if self._prefix is not None:
                     self._prefix.keep(decoder.runners, decoder.slot, [token.id for token in self.tokens])
-                if not self.results[-1].complete:
+                if self.results[-1].interrupted:
                     return
         finally:
             self.model.thresholds.learn(self._labels)

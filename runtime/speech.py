@@ -198,7 +198,7 @@ class Transcriber:
                 for name in ("seconds", "encode_seconds", "prefill_seconds", "shallow_seconds", "deep_seconds"):
                     setattr(result.stats, name, getattr(result.stats, name) + getattr(other, name))
             parts.append(result)
-            if not result.complete:
+            if result.interrupted:
                 break
             size = min(self._frames, total - place)
             nats = _mean(result)
@@ -260,7 +260,7 @@ class Transcriber:
             unlikely = wanted is not None and nats is not None and nats < wanted
             if unlikely and options.no_speech_threshold is not None and quiet is None:
                 quiet = self._probe(prompt.sound, options, decode)[1]
-            if not result.complete or _silent(options, quiet, nats) or not (repeats or unlikely):
+            if result.interrupted or _silent(options, quiet, nats) or not (repeats or unlikely):
                 break
             if temperature != temperatures[-1]:
                 prompt.sound.spent.append(result.stats)
@@ -295,8 +295,7 @@ class Transcriber:
     ) -> GenerationResult:
         """The result of all windows, of whose text the silent have none."""
         stats = Stats.joined([part.stats for part in parts])
-        done = all(part.complete for part in parts)
-        unfinished = [] if done else [self._text(parts[-1].token_ids)]
+        unfinished = [self._text(parts[-1].token_ids)] if parts[-1].interrupted else []
         return GenerationResult(
             text="".join([segment.text for segment in segments] + unfinished).strip(),
             token_ids=tuple(token for part in parts for token in part.token_ids),

@@ -64,7 +64,7 @@ class Generation:
             limit = "the request's deadline" if status == 408 else "the server's limit"
             passed = f"{limit} of {seconds:g} s passed after {len(result.token_ids)} tokens"
             raise ApiError(status, f"{passed}; ask for fewer, or later", "deadline_exceeded")
-        if not result.complete:
+        if result.interrupted:
             raise draining()  # the session was closed: a client that left is not told
         return result
 

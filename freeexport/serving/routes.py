@@ -154,7 +154,7 @@ class Endpoints:
             record.results = [result]
             if result.finish_reason == "deadline":
                 raise ApiError(504, f"the server's limit of {options.deadline:g} s passed", "deadline_exceeded")
-            if not result.complete:
+            if result.interrupted:
                 raise protocol.draining()
         except BaseException as error:
             return _failed(record, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -142,9 +143,10 @@ def test_parameters_are_off_by_the_rounding_to_8_bits(
 def test_the_command_applies_an_exit_and_verifies_it(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found by name; a bundle in fp32 is verified against the weights as they are in the file."""
+    """Found by name, merged without peft; a bundle in fp32 is verified against the weights as they are in the file."""
     monkeypatch.setattr(packed_exit, "READY_MADE", tmp_path)
     packed("lora")
+    monkeypatch.setitem(sys.modules, "peft", None)  # which training alone needs
     model, out = checkpoint(LLAMA), tmp_path / "bundle"
     done = succeed("convert", model, out, "--exit", "lora", "--capacity", "64")
     assert "verified: yes" in done.output
