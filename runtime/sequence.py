@@ -419,7 +419,7 @@ class Sequence(Response):
             text = () if self.model.encoder is None or self.sound is not None else self.ids.tolist()
             vocabulary = self.model.manifest.vocab_size
             sources = DraftSources(vocabulary, self.prompt.tolist(), text, predicted, own)
-        costs = learned.costs if self._exits or not self.model.own_layers else learned.without
+        costs = learned.costs if self._exits or not self.model.own_layers else learned.costs_without_exit
         drafts = Drafts(costs, acceptance, sources, self._exits)
         return lossless(decoder, self, threshold, room, drafts)
 
