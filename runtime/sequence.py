@@ -182,8 +182,6 @@ class Model:
             self._check_languages(prompt, src_lang=options.src_lang, tgt_lang=options.tgt_lang)
             tokens, sound, grammar = np.array(prompt.prefix, np.int64), prompt.sound, prompt.rules
         else:
-            if options.speech is not None:
-                raise OptionError(f"{options.speech} is for bundles that read speech, and this one reads text")
             tokens = self.encode(prompt, options.parse_special, None, options.src_lang, options.tgt_lang)
             grammar = self.grammar(options)
         asked = monotonic() if asked is None else asked
@@ -421,7 +419,7 @@ class Sequence(Response):
             text = () if self.model.encoder is None or self.sound is not None else self.ids.tolist()
             vocabulary = self.model.manifest.vocab_size
             sources = DraftSources(vocabulary, self.prompt.tolist(), text, predicted, own)
-        costs = learned.costs if self._exits or not self.model.own_layers else learned.without
+        costs = learned.costs if self._exits or not self.model.own_layers else learned.costs_without_exit
         drafts = Drafts(costs, acceptance, sources, self._exits)
         return lossless(decoder, self, threshold, room, drafts)
 

@@ -27,6 +27,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "machine": "bundle",
         "checks": "text",
         "options": "checks machine text",
+        "option_keywords": "options text",
         "result": "options",
         "metrics": "result",
         "adaptation": "bundle",
@@ -41,7 +42,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "scheduler": "sequence batching decoding engines adaptation",
         "stream": "scheduler sequence text result",
         "session": "speech stream scheduler batching sequence thresholds decoding tensorrt cuda engines adaptation "
-        "text bundle machine options result metrics",
+        "text bundle machine options option_keywords result metrics",
     },
     "freeexport": {
         "system": "",
