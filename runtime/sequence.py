@@ -31,6 +31,7 @@ from runtime.engines.prefix_store import Prefix, PrefixStore, hashes
 from runtime.engines.runner import Encoder
 from runtime.errors import BundleError, OptionError, PromptLengthError
 from runtime.json_file import read_object
+from runtime.kernels import prompt_differs
 from runtime.machine.device import Device
 from runtime.metrics import Observer
 from runtime.options import GenerationOptions, Mode, SessionOptions
@@ -77,6 +78,8 @@ class Model:
 
     def __post_init__(self) -> None:
         self.manifest, self.learned = self.bundle.manifest, LearnedDrafts(self.costs)
+        # Whether what a step leaves in the caches is what reading the same token with a prompt leaves there.
+        self.keeps_generated = self.manifest.kernels is not None and not prompt_differs()
         # Whether an exit's own layers read every row, and whether a request may go without: a prefix that they have
         # not read is none for one that needs them.
         self.own_layers = bool(self.manifest.exit_layers) and not self.manifest.exit_engine
@@ -361,7 +364,7 @@ class Sequence(Response):
                     self.close()
                     self.results.append(self.result)
                     self.token_times.append(self.times)
-                if self._prefix is not None:
+                if self._prefix is not None and self.model.keeps_generated:
                     self._prefix.keep(decoder.runners, decoder.slot, [token.id for token in self.tokens])
                 if self.results[-1].interrupted:
                     return
