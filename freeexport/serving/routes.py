@@ -119,7 +119,7 @@ class Endpoints:
             if isinstance(given, ResponseRequest):
                 reply = ResponseReply(session, name, asked, given)
             record.line |= {"id": reply.id, "model": name, "stream": asked.stream}
-            generation = await begin(session, asked, options.mode, options.deadline)
+            generation = await begin(session, self._service.trials[name], asked, options.mode, options.deadline)
             reply.prompts = generation.prompts
             record.line["prompt_tokens"] = sum(generation.prompts)
             if asked.stream:
