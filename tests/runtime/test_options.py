@@ -12,8 +12,9 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 
 from runtime.errors import OptionError
 from runtime.option_keywords import GenerationKeywords, SessionKeywords
@@ -154,12 +155,13 @@ JUNK = st.recursive(
 )
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("options", [GenerationOptions, SessionOptions, SpeechOptions])
 def test_any_value_is_an_option_or_refused(options: Any) -> None:
     names = [field.name for field in dataclasses.fields(options)]
 
     @given(st.dictionaries(st.sampled_from(names), JUNK, max_size=4))
-    @settings(max_examples=80, deadline=None)
+    @tries(80)
     def check(values: dict[str, Any]) -> None:
         with contextlib.suppress(OptionError):
             assert isinstance(options(**values), options)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import example, given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from profiles import tries
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import NEUTRAL, Costs
@@ -199,7 +199,7 @@ def test_free_writing_is_never_slower_than_0_97_of_full(name: str, found: float,
 @example(name="dear rows", texts=[(1.0, 0.125, 2)], tokens=100, known=False, seed=1)
 @example(name="dear rows", texts=[(1.0, 0.0, 3)] * 3, tokens=100, known=True, seed=0)
 @example(name="dear rows", texts=[(1.0, 1.0, 3), (1.0, 0.4, 5)], tokens=100, known=True, seed=0)
-@hypothesis_settings(max_examples=50, deadline=None)
+@tries(50)
 def test_no_text_whatever_matches_in_it_is_much_slower_than_full(
     name: str, texts: list[tuple[float, float, int]], tokens: int, known: bool, seed: int
 ) -> None:
@@ -217,7 +217,7 @@ def test_no_text_whatever_matches_in_it_is_much_slower_than_full(
     chances=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4),
     seed=st.integers(0, 1000),
 )
-@hypothesis_settings(max_examples=40, deadline=None)
+@tries(40)
 def test_an_exit_that_is_seldom_right_costs_little(name: str, chances: list[tuple[float, float]], seed: int) -> None:
     learned = learned_by()
     for sure, kept in chances:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from recording_engine import DEEP_TOKEN, LENGTH, alone, decoded, prompt_of
 from test_decode import decoder_of, drafted, full
 
@@ -159,7 +160,7 @@ def test_what_is_no_list_of_token_ids_is_refused_with_its_value(given: Any) -> N
     max_pending=st.integers(1, 8),
     limit=st.integers(1, 40),
 )
-@settings(max_examples=50)
+@tries(50)
 def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_the_caches(
     plans: list[tuple[int, int]], right: list[bool], agrees: list[bool], max_pending: int, limit: int
 ) -> None:
@@ -192,7 +193,7 @@ def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_t
     max_pending=st.integers(1, 9),
     limit=st.integers(1, 40),
 )
-@settings(max_examples=50)
+@tries(50)
 def test_text_behind_drafts_of_the_exit_gives_the_tokens_of_full_and_leaves_only_them_in_the_caches(
     confidences: list[float], right: list[bool], agrees: list[bool], max_pending: int, limit: int
 ) -> None:
