@@ -1,4 +1,4 @@
-"""Costs of a step at any exit layer, by the bytes of weights that it reads."""
+"""Estimates the costs of a step at any exit layer from the bytes of weights that it reads."""
 
 from __future__ import annotations
 
@@ -10,40 +10,61 @@ from graphs.weights import Weights
 from runtime.bundle.costs import Costs
 
 _SIZES = (1, 2, 4, 8, 16)  # rows of deep passes
-# A deep pass over 8 rows in float32 takes 1.9 times as long as one over 1 row (12 T5-base layers, 2 CPU cores).
+# In float32 a deep pass over 8 rows takes 1.9 times as long as over 1 (12 T5-base layers, 2 cores).
 _ROW_GROWTH = 0.9 / 7
 _FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """One decoder layer and the head, for one token, in any unit; `growth` is what a deep pass over k rows costs
-    relative to one row. `map`: a linear map [d, d], as before an exit's own layers."""
+    """Costs of parts of a step for one token, in any unit.
+
+    Attributes:
+        layer: One decoder layer.
+        head: The LM head.
+        growth: Cost of a deep pass over k rows, relative to one row.
+        map: A linear map [d, d], such as the input projection of an exit's layers.
+    """
 
     layer: float
     head: float
     growth: dict[int, float]
     map: float = 0.0
 
-    def at(self, exit_layer: int, layers: int, own: int = 0, share: float = 1.0, inputs: int = 1) -> Costs:
-        """Costs, in the same unit, of a model of `layers` layers that exits after `exit_layer`, through `own` layers of
-        the exit's own and the `share` of the head that an exit vocabulary has; these layers read so many `inputs`."""
-        shallow, deep = exit_layer * self.layer, (layers - exit_layer) * self.layer + self.head
+    def at(
+        self, exit_layer: int, layers: int, own: int = 0, share: float = 1.0, inputs: int = 1
+    ) -> Costs:
+        """Return the costs of decoding with an exit, in the same unit.
+
+        Args:
+            exit_layer: Layers before the exit.
+            layers: Layers of the model.
+            own: Layers of the exit itself.
+            share: Part of the head that the exit computes: the size of its vocabulary relative to
+                the model's.
+            inputs: Inputs of the exit's layers, 1 or 2.
+        """
+        shallow = exit_layer * self.layer
+        deep = (layers - exit_layer) * self.layer + self.head
         deep_passes = {size: deep * factor for size, factor in self.growth.items()}
         behind = own * self.layer + (inputs * self.map if own else 0.0) + share * self.head
         return Costs(shallow + behind, shallow, deep_passes, measured=False)
 
 
 def analytic(description: Description, weights: Weights) -> StepCosts:
-    """Bytes of float32 weights that a token reads: decoding on a CPU waits for little else."""
+    """Estimate costs from the bytes of float32 weights, which bound decoding speed on a CPU."""
     read = list[Linear | None]()
     layers = description.decoder.layers
     for layer in layers:
-        own, cross, mlp = layer.attention, layer.cross, layer.mlp
+        own = layer.attention
+        cross = layer.cross
+        mlp = layer.mlp
         read += [own.query, own.key, own.value, own.output, mlp.up, mlp.down, mlp.gate]
-        # Keys and values of cross-attention are computed once a request.
+        # Cross-attention keys and values are computed once per request.
         read += [cross.query, cross.output] if cross else []
-    total = sum(_FLOAT * math.prod(weights.shape(linear.weight)) for linear in read if linear is not None)
+    total = sum(
+        _FLOAT * math.prod(weights.shape(linear.weight)) for linear in read if linear is not None
+    )
     head = _FLOAT * math.prod(weights.shape(description.decoder.head.weight))
     growth = {size: 1 + _ROW_GROWTH * (size - 1) for size in _SIZES}
     linear_map = _FLOAT * description.hidden_size**2

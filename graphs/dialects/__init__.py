@@ -1,1 +1,1 @@
-"""(optional step) two ways to write attention, norms, cache."""
+"""Two dialects of ONNX operators for attention, norms and the KV cache."""
