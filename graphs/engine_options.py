@@ -11,7 +11,7 @@ from graphs.description import Description, ForeignEncoder
 from graphs.dialects.ort import fits_head_size, has_attention_kernel, misfit
 from graphs.errors import GraphError
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP
-from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
+from graphs.quantization.plan import ROUNDING, FormatPlan, rounding, shared_values
 from runtime.bundle.manifest import (
     ConfidenceMeasure,
     FloatType,
@@ -164,7 +164,7 @@ class EngineOptions:
         return self.dialect == "ort"
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> FormatPlan | None:
         """Formats of quantized weights. None if weights are not quantized."""
         return rounding(self.target, self.kernels).plan(self.precision, self.head)
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from graphs.description import Decoder, Description, Embedding, Encoder, Layer, Spectrogram
 from graphs.dialects.base import (
-    Call,
+    CallInputs,
     Dialect,
     Packing,
     embed,
@@ -123,7 +123,7 @@ class EngineBuilder:
             self._head(graph, dialect, hidden, None)
         self._save(graph)
 
-    def _own_exit(self, graph: Graph, dialect: Dialect, call: Call, hidden: ir.Value) -> None:
+    def _own_exit(self, graph: Graph, dialect: Dialect, call: CallInputs, hidden: ir.Value) -> None:
         """Add the exit's layers and head, which read `hidden` [B, q, d].
 
         The input `exit_lengths` int32 [B] is the number of rows of each sequence that they compute:
@@ -207,12 +207,12 @@ class EngineBuilder:
         if isinstance(embedding, Spectrogram):
             shape: list[Dimension] = ["B", embedding.bins, 2 * embedding.positions.count]
             x = embed_sound(graph, graph.input("features", FLOAT, shape), embedding)
-            call = Call(_size(graph, x), None)
+            call = CallInputs(_size(graph, x), None)
             dialect = self._dialect(graph, call)
             x = flat(graph, x, self.description.hidden_size)
         else:
             tokens = graph.input("input_ids", INT64, ["B", "E"])
-            call = Call(_size(graph, tokens), graph.input("lengths", INT32, ["B"]))
+            call = CallInputs(_size(graph, tokens), graph.input("lengths", INT32, ["B"]))
             dialect = self._dialect(graph, call)
             x = embed(graph, dialect, call, tokens, embedding)
         hidden = encoder_layers(graph, dialect, x, encoder.layers, encoder.norm)
@@ -228,7 +228,7 @@ class EngineBuilder:
         graph = self._graph("prologue")
         width = self.description.hidden_size
         hidden = graph.input("hidden", graph.compute, ["B", "E", width])
-        call = Call(_size(graph, hidden), hidden)
+        call = CallInputs(_size(graph, hidden), hidden)
         x = graph.op("Reshape", [hidden, graph.constant([-1, width])])
         decoder = self.description.decoder
         names = [*range(len(decoder.layers)), *exit_names(decoder)]
@@ -274,7 +274,7 @@ class EngineBuilder:
         cache = FLOAT_TYPES[self.options.cache_type(self.description)]
         return Graph(name, self._source, self._weights, compute, cache)
 
-    def _dialect(self, graph: Graph, call: Call, packed: Packing | None = None) -> Dialect:
+    def _dialect(self, graph: Graph, call: CallInputs, packed: Packing | None = None) -> Dialect:
         rows = self.options.capacity + self.options.max_pending
         if call.past_lengths is not None and self.options.own_attention(self.description):
             return KernelDialect(graph, call, rows, packed)
@@ -282,14 +282,14 @@ class EngineBuilder:
             return OrtDialect(graph, call, rows, packed)
         return StandardDialect(graph, call, rows, fixed=self.options.target == "tensorrt")
 
-    def _packing(self, graph: Graph, call: Call, x: ir.Value, idle: bool = False) -> Packing:
+    def _packing(self, graph: Graph, call: CallInputs, x: ir.Value, idle: bool = False) -> Packing:
         return packing(graph, call, x, idle, self.options.own_attention(self.description))
 
-    def _decoder_call(self, graph: Graph, rows: ir.Value) -> Call:
+    def _decoder_call(self, graph: Graph, rows: ir.Value) -> CallInputs:
         past = graph.input("past_lengths", INT32, ["B"])
         query = graph.input("query_lengths", INT32, ["B"])
         cross = graph.input("cross_lengths", INT32, ["B"]) if self.description.encoder else None
-        return Call(_size(graph, rows), query, past, cross)
+        return CallInputs(_size(graph, rows), query, past, cross)
 
     def _layers(
         self, graph: Graph, dialect: Dialect, x: ir.Value, layers: tuple[Layer, ...], first: int
@@ -324,7 +324,7 @@ class EngineBuilder:
         )
 
     def _output_hidden(
-        self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str
+        self, graph: Graph, hidden: ir.Value, call: CallInputs, dtype: ir.DataType, rows: str
     ) -> ir.Value:
         """Output `hidden` [M, d] as [B, rows, d]."""
         width = self.description.hidden_size

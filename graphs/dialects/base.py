@@ -30,7 +30,7 @@ from runtime.kernels import DOMAIN
 
 
 @dataclass(frozen=True)
-class Call:
+class CallInputs:
     """Inputs of an engine call that attention needs.
 
     Attributes:
@@ -124,13 +124,13 @@ def key_value_outputs(
         graph.output(f"{prefix}.{layer}.{part}", value, graph.cache, shape)
 
 
-def in_heads(graph: Graph, x: ir.Value, call: Call, heads: int, head_dim: int) -> ir.Value:
+def in_heads(graph: Graph, x: ir.Value, call: CallInputs, heads: int, head_dim: int) -> ir.Value:
     """Split into heads: [M, heads * head_dim] -> [B, heads, rows, head_dim]."""
     shape = graph.op("Concat", [call.size, graph.constant([heads, head_dim])], axis=0)
     return graph.op("Transpose", [graph.op("Reshape", [x, shape])], perm=[0, 2, 1, 3])
 
 
-def in_rows(graph: Graph, x: ir.Value, call: Call) -> ir.Value:
+def in_rows(graph: Graph, x: ir.Value, call: CallInputs) -> ir.Value:
     """Unflatten the batch: [M, n] -> [B, rows, n]."""
     return graph.op("Reshape", [x, graph.op("Concat", [call.size, graph.constant([-1])], axis=0)])
 
@@ -179,7 +179,7 @@ def norm_weights(graph: Graph, norm: Norm) -> list[ir.Value]:
 def embed(
     graph: Graph,
     dialect: Dialect,
-    call: Call,
+    call: CallInputs,
     tokens: ir.Value,
     embedding: Embedding,
 ) -> ir.Value:
@@ -224,7 +224,7 @@ def position_rows(graph: Graph, positions: Positions, width: int) -> np.ndarray:
     return waves[:, :width].astype(np.float32)
 
 
-def query_positions(graph: Graph, call: Call) -> ir.Value:
+def query_positions(graph: Graph, call: CallInputs) -> ir.Value:
     """Return the absolute position of each row, int64 [B, rows] (encoder: [1, rows])."""
     rows = graph.op("Slice", [call.size, graph.constant([1]), graph.constant([2])])
     rows = graph.op("Squeeze", [rows])
@@ -335,7 +335,7 @@ class Packing:
 
 def packing(
     graph: Graph,
-    call: Call,
+    call: CallInputs,
     x: ir.Value,
     idle: bool = False,
     own: bool = False,

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from graphs.description import Attention, Norm
 from graphs.dialects.base import (
-    Call,
+    CallInputs,
     Packing,
     bias_of_distances,
     distance_table,
@@ -72,7 +72,7 @@ class OrtDialect:
     def __init__(
         self,
         graph: Graph,
-        call: Call,
+        call: CallInputs,
         cache_rows: int = 0,
         packing: Packing | None = None,
     ) -> None:

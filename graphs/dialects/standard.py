@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphs.description import Attention, Norm
 from graphs.dialects.base import (
-    Call,
+    CallInputs,
     bias_of_distances,
     flat,
     head_norm,
@@ -35,7 +35,9 @@ class StandardDialect:
         fixed: The cache has exactly `cache_rows` rows, as TensorRT requires.
     """
 
-    def __init__(self, graph: Graph, call: Call, cache_rows: int = 0, fixed: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, call: CallInputs, cache_rows: int = 0, fixed: bool = False
+    ) -> None:
         self.graph = graph
         self.call = call
         self.cache_rows = cache_rows

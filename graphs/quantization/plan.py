@@ -11,7 +11,7 @@ from runtime.bundle.manifest import HeadPrecision, Kernels, Precision, Target, T
 
 
 @dataclass(frozen=True)
-class Plan:
+class FormatPlan:
     """Formats of the linear layers of a bundle.
 
     Attributes:
@@ -43,12 +43,12 @@ class Rounding:
         embedding: Also round the table that tokens are looked up in.
     """
 
-    plans: dict[Precision, Plan]
+    plans: dict[Precision, FormatPlan]
     scheme: Scheme
     products: Products
     embedding: bool = False
 
-    def plan(self, precision: Precision, head: HeadPrecision | None) -> Plan | None:
+    def plan(self, precision: Precision, head: HeadPrecision | None) -> FormatPlan | None:
         """Return the formats for a precision and a head format. None: weights are not rounded."""
         plan = self.plans.get(precision)
         if plan is None or head is None:
@@ -58,12 +58,12 @@ class Rounding:
 
 # CPU: activations are rounded as well. Weights are in blocks, because sums over whole rows saturate
 # on processors without 8-bit dot products. A 4-bit head costs the most quality (docs/precision.md).
-_BLOCKS: dict[Precision, Plan] = {
-    "int8": Plan("int8-block", "int8-block", "int8-block", "int8-block"),
-    "int4": Plan("int8-block", "int4", "int4", "int8-block"),
+_BLOCKS: dict[Precision, FormatPlan] = {
+    "int8": FormatPlan("int8-block", "int8-block", "int8-block", "int8-block"),
+    "int4": FormatPlan("int8-block", "int4", "int4", "int8-block"),
 }
 _CPU = Rounding(
-    {**_BLOCKS, "mixed": Plan("int8-block", "int4", "int8-block", "int8-block")},
+    {**_BLOCKS, "mixed": FormatPlan("int8-block", "int4", "int8-block", "int8-block")},
     IntegerScheme(),
     OrtProducts(),
     True,
@@ -73,9 +73,9 @@ _CPU_OWN = replace(_CPU, scheme=IntegerScheme(offsets=True), products=PackedProd
 _CUDA = Rounding(_BLOCKS, IntegerScheme(blocks=()), OrtProducts(rounds_activations=False))
 _TENSORRT = Rounding(
     {
-        "int8": Plan("int8", "int8", "int8", "int8"),
-        "fp8": Plan("fp8", "fp8", "fp8", "fp8"),
-        "int4": Plan("int8", "int4", "int4", "int8"),
+        "int8": FormatPlan("int8", "int8", "int8", "int8"),
+        "fp8": FormatPlan("fp8", "fp8", "fp8", "fp8"),
+        "int4": FormatPlan("int8", "int4", "int4", "int8"),
     },
     SymmetricScheme(),
     WidenedProducts(),

@@ -21,7 +21,7 @@ from runtime.errors import FreeExportError
 from runtime.tensorrt.files import (
     DIRECTORY,
     EngineFile,
-    Plan,
+    EnginePlan,
     Profile,
     architecture,
     import_tensorrt,
@@ -237,7 +237,7 @@ def build(
     for engine in (Path(file).stem for file in engine_files(manifest)):
         sources = sources_sha256(manifest, engine)
         profiles = profiles_of(engine, manifest, max_batch)
-        plan = Plan(engine, sources, str(trt.__version__), architecture(), profiles)
+        plan = EnginePlan(engine, sources, str(trt.__version__), architecture(), profiles)
         path = directory / plan.file
         found = read_record(path)
         if found is not None and found.plan == plan and is_whole(path, found, "full"):
@@ -261,7 +261,7 @@ def _build(
     log: Any,
     graph: Path,
     path: Path,
-    plan: Plan,
+    plan: EnginePlan,
     timings: Path,
     report: OnProgress,
 ) -> Built:

@@ -19,7 +19,7 @@ from graphs.errors import BuildError
 from graphs.tensorrt.build import dimensions
 from graphs.widen import fp32_copy
 from runtime.bundle.bundle import Bundle, engine_files
-from runtime.cuda.driver import Cuda, Stream
+from runtime.cuda.driver import Cuda, CudaStream
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import DeviceError
 from runtime.machine.machine import usable_cores
@@ -101,7 +101,7 @@ def self_test(bundle: Bundle, files: Mapping[str, Path], max_batch: int) -> Self
 
 
 def _compare(
-    bundle: Bundle, engine: TensorRTEngine, graphs: list[OnnxEngine], batch: int, stream: Stream
+    bundle: Bundle, engine: TensorRTEngine, graphs: list[OnnxEngine], batch: int, stream: CudaStream
 ) -> float:
     """Run a prompt and then steps through an engine and its two graphs.
 
