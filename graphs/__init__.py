@@ -1,1 +1,1 @@
-"""A decoder as ONNX: described once as data, emitted by one builder in two dialects."""
+"""Builds a decoder as ONNX graphs: one description as data, two dialects of operators."""

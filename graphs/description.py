@@ -1,7 +1,7 @@
-"""A model described as data: what each layer is made of, and which checkpoint tensors hold its weights.
+"""A model described as data: the structure of its layers and the names of their weights.
 
-Families (`graphs/families/`) write descriptions; builders turn them into graphs. A weight is named by its key in the
-checkpoint. Linear weights are [outputs, inputs], as PyTorch stores them.
+Families (`graphs/families/`) write descriptions and builders turn them into graphs. A weight is
+named by its key in the checkpoint. Linear weights are [outputs, inputs], as PyTorch stores them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Activation = Literal["relu", "gelu", "gelu-tanh", "silu"]
-# By their names in config.json.
+# Activations by their names in config.json.
 ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
     "gelu": "gelu",
@@ -23,7 +23,13 @@ ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W^T + b. `weight` [outputs, inputs], `bias` [outputs] (BART, Whisper but for keys, GPT-2, Qwen 2)."""
+    """Linear layer: y = x W^T + b.
+
+    Attributes:
+        weight: Name of the weight [outputs, inputs].
+        bias: Name of the bias [outputs]. Default: no bias. BART, GPT-2, Qwen 2 and Whisper have
+            biases, except on Whisper's keys.
+    """
 
     weight: str
     bias: str | None = None
@@ -31,8 +37,15 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over the last axis, scaled by `weight` [d]: by the root mean square (`rms`), or by the standard deviation
-    after the mean is taken away (`layer`: BART, Whisper, GPT-2). `bias` [d] is added."""
+    """Normalization over the last axis.
+
+    Attributes:
+        weight: Name of the scale [d].
+        epsilon: Added to the variance.
+        kind: "rms" divides by the root mean square. "layer" subtracts the mean and divides by the
+            standard deviation (BART, GPT-2, Whisper).
+        bias: Name of the bias [d]. Default: no bias.
+    """
 
     weight: str
     epsilon: float
@@ -42,9 +55,16 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions on halves (not interleaved) of a head's first 2 n values, n those of `inverse_frequencies`,
-    radians per position (Phi turns a part of a head, all others the whole). `scale` multiplies cosine and sine (YaRN's
-    attention factor). Where a cache has more than `short` positions, `long` are the frequencies (Phi's longrope)."""
+    """Rotary position embedding on the two halves of a head (not interleaved).
+
+    Attributes:
+        inverse_frequencies: n frequencies in radians per position. They rotate the first 2 n values
+            of each head: all of them, except in Phi.
+        scale: Multiplies cosine and sine (YaRN's attention factor).
+        long: Frequencies for caches with more than `short` positions (Phi's LongRoPE). Default:
+            none.
+        short: Most positions for which `inverse_frequencies` apply, if `long` is given.
+    """
 
     inverse_frequencies: tuple[float, ...]
     scale: float = 1.0
@@ -52,16 +72,23 @@ class Rotary:
     short: int = 0
 
     def at(self, capacity: int) -> Rotary:
-        """With the frequencies of a cache of so many positions."""
+        """Return the embedding with the frequencies for a cache of `capacity` positions."""
         chosen = self.long if self.long and capacity > self.short else self.inverse_frequencies
         return Rotary(chosen, self.scale)
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Vectors by absolute position, from 0 to `count` - 1: the rows of `table` [offset + count, d] from `offset` on
-    (BART's begin at 2), or without a table the sines of position times each of `frequencies`, then the cosines, cut or
-    filled with zeros to d (Marian, M2M100)."""
+    """Absolute position embeddings for positions 0 to `count` - 1.
+
+    Attributes:
+        count: Number of positions.
+        table: Name of the learned embeddings [offset + count, d]. If None, they are computed: the
+            sines of position times each frequency, then the cosines, cut or padded with zeros to d
+            (Marian, M2M100).
+        offset: Row of `table` that holds position 0 (2 in BART).
+        frequencies: Radians per position, used without a `table`.
+    """
 
     count: int
     table: str | None = None
@@ -71,7 +98,14 @@ class Positions:
 
 @dataclass(frozen=True)
 class Embedding:
-    """norm(scale * row of `table` [vocab, d] + position). A scale is that of Marian and Gemma, the norm BART's."""
+    """Token embedding: norm(scale * table[token] + position).
+
+    Attributes:
+        table: Name of the embedding matrix [vocab, d].
+        scale: Multiplies the row (Gemma, Marian).
+        positions: Absolute positions to add. Default: none.
+        norm: Applied to the sum (BART). Default: none.
+    """
 
     table: str
     scale: float = 1.0
@@ -81,8 +115,16 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Spectrogram:
-    """The input of an encoder of speech: two convolutions of width 3 over a spectrogram [bins, 2 * count], with a GELU
-    after each, the second of stride 2, and positions (Whisper). Their weights are [d, inputs, 3]."""
+    """Input layers of a speech encoder (Whisper).
+
+    Two convolutions of width 3, each followed by a GELU, over a spectrogram [bins, 2 * count]. The
+    second has stride 2. Positions are added to the result.
+
+    Attributes:
+        bins: Frequency bins of the spectrogram.
+        convolutions: The two layers, with weights [d, inputs, 3].
+        positions: Learned positions for the `count` outputs.
+    """
 
     bins: int
     convolutions: tuple[Linear, Linear]
@@ -91,7 +133,15 @@ class Spectrogram:
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """T5's bias by bucketed distance; `table` [buckets, heads]. Causal unless `bidirectional`."""
+    """T5's relative attention bias by bucketed distance.
+
+    Attributes:
+        table: Name of the bias table [buckets, heads].
+        buckets: Number of buckets.
+        max_distance: Distance from which all keys share the last bucket.
+        bidirectional: Distinguish keys before and after the query (encoders). Otherwise the bias is
+            causal.
+    """
 
     table: str
     buckets: int
@@ -101,11 +151,21 @@ class RelativeBias:
 
 @dataclass(frozen=True)
 class Attention:
-    """Scaled dot-product attention: query [heads * head_dim, d], key and value [kv_heads * head_dim, d]. `window` is
-    the number of newest positions a query sees, itself included; None is all (Mistral, Qwen, Gemma 2 and 3). `scale` is
-    1 in T5, a multiplier in Granite. Norms of each head's query and key are those of Qwen 3 and Gemma 3. With a
-    `softcap` a score becomes softcap * tanh(score / softcap) (Gemma 2). Layers may differ in `rotary` (Gemma 3; none in
-    some of SmolLM3's) and in `window`, not in heads."""
+    """Scaled dot-product attention.
+
+    `query` is [heads * head_dim, d], `key` and `value` are [kv_heads * head_dim, d]. Layers of a
+    model may differ in `rotary` (Gemma 3, SmolLM3) and `window`, but not in heads.
+
+    Attributes:
+        scale: Multiplies the scores: 1 in T5, a configured multiplier in Granite.
+        rotary: Rotary positions. Default: none.
+        relative_bias: T5's relative bias. Default: none.
+        query_norm: Norm of each head's query (Gemma 3, Qwen 3). Default: none.
+        key_norm: Norm of each head's key (Gemma 3, Qwen 3). Default: none.
+        window: Number of most recent positions that a query attends to, including its own (Gemma 2
+            and 3, Mistral, Qwen). Default: all.
+        softcap: Replaces each score by softcap * tanh(score / softcap) (Gemma 2). Default: no cap.
+    """
 
     heads: int
     kv_heads: int
@@ -125,8 +185,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class MLP:
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where there is a gate (Llama and its kin, Gemma, T5
-    1.1; not BART, Whisper, GPT-2). `fp32` keeps `down` in float32 at every precision (T5's overflows in fp16)."""
+    """Feed-forward block.
+
+    Computes down(activation(up(x))), or down(activation(gate(x)) * up(x)) if there is a gate
+    (Gemma, Llama and its variants, T5 1.1).
+
+    Attributes:
+        fp32: Keep `down` in float32 at every precision. T5's overflows in fp16.
+    """
 
     activation: Activation
     up: Linear
@@ -137,9 +203,15 @@ class MLP:
 
 @dataclass(frozen=True)
 class Layer:
-    """Residual blocks, in this order: self-attention, cross-attention (if any), MLP. The norm of each stands before it
-    (`pre`: x + block(norm(x))), or behind the sum (`post`: norm(x + block(x)), as BART and Marian have it). Norms of
-    what blocks give, `attention_out` and `mlp_out`, stand before the sum (Gemma 2 and 3 have both)."""
+    """One transformer layer: self-attention, optional cross-attention, and MLP, each residual.
+
+    Attributes:
+        order: "pre" normalizes the input of each block: x + block(norm(x)). "post" normalizes the
+            sum: norm(x + block(x)) (BART, Marian).
+        attention_out: Norm of the self-attention's output, before the sum (Gemma 2 and 3). Default:
+            none.
+        mlp_out: Norm of the MLP's output, before the sum (Gemma 2 and 3). Default: none.
+    """
 
     attention_norm: Norm
     attention: Attention
@@ -154,7 +226,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """h + up(silu(down(norm(h)))), in fp32. `down` [rank, d], `up` [d, rank]."""
+    """Residual adapter, computed in fp32: h + up(silu(down(norm(h)))).
+
+    `down` is [rank, d], `up` is [d, rank].
+    """
 
     norm: Norm
     down: Linear
@@ -163,12 +238,23 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Head:
-    """logits = scale * norm(adapter(hidden)) W^T + bias. `weight` [vocab, d]; a tied head names the embedding's tensor.
-    A scale is T5's, where it is tied, and Granite's. `norm` None: there is none (BART, Marian). `bias`, of vocab values
-    in one axis or two, is the final_logits_bias of BART and its kin. Tokens that are `suppressed` have the lowest
-    logits (Marian's padding). Trained with an exit vocabulary, the head has the rows of `tokens`, ascending, and as one
-    class more that of `other` [1, d], which stands for all remaining tokens and never exits. With a `softcap` the
-    logits of tokens become softcap * tanh(logit / softcap) (Gemma 2)."""
+    """LM head: logits = scale * norm(adapter(hidden)) W^T + bias.
+
+    Attributes:
+        norm: Norm of the hidden states. None for BART and Marian, which have none.
+        weight: Name of the weight [vocab, d]. A tied head names the embedding's tensor.
+        scale: Multiplies the normed states (Granite, tied T5).
+        bias: Name of the bias, of vocab values in one or two axes: final_logits_bias of BART and
+            its variants. Default: no bias.
+        suppressed: Tokens that get the lowest logits (Marian's padding).
+        softcap: Replaces each token's logit by softcap * tanh(logit / softcap) (Gemma 2). Default:
+            no cap.
+        adapter: Applied before the norm. Default: none.
+        tokens: Exit vocabulary, ascending: the rows of `weight` that the head computes. Default:
+            all.
+        other: One more class [1, d], trained with `tokens`, that stands for all other tokens. It
+            never exits.
+    """
 
     norm: Norm | None
     weight: str
@@ -183,7 +269,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Bidirectional layers over the prompt, ending in a norm, if any."""
+    """Bidirectional layers over the prompt, with an optional final norm."""
 
     embedding: Embedding | Spectrogram
     layers: tuple[Layer, ...]
@@ -192,18 +278,28 @@ class Encoder:
 
 @dataclass(frozen=True)
 class ForeignEncoder:
-    """An encoder that no builder knows: its graph is exported from the model's own code. That code wants prompts padded
-    to a multiple of `block` tokens."""
+    """An encoder without a description: its graph is exported from the model's own code.
+
+    Attributes:
+        block: The code expects prompts padded to a multiple of this number of tokens.
+    """
 
     block: int = 1
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """L causal layers with a head. `max_positions` None where positions are relative. `exit_head` is the shallow
-    decoder's, where it was trained apart; None is `head`. Between the exit layer and it stand `exit_layers`, which read
-    what `exit_map` [d, exit_inputs * d] makes of the exit layer's states: of one input, or of two, where it is joined
-    by the final normed state of the position before."""
+    """L causal layers with an LM head, and optionally a trained exit.
+
+    Attributes:
+        max_positions: Longest sequence. None if positions are relative.
+        exit_head: Head of the shallow decoder, if it was trained separately. Default: `head`.
+        exit_map: Linear map [d, exit_inputs * d] from the exit layer's state to the input of
+            `exit_layers`.
+        exit_layers: Layers of the exit, between the exit layer and its head.
+        exit_inputs: 1 if the map reads the exit layer's state, 2 if it also reads the final normed
+            state of the previous position.
+    """
 
     embedding: Embedding
     layers: tuple[Layer, ...]
@@ -216,13 +312,17 @@ class Decoder:
 
     @property
     def exit_tokens(self) -> tuple[int, ...]:
-        """The tokens that the exit knows, ascending; empty for all."""
+        """Exit vocabulary, ascending. Empty if the exit predicts all tokens."""
         return () if self.exit_head is None else self.exit_head.tokens
 
 
 @dataclass(frozen=True)
 class Description:
-    """A whole model. `encoder` is None for decoder-only families; sizes are those of the decoder."""
+    """A whole model. Sizes are those of the decoder.
+
+    Attributes:
+        encoder: None for decoder-only families.
+    """
 
     family: str
     vocab_size: int
@@ -232,30 +332,39 @@ class Description:
 
     @property
     def exit_engine(self) -> bool:
-        """Whether the exit is an engine of its own: it reads a feature."""
+        """True if the exit is an engine of its own, because it reads a feature."""
         return self.decoder.exit_inputs > 1
 
     @property
     def spectrogram(self) -> Spectrogram | None:
-        """The input of the encoder of a model of speech; None where prompts are text."""
+        """Input layers of a speech model. None if prompts are text."""
         embedding = getattr(self.encoder, "embedding", None)
         return embedding if isinstance(embedding, Spectrogram) else None
 
     @property
     def attention(self) -> Attention:
-        """A decoder layer's self-attention, with rotary positions if any has: heads and head size are the same in all
-        of them."""
+        """Self-attention of a decoder layer that has rotary positions, or of the first layer if
+        none has.
+
+        Heads and head size are the same in all layers.
+        """
         attentions = [layer.attention for layer in self.decoder.layers]
-        return next((one for one in attentions if one.rotary), attentions[0])
+        with_rotary = (attention for attention in attentions if attention.rotary)
+        return next(with_rotary, attentions[0])
 
     def at(self, capacity: int) -> Description:
-        """With the rotary frequencies of a cache of so many positions."""
+        """Return the description with rotary frequencies for a cache of `capacity` positions."""
 
-        def chosen(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-            found = [layer.attention for layer in layers]
-            found = [replace(one, rotary=one.rotary and one.rotary.at(capacity)) for one in found]
-            return tuple(replace(layer, attention=one) for layer, one in zip(layers, found, strict=True))
+        def at_capacity(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+            return tuple(replace(layer, attention=chosen(layer.attention)) for layer in layers)
 
-        decoder = self.decoder
-        layers, own = chosen(decoder.layers), chosen(decoder.exit_layers)
-        return replace(self, decoder=replace(decoder, layers=layers, exit_layers=own))
+        def chosen(attention: Attention) -> Attention:
+            rotary = attention.rotary and attention.rotary.at(capacity)
+            return replace(attention, rotary=rotary)
+
+        decoder = replace(
+            self.decoder,
+            layers=at_capacity(self.decoder.layers),
+            exit_layers=at_capacity(self.decoder.exit_layers),
+        )
+        return replace(self, decoder=decoder)

@@ -1,6 +1,8 @@
-"""The graphs of a bundle: shallow and deep decoder, and for encoder-decoders the encoder and the prologue.
+"""Builds the graphs of a bundle.
 
-Inputs and outputs are the engine contract of docs/architecture.md. B rows of a batch, q or k tokens each, R head rows.
+These are the shallow and the deep decoder, the exit if it is an engine of its own, and for
+encoder-decoders the encoder and the prologue. Inputs and outputs follow the engine contract in
+docs/architecture.md: B sequences of q or k tokens each, and R head rows.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import onnx_ir as ir
 
 from graphs.description import Decoder, Description, Embedding, Encoder, Layer, Spectrogram
 from graphs.dialects.base import (
-    Call,
+    CallInputs,
     Dialect,
     Packing,
     embed,
@@ -41,13 +43,28 @@ from graphs.shapes import check_weights
 from graphs.weights import WeightFile, Weights
 from runtime.bundle.manifest import Quantization
 
-FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
+FLOAT = ir.DataType.FLOAT
+INT32 = ir.DataType.INT32
+INT64 = ir.DataType.INT64
 
 
 class EngineBuilder:
-    """Builds the graphs of one model into one directory; they share one weight file. `rounded`: weights that
-    are in 4 bits already, by the names of their tensors. `in_file`: how the checkpoint has a tensor, where our own
-    operators can read that."""
+    """Builds the graphs of one model into one directory, with one shared weight file.
+
+    Args:
+        description: Structure of the model.
+        options: Options of the engines.
+        source: Weights of the checkpoint.
+        weights: File that receives the weights.
+        directory: Where the graphs are written.
+        rounded: Weights that are already rounded to 4 bits, by tensor name.
+        in_file: Returns a tensor's quantized form in the checkpoint file if this project's kernels
+            can read it, else None.
+
+    Raises:
+        GraphError: If the options are invalid for the model.
+        UnsupportedModelError: If a weight has the wrong shape.
+    """
 
     def __init__(
         self,
@@ -61,24 +78,37 @@ class EngineBuilder:
     ) -> None:
         options.check(description)
         check_weights(description, source)
-        self.description, self.options = description.at(options.capacity), options
-        self._source, self._weights, self._directory = source, weights, directory
+        self.description = description.at(options.capacity)
+        self.options = options
+        self._source = source
+        self._weights = weights
+        self._directory = directory
         self._rounding = rounding(options.target, options.kernels)
         head = description.decoder.head.weight
 
-        def kept(name: str) -> InFile | None:
+        def keep_in_file(name: str) -> InFile | None:
             return in_file(name) if options.keeps_file_bits(name == head) else None
 
-        self._quantizer = Quantizer(weights, self._rounding.scheme, self._rounding.products.own, rounded, kept)
+        self._quantizer = Quantizer(
+            weights,
+            self._rounding.scheme,
+            own=self._rounding.products.own,
+            given=rounded,
+            in_file=keep_in_file,
+        )
 
     @property
     def quantization(self) -> Quantization | None:
-        """How the weights of the engines built so far were quantized; None where they were not."""
-        found = self._quantizer
-        return Quantization(tuple(found.engines), tuple(found.higher)) if self.options.plan else None
+        """Quantization of the engines built so far. None if weights are not quantized."""
+        if self.options.plan is None:
+            return None
+        return Quantization(tuple(self._quantizer.engines), tuple(self._quantizer.higher))
 
     def shallow(self) -> None:
-        """shallow.onnx: embedding, layers 1..S, the exit's own layers and the head, unless these are exit.onnx."""
+        """Build shallow.onnx: the embedding, layers 1..S, and the exit.
+
+        The exit's layers and head are left out if they are an engine of their own.
+        """
         graph = self._graph("shallow")
         tokens = graph.input("input_ids", INT64, ["B", "q"])
         call = self._decoder_call(graph, tokens)
@@ -87,24 +117,27 @@ class EngineBuilder:
         x = embed(graph, dialect, call, tokens, self.description.decoder.embedding)
         hidden = self._layers(graph, dialect, x, layers, 0)
         rows = self._output_hidden(graph, hidden, call, FLOAT, "q")
-        if self.description.exit_engine:
-            pass
-        elif self.description.decoder.exit_layers:
+        if self.description.decoder.exit_layers and not self.description.exit_engine:
             self._own_exit(graph, dialect, call, rows)
-        else:
+        elif not self.description.exit_engine:
             self._head(graph, dialect, hidden, None)
         self._save(graph)
 
-    def _own_exit(self, graph: Graph, dialect: Dialect, call: Call, hidden: ir.Value) -> None:
-        """The exit's own layers and the head, from `hidden` [B, q, d]: for `exit_lengths` int32 [B] rows of each
-        sequence, all of a call's or none. A sequence that never exits does not pay for them; in the standard dialect,
-        which has no packed rows, all do."""
-        decoder, rows = self.description.decoder, None
+    def _own_exit(self, graph: Graph, dialect: Dialect, call: CallInputs, hidden: ir.Value) -> None:
+        """Add the exit's layers and head, which read `hidden` [B, q, d].
+
+        The input `exit_lengths` int32 [B] is the number of rows of each sequence that they compute:
+        all rows of the call, or none. In the standard dialect, which cannot pack rows, every
+        sequence pays for them.
+        """
+        decoder = self.description.decoder
+        rows = None
         assert decoder.exit_map is not None
         call = replace(call, query_lengths=graph.input("exit_lengths", INT32, ["B"]))
         if self.options.packed:
             rows = self._packing(graph, call, hidden, idle=True)
-            dialect, x = self._dialect(graph, call, rows), rows.counted
+            dialect = self._dialect(graph, call, rows)
+            x = rows.counted
         else:
             x = graph.op("Reshape", [hidden, graph.constant([-1, self.description.hidden_size])])
         x = graph.to_float(linear(graph, graph.to_compute(x), decoder.exit_map))
@@ -112,10 +145,15 @@ class EngineBuilder:
         self._head(graph, dialect, x, None, rows)
 
     def exit(self) -> None:
-        """exit.onnx: the exit's own layers and the head, from the states after layer S, or tokens where S is 0, and the
-        features that the positions before left. Its head's input is an output, too: it stands for a feature that is not
-        known yet."""
-        graph, decoder, width = self._graph("exit"), self.description.decoder, self.description.hidden_size
+        """Build exit.onnx: the layers and head of an exit that reads a feature.
+
+        It reads the states after layer S, or tokens if S is 0, and the features of the previous
+        positions. The input of its head is also an output. It replaces a feature that is not known
+        yet.
+        """
+        graph = self._graph("exit")
+        decoder = self.description.decoder
+        width = self.description.hidden_size
         assert decoder.exit_map is not None
         features = graph.input("features", FLOAT, ["B", "k", width])
         call = self._decoder_call(graph, features)
@@ -126,7 +164,8 @@ class EngineBuilder:
             x = embed(graph, self._dialect(graph, call), call, tokens, decoder.embedding)
             states = graph.to_float(in_rows(graph, x, call))
         joined = graph.op("Concat", [states, features], axis=-1)
-        joined.shape, joined.dtype = ir.Shape(["B", "k", 2 * width]), FLOAT
+        joined.shape = ir.Shape(["B", "k", 2 * width])
+        joined.dtype = FLOAT
         rows = self._packing(graph, call, joined)
         dialect = self._dialect(graph, call, rows)
         x = graph.to_float(linear(graph, graph.to_compute(rows.counted), decoder.exit_map))
@@ -135,7 +174,10 @@ class EngineBuilder:
         self._save(graph)
 
     def deep(self) -> None:
-        """deep.onnx: layers S+1..L and the head, and for exit.onnx the features of all rows, which the head reads."""
+        """Build deep.onnx: layers S+1..L and the head.
+
+        For an exit that reads a feature it also outputs `features`, the normed states of all rows.
+        """
         graph = self._graph("deep")
         width = self.description.hidden_size
         stacked = graph.input("hidden", FLOAT, ["B", "k", width])
@@ -154,20 +196,23 @@ class EngineBuilder:
         self._save(graph)
 
     def encoder(self) -> None:
-        """encoder.onnx: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d]; of speech `features`
-        float32 [B, bins, 2 E], with a fixed E."""
+        """Build encoder.onnx: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d].
+
+        For speech the input is `features` float32 [B, bins, 2 E], with a fixed E.
+        """
         encoder = self.description.encoder
         assert isinstance(encoder, Encoder)
-        graph, embedding = self._graph("encoder"), encoder.embedding
+        graph = self._graph("encoder")
+        embedding = encoder.embedding
         if isinstance(embedding, Spectrogram):
             shape: list[Dimension] = ["B", embedding.bins, 2 * embedding.positions.count]
             x = embed_sound(graph, graph.input("features", FLOAT, shape), embedding)
-            call = Call(_size(graph, x), None)
+            call = CallInputs(_size(graph, x), None)
             dialect = self._dialect(graph, call)
             x = flat(graph, x, self.description.hidden_size)
         else:
             tokens = graph.input("input_ids", INT64, ["B", "E"])
-            call = Call(_size(graph, tokens), graph.input("lengths", INT32, ["B"]))
+            call = CallInputs(_size(graph, tokens), graph.input("lengths", INT32, ["B"]))
             dialect = self._dialect(graph, call)
             x = embed(graph, dialect, call, tokens, embedding)
         hidden = encoder_layers(graph, dialect, x, encoder.layers, encoder.norm)
@@ -175,12 +220,15 @@ class EngineBuilder:
         self._save(graph)
 
     def prologue(self) -> None:
-        """prologue.onnx: `hidden` [B, E, d] -> `cross.{layer}.key|value` [B, kv_heads, E, head_dim] of all layers, the
-        exit's own among them."""
+        """Build prologue.onnx: keys and values for cross-attention.
+
+        `hidden` [B, E, d] -> `cross.{layer}.key|value` [B, kv_heads, E, head_dim] of all decoder
+        layers and the exit's layers.
+        """
         graph = self._graph("prologue")
         width = self.description.hidden_size
         hidden = graph.input("hidden", graph.compute, ["B", "E", width])
-        call = Call(_size(graph, hidden), hidden)
+        call = CallInputs(_size(graph, hidden), hidden)
         x = graph.op("Reshape", [hidden, graph.constant([-1, width])])
         decoder = self.description.decoder
         names = [*range(len(decoder.layers)), *exit_names(decoder)]
@@ -198,7 +246,9 @@ class EngineBuilder:
         graph.save(self._directory / f"{graph.name}.onnx", self._passes(graph.name))
 
     def _passes(self, engine: str) -> list[ir.passes.InPlacePass]:
-        plan, decoder, encoder = self.options.plan, self.description.decoder, self.description.encoder
+        plan = self.options.plan
+        decoder = self.description.decoder
+        encoder = self.description.encoder
         if plan is None:
             return []
         exits = engine in ("shallow", "exit") and decoder.exit_tokens
@@ -214,16 +264,17 @@ class EngineBuilder:
         read = tables.get("shallow" if engine == "exit" and not self.options.exit_layer else engine)
         if self._rounding.embedding and isinstance(read, Embedding):
             table = read.table
-            # A head in 4 bits would be a coarse table.
+            # A 4-bit head would be too coarse a table.
             tied = products.own and table == decoder.head.weight and plan.head == "int8-block"
             passes.append(QuantizeEmbedding(self._quantizer, table, tied))
         return passes
 
     def _graph(self, name: str) -> Graph:
-        kinds = (FLOAT_TYPES[kind] for kind in (self.options.float_type, self.options.cache_type(self.description)))
-        return Graph(name, self._source, self._weights, *kinds)
+        compute = FLOAT_TYPES[self.options.float_type]
+        cache = FLOAT_TYPES[self.options.cache_type(self.description)]
+        return Graph(name, self._source, self._weights, compute, cache)
 
-    def _dialect(self, graph: Graph, call: Call, packed: Packing | None = None) -> Dialect:
+    def _dialect(self, graph: Graph, call: CallInputs, packed: Packing | None = None) -> Dialect:
         rows = self.options.capacity + self.options.max_pending
         if call.past_lengths is not None and self.options.own_attention(self.description):
             return KernelDialect(graph, call, rows, packed)
@@ -231,15 +282,18 @@ class EngineBuilder:
             return OrtDialect(graph, call, rows, packed)
         return StandardDialect(graph, call, rows, fixed=self.options.target == "tensorrt")
 
-    def _packing(self, graph: Graph, call: Call, x: ir.Value, idle: bool = False) -> Packing:
+    def _packing(self, graph: Graph, call: CallInputs, x: ir.Value, idle: bool = False) -> Packing:
         return packing(graph, call, x, idle, self.options.own_attention(self.description))
 
-    def _decoder_call(self, graph: Graph, rows: ir.Value) -> Call:
-        past, query = (graph.input(name, INT32, ["B"]) for name in ("past_lengths", "query_lengths"))
+    def _decoder_call(self, graph: Graph, rows: ir.Value) -> CallInputs:
+        past = graph.input("past_lengths", INT32, ["B"])
+        query = graph.input("query_lengths", INT32, ["B"])
         cross = graph.input("cross_lengths", INT32, ["B"]) if self.description.encoder else None
-        return Call(_size(graph, rows), query, past, cross)
+        return CallInputs(_size(graph, rows), query, past, cross)
 
-    def _layers(self, graph: Graph, dialect: Dialect, x: ir.Value, layers: tuple[Layer, ...], first: int) -> ir.Value:
+    def _layers(
+        self, graph: Graph, dialect: Dialect, x: ir.Value, layers: tuple[Layer, ...], first: int
+    ) -> ir.Value:
         return decoder_layers(graph, dialect, x, layers, range(first, first + len(layers)))
 
     def _head(
@@ -250,17 +304,29 @@ class EngineBuilder:
         emitted: ir.Value | None,
         rows: Packing | None = None,
     ) -> None:
-        # A shallow step reads one row at a time: one packed copy, the deep engine's, is enough.
+        # A shallow step reads one row at a time, so the deep engine's prepacked copy is enough.
         packed = emitted is not None or self.options.dialect != "ort"
-        decoder, shallow = self.description.decoder, emitted is None
+        decoder = self.description.decoder
+        shallow = emitted is None
         head = (decoder.exit_head or decoder.head) if shallow else decoder.head
-        tokens = np.array(head.tokens, np.int64) if head.tokens else None
-        size, confidence = self.description.vocab_size, self.options.confidence
-        feature = shallow and self.description.exit_engine
-        head_outputs(graph, dialect, hidden, head, size, confidence, emitted, packed, tokens, rows, feature)
+        head_outputs(
+            graph,
+            dialect,
+            hidden,
+            head,
+            vocabulary=self.description.vocab_size,
+            confidence=self.options.confidence,
+            emitted=emitted,
+            packed=packed,
+            tokens=np.array(head.tokens, np.int64) if head.tokens else None,
+            packing=rows,
+            feature=shallow and self.description.exit_engine,
+        )
 
-    def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> ir.Value:
-        """[M, d] -> [B, rows, d]."""
+    def _output_hidden(
+        self, graph: Graph, hidden: ir.Value, call: CallInputs, dtype: ir.DataType, rows: str
+    ) -> ir.Value:
+        """Output `hidden` [M, d] as [B, rows, d]."""
         width = self.description.hidden_size
         shape = graph.op("Concat", [call.size, graph.constant([width])], axis=0)
         shaped = graph.op("Reshape", [hidden, shape])
@@ -269,16 +335,16 @@ class EngineBuilder:
 
 
 def exit_names(decoder: Decoder) -> list[str]:
-    """The names of the exit's own layers in caches."""
+    """Return the cache names of the exit's layers."""
     return [f"exit.{number}" for number in range(len(decoder.exit_layers))]
 
 
 def _size(graph: Graph, x: ir.Value) -> ir.Value:
-    """int64 [2]: the first two dimensions of `x`."""
+    """Return the first two dimensions of `x`, int64 [2]."""
     return graph.op("Shape", [x], start=0, end=2)
 
 
 def engine_names(description: Description) -> list[str]:
-    """The engines of a model, in the order in which they are built and run."""
+    """Return the names of a model's engines, in the order in which they are built and run."""
     exits = ["exit"] if description.exit_engine else []
     return [*(["encoder", "prologue"] if description.encoder else []), "shallow", *exits, "deep"]

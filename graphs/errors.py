@@ -1,4 +1,4 @@
-"""Errors of checkpoints and graphs that are refused."""
+"""Errors raised for unsupported checkpoints and invalid graphs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from runtime.errors import FreeExportError
 
 
 class UnsupportedModelError(FreeExportError):
-    """The checkpoint's architecture, or an option of its configuration, has no description here."""
+    """Raised if an architecture, or an option of its configuration, is not supported."""
 
 
 class GraphError(FreeExportError):
-    """A graph cannot be built as asked: an exit layer out of range, a weight of the wrong shape or out of range."""
+    """Raised if a graph cannot be built with the given options or weights."""
 
 
 class BuildError(FreeExportError):
-    """A TensorRT engine cannot be built: TensorRT is missing or too old, or refuses the graph."""
+    """Raised if a TensorRT engine cannot be built."""

@@ -1,4 +1,4 @@
-"""One ONNX graph in the making: named inputs and outputs, recorded operators, weights by reference."""
+"""One ONNX graph under construction: inputs, outputs, operators and weights by reference."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ from graphs.weights import WeightFile, Weights
 
 Dimension = int | str
 MICROSOFT = "com.microsoft"
-# Between the names of the tensors that a weight is stacked of.
+# Separates the names of the tensors in a stacked weight.
 STACK = "+"
-# Opset 24 has TensorScatter and Attention with valid lengths; IR version 11 is the first that carries it everywhere.
-OPSET, IR_VERSION = 24, 11
+# Opset 24 adds TensorScatter and lengths for Attention. IR version 11 is the oldest that every
+# runtime reads with it.
+OPSET = 24
+IR_VERSION = 11
 
 
 class Graph:
-    """Records operators. `compute` is the type of weights and activations between the fp32 islands, `cache` that of
-    keys and values, the same if none is given."""
+    """Records the inputs, operators, weights and outputs of one graph.
+
+    Args:
+        name: Name of the graph.
+        source: Weights of the checkpoint.
+        weights: File that receives the weights.
+        compute: Type of weights and activations outside the fp32 islands.
+        cache: Type of keys and values. Default: `compute`.
+    """
 
     def __init__(
         self,
@@ -34,8 +43,10 @@ class Graph:
         cache: ir.DataType | None = None,
     ) -> None:
         self.name = name
-        self.compute, self.cache = compute, cache or compute
-        self._source, self._weights = source, weights
+        self.compute = compute
+        self.cache = cache or compute
+        self._source = source
+        self._weights = weights
         self._tape = Tape()
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
@@ -46,24 +57,43 @@ class Graph:
         self._inputs.append(value)
         return value
 
-    def output(self, name: str, value: ir.Value, dtype: ir.DataType, shape: Sequence[Dimension]) -> None:
+    def output(
+        self, name: str, value: ir.Value, dtype: ir.DataType, shape: Sequence[Dimension]
+    ) -> None:
         if value.name in {output.name for output in self._outputs} or value in self._inputs:
             value = self.op("Identity", [value])
-        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        value.name = name
+        value.type = ir.TensorType(dtype)
+        value.shape = ir.Shape(shape)
         self._outputs.append(value)
 
-    def op(self, kind: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
-        """An operator with one output."""
+    def op(
+        self, kind: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """Record an operator with one output."""
         return self._tape.op(kind, inputs=inputs, attributes=attributes, domain=domain)
 
     def ops(
-        self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Any
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: int,
+        domain: str = "",
+        **attributes: Any,
     ) -> Sequence[ir.Value]:
-        """An operator with several outputs."""
-        return self._tape.op_multi_out(kind, inputs=inputs, attributes=attributes, domain=domain, num_outputs=outputs)
+        """Record an operator with several outputs."""
+        return self._tape.op_multi_out(
+            kind, inputs=inputs, attributes=attributes, domain=domain, num_outputs=outputs
+        )
 
     def constant(self, array: np.ndarray | np.generic | Sequence[int]) -> ir.Value:
-        """A small constant inside the graph; equal ones are one. Lists of integers are int64."""
+        """Return a small constant stored in the graph. Equal constants are shared.
+
+        Lists of integers become int64.
+
+        Raises:
+            GraphError: If the constant is too large for the graph.
+        """
         data = np.asarray(array, dtype=np.int64 if isinstance(array, list) else None)
         name = f"constant.{data.dtype}.{list(data.shape)}.{data.tobytes().hex()}"
         if len(name) > 80:
@@ -71,36 +101,50 @@ class Graph:
         return self._initializer(name, ir.tensor(data, name=name))
 
     def table(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-        """A computed table, stored with the weights."""
+        """Return a computed table, stored with the weights."""
         return self._unread(name, array.shape, dtype, lambda: array)
 
     def weight(self, name: str, dtype: ir.DataType | None = None) -> ir.Value:
-        """A checkpoint tensor."""
+        """Return a checkpoint tensor, by default in the compute type."""
         return self.stacked_weight([name], dtype)
 
     def unpacked_weight(self, name: str) -> ir.Value:
-        """A checkpoint tensor that ONNX Runtime must use where it stands in the file, without a packed copy. An
-        initializer that is also an input may be overridden, so it is no constant, and only constants are packed."""
+        """Return a checkpoint tensor that ONNX Runtime reads from the file, without a prepacked
+        copy.
+
+        ONNX Runtime prepacks constants only. An initializer that is also an input may be
+        overridden, so it is not a constant.
+        """
         value = self.weight(name)
         if value not in self._inputs:
             self._inputs.append(value)
         return value
 
     def stacked_weight(self, names: Sequence[str], dtype: ir.DataType | None = None) -> ir.Value:
-        """Checkpoint tensors joined along their first axis."""
-        found = [self._source.shape(name) for name in names]
+        """Return checkpoint tensors joined along axis 0, by default in the compute type."""
+        shapes = [self._source.shape(name) for name in names]
 
         def produce() -> np.ndarray:
             parts = [self._source.read(name) for name in names]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-        value = self._unread(STACK.join(names), (sum(shape[0] for shape in found), *found[0][1:]), dtype, produce)
+        rows = [shape[0] for shape in shapes]
+        value = self._unread(STACK.join(names), (sum(rows), *shapes[0][1:]), dtype, produce)
         assert value.const_value is not None
-        value.const_value.meta[STACK] = [shape[0] for shape in found]  # rows of each
+        value.const_value.meta[STACK] = rows
         return value
 
-    def selected_weight(self, name: str, rows: np.ndarray, as_name: str, also: Sequence[str] = ()) -> ir.Value:
-        """Some rows of a checkpoint tensor, and all of the tensors `also`, as a weight of its own."""
+    def selected_weight(
+        self, name: str, rows: np.ndarray, as_name: str, also: Sequence[str] = ()
+    ) -> ir.Value:
+        """Return a new weight of some rows of a checkpoint tensor.
+
+        Args:
+            name: The checkpoint tensor.
+            rows: Indices of the rows.
+            as_name: Name of the new weight.
+            also: Checkpoint tensors appended as a whole.
+        """
         shape = self._source.shape(name)
         count = len(rows) + sum(self._source.shape(other)[0] for other in also)
 
@@ -110,33 +154,38 @@ class Graph:
         return self._unread(as_name, (count, *shape[1:]), None, produce)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a checkpoint tensor."""
+        """Return the shape of a checkpoint tensor."""
         return self._source.shape(name)
 
     def read(self, name: str) -> np.ndarray:
-        """A checkpoint tensor as float32, to compute a table from."""
+        """Read a checkpoint tensor as float32, to compute a table from it."""
         return self._source.read(name)
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """`value` as `dtype`."""
+        """Cast `value` to `dtype`."""
         return self.op("Cast", [value], to=int(dtype))
 
     def to_compute(self, value: ir.Value) -> ir.Value:
-        """An fp32 value in the compute type."""
+        """Cast an fp32 value to the compute type."""
         return value if self.compute == ir.DataType.FLOAT else self.cast(value, self.compute)
 
     def to_float(self, value: ir.Value) -> ir.Value:
-        """A value of the compute type in fp32."""
+        """Cast a value of the compute type to fp32."""
         return value if self.compute == ir.DataType.FLOAT else self.cast(value, ir.DataType.FLOAT)
 
     def save(self, path: Path, passes: Sequence[ir.passes.InPlacePass] = ()) -> None:
-        """Write the graph after `passes`, and to the weight file beside it the weights that these left in place."""
+        """Apply `passes` and write the graph. Weights that they left in place go to the weight
+        file.
+        """
         graph = ir.Graph(
             self._inputs,
             self._outputs,
             nodes=self._tape.nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, **{node.domain: 1 for node in self._tape.nodes if node.domain}},
+            opset_imports={
+                "": OPSET,
+                **{node.domain: 1 for node in self._tape.nodes if node.domain},
+            },
             name=self.name,
         )
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="freeexport")
@@ -150,9 +199,13 @@ class Graph:
         ir.save(model, path)
 
     def _unread(
-        self, name: str, shape: Sequence[int], dtype: ir.DataType | None, produce: Callable[[], np.ndarray]
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: ir.DataType | None,
+        produce: Callable[[], np.ndarray],
     ) -> ir.Value:
-        """A tensor that is read when the graph is saved, unless a pass has replaced it by then."""
+        """Return a tensor that is read when the graph is saved, unless a pass replaces it first."""
         kind = dtype or self.compute
         tensor = ir.LazyTensor(lambda: ir.tensor(produce()), kind, ir.Shape(shape), name=name)
         return self._initializer(f"{name}.{kind.name.lower()}", tensor)
@@ -169,7 +222,7 @@ def _value_of(name: str, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def external(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
-    """A tensor of the weight file, once a graph."""
+    """Return a tensor of the weight file as an initializer, registered once per graph."""
     assert tensor.name is not None
     if tensor.name not in graph.initializers:
         graph.register_initializer(_value_of(tensor.name, tensor))
@@ -177,21 +230,25 @@ def external(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
 
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """A small constant under a name of its own, once a graph."""
+    """Return a small named constant, registered once per graph."""
     if name not in graph.initializers:
         graph.register_initializer(_value_of(name, ir.tensor(array, name=name)))
     return graph.initializers[name]
 
 
 def unread(value: ir.Value | None) -> ir.LazyTensor | None:
-    """The tensor of a weight that is not written yet, and so may be replaced."""
+    """Return the tensor of a weight that is not written yet, and may be replaced, or None."""
     tensor = None if value is None else value.const_value
     return tensor if isinstance(tensor, ir.LazyTensor) else None
 
 
 def drop_unused(graph: ir.Graph) -> None:
-    """Remove initializers that nothing reads, also where they are inputs."""
-    unused = [value for value in graph.initializers.values() if not value.uses() and not value.is_graph_output()]
+    """Remove unused initializers, including those that are inputs."""
+    unused = [
+        value
+        for value in graph.initializers.values()
+        if not value.uses() and not value.is_graph_output()
+    ]
     for value in unused:
         del graph.initializers[str(value.name)]
         if value in graph.inputs:

@@ -1,5 +1,7 @@
-"""Transformer layers on a residual stream that stays in fp32; and the LM head with arg max and confidence,
-so that a few bytes per token leave the graph."""
+"""Transformer layers on an fp32 residual stream, and the LM head.
+
+The head computes token and confidence in the graph, so that only a few bytes per token leave it.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,21 @@ from graphs.graph import Graph
 from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.text.sampler import UNKNOWN
 
-# The logit of suppressed tokens is lower by this: no other comes near, and fp16 holds it.
+# Added to the logits of suppressed tokens: below any other logit, and finite in fp16.
 SUPPRESSED = -30000.0
 
 
 class Residual:
-    """The residual stream: a sum whose last term is added together with the norm that reads it."""
+    """Residual stream. Its last summand is added together with the norm that reads the sum."""
 
     def __init__(self, graph: Graph, dialect: Dialect, x: ir.Value) -> None:
-        self.graph, self.dialect = graph, dialect
+        self.graph = graph
+        self.dialect = dialect
         self._x = x
         self._delta: ir.Value | None = None
 
     def normed(self, norm: Norm) -> ir.Value:
-        """The stream's norm, in the compute type."""
+        """Return the norm of the stream, in the compute type."""
         if self._delta is None:
             normed = self.dialect.norm(self._x, norm)
         else:
@@ -37,34 +40,38 @@ class Residual:
         return self.graph.to_compute(normed)
 
     def read(self, layer: Layer, norm: Norm) -> ir.Value:
-        """Input of a layer's block that has this norm, in the compute type."""
+        """Return the input of the layer's block with this norm, in the compute type."""
         return self.normed(norm) if layer.order == "pre" else self.graph.to_compute(self.value())
 
     def add(self, layer: Layer, norm: Norm, delta: ir.Value) -> None:
-        """Add what the block gave, float32 [M, d]."""
+        """Add a block's output, float32 [M, d]."""
         if layer.order == "pre":
             self._delta = delta
         else:
             _, self._x = self.dialect.add_norm(self.value(), delta, norm)
 
     def value(self) -> ir.Value:
-        """The stream itself, float32 [M, d]."""
+        """Return the stream, float32 [M, d]."""
         if self._delta is not None:
-            self._x, self._delta = self.graph.op("Add", [self._x, self._delta]), None
+            self._x = self.graph.op("Add", [self._x, self._delta])
+            self._delta = None
         return self._x
 
 
 def decoder_layers(
     graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], names: Sequence[int | str]
 ) -> ir.Value:
-    """Hidden states float32 [M, d] after `layers`, which have these `names` in the KV cache."""
+    """Apply decoder layers with cache `names`. Returns hidden states float32 [M, d]."""
     stream = Residual(graph, dialect, x)
     for name, layer in zip(names, layers, strict=True):
-        attended = dialect.self_attention(stream.read(layer, layer.attention_norm), layer.attention, name)
-        attended = _normed_out(dialect, project(graph, attended, layer.attention), layer.attention_out)
-        stream.add(layer, layer.attention_norm, attended)
+        x = stream.read(layer, layer.attention_norm)
+        attended = dialect.self_attention(x, layer.attention, name)
+        projected = project(graph, attended, layer.attention)
+        projected = _normed_out(dialect, projected, layer.attention_out)
+        stream.add(layer, layer.attention_norm, projected)
         if layer.cross is not None and layer.cross_norm is not None:
-            attended = dialect.cross_attention(stream.read(layer, layer.cross_norm), layer.cross, name)
+            x = stream.read(layer, layer.cross_norm)
+            attended = dialect.cross_attention(x, layer.cross, name)
             stream.add(layer, layer.cross_norm, project(graph, attended, layer.cross))
         mixed = mlp(graph, stream.read(layer, layer.mlp_norm), layer.mlp)
         stream.add(layer, layer.mlp_norm, _normed_out(dialect, mixed, layer.mlp_out))
@@ -72,41 +79,46 @@ def decoder_layers(
 
 
 def _normed_out(dialect: Dialect, x: ir.Value, norm: Norm | None) -> ir.Value:
-    """Norm of a block's output, if any."""
+    """Normalize a block's output, if it has a norm."""
     return x if norm is None else dialect.norm(x, norm)
 
 
-def encoder_layers(graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], norm: Norm | None) -> ir.Value:
-    """Hidden states in the compute type [M, d] after `layers` and `norm`."""
+def encoder_layers(
+    graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], norm: Norm | None
+) -> ir.Value:
+    """Apply encoder layers and a final norm. Returns states [M, d] in the compute type."""
     stream = Residual(graph, dialect, x)
     for layer in layers:
-        attended = dialect.encoder_attention(stream.read(layer, layer.attention_norm), layer.attention)
+        x = stream.read(layer, layer.attention_norm)
+        attended = dialect.encoder_attention(x, layer.attention)
         stream.add(layer, layer.attention_norm, project(graph, attended, layer.attention))
         stream.add(layer, layer.mlp_norm, mlp(graph, stream.read(layer, layer.mlp_norm), layer.mlp))
     return graph.to_compute(stream.value()) if norm is None else stream.normed(norm)
 
 
 def project(graph: Graph, attended: ir.Value, attention: Attention) -> ir.Value:
-    """[M, heads * head_dim] -> float32 [M, d]."""
+    """Apply the output projection. [M, heads * head_dim] -> float32 [M, d]."""
     return graph.to_float(linear(graph, attended, attention.output))
 
 
 def mlp(graph: Graph, x: ir.Value, layer: MLP) -> ir.Value:
-    """[M, d] -> float32 [M, d]."""
+    """Apply a feed-forward block. [M, d] -> float32 [M, d]."""
     up = linear(graph, x, layer.up)
     if layer.gate is None:
         hidden = activate(graph, up, layer.activation)
     else:
-        hidden = graph.op("Mul", [activate(graph, linear(graph, x, layer.gate), layer.activation), up])
+        gate = activate(graph, linear(graph, x, layer.gate), layer.activation)
+        hidden = graph.op("Mul", [gate, up])
     if not layer.fp32:
         return graph.to_float(linear(graph, hidden, layer.down))
     return fp32_linear(graph, graph.to_float(hidden), layer.down)
 
 
 def fp32_linear(graph: Graph, x: ir.Value, layer: Linear) -> ir.Value:
-    """A linear layer that stays in fp32 at every precision."""
+    """Apply a linear layer that stays in fp32 at every precision."""
     names = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-    return graph.op("Gemm", [x, *(graph.weight(name, ir.DataType.FLOAT) for name in names)], transB=1)
+    weights = [graph.weight(name, ir.DataType.FLOAT) for name in names]
+    return graph.op("Gemm", [x, *weights], transB=1)
 
 
 def activate(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
@@ -118,7 +130,7 @@ def activate(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
 
 
 def exit_rows(head: Head) -> str:
-    """The name of the weight of a head that knows some tokens only."""
+    """Return the name of the weight of a head with an exit vocabulary."""
     return f"{head.weight}.exit_rows"
 
 
@@ -135,15 +147,24 @@ def head_outputs(
     packing: Packing | None = None,
     feature: bool = False,
 ) -> None:
-    """Outputs `token` int64, `confidence` and `logits`, and with `emitted` int64 [R] also `nll` in nats.
+    """Add the outputs `token` int64 [R], `confidence` float32 [R] and `logits` float32 [R, vocab].
 
-    `head_rows` int64 [R] picks their rows of `hidden` float32 [M, d]. Not `packed`, the
-    head's weight is used as it stands: as fast for one row, slower for more, and without a copy in memory.
+    With `emitted` also `nll` float32 [R], in nats. The input `head_rows` int64 [R] selects the rows
+    of `hidden`.
 
-    `tokens` int64 [N] are the only ones that the head knows, None for all: its confidence is that of N logits, and the
-    logits of all others are UNKNOWN. Where the head was trained with a class for them, that is one more logit; where it
-    is the largest, `confidence` is 0, so nothing exits, and `token` is the best known one. With `packing`, `hidden` has
-    the rows that count only. With `feature` also an output of that name, [R, d]: the norm that the head reads.
+    Args:
+        hidden: float32 [M, d]. With `packing` only the rows without padding.
+        head: Description of the head.
+        vocabulary: Size of the model's vocabulary.
+        confidence: Confidence measure.
+        emitted: int64 [R], tokens whose negative log-likelihood is wanted.
+        packed: Let ONNX Runtime prepack the head's weight. Otherwise it is read from the file: as
+            fast for one row, slower for more, and without a copy in memory.
+        tokens: int64 [N], exit vocabulary. Confidence is then computed from N logits, and the
+            logits of all other tokens are UNKNOWN. If the head has a class for other tokens and it
+            is the largest, `confidence` is 0 and `token` is the best token of the exit vocabulary.
+        packing: Describes how rows were packed.
+        feature: Also output `feature` [R, d], the normed states that the head reads.
     """
     rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
     places = rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
@@ -153,18 +174,24 @@ def head_outputs(
     if head.scale != 1.0:
         normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
     normed = graph.to_compute(normed)
-    scores = graph.to_float(graph.op("Gemm", [normed, *_weights(graph, head, packed, tokens)], transB=1))
+    weights = _weights(graph, head, packed, tokens)
+    scores = graph.to_float(graph.op("Gemm", [normed, *weights], transB=1))  # [R, classes]
     scores = _capped(graph, scores, head)
-    classes = vocabulary if tokens is None else len(tokens) + (head.other is not None)  # scores [R, classes]
+    classes = vocabulary if tokens is None else len(tokens) + (head.other is not None)
     other = head.other is not None and tokens is not None
     known = None if tokens is None else graph.table("exit_vocabulary", tokens, ir.DataType.INT64)
-    logits, nll = scores, None
+    logits = scores
+    nll: ir.Value | None
     if isinstance(dialect, KernelDialect) and confidence != "entropy":
-        token, measured, nll = dialect.predict(scores, confidence == "softmax", other, emitted, known)
+        token, measured, nll = dialect.predict(
+            scores, confidence == "softmax", other, emitted, known
+        )
         if known is not None:
             logits = dialect.in_whole_vocabulary(scores, known, vocabulary)
     else:
-        token, measured, nll = _predictions(graph, scores, confidence, emitted, known, classes, other)
+        token, measured, nll = _predictions(
+            graph, scores, confidence, emitted, known, classes, other
+        )
         if tokens is not None:
             logits = _in_whole_vocabulary(graph, scores, tokens, classes, vocabulary)
     graph.output("token", token, ir.DataType.INT64, ["R"])
@@ -184,11 +211,14 @@ def _predictions(
     classes: int,
     other: bool,
 ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """See KernelDialect.predict, of so many `classes`; by operators of ONNX, and any measure of confidence."""
+    """Compute token, confidence and nll from scores with standard operators, for any measure.
+
+    See `KernelDialect.predict`. `classes` is the number of scores per row.
+    """
     log_probabilities = graph.op("LogSoftmax", [scores], axis=-1)
     _, top = graph.ops("TopK", [scores, graph.constant([2])], 2, axis=-1, largest=1, sorted=1)
     token = graph.op("Gather", [top, graph.constant(np.int64(0))], axis=1)
-    # In [0, 1], higher is more confident.
+    # Confidence in [0, 1], higher is more confident.
     if confidence == "entropy":
         terms = graph.op("Mul", [graph.op("Exp", [log_probabilities]), log_probabilities])
         negative = graph.op("ReduceSum", [terms, graph.constant([1])], keepdims=0)
@@ -200,13 +230,14 @@ def _predictions(
         if confidence == "softmax":
             second = graph.op("Gather", [best_two, graph.constant(np.int64(1))], axis=1)
             measured = graph.op("Sub", [measured, second])
-    # Rounding may step over the ends; the contract does not.
-    measured = graph.op("Clip", [measured, graph.constant(np.float32(0)), graph.constant(np.float32(1))])
+    # Rounding errors may leave [0, 1].
+    zero = graph.constant(np.float32(0))
+    measured = graph.op("Clip", [measured, zero, graph.constant(np.float32(1))])
     if other:
         is_other = graph.op("Equal", [token, graph.constant(np.int64(classes - 1))])
         second = graph.op("Gather", [top, graph.constant(np.int64(1))], axis=1)
         token = graph.op("Where", [is_other, second, token])
-        measured = graph.op("Where", [is_other, graph.constant(np.float32(0)), measured])
+        measured = graph.op("Where", [is_other, zero, measured])
     if known is not None:
         token = graph.op("Gather", [known, token], axis=0)
     if emitted is None:
@@ -217,7 +248,7 @@ def _predictions(
 
 
 def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head) -> ir.Value:
-    """float32 [R, d] -> the norm that the head reads, but for its scale."""
+    """Return the head's input, float32 [R, d], before its scale."""
     if (adapter := head.adapter) is not None:
         inner = fp32_linear(graph, dialect.norm(hidden, adapter.norm), adapter.down)
         outer = fp32_linear(graph, activate(graph, inner, "silu"), adapter.up)
@@ -226,31 +257,40 @@ def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head) -> ir.
 
 
 def _weights(graph: Graph, head: Head, packed: bool, tokens: np.ndarray | None) -> list[ir.Value]:
-    """The head's weight [classes, d], and its bias, where it is not zero."""
+    """Return the head's weight [classes, d], and its bias if it is not zero."""
     bias = head_bias(head, graph.shape(head.weight)[0], graph.read)
     if tokens is None:
         weight = graph.weight(head.weight) if packed else graph.unpacked_weight(head.weight)
         return [weight, graph.table(f"{head.weight}.bias", bias)] if bias.any() else [weight]
-    bias, also = bias[tokens], []
+    bias = bias[tokens]
+    also = []
     if head.other is not None:
         assert head.other.bias is not None
-        bias, also = np.concatenate([bias, graph.read(head.other.bias)]), [head.other.weight]
+        bias = np.concatenate([bias, graph.read(head.other.bias)])
+        also = [head.other.weight]
     weight = graph.selected_weight(head.weight, tokens, exit_rows(head), also)
     return [weight, graph.table(f"{exit_rows(head)}.bias", bias)] if bias.any() else [weight]
 
 
 def head_bias(head: Head, vocabulary: int, read: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Biases of the logits, float32 [vocab]: suppressed tokens get so little that no other token gets less."""
-    bias = np.zeros(vocabulary, np.float32) if head.bias is None else read(head.bias).reshape(-1).copy()
+    """Return the bias of the logits, float32 [vocab].
+
+    Suppressed tokens get the lowest possible bias.
+    """
+    if head.bias is None:
+        bias = np.zeros(vocabulary, np.float32)
+    else:
+        bias = read(head.bias).reshape(-1).copy()
     bias[list(head.suppressed)] = SUPPRESSED
     return bias
 
 
 def _capped(graph: Graph, scores: ir.Value, head: Head) -> ir.Value:
-    """[R, classes], all but the class of other tokens capped."""
+    """Cap the logits [R, classes], except the class of other tokens."""
     if head.softcap is None:
         return scores
-    limit, other = graph.constant(np.float32(head.softcap)), None
+    limit = graph.constant(np.float32(head.softcap))
+    other = None
     if head.other is not None:
         sizes = graph.constant([len(head.tokens), 1])
         scores, other = graph.ops("Split", [scores, sizes], 2, axis=1)
@@ -258,12 +298,15 @@ def _capped(graph: Graph, scores: ir.Value, head: Head) -> ir.Value:
     return capped if other is None else graph.op("Concat", [capped, other], axis=1)
 
 
-def _in_whole_vocabulary(graph: Graph, logits: ir.Value, tokens: np.ndarray, classes: int, vocabulary: int) -> ir.Value:
-    """[R, classes] -> [R, V]: what reads logits need not know which tokens the head knows."""
+def _in_whole_vocabulary(
+    graph: Graph, logits: ir.Value, tokens: np.ndarray, classes: int, vocabulary: int
+) -> ir.Value:
+    """Scatter logits [R, classes] of an exit vocabulary to [R, V]."""
     place = np.full(vocabulary, classes, np.int64)
     place[tokens] = np.arange(len(tokens))
     rows = graph.op("Shape", [logits], start=0, end=1)
     shape = graph.op("Concat", [rows, graph.constant([1])], axis=0)
     unknown = graph.op("Expand", [graph.constant(np.array([UNKNOWN])), shape])
     extended = graph.op("Concat", [logits, unknown], axis=1)
-    return graph.op("Gather", [extended, graph.table("exit_vocabulary.place", place, ir.DataType.INT64)], axis=1)
+    places = graph.table("exit_vocabulary.place", place, ir.DataType.INT64)
+    return graph.op("Gather", [extended, places], axis=1)

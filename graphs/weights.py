@@ -1,4 +1,4 @@
-"""The weights of a bundle: read one tensor at a time, written once to one file that all graphs name."""
+"""Weights of a bundle: read one tensor at a time, written once to a file that graphs share."""
 
 from __future__ import annotations
 
@@ -13,26 +13,42 @@ import onnx_ir as ir
 
 from graphs.errors import GraphError
 
-# Big tensors start on a page, so that a memory map needs no copy; small ones on a cache line.
-PAGE, CACHE_LINE, BIG = 4096, 64, 1 << 20
+# Alignment: large tensors start on a page, so that memory maps need no copy.
+PAGE = 4096
+CACHE_LINE = 64
+BIG = 1 << 20
 
 
 class Weights(Protocol):
-    """A checkpoint as the builders see it. Names are those of its tensors, or of views of these."""
+    """A checkpoint's tensors by name.
+
+    A name may also denote a view of a tensor (see `View`).
+    """
 
     def __contains__(self, name: str) -> bool: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
+        """Return the shape of a tensor without reading it."""
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as float32. Raises where it is missing or holds NaN."""
+        """Read a tensor as float32. Raises an error if it is missing or holds NaN."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A weight that is made of a checkpoint tensor while it is read: transposed, then the rows from `start` to `stop`
-    (None: to the end), times `factor`, plus `offset`. `str()` is the name that descriptions use."""
+    """A weight computed from a checkpoint tensor when it is read. `str()` is its name in
+    descriptions.
+
+    The steps apply in the order of the attributes.
+
+    Attributes:
+        tensor: Name of the tensor.
+        transposed: Transpose it.
+        start: First row.
+        stop: End of the rows. Default: the last row.
+        factor: Multiplies the values.
+        offset: Added to the values.
+    """
 
     tensor: str
     transposed: bool = False
@@ -51,22 +67,23 @@ class View:
 
     @classmethod
     def of(cls, name: str) -> View:
-        """The view of this name; the tensor itself, where the name asks for nothing."""
+        """Parse a name. A name without options is the tensor itself."""
         tensor, _, parts = name.partition("?")
         given = dict(part.partition("=")[::2] for part in parts.split("&"))
         start, _, stop = given.get("rows", "0:").partition(":")
         last = int(stop) if stop else None
-        factor, offset = float(given.get("factor", 1.0)), float(given.get("offset", 0.0))
+        factor = float(given.get("factor", 1.0))
+        offset = float(given.get("offset", 0.0))
         return cls(tensor, "transposed" in given, int(start), last, factor, offset)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the view, from that of the tensor."""
+        """Return the shape of the view of a tensor with this shape."""
         if self.transposed:
             shape = shape[::-1]
         return (len(range(*slice(self.start, self.stop).indices(shape[0]))), *shape[1:])
 
     def read(self, array: np.ndarray) -> np.ndarray:
-        """The view, from the tensor as float32."""
+        """Compute the view of a float32 tensor."""
         part = (array.T if self.transposed else array)[self.start : self.stop]
         if self.factor != 1.0:
             part = part * np.float32(self.factor)
@@ -74,7 +91,7 @@ class View:
 
 
 class WeightFile:
-    """Writes tensors to one external-data file; what is asked for twice is written once."""
+    """Writes tensors to one external-data file. Equal tensors are stored once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,11 +107,13 @@ class WeightFile:
         self._file.close()
 
     def flush(self) -> None:
-        """Make what was added readable, so that a graph that names it can be loaded."""
+        """Flush the file, so that graphs that refer to it can be loaded."""
         self._file.flush()
 
-    def add(self, name: str, dtype: ir.DataType, produce: Callable[[], np.ndarray]) -> ir.ExternalTensor:
-        """The tensor of this name and type, produced and written on first use."""
+    def add(
+        self, name: str, dtype: ir.DataType, produce: Callable[[], np.ndarray]
+    ) -> ir.ExternalTensor:
+        """Return the tensor of this name and type. It is computed and written on first use."""
         key = (name, dtype)
         if key not in self._tensors:
             self._tensors[key] = self._write(f"{name}.{dtype.name.lower()}", dtype, produce())
@@ -102,7 +121,7 @@ class WeightFile:
 
     def _write(self, name: str, dtype: ir.DataType, array: np.ndarray) -> ir.ExternalTensor:
         array = np.ascontiguousarray(_cast(name, array, dtype))
-        # By content too: checkpoints store tied weights under several names, and operators want them in other shapes.
+        # Share by content: tied weights have several names, and are read in other shapes.
         raw = _raw(array, dtype)
         content = (hashlib.sha256(raw.data).digest(), raw.nbytes)
         if content not in self._places:
@@ -112,15 +131,21 @@ class WeightFile:
             self._file.write(raw.data)
             self.bytes += raw.nbytes
         shape = ir.Shape(array.shape)
-        return ir.ExternalTensor(self.path.name, self._places[content], raw.nbytes, dtype, shape=shape, name=name)
+        return ir.ExternalTensor(
+            self.path.name, self._places[content], raw.nbytes, dtype, shape=shape, name=name
+        )
 
 
 def _raw(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
-    """As bytes: numpy gives no buffer of bfloat16. Of two values of 4 bits the first is in the low half of a byte."""
+    """Return the values as bytes. numpy has no buffer for bfloat16.
+
+    Two 4-bit values share a byte, the first in the low half.
+    """
     raw: np.ndarray = array.reshape(-1).view(np.uint8)
     if dtype.bitwidth != 4:
         return raw
-    low, high = raw[0::2] & 15, raw[1::2] & 15
+    low = raw[0::2] & 15
+    high = raw[1::2] & 15
     low[: len(high)] |= high << 4
     return low
 
@@ -129,5 +154,8 @@ def _cast(name: str, array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = array.astype(dtype.numpy(), copy=False)
     if cast is not array and dtype == ir.DataType.FLOAT16 and not np.isfinite(cast).all():
-        raise GraphError(f"weight {name} reaches {np.abs(array).max():.3g}, out of range of fp16; use --precision fp32")
+        raise GraphError(
+            f"weight {name} reaches {np.abs(array).max():.3g}, out of range of fp16; "
+            "use --precision fp32"
+        )
     return cast

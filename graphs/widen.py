@@ -1,4 +1,4 @@
-"""A graph that computes in half precision as one in fp32, and a bundle for a GPU as one that the CPU runs."""
+"""Widens half-precision graphs to fp32, so that the CPU can run bundles for a GPU."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from runtime.bundle.manifest import MANIFEST, File
 
 HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT = ir.DataType.FLOAT
-# Operators that give no numbers of the kind that they read.
+# Operators whose results do not have the type of their inputs.
 _OTHERS = frozenset(("Cast", "Shape", "Less", "LessOrEqual", "Greater"))
 
 
 def widen(graph: ir.Graph, half: ir.DataType, rounds: bool = False) -> None:
-    """Before: values of `half`, the type that the graph computes in between its fp32 islands.
-    After: weights stay as they are stored, and all else is fp32.
+    """Widen a graph, in place, to compute in fp32. Stored weights keep their type.
 
-    `rounds`: what an operator gave in `half` is rounded to it, so that the graph gives what a device gives that
-    computes in `half` and adds up in fp32.
+    Args:
+        graph: A graph that computes in `half` between its fp32 islands.
+        half: The half-precision type.
+        rounds: Round the results of operators to `half`. The graph then computes what a device
+            computes that multiplies in `half` and accumulates in fp32.
     """
     rounded = list(_results(graph, half)) if rounds else []
     for node in list(graph):
@@ -43,13 +45,16 @@ def widen(graph: ir.Graph, half: ir.DataType, rounds: bool = False) -> None:
         wide = _cast_uses(graph, narrow, f"{value.name}.rounded", FLOAT)
         if value.is_graph_output():
             graph.outputs[graph.outputs.index(value)] = wide
-            wide.dtype, wide.shape = FLOAT, value.shape
-            value.name, wide.name = f"{value.name}.exact", value.name
+            wide.dtype = FLOAT
+            wide.shape = value.shape
+            name = value.name
+            value.name = f"{name}.exact"
+            wide.name = name
     graph.sort()
 
 
 def _cast_uses(graph: ir.Graph, value: ir.Value, name: str, to: ir.DataType) -> ir.Value:
-    """Let all that reads a value read it as another type."""
+    """Cast a value for all its readers."""
     uses = list(value.uses())
     cast = ir.node("Cast", [value], attributes={"to": int(to)})
     cast.outputs[0].name = name
@@ -60,8 +65,10 @@ def _cast_uses(graph: ir.Graph, value: ir.Value, name: str, to: ir.DataType) -> 
 
 
 def _results(graph: ir.Graph, half: ir.DataType) -> Iterator[ir.Value]:
-    """Values that operators give in `half`: those that read it, and casts to it."""
-    known = {value for value in (*graph.inputs, *graph.initializers.values()) if value.dtype == half}
+    """Yield results in `half`: outputs of operators that read `half`, and of casts to it."""
+    known = {
+        value for value in (*graph.inputs, *graph.initializers.values()) if value.dtype == half
+    }
     for node in graph:
         given = node.op_type not in _OTHERS and any(value in known for value in node.inputs)
         if given or (node.op_type == "Cast" and node.attributes.get_int("to") == half):
@@ -71,8 +78,13 @@ def _results(graph: ir.Graph, half: ir.DataType) -> Iterator[ir.Value]:
 
 @contextmanager
 def fp32_copy(bundle: Bundle, rounds: bool) -> Iterator[Bundle]:
-    """The graphs of a bundle, widened from half precision to fp32, and the weights that it has; gone at the end.
-    `rounds`: see `widen`. A bundle that computes in fp32 is its own copy."""
+    """Context manager: yields a temporary copy of a bundle, widened to fp32.
+
+    It yields the bundle itself if that computes in fp32.
+
+    Args:
+        rounds: See `widen`.
+    """
     manifest = bundle.manifest
     if manifest.float_type == "fp32":
         yield bundle
@@ -81,9 +93,11 @@ def fp32_copy(bundle: Bundle, rounds: bool) -> Iterator[Bundle]:
     place = beside if os.access(beside, os.W_OK) else None
     with TemporaryDirectory(prefix=f".{bundle.path.name}.fp32-", dir=place) as name:
         directory = Path(name)
-        graphs, files = engine_files(manifest), dict(manifest.files)
+        graphs = engine_files(manifest)
+        files = dict(manifest.files)
         for file in files:
-            source, target = bundle.path / file, directory / file
+            source = bundle.path / file
+            target = directory / file
             target.parent.mkdir(parents=True, exist_ok=True)
             if file in graphs:
                 model = ir.load(source)
@@ -91,7 +105,7 @@ def fp32_copy(bundle: Bundle, rounds: bool) -> Iterator[Bundle]:
                 ir.save(model, target)
                 files[file] = File(target.stat().st_size, sha256_of(target))
                 continue
-            try:  # ONNX Runtime follows no symbolic links out of a graph's folder
+            try:  # ONNX Runtime does not follow symbolic links out of a graph's folder
                 os.link(source, target)
             except OSError:  # another file system
                 shutil.copy(source, target)

@@ -1,6 +1,9 @@
-"""Shared by the two ways to write a decoder in ONNX: norms, attention and the KV cache as an interface, projections,
-rotary tables, relative bias (Raffel et al., JMLR 2020, section 2.1), rows without padding. Activations are flat: [M, d]
-with M = batch * rows."""
+"""Parts that both ONNX dialects share.
+
+Covers the `Dialect` interface, projections, rotary tables, relative bias (Raffel et al., JMLR 2020,
+section 2.1) and packing of rows without padding. Activations are flat, [M, d] with M = batch *
+rows.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,31 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import Attention, Embedding, Linear, Norm, Positions, RelativeBias, Rotary, Spectrogram
+from graphs.description import (
+    Attention,
+    Embedding,
+    Linear,
+    Norm,
+    Positions,
+    RelativeBias,
+    Rotary,
+    Spectrogram,
+)
 from graphs.graph import STACK, Dimension, Graph
 from runtime.kernels import DOMAIN
 
 
 @dataclass(frozen=True)
-class Call:
-    """The inputs of an engine call that attention needs. Lengths are int32 [B]; `size` is int64 [2]: B and rows. In an
-    encoder `past_lengths` is None and `query_lengths` are the lengths of the prompts, None where all are whole."""
+class CallInputs:
+    """Inputs of an engine call that attention needs.
+
+    Attributes:
+        size: int64 [2], batch size and rows.
+        query_lengths: int32 [B], rows of each sequence in this call. In an encoder: prompt lengths,
+            or None if there is no padding.
+        past_lengths: int32 [B], valid cache positions before the call. None in an encoder.
+        cross_lengths: int32 [B], prompt lengths for cross-attention. None without an encoder.
+    """
 
     size: ir.Value
     query_lengths: ir.Value | None
@@ -30,81 +49,106 @@ class Call:
 
 class Dialect(Protocol):
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
-        """The norm over the last axis, computed in fp32. `x` and the result are float32 [M, d]."""
+        """Normalize over the last axis in fp32. `x` and the result are float32 [M, d]."""
 
     def add_norm(self, x: ir.Value, delta: ir.Value, norm: Norm) -> tuple[ir.Value, ir.Value]:
-        """x + delta, and its norm; all float32 [M, d]."""
+        """Return x + delta and its norm, all float32 [M, d]."""
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
-        """Causal attention over the KV cache of a layer, which it extends in place. [M, d] -> [M, heads * head_dim]."""
+        """Causal attention over a layer's KV cache, which it extends in place.
+
+        [M, d] -> [M, heads * head_dim].
+        """
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
-        """Attention over the prompt's keys and values of a layer. [M, d] -> [M, heads * head_dim]."""
+        """Attention over the prompt's keys and values. [M, d] -> [M, heads * head_dim]."""
 
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
-        """Attention of all prompt positions to each other. [M, d] -> [M, heads * head_dim]."""
+        """Bidirectional attention over the prompt. [M, d] -> [M, heads * head_dim]."""
 
 
 def linear(graph: Graph, x: ir.Value, layer: Linear) -> ir.Value:
-    """[M, inputs] -> [M, outputs], in the compute type."""
+    """Apply a linear layer in the compute type. [M, inputs] -> [M, outputs]."""
     return stacked_linear(graph, x, [layer])
 
 
 def stacked_linear(graph: Graph, x: ir.Value, layers: Sequence[Linear]) -> ir.Value:
-    """Several linear layers of one input as one product: [M, inputs] -> [M, sum of outputs]."""
+    """Apply linear layers to one input as one product. [M, inputs] -> [M, sum of outputs]."""
     weight = graph.stacked_weight([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
     if not biases:
         return graph.op("Gemm", [x, weight], transB=1)
     if len(biases) == len(layers):
         return graph.op("Gemm", [x, weight, graph.stacked_weight(biases)], transB=1)
-    # Whisper's keys have none: zeros stand for it.
-    parts = [
-        np.zeros(graph.shape(one.weight)[0], np.float32) if one.bias is None else graph.read(one.bias) for one in layers
-    ]
-    return graph.op("Gemm", [x, weight, graph.table(f"{STACK.join(biases)}.filled", np.concatenate(parts))], transB=1)
+    # Whisper's keys have no bias: use zeros.
+    parts = [_bias_or_zeros(graph, layer) for layer in layers]
+    bias = graph.table(f"{STACK.join(biases)}.filled", np.concatenate(parts))
+    return graph.op("Gemm", [x, weight, bias], transB=1)
+
+
+def _bias_or_zeros(graph: Graph, layer: Linear) -> np.ndarray:
+    if layer.bias is None:
+        return np.zeros(graph.shape(layer.weight)[0], np.float32)
+    return graph.read(layer.bias)
 
 
 def query_key_value(graph: Graph, x: ir.Value, attention: Attention) -> ir.Value:
-    """[M, d] -> [M, (heads + 2 kv_heads) * head_dim], query first."""
+    """Project to query, key, value, in order. [M, d] -> [M, (heads + 2 kv_heads) * head_dim]."""
     return stacked_linear(graph, x, [attention.query, attention.key, attention.value])
 
 
 def key_value_inputs(
-    graph: Graph, prefix: str, layer: int | str, attention: Attention, rows: Dimension
+    graph: Graph,
+    prefix: str,
+    layer: int | str,
+    attention: Attention,
+    rows: Dimension,
 ) -> list[ir.Value]:
-    """Inputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, head_dim]."""
+    """Declare the inputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, head_dim]."""
     shape: list[Dimension] = ["B", attention.kv_heads, rows, attention.head_dim]
-    return [graph.input(f"{prefix}.{layer}.{part}", graph.cache, shape) for part in ("key", "value")]
+    names = [f"{prefix}.{layer}.{part}" for part in ("key", "value")]
+    return [graph.input(name, graph.cache, shape) for name in names]
 
 
 def key_value_outputs(
-    graph: Graph, prefix: str, layer: int | str, attention: Attention, rows: Dimension, values: Sequence[ir.Value]
+    graph: Graph,
+    prefix: str,
+    layer: int | str,
+    attention: Attention,
+    rows: Dimension,
+    values: Sequence[ir.Value],
 ) -> None:
-    """Outputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, head_dim]."""
+    """Declare the outputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, head_dim]."""
     shape: list[Dimension] = ["B", attention.kv_heads, rows, attention.head_dim]
     for part, value in zip(("key", "value"), values, strict=True):
         graph.output(f"{prefix}.{layer}.{part}", value, graph.cache, shape)
 
 
-def in_heads(graph: Graph, x: ir.Value, call: Call, heads: int, head_dim: int) -> ir.Value:
-    """[M, heads * head_dim] -> [B, heads, rows, head_dim]."""
+def in_heads(graph: Graph, x: ir.Value, call: CallInputs, heads: int, head_dim: int) -> ir.Value:
+    """Split into heads: [M, heads * head_dim] -> [B, heads, rows, head_dim]."""
     shape = graph.op("Concat", [call.size, graph.constant([heads, head_dim])], axis=0)
     return graph.op("Transpose", [graph.op("Reshape", [x, shape])], perm=[0, 2, 1, 3])
 
 
-def in_rows(graph: Graph, x: ir.Value, call: Call) -> ir.Value:
-    """[M, n] -> [B, rows, n]."""
+def in_rows(graph: Graph, x: ir.Value, call: CallInputs) -> ir.Value:
+    """Unflatten the batch: [M, n] -> [B, rows, n]."""
     return graph.op("Reshape", [x, graph.op("Concat", [call.size, graph.constant([-1])], axis=0)])
 
 
 def flat(graph: Graph, x: ir.Value, width: int) -> ir.Value:
-    """[B, rows, width] -> [M, width]."""
+    """Flatten the batch: [B, rows, width] -> [M, width]."""
     return graph.op("Reshape", [x, graph.constant([-1, width])])
 
 
-def head_norm(graph: Graph, dialect: Dialect, x: ir.Value, norm: Norm | None, heads: int, head_dim: int) -> ir.Value:
-    """The norm of each head on its own (Qwen3). [M, heads * head_dim] -> the same."""
+def head_norm(
+    graph: Graph,
+    dialect: Dialect,
+    x: ir.Value,
+    norm: Norm | None,
+    heads: int,
+    head_dim: int,
+) -> ir.Value:
+    """Normalize each head separately (Gemma 3, Qwen 3). [M, heads * head_dim] -> same shape."""
     if norm is None:
         return x
     heads_in_rows = graph.op("Reshape", [graph.to_float(x), graph.constant([-1, head_dim])])
@@ -113,28 +157,35 @@ def head_norm(graph: Graph, dialect: Dialect, x: ir.Value, norm: Norm | None, he
 
 
 def rotary_tables(graph: Graph, rotary: Rotary, positions: int) -> tuple[ir.Value, ir.Value]:
-    """Cosine and sine of every position, [positions, pairs that are turned]."""
-    # Angles in float32, as the models were trained and as Hugging Face computes them.
+    """Return cosine and sine of every position, each [positions, rotated pairs]."""
+    # Angles in float32: the models were trained so, and Hugging Face computes them so.
     frequencies = np.asarray(rotary.inverse_frequencies, np.float32)
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None]
     # Equal tables share a name.
     digest = hashlib.sha256(frequencies.tobytes() + repr(rotary.scale).encode()).hexdigest()[:8]
-    cos, sin = (
-        graph.table(f"rotary.{positions}.{digest}.{name}", (of(angles) * np.float32(rotary.scale)).astype(np.float32))
-        for name, of in (("cos", np.cos), ("sin", np.sin))
-    )
-    return cos, sin
+    scale = np.float32(rotary.scale)
+    cos = (np.cos(angles) * scale).astype(np.float32)
+    sin = (np.sin(angles) * scale).astype(np.float32)
+    prefix = f"rotary.{positions}.{digest}"
+    return graph.table(f"{prefix}.cos", cos), graph.table(f"{prefix}.sin", sin)
 
 
 def norm_weights(graph: Graph, norm: Norm) -> list[ir.Value]:
-    """The scale of a norm, and its bias where it has one."""
+    """Return the scale of a norm, followed by its bias if it has one."""
     names = [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
     return [graph.weight(name, dtype=ir.DataType.FLOAT) for name in names]
 
 
-def embed(graph: Graph, dialect: Dialect, call: Call, tokens: ir.Value, embedding: Embedding) -> ir.Value:
-    """int64 [B, rows] -> float32 [M, d]."""
-    x = graph.op("Gather", [graph.weight(embedding.table), graph.op("Reshape", [tokens, graph.constant([-1])])], axis=0)
+def embed(
+    graph: Graph,
+    dialect: Dialect,
+    call: CallInputs,
+    tokens: ir.Value,
+    embedding: Embedding,
+) -> ir.Value:
+    """Embed tokens int64 [B, rows] as float32 [M, d]."""
+    table = graph.weight(embedding.table)
+    x = graph.op("Gather", [table, graph.op("Reshape", [tokens, graph.constant([-1])])], axis=0)
     x = graph.to_float(x)
     if embedding.scale != 1.0:
         x = graph.op("Mul", [x, graph.constant(np.float32(embedding.scale))])
@@ -143,15 +194,16 @@ def embed(graph: Graph, dialect: Dialect, call: Call, tokens: ir.Value, embeddin
         rows = position_rows(graph, positions, width)
         digest = hashlib.sha256(rows.tobytes()).hexdigest()[:8]  # equal tables share a name
         table = graph.table(f"positions.{digest}", rows, ir.DataType.FLOAT)
-        # Padding may stand behind the last position.
+        # Padding may lie beyond the last position.
         last = graph.constant(np.int64(positions.count - 1))
-        added = graph.op("Gather", [table, graph.op("Min", [query_positions(graph, call), last])], axis=0)
+        places = graph.op("Min", [query_positions(graph, call), last])
+        added = graph.op("Gather", [table, places], axis=0)
         x = flat(graph, graph.op("Add", [in_rows(graph, x, call), added]), width)
     return x if embedding.norm is None else dialect.norm(x, embedding.norm)
 
 
 def embed_sound(graph: Graph, features: ir.Value, spectrogram: Spectrogram) -> ir.Value:
-    """Features float32 [B, bins, 2 * count] -> float32 [B, count, d]."""
+    """Embed features float32 [B, bins, 2 * count] as float32 [B, count, d]."""
     x = graph.to_compute(features)
     for stride, layer in enumerate(spectrogram.convolutions, 1):
         assert layer.bias is not None
@@ -163,7 +215,7 @@ def embed_sound(graph: Graph, features: ir.Value, spectrogram: Spectrogram) -> i
 
 
 def position_rows(graph: Graph, positions: Positions, width: int) -> np.ndarray:
-    """float32 [count, width]."""
+    """Return the position embeddings, float32 [count, width]."""
     if positions.table is not None:
         return graph.read(positions.table)[positions.offset : positions.offset + positions.count]
     steps = np.arange(positions.offset, positions.offset + positions.count)
@@ -172,32 +224,54 @@ def position_rows(graph: Graph, positions: Positions, width: int) -> np.ndarray:
     return waves[:, :width].astype(np.float32)
 
 
-def query_positions(graph: Graph, call: Call) -> ir.Value:
-    """Absolute position of each row, int64 [B, rows]."""
-    rows = graph.op("Squeeze", [graph.op("Slice", [call.size, graph.constant([1]), graph.constant([2])])])
+def query_positions(graph: Graph, call: CallInputs) -> ir.Value:
+    """Return the absolute position of each row, int64 [B, rows] (encoder: [1, rows])."""
+    rows = graph.op("Slice", [call.size, graph.constant([1]), graph.constant([2])])
+    rows = graph.op("Squeeze", [rows])
     steps = graph.op("Range", [graph.constant(np.int64(0)), rows, graph.constant(np.int64(1))])
     if call.past_lengths is None:
         return graph.op("Unsqueeze", [steps, graph.constant([0])])
-    past = graph.op("Unsqueeze", [graph.cast(call.past_lengths, ir.DataType.INT64), graph.constant([1])])
+    past = graph.cast(call.past_lengths, ir.DataType.INT64)
+    past = graph.op("Unsqueeze", [past, graph.constant([1])])
     return graph.op("Add", [past, steps])
 
 
-def bias_of_distances(graph: Graph, bias: RelativeBias, queries: ir.Value, keys: ir.Value) -> ir.Value:
-    """Relative bias [B, heads, rows, T] for query positions int64 [B, rows] and key positions int64 [T]."""
-    reach, table = bias.max_distance, distance_table(graph, bias)
-    distance = graph.op("Sub", [graph.op("Unsqueeze", [queries, graph.constant([2])]), keys])  # [B, rows, T]
+def bias_of_distances(
+    graph: Graph,
+    bias: RelativeBias,
+    queries: ir.Value,
+    keys: ir.Value,
+) -> ir.Value:
+    """Return the relative bias [B, heads, rows, T].
+
+    Args:
+        queries: Query positions, int64 [B, rows].
+        keys: Key positions, int64 [T].
+    """
+    reach = bias.max_distance
+    table = distance_table(graph, bias)
+    # [B, rows, T]
+    distance = graph.op("Sub", [graph.op("Unsqueeze", [queries, graph.constant([2])]), keys])
     if bias.bidirectional:
-        low, high = np.int64(-reach), np.int64(reach)
-        index = graph.op("Clip", [graph.op("Neg", [distance]), graph.constant(low), graph.constant(high)])
-        index = graph.op("Add", [index, graph.constant(np.int64(reach))])
+        negated = graph.op("Neg", [distance])
+        low = graph.constant(np.int64(-reach))
+        high = graph.constant(np.int64(reach))
+        index = graph.op("Clip", [negated, low, high])
+        index = graph.op("Add", [index, high])
     else:
-        index = graph.op("Clip", [distance, graph.constant(np.int64(0)), graph.constant(np.int64(reach))])
+        low = graph.constant(np.int64(0))
+        high = graph.constant(np.int64(reach))
+        index = graph.op("Clip", [distance, low, high])
     return graph.op("Transpose", [graph.op("Gather", [table, index], axis=0)], perm=[0, 3, 1, 2])
 
 
 def buckets(distance: np.ndarray, bias: RelativeBias) -> np.ndarray:
-    """Bucket of each signed distance key - query. Half the buckets are exact, the others grow logarithmically."""
-    count, offset = bias.buckets, np.zeros_like(distance)
+    """Return the bucket of each signed distance key - query.
+
+    The first half of the buckets hold one distance each. The others grow logarithmically.
+    """
+    count = bias.buckets
+    offset = np.zeros_like(distance)
     if bias.bidirectional:
         count //= 2
         offset = np.where(distance > 0, count, 0)
@@ -205,7 +279,7 @@ def buckets(distance: np.ndarray, bias: RelativeBias) -> np.ndarray:
     else:
         distance = np.maximum(-distance, 0)
     exact = count // 2
-    # In float32, operation by operation, as the models were trained: the edges of buckets depend on it.
+    # Every operation in float32, as in training: the edges of the buckets depend on it.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     grown = ratio / np.float32(np.log(bias.max_distance / exact)) * np.float32(count - exact)
     far = np.minimum(exact + grown.astype(np.int64), count - 1)
@@ -213,23 +287,33 @@ def buckets(distance: np.ndarray, bias: RelativeBias) -> np.ndarray:
 
 
 def by_distance(table: np.ndarray, bias: RelativeBias) -> np.ndarray:
-    """The bias of every distance that has its own: [max_distance + 1, heads] by query - key, or
-    [2 max_distance + 1, heads] by key - query + max_distance where bidirectional. `table` [buckets, heads]."""
+    """Expand a bias `table` [buckets, heads] to one row per distance up to `max_distance`.
+
+    Returns [max_distance + 1, heads], indexed by query - key. If bidirectional, [2 max_distance +
+    1, heads], indexed by key - query + max_distance.
+    """
     reach = bias.max_distance
     distance = np.arange(-reach, reach + 1) if bias.bidirectional else -np.arange(reach + 1)
     return np.ascontiguousarray(table[buckets(distance, bias)])
 
 
 def distance_table(graph: Graph, bias: RelativeBias) -> ir.Value:
-    """`by_distance` of a checkpoint's table, which is tiny and read at once: this replaces it in the bundle."""
+    """Add `by_distance` of a checkpoint's table to the graph, in place of the table itself."""
     return graph.table(f"{bias.table}.by_distance", by_distance(graph.read(bias.table), bias))
 
 
 @dataclass(frozen=True)
 class Packing:
-    """`counted` float32 [N, d]: the rows that count of what was packed. `rows` int64 [B * rows]: which of them each row
-    of the call is; of padding, any. `size` int64 [2]: B and rows. `valid` int64 [N, 2]: sequence and row of each that
-    counts, which attention that takes padding needs. `idle`: in some calls no row counts."""
+    """Rows of a call without padding.
+
+    Attributes:
+        counted: float32 [N, d], the valid rows of the packed tensor.
+        rows: int64 [B * rows], index into `counted` of each row of the call. Arbitrary for padding.
+        size: int64 [2], batch size and rows.
+        valid: int64 [N, 2], sequence and row of each valid row. Needed by attention that reads
+            padded rows.
+        idle: Some calls have no valid row.
+    """
 
     counted: ir.Value
     rows: ir.Value
@@ -238,30 +322,45 @@ class Packing:
     idle: bool = False
 
     def packed(self, graph: Graph, x: ir.Value) -> ir.Value:
-        """[B, rows, n] -> [N, n]."""
+        """Remove padding: [B, rows, n] -> [N, n]."""
         assert self.valid is not None
         return graph.op("GatherND", [x, self.valid])
 
     def in_rows(self, graph: Graph, x: ir.Value) -> ir.Value:
-        """[N, n] -> [B, rows, n]."""
-        if self.idle:  # padding has a row to be
+        """Restore padding, with arbitrary values: [N, n] -> [B, rows, n]."""
+        if self.idle:  # padding needs a row to index
             x = graph.op("Pad", [x, graph.constant([0, 1]), None, graph.constant([0])])
         return graph.op("Gather", [x, graph.op("Reshape", [self.rows, self.size])], axis=0)
 
 
-def packing(graph: Graph, call: Call, x: ir.Value, idle: bool = False, own: bool = False) -> Packing:
-    """Pack `x` float32 [B, rows, d]; `idle` as there. `own`: by our own operator, for our own attention."""
+def packing(
+    graph: Graph,
+    call: CallInputs,
+    x: ir.Value,
+    idle: bool = False,
+    own: bool = False,
+) -> Packing:
+    """Pack `x` float32 [B, rows, d].
+
+    Args:
+        idle: Some calls have no valid row.
+        own: Use this project's operator, for its attention kernels.
+    """
     assert call.query_lengths is not None
     if own:
         counted, rows = graph.ops("CountedRows", [x, call.query_lengths], 2, DOMAIN)
-        counted.type, rows.type = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
+        counted.type = ir.TensorType(ir.DataType.FLOAT)
+        rows.type = ir.TensorType(ir.DataType.INT64)
         assert x.shape is not None
-        counted.shape, rows.shape = ir.Shape([None, x.shape[2]]), ir.Shape([None])
+        counted.shape = ir.Shape([None, x.shape[2]])
+        rows.shape = ir.Shape([None])
         return Packing(counted, rows, call.size, None, idle)
     longest = graph.op("Gather", [call.size, graph.constant(np.int64(1))], axis=0)
-    first, one = graph.constant(np.int64(0)), graph.constant(np.int64(1))
+    first = graph.constant(np.int64(0))
+    one = graph.constant(np.int64(1))
     steps = graph.op("Range", [first, longest, one])
-    lengths = graph.op("Unsqueeze", [graph.cast(call.query_lengths, ir.DataType.INT64), graph.constant([1])])
+    lengths = graph.cast(call.query_lengths, ir.DataType.INT64)
+    lengths = graph.op("Unsqueeze", [lengths, graph.constant([1])])
     counts = graph.op("Less", [steps, lengths])  # [B, rows]
     valid = graph.op("Transpose", [graph.op("NonZero", [counts])], perm=[1, 0])
     flags = graph.op("Reshape", [graph.cast(counts, ir.DataType.INT64), graph.constant([-1])])

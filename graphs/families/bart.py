@@ -1,4 +1,4 @@
-"""BART and its kin: BART, mBART, Marian, M2M100 and NLLB, Pegasus. One code path; `KINDS` says what differs."""
+"""BART and variants: BART, mBART, Marian, M2M100, NLLB, Pegasus. See `KINDS` for differences."""
 
 from __future__ import annotations
 
@@ -29,8 +29,14 @@ from graphs.weights import Weights
 
 @dataclass(frozen=True)
 class Kind:
-    """`order`, as in a layer; `embedding_norm`: a norm behind the embedding; `final_norm`: one behind the last layer.
-    `positions`: learned, or sines as Marian or as Tensor2Tensor has them."""
+    """Differences between the architectures.
+
+    Attributes:
+        order: Order of norms and blocks in a layer.
+        embedding_norm: Normalize the embedding.
+        final_norm: Normalize the output of the last layer.
+        positions: Learned positions, or sines as computed by Marian or by Tensor2Tensor.
+    """
 
     order: Literal["pre", "post"]
     embedding_norm: bool
@@ -47,24 +53,34 @@ KINDS = {
 }
 MODEL_TYPES = tuple(KINDS)
 REQUIRED = (
-    *("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"),
-    *("max_position_embeddings", "activation_function"),
+    "d_model",
+    "encoder_layers",
+    "decoder_layers",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "max_position_embeddings",
+    "activation_function",
 )
-# One matrix, under whichever of its names the checkpoint kept.
-EMBEDDINGS = tuple(f"model.{name}.weight" for name in ("shared", "decoder.embed_tokens", "encoder.embed_tokens"))
-LEARNED_OFFSET = 2  # rows before the first position
-EPSILON = 1e-5  # torch's default
+# Names of the embedding matrix. Checkpoints keep one of them or more.
+EMBEDDINGS = (
+    "model.shared.weight",
+    "model.decoder.embed_tokens.weight",
+    "model.encoder.embed_tokens.weight",
+)
+LEARNED_OFFSET = 2  # table row of the first position
+EPSILON = 1e-5  # PyTorch's default
 
 
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     if not config.get("share_encoder_decoder_embeddings", True):
         raise UnsupportedModelError(
-            "share_encoder_decoder_embeddings is False, so prompt and output have vocabularies of their own, which is "
-            "not supported; use a model that shares them"
+            "share_encoder_decoder_embeddings is False; separate vocabularies for prompt and "
+            "output are not supported, use a model that shares them"
         )
-    kind, width = KINDS[config["model_type"]], int(config["d_model"])
+    kind = KINDS[config["model_type"]]
+    width = int(config["d_model"])
     table = next((name for name in EMBEDDINGS if name in weights), EMBEDDINGS[0])
-    # Untied, encoder and decoder have tables of their own, too.
+    # If the head is not tied, encoder and decoder may have tables of their own.
     tied = config.get("tie_word_embeddings", True) or "lm_head.weight" not in weights
     own = {side: f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
     tables = {side: table if tied or name not in weights else name for side, name in own.items()}
@@ -79,7 +95,10 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         vocab_size=vocabulary_size(weights, table, width),
         hidden_size=width,
         decoder=Decoder(
-            _embedding(config, weights, "decoder", tables), decoder, head, int(config["max_position_embeddings"])
+            _embedding(config, weights, "decoder", tables),
+            decoder,
+            head,
+            int(config["max_position_embeddings"]),
         ),
         encoder=Encoder(
             _embedding(config, weights, "encoder", tables),
@@ -89,40 +108,68 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     )
 
 
-def _embedding(config: Mapping[str, Any], weights: Weights, side: str, tables: Mapping[str, str]) -> Embedding:
-    kind, width, count = KINDS[config["model_type"]], int(config["d_model"]), int(config["max_position_embeddings"])
-    # Published Marian checkpoints hold their sines.
+def _embedding(
+    config: Mapping[str, Any], weights: Weights, side: str, tables: Mapping[str, str]
+) -> Embedding:
+    kind = KINDS[config["model_type"]]
+    width = int(config["d_model"])
+    count = int(config["max_position_embeddings"])
+    # Published Marian checkpoints store the sines.
     name = f"model.{side}.embed_positions.weight"
     if kind.positions == "learned":
         positions = Positions(count, name, LEARNED_OFFSET)
     elif kind.positions == "marian":
         frequencies = tuple(10000.0 ** -(2 * step / width) for step in range((width + 1) // 2))
-        positions = Positions(count, name) if name in weights else Positions(count, frequencies=frequencies)
+        positions = Positions(count, frequencies=frequencies)
+        if name in weights:
+            positions = Positions(count, name)
     else:
         half = width // 2
-        exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000) / max(1, half - 1))
-        # Positions count from behind that of padding.
+        step = np.float32(-math.log(10000) / max(1, half - 1))
+        frequencies = tuple(map(float, np.exp(np.arange(half, dtype=np.float32) * step)))
+        # The first position follows that of padding.
         offset = int(config["pad_token_id"]) + 1
-        positions = Positions(count, offset=offset, frequencies=tuple(map(float, np.exp(exponents))))
-    behind = norm(f"model.{side}.layernorm_embedding") if kind.embedding_norm else None
-    return Embedding(tables[side], math.sqrt(width) if config.get("scale_embedding") else 1.0, positions, behind)
+        positions = Positions(count, offset=offset, frequencies=frequencies)
+    return Embedding(
+        tables[side],
+        scale=math.sqrt(width) if config.get("scale_embedding") else 1.0,
+        positions=positions,
+        norm=norm(f"model.{side}.layernorm_embedding") if kind.embedding_norm else None,
+    )
 
 
 def layers(
-    config: Mapping[str, Any], side: str, order: Literal["pre", "post"] = "pre", key_bias: bool = True
+    config: Mapping[str, Any],
+    side: str,
+    order: Literal["pre", "post"] = "pre",
+    key_bias: bool = True,
 ) -> tuple[Layer, ...]:
-    """The layers of `side`, "encoder" or "decoder", as Whisper has them, too, without biases of the keys."""
-    heads, activation = int(config[f"{side}_attention_heads"]), activation_of(config, "activation_function")
+    """Return the layers of `side`, "encoder" or "decoder".
+
+    Args:
+        key_bias: Attention keys have a bias. Whisper's do not.
+    """
+    heads = int(config[f"{side}_attention_heads"])
+    activation = activation_of(config, "activation_function")
     if config["d_model"] % heads:
         raise UnsupportedModelError(
-            f"d_model is {config['d_model']} in the configuration, not a multiple of {side}_attention_heads, {heads}"
+            f"d_model is {config['d_model']} in the configuration, not a multiple of "
+            f"{side}_attention_heads, {heads}"
         )
 
     def attention(name: str) -> Attention:
         size = int(config["d_model"]) // heads
-        query, key, value, output = (linear(f"{name}.{part}_proj") for part in ("q", "k", "v", "out"))
-        key = key if key_bias else Linear(key.weight)
-        return Attention(heads, heads, size, size**-0.5, query, key, value, output)
+        key = linear(f"{name}.k_proj")
+        return Attention(
+            heads=heads,
+            kv_heads=heads,
+            head_dim=size,
+            scale=size**-0.5,
+            query=linear(f"{name}.q_proj"),
+            key=key if key_bias else Linear(key.weight),
+            value=linear(f"{name}.v_proj"),
+            output=linear(f"{name}.out_proj"),
+        )
 
     def layer(name: str) -> Layer:
         crosses = side == "decoder"
@@ -136,7 +183,8 @@ def layers(
             order=order,
         )
 
-    return tuple(layer(f"model.{side}.layers.{number}") for number in range(int(config[f"{side}_layers"])))
+    count = int(config[f"{side}_layers"])
+    return tuple(layer(f"model.{side}.layers.{number}") for number in range(count))
 
 
 def linear(name: str) -> Linear:

@@ -1,6 +1,9 @@
-"""Gemma 1, 2 and 3 (text): Llama's layers with norms of 1 + w, an embedding times the root of its width, and in 2 and 3
-also norms of what the blocks give. 2 caps scores and logits; 3 has norms of heads, and local layers with a rotary base
-of their own."""
+"""Gemma 1, 2 and 3 (text).
+
+Differs from Llama in norms of 1 + w and an embedding scaled by the root of its width. Gemma 2 and 3
+also normalize the outputs of blocks. Gemma 2 caps scores and logits. Gemma 3 normalizes query and
+key, and its local layers have their own rotary base.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ REQUIRED = (*llama.REQUIRED, "head_dim")
 
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     if config.get("use_bidirectional_attention"):
-        raise UnsupportedModelError("use_bidirectional_attention is not supported; models that generate are causal")
+        raise UnsupportedModelError(
+            "use_bidirectional_attention is not supported; models that generate are causal"
+        )
     activation = config.get("hidden_activation") or config.get("hidden_act") or "gelu_pytorch_tanh"
     config = {**config, "hidden_act": activation}
     tied = config.get("tie_word_embeddings", True)
@@ -46,7 +51,7 @@ def _layer(config: Mapping[str, Any], weights: Weights, number: int) -> Layer:
     return replace(
         layer,
         attention=attention,
-        attention_out=layer.mlp_norm,  # of this name it is the norm behind attention
+        attention_out=layer.mlp_norm,  # despite its name, it normalizes attention
         mlp_norm=llama.norm(config, f"{name}.pre_feedforward_layernorm"),
         mlp_out=llama.norm(config, f"{name}.post_feedforward_layernorm"),
     )

@@ -1,5 +1,7 @@
-"""GPT-2: layer norms, learned positions, linear layers stored as [inputs, outputs] (Conv1D), query, key and value in
-one."""
+"""GPT-2: layer norms, learned positions, and linear layers stored as [inputs, outputs] (Conv1D).
+
+Query, key and value share one weight.
+"""
 
 from __future__ import annotations
 
@@ -32,23 +34,30 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         field = "add_cross_attention" if config.get("add_cross_attention") else "scale_attn_weights"
         raise UnsupportedModelError(f"{field} {config[field]} is not supported for gpt2")
     activation = activation_of(config, "activation_function", "gelu_new")
-    # The first checkpoints have the names of the model without a head.
+    # Early checkpoints use the names of the model without a head.
     prefix = "transformer." if "transformer.wte.weight" in weights else ""
-    width, table = int(config["n_embd"]), f"{prefix}wte.weight"
+    width = int(config["n_embd"])
+    table = f"{prefix}wte.weight"
     tied = config.get("tie_word_embeddings", True) or "lm_head.weight" not in weights
     positions = Positions(int(config["n_positions"]), f"{prefix}wpe.weight")
-    layers = tuple(_layer(config, activation, f"{prefix}h.{number}", number) for number in range(config["n_layer"]))
+    layers = tuple(
+        _layer(config, activation, f"{prefix}h.{number}", number)
+        for number in range(config["n_layer"])
+    )
     head = Head(_norm(config, f"{prefix}ln_f"), table if tied else "lm_head.weight")
     return Description(
         family="gpt2",
         vocab_size=vocabulary_size(weights, table, width),
         hidden_size=width,
-        decoder=Decoder(Embedding(table, positions=positions), layers, head, max_positions=positions.count),
+        decoder=Decoder(
+            Embedding(table, positions=positions), layers, head, max_positions=positions.count
+        ),
     )
 
 
 def _layer(config: Mapping[str, Any], activation: Activation, name: str, number: int) -> Layer:
-    heads, width = int(config["n_head"]), int(config["n_embd"])
+    heads = int(config["n_head"])
+    width = int(config["n_embd"])
     scale = (width // heads) ** -0.5
     if config.get("scale_attn_by_inverse_layer_idx"):
         scale /= number + 1

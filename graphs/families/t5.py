@@ -1,4 +1,4 @@
-"""T5 and its kin: T5 v1.0 and v1.1, Flan-T5, mT5, UMT5, ByT5, and LongT5, whose encoder has no description."""
+"""T5 and its variants: T5 1.0 and 1.1, Flan-T5, mT5, UMT5, ByT5 and LongT5 (foreign encoder)."""
 
 from __future__ import annotations
 
@@ -26,15 +26,22 @@ from graphs.shapes import vocabulary_size
 from graphs.weights import Weights
 
 MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
-REQUIRED = ("d_model", "d_kv", "num_heads", "num_layers", "relative_attention_num_buckets", "layer_norm_epsilon")
-# One matrix, under whichever of its names the checkpoint kept.
+REQUIRED = (
+    "d_model",
+    "d_kv",
+    "num_heads",
+    "num_layers",
+    "relative_attention_num_buckets",
+    "layer_norm_epsilon",
+)
+# Names of the embedding matrix. Checkpoints keep one of them or more.
 EMBEDDINGS = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
 
 
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     decoder_layers = config.get("num_decoder_layers") or config["num_layers"]
     embedding = next((n for n in EMBEDDINGS if n in weights), "shared.weight")
-    # transformers 5 says tie_word_embeddings for every checkpoint; whether the head has weights of its own tells.
+    # transformers 5 sets tie_word_embeddings in every checkpoint, so look for the head's weights.
     tied = "lm_head.weight" not in weights
     width = int(config["d_model"])
     head = Head(
@@ -46,24 +53,32 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         family="t5",
         vocab_size=vocabulary_size(weights, embedding, width),
         hidden_size=width,
-        decoder=Decoder(Embedding(embedding), tuple(_layer(config, "decoder", n) for n in range(decoder_layers)), head),
+        decoder=Decoder(
+            Embedding(embedding),
+            tuple(_layer(config, "decoder", n) for n in range(decoder_layers)),
+            head,
+        ),
         encoder=_encoder(config, embedding),
     )
 
 
 def _encoder(config: Mapping[str, Any], embedding: str) -> Encoder | ForeignEncoder:
     if config["model_type"] == "longt5":
-        # It attends within blocks of local_radius + 1 tokens, and globally to sums over blocks of another length.
+        # Local attention works in blocks of local_radius + 1 tokens, global attention on sums over
+        # blocks of global_block_size.
         block = int(config["local_radius"]) + 1
-        globally = config["encoder_attention_type"] == "transient-global"
-        return ForeignEncoder(math.lcm(block, int(config["global_block_size"])) if globally else block)
+        if config["encoder_attention_type"] == "transient-global":
+            block = math.lcm(block, int(config["global_block_size"]))
+        return ForeignEncoder(block)
     layers = tuple(_layer(config, "encoder", n) for n in range(config["num_layers"]))
     return Encoder(Embedding(embedding), layers, _norm(config, "encoder.final_layer_norm"))
 
 
 def _scaled(config: Mapping[str, Any]) -> bool:
-    """Whether the head's input is scaled: in the original T5, where the head is the embedding. transformers 4 infers
-    it from tie_word_embeddings, transformers 5 names it apart."""
+    """Return True if the head's input is scaled, as in the original T5 with a tied head.
+
+    transformers 4 infers this from tie_word_embeddings, transformers 5 has a separate option.
+    """
     tied = bool(config.get("tie_word_embeddings", True)) and config["model_type"] != "mt5"
     return bool(config.get("scale_decoder_outputs", tied))
 
@@ -72,11 +87,16 @@ def _layer(config: Mapping[str, Any], side: str, number: int) -> Layer:
     parts = f"{side}.block.{number}.layer"
     decoder = side == "decoder"
     mlp = 2 if decoder else 1
-    # UMT5 has a table in every layer, all others in the first.
+    # UMT5 has a bias table in every layer, all others only in the first.
     owner = number if config["model_type"] == "umt5" else 0
     table = f"{side}.block.{owner}.layer.0.SelfAttention.relative_attention_bias.weight"
     buckets = int(config["relative_attention_num_buckets"])
-    bias = Bias(table, buckets, int(config.get("relative_attention_max_distance", 128)), bidirectional=not decoder)
+    bias = Bias(
+        table,
+        buckets,
+        int(config.get("relative_attention_max_distance", 128)),
+        bidirectional=not decoder,
+    )
     return Layer(
         attention_norm=_norm(config, f"{parts}.0.layer_norm"),
         attention=_attention(config, f"{parts}.0.SelfAttention", bias),

@@ -1,5 +1,8 @@
-"""Whisper, from tiny to large-v3-turbo, English-only and multilingual: an encoder of spectrograms, and a decoder that
-writes what was said (Radford et al. 2022, arXiv 2212.04356)."""
+"""Whisper, from tiny to large-v3-turbo, English-only and multilingual.
+
+An encoder of spectrograms and a decoder that writes the transcript (Radford et al. 2022, arXiv
+2212.04356).
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,33 @@ from graphs.weights import Weights
 
 MODEL_TYPES = ("whisper",)
 REQUIRED = (
-    *("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"),
-    *("num_mel_bins", "max_source_positions", "max_target_positions"),
+    "d_model",
+    "encoder_layers",
+    "decoder_layers",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "num_mel_bins",
+    "max_source_positions",
+    "max_target_positions",
 )
 EMBEDDING = "model.decoder.embed_tokens.weight"
 
 
 def describe(config: Mapping[str, Any], weights: Weights) -> parts.Description:
     config = {"activation_function": "gelu", **config}
-    width, bins = int(config["d_model"]), int(config["num_mel_bins"])
+    width = int(config["d_model"])
+    bins = int(config["num_mel_bins"])
     scale = width**0.5 if config.get("scale_embedding") else 1.0
-    # transformers 5 saves the head under its own name, too, where it is tied.
+    # transformers 5 also saves a tied head under its own name.
     tied = config.get("tie_word_embeddings", True) or "proj_out.weight" not in weights
     return parts.Description(
         family="whisper",
         vocab_size=vocabulary_size(weights, EMBEDDING, width),
         hidden_size=width,
         decoder=parts.Decoder(
-            parts.Embedding(EMBEDDING, scale, _positions("decoder", int(config["max_target_positions"]))),
+            parts.Embedding(
+                EMBEDDING, scale, _positions("decoder", int(config["max_target_positions"]))
+            ),
             layers(config, "decoder", key_bias=False),
             parts.Head(norm("model.decoder.layer_norm"), EMBEDDING if tied else "proj_out.weight"),
             max_positions=int(config["max_target_positions"]),

@@ -1,5 +1,7 @@
-"""4 bits for the inputs that a weight meets, which bound what its errors cost: GPTQ (Frantar et al. 2022), then descent
-on its scales and values."""
+"""Rounds weights to 4 bits so that a layer's outputs change least on given inputs.
+
+GPTQ (Frantar et al. 2022), followed by coordinate descent on scales and values.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,23 @@ from graphs.quantization.rounding import (
     total,
 )
 
-# Added to the mean square of every input, as a share of their mean: inputs that were never seen may come.
+# Share of the inputs' mean square that is added to each, for inputs that the sample does not have.
 DAMPING = 0.01
-# Scales, then values, are chosen anew so often, each for what the other is; the second time lowers errors by 1 to 2 %.
+# Alternations between fitting scales and values. The second lowers errors by 1 to 2 %.
 ROUNDS = 2
-# Inputs whose errors are passed on to all others at once.
+# Inputs whose errors are propagated to the others in one product.
 STRIP = 64
 
 
 @dataclass
 class _Grid:
-    """Values [inputs, outputs] as steps from their zero points, uint8 zero points [blocks, outputs], and float32 scales
-    [blocks, outputs]: what a block's operators can read."""
+    """A rounded weight, transposed to [inputs, outputs].
+
+    Attributes:
+        steps: Values as steps from their zero points, float32 [inputs, outputs].
+        scales: float32 [blocks, outputs].
+        zeros: Zero points, float32 [blocks, outputs].
+    """
 
     steps: np.ndarray
     scales: np.ndarray
@@ -45,21 +52,37 @@ class _Grid:
         return self.steps * np.repeat(self.scales, self.block, axis=0)
 
     def nearest(self, row: int, wanted: np.ndarray) -> np.ndarray:
-        """The steps [outputs] of an input that are nearest to `wanted`, in steps."""
+        """Return the allowed steps [outputs] of an input that are nearest to `wanted`, in steps."""
         zero = self.zeros[row // self.block]
         found: np.ndarray = np.clip(np.rint(wanted), -zero, 15 - zero)
         return found
 
     def keep(self, outputs: np.ndarray, other: _Grid) -> None:
-        """Take `outputs` (a mask) from another grid."""
-        for mine, theirs in ((self.steps, other.steps), (self.scales, other.scales), (self.zeros, other.zeros)):
-            mine[:, outputs] = theirs[:, outputs]
+        """Copy the outputs selected by a mask from another grid."""
+        self.steps[:, outputs] = other.steps[:, outputs]
+        self.scales[:, outputs] = other.scales[:, outputs]
+        self.zeros[:, outputs] = other.zeros[:, outputs]
 
 
-def round_4_bits_for(weight: np.ndarray, moments: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> Rounded:
-    """As `round_4_bits`, but with small errors in the layer's outputs rather than in its weights. `moments` float
-    [inputs, inputs] is the sum of x x^T over the inputs x that the layer was seen to read; a share of their mean square
-    is added to each. By the sum of squares over these, no output is further off than with `round_4_bits`."""
+def round_4_bits_for(
+    weight: np.ndarray, moments: np.ndarray, block: int, type_: np.dtype = FLOAT32
+) -> Rounded:
+    """Round a weight to 4 bits with a small error in the layer's outputs, rather than in the
+    weight.
+
+    The summed squared error over the given inputs is at most that of `round_4_bits`, for every
+    output.
+
+    Args:
+        weight: float32 [outputs, inputs].
+        moments: Sum of x x^T over the inputs x of the layer, [inputs, inputs]. A share of the mean
+            square is added to the diagonal.
+        block: Inputs that share a scale.
+        type_: Type of the scales.
+
+    Returns:
+        The weight in the form of `round_4_bits`.
+    """
     count = -(-weight.shape[1] // block) * block
     damped = np.zeros((count, count))
     damped[: len(moments), : len(moments)] = moments
@@ -67,7 +90,8 @@ def round_4_bits_for(weight: np.ndarray, moments: np.ndarray, block: int, type_:
     order = np.argsort(-np.diag(damped), kind="stable")
     spread = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T.astype(np.float32)
     known = damped.astype(np.float32)
-    parts, lost = [], 0.0
+    parts = []
+    lost = 0.0
     for rows in pieces(weight):
         target = np.ascontiguousarray(in_blocks(weight[rows], block).reshape(-1, count).T)
         grid = _rounded(target, known, spread, order, block, type_)
@@ -75,12 +99,20 @@ def round_4_bits_for(weight: np.ndarray, moments: np.ndarray, block: int, type_:
         parts.append((grid.steps + np.repeat(grid.zeros, block, axis=0), grid.scales, grid.zeros))
     values, scales, zeros = (np.concatenate(part, axis=1).T for part in zip(*parts, strict=True))
     return joined(
-        values.astype(np.uint8).reshape(len(weight), -1, block), scales.astype(type_), zeros, relative(lost, weight)
+        values.astype(np.uint8).reshape(len(weight), -1, block),
+        scales.astype(type_),
+        zeros,
+        relative(lost, weight),
     )
 
 
 def _rounded(
-    target: np.ndarray, moments: np.ndarray, spread: np.ndarray, order: np.ndarray, block: int, type_: np.dtype
+    target: np.ndarray,
+    moments: np.ndarray,
+    spread: np.ndarray,
+    order: np.ndarray,
+    block: int,
+    type_: np.dtype,
 ) -> _Grid:
     plain = _in_best_range(target, np.ones(len(target), np.float32), block, type_)
     grid = _in_best_range(target, np.diag(moments), block, type_)
@@ -93,7 +125,9 @@ def _rounded(
     return grid
 
 
-def _in_best_range(target: np.ndarray, importance: np.ndarray, block: int, type_: np.dtype) -> _Grid:
+def _in_best_range(
+    target: np.ndarray, importance: np.ndarray, block: int, type_: np.dtype
+) -> _Grid:
     rows = target.T.reshape(target.shape[1], -1, block)
     values, scales, zeros, _ = best_range(rows, type_, importance.reshape(-1, block))
     steps = values.astype(np.float32) - zeros[..., None]
@@ -105,15 +139,17 @@ def _in_best_range(target: np.ndarray, importance: np.ndarray, block: int, type_
 
 
 def _losses(grid: _Grid, target: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """The error of each output, summed over the inputs seen: float32 [outputs]."""
+    """Return the squared error of each output, summed over the inputs: float32 [outputs]."""
     wrong = grid.weights - target
     found: np.ndarray = np.einsum("io,io->o", moments @ wrong, wrong)
     return found
 
 
 def _pass_on(grid: _Grid, target: np.ndarray, spread: np.ndarray, order: np.ndarray) -> None:
-    """Round the inputs in `order`, and let those that are left make up for each one's error. `spread` is the upper
-    Cholesky factor of the inverse of the moments in that order."""
+    """Round inputs in `order`, and let the remaining inputs compensate each error (GPTQ).
+
+    `spread` is the upper Cholesky factor of the inverse of the moments, in that order.
+    """
     left = target[order]
     for start in range(0, len(left), STRIP):
         stop = min(start + STRIP, len(left))
@@ -128,19 +164,22 @@ def _pass_on(grid: _Grid, target: np.ndarray, spread: np.ndarray, order: np.ndar
 
 
 def _fit_scales(grid: _Grid, target: np.ndarray, moments: np.ndarray, type_: np.dtype) -> None:
-    """All scales of an output at once, by least squares; an output that this, or its rounding, makes worse keeps its
-    own."""
+    """Fit all scales of an output by least squares.
+
+    An output whose error grows keeps its scales.
+    """
     blocks, outputs = grid.scales.shape
     steps = grid.steps.reshape(blocks, -1, outputs)
     products = np.empty((outputs, blocks, blocks))
     for number in range(blocks):
         read = moments[:, number * grid.block : (number + 1) * grid.block] @ steps[number]
         products[:, number] = np.einsum("bio,bio->ob", read.reshape(steps.shape), steps)
-    wanted = np.einsum("bio,bio->ob", (moments @ target).reshape(steps.shape), steps).astype(np.float64)
-    # Blocks of zeros have no scale of their own.
-    held = 1e-4 * products.diagonal(axis1=1, axis2=2).mean(1) + 1e-12
-    products[:, np.arange(blocks), np.arange(blocks)] += held[:, None]
-    fitted = np.linalg.solve(products, (wanted + held[:, None] * grid.scales.T)[..., None])[..., 0].T
+    wanted = np.einsum("bio,bio->ob", (moments @ target).reshape(steps.shape), steps)
+    # A ridge keeps the scales of blocks of zeros.
+    ridge = 1e-4 * products.diagonal(axis1=1, axis2=2).mean(1) + 1e-12
+    products[:, np.arange(blocks), np.arange(blocks)] += ridge[:, None]
+    right = wanted.astype(np.float64) + ridge[:, None] * grid.scales.T
+    fitted = np.linalg.solve(products, right[..., None])[..., 0].T
     usable = np.where(fitted > 0, fitted, grid.scales).astype(np.float32)
     other = _Grid(grid.steps, at_least(usable, type_).astype(np.float32), grid.zeros)
     better = _losses(other, target, moments) < _losses(grid, target, moments)
@@ -148,7 +187,7 @@ def _fit_scales(grid: _Grid, target: np.ndarray, moments: np.ndarray, type_: np.
 
 
 def _descend(grid: _Grid, target: np.ndarray, moments: np.ndarray) -> None:
-    """Each value in turn becomes the best one for what all others are."""
+    """Set each value in turn to its optimum, given all other values (coordinate descent)."""
     slopes = moments @ (target - grid.weights)
     for start in range(0, len(target), STRIP):
         stop = min(start + STRIP, len(target))

@@ -1,4 +1,6 @@
-"""Weights in the layout of our own operators, and those that keep the form of their file."""
+"""Quantized weights in the layout of this project's kernels, including weights kept as in their
+file.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,20 @@ from graphs.quantization.rounding import Rounded, pieces, unpacked
 from runtime.bundle.manifest import TensorFormat
 
 BITS: dict[TensorFormat, int] = {"int4": 4, "int5": 5, "int6": 6, "int8-block": 8}
-# Outputs that stand together, and inputs that share a scale of the activations.
-PANEL, GROUP = 16, 32
+PANEL = 16  # outputs stored together
+GROUP = 32  # inputs that share a scale of the activations
 
 
 @dataclass(frozen=True)
 class InFile:
-    """A weight [outputs, inputs] whose values the file has as integers with scales, which our operators read as they
-    are: `kind` is the file's name of that, `block` the inputs that share a scale. `read` gives it as `in_panels` takes
-    it."""
+    """A weight [outputs, inputs] whose quantized values the kernels read as the file stores them.
+
+    Attributes:
+        kind: Name of the format in the file.
+        format: Name of the format in a bundle.
+        block: Inputs that share a scale.
+        read: Returns the weight in the form that `in_panels` takes.
+    """
 
     kind: str
     format: TensorFormat
@@ -28,42 +35,61 @@ class InFile:
 
 
 def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
-    """A weight [outputs, inputs] in blocks: `data` uint8 [panels, groups, bytes], `scales`, `offsets`, `multiples` and
-    uint8 `zero_points` [panels, blocks, 16]. The last panel is filled up with outputs of scale 0. `rounded` has two
-    values of 4 bits in a byte, and one of 5, 6 and 8 bits."""
+    """Lay out a weight [outputs, inputs] in panels of 16 outputs.
+
+    The last panel is padded with outputs of scale 0.
+
+    Args:
+        rounded: Two values per byte for 4 bits, one value per byte for 5, 6 and 8 bits.
+        inputs: Number of inputs.
+        bits: Bits per value.
+
+    Returns:
+        `data` uint8 [panels, groups, bytes], and `scales`, `offsets`, `multiples` and uint8
+            `zero_points`
+        [panels, blocks, 16].
+    """
     outputs = len(rounded.scales)
-    panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
+    panels = -(-outputs // PANEL)
+    groups = -(-inputs // GROUP)
     data = np.zeros((panels * PANEL, groups, GROUP * bits // 8), np.uint8)
     for rows in pieces(rounded.data.reshape(outputs, -1)):
         piece = rounded.data[rows]
-        values = (unpacked(piece) if bits == 4 else piece).reshape(len(piece), -1)[:, : groups * GROUP]
+        values = unpacked(piece) if bits == 4 else piece
+        values = values.reshape(len(piece), -1)[:, : groups * GROUP]
         quads = values.reshape(len(piece), groups, GROUP // 4, 4)
-        if bits < 8:  # the even quads of inputs low, the odd ones high; then what 4 bits do not hold
+        if bits < 8:
+            # Even quads of inputs in the low halves of bytes, odd ones in the high halves. Further
+            # bits follow.
             low = quads[:, :, 0::2] & 15 | quads[:, :, 1::2] << 4
             quads = np.concatenate([low, *_planes(quads >> 4, bits)], axis=2)
         data[rows] = quads.reshape(len(piece), groups, -1)
     # [panel, output, group, quad, byte] -> [panel, group, quad, output, byte]
     ordered = data.reshape(panels, PANEL, groups, bits, 4).transpose(0, 2, 3, 1, 4)
     packed = np.ascontiguousarray(ordered).reshape(panels, groups, -1)
-    zeros, multiples = rounded.zero_points, rounded.multiples
+    zeros = rounded.zero_points
+    multiples = rounded.multiples
     if zeros is not None:
         zeros = _by_panel(unpacked(zeros)[:, : rounded.scales.shape[1]], panels)
     offsets = None if rounded.offsets is None else _by_panel(rounded.offsets, panels)
     if multiples is not None:
         multiples = _by_panel(multiples.reshape(outputs, -1), panels)
-    return Rounded(packed, _by_panel(rounded.scales, panels), zeros, rounded.error, offsets, multiples)
+    scales = _by_panel(rounded.scales, panels)
+    return Rounded(packed, scales, zeros, rounded.error, offsets, multiples)
 
 
 def _planes(above: np.ndarray, bits: int) -> Iterator[np.ndarray]:
-    """The bits that [n, groups, 8, 4] have beyond 4, of as many quads in a byte as it holds: [n, groups, 1, 4] each."""
-    if (each := bits - 4) > 0:
-        shifts = np.arange(0, 8, each, dtype=np.uint8)[:, None]
+    """Pack the bits beyond 4 of values [n, groups, 8, 4]. Yields bytes [n, groups, 1, 4]."""
+    extra = bits - 4
+    if extra > 0:
+        shifts = np.arange(0, 8, extra, dtype=np.uint8)[:, None]
         for first in range(0, 8, len(shifts)):
-            yield np.bitwise_or.reduce(above[:, :, first : first + len(shifts)] << shifts, axis=2, keepdims=True)
+            shifted = above[:, :, first : first + len(shifts)] << shifts
+            yield np.bitwise_or.reduce(shifted, axis=2, keepdims=True)
 
 
 def _by_panel(values: np.ndarray, panels: int) -> np.ndarray:
-    """[outputs, blocks] -> [panels, blocks, 16]."""
+    """Group outputs into panels: [outputs, blocks] -> [panels, blocks, 16]."""
     padded = np.zeros((panels * PANEL, values.shape[1]), values.dtype)
     padded[: len(values)] = values
     return np.ascontiguousarray(padded.reshape(panels, PANEL, -1).transpose(0, 2, 1))

@@ -1,4 +1,4 @@
-"""Plans the format that each engine's weights get at a precision, and their operators."""
+"""Chooses formats and operators of quantized weights for a precision."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from runtime.bundle.manifest import HeadPrecision, Kernels, Precision, Target, T
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Formats of linear layers: `prompt` in encoder and prologue, which run many rows at once; the two decoders'; and
-    `head`, of both."""
+class FormatPlan:
+    """Formats of the linear layers of a bundle.
+
+    Attributes:
+        prompt: Encoder and prologue, which run many rows at once.
+        shallow: Shallow decoder.
+        deep: Deep decoder.
+        head: Head of both decoders.
+    """
 
     prompt: TensorFormat
     shallow: TensorFormat
@@ -21,45 +27,55 @@ class Plan:
     head: TensorFormat
 
     def linears(self, engine: str) -> TensorFormat:
+        """Return the format of an engine's linear layers."""
         formats = {"shallow": self.shallow, "exit": self.shallow, "deep": self.deep}
         return formats.get(engine, self.prompt)
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a target has weights rounded: plans by precision, the scheme, and the products that read them. `embedding`:
-    the table that tokens are looked up in is rounded too."""
+    """How weights are rounded for a target.
 
-    plans: dict[Precision, Plan]
+    Attributes:
+        plans: Formats by precision.
+        scheme: Rounds weights to a format.
+        products: Operators that multiply with rounded weights.
+        embedding: Also round the table that tokens are looked up in.
+    """
+
+    plans: dict[Precision, FormatPlan]
     scheme: Scheme
     products: Products
     embedding: bool = False
 
-    def plan(self, precision: Precision, head: HeadPrecision | None) -> Plan | None:
-        """None for a precision that rounds nothing."""
+    def plan(self, precision: Precision, head: HeadPrecision | None) -> FormatPlan | None:
+        """Return the formats for a precision and a head format. None: weights are not rounded."""
         plan = self.plans.get(precision)
         if plan is None or head is None:
             return plan
         return replace(plan, head="int4" if head == "int4" else self.plans["int8"].head)
 
 
-# On a CPU activations are rounded as well. Blocks, as sums of whole rows saturate on processors without 8-bit dot
-# products; a head of 4 bits costs the most quality (docs/precision.md).
-_BLOCKS: dict[Precision, Plan] = {
-    "int8": Plan("int8-block", "int8-block", "int8-block", "int8-block"),
-    "int4": Plan("int8-block", "int4", "int4", "int8-block"),
+# CPU: activations are rounded as well. Weights are in blocks, because sums over whole rows saturate
+# on processors without 8-bit dot products. A 4-bit head costs the most quality (docs/precision.md).
+_BLOCKS: dict[Precision, FormatPlan] = {
+    "int8": FormatPlan("int8-block", "int8-block", "int8-block", "int8-block"),
+    "int4": FormatPlan("int8-block", "int4", "int4", "int8-block"),
 }
 _CPU = Rounding(
-    {**_BLOCKS, "mixed": Plan("int8-block", "int4", "int8-block", "int8-block")}, IntegerScheme(), OrtProducts(), True
+    {**_BLOCKS, "mixed": FormatPlan("int8-block", "int4", "int8-block", "int8-block")},
+    IntegerScheme(),
+    OrtProducts(),
+    True,
 )
 _CPU_OWN = replace(_CPU, scheme=IntegerScheme(offsets=True), products=PackedProducts())
-# Of quantized weights MatMulNBits alone has a kernel there that reads them as they are.
+# MatMulNBits is the only CUDA kernel that reads quantized weights directly.
 _CUDA = Rounding(_BLOCKS, IntegerScheme(blocks=()), OrtProducts(rounds_activations=False))
 _TENSORRT = Rounding(
     {
-        "int8": Plan("int8", "int8", "int8", "int8"),
-        "fp8": Plan("fp8", "fp8", "fp8", "fp8"),
-        "int4": Plan("int8", "int4", "int4", "int8"),
+        "int8": FormatPlan("int8", "int8", "int8", "int8"),
+        "fp8": FormatPlan("fp8", "fp8", "fp8", "fp8"),
+        "int4": FormatPlan("int8", "int4", "int4", "int8"),
     },
     SymmetricScheme(),
     WidenedProducts(),
@@ -68,12 +84,15 @@ ROUNDING: dict[Target, Rounding] = {"cpu": _CPU, "cuda": _CUDA, "tensorrt": _TEN
 
 
 def shared_values(description: Description) -> frozenset[str]:
-    """Value projections that several heads share: 3 % of the weights of SmolLM2, and a quarter of what 4 bits lose."""
+    """Return the value projections that several heads share.
+
+    They hold 3 % of SmolLM2's weights and cause a quarter of the error of 4 bits.
+    """
     decoder = description.decoder
     attentions = [layer.attention for layer in (*decoder.layers, *decoder.exit_layers)]
     return frozenset(each.value.weight for each in attentions if 2 * each.kv_heads <= each.heads)
 
 
 def rounding(target: Target, kernels: Kernels) -> Rounding:
-    """How weights are quantized for these operators."""
+    """Return how weights are rounded for a target and its kernels."""
     return _CPU_OWN if kernels == "freeexport" else ROUNDING[target]

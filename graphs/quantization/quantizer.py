@@ -1,4 +1,4 @@
-"""Weights in the format that their engine asks for, or in a higher one where they would lose too much."""
+"""Quantizes weights to the requested format, or to a higher one if the error would be too large."""
 
 from __future__ import annotations
 
@@ -21,17 +21,25 @@ FLOATS: dict[ir.DataType, TensorFormat] = {
     ir.DataType.FLOAT16: "fp16",
     ir.DataType.BFLOAT16: "bf16",
 }
-# Errors of weights that had 4 bits already, and were not rounded; a bell loses 0.078.
+# Error up to which a weight had 4-bit values already. Rounding normal weights gives 0.078.
 KEPT = 0.01
-# Operands of an operator that multiplies with a quantized weight, in this order.
+# Operands of operators on quantized weights, in their order.
 OPERANDS = ("data", "scales", "zero_points", "offsets", "multiples")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight in the weight file: of `OPERANDS` those that it has, or none where it stays as it is, in fp32 or what
-    its engine computes in. `lost` is its relative error in the format that was wanted, `error` in the one
-    that it got. `kind`: what its file calls its bits, which it kept."""
+    """A weight in the weight file.
+
+    Attributes:
+        format: Format that the weight has.
+        operands: Its tensors, a subset of `OPERANDS`. Empty if the weight is not quantized.
+        block: Inputs that share a scale.
+        bytes: Size of all tensors.
+        lost: Relative error in the requested format.
+        error: Relative error in `format`.
+        kind: Name of the format in the checkpoint file, if the weight keeps its bits.
+    """
 
     format: TensorFormat
     operands: Mapping[str, ir.ExternalTensor]
@@ -47,15 +55,24 @@ class Stored:
 
     @property
     def kept(self) -> bool:
-        """In bits that the checkpoint had already."""
+        """True if the weight has the bits that it had in the checkpoint."""
         return bool(self.kind) or (self.format == "int4" and self.error <= KEPT)
 
 
 class Quantizer:
-    """Rounds tensors one at a time into a weight file, each once a format, and remembers what became of them. `own`:
-    linear layers in the layout of our own operators, with scales in fp16; else scales are of the weight's type.
-    `given`: weights that are in 4 bits already, by the names of their tensors. `in_file`: of a tensor's name, how the
-    checkpoint has it, where that is to stay; of linear layers and tables for our own operators."""
+    """Quantizes tensors one at a time into a weight file, and records the results.
+
+    A tensor is stored once per format.
+
+    Args:
+        weights: File that receives the tensors.
+        scheme: Rounds weights.
+        own: Store linear layers in the layout of this project's kernels, with fp16 scales.
+            Otherwise scales have the type of the weight.
+        given: Weights that are already rounded to 4 bits, by tensor name.
+        in_file: Returns the quantized form of a tensor in the checkpoint, if it should be kept,
+            else None. For linear layers and tables of this project's kernels.
+    """
 
     def __init__(
         self,
@@ -65,39 +82,50 @@ class Quantizer:
         given: Mapping[str, Rounded] = MappingProxyType({}),
         in_file: Callable[[str], InFile | None] = lambda _: None,
     ) -> None:
-        self._weights, self._scheme, self._own, self._given = weights, scheme, own, given
+        self._weights = weights
+        self._scheme = scheme
+        self._own = own
+        self._given = given
         self._in_file = in_file
         self._stored: dict[tuple[str, TensorFormat], Stored] = {}
         self._kept = False
-        # What engines came to, for the manifest.
+        # Results by engine, for the manifest.
         self.engines: list[EnginePrecision] = []
         self.higher: list[HigherTensor] = []
 
-    def store(self, tensor: ir.LazyTensor, wanted: TensorFormat, of_checkpoint: bool = False) -> Stored:
-        """A tensor [outputs, inputs] as `wanted`, or as the next format that keeps it within its limit. One
-        `of_checkpoint` whose others had 4 bits already has more for a reason, and is not rounded to 4."""
+    def store(
+        self, tensor: ir.LazyTensor, wanted: TensorFormat, of_checkpoint: bool = False
+    ) -> Stored:
+        """Store a tensor [outputs, inputs] as `wanted`, or in the next format within its error
+        limit.
+
+        Args:
+            of_checkpoint: The checkpoint may have 4-bit weights already. If others of its weights
+                have, this one has more bits for a reason and is not rounded to 4 bits.
+        """
         assert tensor.name is not None
         kind = FLOATS[tensor.dtype]
-        # Scales of another type mean other values.
+        # Values depend on the type of the scales.
         name = tensor.name if kind == "fp32" else f"{tensor.name}.{kind}"
         if (name, wanted) not in self._stored:
-            self._stored[name, wanted] = self._choose(name, tensor, wanted, of_checkpoint and self._kept)
+            kept_alone = of_checkpoint and self._kept
+            self._stored[name, wanted] = self._choose(name, tensor, wanted, kept_alone)
         return self._stored[name, wanted]
 
     def kind(self, name: str) -> str:
-        """The name that the file has for the bits of a tensor that are to stay; empty where none are."""
+        """Return the name of the format that a tensor keeps from its file, or an empty string."""
         found = self._in_file(name) if self._own else None
         return "" if found is None else found.kind
 
     def keeps(self, tensor: ir.LazyTensor) -> bool:
-        """Whether a tensor has 4 bits already, which stay as they are."""
+        """Return True if a tensor has 4-bit values already, which stay unchanged."""
         return self._scheme.keeps(tensor.numpy(), self._scales(tensor))
 
     def _scales(self, tensor: ir.LazyTensor) -> np.dtype:
         return np.dtype(np.float16) if self._own else tensor.dtype.numpy()
 
     def store_table(self, tensor: ir.LazyTensor) -> Stored:
-        """A table [rows, d] whose rows are looked up: uint8 [rows, d] in blocks, and their scales."""
+        """Store a table [rows, d] for lookup of rows: uint8 [rows, d] in blocks, and scales."""
         assert tensor.name is not None
         key: tuple[str, TensorFormat] = (f"{tensor.name}.rows", "int8-block")
         if key not in self._stored:
@@ -108,25 +136,31 @@ class Quantizer:
             self._stored[key] = self._write(key[0], "int8-block", table, block, rounded.error)
         return self._stored[key]
 
-    def _choose(self, name: str, tensor: ir.LazyTensor, wanted: TensorFormat, kept_alone: bool) -> Stored:
+    def _choose(
+        self, name: str, tensor: ir.LazyTensor, wanted: TensorFormat, kept_alone: bool
+    ) -> Stored:
         names = str(tensor.name).split(STACK)
         if (kind := self.kind(names[0])) and all(self.kind(part) == kind for part in names):
             return self._as_in_file(name, names, int(tensor.shape.numpy()[1]))
         format_: TensorFormat | None = wanted
-        scheme, lost = self._scheme, None
-        # What a graph reads is float32, whatever type it is written in.
+        scheme = self._scheme
+        lost = None
+        # Graphs read float32, whatever type the tensor is written in.
         array = tensor.numpy()
         fitted = any(part in self._given for part in name.split(STACK))
         while format_ is not None and format_ in scheme.limits:
             rounded, block = scheme.round(array, format_, self._scales(tensor))
             lost = rounded.error if lost is None else lost
-            limit = KEPT if format_ == "int4" and kept_alone and not fitted else scheme.limits[format_]
+            limit = scheme.limits[format_]
+            if format_ == "int4" and kept_alone and not fitted:
+                limit = KEPT
             if rounded.error <= limit:
                 self._kept = self._kept or (format_ == "int4" and rounded.error <= KEPT)
                 if format_ == "int4" and fitted:
-                    # What verification may find is what the format loses; a fitted weight is further off, its outputs
-                    # less.
-                    rounded, block = replace(self._fitted(tensor, array), error=rounded.error), BLOCK
+                    # Verification compares with the error of the format. A fitted weight is further
+                    # off, but its outputs are closer.
+                    rounded = replace(self._fitted(tensor, array), error=rounded.error)
+                    block = BLOCK
                 if self._own:
                     rounded = in_panels(rounded, array.shape[1], BITS[format_])
                 return self._write(name, format_, rounded, block, lost)
@@ -141,20 +175,28 @@ class Quantizer:
         return replace(self._write(name, one.format, packed, one.block, 0.0), kind=one.kind)
 
     def _fitted(self, tensor: ir.LazyTensor, array: np.ndarray) -> Rounded:
-        """The tensors that a weight is stacked of as they were given; those that were not, as without text."""
-        parts, start = [], 0
-        for name, rows in zip(str(tensor.name).split(STACK), tensor.meta.get(STACK, [len(array)]), strict=True):
-            given = self._given.get(name)
-            parts.append(given or round_4_bits(array[start : start + rows], BLOCK, self._scales(tensor)))
+        """Return a stacked weight from the given parts. Other parts are rounded as usual."""
+        parts = []
+        start = 0
+        names = str(tensor.name).split(STACK)
+        counts = tensor.meta.get(STACK, [len(array)])
+        for name, rows in zip(names, counts, strict=True):
+            part = self._given.get(name)
+            if part is None:
+                part = round_4_bits(array[start : start + rows], BLOCK, self._scales(tensor))
+            parts.append(part)
             start += rows
         return side_by_side(parts)
 
-    def _write(self, name: str, format_: TensorFormat, rounded: Rounded, block: int, lost: float) -> Stored:
-        parts = {part: getattr(rounded, part) for part in OPERANDS}
-        add, given = self._weights.add, {part: array for part, array in parts.items() if array is not None}
-        operands = {
-            part: add(f"{name}.{format_}.{part}", ir.DataType.from_numpy(array.dtype), partial(np.asarray, array))
-            for part, array in given.items()
-        }
+    def _write(
+        self, name: str, format_: TensorFormat, rounded: Rounded, block: int, lost: float
+    ) -> Stored:
+        operands = {}
+        for part in OPERANDS:
+            array = getattr(rounded, part)
+            if array is not None:
+                dtype = ir.DataType.from_numpy(array.dtype)
+                produce = partial(np.asarray, array)
+                operands[part] = self._weights.add(f"{name}.{format_}.{part}", dtype, produce)
         size = sum(tensor.nbytes for tensor in operands.values())
         return Stored(format_, operands, block, size, lost, rounded.error)

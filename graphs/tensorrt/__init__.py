@@ -1,2 +1,4 @@
-"""TensorRT engines from the standard dialect's graphs: parsing, profiles, building. NVIDIA's package is not needed to
-import this."""
+"""TensorRT engines from graphs of the standard dialect: parsing, profiles and builds.
+
+Importing this package does not require TensorRT.
+"""

@@ -1,4 +1,4 @@
-"""TensorRT engines of a bundle: built where they are missing or stale, each beside what it was built from."""
+"""Builds the TensorRT engines of a bundle that are missing or out of date."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runtime.errors import FreeExportError
 from runtime.tensorrt.files import (
     DIRECTORY,
     EngineFile,
-    Plan,
+    EnginePlan,
     Profile,
     architecture,
     import_tensorrt,
@@ -33,30 +33,42 @@ from runtime.tensorrt.files import (
 )
 
 MAX_BATCH = 256
-# What a prompt usually has, for the tactics of prefill.
+# Typical prompt length, for which prefill kernels are tuned.
 USUAL_PROMPT = 128
 
 
 def profiles_of(engine: str, manifest: Manifest, max_batch: int) -> tuple[Profile, ...]:
-    """The profiles of an engine for up to `max_batch` sequences, the most frequent first. BuildError where `max_batch`
-    is out of range. Dimensions are those of the engine contract: B sequences, q or k rows each, E prompt tokens, R head
-    rows."""
+    """Return an engine's optimization profiles, the most frequent first.
+
+    Dimensions are those of the engine contract: B sequences, q or k rows each, E prompt tokens, R
+    head rows.
+
+    Args:
+        engine: Name of the engine.
+        manifest: Manifest of the bundle.
+        max_batch: Most sequences per call.
+
+    Raises:
+        BuildError: If `max_batch` is out of range.
+    """
     if not 1 <= max_batch <= MAX_BATCH:
         raise BuildError(f"max batch {max_batch} is out of range; choose 1 to {MAX_BATCH}")
     batch = {"B": (1, 1, max_batch)}
-    # Sequences that share calls read arrays of one width, which is a multiple of CROSS_STEP.
+    # Sequences that share calls read arrays of one width, a multiple of CROSS_STEP.
     longest = -(-manifest.encoder_capacity // CROSS_STEP) * CROSS_STEP
     prompt = {"E": _up_to(longest)} if manifest.encoder_decoder else {}
     if engine in ("encoder", "prologue"):
         return (Profile("prompt", {**batch, **prompt}),)
     rows = "q" if engine == "shallow" else "k"
-    # Where nothing may exit, the shallow head runs for no row.
+    # If nothing may exit, the shallow head computes no rows.
     decode = Profile("decode", {**batch, **prompt, rows: (1, 1, 1), "R": (0, 1, max_batch)})
-    prefill = Profile("prefill", {**batch, **prompt, rows: _up_to(manifest.capacity), "R": (0, 1, max_batch)})
+    prompt_rows = {rows: _up_to(manifest.capacity), "R": (0, 1, max_batch)}
+    prefill = Profile("prefill", {**batch, **prompt, **prompt_rows})
     if engine == "shallow":
         return decode, prefill
     most = manifest.max_pending
-    sync = Profile("sync", {**batch, **prompt, "k": (1, min(4, most), most), "R": (0, 1, most * max_batch)})
+    sync_rows = {"k": (1, min(4, most), most), "R": (0, 1, most * max_batch)}
+    sync = Profile("sync", {**batch, **prompt, **sync_rows})
     return decode, sync, prefill
 
 
@@ -65,7 +77,11 @@ def _up_to(limit: int) -> tuple[int, int, int]:
 
 
 def parse(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:
-    """The network of an ONNX file, and its parser. BuildError lists what the parser refuses, with its nodes."""
+    """Parse an ONNX file. Returns its network and the parser.
+
+    Raises:
+        BuildError: If the parser rejects nodes. The message lists them.
+    """
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
@@ -77,37 +93,46 @@ def parse(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:
             for error in errors
         ]
         raise BuildError(
-            f"TensorRT {trt.__version__} cannot parse {graph.name}: {'; '.join(refused) or 'no reason given'}; "
+            f"TensorRT {trt.__version__} cannot parse {graph.name}: "
+            f"{'; '.join(refused) or 'no reason given'}; "
             "convert with --target tensorrt, or use a newer TensorRT"
         )
-    # The network refers to weights that the parser holds.
+    # The parser owns weights that the network refers to.
     return network, parser
 
 
 def dimensions(graph: Path) -> dict[str, list[int | str]]:
-    """The shape of each input of an ONNX file, dimensions by name where they are free."""
-    return {
-        str(value.name): [size if isinstance(size, int) else str(size.value) for size in value.shape or ()]
-        for value in ir.load(graph).graph.inputs
-    }
+    """Return the shape of each input of an ONNX file. Free dimensions are names."""
+    shapes = {}
+    for value in ir.load(graph).graph.inputs:
+        sizes = value.shape or ()
+        shapes[str(value.name)] = [
+            size if isinstance(size, int) else str(size.value) for size in sizes
+        ]
+    return shapes
 
 
 class Phases:
-    """The fraction of a build that is done, from its nested phases: never less than before."""
+    """Progress of a build from its nested phases, as a fraction that never decreases."""
 
     def __init__(self) -> None:
         self._parents: dict[str, str | None] = {}
-        self._steps: dict[str, tuple[int, int]] = {}  # done, of how many
+        self._steps: dict[str, tuple[int, int]] = {}  # done, total
         self._reached = 0.0
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        self._parents[name], self._steps[name] = parent, (0, max(1, steps))
+        self._parents[name] = parent
+        self._steps[name] = (0, max(1, steps))
 
     def step(self, name: str, step: int) -> float:
         if name in self._steps:
             done, steps = self._steps[name]
             self._steps[name] = max(done, min(steps, step + 1)), steps
-        roots = [self._done(name) for name, parent in self._parents.items() if parent not in self._parents]
+        roots = [
+            self._done(name)
+            for name, parent in self._parents.items()
+            if parent not in self._parents
+        ]
         self._reached = max([self._reached, *roots])
         return self._reached
 
@@ -118,21 +143,26 @@ class Phases:
         return self._reached
 
     def _done(self, name: str) -> float:
-        """The share of a phase: its children add a share of the step that is under way."""
+        """Return the fraction of a phase that is done, including its children's part of the current
+        step.
+        """
         inner = [self._done(child) for child, parent in self._parents.items() if parent == name]
         done, steps = self._steps[name]
         return min(1.0, (done + max(inner, default=0.0)) / steps)
 
 
 def monitor_of(trt: Any, report: Callable[[float], None]) -> Any:
-    """A monitor for a build that calls `report` with the fraction that is done. What `report` raises, an interrupt
-    for one, stops the build; it is kept as `error`."""
+    """Return a progress monitor that calls `report` with the fraction of the build that is done.
+
+    An exception of `report`, such as an interrupt, stops the build and is kept as `error`.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.error: BaseException | None = None
-            self._phases, self._lock = Phases(), threading.Lock()
+            self._phases = Phases()
+            self._lock = threading.Lock()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             with self._lock:
@@ -156,47 +186,67 @@ def monitor_of(trt: Any, report: Callable[[float], None]) -> Any:
     return Monitor()
 
 
-# Called with an engine's name, and how much of its build is done: 0 to 1.
+# Receives the name of an engine and the fraction of its build that is done, 0 to 1.
 OnProgress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Built(EngineFile):
-    """`reused`: it was there already, and up to date."""
+    """An engine file.
+
+    Attributes:
+        reused: The file existed and was up to date.
+    """
 
     reused: bool = False
 
 
-def build(bundle: Bundle, max_batch: int, report: OnProgress = lambda engine, done: None) -> list[Built]:
-    """Build the engines of a bundle that are missing or stale, for up to `max_batch` sequences, into its `tensorrt`.
-    EngineError where TensorRT is missing or too old; BuildError where it does not start, the bundle is not for it, or a
-    graph is refused."""
+def build(
+    bundle: Bundle, max_batch: int, report: OnProgress = lambda engine, done: None
+) -> list[Built]:
+    """Build the engines of a bundle that are missing or out of date, in its folder `tensorrt`.
+
+    Args:
+        bundle: A bundle converted with target tensorrt.
+        max_batch: Most sequences per call.
+        report: Called with the name of an engine and the fraction of its build that is done.
+
+    Raises:
+        EngineError: If TensorRT is missing or too old.
+        BuildError: If TensorRT does not start, the bundle has another target, or a graph is
+            rejected.
+    """
     manifest = bundle.manifest
     if manifest.target != "tensorrt":
-        raise BuildError(f"this bundle was converted for {manifest.target}; convert again with --target tensorrt")
+        raise BuildError(
+            f"this bundle was converted for {manifest.target}; convert again with --target tensorrt"
+        )
     trt = import_tensorrt()
     log = logger_of(trt)
     try:
         builder = trt.Builder(log)
-    except TypeError:  # its constructor gave nothing
+    except TypeError:  # the constructor returned nothing
         raise BuildError(
-            f"TensorRT {trt.__version__} cannot start: {log.reason()}; building needs an NVIDIA GPU and a driver that "
-            "fits (see nvidia-smi)"
+            f"TensorRT {trt.__version__} cannot start: {log.reason()}; "
+            "building needs an NVIDIA GPU and a matching driver (see nvidia-smi)"
         ) from None
     directory = bundle.path / DIRECTORY
     directory.mkdir(exist_ok=True)
     timings = directory / f"timing-{architecture()}-trt{trt.__version__}.cache"
     built = []
     for engine in (Path(file).stem for file in engine_files(manifest)):
-        sources, profiles = sources_sha256(manifest, engine), profiles_of(engine, manifest, max_batch)
-        plan = Plan(engine, sources, str(trt.__version__), architecture(), profiles)
+        sources = sources_sha256(manifest, engine)
+        profiles = profiles_of(engine, manifest, max_batch)
+        plan = EnginePlan(engine, sources, str(trt.__version__), architecture(), profiles)
         path = directory / plan.file
         found = read_record(path)
         if found is not None and found.plan == plan and is_whole(path, found, "full"):
             built.append(Built(**vars(found), reused=True))
         else:
-            built.append(_build(trt, builder, log, bundle.engine(engine), path, plan, timings, report))
-            # Others of the same name and GPU: of other weights, shapes, or another TensorRT.
+            built.append(
+                _build(trt, builder, log, bundle.engine(engine), path, plan, timings, report)
+            )
+            # Remove engines of other weights, shapes or TensorRT versions.
             for other in directory.glob(f"{engine}-*-{plan.architecture}-*.engine"):
                 if other != path:
                     other.unlink()
@@ -206,22 +256,33 @@ def build(bundle: Bundle, max_batch: int, report: OnProgress = lambda engine, do
 
 
 def _build(
-    trt: Any, builder: Any, log: Any, graph: Path, path: Path, plan: Plan, timings: Path, report: OnProgress
+    trt: Any,
+    builder: Any,
+    log: Any,
+    graph: Path,
+    path: Path,
+    plan: EnginePlan,
+    timings: Path,
+    report: OnProgress,
 ) -> Built:
-    """Write one engine to `path`, with its record when it is whole."""
+    """Write one engine to `path`, then its record."""
     began = perf_counter()
     log.errors.clear()
     network, parser = parse(trt, builder, log, graph)
     config = builder.create_builder_config()
-    for profile in plan.profiles:  # the least, usual and greatest shape of every input
+    for profile in plan.profiles:
         added = builder.create_optimization_profile()
         for name, shape in dimensions(graph).items():
-            sizes = [profile.ranges[size] if isinstance(size, str) else (size,) * 3 for size in shape]
-            added.set_shape(name, *([size[which] for size in sizes] for which in range(3)))
+            # Smallest, typical and largest size of each dimension.
+            sizes = [
+                profile.ranges[size] if isinstance(size, str) else (size,) * 3 for size in shape
+            ]
+            least, usual, most = ([size[which] for size in sizes] for which in range(3))
+            added.set_shape(name, least, usual, most)
         config.add_optimization_profile(added)
     monitor = monitor_of(trt, lambda done: report(plan.engine, done))
     config.progress_monitor = monitor
-    # Measurements of kernels that earlier builds made here, and those of this one for the next.
+    # Reuse kernel timings of earlier builds on this machine.
     cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
         cache = config.create_timing_cache(b"")  # another device's, or damaged
@@ -231,7 +292,9 @@ def _build(
     if monitor.error is not None:
         raise monitor.error
     if serialized is None:
-        raise BuildError(f"TensorRT {plan.tensorrt} cannot build {plan.engine}.onnx: {log.reason()}")
+        raise BuildError(
+            f"TensorRT {plan.tensorrt} cannot build {plan.engine}.onnx: {log.reason()}"
+        )
     del parser, network
     data = memoryview(serialized)
     built = EngineFile(plan, data.nbytes, hashlib.sha256(data).hexdigest(), perf_counter() - began)
@@ -246,6 +309,8 @@ def _write(path: Path, data: memoryview | bytes) -> None:
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
-        raise FreeExportError(f"{path}: {error.strerror}; free some space, or make the bundle writable") from error
+        raise FreeExportError(
+            f"{path}: {error.strerror}; free some space, or make the bundle writable"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""After a build: the engines against the graphs that they were built from, on the GPU where they will run.
+"""Compares TensorRT engines with their graphs after a build, on the GPU where they will run.
 
-The graphs run in fp32 on the CPU, once as they are and once with every operator's result rounded to the type that the
-engines compute in. How far these two are apart is what that type explains; an engine may be TOLERANCE times as far.
+The graphs run in fp32 on the CPU: once unchanged, and once with every operator's result rounded to
+the type in which the engines compute. The type explains the difference between these two. An engine
+may differ by TOLERANCE times as much.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from graphs.errors import BuildError
 from graphs.tensorrt.build import dimensions
 from graphs.widen import fp32_copy
 from runtime.bundle.bundle import Bundle, engine_files
-from runtime.cuda.driver import Cuda, Stream
+from runtime.cuda.driver import Cuda, CudaStream
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import DeviceError
 from runtime.machine.machine import usable_cores
 from runtime.tensorrt.engine import TensorRTEngine
 from runtime.tensorrt.files import record_of
 
-# Another implementation of fp16, ONNX Runtime's, is 0.4 to 1.2 times as far from fp32 as rounding every result is, by
-# root mean square (18 small checkpoints; tests/graphs/test_widen.py): kernels add in another order, and fuse.
+# ONNX Runtime's fp16 differs from fp32 by 0.4 to 1.2 times as much as rounding every result does,
+# by RMS (18 small checkpoints, tests/graphs/test_widen.py): kernels fuse and add in another order.
 TOLERANCE = 3.0
-# What rounding explains at least, as a share of an output: where it happens to change nothing.
+# Relative error that rounding always explains, for outputs that it happens not to change.
 LEAST = {"fp16": 2.0**-11, "bf16": 2.0**-8}
-# Outputs that are computed from the logits.
+# Outputs computed from the logits.
 _HEADS = {"confidence", "nll"}
-# Tokens of the prompt that is read.
+# Length of the test prompt, in tokens.
 PROMPT = 32
 
 Arrays = dict[str, Any]
@@ -40,8 +41,13 @@ Arrays = dict[str, Any]
 
 @dataclass(frozen=True)
 class SelfTest:
-    """`largest` maps each engine to the largest difference of an output from the graph's, as a multiple of what
-    rounding explains. It is empty where the test was not run, and `why` says why not."""
+    """Result of a self-test.
+
+    Attributes:
+        largest: Largest difference between each engine and its graph, as a multiple of what
+            rounding explains. Empty if the test did not run.
+        why: Why it did not run.
+    """
 
     largest: dict[str, float]
     why: str = ""
@@ -52,8 +58,18 @@ class SelfTest:
 
 
 def self_test(bundle: Bundle, files: Mapping[str, Path], max_batch: int) -> SelfTest:
-    """Run each engine's file with calls of one sequence and of `max_batch`, in all profiles, and compare. Not run where
-    there is no CUDA device. BuildError where an output differs by more than TOLERANCE; then the file is removed."""
+    """Compare each engine with its graph, in all profiles, for one and for `max_batch` sequences.
+
+    The test does not run without a CUDA device.
+
+    Args:
+        bundle: The bundle.
+        files: Engine files by name.
+        max_batch: Most sequences per call.
+
+    Raises:
+        BuildError: If an output differs by more than TOLERANCE. The engine file is removed.
+    """
     try:
         cuda = Cuda(0)
     except DeviceError as error:
@@ -64,7 +80,9 @@ def self_test(bundle: Bundle, files: Mapping[str, Path], max_batch: int) -> Self
             stream = cuda.stream(urgent=True)
             for name in (Path(file).stem for file in engine_files(bundle.manifest)):
                 engine = TensorRTEngine(files[name], stream)
-                graphs = [OnnxEngine(copy.engine(name), usable_cores()) for copy in (exact, rounded)]
+                graphs = [
+                    OnnxEngine(copy.engine(name), usable_cores()) for copy in (exact, rounded)
+                ]
                 for batch in sorted({1, max_batch}):
                     found = _compare(bundle, engine, graphs, batch, stream)
                     largest[name] = max(found, largest.get(name, 0.0))
@@ -72,30 +90,48 @@ def self_test(bundle: Bundle, files: Mapping[str, Path], max_batch: int) -> Self
                         for path in (files[name], record_of(files[name])):
                             path.unlink(missing_ok=True)
                         raise BuildError(
-                            f"self-test: the TensorRT engine {name} differs from {name}.onnx by {found:.3g} times what "
-                            f"{bundle.manifest.float_type} explains in calls of {batch} sequences, allowed are "
-                            f"{TOLERANCE:g}; it was removed: build with another TensorRT, or convert with another "
-                            "--precision"
+                            f"self-test: the TensorRT engine {name} differs from {name}.onnx by "
+                            f"{found:.3g} times what {bundle.manifest.float_type} explains in "
+                            f"calls of {batch} sequences (limit {TOLERANCE:g}), and was removed; "
+                            "build with another TensorRT, or convert with another --precision"
                         )
     finally:
         cuda.close()
     return SelfTest(largest)
 
 
-def _compare(bundle: Bundle, engine: TensorRTEngine, graphs: list[OnnxEngine], batch: int, stream: Stream) -> float:
-    """Run a prompt, then steps, through an engine and its two graphs. Returns how far the engine is from the first."""
-    shapes, manifest = dimensions(bundle.engine(engine.name)), bundle.manifest
+def _compare(
+    bundle: Bundle, engine: TensorRTEngine, graphs: list[OnnxEngine], batch: int, stream: CudaStream
+) -> float:
+    """Run a prompt and then steps through an engine and its two graphs.
+
+    Returns the difference between the engine and the first graph, as a multiple of the graphs'
+    difference.
+    """
+    shapes = dimensions(bundle.engine(engine.name))
+    manifest = bundle.manifest
     differences = _Differences(LEAST[manifest.float_type])
     rows = manifest.capacity + manifest.max_pending
-    cache = {name: (batch, manifest.kv_heads, rows, manifest.head_dim) for name in shapes if name.startswith("past.")}
-    hosts: list[Arrays] = [{name: np.zeros(shape, np.float32) for name, shape in cache.items()} for _ in graphs]
-    past = {name: stream.cuda.zeros(shape, engine.dtype(name), stream) for name, shape in cache.items()}
+    cache = {
+        name: (batch, manifest.kv_heads, rows, manifest.head_dim)
+        for name in shapes
+        if name.startswith("past.")
+    }
+    hosts: list[Arrays] = [
+        {name: np.zeros(shape, np.float32) for name, shape in cache.items()} for _ in graphs
+    ]
+    past = {
+        name: stream.cuda.zeros(shape, engine.dtype(name), stream) for name, shape in cache.items()
+    }
     present = {name.replace("past", "present"): array for name, array in past.items()}
-    length, random = 0, np.random.default_rng(0)
+    length = 0
+    random = np.random.default_rng(0)
     for profile in sorted(engine.plan.profiles, key=lambda profile: profile.name != "prefill"):
-        sizes = {name: min(usual, PROMPT) for name, (_, usual, _) in profile.ranges.items()} | {"B": batch, "R": batch}
+        sizes = {name: min(usual, PROMPT) for name, (_, usual, _) in profile.ranges.items()}
+        sizes["B"] = batch
+        sizes["R"] = batch
         axis = next(name for name in ("q", "k", "E") if name in sizes)
-        if profile.name == "prefill":  # leaves room for the steps
+        if profile.name == "prefill":  # leave room for the steps
             sizes[axis] = min(sizes[axis], max(1, manifest.capacity - 2))
         width = sizes[axis]
         integers = {
@@ -113,7 +149,9 @@ def _compare(bundle: Bundle, engine: TensorRTEngine, graphs: list[OnnxEngine], b
             shape = [size if isinstance(size, int) else sizes[size] for size in shapes[name]]
             numbers = random.standard_normal(shape, np.float32)
             inputs[name] = _as_float(_as(numbers, engine.dtype(name)))
-        exact, rounded = (_run(graph, inputs, host, sizes) for graph, host in zip(graphs, hosts, strict=True))
+        exact, rounded = (
+            _run(graph, inputs, host, sizes) for graph, host in zip(graphs, hosts, strict=True)
+        )
         given = {name: _as(array, engine.dtype(name)) for name, array in inputs.items()}
         ours = {name: np.zeros(array.shape, engine.dtype(name)) for name, array in exact.items()}
         engine.bind({**given, **past}, {**ours, **present}).run()
@@ -123,8 +161,11 @@ def _compare(bundle: Bundle, engine: TensorRTEngine, graphs: list[OnnxEngine], b
 
 
 def _run(graph: OnnxEngine, inputs: Arrays, cache: Arrays, sizes: Mapping[str, int]) -> Arrays:
-    """A call of a graph, which extends the cache. Tokens are left out: where two are nearly equal, either may be
-    chosen. Their logits are not."""
+    """Run a graph and extend its cache.
+
+    Tokens are left out, because either of two nearly equal ones may be chosen. Their logits are
+    compared.
+    """
     outputs = {
         name: np.zeros([sizes.get(size, size) for size in shape], np.float32)
         for name, shape in graph.output_shapes.items()
@@ -136,14 +177,19 @@ def _run(graph: OnnxEngine, inputs: Arrays, cache: Arrays, sizes: Mapping[str, i
 
 
 class _Differences:
-    """The error of all calls of an engine together, as one alone has few numbers. `least` is what rounding explains at
-    least."""
+    """Accumulated error of an engine's calls. A single call has too few numbers.
+
+    Args:
+        least: Relative error that rounding always explains.
+    """
 
     def __init__(self, least: float) -> None:
         self._least = least
-        # Of each output: sums of squares of the engine's difference, of rounding's, and of the output.
+        # Sums of squares by output: the engine's difference, rounding's, and the output.
         self._sums: dict[str, np.ndarray] = {}
-        self._step, self._heads, self._finite = 1e-6, 0.0, True
+        self._step = 1e-6
+        self._heads = 0.0
+        self._finite = True
 
     def add(self, exact: Arrays, rounded: Arrays, ours: Arrays) -> None:
         self._finite = self._finite and all(np.isfinite(array).all() for array in ours.values())
@@ -152,13 +198,15 @@ class _Differences:
             squares = np.array([np.square(array, dtype=np.float64).sum() for array in apart])
             self._sums[name] = self._sums.get(name, 0) + squares
         if "logits" in exact:
-            # One number a row is too few for a root mean square. It moves by less than twice what a logit does.
+            # One number per row is too few for an RMS. It changes less than twice as much as a
+            # logit.
             by = np.abs(exact["logits"] - rounded["logits"]).max()
             self._step = max(self._step, by, self._least * np.abs(exact["logits"]).max())
-            self._heads = max([self._heads, *(np.abs(exact[n] - ours[n]).max() for n in _HEADS & exact.keys())])
+            for name in _HEADS & exact.keys():
+                self._heads = max(self._heads, np.abs(exact[name] - ours[name]).max())
 
     def farthest(self) -> float:
-        """The largest difference as a multiple of what rounding explains, by root mean square."""
+        """Return the largest difference (RMS) as a multiple of what rounding explains."""
         if not self._finite:
             return float("inf")
         found = [self._heads / (2 * self._step)]
@@ -168,10 +216,14 @@ class _Differences:
 
 
 def _as(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A floating array in the type of an engine, which has bfloat16 as uint16; others as they are."""
+    """Convert float32 to an engine's type. bfloat16 is stored as uint16. Other arrays are
+    unchanged.
+    """
     if array.dtype != np.float32 or dtype == np.float32:
         return array
-    return array.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == np.uint16 else array.astype(dtype)
+    if dtype == np.uint16:
+        return array.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return array.astype(dtype)
 
 
 def _as_float(array: np.ndarray) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Learned while decoding: the adaptive threshold, the costs of calls."""
+"""What a session learns while it decodes: the adaptive threshold and the costs of calls."""

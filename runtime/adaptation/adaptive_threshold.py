@@ -1,22 +1,25 @@
-"""The exit threshold refitted from what sync passes say, while a session decodes.
+"""Adapts the exit threshold to the labels that sync passes give while a session decodes.
 
-A sync pass of mode "free" tells for each of its rows whether both decoders predict the same: for the tokens that exited
-since the last pass, for the one below the threshold that made it run, and for one that a full stack forced. So what the
-threshold decides is labelled on both sides of it. Which tokens remain without a label?
+In mode "free", a sync pass shows for each of its rows whether both decoders predict the same token.
+The rows are the tokens that exited since the last pass, the token below the threshold that caused
+it, and tokens forced by a full stack. The labels therefore cover both sides of the threshold,
+except for one group: the rows that are still stacked when a sequence ends.
 
-- A stack that is left over when a sequence ends. Its tokens are more confident than the threshold, so leaving them out
-  would make confident tokens look rarer than they are. They count as unlabelled, and EM gives them the labels that
-  tokens of their confidence have, which is right as long as being left over depends on the confidence alone.
-- It may depend on more; and where sequences are short and all tokens exit, no pass runs, and a threshold that is too
-  low stays so. So once AUDIT_TOKENS were left over, the stack of the next request that ends is checked by one pass
-  more, an audit, which changes none of its tokens.
+- These rows are more confident than the threshold. Ignoring them would make confident tokens look
+  rarer than they are. They are counted as unlabelled, and EM assigns them the labels of tokens with
+  equal confidence. This is unbiased if being left over depends only on the confidence.
+- It may depend on more. And if sequences are short and all tokens exit, no pass ever runs, so a
+  threshold that is too low would never be corrected. After AUDIT_TOKENS such rows, the stack of the
+  next request that ends is checked by one more pass, an audit, which does not change the request's
+  tokens.
 
-Where nothing may exit, or so little that exits would cost time, requests are decoded as mode "full" does, without the
-shallow head. Now and then one runs the head all the same, a probe, whose tokens are all labelled: so exits come back.
+If nothing may exit, or exits are too rare to save time, requests are decoded as in mode "full",
+without the shallow head. Occasionally one runs the head anyway, a probe, whose tokens are all
+labelled. This is how exits return.
 
-Requests with a threshold of their own are not learned from: their passes would choose other tokens. What is seen fades
-exponentially. The state is a function of the requests in the order in which they complete; what a request does is a
-function of the state at its start.
+Requests with their own threshold are ignored, because their passes would select other tokens.
+Evidence decays exponentially. The state is a function of the completed requests in the order of
+completion, and a request depends only on the state at its start.
 """
 
 from __future__ import annotations
@@ -30,7 +33,15 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from runtime.bundle.beta import EPSILON, NEVER_EXIT, Beta, BetaMixture, LogSums, most_likely, threshold_at
+from runtime.bundle.beta import (
+    EPSILON,
+    NEVER_EXIT,
+    Beta,
+    BetaMixture,
+    LogSums,
+    most_likely,
+    threshold_at,
+)
 from runtime.bundle.calibration import Calibration
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import ConfidenceMeasure, Manifest
@@ -39,28 +50,29 @@ from runtime.errors import BundleError, CalibrationError, OptionError
 
 STATE_VERSION = 1
 AUDIT_TOKENS = 256
-# New tokens that make a refit worth its half millisecond.
+# New tokens after which the mixture is refitted, which takes half a millisecond.
 REFIT_TOKENS = 64
-# Labels need the deep head at every row of a pass. What that may cost, as a share of the time of decoding.
+# Share of decoding time that labels may cost. They need the deep head at every row of a pass.
 LABEL_SHARE = 0.01
-# Rows of a typical pass, by which the cost of labels is judged.
+# Rows of a typical pass, for estimating the cost of labels.
 TYPICAL_ROWS = 4
-# Exits are left off where they are predicted to be slower than this multiple of mode full's speed. Predictions err: up
-# to 17 % too low were seen.
+# Exits are disabled if their predicted speedup over mode full is lower. Predictions were up to 17 %
+# too low.
 LEAST_SPEEDUP = 0.95
-# Where nothing exits, one request in so many is a probe, if costs are unknown.
+# If nothing exits and costs are unknown, every n-th request is a probe.
 PROBE_EVERY = 20
-# A calibrated threshold without a target implies one: P(agree | c) there, within these bounds.
-LEAST_TARGET, MOST_TARGET = 0.5, 0.9999
-# Without calibration: that of `freeexport calibrate`, and confidences as shallow decoders have them, at first above a
-# threshold of 0.94. It is worth no token but those that no prior loses (PRIOR_TOKENS).
+# Bounds of the target implied by a calibrated threshold: P(agree | c) at the threshold.
+LEAST_TARGET = 0.5
+MOST_TARGET = 0.9999
+# Without calibration: the target of `freeexport calibrate`, and a typical mixture of shallow
+# decoders, whose first threshold is 0.94. Its weight is only that of every prior (PRIOR_TOKENS).
 UNCALIBRATED_TARGET = 0.95
 UNCALIBRATED = BetaMixture(Beta(2.0, 0.5), Beta(1.0, 1.5), 0.7)
-# Unlabelled tokens are kept in bins of equal width in the logit: EM must see how they are distributed.
+# Bins of equal width in the logit for unlabelled tokens, whose distribution EM needs.
 BINS = 56
-# The calibrated mixture never quite fades: so many of its tokens stand beside what is seen, for each component.
+# Weight of the calibrated mixture in every refit, in tokens per component. It does not decay.
 PRIOR_TOKENS = 10.0
-# Rounds of EM at a refit, each with one Newton step; the next refit goes on from there.
+# EM iterations per refit, each with one Newton step. The next refit continues from the result.
 ROUNDS = 3
 
 _LIMIT = math.log(1 - EPSILON) - math.log(EPSILON)
@@ -70,21 +82,35 @@ Count = Annotated[int, Range(0, 1 << 62)]
 
 
 class RequestLabels:
-    """A request's view: the `threshold` at its start, and what its sync passes say. Of one thread."""
+    """Labels that one request collects. Used by one thread.
+
+    Args:
+        threshold: Threshold at the start of the request.
+        learns: The request's labels are used.
+        audits: Check the rows that remain stacked at the end.
+    """
 
     def __init__(self, threshold: float, learns: bool, audits: bool) -> None:
-        self.threshold, self.learns, self._audits = threshold, learns, audits
+        self.threshold = threshold
+        self.learns = learns
+        self._audits = audits
         self.labelled: list[tuple[float, bool]] = []
         self.unlabelled: list[float] = []
         self.audited = False
 
     def label(self, rows: Sequence[tuple[float, bool]]) -> None:
-        """Rows of a sync pass: confidence, and whether both decoders predict the same."""
+        """Add rows of a sync pass: confidence, and whether both decoders predict the same token."""
         self.labelled.extend(rows)
 
     def leave(self, confidences: Sequence[float], at_rest: bool = True) -> bool:
-        """The sequence ended with these rows stacked. True asks for a pass over them, whose rows are then labelled:
-        only where no call is under way (`at_rest`)."""
+        """Add rows that remain stacked when the sequence ends.
+
+        Returns True to request an audit: a pass over these rows, which are then added by `label`.
+
+        Args:
+            confidences: Confidences of the rows.
+            at_rest: No engine call is running. An audit needs this.
+        """
         if self._audits and at_rest and confidences:
             self.audited = True
             return True
@@ -94,7 +120,7 @@ class RequestLabels:
 
 @dataclass(frozen=True)
 class LearnedState:
-    """A learned state, to go on from later, as JSON can hold it; these fields say of which model."""
+    """A saved state in JSON types. These fields identify the model."""
 
     schema_version: int
     source_sha256: str
@@ -104,8 +130,17 @@ class LearnedState:
 
 @dataclass(frozen=True)
 class AdaptiveState(LearnedState):
-    """The state of an AdaptiveThreshold. Sums are the weight and the sums of ln c and ln (1 - c). `left`: tokens
-    without label since the last audit, `fresh`: tokens since the last refit."""
+    """State of an AdaptiveThreshold.
+
+    Attributes:
+        requests: Number of completed requests.
+        left: Unlabelled tokens since the last audit.
+        fresh: Tokens since the last refit.
+        agree: Weight and sums of ln c and ln(1 - c) of agreeing tokens.
+        disagree: The same for disagreeing tokens.
+        unlabelled: The same for each bin of unlabelled tokens.
+        mixture: Fitted mixture.
+    """
 
     requests: Count
     left: Count
@@ -117,16 +152,25 @@ class AdaptiveState(LearnedState):
 
 
 class Learner:
-    """Shared by the requests of a session; thread-safe. `threshold`: with which a request would begin now."""
+    """Base of adaptive thresholds, shared by the requests of a session. Thread-safe.
+
+    `threshold` is the current threshold, used by requests that begin now.
+    """
 
     threshold: float
 
     def __init__(self, manifest: Manifest) -> None:
-        # Reentrant: a stream that nobody closed may complete while the collector runs inside `complete`.
+        # Reentrant: garbage collection inside `complete` may complete a stream that was not closed.
         self._lock = threading.RLock()
-        self._model = STATE_VERSION, manifest.source_sha256, manifest.exit_layer, manifest.confidence
+        self._model: dict[str, Any] = {
+            "schema_version": STATE_VERSION,
+            "source_sha256": manifest.source_sha256,
+            "exit_layer": manifest.exit_layer,
+            "confidence": manifest.confidence,
+        }
 
     def begin(self) -> RequestLabels:
+        """Begin a request."""
         raise NotImplementedError
 
     def complete(self, labels: RequestLabels) -> None:
@@ -134,7 +178,7 @@ class Learner:
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """All that was learned, as JSON can hold it."""
+        """Return the learned state in JSON types."""
         with self._lock:
             return dataclasses.asdict(self._state())
 
@@ -142,34 +186,54 @@ class Learner:
         raise NotImplementedError
 
     def _read(self, given: Mapping[str, Any], kind: type[StateT]) -> StateT:
-        """Raises OptionError for what `state()` cannot have given, and for the state of another model."""
+        """Parse a saved state.
+
+        Raises:
+            OptionError: If it is invalid or belongs to another model.
+        """
         try:
             listed = {name: _listed(value) for name, value in dict(given).items()}
             state: StateT = Reader("start without a state").read(kind, listed, "adaptive_state")
         except (BundleError, CalibrationError, TypeError, ValueError) as error:
             raise OptionError(str(error)) from None
-        for field, wanted in zip(dataclasses.fields(LearnedState), self._model, strict=True):
-            if (value := getattr(state, field.name)) != wanted:
+        for name, expected in self._model.items():
+            value = getattr(state, name)
+            if value != expected:
                 raise OptionError(
-                    f"adaptive_state: {field.name} is {value!r}, this bundle has {wanted!r}; start without a state"
+                    f"adaptive_state: {name} is {value!r}, this bundle has {expected!r}; "
+                    "start without a state"
                 )
         return state
 
 
 def check_sums(sums: Iterable[Sequence[float]], most: float = math.inf) -> None:
-    """Raises OptionError for what is no weight and two sums of at most `most`."""
+    """Check that each row is a weight of at least 0 and two sums of at most `most`.
+
+    Raises:
+        OptionError: If one is not.
+    """
     if not all(len(row) == 3 and row[0] >= 0 and max(row[1:]) <= most for row in sums):
         raise OptionError("adaptive_state holds sums that no tokens have; start without a state")
 
 
 class AdaptiveThreshold(Learner):
-    """`memory`: tokens after which one counts 1/e.
+    """Threshold from a Beta mixture that is refitted by EM.
 
-    Begins with the calibrated mixture, worth as many tokens as were calibrated with, at most `memory`; without one, as
-    in the paper, which needs no calibration set, with UNCALIBRATED; or with `state`, as `state()` gave it. `target` is
-    the P(agree | c) of an exit: that of the calibration or UNCALIBRATED_TARGET where it is None. `costs` on this
-    machine, None where unknown, decide how many requests it learns from, and whether exits pay: where they do not, the
-    threshold is NEVER_EXIT. Raises OptionError where the state is of another model.
+    The threshold is NEVER_EXIT while exits do not pay, according to `costs`.
+
+    Args:
+        manifest: Manifest of the bundle.
+        calibration: Its mixture is the first estimate, with the weight of its tokens, at most
+            `memory`. Default: UNCALIBRATED, as in the paper, which needs no calibration set.
+        memory: Number of tokens after which a token's weight has decayed to 1/e.
+        state: State to continue from, as returned by `state()`.
+        costs: Costs on this machine. They determine how many requests are learned from, and whether
+            exits pay. None if unknown.
+        target: P(agree | c) required for an exit. Default: the calibration's, or
+            UNCALIBRATED_TARGET.
+
+    Raises:
+        OptionError: If `state` is invalid or belongs to another model.
     """
 
     def __init__(
@@ -182,7 +246,8 @@ class AdaptiveThreshold(Learner):
         target: float | None = None,
     ) -> None:
         super().__init__(manifest)
-        self._memory, self._costs = memory, costs
+        self._memory = memory
+        self._costs = costs
         self._max_pending = manifest.tuned_max_pending or manifest.max_pending
         self._every = label_every(costs)
         self._probe_every = max(self._every, probe_every(costs))
@@ -194,11 +259,15 @@ class AdaptiveThreshold(Learner):
         self._requests = self._left = self._fresh = 0
         if state is not None:
             found = self._read(state, AdaptiveState)
-            # Logarithms of shares are not above 0.
+            # Logarithms of numbers in (0, 1) are negative.
             check_sums([found.agree, found.disagree, *found.unlabelled], most=0)
-            self._evidence = LabelStatistics(LogSums(*found.agree), LogSums(*found.disagree), found.unlabelled)
+            agree = LogSums(*found.agree)
+            disagree = LogSums(*found.disagree)
+            self._evidence = LabelStatistics(agree, disagree, found.unlabelled)
             self.mixture = found.mixture
-            self._requests, self._left, self._fresh = found.requests, found.left, found.fresh
+            self._requests = found.requests
+            self._left = found.left
+            self._fresh = found.fresh
         self.threshold = self._paying_threshold()
 
     def begin(self) -> RequestLabels:
@@ -232,16 +301,23 @@ class AdaptiveThreshold(Learner):
 
     def _state(self) -> AdaptiveState:
         evidence = self._evidence
-        unlabelled = tuple(tuple(row) for row in evidence.unlabelled.tolist())
-        sums = tuple(evidence.agree), tuple(evidence.disagree), unlabelled
-        return AdaptiveState(*self._model, self._requests, self._left, self._fresh, *sums, self.mixture)
+        return AdaptiveState(
+            **self._model,
+            requests=self._requests,
+            left=self._left,
+            fresh=self._fresh,
+            agree=tuple(evidence.agree),
+            disagree=tuple(evidence.disagree),
+            unlabelled=tuple(tuple(row) for row in evidence.unlabelled.tolist()),
+            mixture=self.mixture,
+        )
 
 
 def label_every(costs: Costs | None) -> int:
-    """From every how many-th request to learn, so that labels cost LABEL_SHARE of the time; every one where costs are
-    unknown.
+    """Return n such that learning from every n-th request costs LABEL_SHARE of the time.
 
-    The head over all rows of a pass, instead of the last alone, is taken to grow with the rows as the pass does.
+    Labels need the head for all rows of a pass instead of the last. Its cost is assumed to grow
+    with the rows like that of the pass. 1 if costs are unknown.
     """
     if costs is None:
         return 1
@@ -251,8 +327,12 @@ def label_every(costs: Costs | None) -> int:
 
 
 def probe_every(costs: Costs | None) -> int:
-    """Every how many-th request to run the shallow head for, where nothing exits, so that it costs LABEL_SHARE of the
-    time."""
+    """Return n such that running the shallow head for every n-th request costs LABEL_SHARE of the
+    time.
+
+    For requests that otherwise run without it, because nothing exits. PROBE_EVERY if costs are
+    unknown.
+    """
     if costs is None:
         return PROBE_EVERY
     return max(1, math.ceil((1 / costs.speedup(0.0, 1) - 1) / LABEL_SHARE))
@@ -271,60 +351,99 @@ def _target(calibration: Calibration | None) -> float:
 
 
 def _listed(value: Any) -> Any:
-    """Tuples as the lists that JSON has."""
+    """Convert tuples to lists, recursively, as in JSON."""
     return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class LabelStatistics:
-    """Labels of bounded size. A token counts exp(-n / memory) once n tokens came after it."""
+    """Exponentially decaying statistics of labels, of constant size.
 
-    def __init__(self, agree: LogSums, disagree: LogSums, unlabelled: Sequence[Sequence[float]] = ()) -> None:
-        self.agree, self.disagree = agree, disagree
-        # Weight, sum of ln c and sum of ln (1 - c) of each bin.
-        self.unlabelled = np.array(unlabelled, np.float64) if len(unlabelled) else np.zeros((BINS, 3))
+    A token's weight is exp(-n / memory) after n more tokens.
+
+    Args:
+        agree: Statistics of agreeing tokens.
+        disagree: Statistics of disagreeing tokens.
+        unlabelled: Statistics of each bin of unlabelled tokens, [BINS, 3].
+
+    Raises:
+        OptionError: If `unlabelled` has another shape.
+    """
+
+    def __init__(
+        self, agree: LogSums, disagree: LogSums, unlabelled: Sequence[Sequence[float]] = ()
+    ) -> None:
+        self.agree = agree
+        self.disagree = disagree
+        # Weight, sum of ln c and sum of ln(1 - c) of each bin.
+        self.unlabelled = np.zeros((BINS, 3))
+        if len(unlabelled):
+            self.unlabelled = np.array(unlabelled, np.float64)
         if self.unlabelled.shape != (BINS, 3):
-            raise OptionError(f"unlabelled has shape {self.unlabelled.shape}, not {(BINS, 3)}; start without a state")
+            raise OptionError(
+                f"unlabelled has shape {self.unlabelled.shape}, not {(BINS, 3)}; "
+                "start without a state"
+            )
 
     @classmethod
     def of_mixture(cls, mixture: BetaMixture, tokens: float) -> LabelStatistics:
-        """The expected labels of `tokens` tokens of a mixture."""
+        """Return the expected statistics of `tokens` tokens of a mixture."""
         share = mixture.weight_agree
-        return cls(mixture.agree.expected(tokens * share), mixture.disagree.expected(tokens * (1 - share)))
+        agree = mixture.agree.expected(tokens * share)
+        disagree = mixture.disagree.expected(tokens * (1 - share))
+        return cls(agree, disagree)
 
     @property
     def weight(self) -> float:
         return self.agree.weight + self.disagree.weight + float(self.unlabelled[:, 0].sum())
 
-    def add(self, labelled: Sequence[tuple[float, bool]], unlabelled: Sequence[float], memory: float) -> None:
-        """Tokens of a request as (confidence, agrees), and confidences of those without a label."""
-        faded = math.exp(-(len(labelled) + len(unlabelled)) / memory)
-        self.agree = self.agree.scaled(faded) + _sums(c for c, agrees in labelled if agrees)
-        self.disagree = self.disagree.scaled(faded) + _sums(c for c, agrees in labelled if not agrees)
-        self.unlabelled *= faded
+    def add(
+        self, labelled: Sequence[tuple[float, bool]], unlabelled: Sequence[float], memory: float
+    ) -> None:
+        """Add the tokens of a request.
+
+        Args:
+            labelled: Confidence and agreement of each token.
+            unlabelled: Confidences of tokens without a label.
+            memory: Number of tokens after which weights have decayed to 1/e.
+        """
+        decay = math.exp(-(len(labelled) + len(unlabelled)) / memory)
+        agree = _sums(confidence for confidence, agrees in labelled if agrees)
+        disagree = _sums(confidence for confidence, agrees in labelled if not agrees)
+        self.agree = self.agree.scaled(decay) + agree
+        self.disagree = self.disagree.scaled(decay) + disagree
+        self.unlabelled *= decay
         for confidence in unlabelled:
             sums = _sums([confidence])
             place = (sums.log - sums.log_rest + _LIMIT) / (2 * _LIMIT)
             self.unlabelled[min(int(place * BINS), BINS - 1)] += sums
 
     def refit(self, mixture: BetaMixture, prior: BetaMixture) -> BetaMixture:
-        """EM from `mixture`, where `prior` is believed as much as PRIOR_TOKENS of each component are."""
+        """Refit by EM, from `mixture`.
+
+        `prior` has a weight of PRIOR_TOKENS for each component.
+        """
         rows = self.unlabelled[self.unlabelled[:, 0] > EPSILON]  # [n, 3]
         means = rows[:, 1:] / rows[:, :1]
-        of_prior = 2 * PRIOR_TOKENS
+        prior_weight = 2 * PRIOR_TOKENS
         for _ in range(ROUNDS):
-            # As BetaMixture.log_odds, within what exp can take.
-            first, second = mixture.agree, mixture.disagree
+            # BetaMixture.log_odds, limited to avoid overflow in exp.
+            first = mixture.agree
+            second = mixture.disagree
             odds = math.log(mixture.weight_agree) - math.log1p(-mixture.weight_agree)
             odds += second.log_normalizer - first.log_normalizer
-            odds = np.clip(odds + means @ np.array([first.a - second.a, first.b - second.b]), -500, 500)
+            odds = odds + means @ np.array([first.a - second.a, first.b - second.b])
+            odds = np.clip(odds, -500, 500)
             agreeing = 1 / (1 + np.exp(-odds))
             agree = self.agree + LogSums(*(agreeing @ rows).tolist())
             disagree = self.disagree + LogSums(*((1 - agreeing) @ rows).tolist())
-            share = (agree.weight + of_prior * prior.weight_agree) / (agree.weight + disagree.weight + of_prior)
+            total = agree.weight + disagree.weight + prior_weight
+            share = (agree.weight + prior_weight * prior.weight_agree) / total
+            agree += prior.agree.expected(PRIOR_TOKENS)
+            disagree += prior.disagree.expected(PRIOR_TOKENS)
             mixture = BetaMixture(
-                most_likely(agree + prior.agree.expected(PRIOR_TOKENS), mixture.agree, steps=1),
-                most_likely(disagree + prior.disagree.expected(PRIOR_TOKENS), mixture.disagree, steps=1),
-                min(max(share, EPSILON), 1 - EPSILON),
+                agree=most_likely(agree, mixture.agree, steps=1),
+                disagree=most_likely(disagree, mixture.disagree, steps=1),
+                weight_agree=min(max(share, EPSILON), 1 - EPSILON),
             )
         return mixture
 
@@ -332,7 +451,7 @@ class LabelStatistics:
 def _sums(confidences: Iterable[float]) -> LogSums:
     weight = log = log_rest = 0.0
     for confidence in confidences:
-        # One that is not a number says nothing, and would never be forgotten; at 0 nothing exits at any threshold.
+        # Ignore NaN, which would never decay, and 0, which exits at no threshold.
         if 0 < confidence < math.inf:
             inside = min(max(confidence, EPSILON), 1 - EPSILON)
             weight += 1.0
@@ -342,17 +461,23 @@ def _sums(confidences: Iterable[float]) -> LogSums:
 
 
 ZETA = 0.4
-FIRST_THRESHOLD = 0.9  # until there are labels, where a bundle is not calibrated
+FIRST_THRESHOLD = 0.9  # of bundles without calibration, until there are labels
 MOST_REFITS = 300
 GRID = np.linspace(0.3, 0.9, 10)
 # Confidences of exactly 0 and 1 have no density.
 EDGE = 1e-4
-# A label weighs 0.2, and 1e-4 in the other class.
+# Weight of a label in the other class, relative to its own: 1e-4 to 0.2.
 OTHER = 1e-4 / 0.2
 
 
 class Moments(NamedTuple):
-    """A class of tokens: how many, and the sums of their confidences and of the squares."""
+    """Moments of the confidences of a class of tokens.
+
+    Attributes:
+        weight: Number of tokens.
+        total: Sum of the confidences.
+        squares: Sum of their squares.
+    """
 
     weight: float = 0.0
     total: float = 0.0
@@ -369,12 +494,15 @@ class Moments(NamedTuple):
 
 
 def paper_threshold(agree: Moments, disagree: Moments, zeta: float = ZETA) -> float:
-    """The threshold that labelled tokens give. The highest of the grid where no ratio is above `zeta`."""
+    """Return the threshold for labelled tokens.
+
+    It is the highest of the grid if no ratio exceeds `zeta`.
+    """
     shapes = [_shapes(agree.plus(disagree, OTHER)), _shapes(disagree.plus(agree, OTHER))]
     if None in shapes:
         return float(GRID[-1])
-    # The class of the larger mean counts as the one that agrees.
-    (a, b), (other_a, other_b) = sorted(filter(None, shapes), key=lambda one: one[0] / (one[0] + one[1]), reverse=True)
+    # The class with the larger mean is treated as the agreeing one.
+    (a, b), (other_a, other_b) = sorted(filter(None, shapes), key=_mean, reverse=True)
     odds = (a - other_a) * np.log(GRID) + (b - other_b) * np.log1p(-GRID)
     odds += _log_beta(other_a, other_b) - _log_beta(a, b)
     above = int(np.sum(odds > math.log(zeta / (1 - zeta))))
@@ -383,7 +511,7 @@ def paper_threshold(agree: Moments, disagree: Moments, zeta: float = ZETA) -> fl
 
 @dataclass(frozen=True)
 class PaperState(LearnedState):
-    """The state of a PaperThreshold; `agree` and `disagree` are moments."""
+    """State of a PaperThreshold. `agree` and `disagree` are moments."""
 
     refits: Count
     agree: tuple[float, ...]
@@ -392,15 +520,21 @@ class PaperState(LearnedState):
 
 
 class PaperThreshold(Learner):
-    """The rule as FREE's authors run it (arXiv 2310.05424, and the code they published), for comparison.
+    """The rule that FREE's authors run (arXiv 2310.05424 and their published code), for comparison.
 
-    Confidences of agreeing and of disagreeing tokens are Beta distributions, fitted by moments to all labels so far,
-    which are as good as one-hot. The threshold is the lowest on a grid of ten from which the likelihood ratio of the
-    two, without their shares of the tokens, is above zeta. It is refitted once a sequence, at most 300 times; tokens
-    that no sync pass labelled are forgotten.
+    Confidences of agreeing and disagreeing tokens follow Beta distributions, fitted by moments to
+    all labels so far. The labels are almost one-hot. The threshold is the lowest on a grid of ten
+    from which the likelihood ratio of the two, without their shares of the tokens, exceeds zeta. It
+    is refitted after each sequence, at most 300 times. Tokens without a label are ignored.
 
-    Begins with the calibrated threshold, or FIRST_THRESHOLD, or with `state`, as `state()` gave it. `zeta` None is
-    ZETA. Raises OptionError where the state is of another model.
+    Args:
+        manifest: Manifest of the bundle.
+        calibration: Its threshold is the first one. Default: FIRST_THRESHOLD.
+        state: State to continue from, as returned by `state()`.
+        zeta: Limit of the ratio. Default: ZETA.
+
+    Raises:
+        OptionError: If `state` is invalid or belongs to another model.
     """
 
     def __init__(
@@ -419,15 +553,17 @@ class PaperThreshold(Learner):
         if state is not None:
             found = self._read(state, PaperState)
             check_sums((found.agree, found.disagree))
-            self._agree, self._disagree = Moments(*found.agree), Moments(*found.disagree)
-            self._refits, self.threshold = found.refits, found.threshold
+            self._agree = Moments(*found.agree)
+            self._disagree = Moments(*found.disagree)
+            self._refits = found.refits
+            self.threshold = found.threshold
 
     def begin(self) -> RequestLabels:
         with self._lock:
             return RequestLabels(self.threshold, learns=self._refits < MOST_REFITS, audits=False)
 
     def complete(self, labels: RequestLabels) -> None:
-        """Learn from a request that has ended: a refit to all labels so far."""
+        """Refit to all labels so far, including those of a request that has ended."""
         with self._lock:
             if self._refits >= MOST_REFITS:
                 return
@@ -440,20 +576,29 @@ class PaperThreshold(Learner):
                 self.threshold = paper_threshold(self._agree, self._disagree, self._zeta)
 
     def _state(self) -> PaperState:
-        moments = tuple(self._agree), tuple(self._disagree)
-        return PaperState(*self._model, self._refits, *moments, self.threshold)
+        return PaperState(
+            **self._model,
+            refits=self._refits,
+            agree=tuple(self._agree),
+            disagree=tuple(self._disagree),
+            threshold=self.threshold,
+        )
 
 
 def _shapes(moments: Moments) -> tuple[float, float] | None:
-    """Shapes of the Beta distribution with this mean and variance; None without any."""
+    """Return the shapes of the Beta distribution with these moments. None if there is none."""
     if not moments.weight:
         return None
     mean = moments.total / moments.weight
     variance = moments.squares / moments.weight - mean * mean
-    if variance <= 1e-12:  # equal confidences: a peak without end
+    if variance <= 1e-12:  # equal confidences have no Beta distribution
         return None
     a = mean * (mean * (1 - mean) / variance - 1)
     return (a, a * (1 - mean) / mean) if a > 0 else None
+
+
+def _mean(shapes: tuple[float, float]) -> float:
+    return shapes[0] / (shapes[0] + shapes[1])
 
 
 def _log_beta(a: float, b: float) -> float:

@@ -1,4 +1,4 @@
-"""The estimator of what engine calls take on this machine, measured while requests are decoded."""
+"""Estimates the costs of engine calls on this machine, measured while requests are decoded."""
 
 from __future__ import annotations
 
@@ -7,66 +7,83 @@ from typing import Literal
 
 from runtime.bundle.costs import NEUTRAL, Costs
 
-# "step": a shallow call without its head. "head": one with it, a row for each sequence. "pass": a deep call.
+# "step": a shallow call without its head. "head": one with the head, with one row per sequence.
+# "pass": a deep call.
 Kind = Literal["step", "head", "pass"]
-# Calls that an average goes back, and how far one slow call may stray from it.
-RECENT, STRAY = 8, 2.0
-# Calls after which a cost that was not among them is forgotten: the machine may have been busy then.
+RECENT = 8  # calls in an average
+STRAY = 2.0  # largest factor between a call and the average, beyond which it is clipped
+# Calls after which an old measurement is dropped. The machine may have been busy then.
 MEMORY = 512
 
 
 class CallCosts:
-    """Seconds of calls by kind and rows, those of all sequences in a call together: an exponential average where they
-    were measured, else `base` scaled like the nearest that was. The first call of each kind and size is left out: it
-    binds its buffers."""
+    """Seconds per call, by kind and number of rows (of all sequences in the call).
+
+    Measured costs are exponential averages. Others are `base` costs, scaled like the nearest
+    measured ones. The first call of each kind and size is ignored, because it binds its buffers.
+
+    Args:
+        base: Costs assumed without measurements.
+    """
 
     def __init__(self, base: Costs = NEUTRAL) -> None:
         self.base = base
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew with the base."""
+        """Drop all measurements."""
         self._seen: dict[Kind, dict[int, _Average]] = {"step": {}, "head": {}, "pass": {}}
         self._count = 0
 
     def observe(self, kind: Kind, rows: int, seconds: float) -> None:
+        """Add a measurement."""
         self._count += 1
         seen = self._seen[kind].get(rows)
         if seen is None:
             self._seen[kind][rows] = _Average()
         else:
-            seen.add(seconds, None if seen.known(self._count) else self._scaled(kind, rows), self._count)
+            expected = None if seen.known(self._count) else self._scaled(kind, rows)
+            seen.add(seconds, expected, self._count)
 
     def seconds(self, kind: Kind, rows: int) -> float:
+        """Return the cost of a call, in seconds."""
         seen = self._seen[kind].get(rows)
         if seen is not None and seen.known(self._count):
             return seen.seconds
         return self._scaled(kind, rows) or self._base(kind, rows)
 
     def measured(self, kind: Kind, rows: int) -> bool:
-        """Whether the cost of such a call was measured here, and not long ago."""
+        """Return True if the cost of such a call was measured recently."""
         seen = self._seen[kind].get(rows)
         return seen is not None and seen.known(self._count)
 
     def token(self, sequences: int = 1) -> float:
-        """A token of mode full, for each of so many sequences."""
+        """Return the cost of a token in mode full, for each of `sequences` sequences in a call."""
         return self.seconds("step", sequences) + self.seconds("pass", sequences)
 
     def head(self, sequences: int = 1) -> float:
-        """The shallow head of one step."""
+        """Return the cost of the shallow head in one step."""
         return max(0.0, self.seconds("head", sequences) - self.seconds("step", sequences))
 
     def row(self) -> float:
-        """A further row of a deep pass."""
+        """Return the cost of a further row of a deep pass."""
         return self.further_row() * self.seconds("pass", 1)
 
     def further_row(self) -> float:
-        """A further row of a deep pass as a share of the first: between the fewest and the most rows that were
-        measured, by the base where these are not far apart."""
-        known = {rows: seen.seconds for rows, seen in self._seen["pass"].items() if seen.known(self._count)}
-        few, many = min(known, default=1), max(known, default=1)
+        """Return the cost of a further row of a deep pass, relative to the first.
+
+        Computed from the fewest and the most rows measured, or from `base` if these are close.
+        """
+        known = {
+            rows: seen.seconds
+            for rows, seen in self._seen["pass"].items()
+            if seen.known(self._count)
+        }
+        few = min(known, default=1)
+        many = max(known, default=1)
         if many < 1.5 * few:
-            few, many = 1, 8
+            few = 1
+            many = 8
             base = self.base if len(self.base.deep) > 1 else NEUTRAL
             known = {rows: base.deep_pass(rows) for rows in (few, many)}
         row = max(0.0, known[many] - known[few]) / (many - few)
@@ -74,14 +91,21 @@ class CallCosts:
         return min(1.0, row / first) if first > 0 else 1.0
 
     def _base(self, kind: Kind, rows: int) -> float:
-        """Shallow calls grow with their rows as deep ones do."""
-        base, deep = self.base, self.base.deep_pass(rows)
+        """Return the cost by `base`. Shallow calls are assumed to grow with their rows like deep
+        ones.
+        """
+        base = self.base
+        deep = self.base.deep_pass(rows)
         if kind == "pass":
             return deep
         return (base.shallow if kind == "head" else base.shallow_without_head) * deep / base.deep[1]
 
     def _scaled(self, kind: Kind, rows: int) -> float | None:
-        """As the nearest size of its kind was measured, else as any call was; None where nothing was."""
+        """Return the cost by `base`, scaled like the nearest measured size of its kind, or of any
+        kind.
+
+        None without measurements.
+        """
         for kinds in ((kind,), tuple(self._seen)):
             known = [
                 (abs(math.log(other / rows)), seen.seconds / self._base(each, other))
@@ -95,21 +119,25 @@ class CallCosts:
 
 
 class _Average:
-    """Exponential; `last` counts the calls of all kinds."""
+    """Exponential average. `last` is the number of calls of all kinds at the last measurement."""
 
     __slots__ = ("count", "last", "seconds")
 
     def __init__(self) -> None:
-        self.seconds, self.count, self.last = 0.0, 0, 0
+        self.seconds = 0.0
+        self.count = 0
+        self.last = 0
 
     def known(self, now: int) -> bool:
         return self.count > 0 and now - self.last <= MEMORY
 
     def add(self, seconds: float, expected: float | None, now: int) -> None:
-        """`expected`: what it was thought to take, where it was not known."""
+        """Add a measurement. `expected` is the estimate before, if there was no recent one."""
         if not self.known(now):
-            self.seconds, self.count = expected or seconds, 1 if expected else 0
+            self.seconds = expected or seconds
+            self.count = 1 if expected else 0
         if self.count:
             seconds = min(max(seconds, self.seconds / STRAY), self.seconds * STRAY)
-        self.count, self.last = min(self.count + 1, RECENT), now
+        self.count = min(self.count + 1, RECENT)
+        self.last = now
         self.seconds += (seconds - self.seconds) / self.count

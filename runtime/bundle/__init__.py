@@ -1,1 +1,1 @@
-"""A bundle on disk, checked: the manifest, the calibration, and the Beta mixture that it holds."""
+"""A bundle on disk: manifest, calibration and its Beta mixture, all checked when read."""

@@ -1,4 +1,4 @@
-"""A bundle on disk, checked before anything in it is used."""
+"""Opens a bundle and checks its files before any of them is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.bundle.calibration import Calibration, check_calibration, is_calibration, read_calibration
+from runtime.bundle.calibration import (
+    Calibration,
+    check_calibration,
+    is_calibration,
+    read_calibration,
+)
 from runtime.bundle.manifest import LARGEST_MANIFEST, MANIFEST, REMEDY, File, Manifest
 from runtime.errors import BundleError
 from runtime.json_file import UnreadableError, read_bytes, read_object, read_text
@@ -19,18 +24,25 @@ from runtime.json_file import UnreadableError, read_bytes, read_object, read_tex
 Verify = Literal["sizes", "full"]
 VERIFICATION = "verification.json"
 
-# Bytes of the report, and of a graph, whose weights are in other files.
-LARGEST_REPORT, LARGEST_GRAPH = 64 << 20, 256 << 20
-# Fields of a graph that are read, and messages within each other, of which Protocol Buffers take no more.
-MOST_FIELDS, DEEPEST = 1_000_000, 100
+# Size limits in bytes. The weights of a graph are in other files.
+LARGEST_REPORT = 64 << 20
+LARGEST_GRAPH = 256 << 20
+# Limits on the fields of a graph and on nesting. Protocol Buffers have the same limit on nesting.
+MOST_FIELDS = 1_000_000
+DEEPEST = 100
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A directory that `freeexport convert` wrote. `sha256` is the hash of its manifest, and so of all its files.
+    """A directory written by `freeexport convert`.
 
-    Only the files that the manifest lists are read, none of them through a link. Beside them are the report
-    `verification.json`, and in the folder `tensorrt` the engines that were built later.
+    Only files listed in the manifest are read, none of them through a link. The report
+    `verification.json` and the folder `tensorrt`, with engines built later, are not listed.
+
+    Attributes:
+        path: The directory.
+        manifest: Its manifest.
+        sha256: Hash of the manifest, which contains the hashes of all files.
     """
 
     path: Path
@@ -39,9 +51,14 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path | str, verify: Verify = "sizes") -> Bundle:
-        """Read the manifest and check that the files are those it lists: their sizes, or with "full" their content.
+        """Read the manifest and check the files that it lists.
 
-        Raises BundleError naming the file that is missing, differs or is a link, or is not listed but named by a graph.
+        Args:
+            path: The directory.
+            verify: "sizes" compares sizes, "full" also content.
+
+        Raises:
+            BundleError: If a file is missing, different, a link, or used by a graph but not listed.
         """
         root = Path(path)
         text = _read_manifest(root)
@@ -54,17 +71,18 @@ class Bundle:
         for graph in engine_files(manifest):
             for name in external_data(root / graph) - manifest.files.keys():
                 raise BundleError(
-                    f"{graph} has weights in {name[:200]!r}, which {MANIFEST} does not list; do not use this bundle"
+                    f"{graph} has weights in {name[:200]!r}, which {MANIFEST} does not list; "
+                    "do not use this bundle"
                 )
         return cls(root, manifest, hashlib.sha256(text.encode()).hexdigest())
 
     def engine(self, name: str) -> Path:
-        """The graph of one engine: encoder, prologue, shallow, exit or deep."""
+        """Return the path of an engine's graph: encoder, prologue, shallow, exit or deep."""
         return self.path / f"{name}.onnx"
 
     @property
     def verification(self) -> dict[str, Any] | None:
-        """The report of `freeexport verify`, or None."""
+        """Report of `freeexport verify`. None if there is none."""
         file = self.path / VERIFICATION
         if not os.path.lexists(file):
             return None
@@ -73,12 +91,22 @@ class Bundle:
 
     @property
     def calibration(self) -> Calibration | None:
-        """The calibration that its threshold comes from, or None. Raises BundleError for one of another model."""
+        """Calibration of the threshold. None if there is none.
+
+        Raises:
+            CalibrationError: If it was measured on another model.
+        """
         name = next(filter(is_calibration, self.manifest.files), None)
         if name is None:
             return None
-        calibration, own = read_calibration(self.path / name), self.manifest
-        check_calibration(calibration, own.source_sha256, own.vocab_size, own.exit_layer, own.confidence)
+        calibration = read_calibration(self.path / name)
+        check_calibration(
+            calibration,
+            self.manifest.source_sha256,
+            self.manifest.vocab_size,
+            self.manifest.exit_layer,
+            self.manifest.confidence,
+        )
         return calibration
 
 
@@ -89,14 +117,16 @@ def engine_files(manifest: Manifest) -> list[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content."""
+    """Return the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(root: Path) -> str:
     if not root.exists():
-        raise BundleError(f"there is no bundle at {root}; make one with: freeexport convert MODEL {_quoted(root)}")
+        raise BundleError(
+            f"there is no bundle at {root}; make one with: freeexport convert MODEL {_quoted(root)}"
+        )
     if not os.path.lexists(root / MANIFEST):
         if (checkpoint := _checkpoint_at(root)) is not None:
             command = f"freeexport convert {_quoted(checkpoint)} BUNDLE"
@@ -125,10 +155,15 @@ def _checkpoint_at(path: Path) -> Path | None:
 
 
 def check_no_link(root: Path, name: str) -> None:
-    """Raise BundleError where a file of the bundle at `root`, or a folder on the way to it, is a symbolic link."""
+    """Check that a file of a bundle, and the folders up to the bundle, are not symbolic links.
+
+    Raises:
+        BundleError: If one is.
+    """
     if os.path.realpath(root / name) != os.path.join(os.path.realpath(root), *name.split("/")):
         raise BundleError(
-            f"{name} is a symbolic link, which no file of a bundle may be; copy the bundle with the files themselves: "
+            f"{name} is a symbolic link, which is not allowed in a bundle; "
+            "copy the bundle with the linked files: "
             f"cp -rL {root} COPY"
         )
 
@@ -136,17 +171,21 @@ def check_no_link(root: Path, name: str) -> None:
 def _check_file(root: Path, name: str, file: File, verify: Verify) -> None:
     path = root / name
     if not path.is_file():
-        wrong = "no regular file" if path.exists() and not path.is_dir() else "missing"
+        wrong = "not a regular file" if path.exists() and not path.is_dir() else "missing"
         raise BundleError(f"{name} is {wrong} in {root}; copy the whole bundle, or {REMEDY}")
     check_no_link(root, name)
     size = path.stat().st_size
     if size != file.size:
-        raise BundleError(f"{name} has {size} bytes, the manifest says {file.size}; the copy is incomplete")
+        raise BundleError(
+            f"{name} has {size} bytes, the manifest says {file.size}; the copy is incomplete"
+        )
     if verify == "full" and sha256_of(path) != file.sha256:
-        raise BundleError(f"{name} is not the file that was written (sha256 differs); copy or convert it again")
+        raise BundleError(
+            f"{name} differs from the original file (sha256); copy or convert it again"
+        )
 
 
-# Fields by number that lead to tensors in each message of onnx.proto, and the message each holds.
+# Messages of onnx.proto, with the numbers and types of their fields that can contain tensors.
 _MESSAGES: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -158,13 +197,17 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "tensor": {13: "entry"},
 }
 _LOCATION = b"location"
-_NO_GRAPH = "it is no ONNX graph, or cut off"
+_NO_GRAPH = "it is not an ONNX graph, or truncated"
 
 Span = tuple[int, int]
 
 
 def external_data(graph: Path) -> set[str]:
-    """The names of the files that hold a graph's tensors, found without `onnx`. BundleError where it is no graph."""
+    """Return the names of the files that hold a graph's tensors, without using `onnx`.
+
+    Raises:
+        BundleError: If the file is not an ONNX graph.
+    """
     try:
         return set(_locations(read_bytes(graph, LARGEST_GRAPH)))
     except UnreadableError as reason:
@@ -180,12 +223,14 @@ def _locations(content: bytes) -> Iterator[str]:
         left -= len(fields)
         if left <= 0 or depth > DEEPEST:
             raise UnreadableError("its graph is too large")
-        if kind == "entry":  # a key and a value, in any order
+        if kind == "entry":  # key and value, in any order
             if any(number == 1 and content[slice(*part)] == _LOCATION for number, part in fields):
-                yield from (content[slice(*at)].decode("utf-8", "backslashreplace") for n, at in fields if n == 2)
+                for number, part in fields:
+                    if number == 2:
+                        yield content[slice(*part)].decode("utf-8", "backslashreplace")
             continue
         inner = _MESSAGES[kind]
-        # Most nodes and attributes hold no tensor: those without the word are skipped.
+        # Most nodes and attributes contain no tensor. Skip those without the key.
         stack += [
             (inner[number], part, depth + 1)
             for number, part in fields
@@ -194,11 +239,12 @@ def _locations(content: bytes) -> Iterator[str]:
 
 
 def _fields(content: bytes, span: Span) -> Iterator[tuple[int, Span]]:
-    """The number and place of each field of a message; the place of a number is empty."""
+    """Yield number and position of each field of a message. Numeric fields have no position."""
     at, end = span
     while at < end:
         tag, at = _varint(content, at, end)
-        begin, wire = at, tag & 7
+        begin = at
+        wire = tag & 7
         if wire == 0:
             _, at = _varint(content, at, end)
             begin = at
@@ -219,7 +265,8 @@ def _varint(content: bytes, at: int, end: int) -> tuple[int, int]:
     while at < end and shift < 70:
         byte = content[at]
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+        at += 1
+        shift += 7
         if byte < 0x80:
             return value, at
     raise UnreadableError(_NO_GRAPH)

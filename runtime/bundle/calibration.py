@@ -1,4 +1,4 @@
-"""calibration.json: how a threshold was found, on which model, and what other thresholds would give."""
+"""calibration.json: a threshold, how it was found, and the expected results of other thresholds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from runtime.errors import CalibrationError
 from runtime.json_file import UnreadableError, read_text
 
 CALIBRATION = "calibration.json"
-CALIBRATION_VERSION, CALIBRATION_MINOR = 2, 0
+CALIBRATION_VERSION = 2
+CALIBRATION_MINOR = 0
 REMEDY = "run freeexport calibrate again"
 LARGEST_CALIBRATION = 4 << 20  # bytes
 
@@ -29,10 +30,15 @@ Count = Annotated[int, Range(1, 1 << 50)]
 
 @dataclass(frozen=True)
 class TableRow:
-    """Expected results of a threshold; None is not known.
+    """Expected results of a threshold. None if unknown.
 
-    `exit_rate`: share of tokens that exit. `agreement`: share of exits that agree, None where none exits. `quality`: a
-    metric as a share of the full model's, which it may exceed. Speedups over the full model.
+    Attributes:
+        threshold: The threshold.
+        exit_rate: Share of tokens that exit.
+        agreement: Share of exits that agree. None if nothing exits.
+        quality: Metric relative to the full model's. It may exceed 1.
+        predicted_speedup: Predicted speedup over the full model.
+        measured_speedup: Measured speedup over the full model.
     """
 
     threshold: Share
@@ -45,13 +51,23 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold, the model it was measured on, and the results of other thresholds.
+    """A threshold and the model it was measured on.
 
-    `source_sha256`, `vocab_size`, `exit_layer` and `confidence` name the model. `method` found `threshold`: "bmm" with
-    `target` P(agree | c), "paper" with `target` zeta, "risk" with `risk` and `delta`, "quality" with `delta` and
-    `target` as a share of the full model's metric. 1.0 is never to exit. `rollback_threshold` in nats. `agreement`: the
-    share of the `positions` of all `sequences` at which both decoders predicted the same. `costs` as in the manifest.
-    `max_pending`: the most rows of a sync pass that the threshold was chosen with, where fewer than the bundle's.
+    Attributes:
+        source_sha256: Hash of the checkpoint, which with the next three fields identifies the
+            model.
+        method: How `threshold` was found. "bmm": Beta mixture with `target` P(agree | c). "paper":
+            the authors' rule with `target` zeta. "risk": with `risk` and `delta`. "quality": with
+            `delta` and `target`, the metric relative to the full model's.
+        threshold: Tokens with a higher confidence exit. 1.0: none.
+        sequences: Number of calibration sequences.
+        positions: Number of tokens in them.
+        agreement: Share of `positions` at which both decoders predicted the same token.
+        rollback_threshold: Limit for mode rollback, in nats.
+        table: Expected results of other thresholds.
+        costs: As in the manifest.
+        max_pending: Most rows of a sync pass that the threshold was chosen for. Default: the
+            bundle's.
     """
 
     schema_version: Annotated[int, Range(CALIBRATION_VERSION, CALIBRATION_VERSION)]
@@ -76,21 +92,31 @@ class Calibration:
     schema_minor: Annotated[int, Range(CALIBRATION_MINOR, CALIBRATION_MINOR)] = CALIBRATION_MINOR
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        content = dataclasses.asdict(self)
+        return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = CALIBRATION) -> Calibration:
-        """Parse and check. Raises BundleError naming the field that is wrong."""
+        """Parse and check a calibration.
+
+        Raises:
+            BundleError: Names the field that is wrong.
+        """
         content = parse_object(text, where, REMEDY)
         newer = is_newer(content, where, (CALIBRATION_VERSION, CALIBRATION_MINOR))
         calibration: Calibration = Reader(REMEDY, skips=newer).read(cls, content, where)
         if calibration.costs is not None and not calibration.costs.sound:
-            raise CalibrationError(f"{where}: costs = {repr(calibration.costs)[:80]} is out of range; {REMEDY}")
+            shown = repr(calibration.costs)[:80]
+            raise CalibrationError(f"{where}: costs = {shown} is out of range; {REMEDY}")
         return calibration
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read the calibration in a file. Raises BundleError."""
+    """Read a calibration file.
+
+    Raises:
+        BundleError: If it cannot be read or is invalid.
+    """
     try:
         text = read_text(path, LARGEST_CALIBRATION)
     except UnreadableError as reason:
@@ -101,7 +127,11 @@ def read_calibration(path: Path) -> Calibration:
 def check_calibration(
     calibration: Calibration, source_sha256: str, vocab_size: int, exit_layer: int, confidence: str
 ) -> None:
-    """Refuse a calibration that was measured on another model. Raises CalibrationError with the reason."""
+    """Check that a calibration was measured on this model.
+
+    Raises:
+        CalibrationError: If it was not. The message states the difference.
+    """
     for name, measured, wanted in (
         ("vocabulary", calibration.vocab_size, vocab_size),
         ("exit layer", calibration.exit_layer, exit_layer),
@@ -111,15 +141,16 @@ def check_calibration(
         if measured != wanted:
             shown, other = (f"{v[:12]!r}" if isinstance(v, str) else v for v in (measured, wanted))
             raise CalibrationError(
-                f"this calibration was measured on another {name} {shown}, not {other}; calibrate this model"
+                f"this calibration was measured on another {name} {shown}, not {other}; "
+                "calibrate this model"
             )
 
 
 def is_calibration(name: str) -> bool:
-    """Return whether a file of a bundle is a calibration."""
+    """Return True if a file of a bundle is a calibration, by its name."""
     return re.fullmatch(r"calibration(-[0-9a-f]{12})?\.json", name) is not None
 
 
 def calibration_name(sha256: str) -> str:
-    """The name of the calibration with this sha256."""
+    """Return the file name of the calibration with this sha256."""
     return f"calibration-{sha256[:12]}.json"

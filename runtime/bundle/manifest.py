@@ -1,4 +1,4 @@
-"""The manifest of a bundle: the one schema that `graphs` and `freeexport` write and `runtime` reads."""
+"""Manifest of a bundle: the schema that `graphs` and `freeexport` write and `runtime` reads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,13 +16,14 @@ from runtime.bundle.costs import Costs
 from runtime.bundle.schema import Range, Reader, is_newer, parse_object
 from runtime.errors import BundleError
 
-# A newer minor version only adds fields that may be skipped; a newer major one cannot be read.
-SCHEMA_VERSION, SCHEMA_MINOR = 2, 5
+# Newer minor versions only add optional fields. Newer major versions cannot be read.
+SCHEMA_VERSION = 2
+SCHEMA_MINOR = 5
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
 
-# Limits beyond any model that exists: bytes of the manifest, and numbers in it.
+# Limits for untrusted manifests: size in bytes, and numbers.
 LARGEST_MANIFEST = 4 << 20
 LayerCount = Annotated[int, Range(0, 10_000)]
 Width = Annotated[int, Range(1, 1 << 20)]
@@ -34,22 +36,31 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mixed"]
 Dialect = Literal["ort", "standard"]
 Target = Literal["cpu", "cuda", "tensorrt"]
 FloatType = Literal["fp32", "fp16", "bf16"]
-# int8-block, int4, and int5 and int6 of GGUF files: blocks along the inputs, activations by row and block. For TensorRT
-# only weights are quantized: int8 and fp8 by output channel, int4 in blocks. Older bundles for CPUs have int8 too, with
-# activations by row.
+# int8-block, int4, and int5 and int6 of GGUF files: weights in blocks along the inputs, activations
+# by row and block. For TensorRT only weights are quantized: int8 and fp8 by output channel, int4 in
+# blocks. Older bundles for CPUs also have int8, with activations by row.
 TensorFormat = Literal["fp32", "fp16", "bf16", "int8", "int8-block", "int6", "int5", "int4", "fp8"]
-# Whose operators multiply with quantized weights on a CPU.
+# Operators that multiply with quantized weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
-# The format of a quantized model's head: "int8" is in blocks.
+# Format of a quantized model's head. "int8" is in blocks.
 HeadPrecision = Literal["int8", "int4"]
-# What an exit's own layers read: the exit layer's state, or also the deep decoder's normed state of the token before.
+# Input of an exit's layers: the exit layer's state, or also the deep decoder's normed state of the
+# previous token.
 ExitInput = Literal["state", "feature"]
 
 
 @dataclass(frozen=True)
 class HigherTensor:
-    """A weight stored with more bits than its engine's. `error` is |W - quantized W| / |W| as `wanted`, too large to
-    accept, or None where the plan gives the weight more bits."""
+    """A weight stored with more bits than the engine's other weights.
+
+    Attributes:
+        engine: Name of the engine.
+        tensor: Name of the weight.
+        wanted: Requested format.
+        stored: Format of the stored weight.
+        error: Relative error in the requested format, which was too large. None if the formats for
+            this precision give the weight more bits.
+    """
 
     engine: str
     tensor: str
@@ -60,9 +71,17 @@ class HigherTensor:
 
 @dataclass(frozen=True)
 class EnginePrecision:
-    """The linear layers of an engine: their format, that of its head (None for an engine without one), bytes of weights
-    and scales, and the largest relative error of a weight, before it was fitted to text. `kept`: tensors in bits that
-    the checkpoint had already; `kinds`: how many of them by the file's name of these bits, where it was read."""
+    """Precision of an engine's linear layers.
+
+    Attributes:
+        engine: Name of the engine.
+        linears: Format of the linear layers.
+        head: Format of the head. None for an engine without one.
+        bytes: Size of weights and scales.
+        largest_error: Largest relative error of a weight, before it was fitted to text.
+        kept: Number of tensors with the bits that they had in the checkpoint.
+        kinds: Number of these by the name of their format in the checkpoint file, if known.
+    """
 
     engine: str
     linears: TensorFormat
@@ -75,7 +94,13 @@ class EnginePrecision:
 
 @dataclass(frozen=True)
 class RoundingData:
-    """The text that 4-bit weights were fitted to: lines of a file, tokens of the decoder, sha256 of the file."""
+    """Text that 4-bit weights were fitted to.
+
+    Attributes:
+        texts: Lines of the file.
+        tokens: Tokens of the decoder.
+        sha256: Hash of the file.
+    """
 
     texts: int
     tokens: int
@@ -84,8 +109,14 @@ class RoundingData:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How weights were quantized. `int8_range` is in older bundles with int8 for a CPU. `rounding_data` is None where
-    no text was used."""
+    """How weights were quantized.
+
+    Attributes:
+        engines: Precision of each engine.
+        higher: Weights with more bits.
+        int8_range: Only in older bundles with int8 for a CPU.
+        rounding_data: Text that weights were fitted to. Default: none.
+    """
 
     engines: tuple[EnginePrecision, ...] = ()
     higher: tuple[HigherTensor, ...] = ()
@@ -95,8 +126,14 @@ class Quantization:
 
 @dataclass(frozen=True)
 class ExitVocabulary:
-    """`size` tokens that can exit, the share `covered` of the `text_tokens` tokens that they were chosen on. `trained`:
-    the exit was trained with them and one class for all others."""
+    """Tokens that can exit.
+
+    Attributes:
+        size: Number of tokens.
+        covered: Share of `text_tokens` that they cover.
+        text_tokens: Number of tokens of the text that they were chosen on.
+        trained: The exit was trained with these tokens and one class for all others.
+    """
 
     size: int
     covered: float
@@ -106,11 +143,20 @@ class ExitVocabulary:
 
 @dataclass(frozen=True)
 class Speech:
-    """Facts about the speech that a bundle reads: `bins` of its spectrogram, and token ids. `languages` by their
-    codes and `tasks`, "transcribe" and "translate", are empty where it knows English alone. Behind `no_timestamps`
-    stand the timestamps, 0.02 s apart, of which an output begins with one of the first `latest_first` + 1; before it
-    stand `previous`, which begins the text before a window, and `no_speech`. `suppressed` tokens are never written,
-    those of `begin_suppressed` not as the first."""
+    """Properties of a speech model.
+
+    Attributes:
+        bins: Frequency bins of its spectrogram.
+        no_timestamps: Token that switches off timestamps. The timestamp tokens, 0.02 s apart,
+            follow it.
+        previous: Token before the text of the previous window.
+        no_speech: Token for silence.
+        languages: Tokens by language code. Empty for English-only models.
+        tasks: Tokens of "transcribe" and "translate". Empty for English-only models.
+        suppressed: Tokens that are never written.
+        begin_suppressed: Tokens that are never written first.
+        latest_first: An output begins with one of the first `latest_first` + 1 timestamps.
+    """
 
     bins: Width
     no_timestamps: int
@@ -124,19 +170,32 @@ class Speech:
 
     @property
     def ids(self) -> list[int]:
-        """All token ids that it names."""
-        named = (self.no_timestamps, self.previous, self.no_speech, *self.languages.values(), *self.tasks.values())
+        """All token ids of these properties."""
+        named = (
+            self.no_timestamps,
+            self.previous,
+            self.no_speech,
+            *self.languages.values(),
+            *self.tasks.values(),
+        )
         return [*named, *self.suppressed, *self.begin_suppressed]
 
-    def prefix(self, language: str, task: str = "transcribe", timestamps: bool = False) -> list[int]:
-        """The tokens that the decoder reads behind its start token before it writes."""
+    def prefix(
+        self, language: str, task: str = "transcribe", timestamps: bool = False
+    ) -> list[int]:
+        """Return the tokens that the decoder reads after its start token, before it writes."""
         chosen = [self.languages[language], self.tasks[task]] if self.languages else []
         return chosen if timestamps else [*chosen, self.no_timestamps]
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of the bundle: its size in bytes and the sha256 of its content in hexadecimal."""
+    """A file of the bundle.
+
+    Attributes:
+        size: Size in bytes.
+        sha256: Hash of its content, in hexadecimal.
+    """
 
     size: Bytes
     sha256: str
@@ -144,7 +203,13 @@ class File:
 
 @dataclass(frozen=True)
 class DeclaredCopy:
-    """Bytes of weights that are stored twice on purpose, and why."""
+    """Weights that are deliberately stored twice.
+
+    Attributes:
+        tensor: What is stored twice.
+        bytes: Size of the copy.
+        reason: Why.
+    """
 
     tensor: str
     bytes: int
@@ -153,9 +218,14 @@ class DeclaredCopy:
 
 @dataclass(frozen=True)
 class Languages:
-    """Token ids by language code. `source`: the language that the tokenizer writes into a prompt, None for none.
-    `target`: where the target's token stands: as the output's first token, as the decoder's start token, or before the
-    prompt."""
+    """Languages of a translation model.
+
+    Attributes:
+        tokens: Token ids by language code.
+        source: Language that the tokenizer writes into a prompt. None if it writes none.
+        target: Position of the target language's token: "first" token of the output, "start" token
+            of the decoder, or before the "prompt".
+    """
 
     tokens: dict[str, int]
     source: str | None
@@ -164,25 +234,42 @@ class Languages:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything `runtime` must know about a bundle before it loads an engine. Lengths count tokens.
+    """Everything `runtime` needs to know about a bundle before it loads an engine.
 
-    `capacity` is the most valid positions of a decoder's KV cache; the cache itself has `max_pending` more rows.
-    `encoder_capacity` is the longest prompt of an encoder-decoder (0 for a decoder-only bundle).
-    `threshold` 1.0 means not calibrated: nothing exits. `quantization` is None where no weight was quantized, and
-    `exit_vocabulary` where the shallow head knows all tokens. `rollback_threshold`: nats, None where not calibrated.
-    `target` is the device the graphs were written for. `tuned_max_pending`: the most rows of a sync pass in mode free,
-    where calibration chose fewer than there is room for. `compute`: the type of activations and KV cache where weights
-    are quantized for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call
-    that count only. `exit_trained`: whether the checkpoint was trained for this exit, None in bundles that do not say.
-    `exit_layers`: how many layers the exit has of its own, behind the exit layer, which only its prediction reads:
-    where `packed`, they are run only where an exit may be taken. `exit_input`: what they read; with "feature" they and
-    the shallow head are an engine of their own, exit.onnx.
-    `speech` is None where prompts are text; else `encoder_capacity` is the positions of a window of sound.
-    `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `kv_cache`: the
-    type of keys and values where it is not `float_type`, else None. `costs`: as
-    `convert` measured them, None where it did not. `forced_first_token_id`, `forced_last_token_id`: what an output
-    begins with, and ends with where it is cut at its limit; None for what is predicted. `languages` of a translation
-    model, None elsewhere. `schema_minor`: once read, that of this code.
+    Lengths are in tokens. Fields that are not listed are self-explanatory or described at their
+    type.
+
+    Attributes:
+        capacity: Most valid positions of a decoder's KV cache. The cache has `max_pending` more
+            rows.
+        max_pending: Most rows of a sync pass.
+        encoder_capacity: Longest prompt of an encoder-decoder. For speech, positions of a window. 0
+            for decoder-only bundles.
+        threshold: Tokens with a higher confidence exit. 1.0 in bundles that are not calibrated.
+        costs: Costs measured by `convert`. None if they were not measured.
+        quantization: None if no weight was quantized.
+        exit_vocabulary: None if the shallow head predicts all tokens.
+        rollback_threshold: Limit for mode rollback, in nats. None if not calibrated.
+        target: Device that the graphs were built for.
+        tuned_max_pending: Most rows of a sync pass in mode free, if calibration chose fewer than
+            `max_pending`.
+        compute: Type of activations and KV cache if weights are quantized for a GPU. See
+            `float_type`.
+        packed: The deep engine computes rows without padding.
+        exit_trained: The checkpoint was trained for this exit. None if unknown.
+        kernels: Version of this project's operators that the graphs need. None: ONNX Runtime's
+            only.
+        kv_cache: Type of keys and values, if it is not `float_type`.
+        exit_layers: Number of layers of the exit itself, after the exit layer. If `packed`, they
+            run only if an exit may be taken.
+        exit_input: What the exit's layers read. With "feature" they and the shallow head are an
+            engine, exit.onnx.
+        forced_first_token_id: First token of every output. None if it is predicted.
+        forced_last_token_id: Last token of an output that reaches its length limit. None if it is
+            predicted.
+        languages: Languages of a translation model.
+        speech: Properties of a speech model. None if prompts are text.
+        schema_minor: Minor version of this code, after reading.
     """
 
     schema_version: Annotated[int, Range(SCHEMA_VERSION, SCHEMA_VERSION)]
@@ -237,18 +324,18 @@ class Manifest:
 
     @property
     def output_begins(self) -> list[int]:
-        """The tokens that an encoder-decoder reads before the first that is predicted."""
+        """Tokens that an encoder-decoder reads before its first prediction."""
         first = self.forced_first_token_id
         return [self.decoder_start_token_id or 0, *([] if first is None else [first])]
 
     @property
     def exit_engine(self) -> bool:
-        """Whether the exit is an engine of its own."""
+        """True if the exit is an engine of its own."""
         return self.exit_input == "feature"
 
     @property
     def exit_embeds(self) -> bool:
-        """Whether an engine of the exit reads tokens, as no layer stands before it."""
+        """True if the exit's engine reads tokens, because no layer precedes it."""
         return self.exit_engine and self.exit_layer == 0
 
     @property
@@ -261,24 +348,26 @@ class Manifest:
 
     @property
     def shallow_caches(self) -> tuple[int | str, ...]:
-        """The names that the layers of the shallow engine have in its KV cache."""
-        return tuple(self.shallow_layers) if self.exit_engine else (*self.shallow_layers, *self.exit_names)
+        """Cache names of the shallow engine's layers."""
+        if self.exit_engine:
+            return tuple(self.shallow_layers)
+        return (*self.shallow_layers, *self.exit_names)
 
     @property
     def exit_names(self) -> tuple[str, ...]:
-        """The names of the exit's own layers in caches."""
+        """Cache names of the exit's layers."""
         return tuple(f"exit.{number}" for number in range(self.exit_layers))
 
     @property
     def float_type(self) -> FloatType:
-        """The type of activations, and of weights that are not quantized."""
+        """Type of activations and of weights that are not quantized."""
         if self.compute is not None:
             return self.compute
         return self.precision if self.precision in ("fp16", "bf16") else "fp32"
 
     @property
     def cache_type(self) -> FloatType:
-        """The type of keys and values, in the cache and of prompts."""
+        """Type of keys and values, in the KV cache and of prompts."""
         return self.kv_cache or self.float_type
 
     @property
@@ -289,32 +378,38 @@ class Manifest:
 
     @property
     def feature_bytes_per_token(self) -> int:
-        """Bytes of what an exit's engine reads at one position, which is kept: a state, or a token, and a feature."""
+        """Bytes kept per position for an exit's engine: a state or token, and a feature."""
         feature = 4 * self.hidden_size
-        return (feature + (8 if self.exit_embeds else feature)) if self.exit_engine else 0
+        if not self.exit_engine:
+            return 0
+        return feature + (8 if self.exit_embeds else feature)
 
     @property
     def kv_bytes_per_sequence(self) -> int:
-        """Bytes of one slot: self-attention caches, and the cross-attention cache at full encoder capacity."""
+        """Bytes of one slot: self-attention caches, and cross-attention for the longest prompt."""
         return self.kv_bytes_per_token * (self.capacity + self.max_pending + self.encoder_capacity)
 
     def to_json(self) -> str:
-        """The manifest as text, with a hash of itself."""
-        content = json.loads(json.dumps(dataclasses.asdict(self)))  # keys as they are read back
+        """Return the manifest as JSON, with a hash of itself."""
+        content = json.loads(json.dumps(dataclasses.asdict(self)))  # convert keys to strings
         return json.dumps({**content, HASH: _hash(content)}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: Path | str = MANIFEST) -> Manifest:
-        """Parse and check a manifest. Raises BundleError naming the field that is wrong."""
+        """Parse and check a manifest.
+
+        Raises:
+            BundleError: Names the field that is wrong.
+        """
         where = str(where)
         content = parse_object(text, where, REMEDY)
         digest = content.pop(HASH, None)
         written = _hash(content)
         newer = is_newer(content, where, (SCHEMA_VERSION, SCHEMA_MINOR))
         if digest != written:
-            raise BundleError(f"{where} was altered (its own sha256 differs); {REMEDY}")
+            raise BundleError(f"{where} was altered (its sha256 differs); {REMEDY}")
         if isinstance(content.get("quantization"), dict):
-            content["quantization"].pop("exact_rows", None)  # of older bundles
+            content["quantization"].pop("exact_rows", None)  # in older bundles
         remedy = f"upgrade freeexport, or {REMEDY}" if newer else REMEDY
         manifest: Manifest = Reader(remedy, skips=newer).read(cls, content, where)
         manifest._check(where)
@@ -322,11 +417,19 @@ class Manifest:
 
     def _knows(self, languages: Languages) -> bool:
         source = languages.source is None or languages.source in languages.tokens
-        return source and all(0 <= token < self.vocab_size for token in languages.tokens.values())
+        return source and self._in_vocabulary(languages.tokens.values())
+
+    def _in_vocabulary(self, tokens: Iterable[int]) -> bool:
+        return all(0 <= token < self.vocab_size for token in tokens)
 
     def _check(self, where: str) -> None:
-        """Check the fields that depend on each other."""
+        """Check fields that depend on each other.
+
+        Raises:
+            BundleError: Names the field that is wrong.
+        """
         start = self.decoder_start_token_id
+        tuned = self.tuned_max_pending
         rules: list[tuple[bool, str, Any]] = [
             (self.costs is None or self.costs.sound, "costs", self.costs),
             (self.layers >= 2, "layers", self.layers),
@@ -334,36 +437,45 @@ class Manifest:
             (self.exit_layer < self.layers, "exit_layer", self.exit_layer),
             (self.exit_layers > 0 or not self.exit_engine, "exit_input", self.exit_input),
             (self.packed or not self.exit_engine, "exit_input", self.exit_input),
-            (1 <= (self.tuned_max_pending or 1) <= self.max_pending, "tuned_max_pending", self.tuned_max_pending),
+            (1 <= (tuned or 1) <= self.max_pending, "tuned_max_pending", tuned),
             (start is not None or not self.encoder_decoder, "decoder_start_token_id", start),
-            *(
-                (0 <= (token or 0) < self.vocab_size, name, token)
-                for name, token in (
-                    ("decoder_start_token_id", start),
-                    ("forced_first_token_id", self.forced_first_token_id),
-                    ("forced_last_token_id", self.forced_last_token_id),
-                )
-            ),
-            (self.languages is None or self._knows(self.languages), "languages", self.languages),
-            (all(0 <= token < self.vocab_size for token in self.eos_token_ids), "eos_token_ids", self.eos_token_ids),
-            (self.speech is None or self.encoder_decoder, "encoder_capacity", self.encoder_capacity),
-            (all(0 <= token < self.vocab_size for token in getattr(self.speech, "ids", ())), "speech", self.speech),
         ]
+        for name in ("decoder_start_token_id", "forced_first_token_id", "forced_last_token_id"):
+            token = getattr(self, name)
+            rules.append((token is None or self._in_vocabulary([token]), name, token))
+        known = self.languages is None or self._knows(self.languages)
+        rules.append((known, "languages", self.languages))
+        in_vocabulary = self._in_vocabulary(self.eos_token_ids)
+        rules.append((in_vocabulary, "eos_token_ids", self.eos_token_ids))
+        encodes = self.speech is None or self.encoder_decoder
+        rules.append((encodes, "encoder_capacity", self.encoder_capacity))
+        in_vocabulary = self.speech is None or self._in_vocabulary(self.speech.ids)
+        rules.append((in_vocabulary, "speech", self.speech))
         for holds, name, value in rules:
             if not holds:
                 raise BundleError(f"{where}: {name} = {repr(value)[:80]} is out of range; {REMEDY}")
         if (self.quantization is None) != (self.precision in ("fp32", "fp16", "bf16")):
             stated = "no" if self.quantization is None else "a"
-            raise BundleError(f"{where} has {stated} quantization with precision {self.precision!r}; {REMEDY}")
+            raise BundleError(
+                f"{where} has {stated} quantization with precision {self.precision!r}; {REMEDY}"
+            )
         for name, file in self.files.items():
-            path = Path(name)
-            leaves = not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name
-            if leaves or path.as_posix() != name or not name.isprintable():
-                problem = "leaves the bundle" if leaves else "is no plain file name"
-                raise BundleError(f"{where} names {name[:200]!r}, which {problem}; do not use this bundle")
+            _check_file_name(name, where)
             if re.fullmatch("[0-9a-f]{64}", file.sha256) is None:
-                raise BundleError(f"{where}: files.{name[:80]}: sha256 = {file.sha256[:80]!r} is no hash; {REMEDY}")
+                raise BundleError(
+                    f"{where}: files.{name[:80]}: sha256 = {file.sha256[:80]!r} is not a hash; "
+                    f"{REMEDY}"
+                )
+
+
+def _check_file_name(name: str, where: str) -> None:
+    path = Path(name)
+    outside = not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name
+    if outside or path.as_posix() != name or not name.isprintable():
+        problem = "is outside of the bundle" if outside else "is not a plain file name"
+        raise BundleError(f"{where} names {name[:200]!r}, which {problem}; do not use this bundle")
 
 
 def _hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

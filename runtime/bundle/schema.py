@@ -1,4 +1,4 @@
-"""JSON read into dataclasses, every value checked against its annotation."""
+"""Reads JSON into dataclasses and checks every value against its annotation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 from runtime.errors import BundleError, FreeExportError
 from runtime.json_file import UnreadableError, parse_json
 
-# Entries of an array or an object.
+# Most entries of an array or object.
 MOST_ENTRIES = 10_000
 
 
 class Range(NamedTuple):
-    """The numbers that a field may hold, both ends included: `Annotated[int, Range(1, 10)]`."""
+    """Range of numbers for a field, both ends included: `Annotated[int, Range(1, 10)]`."""
 
     least: float
     most: float
@@ -26,43 +26,65 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads parsed JSON as annotated types. `remedy` ends each message: what to do about a file that does not fit.
-    `skips`: pass over unknown fields."""
+    """Converts parsed JSON to annotated types.
+
+    Args:
+        remedy: What to do about an invalid file. Ends every error message.
+        skips: Ignore unknown fields.
+    """
 
     remedy: str
     skips: bool = False
 
     def read(self, annotation: Any, value: Any, where: str) -> Any:
-        """Return `value` as the annotated type. Raises BundleError naming the place that does not fit."""
+        """Return `value` as the annotated type.
+
+        Raises:
+            BundleError: Names the place that does not match.
+        """
         if isinstance(value, (list, dict)) and len(value) > MOST_ENTRIES:
-            raise BundleError(f"{where} has {len(value)} entries, at most {MOST_ENTRIES} are read; {self.remedy}")
-        origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+            raise BundleError(
+                f"{where} has {len(value)} entries, at most {MOST_ENTRIES} are read; {self.remedy}"
+            )
+        origin = typing.get_origin(annotation)
+        arguments = typing.get_args(annotation)
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             return self._dataclass(annotation, value, where)
         if origin is tuple and isinstance(value, list):
-            return tuple(self.read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+            return tuple(
+                self.read(arguments[0], item, f"{where}[{index}]")
+                for index, item in enumerate(value)
+            )
         if origin is dict and isinstance(value, dict):
             shown = {key: key[:80] if key.isprintable() else repr(key)[:80] for key in value}
-            items = {key: self.read(arguments[1], item, f"{where}.{shown[key]}") for key, item in value.items()}
+            items = {
+                key: self.read(arguments[1], item, f"{where}.{shown[key]}")
+                for key, item in value.items()
+            }
             if arguments[0] is not int:
                 return items
-            wrong = next((key for key in value if not (key.isascii() and key.isdecimal() and len(key) < 10)), None)
-            if wrong is not None:
-                raise BundleError(f"{where} has the key {wrong[:80]!r}, expected a number; {self.remedy}")
+            for key in value:
+                if not (key.isascii() and key.isdecimal() and len(key) < 10):
+                    raise BundleError(
+                        f"{where} has the key {key[:80]!r}, expected a number; {self.remedy}"
+                    )
             return {int(key): item for key, item in items.items()}
         if origin is Literal and value in arguments:
             return value
         if origin in (types.UnionType, typing.Union):
             return None if value is None else self.read(arguments[0], value, where)
         if origin is Annotated:
-            number, (least, most) = self.read(arguments[0], value, where), arguments[1]
+            number = self.read(arguments[0], value, where)
+            least, most = arguments[1]
             if not least <= number <= most:
                 raise BundleError(f"{where} = {repr(number)[:80]} is out of range; {self.remedy}")
             return number
         if annotation is float and type(value) in (int, float):
             number = float(value) if abs(value) <= sys.float_info.max else math.nan
             if not math.isfinite(number):
-                raise BundleError(f"{where} is {str(value)[:80]}, expected a finite number; {self.remedy}")
+                raise BundleError(
+                    f"{where} is {str(value)[:80]}, expected a finite number; {self.remedy}"
+                )
             return number
         if annotation in (int, str, bool) and type(value) is annotation:
             return value
@@ -76,7 +98,9 @@ class Reader:
         hints = typing.get_type_hints(annotation, include_extras=True)
         fields = {item.name: item for item in dataclasses.fields(annotation)}
         required = {
-            name for name, item in fields.items() if item.default is item.default_factory is dataclasses.MISSING
+            name
+            for name, item in fields.items()
+            if item.default is item.default_factory is dataclasses.MISSING
         }
         unknown = set() if self.skips else value.keys() - fields.keys()
         for problem, names in (("lacks", required - value.keys()), ("has unknown fields", unknown)):
@@ -85,7 +109,9 @@ class Reader:
                 shown = listed[:200] if listed.isprintable() else repr(listed)[:200]
                 raise BundleError(f"{where} {problem} {shown}; {self.remedy}")
         read = {
-            name: self.read(hints[name], item, f"{where}: {name}") for name, item in value.items() if name in fields
+            name: self.read(hints[name], item, f"{where}: {name}")
+            for name, item in value.items()
+            if name in fields
         }
         try:
             return annotation(**read)
@@ -94,7 +120,11 @@ class Reader:
 
 
 def parse_object(text: str, where: str, remedy: str) -> dict[str, Any]:
-    """Parse a JSON object, in which NaN and infinity are left for the Reader to name. Raises BundleError."""
+    """Parse a JSON object. NaN and infinity are left for `Reader` to report.
+
+    Raises:
+        BundleError: If the text is not a JSON object.
+    """
     try:
         value = parse_json(text, nan=True)
     except UnreadableError as reason:
@@ -105,17 +135,22 @@ def parse_object(text: str, where: str, remedy: str) -> dict[str, Any]:
 
 
 def is_newer(content: dict[str, Any], where: str, version: tuple[int, int]) -> bool:
-    """Return whether JSON has a newer minor version than `version` (major, minor), and so perhaps unknown fields.
+    """Return True if JSON has a newer minor version than `version` (major, minor).
 
-    Its minor version then becomes this one. What is no version is left, to be refused. Raises BundleError for a newer
-    major version.
+    It may then have unknown fields. Its minor version is set to `version`'s. An invalid version is
+    left unchanged, to be rejected later.
+
+    Raises:
+        BundleError: If its major version is newer.
     """
-    major, minor = content.get("schema_version"), content.get("schema_minor", 0)
+    major = content.get("schema_version")
+    minor = content.get("schema_minor", 0)
     if type(major) is not int or type(minor) is not int or minor < 0:
         return False
     if major > version[0]:
         raise BundleError(
-            f"{where} has schema version {major}, this freeexport reads up to {version[0]}; upgrade freeexport"
+            f"{where} has schema version {major}, this freeexport reads up to {version[0]}; "
+            "upgrade freeexport"
         )
     content["schema_minor"] = version[1]
     return minor > version[1]

@@ -1,4 +1,4 @@
-"""A session's engines, caches and encoder on a GPU: a stream for each decoder, everything in the device's memory."""
+"""Engines, caches and encoder of a session on a GPU, with one stream per decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from runtime.bundle.bundle import Bundle
-from runtime.cuda.driver import Cuda, Stream
+from runtime.cuda.driver import Cuda, CudaStream
 from runtime.cuda.onnx_engine import CudaEngine
 from runtime.cuda.runner import CudaEncoder, CudaKVCache, CudaRunner
 from runtime.engines import onnx
@@ -24,10 +24,17 @@ logger = logging.getLogger(__name__)
 
 
 class CudaBackend(Backend):
-    """On `device`. DeviceError where there is none that works; CapacityError before anything is allocated where its
-    memory is too little."""
+    """Backend on a CUDA device.
 
-    def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device) -> None:
+    Raises:
+        EngineError: If the installed ONNX Runtime has no CUDA provider.
+        DeviceError: If there is no working device.
+        CapacityError: If the device has too little memory. Checked before anything is allocated.
+    """
+
+    def __init__(
+        self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device
+    ) -> None:
         assert device.index is not None
         self.check_installed(device)
         self.cuda = Cuda(device.index)
@@ -37,17 +44,21 @@ class CudaBackend(Backend):
         self._streams = self.cuda.stream(urgent=True), self.cuda.stream(urgent=False)
 
     def check_installed(self, device: Device) -> None:
-        """EngineError for the wrong wheel, which says more than that a driver is missing."""
+        """Check ONNX Runtime before the driver, because its error says more.
+
+        Raises:
+            EngineError: If the installed wheel has no CUDA provider.
+        """
         device.providers(onnx.import_onnxruntime(), {})
 
-    def engine(self, name: str, stream: Stream, captures: bool) -> Any:
-        """Load an engine for a stream; see DeviceEngine."""
+    def engine(self, name: str, stream: CudaStream, captures: bool) -> Any:
+        """Load an engine for a stream. See `DeviceEngine` for `captures`."""
         engine = CudaEngine(self.bundle.engine(name), self.threads, stream, captures)
         check_contract(self.manifest, name, engine.session)
         return engine
 
     def weight_bytes(self) -> int:
-        """At least: what two engines share, as the head, each has for itself."""
+        """Return a lower bound: engines that share weights, such as the head, each load a copy."""
         return self.manifest.weight_bytes
 
     @contextmanager
@@ -59,8 +70,11 @@ class CudaBackend(Backend):
             raise
 
     def runners(self, engine: Load) -> tuple[Runner, Runner]:
-        """The deep one runs beside the other unless `overlap` is False. A shallow step goes before a deep pass where
-        both are ready: a token waits for it."""
+        """Return the runners of the shallow and the deep engine.
+
+        The deep engine runs concurrently unless the option `overlap` is False. Shallow steps have
+        priority, because a token waits for them.
+        """
         shallow = self._runner(engine("shallow"), self.manifest.shallow_caches, beside=False)
         beside = self.options.overlap is not False
         return shallow, self._runner(engine("deep"), self.manifest.deep_layers, beside)
@@ -70,24 +84,36 @@ class CudaBackend(Backend):
         if not manifest.encoder_decoder:
             return None
         assert isinstance(runner, CudaRunner)
-        encoder, prologue = engine("encoder"), engine("prologue")
-        return CudaEncoder(encoder, prologue, runner, manifest.encoder_capacity, manifest.hidden_size)
+        encoder = engine("encoder")
+        prologue = engine("prologue")
+        return CudaEncoder(
+            encoder, prologue, runner, manifest.encoder_capacity, manifest.hidden_size
+        )
 
     def close(self, drain: Callable[[], None]) -> None:
         try:
             drain()
         except OptionError:
-            return  # by a callback of a request, which is not at its end
+            return  # called from a callback of a request that is still running
         self._free()
 
     def check_memory(self) -> None:
-        manifest, slots = self.manifest, self.options.slots
+        manifest = self.manifest
+        slots = self.options.slots
         rows = slots * (self.capacity + manifest.max_pending)
-        # A sequence's own, in every width up to the longest, and a padded copy where several share calls.
         longest = manifest.encoder_capacity
-        rows += slots * (2 * longest + (longest + CROSS_STEP if slots > 1 else 0)) if longest else 0
-        cache, weights = rows * manifest.kv_bytes_per_token, self.weight_bytes()
-        what = f"{cache / 1e6:.1f} MB of KV cache ({rows} positions) and {weights / 1e6:.1f} MB of weights"
+        if longest:
+            # Cross-attention: every sequence's arrays, in all widths up to the longest.
+            rows += slots * 2 * longest
+        if longest and slots > 1:
+            # And a padded copy for sequences that share calls.
+            rows += slots * (longest + CROSS_STEP)
+        cache = rows * manifest.kv_bytes_per_token
+        weights = self.weight_bytes()
+        what = (
+            f"{cache / 1e6:.1f} MB of KV cache ({rows} positions) "
+            f"and {weights / 1e6:.1f} MB of weights"
+        )
         logger.info("device %s: %s", self.cuda, what)
         self.cuda.require(cache + weights, what)
 
@@ -100,8 +126,11 @@ class CudaBackend(Backend):
             self.cuda.close()
 
     def _load(self, name: str) -> Any:
-        # What comes before the first token goes with the shallow runner, which reads it first.
-        engine = self.engine(name, self._streams[name == "deep"], name == "shallow" and self.options.cuda_graphs)
+        # Encoder and prologue share the stream of the shallow engine, which reads their results
+        # first.
+        stream = self._streams[1] if name == "deep" else self._streams[0]
+        captures = name == "shallow" and self.options.cuda_graphs
+        engine = self.engine(name, stream, captures)
         self._engines.append(engine)
         return engine
 
@@ -110,6 +139,7 @@ class CudaBackend(Backend):
             return self.cuda.zeros(shape, dtype, engine.stream)
 
         sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
-        cache = CudaKVCache(*sizes, zeros, self.manifest.target == "tensorrt")
+        fixed = self.manifest.target == "tensorrt"
+        cache = CudaKVCache(**sizes, zeros=zeros, fixed=fixed)
         self._runners.append(CudaRunner(engine, cache, engine.stream, beside))
         return self._runners[-1]

@@ -1,4 +1,7 @@
-"""A CUDA device through cuda-python: memory, streams and events. Nothing here waits but `wait` and `synchronize`."""
+"""A CUDA device through cuda-python: memory, streams and events.
+
+The host waits only in functions called `wait` and `synchronize`.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +17,58 @@ import numpy as np
 from runtime.errors import CapacityError, DeviceError, first_line
 
 INSTALL = "pip install 'freeexport[gpu]'"
-# What leaves a device unusable for the rest of the process (CUDA Runtime API, cudaError_t): its context is lost.
+# Errors that destroy the context and leave the device unusable for the process (cudaError_t of the
+# CUDA Runtime API).
 LOST = frozenset(
-    f"cudaError{name}"
-    for name in (
-        "IllegalAddress", "LaunchFailure", "LaunchTimeout", "Assert", "HardwareStackError", "IllegalInstruction",
-        "MisalignedAddress", "InvalidAddressSpace", "InvalidPc", "ECCUncorrectable", "NvlinkUncorrectable",
-        "DevicesUnavailable", "ContextIsDestroyed", "Contained", "TensorMemoryLeak", "ExternalDevice", "Unknown",
-    )
-)  # fmt: skip
+    {
+        "cudaErrorAssert",
+        "cudaErrorContained",
+        "cudaErrorContextIsDestroyed",
+        "cudaErrorDevicesUnavailable",
+        "cudaErrorECCUncorrectable",
+        "cudaErrorExternalDevice",
+        "cudaErrorHardwareStackError",
+        "cudaErrorIllegalAddress",
+        "cudaErrorIllegalInstruction",
+        "cudaErrorInvalidAddressSpace",
+        "cudaErrorInvalidPc",
+        "cudaErrorLaunchFailure",
+        "cudaErrorLaunchTimeout",
+        "cudaErrorMisalignedAddress",
+        "cudaErrorNvlinkUncorrectable",
+        "cudaErrorTensorMemoryLeak",
+        "cudaErrorUnknown",
+    }
+)
 
 
 class Cuda:
-    """Device number `index`, for all threads. What it hands out is freed by `close`. After an error that loses the
-    device every use raises DeviceError, but `close`, which then frees nothing."""
+    """CUDA device number `index`, usable from all threads.
+
+    Everything it creates is freed by `close`. After an error that loses the device, every use
+    except `close` raises DeviceError.
+    """
 
     def __init__(self, index: int, runtime: Any = None) -> None:
-        """`runtime`: the module cuda.bindings.runtime, imported where it is None. DeviceError where there is no
-        cuda-python, no driver, or no such device."""
+        """Open the device.
+
+        Args:
+            index: Number of the device.
+            runtime: Module `cuda.bindings.runtime`. Default: import it.
+
+        Raises:
+            DeviceError: If cuda-python, the driver or the device is missing.
+        """
         self.index = index
         self.runtime = runtime or _import_runtime()
         self.lost = ""
-        # Held by whoever puts much into a stream, so that another can be captured without being disturbed.
+        # Held while enqueuing a call, so that another thread can capture without interference.
         self.undisturbed = threading.Lock()
-        # Python may collect garbage, and so come to `free`, while this thread holds it.
+        # Reentrant: garbage collection may call `free` while this thread holds the lock.
         self._lock = threading.RLock()
-        self._put_off: deque[int] = deque()
+        self._deferred: deque[int] = deque()
         self._memory: set[int] = set()
-        self._streams: list[Stream] = []
+        self._streams: list[CudaStream] = []
         self._ends = ExitStack()  # of streams, events and pinned memory
         self._check_driver()
 
@@ -49,85 +76,116 @@ class Cuda:
         return f"cuda:{self.index}"
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """A function of the CUDA Runtime API: what it returns after its error code. Raises DeviceError."""
+        """Call a function of the CUDA Runtime API and return its results without the error code.
+
+        Raises:
+            DeviceError: If the call fails, or the device was lost before.
+            CapacityError: If the device has too little memory.
+        """
         if self.lost:
-            raise DeviceError(f"device {self} was lost ({self.lost}); close the session and start the program anew")
+            raise DeviceError(
+                f"device {self} was lost ({self.lost}); close the session and restart the program"
+            )
         failed, *values = getattr(self.runtime, name)(*arguments)
         if int(failed):
             raise self._error(name, failed)
         return values[0] if len(values) == 1 else tuple(values)
 
     def make_current(self) -> None:
-        """Make it the device of this thread: needed before memory, streams and events are made."""
+        """Make this the thread's device. Needed before memory, streams and events are created."""
         self.call("cudaSetDevice", self.index)
 
     def require(self, needed: int, what: str) -> None:
-        """CapacityError where fewer than `needed` bytes are free; `what` needs them."""
+        """Check that `needed` bytes are free for `what`.
+
+        Raises:
+            CapacityError: If they are not.
+        """
         self.make_current()
-        self._free_put_off()
+        self._free_deferred()
         free, _ = self.call("cudaMemGetInfo")
         if needed > free:
             raise CapacityError(
-                f"{what} needs {needed} bytes of device {self}, and {free} are free; lower capacity or slots, or free "
-                "memory there"
+                f"{what} needs {needed} bytes of device {self}, and {free} are free; "
+                "lower capacity or slots, or free memory there"
             )
 
-    def stream(self, urgent: bool) -> Stream:
-        """A new stream that waits for no other; what is `urgent` goes before what is not, where both are ready."""
+    def stream(self, urgent: bool) -> CudaStream:
+        """Create a stream that does not wait for others.
+
+        Args:
+            urgent: Run before streams that are not urgent, if both have work.
+        """
         self.make_current()
         least, greatest = self.call("cudaDeviceGetStreamPriorityRange")
-        flags, priority = self.runtime.cudaStreamNonBlocking, greatest if urgent else least
+        flags = self.runtime.cudaStreamNonBlocking
+        priority = greatest if urgent else least
         handle = self.call("cudaStreamCreateWithPriority", flags, priority)
         self._ends.callback(self.runtime.cudaStreamDestroy, handle)
-        self._streams.append(Stream(self, handle))
+        self._streams.append(CudaStream(self, handle))
         return self._streams[-1]
 
-    def event(self, timed: bool = False) -> Event:
-        """A new event, of the past until it is recorded."""
+    def event(self, timed: bool = False) -> CudaEvent:
+        """Create an event. It counts as reached until it is recorded."""
         self.make_current()
         flags = self.runtime.cudaEventDefault if timed else self.runtime.cudaEventDisableTiming
         handle = self.call("cudaEventCreateWithFlags", flags)
         self._ends.callback(self.runtime.cudaEventDestroy, handle)
-        return Event(self, handle)
+        return CudaEvent(self, handle)
 
-    def empty(self, shape: tuple[int, ...], dtype: Any, stream: Stream) -> DeviceArray:
-        """Device memory whose copies are put into `stream`; freed with its last view. CapacityError where it is too
-        much."""
+    def empty(self, shape: tuple[int, ...], dtype: Any, stream: CudaStream) -> DeviceArray:
+        """Allocate an uninitialized array. It is freed with its last view.
+
+        Args:
+            shape: Shape of the array.
+            dtype: Type of the elements.
+            stream: Stream that copies to the array are enqueued into.
+
+        Raises:
+            CapacityError: If the device has too little memory.
+        """
         dtype = np.dtype(dtype)
         size = max(1, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
         self.make_current()
-        self._free_put_off()
+        self._free_deferred()
         address = int(self.call("cudaMalloc", size))
         with self._lock:
             self._memory.add(address)
         return DeviceArray(Memory(self, address, size, stream), address, shape, dtype)
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any, stream: Stream) -> DeviceArray:
-        """A new array, zeroed in `stream`."""
+    def zeros(self, shape: tuple[int, ...], dtype: Any, stream: CudaStream) -> DeviceArray:
+        """Allocate an array that is zeroed in `stream`."""
         array = self.empty(shape, dtype, stream)
         self.call("cudaMemsetAsync", array.address, 0, array.memory.size, stream.handle)
         return array
 
     def pinned(self, size: int) -> np.ndarray:
-        """Host memory uint8 [size] that copies to and from the device do not have to wait for. Lives until `close`."""
+        """Allocate pinned host memory, uint8 [size], for asynchronous copies.
+
+        It is freed by `close`.
+        """
         self.make_current()
         address = int(self.call("cudaHostAlloc", max(1, size), self.runtime.cudaHostAllocPortable))
         self._ends.callback(self.runtime.cudaFreeHost, address)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def free(self, address: int) -> None:
-        """Give device memory back: at once, or where another thread may be capturing, when memory is next wanted.
-        After `close`, or where the device is lost, nothing is left to give back."""
-        # Whatever thread collects garbage comes here: it must neither disturb a capture nor wait for its end.
-        self._put_off.append(address)
-        self._free_put_off()
+        """Free device memory at once, or with the next allocation if another thread may be
+        capturing.
 
-    def _free_put_off(self) -> None:
-        if not self._put_off or not self.undisturbed.acquire(blocking=False):
+        Does nothing after `close`, or if the device is lost.
+        """
+        # Garbage collection calls this from any thread. It must not disturb a capture or wait for
+        # it.
+        self._deferred.append(address)
+        self._free_deferred()
+
+    def _free_deferred(self) -> None:
+        if not self._deferred or not self.undisturbed.acquire(blocking=False):
             return
         try:
-            while self._put_off:
-                address = self._put_off.popleft()
+            while self._deferred:
+                address = self._deferred.popleft()
                 with self._lock:
                     known = address in self._memory
                     self._memory.discard(address)
@@ -137,11 +195,14 @@ class Cuda:
             self.undisturbed.release()
 
     def close(self) -> None:
-        """Wait for all streams and free everything. Idempotent, and silent where the device is lost: then the driver
-        has freed it."""
+        """Wait for all streams and free everything. Idempotent. The driver frees a lost device
+        itself.
+        """
         with self._lock:
-            memory, self._memory = self._memory, set()
-            streams, self._streams = self._streams, []
+            memory = self._memory
+            self._memory = set()
+            streams = self._streams
+            self._streams = []
             ends = self._ends.pop_all()
         if self.lost:
             return
@@ -152,77 +213,97 @@ class Cuda:
         ends.close()
 
     def _error(self, name: str, failed: Any) -> Exception:
-        code, (_, said) = getattr(failed, "name", str(failed)), self.runtime.cudaGetErrorString(failed)
-        text = f"{name}: {code}, {said.decode(errors='replace') if isinstance(said, bytes) else said}"
+        code = getattr(failed, "name", str(failed))
+        _, message = self.runtime.cudaGetErrorString(failed)
+        if isinstance(message, bytes):
+            message = message.decode(errors="replace")
+        text = f"{name}: {code}, {message}"
         if code == "cudaErrorMemoryAllocation":
-            return CapacityError(f"device {self} has too little memory ({text}); lower capacity or slots")
+            return CapacityError(
+                f"device {self} has too little memory ({text}); lower capacity or slots"
+            )
         if code in LOST:
             self.lost = text
             return DeviceError(
-                f"device {self} was lost ({text}); requests in flight end here: close the session, start anew"
+                f"device {self} was lost ({text}) and running requests failed; "
+                "close the session and restart the program"
             )
         return DeviceError(f"device {self} refused a call ({text}); run freeexport doctor")
 
     def _check_driver(self) -> None:
         failed, version = self.runtime.cudaDriverGetVersion()
         if int(failed) or not version:
-            raise DeviceError(f"device {self}: no NVIDIA driver is loaded here; install one, or choose device='cpu'")
+            raise DeviceError(
+                f"device {self}: no NVIDIA driver is loaded here; "
+                "install one, or choose device='cpu'"
+            )
         failed, count = self.runtime.cudaGetDeviceCount()
         name = getattr(failed, "name", str(failed))
         if name == "cudaErrorInsufficientDriver":
-            _, own = self.runtime.cudaRuntimeGetVersion()
+            _, required = self.runtime.cudaRuntimeGetVersion()
             raise DeviceError(
-                f"device {self}: the driver is for CUDA {dotted(version)} and cuda-python for {dotted(own)}; "
+                f"device {self}: the driver supports CUDA {dotted(version)}, "
+                f"and cuda-python needs {dotted(required)}; "
                 f"install a newer driver, or pip install 'cuda-python=={version // 1000}.*'"
             )
         if int(failed) and name != "cudaErrorNoDevice":
             raise DeviceError(f"device {self}: CUDA does not start ({name}); run freeexport doctor")
         if int(failed) or self.index >= count:
             count = 0 if int(failed) else count
-            raise DeviceError(f"device {self} does not exist: this machine shows {count} CUDA devices; choose another")
+            raise DeviceError(
+                f"device {self} does not exist: this machine shows {count} CUDA devices; "
+                "choose another"
+            )
 
 
-class Stream:
-    """A queue of the device. `handle` is what its functions take, int(handle) its address."""
+class CudaStream:
+    """A queue of the device.
+
+    Args:
+        cuda: The device.
+        handle: The runtime's stream object. int(handle) is its address.
+    """
 
     def __init__(self, cuda: Cuda, handle: Any) -> None:
-        self.cuda, self.handle = cuda, handle
-        self._passing: Event | None = None
+        self.cuda = cuda
+        self.handle = handle
+        self._marker: CudaEvent | None = None
 
-    def record(self, event: Event) -> None:
-        """Let `event` happen once all is done that is in the queue now."""
+    def record(self, event: CudaEvent) -> None:
+        """Record `event` after the work that is in the queue now."""
         self.cuda.call("cudaEventRecord", event.handle, self.handle)
 
-    def wait(self, event: Event) -> None:
-        """Make work that is put into the queue from now on begin after `event`. The host goes on."""
+    def wait(self, event: CudaEvent) -> None:
+        """Let work enqueued from now on start after `event`. Does not block the host."""
         self.cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
 
-    def follow(self, other: Stream) -> None:
-        """Make work that is put into this queue from now on begin after all that is in `other` now."""
+    def follow(self, other: CudaStream) -> None:
+        """Let work enqueued from now on start after the work that is in `other` now."""
         if other is not self:
-            if other._passing is None:
-                other._passing = self.cuda.event()
-            other.record(other._passing)
-            self.wait(other._passing)
+            if other._marker is None:
+                other._marker = self.cuda.event()
+            other.record(other._marker)
+            self.wait(other._marker)
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Put a copy of `size` bytes between addresses, each of the device or pinned, into the queue."""
+        """Enqueue a copy of `size` bytes between addresses, each on the device or pinned."""
         kind = self.cuda.runtime.cudaMemcpyKind.cudaMemcpyDefault
         self.cuda.call("cudaMemcpyAsync", target, source, size, kind, self.handle)
 
     def synchronize(self) -> None:
-        """Let the host wait until the queue is empty. Never on the way to a token."""
+        """Block the host until the queue is empty. Never used while decoding."""
         self.cuda.call("cudaStreamSynchronize", self.handle)
 
 
-class Event:
-    """A point in a stream; recorded again, it is another point."""
+class CudaEvent:
+    """A point in a stream. It can be recorded again."""
 
     def __init__(self, cuda: Cuda, handle: Any) -> None:
-        self.cuda, self.handle = cuda, handle
+        self.cuda = cuda
+        self.handle = handle
 
     def done(self) -> bool:
-        """Whether it has happened."""
+        """Return True if the event has been reached."""
         failed, *_ = self.cuda.runtime.cudaEventQuery(self.handle)
         if getattr(failed, "name", "") == "cudaErrorNotReady":
             return False
@@ -231,27 +312,35 @@ class Event:
         return True
 
     def wait(self) -> None:
-        """Let the host wait until it has happened."""
+        """Block the host until the event is reached."""
         self.cuda.call("cudaEventSynchronize", self.handle)
 
-    def seconds_since(self, earlier: Event) -> float:
-        """Seconds of the device between two timed events that have happened."""
+    def seconds_since(self, earlier: CudaEvent) -> float:
+        """Return the seconds of device time between two timed events that have been reached."""
         return float(self.cuda.call("cudaEventElapsedTime", earlier.handle, self.handle)) / 1e3
 
 
 class CudaGraph:
-    """Records what `put` puts into `stream`, without being done. It holds addresses: the memory must outlive it."""
+    """A captured sequence of work, which can be launched repeatedly.
 
-    def __init__(self, stream: Stream, put: Callable[[], None]) -> None:
-        self._stream, cuda = stream, stream.cuda
+    It holds addresses, so the memory must outlive it.
+
+    Args:
+        stream: Stream of the work.
+        put: Enqueues the work, which is recorded and not executed.
+    """
+
+    def __init__(self, stream: CudaStream, put: Callable[[], None]) -> None:
+        self._stream = stream
+        cuda = stream.cuda
         self._graph: Any = None
-        # Only this thread's calls are watched for what capture does not allow.
+        # Check only this thread's calls for operations that capture does not allow.
         mode = cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         cuda.call("cudaStreamBeginCapture", stream.handle, mode)
         try:
             put()
         except BaseException:
-            # What was captured is discarded; the error that ended it says more than this one's would.
+            # Discard the capture. The original error is more informative than errors of this.
             _, graph = cuda.runtime.cudaStreamEndCapture(stream.handle)
             if graph is not None and int(graph):
                 cuda.runtime.cudaGraphDestroy(graph)
@@ -263,7 +352,7 @@ class CudaGraph:
             cuda.runtime.cudaGraphDestroy(graph)
 
     def launch(self) -> None:
-        """Put it into the stream."""
+        """Enqueue the recorded work into the stream."""
         self._stream.cuda.call("cudaGraphLaunch", self._graph, self._stream.handle)
 
     def __del__(self) -> None:
@@ -276,32 +365,42 @@ def _import_runtime() -> Any:
         from cuda.bindings import runtime
     except ImportError as error:
         raise DeviceError(
-            f"a CUDA device needs cuda-python, which cannot be imported ({first_line(error)}); {INSTALL}"
+            f"a CUDA device needs cuda-python, which cannot be imported ({first_line(error)}); "
+            f"run: {INSTALL}"
         ) from error
     return runtime
 
 
 def dotted(version: int) -> str:
-    """A version as CUDA's functions say it, 13000, as people do: 13.0."""
+    """Return a CUDA version number such as 13000 as text, 13.0."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
 class Memory:
-    """An allocation; freed when the last array on it is gone. `stream` is where copies to it are put."""
+    """An allocation, freed with the last array that uses it.
+
+    `stream` is where copies to it are enqueued.
+    """
 
     __slots__ = ("address", "cuda", "size", "stream")
 
-    def __init__(self, cuda: Cuda, address: int, size: int, stream: Stream) -> None:
-        self.cuda, self.address, self.size, self.stream = cuda, address, size, stream
+    def __init__(self, cuda: Cuda, address: int, size: int, stream: CudaStream) -> None:
+        self.cuda = cuda
+        self.address = address
+        self.size = size
+        self.stream = stream
 
     def __del__(self) -> None:
         self.cuda.free(self.address)
 
 
 class DeviceArray:
-    """Like a numpy array as far as the runtime needs one: `shape`, `dtype`, `strides` in bytes, basic slicing, and
-    assignment from arrays of the same shape and type on the same device, which returns before it is done. bfloat16,
-    which numpy does not have, is uint16 here. `address` is that of the first element."""
+    """An array on a device, with the part of numpy's interface that the runtime needs.
+
+    It has `shape`, `dtype` and `strides` in bytes, basic slicing, and asynchronous assignment from
+    arrays of the same shape, type and device. `address` is that of the first element. bfloat16,
+    which numpy lacks, is uint16.
+    """
 
     __slots__ = ("address", "dtype", "memory", "shape", "strides")
 
@@ -313,7 +412,10 @@ class DeviceArray:
         dtype: np.dtype,
         strides: tuple[int, ...] | None = None,
     ) -> None:
-        self.memory, self.address, self.shape, self.dtype = memory, address, tuple(shape), dtype
+        self.memory = memory
+        self.address = address
+        self.shape = tuple(shape)
+        self.dtype = dtype
         self.strides = _dense(self.shape, dtype.itemsize) if strides is None else strides
 
     @property
@@ -323,22 +425,33 @@ class DeviceArray:
     @property
     def contiguous(self) -> bool:
         dense = _dense(self.shape, self.dtype.itemsize)
-        return all(n == 1 or a == b for n, a, b in zip(self.shape, self.strides, dense, strict=True))
+        axes = zip(self.shape, self.strides, dense, strict=True)
+        return all(size == 1 or stride == expected for size, stride, expected in axes)
 
     def reshaped(self, shape: tuple[int, ...]) -> DeviceArray:
-        """A view of the same elements, at most as many, from the first on; only of a contiguous array."""
+        """Return a view of the first elements of a contiguous array with another shape.
+
+        Raises:
+            ValueError: If the array is not contiguous or too small.
+        """
         count = int(np.prod(shape, dtype=np.int64))
         if not self.contiguous or count > self.size:
             raise ValueError(f"{list(self.shape)} cannot be read as {list(shape)}")
         return DeviceArray(self.memory, self.address, shape, self.dtype)
 
     def __getitem__(self, key: Any) -> DeviceArray:
-        """Integers, slices of step 1, and None for a dimension of 1. IndexError for anything else or outside."""
+        """Return a view. Indices are integers, slices of step 1, and None for a new dimension.
+
+        Raises:
+            IndexError: If an index is out of range or of another kind.
+        """
         keys = key if isinstance(key, tuple) else (key,)
         left = len(self.shape) - sum(part is not None for part in keys)
         if left < 0:
             raise IndexError(f"{len(keys)} indices for {len(self.shape)} dimensions")
-        address, shape, strides = self.address, list[int](), list[int]()
+        address = self.address
+        shape = list[int]()
+        strides = list[int]()
         dimensions = iter(zip(self.shape, self.strides, strict=True))
         for part in (*keys, *[slice(None)] * left):
             if part is None:
@@ -361,33 +474,57 @@ class DeviceArray:
         self[key].copy_from(source)
 
     def copy_from(self, source: DeviceArray) -> None:
-        """Put a copy of `source` into the stream of this array's memory, after what the source's stream has now."""
+        """Enqueue a copy of `source`, after the work that is in its stream now.
+
+        Raises:
+            ValueError: If shape or type differ.
+        """
         if source.shape != self.shape or source.dtype != self.dtype:
-            raise ValueError(f"{source.dtype}{list(source.shape)} does not fit {self.dtype}{list(self.shape)}")
+            raise ValueError(
+                f"{source.dtype}{list(source.shape)} does not fit {self.dtype}{list(self.shape)}"
+            )
         if self.size == 0:
             return
         stream = self.memory.stream
         stream.follow(source.memory.stream)
-        # The last dimensions that are dense in both are one row of bytes; a call copies rows at even steps.
-        width, axis = self.dtype.itemsize, len(self.shape)
-        while axis and (self.shape[axis - 1] == 1 or self.strides[axis - 1] == source.strides[axis - 1] == width):
+        # Trailing dimensions that are dense in both arrays form one row of bytes. A call copies
+        # evenly spaced rows.
+        width = self.dtype.itemsize
+        axis = len(self.shape)
+        while axis:
+            dense = self.strides[axis - 1] == source.strides[axis - 1] == width
+            if self.shape[axis - 1] != 1 and not dense:
+                break
             width *= self.shape[axis - 1]
             axis -= 1
         if not axis:
             stream.copy(self.address, source.address, width)
             return
-        rows, step, step_there = self.shape[axis - 1], self.strides[axis - 1], source.strides[axis - 1]
-        cuda, kind = stream.cuda, stream.cuda.runtime.cudaMemcpyKind.cudaMemcpyDefault
+        rows = self.shape[axis - 1]
+        step = self.strides[axis - 1]
+        source_step = source.strides[axis - 1]
+        kind = stream.cuda.runtime.cudaMemcpyKind.cudaMemcpyDefault
         for index in np.ndindex(*self.shape[: axis - 1]):
-            to, at = (
-                array.address + sum(i * stride for i, stride in zip(index, array.strides, strict=False))
-                for array in (self, source)
+            stream.cuda.call(
+                "cudaMemcpy2DAsync",
+                self._address_of(index),
+                step,
+                source._address_of(index),
+                source_step,
+                width,
+                rows,
+                kind,
+                stream.handle,
             )
-            cuda.call("cudaMemcpy2DAsync", to, step, at, step_there, width, rows, kind, stream.handle)
+
+    def _address_of(self, index: tuple[int, ...]) -> int:
+        offsets = (i * stride for i, stride in zip(index, self.strides, strict=False))
+        return self.address + sum(offsets)
 
 
 def _dense(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    strides, step = [0] * len(shape), itemsize
+    strides = [0] * len(shape)
+    step = itemsize
     for axis in reversed(range(len(shape))):
         strides[axis] = step
         step *= max(1, shape[axis])

@@ -1,4 +1,4 @@
-"""An engine on ONNX Runtime's CUDA provider: its calls are put into a stream and work on memory of the device."""
+"""An engine on ONNX Runtime's CUDA provider, with calls enqueued into a stream."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from runtime.cuda.call import DeviceCall, DeviceEngine, Staging
-from runtime.cuda.driver import Stream
+from runtime.cuda.driver import CudaStream
 from runtime.engines.onnx import OnnxEngine, import_onnxruntime
 from runtime.errors import EngineError, first_line
 from runtime.machine.device import Device
 
 logger = logging.getLogger(__name__)
 
-# ONNX Runtime's names of types, as numpy's, which has no bfloat16 (see DeviceArray).
+# numpy types by ONNX Runtime's names. bfloat16 is stored as uint16 (see DeviceArray).
 TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -26,15 +26,18 @@ TYPES = {
     "tensor(int32)": np.int32,
     "tensor(int64)": np.int64,
 }
-BFLOAT16 = 16  # in ONNX (TensorProto.DataType)
-# A call becomes a CUDA graph when it comes again after so many runs: capturing costs as much as several.
+BFLOAT16 = 16  # TensorProto.DataType of ONNX
+# Runs of a call before it is captured as a CUDA graph. Capturing costs as much as several runs.
 RUNS_BEFORE_CAPTURE = 2
-# Graphs that an engine keeps: ONNX Runtime has no way to give one up.
+# Most graphs per engine, because ONNX Runtime cannot release a graph.
 MOST_GRAPHS = 256
 
 
 class CudaCall(DeviceCall):
-    """See DeviceCall. `_graph`: the number of the captured one."""
+    """A call on ONNX Runtime's CUDA provider. See `DeviceCall`.
+
+    `_graph` is the number of its captured CUDA graph, 0 for none.
+    """
 
     _engine: CudaEngine
     _binding: Any = None
@@ -49,12 +52,14 @@ class CudaCall(DeviceCall):
         engine = self._engine
         self._binding = engine.session.io_binding()
         for name, array in {**self._inputs, **self._outputs}.items():
-            offset, type_ = self._offsets.get(name), engine.types[name]
+            offset = self._offsets.get(name)
+            type_ = engine.types[name]
             place = array.address if offset is None else staging.device.address + offset
             put = self._binding.bind_input if name in self._inputs else self._binding.bind_output
             kind = BFLOAT16 if type_ == "tensor(bfloat16)" else TYPES[type_]
             put(name, "cuda", engine.stream.cuda.index, kind, list(array.shape), place)
-        self._options, self._graph = engine.run_options(0), 0
+        self._options = engine.run_options(0)
+        self._graph = 0
 
     def _launch(self, staging: Staging) -> None:
         engine = self._engine
@@ -63,54 +68,72 @@ class CudaCall(DeviceCall):
         repeats = self._runs >= RUNS_BEFORE_CAPTURE and self._graph == 0 and engine.graphs_left > 0
         captures = engine.captures and repeats and tokens is not None and tokens.shape[1] == 1
         if captures:
-            self._graph, engine.graphs_left = next(engine.graphs), engine.graphs_left - 1
+            self._graph = next(engine.graphs)
+            engine.graphs_left -= 1
             self._options = engine.run_options(self._graph)
         try:
             with engine.stream.cuda.undisturbed if captures else nullcontext():
                 engine.session.run_with_iobinding(self._binding, self._options)
         except Exception as error:
             text = first_line(error)
-            engine.stream.record(staging.event)  # raises where the device is lost
+            engine.stream.record(staging.event)  # raises DeviceError if the device is lost
             if not captures:
-                raise EngineError(f"{engine.name} failed on device {engine.stream.cuda}: {text}") from error
+                raise EngineError(
+                    f"{engine.name} failed on device {engine.stream.cuda}: {text}"
+                ) from error
             logger.warning(
-                "steps of %s run one kernel at a time, as no CUDA graph can be captured: %s", engine.name, text
+                "steps of %s run without a CUDA graph, which cannot be captured: %s",
+                engine.name,
+                text,
             )
-            engine.graphs_left, self._graph, self._options = 0, 0, engine.run_options(0)
+            engine.graphs_left = 0
+            self._graph = 0
+            self._options = engine.run_options(0)
             return self._launch(staging)
         staging.fetch(self._sent, self._fetched)
 
 
 class CudaEngine(DeviceEngine):
-    """EngineError where it cannot be loaded, or would run elsewhere."""
+    """An engine of a bundle on ONNX Runtime's CUDA provider.
+
+    Raises:
+        EngineError: If it cannot be loaded, or would run on another device.
+    """
 
     call = CudaCall
 
-    def __init__(self, path: Path, threads: int, stream: Stream, captures: bool = False) -> None:
+    def __init__(
+        self, path: Path, threads: int, stream: CudaStream, captures: bool = False
+    ) -> None:
         super().__init__(path.stem, stream, captures)
         options = {
             "user_compute_stream": str(int(stream.handle)),
             "enable_cuda_graph": str(int(captures)),
-            # Memory as it is needed, not twice as much each time.
+            # Allocate as much as is needed. The default doubles each time.
             "arena_extend_strategy": "kSameAsRequested",
         }
         engine = OnnxEngine(path, threads, Device(stream.cuda.index), options)
-        self.session, self.output_shapes = engine.session, engine.output_shapes
-        self.graphs, self.graphs_left = itertools.count(1), MOST_GRAPHS if captures else 0
-        self.types = {value.name: value.type for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+        self.session = engine.session
+        self.output_shapes = engine.output_shapes
+        self.graphs = itertools.count(1)
+        self.graphs_left = MOST_GRAPHS if captures else 0
+        self.types = {
+            value.name: value.type
+            for value in (*self.session.get_inputs(), *self.session.get_outputs())
+        }
 
     def close(self) -> None:
         super().close()
         self.session = None
 
     def dtype(self, name: str) -> np.dtype:
-        """The type of an input or output."""
+        """Return the type of an input or output."""
         return np.dtype(TYPES[self.types[name]])
 
     def run_options(self, graph: int) -> Any:
-        """For calls of the captured graph of this number; of none if it is 0."""
+        """Return options for calls of captured graph number `graph`, or of none if it is 0."""
         options = import_onnxruntime().RunOptions()
-        # The stream keeps the order; whoever needs a result waits for its event.
+        # The stream keeps the order. Readers of results wait for events.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         if self.captures:
             options.add_run_config_entry("gpu_graph_id", str(graph or -1))

@@ -1,1 +1,1 @@
-"""Engines: what runs a graph of a bundle."""
+"""Engines, which run the graphs of a bundle."""

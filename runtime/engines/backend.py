@@ -1,4 +1,4 @@
-"""The place of a session's engines, caches and encoder: on the CPU, or on a GPU. All that a session makes once."""
+"""Backend of a session: its engines, caches and encoder, all of which are created once."""
 
 from __future__ import annotations
 
@@ -12,24 +12,39 @@ import numpy as np
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.bundle.manifest import Manifest
 from runtime.engines.contract import check_contract
-from runtime.engines.kv_cache import FeatureCache, KVCache, check_memory
+from runtime.engines.kv_cache import CacheSizes, FeatureCache, KVCache, check_memory
 from runtime.engines.onnx import OnnxEngine, import_onnxruntime
 from runtime.engines.runner import Encoder, Runner
 from runtime.machine.machine import read_in_large_pages
 from runtime.options import SessionOptions
 
-# An engine by its name.
+# Returns an engine by its name.
 Load = Callable[[str], Any]
-# What takes longest begins first.
+# Loading order, the slowest first.
 ORDER = ("deep", "encoder", "shallow", "exit", "prologue")
 HEAD_START = 0.01  # seconds
 
 
 class Backend:
-    """On the CPU. `capacity` positions a slot; `threads` of an engine call. CapacityError for too little memory."""
+    """Backend on the CPU.
 
-    def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> None:
-        self.bundle, self.options, self.capacity, self.threads = bundle, options, capacity, threads
+    Args:
+        bundle: The bundle.
+        options: Options of the session.
+        capacity: Most valid positions per slot.
+        threads: Threads per engine call.
+
+    Raises:
+        CapacityError: If memory is too small.
+    """
+
+    def __init__(
+        self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int
+    ) -> None:
+        self.bundle = bundle
+        self.options = options
+        self.capacity = capacity
+        self.threads = threads
         self.check_memory()
 
     @property
@@ -38,20 +53,26 @@ class Backend:
 
     @contextmanager
     def loading(self) -> Iterator[Load]:
-        """Load all engines, `threads` at a time, and give what waits for one of them by its name.
+        """Context manager: load all engines, `threads` at a time.
 
-        ONNX Runtime packs weights outside the interpreter's lock, so engines, and a tokenizer meanwhile, gain from a
-        second core. EngineError where one cannot be loaded, BundleError where it is not that of the manifest.
+        Yields a function that waits for an engine and returns it by its name. ONNX Runtime packs
+        weights outside the interpreter's lock, so engines load in parallel with each other and with
+        a tokenizer.
+
+        Raises:
+            EngineError: If an engine cannot be loaded.
+            BundleError: If an engine does not match the manifest.
         """
         names = [name for name in ORDER if f"{name}.onnx" in engine_files(self.manifest)]
         import_onnxruntime()
         with ThreadPoolExecutor(min(self.threads, len(names)), thread_name_prefix="load") as pool:
-            if self.manifest.kernels is not None:  # they read their weights where the file is mapped
+            if self.manifest.kernels is not None:  # weights are read from the mapped file
                 for name in self.manifest.files:
                     if name.endswith(".data"):
                         pool.submit(read_in_large_pages, self.bundle.path / name)
             futures = {name: pool.submit(self._load, name) for name in names}
-            # A tokenizer is parsed under the interpreter's lock: let engines get into ONNX Runtime, outside it, before.
+            # The caller parses a tokenizer next, under the interpreter's lock. Let engines enter
+            # ONNX Runtime, which releases it, first.
             wait(futures.values(), timeout=HEAD_START)
             try:
                 yield lambda name: futures[name].result()
@@ -65,39 +86,65 @@ class Backend:
         return engine
 
     def runners(self, engine: Load) -> tuple[Runner, Runner]:
-        """The shallow and the deep one."""
+        """Return the runners of the shallow and the deep engine."""
         heads = not self.manifest.exit_engine
         shallow = Runner(engine("shallow"), self._cache(self.manifest.shallow_caches), heads)
         return shallow, Runner(engine("deep"), self._cache(self.manifest.deep_layers))
 
     def exit_runner(self, engine: Load) -> Runner | None:
-        """The exit, where it is an engine of its own."""
+        """Return the runner of the exit's engine. None if the exit is in the shallow engine."""
         manifest = self.manifest
         if not manifest.exit_engine:
             return None
         sizes = cache_sizes(manifest, manifest.exit_names, self.options.slots, self.capacity)
-        return Runner(engine("exit"), FeatureCache(*sizes, width=manifest.hidden_size, embeds=manifest.exit_embeds))
+        cache = FeatureCache(
+            **sizes,
+            width=manifest.hidden_size,
+            embeds=manifest.exit_embeds,
+        )
+        return Runner(engine("exit"), cache)
 
     def encoder(self, engine: Load, runner: Runner) -> Encoder | None:
-        """The encoder of an encoder-decoder; its output is read in `runner` first."""
-        return Encoder(engine("encoder"), engine("prologue")) if self.manifest.encoder_decoder else None
+        """Return the encoder of an encoder-decoder, whose output is read by `runner` first."""
+        if not self.manifest.encoder_decoder:
+            return None
+        return Encoder(engine("encoder"), engine("prologue"))
 
     def close(self, drain: Callable[[], None]) -> None:
-        """Give back what the process keeps otherwise: on the CPU nothing. `drain` waits until nothing is used any more.
-        Idempotent."""
+        """Release what the process would keep. Nothing on the CPU. Idempotent.
+
+        Args:
+            drain: Waits until nothing is used any more.
+        """
 
     def check_memory(self) -> None:
-        """CapacityError where there is too little for what is opened next."""
-        check_memory(self.manifest, self.capacity, self.options.slots, self.options.prefix_cache_bytes)
+        """Check the memory that caches and engines need.
+
+        Raises:
+            CapacityError: If it is not available.
+        """
+        check_memory(
+            self.manifest,
+            self.capacity,
+            self.options.slots,
+            prefixes=self.options.prefix_cache_bytes,
+        )
 
     def _cache(self, layers: Sequence[int | str]) -> KVCache:
         sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
-        return KVCache(*sizes, fixed=self.manifest.target == "tensorrt")
+        return KVCache(**sizes, fixed=self.manifest.target == "tensorrt")
 
 
 def cache_sizes(
     manifest: Manifest, layers: Sequence[int | str], slots: int, capacity: int
-) -> tuple[Sequence[int | str], int, int, int, int, Any]:
-    """The first arguments of a KVCache. numpy has no bfloat16: its bits are uint16."""
+) -> CacheSizes:
+    """Return the sizes of a KVCache. bfloat16, which numpy lacks, is uint16."""
     dtype = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}[manifest.cache_type]
-    return layers, slots, manifest.kv_heads, capacity + manifest.max_pending, manifest.head_dim, dtype
+    return {
+        "layers": layers,
+        "slots": slots,
+        "kv_heads": manifest.kv_heads,
+        "rows": capacity + manifest.max_pending,
+        "head_dim": manifest.head_dim,
+        "dtype": dtype,
+    }

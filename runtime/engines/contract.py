@@ -1,4 +1,4 @@
-"""Compares the inputs and outputs of a bundle's graphs with the manifest."""
+"""Checks the inputs and outputs of a bundle's graphs against the manifest."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from runtime.bundle.manifest import MANIFEST, Manifest
 from runtime.engines.kv_cache import PARTS
 from runtime.errors import BundleError
 
-INT32, INT64, FLOAT = "tensor(int32)", "tensor(int64)", "tensor(float)"
+INT32 = "tensor(int32)"
+INT64 = "tensor(int64)"
+FLOAT = "tensor(float)"
 _FLOATS = {"fp32": FLOAT, "fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
 
 
-class Tensor(NamedTuple):
-    """A type as ONNX Runtime names it, and a shape; a dimension that is free has a name."""
+class TensorSpec(NamedTuple):
+    """Type and shape of an input or output.
+
+    Attributes:
+        type: Name of the type in ONNX Runtime.
+        shape: Sizes. Free dimensions are names.
+    """
 
     type: str
     shape: tuple[int | str, ...]
@@ -24,81 +31,108 @@ class Tensor(NamedTuple):
         return (text if text.isprintable() else ascii(text))[:200]
 
 
-Tensors = dict[str, Tensor]
+TensorSpecs = dict[str, TensorSpec]
 
 
-def contract(manifest: Manifest, engine: str) -> tuple[Tensors, Tensors]:
-    """Inputs and outputs of encoder, prologue, shallow, exit or deep by name: those of docs/architecture.md."""
-    compute, width = _FLOATS[manifest.float_type], manifest.hidden_size
+def contract(manifest: Manifest, engine: str) -> tuple[TensorSpecs, TensorSpecs]:
+    """Return the inputs and outputs of an engine by name, as in docs/architecture.md.
 
-    def layers(prefix: str, numbers: Iterable[int | str], rows: int | str) -> Tensors:
-        tensor = Tensor(_FLOATS[manifest.cache_type], ("B", manifest.kv_heads, rows, manifest.head_dim))
+    `engine` is encoder, prologue, shallow, exit or deep.
+    """
+    compute = _FLOATS[manifest.float_type]
+    width = manifest.hidden_size
+
+    def layers(prefix: str, numbers: Iterable[int | str], rows: int | str) -> TensorSpecs:
+        shape = ("B", manifest.kv_heads, rows, manifest.head_dim)
+        tensor = TensorSpec(_FLOATS[manifest.cache_type], shape)
         return {f"{prefix}.{layer}.{part}": tensor for layer in numbers for part in PARTS}
 
-    lengths = Tensor(INT32, ("B",))
-    encoded = {"hidden": Tensor(compute, ("B", "E", width))}
+    lengths = TensorSpec(INT32, ("B",))
+    encoded = {"hidden": TensorSpec(compute, ("B", "E", width))}
     if engine == "encoder" and manifest.speech is not None:
         sound = ("B", manifest.speech.bins, 2 * manifest.encoder_capacity)
-        return {"features": Tensor(FLOAT, sound)}, encoded
+        return {"features": TensorSpec(FLOAT, sound)}, encoded
     if engine == "encoder":
-        return {"input_ids": Tensor(INT64, ("B", "E")), "lengths": lengths}, encoded
+        return {"input_ids": TensorSpec(INT64, ("B", "E")), "lengths": lengths}, encoded
     if engine == "prologue":
         return encoded, layers("cross", (*range(manifest.layers), *manifest.exit_names), "E")
     shallow = engine == "shallow"
-    engines: dict[str, Sequence[int | str]] = {"shallow": manifest.shallow_caches, "exit": manifest.exit_names}
+    engines: dict[str, Sequence[int | str]] = {
+        "shallow": manifest.shallow_caches,
+        "exit": manifest.exit_names,
+    }
     caches = engines.get(engine, manifest.deep_layers)
     rows = manifest.capacity + manifest.max_pending if manifest.target == "tensorrt" else "cache"
-    inputs = {"past_lengths": lengths, "query_lengths": lengths, "head_rows": Tensor(INT64, ("R",))}
+    inputs = {
+        "past_lengths": lengths,
+        "query_lengths": lengths,
+        "head_rows": TensorSpec(INT64, ("R",)),
+    }
     inputs |= layers("past", caches, rows)
     if manifest.encoder_decoder:
         inputs |= {**layers("cross", caches, "E"), "cross_lengths": lengths}
     outputs = {
-        "token": Tensor(INT64, ("R",)),
-        "confidence": Tensor(FLOAT, ("R",)),
-        "logits": Tensor(FLOAT, ("R", manifest.vocab_size)),
+        "token": TensorSpec(INT64, ("R",)),
+        "confidence": TensorSpec(FLOAT, ("R",)),
+        "logits": TensorSpec(FLOAT, ("R", manifest.vocab_size)),
         **layers("present", caches, rows),
     }
-    states = Tensor(FLOAT, ("B", "q" if shallow else "k", width))
+    states = TensorSpec(FLOAT, ("B", "q" if shallow else "k", width))
     if shallow:
-        inputs["input_ids"], outputs["hidden"] = Tensor(INT64, ("B", "q")), states
+        inputs["input_ids"] = TensorSpec(INT64, ("B", "q"))
+        outputs["hidden"] = states
         if manifest.exit_engine:
-            del inputs["head_rows"], outputs["token"], outputs["confidence"], outputs["logits"]
+            del inputs["head_rows"]
+            for name in ("token", "confidence", "logits"):
+                del outputs[name]
         elif manifest.exit_layers:
             inputs["exit_lengths"] = lengths
     elif engine == "exit":
         inputs["features"] = states
-        inputs |= {"input_ids": Tensor(INT64, ("B", "k"))} if manifest.exit_embeds else {"hidden": states}
-        outputs["feature"] = Tensor(FLOAT, ("R", width))
+        if manifest.exit_embeds:
+            inputs["input_ids"] = TensorSpec(INT64, ("B", "k"))
+        else:
+            inputs["hidden"] = states
+        outputs["feature"] = TensorSpec(FLOAT, ("R", width))
     else:
-        inputs |= {"hidden": states, "emitted": Tensor(INT64, ("R",))}
-        outputs["nll"] = Tensor(FLOAT, ("R",))
+        inputs |= {"hidden": states, "emitted": TensorSpec(INT64, ("R",))}
+        outputs["nll"] = TensorSpec(FLOAT, ("R",))
         if manifest.exit_engine:
             outputs["features"] = states
     return inputs, outputs
 
 
 def check_contract(manifest: Manifest, engine: str, session: Any) -> None:
-    """BundleError where a session of ONNX Runtime takes or gives anything else than the manifest says."""
+    """Check the inputs and outputs of an ONNX Runtime session.
+
+    Raises:
+        BundleError: If they differ from those of the manifest.
+    """
     inputs, outputs = contract(manifest, engine)
     _compare(engine, "input", session.get_inputs(), inputs)
     _compare(engine, "output", session.get_outputs(), outputs)
 
 
-def _compare(engine: str, kind: str, values: list[Any], wanted: Mapping[str, Tensor]) -> None:
-    shapes = {value.name: tuple("?" if size is None else size for size in value.shape) for value in values}
-    found = {value.name: Tensor(value.type, shapes[value.name]) for value in values}
+def _compare(engine: str, kind: str, values: list[Any], wanted: Mapping[str, TensorSpec]) -> None:
+    found = {}
+    for value in values:
+        shape = tuple("?" if size is None else size for size in value.shape)
+        found[value.name] = TensorSpec(value.type, shape)
     for name in sorted(wanted.keys() | found.keys()):
         if name in found and name in wanted and _fits(found[name], wanted[name]):
             continue
         has = f"{kind} {name[:80]!r} {found[name]}" if name in found else f"no {kind} {name!r}"
-        says = str(wanted[name]) if name in wanted else "there is none"
+        expected = str(wanted[name]) if name in wanted else "none"
         raise BundleError(
-            f"{engine}.onnx has {has}, {MANIFEST} says {says}: they are not of one model; convert the checkpoint again"
+            f"{engine}.onnx has {has}, and {MANIFEST} expects {expected}; "
+            "convert the checkpoint again"
         )
 
 
-def _fits(found: Tensor, wanted: Tensor) -> bool:
-    """A dimension that is free in the graph takes any size; one that must be free may not be fixed."""
+def _fits(found: TensorSpec, wanted: TensorSpec) -> bool:
+    """Compare types and shapes. A free dimension of the graph accepts any size, a fixed one only
+    its own.
+    """
     if found.type != wanted.type or len(found.shape) != len(wanted.shape):
         return False
     sizes = zip(found.shape, wanted.shape, strict=True)

@@ -1,5 +1,8 @@
-"""The KV cache of one engine: one array per layer and part, a row per slot, written in place by the engine; what
-cross-attention reads, of all sequences that share calls; and the memory that both may take."""
+"""KV caches: self-attention of one engine, cross-attention of all slots, and their memory.
+
+A self-attention cache has one array per layer and part, with one row per slot. Engines write to it
+in place.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -18,16 +21,42 @@ from runtime.machine.machine import available_memory, lazy_zeros
 logger = logging.getLogger(__name__)
 
 PARTS = ("key", "value")
-# Arrays for cross-attention have a power of two positions up to MOST_DOUBLED, then multiples of CROSS_STEP, so that a
-# longer prompt seldom means another array: to bind a call again takes 0.2 ms.
-LEAST_DOUBLED, MOST_DOUBLED, CROSS_STEP = 64, 512, 32
+# Cross-attention arrays have a power of two positions up to MOST_DOUBLED, then multiples of
+# CROSS_STEP. Longer prompts then seldom need another array, for which a call must be bound again
+# (0.2 ms).
+LEAST_DOUBLED = 64
+MOST_DOUBLED = 512
+CROSS_STEP = 32
+
+
+class CacheSizes(TypedDict):
+    """Sizes of a KVCache. See there."""
+
+    layers: Sequence[int | str]
+    slots: int
+    kv_heads: int
+    rows: int
+    head_dim: int
+    dtype: np.dtype | type
 
 
 class KVCache:
-    """`arrays["{layer}.{part}"]` is [slots, kv_heads, rows, head_dim]; `lengths` int32 [slots] counts valid rows.
-    `zeros(shape, dtype)` makes an array; by default in the host's memory. `fixed`: the engine takes no other number of
-    rows. `own_exit`: some of the layers are the exit's own, needed only where an exit may be taken. What lies behind
-    the valid rows is unspecified and never read."""
+    """Self-attention cache of one engine.
+
+    `arrays["{layer}.{part}"]` is [slots, kv_heads, rows, head_dim]. `lengths` int32 [slots] counts
+    the valid rows of each slot. Rows after them are unspecified and never read. `own_exit` is True
+    if some of the layers are the exit's, needed only if an exit may be taken.
+
+    Args:
+        layers: Names of the layers.
+        slots: Number of slots.
+        kv_heads: Heads of keys and values.
+        rows: Rows per slot.
+        head_dim: Size of a head.
+        dtype: Type of the elements.
+        zeros: Allocates an array of a shape and type. Default: in host memory.
+        fixed: The engine requires exactly `rows` rows.
+    """
 
     def __init__(
         self,
@@ -40,70 +69,92 @@ class KVCache:
         zeros: Callable[..., Any] = lazy_zeros,
         fixed: bool = False,
     ) -> None:
-        self.rows, self._zeros, self._fixed = rows, zeros, fixed
-        self._layers, self._kv_heads, self._head_dim, self._dtype = layers, kv_heads, head_dim, dtype
+        self.rows = rows
+        self._zeros = zeros
+        self._fixed = fixed
+        self._layers = layers
+        self._kv_heads = kv_heads
+        self._head_dim = head_dim
+        self._dtype = dtype
         self.own_exit = any(isinstance(layer, str) for layer in layers)
         self.lengths = np.zeros(slots, np.int32)
-        self._counts: Any = self.lengths.data  # the same, for single numbers
-        # Zeroed memory is not resident until an engine writes to it, and holds no NaN that a mask would let through.
+        self._counts: Any = self.lengths.data  # faster access to single numbers
+        # Zeroed memory is not resident until written, and has no NaN, which would pass a mask.
         self.arrays = {
-            f"{layer}.{part}": zeros((slots, kv_heads, rows, head_dim), dtype) for layer in layers for part in PARTS
+            f"{layer}.{part}": zeros((slots, kv_heads, rows, head_dim), dtype)
+            for layer in layers
+            for part in PARTS
         }
 
     def attended(self, cross: dict[str, Any]) -> dict[str, Any]:
-        """Choose what these layers read of `cross.{layer}.key|value` and `cross_lengths`."""
+        """Select the `cross.{layer}.key|value` and `cross_lengths` that these layers read."""
         layers = {name.split(".")[0] for name in self.arrays}
-        return {name: array for name, array in cross.items() if name == "cross_lengths" or name.split(".")[1] in layers}
+        read = {}
+        for name, array in cross.items():
+            if name == "cross_lengths" or name.split(".")[1] in layers:
+                read[name] = array
+        return read
 
     def slot(self, slot: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and view [1, kv_heads, rows, head_dim] of every array of a slot."""
+        """Yield name and view [1, kv_heads, rows, head_dim] of every array of a slot."""
         for name, array in self.arrays.items():
             yield name, array[slot : slot + 1]
 
     def length(self, slot: int) -> int:
-        """Valid rows of a slot."""
+        """Return the number of valid rows of a slot."""
         count: int = self._counts[slot]
         return count
 
     def extend(self, slot: int, count: int) -> None:
-        """Count the rows that an engine has just written. CapacityError where they are more than there is room for."""
+        """Count rows that an engine has just written.
+
+        Raises:
+            CapacityError: If the slot has too few rows.
+        """
         length = self._counts[slot] + count
         if length > self.rows:
-            raise CapacityError(f"a sequence of {length} positions does not fit a KV cache of {self.rows} rows")
+            raise CapacityError(
+                f"a sequence of {length} positions does not fit a KV cache of {self.rows} rows"
+            )
         self._counts[slot] = length
 
     def trim(self, slot: int, length: int) -> None:
-        """Forget all but the first `length` rows: the only way back."""
+        """Drop all rows after the first `length`. This is the only way to rewind."""
         self._counts[slot] = min(self._counts[slot], length)
 
     def copy_rows(self, source: int, target: int) -> None:
-        """Make slot `target` a copy of slot `source`."""
+        """Copy slot `source` to slot `target`."""
         length = int(self.lengths[source])
         for array in self.arrays.values():
             array[target, :, :length] = array[source, :, :length]
         self.lengths[target] = length
 
     def read(self, slot: int, first: int, count: int, own: bool) -> np.ndarray:
-        """A copy of `count` rows, [arrays, kv_heads, count, head_dim], of the model's layers, or of the exit's `own`."""
+        """Return a copy of `count` rows, [arrays, kv_heads, count, head_dim].
+
+        The rows are those of the model's layers, or with `own` those of the exit's layers.
+        """
         parts = [array[slot, :, first : first + count] for array in self._arrays_of(own)]
-        return np.stack(parts) if parts else np.zeros((0, self._kv_heads, count, self._head_dim), self._dtype)
+        if not parts:
+            return np.zeros((0, self._kv_heads, count, self._head_dim), self._dtype)
+        return np.stack(parts)
 
     def write(self, slot: int, first: int, rows: np.ndarray, own: bool) -> None:
-        """Make what `read` gave the last rows of a slot, of which the first `first` are valid."""
+        """Write rows returned by `read` after the first `first` rows of a slot."""
         count = rows.shape[2]
         for array, new in zip(self._arrays_of(own), rows, strict=True):
             array[slot, :, first : first + count] = new
         self.lengths[slot] = first + count
 
     def row_bytes(self, own: bool) -> int:
-        """Bytes of a position in all arrays that `read` gives."""
+        """Return the bytes per position that `read` copies."""
         return sum(array[0, :, 0].nbytes for array in self._arrays_of(own))
 
     def _arrays_of(self, own: bool) -> list[np.ndarray]:
         return [array for name, array in self.arrays.items() if name.startswith("exit.") == own]
 
     def gather(self, sources: np.ndarray) -> None:
-        """Make every slot i a copy of what slot `sources[i]` was."""
+        """Replace every slot i by slot `sources[i]`."""
         changed = np.flatnonzero(sources != np.arange(len(sources)))
         if len(changed) == 0:
             return
@@ -113,14 +164,22 @@ class KVCache:
         self.lengths[:] = self.lengths[sources]
 
     def resized(self, slots: int, rows: int) -> KVCache:
-        """An empty cache of the same layers, of at least so many rows."""
-        rows = self.rows if self._fixed else rows
-        sizes = self._layers, slots, self._kv_heads, rows, self._head_dim, self._dtype
-        return type(self)(*sizes, self._zeros, self._fixed)
+        """Return an empty cache of the same layers with at least `rows` rows."""
+        return type(self)(
+            self._layers,
+            slots,
+            self._kv_heads,
+            self.rows if self._fixed else rows,
+            self._head_dim,
+            self._dtype,
+            zeros=self._zeros,
+            fixed=self._fixed,
+        )
 
     def grown(self, rows: int) -> KVCache:
-        """A cache of at least so many rows that holds what this one does."""
-        other, length = self.resized(len(self.lengths), rows), int(self.lengths.max())
+        """Return a copy with at least `rows` rows."""
+        other = self.resized(len(self.lengths), rows)
+        length = int(self.lengths.max())
         for name, array in self.arrays.items():
             other.arrays[name][:, :, :length] = array[:, :, :length]
         other.lengths[:] = self.lengths
@@ -128,24 +187,42 @@ class KVCache:
 
 
 class FeatureCache(KVCache):
-    """The cache of an exit that is an engine of its own, with what this reads at each position: the `states` after the
-    exit layer, float32 [slots, rows, d], or tokens int64 [slots, rows] that it `embeds`, and the `features` float32
-    [slots, rows + 1, d] of the position before; zeros at the first. The exit's own layers may be behind: rows after
-    their `lengths` are read when a prediction is wanted."""
+    """Cache of an exit that is an engine of its own, with the inputs of its layers.
 
-    def __init__(self, *sizes: Any, width: int, embeds: bool = False) -> None:
-        super().__init__(*sizes)
-        self.own_exit = False  # all of its layers are
-        slots = len(self.lengths)
-        kept = ((), np.int64) if embeds else ((width,), np.float32)
-        self.states = self._zeros((slots, self.rows, *kept[0]), kept[1])
-        self.features = self._zeros((slots, self.rows + 1, width), np.float32)
-        self._ends = np.zeros(slots, np.int32)  # how many states each slot has
+    `states` are the states after the exit layer, float32 [slots, rows, d], or tokens int64 [slots,
+    rows]. `features` float32 [slots, rows + 1, d] are those of the previous position, zeros for the
+    first. The exit's layers may lag: rows after their `lengths` are computed when a prediction is
+    needed.
+
+    Args:
+        width: d.
+        embeds: The exit reads tokens.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int | str],
+        slots: int,
+        kv_heads: int,
+        rows: int,
+        head_dim: int,
+        dtype: np.dtype | type,
+        width: int,
+        embeds: bool = False,
+    ) -> None:
+        super().__init__(layers, slots, kv_heads, rows, head_dim, dtype)
+        self.own_exit = False  # all layers are the exit's
+        if embeds:
+            self.states = self._zeros((slots, rows), np.int64)
+        else:
+            self.states = self._zeros((slots, rows, width), np.float32)
+        self.features = self._zeros((slots, rows + 1, width), np.float32)
+        self._ends = np.zeros(slots, np.int32)  # number of states in each slot
 
     def put(self, slot: int, first: int, states: np.ndarray | Sequence[int]) -> None:
-        """Keep the states [n, d], or tokens, of the positions from `first` on."""
+        """Store states [n, d], or tokens, at positions from `first`."""
         end = first + len(states)
-        if len(states) == 1:  # as at every step: a row is written sooner than a slice
+        if len(states) == 1:  # every step writes one row, which is faster than a slice
             self.states[slot, first] = states[0]
         else:
             self.states[slot, first:end] = states
@@ -158,29 +235,40 @@ class FeatureCache(KVCache):
         self.features[target, : end + 1] = self.features[source, : end + 1]
 
     def read(self, slot: int, first: int, count: int, own: bool) -> np.ndarray:
-        """A copy of `count` rows, and of the features that they left: bytes of both. All layers are the exit's `own`."""
-        rows, features = super().read(slot, first, count, own), self.features[slot, first + 1 : first + 1 + count]
+        """Return `count` rows and their features, as bytes. All layers are the exit's own."""
+        rows = super().read(slot, first, count, own)
+        features = self.features[slot, first + 1 : first + 1 + count]
         return np.concatenate([rows.view(np.uint8).ravel(), features.view(np.uint8).ravel()])
 
     def write(self, slot: int, first: int, rows: np.ndarray, own: bool) -> None:
-        """Make what `read` gave the last rows of a slot, of which the first `first` are valid. States are not needed:
-        these rows are never read again."""
-        shape = self.features.shape[2]
-        each = super().row_bytes(own)
-        count = len(rows) // (each + 4 * shape)
-        (_, heads, _, size), dtype = next(iter(self.arrays.values())).shape, next(iter(self.arrays.values())).dtype
-        keys = rows[: count * each].view(dtype).reshape(len(self.arrays), heads, count, size)
+        """Write rows returned by `read` after the first `first` rows of a slot.
+
+        States are not restored, because these rows are never recomputed.
+        """
+        width = self.features.shape[2]
+        row_bytes = super().row_bytes(own)
+        count = len(rows) // (row_bytes + 4 * width)
+        shape = (len(self.arrays), self._kv_heads, count, self._head_dim)
+        keys = rows[: count * row_bytes].view(self._dtype).reshape(shape)
         super().write(slot, first, keys, own)
-        self.features[slot, first + 1 : first + 1 + count] = rows[count * each :].view(np.float32).reshape(count, shape)
+        features = rows[count * row_bytes :].view(np.float32).reshape(count, width)
+        self.features[slot, first + 1 : first + 1 + count] = features
 
     def row_bytes(self, own: bool) -> int:
         return super().row_bytes(own) + 4 * int(self.features.shape[2])
 
 
 class CrossCache:
-    """Keys and values of every slot, padded to one width, [slots, heads, E, head_dim], and `cross_lengths` int32
-    [slots]: rows of a call must stand together. `version` changes where the arrays do. Holds nothing until sequences
-    are first run together. `zeros(shape, dtype)` makes an array. What stands behind a prompt is not read."""
+    """Cross-attention keys and values of all slots, padded to one width.
+
+    Calls need their rows in one array, [slots, heads, E, head_dim]. `cross_lengths` is int32
+    [slots]. Values after a prompt are never read. `version` changes when arrays are replaced. Empty
+    until sequences first share a call.
+
+    Args:
+        slots: Number of slots.
+        zeros: Allocates an array of a shape and type.
+    """
 
     def __init__(self, slots: int, zeros: Callable[..., Any] = lazy_zeros) -> None:
         self._zeros = zeros
@@ -191,7 +279,7 @@ class CrossCache:
         self._width = 0
 
     def place(self, slot: int, cross: dict[str, np.ndarray]) -> None:
-        """Make a slot's row what a sequence alone reads: `cross.{layer}.key|value` [1, heads, E, head_dim]."""
+        """Copy a sequence's `cross.{layer}.key|value` [1, heads, E, head_dim] into a slot."""
         if not cross or self._placed.get(slot) is cross:
             return
         self._placed[slot] = cross
@@ -202,23 +290,24 @@ class CrossCache:
             self._write(slot, cross)
 
     def forget(self, slot: int) -> None:
-        """The slot's sequence has left: what it read may be overwritten, and is not kept for wider arrays."""
+        """Release a slot. Its values may be overwritten, and are not copied to wider arrays."""
         self._placed.pop(slot, None)
 
     def rows(self, first: int, count: int) -> dict[str, np.ndarray]:
-        """The arrays of `count` slots from `first` on."""
+        """Return the arrays of `count` slots from `first`."""
         return {name: array[first : first + count] for name, array in self.arrays.items()}
 
     def _resize(self, width: int, like: dict[str, np.ndarray]) -> None:
         slots = len(self._lengths)
-        self._width, self.version = width, self.version + 1
+        self._width = width
+        self.version += 1
         self.arrays = {
             name: self._zeros((slots, array.shape[1], width, array.shape[3]), array.dtype)
             for name, array in like.items()
             if name != "cross_lengths"
         }
         self.arrays["cross_lengths"] = self._lengths
-        self._lengths[:] = 1  # engines check the lengths of idle rows, too
+        self._lengths[:] = 1  # engines also check the lengths of idle rows
         for slot, cross in self._placed.items():
             self._write(slot, cross)
 
@@ -230,22 +319,30 @@ class CrossCache:
 
 
 def cross_width(count: int) -> int:
-    """Positions of an array for prompts of so many."""
+    """Return the width of cross-attention arrays for prompts of `count` tokens."""
     doubled = max(LEAST_DOUBLED, 1 << (count - 1).bit_length())
     return doubled if doubled <= MOST_DOUBLED else -(-count // CROSS_STEP) * CROSS_STEP
 
 
 def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 0) -> None:
-    """CapacityError where the caches, full, are more than the memory that is available: self-attention's, of an
-    encoder-decoder what cross-attention reads, with prompts as long as the bundle allows, and `prefixes`, the bytes of
-    prompts that are kept."""
-    # What glibc's heaps, one a thread, keep of closed sessions: 30 MB of 477 once SmolLM2 was opened 16 times.
+    """Check that all caches fit into available memory when they are full.
+
+    Counts self-attention, cross-attention for the longest prompts, and `prefixes` bytes for stored
+    prefixes.
+
+    Raises:
+        CapacityError: If they do not.
+    """
+    # glibc's heaps, one per thread, keep memory of closed sessions: 30 MB after SmolLM2 (477 MB)
+    # was opened 16 times.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    rows, each, longest = capacity + manifest.max_pending, manifest.kv_bytes_per_token, manifest.encoder_capacity
-    each += manifest.feature_bytes_per_token
-    need, what = slots * rows * each, f"{slots} slots x {rows} positions x {each} bytes"
-    # Prompts of an encoder: each sequence's own, and a copy where several share calls (CrossCache).
+    rows = capacity + manifest.max_pending
+    each = manifest.kv_bytes_per_token + manifest.feature_bytes_per_token
+    longest = manifest.encoder_capacity
+    need = slots * rows * each
+    what = f"{slots} slots x {rows} positions x {each} bytes"
+    # Cross-attention: every sequence's arrays, and a copy if several share calls (CrossCache).
     read = slots * (longest and cross_width(longest)) * (2 if slots > 1 else 1)
     if read:
         need += read * each
@@ -256,19 +353,27 @@ def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 
     logger.info("KV cache: %.1f MB (%s)", need / 1e6, what)
     available = available_memory()
     if available is not None and need > available:
+        remedy = "capacity or slots"
+        if read:
+            remedy = "slots, or convert with a lower --encoder-capacity"
+        if prefixes:
+            remedy = f"prefix_cache_mb, {remedy}"
         raise CapacityError(
-            f"the KV cache needs {need / 1e9:.1f} GB ({what}), {available / 1e9:.1f} GB is available; "
-            f"lower {'prefix_cache_mb, ' if prefixes else ''}"
-            f"{'slots, or convert with a lower --encoder-capacity' if read else 'capacity or slots'}"
+            f"the KV cache needs {need / 1e9:.1f} GB ({what}), "
+            f"{available / 1e9:.1f} GB is available; lower {remedy}"
         )
 
 
 def check_beams(manifest: Manifest, beams: int, positions: int) -> None:
-    """CapacityError where the caches of a beam search, should it come to so many positions, are more than the memory
-    that is available."""
-    need, available = beams * positions * manifest.kv_bytes_per_token, available_memory()
+    """Check that the caches of a beam search fit into available memory.
+
+    Raises:
+        CapacityError: If they do not.
+    """
+    need = beams * positions * manifest.kv_bytes_per_token
+    available = available_memory()
     if available is not None and need > available:
         raise CapacityError(
-            f"{beams} beams of {positions} positions need {need / 1e9:.1f} GB, {available / 1e9:.1f} GB is available; "
-            "lower num_beams or max_new_tokens"
+            f"{beams} beams of {positions} positions need {need / 1e9:.1f} GB, "
+            f"{available / 1e9:.1f} GB is available; lower num_beams or max_new_tokens"
         )

@@ -1,4 +1,4 @@
-"""An engine on ONNX Runtime: one session a graph, and calls whose inputs and outputs stay bound."""
+"""An engine on ONNX Runtime: one session per graph, and calls with bound inputs and outputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,20 @@ from runtime.machine.device import CPU, Device
 
 
 class OnnxEngine:
-    """One graph of a bundle, loaded for `device` with `threads` CPU threads. Safe to call from many threads.
-    `provider_options` are those of ONNX Runtime's provider for a GPU. `profile` begins the name of the file to which
-    `session.end_profiling()` writes the time of every kernel. `kernels`: the version of our own operators that it
-    needs, if any. EngineError where it cannot be loaded, or would run elsewhere."""
+    """One graph of a bundle in an ONNX Runtime session. Safe to call from many threads.
+
+    Args:
+        path: The graph.
+        threads: CPU threads per call.
+        device: Device to run on.
+        provider_options: Options of ONNX Runtime's CUDA provider.
+        profile: Prefix of the file that `session.end_profiling()` writes kernel times to. Default:
+            no profile.
+        kernels: Version of this project's operators that the graph needs. Default: none.
+
+    Raises:
+        EngineError: If the graph cannot be loaded, or would run on another device.
+    """
 
     def __init__(
         self,
@@ -31,12 +41,14 @@ class OnnxEngine:
         ort = import_onnxruntime()
         providers = device.providers(ort, provider_options or {})
         options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # The engines of a bundle take turns: a pool that spins on after its call would slow the next engine down.
+        # Engines take turns. Threads that keep spinning after a call would slow down the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if profile is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         self._spread = None
         if kernels is not None:
             own_kernels.register(options, kernels)
@@ -44,18 +56,24 @@ class OnnxEngine:
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:
-            upgrade = "; upgrade freeexport" if "is not a registered function/op" in str(error) else ""
-            raise EngineError(f"{path.name} cannot be loaded: {first_line(error)}{upgrade}") from error
+            message = f"{path.name} cannot be loaded: {first_line(error)}"
+            if "is not a registered function/op" in str(error):
+                message += "; upgrade freeexport"
+            raise EngineError(message) from error
         device.check_active(self.session, path.name)
         self.file = path.name
 
     @property
     def output_shapes(self) -> dict[str, tuple[Any, ...]]:
-        """The shape of each output; dimensions that are free have a name."""
+        """Shape of each output. Free dimensions are names."""
         return {output.name: tuple(output.shape) for output in self.session.get_outputs()}
 
     def run(self, outputs: list[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """One call with arrays of any shape, copied in and out. EngineError where it fails."""
+        """Run one call on arrays of any shape, which are copied.
+
+        Raises:
+            EngineError: If it fails.
+        """
         try:
             results: list[np.ndarray] = self.session.run(outputs, dict(inputs))
         except Exception as error:
@@ -63,13 +81,21 @@ class OnnxEngine:
         return results
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
-        """A call on fixed buffers: numpy arrays, or values made by `value`."""
+        """Return a call on fixed buffers: numpy arrays, or values created by `value`."""
         return Call(self.session, inputs, outputs, self.file, self._spread)
 
 
 class Call:
-    """One engine call with everything bound: change the arrays in place, run, read the arrays. `file`: the graph's
-    name, for the EngineError of a run that fails. `spread`: what tells our operators whether logits are bound."""
+    """A call on bound buffers: change the inputs in place, run, read the outputs.
+
+    Args:
+        session: Session of ONNX Runtime.
+        inputs: Arrays or values by input name.
+        outputs: Arrays or values by output name.
+        file: Name of the graph, for error messages.
+        spread: Sets whether this project's operators expand logits to the whole vocabulary, and
+            returns the previous setting. They need not if logits are not bound.
+    """
 
     def __init__(
         self,
@@ -79,15 +105,17 @@ class Call:
         file: str = "an engine",
         spread: Callable[[int], int] | None = None,
     ) -> None:
-        self._session, self._file, self._spread = session, file, spread
+        self._session = session
+        self._file = file
+        self._spread = spread
         self._binding = session.io_binding()
-        # Bound memory belongs to the arrays: they must live as long as the call.
+        # Arrays must live as long as the call, which only binds their memory.
         self._inputs: dict[str, Any] = {}
         self._outputs: dict[str, Any] = {}
         self.rebind(inputs, outputs)
 
     def rebind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        """Bind other arrays, of any shape, for these names; the others stay."""
+        """Bind other buffers, of any shape, by name. The others stay bound."""
         try:
             for name, item in inputs.items():
                 self._binding.bind_ortvalue_input(name, value(item))
@@ -111,20 +139,31 @@ class Call:
 
 
 def value(item: Any) -> Any:
-    """An array as a value of ONNX Runtime, on the same memory; values pass through."""
-    return import_onnxruntime().OrtValue.ortvalue_from_numpy(item) if isinstance(item, np.ndarray) else item
+    """Return an array as a value of ONNX Runtime that shares its memory. Values are returned
+    unchanged.
+    """
+    if not isinstance(item, np.ndarray):
+        return item
+    return import_onnxruntime().OrtValue.ortvalue_from_numpy(item)
 
 
 def import_onnxruntime() -> Any:
-    """The package `onnxruntime`. EngineError where it cannot be imported."""
+    """Import the package `onnxruntime`.
+
+    Raises:
+        EngineError: If it cannot be imported, or is damaged.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise EngineError(
-            f"ONNX Runtime cannot be imported ({first_line(error)}); install one wheel: pip install 'freeexport[cpu]'"
+            f"ONNX Runtime cannot be imported ({first_line(error)}); "
+            "install one wheel: pip install 'freeexport[cpu]'"
         ) from error
     if not hasattr(onnxruntime, "InferenceSession"):
-        raise EngineError("the ONNX Runtime package is damaged (two wheels over each other?); run freeexport doctor")
+        raise EngineError(
+            "the ONNX Runtime package is damaged (are two wheels installed?); run freeexport doctor"
+        )
     return onnxruntime
 
 

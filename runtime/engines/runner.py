@@ -1,4 +1,7 @@
-"""An engine with its KV cache, and how its calls are run: at once. On a GPU in a stream: runtime/cuda/runner.py."""
+"""Runs an engine with its KV cache. On the CPU, calls run at once.
+
+See runtime/cuda/runner.py for runners on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,77 +15,103 @@ from runtime.engines.onnx import Call, OnnxEngine, value
 from runtime.kernels import reading_prompt
 from runtime.machine.machine import lazy_zeros
 
-# Tokens of a text, up to which its encoder does without tiles: to unpack weights for them takes as long as to multiply
-# so many rows. A prompt is encoded alone, so its bits still depend on nothing else.
+# Longest prompt, in tokens, that the encoder computes without tiles. Unpacking weights for tiles
+# takes as long as multiplying this many rows. Prompts are encoded one at a time, so results depend
+# on nothing else.
 SHORT_PROMPT = 40
 
 
 class Event:
-    """A submitted call. Neither protocol nor abstract: to ask whether something is one, at every token, must cost
-    nothing. This one is done."""
+    """A submitted call. This class is for calls that have finished.
+
+    It is neither a protocol nor abstract, because instance checks at every token must be cheap.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
     def done(self) -> bool:
+        """Return True if `wait` would return or raise at once."""
         return True
 
     def wait(self) -> float:
-        """Until it is done: the seconds it took. Raises what it raised."""
+        """Wait for the call and return its duration in seconds. Raises the error of the call."""
         return self._seconds
 
 
 class Runner:
-    """`beside`: the caller goes on while a submitted call runs. Not on a CPU, where both engines would share the cores
-    and the memory bandwidth: it measured slower (docs/decoding.md). `heads`: whether the engine has a head."""
+    """Runs calls of an engine.
+
+    `beside` is True if the caller continues while a submitted call runs. It is False on a CPU,
+    where concurrent engines share cores and memory bandwidth and are slower (docs/decoding.md).
+
+    Args:
+        engine: The engine.
+        cache: Its KV cache.
+        heads: The engine has a head.
+    """
 
     def __init__(self, engine: OnnxEngine, cache: KVCache, heads: bool = True) -> None:
-        self.engine, self.cache, self.heads = engine, cache, heads
+        self.engine = engine
+        self.cache = cache
+        self.heads = heads
         self.beside = False
 
     def submit(self, call: Call) -> Event:
-        """Run a call, or let it run beside."""
+        """Start a call. On a CPU, run it to its end."""
         return Event(self.run(call))
 
     def run(self, call: Call) -> float:
-        """Run a call to its end: the seconds it took."""
+        """Run a call to its end and return its duration in seconds."""
         began = perf_counter()
         call.run()
         return perf_counter() - began
 
     def value(self, array: Any) -> Any:
-        """An array in the form that the engine binds at once: for those that are bound again and again."""
+        """Convert an array that is bound repeatedly to the form that the engine binds fastest."""
         return value(array)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array where the engine's calls want theirs."""
+        """Return an array of zeros in the memory that the engine uses."""
         return lazy_zeros(shape, dtype)
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array of finite numbers, until the next call for this name."""
+        """Return an array of finite numbers, valid until the next request for `name`."""
         return np.zeros(shape, dtype)
 
 
 class Encoder:
-    """The prompt side of an encoder-decoder, once per request: encoder, then the prologue that gives cross-attention
-    keys and values."""
+    """Encoder and prologue of an encoder-decoder, which run once per request.
+
+    The prologue computes keys and values for cross-attention.
+    """
 
     def __init__(self, encoder: OnnxEngine, prologue: OnnxEngine) -> None:
-        self._encoder, self._prologue = encoder, prologue
+        self._encoder = encoder
+        self._prologue = prologue
         self._cross = list(prologue.output_shapes)
 
     def run(self, tokens: np.ndarray, reader: object = None) -> dict[str, np.ndarray]:
-        """Prompt int64 [n] -> `cross.{layer}.key|value` [1, heads, n, head_dim] and `cross_lengths` int32 [1]. Of
-        speech the prompt is a window float32 [1, bins, 2 n]. What a `reader` had before, it does not need any more."""
+        """Encode a prompt int64 [n], or a window of speech float32 [1, bins, 2 n].
+
+        Returns `cross.{layer}.key|value` [1, heads, n, head_dim] and `cross_lengths` int32 [1]. The
+        previous result for the same `reader` may be overwritten.
+        """
         if tokens.ndim == 3:
             return self.run_padded(tokens, np.array([tokens.shape[2] // 2], np.int32))[0]
         return self.run_padded(tokens[None], np.array([len(tokens)], np.int32))[0]
 
-    def run_padded(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Right-padded prompts int64 [B, E] of `lengths` int32 [B], or windows of speech float32 [B, bins, 2 E], which
-        are whole -> the same for B rows, and hidden [B, E, d]."""
-        inputs = {"features": tokens} if tokens.ndim == 3 else {"input_ids": tokens, "lengths": lengths}
-        with reading_prompt(tokens.ndim == 3 or tokens.shape[1] > SHORT_PROMPT):
+    def run_padded(
+        self, tokens: np.ndarray, lengths: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Encode right-padded prompts int64 [B, E] of `lengths` int32 [B], or windows of speech.
+
+        Windows are float32 [B, bins, 2 E], without padding. Returns `cross.{layer}.key|value` and
+        `cross_lengths` of B rows, and the hidden states [B, E, d].
+        """
+        speech = tokens.ndim == 3
+        inputs = {"features": tokens} if speech else {"input_ids": tokens, "lengths": lengths}
+        with reading_prompt(speech or tokens.shape[1] > SHORT_PROMPT):
             (hidden,) = self._encoder.run(["hidden"], inputs)
             cross = self._prologue.run(self._cross, {"hidden": hidden})
         return {**dict(zip(self._cross, cross, strict=True)), "cross_lengths": lengths}, hidden

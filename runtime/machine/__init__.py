@@ -1,1 +1,1 @@
-"""Cores, memory, device names, cache directory."""
+"""Cores, memory, device names and the cache directory of this machine."""

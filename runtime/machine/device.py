@@ -1,4 +1,4 @@
-"""Devices that engines run on: a name, ONNX Runtime's provider for it, and proof that it is the one that runs them."""
+"""Devices for engines: names, ONNX Runtime's providers, and checks that a device is really used."""
 
 from __future__ import annotations
 
@@ -10,45 +10,72 @@ from typing import Any
 from runtime.bundle.manifest import Manifest
 from runtime.errors import EngineError, OptionError, shown
 
-CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
+CUDA_PROVIDER = "CUDAExecutionProvider"
+CPU_PROVIDER = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
 class Device:
-    """The CPU, or with an `index` a CUDA device."""
+    """A device that engines run on.
+
+    Attributes:
+        index: Number of a CUDA device. None for the CPU.
+    """
 
     index: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Device:
-        """`cpu`, `cuda` or `cuda:1`. OptionError for anything else."""
+        """Parse `cpu`, `cuda` or `cuda:1`.
+
+        Raises:
+            OptionError: For any other value.
+        """
         found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", text) if isinstance(text, str) else None
         if found is None:
-            raise OptionError(f"device is {shown(text)}; choose 'cpu', or 'cuda:0' for the first GPU")
+            raise OptionError(
+                f"device is {shown(text)}; choose 'cpu', or 'cuda:0' for the first GPU"
+            )
         return cls() if text == "cpu" else cls(int(found[1] or 0))
 
     def __str__(self) -> str:
         return "cpu" if self.index is None else f"cuda:{self.index}"
 
     def providers(self, ort: Any, options: Mapping[str, str]) -> list[Any]:
-        """For ONNX Runtime, which puts on the CPU what its CUDA provider has no operator for. `options` of that
-        provider. EngineError where the installed wheel has no such provider."""
+        """Return the providers for ONNX Runtime.
+
+        Operators without a CUDA kernel run on the CPU.
+
+        Args:
+            ort: The package onnxruntime.
+            options: Options of the CUDA provider.
+
+        Raises:
+            EngineError: If the installed wheel has no CUDA provider.
+        """
         if self.index is None:
             return [CPU_PROVIDER]
         if CUDA_PROVIDER not in ort.get_available_providers():
             raise EngineError(
-                f"device {self} needs ONNX Runtime with CUDA, and version {ort.__version__} here has none; run: "
+                f"device {self} needs ONNX Runtime with CUDA, and the installed version "
+                f"{ort.__version__} has none; run: "
                 "pip uninstall -y onnxruntime && pip install 'freeexport[gpu]'"
             )
         return [(CUDA_PROVIDER, {"device_id": str(self.index), **options}), CPU_PROVIDER]
 
     def check_active(self, session: Any, name: str) -> None:
-        """EngineError where ONNX Runtime fell back to the CPU, which it does with a warning."""
+        """Check that a session runs on this device. ONNX Runtime falls back to the CPU with only a
+        warning.
+
+        Raises:
+            EngineError: If it does not.
+        """
         active = session.get_providers()
         if self.index is not None and CUDA_PROVIDER not in active:
             raise EngineError(
-                f"device {self} was asked for, but ONNX Runtime would run {name} on {', '.join(active)}: its CUDA "
-                "provider does not load here; run freeexport doctor, or choose device='cpu'"
+                f"device {self} was requested, but ONNX Runtime would run {name} on "
+                f"{', '.join(active)}: its CUDA provider does not load; "
+                "run freeexport doctor, or choose device='cpu'"
             )
 
 
@@ -56,10 +83,18 @@ CPU = Device()
 
 
 def check_runnable(manifest: Manifest, device: Device) -> None:
-    """EngineError for a bundle whose graphs this device's provider has no operators for."""
+    """Check that a device can run the graphs of a bundle.
+
+    Raises:
+        EngineError: If the device's provider lacks operators for them.
+    """
     if device.index is None and manifest.float_type == "bf16":
-        raise EngineError("bf16 engines run on a GPU only; choose device='cuda:0', or convert with --precision fp32")
+        raise EngineError(
+            "bf16 engines run on a GPU only; "
+            "choose device='cuda:0', or convert with --precision fp32"
+        )
     if device.index is not None and manifest.target == "cpu":
         raise EngineError(
-            f"this bundle was converted for the CPU; for device {device} convert again with --target cuda"
+            "this bundle was converted for the CPU; "
+            f"for device {device}, convert again with --target cuda"
         )

@@ -1,2 +1,5 @@
-"""Engines on NVIDIA's TensorRT. Not yet run on a GPU; checked against tests/fakes/fake_tensorrt.py, which has the names
-and signatures of its package."""
+"""Engines on NVIDIA TensorRT.
+
+Not yet run on a GPU. Tested against tests/fakes/fake_tensorrt.py, which follows the names and
+signatures of NVIDIA's package.
+"""

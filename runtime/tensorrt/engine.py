@@ -1,4 +1,4 @@
-"""An engine on TensorRT: a file that `convert --build` wrote, loaded for a device, and its calls."""
+"""A TensorRT engine, loaded on a device from a file written by `convert --build`, and its calls."""
 
 from __future__ import annotations
 
@@ -11,21 +11,40 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.cuda.call import ALIGNMENT, DeviceCall, DeviceEngine, Staging, laid_out
-from runtime.cuda.driver import CudaGraph, DeviceArray, Stream
+from runtime.cuda.driver import CudaGraph, CudaStream, DeviceArray
 from runtime.errors import EngineError
-from runtime.tensorrt.files import Profile, import_tensorrt, logger_of, profile_for, read_record, sizes_of
+from runtime.tensorrt.files import (
+    Profile,
+    import_tensorrt,
+    logger_of,
+    profile_for,
+    read_record,
+    sizes_of,
+)
 
 logger = logging.getLogger(__name__)
 
-# TensorRT's names of types; numpy has no bfloat16, see DeviceArray.
-_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16, "INT32": np.int32, "INT64": np.int64}
-# A call is captured as a CUDA graph when it comes again after so many runs: capturing costs as much as several.
+# numpy types by TensorRT's names. bfloat16 is stored as uint16 (see DeviceArray).
+_TYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BF16": np.uint16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+}
+# Runs of a call before it is captured as a CUDA graph. Capturing costs as much as several runs.
 RUNS_BEFORE_CAPTURE = 3
 CAPTURED_PROFILE = "decode"
 
 
-class Tensor(NamedTuple):
-    """An input or output of an engine. `on_host`: TensorRT reads it from the host's memory."""
+class EngineTensor(NamedTuple):
+    """An input or output of an engine.
+
+    Attributes:
+        dtype: Type of its elements.
+        is_input: It is an input.
+        on_host: TensorRT reads it from host memory.
+    """
 
     dtype: np.dtype
     is_input: bool
@@ -33,18 +52,31 @@ class Tensor(NamedTuple):
 
 
 class Context:
-    """An execution context, for the profile of this number. Shapes and addresses stay set, so only what changes is set
-    again."""
+    """An execution context for one profile.
+
+    Shapes and addresses are kept between runs, so that only changes are set.
+
+    Args:
+        context: TensorRT's context.
+        engine: Engine of the context.
+        profile: Number of the profile.
+    """
 
     def __init__(self, context: Any, engine: TensorRTEngine, profile: int) -> None:
-        self._context, self._engine, self._stream = context, engine, int(engine.stream.handle)
+        self._context = context
+        self._engine = engine
+        self._stream = int(engine.stream.handle)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         if not context.set_optimization_profile_async(profile, self._stream):
             raise self._error("cannot use a profile")
 
     def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """The shapes of all inputs. EngineError where one fits no profile."""
+        """Set the shapes of all inputs.
+
+        Raises:
+            EngineError: If TensorRT rejects a shape.
+        """
         for name, shape in shapes.items():
             if self._shapes.get(name) != shape:
                 self._shapes.pop(name, None)
@@ -60,30 +92,32 @@ class Context:
                 self._addresses[name] = address
 
     def bytes_of(self, name: str) -> int:
-        """Bytes of an output, once the shapes of the inputs are set."""
+        """Return the size of an output, in bytes, after the shapes of the inputs are set."""
         return math.prod(self._context.get_tensor_shape(name)) * self._engine.dtype(name).itemsize
 
     def enqueue(self) -> None:
-        """Put a run into the engine's stream."""
+        """Enqueue a run into the engine's stream."""
         if not self._context.execute_async_v3(self._stream):
             raise self._error("did not run")
 
     def _error(self, what: str) -> EngineError:
-        return EngineError(f"the TensorRT engine {self._engine.name} {what}: {self._engine.log.reason()}")
+        return EngineError(
+            f"the TensorRT engine {self._engine.name} {what}: {self._engine.log.reason()}"
+        )
 
 
 class TensorRTCall(DeviceCall):
-    """See DeviceCall."""
+    """A call on TensorRT. See `DeviceCall`."""
 
     _engine: TensorRTEngine
     _shapes: dict[str, tuple[int, ...]]
     _addresses: dict[str, int]
     _context: Context | None = None
     _graph: CudaGraph | None = None
-    _unread: DeviceArray | None = None  # kept, as a graph holds its address
+    _unread: DeviceArray | None = None  # kept because a graph holds its address
 
     def close(self) -> None:
-        """Let go of memory, graph and context."""
+        """Release memory, graph and context."""
         self._graph = self._context = self._unread = None
         super().close()
 
@@ -94,34 +128,52 @@ class TensorRTCall(DeviceCall):
     def _prepare(self, staging: Staging) -> None:
         engine = self._engine
         self._shapes = {name: tuple(array.shape) for name, array in self._inputs.items()}
-        missing = [name for name, tensor in engine.tensors.items() if tensor.is_input and name not in self._shapes]
+        missing = [
+            name
+            for name, tensor in engine.tensors.items()
+            if tensor.is_input and name not in self._shapes
+        ]
         if missing:
-            raise EngineError(f"a call of the TensorRT engine {engine.name} lacks {', '.join(missing)}")
+            raise EngineError(
+                f"a call of the TensorRT engine {engine.name} lacks {', '.join(missing)}"
+            )
         self._context = engine.context(engine.profile(self._shapes))
         self._context.set_shapes(self._shapes)
         bound = {**self._inputs, **self._outputs}
-        addresses = {name: array.address for name, array in bound.items() if isinstance(array, DeviceArray)}
-        # What is written in place stands where it is read.
-        addresses |= {f"present.{name[5:]}": address for name, address in addresses.items() if name.startswith("past.")}
+        addresses = {
+            name: array.address for name, array in bound.items() if isinstance(array, DeviceArray)
+        }
+        # Caches are updated in place.
+        for name, address in list(addresses.items()):
+            if name.startswith("past."):
+                addresses[f"present.{name[5:]}"] = address
         for name, offset in self._offsets.items():
             on_host = engine.tensors[name].on_host
             addresses[name] = (staging.host if on_host else staging.device.address) + offset
-        unread = {name: self._context.bytes_of(name) for name in engine.output_shapes if name not in addresses}
+        unread = {
+            name: self._context.bytes_of(name)
+            for name in engine.output_shapes
+            if name not in addresses
+        }
         offsets, size = laid_out(unread)
         self._unread = engine.unread(size)
-        self._addresses = addresses | {name: self._unread.address + offset for name, offset in offsets.items()}
+        self._addresses = addresses | {
+            name: self._unread.address + offset for name, offset in offsets.items()
+        }
 
     def _launch(self, staging: Staging) -> None:
         assert self._context is not None
         if self._graph is not None:
             self._graph.launch()
             return
-        engine, stream, context = self._engine, self._engine.stream, self._context
+        engine = self._engine
+        stream = self._engine.stream
+        context = self._context
         captures = engine.captures and self._runs >= RUNS_BEFORE_CAPTURE
-        # What TensorRT reads from the host's memory would stay what it was when it was captured.
+        # Values that TensorRT reads from host memory would be frozen in the graph.
         captures = captures and not any(tensor.on_host for tensor in engine.tensors.values())
         captures = captures and engine.profile(self._shapes).name == CAPTURED_PROFILE
-        if captures:  # of a context that no other call changes
+        if captures:  # a graph needs a context that no other call changes
             context = engine.new_context(engine.profile(self._shapes))
         context.set_shapes(self._shapes)
         context.set_addresses(self._addresses)
@@ -131,45 +183,68 @@ class TensorRTCall(DeviceCall):
             context.enqueue()
             staging.fetch(self._sent, self._fetched)
 
-        put()  # TensorRT wants to have run once with these shapes before it is captured
+        put()  # TensorRT must run once with these shapes before a capture
         if not captures:
             return
         try:
             with stream.cuda.undisturbed:
-                self._graph, self._context = CudaGraph(stream, put), context
+                self._graph = CudaGraph(stream, put)
+                self._context = context
         except EngineError as error:
             if stream.cuda.lost:
                 raise
             engine.captures = False
-            logger.warning("calls of the TensorRT engine %s run one kernel at a time: %s", engine.name, error)
+            logger.warning(
+                "calls of the TensorRT engine %s run without CUDA graphs: %s", engine.name, error
+            )
 
     def _check(self, name: str, array: Any, is_input: bool) -> None:
-        engine, tensor = self._engine, self._engine.tensors.get(name)
+        engine = self._engine
+        tensor = self._engine.tensors.get(name)
         if tensor is None or tensor.is_input is not is_input:
             kind = "input" if is_input else "output"
-            raise EngineError(f"the TensorRT engine {engine.name} has no {kind} {name}; run convert BUNDLE --build")
+            raise EngineError(
+                f"the TensorRT engine {engine.name} has no {kind} {name}; "
+                "run convert BUNDLE --build"
+            )
         if array.dtype != tensor.dtype:
-            raise EngineError(f"{name} is {array.dtype}, the TensorRT engine {engine.name} has {tensor.dtype}")
+            raise EngineError(
+                f"{name} is {array.dtype}, the TensorRT engine {engine.name} has {tensor.dtype}"
+            )
         if not isinstance(array, DeviceArray):
             if name.startswith(("past.", "present.")):
-                raise EngineError(f"{name} is in the host's memory; a TensorRT engine writes its cache on the device")
+                raise EngineError(
+                    f"{name} is in host memory; TensorRT engines need their cache on the device"
+                )
         elif array.address % ALIGNMENT or not array.contiguous:
             raise EngineError(
-                f"{name} stands at address {array.address}, and TensorRT wants multiples of {ALIGNMENT}; "
-                "open the session with slots=1, or convert with another capacity"
+                f"{name} is at address {array.address}, and TensorRT needs a multiple of "
+                f"{ALIGNMENT}; open the session with slots=1, or convert with another capacity"
             )
 
 
 class TensorRTEngine(DeviceEngine):
-    """One engine of a bundle. EngineError where the file does not load; CapacityError, which says how much is needed
-    and free, where the device has too little memory for it."""
+    """One engine of a bundle.
+
+    Args:
+        path: The engine file.
+        stream: Stream of its calls.
+        captures: Capture repeated decode calls as CUDA graphs.
+
+    Raises:
+        EngineError: If the file cannot be loaded, or does not match its record.
+        CapacityError: If the device has too little memory. The message states needed and free
+            bytes.
+    """
 
     call = TensorRTCall
 
-    def __init__(self, path: Path, stream: Stream, captures: bool = False) -> None:
+    def __init__(self, path: Path, stream: CudaStream, captures: bool = False) -> None:
         record = read_record(path)
         if record is None:
-            raise EngineError(f"{path} has no record of what it was built for; run convert BUNDLE --build again")
+            raise EngineError(
+                f"{path} has no record of what it was built for; run convert BUNDLE --build again"
+            )
         self.plan = record.plan
         super().__init__(self.plan.engine, stream, captures)
         self._trt = import_tensorrt()
@@ -178,34 +253,44 @@ class TensorRTEngine(DeviceEngine):
         stream.cuda.require(record.bytes, f"TensorRT engine {path.name}")
         # The runtime must outlive its engines.
         self._runtime, self._engine = self._load(path)
-        engine, trt = self._engine, self._trt
+        engine = self._engine
+        trt = self._trt
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.tensors = {
-            name: Tensor(
+            name: EngineTensor(
                 np.dtype(_TYPES[engine.get_tensor_dtype(name).name]),
                 engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
                 engine.get_tensor_location(name) == trt.TensorLocation.HOST,
             )
             for name in names
         }
-        # TensorRT gives dimensions that are free as -1.
+        # TensorRT reports free dimensions as -1.
         outputs = [name for name, tensor in self.tensors.items() if not tensor.is_input]
         self.output_shapes = {name: tuple(engine.get_tensor_shape(name)) for name in outputs}
         if engine.num_optimization_profiles != len(self.plan.profiles):
-            raise EngineError(f"{path.name} has other profiles than its record says; run convert BUNDLE --build again")
+            raise EngineError(
+                f"{path.name} does not have the profiles of its record; "
+                "run convert BUNDLE --build again"
+            )
         for name in outputs:
-            if name.startswith("present.") and engine.get_aliased_input_tensor(name) != f"past.{name[8:]}":
+            if not name.startswith("present."):
+                continue
+            if engine.get_aliased_input_tensor(name) != f"past.{name[8:]}":
                 raise EngineError(
-                    f"{path.name} does not write {name} in place of the past; run convert BUNDLE --build again"
+                    f"{path.name} does not update {name} in place; run convert BUNDLE --build again"
                 )
-        needed = max(engine.get_device_memory_size_for_profile_v2(index) for index in range(len(self.plan.profiles)))
-        stream.cuda.require(needed, f"what the TensorRT engine {self.name} works in")
+        sizes = [
+            engine.get_device_memory_size_for_profile_v2(index)
+            for index in range(len(self.plan.profiles))
+        ]
+        needed = max(sizes)
+        stream.cuda.require(needed, f"scratch memory of the TensorRT engine {self.name}")
         self._scratch = stream.cuda.empty((max(needed, ALIGNMENT),), np.uint8, stream)
         self._unread = stream.cuda.empty((ALIGNMENT,), np.uint8, stream)
         self._contexts: dict[int, Context] = {}
 
     def dtype(self, name: str) -> np.dtype:
-        """The type of an input or output."""
+        """Return the type of an input or output."""
         return self.tensors[name].dtype
 
     def close(self) -> None:
@@ -214,28 +299,34 @@ class TensorRTEngine(DeviceEngine):
         self._engine = self._runtime = None
 
     def profile(self, shapes: Mapping[str, tuple[int, ...]]) -> Profile:
-        """The one for a call whose inputs have these shapes. EngineError where there is none."""
+        """Return the profile for a call whose inputs have these shapes.
+
+        Raises:
+            EngineError: If no profile admits them.
+        """
         return profile_for(self.plan.profiles, sizes_of(self.name, shapes))
 
     def context(self, profile: Profile) -> Context:
-        """The one that calls of a profile share."""
+        """Return the context that calls with a profile share."""
         index = self.plan.profiles.index(profile)
         if index not in self._contexts:
             self._contexts[index] = self.new_context(profile)
         return self._contexts[index]
 
     def new_context(self, profile: Profile) -> Context:
-        """One that nothing else changes, as a captured call needs it."""
-        # Calls follow each other in the stream, so that all contexts can work in the same memory.
+        """Return a context for one call only, as captured calls need."""
+        # Calls run one after the other in the stream, so contexts can share scratch memory.
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         made = self._engine.create_execution_context(strategy)
         if made is None:
-            raise EngineError(f"TensorRT makes no execution context for {self.name}: {self.log.reason()}")
+            raise EngineError(
+                f"TensorRT cannot create an execution context for {self.name}: {self.log.reason()}"
+            )
         made.set_device_memory(self._scratch.address, self._scratch.size)
         return Context(made, self, self.plan.profiles.index(profile))
 
     def unread(self, size: int) -> DeviceArray:
-        """Memory for outputs that nobody reads: that of all calls, which follow each other in the stream."""
+        """Return shared memory for outputs that are not read. Calls run one after the other."""
         if self._unread.size < size:
             self._unread = self.stream.cuda.empty((size,), np.uint8, self.stream)
         return self._unread
@@ -243,9 +334,10 @@ class TensorRTEngine(DeviceEngine):
     def _load(self, path: Path) -> tuple[Any, Any]:
         try:
             runtime = self._trt.Runtime(self.log)
-        except TypeError:  # its constructor gave nothing
+        except TypeError:  # the constructor returned nothing
             raise EngineError(
-                f"TensorRT {self._trt.__version__} cannot start: {self.log.reason()}; run freeexport doctor"
+                f"TensorRT {self._trt.__version__} cannot start: {self.log.reason()}; "
+                "run freeexport doctor"
             ) from None
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:

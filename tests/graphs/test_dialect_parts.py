@@ -14,7 +14,7 @@ from tensor_source import Source
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from graphs.description import RelativeBias
-from graphs.dialects.base import Call, buckets, by_distance, packing
+from graphs.dialects.base import CallInputs, buckets, by_distance, packing
 from graphs.graph import Graph
 from graphs.weights import WeightFile
 from runtime.kernels import missing
@@ -50,7 +50,7 @@ def test_rows_that_count_stand_side_by_side_and_find_their_places(own: bool, tmp
     with WeightFile(tmp_path / "weights.data") as weights:
         graph = Graph("g", Source({}), weights, FLOAT)
         x, lengths = graph.input("x", FLOAT, ["B", "k", 2]), graph.input("query_lengths", INT32, ["B"])
-        rows = packing(graph, Call(graph.op("Shape", [x], start=0, end=2), lengths), x, own=own)
+        rows = packing(graph, CallInputs(graph.op("Shape", [x], start=0, end=2), lengths), x, own=own)
         graph.output("packed", rows.counted, FLOAT, ["N", 2])
         graph.output("attended", rows.in_rows(graph, rows.counted), FLOAT, ["B", "k", 2])
         graph.output("rows", rows.rows, INT64, ["M"])

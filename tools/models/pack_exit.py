@@ -1,7 +1,7 @@
-"""Pack the exit of a trained checkpoint as one file, for `freeexport convert --exit`.
+"""Pack the exit of a trained checkpoint into one file, for `freeexport convert --exit`.
 
-python -m tools.models.pack_exit CHECKPOINT NAME --model SmolLM2-135M-Instruct --licence Apache-2.0 \
-        --data "..." --recipe "..." --results "..."
+    python -m tools.models.pack_exit CHECKPOINT NAME --model SmolLM2-135M-Instruct \\
+        --licence Apache-2.0 --data "..." --recipe "..." --results "..."
 """
 
 from __future__ import annotations
@@ -15,25 +15,38 @@ from freeexport.checkpoints.packed_exit import READY_MADE, SUFFIX, pack
 from tools.data.splits import run
 
 
-# fmt: off
 @click.command()
 @click.argument("checkpoint")
 @click.argument("name")
-@click.option("--model", required=True, help="The name by which people know the model that the exit is for.")
-@click.option("--licence", required=True, help="Of the exit: SPDX, as Apache-2.0.")
-@click.option("--data", required=True, help="What it was trained on, and under which licence.")
-@click.option("--recipe", required=True, help="The commands that made it, and how long they took.")
-@click.option("--results", required=True, help="What was measured, with the page that says more.")
-@click.option("--out", type=click.Path(path_type=Path), help="[default: NAME.safetensors in freeexport/exits]")
-def command(checkpoint: str, name: str, model: str, licence: str, data: str, recipe: str, results: str,
-            out: Path | None) -> None:
-    # fmt: on
+@click.option("--model", required=True, help="Common name of the model that the exit is for.")
+@click.option("--licence", required=True, help="SPDX licence of the exit, such as Apache-2.0.")
+@click.option("--data", required=True, help="Training data and its licence.")
+@click.option("--recipe", required=True, help="Training commands and their duration.")
+@click.option("--results", required=True, help="Measured results, and the page that explains them.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File to write.  [default: NAME.safetensors in freeexport/exits]",
+)
+def command(
+    checkpoint: str,
+    name: str,
+    model: str,
+    licence: str,
+    data: str,
+    recipe: str,
+    results: str,
+    out: Path | None,
+) -> None:
     """Pack the exit of CHECKPOINT, which `freeexport train` wrote, as NAME."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
-        raise click.UsageError(f"{name!r} is no name of an exit; use small letters, digits and hyphens")
+        raise click.UsageError(
+            f"{name!r} is not a valid name; use lowercase letters, digits and hyphens"
+        )
     out = out or READY_MADE / f"{name}{SUFFIX}"
     packed = pack(checkpoint, out, name, model, licence, data, recipe, results)
-    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, for {packed.model} (sha256 {packed.weights_sha256[:12]}...)")
+    size = f"{out.stat().st_size / 1e6:.2f} MB"
+    click.echo(f"{out}: {size}, for {packed.model} (sha256 {packed.weights_sha256[:12]}...)")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The decoders that ours is compared with: what each needs, the environment and the model that it runs in.
+"""Decoders to compare with: requirements, environments and models.
 
-Environments are made once with venv and pip in the user's cache, so that no peer is a dependency; models are converted
-there, each by its own library.
+Environments are created once with venv and pip in the user's cache, so that no peer is a
+dependency. Models are converted there, each by its own library.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from runtime.errors import OptionError
 from runtime.machine.machine import user_cache
 from tools.peers.worker import PeerError, Worker
 
-# Seconds: the slowest peer is compiled, on one core.
-INSTALL_LIMIT, CONVERT_LIMIT = 3600.0, 1800.0
-ENVIRONMENT_MARKER, MODEL_MARKER = "environment.json", "converted"
+# Time limits in seconds. The slowest peer is compiled on one core.
+INSTALL_LIMIT = 3600.0
+CONVERT_LIMIT = 1800.0
+ENVIRONMENT_MARKER = "environment.json"
+MODEL_MARKER = "converted"
 SCRIPT = Path(__file__).with_name("decoders.py")
 OURS = [sys.executable, "-m", "tools.peers.decoders", "ours"]
 
@@ -42,14 +44,23 @@ REQUIREMENTS = {
     "llama_cpp": ("llama-cpp-python>=0.3",),
     "openvino": ("openvino-genai>=2025.3", "optimum-intel[openvino]>=2", *_TRANSFORMERS),
 }
-# Without this, llama.cpp's library is compiled without the processor's newest instructions.
+# Lets llama.cpp be compiled with the processor's newest instructions.
 VARIABLES = {"llama_cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A `library` of decoders.py with `options` for its conversion and its loading. A peer that `converts` makes a
-    model of its own from the checkpoint first; `gguf`: it reads the GGUF file itself."""
+    """A decoder to compare with.
+
+    Attributes:
+        name: Name for --against.
+        library: Library in decoders.py.
+        precision: Precision shown in tables.
+        options: Options for conversion and loading.
+        converts: Converts the checkpoint to its own format first.
+        decoder_only: Supports decoder-only models only.
+        gguf: Reads GGUF files.
+    """
 
     name: str
     library: str
@@ -61,7 +72,9 @@ class Peer:
 
     @property
     def key(self) -> str:
-        """Name the environment by requirements, build variables, Python version and processor type."""
+        """Name of the environment: a hash of requirements, build variables, Python version and
+        machine.
+        """
         python = ".".join(platform.python_version_tuple()[:2])
         variables = sorted(VARIABLES.get(self.library, {}).items())
         parts = [sorted(REQUIREMENTS[self.library]), variables, python, platform.machine()]
@@ -70,9 +83,15 @@ class Peer:
 
 _ALL = (
     Peer("hf", "transformers", converts=False),
-    # The comparison fills in the layer of the bundle's exit.
-    Peer("hf-early-exit", "transformers", options={"early_exit": None}, converts=False, decoder_only=True),
-    # As many tokens as its documentation drafts.
+    # The comparison sets the bundle's exit layer.
+    Peer(
+        "hf-early-exit",
+        "transformers",
+        options={"early_exit": None},
+        converts=False,
+        decoder_only=True,
+    ),
+    # Draft length of its documentation.
     Peer("hf-lookup", "transformers", options={"lookup": 10}, converts=False),
     Peer("genai", "genai", options={"precision": "fp32"}, decoder_only=True),
     Peer("genai-int4", "genai", "int4", {"precision": "int4"}, decoder_only=True),
@@ -81,16 +100,24 @@ _ALL = (
     Peer("openvino-int8", "openvino", "int8", {"precision": "int8"}, decoder_only=True),
     Peer("openvino-int4", "openvino", "int4", {"precision": "int4"}, decoder_only=True),
     Peer("llama-cpp", "llama_cpp", "as the file", converts=False, decoder_only=True, gguf=True),
-    Peer("llama-cpp-q8", "llama_cpp", "8 bits", {"convert_to": "q8_0"}, decoder_only=True, gguf=True),
+    Peer(
+        "llama-cpp-q8",
+        "llama_cpp",
+        "8 bits",
+        {"convert_to": "q8_0"},
+        decoder_only=True,
+        gguf=True,
+    ),
     Peer("llama-cpp-f32", "llama_cpp", "fp32", {"convert_to": "f32"}, decoder_only=True, gguf=True),
 )
 PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
 
 
 def find_peer(name: str) -> Peer | None:
-    """Find the peer of that name; None where `name` is a path or hub name of a checkpoint.
+    """Return the peer of that name. None if `name` is a path or hub name of a checkpoint.
 
-    Raises OptionError for what is neither, with the names that there are.
+    Raises:
+        OptionError: If it is neither. The message lists the peers.
     """
     if name in PEERS:
         return PEERS[name]
@@ -98,48 +125,81 @@ def find_peer(name: str) -> Peer | None:
         return None
     near = difflib.get_close_matches(name, PEERS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise OptionError(f"--against {name}: {hint}known are {', '.join(PEERS)}, and the path of a checkpoint")
+    raise OptionError(
+        f"--against {name}: {hint}known are {', '.join(PEERS)}, and the path of a checkpoint"
+    )
 
 
 def peer_command(peer: Peer) -> list[str]:
-    """Command of the peer's process; its environment is built now unless it is in the cache: beside its place, and
-    renamed when complete. pip is the user's own, with its configuration.
+    """Return the command that runs a peer's process.
 
-    Raises PeerError with pip's last error; all of pip's output is kept in the cache under logs.
+    Builds the peer's environment first, unless it is in the cache. pip uses the user's
+    configuration. Its output is kept in the cache under logs.
+
+    Raises:
+        PeerError: With pip's last error.
     """
     place = user_cache("peers", "environments", peer.key)
     if not (place / ENVIRONMENT_MARKER).is_file():
         log = user_cache("peers", "logs", f"{peer.library}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         title = f"installing {peer.library}"
-        with progress(title), output_directory(place, ENVIRONMENT_MARKER, overwrite=True, sync=False) as partial:
+        with (
+            progress(title),
+            output_directory(place, ENVIRONMENT_MARKER, overwrite=True, sync=False) as partial,
+        ):
             _install(peer, partial, log)
-            content = {"requirements": REQUIREMENTS[peer.library], "python": platform.python_version()}
-            (partial / ENVIRONMENT_MARKER).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    # -E: a PYTHONPATH of this process would bring its packages into the peer's environment.
+            content = {
+                "requirements": REQUIREMENTS[peer.library],
+                "python": platform.python_version(),
+            }
+            text = json.dumps(content, indent=2) + "\n"
+            (partial / ENVIRONMENT_MARKER).write_text(text, encoding="utf-8")
+    # -E: PYTHONPATH would add this process's packages to the peer's environment.
     return [str(place / "bin" / "python"), "-E", str(SCRIPT), peer.library]
 
 
 def _install(peer: Peer, place: Path, log: Path) -> None:
-    install = [str(place / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    create = [sys.executable, "-m", "venv", str(place)]
+    install = [str(place / "bin" / "python"), "-m", "pip", "install"]
+    install += ["--disable-pip-version-check", "--no-input", *REQUIREMENTS[peer.library]]
     environment = {**os.environ, **VARIABLES.get(peer.library, {})}
     with log.open("w", encoding="utf-8") as file:
-        common: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        for command in ([sys.executable, "-m", "venv", str(place)], [*install, *REQUIREMENTS[peer.library]]):
+        common: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": file,
+            "stderr": subprocess.STDOUT,
+        }
+        for command in (create, install):
             try:
-                subprocess.run(command, env=environment, timeout=INSTALL_LIMIT, check=True, **common)
+                subprocess.run(
+                    command,
+                    env=environment,
+                    timeout=INSTALL_LIMIT,
+                    check=True,
+                    **common,
+                )
             except subprocess.TimeoutExpired:
-                raise PeerError(f"its environment was not built within {INSTALL_LIMIT:.0f} s; see {log}") from None
+                raise PeerError(
+                    f"its environment was not built within {INSTALL_LIMIT:.0f} s; see {log}"
+                ) from None
             except subprocess.CalledProcessError:
                 lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-                errors = [line for line in lines if line.startswith("ERROR:")] or [line for line in lines if line]
-                reason = (errors or ["no output"])[-1].removeprefix("ERROR: ")[:200]
+                errors = [line for line in lines if line.startswith("ERROR:")]
+                errors = errors or [line for line in lines if line] or ["no output"]
+                reason = errors[-1].removeprefix("ERROR: ")[:200]
                 raise PeerError(f"its environment cannot be built ({reason}); see {log}") from None
 
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint that a bundle came from. `model` is what the user calls it."""
+    """Checkpoint that a bundle was converted from.
+
+    Attributes:
+        model: Name or path as given by the user.
+        checkpoint: The opened checkpoint.
+        encoder_decoder: It is an encoder-decoder.
+    """
 
     model: str
     checkpoint: Checkpoint
@@ -147,39 +207,53 @@ class Source:
 
 
 def find_source(manifest: Manifest, model: str) -> Source:
-    """Open the checkpoint. Raises OptionError where the bundle was made from another one, and CheckpointError."""
+    """Open the checkpoint of a bundle.
+
+    Raises:
+        OptionError: If the bundle was converted from another one.
+        CheckpointError: If it cannot be opened.
+    """
     checkpoint = open_checkpoint(model)
     if checkpoint.sha256 != manifest.source_sha256:
         raise OptionError(
-            f"{model} is not the checkpoint that the bundle came from ({manifest.source}, sha256 "
-            f"{manifest.source_sha256[:12]}..., this one {checkpoint.sha256[:12]}...); give --model the one it was "
-            "converted from"
+            f"{model} (sha256 {checkpoint.sha256[:12]}...) is not the checkpoint that the bundle "
+            f"came from, {manifest.source} (sha256 {manifest.source_sha256[:12]}...); "
+            "give --model the one it was converted from"
         )
     return Source(model, checkpoint, manifest.encoder_decoder)
 
 
 def peer_model(peer: Peer, source: Source, command: list[str]) -> Path:
-    """Path that the peer loads; converted now by its own library, unless it is in the cache.
+    """Return the path that a peer loads.
 
-    Raises PeerError where the peer cannot run such a model.
+    Converts the checkpoint with the peer's library first, unless the result is in the cache.
+
+    Raises:
+        PeerError: If the peer does not support the model.
     """
     if peer.decoder_only and source.encoder_decoder:
-        raise PeerError("it runs decoder-only models, this is an encoder-decoder")
-    base, checkpoint = source.checkpoint.path, source.checkpoint
+        raise PeerError("it supports decoder-only models, and this is an encoder-decoder")
+    base = source.checkpoint.path
+    checkpoint = source.checkpoint
     if peer.gguf:
         if base.suffix != ".gguf":
             raise PeerError("it reads GGUF files, and this checkpoint is not one")
     elif checkpoint.adapter is not None or not any(base.glob("*.safetensors")):
         base = _converted(OURS, source.model, "checkpoint", checkpoint, {})
-    return (
-        _converted(command, str(base), f"{peer.name}-{peer.key}", checkpoint, peer.options) if peer.converts else base
-    )
+    if not peer.converts:
+        return base
+    return _converted(command, str(base), f"{peer.name}-{peer.key}", checkpoint, peer.options)
 
 
-def _converted(command: list[str], base: str, name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> Path:
+def _converted(
+    command: list[str], base: str, name: str, checkpoint: Checkpoint, options: dict[str, Any]
+) -> Path:
     place = user_cache("peers", "models", checkpoint.sha256[:16], name)
     if not (place / MODEL_MARKER).is_file():
-        with progress(f"converting to {name}"), output_directory(place, MODEL_MARKER, overwrite=True) as partial:
+        with (
+            progress(f"converting to {name}"),
+            output_directory(place, MODEL_MARKER, overwrite=True) as partial,
+        ):
             worker = Worker(command, {})
             try:
                 request = {"op": "convert", "source": base, "out": str(partial), "options": options}

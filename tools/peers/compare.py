@@ -1,13 +1,15 @@
-"""Compare the speed of a bundle with that of other decoders of the same checkpoint, interleaved in one run.
+"""Compare the speed of a bundle with other decoders of the same checkpoint, interleaved in one run.
 
     python -m tools.peers.compare BUNDLE --against hf --against genai --model path/to/checkpoint
-    python -m tools.peers.compare fp32 int8 int4 --against genai --against genai-int4 --save run.json
+    python -m tools.peers.compare fp32 int8 --against genai --against genai-int4 --save run.json
 
-Each decoder loads in a process of its own, because thread pools of two libraries slow each other down within one; peers
-have environments of their own, which are built in the user's cache. All decode the same prompts greedily to the same
-number of tokens, on the same processors. --against names peers (tools/peers/catalog.py) or the checkpoint, which
-transformers then runs in this environment: tokens are compared with its, or those of `hf`. Run from the root on an
-idle machine.
+Each decoder runs in its own process, because thread pools of two libraries slow each other down
+within one. Peers have their own environments in the user's cache. All decoders decode the same
+prompts greedily to the same number of tokens, on the same processors.
+
+--against names peers (tools/peers/catalog.py), or the checkpoint, which transformers then runs in
+this environment. Tokens are compared with those of the checkpoint, or of `hf`. Run from the
+project's root on an idle machine.
 """
 
 from __future__ import annotations
@@ -46,19 +48,36 @@ from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
-from tools.peers.catalog import OURS, PEERS, Source, find_peer, find_source, peer_command, peer_model
+from tools.peers.catalog import (
+    OURS,
+    PEERS,
+    Source,
+    find_peer,
+    find_source,
+    peer_command,
+    peer_model,
+)
 from tools.peers.worker import PeerError, Worker
 
-# Seconds for one answer: a large model takes minutes to load.
+# Time limit for one answer, in seconds. A large model takes minutes to load.
 LIMIT = 600.0
-# Seconds between decoders: threads of some libraries spin on after their work.
+# Pause between decoders, in seconds. Threads of some libraries keep spinning after their work.
 SETTLE = 0.3
 TRUTH = "transformers"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A decoder by its `command`, and what to load; `setting` where it is ours: then its failure is an error."""
+    """A decoder in the comparison.
+
+    Attributes:
+        name: Name in the table.
+        precision: Precision shown in the table.
+        command: Command of its process.
+        model: Path that it loads.
+        options: Options for loading.
+        setting: Setting of a bundle. None for peers, whose failures are reported in the table.
+    """
 
     name: str
     precision: str
@@ -68,19 +87,24 @@ class Contender:
     setting: BenchSetting | None = None
 
     def load(self, threads: int) -> tuple[Worker, dict[str, str]]:
-        """Start the process and load the model: the process, and versions of its libraries. Raises PeerError."""
+        """Start the process and load the model. Returns the process and the versions of its
+        libraries.
+
+        Raises:
+            PeerError: If it fails.
+        """
         usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         variables = {
-            # The packages may stand in a source tree that only this process's path knows.
+            # The packages may be in a source tree that is only on this process's path.
             "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
-            # Libraries that see a GPU would use it.
+            # Hide GPUs, which libraries would use.
             "CUDA_VISIBLE_DEVICES": "",
         }
         worker = Worker(self.command, variables)
-        # All are held to the same processors, where there are as many.
+        # All use the same processors, if there are enough.
         request = {"op": "load", "model": self.model, "threads": threads, "options": self.options}
         request["cpus"] = usable[:threads] if threads <= len(usable) else []
         try:
@@ -92,18 +116,28 @@ class Contender:
 
 def decode(worker: Worker, prompt: Sequence[int], count: int) -> Run:
     answer = worker.ask({"op": "generate", "prompt": list(prompt), "tokens": count}, LIMIT)
-    known = {name: answer[name] for name in ("exit_rate", "acceptance", "overhead", "predicted") if name in answer}
+    optional = ("exit_rate", "acceptance", "overhead", "predicted")
     sizes = {int(rows): passes for rows, passes in answer.get("sync_sizes", {}).items()}
-    tokens, times = tuple(answer["tokens"]), tuple(answer["times"])
-    return Run(tokens, times, answer["seconds"], sync_sizes=sizes, peak_bytes=answer["peak_bytes"], **known)
+    return Run(
+        tuple(answer["tokens"]),
+        tuple(answer["times"]),
+        answer["seconds"],
+        sync_sizes=sizes,
+        peak_bytes=answer["peak_bytes"],
+        **{name: answer[name] for name in optional if name in answer},
+    )
 
 
 def contenders_of(
     against: Sequence[str], source: Source | None, bundles: Sequence[Bundle], options: BenchOptions
 ) -> tuple[list[Contender], dict[str, str]]:
-    """List the others in the order given, then each bundle's settings; and why others cannot run.
+    """Return the contenders, and why others cannot run.
 
-    Builds environments and models of peers, where they are not in the cache.
+    Peers come first, in the order given, then each bundle's settings. Builds missing environments
+    and models of peers.
+
+    Raises:
+        OptionError: If a peer needs the checkpoint, and it is not given.
     """
     found: list[Contender] = []
     failed: dict[str, str] = {}
@@ -114,8 +148,8 @@ def contenders_of(
             continue
         if source is None:
             raise OptionError(
-                f"--against {name} needs the checkpoint that the bundle came from ({bundles[0].manifest.source}); "
-                "give it with --model"
+                f"--against {name} needs the checkpoint that the bundle came from "
+                f"({bundles[0].manifest.source}); give it with --model"
             )
         given = {**peer.options, "encoder_decoder": source.encoder_decoder}
         if "early_exit" in given:
@@ -128,15 +162,31 @@ def contenders_of(
             failed[name] = str(error)
     for one in settings_of(options, bundles):
         bundle = bundles[one.bundle]
-        found.append(Contender(one.name, bundle.manifest.precision, OURS, str(bundle.path), asdict(one), one))
+        contender = Contender(
+            one.name,
+            bundle.manifest.precision,
+            command=OURS,
+            model=str(bundle.path),
+            options=asdict(one),
+            setting=one,
+        )
+        found.append(contender)
     return found, failed
 
 
 def measure(
-    contenders: Sequence[Contender], prompts: Sequence[Sequence[int]], options: BenchOptions, settle: float = SETTLE
+    contenders: Sequence[Contender],
+    prompts: Sequence[Sequence[int]],
+    options: BenchOptions,
+    settle: float = SETTLE,
 ) -> tuple[dict[str, list[list[Run]]], dict[str, dict[str, str]], dict[str, str]]:
-    """Let every contender decode every prompt in each round, after one to warm up: runs by name, the versions that
-    served them, and why others have none. Raises FreeExportError where one of ours fails."""
+    """Let every contender decode every prompt in each round, after one round to warm up.
+
+    Returns runs by name, library versions by name, and why others have none.
+
+    Raises:
+        FreeExportError: If one of our own decoders fails.
+    """
     running: dict[str, Worker] = {}
     versions: dict[str, dict[str, str]] = {}
     failed: dict[str, str] = {}
@@ -165,11 +215,12 @@ def measure(
                 fail(one, error)
         turns = list(interleave(contenders, [prompts], options.rounds, run))
     names = {number: one.name for number, one in enumerate(contenders) if one.name not in failed}
-    return {name: [turn.runs[number] for turn in turns] for number, name in names.items()}, versions, failed
+    runs = {name: [turn.runs[number] for turn in turns] for number, name in names.items()}
+    return runs, versions, failed
 
 
 def compare(options: BenchOptions, against: Sequence[str], model: str | None) -> dict[str, Any]:
-    """Measure, and return what JSON keeps, as `freeexport bench` does."""
+    """Run the comparison. Returns the content for JSON, in the format of `freeexport bench`."""
     bundles = [Bundle.open(path) for path in options.bundles]
     named = model or next((name for name in against if find_peer(name) is None), None)
     source = None if named is None else find_source(bundles[0].manifest, named)
@@ -178,7 +229,7 @@ def compare(options: BenchOptions, against: Sequence[str], model: str | None) ->
     bandwidth = bandwidth_of(options.count)
     with other_load() as load:
         runs, versions, failed = measure(contenders, prompts, options)
-    # Tokens of transformers in fp32, which others are compared with.
+    # Reference tokens: those of transformers in fp32.
     truth = next((name for name in (TRUTH, "hf") if name in runs), None)
     tokens = None if truth is None else [run.tokens for run in runs[truth][0]]
     rows = rows_of(runs, {one.name: one.precision for one in contenders}, tokens, versions)
@@ -186,7 +237,8 @@ def compare(options: BenchOptions, against: Sequence[str], model: str | None) ->
     for row in rows:
         setting = by_name[row["name"]]
         if setting is not None:
-            add_roofline(row, bundles[setting.bundle], setting.mode, prompts, options.tokens, bandwidth)
+            bundle = bundles[setting.bundle]
+            add_roofline(row, bundle, setting.mode, prompts, options.tokens, bandwidth)
     facts = facts_of(bundles[0], options, len(prompts), truth, load.cores)
     real = [one.name for one in contenders if one.setting is None or one.setting.real]
     return report(rows, facts, bandwidth, real, {**missing, **failed})
@@ -194,9 +246,18 @@ def compare(options: BenchOptions, against: Sequence[str], model: str | None) ->
 
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--against", multiple=True, metavar="PEER|MODEL", help=f"{', '.join(PEERS)}, or the checkpoint.")
-@click.option("--model", help="The checkpoint that the bundle came from, for peers.")
-@click.option("--data", type=click.Path(path_type=Path), help="JSON lines with prompts.  [default: four sample texts]")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="PEER|MODEL",
+    help=f"{', '.join(PEERS)}, or the checkpoint.",
+)
+@click.option("--model", help="Checkpoint of the bundle, for peers.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="JSON lines with prompts.  [default: four sample texts]",
+)
 @click.option("--samples", type=click.IntRange(1), default=BenchOptions.samples)
 @click.option("--tokens", type=click.IntRange(2), default=BenchOptions.tokens)
 @click.option("--mode", "modes", type=click.Choice(MODES), multiple=True)
@@ -205,7 +266,7 @@ def compare(options: BenchOptions, against: Sequence[str], model: str | None) ->
 @click.option("--replay", multiple=True)
 @click.option("--rounds", type=click.IntRange(1), default=BenchOptions.rounds)
 @click.option("--threads", type=click.IntRange(1))
-@click.option("--save", type=click.Path(path_type=Path), help="Also write the figures as JSON.")
+@click.option("--save", type=click.Path(path_type=Path), help="File for the figures, as JSON.")
 def main(against: tuple[str, ...], model: str | None, save: Path | None, **given: Any) -> None:
     if len(set(against)) < len(against):
         raise OptionError(f"--against names {max(against, key=against.count)} twice; name it once")

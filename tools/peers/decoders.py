@@ -1,13 +1,15 @@
-"""A decoder's end of a comparison: one library behind a protocol of JSON lines on stdin and stdout.
+"""A decoder's side of a comparison: one library behind a protocol of JSON lines on stdin and
+stdout.
 
-    python decoders.py genai        in the environment of that library, which has nothing of this project
+    python decoders.py genai        in that library's environment, which has none of this project
 
-    {"op": "convert", "source": path, "out": path, "options": {}}              -> {}
-    {"op": "load", "model": path, "threads": n, "cpus": [], "options": {}}     -> {"versions": {}}
-    {"op": "generate", "prompt": [ids], "tokens": n}                           -> {"tokens": [ids], "times": [seconds],
-                                                                                   "seconds": s, "peak_bytes": n, ...}
+    {"op": "convert", "source": path, "out": path, "options": {}}           -> {}
+    {"op": "load", "model": path, "threads": n, "cpus": [], "options": {}}  -> {"versions": {}}
+    {"op": "generate", "prompt": [ids], "tokens": n}
+        -> {"tokens": [ids], "times": [seconds], "seconds": s, "peak_bytes": n, ...}
 
-`times` are those at which each token was known, from the request on. What fails answers {"error": text}.
+`times` are the seconds from the start of the request until each token is known. Failed requests
+return {"error": text}.
 """
 
 from __future__ import annotations
@@ -25,34 +27,38 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# Notes the time of a token, or of several that became known at once.
+# Records the time of a token, or of several that became known together.
 Emit = Callable[..., None]
-# (prompt, how many tokens, emit): exactly that many tokens, an end of sequence among them or not; with an option
-# `schema`, JSON of which the output must be, up to its end. May return facts: `ended` where there are fewer.
+# Arguments: prompt, number of tokens, emit. Generates exactly that many tokens, even after an end
+# of sequence. With the option `schema`, generates JSON until its end. May return facts, such as
+# `ended` if there are fewer tokens.
 Generate = Callable[[list[int], int, Emit], Any]
-# What generates, and installed versions.
+# Function that generates, and installed versions.
 Loaded = tuple[Generate, dict[str, str]]
-# (path of the model, threads, options).
+# Arguments: path of the model, threads, options.
 Load = Callable[[str, int, dict[str, Any]], Loaded]
-# (source checkpoint, where to write, options).
+# Arguments: source checkpoint, output path, options.
 Convert = Callable[[str, str, dict[str, Any]], None]
 
 
 def serve(load: Load, convert: Convert | None = None) -> None:
     """Answer requests until stdin ends."""
-    # Libraries print on stdout: that becomes stderr, and the answers go where it was.
+    # Libraries print to stdout, so redirect it to stderr and keep the original for answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     generate: Generate | None = None
     for line in sys.stdin:
         try:
-            request, answer = json.loads(line), dict[str, Any]()
+            request = json.loads(line)
+            answer = dict[str, Any]()
             if request["op"] == "convert" and convert is not None:
                 convert(request["source"], request["out"], request["options"])
             elif request["op"] == "load":
                 if request["cpus"] and hasattr(os, "sched_setaffinity"):
                     os.sched_setaffinity(0, request["cpus"])
-                generate, answer["versions"] = load(request["model"], request["threads"], request["options"])
+                generate, answer["versions"] = load(
+                    request["model"], request["threads"], request["options"]
+                )
             elif request["op"] == "generate" and generate is not None:
                 answer = _generate(generate, request["prompt"], request["tokens"])
             else:
@@ -74,17 +80,38 @@ def _generate(generate: Generate, prompt: list[int], count: int) -> dict[str, An
     facts = generate(prompt, count, emit)
     seconds = time.perf_counter() - began
     if len(tokens) != count and not (facts or {}).get("ended"):
-        raise RuntimeError(f"it gave {len(tokens)} tokens, {count} were asked for")
-    return {"tokens": tokens, "times": times, "seconds": seconds, "peak_bytes": _peak_bytes(), **(facts or {})}
+        raise RuntimeError(f"it generated {len(tokens)} tokens instead of {count}")
+    return {
+        "tokens": tokens,
+        "times": times,
+        "seconds": seconds,
+        "peak_bytes": _peak_bytes(),
+        **(facts or {}),
+    }
 
 
 def _peak_bytes() -> int:
-    """The most resident memory of this process. getrusage's figure begins with that of the parent process."""
+    """Return this process's peak resident memory. getrusage starts from the parent's peak."""
     try:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _run(command: list[str], name: str) -> None:
+    """Run a command. Raises RuntimeError with its last line of output."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        lines = done.stdout.strip().splitlines() or [""]
+        raise RuntimeError(f"{name} failed: {lines[-1]}")
 
 
 def _versions(*distributions: str) -> dict[str, str]:
@@ -92,14 +119,17 @@ def _versions(*distributions: str) -> dict[str, str]:
     for name in distributions:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # onnxruntime goes by other names too
+        except PackageNotFoundError:  # onnxruntime has several package names
             continue
     return found
 
 
 def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
-    """Load a bundle for the fields of a BenchSetting, or for beam search with so many `beams`, or a checkpoint for
-    `{"checkpoint": True}`."""
+    """Load a bundle or a checkpoint.
+
+    `options` are the fields of a BenchSetting, `beams` for a beam search with this width, or
+    `{"checkpoint": True}`.
+    """
     if options.get("checkpoint"):
         import torch
 
@@ -112,10 +142,18 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     if "beams" in options:
         from runtime import Session
 
-        searching, given = Session(path, threads=threads, slots=1), {"mode": "full", "num_beams": options["beams"]}
+        beam_session = Session(path, threads=threads, slots=1)
+        beams = options["beams"]
 
         def search(prompt: list[int], count: int, emit: Emit) -> None:
-            emit(*searching.generate(prompt, max_new_tokens=count, ignore_eos=True, **given).token_ids)
+            result = beam_session.generate(
+                prompt,
+                max_new_tokens=count,
+                ignore_eos=True,
+                mode="full",
+                num_beams=beams,
+            )
+            emit(*result.token_ids)
 
         return search, _versions("onnxruntime", "numpy")
     from freeexport.measure.bench import BenchSetting, decode, full_tokens, open_session
@@ -126,16 +164,18 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
 
     def generate(prompt: list[int], count: int, emit: Emit) -> dict[str, Any]:
         key = tuple(prompt)
-        if setting.right is not None and len(whole.get(key, ())) < count:  # the warm-up round pays for it
+        # Computed in the warm-up round.
+        if setting.right is not None and len(whole.get(key, ())) < count:
             whole[key] = full_tokens(session, [prompt], count)[0]
         run = decode(session, setting, prompt, count, whole.get(key), emit)
-        return {name: getattr(run, name) for name in ("exit_rate", "acceptance", "sync_sizes", "overhead", "predicted")}
+        names = ("exit_rate", "acceptance", "sync_sizes", "overhead", "predicted")
+        return {name: getattr(run, name) for name in names}
 
     return generate, _versions("onnxruntime", "numpy")
 
 
 def convert_ours(source: str, out: str, options: dict[str, Any]) -> None:
-    """Write a checkpoint of any kind as a plain Hugging Face directory, without an exit's own parameters."""
+    """Write a checkpoint of any format as a plain Hugging Face directory, without its exit."""
     from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.checkpoints.tokenizer_files import write_tokenizer
     from freeexport.checkpoints.transformers_model import reference_model
@@ -145,8 +185,9 @@ def convert_ours(source: str, out: str, options: dict[str, Any]) -> None:
     write_tokenizer(checkpoint, Path(out))
     file = Path(out) / "tokenizer_config.json"
     if file.is_file():
-        # tokenizer.json says all there is: no class of the model type's own is to change it.
-        content = {**json.loads(file.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+        # tokenizer.json is complete, and the model type's own class would change it.
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
         file.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
@@ -162,14 +203,19 @@ def load_transformers(path: str, threads: int, options: dict[str, Any]) -> Loade
 
 
 def transformers_generate(model: Any, options: dict[str, Any]) -> Generate:
-    """`options`: `early_exit`, the layer to draft after; `lookup`, the tokens of a draft from the prompt."""
+    """Return a function that generates with a model.
+
+    `options` may have `early_exit`, the layer that drafts, or `lookup`, the length of drafts from
+    the prompt.
+    """
     import torch
 
     class Streamer:
-        """Receives tokens from `generate`; the first are those of the prompt."""
+        """Receives tokens from `generate`, the prompt's first."""
 
         def __init__(self, emit: Emit) -> None:
-            self.emit, self.prompt = emit, True
+            self.emit = emit
+            self.prompt = True
 
         def put(self, value: torch.Tensor) -> None:
             if not self.prompt:
@@ -179,11 +225,14 @@ def transformers_generate(model: Any, options: dict[str, Any]) -> Generate:
         def end(self) -> None:
             pass
 
-    config, settings = model.config, model.generation_config
-    # Decoding goes on after an end of sequence, so that all write equally many tokens.
-    settings.eos_token_id, settings.pad_token_id = None, 0
+    config = model.config
+    settings = model.generation_config
+    # Continue after an end of sequence, so that all decoders generate equally many tokens.
+    settings.eos_token_id = None
+    settings.pad_token_id = 0
     # transformers' cache fails for T5 with a decoder deeper than the encoder.
-    deeper = config.is_encoder_decoder and getattr(config, "num_decoder_layers", 0) > getattr(config, "num_layers", 0)
+    decoder_layers = getattr(config, "num_decoder_layers", 0)
+    deeper = config.is_encoder_decoder and decoder_layers > getattr(config, "num_layers", 0)
     given: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": not deeper}
     if options.get("early_exit"):
         given["assistant_early_exit"] = options["early_exit"]
@@ -193,30 +242,34 @@ def transformers_generate(model: Any, options: dict[str, Any]) -> Generate:
     def generate(prompt: list[int], count: int, emit: Emit) -> None:
         ids = torch.tensor([prompt])
         mask = torch.ones_like(ids)
-        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, streamer=Streamer(emit), **given)
+        model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=count,
+            streamer=Streamer(emit),
+            **given,
+        )
 
     return generate
 
 
 def convert_genai(source: str, out: str, options: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", out]
-        command += ["-p", options["precision"], "-e", "cpu", "-c", cache]
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-    if done.returncode:
-        raise RuntimeError(f"its model builder failed: {(done.stdout.strip().splitlines() or [''])[-1]}")
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source]
+        command += ["-o", out, "-p", options["precision"], "-e", "cpu", "-c", cache]
+        _run(command, "its model builder")
 
 
 def load_genai(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     import onnxruntime_genai as og
 
-    vocabulary = json.loads((Path(path) / "genai_config.json").read_text(encoding="utf-8"))["model"]["vocab_size"]
+    content = json.loads((Path(path) / "genai_config.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab_size"]
     config = og.Config(path)
     session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
     schema = options.get("schema")
-    # Only the length ends a sequence. The id must be a token's: one that models hardly ever write.
+    # Only the length ends a sequence. The id must be in the vocabulary: use one that models hardly
+    # ever generate.
     end = {} if schema else {"eos_token_id": vocabulary - 1}
     config.overlay(json.dumps({"model": {**end, "decoder": {"session_options": session}}}))
     model = og.Model(config)
@@ -248,34 +301,45 @@ def convert_ctranslate2(source: str, out: str, options: dict[str, Any]) -> None:
 def load_ctranslate2(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     import ctranslate2
 
-    shared, own = (Path(path) / name for name in ("shared_vocabulary.json", "vocabulary.json"))
-    vocabulary = json.loads((shared if shared.exists() else own).read_text(encoding="utf-8"))
+    file = Path(path) / "shared_vocabulary.json"
+    if not file.exists():
+        file = Path(path) / "vocabulary.json"
+    vocabulary = json.loads(file.read_text(encoding="utf-8"))
     seq2seq = options["encoder_decoder"]
     kind = ctranslate2.Translator if seq2seq else ctranslate2.Generator
-    given = {"device": "cpu", "compute_type": options["compute_type"], "inter_threads": 1, "intra_threads": threads}
+    given = {
+        "device": "cpu",
+        "compute_type": options["compute_type"],
+        "inter_threads": 1,
+        "intra_threads": threads,
+    }
     engine = kind(path, **given)
-    # Only the length ends a sequence: no token has this id.
+    # Only the length ends a sequence, because no token has this id.
     common = {"beam_size": options.get("beams", 1), "end_token": [len(vocabulary)]}
     ids = {token: number for number, token in enumerate(vocabulary)}
 
     def generate(prompt: list[int], count: int, emit: Emit) -> None:
         texts = [[vocabulary[token] for token in prompt]]
 
-        def noted(step: Any) -> bool:
+        def record(step: Any) -> bool:
             emit(step.token_id)
             return False
 
         if seq2seq:
-            lengths = {"max_decoding_length": count, "min_decoding_length": 0, "max_input_length": 0}
-            if common["beam_size"] > 1:  # which has no callback
+            lengths = {
+                "max_decoding_length": count,
+                "min_decoding_length": 0,
+                "max_input_length": 0,
+            }
+            if common["beam_size"] > 1:  # beam search has no callback
                 (found,) = engine.translate_batch(texts, **lengths, **common)
                 emit(*(ids[token] for token in found.hypotheses[0]))
             else:
-                engine.translate_batch(texts, **lengths, **common, callback=noted)
+                engine.translate_batch(texts, **lengths, **common, callback=record)
         else:
-            # The prompt in one call, as in every other decoder.
+            # Read the prompt in one call, like all other decoders.
             lengths = {"max_length": count, "min_length": 0, "include_prompt_in_result": False}
-            engine.generate_batch(texts, **lengths, **common, callback=noted)
+            engine.generate_batch(texts, **lengths, **common, callback=record)
 
     return generate, _versions("ctranslate2")
 
@@ -287,7 +351,8 @@ def convert_llama_cpp(source: str, out: str, options: dict[str, Any]) -> None:
 
     params = llama_cpp.llama_model_quantize_default_params()
     formats = {"f32": llama_cpp.LLAMA_FTYPE_ALL_F32, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
-    params.ftype, params.allow_requantize = formats[options["convert_to"]], True
+    params.ftype = formats[options["convert_to"]]
+    params.allow_requantize = True
     target = str(Path(out) / "model.gguf").encode()
     if llama_cpp.llama_model_quantize(source.encode(), target, ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp cannot write {source} as {options['convert_to']}")
@@ -298,13 +363,21 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
 
     file = Path(path) / "model.gguf" if Path(path).is_dir() else Path(path)
     context = options.get("context", 2048)
-    model = llama_cpp.Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
-
-    grammar = llama_cpp.LlamaGrammar.from_json_schema(options["schema"]) if options.get("schema") else None
+    model = llama_cpp.Llama(
+        str(file),
+        n_ctx=context,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
+    grammar = None
+    if options.get("schema"):
+        grammar = llama_cpp.LlamaGrammar.from_json_schema(options["schema"])
 
     def generate(prompt: list[int], count: int, emit: Emit) -> Any:
-        model.reset()  # or a prompt that begins like the last one is not read again
-        for token in islice(model.generate(prompt, temp=0.0, repeat_penalty=1.0, grammar=grammar), count):
+        model.reset()  # otherwise a prefix of the last prompt is not read again
+        tokens = model.generate(prompt, temp=0.0, repeat_penalty=1.0, grammar=grammar)
+        for token in islice(tokens, count):
             emit(token)
             if grammar is not None and token == model.token_eos():
                 return {"ended": True}
@@ -314,14 +387,14 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
 
 
 def convert_openvino(source: str, out: str, options: dict[str, Any]) -> None:
-    # As a module: the environment was moved after pip wrote the path of its Python into optimum-cli.
-    export = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", source]
-    # Groups that divide the sizes of small models, too; by default such layers would stay in 8 bits.
-    given = ["--group-size", "64"] if options["precision"] == "int4" else []
-    export += ["--task", "text-generation-with-past", "--weight-format", options["precision"], *given, out]
-    done = subprocess.run(export, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"optimum-cli failed: {(done.stdout.strip().splitlines() or [''])[-1]}")
+    # Run as a module, because the script optimum-cli has the path before the environment was moved.
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino"]
+    command += ["--model", source, "--task", "text-generation-with-past"]
+    command += ["--weight-format", options["precision"]]
+    if options["precision"] == "int4":
+        # Groups that also divide the layers of small models, which otherwise stay in 8 bits.
+        command += ["--group-size", "64"]
+    _run([*command, out], "optimum-cli")
 
 
 def load_openvino(path: str, threads: int, options: dict[str, Any]) -> Loaded:
@@ -329,7 +402,8 @@ def load_openvino(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     import openvino
     import openvino_genai
 
-    # The defaults of its documentation but for the threads: latency, a cache in 8 bits, activations quantized.
+    # Defaults of its documentation, except for threads: optimized for latency, 8-bit cache,
+    # quantized activations.
     pipeline = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
 
     class Streamer(openvino_genai.StreamerBase):  # type: ignore[misc]
@@ -345,7 +419,11 @@ def load_openvino(path: str, threads: int, options: dict[str, Any]) -> Loaded:
             pass
 
     def generate(prompt: list[int], count: int, emit: Emit) -> None:
-        config = openvino_genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)
+        config = openvino_genai.GenerationConfig(
+            max_new_tokens=count,
+            ignore_eos=True,
+            do_sample=False,
+        )
         pipeline.generate(openvino.Tensor(np.array([prompt], np.int64)), config, Streamer(emit))
 
     return generate, _versions("openvino", "openvino-genai", "optimum-intel")

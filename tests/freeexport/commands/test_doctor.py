@@ -139,7 +139,7 @@ def test_cuda_that_does_not_fit_comes_with_what_to_do(
     [
         (None, True, ""),
         ("10.16.1.11", True, ""),
-        ("10.9.0", True, "TensorRT 10.9.0 has no KV-cache updates"),
+        ("10.9.0", True, "TensorRT 10.9.0 does not support KV-cache updates"),
         ("11.4.0", False, "cannot be imported"),
     ],
 )

@@ -274,7 +274,7 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--capacity", "0"), "capacity 0 is out of range; choose 1 to 512"),
         (("--capacity", "513"), "capacity 513 is out of range; choose 1 to 512"),
         (("--encoder-capacity", "0"), "encoder capacity 0 is out of range"),
-        (("--head", "int4"), "precision fp32 rounds nothing; --head int4 goes with int8, int4, mixed"),
+        (("--head", "int4"), "--head int4 has no effect; choose --precision int8 or int4 or mixed"),
         (("--precision", "int8", "--dialect", "standard"), "choose --dialect ort"),
         (("--target", "cuda", "--precision", "mixed"), "target cuda has no precision mixed"),
         (("--calibration", "nowhere"), "--calibration nowhere: there is no such file; name another"),

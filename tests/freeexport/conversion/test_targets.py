@@ -80,7 +80,7 @@ def test_an_exported_encoder_is_for_the_cpu(checkpoint: Checkpoint) -> None:
     source = open_checkpoint(str(checkpoint(T5)))
     foreign = dataclasses.replace(describe(source.config, source), encoder=ForeignEncoder())
     options = EngineOptions(1, 64, precision="fp16", dialect="standard", target="cuda")
-    with pytest.raises(GraphError, match=r"target cuda is not for t5.*choose --target cpu"):
+    with pytest.raises(GraphError, match=r"target cuda does not support t5.*choose --target cpu"):
         options.check(foreign)
 
 
@@ -129,7 +129,7 @@ def test_targets_and_a_fixed_cache_change_no_token(name: str, bundle: Bundles) -
     assert said(bundle(BY_NAME[name], target="cuda", precision="fp32")) == expected
     assert 0 < sum(sum(exited) for _, exited in expected) < sum(len(ids) for ids, _ in expected)
     if name == "gemma2":  # TensorRT parses no Attention with a softcap
-        with pytest.raises(GraphError, match="tensorrt has no attention with attn_logit_softcapping"):
+        with pytest.raises(GraphError, match="tensorrt does not support attn_logit_softcapping"):
             bundle(BY_NAME[name], target="tensorrt")
     else:
         assert said(bundle(BY_NAME[name], target="tensorrt")) == said(bundle(BY_NAME[name], target="cuda"))

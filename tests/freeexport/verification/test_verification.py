@@ -213,7 +213,7 @@ def test_without_a_checkpoint_the_command_changes_nothing_and_checks_every_byte(
     (path / "weights.data").write_bytes(content)
     result = invoke("verify", path)
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: weights.data is not the file that was written")
+    assert result.stderr.startswith("error: weights.data differs from the original file")
 
 
 def test_where_memory_is_short_the_bundle_is_not_verified_and_a_warning_says_so(

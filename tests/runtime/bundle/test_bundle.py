@@ -104,7 +104,7 @@ def test_a_path_that_leaves_the_bundle_is_refused_even_where_the_file_fits(name:
     (path / "sub").mkdir()
     outside = {"size": 1, "sha256": sha256_of(path.parent / "outside")}
     rewrite_manifest(path, files={**files_of(path), name: outside})
-    assert f"{name!r}, which leaves the bundle" in refusal(path)
+    assert f"{name!r}, which is outside of the bundle" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_what_cannot_be_loaded_is_named(copied: Bundles) -> None:
         Session(path)
     assert "\n" not in str(refused.value)
     (path / "deep.onnx").write_bytes(b"\xff" * len(content))
-    assert "deep.onnx cannot be read (it is no ONNX graph" in refusal(path)
+    assert "deep.onnx cannot be read (it is not an ONNX graph" in refusal(path)
     (path / "deep.onnx").write_bytes(content)
     (path / "tokenizer.json").write_text("{}".ljust((path / "tokenizer.json").stat().st_size))
     with pytest.raises(BundleError, match=r"tokenizer\.json"):

@@ -64,7 +64,7 @@ def test_the_graphs_of_a_bundle_name_its_weights(case: object, bundle: Bundles) 
 @pytest.mark.parametrize("content", [b"\xff" * 100, b"\x3a\x7f", b"\x3a", b"\x0b\x0c", b"\xff" * 9 + b"\x7f"])
 def test_what_is_no_graph_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "deep.onnx").write_bytes(content)
-    with pytest.raises(BundleError, match=r"deep\.onnx cannot be read \(it is no ONNX graph"):
+    with pytest.raises(BundleError, match=r"deep\.onnx cannot be read \(it is not an ONNX graph"):
         external_data(tmp_path / "deep.onnx")
 
 

@@ -42,7 +42,7 @@ def refusal(path: Path) -> str:
     [
         ("llama-tied", {"exit_layer": 2}, ["past.1.key"]),
         ("llama-tied", {"layers": 9}, ["no input", "past.", "key"]),
-        ("llama-tied", {"layers": 2}, ["past.2.key", "there is none"]),
+        ("llama-tied", {"layers": 2}, ["past.2.key", "expects none"]),
         ("llama-tied", {"hidden_size": 128}, ["hidden", "64]", "128]"]),
         ("llama-tied", {"kv_heads": 2}, ["[B, 4, cache, 16]", "[B, 2, cache, 16]"]),
         ("llama-tied", {"head_dim": 32}, ["[B, 4, cache, 16]", "[B, 4, cache, 32]"]),

@@ -35,7 +35,9 @@ def test_a_wheel_without_cuda_is_an_error_that_says_what_to_install(bundle: Bund
 
 
 def test_a_bundle_for_the_cpu_does_not_run_half_on_the_cpu(bundle: Bundles) -> None:
-    with pytest.raises(EngineError, match=r"converted for the CPU; for device cuda:1 convert again with --target cuda"):
+    with pytest.raises(
+        EngineError, match=r"converted for the CPU; for device cuda:1, convert again with --target cuda"
+    ):
         Session(bundle(LLAMA), device="cuda:1")
 
 
@@ -56,7 +58,7 @@ class Runtime(SimpleNamespace):
 def test_a_provider_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime prints a warning and goes on with the CPU where a CUDA library is missing."""
     monkeypatch.setattr("runtime.engines.onnx.import_onnxruntime", lambda: Runtime([CPU_PROVIDER]))
-    with pytest.raises(EngineError, match=r"cuda:0 was asked for, but .* run deep.onnx on CPUExecutionProvider"):
+    with pytest.raises(EngineError, match=r"cuda:0 was requested, but .* run deep.onnx on CPUExecutionProvider"):
         OnnxEngine(Path("deep.onnx"), 1, Device(0))
 
 

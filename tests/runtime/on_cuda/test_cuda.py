@@ -13,12 +13,12 @@ from fake_cuda import Access, FakeCuda, Race
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cuda.driver import Cuda, DeviceArray, Stream
+from runtime.cuda.driver import Cuda, CudaStream, DeviceArray
 from runtime.cuda.runner import SPARE_EVENTS, CudaRunner
 from runtime.errors import CapacityError, DeviceError
 
 
-def device(seed: int = 0, **options: Any) -> tuple[FakeCuda, Cuda, Stream]:
+def device(seed: int = 0, **options: Any) -> tuple[FakeCuda, Cuda, CudaStream]:
     fake = FakeCuda(seed, **options)
     cuda = Cuda(0, fake)
     return fake, cuda, cuda.stream(urgent=True)
@@ -151,7 +151,12 @@ def test_too_little_memory_names_needed_and_free_bytes_before_anything_is_alloca
     ("index", "driver", "refused", "message"),
     [
         (0, 0, "InsufficientDriver", "no NVIDIA driver is loaded here; install one, or choose device='cpu'"),
-        (0, 12040, "InsufficientDriver", r"driver is for CUDA 12.4 and cuda-python for 13.5; .*'cuda-python==12\.\*'"),
+        (
+            0,
+            12040,
+            "InsufficientDriver",
+            r"driver supports CUDA 12.4, and cuda-python needs 13.5; .*'cuda-python==12\.\*'",
+        ),
         (0, 13000, "NoDevice", "device cuda:0 does not exist: this machine shows 0"),
         (1, 13000, "", "device cuda:1 does not exist: this machine shows 1"),
     ],
@@ -189,7 +194,7 @@ def test_without_cuda_python_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 class FakeCall:
-    def __init__(self, enqueue: Callable[[], None], *others: Stream) -> None:
+    def __init__(self, enqueue: Callable[[], None], *others: CudaStream) -> None:
         self.enqueue, self.others = enqueue, others
 
     def finish(self) -> None:
@@ -204,7 +209,7 @@ class Streams:
         self.deep = self.cuda.stream(urgent=False)
         self.runner = CudaRunner(None, None, self.deep, beside=True)  # type: ignore[arg-type]
 
-    def put(self, stream: Stream, array: Any, writes: bool = False) -> None:
+    def put(self, stream: CudaStream, array: Any, writes: bool = False) -> None:
         self.fake.enqueue(int(stream.handle), "use", [Access(array.address, 32, writes)], lambda: None)
 
 

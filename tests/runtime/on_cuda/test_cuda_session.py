@@ -128,7 +128,7 @@ def test_where_no_graph_can_be_captured_steps_run_without(
     machine.onnxruntime.fails_to_capture = True
     with Session(target(LLAMA), device="cuda:0", threads=1) as session:
         got = answers(session, threshold=0.5)
-    assert "no CUDA graph can be captured: CUDA failure 901" in caplog.text
+    assert "run without a CUDA graph, which cannot be captured: CUDA failure 901" in caplog.text
     assert machine.onnxruntime.captures == machine.onnxruntime.launches == 0
     monkeypatch.undo()
     assert got == expected(target(LLAMA), threshold=0.5)

@@ -15,7 +15,7 @@ from fake_tensorrt import _Context, fake_tensorrt
 
 from graphs.tensorrt.build import build
 from runtime.bundle.bundle import Bundle
-from runtime.cuda.driver import Cuda, DeviceArray, Stream
+from runtime.cuda.driver import Cuda, CudaStream, DeviceArray
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, DeviceError, EngineError
 from runtime.tensorrt.engine import RUNS_BEFORE_CAPTURE, TensorRTEngine
@@ -27,7 +27,7 @@ LLAMA = BY_NAME["llama-tied"]
 class Gpu(NamedTuple):
     fake: FakeCuda
     cuda: Cuda
-    stream: Stream
+    stream: CudaStream
     trt: ModuleType
     bundle: Bundle
 
@@ -52,7 +52,7 @@ def gpu(copied: Bundles, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
 class Steps:
     """The shallow decoder of a bundle, step by step, on a device or on the host."""
 
-    def __init__(self, engine: Any, bundle: Bundle, stream: Stream | None, batch: int = 1, rows: int = 1) -> None:
+    def __init__(self, engine: Any, bundle: Bundle, stream: CudaStream | None, batch: int = 1, rows: int = 1) -> None:
         manifest = bundle.manifest
         shape = batch, manifest.kv_heads, manifest.capacity + manifest.max_pending, manifest.head_dim
         names = [f"{layer}.{part}" for layer in manifest.shallow_layers for part in ("key", "value")]
@@ -162,7 +162,7 @@ def test_what_cannot_be_captured_runs_on_without(
     refuse(gpu, monkeypatch)
     for step in range(RUNS_BEFORE_CAPTURE + 3):
         assert ours.step([[step + 3]]) == plain.step([[step + 3]])
-    assert "shallow run one kernel at a time" in caplog.text
+    assert "shallow run without CUDA graphs" in caplog.text
     assert (gpu.fake.launches, engine.captures) == (0, False)
 
 
@@ -178,7 +178,7 @@ def test_what_a_call_needs_and_does_not_get_is_named(gpu: Gpu) -> None:
         engine.bind({}, {"nll": steps.confidence})
     with pytest.raises(EngineError, match="token is float32, the TensorRT engine shallow has int64"):
         engine.bind({}, {"token": steps.confidence})
-    with pytest.raises(EngineError, match=r"past\.0\.key is in the host's memory"):
+    with pytest.raises(EngineError, match=r"past\.0\.key is in host memory"):
         engine.bind({"past.0.key": np.zeros((1, 4, 144, 16), np.float16)}, {})
 
 
@@ -191,7 +191,9 @@ def test_arrays_of_other_shapes_or_places_are_refused_by_name(gpu: Gpu) -> None:
     steps = Steps(engine, gpu.bundle, gpu.stream)
     array = steps.caches["0.key"]
     shifted = DeviceArray(array.memory, array.address + 64, array.shape, array.dtype)
-    with pytest.raises(EngineError, match=r"past.0.key stands at .* multiples of 256; open the session with slots=1"):
+    with pytest.raises(
+        EngineError, match=r"past.0.key is at address .* a multiple of 256; open the session with slots=1"
+    ):
         steps.call.rebind({"past.0.key": shifted}, {})
     steps.call.rebind({"past.0.key": gpu.cuda.zeros((1, 4, 64, 16), np.float16, gpu.stream)}, {})
     with pytest.raises(EngineError, match=r"shallow refuses shape .* of past.0.key"):
@@ -205,7 +207,7 @@ def test_a_device_with_too_little_memory_is_an_error_with_the_bytes(gpu: Gpu) ->
     with pytest.raises(CapacityError, match=rf"engine {path.name} needs {needed} bytes .*cuda:0, and {needed - 1} are"):
         gpu.engine("deep")
     gpu.fake.free_bytes = gpu.fake.allocated + needed
-    with pytest.raises(CapacityError, match=r"what the TensorRT engine deep works in needs 12288 bytes"):
+    with pytest.raises(CapacityError, match=r"scratch memory of the TensorRT engine deep needs 12288 bytes"):
         gpu.engine("deep")
 
 

@@ -16,7 +16,7 @@ from runtime.errors import EngineError
 from runtime.tensorrt.files import (
     DIRECTORY,
     EngineFile,
-    Plan,
+    EnginePlan,
     Profile,
     find_engine,
     read_record,
@@ -41,7 +41,7 @@ def put(opened: Bundle) -> Put:
     def write(data: bytes = b"engine", batch: int = 8, age: int = 0, **changes: Any) -> Path:
         identity = {"sources_sha256": sources_sha256(opened.manifest, "deep"), "tensorrt": "11.4.0", **changes}
         profiles = (Profile("decode", {"B": (1, 1, batch)}),)
-        plan = Plan(**{"engine": "deep", "architecture": "sm90", "profiles": profiles, **identity})
+        plan = EnginePlan(**{"engine": "deep", "architecture": "sm90", "profiles": profiles, **identity})
         path = opened.path / DIRECTORY / plan.file
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
@@ -72,7 +72,7 @@ def test_an_engine_for_this_gpu_and_version_is_found_and_its_record_is_what_was_
         ({"sources_sha256": "ab" * 32}, "engine deep was built from other weights than the bundle.s"),
         ({"architecture": "sm89"}, "engine deep was built for sm89, this GPU is sm90"),
         ({"architecture": "nogpu"}, "engine deep was built without a GPU, this GPU is sm90"),
-        ({"tensorrt": "10.15.1"}, "engine deep was built by version 10.15.1, here is 11.4.0"),
+        ({"tensorrt": "10.15.1"}, "engine deep was built by version 10.15.1, this is 11.4.0"),
     ],
 )
 def test_why_no_engine_is_taken_is_said_with_the_command_that_builds_one(
@@ -87,10 +87,10 @@ def test_a_damaged_engine_is_refused(put: Put, opened: Bundle) -> None:
     path = put()
     path.write_bytes(b"enginf")
     assert find_engine(opened, "deep", "11.4.0", "sm90", "sizes") == path
-    with pytest.raises(EngineError, match=r"is not the file that was built.*freeexport convert"):
+    with pytest.raises(EngineError, match=r"does not match its record.*freeexport convert"):
         find_engine(opened, "deep", "11.4.0", "sm90", "full")
     path.write_bytes(b"engi")
-    with pytest.raises(EngineError, match="is not the file that was built"):
+    with pytest.raises(EngineError, match="does not match its record"):
         find_engine(opened, "deep", "11.4.0", "sm90", "sizes")
 
 

@@ -112,7 +112,7 @@ def test_more_slots_than_a_call_takes_are_refused_with_both_ways_out(
 ) -> None:
     path = built(LLAMA, max_batch=2)
     fake_device.install(monkeypatch)
-    with pytest.raises(OptionError, match=r"slots is 3, .* take 2 sequences a call; choose slots=2, .*--build 3"):
+    with pytest.raises(OptionError, match=r"slots is 3, .* take 2 sequences per call; choose slots=2, .*--build 3"):
         Session(path, device="cuda:0", slots=3)
 
 
@@ -121,7 +121,7 @@ def test_a_slot_that_does_not_end_where_tensorrt_wants_it_is_refused_for_several
 ) -> None:
     path = built(BY_NAME["llama-tied"], capacity=127, max_pending=4)
     fake_device.install(monkeypatch)
-    with pytest.raises(CapacityError, match=r"no multiple of 256 .*slots=1"):
+    with pytest.raises(CapacityError, match=r"needs a multiple of 256 .*slots=1"):
         Session(path, device="cuda:0", slots=2)
     with Session(path, device="cuda:0", slots=1) as session:
         assert session.generate([5, 6], max_new_tokens=3).token_ids
