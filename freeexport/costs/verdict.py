@@ -145,19 +145,19 @@ def why_never(calibration: Calibration) -> str:
 
 
 def basis_of(costs: Costs | None) -> Basis:
-    """What predictions by these costs rest on. Times beside other work are none (`known_costs`)."""
-    if costs is None:
+    """What predictions by these costs rest on; times that were taken beside other work are nothing."""
+    if costs is None or not costs.trusted:
         return "unknown"
     return "measured" if costs.measured else "bytes"
 
 
 def break_even_text(even: float | None, basis: Basis, most: float | None = None) -> str:
     """The exit rate from which on exits pay, as every command says it; `most`: the speed-up if all tokens exited."""
-    by = _BASES[basis]
     reached = "" if most is None else f", {most:.2f}x if all did"
+    more = reached + (f", {_BASES[basis]}" if basis != "unknown" else "")
     if even is None:
-        return f"saves nothing even if every token exited{reached}, {by}"
-    return f"pays once {even:.1%} of the tokens exit{reached}, {by}"
+        return f"saves nothing even if every token exited{more}"
+    return f"pays once {even:.1%} of the tokens exit{more}"
 
 
 def prospect(costs: Costs, exit_layer: int, layers: int) -> str:

@@ -8,6 +8,7 @@ import pytest
 from freeexport.costs.verdict import (
     ExitFacts,
     Share,
+    basis_of,
     break_even_text,
     prospect,
     share,
@@ -129,6 +130,8 @@ BYTES = Costs(2.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
 
 def test_an_exit_to_be_trained_has_the_break_even_of_its_bundle() -> None:
     even = BYTES.break_even(MAX_PENDING)
+    assert [basis_of(one) for one in (None, BYTES, replace(BYTES, measured=True))] == ["unknown", "bytes", "measured"]
+    assert basis_of(replace(BYTES, measured=True, busy=1.3)) == "unknown"
     text = break_even_text(even, "bytes")
     assert text == "pays once 35.1% of the tokens exit, by the bytes that are read"
     for said in (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import DataError
-from freeexport.checkpoints.exit_file import ExitFile, write_exit_file
 from freeexport.fit import plan as planning
 from freeexport.fit.plan import FitOptions, Texts, describe_plan, make_plan
 from freeexport.fit.splits import read_lines
@@ -154,17 +151,8 @@ def test_threads_reach_training(options: Options) -> None:
         assert arguments[arguments.index("--threads") + 1] == "1"
 
 
-def with_exit(model: Path, out: Path) -> str:
-    """A copy of a checkpoint whose weights were trained for an exit after layer 2."""
-    shutil.copytree(model, out)
-    sha256 = open_checkpoint(str(model)).sha256
-    write_exit_file(out, ExitFile(2, False, 0, sha256, "logit-kd", "full"))
-    return str(out)
-
-
-def test_an_exit_that_is_there_is_evaluated_and_training_goes_on_with_it(options: Options, tmp_path: Path) -> None:
-    given = options(budget=200.0)
-    given = replace(given, model=with_exit(Path(given.model), tmp_path / "model"))
+def test_an_exit_that_is_there_is_evaluated_and_training_goes_on_with_it(with_exit: Options) -> None:
+    given = with_exit(budget=200.0)
     found = planned(given)
     assert found.exit is not None
     assert (found.exit.layer, found.exit.own, found.exit.begun) == (2, 0, True)

@@ -67,6 +67,22 @@ def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(
 
 
 @pytest.mark.usefixtures("here")
+def test_an_exit_that_is_there_competes_with_the_one_that_training_makes_of_it(with_exit: Options) -> None:
+    given = with_exit(quality=0.5)
+    verdict = fit(given, planned(given, keep=True))
+    places = Places.of(given)
+    report = json.loads((places.report / "evaluation.json").read_text())
+    methods = {(row["bundle"], row["method"]) for row in report["rows"]}
+    assert methods == {
+        (name, method) for name in ("given", "trained") for method in ("full", "static", "free", "lossless")
+    }
+    assert Bundle.open(places.work / "given").manifest.exit_trained
+    assert Bundle.open(places.work / "given").calibration is not None
+    assert Bundle.open(given.out).manifest.exit_layer == 2
+    assert verdict.next_step.startswith(f"freeexport serve {given.out}")
+
+
+@pytest.mark.usefixtures("here")
 def test_without_data_the_model_is_converted_as_it_is(options: Options) -> None:
     given = options(data=None)
     verdict = fit(given, planned(given, keep=True))
