@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import invoke, succeed
+from command_line import error, invoke, succeed
 from killed_process import killed_before
 
 from freeexport.fit import plan, steps
@@ -305,6 +305,19 @@ def test_the_command_prints_the_plan_and_stops(options: Options, tmp_path: Path)
     assert "of 90 min" in result.stdout
     assert "expected, a request" in result.stdout
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+
+
+def test_a_budget_that_is_too_small_gets_a_plan_and_starts_nothing(options: Options, tmp_path: Path) -> None:
+    given = options()
+    arguments = ["fit", given.model, str(given.out), "--data", str(given.data), "--metric", "chrf"]
+    assert "missing " in succeed(*arguments, "--budget", "60s", "--plan").stdout
+    result = invoke(*arguments, "--budget", "60s")
+    assert "expected, a request" in result.stdout
+    needed = re.search(r"give --budget (\d+min) or more", error(result))
+    assert needed is not None
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+    for budget in (needed[1], needed[1].replace("min", " min")):
+        assert "missing " not in succeed(*arguments, "--budget", budget, "--plan").stdout
 
 
 @pytest.mark.parametrize(
