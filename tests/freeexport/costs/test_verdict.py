@@ -114,7 +114,7 @@ def test_a_ready_made_exit_is_named_before_training() -> None:
     facts = replace(TIMED, trained=False, agreement=POOR)
     assert verdict(facts).next_step.startswith("train it for the exit")
     found = verdict(replace(facts, ready_made=("chat", "code"))).next_step
-    assert found.startswith("use an exit that comes along (freeexport convert CHECKPOINT OUT --exit chat or code), ")
+    assert found.startswith("use a ready-made exit (freeexport convert CHECKPOINT OUT --exit chat or code), ")
 
 
 def test_an_exit_without_a_threshold_drafts() -> None:

@@ -91,7 +91,7 @@ def test_a_ready_made_exit_that_fits_is_used_where_it_leaves_the_model_as_it_is(
     assert found.drafting == "general"
     shown = dict(describe_plan(given, found))
     assert "the ready-made exit general and from the text" in shown["training"]
-    assert shown["exits that fit"].startswith("extraction, general, other: freeexport convert MODEL OUT --exit")
+    assert shown["ready-made exits"].startswith("extraction, general, other fit these weights: freeexport convert")
     (step,) = steps_of(given, found, Places.of(given))
     assert step.arguments[-2:] == ("--exit", "general")
 
@@ -158,8 +158,8 @@ def test_an_exit_that_is_there_is_evaluated_and_training_goes_on_with_it(with_ex
     assert (found.exit.layer, found.exit.own, found.exit.begun) == (2, 0, True)
     assert sum(found.seconds.values()) == pytest.approx(given.budget)
     shown = dict(describe_plan(given, found))
-    assert shown["exit"].startswith("goes on with the checkpoint's, after layer 2")
-    assert "replaces it only where better" in shown["exit that is there"]
+    assert shown["exit"].startswith("the existing one, trained further: after layer 2")
+    assert "only a better one replaces it" in shown["existing exit"]
     steps = steps_of(given, found, Places.of(given))
     assert [step.name for step in steps] == ["given", "calibrate given", "joint", "trained", "calibrate", "evaluate"]
     assert "given=full,static,free,lossless" in " ".join(steps[-1].arguments)
