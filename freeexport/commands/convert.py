@@ -173,7 +173,7 @@ def _lines(
     yield str(bundle_verdict(Bundle.open(out), ready_made))
     if ready_made:
         again = shlex.join(("freeexport", "convert", str(model), str(out), "--exit", ready_made[0], "--overwrite"))
-        yield f"exits that come along and fit these weights: {', '.join(ready_made)}; with one of them: {again}"
+        yield f"ready-made exits that fit these weights: {', '.join(ready_made)}; to use one: {again}"
 
 
 def _build(bundle: Path, max_batch: int, as_json: bool) -> None:

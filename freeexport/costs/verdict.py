@@ -104,7 +104,7 @@ class ExitFacts:
     `exit_rate` and `exit_agreement` (of those that exit) are those at the threshold, and so are `speedup`, predicted,
     over mode full, which rests on `basis`, and `measured`, where that was decoded. `break_even`: the exit rate from
     which on exits pay; None where they never do, or where `basis` says that nothing is known. `heavy_head`: the head
-    costs more than the shallow layers. `ready_made`: names of exits that come along and fit the weights.
+    costs more than the shallow layers. `ready_made`: names of ready-made exits that fit the weights.
     """
 
     name: str
@@ -145,19 +145,19 @@ def why_never(calibration: Calibration) -> str:
 
 
 def basis_of(costs: Costs | None) -> Basis:
-    """What predictions by these costs rest on. Times beside other work are none (`known_costs`)."""
-    if costs is None:
+    """What predictions by these costs rest on; times that were taken beside other work are nothing."""
+    if costs is None or not costs.trusted:
         return "unknown"
     return "measured" if costs.measured else "bytes"
 
 
 def break_even_text(even: float | None, basis: Basis, most: float | None = None) -> str:
     """The exit rate from which on exits pay, as every command says it; `most`: the speed-up if all tokens exited."""
-    by = _BASES[basis]
     reached = "" if most is None else f", {most:.2f}x if all did"
+    more = reached + (f", {_BASES[basis]}" if basis != "unknown" else "")
     if even is None:
-        return f"saves nothing even if every token exited{reached}, {by}"
-    return f"pays once {even:.1%} of the tokens exit{reached}, {by}"
+        return f"saves nothing even if every token exited{more}"
+    return f"pays once {even:.1%} of the tokens exit{more}"
 
 
 def prospect(costs: Costs, exit_layer: int, layers: int) -> str:
@@ -241,7 +241,7 @@ def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
     steps = [*first, "train it for the exit (freeexport train CHECKPOINT OUT)"]
     if facts.ready_made:
         names = " or ".join(facts.ready_made)
-        steps.insert(0, f"use an exit that comes along (freeexport convert CHECKPOINT OUT --exit {names})")
+        steps.insert(0, f"use a ready-made exit (freeexport convert CHECKPOINT OUT --exit {names})")
     if facts.heavy_head:
         steps.append("give the exit a smaller head (freeexport train --exit-vocab N), which outweighs its layers")
     steps.append("use mode lossless, whose text is the full model's")

@@ -208,8 +208,8 @@ class Training:
 class Plan:
     """`rate`: tokens a second that the full model will decode in `precision`. `seconds` by step of the run, which is
     made as often as `times` says, or once; `lines` by split. `exit` and `training`: None where nothing is trained, and
-    `why` then. `has_exit`: the checkpoint has a trained exit. `ready_made`: exits that come along and fit the weights;
-    `drafting`: the one of them that drafts where nothing is trained. `missing`: why the budget is too small.
+    `why` then. `has_exit`: the checkpoint has a trained exit. `ready_made`: names of ready-made exits that fit the
+    weights; `drafting`: the one of them that drafts where nothing is trained. `missing`: why the budget is too small.
     `unwritable`: a note on targets that the tokenizer cannot write. `busy`: cores that others used."""
 
     name: str
@@ -490,7 +490,9 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     rows["speed"] = f"about {plan.rate:.0f} tokens/s of the full model in {bits[:6]}, by memory bandwidth"
     if plan.ready_made:
         names = ", ".join(plan.ready_made)
-        rows["exits that fit"] = f"{names}: freeexport convert MODEL OUT --exit {plan.ready_made[0]}, without training"
+        rows["ready-made exits"] = (
+            f"{names} fit these weights: freeexport convert MODEL OUT --exit {plan.ready_made[0]}"
+        )
     if texts is not None:
         inputs = (
             f"recordings, each as dear as {texts.read:.0f} tokens" if texts.speech else f"{texts.prompt:.0f} tokens in"
@@ -498,7 +500,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         rows["data"] = f"{inputs}, {texts.target:.0f} out; outputs get at most {texts.most}"
         rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
     if plan.has_exit and options.data is not None and not options.paper:
-        rows["exit that is there"] = "calibrated and evaluated as it is; a trained one replaces it only where better"
+        rows["existing exit"] = "calibrated and evaluated as it is; only a better one replaces it"
     if found is None or texts is None or training is None:
         rows["training"] = f"none: {plan.why}; mode lossless drafts {plan.drafts}, with every token equal"
     else:
@@ -506,7 +508,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         even = break_even_text(found.break_even, "bytes")
         reads = ", which read the deep decoder's feature" if found.input == "feature" else ""
         place = f"after layer {found.layer}" if found.layer else "before layer 1"
-        place = f"goes on with the checkpoint's, {place}" if found.begun else place
+        place = f"the existing one, trained further: {place}" if found.begun else place
         own = f", with {found.own} layer(s) of its own" if found.own else ""
         rows["exit"] = f"{place} of {plan.layers}{own}{reads}{known}: {even}"
         rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())

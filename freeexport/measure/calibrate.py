@@ -203,10 +203,10 @@ def explained(
 def busy_note(timed: Costs, used: Costs) -> str:
     """Say that the times of a busy machine predict nothing, and what does."""
     instead = "the times that convert took" if used.measured else "the bytes that are read"
-    instead = "them all the same, which is uncertain" if used is timed else instead
+    predicted = "predictions are uncertain" if used is timed else f"speeds are predicted by {instead}"
     return (
-        f"other processes kept {timed.busy:.1f} cores busy while the engines were timed: speeds are predicted by "
-        f"{instead}; the threshold does not depend on them"
+        f"other processes kept {timed.busy:.1f} cores busy while the engines were timed: {predicted}; the threshold "
+        "does not depend on them"
     )
 
 

@@ -295,8 +295,8 @@ def test_convert_names_the_exits_that_fit(
     result = succeed("convert", model, out, "--verify", "none")
     lines = result.stdout.splitlines()
     assert lines[-1] == (
-        "exits that come along and fit these weights: layers; with one of them: "
+        "ready-made exits that fit these weights: layers; to use one: "
         f"freeexport convert {model} {out} --exit layers --overwrite"
     )
     result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", packed["layers"])
-    assert "exits that come along" not in result.stdout
+    assert "ready-made exits" not in result.stdout

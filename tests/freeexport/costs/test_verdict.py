@@ -8,6 +8,7 @@ import pytest
 from freeexport.costs.verdict import (
     ExitFacts,
     Share,
+    basis_of,
     break_even_text,
     prospect,
     share,
@@ -113,7 +114,7 @@ def test_a_ready_made_exit_is_named_before_training() -> None:
     facts = replace(TIMED, trained=False, agreement=POOR)
     assert verdict(facts).next_step.startswith("train it for the exit")
     found = verdict(replace(facts, ready_made=("chat", "code"))).next_step
-    assert found.startswith("use an exit that comes along (freeexport convert CHECKPOINT OUT --exit chat or code), ")
+    assert found.startswith("use a ready-made exit (freeexport convert CHECKPOINT OUT --exit chat or code), ")
 
 
 def test_an_exit_without_a_threshold_drafts() -> None:
@@ -129,6 +130,8 @@ BYTES = Costs(2.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
 
 def test_an_exit_to_be_trained_has_the_break_even_of_its_bundle() -> None:
     even = BYTES.break_even(MAX_PENDING)
+    assert [basis_of(one) for one in (None, BYTES, replace(BYTES, measured=True))] == ["unknown", "bytes", "measured"]
+    assert basis_of(replace(BYTES, measured=True, busy=1.3)) == "unknown"
     text = break_even_text(even, "bytes")
     assert text == "pays once 35.1% of the tokens exit, by the bytes that are read"
     for said in (

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import BY_NAME, Case
 
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.exit_file import ExitFile, write_exit_file
 from freeexport.costs import bytes as counting
 from freeexport.fit import plan
 from freeexport.fit.plan import FitOptions
@@ -45,5 +49,20 @@ def options(checkpoint: Callable[[Case], Path], task: Path, tmp_path: Path) -> C
     def make(case: str = "llama-tied", **given: Any) -> FitOptions:
         defaults = {"data": task, "metric": "chrf", "budget": BUDGET, "threads": 1}
         return FitOptions(str(checkpoint(BY_NAME[case])), tmp_path / "out", **{**defaults, **given})
+
+    return make
+
+
+@pytest.fixture
+def with_exit(options: Callable[..., FitOptions], tmp_path: Path) -> Callable[..., FitOptions]:
+    """Options for a model whose weights count as trained for an exit after layer 2."""
+
+    def make(**given: Any) -> FitOptions:
+        found = options(**given)
+        model = tmp_path / "model"
+        shutil.copytree(found.model, model)
+        sha256 = open_checkpoint(str(model)).sha256
+        write_exit_file(model, ExitFile(2, False, 0, sha256, "logit-kd", "full"))
+        return replace(found, model=str(model))
 
     return make

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import DataError
-from freeexport.checkpoints.exit_file import ExitFile, write_exit_file
 from freeexport.fit import plan as planning
 from freeexport.fit.plan import FitOptions, Texts, describe_plan, make_plan
 from freeexport.fit.splits import read_lines
@@ -94,7 +91,7 @@ def test_a_ready_made_exit_that_fits_is_used_where_it_leaves_the_model_as_it_is(
     assert found.drafting == "general"
     shown = dict(describe_plan(given, found))
     assert "the ready-made exit general and from the text" in shown["training"]
-    assert shown["exits that fit"].startswith("extraction, general, other: freeexport convert MODEL OUT --exit")
+    assert shown["ready-made exits"].startswith("extraction, general, other fit these weights: freeexport convert")
     (step,) = steps_of(given, found, Places.of(given))
     assert step.arguments[-2:] == ("--exit", "general")
 
@@ -154,24 +151,15 @@ def test_threads_reach_training(options: Options) -> None:
         assert arguments[arguments.index("--threads") + 1] == "1"
 
 
-def with_exit(model: Path, out: Path) -> str:
-    """A copy of a checkpoint whose weights were trained for an exit after layer 2."""
-    shutil.copytree(model, out)
-    sha256 = open_checkpoint(str(model)).sha256
-    write_exit_file(out, ExitFile(2, False, 0, sha256, "logit-kd", "full"))
-    return str(out)
-
-
-def test_an_exit_that_is_there_is_evaluated_and_training_goes_on_with_it(options: Options, tmp_path: Path) -> None:
-    given = options(budget=200.0)
-    given = replace(given, model=with_exit(Path(given.model), tmp_path / "model"))
+def test_an_exit_that_is_there_is_evaluated_and_training_goes_on_with_it(with_exit: Options) -> None:
+    given = with_exit(budget=200.0)
     found = planned(given)
     assert found.exit is not None
     assert (found.exit.layer, found.exit.own, found.exit.begun) == (2, 0, True)
     assert sum(found.seconds.values()) == pytest.approx(given.budget)
     shown = dict(describe_plan(given, found))
-    assert shown["exit"].startswith("goes on with the checkpoint's, after layer 2")
-    assert "replaces it only where better" in shown["exit that is there"]
+    assert shown["exit"].startswith("the existing one, trained further: after layer 2")
+    assert "only a better one replaces it" in shown["existing exit"]
     steps = steps_of(given, found, Places.of(given))
     assert [step.name for step in steps] == ["given", "calibrate given", "joint", "trained", "calibrate", "evaluate"]
     assert "given=full,static,free,lossless" in " ".join(steps[-1].arguments)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import invoke, succeed
+from command_line import error, invoke, succeed
 from killed_process import killed_before
 
 from freeexport.fit import plan, steps
@@ -64,6 +64,22 @@ def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(
         assert session.generate("abc", max_new_tokens=4).token_ids
     with pytest.raises(OutputError, match="exists; choose another path, or replace it with --overwrite"):
         planned(given, keep=True)
+
+
+@pytest.mark.usefixtures("here")
+def test_an_exit_that_is_there_competes_with_the_one_that_training_makes_of_it(with_exit: Options) -> None:
+    given = with_exit(quality=0.5)
+    verdict = fit(given, planned(given, keep=True))
+    places = Places.of(given)
+    report = json.loads((places.report / "evaluation.json").read_text())
+    methods = {(row["bundle"], row["method"]) for row in report["rows"]}
+    assert methods == {
+        (name, method) for name in ("given", "trained") for method in ("full", "static", "free", "lossless")
+    }
+    assert Bundle.open(places.work / "given").manifest.exit_trained
+    assert Bundle.open(places.work / "given").calibration is not None
+    assert Bundle.open(given.out).manifest.exit_layer == 2
+    assert verdict.next_step.startswith(f"freeexport serve {given.out}")
 
 
 @pytest.mark.usefixtures("here")
@@ -289,6 +305,19 @@ def test_the_command_prints_the_plan_and_stops(options: Options, tmp_path: Path)
     assert "of 90 min" in result.stdout
     assert "expected, a request" in result.stdout
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+
+
+def test_a_budget_that_is_too_small_gets_a_plan_and_starts_nothing(options: Options, tmp_path: Path) -> None:
+    given = options()
+    arguments = ["fit", given.model, str(given.out), "--data", str(given.data), "--metric", "chrf"]
+    assert "missing " in succeed(*arguments, "--budget", "60s", "--plan").stdout
+    result = invoke(*arguments, "--budget", "60s")
+    assert "expected, a request" in result.stdout
+    needed = re.search(r"give --budget (\d+min) or more", error(result))
+    assert needed is not None
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+    for budget in (needed[1], needed[1].replace("min", " min")):
+        assert "missing " not in succeed(*arguments, "--budget", budget, "--plan").stdout
 
 
 @pytest.mark.parametrize(
