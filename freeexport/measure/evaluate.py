@@ -14,8 +14,8 @@ import numpy as np
 
 from freeexport import __version__
 from freeexport.checkpoints.examples import DataError, read_examples
-from freeexport.measure.byte_model import CALL_BYTES, calls_of, row_share
-from freeexport.measure.exit_verdict import Verdict
+from freeexport.costs.bytes import CALL_BYTES, calls_of, row_share
+from freeexport.costs.verdict import Verdict
 from freeexport.measure.plot import quality_speed
 from freeexport.measure.quality import Row, curves_of, rows_of, verdicts
 from freeexport.measure.settings import (
@@ -32,9 +32,10 @@ from freeexport.measure.settings import (
 )
 from freeexport.measure.sources import engines_hash, fitting_prompts, reference_of
 from freeexport.measure.table import Sheet, about, as_csv, environment, markdown, plus_minus, render, sheet
-from freeexport.measure.timing import OtherLoad, interleave, load_note
+from freeexport.measure.timing import interleave
 from freeexport.metrics import Metric, Reference, metric_of
 from freeexport.system.jsonl import Request
+from freeexport.system.load import OtherLoad, load_note
 from freeexport.system.output import write_whole
 from freeexport.system.page import save_figure
 from runtime import Session
