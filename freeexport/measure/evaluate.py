@@ -144,12 +144,12 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
 
 
 def _about_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Say which weights, engines and calibration a bundle's figures are of, for JSON."""
-    told = ("source", "source_sha256", "precision", "layers", "exit_layer", "threshold", "exit_trained", "kernels")
+    """Describe weights, engines and calibration of a bundle, for JSON."""
+    facts = ("source", "source_sha256", "precision", "layers", "exit_layer", "threshold", "exit_trained", "kernels")
     calibration = bundle.calibration
     rule = ("method", "target", "risk", "delta", "sequences", "max_pending")
     return {
-        **{name: getattr(bundle.manifest, name) for name in told},
+        **{name: getattr(bundle.manifest, name) for name in facts},
         "manifest_sha256": sha256_of(bundle.path / MANIFEST),
         "calibration": None if calibration is None else {name: getattr(calibration, name) for name in rule},
     }

@@ -64,7 +64,7 @@ def _rows_of(name: str, report: Evaluation, commit: str | None) -> list[str]:
         cells = [
             *(first if number == 0 else ("", "")),
             mode,
-            f"{_times(row, 'token')}",
+            _times(row, "token"),
             "" if row.get("predicted") is None else f"{row['predicted']:.2f}x",
             _times(row, "request"),
             f"{row['tokens_per_second']:.0f}",
@@ -77,7 +77,9 @@ def _rows_of(name: str, report: Evaluation, commit: str | None) -> list[str]:
 
 
 def _times(row: Mapping[str, Any], of: str) -> str:
-    return f"{plus_minus(row[f'{of}_speed'], row.get(f'{of}_low'), row.get(f'{of}_high'), 2)}x"
+    low, high = row.get(f"{of}_low"), row.get(f"{of}_high")
+    half = "" if low is None or high is None else f" ±{(high - low) / 2:.2f}"
+    return f"{row[f'{of}_speed']:.2f}x{half}"
 
 
 def _quality(row: Mapping[str, Any], metric: str) -> str:
