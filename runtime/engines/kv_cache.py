@@ -83,24 +83,24 @@ class KVCache:
             array[target, :, :length] = array[source, :, :length]
         self.lengths[target] = length
 
-    def read(self, slot: int, first: int, count: int, exits: bool) -> np.ndarray:
-        """A copy of `count` rows, [arrays, kv_heads, count, head_dim]; the exit's own layers where it `exits`."""
-        parts = [array[slot, :, first : first + count] for array in self._arrays_of(exits)]
+    def read(self, slot: int, first: int, count: int, own: bool) -> np.ndarray:
+        """A copy of `count` rows, [arrays, kv_heads, count, head_dim], of the model's layers, or of the exit's `own`."""
+        parts = [array[slot, :, first : first + count] for array in self._arrays_of(own)]
         return np.stack(parts) if parts else np.zeros((0, self._kv_heads, count, self._head_dim), self._dtype)
 
-    def write(self, slot: int, first: int, rows: np.ndarray) -> None:
+    def write(self, slot: int, first: int, rows: np.ndarray, own: bool) -> None:
         """Make what `read` gave the last rows of a slot, of which the first `first` are valid."""
         count = rows.shape[2]
-        for array, new in zip(self.arrays.values(), rows, strict=False):  # the exit's own layers are the last
+        for array, new in zip(self._arrays_of(own), rows, strict=True):
             array[slot, :, first : first + count] = new
         self.lengths[slot] = first + count
 
-    def row_bytes(self, exits: bool) -> int:
+    def row_bytes(self, own: bool) -> int:
         """Bytes of a position in all arrays that `read` gives."""
-        return sum(array[0, :, 0].nbytes for array in self._arrays_of(exits))
+        return sum(array[0, :, 0].nbytes for array in self._arrays_of(own))
 
-    def _arrays_of(self, exits: bool) -> list[np.ndarray]:
-        return [array for name, array in self.arrays.items() if exits or not name.startswith("exit.")]
+    def _arrays_of(self, own: bool) -> list[np.ndarray]:
+        return [array for name, array in self.arrays.items() if name.startswith("exit.") == own]
 
     def gather(self, sources: np.ndarray) -> None:
         """Make every slot i a copy of what slot `sources[i]` was."""
@@ -157,24 +157,24 @@ class FeatureCache(KVCache):
         self.states[target, :end] = self.states[source, :end]
         self.features[target, : end + 1] = self.features[source, : end + 1]
 
-    def read(self, slot: int, first: int, count: int, exits: bool) -> np.ndarray:
-        """A copy of `count` rows, and of the features that they left: bytes of both."""
-        own, features = super().read(slot, first, count, exits), self.features[slot, first + 1 : first + 1 + count]
-        return np.concatenate([own.view(np.uint8).ravel(), features.view(np.uint8).ravel()])
+    def read(self, slot: int, first: int, count: int, own: bool) -> np.ndarray:
+        """A copy of `count` rows, and of the features that they left: bytes of both. All layers are the exit's `own`."""
+        rows, features = super().read(slot, first, count, own), self.features[slot, first + 1 : first + 1 + count]
+        return np.concatenate([rows.view(np.uint8).ravel(), features.view(np.uint8).ravel()])
 
-    def write(self, slot: int, first: int, rows: np.ndarray) -> None:
+    def write(self, slot: int, first: int, rows: np.ndarray, own: bool) -> None:
         """Make what `read` gave the last rows of a slot, of which the first `first` are valid. States are not needed:
         these rows are never read again."""
         shape = self.features.shape[2]
-        each = super().row_bytes(True)
+        each = super().row_bytes(own)
         count = len(rows) // (each + 4 * shape)
         (_, heads, _, size), dtype = next(iter(self.arrays.values())).shape, next(iter(self.arrays.values())).dtype
-        own = rows[: count * each].view(dtype).reshape(len(self.arrays), heads, count, size)
-        super().write(slot, first, own)
+        keys = rows[: count * each].view(dtype).reshape(len(self.arrays), heads, count, size)
+        super().write(slot, first, keys, own)
         self.features[slot, first + 1 : first + 1 + count] = rows[count * each :].view(np.float32).reshape(count, shape)
 
-    def row_bytes(self, exits: bool) -> int:
-        return super().row_bytes(exits) + 4 * int(self.features.shape[2])
+    def row_bytes(self, own: bool) -> int:
+        return super().row_bytes(own) + 4 * int(self.features.shape[2])
 
 
 class CrossCache:

@@ -15,10 +15,10 @@ from runtime.engines.runner import Runner
 BLOCK = 16
 
 
-def hashes(tokens: np.ndarray, block: int, salt: str | None, exits: bool = False) -> list[bytes]:
+def hashes(tokens: np.ndarray, block: int, salt: str | None, own: bool = False) -> list[bytes]:
     """For each whole block of tokens int64 [n] a hash of all tokens up to its end: the keys of a chain. Those of other
-    salts differ, and where the exit's own layers are run (`exits`) or not."""
-    key = sha256(bytes((exits, salt is not None)) + (salt or "").encode("utf-8", "surrogatepass")).digest()
+    salts differ, and those of the model's layers and of an exit's `own`."""
+    key = sha256(bytes((own, salt is not None)) + (salt or "").encode("utf-8", "surrogatepass")).digest()
     chain = []
     for end in range(block, len(tokens) + 1, block):
         key = sha256(key + tokens[end - block : end].tobytes()).digest()
@@ -69,33 +69,47 @@ class PrefixStore:
 
 
 class Prefix:
-    """`tokens` int64 [n] is the prompt. `exits`: an exit's own layers are run and reused, too. Requests share only with
-    those of an equal `salt` and `exits`."""
+    """`tokens` int64 [n] is the prompt. Requests of an equal `salt` share what the model's layers hold, whatever their
+    mode; those that run an exit's own layers (`exits`) share what these hold, too, in a chain of its own.
+
+    An entry is what reading its tokens as a prompt gives, bit for bit, so that no request can tell who read them.
+    """
 
     def __init__(self, store: PrefixStore, tokens: np.ndarray, salt: str | None, exits: bool) -> None:
-        self._store, self._tokens, self._salt, self._exits = store, tokens, salt, exits
-        self._chain = hashes(tokens, BLOCK, salt, exits)
+        self._store, self._tokens, self._salt = store, tokens, salt
+        self._kinds = (False, True) if exits else (False,)  # of layers: the model's, the exit's own
+        self._chains = [hashes(tokens, BLOCK, salt, own) for own in self._kinds]
 
     def restore(self, runners: Sequence[Runner], slot: int, start: int) -> int:
         """A slot holds the first `start` positions of the prompt: copy there what is stored of those that follow.
         Returns how many it holds now; the last is left, as only reading it says what comes next."""
-        found = self._store.find(self._chain[: (len(self._tokens) - 1) // BLOCK])
-        for number in range(start // BLOCK, len(found)):
-            for runner, rows in zip(runners, found[number], strict=True):
-                runner.cache.write(slot, number * BLOCK, rows)
-        return max(start, len(found) * BLOCK)
+        whole = (len(self._tokens) - 1) // BLOCK
+        found = [self._store.find(chain[:whole]) for chain in self._chains]
+        end = min(map(len, found))
+        for own, entries in zip(self._kinds, found, strict=True):
+            for number in range(start // BLOCK, end):
+                for runner, rows in zip(_holding(runners, own), entries[number], strict=True):
+                    runner.cache.write(slot, number * BLOCK, rows, own)
+        return max(start, end * BLOCK)
 
     def keep(self, runners: Sequence[Runner], slot: int, generated: Sequence[int] = ()) -> None:
-        """Store what both caches of a slot hold of the prompt and the tokens that were `generated` after it."""
-        chain = self._chain
+        """Store what all caches of a slot hold of the prompt and the tokens that were `generated` after it. These must
+        have the bits that a prompt's would have."""
+        chains = self._chains
         if len(generated):
             tokens = np.concatenate([self._tokens, np.array(generated, np.int64)])
-            chain = hashes(tokens, BLOCK, self._salt, self._exits)
+            chains = [hashes(tokens, BLOCK, self._salt, own) for own in self._kinds]
         # What is still stacked is not in the deep cache; a draft that was not verified stands behind all tokens.
         complete = min(int(runner.cache.lengths[slot]) for runner in runners)
+        for own, chain in zip(self._kinds, chains, strict=True):
 
-        def copied(number: int) -> list[np.ndarray]:
-            return [runner.cache.read(slot, number * BLOCK, BLOCK, self._exits) for runner in runners]
+            def copied(number: int, own: bool = own) -> list[np.ndarray]:
+                return [runner.cache.read(slot, number * BLOCK, BLOCK, own) for runner in _holding(runners, own)]
 
-        size = BLOCK * sum(runner.cache.row_bytes(self._exits) for runner in runners)
-        self._store.keep(chain[: complete // BLOCK], copied, size)
+            size = BLOCK * sum(runner.cache.row_bytes(own) for runner in _holding(runners, own))
+            self._store.keep(chain[: complete // BLOCK], copied, size)
+
+
+def _holding(runners: Sequence[Runner], own: bool) -> Sequence[Runner]:
+    """Those whose caches have layers of a kind: the model's are in the first two, an exit's own in the first or third."""
+    return runners if own else runners[:2]

@@ -31,9 +31,9 @@ def register(options: Any, needed: int = VERSION) -> None:
     name = instructions()
     if needed > VERSION:
         raise EngineError(f"version {needed} of freeexport's kernels is needed, {VERSION} is here; upgrade freeexport")
-    if name == "scalar":
+    if name.startswith("scalar"):
         chosen = os.environ.get("FREEEXPORT_INSTRUCTIONS")
-        why = "FREEEXPORT_INSTRUCTIONS is scalar" if chosen else "this processor has neither AVX2 nor NEON dot products"
+        why = f"FREEEXPORT_INSTRUCTIONS is {name}" if chosen else "this processor has neither AVX2 nor NEON dot products"
         _warn_once(f"{why}: freeexport's kernels run without vector instructions, slowly")
     try:
         options.register_custom_ops_library(str(LIBRARY))
@@ -43,7 +43,8 @@ def register(options: Any, needed: int = VERSION) -> None:
 
 def instructions() -> str:
     """The instruction set that the kernels use here, by the processor or FREEEXPORT_INSTRUCTIONS: scalar, avx2,
-    avx2-vnni, avx512, avx512-vnni, amx, neon or neon-i8mm. EngineError where there is none."""
+    avx2-vnni, avx512, avx512-vnni, amx, neon or neon-i8mm; or scalar-bf16, which only the variable chooses. EngineError
+    where there is none."""
     problem = ctypes.c_char_p()
     name: bytes | None = _library(LIBRARY).freeexport_instructions(ctypes.byref(problem))
     if name is None:
@@ -53,8 +54,8 @@ def instructions() -> str:
 
 @contextmanager
 def reading_prompt(reads: bool = True) -> Iterator[None]:
-    """Say whether engine calls of this thread read a prompt. Where the instructions are `amx`, its rows are multiplied
-    with quantized weights in bfloat16: a row's bits still depend on the row alone, but are not those of other calls."""
+    """Say whether engine calls of this thread read a prompt. Where `prompt_differs`, its rows are multiplied with
+    quantized weights in bfloat16: a row's bits still depend on the row alone, but are not those of other calls."""
     try:
         library = _library(LIBRARY)
     except EngineError:  # which no engine of this process uses
@@ -65,6 +66,12 @@ def reading_prompt(reads: bool = True) -> Iterator[None]:
         yield
     finally:
         library.freeexport_read_prompt(before)
+
+
+def prompt_differs() -> bool:
+    """Whether a token gets other bits where it is read with a prompt than where it is generated: with the instructions
+    `amx`, and `scalar-bf16`, which imitates them for tests. EngineError where there are no operators."""
+    return bool(_library(LIBRARY).freeexport_prompt_differs())
 
 
 def spread_logits() -> Callable[[int], int]:
@@ -109,6 +116,7 @@ def _library(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         version = library.freeexport_kernels_version()
         library.freeexport_instructions.restype = ctypes.c_char_p
+        library.freeexport_prompt_differs  # noqa: B018 (a library of before has none)
     except (OSError, AttributeError) as error:
         raise EngineError(f"{path} cannot be loaded ({error}); {BUILD}") from None
     if version != VERSION:

@@ -53,6 +53,13 @@ EXPORT const char* freeexport_instructions(const char** problem) {
   return kernels ? kernels->name : nullptr;
 }
 
+// Whether the kernels that would be used give a prompt's rows other bits than those of a step.
+EXPORT int freeexport_prompt_differs() {
+  const char* problem = nullptr;
+  const freeexport::Kernels* kernels = freeexport::choose_kernels(&problem);
+  return kernels && kernels->prompt_panels;
+}
+
 // Says whether this thread's calls read a prompt, until it says otherwise: whether they did before.
 EXPORT int freeexport_read_prompt(int reads) {
   const bool before = freeexport::reading_prompt;

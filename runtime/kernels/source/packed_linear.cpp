@@ -17,7 +17,7 @@ const Kernels* const kAll[] = {  // the best first
 #elif defined(__aarch64__)
     &kNeonI8mm, &kNeon,
 #endif
-    &kScalar,
+    &kScalar, &kScalarBf16,
 };
 
 struct Call {

@@ -132,7 +132,8 @@ struct Kernels {
   bool (*attend_prompt)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head);
 };
 
-extern const Kernels kScalar;
+// The second reads a prompt as AMX does, for tests: no processor chooses it.
+extern const Kernels kScalar, kScalarBf16;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAmx;
 #elif defined(__aarch64__)

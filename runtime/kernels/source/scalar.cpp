@@ -99,10 +99,13 @@ struct Vec : PlainInputs {
 
 #include "attention_tiles.h"
 #include "best_two_tiles.h"
+#include "scalar_prompt.h"
 
 namespace freeexport {
 
 const Kernels kScalar = {"scalar", [] { return true; }, prepare, panels,
                        store_row, attend, nullptr, join, piece};
+const Kernels kScalarBf16 = {"scalar-bf16", [] { return true; }, prepare, panels, store_row, attend, nullptr, join,
+                             piece, prepare_prompt, prompt_panels, attend_prompt};
 
 }  // namespace freeexport

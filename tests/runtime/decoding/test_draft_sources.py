@@ -17,7 +17,7 @@ from test_decode import decoder_of, drafted, full
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
-from runtime.decoding.draft_rule import LENGTHS, PLAIN, Acceptance, Drafts, Plan
+from runtime.decoding.draft_rule import NO_DRAFT, RULE, Acceptance, DraftPlan, Drafts
 from runtime.decoding.draft_sources import (
     GAP,
     LONGEST,
@@ -53,16 +53,16 @@ class Chosen(Drafts):
         super().__init__(measured(), Acceptance(), sources)
         self.turns, self.now = itertools.cycle(plans), plans[0]
 
-    def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
+    def plan(self, response: Response, most: int, sequences: int = 1) -> DraftPlan:
         self.now = next(self.turns)
         return super().plan(response, most, sequences)
 
     def _length(self, source: str, agrees: int, count: int) -> int:
         return min(self.now[1], count)
 
-    def _plan_exit(self, most: int) -> Plan:
+    def _plan_exit(self, most: int) -> DraftPlan:
         length = min(self.now[0], most)
-        return Plan(exits=length) if length else PLAIN
+        return DraftPlan(exits=length) if length else NO_DRAFT
 
 
 tokens = st.integers(0, VOCAB - 1)
@@ -262,7 +262,7 @@ def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
 def test_candidates_are_drafted_in_few_numbers() -> None:
     """Calls for each number of rows are bound once."""
     drafts = Drafts(CallCosts(), Acceptance())
-    assert {drafts._length("lookup", agrees, n) for n in range(1, 16) for agrees in range(10)} <= {0, *LENGTHS}
+    assert {drafts._length("lookup", agrees, n) for n in range(1, 16) for agrees in range(10)} <= {0, *RULE.lengths}
 
 
 def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for_long() -> None:

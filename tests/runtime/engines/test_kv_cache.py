@@ -63,9 +63,9 @@ class Ledger(RuleBasedStateMachine):
         """Valid rows of one slot become the last of another, which holds those before them."""
         if first + count > len(self.expected[source]) or first > len(self.expected[copy]):
             return
-        rows = self.cache.read(source, first, count, exits=True)
-        assert rows.nbytes == count * self.cache.row_bytes(exits=True)
-        self.cache.write(copy, first, rows)
+        rows = self.cache.read(source, first, count, own=False)
+        assert rows.nbytes == count * self.cache.row_bytes(own=False)
+        self.cache.write(copy, first, rows, own=False)
         self.expected[copy] = self.expected[copy][:first] + self.expected[source][first : first + count]
 
     @invariant()
@@ -81,19 +81,19 @@ Ledger.TestCase.settings = tries(50, stateful_step_count=20)
 TestLedger = Ledger.TestCase
 
 
-def test_rows_that_were_read_are_a_copy_and_leave_out_the_layers_of_an_exit() -> None:
-    cache = KVCache((0, "exit.0"), 1, KV_HEADS, 8, HEAD_DIM, np.float32)
+def test_rows_that_were_read_are_a_copy_of_the_models_layers_or_of_the_exits_own() -> None:
+    cache = KVCache((0, "exit.0", "exit.1"), 1, KV_HEADS, 8, HEAD_DIM, np.float32)
     for number, array in enumerate(cache.arrays.values()):
         array[:] = number
-    whole, without = (cache.read(0, 2, 3, exits) for exits in (True, False))
-    cache.write(0, 0, without)
+    models, own = (cache.read(0, 2, 3, kind) for kind in (False, True))
     for array in cache.arrays.values():
         array[:] = 9
-    assert whole[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert without[:, 0, 0, 0].tolist() == [0, 1]
-    assert [cache.row_bytes(exits) for exits in (True, False)] == [4 * KV_HEADS * HEAD_DIM * count for count in (4, 2)]
-    cache.write(0, 2, without)
-    assert [array[0, 0, 2, 0] for array in cache.arrays.values()] == [0, 1, 9, 9]
+    assert [rows[:, 0, 0, 0].tolist() for rows in (models, own)] == [[0, 1], [2, 3, 4, 5]]
+    assert [cache.row_bytes(kind) for kind in (False, True)] == [4 * KV_HEADS * HEAD_DIM * count for count in (2, 4)]
+    cache.write(0, 2, models, own=False)
+    assert [array[0, 0, 2, 0] for array in cache.arrays.values()] == [0, 1, 9, 9, 9, 9]
+    cache.write(0, 2, own, own=True)
+    assert [array[0, 0, 2, 0] for array in cache.arrays.values()] == [0, 1, 2, 3, 4, 5]
     assert cache.lengths.tolist() == [5]
 
 

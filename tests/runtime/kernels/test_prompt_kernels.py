@@ -26,10 +26,11 @@ from runtime.kernels import missing, reading_prompt
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
-if not here("amx"):
-    pytest.skip("this processor has no AMX, or the system refuses it", allow_module_level=True)
 
 TILES = {"prompt": True}
+# AMX where the processor has it, and the plain kernels that imitate it.
+TILED = [name for name in ("amx", "scalar-bf16") if here(name)]
+tiled = pytest.mark.parametrize("name", TILED)
 CASE = BY_NAME["llama-tied"]
 
 
@@ -54,15 +55,16 @@ def in_bfloat16(x, case):
     return x @ weight.T + bias, (case.inputs + 2) * 2.0**-24 * sizes + 1e-30
 
 
+@tiled
 @given(shapes, st.sampled_from([None, 4, 5, 6, 8]))
 @tries(60)
-def test_products_are_those_of_rows_and_weights_in_bfloat16(shape, second):
+def test_products_are_those_of_rows_and_weights_in_bfloat16(name, shape, second):
     assume(in_tiles(shape, up=second))
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)
     case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
     cases = [case] if second is None else [case, random_case(rng, outputs + 3, inputs, second, 32, bias)]
-    y = multiply("amx", x, case, up=None if second is None else cases[1], beside=second is not None, **TILES)
+    y = multiply(name, x, case, up=None if second is None else cases[1], beside=second is not None, **TILES)
     pairs = [in_bfloat16(x, one) for one in cases]
     expected, limit = (np.concatenate(part, axis=1) for part in zip(*pairs, strict=True))
     assert (np.abs(y - expected) <= limit).all()
@@ -72,13 +74,14 @@ def test_products_are_those_of_rows_and_weights_in_bfloat16(shape, second):
     assert (np.abs(y[:, :outputs] - exact) <= 1.01 * 2.0**-7 * sizes + limit[:, :outputs]).all()
 
 
+@tiled
 @given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(BEFORE), st.sampled_from([None, 4, 6, 8]))
 @example((0, 1, 17, 1, 4, 32, False), "none", "", None)  # a head
 @tries(60)
-def test_what_stands_before_and_behind_a_product_is_as_in_other_calls(shape, activation, before, up_bits):
+def test_what_stands_before_and_behind_a_product_is_as_in_other_calls(name, shape, activation, before, up_bits):
     case, x, total, fused = fused_case(shape, activation, before, up_bits)
     up = fused["up"]
-    y = multiply("amx", x, case, **fused, **TILES)
+    y = multiply(name, x, case, **fused, **TILES)
     if not in_tiles(shape, activation, up):
         assert_same_bits(y, multiply("scalar", x, case, **fused))
         return
@@ -90,14 +93,15 @@ def test_what_stands_before_and_behind_a_product_is_as_in_other_calls(shape, act
     assert np.median(np.abs(y - expected)) <= 1e-3 * size + 1e-12
 
 
+@tiled
 @pytest.mark.parametrize(
     ("bits", "inputs", "threads"), [(4, 576, 1), (4, 1500, 3), (8, 1500, 1), (5, 576, 3), (6, 1536, 3)]
 )
-def test_the_bits_of_a_row_depend_neither_on_the_others_nor_on_threads(bits, inputs, threads, monkeypatch):
+def test_the_bits_of_a_row_depend_neither_on_the_others_nor_on_threads(name, bits, inputs, threads, monkeypatch):
     rng = np.random.default_rng(bits)
     case, x = random_case(rng, 600, inputs, bits, bias=True), rows(rng, 600, inputs)
-    alone = np.concatenate([multiply("amx", row[None], case, **TILES) for row in x[:70]])
-    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "amx")
+    alone = np.concatenate([multiply(name, row[None], case, **TILES) for row in x[:70]])
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     product = session(case, threads)
     with reading_prompt():
         (whole,) = product.run(None, {"x": x})
@@ -110,21 +114,23 @@ def test_the_bits_of_a_row_depend_neither_on_the_others_nor_on_threads(bits, inp
     assert_same_bits(y, multiply("scalar", x[:40], case))
 
 
-def test_a_value_that_is_no_number_is_seen_in_its_row_alone():
+@tiled
+def test_a_value_that_is_no_number_is_seen_in_its_row_alone(name):
     rng = np.random.default_rng(1)
     case, x = random_case(rng, 20, 70, 4), rows(rng, 3, 70)
-    good = multiply("amx", x, case, **TILES)
+    good = multiply(name, x, case, **TILES)
     for bad in (np.nan, np.inf, -np.inf):
         x[1, 40] = bad
-        y = multiply("amx", x, case, **TILES)
+        y = multiply(name, x, case, **TILES)
         assert not np.isfinite(y[1]).any()
         assert_same_bits(y[[0, 2]], good[[0, 2]])
 
 
-def test_a_head_has_its_own_kernels_in_a_prompt_too():
+@tiled
+def test_a_head_has_its_own_kernels_in_a_prompt_too(name):
     rng = np.random.default_rng(2)
     case, x = random_case(rng, 600, 36, 8), rows(rng, 3, 36)
-    assert_same_bits(multiply("amx", x, case, **TILES), multiply("scalar", x, case))
+    assert_same_bits(multiply(name, x, case, **TILES), multiply("scalar", x, case))
 
 
 layers = st.tuples(
@@ -135,15 +141,16 @@ layers = st.tuples(
 sequences = st.lists(st.tuples(pasts, st.integers(1, 60)), min_size=1, max_size=2)
 
 
+@tiled
 @given(layers, sequences, st.integers(1, 40), st.booleans())
 @tries(60)
-def test_attention_is_near_that_of_float64_and_a_row_has_the_same_bits_in_any_piece(given, sequence, piece, packed):
+def test_attention_is_near_that_of_float64_and_a_row_has_the_same_bits_in_any_piece(name, given, sequence, piece, packed):
     seed, heads, size, window, kinds = given
     rng = np.random.default_rng(seed)
     layer, (past, lengths) = random_layer(rng, *heads, size, window, kinds), map(list, zip(*sequence, strict=True))
     call = random_call(rng, layer, past, lengths, capacity=280)
     ours, expected = call.fresh(), call.fresh()
-    y, wanted = attend("amx", layer, ours, packed, prompt=True), exact(layer, expected)
+    y, wanted = attend(name, layer, ours, packed, prompt=True), exact(layer, expected)
     near = {"atol": 2e-5} if layer.cache == np.float32 else {"atol": 3e-3, "rtol": 2e-3}  # rounded the other way
     np.testing.assert_allclose(ours.key, expected.key, **near)
     # A score of values about 1 is off by about 2^-9 sqrt(2 size) * 0.2, and so, relatively, are weights; these and
@@ -156,41 +163,44 @@ def test_attention_is_near_that_of_float64_and_a_row_has_the_same_bits_in_any_pi
             key[:, :, past[b] + row :] = value[:, :, past[b] + row :] = np.nan  # unspecified, and never read
             alone = Call(call.rows[b : b + 1, row : row + count], key, value, call.past[b : b + 1] + np.int32(row),
                          np.array([count], np.int32))  # fmt: skip
-            np.testing.assert_array_equal(attend("amx", layer, alone, packed, prompt=True)[0], y[b, row : row + count])
+            np.testing.assert_array_equal(attend(name, layer, alone, packed, prompt=True)[0], y[b, row : row + count])
 
 
+@tiled
 @pytest.mark.parametrize(("threads", "kinds"), [(1, "r"), (3, "r"), (3, "rh")])
-def test_onnx_runtime_attends_to_a_prompt_in_tiles_on_its_threads(threads, kinds, monkeypatch):
-    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "amx")
+def test_onnx_runtime_attends_to_a_prompt_in_tiles_on_its_threads(name, threads, kinds, monkeypatch):
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     rng = np.random.default_rng(0)
     layer = random_layer(rng, 9, 3, 64, 0, kinds)
     call, opened = random_call(rng, layer, [20], [150], capacity=180), attention_session(layer, True, threads)
     with reading_prompt():
         y = opened.run(["y"], feeds(layer, call.fresh(), True))[0]
-    np.testing.assert_array_equal(y, attend("amx", layer, call.fresh(), True, prompt=True)[0])
+    np.testing.assert_array_equal(y, attend(name, layer, call.fresh(), True, prompt=True)[0])
     y = opened.run(["y"], feeds(layer, call.fresh(), True))[0]
     np.testing.assert_array_equal(y, attend("scalar", layer, call.fresh(), True)[0])
 
 
+@tiled
 @pytest.mark.parametrize(("kinds", "size"), [("rb", 64), ("r", 264)])
-def test_a_bias_and_large_heads_are_attended_to_as_in_other_calls(kinds, size):
+def test_a_bias_and_large_heads_are_attended_to_as_in_other_calls(name, kinds, size):
     rng = np.random.default_rng(1)
     layer = random_layer(rng, 4, 2, size, 0, kinds)
     call = random_call(rng, layer, [5], [40], capacity=60)
-    y = attend("amx", layer, call.fresh(), True, prompt=True)
+    y = attend(name, layer, call.fresh(), True, prompt=True)
     np.testing.assert_array_equal(y, attend("scalar", layer, call.fresh(), True))
 
 
+@tiled
 @pytest.mark.parametrize("kinds", ["r", "rh"])
-def test_a_row_that_is_no_number_is_seen_in_what_comes_after_it_alone(kinds):
+def test_a_row_that_is_no_number_is_seen_in_what_comes_after_it_alone(name, kinds):
     rng = np.random.default_rng(1)
     layer = random_layer(rng, 4, 2, 32, 0, kinds)
     call = random_call(rng, layer, [5, 5], [4, 6])
-    good = attend("amx", layer, call.fresh(), True, prompt=True)
+    good = attend(name, layer, call.fresh(), True, prompt=True)
     call.rows[0, 1, 0] = np.nan  # of a query
     call.rows[0, 2, 4 * 32] = np.nan  # of a key
     call.rows[1, 3, 6 * 32] = np.inf  # of a value
-    y = attend("amx", layer, call.fresh(), True, prompt=True)
+    y = attend(name, layer, call.fresh(), True, prompt=True)
     assert np.isnan(y[0, 1, :32]).all()
     assert np.isnan(y[0, 2, :64]).all()
     assert not np.isfinite(y[1, 3:6, :64:32]).any()
@@ -198,10 +208,11 @@ def test_a_row_that_is_no_number_is_seen_in_what_comes_after_it_alone(kinds):
     np.testing.assert_array_equal(y, good)
 
 
+@tiled
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_prompt_in_pieces_is_one_read_at_once_and_lossless_is_full(bundle, precision, monkeypatch):
+def test_a_prompt_in_pieces_is_one_read_at_once_and_lossless_is_full(name, bundle, precision, monkeypatch):
     path = bundle(CASE, precision=precision, kernels="freeexport")
-    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "amx")
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     prompt, read = np.random.default_rng(3).integers(3, 90, 40).tolist(), []
 
     def keep(decoder, length):
@@ -217,14 +228,15 @@ def test_a_prompt_in_pieces_is_one_read_at_once_and_lossless_is_full(bundle, pre
             ]
         assert texts[0].token_ids == texts[1].token_ids
         assert_same_bits(read[-1], read[0])
-    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "avx512-vnni")
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "scalar")
     with Session(path, slots=1) as opened:
         opened.generate(prompt, max_new_tokens=1, mode="full")
     assert not np.array_equal(read[-1], read[0])  # so the others were read in tiles
 
 
-def test_a_prompt_that_begins_with_another_one_has_the_bits_that_it_has_alone(bundle, monkeypatch):
-    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "amx")
+@tiled
+def test_a_prompt_that_begins_with_another_one_has_the_bits_that_it_has_alone(name, bundle, monkeypatch):
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     path, options = bundle(CASE, precision="int8", kernels="freeexport"), {"mode": "full", "output_logprobs": True}
     prompts = [[*range(3, 40), *range(first, first + length)] for first, length in ((3, 9), (50, 1), (60, 30))]
     with Session(path, slots=2, prefix_cache_mb=64) as reuses, Session(path, slots=2) as plain:
@@ -260,6 +272,7 @@ def test_the_encoder_reads_a_short_text_alone_without_tiles(monkeypatch):
     assert told == [False, True, True]
 
 
+@pytest.mark.skipif(not here("amx"), reason="this processor has no AMX, or the system refuses it")
 @pytest.mark.parametrize("wanted", [None, "amx"])
 def test_without_permission_to_use_tiles_the_next_instructions_are_taken_or_an_error_says_so(wanted):
     environment = {**os.environ, "FREEEXPORT_INSTRUCTIONS": wanted or ""}

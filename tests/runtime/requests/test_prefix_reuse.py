@@ -1,4 +1,4 @@
-"""Requests that reuse what earlier ones read: tokens are those of a session that reads every prompt."""
+"""Requests that reuse what earlier ones read: answers are those of a session that reads every prompt."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from checkpoints import CASES, LONG, Bundles
 from draft_plans import draft_exits
-from exit_layer_case import EXIT_CASES, EXIT_LAYER
+from exit_layer_case import EXIT_CASES, EXIT_LAYER, with_feature
 
 from runtime import CapacityError, GenerationResult, OptionError, RequestEvent, Session, SessionOptions
 from runtime.decoding import decoder
 from runtime.engines.prefix_store import BLOCK
 from runtime.engines.runner import Encoder
-from runtime.kernels import instructions, missing
 
-BY_NAME = {case.name: case for case in [*CASES, LONG, *EXIT_CASES]}
+FEATURES = with_feature("llama-tied", 0), with_feature("llama-tied", EXIT_LAYER)
+BY_NAME = {case.name: case for case in [*CASES, LONG, *EXIT_CASES, *FEATURES]}
 LLAMA, T5, EXIT_LAYERS = "llama-tied", "t5-relu-tied", "llama-tied-exit-layers"
 SYSTEM = [3 + (29 * step + 7) % 250 for step in range(41)]
 MODES: list[dict[str, Any]] = [
@@ -35,17 +35,24 @@ MODES: list[dict[str, Any]] = [
 Open = Callable[..., Session]
 
 
+@pytest.fixture(params=["", "scalar-bf16"], ids=["own", "scalar-bf16"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The processor's own kernels, and those that read a prompt with other bits than they generate with, as AMX does."""
+    if request.param:
+        monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def open_session(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Opens sessions with one thread; closes them after the test. How long lossless drafts are depends on timing, as
     does whose they are."""
     draft_exits(monkeypatch)
-    if missing() is None and instructions() == "amx":  # else tokens that were generated have other bits than read ones
-        monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "avx512-vnni")
     opened: list[Session] = []
 
     def open_(name: str = LLAMA, precision: str = "int8", capacity: int = 128, **options: Any) -> Session:
-        path = bundle(BY_NAME[name], EXIT_LAYER, precision=precision, capacity=capacity)
+        exit_layer = 0 if name == FEATURES[0].name else EXIT_LAYER
+        path = bundle(BY_NAME[name], exit_layer, precision=precision, capacity=capacity)
         opened.append(Session(path, **{"threads": 1, "slots": 4, "prefix_cache_mb": 64, **options}))
         return opened[-1]
 
@@ -88,35 +95,82 @@ def talk(session: Session, plain: Session, exact: bool, turns: int, **options: A
         (EXIT_LAYERS, "fp32"),
     ],
 )
-@pytest.mark.parametrize("seed", range(1))
-def test_conversations_are_those_without_reuse(name: str, precision: str, seed: int, open_session: Open) -> None:
+def test_conversations_are_those_without_reuse(name: str, precision: str, kernels: str, open_session: Open) -> None:
     """All modes in one session, in any order: each goes on from what the others left."""
     session, plain = open_session(name, precision), open_session(name, precision, prefix_cache_mb=0)
-    for number, place in enumerate(np.random.default_rng(seed).permutation(len(MODES))):
+    for number, place in enumerate(np.random.default_rng(0).permutation(len(MODES))):
         reused = talk(session, plain, precision != "fp32", turns=3, **MODES[place])
         for turn, tokens in enumerate(reused):
             before = len(SYSTEM) + 18 * turn
             # Up to the last whole block of the turns before; less where rows were still to be verified.
             least = 0 if not (number or turn) else len(SYSTEM) // BLOCK * BLOCK
-            if "exit-layers" not in name:  # a chain for each kind
+            if "exit-layers" not in name:  # where what an exit's own layers read is stored apart
                 assert tokens >= least
             assert tokens % BLOCK == 0
             assert tokens <= before + 4
     assert session.metrics().prefix_cache_hits > session.metrics().prefix_cache_queries / 2
 
 
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(LLAMA, "int8"), ("mistral-window", "int4"), (EXIT_LAYERS, "int8"), *((case.name, "int8") for case in FEATURES)],
+)
+def test_full_and_lossless_answer_alike_whoever_read_the_turns_before(
+    name: str, precision: str, kernels: str, open_session: Open
+) -> None:
+    """Ids and log-probabilities, bit for bit, of later turns of a conversation that modes share in any order."""
+    session, plain = open_session(name, precision), open_session(name, precision, prefix_cache_mb=0)
+    options: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "output_logprobs": True}
+    modes: list[dict[str, Any]] = [{"mode": "full"}, *({"mode": "lossless", "drafts": each} for each in ("exit", "auto"))]
+    history = list(SYSTEM)
+    for turn in range(4):
+        history += [60 + turn, 9, 8, 7]
+        alone = plain.generate(history, mode="full", **options)
+        for mode in (*modes[turn % 3 :], *modes[: turn % 3]):
+            ours = session.generate(history, **mode, **options)
+            assert (ours.token_ids, ours.logprobs) == (alone.token_ids, alone.logprobs), (turn, mode)
+        if turn:  # a prompt before was read, in this mode or another
+            assert session.generate(history, mode="full", **options).stats.cached_tokens >= len(history) - 24 - BLOCK
+        history += alone.token_ids
+
+
+def test_what_full_has_read_lossless_reuses_but_for_an_exits_own_layers(open_session: Open) -> None:
+    for name, shared in ((LLAMA, True), (EXIT_LAYERS, False)):
+        session = open_session(name)
+        session.generate(SYSTEM, mode="full", max_new_tokens=1)
+        lossless = session.generate(SYSTEM, mode="lossless", drafts="exit", max_new_tokens=1)
+        assert lossless.stats.cached_tokens == (2 * BLOCK if shared else 0)
+    session = open_session(EXIT_LAYERS)
+    session.generate(SYSTEM, mode="lossless", drafts="exit", max_new_tokens=1)
+    for options in ({"mode": "full"}, {"mode": "lossless", "drafts": "exit"}):
+        assert session.generate(SYSTEM, max_new_tokens=1, **options).stats.cached_tokens == 2 * BLOCK
+
+
+@pytest.mark.parametrize(("precision", "instructions"), [("int8", "scalar"), ("int8", "scalar-bf16"), ("fp32", "")])
+def test_generated_tokens_are_stored_where_a_prompt_gives_them_the_same_bits(
+    precision: str, instructions: str, open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
+    session = open_session(precision=precision)
+    result = session.generate(SYSTEM, max_new_tokens=40, ignore_eos=True, mode="full")
+    again = session.generate([*SYSTEM, *result.token_ids, 5], max_new_tokens=1, mode="full")
+    assert again.stats.cached_tokens == (5 * BLOCK if instructions == "scalar" else 2 * BLOCK)
+
+
 @pytest.mark.parametrize(("name", "precision"), [(LLAMA, "int8"), (LLAMA, "fp32"), (EXIT_LAYERS, "int8")])
 @pytest.mark.parametrize("options", MODES, ids=str)
 def test_what_is_stored_is_what_reading_it_at_once_gives(
-    name: str, precision: str, options: dict[str, Any], open_session: Open
+    name: str, precision: str, options: dict[str, Any], kernels: str, open_session: Open
 ) -> None:
-    """Keys and values of generated tokens, of all layers of both caches, too: bit for bit where kernels are our own."""
+    """Keys and values of all layers of both caches, and of generated tokens where they are stored: bit for bit where
+    kernels are our own."""
     session, other = open_session(name, precision), open_session(name, precision)
     result = session.generate(SYSTEM, max_new_tokens=60, ignore_eos=True, **options)
     other.generate([*SYSTEM, *result.token_ids], **{**options, "max_new_tokens": 1})
     ours, theirs = stored(session), stored(other)
     assert ours.keys() <= theirs.keys()
-    read = len(SYSTEM) + (0 if options["mode"] == "shallow" else 60 - decoder_lag(options))
+    generated = session._model.keeps_generated and options["mode"] != "shallow"
+    read = len(SYSTEM) + (60 - decoder_lag(options) if generated else 0)
     assert len(ours) >= read // BLOCK
     for key, (blocks, size) in ours.items():
         assert sum(rows.nbytes for rows in blocks) == size
