@@ -218,7 +218,7 @@ def test_a_log_that_nobody_reads_drops_lines_and_counts_them() -> None:
         began = time.monotonic()
         for number in range(50_000):
             writer.write(json.dumps({"number": number, "text": "x" * 50}))
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
         writer.close(0.1)  # gives up
     with os.fdopen(readable) as reader:
         lines = [json.loads(line) for line in reader]
@@ -241,7 +241,7 @@ def test_an_output_that_nobody_reads_stops_nobody_and_a_second_signal_ends(chat:
             assert eventually(lambda: client.get("/health").status_code == 503)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 1
+        assert process.wait(60) == 1
 
 
 def _ask_for_long(url: str) -> None:

@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from freeexport.serving import generation, routes
 from freeexport.serving.service import ServerOptions, Service
 from runtime import AsyncStream, EngineError, Session, Token
+from runtime.engines.onnx import Call
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LONG: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 4000, "stream": True, **ENDLESS}
@@ -172,21 +173,20 @@ def test_a_hundred_clients_that_vanish_free_their_slots(server: Running) -> None
 
 
 def test_a_slot_is_free_within_a_token_of_a_client_that_left(server: Running) -> None:
-    session = server.service.sessions["m"]
+    session, before = server.service.sessions["m"], len(server.log)
     with server.ask(CHAT, json.dumps(LONG).encode()) as connection:
         assert connection.recv(1 << 16)
         assert eventually(lambda: session.metrics().running == 1)
-    left = time.monotonic()
-    assert eventually(lambda: idle(session))
-    assert time.monotonic() - left < 1
-    assert eventually(lambda: server.log[-1]["status"] == 499 and server.log[-1]["completion_tokens"] < 4000)
+    assert eventually(lambda: idle(session) and len(server.log) > before)
+    assert server.log[-1]["status"] == 499
+    assert server.log[-1]["completion_tokens"] < 400
 
 
 def test_a_slow_reader_keeps_no_slot_and_gets_all_in_the_end(chat: Path) -> None:
     with running(chat, slots=1, buffer=4096) as server:
         session = next(iter(server.service.sessions.values()))
         connection = server.ask(CHAT, json.dumps({**LONG, "max_tokens": 1000, "free": {"exits": True}}).encode())
-        assert eventually(lambda: session.metrics().finished["length"] == 1, 60)
+        assert eventually(lambda: session.metrics().finished["length"] == 1)
         assert idle(session)
         assert server.log == []  # most of it waits to be read
         assert still_answers(server)
@@ -276,10 +276,17 @@ def test_a_server_that_loads_is_alive_and_not_ready(tmp_path: Path) -> None:
     assert refused.headers["retry-after"] == "1"
 
 
-def test_shutdown_lets_running_requests_end_and_refuses_new_ones(chat: Path) -> None:
+def test_shutdown_lets_running_requests_end_and_refuses_new_ones(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, refuses = Call.run, threading.Event()
+
+    def held(call: Call) -> None:
+        assert refuses.wait(60)
+        run(call)
+
     with running(chat, names=("m",)) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        monkeypatch.setattr(Call, "run", held)
         answers: list[httpx.Response] = []
-        asked = {"messages": MESSAGES, "max_tokens": 600, **ENDLESS}
+        asked = {"messages": MESSAGES, "max_tokens": 60, **ENDLESS}
         asking = threading.Thread(target=lambda: answers.append(httpx.post(server.url + CHAT, json=asked, timeout=60)))
         asking.start()
         session = server.service.sessions["m"]
@@ -289,10 +296,11 @@ def test_shutdown_lets_running_requests_end_and_refuses_new_ones(chat: Path) -> 
         refused = http.post(CHAT, json=asked)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         assert http.get("/v2/health/live").status_code == 200
+        refuses.set()
         asking.join()
         server.thread.join(10)
     assert answers[0].status_code == 200
-    assert answers[0].json()["usage"]["completion_tokens"] == 600
+    assert answers[0].json()["usage"]["completion_tokens"] == 60
 
 
 def test_what_still_runs_at_the_end_of_the_shutdown_is_told_so(chat: Path) -> None:

@@ -29,24 +29,39 @@ ROOT = Path(__file__).parents[3]
 Directory = Callable[[Case], Path]
 
 
+STOPS = """
+import sys, time
+from freeexport.training.trainer import ExitTrainer
+save = ExitTrainer._save_checkpoint
+def save_and_wait(*arguments):
+    save(*arguments)
+    open(sys.argv[1], "w").close()
+    time.sleep(600)
+ExitTrainer._save_checkpoint = save_and_wait
+from freeexport.cli import main
+main(sys.argv[2:])
+"""
+
+
 def test_a_killed_run_resumes_with_the_same_losses(
     checkpoint: Directory, words: Path, run: Runs, tmp_path: Path
 ) -> None:
     """Over epoch borders, with dropout: data order and random state both go on where they were."""
     options = run_options(words, steps=14, evaluate_every=5, patience=0)
     whole, trained = run(T5, steps=14, evaluate_every=5, patience=0)
-    out, states = tmp_path / "out", tmp_path / "out.training"
+    out, states, saved = tmp_path / "out", tmp_path / "out.training", tmp_path / "saved"
     command = [
-        *(sys.executable, "-m", "freeexport", "train", str(checkpoint(T5)), str(out), "--exit-layer", "2"),
+        *(sys.executable, "-c", STOPS, str(saved), "train", str(checkpoint(T5)), str(out), "--exit-layer", "2"),
         *("--data", str(options.data), "--validation", str(options.validation), "--steps", "14"),
         *("--batch-tokens", "160", "--evaluate-every", "5", "--patience", "0"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (states / "checkpoint-5" / "elapsed.json").exists():
+    while process.poll() is None and not saved.exists():
         time.sleep(0.02)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert process.wait() == -signal.SIGKILL, "the run failed before it was killed"
+    assert last_checkpoint(states) == states / "checkpoint-5"
     assert not out.exists()
     again = train(str(checkpoint(T5)), out, replace(options, resume=True))
     assert logged(out) == pytest.approx(logged(whole), abs=1e-5, rel=1e-6)

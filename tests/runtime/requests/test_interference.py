@@ -268,6 +268,18 @@ def test_what_a_callback_raises_reaches_its_own_caller_alone(
     assert other.result().stats.tokens == 60
 
 
+class Interrupting(Slowly):
+    """Presses Ctrl-C at the fifth token, when the main thread waits."""
+
+    _left = 5
+
+    def __call__(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__call__(ids, scores)
+
+
 @pytest.mark.parametrize("prompt", [[7], [[7], [8], [9]]], ids=["one", "list"])
 def test_ctrl_c_ends_the_requests_of_who_waits_and_no_other(prompt: Any, open_session: Open) -> None:
     assert threading.current_thread() is threading.main_thread()
@@ -276,9 +288,8 @@ def test_ctrl_c_ends_the_requests_of_who_waits_and_no_other(prompt: Any, open_se
     other = Aside(lambda: session.generate([8], **options))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            session.generate(prompt, **{**options, "max_new_tokens": 100})
+            session.generate(prompt, **{**options, "max_new_tokens": 100, "logits_processor": Interrupting(0.02)})
     finally:
         signal.signal(signal.SIGINT, before)
     assert other.result().stats.tokens == 60

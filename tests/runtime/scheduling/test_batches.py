@@ -194,7 +194,7 @@ def test_closing_without_drain_ends_what_runs_and_what_waits(open_session: Open)
 
     def watched(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
         began.set()
-        threading.Event().wait(0.005)
+        threading.Event().wait(0.05)
         return scores
 
     def ask() -> None:
@@ -225,11 +225,12 @@ def test_sessions_that_overlap_batch_their_shallow_steps(
 
 
 def test_a_coroutine_that_is_cancelled_gives_its_slot_back_and_errors_come_through(open_session: Open) -> None:
-    session = open_session(slots=1)
+    session, began = open_session(slots=1), threading.Event()
     endless: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True}
 
     def slow(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        threading.Event().wait(0.01)
+        began.set()
+        threading.Event().wait(0.05)
         return scores
 
     def broken(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -237,7 +238,8 @@ def test_a_coroutine_that_is_cancelled_gives_its_slot_back_and_errors_come_throu
 
     async def main() -> None:
         task = asyncio.create_task(session.agenerate(LISTED[0], logits_processor=slow, **endless))
-        await asyncio.sleep(0.1)
+        while not began.is_set():
+            await asyncio.sleep(0.005)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
