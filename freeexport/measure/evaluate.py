@@ -374,10 +374,10 @@ def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]
     whole = settings_sheet(found)
     hidden = set[str]() if shown is None else shown.hides(whole)
     drafted = [
-        (f"drafts of {source}", f"{row['bundle']}, {row['setting']}: {', '.join(shown)} % accepted at each position")
+        (f"drafts of {source}", f"{row['bundle']}, {row['setting']}: {', '.join(accepted)} % accepted at each position")
         for row in rows
         for source, positions in row["drafts"].items()
-        if (shown := [f"{100 * share:.0f}" for share, compared in positions if compared >= LEAST_COMPARED])
+        if (accepted := [f"{100 * share:.0f}" for share, compared in positions if compared >= LEAST_COMPARED])
     ]
     told = [
         *whole.facts,
