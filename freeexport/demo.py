@@ -85,8 +85,9 @@ def smollm2(directory: Path) -> None:
         click.echo(f"mode free, threshold {THRESHOLD}, {result.stats.exit_rate:.0%} exited: {result.text}")
     click.echo(f"\nmeasuring {TOKENS} tokens, {ROUNDS} rounds ...")
     found = benchmark(BenchOptions((bundle,), tokens=TOKENS, rounds=ROUNDS, thresholds=(THRESHOLD,)))
-    print_page([terminal(narrow(bench_sheet(found)))])
-    click.echo("\n".join(facts_lines(found)))
+    shown = narrow(bench_sheet(found))
+    print_page([terminal(shown)])
+    click.echo("\n".join(facts_lines(found, shown)))
     click.echo(
         f"note: this model was not trained to exit at layer {EXIT_LAYER}, so text in mode free is poor: it shows speed "
         "and mechanics, not quality"

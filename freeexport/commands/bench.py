@@ -78,8 +78,9 @@ def command(output: tuple[Path, ...], as_json: bool, **given: Any) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
-    print_page([terminal(narrow(bench_sheet(found)))])
-    for text in (*facts_lines(found), "", found["verdict"]):
+    shown = narrow(bench_sheet(found))
+    print_page([terminal(shown)])
+    for text in (*facts_lines(found, shown), "", found["verdict"]):
         click.echo(text)
 
 

@@ -192,7 +192,7 @@ def _build(bundle: Path, max_batch: int, as_json: bool) -> None:
     click.echo(f"self-test: {passed if tested.ran else f'not run, {tested.why}'}")
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", metavar="MODEL", help="The checkpoint that the bundle was made from.")
 @click.option("--exit", "exit_", metavar="NAME|FILE", help="The ready-made exit that was given to convert.")

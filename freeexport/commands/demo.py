@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+from freeexport.commands.verb_options import SectionedCommand
 
-@click.command()
+
+@click.command(cls=SectionedCommand)
 @click.option("--model", type=click.Choice(["g2p", "smollm2"]), default="g2p")
 @click.option("--directory", type=click.Path(path_type=Path), default=Path(".demo"), help="Where the bundle is kept.")
 def command(model: str, directory: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from freeexport import __version__
+from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.extras import PURPOSES, install_command, installed_version, missing_of
 from freeexport.system.machine import detect_machine
 from freeexport.system.page import human_bytes, pairs, print_page
@@ -41,7 +42,7 @@ _NOT_LOADED = "it runs no operator here: its libraries or its device are missing
 VersionOf = Callable[[str], str | None]
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:

@@ -83,8 +83,9 @@ def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any)
     if as_json:
         click.echo(json.dumps(found.report, indent=2))
         return
-    print_page([terminal(narrow(settings_sheet(found), found.metrics))])
-    for name, text in [*facts(found), *(("note", note) for note in found.report["notes"])]:
+    shown = narrow(settings_sheet(found), found.metrics)
+    print_page([terminal(shown)])
+    for name, text in [*facts(found, shown), *(("note", note) for note in found.report["notes"])]:
         click.echo(f"{name}: {text}")
     for text in found.report["verdicts"]:
         click.echo(f"\n{text}")

@@ -11,10 +11,11 @@ import click
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.packed_exit import PackedExit, misfit, read_packed, ready_made, weights_sha256
+from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.page import human_bytes
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print everything that the files say, as JSON.")
 def command(model: str | None, as_json: bool) -> None:

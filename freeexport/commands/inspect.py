@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.page import human_bytes, pairs, print_page, table
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.errors import BundleError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "unknown"}
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest, derived sizes and verification as JSON.")
 def command(bundle: Path, as_json: bool) -> None:

@@ -48,8 +48,7 @@ class SectionedCommand(click.Command):
     declaration; rare sections are shown with --help-all alone."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        params = super().get_params(ctx)
-        return [*params, HELP_ALL] if any(getattr(item, "rare", False) for item in self.params) else params
+        return [*super().get_params(ctx), HELP_ALL]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -64,7 +63,7 @@ class SectionedCommand(click.Command):
                 hidden.append(str(title))
             else:
                 (rest if title is None else sections.setdefault(title, [])).append(record)
-        for name, records in {**sections, REST: rest}.items():
+        for name, records in {**sections, (REST if sections else "Options"): rest}.items():
             with formatter.section(name):
                 formatter.write_dl(records)
         if hidden:

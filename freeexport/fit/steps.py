@@ -36,6 +36,7 @@ from freeexport.measure.quality import Row, speed_interval
 from freeexport.measure.settings import RUN, EvaluateOptions, Method
 from freeexport.measure.table import Sheet
 from freeexport.measure.timing import interleave
+from freeexport.metrics import metric_of
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.load import load_note, other_load
 from freeexport.system.output import check_output, link_or_copy, output_directory, write_whole
@@ -362,7 +363,7 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
     bounds = f"95 %: {low:.2f} to {high:.2f}, {best['lines']} lines"
     if best["method"] == "free":
         kept, worst, most = (100 * best["scores"][metric][name] for name in ("relative", "low", "high"))
-        tokens = f"at {kept:.1f} % of the full model's {metric} ({worst:.1f} to {most:.1f})"
+        tokens = f"at {kept:.1f} % of the full model's {metric_of(metric).label} ({worst:.1f} to {most:.1f})"
     elif best["same"] == 1:
         tokens = "with every token equal"
     else:
@@ -377,7 +378,7 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
         text += "; the model as it was given, as the trained one is no better"
     if len(full) > 1:
         others = ", ".join(f"{name} {value:.3f}" for name, value in full.items())
-        click.echo(f"{metric} of the full models: {others}")
+        click.echo(f"{metric_of(metric).label} of the full models: {others}")
     bundle = places.work / best["bundle"]
     default = "free" if Bundle.open(bundle).manifest.threshold < NEVER_EXIT else "lossless"
     serve = ("freeexport", "serve", str(options.out), *(() if mode == default else ("--mode", mode)))

@@ -447,10 +447,11 @@ def narrow(shown: Sheet) -> Sheet:
     )
 
 
-def facts_lines(found: Mapping[str, Any]) -> list[str]:
-    """Say what the figures depend on, and what columns mean."""
-    used, rows = found["settings"], found["rows"]
-    lines = [f"{name}: {text}" for name, text in bench_sheet(found).facts]
+def facts_lines(found: Mapping[str, Any], shown: Sheet | None = None) -> list[str]:
+    """Say what the figures depend on, and what columns mean: those of `shown`.  [default: all]"""
+    used, rows, whole = found["settings"], found["rows"], bench_sheet(found)
+    hidden = set[str]() if shown is None else shown.hides(whole)
+    lines = [f"{name}: {text}" for name, text in whole.facts]
     lines += [
         f"{used['model']}, exit after layer {used['exit_layer']}, {used['threads']} threads, batch {used['batch']}, "
         f"{used['prompts']} prompts, {used['tokens']} new tokens each, {used['decoding']}, "
@@ -463,10 +464,9 @@ def facts_lines(found: Mapping[str, Any]) -> list[str]:
     if rows:
         lines.append(f"ratio: to {rows[0]['name']}, ± half the range over rounds")
     if used["compared_with"]:
-        lines.append(
-            f"same: tokens equal to those of {used['compared_with']} at the same place; differs: the first that is "
-            "not, the median over prompts"
-        )
+        lines.append(f"same: tokens equal to those of {used['compared_with']} at the same place")
+        if "differs" not in hidden:
+            lines.append("differs: the place of the first token that is not the same, the median over prompts")
     versions = {name: used[name] for name in ("freeexport", "onnxruntime") if name in used}
     versions |= {name: version for row in rows for name, version in row["versions"].items()}
     lines.append(", ".join(f"{name} {version}" for name, version in sorted(versions.items())))

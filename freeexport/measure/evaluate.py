@@ -359,10 +359,9 @@ def _value(metric: Metric, row: Row) -> str:
 
 
 def _relative(metric: Metric, row: Row) -> str:
-    """A score relative to that of a full model, as percents of its errors where errors are counted; nothing in the row
+    """The share of a full model's score that is kept, in percent: of `metric.label`, as in verdicts. Nothing in the row
     of that model."""
-    score = row["scores"][metric.name]
-    kept, low, high = (score[f"{'error_' if metric.error else ''}{name}"] for name in ("relative", "low", "high"))
+    kept, low, high = (row["scores"][metric.name][name] for name in ("relative", "low", "high"))
     if kept is None or row.get("method") == "full":
         return ""
     return plus_minus(100 * kept, *((None, None) if low is None else (100 * low, 100 * high)))
@@ -388,20 +387,21 @@ def curves_sheet(found: Evaluation) -> Sheet:
     return sheet(f"Quality-speed curves by {found.metrics[0].label}", columns, found.report["curves"])
 
 
-def facts(found: Evaluation) -> list[tuple[str, str]]:
-    """Name what the figures depend on and what columns mean."""
+def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]]:
+    """Name what the figures depend on and what columns mean: those of `shown`.  [default: all]"""
     options, rows, first = found.options, found.rows, found.entries[0].name
     shares = ", ".join(f"{share:.0%}" for share in dict.fromkeys(found.report["row_shares"].values()))
     spreads = [row["spread"] for row in rows if row["spread"] is not None]
-    errors = ", ".join(metric.shown for metric in found.metrics if metric.error)
+    whole = settings_sheet(found)
+    hidden = set[str]() if shown is None else shown.hides(whole)
     drafted = [
-        (f"drafts of {source}", f"{row['bundle']}, {row['setting']}: {', '.join(shown)} % accepted at each position")
+        (f"drafts of {source}", f"{row['bundle']}, {row['setting']}: {', '.join(accepted)} % accepted at each position")
         for row in rows
         for source, positions in row["drafts"].items()
-        if (shown := [f"{100 * share:.0f}" for share, compared in positions if compared >= LEAST_COMPARED])
+        if (accepted := [f"{100 * share:.0f}" for share, compared in positions if compared >= LEAST_COMPARED])
     ]
-    return [
-        *settings_sheet(found).facts,
+    told = [
+        *whole.facts,
         ("speed", "of whole requests, as a multiple of full's; ± is half a 95 % interval of a paired bootstrap"),
         *([("of first", f"as a multiple of full in {first}")] if len(found.entries) > 1 else []),
         *(
@@ -410,12 +410,16 @@ def facts(found: Evaluation) -> list[tuple[str, str]]:
             else []
         ),
         *(
-            [("spread", f"tokens/s of a setting differed by up to {max(spreads):.0%} between rounds")]
+            [("rounds", f"tokens/s of a setting differed by up to {max(spreads):.0%} between rounds")]
             if spreads
             else []
         ),
         *drafted,
-        *([(errors, "errors: less is better, also of the percentage of full's")] if errors else []),
+        *[
+            (metric.shown, f"errors: less is better; shares of full's are those of {metric.label}")
+            for metric in found.metrics
+            if metric.error
+        ],
         *([("*", "the calibrated threshold")] if any(row["calibrated"] for row in rows) else []),
         *about(found.report, found.report["threads"]),
         (
@@ -424,6 +428,7 @@ def facts(found: Evaluation) -> list[tuple[str, str]]:
         ),
         *[(f"metric {metric.name}", metric.signature) for metric in found.metrics if metric.signature],
     ]
+    return [(name, text) for name, text in told if name not in hidden]
 
 
 def as_markdown(found: Evaluation, story: Story | None = None) -> str:

@@ -80,24 +80,17 @@ def rows_of(
 
 
 def score(metric: Metric, table: np.ndarray, whole: np.ndarray) -> dict[str, float | None]:
-    """Score statistics [n, k] against the full model's on the same lines; where errors are counted, also by errors."""
+    """Score statistics [n, k] against the full model's on the same lines: the value, the share of the full model's that
+    is kept, and the percentiles of that share among resamples; where errors are counted, also the error."""
     value, full = metric.of(table), metric.of(whole)
     drawn: list[tuple[float, float]] = []
     if table is not whole and len(table) > 1:
         resamples = draws(len(table), RESAMPLES)
         pairs = zip(resamples @ table, resamples @ whole, strict=True)
         drawn = [(bounded(metric.value(ours)), bounded(metric.value(theirs))) for ours, theirs in pairs]
-    found = {"value": value, **_ratio_of(value, full, drawn)}
-    if metric.error:
-        errors = _ratio_of(1 - value, 1 - full, [(1 - ours, 1 - theirs) for ours, theirs in drawn])
-        found |= {"error": 1 - value, **{f"error_{name}": one for name, one in errors.items()}}
-    return found
-
-
-def _ratio_of(ours: float, full: float, drawn: Sequence[tuple[float, float]]) -> dict[str, float | None]:
-    """The ratio of two values, and percentiles of that of resampled ones, of those in which full's is not 0."""
     low, high = percentiles([one / other for one, other in drawn if other]) if full else (None, None)
-    return {"relative": ours / full if full else None, "low": low, "high": high}
+    found = {"value": value, "relative": value / full if full else None, "low": low, "high": high}
+    return found | ({"error": 1 - value} if metric.error else {})
 
 
 def speed_interval(ours: np.ndarray, full: np.ndarray) -> Interval:

@@ -45,6 +45,10 @@ class Sheet:
         rows = tuple(tuple(row[number] for number in kept) for row in self.rows)
         return replace(self, columns=tuple(self.columns[number] for number in kept), rows=rows)
 
+    def hides(self, whole: Sheet) -> set[str]:
+        """The names of columns of `whole` that this sheet leaves out."""
+        return {name.rstrip("#") for name in set(whole.columns) - set(self.columns)}
+
     def within(self, spare: Sequence[str], width: int = TERMINAL) -> Sheet:
         """Drop columns of `spare` (without `#`), in that order, until lines have at most `width` characters."""
         shown = self

@@ -19,6 +19,17 @@ from command_line import invoke, succeed
 from running_server import running
 from sounds import sound, wav
 from transformers import AutoTokenizer
+from whisper_case import (
+    CAPACITY,
+    END,
+    FIRST,
+    LAYERS,
+    POSITIONS,
+    START,
+    SUPPRESSED,
+    VOCABULARY,
+    write_whisper,
+)  # fmt: skip
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import DataError, encode, read_examples, text_format
@@ -41,10 +52,6 @@ from runtime.bundle.manifest import ExitInput
 from runtime.speech import Rules, SpeechPrompt, Transcriber
 from runtime.text.tokenizer import Tokenizer
 
-VOCABULARY, END, START, FIRST = 300, 200, 201, 211  # FIRST timestamp
-LANGUAGES = {"<|en|>": 202, "<|de|>": 203, "<|fr|>": 204}
-SUPPRESSED, BEGIN = [*range(20, 60), START, 208, 209], [7, END]
-LAYERS, POSITIONS, CAPACITY = 3, 50, 40  # a window of 1 s
 SOUND = sound(0.9)
 # Random weights say nothing likely.
 RAW: dict[str, Any] = {"logprob_threshold": None, "compression_ratio_threshold": None, "no_speech_threshold": None}
@@ -52,26 +59,7 @@ RAW: dict[str, Any] = {"logprob_threshold": None, "compression_ratio_threshold":
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.WhisperConfig(
-        vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=LAYERS, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40, num_mel_bins=80, init_std=0.35,
-        max_source_positions=POSITIONS, max_target_positions=CAPACITY, decoder_start_token_id=START, eos_token_id=END,
-        pad_token_id=END, bos_token_id=END, suppress_tokens=None, begin_suppress_tokens=None,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("speech") / "whisper"
-    transformers.WhisperForConditionalGeneration(config).save_pretrained(path)
-    generation = {
-        "decoder_start_token_id": START, "eos_token_id": END, "pad_token_id": END, "bos_token_id": END,
-        "no_timestamps_token_id": FIRST - 1, "prev_sot_token_id": 208, "is_multilingual": True,
-        "lang_to_id": LANGUAGES, "task_to_id": {"translate": 205, "transcribe": 206}, "max_length": CAPACITY,
-        "suppress_tokens": SUPPRESSED, "begin_suppress_tokens": BEGIN, "max_initial_timestamp_index": 10,
-    }  # fmt: skip
-    (path / "generation_config.json").write_text(json.dumps(generation))
-    return path
+    return write_whisper(tmp_path_factory.mktemp("speech") / "whisper")
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,16 @@ def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
     assert kinds["--target"] == {"choice": ["convert"]}
 
 
+def test_every_verb_has_both_helps() -> None:
+    """Of a verb without rare options they are the same text."""
+    for verb, command in commands():
+        short, long = (invoke(verb, flag) for flag in ("--help", "--help-all"))
+        assert short.exit_code == long.exit_code == 0, verb
+        assert "--help-all" in short.output, verb
+        rare = any(getattr(option, "rare", False) for option in command.params)
+        assert (short.output != long.output) == rare, verb
+
+
 @pytest.mark.parametrize("verb", LONG)
 def test_a_long_help_is_in_sections_that_have_every_option_once(verb: str) -> None:
     command = dict(commands())[verb]

@@ -159,3 +159,6 @@ def test_a_table_fits_80_columns_and_leaves_out_what_nobody_has(bundle: Bundles,
     assert max(len(line.rstrip()) for line in table) <= 80
     assert "precision" not in table[0]
     assert "precision: fp32" in result.stdout
+    # A column that there is no room for is not explained.
+    assert ("differs: the place" in result.stdout) == ("differs" in table[0])
+    assert "same: tokens equal" in result.stdout

@@ -22,8 +22,10 @@ from command_line import invoke, succeed
 
 from freeexport.measure import evaluate as evaluation
 from freeexport.measure.costs import measured_costs
+from freeexport.measure.quality import verdicts
 from freeexport.measure.settings import CALM, METHODS, OUTPUTS, RUN
 from freeexport.measure.table import commit_of
+from freeexport.metrics import metric_of
 from runtime import Session, kernels
 from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.manifest import MANIFEST
@@ -177,6 +179,34 @@ def test_tables_pictures_and_a_page_of_escaped_text_are_written(done: Done) -> N
     assert '<span class="exited">' in page.partition("<h2>Outputs</h2>")[2]
     assert "<svg" in page
     assert not any(word in page for word in ("<script", "src=", "<link", "@import"))  # it loads nothing
+
+
+def test_a_share_reads_the_same_in_the_table_and_in_the_verdict() -> None:
+    """Of an error rate both are of 1 minus the rate."""
+    scores = {"value": 0.96, "relative": 0.98, "low": 0.97, "high": 0.99, "error": 0.04}
+    full = {"bundle": "b", "method": "full", "setting": "full", "lines": 200, "scores": {"per": scores}}
+    row = full | {
+        "method": "free",
+        "setting": "free 0.5",
+        "request_speed": 2.0,
+        "request_low": 1.9,
+        "request_high": 2.1,
+    }
+    metric = metric_of("per")
+    assert evaluation._relative(metric, row) == "98.0±1.0"
+    (verdict,) = verdicts([full, row], metric, 0.95)
+    assert "keeps 95 % of full's 1 - PER: 2.00x" in verdict
+    assert verdict.endswith("at 98.0 % (97.0 to 99.0)")
+
+
+def test_the_legend_explains_columns_that_are_shown_alone(done: Done) -> None:
+    whole = evaluation.settings_sheet(done.found)
+    names = {name.rstrip("#") for name in whole.columns}
+    for count in range(1, len(names)):
+        shown = whole.only(range(count))
+        explained = names & {name for name, _ in evaluation.facts(done.found, shown)}
+        assert explained.isdisjoint(shown.hides(whole))
+    assert names & {name for name, _ in evaluation.facts(done.found)} >= {"speed", "predicted"}
 
 
 def test_the_table_fits_80_columns_and_says_what_is_the_same_in_every_row(done: Done) -> None:
