@@ -84,7 +84,7 @@ class KVCache:
         self.lengths[target] = length
 
     def read(self, slot: int, first: int, count: int, own: bool) -> np.ndarray:
-        """A copy of `count` rows, [arrays, kv_heads, count, head_dim], of the model's layers, or of the exit's `own`."""
+        """A copy of `count` rows, [arrays, kv_heads, count, head_dim], of the model's layers or the exit's `own`."""
         parts = [array[slot, :, first : first + count] for array in self._arrays_of(own)]
         return np.stack(parts) if parts else np.zeros((0, self._kv_heads, count, self._head_dim), self._dtype)
 
@@ -158,7 +158,7 @@ class FeatureCache(KVCache):
         self.features[target, : end + 1] = self.features[source, : end + 1]
 
     def read(self, slot: int, first: int, count: int, own: bool) -> np.ndarray:
-        """A copy of `count` rows, and of the features that they left: bytes of both. All layers are the exit's `own`."""
+        """A copy of `count` rows, and of the features that they left: bytes of both. All are the exit's `own`."""
         rows, features = super().read(slot, first, count, own), self.features[slot, first + 1 : first + 1 + count]
         return np.concatenate([rows.view(np.uint8).ravel(), features.view(np.uint8).ravel()])
 
