@@ -16,14 +16,13 @@ from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.commands.verb_options import SectionedCommand, section
 from freeexport.measure.table import environment
 from freeexport.system.child import PACKAGES
-from freeexport.system.output import write_whole
+from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page, table
 from freeexport.verification.checks import greedy_line, quality_line, sentence_of
 from freeexport.verification.engines import FULL, QUICK
 from freeexport.verification.equality import Equality, check_equality, prompts_of, settings_of
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from runtime.bundle.bundle import Bundle
-from runtime.errors import OptionError
 from runtime.kernels import supported
 
 
@@ -89,8 +88,7 @@ def command(
             raise click.UsageError(f"{option} is for a comparison of the bundle with itself; give --equal N")
     if equal is not None and (against is not None or quick):
         raise click.UsageError("--equal compares the bundle with itself; leave --against and --quick out")
-    if save is not None and not save.parent.is_dir():
-        raise OptionError(f"--save {save}: there is no folder {save.parent}; make it first")
+    check_writable(save, "--save")
     opened = Bundle.open(bundle, verify="full")
     if equal is not None:
         _compare(opened, equal, input_, instructions, save, as_json)
