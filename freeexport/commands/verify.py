@@ -20,7 +20,7 @@ from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page, table
 from freeexport.verification.checks import greedy_line, quality_line, sentence_of
 from freeexport.verification.engines import FULL, QUICK
-from freeexport.verification.equality import Equality, check_equality, prompts_of, settings_of
+from freeexport.verification.equality import Equality, all_settings, check_equality, prompts_of
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from runtime.bundle.bundle import Bundle
 from runtime.kernels import supported
@@ -125,7 +125,7 @@ def _compare(
             pass
     finally:
         if not as_json:
-            _show(outcome, len(settings_of(bundle.manifest)) * max(1, len(sets)))
+            _show(outcome, len(all_settings()) * max(1, len(sets)))
     certificate = {**environment(), **_identity(bundle, file), **outcome.to_json()}
     text = json.dumps(certificate, indent=2)
     if as_json:

@@ -125,16 +125,18 @@ class Equality:
         return {**own, "requests": len(self.answers), "settings": [asdict(row) for row in self.rows]}
 
 
-def settings_of(manifest: Manifest) -> list[Setting]:
-    """All settings that a bundle has. Rollback takes back what is not certain, so its tokens are those of full."""
+def all_settings() -> list[Setting]:
+    """Every setting. Rollback takes back what is not certain, so its tokens are those of full."""
     full: dict[str, Any] = {"mode": "full"}
-    modes = {"full": full, "lossless, drafts from the text": {"mode": "lossless", "drafts": "lookup"}}
-    if manifest.exit_trained is not False:
-        modes["lossless, drafts of the exit"] = {"mode": "lossless", "drafts": "exit"}
-        modes["lossless, both drafts"] = {"mode": "lossless", "drafts": "auto"}
-        modes["rollback"] = {"mode": "rollback", "threshold": 0.0, "rollback_threshold": 0.0}
-    last = "lossless, both drafts" if "rollback" in modes else "lossless, drafts from the text"
-    pair = {"full": full, last: modes[last]}
+    both: dict[str, Any] = {"mode": "lossless", "drafts": "auto"}
+    modes = {
+        "full": full,
+        "lossless, drafts from the text": {"mode": "lossless", "drafts": "lookup"},
+        "lossless, drafts of the exit": {"mode": "lossless", "drafts": "exit"},
+        "lossless, both drafts": both,
+        "rollback": {"mode": "rollback", "threshold": 0.0, "rollback_threshold": 0.0},
+    }
+    pair = {"full": full, "lossless, both drafts": both}
     return [
         *(Setting(name, options) for name, options in modes.items() if name != "full"),
         *(Setting(f"{name}, 2 threads", options, threads=2) for name, options in modes.items()),
@@ -155,7 +157,7 @@ def check_equality(
 
     Raises OptionError, before anything is decoded, where so many tokens cannot be compared.
     """
-    settings = settings_of(bundle.manifest)
+    settings = all_settings()
     plan = _planned(bundle.manifest, tokens, len(settings), max(1, len(sets)), prompts)
     if not sets:
         yield from _compare(bundle, plan, settings, prompts)

@@ -9,36 +9,37 @@ from typing import Any
 import pytest
 from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner
+from exit_layer_case import EXIT_CASES
 
 from freeexport.cli import main
 from freeexport.verification import equality
-from freeexport.verification.equality import Answer, Row, check_equality, prompts_of, settings_of
+from freeexport.verification.equality import Answer, Row, all_settings, check_equality, prompts_of
 from runtime.bundle.bundle import Bundle
 from runtime.decoding import decoder
 from runtime.errors import OptionError
+from runtime.kernels import supported
 from runtime.sequence import Model
 
-LLAMA, T5 = "llama-tied", "t5-relu-tied"
+LLAMA, EXIT_LAYERS, T5 = "llama-tied", "llama-tied-exit-layers", "t5-wide-heads"  # heads that our attention takes
+CASES = {**BY_NAME, **{case.name: case for case in EXIT_CASES}}
 
 
 def ran(*arguments: object) -> Any:
     return CliRunner().invoke(main, ["verify", *map(str, arguments)])
 
 
-@pytest.mark.parametrize(("name", "instructions"), [(LLAMA, ""), (LLAMA, "scalar-bf16"), (T5, "")])
+@pytest.mark.parametrize(("name", "instructions"), [(EXIT_LAYERS, ""), (LLAMA, "scalar-bf16"), (T5, "")])
 def test_all_settings_of_a_quantized_bundle_are_equal(
     name: str, instructions: str, bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
-    path, saved = bundle(BY_NAME[name], precision="int8", capacity=256), tmp_path / "certificate.json"
+    path, saved = bundle(CASES[name], precision="int8", capacity=256), tmp_path / "certificate.json"
     done = ran(path, "--equal", 3000, "--save", saved)
     assert done.exit_code == 0, done.output
     assert "3000 tokens compared: all equal" in done.output
     report = json.loads(saved.read_text())
     assert (report["complete"], report["equal"], report["compared"]) == (True, True, 3000)
-    assert [row["setting"] for row in report["settings"]] == [
-        setting.name for setting in settings_of(Bundle.open(path).manifest)
-    ]
+    assert [row["setting"] for row in report["settings"]] == [setting.name for setting in all_settings()]
     assert {row["tokens"] for row in report["settings"]} <= {
         3000 // len(report["settings"]) + extra for extra in (0, 1)
     }
@@ -62,7 +63,7 @@ def test_a_difference_is_counted_shown_and_ends_with_1(bundle: Bundles, monkeypa
     done = ran(path, "--equal", 6000, "--json")
     assert done.exit_code == 1
     assert "error: answers differ, the first of full, warm cache: request 1, token 0: a log-probability" in done.output
-    rows = json.loads(done.output[: done.output.rindex("}") + 1])["settings"]
+    rows = json.loads(done.stdout)["settings"]
     assert all(("warm" in row["setting"]) or not row["differing_tokens"] for row in rows)
     assert any(row["differing_logprobs"] for row in rows)
 
@@ -80,13 +81,20 @@ def test_tokens_and_log_probabilities_are_counted_apart() -> None:
     assert (alone.differing_tokens, alone.differing_logprobs, alone.equal) == (1, None, False)
 
 
-def test_instruction_sets_have_a_process_each_and_are_compared_with_each_other(bundle: Bundles) -> None:
+def test_instruction_sets_have_a_process_each_and_those_that_read_alike_are_compared(bundle: Bundles) -> None:
     path = bundle(BY_NAME[LLAMA], precision="int8", capacity=256)
-    done = ran(path, "--equal", 200, "--instructions", "scalar,scalar-bf16,scalar", "--json")
+    names = [name for name in ("scalar", "avx2", "neon", "scalar-bf16") if supported(name)]
+    done = ran(path, "--equal", 300, "--instructions", ",".join([*names, "scalar"]), "--json")
     assert done.exit_code == 0, done.output
-    report = json.loads(done.stdout)
-    assert {row["instructions"] for row in report["settings"]} == {"scalar", "scalar-bf16"}
-    assert report["compared"] == 200  # the second reads prompts with other bits, so references are not compared
+    rows = json.loads(done.stdout)["settings"]
+    assert list(dict.fromkeys(row["instructions"] for row in rows)) == names
+    beside = [row for row in rows if row["setting"] == "full, beside scalar"]
+    assert [row["instructions"] for row in beside] == names[1:-1]  # the last reads prompts with other bits
+    assert all(row["tokens"] and row["differing_logprobs"] == 0 for row in beside)
+    assert sum(row["tokens"] for row in rows if row not in beside) == 300
+
+
+def test_a_difference_between_instruction_sets_is_seen() -> None:
     first, second = (Answer((1, 2), (-1.0, last)) for last in (-2.0, -3.0))
     row = equality.between([first, first], [first, second], "avx2", "avx512")
     assert (row.setting, row.instructions, row.tokens, row.differing_logprobs) == ("full, beside avx2", "avx512", 4, 1)
@@ -125,7 +133,7 @@ def test_an_interrupt_shows_what_was_compared_and_saves_nothing(
         (["--save", "x.json"], "--save is for a comparison of the bundle with itself; give --equal N"),
         (["--instructions", "scalar"], "--instructions is for a comparison of the bundle with itself"),
         (["--equal", "99", "--instructions", "mmx"], "this processor has no mmx"),
-        (["--equal", "99", "--save", "nowhere/x.json"], "there is no folder nowhere"),
+        (["--equal", "99", "--save", "nowhere/x.json"], "there is no directory nowhere"),
         (["--equal", "99999999999"], "give --input with more or shorter prompts"),
     ],
 )
