@@ -1,8 +1,7 @@
 """The `freeexport` command: verbs, whose modules are imported when they are called, and the one place where errors
 become text.
 
-A verb is a line in GROUPS and a module `freeexport/commands/<verb>.py` with a click command named `command`, or another
-verb's module, in SHARED, with one named `<verb>_command`.
+A verb is a line in GROUPS and a module `freeexport/commands/<verb>.py` with a click command named `command`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "train": "Fine-tune a checkpoint for an early exit.",
         "convert": "Convert a checkpoint to a bundle of ONNX engines.",
         "exits": "List ready-made exits.",
-        "verify": "Check a bundle against the checkpoint it came from.",
+        "verify": "Check a bundle against its checkpoint, or itself.",
         "calibrate": "Fit the exit threshold on a calibration set.",
     },
     "Use it": {
@@ -51,9 +50,6 @@ GROUPS: dict[str, dict[str, str]] = {
     },
 }
 
-# Verbs that stand in another's module.
-SHARED = {"verify": "convert"}
-
 
 class Verbs(click.Group):
     """A group that imports a command only to run it: `--help` is fast and needs no extra."""
@@ -64,8 +60,7 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(f"freeexport.commands.{SHARED.get(cmd_name, cmd_name)}")
-        command: click.Command = getattr(module, f"{cmd_name}_command" if cmd_name in SHARED else "command")
+        command: click.Command = importlib.import_module(f"freeexport.commands.{cmd_name}").command
         return command
 
     def resolve_command(

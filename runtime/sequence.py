@@ -78,8 +78,10 @@ class Model:
 
     def __post_init__(self) -> None:
         self.manifest, self.learned = self.bundle.manifest, LearnedDrafts(self.costs)
-        # Whether what a step leaves in the caches is what reading the same token with a prompt leaves there.
-        self.keeps_generated = self.manifest.kernels is not None and not prompt_differs()
+        # Whether what a step leaves in the caches is what reading the same token with a prompt leaves there: our own
+        # attention, which a cache in float16 is for, and products of our own.
+        own = self.manifest.kernels is not None and self.manifest.cache_type == "fp16"
+        self.keeps_generated = own and not prompt_differs()
         # Whether an exit's own layers read every row, and whether a request may go without: a prefix that they have
         # not read is none for one that needs them.
         self.own_layers = bool(self.manifest.exit_layers) and not self.manifest.exit_engine

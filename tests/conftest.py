@@ -40,7 +40,7 @@ def conversion_in_this_process() -> Iterator[None]:
 
     Children would import torch and transformers once more for each; test_convert.py and test_costs.py have some.
     """
-    from freeexport.commands.convert import verify_command
+    from freeexport.commands import verify
     from freeexport.measure import calibrate, costs
     from freeexport.verification import verification
 
@@ -52,7 +52,7 @@ def conversion_in_this_process() -> Iterator[None]:
                     costs.main(list(arguments))
                 else:
                     assert (module, arguments[0]) == ("freeexport", "verify")
-                    verify_command.main(list(arguments[1:]), standalone_mode=False)
+                    verify.command.main(list(arguments[1:]), standalone_mode=False)
         except FreeExportError as error:
             raise ChildError(str(error)) from None
         return output.getvalue()

@@ -1,4 +1,4 @@
-"""`freeexport convert` and `verify`: a checkpoint becomes a bundle, with TensorRT engines if asked, and is checked."""
+"""`freeexport convert`: a checkpoint becomes a bundle, with TensorRT engines if asked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -20,9 +19,6 @@ from freeexport.conversion.convert import build_and_test, convert
 from freeexport.conversion.options import ConvertOptions, Verify
 from freeexport.costs.verdict import bundle_verdict
 from freeexport.system.page import human_bytes
-from freeexport.verification.checks import greedy_line, quality_line, sentence_of
-from freeexport.verification.engines import FULL, QUICK
-from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import (
@@ -190,46 +186,3 @@ def _build(bundle: Path, max_batch: int, as_json: bool) -> None:
     found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
     passed = f"passed; largest differences from the graphs, as multiples of their type's error: {found}"
     click.echo(f"self-test: {passed if tested.ran else f'not run, {tested.why}'}")
-
-
-@click.command(cls=SectionedCommand)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--against", metavar="MODEL", help="The checkpoint that the bundle was made from.")
-@click.option("--exit", "exit_", metavar="NAME|FILE", help="The ready-made exit that was given to convert.")
-@click.option("--data", type=click.Path(path_type=Path), help="JSON lines to measure the quality on, with --against.")
-@click.option("--quick", is_flag=True, help="Short texts, and at most a minute after the model is loaded.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def verify_command(
-    bundle: Path, against: str | None, exit_: str | None, data: Path | None, quick: bool, as_json: bool
-) -> None:
-    """Check every byte of BUNDLE, and its engines: against the checkpoint, and one token at a time against one pass.
-
-    With --against the report is written to verification.json in the bundle. Exit code 1 where a check fails.
-
-    \b
-    Example:
-      freeexport verify bundle --against path/to/checkpoint
-    """
-    for option, value in (("--data", data), ("--exit", exit_)):
-        if value is not None and against is None:
-            raise click.UsageError(f"{option} is for a comparison with the checkpoint; give --against MODEL")
-    opened = Bundle.open(bundle, verify="full")
-    with with_exit_applied(against, exit_) if against and exit_ else nullcontext(against) as source:
-        report = verify(opened, source, data, QUICK if quick else FULL)
-    if against is not None:
-        write_report(opened, report)
-    if as_json:
-        click.echo(json.dumps(report))
-    if not report["passed"]:
-        raise VerificationError(failure(report))
-    if as_json:
-        return
-    for check in report["checks"]:
-        click.echo(f"ok       {sentence_of(check)}")
-    if "quality" in report:
-        click.echo(f"ok       {quality_line(report['quality'])}")
-    if "greedy" in report:
-        equal, line = greedy_line(report["greedy"])
-        click.echo(f"{'ok     ' if equal else 'warning'}  {line}")
-    if report["left_out"]:
-        click.echo(f"warning  left out, as the time was up: {', '.join(report['left_out'])}")

@@ -111,5 +111,5 @@ class Prefix:
 
 
 def _holding(runners: Sequence[Runner], own: bool) -> Sequence[Runner]:
-    """Those whose caches have layers of a kind: the model's are in the first two, an exit's own in the first or third."""
+    """Those whose caches have layers of a kind: the model's are in the first two, an exit's own in any."""
     return runners if own else runners[:2]

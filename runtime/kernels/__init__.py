@@ -33,7 +33,9 @@ def register(options: Any, needed: int = VERSION) -> None:
         raise EngineError(f"version {needed} of freeexport's kernels is needed, {VERSION} is here; upgrade freeexport")
     if name.startswith("scalar"):
         chosen = os.environ.get("FREEEXPORT_INSTRUCTIONS")
-        why = f"FREEEXPORT_INSTRUCTIONS is {name}" if chosen else "this processor has neither AVX2 nor NEON dot products"
+        why = (
+            f"FREEEXPORT_INSTRUCTIONS is {name}" if chosen else "this processor has neither AVX2 nor NEON dot products"
+        )
         _warn_once(f"{why}: freeexport's kernels run without vector instructions, slowly")
     try:
         options.register_custom_ops_library(str(LIBRARY))
@@ -50,6 +52,11 @@ def instructions() -> str:
     if name is None:
         raise EngineError((problem.value or b"").decode())
     return name.decode()
+
+
+def supported(name: str) -> bool:
+    """Whether the kernels have instructions of this name, and this processor, too."""
+    return missing() is None and _library(LIBRARY).freeexport_supports(name.encode()) == 1
 
 
 @contextmanager

@@ -363,13 +363,17 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
 
     file = Path(path) / "model.gguf" if Path(path).is_dir() else Path(path)
     context = options.get("context", 2048)
-    model = llama_cpp.Llama(
-        str(file),
-        n_ctx=context,
-        n_threads=threads,
-        n_threads_batch=threads,
-        verbose=False,
-    )
+    given: dict[str, Any] = {
+        "n_ctx": context,
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        "verbose": False,
+    }
+    if options.get("lookup"):
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        given["draft_model"] = LlamaPromptLookupDecoding(num_pred_tokens=options["lookup"])
+    model = llama_cpp.Llama(str(file), **given)
     grammar = None
     if options.get("schema"):
         grammar = llama_cpp.LlamaGrammar.from_json_schema(options["schema"])
@@ -404,7 +408,8 @@ def load_openvino(path: str, threads: int, options: dict[str, Any]) -> Loaded:
 
     # Defaults of its documentation, except for threads: optimized for latency, 8-bit cache,
     # quantized activations.
-    pipeline = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
+    lookup = {"prompt_lookup": True} if options.get("lookup") else {}
+    pipeline = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads, **lookup)
 
     class Streamer(openvino_genai.StreamerBase):  # type: ignore[misc]
         def __init__(self, emit: Emit) -> None:
@@ -424,6 +429,9 @@ def load_openvino(path: str, threads: int, options: dict[str, Any]) -> Loaded:
             ignore_eos=True,
             do_sample=False,
         )
+        if lookup:  # of the last three tokens, as in its documentation
+            config.num_assistant_tokens = options["lookup"]
+            config.max_ngram_size = 3
         pipeline.generate(openvino.Tensor(np.array([prompt], np.int64)), config, Streamer(emit))
 
     return generate, _versions("openvino", "openvino-genai", "optimum-intel")

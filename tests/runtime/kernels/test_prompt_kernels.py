@@ -144,7 +144,9 @@ sequences = st.lists(st.tuples(pasts, st.integers(1, 60)), min_size=1, max_size=
 @tiled
 @given(layers, sequences, st.integers(1, 40), st.booleans())
 @tries(60)
-def test_attention_is_near_that_of_float64_and_a_row_has_the_same_bits_in_any_piece(name, given, sequence, piece, packed):
+def test_attention_is_near_that_of_float64_and_a_row_has_the_same_bits_in_any_piece(
+    name, given, sequence, piece, packed
+):
     seed, heads, size, window, kinds = given
     rng = np.random.default_rng(seed)
     layer, (past, lengths) = random_layer(rng, *heads, size, window, kinds), map(list, zip(*sequence, strict=True))

@@ -37,7 +37,7 @@ Open = Callable[..., Session]
 
 @pytest.fixture(params=["", "scalar-bf16"], ids=["own", "scalar-bf16"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The processor's own kernels, and those that read a prompt with other bits than they generate with, as AMX does."""
+    """The processor's own kernels, and those that read a prompt with other bits than steps have, as AMX does."""
     if request.param:
         monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", request.param)
     return str(request.param)
@@ -121,7 +121,10 @@ def test_full_and_lossless_answer_alike_whoever_read_the_turns_before(
     """Ids and log-probabilities, bit for bit, of later turns of a conversation that modes share in any order."""
     session, plain = open_session(name, precision), open_session(name, precision, prefix_cache_mb=0)
     options: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "output_logprobs": True}
-    modes: list[dict[str, Any]] = [{"mode": "full"}, *({"mode": "lossless", "drafts": each} for each in ("exit", "auto"))]
+    modes: list[dict[str, Any]] = [
+        {"mode": "full"},
+        *({"mode": "lossless", "drafts": each} for each in ("exit", "auto")),
+    ]
     history = list(SYSTEM)
     for turn in range(4):
         history += [60 + turn, 9, 8, 7]

@@ -1,0 +1,173 @@
+"""`freeexport verify`: a bundle is checked, against its checkpoint or against itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from contextlib import nullcontext
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import click
+
+from freeexport.checkpoints.packed_exit import with_exit_applied
+from freeexport.commands.verb_options import SectionedCommand, section
+from freeexport.measure.table import environment
+from freeexport.system.child import PACKAGES
+from freeexport.system.output import check_writable, write_whole
+from freeexport.system.page import print_page, table
+from freeexport.verification.checks import greedy_line, quality_line, sentence_of
+from freeexport.verification.engines import FULL, QUICK
+from freeexport.verification.equality import Equality, all_settings, check_equality, prompts_of
+from freeexport.verification.verification import VerificationError, failure, verify, write_report
+from runtime.bundle.bundle import Bundle
+from runtime.kernels import supported
+
+
+def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Names of instruction sets, which this processor must have."""
+    names = tuple(dict.fromkeys(filter(None, (value or "").split(","))))
+    for name in names:
+        if not supported(name):
+            raise click.BadParameter(f"this processor has no {name}, or the kernels do not know it; see doctor")
+    return names
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@section("Against the checkpoint")
+@click.option("--against", metavar="MODEL", help="The checkpoint that the bundle was made from.")
+@click.option("--exit", "exit_", metavar="NAME|FILE", help="The ready-made exit that was given to convert.")
+@click.option("--data", type=click.Path(path_type=Path), help="JSON lines to measure the quality on, with --against.")
+@click.option("--quick", is_flag=True, help="Short texts, and at most a minute after the model is loaded.")
+@section("Against itself")
+@click.option("--equal", type=click.IntRange(min=1), metavar="N",
+              help="Compare N tokens in all, spread evenly over settings: modes, drafts, batches of 1 to 8, threads, "
+              "prefix cache, prompts in pieces. Each is compared with mode full, alone and without a cache: ids and "
+              "log-probabilities, bit for bit.")  # fmt: skip
+@click.option("--input", "input_", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+              help="JSON lines with prompts for --equal.  [default: built-in ones]")  # fmt: skip
+@click.option("--instructions", callback=_sets, metavar="NAMES",
+              help="Instruction sets to compare with --equal, as avx2,scalar: each has a process.")  # fmt: skip
+@click.option("--save", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="Write the outcome of --equal as JSON, once it is complete.")  # fmt: skip
+@section("Result")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    bundle: Path,
+    against: str | None,
+    exit_: str | None,
+    data: Path | None,
+    quick: bool,
+    equal: int | None,
+    input_: Path | None,
+    instructions: tuple[str, ...],
+    save: Path | None,
+    as_json: bool,
+) -> None:
+    """Check every byte of BUNDLE, and its engines: against the checkpoint, and one token at a time against one pass.
+
+    With --against the report is written to verification.json in the bundle. Exit code 1 where a check fails.
+
+    With --equal the bundle is compared with itself instead. Our own kernels give equal bits in every setting. Bundles
+    in fp32 and those with ONNX Runtime's kernels differ in the last bits of log-probabilities. Instruction sets are
+    compared with each other, too, but for amx, which reads prompts with other bits.
+
+    \b
+    Example:
+      freeexport verify bundle --against path/to/checkpoint
+      freeexport verify bundle --equal 100000
+    """
+    for option, value in (("--data", data), ("--exit", exit_)):
+        if value is not None and against is None:
+            raise click.UsageError(f"{option} is for a comparison with the checkpoint; give --against MODEL")
+    for option, given in (("--input", input_), ("--instructions", instructions), ("--save", save)):
+        if given and equal is None:
+            raise click.UsageError(f"{option} is for a comparison of the bundle with itself; give --equal N")
+    if equal is not None and (against is not None or quick):
+        raise click.UsageError("--equal compares the bundle with itself; leave --against and --quick out")
+    check_writable(save, "--save")
+    opened = Bundle.open(bundle, verify="full")
+    if equal is not None:
+        _compare(opened, equal, input_, instructions, save, as_json)
+        return
+    with with_exit_applied(against, exit_) if against and exit_ else nullcontext(against) as source:
+        report = verify(opened, source, data, QUICK if quick else FULL)
+    if against is not None:
+        write_report(opened, report)
+    if as_json:
+        click.echo(json.dumps(report))
+    if not report["passed"]:
+        raise VerificationError(failure(report))
+    if as_json:
+        return
+    for check in report["checks"]:
+        click.echo(f"ok       {sentence_of(check)}")
+    if "quality" in report:
+        click.echo(f"ok       {quality_line(report['quality'])}")
+    if "greedy" in report:
+        same, line = greedy_line(report["greedy"])
+        click.echo(f"{'ok     ' if same else 'warning'}  {line}")
+    if report["left_out"]:
+        click.echo(f"warning  left out, as the time was up: {', '.join(report['left_out'])}")
+
+
+def _compare(
+    bundle: Bundle, tokens: int, file: Path | None, sets: tuple[str, ...], save: Path | None, as_json: bool
+) -> None:
+    """Compare the bundle with itself, and show the outcome; after an interrupt what there is of it."""
+    prompts = prompts_of(bundle, file)
+    outcome = Equality(tokens, 0)
+    try:
+        for outcome in check_equality(bundle, tokens, prompts, sets, file):  # noqa: B007
+            pass
+    finally:
+        if not as_json:
+            _show(outcome, len(all_settings()) * max(1, len(sets)))
+    certificate = {**environment(), **_identity(bundle, file), **outcome.to_json()}
+    text = json.dumps(certificate, indent=2)
+    if as_json:
+        click.echo(text)
+    if save is not None:
+        write_whole(save, text + "\n")
+    if not outcome.equal:
+        first = next(row for row in outcome.rows if not row.equal)
+        raise VerificationError(f"answers differ, the first of {first.setting}: {first.first_difference}")
+
+
+def _show(outcome: Equality, settings: int) -> None:
+    columns = ("setting", "instructions", "tokens#", "differing tokens#", "differing log-probabilities#", "cached#")
+    rows = []
+    for row in outcome.rows:
+        name, *counts, first = astuple(row)
+        rows.append([name, *("not compared" if count is None else str(count) for count in counts), first or ""])
+    print_page([table("Compared with mode full, alone, without a cache", (*columns, "first difference"), rows)])
+    if outcome.complete:
+        click.echo(f"{outcome.compared} tokens compared: {'all equal' if outcome.equal else 'not all equal'}")
+    else:
+        click.echo(f"not complete: {outcome.compared} of {outcome.tokens} tokens compared, of {settings} settings")
+
+
+def _identity(bundle: Bundle, file: Path | None) -> dict[str, Any]:
+    """What was compared: the bundle, its weights and kernels, the prompts, and the commit of a checkout."""
+    manifest = bundle.manifest
+    git = ["git", "-C", PACKAGES, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=10)
+        commit = found.stdout.strip() if found.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {
+        "commit": commit,
+        "bundle": {
+            "sha256": bundle.sha256,
+            "source": manifest.source,
+            "source_sha256": manifest.source_sha256,
+            "precision": manifest.precision,
+            "kernels": manifest.kernels,
+            "weights": {name: item.sha256 for name, item in manifest.files.items() if name.endswith(".data")},
+        },
+        "prompts": "built-in" if file is None else hashlib.sha256(file.read_bytes()).hexdigest(),
+    }

@@ -1,0 +1,333 @@
+"""An equality certificate: what a bundle decodes is the same tokens and log-probabilities, however it is decoded.
+
+The reference decodes each request in mode full, alone, on one thread, without a prefix cache. Every setting decodes the
+same requests, and its answers are compared with the reference, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from freeexport.system.child import run_child
+from freeexport.system.jsonl import BrokenLine, read_requests
+from freeexport.system.progress import Advance, progress
+from freeexport.verification.engines import sample_ids
+from runtime import GenerationResult, Session
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import Manifest
+from runtime.decoding import decoder
+from runtime.errors import OptionError, PromptError
+from runtime.kernels import instructions, missing, prompt_differs
+from runtime.text.prompt import encode_prompt
+from runtime.text.tokenizer import Tokenizer
+
+# Tokens of an answer, turns of a conversation, rows of a piece of a prompt, and MB of a warm prefix cache.
+ANSWER, TURNS, PIECE, CACHE_MB = 64, 3, 16, 256
+BATCHES = range(2, 9)
+# Built-in prompts: each of the first with each of the second.
+_REQUESTS = (
+    "Explain {} to a child.", "Write a short poem about {}.", "List five facts about {}.", "What is {}?",
+    "Write an email to a colleague about {}.", "Give three reasons to learn about {}, as a numbered list.",
+    "Tell a story in which {} matters.", "Write a Python function that has to do with {}.",
+    "Summarize what most people believe about {}.", "Answer as JSON with keys \"name\" and \"uses\": {}.",
+    "Translate into French: we talked about {} all day.", "Ask me five questions about {}.",
+)  # fmt: skip
+_SUBJECTS = (
+    "rain", "prime numbers", "the moon", "bread", "old maps", "bicycles", "the sea", "sorting", "chess", "honey bees",
+    "earthquakes", "the printing press", "coffee", "train tables", "glass", "music",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How requests are decoded. `warm`: with a prefix cache. `pieces`: prompts are read so many tokens at a time.
+    Without `logprobs` requests take the shorter way that needs no logits, and only ids are compared."""
+
+    name: str
+    options: Mapping[str, Any]
+    batch: int = 1
+    threads: int = 1
+    warm: bool = False
+    pieces: bool = False
+    logprobs: bool = True
+
+
+@dataclass
+class Row:
+    """What was compared of a setting. Where a token differs, those behind it in the answer are compared all the same.
+    `differing_logprobs` None: they are not compared. `cached_tokens`: of prompts, which were reused."""
+
+    setting: str
+    instructions: str
+    tokens: int = 0
+    differing_tokens: int = 0
+    differing_logprobs: int | None = 0
+    cached_tokens: int = 0
+    first_difference: str | None = None
+
+    @property
+    def equal(self) -> bool:
+        return not (self.differing_tokens or self.differing_logprobs)
+
+    def compare(self, request: int, reference: Answer, ids: Sequence[int], logprobs: Sequence[float] | None) -> None:
+        if logprobs is None:
+            self.differing_logprobs = None
+        for place, (token, other) in enumerate(zip(ids, reference.ids, strict=False)):
+            self.tokens += 1
+            found = None
+            if token != other:
+                self.differing_tokens += 1
+                found = f"{token} instead of {other}"
+            elif logprobs is not None and logprobs[place] != reference.logprobs[place]:
+                assert self.differing_logprobs is not None
+                self.differing_logprobs += 1
+                found = f"a log-probability of {logprobs[place]!r} instead of {reference.logprobs[place]!r}"
+            if found is not None and self.first_difference is None:
+                self.first_difference = f"request {request}, token {place}: {found}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the reference decoded."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass
+class Equality:
+    """The outcome: `complete` once all `tokens` were compared. `answers` of the reference, and whether prompts are read
+    with the bits of steps, for other instruction sets to compare with."""
+
+    tokens: int
+    answer_tokens: int
+    rows: list[Row] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    reads_alike: bool = True
+    complete: bool = False
+
+    @property
+    def compared(self) -> int:
+        return sum(row.tokens for row in self.rows)
+
+    @property
+    def equal(self) -> bool:
+        return all(row.equal for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("tokens", "compared", "complete", "equal", "answer_tokens")}
+        return {**own, "requests": len(self.answers), "settings": [asdict(row) for row in self.rows]}
+
+
+def all_settings() -> list[Setting]:
+    """Every setting. Rollback takes back what is not certain, so its tokens are those of full."""
+    full: dict[str, Any] = {"mode": "full"}
+    both: dict[str, Any] = {"mode": "lossless", "drafts": "auto"}
+    modes = {
+        "full": full,
+        "lossless, drafts from the text": {"mode": "lossless", "drafts": "lookup"},
+        "lossless, drafts of the exit": {"mode": "lossless", "drafts": "exit"},
+        "lossless, both drafts": both,
+        "rollback": {"mode": "rollback", "threshold": 0.0, "rollback_threshold": 0.0},
+    }
+    pair = {"full": full, "lossless, both drafts": both}
+    return [
+        *(Setting(name, options) for name, options in modes.items() if name != "full"),
+        *(Setting(f"{name}, 2 threads", options, threads=2) for name, options in modes.items()),
+        *(Setting(f"{name}, warm cache", options, warm=True) for name, options in modes.items()),
+        *(Setting(f"{name}, prompt in pieces", options, pieces=True) for name, options in pair.items()),
+        *(Setting(f"{name}, batch {size}", options, size) for size in BATCHES for name, options in pair.items()),
+        *(Setting(f"{name}, batch 4, warm cache", options, 4, warm=True) for name, options in pair.items()),
+        *(Setting(f"{name}, ids alone", options, logprobs=False) for name, options in pair.items()),
+    ]
+
+
+def check_equality(
+    bundle: Bundle, tokens: int, prompts: list[list[int]], sets: Sequence[str] = (), file: Path | None = None
+) -> Iterator[Equality]:
+    """Compare `tokens` tokens in all, spread evenly over the settings, and over instruction `sets` (each in a process
+    of its own; the first is what the others are compared with). Yields the outcome each time that a setting is done;
+    the last one is complete. `prompts` are those of `file`, or built-in ones.
+
+    Raises OptionError, before anything is decoded, where so many tokens cannot be compared.
+    """
+    settings = all_settings()
+    plan = _planned(bundle.manifest, tokens, len(settings), max(1, len(sets)), prompts)
+    if not sets:
+        yield from _compare(bundle, plan, settings, prompts)
+        return
+    whole = Equality(tokens, plan.answer)
+    for place, name in enumerate(sets):
+        share = plan.shares[place]
+        given = [str(bundle.path), str(share), "" if file is None else str(file)]
+        variables = {"FREEEXPORT_INSTRUCTIONS": name}
+        found = json.loads(run_child(__name__, *given, variables=variables))
+        answers = [Answer(tuple(ids), tuple(logprobs)) for ids, logprobs in found["answers"]]
+        whole.rows += [Row(**row) for row in found["settings"]]
+        if place == 0:
+            whole.answers, whole.reads_alike = answers, found["reads_alike"]
+        elif whole.reads_alike and found["reads_alike"]:
+            whole.rows.append(between(whole.answers, answers, sets[0], name))
+        whole.complete = place + 1 == len(sets)
+        yield whole
+
+
+def between(first: Sequence[Answer], second: Sequence[Answer], one: str, other: str) -> Row:
+    """The references of two instruction sets, which have the same bits where both read prompts with those of steps."""
+    row = Row(f"full, beside {one}", other)
+    for number, (reference, answer) in enumerate(zip(first, second, strict=False)):
+        row.compare(number, reference, answer.ids, answer.logprobs)
+    return row
+
+
+def prompts_of(bundle: Bundle, file: Path | None) -> list[list[int]]:
+    """The prompts of a JSONL file, or built-in ones, as token ids. Raises OptionError, PromptError."""
+    manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
+    limit = manifest.encoder_capacity or manifest.capacity
+
+    def encoded(prompt: Any) -> list[int]:
+        return encode_prompt(prompt, tokenizer, manifest.vocab_size, limit).tolist()  # type: ignore[no-any-return]
+
+    if file is not None:
+        found = []
+        for line in read_requests(file):
+            if isinstance(line, BrokenLine):
+                raise OptionError(f"{file}, line {line.line_number}: {line.reason}; correct it or leave it out")
+            try:
+                found.append(encoded(line.text))
+            except PromptError as error:
+                raise OptionError(f"{file}, line {line.line_number}: {error}") from None
+        if not found:
+            raise OptionError(f"{file} has no prompt; give lines like " + '{"input": "..."}')
+        return found
+    if tokenizer is None:
+        return sample_ids(bundle)
+    texts = [request.format(subject) for subject in _SUBJECTS for request in _REQUESTS]
+    chats = tokenizer.chat_template is not None
+    try:
+        return [encoded([{"role": "user", "content": text}] if chats else text) for text in texts]
+    except PromptError:  # a tokenizer of another vocabulary, or a small capacity
+        return sample_ids(bundle)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """`shares` of tokens that instruction sets compare, `answer` tokens a request."""
+
+    shares: list[int]
+    answer: int
+
+
+def _planned(manifest: Manifest, tokens: int, settings: int, sets: int, prompts: list[list[int]]) -> _Plan:
+    if manifest.speech is not None:
+        raise OptionError("--equal compares answers to text, and this bundle reads speech; leave it out")
+    if tokens < settings * sets:
+        raise OptionError(
+            f"--equal {tokens} is less than a token for each of {settings} settings"
+            + (f" and {sets} instruction sets" if sets > 1 else "")
+            + f"; give {settings * sets} or more"
+        )
+    shares = [len(range(number, tokens, sets)) for number in range(sets)]
+    most = -(-shares[0] // settings)
+    longest = 1 if manifest.encoder_decoder else max(map(len, prompts))
+    answer = max(ANSWER, -(-most // (len(prompts) * TURNS)))
+    room = manifest.capacity - longest + 1
+    if room < 1 or -(-most // min(room, answer)) > len(prompts) * TURNS:
+        raise OptionError(
+            f"--equal {tokens} needs answers of {answer} tokens to {len(prompts)} prompts, and {max(0, room)} fit "
+            f"behind the longest; give --input with more or shorter prompts, or compare fewer tokens"
+        )
+    return _Plan(shares, min(room, answer))
+
+
+def _compare(bundle: Bundle, plan: _Plan, settings: Sequence[Setting], prompts: list[list[int]]) -> Iterator[Equality]:
+    total = plan.shares[0]
+    shares = [len(range(number, total, len(settings))) for number in range(len(settings))]
+    count, answer = -(-shares[0] // plan.answer), min(plan.answer, shares[0])
+    alike = bundle.manifest.kernels is None or not prompt_differs()
+    outcome = Equality(total, answer, reads_alike=alike)
+    name = instructions() if missing() is None else "none"
+    with progress("comparing", total + count * answer) as advance:
+        requests, outcome.answers = _reference(bundle, prompts, count, answer, advance)
+        for setting, share in zip(settings, shares, strict=True):
+            row = Row(setting.name, name, differing_logprobs=0 if setting.logprobs else None)
+            asked = requests[: -(-share // answer)]
+            for number, result in enumerate(_decoded(bundle, setting, asked, answer)):
+                left = share - row.tokens
+                row.compare(number, outcome.answers[number], result.token_ids[:left], result.logprobs)
+                row.cached_tokens += result.stats.cached_tokens
+                advance(min(left, answer))
+            if row.tokens != share:  # an answer was shorter than the reference's
+                row.differing_tokens += share - row.tokens
+                row.first_difference = row.first_difference or f"{share - row.tokens} tokens are missing"
+            outcome.rows.append(row)
+            outcome.complete = len(outcome.rows) == len(settings)
+            yield outcome
+
+
+def _reference(
+    bundle: Bundle, prompts: list[list[int]], count: int, answer: int, advance: Advance
+) -> tuple[list[list[int]], list[Answer]]:
+    """So many requests, and their answers. They are conversations of TURNS turns: the first turn is a prompt, the next
+    what was said before and another prompt. An encoder-decoder gets each prompt so many times."""
+    manifest, requests, answers = bundle.manifest, list[list[int]](), list[Answer]()
+    history: list[int] = []
+    with _session(bundle, Setting("full", {})) as session:
+        for number in range(count):
+            turn, conversation = number % TURNS, number // TURNS
+            prompt = prompts[(conversation + (0 if manifest.encoder_decoder else turn)) % len(prompts)]
+            fits = len(history) + len(prompt) + answer - 1 <= manifest.capacity
+            ids = [*history, *prompt] if turn and fits and not manifest.encoder_decoder else list(prompt)
+            result = session.generate(ids, **_asked({"mode": "full"}, answer, True))
+            requests.append(ids)
+            answers.append(Answer(result.token_ids, tuple(result.logprobs or ())))
+            history = [*ids, *result.token_ids]
+            advance(answer)
+    return requests, answers
+
+
+def _decoded(bundle: Bundle, setting: Setting, requests: list[list[int]], answer: int) -> Iterator[GenerationResult]:
+    options = _asked(setting.options, answer, setting.logprobs)
+    together = setting.batch * 4 if setting.batch > 1 else 1  # so that requests come and go
+    with _session(bundle, setting) as session, _reading(PIECE if setting.pieces else decoder.PREFILL_ROWS):
+        for first in range(0, len(requests), together):
+            yield from session.generate(requests[first : first + together], **options)
+
+
+def _session(bundle: Bundle, setting: Setting) -> Session:
+    cache = CACHE_MB if setting.warm else 0
+    return Session(bundle.path, threads=setting.threads, slots=setting.batch, prefix_cache_mb=cache)
+
+
+def _asked(options: Mapping[str, Any], answer: int, logprobs: bool) -> dict[str, Any]:
+    return {**options, "max_new_tokens": answer, "ignore_eos": True, "output_logprobs": logprobs}
+
+
+@contextmanager
+def _reading(rows: int) -> Iterator[None]:
+    """Read prompts so many tokens at a time."""
+    before = decoder.PREFILL_ROWS
+    decoder.PREFILL_ROWS = rows
+    try:
+        yield
+    finally:
+        decoder.PREFILL_ROWS = before
+
+
+def _main(path: str, tokens: str, file: str) -> None:
+    """The comparison of one instruction set, in a process of its own: JSON with the answers of the reference."""
+    bundle = Bundle.open(Path(path))
+    prompts = prompts_of(bundle, Path(file) if file else None)
+    *_, outcome = check_equality(bundle, int(tokens), prompts)
+    answers = [(answer.ids, answer.logprobs) for answer in outcome.answers]
+    print(json.dumps({**outcome.to_json(), "answers": answers, "reads_alike": outcome.reads_alike}))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

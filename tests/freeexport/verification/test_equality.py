@@ -1,0 +1,158 @@
+"""A bundle compared with itself: what is compared, what a difference looks like, and options that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import BY_NAME, Bundles
+from click.testing import CliRunner
+from exit_layer_case import EXIT_CASES
+
+from freeexport.cli import main
+from freeexport.verification import equality
+from freeexport.verification.equality import Answer, Row, all_settings, check_equality, prompts_of
+from runtime.bundle.bundle import Bundle
+from runtime.decoding import decoder
+from runtime.errors import OptionError
+from runtime.kernels import supported
+from runtime.sequence import Model
+
+LLAMA, EXIT_LAYERS, T5 = "llama-tied", "llama-tied-exit-layers", "t5-wide-heads"  # heads that our attention takes
+CASES = {**BY_NAME, **{case.name: case for case in EXIT_CASES}}
+
+
+def ran(*arguments: object) -> Any:
+    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(("name", "instructions"), [(EXIT_LAYERS, ""), (LLAMA, "scalar-bf16"), (T5, "")])
+def test_all_settings_of_a_quantized_bundle_are_equal(
+    name: str, instructions: str, bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
+    path, saved = bundle(CASES[name], precision="int8", capacity=256), tmp_path / "certificate.json"
+    done = ran(path, "--equal", 3000, "--save", saved)
+    assert done.exit_code == 0, done.output
+    assert "3000 tokens compared: all equal" in done.output
+    report = json.loads(saved.read_text())
+    assert (report["complete"], report["equal"], report["compared"]) == (True, True, 3000)
+    assert [row["setting"] for row in report["settings"]] == [setting.name for setting in all_settings()]
+    assert {row["tokens"] for row in report["settings"]} <= {
+        3000 // len(report["settings"]) + extra for extra in (0, 1)
+    }
+    warm = {row["setting"]: row["cached_tokens"] for row in report["settings"]}
+    assert all((tokens > 0) == ("warm" in setting) for setting, tokens in warm.items())
+    assert report["bundle"]["sha256"] == Bundle.open(path).sha256
+    assert decoder.PREFILL_ROWS == 512
+
+
+def test_a_difference_is_counted_shown_and_ends_with_1(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated tokens that are stored where a prompt has other bits, as before."""
+    path = bundle(BY_NAME[LLAMA], precision="int8", capacity=256)
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "scalar-bf16")
+    begin = Model.__post_init__
+
+    def always(model: Model) -> None:
+        begin(model)
+        model.keeps_generated = True
+
+    monkeypatch.setattr(Model, "__post_init__", always)
+    done = ran(path, "--equal", 6000, "--json")
+    assert done.exit_code == 1
+    assert "error: answers differ, the first of full, warm cache: request 1, token 0: a log-probability" in done.output
+    rows = json.loads(done.stdout)["settings"]
+    assert all(("warm" in row["setting"]) or not row["differing_tokens"] for row in rows)
+    assert any(row["differing_logprobs"] for row in rows)
+
+
+def test_tokens_and_log_probabilities_are_counted_apart() -> None:
+    row = Row("full", "avx2")
+    reference = Answer((1, 2, 3, 4), (-0.5, -0.25, -1.0, -2.0))
+    row.compare(0, reference, (1, 2, 3, 4), reference.logprobs)
+    assert (row.equal, row.tokens, row.first_difference) == (True, 4, None)
+    row.compare(7, reference, (1, 2, 9), (-0.5, -0.125, -1.0))
+    assert (row.tokens, row.differing_tokens, row.differing_logprobs) == (7, 1, 1)
+    assert row.first_difference == "request 7, token 1: a log-probability of -0.125 instead of -0.25"
+    alone = Row("full, ids alone", "avx2")
+    alone.compare(0, reference, (1, 3), None)
+    assert (alone.differing_tokens, alone.differing_logprobs, alone.equal) == (1, None, False)
+
+
+def test_instruction_sets_have_a_process_each_and_those_that_read_alike_are_compared(bundle: Bundles) -> None:
+    path = bundle(BY_NAME[LLAMA], precision="int8", capacity=256)
+    names = [name for name in ("scalar", "avx2", "neon", "scalar-bf16") if supported(name)]
+    done = ran(path, "--equal", 300, "--instructions", ",".join([*names, "scalar"]), "--json")
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)["settings"]
+    assert list(dict.fromkeys(row["instructions"] for row in rows)) == names
+    beside = [row for row in rows if row["setting"] == "full, beside scalar"]
+    assert [row["instructions"] for row in beside] == names[1:-1]  # the last reads prompts with other bits
+    assert all(row["tokens"] and row["differing_logprobs"] == 0 for row in beside)
+    assert sum(row["tokens"] for row in rows if row not in beside) == 300
+
+
+def test_a_difference_between_instruction_sets_is_seen() -> None:
+    first, second = (Answer((1, 2), (-1.0, last)) for last in (-2.0, -3.0))
+    row = equality.between([first, first], [first, second], "avx2", "avx512")
+    assert (row.setting, row.instructions, row.tokens, row.differing_logprobs) == ("full, beside avx2", "avx512", 4, 1)
+
+
+def test_an_interrupt_shows_what_was_compared_and_saves_nothing(
+    bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bundle(BY_NAME[LLAMA], precision="int8", capacity=256)
+    decoded, count = equality._decoded, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return decoded(*arguments)
+
+    monkeypatch.setattr(equality, "_decoded", interrupted)
+    done = ran(path, "--equal", 400, "--save", tmp_path / "certificate.json")
+    assert done.exit_code == 130
+    assert "not complete: " in done.output
+    assert "all equal" not in done.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--equal", "0"], "0 is not in the range x>=1"),
+        (["--equal", "5"], "--equal 5 is less than a token for each of"),
+        (
+            ["--equal", "9", "--against", "x"],
+            "--equal compares the bundle with itself; leave --against and --quick out",
+        ),
+        (["--save", "x.json"], "--save is for a comparison of the bundle with itself; give --equal N"),
+        (["--instructions", "scalar"], "--instructions is for a comparison of the bundle with itself"),
+        (["--equal", "99", "--instructions", "mmx"], "this processor has no mmx"),
+        (["--equal", "99", "--save", "nowhere/x.json"], "there is no directory nowhere"),
+        (["--equal", "99999999999"], "give --input with more or shorter prompts"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_decoded(
+    arguments: list[str], message: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equality, "Session", None)
+    done = ran(bundle(BY_NAME[LLAMA], precision="int8", capacity=256), *arguments)
+    assert done.exit_code in (1, 2)
+    assert message in " ".join(done.output.split())
+
+
+def test_prompts_of_a_file_are_taken_and_a_broken_line_is_named(bundle: Bundles, tmp_path: Path) -> None:
+    opened, file = Bundle.open(bundle(BY_NAME[LLAMA], precision="int8", capacity=256)), tmp_path / "prompts.jsonl"
+    file.write_text('{"input": "one"}\n{"input": "two words"}\n')
+    prompts = prompts_of(opened, file)
+    assert len(prompts) == 2
+    *_, outcome = check_equality(opened, 150, prompts)
+    assert (outcome.complete, outcome.equal, outcome.compared) == (True, True, 150)
+    file.write_text('{"input": "one"}\n{"inptu": 3}\n')
+    with pytest.raises(OptionError, match=r"prompts\.jsonl, line 2: "):
+        prompts_of(opened, file)

@@ -1,0 +1,35 @@
+"""Behind 4,000 tokens, with keys and values in float16, lossless decodes what full does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import LONG, Bundles
+from draft_plans import draft_candidates, draft_exits
+
+from runtime import Session
+
+LENGTH = 4000
+
+
+@pytest.mark.parametrize("instructions", ["", "scalar-bf16"])
+@pytest.mark.parametrize("drafts", ["exit", "lookup"])
+def test_lossless_is_full_behind_a_long_prompt_with_caches_in_float16(
+    drafts: str, instructions: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
+    path = bundle(LONG, 1, precision="int8", capacity=4096)
+    length = LENGTH if not instructions else 500  # which are slow
+    prompt = np.random.default_rng(0).integers(3, 250, length)
+    options: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "output_logprobs": True}
+    with Session(path, threads=1, slots=1) as session:
+        assert session.manifest.cache_type == "fp16"
+        full = session.generate(prompt.tolist(), mode="full", **options)
+        (draft_exits if drafts == "exit" else draft_candidates)(monkeypatch)
+        if drafts == "lookup":  # an expected text that is wrong here and there
+            options["predicted_output"] = [1 if n % 9 == 8 else token for n, token in enumerate(full.token_ids)]
+        lossless = session.generate(prompt.tolist(), mode="lossless", drafts=drafts, **options)
+    assert (lossless.token_ids, lossless.logprobs) == (full.token_ids, full.logprobs)
+    assert lossless.stats.sync_passes < full.stats.sync_passes  # drafts were accepted

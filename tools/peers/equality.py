@@ -1,0 +1,138 @@
+"""Count how often speculation changes what a decoder writes: its answers with drafts beside its own greedy ones.
+
+    python -m tools.peers.equality BUNDLE --model path/to/checkpoint --save equality-peers.json
+
+Peers draft from the prompt (prompt lookup) with options of their own; bundles are decoded in mode full, then lossless
+with drafts from the text. Greedy answers are decoded twice, so that a decoder that differs from itself is not blamed on
+speculation. Ids alone are compared, so other work may run beside. Run from the root.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from freeexport.measure.bench import BenchOptions
+from freeexport.measure.table import Sheet, environment, terminal
+from freeexport.system.output import check_writable, write_whole
+from freeexport.system.page import print_page
+from freeexport.system.progress import progress
+from freeexport.verification.equality import prompts_of
+from runtime import Session
+from runtime.bundle.bundle import Bundle
+from tools.peers.catalog import find_source
+from tools.peers.compare import Contender, contenders_of, decode
+from tools.peers.worker import PeerError
+
+PEERS = "llama-cpp", "openvino-int8"
+# Tokens that peers draft at once, as in the documentation of llama-cpp-python and transformers.
+LOOKUP = 10
+
+Answers = list[tuple[int, ...]]
+
+
+def differences(reference: Answers, answers: Answers) -> dict[str, Any]:
+    """How many answers differ, and how many of their tokens; the first place of each that does. Behind a first
+    difference texts go on apart, so that is what tells how soon it happens."""
+    pairs = list(zip(reference, answers, strict=True))
+    unequal = [[place for place, two in enumerate(zip(*pair, strict=True)) if two[0] != two[1]] for pair in pairs]
+    firsts = [places[0] for places in unequal if places]
+    tokens, differing = sum(map(len, reference)), sum(map(len, unequal))
+    return {"answers": len(pairs), "differing_answers": len(firsts), "tokens": tokens, "differing_tokens": differing,
+            "first_differences": firsts}  # fmt: skip
+
+
+def peer_answers(contender: Contender, prompts: Sequence[list[int]], tokens: int, threads: int) -> tuple[Answers, Any]:
+    """A peer's answers, and the versions that gave them. Raises PeerError."""
+    worker, versions = contender.load(threads)
+    with closing(worker), progress(f"decoding with {contender.name}", len(prompts)) as advance:
+        answers = []
+        for prompt in prompts:
+            answers.append(decode(worker, prompt, tokens).tokens)
+            advance()
+        return answers, versions
+
+
+def row_of(name: str, precision: str, greedy: Callable[[], Answers], drafted: Callable[[], Answers]) -> dict[str, Any]:
+    reference = greedy()
+    return {
+        "name": name,
+        "precision": precision,
+        "greedy_again": differences(reference, greedy()),
+        "with_drafts": differences(reference, drafted()),
+    }
+
+
+@click.command(help=__doc__, context_settings={"show_default": True})
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--against", multiple=True, default=PEERS, metavar="PEER", help="Peers that draft from the prompt.")
+@click.option("--model", help="The checkpoint that the bundles came from, for peers.")
+@click.option("--prompts", "count", type=click.IntRange(1), default=30, help="Built-in prompts, evenly chosen.")
+@click.option("--tokens", type=click.IntRange(2), default=128, help="Tokens of an answer.")
+@click.option("--threads", type=click.IntRange(1), default=1)
+@click.option("--save", type=click.Path(path_type=Path), help="Also write the counts as JSON.")
+def main(bundles: tuple[Path, ...], against: tuple[str, ...], model: str | None, count: int, tokens: int, threads: int,
+         save: Path | None) -> None:  # fmt: skip
+    check_writable(save, "--save")
+    opened = [Bundle.open(path) for path in bundles]
+    manifest = opened[0].manifest
+    every = prompts_of(opened[0], None)
+    prompts = [every[number * len(every) // count] for number in range(min(count, len(every)))]
+    rows = list[dict[str, Any]]()
+    for bundle in opened:
+        with Session(bundle.path, threads=threads, slots=1) as session:
+
+            def ours(session: Session = session, **options: Any) -> Answers:
+                given = {"max_new_tokens": tokens, "ignore_eos": True, **options}
+                return [session.generate(prompt, **given).token_ids for prompt in prompts]
+
+            name, drafts = f"freeexport {bundle.manifest.precision}", {"mode": "lossless", "drafts": "lookup"}
+            row = row_of(name, bundle.manifest.precision, lambda: ours(mode="full"), lambda: ours(**drafts))  # noqa: B023
+            rows.append(row)
+    source = None if model is None else find_source(manifest, model)
+    found, failed = contenders_of(against if source else (), source, opened, BenchOptions(bundles, modes=()))
+    for one in found:
+        looks_up = replace(one, options={**one.options, "lookup": LOOKUP})
+        versions: dict[str, str] = {}
+
+        def answered(contender: Contender, versions: dict[str, str] = versions) -> Answers:
+            answers, known = peer_answers(contender, prompts, tokens, threads)
+            versions.update(known)
+            return answers
+
+        try:
+            row = row_of(one.name, one.precision, lambda: answered(one), lambda: answered(looks_up))  # noqa: B023
+            rows.append({**row, "versions": versions})
+        except PeerError as error:
+            failed[one.name] = str(error)
+    report = {
+        **environment(),
+        "model": manifest.source,
+        "prompts": len(prompts),
+        "tokens": tokens,
+        "threads": threads,
+        "lookup": LOOKUP,
+        "rows": rows,
+        "failed": failed,
+    }
+    if save is not None:
+        write_whole(save, json.dumps(report, indent=2) + "\n")
+    cells = tuple(
+        (
+            *(row["name"], row["precision"]),
+            *(f"{row[kind]['differing_answers']} of {len(prompts)}" for kind in ("greedy_again", "with_drafts")),
+        )
+        for row in rows
+    )
+    print_page([terminal(Sheet("Answers that differ", ("decoder", "precision", "greedy again", "with drafts"), cells))])
+    click.echo("\n".join(f"{name}: not run: {reason}" for name, reason in failed.items()))
+
+
+if __name__ == "__main__":
+    main()
