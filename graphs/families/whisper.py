@@ -22,7 +22,6 @@ EMBEDDING = "model.decoder.embed_tokens.weight"
 def describe(config: Mapping[str, Any], weights: Weights) -> parts.Description:
     config = {"activation_function": "gelu", **config}
     width, bins = int(config["d_model"]), int(config["num_mel_bins"])
-    scale = width**0.5 if config.get("scale_embedding") else 1.0
     # transformers 5 saves the head under its own name, too, where it is tied.
     tied = config.get("tie_word_embeddings", True) or "proj_out.weight" not in weights
     return parts.Description(
@@ -30,7 +29,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> parts.Description:
         vocab_size=vocabulary_size(weights, EMBEDDING, width),
         hidden_size=width,
         decoder=parts.Decoder(
-            parts.Embedding(EMBEDDING, scale, _positions("decoder", int(config["max_target_positions"]))),
+            parts.Embedding(EMBEDDING, 1.0, _positions("decoder", int(config["max_target_positions"]))),
             layers(config, "decoder", key_bias=False),
             parts.Head(norm("model.decoder.layer_norm"), EMBEDDING if tied else "proj_out.weight"),
             max_positions=int(config["max_target_positions"]),

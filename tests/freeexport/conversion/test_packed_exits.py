@@ -44,6 +44,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.session import Session
 from tools.models import pack_exit
 
+SLASHES = ["", "../up", "a/b", "a\0b", "x" * 300, "-dash", "a b"]
 Directory = Callable[[Case], Path]
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-deep-decoder"]
 KINDS: dict[str, tuple[Case, dict[str, Any]]] = {
@@ -277,3 +278,19 @@ def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
     found = {packed.name: misfit(packed, model, sha256) for packed, _ in map(read_packed, ready_made())}
     assert found == {"smollm2-chat": None, "smollm2-extraction": None}
     assert all(path.stat().st_size < MOST_BYTES for path in ready_made())
+
+
+@pytest.mark.parametrize("name", SLASHES)
+def test_a_name_that_is_no_name_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+    source = ready_made()[0]
+    with safe_open(source, "np") as file:
+        metadata = json.loads(file.metadata()["freeexport_exit"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    path = tmp_path / "exit.safetensors"
+    save_file(tensors, path, {"freeexport_exit": json.dumps({**metadata, "name": name})})
+    with pytest.raises(CheckpointError, match=r"^[^\n\0]* names its exit [^\n\0]*at most 80 letters"):
+        read_packed(path)
+    with pytest.raises(OutputError, match=r"the exit's name is"):
+        pack(str(tmp_path), path, name, **FACTS)
+    with pytest.raises(CheckpointError, match=r"^there is no exit [^\n]{0,300}$"):
+        packed_exit.find_exit(name)

@@ -34,7 +34,7 @@ def test_what_compiles_passes_and_what_does_not_is_said(chat: Path) -> None:
     async def use(trial: GrammarTrial) -> None:
         await trial.check("regex", "[a-c]{3}")
         await trial.check("choice", '["yes", "n\u00f6"]')
-        with pytest.raises(OptionError, match="regex cannot be used: .*unclosed"):
+        with pytest.raises(OptionError, match=r"regex cannot be used: .*unclosed"):
             await trial.check("regex", "(")
         with pytest.raises(OptionError, match="it may force 6,250,000 letters at once"):
             await trial.check("regex", "(((a{50}){50}){50}){50}")

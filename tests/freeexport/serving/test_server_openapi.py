@@ -16,7 +16,7 @@ from fuzz import SECONDS
 from running_server import Running
 
 from freeexport.serving.openapi import POST, document
-from freeexport.serving.protocol import NEUTRAL
+from freeexport.serving.protocol import HARMLESS, NEUTRAL
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
 
