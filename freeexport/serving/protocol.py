@@ -55,6 +55,7 @@ ADVICE = {
     "tools": "use chat completions or responses",
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "use structured_outputs"),
 }
+MOST_FIELDS = 100  # of a body
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -494,6 +495,8 @@ def parse(body: bytes, kind: type[Body]) -> Body:
             given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         except msgspec.ValidationError:
             raise ApiError(400, "the body is no JSON object; send the fields of a request", "invalid_json") from None
+        if len(given) > MOST_FIELDS:
+            raise ApiError(400, f"the body has {len(given)} fields, at most {MOST_FIELDS} are read", "invalid_json")
         values = {name: bytes(value) for name, value in given.items() if bytes(value) != b"null"}
         known = {field.name for field in msgspec.structs.fields(kind)}
         for name in [name for name in values if name not in known]:

@@ -123,7 +123,9 @@ def _add(messages: list[Message], item: InputItem, where: str) -> None:
         if not (messages and messages[-1].role == "assistant"):
             messages.append(Message("assistant", ""))
         call = ToolCall(FunctionCall(item.name, item.arguments), item.call_id)
-        messages[-1].tool_calls = [*(messages[-1].tool_calls or ()), call]
+        if messages[-1].tool_calls is None:
+            messages[-1].tool_calls = []
+        messages[-1].tool_calls.append(call)
         return
     name = "output" if item.type == "function_call_output" else "content"
     content = getattr(item, name)

@@ -32,7 +32,7 @@ def test_fields_of_a_form_are_read() -> None:
     [
         ("application/json", b"{}", "no form"),
         ("multipart/form-data", b"", "no form"),
-        (KIND, part("a", b"1") + part("a", b"2"), "'a' twice"),
+        (KIND, part("a", b"1") + part("a", b"2") + b"--line--", "'a' twice"),
         (KIND, b"--line\r\n\r\nx\r\n--line--", "has no name"),
         (KIND, b"--line\r\nx" + b"y" * 10_000 + b'; name="a"\r\n\r\nx\r\n--line--', "has no name"),
         (KIND, b"".join(part(f"f{n}", b"") for n in range(MOST_PARTS + 1)) + b"--line--", "more than 32 fields"),
@@ -50,9 +50,10 @@ def test_a_million_fields_take_no_time() -> None:
     hostile = b"--line" * 2_000_000
     head = "multipart/form-data; x=" + '"' * 30_000 + ";" * 30_000
     began = time.thread_time()
-    for kind, content in ((KIND, body), (KIND, hostile), (head, body)):
+    for kind in (KIND, head):
         with pytest.raises(ApiError):
-            form_fields(kind, content)
+            form_fields(kind, body)
+    assert form_fields(KIND, hostile) == {}
     assert time.thread_time() - began < 0.3
 
 
