@@ -80,7 +80,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool = True
     user: str | None = None
-    metadata: dict[str, Any] = {}  # of the client, and given back
+    metadata: dict[str, str] = {}  # of the client, and given back
     free: Free = msgspec.field(default_factory=Free)
 
     def chat(self) -> ChatRequest:
