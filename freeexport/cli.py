@@ -10,6 +10,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,7 +24,8 @@ import click
 from freeexport import INTERRUPTED, __version__
 from freeexport.system.child import tell_parent
 from freeexport.system.extras import how_to_install
-from runtime.errors import FreeExportError
+from freeexport.system.output import writing_error
+from runtime.errors import FreeExportError, first_line
 
 # In the order of use, as the help groups them.
 GROUPS: dict[str, dict[str, str]] = {
@@ -49,6 +51,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "doctor": "Check this installation and machine.",
     },
 }
+
+_TORCH_ARCHIVE = re.compile(r"inline_container\.cc(?!.*Reader)", re.DOTALL)
 
 
 class Verbs(click.Group):
@@ -138,6 +142,7 @@ def _explain(error: BaseException, verb: str | None) -> str:
     if isinstance(error, MemoryError):
         detail = f" ({error})" if str(error) else ""
         return f"out of memory{detail}; free some memory, or lower --capacity, and run again"
+    error = writing_error(error) or error
     if isinstance(error, OSError):
         where = error.filename or "the output"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -145,8 +150,12 @@ def _explain(error: BaseException, verb: str | None) -> str:
         if error.errno == errno.EFBIG:
             advice = "raise the limit, or write elsewhere"
             return f"{where}: a file grew too large for ulimit -f or the file system; {advice}"
+        if error.errno == errno.EROFS:
+            return f"{where} is on a file system that is read-only; write elsewhere"
         named = f"{error.filename}: " if error.strerror and error.filename is not None else ""
         return named + (error.strerror or str(error) or type(error).__name__)
+    if _TORCH_ARCHIVE.search(str(error)):  # torch does not say why it cannot write
+        return f"a file could not be written ({first_line(error)}); free some space, or write elsewhere, and run again"
     ours = ("freeexport", "graphs", "runtime")
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in ours:
         return how_to_install(error.name, verb)

@@ -10,11 +10,11 @@ from functools import cache
 from os import PathLike
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from runtime.errors import PromptError
+from runtime.errors import PromptError, one_line
 from runtime.json_file import UnreadableError, opened
 
 RATE = 16_000  # samples a second
@@ -68,9 +68,9 @@ def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
     """Samples at 16 kHz. A minute is read at a time: hours of stereo would fill the memory several times over."""
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else opened(Path(source), LARGEST_WAV) as file:
-            with wave.open(file) as header:
-                rate, channels, width = header.getframerate(), header.getnchannels(), header.getsampwidth()
-                begin, count = file.tell(), header.getnframes()
+            rate, channels, width, begin, count = _wav_header(file)
+            if width not in (1, 2, 3, 4):
+                raise PromptError(f"{name} has samples of {8 * width} bits; convert it to PCM of 8, 16, 24 or 32")
             frame = width * channels
             # Of a stream, the header has the largest number for what is not known.
             count = min(count, (file.seek(0, io.SEEK_END) - begin) // frame)
@@ -93,8 +93,18 @@ def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
     except UnreadableError as error:
         raise PromptError(f"{name} cannot be read ({error}); give a WAV file") from None
     except (wave.Error, EOFError) as error:
-        problem = str(error) or "it ends early"
+        problem = one_line(error) if str(error) else "it ends early"
         raise PromptError(f"{name} is no WAV file of PCM samples ({problem}); convert it to one") from None
+
+
+def _wav_header(file: BinaryIO) -> tuple[int, int, int, int, int]:
+    """Samples a second, channels, bytes of a sample, where samples begin, and frames as the header says."""
+    try:
+        with wave.open(file) as header:
+            rate, channels, width = header.getframerate(), header.getnchannels(), header.getsampwidth()
+            return rate, channels, width, file.tell(), header.getnframes()
+    except (RuntimeError, ValueError) as error:  # of the library, for sizes beyond the file
+        raise wave.Error(str(error) or "a chunk ends beyond the file") from None
 
 
 def _check_length(seconds: float, name: str) -> None:

@@ -63,8 +63,9 @@ class Metrics:
     finished: requests by finish reason, "error" for those that raised. deep_passes: sync passes, after the prompt.
     exited_tokens, deep_tokens: accepted shallow predictions, and deep ones. forced_tokens: those that a grammar left no
     choice for, which no decoder predicted. rejected_tokens: shallow predictions that a deep pass rejected. drafts,
-    draft_tokens, accepted_tokens: of modes "lossless" and "rollback". accepted_at: accepted tokens of mode "lossless"
-    by their place in the draft, from 0. threshold: with which a request of mode "free" without its own would begin now.
+    draft_tokens, accepted_tokens: of modes "lossless" and "rollback", drafts from the text included. accepted_at:
+    accepted tokens of mode "lossless" by their place in the draft, from 0. threshold: with which a request of mode
+    "free" without its own would begin now.
     prefix_cache_queries: prompt tokens that were looked up, 0 where a session keeps no prefixes; prefix_cache_hits:
     those that were reused.
     """
@@ -106,8 +107,8 @@ class Metrics:
         self.rejected_tokens += stats.rejected
         if stats.mode in ("lossless", "rollback"):
             self.drafts += sum(count for rows, count in stats.sync_sizes.items() if rows > 1)
-            self.draft_tokens += stats.exits + stats.rejected
-            self.accepted_tokens += stats.exits
+            self.draft_tokens += stats.accepted + stats.rejected
+            self.accepted_tokens += stats.accepted
             for counts in stats.drafts.values():
                 self.accepted_at.update({at: right for at, (right, _) in enumerate(counts.by_position) if right})
         for rows, count in stats.sync_sizes.items():

@@ -116,11 +116,14 @@ class Stats:
         return self.exits / max(1, self.candidates)
 
     @property
+    def accepted(self) -> int:
+        """Tokens of drafts that were accepted: exits, and those that came from a text."""
+        return self.exits + sum(drafts.accepted for source, drafts in self.drafts.items() if source != "exit")
+
+    @property
     def acceptance(self) -> float:
         """Share of the drafts that were accepted: 1 in "free", where every exit is final, and if there was none."""
-        others = sum(drafts.accepted for source, drafts in self.drafts.items() if source != "exit")
-        accepted = self.exits + others
-        return accepted / (accepted + self.rejected) if self.rejected else 1.0
+        return self.accepted / (self.accepted + self.rejected) if self.rejected else 1.0
 
     @classmethod
     def joined(cls, parts: Sequence[Stats]) -> Stats:

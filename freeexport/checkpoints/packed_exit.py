@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from graphs.families import describe
 from graphs.quantization.rounding import BLOCK, IntegerScheme
 from graphs.shapes import weight_names
 from runtime.bundle.schema import Reader, parse_object
-from runtime.errors import BundleError
+from runtime.errors import BundleError, shown
 
 READY_MADE = Path(__file__).parents[1] / "exits"
 SUFFIX = ".safetensors"
@@ -39,6 +40,9 @@ _METADATA, _SCALES = "freeexport_exit", ".scales"
 _BLOCKS = (128, 64)  # inputs that share a scale: the largest that divides them, else BLOCK
 _LORA_B = "lora_B.weight"
 _REMEDY = "get the file again"
+# Of exits: they become parts of file names.
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,79}", re.ASCII)
+_NAMES = "a name has at most 80 letters, digits and . _ + -, and begins with a letter or digit"
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,11 @@ def find_exit(name: str) -> Path:
     known = {path.stem: path for path in ready_made()}
     if name in known:
         return known[name]
-    if Path(name).is_file():
-        return Path(name)
+    with suppress(OSError, ValueError):  # no name of a file
+        if Path(name).is_file():
+            return Path(name)
     listed = f"known are {', '.join(known)}" if known else "this freeexport brings none"
-    raise CheckpointError(f"there is no exit {name}, and no such file; {listed} (freeexport exits)")
+    raise CheckpointError(f"there is no exit {name[:100]}, and no such file; {listed} (freeexport exits)")
 
 
 def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
@@ -94,6 +99,8 @@ def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
         packed: PackedExit = Reader(_REMEDY).read(PackedExit, value, str(path))
     except BundleError as error:
         raise CheckpointError(str(error)) from None
+    if _NAME.fullmatch(packed.name) is None:
+        raise CheckpointError(f"{path} names its exit {shown(packed.name)}; {_NAMES}")
     if _tensors_sha256(path) != packed.tensors_sha256:
         raise CheckpointError(f"{path} is damaged: its tensors have another sha256 than it names; {_REMEDY}")
     return packed, file
@@ -163,7 +170,7 @@ def with_exit_applied(model: str, name: str | None) -> Iterator[str]:
         raise CheckpointError(f"exit {name} does not fit: {reason}; choose another (freeexport exits {model})")
     with tempfile.TemporaryDirectory(prefix="freeexport-exit-") as work:
         stem = base.path.stem if base.path.is_file() else base.path.name
-        directory = Path(work) / f"{stem}+{packed.name}"
+        directory = Path(work) / f"{stem[:80]}+{packed.name}"
         directory.mkdir()
         try:
             _unpack(packed, file, base, directory)
@@ -223,6 +230,8 @@ def pack(
     CheckpointError where the exit has no parameters of its own, OutputError where it has more than MOST_BYTES."""
     from safetensors.numpy import save_file
 
+    if _NAME.fullmatch(name) is None:
+        raise OutputError(f"the exit's name is {shown(name)}; {_NAMES}")
     checkpoint = open_checkpoint(model)
     if checkpoint.exit is None or not checkpoint.exit.has_parameters:
         raise CheckpointError(

@@ -33,6 +33,8 @@ SESSION = ("threads", "slots", "queue", "capacity", "device", "threshold", "pref
 @click.option("--origin", "origins", multiple=True, help="Origin of pages that may ask, * is any. May be repeated.")
 @click.option("--deadline", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="End a request that takes longer.")  # fmt: skip
+@click.option("--max-body", type=click.IntRange(1), metavar="BYTES",
+              help="Refuse larger requests.  [default: 4 MiB, with a sound 64 MiB]")  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log, too.")
 @section("Machine")
 @click.option("--slots", type=int, default=4, help="Requests of a bundle that are decoded at once.")

@@ -54,17 +54,19 @@ class Generation:
     deadline: tuple[int, float] | None
 
     async def results(self) -> list[GenerationResult]:
-        """Decode all choices to their end. Raises ApiError where one was cut short."""
+        """Decode all choices to their end, or to the deadline. Raises ApiError as `checked` does."""
         async with _together([stream.drain() for stream in self.streams]) as tasks:
             return [self.checked(await task) for task in tasks]
 
     def checked(self, result: GenerationResult) -> GenerationResult:
-        """Raise ApiError where a result was cut short."""
+        """Raise ApiError where the server ends, or where the deadline passed before any choice had a token."""
         if result.finish_reason == "deadline" and self.deadline is not None:
-            status, seconds = self.deadline
-            limit = "the request's deadline" if status == 408 else "the server's limit"
-            passed = f"{limit} of {seconds:g} s passed after {len(result.token_ids)} tokens"
-            raise ApiError(status, f"{passed}; ask for fewer, or later", "deadline_exceeded")
+            if not any(stream.result.token_ids for stream in self.streams):
+                status, seconds = self.deadline
+                limit = "the request's deadline" if status == 408 else "the server's limit"
+                passed = f"{limit} of {seconds:g} s passed before the first token"
+                raise ApiError(status, f"{passed}; ask later, or for more time", "deadline_exceeded", again=False)
+            return result
         if result.interrupted:
             raise draining()  # the session was closed: a client that left is not told
         return result

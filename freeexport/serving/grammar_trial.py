@@ -23,8 +23,9 @@ from runtime.errors import OptionError, one_line
 from runtime.text.grammar import Grammars
 from runtime.text.tokenizer import Tokenizer
 
-# Seconds in which a constraint must be compiled, and in which the process must have started.
-COMPILE_SECONDS, START_SECONDS = 2.0, 60.0
+# Seconds of processor time in which a constraint must be compiled, and of the clock, for a machine that is busy; and
+# seconds in which the process must have started.
+COMPILE_SECONDS, LATEST_SECONDS, START_SECONDS = 2, 10.0, 60.0
 # Seconds that a request waits while those of others are compiled.
 WAIT_SECONDS = 20.0
 # Constraints whose outcome is remembered.
@@ -69,7 +70,7 @@ class GrammarTrial:
         answer = b""
         try:
             with suppress(TimeoutError, ConnectionError):
-                async with asyncio.timeout(COMPILE_SECONDS):
+                async with asyncio.timeout(LATEST_SECONDS):
                     process.stdin.write(json.dumps([kind, text]).encode() + b"\n")
                     await process.stdin.drain()
                     answer = await process.stdout.readline()
@@ -79,7 +80,7 @@ class GrammarTrial:
         if answer.endswith(b"\n"):
             problem: str | None = json.loads(answer)
             return problem
-        return f"{kind} cannot be used: it takes more than {COMPILE_SECONDS:g} s to compile; make it simpler"
+        return f"{kind} cannot be used: it takes more than {COMPILE_SECONDS} s to compile; make it simpler"
 
     async def _start(self) -> asyncio.subprocess.Process:
         path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
@@ -133,7 +134,7 @@ def main(bundle: str) -> None:
         grammars.open("choice", '["a"]', 1)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        _limit_processor_time(COMPILE_SECONDS)
+        _limit_processor_time()
         kind, text = json.loads(line)
         problem = None
         try:
@@ -143,14 +144,14 @@ def main(bundle: str) -> None:
         print(json.dumps(problem), file=answers, flush=True)
 
 
-def _limit_processor_time(seconds: float) -> None:
-    """End this process after so many more seconds, where the server that would has ended before."""
+def _limit_processor_time() -> None:
+    """Let the system end this process after so many more seconds, also where the server has ended before."""
     try:
         import resource
     except ImportError:  # Windows
         return
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    soft = int(time.process_time() + seconds) + 2
+    soft = int(time.process_time()) + COMPILE_SECONDS + 1
     resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 

@@ -31,7 +31,7 @@ COUNTERS = {
     "deep_passes": ("deep_passes", "Sync passes of the deep decoder, after the prompt."),
     "rollback_tokens": ("rejected_tokens", "Shallow predictions that a sync pass rejected."),
     "spec_decode_num_drafts": ("drafts", "Sync passes that verified a draft, in modes lossless and rollback."),
-    "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens of drafts."),
+    "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens of drafts, of the exit and from the text."),
     "spec_decode_num_accepted_tokens": ("accepted_tokens", "Tokens of drafts that were accepted."),
 }
 HISTOGRAMS = {

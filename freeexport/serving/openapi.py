@@ -9,7 +9,14 @@ from typing import Any
 import msgspec
 
 from freeexport import __version__
-from freeexport.serving.protocol import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from freeexport.serving.protocol import (
+    HARMLESS,
+    NEUTRAL,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from freeexport.serving.responses import ResponseRequest
 from freeexport.serving.transcriptions import FORMATS
 
@@ -55,11 +62,11 @@ STATUSES = {
     400: "A field is wrong; the message names it",
     401: "The API key is missing or wrong",
     404: "There is no such model",
-    408: "The deadline passed, or the body did not come",
+    408: "The deadline passed before the first token, or the body did not come",
     413: "The body is too large",
     429: "The queue is full; Retry-After says when to ask again",
     503: "The model is being loaded, or the server ends",
-    504: "The server's time limit passed",
+    504: "The server's time limit passed before the first token",
 }
 STYLE = """body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
 code{background:#f3f3f3;padding:.1em .3em}table{border-collapse:collapse;width:100%}
@@ -74,7 +81,8 @@ def document(guarded: bool = False) -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(kinds, ref_template=REFERENCE + "{name}")
     for kind in kinds:
         schema = schemas[kind.__name__]
-        neutral = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
+        neutral: dict[str, Any] = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
+        neutral |= {name: {} for name in HARMLESS}
         schema |= {"properties": neutral | schema["properties"], "additionalProperties": False}
     failed: dict[str, Any] = {
         "message": {"type": "string"},

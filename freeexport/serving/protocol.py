@@ -37,13 +37,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "top_logprobs": (0,),
-    "store": (False,),
-    "truncation": ("disabled",),
     "include": ([],),
     "background": (False,),
-    "metadata": ({},),
     "service_tier": ("auto", "default"),
 }
+# Fields that change nothing here, whatever their value.
+HARMLESS = ("metadata", "store", "truncation", "reasoning_effort")
 # What to do where a field of OpenAI's is refused, if not to remove it.
 ADVICE = {
     "frequency_penalty": "repetition_penalty is the penalty there is",
@@ -56,11 +55,13 @@ ADVICE = {
     "tools": "use chat completions or responses",
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "use structured_outputs"),
 }
+MOST_FIELDS = 100  # of a body
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An HTTP status and its body in OpenAI's shape; `param` is the field that is wrong, `retry_after` seconds."""
+    """An HTTP status and its body in OpenAI's shape; `param` is the field that is wrong, `retry_after` seconds. Without
+    `again`, OpenAI's clients do not ask again by themselves."""
 
     def __init__(
         self,
@@ -69,10 +70,13 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         retry_after: int | None = None,
+        again: bool = True,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if not again:
+            self.headers["x-should-retry"] = "false"
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
 
@@ -491,20 +495,53 @@ def parse(body: bytes, kind: type[Body]) -> Body:
             given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         except msgspec.ValidationError:
             raise ApiError(400, "the body is no JSON object; send the fields of a request", "invalid_json") from None
+        if len(given) > MOST_FIELDS:
+            raise ApiError(400, f"the body has {len(given)} fields, at most {MOST_FIELDS} are read", "invalid_json")
         values = {name: bytes(value) for name, value in given.items() if bytes(value) != b"null"}
         known = {field.name for field in msgspec.structs.fields(kind)}
         for name in [name for name in values if name not in known]:
-            if not _neutral(name, values.pop(name)):
+            if not _neutral(name, values.pop(name)) and name not in HARMLESS:
                 raise unsupported(name[:80], ADVICE.get(name, "remove it"))
         fields = b",".join(b'"%s":%s' % (name.encode(), value) for name, value in values.items())
         return msgspec.json.decode(b"{%s}" % fields, type=kind)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at ")
         param = re.sub(r"^(`key` in )?`\$\.?|`$", "", path) or None
+        if message.startswith("Invalid enum value"):
+            message += _choices(kind, param or "")
         raise ApiError(400, f"{param or 'the body'}: {message}", "invalid_type", param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         problem = " ".join(str(error).split())[:200]
         raise ApiError(400, f"the body is not JSON: {problem}", "invalid_json") from None
+
+
+def _choices(kind: type[msgspec.Struct], param: str) -> str:
+    """The values that a field of choices has, for a message."""
+    found: list[Any] = [msgspec.inspect.type_info(kind)]
+    for name in re.findall(r"\w+", param):
+        found = [
+            inner
+            for outer in _unions(found)
+            for inner in (
+                [field.type for field in outer.fields if field.encode_name == name]
+                if isinstance(outer, msgspec.inspect.StructType)
+                else [outer.item_type]
+                if isinstance(outer, msgspec.inspect.ListType)
+                else []
+            )
+        ]
+    values = [repr(v) for each in _unions(found) if isinstance(each, msgspec.inspect.LiteralType) for v in each.values]
+    return f"; choose {', '.join(values)}" if values else ""
+
+
+def _unions(types: list[Any]) -> list[Any]:
+    """Types with those of unions, and without what only annotates them."""
+    listed = list[Any]()
+    for each in types:
+        while isinstance(each, msgspec.inspect.Metadata):
+            each = each.type
+        listed += _unions(list(each.types)) if isinstance(each, msgspec.inspect.UnionType) else [each]
+    return listed
 
 
 def _neutral(name: str, value: bytes) -> bool:

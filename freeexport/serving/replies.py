@@ -13,7 +13,7 @@ from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest
 from freeexport.serving.tools import CallReader, form_of, read_calls
 from runtime import GenerationResult, Session, Token
 
-REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+REASONS = {"eos": "stop", "stop": "stop", "length": "length", "deadline": "length"}
 
 
 class Reply:
@@ -58,7 +58,7 @@ class Reply:
                     message |= {"content": text or None, "tool_calls": calls}
                     reason = "tool_calls" if reason == "stop" else reason
             content = {"message": message} if self._chat else {"text": self._echo(index) + result.text}
-            choices.append(self._choice(index, content, tokens, reason))
+            choices.append(with_end(self._choice(index, content, tokens, reason), result))
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": usage(results, prompts)}
 
@@ -97,7 +97,7 @@ class Reply:
                 self._read[index] = len(tokens)
                 return None
         delta = ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {}) if self._chat else text
-        return self._chunk(index, delta, tokens, reason)
+        return self._chunk(index, delta, tokens, reason, result)
 
     def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
         """Return the chunk that has no choice."""
@@ -110,8 +110,16 @@ class Reply:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
-    def _chunk(self, index: int, delta: Any, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
+    def _chunk(
+        self,
+        index: int,
+        delta: Any,
+        tokens: Sequence[Token],
+        reason: str | None,
+        result: GenerationResult | None = None,
+    ) -> dict[str, Any]:
         choice = self._choice(index, {"delta" if self._chat else "text": delta}, tokens or None, reason)
+        choice = with_end(choice, result)
         chunk = {**self._head(self._chunks), "choices": [choice]}
         if not self._request.include_usage:
             return chunk
@@ -165,13 +173,19 @@ class Reply:
         return self._tokenizer.decode([token]) or self._tokenizer.token(token) or str(token)
 
 
+def with_end(answer: dict[str, Any], result: GenerationResult | None) -> dict[str, Any]:
+    """Say beside the finish reason that a deadline cut an answer short: OpenAI has no reason for it."""
+    if result is None or result.finish_reason != "deadline":
+        return answer
+    return answer | {"free": answer.get("free", {}) | {"finish_reason": "deadline"}}
+
+
 def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
     """Count the tokens of all choices. A prompt counts once, however many choices it has, and what the first of them
     reused. Predictions are accepted and rejected in modes "lossless" and "rollback"; in "free" every exit is final."""
     stats = [result.stats for result in results]
     read, written = sum(prompts), sum(each.tokens for each in stats)
     drafting = [each for each in stats if each.mode in ("lossless", "rollback")]
-    drafted = sum(drafts.accepted for each in drafting for source, drafts in each.drafts.items() if source != "exit")
     cached = sum(each.cached_tokens for each in stats[:: max(1, len(stats) // len(prompts))])
     candidates = sum(each.candidates for each in stats)
     return {
@@ -179,7 +193,7 @@ def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[s
         "completion_tokens": written,
         "total_tokens": read + written,
         "completion_tokens_details": {
-            "accepted_prediction_tokens": drafted + sum(each.exits for each in drafting),
+            "accepted_prediction_tokens": sum(each.accepted for each in drafting),
             "rejected_prediction_tokens": sum(each.rejected for each in drafting),
         },
         "prompt_tokens_details": {"cached_tokens": cached},

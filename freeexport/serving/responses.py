@@ -28,7 +28,7 @@ from freeexport.serving.protocol import (
     invalid,
     unsupported,
 )
-from freeexport.serving.replies import Reply, usage
+from freeexport.serving.replies import REASONS, Reply, usage, with_end
 from freeexport.serving.tools import CallReader
 from runtime import GenerationResult, Session, Token
 
@@ -80,6 +80,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool = True
     user: str | None = None
+    metadata: dict[str, str] = {}  # of the client, and given back
     free: Free = msgspec.field(default_factory=Free)
 
     def chat(self) -> ChatRequest:
@@ -122,7 +123,9 @@ def _add(messages: list[Message], item: InputItem, where: str) -> None:
         if not (messages and messages[-1].role == "assistant"):
             messages.append(Message("assistant", ""))
         call = ToolCall(FunctionCall(item.name, item.arguments), item.call_id)
-        messages[-1].tool_calls = [*(messages[-1].tool_calls or ()), call]
+        if messages[-1].tool_calls is None:
+            messages[-1].tool_calls = []
+        messages[-1].tool_calls.append(call)
         return
     name = "output" if item.type == "function_call_output" else "content"
     content = getattr(item, name)
@@ -231,8 +234,8 @@ class ResponseReply(Reply):
         return {"type": f"response.{kind}", **place, **more}
 
     def _response(self, result: GenerationResult | None, prompts: Sequence[int]) -> dict[str, Any]:
-        asked, cut = self._asked, result is not None and result.finish_reason == "length"
-        return {
+        asked, cut = self._asked, _status(result) == "incomplete"
+        response = {
             "id": self.id,
             "object": "response",
             "created_at": self._created,
@@ -249,10 +252,11 @@ class ResponseReply(Reply):
             "tool_choice": asked.tool_choice or ("auto" if asked.tools else "none"),
             "parallel_tool_calls": asked.parallel_tool_calls,
             "store": False,
-            "metadata": {},
+            "metadata": asked.metadata,
             "output": list(self._items),
             "usage": None if result is None else _counted(result, prompts),
         }
+        return with_end(response, result)
 
 
 def _part(text: str) -> dict[str, Any]:
@@ -262,7 +266,7 @@ def _part(text: str) -> dict[str, Any]:
 def _status(result: GenerationResult | None) -> str:
     if result is None:
         return "in_progress"
-    return "incomplete" if result.finish_reason == "length" else "completed"
+    return "incomplete" if REASONS[result.finish_reason] == "length" else "completed"
 
 
 def _counted(result: GenerationResult, prompts: Sequence[int]) -> dict[str, Any]:

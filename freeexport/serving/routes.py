@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
+import time
+from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
@@ -27,12 +30,13 @@ from freeexport.serving.responses import ResponseReply, ResponseRequest
 from freeexport.serving.service import Record, Service
 from freeexport.serving.transcriptions import LARGEST_AUDIO, Transcription, form_fields
 from runtime import FreeExportError, PromptError, Session
-from runtime.audio import RATE, read_audio
+from runtime.audio import RATE, LateError, read_audio
 from runtime.text.prompt import check_text
 from runtime.text.tokenizer import Tokenizer
 
 # Seconds in which a body must have come.
 BODY_SECONDS = 30.0
+LARGEST_BODY = 4 << 20  # bytes
 # Bytes of a body that is too large that are read all the same: most clients read no answer before they have sent all.
 DISCARDED = 64 << 20
 
@@ -143,17 +147,26 @@ class Endpoints:
         record, options = Record(self._service, request.scope["path"]), self._service.options
         try:
             self._authorize(request)
-            fields = form_fields(request.headers.get("content-type", ""), await read_body(request, LARGEST_AUDIO))
+            if not any(session.manifest.speech for session in self._service.ready().values()):
+                raise invalid("model", "no model of this server reads speech; ask one that does")
+            body = await read_body(request, LARGEST_AUDIO if options.max_body is None else options.max_body)
+            until = math.inf if options.deadline is None else time.monotonic() + options.deadline
+            fields = await asyncio.to_thread(form_fields, request.headers.get("content-type", ""), body)
             asked = Transcription.of(fields, task, options.mode, options.deadline)
             name, session = self._service.session(asked.model)
             if session.manifest.speech is None:
                 raise invalid("model", f"model {name!r} reads text; ask one that reads speech")
             record.line["model"] = name
-            samples = await asyncio.to_thread(read_audio, asked.file)
-            result = await while_there(request.receive, session.agenerate(samples, asked.options))
+            try:
+                samples = await asyncio.to_thread(read_audio, asked.file, until=until)
+                left = None if options.deadline is None else max(until - time.monotonic(), 1e-3)
+                transcribed = session.agenerate(samples, replace(asked.options, deadline=left))
+                result = await while_there(request.receive, transcribed)
+            except LateError:
+                raise _late(options.deadline) from None
             record.results = [result]
             if result.finish_reason == "deadline":
-                raise ApiError(504, f"the server's limit of {options.deadline:g} s passed", "deadline_exceeded")
+                raise _late(options.deadline)
             if result.interrupted:
                 raise protocol.draining()
         except BaseException as error:
@@ -220,7 +233,8 @@ class Endpoints:
 
     async def _parsed(self, request: Request, kind: type[protocol.Body]) -> protocol.Body:
         self._authorize(request)
-        return protocol.parse(await read_body(request, self._service.options.max_body), kind)
+        most = self._service.options.max_body
+        return protocol.parse(await read_body(request, LARGEST_BODY if most is None else most), kind)
 
     def _authorize(self, request: Request) -> None:
         key = self._service.options.api_key
@@ -240,6 +254,11 @@ class Endpoints:
             "max_model_len": manifest.encoder_capacity or session.capacity,
             "free": {"exit_layer": manifest.exit_layer, "layers": manifest.layers, "threshold": session.threshold},
         }
+
+
+def _late(seconds: float | None) -> ApiError:
+    limit = f"the server's limit of {seconds:g} s passed before all was heard"
+    return ApiError(504, f"{limit}; send a shorter sound", "deadline_exceeded", again=False)
 
 
 def _failed(record: Record, error: BaseException) -> Response:

@@ -23,9 +23,9 @@ State = Literal["loading", "ready", "draining"]
 @dataclass(frozen=True)
 class ServerOptions:
     """`bundles` are served as `names`, by default those of their directories. `mode` is for requests that name none;
-    None: the session's default. `deadline`: the most seconds of any request. `max_body`: bytes. `shutdown_timeout`:
-    seconds that running requests have to end. `origins` may ask from a browser's page; "*" is any. Raises
-    OptionError."""
+    None: the session's default. `deadline`: the most seconds of any request. `max_body`: bytes, by default 4 MiB, and
+    64 MiB with a sound. `shutdown_timeout`: seconds that running requests have to end. `origins` may ask from a
+    browser's page; "*" is any. Raises OptionError."""
 
     bundles: Sequence[Path]
     names: Sequence[str] = ()
@@ -33,7 +33,7 @@ class ServerOptions:
     mode: Mode | None = None
     deadline: float | None = None
     api_key: str | None = None
-    max_body: int = 4 << 20
+    max_body: int | None = None
     shutdown_timeout: float = 30.0
     origins: Sequence[str] = ()
     log_prompts: bool = False
@@ -130,12 +130,17 @@ class Service:
             await trial.close()
         await asyncio.to_thread(self.close)
 
-    def session(self, name: str | None) -> tuple[str, Session]:
-        """Return the model that a request names, or the only one, with its session. Raises ApiError."""
+    def ready(self) -> dict[str, Session]:
+        """Return the sessions by the names of their models. Raises ApiError while they are loaded, and at the end."""
         if self.state == "loading":
             raise ApiError(503, "the model is being loaded; ask again later", "loading", retry_after=1)
         if self.state == "draining":
             raise draining()
+        return self.sessions
+
+    def session(self, name: str | None) -> tuple[str, Session]:
+        """Return the model that a request names, or the only one, with its session. Raises ApiError."""
+        self.ready()
         choices = " or ".join(map(repr, self.sessions))
         if name is None and len(self.sessions) > 1:
             raise ApiError(400, f"model is missing; choose {choices}", "missing_model", "model")

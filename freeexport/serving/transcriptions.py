@@ -14,6 +14,8 @@ from runtime.options import Mode
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 LARGEST_AUDIO = 64 << 20  # bytes of a form: 35 minutes of 16-bit mono at 16 kHz
+# Parts of a form, bytes of the head of one, and of all fields but the file together.
+MOST_PARTS, LARGEST_HEAD, LARGEST_TEXT = 32, 4 << 10, 64 << 10
 
 
 @dataclass(frozen=True)
@@ -113,21 +115,35 @@ def _line(segment: Segment) -> str:
 
 
 def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
-    """The fields of a multipart/form-data body. Raises ApiError for another kind, and for a field that comes twice."""
+    """The fields of a multipart/form-data body. Raises ApiError for another kind, for more than a request has, and for
+    a field that comes twice."""
     header = Message()
-    header["Content-Type"] = content_type
+    header["Content-Type"] = content_type[:LARGEST_HEAD]
     boundary = header.get_param("boundary")
     if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
-        raise ApiError(400, "the body is no form; send multipart/form-data with a field `file`", "invalid_form")
+        raise _invalid("the body is no form; send multipart/form-data with a field `file`")
     fields: dict[str, bytes] = {}
-    line = b"\r\n--" + boundary.encode("ascii", "replace")
-    for part in (b"\r\n" + body).split(line)[1:-1]:
-        head, found, content = part.partition(b"\r\n\r\n")
-        name = re.search(rb'(?:^|;)\s*name="([^"]*)"', head.replace(b"\r\n", b";"))
-        if not found or name is None:
-            raise ApiError(400, "a part of the form has no name; send fields as multipart/form-data", "invalid_form")
+    line, texts = b"--" + boundary.encode("ascii", "replace"), 0
+    end = body.find(line)
+    while end >= 0 and not body.startswith(b"--", end + len(line)):
+        begin = end + len(line)
+        end = body.find(b"\r\n" + line, begin)
+        if end < 0:
+            break
+        split = body.find(b"\r\n\r\n", begin, min(end, begin + LARGEST_HEAD))
+        name = re.search(rb'(?:^|;)\s*name="([^"]*)"', body[begin : max(begin, split)].replace(b"\r\n", b";"))
+        if name is None:
+            raise _invalid("a part of the form has no name; send fields as multipart/form-data")
         key = name[1].decode("utf-8", "replace")
         if key in fields:
-            raise ApiError(400, f"the form has {key[:80]!r} twice; send it once", "invalid_form")
-        fields[key] = content
+            raise _invalid(f"the form has {key[:80]!r} twice; send it once")
+        fields[key] = body[split + 4 : end]
+        texts += 0 if key == "file" else len(fields[key])
+        if len(fields) > MOST_PARTS or texts > LARGEST_TEXT:
+            raise _invalid(f"the form has more than {MOST_PARTS} fields or {LARGEST_TEXT} bytes beside the file")
+        end += 2
     return fields
+
+
+def _invalid(message: str) -> ApiError:
+    return ApiError(400, message, "invalid_form")

@@ -20,8 +20,9 @@ try:
 except ImportError:  # Windows: nothing is ever held
     fcntl = None
 
-# A full disk, a quota, or a limit of file sizes; libraries in Rust tell the number in their text.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A full disk, a quota, a limit of file sizes, or a file system that is read-only; libraries in Rust tell the number in
+# their text.
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _LOCKED = b"freeexport writes beside this file\n"
 
@@ -35,15 +36,29 @@ def naming(path: Path) -> Iterator[None]:
     """Give an error of writing that names no file the name of what the user asked for."""
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno in _NO_ROOM:
-            error.filename = str(path)
-        raise
     except Exception as error:
-        found = _RUST_ERROR.search(str(error))
-        if found is None or int(found[1]) not in _NO_ROOM:
+        found = writing_error(error)
+        if found is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if found.filename is None:
+            found.filename = str(path)
+        if found is error:
+            raise
+        raise found from error
+
+
+def writing_error(error: BaseException) -> OSError | None:
+    """The error of the system because of which a file could not be written, where that is what an error of any library
+    comes from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number is None and (told := _RUST_ERROR.search(str(cause))) is not None:
+            number = int(told[1])
+        if number in _NOT_WRITTEN:
+            return cause if isinstance(cause, OSError) else OSError(number, os.strerror(number))
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 @contextmanager

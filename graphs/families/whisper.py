@@ -32,7 +32,6 @@ def describe(config: Mapping[str, Any], weights: Weights) -> parts.Description:
     config = {"activation_function": "gelu", **config}
     width = int(config["d_model"])
     bins = int(config["num_mel_bins"])
-    scale = width**0.5 if config.get("scale_embedding") else 1.0
     # transformers 5 also saves a tied head under its own name.
     tied = config.get("tie_word_embeddings", True) or "proj_out.weight" not in weights
     return parts.Description(
@@ -41,7 +40,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> parts.Description:
         hidden_size=width,
         decoder=parts.Decoder(
             parts.Embedding(
-                EMBEDDING, scale, _positions("decoder", int(config["max_target_positions"]))
+                EMBEDDING, 1.0, _positions("decoder", int(config["max_target_positions"]))
             ),
             layers(config, "decoder", key_bias=False),
             parts.Head(norm("model.decoder.layer_norm"), EMBEDDING if tied else "proj_out.weight"),

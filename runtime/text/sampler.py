@@ -101,7 +101,8 @@ class Sampler:
             scores[tokens] += biases
         if self.repetition_penalty != 1.0:
             seen, penalty = np.unique(context), np.float32(self.repetition_penalty)
-            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+            with np.errstate(over="ignore"):  # of tokens that an exit does not know
+                scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
         if early:
             scores[list(self.eos)] = NEVER
         for processor in self.processors:

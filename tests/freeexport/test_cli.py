@@ -16,6 +16,7 @@ from click.testing import Result
 from command_line import invoke
 
 from freeexport import cli, commands
+from freeexport.cli import describe
 from freeexport.system.extras import PURPOSES, extras, missing_of
 
 ROOT = Path(__file__).parents[2]
@@ -261,3 +262,26 @@ def test_usage_error_exits_with_2(run_verb: Run) -> None:
     result = run_verb("raise click.UsageError('--exit-layer needs a number')")
     assert result.exit_code == 2
     assert "--exit-layer needs a number" in result.stderr
+
+
+def test_a_library_that_cannot_write_is_told_as_the_system_would() -> None:
+    import torch
+    from safetensors import SafetensorError
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        torch.save(torch.zeros(100_000), "/dev/full")
+    rust = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for error, said in (
+        (caught.value, "free some space"),
+        (rust, "disk full while writing the output; free some space and run again"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a/b"), "disk full while writing a/b"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b is on a file system that is read-only; write else"),
+        (Exception("Read-only file system (os error 30)"), "the output is on a file system that is read-only"),
+    ):
+        line = describe(error)
+        assert said in line
+        assert "this is a bug" not in line
+    closing = RuntimeError("the file could not be closed")
+    closing.__context__ = OSError(errno.ENOSPC, "No space left on device", "x")
+    assert describe(closing).startswith("disk full while writing x")
+    assert "this is a bug" in describe(KeyError("a"))

@@ -261,6 +261,27 @@ def test_the_server_answers_the_official_client(bundle: Path) -> None:
         ):
             with pytest.raises(openai.BadRequestError, match=message):
                 client.audio.transcriptions.create(**{**asked, **given})
+        for place, value in ((34, b"\x28\x00"), (34, b"\xff\xff"), (16, b"\xff\xff\xff\x7f"), (40, bytes(4))):
+            whole = wav(SOUND)
+            broken = whole[:place] + value + whole[place + len(value) :]
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.audio.transcriptions.create(**{**asked, "file": broken})
+            with pytest.raises(PromptError), Session(bundle, threads=1) as session:
+                session.generate(broken)
+            assert refused.value.code == "invalid_prompt"
+
+
+def test_the_servers_limits_hold_for_a_sound(bundle: Path) -> None:
+    import openai
+
+    asked: dict[str, Any] = {"model": "w", "language": "de"}
+    with running(bundle, names=("w",), deadline=0.05, max_body=10_000_000) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=2)
+        with pytest.raises(openai.InternalServerError, match=r"0\.05 s passed before all was heard"):
+            client.audio.transcriptions.create(file=wav(np.zeros(4_000_000, np.float32), 44_100), **asked)
+        assert len(server.log) == 1
+        with pytest.raises(openai.APIStatusError, match="larger than 10000000 bytes"):
+            client.audio.transcriptions.create(file=bytes(11_000_000), **asked)
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sounds import sound, wav
 
 from runtime.audio import RATE, log_mel, read_audio, resampled, window
@@ -64,8 +68,42 @@ def test_a_long_file_is_read_a_minute_at_a_time(tmp_path: Path) -> None:
         read_audio(path)
 
 
+def altered_headers() -> Iterator[bytes]:
+    """A WAV file with each byte and each field of its header, and of a chunk before the samples, as something else."""
+    plain = wav(sound(0.05))
+    for whole in (plain, plain[:36] + b"LIST\x06\x00\x00\x00abcdef" + plain[36:]):
+        for place in range(60):
+            for size in (1, 2, 4):
+                for value in (0, 1, 0x7F, 0xFF):
+                    yield whole[:place] + bytes([value]) * size + whole[place + size :]
+        for bits in (0, 4, 12, 20, 40, 48, 64, 65_535):
+            yield whole[:34] + bits.to_bytes(2, "little") + whole[36:]
+        for size in range(0, len(whole), 7):
+            yield whole[:size]
+
+
+def test_a_header_of_any_kind_is_read_or_refused() -> None:
+    refused = 0
+    for content in altered_headers():
+        try:
+            read_audio(content)
+        except PromptError:
+            refused += 1
+    assert refused > 200
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=6), st.integers(0, 200))
+def test_an_altered_header_is_read_or_refused(changes: list[tuple[int, int]], size: int) -> None:
+    content = bytearray(wav(sound(0.005)))
+    for place, value in changes:
+        content[place] = value
+    with suppress(PromptError):
+        read_audio(bytes(content[: 44 + size]))
+
+
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("audio", "message"),
     [
         (np.zeros(0, np.float32), "the audio is empty"),
         (np.zeros((2, 100), np.float32), "an array of float32 [2, 100]"),
@@ -79,7 +117,7 @@ def test_a_long_file_is_read_a_minute_at_a_time(tmp_path: Path) -> None:
         ("/missing.wav", "/missing.wav cannot be read"),
     ],
 )
-def test_bad_audio_is_refused_in_a_line(given: object, message: str) -> None:
+def test_bad_audio_is_refused_in_a_line(audio: object, message: str) -> None:
     with pytest.raises(PromptError, match=r"^[^\n]*$") as caught:
-        read_audio(given)
+        read_audio(audio)
     assert message in str(caught.value)

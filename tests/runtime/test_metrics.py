@@ -36,7 +36,7 @@ def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
     counted = Metrics()
     for each in stats:
         counted.add(GenerationResult("", (), (), (), "eos", each), [1.0, 1.002, 1.003])
-    assert (counted.drafts, counted.draft_tokens, counted.accepted_tokens) == (2, 8, 6)
+    assert (counted.drafts, counted.draft_tokens, counted.accepted_tokens) == (2, 10, 8)
     assert counted.accepted_at == {0: 3, 1: 3, 2: 1}
     assert (counted.exited_tokens, counted.deep_tokens, counted.rejected_tokens) == (12, 10, 4)
     assert counted.deep_passes == 12

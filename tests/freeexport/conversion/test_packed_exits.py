@@ -45,6 +45,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.session import Session
 from tools.models import pack_exit
 
+SLASHES = ["", "../up", "a/b", "a\0b", "x" * 300, "-dash", "a b"]
 Directory = Callable[[Case], Path]
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-deep-decoder"]
 KINDS: dict[str, tuple[Case, dict[str, Any]]] = {
@@ -300,3 +301,19 @@ def test_convert_names_the_exits_that_fit(
     )
     result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", packed["layers"])
     assert "ready-made exits" not in result.stdout
+
+
+@pytest.mark.parametrize("name", SLASHES)
+def test_a_name_that_is_no_name_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+    source = ready_made()[0]
+    with safe_open(source, "np") as file:
+        metadata = json.loads(file.metadata()["freeexport_exit"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    path = tmp_path / "exit.safetensors"
+    save_file(tensors, path, {"freeexport_exit": json.dumps({**metadata, "name": name})})
+    with pytest.raises(CheckpointError, match=r"^[^\n\0]* names its exit [^\n\0]*at most 80 letters"):
+        read_packed(path)
+    with pytest.raises(OutputError, match=r"the exit's name is"):
+        pack(str(tmp_path), path, name, **FACTS)
+    with pytest.raises(CheckpointError, match=r"^there is no exit [^\n]{0,300}$"):
+        packed_exit.find_exit(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_what_compiles_passes_and_what_does_not_is_said(chat: Path) -> None:
     async def use(trial: GrammarTrial) -> None:
         await trial.check("regex", "[a-c]{3}")
         await trial.check("choice", '["yes", "n\u00f6"]')
-        with pytest.raises(OptionError, match="regex cannot be used: .*unclosed"):
+        with pytest.raises(OptionError, match=r"regex cannot be used: .*unclosed"):
             await trial.check("regex", "(")
         with pytest.raises(OptionError, match="it may force 6,250,000 letters at once"):
             await trial.check("regex", "(((a{50}){50}){50}){50}")
@@ -52,12 +53,12 @@ def test_a_process_that_takes_too_long_is_ended_and_the_refusal_remembered(
         await trial.check("regex", "a+")
         ended = trial._process
         assert ended is not None
-        monkeypatch.setattr(grammar_trial, "COMPILE_SECONDS", 0.5)
+        monkeypatch.setattr(grammar_trial, "LATEST_SECONDS", 0.5)
         refused = [trial.check("grammar", ENDLESS) for _ in range(4)]
         began = time.monotonic()
         for problem in await asyncio.gather(*refused, return_exceptions=True):
             assert isinstance(problem, OptionError)
-            assert "takes more than 0.5 s to compile" in str(problem)
+            assert "takes more than 2 s to compile" in str(problem)
         assert ended.returncode is not None
         assert time.monotonic() - began < 1.5  # one of the four was compiled
         assert trial._process is None
@@ -66,6 +67,19 @@ def test_a_process_that_takes_too_long_is_ended_and_the_refusal_remembered(
         monkeypatch.undo()
         await trial.check("regex", "b+")
         assert trial._process is not None
+
+    tried(chat, use)
+
+
+def test_a_process_ends_by_itself_after_its_processor_time(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(trial: GrammarTrial) -> None:
+        monkeypatch.setattr(grammar_trial, "LATEST_SECONDS", 200.0)
+        await trial.check("regex", "a+")
+        process = trial._process
+        with pytest.raises(OptionError, match="takes more than 2 s"):
+            await trial.check("grammar", ENDLESS)
+        assert process is not None
+        assert process.returncode == -signal.SIGXCPU
 
     tried(chat, use)
 

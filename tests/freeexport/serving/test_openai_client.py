@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from checkpoints import BY_NAME, Bundles
@@ -307,23 +308,41 @@ def test_a_full_queue_is_a_rate_limit_and_choices_enter_it_all_or_none(server: R
     assert client.chat.completions.create(model="chat", messages=MESSAGES, max_tokens=1).choices
 
 
-def test_a_deadline_is_said_before_and_in_the_middle_of_a_stream(client: openai.OpenAI) -> None:
+def test_a_deadline_ends_an_answer_with_what_there_is(client: openai.OpenAI, server: Running) -> None:
     late = {"free": {"deadline": 0.05}, **ENDLESS}
     options: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 4000, "extra_body": late}
-    with pytest.raises(openai.APIStatusError, match=r"deadline of 0.05 s passed after \d+ tokens") as raised:
-        client.chat.completions.create(**options)
-    assert raised.value.status_code == 408
-    stream = client.chat.completions.create(stream=True, **options)
-    assert next(stream).choices
-    with pytest.raises(openai.APIError, match="deadline"):
-        list(stream)
+    whole = client.chat.completions.create(**options)
+    *chunks, last = client.chat.completions.create(stream=True, **options)
+    for choice in (whole.choices[0], last.choices[0]):
+        assert choice.finish_reason == "length"
+        assert choice.model_dump()["free"]["finish_reason"] == "deadline"
+    assert whole.usage is not None
+    assert 0 < whole.usage.completion_tokens < 4000
+    assert chunks
+    asked = {"model": "chat", "input": "hello", "max_output_tokens": 4000, "free": {"deadline": 0.05}}
+    response = httpx.post(f"{server.url}/v1/responses", json={**asked, "metadata": {"run": "1"}}).json()
+    assert response["metadata"] == {"run": "1"}
+    if response["status"] == "incomplete":  # the model is random, and may end by itself
+        assert response["free"]["finish_reason"] == "deadline"
+        assert response["incomplete_details"]
 
 
-def test_the_servers_limit_of_seconds_is_a_gateway_timeout(chat: Path) -> None:
+@pytest.mark.parametrize("server_limit", [None, 0.3])
+def test_a_deadline_before_the_first_token_is_an_error_that_is_not_asked_again(
+    server_limit: float | None, chat: Path
+) -> None:
+    late: dict[str, Any] = {"model": "chat", "messages": MESSAGES}
+    late["extra_body"] = {"free": {"deadline": None if server_limit else 0.3}}
     with (
-        running(chat, deadline=0.05) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
-        pytest.raises(openai.InternalServerError, match="the server's limit") as raised,
+        running(chat, names=("chat",), slots=1, deadline=server_limit) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=2) as client,
+        server.service.sessions["chat"].decoder(),  # the only slot
     ):
-        client.chat.completions.create(model="llama-long", messages=MESSAGES, max_tokens=4000, extra_body=ENDLESS)
-    assert raised.value.status_code == 504
+        with pytest.raises(openai.APIStatusError, match=r"of 0\.3 s passed before the first token") as raised:
+            client.chat.completions.create(**late)
+        assert raised.value.status_code == (504 if server_limit else 408)
+        assert raised.value.response.headers["x-should-retry"] == "false"
+        assert eventually(lambda: len(server.log) == 1)
+        with pytest.raises(openai.APIError, match="before the first token"):
+            list(client.chat.completions.create(stream=True, **late))
+        assert eventually(lambda: len(server.log) == 2)

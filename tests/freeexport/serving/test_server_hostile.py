@@ -58,6 +58,7 @@ TOKENS = "tokens that fit"
 BIASES = dict.fromkeys(map(str, range(287)), 1)
 EMPTY = [{"role": "user", "content": ""}]
 WIDE: Any = {"type": "object", "properties": {f"k{number}": {} for number in range(1000)}}
+CALL = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"enum": ["x" * 2_000_000]}}}
 
 
@@ -78,9 +79,11 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"enum": ["x
         (TEXT, {"prompt": "x", "max_tokens": 1, "structured_outputs": {"json": WIDE}}, 200, ""),
         (TEXT, {"prompt": "x", "structured_outputs": {"json": {"enum": ["x" * 4_000_000]}}}, 400, "at most 262144"),
         (CHAT, {"messages": MESSAGES, "tools": [TOOL]}, 400, TOKENS),
+        ("/v1/responses", {"input": [CALL] * 10_000}, 400, TOKENS),
+        (TEXT, {"prompt": "x", **dict.fromkeys(map(str, range(300_000)), 1)}, 400, "300001 fields, at most 100"),
     ],
     ids=["text", "chat", "long", "prompt", "empty", "messages", "role", "prediction", "biases", "ids", "wide", "schema",
-         "tools"],
+         "tools", "calls", "fields"],
 )  # fmt: skip
 def test_a_large_request_holds_up_nobody(
     path: str, body: dict[str, Any], expected: int, message: str, server: Running

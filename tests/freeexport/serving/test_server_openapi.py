@@ -17,7 +17,7 @@ from profiles import SEARCH, TIMES
 from running_server import Running
 
 from freeexport.serving.openapi import POST, document
-from freeexport.serving.protocol import NEUTRAL
+from freeexport.serving.protocol import HARMLESS, NEUTRAL
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
 
@@ -34,7 +34,7 @@ def test_the_document_describes_every_path_and_what_it_refers_to() -> None:
     schemas = made["components"]["schemas"]
     assert set(re.findall(r"#/components/schemas/(\w+)", str(made))) <= schemas.keys()
     for _, kind, _ in POST.values():
-        assert set(schemas[kind.__name__]["properties"]) == {*kind.__struct_fields__, *NEUTRAL}
+        assert set(schemas[kind.__name__]["properties"]) == {*kind.__struct_fields__, *NEUTRAL, *HARMLESS}
     assert "security" not in made
     assert document(guarded=True)["security"] == [{"key": []}]
 

@@ -38,6 +38,7 @@ def refused(base: dict[str, Any], **fields: Any) -> ApiError:
         ("best_of", 3),
         ("echo", True),
         ("anything_else", 1),
+        ("background", True),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> None:
@@ -49,6 +50,29 @@ def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> Non
 def test_fields_that_say_nothing_are_taken() -> None:
     nothing = {"frequency_penalty": 0, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}
     assert read(CHAT, top_logprobs=0, max_tokens=None, store=False, user="somebody", **nothing).limit is None
+
+
+def test_fields_that_change_nothing_are_taken_whatever_they_hold() -> None:
+    harmless = {"metadata": {"run": "x" * 500}, "store": True, "truncation": "auto", "reasoning_effort": "high"}
+    for base in (CHAT, {"prompt": "x"}):
+        assert read(base, **harmless).limit is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"free": {"mode": "fast"}}, "free.mode: Invalid enum value 'fast'; choose 'free', 'full', 'lossless', "
+         "'rollback', 'shallow'"),
+        ({"response_format": {"type": "xml"}}, "; choose 'json_object', 'json_schema', 'text'"),
+        ({"tools": [{"type": "code", "function": {"name": "f"}}]}, "tools[0].type: Invalid enum value 'code'; choose"),
+        ({"tool_choice": "perhaps"}, "; choose 'auto', 'none', 'required'"),
+        ({"prediction": {"type": "text", "content": ""}}, "; choose 'content'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_choice_is_told_the_choices(fields: dict[str, Any], message: str) -> None:
+    said = refused(CHAT, **fields).message
+    assert message in said
+    assert "; choose '" in said
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from running_server import ENDLESS, MESSAGES, Running, eventually, read, running, status
+from running_server import ENDLESS, MESSAGES, ROOT, Running, eventually, read, running, status
 from starlette.testclient import TestClient
 
 from freeexport.serving import generation, routes
@@ -124,6 +124,28 @@ def test_metrics_count_what_the_log_says(chat: Path) -> None:
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_decode_time"):
         assert float(figures[f"freeexport_{name}_seconds_count{label}"]) == 3
     assert float(figures[f'freeexport_http_responses_total{{path="{CHAT}",status="200"}}']) == 3
+
+
+def test_drafts_from_a_text_are_counted_as_the_dashboard_divides_them(chat: Path) -> None:
+    with running(chat, names=("m",)) as server:
+        asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 60, **ENDLESS}
+        full = {**asked, "free": {"mode": "full"}}
+        text = httpx.post(server.url + CHAT, json=full).json()["choices"][0]["message"]["content"]
+        expected = {"type": "content", "content": text[:-4] + "end"}
+        usage = httpx.post(server.url + CHAT, json={**asked, "prediction": expected}).json()["usage"]
+        exposed = httpx.get(server.url + "/metrics").text
+    counted = usage["completion_tokens_details"]
+    accepted, rejected = (counted[f"{name}_prediction_tokens"] for name in ("accepted", "rejected"))
+    assert accepted > 0
+    figures = dict(line.rsplit(" ", 1) for line in exposed.splitlines() if not line.startswith("#"))
+    drafts = {
+        name: float(figures[f'freeexport_spec_decode_num_{name}_tokens_total{{model_name="m"}}'])
+        for name in ("accepted", "draft")
+    }
+    dashboard = (ROOT / "deploy" / "grafana.json").read_text(encoding="utf-8")
+    divided = re.search(r"num_(\w+)_tokens_total[^/]*/ sum\(rate\(freeexport_spec_decode_num_(\w+)_tokens", dashboard)
+    assert divided is not None
+    assert drafts[divided[1]] / drafts[divided[2]] == pytest.approx(accepted / (accepted + rejected))
 
 
 def test_the_log_has_no_prompt_unless_it_is_asked_for(

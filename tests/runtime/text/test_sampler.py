@@ -230,3 +230,10 @@ def test_a_draft_ends_a_request_by_end_of_sequence_or_length() -> None:
         assert output.ends(ahead) == ends
     output.add(5, False, None, Prediction(5))
     assert [output.ends([5] * 2), output.ends([5] * 3)] == [False, True]
+
+
+def test_a_penalty_of_what_an_exit_does_not_know_is_no_overflow() -> None:
+    logits = np.array([1.0, UNKNOWN, -2.0], np.float32)
+    with np.errstate(all="raise"):
+        token = Sampler(0, repetition_penalty=1e6, warping=Warping(0.5, 0, 1.0, 0.0))(logits, np.array([0, 1, 2]))
+    assert token == 0
