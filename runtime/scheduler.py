@@ -261,7 +261,7 @@ class Scheduler:
                     if self._free and not (each.abandoned or self._closing):
                         each.enter(self._free.pop(0))
                         begun.append(each)
-                    elif each.abandoned or self._closing or (each.may_leave and each.leaves()):
+                    elif each.abandoned or self._closing or (each.interruptible and each.interruption()):
                         gone.append(each)
                     else:
                         left.append(each)
@@ -317,7 +317,7 @@ class Scheduler:
             # To the end of the line.
             self._rows.remove(sequence)
             self._rows.append(sequence)
-            if sequence.begun and sequence.leaves():
+            if sequence.begun and sequence.interruption():
                 self._end(sequence)
             else:
                 sequence.decoder.others = len(self._rows) > 1

@@ -259,8 +259,19 @@ class Sequence(Response):
         sampler = sampler_of(options, self._sampled_from, eos, (self._seed, 0), grammar)
         text = Detokenizer(model.tokenizer, tuple(options.stop))
         until = math.inf if options.deadline is None else asked + options.deadline
-        logprobs, best = options.output_logprobs, int(options.top_logprobs)
-        super().__init__(prompt, limit, eos, sampler, logprobs, text, best, cancel, asked, until, fixed)
+        super().__init__(
+            prompt,
+            limit,
+            eos=eos,
+            sampler=sampler,
+            text=text,
+            logprobs=options.output_logprobs,
+            top_logprobs=int(options.top_logprobs),
+            fixed=fixed,
+            cancel=cancel,
+            arrival=asked,
+            until=until,
+        )
         assert options.mode is not None
         self._threshold, self._labels = model.thresholds.decide(options.threshold, options.mode)
         # Full where nothing can exit, unless the request returns or learns from confidences.
@@ -329,7 +340,7 @@ class Sequence(Response):
         self.error = error
         try:
             results = self.results or [self.result]
-            self.model.observer.ended(self.number, self.asked, results, self.token_times or [[]], error)
+            self.model.observer.ended(self.number, self.arrival, results, self.token_times or [[]], error)
         finally:
             # A list of prompts and its requests know each other.
             on_end, self.on_end, self.follow, self.ended = self.on_end, None, None, True
@@ -351,7 +362,7 @@ class Sequence(Response):
             for number in range(self.count):
                 if number:
                     seed = self._seed, number
-                    sampler = sampler_of(self.options, self._sampled_from, self._eos, seed, self._grammar)
+                    sampler = sampler_of(self.options, self._sampled_from, self.eos, seed, self._grammar)
                     self.restart(sampler, Detokenizer(self.model.tokenizer, tuple(self.options.stop)))
                 self._reset(decoder, number)
                 self.begin(decoder.stats)
@@ -438,7 +449,7 @@ class Sequence(Response):
                     yield self.add(token, False, None, None, logprob if self.options.output_logprobs else None)
 
     def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
-        options, sampler = self.options, self._sampler
+        options, sampler = self.options, self.sampler
         rows = BeamRows(decoder, self._encode(decoder), options.num_beams, self._end)
 
         def score(sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
@@ -458,8 +469,8 @@ class Sequence(Response):
             return scores._replace(processed=processed)
 
         limit, penalty = self._end - len(self.prompt), float(options.length_penalty)
-        search = BeamSearch(options.num_beams, limit, self._eos, penalty, options.early_stopping)
-        return (yield from search.search(score, lambda: self.leaves() is not None))
+        search = BeamSearch(options.num_beams, limit, self.eos, penalty, options.early_stopping)
+        return (yield from search.search(score, lambda: self.interruption() is not None))
 
     def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
         assert self.model.encoder is not None

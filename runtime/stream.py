@@ -118,7 +118,7 @@ class _Reader:
     def _leave(self) -> None:
         """Go without the worker, which is late: the result is what was read."""
         self._sequence.abandoned = self._ended = True
-        self._sequence.leave(None if self._whole else self._given)
+        self._sequence.freeze(None if self._whole else self._given)
 
 
 class Stream(_Reader, Iterator[Token]):
@@ -287,7 +287,7 @@ def _outcome(made: Sequence | BaseException | None) -> GenerationResult | BaseEx
     if isinstance(made, BaseException):
         return made
     if not made.ended:
-        made.leave()
+        made.freeze()
     return made.result if made.error is None else made.error
 
 

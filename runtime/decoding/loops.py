@@ -72,7 +72,7 @@ def free(
                 prediction = decoder.guess()
             if labels is not None:
                 rows.append(prediction)
-            prediction = response.judged(prediction)
+            prediction = response.constrained(prediction)
             token = response.choose(prediction)
             sure = (prediction.confidence or 0.0) > threshold
             if sure and decoder.stacked < max_pending:
@@ -106,7 +106,7 @@ def shallow(decoder: Decoder, response: Response) -> Loop:
     """Static exiting: after the prompt, only the shallow decoder runs."""
     while not response.finished:
         yield from decoder.stepping(response.newest, head=True)
-        prediction = response.judged(decoder.guess())
+        prediction = response.constrained(decoder.guess())
         decoder.drop_stack()
         decoder.stats.exits += 1
         yield response.add(response.choose(prediction), True, prediction.confidence, prediction)
@@ -297,7 +297,7 @@ def _exits(
     while True:
         head = continues is None or (len(tokens) < most and continues())
         yield from decoder.stepping_together(unread, head)
-        prediction = response.judged(decoder.guess(), tokens)
+        prediction = response.constrained(decoder.guess(), tokens)
         predictions.append(prediction)
         following = None if prediction.confidence is None else response.choose(prediction, tokens)
         enough = sure(prediction)
@@ -339,7 +339,7 @@ def _run_ahead(
 
     def ahead(prediction: Prediction | None, tokens: Sequence[int]) -> int | None:
         path = [*drafts, *tokens]
-        if prediction is not None and not sure(response.judged(prediction, path)):
+        if prediction is not None and not sure(response.constrained(prediction, path)):
             return None
         token = following if prediction is None else response.choose(prediction, path)
         # Tokens forced after this one are read together with it, in one call.

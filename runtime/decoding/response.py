@@ -1,4 +1,4 @@
-"""The output of one request: the loops choose its tokens and make them final, here, to its end."""
+"""The output of one request: chooses tokens, makes them final, and decides when it ends."""
 
 from __future__ import annotations
 
@@ -18,75 +18,98 @@ from runtime.text.sampler import Sampler, likeliest, log_softmax
 
 
 class Response:
-    """The tokens of one request so far, and the next: choosing does not depend on what was chosen and given up before,
-    so a draft is chosen as the final token is.
+    """The tokens of one request so far, and the choice of the next.
 
-    `prompt` int64 [n]: what the decoder reads before the first token. `limit`: most tokens. `eos`: tokens that end it.
-    `fixed`: tokens that the model wants at a place of the output, whatever is predicted (a target language, the last
-    end of sequence); a grammar is about what follows the first. `sampler` None is arg max. `logprobs`: also of each
-    token, and with `top_logprobs` of as many of the likeliest in its place. `greedy`: of the next prediction the token
-    is all that is needed; `reads_logits`: of some it is not. It ends early once `cancel` is set, or `cancelled`, and at
-    `until`, which is like `asked` a time of the monotonic clock. `finished`: why it has ended, None until then.
-    `times`: when each token became final.
+    Choosing is stateless: rejected drafts leave no trace, so a draft is chosen as the final token
+    is.
+
+    Args:
+        prompt: Tokens that the decoder reads before the first token, int64 [n].
+        limit: Maximum number of tokens.
+        eos: Tokens that end the output.
+        sampler: Chooses among logits. Default: arg max.
+        text: Turns tokens into text and finds stop strings.
+        logprobs: Whether tokens have a log-probability.
+        top_logprobs: Number of most likely tokens to return at each position.
+        fixed: Tokens that the model prescribes by their place in the output, such as a target language.
+            A constraint begins after the first token if that is fixed.
+        cancel: Event that ends the request after its next token.
+        arrival: Time of the request, of the monotonic clock.
+        until: Deadline, of the monotonic clock.
+
+    Attributes:
+        finished: Why the output ended, None until then. `cancelled` ends it after its next token.
+        greedy: True if the next choice needs only the token of a prediction.
+        reads_logits: True if some choice needs logits.
+        joins_forced: True if the next token may be forced, so that it needs no prediction.
+        times: Time at which each token became final.
     """
 
     def __init__(
         self,
         prompt: np.ndarray,
         limit: int,
+        *,
         eos: frozenset[int] = frozenset(),
         sampler: Sampler | None = None,
-        logprobs: bool = False,
         text: Detokenizer | None = None,
+        logprobs: bool = False,
         top_logprobs: int = 0,
-        cancel: threading.Event | None = None,
-        asked: float = 0.0,
-        until: float = math.inf,
         fixed: Mapping[int, int] = MappingProxyType({}),
+        cancel: threading.Event | None = None,
+        arrival: float = 0.0,
+        until: float = math.inf,
     ) -> None:
-        self.prompt, self.cancelled, self.asked, self.until = prompt, False, asked, until
-        self.may_leave = cancel is not None or until != math.inf
+        self.prompt = prompt
+        self.limit = limit
+        self.eos = eos
+        self.cancelled = False
+        self.arrival = arrival
+        self.until = until
+        self.interruptible = cancel is not None or until != math.inf
         self._cancel = cancel
         self._ids = np.empty(len(prompt) + limit, np.int64)
         self._ids[: len(prompt)] = prompt
         self._end = len(prompt) + limit
         self._fixed = {len(prompt) + place: token for place, token in fixed.items()}
         self._grammar_begins = len(prompt) + (0 in fixed)
-        self._eos = eos
-        self._logprobs, self._top_logprobs = logprobs or top_logprobs > 0, top_logprobs
-        self._left: GenerationResult | None = None
+        self._logprobs = logprobs or top_logprobs > 0
+        self._top_logprobs = top_logprobs
+        self._frozen: GenerationResult | None = None
         self.restart(sampler, text or Detokenizer(None))
 
     def restart(self, sampler: Sampler | None, text: Detokenizer) -> None:
-        """Begin another continuation of the prompt."""
+        """Begins another continuation of the prompt."""
         self.tokens: list[Token] = []
         self.times: list[float] = []
-        self.newest, self._length = int(self.prompt[-1]), len(self.prompt)
+        self.newest = int(self.prompt[-1])
+        self._length = len(self.prompt)
         self.finished: FinishReason | None = None
-        self._sampler, self._text = sampler, text
+        self.sampler = sampler
+        self._text = text
         self.reads_logits = sampler is not None or self._logprobs
         self._grammar = None if sampler is None else sampler.grammar
         self._takes_best = sampler is not None and sampler.only_masks
         self._look_ahead()
-        # Looked up once: what is called for every token is seldom in the processor's cache.
+        # Looked up once: what is called for every token is rarely in the processor's cache.
         self._push = text.push
-        self._rest = ""  # text that was withheld when it was cut short
+        self._rest = ""  # text withheld by a possible stop string when the output was interrupted
         self._stats = Stats()
         self._began: float | None = None  # while it has a slot
 
-    def leaves(self) -> FinishReason | None:
-        """Why the request is to end now; None where it may go on."""
+    def interruption(self) -> FinishReason | None:
+        """Returns why the request must end now, None if it may go on."""
         if self.cancelled or (self._cancel is not None and self._cancel.is_set()):
             return "cancelled"
         return "deadline" if self.until != math.inf and monotonic() >= self.until else None
 
     def choose(self, prediction: Prediction, drafts: Sequence[int] = ()) -> int:
-        """The token that comes after the final ones and `drafts`."""
+        """Returns the token after the final ones and `drafts`."""
         if self._fixed:
             fixed = self._fixed.get(self._length + len(drafts))
             if fixed is not None:
                 return fixed
-        if self._sampler is None:
+        if self.sampler is None:
             return prediction.token
         context, grammar = self._context(drafts), self._grammar
         if grammar is not None:
@@ -94,22 +117,26 @@ class Response:
             forced = grammar.forced(output)
             if forced is not None:
                 return forced
-            # The best token, where it is allowed, is the best that is.
+            # If the best token is allowed, it is the best allowed one.
             if self._takes_best and grammar.allows(output, (prediction.token,)):
                 return prediction.token
         assert prediction.logits is not None
-        return self._sampler(prediction.logits, context)
+        return self.sampler(prediction.logits, context)
 
-    def judged(self, guess: Prediction, drafts: Sequence[int] = ()) -> Prediction:
-        """A shallow prediction, whose confidence is 0 where the grammar refuses its best token after `drafts`."""
-        if self._grammar is None or guess.confidence is None or self._length + len(drafts) in self._fixed:
-            return guess
-        allowed = self._grammar.allows(self._output(drafts), (guess.token,))
-        return guess if allowed else guess._replace(confidence=0.0)
+    def constrained(self, prediction: Prediction, drafts: Sequence[int] = ()) -> Prediction:
+        """Returns a shallow prediction, with confidence 0 if the grammar refuses its token after
+        `drafts`."""
+        if self._grammar is None or prediction.confidence is None:
+            return prediction
+        if self._length + len(drafts) in self._fixed:
+            return prediction
+        allowed = self._grammar.allows(self._output(drafts), (prediction.token,))
+        return prediction if allowed else prediction._replace(confidence=0.0)
 
     def forced(self, drafts: Sequence[int] = ()) -> int | None:
-        """The only token that may come after the final ones and `drafts`, as it is fixed, or by the grammar; None where
-        there is a choice, and where forced tokens need a prediction too, as their log-probabilities are one."""
+        """Returns the only token that may follow the final ones and `drafts`: fixed, or forced by
+        the grammar. None if there is a choice, or if tokens need a prediction for their
+        log-probability."""
         if self._logprobs:
             return None
         fixed = self._fixed.get(self._length + len(drafts))
@@ -118,10 +145,14 @@ class Response:
         return self._grammar.forced(self._output(drafts))
 
     def _look_ahead(self) -> None:
-        """Say how the next token is chosen. `joins_forced`: it may go without a prediction."""
+        """Updates what the choice of the next token needs."""
         fixed = self._length in self._fixed
         self.greedy = not self.reads_logits and not fixed
         self.joins_forced = (fixed or self._grammar is not None) and not self._logprobs
+
+    def prescribed(self, place: int) -> int | None:
+        """Returns the token fixed at a place of the output."""
+        return self._fixed.get(len(self.prompt) + place)
 
     def _context(self, drafts: Sequence[int]) -> np.ndarray:
         length = self._length + len(drafts)
@@ -129,17 +160,17 @@ class Response:
         return self._ids[:length]
 
     def _output(self, drafts: Sequence[int]) -> np.ndarray:
-        """The final tokens and `drafts` that the grammar is about."""
+        """Returns the final tokens and `drafts` that the grammar constrains."""
         return self._context(drafts)[self._grammar_begins :]
 
     def ends(self, drafts: Sequence[int]) -> bool:
-        """True where the request is over with the last of `drafts`, should all of them become final."""
-        return drafts[-1] in self._eos or self._length + len(drafts) >= self._end
+        """True if the request ends with the last of `drafts`, should all of them become final."""
+        return drafts[-1] in self.eos or self._length + len(drafts) >= self._end
 
     def within(self, drafts: list[int]) -> list[int]:
-        """Cut `drafts` before the first that the grammar refuses, and behind the one that ends the request, should all
-        of them become final."""
-        ends = (place + 1 for place, token in enumerate(drafts) if token in self._eos)
+        """Cuts `drafts` before the first that the grammar refuses, and after one that ends the
+        request."""
+        ends = (place + 1 for place, token in enumerate(drafts) if token in self.eos)
         drafts = drafts[: min(next(ends, len(drafts)), self._end - self._length)]
         if self._grammar is None or not drafts:
             return drafts
@@ -153,9 +184,9 @@ class Response:
         prediction: Prediction | None = None,
         logprob: float | None = None,
     ) -> Token:
-        """Make a token final. Its log-probability, where wanted, is what `prediction` gives it, else `logprob`."""
+        """Makes a token final. Its log-probability is that in `prediction`, else `logprob`."""
         self.newest = token
-        if self._sampler is not None:
+        if self.sampler is not None:
             self._ids[self._length] = token
         self._length += 1
         if self._fixed:
@@ -167,7 +198,7 @@ class Response:
             if self._top_logprobs:
                 ids = likeliest(prediction.logits, self._top_logprobs)
                 best = tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
-        if token in self._eos:
+        if token in self.eos:
             text, self.finished = "", "eos"
         else:
             text = self._push(token)
@@ -175,60 +206,63 @@ class Response:
                 self.finished = "stop"
             elif self._length == self._end:
                 self.finished = "length"
-            elif self.may_leave or self.cancelled:
-                self.finished = self.leaves()
+            elif self.interruptible or self.cancelled:
+                self.finished = self.interruption()
         if self.finished is not None:
             text += self._text.finish()
-        # Without the function that a named tuple makes itself with.
+        # Avoids the Python function that constructs a named tuple.
         final: Token = tuple.__new__(Token, (token, text, exited, confidence, logprob, best))
         self.times.append(monotonic())
         self.tokens.append(final)
         return final
 
     def begin(self, stats: Stats) -> None:
-        """It has a slot, whose `stats` are its own from now on."""
+        """Called when it gets a slot, which fills `stats` from now on."""
         self._began = monotonic()
-        stats.queue_seconds = self._began - self.asked
+        stats.queue_seconds = self._began - self.arrival
         self._stats = stats
 
     def finish(self) -> None:
-        """Nothing more will come: say why, unless it came to its end."""
+        """Called when no more tokens follow. Sets the reason unless the output ended by itself."""
         if self.finished is None:
-            self.finished = self.leaves() or "cancelled"
+            self.finished = self.interruption() or "cancelled"
 
     def close(self) -> None:
-        """It gives its slot back."""
+        """Called when it gives its slot back."""
         self.finish()
         self._rest = self._text.finish()
         self._count()
         self._began = None
 
-    def leave(self, count: int | None = None) -> None:
-        """Stop waiting for it at its deadline: the first `count` tokens, by default those so far, are the result."""
-        if self._left is None:
+    def freeze(self, count: int | None = None) -> None:
+        """Ends it at the deadline for its caller, though the worker may still add tokens: the first
+        `count` tokens, by default all so far, are the result."""
+        if self._frozen is None:
             tokens = tuple(self.tokens[:count])
             self._count()
             # The worker may go on writing to them.
-            passes = {rows: dataclasses.replace(done) for rows, done in dict(self._stats.longer_passes).items()}
+            passes = self._stats.longer_passes
+            passes = {rows: dataclasses.replace(done) for rows, done in dict(passes).items()}
             stats = dataclasses.replace(self._stats, longer_passes=passes, tokens=len(tokens))
-            self._left = _result(tokens, "", "deadline", stats)
+            self._frozen = _result(tokens, "", "deadline", stats)
 
     @property
     def result(self) -> GenerationResult:
-        """The tokens so far; `finish_reason` is "cancelled" or "deadline" unless it came to its end."""
-        if self._left is not None:
-            return self._left
+        """The tokens so far. `finish_reason` is "cancelled" or "deadline" until it has ended by
+        itself."""
+        if self._frozen is not None:
+            return self._frozen
         self._count()
-        reason = self.finished or self.leaves() or "cancelled"
+        reason = self.finished or self.interruption() or "cancelled"
         return _result(tuple(self.tokens), self._rest, reason, self._stats)
 
     def _count(self) -> None:
-        """Fill in the counts that are not worth keeping at every token."""
+        """Updates the statistics that are not kept at every token."""
         self._stats.tokens = len(self.tokens)
         if self._grammar is not None:
             self._stats.grammar_seconds = self._grammar.seconds
         if self.tokens:
-            self._stats.first_token_seconds = self.times[0] - self.asked
+            self._stats.first_token_seconds = self.times[0] - self.arrival
         if self._began is not None:
             self._stats.seconds = monotonic() - self._began
 

@@ -225,7 +225,7 @@ def test_a_choice_sees_the_final_tokens_and_its_own_drafts(drafts: list[list[int
 
 
 def test_a_draft_ends_a_request_by_end_of_sequence_or_length() -> None:
-    output = Response(np.array([1, 2]), 4, frozenset({9}))
+    output = Response(np.array([1, 2]), 4, eos=frozenset({9}))
     for ahead, ends in (([5], False), ([9], True), ([9, 5], False), ([5] * 3, False), ([5] * 4, True)):
         assert output.ends(ahead) == ends
     output.add(5, False, None, Prediction(5))
