@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from freeexport.cli import GROUPS, SHARED
+from freeexport.cli import GROUPS
 from freeexport.system.extras import NEEDED, distribution_of, extras
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -80,7 +80,7 @@ def brought(*chosen: str) -> set[str]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_a_verb_imports_is_in_the_extras_that_it_needs(verb: str) -> None:
-    found = reached(f"freeexport.commands.{SHARED.get(verb, verb)}")
+    found = reached(f"freeexport.commands.{verb}")
     known = brought("cpu", *NEEDED[verb], *OPTIONAL)
     # A bundle is run without a checkpoint; only some options of these verbs read one.
     if not verb_needs_torch(verb):
