@@ -47,8 +47,8 @@ class StepCosts:
         shallow = exit_layer * self.layer
         deep = (layers - exit_layer) * self.layer + self.head
         deep_passes = {size: deep * factor for size, factor in self.growth.items()}
-        behind = own * self.layer + (inputs * self.map if own else 0.0) + share * self.head
-        return Costs(shallow + behind, shallow, deep_passes, measured=False)
+        exit_head = own * self.layer + (inputs * self.map if own else 0.0) + share * self.head
+        return Costs(shallow + exit_head, shallow, deep_passes, measured=False)
 
 
 def analytic(description: Description, weights: Weights) -> StepCosts:
@@ -56,10 +56,11 @@ def analytic(description: Description, weights: Weights) -> StepCosts:
     read = list[Linear | None]()
     layers = description.decoder.layers
     for layer in layers:
-        own = layer.attention
+        attention = layer.attention
         cross = layer.cross
         mlp = layer.mlp
-        read += [own.query, own.key, own.value, own.output, mlp.up, mlp.down, mlp.gate]
+        read += [attention.query, attention.key, attention.value, attention.output]
+        read += [mlp.up, mlp.down, mlp.gate]
         # Cross-attention keys and values are computed once per request.
         read += [cross.query, cross.output] if cross else []
     total = sum(
