@@ -182,10 +182,10 @@ class EngineOptions:
             head: Name of that engine's head weight.
         """
         plan = self.plan
-        own = rounding(self.target, self.kernels).products.own
+        products = rounding(self.target, self.kernels).products
         assert plan is not None
         # The exit map carries the whole residual stream, and shared values serve several heads.
-        higher = {EXIT_MAP, *(shared_values(description) if own else ())}
+        higher = {EXIT_MAP, *(shared_values(description) if products.own else ())}
 
         def format_of(weight: str) -> TensorFormat:
             if weight in (ADAPTER_DOWN, ADAPTER_UP):

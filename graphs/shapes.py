@@ -268,8 +268,8 @@ def own_shapes(
     decoder = replace(description.decoder, exit_layers=layers)
     inner = weights.shape(description.decoder.layers[-1].mlp.down.weight)[-1]
     found = dict(_shapes(replace(description, decoder=decoder), weights, inner))
-    own = {name: shape for name, shape in found.items() if name.startswith(EXIT_LAYERS)}
-    return {EXIT_MAP: (width, width if reads == "state" else 2 * width), **own}
+    shapes = {name: shape for name, shape in found.items() if name.startswith(EXIT_LAYERS)}
+    return {EXIT_MAP: (width, width if reads == "state" else 2 * width), **shapes}
 
 
 def _shapes(

@@ -301,9 +301,9 @@ class KernelDialect(OrtDialect):
         """Predict from scores [R, C].
 
         Args:
-            margin: Measure confidence as the best probability minus the second best. Default
-                elsewhere: the best.
-            other: The last of N + 1 classes stands for all tokens that are not `known`.
+            margin: Confidence is the best probability minus the second best. If False, it is the
+                best probability.
+            other: The last of N + 1 classes is for all tokens that are not `known`.
             emitted: int64 [R], tokens whose negative log-likelihood is wanted.
             known: int64 [N], the exit vocabulary. None if classes are token ids.
 

@@ -82,8 +82,8 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     table = next((name for name in EMBEDDINGS if name in weights), EMBEDDINGS[0])
     # If the head is not tied, encoder and decoder may have tables of their own.
     tied = config.get("tie_word_embeddings", True) or "lm_head.weight" not in weights
-    own = {side: f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
-    tables = {side: table if tied or name not in weights else name for side, name in own.items()}
+    names = {side: f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
+    tables = {side: table if tied or name not in weights else name for side, name in names.items()}
     head = Head(
         norm("model.decoder.layer_norm") if kind.final_norm else None,
         table if tied else "lm_head.weight",

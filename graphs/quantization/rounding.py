@@ -286,8 +286,8 @@ def _error(weight: np.ndarray, values: np.ndarray, scales: np.ndarray, starts: n
     """Return |W - values * scales - starts| / |W|."""
     lost = 0.0
     for rows in pieces(weight):
-        kept = values[rows] * scales[rows, :, None].astype(np.float32) + starts[rows, :, None]
-        lost += total(np.square(kept.reshape(weight[rows].shape) - weight[rows]))
+        restored = values[rows] * scales[rows, :, None].astype(np.float32) + starts[rows, :, None]
+        lost += total(np.square(restored.reshape(weight[rows].shape) - weight[rows]))
     return relative(lost, weight)
 
 
@@ -388,8 +388,9 @@ class IntegerScheme:
         if format_ == "int8-block":
             block = next((size for size in self.blocks if weight.shape[1] % size == 0), BLOCK)
             return round_8_bits(weight, block, scales), block
-        if (kept := on_grid(weight, BLOCK, scales, self.offsets)) is not None:
-            return kept, BLOCK
+        unchanged = on_grid(weight, BLOCK, scales, self.offsets)
+        if unchanged is not None:
+            return unchanged, BLOCK
         rounded = round_4_bits(weight, BLOCK, scales)
         block = BLOCK
         for larger in LARGER_BLOCKS:

@@ -520,7 +520,7 @@ class PaperState(LearnedState):
 
 
 class PaperThreshold(Learner):
-    """The rule that FREE's authors run (arXiv 2310.05424 and their published code), for comparison.
+    """Rule that FREE's authors run (arXiv 2310.05424 and their published code), for comparison.
 
     Confidences of agreeing and disagreeing tokens follow Beta distributions, fitted by moments to
     all labels so far. The labels are almost one-hot. The threshold is the lowest on a grid of ten

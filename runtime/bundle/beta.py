@@ -57,7 +57,7 @@ class LogSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Beta:
-    """The distribution Beta(a, b) on [0, 1].
+    """Beta distribution Beta(a, b) on [0, 1].
 
     Raises:
         CalibrationError: If a shape is not in (0, MOST_SHAPE].

@@ -40,22 +40,33 @@ def contract(manifest: Manifest, engine: str) -> tuple[TensorSpecs, TensorSpecs]
     `engine` is encoder, prologue, shallow, exit or deep.
     """
     compute = _FLOATS[manifest.float_type]
-    width = manifest.hidden_size
-
-    def layers(prefix: str, numbers: Iterable[int | str], rows: int | str) -> TensorSpecs:
-        shape = ("B", manifest.kv_heads, rows, manifest.head_dim)
-        tensor = TensorSpec(_FLOATS[manifest.cache_type], shape)
-        return {f"{prefix}.{layer}.{part}": tensor for layer in numbers for part in PARTS}
-
-    lengths = TensorSpec(INT32, ("B",))
-    encoded = {"hidden": TensorSpec(compute, ("B", "E", width))}
+    encoded = {"hidden": TensorSpec(compute, ("B", "E", manifest.hidden_size))}
     if engine == "encoder" and manifest.speech is not None:
         sound = ("B", manifest.speech.bins, 2 * manifest.encoder_capacity)
         return {"features": TensorSpec(FLOAT, sound)}, encoded
     if engine == "encoder":
-        return {"input_ids": TensorSpec(INT64, ("B", "E")), "lengths": lengths}, encoded
+        tokens = TensorSpec(INT64, ("B", "E"))
+        return {"input_ids": tokens, "lengths": TensorSpec(INT32, ("B",))}, encoded
     if engine == "prologue":
-        return encoded, layers("cross", (*range(manifest.layers), *manifest.exit_names), "E")
+        layers = (*range(manifest.layers), *manifest.exit_names)
+        return encoded, _keys_and_values(manifest, "cross", layers, "E")
+    return _decoder_contract(manifest, engine)
+
+
+def _keys_and_values(
+    manifest: Manifest,
+    prefix: str,
+    layers: Iterable[int | str],
+    rows: int | str,
+) -> TensorSpecs:
+    shape = ("B", manifest.kv_heads, rows, manifest.head_dim)
+    tensor = TensorSpec(_FLOATS[manifest.cache_type], shape)
+    return {f"{prefix}.{layer}.{part}": tensor for layer in layers for part in PARTS}
+
+
+def _decoder_contract(manifest: Manifest, engine: str) -> tuple[TensorSpecs, TensorSpecs]:
+    width = manifest.hidden_size
+    lengths = TensorSpec(INT32, ("B",))
     shallow = engine == "shallow"
     engines: dict[str, Sequence[int | str]] = {
         "shallow": manifest.shallow_caches,
@@ -68,14 +79,15 @@ def contract(manifest: Manifest, engine: str) -> tuple[TensorSpecs, TensorSpecs]
         "query_lengths": lengths,
         "head_rows": TensorSpec(INT64, ("R",)),
     }
-    inputs |= layers("past", caches, rows)
+    inputs |= _keys_and_values(manifest, "past", caches, rows)
     if manifest.encoder_decoder:
-        inputs |= {**layers("cross", caches, "E"), "cross_lengths": lengths}
+        inputs |= _keys_and_values(manifest, "cross", caches, "E")
+        inputs["cross_lengths"] = lengths
     outputs = {
         "token": TensorSpec(INT64, ("R",)),
         "confidence": TensorSpec(FLOAT, ("R",)),
         "logits": TensorSpec(FLOAT, ("R", manifest.vocab_size)),
-        **layers("present", caches, rows),
+        **_keys_and_values(manifest, "present", caches, rows),
     }
     states = TensorSpec(FLOAT, ("B", "q" if shallow else "k", width))
     if shallow:

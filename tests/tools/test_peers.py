@@ -112,7 +112,7 @@ def test_what_a_peer_cannot_run_or_have_is_said(
     found = find_source(bundles[0].manifest, source)
     contenders, failed = comparing.contenders_of(["fake"], found, bundles, options)
     assert [one.name for one in contenders] == ["full"]
-    assert "it runs decoder-only models" in failed["fake"]
+    assert "it supports decoder-only models" in failed["fake"]
 
     def unavailable(peer: Peer) -> list[str]:
         raise PeerError("its environment cannot be built (No matching distribution)")

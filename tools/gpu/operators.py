@@ -151,7 +151,7 @@ def dump() -> dict[str, Any]:
         newest = schemas[key].since_version if key in schemas else 0
         if newest < schema.since_version <= OPSETS.get(schema.domain, 0):
             schemas[key] = schema
-    own = {
+    by_operator = {
         key: [kernel for kernel in kernels if (kernel.domain, kernel.op_name) == key]
         for key in schemas
     }
@@ -163,7 +163,9 @@ def dump() -> dict[str, Any]:
         ),
         "opset": OPSETS[""],
         "operators": {
-            "|".join(key): _entry(schemas[key], own[key]) for key in sorted(schemas) if own[key]
+            "|".join(key): _entry(schemas[key], by_operator[key])
+            for key in sorted(schemas)
+            if by_operator[key]
         },
     }
 

@@ -152,6 +152,14 @@ def main(
     if save is not None:
         found = {"schema": SCHEMA, "settings": settings, "rows": rows, "failed": failed}
         write_whole(save, json.dumps(found, indent=2) + "\n")
+    print_page([terminal(_sheet(f"Prompts of {manifest.source}", rows))])
+    lines = [f"{name}: not run: {reason}" for name, reason in failed.items()]
+    lines += [f"{name}: {value}" for name, value in about(made, options.count)]
+    lines.append(load_note(load.cores))
+    click.echo("\n".join(filter(None, lines)))
+
+
+def _sheet(title: str, rows: Sequence[dict[str, Any]]) -> Sheet:
     cells = tuple(
         (
             str(row["length"]),
@@ -177,11 +185,7 @@ def main(
         "decoding, tokens/s#",
         "ratio#",
     )
-    print_page([terminal(Sheet(f"Prompts of {manifest.source}", columns, cells))])
-    lines = [f"{name}: not run: {reason}" for name, reason in failed.items()]
-    lines += [f"{name}: {value}" for name, value in about(made, options.count)]
-    lines.append(load_note(load.cores))
-    click.echo("\n".join(filter(None, lines)))
+    return Sheet(title, columns, cells)
 
 
 if __name__ == "__main__":

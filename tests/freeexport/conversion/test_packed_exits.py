@@ -269,7 +269,7 @@ def test_the_tool_packs_a_checkpoint(trained: Callable[[str], Path], tmp_path: P
     done = CliRunner().invoke(pack_exit.command, [str(trained("layers")), "words", *given, "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert read_packed(out)[0].name == "words"
-    assert "is no name of an exit" in CliRunner().invoke(pack_exit.command, ["x", "No Name", *given]).output
+    assert "is not a valid name" in CliRunner().invoke(pack_exit.command, ["x", "No Name", *given]).output
 
 
 @pytest.mark.smollm2

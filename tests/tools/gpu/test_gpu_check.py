@@ -36,7 +36,7 @@ def test_without_a_card_it_says_so_and_does_what_is_left(checkpoint: Any, tmp_pa
 def test_the_cpu_is_no_card(checkpoint: Any) -> None:
     result = run("--model", checkpoint(LLAMA), "--device", "cpu")
     assert result.exit_code == 2
-    assert "--device cpu is no card" in result.output
+    assert "--device cpu is not a GPU" in result.output
 
 
 def test_steps_for_a_card_run_on_a_stand_in(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
