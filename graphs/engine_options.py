@@ -12,6 +12,7 @@ from graphs.dialects.ort import fits_head_size, has_attention_kernel, misfit
 from graphs.errors import GraphError
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP
 from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
+from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
     ConfidenceMeasure,
     FloatType,
@@ -40,7 +41,7 @@ class EngineOptions:
 
     exit_layer: int
     capacity: int
-    max_pending: int = 16
+    max_pending: int = MAX_PENDING
     precision: Precision = "fp32"
     dialect: DialectName = "ort"
     confidence: ConfidenceMeasure = "softmax"

@@ -26,7 +26,7 @@ from runtime.errors import (
     QueueFullError,
 )
 from runtime.metrics import Histogram, Metrics, RequestEvent
-from runtime.options import GenerationOptions, SessionOptions
+from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
 from runtime.result import GenerationResult, Segment, Stats, Token
 from runtime.session import Session
 from runtime.stream import AsyncStream, Stream
@@ -55,6 +55,7 @@ __all__ = [
     "Segment",
     "Session",
     "SessionOptions",
+    "SpeechOptions",
     "Stats",
     "Stream",
     "Token",

@@ -1,14 +1,20 @@
-"""Checks of the values of options: numbers and choices, and what is read into another form. All raise OptionError."""
+"""Checks of the values of options. The check of a field follows from its type, or is named beside
+it (runtime/options.py)."""
 
 from __future__ import annotations
 
 import json
 import math
+import numbers
 import re
-from collections.abc import Collection, Iterable, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from numbers import Integral, Real
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
+from numbers import Integral
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -17,15 +23,109 @@ from runtime.text.sampler import LogitsProcessor
 
 # Counts end where int64 ends: numpy holds them, and every message can print them.
 MOST = 2**63 - 1
+ABOVE_ZERO = math.ulp(0.0)
 MOST_BIAS = 1e20  # nats: logits are float32
-# Characters of a constraint; in a schema, keys of an object, as compiling takes time that grows with their square, and
-# levels.
-MOST_GRAMMAR, MOST_PROPERTIES, MOST_DEPTH = 256 << 10, 1000, 100
+MOST_GRAMMAR = 256 << 10  # characters of a constraint
+# Keys of an object in a schema: the time to compile it grows with their square.
+MOST_PROPERTIES = 1000
+MOST_DEPTH = 100  # levels of a schema
+
+# Checks the value of an option, called with the option's name and the value. Returns the value to
+# store. Raises OptionError.
+Check = Callable[[str, Any], Any]
+
+
+def check_fields(options: Any) -> None:
+    """Checks every field of a frozen dataclass of options, and stores what the checks return."""
+    for name, check in _checks_of(options.__class__).items():
+        value = getattr(options, name)
+        checked = check(name, value)
+        if checked is not value:
+            object.__setattr__(options, name, checked)
+
+
+@cache
+def _checks_of(kind: Any) -> dict[str, Check]:
+    return {name: _check_of(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+
+
+def _check_of(hint: Any) -> Check:
+    """Returns the check that a field is annotated with. Without one, it follows from the type of
+    the field."""
+    kind, *annotated = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    optional = NoneType in kinds
+    if annotated:
+        check = annotated[0]
+    elif str in kinds:
+        check = text
+    else:
+        allowed = [value for each in kinds for value in ((True, False) if each is bool else get_args(each))]
+        check = OneOf((*allowed, None) if optional and bool in kinds else tuple(allowed))
+
+    def checked(name: str, value: Any) -> Any:
+        return value if value is None and optional else check(name, value)
+
+    return checked
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole numbers from `low` to `high`."""
+
+    low: int
+    high: int = MOST
+
+    def __str__(self) -> str:
+        return f"from {self.low}" + (f" to {self.high}" if self.high < MOST else "")
+
+    def __call__(self, name: str, value: Any) -> Any:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if whole and self.low <= value <= self.high:
+            return value
+        # The largest count is named only to those who exceed it.
+        allowed = f"from {self.low} to {self.high}" if whole and value > self.high else str(self)
+        raise OptionError(f"{name} is {shown(value)}; choose a whole number {allowed}")
+
+
+@dataclass(frozen=True)
+class Real:
+    """Finite numbers from `low` to `high`, and the value `also`. `text` describes them; it
+    completes "a number"."""
+
+    low: float
+    high: float = sys.float_info.max
+    text: str = ""
+    also: str | float | None = None
+
+    def __str__(self) -> str:
+        return self.text or f"from {self.low:g} to {self.high:g}"
+
+    def __call__(self, name: str, value: Any) -> Any:
+        given = value if isinstance(value, str) else number(value)
+        if given == self.also or (not isinstance(given, str) and self.low <= given <= self.high):
+            return value
+        raise OptionError(f"{name} is {shown(value)}; choose a number {self}")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Texts, and True, False or None."""
+
+    values: tuple[str | bool | None, ...]
+
+    def __call__(self, name: str, value: Any) -> Any:
+        simple = value is None or isinstance(value, (str, bool, np.bool_))
+        if simple and value in self.values:
+            return value
+        *most, last = map(repr, self.values)
+        raise OptionError(f"{name} is {shown(value)}; choose {', '.join(most)} or {last}")
 
 
 def number(value: Any) -> float:
-    """NaN, which is in no range, for what is no real number or beyond float64."""
-    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
+    """The value as a float. NaN, which is in no range, if it is not a real number or beyond
+    float64."""
+    if not isinstance(value, numbers.Real) or isinstance(value, (bool, np.bool_)):
         return math.nan
     try:
         return float(value)
@@ -33,40 +133,45 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def check_number(name: str, value: Any, low: float, high: float, allowed: str, *, optional: bool = True) -> None:
-    """`value` is a finite number with low <= value <= high; None passes where `optional`."""
-    if value is None and optional:
-        return
-    given = number(value)
-    if not (math.isfinite(given) and low <= given <= high):
-        raise OptionError(f"{name} is {shown(value)}; choose a number {allowed}")
+def text(name: str, value: Any) -> str:
+    if not (isinstance(value, str) and value):
+        raise OptionError(f"{name} is {shown(value)}; give a text that is not empty")
+    return value
 
 
-def check_whole(name: str, value: Any, low: int, high: int = MOST, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not low <= value <= high:
-        # The largest count is no choice that anybody would read about.
-        upper = f" to {high}" if high < MOST or (whole and value > high) else ""
-        raise OptionError(f"{name} is {shown(value)}; choose a whole number from {low}{upper}")
+def adaptive_state(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name} is {shown(value)}; give the state that Session.adaptive_state() returned")
+    return value
 
 
-def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        *most, last = map(repr, choices)
-        raise OptionError(f"{name} is {shown(value)}; choose {', '.join(most)} or {last}")
+def draft_source(name: str, value: Any) -> Callable[..., Any]:
+    if not callable(value):
+        raise OptionError(f"{name} is {shown(value)}; give a callable")
+    return value
 
 
-def check_bool(name: str, value: Any, *, none: str = "") -> None:
-    """True or False, of numpy too; `none` says what None stands for, where it may be given."""
-    if isinstance(value, (bool, np.bool_)) or (value is None and none):
-        return
-    raise OptionError(f"{name} is {shown(value)}; choose True{', False or None ' + none if none else ' or False'}")
+def expected_output(name: str, value: Any) -> str | Sequence[int] | np.ndarray:
+    if isinstance(value, (bytes, bytearray)) or not isinstance(value, (str, Sequence, np.ndarray)):
+        raise OptionError(f"{name} is {shown(value)}; give text or a list of token ids")
+    return value
+
+
+def temperatures(low: float, high: float) -> Check:
+    """A list of temperatures from `low` to `high`."""
+
+    def check(name: str, value: Any) -> tuple[float, ...]:
+        given = listed(value)
+        if given is None or not all(low <= number(each) <= high for each in given):
+            raise OptionError(f"{name} is {shown(value)}; give temperatures above 0, or ()")
+        return given
+
+    return check
 
 
 def listed(given: Any) -> tuple[Any, ...] | None:
-    """The items of a finite collection; None for anything else, as an endless iterator would never be checked."""
+    """The items of a finite collection; None for anything else, as an endless iterator would never
+    be checked."""
     if not isinstance(given, Collection) or not isinstance(given, Iterable):
         return None
     try:
@@ -75,43 +180,39 @@ def listed(given: Any) -> tuple[Any, ...] | None:
         return None
 
 
-def is_text(value: Any, text: str) -> bool:
-    """Equal, where comparing with an array would give an array."""
-    return isinstance(value, str) and value == text
-
-
-def stop_strings(stop: Any) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else listed(stop)
-    if strings is None or not all(isinstance(text, str) and text for text in strings):
-        raise OptionError(f"stop is {shown(stop)}; give strings that are not empty")
+def stop_strings(name: str, value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else listed(value)
+    if strings is None or not all(isinstance(each, str) and each for each in strings):
+        raise OptionError(f"{name} is {shown(value)}; give strings that are not empty")
     return strings
 
 
 class _Checked(str):
-    """A checked schema as JSON: `replace` does not check it again."""
+    """A checked schema as JSON. `dataclasses.replace` does not check it again."""
 
 
-def json_schema(given: Any) -> _Checked | None:
-    if given is None or isinstance(given, _Checked):
-        return given
-    problem = f"json_schema is {shown(given)}"
-    if not isinstance(given, (str, Mapping)):
+def json_schema(name: str, value: Any) -> _Checked:
+    if isinstance(value, _Checked):
+        return value
+    problem = f"{name} is {shown(value)}"
+    if not isinstance(value, (str, Mapping)):
         raise OptionError(f"{problem}; give a JSON schema as a mapping, or its text")
     try:
-        text = given if isinstance(given, str) else json.dumps(given)
-        if len(text) > MOST_GRAMMAR:
-            raise OptionError(f"json_schema has {len(text)} characters, at most {MOST_GRAMMAR} are read; shorten it")
-        schema = json.loads(text)
+        source = value if isinstance(value, str) else json.dumps(value)
+        if len(source) > MOST_GRAMMAR:
+            raise OptionError(f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it")
+        schema = json.loads(source)
     except (ValueError, TypeError, RecursionError) as error:
         raise OptionError(f"{problem}, no JSON ({one_line(error)}); give a mapping or its text") from None
     if not isinstance(schema, dict):
         raise OptionError(f"{problem}; give a JSON object")
-    check_schema("json_schema", schema)
-    return _Checked(text)
+    check_schema(name, schema)
+    return _Checked(source)
 
 
 def check_schema(name: str, schema: Any) -> None:
-    """Raise OptionError for a JSON schema, the value of `name`, that is too deep or too wide to be compiled soon."""
+    """Raises OptionError if a JSON schema, the value of `name`, is too deep or too wide to compile
+    quickly."""
     inner: list[tuple[Any, int]] = [(schema, 0)]
     while inner:
         value, depth = inner.pop()
@@ -124,44 +225,39 @@ def check_schema(name: str, schema: Any) -> None:
         inner.extend((part, depth + 1) for part in below)
 
 
-def check_grammar(name: str, text: Any) -> None:
-    """Raise OptionError for a regular expression or a grammar, the value of `name`, that is no text, too long, or has a
-    JSON schema which `check_schema` refuses; None passes."""
-    if text is None:
-        return
-    if not (isinstance(text, str) and text):
-        raise OptionError(f"{name} is {shown(text)}; give a text that is not empty")
-    if len(text) > MOST_GRAMMAR:
-        raise OptionError(f"{name} has {len(text)} characters, at most {MOST_GRAMMAR} are read; shorten it")
-    for found in re.finditer(r"%json\s*", text if name == "grammar" else ""):
+def grammar(name: str, value: Any) -> str:
+    """A regular expression or a grammar, of which `check_schema` checks embedded JSON schemas."""
+    source = text(name, value)
+    if len(source) > MOST_GRAMMAR:
+        raise OptionError(f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it")
+    for found in re.finditer(r"%json\s*", source if name == "grammar" else ""):
         with suppress(ValueError, RecursionError):  # llguidance refuses it
-            check_schema(name, json.JSONDecoder().raw_decode(text, found.end())[0])
+            check_schema(name, json.JSONDecoder().raw_decode(source, found.end())[0])
+    return source
 
 
-def output_choices(given: Any) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    choices = None if isinstance(given, str) else listed(given)
-    if not choices or not all(isinstance(text, str) and text for text in choices):
-        raise OptionError(f"choice is {shown(given)}; give a list of strings that are not empty")
-    if sum(map(len, choices)) > MOST_GRAMMAR:
-        raise OptionError(f"choice has more than {MOST_GRAMMAR} characters; give fewer")
-    return choices
+def choices(name: str, value: Any) -> tuple[str, ...]:
+    given = None if isinstance(value, str) else listed(value)
+    if not given or not all(isinstance(each, str) and each for each in given):
+        raise OptionError(f"{name} is {shown(value)}; give a list of strings that are not empty")
+    if sum(map(len, given)) > MOST_GRAMMAR:
+        raise OptionError(f"{name} has more than {MOST_GRAMMAR} characters; give fewer")
+    return given
 
 
 class _Biases(dict[tuple[int, ...], float]):
-    """Checked biases: `replace` does not check a thousand of them again."""
+    """Checked biases. `dataclasses.replace` does not check a thousand of them again."""
 
 
-def token_biases(given: Any) -> _Biases | None:
-    if given is None or isinstance(given, _Biases):
-        return given
-    items = listed(given.items()) if isinstance(given, Mapping) else None
+def token_biases(name: str, value: Any) -> _Biases:
+    if isinstance(value, _Biases):
+        return value
+    items = listed(value.items()) if isinstance(value, Mapping) else None
     biases = _Biases({key if isinstance(key, tuple) else (key,): bias for key, bias in items or ()})
     fit = all(map(_is_sequence, biases)) and all(abs(number(bias)) <= MOST_BIAS for bias in biases.values())
     if items is None or not fit:
         raise OptionError(
-            f"sequence_bias is {shown(given)}; "
+            f"{name} is {shown(value)}; "
             f"give {{token: bias}} or {{(token, token): bias}}, biases of at most {MOST_BIAS:.0e} nats"
         )
     return biases
@@ -172,8 +268,8 @@ def _is_sequence(tokens: tuple[Any, ...]) -> bool:
     return bool(tokens) and whole and all(0 <= token <= MOST for token in tokens)
 
 
-def logits_processors(given: Any) -> tuple[LogitsProcessor, ...]:
-    processors = (given,) if callable(given) else listed(given)
+def logits_processors(name: str, value: Any) -> tuple[LogitsProcessor, ...]:
+    processors = (value,) if callable(value) else listed(value)
     if processors is None or not all(callable(processor) for processor in processors):
-        raise OptionError(f"logits_processor is {shown(given)}; give a callable, or a list of them")
+        raise OptionError(f"{name} is {shown(value)}; give a callable, or a list of them")
     return processors

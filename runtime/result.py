@@ -221,11 +221,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A finished request. `finish_reason`: "eos", "stop" (string) and "length" are regular ends; "cancelled" and
-    "deadline" cut it short. `token_ids` are the generated ones, end of sequence included; `exited`, `confidence`,
-    `logprobs` and `top_logprobs` (None unless asked for) run parallel to them. `text` has no special tokens and no stop
-    string. Of speech: its `language`, and its `segments` where timestamps were asked for or it is longer than a window;
-    `token_ids` are those of all windows."""
+    """A finished request. `finish_reason`: "eos" and "stop" (a stop string) are the output's own end; "length"
+    (`max_new_tokens`, or the cache is full), "cancelled" and "deadline" cut it. `token_ids` are the generated ones, end
+    of sequence included; `exited`, `confidence`, `logprobs` and `top_logprobs` (None unless asked for) run parallel to
+    them. `text` has no special tokens and no stop string. Of speech: its `language`, and its `segments` where
+    timestamps were asked for or it is longer than a window; `token_ids` are those of all windows."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -240,5 +240,10 @@ class GenerationResult:
 
     @property
     def complete(self) -> bool:
-        """Whether it ended regularly, neither cancelled nor at its deadline."""
-        return self.finish_reason not in ("cancelled", "deadline")
+        """True if the output came to its own end, so that JSON of a schema is whole; False if anything cut it."""
+        return self.finish_reason in ("eos", "stop")
+
+    @property
+    def interrupted(self) -> bool:
+        """True if the request was cancelled or its deadline passed."""
+        return self.finish_reason in ("cancelled", "deadline")

@@ -187,8 +187,6 @@ class Model:
             self._check_languages(prompt, src_lang=options.src_lang, tgt_lang=options.tgt_lang)
             tokens, sound, grammar = np.array(prompt.prefix, np.int64), prompt.sound, prompt.rules
         else:
-            if options.speech is not None:
-                raise OptionError(f"{options.speech} is for bundles that read speech, and this one reads text")
             tokens = self.encode(prompt, options.parse_special, None, options.src_lang, options.tgt_lang)
             grammar = self.grammar(options)
         asked = monotonic() if asked is None else asked
@@ -340,7 +338,7 @@ class Sequence(Response):
 
     def best(self) -> list[GenerationResult]:
         """Results of the continuations that came to their end, best first."""
-        done = [result for result in self.results if result.complete]
+        done = [result for result in self.results if not result.interrupted]
         if self.options.num_beams > 1:
             return done
         return sorted(done, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
@@ -370,7 +368,7 @@ class Sequence(Response):
                     self.token_times.append(self.times)
                 if self._prefix is not None and self.model.keeps_generated:
                     self._prefix.keep(decoder.runners, decoder.slot, [token.id for token in self.tokens])
-                if not self.results[-1].complete:
+                if self.results[-1].interrupted:
                     return
         finally:
             self.model.thresholds.learn(self._labels)
@@ -426,7 +424,7 @@ class Sequence(Response):
             text = () if self.model.encoder is None or self.sound is not None else self.ids.tolist()
             vocabulary = self.model.manifest.vocab_size
             sources = DraftSources(vocabulary, self.prompt.tolist(), text, predicted, own)
-        costs = learned.costs if self._exits or not self.model.own_layers else learned.without
+        costs = learned.costs if self._exits or not self.model.own_layers else learned.costs_without_exit
         drafts = Drafts(costs, acceptance, sources, self._exits)
         return lossless(decoder, self, threshold, room, drafts)
 

@@ -33,7 +33,8 @@ from runtime.errors import CapacityError, OptionError, shown
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
-from runtime.options import GenerationKeywords, GenerationOptions, SessionKeywords, SessionOptions, merged
+from runtime.option_keywords import GenerationKeywords, SessionKeywords
+from runtime.options import GenerationOptions, SessionOptions, SpeechOptions, merged
 from runtime.result import GenerationResult
 from runtime.scheduler import CLOSED, Scheduler
 from runtime.sequence import Model, Sequence, check_count
@@ -56,8 +57,8 @@ class Session:
     each RequestEvent, in the thread that asks or decodes: it must be quick. Raises BundleError, CapacityError,
     EngineError, OptionError.
 
-    A request's options are a GenerationOptions, and keyword arguments in place of its fields; `cancel`, an event, ends
-    the request after its next token.
+    A request's options are a GenerationOptions, of a bundle that reads speech SpeechOptions, and keyword arguments in
+    place of its fields; `cancel`, an event, ends the request after its next token.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Session:
         self._model = Model(self.bundle, options, *loaded, PrefixStore(limit) if limit else None)
         self._closed, speech = False, manifest.speech is not None
         self._transcriber = Transcriber(manifest, self._tokenizer, self.capacity) if speech else None
+        self._request_options: type[GenerationOptions] = SpeechOptions if speech else GenerationOptions
 
     @property
     def manifest(self) -> Manifest:
@@ -200,7 +202,7 @@ class Session:
         the bundle reads text."""
         if self._transcriber is None:
             raise OptionError("the bundle reads text, not speech; give it text")
-        chosen = merged(GenerationOptions, None, {"language": language})
+        chosen = SpeechOptions(language=language)
         prompt = self._transcriber.single(audio, chosen, partial(self._window, None))
         return replace(prompt, sound=Sound(prompt.sound.features, keeps=False))
 
@@ -208,7 +210,7 @@ class Session:
         """Compile the grammar that constrains such requests, which takes up to seconds once; they then begin at once.
         Raises OptionError."""
         keywords.pop("cancel", None)
-        self._model.grammar(merged(GenerationOptions, options, keywords))
+        self._model.grammar(merged(self._request_options, options, keywords))
 
     def generate_best(
         self, prompt: Prompt, num_return_sequences: int, options: Given = None, **keywords: Unpack[Keywords]
@@ -294,11 +296,11 @@ class Session:
 
     def _sequence(self, prompt: Prompt, options: Given, keywords: Keywords, count: int | None = None) -> Sequence:
         cancel = keywords.pop("cancel", None)
-        chosen = merged(GenerationOptions, options, keywords)
+        chosen = merged(self._request_options, options, keywords)
         if count is not None:
             check_count(count, chosen)
         self._refuse_if_closed()
-        if self._transcriber is not None:
+        if self._transcriber is not None and isinstance(chosen, SpeechOptions):
             speech = self._transcriber.single(prompt, chosen, partial(self._window, cancel))
             return self._model.sequence(speech, chosen, cancel, count)
         return self._model.sequence(prompt, chosen, cancel, count)
@@ -307,7 +309,7 @@ class Session:
         """The result of a sound, or of each of a list of them, one after the other."""
         assert self._transcriber is not None
         cancel = keywords.pop("cancel", None)
-        chosen = merged(GenerationOptions, options, keywords)
+        chosen = merged(SpeechOptions, options, keywords)
         self._refuse_if_closed()
         if isinstance(audio, SpeechPrompt):
             return self._window(cancel, audio, chosen)

@@ -15,7 +15,7 @@ import numpy as np
 from runtime.audio import FRAMES_A_SECOND, LateError, log_mel, read_audio, window
 from runtime.bundle.manifest import Manifest, Speech
 from runtime.errors import OptionError, PromptLengthError
-from runtime.options import GenerationOptions
+from runtime.options import GenerationOptions, SpeechOptions
 from runtime.result import GenerationResult, Segment, Stats
 from runtime.text.grammar import NEVER
 from runtime.text.sampler import softmax
@@ -146,7 +146,7 @@ class Transcriber:
         self._frames = FRAMES_A_POSITION * manifest.encoder_capacity
         self._codes = {token: code for code, token in self._speech.languages.items()}
 
-    def check(self, options: GenerationOptions) -> None:
+    def check(self, options: SpeechOptions) -> None:
         """Raise OptionError for options that speech has not."""
         known = ", ".join(self._speech.languages) or "en alone: the bundle is of English"
         if options.language is not None and options.language not in (self._speech.languages or ("en",)):
@@ -159,7 +159,7 @@ class Transcriber:
         if options.initial_prompt is not None and self._tokenizer is None:
             raise OptionError("initial_prompt is given, but the session has no tokenizer; leave it out")
 
-    def single(self, audio: Any, options: GenerationOptions, decode: Decode) -> SpeechPrompt:
+    def single(self, audio: Any, options: SpeechOptions, decode: Decode) -> SpeechPrompt:
         """The request for a sound of one window. Raises PromptLengthError for a longer one."""
         self.check(options)
         mels, frames = self._read(audio)
@@ -172,7 +172,7 @@ class Transcriber:
         language = options.language or (self._probe(sound, options, decode)[0] if self._speech.languages else "en")
         return self._prompt(sound, language, options, options.timestamps, self._before(options))
 
-    def transcribe(self, audio: Any, options: GenerationOptions, decode: Decode) -> GenerationResult:
+    def transcribe(self, audio: Any, options: SpeechOptions, decode: Decode) -> GenerationResult:
         """The text of a sound of any length. Raises PromptError, OptionError, and what `decode` raises."""
         self.check(options)
         until = math.inf if options.deadline is None else monotonic() + options.deadline
@@ -198,7 +198,7 @@ class Transcriber:
                 for name in ("seconds", "encode_seconds", "prefill_seconds", "shallow_seconds", "deep_seconds"):
                     setattr(result.stats, name, getattr(result.stats, name) + getattr(other, name))
             parts.append(result)
-            if not result.complete:
+            if result.interrupted:
                 break
             size = min(self._frames, total - place)
             nats = _mean(result)
@@ -220,20 +220,20 @@ class Transcriber:
         samples = read_audio(audio, until=until)
         return log_mel(samples, self._speech.bins, until), math.ceil(len(samples) * FRAMES_A_SECOND / 16_000)
 
-    def _before(self, options: GenerationOptions) -> list[int]:
+    def _before(self, options: SpeechOptions) -> list[int]:
         if options.initial_prompt is None or self._tokenizer is None:
             return []
         return self._tokenizer.encode(f" {options.initial_prompt.strip()}", special=False, parse_special=False)
 
     def _prompt(
-        self, sound: Sound, language: str, options: GenerationOptions, timestamps: bool, before: Sequence[int]
+        self, sound: Sound, language: str, options: SpeechOptions, timestamps: bool, before: Sequence[int]
     ) -> SpeechPrompt:
         speech, kept = self._speech, self._capacity // 2 - 1
         prefix = [speech.previous, *before[-kept:]] if before and kept > 0 else []
         prefix += [self._start, *speech.prefix(language, options.task, timestamps)]
         return SpeechPrompt(sound, tuple(prefix), Rules(speech, self._eos, timestamps))
 
-    def _probe(self, sound: Sound, options: GenerationOptions, decode: Decode) -> tuple[str, float]:
+    def _probe(self, sound: Sound, options: SpeechOptions, decode: Decode) -> tuple[str, float]:
         """The likeliest language, and the probability that there is no speech."""
         rules = Rules(self._speech, self._eos, timestamps=False, probe=True)
         deadline = GenerationOptions(max_new_tokens=1, mode="full", deadline=options.deadline)
@@ -243,7 +243,7 @@ class Transcriber:
         return self._codes.get(token, "en"), rules.no_speech or 0.0
 
     def _decoded(
-        self, prompt: SpeechPrompt, options: GenerationOptions, decode: Decode, quiet: float | None
+        self, prompt: SpeechPrompt, options: SpeechOptions, decode: Decode, quiet: float | None
     ) -> tuple[GenerationResult, float | None, float]:
         """Decode a window, again at higher temperatures where the text repeats itself or is unlikely: the result, the
         probability of no speech where it was needed, and the temperature."""
@@ -260,7 +260,7 @@ class Transcriber:
             unlikely = wanted is not None and nats is not None and nats < wanted
             if unlikely and options.no_speech_threshold is not None and quiet is None:
                 quiet = self._probe(prompt.sound, options, decode)[1]
-            if not result.complete or _silent(options, quiet, nats) or not (repeats or unlikely):
+            if result.interrupted or _silent(options, quiet, nats) or not (repeats or unlikely):
                 break
             if temperature != temperatures[-1]:
                 prompt.sound.spent.append(result.stats)
@@ -295,8 +295,7 @@ class Transcriber:
     ) -> GenerationResult:
         """The result of all windows, of whose text the silent have none."""
         stats = Stats.joined([part.stats for part in parts])
-        done = all(part.complete for part in parts)
-        unfinished = [] if done else [self._text(parts[-1].token_ids)]
+        unfinished = [self._text(parts[-1].token_ids)] if parts[-1].interrupted else []
         return GenerationResult(
             text="".join([segment.text for segment in segments] + unfinished).strip(),
             token_ids=tuple(token for part in parts for token in part.token_ids),
@@ -309,7 +308,7 @@ class Transcriber:
         )
 
 
-def _silent(options: GenerationOptions, quiet: float | None, nats: float | None) -> bool:
+def _silent(options: SpeechOptions, quiet: float | None, nats: float | None) -> bool:
     """Whether a window has no speech: it is likely, and the text that was found is not."""
     limit, least = options.no_speech_threshold, options.logprob_threshold
     if limit is None or quiet is None or quiet <= limit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stdout
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from checkpoints import BY_NAME, LONG, TEXTS, Bundles, Case, Open, load
 from hypothesis import settings
+from profiles import REPEATED
 
 from freeexport.system.child import ChildError
 from runtime.errors import FreeExportError
@@ -23,9 +25,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are tiny: two threads that wait for each other are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# How long an example takes says something about the machine, not about the code.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+settings.load_profile(REPEATED)
+
+
+@pytest.fixture(autouse=True)
+def same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that sample without a seed draw the same in every run."""
+    monkeypatch.setattr("runtime.sequence.secrets.randbits", random.Random(0).getrandbits)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import draft_rule
-from runtime.decoding.draft_rule import PLAIN, Acceptance, Drafts, Plan
+from runtime.decoding.draft_rule import NO_DRAFT, Acceptance, DraftPlan, Drafts
 
 
 def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 0) -> None:
@@ -17,11 +18,11 @@ def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 
     candidates."""
     count = 0
 
-    def plan(self: Drafts, response: object, room: int, sequences: int = 1) -> Plan:
+    def plan(self: Drafts, response: object, room: int, sequences: int = 1) -> DraftPlan:
         nonlocal count
         count += 1
         nothing = room == 0 or (plain_every and count % plain_every == 0)
-        return PLAIN if nothing else Plan(exits=min(most, room))
+        return NO_DRAFT if nothing else DraftPlan(exits=min(most, room))
 
     patch.setattr(Drafts, "plan", plan)
     patch.setattr(Drafts, "_gain", 0.0)  # a draft's tokens cost nothing
@@ -37,12 +38,12 @@ class PlannedExits(Drafts):
         super().__init__(CallCosts(), Acceptance())
         self.turns = itertools.cycle(plans or [(1000, 0.0)])
 
-    def plan(self, response: object, most: int, sequences: int = 1) -> Plan:
+    def plan(self, response: object, most: int, sequences: int = 1) -> DraftPlan:
         length, self._gain = next(self.turns)
-        return Plan(exits=min(length, most)) if min(length, most) else PLAIN
+        return DraftPlan(exits=min(length, most)) if min(length, most) else NO_DRAFT
 
 
 def draft_candidates(patch: pytest.MonkeyPatch) -> None:
     """Draft whatever a source finds, whether it pays or not."""
     patch.setattr(Drafts, "_length", lambda self, source, agrees, count: count)
-    patch.setattr(draft_rule, "GRANT", math.inf)
+    patch.setattr(draft_rule, "RULE", replace(draft_rule.RULE, grant=math.inf))

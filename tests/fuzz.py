@@ -1,22 +1,20 @@
 """Readers given what is almost right: a valid input with its bytes or its structure changed.
 
 `fuzz(strategy, allowed)` makes a test of a reader: a function of one input that must return, or raise one of `allowed`
-in one line. It tries a few hundred inputs, which takes a second or two, or as many as FREEEXPORT_FUZZ_SECONDS has room
-for. An input that fails is made small and printed; the next run tries it first.
+in one line. It tries a few hundred inputs, which takes a second or two. An input that fails is made small and printed.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from profiles import tries
 
-SECONDS = float(os.environ.get("FREEEXPORT_FUZZ_SECONDS", "0"))
 EXAMPLES = 200
 # Seconds for one input: far more than any takes, on a machine that is busy with other things.
 LONGEST = 20
@@ -105,9 +103,9 @@ def fuzz(
     """Decorates a reader: see above."""
 
     def of(reader: Callable[[Input], object]) -> Callable[[], None]:
-        @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+        @tries(examples, suppress_health_check=list(HealthCheck))
         @given(strategy)
-        def once(case: Input) -> None:
+        def test(case: Input) -> None:
             began = time.monotonic()
             try:
                 reader(case)
@@ -116,12 +114,6 @@ def fuzz(
                 assert "\n" not in text, text
                 assert len(text) <= LONGEST_MESSAGE, text[:100]
             assert time.monotonic() - began < LONGEST
-
-        def test() -> None:
-            end = time.monotonic() + SECONDS
-            once()
-            while time.monotonic() < end:
-                once()
 
         test.__name__, test.__doc__ = reader.__name__, reader.__doc__
         return test

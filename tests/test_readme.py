@@ -108,7 +108,8 @@ def test_every_link_of_the_documentation_leads_somewhere() -> None:
 def test_every_script_that_the_documentation_names_exists() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]:
         text = page.read_text(encoding="utf-8")
-        modules = [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (tools\.[\w.]*\w)", text)]
+        named = [name.replace(".", "/") for name in re.findall(r"python -m (tools\.[\w.]*\w)", text)]
+        modules = [f"{name}/__main__.py" if (ROOT / name).is_dir() else f"{name}.py" for name in named]
         paths = re.findall(r"\b((?:tools|tests|freeexport|graphs|runtime)/[\w/]*\w\.\w+)", text)
         missing = [name for name in [*modules, *paths] if not (ROOT / name).exists()]
         assert missing == [], page.name

@@ -1,25 +1,31 @@
-"""Generates docs/benchmarks.md from docs/benchmarks/*.json, and docs/options.md from the options' dataclasses.
+"""Generates docs/benchmarks.md from docs/benchmarks/*.json, and docs/options.md and
+runtime/option_keywords.py from runtime/options.py.
 
-python -m tools.pages              writes both
-python -m tools.pages --check      fails where one differs
+python -m tools.pages              writes all of them
+python -m tools.pages --check      fails if one differs
 
-Benchmarks are the JSON of `freeexport bench` and tools.peers.compare, a section a file. Run from the root.
+Benchmarks are the JSON of `freeexport bench` and tools.peers.compare, a section a file. Run from
+the root.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import textwrap
-from dataclasses import MISSING, fields
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
 
 from freeexport.measure.bench import SCHEMA, bench_sheet, facts_lines
 from freeexport.measure.table import markdown
-from runtime.options import GenerationOptions, SessionOptions, documented
+from runtime.checks import Real, Whole
+from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
 
 BENCHMARKS = """# Benchmarks
 
@@ -28,8 +34,39 @@ columns mean](benchmarking.md).
 """
 OPTIONS = """# Options
 
-Made from `runtime/options.py` by `python -m tools.pages`; do not edit.
+Generated from `runtime/options.py` by `python -m tools.pages`; do not edit.
 """
+SECTIONS = {
+    "`Session(...)`": SessionOptions,
+    "`generate`, `stream`, `agenerate`, `astream`": GenerationOptions,
+    "Speech": SpeechOptions,
+}
+KEYWORDS = '''"""Types of the keyword arguments that are options, for type checkers and editors.
+
+Generated from runtime/options.py by `python -m tools.pages`; do not edit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from runtime.options import AdaptiveRule, Drafts, DraftSource, Mode
+from runtime.text.sampler import LogitsProcessor
+
+
+class SessionKeywords(TypedDict, total=False):
+    """Options of a session, explained in SessionOptions."""
+
+{session}
+
+class GenerationKeywords(TypedDict, total=False):
+    """Options of a request, explained in GenerationOptions and SpeechOptions. Setting `cancel` ends the request after
+    its next token."""
+
+    cancel: threading.Event | None
+{request}'''
 
 
 def benchmarks() -> str:
@@ -38,7 +75,8 @@ def benchmarks() -> str:
 
 
 def benchmark(path: Path) -> str:
-    """A heading, the table, and what the figures depend on. Raises ClickException where the file holds no figures."""
+    """A heading, the table, and what the figures depend on. Raises ClickException where the file
+    holds no figures."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         known, _ = found["schema"] == SCHEMA, found["settings"]["idle"]
@@ -55,27 +93,81 @@ def benchmark(path: Path) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Option:
+    """An option as it is declared: its name, the source of its type, its default, its range, and
+    its text."""
+
+    name: str
+    type: str
+    default: Any
+    range: str
+    text: str
+
+    @property
+    def row(self) -> str:
+        values = f"`{self.type}`" + (f", {self.range}" if self.range else "")
+        cells = [f"`{self.name}`", f"`{self.default!r}`", values, self.text]
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def declared(kind: type[Any]) -> list[Option]:
+    """The options that a dataclass adds to those of its base, in order."""
+    defaults = {field.name: field.default for field in fields(kind)}
+    hints = get_type_hints(kind, include_extras=True)
+    body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
+    found: list[Option] = []
+    for node, following in pairwise(body):
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        name = ast.unparse(node.target)
+        annotation: Any = node.annotation
+        if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
+            annotation = annotation.slice.elts[0]  # type: ignore[attr-defined]
+        text = ast.literal_eval(following.value) if isinstance(following, ast.Expr) else ""
+        checks = getattr(hints[name], "__metadata__", ())
+        ranges = [str(check) for check in checks if isinstance(check, (Real, Whole))]
+        found.append(
+            Option(
+                name,
+                type=ast.unparse(annotation).replace("'", '"'),
+                default=defaults[name],
+                range=", ".join(ranges),
+                text=" ".join(text.split()),
+            )
+        )
+    return found
+
+
 def options() -> str:
-    """A section for each dataclass, with a row for each field."""
+    """A section for each dataclass, with a row for each option that it declares."""
     sections = [OPTIONS]
-    described = {"`Session(...)`": SessionOptions, "`generate`, `stream`, `agenerate`, `astream`": GenerationOptions}
-    for name, dataclass in described.items():
-        texts = documented(dataclass)
-        rows = [f"## {name}\n", "| option | default | |", "|---|---|---|"]
-        for field in fields(dataclass):
-            default = "" if field.default is MISSING else repr(field.default)
-            # Fields that mean what they do in transformers' GenerationConfig have no text of their own.
-            text = texts.get(field.name, "as in transformers")
-            text = re.sub(r"\s*Default [^.]*\.$", "", text).replace("|", "\\|")
-            rows.append(f"| `{field.name}` | `{default}` | {text} |")
-        sections.append("\n".join(rows) + "\n")
+    for name, kind in SECTIONS.items():
+        head = [f"## {name}", "", "| option | default | values | |", "|---|---|---|---|"]
+        sections.append("\n".join([*head, *(option.row for option in declared(kind))]) + "\n")
     return "\n".join(sections)
+
+
+def keywords() -> str:
+    """A TypedDict of the options of a session, and one of those of a request."""
+
+    def lines(kind: type[Any]) -> str:
+        return "".join(f"    {option.name}: {option.type}\n" for option in declared(kind))
+
+    request = lines(GenerationOptions) + lines(SpeechOptions)
+    return KEYWORDS.format(session=lines(SessionOptions), request=request)
 
 
 @click.command(help=__doc__)
 @click.option("--check", is_flag=True, help="Write nothing; fail where a page differs.")
 def main(check: bool) -> None:
-    for page, text in {Path("docs/benchmarks.md"): benchmarks(), Path("docs/options.md"): options()}.items():
+    pages = {
+        "docs/benchmarks.md": benchmarks,
+        "docs/options.md": options,
+        "runtime/option_keywords.py": keywords,
+    }
+    for name, content in pages.items():
+        page, text = Path(name), content()
         if not check:
             page.write_text(text, encoding="utf-8")
         elif not page.is_file() or page.read_text(encoding="utf-8") != text:

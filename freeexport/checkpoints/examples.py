@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 TARGETS_WANTED = "give every line an input, or audio, and a target"
 _CHUNK = 4096  # texts a call of the tokenizer
+MOST_UNWRITABLE = 0.5  # of the targets: with more, outputs are wrong whatever is trained
+_SHOWN = 40  # characters of an example
 _HASH_RANGE = 1 << 32
 
 
@@ -216,6 +218,39 @@ def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[l
         for request, prompt, target in zip(requests, prompts, targets, strict=True)
     ]
     return fitted(examples, form, path)
+
+
+def unwritable(requests: Sequence[Request], form: TextFormat, path: Path) -> str | None:
+    """Compare each target with what the tokenizer makes of its tokens, spaces aside: no output can equal one that
+    differs, such as JSON in the vocabulary of T5, which has no braces. Return a line with the count and an example,
+    None where there are none. Raises DataError where more than MOST_UNWRITABLE of the targets differ."""
+    count, example = 0, ""
+    for start in range(0, len(requests), _CHUNK):
+        part = requests[start : start + _CHUNK]
+        texts = [" ".join(str(request.target).split()) for request in part]
+        ids = _ids(form.tokenizer, texts, special=False, target=form.seq2seq)
+        given = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        written = [" ".join(text.split()) for text in form.tokenizer.batch_decode(ids, **given)]
+        for request, text, found in zip(part, texts, written, strict=True):
+            if text != found:
+                count += 1
+                example = example or _difference(request, text, found)
+    if not count:
+        return None
+    line = f"{path}: the tokenizer cannot write {count} of {len(requests)} targets ({example})"
+    remedy = "no output can equal them; write these targets with other characters, or add tokens to the model"
+    if count > MOST_UNWRITABLE * len(requests):
+        raise DataError(f"{line}: {remedy}")
+    return f"{line}; {remedy}"
+
+
+def _difference(request: Request, text: str, found: str) -> str:
+    """Show where a text that was written and read differs first."""
+    same = (a == b for a, b in zip(text, found, strict=False))
+    place = next((place for place, equal in enumerate(same) if not equal), min(len(text), len(found)))
+    start = max(0, place - _SHOWN // 2)
+    parts = (f"{one[start : start + _SHOWN]!r}" for one in (text, found))
+    return f"line {request.line_number}: {' becomes '.join(parts)}"
 
 
 def example_of(

@@ -110,9 +110,13 @@ class MergedWeights(TensorFile):
         return a[0], (a[1], b[0]) if self._transposed else (b[0], a[1])
 
     def read(self, name: str) -> np.ndarray:
+        merged = self._base.read(name)
+        merged += self.delta(name)
+        return merged
+
+    def delta(self, name: str) -> np.ndarray:
+        """Compute what the adapter adds to a weight: scale * B A, float32, in the weight's shape."""
         a, b = (self.file.read(_PREFIX + name.removesuffix(".weight") + part) for part in (_A, _B))
         delta = b @ a
         delta *= np.float32(self._scales[name])
-        merged = self._base.read(name)
-        merged += delta.T if self._transposed else delta
-        return merged
+        return delta.T if self._transposed else delta

@@ -111,6 +111,22 @@ def misfit(packed: PackedExit, checkpoint: Checkpoint, sha256: str) -> str | Non
     return None
 
 
+def fitting_exits(checkpoint: Checkpoint) -> list[PackedExit]:
+    """The ready-made exits that fit the weights of a checkpoint without an exit. Reads the weights only where the
+    family and the sizes are right."""
+    if checkpoint.adapter is not None or checkpoint.exit is not None:
+        return []
+    description = describe(checkpoint.config, checkpoint)
+    found = []
+    for path in ready_made():
+        packed, file = read_packed(path)
+        width = file.shapes[EXIT_MAP][0] if EXIT_MAP in file.shapes else description.hidden_size
+        if packed.family == description.family and width == description.hidden_size:
+            found.append(packed)
+    sha256 = weights_sha256(checkpoint) if found else ""
+    return [packed for packed in found if packed.weights_sha256 == sha256]
+
+
 def weights_sha256(checkpoint: Checkpoint) -> str:
     """Hash over the model's weights as they are read, in float32 and in the order of the description: the same for all
     files that hold the same numbers, whatever their format and the names of tensors. Not over an exit's own."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from freeexport.checkpoints.gguf import quick_reader
+from freeexport.checkpoints.lora_adapter import MergedWeights
 from freeexport.checkpoints.weight_files import CheckpointError
 from runtime.errors import FreeExportError, OptionError, one_line
 from runtime.machine.device import Device
@@ -42,7 +43,7 @@ def torch_device(name: str) -> torch.device:
 def reference_model(
     checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = "float32", capacity: int = 0
 ) -> PreTrainedModel:
-    """The Hugging Face model of the checkpoint, in evaluation mode; peft merges a LoRA adapter into it.
+    """The Hugging Face model of the checkpoint, in evaluation mode, with a LoRA adapter merged into it.
 
     In float32 it takes 4 bytes of memory a parameter. Rotary positions are those of a bundle with a cache of `capacity`
     positions: where transformers changes them with the length of a prompt, a bundle does not. An exit's own parameters
@@ -75,10 +76,9 @@ def reference_model(
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
     if checkpoint.adapter is not None:
-        from peft import PeftModel
-
-        # peft freezes the base that it merges into; a training of all weights begins with it, too.
-        model = PeftModel.from_pretrained(model, str(checkpoint.adapter)).merge_and_unload().requires_grad_(True)
+        for merged in (file for file in checkpoint.files if isinstance(file, MergedWeights)):
+            for name in merged.shapes:
+                model.get_parameter(name).data += torch.from_numpy(merged.delta(name))
     if never := list(description.decoder.head.suppressed):
         head: Any = model.get_output_embeddings()
         head.register_forward_hook(

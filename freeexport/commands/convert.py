@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,11 +12,12 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.checkpoints.packed_exit import with_exit_applied
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.packed_exit import fitting_exits, with_exit_applied
 from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, section
 from freeexport.conversion.convert import build_and_test, convert
 from freeexport.conversion.options import ConvertOptions, Verify
-from freeexport.measure.exit_verdict import bundle_verdict
+from freeexport.costs.verdict import bundle_verdict
 from freeexport.system.page import human_bytes
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
@@ -108,14 +110,18 @@ def command(
     if as_json and build is None:
         click.echo(manifest.to_json(), nl=False)
     if not as_json:
-        for line in _lines(manifest, Path(model), out, options):
+        # Whose weights a ready-made exit may fit, read once more.
+        fitting = fitting_exits(open_checkpoint(model)) if exit_ is None and options["target"] == "cpu" else []
+        for line in _lines(manifest, Path(model), out, options, tuple(packed.name for packed in fitting)):
             click.echo(line)
     if build is not None:
         _build(out, build, as_json)
 
 
-def _lines(manifest: Manifest, model: Path, out: Path, options: dict[str, Any]) -> Iterator[str]:
-    """Describe a new bundle, a line a subject."""
+def _lines(
+    manifest: Manifest, model: Path, out: Path, options: dict[str, Any], ready_made: tuple[str, ...]
+) -> Iterator[str]:
+    """Describe a new bundle, a line a subject. `ready_made`: the names of exits that fit the weights."""
     yield f"{out}: {manifest.family}, exit after layer {manifest.exit_layer} of {manifest.layers}"
     on_cpu, precision, quantization = manifest.target == "cpu", manifest.precision, manifest.quantization
     if on_cpu and manifest.dialect == "standard" and options["dialect"] is None:
@@ -160,7 +166,10 @@ def _lines(manifest: Manifest, model: Path, out: Path, options: dict[str, Any]) 
         never = ": nothing exits" if manifest.threshold >= NEVER_EXIT else ""
         again = f"; it was calibrated in fp32; calibrate the bundle for a threshold in {precision}"
         yield f"threshold: {manifest.threshold:.4g}, calibrated{never}{again if quantization else ''}"
-    yield str(bundle_verdict(Bundle.open(out)))
+    yield str(bundle_verdict(Bundle.open(out), ready_made))
+    if ready_made:
+        again = shlex.join(("freeexport", "convert", str(model), str(out), "--exit", ready_made[0], "--overwrite"))
+        yield f"exits that come along and fit these weights: {', '.join(ready_made)}; with one of them: {again}"
 
 
 def _build(bundle: Path, max_batch: int, as_json: bool) -> None:

@@ -24,7 +24,10 @@ from freeexport.system.page import print_page
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE[=METHODS]...")
 @section("Data")
 @click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input', or 'audio', and 'target'."
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="JSONL with 'input', or 'audio', and 'target'. Without targets outputs are compared with the full model's.",
 )
 @click.option("--samples", type=click.IntRange(1), default=EvaluateOptions.samples, help=SAMPLES)
 @click.option("--max-new-tokens", type=click.IntRange(2), default=EvaluateOptions.max_new_tokens, help=MAX_NEW_TOKENS)

@@ -16,16 +16,17 @@ _UNITS = {"h": 3600, "m": 60, "min": 60, "s": 1}
 
 
 class Time(click.ParamType):
-    """Seconds, from hours and minutes such as 2h, 90m or 1h30m."""
+    """Seconds, from hours and minutes such as 2h, 90min or 1h30min."""
 
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
-        parts = re.findall(r"(\d+(?:\.\d+)?)(h|min|m|s)", str(value))
-        if not parts or "".join(map("".join, parts)) != value:
-            self.fail(f"{value!r} is no time; give hours and minutes, such as 2h, 90m or 1h30m", param, ctx)
+        text = "".join(str(value).split())
+        parts = re.findall(r"(\d+(?:\.\d+)?)(h|min|m|s)", text)
+        if not parts or "".join(map("".join, parts)) != text:
+            self.fail(f"{value!r} is no time; give hours and minutes, such as 2h, 90min or 1h30min", param, ctx)
         return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
 
 
@@ -42,7 +43,7 @@ class Time(click.ParamType):
               help="For researchers: also train with the losses of FREE, CALM, static exits and none, with three seeds "
               "each, and compare all in a table for Markdown and LaTeX. Takes a budget of many hours.")  # fmt: skip
 @section("Time")
-@click.option("--budget", type=Time(), default="2h", help="All of it takes so long, such as 2h, 90m or 1h30m.")
+@click.option("--budget", type=Time(), default="2h", help="Time for all of it, such as 2h, 90min or 1h30min.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print the plan, and stop.")
 @click.option("--threads", type=click.IntRange(1), help=THREADS)
 @section("Result")

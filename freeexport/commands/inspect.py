@@ -34,7 +34,7 @@ def command(bundle: Path, as_json: bool) -> None:
     Example:
       freeexport inspect path/to/bundle
     """
-    from freeexport.measure.exit_verdict import bundle_verdict
+    from freeexport.costs.verdict import bundle_verdict
     from runtime.options import SessionOptions
     from runtime.thresholds import Thresholds
 
@@ -83,7 +83,7 @@ def command(bundle: Path, as_json: bool) -> None:
     tables = [
         pairs("Bundle", origin.items()),
         pairs("Model", _model(manifest)),
-        pairs("Exit", _exit(manifest, calibration)),
+        pairs("Exit", _exit(opened, calibration)),
         pairs("Verdict", [("verdict", verdict.text), *next_step]),
         *([] if manifest.quantization is None else _precision(manifest.quantization)),
         *calibrated_at,
@@ -147,9 +147,14 @@ def _precision(quantization: Quantization) -> list[Table]:
     ]
 
 
-def _exit(manifest: Manifest, calibration: Calibration | None) -> Rows:
+def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
     """The exit, and the costs measured at convert on the machine that converted. Speeds at exit rates are left out for
     an exit that is not trained."""
+    from freeexport.costs.bytes import known_costs
+    from freeexport.costs.verdict import basis_of, break_even_text
+
+    manifest = bundle.manifest
+    costs = known_costs(bundle, calibration.costs if calibration else None, manifest.costs)
     threshold = f"{manifest.threshold:.4g}"
     if manifest.threshold >= 1:
         threshold = "1 (not calibrated)" if calibration is None else "1 (never, as calibrated)"
@@ -170,14 +175,15 @@ def _exit(manifest: Manifest, calibration: Calibration | None) -> Rows:
         *([("rollback threshold", f"{limit:.3g} nats")] if (limit := manifest.rollback_threshold) is not None else []),
         ("trained", _TRAINED[manifest.exit_trained]),
     ]
-    costs = manifest.costs
     if costs is None:
         return [*rows, ("break-even", "not measured")]
-    rate = costs.break_even(manifest.max_pending)
-    rows.append(("break-even exit rate", "none: exits do not pay" if rate is None else f"{rate:.1%}"))
+    even = break_even_text(costs.break_even(manifest.max_pending), basis_of(costs))
+    rows.append(("break-even", f"the exit {even}"))
     for share in (0.5, 0.8, 0.9) if manifest.exit_trained is not False else ():
         speedup = costs.speedup(share, manifest.max_pending)
         rows.append((f"speedup at {100 * share:.0f} % exits", f"{speedup:.2f}x (predicted)"))
+    if (costs := manifest.costs) is None:
+        return rows
     seconds = {
         "shallow": costs.shallow,
         "shallow without head": costs.shallow_without_head,

@@ -15,8 +15,9 @@ import numpy as np
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.transformers_model import Dtype
-from freeexport.commands.verb_options import MAX_NEW_TOKENS, SectionedCommand, section
-from freeexport.training.options import DEFAULT_RANKS, Schedule, TrainingOptions, Tune
+from freeexport.commands.verb_options import MAX_NEW_TOKENS, THREADS, SectionedCommand, section
+from freeexport.system.progress import duration
+from freeexport.training.options import DEFAULT_ALPHA, DEFAULT_RANKS, Schedule, TrainingOptions, Tune
 from freeexport.training.train import leave_group, train
 from runtime.bundle.manifest import ExitInput
 
@@ -45,7 +46,8 @@ OWN = Path("-")  # beside OUT
               help="ce: cross-entropy of both exits. weighted-ce: of all layers. kd-dyn, logit-kd: ce, and "
               "distillation of hidden states (FREE's own) or of predictions. deep-ce: of the last layer alone, a model "
               "without an exit, to compare with.")  # fmt: skip
-@click.option("--loss-alpha", type=float, default=TrainingOptions.loss_alpha, help="Weight of the distillation.")
+@click.option("--loss-alpha", type=float,
+              help=f"Weight of the distillation of kd-dyn and logit-kd.  [default: {DEFAULT_ALPHA}]")  # fmt: skip
 @click.option("--tune", type=click.Choice(get_args(Tune)), default=TrainingOptions.tune,
               help="full: all weights. lora: adapters in the layers. exit: only the exit's own weights.")  # fmt: skip
 @click.option("--rank", type=int,
@@ -81,6 +83,7 @@ OWN = Path("-")  # beside OUT
               help="Dropout of the model and of LoRA.  [default: the configuration's; 0.1 for LoRA]")  # fmt: skip
 @click.option("--seed", type=int, default=TrainingOptions.seed, help="Seed for the order of examples, and for dropout.")
 @section("Machine")
+@click.option("--threads", type=click.IntRange(1), help=THREADS)
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16 (fast on GPUs, and on CPUs with AMX or AVX-512 BF16).")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default=TrainingOptions.dtype,
               help="Type of the weights of --tune full.")  # fmt: skip
@@ -94,7 +97,8 @@ OWN = Path("-")  # beside OUT
               "oracle-exits (at 99 % agreement, by a threshold chosen on the same tokens), or a metric of the whole "
               "model's outputs for 64 examples, as of `evaluate`.")  # fmt: skip
 @click.option("--patience", type=int, default=TrainingOptions.patience,
-              help="Stop after so many evaluations without progress; 0 never stops.")  # fmt: skip
+              help="Stop after this many evaluations without progress. 0: only where the whole model's loss "
+              "rises.")  # fmt: skip
 @section("Result")
 @click.option("--resume", is_flag=True, help="Continue the interrupted run in OUT.training.")
 @click.option("--overwrite", is_flag=True, help="Replace what train wrote at OUT, and an interrupted run.")
@@ -126,7 +130,7 @@ def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(asdict(trained)))
         return
-    click.echo(f"{out}: step {trained.best_step} of {trained.steps}, {trained.seconds:.0f} s")
+    click.echo(f"{out}: step {trained.best_step} of {trained.steps}, {duration(trained.seconds)}")
     for name, value in trained.metrics.items():
         click.echo(f"{name.removeprefix('eval_').replace('_', ' ')}: {value:.4f}")
     for line in trained.verdict:

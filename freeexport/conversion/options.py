@@ -11,6 +11,7 @@ from graphs.dialects.ort import fits_head_size, has_attention_kernel
 from graphs.engine_options import TARGETS, EngineOptions
 from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING
+from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
     ConfidenceMeasure,
     Dialect,
@@ -53,7 +54,7 @@ class ConvertOptions:
     confidence: ConfidenceMeasure = "softmax"
     capacity: int | None = None
     encoder_capacity: int | None = None
-    max_pending: int = 16
+    max_pending: int = MAX_PENDING
     head: HeadPrecision | None = None
     compute: FloatType | None = None
     kernels: Kernels | None = None

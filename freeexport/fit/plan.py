@@ -20,26 +20,27 @@ import numpy as np
 import psutil
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.checkpoints.examples import Example, encode, read_examples, text_format
+from freeexport.checkpoints.examples import Example, encode, read_examples, text_format, unwritable
 from freeexport.checkpoints.exit_file import LossName, Tune
 from freeexport.checkpoints.gguf import GGUFFile
-from freeexport.checkpoints.packed_exit import misfit, read_packed, ready_made, weights_sha256
+from freeexport.checkpoints.packed_exit import fitting_exits
 from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.costs.bytes import step_bytes
+from freeexport.costs.verdict import PAYS, break_even_text
 from freeexport.fit.paper import repeated
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.fit.splits import write
-from freeexport.measure.byte_model import row_share
 from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.sources import reference_of
-from freeexport.measure.timing import load_note, other_load
 from freeexport.metrics import MetricError, check_name, metric_of
 from freeexport.system.child import run_child
 from freeexport.system.jsonl import Request
-from freeexport.system.machine import kernel_instructions, multiplies_bfloat16
+from freeexport.system.load import load_note, other_load
+from freeexport.system.machine import multiplies_bfloat16
 from freeexport.system.progress import duration
 from graphs.description import Description, Encoder
 from graphs.families import describe
-from graphs.step_costs import analytic
+from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import ExitInput, Precision
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
@@ -51,14 +52,15 @@ DEPTHS = {"hard": 0.5, "usual": 3.5, "easy": 6.0}
 # for them to gain by depth, as the model's own weights are trained before.
 FEATURE_RATES = {"hard": 0.2, "usual": 0.7, "easy": 0.85}
 OWN_LAYERS = (1, 2)  # of the exit
-MAX_PENDING = 16  # convert's default
-PAYS = 1.05  # the usual speed-up of a request from which on training is worth its time
 # A prompt's token costs this share of a decoded one: many share a read of the weights. A position of an encoder of
 # speech costs less where the decoder has more weights than the encoder (Whisper base in int8: 1/20).
 PROMPT = 1 / 8
 # The share of memory bandwidth that decoding reaches.
 REACHED = 0.7
 SAMPLE = 5000  # lines whose tokens are counted
+# Bits of a weight in the layers, scales included, as the head has 8.
+LAYER_BITS: dict[Precision, float] = {"int8": 8.0, "int4": 4.5}
+_TRAININGS: dict[Tune, str] = {"full": "joint", "exit": "exit"}  # names of the steps that train
 COVERED = 0.9  # of the target tokens, at least, by an exit vocabulary
 LONGEST = 0.99  # of the targets are no longer than the outputs may be
 
@@ -67,6 +69,7 @@ TEST, CALIBRATION, VALIDATION, TRAIN = (100, 400), (60, 300), 100, 100
 # Decodings of a line in units of one by the full model: of a calibration by quality, and by agreement; of an evaluation
 # of both bundles, of the model as it is alone, and of one seed's bundles.
 BY_QUALITY, BY_AGREEMENT, COMPARED, ALONE, PAPER = 8.0, 2.0, 6.5, 2.0, 13.0
+WITH_EXIT = 2.5  # besides, where the model as it is has an exit, which is evaluated in all modes
 SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # of the budget, at most
 # Of the training time, of all weights; the rest trains the exit alone, which takes longer where nothing else trains it.
 TOGETHER = {"state": 0.85, "feature": 0.6}
@@ -74,7 +77,9 @@ TOGETHER = {"state": 0.85, "feature": 0.6}
 CONVERTING, CONVERTED = 45, 1.5e6
 ACTIVATIONS, LOGITS = 2 << 30, 32  # the latter for each token of the vocabulary
 FEW_STEPS = 100  # with which an exit hardly learns
-STEPS, BATCH_TOKENS = 4, 2048  # that are timed, the first aside
+STEPS, BATCH_TOKENS = 5, 2048  # that are timed, the first aside, in two halves
+SPEED_SECONDS = 60  # of the speed that is measured where there are no data, at most
+LEAST_BATCH = 256  # tokens, where the budget is too small for more
 RECORDINGS = 6  # of a batch of speech
 
 
@@ -97,7 +102,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         check_name(self.metric)
         if not 0 < self.budget < math.inf:
-            raise OptionError(f"--budget is {self.budget:g} s; give a time above 0, such as 2h or 90m")
+            raise OptionError(f"--budget is {self.budget:g} s; give a time above 0, such as 2h or 90min")
         if self.quality is not None and not 0 < self.quality < 1:
             raise OptionError(f"--quality is {self.quality:g}; give a share between 0 and 1, or --lossless")
         if self.paper and self.data is None:
@@ -124,7 +129,8 @@ class FitOptions:
 class PlannedExit:
     """An exit after `layer`, through layers of its `own`, that knows `vocabulary` tokens (None: all), which are the
     share `covered` of the targets' tokens. `rates` and `speeds` by DEPTHS: tokens that exit, and the speed of a token
-    over the full model's. `input`: what its layers read; with "feature" the model is trained before, without it."""
+    over the full model's. `input`: what its layers read; with "feature" the model is trained before, without it.
+    `begun`: the checkpoint has it, and training goes on with it."""
 
     layer: int
     own: int
@@ -134,6 +140,17 @@ class PlannedExit:
     rates: dict[str, float]
     speeds: dict[str, float]
     input: ExitInput = "state"
+    begun: bool = False
+
+    @property
+    def steps(self) -> tuple[Tune, ...]:
+        """The trainings that make it, in order. Layers that read the feature leave the model as it is, so the model is
+        trained before, unless the exit is there already; an exit without own parameters is trained with the model."""
+        if not self.begun:
+            return ("full", "exit")
+        if self.input == "feature":
+            return ("exit",)
+        return ("full", "exit") if self.own else ("full",)
 
     def training(self, tune: Tune, loss: LossName = "logit-kd") -> dict[str, Any]:
         """The options of `train` that make it what it is: of all weights, with it or before it, or of it alone."""
@@ -163,9 +180,10 @@ class Texts:
         return self.share * self.prompt
 
     @property
-    def batch_tokens(self) -> int:
-        """Tokens of a batch in training."""
-        return math.ceil(RECORDINGS * (self.prompt + self.most)) if self.speech else BATCH_TOKENS
+    def batch_tokens(self) -> tuple[int, int]:
+        """Tokens of a batch in training, and the fewest."""
+        one = math.ceil(self.prompt + (self.most if self.speech else self.target))
+        return (RECORDINGS * one, one) if self.speech else (BATCH_TOKENS, max(LEAST_BATCH, one))
 
     def request(self, speed: float) -> float:
         """The speed of a request, where that of a token is `speed`."""
@@ -174,7 +192,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Training:
-    """`tune`: the trainings, in order. `step`: seconds of one batch, which saw `tokens_per_second`.
+    """`tune`: the trainings, in order. `step`: seconds of one batch of `batch_tokens`, which saw `tokens_per_second`.
     `frozen_lines` train the exit alone."""
 
     tune: tuple[Tune, ...]
@@ -183,13 +201,16 @@ class Training:
     bf16: bool
     learning_rate: float
     frozen_lines: int
+    batch_tokens: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`rate`: tokens a second that the full model will decode in 8 bits. `seconds` by step of the run, which is made as
-    often as `times` says, or once; `lines` by split. `exit` and `training`: None where nothing is trained, and `why`
-    then; `ready_made`: the name of an exit that fits the weights. `busy`: cores that others used."""
+    """`rate`: tokens a second that the full model will decode in `precision`. `seconds` by step of the run, which is
+    made as often as `times` says, or once; `lines` by split. `exit` and `training`: None where nothing is trained, and
+    `why` then. `has_exit`: the checkpoint has a trained exit. `ready_made`: exits that come along and fit the weights;
+    `drafting`: the one of them that drafts where nothing is trained. `missing`: why the budget is too small.
+    `unwritable`: a note on targets that the tokenizer cannot write. `busy`: cores that others used."""
 
     name: str
     layers: int
@@ -202,98 +223,155 @@ class Plan:
     lines: dict[str, int] = field(default_factory=dict)
     exit: PlannedExit | None = None
     training: Training | None = None
-    ready_made: str | None = None
+    has_exit: bool = False
+    ready_made: tuple[str, ...] = ()
+    drafting: str | None = None
+    missing: str = ""
+    unwritable: str = ""
     times: dict[str, int] = field(default_factory=dict)
 
     @property
     def drafts(self) -> str:
         """Sources of drafts where nothing is trained, as a phrase."""
-        return f"by the ready-made exit {self.ready_made} and from the text" if self.ready_made else "from the text"
+        if self.has_exit:
+            return "by the checkpoint's exit and from the text"
+        return f"by the ready-made exit {self.drafting} and from the text" if self.drafting else "from the text"
 
 
 def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
-    """Plan a run over `lines` of data, none where there are no data. Reads no weights before the steps that it times.
+    """Plan a run over `lines` of data, none where there are no data. Reads no weights before the steps that it times,
+    unless a ready-made exit may fit them.
 
-    Raises CheckpointError, UnsupportedModelError, DataError, MetricError where the metric does not fit, and OptionError
-    for a budget that is too small, with one that would do.
+    A budget that is too small is `missing` from the plan. Raises CheckpointError, UnsupportedModelError, DataError,
+    MetricError where the metric does not fit, and OptionError where nothing can be planned.
     """
     checkpoint = open_checkpoint(options.model)
     description = describe(checkpoint.config, checkpoint)
-    layers, costs = len(description.decoder.layers), analytic(description, checkpoint)
+    layers, costs = len(description.decoder.layers), step_bytes(description, checkpoint)
     if layers < 2:
         raise OptionError(f"{checkpoint.name} has one decoder layer, and an exit needs at least two; use convert")
     parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     converting = CONVERTING + parameters / CONVERTED
+    ready_made = fitting_exits(checkpoint)
     with other_load() as load:
-        # A byte a weight in 8 bits.
-        rate = REACHED * bandwidth_of(options.threads or usable_cores()) / ((layers * costs.layer + costs.head) / 4)
-        plan = Plan(checkpoint.name, layers, as_stored(checkpoint), rate, 0.0, {"convert": converting})
+        bandwidth = REACHED * bandwidth_of(options.threads or usable_cores())
+        stored = as_stored(checkpoint)
+        plan = Plan(
+            name=checkpoint.name,
+            layers=layers,
+            precision=stored,
+            rate=bandwidth / (layers * costs.layer * LAYER_BITS[stored] / 8 + costs.head),
+            busy=0.0,
+            seconds={"convert": converting, "speed": SPEED_SECONDS},
+            has_exit=checkpoint.exit is not None and checkpoint.exit.trained,
+            ready_made=tuple(packed.name for packed in ready_made),
+        )
         if options.data is None:
-            plan = replace(plan, why="there are no data to train an exit on", ready_made=ready_exit(checkpoint))
+            drafting = next((packed.name for packed in ready_made if not packed.adapter_config), None)
+            plan = replace(plan, why="there are no data to train an exit on", drafting=drafting)
         else:
             _check_metric(options.metric, lines)
             step = max(1, len(lines) // SAMPLE)
             form = text_format(checkpoint, description, 2048)
+            plan = replace(plan, unwritable=unwritable(lines[::step], form, options.data) or "")
             examples = encode(lines[::step], form, options.data)[0]
             texts = replace(_texts(examples), share=PROMPT)
             if form.speech is not None:
-                share = 4 * _encoder_weights(description, checkpoint) / (layers * costs.layer + costs.head)
+                share = _encoder_weights(description, checkpoint) / (layers * costs.layer + costs.head)
                 texts = replace(texts, most=min(texts.most, form.limit), share=PROMPT * share, speech=True)
+            in_8_bits = bandwidth / (layers * costs.layer + costs.head)
             plan = replace(plan, texts=texts, exit=best_exit(checkpoint, description, examples, options.paper))
-            plan = _with_times(options, plan, converting, parameters, description.vocab_size, len(lines))
+            sizes = parameters, description.vocab_size, len(lines)
+            plan = _with_times(options, plan, converting, in_8_bits, *sizes)
     return replace(plan, busy=load.cores)
 
 
 def _with_times(
-    options: FitOptions, plan: Plan, converting: float, parameters: int, vocabulary: int, lines: int
+    options: FitOptions,
+    plan: Plan,
+    converting: float,
+    rate: float,
+    parameters: int,
+    vocabulary: int,
+    lines: int,
 ) -> Plan:
-    """The plan with its splits and times, and without its exit where that cannot pay."""
+    """The plan with its splits and times, and without its exit where training cannot pay. `rate`: the full model's, in
+    the 8 bits that a trained model is converted to."""
     texts, found = plan.texts, plan.exit
     assert texts is not None
     assert found is not None
+    # Weights, gradients and both moments of every parameter; activations, above all logits, of a batch.
+    fits = 16 * parameters + ACTIVATIONS + LOGITS * BATCH_TOKENS * vocabulary < psutil.virtual_memory().available
+    tune = tuple(one for one in found.steps if fits or one == "exit")
+    usual = texts.request(found.speeds["usual"])
+    why = ""
+    if usual < PAYS:
+        why = f"an exit would usually give {usual:.2f}x a request here: training cannot pay"
+    elif not tune:
+        why = f"training {plan.name} takes more memory than there is"
+    if not why:
+        plan = replace(plan, precision="int8", rate=rate)
     request = (texts.read + texts.target) / plan.rate  # seconds, by the full model
 
     def count(bounds: tuple[int, int], step: str, each: float) -> int:
         """How many lines fit the step's share of the budget; at most a quarter of all lines above the least."""
         return int(max(bounds[0], min(bounds[1], SHARES[step] * options.budget / (each * request), lines / 4)))
 
-    if (usual := texts.request(found.speeds["usual"])) < PAYS:
-        tested = count(TEST, "evaluate", ALONE)
-        seconds = {"untrained": converting, "evaluate": tested * ALONE * request}
-        why = f"an exit would usually give {usual:.2f}x a request here: training cannot pay"
-        return replace(plan, exit=None, why=why, lines={"test": tested}, seconds=seconds)
-    each, compared = BY_AGREEMENT if options.quality is None else BY_QUALITY, PAPER if options.paper else COMPARED
-    sizes = {"test": count(TEST, "evaluate", compared), "calibration": count(CALIBRATION, "calibrate", each)}
+    by_rule = BY_AGREEMENT if options.quality is None else BY_QUALITY
+    # The exit that is there is calibrated, too.
+    again = plan.has_exit and not options.paper
+    each = by_rule * (2 if again and not why else 1)
+    compared = PAPER if options.paper else (ALONE if why else COMPARED) + WITH_EXIT * again
+    sizes = {"test": count(TEST, "evaluate", compared)}
+    if not why or again:
+        sizes["calibration"] = count(CALIBRATION, "calibrate", each)
+    seconds = {"given": converting, "evaluate": sizes["test"] * compared * request}
+    if again:
+        seconds["calibrate given"] = sizes["calibration"] * by_rule * request
+    if why:
+        return replace(plan, exit=None, why=why, lines=sizes, seconds=seconds)
     sizes["validation"] = min(VALIDATION, lines // 10)
     sizes[TRAIN_SPLIT] = lines - sum(sizes.values())
+    seconds |= {"trained": converting, "calibrate": sizes["calibration"] * by_rule * request}
     times = repeated() if options.paper else {}
-    seconds = {"untrained": converting, "trained": converting}
-    seconds |= {"calibrate": sizes["calibration"] * each * request, "evaluate": sizes["test"] * compared * request}
-    # Weights, gradients and both moments of every parameter; activations, above all logits, of a batch.
-    fits = 16 * parameters + ACTIVATIONS + LOGITS * BATCH_TOKENS * vocabulary < psutil.virtual_memory().available
-    tune: tuple[Tune, ...] = ("full", "exit") if fits else ("exit",)
-    bf16, learning_rate = multiplies_bfloat16(), 3e-4 if parameters < 3e8 else 1e-4
-    speed = training_speed(options, texts, found, tune[0], bf16, learning_rate)
     if options.paper and not fits:
         raise OptionError(f"--paper trains all weights of {plan.name}, and they do not fit in memory; leave it out")
     left = options.budget - sum(times.get(name, 1) * one for name, one in seconds.items())
-    together = TOGETHER[found.input]
-    shares = {"joint": together, "exit": 1 - together}
+    shares = {_TRAININGS[one]: 1.0 for one in tune}
+    if len(tune) > 1:
+        shares = {"joint": TOGETHER[found.input], "exit": 1 - TOGETHER[found.input]}
     runs = sum(times.get(name, 1) * share for name, share in shares.items())
-    least = FEW_STEPS * speed["step"] * runs / together
+    bf16, learning_rate = multiplies_bfloat16(), 3e-4 if parameters < 3e8 else 1e-4
+    batch, smallest = texts.batch_tokens
+    while True:
+        speed = training_speed(options, texts, found, tune[0], bf16, learning_rate, batch)
+        least = FEW_STEPS * speed["step"] * runs / shares[_TRAININGS[tune[0]]]
+        if left >= least or batch <= smallest:
+            break
+        # Half of it or less: the power of two whose steps should fit.
+        wanted = max(1.0, batch * max(0.0, left) / least)
+        batch = max(smallest, min(batch // 2, 1 << int(math.log2(wanted))))
+    missing = ""
     if left < least:
         needed = math.ceil((options.budget - left + least) / 60)
-        raise OptionError(
+        missing = (
             f"--budget {duration(options.budget)} leaves {duration(max(0.0, left))} for training, and {FEW_STEPS} "
-            f"steps take {duration(least)}; give --budget {needed}m or more, or leave --data out"
+            f"steps of {batch} tokens take {duration(least)}; give --budget {needed}min or more, or leave --data out"
         )
+        left = least
     seconds |= {name: share * left / runs for name, share in shares.items()}
-    if not fits:
-        seconds["exit"] += seconds.pop("joint")
     # The frozen model reads its lines once before, three times as fast as it trains, in a quarter of the time.
-    frozen = 0.75 * seconds["exit"] * speed["tokens_per_second"] / (texts.prompt + texts.target)
-    training = Training(tune, **speed, bf16=bf16, learning_rate=learning_rate, frozen_lines=max(TRAIN, int(frozen)))
-    return replace(plan, precision="int8", lines=sizes, seconds=seconds, times=times, training=training)
+    alone = seconds.get("exit", 0.0)
+    frozen = 0.75 * alone * speed["tokens_per_second"] / (texts.prompt + texts.target)
+    training = Training(
+        tune=tune,
+        **speed,
+        bf16=bf16,
+        learning_rate=learning_rate,
+        frozen_lines=max(TRAIN, int(frozen)),
+        batch_tokens=batch,
+    )
+    return replace(plan, lines=sizes, seconds=seconds, times=times, training=training, missing=missing)
 
 
 def least_lines() -> int:
@@ -326,16 +404,18 @@ def _texts(examples: Sequence[Example]) -> Texts:
 def best_exit(
     checkpoint: Checkpoint, description: Description, examples: Sequence[Example], paper: bool = False
 ) -> PlannedExit:
-    """The exit that is fastest on usual and easy tasks together, by the bytes that it reads: one that reads the deep
-    decoder's feature only where the engines can have it, and not for `paper`, whose losses train the layers below."""
-    if checkpoint.exit is not None and checkpoint.exit.has_parameters:
+    """The checkpoint's own exit, or that which is fastest on usual and easy tasks together, by the bytes that it reads.
+    One that reads the deep decoder's feature only where the engines can have it, and not for `paper`, whose losses
+    train the layers below."""
+    given = checkpoint.exit
+    if given is not None and given.has_parameters and paper:
+        raise OptionError(f"{checkpoint.name} has an exit of its own; give the checkpoint that it was trained on")
+    if given is not None and given.exit_norm and not given.exit_layers:
         raise OptionError(
-            f"{checkpoint.name} has an exit of its own already; give the checkpoint that it was trained on, or use "
-            "convert and calibrate"
+            f"{checkpoint.name} has an exit with a norm of its own, which training cannot go on with; use convert and "
+            "calibrate, or give the checkpoint that it was trained on"
         )
-    layers, costs = len(description.decoder.layers), analytic(description, checkpoint)
-    further = row_share("int8", kernel_instructions())  # of the first row's cost
-    costs = replace(costs, growth={rows: 1 + further * (rows - 1) for rows in costs.growth})
+    layers, costs = len(description.decoder.layers), step_bytes(description, checkpoint)
     vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
     places: list[tuple[ExitInput, int, int]] = [
         ("state", layer, own) for layer, own in product(range(1, layers), OWN_LAYERS) if layer + own <= layers
@@ -343,13 +423,19 @@ def best_exit(
     if not paper and engine_options(description, ConvertOptions(precision="int8"), 1).packed:
         # As they were measured: on T5, and on SmolLM2 and Qwen2.5.
         places.append(("feature", 1 if description.encoder is None else 0, 1))
+    begun = given is not None and given.trained and not paper
+    if given is not None and begun:  # training goes on with it
+        places = [(given.exit_input, given.exit_layer, given.exit_layers)]
+        known = given.vocabulary
+        vocabularies = [(None, 1.0) if known is None else (known.size, known.covered)]
     for (reads, layer, own), (size, covered) in product(places, vocabularies):
         share, passed = 1.0 if size is None else (size + 1) / description.vocab_size, (layer + own) / layers
-        at = costs.at(layer, layers, own, share, 2 if reads == "feature" else 1)
+        at = costs.at(layer, layers, own, share, reads)
         by_depth = {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
         rates = {name: covered * rate for name, rate in (FEATURE_RATES if reads == "feature" else by_depth).items()}
         speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
-        found.append(PlannedExit(layer, own, size, covered, at.break_even(MAX_PENDING), rates, speeds, reads))
+        even = at.break_even(MAX_PENDING)
+        found.append(PlannedExit(layer, own, size, covered, even, rates, speeds, reads, begun))
     return max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])
 
 
@@ -366,16 +452,6 @@ def _vocabularies(examples: Sequence[Example], size: int) -> Iterator[tuple[int 
             yield known, float(covered[known - 1])
 
 
-def ready_exit(checkpoint: Checkpoint) -> str | None:
-    """The name of a ready-made exit that fits these weights and leaves them as they are."""
-    if checkpoint.adapter is not None or checkpoint.exit is not None:
-        return None
-    packed = {path.stem: read_packed(path)[0] for path in ready_made()}
-    fitting = {name: one for name, one in packed.items() if not one.adapter_config}
-    sha256 = weights_sha256(checkpoint) if fitting else ""
-    return next((name for name, one in fitting.items() if misfit(one, checkpoint, sha256) is None), None)
-
-
 def as_stored(checkpoint: Checkpoint) -> Precision:
     """The precision of a model that is not trained: 4 bits where most of its file is blocks whose bits can be kept."""
     file = checkpoint.files[0]
@@ -387,13 +463,19 @@ def as_stored(checkpoint: Checkpoint) -> Precision:
 
 
 def training_speed(
-    options: FitOptions, texts: Texts, found: PlannedExit, tune: Tune, bf16: bool, learning_rate: float
+    options: FitOptions,
+    texts: Texts,
+    found: PlannedExit,
+    tune: Tune,
+    bf16: bool,
+    learning_rate: float,
+    batch_tokens: int,
 ) -> dict[str, float]:
     """Seconds of a training step and tokens a second, of STEPS steps in a process of its own."""
     # Two batches again and again: the exit's start is computed from all lines, which takes as long as steps.
-    lines = max(4, math.ceil(2 * texts.batch_tokens / (texts.prompt + texts.target)))
-    given = {**found.training(tune), "batch_tokens": texts.batch_tokens, "steps": STEPS}
-    given |= {"bf16": bf16, "learning_rate": learning_rate}
+    lines = max(4, math.ceil(2 * batch_tokens / (texts.prompt + texts.target)))
+    given = {**found.training(tune), "batch_tokens": batch_tokens, "steps": STEPS}
+    given |= {"bf16": bf16, "learning_rate": learning_rate, "threads": options.threads}
     asked = {"model": options.model, "data": str(options.data), "lines": lines, "options": given}
     answer = run_child(__name__, json.dumps(asked))
     measured: dict[str, float] = json.loads(answer)
@@ -405,21 +487,28 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     found, texts, training, seconds = plan.exit, plan.texts, plan.training, plan.seconds
     bits = {"int8": "8 bits a weight", "int4": "4 bits a weight, as the file has them"}[plan.precision]
     rows = {"model": f"{plan.name}, {plan.layers} decoder layers", "precision": f"{plan.precision}, {bits}"}
-    rows["speed"] = f"about {plan.rate:.0f} tokens/s of the full model in 8 bits, by memory bandwidth"
+    rows["speed"] = f"about {plan.rate:.0f} tokens/s of the full model in {bits[:6]}, by memory bandwidth"
+    if plan.ready_made:
+        names = ", ".join(plan.ready_made)
+        rows["exits that fit"] = f"{names}: freeexport convert MODEL OUT --exit {plan.ready_made[0]}, without training"
     if texts is not None:
         inputs = (
             f"recordings, each as dear as {texts.read:.0f} tokens" if texts.speech else f"{texts.prompt:.0f} tokens in"
         )
         rows["data"] = f"{inputs}, {texts.target:.0f} out; outputs get at most {texts.most}"
         rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
+    if plan.has_exit and options.data is not None and not options.paper:
+        rows["exit that is there"] = "calibrated and evaluated as it is; a trained one replaces it only where better"
     if found is None or texts is None or training is None:
         rows["training"] = f"none: {plan.why}; mode lossless drafts {plan.drafts}, with every token equal"
     else:
         known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
-        even = "never pays" if found.break_even is None else f"pays once {found.break_even:.0%} of the tokens exit"
+        even = break_even_text(found.break_even, "bytes")
         reads = ", which read the deep decoder's feature" if found.input == "feature" else ""
         place = f"after layer {found.layer}" if found.layer else "before layer 1"
-        rows["exit"] = f"{place} of {plan.layers}, with {found.own} layer(s) of its own{reads}{known}: {even}"
+        place = f"goes on with the checkpoint's, {place}" if found.begun else place
+        own = f", with {found.own} layer(s) of its own" if found.own else ""
+        rows["exit"] = f"{place} of {plan.layers}{own}{reads}{known}: {even}"
         rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())
         rows["tokens that exit"] = f"{rates}, by what such exits reached on other tasks"
         for name, speed_of in (("a token", float), ("a request", texts.request)):
@@ -428,15 +517,16 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         weights = "all weights" if found.input == "feature" else "all weights with the exit"
         steps = {"full": ("joint", weights), "exit": ("exit", "the exit alone")}
         times = (f"{duration(seconds[name])} of {what}" for name, what in map(steps.__getitem__, training.tune))
-        speed = f"{training.tokens_per_second:,.0f} tokens/s, {training.step:.2f} s a step"
+        each = f"{training.step:.2f} s a step of {training.batch_tokens} tokens"
+        speed = f"{training.tokens_per_second:,.0f} tokens/s, {each}"
         rows["training"] = f"{speed}: {', then '.join(times)}"
     counts = {name: f"{plan.times[name]} x " if name in plan.times else "" for name in seconds}
     rows["time"] = ", ".join(f"{name} {counts[name]}{duration(time)}" for name, time in seconds.items())
     total = sum(plan.times.get(name, 1) * time for name, time in seconds.items())
     rows["in all"] = f"{duration(total)} of {duration(options.budget)}"
-    if note := load_note(plan.busy):
-        rows["note"] = note
-    return list(rows.items())
+    rows |= {"missing": plan.missing} if plan.missing else {}
+    notes = [note for note in (plan.unwritable, load_note(plan.busy)) if note]
+    return [*rows.items(), *(("note", note) for note in notes)]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,23 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
+from freeexport.costs.verdict import Verdict
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
-from freeexport.fit.plan import FitOptions, Plan, describe_plan, least_lines, make_plan
+from freeexport.fit.plan import SPEED_SECONDS, FitOptions, Plan, describe_plan, least_lines, make_plan
+from freeexport.measure.bench import bench_prompts
 from freeexport.measure.evaluate import Story, evaluate, write
-from freeexport.measure.exit_verdict import Verdict
-from freeexport.measure.quality import Row
+from freeexport.measure.quality import Row, speed_interval
 from freeexport.measure.settings import RUN, EvaluateOptions, Method
 from freeexport.measure.table import Sheet
+from freeexport.measure.timing import interleave
 from freeexport.system.child import ChildError, run_child
+from freeexport.system.load import load_note, other_load
 from freeexport.system.output import check_output, link_or_copy, output_directory, write_whole
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import BY_PARENT, Advance, duration, progress
+from freeexport.training.options import DISTILLING
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle, sha256_of
@@ -43,6 +49,8 @@ from runtime.bundle.manifest import MANIFEST, ExitInput
 from runtime.bundle.schema import Reader
 from runtime.errors import FreeExportError, OptionError
 from runtime.json_file import read_object
+from runtime.options import Mode
+from runtime.session import Session
 
 PLAN, DONE = "plan.json", "done.json"
 ANEW = "start anew with --overwrite"
@@ -56,7 +64,9 @@ ALONE: dict[ExitInput, float] = {"state": 0.1, "feature": 0.2}  # of a whole ste
 EVALUATIONS = 6  # of a training
 # Thresholds that an evaluation shows beside the calibrated one; they choose nothing.
 CURVE = (0.8, 0.95)
-TRAINED, UNTRAINED = "trained", "untrained"  # bundles
+TRAINED, GIVEN = "trained", "given"  # bundles: of what is trained, and of the model as it is given
+# Of the speed that is measured where there are no data: texts, tokens of each, and rounds at most.
+SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 4, 64, 5
 # Lines of commands that say what to do next, which is done here.
 UNASKED = ("next:", "does not pay:", "note: exit after layer")
 
@@ -100,9 +110,10 @@ class Places:
 
 def planned(options: FitOptions, keep: bool) -> Plan:
     """The plan of the interrupted run in OUT.work, or a new one, which is kept there with the splits of the data where
-    there are any. Raises OutputError where something is in the way, OptionError where the interrupted run had other
-    options; and as `make_plan` does."""
-    places, kept = Places.of(options), keep and options.data is not None
+    there are any and the budget is large enough. Raises OutputError where something is in the way, OptionError where
+    the interrupted run had other options; and as `make_plan` does."""
+    places = Places.of(options)
+    kept = keep and options.data is not None
     if keep:
         check_output(places.out, MANIFEST, options.overwrite)
     record = {**options.recorded(), "sha256": None if options.data is None else sha256_of(options.data)}
@@ -125,7 +136,7 @@ def planned(options: FitOptions, keep: bool) -> Plan:
         check_output(places.report, RUN, options.overwrite)
     lines = [] if options.data is None else splits.read_lines(options.data, least_lines())
     plan = make_plan(options, lines)
-    if kept and options.data is not None:
+    if kept and options.data is not None and not plan.missing:
         sizes = {name: count for name, count in plan.lines.items() if name != splits.TRAIN}
         parts = splits.split(lines, sizes, options.data)
         if plan.training is not None:
@@ -148,31 +159,37 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
 
     if options.data is None:
         step = converting("convert", model, places.out)
-        more = [*(["--exit", plan.ready_made] if plan.ready_made else []), *(["--overwrite"] * options.overwrite)]
+        more = [*(["--exit", plan.drafting] if plan.drafting else []), *(["--overwrite"] * options.overwrite)]
         return [replace(step, arguments=(*step.arguments, *more))]
     threads = () if options.threads is None else ("--threads", str(options.threads))
 
     def calibrate(name: str, bundle: Path) -> Step:
         rule = () if options.quality is None else ("--target-quality", str(options.quality), "--metric", options.metric)
         lines = ("--data", str(places.data("calibration")), "--max-new-tokens", most)
-        return Step(name, ("calibrate", str(bundle), *lines, *rule, *threads), seconds["calibrate"])
+        return Step(
+            name, ("calibrate", str(bundle), *lines, *rule, *threads), seconds.get(name) or seconds["calibrate"]
+        )
 
-    steps = [converting(UNTRAINED, model, places.work / UNTRAINED)]
+    steps = [converting(GIVEN, model, places.work / GIVEN)]
+    if "calibrate given" in seconds:
+        steps.append(calibrate("calibrate given", places.work / GIVEN))
     if options.paper and plan.exit is not None:
         for name, seed in product(COMPARED, SEEDS):
             loss, methods = COMPARED[name]
             bundle = bundle_of(name, seed, places)
-            steps.append(_training("joint", model, plan, places, f"{name}-{seed}-joint", loss, seed))
+            steps.append(_training("joint", model, plan, places, f"{name}-{seed}-joint", options.threads, loss, seed))
             if name == "exit":
                 joint = str(steps[-1].output)
-                steps.append(_training("exit", joint, plan, places, f"{name}-{seed}-alone", loss, seed))
+                steps.append(
+                    _training("exit", joint, plan, places, f"{name}-{seed}-alone", options.threads, loss, seed)
+                )
             steps.append(replace(converting(TRAINED, str(steps[-1].output), bundle), name=bundle.name))
             if "free" in methods:
                 steps.append(calibrate(f"calibrate {bundle.name}", bundle))
     else:
         for tune in plan.training.tune if plan.training else ():
             name = "joint" if tune == "full" else "exit"
-            steps.append(_training(name, model, plan, places, name))
+            steps.append(_training(name, model, plan, places, name, options.threads))
             model = str(steps[-1].output)
         if plan.exit is not None:
             bundle = places.work / TRAINED
@@ -194,7 +211,14 @@ def bundle_of(name: str, seed: int, places: Places) -> Path:
 
 
 def _training(
-    kind: str, model: str, plan: Plan, places: Places, name: str, loss: LossName = "logit-kd", seed: int = 0
+    kind: str,
+    model: str,
+    plan: Plan,
+    places: Places,
+    name: str,
+    threads: int | None,
+    loss: LossName = "logit-kd",
+    seed: int = 0,
 ) -> Step:
     """Train "joint", all weights, or the "exit" alone, into OUT.work/NAME."""
     found, training, alone = plan.exit, plan.training, kind == "exit"
@@ -206,8 +230,10 @@ def _training(
     what += ["--data", places.data("frozen" if alone else splits.TRAIN), "--validation", places.data("validation")]
     alpha, rate = (ALPHA_ALONE, RATE_ALONE[found.input]) if alone else (ALPHA, training.learning_rate)
     steps = plan.seconds[kind] / training.step / (ALONE[found.input] if alone and len(training.tune) > 1 else 1)
-    what += [*PACE, "--loss-alpha", alpha, "--learning-rate", rate]
-    what += ["--batch-tokens", plan.texts.batch_tokens]
+    what += [*PACE, "--learning-rate", rate]
+    what += ["--loss-alpha", alpha] if chosen["loss"] in DISTILLING else []
+    what += [] if threads is None else ["--threads", threads]
+    what += ["--batch-tokens", training.batch_tokens]
     what += ["--time-limit", f"{plan.seconds[kind] / 60:.2f}", "--evaluate-every", max(1, int(steps / EVALUATIONS))]
     what += ["--seed", seed] if seed else []
     out = places.work / name
@@ -218,9 +244,10 @@ def _training(
 def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[EvaluateOptions]:
     """How the bundles are compared, on lines that nothing was chosen by: once, or for each seed."""
     assert plan.texts is not None
-    bundles: list[tuple[Path, tuple[Method, ...]]] = [(places.work / UNTRAINED, ("full", "lossless"))]
+    every: tuple[Method, ...] = ("full", "static", "free", "lossless")
+    bundles = [(places.work / GIVEN, every if "calibrate given" in plan.seconds else ("full", "lossless"))]
     if plan.exit is not None:
-        bundles.append((places.work / TRAINED, ("full", "static", "free", "lossless")))
+        bundles.append((places.work / TRAINED, every))
     once = EvaluateOptions(
         bundles=tuple(bundles),
         data=places.data("test"),
@@ -251,17 +278,20 @@ def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[Evaluat
 
 def fit(options: FitOptions, plan: Plan) -> Verdict:
     """Run the steps that are not done, and write the report and OUT; `next_step` is the command that serves it. Raises
-    FreeExportError where a step fails: the same call goes on."""
+    FreeExportError where a step fails: the same call goes on; OptionError where the budget is too small."""
+    if plan.missing:
+        raise OptionError(plan.missing)
     places = Places.of(options)
     steps, done = steps_of(options, plan, places), _done(places.work)
     if options.data is None:
         # In this process, where planning imported what a conversion needs.
         click.echo(f"{steps[0].name}, about {duration(steps[0].seconds)}: {steps[0].command}", err=True)
-        with with_exit_applied(options.model, plan.ready_made) as model:
+        with with_exit_applied(options.model, plan.drafting) as model:
             manifest = convert(model, places.out, ConvertOptions(precision=plan.precision, overwrite=options.overwrite))
         size = human_bytes(sum(file.size for file in manifest.files.values()))
         click.echo(f"{options.out}: {size}, {'' if manifest.verified else 'not '}verified")
-        text = f"{plan.why}; lossless drafts {plan.drafts}, with every token equal"
+        speed = measured_speed(places.out, options.threads)
+        text = f"{plan.why}; lossless drafts {plan.drafts}, with every token equal{speed and f': {speed}'}"
         return Verdict("neutral", text, f"freeexport serve {shlex.quote(str(options.out))}")
     _run(steps, _pending(steps, done), done, places)
     found, *others = map(evaluate, evaluations(options, plan, places))
@@ -276,6 +306,42 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
         shutil.copytree(bundle, directory, copy_function=link_or_copy, dirs_exist_ok=True)
     _mark(places, done, FINISHED, {})
     return verdict
+
+
+def measured_speed(path: Path, threads: int | None) -> str:
+    """Decode the built-in prompts in modes full and lossless, in turns, for at most SPEED_SECONDS, and say how fast
+    they are; "" for speech, of which there are no prompts."""
+    bundle = Bundle.open(path)
+    if bundle.manifest.speech is not None:
+        return ""
+    prompts = bench_prompts(bundle, None, SPEED_PROMPTS)
+    modes: tuple[Mode, ...] = ("full", "lossless")
+    runs: dict[tuple[int, int], list[tuple[float, int]]] = defaultdict(list)
+    with Session(path, threads=threads, slots=1) as session, other_load() as load:
+
+        def decode(mode: Mode, prompt: list[int]) -> tuple[float, int]:
+            ids = np.array(prompt, np.int64)
+            began = time.monotonic()
+            result = session.generate(ids, mode=mode, max_new_tokens=SPEED_TOKENS, ignore_eos=True)
+            return time.monotonic() - began, len(result.token_ids)
+
+        end = time.monotonic() + SPEED_SECONDS
+        for turn in interleave(modes, prompts, SPEED_ROUNDS, decode, title="measuring speed"):
+            for mode, run in enumerate(turn.runs):
+                runs[turn.prompt, mode].append(run)
+            if time.monotonic() > end:
+                break
+    measured = sorted({prompt for prompt, _ in runs})
+    seconds = np.array([[np.median([run[0] for run in runs[prompt, mode]]) for mode in (0, 1)] for prompt in measured])
+    tokens = sum(runs[prompt, 0][0][1] for prompt in measured)
+    full, lossless = seconds.sum(axis=0)
+    low, high = speed_interval(seconds[:, 1], seconds[:, 0])
+    bounds = "" if low is None or high is None else f", 95 %: {low:.2f} to {high:.2f}"
+    text = (
+        f"{full / lossless:.2f}x full ({tokens / lossless:.0f} tokens/s against {tokens / full:.0f}{bounds}) on "
+        f"{len(measured)} built-in prompts, your own may gain more or less"
+    )
+    return "; ".join(filter(None, (text, load_note(load.cores))))
 
 
 def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[Path, Verdict]:
@@ -307,6 +373,8 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
         best = max(good, key=lambda row: (full[row["bundle"]], row["method"] == "lossless"))
         mode = "lossless" if mode == "lossless" and speed >= 1 else "full"
         text = f"nothing is surely faster than the full model: the best gives {text}"
+    if len(full) > 1 and best["bundle"] == GIVEN:
+        text += "; the model as it was given, as the trained one is no better"
     if len(full) > 1:
         others = ", ".join(f"{name} {value:.3f}" for name, value in full.items())
         click.echo(f"{metric} of the full models: {others}")
@@ -322,7 +390,7 @@ def _tried(steps: Sequence[Step], done: Mapping[str, Any]) -> Sheet:
     for step in steps:
         entry = done.get(step.name, {})
         lines = [line for line in str(entry.get("output", "")).splitlines() if line.strip() and line[:8] != "written:"]
-        told = [line for line in lines if line.startswith(("agreement of", "warning", "verdict"))] or lines[-1:]
+        told = [line for line in lines if line.startswith(("agreement of", "warning", "verdict", "kept"))] or lines[-1:]
         took = duration(entry["seconds"]) if "seconds" in entry else ""
         rows.append((step.name, took, step.command, "; ".join(told)))
     return Sheet("What was done", ("step", "time#", "command", "outcome"), tuple(rows))

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
-from freeexport.measure.byte_model import token_bytes
+from freeexport.costs.bytes import token_bytes
 from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.table import Sheet, environment, plus_minus, sheet
-from freeexport.measure.timing import interleave, load_note, other_load, spread
+from freeexport.measure.timing import interleave, spread
 from freeexport.measure.traces import THRESHOLD, ReplaySession, exit_trace
+from freeexport.system.load import load_note, other_load
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import progress
 from runtime import Session

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from freeexport import __version__
 from freeexport.checkpoints.examples import read_examples
+from freeexport.costs.bytes import known_costs
+from freeexport.costs.verdict import ExitFacts, Verdict, basis_of, verdict, why_never
 from freeexport.measure import timing
-from freeexport.measure.costs import measured_costs
-from freeexport.measure.exit_verdict import ExitFacts, Verdict, verdict, why_never
+from freeexport.measure.costs import SECONDS, measured_costs
 from freeexport.measure.sources import collect, fitting_prompts, reference_of
 from freeexport.measure.threshold import (
     Choice,
@@ -27,14 +29,20 @@ from freeexport.measure.threshold import (
     sequences_needed,
 )
 from freeexport.measure.traces import Replay, ReplaySession, Traces, replay
+from freeexport.system.load import load_note, other_load
+from freeexport.system.progress import duration
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.bundle.costs import Costs, recordable
 from runtime.bundle.manifest import Manifest
 from runtime.errors import CalibrationError
 from runtime.machine.device import Device
+from runtime.machine.machine import costs_here
 from runtime.options import Mode
 
+# Decodings at some thresholds, where a rule compares outputs, in those of a trace, for which both decoders run at
+# every token.
+OUTPUTS = 3
 # Fewer say nothing about a threshold.
 LEAST_TOKENS = 50
 TABLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -76,6 +84,7 @@ class Calibrated:
 
     @property
     def break_even(self) -> float | None:
+        """The exit rate from which on exits pay; None where they never do."""
         return self.costs.break_even(self.manifest.max_pending)
 
     @property
@@ -96,7 +105,7 @@ class Calibrated:
                 break_even=self.break_even,
                 speedup=self.chosen.speedup(self.costs),
                 measured=None if self.speeds is None else self.speeds[1] / self.speeds[0],
-                basis="measured" if self.costs.trusted else "busy",
+                basis=basis_of(self.costs),
                 heavy_head=self.costs.head > self.costs.shallow_without_head,
                 data=self.data,
             )
@@ -113,11 +122,19 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
     _check_sequences(len(requests), options.rule)  # before long work
     with ReplaySession(model, threads=options.threads, device=options.device) as session:
         cache = beside.with_name(f"{beside.name}.traces.jsonl")
-        traces = collect(session, data, requests, cache, options.max_new_tokens)
+
+        def estimate(each: float, left: int) -> None:
+            outputs = OUTPUTS * len(requests) if options.rule.needs_outputs else 0
+            seconds = each * (left + outputs) + SECONDS
+            click.echo(f"about {duration(seconds)} for {len(requests)} sequences", err=True)
+
+        traces = collect(session, data, requests, cache, options.max_new_tokens, estimate)
         check_enough(traces, options.rule)
         fitting = fitting_prompts(session, requests)
         prompts = [ids for _, ids in fitting]
-        costs, outputs = measured_costs(session, prompts, traces.mean_length), None
+        timed = measured_costs(session, prompts, traces.mean_length)
+        costs = known_costs(session.bundle, timed, costs_here(session.manifest, session.threads)) or timed
+        outputs = None
         if options.rule.needs_outputs:
             # Against the data's references where every line has one.
             found = [reference for request, _ in fitting if (reference := reference_of(request)) is not None]
@@ -125,6 +142,8 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
             outputs = DecodedOutputs(session, prompts, targets, options.max_new_tokens)
         choice = choose(traces, options.rule, outputs)
         result = explained(choice, model, session.manifest, traces, costs, options.rule, str(data))
+        if not timed.trusted:
+            result = replace(result, notes=(*result.notes, busy_note(timed, costs)))
         return _timed(session, prompts[:PROMPTS], result, options) if options.rounds else result
 
 
@@ -178,12 +197,17 @@ def explained(
         costs=recordable(costs),
         created_with={"freeexport": __version__, "python": platform.python_version()},
     )
-    busy = (
-        f"other processes kept {costs.busy:.1f} cores busy while the engines were timed: predictions are uncertain, "
-        "the threshold does not depend on them"
+    return Calibrated(calibration, path, manifest, traces, costs, replays[threshold], data, caught, notes=choice.notes)
+
+
+def busy_note(timed: Costs, used: Costs) -> str:
+    """Say that the times of a busy machine predict nothing, and what does."""
+    instead = "the times that convert took" if used.measured else "the bytes that are read"
+    instead = "them all the same, which is uncertain" if used is timed else instead
+    return (
+        f"other processes kept {timed.busy:.1f} cores busy while the engines were timed: speeds are predicted by "
+        f"{instead}; the threshold does not depend on them"
     )
-    notes = (*choice.notes, *([] if costs.trusted else [busy]))
-    return Calibrated(calibration, path, manifest, traces, costs, replays[threshold], data, caught, notes=notes)
 
 
 def _timed(session: ReplaySession, prompts: Sequence[Any], result: Calibrated, options: CalibrateOptions) -> Calibrated:
@@ -197,7 +221,7 @@ def _timed(session: ReplaySession, prompts: Sequence[Any], result: Calibrated, o
         stats = session.generate(prompt, mode=mode, threshold=threshold, max_new_tokens=most).stats
         return stats.candidates, stats.seconds - stats.encode_seconds - stats.prefill_seconds
 
-    with timing.other_load() as load:
+    with other_load() as load:
         full, *speeds = timing.speeds(settings, prompts, options.rounds, decode).T
     known = {at: speed for at, speed in zip(settings[1:], speeds, strict=True) if np.isfinite(speed).all()}
     ratio = {at: float(np.median(speed / full)) for at, speed in known.items()}
@@ -208,5 +232,5 @@ def _timed(session: ReplaySession, prompts: Sequence[Any], result: Calibrated, o
         result,
         calibration=replace(result.calibration, table=table),
         speeds=(float(np.median(full)), float(np.median(known[chosen]))) if chosen in ratio else None,
-        notes=(*result.notes, spread, *filter(None, [timing.load_note(load.cores)])),
+        notes=(*result.notes, spread, *filter(None, [load_note(load.cores)])),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from freeexport.costs.verdict import basis_of, break_even_text
 from freeexport.measure.table import Sheet, terminal
 from freeexport.system.page import filled, pairs
 from runtime.bundle.beta import NEVER_EXIT
@@ -77,12 +78,10 @@ def promise(calibration: Calibration) -> str:
 
 def found(result: Calibrated) -> list[tuple[str, str]]:
     """The threshold and what it rests on."""
-    costs = "measured here" + ("" if result.costs.trusted else f", others kept {result.costs.busy:.1f} cores busy")
     caught = result.caught
     return [
         *recorded(result.calibration),
         *([] if caught is None else [("rollback rejects", f"{caught:.0%} of the exits that disagree")]),
-        ("break-even exit rate", "none" if result.break_even is None else f"{result.break_even:.1%}"),
-        ("costs", costs),
+        ("break-even", f"the exit {break_even_text(result.break_even, basis_of(result.costs))}"),
         *(("note", note) for note in result.notes),
     ]

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.measure.timing import interleave, other_load
+from freeexport.measure.timing import interleave
 from freeexport.measure.traces import THRESHOLD, ReplaySession, drawn
 from freeexport.system.child import run_child
+from freeexport.system.load import other_load
 from runtime.bundle.costs import Costs, Outside
 from runtime.bundle.schema import Reader
 from runtime.machine.machine import host

@@ -14,8 +14,8 @@ import numpy as np
 
 from freeexport import __version__
 from freeexport.checkpoints.examples import DataError, read_examples
-from freeexport.measure.byte_model import CALL_BYTES, calls_of, row_share
-from freeexport.measure.exit_verdict import Verdict
+from freeexport.costs.bytes import CALL_BYTES, calls_of, row_share
+from freeexport.costs.verdict import Verdict
 from freeexport.measure.plot import quality_speed
 from freeexport.measure.quality import Row, curves_of, rows_of, verdicts
 from freeexport.measure.settings import (
@@ -32,14 +32,16 @@ from freeexport.measure.settings import (
 )
 from freeexport.measure.sources import engines_hash, fitting_prompts, reference_of
 from freeexport.measure.table import Sheet, about, as_csv, environment, markdown, plus_minus, render, sheet
-from freeexport.measure.timing import OtherLoad, interleave, load_note
+from freeexport.measure.timing import interleave
 from freeexport.metrics import Metric, Reference, metric_of
 from freeexport.system.jsonl import Request
+from freeexport.system.load import OtherLoad, load_note
 from freeexport.system.output import write_whole
 from freeexport.system.page import save_figure
 from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT
-from runtime.bundle.bundle import sha256_of
+from runtime.bundle.bundle import Bundle, sha256_of
+from runtime.bundle.manifest import MANIFEST
 from runtime.machine.machine import usable_cores
 from runtime.text.tokenizer import Tokenizer
 
@@ -59,6 +61,7 @@ _PREDICTED = (
     "speed a token by the byte model: weights and caches that engine calls read, {} more for each further row, and "
     "{:g} MB for a call"
 )
+_COMPARED_WITH_FULL = "no line has a target: outputs are compared with those of the full model"
 FILES = "report.html, results.md, evaluation.json and .csv, curve.png and .svg"
 
 
@@ -95,26 +98,32 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     metrics = [metric_of(name) for name in options.metrics]
     entries = entries_of(options)
     requests = read_examples(options.data, options.samples)
-    references = {}
-    for request in requests:
-        if (reference := reference_of(request)) is None:
-            raise DataError(
-                f"{options.data}, line {request.line_number} has no 'target' and no 'references' to compare with; give "
-                "every line one"
-            )
-        references[request.line_number] = reference
-    for metric in metrics:  # before long work: does it fit?
-        metric.table([reference.texts[0] for reference in references.values()], list(references.values()))
+    given = {request.line_number: reference_of(request) for request in requests}
+    references = {line: reference for line, reference in given.items() if reference is not None}
+    if references and len(references) < len(given):
+        line = next(line for line, reference in given.items() if reference is None)
+        raise DataError(
+            f"{options.data}, line {line} has no 'target' and no 'references', which other lines have; give every "
+            "line one, or none, to compare with what the full model writes"
+        )
+    without_targets = not references
+    if references:
+        for metric in metrics:  # before long work: does it fit?
+            metric.table([reference.texts[0] for reference in references.values()], list(references.values()))
     threads = options.threads or usable_cores()
     records = Records(options.output, _run(options, entries, threads), options.overwrite)
     losses = _measure(entries, requests, options, threads, records)
     found, made = records.by_setting(), environment()
+    if without_targets:
+        whole = found[entries[0].name, "full"]
+        references = {line: Reference((turns[0].text,)) for line, turns in whole.items()}
     rows = rows_of(entries, found, references, metrics, made["machine"]["kernels"])
-    told = ("source", "precision", "layers", "exit_layer", "threshold", "exit_trained", "kernels")
     report = {
         **made,
-        "bundles": {entry.name: {name: getattr(entry.bundle.manifest, name) for name in told} for entry in entries},
+        "bundles": {entry.name: _about_bundle(entry.bundle) for entry in entries},
         "data": str(options.data),
+        "data_sha256": sha256_of(options.data),
+        "references": "full" if without_targets else "targets",
         "lines": rows[0]["lines"],
         "rounds": options.rounds,
         "max_new_tokens": options.max_new_tokens,
@@ -128,10 +137,22 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         },
         "rows": rows,
         "curves": curves_of(rows, metrics[0].name, options.quality),
-        "notes": _notes(entries, losses, rows, found),
+        "notes": [*_notes(entries, losses, rows, found), *([_COMPARED_WITH_FULL] if without_targets else [])],
     }
     lines = {request.line_number: request for request in requests}
     return Evaluation(options, entries, metrics, lines, references, found, report)
+
+
+def _about_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Say which weights, engines and calibration a bundle's figures are of, for JSON."""
+    told = ("source", "source_sha256", "precision", "layers", "exit_layer", "threshold", "exit_trained", "kernels")
+    calibration = bundle.calibration
+    rule = ("method", "target", "risk", "delta", "sequences", "max_pending")
+    return {
+        **{name: getattr(bundle.manifest, name) for name in told},
+        "manifest_sha256": sha256_of(bundle.path / MANIFEST),
+        "calibration": None if calibration is None else {name: getattr(calibration, name) for name in rule},
+    }
 
 
 def _run(options: EvaluateOptions, entries: Sequence[Entry], threads: int) -> dict[str, Any]:

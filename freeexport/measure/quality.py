@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.measure.byte_model import ByteModel, Calls
+from freeexport.costs.bytes import ByteModel, Calls
 from freeexport.measure.settings import WITHOUT_EXIT, Entry, Record, Setting
 from freeexport.measure.timing import spread
 from freeexport.metrics import Metric, Reference, bounded, draws

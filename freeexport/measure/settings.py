@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from freeexport.measure.byte_model import Calls
+from freeexport.costs.bytes import Calls
 from freeexport.system.jsonl import append_lines, whole_lines
 from freeexport.system.output import write_whole
 from runtime.bundle.beta import NEVER_EXIT

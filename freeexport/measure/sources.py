@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,32 @@ from runtime.text.tokenizer import TOKENIZER
 
 # A few unknown characters are in any text; so many are text that the tokenizer was not made for.
 MOST_UNKNOWN = 0.2
+FIRST = 3  # traces, by which the time of all is estimated
 
 
-def collect(session: ReplaySession, data: Path, requests: Sequence[Request], cache: Path, most: int) -> Traces:
-    """Traces of the requests that fit, of at most so many tokens: those in the file `cache` are taken from there, the
-    others are added to it."""
+def collect(
+    session: ReplaySession,
+    data: Path,
+    requests: Sequence[Request],
+    cache: Path,
+    most: int,
+    estimate: Callable[[float, int], None] = lambda each, left: None,
+) -> Traces:
+    """Traces of the requests that fit, of at most `most` tokens: those in the file `cache` are taken from there, the
+    others are added to it. After FIRST of more `estimate` gets the seconds of one, and how many are left."""
     manifest = session.manifest
     depends = {"model": engines_hash(manifest), "data": sha256_of(data), "exit_layer": manifest.exit_layer}
     known = TraceCache(cache, {**depends, "confidence": manifest.confidence, "max_new_tokens": most})
     missing = [request for request in requests if known.get(request.line_number) is None]
     if missing:
+        fitting = fitting_prompts(session, missing)
+        began = time.monotonic()
         with progress("decoding", len(requests), len(requests) - len(missing)) as advance:
-            for request, prompt in fitting_prompts(session, missing):
+            for done, (request, prompt) in enumerate(fitting, 1):
                 known.add(trace_of(session, request.line_number, prompt, most))
                 advance()
+                if done == FIRST < len(fitting):
+                    estimate((time.monotonic() - began) / done, len(fitting) - done)
     found = [known.get(request.line_number) for request in requests]
     return Traces.joined([trace for trace in found if trace is not None])
 

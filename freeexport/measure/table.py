@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import platform
+import subprocess
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from freeexport import __version__
 from freeexport.system import page
 from freeexport.system.machine import detect_machine, kernel_instructions
+from runtime import kernels
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -107,16 +110,17 @@ def plus_minus(value: float, low: float | None, high: float | None, digits: int 
 
 
 def environment() -> dict[str, Any]:
-    """Describe when and on what a measurement was made, for JSON."""
+    """Describe when, on what and with which code a measurement was made, for JSON."""
     import onnxruntime
 
     machine = detect_machine()
+    instructions = kernel_instructions()
     return {
         "made": datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": {
             "processor": machine.cpu,
             "features": list(machine.features),
-            "kernels": kernel_instructions(),
+            "kernels": instructions,
             "cores": machine.cores,
             "memory": machine.memory,
         },
@@ -124,8 +128,23 @@ def environment() -> dict[str, Any]:
             "freeexport": __version__,
             "onnxruntime": onnxruntime.__version__,
             "python": platform.python_version(),
+            **({"kernels": str(kernels.VERSION)} if instructions else {}),
         },
+        "commit": commit_of(Path(__file__).resolve().parents[2]),
     }
+
+
+def commit_of(root: Path) -> str | None:
+    """The commit of the checkout at `root`, with "-dirty" behind it where tracked files were changed; None where
+    `root` is no checkout, as for an installed package: its version says which code it is."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def about(environment: Mapping[str, Any], threads: int) -> list[tuple[str, str]]:

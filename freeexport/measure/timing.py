@@ -1,30 +1,20 @@
-"""Timing: settings decode the same prompts in turn, so that what slows the machine down for a while slows them all.
-
-A busy machine is no reason to refuse: measure, print the spread, and mark the figures (`other_load`).
-"""
+"""Timing: settings decode the same prompts in turn, so that what slows the machine down for a while slows them all."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
 from typing import Generic, TypeVar
 
 import numpy as np
-import psutil
 
 from freeexport.system.progress import progress
-from runtime.bundle.costs import TOLERATED
 
 SettingT = TypeVar("SettingT")
 PromptT = TypeVar("PromptT")
 RunT = TypeVar("RunT")
-
-# Seconds below which the counters of the system are too coarse to tell how busy others were.
-_SHORTEST = 0.5
 
 
 @dataclass(frozen=True)
@@ -86,49 +76,3 @@ def speeds(
 def spread(values: Sequence[float]) -> float:
     """The largest less the smallest, as a share of the median."""
     return (max(values) - min(values)) / median(values)
-
-
-class OtherLoad:
-    """The cores that other processes keep busy, from now on; `cores` is final once a measurement ended."""
-
-    def __init__(self) -> None:
-        self._began, self._busy = time.monotonic(), _others_seconds()
-        self.cores = 0.0
-
-    def so_far(self) -> float:
-        """Cores that others kept busy until now; 0 where too little time has passed to tell."""
-        elapsed = time.monotonic() - self._began
-        return round(max(0.0, _others_seconds() - self._busy) / elapsed, 2) if elapsed >= _SHORTEST else 0.0
-
-
-def load_note(cores: float) -> str:
-    """A sentence that marks figures of a busy machine; empty where it was idle."""
-    if cores <= TOLERATED:
-        return ""
-    return f"other processes kept {cores:.1f} cores busy: speeds are uncertain, by their spread or more"
-
-
-@contextmanager
-def other_load() -> Iterator[OtherLoad]:
-    """Watch how busy others keep the machine while the block measures."""
-    load = OtherLoad()
-    try:
-        yield load
-    finally:
-        load.cores = load.so_far()
-
-
-def _others_seconds() -> float:
-    """Seconds for which others than this process and its children, those that have ended included, ran."""
-    process, own = psutil.Process(), 0.0
-    for one in (process, *process.children(recursive=True)):
-        with suppress(psutil.Error):  # ended in between
-            times = one.cpu_times()
-            own += times.user + times.system + times.children_user + times.children_system
-    return _busy_seconds() - own
-
-
-def _busy_seconds() -> float:
-    """Seconds for which processors of this machine were not idle. Virtual machines that run here count as `user`."""
-    names = ("user", "nice", "system", "irq", "softirq", "interrupt", "dpc")
-    return sum(value for name, value in psutil.cpu_times()._asdict().items() if name in names)

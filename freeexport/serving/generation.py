@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
+from freeexport.serving.grammar_trial import GrammarTrial
 from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest, api_error, draining, invalid
 from freeexport.serving.replies import Reply
 from freeexport.serving.service import Record
-from freeexport.serving.tools import constraint, form_of, shown
+from freeexport.serving.tools import CallForm, constraint, form_of, shown
 from runtime import AsyncStream, GenerationOptions, GenerationResult, OptionError, PromptLengthError, Session, Token
 from runtime.options import Mode
 from runtime.text.prompt import encode_expected
@@ -64,7 +65,7 @@ class Generation:
             limit = "the request's deadline" if status == 408 else "the server's limit"
             passed = f"{limit} of {seconds:g} s passed after {len(result.token_ids)} tokens"
             raise ApiError(status, f"{passed}; ask for fewer, or later", "deadline_exceeded")
-        if not result.complete:
+        if result.interrupted:
             raise draining()  # the session was closed: a client that left is not told
         return result
 
@@ -75,19 +76,21 @@ class Generation:
         return [stream.result for stream in self.streams]
 
 
-async def begin(session: Session, request: Generating, mode: Mode | None, deadline: float | None) -> Generation:
+async def begin(
+    session: Session, trial: GrammarTrial, request: Generating, mode: Mode | None, deadline: float | None
+) -> Generation:
     """Encode the prompts, and let every choice enter the queue, or none. `mode` and `deadline` are the server's.
 
     Raises ApiError, PromptError, OptionError, QueueFullError.
     """
-    options, prompts = request.options(mode, deadline), request.prompts
+    options, prompts, form = request.options(mode, deadline), request.prompts, form_of(session.tokenizer)
     count, most = len(prompts) * request.n, session.options.slots + session.options.queue
     if count > most:
         asked = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
         raise invalid("n", f"{asked}; this server takes {most} choices at once, ask for fewer")
 
     def encode() -> tuple[list[np.ndarray], GenerationOptions]:
-        form, given, read = form_of(session.tokenizer), options, prompts
+        given, read = options, prompts
         tools = [msgspec.to_builtins(tool) for tool in request.offered]
         if isinstance(request, ChatRequest) and not form.shown:
             read, tools = [shown(messages, tools, form) for messages in prompts], []
@@ -97,22 +100,16 @@ async def begin(session: Session, request: Generating, mode: Mode | None, deadli
         languages = session.manifest.languages
         told = languages is not None and languages.target == "prompt"  # by the ids
         given = replace(given, src_lang=None, tgt_lang=None if told else given.tgt_lang)
-        field, constrained = constraint(request, form)
-        if field:
-            try:
-                given = replace(given, **constrained)
-                session.prepare(given)
-            except OptionError as error:
-                raise invalid(field, field + str(error).removeprefix(next(iter(constrained)))) from None
         if given.predicted_output is not None:
             expected = given.predicted_output
             ids = encode_expected(expected, session.tokenizer, session.manifest.vocab_size, session.capacity)
             given = replace(given, predicted_output=ids.tolist())
         return encoded, given
 
-    constrained = request.offered or request.schema is not None or request.structured_outputs is not None
-    short = not constrained and sum(map(_size, (*prompts, request.expected))) <= SHORT
+    short = not request.offered and sum(map(_size, (*prompts, request.expected))) <= SHORT
     encoded, options = encode() if short else await asyncio.to_thread(encode)
+    if request.offered or request.schema is not None or request.structured_outputs is not None:
+        options = await _constrained(options, request, form, session, trial)
     limits = [_limit(options, request, len(ids), session) for ids in encoded]
     ends = (
         None
@@ -129,6 +126,21 @@ async def begin(session: Session, request: Generating, mode: Mode | None, deadli
         await generation.end()
         raise
     return generation
+
+
+async def _constrained(
+    options: GenerationOptions, request: Generating, form: CallForm, session: Session, trial: GrammarTrial
+) -> GenerationOptions:
+    """Add the constraint of a request. Raises ApiError for one that cannot be met, or not be compiled in time."""
+    field, constrained = await asyncio.to_thread(constraint, request, form)
+    try:
+        options = await asyncio.to_thread(replace, options, **constrained)
+        if options.constraint is not None:
+            await trial.check(*options.constraint)
+            await asyncio.to_thread(session.prepare, options)
+    except OptionError as error:
+        raise invalid(field, field + str(error).removeprefix(next(iter(constrained)))) from None
+    return options
 
 
 class EventStream:

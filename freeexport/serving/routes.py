@@ -119,7 +119,7 @@ class Endpoints:
             if isinstance(given, ResponseRequest):
                 reply = ResponseReply(session, name, asked, given)
             record.line |= {"id": reply.id, "model": name, "stream": asked.stream}
-            generation = await begin(session, asked, options.mode, options.deadline)
+            generation = await begin(session, self._service.trials[name], asked, options.mode, options.deadline)
             reply.prompts = generation.prompts
             record.line["prompt_tokens"] = sum(generation.prompts)
             if asked.stream:
@@ -154,7 +154,7 @@ class Endpoints:
             record.results = [result]
             if result.finish_reason == "deadline":
                 raise ApiError(504, f"the server's limit of {options.deadline:g} s passed", "deadline_exceeded")
-            if not result.complete:
+            if result.interrupted:
                 raise protocol.draining()
         except BaseException as error:
             return _failed(record, error)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from freeexport.serving.grammar_trial import GrammarTrial
 from freeexport.serving.protocol import ApiError, draining
 from runtime import GenerationResult, OptionError, Session, SessionOptions
 from runtime.options import Mode
@@ -93,6 +94,7 @@ class Service:
     def __init__(self, options: ServerOptions, log: Callable[[str], None]) -> None:
         self.options, self.log = options, log
         self.sessions: dict[str, Session] = {}
+        self.trials: dict[str, GrammarTrial] = {}
         self.state: State = "loading"
         self.created = int(time.time())
         self.responses: Counter[tuple[str, int]] = Counter()
@@ -107,6 +109,10 @@ class Service:
             named = zip(self.options.names, self.options.bundles, strict=True)
             opened = {name: stack.enter_context(Session(path, self.options.session)) for name, path in named}
             self._open = stack.pop_all()
+        for session in opened.values():
+            with suppress(OptionError):  # the tokens of constraints are read once, which holds the interpreter's lock
+                session.prepare(choice=["a"])
+        self.trials = {name: GrammarTrial(session.bundle.path) for name, session in opened.items()}
         self.sessions = opened
         if self.state == "loading":
             self.state = "ready"
@@ -120,6 +126,8 @@ class Service:
         self.state = "draining"
         with suppress(TimeoutError):
             await asyncio.wait_for(self.idle.wait(), self.options.shutdown_timeout)
+        for trial in self.trials.values():
+            await trial.close()
         await asyncio.to_thread(self.close)
 
     def session(self, name: str | None) -> tuple[str, Session]:

@@ -9,7 +9,7 @@ from email.message import Message
 from typing import Any, Literal
 
 from freeexport.serving.protocol import ApiError, invalid
-from runtime import GenerationOptions, GenerationResult, Segment
+from runtime import GenerationResult, Segment, SpeechOptions
 from runtime.options import Mode
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
@@ -23,7 +23,7 @@ class Transcription:
     file: bytes
     model: str | None
     format: Literal["json", "text", "srt", "verbose_json", "vtt"]
-    options: GenerationOptions
+    options: SpeechOptions
 
     @classmethod
     def of(
@@ -54,7 +54,7 @@ class Transcription:
             file,
             model or None,
             format,  # type: ignore[arg-type]
-            GenerationOptions(
+            SpeechOptions(
                 task=task,
                 language=language or None,
                 initial_prompt=prompt or None,

@@ -79,7 +79,7 @@ def answers(ask: Ask, lines: Iterable[Line], batch: int) -> Generator[tuple[Line
         if isinstance(line, BrokenLine):
             raise PromptError(line.reason)
         results = ask(line.input, cancel)
-        if not results or not results[0].complete:
+        if not results or results[0].interrupted:
             tokens = len(results[0].token_ids) if results else 0
             raise FreeExportError(f"the deadline passed after {tokens} tokens; allow more with -o deadline=SECONDS")
         return results

@@ -21,16 +21,23 @@ PURPOSES: dict[str, str] = {
     "evaluate": "compare methods on a task",
     "demo": "run the demo",
     "optimum": "export encoders that the builder does not know (holds transformers at 4.57)",
+    "all": "run every command on a CPU",
 }
-# Extras that a verb may need, those that bring all of it first.
-NEEDED = {
-    "fit": ("train", "evaluate", "calibrate", "convert", "metrics", "bench"),
+# The extras that each verb needs, beside a wheel of ONNX Runtime.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "fit": ("train", "evaluate", "calibrate"),
     "train": ("train",),
+    "convert": ("convert",),
+    "exits": ("convert",),
+    "verify": ("convert",),
     "calibrate": ("calibrate", "metrics"),
-    "evaluate": ("evaluate", "convert"),
-    "bench": ("bench", "convert"),
+    "generate": (),
     "serve": ("serve",),
+    "inspect": (),
+    "evaluate": ("evaluate",),
+    "bench": ("bench",),
     "demo": ("demo",),
+    "doctor": (),
 }
 # Import names that differ from the distribution that brings them.
 _DISTRIBUTIONS = {
@@ -65,9 +72,11 @@ def extras() -> dict[str, tuple[str, ...]]:
             inner.setdefault(extra, []).extend(own.split(","))
         elif extra in found:
             found[extra].append(name)
-    for extra, others in inner.items():
-        found.get(extra, []).extend(name for other in others for name in found[other])
-    return {extra: tuple(dict.fromkeys(names)) for extra, names in found.items()}
+
+    def packages(extra: str) -> list[str]:
+        return found[extra] + [name for other in inner.get(extra, ()) for name in packages(other)]
+
+    return {extra: tuple(dict.fromkeys(packages(extra))) for extra in found}
 
 
 def missing_of(extra: str, version_of: Callable[[str], str | None] = installed_version) -> tuple[str, ...]:
@@ -77,10 +86,15 @@ def missing_of(extra: str, version_of: Callable[[str], str | None] = installed_v
     return tuple(name for name in extras().get(extra, ()) if not version_of(name))
 
 
+def distribution_of(module: str) -> str:
+    """The distribution that brings a module."""
+    top = module.partition(".")[0]
+    return _DISTRIBUTIONS.get(top, top)
+
+
 def how_to_install(module: str, verb: str | None = None) -> str:
     """Name what is missing, and the one command that installs all of it for `verb`, where `module` was not found."""
-    top = module.partition(".")[0]
-    package = _DISTRIBUTIONS.get(top, top)
+    package = distribution_of(module)
     wanted = (*NEEDED.get(verb or "", ()), *extras())
     extra = next((name for name in wanted if package in extras().get(name, ())), None)
     if extra is None:

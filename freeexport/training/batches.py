@@ -21,6 +21,7 @@ from freeexport.checkpoints.examples import (
     read_examples,
     split,
     text_format,
+    unwritable,
 )
 from freeexport.training.options import MEASURED, TrainingOptions
 from freeexport.training.self_distill import Generate, own_examples
@@ -56,10 +57,14 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
 
 
 def examples(
-    checkpoint: Checkpoint, description: Description, options: TrainingOptions, generate: Generate | None = None
+    checkpoint: Checkpoint,
+    description: Description,
+    options: TrainingOptions,
+    generate: Generate | None = None,
+    check: bool = True,
 ) -> tuple[list[Example], list[Example], list[str]]:
-    """Training and validation examples, and what is to be said about those that were cut or left out. `generate` is for
-    options with `self_distill`.
+    """Training and validation examples, and what is to be said about those that were cut or left out, or that the
+    tokenizer cannot write. `generate` is for options with `self_distill`. `check`: see `unwritable`.
 
     Raises DataError for a broken line and for too few examples, CheckpointError where there is no tokenizer.
     """
@@ -69,19 +74,23 @@ def examples(
     training = read_examples(options.data, need_target=needed)
     if len(training) < 2:
         raise DataError(f"{options.data} has one example; give at least two")
+    given = [(options.data, training)]
     if options.validation is None:
         training, validation = split(training, VALIDATION_SHARE, options.data)
     else:
         validation = read_examples(options.validation, need_target=needed)
+        given.append((options.validation, validation))
     sets = (options.data, training), (options.validation or options.data, validation)
+    notes: list[str | None] = []
     if options.self_distill is None:
+        notes = [unwritable(requests, form, path) for path, requests in given if check]
         encoded = [encode(requests, form, path) for path, requests in sets]
     else:
         assert generate is not None
         own = own_examples(sets, checkpoint, form, options.max_new_tokens, options.self_distill, generate)
         encoded = [fitted(found, form, path) for found, (path, _) in zip(own, sets, strict=True)]
     (first, left_out), (second, also_left_out) = encoded
-    return first, second, [note for note in (left_out, also_left_out) if note is not None]
+    return first, second, [note for note in (*notes, left_out, also_left_out) if note is not None]
 
 
 def token_counts(examples: Sequence[Example]) -> list[int]:

@@ -18,6 +18,9 @@ Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]
 
 # Losses for --tune exit: the others train layers, which it freezes.
 EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd")
+# Losses with a distillation, and its weight.
+DISTILLING: tuple[LossName, ...] = ("kd-dyn", "logit-kd")
+DEFAULT_ALPHA = 0.5
 DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
 RANDOM_WEIGHTS_RATE = 1e-3
 DEFAULT_RANKS: dict[Tune, int] = {"full": 0, "lora": 16, "exit": 64}
@@ -25,7 +28,7 @@ DEFAULT_EPOCHS = 3.0
 # What every evaluation measures and a run may be selected by: `loss`, which is to be low, and shares.
 MEASURED = ("loss", "agreement", "oracle-exits")
 # May differ between a run and its continuation without changing the loss curve of the steps they share.
-_FREE_ON_RESUME = ("time_limit", "patience", "resume", "overwrite")
+_FREE_ON_RESUME = ("time_limit", "patience", "resume", "overwrite", "threads")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class TrainingOptions:
     `self_distill`: the directory of the model's own outputs of at most `max_new_tokens`, which are the targets.
     `rank`: of LoRA adapters, or of the exit's own adapter, where 0 leaves it a norm. `exit_from`: the exit of other
     weights that training begins with, a directory or as `convert --exit` names one. `dropout` is that of the model and
-    of LoRA adapters. Raises OptionError for values out of range and for choices that contradict each other.
+    of LoRA adapters. `threads`: of torch on a CPU. Raises OptionError for values out of range and for choices that
+    contradict each other.
     """
 
     data: Path
@@ -48,7 +52,7 @@ class TrainingOptions:
     self_distill: Path | None = None
     max_new_tokens: int = 256
     loss: LossName = "logit-kd"
-    loss_alpha: float = 0.5
+    loss_alpha: float | None = None
     tune: Tune = "full"
     rank: int | None = None
     exit_layers: int = 0
@@ -66,6 +70,7 @@ class TrainingOptions:
     warmup: float = 0.05
     dropout: float | None = None
     seed: int = 0
+    threads: int | None = None
     bf16: bool = False
     dtype: Dtype = "float32"
     gradient_checkpointing: bool = False
@@ -82,7 +87,7 @@ class TrainingOptions:
                 flag = name.replace("_", "-")
                 raise OptionError(f"--{flag} {value!r} is unknown; choose {', '.join(get_args(known))}")
         counts = ("steps", "batch_tokens", "accumulate", "max_tokens", "evaluate_every", "exit_vocab", "max_new_tokens")
-        for name in (*counts, *(["rank"] if self.tune == "lora" else [])):
+        for name in (*counts, "threads", *(["rank"] if self.tune == "lora" else [])):
             self._check(name, "at least 1", lambda value: value >= 1)
         for name in ("epochs", "time_limit", "learning_rate"):
             self._check(name, "a number above 0", lambda value: 0 < value < math.inf)
@@ -93,6 +98,8 @@ class TrainingOptions:
         if self.select_by not in MEASURED:
             check_name(self.select_by)
         contradictions = {
+            f"--loss-alpha is the weight of a distillation, and --loss {self.loss} has none; leave it out, or choose "
+            f"{' or '.join(DISTILLING)}": self.loss_alpha is not None and self.loss not in DISTILLING,
             "--rank is for --tune lora, and for --tune exit without --exit-layers; leave it out": (
                 self.rank is not None and (self.tune == "full" or (self.tune == "exit" and self.exit_layers > 0))
             ),
@@ -132,6 +139,11 @@ class TrainingOptions:
             raise OptionError(f"--{name.replace('_', '-')} is {value}; give {wanted}")
 
     @property
+    def alpha(self) -> float:
+        """Weight of the distillation."""
+        return DEFAULT_ALPHA if self.loss_alpha is None else self.loss_alpha
+
+    @property
     def adapter_rank(self) -> int:
         """Rank of LoRA adapters, or of the exit's own."""
         return DEFAULT_RANKS[self.tune] if self.rank is None else self.rank
@@ -151,6 +163,7 @@ class TrainingOptions:
     def recorded(self) -> dict[str, Any]:
         """Return what a continued run must share with the run before, as JSON values."""
         values = {key: value for key, value in asdict(self).items() if key not in _FREE_ON_RESUME}
+        values["loss_alpha"] = self.alpha
         for name in ("data", "validation", "self_distill"):
             values[name] = None if values[name] is None else str(Path(values[name]).absolute())
         return values

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import click
 import psutil
 from transformers import TrainerCallback
 
+from freeexport.costs.verdict import trained_verdict
 from freeexport.system.machine import keep_freed_memory
 from freeexport.system.progress import duration, progress
 from freeexport.training.trainer import AGREEING, ENDLESS, Clock
@@ -23,9 +26,8 @@ from runtime.json_file import parse_json
 LEAST_LEFT = 0.25  # of the machine's memory
 PLANNED_AFTER = 5  # steps, whose speed the plan is made from
 FEW_STEPS = 100  # the recipes of tools/models take 400 and more
-_MAX_PENDING = 8  # tokens of a sync pass, as convert's default
-_PAYS = 1.05
-_LOST = 0.02  # a rise of the whole model's loss that a verdict names
+_LOST = 0.02  # a rise of the whole model's loss that counts
+RISES = 2  # evaluations in a row with a rise that end a run
 
 
 class DivergedError(FreeExportError):
@@ -103,6 +105,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._log.write(state.global_step, values, int(self.trainer.tokens_seen), self._clock.elapsed)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        deep = [entry["eval_deep_loss"] for entry in state.log_history if "eval_deep_loss" in entry]
+        rises = rising(deep) and not control.should_training_stop
+        control.should_training_stop |= rises
         if self._log is None:
             return
         metrics, chosen = others["metrics"], args.metric_for_best_model
@@ -110,6 +115,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         names += [name for name in ("eval_deep_loss", chosen) if name not in (*names, "eval_loss")]
         shown = (f"{name.removeprefix('eval_').replace('_', ' ')} {metrics[name]:.3f}" for name in dict.fromkeys(names))
         click.echo(f"step {state.global_step}: {', '.join(shown)}", err=True)
+
+        if rises:
+            click.echo(
+                f"stopped: the whole model's loss rose at {RISES} evaluations in a row, from {min(deep):.3f} to "
+                f"{deep[-1]:.3f}; the best weights are kept; lower --learning-rate, or leave the model as it is with "
+                "--tune exit",
+                err=True,
+            )
 
     def _now(self, state: Any) -> float:
         return float(int(self._clock.elapsed)) if self._timed else float(state.global_step)
@@ -189,18 +202,10 @@ def plan(
     return lines
 
 
-def prospect(costs: Costs, exit_layer: int, layers: int) -> str:
-    """Say in one line what the exit can bring at all, by the bytes of weights that tokens read."""
-    most, even = costs.speedup(1.0, _MAX_PENDING), costs.break_even(_MAX_PENDING)
-    if even is None:
-        return (
-            f"warning: an exit after layer {exit_layer} of {layers} cannot pay: all tokens exiting would give "
-            f"{most:.2f}x; choose an earlier --exit-layer"
-        )
-    return (
-        f"exit after layer {exit_layer} of {layers}: pays once {even:.0%} of the tokens exit, {most:.1f}x if all did "
-        "(by bytes of weights read)"
-    )
+def rising(losses: Sequence[float]) -> bool:
+    """Whether each of the last RISES losses is above the one before, and the last above the lowest."""
+    last = losses[-RISES - 1 :]
+    return len(last) > RISES and all(a < b for a, b in pairwise(last)) and last[-1] > (1 + _LOST) * min(losses)
 
 
 def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> list[str]:
@@ -218,16 +223,8 @@ def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> 
             f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model as it is with --tune exit"
         )
     share = after["eval_oracle_exits"]
-    speed, even = costs.speedup(share, _MAX_PENDING), costs.break_even(_MAX_PENDING)
     if before and share <= before["eval_oracle_exits"] and after["eval_agreement"] <= before["eval_agreement"]:
         lines.append("verdict: training made no better exit; train longer, or with another --learning-rate")
-    elif speed >= _PAYS:
-        lines.append(f"verdict: the exit can pay, up to {speed:.2f}x by bytes of weights; calibrate to find out")
-    elif even is None:
-        lines.append("verdict: this exit cannot pay however often tokens exit; choose an earlier --exit-layer")
     else:
-        lines.append(
-            f"verdict: the exit does not pay yet: {share:.0%} of the tokens could exit, {even:.0%} must; train longer, "
-            "choose a later --exit-layer, or decode in mode lossless"
-        )
+        lines.append(f"verdict: the exit {trained_verdict(costs, share)}")
     return lines

@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_file
+from freeexport.system.load import wait_quietly
 from freeexport.system.machine import BFLOAT16, keep_freed_memory, multiplies_bfloat16
 from freeexport.system.output import naming, output_directory
 from freeexport.training.options import MEASURED, TrainingOptions
 from freeexport.training.run_directory import ELAPSED, METRICS, TENSORBOARD, last_checkpoint, open_run, run_directory
-from freeexport.training.shallow_deep import products
 from runtime.errors import OptionError
+from runtime.machine.machine import usable_cores
 
 if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
@@ -54,6 +56,7 @@ def train(model: str, out: Path, options: TrainingOptions, generate: Generate | 
     for path in filter(None, (options.data, options.validation)):
         if not path.exists():  # it may be a pipe, which is not opened twice
             raise OptionError(f"{path} does not exist; name a JSONL file with 'input' and 'target'")
+    _use_threads(options.threads)
     import transformers
     from accelerate import PartialState
     from torch import cuda
@@ -70,9 +73,8 @@ def train(model: str, out: Path, options: TrainingOptions, generate: Generate | 
     with process.main_process_first():
         if process.is_main_process:
             open_run(out, model, options)
-    if options.bf16 and process.is_main_process and not cuda.is_available() and not multiplies_bfloat16():
-        names = f"{', '.join(BFLOAT16[:-1])} or {BFLOAT16[-1]}"
-        click.echo(f"warning: --bf16 is slow on this processor, which has no {names}; train without it", err=True)
+    if process.is_main_process and not cuda.is_available() and (note := bfloat16_note(options.bf16)):
+        click.echo(note, err=True)
     try:
         return _train(model, out, options, generate, directory, process)
     except BaseException:
@@ -85,12 +87,12 @@ def _train(
     model: str, out: Path, options: TrainingOptions, generate: Generate | None, directory: Path, process: Any
 ) -> Trained:
     from freeexport.checkpoints.checkpoint import open_checkpoint
+    from freeexport.costs.bytes import step_bytes
+    from freeexport.costs.verdict import prospect
     from freeexport.training.batches import described, examples
     from freeexport.training.exit_start import chosen_tokens
-    from freeexport.training.report import prospect
     from freeexport.training.trainer import output_metric
     from freeexport.training.tuning import trainable
-    from graphs.step_costs import analytic
 
     writer = process.is_main_process
     with process.main_process_first():
@@ -106,8 +108,14 @@ def _train(
         share = (len(tokens) + 1) / description.vocab_size
         covered = f"{vocabulary.covered:.2%} of those in the training targets"
         lines.append(f"exit vocabulary: {len(tokens)} of {description.vocab_size} tokens, {covered}")
-    inputs = 1 if options.exit_input == "state" else 2
-    costs = analytic(description, checkpoint).at(options.exit_layer, layers, options.exit_layers, share, inputs)
+    if begun.exit is not None and begun.exit.trained and begun.exit.exit_layer != options.exit_layer:
+        lines.append(
+            f"note: {checkpoint.name} was trained for an exit after layer {begun.exit.exit_layer}; OUT has another, "
+            f"after layer {options.exit_layer}"
+        )
+    costs = step_bytes(description, checkpoint).at(
+        options.exit_layer, layers, options.exit_layers, share, options.exit_input
+    )
     if writer:
         if options.loss != "deep-ce":
             lines.append(prospect(costs, options.exit_layer, layers))
@@ -154,12 +162,33 @@ def _train(
     return replace(trained, out=str(out))
 
 
+def bfloat16_note(bf16: bool) -> str:
+    """Advise on training in bfloat16 on this processor; empty where `bf16` is right."""
+    if multiplies_bfloat16() == bf16:
+        return ""
+    if bf16:
+        names = f"{', '.join(BFLOAT16[:-1])} or {BFLOAT16[-1]}"
+        return f"warning: --bf16 is slow on this processor, which has no {names}; train without it"
+    return "note: this processor multiplies bfloat16 several times as fast as float32; give --bf16"
+
+
+def _use_threads(count: int | None) -> None:
+    """Set the threads of torch, None for its own number, and how they wait. Call it before torch is imported."""
+    wait_quietly(count or usable_cores())
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
 def step_speed(model: str, options: TrainingOptions, directory: Path, seconds: float = 15.0) -> tuple[float, float]:
     """Train `options.steps` steps, fewer where they take longer than `seconds`, the first aside; return the seconds of
-    one and the tokens that it saw in a second. Nothing is written but files in `directory`, which are of no more use.
+    one and the tokens that it saw in a second, the better of two halves. Nothing is written but files in `directory`,
+    which are of no more use.
 
     Raises as `train` does.
     """
+    _use_threads(options.threads)
     from torch import cuda
     from transformers import TrainerCallback
 
@@ -173,7 +202,7 @@ def step_speed(model: str, options: TrainingOptions, directory: Path, seconds: f
         keep_freed_memory()
     checkpoint = open_checkpoint(model)
     description = described(checkpoint, options)
-    training, validation, _ = examples(checkpoint, description, options)
+    training, validation, _ = examples(checkpoint, description, options, check=False)
     tokens = chosen_tokens(checkpoint, description, options, training)[0] if options.exit_vocab else None
     tuning = trainable(model, checkpoint, description, options, training, validation, tokens, directory / "states")
     arguments = training_arguments(options, directory, tuning.lengths[0], resumed=True)
@@ -187,9 +216,20 @@ def step_speed(model: str, options: TrainingOptions, directory: Path, seconds: f
             control.should_training_stop |= len(marks) > 1 and marks[-1][0] - marks[0][0] > seconds
 
     trainer = ExitTrainer(tuning, arguments, options, Clock(None), [Timer()])
-    trainer.run(None)
-    (began, before), (ended, after) = marks[0], marks[-1]
-    return (ended - began) / (len(marks) - 1), (after - before) / (ended - began)
+    trainer.train()
+    return better_half(marks)
+
+
+def better_half(marks: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """The seconds of a step and the tokens a second, from times and tokens at the ends of steps: of the first half of
+    them or the second, as one may be disturbed by other work."""
+    middle = (len(marks) + 1) // 2
+    halves = [half for half in (marks[:middle], marks[middle - 1 :]) if len(half) > 1]
+    found = []
+    for half in halves:
+        (began, before), (ended, after) = half[0], half[-1]
+        found.append(((ended - began) / (len(half) - 1), (after - before) / (ended - began)))
+    return max(found, key=lambda one: one[1])
 
 
 def leave_group() -> bool:
@@ -248,6 +288,7 @@ def _run(
     from transformers import EarlyStoppingCallback, TrainerCallback
 
     from freeexport.training.report import MetricLog, Watch, verdict
+    from freeexport.training.shallow_deep import products
     from freeexport.training.trainer import Clock, ExitTrainer, training_arguments
 
     checkpoint = last_checkpoint(directory) if options.resume else None
@@ -270,5 +311,7 @@ def _run(
         watch.close()
     (best_step, best), before = trainer.best(), trainer.before()
     seconds = round(clock.elapsed, 1)
-    sentences = tuple(verdict(before, best, costs)) if options.loss != "deep-ce" else ()
-    return Trained("", trainer.state.global_step, best_step, seconds, best, before, (), sentences)
+    sentences = verdict(before, best, costs) if options.loss != "deep-ce" else []
+    if best_step == 0:
+        sentences.append(f"kept: the weights from before training, as no evaluation was better by {options.select_by}")
+    return Trained("", trainer.state.global_step, best_step, seconds, best, before, (), tuple(sentences))

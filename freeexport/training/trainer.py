@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -29,6 +29,7 @@ from freeexport.training.run_directory import ELAPSED
 from freeexport.training.shallow_deep import IGNORED, MEASURES
 from freeexport.training.tuning import Trainable
 
+WEIGHTS = "model.safetensors"  # of a checkpoint: what is trained
 FALL = 0.3  # share of a run in which the learning rate of schedule "hold" falls
 AGREEING = 0.99  # share of exits that agree, for which evaluations say how many there would be
 ENDLESS = 1_000_000_000  # steps, where only the time ends a run
@@ -255,6 +256,8 @@ class ExitTrainer(Trainer):
         self.clock.evaluation = max(self.clock.evaluation, time.monotonic() - began)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.state.global_step == 0 and where.should_save:
+            self._save(str(self._start))
         return metrics
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -273,19 +276,30 @@ class ExitTrainer(Trainer):
         """Train from the start or from `checkpoint`, and leave the module with the weights of the best evaluation."""
         if checkpoint is None:
             self.train()
-            return
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < self.args.max_steps and self.clock.share < 1:
-            self.train(resume_from_checkpoint=str(checkpoint))
-            return
-        self.state = state  # it was killed between its last step and the end
-        self._load_best_model()
+        else:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if state.global_step < self.args.max_steps and self.clock.share < 1:
+                self.train(resume_from_checkpoint=str(checkpoint))
+            else:
+                self.state = state  # it was killed between its last step and the end
+                self._load_best_model()
+        if self.best()[0] == 0:
+            module = cast(torch.nn.Module, self.model)
+            module.load_state_dict(load_file(self._start / WEIGHTS), strict=False)
+
+    @property
+    def _start(self) -> Path:
+        """The directory with the weights of step 0, which no checkpoint has."""
+        return Path(str(self.args.output_dir)) / "start"
 
     def best(self) -> tuple[int, dict[str, float]]:
-        """Step and measures of the best evaluation after a step, of equal ones the first."""
+        """Step and measures of the best evaluation, of equal ones the first after a step. That before the first step
+        counts, too, where its weights were kept."""
         name, sign = selected(self.options), -1 if self.args.greater_is_better else 1
         evaluations = [entry for entry in self.state.log_history if name in entry]
-        best = min(evaluations, key=lambda entry: (entry["step"] == 0, sign * entry[name]))
+        if not (self._start / WEIGHTS).exists():  # a run of another version is continued
+            evaluations = [entry for entry in evaluations if entry["step"] > 0]
+        best = min(evaluations, key=lambda entry: (sign * entry[name], entry["step"] == 0))
         return int(best["step"]), _measures(best)
 
     def before(self) -> dict[str, float]:
@@ -306,7 +320,7 @@ class ExitTrainer(Trainer):
         tensors = parameters if state_dict is None else state_dict
         trained = {name for name, value in parameters.items() if value.requires_grad}
         kept = {name: value.detach().contiguous() for name, value in tensors.items() if name in trained}
-        save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(kept, directory / WEIGHTS, metadata={"format": "pt"})
         (directory / ELAPSED).write_text(json.dumps(self.clock.elapsed), encoding="utf-8")
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -100,7 +100,7 @@ def trainable(
     adapted = None
     if options.tune == "lora":
         adapted = _adapted(model, model_name, goes_on, description, options)
-    module = ShallowDeep(model, description, options.exit_layer, options.loss, options.loss_alpha, own=own, known=known)
+    module = ShallowDeep(model, description, options.exit_layer, options.loss, options.alpha, own=own, known=known)
     if known is not None and begins:
         states = observed(module, training, collate, options.bf16)
         begin_other(known, module.head, (module.exit_normed(hidden) for hidden in states))

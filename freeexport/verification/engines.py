@@ -108,7 +108,8 @@ def sample_sounds(manifest: Manifest) -> np.ndarray:
 
 
 def sample_ids(bundle: Bundle) -> list[list[int]]:
-    """Token ids of the sample texts; random ones where the bundle has no tokenizer, or another vocabulary's."""
+    """Token ids of the sample texts; random ones, without padding, if the bundle has no tokenizer or one of another
+    vocabulary."""
     tokenizer, vocabulary = Tokenizer.load(bundle.path, bundle.manifest.files), bundle.manifest.vocab_size
     if tokenizer is not None:
         texts = files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
@@ -116,7 +117,9 @@ def sample_ids(bundle: Bundle) -> list[list[int]]:
         if all(0 <= token < vocabulary for ids in sequences for token in ids):
             return sequences
     generator = np.random.default_rng(0)
-    return [generator.integers(0, vocabulary, size).tolist() for size in (37, 11, 24, 5)]
+    # M2M100 in transformers gives padding no position, wherever it stands.
+    known = [token for token in range(vocabulary) if token != bundle.manifest.pad_token_id]
+    return [generator.choice(known, size).tolist() for size in (37, 11, 24, 5)]
 
 
 def pad(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

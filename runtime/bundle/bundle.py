@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -94,15 +95,33 @@ def sha256_of(path: Path) -> str:
 
 
 def _read_manifest(root: Path) -> str:
-    if not root.is_dir():
-        raise BundleError(f"there is no bundle at {root}; make one with: freeexport convert MODEL {root}")
+    if not root.exists():
+        raise BundleError(f"there is no bundle at {root}; make one with: freeexport convert MODEL {_quoted(root)}")
     if not os.path.lexists(root / MANIFEST):
-        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}")
+        if (checkpoint := _checkpoint_at(root)) is not None:
+            command = f"freeexport convert {_quoted(checkpoint)} BUNDLE"
+            raise BundleError(f"{root} is not a bundle but a checkpoint; make a bundle of it with: {command}")
+        missing = f"it has no {MANIFEST}" if root.is_dir() else "it is a file"
+        raise BundleError(f"{root} is not a bundle: {missing}; give a directory that freeexport convert wrote")
     check_no_link(root, MANIFEST)
     try:
         return read_text(root / MANIFEST, LARGEST_MANIFEST)
     except UnreadableError as reason:
         raise BundleError(f"{MANIFEST} cannot be read ({reason}); {REMEDY}") from None
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _checkpoint_at(path: Path) -> Path | None:
+    """What `freeexport convert` would read there; None if it is nothing of that kind."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    # The second is in the directory of a LoRA adapter.
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return path
+    return min(path.glob("*.gguf"), default=None)
 
 
 def check_no_link(root: Path, name: str) -> None:

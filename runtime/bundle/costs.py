@@ -11,6 +11,8 @@ from itertools import pairwise
 
 # Cores' worth of work by others that still counts as an idle machine: the system's own housekeeping.
 TOLERATED = 0.15
+# The most rows of a sync pass in bundles that do not say otherwise.
+MAX_PENDING = 16
 # Seconds, or bytes, beyond any call.
 MOST = 1e15
 

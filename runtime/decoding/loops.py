@@ -1,9 +1,9 @@
-"""The decode loops: one token at a time after the prompt (Bae et al. 2023, section 3; docs/decoding.md).
+"""The decode loops, one for each mode (Bae et al. 2023, section 3; docs/decoding.md).
 
-They begin where `response.newest` is the next token to read: after the prompt's own prediction of a decoder-only
-model, and at the start token of an encoder-decoder, whose first token is so decided like any other. Each makes tokens
-final in `response` until that is finished. They are coroutines (runtime/decoding/calls.py): between steps they
-yield the engine calls that they wait for.
+A loop begins with `response.newest` as the next token to read: for a decoder-only model the first
+token, predicted after the prompt, and for an encoder-decoder the start token. It makes tokens final
+in `response` until that is finished. Loops are coroutines (runtime/decoding/calls.py): they yield
+the engine calls that they wait for, and final tokens.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import NamedTuple
 from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, RunAhead, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.draft_rule import PLAIN, Drafts, Outcome
+from runtime.decoding.draft_rule import NO_DRAFT, Drafts, Outcome
 from runtime.decoding.draft_sources import Candidates
 from runtime.decoding.response import Response
 from runtime.result import Token
 
 Loop = Generator[Token | Waiting, None, None]
-# Whether a shallow prediction is sure enough to go on with.
+# Whether a shallow prediction is confident enough to be drafted.
 Sure = Callable[[Prediction], bool]
 
 
 def full(decoder: Decoder, response: Response) -> Loop:
-    """Decode with the whole model: every token runs both engines, the shallow head never."""
+    """Decodes with the whole model: every token runs both engines, without the shallow head."""
     while not response.finished:
         if decoder.alone and response.greedy:
             yield AT_ONCE
@@ -46,11 +46,14 @@ def free(
     sync_every: int = 0,
     labels: RequestLabels | None = None,
 ) -> Loop:
-    """FREE: tokens more confident than `threshold` exit and wait on the stack; the others run the deep decoder over all
-    that wait. A full stack of `max_pending` rows forces it. Where engines overlap, each `sync_every` rows are passed on
-    in the background; 0 is never. `labels` are told what sync passes say of every row, which needs 0."""
+    """FREE: a token whose confidence is above `threshold` exits and waits on the stack. Any other
+    token, or a full stack of `max_pending` rows, runs a deep pass over the stack.
+
+    With overlap, a deep pass starts in the background for every `sync_every` rows; 0 disables it.
+    `labels` collects the deep prediction at every row, which requires sync_every=0.
+    """
     sync_every = sync_every if decoder.overlaps else 0
-    rows: list[Prediction] = []  # of the stack, where they are to be labelled
+    rows: list[Prediction] = []  # of the stack, to be labelled
     at_rest = True
     try:
         while not response.finished:
@@ -63,74 +66,97 @@ def free(
                 return
             if decoder.alone and len(unread) == 1:
                 yield AT_ONCE
-                guess = decoder.step(response.newest, head=True)
+                prediction = decoder.step(response.newest, head=True)
             else:
                 yield from decoder.stepping_together(unread, head=True)
-                guess = decoder.guess()
+                prediction = decoder.guess()
             if labels is not None:
-                rows.append(guess)
-            guess = response.judged(guess)
-            token = response.choose(guess)
-            sure = (guess.confidence or 0.0) > threshold
+                rows.append(prediction)
+            prediction = response.judged(prediction)
+            token = response.choose(prediction)
+            sure = (prediction.confidence or 0.0) > threshold
             if sure and decoder.stacked < max_pending:
                 decoder.stats.exits += 1
                 at_rest = True
-                yield response.add(token, True, guess.confidence, guess)
+                yield response.add(token, True, prediction.confidence, prediction)
                 continue
             decoder.stats.forced += sure
             ahead = _run_ahead(decoder, response, partial(_above, threshold), [], token) if decoder.overlaps else None
             yield from decoder.syncing(len(rows) or 1, (), ahead)
-            answers = decoder.answers()
+            deep = decoder.answers()
             if labels is not None:
-                labels.label(_labels(rows, answers))
+                labels.label(_labels(rows, deep))
                 rows.clear()
-            yield response.add(response.choose(answers[-1]), False, guess.confidence, answers[-1])
+            yield response.add(response.choose(deep[-1]), False, prediction.confidence, deep[-1])
     finally:
-        # What is left on the stack, which one pass more may tell of where no call is under way.
-        if labels is not None and labels.leave([guess.confidence or 0.0 for guess in rows], at_rest):
+        # The rows left on the stack need one more pass to be labelled, if no call is in flight.
+        if labels is not None and labels.leave([row.confidence or 0.0 for row in rows], at_rest):
             labels.label(_labels(rows, decoder.sync(len(rows))))
 
 
-def _labels(guesses: Sequence[Prediction], answers: Sequence[Prediction]) -> list[tuple[float, bool]]:
-    return [(guess.confidence or 0.0, guess.token == deep.token) for guess, deep in zip(guesses, answers, strict=True)]
+def _labels(
+    shallow: Sequence[Prediction],
+    deep: Sequence[Prediction],
+) -> list[tuple[float, bool]]:
+    pairs = zip(shallow, deep, strict=True)
+    return [(ours.confidence or 0.0, ours.token == theirs.token) for ours, theirs in pairs]
 
 
 def shallow(decoder: Decoder, response: Response) -> Loop:
-    """Static exiting: after the prompt the shallow decoder goes on alone."""
+    """Static exiting: after the prompt, only the shallow decoder runs."""
     while not response.finished:
         yield from decoder.stepping(response.newest, head=True)
-        guess = response.judged(decoder.guess())
+        prediction = response.judged(decoder.guess())
         decoder.drop_stack()
         decoder.stats.exits += 1
-        yield response.add(response.choose(guess), True, guess.confidence, guess)
+        yield response.add(response.choose(prediction), True, prediction.confidence, prediction)
 
 
-def rollback(decoder: Decoder, response: Response, threshold: float, max_pending: int, limit: float) -> Loop:
-    """Rollback: exited tokens wait for the next sync pass. The first whose deep cross-entropy is more than `limit` nats
-    gives way to the deep token, and what follows it is discarded."""
+def rollback(
+    decoder: Decoder,
+    response: Response,
+    threshold: float,
+    max_pending: int,
+    limit: float,
+) -> Loop:
+    """Rollback: exited tokens wait for the next deep pass. The first token whose deep cross-entropy
+    exceeds `limit` nats is replaced by the deep prediction, and the tokens after it are
+    discarded."""
     while not response.finished:
         unread = yield from _forced(decoder, response, max_pending)
         if response.finished:
             return
-        draft = yield from _exits(decoder, response, _above(threshold), unread, max_pending - len(unread))
+        most = max_pending - len(unread)
+        draft = yield from _exits(decoder, response, _above(threshold), unread, most)
         deep = yield from _verify(decoder, response, partial(_above, threshold), draft)
         tokens = draft.tokens
-        wrong = (row for row in range(len(tokens)) if not draft.certain(row) and (deep[row].nll or 0.0) > limit)
-        kept = next(wrong, len(tokens))
-        correction = response.choose(deep[kept], tokens[:kept]) if kept < len(deep) else None
-        yield from _settle(decoder, response, draft, deep, kept, correction)
+        uncertain = (row for row in range(len(tokens)) if not draft.certain(row))
+        rejected = (row for row in uncertain if (deep[row].nll or 0.0) > limit)
+        accept_length = next(rejected, len(tokens))
+        correction = None
+        if accept_length < len(deep):
+            correction = response.choose(deep[accept_length], tokens[:accept_length])
+        yield from _settle(decoder, response, draft, deep, accept_length, correction)
 
 
-def lossless(decoder: Decoder, response: Response, threshold: float, max_pending: int, drafts: Drafts) -> Loop:
-    """The tokens of `full`: `drafts` decides what to draft, and of that what the deep decoder chooses too is kept."""
+def lossless(
+    decoder: Decoder,
+    response: Response,
+    threshold: float,
+    max_pending: int,
+    drafts: Drafts,
+) -> Loop:
+    """Lossless: `drafts` chooses what to draft, and the drafted tokens that the deep decoder
+    chooses too are accepted. The output is that of `full`."""
     stats = decoder.stats
     while not response.finished:
         unread = (yield from _forced(decoder, response, max_pending)) if response.joins_forced else [response.newest]
         if response.finished:
             return
         plan = drafts.plan(response, max_pending - len(unread), decoder.batch_size)
-        shallow, deep = stats.shallow_seconds, stats.deep_seconds
-        if plan is PLAIN:
+        shallow_seconds = stats.shallow_seconds
+        deep_seconds = stats.deep_seconds
+        if plan is NO_DRAFT:
             if decoder.alone and response.greedy:
                 yield AT_ONCE
                 yield response.add(decoder.full_step(response.newest), False, None)
@@ -138,34 +164,46 @@ def lossless(decoder: Decoder, response: Response, threshold: float, max_pending
                 prediction = yield from _deep_token(decoder, unread)
                 yield response.add(response.choose(prediction), False, None, prediction)
             shared = decoder.batch_size > 1 or len(unread) > 1
-            drafts.observe_plain(stats.shallow_seconds - shallow, stats.deep_seconds - deep, shared)
+            shallow_seconds = stats.shallow_seconds - shallow_seconds
+            drafts.observe_plain(shallow_seconds, stats.deep_seconds - deep_seconds, shared)
             continue
         if plan.tokens:
             draft = yield from _together(decoder, response, plan.source, unread, list(plan.tokens))
         else:
-            chain = drafts.chain(threshold)
-            draft = yield from _exits(decoder, response, chain, unread, plan.exits, chain.goes_on)
-            # Where passes run beside, the exit goes on instead.
+            exit_draft = drafts.exit_draft(threshold)
+            most = plan.exits
+            draft = yield from _exits(decoder, response, exit_draft, unread, most, exit_draft.continues)
+            # With overlap, the exit runs ahead instead.
             if not decoder.overlaps and not (draft.tokens and response.ends(draft.tokens)):
-                most = plan.exits - len(draft.tokens)
-                draft = yield from _continued(
-                    decoder, response, draft, drafts.behind(response, draft.tokens, most, chain)
-                )
-        answers = yield from _verify(decoder, response, partial(drafts.chain, threshold), draft)
-        kept, correction = _agreement(response, draft.tokens, answers)
-        confidences = tuple(guess.confidence for guess in draft.guesses[: draft.own + 1])
-        behind = [*draft.tokens[:kept], correction][draft.own : draft.own + 1]
-        agreed = draft.following is not None and behind == [draft.following]
-        made = kept + (correction is not None)
-        outcome = Outcome(len(draft.guesses), draft.own, kept, made, confidences, agreed)
-        spent = stats.shallow_seconds - shallow, stats.deep_seconds - deep
-        drafts.observe(plan, outcome, *spent, decoder.batch_size > 1 or len(unread) > 1)
-        yield from _settle(decoder, response, draft, answers, kept, correction)
+                most -= len(draft.tokens)
+                found = drafts.continuation(response, draft.tokens, most, exit_draft)
+                draft = yield from _continued(decoder, response, draft, found)
+        deep = yield from _verify(decoder, response, partial(drafts.exit_draft, threshold), draft)
+        accept_length, correction = _agreement(response, draft.tokens, deep)
+        made = [*draft.tokens[:accept_length], *([] if correction is None else [correction])]
+        proposed = draft.proposed
+        outcome = Outcome(
+            rows=len(draft.predictions),
+            proposed=proposed,
+            accept_length=accept_length,
+            made=len(made),
+            confidences=tuple(row.confidence for row in draft.predictions[: proposed + 1]),
+            agreed=draft.following is not None and made[proposed : proposed + 1] == [draft.following],
+        )
+        drafts.observe(
+            plan,
+            outcome,
+            shallow=stats.shallow_seconds - shallow_seconds,
+            deep=stats.deep_seconds - deep_seconds,
+            shared=decoder.batch_size > 1 or len(unread) > 1,
+        )
+        yield from _settle(decoder, response, draft, deep, accept_length, correction)
 
 
 def _forced(decoder: Decoder, response: Response, most: int) -> Generator[Token | Waiting, None, list[int]]:
-    """Make final what the grammar forces. Returns the final tokens that no engine has read, the newest before and
-    these: at most as many as fit a pass of `most` rows with what is stacked; those before are read here."""
+    """Makes the tokens final that the grammar forces. Returns the final tokens that no engine has
+    read yet, at most as many as fit into a pass of `most` rows with the stack. Earlier ones are
+    read here."""
     unread = [response.newest]
     while not response.finished and (token := response.forced()) is not None:
         if decoder.stacked + len(unread) == most:
@@ -181,7 +219,8 @@ def _forced(decoder: Decoder, response: Response, most: int) -> Generator[Token 
 
 
 def _deep_token(decoder: Decoder, unread: Sequence[int]) -> Waits[Prediction]:
-    """Both decoders on final tokens, without the shallow head: the deep prediction after the last."""
+    """Runs both decoders on final tokens, without the shallow head. Returns the deep prediction
+    after the last."""
     yield from decoder.stepping_together(unread)
     decoder.guess()
     yield from decoder.syncing(heads=1)
@@ -189,29 +228,34 @@ def _deep_token(decoder: Decoder, unread: Sequence[int]) -> Waits[Prediction]:
 
 
 class Draft(NamedTuple):
-    """Shallow steps without the deep decoder: `guesses`, the prediction at each row from the newest final token on, and
-    the `tokens` of a `source` taken after the rows but the last; after the last too where that ends the request.
-    `following` would be next, None where unknown. The last `further` tokens are of a text, the source `behind`."""
+    """Shallow steps before a deep pass.
+
+    `predictions`: the shallow prediction at each row, from the newest final token on. `tokens`: the
+    drafted tokens, one after each row but the last, and after the last too if it ends the request.
+    `following`: the token that would have been drafted next, None if unknown. The last `continued`
+    tokens come from the text `continued_by`, the others from `source`.
+    """
 
     source: str
     tokens: list[int]
-    guesses: list[Prediction]
+    predictions: list[Prediction]
     following: int | None = None
-    further: int = 0
-    behind: str = ""
+    continued: int = 0
+    continued_by: str = ""
 
     @property
-    def own(self) -> int:
-        """Tokens of the source itself."""
-        return len(self.tokens) - self.further
+    def proposed(self) -> int:
+        """Number of tokens from the source itself."""
+        return len(self.tokens) - self.continued
 
     def certain(self, row: int) -> bool:
-        """Whether the grammar forces a token of an exit's draft: no prediction drafted it."""
-        return self.source == "exit" and row < self.own and self.guesses[row].confidence is None
+        """Whether the grammar forced this token of the exit's draft, so that no prediction was
+        needed."""
+        return self.source == "exit" and row < self.proposed and self.predictions[row].confidence is None
 
 
 def _together(decoder: Decoder, response: Response, source: str, unread: list[int], tokens: list[int]) -> Waits[Draft]:
-    """Draft the tokens of a source, in one shallow call without the head."""
+    """Drafts the tokens of a text, in one shallow call without the head."""
     read = tokens[:-1] if response.ends(tokens) else tokens
     yield from decoder.stepping_together([*unread, *read])
     decoder.guess()
@@ -219,14 +263,19 @@ def _together(decoder: Decoder, response: Response, source: str, unread: list[in
 
 
 def _continued(decoder: Decoder, response: Response, draft: Draft, found: Candidates) -> Waits[Draft]:
-    """Draft the tokens of a text behind those of a draft, in one shallow call without the head."""
+    """Appends the candidates of a text to a draft, in one shallow call without the head."""
     tokens = [*draft.tokens, *found.tokens]
     read = found.tokens[:-1] if found.tokens and response.ends(tokens) else found.tokens
     if read:
         yield from decoder.stepping_together(read)
         decoder.guess()
-    guesses = [*draft.guesses, *[NOTHING] * len(read)]
-    return draft._replace(tokens=tokens, guesses=guesses, further=len(found.tokens), behind=found.source)
+    predictions = [*draft.predictions, *[NOTHING] * len(read)]
+    return draft._replace(
+        tokens=tokens,
+        predictions=predictions,
+        continued=len(found.tokens),
+        continued_by=found.source,
+    )
 
 
 def _exits(
@@ -235,65 +284,74 @@ def _exits(
     sure: Sure,
     unread: list[int],
     most: int,
-    goes_on: Callable[[], bool] | None = None,
+    continues: Callable[[], bool] | None = None,
 ) -> Waits[Draft]:
-    """Draft tokens that exit, and what the grammar forces after each, until one is not `sure`, `most` are drafted, or
-    one would end the request. The shallow head runs where it `goes_on`; None: also at the row after the last."""
+    """Drafts the exit's predictions, and the tokens that the grammar forces after each, until one
+    is not `sure`, `most` are drafted, or one would end the request.
+
+    The shallow head runs at a row if `continues()`; None: at every row, that after the last draft
+    too.
+    """
     tokens: list[int] = []
-    guesses: list[Prediction] = []
+    predictions: list[Prediction] = []
     while True:
-        head = goes_on is None or (len(tokens) < most and goes_on())
+        head = continues is None or (len(tokens) < most and continues())
         yield from decoder.stepping_together(unread, head)
-        guess = response.judged(decoder.guess(), tokens)
-        guesses.append(guess)
-        following = None if guess.confidence is None else response.choose(guess, tokens)
-        enough = sure(guess)
+        prediction = response.judged(decoder.guess(), tokens)
+        predictions.append(prediction)
+        following = None if prediction.confidence is None else response.choose(prediction, tokens)
+        enough = sure(prediction)
         if following is None or not enough or len(tokens) >= most:
             decoder.stats.forced += enough
-            return Draft("exit", tokens, guesses, following)
+            return Draft("exit", tokens, predictions, following)
         unread = []
         while following is not None and len(tokens) < most:
-            guesses += [NOTHING] * bool(unread)
+            predictions += [NOTHING] * bool(unread)
             unread.append(following)
             tokens.append(following)
             if response.ends(tokens):
                 if unread[:-1]:
                     yield from decoder.stepping_together(unread[:-1])
                     decoder.guess()
-                return Draft("exit", tokens, guesses)
+                return Draft("exit", tokens, predictions)
             following = response.forced(tokens)
 
 
 def _verify(decoder: Decoder, response: Response, begin: Callable[[], Sure], draft: Draft) -> Waits[list[Prediction]]:
-    """The deep prediction at every row of a draft."""
+    """Runs the deep pass over a draft. Returns the deep prediction at every row."""
     ahead = _run_ahead(decoder, response, begin, draft.tokens, draft.following)
-    yield from decoder.syncing(len(draft.guesses), draft.tokens, ahead)
+    yield from decoder.syncing(len(draft.predictions), draft.tokens, ahead)
     return decoder.answers()
 
 
 def _run_ahead(
-    decoder: Decoder, response: Response, begin: Callable[[], Sure], drafts: list[int], following: int | None
+    decoder: Decoder,
+    response: Response,
+    begin: Callable[[], Sure],
+    drafts: list[int],
+    following: int | None,
 ) -> RunAhead | None:
-    """Take the shallow decoder's own prediction for the next token, and go on as long as it is as sure as what `begin`
-    gives asks for."""
+    """With overlap, continues from the shallow prediction while the deep pass runs, as long as
+    predictions pass the check that `begin` returns."""
     if following is None or not decoder.overlaps:
         return None
     sure = begin()
 
-    def ahead(guess: Prediction | None, tokens: Sequence[int]) -> int | None:
+    def ahead(prediction: Prediction | None, tokens: Sequence[int]) -> int | None:
         path = [*drafts, *tokens]
-        if guess is not None and not sure(response.judged(guess, path)):
+        if prediction is not None and not sure(response.judged(prediction, path)):
             return None
-        token = following if guess is None else response.choose(guess, path)
-        # What is forced after a token is read with it, in one call.
+        token = following if prediction is None else response.choose(prediction, path)
+        # Tokens forced after this one are read together with it, in one call.
         return None if response.ends([*path, token]) or response.forced([*path, token]) is not None else token
 
     return ahead
 
 
-def _agreement(response: Response, drafts: list[int], answers: list[Prediction]) -> tuple[int, int | None]:
-    """How many drafts the deep decoder chooses too, and what it chooses after them, if its head ran there."""
-    for row, prediction in enumerate(answers):
+def _agreement(response: Response, drafts: list[int], deep: list[Prediction]) -> tuple[int, int | None]:
+    """Returns how many drafts the deep decoder chooses too, and the token it chooses after them,
+    None if its head did not run there."""
+    for row, prediction in enumerate(deep):
         token = response.choose(prediction, drafts[:row])
         if row == len(drafts) or token != drafts[row]:
             return row, token
@@ -301,31 +359,44 @@ def _agreement(response: Response, drafts: list[int], answers: list[Prediction])
 
 
 def _settle(
-    decoder: Decoder, response: Response, draft: Draft, answers: list[Prediction], kept: int, correction: int | None
+    decoder: Decoder,
+    response: Response,
+    draft: Draft,
+    deep: list[Prediction],
+    accept_length: int,
+    correction: int | None,
 ) -> Iterator[Token]:
-    """Trim both caches to the `kept` tokens, make them final, then the deep decoder's `correction`: None where all of a
-    draft that ends the request is kept."""
-    stats, own = decoder.stats, draft.own
-    exits = own if draft.source == "exit" else 0
+    """Trims both caches to the accepted tokens, and makes them final, then the deep decoder's
+    `correction`: None if the whole draft is accepted and ends the request."""
+    stats = decoder.stats
+    proposed = draft.proposed
+    exits = proposed if draft.source == "exit" else 0
     certain = [draft.certain(row) for row in range(len(draft.tokens))]
-    stats.rejected += certain[kept:].count(False)
-    stats.count_draft(draft.source, certain[:own].count(False), certain[: min(kept, own)].count(False))
-    if kept >= own:  # else what is behind was not compared
-        stats.count_draft(draft.behind, draft.further, kept - own)
-    surplus = len(answers) - kept - (correction is not None)
+    accepted = min(accept_length, proposed)
+    stats.rejected += certain[accept_length:].count(False)
+    stats.count_draft(draft.source, certain[:proposed].count(False), certain[:accepted].count(False))
+    if accept_length >= proposed:  # otherwise the continuation was not compared
+        stats.count_draft(draft.continued_by, draft.continued, accept_length - proposed)
+    surplus = len(deep) - accept_length - (correction is not None)
     if surplus:
         decoder.trim(decoder.lengths()[1] - surplus)
-    for row in range(kept):
+    for row in range(accept_length):
         if response.finished:
             return
         exited = row < exits and not certain[row]
         stats.exits += exited
         stats.forced_tokens += certain[row]
-        yield response.add(draft.tokens[row], exited, draft.guesses[row].confidence, answers[row])
+        confidence = draft.predictions[row].confidence
+        yield response.add(draft.tokens[row], exited, confidence, deep[row])
     if correction is not None and not response.finished:
-        yield response.add(correction, False, draft.guesses[kept].confidence, answers[kept])
+        confidence = draft.predictions[accept_length].confidence
+        yield response.add(correction, False, confidence, deep[accept_length])
 
 
 def _above(threshold: float) -> Sure:
-    """Surer than the threshold."""
-    return lambda guess: guess.confidence is not None and guess.confidence > threshold
+    """Accepts predictions whose confidence is above the threshold."""
+
+    def sure(prediction: Prediction) -> bool:
+        return prediction.confidence is not None and prediction.confidence > threshold
+
+    return sure

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.errors import OptionError, one_line
+from runtime.text.grammar_size import Size, grammar_size, regex_size, resolved, schema_size
 from runtime.text.tokenizer import Tokenizer
 
 # The logit of a token that a head does not know: its probability is 0.
@@ -31,8 +32,9 @@ MOST_KEPT = 64
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Symbols of a grammar, and states of its lexer (1 to 2 kB each): they bound the time and the memory that one takes.
 MOST_SYMBOLS, MOST_STATES = 50_000, 50_000
-# Tokens that may be forced at the beginning: more than any slot holds, as of a schema that requires itself.
-MOST_FORCED = 10_000
+# Letters that may be forced at once, and tokens at the beginning: finding them holds the interpreter's lock, for about
+# 2 us a letter.
+MOST_LETTERS, MOST_FORCED = 16_384, 10_000
 # Parts of a schema that are looked at to tell whether it requires itself.
 MOST_LOOKS = 10_000
 INFINITE = "no finite output satisfies it: it requires itself"
@@ -94,9 +96,10 @@ class Grammars:
             if not self._tokenizer.keeps_leading_space:
                 grammars.insert(0, {"lark_grammar": 'start: " "? @text'})
             matcher = llguidance.LLMatcher(self._tokens, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
+            forced = 0 if matcher.is_error() else len(matcher.compute_ff_tokens())
             problem = matcher.get_error()
-            if not problem and (len(matcher.compute_ff_tokens()) > MOST_FORCED or matcher.is_error()):
-                problem = INFINITE
+            if not problem and forced > MOST_FORCED:
+                problem = f"it begins with {forced} tokens without a choice, at most {MOST_FORCED} may be"
         except (KeyboardInterrupt, SystemExit, OptionError):
             raise
         except BaseException as error:  # what the library raises for what it cannot parse, its panics too
@@ -268,7 +271,7 @@ def is_finite(root: dict[str, Any]) -> bool:
             return schema is not False
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference not in known:
-            if reference in within or not finite(_resolved(root, reference), within | {reference}):
+            if reference in within or not finite(resolved(root, reference), within | {reference}):
                 return False
             known.add(reference)
         needed, properties = list[Any](), schema.get("properties")
@@ -283,15 +286,6 @@ def is_finite(root: dict[str, Any]) -> bool:
         )
 
     return finite(root, frozenset({"#"}))
-
-
-def _resolved(root: Any, reference: str) -> Any:
-    """The part of a schema that a reference names; None for one that is not within it."""
-    if not reference.startswith("#"):
-        return None
-    for name in reference.split("/")[1:]:
-        root = root.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
-    return root
 
 
 def _merges(schema: Any) -> bool:
@@ -324,19 +318,29 @@ def _closed(schema: Any) -> Any:
 
 
 def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
-    """A grammar as llguidance describes it. Raises what its parsers raise."""
+    """A grammar as llguidance describes it. Raises ValueError for one that may force too much text, and what
+    llguidance's parsers raise."""
+    described: dict[str, Any]
     if kind == "json_schema":
         schema = json.loads(text)
         if not is_finite(schema):
             raise ValueError(INFINITE)
-        return {"json_schema": written_form(schema)}
-    if kind == "choice":
-        return {"lark_grammar": "start: " + " | ".join(map(json.dumps, json.loads(text)))}
-    if kind == "regex":
-        described: dict[str, Any] = json.loads(llguidance.LLMatcher.grammar_from_regex(text))["grammars"][0]
-        return described
-    if re.search(r"^\s*root\s*::=", text, re.MULTILINE):  # GBNF, as llama.cpp's
-        from llguidance.gbnf_to_lark import any_to_lark
+        described, size = {"json_schema": written_form(schema)}, schema_size(schema)
+    elif kind == "choice":
+        choices = json.loads(text)
+        longest = max(map(len, choices))
+        described, size = {"lark_grammar": "start: " + " | ".join(map(json.dumps, choices))}, Size(longest, longest)
+    elif kind == "regex":
+        described, size = json.loads(llguidance.LLMatcher.grammar_from_regex(text))["grammars"][0], regex_size(text)
+    else:
+        if re.search(r"^\s*root\s*::=", text, re.MULTILINE):  # GBNF, as llama.cpp's
+            from llguidance.gbnf_to_lark import any_to_lark
 
-        text = any_to_lark(text)
-    return {"lark_grammar": text}
+            text = any_to_lark(text)
+        described, size = {"lark_grammar": text}, grammar_size(text)
+    if size.most > MOST_LETTERS:
+        raise ValueError(
+            f"it may force {size.most:,} letters at once, at most {MOST_LETTERS:,} may be; shorten its texts, or lower "
+            "its repetitions"
+        )
+    return described

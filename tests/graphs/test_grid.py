@@ -7,9 +7,10 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import INSTRUCTIONS, case_of, here, multiply, with_rounded_rows
+from profiles import tries
 
 from freeexport.checkpoints.gguf_values import KINDS, values_of
 from graphs.quantization.panels import BITS
@@ -114,7 +115,7 @@ def test_blocks_of_one_value() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 4), st.integers(1, 15), st.booleans())
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_any_even_steps_are_found(seed: int, outputs: int, blocks: int, steps: int, centred: bool) -> None:
     rng = np.random.default_rng(seed)
     spacing = rng.uniform(1e-3, 1, (outputs, blocks, 1)).astype(np.float16).astype(np.float32)

@@ -7,8 +7,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 
 from graphs.quantization import inputs as module
 from graphs.quantization.inputs import DAMPING, round_4_bits_for
@@ -86,7 +87,7 @@ def test_it_is_near_the_best_of_all_choices() -> None:
     assert found.sum() < 2 * best.sum() < 0.2 * losses(weight, values_of(round_4_bits(weight, 4)), known).sum()
 
 
-@settings(max_examples=40)
+@tries(40)
 @given(
     outputs=st.integers(1, 40),
     inputs=st.integers(1, 130),

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 
 from graphs.errors import GraphError
 from graphs.weights import BIG, CACHE_LINE, PAGE, WeightFile
@@ -55,7 +56,7 @@ def test_equal_bytes_are_written_once_whatever_their_shape_and_type(weights: Wei
     assert other.location == "weights.data"
 
 
-@settings(max_examples=20, deadline=None)
+@tries(20)
 @given(sizes=st.lists(st.integers(1, 300) | st.just(BIG // 4), min_size=1, max_size=8))
 def test_tensors_are_aligned_and_do_not_overlap(sizes: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
     with WeightFile(tmp_path_factory.mktemp("weights") / "weights.data") as weights:

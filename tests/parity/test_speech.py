@@ -179,9 +179,9 @@ def test_a_long_sound_is_cut_where_segments_end(session: Session) -> None:
         object.__setattr__(result, "finish_reason", "eos")
         return result
 
-    from runtime import GenerationOptions
+    from runtime import SpeechOptions
 
-    options = GenerationOptions(language="en", condition_on_previous=True)
+    options = SpeechOptions(language="en", condition_on_previous=True)
     result = Transcriber(session.manifest, None, CAPACITY).transcribe(sound(1.9), options, decode)
     assert result.segments is not None
     assert [(round(each.start, 2), round(each.end, 2)) for each in result.segments] == [

@@ -12,19 +12,13 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 
 from runtime.errors import OptionError
-from runtime.options import (
-    MODES,
-    GenerationKeywords,
-    GenerationOptions,
-    SessionKeywords,
-    SessionOptions,
-    documented,
-    merged,
-)
+from runtime.option_keywords import GenerationKeywords, SessionKeywords
+from runtime.options import MODES, GenerationOptions, SessionOptions, SpeechOptions, merged
 
 
 def test_overlap_is_for_gpus_and_says_why() -> None:
@@ -83,6 +77,22 @@ GENERATION: dict[str, list[Any]] = {
     "output_logprobs": [1],
     "top_logprobs": [-1, 21],
     "logits_processor": ["abc", [1], 3, itertools.repeat("a")],
+    "draft_source": [[1], "x"],
+    "predicted_output": [3, b"x"],
+    "parse_special": [1, "yes"],
+    "src_lang": [3],
+    "json_schema": [3, [1]],
+    "regex": ["", 3],
+    "choice": ["abc", [], [""]],
+}
+SPEECH: dict[str, list[Any]] = {
+    "language": ["", 3],
+    "task": ["sing", None],
+    "timestamps": [None, 1],
+    "fallback_temperatures": [None, 0.5, [0.0], ["a"]],
+    "compression_ratio_threshold": [-1.0, "a"],
+    "logprob_threshold": [0.5, math.nan],
+    "no_speech_threshold": [1.5],
 }
 
 
@@ -92,6 +102,33 @@ def test_a_generation_option_out_of_range_is_refused_by_name_and_value(name: str
         GenerationOptions(**{"do_sample": True if name in ("top_k", "top_p", "min_p") else None, name: value})
     assert str(refused.value).startswith(f"{name} is {value!r}; ")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in SPEECH for value in SPEECH[name]])
+def test_a_speech_option_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:
+    with pytest.raises(OptionError) as refused:
+        SpeechOptions(**{name: value})
+    assert str(refused.value).startswith(f"{name} is {value!r}; ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; choose a whole number from 1"),
+        ({"max_new_tokens": 2**70}, f"max_new_tokens is {2**70}; choose a whole number from 1 to {2**63 - 1}"),
+        ({"top_logprobs": 21}, "top_logprobs is 21; choose a whole number from 0 to 20"),
+        ({"threshold": 2}, "threshold is 2; choose a number from 0 (exit always) to 1 (never)"),
+        ({"length_penalty": 99}, "length_penalty is 99; choose a number from -50 to 50"),
+        ({"ignore_eos": 1}, "ignore_eos is 1; choose True or False"),
+        ({"do_sample": 1}, "do_sample is 1; choose True, False or None"),
+        ({"early_stopping": 1}, "early_stopping is 1; choose True, False or 'never'"),
+        ({"cache_salt": ""}, "cache_salt is ''; give a text that is not empty"),
+    ],
+)
+def test_a_refusal_says_what_is_allowed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as refused:
+        GenerationOptions(**options)
+    assert str(refused.value) == message
 
 
 class Unprintable:
@@ -118,12 +155,13 @@ JUNK = st.recursive(
 )
 
 
-@pytest.mark.parametrize("options", [GenerationOptions, SessionOptions])
+@pytest.mark.hypothesis
+@pytest.mark.parametrize("options", [GenerationOptions, SessionOptions, SpeechOptions])
 def test_any_value_is_an_option_or_refused(options: Any) -> None:
     names = [field.name for field in dataclasses.fields(options)]
 
     @given(st.dictionaries(st.sampled_from(names), JUNK, max_size=4))
-    @settings(max_examples=80, deadline=None)
+    @tries(80)
     def check(values: dict[str, Any]) -> None:
         with contextlib.suppress(OptionError):
             assert isinstance(options(**values), options)
@@ -195,18 +233,11 @@ def test_values_are_taken_in_the_forms_that_people_give() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "keywords"), [(SessionOptions, SessionKeywords), (GenerationOptions, GenerationKeywords)]
+    ("options", "keywords"), [(SessionOptions, SessionKeywords), (SpeechOptions, GenerationKeywords)]
 )
 def test_keywords_are_the_fields_of_the_options_with_their_types(options: type, keywords: type) -> None:
     assert {**get_type_hints(options), **get_type_hints(keywords)} == get_type_hints(keywords)
     assert set(get_type_hints(keywords)) - set(get_type_hints(options)) <= {"cancel"}
-
-
-@pytest.mark.parametrize("options", [SessionOptions, GenerationOptions])
-def test_each_option_is_documented_in_a_form_that_a_script_reads(options: type[Any]) -> None:
-    found = documented(options)
-    assert list(found) == [field.name for field in dataclasses.fields(options)]
-    assert all(text.endswith((".", ")")) and "  " not in text for text in found.values())
 
 
 def test_keywords_take_the_place_of_what_an_object_says() -> None:
@@ -218,7 +249,14 @@ def test_keywords_take_the_place_of_what_an_object_says() -> None:
     assert merged(SessionOptions, None, {"slots": 2}) == SessionOptions(slots=2)
 
 
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": 5}, 8, SessionOptions()])
+def test_options_of_speech_are_for_bundles_that_read_speech() -> None:
+    with pytest.raises(OptionError, match=r"^language is for bundles that read speech, and this one reads text"):
+        merged(GenerationOptions, None, {"language": "en"})
+    given = GenerationOptions(mode="full", stop=["x"])
+    assert merged(SpeechOptions, given, {"language": "en"}) == SpeechOptions(mode="full", stop=["x"], language="en")
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 5}, 8, SessionOptions(), SpeechOptions()])
 def test_other_objects_than_options_are_refused(wrong: Any) -> None:
     with pytest.raises(OptionError, match=r"^options is .*; give a GenerationOptions, or its fields as keywords$"):
         merged(GenerationOptions, wrong, {})

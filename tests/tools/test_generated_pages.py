@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and docs/options.md, from what they are made of."""
+"""Files that tools.pages generates, from what they are made of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from runtime import GenerationOptions, SessionOptions
+from runtime import GenerationOptions, SessionOptions, SpeechOptions
 from tools import pages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +26,7 @@ def test_every_row_reason_and_option_is_shown_and_a_change_by_hand_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "docs" / "benchmarks").mkdir(parents=True)
+    (tmp_path / "runtime").mkdir()
     found: dict[str, Any] = json.loads(min((ROOT / "docs" / "benchmarks").glob("*.json")).read_text())
     names = [row["name"] for row in found["rows"][1:]]
     found["rows"][0]["name"], found["failed"] = "a|b", {"genai": "no wheel"}
@@ -41,8 +42,13 @@ def test_every_row_reason_and_option_is_shown_and_a_change_by_hand_is_found(
     assert all(text.count(f"| {name} |") == 2 for name in ("a\\|b", *names))
     assert text.count("- genai: not run: no wheel") == 2
     assert text.count("other processes kept 1.2 cores busy") == 1  # marked, not refused
-    for options in (SessionOptions, GenerationOptions):
+    for options in (SessionOptions, SpeechOptions):
         for field in fields(options):
             assert f"| `{field.name}` | `{field.default!r}` |" in (tmp_path / "docs" / "options.md").read_text()
     page.write_text(text.replace("GB/s", "TB/s"))
     assert "benchmarks.md is not what it is made from" in CliRunner().invoke(pages.main, ["--check"]).output
+
+
+@pytest.mark.parametrize("kind", [SessionOptions, GenerationOptions, SpeechOptions])
+def test_each_option_has_a_text(kind: type[Any]) -> None:
+    assert all(option.text.endswith((".", ")")) for option in pages.declared(kind))

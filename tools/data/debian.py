@@ -9,8 +9,8 @@
 - appstream: a package's record with its long description -> a component of AppStream's catalog in XML.
 - translation: a paragraph in German -> the English one ("translate German to English: ...").
 
-A family of descriptions (tools/data/debian_index.py) is in one split as a whole; one too large to be held out goes
-to train.
+A family of descriptions (tools/data/debian_index.py) is in one split; one too large to be held out is in train or in
+none.
 """
 
 from __future__ import annotations
@@ -25,8 +25,17 @@ from xml.etree import ElementTree
 
 import click
 
-from tools.data.debian_index import Description, families, read_descriptions, read_index, stem
-from tools.data.splits import SHARES, Line, normalised, run, shuffled, split_of, write_data_set
+from tools.data.debian_index import (
+    Description,
+    families,
+    read_descriptions,
+    read_index,
+    snapshot,
+    sources,
+    splits_of,
+    stem,
+)
+from tools.data.splits import SHARES, Line, check_version, fresh, normalised, run, shuffled, write_data_set
 
 LARGEST_HELD_OUT = 0.005  # of all examples, in one family
 SHORTEST_BODY, SHORTEST_SYNOPSIS = 20, 3  # words
@@ -195,14 +204,15 @@ def upstream_version(fields: Mapping[str, str]) -> str:
     return upstream.group(1) if upstream else fields["Version"]
 
 
-def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str]) -> dict[str, list[Line]]:
-    """The pairs as examples, a family in one split."""
+def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str], split: Mapping[str, str]) -> dict[str, list[Line]]:
+    """The pairs as examples, in the split of their md5; without those that have none, and held-out large families."""
     sizes = Counter(family[pair.md5] for pair in pairs)
     splits: dict[str, list[Line]] = {name: [] for name in SHARES}
     for pair in pairs:
         name = family[pair.md5]
-        split = "train" if sizes[name] > LARGEST_HELD_OUT * len(pairs) else split_of(name)
-        splits[split].append(Line(pair.input, pair.target, (name, normalised(pair.input))))
+        chosen = split.get(pair.md5)
+        if chosen is not None and (chosen == "train" or sizes[name] <= LARGEST_HELD_OUT * len(pairs)):
+            splits[chosen].append(Line(pair.input, pair.target, (name, normalised(pair.input))))
     return splits
 
 
@@ -214,27 +224,36 @@ def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str]) -> dict[str, l
               help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.")
 @click.option("--train", type=click.IntRange(1), help="Most lines of train (all).")
 @click.option("--held-out", type=click.IntRange(1), help="Most lines of each other split (all).")
+@click.option("--test-version", type=click.IntRange(1), default=1,
+              help="Leave out of test what measurements of earlier versions read.")
 @click.option("--seed", default=0, help="Of the order; the splits do not depend on it.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
-def command(task: str, out: Path, index: Path, train: int | None, held_out: int | None, seed: int,
+def command(task: str, out: Path, index: Path, train: int | None, held_out: int | None, test_version: int, seed: int,
             overwrite: bool) -> None:
     # fmt: on
     """Write a data set made of Debian's package index to the directory OUT, in four splits."""
+    check_version(test_version, seed)
     english, packages = read_index(index)
+    source = sources(english, packages)
+    family = families(english, source)
     pairs = {
         "summarization": lambda: summaries(english),
         "restoration": lambda: restorations(english),
         "translation": lambda: translations(read_descriptions(index, "de"), english),
     }.get(task, lambda: extractions(packages, english, task))()
     splits = {
-        name: shuffled(examples, seed, lambda example: example.input)[: train if name == "train" else held_out]
-        for name, examples in split_pairs(list(pairs), families(english, packages)).items()
+        name: shuffled(examples, seed, lambda example: example.input)
+        for name, examples in split_pairs(list(pairs), family, splits_of(source, family)).items()
     }
+    splits["test"] = fresh(splits["test"], test_version)
+    splits = {name: lines[: train if name == "train" else held_out] for name, lines in splits.items()}
     about = {
         "task": task,
         "source": "index of Debian packages, section main",
         "licence": "that of each package's Debian packaging",
         "seed": seed,
+        "test_version": test_version,
+        "snapshot": snapshot(index),
     }
     write_data_set(out, splits, about, overwrite)
 

@@ -1,12 +1,16 @@
 """The index of Debian's packages: fetched by apt, read, and its descriptions grouped into families.
 
 Packages of one source, packages named alike (libfoo2, libfoo-dev, foo-doc) and packages with a paragraph that begins
-alike form one family, which goes into one split as a whole. A paragraph that many sources share is boilerplate: it
-makes no families.
+alike form one family. A paragraph that many sources share is boilerplate: it makes no families.
+
+The split of a package is that of its source's name, whatever else the index holds: another release never moves a line
+from one split to another. Where that puts a family into several splits, its packages in the first of them are kept and
+the others are in none, so that no family is in two.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,10 +21,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import click
 
-from tools.data.splits import DataError, normalised
+from runtime.bundle.bundle import sha256_of
+from tools.data.splits import SHARES, DataError, normalised, split_of
 
 # Sources that begin a paragraph alike, at most, for them to be a family: of many words in common, more may be.
 SHARED_BY, LONG_SHARED_BY = 5, 200
@@ -31,6 +37,7 @@ _AFFIXES = re.compile(
     r"|[-.]?\d[\d.~+a-z]*$"
 )
 LANGUAGES = ("en", "de")
+RELEASES = "releases.json"
 _SYSTEM_PARTS = Path("/etc/apt/apt.conf.d")
 
 
@@ -50,6 +57,8 @@ def fetch_index(target: Path) -> None:
         _apt(configuration, "apt-get", "-q", "-o", "APT::Update::Error-Mode=any", "update")
         out = work / "index"
         out.mkdir()
+        releases = [_release(path) for path in sorted((work / "apt" / "lists").glob("*Release"))]
+        (out / RELEASES).write_text(json.dumps(releases, indent=2) + "\n", encoding="utf-8")
         for kind in ("Packages", *(f"Translation-{language}" for language in LANGUAGES)):
             files = sorted((work / "apt" / "lists").iterdir())
             found = [path for path in files if re.search(rf"_(i18n_)?{kind}(\.\w+)?$", path.name)]
@@ -69,6 +78,22 @@ def read_index(index: Path) -> tuple[dict[str, Description], list[dict[str, str]
     english = read_descriptions(index, "en")
     with (index / "Packages").open(encoding="utf-8", errors="replace") as file:
         return english, list(stanzas(file))
+
+
+def _release(path: Path) -> dict[str, str]:
+    """Codename, date and sha256 of an archive's Release file."""
+    fields = dict(re.findall(r"^(Codename|Suite|Date): (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return {**{name.lower(): value for name, value in fields.items()}, "sha256": sha256_of(path)}
+
+
+def snapshot(index: Path) -> dict[str, Any]:
+    """Say which state of the archive an index is: its releases, and the sha256 of its texts."""
+    releases = index / RELEASES
+    texts = ("Packages", *(f"Translation-{language}" for language in LANGUAGES))
+    return {
+        "releases": json.loads(releases.read_text(encoding="utf-8")) if releases.is_file() else [],
+        "sha256": {name: sha256_of(index / name) for name in texts if (index / name).is_file()},
+    }
 
 
 def read_descriptions(index: Path, language: str) -> dict[str, Description]:
@@ -157,20 +182,38 @@ def descriptions(lines: Iterable[str], language: str = "en") -> dict[str, Descri
     return found
 
 
-def families(english: Mapping[str, Description], packages: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """The family of each md5: joined by source, by stem, and by beginnings of paragraphs that few share."""
-    source = {
-        fields["Description-md5"]: fields.get("Source", fields["Package"]).partition(" ")[0]
-        for fields in packages
-        if "Description-md5" in fields
-    }
+def sources(english: Mapping[str, Description], packages: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """The names of the source packages that have each md5, in order."""
+    found: dict[str, set[str]] = {md5: set() for md5 in english}
+    for fields in packages:
+        md5 = fields.get("Description-md5", "")
+        if md5 in found:
+            found[md5].add(fields.get("Source", fields["Package"]).partition(" ")[0])
+    return {md5: sorted(names) or [english[md5].package] for md5, names in found.items()}
+
+
+def splits_of(source: Mapping[str, Sequence[str]], family: Mapping[str, str], prefix: str = "") -> dict[str, str]:
+    """The split of each md5, by the hash of `prefix` and its sources, the earliest of theirs. Without those whose
+    family has a source in an earlier split."""
+    order = list(SHARES)
+    own = {md5: min((split_of(f"{prefix}source {name}") for name in names), key=order.index)
+           for md5, names in source.items()}  # fmt: skip
+    first: dict[str, str] = {}
+    for md5, split in own.items():
+        first[family[md5]] = min(split, first.get(family[md5], split), key=order.index)
+    return {md5: split for md5, split in own.items() if first[family[md5]] == split}
+
+
+def families(english: Mapping[str, Description], source: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The family of each md5: joined by `source`, by stem, and by beginnings of paragraphs that few share."""
     sharing: dict[str, set[str]] = defaultdict(set)
     links: dict[str, list[str]] = {}
     for md5, text in english.items():
-        origin = source.get(md5, text.package)
-        links[md5] = [f"source {origin}", f"stem {stem(text.package)}", f"stem {stem(origin)}"]
+        origins = source[md5]
+        links[md5] = [f"stem {stem(text.package)}", *(f"source {name}" for name in origins)]
+        links[md5] += [f"stem {stem(name)}" for name in origins]
         for paragraph in text.paragraphs:
-            sharing[_beginning(paragraph)].add(origin)
+            sharing[_beginning(paragraph)].add(origins[0])
     for md5, text in english.items():
         for beginning in map(_beginning, text.paragraphs):
             words = beginning.count(" ") + 1

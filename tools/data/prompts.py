@@ -4,7 +4,8 @@
 
 A line is {"input": [{"role": "user", "content": ...}], "kind": "summarize"}, without a target: a model's own answers
 are made by `freeexport train --self-distill`. Every kind has the same number of lines in a split. A source text is in
-one split only: a family of packages, a term of FOLDOC or a noun of WordNet, terms and nouns of one name together.
+one split only: a family of packages (tools/data/debian_index.py), a term of FOLDOC or a noun of WordNet, terms and
+nouns of one name together.
 """
 
 from __future__ import annotations
@@ -22,8 +23,20 @@ from typing import Literal, get_args
 import click
 
 from tools.data.debian import SHOWN
-from tools.data.debian_index import Description, families, read_index
-from tools.data.splits import SHARES, DataError, Line, normalised, run, shuffled, split_of, stable_hash, write_data_set
+from tools.data.debian_index import Description, families, read_index, snapshot, splits_of
+from tools.data.debian_index import sources as source_packages
+from tools.data.splits import (
+    SHARES,
+    DataError,
+    Line,
+    check_version,
+    normalised,
+    run,
+    shuffled,
+    split_of,
+    stable_hash,
+    write_data_set,
+)
 
 PACKAGES = ("dict-foldoc", "wordnet-base")
 SHORTEST_TEXT, LONGEST_TEXT = 30, 120  # words
@@ -148,15 +161,20 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 
 
 def packages(english: Mapping[str, Description], records: Sequence[Mapping[str, str]]) -> Iterator[Source]:
-    """The described packages, one a description."""
-    family = families(english, records)
+    """The described packages, one a description, without families that would be in several splits."""
+    package = source_packages(english, records)
+    kept = splits_of(package, families(english, package), "package ")
     by_md5 = {fields["Description-md5"]: fields for fields in records if "Description-md5" in fields}
     for md5, text in english.items():
+        if md5 not in kept:
+            continue
         fields = by_md5.get(md5, {})
         shown = (f"{name}: {fields[name]}" for name in SHOWN if name in fields and len(fields[name]) < 200)
         body = " ".join(" ".join(text.paragraphs).split())
         section = fields.get("Section", "").rpartition("/")[2]
-        yield _source("package", f"package {family[md5]}", text.package, f"section {section}", body, "\n".join(shown))
+        keys = (f"package source {name}" for name in package[md5])
+        key = next(key for key in keys if split_of(key) == kept[md5])
+        yield _source("package", key, text.package, f"section {section}", body, "\n".join(shown))
 
 
 def terms(index: Iterable[str], dictionary: bytes) -> Iterator[Source]:
@@ -289,11 +307,15 @@ def fetch_packages(directory: Path) -> None:
               help="Where FOLDOC and WordNet are kept; fetched (9 MB) unless they are there.")
 @click.option("--train", type=click.IntRange(8), default=6000, help="Lines of train.")
 @click.option("--held-out", type=click.IntRange(8), default=400, help="Lines of each other split.")
+@click.option("--test-version", type=click.IntRange(1), default=1,
+              help="Leave out of test the sources of every line of earlier versions.")
 @click.option("--seed", default=0, help="Of the choice and the order; the splits do not depend on it.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
-def command(out: Path, index: Path, dictionaries: Path, train: int, held_out: int, seed: int, overwrite: bool) -> None:
+def command(out: Path, index: Path, dictionaries: Path, train: int, held_out: int, test_version: int, seed: int,
+            overwrite: bool) -> None:
     # fmt: on
     """Write prompts of eight kinds to the directory OUT, in four splits."""
+    check_version(test_version, seed)
     dictd, wordnet = dictionaries / "usr/share/dictd", dictionaries / "usr/share/wordnet"
     if not dictd.is_dir() or not wordnet.is_dir():
         click.echo(f"fetching {' and '.join(PACKAGES)}", err=True)
@@ -309,7 +331,10 @@ def command(out: Path, index: Path, dictionaries: Path, train: int, held_out: in
     for name in SHARES:
         members = [source for source in sources if split_of(source.key) == name]
         each = (train if name == "train" else held_out) // len(KINDS)
-        lines = [line for kind in KINDS for line in prompts(kind, members, each, seed, taken)]
+        for _ in range(test_version if name == "test" else 1):
+            lines = [line for kind in KINDS for line in prompts(kind, members, each, seed, taken)]
+            read = {key for line in lines for key in line.keys}
+            members = [source for source in members if source.key not in read]
         splits[name] = shuffled(lines, seed, lambda line: line.keys[-1])
     about = {
         "task": "prompts of eight kinds",
@@ -317,6 +342,8 @@ def command(out: Path, index: Path, dictionaries: Path, train: int, held_out: in
         "wordnet-base (WordNet 3.0, Princeton University)",
         "licence": "that of each package's Debian packaging; FOLDOC: GFDL-1.1-or-later; WordNet: WordNet 3.0 licence",
         "seed": seed,
+        "test_version": test_version,
+        "snapshot": snapshot(index),
     }
     write_data_set(out, splits, about, overwrite)
 

@@ -2,12 +2,18 @@
 
 A data set is a directory with train, validation, calibration and test as JSONL (`{"input", "target"}`), and
 `dataset.json`, which says where it came from. It appears complete or not at all.
+
+`split_of` cuts the range of the hash into four parts, and a part belongs to one split for ever: a key whose hash lies
+in the last 5 % is a test key in every data set ever built. A salt in that hash would move keys between splits, and
+lines that models were trained on into test. Fresh test lines therefore come from inside the test range: version 1 of
+a test split is all of it, and version N leaves out the first TEST_LINES lines of each version before, in the order of
+seed 0, with everything that shares a key with them. No measurement read more than that of a version.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +29,8 @@ from runtime.errors import FreeExportError
 # Percent of all keys, in the order in which the hash is cut.
 SHARES = {"train": 90, "validation": 2, "calibration": 3, "test": 5}
 MARKER = "dataset.json"
+# Lines that a measurement may read of one version of a test split.
+TEST_LINES = 400
 
 Item = TypeVar("Item")
 
@@ -51,6 +59,21 @@ def split_of(key: str) -> str:
 def shuffled(items: Iterable[Item], seed: int, text: Callable[[Item], str]) -> list[Item]:
     """The items in an order that depends on `seed` and each one's `text` alone."""
     return sorted(items, key=lambda item: (stable_hash(f"{seed}/{text(item)}"), text(item)))
+
+
+def fresh(lines: Sequence[Line], version: int) -> list[Line]:
+    """Lines of a test split, in the order of seed 0, that no measurement of an earlier version read."""
+    remaining = list(lines)
+    for _ in range(version - 1):
+        read = {key for line in remaining[:TEST_LINES] for key in line.keys}
+        remaining = [line for line in remaining if read.isdisjoint(line.keys)]
+    return remaining
+
+
+def check_version(version: int, seed: int) -> None:
+    """Raise UsageError where a later version of the test split is wanted in another order than that of seed 0."""
+    if version > 1 and seed:
+        raise click.UsageError(f"--test-version {version} counts lines in the order of seed 0; leave out --seed {seed}")
 
 
 def write_data_set(

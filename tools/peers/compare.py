@@ -39,8 +39,9 @@ from freeexport.measure.bench import (
 )
 from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.table import terminal
-from freeexport.measure.timing import interleave, other_load
+from freeexport.measure.timing import interleave
 from freeexport.system.child import PACKAGES
+from freeexport.system.load import other_load
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from runtime.bundle.bundle import Bundle

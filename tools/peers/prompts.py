@@ -22,7 +22,8 @@ import click
 
 from freeexport.measure.bench import BenchOptions
 from freeexport.measure.table import Sheet, about, environment, terminal
-from freeexport.measure.timing import load_note, other_load, spread
+from freeexport.measure.timing import spread
+from freeexport.system.load import load_note, other_load
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from runtime.bundle.bundle import Bundle

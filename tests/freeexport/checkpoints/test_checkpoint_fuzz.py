@@ -25,6 +25,8 @@ from freeexport.system.jsonl import BrokenLine, Request, read_requests
 from graphs.families import describe
 from runtime.errors import FreeExportError
 
+pytestmark = pytest.mark.hypothesis
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Callable[[bytes], Path]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import BY_NAME, Case
 from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.lora_adapter import MergedWeights
+from freeexport.checkpoints.transformers_model import reference_model
 
 LLAMA = BY_NAME["llama-tied"]
 QUERY, VALUE = (f"model.layers.1.self_attn.{name}_proj" for name in ("q", "v"))
@@ -76,6 +78,27 @@ def test_weights_stored_transposed_are_merged_transposed(tmp_path: Path) -> None
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     merged = MergedWeights(tmp_path, {"lora_alpha": 2, "fan_in_fan_out": True}, Base())
     assert np.array_equal(merged.read("fc.weight"), 2 * np.outer(np.arange(3), np.arange(4)))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_the_reference_has_the_weights_that_peft_merges(
+    name: str, checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    """GPT-2 stores its weights as [inputs, outputs]."""
+    peft = pytest.importorskip("peft")
+    base = reference_model(open_checkpoint(str(checkpoint(BY_NAME[name]))))
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights="gaussian")
+    adapted = peft.get_peft_model(base, config)
+    for parameter in (parameter for parameter in adapted.parameters() if parameter.requires_grad):
+        torch.nn.init.normal_(parameter)
+    config.base_model_name_or_path = str(checkpoint(BY_NAME[name]))
+    adapted.save_pretrained(str(tmp_path))
+    wanted = adapted.merge_and_unload().state_dict()
+    found = reference_model(open_checkpoint(str(tmp_path)))
+    assert found.state_dict().keys() == wanted.keys()
+    for key, value in found.state_dict().items():
+        torch.testing.assert_close(value, wanted[key])
+    assert all(parameter.requires_grad for parameter in found.parameters())
 
 
 def test_hash_depends_on_base_adapter_and_settings(adapter: Path) -> None:

@@ -11,7 +11,16 @@ import pytest
 from checkpoints import BY_NAME, Case
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, TextFormat, encode, read_examples, split
+from freeexport.checkpoints.examples import (
+    TARGETS_WANTED,
+    DataError,
+    Example,
+    TextFormat,
+    encode,
+    read_examples,
+    split,
+    unwritable,
+)
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.system.jsonl import Request
 from freeexport.training.batches import Collator, LengthBatches
@@ -158,3 +167,32 @@ def test_batches_hold_little_padding_and_a_longer_example_stands_alone() -> None
     padded = sum(len(batch) * lengths[batch].max() for batch in batches)
     assert padded / lengths.sum() < 1.1
     assert sorted(map(sorted, LengthBatches([10, 10, 50], 20, 0))) == [[0, 1], [2]]
+
+
+@pytest.fixture(scope="module")
+def phonemes() -> TextFormat:
+    """The vocabulary of the pronunciation model: letters and phonemes, no braces."""
+    tokenizer = load_tokenizer(open_checkpoint("freeexport/data/g2p"))
+    return TextFormat(tokenizer, tokenizer.eos_token_id, 64, True)
+
+
+def requests_of(*targets: str) -> list[Request]:
+    return [Request(line, "a word", target) for line, target in enumerate(targets, 1)]
+
+
+def test_targets_that_the_tokenizer_cannot_write_are_counted(phonemes: TextFormat, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    fine = requests_of("D AH K", "AA  B")
+    assert unwritable(fine, phonemes, path) is None
+    found = unwritable([*fine, *requests_of('{"D": "AH"}')], phonemes, path)
+    assert found is not None
+    assert found.startswith(f'{path}: the tokenizer cannot write 1 of 3 targets (line 1: \'{{"D": "AH"}}\' becomes ')
+    with pytest.raises(DataError, match=r"cannot write 2 of 3 targets .* no output can equal them"):
+        unwritable([*fine[:1], *requests_of("{", "}")], phonemes, path)
+
+
+@pytest.mark.parametrize("case", [T5, LLAMA])
+def test_a_tokenizer_of_bytes_writes_every_target(
+    case: Case, form: Callable[[Case, int], TextFormat], tmp_path: Path
+) -> None:
+    assert unwritable(requests_of('{"a": [1]}', "naïve", " two  spaces\n"), form(case, 64), tmp_path) is None

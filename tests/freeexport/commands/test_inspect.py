@@ -11,6 +11,8 @@ from click.testing import Result
 from command_line import error, invoke
 from handmade_bundle import VERIFICATION, write_bundle
 
+from freeexport.costs import bytes as counting
+from freeexport.costs.bytes import EngineBytes
 from runtime.bundle.costs import Costs, Host, Outside
 from runtime.bundle.manifest import MANIFEST, Manifest
 
@@ -53,16 +55,18 @@ def test_the_first_line_is_the_mode_and_what_it_gives(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[0] == "mode free, threshold 0.812: gain not known"
 
 
-def test_calibrated_threshold_and_break_even(tmp_path: Path) -> None:
+def test_calibrated_threshold_and_break_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = inspect(write_bundle(tmp_path / "bundle", threshold=0.8125, costs=COSTS))
     assert row(result, "threshold") == "0.8125"
-    assert row(result, "break-even exit rate") == "11.3%"
+    assert row(result, "break-even") == "the exit pays once 11.3% of the tokens exit, by the engines' measured times"
     assert row(result, "speedup at 80 % exits") == "1.73x (predicted)"
     assert row(result, "measured on") == "a CPU, 2 threads, onnxruntime 1.32"
     assert row(result, "deep 1") == "20.00 ms"
+    monkeypatch.setattr(counting, "decoder_bytes", lambda bundle: (EngineBytes(1e7, 0, 1e6), EngineBytes(2e7, 0, 1e6)))
     result = inspect(write_bundle(tmp_path / "busy", exit_trained=True, costs=replace(COSTS, busy=1.3)))
     assert row(result, "measured while busy") == "others kept 1.3 cores busy; convert again when idle"
-    assert "by times taken on a busy machine" in row(result, "verdict")
+    assert "by the bytes that are read" in row(result, "break-even")
+    assert "by the bytes that are read" in " ".join(result.stdout.split())
 
 
 def test_an_untrained_exit_is_called_so_and_promises_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -142,9 +143,10 @@ def test_parameters_are_off_by_the_rounding_to_8_bits(
 def test_the_command_applies_an_exit_and_verifies_it(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found by name; a bundle in fp32 is verified against the weights as they are in the file."""
+    """Found by name, merged without peft; a bundle in fp32 is verified against the weights as they are in the file."""
     monkeypatch.setattr(packed_exit, "READY_MADE", tmp_path)
     packed("lora")
+    monkeypatch.setitem(sys.modules, "peft", None)  # which training alone needs
     model, out = checkpoint(LLAMA), tmp_path / "bundle"
     done = succeed("convert", model, out, "--exit", "lora", "--capacity", "64")
     assert "verified: yes" in done.output
@@ -277,3 +279,24 @@ def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
     found = {packed.name: misfit(packed, model, sha256) for packed, _ in map(read_packed, ready_made())}
     assert found == {"smollm2-chat": None, "smollm2-extraction": None}
     assert all(path.stat().st_size < MOST_BYTES for path in ready_made())
+
+
+def test_convert_names_the_exits_that_fit(
+    checkpoint: Directory, trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = {name: tmp_path / f"{name.replace(' ', '-')}.safetensors" for name in ("layers", "t5 layers")}
+    for name, path in packed.items():
+        pack(str(trained(name)), path, path.stem, **FACTS)
+    monkeypatch.setattr(packed_exit, "ready_made", lambda: sorted(packed.values()))
+    model, out = checkpoint(LLAMA), tmp_path / "out"
+    [found] = packed_exit.fitting_exits(open_checkpoint(str(model)))
+    assert found.name == "layers"
+    assert packed_exit.fitting_exits(open_checkpoint(str(trained("layers")))) == []
+    result = succeed("convert", model, out, "--verify", "none")
+    lines = result.stdout.splitlines()
+    assert lines[-1] == (
+        "exits that come along and fit these weights: layers; with one of them: "
+        f"freeexport convert {model} {out} --exit layers --overwrite"
+    )
+    result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", packed["layers"])
+    assert "exits that come along" not in result.stdout

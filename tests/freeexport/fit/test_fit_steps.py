@@ -25,7 +25,7 @@ from runtime import Bundle, Session
 from runtime.errors import FreeExportError, OptionError
 
 Options = Callable[..., FitOptions]
-ORDER = ["untrained", "joint", "exit", "trained", "calibrate", "evaluate"]
+ORDER = ["given", "joint", "exit", "trained", "calibrate", "evaluate"]
 
 
 def run_here(module: str, *arguments: str, **shown: Any) -> str:
@@ -70,7 +70,8 @@ def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(
 def test_without_data_the_model_is_converted_as_it_is(options: Options) -> None:
     given = options(data=None)
     verdict = fit(given, planned(given, keep=True))
-    assert verdict.text.startswith("there are no data to train an exit on; lossless drafts from the text")
+    said = r"there are no data to train an exit on; lossless drafts from the text, with every token equal: "
+    assert re.match(said + r"\d\.\d\dx full \(\d+ tokens/s against \d+.*\) on 4 built-in prompts", verdict.text)
     assert verdict.next_step == f"freeexport serve {given.out}"
     assert Bundle.open(given.out).manifest.verified
     assert not given.out.with_name("out.work").exists()
@@ -171,7 +172,7 @@ def test_a_step_that_fails_says_that_the_run_can_go_on(options: Options, monkeyp
 
     monkeypatch.setattr(steps, "run_child", full)
     given = options()
-    with pytest.raises(FreeExportError, match=r"untrained failed: disk full .* give the same command again to go on"):
+    with pytest.raises(FreeExportError, match=r"given failed: disk full .* give the same command again to go on"):
         fit(given, planned(given, keep=True))
 
 
@@ -249,14 +250,14 @@ FREE = {"calibrated": True, "same": 0.6}
             0.99, "trained", "1.50x a request with every token equal", " --mode lossless",
         ),
         (  # fast, but the model as it came does the task badly
-            [row("trained", "full"), row("trained", "lossless", speed=1.5), row("untrained", "full", value=0.1),
-             row("untrained", "lossless", value=0.1, speed=3.0)],
+            [row("trained", "full"), row("trained", "lossless", speed=1.5), row("given", "full", value=0.1),
+             row("given", "lossless", value=0.1, speed=3.0)],
             0.99, "trained", "1.50x a request with every token equal", " --mode lossless",
         ),
         (  # training made the model worse
             [row("trained", "full", value=0.5), row("trained", "lossless", value=0.5, speed=3.0),
-             row("untrained", "full"), row("untrained", "lossless", speed=1.2)],
-            0.99, "untrained", "1.20x a request with every token equal", "",
+             row("given", "full"), row("given", "lossless", speed=1.2)],
+            0.99, "given", "1.20x a request with every token equal", "",
         ),
         (
             [row("trained", "full"), row("trained", "lossless", speed=0.9)],
@@ -269,7 +270,7 @@ def test_the_sentence_and_the_command_are_of_the_fastest_that_keeps_enough(
     rows: Sequence[Any], quality: float | None, bundle: str, text: str, mode: str, options: Options,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    threshold = {"trained": 0.9, "untrained": 1.0}
+    threshold = {"trained": 0.9, "given": 1.0}
     monkeypatch.setattr(
         steps.Bundle, "open", lambda path: SimpleNamespace(manifest=SimpleNamespace(threshold=threshold[path.name]))
     )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ import pytest
 from checkpoints import BY_NAME, TEXTS, Bundles, Case
 from command_line import error, invoke, succeed
 
+from freeexport.costs.bytes import bundle_costs
 from freeexport.measure import calibrate as calibrating
-from freeexport.measure import sources, timing
+from freeexport.measure import sources
 from freeexport.measure.sources import check_unknown, unknown_of_bundle
 from freeexport.measure.traces import Traces, trace_of
+from freeexport.system.load import OtherLoad
 from runtime import Bundle, Session
 from runtime.bundle.calibration import read_calibration
 from runtime.bundle.costs import Costs
@@ -76,15 +79,18 @@ def test_times_of_a_busy_machine_are_printed_and_marked(
 ) -> None:
     path = copied(T5)
     monkeypatch.setattr(calibrating, "measured_costs", lambda *given: replace(PAYS, busy=1.3))
-    monkeypatch.setattr(timing.OtherLoad, "so_far", lambda load: 1.3)
+    monkeypatch.setattr(OtherLoad, "so_far", lambda load: 1.3)
     given = (path, "--data", data, "--agreement", 0.2, "--rounds", 1, "--samples", 12)
     answer = calibrated(*given)
     assert 0 < answer["threshold"] < 1
     assert all(row["predicted_speedup"] for row in answer["table"])
-    assert answer["costs"]["busy"] == 1.3
-    assert any("1.3 cores busy" in note for note in answer["notes"])
+    assert answer["costs"] is None
+    assert any("1.3 cores busy" in note and "predicted by the bytes" in note for note in answer["notes"])
+    even = bundle_costs(Bundle.open(path))
+    assert even is not None
+    assert answer["break_even"] == even.break_even(Bundle.open(path).manifest.max_pending)
     page = " ".join(invoke("calibrate", *given, "--max-new-tokens", 12).stdout.split())
-    assert "others kept 1.3 cores busy" in page
+    assert "bytes that are read" in page
     assert "from round to round" in page
 
 
@@ -211,3 +217,22 @@ def test_rules_that_decode_show_quality(copied: Bundles, data: Path, rule: tuple
     decoded = [row for row in answer["table"] if row["quality"] is not None]
     assert decoded
     assert all(0 <= row["quality"] <= 1 for row in decoded)
+
+
+def test_the_time_of_all_sequences_is_told_after_the_first(
+    copied: Bundles, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, made = copied(T5), list[int]()
+    trace = sources.trace_of
+
+    def slow(*given: Any) -> Traces:
+        made.append(1)
+        return trace(*given)
+
+    now = iter(range(0, 10**6, 30))
+    monkeypatch.setattr(sources, "trace_of", slow)
+    monkeypatch.setattr(sources, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    result = succeed("calibrate", path, "--data", data, "--samples", 12, "--max-new-tokens", 12)
+    # Three sequences took 30 s, and nine are left; then the engines are timed.
+    assert "about 98 s for 12 sequences" in result.stderr
+    assert len(made) == 12

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from manifest_case import MANIFEST
 from traces import mixed
 
+from freeexport.costs.verdict import ExitFacts, _calibrated, verdict
 from freeexport.measure.calibrate import explained
 from freeexport.measure.calibration_page import calibration_tables, promise, tables
-from freeexport.measure.exit_verdict import ExitFacts, _calibrated, verdict
 from freeexport.measure.threshold import Rule, choose
 from freeexport.system.page import print_page
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
@@ -86,4 +86,4 @@ def test_whatever_figures_a_calibration_file_may_hold_can_be_shown(calibration: 
     for one in calibration_tables(read):
         assert one.row_count or not read.table
     assert 0 <= AdaptiveThreshold(MANIFEST, read, 4000).threshold <= 1
-    assert str(verdict(_calibrated(ExitFacts("out", 2, 30), MANIFEST, read)))
+    assert str(verdict(_calibrated(ExitFacts("out", 2, 30), MANIFEST, read, read.costs)))

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import BY_NAME, Bundles, Case
+from checkpoints import BY_NAME, Bundles
 
-from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.measure.costs import (
     Sample,
     fit,
@@ -19,8 +17,6 @@ from freeexport.measure.costs import (
 )
 from freeexport.measure.traces import ReplaySession
 from freeexport.system.child import ChildError, run_child
-from graphs.families import describe
-from graphs.step_costs import StepCosts, analytic
 from runtime.bundle.costs import Costs, Outside, recordable
 
 LLAMA = BY_NAME["llama-tied"]
@@ -100,7 +96,7 @@ def test_a_process_of_its_own_measures_and_says_what_failed(
     assert recordable(costs) is costs
     with pytest.raises(ChildError) as failed:
         measured_in_child(tmp_path)
-    assert str(failed.value) == f"{tmp_path} is not a bundle: it has no freeexport.json"
+    assert str(failed.value).startswith(f"{tmp_path} is not a bundle: it has no freeexport.json; ")
 
 
 def test_costs_of_a_session_that_decodes(bundle: Bundles) -> None:
@@ -129,32 +125,6 @@ def test_what_is_not_measured_or_cannot_be_is_not_recorded() -> None:
     assert recordable(TRUE) is TRUE
     for change in ({"measured": False}, {"shallow": 0.0}, {"deep": {2: 1.0}}, {"deep": {1: -1.0}}):
         assert recordable(replace(TRUE, **change)) is None  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("name", "layer", "head"),
-    [
-        ("llama-tied", 4 * 64 * 64 + 3 * 64 * 96, 288 * 64),
-        # Cross-attention without keys and values, and a gated MLP.
-        ("t5-gated-tied", 6 * 32 * 32 + 3 * 32 * 64, 288 * 32),
-    ],
-)
-def test_analytic_costs_are_the_bytes_a_step_reads(
-    name: str, layer: int, head: int, checkpoint: Callable[[Case], Path]
-) -> None:
-    opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
-    costs = analytic(describe(opened.config, opened), opened)
-    assert (costs.layer, costs.head) == (4 * layer, 4 * head)
-    assert costs.growth[1] == 1
-    assert costs.growth[8] == pytest.approx(1.9)
-
-
-def test_costs_at_a_layer_split_the_model_and_an_early_exit_saves_more() -> None:
-    costs = StepCosts(layer=2, head=3, growth={1: 1, 4: 1.5})
-    at = costs.at(4, 10)
-    assert (at.shallow, at.shallow_without_head, at.deep, at.full) == (11, 8, {1: 15, 4: 22.5}, 10 * 2 + 3)
-    assert costs.at(2, 10).speedup(0.95, 16) > costs.at(8, 10).speedup(0.95, 16) > 1
-    assert costs.at(2, 10).speedup(0, 16) < 1
 
 
 def test_bandwidth_is_of_this_world() -> None:

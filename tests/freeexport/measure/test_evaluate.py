@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +23,10 @@ from command_line import invoke, succeed
 from freeexport.measure import evaluate as evaluation
 from freeexport.measure.costs import measured_costs
 from freeexport.measure.settings import CALM, METHODS, OUTPUTS, RUN
+from freeexport.measure.table import commit_of
 from runtime import Session, kernels
-from runtime.bundle.bundle import Bundle
+from runtime.bundle.bundle import Bundle, sha256_of
+from runtime.bundle.manifest import MANIFEST
 
 CASE = BY_NAME["t5-relu-tied"]
 Run = Callable[..., Result]
@@ -116,6 +120,42 @@ def test_every_method_is_decoded_and_compared(done: Done) -> None:
     trained = "was not trained for its exit after layer 1: its figures for static, free, lossless show"
     assert any(trained in note for note in content["notes"])
     assert any("is not calibrated" in note for note in content["notes"])
+
+
+def test_the_figures_say_which_code_weights_and_data_they_are_of(done: Done, path: Path, data: Path) -> None:
+    content = json.loads((done.out / "evaluation.json").read_text())
+    (about,) = content["bundles"].values()
+    manifest = Bundle.open(path).manifest
+    assert about["manifest_sha256"] == sha256_of(path / MANIFEST)
+    assert (about["source_sha256"], about["calibration"]) == (manifest.source_sha256, None)
+    assert (content["data_sha256"], content["references"]) == (sha256_of(data), "targets")
+    assert content["versions"]["kernels"] == str(kernels.VERSION)
+    assert {"made", "commit", "machine"} <= set(content)
+
+
+def test_the_commit_is_that_of_the_checkout_and_says_whether_files_were_changed(tmp_path: Path) -> None:
+    assert commit_of(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    (tmp_path / "file").write_text("x")
+    for arguments in (["init", "-q"], ["add", "file"], ["commit", "-qm", "Add a file"], ["tag", "-m", "t", "v1"]):
+        subprocess.run([*git, *arguments], check=True)
+    commit = commit_of(tmp_path)
+    assert commit is not None
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "file").write_text("y")
+    assert commit_of(tmp_path) == f"{commit}-dirty"
+
+
+def test_lines_without_targets_are_compared_with_what_the_full_model_writes(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"input": text}) + "\n" for text in ("one two", "five six seven")))
+    result = run("--methods", "full,static,lossless", "--json", file=file)
+    rows = figures(result)
+    assert rows["full"]["scores"]["exact"]["value"] == rows["lossless"]["scores"]["exact"]["value"] == 1
+    assert rows["static"]["scores"]["exact"]["value"] < 1
+    report = json.loads(result.stdout)
+    assert report["references"] == "full"
+    assert any("compared with those of the full model" in note for note in report["notes"])
 
 
 def test_tables_pictures_and_a_page_of_escaped_text_are_written(done: Done) -> None:
@@ -257,7 +297,7 @@ def test_what_cannot_be_is_refused_before_anything_is_decoded(
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"input": "x"}], "line 1 has no 'target' and no 'references'"),
+        ([{"input": "x", "target": "y"}, {"input": "x"}], "line 2 has no 'target' and no 'references', which other"),
         ([{"input": "long " * 200, "target": "y"}], "none of the 1 inputs can be used; line 1"),
         ([{"input": "x", "target": "lower case"}], "metric case-f1 does not fit these data"),
     ],

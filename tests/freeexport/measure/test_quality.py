@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from handmade_bundle import write_bundle
 
-from freeexport.measure.byte_model import Calls
+from freeexport.costs.bytes import Calls
 from freeexport.measure.quality import FEWEST_LINES, curves_of, rows_of, score, speed_interval, verdicts
 from freeexport.measure.settings import Entry, Record, Setting
 from freeexport.metrics import Reference, metric_of

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from itertools import pairwise
 
 import numpy as np
-import pytest
 
-from freeexport.measure.timing import interleave, load_note, other_load, speeds
+from freeexport.measure.timing import interleave, speeds
 
 
 def test_settings_take_turns_and_none_always_follows_the_same_other() -> None:
@@ -51,26 +47,3 @@ def test_turns_that_are_done_are_not_repeated() -> None:
 
 def test_a_setting_without_tokens_has_no_speed() -> None:
     assert np.isnan(speeds([0], [1], 1, lambda setting, prompt: (0, 0.0))[0, 0])
-
-
-@pytest.mark.parametrize(("cores", "noted"), [(0.0, False), (0.1, False), (1.2, True)])
-def test_a_busy_machine_is_noted(cores: float, noted: bool) -> None:
-    assert ("kept 1.2 cores busy" in load_note(cores)) == noted
-
-
-def test_own_work_and_that_of_children_is_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    from freeexport.measure import timing
-
-    spin = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
-    others = iter([100.0, 101.5])
-    monkeypatch.setattr(timing, "_SHORTEST", 0.0)
-    monkeypatch.setattr(timing, "_busy_seconds", lambda: next(others))
-    with other_load() as load:
-        began = time.monotonic()
-        subprocess.run([sys.executable, "-c", spin], check=True)
-        end = time.process_time() + 0.2
-        while time.process_time() < end:
-            pass
-        elapsed = time.monotonic() - began
-    # Of 1.5 busy seconds, at least 0.5 were this process's and its child's.
-    assert 0 < load.cores <= 1.02 / elapsed

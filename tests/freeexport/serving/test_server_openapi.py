@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fuzz import SECONDS
+from hypothesis import settings
+from profiles import SEARCH, TIMES
 from running_server import Running
 
 from freeexport.serving.openapi import POST, document
@@ -70,9 +71,13 @@ def test_every_event_of_a_stream_is_as_the_document_says(
         operation.validate_response(changed)
 
 
-@pytest.mark.skipif(not (SECONDS and PROGRAM), reason="needs schemathesis, and FREEEXPORT_FUZZ_SECONDS")
-def test_no_request_of_the_document_is_an_error_of_the_server(server: Running) -> None:
-    command = [str(PROGRAM), "run", f"{server.url}/openapi.json", "--no-color"]
-    limits = ["--max-time", str(max(15, int(SECONDS))), "--checks", CHECKS, "--suppress-health-check", "all"]
-    done = subprocess.run([*command, *limits], capture_output=True, text=True, timeout=SECONDS + 240)
+@pytest.mark.hypothesis
+@pytest.mark.skipif(PROGRAM is None, reason="needs schemathesis")
+def test_no_request_of_the_document_is_an_error_of_the_server(server: Running, pytestconfig: pytest.Config) -> None:
+    if settings.get_current_profile_name() != SEARCH:
+        pytest.skip("takes a minute: --hypothesis-profile search")
+    command = [str(PROGRAM), "run", f"{server.url}/openapi.json", "--no-color", "--generation-database", "none"]
+    command += ["--seed", pytestconfig.getoption("--hypothesis-seed") or "0", "--max-examples", str(TIMES)]
+    command += ["--checks", CHECKS, "--suppress-health-check", "all"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-4000:]

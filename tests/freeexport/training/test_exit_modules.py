@@ -99,7 +99,8 @@ def test_fewer_ranks_keep_what_the_norm_shows() -> None:
 
 
 def test_one_unit_is_too_few_and_adds_nothing() -> None:
-    adapter, hidden = Adapter(WIDTH, 1, EPSILON), torch.randn(4, WIDTH)
+    adapter = Adapter(WIDTH, 1, EPSILON)
+    hidden = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
     begin_linear(adapter, *np.random.default_rng(2).normal(size=(2, 50, WIDTH)), np.ones(WIDTH))
     assert torch.equal(adapter(hidden), hidden)
 

@@ -200,6 +200,7 @@ def test_a_vocabulary_is_trained_further_as_it_is(run: Runs, words: Path, tmp_pa
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_teacher_predicts_as_the_models_head(bf16: bool) -> None:
+    torch.manual_seed(0)
     linear, bias = torch.nn.Linear(32, 50, bias=False), torch.linspace(-1, 1, 50)
     head = SharedHead(torch.nn.LayerNorm(32), linear, 0.5, None, bias, softcap=2.0).requires_grad_(False)
     states, before = torch.randn(7, 32), torch.get_float32_matmul_precision()

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import Case
-from training_case import LLAMA, Runs, logged, run_options
+from training_case import LLAMA, Runs, logged, run_options, tensors
 
 from freeexport.training import report
 from freeexport.training.train import train
@@ -73,7 +74,7 @@ def test_a_run_says_its_plan_and_its_evaluation_before_the_first_step(
 ) -> None:
     train(str(checkpoint(LLAMA)), tmp_path / "out", run_options(words, steps=6, evaluate_every=6))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("exit after layer 2 of 5: pays once")
+    assert lines[0].startswith("the exit after layer 2 of 5 pays once")
     assert lines[1].startswith("step 0: shallow loss")
     assert lines[2].startswith("plan: 6 steps")
     assert lines[3].startswith("warning: an exit hardly learns in 6 steps")
@@ -100,11 +101,11 @@ def measures(agreement: float, exits: float, deep_loss: float = 1.0) -> dict[str
 @pytest.mark.parametrize(
     ("before", "after", "costs", "said"),
     [
-        (measures(0.3, 0.0), measures(0.9, 0.7), COSTS, "verdict: the exit can pay, up to 1."),
-        ({}, measures(0.9, 0.7), COSTS, "verdict: the exit can pay, up to 1."),
-        (measures(0.3, 0.0), measures(0.5, 0.1), COSTS, "verdict: the exit does not pay yet: 10% of the tokens"),
+        (measures(0.3, 0.0), measures(0.9, 0.7), COSTS, "verdict: the exit can pay: up to 1."),
+        ({}, measures(0.9, 0.7), COSTS, "verdict: the exit can pay: up to 1."),
+        (measures(0.3, 0.0), measures(0.5, 0.1), COSTS, "verdict: the exit does not pay yet: 10.0% of the tokens"),
         (measures(0.6, 0.2), measures(0.6, 0.2), COSTS, "verdict: training made no better exit"),
-        (measures(0.3, 0.0), measures(0.9, 0.9), Costs(9.0, 1.0, {1: 3.0, 8: 4.0}), "verdict: this exit cannot pay"),
+        (measures(0.3, 0.0), measures(0.9, 0.9), Costs(9.0, 1.0, {1: 3.0, 8: 4.0}), "verdict: the exit cannot pay"),
     ],
 )
 def test_a_verdict_says_whether_the_exit_pays(
@@ -117,22 +118,71 @@ def test_a_verdict_says_whether_the_exit_pays(
     assert lines[1].startswith(said)
 
 
-def test_harm_to_the_model_and_exits_that_cannot_pay_are_warnings() -> None:
+def test_harm_to_the_model_is_a_warning() -> None:
     lines = report.verdict(measures(0.3, 0.0, 1.0), measures(0.9, 0.7, 1.3), COSTS)
     assert lines[1].startswith("warning: the whole model's loss rose from 1.000 to 1.300; lower --learning-rate")
-    assert report.prospect(COSTS, 2, 8).startswith("exit after layer 2 of 8: pays once 35% of the tokens")
-    costs = Costs(9.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
-    assert report.prospect(costs, 7, 8).startswith("warning: an exit after layer 7 of 8 cannot pay")
 
 
-def test_early_stopping_keeps_the_best(run: Runs, words: Path, tmp_path: Path) -> None:
-    # A rate that only makes it worse.
-    worse = {"evaluate_every": 1, "patience": 2, "learning_rate": 0.5, "schedule": "constant", "warmup": 0.0}
-    out, result = run(LLAMA, steps=50, **worse)
-    evaluated = logged(out, "eval_loss")[1:]
+WORSE = {"evaluate_every": 1, "learning_rate": 0.5, "schedule": "constant", "warmup": 0.0}
+
+
+@pytest.fixture
+def good(run: Runs) -> str:
+    """A model that does its task better than before."""
+    return str(run(LLAMA, steps=30, evaluate_every=30, learning_rate=3e-3).out)
+
+
+def test_a_training_that_makes_it_worse_keeps_the_weights_from_before(good: str, words: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = train(good, out, run_options(words, steps=50, patience=2, **WORSE))
     assert result.steps < 50
-    assert result.metrics["eval_loss"] == pytest.approx(min(evaluated))
-    assert result.best_step == evaluated.index(min(evaluated)) + 1
-    # The written weights are the best ones, not the last.
+    assert result.best_step == 0
+    assert result.metrics == result.before
+    assert min(logged(out, "eval_loss")) == result.metrics["eval_loss"]
+    assert result.verdict[-1].startswith("kept: the weights from before training")
+    # The written weights are those, not the last.
+    written, given = tensors(out), tensors(Path(good))
+    assert all(np.array_equal(written[name], given[name]) for name in given)
+
+
+def test_the_best_evaluation_is_kept(run: Runs, words: Path, tmp_path: Path) -> None:
+    out, result = run(LLAMA, steps=6, evaluate_every=2, learning_rate=1e-3)
+    evaluated = logged(out, "eval_loss")
+    assert result.metrics["eval_loss"] == min(evaluated) < evaluated[0]
+    assert result.best_step == 2 * evaluated.index(min(evaluated))
     again = replace(run_options(words), steps=1, evaluate_every=1)
     assert train(str(out), tmp_path / "again", again).before["eval_loss"] == pytest.approx(min(evaluated), rel=1e-4)
+
+
+def test_a_run_stops_when_the_loss_of_the_whole_model_rises(
+    good: str, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = run_options(words, steps=50, patience=0, loss="deep-ce", **WORSE)
+    result = train(good, tmp_path / "out", given)
+    assert 2 <= result.steps < 50
+    assert result.best_step == 0
+    assert "stopped: the whole model's loss rose at 2 evaluations in a row" in capsys.readouterr().err
+    assert result.verdict == ("kept: the weights from before training, as no evaluation was better by loss",)
+
+
+def test_an_exit_that_is_given_up_for_another_is_named(
+    good: str, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(good, tmp_path / "out", run_options(words, steps=1, exit_layer=1))
+    assert "was trained for an exit after layer 2; OUT has another, after layer 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("losses", "rises"),
+    [
+        ([0.1], False),
+        ([0.1, 0.2], False),
+        ([0.1, 0.2, 0.3], True),
+        ([0.1, 0.3, 0.2], False),  # it recovers
+        ([0.5, 0.1, 0.1005, 0.101], False),  # noise
+        ([0.5, 0.1, 0.11, 0.12], True),
+        ([0.5, 0.5, 0.5], False),
+    ],
+)
+def test_two_rises_in_a_row_count(losses: list[float], rises: bool) -> None:
+    assert report.rising(losses) == rises

@@ -25,6 +25,7 @@ from freeexport.checkpoints.examples import DataError
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, LossName, read_exit_file
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
+from freeexport.training import train as training
 from freeexport.training.batches import examples
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED
@@ -91,7 +92,7 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
         assert trained.metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-3, abs=1e-3), name
     if options:  # its exit can be trained further, alone
         alone = out.with_name("alone")
-        train(str(out), alone, run_options(words, **{**options, "tune": "exit", "steps": 4}))
+        train(str(out), alone, run_options(words, **{**options, "tune": "exit", "steps": 4, "learning_rate": 1e-4}))
         further = open_checkpoint(str(alone))
         assert further.exit is not None
         assert (further.exit.tune, further.adapter) == ("exit", alone)
@@ -270,6 +271,8 @@ def test_the_weights_of_the_best_outputs_are_kept(run: Runs, words: Path) -> Non
         ({"dropout": 1.0}, "--dropout is 1.0"),
         ({"epochs": float("inf"), "steps": None}, "--epochs is inf"),
         ({"loss_alpha": float("inf")}, "--loss-alpha is inf"),
+        ({"loss": "ce", "loss_alpha": 4.0}, "--loss-alpha is the weight of a distillation, and --loss ce has none"),
+        ({"threads": 0}, "--threads is 0; give at least 1"),
         ({"tune": "lora", "rank": 0}, "--rank is 0; give at least 1"),
         ({"rank": 4}, "--rank is for --tune lora, and for"),
         ({"tune": "exit", "exit_layers": 1, "rank": 4}, "--rank is for --tune lora, and for"),
@@ -379,3 +382,30 @@ def test_two_processes_train_as_one(checkpoint: Directory, words: Path, run: Run
     assert logged(tmp_path / "two") == pytest.approx(logged(one), rel=1e-4)
     # After the steps Adam has amplified the rounding of another order of summation: 1.2e-4 on transformers 4.57.
     assert logged(tmp_path / "two", "eval_loss") == pytest.approx(logged(one, "eval_loss"), rel=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("fast", "bf16", "said"),
+    [(True, False, "give --bf16"), (False, True, "--bf16 is slow"), (True, True, ""), (False, False, "")],
+)
+def test_bfloat16_is_advised_by_the_processor(
+    fast: bool, bf16: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "multiplies_bfloat16", lambda: fast)
+    note = training.bfloat16_note(bf16)
+    assert said in note
+    assert bool(said) == bool(note)
+
+
+def test_a_step_is_timed_twice_and_the_better_half_counts() -> None:
+    # Steps of 1 s, and then two that other work disturbed; of 37 s each at first.
+    assert training.better_half([(0.0, 0), (1.0, 100), (2.0, 200), (12.0, 300), (22.0, 400)]) == (1.0, 100.0)
+    assert training.better_half([(0.0, 0), (37.0, 100), (74.0, 200), (75.0, 300), (76.0, 400)]) == (1.0, 100.0)
+    assert training.better_half([(0.0, 0), (2.0, 100)]) == (2.0, 50.0)
+
+
+def test_the_verb_imports_torch_after_it_chose_how_threads_wait() -> None:
+    """torch's OpenMP reads the policy when it is loaded."""
+    program = "import sys, freeexport.commands.train; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert result.stdout == "False\n"

@@ -23,7 +23,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.verification.checks import Check, greedy_line
-from freeexport.verification.engines import FULL, QUICK
+from freeexport.verification.engines import FULL, QUICK, sample_ids
 from freeexport.verification.reference import TIE, Comparison
 from freeexport.verification.verification import VerificationError, failure, verify, verify_in_child, write_report
 from runtime.bundle.bundle import VERIFICATION, Bundle
@@ -160,6 +160,19 @@ def test_greedy_ids_that_differ_fail(copied: Bundles, checkpoint: Checkpoint, mo
 def test_a_checkpoint_that_the_bundle_was_not_made_from_is_refused(copied: Bundles, checkpoint: Checkpoint) -> None:
     with pytest.raises(VerificationError, match=r"qwen2-tied is not the checkpoint .*made from \(llama-tied\)"):
         verify(Bundle.open(copied(exit_layer=2)), str(checkpoint(BY_NAME["qwen2-tied"])))
+
+
+@pytest.mark.parametrize("name", ["m2m100", "t5-relu-tied", "llama-tied"])
+def test_random_prompts_have_no_padding(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Without a tokenizer prompts are random ids. transformers' M2M100 gives padding no position, wherever it is."""
+    model, case = tmp_path / "model", BY_NAME[name]
+    shutil.copytree(checkpoint(case), model, ignore=shutil.ignore_patterns("token*", "special*"))
+    options = ConvertOptions(exit_layer=1, capacity=64, encoder_capacity=64, measure=False)
+    assert convert(str(model), tmp_path / "bundle", options).verified
+    opened = Bundle.open(tmp_path / "bundle")
+    for padding in (None, 0, 1, 7, opened.manifest.vocab_size - 1):
+        drawn = sample_ids(replace(opened, manifest=replace(opened.manifest, pad_token_id=padding)))
+        assert padding not in {token for ids in drawn for token in ids}
 
 
 def test_the_command_writes_its_report_and_marks_the_bundle(copied: Bundles, checkpoint: Checkpoint) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import BY_NAME, Bundles
+from checkpoints import BY_NAME, Bundles, Case
+from command_line import succeed
+from gguf_model import write_gguf
+from safetensors.numpy import save_file
 
 from runtime import Bundle, BundleError, CalibrationError, EngineError, Session
 from runtime.bundle.bundle import VERIFICATION, sha256_of
@@ -122,8 +128,36 @@ def test_a_manifest_that_lists_no_engine_is_refused(file: str, copied: Bundles) 
 def test_where_there_is_no_bundle_the_message_says_how_to_make_one(tmp_path: Path) -> None:
     assert "freeexport convert" in refusal(tmp_path / "nothing")
     (tmp_path / "file").write_text("x")
-    assert "no bundle" in refusal(tmp_path / "file")
-    assert f"no {MANIFEST}" in refusal(tmp_path)
+    assert refusal(tmp_path / "file") == (
+        f"{tmp_path / 'file'} is not a bundle: it is a file; give a directory that freeexport convert wrote"
+    )
+    assert f"it has no {MANIFEST}; give a directory" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "gguf", "folder of gguf", "adapter"])
+def test_the_command_that_is_named_for_a_checkpoint_makes_the_bundle(
+    kind: str, checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a model"
+    if kind == "checkpoint":
+        shutil.copytree(checkpoint(BY_NAME["llama-tied"]), path)
+    elif kind == "adapter":
+        path.mkdir()
+        module = "base_model.model.model.layers.0.self_attn.q_proj"
+        lora = {f"{module}.lora_A.weight": np.ones((1, 64)), f"{module}.lora_B.weight": np.ones((64, 1))}
+        save_file(lora, path / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 1, "base_model_name_or_path": str(checkpoint(BY_NAME["llama-tied"]))}
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        path.mkdir()
+        model = write_gguf(path / "tiny.gguf")
+        path = model if kind == "gguf" else path
+    message = refusal(path)
+    assert message.startswith(f"{path} is not a bundle but a checkpoint; ")
+    command = shlex.split(message.partition("make a bundle of it with: freeexport ")[2])
+    monkeypatch.chdir(tmp_path)
+    succeed(*command, "--verify", "none", "--capacity", "64")
+    assert Bundle.open("BUNDLE").manifest.layers
 
 
 def test_what_cannot_be_loaded_is_named(copied: Bundles) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from draft_plans import PlannedExits
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from recording_engine import (
     DEEP_TOKEN,
     LENGTH,
@@ -64,7 +65,7 @@ confidences = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0])
     max_pending=st.integers(1, 17),
     prompt_length=st.integers(0, 5),
 )
-@settings(max_examples=50)
+@tries(50)
 def test_lengths_flags_and_sync_passes_hold_at_every_step(
     trace: list[float], threshold: float, max_pending: int, prompt_length: int
 ) -> None:
@@ -181,7 +182,7 @@ def drafted(loop: Loop, decoder: Decoder, shallow: Recorder, deep: Recorder, lim
     tokens=st.integers(1, 40),
     starts=st.booleans(),
 )
-@settings(max_examples=50)
+@tries(50)
 def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
     trace: list[float],
     nll: list[float],
@@ -223,7 +224,7 @@ def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
     tokens=st.integers(1, 40),
     starts=st.booleans(),
 )
-@settings(max_examples=50)
+@tries(50)
 def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     trace: list[float],
     agrees: list[bool],

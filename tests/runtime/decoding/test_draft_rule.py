@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import example, given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from profiles import tries
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import NEUTRAL, Costs
 from runtime.decoding.calls import Prediction
-from runtime.decoding.draft_rule import PLAIN, Drafts, LearnedDrafts, Outcome, Plan
+from runtime.decoding.draft_rule import NO_DRAFT, DraftPlan, Drafts, LearnedDrafts, Outcome
 from runtime.decoding.draft_sources import Candidates
 
 ROOM = 15
@@ -107,11 +107,11 @@ class Request:
     ) -> None:
         self.machine, self.noise, self.chance = machine, noise, random.Random(seed)
         self.sure, self.kept = exits or (0.0, 0.0)
-        self.plans: list[tuple[int, Plan]] = []
+        self.plans: list[tuple[int, DraftPlan]] = []
         sources: Any = text
         self.now = 0.0
         self.drafts = Drafts(costs or learned.costs, learned.acceptance(0.5, False), sources, exits is not None)
-        self.drafts._since = 0.0
+        self.drafts._choice_time = 0.0
         self.drafts.clock = lambda: self.now  # type: ignore[method-assign]
         output, spent = Output(tokens), 0.0
         while len(output.tokens) < tokens:
@@ -130,9 +130,9 @@ class Request:
         if plan.tokens:
             drafted = len(plan.tokens)
             rows = drafted + (drafted < left)
-        elif plan is not PLAIN:
-            chain, most = self.drafts.chain(0.0), min(plan.exits, left)
-            while drafted < most and (not drafted or chain.goes_on()):
+        elif plan is not NO_DRAFT:
+            chain, most = self.drafts.exit_draft(0.0), min(plan.exits, left)
+            while drafted < most and (not drafted or chain.continues()):
                 sure = self.chance.random() < self.sure
                 right.append(sure and self.chance.random() < self.kept)
                 confidences.append(SURE if sure else UNSURE)
@@ -151,7 +151,7 @@ class Request:
             shallow = self.noisy(rows * self.machine.step + heads * self.machine.head)
             deep = self.noisy(self.machine.deep + further)
         self.now += shallow + deep + self.machine.outside
-        if plan is PLAIN:
+        if plan is NO_DRAFT:
             self.drafts.observe_plain(shallow, deep, shared=False)
             return 1, shallow + deep
         kept = 0
@@ -199,7 +199,7 @@ def test_free_writing_is_never_slower_than_0_97_of_full(name: str, found: float,
 @example(name="dear rows", texts=[(1.0, 0.125, 2)], tokens=100, known=False, seed=1)
 @example(name="dear rows", texts=[(1.0, 0.0, 3)] * 3, tokens=100, known=True, seed=0)
 @example(name="dear rows", texts=[(1.0, 1.0, 3), (1.0, 0.4, 5)], tokens=100, known=True, seed=0)
-@hypothesis_settings(max_examples=50, deadline=None)
+@tries(50)
 def test_no_text_whatever_matches_in_it_is_much_slower_than_full(
     name: str, texts: list[tuple[float, float, int]], tokens: int, known: bool, seed: int
 ) -> None:
@@ -217,7 +217,7 @@ def test_no_text_whatever_matches_in_it_is_much_slower_than_full(
     chances=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4),
     seed=st.integers(0, 1000),
 )
-@hypothesis_settings(max_examples=40, deadline=None)
+@tries(40)
 def test_an_exit_that_is_seldom_right_costs_little(name: str, chances: list[tuple[float, float]], seed: int) -> None:
     learned = learned_by()
     for sure, kept in chances:
@@ -284,10 +284,10 @@ def test_a_draft_goes_on_as_far_as_tokens_of_such_confidence_were_right() -> Non
     drafts = Drafts(learned.costs, learned.acceptance(0.0, False))
     for confidence, right in ((0.25, True), (0.85, False)) * 40:
         outcome = Outcome(2 if right else 1, int(right), int(right), 1 + right, (confidence, None)[: 1 + right])
-        drafts.observe(Plan(exits=1), outcome, machine.step + machine.head, machine.deep, shared=False)
+        drafts.observe(DraftPlan(exits=1), outcome, machine.step + machine.head, machine.deep, shared=False)
 
     def drafted(threshold: float, *confidences: float) -> list[bool]:
-        chain = drafts.chain(threshold)
+        chain = drafts.exit_draft(threshold)
         return [chain(Prediction(RIGHT, confidence)) for confidence in confidences]
 
     assert drafted(0.0, 0.25, 0.25, 0.25) == [True, True, True]
@@ -313,7 +313,7 @@ def test_an_exits_own_layers_are_read_by_the_requests_that_they_make_faster(
         for number in range(120):
             exits = choice.next() if way is None else way
             text = Text(found, 0.8, seed=number)
-            costs = learned.costs if exits else learned.without
+            costs = learned.costs if exits else learned.costs_without_exit
             chances = (0.8, kept) if exits else None
             request = Request(with_own if exits else machine, learned, 50, text, chances, 0.1, number, costs)
             total += request.spent

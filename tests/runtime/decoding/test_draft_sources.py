@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from recording_engine import DEEP_TOKEN, LENGTH, alone, decoded, prompt_of
 from test_decode import decoder_of, drafted, full
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
-from runtime.decoding.draft_rule import LENGTHS, PLAIN, Acceptance, Drafts, Plan
+from runtime.decoding.draft_rule import NO_DRAFT, RULE, Acceptance, DraftPlan, Drafts
 from runtime.decoding.draft_sources import (
     GAP,
     LONGEST,
@@ -52,16 +53,16 @@ class Chosen(Drafts):
         super().__init__(measured(), Acceptance(), sources)
         self.turns, self.now = itertools.cycle(plans), plans[0]
 
-    def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
+    def plan(self, response: Response, most: int, sequences: int = 1) -> DraftPlan:
         self.now = next(self.turns)
         return super().plan(response, most, sequences)
 
     def _length(self, source: str, agrees: int, count: int) -> int:
         return min(self.now[1], count)
 
-    def _plan_exit(self, most: int) -> Plan:
+    def _plan_exit(self, most: int) -> DraftPlan:
         length = min(self.now[0], most)
-        return Plan(exits=length) if length else PLAIN
+        return DraftPlan(exits=length) if length else NO_DRAFT
 
 
 tokens = st.integers(0, VOCAB - 1)
@@ -159,7 +160,7 @@ def test_what_is_no_list_of_token_ids_is_refused_with_its_value(given: Any) -> N
     max_pending=st.integers(1, 8),
     limit=st.integers(1, 40),
 )
-@settings(max_examples=50)
+@tries(50)
 def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_the_caches(
     plans: list[tuple[int, int]], right: list[bool], agrees: list[bool], max_pending: int, limit: int
 ) -> None:
@@ -192,7 +193,7 @@ def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_t
     max_pending=st.integers(1, 9),
     limit=st.integers(1, 40),
 )
-@settings(max_examples=50)
+@tries(50)
 def test_text_behind_drafts_of_the_exit_gives_the_tokens_of_full_and_leaves_only_them_in_the_caches(
     confidences: list[float], right: list[bool], agrees: list[bool], max_pending: int, limit: int
 ) -> None:
@@ -261,7 +262,7 @@ def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
 def test_candidates_are_drafted_in_few_numbers() -> None:
     """Calls for each number of rows are bound once."""
     drafts = Drafts(CallCosts(), Acceptance())
-    assert {drafts._length("lookup", agrees, n) for n in range(1, 16) for agrees in range(10)} <= {0, *LENGTHS}
+    assert {drafts._length("lookup", agrees, n) for n in range(1, 16) for agrees in range(10)} <= {0, *RULE.lengths}
 
 
 def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for_long() -> None:

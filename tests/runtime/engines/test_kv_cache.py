@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from manifest_case import MANIFEST
+from profiles import tries
 
 from runtime.engines.kv_cache import CROSS_STEP, LEAST_DOUBLED, MOST_DOUBLED, CrossCache, KVCache, check_memory
 from runtime.errors import CapacityError
@@ -77,7 +77,7 @@ class Ledger(RuleBasedStateMachine):
                     assert view[0, head, : len(expected), -1].tolist() == expected
 
 
-Ledger.TestCase.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+Ledger.TestCase.settings = tries(50, stateful_step_count=20)
 TestLedger = Ledger.TestCase
 
 

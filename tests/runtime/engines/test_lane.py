@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from checkpoints import BY_NAME, PROMPTS, Bundles
 from draft_plans import PlannedExits, draft_exits
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from recording_engine import LENGTH, WIDTH, Recorder, alone, cached, decoded, prompt_of
 from thread_runner import ThreadRunner, runners_beside
 
@@ -91,7 +92,7 @@ def steps_of(
     tokens=st.integers(1, 30),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=25)
+@tries(25)
 def test_overlap_changes_no_token_whatever_the_lanes_take(
     mode: str,
     trace: list[float],

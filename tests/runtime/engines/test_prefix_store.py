@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from profiles import tries
 
 from runtime.engines.prefix_store import PrefixStore, hashes
 
@@ -85,7 +86,7 @@ class Ledger(RuleBasedStateMachine):
         assert all(len(text) == 1 or text[:-1] in self.stored for text in self.stored)
 
 
-Ledger.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Ledger.TestCase.settings = tries(60, stateful_step_count=30)
 TestLedger = Ledger.TestCase
 
 

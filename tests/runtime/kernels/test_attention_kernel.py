@@ -13,9 +13,10 @@ from attention_cases import (
     random_call,
     random_layer,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import INSTRUCTIONS, here
+from profiles import tries
 
 from runtime.kernels import missing
 
@@ -42,7 +43,7 @@ def made(layer, sequence):
 
 
 @given(layers, sequences, st.booleans())
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_attention_is_that_of_float64_and_has_the_same_bits_everywhere(layer, sequence, packed):
     layer, call = made(layer, sequence)
     ours, expected = call.fresh(), call.fresh()
@@ -72,7 +73,7 @@ def test_prompts_of_many_rows_have_the_same_bits_everywhere(heads, size, window,
 
 
 @given(layers, sequences)
-@settings(max_examples=20, deadline=None)
+@tries(20)
 def test_a_row_has_the_bits_that_it_has_alone(layer, sequence):
     layer, call = made(layer, sequence)
     together = attend("scalar", layer, call.fresh(), packed=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
     INSTRUCTIONS,
@@ -18,6 +18,7 @@ from kernel_cases import (
     random_case,
     whole_vocabulary,
 )
+from profiles import tries
 
 from runtime.engines.onnx import Call
 from runtime.kernels import missing, spread_logits
@@ -32,7 +33,7 @@ RUN = {threads: best_two(threads) for threads in (1, 3)}
 @given(
     st.integers(0, 2**32), st.integers(1, 5), st.one_of(st.integers(2, 200), st.integers(4000, 20000)), st.booleans()
 )
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_the_best_two_and_the_sum_are_those_of_float64_on_any_number_of_threads(
     seed: int, rows: int, count: int, ties: bool
 ) -> None:

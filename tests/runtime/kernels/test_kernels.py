@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
     ACTIVATIONS,
@@ -22,6 +22,7 @@ from kernel_cases import (
     session,
     with_rounded_rows,
 )
+from profiles import tries
 
 import runtime.kernels
 from graphs.quantization.rounding import Rounded, round_4_bits
@@ -61,7 +62,7 @@ shapes = st.tuples(
 
 
 @given(shapes)
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_products_are_those_of_the_rounded_rows_and_weights_everywhere(shape):
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)
@@ -132,7 +133,7 @@ BEFORE = ("", "norm", "skip", "layer", "layer skip", "layer skip kept")
 
 
 @given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(BEFORE), st.sampled_from([None, 4, 6, 8]))
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywhere(shape, activation, before, up_bits):
     case, x, total, fused = fused_case(shape, activation, before, up_bits)
     count, up = len(x), fused["up"]
@@ -153,7 +154,7 @@ def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywher
 
 
 @given(shapes, st.integers(1, 50), st.sampled_from([4, 6, 8]), st.sampled_from(["", "norm", "skip"]))
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_products_beside_each_other_are_those_alone(shape, second_outputs, second_bits, before):
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)

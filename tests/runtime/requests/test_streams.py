@@ -109,12 +109,12 @@ def test_an_async_stream_that_is_closed_gives_its_slot_back(open_session: Open) 
 def test_deadline_and_cancel_are_different_ends(open_session: Open) -> None:
     session, cancel = open_session(), threading.Event()
     late = session.generate(PROMPT, deadline=0.1, logits_processor=slowly, **ENDLESS)
-    assert (late.finish_reason, late.complete) == ("deadline", False)
+    assert (late.finish_reason, late.complete, late.interrupted) == ("deadline", False, True)
     cancel.set()
     ended = session.generate(PROMPT, deadline=60, cancel=cancel, **ENDLESS)
-    assert (ended.finish_reason, ended.complete) == ("cancelled", False)
+    assert (ended.finish_reason, ended.complete, ended.interrupted) == ("cancelled", False, True)
     whole = session.generate(PROMPT, deadline=60, **ENDLESS)
-    assert (whole.finish_reason, whole.complete) == ("length", True)
+    assert (whole.finish_reason, whole.complete, whole.interrupted) == ("length", False, False)
     with session.stream(PROMPT, deadline=60, **ENDLESS) as stream:
         next(stream)
     assert stream.result.finish_reason == "cancelled"

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from draft_plans import PlannedExits
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from recording_engine import alone
 from thread_runner import ThreadRunner
 
@@ -289,7 +290,7 @@ asks = st.builds(
     ),
     borrow=st.booleans(),
 )
-@settings(max_examples=40)
+@tries(40)
 def test_requests_give_what_they_give_alone_whatever_comes_and_goes_beside_them(
     beside: bool, slots: int, arrivals: list[tuple[Ask, int, int | None]], borrow: bool
 ) -> None:

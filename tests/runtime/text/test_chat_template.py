@@ -7,8 +7,9 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 
 from runtime.errors import BundleError, PromptError
 from runtime.text.chat_template import MOST_SOURCE, ChatTemplate
@@ -182,7 +183,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=100)
+@tries(100)
 @given(st.lists(st.sampled_from(PIECES), max_size=12))
 def test_any_template_renders_or_is_refused(pieces: list[str]) -> None:
     try:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import tokenizers
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from runtime.errors import PromptError
@@ -86,11 +87,12 @@ def specials(tokenizer: Tokenizer, ids: list[int]) -> list[str | None]:
 contents = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=8).map("".join)
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("name", BACKENDS)
 def test_messages_without_control_tokens_encode_as_in_transformers(name: str) -> None:
     tokenizer, reference = tokenizer_of(name), reference_of(name)
 
-    @settings(max_examples=50)
+    @tries(50)
     @given(st.lists(contents, min_size=1, max_size=3))
     def check(texts: list[str]) -> None:
         messages = messages_of(*(text for text in texts if not any(control in text for control in CONTROLS)))
@@ -104,11 +106,12 @@ def test_messages_without_control_tokens_encode_as_in_transformers(name: str) ->
     check()
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("name", BACKENDS)
 def test_control_tokens_in_messages_are_text(name: str) -> None:
     tokenizer, reference = tokenizer_of(name), reference_of(name)
 
-    @settings(max_examples=50)
+    @tries(50)
     @given(st.lists(st.lists(st.sampled_from([*PIECES, *CONTROLS]), max_size=8).map("".join), min_size=1, max_size=3))
     def check(texts: list[str]) -> None:
         messages = messages_of(*texts)

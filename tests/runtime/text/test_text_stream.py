@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from runtime.errors import OptionError
@@ -121,7 +122,7 @@ def run(stream: Detokenizer, ids: list[int]) -> tuple[list[str], int | None]:
     return [*pieces, stream.finish()], count
 
 
-@settings(max_examples=500)
+@tries(500)
 @given(named_ids(), stops)
 def test_text_is_what_decodes_up_to_the_first_stop_string(case: tuple[str, list[int]], stop: list[str]) -> None:
     """And what was handed out stays true, whatever comes."""

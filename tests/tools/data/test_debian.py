@@ -11,7 +11,18 @@ from click.testing import CliRunner
 
 from tools.data import debian
 from tools.data.debian import EXTRACT_SEPARATORS, Pair, component, extracted, extractions, split_pairs, translations
-from tools.data.debian_index import Description, descriptions, families, fetch_index, stanzas, stem
+from tools.data.debian_index import (
+    Description,
+    descriptions,
+    families,
+    fetch_index,
+    snapshot,
+    sources,
+    splits_of,
+    stanzas,
+    stem,
+)
+from tools.data.splits import split_of
 
 TRANSLATION = """\
 Package: libfoo2
@@ -73,7 +84,8 @@ def test_families_share_source_name_or_a_rare_paragraph() -> None:
         "7": ("epsilon", ()),
     }
     packages = [{"Package": "x", "Source": "same (1)", "Description-md5": md5} for md5 in "67"]
-    found = families({md5: Description(name, "", text) for md5, (name, text) in texts.items()}, packages)
+    english = {md5: Description(name, "", text) for md5, (name, text) in texts.items()}
+    found = families(english, sources(english, packages))
     assert found["1"] == found["2"]
     assert found["3"] == found["4"]
     assert found["6"] == found["7"]
@@ -153,17 +165,45 @@ def test_a_description_is_extracted_once_without_people_and_checksums() -> None:
     assert "SHA256" not in pair.input
 
 
-def test_a_family_is_in_one_split_and_a_large_one_in_train() -> None:
-    pairs = [Pair(str(index), f"text {index}", "x") for index in range(1000)]
-    family = {str(index): "large" if index < 100 else f"family {index // 3}" for index in range(1000)}
-    splits = split_pairs(pairs, family)
+def test_a_family_is_in_one_split_and_a_large_one_is_not_held_out() -> None:
+    pairs = [Pair(str(index), f"text {index}", "x") for index in range(2000)]
+    family = {str(index): "large" if index < 100 else f"family {index // 3}" for index in range(2000)}
+    source = {md5: [name] for md5, name in family.items()}
+    split = splits_of(source, family)
+    split |= dict.fromkeys((name for name in family if family[name] == "large"), "test")
+    splits = split_pairs(pairs, family, split)
     owner: dict[str, set[str]] = {}
     for name, lines in splits.items():
         for line in lines:
             owner.setdefault(line.keys[0], set()).add(name)
-    assert owner["large"] == {"train"}
+    assert "large" not in owner
     assert all(len(names) == 1 for names in owner.values())
     assert len(splits["test"]) > 10
+
+
+def test_another_index_moves_no_line_to_another_split() -> None:
+    """Whichever packages join, leave or link families, a line is in the split of its own source or in none."""
+    names = [f"{first}{second}q" for first in "abcdefghijklmnopqrst" for second in "abcdefghijklmnopqrst"]
+    whole = {name: Description(name, "", (f"{LONG} {name[0]}",)) for name in names}
+
+    def split_by(index: dict[str, Description]) -> dict[str, str]:
+        source = sources(index, [{"Package": name, "Description-md5": name} for name in index])
+        return splits_of(source, families(index, source))
+
+    alone = {name: split_of(f"source {name}") for name in names}
+    for kept in (names, names[::2], names[::7], names[3:]):
+        found = split_by({name: whole[name] for name in kept})
+        assert found
+        assert all(alone[name] == split for name, split in found.items())
+    assert split_by({"abq": whole["abq"]}) == {"abq": alone["abq"]}
+
+
+def test_a_description_of_two_sources_is_in_the_earlier_split_of_the_two() -> None:
+    by_split = {split_of(f"source p{number}"): f"p{number}" for number in range(1000)}
+    english = {"a": Description("x", "", ())}
+    packages = [{"Package": by_split[name], "Description-md5": "a"} for name in ("test", "calibration")]
+    source = sources(english, packages)
+    assert splits_of(source, families(english, source)) == {"a": "calibration"}
 
 
 def test_german_paragraphs_meet_the_english_ones_at_their_place() -> None:
@@ -188,12 +228,14 @@ def test_german_paragraphs_meet_the_english_ones_at_their_place() -> None:
 @pytest.fixture
 def apt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stand for apt: `lists` are what an update leaves, `fails` what another command raises."""
-    told: dict[str, Any] = {"lists": [], "fails": None, "configurations": []}
+    told: dict[str, Any] = {"lists": [], "fails": None, "configurations": [], "release": ""}
 
     def run(command: tuple[str, ...], cwd: Path, env: dict[str, str], **given: Any) -> Any:
         told["configurations"].append(Path(env["APT_CONFIG"]).read_text())
         for name in told["lists"]:
             (cwd / "lists" / f"mirror_main_{name}").write_bytes(b"x")
+        if told["release"]:
+            (cwd / "lists" / "mirror_InRelease").write_text(told["release"])
         if told["fails"] is not None and "update" not in command:
             raise told["fails"]
         return subprocess.CompletedProcess(command, 0, b"text", b"")
@@ -214,7 +256,22 @@ def test_apt_is_told_absolute_directories(apt: dict[str, Any], tmp_path: Path, m
 def test_a_mirror_without_german_serves_the_other_tasks(apt: dict[str, Any], tmp_path: Path) -> None:
     apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en"]
     fetch_index(tmp_path / "index")
-    assert {path.name for path in (tmp_path / "index").iterdir()} == {"Packages", "Translation-en"}
+    names = {path.name for path in (tmp_path / "index").iterdir()}
+    assert names == {"Packages", "Translation-en", "releases.json"}
+
+
+def test_the_snapshot_names_the_release_its_date_and_the_hashes(apt: dict[str, Any], tmp_path: Path) -> None:
+    apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en"]
+    apt["release"] = "Suite: stable\nCodename: name\nDate: Sat, 01 Nov 2025 10:00:00 UTC\nSHA256:\n 00 x\n"
+    fetch_index(tmp_path / "index")
+    found = snapshot(tmp_path / "index")
+    (release,) = found["releases"]
+    assert {key: release[key] for key in ("codename", "date")} == {
+        "codename": "name",
+        "date": "Sat, 01 Nov 2025 10:00:00 UTC",
+    }
+    assert len(release["sha256"]) == 64
+    assert set(found["sha256"]) == {"Packages", "Translation-en"}
 
 
 def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
@@ -232,5 +289,9 @@ def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
     result = CliRunner().invoke(debian.command, arguments)
     assert result.exit_code == 0, result.output
     assert "50 train" in result.output
+    about = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    assert (about["test_version"], set(about["snapshot"]["sha256"])) == (1, {"Packages", "Translation-en"})
+    other_order = CliRunner().invoke(debian.command, [*arguments, "--test-version", "2", "--seed", "1"])
+    assert "leave out --seed 1" in other_order.output
     missing = CliRunner().invoke(debian.command, ["translation", *arguments[1:]])
     assert "no Translation-de; remove that directory" in str(missing.exception)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -79,3 +80,12 @@ def test_the_data_set_is_read_as_messages_without_targets(tmp_path: Path, monkey
         assert set(Counter(line["kind"] for line in lines).values()) == {10 if name == "train" else 2}
         assert all("target" not in line for line in lines)
     assert len(read_examples(out / "train.jsonl")) == 80
+    first = (out / "test.jsonl").read_text()
+    arguments += ["--train", "80", "--held-out", "16", "--test-version", "2", "--overwrite"]
+    result = CliRunner().invoke(tool.command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    names = re.compile(r"name \d+|Knob (\d+)|\d+: A frob")
+    both = [{found.group() for found in names.finditer(text)} for text in (first, (out / "test.jsonl").read_text())]
+    assert both[0]
+    assert both[1]
+    assert both[0].isdisjoint(both[1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from freeexport.system.output import OutputError
-from tools.data.splits import SHARES, DataError, Line, shuffled, split_of, write_data_set
+from tools.data.splits import SHARES, TEST_LINES, DataError, Line, fresh, shuffled, split_of, write_data_set
 
 
 def examples(name: str, count: int = 2) -> list[Line]:
@@ -31,6 +31,17 @@ def test_the_order_depends_on_the_seed_and_not_on_the_order_before() -> None:
     assert shuffled(words, 1, str) == shuffled(reversed(words), 1, str)
     assert shuffled(words, 1, str) != shuffled(words, 2, str)
     assert sorted(shuffled(words, 1, str)) == sorted(words)
+
+
+def test_a_later_version_of_a_test_split_has_no_line_that_an_earlier_one_may_have_shown() -> None:
+    lines = [Line(f"line {number}", "x", (f"family {number % 900}",)) for number in range(1800)]
+    assert fresh(lines, 1) == lines
+    second, third = fresh(lines, 2), fresh(lines, 3)
+    shown = {line.keys for line in lines[:TEST_LINES]}
+    assert {line.keys for line in second} == {line.keys for line in lines} - shown
+    shown |= {line.keys for line in second[:TEST_LINES]}
+    assert {line.keys for line in third} == {line.keys for line in lines} - shown
+    assert third
 
 
 def test_a_data_set_is_lines_of_json_and_is_replaced_only_when_asked(

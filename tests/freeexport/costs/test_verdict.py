@@ -5,7 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from freeexport.measure.exit_verdict import ExitFacts, Share, share, verdict
+from freeexport.costs.verdict import (
+    ExitFacts,
+    Share,
+    break_even_text,
+    prospect,
+    share,
+    trained_verdict,
+    verdict,
+)
+from runtime.bundle.costs import MAX_PENDING, Costs
 
 UNKNOWN = ExitFacts("out", 10, 30)
 TIMED = replace(UNKNOWN, basis="measured", break_even=0.3)
@@ -67,14 +76,13 @@ NEVER = replace(EXITS, threshold=1.0, why_never="no token agrees")
         (replace(TIMED, trained=True, data="lines.jsonl"), "neutral", "once 30.0% of the tokens exit",
          "freeexport calibrate out --data lines.jsonl"),
         (UNKNOWN, "neutral", "speed not measured", ""),
-        (replace(EXITS, basis="busy"), "neutral", "may pay: 1.40x the speed of mode full, predicted by times taken on "
-         "a busy machine", "on an idle machine"),
-        (replace(TIMED, basis="busy"), "neutral", "30.0%", ""),
-        # It is slower whatever the machine does.
-        (replace(EXITS, basis="busy", speedup=0.7), "bad", "does not pay: 0.70x", ""),
+        (replace(EXITS, basis="bytes"), "neutral", "may pay: 1.40x the speed of mode full, predicted by the bytes that "
+         "are read", "on an idle machine"),
+        (replace(TIMED, basis="bytes"), "neutral", "30.0%", ""),
+        (replace(EXITS, basis="bytes", speedup=0.7), "bad", "does not pay: 0.70x", ""),
         (replace(TIMED, break_even=None), "bad", "saves nothing even if every token exited",
          "exit after an earlier layer"),
-        (replace(EXITS, speedup=0.9, break_even=0.7), "bad", "exits pay once 70.0% of the tokens exit", ""),
+        (replace(EXITS, speedup=0.9, break_even=0.7), "bad", "it pays once 70.0% of the tokens exit, by", ""),
         (replace(EXITS, break_even=0.55), "neutral", "may pay: 1.40x", "give more data"),
         # What was measured counts more than what was predicted.
         (replace(EXITS, measured=0.95), "bad", "0.95x the speed of mode full, measured", ""),
@@ -99,3 +107,37 @@ def test_a_heavy_head_is_named() -> None:
     facts = replace(EXITS, trained=False, speedup=0.7)
     assert "--exit-vocab" not in verdict(facts).next_step
     assert "--exit-vocab N" in verdict(replace(facts, heavy_head=True)).next_step
+
+
+def test_a_ready_made_exit_is_named_before_training() -> None:
+    facts = replace(TIMED, trained=False, agreement=POOR)
+    assert verdict(facts).next_step.startswith("train it for the exit")
+    found = verdict(replace(facts, ready_made=("chat", "code"))).next_step
+    assert found.startswith("use an exit that comes along (freeexport convert CHECKPOINT OUT --exit chat or code), ")
+
+
+def test_an_exit_without_a_threshold_drafts() -> None:
+    assert verdict(TIMED).text == (
+        "not calibrated, so mode lossless drafts with the exit, and mode free needs a threshold; the exit after layer "
+        "10 of 30 pays once 30.0% of the tokens exit, by the engines' measured times"
+    )
+
+
+# A token takes 4 with all layers; 2 of shallow and head when it exits.
+BYTES = Costs(2.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
+
+
+def test_an_exit_to_be_trained_has_the_break_even_of_its_bundle() -> None:
+    even = BYTES.break_even(MAX_PENDING)
+    text = break_even_text(even, "bytes")
+    assert text == "pays once 35.1% of the tokens exit, by the bytes that are read"
+    for said in (
+        prospect(BYTES, 2, 8),
+        trained_verdict(BYTES, 0.1),
+        verdict(replace(UNKNOWN, basis="bytes", break_even=even)).text,
+    ):
+        assert "pays once 35.1% of the tokens exit" in said
+    never = Costs(9.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
+    assert prospect(never, 7, 8).startswith("warning: the exit after layer 7 of 8 saves nothing even if every token")
+    assert trained_verdict(never, 0.9).startswith("cannot pay: it saves nothing")
+    assert trained_verdict(BYTES, 0.7).startswith("can pay: up to 1.")

@@ -1,19 +1,30 @@
 """The byte model: decoding takes as long as the bytes of weights, keys and values that its engine calls read.
 
 It predicts speeds from what was decoded, not from how long that took: a measured speed far below says that something
-else costs time, one above that weights stayed in the processor's cache.
+else costs time, one above that weights stayed in the processor's cache. Before there is a bundle it predicts from a
+checkpoint's shapes, and on a busy machine it stands in for times.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from freeexport.system.machine import kernel_instructions
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.costs import Costs
+from runtime.bundle.manifest import ExitInput
+from runtime.errors import BundleError
 from runtime.result import GenerationResult
+
+if TYPE_CHECKING:
+    from graphs.description import Description, Linear
+    from graphs.weights import Weights
 
 # Bytes that could be read in the time that an engine call takes beside reading.
 CALL_BYTES = 1_000_000
@@ -22,24 +33,29 @@ CALL_BYTES = 1_000_000
 _ROW_SHARES = {("amx", "int8"): 0.05, ("amx", "int4"): 0.07, ("avx512-vnni", "int8"): 0.13}
 _ROW_SHARES |= {("avx512-vnni", "int4"): 0.25, ("avx2", "int8"): 0.24, ("avx2", "int4"): 0.13}
 _OTHER_ROW_SHARE = 0.13
+# Rows of deep passes whose costs are kept; between them costs are straight.
+_SIZES = (1, 16)
 
 
 class EngineBytes(NamedTuple):
     """Bytes of weights that a call of an engine reads: by its layers for every token, and where they run, by the exit's
     own layers and the head."""
 
-    layers: int
-    own: int
-    head: int
+    layers: float
+    own: float
+    head: float
 
 
 def engine_bytes(path: Path) -> EngineBytes:
     """Weights of an engine by who reads them. What depends on the input `head_rows` is the head, and what depends on
     `exit_lengths` alone the exit's own layers. Of a table that rows are gathered from, only a row is read: it counts
-    as nothing."""
+    as nothing. Raises BundleError where the file is no graph."""
     import onnx_ir as ir
 
-    graph = ir.load(path).graph
+    try:
+        graph = ir.load(path).graph
+    except Exception as error:  # protobuf's and onnx_ir's own
+        raise BundleError(f"{path} is no ONNX graph ({type(error).__name__}); convert the checkpoint again") from None
     of_head: set[str | None] = {"head_rows"}
     of_own: set[str | None] = {"exit_lengths"}
     readers: dict[str, set[str]] = defaultdict(set)
@@ -176,3 +192,70 @@ class ByteModel:
 def row_share(precision: str, instructions: str) -> float:
     """The cost of a further row by these instructions, as a share of the first."""
     return _ROW_SHARES.get((instructions, {"mixed": "int4"}.get(precision, precision)), _OTHER_ROW_SHARE)
+
+
+def costs_by_bytes(shallow: EngineBytes, deep: EngineBytes, row: float, calls: tuple[int, int] = (1, 0)) -> Costs:
+    """Costs in bytes, without keys and values. `row`: see `row_share`. `calls`: how many engine calls the shallow
+    layers take, and the exit besides."""
+    layers, exit = (count * CALL_BYTES for count in calls)
+    without_head = shallow.layers + layers
+    whole = deep.layers + deep.head
+    return Costs(
+        shallow=without_head + shallow.own + shallow.head + exit,
+        shallow_without_head=without_head,
+        deep={rows: whole * (1 + row * (rows - 1)) + CALL_BYTES for rows in _SIZES},
+        measured=False,
+    )
+
+
+def bundle_costs(bundle: Bundle) -> Costs | None:
+    """Costs by the bytes that the engines of a bundle for a CPU read here; None for a GPU, and where onnx_ir, which
+    reads graphs, is not installed."""
+    manifest = bundle.manifest
+    if manifest.target != "cpu" or find_spec("onnx_ir") is None:
+        return None
+    row = row_share(manifest.precision, kernel_instructions())
+    calls = 0 if manifest.exit_embeds else 1, 1 if manifest.exit_engine else 0
+    return costs_by_bytes(*decoder_bytes(bundle), row, calls)
+
+
+def known_costs(bundle: Bundle, *measured: Costs | None) -> Costs | None:
+    """The first of the measured costs that were taken on an idle machine, else those by bytes: times beside other work
+    say little."""
+    trusted = (one for one in measured if one is not None and one.trusted)
+    return next(trusted, None) or bundle_costs(bundle)
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of weights in 8 bits that a token reads: in one decoder layer, in the head, and in a linear map [d, d]
+    before the exit's own layers. `row`: the cost of a further row of a call, as a share of the first."""
+
+    layer: float
+    head: float
+    map: float = 0.0
+    row: float = _OTHER_ROW_SHARE
+
+    def at(self, exit_layer: int, layers: int, own: int = 0, share: float = 1.0, reads: ExitInput = "state") -> Costs:
+        """Costs of a model of `layers` layers that exits after `exit_layer`, through `own` layers of the exit's own
+        and the `share` of the head that an exit vocabulary has. `reads`: the input of these layers."""
+        inputs = 2 if reads == "feature" else 1
+        of_exit = own * self.layer + (inputs * self.map if own else 0.0)
+        shallow = EngineBytes(exit_layer * self.layer, of_exit, share * self.head)
+        deep = EngineBytes((layers - exit_layer) * self.layer, 0, self.head)
+        return costs_by_bytes(shallow, deep, self.row, (min(1, exit_layer), inputs - 1))
+
+
+def step_bytes(description: Description, weights: Weights) -> StepBytes:
+    """The bytes that a token reads on this processor: those of matrices, as decoding waits for little else."""
+    read: list[Linear | None] = []
+    layers = description.decoder.layers
+    for layer in layers:
+        own, cross, mlp = layer.attention, layer.cross, layer.mlp
+        read += [own.query, own.key, own.value, own.output, mlp.up, mlp.down, mlp.gate]
+        # Keys and values of cross-attention are computed once a request.
+        read += [cross.query, cross.output] if cross else []
+    total = sum(math.prod(weights.shape(linear.weight)) for linear in read if linear is not None)
+    head = math.prod(weights.shape(description.decoder.head.weight))
+    row = row_share("int8", kernel_instructions())
+    return StepBytes(total / len(layers), head, description.hidden_size**2, row)

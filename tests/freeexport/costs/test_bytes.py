@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,24 @@ from checkpoints import BY_NAME, Bundles, Case
 from exit_layer_case import EXIT_CASES, EXIT_LAYER
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.measure.byte_model import CALL_BYTES, ByteModel, Calls, calls_of, engine_bytes, row_share, token_bytes
+from freeexport.costs import bytes as counting
+from freeexport.costs.bytes import (
+    CALL_BYTES,
+    ByteModel,
+    Calls,
+    StepBytes,
+    bundle_costs,
+    calls_of,
+    engine_bytes,
+    known_costs,
+    row_share,
+    step_bytes,
+    token_bytes,
+)
 from graphs.families import describe
-from graphs.step_costs import analytic
 from runtime import Session
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.costs import Costs
 from runtime.decoding.calls import SlotCall
 from runtime.kernels import missing
 
@@ -29,14 +43,14 @@ def test_weights_of_engines_are_those_of_their_layers_and_the_head(
     name: str, bundle: Bundles, checkpoint: Callable[[Case], Path]
 ) -> None:
     opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
-    known = analytic(describe(opened.config, opened), opened)
+    known = step_bytes(describe(opened.config, opened), opened)
     made = Bundle.open(bundle(BY_NAME[name]))
     shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
-    layers = known.layer * made.manifest.layers
+    layers = 4 * known.layer * made.manifest.layers  # in float32
     # Norms and tables of relative positions are a little more.
     assert layers <= shallow.layers + deep.layers <= 1.15 * layers
     for head in (shallow.head, deep.head):
-        assert known.head <= head <= 1.15 * known.head
+        assert 4 * known.head <= head <= 1.15 * 4 * known.head
     assert shallow.own == deep.own == 0
 
 
@@ -149,3 +163,57 @@ def test_bytes_and_the_speed_that_they_predict_are_those_worked_out_by_hand(bund
     lookup = Calls(5, 10, 2, 0, False, 8, {5: 2})
     assert model.token([lookup]) == pytest.approx((2 * step + 8 * row * shallow.layers + 2 * longer) / 10)
     assert model.token([full, free]) == pytest.approx((model.token([full]) + model.token([free])) / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "head"),
+    [
+        ("llama-tied", 4 * 64 * 64 + 3 * 64 * 96, 288 * 64),
+        # Cross-attention without keys and values, and a gated MLP.
+        ("t5-gated-tied", 6 * 32 * 32 + 3 * 32 * 64, 288 * 32),
+    ],
+)
+def test_bytes_of_a_step_are_those_of_its_matrices_in_8_bits(
+    name: str, layer: int, head: int, checkpoint: Callable[[Case], Path]
+) -> None:
+    opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
+    found = step_bytes(describe(opened.config, opened), opened)
+    assert (found.layer, found.head) == (layer, head)
+
+
+def test_costs_at_a_layer_split_the_model_and_an_early_exit_saves_more() -> None:
+    size = CALL_BYTES
+    step = StepBytes(layer=20 * size, head=30 * size, map=size, row=0.1)
+    at = step.at(4, 10)
+    assert (at.shallow_without_head, at.shallow) == (81 * size, 111 * size)
+    assert at.full == (10 * 20 + 30 + 2) * size
+    assert at.deep_pass(8) == pytest.approx((150 * (1 + 0.1 * 7) + 1) * size)
+    assert step.at(2, 10).speedup(0.95, 16) > step.at(8, 10).speedup(0.95, 16) > 1
+    assert step.at(2, 10).speedup(0, 16) < 1
+    # An exit that reads the feature is a call of its own, with a map of two inputs.
+    assert step.at(0, 10, 1, 0.5, "feature").shallow == (20 + 2 + 15 + 1) * size
+
+
+@pytest.mark.parametrize("case", [BY_NAME["llama-tied"], BY_NAME["t5-gated-tied"]], ids=lambda case: case.name)
+def test_a_checkpoint_and_its_bundle_have_one_break_even(
+    case: Case, bundle: Bundles, checkpoint: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train` and `convert` say the same of one exit."""
+    monkeypatch.setattr(counting, "CALL_BYTES", 0)  # which is more than these models weigh
+    opened = open_checkpoint(str(checkpoint(case)))
+    made = Bundle.open(bundle(case, 1))
+    before = step_bytes(describe(opened.config, opened), opened).at(1, made.manifest.layers)
+    after = bundle_costs(made)
+    assert after is not None
+    one, other = (costs.break_even(16) for costs in (before, after))
+    assert one is not None
+    assert other == pytest.approx(one, abs=0.05)
+
+
+def test_times_of_a_busy_machine_give_way_to_bytes(bundle: Bundles) -> None:
+    made = Bundle.open(bundle(BY_NAME["llama-tied"]))
+    timed = Costs(2.0, 1.0, {1: 3.0})
+    assert known_costs(made, None, timed) is timed
+    busy = replace(timed, busy=1.3)
+    assert known_costs(made, busy) == bundle_costs(made)
+    assert known_costs(made, busy, timed) is timed

@@ -1,4 +1,4 @@
-"""Whether an exit pays, why, and what to do next, as convert, calibrate and inspect say it."""
+"""Whether an exit pays, why, and what to do next, as train, fit, convert, calibrate and inspect say it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from typing import Any, Literal
 
 import numpy as np
 
+from freeexport.costs.bytes import known_costs
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import Calibration
-from runtime.bundle.costs import Costs
+from runtime.bundle.costs import MAX_PENDING, Costs
 from runtime.bundle.manifest import Manifest
 
 # Standard deviations of a 95 % interval.
 Z = 1.96
 # An exit that nobody trained and that agrees less often than this will write poor text.
 FAIR_AGREEMENT = 0.8
+EARLIER = "exit after an earlier layer (--exit-layer)"
 
 Level = Literal["good", "neutral", "bad"]
-# What a predicted speedup rests on: times of the engines, times taken while other work kept the machine busy, or
-# nothing.
-Basis = Literal["measured", "busy", "unknown"]
+# What a predicted speedup rests on: times of the engines on an idle machine, the bytes that they read, or nothing.
+Basis = Literal["measured", "bytes", "unknown"]
 _BASES = {
     "measured": "by the engines' measured times",
-    "busy": "by times taken on a busy machine",
+    "bytes": "by the bytes that are read",
     "unknown": "",
 }
+# The speed-up from which on an exit is worth its training.
+PAYS = 1.05
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class ExitFacts:
     `exit_rate` and `exit_agreement` (of those that exit) are those at the threshold, and so are `speedup`, predicted,
     over mode full, which rests on `basis`, and `measured`, where that was decoded. `break_even`: the exit rate from
     which on exits pay; None where they never do, or where `basis` says that nothing is known. `heavy_head`: the head
-    costs more than the shallow layers.
+    costs more than the shallow layers. `ready_made`: names of exits that come along and fit the weights.
     """
 
     name: str
@@ -118,6 +121,7 @@ class ExitFacts:
     measured: float | None = None
     basis: Basis = "unknown"
     heavy_head: bool = False
+    ready_made: tuple[str, ...] = ()
     data: str = "FILE"
 
     @property
@@ -140,9 +144,49 @@ def why_never(calibration: Calibration) -> str:
     return f"there is no confidence from which {calibration.target:g} of the tokens agree"
 
 
+def basis_of(costs: Costs | None) -> Basis:
+    """What predictions by these costs rest on. Times beside other work are none (`known_costs`)."""
+    if costs is None:
+        return "unknown"
+    return "measured" if costs.measured else "bytes"
+
+
+def break_even_text(even: float | None, basis: Basis, most: float | None = None) -> str:
+    """The exit rate from which on exits pay, as every command says it; `most`: the speed-up if all tokens exited."""
+    by = _BASES[basis]
+    reached = "" if most is None else f", {most:.2f}x if all did"
+    if even is None:
+        return f"saves nothing even if every token exited{reached}, {by}"
+    return f"pays once {even:.1%} of the tokens exit{reached}, {by}"
+
+
+def prospect(costs: Costs, exit_layer: int, layers: int) -> str:
+    """What an exit that is about to be trained can bring."""
+    even = costs.break_even(MAX_PENDING)
+    text = break_even_text(even, basis_of(costs), costs.speedup(1.0, MAX_PENDING))
+    line = f"the exit after layer {exit_layer} of {layers} {text}"
+    return f"warning: {line}; {EARLIER}" if even is None else line
+
+
+def trained_verdict(costs: Costs, exit_rate: float) -> str:
+    """Whether an exit that was trained can pay, if the share `exit_rate` of the tokens can exit at best."""
+    speed = costs.speedup(exit_rate, MAX_PENDING)
+    even = costs.break_even(MAX_PENDING)
+    text = break_even_text(even, basis_of(costs))
+    if speed >= PAYS:
+        return f"can pay: up to {speed:.2f}x; it {text}; calibrate to find out"
+    if even is None:
+        return f"cannot pay: it {text}; {EARLIER}"
+    return (
+        f"does not pay yet: {exit_rate:.1%} of the tokens could exit, and it {text}; train longer, choose a later "
+        "--exit-layer, or decode in mode lossless"
+    )
+
+
 def verdict(facts: ExitFacts) -> Verdict:
     """The verdict on an exit: "good" pays, "bad" does not, "neutral" cannot be said yet."""
     basis, even = _BASES[facts.basis], facts.break_even
+    break_even = break_even_text(even, facts.basis)
     where = f"the exit after layer {facts.exit_layer} of {facts.layers}"
     calibrate = f"freeexport calibrate {facts.name} --data {facts.data}"
     poor = ""
@@ -150,18 +194,16 @@ def verdict(facts: ExitFacts) -> Verdict:
         seen = facts.agreement
         known = f" (shallow and deep prediction agree at {seen} of the model's own tokens)" if seen is not None else ""
         poor = f"is untrained{known}"
-    saves_nothing = f"saves nothing even if every token exited, {basis}"
-    elsewhere = "exit after an earlier layer (--exit-layer)"
 
     if facts.threshold is None:
         if poor:
             return _bad(facts, f"{where} {poor}, so early tokens will be poor")
+        uncalibrated = "not calibrated, so mode lossless drafts with the exit, and mode free needs a threshold"
         if facts.basis == "unknown":
-            return Verdict("neutral", "not calibrated, so nothing exits yet; speed not measured", calibrate)
+            return Verdict("neutral", f"{uncalibrated}; speed not measured", calibrate)
         if even is None:
-            return _bad(facts, f"{where} {saves_nothing}", elsewhere)
-        pays = f"exits pay {basis} once {even:.1%} of the tokens exit"
-        return Verdict("neutral", f"not calibrated, so nothing exits yet; {pays}", calibrate)
+            return _bad(facts, f"{where} {break_even}", EARLIER)
+        return Verdict("neutral", f"{uncalibrated}; {where} {break_even}", calibrate)
     if facts.threshold >= 1.0:
         never = f"never exits: {facts.why_never or 'no threshold meets the target'}"
         if poor:
@@ -178,18 +220,18 @@ def verdict(facts: ExitFacts) -> Verdict:
     if facts.measured is None:
         gain = f"{speedup:.2f}x the speed of mode full, predicted {basis}"
         if even is None:
-            return _bad(facts, f"{rates}; it {saves_nothing}", elsewhere)
+            return _bad(facts, f"{rates}; it {break_even}", EARLIER)
     else:
         also = "" if predicted is None else f" ({predicted:.2f}x predicted {basis})"
         gain = f"{speedup:.2f}x the speed of mode full, measured{also}"
     if speedup <= 1:
-        needed = "" if even is None else f"; exits pay once {even:.1%} of the tokens exit"
+        needed = "" if even is None else f"; it {break_even}"
         return _bad(facts, f"{gain}; {rates}{needed}", "ask for less (--agreement)")
     low = None if facts.exit_rate is None else facts.exit_rate.low
     if facts.measured is None and low is not None and even is not None and low < even:
         few = f"the data are too few to tell this from the {even:.1%} of exits at which exits begin to pay"
         return Verdict("neutral", f"may pay: {gain}; {rates}; {few}", "give more data")
-    if facts.measured is None and facts.basis == "busy":
+    if facts.measured is None and facts.basis == "bytes":
         return Verdict("neutral", f"may pay: {gain}; {rates}", f"{calibrate}, on an idle machine")
     return Verdict("good", f"pays: {gain}; {rates}", f"freeexport bench {facts.name} --threshold {facts.threshold:.4g}")
 
@@ -197,18 +239,22 @@ def verdict(facts: ExitFacts) -> Verdict:
 def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
     """An exit that does not pay, and what to do instead."""
     steps = [*first, "train it for the exit (freeexport train CHECKPOINT OUT)"]
+    if facts.ready_made:
+        names = " or ".join(facts.ready_made)
+        steps.insert(0, f"use an exit that comes along (freeexport convert CHECKPOINT OUT --exit {names})")
     if facts.heavy_head:
         steps.append("give the exit a smaller head (freeexport train --exit-vocab N), which outweighs its layers")
     steps.append("use mode lossless, whose text is the full model's")
     return Verdict("bad", f"does not pay: {why}", ", ".join(steps[:-1]) + ", or " + steps[-1])
 
 
-def bundle_verdict(bundle: Bundle) -> Verdict:
+def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
     """Whether the exit pays, as far as the bundle knows from its manifest, its calibration and its verification. Shares
-    have no interval, as nothing is recorded of sequences."""
+    have no interval, as nothing is recorded of sequences. `ready_made`: see ExitFacts."""
     manifest, calibration = bundle.manifest, bundle.calibration
     seen = (bundle.verification or {}).get("exit")
     agreement = seen.get("agreement") if isinstance(seen, Mapping) else None
+    costs = known_costs(bundle, calibration.costs if calibration else None, manifest.costs)
     facts = ExitFacts(
         name=str(bundle.path),
         exit_layer=manifest.exit_layer,
@@ -216,16 +262,17 @@ def bundle_verdict(bundle: Bundle) -> Verdict:
         trained=manifest.exit_trained,
         # As `freeexport verify` saw it on a few texts.
         agreement=recorded_share(agreement) if isinstance(agreement, Mapping) else None,
-        break_even=None if manifest.costs is None else manifest.costs.break_even(manifest.max_pending),
-        basis=_basis(manifest.costs),
+        break_even=None if costs is None else costs.break_even(manifest.max_pending),
+        basis=basis_of(costs),
+        ready_made=ready_made,
     )
     if calibration is None:
         # Of a threshold that came without a calibration nothing is known.
         return verdict(replace(facts, threshold=manifest.threshold if manifest.threshold < 1 else None))
-    return verdict(_calibrated(facts, manifest, calibration))
+    return verdict(_calibrated(facts, manifest, calibration, costs))
 
 
-def _calibrated(facts: ExitFacts, manifest: Manifest, calibration: Calibration) -> ExitFacts:
+def _calibrated(facts: ExitFacts, manifest: Manifest, calibration: Calibration, costs: Costs | None) -> ExitFacts:
     facts = replace(
         facts,
         threshold=calibration.threshold,
@@ -238,17 +285,10 @@ def _calibrated(facts: ExitFacts, manifest: Manifest, calibration: Calibration) 
     agreeing = None if row.agreement is None else Share(row.agreement, round(row.exit_rate * calibration.positions))
     rate = Share(row.exit_rate, calibration.positions)
     facts = replace(facts, exit_rate=rate, exit_agreement=agreeing, measured=row.measured_speedup)
-    costs = calibration.costs or manifest.costs
     if costs is None:
         return facts
     most = calibration.max_pending or manifest.max_pending
-    # Where the engines were not timed at calibration, the table goes by the sizes of layers.
-    predicted = row.predicted_speedup if calibration.costs else None
-    speedup = costs.speedup(row.exit_rate, most) if predicted is None else predicted
-    return replace(facts, break_even=costs.break_even(most), speedup=speedup, basis=_basis(costs))
-
-
-def _basis(costs: Costs | None) -> Basis:
-    if costs is None:
-        return "unknown"
-    return "measured" if costs.trusted else "busy"
+    # What the calibration replayed, where it was with these costs; else by the exit rate.
+    speedup = row.predicted_speedup if costs is calibration.costs else None
+    speedup = costs.speedup(row.exit_rate, most) if speedup is None else speedup
+    return replace(facts, break_even=costs.break_even(most), speedup=speedup)

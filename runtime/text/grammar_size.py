@@ -1,0 +1,314 @@
+"""How much text a constraint may force at once, estimated before it is compiled.
+
+llguidance walks forced text letter by letter while it holds the interpreter's lock. A few letters of a regular
+expression can demand gigabytes: `((a{999}){999}){999}`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+_CAP = 1 << 60  # products end here
+# Parts of a schema that are looked at; what lies beyond counts as nothing.
+_MOST_LOOKS = 100_000
+_REPEAT = r"\{\s*(?P<low>\d*)\s*(?P<to>,\s*(?P<high>\d*)\s*)?\}"
+_REGEX = re.compile(
+    rf"""(?P<run>[^\\()|*+?{{\[]+(?![*+?{{]))|(?P<letter>\\(?:[pPxuU]\{{[^}}]{{0,80}}\}}|[pP].|x..|u....|.)|[^\\()|*+?{{\[])
+    |(?P<open>\((?:\?(?:P?<[^>]{{0,80}}>|[a-zA-Z-]*:?))?)|(?P<close>\))|(?P<or>\|)
+    |(?P<repeat>(?:{_REPEAT}|[*+?])\??)|(?P<set>\[)|.""",
+    re.DOTALL | re.VERBOSE,
+)
+_VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
+_LARK = re.compile(
+    rf"""(?P<skip>(?:\#|//)[^\n]*|[ \t]+|->\s*\w+|\.-?\d+)|(?P<line>(?:\r?\n)+[ \t]*)
+    |(?P<text>"(?:\\.|[^"\\\n])*")i?|/(?P<regex>(?:\\.|[^/\\])+)/[imslux]*
+    |(?P<json>%json|%regex|%llguidance)|(?P<name>[!?_]*[a-zA-Z][\w-]*)
+    |(?P<repeat>{_REPEAT}|~\s*(?P<least>\d+)(?:\s*\.\.\s*(?P<most>\d+))?|[*+?])
+    |(?P<open>[(\[])|(?P<close>[)\]])|(?P<or>\|)|(?P<and>&)|(?P<not>~)|(?P<colon>:)|(?P<open_end>["/])|(?P<other><[^<>\s]+>|.)""",
+    re.DOTALL | re.VERBOSE,
+)
+
+
+class Size(NamedTuple):
+    """Letters of an expression: those of its shortest text, and the most that may be forced at once anywhere in it,
+    which is no more than what still has to come there."""
+
+    least: int = 0
+    most: int = 0
+
+    def times(self, count: int) -> Size:
+        if not count:
+            return Size(0, self.most)
+        return Size(min(self.least * count, _CAP), min(self.most + self.least * (count - 1), _CAP))
+
+
+def _joined(parts: Sequence[Size]) -> Size:
+    """One after the other."""
+    least = most = 0
+    for part in reversed(parts):
+        most = max(most, part.most + least)
+        least += part.least
+    return Size(least, most)
+
+
+def _either(parts: Iterable[Size]) -> Size:
+    listed = list(parts)
+    return Size(min((part.least for part in listed), default=0), max((part.most for part in listed), default=0))
+
+
+def _both(parts: Sequence[Size]) -> Size:
+    """A text that is of all: of periods without a common factor it is as long as their product."""
+    if len(parts) == 1:
+        return parts[0]
+    length = min(prod(1 + part.most for part in parts), _CAP)
+    return Size(length, length)
+
+
+class _Expression:
+    """Adds up an expression that is read from left to right, without recursion."""
+
+    def __init__(self) -> None:
+        # Of each open group: alternatives, parts that must hold together, and the sequence that is being read.
+        self._groups: list[tuple[list[Size], list[Size], list[Size]]] = [([], [], [])]
+
+    def add(self, size: Size) -> None:
+        self._groups[-1][2].append(size)
+
+    def repeat(self, count: int) -> None:
+        if sequence := self._groups[-1][2]:
+            sequence.append(sequence.pop().times(count))
+
+    def also(self) -> None:
+        _, together, sequence = self._groups[-1]
+        together.append(_joined(sequence))
+        sequence.clear()
+
+    def otherwise(self) -> None:
+        self.also()
+        alternatives, together, _ = self._groups[-1]
+        alternatives.append(_both(together))
+        together.clear()
+
+    def open(self) -> None:
+        self._groups.append(([], [], []))
+
+    def close(self) -> None:
+        """End a group; one that was never opened is an error that llguidance names."""
+        if len(self._groups) > 1:
+            self.otherwise()
+            alternatives, _, _ = self._groups.pop()
+            self.add(_either(alternatives))
+
+    def size(self) -> Size:
+        while len(self._groups) > 1:
+            self.close()
+        self.otherwise()
+        return _either(self._groups[0][0])
+
+
+def _count(low: str | None, to: str | None, high: str | None, highest: bool) -> int:
+    """How often a part is repeated at least, or at most where `highest`. Numbers of many digits are capped."""
+    text = (high or low if highest and to else low) or "0"
+    return min(int(text[:20]), _CAP)
+
+
+def regex_size(regex: str, highest: bool = False) -> Size:
+    """The size of a regular expression. `highest`: upper bounds of repetitions count, as where it is negated."""
+    expression, place, crude = _Expression(), 0, _VERBOSE.search(regex) is not None
+    repeated = 1
+    while place < len(regex):
+        found = _REGEX.match(regex, place)
+        assert found is not None
+        place, kind = found.end(), found.lastgroup
+        if found["run"]:
+            expression.add(Size(len(found["run"]), len(found["run"])))
+        elif found["letter"]:
+            expression.add(Size(1, 1))
+        elif found["set"]:
+            place = _set_end(regex, place)
+            expression.add(Size(1, 1))
+        elif found["open"]:
+            expression.open()
+        elif kind == "close":
+            expression.close()
+        elif kind == "or":
+            expression.otherwise()
+        elif found["repeat"]:
+            bounded = found["low"] is not None
+            count = _count(found["low"], found["to"], found["high"], highest) if bounded else found[0][0] == "+"
+            expression.repeat(int(count))
+            repeated = min(repeated * max(1, int(count)), _CAP)
+    # Comments of verbose expressions may hide where groups begin.
+    return Size(len(regex) * repeated, len(regex) * repeated) if crude and repeated > 1 else expression.size()
+
+
+def _set_end(regex: str, place: int) -> int:
+    """The end of a set of letters that began before `place`; sets stand within sets."""
+    depth, first = 1, True
+    while place < len(regex) and depth:
+        letter = regex[place]
+        place += 2 if letter == "\\" else 1
+        if letter == "^" and first:
+            continue
+        depth += (letter == "[") - (letter == "]" and not first)
+        first = letter == "["
+    return place
+
+
+def schema_size(root: Any) -> Size:
+    """The size of a JSON schema, or of the largest part that it defines."""
+    known: dict[str, Size] = {}
+    looks = _MOST_LOOKS
+
+    def size(schema: Any) -> Size:
+        nonlocal looks
+        looks -= 1
+        if not isinstance(schema, dict) or looks < 0:
+            return Size(1, 1)
+        parts = [Size(1, 1)]
+        if "const" in schema:
+            parts.append(_text(schema["const"]))
+        for name, value in schema.items():
+            if isinstance(value, list):
+                if name == "enum":
+                    parts.append(_either(map(_text, value)))
+                elif name in ("anyOf", "oneOf"):
+                    parts.append(_either(map(size, value)))
+                elif name == "prefixItems":
+                    parts += map(size, value)
+                elif name == "allOf":
+                    patterns = [regex_size(found) for found in map(_pattern, value) if found is not None]
+                    parts += [*map(size, value), *([_both(patterns)] if len(patterns) > 1 else [])]
+            elif isinstance(value, dict):
+                if name == "properties":
+                    needed = schema.get("required")
+                    required = set(map(str, needed)) if isinstance(needed, list) else set()
+                    for key, part in value.items():
+                        whole = _joined([_text(key), size(part)])
+                        parts.append(whole if key in required else whole.times(0))
+                elif name == "patternProperties":
+                    parts += [_joined([regex_size(key), size(part)]).times(0) for key, part in value.items()]
+                elif name in ("items", "additionalProperties", "additionalItems", "unevaluatedProperties"):
+                    parts.append(size(value).times(_whole(schema.get("minProperties" if "P" in name else "minItems"))))
+        if (pattern := _pattern(schema)) is not None:
+            parts.append(regex_size(pattern))
+        if needed := _whole(schema.get("minLength")):
+            parts.append(Size(needed, needed))
+        if isinstance(reference := schema.get("$ref"), str):
+            if reference not in known:
+                known[reference] = Size()  # within itself it is optional, or has no finite text
+                known[reference] = size(resolved(root, reference))
+            parts.append(known[reference])
+        return _joined(parts)
+
+    # What no pointer of ours resolves, as an anchor, is at least no larger than what is defined.
+    defined = [part for name in ("$defs", "definitions") if isinstance(part := root.get(name), dict)]
+    return _either([size(root), *(size(part) for parts in defined for part in parts.values())])
+
+
+def _pattern(schema: Any) -> str | None:
+    found = schema.get("pattern") if isinstance(schema, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _text(value: Any) -> Size:
+    length = len(json.dumps(value, ensure_ascii=False))
+    return Size(length, length)
+
+
+def _whole(value: Any) -> int:
+    return max(0, int(value)) if isinstance(value, int | float) and abs(value) < _CAP else 0
+
+
+def resolved(root: Any, reference: str) -> Any:
+    """The part of a schema that a reference names; None for one that is not within it."""
+    if not reference.startswith("#"):
+        return None
+    for name in reference.split("/")[1:]:
+        if isinstance(root, list) and name.isdecimal() and int(name[:9]) < len(root):
+            root = root[int(name[:9])]
+        else:
+            root = root.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
+    return root
+
+
+def grammar_size(text: str) -> Size:
+    """The size of a Lark grammar: of its largest rule or terminal."""
+    definitions, order = _definitions(text)
+    highest = any(kind == "not" for body in definitions.values() for kind, _ in body)
+    known: dict[str, Size] = {}
+
+    def size(name: str) -> Size:
+        if name not in known:
+            known[name] = Size()  # within itself it is optional, or has no finite text
+            known[name] = measured(definitions[name]) if name in definitions else Size(1, 1)
+        return known[name]
+
+    def measured(body: list[tuple[str, Any]]) -> Size:
+        expression = _Expression()
+        actions: dict[str, Callable[[], None]] = {
+            "open": expression.open,
+            "close": expression.close,
+            "or": expression.otherwise,
+            "and": expression.also,
+        }
+        for kind, value in body:
+            if kind in actions:
+                actions[kind]()
+                if kind == "close" and value == "]":
+                    expression.repeat(0)
+            elif kind == "repeat":
+                expression.repeat(value[highest])
+            elif kind == "name":
+                expression.add(size(value))
+            elif kind == "regex":
+                expression.add(regex_size(value, highest))
+            elif kind == "%json":
+                expression.add(schema_size(value) if isinstance(value, dict) else Size(1, 1))
+            elif kind in ("text", "%regex"):
+                expression.add(Size(len(value), len(value)))
+        return expression.size()
+
+    return _either(map(size, order))
+
+
+def _definitions(text: str) -> tuple[dict[str, list[tuple[str, Any]]], list[str]]:
+    """The parts of each definition of a Lark grammar by its name, and the names in reverse order: what is defined later
+    is measured first, so that few calls stand within each other."""
+    definitions: dict[str, list[tuple[str, Any]]] = {"": []}
+    body, line, place = definitions[""], list[tuple[str, Any]](), 0
+    while place < len(text):
+        found = _LARK.match(text, place)
+        assert found is not None
+        place, kind, part = found.end(), found.lastgroup, found[0]
+        if kind == "open_end":  # llguidance refuses a text without an end
+            break
+        if found["line"]:
+            body += line
+            line = []
+        elif kind == "colon" and line and line[0][0] == "name":
+            # The rest of the head are attributes, as a suffix.
+            body = definitions.setdefault(line[0][1], [])
+            line = line[1:]
+        elif found["repeat"]:
+            bounded = found["low"] is not None or found["least"] is not None
+            low, high = found["low"] or found["least"], found["high"] or found["most"]
+            counts = [_count(low, found["to"] or found["most"], high, highest) for highest in (False, True)]
+            line.append(("repeat", counts if bounded else [int(part == "+")] * 2))
+        elif found["json"]:
+            try:
+                start = re.compile(r"\s*").match(text, place).end()  # type: ignore[union-attr]
+                value, place = json.JSONDecoder().raw_decode(text, start)
+                line.append((part, json.dumps(value) if part == "%regex" else value))
+            except ValueError:  # llguidance refuses it
+                continue
+        elif found["regex"]:
+            line.append(("regex", found["regex"]))
+        elif kind in ("text", "name", "open", "close", "or", "and", "not"):
+            line.append((kind, part.lstrip("!?") if kind == "name" else part))
+    body += line
+    return definitions, list(reversed(definitions))

