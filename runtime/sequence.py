@@ -27,11 +27,10 @@ from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import check_beams
-from runtime.engines.prefix_store import Prefix, PrefixStore, hashes
+from runtime.engines.prefix_store import Prefix, PrefixStore, hashes, keeps_generated
 from runtime.engines.runner import Encoder
 from runtime.errors import BundleError, OptionError, PromptLengthError
 from runtime.json_file import read_object
-from runtime.kernels import prompt_differs
 from runtime.machine.device import Device
 from runtime.metrics import Observer
 from runtime.options import GenerationOptions, Mode, SessionOptions
@@ -78,10 +77,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self.manifest, self.learned = self.bundle.manifest, LearnedDrafts(self.costs)
-        # Whether what a step leaves in the caches is what reading the same token with a prompt leaves there: our own
-        # attention, which a cache in float16 is for, and products of our own.
-        own = self.manifest.kernels is not None and self.manifest.cache_type == "fp16"
-        self.keeps_generated = own and not prompt_differs()
+        self.keeps_generated = keeps_generated(self.manifest)
         # Whether an exit's own layers read every row, and whether a request may go without: a prefix that they have
         # not read is none for one that needs them.
         self.own_layers = bool(self.manifest.exit_layers) and not self.manifest.exit_engine

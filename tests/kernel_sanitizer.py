@@ -33,6 +33,7 @@ def check(library: Path) -> None:
 
     rng, count = np.random.default_rng(0), 0
     names = [name for name in INSTRUCTIONS if here(name, library)]
+    tiled = [name for name in ("amx", "scalar-bf16") if here(name, library)]
     others = {4: 8, 5: 6, 6: 4, 8: 5}
     for outputs, inputs in ((1, 1), (15, 31), (16, 32), (17, 33), (33, 95), (40, 256), (8, 129)):
         for bits in (4, 5, 6, 8):
@@ -50,8 +51,8 @@ def check(library: Path) -> None:
                         for name in names:
                             np.testing.assert_array_equal(multiply(name, x, case, library, **extra), expected, name)
                             count += 1
-                        if "amx" in names:
-                            multiply("amx", x, case, library, **extra, prompt=True)
+                        for name in tiled:
+                            multiply(name, x, case, library, **extra, prompt=True)
     for heads, kv_heads, size, window, kinds in ((3, 1, 24, 0, "r"), (5, 1, 40, 3, "b"), (4, 4, 64, 0, "rn")):
         layer = random_layer(rng, heads, kv_heads, size, window, kinds)
         for packed in (False, True):
@@ -59,8 +60,8 @@ def check(library: Path) -> None:
             expected = attend("scalar", layer, call.fresh(), packed, library)
             for name in names:
                 np.testing.assert_array_equal(attend(name, layer, call.fresh(), packed, library), expected, name)
-            if "amx" in names:
-                attend("amx", layer, call.fresh(), packed, library, prompt=True)
+            for name in tiled:
+                attend(name, layer, call.fresh(), packed, library, prompt=True)
     run_in_onnx_runtime(library)
     print(f"{count} products checked: scalar, {', '.join(names)}")
 

@@ -27,8 +27,9 @@ from runtime.kernels import instructions, missing, prompt_differs
 from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import Tokenizer
 
-# Tokens of an answer, turns of a conversation, rows of a piece of a prompt, and MB of a warm prefix cache.
-ANSWER, TURNS, PIECE, CACHE_MB = 64, 3, 16, 256
+# Tokens of an answer, at most where there are prompts enough; turns of a conversation; requests that a setting decodes
+# at least, more than the largest batch; rows of a piece of a prompt, and MB of a warm prefix cache.
+ANSWER, TURNS, REQUESTS, PIECE, CACHE_MB = 64, 3, 9, 16, 256
 BATCHES = range(2, 9)
 # Built-in prompts: each of the first with each of the second.
 _REQUESTS = (
@@ -236,7 +237,7 @@ def _planned(manifest: Manifest, tokens: int, settings: int, sets: int, prompts:
     shares = [len(range(number, tokens, sets)) for number in range(sets)]
     most = -(-shares[0] // settings)
     longest = 1 if manifest.encoder_decoder else max(map(len, prompts))
-    answer = max(ANSWER, -(-most // (len(prompts) * TURNS)))
+    answer = max(1, min(ANSWER, most // REQUESTS), -(-most // (len(prompts) * TURNS)))
     room = manifest.capacity - longest + 1
     if room < 1 or -(-most // min(room, answer)) > len(prompts) * TURNS:
         raise OptionError(

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from runtime.bundle.manifest import Manifest
 from runtime.engines.runner import Runner
+from runtime.kernels import prompt_differs
 
 # Tokens of a block. A smaller one leaves less to read of a prompt, and takes more copies.
 BLOCK = 16
@@ -24,6 +26,13 @@ def hashes(tokens: np.ndarray, block: int, salt: str | None, own: bool = False) 
         key = sha256(key + tokens[end - block : end].tobytes()).digest()
         chain.append(key)
     return chain
+
+
+def keeps_generated(manifest: Manifest) -> bool:
+    """Whether generated tokens are stored, too: where a step leaves the bits in the caches that reading the same token
+    as part of a prompt leaves there. Our own products and attention (whose caches are float16) do, but for those that
+    read prompts in tiles. Elsewhere the next turn of a chat reads the last answer again."""
+    return manifest.kernels is not None and manifest.cache_type == "fp16" and not prompt_differs()
 
 
 class PrefixStore:
