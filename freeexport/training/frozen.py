@@ -176,10 +176,10 @@ def _write_teacher(
     np.save(ends_path, ends)  # last: where it is, the records are complete
 
 
-def _records(path: Path, kept: np.dtype[Any], count: int) -> np.ndarray:
+def _records(path: Path, kept: np.dtype[Any], count: int) -> np.memmap[Any, Any]:
     """A file of so many records, mapped. Raises OSError where the disk has no room for them: writing to the map would
     end the process."""
-    mapped: np.ndarray = np.lib.format.open_memmap(path, mode="w+", dtype=kept, shape=(count,))
+    mapped: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="w+", dtype=kept, shape=(count,))
     if hasattr(os, "posix_fallocate"):
         with naming(path), path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
