@@ -111,10 +111,12 @@ class GrammarTrial:
     async def close(self) -> None:
         """End the process. The next constraint starts another."""
         process, self._process = self._process, None
-        if process is not None:
+        if process is None:
+            return
+        if process.stdout is not None and not process.stdout.at_eof():  # else it ended by itself
             with suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+        await process.wait()
 
 
 def _busy(problem: str) -> ApiError:

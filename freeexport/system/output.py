@@ -24,6 +24,7 @@ except ImportError:  # Windows: nothing is ever held
 # their text.
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+_NUMPY_ERROR = re.compile(r"\d+ requested and \d+ written")
 _LOCKED = b"freeexport writes beside this file\n"
 
 
@@ -55,6 +56,8 @@ def writing_error(error: BaseException) -> OSError | None:
         number = cause.errno if isinstance(cause, OSError) else None
         if number is None and (told := _RUST_ERROR.search(str(cause))) is not None:
             number = int(told[1])
+        if number is None and _NUMPY_ERROR.fullmatch(str(cause)):
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if number in _NOT_WRITTEN:
             return cause if isinstance(cause, OSError) else OSError(number, os.strerror(number))
         cause = cause.__cause__ or cause.__context__

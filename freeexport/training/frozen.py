@@ -3,6 +3,7 @@ the data and is kept on disk as states and best tokens."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from freeexport.checkpoints.examples import Example
+from freeexport.system.output import naming
 from freeexport.system.progress import progress
 from freeexport.training import losses
 from freeexport.training.batches import Collator, LengthBatches, token_counts
@@ -133,7 +135,7 @@ def _write_teacher(
     fields += [("labels", np.int32), ("best", np.int32, best)]
     fields += [("chances", np.float16, best), ("predicted", np.int32), ("nats", np.float32)]
     records, *encoder = (
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kept), shape=(int(end[-1]),))
+        _records(path, np.dtype(kept), int(end[-1]))
         for path, kept, end in zip(paths, (fields, fields[:2]), ends, strict=False)
     )
     lengths = token_counts(examples)
@@ -172,6 +174,16 @@ def _write_teacher(
     for each in (records, *encoder):
         each.flush()
     np.save(ends_path, ends)  # last: where it is, the records are complete
+
+
+def _records(path: Path, kept: np.dtype[Any], count: int) -> np.memmap[Any, Any]:
+    """A file of so many records, mapped. Raises OSError where the disk has no room for them: writing to the map would
+    end the process."""
+    mapped: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="w+", dtype=kept, shape=(count,))
+    if hasattr(os, "posix_fallocate"):
+        with naming(path), path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return mapped
 
 
 def _log_chances(head: SharedHead, states: torch.Tensor, room: torch.Tensor, bf16: bool) -> torch.Tensor:

@@ -13,8 +13,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 _CAP = 1 << 60  # products end here
-# Parts of a schema that are looked at; what lies beyond counts as nothing.
-_MOST_LOOKS = 100_000
 _REPEAT = r"\{\s*(?P<low>\d*)\s*(?P<to>,\s*(?P<high>\d*)\s*)?\}"
 _REGEX = re.compile(
     rf"""(?P<run>[^\\()|*+?{{\[]+(?![*+?{{]))|(?P<letter>\\(?:[pPxuU]\{{[^}}]{{0,80}}\}}|[pP].|x..|u....|.)|[^\\()|*+?{{\[])
@@ -26,9 +24,10 @@ _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 _LARK = re.compile(
     rf"""(?P<skip>(?:\#|//)[^\n]*|[ \t]+|->\s*\w+|\.-?\d+)|(?P<line>(?:\r?\n)+[ \t]*)
     |(?P<text>"(?:\\.|[^"\\\n])*")i?|/(?P<regex>(?:\\.|[^/\\])+)/[imslux]*
-    |(?P<json>%json|%regex|%llguidance)|(?P<name>[!?_]*[a-zA-Z][\w-]*)
+    |(?P<json>%json|%regex|%llguidance)|(?P<name>!?[_?]?[a-z][_a-z0-9-]*|_?[A-Z][_A-Z0-9-]*)
     |(?P<repeat>{_REPEAT}|~\s*(?P<least>\d+)(?:\s*\.\.\s*(?P<most>\d+))?|[*+?])
-    |(?P<open>[(\[])|(?P<close>[)\]])|(?P<or>\|)|(?P<and>&)|(?P<not>~)|(?P<colon>:)|(?P<open_end>["/])|(?P<other><[^<>\s]+>|.)""",
+    |(?P<open>[(\[])|(?P<close>[)\]])|(?P<or>\|)|(?P<and>&)|(?P<not>~)|(?P<colon>:)
+    |(?P<open_end>["/])|(?P<other><[^<>\s]+>|.)""",
     re.DOTALL | re.VERBOSE,
 )
 
@@ -162,12 +161,9 @@ def _set_end(regex: str, place: int) -> int:
 def schema_size(root: Any) -> Size:
     """The size of a JSON schema, or of the largest part that it defines."""
     known: dict[str, Size] = {}
-    looks = _MOST_LOOKS
 
     def size(schema: Any) -> Size:
-        nonlocal looks
-        looks -= 1
-        if not isinstance(schema, dict) or looks < 0:
+        if not isinstance(schema, dict):
             return Size(1, 1)
         parts = [Size(1, 1)]
         if "const" in schema:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import Result
 from command_line import invoke
@@ -270,9 +271,12 @@ def test_a_library_that_cannot_write_is_told_as_the_system_would() -> None:
 
     with pytest.raises(Exception) as caught:  # noqa: PT011
         torch.save(torch.zeros(100_000), "/dev/full")
+    with pytest.raises(OSError, match="written") as short, open("/dev/full", "wb", buffering=0) as full:
+        np.zeros(100_000).tofile(full)
     rust = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     for error, said in (
         (caught.value, "free some space"),
+        (short.value, "disk full while writing the output"),
         (rust, "disk full while writing the output; free some space and run again"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "a/b"), "disk full while writing a/b"),
         (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b is on a file system that is read-only; write else"),

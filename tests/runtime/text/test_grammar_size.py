@@ -126,6 +126,7 @@ def test_an_ordinary_schema_is_small() -> None:
         ('start: word[suffix=/b{99999}/]\nword: "a" # "', 99_999),
         ("start: # ( comment\n  | /a{99999}/", 99_999),
         ("start: /[/]a{99999}/", 99_999),
+        ('start: aB{1000}\na: "x"\nB: "y"{1000}', 10**6),  # a rule and a terminal
     ],
 )
 def test_letters_of_a_grammar(grammar: str, most: int) -> None:

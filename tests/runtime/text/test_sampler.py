@@ -234,6 +234,6 @@ def test_a_draft_ends_a_request_by_end_of_sequence_or_length() -> None:
 
 def test_a_penalty_of_what_an_exit_does_not_know_is_no_overflow() -> None:
     logits = np.array([1.0, UNKNOWN, -2.0], np.float32)
-    with np.errstate(all="raise"):
+    with np.errstate(over="raise", invalid="raise"):
         token = Sampler(0, repetition_penalty=1e6, warping=Warping(0.5, 0, 1.0, 0.0))(logits, np.array([0, 1, 2]))
     assert token == 0
