@@ -90,17 +90,28 @@ class Session:
             self._runners = shallow, deep = self._placement.runners(engine)
             encoder, exit = self._placement.encoder(engine, shallow), self._placement.exit_runner(engine)
         self.overlap = deep.beside
-        sizes = manifest.hidden_size, manifest.vocab_size
         if deep.beside:
             decoder_type = partial(OverlappingDecoder, run_ahead=options.run_ahead)
         elif exit is not None:
             decoder_type = partial(decoder_type or FeatureDecoder, exit=exit)
         decoder_type = decoder_type or Decoder
-        decoders = [decoder_type(shallow, deep, slot, *sizes, manifest.max_pending) for slot in range(options.slots)]
+        sizes = {"hidden_size": manifest.hidden_size, "vocab_size": manifest.vocab_size}
+        decoders = [
+            decoder_type(shallow, deep, slot, max_pending=manifest.max_pending, **sizes)
+            for slot in range(options.slots)
+        ]
         cross = CrossCache(options.slots, shallow.zeros)
-        batches = {runner: BatchedCall(runner, cross, *sizes) for runner in filter(None, (shallow, exit, deep))}
+        runners = filter(None, (shallow, exit, deep))
+        batches = {runner: BatchedCall(runner, cross, **sizes) for runner in runners}
         calls = CallCosts(manifest.costs or NEUTRAL)
-        self._scheduler = scheduler = Scheduler(decoders, batches, cross, options.queue, calls, manifest.packed)
+        self._scheduler = scheduler = Scheduler(
+            decoders,
+            batches,
+            cross,
+            queue=options.queue,
+            costs=calls,
+            packed=manifest.packed,
+        )
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))
         limit = options.prefix_cache_bytes
         self._model = Model(
@@ -115,7 +126,8 @@ class Session:
             guard=scheduler.guarded,
             prefixes=PrefixStore(limit) if limit else None,
         )
-        self._closed, speech = False, manifest.speech is not None
+        self._closed = False
+        speech = manifest.speech is not None
         self._transcriber = Transcriber(manifest, self._tokenizer, self.capacity) if speech else None
         self._request_options: type[GenerationOptions] = SpeechOptions if speech else GenerationOptions
 
