@@ -100,7 +100,7 @@ class Scheduler:
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises OptionError where `check` does and after `close`, QueueFullError."""
         self.check()
-        observer = sequence.model.observer
+        observer = sequence.observer
         observer.tell("queued", sequence.number)  # before the worker may begin it
         try:
             with self._lock:
@@ -127,7 +127,7 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         if self._closing:
-            sequence.cancelled = True
+            sequence.response.cancelled = True
         self._waiting.append(sequence)
 
     def _start(self) -> None:
@@ -169,7 +169,7 @@ class Scheduler:
         with self._lock:
             self._closing = True
             for sequence in (*self._rows, *self._waiting):
-                sequence.cancelled = True
+                sequence.response.cancelled = True
 
     @contextmanager
     def borrowed(self) -> Iterator[Decoder]:
@@ -226,7 +226,7 @@ class Scheduler:
     def turn(self) -> None:
         """Admit sequences and go on with those that have a slot: with one that is alone until another comes."""
         now = time.monotonic()
-        gone = [each for each in self._rows if each.abandoned or each.until <= now]
+        gone = [each for each in self._rows if each.abandoned or each.response.until <= now]
         for sequence in gone:
             self._end(sequence)
         moved = (bool(self._waiting) and self._admit()) or bool(gone)
@@ -261,7 +261,11 @@ class Scheduler:
                     if self._free and not (each.abandoned or self._closing):
                         each.enter(self._free.pop(0))
                         begun.append(each)
-                    elif each.abandoned or self._closing or (each.interruptible and each.interruption()):
+                    elif (
+                        each.abandoned
+                        or self._closing
+                        or (each.response.interruptible and each.response.interruption())
+                    ):
                         gone.append(each)
                     else:
                         left.append(each)
@@ -273,7 +277,7 @@ class Scheduler:
                 for sequence in following:
                     self._enqueue(sequence)
             for sequence in gone:
-                sequence.finish()
+                sequence.response.finish()
                 sequence.end()
             changed = changed or bool(begun or gone)
             if not following:
@@ -282,7 +286,8 @@ class Scheduler:
     def _run_alone(self, sequence: Sequence) -> None:
         """Turns of the only sequence, while nothing else is to be done. Most turns are these. What they touch has left
         the processor's cache during the engine call, so each function and array here counts."""
-        waiting, may_be_late = self._waiting, sequence.until != math.inf
+        waiting, until = self._waiting, sequence.response.until
+        may_be_late = until != math.inf
         call = sequence.waits
         while True:
             self._turns += 1
@@ -302,7 +307,7 @@ class Scheduler:
             if not going:
                 self._end(sequence)
                 return
-            if waiting or sequence.abandoned or (may_be_late and sequence.until <= time.monotonic()):
+            if waiting or sequence.abandoned or (may_be_late and until <= time.monotonic()):
                 return
             call = sequence.waits
 
@@ -317,7 +322,7 @@ class Scheduler:
             # To the end of the line.
             self._rows.remove(sequence)
             self._rows.append(sequence)
-            if sequence.begun and sequence.interruption():
+            if sequence.begun and sequence.response.interruption():
                 self._end(sequence)
             else:
                 sequence.decoder.others = len(self._rows) > 1

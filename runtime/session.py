@@ -33,11 +33,12 @@ from runtime.errors import CapacityError, OptionError, shown
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
+from runtime.model import Model
 from runtime.option_keywords import GenerationKeywords, SessionKeywords
 from runtime.options import GenerationOptions, SessionOptions, SpeechOptions, merged
 from runtime.result import GenerationResult
 from runtime.scheduler import CLOSED, Scheduler
-from runtime.sequence import Model, Sequence, check_count
+from runtime.sequence import Sequence, check_count, sequence_of
 from runtime.speech import Sound, SpeechPrompt, Transcriber
 from runtime.stream import AsyncInbox, AsyncStream, Inbox, PromptList, Stream
 from runtime.text.prompt import Prompt
@@ -89,22 +90,44 @@ class Session:
             self._runners = shallow, deep = self._placement.runners(engine)
             encoder, exit = self._placement.encoder(engine, shallow), self._placement.exit_runner(engine)
         self.overlap = deep.beside
-        sizes = manifest.hidden_size, manifest.vocab_size
         if deep.beside:
             decoder_type = partial(OverlappingDecoder, run_ahead=options.run_ahead)
         elif exit is not None:
             decoder_type = partial(decoder_type or FeatureDecoder, exit=exit)
         decoder_type = decoder_type or Decoder
-        decoders = [decoder_type(shallow, deep, slot, *sizes, manifest.max_pending) for slot in range(options.slots)]
+        sizes = {"hidden_size": manifest.hidden_size, "vocab_size": manifest.vocab_size}
+        decoders = [
+            decoder_type(shallow, deep, slot, max_pending=manifest.max_pending, **sizes)
+            for slot in range(options.slots)
+        ]
         cross = CrossCache(options.slots, shallow.zeros)
-        batches = {runner: BatchedCall(runner, cross, *sizes) for runner in filter(None, (shallow, exit, deep))}
+        runners = filter(None, (shallow, exit, deep))
+        batches = {runner: BatchedCall(runner, cross, **sizes) for runner in runners}
         calls = CallCosts(manifest.costs or NEUTRAL)
-        self._scheduler = scheduler = Scheduler(decoders, batches, cross, options.queue, calls, manifest.packed)
+        self._scheduler = scheduler = Scheduler(
+            decoders,
+            batches,
+            cross,
+            queue=options.queue,
+            costs=calls,
+            packed=manifest.packed,
+        )
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))
         limit = options.prefix_cache_bytes
-        loaded = self.capacity, encoder, self._tokenizer, thresholds, calls, self._observer, scheduler.guarded
-        self._model = Model(self.bundle, options, *loaded, PrefixStore(limit) if limit else None)
-        self._closed, speech = False, manifest.speech is not None
+        self._model = Model(
+            self.bundle,
+            options,
+            capacity=self.capacity,
+            encoder=encoder,
+            tokenizer=self._tokenizer,
+            thresholds=thresholds,
+            costs=calls,
+            observer=self._observer,
+            guard=scheduler.guarded,
+            prefixes=PrefixStore(limit) if limit else None,
+        )
+        self._closed = False
+        speech = manifest.speech is not None
         self._transcriber = Transcriber(manifest, self._tokenizer, self.capacity) if speech else None
         self._request_options: type[GenerationOptions] = SpeechOptions if speech else GenerationOptions
 
@@ -194,7 +217,7 @@ class Session:
         """The token ids, int64 [n], that `generate` reads of a prompt: it takes them as the prompt, too. `tools`, for
         the chat template, are functions as OpenAI's interface describes them. `src_lang` and `tgt_lang` as the options;
         `generate` needs the latter again, unless its token stands in the prompt. Raises PromptError, OptionError."""
-        return self._model.encode(prompt, None, tools, src_lang, tgt_lang)
+        return self._model.encode(prompt, tools=tools, src_lang=src_lang, tgt_lang=tgt_lang)
 
     def listen(self, audio: Any, language: str | None = None) -> SpeechPrompt:
         """A window of sound with the tokens that the decoder reads before it writes, which `generate` and `decoder`
@@ -223,7 +246,7 @@ class Session:
         """
         sequence = self._sequence(prompt, options, keywords, num_return_sequences)
         Stream(self._scheduler, sequence, whole=True).drain()
-        return sequence.best()
+        return sequence.generation.best()
 
     @contextmanager
     def decoder(self, prompt: np.ndarray | SpeechPrompt | None = None) -> Iterator[Decoder]:
@@ -302,8 +325,8 @@ class Session:
         self._refuse_if_closed()
         if self._transcriber is not None and isinstance(chosen, SpeechOptions):
             speech = self._transcriber.single(prompt, chosen, partial(self._window, cancel))
-            return self._model.sequence(speech, chosen, cancel, count)
-        return self._model.sequence(prompt, chosen, cancel, count)
+            return sequence_of(self._model, speech, chosen, cancel=cancel, count=count)
+        return sequence_of(self._model, prompt, chosen, cancel=cancel, count=count)
 
     def _transcribe(self, audio: Any, options: Given, keywords: Keywords) -> Any:
         """The result of a sound, or of each of a list of them, one after the other."""
@@ -320,7 +343,8 @@ class Session:
     def _window(
         self, cancel: threading.Event | None, prompt: SpeechPrompt, options: GenerationOptions
     ) -> GenerationResult:
-        return Stream(self._scheduler, self._model.sequence(prompt, options, cancel), whole=True).drain()
+        sequence = sequence_of(self._model, prompt, options, cancel=cancel)
+        return Stream(self._scheduler, sequence, whole=True).drain()
 
     @contextmanager
     def _prompts(
@@ -330,9 +354,9 @@ class Session:
         cancel = keywords.pop("cancel", None)
         chosen = merged(GenerationOptions, options, keywords)
         self._refuse_if_closed()
-        asked = monotonic()
-        until = math.inf if chosen.deadline is None else asked + chosen.deadline
-        make = partial(self._model.sequence, options=chosen, cancel=cancel, asked=asked)
+        arrival = monotonic()
+        until = math.inf if chosen.deadline is None else arrival + chosen.deadline
+        make = partial(sequence_of, self._model, options=chosen, cancel=cancel, arrival=arrival)
         listed = PromptList(make, prompts, until, partial(ended, None))
         try:
             first = listed.follow()

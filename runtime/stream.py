@@ -118,7 +118,7 @@ class _Reader:
     def _leave(self) -> None:
         """Go without the worker, which is late: the result is what was read."""
         self._sequence.abandoned = self._ended = True
-        self._sequence.freeze(None if self._whole else self._given)
+        self._sequence.response.freeze(None if self._whole else self._given)
 
 
 class Stream(_Reader, Iterator[Token]):
@@ -146,7 +146,7 @@ class Stream(_Reader, Iterator[Token]):
         self._sequence.abandoned = True
         if not (self._ended or self._scheduler.forked or self._scheduler.inside):
             with suppress(TimeoutError):
-                while self._inbox.get(self._sequence.until) is not None:
+                while self._inbox.get(self._sequence.response.until) is not None:
                     pass
         self._ended = True
 
@@ -160,7 +160,7 @@ class Stream(_Reader, Iterator[Token]):
         try:
             if self._inbox.empty():
                 self._scheduler.check()  # within a callback it would wait for itself
-            token = self._inbox.get(self._sequence.until)
+            token = self._inbox.get(self._sequence.response.until)
         except TimeoutError:
             self._leave()
             return None
@@ -202,7 +202,7 @@ class AsyncStream(_Reader, AsyncIterator[Token]):
 
     async def _next(self) -> Token | None:
         try:
-            token = await self._inbox.get(self._sequence.until)
+            token = await self._inbox.get(self._sequence.response.until)
         except TimeoutError:
             self._leave()
             return None
@@ -246,7 +246,7 @@ class PromptList:
             sequence.follows = self.running > 0
             self._made[number] = sequence
             if sequence.follows:
-                sequence.model.observer.tell("queued", sequence.number)
+                sequence.observer.tell("queued", sequence.number)
             self.running += 1
             return sequence
         return None
@@ -287,7 +287,7 @@ def _outcome(made: Sequence | BaseException | None) -> GenerationResult | BaseEx
     if isinstance(made, BaseException):
         return made
     if not made.ended:
-        made.freeze()
+        made.response.freeze()
     return made.result if made.error is None else made.error
 
 

@@ -38,11 +38,14 @@ ALLOWED: dict[str, dict[str, str]] = {
         "thresholds": "adaptation bundle options",
         "batching": "decoding engines adaptation bundle",
         "speech": "audio bundle text options result",
-        "sequence": "speech thresholds decoding engines adaptation text machine bundle options result metrics",
+        "languages": "bundle",
+        "model": "languages thresholds decoding engines adaptation text bundle options metrics",
+        "generation": "model languages speech decoding engines text machine bundle options result",
+        "sequence": "generation model languages speech decoding text options result metrics",
         "scheduler": "sequence batching decoding engines adaptation",
         "stream": "scheduler sequence text result",
-        "session": "speech stream scheduler batching sequence thresholds decoding tensorrt cuda engines adaptation "
-        "text bundle machine options option_keywords result metrics",
+        "session": "speech stream scheduler batching sequence model thresholds decoding tensorrt cuda engines "
+        "adaptation text bundle machine options option_keywords result metrics",
     },
     "freeexport": {
         "system": "",

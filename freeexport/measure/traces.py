@@ -345,8 +345,10 @@ class ReplayFeatureDecoder(ReplayDecoder, FeatureDecoder):
     """A decoder whose exit is an engine of its own, which replays."""
 
 
-def _replaying(script: Script, *arguments: Any, exit: Runner | None = None) -> ReplayDecoder:
-    return ReplayDecoder(script, *arguments) if exit is None else ReplayFeatureDecoder(script, *arguments, exit=exit)
+def _replaying(script: Script, *arguments: Any, exit: Runner | None = None, **others: Any) -> ReplayDecoder:
+    if exit is None:
+        return ReplayDecoder(script, *arguments, **others)
+    return ReplayFeatureDecoder(script, *arguments, exit=exit, **others)
 
 
 class ReplaySession(Session):

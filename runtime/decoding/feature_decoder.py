@@ -24,8 +24,8 @@ class FeatureDecoder(Decoder):
     and embeds what is stacked, with one call, before a sync pass.
     """
 
-    def __init__(self, *arguments: Any, exit: Runner) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, exit: Runner, **others: Any) -> None:
+        super().__init__(*arguments, **others)
         assert isinstance(exit.cache, FeatureCache)
         self.exit = self._exit = exit
         self._exit_cache = exit.cache

@@ -16,7 +16,7 @@ from runtime.bundle.manifest import HASH, File, Manifest, _hash
 from runtime.bundle.manifest import MANIFEST as NAME
 from runtime.errors import BundleError
 from runtime.json_file import UnreadableError, parse_json
-from runtime.sequence import GENERATION_CONFIG, read_defaults
+from runtime.model import GENERATION_CONFIG, read_defaults
 
 TEXT = MANIFEST.to_json().encode()
 CONTENT = {name: value for name, value in json.loads(TEXT).items() if name != HASH}

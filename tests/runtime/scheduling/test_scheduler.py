@@ -160,12 +160,10 @@ class Machine:
 class Job(Request):
     """A request that decodes as an Ask says; `came` are the tokens that were delivered."""
 
-    number = 0
-
     def __init__(self, ask: Ask) -> None:
-        Response.__init__(self, np.array(ask.prompt, np.int64), ask.tokens)
-        self.model: Any = SimpleNamespace(observer=Observer(None))
-        self.run, self.results, self.token_times = ask.run, [], []  # type: ignore[method-assign]
+        response = Response(np.array(ask.prompt, np.int64), ask.tokens)
+        generation: Any = SimpleNamespace(response=response, run=ask.run, results=[], token_times=[])
+        super().__init__(generation, Observer(None))
         self.came: list[Token] = []
         self.deliver = self.came.append
 

@@ -1,0 +1,361 @@
+"""Decodes the continuations of one prompt in a slot: the prompt, the loop of its mode, or beam
+search."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+from collections.abc import Generator
+from time import perf_counter
+from typing import cast
+
+import numpy as np
+
+from runtime.bundle.beta import NEVER_EXIT
+from runtime.bundle.manifest import Manifest
+from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores
+from runtime.decoding.calls import Prediction, Waiting, Waits
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.draft_rule import Drafts
+from runtime.decoding.draft_sources import DraftSources
+from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
+from runtime.decoding.response import Response
+from runtime.engines.kv_cache import check_beams
+from runtime.engines.prefix_store import Prefix, hashes
+from runtime.errors import OptionError
+from runtime.languages import target_token
+from runtime.machine.device import Device
+from runtime.model import Model
+from runtime.options import GenerationOptions, Mode
+from runtime.result import GenerationResult, Stats, Token
+from runtime.speech import Sound
+from runtime.text.detokenizer import Detokenizer
+from runtime.text.grammar import Constraint
+from runtime.text.sampler import LogitsProcessor, Sampler, Warping
+
+
+class Generation:
+    """How a prompt is decoded, and its results.
+
+    The encoder or the decoder reads `ids`, int64 [n]. For speech the encoder reads `sound`, and the
+    decoder `ids` first. `mode`: the mode used, which may differ from the option (see the option
+    `threshold`). `response`: the continuation being decoded. `results`: the finished continuations,
+    at most `count`. `token_times`: the times at which their tokens became final.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        ids: np.ndarray,
+        options: GenerationOptions,
+        *,
+        arrival: float,
+        cancel: threading.Event | None = None,
+        count: int = 1,
+        grammar: Constraint | None = None,
+        sound: Sound | None = None,
+    ) -> None:
+        manifest = model.manifest
+        self.model = model
+        self.ids = ids
+        self.options = options
+        self.count = count
+        self.sound = sound
+        self.results: list[GenerationResult] = []
+        self.token_times: list[list[float]] = []
+        self._grammar = grammar
+        self._first: Prediction | None = None  # the deep prediction after the prompt
+        self._beams: tuple[Hypothesis, ...] = ()
+
+        prompt = ids
+        if model.encoder is not None and sound is None:
+            start = target_token(manifest, options.tgt_lang, "start")
+            prompt = np.array([(manifest.decoder_start_token_id or 0) if start is None else start], np.int64)
+        # Whether the decoder reads the prompt before the first token, which is then the deep
+        # prediction after it.
+        self._reads = model.encoder is None or len(prompt) > 1
+        # The newest token is never read back, so it needs no position.
+        limit = min(options.max_new_tokens, model.capacity - len(prompt) + 1)
+        fixed = self._fixed_tokens(limit)
+        # A constraint begins after a first token that is fixed.
+        self._sampled_from = len(prompt) + (grammar is not None and 0 in fixed)
+        self._eos = frozenset[int]() if options.ignore_eos else frozenset(manifest.eos_token_ids)
+        self._seed = secrets.randbits(64) if options.seed is None else int(options.seed)
+        self.response = Response(
+            prompt,
+            limit,
+            eos=self._eos,
+            sampler=self._sampler(0),
+            text=self._detokenizer(),
+            logprobs=options.output_logprobs,
+            top_logprobs=int(options.top_logprobs),
+            fixed=fixed,
+            cancel=cancel,
+            arrival=arrival,
+            until=math.inf if options.deadline is None else arrival + options.deadline,
+        )
+        self._decide_mode()
+        self._prefix: Prefix | None = None
+        if model.prefixes is not None and model.encoder is None:
+            exits = bool(manifest.exit_layers) and (self._head or self._exits)
+            self._prefix = Prefix(model.prefixes, ids, options.cache_salt, exits)
+        if options.num_beams > 1 and Device.parse(model.options.device).index is None:
+            check_beams(manifest, options.num_beams, len(prompt) + limit)
+
+    def _fixed_tokens(self, limit: int) -> dict[int, int]:
+        """Returns the tokens that the model prescribes by their place in the output."""
+        manifest = self.model.manifest
+        fixed: dict[int, int] = {}
+        first = target_token(manifest, self.options.tgt_lang, "first")
+        first = manifest.forced_first_token_id if first is None else first
+        if first is not None:
+            fixed[0] = first
+        last = manifest.forced_last_token_id
+        if last is not None and not self.options.ignore_eos and self._grammar is None:
+            fixed[limit - 1] = last
+        return fixed
+
+    def _sampler(self, number: int) -> Sampler | None:
+        seed = self._seed, number
+        return sampler_of(self.options, self._sampled_from, self._eos, seed, self._grammar)
+
+    def _detokenizer(self) -> Detokenizer:
+        return Detokenizer(self.model.tokenizer, tuple(self.options.stop))
+
+    def _decide_mode(self) -> None:
+        """Sets the mode used, its parameters, and where the shallow head runs."""
+        model = self.model
+        options = self.options
+        mode = options.mode
+        assert mode is not None
+        self._threshold, self._labels = model.thresholds.decide(options.threshold, mode)
+        # "full" if nothing can exit, unless the request returns confidences or learns from them.
+        learns = self._labels is not None and self._labels.learns
+        never = self._threshold >= NEVER_EXIT and mode in ("free", "rollback")
+        never = never and not (options.output_confidence or learns)
+        self.mode: Mode = "full" if never or options.drafts == "none" else mode
+        self._rollback_threshold = _rollback_threshold(options, model.manifest)
+        tuned = model.manifest.tuned_max_pending if mode == "free" else None
+        self._max_pending = options.max_pending or tuned or model.manifest.max_pending
+        # Whether the shallow head may run after the prompt, and whether it runs at the prompt:
+        # "lossless" must not cost more than "full" before drafts are known to pay.
+        self._exits = self.mode != "full" and not (self.mode == "lossless" and options.drafts == "lookup")
+        if self.mode == "lossless" and options.drafts == "auto" and model.chooses_exit:
+            acceptance = model.learned.acceptance(self._threshold, options.samples)
+            self._exits = acceptance.choice.next()
+        self._head = self.mode not in ("full", "lossless") or options.output_confidence
+
+    def best(self) -> list[GenerationResult]:
+        """Returns the results of the continuations that came to their end, best first."""
+        done = [result for result in self.results if not result.interrupted]
+        if self.options.num_beams > 1:
+            return done
+        return sorted(done, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
+
+    def run(self, decoder: Decoder) -> Loop:
+        """Decodes the continuations in a slot, one after the other. Yields tokens, and what they
+        wait for."""
+        response = self.response
+        try:
+            for number in range(self.count):
+                if number:
+                    response.restart(self._sampler(number), self._detokenizer())
+                self._reset(decoder, number)
+                response.begin(decoder.stats)
+                try:
+                    if self.options.num_beams > 1:
+                        yield from self._beam(decoder, number)
+                    else:
+                        yield from (yield from self._begin(decoder, number))
+                finally:
+                    response.close()
+                    self.results.append(response.result)
+                    self.token_times.append(response.times)
+                if self._prefix is not None and self.model.keeps_generated:
+                    self._prefix.keep(decoder.runners, decoder.slot, [token.id for token in response.tokens])
+                if self.results[-1].interrupted:
+                    return
+        finally:
+            self.model.thresholds.learn(self._labels)
+
+    def _reset(self, decoder: Decoder, number: int) -> None:
+        """Begins anew, or after the prompt if that was read before."""
+        if number == 0 or self.options.num_beams > 1:
+            decoder.reset()
+        else:
+            decoder.stats = Stats()
+            decoder.trim(len(self.response.prompt) if self._reads else 0)
+        decoder.stats.mode = self.mode
+        decoder.stats.prompt_tokens = len(self.ids)
+        decoder.stats.predicted = int(self._reads)
+
+    def _begin(self, decoder: Decoder, number: int) -> Generator[Token | Waiting, None, Loop]:
+        """Begins a continuation, and returns the loop that goes on with it.
+
+        The first token of a decoder-only model, and of speech, is the deep prediction after the
+        prompt, which is read once. An encoder-decoder for text decides its first token like the
+        others.
+        """
+        response = self.response
+        if number == 0:
+            decoder.want_logits(response.reads_logits)
+            if self.model.encoder is not None:
+                decoder.attend(self._encode(decoder))
+        if not self._reads:
+            decoder.begin(self._exits or self._head)
+        else:
+            if self._first is None:
+                first = yield from decoder.prefilling(response.prompt, self._head, self._exits, self._prefix)
+                self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
+            first = self._first
+            yield response.add(response.choose(first), False, first.confidence, first)
+        return self._loop(decoder)
+
+    def _loop(self, decoder: Decoder) -> Loop:
+        response = self.response
+        mode = self.mode
+        threshold = self._threshold
+        max_pending = self._max_pending
+        labels = self._labels
+        if mode == "rollback":
+            return rollback(decoder, response, threshold, max_pending, self._rollback_threshold)
+        if mode == "shallow":
+            return shallow(decoder, response)
+        if mode == "free" and (labels is None or not labels.learns):
+            return free(decoder, response, threshold, max_pending, self.options.sync_every)
+        if mode == "free":
+            # A pass in the background returns no predictions, and so no labels.
+            return free(decoder, response, threshold, max_pending, sync_every=0, labels=labels)
+        if mode == "full" and self.options.output_confidence:
+            return free(decoder, response, NEVER_EXIT, max_pending)
+        if mode == "full":
+            return full(decoder, response)
+        return lossless(decoder, response, threshold, max_pending, self._drafts())
+
+    def _drafts(self) -> Drafts:
+        model = self.model
+        options = self.options
+        learned = model.learned
+        sources: DraftSources | None = None
+        if options.drafts != "exit":
+            predicted = options.predicted_output
+            assert not isinstance(predicted, str)
+            is_read_by_decoder = model.encoder is None or self.sound is not None
+            sources = DraftSources(
+                model.manifest.vocab_size,
+                self.response.prompt.tolist(),
+                text=() if is_read_by_decoder else self.ids.tolist(),
+                predicted=predicted,
+                own=options.draft_source,
+            )
+        reads_exit = self._exits or not model.own_layers
+        costs = learned.costs if reads_exit else learned.costs_without_exit
+        acceptance = learned.acceptance(self._threshold, options.samples)
+        return Drafts(costs, acceptance, sources, self._exits)
+
+    def _beam(self, decoder: Decoder, number: int) -> Loop:
+        """Yields the tokens of one of the best beams. The first call searches for all of them."""
+        response = self.response
+        if number == 0:
+            self._beams = tuple((yield from self._search(decoder)))
+        for hypothesis in self._beams[number : number + 1]:
+            for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs, strict=True):
+                if not response.finished:
+                    wanted = logprob if self.options.output_logprobs else None
+                    yield response.add(token, False, None, None, wanted)
+
+    def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
+        options = self.options
+        response = self.response
+        prompt = response.prompt
+        sampler = response.sampler
+        positions = len(prompt) + response.limit
+        rows = BeamRows(decoder, self._encode(decoder), options.num_beams, positions)
+
+        def score(sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
+            length = sequences.shape[1]
+            newest = sequences[:, -1] if length else np.full(len(sequences), prompt[-1])
+            scores = Scores.of((yield from rows.stepping(newest, sources)))
+            fixed = response.prescribed(length)
+            if fixed is not None:
+                processed = np.full_like(scores.logits, -np.inf)
+                processed[:, fixed] = 0.0
+                return scores._replace(processed=processed)
+            if sampler is None:
+                return scores
+            processed = (scores.logits - scores.log_sums[:, None]).astype(np.float32)
+            for row, sequence in enumerate(sequences):
+                processed[row] = sampler.process(processed[row], np.concatenate([prompt, sequence]))
+                yield None
+            return scores._replace(processed=processed)
+
+        search = BeamSearch(
+            options.num_beams,
+            response.limit,
+            self._eos,
+            length_penalty=float(options.length_penalty),
+            early_stopping=options.early_stopping,
+        )
+        return (yield from search.search(score, lambda: response.interruption() is not None))
+
+    def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
+        """Returns what cross-attention reads, with the time that it took in the statistics."""
+        assert self.model.encoder is not None
+        began, store, ids = perf_counter(), self.model.prefixes, self.ids
+        if (sound := self.sound) is not None:
+            read = sound.cross or self.model.encoder.run(sound.features, decoder)
+            if sound.keeps:
+                sound.cross = read
+            decoder.stats.encode_seconds = perf_counter() - began
+            return read
+        chain = [] if store is None else hashes(ids, len(ids), self.options.cache_salt)
+        found = store.find(chain) if store is not None else []
+        cross: dict[str, np.ndarray] = found[0] if found else self.model.encoder.run(ids, decoder)
+        if found:
+            decoder.stats.cached_tokens = len(ids)
+        elif store is not None:
+            store.keep(chain, lambda number: cross, sum(array.nbytes for array in cross.values()))
+        decoder.stats.encode_seconds = perf_counter() - began
+        return cross
+
+
+def sampler_of(
+    options: GenerationOptions,
+    prompt_length: int,
+    eos: frozenset[int],
+    seed: tuple[int, int],
+    grammar: Constraint | None = None,
+) -> Sampler | None:
+    """Returns how options choose among logits. None for arg max, which the engines compute
+    themselves."""
+
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else float(value)
+
+    warping = None
+    if options.samples:
+        warping = Warping(
+            temperature=given(options.temperature, 1.0),
+            top_k=int(given(options.top_k, 50)),
+            top_p=given(options.top_p, 1.0),
+            min_p=given(options.min_p, 0.0),
+        )
+    penalty = given(options.repetition_penalty, 1.0)
+    processors = cast(tuple[LogitsProcessor], options.logits_processor)
+    biases = options.sequence_bias
+    least = options.min_new_tokens
+    if not (warping or biases or processors or least or grammar) and penalty == 1.0:
+        return None
+    return Sampler(prompt_length, eos, least, penalty, biases, processors, warping, seed, grammar)
+
+
+def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float:
+    given = options.rollback_threshold
+    given = manifest.rollback_threshold if given is None else given
+    if given is None and options.mode == "rollback":
+        raise OptionError(
+            "rollback_threshold is None and this bundle records none; pass nats above which a token is taken back, "
+            "as rollback_threshold=3.0, or calibrate"
+        )
+    return math.inf if given is None else float(given)

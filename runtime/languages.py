@@ -1,0 +1,69 @@
+"""Languages of a translation model: codes are checked, and their tokens put where the model wants
+them."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Literal
+
+import numpy as np
+
+from runtime.bundle.manifest import Manifest
+from runtime.errors import OptionError, PromptLengthError
+
+
+def check_languages(manifest: Manifest, is_text: bool, **codes: str | None) -> None:
+    """Raises OptionError for a code, of `src_lang` or `tgt_lang`, that the bundle does not know or
+    cannot set. `is_text`: whether the prompt is text."""
+    languages = manifest.languages
+    for name, code in codes.items():
+        if code is None:
+            continue
+        given = f"{name} is {code!r}"
+        if languages is None:
+            raise OptionError(f"{given}; this bundle has no language tokens, leave it out")
+        if name == "src_lang" and languages.source is None:
+            raise OptionError(f"{given}; this bundle's prompts do not name their language, leave it out")
+        if code not in languages.tokens:
+            near = get_close_matches(code, languages.tokens, 5, 0.3) or sorted(languages.tokens)[:5]
+            known = f"{len(languages.tokens)} languages, as {', '.join(near)}"
+            raise OptionError(f"{given}; this bundle has {known}")
+        if not is_text and (name == "src_lang" or languages.target == "prompt"):
+            raise OptionError(f"{given}, which is for a prompt of text; put its token among the ids")
+
+
+def with_languages(
+    ids: np.ndarray,
+    manifest: Manifest,
+    src_lang: str | None,
+    tgt_lang: str | None,
+) -> np.ndarray:
+    """Returns a prompt, int64 [n], with the tokens of the languages. Raises PromptLengthError."""
+    languages = manifest.languages
+    if languages is not None and languages.source is not None and src_lang is not None:
+        # The tokenizer adds the token of one language, at the beginning or at the end.
+        ends = np.array([0, len(ids) - 1])
+        places = ends[ids[ends] == languages.tokens[languages.source]]
+        ids[places] = languages.tokens[src_lang]
+    target = target_token(manifest, tgt_lang, "prompt")
+    if target is not None:
+        ids = np.concatenate([[target], ids])
+        most = manifest.encoder_capacity
+        if len(ids) > most:
+            raise PromptLengthError(
+                f"the prompt and its language have {len(ids)} tokens, at most {most} fit; shorten it, or convert "
+                "with a larger capacity"
+            )
+    return ids
+
+
+def target_token(
+    manifest: Manifest,
+    tgt_lang: str | None,
+    place: Literal["first", "start", "prompt"],
+) -> int | None:
+    """Returns the token of the target language if the model wants it at this place, else None."""
+    languages = manifest.languages
+    if languages is None or tgt_lang is None or languages.target != place:
+        return None
+    return languages.tokens[tgt_lang]

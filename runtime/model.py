@@ -1,0 +1,142 @@
+"""What the requests of a session share: the bundle, what is loaded of it, and what was learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from collections.abc import Sequence as List
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from runtime.adaptation.call_costs import CallCosts
+from runtime.bundle.bundle import Bundle
+from runtime.decoding.draft_rule import LearnedDrafts
+from runtime.engines.prefix_store import PrefixStore, keeps_generated
+from runtime.engines.runner import Encoder
+from runtime.errors import BundleError, OptionError
+from runtime.json_file import read_object
+from runtime.languages import check_languages, with_languages
+from runtime.metrics import Observer
+from runtime.options import GenerationOptions, SessionOptions
+from runtime.text.grammar import Grammar, Grammars
+from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected, encode_prompt
+from runtime.text.sampler import LogitsProcessor
+from runtime.text.tokenizer import Tokenizer
+from runtime.thresholds import Thresholds
+
+GENERATION_CONFIG = "generation_config.json"
+LARGEST_CONFIG = 4 << 20  # bytes
+# Sampling values that a bundle may recommend.
+RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+# Wraps a callback of the caller's, so that it cannot wait for the session that waits for it.
+Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass
+class Model:
+    """The common part of a session's requests.
+
+    `capacity`: positions of a slot. `encoder`: None for decoder-only models. `tokenizer`: None if
+    results have no text. `costs` of engine calls. `prefixes`: what requests reuse of earlier ones,
+    blocks of keys and values or the encoder's output; None if disabled.
+    """
+
+    bundle: Bundle
+    options: SessionOptions
+    capacity: int
+    encoder: Encoder | None
+    tokenizer: Tokenizer | None
+    thresholds: Thresholds
+    costs: CallCosts
+    observer: Observer
+    guard: Guard
+    prefixes: PrefixStore | None = None
+
+    def __post_init__(self) -> None:
+        self.manifest = self.bundle.manifest
+        self.learned = LearnedDrafts(self.costs)
+        self.keeps_generated = keeps_generated(self.manifest)
+        # Whether an exit's own layers read every row, and whether a request may go without: a
+        # prefix that they have not read is none for one that needs them.
+        self.own_layers = bool(self.manifest.exit_layers) and not self.manifest.exit_engine
+        self.chooses_exit = self.own_layers and (self.encoder is not None or self.prefixes is None)
+        self._grammars = Grammars(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
+
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        parse_special: bool | None = None,
+        tools: List[Mapping[str, Any]] | None = None,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+    ) -> np.ndarray:
+        """Returns the token ids of a prompt, int64 [n], with its languages. Raises PromptError, and
+        OptionError for a language."""
+        is_text = isinstance(prompt, str)
+        check_languages(self.manifest, is_text, src_lang=src_lang, tgt_lang=tgt_lang)
+        limit = self.manifest.encoder_capacity or self.capacity
+        missing = NO_TOKENIZER if self.options.trust_templates else UNTRUSTED
+        parse_special = None if parse_special is None else bool(parse_special)
+        vocab_size = self.manifest.vocab_size
+        ids = encode_prompt(prompt, self.tokenizer, vocab_size, limit, parse_special, missing, tools)
+        return with_languages(ids, self.manifest, src_lang, tgt_lang)
+
+    def grammar(self, options: GenerationOptions) -> Grammar | None:
+        """Returns the grammar that constrains a request, compiled once and kept. Raises
+        OptionError."""
+        constraint = options.constraint
+        return None if constraint is None else self._grammars.open(*constraint, self.capacity + 1)
+
+    def resolve(self, options: GenerationOptions) -> GenerationOptions:
+        """Returns options that fit this bundle: with a mode, the sampling values that the bundle
+        recommends, guarded callbacks, and the token ids of `predicted_output`. Raises
+        OptionError."""
+        manifest = self.manifest
+        options = self.thresholds.with_mode(options)
+        if options.max_pending is not None and options.max_pending > manifest.max_pending:
+            raise OptionError(
+                f"max_pending is {options.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
+            )
+        if options.num_beams > 1 and self.encoder is None:
+            raise OptionError(
+                f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this bundle is decoder-only"
+            )
+        for tokens in options.sequence_bias or ():
+            if max(tokens) >= manifest.vocab_size:
+                raise OptionError(
+                    f"sequence_bias names token {max(tokens)}; the ids of this bundle are 0 to "
+                    f"{manifest.vocab_size - 1}"
+                )
+        changes: dict[str, Any] = {}
+        if options.samples:
+            recommended = read_defaults(self.bundle.path, manifest.files).items()
+            changes |= {name: value for name, value in recommended if getattr(options, name) is None}
+        if options.logits_processor:
+            processors = cast(tuple[LogitsProcessor, ...], options.logits_processor)
+            changes["logits_processor"] = [self.guard(each) for each in processors]
+        if options.draft_source is not None:
+            changes["draft_source"] = self.guard(options.draft_source)
+        if options.predicted_output is not None:
+            expected = options.predicted_output
+            ids = encode_expected(expected, self.tokenizer, manifest.vocab_size, self.capacity)
+            changes["predicted_output"] = ids.tolist()
+        return replace(options, **changes) if changes else options
+
+
+def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -> dict[str, Any]:
+    """Returns the values of RECOMMENDED in the bundle's generation_config.json, none unless the
+    manifest has `listed` it. Raises BundleError for a value that cannot be used."""
+    file = bundle / GENERATION_CONFIG
+    if GENERATION_CONFIG not in listed or not file.exists():
+        return {}
+    content = read_object(file, "convert the checkpoint again", limit=LARGEST_CONFIG)
+    values = {name: content[name] for name in RECOMMENDED if content.get(name) is not None}
+    try:
+        GenerationOptions(do_sample=True, **values)
+    except OptionError as error:
+        raise BundleError(f"{file}: {str(error)[:300]}; or pass your own") from None
+    return values
