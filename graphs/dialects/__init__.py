@@ -1,4 +1,5 @@
-"""Dialects: two ways to write norms, attention and the KV cache as ONNX operators.
+"""Two dialects of ONNX operators for norms, attention and the KV cache.
 
-`ort` uses ONNX Runtime's fused operators, or freeexport's own for quantized weights. `standard` uses opset 24 alone.
+`ort` uses ONNX Runtime's fused operators, or freeexport's own for quantized weights. `standard` uses
+only opset 24.
 """

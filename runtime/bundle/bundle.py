@@ -130,9 +130,13 @@ def _read_manifest(root: Path) -> str:
     if not os.path.lexists(root / MANIFEST):
         if (checkpoint := _checkpoint_at(root)) is not None:
             command = f"freeexport convert {_quoted(checkpoint)} BUNDLE"
-            raise BundleError(f"{root} is not a bundle but a checkpoint; make a bundle of it with: {command}")
+            raise BundleError(
+                f"{root} is not a bundle but a checkpoint; make a bundle of it with: {command}"
+            )
         missing = f"it has no {MANIFEST}" if root.is_dir() else "it is a file"
-        raise BundleError(f"{root} is not a bundle: {missing}; give a directory that freeexport convert wrote")
+        raise BundleError(
+            f"{root} is not a bundle: {missing}; give a directory that freeexport convert wrote"
+        )
     check_no_link(root, MANIFEST)
     try:
         return read_text(root / MANIFEST, LARGEST_MANIFEST)

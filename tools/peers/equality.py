@@ -1,10 +1,11 @@
-"""Count how often speculation changes what a decoder writes: its answers with drafts beside its own greedy ones.
+"""Count how often speculative decoding changes a decoder's greedy output.
 
     python -m tools.peers.equality BUNDLE --model path/to/checkpoint --save equality-peers.json
 
-Peers draft from the prompt (prompt lookup) with options of their own; bundles are decoded in mode full, then lossless
-with drafts from the text. Greedy answers are decoded twice, so that a decoder that differs from itself is not blamed on
-speculation. Ids alone are compared, so other work may run beside. Run from the root.
+Peers draft from the prompt (prompt lookup) with their own options. Bundles decode in mode full, then
+in mode lossless with drafts from the text. Every decoder also repeats its greedy output, so that
+nondeterminism is not counted as an effect of speculation. Only token ids are compared, so the
+machine need not be idle. Run from the root.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +40,33 @@ Answers = list[tuple[int, ...]]
 
 
 def differences(reference: Answers, answers: Answers) -> dict[str, Any]:
-    """How many answers differ, and how many of their tokens; the first place of each that does. Behind a first
-    difference texts go on apart, so that is what tells how soon it happens."""
+    """Count the answers and tokens that differ, and list the first difference of each answer.
+
+    After the first difference the texts diverge, so its position is the meaningful figure.
+    """
     pairs = list(zip(reference, answers, strict=True))
-    unequal = [[place for place, two in enumerate(zip(*pair, strict=True)) if two[0] != two[1]] for pair in pairs]
+    unequal = [
+        [place for place, two in enumerate(zip(*pair, strict=True)) if two[0] != two[1]]
+        for pair in pairs
+    ]
     firsts = [places[0] for places in unequal if places]
-    tokens, differing = sum(map(len, reference)), sum(map(len, unequal))
-    return {"answers": len(pairs), "differing_answers": len(firsts), "tokens": tokens, "differing_tokens": differing,
-            "first_differences": firsts}  # fmt: skip
+    return {
+        "answers": len(pairs),
+        "differing_answers": len(firsts),
+        "tokens": sum(map(len, reference)),
+        "differing_tokens": sum(map(len, unequal)),
+        "first_differences": firsts,
+    }
 
 
-def peer_answers(contender: Contender, prompts: Sequence[list[int]], tokens: int, threads: int) -> tuple[Answers, Any]:
-    """A peer's answers, and the versions that gave them. Raises PeerError."""
+def peer_answers(
+    contender: Contender, prompts: Sequence[list[int]], tokens: int, threads: int
+) -> tuple[Answers, Any]:
+    """Return a peer's answers and its versions.
+
+    Raises:
+        PeerError: If the peer cannot be loaded or fails.
+    """
     worker, versions = contender.load(threads)
     with closing(worker), progress(f"decoding with {contender.name}", len(prompts)) as advance:
         answers = []
@@ -59,7 +76,9 @@ def peer_answers(contender: Contender, prompts: Sequence[list[int]], tokens: int
         return answers, versions
 
 
-def row_of(name: str, precision: str, greedy: Callable[[], Answers], drafted: Callable[[], Answers]) -> dict[str, Any]:
+def row_of(
+    name: str, precision: str, greedy: Callable[[], Answers], drafted: Callable[[], Answers]
+) -> dict[str, Any]:
     reference = greedy()
     return {
         "name": name,
@@ -71,14 +90,33 @@ def row_of(name: str, precision: str, greedy: Callable[[], Answers], drafted: Ca
 
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--against", multiple=True, default=PEERS, metavar="PEER", help="Peers that draft from the prompt.")
+@click.option(
+    "--against",
+    multiple=True,
+    default=PEERS,
+    metavar="PEER",
+    help="Peers that draft from the prompt.",
+)
 @click.option("--model", help="The checkpoint that the bundles came from, for peers.")
-@click.option("--prompts", "count", type=click.IntRange(1), default=30, help="Built-in prompts, evenly chosen.")
+@click.option(
+    "--prompts",
+    "count",
+    type=click.IntRange(1),
+    default=30,
+    help="Built-in prompts, evenly chosen.",
+)
 @click.option("--tokens", type=click.IntRange(2), default=128, help="Tokens of an answer.")
 @click.option("--threads", type=click.IntRange(1), default=1)
 @click.option("--save", type=click.Path(path_type=Path), help="Also write the counts as JSON.")
-def main(bundles: tuple[Path, ...], against: tuple[str, ...], model: str | None, count: int, tokens: int, threads: int,
-         save: Path | None) -> None:  # fmt: skip
+def main(
+    bundles: tuple[Path, ...],
+    against: tuple[str, ...],
+    model: str | None,
+    count: int,
+    tokens: int,
+    threads: int,
+    save: Path | None,
+) -> None:
     check_writable(save, "--save")
     opened = [Bundle.open(path) for path in bundles]
     manifest = opened[0].manifest
@@ -92,11 +130,18 @@ def main(bundles: tuple[Path, ...], against: tuple[str, ...], model: str | None,
                 given = {"max_new_tokens": tokens, "ignore_eos": True, **options}
                 return [session.generate(prompt, **given).token_ids for prompt in prompts]
 
-            name, drafts = f"freeexport {bundle.manifest.precision}", {"mode": "lossless", "drafts": "lookup"}
-            row = row_of(name, bundle.manifest.precision, lambda: ours(mode="full"), lambda: ours(**drafts))  # noqa: B023
+            precision = bundle.manifest.precision
+            row = row_of(
+                name=f"freeexport {precision}",
+                precision=precision,
+                greedy=partial(ours, mode="full"),
+                drafted=partial(ours, mode="lossless", drafts="lookup"),
+            )
             rows.append(row)
     source = None if model is None else find_source(manifest, model)
-    found, failed = contenders_of(against if source else (), source, opened, BenchOptions(bundles, modes=()))
+    found, failed = contenders_of(
+        against if source else (), source, opened, BenchOptions(bundles, modes=())
+    )
     for one in found:
         looks_up = replace(one, options={**one.options, "lookup": LOOKUP})
         versions: dict[str, str] = {}
@@ -107,7 +152,12 @@ def main(bundles: tuple[Path, ...], against: tuple[str, ...], model: str | None,
             return answers
 
         try:
-            row = row_of(one.name, one.precision, lambda: answered(one), lambda: answered(looks_up))  # noqa: B023
+            row = row_of(
+                name=one.name,
+                precision=one.precision,
+                greedy=partial(answered, one),
+                drafted=partial(answered, looks_up),
+            )
             rows.append({**row, "versions": versions})
         except PeerError as error:
             failed[one.name] = str(error)
@@ -126,11 +176,24 @@ def main(bundles: tuple[Path, ...], against: tuple[str, ...], model: str | None,
     cells = tuple(
         (
             *(row["name"], row["precision"]),
-            *(f"{row[kind]['differing_answers']} of {len(prompts)}" for kind in ("greedy_again", "with_drafts")),
+            *(
+                f"{row[kind]['differing_answers']} of {len(prompts)}"
+                for kind in ("greedy_again", "with_drafts")
+            ),
         )
         for row in rows
     )
-    print_page([terminal(Sheet("Answers that differ", ("decoder", "precision", "greedy again", "with drafts"), cells))])
+    print_page(
+        [
+            terminal(
+                Sheet(
+                    "Answers that differ",
+                    ("decoder", "precision", "greedy again", "with drafts"),
+                    cells,
+                )
+            )
+        ]
+    )
     click.echo("\n".join(f"{name}: not run: {reason}" for name, reason in failed.items()))
 
 
