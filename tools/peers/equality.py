@@ -3,7 +3,7 @@
     python -m tools.peers.equality BUNDLE --model path/to/checkpoint --save equality-peers.json
 
 Peers draft from the prompt (prompt lookup) with their own options. Bundles decode in mode full,
-then in mode lossless with drafts from the text. Every decoder also repeats its greedy output, so that
+then in mode lossless with drafts from the text. Every decoder repeats its greedy output, so that
 nondeterminism is not counted as an effect of speculation. Only token ids are compared, so the
 machine need not be idle. Run from the root.
 """
