@@ -31,7 +31,7 @@ settings.load_profile(REPEATED)
 @pytest.fixture(autouse=True)
 def same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that sample without a seed draw the same in every run."""
-    monkeypatch.setattr("runtime.sequence.secrets.randbits", random.Random(0).getrandbits)
+    monkeypatch.setattr("secrets.randbits", random.Random(0).getrandbits)
 
 
 @pytest.fixture(scope="session", autouse=True)
