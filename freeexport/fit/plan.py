@@ -346,10 +346,10 @@ def _with_times(
     while True:
         speed = training_speed(options, texts, found, tune[0], bf16, learning_rate, batch)
         least = FEW_STEPS * speed["step"] * runs / shares[_TRAININGS[tune[0]]]
-        if left >= least or batch <= smallest:
+        if not 0 < left < least or batch <= smallest:
             break
         # Half of it or less: the power of two whose steps should fit.
-        wanted = max(1.0, batch * max(0.0, left) / least)
+        wanted = max(1.0, batch * left / least)
         batch = max(smallest, min(batch // 2, 1 << int(math.log2(wanted))))
     missing = ""
     if left < least:
