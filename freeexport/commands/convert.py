@@ -92,7 +92,7 @@ def command(
     \b
     Example:
       freeexport convert path/to/checkpoint bundle --precision int8
-      freeexport convert path/to/SmolLM2.gguf bundle --precision int8 --exit general
+      freeexport convert path/to/SmolLM2.gguf bundle --precision int8 --exit smollm2-chat
       freeexport convert path/to/checkpoint bundle --target tensorrt --build
       freeexport convert bundle --build 4
     """

@@ -221,7 +221,7 @@ def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifes
     engines = 4 * manifest.weight_bytes + 4 * manifest.kv_bytes_per_sequence
     need = 4 * sum(sizes) + 8 * max(sizes) + engines + LOGITS * manifest.vocab_size + 10**9
     available = available_memory()
-    click.echo(f"verifying against {checkpoint.name}: needs about {need / 1e9:.1f} GB of memory", err=True)
+    click.echo(f"verifying against the checkpoint: needs about {need / 1e9:.1f} GB of memory", err=True)
     if available is not None and need > available:
         click.echo(f"warning: only {available / 1e9:.1f} GB is available, so the bundle is not verified", err=True)
         return False

@@ -151,6 +151,7 @@ def test_the_command_applies_an_exit_and_verifies_it(
     model, out = checkpoint(LLAMA), tmp_path / "bundle"
     done = succeed("convert", model, out, "--exit", "lora", "--capacity", "64")
     assert "verified: yes" in done.output
+    assert "+lora" not in done.output  # the name of a folder that lasts as long as the command
     assert Bundle.open(out).manifest.exit_layers == 1
     with Session(out) as session:
         assert session.generate("word 3 is", max_new_tokens=4, threshold=0.0).token_ids
