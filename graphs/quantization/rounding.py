@@ -226,8 +226,8 @@ def on_grid(weight: np.ndarray, block: int, type_: np.dtype, offsets: bool) -> R
     """Return a weight [outputs, inputs] whose blocks already have at most 16 evenly spaced values.
 
     The result has the form of `round_4_bits`, or None for any other weight. If 0 is not among the
-    values, blocks have `offsets` of type `type_`. Without permission to use `offsets`, such a
-    weight gives None.
+    values, blocks have `offsets` of type `type_`. If `offsets` is
+    False, such a weight returns None.
     """
     outputs, inputs = weight.shape
     if inputs % block or _steps(weight[:FIRST].reshape(-1, block)) is None:
