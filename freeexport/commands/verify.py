@@ -78,7 +78,6 @@ def command(
     \b
     Example:
       freeexport verify bundle --against path/to/checkpoint
-      freeexport verify bundle --equal 100000
     """
     for option, value in (("--data", data), ("--exit", exit_)):
         if value is not None and against is None:
