@@ -78,7 +78,6 @@ def command(
     \b
     Example:
       freeexport verify bundle --against path/to/checkpoint
-      freeexport verify bundle --equal 100000
     """
     for option, value in (("--data", data), ("--exit", exit_)):
         if value is not None and against is None:
@@ -117,15 +116,19 @@ def command(
 def _compare(
     bundle: Bundle, tokens: int, file: Path | None, sets: tuple[str, ...], save: Path | None, as_json: bool
 ) -> None:
-    """Compare the bundle with itself, and show the outcome; after an interrupt what there is of it."""
+    """Compare the bundle with itself, and show the outcome; after an interrupt, what there is of it."""
     prompts = prompts_of(bundle, file)
+    settings = len(all_settings()) * max(1, len(sets))
     outcome = Equality(tokens, 0)
     try:
         for outcome in check_equality(bundle, tokens, prompts, sets, file):  # noqa: B007
             pass
-    finally:
+    except KeyboardInterrupt:
         if not as_json:
-            _show(outcome, len(all_settings()) * max(1, len(sets)))
+            _show(outcome, settings)
+        raise
+    if not as_json:
+        _show(outcome, settings)
     certificate = {**environment(), **_identity(bundle, file), **outcome.to_json()}
     text = json.dumps(certificate, indent=2)
     if as_json:

@@ -123,9 +123,10 @@ def _library(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         version = library.freeexport_kernels_version()
         library.freeexport_instructions.restype = ctypes.c_char_p
-        library.freeexport_prompt_differs  # noqa: B018 (a library of before has none)
     except (OSError, AttributeError) as error:
         raise EngineError(f"{path} cannot be loaded ({error}); {BUILD}") from None
     if version != VERSION:
         raise EngineError(f"{path} has version {version} of the kernels, not {VERSION}; install freeexport again")
+    if not hasattr(library, "freeexport_prompt_differs"):
+        raise EngineError(f"{path} was built from older sources; install freeexport again")
     return library

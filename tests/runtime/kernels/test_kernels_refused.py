@@ -94,6 +94,11 @@ def test_a_library_of_another_architecture_or_version_is_named(tmp_path, monkeyp
         subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", path], input=text, text=True, check=True)
         monkeypatch.setattr(runtime.kernels, "LIBRARY", path)
         assert f"has version 99 of the kernels, not {VERSION}" in missing()
+        path = tmp_path / "older.so"  # of this version, before it said how prompts are read
+        source = text.replace("99", str(VERSION))
+        subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", path], input=source, text=True, check=True)
+        monkeypatch.setattr(runtime.kernels, "LIBRARY", path)
+        assert "was built from older sources; install freeexport again" in missing()
 
 
 @pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS, "mmx"])
