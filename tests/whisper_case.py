@@ -17,6 +17,7 @@ def write_whisper(path: Path) -> Path:
 
     torch.manual_seed(0)
     config = transformers.WhisperConfig(
+        scale_embedding=True,  # transformers ignores it
         vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=LAYERS, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40, num_mel_bins=80, init_std=0.35,
         max_source_positions=POSITIONS, max_target_positions=CAPACITY, decoder_start_token_id=START, eos_token_id=END,
