@@ -97,7 +97,7 @@ def main(bundles: tuple[Path, ...], against: tuple[str, ...], model: str | None,
             rows.append(row)
     source = None if model is None else find_source(manifest, model)
     found, failed = contenders_of(against if source else (), source, opened, BenchOptions(bundles, modes=()))
-    for one in found:
+    for one in (one for one in found if one.setting is None):
         looks_up = replace(one, options={**one.options, "lookup": LOOKUP})
         versions: dict[str, str] = {}
 
