@@ -142,7 +142,7 @@ def main(
     found, failed = contenders_of(
         against if source else (), source, opened, BenchOptions(bundles, modes=())
     )
-    for one in found:
+    for one in (one for one in found if one.setting is None):
         looks_up = replace(one, options={**one.options, "lookup": LOOKUP})
         versions: dict[str, str] = {}
 
