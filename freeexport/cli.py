@@ -117,7 +117,10 @@ def _interrupts() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    if (
+        before is not signal.default_int_handler
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield came
         return
     signal.signal(signal.SIGINT, note)
@@ -157,7 +160,11 @@ def _explain(error: BaseException, verb: str | None) -> str:
     if _TORCH_ARCHIVE.search(str(error)):  # torch does not say why it cannot write
         return f"a file could not be written ({first_line(error)}); free some space, or write elsewhere, and run again"
     ours = ("freeexport", "graphs", "runtime")
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in ours:
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and error.name
+        and error.name.partition(".")[0] not in ours
+    ):
         return how_to_install(error.name, verb)
     return f"{type(error).__name__}: {error}; this is a bug, see where with: freeexport --debug ..."
 
@@ -167,7 +174,9 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sho
 
 @click.group(cls=Verbs, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="freeexport", message="%(prog)s %(version)s")
-@click.option("--debug", is_flag=True, envvar="FREEEXPORT_DEBUG", help="Show the traceback of an error.")
+@click.option(
+    "--debug", is_flag=True, envvar="FREEEXPORT_DEBUG", help="Show the traceback of an error."
+)
 def main(debug: bool) -> None:
     """Early-exit decoding (FREE) as ONNX engines.
 

@@ -42,10 +42,14 @@ QUESTION = "What is the capital of France, and what is it known for?"
 
 def g2p(directory: Path) -> None:
     """Convert the pronunciation model to a bundle at `directory`, decode phrases, and compare its modes."""
-    bundle = demo_bundle(G2P, directory, ConvertOptions(overwrite=True, calibration=G2P / "calibration.json"))
+    bundle = demo_bundle(
+        G2P, directory, ConvertOptions(overwrite=True, calibration=G2P / "calibration.json")
+    )
     with Session(bundle, threads=THREADS, slots=1) as session:
         green = click.style("green", fg="green")
-        click.echo(f"\n{green} tokens exited after layer {session.manifest.exit_layer}; the others took every layer")
+        click.echo(
+            f"\n{green} tokens exited after layer {session.manifest.exit_layer}; the others took every layer"
+        )
         for phrase in (request.text for request in read_examples(PHRASES, SHOWN)):
             click.echo(f"\n{phrase}\n  {_coloured(session, session.generate(phrase))}")
         click.echo()
@@ -73,7 +77,9 @@ def g2p(directory: Path) -> None:
 
 def smollm2(directory: Path) -> None:
     """Convert SmolLM2-135M-Instruct to a bundle at `directory`, generate with it, and measure its modes."""
-    bundle = demo_bundle(smollm2_checkpoint(), directory, ConvertOptions(EXIT_LAYER, overwrite=True))
+    bundle = demo_bundle(
+        smollm2_checkpoint(), directory, ConvertOptions(EXIT_LAYER, overwrite=True)
+    )
     click.echo(f"\nprompt: {QUESTION}")
     with Session(bundle, slots=1) as session:
         prompt = [{"role": "user", "content": QUESTION}]
@@ -82,9 +88,13 @@ def smollm2(directory: Path) -> None:
             click.echo(token.text, nl=False)
         click.echo()
         result = session.generate(prompt, threshold=THRESHOLD, max_new_tokens=TOKENS)
-        click.echo(f"mode free, threshold {THRESHOLD}, {result.stats.exit_rate:.0%} exited: {result.text}")
+        click.echo(
+            f"mode free, threshold {THRESHOLD}, {result.stats.exit_rate:.0%} exited: {result.text}"
+        )
     click.echo(f"\nmeasuring {TOKENS} tokens, {ROUNDS} rounds ...")
-    found = benchmark(BenchOptions((bundle,), tokens=TOKENS, rounds=ROUNDS, thresholds=(THRESHOLD,)))
+    found = benchmark(
+        BenchOptions((bundle,), tokens=TOKENS, rounds=ROUNDS, thresholds=(THRESHOLD,))
+    )
     shown = narrow(bench_sheet(found))
     print_page([terminal(shown)])
     click.echo("\n".join(facts_lines(found, shown)))
@@ -107,7 +117,9 @@ def demo_bundle(checkpoint: Path, path: Path, options: ConvertOptions) -> Path:
     began = time.monotonic()
     click.echo(f"converting {checkpoint.name}{exit_at}, and checking it against transformers ...")
     manifest = convert(str(checkpoint), path, options)
-    click.echo(f"bundle: {path}, {manifest.weight_bytes / 1e6:.0f} MB, {time.monotonic() - began:.0f} s")
+    click.echo(
+        f"bundle: {path}, {manifest.weight_bytes / 1e6:.0f} MB, {time.monotonic() - began:.0f} s"
+    )
     return path
 
 
@@ -126,7 +138,8 @@ def _comparison(found: Evaluation) -> Table:
     """Error rates, speed and exits of each mode; speeds also as multiples of the whole model's."""
     rows = [
         (
-            MODES[row["method"]] + ("" if row["threshold"] is None else f", threshold {row['threshold']:.2f}"),
+            MODES[row["method"]]
+            + ("" if row["threshold"] is None else f", threshold {row['threshold']:.2f}"),
             f"{1 - row['scores']['per']['value']:.1%}",
             f"{1 - row['scores']['word-acc']['value']:.1%}",
             f"{row['tokens_per_second']:.0f}",

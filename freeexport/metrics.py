@@ -21,7 +21,18 @@ import numpy as np
 from runtime.errors import FreeExportError, OptionError
 
 NAMES = (
-    *("exact", "rouge-1", "rouge-2", "rouge-l", "rouge-lsum", "bleu", "chrf", "wer", "per", "word-acc"),
+    *(
+        "exact",
+        "rouge-1",
+        "rouge-2",
+        "rouge-l",
+        "rouge-lsum",
+        "bleu",
+        "chrf",
+        "wer",
+        "per",
+        "word-acc",
+    ),
     *("squad-em", "squad-f1", "case-f1", "punct-f1"),
 )
 
@@ -98,10 +109,15 @@ class Metric:
 
     def table(self, outputs: Sequence[str], references: Sequence[Reference]) -> np.ndarray:
         """Statistics float64 [n, k]. Raises MetricError where the metric does not fit the references."""
-        rows = [self.statistics(text, reference) for text, reference in zip(outputs, references, strict=True)]
+        rows = [
+            self.statistics(text, reference)
+            for text, reference in zip(outputs, references, strict=True)
+        ]
         found = np.array(rows, np.float64)
         if self.needs is not None and not found[:, self.needs[0]].any():
-            raise MetricError(f"metric {self.name} does not fit these data: {self.needs[1]}; choose another --metric")
+            raise MetricError(
+                f"metric {self.name} does not fit these data: {self.needs[1]}; choose another --metric"
+            )
         return found
 
     def of(self, table: np.ndarray) -> float:
@@ -127,7 +143,9 @@ def check_name(name: str) -> None:
         colon and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
     ):
         return
-    raise OptionError(f"{name!r} is no metric; choose from {', '.join(NAMES)}, or name a function as module:function")
+    raise OptionError(
+        f"{name!r} is no metric; choose from {', '.join(NAMES)}, or name a function as module:function"
+    )
 
 
 def metric_of(name: str) -> Metric:
@@ -186,7 +204,10 @@ def _f1(sums: np.ndarray) -> float:
 
 def _best(score: Callable[[str, str], float]) -> Statistics:
     """The best score among the alternatives, and 1."""
-    return lambda output, reference: (max(float(score(output, text)) for text in reference.texts), 1.0)
+    return lambda output, reference: (
+        max(float(score(output, text)) for text in reference.texts),
+        1.0,
+    )
 
 
 def _imported(name: str) -> Metric:
@@ -194,7 +215,9 @@ def _imported(name: str) -> Metric:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise OptionError(f"--metric {name}: {error}; name a function that Python can import") from None
+        raise OptionError(
+            f"--metric {name}: {error}; name a function that Python can import"
+        ) from None
 
     def statistics(output: str, reference: Reference) -> Sequence[float]:
         try:
@@ -248,10 +271,14 @@ def _sacrebleu(name: str) -> Metric:
         return row
 
     def value_by(scorer: Any) -> Value:
-        return lambda sums: float(scorer._compute_score_from_stats([int(one) for one in sums]).score) / 100
+        return lambda sums: (
+            float(scorer._compute_score_from_stats([int(one) for one in sums]).score) / 100
+        )
 
     statistics("a", Reference(("a",)))  # the signature says how many references
-    return Metric(name, statistics, value_by(corpus), value_by(alone), signature=str(corpus.get_signature()))
+    return Metric(
+        name, statistics, value_by(corpus), value_by(alone), signature=str(corpus.get_signature())
+    )
 
 
 def _word_errors(name: str) -> Metric:
@@ -266,7 +293,9 @@ def _word_errors(name: str) -> Metric:
     def statistics(output: str, reference: Reference) -> Sequence[float]:
         return min(errors(output, text) for text in reference.texts)
 
-    return Metric(name, statistics, _less_errors, needs=(1, "the references have no words"), signature="jiwer")
+    return Metric(
+        name, statistics, _less_errors, needs=(1, "the references have no words"), signature="jiwer"
+    )
 
 
 def _normalized(answer: str) -> list[str]:
@@ -321,7 +350,9 @@ def _pronunciations(name: str) -> Metric:
         if reference.words is not None:
             found = errors(text, reference.words)
         else:
-            each = (errors(text, [[word] for word in known.split("|")]) for known in reference.texts)
+            each = (
+                errors(text, [[word] for word in known.split("|")]) for known in reference.texts
+            )
             found = min(each, key=lambda one: (one.phoneme_edits, one.wrong_words))
         return found[:2] if name == "per" else found[2:]
 
@@ -333,7 +364,10 @@ def _pronunciations(name: str) -> Metric:
 
 # A word with what joins its parts, or one mark.
 _PIECE = re.compile(r"\w+(?:['’+#/.-]+\w+)*|[^\w\s]")
-_NEEDS = {"case-f1": "the references have no capital letters", "punct-f1": "the references have no punctuation"}
+_NEEDS = {
+    "case-f1": "the references have no capital letters",
+    "punct-f1": "the references have no punctuation",
+}
 
 
 def _restoration(name: str) -> Metric:
@@ -355,7 +389,9 @@ def _restoration(name: str) -> Metric:
 
     def counts(output: str, text: str) -> tuple[float, float, float]:
         (words, items), (true_words, true_items) = pieces(output), pieces(text)
-        place = {-1: -1}  # the reference's word for each word that is the same; the start is that of both
+        place = {
+            -1: -1
+        }  # the reference's word for each word that is the same; the start is that of both
         for block in Levenshtein.opcodes(words, true_words).as_matching_blocks():
             place.update({block.a + step: block.b + step for step in range(block.size)})
         ours = Counter((place.get(number, f"other {number}"), item) for number, item in items)

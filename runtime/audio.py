@@ -60,17 +60,25 @@ def read_audio(source: Any, name: str = "the audio", until: float = math.inf) ->
     if not np.isfinite(samples).all():
         raise PromptError(f"{name} has samples that are NaN or infinite; repair it")
     if (loudest := max(samples.max(), -samples.min())) > LOUDEST:
-        raise PromptError(f"{name} has samples up to {loudest:g}; divide them, so that they lie between -1 and 1")
+        raise PromptError(
+            f"{name} has samples up to {loudest:g}; divide them, so that they lie between -1 and 1"
+        )
     return samples
 
 
 def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
     """Samples at 16 kHz. A minute is read at a time: hours of stereo would fill the memory several times over."""
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else opened(Path(source), LARGEST_WAV) as file:
+        with (
+            io.BytesIO(source)
+            if isinstance(source, bytes)
+            else opened(Path(source), LARGEST_WAV) as file
+        ):
             rate, channels, width, begin, count = _wav_header(file)
             if width not in (1, 2, 3, 4):
-                raise PromptError(f"{name} has samples of {8 * width} bits; convert it to PCM of 8, 16, 24 or 32")
+                raise PromptError(
+                    f"{name} has samples of {8 * width} bits; convert it to PCM of 8, 16, 24 or 32"
+                )
             frame = width * channels
             # Of a stream, the header has the largest number for what is not known.
             count = min(count, (file.seek(0, io.SEEK_END) - begin) // frame)
@@ -80,28 +88,45 @@ def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
                 )
             _check_length(count / rate, name)
             samples = np.empty(math.ceil(count * RATE / rate), np.float32)
-            minute, beside = 60 * rate, 0 if rate == RATE else rate  # a second, of which the filter reads a part
+            minute, beside = (
+                60 * rate,
+                0 if rate == RATE else rate,
+            )  # a second, of which the filter reads a part
             for start in range(0, count, minute):
                 if monotonic() >= until:
                     raise LateError
                 first = max(0, start - beside)
                 file.seek(begin + first * frame)
-                part = _decoded(file.read((min(count, start + minute + beside) - first) * frame), width, channels)
-                part = part if rate == RATE else resampled(part, rate)[RATE * (first < start) :][: 60 * RATE]
+                part = _decoded(
+                    file.read((min(count, start + minute + beside) - first) * frame),
+                    width,
+                    channels,
+                )
+                part = (
+                    part
+                    if rate == RATE
+                    else resampled(part, rate)[RATE * (first < start) :][: 60 * RATE]
+                )
                 samples[start // rate * RATE :][: len(part)] = part
             return samples
     except UnreadableError as error:
         raise PromptError(f"{name} cannot be read ({error}); give a WAV file") from None
     except (wave.Error, EOFError) as error:
         problem = one_line(error) if str(error) else "it ends early"
-        raise PromptError(f"{name} is no WAV file of PCM samples ({problem}); convert it to one") from None
+        raise PromptError(
+            f"{name} is no WAV file of PCM samples ({problem}); convert it to one"
+        ) from None
 
 
 def _wav_header(file: BinaryIO) -> tuple[int, int, int, int, int]:
     """Samples a second, channels, bytes of a sample, where samples begin, and frames as the header says."""
     try:
         with wave.open(file) as header:
-            rate, channels, width = header.getframerate(), header.getnchannels(), header.getsampwidth()
+            rate, channels, width = (
+                header.getframerate(),
+                header.getnchannels(),
+                header.getsampwidth(),
+            )
             return rate, channels, width, file.tell(), header.getnframes()
     except (RuntimeError, ValueError) as error:  # of the library, for sizes beyond the file
         raise wave.Error(str(error) or "a chunk ends beyond the file") from None
@@ -126,7 +151,11 @@ def _decoded(frames: bytes, width: int, channels: int) -> np.ndarray:
     else:
         samples = np.frombuffer(frames, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
     # Means over so short an axis take numpy long.
-    return samples.reshape(-1, channels) @ np.full(channels, 1 / channels, np.float32) if channels > 1 else samples
+    return (
+        samples.reshape(-1, channels) @ np.full(channels, 1 / channels, np.float32)
+        if channels > 1
+        else samples
+    )
 
 
 def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -188,12 +217,18 @@ def window(mels: np.ndarray, start: int, count: int) -> np.ndarray:
 def mel_filters(bins: int) -> np.ndarray:
     """Triangles of equal area over the frequencies of a frame, float32 [bins, FFT / 2 + 1]: their corners stand equally
     far on Slaney's mel scale, which is linear up to 1 kHz and logarithmic above."""
-    linear, step = 200 / 3, math.log(6.4) / 27  # Hz a mel below 1 kHz, and the logarithm of a mel's ratio above
+    linear, step = (
+        200 / 3,
+        math.log(6.4) / 27,
+    )  # Hz a mel below 1 kHz, and the logarithm of a mel's ratio above
     break_mel = 1000 / linear
     top = break_mel + math.log(RATE / 2 / 1000) / step
     mels = np.linspace(0, top, bins + 2)
     corners = np.where(mels < break_mel, mels * linear, 1000 * np.exp(step * (mels - break_mel)))
     frequencies = np.linspace(0, RATE / 2, FFT // 2 + 1)
     left, middle, right = (corners[first : first + bins, None] for first in range(3))
-    rising, falling = (frequencies - left) / (middle - left), (right - frequencies) / (right - middle)
+    rising, falling = (
+        (frequencies - left) / (middle - left),
+        (right - frequencies) / (right - middle),
+    )
     return (np.maximum(0, np.minimum(rising, falling)) * 2 / (right - left)).astype(np.float32)

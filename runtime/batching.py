@@ -26,7 +26,9 @@ class BatchedCall:
     """The calls of one engine over the slots between the first and the last that take part; those in between that do
     not are idle rows. `hidden_size` is d, `vocab_size` V."""
 
-    def __init__(self, runner: Runner, cross: CrossCache, hidden_size: int, vocab_size: int) -> None:
+    def __init__(
+        self, runner: Runner, cross: CrossCache, hidden_size: int, vocab_size: int
+    ) -> None:
         self._runner, self._cross = runner, cross
         self._hidden_size, self._vocab_size = hidden_size, vocab_size
         self._calls: dict[tuple[int, int, bool], Call] = {}
@@ -36,7 +38,10 @@ class BatchedCall:
         """Run what sequences wait for as one call, and copy to each its part."""
         first, count, width = _area(calls)
         places = [call.owner.slot - first for call in calls]
-        runner, given = self._runner, [name for name in ("input_ids", *_STATES) if name in calls[0].inputs]
+        runner, given = (
+            self._runner,
+            [name for name in ("input_ids", *_STATES) if name in calls[0].inputs],
+        )
         tokens, states = (count, width), (count, width, self._hidden_size)
         inputs: dict[str, Any] = {
             name: np.zeros(tokens, np.int64)
@@ -59,7 +64,10 @@ class BatchedCall:
             inputs["exit_lengths"] = exits
         if "emitted" in calls[0].inputs:
             inputs["emitted"] = np.concatenate([call.inputs["emitted"] for call in calls])
-        shapes = {"feature": (self._hidden_size,), "logits": (self._vocab_size,)}  # of a head, if not a number
+        shapes = {
+            "feature": (self._hidden_size,),
+            "logits": (self._vocab_size,),
+        }  # of a head, if not a number
         outputs: dict[str, Any] = {}
         for output in {name: None for call in calls for name in call.outputs}:
             if output in _STATES:
@@ -180,7 +188,9 @@ class BatchPolicy:
         enough = len(deep) >= self.rules.ready * (len(deep) + len(shallow) + len(exits))
         return deep if deep and (enough or waited >= self.rules.patience) else shallow or exits
 
-    def run(self, calls: Sequence[SlotCall], together: bool) -> Iterator[tuple[SlotCall, Exception | None]]:
+    def run(
+        self, calls: Sequence[SlotCall], together: bool
+    ) -> Iterator[tuple[SlotCall, Exception | None]]:
         """Run calls of one engine, as few as possible where `together`: each with its error. What a call wrote is to be
         counted before the next one, in which its slots may be idle: an engine may pad idle rows behind the counted.
         """
@@ -216,7 +226,9 @@ class BatchPolicy:
         rows, heads = sum(call.rows for call in calls), sum(call.heads for call in calls)
         if calls[0].runner is self._exit:
             # With a row of each, which are not more than an exit's engine reads.
-            self._costs.observe("head", heads, self._costs.seconds("step", heads) + calls[0].seconds)
+            self._costs.observe(
+                "head", heads, self._costs.seconds("step", heads) + calls[0].seconds
+            )
         elif calls[0].runner is not self._shallow:
             self._costs.observe("pass", rows, calls[0].seconds)
             self._timed += 1

@@ -46,7 +46,9 @@ def check_fields(options: Any) -> None:
 
 @cache
 def _checks_of(kind: Any) -> dict[str, Check]:
-    return {name: _check_of(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    return {
+        name: _check_of(hint) for name, hint in get_type_hints(kind, include_extras=True).items()
+    }
 
 
 def _check_of(hint: Any) -> Check:
@@ -60,7 +62,9 @@ def _check_of(hint: Any) -> Check:
     elif str in kinds:
         check = text
     else:
-        allowed = [value for each in kinds for value in ((True, False) if each is bool else get_args(each))]
+        allowed = [
+            value for each in kinds for value in ((True, False) if each is bool else get_args(each))
+        ]
         check = OneOf((*allowed, None) if optional and bool in kinds else tuple(allowed))
 
     def checked(name: str, value: Any) -> Any:
@@ -141,7 +145,9 @@ def text(name: str, value: Any) -> str:
 
 def adaptive_state(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise OptionError(f"{name} is {shown(value)}; give the state that Session.adaptive_state() returned")
+        raise OptionError(
+            f"{name} is {shown(value)}; give the state that Session.adaptive_state() returned"
+        )
     return value
 
 
@@ -200,10 +206,14 @@ def json_schema(name: str, value: Any) -> _Checked:
     try:
         source = value if isinstance(value, str) else json.dumps(value)
         if len(source) > MOST_GRAMMAR:
-            raise OptionError(f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it")
+            raise OptionError(
+                f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it"
+            )
         schema = json.loads(source)
     except (ValueError, TypeError, RecursionError) as error:
-        raise OptionError(f"{problem}, no JSON ({one_line(error)}); give a mapping or its text") from None
+        raise OptionError(
+            f"{problem}, no JSON ({one_line(error)}); give a mapping or its text"
+        ) from None
     if not isinstance(schema, dict):
         raise OptionError(f"{problem}; give a JSON object")
     check_schema(name, schema)
@@ -220,8 +230,12 @@ def check_schema(name: str, schema: Any) -> None:
             most = f"at most {MOST_PROPERTIES} are read"
             raise OptionError(f"{name} has an object of {len(value)} keys, {most}; split it")
         if depth > MOST_DEPTH:
-            raise OptionError(f"{name} is nested deeper than {MOST_DEPTH} levels; name parts of it in $defs")
-        below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            raise OptionError(
+                f"{name} is nested deeper than {MOST_DEPTH} levels; name parts of it in $defs"
+            )
+        below = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        )
         inner.extend((part, depth + 1) for part in below)
 
 
@@ -229,7 +243,9 @@ def grammar(name: str, value: Any) -> str:
     """A regular expression or a grammar, of which `check_schema` checks embedded JSON schemas."""
     source = text(name, value)
     if len(source) > MOST_GRAMMAR:
-        raise OptionError(f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it")
+        raise OptionError(
+            f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it"
+        )
     for found in re.finditer(r"%json\s*", source if name == "grammar" else ""):
         with suppress(ValueError, RecursionError):  # llguidance refuses it
             check_schema(name, json.JSONDecoder().raw_decode(source, found.end())[0])
@@ -254,7 +270,9 @@ def token_biases(name: str, value: Any) -> _Biases:
         return value
     items = listed(value.items()) if isinstance(value, Mapping) else None
     biases = _Biases({key if isinstance(key, tuple) else (key,): bias for key, bias in items or ()})
-    fit = all(map(_is_sequence, biases)) and all(abs(number(bias)) <= MOST_BIAS for bias in biases.values())
+    fit = all(map(_is_sequence, biases)) and all(
+        abs(number(bias)) <= MOST_BIAS for bias in biases.values()
+    )
     if items is None or not fit:
         raise OptionError(
             f"{name} is {shown(value)}; "

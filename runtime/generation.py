@@ -71,7 +71,9 @@ class Generation:
         prompt = ids
         if model.encoder is not None and sound is None:
             start = target_token(manifest, options.tgt_lang, "start")
-            prompt = np.array([(manifest.decoder_start_token_id or 0) if start is None else start], np.int64)
+            prompt = np.array(
+                [(manifest.decoder_start_token_id or 0) if start is None else start], np.int64
+            )
         # Whether the decoder reads the prompt before the first token, which is then the deep
         # prediction after it.
         self._reads = model.encoder is None or len(prompt) > 1
@@ -140,7 +142,9 @@ class Generation:
         self._max_pending = options.max_pending or tuned or model.manifest.max_pending
         # Whether the shallow head may run after the prompt, and whether it runs at the prompt:
         # "lossless" must not cost more than "full" before drafts are known to pay.
-        self._exits = self.mode != "full" and not (self.mode == "lossless" and options.drafts == "lookup")
+        self._exits = self.mode != "full" and not (
+            self.mode == "lossless" and options.drafts == "lookup"
+        )
         if self.mode == "lossless" and options.drafts == "auto" and model.chooses_exit:
             acceptance = model.learned.acceptance(self._threshold, options.samples)
             self._exits = acceptance.choice.next()
@@ -173,7 +177,9 @@ class Generation:
                     self.results.append(response.result)
                     self.token_times.append(response.times)
                 if self._prefix is not None and self.model.keeps_generated:
-                    self._prefix.keep(decoder.runners, decoder.slot, [token.id for token in response.tokens])
+                    self._prefix.keep(
+                        decoder.runners, decoder.slot, [token.id for token in response.tokens]
+                    )
                 if self.results[-1].interrupted:
                     return
         finally:
@@ -206,8 +212,12 @@ class Generation:
             decoder.begin(self._exits or self._head)
         else:
             if self._first is None:
-                first = yield from decoder.prefilling(response.prompt, self._head, self._exits, self._prefix)
-                self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
+                first = yield from decoder.prefilling(
+                    response.prompt, self._head, self._exits, self._prefix
+                )
+                self._first = first._replace(
+                    logits=None if first.logits is None else first.logits.copy()
+                )
             first = self._first
             yield response.add(response.choose(first), False, first.confidence, first)
         return self._loop(decoder)

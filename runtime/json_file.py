@@ -19,7 +19,12 @@ LARGEST_FILE = 256 << 20
 DEEPEST = 100
 MOST_DIGITS = 100
 
-_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class UnreadableError(ValueError):
@@ -27,7 +32,11 @@ class UnreadableError(ValueError):
 
 
 def read_object(
-    path: Path, remedy: str, error: type[FreeExportError] = BundleError, limit: int = LARGEST_FILE, **options: bool
+    path: Path,
+    remedy: str,
+    error: type[FreeExportError] = BundleError,
+    limit: int = LARGEST_FILE,
+    **options: bool,
 ) -> dict[str, Any]:
     """`read_json`, of a file that must hold an object."""
     value = read_json(path, remedy, error, limit, **options)
@@ -37,7 +46,11 @@ def read_object(
 
 
 def read_json(
-    path: Path, remedy: str, error: type[FreeExportError] = BundleError, limit: int = LARGEST_FILE, **options: bool
+    path: Path,
+    remedy: str,
+    error: type[FreeExportError] = BundleError,
+    limit: int = LARGEST_FILE,
+    **options: bool,
 ) -> Any:
     """The JSON in a regular file of at most `limit` bytes; options are those of `parse_json`.
 
@@ -53,7 +66,11 @@ def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
     """JSON as Python values. UnreadableError where it is none, nests more than DEEPEST deep, or holds a key twice, an
     integer of more than MOST_DIGITS digits, a number that no float can hold, half of a surrogate pair, or, without
     `nan`, NaN or infinity."""
-    hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _float, "object_pairs_hook": _object}
+    hooks: dict[str, Any] = {
+        "parse_int": _integer,
+        "parse_float": _float,
+        "object_pairs_hook": _object,
+    }
     try:
         source = text if isinstance(text, str) else text.decode("utf-8")
         value = json.loads(source, parse_constant=float if nan else _refuse_constant, **hooks)
@@ -116,7 +133,9 @@ def opened(path: Path, limit: int) -> Iterator[BinaryIO]:
 
 def _integer(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
-        raise UnreadableError(f"it holds an integer of {len(digits)} digits, at most {MOST_DIGITS} are read")
+        raise UnreadableError(
+            f"it holds an integer of {len(digits)} digits, at most {MOST_DIGITS} are read"
+        )
     return int(digits)
 
 
@@ -146,5 +165,7 @@ def _check_depth(value: Any) -> None:
         level = [item for item in level if isinstance(item, (dict, list))]
         if not level:
             return
-        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            child for item in level for child in (item.values() if isinstance(item, dict) else item)
+        ]
     raise UnreadableError(f"not JSON of at most {DEEPEST} levels")

@@ -23,13 +23,17 @@ def check_languages(manifest: Manifest, is_text: bool, **codes: str | None) -> N
         if languages is None:
             raise OptionError(f"{given}; this bundle has no language tokens, leave it out")
         if name == "src_lang" and languages.source is None:
-            raise OptionError(f"{given}; this bundle's prompts do not name their language, leave it out")
+            raise OptionError(
+                f"{given}; this bundle's prompts do not name their language, leave it out"
+            )
         if code not in languages.tokens:
             near = get_close_matches(code, languages.tokens, 5, 0.3) or sorted(languages.tokens)[:5]
             known = f"{len(languages.tokens)} languages, as {', '.join(near)}"
             raise OptionError(f"{given}; this bundle has {known}")
         if not is_text and (name == "src_lang" or languages.target == "prompt"):
-            raise OptionError(f"{given}, which is for a prompt of text; put its token among the ids")
+            raise OptionError(
+                f"{given}, which is for a prompt of text; put its token among the ids"
+            )
 
 
 def with_languages(

@@ -110,7 +110,9 @@ class Metrics:
             self.draft_tokens += stats.accepted + stats.rejected
             self.accepted_tokens += stats.accepted
             for counts in stats.drafts.values():
-                self.accepted_at.update({at: right for at, (right, _) in enumerate(counts.by_position) if right})
+                self.accepted_at.update(
+                    {at: right for at, (right, _) in enumerate(counts.by_position) if right}
+                )
         for rows, count in stats.sync_sizes.items():
             self.pass_rows.observe(rows, count)
         for earlier, later in itertools.pairwise(token_times):
@@ -128,7 +130,11 @@ class Observer:
         self._metrics = Metrics()
 
     def tell(
-        self, kind: EventKind, number: int, result: GenerationResult | None = None, error: BaseException | None = None
+        self,
+        kind: EventKind,
+        number: int,
+        result: GenerationResult | None = None,
+        error: BaseException | None = None,
     ) -> None:
         if self._hook is None:
             return
@@ -161,7 +167,9 @@ class Observer:
                 prefill = stats.encode_seconds + stats.prefill_seconds
                 metrics.queue_time.observe(stats.queue_seconds)
                 metrics.prefill_time.observe(prefill)
-                metrics.decode_time.observe(max(0.0, sum(each.stats.seconds for each in results) - prefill))
+                metrics.decode_time.observe(
+                    max(0.0, sum(each.stats.seconds for each in results) - prefill)
+                )
             if first.token_ids:
                 metrics.time_to_first_token.observe(stats.first_token_seconds)
         self.tell("ended", number, None if error is not None else first, error)

@@ -63,7 +63,9 @@ class Model:
         # prefix that they have not read is none for one that needs them.
         self.own_layers = bool(self.manifest.exit_layers) and not self.manifest.exit_engine
         self.chooses_exit = self.own_layers and (self.encoder is not None or self.prefixes is None)
-        self._grammars = Grammars(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
+        self._grammars = Grammars(
+            self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids
+        )
 
     def encode(
         self,
@@ -82,7 +84,9 @@ class Model:
         missing = NO_TOKENIZER if self.options.trust_templates else UNTRUSTED
         parse_special = None if parse_special is None else bool(parse_special)
         vocab_size = self.manifest.vocab_size
-        ids = encode_prompt(prompt, self.tokenizer, vocab_size, limit, parse_special, missing, tools)
+        ids = encode_prompt(
+            prompt, self.tokenizer, vocab_size, limit, parse_special, missing, tools
+        )
         return with_languages(ids, self.manifest, src_lang, tgt_lang)
 
     def grammar(self, options: GenerationOptions) -> Grammar | None:
@@ -114,7 +118,9 @@ class Model:
         changes: dict[str, Any] = {}
         if options.samples:
             recommended = read_defaults(self.bundle.path, manifest.files).items()
-            changes |= {name: value for name, value in recommended if getattr(options, name) is None}
+            changes |= {
+                name: value for name, value in recommended if getattr(options, name) is None
+            }
         if options.logits_processor:
             processors = cast(tuple[LogitsProcessor, ...], options.logits_processor)
             changes["logits_processor"] = [self.guard(each) for each in processors]

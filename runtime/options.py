@@ -125,7 +125,9 @@ class SessionOptions:
         checks.check_fields(self)
         for name in ("adaptive_target", "adaptive_state"):
             if getattr(self, name) is not None and self.threshold != "adaptive":
-                raise OptionError(f"{name} is given, but threshold is {shown(self.threshold)}; choose 'adaptive'")
+                raise OptionError(
+                    f"{name} is given, but threshold is {shown(self.threshold)}; choose 'adaptive'"
+                )
         on_cpu = Device.parse(self.device).index is None
         if on_cpu and self.overlap:
             raise OptionError(
@@ -133,7 +135,9 @@ class SessionOptions:
                 "(152 tokens/s, in turn 251); leave it out"
             )
         if self.run_ahead and (on_cpu or self.overlap is False):
-            raise OptionError("run_ahead is True, and nothing overlaps on the CPU or with overlap=False; leave it out")
+            raise OptionError(
+                "run_ahead is True, and nothing overlaps on the CPU or with overlap=False; leave it out"
+            )
         if self.prefix_cache_mb and not on_cpu:
             raise OptionError(
                 f"prefix_cache_mb is {self.prefix_cache_mb} with device {self.device!r}: prefixes are kept on the CPU "
@@ -158,7 +162,9 @@ class GenerationOptions:
     "free" if a threshold is given or calibrated, otherwise "lossless" with drafts from the text, or
     "full" for beams and output_confidence. `stats.mode` reports the mode used."""
 
-    threshold: Annotated[float | None, checks.Real(0, 1, "from 0 (exit always) to 1 (never)")] = None
+    threshold: Annotated[float | None, checks.Real(0, 1, "from 0 (exit always) to 1 (never)")] = (
+        None
+    )
     """Confidence above which a token exits. At 1 nothing exits: "free" and "rollback" then decode
     as "full", without the shallow head. Default: the bundle's threshold. In "lossless", a minimum
     confidence of drafts, and by default none: the length of drafts then follows from their measured
@@ -214,7 +220,9 @@ class GenerationOptions:
     ignore_eos: bool = False
     """Continue generating after the end-of-sequence token. For measurements."""
 
-    deadline: Annotated[float | None, checks.Real(checks.ABOVE_ZERO, 1e9, "above 0, up to 1e9 seconds, or None")] = None
+    deadline: Annotated[
+        float | None, checks.Real(checks.ABOVE_ZERO, 1e9, "above 0, up to 1e9 seconds, or None")
+    ] = None
     """Maximum duration of the request in seconds, from the call on, including time in the queue. At
     the deadline the tokens so far are returned with finish_reason "deadline". Default: no
     deadline."""
@@ -229,7 +237,9 @@ class GenerationOptions:
 
     temperature: Annotated[
         float | None,
-        checks.Real(SMALLEST_DIVISOR, FLOAT32_MAX, f"from {SMALLEST_DIVISOR} on, or 0 (greedy)", also=0),
+        checks.Real(
+            SMALLEST_DIVISOR, FLOAT32_MAX, f"from {SMALLEST_DIVISOR} on, or 0 (greedy)", also=0
+        ),
     ] = None
     """Sampling temperature: divides the logits. Lower values make the output more deterministic. 0
     is greedy decoding. Default: 1."""
@@ -237,7 +247,9 @@ class GenerationOptions:
     top_k: Annotated[int | None, checks.Whole(0)] = None
     """Number of most likely tokens to sample from. 0 considers all tokens. Default: 50."""
 
-    top_p: Annotated[float | None, checks.Real(checks.ABOVE_ZERO, 1, "above 0, up to 1 (all tokens)")] = None
+    top_p: Annotated[
+        float | None, checks.Real(checks.ABOVE_ZERO, 1, "above 0, up to 1 (all tokens)")
+    ] = None
     """Cumulative probability of the most likely tokens to sample from. 1 considers all tokens.
     Default: 1."""
 
@@ -264,7 +276,9 @@ class GenerationOptions:
     """Bias in nats, added to the logit of a token ({42: -5.0}) or of the last token of a sequence
     ({(7, 42): 2.0})."""
 
-    logits_processor: Annotated[LogitsProcessor | Sequence[LogitsProcessor], checks.logits_processors] = ()
+    logits_processor: Annotated[
+        LogitsProcessor | Sequence[LogitsProcessor], checks.logits_processors
+    ] = ()
     """Callable, or several applied in order, that modifies logits as in transformers, on numpy
     arrays: (input_ids [1, n], scores [1, V]) -> scores [1, V]. The result must depend on the
     arguments only."""
@@ -333,15 +347,21 @@ class GenerationOptions:
     def _check_constraint(self) -> None:
         given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise OptionError(f"{given[0]} and {given[1]} are both given; an output has one constraint, choose one")
+            raise OptionError(
+                f"{given[0]} and {given[1]} are both given; an output has one constraint, choose one"
+            )
         for name in given:
             for other in ("ignore_eos", "min_new_tokens"):
                 if getattr(self, other):
-                    raise OptionError(f"{other} is {getattr(self, other)!r}, but {name} ends the output; choose one")
+                    raise OptionError(
+                        f"{other} is {getattr(self, other)!r}, but {name} ends the output; choose one"
+                    )
 
     def _check_sampling(self) -> None:
         if self.do_sample is False and self.temperature:
-            raise OptionError(f"do_sample is False and temperature is {self.temperature!r}; leave one of them out")
+            raise OptionError(
+                f"do_sample is False and temperature is {self.temperature!r}; leave one of them out"
+            )
         for name in ("top_k", "top_p", "min_p"):
             if getattr(self, name) is not None and not self.samples:
                 raise OptionError(
@@ -357,7 +377,9 @@ class GenerationOptions:
         beams = self.num_beams
         if self.output_confidence and (self.mode == "lossless" or beams > 1):
             other = f"num_beams {beams}" if beams > 1 else "mode lossless"
-            raise OptionError(f"output_confidence is True with {other}, which has none for every token; leave it out")
+            raise OptionError(
+                f"output_confidence is True with {other}, which has none for every token; leave it out"
+            )
         if beams == 1:
             return
         if self.mode not in (None, "full"):
@@ -380,9 +402,13 @@ class GenerationOptions:
             if given is None:
                 continue
             if self.mode not in (None, "lossless"):
-                raise OptionError(f"{name} is {shown(given)} in mode {self.mode}, which drafts nothing; use 'lossless'")
+                raise OptionError(
+                    f"{name} is {shown(given)} in mode {self.mode}, which drafts nothing; use 'lossless'"
+                )
             if name != "drafts" and self.drafts in ("exit", "none"):
-                raise OptionError(f"{name} is {shown(given)}, but drafts is {self.drafts!r}; choose 'auto' or 'lookup'")
+                raise OptionError(
+                    f"{name} is {shown(given)}, but drafts is {self.drafts!r}; choose 'auto' or 'lookup'"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,7 +432,9 @@ class SpeechOptions(GenerationOptions):
     """Condition each window on the text of the windows before it. Keeps names and style consistent,
     and repeats errors."""
 
-    fallback_temperatures: Annotated[Sequence[float], checks.temperatures(SMALLEST_DIVISOR, FLOAT32_MAX)] = (
+    fallback_temperatures: Annotated[
+        Sequence[float], checks.temperatures(SMALLEST_DIVISOR, FLOAT32_MAX)
+    ] = (
         0.2,
         0.4,
         0.6,
@@ -416,7 +444,9 @@ class SpeechOptions(GenerationOptions):
     """Temperatures at which a window is decoded again, in turn, while its text is repetitive or
     unlikely. () accepts the first text."""
 
-    compression_ratio_threshold: Annotated[float | None, checks.Real(0, 1e9, "from 0 on, or None")] = 2.4
+    compression_ratio_threshold: Annotated[
+        float | None, checks.Real(0, 1e9, "from 0 on, or None")
+    ] = 2.4
     """Reject a window as repetitive if zlib compresses its text by more than this factor. None
     accepts any."""
 
@@ -444,13 +474,19 @@ def merged(
     unknown = sorted(keywords.keys() - set(names))
     speech = {field.name for field in fields(SpeechOptions)}
     if unknown and kind is GenerationOptions and unknown[0] in speech:
-        raise OptionError(f"{unknown[0]} is for bundles that read speech, and this one reads text; leave it out")
+        raise OptionError(
+            f"{unknown[0]} is for bundles that read speech, and this one reads text; leave it out"
+        )
     if unknown:
         raise OptionError(f"unknown option {', '.join(unknown)}; known are {', '.join(names)}")
     if given is None:
         return kind(**keywords)
     if kind is SpeechOptions and type(given) is GenerationOptions:
-        return kind(**{**{field.name: getattr(given, field.name) for field in fields(given)}, **keywords})
+        return kind(
+            **{**{field.name: getattr(given, field.name) for field in fields(given)}, **keywords}
+        )
     if type(given) is not kind:
-        raise OptionError(f"options is {shown(given)}; give a {kind.__name__}, or its fields as keywords")
+        raise OptionError(
+            f"options is {shown(given)}; give a {kind.__name__}, or its fields as keywords"
+        )
     return replace(given, **keywords) if keywords else given

@@ -118,7 +118,9 @@ class Stats:
     @property
     def accepted(self) -> int:
         """Tokens of drafts that were accepted: exits, and those that came from a text."""
-        return self.exits + sum(drafts.accepted for source, drafts in self.drafts.items() if source != "exit")
+        return self.exits + sum(
+            drafts.accepted for source, drafts in self.drafts.items() if source != "exit"
+        )
 
     @property
     def acceptance(self) -> float:
@@ -132,15 +134,27 @@ class Stats:
         whole = cls(parts[0].mode)
         for part in parts:
             for each in fields(cls):
-                if each.name not in ("mode", "drafts", "longer_passes", "queue_seconds", "first_token_seconds"):
+                if each.name not in (
+                    "mode",
+                    "drafts",
+                    "longer_passes",
+                    "queue_seconds",
+                    "first_token_seconds",
+                ):
                     start = 0 if part is parts[0] else getattr(whole, each.name)
                     setattr(whole, each.name, start + getattr(part, each.name))
             for source, counts in part.drafts.items():
                 whole.drafts.setdefault(source, DraftStats()).outcomes += counts.outcomes
             for rows, done in part.longer_passes.items():
                 passes = whole.longer_passes.setdefault(rows, PassStats())
-                passes.count, passes.seconds = passes.count + done.count, passes.seconds + done.seconds
-        whole.queue_seconds, whole.first_token_seconds = parts[0].queue_seconds, parts[0].first_token_seconds
+                passes.count, passes.seconds = (
+                    passes.count + done.count,
+                    passes.seconds + done.seconds,
+                )
+        whole.queue_seconds, whole.first_token_seconds = (
+            parts[0].queue_seconds,
+            parts[0].first_token_seconds,
+        )
         return whole
 
     def count_draft(self, source: str, proposed: int, accepted: int) -> None:
@@ -179,7 +193,9 @@ class Stats:
     @property
     def overhead_seconds(self) -> float:
         """Time spent outside the engine calls."""
-        calls = self.encode_seconds + self.prefill_seconds + self.shallow_seconds + self.deep_seconds
+        calls = (
+            self.encode_seconds + self.prefill_seconds + self.shallow_seconds + self.deep_seconds
+        )
         return self.seconds - calls + self.overlapped_seconds
 
     @property

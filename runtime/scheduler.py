@@ -49,7 +49,9 @@ class Scheduler:
         packed: bool = False,
     ) -> None:
         self._free, self._cross, self._queue = list(decoders), cross, queue
-        self._calls = BatchPolicy(batches, decoders[0].runners[0], costs or CallCosts(), packed, decoders[0].exit)
+        self._calls = BatchPolicy(
+            batches, decoders[0].runners[0], costs or CallCosts(), packed, decoders[0].exit
+        )
         self._rows: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._borrowed = self._turns = 0
@@ -113,7 +115,9 @@ class Scheduler:
         if self._closed:
             raise OptionError(CLOSED)
         waiting = sum(not (each.abandoned or each.follows) for each in self._waiting)
-        free = len(self._free) + sum(each.abandoned for each in tuple(self._rows))  # or will be at the next turn
+        free = len(self._free) + sum(
+            each.abandoned for each in tuple(self._rows)
+        )  # or will be at the next turn
         if waiting >= self._queue + free:
             wait = "request waits" if self._queue == 1 else "requests wait"
             raise QueueFullError(
@@ -221,7 +225,10 @@ class Scheduler:
                 self.turn()
             except BaseException as error:  # of no request: their errors end them alone
                 for sequence in tuple(self._rows):
-                    self._end(sequence, EngineError(f"{type(error).__name__} in the worker: {error}; ask again"))
+                    self._end(
+                        sequence,
+                        EngineError(f"{type(error).__name__} in the worker: {error}; ask again"),
+                    )
 
     def turn(self) -> None:
         """Admit sequences and go on with those that have a slot: with one that is alone until another comes."""
@@ -314,7 +321,9 @@ class Scheduler:
     def _resume(self) -> bool:
         """Advance sequences whose event is done, and one of those that wait for a turn alone: the next piece of a
         prompt, which must not keep the others waiting for long. True if there was any."""
-        happened = [each for each in self._rows if isinstance(each.waits, Event) and each.waits.done()]
+        happened = [
+            each for each in self._rows if isinstance(each.waits, Event) and each.waits.done()
+        ]
         for sequence in happened:
             self._advance(sequence)
         in_line = [each for each in self._rows if each.waits is None]

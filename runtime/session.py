@@ -73,12 +73,16 @@ class Session:
     ) -> None:
         self.options = options = merged(SessionOptions, options, keywords)
         if on_event is not None and not callable(on_event):
-            raise OptionError(f"on_event is {shown(on_event)}; give a callable that takes a RequestEvent")
+            raise OptionError(
+                f"on_event is {shown(on_event)}; give a callable that takes a RequestEvent"
+            )
         self.bundle = Bundle.open(bundle, options.verify)
         manifest, device = self.bundle.manifest, Device.parse(options.device)
         check_runnable(manifest, device)
         if manifest.speech is not None and device.index is not None:
-            raise OptionError(f"device is {options.device!r}, and speech is read on the CPU alone yet; leave it out")
+            raise OptionError(
+                f"device is {options.device!r}, and speech is read on the CPU alone yet; leave it out"
+            )
         self.capacity = _capacity(manifest, options.capacity)
         self.threads = options.threads or usable_cores()
         costs = costs_here(manifest, self.threads)
@@ -88,7 +92,10 @@ class Session:
             trusted = options.trust_templates
             self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
             self._runners = shallow, deep = self._placement.runners(engine)
-            encoder, exit = self._placement.encoder(engine, shallow), self._placement.exit_runner(engine)
+            encoder, exit = (
+                self._placement.encoder(engine, shallow),
+                self._placement.exit_runner(engine),
+            )
         self.overlap = deep.beside
         if deep.beside:
             decoder_type = partial(OverlappingDecoder, run_ahead=options.run_ahead)
@@ -128,8 +135,12 @@ class Session:
         )
         self._closed = False
         speech = manifest.speech is not None
-        self._transcriber = Transcriber(manifest, self._tokenizer, self.capacity) if speech else None
-        self._request_options: type[GenerationOptions] = SpeechOptions if speech else GenerationOptions
+        self._transcriber = (
+            Transcriber(manifest, self._tokenizer, self.capacity) if speech else None
+        )
+        self._request_options: type[GenerationOptions] = (
+            SpeechOptions if speech else GenerationOptions
+        )
 
     @property
     def manifest(self) -> Manifest:
@@ -161,7 +172,9 @@ class Session:
         if self._transcriber is not None:
             return self._transcribe(prompt, options, keywords)
         if not _is_list_of_prompts(prompt):
-            return Stream(self._scheduler, self._sequence(prompt, options, keywords), whole=True).drain()
+            return Stream(
+                self._scheduler, self._sequence(prompt, options, keywords), whole=True
+            ).drain()
         inbox = Inbox[None]()
         with self._prompts(prompt, options, keywords, inbox.put) as prompts, suppress(TimeoutError):
             if prompts.running:
@@ -184,7 +197,9 @@ class Session:
         self, prompt: List[Prompt], options: Given = None, **keywords: Unpack[Keywords]
     ) -> list[GenerationResult]: ...
 
-    async def agenerate(self, prompt: Any, options: Given = None, **keywords: Unpack[Keywords]) -> Any:
+    async def agenerate(
+        self, prompt: Any, options: Given = None, **keywords: Unpack[Keywords]
+    ) -> Any:
         """`generate` for asyncio: a result, or a list of them. Cancelling the task ends the request."""
         if self._transcriber is not None:
             cancel = keywords["cancel"] = keywords.get("cancel") or threading.Event()
@@ -194,14 +209,18 @@ class Session:
                 cancel.set()
                 raise
         if not _is_list_of_prompts(prompt):
-            return await AsyncStream(self._scheduler, self._sequence(prompt, options, keywords), whole=True).drain()
+            return await AsyncStream(
+                self._scheduler, self._sequence(prompt, options, keywords), whole=True
+            ).drain()
         inbox = AsyncInbox[None]()
         with self._prompts(prompt, options, keywords, inbox.put) as prompts, suppress(TimeoutError):
             if prompts.running:
                 await inbox.get(prompts.until)
         return prompts.results()
 
-    def astream(self, prompt: Prompt, options: Given = None, **keywords: Unpack[Keywords]) -> AsyncStream:
+    def astream(
+        self, prompt: Prompt, options: Given = None, **keywords: Unpack[Keywords]
+    ) -> AsyncStream:
         """`stream` for asyncio: raises QueueFullError at the call, before a server begins to answer. Leaving the loop
         ends the request."""
         return AsyncStream(self._scheduler, self._sequence(prompt, options, keywords))
@@ -236,7 +255,11 @@ class Session:
         self._model.grammar(merged(self._request_options, options, keywords))
 
     def generate_best(
-        self, prompt: Prompt, num_return_sequences: int, options: Given = None, **keywords: Unpack[Keywords]
+        self,
+        prompt: Prompt,
+        num_return_sequences: int,
+        options: Given = None,
+        **keywords: Unpack[Keywords],
     ) -> list[GenerationResult]:
         """Several continuations of one prompt, which is read once, best first: samples by log-probability per token, or
         with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/sequence.py).
@@ -257,7 +280,11 @@ class Session:
             decoder.reset()
             if self._model.encoder is not None:
                 read = prompt.sound.features if isinstance(prompt, SpeechPrompt) else prompt
-                decoder.attend(self._model.encoder.run(np.zeros(1, np.int64) if read is None else read, decoder))
+                decoder.attend(
+                    self._model.encoder.run(
+                        np.zeros(1, np.int64) if read is None else read, decoder
+                    )
+                )
             decoder.want_logits(False)
             yield decoder
 
@@ -293,7 +320,9 @@ class Session:
         self._scheduler.check()
         adaptive = self._model.thresholds.adaptive
         if adaptive is None:
-            raise OptionError(f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state")
+            raise OptionError(
+                f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state"
+            )
         return adaptive.state()
 
     @property
@@ -313,11 +342,16 @@ class Session:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
-    def _sequence(self, prompt: Prompt, options: Given, keywords: Keywords, count: int | None = None) -> Sequence:
+    def _sequence(
+        self, prompt: Prompt, options: Given, keywords: Keywords, count: int | None = None
+    ) -> Sequence:
         cancel = keywords.pop("cancel", None)
         chosen = merged(self._request_options, options, keywords)
         if count is not None:
@@ -337,7 +371,9 @@ class Session:
         if isinstance(audio, SpeechPrompt):
             return self._window(cancel, audio, chosen)
         listed = isinstance(audio, (list, tuple))
-        transcribe = partial(self._transcriber.transcribe, options=chosen, decode=partial(self._window, cancel))
+        transcribe = partial(
+            self._transcriber.transcribe, options=chosen, decode=partial(self._window, cancel)
+        )
         return [transcribe(each) for each in audio] if listed else transcribe(audio)
 
     def _window(
@@ -348,7 +384,11 @@ class Session:
 
     @contextmanager
     def _prompts(
-        self, prompts: List[Prompt], options: Given, keywords: Keywords, ended: Callable[[None], None]
+        self,
+        prompts: List[Prompt],
+        options: Given,
+        keywords: Keywords,
+        ended: Callable[[None], None],
     ) -> Iterator[PromptList]:
         """Requests that have begun; they are abandoned where the body raises."""
         cancel = keywords.pop("cancel", None)
@@ -373,7 +413,9 @@ class Session:
             raise OptionError(CLOSED)
 
 
-def _open_backend(bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device) -> Backend:
+def _open_backend(
+    bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device
+) -> Backend:
     """Open the backend that the options ask for, a GPU's only where one is asked for. Raises CapacityError,
     EngineError, DeviceError."""
     if device.index is None:

@@ -52,7 +52,9 @@ class SpeechPrompt:
     @classmethod
     def plain(cls, manifest: Manifest, features: np.ndarray) -> SpeechPrompt:
         """A window float32 [bins, 2 E] that is decoded without rules, from the start token on: for measurements."""
-        return cls(Sound(np.ascontiguousarray(features[None])), (manifest.decoder_start_token_id or 0,))
+        return cls(
+            Sound(np.ascontiguousarray(features[None])), (manifest.decoder_start_token_id or 0,)
+        )
 
 
 class Rules:
@@ -62,11 +64,20 @@ class Rules:
 
     seconds = 0.0  # the time that they take, which nobody measured
 
-    def __init__(self, speech: Speech, eos: Sequence[int], timestamps: bool, probe: bool = False) -> None:
+    def __init__(
+        self, speech: Speech, eos: Sequence[int], timestamps: bool, probe: bool = False
+    ) -> None:
         self._speech, self._first = speech, speech.no_timestamps + 1
-        self.by_scores = timestamps or probe  # whether an allowed best token may still not be the one
+        self.by_scores = (
+            timestamps or probe
+        )  # whether an allowed best token may still not be the one
         self._eos, self._timestamps, self._probe = frozenset(eos), timestamps, probe
-        self._suppressed = {*speech.suppressed, *speech.begin_suppressed, speech.no_speech, speech.no_timestamps}
+        self._suppressed = {
+            *speech.suppressed,
+            *speech.begin_suppressed,
+            speech.no_speech,
+            speech.no_timestamps,
+        }
         self._later = self._suppressed - (set(speech.begin_suppressed) - set(speech.suppressed))
         self.no_speech: float | None = None
 
@@ -79,7 +90,9 @@ class Rules:
         for count, token in enumerate(tokens):
             if token in (self._later if written else self._suppressed):
                 return count
-            if self._timestamps and not any(low <= token < high for low, high in self._ranges(written)):
+            if self._timestamps and not any(
+                low <= token < high for low, high in self._ranges(written)
+            ):
                 return count
             written.append(token)
         return len(tokens)
@@ -103,7 +116,9 @@ class Rules:
             masked[: self._first] = NEVER
         return masked
 
-    def _ranges(self, written: list[int], size: int = 0, inverted: bool = False) -> list[tuple[int, int]]:
+    def _ranges(
+        self, written: list[int], size: int = 0, inverted: bool = False
+    ) -> list[tuple[int, int]]:
         """The ids that timestamps allow next, as ranges; or those below `size` that they do not: an output begins with
         one, they come in pairs but before the end, and none goes back."""
         first, end = self._first, min(self._eos)
@@ -149,15 +164,28 @@ class Transcriber:
     def check(self, options: SpeechOptions) -> None:
         """Raise OptionError for options that speech has not."""
         known = ", ".join(self._speech.languages) or "en alone: the bundle is of English"
-        if options.language is not None and options.language not in (self._speech.languages or ("en",)):
+        if options.language is not None and options.language not in (
+            self._speech.languages or ("en",)
+        ):
             raise OptionError(f"language is {options.language!r}; known are {known}")
         if options.task == "translate" and "translate" not in self._speech.tasks:
-            raise OptionError("task is 'translate', but the bundle knows English alone; leave it out")
-        if options.constraint is not None or options.num_beams > 1 or options.predicted_output is not None:
-            name = (options.constraint or ("num_beams" if options.num_beams > 1 else "predicted_output",))[0]
+            raise OptionError(
+                "task is 'translate', but the bundle knows English alone; leave it out"
+            )
+        if (
+            options.constraint is not None
+            or options.num_beams > 1
+            or options.predicted_output is not None
+        ):
+            name = (
+                options.constraint
+                or ("num_beams" if options.num_beams > 1 else "predicted_output",)
+            )[0]
             raise OptionError(f"{name} is given with speech, which has none; leave it out")
         if options.initial_prompt is not None and self._tokenizer is None:
-            raise OptionError("initial_prompt is given, but the session has no tokenizer; leave it out")
+            raise OptionError(
+                "initial_prompt is given, but the session has no tokenizer; leave it out"
+            )
 
     def single(self, audio: Any, options: SpeechOptions, decode: Decode) -> SpeechPrompt:
         """The request for a sound of one window. Raises PromptLengthError for a longer one."""
@@ -169,7 +197,9 @@ class Transcriber:
                 f"{self._frames / FRAMES_A_SECOND:g} s is decoded as a stream; use generate"
             )
         sound = Sound(window(mels, 0, self._frames))
-        language = options.language or (self._probe(sound, options, decode)[0] if self._speech.languages else "en")
+        language = options.language or (
+            self._probe(sound, options, decode)[0] if self._speech.languages else "en"
+        )
         return self._prompt(sound, language, options, options.timestamps, self._before(options))
 
     def transcribe(self, audio: Any, options: SpeechOptions, decode: Decode) -> GenerationResult:
@@ -195,7 +225,13 @@ class Transcriber:
             prompt = self._prompt(sound, language, options, timestamps, before)
             result, quiet, temperature = self._decoded(prompt, options, decode, quiet)
             for other in sound.spent:
-                for name in ("seconds", "encode_seconds", "prefill_seconds", "shallow_seconds", "deep_seconds"):
+                for name in (
+                    "seconds",
+                    "encode_seconds",
+                    "prefill_seconds",
+                    "shallow_seconds",
+                    "deep_seconds",
+                ):
                     setattr(result.stats, name, getattr(result.stats, name) + getattr(other, name))
             parts.append(result)
             if result.interrupted:
@@ -206,11 +242,21 @@ class Transcriber:
                 place += size
                 continue
             tokens = [token for token in result.token_ids if token not in self._eos]
-            cut, advance = self._cut(tokens, size) if timestamps else ([(0, size // FRAMES_A_POSITION, tokens)], 0)
+            cut, advance = (
+                self._cut(tokens, size)
+                if timestamps
+                else ([(0, size // FRAMES_A_POSITION, tokens)], 0)
+            )
             for start, end, ids in cut:
                 text = self._text(ids)
-                first, last = (place / FRAMES_A_SECOND + count * SECONDS_A_TIMESTAMP for count in (start, end))
-                segments.append(Segment(first, last, text, tuple(ids), temperature, nats, _compression(text), quiet))
+                first, last = (
+                    place / FRAMES_A_SECOND + count * SECONDS_A_TIMESTAMP for count in (start, end)
+                )
+                segments.append(
+                    Segment(
+                        first, last, text, tuple(ids), temperature, nats, _compression(text), quiet
+                    )
+                )
             if options.condition_on_previous:
                 before = [*before, *tokens] if temperature <= 0.5 else []
             place += advance or size
@@ -218,15 +264,24 @@ class Transcriber:
 
     def _read(self, audio: Any, until: float = math.inf) -> tuple[np.ndarray, int]:
         samples = read_audio(audio, until=until)
-        return log_mel(samples, self._speech.bins, until), math.ceil(len(samples) * FRAMES_A_SECOND / 16_000)
+        return log_mel(samples, self._speech.bins, until), math.ceil(
+            len(samples) * FRAMES_A_SECOND / 16_000
+        )
 
     def _before(self, options: SpeechOptions) -> list[int]:
         if options.initial_prompt is None or self._tokenizer is None:
             return []
-        return self._tokenizer.encode(f" {options.initial_prompt.strip()}", special=False, parse_special=False)
+        return self._tokenizer.encode(
+            f" {options.initial_prompt.strip()}", special=False, parse_special=False
+        )
 
     def _prompt(
-        self, sound: Sound, language: str, options: SpeechOptions, timestamps: bool, before: Sequence[int]
+        self,
+        sound: Sound,
+        language: str,
+        options: SpeechOptions,
+        timestamps: bool,
+        before: Sequence[int],
     ) -> SpeechPrompt:
         speech, kept = self._speech, self._capacity // 2 - 1
         prefix = [speech.previous, *before[-kept:]] if before and kept > 0 else []
@@ -288,10 +343,16 @@ class Transcriber:
         """The text of tokens, without timestamps and others that are none."""
         if self._tokenizer is None:
             return ""
-        return self._tokenizer.decode([token for token in tokens if token < self._start and token not in self._eos])
+        return self._tokenizer.decode(
+            [token for token in tokens if token < self._start and token not in self._eos]
+        )
 
     def _joined(
-        self, parts: list[GenerationResult], segments: list[Segment], language: str | None, timestamps: bool
+        self,
+        parts: list[GenerationResult],
+        segments: list[Segment],
+        language: str | None,
+        timestamps: bool,
     ) -> GenerationResult:
         """The result of all windows, of whose text the silent have none."""
         stats = Stats.joined([part.stats for part in parts])

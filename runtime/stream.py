@@ -86,7 +86,11 @@ class _Reader:
     """A request that has a place among the others from the start. `whole`: its tokens are not read one by one."""
 
     def __init__(
-        self, scheduler: Scheduler, sequence: Sequence, put: Callable[[Token | None], None], whole: bool
+        self,
+        scheduler: Scheduler,
+        sequence: Sequence,
+        put: Callable[[Token | None], None],
+        whole: bool,
     ) -> None:
         self._scheduler, self._sequence, self._whole = scheduler, sequence, whole
         self._given, self._ended = 0, False
@@ -218,11 +222,17 @@ class PromptList:
     called once all have ended."""
 
     def __init__(
-        self, make: Callable[[Prompt], Sequence], prompts: List[Prompt], until: float, ended: Callable[[], None]
+        self,
+        make: Callable[[Prompt], Sequence],
+        prompts: List[Prompt],
+        until: float,
+        ended: Callable[[], None],
     ) -> None:
         self._make, self.until, self._ended, self._context = make, until, ended, copy_context()
         self._left = iter(list(enumerate(prompts)))
-        self._made: list[Sequence | BaseException | None] = [None] * len(prompts)  # None: the deadline came first
+        self._made: list[Sequence | BaseException | None] = [None] * len(
+            prompts
+        )  # None: the deadline came first
         self.running = 0
         self._abandoned = False
 
@@ -267,7 +277,9 @@ class PromptList:
         there is, where any failed."""
         self.abandon()
         found = [_outcome(each) for each in self._made]
-        failed = [(number, each) for number, each in enumerate(found) if isinstance(each, BaseException)]
+        failed = [
+            (number, each) for number, each in enumerate(found) if isinstance(each, BaseException)
+        ]
         for _, error in failed:
             if not isinstance(error, Exception):
                 raise error  # a callback ended more than its request

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from runtime.adaptation.adaptive_threshold import AdaptiveThreshold, Learner, PaperThreshold, RequestLabels
+from runtime.adaptation.adaptive_threshold import (
+    AdaptiveThreshold,
+    Learner,
+    PaperThreshold,
+    RequestLabels,
+)
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
@@ -26,7 +31,11 @@ class DefaultMode:
     def __str__(self) -> str:
         if self.mode == "lossless":
             return "mode lossless, as no threshold is calibrated: the tokens of mode full, with drafts from the text"
-        said = ["gain not known" if self.speedup is None else f"{self.speedup:.2f}x the speed of mode full expected"]
+        said = [
+            "gain not known"
+            if self.speedup is None
+            else f"{self.speedup:.2f}x the speed of mode full expected"
+        ]
         if self.exit_rate is not None:
             said.append(f"{self.exit_rate:.0%} of tokens exit")
         if self.agreement is not None:
@@ -42,11 +51,16 @@ class Thresholds:
         self._bundle, self.costs = bundle, costs
         self._of_session: float | None = None
         self.adaptive: Learner | None = None
-        model, given = (bundle.manifest, bundle.calibration), (options.adaptive_state, options.adaptive_target)
+        model, given = (
+            (bundle.manifest, bundle.calibration),
+            (options.adaptive_state, options.adaptive_target),
+        )
         if options.threshold == "adaptive" and options.adaptive_rule == "paper":
             self.adaptive = PaperThreshold(*model, *given)
         elif options.threshold == "adaptive":
-            self.adaptive = AdaptiveThreshold(*model, options.adaptive_memory, given[0], costs, given[1])
+            self.adaptive = AdaptiveThreshold(
+                *model, options.adaptive_memory, given[0], costs, given[1]
+            )
         elif options.threshold is not None:
             self._of_session = float(options.threshold)
 
@@ -78,7 +92,11 @@ class Thresholds:
         """Describe requests that give neither mode nor threshold."""
         threshold, _ = self.decide(None, "free")
         if threshold >= NEVER_EXIT:
-            return DefaultMode("lossless") if self.adaptive is None else DefaultMode("free", threshold, 1.0, 0.0)
+            return (
+                DefaultMode("lossless")
+                if self.adaptive is None
+                else DefaultMode("free", threshold, 1.0, 0.0)
+            )
         calibration, manifest = self._bundle.calibration, self._bundle.manifest
         table = () if calibration is None else calibration.table
         row = min(table, key=lambda row: abs(row.threshold - threshold), default=None)
@@ -86,7 +104,9 @@ class Thresholds:
             return DefaultMode("free", threshold)
         speedup = row.predicted_speedup if row.measured_speedup is None else row.measured_speedup
         if self.costs is not None:
-            speedup = self.costs.speedup(row.exit_rate, manifest.tuned_max_pending or manifest.max_pending)
+            speedup = self.costs.speedup(
+                row.exit_rate, manifest.tuned_max_pending or manifest.max_pending
+            )
         return DefaultMode("free", threshold, speedup, row.exit_rate, row.agreement)
 
     def with_mode(self, options: GenerationOptions) -> GenerationOptions:
@@ -95,10 +115,19 @@ class Thresholds:
             return options
         if options.num_beams > 1:
             return replace(options, mode="full")
-        never = options.threshold is None and self.adaptive is None and self.decide(None, "free")[0] >= NEVER_EXIT
-        drafts = any(given is not None for given in (options.drafts, options.predicted_output, options.draft_source))
+        never = (
+            options.threshold is None
+            and self.adaptive is None
+            and self.decide(None, "free")[0] >= NEVER_EXIT
+        )
+        drafts = any(
+            given is not None
+            for given in (options.drafts, options.predicted_output, options.draft_source)
+        )
         if not drafts and not never:
             return replace(options, mode="free")
         if options.output_confidence:
             return replace(options, mode="full")
-        return replace(options, mode="lossless", drafts=options.drafts or ("lookup" if never else None))
+        return replace(
+            options, mode="lossless", drafts=options.drafts or ("lookup" if never else None)
+        )

@@ -81,14 +81,21 @@ def benchmark(path: Path) -> str:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         known, _ = found["schema"] == SCHEMA, found["settings"]["idle"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise click.ClickException(f"{path} holds no figures of freeexport bench ({type(error).__name__})") from None
+        raise click.ClickException(
+            f"{path} holds no figures of freeexport bench ({type(error).__name__})"
+        ) from None
     if not known:
-        raise click.ClickException(f"{path} is of schema {found['schema']}, not {SCHEMA}; measure again")
+        raise click.ClickException(
+            f"{path} is of schema {found['schema']}, not {SCHEMA}; measure again"
+        )
     title = re.sub(r"^\d+-", "", path.stem).replace("-", " ").replace("_", " ")
     lines = [f"## {title}", "", markdown(bench_sheet(found)), ""]
     failed = [f"{peer}: not run: {reason}" for peer, reason in found["failed"].items()]
     for items in filter(None, (failed, facts_lines(found))):
-        filled = (textwrap.fill(f"- {text}", 120, subsequent_indent="  ", break_on_hyphens=False) for text in items)
+        filled = (
+            textwrap.fill(f"- {text}", 120, subsequent_indent="  ", break_on_hyphens=False)
+            for text in items
+        )
         lines += [*filled, ""]
     return "\n".join(lines)
 
@@ -171,7 +178,9 @@ def main(check: bool) -> None:
         if not check:
             page.write_text(text, encoding="utf-8")
         elif not page.is_file() or page.read_text(encoding="utf-8") != text:
-            raise click.ClickException(f"{page} is not what it is made from; run python -m tools.pages again")
+            raise click.ClickException(
+                f"{page} is not what it is made from; run python -m tools.pages again"
+            )
 
 
 if __name__ == "__main__":

@@ -68,22 +68,36 @@ def first_difference(ours: Tokens, theirs: Tokens) -> int | None:
 
 
 def decode(
-    session: Session, prompts: Sequence[Any], at_once: int, options: Sequence[dict[str, Any]], **common: Any
+    session: Session,
+    prompts: Sequence[Any],
+    at_once: int,
+    options: Sequence[dict[str, Any]],
+    **common: Any,
 ) -> list[GenerationResult]:
     """Results in order, so many at once; `options` of each prompt beside the common ones."""
     with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(lambda prompt, own: session.generate(prompt, **common, **own), prompts, options))
+        return list(
+            pool.map(
+                lambda prompt, own: session.generate(prompt, **common, **own), prompts, options
+            )
+        )
 
 
-def force(session: Session, prompts: Sequence[Any], answers: Sequence[Tokens], at_once: int) -> list[Watch]:
+def force(
+    session: Session, prompts: Sequence[Any], answers: Sequence[Tokens], at_once: int
+) -> list[Watch]:
     """Watches of requests that generate these answers."""
     watches = [Watch(answer) for answer in answers]
-    options = [{"logits_processor": watch, "max_new_tokens": len(watch.tokens or ())} for watch in watches]
+    options = [
+        {"logits_processor": watch, "max_new_tokens": len(watch.tokens or ())} for watch in watches
+    ]
     decode(session, prompts, at_once, options, mode="full", ignore_eos=True)
     return watches
 
 
-def compare(paths: Sequence[Path], samples: int, tokens: int, slots: int, threads: int) -> list[dict[str, Any]]:
+def compare(
+    paths: Sequence[Path], samples: int, tokens: int, slots: int, threads: int
+) -> list[dict[str, Any]]:
     """A row for each bundle, of which the first is the fp32 one.
 
     `likelihood`: nats a token of its answers by the fp32 model; `agreement`: the share of next tokens that both choose
@@ -102,9 +116,18 @@ def compare(paths: Sequence[Path], samples: int, tokens: int, slots: int, thread
             read = force(session, prompts, answers[0], slots) if wanted else watches
             precision = session.manifest.precision
         wanted = wanted or read
-        chosen = [np.equal(ours.best, theirs.best) for ours, theirs in zip(read, wanted, strict=True)]
-        places = [first_difference(ours, theirs) for ours, theirs in zip(answers[-1], answers[0], strict=True)]
-        pairs = [(one.gaps, place) for one, place in zip(wanted, places, strict=True) if place is not None]
+        chosen = [
+            np.equal(ours.best, theirs.best) for ours, theirs in zip(read, wanted, strict=True)
+        ]
+        places = [
+            first_difference(ours, theirs)
+            for ours, theirs in zip(answers[-1], answers[0], strict=True)
+        ]
+        pairs = [
+            (one.gaps, place)
+            for one, place in zip(wanted, places, strict=True)
+            if place is not None
+        ]
         gaps = [own[min(place, len(own) - 1)] for own, place in pairs]
         rows.append(
             {
@@ -114,7 +137,9 @@ def compare(paths: Sequence[Path], samples: int, tokens: int, slots: int, thread
                 "agreement": float(np.concatenate(chosen).mean()),
                 "gap": float(np.median(gaps)) if gaps else None,
                 "gap_everywhere": float(np.median([gap for one in wanted for gap in one.gaps])),
-                "same_by_kind": Counter(kind for kind, place in zip(kinds, places, strict=True) if place is None),
+                "same_by_kind": Counter(
+                    kind for kind, place in zip(kinds, places, strict=True) if place is None
+                ),
             }
         )
     with Session(paths[0], threads=threads, slots=slots) as session:
@@ -122,7 +147,9 @@ def compare(paths: Sequence[Path], samples: int, tokens: int, slots: int, thread
             others = [n for n, answer in enumerate(each) if answer != answers[0][n]]
             forced = force(session, [prompts[n] for n in others], [each[n] for n in others], slots)
             scored = {**dict(enumerate(wanted)), **dict(zip(others, forced, strict=True))}
-            row["likelihood"] = float(np.mean([nats for one in scored.values() for nats in one.nats]))
+            row["likelihood"] = float(
+                np.mean([nats for one in scored.values() for nats in one.nats])
+            )
     return rows
 
 
@@ -139,16 +166,29 @@ def main() -> None:
 @click.option("--threads", type=click.IntRange(1), default=1)
 @click.option("--output", type=click.Path(path_type=Path), help="Write JSON here.")
 def precisions(
-    bundles: tuple[Path, ...], samples: int, tokens: int, slots: int, threads: int, output: Path | None
+    bundles: tuple[Path, ...],
+    samples: int,
+    tokens: int,
+    slots: int,
+    threads: int,
+    output: Path | None,
 ) -> None:
     """Compare BUNDLES with the first of them, which is in fp32."""
     rows = compare(bundles, samples, tokens, slots, threads)
-    click.echo("| precision | same answers | log-likelihood a token | same next token |\n|---|---|---|---|")
+    click.echo(
+        "| precision | same answers | log-likelihood a token | same next token |\n|---|---|---|---|"
+    )
     for row in rows:
-        figures = f"{row['same_answers']} of {samples} | {row['likelihood']:.3f} | {row['agreement']:.1%}"
+        figures = (
+            f"{row['same_answers']} of {samples} | {row['likelihood']:.3f} | {row['agreement']:.1%}"
+        )
         click.echo(f"| {row['precision']} | {figures} |")
     if output is not None:
-        facts = {"model": Bundle.open(bundles[0]).manifest.source, "prompts": samples, "tokens": tokens}
+        facts = {
+            "model": Bundle.open(bundles[0]).manifest.source,
+            "prompts": samples,
+            "tokens": tokens,
+        }
         content = {**facts, "processor": host(threads).processor, "rows": rows}
         output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -156,7 +196,12 @@ def precisions(
 @main.command("file")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines, read teacher-forced.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="JSON lines, read teacher-forced.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Write JSON here.")
 def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | None) -> None:
     """Compare BUNDLES with the GGUF file MODEL that they were made from."""
@@ -164,7 +209,11 @@ def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | N
     from freeexport.checkpoints.transformers_model import reference_model
     from freeexport.verification.reference import predictions_on, quality_of
 
-    reference, size, rows = reference_model(open_checkpoint(str(model))), model.stat().st_size, list[dict[str, Any]]()
+    reference, size, rows = (
+        reference_model(open_checkpoint(str(model))),
+        model.stat().st_size,
+        list[dict[str, Any]](),
+    )
     click.echo(
         "| bundle | MB | of the file | divergence, nats | same best token | nats a token |\n|---|---|---|---|---|---|"
     )
@@ -179,13 +228,21 @@ def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | N
             "bytes": whole,
             "of_file": round(whole / size, 4),
             "kept": {one.engine: one.kinds or one.kept for one in engines},
-            **{name: getattr(quality, name) for name in ("tokens", "divergence", "agreement", "reference_nll", "nll")},
+            **{
+                name: getattr(quality, name)
+                for name in ("tokens", "divergence", "agreement", "reference_nll", "nll")
+            },
         }
         rows.append(row)
         figures = f"{quality.divergence:.4f} | {quality.agreement:.1%} | {quality.nll - quality.reference_nll:+.4f}"
         click.echo(f"| {path.name} | {whole / 1e6:.0f} | {whole / size:.3f} | {figures} |")
     if output is not None:
-        content = {"model": model.name, "file_bytes": size, "processor": host(1).processor, "rows": rows}
+        content = {
+            "model": model.name,
+            "file_bytes": size,
+            "processor": host(1).processor,
+            "rows": rows,
+        }
         output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -35,7 +35,12 @@ from freeexport.system.machine import detect_machine
 from freeexport.system.output import write_whole
 from runtime import Bundle, EngineError, Session
 
-PROMPTS = ("Once upon a time", "The capital of France is", "A good way to learn a language is", "Rain fell on the")
+PROMPTS = (
+    "Once upon a time",
+    "The capital of France is",
+    "A good way to learn a language is",
+    "Rain fell on the",
+)
 CLIENTS = (1, 4, 16, 64)
 STREAMS, LONG_PROMPT = 8, 1500
 START_SECONDS = 60  # that another server may take to answer
@@ -45,8 +50,19 @@ START_SECONDS = 60  # that another server may take to answer
 def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
     """The address of a server in a process of its own, in mode full and without reuse."""
     command = [sys.executable, "-m", "freeexport", "serve", str(bundle), "--port", "0"]
-    command += ["--threads", str(threads), "--slots", str(slots), "--mode", "full", "--prefix-cache-mb", "0"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    command += [
+        "--threads",
+        str(threads),
+        "--slots",
+        str(slots),
+        "--mode",
+        "full",
+        "--prefix-cache-mb",
+        "0",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         try:
             for line in process.stderr:
@@ -59,10 +75,18 @@ def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
             process.terminate()
 
 
-async def stream(client: httpx.AsyncClient, prompt: str | Sequence[int], tokens: int) -> list[float]:
+async def stream(
+    client: httpx.AsyncClient, prompt: str | Sequence[int], tokens: int
+) -> list[float]:
     """The times of the request and of each chunk with text."""
     times = [time.perf_counter()]
-    body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0, "ignore_eos": True}
+    body = {
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "stream": True,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
@@ -92,7 +116,10 @@ async def load(url: str, clients: int, seconds: float, tokens: int) -> list[list
 async def beside_long_prompt(url: str, tokens: int, arrives: bool) -> list[float]:
     """Gaps of eight streams, in the middle of which a long prompt arrives."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        streams = [asyncio.ensure_future(stream(client, PROMPTS[n % len(PROMPTS)], tokens)) for n in range(STREAMS)]
+        streams = [
+            asyncio.ensure_future(stream(client, PROMPTS[n % len(PROMPTS)], tokens))
+            for n in range(STREAMS)
+        ]
         await asyncio.sleep(1)
         if arrives:
             await stream(client, [20 + number % 200 for number in range(LONG_PROMPT)], 1)
@@ -123,10 +150,14 @@ def print_cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -
             between = time.perf_counter()
             assert asyncio.run(ask()) == chunks
             if turn:  # the first warms up
-                speeds.append((chunks / (between - began), chunks / (time.perf_counter() - between)))
+                speeds.append(
+                    (chunks / (between - began), chunks / (time.perf_counter() - between))
+                )
     ratios = [there / here for here, there in speeds]
     here, there = map(median, zip(*speeds, strict=True))
-    click.echo(f"one client: session {here:.1f} tokens/s, server {there:.1f}, ratio {median(ratios):.3f}")
+    click.echo(
+        f"one client: session {here:.1f} tokens/s, server {there:.1f}, ratio {median(ratios):.3f}"
+    )
     click.echo(f"  ratios of {rounds} rounds: {min(ratios):.3f} to {max(ratios):.3f}")
 
 
@@ -163,13 +194,29 @@ def latency(url: str, clients: int, seconds: float, tokens: int, name: str) -> d
     first, between = [times[1] - times[0] for times in done if times[1:]], gaps(done)
     row = f"{clients:7} {len(done):9} {speed:9.1f}  {percentiles(first)}    {percentiles(between)}"
     click.echo(f"{row}    {share:4.2f}  {name}")
-    found = {"first_token_ms": 1e3 * float(np.median(first)), "between_tokens_ms": 1e3 * float(np.median(between))}
-    return {"server": name, "clients": clients, "tokens_per_second": speed, "client_cores": share, **found}
+    found = {
+        "first_token_ms": 1e3 * float(np.median(first)),
+        "between_tokens_ms": 1e3 * float(np.median(between)),
+    }
+    return {
+        "server": name,
+        "clients": clients,
+        "tokens_per_second": speed,
+        "client_cores": share,
+        **found,
+    }
 
 
-def _save(save: Path | None, threads: int, tokens: int, rows: list[dict[str, Any]], against: str | None) -> None:
+def _save(
+    save: Path | None, threads: int, tokens: int, rows: list[dict[str, Any]], against: str | None
+) -> None:
     if save is not None:
-        facts = {"processor": detect_machine().cpu, "threads": threads, "tokens": tokens, "against": against}
+        facts = {
+            "processor": detect_machine().cpu,
+            "threads": threads,
+            "tokens": tokens,
+            "against": against,
+        }
         write_whole(save, json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 
 

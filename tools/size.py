@@ -41,7 +41,10 @@ def lines(path: Path) -> int:
 def circle(root: Path) -> list[str]:
     """Modules that import each other in a circle, imports inside functions included; empty where there is none."""
     files = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
-    modules = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    modules = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files
+    }
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
         found = set[str]()
@@ -65,7 +68,9 @@ def main() -> None:
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
             parts = path.relative_to(root / package).parts
-            rooms[f"{package}/{parts[0]}/" if len(parts) > 1 else f"{package}/*.py"].append(lines(path))
+            rooms[f"{package}/{parts[0]}/" if len(parts) > 1 else f"{package}/*.py"].append(
+                lines(path)
+            )
     rooms["Python"] = [count for counts in list(rooms.values()) for count in counts]
     rooms["tests"] = [lines(path) for path in (root / "tests").rglob("*.py")]
     pages = [path for path in (root / "docs").rglob("*.md") if path.name not in GENERATED]
@@ -74,9 +79,13 @@ def main() -> None:
     for room, counts in rooms.items():
         print(f"{room:32} {sum(counts):6} lines {len(counts):4} files")
     command = [sys.executable, "-c", COUNT_OPTIONS]
-    counted = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+    counted = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     verbs = {row.partition("-")[0].partition(" ")[0] for row in counted}
-    print(f"verbs {len(verbs)}, options {sum(int(row.split()[1]) for row in counted)}: {', '.join(counted)}")
+    print(
+        f"verbs {len(verbs)}, options {sum(int(row.split()[1]) for row in counted)}: {', '.join(counted)}"
+    )
     print("import circle:", " imports ".join(circle(root)) or "none")
 
 

@@ -35,12 +35,21 @@ PRODUCTS = (
     *("PackedLinear", "MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
     *("MatMul", "FusedMatMul", "Gemm"),
 )
-ATTENTION = ("HalfAttention", "HalfCrossAttention", "GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax")
+ATTENTION = (
+    "HalfAttention",
+    "HalfCrossAttention",
+    "GroupQueryAttention",
+    "MultiHeadAttention",
+    "Attention",
+    "Softmax",
+)
 KINDS = {
     **dict.fromkeys(PRODUCTS, "products"),
     **dict.fromkeys(ATTENTION, "attention"),
     **dict.fromkeys(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"), "norms"),
-    **dict.fromkeys(("Predict", "BestTwo", "LogSoftmax", "TopK", "ArgMax", "GatherElements"), "best tokens"),
+    **dict.fromkeys(
+        ("Predict", "BestTwo", "LogSoftmax", "TopK", "ArgMax", "GatherElements"), "best tokens"
+    ),
 }
 
 
@@ -97,7 +106,10 @@ def typical(found: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[Kernel], fl
             each[operator].append(seconds)
         for key, total in sums.items():
             times[key].append(total)
-    noting = min((median(durations) for durations in each.values() if len(durations) >= len(found)), default=0.0)
+    noting = min(
+        (median(durations) for durations in each.values() if len(durations) >= len(found)),
+        default=0.0,
+    )
     kernels = []
     for key, totals in times.items():
         count = counts[key] / len(found)
@@ -126,20 +138,31 @@ def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
         "shallow": median(stats.shallow_seconds for stats in rounds) / (tokens - 1),
         "deep": median(stats.deep_seconds for stats in rounds) / (tokens - 1),
     }
-    whole = median(stats.shallow_seconds + stats.deep_seconds + stats.overhead_seconds for stats in rounds)
+    whole = median(
+        stats.shallow_seconds + stats.deep_seconds + stats.overhead_seconds for stats in rounds
+    )
     loaded: dict[str, OnnxEngine] = {}
     with tempfile.TemporaryDirectory() as directory:
 
         def load(engine: Path, *given: Any, **named: Any) -> OnnxEngine:
-            loaded[engine.stem] = OnnxEngine(engine, *given, profile=Path(directory) / engine.stem, **named)
+            loaded[engine.stem] = OnnxEngine(
+                engine, *given, profile=Path(directory) / engine.stem, **named
+            )
             return loaded[engine.stem]
 
-        with mock.patch.object(backend, "OnnxEngine", load), Session(path, slots=1, threads=threads) as session:
+        with (
+            mock.patch.object(backend, "OnnxEngine", load),
+            Session(path, slots=1, threads=threads) as session,
+        ):
             session.generate(prompt, **options)
         kernels, noting = {}, {}
         for name in engines:
-            events = json.loads(Path(loaded[name].session.end_profiling()).read_text(encoding="utf-8"))
-            kernels[name], noting[name] = typical(calls(events)[2 - tokens :])  # without those that bind and warm up
+            events = json.loads(
+                Path(loaded[name].session.end_profiling()).read_text(encoding="utf-8")
+            )
+            kernels[name], noting[name] = typical(
+                calls(events)[2 - tokens :]
+            )  # without those that bind and warm up
     return Profile(path.name, opened, whole / (tokens - 1), engines, kernels, noting)
 
 
@@ -156,15 +179,21 @@ def table(found: Profile, least: float) -> str:
     for kind in (*dict.fromkeys(KINDS.values()), "glue"):
         count = sum(kernel.count for kernel in every if kernel.kind == kind)
         seconds = sum(kernel.seconds for kernel in every if kernel.kind == kind)
-        lines.append(f"  {kind:14} {count:6.0f} kernels {1e6 * seconds:8.0f} us {seconds / engines:6.1%}")
+        lines.append(
+            f"  {kind:14} {count:6.0f} kernels {1e6 * seconds:8.0f} us {seconds / engines:6.1%}"
+        )
     between = engines - timed
     lines.append(f"  {'between them':14} {'':14} {1e6 * between:8.0f} us {between / engines:6.1%}")
     for name, kernels in found.kernels.items():
-        lines.append(f"  {name}: timing a kernel took {1e6 * found.noting[name]:.1f} us, subtracted below")
+        lines.append(
+            f"  {name}: timing a kernel took {1e6 * found.noting[name]:.1f} us, subtracted below"
+        )
         for operator, shape, count, seconds in kernels:
             if seconds >= least * timed:
                 each = f"{1e6 * seconds / count:8.1f} us each"
-                lines.append(f"    {operator:33} {shape:16} {count:5.0f} {each} {1e6 * seconds:8.0f} us")
+                lines.append(
+                    f"    {operator:33} {shape:16} {count:5.0f} {each} {1e6 * seconds:8.0f} us"
+                )
     return "\n".join(lines)
 
 
@@ -173,10 +202,16 @@ def table(found: Profile, least: float) -> str:
 @click.option("--context", default=64, help="Tokens of the prompt.")
 @click.option("--tokens", default=64, help="Tokens after it.")
 @click.option("--threads", type=int, help="[default: one for each physical core]")
-@click.option("--least", default=1.0, help="Percent of the kernels' time below which none is listed.")
-def main(bundles: tuple[Path, ...], context: int, tokens: int, threads: int | None, least: float) -> None:
+@click.option(
+    "--least", default=1.0, help="Percent of the kernels' time below which none is listed."
+)
+def main(
+    bundles: tuple[Path, ...], context: int, tokens: int, threads: int | None, least: float
+) -> None:
     if tokens < 4:
-        raise OptionError(f"--tokens is {tokens}; take 4 or more, as the first of them bind and warm up")
+        raise OptionError(
+            f"--tokens is {tokens}; take 4 or more, as the first of them bind and warm up"
+        )
     threads = threads or usable_cores()
     with other_load() as load:
         found = [profile(path, threads, context, tokens) for path in bundles]

@@ -17,7 +17,15 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
-from runtime import BatchError, Bundle, FreeExportError, GenerationOptions, OptionError, PromptError, Session
+from runtime import (
+    BatchError,
+    Bundle,
+    FreeExportError,
+    GenerationOptions,
+    OptionError,
+    PromptError,
+    Session,
+)
 
 # In OUTPUT: the rows that are done, and what they were made with.
 DONE, MADE_WITH = "_done", "_made_with.json"
@@ -27,7 +35,9 @@ class Generate:
     """An actor: one session. Adds `answer`, `finish_reason`, `tokens` and `error` to a batch; a row that fails is one
     with an error, and no reason for the others to."""
 
-    def __init__(self, bundle: str, column: str, threads: int, slots: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self, bundle: str, column: str, threads: int, slots: int, options: dict[str, Any]
+    ) -> None:
         self._session = Session(bundle, threads=threads, slots=slots, queue=slots)
         self._column, self._options = column, options
 
@@ -35,7 +45,11 @@ class Generate:
         prompts = batch[self._column].tolist()
         results = iter(self._results([prompt for prompt in prompts if isinstance(prompt, str)]))
         rows = [
-            _row(next(results) if isinstance(prompt, str) else PromptError(f"the prompt is {prompt!r}, no text"))
+            _row(
+                next(results)
+                if isinstance(prompt, str)
+                else PromptError(f"the prompt is {prompt!r}, no text")
+            )
             for prompt in prompts
         ]
         return {**batch, **{name: [row[name] for row in rows] for name in rows[0]}}
@@ -63,7 +77,9 @@ def read(source: Path, columns: set[str]) -> tuple[Dataset, str]:
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     kinds = {file.suffix for file in files}
     if kinds not in ({".parquet"}, {".jsonl"}):
-        raise OptionError(f"{source} has {' and '.join(sorted(kinds)) or 'no'} files; give .parquet or .jsonl files")
+        raise OptionError(
+            f"{source} has {' and '.join(sorted(kinds)) or 'no'} files; give .parquet or .jsonl files"
+        )
     (kind,) = kinds
     names = list(map(str, files))
     # As the writing, without a core: sessions may have all but one.
@@ -94,8 +110,14 @@ def check_claim(output: Path, made_with: dict[str, Any]) -> None:
     """Raises OptionError where `output` has answers that were made with something else."""
     record = output / MADE_WITH
     if record.exists() and json.loads(record.read_text(encoding="utf-8")) != made_with:
-        raise OptionError(f"{output} was made with other options or another bundle ({record}); choose another OUTPUT")
-    if not record.exists() and output.exists() and any(path.name != DONE for path in output.iterdir()):
+        raise OptionError(
+            f"{output} was made with other options or another bundle ({record}); choose another OUTPUT"
+        )
+    if (
+        not record.exists()
+        and output.exists()
+        and any(path.name != DONE for path in output.iterdir())
+    ):
         raise OptionError(f"{output} is not empty, and no job wrote it; choose another OUTPUT")
     output.mkdir(parents=True, exist_ok=True)
 
@@ -105,10 +127,22 @@ def check_claim(output: Path, made_with: dict[str, Any]) -> None:
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--id", "key", default="id", show_default=True, help="Column that tells rows apart.")
-@click.option("--column", default="prompt", show_default=True, help="Column with the prompts, texts.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Sessions, in all.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Cores of a session.")
-@click.option("--slots", type=click.IntRange(1), default=8, show_default=True, help="Rows that it decodes at once.")
+@click.option(
+    "--column", default="prompt", show_default=True, help="Column with the prompts, texts."
+)
+@click.option(
+    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Sessions, in all."
+)
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Cores of a session."
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Rows that it decodes at once.",
+)
 @click.option("--rows", type=click.IntRange(1), default=256, show_default=True,
               help="Of a file of OUTPUT; a killed job does again what it had not written.")  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)

@@ -44,7 +44,9 @@ class Replica:
     """One session. Replicas of a machine map one file of weights."""
 
     def __init__(self, arguments: Arguments) -> None:
-        session = SessionOptions(threads=arguments.threads, slots=arguments.slots, threshold=arguments.threshold)
+        session = SessionOptions(
+            threads=arguments.threads, slots=arguments.slots, threshold=arguments.threshold
+        )
         options = ServerOptions(
             [arguments.bundle],
             [arguments.name] if arguments.name else [],

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit_file, read_exit_weights
+from freeexport.checkpoints.exit_file import (
+    EXIT_FILE,
+    EXIT_WEIGHTS,
+    ExitFile,
+    read_exit_file,
+    read_exit_weights,
+)
 from freeexport.checkpoints.gguf import GGUFFile, without_arrays
 from freeexport.checkpoints.gguf_values import KINDS
 from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, MergedWeights, read_adapter
@@ -28,12 +34,26 @@ from graphs.weights import View
 from runtime.errors import FreeExportError, OptionError, one_line
 
 # Ends of the names of tensors that belong to packed weights: of GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8.
-_OF_PACKED = ("qweight", "qzeros", "SCB", "absmax", "weight_packed", "weight_scale", "weight_scale_inv")
+_OF_PACKED = (
+    "qweight",
+    "qzeros",
+    "SCB",
+    "absmax",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+)
 _FLOATS = "give the original float checkpoint, or a GGUF file"
 # Tokens that are never given are part of the head (graphs/families/__init__.py).
 _SUPPRESSED = ("bad_words_ids", "suppress_tokens")
 _GENERATION_KEYS = (
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "decoder_start_token_id",
+        "forced_bos_token_id",
+    ),
     *("forced_eos_token_id", *_SUPPRESSED),
 )
 
@@ -105,13 +125,25 @@ class Checkpoint:
         """Return the exit layer in a decoder of so many layers: as trained, or as given. Raises OptionError."""
         trained = None if self.exit is None else self.exit.exit_layer
         # weighted-ce trains all layers as exits.
-        if self.exit is not None and given not in (None, trained) and self.exit.loss != "weighted-ce":
-            raise OptionError(f"{self.name} was trained to exit after layer {trained}, not {given}; leave it out")
+        if (
+            self.exit is not None
+            and given not in (None, trained)
+            and self.exit.loss != "weighted-ce"
+        ):
+            raise OptionError(
+                f"{self.name} was trained to exit after layer {trained}, not {given}; leave it out"
+            )
         chosen = trained if given is None else given
         first = 0 if self.exit is not None and self.exit.exit_input == "feature" else 1
         if chosen is None or not first <= chosen < layers:
-            problem = "there is no exit.json" if chosen is None else f"exit layer {chosen} is out of range"
-            raise OptionError(f"{self.name}: {problem}; choose --exit-layer, from {first} to {layers - 1}")
+            problem = (
+                "there is no exit.json"
+                if chosen is None
+                else f"exit layer {chosen} is out of range"
+            )
+            raise OptionError(
+                f"{self.name}: {problem}; choose --exit-layer, from {first} to {layers - 1}"
+            )
         return chosen
 
     def __contains__(self, name: object) -> bool:
@@ -132,7 +164,9 @@ class Checkpoint:
         array = view.read(self._file(view.tensor).read(view.tensor))
         # NaN survives min and max, so these two see every bad value without a mask of the tensor's size.
         if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
-            raise CheckpointError(f"{self.name}: tensor {name} holds NaN or infinity; repair or replace the checkpoint")
+            raise CheckpointError(
+                f"{self.name}: tensor {name} holds NaN or infinity; repair or replace the checkpoint"
+            )
         return array
 
     def in_file(self, name: str) -> InFile | None:
@@ -144,8 +178,12 @@ class Checkpoint:
         kinds = Counter[str]()
         for file in self.files:
             kinds.update(file.kinds() if isinstance(file, GGUFFile) else {})
-        others = {kind: count for kind, count in kinds.items() if kind not in (*KINDS, "Q4_0", "Q4_1")}
-        return ", ".join(f"{count} in {kind}" for kind, count in sorted(others.items()) if kind[0] not in "FB")
+        others = {
+            kind: count for kind, count in kinds.items() if kind not in (*KINDS, "Q4_0", "Q4_1")
+        }
+        return ", ".join(
+            f"{count} in {kind}" for kind, count in sorted(others.items()) if kind[0] not in "FB"
+        )
 
     def _file(self, name: str) -> TensorFile:
         if name not in self.tensors:
@@ -175,7 +213,9 @@ def open_checkpoint(model: str) -> Checkpoint:
         if path.suffix == ".gguf":
             return _with_exit(_open_gguf(path), path.parent)
         if path.exists():
-            raise CheckpointError(f"{model} is a file, but not GGUF; give a directory, a hub name or a .gguf file")
+            raise CheckpointError(
+                f"{model} is a file, but not GGUF; give a directory, a hub name or a .gguf file"
+            )
         path = _download(model)
         return _with_exit(_open_directory(path, model), path)
     gguf = sorted(path.glob("*.gguf"))
@@ -210,9 +250,13 @@ def with_exit_of(opened: Checkpoint, directory: Path) -> Checkpoint:
         raise CheckpointError(
             f"{opened.name} has an exit of its own, which training goes on with; leave --exit-from out"
         )
-    begun = _with_exit(replace(opened, files=[*opened.files], tensors={**opened.tensors}), directory)
+    begun = _with_exit(
+        replace(opened, files=[*opened.files], tensors={**opened.tensors}), directory
+    )
     if begun.exit is None or not begun.exit.has_parameters:
-        raise CheckpointError(f"{directory} has no exit with weights of its own; name what --tune exit wrote")
+        raise CheckpointError(
+            f"{directory} has no exit with weights of its own; name what --tune exit wrote"
+        )
     begun.exit = replace(begun.exit, base_sha256=opened.sha256)
     return begun
 
@@ -234,7 +278,9 @@ def _open_adapter(path: Path) -> Checkpoint:
     tensors = base.tensors | dict.fromkeys(merged.shapes, merged)
     files = [*base.files, merged]
     name = path.resolve().name
-    return Checkpoint(base.path, name, base.config, base.generation_config, files, tensors, adapter=path)
+    return Checkpoint(
+        base.path, name, base.config, base.generation_config, files, tensors, adapter=path
+    )
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -243,7 +289,14 @@ def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
     with without_arrays(file) as header:
         config = _config(header.parent, str(path), gguf_file=header.name)
-    return Checkpoint(path, path.name, config, _generation_config(config), [file], dict.fromkeys(file.shapes, file))
+    return Checkpoint(
+        path,
+        path.name,
+        config,
+        _generation_config(config),
+        [file],
+        dict.fromkeys(file.shapes, file),
+    )
 
 
 def _open_directory(path: Path, name: str) -> Checkpoint:
@@ -251,7 +304,11 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
         if file.exists() and not file.is_file() and not file.is_dir():
             raise CheckpointError(f"{file} is no regular file; do not use this checkpoint")
     if not (path / "config.json").is_file():
-        hint = "give the .gguf file itself" if any(path.glob("*.gguf")) else "give a complete checkpoint"
+        hint = (
+            "give the .gguf file itself"
+            if any(path.glob("*.gguf"))
+            else "give a complete checkpoint"
+        )
         raise CheckpointError(f"{path} has no config.json; {hint}")
     stored = _check_family(path, name)
     check_config(stored)  # before transformers makes a list of that many layers
@@ -283,12 +340,20 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise CheckpointError(f"{model} does not exist; give a checkpoint directory, a hub name or a GGUF file")
+        raise CheckpointError(
+            f"{model} does not exist; give a checkpoint directory, a hub name or a GGUF file"
+        )
     metadata = ["*.json", "*.txt", "*.model", "*.jinja"]
     for weights in ([], ["model*.safetensors"], ["pytorch_model*.bin"]):
         try:
-            path = Path(snapshot_download(model, allow_patterns=[*metadata, *weights], ignore_patterns=["*/*"]))
-        except Exception as error:  # the hub's client raises types of whichever HTTP library it uses
+            path = Path(
+                snapshot_download(
+                    model, allow_patterns=[*metadata, *weights], ignore_patterns=["*/*"]
+                )
+            )
+        except (
+            Exception
+        ) as error:  # the hub's client raises types of whichever HTTP library it uses
             raise CheckpointError(
                 f"{model} is no file or directory here and cannot be had from the hub: offline, or wrong name "
                 f"({one_line(error)})"
@@ -304,7 +369,9 @@ def _config(directory: Path, shown: str, **options: Any) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
+        config = AutoConfig.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True, **options
+        )
     except Exception as error:  # each configuration class checks its values in its own way
         raise CheckpointError(
             f"{shown}: transformers cannot read its configuration ({one_line(error)}); "
@@ -316,11 +383,15 @@ def _config(directory: Path, shown: str, **options: Any) -> dict[str, Any]:
     return values
 
 
-def _generation_config(config: dict[str, Any], stored: dict[str, Any] | None = None) -> dict[str, Any]:
+def _generation_config(
+    config: dict[str, Any], stored: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The values of generation_config.json, else of the configuration; with the token that a decoder starts with."""
     values = {key: config[key] for key in _GENERATION_KEYS if config.get(key) is not None}
     start = values.get("decoder_start_token_id")
     if start is None and config.get("is_encoder_decoder"):
         # The fallback of `generate`, then T5's own.
         start = values.get("bos_token_id", values.get("pad_token_id"))
-    return ({} if start is None else {"decoder_start_token_id": start}) | (values if stored is None else stored)
+    return ({} if start is None else {"decoder_start_token_id": start}) | (
+        values if stored is None else stored
+    )

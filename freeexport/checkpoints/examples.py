@@ -119,7 +119,9 @@ def speech_of(checkpoint: Checkpoint, description: Description) -> Speech | None
             f"{checkpoint.name} names no no_timestamps_token_id; add the generation_config.json of the Whisper model "
             "that it was made from"
         )
-    languages = {code.strip("<|>"): token for code, token in (config.get("lang_to_id") or {}).items()}
+    languages = {
+        code.strip("<|>"): token for code, token in (config.get("lang_to_id") or {}).items()
+    }
     ends = known_ends(checkpoint, description.vocab_size)
     return Speech(
         bins=sound.bins,
@@ -128,7 +130,9 @@ def speech_of(checkpoint: Checkpoint, description: Description) -> Speech | None
         no_speech=timestamps - 1,
         languages=languages,
         tasks=dict(config.get("task_to_id") or {}) if languages else {},
-        suppressed=tuple(token for token in config.get("suppress_tokens") or () if token not in ends),
+        suppressed=tuple(
+            token for token in config.get("suppress_tokens") or () if token not in ends
+        ),
         begin_suppressed=tuple(config.get("begin_suppress_tokens") or ()),
         latest_first=int(config.get("max_initial_timestamp_index") or 50),
     )
@@ -139,20 +143,31 @@ def text_format(checkpoint: Checkpoint, description: Description, limit: int) ->
     of sequence."""
     sound = description.spectrogram
     if not has_tokenizer(checkpoint):
-        raise CheckpointError(f"{checkpoint.name} has no tokenizer, which text needs; add its tokenizer files")
+        raise CheckpointError(
+            f"{checkpoint.name} has no tokenizer, which text needs; add its tokenizer files"
+        )
     tokenizer = load_tokenizer(checkpoint)
     ends = end_ids(checkpoint)
     if not ends and tokenizer.eos_token_id is not None:
         ends = [tokenizer.eos_token_id]
     if not ends:
-        raise CheckpointError(f"{checkpoint.name} names no eos_token_id; add it to its generation_config.json")
+        raise CheckpointError(
+            f"{checkpoint.name} names no eos_token_id; add it to its generation_config.json"
+        )
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     limit = min(limit, description.decoder.max_positions or limit)
-    seq2seq, first = description.encoder is not None, forced(checkpoint.generation_config, "forced_bos_token_id")
-    form = TextFormat(tokenizer, int(end), limit, seq2seq, begin=(first,) if seq2seq and first is not None else ())
+    seq2seq, first = (
+        description.encoder is not None,
+        forced(checkpoint.generation_config, "forced_bos_token_id"),
+    )
+    form = TextFormat(
+        tokenizer, int(end), limit, seq2seq, begin=(first,) if seq2seq and first is not None else ()
+    )
     if sound is None:
         return form
-    return replace(form, speech=speech_of(checkpoint, description), bins=sound.bins, rows=sound.positions.count)
+    return replace(
+        form, speech=speech_of(checkpoint, description), bins=sound.bins, rows=sound.positions.count
+    )
 
 
 def forced(generation: Mapping[str, Any], name: str) -> int | None:
@@ -178,7 +193,9 @@ def read_examples(path: Path, limit: int | None = None, need_target: str = "") -
     requests = []
     for line in islice(read_requests(path), limit):
         if isinstance(line, BrokenLine):
-            raise DataError(f"{path}, line {line.line_number}: {line.reason}; repair or remove the line")
+            raise DataError(
+                f"{path}, line {line.line_number}: {line.reason}; repair or remove the line"
+            )
         if need_target and line.target is None:
             raise DataError(f"{path}, line {line.line_number}: 'target' is missing; {need_target}")
         requests.append(line)
@@ -188,23 +205,35 @@ def read_examples(path: Path, limit: int | None = None, need_target: str = "") -
     return requests
 
 
-def split(requests: Sequence[Request], share: float, path: Path) -> tuple[list[Request], list[Request]]:
+def split(
+    requests: Sequence[Request], share: float, path: Path
+) -> tuple[list[Request], list[Request]]:
     """(training, validation) by a hash of the input: about `share` of the inputs are validation, in every run and
     whatever else the file holds. Raises DataError where one of the two would be empty."""
     ranked = []
     for request in requests:
-        text = str(request.input) if isinstance(request.input, Path) else json.dumps(request.input, sort_keys=True)
-        ranked.append((int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"), request))
+        text = (
+            str(request.input)
+            if isinstance(request.input, Path)
+            else json.dumps(request.input, sort_keys=True)
+        )
+        ranked.append(
+            (int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"), request)
+        )
     lowest = min(rank for rank, _ in ranked)
     # A small file may have no hash below the share; then its lowest one stands for it.
     border = max(share * _HASH_RANGE, lowest + 1)
     training = [request for rank, request in ranked if rank >= border]
     if not training:
-        raise DataError(f"{path} has one distinct input, and validation takes it; give more, or a --validation file")
+        raise DataError(
+            f"{path} has one distinct input, and validation takes it; give more, or a --validation file"
+        )
     return training, [request for rank, request in ranked if rank < border]
 
 
-def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[list[Example], str | None]:
+def encode(
+    requests: Sequence[Request], form: TextFormat, path: Path
+) -> tuple[list[Example], str | None]:
     """Examples in the order of the file, without those that do not fit, also when cut where `form` says so; and a line
     about those that were cut or left out. Raises DataError where none fits."""
     prompts, targets = prompts_of(requests, form, path), list[list[int]]()
@@ -247,14 +276,19 @@ def unwritable(requests: Sequence[Request], form: TextFormat, path: Path) -> str
 def _difference(request: Request, text: str, found: str) -> str:
     """Show where a text that was written and read differs first."""
     same = (a == b for a, b in zip(text, found, strict=False))
-    place = next((place for place, equal in enumerate(same) if not equal), min(len(text), len(found)))
+    place = next(
+        (place for place, equal in enumerate(same) if not equal), min(len(text), len(found))
+    )
     start = max(0, place - _SHOWN // 2)
     parts = (f"{one[start : start + _SHOWN]!r}" for one in (text, found))
     return f"line {request.line_number}: {' becomes '.join(parts)}"
 
 
 def example_of(
-    prompt: np.ndarray | Recording, target: Sequence[int] | np.ndarray, form: TextFormat, request: Request
+    prompt: np.ndarray | Recording,
+    target: Sequence[int] | np.ndarray,
+    form: TextFormat,
+    request: Request,
 ) -> Example:
     """An example, of speech with the tokens that the decoder reads before what it writes."""
     given: list[int] = []
@@ -263,7 +297,9 @@ def example_of(
     return Example(prompt, np.array([*given, *target], np.int32), request.line_number, len(given))
 
 
-def prompts_of(requests: Sequence[Request], form: TextFormat, path: Path) -> Sequence[np.ndarray | Recording]:
+def prompts_of(
+    requests: Sequence[Request], form: TextFormat, path: Path
+) -> Sequence[np.ndarray | Recording]:
     """The recordings, each of which was read once, or the ids of the inputs, int32 [n] each. Raises DataError for one
     that cannot be used: the line, and why."""
     if form.speech is not None:
@@ -278,7 +314,9 @@ def prompts_of(requests: Sequence[Request], form: TextFormat, path: Path) -> Seq
         prompts += _prompts(texts[start : start + _CHUNK], form.tokenizer)
     for request, prompt in zip(requests, prompts, strict=True):
         if not prompt:
-            raise DataError(f"{path}, line {request.line_number}: 'input' has no tokens; give it some text")
+            raise DataError(
+                f"{path}, line {request.line_number}: 'input' has no tokens; give it some text"
+            )
     return [np.array(prompt, np.int32) for prompt in prompts]
 
 
@@ -286,7 +324,9 @@ def recording_of(request: Request, speech: Speech, rows: int, path: Path) -> Rec
     """The WAV file of a line, for an encoder of so many positions. Raises DataError for one that cannot be used."""
     where, language = f"{path}, line {request.line_number}", request.language or "en"
     if not isinstance(request.input, Path):
-        raise DataError(f"{where}: it has 'input', and the model reads speech; give 'audio', the path of a WAV file")
+        raise DataError(
+            f"{where}: it has 'input', and the model reads speech; give 'audio', the path of a WAV file"
+        )
     if language not in (speech.languages or ("en",)):
         known = ", ".join(list(speech.languages)[:8]) or "en alone"
         raise DataError(f"{where}: 'language' is {language!r}; the model knows {known}")
@@ -294,7 +334,9 @@ def recording_of(request: Request, speech: Speech, rows: int, path: Path) -> Rec
         content = read_bytes(request.input, LARGEST_WAV)
         seconds = len(read_audio(content, str(request.input))) / RATE
     except UnreadableError as error:
-        raise DataError(f"{where}: {request.input} cannot be read ({error}); name a WAV file") from None
+        raise DataError(
+            f"{where}: {request.input} cannot be read ({error}); name a WAV file"
+        ) from None
     except PromptError as error:
         raise DataError(f"{where}: {error}") from None
     if seconds > (longest := rows * SECONDS_A_TIMESTAMP):
@@ -305,7 +347,9 @@ def recording_of(request: Request, speech: Speech, rows: int, path: Path) -> Rec
     return Recording(request.input, digest, language, speech.bins, rows)
 
 
-def fitted(examples: list[Example], form: TextFormat, path: Path) -> tuple[list[Example], str | None]:
+def fitted(
+    examples: list[Example], form: TextFormat, path: Path
+) -> tuple[list[Example], str | None]:
     """The examples that fit, cut where `form` says so; and a line about the others. DataError where none fits."""
     total, long = len(examples), sum(not form.fits(example) for example in examples)
     if not long:
@@ -314,7 +358,9 @@ def fitted(examples: list[Example], form: TextFormat, path: Path) -> tuple[list[
         examples = [form.cut(example) for example in examples]
     left_out = [example for example in examples if not form.fits(example)]
     if len(left_out) == total:
-        raise DataError(f"{path}: none of the {total} examples fits {form.limit} tokens; raise --max-tokens")
+        raise DataError(
+            f"{path}: none of the {total} examples fits {form.limit} tokens; raise --max-tokens"
+        )
     notes = []
     if cut := long - len(left_out):
         notes.append(f"{cut} of {total} inputs are cut, so that examples have {form.limit} tokens")
@@ -326,17 +372,23 @@ def fitted(examples: list[Example], form: TextFormat, path: Path) -> tuple[list[
     return [example for example in examples if form.fits(example)], f"{path}: {'; '.join(notes)}"
 
 
-def _prompts(inputs: Sequence[str | list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _prompts(
+    inputs: Sequence[str | list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
     if all(isinstance(text, str) for text in inputs):
         return _ids(tokenizer, inputs, special=True)
     found = []
     for text in inputs:
         if not isinstance(text, str) and not tokenizer.chat_template:
-            raise DataError("an input is a list of messages, but the tokenizer has no chat template; give text")
+            raise DataError(
+                "an input is a list of messages, but the tokenizer has no chat template; give text"
+            )
         if isinstance(text, str):
             found += _ids(tokenizer, [text], special=True)
         else:  # the template writes the special tokens itself
-            written = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+            written = tokenizer.apply_chat_template(
+                text, tokenize=False, add_generation_prompt=True
+            )
             found += _ids(tokenizer, [str(written)], special=False)
     return found
 
@@ -347,6 +399,8 @@ def _ids(
     # Marian has another SentencePiece model for targets.
     given = {"text_target" if target else "text": list(texts)}
     # `verbose` warns of texts longer than the tokenizer's own limit, which is not ours.
-    encoded = tokenizer(**given, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(
+        **given, add_special_tokens=special, return_attention_mask=False, verbose=False
+    )
     ids: list[list[int]] = encoded["input_ids"]
     return ids

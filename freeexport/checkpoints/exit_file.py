@@ -62,7 +62,9 @@ class ExitFile:
             "base_sha256": len(self.base_sha256) == 64,
         }
         for name in (name for name, holds in right.items() if not holds):
-            raise CheckpointError(f"{name} is {str(getattr(self, name))[:80]!r}, which it cannot be")
+            raise CheckpointError(
+                f"{name} is {str(getattr(self, name))[:80]!r}, which it cannot be"
+            )
 
     @property
     def trained(self) -> bool:
@@ -71,7 +73,12 @@ class ExitFile:
 
     @property
     def has_parameters(self) -> bool:
-        return self.exit_norm or self.adapter_rank > 0 or self.exit_layers > 0 or self.vocabulary is not None
+        return (
+            self.exit_norm
+            or self.adapter_rank > 0
+            or self.exit_layers > 0
+            or self.vocabulary is not None
+        )
 
     def shapes(self, hidden_size: int) -> dict[str, Shape]:
         """Shapes of the exit's own tensors, its layers apart."""
@@ -83,7 +90,11 @@ class ExitFile:
             shapes[ADAPTER_DOWN] = (self.adapter_rank, hidden_size)
             shapes[ADAPTER_UP] = (hidden_size, self.adapter_rank)
         if self.vocabulary is not None:
-            shapes |= {VOCABULARY: (self.vocabulary.size,), OTHER: (1, hidden_size), OTHER_BIAS: (1,)}
+            shapes |= {
+                VOCABULARY: (self.vocabulary.size,),
+                OTHER: (1, hidden_size),
+                OTHER_BIAS: (1,),
+            }
         return shapes
 
 
@@ -119,7 +130,9 @@ def read_exit_weights(
     """
     path = directory / EXIT_WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again")
+        raise CheckpointError(
+            f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again"
+        )
     file = SafetensorsFile(path)
     description = describe(config, weights)
     shapes, norm = exit_file.shapes(description.hidden_size), description.decoder.head.norm
@@ -138,7 +151,11 @@ def read_exit_weights(
     for name, shape in shapes.items():
         if (found := file.shapes.get(name)) != shape:
             shown = "missing" if found is None else list(found)
-            raise CheckpointError(f"{path}: {name} is {shown}, not {list(shape)}; train the exit again")
+            raise CheckpointError(
+                f"{path}: {name} is {shown}, not {list(shape)}; train the exit again"
+            )
     if others := sorted(set(file.shapes) - shapes.keys()):
-        raise CheckpointError(f"{path} has {others[0][:80]}, which {EXIT_FILE} does not name; train the exit again")
+        raise CheckpointError(
+            f"{path} has {others[0][:80]}, which {EXIT_FILE} does not name; train the exit again"
+        )
     return file

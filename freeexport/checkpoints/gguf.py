@@ -29,7 +29,16 @@ from graphs.quantization.rounding import Rounded
 from graphs.shapes import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 from runtime.errors import one_line
 
-ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3", "t5")  # a Mistral model is a llama
+ARCHITECTURES = (
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "llama",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "t5",
+)  # a Mistral model is a llama
 # Several times what published models have.
 MAX_TENSORS = 1 << 16
 MAX_FIELDS = 1 << 12
@@ -37,7 +46,9 @@ MAX_DIMENSIONS = 4
 MAX_TEXT = 1 << 24  # bytes
 # Items of arrays by name. transformers reads each of them one by one, some ten microseconds each.
 MAX_ITEMS = {
-    **dict.fromkeys((f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")), 1 << 19),
+    **dict.fromkeys(
+        (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")), 1 << 19
+    ),
     "tokenizer.ggml.precompiled_charsmap": 1 << 20,
 }
 MAX_OTHER_ITEMS = 1 << 12
@@ -47,17 +58,38 @@ _DECODER_ONLY = re.compile(
     r"|self_attn\.([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj))|lm_head"
 )
 _OTHERS = {
-    "gpt2": re.compile(r"transformer\.(w[tp]e|ln_f|h\.\d+\.(ln_[12]|attn\.c_(attn|proj)|mlp\.c_(fc|proj)))|lm_head"),
+    "gpt2": re.compile(
+        r"transformer\.(w[tp]e|ln_f|h\.\d+\.(ln_[12]|attn\.c_(attn|proj)|mlp\.c_(fc|proj)))|lm_head"
+    ),
     "phi3": re.compile(
         r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm"
         r"|self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj))|lm_head"
     ),
 }
-_ENCODER_DECODER = re.compile(r"(encoder|decoder)\.(block\.\d+\.layer\..+|final_layer_norm)|shared|lm_head")
-_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_ENCODER_DECODER = re.compile(
+    r"(encoder|decoder)\.(block\.\d+\.layer\..+|final_layer_norm)|shared|lm_head"
+)
+_SPECIAL_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
 _TEXT, _ARRAY = 8, 9
 # Formats of struct by the number of the type.
-_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_FORMATS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 # Tensors that are stored as numbers, by the number of the type: F32, F16, I8, I16, I32, I64, F64.
 _PLAIN = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
 _LEAST_FIELD, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
@@ -94,11 +126,16 @@ class Header:
         self.order: Literal["<", ">"] = "<"
         self._at = 24
         try:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            with (
+                path.open("rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            ):
                 self._content = content
                 self._read(path)
         except (struct.error, ValueError, OverflowError) as error:
-            raise CheckpointError(f"{path} is not a complete GGUF file ({error}); download it again") from None
+            raise CheckpointError(
+                f"{path} is not a complete GGUF file ({error}); download it again"
+            ) from None
         finally:
             vars(self).pop("_content", None)
 
@@ -115,7 +152,9 @@ class Header:
         for _ in range(fields):
             name = self._text("the name of a field")
             if not name or name in self.fields:
-                raise ValueError(f"a field has the name {name[:80]!r} {'twice' if name else ', which is none'}")
+                raise ValueError(
+                    f"a field has the name {name[:80]!r} {'twice' if name else ', which is none'}"
+                )
             self.fields[name] = self._value(name, self._take("I"))
             if name == "general.architecture" and self.fields[name] not in ARCHITECTURES:
                 raise UnsupportedModelError(
@@ -123,8 +162,15 @@ class Header:
                     f"architectures are {', '.join(ARCHITECTURES)}"
                 )
         alignment = self.fields.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
-            raise ValueError(f"general.alignment is {str(alignment)[:40]!r}, which is no power of two up to a MiB")
+        if (
+            type(alignment) is not int
+            or alignment < 1
+            or alignment & (alignment - 1)
+            or alignment > 1 << 20
+        ):
+            raise ValueError(
+                f"general.alignment is {str(alignment)[:40]!r}, which is no power of two up to a MiB"
+            )
         found = []
         for _ in range(tensors):
             name = self._text("the name of a tensor")
@@ -150,12 +196,18 @@ class Header:
         array = _Array(kind, count, self._at)
         self._at += width * count
         if kind == _TEXT:
-            unpack, at, end = struct.Struct(self.order + "Q").unpack_from, array.at, len(self._content)
+            unpack, at, end = (
+                struct.Struct(self.order + "Q").unpack_from,
+                array.at,
+                len(self._content),
+            )
             for _ in range(count):
                 (length,) = unpack(self._content, at)
                 at += 8 + length
                 if at > end:
-                    raise ValueError(f"a text of {name[:80]} has {length} bytes, and the file ends before")
+                    raise ValueError(
+                        f"a text of {name[:80]} has {length} bytes, and the file ends before"
+                    )
             if at - array.at < 8 * count + count // 2:
                 raise ValueError(f"most of the {count} texts of {name[:80]} are empty")
             self._at = at
@@ -169,13 +221,19 @@ class Header:
         if not shape or not all(shape):
             raise ValueError(f"tensor {name[:80]!r} has the shape {list(shape)}")
         if kind not in sizes:
-            raise ValueError(f"tensor {name[:80]!r} has the type {kind}, which the gguf package does not know")
+            raise ValueError(
+                f"tensor {name[:80]!r} has the type {kind}, which the gguf package does not know"
+            )
         block, size = sizes[kind]
         if shape[-1] % block:
-            raise ValueError(f"tensor {name[:80]!r} has rows of {shape[-1]}, which is no multiple of {block}")
+            raise ValueError(
+                f"tensor {name[:80]!r} has rows of {shape[-1]}, which is no multiple of {block}"
+            )
         nbytes = math.prod(shape) // block * size
         if at % alignment or self.data + at + nbytes > len(self._content):
-            raise ValueError(f"tensor {name[:80]!r} has {nbytes} bytes at {at}, which the file has not")
+            raise ValueError(
+                f"tensor {name[:80]!r} has {nbytes} bytes at {at}, which the file has not"
+            )
         return nbytes
 
     def _text(self, what: str) -> str:
@@ -214,7 +272,9 @@ class GGUFFile(TensorFile):
         self.path = path
         self.header = header = Header(path)
         if (self._field("split.count", MAX_TENSORS) or 1) > 1:
-            raise CheckpointError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge")
+            raise CheckpointError(
+                f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge"
+            )
         self._architecture = str(header.fields.get("general.architecture"))
         if self._architecture not in ARCHITECTURES:
             raise CheckpointError(f"{path} names no general.architecture; download it again")
@@ -227,7 +287,11 @@ class GGUFFile(TensorFile):
         for name in ("tokens", "scores", "token_type"):
             # transformers reads every item, so there must be weights for them.
             array = header.fields.get(f"tokenizer.ggml.{name}")
-            if isinstance(array, _Array) and embedding is not None and array.length > embedding.shape[0]:
+            if (
+                isinstance(array, _Array)
+                and embedding is not None
+                and array.length > embedding.shape[0]
+            ):
                 raise CheckpointError(
                     f"{path}: tokenizer.ggml.{name} has {array.length} items, and the embedding "
                     f"{embedding.shape[0]} rows; download it again"
@@ -254,7 +318,11 @@ class GGUFFile(TensorFile):
 
     def _is_conv(self, tensor: _Tensor) -> bool:
         """Whether transformers has a matrix the other way round: GPT-2's layers are Conv1D."""
-        return self._architecture == "gpt2" and tensor.name.startswith("blk.") and len(tensor.shape) == 2
+        return (
+            self._architecture == "gpt2"
+            and tensor.name.startswith("blk.")
+            and len(tensor.shape) == 2
+        )
 
     @property
     def has_tokenizer(self) -> bool:
@@ -273,19 +341,25 @@ class GGUFFile(TensorFile):
                 for _ in range(index):
                     at += 8 + unpack(self._data, at)[0]
                 (length,) = unpack(self._data, at)
-                found[name] = self._data[at + 8 : at + 8 + length].tobytes().decode("utf-8", "replace")
+                found[name] = (
+                    self._data[at + 8 : at + 8 + length].tobytes().decode("utf-8", "replace")
+                )
         return found
 
     def _ordered(self, tensor: _Tensor, array: np.ndarray) -> np.ndarray:
         """The rows [heads * head_dim, ...] of a Llama's query and key, which llama.cpp has as interleaved pairs, as the
         two halves of a rotation."""
-        if self._architecture != "llama" or not (part := re.search(r"\.attn_([qk])\.", tensor.name)):
+        if self._architecture != "llama" or not (
+            part := re.search(r"\.attn_([qk])\.", tensor.name)
+        ):
             return array
         heads = self._field("llama.attention.head_count", MAX_HEADS)
         if part[1] == "k":
             heads = self._field("llama.attention.head_count_kv", MAX_HEADS) or heads
         if heads is None:
-            raise CheckpointError(f"{self.path} has no llama.attention.head_count; download it again")
+            raise CheckpointError(
+                f"{self.path} has no llama.attention.head_count; download it again"
+            )
         pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
 
@@ -293,7 +367,11 @@ class GGUFFile(TensorFile):
         """How many matrices the file has by the name of their type."""
         from gguf.constants import GGMLQuantizationType
 
-        return Counter(GGMLQuantizationType(one.kind).name for one in self._tensors.values() if len(one.shape) == 2)
+        return Counter(
+            GGMLQuantizationType(one.kind).name
+            for one in self._tensors.values()
+            if len(one.shape) == 2
+        )
 
     def in_file(self, name: str) -> InFile | None:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -304,17 +382,28 @@ class GGUFFile(TensorFile):
         # Alone, or beside 4 bits that are found by their values, 8 bits are what a plan makes of them.
         if kind.name == "Q8_0" and not self.kinds().keys() & (KINDS.keys() - {"Q8_0"}):
             return None
-        if known is None or len(tensor.shape) != 2 or self.header.order == ">" or self._is_conv(tensor):
+        if (
+            known is None
+            or len(tensor.shape) != 2
+            or self.header.order == ">"
+            or self._is_conv(tensor)
+        ):
             return None
 
         def read() -> Rounded:
             begin = self.header.data + tensor.at
-            raw = np.asarray(self._data[begin : begin + tensor.nbytes]).reshape(-1, GGML_QUANT_SIZES[kind][1])
+            raw = np.asarray(self._data[begin : begin + tensor.nbytes]).reshape(
+                -1, GGML_QUANT_SIZES[kind][1]
+            )
             found = values_of(kind.name, raw, tensor.shape[0])
             if found is None:
-                raise CheckpointError(f"{self.path}: tensor {name} holds NaN or infinity; repair or replace the file")
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} holds NaN or infinity; repair or replace the file"
+                )
             order = self._ordered(tensor, np.arange(tensor.shape[0]))
-            rest = (None if part is None else part[order] for part in (found.offsets, found.multiples))
+            rest = (
+                None if part is None else part[order] for part in (found.offsets, found.multiples)
+            )
             return Rounded(found.data[order], found.scales[order], None, 0.0, *rest)
 
         return InFile(kind.name, known.format, known.block, read)
@@ -328,17 +417,28 @@ class GGUFFile(TensorFile):
         stored = np.asarray(self._data[begin : begin + tensor.nbytes])
         try:
             if tensor.kind in _PLAIN:
-                array = stored.view(np.dtype(_PLAIN[tensor.kind]).newbyteorder(order)).astype(np.float32)
+                array = stored.view(np.dtype(_PLAIN[tensor.kind]).newbyteorder(order)).astype(
+                    np.float32
+                )
             elif order == ">":
                 raise NotImplementedError("its quantized blocks are in the other byte order")
             else:
-                array = dequantize(stored.reshape(*tensor.shape[:-1], -1), GGMLQuantizationType(tensor.kind))
+                array = dequantize(
+                    stored.reshape(*tensor.shape[:-1], -1), GGMLQuantizationType(tensor.kind)
+                )
             array = self._ordered(tensor, array.reshape(tensor.shape))
             if self._architecture in ("gemma2", "gemma3") and tensor.name.endswith("norm.weight"):
                 array = array - 1  # llama.cpp stores what the norm multiplies with
             if self._is_conv(tensor):
                 array = np.ascontiguousarray(array.T)
-        except (NotImplementedError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        except (
+            NotImplementedError,
+            ValueError,
+            IndexError,
+            KeyError,
+            TypeError,
+            OverflowError,
+        ) as error:
             raise CheckpointError(
                 f"{self.path}: {name} cannot be dequantised ({one_line(error)}); use a file of another quantisation"
             ) from None
@@ -358,7 +458,11 @@ def without_arrays(file: GGUFFile) -> Iterator[Path]:
         path = Path(directory) / "header.gguf"
         architecture = str(fields["general.architecture"])
         writer = GGUFWriter(path, architecture)
-        size = {f"{architecture}.vocab_size": getattr(fields.get("tokenizer.ggml.tokens"), "length", None)}
+        size = {
+            f"{architecture}.vocab_size": getattr(
+                fields.get("tokenizer.ggml.tokens"), "length", None
+            )
+        }
         for name, value in {**size, **fields}.items():
             if name.startswith("general.a") or value is None or isinstance(value, _Array):
                 continue  # GGUFWriter writes architecture and alignment itself
@@ -398,10 +502,15 @@ def quick_reader(options: Mapping[str, str]) -> Iterator[None]:
                     at = begin + unpack(content, at)[0]
                     items.append(content[begin:at].tobytes())
             else:
-                numbers = self._get(at, self.gguf_scalar_to_np[gguf.GGUFValueType(int(kind[0]))], count)
+                numbers = self._get(
+                    at, self.gguf_scalar_to_np[gguf.GGUFValueType(int(kind[0]))], count
+                )
                 at += numbers.nbytes
                 items.extend(numbers.reshape(-1, 1))
-            types = [gguf.GGUFValueType.ARRAY, *([gguf.GGUFValueType(int(kind[0]))] if count else [])]
+            types = [
+                gguf.GGUFValueType.ARRAY,
+                *([gguf.GGUFValueType(int(kind[0]))] if count else []),
+            ]
             return at - orig_offs, [kind, length, *items], list(range(2, 2 + count)), types
 
     usual, names = gguf.GGUFReader, gguf.get_tensor_name_map
@@ -412,7 +521,9 @@ def quick_reader(options: Mapping[str, str]) -> Iterator[None]:
         package.GGUFReader, package.get_tensor_name_map = usual, names
 
 
-def _hugging_face_names(found: dict[str, _Tensor], architecture: str, blocks: int) -> dict[str, _Tensor]:
+def _hugging_face_names(
+    found: dict[str, _Tensor], architecture: str, blocks: int
+) -> dict[str, _Tensor]:
     """Tensors by Hugging Face name; those that have none (rope_freqs.weight) keep their own."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -421,11 +532,19 @@ def _hugging_face_names(found: dict[str, _Tensor], architecture: str, blocks: in
     for name, (_, gguf_name) in get_tensor_name_map(known, blocks).mapping.items():
         candidates[gguf_name].append(name)
     present = {name.rpartition(".")[0] for name in found}
-    canonical = _ENCODER_DECODER if "enc.output_norm" in present else _OTHERS.get(architecture, _DECODER_ONLY)
+    canonical = (
+        _ENCODER_DECODER
+        if "enc.output_norm" in present
+        else _OTHERS.get(architecture, _DECODER_ONLY)
+    )
     tensors = {}
     for tensor in found.values():
         stem, dot, suffix = tensor.name.rpartition(".")
-        names = [name for name in candidates[stem] if canonical.fullmatch(name)] or candidates[stem] or [stem]
+        names = (
+            [name for name in candidates[stem] if canonical.fullmatch(name)]
+            or candidates[stem]
+            or [stem]
+        )
         # T5 calls its ungated input `wi`, the gated pair `wi_0` and `wi_1`; both `wi` and `wi_1` are GGUF's ffn_up.
         if stem.replace("ffn_up", "ffn_gate") in present:
             names = [name for name in names if not name.endswith(".wi")]

@@ -64,7 +64,9 @@ def _q6_k(raw: np.ndarray) -> Blocks:
     low, high = raw[:, :128].reshape(-1, 2, 1, 64), raw[:, 128:192].reshape(-1, 2, 1, _BLOCK)
     fours = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, _BLOCK)
     values = fours | (high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3) << 4
-    return Blocks(values.reshape(-1, _SUPER), _halves(raw, 208), None, raw[:, 192:208, None].view(np.int8))
+    return Blocks(
+        values.reshape(-1, _SUPER), _halves(raw, 208), None, raw[:, 192:208, None].view(np.int8)
+    )
 
 
 # Q4_0 and Q4_1 are found by their values, as are those of other checkpoints (graphs/quantization/rounding.py).
@@ -81,7 +83,9 @@ KINDS = {
 def values_of(kind: str, raw: np.ndarray, outputs: int) -> Rounded | None:
     """A tensor of so many outputs, from uint8 [blocks, bytes]; None where a scale or an offset is not finite."""
     found = KINDS[kind].read(raw)
-    if not np.isfinite(found.scales).all() or not (found.offsets is None or np.isfinite(found.offsets).all()):
+    if not np.isfinite(found.scales).all() or not (
+        found.offsets is None or np.isfinite(found.offsets).all()
+    ):
         return None
     values = found.values.reshape(outputs, -1, KINDS[kind].block)
     if KINDS[kind].format == "int4":

@@ -34,21 +34,31 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], str]:
     path = directory / ADAPTER_CONFIG
     config = read_object(path, "train the adapter again", CheckpointError, nan=True)
     if (kind := config.get("peft_type")) != "LORA":
-        raise CheckpointError(f"{path}: adapters of type {kind} are not supported, LORA is; merge it with peft")
+        raise CheckpointError(
+            f"{path}: adapters of type {kind} are not supported, LORA is; merge it with peft"
+        )
     for name in _UNSUPPORTED:
         if config.get(name):
-            raise CheckpointError(f"{path}: {name} is not supported; merge the adapter with peft (merge_and_unload)")
+            raise CheckpointError(
+                f"{path}: {name} is not supported; merge the adapter with peft (merge_and_unload)"
+            )
     if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: trained biases are not supported; merge the adapter with peft")
+        raise CheckpointError(
+            f"{path}: trained biases are not supported; merge the adapter with peft"
+        )
     if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
-        raise CheckpointError(f"{path}: init_lora_weights {start!r} changes the base; merge the adapter with peft")
+        raise CheckpointError(
+            f"{path}: init_lora_weights {start!r} changes the base; merge the adapter with peft"
+        )
     alpha, rank = config.get("lora_alpha", 8), config.get("r", 8)
     if type(alpha) not in (int, float) or not 0 < alpha <= _MAX_ALPHA:
         raise CheckpointError(
             f"{path}: lora_alpha is {str(alpha)[:40]!r}; it must be a number above 0, at most {_MAX_ALPHA:g}"
         )
     if type(rank) is not int or rank < 1:
-        raise CheckpointError(f"{path}: r is {str(rank)[:40]!r}; a rank must be a whole number from 1")
+        raise CheckpointError(
+            f"{path}: r is {str(rank)[:40]!r}; a rank must be a whole number from 1"
+        )
     model = config.get("base_model_name_or_path")
     if not model or not isinstance(model, str) or len(model) > _MAX_PATH:
         raise CheckpointError(f"{path} names no base_model_name_or_path; add the base's path")
@@ -69,7 +79,9 @@ class MergedWeights(TensorFile):
     """
 
     def __init__(self, directory: Path, config: dict[str, Any], base: Weights) -> None:
-        path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None)
+        path = next(
+            (directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None
+        )
         if path is None:
             raise CheckpointError(
                 f"{directory} has no weights: none of {', '.join(ADAPTER_WEIGHTS)} is there; copy it again"
@@ -84,17 +96,23 @@ class MergedWeights(TensorFile):
         for name in self.file.shapes:
             module = name.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B)
             if not name.startswith(_PREFIX) or not name.endswith((_A, _B)):
-                raise CheckpointError(f"{path} holds {name}, which is no LoRA of a linear layer; merge it with peft")
+                raise CheckpointError(
+                    f"{path} holds {name}, which is no LoRA of a linear layer; merge it with peft"
+                )
             weight = f"{module}.weight"
             rank, shape = self._sizes(module)
             if weight not in base:
-                raise CheckpointError(f"{directory} adapts {weight}, which the base has not; check its base")
+                raise CheckpointError(
+                    f"{directory} adapts {weight}, which the base has not; check its base"
+                )
             if base.shape(weight) != shape:
                 raise CheckpointError(
                     f"{directory} adapts {weight} as {list(shape)}, the base has {list(base.shape(weight))}; "
                     "check its base"
                 )
-            self._scales[weight] = config.get("lora_alpha", 8) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            self._scales[weight] = config.get("lora_alpha", 8) / (
+                math.sqrt(rank) if config.get("use_rslora") else rank
+            )
             shapes[weight] = shape
 
     def _sizes(self, module: str) -> tuple[int, tuple[int, int]]:

@@ -20,7 +20,12 @@ import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, write_exit_file
-from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MergedWeights, read_adapter
+from freeexport.checkpoints.lora_adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MergedWeights,
+    read_adapter,
+)
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile
 from freeexport.system.output import OutputError, replacing
 from freeexport.system.progress import progress
@@ -79,7 +84,9 @@ def find_exit(name: str) -> Path:
         if Path(name).is_file():
             return Path(name)
     listed = f"known are {', '.join(known)}" if known else "this freeexport brings none"
-    raise CheckpointError(f"there is no exit {name[:100]}, and no such file; {listed} (freeexport exits)")
+    raise CheckpointError(
+        f"there is no exit {name[:100]}, and no such file; {listed} (freeexport exits)"
+    )
 
 
 def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
@@ -87,7 +94,9 @@ def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
     try:
         file = SafetensorsFile(path)
     except CheckpointError:
-        raise CheckpointError(f"{path} is damaged, or no exit: not a complete safetensors file; {_REMEDY}") from None
+        raise CheckpointError(
+            f"{path} is damaged, or no exit: not a complete safetensors file; {_REMEDY}"
+        ) from None
     if _METADATA not in file.metadata:
         raise CheckpointError(f"{path} holds weights, but no exit; name one of: freeexport exits")
     try:
@@ -102,7 +111,9 @@ def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
     if _NAME.fullmatch(packed.name) is None:
         raise CheckpointError(f"{path} names its exit {shown(packed.name)}; {_NAMES}")
     if _tensors_sha256(path) != packed.tensors_sha256:
-        raise CheckpointError(f"{path} is damaged: its tensors have another sha256 than it names; {_REMEDY}")
+        raise CheckpointError(
+            f"{path} is damaged: its tensors have another sha256 than it names; {_REMEDY}"
+        )
     return packed, file
 
 
@@ -140,7 +151,11 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
     description = describe(checkpoint.config, checkpoint)
     names = weight_names(description, checkpoint)
     if isinstance(description.encoder, ForeignEncoder):
-        names += sorted(name for name in checkpoint.names() if not name.startswith(EXIT) and name not in set(names))
+        names += sorted(
+            name
+            for name in checkpoint.names()
+            if not name.startswith(EXIT) and name not in set(names)
+        )
     digest = hashlib.sha256()
     with progress("hash of the weights, tensors", len(names)) as advance:
         for name in names:
@@ -165,9 +180,13 @@ def with_exit_applied(model: str, name: str | None) -> Iterator[str]:
     packed, file = read_packed(path)
     base = open_checkpoint(model)
     if base.adapter is not None:
-        raise CheckpointError(f"{model} is a LoRA adapter; merge it into its base with peft, then apply an exit")
+        raise CheckpointError(
+            f"{model} is a LoRA adapter; merge it into its base with peft, then apply an exit"
+        )
     if (reason := misfit(packed, base, weights_sha256(base))) is not None:
-        raise CheckpointError(f"exit {name} does not fit: {reason}; choose another (freeexport exits {model})")
+        raise CheckpointError(
+            f"exit {name} does not fit: {reason}; choose another (freeexport exits {model})"
+        )
     with tempfile.TemporaryDirectory(prefix="freeexport-exit-") as work:
         stem = base.path.stem if base.path.is_file() else base.path.name
         directory = Path(work) / f"{stem[:80]}+{packed.name}"
@@ -191,7 +210,9 @@ def exit_directory(name: str, work: Path) -> Path:
         return Path(name)
     packed, file = read_packed(find_exit(name))
     if packed.adapter_config is not None:
-        raise CheckpointError(f"exit {name} goes with a LoRA adapter of {packed.model}; choose another to begin with")
+        raise CheckpointError(
+            f"exit {name} goes with a LoRA adapter of {packed.model}; choose another to begin with"
+        )
     if not (work / EXIT_FILE).exists():
         work.mkdir(parents=True, exist_ok=True)
         save_file(_tensors(file), work / EXIT_WEIGHTS)
@@ -207,7 +228,9 @@ def _unpack(packed: PackedExit, file: SafetensorsFile, base: Checkpoint, directo
     if packed.adapter_config is not None:
         config = parse_object(packed.adapter_config, "adapter_config", _REMEDY)
         config["base_model_name_or_path"] = str(base.path.resolve())
-        (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (directory / ADAPTER_CONFIG).write_text(
+            json.dumps(config, indent=2) + "\n", encoding="utf-8"
+        )
         adapter = {name: array for name, array in tensors.items() if not name.startswith(EXIT)}
         save_file(adapter, directory / ADAPTER_WEIGHTS[0])
     elif base.path.is_file():
@@ -219,12 +242,22 @@ def _unpack(packed: PackedExit, file: SafetensorsFile, base: Checkpoint, directo
     # A GGUF file in a directory counts as a checkpoint only beside an exit.
     write_exit_file(directory, ExitFile(1, False, 0, "0" * 64, packed.exit.loss, packed.exit.tune))
     sha256 = open_checkpoint(str(directory)).sha256
-    save_file({name: array for name, array in tensors.items() if name.startswith(EXIT)}, directory / EXIT_WEIGHTS)
+    save_file(
+        {name: array for name, array in tensors.items() if name.startswith(EXIT)},
+        directory / EXIT_WEIGHTS,
+    )
     write_exit_file(directory, replace(packed.exit, base_sha256=sha256))
 
 
 def pack(
-    model: str, out: Path, name: str, base_name: str, licence: str, data: str, recipe: str, results: str
+    model: str,
+    out: Path,
+    name: str,
+    base_name: str,
+    licence: str,
+    data: str,
+    recipe: str,
+    results: str,
 ) -> PackedExit:
     """Write the exit of a checkpoint that `train` made to the file `out`; the facts are PackedExit's. Raises
     CheckpointError where the exit has no parameters of its own, OutputError where it has more than MOST_BYTES."""
@@ -238,14 +271,23 @@ def pack(
             f"{model} has no exit with parameters of its own; train one: --exit-layers, --exit-vocab, or --tune exit"
         )
     _ = checkpoint.sha256  # that the exit belongs to these weights
-    arrays = {tensor: checkpoint.read(tensor) for tensor in checkpoint.names() if tensor.startswith(EXIT)}
+    arrays = {
+        tensor: checkpoint.read(tensor) for tensor in checkpoint.names() if tensor.startswith(EXIT)
+    }
     base, config = checkpoint, None
     if checkpoint.adapter is not None:
         stored, path = read_adapter(checkpoint.adapter)
-        base, config = open_checkpoint(path), json.dumps({**stored, "base_model_name_or_path": ""}, sort_keys=True)
+        base, config = (
+            open_checkpoint(path),
+            json.dumps({**stored, "base_model_name_or_path": ""}, sort_keys=True),
+        )
         merged = next(file for file in checkpoint.files if isinstance(file, MergedWeights))
         arrays |= {tensor: merged.file.read(tensor) for tensor in merged.file.shapes}
-    tensors = {key: array for tensor, whole in arrays.items() for key, array in _packed(tensor, whole).items()}
+    tensors = {
+        key: array
+        for tensor, whole in arrays.items()
+        for key, array in _packed(tensor, whole).items()
+    }
     size = sum(array.nbytes for array in tensors.values())
     if size > MOST_BYTES:
         raise OutputError(
@@ -269,7 +311,9 @@ def pack(
         # The order of tensors, and so their hash, does not depend on the metadata.
         save_file(tensors, partial)
         packed = replace(packed, tensors_sha256=_tensors_sha256(partial))
-        save_file(tensors, partial, metadata={_METADATA: json.dumps(asdict(packed), sort_keys=True)})
+        save_file(
+            tensors, partial, metadata={_METADATA: json.dumps(asdict(packed), sort_keys=True)}
+        )
         partial.chmod(0o644)  # safetensors lets the owner alone read
     return packed
 
@@ -292,7 +336,10 @@ def _packed(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     if rounded.error > IntegerScheme.limits["int8-block"]:
         return {name: array}
     values = (rounded.data.astype(np.int16) - 128).astype(np.int8).reshape(len(rows), -1)
-    return {name: np.ascontiguousarray(values[:, : rows.shape[1]]), f"{name}{_SCALES}": rounded.scales}
+    return {
+        name: np.ascontiguousarray(values[:, : rows.shape[1]]),
+        f"{name}{_SCALES}": rounded.scales,
+    }
 
 
 def _tensors(file: SafetensorsFile) -> dict[str, np.ndarray]:

@@ -7,7 +7,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.gguf import GGUFFile, quick_reader
@@ -20,12 +29,22 @@ if TYPE_CHECKING:
 
 # transformers 5 makes an empty tokenizer where none of these is there, rather than failing.
 _SOURCES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+    ),
     *("vocab.json", "vocab.txt", "source.spm"),
 )
 # How tokens spell a language: deu_Latn and de_DE, __de__ (M2M100), >>deu<< (Marian); and where that of the target goes.
 _LANGUAGE = re.compile(r"([a-z]{2,3}_[A-Z][A-Za-z]{1,3})|__([a-z]{2,3})__|>>([\w-]+)<<")
-_TARGETS: dict[str, Literal["first", "start", "prompt"]] = {"m2m_100": "first", "mbart": "first", "marian": "prompt"}
+_TARGETS: dict[str, Literal["first", "start", "prompt"]] = {
+    "m2m_100": "first",
+    "mbart": "first",
+    "marian": "prompt",
+}
 # Slow tokenizers, and the name of their SentencePiece model for prompts.
 _PIECES = {"MarianTokenizer": "spm_source", "M2M100Tokenizer": "sp_model"}
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -69,7 +88,8 @@ def languages_of(checkpoint: Checkpoint, directory: Path) -> Languages | None:
         return None
     tokenizer = Tokenizer.from_file(str(file))
     found = (
-        (_LANGUAGE.fullmatch(token.content), index) for index, token in tokenizer.get_added_tokens_decoder().items()
+        (_LANGUAGE.fullmatch(token.content), index)
+        for index, token in tokenizer.get_added_tokens_decoder().items()
     )
     tokens = {next(filter(None, match.groups())): index for match, index in found if match}
     if not tokens:
@@ -96,7 +116,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     source, options = checkpoint.source
     try:
         with quick_reader(options):
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True, **options)
+            return AutoTokenizer.from_pretrained(
+                source, trust_remote_code=False, local_files_only=True, **options
+            )
     except Exception as error:  # tokenizers of every kind, each with errors of its own
         raise _unreadable(checkpoint, error) from None
 
@@ -147,11 +169,14 @@ def _of_pieces(tokenizer: Any, model: str) -> Tokenizer:
         by_score = sorted(known, key=lambda piece: -scores[piece])
         cuts = ((piece[:cut], piece[cut:]) for piece in by_score for cut in range(1, len(piece)))
         merges = [(left, right) for left, right in cuts if left in known and right in known]
-        fast = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token=str(tokenizer.unk_token), fuse_unk=True))
+        fast = Tokenizer(
+            models.BPE(vocab=ids, merges=merges, unk_token=str(tokenizer.unk_token), fuse_unk=True)
+        )
     else:
         pieces = {index: piece for piece, index in ids.items()}
         vocabulary = [
-            (pieces.get(n, f"<unused{n}>"), scores.get(pieces.get(n, ""), rare)) for n in range(max(pieces) + 1)
+            (pieces.get(n, f"<unused{n}>"), scores.get(pieces.get(n, ""), rare))
+            for n in range(max(pieces) + 1)
         ]
         fast = Tokenizer(models.Unigram(vocabulary, unk_id=ids[str(tokenizer.unk_token)]))
     steps: list[Any] = [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -168,7 +193,9 @@ def _of_pieces(tokenizer: Any, model: str) -> Tokenizer:
     before, after = (tokenizer.convert_ids_to_tokens(part) for part in _around(tokenizer))
     fast.post_processor = processors.TemplateProcessing(
         single=" ".join([*before, "$A", *after]),
-        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in {*before, *after}],
+        special_tokens=[
+            (token, tokenizer.convert_tokens_to_ids(token)) for token in {*before, *after}
+        ],
     )
     return fast
 
@@ -195,7 +222,9 @@ def _byt5(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([added[index] for index in sorted(added)])
     eos = str(tokenizer.eos_token)
-    fast.post_processor = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, 1)])
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"$A {eos}", special_tokens=[(eos, 1)]
+    )
     return fast
 
 

@@ -63,12 +63,19 @@ def reference_model(
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     seq2seq = checkpoint.config.get("is_encoder_decoder")
-    loader: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    loader: Any = (
+        transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    )
     if checkpoint.config.get("model_type") == "whisper":
         loader = transformers.AutoModelForSpeechSeq2Seq
     source, options = checkpoint.source
     # 4.57 takes `dtype` as well; only older releases want `torch_dtype`.
-    given = {"dtype": getattr(torch, dtype), "trust_remote_code": False, "local_files_only": True, **options}
+    given = {
+        "dtype": getattr(torch, dtype),
+        "trust_remote_code": False,
+        "local_files_only": True,
+        **options,
+    }
     with quick_reader(options):
         model = loader.from_pretrained(source, **given)
     if "gguf_file" in options:
@@ -82,7 +89,9 @@ def reference_model(
     if never := list(description.decoder.head.suppressed):
         head: Any = model.get_output_embeddings()
         head.register_forward_hook(
-            lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(never, device=logits.device), SUPPRESSED)
+            lambda module, inputs, logits: logits.index_fill(
+                -1, torch.tensor(never, device=logits.device), SUPPRESSED
+            )
         )
     rotary = description.attention.rotary
     if rotary is not None and rotary.at(capacity).inverse_frequencies == rotary.long:
@@ -90,7 +99,9 @@ def reference_model(
     return model.eval().to(place)
 
 
-def greedy_ids(model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int) -> list[np.ndarray]:
+def greedy_ids(
+    model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int
+) -> list[np.ndarray]:
     """The greedy output of a Hugging Face model after each prompt, ids int32 [m], as one batch: at most `new_tokens`,
     the end of the sequence among them."""
     import torch
@@ -107,7 +118,9 @@ def greedy_ids(model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray]
         ids[row, place], mask[row, place] = prompt, 1
     ends = end_ids(checkpoint)
     # The cache that `generate` makes for T5 has as many layers as the encoder; this one grows.
-    cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if seq2seq else {}
+    cache = (
+        {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if seq2seq else {}
+    )
     values = checkpoint.generation_config
     config = GenerationConfig(
         do_sample=False,
@@ -120,9 +133,14 @@ def greedy_ids(model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray]
         forced_bos_token_id=values.get("forced_bos_token_id"),
         forced_eos_token_id=values.get("forced_eos_token_id"),
     )
-    own, model.generation_config = model.generation_config, config  # its sampling and penalties would fill the gaps
+    own, model.generation_config = (
+        model.generation_config,
+        config,
+    )  # its sampling and penalties would fill the gaps
     try:
-        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # 4.57 knows no other name
+        warnings.filterwarnings(
+            "ignore", "`past_key_values` is deprecated", FutureWarning
+        )  # 4.57 knows no other name
         out = model.generate(
             input_ids=torch.from_numpy(ids).to(model.device),
             attention_mask=torch.from_numpy(mask).to(model.device),
@@ -147,7 +165,9 @@ def write_random_weights(source: Path, out: Path, seed: int) -> None:
     from graphs.shapes import check_config
 
     if not (source / "config.json").is_file():
-        raise CheckpointError(f"{source} has no config.json; give a directory with a configuration and a tokenizer")
+        raise CheckpointError(
+            f"{source} has no config.json; give a directory with a configuration and a tokenizer"
+        )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
         check_config(config.to_dict())
@@ -157,7 +177,9 @@ def write_random_weights(source: Path, out: Path, seed: int) -> None:
     except FreeExportError:
         raise
     except Exception as error:  # each configuration class checks its values in its own way
-        raise CheckpointError(f"{source}: no model can be made of its config.json ({one_line(error)})") from None
+        raise CheckpointError(
+            f"{source}: no model can be made of its config.json ({one_line(error)})"
+        ) from None
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 # In the order in which transformers looks for them.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 # Real numbers, a value a byte or more: what can be read as float32.
 _SAFETENSORS_TYPES = (
     *("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"),
@@ -63,7 +68,9 @@ class SafetensorsFile(TensorFile):
             self.metadata: dict[str, str] = self._file.metadata() or {}
             entries = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, no mapping
             self._types = {name: str(entry.get_dtype()) for name, entry in entries.items()}
-            self.shapes = {name: tuple(map(int, entry.get_shape())) for name, entry in entries.items()}
+            self.shapes = {
+                name: tuple(map(int, entry.get_shape())) for name, entry in entries.items()
+            }
             with path.open("rb") as file:
                 # Tensors follow the header without gaps, to the end of the file.
                 self.nbytes = path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
@@ -92,18 +99,26 @@ class TorchFile(TensorFile):
 
         self.path = path
         try:
-            state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            state = torch.load(
+                path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
+            )
         except Exception as error:  # a damaged pickle can raise anything
             raise CheckpointError(
                 f"{path} cannot be read as PyTorch weights ({one_line(error)}); download the checkpoint again"
             ) from None
         if not isinstance(state, dict):
             kind = type(state).__name__
-            raise CheckpointError(f"{path} holds {kind}, not named tensors; save model.state_dict() there")
-        self._tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+            raise CheckpointError(
+                f"{path} holds {kind}, not named tensors; save model.state_dict() there"
+            )
+        self._tensors = {
+            name: value for name, value in state.items() if isinstance(value, torch.Tensor)
+        }
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         # Tied weights are one storage under several names.
-        self.nbytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in self._tensors.values()}.values())
+        self.nbytes = sum(
+            {tensor.data_ptr(): tensor.nbytes for tensor in self._tensors.values()}.values()
+        )
 
     def read(self, name: str) -> np.ndarray:
         return _float32(self._tensors[name])
@@ -124,7 +139,9 @@ def weight_files(path: Path) -> tuple[list[TensorFile], dict[str, TensorFile]]:
     """The files of weights in a directory, and which of them holds each tensor. Raises CheckpointError."""
     found = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
     if found is None:
-        raise CheckpointError(f"{path} has no weights: none of {', '.join(_WEIGHTS)} is there; download it again")
+        raise CheckpointError(
+            f"{path} has no weights: none of {', '.join(_WEIGHTS)} is there; download it again"
+        )
     if found.suffix != ".json":
         file = open_weights(found)
         return [file], dict.fromkeys(file.shapes, file)
@@ -138,11 +155,15 @@ def weight_files(path: Path) -> tuple[list[TensorFile], dict[str, TensorFile]]:
                 f"{found} names the shard {name!r}, outside its directory; do not use this checkpoint"
             )
         if not (path / name).is_file():
-            raise CheckpointError(f"{found} names the shard {name}, which is missing; download the checkpoint again")
+            raise CheckpointError(
+                f"{found} names the shard {name}, which is missing; download the checkpoint again"
+            )
         files[name] = open_weights(path / name)
     for tensor, shard in shards.items():
         if tensor not in files[str(shard)].shapes:
-            raise CheckpointError(f"{found} places {tensor} in {shard}, which lacks it; download the checkpoint again")
+            raise CheckpointError(
+                f"{found} places {tensor} in {shard}, which lacks it; download the checkpoint again"
+            )
     return list(files.values()), {tensor: files[str(shard)] for tensor, shard in shards.items()}
 
 

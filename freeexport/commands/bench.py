@@ -10,7 +10,14 @@ from typing import Any, get_args
 import click
 
 from freeexport.commands.verb_options import SAMPLES, SectionedCommand, section
-from freeexport.measure.bench import MODES, BenchOptions, bench_sheet, benchmark, facts_lines, narrow
+from freeexport.measure.bench import (
+    MODES,
+    BenchOptions,
+    bench_sheet,
+    benchmark,
+    facts_lines,
+    narrow,
+)
 from freeexport.measure.table import as_csv, markdown, terminal
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
@@ -22,9 +29,15 @@ _KINDS = (".json", ".csv", ".md", *_PICTURES)
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
+@click.argument(
+    "bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE..."
+)
 @section("Prompts")
-@click.option("--data", type=click.Path(path_type=Path), help="JSON lines with prompts.  [default: four sample texts]")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="JSON lines with prompts.  [default: four sample texts]",
+)
 @click.option("--samples", type=click.IntRange(1), default=BenchOptions.samples, help=SAMPLES)
 @click.option("--max-new-tokens", "tokens", type=click.IntRange(2), default=BenchOptions.tokens,
               help="Tokens to generate for a prompt; ends of sequence are ignored.")  # fmt: skip
@@ -44,10 +57,15 @@ _KINDS = (".json", ".csv", ".md", *_PICTURES)
               help="Also lossless with this share of correct drafts. May be repeated.")  # fmt: skip
 @section("Machine")
 @click.option(
-    "--rounds", type=click.IntRange(1), default=BenchOptions.rounds, help="Interleaved rounds; the median counts."
+    "--rounds",
+    type=click.IntRange(1),
+    default=BenchOptions.rounds,
+    help="Interleaved rounds; the median counts.",
 )
 @click.option("--device", default=BenchOptions.device, help="cpu, or cuda:0 for the first GPU.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]"
+)
 @section("Results")
 @click.option("--output", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
               help="Also write the figures, as the suffix says: .json, .csv, .md, .png, .svg. May be "

@@ -25,17 +25,30 @@ from freeexport.system.page import print_page
 from runtime.bundle.calibration import Method
 
 # Options that belong to one rule: giving one chooses it.
-_IMPLIED: dict[str, Method] = {"agreement": "bmm", "zeta": "paper", "risk": "risk", "quality": "quality"}
+_IMPLIED: dict[str, Method] = {
+    "agreement": "bmm",
+    "zeta": "paper",
+    "risk": "risk",
+    "quality": "quality",
+}
 
 
 @click.command(cls=SectionedCommand)
 @click.argument("bundle")
 @section("Data")
 @click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input', or 'audio' (and 'target')."
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="JSONL with 'input', or 'audio' (and 'target').",
 )
 @click.option("--samples", type=click.IntRange(1), default=CalibrateOptions.samples, help=SAMPLES)
-@click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, help=MAX_NEW_TOKENS)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(2),
+    default=CalibrateOptions.max_new_tokens,
+    help=MAX_NEW_TOKENS,
+)
 @section("How the threshold is chosen")
 @click.option("--rule", "method", type=click.Choice(get_args(Method)),
               help="bmm: by P(agree | confidence). paper: the likelihood ratio, as FREE's authors run it. risk: the "
@@ -43,8 +56,14 @@ _IMPLIED: dict[str, Method] = {"agreement": "bmm", "zeta": "paper", "risk": "ris
               "of the option below]")  # fmt: skip
 @click.option("--agreement", type=float, help="bmm: the share of tokens at the threshold that must agree.  [default: "
               f"{Rule.agreement}]")  # fmt: skip
-@click.option("--zeta", type=float, help=f"paper: what the likelihood ratio must exceed.  [default: {Rule.zeta}]")
-@click.option("--risk", type=float, help=f"risk: maximum mean loss of a sequence.  [default: {Rule.risk}]")
+@click.option(
+    "--zeta",
+    type=float,
+    help=f"paper: what the likelihood ratio must exceed.  [default: {Rule.zeta}]",
+)
+@click.option(
+    "--risk", type=float, help=f"risk: maximum mean loss of a sequence.  [default: {Rule.risk}]"
+)
 @click.option("--target-quality", "quality", type=float,
               help=f"quality: the share of the full model's metric to keep.  [default: {Rule.quality}]")  # fmt: skip
 @click.option("--delta", type=float, default=Rule.delta,
@@ -54,12 +73,16 @@ _IMPLIED: dict[str, Method] = {"agreement": "bmm", "zeta": "paper", "risk": "ris
 @section("Machine")
 @click.option("--rounds", type=click.IntRange(0), default=CalibrateOptions.rounds,
               help="Time decoding at a few thresholds, in so many interleaved rounds.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]"
+)
 @click.option("--device", default=CalibrateOptions.device, help=DEVICE)
 @section("Results")
 @click.option("--output", type=click.Path(path_type=Path),
               help="Write the calibration here.  [default: into the bundle]")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the calibration and the verdict as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the calibration and the verdict as JSON."
+)
 def command(
     bundle: str,
     data: Path,
@@ -87,7 +110,11 @@ def command(
     from freeexport.measure.calibrate import calibrate
     from freeexport.measure.calibration_page import tables
 
-    result = calibrate(bundle, data, CalibrateOptions(_rule(given), samples, max_new_tokens, rounds, device, threads))
+    result = calibrate(
+        bundle,
+        data,
+        CalibrateOptions(_rule(given), samples, max_new_tokens, rounds, device, threads),
+    )
     if output is None:
         update_bundle(Path(bundle), result.calibration)
     else:

@@ -40,27 +40,46 @@ from runtime.tensorrt.files import DIRECTORY
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @section("The exit")
-@click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, else a third of them]")
+@click.option(
+    "--exit-layer",
+    type=int,
+    help="Exit after this layer.  [default: as trained, else a third of them]",
+)
 @click.option("--exit", "exit_", metavar="NAME|FILE",
               help="A ready-made exit for MODEL's weights (freeexport exits), or its file.")  # fmt: skip
-@click.option("--calibration", type=click.Path(path_type=Path), help="The calibration file of MODEL.")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="The calibration file of MODEL."
+)
 @section("Engines")
 @click.option("--target", type=click.Choice(get_args(Target)), default="cpu",
               help="The device: cpu, cuda (ONNX Runtime on a GPU), or tensorrt (see --build).")  # fmt: skip
 @click.option("--precision", type=click.Choice(get_args(Precision)),
               help="Of the weights. CPU: fp32; int8; int4; mixed, a shallow decoder in 4 bits and a deep one in 8. "
               "GPU: fp16; bf16; int8, fp8, int4, which compute in --compute.  [default: fp32; GPU: fp16]")  # fmt: skip
-@click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the model's limit, at most 2048]")
+@click.option(
+    "--capacity",
+    type=int,
+    help="Positions of the KV cache.  [default: the model's limit, at most 2048]",
+)
 @section("Result")
 @click.option("--verify", type=click.Choice(get_args(Verify)), default=ConvertOptions.verify,
               help="Compare the engines with the checkpoint. quick: short texts, at most a minute after the model is "
               "loaded. full: longer ones. none: nor time them.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle at OUT.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest, or what was built, as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the manifest, or what was built, as JSON."
+)
 @section("How exits decide", rare=True)
-@click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", help=CONFIDENCES)
+@click.option(
+    "--confidence",
+    type=click.Choice(get_args(ConfidenceMeasure)),
+    default="softmax",
+    help=CONFIDENCES,
+)
 @section("Graphs and quantized weights", rare=True)
-@click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
+@click.option(
+    "--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]"
+)
 @click.option("--dialect", type=click.Choice(get_args(Dialect)),
               help="ort: ONNX Runtime's fused operators. standard: ONNX opset 24 only.  "
               "[default: ort, for a GPU standard]")  # fmt: skip
@@ -102,17 +121,27 @@ def command(
     if out is None:
         raise click.UsageError("OUT is missing: the folder that the bundle is written to")
     if (Path(model) / MANIFEST).is_file():
-        raise click.UsageError(f"{model} is a bundle already; give a checkpoint, or leave out OUT and give --build")
+        raise click.UsageError(
+            f"{model} is a bundle already; give a checkpoint, or leave out OUT and give --build"
+        )
     if build is not None and options["target"] != "tensorrt":
         raise click.UsageError("--build is for --target tensorrt")
     with with_exit_applied(model, exit_) as source:
-        manifest = convert(source, out, ConvertOptions(measure=options["verify"] != "none", **options))
+        manifest = convert(
+            source, out, ConvertOptions(measure=options["verify"] != "none", **options)
+        )
     if as_json and build is None:
         click.echo(manifest.to_json(), nl=False)
     if not as_json:
         # Whose weights a ready-made exit may fit, read once more.
-        fitting = fitting_exits(open_checkpoint(model)) if exit_ is None and options["target"] == "cpu" else []
-        for line in _lines(manifest, Path(model), out, options, tuple(packed.name for packed in fitting)):
+        fitting = (
+            fitting_exits(open_checkpoint(model))
+            if exit_ is None and options["target"] == "cpu"
+            else []
+        )
+        for line in _lines(
+            manifest, Path(model), out, options, tuple(packed.name for packed in fitting)
+        ):
             click.echo(line)
     if build is not None:
         _build(out, build, as_json)
@@ -123,7 +152,11 @@ def _lines(
 ) -> Iterator[str]:
     """Describe a new bundle, a line a subject. `ready_made`: the names of exits that fit the weights."""
     yield f"{out}: {manifest.family}, exit after layer {manifest.exit_layer} of {manifest.layers}"
-    on_cpu, precision, quantization = manifest.target == "cpu", manifest.precision, manifest.quantization
+    on_cpu, precision, quantization = (
+        manifest.target == "cpu",
+        manifest.precision,
+        manifest.quantization,
+    )
     if on_cpu and manifest.dialect == "standard" and options["dialect"] is None:
         heads = f"heads of size {manifest.head_dim}"
         yield f"dialect: standard, as ONNX Runtime's fused attention has no kernel for {heads}"
@@ -139,8 +172,12 @@ def _lines(
     yield f"weights: {human_bytes(manifest.weight_bytes)}, {precision}{advice}"
     if quantization is not None:
         if quantization.higher:
-            names = ", ".join(dict.fromkeys(f"{item.tensor} ({item.stored})" for item in quantization.higher[:3]))
-            more = f" and {len(quantization.higher) - 3} more" if len(quantization.higher) > 3 else ""
+            names = ", ".join(
+                dict.fromkeys(f"{item.tensor} ({item.stored})" for item in quantization.higher[:3])
+            )
+            more = (
+                f" and {len(quantization.higher) - 3} more" if len(quantization.higher) > 3 else ""
+            )
             yield f"kept at a higher precision: {names}{more} (see inspect)"
         if kept := {item.engine: item.kept for item in quantization.engines if item.kept}:
             each = ", ".join(f"{engine} {count}" for engine, count in kept.items())
@@ -168,7 +205,9 @@ def _lines(
         yield f"threshold: {manifest.threshold:.4g}, calibrated{never}{again if quantization else ''}"
     yield str(bundle_verdict(Bundle.open(out), ready_made))
     if ready_made:
-        again = shlex.join(("freeexport", "convert", str(model), str(out), "--exit", ready_made[0], "--overwrite"))
+        again = shlex.join(
+            ("freeexport", "convert", str(model), str(out), "--exit", ready_made[0], "--overwrite")
+        )
         yield f"ready-made exits that fit these weights: {', '.join(ready_made)}; to use one: {again}"
 
 
@@ -184,5 +223,7 @@ def _build(bundle: Path, max_batch: int, as_json: bool) -> None:
         how = "up to date" if engine.reused else f"built in {engine.seconds:.1f} s"
         click.echo(f"{DIRECTORY}/{engine.plan.file}: {human_bytes(engine.bytes)}, {how}")
     found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
-    passed = f"passed; largest differences from the graphs, as multiples of their type's error: {found}"
+    passed = (
+        f"passed; largest differences from the graphs, as multiples of their type's error: {found}"
+    )
     click.echo(f"self-test: {passed if tested.ran else f'not run, {tested.why}'}")

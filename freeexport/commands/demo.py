@@ -12,7 +12,12 @@ from freeexport.commands.verb_options import SectionedCommand
 
 @click.command(cls=SectionedCommand)
 @click.option("--model", type=click.Choice(["g2p", "smollm2"]), default="g2p")
-@click.option("--directory", type=click.Path(path_type=Path), default=Path(".demo"), help="Where the bundle is kept.")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path),
+    default=Path(".demo"),
+    help="Where the bundle is kept.",
+)
 def command(model: str, directory: Path) -> None:
     """Convert a model that comes as a package, decode with it, and measure it. Needs no network.
 

@@ -31,7 +31,17 @@ from runtime.tensorrt.files import import_tensorrt
 # Distributions that all install the import package `onnxruntime`: of two, the later one overwrites the earlier one.
 GPU_WHEEL = "onnxruntime-gpu"
 WHEELS = ("onnxruntime", GPU_WHEEL, "onnxruntime-directml", "onnxruntime-openvino")
-PACKAGES = ("numpy", "tokenizers", "jinja2", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
+PACKAGES = (
+    "numpy",
+    "tokenizers",
+    "jinja2",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+)
 # The ONNX model y = x + x over float32[1] (opset 13), serialised once so that this probe does not need `onnx`.
 _PROBE = bytes.fromhex(
     "08083a350a0e0a01780a017812017922034164641201675a0f0a0178120a0a08080112040a020801"
@@ -70,9 +80,7 @@ def examine(version_of: VersionOf = installed_version) -> dict[str, Any]:
     why_not = missing()
     if why_not is not None:
         compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-        why_not += (
-            f"{'' if compiler else '; no C++ compiler is found here'}; until then ONNX Runtime's slower ones are "
-        )
+        why_not += f"{'' if compiler else '; no C++ compiler is found here'}; until then ONNX Runtime's slower ones are "
         why_not += "used"
     return {
         "ok": not problems,
@@ -88,7 +96,12 @@ def examine(version_of: VersionOf = installed_version) -> dict[str, Any]:
         "kernels": why_not or instructions(),
         "without_kernels": why_not is not None,
         "missing": [
-            {"extra": extra, "purpose": purpose, "packages": names, "command": install_command(extra)}
+            {
+                "extra": extra,
+                "purpose": purpose,
+                "packages": names,
+                "command": install_command(extra),
+            }
             for extra, purpose in PURPOSES.items()
             if (names := missing_of(extra, version_of))
         ],
@@ -99,7 +112,9 @@ def examine(version_of: VersionOf = installed_version) -> dict[str, Any]:
 def wheel_problems(wheels: Sequence[str]) -> list[str]:
     """Why this set of installed ONNX Runtime wheels cannot work; empty for exactly one."""
     if not wheels:
-        return [f"ONNX Runtime is not installed; run: {install_command('cpu')}  (on an NVIDIA GPU: [gpu])"]
+        return [
+            f"ONNX Runtime is not installed; run: {install_command('cpu')}  (on an NVIDIA GPU: [gpu])"
+        ]
     if len(wheels) > 1:
         # Removing one wheel leaves the other with files missing, so all of them have to go.
         remove = f"pip uninstall -y {' '.join(wheels)}"
@@ -113,13 +128,19 @@ def probe_onnxruntime(wheel: str) -> tuple[list[dict[str, Any]], list[str]]:
     try:
         ort = importlib.import_module("onnxruntime")
         names = list(ort.get_available_providers())
-    except Exception as error:  # a broken wheel fails in many ways: ImportError, AttributeError, OSError
+    except (
+        Exception
+    ) as error:  # a broken wheel fails in many ways: ImportError, AttributeError, OSError
         repair = f"pip install --force-reinstall --no-deps {wheel}"
         return [], [f"{wheel} is installed but does not load ({first_line(error)}); run: {repair}"]
     problems = {name: provider_problem(ort, name) for name in names}
-    providers = [{"name": name, "usable": not why, "problem": why} for name, why in problems.items()]
+    providers = [
+        {"name": name, "usable": not why, "problem": why} for name, why in problems.items()
+    ]
     if all(problems.values()):
-        return providers, ["no execution provider of onnxruntime works here; see the list of providers"]
+        return providers, [
+            "no execution provider of onnxruntime works here; see the list of providers"
+        ]
     return providers, []
 
 
@@ -149,7 +170,10 @@ def check_cuda(version_of: VersionOf) -> dict[str, Any]:
     wanted, requires = _built_for(), list[str]()
     with suppress(metadata.PackageNotFoundError):
         requires = metadata.requires(GPU_WHEEL) or []
-    cudnn = next((found[1] for line in requires if (found := re.match(r"nvidia-cudnn-cu\d+~=(\d+)", line))), None)
+    cudnn = next(
+        (found[1] for line in requires if (found := re.match(r"nvidia-cudnn-cu\d+~=(\d+)", line))),
+        None,
+    )
     bindings = version_of("cuda-bindings")
     number = _driver_version()
     known = dotted(number) if number else None
@@ -164,8 +188,16 @@ def check_cuda(version_of: VersionOf) -> dict[str, Any]:
         problems.append("no NVIDIA driver is loaded here")
     if cudnn and wanted and not version_of(f"nvidia-cudnn-cu{wanted.split('.')[0]}"):
         whole = f"pip install '{GPU_WHEEL}[cuda,cudnn]'"
-        problems.append(f"cuDNN {cudnn} is not among the packages; unless the system has it: {whole}")
-    return {"wanted": wanted, "cudnn": cudnn, "driver": known, "bindings": bindings, "problems": problems}
+        problems.append(
+            f"cuDNN {cudnn} is not among the packages; unless the system has it: {whole}"
+        )
+    return {
+        "wanted": wanted,
+        "cudnn": cudnn,
+        "driver": known,
+        "bindings": bindings,
+        "problems": problems,
+    }
 
 
 def _built_for() -> str | None:
@@ -203,21 +235,30 @@ def check_tensorrt(version_of: VersionOf) -> dict[str, str | None]:
 def _show(report: dict[str, Any]) -> None:
     versions = {**report["wheels"], **report["packages"]}
     providers = [
-        (one["name"], "usable" if one["usable"] else f"not usable: {one['problem']}") for one in report["providers"]
+        (one["name"], "usable" if one["usable"] else f"not usable: {one['problem']}")
+        for one in report["providers"]
     ]
     tensorrt = report["tensorrt"]
     usable = f"{tensorrt['version']}: {tensorrt['problem'] or 'can build engines, and run them on a GPU'}"
     print_page(
         [
-            pairs("Versions", [(name, report[name]) for name in ("freeexport", "python", "platform")]),
-            pairs("Packages", [(name, version or "not installed") for name, version in versions.items()]),
+            pairs(
+                "Versions", [(name, report[name]) for name in ("freeexport", "python", "platform")]
+            ),
+            pairs(
+                "Packages",
+                [(name, version or "not installed") for name, version in versions.items()],
+            ),
             pairs("Providers", providers),
             pairs("CUDA", _cuda_rows(report["cuda"]) if GPU_WHEEL in versions else []),
             pairs(
                 "TensorRT",
                 [("tensorrt", usable if tensorrt["version"] else "not installed")],
             ),
-            pairs("Machine", [*_machine_rows(report["machine"]), ("freeexport's kernels", report["kernels"])]),
+            pairs(
+                "Machine",
+                [*_machine_rows(report["machine"]), ("freeexport's kernels", report["kernels"])],
+            ),
         ]
     )
     if report["without_kernels"]:
@@ -231,15 +272,23 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _cuda_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    built_for = f"built for CUDA {found['wanted'] or 'unknown'}, cuDNN {found['cudnn'] or 'unknown'}"
+    built_for = (
+        f"built for CUDA {found['wanted'] or 'unknown'}, cuDNN {found['cudnn'] or 'unknown'}"
+    )
     driver = f"CUDA {found['driver']}" if found["driver"] else "not known"
-    rows = [(GPU_WHEEL, built_for), ("driver", driver), ("cuda-bindings", found["bindings"] or "not installed")]
+    rows = [
+        (GPU_WHEEL, built_for),
+        ("driver", driver),
+        ("cuda-bindings", found["bindings"] or "not installed"),
+    ]
     return rows + [("does not fit", problem) for problem in found["problems"]]
 
 
 def _machine_rows(machine: dict[str, Any]) -> list[tuple[str, str]]:
     affinity, quota, limit = machine["affinity"], machine["cpu_quota"], machine["memory_limit"]
-    memory = f"{human_bytes(machine['memory'])}, {human_bytes(machine['memory_available'])} available"
+    memory = (
+        f"{human_bytes(machine['memory'])}, {human_bytes(machine['memory_available'])} available"
+    )
     return [
         ("processor", machine["cpu"]),
         ("features", " ".join(machine["features"]) or "none known"),

@@ -16,7 +16,13 @@ from freeexport.commands.verb_options import (
     SectionedCommand,
     section,
 )
-from freeexport.measure.settings import METHODS, THRESHOLDS, EvaluateOptions, bundle_and_methods, methods_of
+from freeexport.measure.settings import (
+    METHODS,
+    THRESHOLDS,
+    EvaluateOptions,
+    bundle_and_methods,
+    methods_of,
+)
 from freeexport.system.page import print_page
 
 
@@ -30,7 +36,12 @@ from freeexport.system.page import print_page
     help="JSONL with 'input', or 'audio', and 'target'. Without targets outputs are compared with the full model's.",
 )
 @click.option("--samples", type=click.IntRange(1), default=EvaluateOptions.samples, help=SAMPLES)
-@click.option("--max-new-tokens", type=click.IntRange(2), default=EvaluateOptions.max_new_tokens, help=MAX_NEW_TOKENS)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(2),
+    default=EvaluateOptions.max_new_tokens,
+    help=MAX_NEW_TOKENS,
+)
 @section("What is compared")
 @click.option("--metric", "metrics", type=MetricName(), multiple=True, required=True,
               help=f"May be repeated; the first is that of curves. {METRICS}")  # fmt: skip
@@ -51,7 +62,9 @@ from freeexport.system.page import print_page
 @section("Machine")
 @click.option("--rounds", type=click.IntRange(1), default=EvaluateOptions.rounds,
               help="Interleaved rounds; the median counts.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]"
+)
 @section("Results")
 @click.option("--output", type=click.Path(path_type=Path), required=True,
               help="The directory of outputs and results. A run that was interrupted goes on there.")  # fmt: skip

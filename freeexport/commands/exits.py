@@ -10,14 +10,22 @@ from typing import Any
 import click
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.checkpoints.packed_exit import PackedExit, misfit, read_packed, ready_made, weights_sha256
+from freeexport.checkpoints.packed_exit import (
+    PackedExit,
+    misfit,
+    read_packed,
+    ready_made,
+    weights_sha256,
+)
 from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.page import human_bytes
 
 
 @click.command(cls=SectionedCommand)
 @click.argument("model", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print everything that the files say, as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print everything that the files say, as JSON."
+)
 def command(model: str | None, as_json: bool) -> None:
     """List the exits that come with freeexport, for `convert --exit`; with MODEL, say which fit its weights.
 
@@ -33,9 +41,16 @@ def command(model: str | None, as_json: bool) -> None:
         sha256 = weights_sha256(checkpoint)
         reasons = {packed.name: misfit(packed, checkpoint, sha256) for _, packed in found}
     if as_json:
-        fits = {name: {"fits": reason is None, "reason": reason} for name, reason in reasons.items()}
+        fits = {
+            name: {"fits": reason is None, "reason": reason} for name, reason in reasons.items()
+        }
         records: list[dict[str, Any]] = [
-            {**asdict(packed), "file": str(path), "bytes": path.stat().st_size, **fits.get(packed.name, {})}
+            {
+                **asdict(packed),
+                "file": str(path),
+                "bytes": path.stat().st_size,
+                **fits.get(packed.name, {}),
+            }
             for path, packed in found
         ]
         click.echo(json.dumps(records, indent=2))

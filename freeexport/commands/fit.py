@@ -20,13 +20,19 @@ class Time(click.ParamType):
 
     name = "time"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         if isinstance(value, float):
             return value
         text = "".join(str(value).split())
         parts = re.findall(r"(\d+(?:\.\d+)?)(h|min|m|s)", text)
         if not parts or "".join(map("".join, parts)) != text:
-            self.fail(f"{value!r} is no time; give hours and minutes, such as 2h, 90min or 1h30min", param, ctx)
+            self.fail(
+                f"{value!r} is no time; give hours and minutes, such as 2h, 90min or 1h30min",
+                param,
+                ctx,
+            )
         return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
 
 
@@ -36,19 +42,31 @@ class Time(click.ParamType):
 @section("The task")
 @click.option("--data", type=click.Path(path_type=Path),
               help="JSONL with 'input' or 'audio', and 'target'.  [default: no training]")  # fmt: skip
-@click.option("--metric", type=MetricName(), help=f"Compares outputs with targets. {METRICS}  [with --lossless: exact]")
-@click.option("--quality", type=float, help="The share of the full model's metric to keep.  [default: 0.99]")
+@click.option(
+    "--metric",
+    type=MetricName(),
+    help=f"Compares outputs with targets. {METRICS}  [with --lossless: exact]",
+)
+@click.option(
+    "--quality", type=float, help="The share of the full model's metric to keep.  [default: 0.99]"
+)
 @click.option("--lossless", is_flag=True, help="Every token must be the full model's.")
 @click.option("--paper", is_flag=True,
               help="For researchers: also train with the losses of FREE, CALM, static exits and none, with three seeds "
               "each, and compare all in a table for Markdown and LaTeX. Takes a budget of many hours.")  # fmt: skip
 @section("Time")
-@click.option("--budget", type=Time(), default="2h", help="Time for all of it, such as 2h, 90min or 1h30min.")
+@click.option(
+    "--budget", type=Time(), default="2h", help="Time for all of it, such as 2h, 90min or 1h30min."
+)
 @click.option("--plan", "only_plan", is_flag=True, help="Print the plan, and stop.")
 @click.option("--threads", type=click.IntRange(1), help=THREADS)
 @section("Result")
-@click.option("--overwrite", is_flag=True, help="Replace a bundle at OUT, its report, and an interrupted run.")
-def command(model: str, out: Path, quality: float | None, lossless: bool, only_plan: bool, **given: Any) -> None:
+@click.option(
+    "--overwrite", is_flag=True, help="Replace a bundle at OUT, its report, and an interrupted run."
+)
+def command(
+    model: str, out: Path, quality: float | None, lossless: bool, only_plan: bool, **given: Any
+) -> None:
     """Make the fastest bundle of MODEL for a task, and write it to OUT, with a report in OUT.report.
 
     Plans first: whether an exit can pay on this machine, where, and how long everything takes. Then trains it on the
@@ -67,7 +85,9 @@ def command(model: str, out: Path, quality: float | None, lossless: bool, only_p
     if lossless and quality is not None:
         raise click.UsageError("--quality and --lossless contradict each other; choose one")
     if given["data"] is not None and given["metric"] is None and not lossless:
-        raise click.UsageError("--metric is missing: how outputs are compared with the targets, such as rouge-l")
+        raise click.UsageError(
+            "--metric is missing: how outputs are compared with the targets, such as rouge-l"
+        )
     given["metric"] = given["metric"] or FitOptions.metric
     share = None if lossless else FitOptions.quality if quality is None else quality
     options = FitOptions(model, out, quality=share, **given)

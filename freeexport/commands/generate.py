@@ -25,7 +25,9 @@ from runtime.options import Mode
 BATCH = 4
 
 
-def _others(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
+def _others(
+    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> dict[str, Any]:
     """NAME=VALUE as options of a request, the value as JSON where it is any; the session checks them."""
     options: dict[str, Any] = {}
     for text in given:
@@ -56,20 +58,28 @@ def _others(context: click.Context, parameter: click.Parameter, given: tuple[str
     metavar="FILE",
     help="A WAV file, for a bundle that reads speech (-o language=de, task=translate, timestamps=true).",
 )
-@click.option("--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template.")
+@click.option(
+    "--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a line of JSON.")
 @section("Decoding")
 @click.option("--mode", type=click.Choice(get_args(Mode)),
               help="free: exits are final. rollback: the deep decoder rejects those it finds unlikely. lossless: "
               "exits are drafts, and the tokens are those of full. full: no exits. shallow: only exits.  "
               "[default: the bundle's]")  # fmt: skip
-@click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
+@click.option(
+    "--threshold",
+    type=float,
+    help="A token exits above this confidence, 0 to 1.  [default: the bundle's]",
+)
 @click.option("--max-new-tokens", type=int,
               help="Generate at most so many tokens, the end included.  [default: 256, or what fits]")  # fmt: skip
 @click.option("--stop", multiple=True, help="End before this string. May be repeated.")
 @click.option("--temperature", type=float, help="Sample at this temperature; 0 is greedy.")
 @section("Files", rare=True)
-@click.option("--resume", is_flag=True, help="Continue with the lines that OUTPUT does not have yet.")
+@click.option(
+    "--resume", is_flag=True, help="Continue with the lines that OUTPUT does not have yet."
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
 @click.option("--batch-size", "batch", type=click.IntRange(1, 4096),
               help=f"Lines of --input to decode at once.  [default: {BATCH}]")  # fmt: skip
@@ -125,8 +135,14 @@ def command(
             "--output, --resume, --overwrite and --batch-size go with --input",
         ),
         (resume and overwrite, "--resume and --overwrite contradict each other; choose one"),
-        (source and target and target.is_file() and target.samefile(source), "--output is the same file as --input"),
-        (chat and no_trust_templates, "--chat needs the bundle's chat template; leave out --no-trust-templates"),
+        (
+            source and target and target.is_file() and target.samefile(source),
+            "--output is the same file as --input",
+        ),
+        (
+            chat and no_trust_templates,
+            "--chat needs the bundle's chat template; leave out --no-trust-templates",
+        ),
         (
             audio and (source or prompt or chat or predicted_output or json_schema),
             "--audio goes without PROMPT, --input, --chat, --predicted-output and --json-schema",
@@ -142,19 +158,30 @@ def command(
                 options[name] = read_text(file)
             except UnreadableError as error:
                 option = f"--{name.replace('_', '-')}"
-                raise OptionError(f"{option} {file} cannot be read ({error}); give a text file in UTF-8") from None
+                raise OptionError(
+                    f"{option} {file} cannot be read ({error}); give a text file in UTF-8"
+                ) from None
     sequences = options.pop("num_return_sequences", 1)
     if options.get("top_logprobs"):
         options["output_logprobs"] = True
     slots = 1 if source is None else batch or BATCH
     trust = not no_trust_templates
-    with Session(bundle, device=device, threads=threads, slots=slots, trust_templates=trust) as session:
+    with Session(
+        bundle, device=device, threads=threads, slots=slots, trust_templates=trust
+    ) as session:
         if sys.stderr.isatty():
             rows = session.capacity + session.manifest.max_pending
-            click.echo(f"KV cache: {slots * session.manifest.kv_bytes_per_token * rows / 1e6:.1f} MB", err=True)
+            click.echo(
+                f"KV cache: {slots * session.manifest.kv_bytes_per_token * rows / 1e6:.1f} MB",
+                err=True,
+            )
         speech = session.manifest.speech is not None
         if (audio is not None) != speech and not (speech and source):
-            wanted = "text, not speech; leave out --audio" if audio else "speech; give --audio FILE, a WAV file"
+            wanted = (
+                "text, not speech; leave out --audio"
+                if audio
+                else "speech; give --audio FILE, a WAV file"
+            )
             raise OptionError(f"{bundle} reads {wanted}")
         if audio is not None:
             _transcribe(session, audio, options, as_json)
@@ -163,7 +190,9 @@ def command(
 
         def prompt_of(text: Any) -> Any:
             if isinstance(text, Path) != speech:
-                raise PromptError(f"the bundle reads {'speech; give `audio`' if speech else 'text; give `input`'}")
+                raise PromptError(
+                    f"the bundle reads {'speech; give `audio`' if speech else 'text; give `input`'}"
+                )
             if speech:
                 return text
             if no_trust_templates:
@@ -195,7 +224,9 @@ def command(
             return
         results = ask(text)
         if not results:
-            raise FreeExportError("the deadline passed before the first result; allow more with -o deadline=SECONDS")
+            raise FreeExportError(
+                "the deadline passed before the first result; allow more with -o deadline=SECONDS"
+            )
         if as_json:
             click.echo(json.dumps(fields_of(*results), ensure_ascii=False))
             return
@@ -208,7 +239,9 @@ def _transcribe(session: Session, audio: Path, options: dict[str, Any], as_json:
     """Print what is said in a file, a line for each segment where there are several."""
     result = session.generate(str(audio), **options)
     if as_json:
-        segments = None if result.segments is None else [asdict(segment) for segment in result.segments]
+        segments = (
+            None if result.segments is None else [asdict(segment) for segment in result.segments]
+        )
         fields = {**fields_of(result), "language": result.language, "segments": segments}
         click.echo(json.dumps(fields, ensure_ascii=False))
         return
@@ -238,7 +271,9 @@ def _check_room(session: Session, prompt: Any, wanted: int | None) -> None:
     read = 1 if session.manifest.encoder_decoder else len(session.encode(prompt))
     room = session.capacity - read + 1  # the newest token is never read back
     if wanted > room:
-        before = "" if session.manifest.encoder_decoder else f" after the {read} tokens of the prompt"
+        before = (
+            "" if session.manifest.encoder_decoder else f" after the {read} tokens of the prompt"
+        )
         raise PromptLengthError(
             f"--max-new-tokens is {wanted}, but {room} fit{before} in the {session.capacity} positions of the context; "
             "ask for fewer, or convert with a larger --capacity"
@@ -254,12 +289,17 @@ def _chat_hint(session: Session) -> Callable[[Any, list[GenerationResult]], None
         empty = any(result.finish_reason == "eos" and not result.text.strip() for result in results)
         if wanted and empty and isinstance(prompt, str):
             wanted = False
-            click.echo("hint: the answer is empty, and this bundle has a chat template; try --chat", err=True)
+            click.echo(
+                "hint: the answer is empty, and this bundle has a chat template; try --chat",
+                err=True,
+            )
 
     return hint
 
 
-def _stream(session: Session, prompt: Any, names_mode: bool, options: dict[str, Any]) -> GenerationResult:
+def _stream(
+    session: Session, prompt: Any, names_mode: bool, options: dict[str, Any]
+) -> GenerationResult:
     """Print tokens as they come, and then a line of figures on stderr."""
     with session.stream(prompt, **options) as stream:
         if not names_mode:

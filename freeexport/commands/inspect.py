@@ -27,7 +27,12 @@ _TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "un
 
 @click.command(cls=SectionedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest, derived sizes and verification as JSON.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the manifest, derived sizes and verification as JSON.",
+)
 def command(bundle: Path, as_json: bool) -> None:
     """Show what BUNDLE holds, after checking the sha256 of every file.
 
@@ -75,11 +80,17 @@ def command(bundle: Path, as_json: bool) -> None:
         calibrated_at = calibration_tables(calibration)
     cache = [
         ("capacity", f"{manifest.capacity} tokens"),
-        *([("longest prompt", f"{manifest.encoder_capacity} tokens")] if manifest.encoder_decoder else []),
+        *(
+            [("longest prompt", f"{manifest.encoder_capacity} tokens")]
+            if manifest.encoder_decoder
+            else []
+        ),
         ("per token", human_bytes(manifest.kv_bytes_per_token)),
         ("per sequence", human_bytes(manifest.kv_bytes_per_sequence)),
     ]
-    files = [(name, human_bytes(file.size), file.sha256) for name, file in sorted(manifest.files.items())]
+    files = [
+        (name, human_bytes(file.size), file.sha256) for name, file in sorted(manifest.files.items())
+    ]
     copies = [(copy.tensor, human_bytes(copy.bytes), copy.reason) for copy in manifest.copies]
     tables = [
         pairs("Bundle", origin.items()),
@@ -108,16 +119,30 @@ def _model(manifest: Manifest) -> Rows:
     deep, quantization = span(manifest.deep_layers), manifest.quantization
     fitted = quantization and quantization.rounding_data
     return [
-        ("family", f"{manifest.family} ({'encoder-decoder' if manifest.encoder_decoder else 'decoder-only'})"),
+        (
+            "family",
+            f"{manifest.family} ({'encoder-decoder' if manifest.encoder_decoder else 'decoder-only'})",
+        ),
         ("decoder layers", f"{manifest.layers}: shallow {shallow}, deep {deep}"),
         ("hidden size", str(manifest.hidden_size)),
-        ("heads", f"{manifest.heads} of size {manifest.head_dim}, {manifest.kv_heads} for keys and values"),
+        (
+            "heads",
+            f"{manifest.heads} of size {manifest.head_dim}, {manifest.kv_heads} for keys and values",
+        ),
         ("vocabulary", str(manifest.vocab_size)),
         ("end tokens", ", ".join(map(str, manifest.eos_token_ids)) or "none"),
         *([("languages", _languages(manifest.languages))] if manifest.languages else []),
         *((name, getattr(manifest, name)) for name in ("target", "dialect", "precision")),
-        *([("4-bit weights", f"fitted to {fitted.tokens} tokens of {fitted.texts} texts")] if fitted else []),
-        *([("kernels", kernels_of(manifest.kernels))] if quantization and manifest.target == "cpu" else []),
+        *(
+            [("4-bit weights", f"fitted to {fitted.tokens} tokens of {fitted.texts} texts")]
+            if fitted
+            else []
+        ),
+        *(
+            [("kernels", kernels_of(manifest.kernels))]
+            if quantization and manifest.target == "cpu"
+            else []
+        ),
     ]
 
 
@@ -132,19 +157,35 @@ def _precision(quantization: Quantization) -> list[Table]:
     has it so."""
     engines = [
         (
-            *(one.engine, one.linears, one.head or "", human_bytes(one.bytes), f"{one.largest_error:.1%}"),
+            *(
+                one.engine,
+                one.linears,
+                one.head or "",
+                human_bytes(one.bytes),
+                f"{one.largest_error:.1%}",
+            ),
             f"{one.kept}" + "".join(f", {kind} {count}" for kind, count in one.kinds.items()),
         )
         for one in quantization.engines
     ]
     higher = [
-        (one.engine, one.tensor, one.wanted, one.stored, "by plan" if one.error is None else f"{one.error:.1%}")
+        (
+            one.engine,
+            one.tensor,
+            one.wanted,
+            one.stored,
+            "by plan" if one.error is None else f"{one.error:.1%}",
+        )
         for one in quantization.higher
     ]
     columns = ("engine", "linear layers", "head", "weights#", "largest error#", "bits kept#")
     return [
         table("Precision", columns, engines),
-        table("Kept at a higher precision", ("engine", "tensor", "wanted", "stored", "error as wanted#"), higher),
+        table(
+            "Kept at a higher precision",
+            ("engine", "tensor", "wanted", "stored", "error as wanted#"),
+            higher,
+        ),
     ]
 
 
@@ -167,13 +208,25 @@ def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
     rows = [
         ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
         *([("its own layers", str(manifest.exit_layers))] if manifest.exit_layers else []),
-        *([("its input", "its layer's state and the deep decoder's feature")] if manifest.exit_engine else []),
+        *(
+            [("its input", "its layer's state and the deep decoder's feature")]
+            if manifest.exit_engine
+            else []
+        ),
         ("confidence", manifest.confidence),
         ("threshold", threshold),
         ("most pending tokens", str(manifest.max_pending)),
-        *([] if manifest.tuned_max_pending is None else [("in mode free, as tuned", str(manifest.tuned_max_pending))]),
+        *(
+            []
+            if manifest.tuned_max_pending is None
+            else [("in mode free, as tuned", str(manifest.tuned_max_pending))]
+        ),
         ("exit vocabulary", vocabulary),
-        *([("rollback threshold", f"{limit:.3g} nats")] if (limit := manifest.rollback_threshold) is not None else []),
+        *(
+            [("rollback threshold", f"{limit:.3g} nats")]
+            if (limit := manifest.rollback_threshold) is not None
+            else []
+        ),
         ("trained", _TRAINED[manifest.exit_trained]),
     ]
     if costs is None:
@@ -193,9 +246,19 @@ def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
     }
     rows += [(name, f"{1e3 * taken:.2f} ms") for name, taken in seconds.items()]
     if not costs.trusted:
-        rows.append(("measured while busy", f"others kept {costs.busy:.1f} cores busy; convert again when idle"))
+        rows.append(
+            (
+                "measured while busy",
+                f"others kept {costs.busy:.1f} cores busy; convert again when idle",
+            )
+        )
     if (host := costs.host) is not None:
-        rows.append(("measured on", f"{host.processor}, {host.threads} threads, onnxruntime {host.onnxruntime}"))
+        rows.append(
+            (
+                "measured on",
+                f"{host.processor}, {host.threads} threads, onnxruntime {host.onnxruntime}",
+            )
+        )
     return rows
 
 
@@ -204,20 +267,32 @@ def _verification(bundle: Bundle) -> Rows:
     from freeexport.verification.checks import entry_of
 
     report = bundle.verification or {}
-    rows = [("verified", "yes" if bundle.manifest.verified else f"no; run: freeexport verify {bundle.path}")]
+    rows = [
+        (
+            "verified",
+            "yes" if bundle.manifest.verified else f"no; run: freeexport verify {bundle.path}",
+        )
+    ]
     try:
         rows += [("against", str(report["against"]))] if report.get("against") else []
         rows += [entry_of(check) for check in report.get("checks", [])]
         if prompts := report.get("greedy", {}).get("prompts", []):
             equal = sum(prompt["first_difference"] is None for prompt in prompts)
             rows.append(
-                (f"greedy ids, {report['greedy']['tokens']} tokens", f"{equal} of {len(prompts)} prompts equal")
+                (
+                    f"greedy ids, {report['greedy']['tokens']} tokens",
+                    f"{equal} of {len(prompts)} prompts equal",
+                )
             )
         if quality := report.get("quality"):
-            lost = f"x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} nats"
+            lost = (
+                f"x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} nats"
+            )
             rows.append(("same best token", f"{quality['agreement']:.1%} of {quality['tokens']}"))
             rows.append(("perplexity", lost))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
-        raise BundleError(f"{VERIFICATION} is no report ({reason}); run freeexport verify again") from None
+        raise BundleError(
+            f"{VERIFICATION} is no report ({reason}); run freeexport verify again"
+        ) from None
     return rows

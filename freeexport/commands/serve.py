@@ -26,11 +26,20 @@ SESSION = ("threads", "slots", "queue", "capacity", "device", "threshold", "pref
 @click.option("--mode", type=click.Choice(get_args(Mode)),
               help="Mode of requests that name none.  [default: free where a threshold is given or calibrated, else "
               "lossless]")  # fmt: skip
-@click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
+@click.option(
+    "--threshold",
+    type=float,
+    help="A token exits above this confidence, 0 to 1.  [default: the bundle's]",
+)
 @section("Clients")
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 is a free one.")
-@click.option("--origin", "origins", multiple=True, help="Origin of pages that may ask, * is any. May be repeated.")
+@click.option(
+    "--origin",
+    "origins",
+    multiple=True,
+    help="Origin of pages that may ask, * is any. May be repeated.",
+)
 @click.option("--deadline", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="End a request that takes longer.")  # fmt: skip
 @click.option("--max-body", type=click.IntRange(1), metavar="BYTES",
@@ -66,4 +75,8 @@ def command(bundles: tuple[Path, ...], host: str, port: int, **options: Any) -> 
     if session["prefix_cache_mb"] is None:
         session["prefix_cache_mb"] = PREFIX_CACHE_MB if session["device"] == "cpu" else 0
     key = os.environ.get(KEY) or None
-    run(ServerOptions(bundles, session=SessionOptions(**session), api_key=key, **options), host, port)
+    run(
+        ServerOptions(bundles, session=SessionOptions(**session), api_key=key, **options),
+        host,
+        port,
+    )

@@ -17,7 +17,13 @@ from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.commands.verb_options import MAX_NEW_TOKENS, THREADS, SectionedCommand, section
 from freeexport.system.progress import duration
-from freeexport.training.options import DEFAULT_ALPHA, DEFAULT_RANKS, Schedule, TrainingOptions, Tune
+from freeexport.training.options import (
+    DEFAULT_ALPHA,
+    DEFAULT_RANKS,
+    Schedule,
+    TrainingOptions,
+    Tune,
+)
 from freeexport.training.train import leave_group, train
 from runtime.bundle.manifest import ExitInput
 
@@ -29,10 +35,21 @@ OWN = Path("-")  # beside OUT
 @click.argument("out", type=click.Path(path_type=Path))
 @section("Data")
 @click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input', or 'audio', and 'target'."
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="JSONL with 'input', or 'audio', and 'target'.",
 )
-@click.option("--validation", type=click.Path(path_type=Path), help="JSONL to evaluate on.  [default: 2 % of DATA]")
-@click.option("--max-tokens", type=int, help="Skip longer examples.  [default: the model's limit, at most 2048]")
+@click.option(
+    "--validation",
+    type=click.Path(path_type=Path),
+    help="JSONL to evaluate on.  [default: 2 % of DATA]",
+)
+@click.option(
+    "--max-tokens",
+    type=int,
+    help="Skip longer examples.  [default: the model's limit, at most 2048]",
+)
 @click.option("--self-distill", type=click.Path(path_type=Path), is_flag=False, flag_value=OWN, metavar="[DIR]",
               help="Train on MODEL's own greedy outputs instead of targets. They are kept in DIR, and generated where "
               "they are missing; interrupted, run again.  [DIR: OUT.outputs]")  # fmt: skip
@@ -65,32 +82,63 @@ OWN = Path("-")  # beside OUT
 @click.option("--exit-from", metavar="EXIT",
               help="Begin with an exit of other weights of the same shape: a directory that `train` wrote, the name of "
               "a ready-made one, or its file.")  # fmt: skip
-@click.option("--from-config", is_flag=True, help="Start from random weights: MODEL has a config.json and a tokenizer.")
+@click.option(
+    "--from-config",
+    is_flag=True,
+    help="Start from random weights: MODEL has a config.json and a tokenizer.",
+)
 @section("Length and steps")
 @click.option("--steps", type=int, help="Optimizer steps.")
-@click.option("--epochs", type=float, help="Passes over the data.  [default: 3, without --steps or --time-limit]")
-@click.option("--time-limit", type=float, help="Minutes of training, evaluations included; the schedule ends with it.")
+@click.option(
+    "--epochs",
+    type=float,
+    help="Passes over the data.  [default: 3, without --steps or --time-limit]",
+)
+@click.option(
+    "--time-limit",
+    type=float,
+    help="Minutes of training, evaluations included; the schedule ends with it.",
+)
 @click.option("--batch-tokens", type=int, default=TrainingOptions.batch_tokens,
               help="Padded tokens per device and micro-batch.")  # fmt: skip
-@click.option("--accumulate", type=int, default=TrainingOptions.accumulate, help="Micro-batches per step.")
 @click.option(
-    "--learning-rate", type=float, help="Peak learning rate.  [default: 1e-4; 1e-3 for --tune exit and --from-config]"
+    "--accumulate", type=int, default=TrainingOptions.accumulate, help="Micro-batches per step."
+)
+@click.option(
+    "--learning-rate",
+    type=float,
+    help="Peak learning rate.  [default: 1e-4; 1e-3 for --tune exit and --from-config]",
 )
 @click.option("--schedule", type=click.Choice(get_args(Schedule)), default=TrainingOptions.schedule,
               help="Learning rate after the warmup.")  # fmt: skip
-@click.option("--warmup", type=float, default=TrainingOptions.warmup, help="Warmup, as a share of the run.")
+@click.option(
+    "--warmup", type=float, default=TrainingOptions.warmup, help="Warmup, as a share of the run."
+)
 @click.option("--dropout", type=float,
               help="Dropout of the model and of LoRA.  [default: the configuration's; 0.1 for LoRA]")  # fmt: skip
-@click.option("--seed", type=int, default=TrainingOptions.seed, help="Seed for the order of examples, and for dropout.")
+@click.option(
+    "--seed",
+    type=int,
+    default=TrainingOptions.seed,
+    help="Seed for the order of examples, and for dropout.",
+)
 @section("Machine")
 @click.option("--threads", type=click.IntRange(1), help=THREADS)
-@click.option("--bf16", is_flag=True, help="Compute in bfloat16 (fast on GPUs, and on CPUs with AMX or AVX-512 BF16).")
+@click.option(
+    "--bf16",
+    is_flag=True,
+    help="Compute in bfloat16 (fast on GPUs, and on CPUs with AMX or AVX-512 BF16).",
+)
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default=TrainingOptions.dtype,
               help="Type of the weights of --tune full.")  # fmt: skip
-@click.option("--gradient-checkpointing", is_flag=True, help="Use less memory and a third more time.")
+@click.option(
+    "--gradient-checkpointing", is_flag=True, help="Use less memory and a third more time."
+)
 @section("Evaluation")
 @click.option(
-    "--evaluate-every", type=int, help="Steps between evaluations, and checkpoints.  [default: a tenth, <= 500]"
+    "--evaluate-every",
+    type=int,
+    help="Steps between evaluations, and checkpoints.  [default: a tenth, <= 500]",
 )
 @click.option("--select-by", default=TrainingOptions.select_by,
               help="Keep the weights of the evaluation that is best by this: loss, agreement (of both exits), "
@@ -101,7 +149,9 @@ OWN = Path("-")  # beside OUT
               "rises.")  # fmt: skip
 @section("Result")
 @click.option("--resume", is_flag=True, help="Continue the interrupted run in OUT.training.")
-@click.option("--overwrite", is_flag=True, help="Replace what train wrote at OUT, and an interrupted run.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace what train wrote at OUT, and an interrupted run."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Fine-tune MODEL for an exit after one of its layers, and write it to OUT for `convert`.

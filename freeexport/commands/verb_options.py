@@ -80,7 +80,12 @@ def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
 
 
 HELP_ALL = click.Option(
-    ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help="Show every option."
+    ["--help-all"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_all,
+    help="Show every option.",
 )
 
 

@@ -31,7 +31,9 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     names = tuple(dict.fromkeys(filter(None, (value or "").split(","))))
     for name in names:
         if not supported(name):
-            raise click.BadParameter(f"this processor has no {name}, or the kernels do not know it; see doctor")
+            raise click.BadParameter(
+                f"this processor has no {name}, or the kernels do not know it; see doctor"
+            )
     return names
 
 
@@ -39,9 +41,17 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @section("Against the checkpoint")
 @click.option("--against", metavar="MODEL", help="The checkpoint that the bundle was made from.")
-@click.option("--exit", "exit_", metavar="NAME|FILE", help="The ready-made exit that was given to convert.")
-@click.option("--data", type=click.Path(path_type=Path), help="JSON lines to measure the quality on, with --against.")
-@click.option("--quick", is_flag=True, help="Short texts, and at most a minute after the model is loaded.")
+@click.option(
+    "--exit", "exit_", metavar="NAME|FILE", help="The ready-made exit that was given to convert."
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="JSON lines to measure the quality on, with --against.",
+)
+@click.option(
+    "--quick", is_flag=True, help="Short texts, and at most a minute after the model is loaded."
+)
 @section("Against itself")
 @click.option("--equal", type=click.IntRange(min=1), metavar="N",
               help="Compare N tokens in all, spread evenly over settings: modes, drafts, batches of 1 to 8, threads, "
@@ -81,12 +91,18 @@ def command(
     """
     for option, value in (("--data", data), ("--exit", exit_)):
         if value is not None and against is None:
-            raise click.UsageError(f"{option} is for a comparison with the checkpoint; give --against MODEL")
+            raise click.UsageError(
+                f"{option} is for a comparison with the checkpoint; give --against MODEL"
+            )
     for option, given in (("--input", input_), ("--instructions", instructions), ("--save", save)):
         if given and equal is None:
-            raise click.UsageError(f"{option} is for a comparison of the bundle with itself; give --equal N")
+            raise click.UsageError(
+                f"{option} is for a comparison of the bundle with itself; give --equal N"
+            )
     if equal is not None and (against is not None or quick):
-        raise click.UsageError("--equal compares the bundle with itself; leave --against and --quick out")
+        raise click.UsageError(
+            "--equal compares the bundle with itself; leave --against and --quick out"
+        )
     check_writable(save, "--save")
     opened = Bundle.open(bundle, verify="full")
     if equal is not None:
@@ -114,7 +130,12 @@ def command(
 
 
 def _compare(
-    bundle: Bundle, tokens: int, file: Path | None, sets: tuple[str, ...], save: Path | None, as_json: bool
+    bundle: Bundle,
+    tokens: int,
+    file: Path | None,
+    sets: tuple[str, ...],
+    save: Path | None,
+    as_json: bool,
 ) -> None:
     """Compare the bundle with itself, and show the outcome; after an interrupt, what there is of it."""
     prompts = prompts_of(bundle, file)
@@ -137,20 +158,47 @@ def _compare(
         write_whole(save, text + "\n")
     if not outcome.equal:
         first = next(row for row in outcome.rows if not row.equal)
-        raise VerificationError(f"answers differ, the first of {first.setting}: {first.first_difference}")
+        raise VerificationError(
+            f"answers differ, the first of {first.setting}: {first.first_difference}"
+        )
 
 
 def _show(outcome: Equality, settings: int) -> None:
-    columns = ("setting", "instructions", "tokens#", "differing tokens#", "differing log-probabilities#", "cached#")
+    columns = (
+        "setting",
+        "instructions",
+        "tokens#",
+        "differing tokens#",
+        "differing log-probabilities#",
+        "cached#",
+    )
     rows = []
     for row in outcome.rows:
         name, *counts, first = astuple(row)
-        rows.append([name, *("not compared" if count is None else str(count) for count in counts), first or ""])
-    print_page([table("Compared with mode full, alone, without a cache", (*columns, "first difference"), rows)])
+        rows.append(
+            [
+                name,
+                *("not compared" if count is None else str(count) for count in counts),
+                first or "",
+            ]
+        )
+    print_page(
+        [
+            table(
+                "Compared with mode full, alone, without a cache",
+                (*columns, "first difference"),
+                rows,
+            )
+        ]
+    )
     if outcome.complete:
-        click.echo(f"{outcome.compared} tokens compared: {'all equal' if outcome.equal else 'not all equal'}")
+        click.echo(
+            f"{outcome.compared} tokens compared: {'all equal' if outcome.equal else 'not all equal'}"
+        )
     else:
-        click.echo(f"not complete: {outcome.compared} of {outcome.tokens} tokens compared, of {settings} settings")
+        click.echo(
+            f"not complete: {outcome.compared} of {outcome.tokens} tokens compared, of {settings} settings"
+        )
 
 
 def _identity(bundle: Bundle, file: Path | None) -> dict[str, Any]:
@@ -170,7 +218,9 @@ def _identity(bundle: Bundle, file: Path | None) -> dict[str, Any]:
             "source_sha256": manifest.source_sha256,
             "precision": manifest.precision,
             "kernels": manifest.kernels,
-            "weights": {name: item.sha256 for name, item in manifest.files.items() if name.endswith(".data")},
+            "weights": {
+                name: item.sha256 for name, item in manifest.files.items() if name.endswith(".data")
+            },
         },
         "prompts": "built-in" if file is None else hashlib.sha256(file.read_bytes()).hexdigest(),
     }

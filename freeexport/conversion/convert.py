@@ -76,15 +76,26 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             err=True,
         )
     if ignored := _ignored(checkpoint.generation_config):
-        click.echo(f"note: not part of the bundle, though generation_config.json says so: {ignored}", err=True)
+        click.echo(
+            f"note: not part of the bundle, though generation_config.json says so: {ignored}",
+            err=True,
+        )
     engines = engine_options(description, options, checkpoint.exit_layer(layers, exit_layer))
     longest_prompt = options.longest_prompt(description)
     if engines.keeps_file_bits() and (others := checkpoint.rounded_kinds()):
-        click.echo(f"note: {others}: no operator reads these, so they are dequantized and quantized again", err=True)
+        click.echo(
+            f"note: {others}: no operator reads these, so they are dequantized and quantized again",
+            err=True,
+        )
     _decoder_start(checkpoint, description)
     speech_of(checkpoint, description)
     if calibration is not None:
-        facts = (description.vocab_size, engines.exit_layer, engines.confidence, engines.max_pending)
+        facts = (
+            description.vocab_size,
+            engines.exit_layer,
+            engines.confidence,
+            engines.max_pending,
+        )
         # The hash reads every weight, so all else is compared first.
         check_fits(calibration, calibration.source_sha256, *facts)
         check_fits(calibration, checkpoint.sha256, *facts)
@@ -96,7 +107,9 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
 
         write_tokenizer(checkpoint, directory)
         written = _write_engines(checkpoint, description, engines, options.rounding_data, directory)
-        manifest = _new_manifest(checkpoint, description, engines, longest_prompt, written, directory)
+        manifest = _new_manifest(
+            checkpoint, description, engines, longest_prompt, written, directory
+        )
         manifest = replace(manifest, exit_vocabulary=vocabulary)
         if calibration is not None:
             manifest = with_calibration(manifest, calibration, directory)
@@ -124,8 +137,18 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
 
 def _ignored(generation: dict[str, Any]) -> str:
     """The recommended settings that a request has to give itself, or cannot."""
-    plain = {"num_beams": 1, "length_penalty": 1.0, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
-    named = [f"{name} {generation[name]}" for name, value in plain.items() if (generation.get(name) or value) != value]
+    plain = {
+        "num_beams": 1,
+        "length_penalty": 1.0,
+        "min_length": 0,
+        "min_new_tokens": 0,
+        "no_repeat_ngram_size": 0,
+    }
+    named = [
+        f"{name} {generation[name]}"
+        for name, value in plain.items()
+        if (generation.get(name) or value) != value
+    ]
     longer = sum(len(words) > 1 for words in generation.get("bad_words_ids") or ())
     return ", ".join([*named, *([f"{longer} bad_words_ids of several tokens"] if longer else [])])
 
@@ -137,13 +160,22 @@ def _unverified_place(out: Path) -> Path:
     check_output(place, MANIFEST, overwrite=True)
     manifest = place / MANIFEST
     with suppress(BundleError, ValueError):
-        if manifest.is_file() and Manifest.from_json(manifest.read_text(encoding="utf-8"), manifest).verified:
-            raise OutputError(f"{place} holds a verified bundle, where a refused one would go; move it away")
+        if (
+            manifest.is_file()
+            and Manifest.from_json(manifest.read_text(encoding="utf-8"), manifest).verified
+        ):
+            raise OutputError(
+                f"{place} holds a verified bundle, where a refused one would go; move it away"
+            )
     return place
 
 
 def _write_engines(
-    checkpoint: Checkpoint, description: Description, options: EngineOptions, text: Path | None, directory: Path
+    checkpoint: Checkpoint,
+    description: Description,
+    options: EngineOptions,
+    text: Path | None,
+    directory: Path,
 ) -> tuple[int, list[DeclaredCopy], Quantization | None]:
     """Write the engines. The bytes of their weights, what stands in memory a second time, and how weights were
     quantized. torch takes a second to import, and is only where it is needed."""
@@ -153,15 +185,22 @@ def _write_engines(
 
         fitted = round_for_text(checkpoint, description, options, text)
     names = engine_names(description)
-    with WeightFile(directory / WEIGHTS) as weights, progress("building engines", len(names)) as advance:
+    with (
+        WeightFile(directory / WEIGHTS) as weights,
+        progress("building engines", len(names)) as advance,
+    ):
         given = {} if fitted is None else fitted.weights
-        builder = EngineBuilder(description, options, checkpoint, weights, directory, given, checkpoint.in_file)
+        builder = EngineBuilder(
+            description, options, checkpoint, weights, directory, given, checkpoint.in_file
+        )
         for name in names:
             if name == "encoder" and isinstance(description.encoder, ForeignEncoder):
                 from freeexport.conversion.encoder_export import export_encoder
 
                 reason = "encoder weights, widened to fp32 by ONNX Runtime (in memory)"
-                widened = export_encoder(checkpoint, description.encoder, weights, directory, options.precision)
+                widened = export_encoder(
+                    checkpoint, description.encoder, weights, directory, options.precision
+                )
                 copies += [DeclaredCopy("encoder", widened, reason)] if widened else []
             else:
                 getattr(builder, name)()
@@ -169,7 +208,11 @@ def _write_engines(
         quantization = builder.quantization
         if quantization is not None and fitted is not None:
             quantization = replace(quantization, rounding_data=fitted.data)
-        return weights.bytes, [*_head_copies(description, options, quantization), *copies], quantization
+        return (
+            weights.bytes,
+            [*_head_copies(description, options, quantization), *copies],
+            quantization,
+        )
 
 
 def _new_manifest(
@@ -187,7 +230,9 @@ def _new_manifest(
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     # Every file but the manifest, and the report about these files.
-    files = sorted(path for path in directory.iterdir() if path.name not in (MANIFEST, VERIFICATION))
+    files = sorted(
+        path for path in directory.iterdir() if path.name not in (MANIFEST, VERIFICATION)
+    )
     generation, attention = checkpoint.generation_config, description.attention
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -225,10 +270,16 @@ def _new_manifest(
         target=engines.target,
         exit_trained=checkpoint.exit is not None and checkpoint.exit.trained,
         kernels=KERNELS_VERSION if engines.kernels == "freeexport" else None,
-        kv_cache=cache if (cache := engines.cache_type(description)) != engines.float_type else None,
+        kv_cache=cache
+        if (cache := engines.cache_type(description)) != engines.float_type
+        else None,
         compute=None if engines.target == "cpu" or quantization is None else engines.float_type,
-        forced_first_token_id=forced(generation, "forced_bos_token_id") if description.encoder else None,
-        forced_last_token_id=forced(generation, "forced_eos_token_id") if description.encoder else None,
+        forced_first_token_id=forced(generation, "forced_bos_token_id")
+        if description.encoder
+        else None,
+        forced_last_token_id=forced(generation, "forced_eos_token_id")
+        if description.encoder
+        else None,
         languages=languages_of(checkpoint, directory),
         speech=speech_of(checkpoint, description),
     )
@@ -241,7 +292,9 @@ def _decoder_start(checkpoint: Checkpoint, description: Description) -> int | No
         return None
     start: int | None = checkpoint.generation_config.get("decoder_start_token_id")
     if start is None:
-        raise GraphError(f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json")
+        raise GraphError(
+            f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json"
+        )
     return start
 
 

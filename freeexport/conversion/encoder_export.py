@@ -33,7 +33,11 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
 
 
 def export_encoder(
-    checkpoint: Checkpoint, encoder: ForeignEncoder, weights: WeightFile, directory: Path, precision: Precision
+    checkpoint: Checkpoint,
+    encoder: ForeignEncoder,
+    weights: WeightFile,
+    directory: Path,
+    precision: Precision,
 ) -> int:
     """Write encoder.onnx: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d], for any B and E.
 
@@ -74,7 +78,9 @@ class _Encoder(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         with _OneHotByComparison():
-            hidden: torch.Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+            hidden: torch.Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[
+                0
+            ]
         return hidden
 
 
@@ -107,7 +113,10 @@ def _export(module: _Encoder, block: int, directory: Path) -> ir.Model:
 
     model: Any = module.encoder
     constructor = TasksManager.get_exporter_config_constructor(
-        "onnx", model_type=model.config.model_type, task="text2text-generation", library_name="transformers"
+        "onnx",
+        model_type=model.config.model_type,
+        task="text2text-generation",
+        library_name="transformers",
     )
     config = constructor(model.config).with_behavior("encoder")
     with tempfile.TemporaryDirectory(dir=directory) as folder:
@@ -134,18 +143,24 @@ def _export_with_torch(module: _Encoder, block: int) -> ir.Model:
     return program.model
 
 
-def _check_engine(path: Path, module: _Encoder, block: int, precision: Precision, name: str) -> None:
+def _check_engine(
+    path: Path, module: _Encoder, block: int, precision: Precision, name: str
+) -> None:
     """Run the engine at prompts shorter and longer than a block: exporters bake in what they take for a constant."""
     engine = OnnxEngine(path, usable_cores())
     encoder: Any = module.encoder
     generator = torch.Generator().manual_seed(0)
     for lengths in ([1], [4 * block + 1, block // 2 + 1, 1]):
-        ids = torch.randint(0, encoder.config.vocab_size, (len(lengths), max(lengths)), generator=generator)
+        ids = torch.randint(
+            0, encoder.config.vocab_size, (len(lengths), max(lengths)), generator=generator
+        )
         mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
         with torch.no_grad():
             theirs = encoder(input_ids=ids, attention_mask=mask.to(torch.int64))[0].numpy()
         try:
-            (ours,) = engine.run(["hidden"], {"input_ids": ids.numpy(), "lengths": np.array(lengths, np.int32)})
+            (ours,) = engine.run(
+                ["hidden"], {"input_ids": ids.numpy(), "lengths": np.array(lengths, np.int32)}
+            )
             difference = np.abs(ours.astype(np.float32) - theirs)[mask.numpy()]
             error = float(difference.max() / max(1.0, float(np.abs(theirs).max())))
             reason = f"it differs by {error:.1e} of the largest value"

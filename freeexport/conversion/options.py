@@ -70,7 +70,9 @@ class ConvertOptions:
                 raise OptionError(f"{option} {path}: there is no such file; name another")
 
         if self.encoder_capacity is not None and self.encoder_capacity < 1:
-            raise GraphError(f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more")
+            raise GraphError(
+                f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more"
+            )
 
     def longest_prompt(self, description: Description) -> int:
         """Longest prompt of an encoder-decoder, in tokens; 0 for a decoder-only model. Raises GraphError where its
@@ -90,7 +92,9 @@ class ConvertOptions:
         return given or min(DEFAULT_ENCODER_CAPACITY, most or DEFAULT_ENCODER_CAPACITY)
 
 
-def engine_options(description: Description, options: ConvertOptions, exit_layer: int) -> EngineOptions:
+def engine_options(
+    description: Description, options: ConvertOptions, exit_layer: int
+) -> EngineOptions:
     """Options of the engines by `options`, with the defaults of the model and the target. Raises GraphError, and
     OptionError where there is text to round for, and nothing that gets 4 bits on a CPU."""
     limit, attention = description.decoder.max_positions or DEFAULT_CAPACITY, description.attention
@@ -98,9 +102,13 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
     precision = options.precision or precisions[0]
     # Ours for weights that are quantized for a CPU, where their library can be used here.
     quantized = options.target == "cpu" and precision in ROUNDING["cpu"].plans
-    kernels = options.kernels or ("freeexport" if quantized and missing() is None else "onnxruntime")
+    kernels = options.kernels or (
+        "freeexport" if quantized and missing() is None else "onnxruntime"
+    )
     # The fused operators, where they or our own kernels take the model's heads.
-    fits = fits_head_size(attention) or (kernels == "freeexport" and has_attention_kernel(attention))
+    fits = fits_head_size(attention) or (
+        kernels == "freeexport" and has_attention_kernel(attention)
+    )
     engines = EngineOptions(
         exit_layer=exit_layer,
         capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,

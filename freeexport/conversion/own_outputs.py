@@ -47,14 +47,20 @@ def own_outputs(
         whole = reference_model(checkpoint, "cuda:0", "bfloat16")
         for start in range(0, len(order), GPU_BATCH):
             batch = order[start : start + GPU_BATCH]
-            yield from zip(batch, greedy_ids(whole, checkpoint, [prompts[i] for i in batch], new_tokens), strict=True)
+            yield from zip(
+                batch,
+                greedy_ids(whole, checkpoint, [prompts[i] for i in batch], new_tokens),
+                strict=True,
+            )
         return
     longest = max(map(len, prompts))
     seq2seq = checkpoint.config.get("is_encoder_decoder")
     capacity = (0 if seq2seq else longest) + new_tokens + 1 + (PREFIX if sounds else 0)
     bundle = directory / ENGINES
     _convert(model, checkpoint, capacity, longest if seq2seq else None, bundle)
-    slots = int(np.clip(CACHE_BYTES // Bundle.open(bundle).manifest.kv_bytes_per_sequence, 1, MOST_SLOTS))
+    slots = int(
+        np.clip(CACHE_BYTES // Bundle.open(bundle).manifest.kv_bytes_per_sequence, 1, MOST_SLOTS)
+    )
     cancel = threading.Event()
     with Session(bundle, slots=slots) as session, ThreadPoolExecutor(slots) as pool:
 
@@ -68,7 +74,9 @@ def own_outputs(
             return index, np.array(result.token_ids, np.int32)
 
         waiting = iter(range(len(prompts)))
-        running = {pool.submit(answer, index) for _, index in zip(range(slots), waiting, strict=False)}
+        running = {
+            pool.submit(answer, index) for _, index in zip(range(slots), waiting, strict=False)
+        }
         try:
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -80,11 +88,15 @@ def own_outputs(
     shutil.rmtree(bundle)
 
 
-def _convert(model: str, checkpoint: Checkpoint, capacity: int, longest_prompt: int | None, bundle: Path) -> None:
+def _convert(
+    model: str, checkpoint: Checkpoint, capacity: int, longest_prompt: int | None, bundle: Path
+) -> None:
     """Write the engines at `bundle`, unless those there are the model's and large enough."""
     with suppress(BundleError):
         found = Bundle.open(bundle).manifest
-        large_enough = found.capacity >= capacity and found.encoder_capacity >= (longest_prompt or 0)
+        large_enough = found.capacity >= capacity and found.encoder_capacity >= (
+            longest_prompt or 0
+        )
         if found.source_sha256 == checkpoint.sha256 and large_enough:
             return
     layers = len(describe(checkpoint.config, checkpoint).decoder.layers)

@@ -8,13 +8,23 @@ from pathlib import Path
 
 from freeexport.system.output import write_whole
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.calibration import Calibration, calibration_name, check_calibration, is_calibration
+from runtime.bundle.calibration import (
+    Calibration,
+    calibration_name,
+    check_calibration,
+    is_calibration,
+)
 from runtime.bundle.manifest import MANIFEST, File, Manifest
 from runtime.errors import CalibrationError
 
 
 def check_fits(
-    calibration: Calibration, source_sha256: str, vocab_size: int, exit_layer: int, confidence: str, max_pending: int
+    calibration: Calibration,
+    source_sha256: str,
+    vocab_size: int,
+    exit_layer: int,
+    confidence: str,
+    max_pending: int,
 ) -> None:
     """Raise CalibrationError where a calibration is of another model, vocabulary, exit layer or confidence measure, or
     of longer sync passes than `max_pending` rows."""
@@ -54,7 +64,9 @@ def update_bundle(path: Path, calibration: Calibration) -> Manifest:
     manifest = with_calibration(Bundle.open(path).manifest, calibration, path)
     write_whole(path / MANIFEST, manifest.to_json())
     for file in path.iterdir():  # earlier calibrations, and what killed runs left
-        abandoned = file.name.startswith((".calibration-", f".{MANIFEST}.")) and ".partial-" in file.name
+        abandoned = (
+            file.name.startswith((".calibration-", f".{MANIFEST}.")) and ".partial-" in file.name
+        )
         if abandoned or (is_calibration(file.name) and file.name not in manifest.files):
             file.unlink(missing_ok=True)
     return manifest

@@ -15,7 +15,14 @@ import torch
 from torch.nn import Linear, Module
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, encode, read_examples, text_format
+from freeexport.checkpoints.examples import (
+    TARGETS_WANTED,
+    DataError,
+    Example,
+    encode,
+    read_examples,
+    text_format,
+)
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.system.progress import progress
 from freeexport.verification.reference import engine_of, layer_list
@@ -57,7 +64,10 @@ def round_for_text(
     tokenizer.
     """
     texts, tokens = _texts(checkpoint, description, engines, data)
-    need, available = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()), available_memory()
+    need, available = (
+        4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()),
+        available_memory(),
+    )
     if available is not None and need > available:
         raise OptionError(
             f"--data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
@@ -65,7 +75,9 @@ def round_for_text(
         )
     model = reference_model(checkpoint)
     stack, field = layer_list(model)
-    rounder = _Rounder(model, checkpoint, description, engines, set(weight_names(description, checkpoint)))
+    rounder = _Rounder(
+        model, checkpoint, description, engines, set(weight_names(description, checkpoint))
+    )
     if rounder.done:
         raise OptionError(
             f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, or in parts of tensors; "
@@ -90,16 +102,27 @@ class _Rounder:
     """Rounds the linear layers of a model that get 4 bits, in place too. `weights`: what became of them."""
 
     def __init__(
-        self, model: Any, checkpoint: Checkpoint, description: Description, engines: EngineOptions, read: set[str]
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        description: Description,
+        engines: EngineOptions,
+        read: set[str],
     ) -> None:
         self.weights: dict[str, Rounded] = {}
         used = rounding(engines.target, engines.kernels)
-        self._scheme, self._type = used.scheme, np.dtype(np.float16) if used.products.own else FLOAT32
+        self._scheme, self._type = (
+            used.scheme,
+            np.dtype(np.float16) if used.products.own else FLOAT32,
+        )
         self._modules = {
             name: module
             for name, module in _with_4_bits(model, description, engines).items()
             if name in read  # whole: parts of a tensor, and Conv1D, are rounded without text
-            and not (engines.keeps_file_bits(name == description.decoder.head.weight) and checkpoint.in_file(name))
+            and not (
+                engines.keeps_file_bits(name == description.decoder.head.weight)
+                and checkpoint.in_file(name)
+            )
             and not self._scheme.keeps(module.weight.detach().numpy(), self._type)
         }
 
@@ -110,7 +133,11 @@ class _Rounder:
     def round(self, part: Module, read: Callable[[], object]) -> None:
         """Round those in `part`; `read()` runs the text through it."""
         inside = set(part.modules())
-        modules = {name: self._modules.pop(name) for name, module in list(self._modules.items()) if module in inside}
+        modules = {
+            name: self._modules.pop(name)
+            for name, module in list(self._modules.items())
+            if module in inside
+        }
         if not modules:
             return
         moments = _moments(list(modules.values()), read)
@@ -153,13 +180,17 @@ class _Enough(Exception):
     """Ends a pass of the model: all its layers were called."""
 
 
-def _calls(model: Any, layers: Sequence[Module], texts: Sequence[Example]) -> dict[Module, list[_Call]]:
+def _calls(
+    model: Any, layers: Sequence[Module], texts: Sequence[Example]
+) -> dict[Module, list[_Call]]:
     """Record how the model calls its layers, a call a text."""
     calls: dict[Module, list[_Call]] = {layer: [] for layer in layers}
 
     def note(layer: Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         # Of later layers the states are not needed: those that rounded layers give take their place.
-        calls[layer].append((inputs[0] if layer is layers[0] else inputs[0][:, :0], inputs[1:], options))
+        calls[layer].append(
+            (inputs[0] if layer is layers[0] else inputs[0][:, :0], inputs[1:], options)
+        )
         if layer is layers[-1]:
             raise _Enough
 
@@ -174,16 +205,25 @@ def _calls(model: Any, layers: Sequence[Module], texts: Sequence[Example]) -> di
 
 def _run(layer: Any, calls: Sequence[_Call], states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Run a layer on the states of each text."""
-    found = [layer(hidden, *rest, **options) for (_, rest, options), hidden in zip(calls, states, strict=True)]
+    found = [
+        layer(hidden, *rest, **options)
+        for (_, rest, options), hidden in zip(calls, states, strict=True)
+    ]
     return [out[0] if isinstance(out, tuple) else out for out in found]
 
 
 def _forward(model: Any, *texts: Example) -> None:
     for text in texts:
-        prompt, target = (torch.from_numpy(ids.astype(np.int64))[None] for ids in (text.prompt, text.target))
+        prompt, target = (
+            torch.from_numpy(ids.astype(np.int64))[None] for ids in (text.prompt, text.target)
+        )
         if model.config.is_encoder_decoder:
             start = torch.full((1, 1), model.config.decoder_start_token_id or 0)
-            model(input_ids=prompt, decoder_input_ids=torch.cat([start, target[:, :-1]], dim=1), use_cache=False)
+            model(
+                input_ids=prompt,
+                decoder_input_ids=torch.cat([start, target[:, :-1]], dim=1),
+                use_cache=False,
+            )
         else:
             model(input_ids=torch.cat([prompt, target], dim=1), use_cache=False)
 
@@ -200,7 +240,8 @@ def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -
         for name, module in model.named_modules()
         if isinstance(module, Linear)
         and module in inside
-        and engines.wanted(description, engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
+        and engines.wanted(description, engine_of(name, engines.exit_layer), head)(f"{name}.weight")
+        == "int4"
     }
     return found | ({head: model.get_output_embeddings()} if plan.head == "int4" else {})
 
@@ -210,8 +251,12 @@ def _texts(
 ) -> tuple[list[Example], int]:
     """The first lines, and how many tokens the decoder has to read of them."""
     if description.spectrogram is not None:
-        raise OptionError(f"--data rounds weights for text, and {checkpoint.name} reads speech; leave it out")
-    form = replace(text_format(checkpoint, description, min(LONGEST, engines.capacity)), truncate=True)
+        raise OptionError(
+            f"--data rounds weights for text, and {checkpoint.name} reads speech; leave it out"
+        )
+    form = replace(
+        text_format(checkpoint, description, min(LONGEST, engines.capacity)), truncate=True
+    )
     examples, _ = encode(read_examples(data, LINES, TARGETS_WANTED), form, data)
     texts, tokens = [], 0
     for example in examples:

@@ -55,7 +55,9 @@ def engine_bytes(path: Path) -> EngineBytes:
     try:
         graph = ir.load(path).graph
     except Exception as error:  # protobuf's and onnx_ir's own
-        raise BundleError(f"{path} is no ONNX graph ({type(error).__name__}); convert the checkpoint again") from None
+        raise BundleError(
+            f"{path} is no ONNX graph ({type(error).__name__}); convert the checkpoint again"
+        ) from None
     of_head: set[str | None] = {"head_rows"}
     of_own: set[str | None] = {"exit_lengths"}
     readers: dict[str, set[str]] = defaultdict(set)
@@ -70,14 +72,24 @@ def engine_bytes(path: Path) -> EngineBytes:
                 one_row = place > 0
             else:
                 one_row = node.op_type.startswith("Gather") and place != 1
-            if value is not None and value.name and value.name in graph.initializers and not one_row:
+            if (
+                value is not None
+                and value.name
+                and value.name in graph.initializers
+                and not one_row
+            ):
                 readers[value.name].add(part)
     # A tensor that layers and head share is read by both.
     sizes = {
-        name: value.const_value.nbytes for name, value in graph.initializers.items() if value.const_value is not None
+        name: value.const_value.nbytes
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
     }
     return EngineBytes(
-        *(sum(sizes[name] for name, by in readers.items() if part in by) for part in EngineBytes._fields)
+        *(
+            sum(sizes[name] for name, by in readers.items() if part in by)
+            for part in EngineBytes._fields
+        )
     )
 
 
@@ -90,7 +102,9 @@ def decoder_bytes(bundle: Bundle) -> tuple[EngineBytes, EngineBytes]:
     return shallow, deep
 
 
-def token_bytes(bundle: Bundle, context: float, encoder_tokens: float, exits: bool, passes: float) -> int:
+def token_bytes(
+    bundle: Bundle, context: float, encoder_tokens: float, exits: bool, passes: float
+) -> int:
     """Bytes that a token touches at `context` valid positions, on average: the shallow layers, their head where tokens
     may exit, and its share of `passes` deep passes a token with their head; keys and values of these layers, for an
     encoder-decoder also those of `encoder_tokens` in cross-attention."""
@@ -100,7 +114,9 @@ def token_bytes(bundle: Bundle, context: float, encoder_tokens: float, exits: bo
     position = manifest.kv_bytes_per_token / (manifest.layers + own) * (context + encoder_tokens)
     read = shallow.layers + len(manifest.shallow_layers) * position
     read += shallow.own + shallow.head if exits else 0
-    read += own * position if exits or not manifest.packed else 0  # in the standard dialect they always run
+    read += (
+        own * position if exits or not manifest.packed else 0
+    )  # in the standard dialect they always run
     return round(read + passes * (deep.layers + deep.head + len(manifest.deep_layers) * position))
 
 
@@ -123,7 +139,9 @@ class Calls:
     @classmethod
     def read(cls, found: Mapping[str, Any]) -> Calls:
         """Read what JSON kept of one."""
-        return cls(**{**found, "passes": {int(rows): count for rows, count in found["passes"].items()}})
+        return cls(
+            **{**found, "passes": {int(rows): count for rows, count in found["passes"].items()}}
+        )
 
 
 def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
@@ -137,7 +155,9 @@ def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
     if stats.mode in ("free", "shallow"):  # the last tokens may wait for a pass that never comes
         return Calls(prompt, tokens, tokens, tokens, True, 0, passes)
     # Drafts from text are read in one call; behind the last token of a request none is.
-    further = min(rows, sum(drafts.proposed for source, drafts in stats.drafts.items() if source != "exit"))
+    further = min(
+        rows, sum(drafts.proposed for source, drafts in stats.drafts.items() if source != "exit")
+    )
     steps, heads = rows - further, 0
     if stats.mode == "rollback":
         heads = steps
@@ -186,15 +206,21 @@ class ByteModel:
         read = steps * (weights + layers * position + CALL_BYTES) + calls.further * row * weights
         read += exits + calls.heads * shallow.head
         weights, beside = deep.layers + deep.head, len(manifest.deep_layers) * position + CALL_BYTES
-        return read + sum(count * (weights * (1 + row * (k - 1)) + beside) for k, count in calls.passes.items())
+        return read + sum(
+            count * (weights * (1 + row * (k - 1)) + beside) for k, count in calls.passes.items()
+        )
 
 
 def row_share(precision: str, instructions: str) -> float:
     """The cost of a further row by these instructions, as a share of the first."""
-    return _ROW_SHARES.get((instructions, {"mixed": "int4"}.get(precision, precision)), _OTHER_ROW_SHARE)
+    return _ROW_SHARES.get(
+        (instructions, {"mixed": "int4"}.get(precision, precision)), _OTHER_ROW_SHARE
+    )
 
 
-def costs_by_bytes(shallow: EngineBytes, deep: EngineBytes, row: float, calls: tuple[int, int] = (1, 0)) -> Costs:
+def costs_by_bytes(
+    shallow: EngineBytes, deep: EngineBytes, row: float, calls: tuple[int, int] = (1, 0)
+) -> Costs:
     """Costs in bytes, without keys and values. `row`: see `row_share`. `calls`: how many engine calls the shallow
     layers take, and the exit besides."""
     layers, exit = (count * CALL_BYTES for count in calls)
@@ -236,7 +262,14 @@ class StepBytes:
     map: float = 0.0
     row: float = _OTHER_ROW_SHARE
 
-    def at(self, exit_layer: int, layers: int, own: int = 0, share: float = 1.0, reads: ExitInput = "state") -> Costs:
+    def at(
+        self,
+        exit_layer: int,
+        layers: int,
+        own: int = 0,
+        share: float = 1.0,
+        reads: ExitInput = "state",
+    ) -> Costs:
         """Costs of a model of `layers` layers that exits after `exit_layer`, through `own` layers of the exit's own
         and the `share` of the head that an exit vocabulary has. `reads`: the input of these layers."""
         inputs = 2 if reads == "feature" else 1

@@ -70,8 +70,16 @@ def share(hits: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray) 
 def recorded_share(found: Mapping[str, Any]) -> Share | None:
     """A share from what `asdict` gave; None where it is anything else."""
     count = found.get("count")
-    shares = [one for one in map(found.get, ("value", "low", "high")) if isinstance(one, float) and 0 <= one <= 1]
-    return Share(shares[0], count, *shares[1:]) if isinstance(count, int) and len(shares) == 3 else None
+    shares = [
+        one
+        for one in map(found.get, ("value", "low", "high"))
+        if isinstance(one, float) and 0 <= one <= 1
+    ]
+    return (
+        Share(shares[0], count, *shares[1:])
+        if isinstance(count, int) and len(shares) == 3
+        else None
+    )
 
 
 def _wilson(value: float, count: float) -> tuple[float, float]:
@@ -192,13 +200,19 @@ def verdict(facts: ExitFacts) -> Verdict:
     poor = ""
     if facts.untrained:
         seen = facts.agreement
-        known = f" (shallow and deep prediction agree at {seen} of the model's own tokens)" if seen is not None else ""
+        known = (
+            f" (shallow and deep prediction agree at {seen} of the model's own tokens)"
+            if seen is not None
+            else ""
+        )
         poor = f"is untrained{known}"
 
     if facts.threshold is None:
         if poor:
             return _bad(facts, f"{where} {poor}, so early tokens will be poor")
-        uncalibrated = "not calibrated, so mode lossless drafts with the exit, and mode free needs a threshold"
+        uncalibrated = (
+            "not calibrated, so mode lossless drafts with the exit, and mode free needs a threshold"
+        )
         if facts.basis == "unknown":
             return Verdict("neutral", f"{uncalibrated}; speed not measured", calibrate)
         if even is None:
@@ -210,8 +224,16 @@ def verdict(facts: ExitFacts) -> Verdict:
             return _bad(facts, f"{where} {poor} and {never}")
         return _bad(facts, f"{where} {never}", "give more data", "ask for less (--agreement)")
 
-    exits = "tokens exit" if facts.exit_rate is None else f"{facts.exit_rate} of {facts.exit_rate.count} tokens exit"
-    agree = "" if facts.exit_agreement is None else f", {facts.exit_agreement} of them agree with the full model"
+    exits = (
+        "tokens exit"
+        if facts.exit_rate is None
+        else f"{facts.exit_rate} of {facts.exit_rate.count} tokens exit"
+    )
+    agree = (
+        ""
+        if facts.exit_agreement is None
+        else f", {facts.exit_agreement} of them agree with the full model"
+    )
     rates = f"{where}: above threshold {facts.threshold:.4g} {exits}{agree}"
     predicted = None if facts.basis == "unknown" else facts.speedup
     speedup = predicted if facts.measured is None else facts.measured
@@ -233,7 +255,11 @@ def verdict(facts: ExitFacts) -> Verdict:
         return Verdict("neutral", f"may pay: {gain}; {rates}; {few}", "give more data")
     if facts.measured is None and facts.basis == "bytes":
         return Verdict("neutral", f"may pay: {gain}; {rates}", f"{calibrate}, on an idle machine")
-    return Verdict("good", f"pays: {gain}; {rates}", f"freeexport bench {facts.name} --threshold {facts.threshold:.4g}")
+    return Verdict(
+        "good",
+        f"pays: {gain}; {rates}",
+        f"freeexport bench {facts.name} --threshold {facts.threshold:.4g}",
+    )
 
 
 def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
@@ -243,7 +269,9 @@ def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
         names = " or ".join(facts.ready_made)
         steps.insert(0, f"use a ready-made exit (freeexport convert CHECKPOINT OUT --exit {names})")
     if facts.heavy_head:
-        steps.append("give the exit a smaller head (freeexport train --exit-vocab N), which outweighs its layers")
+        steps.append(
+            "give the exit a smaller head (freeexport train --exit-vocab N), which outweighs its layers"
+        )
     steps.append("use mode lossless, whose text is the full model's")
     return Verdict("bad", f"does not pay: {why}", ", ".join(steps[:-1]) + ", or " + steps[-1])
 
@@ -268,11 +296,15 @@ def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
     )
     if calibration is None:
         # Of a threshold that came without a calibration nothing is known.
-        return verdict(replace(facts, threshold=manifest.threshold if manifest.threshold < 1 else None))
+        return verdict(
+            replace(facts, threshold=manifest.threshold if manifest.threshold < 1 else None)
+        )
     return verdict(_calibrated(facts, manifest, calibration, costs))
 
 
-def _calibrated(facts: ExitFacts, manifest: Manifest, calibration: Calibration, costs: Costs | None) -> ExitFacts:
+def _calibrated(
+    facts: ExitFacts, manifest: Manifest, calibration: Calibration, costs: Costs | None
+) -> ExitFacts:
     facts = replace(
         facts,
         threshold=calibration.threshold,
@@ -282,7 +314,11 @@ def _calibrated(facts: ExitFacts, manifest: Manifest, calibration: Calibration, 
     row = next((row for row in calibration.table if row.threshold == calibration.threshold), None)
     if row is None:
         return facts
-    agreeing = None if row.agreement is None else Share(row.agreement, round(row.exit_rate * calibration.positions))
+    agreeing = (
+        None
+        if row.agreement is None
+        else Share(row.agreement, round(row.exit_rate * calibration.positions))
+    )
     rate = Share(row.exit_rate, calibration.positions)
     facts = replace(facts, exit_rate=rate, exit_agreement=agreeing, measured=row.measured_speedup)
     if costs is None:

@@ -36,7 +36,10 @@ _LATEX = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "±": r"$\pm$", "<":
 
 def repeated() -> dict[str, int]:
     """How often each step of a plan is made."""
-    every, calibrated = len(COMPARED) * len(SEEDS), sum("free" in methods for _, methods in COMPARED.values())
+    every, calibrated = (
+        len(COMPARED) * len(SEEDS),
+        sum("free" in methods for _, methods in COMPARED.values()),
+    )
     counts = {"trained": every, "calibrate": calibrated * len(SEEDS), "evaluate": len(SEEDS)}
     return {**counts, "joint": every, "exit": len(SEEDS)}
 
@@ -56,9 +59,14 @@ class Setting:
         for one in found:
             row = _rows(one)[name]
             lines = one.records[row["bundle"], row["setting"]]
-            texts, known = [turns[0].text for turns in lines.values()], [one.references[line] for line in lines]
+            texts, known = (
+                [turns[0].text for turns in lines.values()],
+                [one.references[line] for line in lines],
+            )
             tables.append(found[0].metrics[0].table(texts, known))
-            seconds.append([np.median([turn.seconds for turn in turns]) for turns in lines.values()])
+            seconds.append(
+                [np.median([turn.seconds for turn in turns]) for turns in lines.values()]
+            )
             exits.append(row["exit_rate"])
         return cls(tables, np.sum(seconds, axis=0), float(np.mean(exits)))
 
@@ -67,7 +75,13 @@ def _rows(found: Evaluation) -> dict[Name, Row]:
     """The rows by training, method and threshold, a calibrated one without its number."""
     named = {}
     for row in found.rows:
-        at = "calibrated" if row["calibrated"] else "" if row["threshold"] is None else f"{row['threshold']:g}"
+        at = (
+            "calibrated"
+            if row["calibrated"]
+            else ""
+            if row["threshold"] is None
+            else f"{row['threshold']:g}"
+        )
         named[row["bundle"].rpartition("-")[0], row["method"], at] = row
     return named
 
@@ -76,7 +90,9 @@ def comparison(found: Sequence[Evaluation]) -> Sheet:
     """Tabulate evaluations that differ by the seed of their trainings, of the same lines and settings. Speed and
     significance are against the full model of the first training; p is two-sided, of a paired bootstrap over lines."""
     metric, every = found[0].metrics[0], [_rows(one) for one in found]
-    settings = {name: Setting.of(name, found) for name in every[0] if all(name in rows for rows in every)}
+    settings = {
+        name: Setting.of(name, found) for name in every[0] if all(name in rows for rows in every)
+    }
     whole = next(iter(settings.values()))
     rows = []
     for (name, method, at), one in settings.items():
@@ -89,15 +105,31 @@ def comparison(found: Sequence[Evaluation]) -> Sheet:
             p, mark = f"{value:.3f}", "*" if value < SIGNIFICANT else ""
         speed = plus_minus(whole.seconds.sum() / one.seconds.sum(), low, high, 2)
         quality = f"{values.mean():.2f} ± {values.std(ddof=1):.2f}{mark}"
-        rows.append((name, COMPARED[name][0], f"{method} {at}".strip(), quality, p, f"{one.exits:.0%}", f"{speed}x"))
+        rows.append(
+            (
+                name,
+                COMPARED[name][0],
+                f"{method} {at}".strip(),
+                quality,
+                p,
+                f"{one.exits:.0%}",
+                f"{speed}x",
+            )
+        )
     columns = ("training", "loss", "method", f"{metric.shown}, %#", "p#", "exits#", "speed#")
     facts = (
         (
             f"{metric.shown}, %",
             f"mean and deviation of {len(found)} seeds; *: differs from plain full, p < 0.05",
         ),
-        ("p", "of that difference, two-sided: paired bootstrap over lines, their statistics added over seeds"),
-        ("speed", "of whole requests, as a multiple of plain full's; ± is half a 95 % interval over lines"),
+        (
+            "p",
+            "of that difference, two-sided: paired bootstrap over lines, their statistics added over seeds",
+        ),
+        (
+            "speed",
+            "of whole requests, as a multiple of plain full's; ± is half a 95 % interval over lines",
+        ),
     )
     return Sheet(f"Trainings compared, {len(whole.seconds)} lines", columns, tuple(rows), facts)
 
@@ -108,7 +140,9 @@ def p_value(metric: Metric, ours: np.ndarray, others: np.ndarray) -> float:
         return 1.0
     resamples = draws(len(ours), RESAMPLES)
     pairs = zip(resamples @ ours, resamples @ others, strict=True)
-    differences = np.array([bounded(metric.value(one)) - bounded(metric.value(other)) for one, other in pairs])
+    differences = np.array(
+        [bounded(metric.value(one)) - bounded(metric.value(other)) for one, other in pairs]
+    )
     tail = min((differences <= 0).mean(), (differences >= 0).mean())
     return float(min(1.0, 2 * max(tail, 1 / (2 * RESAMPLES))))
 
@@ -124,4 +158,7 @@ def written(sheet: Sheet) -> dict[str, str]:
         r"\begin{table}\centering", rf"\begin{{tabular}}{{{form}}}", r"\toprule", names, r"\midrule", *lines,
         r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption.translate(_LATEX)}.}}", r"\end{table}", "",
     ]  # fmt: skip
-    return {"table.md": f"# {sheet.title}\n\n{markdown(sheet)}\n\n{notes}\n", "table.tex": "\n".join(latex)}
+    return {
+        "table.md": f"# {sheet.title}\n\n{markdown(sheet)}\n\n{notes}\n",
+        "table.tex": "\n".join(latex),
+    }

@@ -102,11 +102,17 @@ class FitOptions:
     def __post_init__(self) -> None:
         check_name(self.metric)
         if not 0 < self.budget < math.inf:
-            raise OptionError(f"--budget is {self.budget:g} s; give a time above 0, such as 2h or 90min")
+            raise OptionError(
+                f"--budget is {self.budget:g} s; give a time above 0, such as 2h or 90min"
+            )
         if self.quality is not None and not 0 < self.quality < 1:
-            raise OptionError(f"--quality is {self.quality:g}; give a share between 0 and 1, or --lossless")
+            raise OptionError(
+                f"--quality is {self.quality:g}; give a share between 0 and 1, or --lossless"
+            )
         if self.paper and self.data is None:
-            raise OptionError("--paper compares trainings, and there are no data; give --data, or leave it out")
+            raise OptionError(
+                "--paper compares trainings, and there are no data; give --data, or leave it out"
+            )
         if self.data is not None and not self.data.is_file():
             raise OptionError(
                 f"--data {self.data}: there is no such file; name a JSONL file with 'input' (or 'audio') and 'target'"
@@ -155,7 +161,10 @@ class PlannedExit:
     def training(self, tune: Tune, loss: LossName = "logit-kd") -> dict[str, Any]:
         """The options of `train` that make it what it is: of all weights, with it or before it, or of it alone."""
         before = self.input == "feature" and tune == "full"
-        given: dict[str, Any] = {"tune": tune, "exit_layer": max(1, self.layer) if before else self.layer}
+        given: dict[str, Any] = {
+            "tune": tune,
+            "exit_layer": max(1, self.layer) if before else self.layer,
+        }
         given["loss"] = "deep-ce" if before else loss
         if given["loss"] == "logit-kd":
             given |= {"exit_layers": self.own, "exit_input": self.input}
@@ -235,7 +244,11 @@ class Plan:
         """Sources of drafts where nothing is trained, as a phrase."""
         if self.has_exit:
             return "by the checkpoint's exit and from the text"
-        return f"by the ready-made exit {self.drafting} and from the text" if self.drafting else "from the text"
+        return (
+            f"by the ready-made exit {self.drafting} and from the text"
+            if self.drafting
+            else "from the text"
+        )
 
 
 def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
@@ -249,7 +262,9 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
     description = describe(checkpoint.config, checkpoint)
     layers, costs = len(description.decoder.layers), step_bytes(description, checkpoint)
     if layers < 2:
-        raise OptionError(f"{checkpoint.name} has one decoder layer, and an exit needs at least two; use convert")
+        raise OptionError(
+            f"{checkpoint.name} has one decoder layer, and an exit needs at least two; use convert"
+        )
     parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     converting = CONVERTING + parameters / CONVERTED
     ready_made = fitting_exits(checkpoint)
@@ -267,7 +282,9 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
             ready_made=tuple(packed.name for packed in ready_made),
         )
         if options.data is None:
-            drafting = next((packed.name for packed in ready_made if not packed.adapter_config), None)
+            drafting = next(
+                (packed.name for packed in ready_made if not packed.adapter_config), None
+            )
             plan = replace(plan, why="there are no data to train an exit on", drafting=drafting)
         else:
             _check_metric(options.metric, lines)
@@ -277,10 +294,16 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
             examples = encode(lines[::step], form, options.data)[0]
             texts = replace(_texts(examples), share=PROMPT)
             if form.speech is not None:
-                share = _encoder_weights(description, checkpoint) / (layers * costs.layer + costs.head)
-                texts = replace(texts, most=min(texts.most, form.limit), share=PROMPT * share, speech=True)
+                share = _encoder_weights(description, checkpoint) / (
+                    layers * costs.layer + costs.head
+                )
+                texts = replace(
+                    texts, most=min(texts.most, form.limit), share=PROMPT * share, speech=True
+                )
             in_8_bits = bandwidth / (layers * costs.layer + costs.head)
-            plan = replace(plan, texts=texts, exit=best_exit(checkpoint, description, examples, options.paper))
+            plan = replace(
+                plan, texts=texts, exit=best_exit(checkpoint, description, examples, options.paper)
+            )
             sizes = parameters, description.vocab_size, len(lines)
             plan = _with_times(options, plan, converting, in_8_bits, *sizes)
     return replace(plan, busy=load.cores)
@@ -301,7 +324,10 @@ def _with_times(
     assert texts is not None
     assert found is not None
     # Weights, gradients and both moments of every parameter; activations, above all logits, of a batch.
-    fits = 16 * parameters + ACTIVATIONS + LOGITS * BATCH_TOKENS * vocabulary < psutil.virtual_memory().available
+    fits = (
+        16 * parameters + ACTIVATIONS + LOGITS * BATCH_TOKENS * vocabulary
+        < psutil.virtual_memory().available
+    )
     tune = tuple(one for one in found.steps if fits or one == "exit")
     usual = texts.request(found.speeds["usual"])
     why = ""
@@ -315,7 +341,12 @@ def _with_times(
 
     def count(bounds: tuple[int, int], step: str, each: float) -> int:
         """How many lines fit the step's share of the budget; at most a quarter of all lines above the least."""
-        return int(max(bounds[0], min(bounds[1], SHARES[step] * options.budget / (each * request), lines / 4)))
+        return int(
+            max(
+                bounds[0],
+                min(bounds[1], SHARES[step] * options.budget / (each * request), lines / 4),
+            )
+        )
 
     by_rule = BY_AGREEMENT if options.quality is None else BY_QUALITY
     # The exit that is there is calibrated, too.
@@ -335,7 +366,9 @@ def _with_times(
     seconds |= {"trained": converting, "calibrate": sizes["calibration"] * by_rule * request}
     times = repeated() if options.paper else {}
     if options.paper and not fits:
-        raise OptionError(f"--paper trains all weights of {plan.name}, and they do not fit in memory; leave it out")
+        raise OptionError(
+            f"--paper trains all weights of {plan.name}, and they do not fit in memory; leave it out"
+        )
     left = options.budget - sum(times.get(name, 1) * one for name, one in seconds.items())
     shares = {_TRAININGS[one]: 1.0 for one in tune}
     if len(tune) > 1:
@@ -371,7 +404,9 @@ def _with_times(
         frozen_lines=max(TRAIN, int(frozen)),
         batch_tokens=batch,
     )
-    return replace(plan, lines=sizes, seconds=seconds, times=times, training=training, missing=missing)
+    return replace(
+        plan, lines=sizes, seconds=seconds, times=times, training=training, missing=missing
+    )
 
 
 def least_lines() -> int:
@@ -384,32 +419,47 @@ def _check_metric(name: str, lines: Sequence[Request]) -> None:
     known = [one for one in references if one is not None]
     scored = metric.of(metric.table([one.texts[0] for one in known], known))
     if not scored:
-        raise MetricError(f"metric {name} gives the targets themselves 0: it does not fit these data; choose another")
+        raise MetricError(
+            f"metric {name} gives the targets themselves 0: it does not fit these data; choose another"
+        )
 
 
 def _encoder_weights(description: Description, weights: Checkpoint) -> int:
     """The weights of the products in an encoder's layers."""
     layers = description.encoder.layers if isinstance(description.encoder, Encoder) else ()
-    linears = [getattr(one.attention, part) for one in layers for part in ("query", "key", "value", "output")]
-    linears += [linear for one in layers for linear in (one.mlp.up, one.mlp.down, one.mlp.gate) if linear]
+    linears = [
+        getattr(one.attention, part)
+        for one in layers
+        for part in ("query", "key", "value", "output")
+    ]
+    linears += [
+        linear for one in layers for linear in (one.mlp.up, one.mlp.down, one.mlp.gate) if linear
+    ]
     return sum(math.prod(weights.shape(linear.weight)) for linear in linears)
 
 
 def _texts(examples: Sequence[Example]) -> Texts:
-    prompts, targets = (np.array([len(getattr(one, name)) for one in examples]) for name in ("prompt", "target"))
+    prompts, targets = (
+        np.array([len(getattr(one, name)) for one in examples]) for name in ("prompt", "target")
+    )
     longest = float(np.quantile(targets, LONGEST))
     return Texts(float(prompts.mean()), float(targets.mean()), max(16, math.ceil(1.1 * longest)))
 
 
 def best_exit(
-    checkpoint: Checkpoint, description: Description, examples: Sequence[Example], paper: bool = False
+    checkpoint: Checkpoint,
+    description: Description,
+    examples: Sequence[Example],
+    paper: bool = False,
 ) -> PlannedExit:
     """The checkpoint's own exit, or that which is fastest on usual and easy tasks together, by the bytes that it reads.
     One that reads the deep decoder's feature only where the engines can have it, and not for `paper`, whose losses
     train the layers below."""
     given = checkpoint.exit
     if given is not None and given.has_parameters and paper:
-        raise OptionError(f"{checkpoint.name} has an exit of its own; give the checkpoint that it was trained on")
+        raise OptionError(
+            f"{checkpoint.name} has an exit of its own; give the checkpoint that it was trained on"
+        )
     if given is not None and given.exit_norm and not given.exit_layers:
         raise OptionError(
             f"{checkpoint.name} has an exit with a norm of its own, which training cannot go on with; use convert and "
@@ -418,7 +468,9 @@ def best_exit(
     layers, costs = len(description.decoder.layers), step_bytes(description, checkpoint)
     vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
     places: list[tuple[ExitInput, int, int]] = [
-        ("state", layer, own) for layer, own in product(range(1, layers), OWN_LAYERS) if layer + own <= layers
+        ("state", layer, own)
+        for layer, own in product(range(1, layers), OWN_LAYERS)
+        if layer + own <= layers
     ]
     if not paper and engine_options(description, ConvertOptions(precision="int8"), 1).packed:
         # As they were measured: on T5, and on SmolLM2 and Qwen2.5.
@@ -429,10 +481,16 @@ def best_exit(
         known = given.vocabulary
         vocabularies = [(None, 1.0) if known is None else (known.size, known.covered)]
     for (reads, layer, own), (size, covered) in product(places, vocabularies):
-        share, passed = 1.0 if size is None else (size + 1) / description.vocab_size, (layer + own) / layers
+        share, passed = (
+            1.0 if size is None else (size + 1) / description.vocab_size,
+            (layer + own) / layers,
+        )
         at = costs.at(layer, layers, own, share, reads)
         by_depth = {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
-        rates = {name: covered * rate for name, rate in (FEATURE_RATES if reads == "feature" else by_depth).items()}
+        rates = {
+            name: covered * rate
+            for name, rate in (FEATURE_RATES if reads == "feature" else by_depth).items()
+        }
         speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
         even = at.break_even(MAX_PENDING)
         found.append(PlannedExit(layer, own, size, covered, even, rates, speeds, reads, begun))
@@ -445,7 +503,9 @@ def _vocabularies(examples: Sequence[Example], size: int) -> Iterator[tuple[int 
     yield None, 1.0
     held_out = [one.target for one in examples[::8]]
     others = [one.target for place, one in enumerate(examples) if place % 8] or held_out
-    chosen, counted = (np.bincount(np.concatenate(part), minlength=size) for part in (others, held_out))
+    chosen, counted = (
+        np.bincount(np.concatenate(part), minlength=size) for part in (others, held_out)
+    )
     covered = np.cumsum(counted[np.argsort(-chosen, kind="stable")]) / counted.sum()
     for known in (1 << power for power in range(10, (size - 1).bit_length())):
         if known <= size // 2 and covered[known - 1] >= COVERED:
@@ -456,7 +516,9 @@ def as_stored(checkpoint: Checkpoint) -> Precision:
     """The precision of a model that is not trained: 4 bits where most of its file is blocks whose bits can be kept."""
     file = checkpoint.files[0]
     if checkpoint.adapter is None and isinstance(file, GGUFFile):
-        blocks = sum(tensor.nbytes for tensor in file.header.tensors.values() if tensor.kind in (2, 3))  # Q4_0, Q4_1
+        blocks = sum(
+            tensor.nbytes for tensor in file.header.tensors.values() if tensor.kind in (2, 3)
+        )  # Q4_0, Q4_1
         if 2 * blocks > file.nbytes:
             return "int4"
     return "int8"
@@ -485,9 +547,16 @@ def training_speed(
 def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     """Names and texts of a plan, for a page."""
     found, texts, training, seconds = plan.exit, plan.texts, plan.training, plan.seconds
-    bits = {"int8": "8 bits a weight", "int4": "4 bits a weight, as the file has them"}[plan.precision]
-    rows = {"model": f"{plan.name}, {plan.layers} decoder layers", "precision": f"{plan.precision}, {bits}"}
-    rows["speed"] = f"about {plan.rate:.0f} tokens/s of the full model in {bits[:6]}, by memory bandwidth"
+    bits = {"int8": "8 bits a weight", "int4": "4 bits a weight, as the file has them"}[
+        plan.precision
+    ]
+    rows = {
+        "model": f"{plan.name}, {plan.layers} decoder layers",
+        "precision": f"{plan.precision}, {bits}",
+    }
+    rows["speed"] = (
+        f"about {plan.rate:.0f} tokens/s of the full model in {bits[:6]}, by memory bandwidth"
+    )
     if plan.ready_made:
         names = ", ".join(plan.ready_made)
         rows["ready-made exits"] = (
@@ -495,16 +564,24 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         )
     if texts is not None:
         inputs = (
-            f"recordings, each as dear as {texts.read:.0f} tokens" if texts.speech else f"{texts.prompt:.0f} tokens in"
+            f"recordings, each as dear as {texts.read:.0f} tokens"
+            if texts.speech
+            else f"{texts.prompt:.0f} tokens in"
         )
         rows["data"] = f"{inputs}, {texts.target:.0f} out; outputs get at most {texts.most}"
         rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
     if plan.has_exit and options.data is not None and not options.paper:
         rows["existing exit"] = "calibrated and evaluated as it is; only a better one replaces it"
     if found is None or texts is None or training is None:
-        rows["training"] = f"none: {plan.why}; mode lossless drafts {plan.drafts}, with every token equal"
+        rows["training"] = (
+            f"none: {plan.why}; mode lossless drafts {plan.drafts}, with every token equal"
+        )
     else:
-        known = f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')" if found.vocabulary else ""
+        known = (
+            f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')"
+            if found.vocabulary
+            else ""
+        )
         even = break_even_text(found.break_even, "bytes")
         reads = ", which read the deep decoder's feature" if found.input == "feature" else ""
         place = f"after layer {found.layer}" if found.layer else "before layer 1"
@@ -514,16 +591,23 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())
         rows["tokens that exit"] = f"{rates}, by what such exits reached on other tasks"
         for name, speed_of in (("a token", float), ("a request", texts.request)):
-            speeds = ", ".join(f"{speed_of(speed):.2f}x on {kind} tasks" for kind, speed in found.speeds.items())
+            speeds = ", ".join(
+                f"{speed_of(speed):.2f}x on {kind} tasks" for kind, speed in found.speeds.items()
+            )
             rows[f"expected, {name}"] = f"{speeds}, by the bytes that are read"
         weights = "all weights" if found.input == "feature" else "all weights with the exit"
         steps = {"full": ("joint", weights), "exit": ("exit", "the exit alone")}
-        times = (f"{duration(seconds[name])} of {what}" for name, what in map(steps.__getitem__, training.tune))
+        times = (
+            f"{duration(seconds[name])} of {what}"
+            for name, what in map(steps.__getitem__, training.tune)
+        )
         each = f"{training.step:.2f} s a step of {training.batch_tokens} tokens"
         speed = f"{training.tokens_per_second:,.0f} tokens/s, {each}"
         rows["training"] = f"{speed}: {', then '.join(times)}"
     counts = {name: f"{plan.times[name]} x " if name in plan.times else "" for name in seconds}
-    rows["time"] = ", ".join(f"{name} {counts[name]}{duration(time)}" for name, time in seconds.items())
+    rows["time"] = ", ".join(
+        f"{name} {counts[name]}{duration(time)}" for name, time in seconds.items()
+    )
     total = sum(plan.times.get(name, 1) * time for name, time in seconds.items())
     rows["in all"] = f"{duration(total)} of {duration(options.budget)}"
     rows |= {"missing": plan.missing} if plan.missing else {}
@@ -541,7 +625,9 @@ def main(arguments: Sequence[str]) -> None:
         lines = read_examples(Path(given["data"]), given["lines"])
         write({"lines": lines}, Path(directory))
         data = Path(directory) / "lines.jsonl"
-        step, speed = step_speed(given["model"], TrainingOptions(data, **given["options"]), Path(directory))
+        step, speed = step_speed(
+            given["model"], TrainingOptions(data, **given["options"]), Path(directory)
+        )
         print(json.dumps({"step": step, "tokens_per_second": speed}))
 
 

@@ -44,12 +44,16 @@ def read_lines(data: Path, least: int) -> list[Request]:
     return lines
 
 
-def split(lines: Sequence[Request], sizes: Mapping[str, int], data: Path) -> dict[str, list[Request]]:
+def split(
+    lines: Sequence[Request], sizes: Mapping[str, int], data: Path
+) -> dict[str, list[Request]]:
     """Splits of the sizes given, in their order, and TRAIN with all other lines, each in an order that depends on the
     inputs alone. Families of alike inputs stay together. Raises DataError where that leaves a split without lines."""
     # Of recordings what is said: their names tell nothing.
     inputs = [line.target if isinstance(line.input, Path) else line.input for line in lines]
-    texts = [normalised(json.dumps(text) if isinstance(text, list) else str(text)) for text in inputs]
+    texts = [
+        normalised(json.dumps(text) if isinstance(text, list) else str(text)) for text in inputs
+    ]
     hashes, family = [stable_hash(text) for text in texts], families(texts)
     members: dict[int, list[int]] = {}
     for place in sorted(range(len(lines)), key=hashes.__getitem__):
@@ -73,8 +77,14 @@ def write(splits: Mapping[str, Sequence[Request]], directory: Path) -> None:
     for name, lines in splits.items():
         fields = ("target", "references", "language")
         records = [{**asked(one), **{name: getattr(one, name) for name in fields}} for one in lines]
-        records = [one | ({"audio": os.path.abspath(one["audio"])} if "audio" in one else {}) for one in records]
-        content = (encoded({key: value for key, value in one.items() if value is not None}) for one in records)
+        records = [
+            one | ({"audio": os.path.abspath(one["audio"])} if "audio" in one else {})
+            for one in records
+        ]
+        content = (
+            encoded({key: value for key, value in one.items() if value is not None})
+            for one in records
+        )
         (directory / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in content))
 
 
@@ -86,7 +96,9 @@ def families(texts: Sequence[str]) -> np.ndarray:
     unique, family = np.unique(np.array(texts, dtype=object), return_inverse=True)
     sketches = [_sketch(text) for text in unique]
     owner = np.repeat(np.arange(len(unique)), [len(one) for one in sketches])
-    _, shingle, counts = np.unique(np.concatenate(sketches), return_inverse=True, return_counts=True)
+    _, shingle, counts = np.unique(
+        np.concatenate(sketches), return_inverse=True, return_counts=True
+    )
     telling = (counts <= max(FRAME_LINES, FRAME * len(unique)))[shingle]
     owner, shingle = owner[telling], shingle[telling]
     size = np.bincount(owner, minlength=len(unique))
@@ -94,21 +106,29 @@ def families(texts: Sequence[str]) -> np.ndarray:
     owner, shingle = owner[order], shingle[order]
     # Neighbours in the list of a shingle's texts: alike texts stand side by side in most of their lists.
     beside = shingle[:-1] == shingle[1:]
-    pairs, shared = np.unique(np.stack([owner[:-1], owner[1:]])[:, beside], axis=1, return_counts=True)
+    pairs, shared = np.unique(
+        np.stack([owner[:-1], owner[1:]])[:, beside], axis=1, return_counts=True
+    )
     pairs = pairs[:, shared >= ALIKE * np.minimum(size[pairs[0]], size[pairs[1]])]
-    graph = coo_array((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(len(unique), len(unique)))
+    graph = coo_array(
+        (np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(len(unique), len(unique))
+    )
     merged: np.ndarray = connected_components(graph, directed=False)[1][family].astype(np.int64)
     return merged
 
 
 def _sketch(text: str) -> np.ndarray:
     """The smallest hashes of a text's shingles, uint64 [at most SKETCH]; none where it has fewer words than one."""
-    words = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in text.split()], np.uint64)
+    words = np.array(
+        [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in text.split()], np.uint64
+    )
     count = len(words) - WORDS + 1
     if count < 1:
         return np.zeros(0, np.uint64)
     mixed = np.zeros(count, np.uint64)
     for place in range(WORDS):
-        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) + words[place : place + count]
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) + words[
+            place : place + count
+        ]
     mixed ^= mixed >> np.uint64(31)
     return np.unique(mixed)[:SKETCH]

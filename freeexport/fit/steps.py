@@ -29,7 +29,14 @@ from freeexport.conversion.options import ConvertOptions
 from freeexport.costs.verdict import Verdict
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
-from freeexport.fit.plan import SPEED_SECONDS, FitOptions, Plan, describe_plan, least_lines, make_plan
+from freeexport.fit.plan import (
+    SPEED_SECONDS,
+    FitOptions,
+    Plan,
+    describe_plan,
+    least_lines,
+    make_plan,
+)
 from freeexport.measure.bench import bench_prompts
 from freeexport.measure.evaluate import Story, evaluate, write
 from freeexport.measure.quality import Row, speed_interval
@@ -61,7 +68,10 @@ FINISHED = "finished"  # in DONE, beside the names of steps
 PACE = ("--schedule", "hold", "--warmup", "0.03", "--patience", "0")
 ALPHA, ALPHA_ALONE = 2, 4
 RATE_ALONE: dict[ExitInput, float] = {"state": 5e-4, "feature": 1e-3}
-ALONE: dict[ExitInput, float] = {"state": 0.1, "feature": 0.2}  # of a whole step's time, a step of the exit alone
+ALONE: dict[ExitInput, float] = {
+    "state": 0.1,
+    "feature": 0.2,
+}  # of a whole step's time, a step of the exit alone
 EVALUATIONS = 6  # of a training
 # Thresholds that an evaluation shows beside the calibrated one; they choose nothing.
 CURVE = (0.8, 0.95)
@@ -117,7 +127,10 @@ def planned(options: FitOptions, keep: bool) -> Plan:
     kept = keep and options.data is not None
     if keep:
         check_output(places.out, MANIFEST, options.overwrite)
-    record = {**options.recorded(), "sha256": None if options.data is None else sha256_of(options.data)}
+    record = {
+        **options.recorded(),
+        "sha256": None if options.data is None else sha256_of(options.data),
+    }
     if (places.work / PLAN).is_file():
         content = read_object(places.work / PLAN, ANEW, OptionError)
         before = content.get("options")
@@ -156,19 +169,30 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
     seconds, model, most = plan.seconds, options.model, str(plan.texts.most if plan.texts else 0)
 
     def converting(name: str, model: str, out: Path) -> Step:
-        return Step(name, ("convert", model, str(out), "--precision", plan.precision), seconds[name], out)
+        return Step(
+            name, ("convert", model, str(out), "--precision", plan.precision), seconds[name], out
+        )
 
     if options.data is None:
         step = converting("convert", model, places.out)
-        more = [*(["--exit", plan.drafting] if plan.drafting else []), *(["--overwrite"] * options.overwrite)]
+        more = [
+            *(["--exit", plan.drafting] if plan.drafting else []),
+            *(["--overwrite"] * options.overwrite),
+        ]
         return [replace(step, arguments=(*step.arguments, *more))]
     threads = () if options.threads is None else ("--threads", str(options.threads))
 
     def calibrate(name: str, bundle: Path) -> Step:
-        rule = () if options.quality is None else ("--target-quality", str(options.quality), "--metric", options.metric)
+        rule = (
+            ()
+            if options.quality is None
+            else ("--target-quality", str(options.quality), "--metric", options.metric)
+        )
         lines = ("--data", str(places.data("calibration")), "--max-new-tokens", most)
         return Step(
-            name, ("calibrate", str(bundle), *lines, *rule, *threads), seconds.get(name) or seconds["calibrate"]
+            name,
+            ("calibrate", str(bundle), *lines, *rule, *threads),
+            seconds.get(name) or seconds["calibrate"],
         )
 
     steps = [converting(GIVEN, model, places.work / GIVEN)]
@@ -178,13 +202,35 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
         for name, seed in product(COMPARED, SEEDS):
             loss, methods = COMPARED[name]
             bundle = bundle_of(name, seed, places)
-            steps.append(_training("joint", model, plan, places, f"{name}-{seed}-joint", options.threads, loss, seed))
+            steps.append(
+                _training(
+                    "joint",
+                    model,
+                    plan,
+                    places,
+                    f"{name}-{seed}-joint",
+                    options.threads,
+                    loss,
+                    seed,
+                )
+            )
             if name == "exit":
                 joint = str(steps[-1].output)
                 steps.append(
-                    _training("exit", joint, plan, places, f"{name}-{seed}-alone", options.threads, loss, seed)
+                    _training(
+                        "exit",
+                        joint,
+                        plan,
+                        places,
+                        f"{name}-{seed}-alone",
+                        options.threads,
+                        loss,
+                        seed,
+                    )
                 )
-            steps.append(replace(converting(TRAINED, str(steps[-1].output), bundle), name=bundle.name))
+            steps.append(
+                replace(converting(TRAINED, str(steps[-1].output), bundle), name=bundle.name)
+            )
             if "free" in methods:
                 steps.append(calibrate(f"calibrate {bundle.name}", bundle))
     else:
@@ -197,8 +243,17 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
             steps += [converting(TRAINED, model, bundle), calibrate("calibrate", bundle)]
     for seed, test in enumerate(evaluations(options, plan, places)):
         arguments = [f"{path}={','.join(methods)}" for path, methods in test.bundles]
-        arguments += ["--data", str(test.data), "--samples", str(test.samples), "--max-new-tokens", most]
-        arguments += [part for threshold in test.thresholds for part in ("--threshold", str(threshold))]
+        arguments += [
+            "--data",
+            str(test.data),
+            "--samples",
+            str(test.samples),
+            "--max-new-tokens",
+            most,
+        ]
+        arguments += [
+            part for threshold in test.thresholds for part in ("--threshold", str(threshold))
+        ]
         arguments += [part for model in test.calm_models for part in ("--calm-model", model)]
         arguments += ["--metric", *test.metrics, "--target-quality", str(test.quality), *threads]
         command = ("evaluate", *arguments, "--output", str(test.output))
@@ -227,15 +282,33 @@ def _training(
     assert plan.texts is not None
     assert training is not None
     chosen = found.training("exit" if alone else "full", loss)
-    what: list[object] = [part for name, value in chosen.items() for part in (f"--{name.replace('_', '-')}", value)]
-    what += ["--data", places.data("frozen" if alone else splits.TRAIN), "--validation", places.data("validation")]
-    alpha, rate = (ALPHA_ALONE, RATE_ALONE[found.input]) if alone else (ALPHA, training.learning_rate)
-    steps = plan.seconds[kind] / training.step / (ALONE[found.input] if alone and len(training.tune) > 1 else 1)
+    what: list[object] = [
+        part for name, value in chosen.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    what += [
+        "--data",
+        places.data("frozen" if alone else splits.TRAIN),
+        "--validation",
+        places.data("validation"),
+    ]
+    alpha, rate = (
+        (ALPHA_ALONE, RATE_ALONE[found.input]) if alone else (ALPHA, training.learning_rate)
+    )
+    steps = (
+        plan.seconds[kind]
+        / training.step
+        / (ALONE[found.input] if alone and len(training.tune) > 1 else 1)
+    )
     what += [*PACE, "--learning-rate", rate]
     what += ["--loss-alpha", alpha] if chosen["loss"] in DISTILLING else []
     what += [] if threads is None else ["--threads", threads]
     what += ["--batch-tokens", training.batch_tokens]
-    what += ["--time-limit", f"{plan.seconds[kind] / 60:.2f}", "--evaluate-every", max(1, int(steps / EVALUATIONS))]
+    what += [
+        "--time-limit",
+        f"{plan.seconds[kind] / 60:.2f}",
+        "--evaluate-every",
+        max(1, int(steps / EVALUATIONS)),
+    ]
     what += ["--seed", seed] if seed else []
     out = places.work / name
     arguments = ("train", model, str(out), *map(str, what), *(["--bf16"] if training.bf16 else []))
@@ -246,7 +319,9 @@ def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[Evaluat
     """How the bundles are compared, on lines that nothing was chosen by: once, or for each seed."""
     assert plan.texts is not None
     every: tuple[Method, ...] = ("full", "static", "free", "lossless")
-    bundles = [(places.work / GIVEN, every if "calibrate given" in plan.seconds else ("full", "lossless"))]
+    bundles = [
+        (places.work / GIVEN, every if "calibrate given" in plan.seconds else ("full", "lossless"))
+    ]
     if plan.exit is not None:
         bundles.append((places.work / TRAINED, every))
     once = EvaluateOptions(
@@ -265,7 +340,9 @@ def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[Evaluat
     return [
         replace(
             once,
-            bundles=tuple((bundle_of(name, seed, places), methods) for name, (_, methods) in COMPARED.items()),
+            bundles=tuple(
+                (bundle_of(name, seed, places), methods) for name, (_, methods) in COMPARED.items()
+            ),
             calm_models=tuple(
                 str(places.work / f"{name}-{seed}-joint")
                 for name, (_, methods) in COMPARED.items()
@@ -286,9 +363,15 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     steps, done = steps_of(options, plan, places), _done(places.work)
     if options.data is None:
         # In this process, where planning imported what a conversion needs.
-        click.echo(f"{steps[0].name}, about {duration(steps[0].seconds)}: {steps[0].command}", err=True)
+        click.echo(
+            f"{steps[0].name}, about {duration(steps[0].seconds)}: {steps[0].command}", err=True
+        )
         with with_exit_applied(options.model, plan.drafting) as model:
-            manifest = convert(model, places.out, ConvertOptions(precision=plan.precision, overwrite=options.overwrite))
+            manifest = convert(
+                model,
+                places.out,
+                ConvertOptions(precision=plan.precision, overwrite=options.overwrite),
+            )
         size = human_bytes(sum(file.size for file in manifest.files.values()))
         click.echo(f"{options.out}: {size}, {'' if manifest.verified else 'not '}verified")
         speed = measured_speed(places.out, options.threads)
@@ -333,7 +416,12 @@ def measured_speed(path: Path, threads: int | None) -> str:
             if time.monotonic() > end:
                 break
     measured = sorted({prompt for prompt, _ in runs})
-    seconds = np.array([[np.median([run[0] for run in runs[prompt, mode]]) for mode in (0, 1)] for prompt in measured])
+    seconds = np.array(
+        [
+            [np.median([run[0] for run in runs[prompt, mode]]) for mode in (0, 1)]
+            for prompt in measured
+        ]
+    )
     tokens = sum(runs[prompt, 0][0][1] for prompt in measured)
     full, lossless = seconds.sum(axis=0)
     low, high = speed_interval(seconds[:, 1], seconds[:, 0])
@@ -349,20 +437,28 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
     """The bundle to serve, and why. A bundle whose full model is worse than the other's by the metric is not served,
     however fast it is; FREE counts at its calibrated threshold alone."""
     metric, quality = options.metric, options.quality
-    full = {row["bundle"]: row["scores"][metric]["value"] for row in rows if row["method"] == "full"}
+    full = {
+        row["bundle"]: row["scores"][metric]["value"] for row in rows if row["method"] == "full"
+    }
     least = (FitOptions.quality if quality is None else quality) or 0.0
     good = [row for row in rows if full[row["bundle"]] >= least * max(full.values())]
     keeps = [
         row
         for row in good
         if row["method"] == "lossless"
-        or (quality is not None and row["calibrated"] and (row["scores"][metric]["low"] or 0.0) >= quality)
+        or (
+            quality is not None
+            and row["calibrated"]
+            and (row["scores"][metric]["low"] or 0.0) >= quality
+        )
     ]
     best = max(keeps, key=lambda row: row["request_low"] or 0.0)
     speed, low, high = (best[name] for name in ("request_speed", "request_low", "request_high"))
     bounds = f"95 %: {low:.2f} to {high:.2f}, {best['lines']} lines"
     if best["method"] == "free":
-        kept, worst, most = (100 * best["scores"][metric][name] for name in ("relative", "low", "high"))
+        kept, worst, most = (
+            100 * best["scores"][metric][name] for name in ("relative", "low", "high")
+        )
         tokens = f"at {kept:.1f} % of the full model's {metric_of(metric).label} ({worst:.1f} to {most:.1f})"
     elif best["same"] == 1:
         tokens = "with every token equal"
@@ -381,7 +477,12 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
         click.echo(f"{metric_of(metric).label} of the full models: {others}")
     bundle = places.work / best["bundle"]
     default = "free" if Bundle.open(bundle).manifest.threshold < NEVER_EXIT else "lossless"
-    serve = ("freeexport", "serve", str(options.out), *(() if mode == default else ("--mode", mode)))
+    serve = (
+        "freeexport",
+        "serve",
+        str(options.out),
+        *(() if mode == default else ("--mode", mode)),
+    )
     return bundle, Verdict("good" if faster else "neutral", text, shlex.join(serve))
 
 
@@ -390,8 +491,16 @@ def _tried(steps: Sequence[Step], done: Mapping[str, Any]) -> Sheet:
     rows = []
     for step in steps:
         entry = done.get(step.name, {})
-        lines = [line for line in str(entry.get("output", "")).splitlines() if line.strip() and line[:8] != "written:"]
-        told = [line for line in lines if line.startswith(("agreement of", "warning", "verdict", "kept"))] or lines[-1:]
+        lines = [
+            line
+            for line in str(entry.get("output", "")).splitlines()
+            if line.strip() and line[:8] != "written:"
+        ]
+        told = [
+            line
+            for line in lines
+            if line.startswith(("agreement of", "warning", "verdict", "kept"))
+        ] or lines[-1:]
         took = duration(entry["seconds"]) if "seconds" in entry else ""
         rows.append((step.name, took, step.command, "; ".join(told)))
     return Sheet("What was done", ("step", "time#", "command", "outcome"), tuple(rows))
@@ -402,35 +511,53 @@ def _pending(steps: Sequence[Step], done: Mapping[str, Any]) -> list[Step]:
     for place, step in enumerate(steps):
         complete = step.output is not None and step.output.exists()
         if not complete and done.get(step.name, {}).get("arguments") != list(step.arguments):
-            return [step for step in steps[place:] if step.output is None or not step.output.exists()]
+            return [
+                step for step in steps[place:] if step.output is None or not step.output.exists()
+            ]
     return []
 
 
-def _run(steps: Sequence[Step], pending: Sequence[Step], done: dict[str, Any], places: Places) -> None:
+def _run(
+    steps: Sequence[Step], pending: Sequence[Step], done: dict[str, Any], places: Places
+) -> None:
     """Run the pending ones of the steps, with progress over all."""
     total = sum(step.seconds for step in steps)
     clock = Clock(total, total - sum(step.seconds for step in pending))
     if len(pending) < len(steps):
-        click.echo(f"done before: {', '.join(step.name for step in steps if step not in pending)}", err=True)
+        click.echo(
+            f"done before: {', '.join(step.name for step in steps if step not in pending)}",
+            err=True,
+        )
     with progress("fit, seconds", total, clock.passed, left=clock.left) as advance:
         for step in pending:
             click.echo(f"{step.name}, about {duration(step.seconds)}: {step.command}", err=True)
             began = time.monotonic()
             try:
                 with clock.ticking(step.seconds, advance):
-                    said = run_child("freeexport", *_going_on(step, places), variables={BY_PARENT: "1"}, show=_show)
+                    said = run_child(
+                        "freeexport",
+                        *_going_on(step, places),
+                        variables={BY_PARENT: "1"},
+                        show=_show,
+                    )
             except ChildError as error:
                 raise FreeExportError(f"{step.name} failed: {error}; {AGAIN}") from None
             except KeyboardInterrupt:
                 click.echo(AGAIN, err=True)
                 raise
-            output = "".join(f"{line}\n" for line in said.splitlines() if not line.startswith(UNASKED))
+            output = "".join(
+                f"{line}\n" for line in said.splitlines() if not line.startswith(UNASKED)
+            )
             click.echo(output, nl=False)
             if step.arguments[0] == "calibrate":
                 for test in (places.report, *places.work.glob("evaluation-*")):
                     shutil.rmtree(test, ignore_errors=True)  # it is of another threshold
             if places.work.exists():
-                entry = {"arguments": step.arguments, "seconds": time.monotonic() - began, "output": output}
+                entry = {
+                    "arguments": step.arguments,
+                    "seconds": time.monotonic() - began,
+                    "output": output,
+                }
                 _mark(places, done, step.name, entry)
 
 
@@ -441,7 +568,9 @@ def _show(line: str) -> None:
 
 def _going_on(step: Step, places: Places) -> tuple[str, ...]:
     """The arguments of a step, with the option that goes on with a training that was interrupted."""
-    interrupted = step.arguments[0] == "train" and step.output and last_checkpoint(run_directory(step.output))
+    interrupted = (
+        step.arguments[0] == "train" and step.output and last_checkpoint(run_directory(step.output))
+    )
     return (*step.arguments, "--resume") if interrupted else step.arguments
 
 

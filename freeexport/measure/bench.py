@@ -60,10 +60,15 @@ class BenchOptions:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 what = name.replace("_", " ")
-                raise OptionError(f"{max(values, key=values.count)} is named twice among {what}; name it once")
+                raise OptionError(
+                    f"{max(values, key=values.count)} is named twice among {what}; name it once"
+                )
         for what in self.replay:
             exit_trace(what)
-        for option, shares in (("--replay-drafts", self.replay_drafts), ("--threshold", self.thresholds)):
+        for option, shares in (
+            ("--replay-drafts", self.replay_drafts),
+            ("--threshold", self.thresholds),
+        ):
             for share in shares:
                 if not 0 <= share <= 1:
                     raise OptionError(f"{option} {share:g} is out of range; choose one from 0 to 1")
@@ -120,7 +125,9 @@ def benchmark(options: BenchOptions) -> dict[str, Any]:
     bundles = [Bundle.open(path) for path in options.bundles]
     for bundle in bundles:
         if bundle.manifest.speech is not None:
-            raise OptionError(f"{bundle.path} reads speech, which bench does not support yet; leave it out")
+            raise OptionError(
+                f"{bundle.path} reads speech, which bench does not support yet; leave it out"
+            )
         check_runnable(bundle.manifest, Device.parse(options.device))
         if bundle.manifest.source_sha256 != bundles[0].manifest.source_sha256:
             raise OptionError(
@@ -135,17 +142,30 @@ def benchmark(options: BenchOptions) -> dict[str, Any]:
         sessions: dict[tuple[int, bool], Any] = {}
         for one in settings:
             if (one.bundle, one.replays) not in sessions:
-                opened = open_session(options.bundles[one.bundle], one, options.count, options.device)
+                opened = open_session(
+                    options.bundles[one.bundle], one, options.count, options.device
+                )
                 sessions[one.bundle, one.replays] = stack.enter_context(opened)
         drafting = {one.bundle for one in settings if one.right is not None}
-        whole = {number: full_tokens(sessions[number, True], prompts, options.tokens) for number in drafting}
+        whole = {
+            number: full_tokens(sessions[number, True], prompts, options.tokens)
+            for number in drafting
+        }
 
         def run(setting: BenchSetting, place: int) -> Run:
             known = whole[setting.bundle][place] if setting.right is not None else None
-            return decode(sessions[setting.bundle, setting.replays], setting, prompts[place], options.tokens, known)
+            return decode(
+                sessions[setting.bundle, setting.replays],
+                setting,
+                prompts[place],
+                options.tokens,
+                known,
+            )
 
         with other_load() as load:
-            turns = list(interleave(settings, range(len(prompts)), options.rounds, run, warm_up=len(prompts)))
+            turns = list(
+                interleave(settings, range(len(prompts)), options.rounds, run, warm_up=len(prompts))
+            )
     runs = {setting.name: [list[Run]() for _ in range(options.rounds)] for setting in settings}
     for turn in turns:
         for setting, done in zip(settings, turn.runs, strict=True):
@@ -165,7 +185,10 @@ def bench_prompts(bundle: Bundle, data: Path | None, limit: int) -> list[list[in
     longest = manifest.encoder_capacity or manifest.capacity // 2
     if data is not None:
         examples = read_examples(data, limit)
-        return [encode_prompt(one.text, tokenizer, manifest.vocab_size, longest).tolist() for one in examples]
+        return [
+            encode_prompt(one.text, tokenizer, manifest.vocab_size, longest).tolist()
+            for one in examples
+        ]
     texts = files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
     prompts = [] if tokenizer is None else [tokenizer.encode(text) for text in texts]
     if not prompts or max(map(max, prompts)) >= manifest.vocab_size:
@@ -193,7 +216,9 @@ def settings_of(options: BenchOptions, bundles: Sequence[Bundle]) -> list[BenchS
         calibrated = bundle.manifest.threshold
         thresholds = options.thresholds or ((calibrated,) if calibrated < NEVER_EXIT else ())
 
-        def add(mode: str, text: str = "", number: int = number, label: str = label, **given: Any) -> None:
+        def add(
+            mode: str, text: str = "", number: int = number, label: str = label, **given: Any
+        ) -> None:
             found.append(BenchSetting(number, f"{label} {mode}{text}".lstrip(), mode, **given))
 
         add("full")
@@ -210,16 +235,26 @@ def settings_of(options: BenchOptions, bundles: Sequence[Bundle]) -> list[BenchS
         for what in options.replay:
             add("free", f", exits replayed: {what}", threshold=THRESHOLD, replay=what)
         for rate in options.replay_drafts:
-            add("lossless", f", drafts replayed: {rate:g} right", threshold=THRESHOLD, drafts="exit", right=rate)
+            add(
+                "lossless",
+                f", drafts replayed: {rate:g} right",
+                threshold=THRESHOLD,
+                drafts="exit",
+                right=rate,
+            )
     return found
 
 
 def open_session(path: Path, setting: BenchSetting, threads: int, device: str) -> Session:
     """Open what decodes a setting: replays need sessions of their own."""
-    return (ReplaySession if setting.replays else Session)(path, threads=threads, slots=1, device=device)
+    return (ReplaySession if setting.replays else Session)(
+        path, threads=threads, slots=1, device=device
+    )
 
 
-def full_tokens(session: Session, prompts: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
+def full_tokens(
+    session: Session, prompts: Sequence[Sequence[int]], count: int
+) -> list[tuple[int, ...]]:
     """Decode in mode full, which replayed drafts are taken from."""
     given: dict[str, Any] = {"mode": "full", "max_new_tokens": count, "ignore_eos": True}
     return [session.generate(list(prompt), **given).token_ids for prompt in prompts]
@@ -246,7 +281,9 @@ def decode(
         if setting.right is not None:
             stack.enter_context(session.drafting(whole, setting.right))
         began = perf_counter()
-        stream = session.stream(list(prompt), max_new_tokens=count, ignore_eos=True, mode=setting.mode, **asked)
+        stream = session.stream(
+            list(prompt), max_new_tokens=count, ignore_eos=True, mode=setting.mode, **asked
+        )
         for token in stream:
             tokens.append(token.id)
             times.append(perf_counter() - began)
@@ -282,16 +319,22 @@ def rows_of(
     rows: list[dict[str, Any]] = []
     base: list[float] = []
     for name, rounds in runs.items():
-        speeds = [sum(len(run.tokens) for run in turn) / sum(run.seconds for run in turn) for turn in rounds]
+        speeds = [
+            sum(len(run.tokens) for run in turn) / sum(run.seconds for run in turn)
+            for turn in rounds
+        ]
         decoding = [
-            sum(len(run.times) - 1 for run in turn) / sum(run.times[-1] - run.times[0] for run in turn)
+            sum(len(run.times) - 1 for run in turn)
+            / sum(run.times[-1] - run.times[0] for run in turn)
             for turn in rounds
         ]
         base = base or speeds
         ratios = [speed / first for speed, first in zip(speeds, base, strict=True)]
         done = [run for turn in rounds for run in turn]
         gaps = 1e3 * np.concatenate([np.diff(run.times) for run in done])
-        agreement, difference = (None, None) if reference is None else _agreement(rounds[0], reference)
+        agreement, difference = (
+            (None, None) if reference is None else _agreement(rounds[0], reference)
+        )
         outside = [1e6 * run.overhead / len(run.tokens) for run in done if run.sync_sizes]
         rows.append(
             {
@@ -314,7 +357,9 @@ def rows_of(
                 "first_difference": difference,
                 "token_bytes": None,
                 "roofline": None,
-                "peak_bytes": max((run.peak_bytes for run in done if run.peak_bytes is not None), default=None),
+                "peak_bytes": max(
+                    (run.peak_bytes for run in done if run.peak_bytes is not None), default=None
+                ),
                 "versions": (versions or {}).get(name, {}),
             }
         )
@@ -329,24 +374,35 @@ def _passes(done: Sequence[Run]) -> float:
     return passes / sum(len(run.tokens) - run.predicted for run in done)
 
 
-def _agreement(runs: Sequence[Run], reference: Sequence[Sequence[int]]) -> tuple[float, float | None]:
+def _agreement(
+    runs: Sequence[Run], reference: Sequence[Sequence[int]]
+) -> tuple[float, float | None]:
     same = [np.equal(run.tokens, tokens) for run, tokens in zip(runs, reference, strict=True)]
     places = [int(np.argmin(row)) for row in same if not row.all()]
     return float(np.concatenate(same).mean()), float(median(places)) if places else None
 
 
 def add_roofline(
-    row: dict[str, Any], bundle: Bundle, mode: str, prompts: Sequence[Sequence[int]], tokens: int, bandwidth: float
+    row: dict[str, Any],
+    bundle: Bundle,
+    mode: str,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    bandwidth: float,
 ) -> None:
     """Add what a token reads, in modes whose deep passes say how often each weight was read."""
     if mode in ("full", "free"):
         prompt, written = round(fmean(map(len, prompts))), tokens / 2
-        valid, encoded = (written, prompt) if bundle.manifest.encoder_decoder else (prompt + written, 0.0)
+        valid, encoded = (
+            (written, prompt) if bundle.manifest.encoder_decoder else (prompt + written, 0.0)
+        )
         row["token_bytes"] = token_bytes(bundle, valid, encoded, mode == "free", row["passes"])
         row["roofline"] = row["token_bytes"] * row["decode_per_second"] / bandwidth
 
 
-def facts_of(bundle: Bundle, options: BenchOptions, prompts: int, reference: str | None, busy: float) -> dict[str, Any]:
+def facts_of(
+    bundle: Bundle, options: BenchOptions, prompts: int, reference: str | None, busy: float
+) -> dict[str, Any]:
     """Record what the figures depend on. `reference`: whose tokens others were compared with; `busy`: cores that other
     processes used."""
     manifest, made = bundle.manifest, environment()
@@ -395,13 +451,17 @@ def report(
 
 def verdict(rows: Sequence[Mapping[str, Any]], real: Collection[str]) -> str:
     """Say which of the `real` rows is fastest, if its slowest round is faster than the first row was then."""
-    best = max((row for row in rows[1:] if row["name"] in real), key=itemgetter("ratio_low"), default=None)
+    best = max(
+        (row for row in rows[1:] if row["name"] in real), key=itemgetter("ratio_low"), default=None
+    )
     if best is None:
         return ""
     if best["ratio_low"] <= 1:
         return f"nothing is faster than {rows[0]['name']} in every round"
     by = f"{best['ratio']:.2f}x ({best['ratio_low']:.2f} to {best['ratio_high']:.2f} by round)"
-    same = "" if best["agreement"] is None else f"; {best['agreement']:.0%} of its tokens are the same"
+    same = (
+        "" if best["agreement"] is None else f"; {best['agreement']:.0%} of its tokens are the same"
+    )
     return f"{best['name']} is the fastest: {by} the speed of {rows[0]['name']}{same}"
 
 
@@ -414,7 +474,11 @@ def bench_sheet(found: Mapping[str, Any]) -> Sheet:
 
     def ratio(row: Mapping[str, Any]) -> str:
         shown = row["ratio"]
-        return "-" if shown is None else f"{plus_minus(shown, row.get('ratio_low'), row.get('ratio_high'), 2)}x"
+        return (
+            "-"
+            if shown is None
+            else f"{plus_minus(shown, row.get('ratio_low'), row.get('ratio_high'), 2)}x"
+        )
 
     def share(value: float | None) -> str:
         return "" if value is None else f"{value:.0%}"
@@ -428,22 +492,41 @@ def bench_sheet(found: Mapping[str, Any]) -> Sheet:
         "first ms#": lambda row: f"{row['first_token_ms']:.0f}",
         "ms#": lambda row: f"{row['token_ms']:.1f}",
         "95 %#": lambda row: f"{row['token_ms_95']:.1f}",
-        "memory#": lambda row: "" if row.get("peak_bytes") is None else human_bytes(row["peak_bytes"]),
+        "memory#": lambda row: (
+            "" if row.get("peak_bytes") is None else human_bytes(row["peak_bytes"])
+        ),
         "same#": lambda row: share(row["agreement"]),
         "differs#": differs,
         "exits#": lambda row: share(row["exit_rate"] or None),
-        "kept#": lambda row: share(row["acceptance"]) if row["exit_rate"] or row["acceptance"] < 1 else "",
+        "kept#": lambda row: (
+            share(row["acceptance"]) if row["exit_rate"] or row["acceptance"] < 1 else ""
+        ),
         "roofline#": lambda row: share(row["roofline"]),
     }
     return sheet(
-        "", columns, found["rows"], ("setting", "tokens/s", "spread", "ratio", "first ms", "ms", "95 %", "same")
+        "",
+        columns,
+        found["rows"],
+        ("setting", "tokens/s", "spread", "ratio", "first ms", "ms", "95 %", "same"),
     )
 
 
 def narrow(shown: Sheet) -> Sheet:
     """Leave out what a terminal has no room for, the least important first: the files have every column."""
     return shown.within(
-        ("differs", "memory", "95 %", "first ms", "roofline", "precision", "ms", "kept", "exits", "same", "spread")
+        (
+            "differs",
+            "memory",
+            "95 %",
+            "first ms",
+            "roofline",
+            "precision",
+            "ms",
+            "kept",
+            "exits",
+            "same",
+            "spread",
+        )
     )
 
 
@@ -466,7 +549,9 @@ def facts_lines(found: Mapping[str, Any], shown: Sheet | None = None) -> list[st
     if used["compared_with"]:
         lines.append(f"same: tokens equal to those of {used['compared_with']} at the same place")
         if "differs" not in hidden:
-            lines.append("differs: the place of the first token that is not the same, the median over prompts")
+            lines.append(
+                "differs: the place of the first token that is not the same, the median over prompts"
+            )
     versions = {name: used[name] for name in ("freeexport", "onnxruntime") if name in used}
     versions |= {name: version for row in rows for name, version in row["versions"].items()}
     lines.append(", ".join(f"{name} {version}" for name, version in sorted(versions.items())))

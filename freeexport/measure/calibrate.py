@@ -133,11 +133,18 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
         fitting = fitting_prompts(session, requests)
         prompts = [ids for _, ids in fitting]
         timed = measured_costs(session, prompts, traces.mean_length)
-        costs = known_costs(session.bundle, timed, costs_here(session.manifest, session.threads)) or timed
+        costs = (
+            known_costs(session.bundle, timed, costs_here(session.manifest, session.threads))
+            or timed
+        )
         outputs = None
         if options.rule.needs_outputs:
             # Against the data's references where every line has one.
-            found = [reference for request, _ in fitting if (reference := reference_of(request)) is not None]
+            found = [
+                reference
+                for request, _ in fitting
+                if (reference := reference_of(request)) is not None
+            ]
             targets = found if len(found) == len(fitting) else None
             outputs = DecodedOutputs(session, prompts, targets, options.max_new_tokens)
         choice = choose(traces, options.rule, outputs)
@@ -168,12 +175,21 @@ def _check_sequences(given: int, rule: Rule) -> None:
 
 
 def explained(
-    choice: Choice, path: str, manifest: Manifest, traces: Traces, costs: Costs, rule: Rule, data: str = "FILE"
+    choice: Choice,
+    path: str,
+    manifest: Manifest,
+    traces: Traces,
+    costs: Costs,
+    rule: Rule,
+    data: str = "FILE",
 ) -> Calibrated:
     """A choice with what it gives."""
     threshold = choice.threshold
     limit, caught = rollback_limit(traces, threshold)
-    replays = {one: replay(traces, one, manifest.max_pending) for one in sorted({*TABLE, threshold, *choice.quality})}
+    replays = {
+        one: replay(traces, one, manifest.max_pending)
+        for one in sorted({*TABLE, threshold, *choice.quality})
+    }
     calibration = Calibration(
         schema_version=CALIBRATION_VERSION,
         source_sha256=manifest.source_sha256,
@@ -191,29 +207,48 @@ def explained(
         rollback_threshold=limit,
         mixture=choice.mixture,
         table=tuple(
-            TableRow(one, done.exit_rate, done.agreement, choice.quality.get(one), done.speedup(costs))
+            TableRow(
+                one, done.exit_rate, done.agreement, choice.quality.get(one), done.speedup(costs)
+            )
             for one, done in replays.items()
         ),
         costs=recordable(costs),
         created_with={"freeexport": __version__, "python": platform.python_version()},
     )
-    return Calibrated(calibration, path, manifest, traces, costs, replays[threshold], data, caught, notes=choice.notes)
+    return Calibrated(
+        calibration,
+        path,
+        manifest,
+        traces,
+        costs,
+        replays[threshold],
+        data,
+        caught,
+        notes=choice.notes,
+    )
 
 
 def busy_note(timed: Costs, used: Costs) -> str:
     """Say that the times of a busy machine predict nothing, and what does."""
     instead = "the times that convert took" if used.measured else "the bytes that are read"
-    predicted = "predictions are uncertain" if used is timed else f"speeds are predicted by {instead}"
+    predicted = (
+        "predictions are uncertain" if used is timed else f"speeds are predicted by {instead}"
+    )
     return (
         f"other processes kept {timed.busy:.1f} cores busy while the engines were timed: {predicted}; the threshold "
         "does not depend on them"
     )
 
 
-def _timed(session: ReplaySession, prompts: Sequence[Any], result: Calibrated, options: CalibrateOptions) -> Calibrated:
+def _timed(
+    session: ReplaySession, prompts: Sequence[Any], result: Calibrated, options: CalibrateOptions
+) -> Calibrated:
     """The result with measured speeds: of mode full, None, and of free at the threshold and a few others."""
     chosen = result.calibration.threshold
-    settings: list[float | None] = [None, *sorted({chosen if chosen < NEVER_EXIT else 0.7, 0.5, 0.9})]
+    settings: list[float | None] = [
+        None,
+        *sorted({chosen if chosen < NEVER_EXIT else 0.7, 0.5, 0.9}),
+    ]
 
     def decode(threshold: float | None, prompt: Any) -> tuple[int, float]:
         mode: Mode = "full" if threshold is None else "free"
@@ -223,14 +258,26 @@ def _timed(session: ReplaySession, prompts: Sequence[Any], result: Calibrated, o
 
     with other_load() as load:
         full, *speeds = timing.speeds(settings, prompts, options.rounds, decode).T
-    known = {at: speed for at, speed in zip(settings[1:], speeds, strict=True) if np.isfinite(speed).all()}
+    known = {
+        at: speed
+        for at, speed in zip(settings[1:], speeds, strict=True)
+        if np.isfinite(speed).all()
+    }
     ratio = {at: float(np.median(speed / full)) for at, speed in known.items()}
-    table = tuple(replace(row, measured_speedup=ratio.get(row.threshold)) for row in result.calibration.table)
-    spreads = [timing.spread(speed.tolist()) for speed in (full, *known.values()) if np.isfinite(speed).all()]
+    table = tuple(
+        replace(row, measured_speedup=ratio.get(row.threshold)) for row in result.calibration.table
+    )
+    spreads = [
+        timing.spread(speed.tolist())
+        for speed in (full, *known.values())
+        if np.isfinite(speed).all()
+    ]
     spread = f"measured speeds vary by up to {max(spreads, default=0.0):.0%} from round to round"
     return replace(
         result,
         calibration=replace(result.calibration, table=table),
-        speeds=(float(np.median(full)), float(np.median(known[chosen]))) if chosen in ratio else None,
+        speeds=(float(np.median(full)), float(np.median(known[chosen])))
+        if chosen in ratio
+        else None,
         notes=(*result.notes, spread, *filter(None, [load_note(load.cores)])),
     )

@@ -36,7 +36,10 @@ def threshold_table(calibration: Calibration) -> Sheet:
             f"{row.exit_rate:.1%}",
             "" if row.agreement is None else f"{row.agreement:.1%}",
             "" if row.quality is None else f"{row.quality:.2%}",
-            *("" if value is None else f"{value:.2f}x" for value in (row.predicted_speedup, row.measured_speedup)),
+            *(
+                "" if value is None else f"{value:.2f}x"
+                for value in (row.predicted_speedup, row.measured_speedup)
+            ),
             "chosen" if row.threshold == calibration.threshold else "",
         )
         for row in calibration.table
@@ -49,14 +52,19 @@ def recorded(calibration: Calibration) -> list[tuple[str, str]]:
     """The source of the threshold."""
     limit, mixture = calibration.rollback_threshold, calibration.mixture
     rows = [
-        ("data", f"{calibration.sequences} sequences, {calibration.positions} tokens that may exit"),
+        (
+            "data",
+            f"{calibration.sequences} sequences, {calibration.positions} tokens that may exit",
+        ),
         ("agreement of all tokens", f"{calibration.agreement:.1%}"),
         ("rule", promise(calibration)),
         ("confidence", calibration.confidence),
     ]
     if mixture is not None:
         agree, disagree = mixture.agree, mixture.disagree
-        rows.append(("agreeing tokens", f"{mixture.weight_agree:.1%}, Beta({agree.a:.3g}, {agree.b:.3g})"))
+        rows.append(
+            ("agreeing tokens", f"{mixture.weight_agree:.1%}, Beta({agree.a:.3g}, {agree.b:.3g})")
+        )
         rows.append(("disagreeing tokens", f"Beta({disagree.a:.3g}, {disagree.b:.3g})"))
     return [*rows, ("rollback threshold", "none" if limit is None else f"{limit:.3g} nats")]
 
@@ -81,7 +89,11 @@ def found(result: Calibrated) -> list[tuple[str, str]]:
     caught = result.caught
     return [
         *recorded(result.calibration),
-        *([] if caught is None else [("rollback rejects", f"{caught:.0%} of the exits that disagree")]),
+        *(
+            []
+            if caught is None
+            else [("rollback rejects", f"{caught:.0%} of the exits that disagree")]
+        ),
         ("break-even", f"the exit {break_even_text(result.break_even, basis_of(result.costs))}"),
         *(("note", note) for note in result.notes),
     ]

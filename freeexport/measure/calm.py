@@ -59,7 +59,9 @@ def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path)
         raise OptionError("method calm is for bundles of --target cpu in the dialect ort")
     description = describe(opened.config, opened)
     if description.decoder.layers[0].order != "pre":
-        raise OptionError(f"method calm is for layers with their norms first, not for {description.family}")
+        raise OptionError(
+            f"method calm is for layers with their norms first, not for {description.family}"
+        )
     options = EngineOptions(
         exit_layer=least,
         capacity=manifest.capacity,
@@ -69,7 +71,9 @@ def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path)
         kernels="freeexport" if manifest.kernels else "onnxruntime",
     )
     loss = opened.exit.loss if opened.exit is not None else ""
-    facts: dict[str, Any] = json.loads(json.dumps({"version": 2, "source": opened.sha256, **asdict(options)}))
+    facts: dict[str, Any] = json.loads(
+        json.dumps({"version": 2, "source": opened.sha256, **asdict(options)})
+    )
     try:
         known = json.loads((directory / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -78,7 +82,10 @@ def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path)
         return loss
     with output_directory(directory, FACTS, overwrite=True) as partial:
         layers = range(least, manifest.layers)
-        with WeightFile(partial / WEIGHTS) as weights, progress("building calm", 2 + 2 * len(layers)) as advance:
+        with (
+            WeightFile(partial / WEIGHTS) as weights,
+            progress("building calm", 2 + 2 * len(layers)) as advance,
+        ):
             builder = CalmBuilder(description, options, opened, weights, partial)
             builder.shallow()
             builder.deep()
@@ -121,7 +128,9 @@ class CalmBuilder(EngineBuilder):
         for number, layer in enumerate(self.description.decoder.layers[first:], first):
             attention = replace(layer.attention, heads=layer.attention.kv_heads, relative_bias=None)
             attention = replace(attention, query_norm=attention.key_norm)
-            dialect.self_attention(graph.to_compute(dialect.norm(x, layer.attention_norm)), attention, number)
+            dialect.self_attention(
+                graph.to_compute(dialect.norm(x, layer.attention_norm)), attention, number
+            )
         self._save(graph)
 
     def _passes(self, engine: str) -> list[ir.passes.InPlacePass]:
@@ -158,9 +167,17 @@ class Calm:
         def engine(path: Path) -> OnnxEngine:
             return OnnxEngine(path, threads, kernels=manifest.kernels)
 
-        names = ["shallow", "deep", *(f"{kind}.{layer}" for layer in self._layers for kind in ("layer", "fill"))]
+        names = [
+            "shallow",
+            "deep",
+            *(f"{kind}.{layer}" for layer in self._layers for kind in ("layer", "fill")),
+        ]
         self._engines = {name: engine(directory / f"{name}.onnx") for name in names}
-        encoder = [engine(bundle.path / f"{name}.onnx") for name in ("encoder", "prologue") if manifest.encoder_decoder]
+        encoder = [
+            engine(bundle.path / f"{name}.onnx")
+            for name in ("encoder", "prologue")
+            if manifest.encoder_decoder
+        ]
         self._encoder = Encoder(*encoder) if encoder else None
         self._cache = KVCache(*cache_sizes(manifest, range(manifest.layers), 1, manifest.capacity))
         self._token, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
@@ -168,7 +185,12 @@ class Calm:
         self._calls: dict[str, Call] = {}
 
     def generate(
-        self, prompt: np.ndarray, max_new_tokens: int, threshold: float, decays: bool = False, single: bool = False
+        self,
+        prompt: np.ndarray,
+        max_new_tokens: int,
+        threshold: float,
+        decays: bool = False,
+        single: bool = False,
     ) -> CalmResult:
         """Decode greedily. A token exits after the first layer whose confidence is above the threshold: the given one,
         or with `decays` one that falls as the sequence grows, clip(0.9 t + 0.1 exp(-4 n / N)) at token n of N. With
@@ -188,7 +210,9 @@ class Calm:
         limit = min(max_new_tokens, manifest.capacity - read + 1)
         while not ids or (len(ids) < limit and ids[-1] not in manifest.eos_token_ids):
             bar = threshold_at(threshold, len(ids), limit) if decays else threshold
-            token, taken = self._step(ids[-1] if ids else manifest.decoder_start_token_id or 0, bar, single)
+            token, taken = self._step(
+                ids[-1] if ids else manifest.decoder_start_token_id or 0, bar, single
+            )
             ids.append(token)
             layers.append(taken)
             if len(ids) == 1:
@@ -242,11 +266,18 @@ class Calm:
             if name == "deep":
                 calls[name] = self._deep(states[self.least], head, self._lengths(1), cross)
                 continue
-            first = {"input_ids": self._input} if name == "shallow" else {"state": states[layers.start]}
+            first = (
+                {"input_ids": self._input} if name == "shallow" else {"state": states[layers.start]}
+            )
             rows = {**self._lengths(1), "head_rows": head, **_cross(cross, layers)}
-            outputs = {"hidden": states[layers.stop], "token": self._token, "confidence": self._confidence}
+            outputs = {
+                "hidden": states[layers.stop],
+                "token": self._token,
+                "confidence": self._confidence,
+            }
             calls[name] = self._engines[name].bind(
-                {**first, **rows, **self._arrays("past", layers)}, {**outputs, **self._arrays("present", layers)}
+                {**first, **rows, **self._arrays("past", layers)},
+                {**outputs, **self._arrays("present", layers)},
             )
         for layer in self._layers:
             skipped = range(layer, most)
@@ -256,9 +287,18 @@ class Calm:
             )
 
     def _deep(
-        self, state: np.ndarray, head_rows: np.ndarray, lengths: Mapping[str, Any], cross: Mapping[str, Any]
+        self,
+        state: np.ndarray,
+        head_rows: np.ndarray,
+        lengths: Mapping[str, Any],
+        cross: Mapping[str, Any],
     ) -> Call:
-        given = {"hidden": state, **lengths, "head_rows": head_rows, "emitted": np.zeros(1, np.int64)}
+        given = {
+            "hidden": state,
+            **lengths,
+            "head_rows": head_rows,
+            "emitted": np.zeros(1, np.int64),
+        }
         return self._engines["deep"].bind(
             {**given, **self._arrays("past", self._layers), **_cross(cross, self._layers)},
             {"token": self._token, **self._arrays("present", self._layers)},

@@ -59,8 +59,17 @@ class Sample:
 
     @classmethod
     def of(cls, free: bool, stats: Stats) -> Sample:
-        deep = {rows: seconds / stats.sync_sizes[rows] for rows, seconds in stats.sync_seconds.items()}
-        return cls(free, stats.candidates, stats.shallow_seconds, stats.overhead_seconds, dict(stats.sync_sizes), deep)
+        deep = {
+            rows: seconds / stats.sync_sizes[rows] for rows, seconds in stats.sync_seconds.items()
+        }
+        return cls(
+            free,
+            stats.candidates,
+            stats.shallow_seconds,
+            stats.overhead_seconds,
+            dict(stats.sync_sizes),
+            deep,
+        )
 
     @property
     def passes(self) -> int:
@@ -68,7 +77,11 @@ class Sample:
 
 
 def measured_costs(
-    session: ReplaySession, prompts: Sequence[np.ndarray], tokens: int, rounds: int = ROUNDS, seconds: float = SECONDS
+    session: ReplaySession,
+    prompts: Sequence[np.ndarray],
+    tokens: int,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
 ) -> Costs:
     """Time a session that nothing else uses: `tokens` tokens after prompts like these, int64 [n] each; with the cores
     that other processes kept busy meanwhile."""
@@ -81,7 +94,9 @@ def measured_costs(
         if script is None:
             return Sample.of(False, session.generate(prompt, mode="full", **asked).stats)
         with session.replaying(script):
-            return Sample.of(True, session.generate(prompt, mode="free", threshold=THRESHOLD, **asked).stats)
+            return Sample.of(
+                True, session.generate(prompt, mode="free", threshold=THRESHOLD, **asked).stats
+            )
 
     settings = [None, *scripts]
     began = perf_counter()
@@ -95,18 +110,24 @@ def measured_costs(
     rounds = max(min(rounds, FEWEST), min(rounds, turns // count))
     again: dict[tuple[int, int], list[Sample]] = defaultdict(list)
     with other_load() as load:
-        for turn in interleave(settings, few, rounds, decode, warm_up=0, title="timing the engines"):
+        for turn in interleave(
+            settings, few, rounds, decode, warm_up=0, title="timing the engines"
+        ):
             for number, sample in enumerate(turn.runs):
                 again[turn.prompt, number].append(sample)
     typical = []
     for samples in again.values():  # the medians of several runs of one request
         deep = {rows: median(sample.deep[rows] for sample in samples) for rows in samples[0].deep}
-        shallow, outside = (median(getattr(sample, name) for sample in samples) for name in ("shallow", "outside"))
+        shallow, outside = (
+            median(getattr(sample, name) for sample in samples) for name in ("shallow", "outside")
+        )
         typical.append(replace(samples[0], shallow=shallow, outside=outside, deep=deep))
     return replace(fit(typical), busy=load.cores, host=host(session.threads))
 
 
-def measured_in_child(bundle: Path, threads: int | None = None, tokens: int = TOKENS, context: int = CONTEXT) -> Costs:
+def measured_in_child(
+    bundle: Path, threads: int | None = None, tokens: int = TOKENS, context: int = CONTEXT
+) -> Costs:
     """Measure in a process of its own, so its memory is freed, after prompts of `context` random tokens."""
     given = {"bundle": str(bundle), "threads": threads, "tokens": tokens, "context": context}
     found = json.loads(run_child("freeexport.measure.costs", json.dumps(given)))
@@ -161,7 +182,9 @@ def bandwidth_of(threads: int) -> float:
     """Bytes a second that `threads` threads read together, measured in a process of its own."""
     # numpy's matrix library must not add threads of its own.
     alone = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return float(run_child("freeexport.measure.costs", json.dumps({"read_by": threads}), variables=alone))
+    return float(
+        run_child("freeexport.measure.costs", json.dumps({"read_by": threads}), variables=alone)
+    )
 
 
 def measure_bandwidth(threads: int, size: int = BUFFER, passes: int = PASSES) -> float:
@@ -191,10 +214,15 @@ def main(arguments: Sequence[str]) -> None:
         room = manifest.encoder_capacity if manifest.encoder_decoder else session.capacity // 2
         random = np.random.default_rng(0)
         prompts: list[Any] = [
-            random.integers(0, manifest.vocab_size, max(1, min(given["context"], room))) for _ in range(PROMPTS)
+            random.integers(0, manifest.vocab_size, max(1, min(given["context"], room)))
+            for _ in range(PROMPTS)
         ]
-        if manifest.speech is not None:  # one window, as they are all of one length, and reading it takes long
-            features = random.standard_normal((manifest.speech.bins, 2 * manifest.encoder_capacity), np.float32)
+        if (
+            manifest.speech is not None
+        ):  # one window, as they are all of one length, and reading it takes long
+            features = random.standard_normal(
+                (manifest.speech.bins, 2 * manifest.encoder_capacity), np.float32
+            )
             prompts = [SpeechPrompt.plain(manifest, features)]
         print(json.dumps(asdict(measured_costs(session, prompts, given["tokens"]))))
 

@@ -31,7 +31,16 @@ from freeexport.measure.settings import (
     entries_of,
 )
 from freeexport.measure.sources import engines_hash, fitting_prompts, reference_of
-from freeexport.measure.table import Sheet, about, as_csv, environment, markdown, plus_minus, render, sheet
+from freeexport.measure.table import (
+    Sheet,
+    about,
+    as_csv,
+    environment,
+    markdown,
+    plus_minus,
+    render,
+    sheet,
+)
 from freeexport.measure.timing import interleave
 from freeexport.metrics import Metric, Reference, metric_of
 from freeexport.system.jsonl import Request
@@ -109,7 +118,9 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     without_targets = not references
     if references:
         for metric in metrics:  # before long work: does it fit?
-            metric.table([reference.texts[0] for reference in references.values()], list(references.values()))
+            metric.table(
+                [reference.texts[0] for reference in references.values()], list(references.values())
+            )
     threads = options.threads or usable_cores()
     records = Records(options.output, _run(options, entries, threads), options.overwrite)
     losses = _measure(entries, requests, options, threads, records)
@@ -133,11 +144,15 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         "verdicts": verdicts(rows, metrics[0], options.quality),
         # Of the byte model: what a further row of a call costs, as a share of the first.
         "row_shares": {
-            entry.name: row_share(entry.bundle.manifest.precision, made["machine"]["kernels"]) for entry in entries
+            entry.name: row_share(entry.bundle.manifest.precision, made["machine"]["kernels"])
+            for entry in entries
         },
         "rows": rows,
         "curves": curves_of(rows, metrics[0].name, options.quality),
-        "notes": [*_notes(entries, losses, rows, found), *([_COMPARED_WITH_FULL] if without_targets else [])],
+        "notes": [
+            *_notes(entries, losses, rows, found),
+            *([_COMPARED_WITH_FULL] if without_targets else []),
+        ],
     }
     lines = {request.line_number: request for request in requests}
     return Evaluation(options, entries, metrics, lines, references, found, report)
@@ -145,13 +160,24 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
 
 def _about_bundle(bundle: Bundle) -> dict[str, Any]:
     """Describe weights, engines and calibration of a bundle, for JSON."""
-    facts = ("source", "source_sha256", "precision", "layers", "exit_layer", "threshold", "exit_trained", "kernels")
+    facts = (
+        "source",
+        "source_sha256",
+        "precision",
+        "layers",
+        "exit_layer",
+        "threshold",
+        "exit_trained",
+        "kernels",
+    )
     calibration = bundle.calibration
     rule = ("method", "target", "risk", "delta", "sequences", "max_pending")
     return {
         **{name: getattr(bundle.manifest, name) for name in facts},
         "manifest_sha256": sha256_of(bundle.path / MANIFEST),
-        "calibration": None if calibration is None else {name: getattr(calibration, name) for name in rule},
+        "calibration": None
+        if calibration is None
+        else {name: getattr(calibration, name) for name in rule},
     }
 
 
@@ -159,7 +185,10 @@ def _run(options: EvaluateOptions, entries: Sequence[Entry], threads: int) -> di
     """Describe what outputs depend on. Metrics and rounds may change: nothing is decoded again for them."""
     manifests = {entry.name: entry.bundle.manifest for entry in entries}
     return {
-        "bundles": {name: [engines_hash(manifest), manifest.threshold] for name, manifest in manifests.items()},
+        "bundles": {
+            name: [engines_hash(manifest), manifest.threshold]
+            for name, manifest in manifests.items()
+        },
         "settings": {entry.name: [setting.name for setting in entry.settings] for entry in entries},
         "data": sha256_of(options.data),
         "samples": options.samples,
@@ -171,24 +200,39 @@ def _run(options: EvaluateOptions, entries: Sequence[Entry], threads: int) -> di
 
 
 def _measure(
-    entries: Sequence[Entry], requests: Sequence[Request], options: EvaluateOptions, threads: int, records: Records
+    entries: Sequence[Entry],
+    requests: Sequence[Request],
+    options: EvaluateOptions,
+    threads: int,
+    records: Records,
 ) -> dict[str, str]:
     """Decode what `records` does not have yet: each line in every setting of every bundle, in turn. Returns the loss
     that the model of each bundle with methods of CALM was trained with, "" where that is not known."""
     load = OtherLoad()
     with ExitStack() as stack:
-        decoders = [Decoder(entry, number, options, threads, records) for number, entry in enumerate(entries)]
+        decoders = [
+            Decoder(entry, number, options, threads, records)
+            for number, entry in enumerate(entries)
+        ]
         for decoder in decoders:
             stack.enter_context(decoder.session)
         prompts = [
-            {request.line_number: ids for request, ids in fitting_prompts(decoder.session, requests)}
+            {
+                request.line_number: ids
+                for request, ids in fitting_prompts(decoder.session, requests)
+            }
             for decoder in decoders
         ]
         lines = [line for line in prompts[0] if all(line in each for each in prompts)]
-        settings = [(number, setting) for number, entry in enumerate(entries) for setting in entry.settings]
+        settings = [
+            (number, setting) for number, entry in enumerate(entries) for setting in entry.settings
+        ]
 
         def keys(turn: int, place: int) -> list[Key]:
-            return [(entries[number].name, setting.name, lines[place], turn) for number, setting in settings]
+            return [
+                (entries[number].name, setting.name, lines[place], turn)
+                for number, setting in settings
+            ]
 
         def done(turn: int, place: int) -> bool:
             return records.has(keys(turn, place))
@@ -197,14 +241,21 @@ def _measure(
             number, setting = which
             return decoders[number].decode(setting, prompts[number][line], options.max_new_tokens)
 
-        if not all(done(turn, place) for turn in range(options.rounds) for place in range(len(lines))):
+        if not all(
+            done(turn, place) for turn in range(options.rounds) for place in range(len(lines))
+        ):
             for number, setting in settings:
                 if setting.method != "adaptive":  # which would learn from it
                     decoders[number].decode(setting, prompts[number][lines[0]], WARM_UP)
         for turn in interleave(settings, lines, options.rounds, decode, 0, done, "evaluating"):
-            kept = [{name: run[name] for name in run.keys() - (_OUTPUTS if turn.round else ())} for run in turn.runs]
+            kept = [
+                {name: run[name] for name in run.keys() - (_OUTPUTS if turn.round else ())}
+                for run in turn.runs
+            ]
             busy, named = load.so_far(), keys(turn.round, turn.prompt)
-            records.add([Record(*key, **run, busy=busy) for key, run in zip(named, kept, strict=True)])
+            records.add(
+                [Record(*key, **run, busy=busy) for key, run in zip(named, kept, strict=True)]
+            )
         pairs = zip(entries, decoders, strict=True)
         return {entry.name: decoder.loss for entry, decoder in pairs if decoder.loss is not None}
 
@@ -212,7 +263,9 @@ def _measure(
 class Decoder:
     """Decodes the settings of the bundle of a `number`, in its `session` or by CALM's engines."""
 
-    def __init__(self, entry: Entry, number: int, options: EvaluateOptions, threads: int, records: Records) -> None:
+    def __init__(
+        self, entry: Entry, number: int, options: EvaluateOptions, threads: int, records: Records
+    ) -> None:
         self._calm: dict[Method, Calm] = {}
         self.loss: str | None = None
         for method in (method for method in entry.methods if method in CALM):
@@ -227,7 +280,10 @@ class Decoder:
             self._calm[method] = same[0] if same else Calm(entry.bundle, directory, least, threads)
         adaptive: dict[str, Any] = {}
         if "adaptive" in entry.methods:
-            adaptive = {"threshold": "adaptive", "adaptive_state": records.last_state(entry.name, "adaptive")}
+            adaptive = {
+                "threshold": "adaptive",
+                "adaptive_state": records.last_state(entry.name, "adaptive"),
+            }
         self.session = Session(entry.bundle.path, threads=threads, slots=1, **adaptive)
 
     def decode(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
@@ -235,7 +291,9 @@ class Decoder:
         if setting.method in CALM:
             return self._by_calm(setting, prompt, most)
         adaptive, lookup = setting.method == "adaptive", setting.method == "lookup"
-        mode = {"adaptive": "free", "static": "shallow", "lookup": "lossless"}.get(setting.method, setting.method)
+        mode = {"adaptive": "free", "static": "shallow", "lookup": "lossless"}.get(
+            setting.method, setting.method
+        )
         asked: dict[str, Any] = {"mode": mode, "drafts": "lookup" if lookup else None}
         if not adaptive:  # which has the session's own threshold
             asked["threshold"] = setting.threshold
@@ -244,7 +302,9 @@ class Decoder:
         stats = result.stats
         return {
             "seconds": round(stats.seconds, 7),
-            "decode_seconds": round(stats.seconds + stats.queue_seconds - stats.first_token_seconds, 7),
+            "decode_seconds": round(
+                stats.seconds + stats.queue_seconds - stats.first_token_seconds, 7
+            ),
             "first_seconds": round(stats.first_token_seconds, 7),
             "tokens": stats.tokens,
             "text": result.text,
@@ -261,7 +321,9 @@ class Decoder:
         manifest, tokenizer = self.session.manifest, self.session.tokenizer
         single = setting.method == "calm-single"
         decays = setting.method == "calm-decay"
-        result = self._calm[setting.method].generate(prompt, most, setting.threshold, decays, single)
+        result = self._calm[setting.method].generate(
+            prompt, most, setting.threshold, decays, single
+        )
         ended = result.token_ids[-1] in manifest.eos_token_ids
         written = result.token_ids[:-1] if ended else result.token_ids
         return {
@@ -294,14 +356,22 @@ def _notes(
             )
         methods = [method for method in entry.methods if method not in (*WITHOUT_EXIT, *CALM)]
         if methods and not manifest.exit_trained:
-            known = "was not trained" if manifest.exit_trained is False else "does not say whether it was trained"
+            known = (
+                "was not trained"
+                if manifest.exit_trained is False
+                else "does not say whether it was trained"
+            )
             notes.append(
                 f"{entry.name} {known} for its exit after layer {manifest.exit_layer}: its figures for "
                 f"{', '.join(methods)} show what such an exit gives, not what the methods can do"
             )
         if manifest.threshold >= NEVER_EXIT and {"free", "rollback"} & set(methods):
-            notes.append(f"{entry.name} is not calibrated: free ran at the given thresholds only, rollback never exits")
-    busy = load_note(max(one.busy for lines in found.values() for turns in lines.values() for one in turns))
+            notes.append(
+                f"{entry.name} is not calibrated: free ran at the given thresholds only, rollback never exits"
+            )
+    busy = load_note(
+        max(one.busy for lines in found.values() for turns in lines.values() for one in turns)
+    )
     notes += [busy] if busy else []
     for row in rows:
         if row["method"] != "full":
@@ -370,9 +440,15 @@ def _relative(metric: Metric, row: Row) -> str:
 def narrow(shown: Sheet, metrics: Sequence[Metric]) -> Sheet:
     """Leave out what a terminal has no room for, the least important first: the files have every column."""
     spare = ["first token", "layers", "same", "precision", "exits", "tokens/s", "of first"]
-    others = (name for one in metrics[::-1] for name in (f"{one.shown}, % of first", one.shown, f"% of {one.shown}"))
+    others = (
+        name
+        for one in metrics[::-1]
+        for name in (f"{one.shown}, % of first", one.shown, f"% of {one.shown}")
+    )
     kept = (metrics[0].shown, f"% of {metrics[0].shown}")
-    return shown.within([*spare, *(name for name in others if name not in kept), "a token", "predicted", "spread"])
+    return shown.within(
+        [*spare, *(name for name in others if name not in kept), "a token", "predicted", "spread"]
+    )
 
 
 def curves_sheet(found: Evaluation) -> Sheet:
@@ -380,29 +456,45 @@ def curves_sheet(found: Evaluation) -> Sheet:
     columns: dict[str, Callable[[Row], str]] = {
         "bundle": lambda curve: curve["bundle"],
         "method": lambda curve: curve["method"],
-        f"fastest with {100 * found.options.quality:.4g} %": lambda curve: curve["fastest"] or "none",
+        f"fastest with {100 * found.options.quality:.4g} %": lambda curve: (
+            curve["fastest"] or "none"
+        ),
         "speed#": lambda curve: "" if curve["speed"] is None else f"{curve['speed']:.2f}x",
         "area#": lambda curve: "" if curve["area"] is None else f"{curve['area']:.3f}",
     }
-    return sheet(f"Quality-speed curves by {found.metrics[0].label}", columns, found.report["curves"])
+    return sheet(
+        f"Quality-speed curves by {found.metrics[0].label}", columns, found.report["curves"]
+    )
 
 
 def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]]:
     """Name what the figures depend on and what columns mean: those of `shown`.  [default: all]"""
     options, rows, first = found.options, found.rows, found.entries[0].name
-    shares = ", ".join(f"{share:.0%}" for share in dict.fromkeys(found.report["row_shares"].values()))
+    shares = ", ".join(
+        f"{share:.0%}" for share in dict.fromkeys(found.report["row_shares"].values())
+    )
     spreads = [row["spread"] for row in rows if row["spread"] is not None]
     whole = settings_sheet(found)
     hidden = set[str]() if shown is None else shown.hides(whole)
     drafted = [
-        (f"drafts of {source}", f"{row['bundle']}, {row['setting']}: {', '.join(accepted)} % accepted at each position")
+        (
+            f"drafts of {source}",
+            f"{row['bundle']}, {row['setting']}: {', '.join(accepted)} % accepted at each position",
+        )
         for row in rows
         for source, positions in row["drafts"].items()
-        if (accepted := [f"{100 * share:.0f}" for share, compared in positions if compared >= LEAST_COMPARED])
+        if (
+            accepted := [
+                f"{100 * share:.0f}" for share, compared in positions if compared >= LEAST_COMPARED
+            ]
+        )
     ]
     told = [
         *whole.facts,
-        ("speed", "of whole requests, as a multiple of full's; ± is half a 95 % interval of a paired bootstrap"),
+        (
+            "speed",
+            "of whole requests, as a multiple of full's; ± is half a 95 % interval of a paired bootstrap",
+        ),
         *([("of first", f"as a multiple of full in {first}")] if len(found.entries) > 1 else []),
         *(
             [("predicted", _PREDICTED.format(shares, CALL_BYTES / 1e6))]
@@ -410,7 +502,12 @@ def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]
             else []
         ),
         *(
-            [("rounds", f"tokens/s of a setting differed by up to {max(spreads):.0%} between rounds")]
+            [
+                (
+                    "rounds",
+                    f"tokens/s of a setting differed by up to {max(spreads):.0%} between rounds",
+                )
+            ]
             if spreads
             else []
         ),
@@ -426,7 +523,11 @@ def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]
             "decoding",
             f"greedy, at most {options.max_new_tokens} tokens; the median of {options.rounds} round(s) a line",
         ),
-        *[(f"metric {metric.name}", metric.signature) for metric in found.metrics if metric.signature],
+        *[
+            (f"metric {metric.name}", metric.signature)
+            for metric in found.metrics
+            if metric.signature
+        ],
     ]
     return [(name, text) for name, text in told if name not in hidden]
 
@@ -440,7 +541,11 @@ def as_markdown(found: Evaluation, story: Story | None = None) -> str:
             *(f"**{verdict}.**\n" for verdict in found.report["verdicts"]),
             *(markdown(settings_sheet(found)), "", markdown(curves_sheet(found)), ""),
             *(f"- {name}: {text}" for name, text in told),
-            *([] if story is None else [f"\n## {sheet.title}\n\n{markdown(sheet)}" for sheet in story.sheets]),
+            *(
+                []
+                if story is None
+                else [f"\n## {sheet.title}\n\n{markdown(sheet)}" for sheet in story.sheets]
+            ),
             "",
         ]
     )
@@ -451,9 +556,9 @@ def page(found: Evaluation, story: Story | None = None) -> str:
     from markupsafe import Markup
 
     picture = io.StringIO()
-    quality_speed(found.rows, found.metrics[0].name, found.metrics[0].label, found.options.quality).savefig(
-        picture, format="svg"
-    )
+    quality_speed(
+        found.rows, found.metrics[0].name, found.metrics[0].label, found.options.quality
+    ).savefig(picture, format="svg")
     svg, processor = picture.getvalue(), found.report["machine"]["processor"]
     caption = (
         "Quality by speed; bars are 95 % intervals of a paired bootstrap over lines, numbers are thresholds. Arrows "
@@ -462,11 +567,18 @@ def page(found: Evaluation, story: Story | None = None) -> str:
     return render(
         f"Evaluation on {found.options.data.name}" if story is None else story.title,
         f"{found.report['lines']} lines, {found.report['threads']} thread(s), {processor}",
-        verdicts=[*([] if story is None else [story.verdict]), *({"text": text} for text in found.report["verdicts"])],
+        verdicts=[
+            *([] if story is None else [story.verdict]),
+            *({"text": text} for text in found.report["verdicts"]),
+        ],
         notes=found.report["notes"],
         # Drawn by matplotlib, which escapes its texts.
         figures=[(Markup(svg[svg.index("<svg") :]), caption)],
-        sheets=[settings_sheet(found), curves_sheet(found), *([] if story is None else story.sheets)],
+        sheets=[
+            settings_sheet(found),
+            curves_sheet(found),
+            *([] if story is None else story.sheets),
+        ],
         examples=examples(found),
         facts=facts(found),
     )
@@ -476,11 +588,15 @@ def examples(found: Evaluation) -> list[dict[str, Any]]:
     """Choose lines spread over the data, with the outputs of full and of one setting of each method."""
     # The fastest setting that keeps the quality, else the calibrated one, else the last.
     best = {(curve["bundle"], curve["fastest"]) for curve in found.report["curves"]}
-    rows = sorted(found.rows, key=lambda row: ((row["bundle"], row["setting"]) in best, row["calibrated"]))
+    rows = sorted(
+        found.rows, key=lambda row: ((row["bundle"], row["setting"]) in best, row["calibrated"])
+    )
     chosen = {(row["bundle"], row["method"]): row for row in rows}
     shown = [row for row in found.rows if row is chosen[row["bundle"], row["method"]]]
     bundles = {entry.name: entry.bundle for entry in found.entries}
-    tokenizers = {name: Tokenizer.load(bundle.path, bundle.manifest.files) for name, bundle in bundles.items()}
+    tokenizers = {
+        name: Tokenizer.load(bundle.path, bundle.manifest.files) for name, bundle in bundles.items()
+    }
     lines = list(found.records[shown[0]["bundle"], shown[0]["setting"]])
     made = []
     for line in lines[:: max(1, len(lines) // SHOWN)][:SHOWN]:
@@ -488,7 +604,9 @@ def examples(found: Evaluation) -> list[dict[str, Any]]:
         for row in shown:
             bundle, setting = row["bundle"], row["setting"]
             record = found.records[bundle, setting][line][0]
-            texts = pieces(tokenizers[bundle], record.token_ids, set(bundles[bundle].manifest.eos_token_ids))
+            texts = pieces(
+                tokenizers[bundle], record.token_ids, set(bundles[bundle].manifest.eos_token_ids)
+            )
             name = f"{setting}, {bundle}" if len(bundles) > 1 else setting
             outputs.append((name, list(zip(texts, record.exited, strict=True))))
         given = found.requests[line].input
@@ -518,7 +636,9 @@ def write(found: Evaluation, story: Story | None = None) -> None:
     write_whole(out / "evaluation.json", json.dumps(found.report, indent=2) + "\n")
     write_whole(out / "evaluation.csv", as_csv(found.rows))
     write_whole(out / "results.md", as_markdown(found, story))
-    figure = quality_speed(found.rows, found.metrics[0].name, found.metrics[0].label, found.options.quality)
+    figure = quality_speed(
+        found.rows, found.metrics[0].name, found.metrics[0].label, found.options.quality
+    )
     for name in ("curve.png", "curve.svg"):
         save_figure(figure, out / name)
     write_whole(out / "report.html", page(found, story))

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from freeexport.system.page import BLUE, GREEN, GREY, ORANGE, PURPLE, YELLOW, legend_beside, new_figure
+from freeexport.system.page import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    YELLOW,
+    legend_beside,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,13 +52,19 @@ def quality_speed(rows: Sequence[Row], metric: str, label: str, wanted: float) -
     axes = figure.subplots()
     values = [one for row in rows if (one := row["scores"][metric]["relative"]) is not None]
     near = [value for value in values if value >= wanted - _FAR]
-    floor = min(near) - max(0.01, 0.12 * (max(near) - min(near))) if 0 < len(near) < len(values) else None
+    floor = (
+        min(near) - max(0.01, 0.12 * (max(near) - min(near)))
+        if 0 < len(near) < len(values)
+        else None
+    )
     bundles = list(dict.fromkeys(row["bundle"] for row in rows))
     for bundle, method in dict.fromkeys((row["bundle"], row["method"]) for row in rows):
         some = [row for row in rows if (row["bundle"], row["method"]) == (bundle, method)]
         name = f"{method}, {bundle}" if len(bundles) > 1 else method
         number = bundles.index(bundle)
-        _quality_curve(axes, sorted(some, key=itemgetter("request_speed")), metric, name, number, floor)
+        _quality_curve(
+            axes, sorted(some, key=itemgetter("request_speed")), metric, name, number, floor
+        )
     axes.axhline(wanted, color=GREY, linewidth=0.8, linestyle="--", label=f"{wanted:.4g}")
     axes.set_xlabel("speed of requests, as a multiple of the full model's")
     axes.set_ylabel(f"{label}, relative to full")
@@ -60,32 +75,54 @@ def quality_speed(rows: Sequence[Row], metric: str, label: str, wanted: float) -
     return figure
 
 
-def _quality_curve(axes: Axes, rows: Sequence[Row], metric: str, label: str, number: int, floor: float | None) -> None:
+def _quality_curve(
+    axes: Axes, rows: Sequence[Row], metric: str, label: str, number: int, floor: float | None
+) -> None:
     def note(text: str, x: float, y: float, above: int) -> None:
-        axes.annotate(text, (x, y), textcoords="offset points", xytext=(0, above), ha="center", fontsize=7)
+        axes.annotate(
+            text, (x, y), textcoords="offset points", xytext=(0, above), ha="center", fontsize=7
+        )
 
     colour, mark = _STYLES[rows[0]["method"]]
     inside, bounds, before = [], [], -1.0
     for row in rows:
-        speed, at = row["request_speed"], "" if row["threshold"] is None else f"{row['threshold']:.2g}"
+        speed, at = (
+            row["request_speed"],
+            "" if row["threshold"] is None else f"{row['threshold']:.2g}",
+        )
         kept, low, high = (row["scores"][metric][name] for name in ("relative", "low", "high"))
         if kept is None:
             continue
         if floor is not None and kept < floor:
-            axes.plot(speed, floor, marker=r"$\downarrow$", color=colour, markersize=9, clip_on=False)
+            axes.plot(
+                speed, floor, marker=r"$\downarrow$", color=colour, markersize=9, clip_on=False
+            )
             note(f"{at}{': ' if at else ''}{100 * kept:.0f} %", speed, floor, 6)
             continue
         inside.append((speed, kept))
-        bounds.append((max(0.0, kept - low), max(0.0, high - kept)) if low is not None else (0.0, 0.0))
+        bounds.append(
+            (max(0.0, kept - low), max(0.0, high - kept)) if low is not None else (0.0, 0.0)
+        )
         if at and speed - before > _APART:
             before = speed
             note(at, speed, kept, 7)
     if inside:
-        style: dict[str, Any] = {"fillstyle": "none" if number else "full", "linestyle": _LINES[number % len(_LINES)]}
+        style: dict[str, Any] = {
+            "fillstyle": "none" if number else "full",
+            "linestyle": _LINES[number % len(_LINES)],
+        }
         speeds, values = zip(*inside, strict=True)
         errors = np.array(bounds).T
         axes.errorbar(
-            speeds, values, errors, color=colour, marker=mark, label=label, capsize=2, elinewidth=0.7, **style
+            speeds,
+            values,
+            errors,
+            color=colour,
+            marker=mark,
+            label=label,
+            capsize=2,
+            elinewidth=0.7,
+            **style,
         )
 
 
@@ -97,12 +134,20 @@ def bench_speeds(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes = figure.subplots()
     places, rates = range(len(rows)), [row["tokens_per_second"] for row in rows]
     errors = [row["spread"] * row["tokens_per_second"] / 2 for row in rows]
-    bars = axes.barh(places, rates, xerr=errors, color=BLUE, ecolor="black", capsize=3, label="tokens a second")
+    bars = axes.barh(
+        places, rates, xerr=errors, color=BLUE, ecolor="black", capsize=3, label="tokens a second"
+    )
     axes.bar_label(bars, [f"{rate:.1f}" for rate in rates], padding=4, fontsize="small")
-    limits = [(place, row["decode_per_second"] / row["roofline"]) for place, row in enumerate(rows) if row["roofline"]]
+    limits = [
+        (place, row["decode_per_second"] / row["roofline"])
+        for place, row in enumerate(rows)
+        if row["roofline"]
+    ]
     if limits:
         marked, ends = zip(*limits, strict=True)
-        axes.plot(ends, marked, "D", color=ORANGE, markersize=6, label="as fast as the memory can be read")
+        axes.plot(
+            ends, marked, "D", color=ORANGE, markersize=6, label="as fast as the memory can be read"
+        )
     axes.margins(x=0.08)
     axes.set_xlim(left=0)
     axes.set_yticks(places, [f"{row['name']} ({row['precision']})" for row in rows])

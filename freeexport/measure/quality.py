@@ -60,7 +60,8 @@ def rows_of(
 
     def compared(name: Name, whole: Name) -> Row:
         scores = {
-            metric.name: score(metric, tables[name][metric.name], tables[whole][metric.name]) for metric in metrics
+            metric.name: score(metric, tables[name][metric.name], tables[whole][metric.name])
+            for metric in metrics
         }
         ours, full = read[name], read[whole]
         predicted = None if name == whole or not ours or not full else full / ours
@@ -87,8 +88,12 @@ def score(metric: Metric, table: np.ndarray, whole: np.ndarray) -> dict[str, flo
     if table is not whole and len(table) > 1:
         resamples = draws(len(table), RESAMPLES)
         pairs = zip(resamples @ table, resamples @ whole, strict=True)
-        drawn = [(bounded(metric.value(ours)), bounded(metric.value(theirs))) for ours, theirs in pairs]
-    low, high = percentiles([one / other for one, other in drawn if other]) if full else (None, None)
+        drawn = [
+            (bounded(metric.value(ours)), bounded(metric.value(theirs))) for ours, theirs in pairs
+        ]
+    low, high = (
+        percentiles([one / other for one, other in drawn if other]) if full else (None, None)
+    )
     found = {"value": value, "relative": value / full if full else None, "low": low, "high": high}
     return found | ({"error": 1 - value} if metric.error else {})
 
@@ -129,7 +134,9 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
         for one, flags in zip(first, decided, strict=True)
     ]
     seconds, decoding, _ = _medians(lines).sum(axis=0).tolist()
-    rounds = [sum(one.decode_seconds for one in turns) for turns in zip(*lines.values(), strict=False)]
+    rounds = [
+        sum(one.decode_seconds for one in turns) for turns in zip(*lines.values(), strict=False)
+    ]
     speeds = [1 / seconds for seconds in rounds] if all(rounds) else []
     return {
         "precision": manifest.precision,
@@ -146,7 +153,11 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
         "spread": spread(speeds) if len(speeds) > 1 else None,
         "seconds_per_request": seconds / len(first),
         # Lines whose tokens are the full model's, and those that ended at the limit of tokens.
-        "same": float(np.mean([one.token_ids == other.token_ids for one, other in zip(first, others, strict=True)])),
+        "same": float(
+            np.mean(
+                [one.token_ids == other.token_ids for one, other in zip(first, others, strict=True)]
+            )
+        ),
         "cut": float(np.mean([one.finish_reason == "length" for one in first])),
     }
 
@@ -154,14 +165,17 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
 def _by_position(requests: Sequence[Calls | None]) -> dict[str, list[tuple[float, int]]]:
     """The share of drafts that were accepted at each position, and how many were compared there, by source."""
     sums: dict[str, np.ndarray] = {}
-    for source, counts in (pair for calls in requests if calls is not None for pair in calls.drafts.items()):
+    for source, counts in (
+        pair for calls in requests if calls is not None for pair in calls.drafts.items()
+    ):
         longest = max(len(counts), len(sums.get(source, ())))
         whole = np.zeros((longest, 2), np.int64)
         for part in (sums.get(source, whole), np.array(counts)):
             whole[: len(part)] += part
         sums[source] = whole
     return {
-        source: [(right / compared, compared) for right, compared in each.tolist()] for source, each in sums.items()
+        source: [(right / compared, compared) for right, compared in each.tolist()]
+        for source, each in sums.items()
     }
 
 
@@ -170,8 +184,13 @@ def _speeds(lines: Lines, whole: Lines) -> Row:
     with prompt and encoder; 95 % intervals over lines, None for the full model itself."""
     itself, whole = lines is whole, {line: whole[line] for line in lines}
     ours, full = _medians(lines), _medians(whole)
-    tokens, full_tokens = (np.stack([a[:, 1], _later(b)], axis=1) for a, b in ((ours, lines), (full, whole)))
-    (seconds, decoding, first), (full_seconds, full_decoding, full_first) = ours.sum(axis=0), full.sum(axis=0)
+    tokens, full_tokens = (
+        np.stack([a[:, 1], _later(b)], axis=1) for a, b in ((ours, lines), (full, whole))
+    )
+    (seconds, decoding, first), (full_seconds, full_decoding, full_first) = (
+        ours.sum(axis=0),
+        full.sum(axis=0),
+    )
     later, full_later = (max(1.0, one[:, 1].sum()) for one in (tokens, full_tokens))
     token_low, token_high = (None, None) if itself else speed_interval(tokens, full_tokens)
     low, high = (None, None) if itself else speed_interval(ours[:, 0], full[:, 0])
@@ -193,7 +212,10 @@ def _later(lines: Lines) -> list[int]:
 
 def _medians(lines: Lines) -> np.ndarray:
     """Seconds of each line's request, of its decoding, and to its first token: medians over rounds, float64 [n, 3]."""
-    seconds = [[(one.seconds, one.decode_seconds, one.first_seconds) for one in turns] for turns in lines.values()]
+    seconds = [
+        [(one.seconds, one.decode_seconds, one.first_seconds) for one in turns]
+        for turns in lines.values()
+    ]
     return np.array([np.median(turns, axis=0) for turns in seconds])
 
 
@@ -218,7 +240,9 @@ def curves_of(rows: Sequence[Row], metric: str, quality: float) -> list[Row]:
             {
                 "bundle": bundle,
                 "method": method,
-                "area": area([(1.0, 1.0), *(p for p in known if p[1] is not None)], most) if len(some) > 1 else None,
+                "area": area([(1.0, 1.0), *(p for p in known if p[1] is not None)], most)
+                if len(some) > 1
+                else None,
                 "fastest": None if best is None else best["setting"],
                 "speed": None if best is None else best["request_speed"],
             }
@@ -251,7 +275,9 @@ def verdicts(rows: Sequence[Row], metric: Metric, quality: float) -> list[str]:
     for bundle in bundles:
         some = [row for row in rows if row["bundle"] == bundle and row["method"] != "full"]
         if some:
-            made.append((f"{bundle}: " if len(bundles) > 1 else "") + _verdict(some, metric, quality))
+            made.append(
+                (f"{bundle}: " if len(bundles) > 1 else "") + _verdict(some, metric, quality)
+            )
     return made
 
 
@@ -262,10 +288,14 @@ def _verdict(rows: Sequence[Row], metric: Metric, quality: float) -> str:
     best = fastest(rows, metric.name, quality)
     if best is None:
         return f"no setting keeps {wanted} by the lower bound of its interval: use full or lossless"
-    name, speed, low, high = (best[field] for field in ("setting", "request_speed", "request_low", "request_high"))
+    name, speed, low, high = (
+        best[field] for field in ("setting", "request_speed", "request_low", "request_high")
+    )
     bounds = f"{speed:.2f}x (95 %: {low:.2f} to {high:.2f})"
     if low <= 1:
         return f"no setting that keeps {wanted} is surely faster than full: {name} has {bounds}"
-    kept, least, most = (100 * best["scores"][metric.name][field] for field in ("relative", "low", "high"))
+    kept, least, most = (
+        100 * best["scores"][metric.name][field] for field in ("relative", "low", "high")
+    )
     shares = f"{kept:.1f} % ({least:.1f} to {most:.1f})"
     return f"{name} is the fastest that keeps {wanted}: {bounds} the speed of full at {shares}"

@@ -46,7 +46,9 @@ class Setting:
         return f"{self.method}{at}{', calibrated' if self.calibrated else ''}"
 
 
-def settings_of(methods: Sequence[Method], thresholds: Sequence[float], manifest: Manifest) -> list[Setting]:
+def settings_of(
+    methods: Sequence[Method], thresholds: Sequence[float], manifest: Manifest
+) -> list[Setting]:
     """List a bundle's settings, full first: free and CALM at each threshold, free also at the calibrated one."""
     found: list[Setting] = []
     for method in sorted(set(methods), key=METHODS.index):
@@ -102,9 +104,13 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         for value in self.thresholds:
             if not 0 <= value < NEVER_EXIT:
-                raise OptionError(f"--threshold {value:g} is out of range; choose one from 0 to below 1")
+                raise OptionError(
+                    f"--threshold {value:g} is out of range; choose one from 0 to below 1"
+                )
         if not 0 < self.quality <= 1:
-            raise OptionError(f"target quality is {self.quality!r}; choose a share above 0, up to 1")
+            raise OptionError(
+                f"target quality is {self.quality!r}; choose a share above 0, up to 1"
+            )
         if not self.bundles or "full" not in self.bundles[0][1]:
             raise OptionError(
                 "the first bundle has no method full, which others are compared with; add it to --methods"
@@ -117,7 +123,9 @@ class EvaluateOptions:
             )
         paths = [path.resolve() for path, _ in self.bundles]
         if len(set(paths)) < len(paths):
-            raise OptionError(f"{max(paths, key=paths.count)} is named twice; name it once, with all its methods")
+            raise OptionError(
+                f"{max(paths, key=paths.count)} is named twice; name it once, with all its methods"
+            )
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,11 @@ def entries_of(options: EvaluateOptions) -> list[Entry]:
     entries, models = [], iter(options.calm_models)
     for name, (path, methods) in zip(names, options.bundles, strict=True):
         bundle, calm = Bundle.open(path), next(models) if set(CALM) & set(methods) else None
-        entries.append(Entry(name, bundle, tuple(settings_of(methods, options.thresholds, bundle.manifest)), calm))
+        entries.append(
+            Entry(
+                name, bundle, tuple(settings_of(methods, options.thresholds, bundle.manifest)), calm
+            )
+        )
     return entries
 
 
@@ -204,7 +216,9 @@ class Records:
                     "with --overwrite"
                 )
         self._begins = overwrite or not (output / RUN).exists()
-        self._found = {} if self._begins else {record.key: record for record in read_records(self._path)}
+        self._found = (
+            {} if self._begins else {record.key: record for record in read_records(self._path)}
+        )
 
     def has(self, keys: Iterable[Key]) -> bool:
         return all(key in self._found for key in keys)
@@ -213,22 +227,31 @@ class Records:
         if self._begins:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.unlink(missing_ok=True)
-            write_whole(self._path.with_name(RUN), json.dumps(self._run, indent=2, sort_keys=True) + "\n")
+            write_whole(
+                self._path.with_name(RUN), json.dumps(self._run, indent=2, sort_keys=True) + "\n"
+            )
             self._begins = False
         filled = (
-            {name: value for name, value in asdict(one).items() if value not in (None, "", ())} for one in records
+            {name: value for name, value in asdict(one).items() if value not in (None, "", ())}
+            for one in records
         )
         append_lines(self._path, filled)
         self._found.update({record.key: record for record in records})
 
     def last_state(self, bundle: str, setting: str) -> Mapping[str, Any] | None:
         """Find what an adaptive session had learned when its last record was written."""
-        states = [one.adaptive_state for one in self._found.values() if (one.bundle, one.setting) == (bundle, setting)]
+        states = [
+            one.adaptive_state
+            for one in self._found.values()
+            if (one.bundle, one.setting) == (bundle, setting)
+        ]
         return states[-1] if states else None
 
     def by_setting(self) -> dict[tuple[str, str], dict[int, list[Record]]]:
         """Group records by bundle and setting, then line, the rounds in order."""
-        found: dict[tuple[str, str], dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
+        found: dict[tuple[str, str], dict[int, list[Record]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         for record in sorted(self._found.values(), key=lambda one: (one.line, one.round)):
             found[record.bundle, record.setting][record.line].append(record)
         return found

@@ -42,8 +42,14 @@ def collect(
     """Traces of the requests that fit, of at most `most` tokens: those in the file `cache` are taken from there, the
     others are added to it. After FIRST of more `estimate` gets the seconds of one, and how many are left."""
     manifest = session.manifest
-    depends = {"model": engines_hash(manifest), "data": sha256_of(data), "exit_layer": manifest.exit_layer}
-    known = TraceCache(cache, {**depends, "confidence": manifest.confidence, "max_new_tokens": most})
+    depends = {
+        "model": engines_hash(manifest),
+        "data": sha256_of(data),
+        "exit_layer": manifest.exit_layer,
+    }
+    known = TraceCache(
+        cache, {**depends, "confidence": manifest.confidence, "max_new_tokens": most}
+    )
     missing = [request for request in requests if known.get(request.line_number) is None]
     if missing:
         fitting = fitting_prompts(session, missing)
@@ -73,10 +79,15 @@ def fitting_prompts(session: Session, requests: Sequence[Request]) -> list[tuple
     if reasons and not fitting:
         raise DataError(f"none of the {len(requests)} inputs can be used; {reasons[0]}")
     if reasons:
-        click.echo(f"warning: {len(reasons)} of {len(requests)} inputs are left out; the first, {reasons[0]}", err=True)
+        click.echo(
+            f"warning: {len(reasons)} of {len(requests)} inputs are left out; the first, {reasons[0]}",
+            err=True,
+        )
     if manifest.speech is None:
         listed = TOKENIZER in manifest.files
-        check_unknown([ids for _, ids in fitting], unknown_of_bundle(session.bundle.path) if listed else None)
+        check_unknown(
+            [ids for _, ids in fitting], unknown_of_bundle(session.bundle.path) if listed else None
+        )
     return fitting
 
 
@@ -84,7 +95,9 @@ def _prompt(session: Session, request: Request, limit: int) -> Any:
     if session.manifest.speech is None:
         return encode_prompt(request.text, session.tokenizer, session.manifest.vocab_size, limit)
     if not isinstance(request.input, Path):
-        raise PromptError("it has 'input', and the bundle reads speech; give 'audio', the path of a WAV file")
+        raise PromptError(
+            "it has 'input', and the bundle reads speech; give 'audio', the path of a WAV file"
+        )
     return session.listen(request.input, request.language or "en")
 
 
@@ -120,4 +133,6 @@ def unknown_of_bundle(path: Path) -> int | None:
 def engines_hash(manifest: Manifest) -> str:
     """A hash of all files of a bundle that decide what its engines predict."""
     files = {name: file.sha256 for name, file in manifest.files.items() if not is_calibration(name)}
-    return hashlib.sha256(json.dumps([manifest.source_sha256, files], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([manifest.source_sha256, files], sort_keys=True).encode()
+    ).hexdigest()

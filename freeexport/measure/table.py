@@ -54,16 +54,23 @@ class Sheet:
         shown = self
         for name in spare:
             if shown.width > width:
-                shown = shown.only([n for n, column in enumerate(shown.columns) if column.rstrip("#") != name])
+                shown = shown.only(
+                    [n for n, column in enumerate(shown.columns) if column.rstrip("#") != name]
+                )
         return shown
 
 
 def sheet(
-    title: str, columns: Mapping[str, Callable[[RowT], str]], rows: Iterable[RowT], keep: Collection[str] | None = None
+    title: str,
+    columns: Mapping[str, Callable[[RowT], str]],
+    rows: Iterable[RowT],
+    keep: Collection[str] | None = None,
 ) -> Sheet:
     """Build a sheet: `columns` maps names to what shows a row. With `keep`, columns without text are dropped, and, of
     several rows, those with the same text in each become facts, except those that `keep` names (without `#`)."""
-    made = Sheet(title, tuple(columns), tuple(tuple(show(row) for show in columns.values()) for row in rows))
+    made = Sheet(
+        title, tuple(columns), tuple(tuple(show(row) for show in columns.values()) for row in rows)
+    )
     if keep is None:
         return made
     kept, facts = [], []
@@ -84,8 +91,12 @@ def terminal(shown: Sheet) -> Table:
 
 def markdown(shown: Sheet) -> str:
     lines = ["| " + " | ".join(name.rstrip("#") for name in shown.columns) + " |"]
-    lines.append("|" + "|".join("--:" if name.endswith("#") else ":--" for name in shown.columns) + "|")
-    lines.extend("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in shown.rows)
+    lines.append(
+        "|" + "|".join("--:" if name.endswith("#") else ":--" for name in shown.columns) + "|"
+    )
+    lines.extend(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in shown.rows
+    )
     return "\n".join(lines)
 
 
@@ -93,7 +104,9 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Write a line for each row; what is nested gets columns of its own, named by the path to it."""
     flat = [dict(_flat(row)) for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
@@ -143,7 +156,16 @@ def commit_of(root: Path) -> str | None:
     `root` is no checkout, as for an installed package: its version says which code it is."""
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+        "--abbrev=40",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -155,7 +177,10 @@ def about(environment: Mapping[str, Any], threads: int) -> list[tuple[str, str]]
     """Describe an `environment` to people."""
     machine, versions = environment["machine"], environment["versions"]
     return [
-        ("processor", f"{machine['processor']} ({' '.join(machine['features'])}), {threads} thread(s)"),
+        (
+            "processor",
+            f"{machine['processor']} ({' '.join(machine['features'])}), {threads} thread(s)",
+        ),
         ("kernels", machine["kernels"] or "none for this machine"),
         ("versions", ", ".join(f"{name} {value}" for name, value in versions.items())),
     ]

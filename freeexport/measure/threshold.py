@@ -26,7 +26,10 @@ STEPS = 200
 # A token that disagrees is expected once in three times its number at most, with 95 % probability, where none did.
 RULE_OF_THREE = 3.0
 # Fixed before any data is seen, from the top: finest near 1, where the confidences of a good exit crowd.
-THRESHOLDS: tuple[float, ...] = (1.0, *(1 - 10**-power for power in np.linspace(6, 0, 601).tolist()))
+THRESHOLDS: tuple[float, ...] = (
+    1.0,
+    *(1 - 10**-power for power in np.linspace(6, 0, 601).tolist()),
+)
 # For losses that need a decoding run each.
 COARSE_THRESHOLDS: tuple[float, ...] = (1.0, 0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3,
                                         0.2, 0.1, 0.0)  # fmt: skip
@@ -89,7 +92,11 @@ class DecodedOutputs:
     for the full model's own outputs."""
 
     def __init__(
-        self, session: Session, prompts: Sequence[np.ndarray], targets: Sequence[Reference] | None, max_new_tokens: int
+        self,
+        session: Session,
+        prompts: Sequence[np.ndarray],
+        targets: Sequence[Reference] | None,
+        max_new_tokens: int,
     ) -> None:
         self._session, self._prompts, self._targets = session, prompts, targets
         self._most = max_new_tokens
@@ -104,7 +111,9 @@ class DecodedOutputs:
 
     def free(self, threshold: float) -> list[str]:
         if threshold not in self._free:
-            self._free[threshold] = self._decoded(f"threshold {threshold:.4g}", mode="free", threshold=threshold)
+            self._free[threshold] = self._decoded(
+                f"threshold {threshold:.4g}", mode="free", threshold=threshold
+            )
         return self._free[threshold]
 
     def kept(self, metric: str, threshold: float, part: np.ndarray) -> float:
@@ -124,10 +133,14 @@ class DecodedOutputs:
     def _tables(
         self, metric: str, threshold: float, part: np.ndarray
     ) -> tuple[Metric, np.ndarray, np.ndarray, list[Reference]]:
-        measure, every = metric_of(metric), self._targets or [Reference((text,)) for text in self.full]
+        measure, every = (
+            metric_of(metric),
+            self._targets or [Reference((text,)) for text in self.full],
+        )
         references = list(compress(every, part))
         free, full = (
-            measure.table(list(compress(texts, part)), references) for texts in (self.free(threshold), self.full)
+            measure.table(list(compress(texts, part)), references)
+            for texts in (self.free(threshold), self.full)
         )
         return measure, free, full, references
 
@@ -135,7 +148,9 @@ class DecodedOutputs:
         texts = []
         with progress(f"decoding, {title}", len(self)) as advance:
             for prompt in self._prompts:
-                texts.append(self._session.generate(prompt, max_new_tokens=self._most, **options).text)
+                texts.append(
+                    self._session.generate(prompt, max_new_tokens=self._most, **options).text
+                )
                 advance()
         return texts
 
@@ -147,7 +162,9 @@ def choose(traces: Traces, rule: Rule, outputs: DecodedOutputs | None = None) ->
     lacks its `outputs`.
     """
     if rule.needs_outputs and outputs is None:
-        raise OptionError("a metric compares what mode free writes, which needs a bundle; convert, calibrate that")
+        raise OptionError(
+            "a metric compares what mode free writes, which needs a bundle; convert, calibrate that"
+        )
     fitted = fit(traces.confidence, traces.agrees, rule.agreement)
     if rule.method == "quality" and outputs is not None:
         choice = _by_quality(fitted.mixture, rule, outputs)
@@ -185,11 +202,17 @@ def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
         lowest = max(0.0, math.nextafter(float(np.min(confidence)), 0.0))
         note = f"all {count} tokens agree, so the threshold is the smallest confidence among them, not a fit"
         return Choice(lowest, None, notes=(note,))
-    agree, disagree = (most_likely(LogSums.of(one), UNIFORM, STEPS) for one in (agreeing, disagreeing))
+    agree, disagree = (
+        most_likely(LogSums.of(one), UNIFORM, STEPS) for one in (agreeing, disagreeing)
+    )
     mixture = BetaMixture(agree, disagree, len(agreeing) / count)
     few = min(len(agreeing), len(disagreeing))
     which = "agreeing" if len(agreeing) <= len(disagreeing) else "disagreeing"
-    notes = (f"only {few} {which} tokens: their distribution is rough; give more samples",) if few < 30 else ()
+    notes = (
+        (f"only {few} {which} tokens: their distribution is rough; give more samples",)
+        if few < 30
+        else ()
+    )
     return Choice(threshold_at(mixture, target), mixture, notes=notes)
 
 
@@ -230,13 +253,17 @@ def first_failing(passes: Callable[[float], bool], thresholds: Sequence[float]) 
     return passing
 
 
-def _by_risk(traces: Traces, mixture: BetaMixture | None, rule: Rule, outputs: DecodedOutputs | None) -> Choice:
+def _by_risk(
+    traces: Traces, mixture: BetaMixture | None, rule: Rule, outputs: DecodedOutputs | None
+) -> Choice:
     quality: dict[float, float] = {}
 
     def losses(threshold: float) -> np.ndarray:
         if rule.metric is None or outputs is None:
             return token_losses(traces, threshold)
-        score = scores(rule.metric, outputs.free(threshold), [Reference((text,)) for text in outputs.full])
+        score = scores(
+            rule.metric, outputs.free(threshold), [Reference((text,)) for text in outputs.full]
+        )
         quality[threshold] = float(np.mean(score))
         return ~score if score.dtype == np.bool_ else 1 - score
 
@@ -297,7 +324,11 @@ def sequences_needed(risk: float, delta: float) -> int:
 
 
 def ratio_bound(
-    free: np.ndarray, full: np.ndarray, lost: np.ndarray, value: Callable[[np.ndarray], float], delta: float
+    free: np.ndarray,
+    full: np.ndarray,
+    lost: np.ndarray,
+    value: Callable[[np.ndarray], float],
+    delta: float,
 ) -> float:
     """A lower bound, with probability 1 - `delta`, of the ratio of a metric's values in mode free and in mode full.
 

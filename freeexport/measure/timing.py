@@ -44,7 +44,9 @@ def interleave(
     """
     turns = list(product(range(rounds), range(len(prompts))))
     left = [turn for turn in turns if not done(*turn)]
-    with progress(title, len(turns) * len(settings), (len(turns) - len(left)) * len(settings)) as advance:
+    with progress(
+        title, len(turns) * len(settings), (len(turns) - len(left)) * len(settings)
+    ) as advance:
         for prompt in prompts[: warm_up if left else 0]:
             for setting in settings:
                 decode(setting, prompt)

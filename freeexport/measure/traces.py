@@ -58,12 +58,16 @@ class Traces:
     @classmethod
     def one(cls, line: int, **tokens: Sequence[float] | np.ndarray) -> Traces:
         """A single sequence; `tokens` are the four values of each token."""
-        flat: dict[str, np.ndarray] = {name: np.asarray(tokens[name], kind) for name, kind in _TYPES.items()}
+        flat: dict[str, np.ndarray] = {
+            name: np.asarray(tokens[name], kind) for name, kind in _TYPES.items()
+        }
         return cls(np.array([line]), np.array([len(flat["token"])]), **flat)
 
     @classmethod
     def joined(cls, parts: Iterable[Traces]) -> Traces:
-        few = list(parts) or [cls(*np.zeros((2, 0), np.int64), *(np.zeros(0, kind) for kind in _TYPES.values()))]
+        few = list(parts) or [
+            cls(*np.zeros((2, 0), np.int64), *(np.zeros(0, kind) for kind in _TYPES.values()))
+        ]
         names = ("line", "length", *_TYPES)
         return cls(*(np.concatenate([getattr(one, name) for one in few]) for name in names))
 
@@ -127,7 +131,11 @@ class Replay:
         """Tokens per second of decoding as a multiple of mode full's (docs/decoding.md). 1 where nothing can exit: a
         session then decodes as mode full does."""
         decided = len(self.exits)
-        return costs.speedup_of(self.sync_sizes, decided) if decided and self.threshold < NEVER_EXIT else 1.0
+        return (
+            costs.speedup_of(self.sync_sizes, decided)
+            if decided and self.threshold < NEVER_EXIT
+            else 1.0
+        )
 
 
 def replay(traces: Traces, threshold: float, max_pending: int) -> Replay:
@@ -142,10 +150,14 @@ def replay(traces: Traces, threshold: float, max_pending: int) -> Replay:
     exits = above & (rows < max_pending)
     sizes, counts = np.unique(rows[~exits], return_counts=True)
     agreeing = int((exits & traces.agrees).sum())
-    return Replay(threshold, exits, agreeing, dict(zip(sizes.tolist(), counts.tolist(), strict=True)))
+    return Replay(
+        threshold, exits, agreeing, dict(zip(sizes.tolist(), counts.tolist(), strict=True))
+    )
 
 
-def trace_of(session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max_new_tokens: int) -> Traces:
+def trace_of(
+    session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max_new_tokens: int
+) -> Traces:
     """Decode `prompt` int64 [n], or a window of sound, as mode `full` does, at most `max_new_tokens`, until an end of
     sequence, and ask both decoders at each token.
 
@@ -171,7 +183,12 @@ def trace_of(session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max
         for _ in range(most):
             shallow = decoder.step(token, head=True)
             (deep,) = decoder.sync(1, drafts=[shallow.token])
-            values = (shallow.confidence or 0.0, shallow.token == deep.token, deep.nll or 0.0, shallow.token)
+            values = (
+                shallow.confidence or 0.0,
+                shallow.token == deep.token,
+                deep.nll or 0.0,
+                shallow.token,
+            )
             for name, value in zip(_TYPES, values, strict=True):
                 found[name].append(value)
             token = deep.token
@@ -180,7 +197,9 @@ def trace_of(session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max
     return Traces.one(line, **found)
 
 
-def _drafted_trace(session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max_new_tokens: int) -> Traces:
+def _drafted_trace(
+    session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max_new_tokens: int
+) -> Traces:
     """Traces of an exit that reads features, and of speech, whose rules have a say in the output."""
     spoken, manifest, asked = isinstance(prompt, SpeechPrompt), session.manifest, cast(Any, prompt)
     ids = session.generate(asked, mode="full", max_new_tokens=max_new_tokens).token_ids
@@ -194,7 +213,9 @@ def _drafted_trace(session: Session, line: int, prompt: np.ndarray | SpeechPromp
                 decoder.step(given, head=True)
                 decoder.sync(0)
         else:
-            read_first = np.array(prompt.prefix if isinstance(prompt, SpeechPrompt) else prompt, np.int64)
+            read_first = np.array(
+                prompt.prefix if isinstance(prompt, SpeechPrompt) else prompt, np.int64
+            )
             decoder.prefill(read_first, head=False, exits=True)
         most = 1 if spoken else min(DRAFTED, manifest.max_pending)
         for start in range(0, len(ids) - 1, most):
@@ -230,7 +251,9 @@ class TraceCache:
         for name, kind in _TYPES.items():
             values = getattr(trace, name).tolist()
             # Nine digits are all of a float32.
-            record[name] = [float(f"{one:.9g}") if kind is np.float32 else int(one) for one in values]
+            record[name] = [
+                float(f"{one:.9g}") if kind is np.float32 else int(one) for one in values
+            ]
         if not self._appends:
             self._path.write_bytes(b"")
         append_lines(self._path, [record] if self._appends else [self._header, record])
@@ -250,7 +273,10 @@ class TraceCache:
                 return False
             for record in records:
                 values = {name: record[name] for name in _TYPES}
-                if type(record["line"]) is not int or len({len(value) for value in values.values()}) != 1:
+                if (
+                    type(record["line"]) is not int
+                    or len({len(value) for value in values.values()}) != 1
+                ):
                     raise ValueError
                 self._traces[record["line"]] = Traces.one(record["line"], **values)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -270,7 +296,9 @@ def exit_trace(what: str, predicted: int = 1) -> list[bool]:
     except ValueError:
         return _recorded(Path(what), predicted)
     if not 0 <= rate < 1:
-        raise OptionError(f"--replay {what} is no rate of exits; choose one from 0 to below 1, or a file")
+        raise OptionError(
+            f"--replay {what} is no rate of exits; choose one from 0 to below 1, or a file"
+        )
     return drawn(rate, 1)
 
 
@@ -286,9 +314,13 @@ def _recorded(path: Path, predicted: int) -> list[bool]:
         lines = [parse_json(line, nan=True) for line in read_text(path).split("\n") if line.strip()]
         exits = [bool(flag) for line in lines for flag in line.get("exited", [])[predicted:]]
     except (ValueError, AttributeError, TypeError) as error:
-        raise OptionError(f"--replay {path} cannot be read ({error}); give what `generate --output` wrote") from None
+        raise OptionError(
+            f"--replay {path} cannot be read ({error}); give what `generate --output` wrote"
+        ) from None
     if not exits:
-        raise OptionError(f"--replay {path} holds no token that could exit; give what `generate --output` wrote")
+        raise OptionError(
+            f"--replay {path} holds no token that could exit; give what `generate --output` wrote"
+        )
     return exits
 
 
@@ -317,7 +349,9 @@ class ReplayDecoder(Decoder):
         shallow, script = super().prediction(), self._script
         if script.trace is not None:
             self._decided += 1
-            return shallow._replace(confidence=float(script.trace[(self._decided - 1) % len(script.trace)]))
+            return shallow._replace(
+                confidence=float(script.trace[(self._decided - 1) % len(script.trace)])
+            )
         if script.tokens is None:
             return shallow
         # Places are counted from the first token, which comes after the prompt's last row.
@@ -325,7 +359,9 @@ class ReplayDecoder(Decoder):
         if place >= len(script.tokens):
             return shallow._replace(confidence=0.0)
         wrong = 0 if script.right[place % len(script.right)] else 1
-        return shallow._replace(token=(script.tokens[place] + wrong) % self.vocab_size, confidence=1.0)
+        return shallow._replace(
+            token=(script.tokens[place] + wrong) % self.vocab_size, confidence=1.0
+        )
 
     def answers(self) -> list[Prediction]:
         return self._answered(super().answers())
@@ -338,14 +374,19 @@ class ReplayDecoder(Decoder):
         if tokens is None:
             return deep
         places = enumerate(deep, self.lengths()[1] - len(deep) + 1 - self._prompt)
-        return [one._replace(token=tokens[place]) if place < len(tokens) else one for place, one in places]
+        return [
+            one._replace(token=tokens[place]) if place < len(tokens) else one
+            for place, one in places
+        ]
 
 
 class ReplayFeatureDecoder(ReplayDecoder, FeatureDecoder):
     """A decoder whose exit is an engine of its own, which replays."""
 
 
-def _replaying(script: Script, *arguments: Any, exit: Runner | None = None, **others: Any) -> ReplayDecoder:
+def _replaying(
+    script: Script, *arguments: Any, exit: Runner | None = None, **others: Any
+) -> ReplayDecoder:
     if exit is None:
         return ReplayDecoder(script, *arguments, **others)
     return ReplayFeatureDecoder(script, *arguments, exit=exit, **others)

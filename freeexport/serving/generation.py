@@ -13,11 +13,26 @@ import msgspec
 import numpy as np
 
 from freeexport.serving.grammar_trial import GrammarTrial
-from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest, api_error, draining, invalid
+from freeexport.serving.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    api_error,
+    draining,
+    invalid,
+)
 from freeexport.serving.replies import Reply
 from freeexport.serving.service import Record
 from freeexport.serving.tools import CallForm, constraint, form_of, shown
-from runtime import AsyncStream, GenerationOptions, GenerationResult, OptionError, PromptLengthError, Session, Token
+from runtime import (
+    AsyncStream,
+    GenerationOptions,
+    GenerationResult,
+    OptionError,
+    PromptLengthError,
+    Session,
+    Token,
+)
 from runtime.options import Mode
 from runtime.text.prompt import encode_expected
 
@@ -65,7 +80,12 @@ class Generation:
                 status, seconds = self.deadline
                 limit = "the request's deadline" if status == 408 else "the server's limit"
                 passed = f"{limit} of {seconds:g} s passed before the first token"
-                raise ApiError(status, f"{passed}; ask later, or for more time", "deadline_exceeded", again=False)
+                raise ApiError(
+                    status,
+                    f"{passed}; ask later, or for more time",
+                    "deadline_exceeded",
+                    again=False,
+                )
             return result
         if result.interrupted:
             raise draining()  # the session was closed: a client that left is not told
@@ -79,13 +99,21 @@ class Generation:
 
 
 async def begin(
-    session: Session, trial: GrammarTrial, request: Generating, mode: Mode | None, deadline: float | None
+    session: Session,
+    trial: GrammarTrial,
+    request: Generating,
+    mode: Mode | None,
+    deadline: float | None,
 ) -> Generation:
     """Encode the prompts, and let every choice enter the queue, or none. `mode` and `deadline` are the server's.
 
     Raises ApiError, PromptError, OptionError, QueueFullError.
     """
-    options, prompts, form = request.options(mode, deadline), request.prompts, form_of(session.tokenizer)
+    options, prompts, form = (
+        request.options(mode, deadline),
+        request.prompts,
+        form_of(session.tokenizer),
+    )
     count, most = len(prompts) * request.n, session.options.slots + session.options.queue
     if count > most:
         asked = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
@@ -97,14 +125,17 @@ async def begin(
         if isinstance(request, ChatRequest) and not form.shown:
             read, tools = [shown(messages, tools, form) for messages in prompts], []
         encoded = [
-            session.encode(prompt, tools=tools, src_lang=given.src_lang, tgt_lang=given.tgt_lang) for prompt in read
+            session.encode(prompt, tools=tools, src_lang=given.src_lang, tgt_lang=given.tgt_lang)
+            for prompt in read
         ]
         languages = session.manifest.languages
         told = languages is not None and languages.target == "prompt"  # by the ids
         given = replace(given, src_lang=None, tgt_lang=None if told else given.tgt_lang)
         if given.predicted_output is not None:
             expected = given.predicted_output
-            ids = encode_expected(expected, session.tokenizer, session.manifest.vocab_size, session.capacity)
+            ids = encode_expected(
+                expected, session.tokenizer, session.manifest.vocab_size, session.capacity
+            )
             given = replace(given, predicted_output=ids.tolist())
         return encoded, given
 
@@ -123,7 +154,9 @@ async def begin(
         for ids, limit in zip(encoded, limits, strict=True):
             for number in range(request.n):
                 seed = None if request.seed is None else (request.seed + number) % 2**64
-                generation.streams.append(session.astream(ids, replace(options, max_new_tokens=limit, seed=seed)))
+                generation.streams.append(
+                    session.astream(ids, replace(options, max_new_tokens=limit, seed=seed))
+                )
     except BaseException:
         await generation.end()
         raise
@@ -131,7 +164,11 @@ async def begin(
 
 
 async def _constrained(
-    options: GenerationOptions, request: Generating, form: CallForm, session: Session, trial: GrammarTrial
+    options: GenerationOptions,
+    request: Generating,
+    form: CallForm,
+    session: Session,
+    trial: GrammarTrial,
 ) -> GenerationOptions:
     """Add the constraint of a request. Raises ApiError for one that cannot be met, or not be compiled in time."""
     field, constrained = await asyncio.to_thread(constraint, request, form)
@@ -149,8 +186,15 @@ class EventStream:
     """An ASGI response: the chunks of all choices as they come, and pings while there are none. `record` ends with
     it."""
 
-    def __init__(self, generation: Generation, reply: Reply, request: Generating, record: Record) -> None:
-        self._generation, self._reply, self._request, self._record = generation, reply, request, record
+    def __init__(
+        self, generation: Generation, reply: Reply, request: Generating, record: Record
+    ) -> None:
+        self._generation, self._reply, self._request, self._record = (
+            generation,
+            reply,
+            request,
+            record,
+        )
         self._written = 0.0
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
@@ -179,7 +223,9 @@ class EventStream:
         async with _together([*choices, self._ping(send)]) as (*tasks, _):
             results = list(await asyncio.gather(*tasks))
         if self._request.include_usage:
-            await self._write(send, self._reply.encode(self._reply.usage(results, self._generation.prompts)))
+            await self._write(
+                send, self._reply.encode(self._reply.usage(results, self._generation.prompts))
+            )
         await self._write(send, self._reply.end)
         await send({"type": "http.response.body", "body": b""})
 
@@ -228,7 +274,9 @@ async def while_there(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
 
 
 @asynccontextmanager
-async def _together(works: Sequence[Coroutine[Any, Any, Any]]) -> AsyncIterator[list[asyncio.Task[Any]]]:
+async def _together(
+    works: Sequence[Coroutine[Any, Any, Any]],
+) -> AsyncIterator[list[asyncio.Task[Any]]]:
     """Run as tasks, none of which outlives the block."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
@@ -257,4 +305,7 @@ def _size(prompt: str | list[Any]) -> int:
     """Return the characters of a prompt, of which a chat's template may make many more."""
     if isinstance(prompt, str):
         return len(prompt)
-    return sum(MARKUP + len(part["role"]) + len(part["content"]) if isinstance(part, dict) else 1 for part in prompt)
+    return sum(
+        MARKUP + len(part["role"]) + len(part["content"]) if isinstance(part, dict) else 1
+        for part in prompt
+    )

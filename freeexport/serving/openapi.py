@@ -38,7 +38,11 @@ POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         ResponseRequest,
         ("id", "object", "created_at", "model", "status", "output", "usage"),
     ),
-    "/tokenize": ("The token ids of a text or a conversation", TokenizeRequest, ("count", "max_model_len", "tokens")),
+    "/tokenize": (
+        "The token ids of a text or a conversation",
+        TokenizeRequest,
+        ("count", "max_model_len", "tokens"),
+    ),
     "/detokenize": ("The text of token ids", DetokenizeRequest, ("prompt",)),
 }
 # By path: what it is for; and the fields of the form that it takes.
@@ -50,7 +54,11 @@ FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature
 # By path: what it is for, the fields of an answer, and other statuses that it may have.
 GET: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
     "/v1/models": ("The models that are served", ("object", "data"), ()),
-    "/v1/models/{model}": ("One model", ("id", "object", "created", "owned_by", "max_model_len"), (404, 503)),
+    "/v1/models/{model}": (
+        "One model",
+        ("id", "object", "created", "owned_by", "max_model_len"),
+        (404, 503),
+    ),
     "/health": ("Whether requests are taken", ("status", "ready"), (503,)),
     "/v2/health/live": ("Whether the process lives", ("live",), ()),
     "/v2/health/ready": ("Whether requests are taken", ("status", "ready"), (503,)),
@@ -81,7 +89,9 @@ def document(guarded: bool = False) -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(kinds, ref_template=REFERENCE + "{name}")
     for kind in kinds:
         schema = schemas[kind.__name__]
-        neutral: dict[str, Any] = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
+        neutral: dict[str, Any] = {
+            name: {"enum": [*values, None]} for name, values in NEUTRAL.items()
+        }
         neutral |= {name: {} for name in HARMLESS}
         schema |= {"properties": neutral | schema["properties"], "additionalProperties": False}
     failed: dict[str, Any] = {
@@ -93,12 +103,16 @@ def document(guarded: bool = False) -> dict[str, Any]:
     schemas["Error"] = _object({"error": {**_object(failed), "required": ["message", "type"]}})
     paths: dict[str, Any] = {}
     for path, (purpose, kind, fields) in POST.items():
-        answer: dict[str, Any] = {"application/json": {"schema": _object({field: {} for field in fields})}}
+        answer: dict[str, Any] = {
+            "application/json": {"schema": _object({field: {} for field in fields})}
+        }
         if "stream" in {field.name for field in msgspec.structs.fields(kind)}:
             answer["text/event-stream"] = {"schema": _event(kind)}
         schema = {"$ref": REFERENCE + kind.__name__}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        paths[path] = {"post": {**_operation(path, purpose, answer, tuple(STATUSES)), "requestBody": body}}
+        paths[path] = {
+            "post": {**_operation(path, purpose, answer, tuple(STATUSES)), "requestBody": body}
+        }
     for path, purpose in FORMS.items():
         form: dict[str, Any] = {name: {"type": "string"} for name in FIELDS}
         form["file"] = {"type": "string", "contentMediaType": "audio/wav"}
@@ -107,31 +121,50 @@ def document(guarded: bool = False) -> dict[str, Any]:
         spoken: dict[str, Any] = {"application/json": {"schema": _object({"text": {}})}}
         spoken["text/plain"] = {"schema": {"type": "string"}}
         operation = _operation(path, purpose, spoken, tuple(STATUSES))
-        taken: dict[str, Any] = {"required": True, "content": {"multipart/form-data": {"schema": fitting}}}
+        taken: dict[str, Any] = {
+            "required": True,
+            "content": {"multipart/form-data": {"schema": fitting}},
+        }
         paths[path] = {"post": {**operation, "requestBody": taken}}
     for path, (purpose, fields, statuses) in GET.items():
         shown: dict[str, Any] = {"schema": _object({field: {} for field in fields})}
-        content = {"application/json": shown} if fields else {"text/plain": {"schema": {"type": "string"}}}
-        operation = _operation(path, purpose, content, (*statuses, *([401] if path.startswith("/v1") else [])))
+        content = (
+            {"application/json": shown}
+            if fields
+            else {"text/plain": {"schema": {"type": "string"}}}
+        )
+        operation = _operation(
+            path, purpose, content, (*statuses, *([401] if path.startswith("/v1") else []))
+        )
         if "{model}" in path:
             text = {"type": "string", "minLength": 1}
-            operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": text}]
+            operation["parameters"] = [
+                {"name": "model", "in": "path", "required": True, "schema": text}
+            ]
         paths[path] = {"get": operation}
     components: dict[str, Any] = {"schemas": schemas}
-    made: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "freeexport", "version": __version__}, "paths": paths}
+    made: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "freeexport", "version": __version__},
+        "paths": paths,
+    }
     if guarded:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         made["security"] = [{"key": []}]
     return {**made, "components": components}
 
 
-def _operation(path: str, purpose: str, answer: dict[str, Any], statuses: tuple[int, ...]) -> dict[str, Any]:
+def _operation(
+    path: str, purpose: str, answer: dict[str, Any], statuses: tuple[int, ...]
+) -> dict[str, Any]:
     name = path.strip("/").replace("/", "_").replace("{", "").replace("}", "").replace(".", "_")
     failed = {"application/json": {"schema": {"$ref": REFERENCE + "Error"}}}
     if "health" in path:  # its state is the answer
         failed = answer
     responses = {"200": {"description": "The answer", "content": answer}}
-    responses |= {str(status): {"description": STATUSES[status], "content": failed} for status in statuses}
+    responses |= {
+        str(status): {"description": STATUSES[status], "content": failed} for status in statuses
+    }
     return {"operationId": name, "summary": purpose, "responses": responses}
 
 
@@ -139,7 +172,11 @@ def _event(kind: Any) -> dict[str, Any]:
     """The schema of one event of a stream, as clients and OpenAI's own document read `schema` before OpenAPI 3.2."""
     json: dict[str, Any] = {"contentMediaType": "application/json"}
     if kind is ResponseRequest:  # an error is an event like the others
-        data = {"type": "string", **json, "contentSchema": _object({"type": {}, "sequence_number": {}})}
+        data = {
+            "type": "string",
+            **json,
+            "contentSchema": _object({"type": {}, "sequence_number": {}}),
+        }
     else:
         chunk = _object({field: {} for field in ("id", "object", "created", "model", "choices")})
         json["contentSchema"] = {"anyOf": [chunk, {"$ref": REFERENCE + "Error"}]}
@@ -166,10 +203,22 @@ def page(made: dict[str, Any]) -> str:
             if body := operation.get("requestBody"):
                 (taken,) = body["content"].values()
                 schema = taken["schema"]
-                rows = _fields(schemas[schema["$ref"].removeprefix(REFERENCE)] if "$ref" in schema else schema, schemas)
-            statuses = ", ".join(f"{code} {escape(one['description'])}" for code, one in operation["responses"].items())
-            parts.append(f"<details><summary>{head}</summary>{rows}<p>Statuses: {statuses}.</p></details>")
-    shown = [name for name, one in schemas.items() if not name.endswith("Request") and one.get("properties")]
+                rows = _fields(
+                    schemas[schema["$ref"].removeprefix(REFERENCE)] if "$ref" in schema else schema,
+                    schemas,
+                )
+            statuses = ", ".join(
+                f"{code} {escape(one['description'])}"
+                for code, one in operation["responses"].items()
+            )
+            parts.append(
+                f"<details><summary>{head}</summary>{rows}<p>Statuses: {statuses}.</p></details>"
+            )
+    shown = [
+        name
+        for name, one in schemas.items()
+        if not name.endswith("Request") and one.get("properties")
+    ]
     parts += ["<h2>Types</h2>"]
     parts += [
         f'<details id="{name}"><summary><code>{name}</code> {escape(schemas[name].get("description", ""))}</summary>'
@@ -210,8 +259,14 @@ def _kind(one: dict[str, Any], schemas: dict[str, Any]) -> str:
     text = escape(str(one.get("type", "anything")))
     if one.get("type") == "array" and "items" in one and isinstance(one["items"], dict):
         text = f"list of {_kind(one['items'], schemas)}"
-    limits = [f"{words} {one[name]}" for name, words in (("minimum", "from"), ("maximum", "to")) if name in one]
-    limits += [f"default {_word(one['default'])}"] if one.get("default") not in (None, {}, []) else []
+    limits = [
+        f"{words} {one[name]}"
+        for name, words in (("minimum", "from"), ("maximum", "to"))
+        if name in one
+    ]
+    limits += (
+        [f"default {_word(one['default'])}"] if one.get("default") not in (None, {}, []) else []
+    )
     return f"{text} {', '.join(limits)}".strip()
 
 

@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from runtime import FreeExportError, GenerationOptions, OptionError, PromptError, PromptLengthError, QueueFullError
+from runtime import (
+    FreeExportError,
+    GenerationOptions,
+    OptionError,
+    PromptError,
+    PromptLengthError,
+    QueueFullError,
+)
 from runtime.options import MOST_TOP_LOGPROBS, Mode
 
 # The fields of a request by the session's options.
@@ -53,7 +60,9 @@ ADVICE = {
     "functions": "use tools",
     "function_call": "use tool_choice",
     "tools": "use chat completions or responses",
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "use structured_outputs"),
+    **dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "use structured_outputs"
+    ),
 }
 MOST_FIELDS = 100  # of a body
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -82,8 +91,12 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        kind = TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        return {
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        }
 
 
 def invalid(param: str, message: str) -> ApiError:
@@ -95,7 +108,12 @@ def unsupported(name: str, advice: str, value: str = "") -> ApiError:
 
 
 def draining() -> ApiError:
-    return ApiError(503, "the server is shutting down; ask another, or again later", "shutting_down", retry_after=1)
+    return ApiError(
+        503,
+        "the server is shutting down; ask another, or again later",
+        "shutting_down",
+        retry_after=1,
+    )
 
 
 def api_error(error: BaseException) -> ApiError:
@@ -108,7 +126,9 @@ def api_error(error: BaseException) -> ApiError:
             return ApiError(429, f"the queue is full: {error}", "queue_full", retry_after=1)
         case PromptError():
             long = isinstance(error, PromptLengthError)
-            return ApiError(400, message, "context_length_exceeded" if long else "invalid_prompt", "prompt")
+            return ApiError(
+                400, message, "context_length_exceeded" if long else "invalid_prompt", "prompt"
+            )
         case OptionError() if message.startswith("the session is closed"):
             return draining()
         case OptionError():
@@ -118,7 +138,9 @@ def api_error(error: BaseException) -> ApiError:
             return ApiError(400, message if param is None else param + rest, "invalid_value", param)
         case FreeExportError():
             return ApiError(500, message, "engine_error")
-    return ApiError(500, f"{type(error).__name__} in the server; its log has the traceback", "internal_error")
+    return ApiError(
+        500, f"{type(error).__name__} in the server; its log has the traceback", "internal_error"
+    )
 
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -156,7 +178,10 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if (self.json_schema is not None) != (self.type == "json_schema"):
             wrong = f"json_schema is {'given' if self.json_schema else 'missing'} with type {self.type!r}"
-            raise invalid("response_format", f"response_format: {wrong}; a schema goes with type 'json_schema'")
+            raise invalid(
+                "response_format",
+                f"response_format: {wrong}; a schema goes with type 'json_schema'",
+            )
 
 
 class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -169,14 +194,18 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     json_object: bool | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)]
+        given = [
+            name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)
+        ]
         if len(given) != 1:
             wrong = "names no constraint" if not given else f"has {given[0]} and {given[1]}"
             raise invalid("structured_outputs", f"structured_outputs {wrong}; give one")
 
     @property
     def constraint(self) -> tuple[str, Any]:
-        name = next(name for name in self.__struct_fields__ if getattr(self, name) not in (None, False))
+        name = next(
+            name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)
+        )
         return name, {"type": "object"} if name == "json_object" else getattr(self, name)
 
 
@@ -226,9 +255,13 @@ class Request(msgspec.Struct, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options", "stream_options is given without stream; add stream: true")
+            raise invalid(
+                "stream_options", "stream_options is given without stream; add stream: true"
+            )
         if self.schema is not None and self.structured_outputs is not None:
-            raise invalid("structured_outputs", "structured_outputs is given with response_format; choose one")
+            raise invalid(
+                "structured_outputs", "structured_outputs is given with response_format; choose one"
+            )
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -310,7 +343,9 @@ def joined(content: str | list[Part], where: str) -> str:
         return content
     for place, part in enumerate(content):
         if part.type != "text" or part.text is None:
-            raise unsupported(f"{where}[{place}].type", "this model reads text", f" {part.type[:40]!r}")
+            raise unsupported(
+                f"{where}[{place}].type", "this model reads text", f" {part.type[:40]!r}"
+            )
     return "".join(part.text or "" for part in content)
 
 
@@ -345,17 +380,31 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
         calls = message.tool_calls or []
         if message.name is not None and message.role != "tool":
             raise unsupported(f"{where}.name", "messages have a role and a text")
-        if (calls and message.role != "assistant") or (message.tool_call_id and message.role != "tool"):
+        if (calls and message.role != "assistant") or (
+            message.tool_call_id and message.role != "tool"
+        ):
             field = "tool_calls" if calls else "tool_call_id"
-            raise invalid(f"{where}.{field}", f"{where}.{field} is given with role {message.role[:40]!r}; remove it")
+            raise invalid(
+                f"{where}.{field}",
+                f"{where}.{field} is given with role {message.role[:40]!r}; remove it",
+            )
         if message.content is None and not calls:
             raise invalid(f"{where}.content", f"{where}.content is missing; give a text")
         role = "system" if message.role == "developer" else message.role
-        told: dict[str, Any] = {"role": role, "content": joined(message.content or "", f"{where}.content")}
+        told: dict[str, Any] = {
+            "role": role,
+            "content": joined(message.content or "", f"{where}.content"),
+        }
         if calls:
-            told["tool_calls"] = [_call(call, f"{where}.tool_calls[{place}]") for place, call in enumerate(calls)]
+            told["tool_calls"] = [
+                _call(call, f"{where}.tool_calls[{place}]") for place, call in enumerate(calls)
+            ]
         if role == "tool":
-            told |= {name: value for name in ("name", "tool_call_id") if (value := getattr(message, name)) is not None}
+            told |= {
+                name: value
+                for name in ("name", "tool_call_id")
+                if (value := getattr(message, name)) is not None
+            }
         read.append(told)
     return read
 
@@ -368,7 +417,11 @@ def _call(call: ToolCall, where: str) -> dict[str, Any]:
         raise invalid(
             f"{where}.function.arguments", f"{where}.function.arguments is no JSON object; send one"
         ) from None
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
 
 
 class Prediction(msgspec.Struct, forbid_unknown_fields=True):
@@ -398,19 +451,31 @@ class ChatRequest(Request, kw_only=True):
 
     def _check_tools(self) -> None:
         names = [tool.function.name for tool in self.tools or ()]
-        chosen = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        chosen = (
+            self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        )
         if chosen is not None and chosen not in names:
-            raise invalid("tool_choice", f"tool_choice names {chosen[:80]!r}, which is not among the tools; add it")
+            raise invalid(
+                "tool_choice",
+                f"tool_choice names {chosen[:80]!r}, which is not among the tools; add it",
+            )
         if self.tool_choice == "required" and not names:
             raise invalid("tool_choice", "tool_choice is 'required' without tools; give tools")
         for number, tool in enumerate(self.tools or ()):
             where = f"tools[{number}].function"
             if tool.function.name in names[:number]:
-                raise invalid(f"{where}.name", f"{where}.name {tool.function.name!r} is used twice; rename one")
+                raise invalid(
+                    f"{where}.name",
+                    f"{where}.name {tool.function.name!r} is used twice; rename one",
+                )
             if (tool.function.parameters or {}).get("type", "object") != "object":
-                raise invalid(f"{where}.parameters", f"{where}.parameters is no schema of an object; give one")
+                raise invalid(
+                    f"{where}.parameters", f"{where}.parameters is no schema of an object; give one"
+                )
         if self.offered and self.structured_outputs is not None:
-            raise invalid("structured_outputs", "structured_outputs is given with tools; choose one")
+            raise invalid(
+                "structured_outputs", "structured_outputs is given with tools; choose one"
+            )
 
     @property
     def offered(self) -> list[Tool]:
@@ -437,7 +502,9 @@ class ChatRequest(Request, kw_only=True):
 
     @property
     def expected(self) -> str:
-        return "" if self.prediction is None else joined(self.prediction.content, "prediction.content")
+        return (
+            "" if self.prediction is None else joined(self.prediction.content, "prediction.content")
+        )
 
     @property
     def prompts(self) -> list[Any]:
@@ -454,7 +521,10 @@ class CompletionRequest(Request, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.echo and self.logprobs is not None:
-            raise invalid("echo", "echo is given with logprobs, which tokens of a prompt do not have; choose one")
+            raise invalid(
+                "echo",
+                "echo is given with logprobs, which tokens of a prompt do not have; choose one",
+            )
         if isinstance(self.prompt, list) and len({type(part) for part in self.prompt}) != 1:
             wrong = "mixes texts and token ids" if self.prompt else "is an empty list"
             raise invalid("prompt", f"prompt {wrong}; give a text, token ids, or a list of them")
@@ -464,7 +534,9 @@ class CompletionRequest(Request, kw_only=True):
         return self.logprobs
 
     def options(self, mode: Mode | None, deadline: float | None) -> GenerationOptions:
-        return replace(super().options(mode, deadline), src_lang=self.src_lang, tgt_lang=self.tgt_lang)
+        return replace(
+            super().options(mode, deadline), src_lang=self.src_lang, tgt_lang=self.tgt_lang
+        )
 
     @property
     def prompts(self) -> list[Any]:
@@ -494,9 +566,15 @@ def parse(body: bytes, kind: type[Body]) -> Body:
             # Values are not read yet: a million tools cost nothing.
             given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         except msgspec.ValidationError:
-            raise ApiError(400, "the body is no JSON object; send the fields of a request", "invalid_json") from None
+            raise ApiError(
+                400, "the body is no JSON object; send the fields of a request", "invalid_json"
+            ) from None
         if len(given) > MOST_FIELDS:
-            raise ApiError(400, f"the body has {len(given)} fields, at most {MOST_FIELDS} are read", "invalid_json")
+            raise ApiError(
+                400,
+                f"the body has {len(given)} fields, at most {MOST_FIELDS} are read",
+                "invalid_json",
+            )
         values = {name: bytes(value) for name, value in given.items() if bytes(value) != b"null"}
         known = {field.name for field in msgspec.structs.fields(kind)}
         for name in [name for name in values if name not in known]:
@@ -530,7 +608,12 @@ def _choices(kind: type[msgspec.Struct], param: str) -> str:
                 else []
             )
         ]
-    values = [repr(v) for each in _unions(found) if isinstance(each, msgspec.inspect.LiteralType) for v in each.values]
+    values = [
+        repr(v)
+        for each in _unions(found)
+        if isinstance(each, msgspec.inspect.LiteralType)
+        for v in each.values
+    ]
     return f"; choose {', '.join(values)}" if values else ""
 
 
@@ -540,7 +623,9 @@ def _unions(types: list[Any]) -> list[Any]:
     for each in types:
         while isinstance(each, msgspec.inspect.Metadata):
             each = each.type
-        listed += _unions(list(each.types)) if isinstance(each, msgspec.inspect.UnionType) else [each]
+        listed += (
+            _unions(list(each.types)) if isinstance(each, msgspec.inspect.UnionType) else [each]
+        )
     return listed
 
 

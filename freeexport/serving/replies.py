@@ -22,10 +22,17 @@ class Reply:
 
     end = b"data: [DONE]\n\n"
 
-    def __init__(self, session: Session, model: str, request: ChatRequest | CompletionRequest) -> None:
+    def __init__(
+        self, session: Session, model: str, request: ChatRequest | CompletionRequest
+    ) -> None:
         self._chat = isinstance(request, ChatRequest)
         self.id = ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(12)
-        self._tokenizer, self._request, self._model, self._created = session.tokenizer, request, model, int(time.time())
+        self._tokenizer, self._request, self._model, self._created = (
+            session.tokenizer,
+            request,
+            model,
+            int(time.time()),
+        )
         self._ends = frozenset(session.manifest.eos_token_ids)
         self._form = form_of(session.tokenizer) if request.offered else None
         # Of each choice in a stream: its calls, and how many of the tokens that no chunk had it has read.
@@ -46,9 +53,15 @@ class Reply:
         choices = list[dict[str, Any]]()
         for index, result in enumerate(results):
             nothing = [None] * len(result.token_ids)
-            fields = (result.token_ids, result.exited, result.logprobs or nothing, result.top_logprobs or nothing)
+            fields = (
+                result.token_ids,
+                result.exited,
+                result.logprobs or nothing,
+                result.top_logprobs or nothing,
+            )
             tokens = [
-                Token(token, "", exited, None, prob, best) for token, exited, prob, best in zip(*fields, strict=True)
+                Token(token, "", exited, None, prob, best)
+                for token, exited, prob, best in zip(*fields, strict=True)
             ]
             message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
             reason = REASONS[result.finish_reason]
@@ -57,7 +70,9 @@ class Reply:
                 if calls:
                     message |= {"content": text or None, "tool_calls": calls}
                     reason = "tool_calls" if reason == "stop" else reason
-            content = {"message": message} if self._chat else {"text": self._echo(index) + result.text}
+            content = (
+                {"message": message} if self._chat else {"text": self._echo(index) + result.text}
+            )
             choices.append(with_end(self._choice(index, content, tokens, reason), result))
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": usage(results, prompts)}
@@ -90,13 +105,18 @@ class Reply:
         if self._form is not None:
             reader = self._readers.setdefault(index, CallReader(self._form))
             text, calls = reader.read(
-                "".join(token.text for token in tokens[self._read.pop(index, 0) :]), result is not None
+                "".join(token.text for token in tokens[self._read.pop(index, 0) :]),
+                result is not None,
             )
             reason = "tool_calls" if reader.count and reason == "stop" else reason
             if not (text or calls or result):
                 self._read[index] = len(tokens)
                 return None
-        delta = ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {}) if self._chat else text
+        delta = (
+            ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {})
+            if self._chat
+            else text
+        )
         return self._chunk(index, delta, tokens, reason, result)
 
     def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
@@ -118,7 +138,9 @@ class Reply:
         reason: str | None,
         result: GenerationResult | None = None,
     ) -> dict[str, Any]:
-        choice = self._choice(index, {"delta" if self._chat else "text": delta}, tokens or None, reason)
+        choice = self._choice(
+            index, {"delta" if self._chat else "text": delta}, tokens or None, reason
+        )
         choice = with_end(choice, result)
         chunk = {**self._head(self._chunks), "choices": [choice]}
         if not self._request.include_usage:
@@ -127,13 +149,25 @@ class Reply:
         options, so_far = self._request.stream_options, None
         if options is not None and options.continuous_usage_stats:
             read, written = self.prompts[index // self._request.n], self._written[index]
-            so_far = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+            so_far = {
+                "prompt_tokens": read,
+                "completion_tokens": written,
+                "total_tokens": read + written,
+            }
         return {**chunk, "usage": so_far}
 
-    def _choice(self, index: int, content: Any, tokens: Sequence[Token] | None, reason: str | None) -> dict[str, Any]:
-        logprobs = None if self._request.alternatives is None or tokens is None else self._logprobs(tokens)
+    def _choice(
+        self, index: int, content: Any, tokens: Sequence[Token] | None, reason: str | None
+    ) -> dict[str, Any]:
+        logprobs = (
+            None if self._request.alternatives is None or tokens is None else self._logprobs(tokens)
+        )
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
-        return choice | ({"free": {"exited": [t.exited for t in tokens or ()]}} if self._request.free.exits else {})
+        return choice | (
+            {"free": {"exited": [t.exited for t in tokens or ()]}}
+            if self._request.free.exits
+            else {}
+        )
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return the log-probabilities of the tokens, without the end of the sequence, which is no text."""
@@ -150,7 +184,9 @@ class Reply:
         return {
             "tokens": [self._spelled(token.id) for token in kept],
             "token_logprobs": [token.logprob for token in kept],
-            "top_logprobs": [self._by_text(token) for token in kept] if self._request.alternatives else None,
+            "top_logprobs": [self._by_text(token) for token in kept]
+            if self._request.alternatives
+            else None,
             "text_offset": [],
         }
 

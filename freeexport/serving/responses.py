@@ -93,13 +93,18 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
                 _add(messages, item, f"input[{number}]")
         tools = [
             Tool(
-                type="function", function=Function(**{name: getattr(tool, name) for name in Function.__struct_fields__})
+                type="function",
+                function=Function(
+                    **{name: getattr(tool, name) for name in Function.__struct_fields__}
+                ),
             )
             for tool in self.tools or ()
         ]
         chosen = self.tool_choice
         form = self.text.format
-        schema = JsonSchema(name=form.name, schema=form.schema) if form.type == "json_schema" else None
+        schema = (
+            JsonSchema(name=form.name, schema=form.schema) if form.type == "json_schema" else None
+        )
         return ChatRequest(
             messages=messages,
             model=self.model,
@@ -110,7 +115,9 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
             stream_options=StreamOptions(include_usage=True) if self.stream else None,
             response_format=ResponseFormat(type=form.type, json_schema=schema),
             tools=tools or None,
-            tool_choice=ToolChoice("function", chosen) if isinstance(chosen, FunctionChoice) else chosen,
+            tool_choice=ToolChoice("function", chosen)
+            if isinstance(chosen, FunctionChoice)
+            else chosen,
             parallel_tool_calls=self.parallel_tool_calls,
             user=self.user,
             free=self.free,
@@ -133,7 +140,9 @@ def _add(messages: list[Message], item: InputItem, where: str) -> None:
         raise invalid(f"{where}.{name}", f"{where}.{name} is missing; give a text")
     for number, part in enumerate(() if isinstance(content, str) else content):
         if part.type not in TEXTS or part.text is None:
-            raise unsupported(f"{where}.{name}[{number}].type", "this model reads text", f" {part.type[:40]!r}")
+            raise unsupported(
+                f"{where}.{name}[{number}].type", "this model reads text", f" {part.type[:40]!r}"
+            )
     text = content if isinstance(content, str) else "".join(part.text or "" for part in content)
     if name == "output":
         messages.append(Message("tool", text, tool_call_id=item.call_id or None))
@@ -147,7 +156,11 @@ class ResponseReply(Reply):
     end = b""
 
     def __init__(
-        self, session: Session, model: str, chat: ChatRequest | CompletionRequest, asked: ResponseRequest
+        self,
+        session: Session,
+        model: str,
+        chat: ChatRequest | CompletionRequest,
+        asked: ResponseRequest,
     ) -> None:
         super().__init__(session, model, chat)
         self.id = f"resp_{secrets.token_hex(12)}"
@@ -160,13 +173,17 @@ class ResponseReply(Reply):
         written = []
         for event in data:
             kind, numbered = event["type"], {**event, "sequence_number": self._number}
-            written.append(b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(numbered)))
+            written.append(
+                b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(numbered))
+            )
             self._number += 1
         return b"".join(written)
 
     def failed(self, error: ApiError) -> bytes:
         found = error.body["error"]
-        return self.encode([{"type": "error", **{name: found[name] for name in ("code", "message", "param")}}])
+        return self.encode(
+            [{"type": "error", **{name: found[name] for name in ("code", "message", "param")}}]
+        )
 
     def whole(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
         self._take(results[0].text, results[0])
@@ -174,9 +191,13 @@ class ResponseReply(Reply):
 
     def opening(self, index: int) -> Any:
         begun = self._response(None, ())
-        return [{"type": f"response.{kind}", "response": begun} for kind in ("created", "in_progress")]
+        return [
+            {"type": f"response.{kind}", "response": begun} for kind in ("created", "in_progress")
+        ]
 
-    def chunk(self, index: int, tokens: Sequence[Token], result: GenerationResult | None = None) -> Any:
+    def chunk(
+        self, index: int, tokens: Sequence[Token], result: GenerationResult | None = None
+    ) -> Any:
         return self._take("".join(token.text for token in tokens), result)
 
     def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> Any:
@@ -196,12 +217,16 @@ class ResponseReply(Reply):
                 events.append(self._event("content_part.added", content_index=0, part=_part("")))
             self._items[0]["content"][0]["text"] += text
             if text:
-                events.append(self._event("output_text.delta", content_index=0, delta=text, logprobs=[]))
+                events.append(
+                    self._event("output_text.delta", content_index=0, delta=text, logprobs=[])
+                )
         for call in calls:
             if "id" in call:
                 events += self._end("completed") if self._items else []
                 named = {"call_id": call["id"], "name": call["function"]["name"], "arguments": ""}
-                events += self._begin({"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **named})
+                events += self._begin(
+                    {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **named}
+                )
             if arguments := call["function"]["arguments"]:
                 self._items[-1]["arguments"] += arguments
                 events.append(self._event("function_call_arguments.delta", delta=arguments))

@@ -67,13 +67,19 @@ def application(service: Service) -> Starlette:
         Route("/docs", endpoints.docs),
     ]
     origins = list(service.options.origins)
-    allow = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    allow = Middleware(
+        CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
+    )
     served = Starlette(
         routes=routes,
         middleware=[Middleware(Unambiguous), *([allow] if origins else [])],
-        exception_handlers=dict.fromkeys((ApiError, FreeExportError, HTTPException, Exception), _refuse),
+        exception_handlers=dict.fromkeys(
+            (ApiError, FreeExportError, HTTPException, Exception), _refuse
+        ),
     )
-    served.router.redirect_slashes = False  # a redirection would go to the host that the client names
+    served.router.redirect_slashes = (
+        False  # a redirection would go to the host that the client names
+    )
     return served
 
 
@@ -85,8 +91,12 @@ class Unambiguous:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
-        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope.get("headers", ())}:
-            failed = ApiError(400, "the request has Content-Length and Transfer-Encoding; send one of them")
+        if {b"content-length", b"transfer-encoding"} <= {
+            name for name, _ in scope.get("headers", ())
+        }:
+            failed = ApiError(
+                400, "the request has Content-Length and Transfer-Encoding; send one of them"
+            )
             app = json(failed.body, 400, {"Connection": "close"})
         await app(scope, receive, send)
 
@@ -95,7 +105,10 @@ class Endpoints:
     """A method for each route of a service."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self._registry = service, CollectorRegistry()  # several services may be in one process
+        self._service, self._registry = (
+            service,
+            CollectorRegistry(),
+        )  # several services may be in one process
         self._registry.register(SessionCollector(service))
 
     async def chat(self, request: Request) -> Any:
@@ -123,7 +136,9 @@ class Endpoints:
             if isinstance(given, ResponseRequest):
                 reply = ResponseReply(session, name, asked, given)
             record.line |= {"id": reply.id, "model": name, "stream": asked.stream}
-            generation = await begin(session, self._service.trials[name], asked, options.mode, options.deadline)
+            generation = await begin(
+                session, self._service.trials[name], asked, options.mode, options.deadline
+            )
             reply.prompts = generation.prompts
             record.line["prompt_tokens"] = sum(generation.prompts)
             if asked.stream:
@@ -143,15 +158,21 @@ class Endpoints:
     async def translations(self, request: Request) -> Response:
         return await self._transcribe(request, "translate")
 
-    async def _transcribe(self, request: Request, task: Literal["transcribe", "translate"]) -> Response:
+    async def _transcribe(
+        self, request: Request, task: Literal["transcribe", "translate"]
+    ) -> Response:
         record, options = Record(self._service, request.scope["path"]), self._service.options
         try:
             self._authorize(request)
             if not any(session.manifest.speech for session in self._service.ready().values()):
                 raise invalid("model", "no model of this server reads speech; ask one that does")
-            body = await read_body(request, LARGEST_AUDIO if options.max_body is None else options.max_body)
+            body = await read_body(
+                request, LARGEST_AUDIO if options.max_body is None else options.max_body
+            )
             until = math.inf if options.deadline is None else time.monotonic() + options.deadline
-            fields = await asyncio.to_thread(form_fields, request.headers.get("content-type", ""), body)
+            fields = await asyncio.to_thread(
+                form_fields, request.headers.get("content-type", ""), body
+            )
             asked = Transcription.of(fields, task, options.mode, options.deadline)
             name, session = self._service.session(asked.model)
             if session.manifest.speech is None:
@@ -173,11 +194,15 @@ class Endpoints:
             return _failed(record, error)
         record.end(200)
         answer = asked.answer(result, len(samples) / RATE)
-        return Response(answer, media_type="text/plain") if isinstance(answer, str) else json(answer)
+        return (
+            Response(answer, media_type="text/plain") if isinstance(answer, str) else json(answer)
+        )
 
     async def models(self, request: Request) -> Response:
         self._authorize(request)
-        return json({"object": "list", "data": [self._model(name) for name in self._service.sessions]})
+        return json(
+            {"object": "list", "data": [self._model(name) for name in self._service.sessions]}
+        )
 
     async def model(self, request: Request) -> Response:
         self._authorize(request)
@@ -194,7 +219,9 @@ class Endpoints:
             if asked.prompt:
                 check_text(asked.prompt, most)
             tokenizer = _tokenizer(session)
-            ids = await asyncio.to_thread(tokenizer.encode, asked.prompt, special=asked.add_special_tokens)
+            ids = await asyncio.to_thread(
+                tokenizer.encode, asked.prompt, special=asked.add_special_tokens
+            )
         else:
             raise invalid("prompt", "give either prompt or messages")
         return json({"count": len(ids), "max_model_len": most, "tokens": ids})
@@ -202,12 +229,19 @@ class Endpoints:
     async def detokenize(self, request: Request) -> Response:
         asked = await self._parsed(request, protocol.DetokenizeRequest)
         _, session = self._service.session(asked.model)
-        most, vocabulary = max(session.manifest.encoder_capacity, session.capacity), session.manifest.vocab_size
+        most, vocabulary = (
+            max(session.manifest.encoder_capacity, session.capacity),
+            session.manifest.vocab_size,
+        )
         if len(asked.tokens) > most:
-            raise invalid("tokens", f"tokens has {len(asked.tokens)} ids; give at most {most} at once")
+            raise invalid(
+                "tokens", f"tokens has {len(asked.tokens)} ids; give at most {most} at once"
+            )
         wrong = next((token for token in asked.tokens if token >= vocabulary), None)
         if wrong is not None:
-            raise invalid("tokens", f"tokens has {wrong}; ids of this model are 0 to {vocabulary - 1}")
+            raise invalid(
+                "tokens", f"tokens has {wrong}; ids of this model are 0 to {vocabulary - 1}"
+            )
         return json({"prompt": _tokenizer(session).decode(asked.tokens)})
 
     async def live(self, request: Request) -> Response:
@@ -234,14 +268,20 @@ class Endpoints:
     async def _parsed(self, request: Request, kind: type[protocol.Body]) -> protocol.Body:
         self._authorize(request)
         most = self._service.options.max_body
-        return protocol.parse(await read_body(request, LARGEST_BODY if most is None else most), kind)
+        return protocol.parse(
+            await read_body(request, LARGEST_BODY if most is None else most), kind
+        )
 
     def _authorize(self, request: Request) -> None:
         key = self._service.options.api_key
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         right = key is None or hmac.compare_digest(given.strip().encode(), key.encode())
         if key is not None and not (right and kind.lower() == "bearer"):
-            raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send Authorization: Bearer KEY",
+                "invalid_api_key",
+            )
 
     def _model(self, name: str) -> dict[str, Any]:
         session = self._service.sessions[name]
@@ -252,7 +292,11 @@ class Endpoints:
             "created": self._service.created,
             "owned_by": "freeexport",
             "max_model_len": manifest.encoder_capacity or session.capacity,
-            "free": {"exit_layer": manifest.exit_layer, "layers": manifest.layers, "threshold": session.threshold},
+            "free": {
+                "exit_layer": manifest.exit_layer,
+                "layers": manifest.layers,
+                "threshold": session.threshold,
+            },
         }
 
 

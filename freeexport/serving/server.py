@@ -66,7 +66,12 @@ class _Protocol(H11Protocol):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body or self.scope["http_version"] == "1.0":
+        if (
+            cycle is None
+            or cycle.response_complete
+            or cycle.more_body
+            or self.scope["http_version"] == "1.0"
+        ):
             return None
         self._ended = True
         self._probe(0.05)
@@ -76,7 +81,9 @@ class _Protocol(H11Protocol):
         cycle = self.cycle
         if not (self.transport.is_closing() or cycle.disconnected or cycle.response_complete):
             # What has begun and is not complete is a stream of events.
-            self.transport.write(self.conn.send(h11.Data(data=PING)) if cycle.response_started else CONTINUE)
+            self.transport.write(
+                self.conn.send(h11.Data(data=PING)) if cycle.response_started else CONTINUE
+            )
             self.loop.call_later(seconds, self._probe, min(2 * seconds, 5.0))
 
     def on_response_complete(self) -> None:
@@ -129,18 +136,27 @@ class LogWriter:
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens; port 0 is a free one. Raises OptionError."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ][0]
     except OSError as error:
-        raise OptionError(f"host {host!r} cannot be listened on: {error.strerror}; choose another --host") from None
+        raise OptionError(
+            f"host {host!r} cannot be listened on: {error.strerror}; choose another --host"
+        ) from None
     try:
-        return _Listening(fileno=socket.create_server((host, port), family=family, backlog=BACKLOG).detach())
+        return _Listening(
+            fileno=socket.create_server((host, port), family=family, backlog=BACKLOG).detach()
+        )
     except OSError as error:
         problem = os.strerror(error.errno or 0)
         raise OptionError(f"port {port} of {host}: {problem}; choose another --port") from None
 
 
 async def serve(
-    service: Service, listening: socket.socket, stop: asyncio.Event, ready: Callable[[Service], None] = lambda _: None
+    service: Service,
+    listening: socket.socket,
+    stop: asyncio.Event,
+    ready: Callable[[Service], None] = lambda _: None,
 ) -> None:
     """Load the bundles, answer until `stop`, and drain. `ready` is called when all are loaded. Raises what a bundle
     that cannot be opened raises."""
@@ -202,7 +218,9 @@ def run(options: ServerOptions, host: str, port: int) -> None:
 
         def failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
             if getattr(context.get("exception"), "errno", None) in EXHAUSTED:
-                said.write("no file descriptor is left, so connections wait; allow more (ulimit -n)")
+                said.write(
+                    "no file descriptor is left, so connections wait; allow more (ulimit -n)"
+                )
             else:
                 loop.default_exception_handler(context)
 

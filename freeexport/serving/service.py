@@ -40,16 +40,24 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         if not self.bundles:
-            raise OptionError("no bundle is named; give at least one, as freeexport serve BUNDLE, or --demo")
+            raise OptionError(
+                "no bundle is named; give at least one, as freeexport serve BUNDLE, or --demo"
+            )
         if len(self.names) > len(self.bundles):
-            raise OptionError(f"{len(self.names)} names are given for {len(self.bundles)} bundles; give one for each")
+            raise OptionError(
+                f"{len(self.names)} names are given for {len(self.bundles)} bundles; give one for each"
+            )
         given = [*self.names, *(path.resolve().name for path in self.bundles[len(self.names) :])]
         object.__setattr__(self, "names", given)
         twice = [name for name, count in Counter(given).items() if count > 1]
         if twice:
-            raise OptionError(f"two bundles are named {twice[0]!r}; give each a name of its own with --name")
+            raise OptionError(
+                f"two bundles are named {twice[0]!r}; give each a name of its own with --name"
+            )
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii()):
-            raise OptionError("the API key is empty or has letters outside ASCII; give another, or none")
+            raise OptionError(
+                "the API key is empty or has letters outside ASCII; give another, or none"
+            )
 
 
 class Record:
@@ -107,10 +115,15 @@ class Service:
         """Load every bundle; none stays open where one cannot be. Raises BundleError and others."""
         with ExitStack() as stack:
             named = zip(self.options.names, self.options.bundles, strict=True)
-            opened = {name: stack.enter_context(Session(path, self.options.session)) for name, path in named}
+            opened = {
+                name: stack.enter_context(Session(path, self.options.session))
+                for name, path in named
+            }
             self._open = stack.pop_all()
         for session in opened.values():
-            with suppress(OptionError):  # the tokens of constraints are read once, which holds the interpreter's lock
+            with suppress(
+                OptionError
+            ):  # the tokens of constraints are read once, which holds the interpreter's lock
                 session.prepare(choice=["a"])
         self.trials = {name: GrammarTrial(session.bundle.path) for name, session in opened.items()}
         self.sessions = opened
@@ -133,7 +146,9 @@ class Service:
     def ready(self) -> dict[str, Session]:
         """Return the sessions by the names of their models. Raises ApiError while they are loaded, and at the end."""
         if self.state == "loading":
-            raise ApiError(503, "the model is being loaded; ask again later", "loading", retry_after=1)
+            raise ApiError(
+                503, "the model is being loaded; ask again later", "loading", retry_after=1
+            )
         if self.state == "draining":
             raise draining()
         return self.sessions
@@ -146,5 +161,10 @@ class Service:
             raise ApiError(400, f"model is missing; choose {choices}", "missing_model", "model")
         name = next(iter(self.sessions)) if name is None else name
         if name not in self.sessions:
-            raise ApiError(404, f"there is no model {name[:80]!r}; choose {choices}", "model_not_found", "model")
+            raise ApiError(
+                404,
+                f"there is no model {name[:80]!r}; choose {choices}",
+                "model_not_found",
+                "model",
+            )
         return name, self.sessions[name]

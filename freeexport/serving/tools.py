@@ -55,15 +55,25 @@ def form_of(tokenizer: Tokenizer | None) -> CallForm:
     # A special token is no text.
     special = tokenizer is not None and MARK in map(tokenizer.token, tokenizer.special_ids)
     marked = (MARK in template or not shown) and not special
-    key = "parameters" if '"parameters"' in template and '"arguments"' not in template and not marked else "arguments"
+    key = (
+        "parameters"
+        if '"parameters"' in template and '"arguments"' not in template and not marked
+        else "arguments"
+    )
     return CallForm(marked, key, shown)
 
 
-def constraint(request: ChatRequest | CompletionRequest, form: CallForm) -> tuple[str, dict[str, Any]]:
+def constraint(
+    request: ChatRequest | CompletionRequest, form: CallForm
+) -> tuple[str, dict[str, Any]]:
     """The field that constrains an answer, and the session's option; "" and nothing without one."""
     tools = request.offered
     if tools:
-        field = "response_format" if request.must_call is False and request.schema is not None else "tools"
+        field = (
+            "response_format"
+            if request.must_call is False and request.schema is not None
+            else "tools"
+        )
         return field, {"grammar": calls_grammar(tools, request, form)}
     if request.schema is not None:
         return "response_format", {"json_schema": request.schema}
@@ -71,17 +81,23 @@ def constraint(request: ChatRequest | CompletionRequest, form: CallForm) -> tupl
     if given is None:
         return "", {}
     name, value = given.constraint
-    return f"structured_outputs.{name}", {"json_schema" if name in ("json", "json_object") else name: value}
+    return f"structured_outputs.{name}", {
+        "json_schema" if name in ("json", "json_object") else name: value
+    }
 
 
-def calls_grammar(tools: Sequence[Tool], request: ChatRequest | CompletionRequest, form: CallForm) -> str:
+def calls_grammar(
+    tools: Sequence[Tool], request: ChatRequest | CompletionRequest, form: CallForm
+) -> str:
     """A Lark grammar: calls of `tools`, several where the request allows it; or, unless it must call, an answer."""
     rules = list[str]()
     for number, tool in enumerate(tools):
         function = tool.function
         _check(f"tools[{number}].function.parameters", function.parameters)
         schema = {"type": "object", **(function.parameters or {"additionalProperties": False})}
-        schema = written_form({**schema, "x-guidance": {**JSON_FORM, "lenient": not function.strict}})
+        schema = written_form(
+            {**schema, "x-guidance": {**JSON_FORM, "lenient": not function.strict}}
+        )
         head = json.dumps(f'{{"name": "{function.name}", "{form.key}": ')
         rules.append(f'call_{number}: {head} arguments_{number} "}}"')
         rules.append(f"arguments_{number}: %json {json.dumps(schema)}")
@@ -96,7 +112,9 @@ def calls_grammar(tools: Sequence[Tool], request: ChatRequest | CompletionReques
         return "\n".join([f"start: {calls}", *rules])
     if request.schema is not None:
         if not form.marked:
-            raise invalid("response_format", "this model's calls are JSON as its answers are; leave out tools")
+            raise invalid(
+                "response_format", "this model's calls are JSON as its answers are; leave out tools"
+            )
         _check("response_format", request.schema)
         rules.append(f"answer: %json {json.dumps(written_form(request.schema))}")
         return "\n".join([f"start: answer | {calls}", *rules])
@@ -113,7 +131,9 @@ def _check(field: str, schema: Any) -> None:
         raise invalid(field, str(error)) from None
 
 
-def shown(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], form: CallForm) -> list[dict[str, Any]]:
+def shown(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], form: CallForm
+) -> list[dict[str, Any]]:
     """Messages for a chat template that has no place for tools: functions stand in the system's, calls and results in
     texts."""
     told = list[dict[str, Any]]()
@@ -125,7 +145,9 @@ def shown(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], f
         )
         content = "\n".join(filter(None, (message["content"], calls)))
         if message["role"] == "tool":
-            told.append({"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"})
+            told.append(
+                {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+            )
         else:
             told.append({"role": message["role"], "content": content})
     if tools:
@@ -163,7 +185,9 @@ class CallReader:
             elif self._state == "head":
                 self._head(calls)
             elif self._state == "arguments":
-                call = calls.setdefault(self.count - 1, {"index": self.count - 1, "function": {"arguments": ""}})
+                call = calls.setdefault(
+                    self.count - 1, {"index": self.count - 1, "function": {"arguments": ""}}
+                )
                 call["function"]["arguments"] += self._arguments()
             elif self._left.startswith("}" + self._form.end):
                 self._left, self._state = self._left.removeprefix("}" + self._form.end), "between"
@@ -181,7 +205,11 @@ class CallReader:
         if mark:
             self._left, self._state = rest, "head"
             return text
-        begins = (size for size in range(len(self._form.begin) - 1, 0, -1) if text.endswith(self._form.begin[:size]))
+        begins = (
+            size
+            for size in range(len(self._form.begin) - 1, 0, -1)
+            if text.endswith(self._form.begin[:size])
+        )
         end = len(text) - (0 if last else next(begins, 0))
         self._left = text[end:]
         return text[:end]
@@ -192,7 +220,12 @@ class CallReader:
             self._left, self._state = self._left[found.end() :], "arguments"
             function = {"name": found[1], "arguments": ""}
             id_ = f"call_{secrets.token_hex(12)}"
-            calls[self.count] = {"index": self.count, "id": id_, "type": "function", "function": function}
+            calls[self.count] = {
+                "index": self.count,
+                "id": id_,
+                "type": "function",
+                "function": function,
+            }
             self.count += 1
 
     def _arguments(self) -> str:
@@ -215,4 +248,6 @@ class CallReader:
 def read_calls(text: str, form: CallForm) -> tuple[str, list[dict[str, Any]]]:
     """The text and the calls of a whole answer; the last may have been cut short."""
     answer, calls = CallReader(form).read(text, last=True)
-    return answer, [{name: value for name, value in call.items() if name != "index"} for call in calls]
+    return answer, [
+        {name: value for name, value in call.items() if name != "index"} for call in calls
+    ]

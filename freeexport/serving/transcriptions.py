@@ -29,19 +29,32 @@ class Transcription:
 
     @classmethod
     def of(
-        cls, fields: dict[str, bytes], task: Literal["transcribe", "translate"], mode: Mode | None, limit: float | None
+        cls,
+        fields: dict[str, bytes],
+        task: Literal["transcribe", "translate"],
+        mode: Mode | None,
+        limit: float | None,
     ) -> Transcription:
         """Read the fields of a form. `mode` and `limit`, seconds, are the server's. Raises ApiError, OptionError."""
         file = fields.pop("file", None)
         if not file:
-            raise invalid("file", "file is missing or empty; send a WAV file as the field `file` of a form")
+            raise invalid(
+                "file", "file is missing or empty; send a WAV file as the field `file` of a form"
+            )
         text = {name: value.decode("utf-8", "replace").strip() for name, value in fields.items()}
-        granularity = text.pop("timestamp_granularities[]", text.pop("timestamp_granularities", "segment"))
+        granularity = text.pop(
+            "timestamp_granularities[]", text.pop("timestamp_granularities", "segment")
+        )
         format = text.pop("response_format", "json")
         if format not in FORMATS:
-            raise invalid("response_format", f"response_format is {format[:80]!r}; choose {', '.join(FORMATS)}")
+            raise invalid(
+                "response_format",
+                f"response_format is {format[:80]!r}; choose {', '.join(FORMATS)}",
+            )
         if granularity != "segment":
-            raise invalid("timestamp_granularities", "words have no timestamps here; choose segment")
+            raise invalid(
+                "timestamp_granularities", "words have no timestamps here; choose segment"
+            )
         if text.pop("stream", "false").lower() not in ("false", "0"):
             raise invalid("stream", "a transcription is not streamed here; leave stream out")
         model, prompt = text.pop("model", None), text.pop("prompt", None)
@@ -51,7 +64,9 @@ class Transcription:
         try:
             degree = float(temperature)
         except ValueError:
-            raise invalid("temperature", f"temperature is {temperature[:80]!r}; give a number from 0 to 1") from None
+            raise invalid(
+                "temperature", f"temperature is {temperature[:80]!r}; give a number from 0 to 1"
+            ) from None
         return cls(
             file,
             model or None,
@@ -73,7 +88,10 @@ class Transcription:
         if self.format == "text":
             return result.text + "\n"
         if self.format == "srt":
-            return "".join(f"{number}\n{_times(each, ',')}{_line(each)}" for number, each in enumerate(segments, 1))
+            return "".join(
+                f"{number}\n{_times(each, ',')}{_line(each)}"
+                for number, each in enumerate(segments, 1)
+            )
         if self.format == "vtt":
             return "WEBVTT\n\n" + "".join(f"{_times(each, '.')}{_line(each)}" for each in segments)
         if self.format == "json":
@@ -120,7 +138,11 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
     header = Message()
     header["Content-Type"] = content_type[:LARGEST_HEAD]
     boundary = header.get_param("boundary")
-    if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
+    if (
+        header.get_content_type() != "multipart/form-data"
+        or not isinstance(boundary, str)
+        or not boundary
+    ):
         raise _invalid("the body is no form; send multipart/form-data with a field `file`")
     fields: dict[str, bytes] = {}
     line, texts = b"--" + boundary.encode("ascii", "replace"), 0
@@ -131,7 +153,9 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
         if end < 0:
             break
         split = body.find(b"\r\n\r\n", begin, min(end, begin + LARGEST_HEAD))
-        name = re.search(rb'(?:^|;)\s*name="([^"]*)"', body[begin : max(begin, split)].replace(b"\r\n", b";"))
+        name = re.search(
+            rb'(?:^|;)\s*name="([^"]*)"', body[begin : max(begin, split)].replace(b"\r\n", b";")
+        )
         if name is None:
             raise _invalid("a part of the form has no name; send fields as multipart/form-data")
         key = name[1].decode("utf-8", "replace")
@@ -140,7 +164,9 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
         fields[key] = body[split + 4 : end]
         texts += 0 if key == "file" else len(fields[key])
         if len(fields) > MOST_PARTS or texts > LARGEST_TEXT:
-            raise _invalid(f"the form has more than {MOST_PARTS} fields or {LARGEST_TEXT} bytes beside the file")
+            raise _invalid(
+                f"the form has more than {MOST_PARTS} fields or {LARGEST_TEXT} bytes beside the file"
+            )
         end += 2
     return fields
 

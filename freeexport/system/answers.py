@@ -38,7 +38,9 @@ Ask = Callable[[Any, threading.Event], list[GenerationResult]]
 AHEAD = 8
 
 
-def answer_file(ask: Ask, source: Path, target: Path, batch: int, resume: bool, overwrite: bool) -> None:
+def answer_file(
+    ask: Ask, source: Path, target: Path, batch: int, resume: bool, overwrite: bool
+) -> None:
     """Answer the lines of `source` in `target`, each written as soon as those before it are: a line that fails is
     reported, there and on stderr, and the others go on. Raises FreeExportError at the end where any failed."""
     lines: Iterable[Line] = read_requests(source)
@@ -55,17 +57,25 @@ def answer_file(ask: Ask, source: Path, target: Path, batch: int, resume: bool, 
             for line, answer in answered:
                 if isinstance(answer, Exception):
                     known = isinstance(answer, FreeExportError)
-                    reason = str(answer) if known else f"{type(answer).__name__}: {' '.join(str(answer).split())}"
+                    reason = (
+                        str(answer)
+                        if known
+                        else f"{type(answer).__name__}: {' '.join(str(answer).split())}"
+                    )
                     click.echo(f"line {line.line_number}: {reason}", err=True)
                     results.write(line, error=reason)
                 else:
                     results.write(line, **fields_of(*answer))
                 advance()
     if results.failures:
-        raise FreeExportError(f"{results.failures} of {results.count} lines of {source} failed; {target} says why")
+        raise FreeExportError(
+            f"{results.failures} of {results.count} lines of {source} failed; {target} says why"
+        )
 
 
-def answers(ask: Ask, lines: Iterable[Line], batch: int) -> Generator[tuple[Line, Answer], None, None]:
+def answers(
+    ask: Ask, lines: Iterable[Line], batch: int
+) -> Generator[tuple[Line, Answer], None, None]:
     """Yield each line with its results, or with its own error, as soon as those before it are answered.
 
     At most `batch` are in flight. Closing it ends them after their next token. An OptionError is raised: no line could
@@ -81,7 +91,9 @@ def answers(ask: Ask, lines: Iterable[Line], batch: int) -> Generator[tuple[Line
         results = ask(line.input, cancel)
         if not results or results[0].interrupted:
             tokens = len(results[0].token_ids) if results else 0
-            raise FreeExportError(f"the deadline passed after {tokens} tokens; allow more with -o deadline=SECONDS")
+            raise FreeExportError(
+                f"the deadline passed after {tokens} tokens; allow more with -o deadline=SECONDS"
+            )
         return results
 
     def oldest() -> tuple[Line, Answer]:
@@ -152,7 +164,9 @@ class ResultFile:
             else:
                 self._stream = path.open("wb", buffering=0)
         except OSError as error:
-            raise OptionError(f"{path} cannot be written ({error.strerror}); name another output") from None
+            raise OptionError(
+                f"{path} cannot be written ({error.strerror}); name another output"
+            ) from None
 
     def __enter__(self) -> ResultFile:
         return self
@@ -165,18 +179,26 @@ class ResultFile:
         """All lines, for an output without content, or with `overwrite`; else OptionError, and it stays as it is."""
         self._stale = self._stream is None and self._path.exists() and self._path.stat().st_size > 0
         if self._stale and not overwrite:
-            raise OptionError(f"{self._path} exists; continue with --resume, replace with --overwrite, or name another")
+            raise OptionError(
+                f"{self._path} exists; continue with --resume, replace with --overwrite, or name another"
+            )
         return lines
 
     def resume(self, lines: list[Line]) -> list[Line]:
         """The lines after those that have a result. Raises OptionError where the output holds something else than the
         results of the first lines, in their order, and leaves it as it is."""
         if self._stream is not None:
-            raise OptionError(f"{self._path} is no file, so there is nothing to resume; leave out --resume")
+            raise OptionError(
+                f"{self._path} is no file, so there is nothing to resume; leave out --resume"
+            )
         content = self._path.read_bytes() if self._path.exists() else b""
         for number, record in enumerate(content.splitlines(keepends=True), start=1):
             whole = record.endswith(b"\n")
-            start = encoded(_name(lines[number - 1]))[:-1] + b", " if number <= len(lines) else b"nothing"
+            start = (
+                encoded(_name(lines[number - 1]))[:-1] + b", "
+                if number <= len(lines)
+                else b"nothing"
+            )
             if record[: len(start)] != start[: len(record)] or (whole and not _is_result(record)):
                 raise OptionError(
                     f"{self._path} line {number} is not the result of that line of the input; name another output"
@@ -191,7 +213,9 @@ class ResultFile:
         """Append a result, its fields in this order. Raises FreeExportError where the line cannot be written, as on a
         full disk."""
         question = asked(line) if isinstance(line, Request) else {}
-        target = {"target": line.target} if isinstance(line, Request) and line.target is not None else {}
+        target = (
+            {"target": line.target} if isinstance(line, Request) and line.target is not None else {}
+        )
         record = {**_name(line), **question, **result, **target}
         if self._stream is not None:
             self._stream.write(encoded(record) + b"\n")

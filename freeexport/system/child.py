@@ -42,18 +42,32 @@ def run_child(
     line."""
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
     errors, told = os.pipe()
-    environment = {**os.environ, **_QUIET, "PYTHONPATH": path, ERRORS_TO: str(told), **(variables or {})}
+    environment = {
+        **os.environ,
+        **_QUIET,
+        "PYTHONPATH": path,
+        ERRORS_TO: str(told),
+        **(variables or {}),
+    }
     command = [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments]
     pipe = subprocess.PIPE
-    pipes: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": None if show is None else pipe}
+    pipes: dict[str, Any] = {
+        "stdin": pipe,
+        "stdout": pipe,
+        "stderr": None if show is None else pipe,
+    }
     with open(errors, encoding="utf-8") as lines:
         try:
-            process = subprocess.Popen(command, **pipes, text=True, pass_fds=(told,), env=environment)
+            process = subprocess.Popen(
+                command, **pipes, text=True, pass_fds=(told,), env=environment
+            )
         finally:
             os.close(told)
         with process:
             assert process.stdout is not None
-            reader = threading.Thread(target=_show_lines, args=(process.stderr or (), show), daemon=True)
+            reader = threading.Thread(
+                target=_show_lines, args=(process.stderr or (), show), daemon=True
+            )
             reader.start()
             try:
                 output = process.stdout.read()

@@ -62,7 +62,11 @@ def installed_version(distribution: str) -> str | None:
 def extras() -> dict[str, tuple[str, ...]]:
     """The packages of each extra, as the installed distribution declares them."""
     try:
-        declared = [match for line in metadata.requires("freeexport") or () if (match := _REQUIREMENT.match(line))]
+        declared = [
+            match
+            for line in metadata.requires("freeexport") or ()
+            if (match := _REQUIREMENT.match(line))
+        ]
     except metadata.PackageNotFoundError:  # a source tree that was not installed
         return {}
     found: dict[str, list[str]] = {extra: [] for extra in PURPOSES}
@@ -79,9 +83,13 @@ def extras() -> dict[str, tuple[str, ...]]:
     return {extra: tuple(dict.fromkeys(packages(extra))) for extra in found}
 
 
-def missing_of(extra: str, version_of: Callable[[str], str | None] = installed_version) -> tuple[str, ...]:
+def missing_of(
+    extra: str, version_of: Callable[[str], str | None] = installed_version
+) -> tuple[str, ...]:
     """Packages of an extra that are not installed; with one wheel of ONNX Runtime, the other's is not missing."""
-    if extra in ("cpu", "gpu") and any(version_of(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+    if extra in ("cpu", "gpu") and any(
+        version_of(name) for name in ("onnxruntime", "onnxruntime-gpu")
+    ):
         return ()
     return tuple(name for name in extras().get(extra, ()) if not version_of(name))
 

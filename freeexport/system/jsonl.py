@@ -80,7 +80,9 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
                 elif not line:
                     return
                 elif line.strip():
-                    text = line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
+                    text = line.rstrip(b"\r\n").removeprefix(
+                        b"\xef\xbb\xbf" if number == 1 else b""
+                    )
                     yield _parse(number, text, path.parent)
 
     return lines()
@@ -92,11 +94,15 @@ def open_pipe(path: Path, mode: str) -> Any:
     opened: list[Any] = []
     reads = mode == "rb"
     # The system call has no limit of its own; a thread that it never leaves ends with the process.
-    thread = threading.Thread(target=lambda: opened.append(path.open(mode, -1 if reads else 0)), daemon=True)
+    thread = threading.Thread(
+        target=lambda: opened.append(path.open(mode, -1 if reads else 0)), daemon=True
+    )
     thread.start()
     thread.join(min(1.0, PIPE_SECONDS))
     if thread.is_alive():
-        click.echo(f"waiting for a process that {'writes to' if reads else 'reads'} {path}", err=True)
+        click.echo(
+            f"waiting for a process that {'writes to' if reads else 'reads'} {path}", err=True
+        )
         thread.join(PIPE_SECONDS)
     if not opened:
         nobody = "nothing writes to" if reads else "nothing reads"
@@ -132,7 +138,9 @@ def encoded(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
-def append_lines(path: Path, records: Iterable[Mapping[str, Any]], advice: str = "run the same command again") -> None:
+def append_lines(
+    path: Path, records: Iterable[Mapping[str, Any]], advice: str = "run the same command again"
+) -> None:
     """Append records as lines, or none of them where the disk is full: FreeExportError then."""
     content = b"".join(encoded(record) + b"\n" for record in records)
     with FileIO(path, "ab") as file:
@@ -142,7 +150,9 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]], advice: str =
                 content = content[file.write(content) :]
         except OSError as error:
             file.truncate(end)
-            raise FreeExportError(f"{path} cannot be written ({error.strerror}); make room, and {advice}") from None
+            raise FreeExportError(
+                f"{path} cannot be written ({error.strerror}); make room, and {advice}"
+            ) from None
 
 
 def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
@@ -156,7 +166,9 @@ def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
             line = file.readline(MAX_LINE)
             skipped += len(line)
             if skipped > MAX_SKIPPED:
-                raise OptionError(f"{path}, line {number} has no end in {MAX_SKIPPED >> 20} MiB; name a JSONL file")
+                raise OptionError(
+                    f"{path}, line {number} has no end in {MAX_SKIPPED >> 20} MiB; name a JSONL file"
+                )
     except OSError as error:
         raise _unreadable(path, error) from None
     return None
@@ -166,7 +178,9 @@ def _parse(number: int, line: bytes, folder: Path) -> Request | BrokenLine:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return BrokenLine(number, f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
+        return BrokenLine(
+            number, f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}"
+        )
     except json.JSONDecodeError as error:
         return BrokenLine(number, f"not JSON: {error.msg} at position {error.pos}")
     except (ValueError, RecursionError) as error:
@@ -182,7 +196,9 @@ def _parse(number: int, line: bytes, folder: Path) -> Request | BrokenLine:
     if problem is not None:
         return BrokenLine(number, problem, identity)
     given = folder / record["audio"] if "audio" in record else record["input"]
-    return Request(number, given, target, identity, record.get("references"), record.get("language"))
+    return Request(
+        number, given, target, identity, record.get("references"), record.get("language")
+    )
 
 
 def _input_problem(record: dict[str, Any]) -> str | None:
@@ -193,10 +209,16 @@ def _input_problem(record: dict[str, Any]) -> str | None:
         if not isinstance(audio, str) or not audio or "\0" in audio:
             return f"'audio' is {audio!r:.40}, not the path of a WAV file"
         wrong = not isinstance(language, (str, type(None)))
-        return f"'language' is {type(language).__name__}, not a code such as \"en\"" if wrong else None
+        return (
+            f"'language' is {type(language).__name__}, not a code such as \"en\"" if wrong else None
+        )
     if "input" not in record:
         other = next((name for name in _OTHER_NAMES if name in record), None)
-        return "'input' is missing" if other is None else f"'input' is missing, it has {other!r}; rename it to 'input'"
+        return (
+            "'input' is missing"
+            if other is None
+            else f"'input' is missing, it has {other!r}; rename it to 'input'"
+        )
     value = record["input"]
     if not isinstance(value, (str, list)):
         return f"'input' is {type(value).__name__}, not a string or a list of messages"

@@ -28,7 +28,11 @@ class OtherLoad:
     def so_far(self) -> float:
         """Cores that others kept busy until now; 0 where too little time has passed to tell."""
         elapsed = time.monotonic() - self._began
-        return round(max(0.0, _others_seconds() - self._busy) / elapsed, 2) if elapsed >= _SHORTEST else 0.0
+        return (
+            round(max(0.0, _others_seconds() - self._busy) / elapsed, 2)
+            if elapsed >= _SHORTEST
+            else 0.0
+        )
 
 
 def load_note(cores: float) -> str:

@@ -17,7 +17,18 @@ from runtime.machine.machine import ROOT, cpu_quota, memory_limit, usable_cores
 # Instruction sets that multiply bfloat16 (the last one's processors are Arm's), by their names in /proc/cpuinfo.
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 # Instruction sets that decide which matrix kernels ONNX Runtime and torch pick.
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve", *BFLOAT16)
+FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+    *BFLOAT16,
+)
 
 # For mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX.
 _KEPT = {-1: 2**31 - 1, -2: 64 << 20, -4: 0}
@@ -53,7 +64,9 @@ def detect_machine(root: Path = ROOT) -> Machine:
         features=features,
         cores=psutil.cpu_count(logical=False),
         threads=psutil.cpu_count(logical=True),
-        affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else None,
+        affinity=tuple(sorted(os.sched_getaffinity(0)))
+        if hasattr(os, "sched_getaffinity")
+        else None,
         cpu_quota=cpu_quota(root),
         usable_cores=usable_cores(),
         memory=memory.total,

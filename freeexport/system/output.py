@@ -146,7 +146,9 @@ def _is_ours(directory: Path, marker: str) -> bool:
 
 
 def _not_ours(out: Path, marker: str) -> OutputError:
-    return OutputError(f"{out} exists and is not what this command writes (no {marker}); choose another path")
+    return OutputError(
+        f"{out} exists and is not what this command writes (no {marker}); choose another path"
+    )
 
 
 def _beside(out: Path, kind: str) -> Path:
@@ -183,7 +185,9 @@ def _held(out: Path) -> Iterator[None]:
     try:
         left = os.read(descriptor, len(_LOCKED))
         if left not in (b"", _LOCKED):
-            raise OutputError(f"{lock} exists and is no lock of this command; move it, or choose another path")
+            raise OutputError(
+                f"{lock} exists and is no lock of this command; move it, or choose another path"
+            )
         if fcntl is not None:
             _lock(descriptor, lock, bool(left))
         if left:
@@ -208,9 +212,13 @@ def _lock(descriptor: int, lock: Path, left: bool) -> None:
         held = os.path.samestat(os.fstat(descriptor), os.stat(lock))
     except (BlockingIOError, FileNotFoundError):
         held = False
-    except OSError:  # a file system without locks cannot tell a process that writes from one that was killed
+    except (
+        OSError
+    ):  # a file system without locks cannot tell a process that writes from one that was killed
         if left:
-            raise OutputError(f"another process writes to {out}, or was killed: remove {lock} if none does") from None
+            raise OutputError(
+                f"another process writes to {out}, or was killed: remove {lock} if none does"
+            ) from None
         return
     if not held:
         raise OutputError(f"another process writes to {out}; wait for it, or choose another path")

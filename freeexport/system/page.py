@@ -19,14 +19,22 @@ BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", 
 YELLOW = "#E69F00"
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True) -> Table:
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True
+) -> Table:
     """Rows of text under a title; columns whose name ends in `#` are aligned to the right, without the `#`. Columns
     without text in any row are left out."""
     from rich.table import Table
     from rich.text import Text
 
     columns, rows = filled(columns, list(rows))
-    result = Table(title=Text(title, style="bold"), title_justify="left", box=None, show_header=header, pad_edge=False)
+    result = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        box=None,
+        show_header=header,
+        pad_edge=False,
+    )
     for name in columns:
         justify: Literal["left", "right"] = "right" if name.endswith("#") else "left"
         result.add_column(name.rstrip("#"), justify=justify, overflow="fold")
@@ -36,9 +44,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], hea
     return result
 
 
-def filled(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+def filled(
+    columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
     """Columns and rows without the columns that are empty in every row; all columns where there are no rows."""
-    used = [number for number in range(len(columns)) if not rows or any(row[number] for row in rows)]
+    used = [
+        number for number in range(len(columns)) if not rows or any(row[number] for row in rows)
+    ]
     return [columns[number] for number in used], [[row[number] for number in used] for row in rows]
 
 
@@ -80,7 +92,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 def legend_beside(axes: Axes) -> None:
     """Draw the legend to the right of the axes, where no data are."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False, fontsize="small")
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0,
+        frameon=False,
+        fontsize="small",
+    )
 
 
 def save_figure(figure: Figure, path: Path) -> None:

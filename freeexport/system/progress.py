@@ -24,7 +24,10 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(
-    description: str, total: float | None = None, done: float = 0, left: Callable[[], float | None] | None = None
+    description: str,
+    total: float | None = None,
+    done: float = 0,
+    left: Callable[[], float | None] | None = None,
 ) -> Iterator[Advance]:
     """Show how far the work named `description` is while the block runs, and yield the function that advances it.
 
@@ -54,7 +57,9 @@ def progress(
     def write_lines() -> None:
         while not over.wait(EVERY):
             try:
-                line = progress_line(description, done, total, time.monotonic() - began, seconds_left())
+                line = progress_line(
+                    description, done, total, time.monotonic() - began, seconds_left()
+                )
                 print(line, file=sys.stderr, flush=True)
             except (OSError, ValueError):  # nobody reads it any more
                 return
@@ -76,7 +81,9 @@ def progress(
         thread.join()
 
 
-def progress_line(description: str, done: float, total: float | None, elapsed: float, left: float | None) -> str:
+def progress_line(
+    description: str, done: float, total: float | None, elapsed: float, left: float | None
+) -> str:
     """A line without a terminal: name, how far, how long so far, and how long it still takes where that is known."""
     if not total:
         count = f"{done:.0f} done, " if done else ""
@@ -95,7 +102,14 @@ def duration(seconds: float) -> str:
 
 def _bar(seconds_left: Callable[[], float | None]) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
     from rich.text import Text
 
     class Left(ProgressColumn):

@@ -87,7 +87,9 @@ def examples(
         encoded = [encode(requests, form, path) for path, requests in sets]
     else:
         assert generate is not None
-        own = own_examples(sets, checkpoint, form, options.max_new_tokens, options.self_distill, generate)
+        own = own_examples(
+            sets, checkpoint, form, options.max_new_tokens, options.self_distill, generate
+        )
         encoded = [fitted(found, form, path) for found, (path, _) in zip(own, sets, strict=True)]
     (first, left_out), (second, also_left_out) = encoded
     return first, second, [note for note in (*notes, left_out, also_left_out) if note is not None]
@@ -106,12 +108,16 @@ class LengthBatches(Sampler[list[int]]):
     equally many: the first batches are repeated where they do not divide.
     """
 
-    def __init__(self, lengths: Sequence[int], tokens: int, seed: int, device: int = 0, devices: int = 1) -> None:
+    def __init__(
+        self, lengths: Sequence[int], tokens: int, seed: int, device: int = 0, devices: int = 1
+    ) -> None:
         self.epoch = 0
         self._seed, self._device, self._devices = seed, device, devices
         # Up to a multiple of an eighth of their power of two: enough examples are then of equal length.
         steps = [max(1, 1 << max(0, int(length).bit_length() - 4)) for length in lengths]
-        self._rounded = np.array([-(-length // step) * step for length, step in zip(lengths, steps, strict=True)])
+        self._rounded = np.array(
+            [-(-length // step) * step for length, step in zip(lengths, steps, strict=True)]
+        )
         # Where batches begin in ascending lengths, and the end.
         self._cuts = [0]
         for index, length in enumerate(np.sort(self._rounded)):
@@ -152,14 +158,20 @@ class Collator:
         if self.start is not None:
             targets = [example.target for example in examples]
             shifted = [np.concatenate([[self.start], target[:-1]]) for target in targets]
-            ids, labels = [example.prompt for example in examples], [target.copy() for target in targets]
+            ids, labels = (
+                [example.prompt for example in examples],
+                [target.copy() for target in targets],
+            )
             for example, label in zip(examples, labels, strict=True):
                 label[: example.given] = IGNORED
             extra = {"decoder_input_ids": _padded(shifted, 0)}
         else:
             whole = [np.concatenate([example.prompt, example.target]) for example in examples]
             ids = [one[:-1] for one in whole]
-            labels = [np.concatenate([np.full_like(one.prompt[1:], IGNORED), one.target]) for one in examples]
+            labels = [
+                np.concatenate([np.full_like(one.prompt[1:], IGNORED), one.target])
+                for one in examples
+            ]
             extra = {}
         mask = _padded([np.ones(len(one), np.int64) for one in ids], 0)
         sounds = [torch.from_numpy(one.features()) for one in ids if isinstance(one, Recording)]
@@ -174,7 +186,9 @@ def _padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:
     return out
 
 
-def loader(dataset: Any, batches: Sampler[list[int]], collate: Any, generator_seed: int = 0) -> DataLoader[Any]:
+def loader(
+    dataset: Any, batches: Sampler[list[int]], collate: Any, generator_seed: int = 0
+) -> DataLoader[Any]:
     """Load batches in this process. Its own generator keeps the loader away from torch's, which a resumed run needs to
     find in the state of the checkpoint."""
     generator = torch.Generator().manual_seed(generator_seed)

@@ -84,7 +84,9 @@ class Exit(nn.Module):
     the head reads, `states` [..., d] those after the exit layer; `encoded` None in a decoder-only model."""
 
     norm: nn.Module
-    reads_feature = False  # whether `forward` needs the final normed states, too: `features` [..., d]
+    reads_feature = (
+        False  # whether `forward` needs the final normed states, too: `features` [..., d]
+    )
 
 
 class AdaptedExit(Exit):
@@ -95,9 +97,14 @@ class AdaptedExit(Exit):
         self.norm, self.adapter = norm, adapter
 
     def forward(
-        self, states: torch.Tensor, encoded: Encoded | None = None, features: torch.Tensor | None = None
+        self,
+        states: torch.Tensor,
+        encoded: Encoded | None = None,
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        adapted: torch.Tensor = states.float() if self.adapter is None else self.adapter(states.float())
+        adapted: torch.Tensor = (
+            states.float() if self.adapter is None else self.adapter(states.float())
+        )
         return adapted
 
 
@@ -107,7 +114,10 @@ class JoinedInputs(Exit):
     reads_feature = True
 
     def forward(
-        self, states: torch.Tensor, encoded: Encoded | None = None, features: torch.Tensor | None = None
+        self,
+        states: torch.Tensor,
+        encoded: Encoded | None = None,
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert features is not None
         return torch.cat([states, F.pad(features, (0, 0, 1, 0))[:, :-1].to(states.dtype)], dim=-1)
@@ -117,7 +127,9 @@ class ExitLayers(Exit):
     """Transformer layers behind the linear map `weight` [d, d], or [d, 2 d] of `JoinedInputs`, and a norm, which
     becomes the exit's own; `read` gives the layers' weights by name."""
 
-    def __init__(self, layers: Sequence[Layer], read: Read, weight: np.ndarray, norm: nn.Module) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], read: Read, weight: np.ndarray, norm: nn.Module
+    ) -> None:
         super().__init__()
         self.map = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.map.weight = _parameter(weight)
@@ -129,13 +141,20 @@ class ExitLayers(Exit):
         return self.map.in_features > self.map.out_features
 
     def forward(
-        self, states: torch.Tensor, encoded: Encoded | None = None, features: torch.Tensor | None = None
+        self,
+        states: torch.Tensor,
+        encoded: Encoded | None = None,
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B, n, d], padded on the right -> float32 [B, n, d]."""
         return self.passes(states, encoded, features, 1)[0]
 
     def passes(
-        self, states: torch.Tensor, encoded: Encoded | None, features: torch.Tensor | None, count: int
+        self,
+        states: torch.Tensor,
+        encoded: Encoded | None,
+        features: torch.Tensor | None,
+        count: int,
     ) -> list[torch.Tensor]:
         """The outputs of the first to the `count`-th token after a sync pass, as if every position were that.
 
@@ -170,7 +189,11 @@ class KnownTokens(nn.Module):
         return len(self.vocabulary)
 
     def logits(
-        self, normed: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None, softcap: float | None = None
+        self,
+        normed: torch.Tensor,
+        rows: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """[N, d], and rows [n, d] of the head, and their biases [n] -> [N, n + 1]: those of tokens capped, if so."""
         # Apart, as the rows may be frozen: gradients of all would take as long as the product.
@@ -202,7 +225,9 @@ def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def trained_exit(checkpoint: Checkpoint, description: Description) -> tuple[Exit | None, KnownTokens | None]:
+def trained_exit(
+    checkpoint: Checkpoint, description: Description
+) -> tuple[Exit | None, KnownTokens | None]:
     """The exit's own norm, and adapter or layers, of a checkpoint, None where it has none; and its vocabulary, None
     where it knows all tokens."""
     decoder = with_exit(description, checkpoint).decoder
@@ -211,7 +236,9 @@ def trained_exit(checkpoint: Checkpoint, description: Description) -> tuple[Exit
     head = decoder.exit_head or decoder.head
     if head.tokens:
         known = KnownTokens(head.tokens, description.hidden_size).eval()
-        known.other.weight, known.other.bias = (_parameter(checkpoint.read(name)) for name in (OTHER, OTHER_BIAS))
+        known.other.weight, known.other.bias = (
+            _parameter(checkpoint.read(name)) for name in (OTHER, OTHER_BIAS)
+        )
     if decoder.exit_map is not None:
         weight = checkpoint.read(decoder.exit_map.weight)
         norm = norm_module(head.norm, checkpoint.read)
@@ -222,7 +249,9 @@ def trained_exit(checkpoint: Checkpoint, description: Description) -> tuple[Exit
             rank = checkpoint.shape(head.adapter.down.weight)[0]
             adapter = Adapter(description.hidden_size, rank, head.adapter.norm.epsilon)
         own = AdaptedExit(norm_module(head.norm, checkpoint.read), adapter).eval()
-        own.load_state_dict({name: torch.from_numpy(checkpoint.read(PREFIX + name)) for name in own.state_dict()})
+        own.load_state_dict(
+            {name: torch.from_numpy(checkpoint.read(PREFIX + name)) for name in own.state_dict()}
+        )
     return own, known
 
 
@@ -252,15 +281,23 @@ class ExitLayer(nn.Module):
         self.attention_out = norm_module(layer.attention_out, read)
         self.mlp_out = norm_module(layer.mlp_out, read)
 
-    def forward(self, x: torch.Tensor, encoded: Encoded | None, before: list[KeyValue]) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, encoded: Encoded | None, before: list[KeyValue]
+    ) -> torch.Tensor:
         """[B, n, d] -> [B, n, d]. `before`: see ExitAttention."""
-        x = self._block(x, self.attention_norm, lambda read: self.attention_out(self.attention(read, None, before)))
+        x = self._block(
+            x,
+            self.attention_norm,
+            lambda read: self.attention_out(self.attention(read, None, before)),
+        )
         if self.cross is not None and self.cross_norm is not None:
             cross = self.cross
             x = self._block(x, self.cross_norm, lambda read: cross(read, encoded))
         return self._block(x, self.mlp_norm, lambda read: self.mlp_out(self.mlp(read)))
 
-    def _block(self, x: torch.Tensor, norm: nn.Module, block: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _block(
+        self, x: torch.Tensor, norm: nn.Module, block: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         mixed: torch.Tensor = x + block(norm(x)) if self.order == "pre" else norm(x + block(x))
         return mixed
 
@@ -290,11 +327,21 @@ class ExitAttention(nn.Module):
         length, before = x.shape[1], [] if before is None else before
         one, source = self.described, x if encoded is None else encoded.states
         # [B, heads, n, head_dim]
-        query = self._rotated(self.query_norm(self.query(x).unflatten(-1, (one.heads, -1)).transpose(1, 2)))
-        key = self._rotated(self.key_norm(self.key(source).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2)))
+        query = self._rotated(
+            self.query_norm(self.query(x).unflatten(-1, (one.heads, -1)).transpose(1, 2))
+        )
+        key = self._rotated(
+            self.key_norm(self.key(source).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2))
+        )
         value = self.value(source).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2)
-        key, value = (part.repeat_interleave(one.heads // one.kv_heads, dim=1) for part in (key.to(value.dtype), value))
-        query, causal = query.to(value.dtype), encoded is None and one.window is None and one.relative_bias is None
+        key, value = (
+            part.repeat_interleave(one.heads // one.kv_heads, dim=1)
+            for part in (key.to(value.dtype), value)
+        )
+        query, causal = (
+            query.to(value.dtype),
+            encoded is None and one.window is None and one.relative_bias is None,
+        )
         mask, bias = self._seen(x, encoded), self._bias(x)
         before.append((key, value))
         key, value = before[0]
@@ -333,8 +380,12 @@ class ExitAttention(nn.Module):
         if bias is None:
             return None
         steps = torch.arange(x.shape[1], device=x.device)
-        by_distance = self.relative_bias(torch.from_numpy(buckets(-np.arange(x.shape[1]), bias)).to(x.device))
-        biases: torch.Tensor = by_distance[(steps[:, None] - steps).clamp(min=0)].permute(2, 0, 1)[None]
+        by_distance = self.relative_bias(
+            torch.from_numpy(buckets(-np.arange(x.shape[1]), bias)).to(x.device)
+        )
+        biases: torch.Tensor = by_distance[(steps[:, None] - steps).clamp(min=0)].permute(2, 0, 1)[
+            None
+        ]
         return biases
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
@@ -347,7 +398,9 @@ class ExitAttention(nn.Module):
         cosine, sine = (part(angles).tile(2) * rotary.scale for part in (torch.cos, torch.sin))
         pairs = len(frequencies)
         low, high, rest = x.float().tensor_split([pairs, 2 * pairs], dim=-1)
-        return torch.cat([torch.cat([low, high], -1) * cosine + torch.cat([-high, low], -1) * sine, rest], -1)
+        return torch.cat(
+            [torch.cat([low, high], -1) * cosine + torch.cat([-high, low], -1) * sine, rest], -1
+        )
 
 
 class FeedForward(nn.Module):

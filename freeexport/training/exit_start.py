@@ -57,7 +57,11 @@ def first_exit(
         linear = linear_map(*_joined(pairs, _POSITIONS), width)
         return ExitLayers(layers[into:], checkpoint.read, linear, own_norm)
     torch.manual_seed(options.seed)
-    adapter = Adapter(width, options.adapter_rank, adapter_epsilon(description)) if options.adapter_rank else None
+    adapter = (
+        Adapter(width, options.adapter_rank, adapter_epsilon(description))
+        if options.adapter_rank
+        else None
+    )
     if adapter is not None:
         seen = np.ones(width, np.float32) if norm is None else checkpoint.read(norm.weight)
         begin_linear(adapter, *_joined(pairs, _POSITIONS), seen)
@@ -65,7 +69,11 @@ def first_exit(
 
 
 def observed(
-    model: ShallowDeep, examples: Sequence[Example], collate: Collator, bf16: bool, everywhere: bool = False
+    model: ShallowDeep,
+    examples: Sequence[Example],
+    collate: Collator,
+    bf16: bool,
+    everywhere: bool = False,
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Batches of hidden states by layer, without dropout: of labelled rows, as all of an encoder-decoder's are, or
     `everywhere` but at first positions, whose states are of another size."""
@@ -83,7 +91,9 @@ def observed(
         yield hidden
 
 
-def _joined(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], least: int) -> tuple[np.ndarray, np.ndarray]:
+def _joined(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], least: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The rows of pairs until there are at least so many."""
     found, count = [], 0
     for pair in pairs:
@@ -95,14 +105,19 @@ def _joined(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], least: int) -> t
 
 
 def chosen_tokens(
-    checkpoint: Checkpoint, description: Description, options: TrainingOptions, training: Sequence[Example]
+    checkpoint: Checkpoint,
+    description: Description,
+    options: TrainingOptions,
+    training: Sequence[Example],
 ) -> tuple[np.ndarray, ExitVocabulary]:
     """The `--exit-vocab` ids of the exit's vocabulary, ascending, and what they cover of the training targets: special
     tokens and ends of sequence, the most frequent in the targets, then the lowest ids; those of the checkpoint where
     its exit has a vocabulary. Raises OptionError for a number out of range."""
     size, vocabulary = options.exit_vocab or 0, description.vocab_size
     # Of speech, no special token but the end is ever written.
-    named = [] if description.spectrogram is not None else load_tokenizer(checkpoint).all_special_ids
+    named = (
+        [] if description.spectrogram is not None else load_tokenizer(checkpoint).all_special_ids
+    )
     special = {*named, *known_ends(checkpoint, vocabulary)}
     kept = np.array(sorted(token for token in special if 0 <= token < vocabulary), np.int64)
     fewest = max(2, len(kept) + 1)
@@ -111,7 +126,9 @@ def chosen_tokens(
             f"--exit-vocab is {size}; this model has {vocabulary} tokens, and {len(kept)} special ones, which are "
             f"always kept: choose {fewest} to {vocabulary - 1}"
         )
-    counts = np.bincount(np.concatenate([one.target[one.given :] for one in training]), minlength=vocabulary)
+    counts = np.bincount(
+        np.concatenate([one.target[one.given :] for one in training]), minlength=vocabulary
+    )
     ranked = np.lexsort((np.arange(vocabulary), -counts))
     tokens = np.sort(np.concatenate([kept, ranked[~np.isin(ranked, kept)]])[:size])
     if VOCABULARY in checkpoint:
@@ -136,14 +153,19 @@ def linear_map(shallow: np.ndarray, deep: np.ndarray, part: int | None = None) -
     """[d, n]: the least-squares map from one [N, n] to the other [N, d]. Each `part` columns of the first, by default
     all, are of like size."""
     part = part or shallow.shape[1]
-    sizes = np.repeat([np.sqrt(np.square(one).mean()) for one in np.split(shallow, shallow.shape[1] // part, 1)], part)
+    sizes = np.repeat(
+        [np.sqrt(np.square(one).mean()) for one in np.split(shallow, shallow.shape[1] // part, 1)],
+        part,
+    )
     square, product = _moments(shallow / sizes, deep)
     solved: np.ndarray = (np.linalg.solve(square, product.T).T / sizes).astype(np.float32)
     return solved
 
 
 @torch.no_grad()
-def begin_linear(adapter: Adapter, shallow: np.ndarray, deep: np.ndarray, norm_weight: np.ndarray) -> None:
+def begin_linear(
+    adapter: Adapter, shallow: np.ndarray, deep: np.ndarray, norm_weight: np.ndarray
+) -> None:
     """Set the adapter to the map of rank `rank // 2` from `shallow` [N, d] that is nearest to `deep` [N, d] as far as
     the final norm's weights [d] show it. Exact, since silu(x) - silu(-x) = x: two units a rank."""
     rank = adapter.down.weight.shape[0] // 2
@@ -155,13 +177,18 @@ def begin_linear(adapter: Adapter, shallow: np.ndarray, deep: np.ndarray, norm_w
     added = deep / _root_mean_square(deep, epsilon) * length - shallow
     square, product = _moments(shallow / _root_mean_square(shallow, epsilon), added)
     for weight, factor, axis in zip(
-        (adapter.down.weight, adapter.up.weight), low_rank(square, product, norm_weight, rank), (0, 1), strict=True
+        (adapter.down.weight, adapter.up.weight),
+        low_rank(square, product, norm_weight, rank),
+        (0, 1),
+        strict=True,
     ):
         pair = torch.from_numpy(np.concatenate([factor, -factor], axis)).to(weight)
         weight.narrow(axis, 0, pair.shape[axis]).copy_(pair)
 
 
-def low_rank(square: np.ndarray, product: np.ndarray, weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def low_rank(
+    square: np.ndarray, product: np.ndarray, weight: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Factors [r, d], [d, r] of the map of rank r that minimises the squared error of its outputs times `weight` [d]
     (reduced-rank ridge regression). `square` and `product` [d, d]: `_moments`."""
     width = len(square)

@@ -18,7 +18,14 @@ from freeexport.system.output import naming
 from freeexport.system.progress import progress
 from freeexport.training import losses
 from freeexport.training.batches import Collator, LengthBatches, token_counts
-from freeexport.training.exit_modules import MEASURED, PASSES, Encoded, ExitLayers, KnownTokens, capped
+from freeexport.training.exit_modules import (
+    MEASURED,
+    PASSES,
+    Encoded,
+    ExitLayers,
+    KnownTokens,
+    capped,
+)
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import (
     ENCODER,
@@ -122,7 +129,9 @@ def _write_teacher(
     options: TrainingOptions,
     known: KnownTokens | None,
 ) -> None:
-    everywhere = options.exit_layers > 0 and (not model.seq2seq or any(example.given for example in examples))
+    everywhere = options.exit_layers > 0 and (
+        not model.seq2seq or any(example.given for example in examples)
+    )
     labels = [collate([example])["labels"] for example in examples]
     rows = [one.numel() if everywhere else int((one != IGNORED).sum()) for one in labels]
     counts = np.array([rows, [len(example.prompt) for example in examples]][: len(paths)])
@@ -142,12 +151,19 @@ def _write_teacher(
     model.eval()
     room = model.head.weight.new_empty(max(1, min(_LOGITS // vocabulary, sum(lengths))), vocabulary)
     batches = LengthBatches(lengths, max(4096, max(lengths)), seed=0)
-    with progress(f"teacher of {ends_path.name.partition('.')[0]}, batches", len(batches)) as advance:
+    with progress(
+        f"teacher of {ends_path.name.partition('.')[0]}, batches", len(batches)
+    ) as advance:
         for batch in batches:
-            inputs = {key: one.to(model.device) for key, one in collate([examples[i] for i in batch]).items()}
+            inputs = {
+                key: one.to(model.device)
+                for key, one in collate([examples[i] for i in batch]).items()
+            }
             kept = inputs["labels"] != IGNORED
             if everywhere:  # padding is on the right
-                kept = torch.arange(kept.shape[1])[None] < torch.from_numpy(counts[0][batch])[:, None]
+                kept = (
+                    torch.arange(kept.shape[1])[None] < torch.from_numpy(counts[0][batch])[:, None]
+                )
                 kept = kept.to(model.device)
             places, *prompts = (
                 np.concatenate([np.arange(end[i] - count[i], end[i]) for i in batch])
@@ -164,10 +180,19 @@ def _write_teacher(
                 _write_states(into, where, hidden[ENCODER])
             records["labels"][places] = found.cpu().numpy()
             for piece in (found != IGNORED).nonzero()[:, 0].split(len(room)):
-                chances = _log_chances(model.head, hidden[model.layers][piece].float(), room, options.bf16)
+                chances = _log_chances(
+                    model.head, hidden[model.layers][piece].float(), room, options.bf16
+                )
                 predicted, nats = chances.argmax(-1), -chances.gather(1, found[piece, None])[:, 0]
-                top = (chances if known is None else known.folded_chances(chances)).topk(best, dim=-1)
-                values = {"best": top.indices, "chances": top.values, "predicted": predicted, "nats": nats}
+                top = (chances if known is None else known.folded_chances(chances)).topk(
+                    best, dim=-1
+                )
+                values = {
+                    "best": top.indices,
+                    "chances": top.values,
+                    "predicted": predicted,
+                    "nats": nats,
+                }
                 for name, value in values.items():
                     records[name][places[piece.cpu().numpy()]] = value.cpu().numpy()
             advance()
@@ -179,14 +204,18 @@ def _write_teacher(
 def _records(path: Path, kept: np.dtype[Any], count: int) -> np.memmap[Any, Any]:
     """A file of so many records, mapped. Raises OSError where the disk has no room for them: writing to the map would
     end the process."""
-    mapped: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="w+", dtype=kept, shape=(count,))
+    mapped: np.memmap[Any, Any] = np.lib.format.open_memmap(
+        path, mode="w+", dtype=kept, shape=(count,)
+    )
     if hasattr(os, "posix_fallocate"):
         with naming(path), path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return mapped
 
 
-def _log_chances(head: SharedHead, states: torch.Tensor, room: torch.Tensor, bf16: bool) -> torch.Tensor:
+def _log_chances(
+    head: SharedHead, states: torch.Tensor, room: torch.Tensor, bf16: bool
+) -> torch.Tensor:
     """Logarithms of probabilities [N, V] of states [N, d], in `room` where that is float32: the memory of so many
     logits costs more to get than to fill."""
     with products(bf16):
@@ -208,7 +237,11 @@ def _states(records: np.ndarray, name: str = "states", scale: str = "scales") ->
 
 
 def _write_states(
-    records: np.ndarray, places: np.ndarray, states: torch.Tensor, name: str = "states", scale: str = "scales"
+    records: np.ndarray,
+    places: np.ndarray,
+    states: torch.Tensor,
+    name: str = "states",
+    scale: str = "scales",
 ) -> None:
     """Write states [N, d]: in float16 the largest number of each is 1."""
     states = states.float()
@@ -231,7 +264,9 @@ class FrozenExit(nn.Module):
         self.seq2seq, self.exit, self.known = whole.seq2seq, whole.own, whole.known
         # The norm and the head alone, so that the layers' memory goes back.
         head = whole.head
-        self.head = SharedHead(head.norm, head.linear, head.scale, None, head.bias, head.softcap).requires_grad_(False)
+        self.head = SharedHead(
+            head.norm, head.linear, head.scale, None, head.bias, head.softcap
+        ).requires_grad_(False)
         rows, bias = (None, None) if self.known is None else self.head.rows(self.known.vocabulary)
         self.register_buffer("_rows", None if rows is None else rows.detach(), persistent=False)
         self.register_buffer("_bias", bias, persistent=False)
@@ -256,20 +291,30 @@ class FrozenExit(nn.Module):
         labels = labels[wanted]
         classes = labels if known is None else known.classes(labels)
         assert self.exit is not None
-        prompts = None if encoded is None or attention_mask is None else Encoded(encoded, attention_mask)
+        prompts = (
+            None if encoded is None or attention_mask is None else Encoded(encoded, attention_mask)
+        )
         if features is None:
             passes = [self.exit(states, prompts)]
         else:
             assert isinstance(self.exit, ExitLayers)
-            passes = self.exit.passes(states, prompts, features, PASSES if self.training else MEASURED)
+            passes = self.exit.passes(
+                states, prompts, features, PASSES if self.training else MEASURED
+            )
         students = [self.exit.norm(one[wanted]) * self.head.scale for one in passes]  # [R, d] each
         # In float32: logits in bfloat16 are off by a twentieth.
         with torch.autocast(states.device.type, enabled=False):
             if not self.training:
                 logits = self._logits(students[-1])
-                by_layer = {self.exit_layer: losses.cross_entropy(logits, classes), self.layers: nats}
+                by_layer = {
+                    self.exit_layer: losses.cross_entropy(logits, classes),
+                    self.layers: nats,
+                }
                 return measures(
-                    by_layer, labels, exits_of(logits, None if known is None else known.vocabulary), predicted
+                    by_layer,
+                    labels,
+                    exits_of(logits, None if known is None else known.vocabulary),
+                    predicted,
                 )
             total = [self._loss(student, classes, best, chances, nats) for student in students]
             return {"loss": torch.stack(total).mean()}
@@ -294,9 +339,13 @@ class FrozenExit(nn.Module):
         """Logits of all tokens, [R, V], or of the classes of an exit vocabulary."""
         if self.known is not None:
             return self.known.logits(student, self._rows, self._bias, self.head.softcap)
-        return capped(functional.linear(student, self.head.weight, self.head.bias), self.head.softcap)
+        return capped(
+            functional.linear(student, self.head.weight, self.head.bias), self.head.softcap
+        )
 
-    def _log_chances(self, student: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _log_chances(
+        self, student: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logarithms of probabilities [R, n] of n tokens, and where those of `tokens` [R, m] stand among them; classes,
         where there is an exit vocabulary.
 

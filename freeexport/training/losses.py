@@ -32,7 +32,9 @@ def by_depth(losses: Mapping[int, torch.Tensor]) -> torch.Tensor:
 def logit_distillation(deep: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor:
     """KL(deep || shallow), summed over rows, in nats; no gradient reaches `deep`. Both are logits [N, V]."""
     target = F.log_softmax(deep.detach().float(), dim=-1)
-    return F.kl_div(F.log_softmax(shallow.float(), dim=-1), target, reduction="sum", log_target=True)
+    return F.kl_div(
+        F.log_softmax(shallow.float(), dim=-1), target, reduction="sum", log_target=True
+    )
 
 
 def best_distillation(deep: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor:
@@ -51,7 +53,8 @@ def hidden_distillation(states: Mapping[int, torch.Tensor], pairs: Sequence[Pair
     depth. No gradient reaches a pair's teacher as such (a layer may be teacher in one pair and student in another).
     """
     terms = [
-        (states[student].float() - states[teacher].detach().float()).square().mean(-1) for student, teacher in pairs
+        (states[student].float() - states[teacher].detach().float()).square().mean(-1)
+        for student, teacher in pairs
     ]
     return torch.stack(terms).mean(0).sum()
 
@@ -76,10 +79,16 @@ def match(distances: np.ndarray) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
-def dynamic_pairs(states: Mapping[int, torch.Tensor], exit_layer: int, teachers: Sequence[int]) -> list[Pair]:
+def dynamic_pairs(
+    states: Mapping[int, torch.Tensor], exit_layer: int, teachers: Sequence[int]
+) -> list[Pair]:
     """The pairs of `match` as layers, by the mean square distances of their states."""
-    shallow = torch.stack([states[layer].detach().float() for layer in range(1, exit_layer + 1)])  # [S, N, d]
-    distances = torch.stack([(shallow - states[layer].detach().float()).square().mean((1, 2)) for layer in teachers])
+    shallow = torch.stack(
+        [states[layer].detach().float() for layer in range(1, exit_layer + 1)]
+    )  # [S, N, d]
+    distances = torch.stack(
+        [(shallow - states[layer].detach().float()).square().mean((1, 2)) for layer in teachers]
+    )
     return [(student + 1, teachers[teacher]) for teacher, student in match(distances.cpu().numpy())]
 
 

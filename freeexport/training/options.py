@@ -81,12 +81,28 @@ class TrainingOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        literals = {"loss": LossName, "tune": Tune, "schedule": Schedule, "dtype": Dtype, "exit_input": ExitInput}
+        literals = {
+            "loss": LossName,
+            "tune": Tune,
+            "schedule": Schedule,
+            "dtype": Dtype,
+            "exit_input": ExitInput,
+        }
         for name, known in literals.items():
             if (value := getattr(self, name)) not in get_args(known):
                 flag = name.replace("_", "-")
-                raise OptionError(f"--{flag} {value!r} is unknown; choose {', '.join(get_args(known))}")
-        counts = ("steps", "batch_tokens", "accumulate", "max_tokens", "evaluate_every", "exit_vocab", "max_new_tokens")
+                raise OptionError(
+                    f"--{flag} {value!r} is unknown; choose {', '.join(get_args(known))}"
+                )
+        counts = (
+            "steps",
+            "batch_tokens",
+            "accumulate",
+            "max_tokens",
+            "evaluate_every",
+            "exit_vocab",
+            "max_new_tokens",
+        )
         for name in (*counts, "threads", *(["rank"] if self.tune == "lora" else [])):
             self._check(name, "at least 1", lambda value: value >= 1)
         for name in ("epochs", "time_limit", "learning_rate"):
@@ -99,19 +115,24 @@ class TrainingOptions:
             check_name(self.select_by)
         contradictions = {
             f"--loss-alpha is the weight of a distillation, and --loss {self.loss} has none; leave it out, or choose "
-            f"{' or '.join(DISTILLING)}": self.loss_alpha is not None and self.loss not in DISTILLING,
+            f"{' or '.join(DISTILLING)}": self.loss_alpha is not None
+            and self.loss not in DISTILLING,
             "--rank is for --tune lora, and for --tune exit without --exit-layers; leave it out": (
-                self.rank is not None and (self.tune == "full" or (self.tune == "exit" and self.exit_layers > 0))
+                self.rank is not None
+                and (self.tune == "full" or (self.tune == "exit" and self.exit_layers > 0))
             ),
-            "--steps and --epochs contradict each other; choose one": None not in (self.steps, self.epochs),
-            "--resume and --overwrite contradict each other; choose one": self.resume and self.overwrite,
+            "--steps and --epochs contradict each other; choose one": None
+            not in (self.steps, self.epochs),
+            "--resume and --overwrite contradict each other; choose one": self.resume
+            and self.overwrite,
             f"--loss {self.loss} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}": (
                 self.tune == "exit" and self.loss not in EXIT_LOSSES
             ),
             f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; choose "
             f"{', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
             f"--loss {self.loss} is for an exit without --exit-layers and --exit-vocab; choose logit-kd or ce": (
-                self.loss in ("weighted-ce", "deep-ce") and (self.exit_layers > 0 or self.exit_vocab is not None)
+                self.loss in ("weighted-ce", "deep-ce")
+                and (self.exit_layers > 0 or self.exit_vocab is not None)
             ),
             f"--exit-input feature is for --tune exit, which leaves the model as it is, not for --tune {self.tune}": (
                 self.exit_input == "feature" and self.tune != "exit"
@@ -151,7 +172,9 @@ class TrainingOptions:
     @property
     def rate(self) -> float:
         """Peak learning rate."""
-        return self.learning_rate or (RANDOM_WEIGHTS_RATE if self.from_config else DEFAULT_RATES[self.tune])
+        return self.learning_rate or (
+            RANDOM_WEIGHTS_RATE if self.from_config else DEFAULT_RATES[self.tune]
+        )
 
     @property
     def epoch_count(self) -> float | None:

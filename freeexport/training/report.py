@@ -74,7 +74,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         clock.stepped(now - self._began)
         clock.tick()
         if state.global_step >= state.max_steps or clock.share >= 1:
-            control.should_training_stop = control.should_evaluate = control.should_save = control.should_log = True
+            control.should_training_stop = control.should_evaluate = control.should_save = (
+                control.should_log
+            ) = True
         memory = psutil.virtual_memory()
         if self._keeps and memory.available < LEAST_LEFT * memory.total:
             self._keeps = False
@@ -88,12 +90,27 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             tokens = (int(self.trainer.tokens_seen) - self._tokens) / (PLANNED_AFTER - 1)
             batches = len(self.trainer.batches) / args.gradient_accumulation_steps
             for line in plan(
-                clock, state.max_steps, state.global_step, seconds, tokens / seconds, batches, args.eval_steps
+                clock,
+                state.max_steps,
+                state.global_step,
+                seconds,
+                tokens / seconds,
+                batches,
+                args.eval_steps,
             ):
                 click.echo(line, err=True)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
-        values = {key: value for key, value in (logs or {}).items() if isinstance(value, (int, float))}
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **others: Any,
+    ) -> None:
+        values = {
+            key: value for key, value in (logs or {}).items() if isinstance(value, (int, float))
+        }
         if "train_runtime" in values:
             return  # Trainer's own summary, which counts batches as it would have made them
         if not math.isfinite(values.get("loss", 0.0)):
@@ -102,7 +119,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 "--bf16"
             )
         if self._log is not None:
-            self._log.write(state.global_step, values, int(self.trainer.tokens_seen), self._clock.elapsed)
+            self._log.write(
+                state.global_step, values, int(self.trainer.tokens_seen), self._clock.elapsed
+            )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         deep = [entry["eval_deep_loss"] for entry in state.log_history if "eval_deep_loss" in entry]
@@ -113,7 +132,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         metrics, chosen = others["metrics"], args.metric_for_best_model
         names = ["eval_shallow_loss", "eval_agreement", "eval_oracle_exits"] if self._exits else []
         names += [name for name in ("eval_deep_loss", chosen) if name not in (*names, "eval_loss")]
-        shown = (f"{name.removeprefix('eval_').replace('_', ' ')} {metrics[name]:.3f}" for name in dict.fromkeys(names))
+        shown = (
+            f"{name.removeprefix('eval_').replace('_', ' ')} {metrics[name]:.3f}"
+            for name in dict.fromkeys(names)
+        )
         click.echo(f"step {state.global_step}: {', '.join(shown)}", err=True)
 
         if rises:
@@ -132,7 +154,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         found = math.inf if self._clock.limit is None else self._clock.limit - self._clock.elapsed
         done = state.global_step - self._first
         if done > 0 and not self._timed:
-            found = min(found, self._clock.elapsed / state.global_step * (state.max_steps - state.global_step))
+            found = min(
+                found,
+                self._clock.elapsed / state.global_step * (state.max_steps - state.global_step),
+            )
         self._left = max(0.0, min(self._left, found))
         return self._left if math.isfinite(self._left) else None
 
@@ -149,20 +174,28 @@ class MetricLog:
 
     def __init__(self, path: Path, tensorboard: Path, after: int | None) -> None:
         self._path, self._seen, self._time = path, 0, time.monotonic()
-        lines = path.read_text(encoding="utf-8").splitlines() if after is not None and path.exists() else []
+        lines = (
+            path.read_text(encoding="utf-8").splitlines()
+            if after is not None and path.exists()
+            else []
+        )
         kept = [line for line in lines if _step(line) <= (after or 0)]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._board: Any = None
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(tensorboard), purge_step=None if after is None else after + 1)
+            self._board = SummaryWriter(
+                str(tensorboard), purge_step=None if after is None else after + 1
+            )
 
     def write(self, step: int, values: dict[str, float], tokens: int, elapsed: float) -> None:
         """Log `values`, and with a loss the tokens a second since the last one; `tokens` were seen in all."""
         if "loss" in values:
             now = time.monotonic()
-            values["tokens_per_second"] = round((tokens - self._seen) / max(now - self._time, 1e-6), 1)
+            values["tokens_per_second"] = round(
+                (tokens - self._seen) / max(now - self._time, 1e-6), 1
+            )
             self._seen, self._time = tokens, now
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values, "elapsed": round(elapsed, 2)}) + "\n")
@@ -183,13 +216,23 @@ def _step(line: str) -> float:
 
 
 def plan(
-    clock: Clock, end: int, done: int, seconds: float, tokens_per_second: float, batches: float, every: int
+    clock: Clock,
+    end: int,
+    done: int,
+    seconds: float,
+    tokens_per_second: float,
+    batches: float,
+    every: int,
 ) -> list[str]:
     """Lines about a run of at most `end` steps of which `done` were made: the steps that fit at `seconds` each, with an
     evaluation `every` so many; `batches` are those of a pass over the data, in steps."""
     pause = clock.evaluation + clock.saving
     each = seconds + pause / every
-    fitting = done + max(0, math.floor((clock.time_for_steps - clock.elapsed) / each)) if clock.limit else end
+    fitting = (
+        done + max(0, math.floor((clock.time_for_steps - clock.elapsed) / each))
+        if clock.limit
+        else end
+    )
     steps = min(end, fitting)
     left = (steps - done) * each + pause
     lines = [
@@ -197,21 +240,34 @@ def plan(
         f"{steps / batches:.1f} passes over the data"
     ]
     if steps < FEW_STEPS:
-        more = "a longer --time-limit or a smaller --batch-tokens" if fitting < end else "more --steps or --epochs"
-        lines.append(f"warning: an exit hardly learns in {steps} steps; give it {FEW_STEPS} or more: {more}")
+        more = (
+            "a longer --time-limit or a smaller --batch-tokens"
+            if fitting < end
+            else "more --steps or --epochs"
+        )
+        lines.append(
+            f"warning: an exit hardly learns in {steps} steps; give it {FEW_STEPS} or more: {more}"
+        )
     return lines
 
 
 def rising(losses: Sequence[float]) -> bool:
     """Whether each of the last RISES losses is above the one before, and the last above the lowest."""
     last = losses[-RISES - 1 :]
-    return len(last) > RISES and all(a < b for a, b in pairwise(last)) and last[-1] > (1 + _LOST) * min(losses)
+    return (
+        len(last) > RISES
+        and all(a < b for a, b in pairwise(last))
+        and last[-1] > (1 + _LOST) * min(losses)
+    )
 
 
 def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> list[str]:
     """Sentences about an exit, from the evaluations before training (empty where unknown) and of the best step."""
     start = before or after
-    agreement, oracle = (f"{start[name]:.1%} -> {after[name]:.1%}" for name in ("eval_agreement", "eval_oracle_exits"))
+    agreement, oracle = (
+        f"{start[name]:.1%} -> {after[name]:.1%}"
+        for name in ("eval_agreement", "eval_oracle_exits")
+    )
     lines = [
         f"agreement of both exits {agreement}; oracle exits {oracle} (tokens that could exit with {AGREEING:.0%} "
         "agreement, by a threshold chosen on these tokens)"
@@ -223,8 +279,14 @@ def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> 
             f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model as it is with --tune exit"
         )
     share = after["eval_oracle_exits"]
-    if before and share <= before["eval_oracle_exits"] and after["eval_agreement"] <= before["eval_agreement"]:
-        lines.append("verdict: training made no better exit; train longer, or with another --learning-rate")
+    if (
+        before
+        and share <= before["eval_oracle_exits"]
+        and after["eval_agreement"] <= before["eval_agreement"]
+    ):
+        lines.append(
+            "verdict: training made no better exit; train longer, or with another --learning-rate"
+        )
     else:
         lines.append(f"verdict: the exit {trained_verdict(costs, share)}")
     return lines

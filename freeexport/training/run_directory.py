@@ -34,7 +34,11 @@ def run_directory(out: Path) -> Path:
 
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of an interrupted run; what has another name is none."""
-    steps = {path: match[1] for path in directory.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))}
+    steps = {
+        path: match[1]
+        for path in directory.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name))
+    }
     newest = sorted(steps, key=lambda path: int(steps[path]), reverse=True)
     return next((path for path in newest if _complete(path)), None)
 
@@ -43,7 +47,8 @@ def _complete(checkpoint: Path) -> bool:
     try:
         # Trainer writes its state last.
         state, elapsed = (
-            parse_json(read_text(checkpoint / name), nan=True) for name in ("trainer_state.json", ELAPSED)
+            parse_json(read_text(checkpoint / name), nan=True)
+            for name in ("trainer_state.json", ELAPSED)
         )
         SafetensorsFile(checkpoint / "model.safetensors")
     except (UnreadableError, CheckpointError):
@@ -66,7 +71,9 @@ def open_run(out: Path, model: str, options: TrainingOptions) -> None:
             raise OptionError(f"{directory} holds no run to resume; start one without --resume")
         remedy = "its run cannot be resumed; start anew with --overwrite"
         before = read_object(recorded, remedy, OptionError)
-        defaults = {field.name: field.default for field in fields(TrainingOptions)}  # of options that came later
+        defaults = {
+            field.name: field.default for field in fields(TrainingOptions)
+        }  # of options that came later
         before = {name: before.get(name, defaults.get(name)) for name in record}
         if changed := sorted(name for name in record if record[name] != before[name]):
             name = changed[0]
@@ -77,9 +84,13 @@ def open_run(out: Path, model: str, options: TrainingOptions) -> None:
         return
     if directory.exists():
         if not recorded.is_file() and any(directory.iterdir()):
-            raise OutputError(f"{directory} exists and is not a training run; move it, or choose another OUT")
+            raise OutputError(
+                f"{directory} exists and is not a training run; move it, or choose another OUT"
+            )
         if last_checkpoint(directory) and not options.overwrite:
-            raise OutputError(f"{directory} holds an interrupted run; use --resume, or --overwrite to replace it")
+            raise OutputError(
+                f"{directory} holds an interrupted run; use --resume, or --overwrite to replace it"
+            )
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
     recorded.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -43,7 +43,10 @@ def own_examples(
         outputs[record.get("digest") or _key(record["input"])] = record["target_ids"]
     prompts = [prompts_of(requests, form, path) for path, requests in sets]
     keys = [
-        [one.digest if isinstance(one, Recording) else _key(request.input) for request, one in zip(*pair, strict=True)]
+        [
+            one.digest if isinstance(one, Recording) else _key(request.input)
+            for request, one in zip(*pair, strict=True)
+        ]
         for pair in zip((requests for _, requests in sets), prompts, strict=True)
     ]
     missing: dict[str, tuple[Request, np.ndarray | Recording]] = {}
@@ -54,8 +57,12 @@ def own_examples(
                 missing[key] = request, prompt
     if missing:
         wanted, names = list(missing.values()), list(missing)
-        with progress("the model's own outputs", len(outputs) + len(wanted), len(outputs)) as advance:
-            for index, ids in generate(checkpoint, [prompt for _, prompt in wanted], new_tokens, directory):
+        with progress(
+            "the model's own outputs", len(outputs) + len(wanted), len(outputs)
+        ) as advance:
+            for index, ids in generate(
+                checkpoint, [prompt for _, prompt in wanted], new_tokens, directory
+            ):
                 text = str(form.tokenizer.decode(ids, skip_special_tokens=True))
                 request, prompt = wanted[index]
                 digest = {"digest": prompt.digest} if isinstance(prompt, Recording) else {}

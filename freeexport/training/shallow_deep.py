@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
-from freeexport.training.exit_modules import MEASURED, Encoded, Exit, ExitLayers, KnownTokens, capped
+from freeexport.training.exit_modules import (
+    MEASURED,
+    Encoded,
+    Exit,
+    ExitLayers,
+    KnownTokens,
+    capped,
+)
 from graphs.description import Description
 from graphs.layers import head_bias
 from graphs.weights import View
@@ -23,7 +30,15 @@ if TYPE_CHECKING:
 
 Outputs = dict[str, torch.Tensor]
 # Columns of the measures of a row; `loss` is the cross-entropies of both exits, by depth, or the deep one's alone.
-MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement", "confidence")
+MEASURES = (
+    "loss",
+    "shallow_loss",
+    "deep_loss",
+    "shallow_accuracy",
+    "deep_accuracy",
+    "agreement",
+    "confidence",
+)
 EXIT, ENCODER = -1, -2  # as a layer's number: behind the exit's own layers, and behind the encoder
 IGNORED = -100  # the label of a position that predicts nothing
 
@@ -163,7 +178,9 @@ class ShallowDeep(nn.Module):
                 recorded[EXIT] = self.own.passes(states, encoded, features, MEASURED)[-1]
             else:
                 recorded[EXIT] = self.own(states, encoded, features)
-        found = {n: one.reshape(-1, one.shape[-1]).index_select(0, rows) for n, one in recorded.items()}
+        found = {
+            n: one.reshape(-1, one.shape[-1]).index_select(0, rows) for n, one in recorded.items()
+        }
         if encoded is not None and ENCODER in self.kept:
             found[ENCODER] = encoded.states[encoded.mask]
         return found
@@ -190,7 +207,9 @@ class ShallowDeep(nn.Module):
         input_features: torch.Tensor | None = None,
     ) -> Encoded | None:
         if not self.seq2seq:
-            self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            self.model.get_decoder()(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            )
             return None
         encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
         if input_features is not None:  # a whole window, of which nothing is padding
@@ -215,10 +234,14 @@ class ShallowDeep(nn.Module):
             return {"loss": losses.cross_entropy(self.head(hidden[self.layers]), targets).sum()}
         states = {number: self.head.normed(hidden[number]) for number in self.kept}
         # With dropout after the norm, what is distilled is the very sample that the head reads.
-        shallow = self.read_exit(states[self.exit_layer] if self.own is None else self.exit_normed(hidden))
+        shallow = self.read_exit(
+            states[self.exit_layer] if self.own is None else self.exit_normed(hidden)
+        )
         deep, known = self.head.read(states[self.layers]), self.known
         by_layer = {
-            self.exit_layer: losses.cross_entropy(shallow, targets if known is None else known.classes(targets)),
+            self.exit_layer: losses.cross_entropy(
+                shallow, targets if known is None else known.classes(targets)
+            ),
             self.layers: losses.cross_entropy(deep, targets),
         }
         if not self.training:
@@ -240,7 +263,9 @@ class ShallowDeep(nn.Module):
             return losses.cross_entropy(self.head(state), targets).sum()
 
         # One layer's logits in memory at a time, or L times the vocabulary would be.
-        return losses.by_depth({n: recompute(read, state, use_reentrant=False) for n, state in hidden.items()})
+        return losses.by_depth(
+            {n: recompute(read, state, use_reentrant=False) for n, state in hidden.items()}
+        )
 
 
 def exits_of(
@@ -276,7 +301,12 @@ def measures(
     `exits_of` gives, the deep prediction [N], and the `loss` [N] that a run is judged by, None for that by depth."""
     best, confidence = shallow
     hits = (best == targets, deep == targets, best == deep)
-    columns = (losses.by_depth(by_layer) if loss is None else loss, *by_layer.values(), *hits, confidence)
+    columns = (
+        losses.by_depth(by_layer) if loss is None else loss,
+        *by_layer.values(),
+        *hits,
+        confidence,
+    )
     return {"measures": torch.stack([column.float() for column in columns], dim=1)}
 
 
@@ -284,7 +314,9 @@ def shared_head(model: Any, description: Description) -> SharedHead:
     """Final norm and head as the model applies them."""
     head = description.decoder.head
     norm = (
-        nn.Identity() if head.norm is None else _module(model, View.of(head.norm.weight).tensor.removesuffix(".weight"))
+        nn.Identity()
+        if head.norm is None
+        else _module(model, View.of(head.norm.weight).tensor.removesuffix(".weight"))
     )
     # T5's, behind the norm; other decoders have a number of this name, for what stands in their layers.
     dropout = getattr(model.get_decoder(), "dropout", None)
@@ -297,7 +329,9 @@ def shared_head(model: Any, description: Description) -> SharedHead:
 
 def _module(model: Any, name: str) -> Any:
     """The first GPT-2 checkpoints have the names of the model without a head."""
-    return (model if name.partition(".")[0] in dict(model.named_children()) else model.base_model).get_submodule(name)
+    return (
+        model if name.partition(".")[0] in dict(model.named_children()) else model.base_model
+    ).get_submodule(name)
 
 
 def layer_list(model: Any) -> tuple[Any, str]:

@@ -19,7 +19,14 @@ from freeexport.system.load import wait_quietly
 from freeexport.system.machine import BFLOAT16, keep_freed_memory, multiplies_bfloat16
 from freeexport.system.output import naming, output_directory
 from freeexport.training.options import MEASURED, TrainingOptions
-from freeexport.training.run_directory import ELAPSED, METRICS, TENSORBOARD, last_checkpoint, open_run, run_directory
+from freeexport.training.run_directory import (
+    ELAPSED,
+    METRICS,
+    TENSORBOARD,
+    last_checkpoint,
+    open_run,
+    run_directory,
+)
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
 
@@ -45,7 +52,9 @@ class Trained:
     verdict: tuple[str, ...]
 
 
-def train(model: str, out: Path, options: TrainingOptions, generate: Generate | None = None) -> Trained:
+def train(
+    model: str, out: Path, options: TrainingOptions, generate: Generate | None = None
+) -> Trained:
     """Fine-tune `model` (a checkpoint directory, hub name, GGUF file or LoRA adapter) and write the result to `out`,
     complete or not at all. Checkpoints and metrics stand in OUT.training until then. `generate` makes the outputs that
     options with `self_distill` want.
@@ -73,7 +82,11 @@ def train(model: str, out: Path, options: TrainingOptions, generate: Generate | 
     with process.main_process_first():
         if process.is_main_process:
             open_run(out, model, options)
-    if process.is_main_process and not cuda.is_available() and (note := bfloat16_note(options.bf16)):
+    if (
+        process.is_main_process
+        and not cuda.is_available()
+        and (note := bfloat16_note(options.bf16))
+    ):
         click.echo(note, err=True)
     try:
         return _train(model, out, options, generate, directory, process)
@@ -84,7 +97,12 @@ def train(model: str, out: Path, options: TrainingOptions, generate: Generate | 
 
 
 def _train(
-    model: str, out: Path, options: TrainingOptions, generate: Generate | None, directory: Path, process: Any
+    model: str,
+    out: Path,
+    options: TrainingOptions,
+    generate: Generate | None,
+    directory: Path,
+    process: Any,
 ) -> Trained:
     from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.costs.bytes import step_bytes
@@ -107,8 +125,14 @@ def _train(
         tokens, vocabulary = chosen_tokens(begun, description, options, training)
         share = (len(tokens) + 1) / description.vocab_size
         covered = f"{vocabulary.covered:.2%} of those in the training targets"
-        lines.append(f"exit vocabulary: {len(tokens)} of {description.vocab_size} tokens, {covered}")
-    if begun.exit is not None and begun.exit.trained and begun.exit.exit_layer != options.exit_layer:
+        lines.append(
+            f"exit vocabulary: {len(tokens)} of {description.vocab_size} tokens, {covered}"
+        )
+    if (
+        begun.exit is not None
+        and begun.exit.trained
+        and begun.exit.exit_layer != options.exit_layer
+    ):
         lines.append(
             f"note: {checkpoint.name} was trained for an exit after layer {begun.exit.exit_layer}; OUT has another, "
             f"after layer {options.exit_layer}"
@@ -128,7 +152,9 @@ def _train(
         written = None
         if options.select_by not in MEASURED:
             written = output_metric(tuning.module.model, checkpoint, validation, options.select_by)
-        trained = replace(_run(tuning, options, directory, writer, written, costs), left_out=tuple(left_out))
+        trained = replace(
+            _run(tuning, options, directory, writer, written, costs), left_out=tuple(left_out)
+        )
     if writer:
         with output_directory(out, EXIT_FILE, options.overwrite) as partial:
             tuning.write(partial)
@@ -181,7 +207,9 @@ def _use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def step_speed(model: str, options: TrainingOptions, directory: Path, seconds: float = 15.0) -> tuple[float, float]:
+def step_speed(
+    model: str, options: TrainingOptions, directory: Path, seconds: float = 15.0
+) -> tuple[float, float]:
     """Train `options.steps` steps, fewer where they take longer than `seconds`, the first aside; return the seconds of
     one and the tokens that it saw in a second, the better of two halves. Nothing is written but files in `directory`,
     which are of no more use.
@@ -203,12 +231,18 @@ def step_speed(model: str, options: TrainingOptions, directory: Path, seconds: f
     checkpoint = open_checkpoint(model)
     description = described(checkpoint, options)
     training, validation, _ = examples(checkpoint, description, options, check=False)
-    tokens = chosen_tokens(checkpoint, description, options, training)[0] if options.exit_vocab else None
-    tuning = trainable(model, checkpoint, description, options, training, validation, tokens, directory / "states")
+    tokens = (
+        chosen_tokens(checkpoint, description, options, training)[0] if options.exit_vocab else None
+    )
+    tuning = trainable(
+        model, checkpoint, description, options, training, validation, tokens, directory / "states"
+    )
     arguments = training_arguments(options, directory, tuning.lengths[0], resumed=True)
     arguments.eval_strategy = arguments.save_strategy = "no"
     arguments.load_best_model_at_end = False
-    marks: list[tuple[float, int]] = []  # times and tokens at the ends of steps; the first allocates for the others
+    marks: list[
+        tuple[float, int]
+    ] = []  # times and tokens at the ends of steps; the first allocates for the others
 
     class Timer(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -267,7 +301,11 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Chec
         wanted = options.exit_layers, options.exit_layer, options.exit_input
         adapted = found.exit_norm and not found.exit_layers
         same_tokens = found.vocabulary is None or found.vocabulary.size == options.exit_vocab
-        if adapted or (found.exit_layers, found.exit_layer, found.exit_input) != wanted or not same_tokens:
+        if (
+            adapted
+            or (found.exit_layers, found.exit_layer, found.exit_input) != wanted
+            or not same_tokens
+        ):
             if options.exit_from is not None and not adapted:
                 known = "" if found.vocabulary is None else f" --exit-vocab {found.vocabulary.size}"
                 raise CheckpointError(
@@ -283,7 +321,12 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Chec
 
 
 def _run(
-    tuning: Trainable, options: TrainingOptions, directory: Path, writer: bool, written: Any, costs: Costs
+    tuning: Trainable,
+    options: TrainingOptions,
+    directory: Path,
+    writer: bool,
+    written: Any,
+    costs: Costs,
 ) -> Trained:
     from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -313,5 +356,9 @@ def _run(
     seconds = round(clock.elapsed, 1)
     sentences = verdict(before, best, costs) if options.loss != "deep-ce" else []
     if best_step == 0:
-        sentences.append(f"kept: the weights from before training, as no evaluation was better by {options.select_by}")
-    return Trained("", trainer.state.global_step, best_step, seconds, best, before, (), tuple(sentences))
+        sentences.append(
+            f"kept: the weights from before training, as no evaluation was better by {options.select_by}"
+        )
+    return Trained(
+        "", trainer.state.global_step, best_step, seconds, best, before, (), tuple(sentences)
+    )

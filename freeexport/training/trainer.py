@@ -169,7 +169,9 @@ def output_metric(
         for start in range(0, len(examples), _SELECT_BATCH):
             batch = examples[start : start + _SELECT_BATCH]
             most = _LONGER * max(len(example.target) for example in batch)
-            outputs += texts(greedy_ids(model, checkpoint, [example.prompt for example in batch], most))
+            outputs += texts(
+                greedy_ids(model, checkpoint, [example.prompt for example in batch], most)
+            )
         return measure.of(measure.table(outputs, references))
 
     return measured
@@ -219,14 +221,25 @@ class ExitTrainer(Trainer):
         if "attention_mask" in inputs:
             self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum().detach()
         self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum().detach()
-        rows = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != IGNORED).sum()
+        rows = (
+            num_items_in_batch
+            if num_items_in_batch is not None
+            else (inputs["labels"] != IGNORED).sum()
+        )
         # Data parallelism averages gradients over processes: undo it, since `rows` already counts those of all.
-        loss = outputs["loss"] / rows * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        loss = (
+            outputs["loss"]
+            / rows
+            * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        )
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measure means over the rows of the validation examples, and the share that each exit predicts right. The
         agreement of both, and oracle exits, leave out a decoder-only model's first tokens: the prompt predicts them."""
@@ -240,11 +253,15 @@ class ExitTrainer(Trainer):
                 batch = self._prepare_inputs(batch)
                 with self.accelerator.autocast():
                     outputs = model(**batch)
-                seen.append((outputs["measures"].cpu(), decided_rows(batch["labels"], self._seq2seq).cpu()))
+                seen.append(
+                    (outputs["measures"].cpu(), decided_rows(batch["labels"], self._seq2seq).cpu())
+                )
         gathered = gather_object(seen) if where.world_size > 1 else seen
         rows, decided = (torch.cat(part) for part in zip(*gathered, strict=True))
         means = dict(zip(MEASURES[:-1], rows.double().mean(0).tolist(), strict=False))
-        agreed, confidence = (rows[decided, MEASURES.index(name)] for name in ("agreement", "confidence"))
+        agreed, confidence = (
+            rows[decided, MEASURES.index(name)] for name in ("agreement", "confidence")
+        )
         means["agreement"] = float(agreed.double().mean()) if len(agreed) else 0.0
         means["oracle_exits"] = oracle_exits(confidence, agreed > 0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
@@ -255,7 +272,9 @@ class ExitTrainer(Trainer):
         model.train(was_training)
         self.clock.evaluation = max(self.clock.evaluation, time.monotonic() - began)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         if self.state.global_step == 0 and where.should_save:
             self._save(str(self._start))
         return metrics
@@ -268,7 +287,9 @@ class ExitTrainer(Trainer):
             progress = max((step + 1) / num_training_steps, min(clock.share, 1.0))
             return rate_factor(options.schedule, options.warmup, progress)
 
-        self.lr_scheduler = LambdaLR(cast(torch.optim.Optimizer, optimizer or self.optimizer), factor)
+        self.lr_scheduler = LambdaLR(
+            cast(torch.optim.Optimizer, optimizer or self.optimizer), factor
+        )
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -319,7 +340,9 @@ class ExitTrainer(Trainer):
         parameters = dict(cast(torch.nn.Module, self.model).named_parameters())
         tensors = parameters if state_dict is None else state_dict
         trained = {name for name, value in parameters.items() if value.requires_grad}
-        kept = {name: value.detach().contiguous() for name, value in tensors.items() if name in trained}
+        kept = {
+            name: value.detach().contiguous() for name, value in tensors.items() if name in trained
+        }
         save_file(kept, directory / WEIGHTS, metadata={"format": "pt"})
         (directory / ELAPSED).write_text(json.dumps(self.clock.elapsed), encoding="utf-8")
 

@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 
 # The tokenizer's files in a checkpoint directory, and its generation settings.
 _TOKENIZER_FILES = (
-    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    *(
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "*.model",
+    ),
     *("chat_template.*", "generation_config.json", "preprocessor_config.json"),
 )
 
@@ -100,7 +107,9 @@ def trainable(
     adapted = None
     if options.tune == "lora":
         adapted = _adapted(model, model_name, goes_on, description, options)
-    module = ShallowDeep(model, description, options.exit_layer, options.loss, options.alpha, own=own, known=known)
+    module = ShallowDeep(
+        model, description, options.exit_layer, options.loss, options.alpha, own=own, known=known
+    )
     if known is not None and begins:
         states = observed(module, training, collate, options.bf16)
         begin_other(known, module.head, (module.exit_normed(hidden) for hidden in states))
@@ -141,7 +150,11 @@ def _suppress(model: PreTrainedModel, tokens: list[int]) -> None:
 
 
 def _adapted(
-    model: PreTrainedModel, model_name: str, goes_on: Path | None, description: Description, options: TrainingOptions
+    model: PreTrainedModel,
+    model_name: str,
+    goes_on: Path | None,
+    description: Description,
+    options: TrainingOptions,
 ) -> PeftModel:
     """The model with LoRA on every linear layer but the head, or with the adapter whose training goes on, which keeps
     its rank. A hub name is its base as it is, a path absolute."""

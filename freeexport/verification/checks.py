@@ -50,17 +50,25 @@ def sentence_of(check: dict[str, Any]) -> str:
         return f"{value:.1%}" if check["measure"] in ("best", "rows") else f"{value:.2e}"
 
     found = _SENTENCES[check["measure"]].format(shown(check["error"]))
-    itself = "" if check["reference"] is None else f"; transformers itself is {shown(check['reference'])} from float64"
+    itself = (
+        ""
+        if check["reference"] is None
+        else f"; transformers itself is {shown(check['reference'])} from float64"
+    )
     return f"{check['name']}: {check['tensor']} {found}, the limit is {shown(check['tolerance'])}{itself}"
 
 
 def entry_of(check: dict[str, Any]) -> tuple[str, str]:
     """A check of a report, older ones too, as a line of a table: what was compared, and the figures."""
     measure = check.get("measure", "largest")
-    what = f"{check['name']}: {check['tensor']}" + ("" if measure in ("largest", "rms") else f", {measure}")
+    what = f"{check['name']}: {check['tensor']}" + (
+        "" if measure in ("largest", "rms") else f", {measure}"
+    )
     found = "not a number" if check["error"] is None else f"{check['error']:.1e}"
     limit = "not a number" if check["tolerance"] is None else f"{check['tolerance']:.0e}"
-    reference = "" if check.get("reference") is None else f" (transformers itself {check['reference']:.1e})"
+    reference = (
+        "" if check.get("reference") is None else f" (transformers itself {check['reference']:.1e})"
+    )
     return what, f"{found}, at most {limit}{reference}{'' if check['passed'] else '  FAILED'}"
 
 

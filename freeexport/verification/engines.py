@@ -110,9 +110,14 @@ def sample_sounds(manifest: Manifest) -> np.ndarray:
 def sample_ids(bundle: Bundle) -> list[list[int]]:
     """Token ids of the sample texts; random ones, without padding, if the bundle has no tokenizer or one of another
     vocabulary."""
-    tokenizer, vocabulary = Tokenizer.load(bundle.path, bundle.manifest.files), bundle.manifest.vocab_size
+    tokenizer, vocabulary = (
+        Tokenizer.load(bundle.path, bundle.manifest.files),
+        bundle.manifest.vocab_size,
+    )
     if tokenizer is not None:
-        texts = files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
+        texts = (
+            files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
+        )
         sequences = [tokenizer.encode(text) for text in texts]
         if all(0 <= token < vocabulary for ids in sequences for token in ids):
             return sequences
@@ -141,12 +146,17 @@ def rows_of(lengths: np.ndarray | None, width: int) -> np.ndarray:
     return np.flatnonzero(mask_of(lengths, width))
 
 
-def encode(bundle: Bundle, batch: Batch, threads: int | None = None) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+def encode(
+    bundle: Bundle, batch: Batch, threads: int | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Cross-attention inputs of a padded batch, and the encoder's output; nothing for a decoder-only bundle."""
     if batch.prompts is None or batch.prompt_lengths is None:
         return {}, None
     kernels, threads = bundle.manifest.kernels, threads or usable_cores()
-    engines = [OnnxEngine(bundle.engine(name), threads, kernels=kernels) for name in ("encoder", "prologue")]
+    engines = [
+        OnnxEngine(bundle.engine(name), threads, kernels=kernels)
+        for name in ("encoder", "prologue")
+    ]
     return Encoder(*engines).run_padded(batch.prompts, batch.prompt_lengths)
 
 
@@ -154,7 +164,9 @@ class EnginePair:
     """Shallow and deep engine over `rows` sequences, and that of the exit, where it is one. Calls extend the caches by
     each row's query length."""
 
-    def __init__(self, bundle: Bundle, rows: int, threads: int, cross: dict[str, np.ndarray] | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, rows: int, threads: int, cross: dict[str, np.ndarray] | None = None
+    ) -> None:
         self.manifest = manifest = bundle.manifest
         self.rows, self.cross = rows, cross or {}
         self.caches, self._engines = dict[str, KVCache](), dict[str, OnnxEngine]()
@@ -163,13 +175,20 @@ class EnginePair:
         engines = {"shallow": manifest.shallow_caches, "deep": manifest.deep_layers}
         if manifest.exit_engine:
             engines["exit"] = manifest.exit_names
-        self._before = np.zeros((rows, 1, manifest.hidden_size), np.float32)  # the features of the newest positions
+        self._before = np.zeros(
+            (rows, 1, manifest.hidden_size), np.float32
+        )  # the features of the newest positions
         for name, layers in engines.items():
             self._engines[name] = OnnxEngine(bundle.engine(name), threads, kernels=manifest.kernels)
-            self.caches[name] = KVCache(layers, rows, manifest.kv_heads, length, manifest.head_dim, dtype)
+            self.caches[name] = KVCache(
+                layers, rows, manifest.kv_heads, length, manifest.head_dim, dtype
+            )
 
     def both(
-        self, tokens: np.ndarray, lengths: np.ndarray, changed: Callable[[np.ndarray], np.ndarray] = np.asarray
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        changed: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The outputs of the shallow and the deep engine, the latter's from hidden states as they are `changed`. An
         engine of the exit gives the shallow predictions."""
@@ -177,8 +196,14 @@ class EnginePair:
         deep = self.deep(changed(shallow["hidden"]), lengths)
         if self.manifest.exit_engine:
             features = np.concatenate([self._before, deep["features"]], axis=1)
-            self._before = np.take_along_axis(features, lengths[:, None, None].astype(np.int64), axis=1)
-            reads = {"input_ids": tokens} if self.manifest.exit_embeds else {"hidden": shallow["hidden"]}
+            self._before = np.take_along_axis(
+                features, lengths[:, None, None].astype(np.int64), axis=1
+            )
+            reads = (
+                {"input_ids": tokens}
+                if self.manifest.exit_embeds
+                else {"hidden": shallow["hidden"]}
+            )
             inputs = {**reads, "features": changed(features[:, :-1])}
             shallow |= self._run("exit", inputs, {}, lengths, tokens.shape[1])
         return shallow, deep
@@ -187,7 +212,9 @@ class EnginePair:
         """`tokens` int64 [B, q], right-padded to `lengths` [B]. `hidden` [B, q, d], and where it has the head logits,
         token, confidence of all rows [B * q]."""
         hidden = np.zeros((*tokens.shape, self.manifest.hidden_size), np.float32)
-        return self._run("shallow", {"input_ids": tokens}, {"hidden": hidden}, lengths, tokens.shape[1])
+        return self._run(
+            "shallow", {"input_ids": tokens}, {"hidden": hidden}, lengths, tokens.shape[1]
+        )
 
     def deep(self, hidden: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
         """`hidden` float32 [B, k, d]. Logits, token, confidence and nll of all rows [B * k]."""
@@ -216,18 +243,27 @@ class EnginePair:
         count, cache = self.rows * width, self.caches[name]
         past = {part: value(array) for part, array in cache.arrays.items()}
         layers = {part.split(".")[0] for part in past}
-        cross = {n: a for n, a in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
+        cross = {
+            n: a for n, a in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers
+        }
         heads = {}
         if name != "shallow" or not self.manifest.exit_engine:
             heads["head_rows"] = np.arange(count)
-            outputs["token"], outputs["confidence"] = np.zeros(count, np.int64), np.zeros(count, np.float32)
+            outputs["token"], outputs["confidence"] = (
+                np.zeros(count, np.int64),
+                np.zeros(count, np.float32),
+            )
             outputs["logits"] = np.zeros((count, self.manifest.vocab_size), np.float32)
         call = self._engines[name].bind(
             {
                 **{name: np.ascontiguousarray(array) for name, array in inputs.items()},
                 "past_lengths": cache.lengths,
                 "query_lengths": lengths.astype(np.int32),
-                **({"exit_lengths": lengths.astype(np.int32)} if cache.own_exit and name == "shallow" else {}),
+                **(
+                    {"exit_lengths": lengths.astype(np.int32)}
+                    if cache.own_exit and name == "shallow"
+                    else {}
+                ),
                 **heads,
                 **cross,
                 **{f"past.{part}": item for part, item in past.items()},
@@ -251,7 +287,9 @@ class Rows:
     deep: np.ndarray
 
     @classmethod
-    def of_call(cls, index: np.ndarray, rows: np.ndarray, shallow: dict[str, np.ndarray], deep: np.ndarray) -> Rows:
+    def of_call(
+        cls, index: np.ndarray, rows: np.ndarray, shallow: dict[str, np.ndarray], deep: np.ndarray
+    ) -> Rows:
         """The flat indices `rows` of a call's outputs, which are `index` of the text."""
         hidden = shallow["hidden"].reshape(-1, shallow["hidden"].shape[-1])
         return cls(index, hidden[rows], shallow["logits"][rows], deep[rows])
@@ -298,26 +336,45 @@ class Moved:
 
 
 def self_checks(
-    pair: EnginePair, text: Batch, whole: Rows, hidden: np.ndarray, arithmetic: Arithmetic, extent: Extent = FULL
+    pair: EnginePair,
+    text: Batch,
+    whole: Rows,
+    hidden: np.ndarray,
+    arithmetic: Arithmetic,
+    extent: Extent = FULL,
 ) -> Iterator[Check]:
     """Compare other ways to call the engines with `whole` and `hidden` [B, W, d], all rows at once."""
     shallow, deep = measure_noise(pair, text, STEP[arithmetic], extent.draws)
     stepped, tokens = in_calls(pair, text, range(text.width + 1)), text.following(whole.index)
     name = "stepping against prefill"
-    yield from row_checks(name, "shallow logits", Moved.between(whole.shallow, stepped.shallow, tokens), shallow)
-    yield from row_checks(name, "deep logits", Moved.between(whole.deep, stepped.deep, tokens), deep)
+    yield from row_checks(
+        name, "shallow logits", Moved.between(whole.shallow, stepped.shallow, tokens), shallow
+    )
+    yield from row_checks(
+        name, "deep logits", Moved.between(whole.deep, stepped.deep, tokens), deep
+    )
     for size, together, singles, tokens in _sync_passes(pair, text, hidden, extent.sync_sizes):
         moved = Moved.between(singles, together, tokens)
         yield from row_checks(f"sync pass of {size}", "deep logits", moved, deep)
 
 
-def measure_noise(pair: EnginePair, text: Batch, step: float, draws: int = FULL.draws) -> tuple[Moved, Moved]:
+def measure_noise(
+    pair: EnginePair, text: Batch, step: float, draws: int = FULL.draws
+) -> tuple[Moved, Moved]:
     """How shallow and deep predictions move: the text in growing pieces, against the same with what the engines read
     changed by up to `step` of itself: hidden states, and the caches of every layer."""
-    bounds = [0, *(1 << power for power in range(text.width.bit_length()) if 1 << power < text.width), text.width]
+    bounds = [
+        0,
+        *(1 << power for power in range(text.width.bit_length()) if 1 << power < text.width),
+        text.width,
+    ]
     before = in_calls(pair, text, bounds)
     # The first row reads no cache, so nothing changes in its shallow prediction.
-    later = np.flatnonzero(before.index % text.width > 0) if text.width > 1 else np.arange(len(before.index))
+    later = (
+        np.flatnonzero(before.index % text.width > 0)
+        if text.width > 1
+        else np.arange(len(before.index))
+    )
     before = before[later]
     tokens, shallow, deep = text.following(before.index), list[Moved](), list[Moved]()
     for draw in range(draws):
@@ -352,7 +409,11 @@ def in_calls(
         shallow, found = pair.both(text.tokens[:, start:end], count, changed)
         deep = found["logits"]
         row, column = np.nonzero(np.arange(end - start) < count[:, None])
-        parts.append(Rows.of_call(row * text.width + start + column, row * (end - start) + column, shallow, deep))
+        parts.append(
+            Rows.of_call(
+                row * text.width + start + column, row * (end - start) + column, shallow, deep
+            )
+        )
         previous = start
     joined = Rows(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
     return joined[np.argsort(joined.index)]
@@ -370,7 +431,9 @@ def _sync_passes(
         pair.trim(0)
         pair.deep(hidden[:, : int(past.max())], past)
         for part in widths:
-            yield pair.deep(rows[:, part], np.clip(count - part.start, 0, part.stop - part.start))["logits"]
+            yield pair.deep(rows[:, part], np.clip(count - part.start, 0, part.stop - part.start))[
+                "logits"
+            ]
 
     for size in sizes:
         count = np.clip(text.lengths - past, 0, size).astype(np.int32)
@@ -379,7 +442,9 @@ def _sync_passes(
         columns = np.minimum(past[:, None] + np.arange(size), text.width - 1)
         rows = np.take_along_axis(hidden, columns[..., None], axis=1)
         (together,) = after_the_past([slice(0, size)])
-        singles = np.stack(list(after_the_past([slice(place, place + 1) for place in range(size)])), axis=1)
+        singles = np.stack(
+            list(after_the_past([slice(place, place + 1) for place in range(size)])), axis=1
+        )
         row, place = np.nonzero(np.arange(size) < count[:, None])
         tokens = text.following(row * text.width + columns[row, place])
         yield size, together.reshape(pair.rows, size, -1)[row, place], singles[row, place], tokens

@@ -76,7 +76,9 @@ class Row:
     def equal(self) -> bool:
         return not (self.differing_tokens or self.differing_logprobs)
 
-    def compare(self, request: int, reference: Answer, ids: Sequence[int], logprobs: Sequence[float] | None) -> None:
+    def compare(
+        self, request: int, reference: Answer, ids: Sequence[int], logprobs: Sequence[float] | None
+    ) -> None:
         if logprobs is None:
             self.differing_logprobs = None
         for place, (token, other) in enumerate(zip(ids, reference.ids, strict=False)):
@@ -122,8 +124,15 @@ class Equality:
         return all(row.equal for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("tokens", "compared", "complete", "equal", "answer_tokens")}
-        return {**own, "requests": len(self.answers), "settings": [asdict(row) for row in self.rows]}
+        own = {
+            name: getattr(self, name)
+            for name in ("tokens", "compared", "complete", "equal", "answer_tokens")
+        }
+        return {
+            **own,
+            "requests": len(self.answers),
+            "settings": [asdict(row) for row in self.rows],
+        }
 
 
 def all_settings() -> list[Setting]:
@@ -142,15 +151,29 @@ def all_settings() -> list[Setting]:
         *(Setting(name, options) for name, options in modes.items() if name != "full"),
         *(Setting(f"{name}, 2 threads", options, threads=2) for name, options in modes.items()),
         *(Setting(f"{name}, warm cache", options, warm=True) for name, options in modes.items()),
-        *(Setting(f"{name}, prompt in pieces", options, pieces=True) for name, options in pair.items()),
-        *(Setting(f"{name}, batch {size}", options, size) for size in BATCHES for name, options in pair.items()),
-        *(Setting(f"{name}, batch 4, warm cache", options, 4, warm=True) for name, options in pair.items()),
+        *(
+            Setting(f"{name}, prompt in pieces", options, pieces=True)
+            for name, options in pair.items()
+        ),
+        *(
+            Setting(f"{name}, batch {size}", options, size)
+            for size in BATCHES
+            for name, options in pair.items()
+        ),
+        *(
+            Setting(f"{name}, batch 4, warm cache", options, 4, warm=True)
+            for name, options in pair.items()
+        ),
         *(Setting(f"{name}, ids alone", options, logprobs=False) for name, options in pair.items()),
     ]
 
 
 def check_equality(
-    bundle: Bundle, tokens: int, prompts: list[list[int]], sets: Sequence[str] = (), file: Path | None = None
+    bundle: Bundle,
+    tokens: int,
+    prompts: list[list[int]],
+    sets: Sequence[str] = (),
+    file: Path | None = None,
 ) -> Iterator[Equality]:
     """Compare `tokens` tokens in all, spread evenly over the settings, and over instruction `sets` (each in a process
     of its own; the first is what the others are compared with). Yields the outcome each time that a setting is done;
@@ -199,7 +222,9 @@ def prompts_of(bundle: Bundle, file: Path | None) -> list[list[int]]:
         found = []
         for line in read_requests(file):
             if isinstance(line, BrokenLine):
-                raise OptionError(f"{file}, line {line.line_number}: {line.reason}; correct it or leave it out")
+                raise OptionError(
+                    f"{file}, line {line.line_number}: {line.reason}; correct it or leave it out"
+                )
             try:
                 found.append(encoded(line.text))
             except PromptError as error:
@@ -225,9 +250,13 @@ class _Plan:
     answer: int
 
 
-def _planned(manifest: Manifest, tokens: int, settings: int, sets: int, prompts: list[list[int]]) -> _Plan:
+def _planned(
+    manifest: Manifest, tokens: int, settings: int, sets: int, prompts: list[list[int]]
+) -> _Plan:
     if manifest.speech is not None:
-        raise OptionError("--equal compares answers to text, and this bundle reads speech; leave it out")
+        raise OptionError(
+            "--equal compares answers to text, and this bundle reads speech; leave it out"
+        )
     if tokens < settings * sets:
         raise OptionError(
             f"--equal {tokens} is less than a token for each of {settings} settings"
@@ -247,7 +276,9 @@ def _planned(manifest: Manifest, tokens: int, settings: int, sets: int, prompts:
     return _Plan(shares, min(room, answer))
 
 
-def _compare(bundle: Bundle, plan: _Plan, settings: Sequence[Setting], prompts: list[list[int]]) -> Iterator[Equality]:
+def _compare(
+    bundle: Bundle, plan: _Plan, settings: Sequence[Setting], prompts: list[list[int]]
+) -> Iterator[Equality]:
     total = plan.shares[0]
     shares = [len(range(number, total, len(settings))) for number in range(len(settings))]
     count, answer = -(-shares[0] // plan.answer), min(plan.answer, shares[0])
@@ -261,12 +292,16 @@ def _compare(bundle: Bundle, plan: _Plan, settings: Sequence[Setting], prompts: 
             asked = requests[: -(-share // answer)]
             for number, result in enumerate(_decoded(bundle, setting, asked, answer)):
                 left = share - row.tokens
-                row.compare(number, outcome.answers[number], result.token_ids[:left], result.logprobs)
+                row.compare(
+                    number, outcome.answers[number], result.token_ids[:left], result.logprobs
+                )
                 row.cached_tokens += result.stats.cached_tokens
                 advance(min(left, answer))
             if row.tokens != share:  # an answer was shorter than the reference's
                 row.differing_tokens += share - row.tokens
-                row.first_difference = row.first_difference or f"{share - row.tokens} tokens are missing"
+                row.first_difference = (
+                    row.first_difference or f"{share - row.tokens} tokens are missing"
+                )
             outcome.rows.append(row)
             outcome.complete = len(outcome.rows) == len(settings)
             yield outcome
@@ -282,9 +317,15 @@ def _reference(
     with _session(bundle, Setting("full", {})) as session:
         for number in range(count):
             turn, conversation = number % TURNS, number // TURNS
-            prompt = prompts[(conversation + (0 if manifest.encoder_decoder else turn)) % len(prompts)]
+            prompt = prompts[
+                (conversation + (0 if manifest.encoder_decoder else turn)) % len(prompts)
+            ]
             fits = len(history) + len(prompt) + answer - 1 <= manifest.capacity
-            ids = [*history, *prompt] if turn and fits and not manifest.encoder_decoder else list(prompt)
+            ids = (
+                [*history, *prompt]
+                if turn and fits and not manifest.encoder_decoder
+                else list(prompt)
+            )
             result = session.generate(ids, **_asked({"mode": "full"}, answer, True))
             requests.append(ids)
             answers.append(Answer(result.token_ids, tuple(result.logprobs or ())))
@@ -293,10 +334,15 @@ def _reference(
     return requests, answers
 
 
-def _decoded(bundle: Bundle, setting: Setting, requests: list[list[int]], answer: int) -> Iterator[GenerationResult]:
+def _decoded(
+    bundle: Bundle, setting: Setting, requests: list[list[int]], answer: int
+) -> Iterator[GenerationResult]:
     options = _asked(setting.options, answer, setting.logprobs)
     together = setting.batch * 4 if setting.batch > 1 else 1  # so that requests come and go
-    with _session(bundle, setting) as session, _reading(PIECE if setting.pieces else decoder.PREFILL_ROWS):
+    with (
+        _session(bundle, setting) as session,
+        _reading(PIECE if setting.pieces else decoder.PREFILL_ROWS),
+    ):
         for first in range(0, len(requests), together):
             yield from session.generate(requests[first : first + together], **options)
 

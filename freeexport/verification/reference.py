@@ -55,7 +55,9 @@ BITS = {"fp16": 11, "bf16": 8}
 # The longest block of inputs that shares a scale, where activations have one for each block.
 ACTIVATION_BLOCK = 128
 # Functions that read no values, so nothing has to be widened for them.
-_ATTRIBUTES = frozenset({"__get__", "size", "dim", "stride", "numel", "is_floating_point", "__len__"})
+_ATTRIBUTES = frozenset(
+    {"__get__", "size", "dim", "stride", "numel", "is_floating_point", "__len__"}
+)
 # Where the two best logits are closer than this, rounding decides, and k rows and single steps round differently.
 TIE = 1e-4
 # Mean nats that predictions may diverge by: so many times what those of transformers do when it is as coarse, and
@@ -69,12 +71,19 @@ RECORDINGS = 32  # lines of speech that are read: the encoder takes as long as h
 
 # States [B, n, d], those of an encoder, and the final normed ones [B, n, d] -> logits [B, n, V], and confidences
 # [B, n, 1] where these depend on more than the logits.
-ExitHead = Callable[[torch.Tensor, Encoded | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+ExitHead = Callable[
+    [torch.Tensor, Encoded | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]
+]
 
 
 # What a checkpoint may recommend beyond greedy decoding.
 PLAIN = {
-    **{"min_new_tokens": None, "min_length": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0},
+    **{
+        "min_new_tokens": None,
+        "min_length": 0,
+        "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
+    },
     "repetition_penalty": 1.0,
 }
 
@@ -92,14 +101,18 @@ class States:
     confidence: np.ndarray | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None) -> States:
+    def of(
+        cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None
+    ) -> States:
         """Outputs of transformers, as float32."""
         out = forward(model, batch)
         layers = out.get("decoder_hidden_states", out.get("hidden_states"))
         states, features = layers[exit_layer], layers[-1]
         encoded, prompts = out.get("encoder_last_hidden_state"), None
         if batch.prompts is not None and batch.prompt_lengths is not None:
-            prompts = Encoded(encoded, torch.from_numpy(mask_of(batch.prompt_lengths, encoded.shape[1])) > 0)
+            prompts = Encoded(
+                encoded, torch.from_numpy(mask_of(batch.prompt_lengths, encoded.shape[1])) > 0
+            )
         deep = valid_rows(out["logits"].numpy(), batch.lengths)
         del out
         confidence = None
@@ -124,7 +137,10 @@ class States:
 
 def forward(model: Any, batch: Batch) -> Any:
     """Outputs of transformers for a batch: `logits` [B, n, V], and the hidden states of all layers."""
-    tokens, mask = torch.from_numpy(batch.tokens), torch.from_numpy(mask_of(batch.lengths, batch.width))
+    tokens, mask = (
+        torch.from_numpy(batch.tokens),
+        torch.from_numpy(mask_of(batch.lengths, batch.width)),
+    )
     inputs = {"input_ids": tokens, "attention_mask": mask}
     if batch.prompts is not None and batch.prompt_lengths is not None:
         prompt_mask = torch.from_numpy(mask_of(batch.prompt_lengths, batch.prompts.shape[1]))
@@ -143,7 +159,9 @@ def valid_rows(states: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
     return states.reshape(-1, states.shape[-1])[rows].astype(np.float32)
 
 
-def state_checks(ours: States, truth: States, theirs: States, precision: Precision) -> Iterator[Check]:
+def state_checks(
+    ours: States, truth: States, theirs: States, precision: Precision
+) -> Iterator[Check]:
     """How far ours and transformers' states in this precision are from float64's, and how far ours may be."""
     # Neither tokens that the exit does not know nor those that are suppressed.
     known = {name: getattr(ours, name)[0] > SUPPRESSED / 2 for name in ("shallow", "deep")}
@@ -160,10 +178,14 @@ def state_checks(ours: States, truth: States, theirs: States, precision: Precisi
         if values is None or wanted is None or reference is None:
             continue
         if field in known:
-            values, wanted, reference = (one[:, known[field]] for one in (values, wanted, reference))
+            values, wanted, reference = (
+                one[:, known[field]] for one in (values, wanted, reference)
+            )
         itself = distance(reference, wanted)
         tolerance = max(LEAST.get(precision, COARSE_LEAST), TIMES * itself)
-        yield Check(name, tensor, distance(values, wanted), tolerance, measure, itself, scale_of(wanted))
+        yield Check(
+            name, tensor, distance(values, wanted), tolerance, measure, itself, scale_of(wanted)
+        )
 
 
 def scale_of(values: np.ndarray) -> float:
@@ -184,15 +206,21 @@ def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractConte
     if manifest.quantization is not None:
         engines = {engine.engine: engine for engine in manifest.quantization.engines}
         exit_layer = manifest.exit_layer
-        return coarsening(model, lambda name: engines.get(engine_of(name, exit_layer)), manifest.target == "cpu")
-    return rounding(model, BITS[manifest.precision]) if manifest.precision in BITS else nullcontext()
+        return coarsening(
+            model, lambda name: engines.get(engine_of(name, exit_layer)), manifest.target == "cpu"
+        )
+    return (
+        rounding(model, BITS[manifest.precision]) if manifest.precision in BITS else nullcontext()
+    )
 
 
 def engine_of(module: str, exit_layer: int) -> str:
     """The engine that computes a module of transformers, by its name."""
     if module.startswith(("encoder.", "model.encoder.")):
         return "encoder"
-    if module.endswith(("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")):
+    if module.endswith(
+        ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")
+    ):
         return "prologue"
     layer = re.search(r"\.(?:layers|block|h)\.(\d+)\.", module)
     return "shallow" if layer and int(layer[1]) < exit_layer else "deep"
@@ -242,7 +270,10 @@ def rounding(model: Any, bits: int) -> AbstractContextManager[None]:
         return torch.ldexp(torch.round(fraction * 2**bits) / 2**bits, exponent)
 
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    return _hooked(leaf.register_forward_hook(lambda _, inputs, output: tree_map(rounded, output)) for leaf in leaves)
+    return _hooked(
+        leaf.register_forward_hook(lambda _, inputs, output: tree_map(rounded, output))
+        for leaf in leaves
+    )
 
 
 def coarsening(
@@ -258,14 +289,21 @@ def coarsening(
             wrong = found.largest_error * torch.linalg.vector_norm(read, dim=-1, keepdim=True)
             if activations:
                 size = read.shape[-1]
-                wrong = torch.hypot(wrong, _rounding_error(read, size if found.linears == "int8" else ACTIVATION_BLOCK))
+                wrong = torch.hypot(
+                    wrong,
+                    _rounding_error(read, size if found.linears == "int8" else ACTIVATION_BLOCK),
+                )
             weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.T
             rows = torch.linalg.vector_norm(weight, dim=1) / weight.shape[1] ** 0.5
             return output + torch.randn(output.shape, generator=generator) * rows * wrong
 
         return coarse
 
-    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, (torch.nn.Linear, Conv1D)))
+    linear = (
+        (name, part)
+        for name, part in model.named_modules()
+        if isinstance(part, (torch.nn.Linear, Conv1D))
+    )
     known = ((part, found) for name, part in linear if (found := precision_of(name)) is not None)
     return _hooked(part.register_forward_hook(coarsener(found)) for part, found in known)
 
@@ -292,7 +330,11 @@ class Comparison:
 
     def passed(self, tie: float | None) -> bool:
         """Whether the ids are equal up to a tie; None for `tie` expects no equality."""
-        return tie is None or self.first_difference is None or (self.gap is not None and self.gap < tie)
+        return (
+            tie is None
+            or self.first_difference is None
+            or (self.gap is not None and self.gap < tie)
+        )
 
 
 def compare(
@@ -314,13 +356,24 @@ def compare(
         theirs, gaps = reference_ids(model, asked, count, ends, most)
         if most < math.inf and theirs and theirs[-1] not in ends:
             ours = ours[: len(theirs)]
-        differing = (index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        differing = (
+            index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b
+        )
         first = next(differing, None if len(ours) == len(theirs) else min(len(ours), len(theirs)))
-        yield Comparison(number, len(ours), first, gaps[first] if first is not None and first < len(gaps) else None)
+        yield Comparison(
+            number,
+            len(ours),
+            first,
+            gaps[first] if first is not None and first < len(gaps) else None,
+        )
 
 
 def reference_ids(
-    model: Any, prompt: list[int] | SpeechPrompt, count: int, eos: Sequence[int], seconds: float = math.inf
+    model: Any,
+    prompt: list[int] | SpeechPrompt,
+    count: int,
+    eos: Sequence[int],
+    seconds: float = math.inf,
 ) -> tuple[list[int], list[float]]:
     """Greedy ids of `generate`, and the distance of the two best logits at each. Whisper's own `generate` has rules for
     tokens, so a window is decoded step by step."""
@@ -354,7 +407,9 @@ def _window_ids(
     ids, gaps, until = list(prompt.prefix), list[float](), monotonic() + seconds
     while len(gaps) < count and (not gaps or (ids[-1] not in eos and monotonic() < until)):
         read = torch.tensor([ids])
-        logits = model(encoder_outputs=encoded, decoder_input_ids=read, use_cache=False).logits[0, -1]
+        logits = model(encoder_outputs=encoded, decoder_input_ids=read, use_cache=False).logits[
+            0, -1
+        ]
         (best, second), tokens = torch.topk(logits.float(), 2)
         ids.append(int(tokens[0]))
         gaps.append(float(best - second))
@@ -398,7 +453,10 @@ class Predictions(NamedTuple):
 def quality_of(predictions: Iterable[Predictions], precision: Precision) -> Quality:
     """How far a bundle's predictions are from the checkpoint's. Raises DataError where there are none."""
     parts = [
-        (Moved.between(one.theirs, one.ours, one.targets), Moved.between(one.theirs, one.coarse, one.targets))
+        (
+            Moved.between(one.theirs, one.ours, one.targets),
+            Moved.between(one.theirs, one.coarse, one.targets),
+        )
         for one in predictions
     ]
     count = sum(len(ours.nll) for ours, _ in parts)
@@ -439,14 +497,22 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
         raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
     longest = min(LONGEST, manifest.capacity)
     if (speech := manifest.speech) is not None:
-        requests, start = read_examples(data, RECORDINGS, TARGETS_WANTED), manifest.decoder_start_token_id or 0
+        requests, start = (
+            read_examples(data, RECORDINGS, TARGETS_WANTED),
+            manifest.decoder_start_token_id or 0,
+        )
         for first in range(0, len(requests), ROWS):
             lines = requests[first : first + ROWS]
             sounds = [recording_of(line, speech, manifest.encoder_capacity, data) for line in lines]
-            texts = [tokenizer.encode(f" {str(line.target).strip()}", special=False) for line in lines]
+            texts = [
+                tokenizer.encode(f" {str(line.target).strip()}", special=False) for line in lines
+            ]
             begins = [[start, *speech.prefix(sound.language)] for sound in sounds]
             targets = [(begin + text)[:longest] for begin, text in zip(begins, texts, strict=True)]
-            features, counts = [sound.features() for sound in sounds], [len(sound) for sound in sounds]
+            features, counts = (
+                [sound.features() for sound in sounds],
+                [len(sound) for sound in sounds],
+            )
             yield Batch(*pad(targets), np.stack(features), np.array(counts, np.int32))
         return
     pairs = []
@@ -459,6 +525,8 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
         if manifest.encoder_decoder:
             begin = manifest.output_begins
             targets = [(begin + target)[:longest] for _, target in chunk]
-            yield Batch(*pad(targets), *pad([prompt[: manifest.encoder_capacity] for prompt, _ in chunk]))
+            yield Batch(
+                *pad(targets), *pad([prompt[: manifest.encoder_capacity] for prompt, _ in chunk])
+            )
         else:
             yield Batch(*pad([(prompt + target)[:longest] for prompt, target in chunk]))

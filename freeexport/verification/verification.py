@@ -50,7 +50,9 @@ class VerificationError(FreeExportError):
     """A bundle does not compute what its checkpoint computes."""
 
 
-def verify(bundle: Bundle, model: str | None, data: Path | None = None, extent: Extent = FULL) -> dict[str, Any]:
+def verify(
+    bundle: Bundle, model: str | None, data: Path | None = None, extent: Extent = FULL
+) -> dict[str, Any]:
     """Check the engines, against the checkpoint `model` if given. The report; its `passed` tells.
 
     `data` is text (JSON lines) to measure the quality on; None for a few sample texts.
@@ -72,7 +74,10 @@ class _Verification:
         self.began = time.monotonic()
 
     def report(self, model: str | None, data: Path | None) -> dict[str, Any]:
-        manifest, checkpoint = self.manifest, None if model is None else _checkpoint_of(self.bundle, model)
+        manifest, checkpoint = (
+            self.manifest,
+            None if model is None else _checkpoint_of(self.bundle, model),
+        )
         reference: Any = None
         if checkpoint is not None:
             # torch takes a second to import, and a bundle is checked without it too.
@@ -102,7 +107,9 @@ class _Verification:
             # For a GPU weights are quantized, and activations are not.
             rounds = manifest.quantization is not None and manifest.target == "cpu"
             arithmetic = "8 bits" if rounds else self.float_type
-            checks += self_checks(pair, batch, readings[-1][0], shallow["hidden"], arithmetic, self.extent)
+            checks += self_checks(
+                pair, batch, readings[-1][0], shallow["hidden"], arithmetic, self.extent
+            )
         passed = all(check.passed for check in checks)
         way = "a higher --precision or " if manifest.precision != "fp32" else ""
         way = way or ("--dialect standard or " if manifest.dialect == "ort" else "")
@@ -148,15 +155,28 @@ class _Verification:
         with reference.in_precision_of(manifest, model):
             theirs = reference.States.of(model, manifest.exit_layer, batch, exit_head)
         prompts = None if encoded is None else reference.valid_rows(encoded, batch.prompt_lengths)
-        read = [reference.States(one.deep, one.shallow, one.hidden, prompts, sure) for one, sure in readings]
-        checks = [check for one in read for check in reference.state_checks(one, truth, theirs, manifest.precision)]
+        read = [
+            reference.States(one.deep, one.shallow, one.hidden, prompts, sure)
+            for one, sure in readings
+        ]
+        checks = [
+            check
+            for one in read
+            for check in reference.state_checks(one, truth, theirs, manifest.precision)
+        ]
         ours, whole = read[0], readings[0][0]
         followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
         bundle, exact, coarse = (states.deep[followed] for states in (ours, truth, theirs))
-        sample = reference.Predictions(bundle, exact, coarse, batch.following(whole.index[followed]))
+        sample = reference.Predictions(
+            bundle, exact, coarse, batch.following(whole.index[followed])
+        )
         on = [sample] if data is None else reference.predictions_on(self.bundle, model, data)
         quality = reference.quality_of(on, manifest.precision)
-        return checks, {**asdict(quality), "perplexity_ratio": quality.perplexity_ratio, "passed": quality.passed}
+        return checks, {
+            **asdict(quality),
+            "perplexity_ratio": quality.perplexity_ratio,
+            "passed": quality.passed,
+        }
 
     def _decoded(self, model: Any, checks: list[Check]) -> dict[str, Any]:
         """Greedy token ids against transformers', and how often the shallow prediction is the deep one along the full
@@ -164,16 +184,22 @@ class _Verification:
         from freeexport.measure.traces import Traces, trace_of
         from freeexport.verification.reference import compare
 
-        limit = min(FULL.tokens, self.manifest.encoder_capacity or max(1, self.manifest.capacity // 2))
+        limit = min(
+            FULL.tokens, self.manifest.encoder_capacity or max(1, self.manifest.capacity // 2)
+        )
         prompts: list[Any] = [ids[:limit] for ids in sample_ids(self.bundle)][: self.extent.prompts]
         if self.manifest.speech is not None:
-            prompts = [SpeechPrompt.plain(self.manifest, one) for one in sample_sounds(self.manifest)]
+            prompts = [
+                SpeechPrompt.plain(self.manifest, one) for one in sample_sounds(self.manifest)
+            ]
         tie, count = _tie(self.manifest.precision, checks), self.extent.new_tokens
         greedy, traces = list[dict[str, Any]](), list[Traces]()
         with Session(self.bundle.path, slots=1, threads=self.threads) as session:
             for comparison in compare(session, model, prompts, count, self._seconds_left):
                 greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
-                if len(greedy) < len(prompts) and not self._in_time(f"{len(prompts) - len(greedy)} prompts"):
+                if len(greedy) < len(prompts) and not self._in_time(
+                    f"{len(prompts) - len(greedy)} prompts"
+                ):
                     break
             for line, prompt in enumerate(prompts[: len(greedy)], start=1):
                 asked = prompt if isinstance(prompt, SpeechPrompt) else np.array(prompt, np.int64)
@@ -210,7 +236,9 @@ def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
         write_whole(bundle.path / MANIFEST, marked.to_json())
 
 
-def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest, extent: str) -> bool:
+def verify_in_child(
+    directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest, extent: str
+) -> bool:
     """Verify a new bundle in a process of its own, so that its memory goes back to the system.
 
     False, with a warning, where it does not fit in memory. Raises VerificationError where the engines are wrong.
@@ -221,9 +249,14 @@ def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifes
     engines = 4 * manifest.weight_bytes + 4 * manifest.kv_bytes_per_sequence
     need = 4 * sum(sizes) + 8 * max(sizes) + engines + LOGITS * manifest.vocab_size + 10**9
     available = available_memory()
-    click.echo(f"verifying against the checkpoint: needs about {need / 1e9:.1f} GB of memory", err=True)
+    click.echo(
+        f"verifying against the checkpoint: needs about {need / 1e9:.1f} GB of memory", err=True
+    )
     if available is not None and need > available:
-        click.echo(f"warning: only {available / 1e9:.1f} GB is available, so the bundle is not verified", err=True)
+        click.echo(
+            f"warning: only {available / 1e9:.1f} GB is available, so the bundle is not verified",
+            err=True,
+        )
         return False
     quick = ["--quick"] if extent == "quick" else []
     try:
@@ -272,7 +305,9 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
         classes = torch.cat([logits[..., tokens], known.other(normed * head.scale)], dim=-1)
         _, confidence = exits_of(classes.flatten(0, 1), tokens, measure)
         unknown = torch.full_like(logits, torch.finfo(torch.float32).min)
-        return unknown.index_copy(-1, tokens, logits[..., tokens]), confidence.reshape(*states.shape[:2], 1)
+        return unknown.index_copy(-1, tokens, logits[..., tokens]), confidence.reshape(
+            *states.shape[:2], 1
+        )
 
     return read
 

@@ -67,7 +67,9 @@ class BeamSearch:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
 
-    def search(self, score: Scoring, cancelled: Callable[[], bool] = lambda: False) -> Waits[list[Hypothesis]]:
+    def search(
+        self, score: Scoring, cancelled: Callable[[], bool] = lambda: False
+    ) -> Waits[list[Hypothesis]]:
         """Find the `beams` best, best first; none where it was cancelled. Others have a turn between tokens, and where
         `score` lets them."""
         sequences, logprobs = np.zeros((self.beams, 0), np.int64), np.zeros((self.beams, 0))
@@ -95,7 +97,9 @@ class BeamSearch:
             sequences, logprobs, sources = sequences[fill], logprobs[fill], parents[fill]
         return finished
 
-    def _candidates(self, totals: np.ndarray, scores: Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _candidates(
+        self, totals: np.ndarray, scores: Scores
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The best continuations of all beams, which have these `totals` [B]: enough that `beams` go on even if all the
         others end. Their totals, beams and tokens, best first."""
         plain = scores.processed is None
@@ -122,7 +126,11 @@ class BeamSearch:
         new = [
             Hypothesis(tuple(tokens), tuple(nats), self._scaled(total, len(tokens)))
             for tokens, nats, total, end in zip(
-                sequences[: self.beams].tolist(), logprobs[: self.beams].tolist(), totals, ends, strict=False
+                sequences[: self.beams].tolist(),
+                logprobs[: self.beams].tolist(),
+                totals,
+                ends,
+                strict=False,
             )
             if end and total > NEVER / 2
         ]
@@ -154,21 +162,29 @@ def _promising(values: np.ndarray, totals: np.ndarray, count: int) -> tuple[np.n
     beams, numbers = np.nonzero(~(peaks < np.partition(peaks, -count, axis=None)[-count]))
     tokens = (numbers[:, None] + sets * np.arange(COLUMNS)).reshape(-1)
     last = np.indices((rows, columns - sets * COLUMNS)).reshape(2, -1)
-    return np.append(np.repeat(beams, COLUMNS), last[0]), np.append(tokens, last[1] + sets * COLUMNS)
+    return np.append(np.repeat(beams, COLUMNS), last[0]), np.append(
+        tokens, last[1] + sets * COLUMNS
+    )
 
 
 class BeamRows:
     """Borrows the engines of a `decoder`, and what its cross-attention reads. At most `rows` positions a beam."""
 
-    def __init__(self, decoder: Decoder, cross: dict[str, np.ndarray], beams: int, rows: int) -> None:
+    def __init__(
+        self, decoder: Decoder, cross: dict[str, np.ndarray], beams: int, rows: int
+    ) -> None:
         self.stats = decoder.stats
         self._rows, self._runners = rows, decoder.runners[:2]  # nothing exits
         self._tokens = np.zeros((beams, 1), np.int64)
         self._emitted, self._every = np.zeros(beams, np.int64), np.arange(beams)
         self._hidden = decoder.runners[0].zeros((beams, 1, decoder.hidden_size), np.float32)
         self._logits = np.zeros((beams, decoder.vocab_size), np.float32)
-        self._cross = {name: _repeated(array, beams, decoder.runners[0]) for name, array in cross.items()}
-        self._caches = [runner.cache.resized(beams, min(rows, FIRST_ROWS)) for runner in self._runners]
+        self._cross = {
+            name: _repeated(array, beams, decoder.runners[0]) for name, array in cross.items()
+        }
+        self._caches = [
+            runner.cache.resized(beams, min(rows, FIRST_ROWS)) for runner in self._runners
+        ]
         self._bind()
 
     def stepping(self, tokens: np.ndarray, sources: np.ndarray) -> Waits[np.ndarray]:
@@ -190,8 +206,13 @@ class BeamRows:
 
     def _bind(self) -> None:
         shallow, deep = self._runners
-        tokens = {"input_ids": self._tokens, **({"head_rows": np.zeros(0, np.int64)} if shallow.heads else {})}
-        self._shallow = _bind(shallow, self._caches[0], self._cross, tokens, {"hidden": self._hidden})
+        tokens = {
+            "input_ids": self._tokens,
+            **({"head_rows": np.zeros(0, np.int64)} if shallow.heads else {}),
+        }
+        self._shallow = _bind(
+            shallow, self._caches[0], self._cross, tokens, {"hidden": self._hidden}
+        )
         hidden = {"hidden": self._hidden, "head_rows": self._every, "emitted": self._emitted}
         self._deep = _bind(deep, self._caches[1], self._cross, hidden, {"logits": self._logits})
 
@@ -219,4 +240,6 @@ def _bind(
     if cache.own_exit:  # nothing exits
         lengths["exit_lengths"] = np.zeros(beams, np.int32)
     present = {f"present.{name}": array for name, array in cache.arrays.items()}
-    return runner.engine.bind({**inputs, **lengths, **cache.attended(cross), **past}, {**outputs, **present})
+    return runner.engine.bind(
+        {**inputs, **lengths, **cache.attended(cross), **past}, {**outputs, **present}
+    )

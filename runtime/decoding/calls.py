@@ -73,9 +73,17 @@ class SlotCall:
         exits: bool = False,
     ) -> None:
         self.owner, self.runner, self.inputs, self.outputs = owner, runner, inputs, outputs
-        self.rows, self.heads, self.exits, self.seconds, self.batch_size = rows, heads, exits, 0.0, 1
+        self.rows, self.heads, self.exits, self.seconds, self.batch_size = (
+            rows,
+            heads,
+            exits,
+            0.0,
+            1,
+        )
         self._call: Call | None = None
-        self._kept: Call | None = None  # bound, but to what an earlier sequence read, `_age` sequences ago
+        self._kept: Call | None = (
+            None  # bound, but to what an earlier sequence read, `_age` sequences ago
+        )
         self._age = 0
         self._cross: Mapping[str, Any] = {}
 

@@ -49,7 +49,12 @@ class Decoder:
         vocab_size: int,
         max_pending: int,
     ) -> None:
-        self.slot, self.hidden_size, self.vocab_size, self.max_pending = slot, hidden_size, vocab_size, max_pending
+        self.slot, self.hidden_size, self.vocab_size, self.max_pending = (
+            slot,
+            hidden_size,
+            vocab_size,
+            max_pending,
+        )
         self._shallow, self._deep = shallow, deep
         self.stats = Stats()
         self.stacked = 0
@@ -68,18 +73,24 @@ class Decoder:
         self._tokens = np.zeros((1, max_pending), np.int64)
         self._token = _memory(self._tokens[0, :1])
         self._best, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
-        self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
+        self._answers, self._nll = (
+            np.zeros(max_pending, np.int64),
+            np.zeros(max_pending, np.float32),
+        )
         self._best_memory, self._confidence_memory = _memory(self._best), _memory(self._confidence)
         self._answer_memory = _memory(self._answers)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}
-        self._step_logits: np.ndarray | None = None  # float32 [V] of the last step, where they are wanted
+        self._step_logits: np.ndarray | None = (
+            None  # float32 [V] of the last step, where they are wanted
+        )
         self.cross: dict[str, np.ndarray] = {}
         self._short = CrossCache(1)  # of one slot
         self._attended: dict[str, np.ndarray] | None = None  # what calls are bound to
         self._read: dict[Runner, dict[str, Any]] = {shallow: {}, deep: {}}
         self._past = {
-            runner: {name: runner.value(view) for name, view in runner.cache.slot(slot)} for runner in (shallow, deep)
+            runner: {name: runner.value(view) for name, view in runner.cache.slot(slot)}
+            for runner in (shallow, deep)
         }
         self.forget_calls()
 
@@ -132,7 +143,9 @@ class Decoder:
             return
         self._attended = cross
         for runner in self._read:
-            self._read[runner] = {name: runner.value(array) for name, array in runner.cache.attended(cross).items()}
+            self._read[runner] = {
+                name: runner.value(array) for name, array in runner.cache.attended(cross).items()
+            }
         for call in self._bound():
             call.attend(self._read[call.runner])
 
@@ -141,7 +154,9 @@ class Decoder:
         if wanted == bool(self._logits):
             return
         rows = {self._shallow: 1, self._deep: self.max_pending} if wanted else {}
-        self._logits = {runner: np.zeros((count, self.vocab_size), np.float32) for runner, count in rows.items()}
+        self._logits = {
+            runner: np.zeros((count, self.vocab_size), np.float32) for runner, count in rows.items()
+        }
         self._step_logits = self._logits[self._shallow][0] if wanted else None
         self.forget_calls()
 
@@ -170,7 +185,9 @@ class Decoder:
             calls[0].run()
         return self.guess()
 
-    def sync(self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> list[Prediction]:
+    def sync(
+        self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None
+    ) -> list[Prediction]:
         """Run the deep decoder on all stacked tokens: its predictions after the newest `heads` of them, in order.
 
         `drafts` are the tokens taken after the first of these rows: their predictions carry `nll`. Where the deep
@@ -270,7 +287,9 @@ class Decoder:
         self._step, self._head = call, head
         return (call,)
 
-    def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
+    def syncing(
+        self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None
+    ) -> Iterable[Waiting]:
         """The calls that `sync` needs. `answers` then gives the predictions."""
         self._heads, self._drafts = heads, len(drafts)
         self._pass = call = self._pass_call(0, self.stacked, heads, drafts)
@@ -323,7 +342,12 @@ class Decoder:
         if runner.cache.own_exit:
             shared["exit_lengths"] = np.array([rows if call.exits else 0], np.int32)
         return runner.engine.bind(
-            {**call.inputs, **shared, **self._read[runner], **{f"past.{name}": item for name, item in past.items()}},
+            {
+                **call.inputs,
+                **shared,
+                **self._read[runner],
+                **{f"past.{name}": item for name, item in past.items()},
+            },
             {**call.outputs, **{f"present.{name}": item for name, item in past.items()}},
         )
 
@@ -368,10 +392,16 @@ class Decoder:
     def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""
         count, exits = int(head), self._exits or head
-        outputs = {"hidden": hidden, "token": self._best[:count], "confidence": self._confidence[:count]}
+        outputs = {
+            "hidden": hidden,
+            "token": self._best[:count],
+            "confidence": self._confidence[:count],
+        }
         if self._logits:
             outputs["logits"] = self._logits[self._shallow][:count]
-        return SlotCall(self, self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count, exits)
+        return SlotCall(
+            self, self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count, exits
+        )
 
     def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
         """The deep decoder on hidden states float32 [1, k, d]; the head for its last `heads` rows."""
@@ -391,11 +421,16 @@ class Decoder:
             # The nearest whole blocks: the next below could be the same for ever, as more rows take less time each.
             self._shared_rows = max(round(fit / BLOCK) * BLOCK, FEWEST_SHARED_ROWS)
 
-    def _read_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> tuple[SlotCall, SlotCall]:
+    def _read_piece(
+        self, piece: np.ndarray, shallow_head: bool, deep_head: bool
+    ) -> tuple[SlotCall, SlotCall]:
         """The shallow and the deep call on a piece of a prompt, which ran."""
         rows = piece.shape[1]
         hidden = self._shallow.scratch("piece", (1, rows, self.hidden_size), np.float32)
-        calls = self._shallow_call(piece, hidden, shallow_head), self._deep_call(hidden, int(deep_head))
+        calls = (
+            self._shallow_call(piece, hidden, shallow_head),
+            self._deep_call(hidden, int(deep_head)),
+        )
         for call in calls:
             call.runner.run(self.bind(call))
             call.runner.cache.extend(self.slot, rows)

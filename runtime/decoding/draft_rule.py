@@ -333,7 +333,9 @@ class Drafts:
         self._call_seconds = 0.0  # of the last call of the caller's draft_source
         self._to_probe = 1
         self._to_time = 2
-        self._after_exit = False  # whether the last draft was the exit's, so that no rows are to be caught up
+        self._after_exit = (
+            False  # whether the last draft was the exit's, so that no rows are to be caught up
+        )
         # When the choice of the exit was last observed, and the final tokens then.
         self._choice_time = self.clock()
         self._choice_tokens = 0
@@ -410,7 +412,9 @@ class Drafts:
         # Rows with the head, up to the first that was rejected.
         for row, confidence in enumerate(outcome.confidences[: outcome.accept_length + 1]):
             if confidence is not None:
-                accepted = outcome.agreed if row == outcome.proposed else row < outcome.accept_length
+                accepted = (
+                    outcome.agreed if row == outcome.proposed else row < outcome.accept_length
+                )
                 acceptance.of_confidence(confidence).observe(accepted)
                 acceptance.exit.observe(accepted)
         if self._continuation is not None and outcome.accept_length >= outcome.proposed:

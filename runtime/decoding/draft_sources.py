@@ -127,7 +127,10 @@ class Expected:
         else:
             # Where the same tokens stand near by, else as if this one had taken the place of another.
             following = self._place + 1
-            found = ((self._agreement(place), -abs(place - following), place) for place in self._places(token))
+            found = (
+                (self._agreement(place), -abs(place - following), place)
+                for place in self._places(token)
+            )
             self.agrees, _, self._place = max(found, default=(0, 0, following))
         if self.agrees >= SHORTEST:
             self._left = self._place
@@ -169,7 +172,9 @@ class Own:
         given: Any = self._source(np.array(context, np.int64))
         if isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 1):
             tokens = given[:most]
-            whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens)
+            whole = all(
+                isinstance(token, Integral) and not isinstance(token, bool) for token in tokens
+            )
             if whole and all(0 <= token < self._vocab_size for token in tokens):
                 return [int(token) for token in tokens]
         raise OptionError(

@@ -31,9 +31,14 @@ class FeatureDecoder(Decoder):
         self._exit_cache = exit.cache
         size = (self.max_pending, self.hidden_size)
         self._embeds, self._length = exit.cache.states.ndim == 2, 0
-        self._unread = np.zeros((1, self.max_pending), np.int64)  # tokens that are stacked, and not embedded
+        self._unread = np.zeros(
+            (1, self.max_pending), np.int64
+        )  # tokens that are stacked, and not embedded
         self._exit_inputs = self._states(self.max_pending), exit.zeros(size, np.float32)
-        self._feature, self._passed = np.zeros((1, self.hidden_size), np.float32), exit.zeros(size, np.float32)
+        self._feature, self._passed = (
+            np.zeros((1, self.hidden_size), np.float32),
+            exit.zeros(size, np.float32),
+        )
         self._newest_feature = self._feature[0]
         self._read[exit] = {}
         self._past[exit] = {name: exit.value(view) for name, view in exit.cache.slot(self.slot)}
@@ -97,7 +102,9 @@ class FeatureDecoder(Decoder):
             return self.stepping(tokens[0], head)
         return self._stepping(super().stepping_together(tokens), head)
 
-    def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterator[Waiting]:
+    def syncing(
+        self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None
+    ) -> Iterator[Waiting]:
         if self._embeds:
             call = self._embedding(self.stacked)
             if self.alone:
@@ -131,7 +138,10 @@ class FeatureDecoder(Decoder):
             yield call
             super().guess()
             if self._exits or head:
-                place, rows = self.lengths()[0] - call.rows, self._stack[self.stacked - call.rows : self.stacked]
+                place, rows = (
+                    self.lengths()[0] - call.rows,
+                    self._stack[self.stacked - call.rows : self.stacked],
+                )
                 self._exit_cache.put(self.slot, place, rows)
         yield from self._asking(head)
 
@@ -183,7 +193,9 @@ class FeatureDecoder(Decoder):
 
     def _states(self, rows: int) -> np.ndarray:
         """Room for what the exit reads at so many positions beside features."""
-        states: np.ndarray = np.zeros((rows, *self._exit_cache.states.shape[2:]), self._exit_cache.states.dtype)
+        states: np.ndarray = np.zeros(
+            (rows, *self._exit_cache.states.shape[2:]), self._exit_cache.states.dtype
+        )
         return states
 
     def _keep_features(self, place: int, features: np.ndarray) -> None:
@@ -218,7 +230,10 @@ class FeatureDecoder(Decoder):
         outputs["feature"] = self._feature[:heads]
         if self._logits:
             outputs["logits"] = self._logits[self._shallow][:heads]
-        given = {"input_ids" if self._embeds else "hidden": states[None], "features": features[None]}
+        given = {
+            "input_ids" if self._embeds else "hidden": states[None],
+            "features": features[None],
+        }
         return SlotCall(self, self._exit, given, outputs, len(states), heads)
 
     def _embedding(self, rows: int) -> SlotCall:
@@ -230,22 +245,30 @@ class FeatureDecoder(Decoder):
         return call
 
     def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
-        return SlotCall(self, self._shallow, {"input_ids": tokens}, {"hidden": hidden}, tokens.shape[1], 0)
+        return SlotCall(
+            self, self._shallow, {"input_ids": tokens}, {"hidden": hidden}, tokens.shape[1], 0
+        )
 
     def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
         call, rows = super()._deep_call(hidden, heads), hidden.shape[1]
         passed = (
-            self._passed if rows <= self.max_pending else self._deep.scratch("passed", hidden.shape[1:], np.float32)
+            self._passed
+            if rows <= self.max_pending
+            else self._deep.scratch("passed", hidden.shape[1:], np.float32)
         )
         call.outputs = {**call.outputs, "features": passed[None, :rows]}
         return call
 
-    def _read_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> tuple[SlotCall, SlotCall]:
+    def _read_piece(
+        self, piece: np.ndarray, shallow_head: bool, deep_head: bool
+    ) -> tuple[SlotCall, SlotCall]:
         shallow, deep = super()._read_piece(piece, False, deep_head)
         self._length = self.lengths()[1]
         if self._exits:
             place = self._length - piece.shape[1]
-            self._exit_cache.put(self.slot, place, piece[0] if self._embeds else shallow.outputs["hidden"][0])
+            self._exit_cache.put(
+                self.slot, place, piece[0] if self._embeds else shallow.outputs["hidden"][0]
+            )
             self._keep_features(place, deep.outputs["features"][0])
             self._catch_up(0, shallow_head)
         return shallow, deep

@@ -61,7 +61,9 @@ def free(
                 decoder.start_sync(sync_every)
             at_rest = False
             joins = response.joins_forced and labels is None
-            unread = (yield from _forced(decoder, response, max_pending)) if joins else [response.newest]
+            unread = (
+                (yield from _forced(decoder, response, max_pending)) if joins else [response.newest]
+            )
             if response.finished:
                 return
             if decoder.alone and len(unread) == 1:
@@ -81,7 +83,11 @@ def free(
                 yield response.add(token, True, prediction.confidence, prediction)
                 continue
             decoder.stats.forced += sure
-            ahead = _run_ahead(decoder, response, partial(_above, threshold), [], token) if decoder.overlaps else None
+            ahead = (
+                _run_ahead(decoder, response, partial(_above, threshold), [], token)
+                if decoder.overlaps
+                else None
+            )
             yield from decoder.syncing(len(rows) or 1, (), ahead)
             deep = decoder.answers()
             if labels is not None:
@@ -150,7 +156,11 @@ def lossless(
     chooses too are accepted. The output is that of `full`."""
     stats = decoder.stats
     while not response.finished:
-        unread = (yield from _forced(decoder, response, max_pending)) if response.joins_forced else [response.newest]
+        unread = (
+            (yield from _forced(decoder, response, max_pending))
+            if response.joins_forced
+            else [response.newest]
+        )
         if response.finished:
             return
         plan = drafts.plan(response, max_pending - len(unread), decoder.batch_size)
@@ -172,7 +182,9 @@ def lossless(
         else:
             exit_draft = drafts.exit_draft(threshold)
             most = plan.exits
-            draft = yield from _exits(decoder, response, exit_draft, unread, most, exit_draft.continues)
+            draft = yield from _exits(
+                decoder, response, exit_draft, unread, most, exit_draft.continues
+            )
             # With overlap, the exit runs ahead instead.
             if not decoder.overlaps and not (draft.tokens and response.ends(draft.tokens)):
                 most -= len(draft.tokens)
@@ -188,7 +200,8 @@ def lossless(
             accept_length=accept_length,
             made=len(made),
             confidences=tuple(row.confidence for row in draft.predictions[: proposed + 1]),
-            agreed=draft.following is not None and made[proposed : proposed + 1] == [draft.following],
+            agreed=draft.following is not None
+            and made[proposed : proposed + 1] == [draft.following],
         )
         drafts.observe(
             plan,
@@ -200,7 +213,9 @@ def lossless(
         yield from _settle(decoder, response, draft, deep, accept_length, correction)
 
 
-def _forced(decoder: Decoder, response: Response, most: int) -> Generator[Token | Waiting, None, list[int]]:
+def _forced(
+    decoder: Decoder, response: Response, most: int
+) -> Generator[Token | Waiting, None, list[int]]:
     """Makes the tokens final that the grammar forces. Returns the final tokens that no engine has
     read yet, at most as many as fit into a pass of `most` rows with the stack. Earlier ones are
     read here."""
@@ -251,10 +266,16 @@ class Draft(NamedTuple):
     def certain(self, row: int) -> bool:
         """Whether the grammar forced this token of the exit's draft, so that no prediction was
         needed."""
-        return self.source == "exit" and row < self.proposed and self.predictions[row].confidence is None
+        return (
+            self.source == "exit"
+            and row < self.proposed
+            and self.predictions[row].confidence is None
+        )
 
 
-def _together(decoder: Decoder, response: Response, source: str, unread: list[int], tokens: list[int]) -> Waits[Draft]:
+def _together(
+    decoder: Decoder, response: Response, source: str, unread: list[int], tokens: list[int]
+) -> Waits[Draft]:
     """Drafts the tokens of a text, in one shallow call without the head."""
     read = tokens[:-1] if response.ends(tokens) else tokens
     yield from decoder.stepping_together([*unread, *read])
@@ -262,7 +283,9 @@ def _together(decoder: Decoder, response: Response, source: str, unread: list[in
     return Draft(source, tokens, [NOTHING] * (len(read) + 1))
 
 
-def _continued(decoder: Decoder, response: Response, draft: Draft, found: Candidates) -> Waits[Draft]:
+def _continued(
+    decoder: Decoder, response: Response, draft: Draft, found: Candidates
+) -> Waits[Draft]:
     """Appends the candidates of a text to a draft, in one shallow call without the head."""
     tokens = [*draft.tokens, *found.tokens]
     read = found.tokens[:-1] if found.tokens and response.ends(tokens) else found.tokens
@@ -317,7 +340,9 @@ def _exits(
             following = response.forced(tokens)
 
 
-def _verify(decoder: Decoder, response: Response, begin: Callable[[], Sure], draft: Draft) -> Waits[list[Prediction]]:
+def _verify(
+    decoder: Decoder, response: Response, begin: Callable[[], Sure], draft: Draft
+) -> Waits[list[Prediction]]:
     """Runs the deep pass over a draft. Returns the deep prediction at every row."""
     ahead = _run_ahead(decoder, response, begin, draft.tokens, draft.following)
     yield from decoder.syncing(len(draft.predictions), draft.tokens, ahead)
@@ -343,12 +368,18 @@ def _run_ahead(
             return None
         token = following if prediction is None else response.choose(prediction, path)
         # Tokens forced after this one are read together with it, in one call.
-        return None if response.ends([*path, token]) or response.forced([*path, token]) is not None else token
+        return (
+            None
+            if response.ends([*path, token]) or response.forced([*path, token]) is not None
+            else token
+        )
 
     return ahead
 
 
-def _agreement(response: Response, drafts: list[int], deep: list[Prediction]) -> tuple[int, int | None]:
+def _agreement(
+    response: Response, drafts: list[int], deep: list[Prediction]
+) -> tuple[int, int | None]:
     """Returns how many drafts the deep decoder chooses too, and the token it chooses after them,
     None if its head did not run there."""
     for row, prediction in enumerate(deep):
@@ -374,7 +405,9 @@ def _settle(
     certain = [draft.certain(row) for row in range(len(draft.tokens))]
     accepted = min(accept_length, proposed)
     stats.rejected += certain[accept_length:].count(False)
-    stats.count_draft(draft.source, certain[:proposed].count(False), certain[:accepted].count(False))
+    stats.count_draft(
+        draft.source, certain[:proposed].count(False), certain[:accepted].count(False)
+    )
     if accept_length >= proposed:  # otherwise the continuation was not compared
         stats.count_draft(draft.continued_by, draft.continued, accept_length - proposed)
     surplus = len(deep) - accept_length - (correction is not None)

@@ -76,7 +76,9 @@ class OverlappingDecoder(Decoder):
             self._drop_ahead()
         return super().stepping_together(tokens, head)
 
-    def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
+    def syncing(
+        self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None
+    ) -> Iterable[Waiting]:
         self._heads, self._drafts = heads, len(drafts)
         if self._background is not None:
             yield from self._finish_background()

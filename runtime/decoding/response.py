@@ -267,7 +267,9 @@ class Response:
             self._stats.seconds = monotonic() - self._began
 
 
-def _result(tokens: tuple[Token, ...], rest: str, reason: FinishReason, stats: Stats) -> GenerationResult:
+def _result(
+    tokens: tuple[Token, ...], rest: str, reason: FinishReason, stats: Stats
+) -> GenerationResult:
     logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
     best = tuple(token.top_logprobs for token in tokens if token.top_logprobs is not None)
     return GenerationResult(

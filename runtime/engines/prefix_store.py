@@ -20,7 +20,9 @@ BLOCK = 16
 def hashes(tokens: np.ndarray, block: int, salt: str | None, own: bool = False) -> list[bytes]:
     """For each whole block of tokens int64 [n] a hash of all tokens up to its end: the keys of a chain. Those of other
     salts differ, and those of the model's layers and of an exit's `own`."""
-    key = sha256(bytes((own, salt is not None)) + (salt or "").encode("utf-8", "surrogatepass")).digest()
+    key = sha256(
+        bytes((own, salt is not None)) + (salt or "").encode("utf-8", "surrogatepass")
+    ).digest()
     chain = []
     for end in range(block, len(tokens) + 1, block):
         key = sha256(key + tokens[end - block : end].tobytes()).digest()
@@ -41,14 +43,18 @@ class PrefixStore:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
-        self._entries: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()  # the least recently used first
+        self._entries: OrderedDict[bytes, tuple[Any, int]] = (
+            OrderedDict()
+        )  # the least recently used first
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def find(self, chain: Sequence[bytes]) -> list[Any]:
         """The entries of the longest beginning of a chain that is stored."""
-        count = next((number for number, key in enumerate(chain) if key not in self._entries), len(chain))
+        count = next(
+            (number for number, key in enumerate(chain) if key not in self._entries), len(chain)
+        )
         self._use(chain[:count])
         return [self._entries[key][0] for key in chain[:count]]
 
@@ -84,7 +90,9 @@ class Prefix:
     An entry is what reading its tokens as a prompt gives, bit for bit, so that no request can tell who read them.
     """
 
-    def __init__(self, store: PrefixStore, tokens: np.ndarray, salt: str | None, exits: bool) -> None:
+    def __init__(
+        self, store: PrefixStore, tokens: np.ndarray, salt: str | None, exits: bool
+    ) -> None:
         self._store, self._tokens, self._salt = store, tokens, salt
         self._kinds = (False, True) if exits else (False,)  # of layers: the model's, the exit's own
         self._chains = [hashes(tokens, BLOCK, salt, own) for own in self._kinds]
@@ -113,7 +121,10 @@ class Prefix:
         for own, chain in zip(self._kinds, chains, strict=True):
 
             def copied(number: int, own: bool = own) -> list[np.ndarray]:
-                return [runner.cache.read(slot, number * BLOCK, BLOCK, own) for runner in _holding(runners, own)]
+                return [
+                    runner.cache.read(slot, number * BLOCK, BLOCK, own)
+                    for runner in _holding(runners, own)
+                ]
 
             size = BLOCK * sum(runner.cache.row_bytes(own) for runner in _holding(runners, own))
             self._store.keep(chain[: complete // BLOCK], copied, size)

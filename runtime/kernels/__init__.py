@@ -30,11 +30,15 @@ def register(options: Any, needed: int = VERSION) -> None:
     EngineError where they cannot be had."""
     name = instructions()
     if needed > VERSION:
-        raise EngineError(f"version {needed} of freeexport's kernels is needed, {VERSION} is here; upgrade freeexport")
+        raise EngineError(
+            f"version {needed} of freeexport's kernels is needed, {VERSION} is here; upgrade freeexport"
+        )
     if name.startswith("scalar"):
         chosen = os.environ.get("FREEEXPORT_INSTRUCTIONS")
         why = (
-            f"FREEEXPORT_INSTRUCTIONS is {name}" if chosen else "this processor has neither AVX2 nor NEON dot products"
+            f"FREEEXPORT_INSTRUCTIONS is {name}"
+            if chosen
+            else "this processor has neither AVX2 nor NEON dot products"
         )
         _warn_once(f"{why}: freeexport's kernels run without vector instructions, slowly")
     try:
@@ -104,7 +108,9 @@ def kernels_of(needed: int | None) -> str:
     says."""
     problem = missing()
     if needed is not None:
-        return f"freeexport's own, version {needed}, " + (f"with {instructions()} here" if problem is None else problem)
+        return f"freeexport's own, version {needed}, " + (
+            f"with {instructions()} here" if problem is None else problem
+        )
     slower = "" if problem is None else f", which are slower; {problem}"
     return f"ONNX Runtime's{slower}"
 
@@ -118,7 +124,9 @@ def _warn_once(message: str) -> None:
 @cache
 def _library(path: Path) -> ctypes.CDLL:
     if not path.is_file():
-        raise EngineError(f"freeexport's kernels are not built here ({path.name} is missing); {BUILD}")
+        raise EngineError(
+            f"freeexport's kernels are not built here ({path.name} is missing); {BUILD}"
+        )
     try:
         library = ctypes.CDLL(str(path))
         version = library.freeexport_kernels_version()
@@ -126,7 +134,9 @@ def _library(path: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise EngineError(f"{path} cannot be loaded ({error}); {BUILD}") from None
     if version != VERSION:
-        raise EngineError(f"{path} has version {version} of the kernels, not {VERSION}; install freeexport again")
+        raise EngineError(
+            f"{path} has version {version} of the kernels, not {VERSION}; install freeexport again"
+        )
     if not hasattr(library, "freeexport_prompt_differs"):
         raise EngineError(f"{path} was built from older sources; install freeexport again")
     return library

@@ -40,10 +40,14 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         if len(source) > MOST_SOURCE:
-            raise BundleError(f"{FILE} has {len(source)} characters, at most {MOST_SOURCE} are read; shorten it")
+            raise BundleError(
+                f"{FILE} has {len(source)} characters, at most {MOST_SOURCE} are read; shorten it"
+            )
         try:
             self._template = _Environment().from_string(source)
-        except Exception as error:  # also what Python cannot compile: nested too deep, a number of too many digits
+        except (
+            Exception
+        ) as error:  # also what Python cannot compile: nested too deep, a number of too many digits
             line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise BundleError(
                 f"{FILE}{line} is not a valid template ({one_line(error)}); convert the checkpoint again"
@@ -64,21 +68,36 @@ class ChatTemplate:
             **special_tokens,
             _TURNS: [0],
         }
-        given = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
+        given = sum(
+            len(value)
+            for message in messages
+            for value in message.values()
+            if isinstance(value, str)
+        )
         most, text = MOST_OUTPUT + MOST_GROWTH * given, list[str]()
         try:
             for piece in self._template.generate(variables):
                 text.append(piece)
                 most -= len(piece)
                 if most < 0:
-                    raise TemplateLimitError(f"writes more than {MOST_OUTPUT + MOST_GROWTH * given} characters")
+                    raise TemplateLimitError(
+                        f"writes more than {MOST_OUTPUT + MOST_GROWTH * given} characters"
+                    )
             return "".join(text)
         except TemplateLimitError as error:
-            problem, remedy = one_line(error), "shorten the messages, or pass the prompt as token ids"
+            problem, remedy = (
+                one_line(error),
+                "shorten the messages, or pass the prompt as token ids",
+            )
         except jinja2.TemplateError as error:
             problem, remedy = f"refuses the messages ({one_line(error)})", "change them"
-        except Exception as error:  # whatever the template's own expressions raise on messages it does not expect
-            problem, remedy = f"fails on the messages ({type(error).__name__}: {one_line(error)})", "change them"
+        except (
+            Exception
+        ) as error:  # whatever the template's own expressions raise on messages it does not expect
+            problem, remedy = (
+                f"fails on the messages ({type(error).__name__}: {one_line(error)})",
+                "change them",
+            )
         raise PromptError(f"the chat template {problem}; {remedy}")
 
 
@@ -109,7 +128,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     """Counts each turn of a loop, and each call: of macros, callers and recursive loops."""
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
         self.filters |= {"tojson": _to_json, _TURNS: _counted}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
@@ -140,4 +161,6 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML characters, which models were not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -31,13 +31,19 @@ class ControlTokens:
 
     def __init__(self, backend: tokenizers.Tokenizer, encode: Encode) -> None:
         self._backend, self._encode = backend, encode
-        added = {index: token for index, token in backend.get_added_tokens_decoder().items() if token.content}
+        added = {
+            index: token
+            for index, token in backend.get_added_tokens_decoder().items()
+            if token.content
+        }
         self._added = [token.content for token in added.values()]
         self._special = {token.content: index for index, token in added.items() if token.special}
         self._pattern = _any_of(self._special)
         # A model gives its unknown token for any text that it has no tokens for.
         unknown = getattr(backend.model, "unk_token", None)
-        self._ids = frozenset(index for content, index in self._special.items() if content != unknown)
+        self._ids = frozenset(
+            index for content, index in self._special.items() if content != unknown
+        )
         # A normalizer makes many forms equal to a token.
         self._normalized = backend.normalizer is not None and any(
             token.normalized for token in added.values() if token.special
@@ -69,23 +75,40 @@ class ControlTokens:
             return text
 
         _mapped(messages, note)
-        found = {match[0] for text in texts for match in self._pattern.finditer(text)} if self._special else set()
+        found = (
+            {match[0] for text in texts for match in self._pattern.finditer(text)}
+            if self._special
+            else set()
+        )
         if not found and not (self._normalized and any(map(self._has_special, texts))):
             return self._encode(self._backend, render(messages), False).ids
         used = set().union(template, *texts)
         unused = (chr(code) for codes in _UNUSED for code in codes if chr(code) not in used)
         characters = dict(zip(sorted(found), unused, strict=False))
         if len(characters) < len(found):
-            raise PromptError("the messages use all private characters of Unicode beside control tokens; remove some")
-        escaped = _mapped(messages, lambda text: self._pattern.sub(lambda match: characters[match[0]], text))
-        return self.encode_escaped(render(escaped), {character: content for content, character in characters.items()})
+            raise PromptError(
+                "the messages use all private characters of Unicode beside control tokens; remove some"
+            )
+        escaped = _mapped(
+            messages, lambda text: self._pattern.sub(lambda match: characters[match[0]], text)
+        )
+        return self.encode_escaped(
+            render(escaped), {character: content for content, character in characters.items()}
+        )
 
     def encode_escaped(self, text: str, characters: Mapping[str, str]) -> list[int]:
         """Token ids of a rendered conversation: its control tokens are such, those in place of `characters` text."""
         pattern = _any_of([*self._added, *characters])
-        names = {content: alias.content for content, alias in self.aliases.items()} | dict(characters)
-        count = sum(match[0] in self._special and match[0] not in characters for match in pattern.finditer(text))
-        encoding = self._encode(self._plain, pattern.sub(lambda match: names.get(match[0], match[0]), text), False)
+        names = {content: alias.content for content, alias in self.aliases.items()} | dict(
+            characters
+        )
+        count = sum(
+            match[0] in self._special and match[0] not in characters
+            for match in pattern.finditer(text)
+        )
+        encoding = self._encode(
+            self._plain, pattern.sub(lambda match: names.get(match[0], match[0]), text), False
+        )
         if sum(index in self._controls for index in encoding.ids) != count:
             raise _not_text()
         return [self._controls.get(index, index) for index in self._checked(encoding)]
@@ -103,7 +126,10 @@ class ControlTokens:
     @cached_property
     def _controls(self) -> dict[int, int]:
         """The id of each control token, by that of its alias."""
-        found = {self._plain.token_to_id(self.aliases[content].content): id_ for content, id_ in self._special.items()}
+        found = {
+            self._plain.token_to_id(self.aliases[content].content): id_
+            for content, id_ in self._special.items()
+        }
         if not found.keys().isdisjoint(self._backend.get_vocab(with_added_tokens=True).values()):
             raise _not_text()  # ids beyond the size of a vocabulary with holes
         return {alias: id_ for alias, id_ in found.items() if alias is not None}
@@ -137,7 +163,10 @@ def _mapped(value: Any, change: Callable[[str], str], depth: int = 0) -> Any:
     if isinstance(value, str):
         return change(value)
     if depth <= _DEPTH and isinstance(value, Mapping):
-        return {_mapped(key, change, _DEPTH + 1): _mapped(inner, change, depth + 1) for key, inner in value.items()}
+        return {
+            _mapped(key, change, _DEPTH + 1): _mapped(inner, change, depth + 1)
+            for key, inner in value.items()
+        }
     if depth <= _DEPTH and isinstance(value, (list, tuple)):
         return [_mapped(inner, change, depth + 1) for inner in value]
     return value

@@ -35,7 +35,9 @@ class Detokenizer:
         self._begun = False  # whether there was any text
         self._head: list[int] = []  # ids before there was any
         self._run: list[int] = []  # ids whose text is not final
-        self._characters = _Utf8Decoder("replace")  # of a byte-level decoder: holds the bytes of an incomplete one
+        self._characters = _Utf8Decoder(
+            "replace"
+        )  # of a byte-level decoder: holds the bytes of an incomplete one
         # Of a run of byte tokens, where there are stop strings: its text so far, and a decoder of its bytes, None once
         # one is invalid.
         self._draft = ""
@@ -50,7 +52,11 @@ class Detokenizer:
             return text
         self._held += text
         # A run of byte tokens that spells a stop string now might not after one more byte, but no more will come.
-        draft = self._draft if self._tokenizer.anchor else self._run_text(self._tokenizer).rstrip(REPLACEMENT)
+        draft = (
+            self._draft
+            if self._tokenizer.anchor
+            else self._run_text(self._tokenizer).rstrip(REPLACEMENT)
+        )
         return self._release(draft, final=False) if text or draft else ""
 
     def finish(self) -> str:
@@ -112,7 +118,9 @@ class Detokenizer:
     def _release(self, draft: str, *, final: bool) -> str:
         """Return the held text up to a stop string, or up to what may begin one."""
         text = self._held + draft
-        spans = [(start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0]
+        spans = [
+            (start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0
+        ]
         if spans:
             self.stopped, self._held = True, ""
             return text[: min(spans)[1]]
@@ -126,7 +134,9 @@ def _check_stop(tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
         raise OptionError(f"stop is the string {stop!r}; pass a list of strings")
     for index, text in enumerate(stop):
         if not isinstance(text, str) or not text:
-            raise OptionError(f"stop string {index} is {text!r}; pass strings of at least one character")
+            raise OptionError(
+                f"stop string {index} is {text!r}; pass strings of at least one character"
+            )
     if stop and tokenizer is None:
         raise OptionError(
             "stop strings need text, and there is no tokenizer (the bundle has none, or trust_templates is False); "

@@ -95,14 +95,20 @@ class Grammars:
             grammars = [{**_described(llguidance, kind, text), "name": "text"}]
             if not self._tokenizer.keeps_leading_space:
                 grammars.insert(0, {"lark_grammar": 'start: " "? @text'})
-            matcher = llguidance.LLMatcher(self._tokens, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
+            matcher = llguidance.LLMatcher(
+                self._tokens, json.dumps({"grammars": grammars}), log_level=0, limits=limits
+            )
             forced = 0 if matcher.is_error() else len(matcher.compute_ff_tokens())
             problem = matcher.get_error()
             if not problem and forced > MOST_FORCED:
-                problem = f"it begins with {forced} tokens without a choice, at most {MOST_FORCED} may be"
+                problem = (
+                    f"it begins with {forced} tokens without a choice, at most {MOST_FORCED} may be"
+                )
         except (KeyboardInterrupt, SystemExit, OptionError):
             raise
-        except BaseException as error:  # what the library raises for what it cannot parse, its panics too
+        except (
+            BaseException
+        ) as error:  # what the library raises for what it cannot parse, its panics too
             problem = one_line(error)
         if problem:
             raise OptionError(f"{kind} cannot be used: {' '.join(problem.split())[:300]}")
@@ -119,7 +125,9 @@ class Grammar:
 
     by_scores = False
 
-    def __init__(self, name: str, matcher: Any, ends: Sequence[int], vocab_size: int, most: int) -> None:
+    def __init__(
+        self, name: str, matcher: Any, ends: Sequence[int], vocab_size: int, most: int
+    ) -> None:
         self.seconds = 0.0
         self._name, self._matcher, self._end, self._ends = name, matcher, ends[0], frozenset(ends)
         self._read, self._length = np.zeros(most, np.int64), 0
@@ -163,8 +171,12 @@ class Grammar:
         masked: np.ndarray = np.where(allowed, scores, NEVER)
         if masked.max() <= UNKNOWN / 2:
             if not allowed.any():
-                raise OptionError(f"{self._name}: no token of this model's vocabulary may follow; change it")
-            masked = np.where(allowed, np.float32(0), NEVER)  # an exit vocabulary has none of them: one is as good
+                raise OptionError(
+                    f"{self._name}: no token of this model's vocabulary may follow; change it"
+                )
+            masked = np.where(
+                allowed, np.float32(0), NEVER
+            )  # an exit vocabulary has none of them: one is as good
         self.seconds += perf_counter() - began
         return masked
 
@@ -182,7 +194,11 @@ class Grammar:
     def _take(self, token: int) -> bool:
         """Go on with a token, if it is allowed. An end has no state."""
         run = self._forced[-1]
-        if token in self._ends or (run and token != run[0]) or not self._matcher.try_consume_tokens([token]):
+        if (
+            token in self._ends
+            or (run and token != run[0])
+            or not self._matcher.try_consume_tokens([token])
+        ):
             self._check()
             return False
         self._read[self._length] = token
@@ -215,7 +231,9 @@ def _tokens(llguidance: Any, tokenizer: Tokenizer, vocab_size: int, ends: Sequen
     size = max(vocab_size, tokenizer.vocab_size)
     if "ByteLevel" in tokenizer.decoder_kinds or "ByteFallback" in tokenizer.decoder_kinds:
         return llguidance.LLTokenizer(tokenizer.source, size, list(ends))
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Spelled(tokenizer, size, ends)), size, list(ends))
+    return llguidance.LLTokenizer(
+        llguidance.TokenizerWrapper(_Spelled(tokenizer, size, ends)), size, list(ends)
+    )
 
 
 class _Spelled:
@@ -223,11 +241,19 @@ class _Spelled:
 
     def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]) -> None:
         if tokenizer.anchor is None:
-            raise OptionError("the bundle's tokenizer has no text for each token, so its output cannot be constrained")
+            raise OptionError(
+                "the bundle's tokenizer has no text for each token, so its output cannot be constrained"
+            )
         anchor, length = tokenizer.anchor
-        self.eos_token_id, self.bos_token_id, self.special_token_ids = ends[0], None, sorted(tokenizer.special_ids)
+        self.eos_token_id, self.bos_token_id, self.special_token_ids = (
+            ends[0],
+            None,
+            sorted(tokenizer.special_ids),
+        )
         self.tokens = [
-            b"" if index in tokenizer.special_ids else tokenizer.decode([anchor, index])[length:].encode()
+            b""
+            if index in tokenizer.special_ids
+            else tokenizer.decode([anchor, index])[length:].encode()
             for index in range(size)
         ]
         self._tokenizer = tokenizer
@@ -275,11 +301,17 @@ def is_finite(root: dict[str, Any]) -> bool:
                 return False
             known.add(reference)
         needed, properties = list[Any](), schema.get("properties")
-        if schema.get("type") == "object" and isinstance(properties, dict) and isinstance(schema.get("required"), list):
+        if (
+            schema.get("type") == "object"
+            and isinstance(properties, dict)
+            and isinstance(schema.get("required"), list)
+        ):
             needed += [properties.get(name) for name in schema["required"] if isinstance(name, str)]
         if schema.get("type") == "array" and schema.get("minItems"):
             needed.append(schema.get("items"))
-        choices = [parts for name in ("anyOf", "oneOf") if isinstance(parts := schema.get(name), list)]
+        choices = [
+            parts for name in ("anyOf", "oneOf") if isinstance(parts := schema.get(name), list)
+        ]
         needed += parts if isinstance(parts := schema.get("allOf"), list) else []
         return all(finite(part, within) for part in needed) and all(
             any(finite(part, within) for part in parts) for parts in choices
@@ -307,12 +339,16 @@ def _closed(schema: Any) -> Any:
         return schema
     closed = dict(schema)
     for name, part in schema.items():
-        if name in ("properties", "$defs", "definitions") and isinstance(part, dict):  # named schemas
+        if name in ("properties", "$defs", "definitions") and isinstance(
+            part, dict
+        ):  # named schemas
             closed[name] = {key: _closed(each) for key, each in part.items()}
         elif name not in ("enum", "const", "default", "examples"):  # no schemas
             closed[name] = _closed(part)
     listed = isinstance(schema.get("properties"), dict) and schema["properties"]
-    if listed and schema.keys().isdisjoint({"additionalProperties", "patternProperties", "unevaluatedProperties"}):
+    if listed and schema.keys().isdisjoint(
+        {"additionalProperties", "patternProperties", "unevaluatedProperties"}
+    ):
         closed["additionalProperties"] = False
     return closed
 
@@ -329,9 +365,15 @@ def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
     elif kind == "choice":
         choices = json.loads(text)
         longest = max(map(len, choices))
-        described, size = {"lark_grammar": "start: " + " | ".join(map(json.dumps, choices))}, Size(longest, longest)
+        described, size = (
+            {"lark_grammar": "start: " + " | ".join(map(json.dumps, choices))},
+            Size(longest, longest),
+        )
     elif kind == "regex":
-        described, size = json.loads(llguidance.LLMatcher.grammar_from_regex(text))["grammars"][0], regex_size(text)
+        described, size = (
+            json.loads(llguidance.LLMatcher.grammar_from_regex(text))["grammars"][0],
+            regex_size(text),
+        )
     else:
         if re.search(r"^\s*root\s*::=", text, re.MULTILINE):  # GBNF, as llama.cpp's
             from llguidance.gbnf_to_lark import any_to_lark

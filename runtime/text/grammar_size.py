@@ -56,7 +56,10 @@ def _joined(parts: Sequence[Size]) -> Size:
 
 def _either(parts: Iterable[Size]) -> Size:
     listed = list(parts)
-    return Size(min((part.least for part in listed), default=0), max((part.most for part in listed), default=0))
+    return Size(
+        min((part.least for part in listed), default=0),
+        max((part.most for part in listed), default=0),
+    )
 
 
 def _both(parts: Sequence[Size]) -> Size:
@@ -138,11 +141,19 @@ def regex_size(regex: str, highest: bool = False) -> Size:
             expression.otherwise()
         elif found["repeat"]:
             bounded = found["low"] is not None
-            count = _count(found["low"], found["to"], found["high"], highest) if bounded else found[0][0] == "+"
+            count = (
+                _count(found["low"], found["to"], found["high"], highest)
+                if bounded
+                else found[0][0] == "+"
+            )
             expression.repeat(int(count))
             repeated = min(repeated * max(1, int(count)), _CAP)
     # Comments of verbose expressions may hide where groups begin.
-    return Size(len(regex) * repeated, len(regex) * repeated) if crude and repeated > 1 else expression.size()
+    return (
+        Size(len(regex) * repeated, len(regex) * repeated)
+        if crude and repeated > 1
+        else expression.size()
+    )
 
 
 def _set_end(regex: str, place: int) -> int:
@@ -177,7 +188,9 @@ def schema_size(root: Any) -> Size:
                 elif name == "prefixItems":
                     parts += map(size, value)
                 elif name == "allOf":
-                    patterns = [regex_size(found) for found in map(_pattern, value) if found is not None]
+                    patterns = [
+                        regex_size(found) for found in map(_pattern, value) if found is not None
+                    ]
                     parts += [*map(size, value), *([_both(patterns)] if len(patterns) > 1 else [])]
             elif isinstance(value, dict):
                 if name == "properties":
@@ -187,9 +200,21 @@ def schema_size(root: Any) -> Size:
                         whole = _joined([_text(key), size(part)])
                         parts.append(whole if key in required else whole.times(0))
                 elif name == "patternProperties":
-                    parts += [_joined([regex_size(key), size(part)]).times(0) for key, part in value.items()]
-                elif name in ("items", "additionalProperties", "additionalItems", "unevaluatedProperties"):
-                    parts.append(size(value).times(_whole(schema.get("minProperties" if "P" in name else "minItems"))))
+                    parts += [
+                        _joined([regex_size(key), size(part)]).times(0)
+                        for key, part in value.items()
+                    ]
+                elif name in (
+                    "items",
+                    "additionalProperties",
+                    "additionalItems",
+                    "unevaluatedProperties",
+                ):
+                    parts.append(
+                        size(value).times(
+                            _whole(schema.get("minProperties" if "P" in name else "minItems"))
+                        )
+                    )
         if (pattern := _pattern(schema)) is not None:
             parts.append(regex_size(pattern))
         if needed := _whole(schema.get("minLength")):
@@ -202,7 +227,9 @@ def schema_size(root: Any) -> Size:
         return _joined(parts)
 
     # What no pointer of ours resolves, as an anchor, is at least no larger than what is defined.
-    defined = [part for name in ("$defs", "definitions") if isinstance(part := root.get(name), dict)]
+    defined = [
+        part for name in ("$defs", "definitions") if isinstance(part := root.get(name), dict)
+    ]
     return _either([size(root), *(size(part) for parts in defined for part in parts.values())])
 
 
@@ -228,7 +255,11 @@ def resolved(root: Any, reference: str) -> Any:
         if isinstance(root, list) and name.isdecimal() and int(name[:9]) < len(root):
             root = root[int(name[:9])]
         else:
-            root = root.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
+            root = (
+                root.get(name.replace("~1", "/").replace("~0", "~"))
+                if isinstance(root, dict)
+                else None
+            )
     return root
 
 
@@ -293,7 +324,10 @@ def _definitions(text: str) -> tuple[dict[str, list[tuple[str, Any]]], list[str]
         elif found["repeat"]:
             bounded = found["low"] is not None or found["least"] is not None
             low, high = found["low"] or found["least"], found["high"] or found["most"]
-            counts = [_count(low, found["to"] or found["most"], high, highest) for highest in (False, True)]
+            counts = [
+                _count(low, found["to"] or found["most"], high, highest)
+                for highest in (False, True)
+            ]
             line.append(("repeat", counts if bounded else [int(part == "+")] * 2))
         elif found["json"]:
             try:

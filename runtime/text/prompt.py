@@ -45,14 +45,18 @@ def encode_prompt(
     if text or chat:
         if tokenizer is None:
             form = "text" if text else "chat"
-            raise PromptError(f"{missing}, so it takes no {form}; pass the prompt as a list of token ids")
+            raise PromptError(
+                f"{missing}, so it takes no {form}; pass the prompt as a list of token ids"
+            )
         if text:
             check_text(ids, limit)
             ids = tokenizer.encode(ids, parse_special=parse_special in (None, True))
         else:
             _check_messages(ids, limit)
             check = lambda rendered: check_text(rendered, limit)  # noqa: E731
-            ids = tokenizer.encode_chat(ids, tools=tools, parse_special=bool(parse_special), check=check)
+            ids = tokenizer.encode_chat(
+                ids, tools=tools, parse_special=bool(parse_special), check=check
+            )
     return _checked(ids, vocab_size, limit)
 
 
@@ -67,7 +71,9 @@ def encode_expected(
         if not isinstance(given, str):
             return _checked(given[:limit], vocab_size, limit)
         if tokenizer is None:
-            raise OptionError("predicted_output is text, and there is no tokenizer; pass a list of token ids")
+            raise OptionError(
+                "predicted_output is text, and there is no tokenizer; pass a list of token ids"
+            )
         check_text(given, limit)
         return np.array(tokenizer.encode(given, special=False)[:limit], np.int64)
     except PromptError as error:
@@ -111,7 +117,9 @@ def _check_messages(messages: Sequence[Any], limit: int) -> None:
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
                 problem = f"is {type(message[name]).__name__}" if name in message else "is missing"
-                raise PromptError(f"{name!r} of message {index} {problem}; give each message a role and a content text")
+                raise PromptError(
+                    f"{name!r} of message {index} {problem}; give each message a role and a content text"
+                )
             size += len(message[name])
     _check_size(size, limit)
 
@@ -119,7 +127,9 @@ def _check_messages(messages: Sequence[Any], limit: int) -> None:
 def _checked(ids: Any, vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
     if isinstance(ids, np.ndarray):
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise PromptError(f"the prompt is an array of {ids.dtype} {list(ids.shape)}; pass integer token ids [n]")
+            raise PromptError(
+                f"the prompt is an array of {ids.dtype} {list(ids.shape)}; pass integer token ids [n]"
+            )
     elif isinstance(ids, (bytes, bytearray)) or not isinstance(ids, Sequence):
         raise PromptError(f"the prompt is {type(ids).__name__}; {_FORMS}")
     if len(ids) == 0:
@@ -130,7 +140,9 @@ def _checked(ids: Any, vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
         )
     for index, value in enumerate(ids):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-            raise PromptError(f"token id {index} of the prompt is {str(value)[:40]!r}, not an integer; {_FORMS}")
+            raise PromptError(
+                f"token id {index} of the prompt is {str(value)[:40]!r}, not an integer; {_FORMS}"
+            )
         if not 0 <= value < vocab_size:
             raise PromptError(
                 f"token id {index} of the prompt is {str(value)[:40]}; the ids of this bundle are 0 to {vocab_size - 1}"

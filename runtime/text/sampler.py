@@ -50,7 +50,9 @@ class Warping:
         if self.min_p:  # those with this share of the best one's probability
             probabilities = softmax(scores)
             best = probabilities.max()
-            scores = np.where((probabilities >= self.min_p * best) | (probabilities == best), scores, NEVER)
+            scores = np.where(
+                (probabilities >= self.min_p * best) | (probabilities == best), scores, NEVER
+            )
         return scores
 
 
@@ -102,12 +104,18 @@ class Sampler:
         if self.repetition_penalty != 1.0:
             seen, penalty = np.unique(context), np.float32(self.repetition_penalty)
             with np.errstate(over="ignore"):  # of tokens that an exit does not know
-                scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+                scores[seen] = np.where(
+                    scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty
+                )
         if early:
             scores[list(self.eos)] = NEVER
         for processor in self.processors:
             scores = _processed(processor, scores, context)
-        return scores if self.grammar is None else self.grammar.mask(scores, context[self.prompt_length :])
+        return (
+            scores
+            if self.grammar is None
+            else self.grammar.mask(scores, context[self.prompt_length :])
+        )
 
     @property
     def only_masks(self) -> bool:
@@ -120,7 +128,9 @@ class Sampler:
 
 def race(probabilities: np.ndarray, seed: tuple[int, int], position: int) -> int:
     """Draw from `probabilities` float64 [V]: the same for the same seed and position."""
-    bits = np.random.Philox(key=np.array(seed, np.uint64), counter=np.array([0, 0, 0, position], np.uint64))
+    bits = np.random.Philox(
+        key=np.array(seed, np.uint64), counter=np.array([0, 0, 0, position], np.uint64)
+    )
     times = np.random.Generator(bits).standard_exponential(len(probabilities))
     arrivals = np.full(len(probabilities), np.inf)
     np.divide(times, probabilities, out=arrivals, where=probabilities > 0)
@@ -146,7 +156,9 @@ def _processed(processor: LogitsProcessor, scores: np.ndarray, context: np.ndarr
         )
     row: np.ndarray = result[0].astype(np.float32)
     if np.isnan(row).any() or not np.isfinite(row.max()):
-        raise OptionError(f"logits_processor {name} left no token to choose (NaN, or all minus infinity); fix it")
+        raise OptionError(
+            f"logits_processor {name} left no token to choose (NaN, or all minus infinity); fix it"
+        )
     return row
 
 

@@ -35,7 +35,9 @@ BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2}|[+][0-9A-Fa-f])>")
 # How byte-level tokenizers spell bytes (GPT-2): printable ones as the character of that number, the others from 256 on.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
-BYTE_LETTERS = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+BYTE_LETTERS = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + n): byte for n, byte in enumerate(_OTHERS)
+}
 # Texts of more characters are encoded without the interpreter's lock: other threads go on.
 LONG_TEXT = 10_000
 
@@ -73,7 +75,9 @@ class Tokenizer:
             return None
         try:
             backend = tokenizers.Tokenizer.from_str(source)
-        except BaseException as error:  # the library raises bare Exception for everything it cannot parse
+        except (
+            BaseException
+        ) as error:  # the library raises bare Exception for everything it cannot parse
             if not _by_the_library(error):
                 raise
             raise _broken(path, error) from None
@@ -118,23 +122,33 @@ class Tokenizer:
             return self.encode(render((messages, tools)), special=False)
         return self._controls.encode_chat((messages, tools), self.chat_template or "", render)
 
-    def _encoding(self, backend: tokenizers.Tokenizer, text: str, special: bool) -> tokenizers.Encoding:
+    def _encoding(
+        self, backend: tokenizers.Tokenizer, text: str, special: bool
+    ) -> tokenizers.Encoding:
         try:
             if len(text) > LONG_TEXT:
                 return backend.encode_batch_fast([text], add_special_tokens=special)[0]
             return backend.encode(text, add_special_tokens=special)
-        except BaseException as error:  # bare Exception for a missing unknown token, TypeError for a lone surrogate
+        except (
+            BaseException
+        ) as error:  # bare Exception for a missing unknown token, TypeError for a lone surrogate
             if not _by_the_library(error):
                 raise
-            raise PromptError(f"the tokenizer cannot encode the text ({one_line(error)}); change it") from None
+            raise PromptError(
+                f"the tokenizer cannot encode the text ({one_line(error)}); change it"
+            ) from None
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The text of a conversation by the chat template, which writes its special tokens itself. Raises PromptError
         without a template, or as it does for the messages, and BundleError where it is not valid."""
         if self.chat_template is None:
-            raise PromptError("the bundle has no chat template; pass the prompt as text or token ids")
+            raise PromptError(
+                "the bundle has no chat template; pass the prompt as text or token ids"
+            )
         return self._template.render(messages, self.special_tokens, tools)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -232,7 +246,10 @@ def _special_tokens(path: Path, listed: Container[str]) -> dict[str, str]:
         return {}
     config = read_object(path, "convert the checkpoint again", limit=LARGEST_CONFIG)
     named = {name: value for name, value in config.items() if name.endswith("_token")}
-    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    contents = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in named.items()
+    }
     return {name: value for name, value in contents.items() if isinstance(value, str)}
 
 
@@ -240,7 +257,10 @@ def _steps(part: Any) -> list[dict[str, Any]]:
     """Return the steps of a normalizer, decoder or post-processor as in tokenizer.json; a sequence is flat."""
 
     def flat(state: dict[str, Any]) -> list[dict[str, Any]]:
-        inner = next((state[name] for name in ("normalizers", "decoders", "processors") if name in state), None)
+        inner = next(
+            (state[name] for name in ("normalizers", "decoders", "processors") if name in state),
+            None,
+        )
         return [state] if inner is None else [step for each in inner for step in flat(each)]
 
     return flat(json.loads(part.__getstate__())) if part is not None else []

@@ -35,7 +35,16 @@ from tools.data.debian_index import (
     splits_of,
     stem,
 )
-from tools.data.splits import SHARES, Line, check_version, fresh, normalised, run, shuffled, write_data_set
+from tools.data.splits import (
+    SHARES,
+    Line,
+    check_version,
+    fresh,
+    normalised,
+    run,
+    shuffled,
+    write_data_set,
+)
 
 LARGEST_HELD_OUT = 0.005  # of all examples, in one family
 SHORTEST_BODY, SHORTEST_SYNOPSIS = 20, 3  # words
@@ -68,7 +77,9 @@ _CATEGORIES = {
     "Science": "electronics gnu-r math science",
     "System": "admin database embedded kernel otherosfs shells",
 }
-CATEGORY = {section: category for category, sections in _CATEGORIES.items() for section in sections.split()}
+CATEGORY = {
+    section: category for category, sections in _CATEGORIES.items() for section in sections.split()
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,9 @@ def restorations(english: Mapping[str, Description]) -> Iterator[Pair]:
                     yield Pair(md5, key + RESTORE_SEPARATOR, sentence)
 
 
-def translations(german: Mapping[str, Description], english: Mapping[str, Description]) -> Iterator[Pair]:
+def translations(
+    german: Mapping[str, Description], english: Mapping[str, Description]
+) -> Iterator[Pair]:
     """German paragraph -> English paragraph at the same place of descriptions with as many, each German one once."""
     seen = set()
     for md5, text in german.items():
@@ -117,7 +130,11 @@ def translations(german: Mapping[str, Description], english: Mapping[str, Descri
             source, target = " ".join(source.split()), " ".join(target.split())
             key, lengths = normalised(source), sorted((len(source), len(target)))
             # Lists are not sentences; a text of another length, or the same one, is no translation.
-            if key in seen or not SENTENCES[0] <= len(source) <= SENTENCES[1] or target[-1:] not in (".", "!", "?"):
+            if (
+                key in seen
+                or not SENTENCES[0] <= len(source) <= SENTENCES[1]
+                or target[-1:] not in (".", "!", "?")
+            ):
                 continue
             if key != normalised(target) and lengths[1] <= 2 * lengths[0]:
                 seen.add(key)
@@ -125,7 +142,9 @@ def translations(german: Mapping[str, Description], english: Mapping[str, Descri
 
 
 def extractions(
-    packages: Iterable[Mapping[str, str]], english: Mapping[str, Description], task: str = "extraction"
+    packages: Iterable[Mapping[str, str]],
+    english: Mapping[str, Description],
+    task: str = "extraction",
 ) -> Iterator[Pair]:
     """Record of a Packages file -> what the task makes of it, one a description."""
     seen = set()
@@ -136,7 +155,11 @@ def extractions(
             if task == "appstream":
                 paragraphs = [" ".join(text.split()) for text in english[md5].paragraphs]
                 record["Description"] = "\n ".join((fields.get("Description", ""), *paragraphs))
-            target = component(fields, english[md5]) if task == "appstream" else extracted(fields, task == "fields")
+            target = (
+                component(fields, english[md5])
+                if task == "appstream"
+                else extracted(fields, task == "fields")
+            )
             if target is not None:
                 seen.add(md5)
                 lines = "\n".join(f"{name}: {record[name]}" for name in SHOWN if name in record)
@@ -149,7 +172,11 @@ def extracted(fields: Mapping[str, str], plain: bool = False) -> str | None:
     Only the first alternative's name of a dependency is kept. None for a record without dependencies or with very
     many, and for plain text of characters that T5 does not know.
     """
-    depends = [part.split("|")[0].split()[0].split(":")[0] for part in fields.get("Depends", "").split(",") if part]
+    depends = [
+        part.split("|")[0].split()[0].split(":")[0]
+        for part in fields.get("Depends", "").split(",")
+        if part
+    ]
     if not 0 < len(depends) <= MOST_DEPENDENCIES or "Description" not in fields:
         return None
     found = {
@@ -162,7 +189,11 @@ def extracted(fields: Mapping[str, str], plain: bool = False) -> str | None:
     }
     if not plain:
         return json.dumps(found, ensure_ascii=False)
-    text = "; ".join(f"{name}: {value}" for name, value in (found | {"depends": ", ".join(depends)}).items() if value)
+    text = "; ".join(
+        f"{name}: {value}"
+        for name, value in (found | {"depends": ", ".join(depends)}).items()
+        if value
+    )
     return None if _NOT_IN_T5.search(text) else " ".join(text.split())
 
 
@@ -174,17 +205,26 @@ def component(fields: Mapping[str, str], description: Description) -> str | None
     length = sum(map(len, description.paragraphs))
     host = re.match(r"\w+://(?:www\.)?([\w.-]+)", fields.get("Homepage", ""))
     listed = any(map(_LISTED.search, description.paragraphs))
-    if host is None or listed or not DESCRIBED[0] <= length <= DESCRIBED[1] or "Description" not in fields:
+    if (
+        host is None
+        or listed
+        or not DESCRIBED[0] <= length <= DESCRIBED[1]
+        or "Description" not in fields
+    ):
         return None
     name, section = fields["Package"], fields.get("Section", "")
     root = ElementTree.Element("component", type="font" if section == "fonts" else "generic")
 
-    def add(parent: ElementTree.Element, tag: str, text: str = "", **attributes: str) -> ElementTree.Element:
+    def add(
+        parent: ElementTree.Element, tag: str, text: str = "", **attributes: str
+    ) -> ElementTree.Element:
         element = ElementTree.SubElement(parent, tag, attributes)
         element.text = text or None
         return element
 
-    add(root, "id", ".".join((*reversed(host[1].split(".")), re.sub(r"[^A-Za-z0-9_.-]", "_", name))))
+    add(
+        root, "id", ".".join((*reversed(host[1].split(".")), re.sub(r"[^A-Za-z0-9_.-]", "_", name)))
+    )
     add(root, "pkgname", name)
     add(root, "name", stem(name))
     add(root, "summary", fields["Description"])
@@ -204,14 +244,18 @@ def upstream_version(fields: Mapping[str, str]) -> str:
     return upstream.group(1) if upstream else fields["Version"]
 
 
-def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str], split: Mapping[str, str]) -> dict[str, list[Line]]:
+def split_pairs(
+    pairs: Sequence[Pair], family: Mapping[str, str], split: Mapping[str, str]
+) -> dict[str, list[Line]]:
     """The pairs as examples, in the split of their md5; without those that have none, and held-out large families."""
     sizes = Counter(family[pair.md5] for pair in pairs)
     splits: dict[str, list[Line]] = {name: [] for name in SHARES}
     for pair in pairs:
         name = family[pair.md5]
         chosen = split.get(pair.md5)
-        if chosen is not None and (chosen == "train" or sizes[name] <= LARGEST_HELD_OUT * len(pairs)):
+        if chosen is not None and (
+            chosen == "train" or sizes[name] <= LARGEST_HELD_OUT * len(pairs)
+        ):
             splits[chosen].append(Line(pair.input, pair.target, (name, normalised(pair.input))))
     return splits
 

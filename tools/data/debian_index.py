@@ -63,8 +63,13 @@ def fetch_index(target: Path) -> None:
             files = sorted((work / "apt" / "lists").iterdir())
             found = [path for path in files if re.search(rf"_(i18n_)?{kind}(\.\w+)?$", path.name)]
             if not found and kind != "Translation-de":
-                raise DataError(f"the sources of apt have no {kind}; check that they name a Debian mirror")
-            texts = (_apt(configuration, "/usr/lib/apt/apt-helper", "cat-file", str(path)) for path in found)
+                raise DataError(
+                    f"the sources of apt have no {kind}; check that they name a Debian mirror"
+                )
+            texts = (
+                _apt(configuration, "/usr/lib/apt/apt-helper", "cat-file", str(path))
+                for path in found
+            )
             if found:
                 (out / kind).write_bytes(b"".join(text + b"\n" for text in texts))
         out.rename(target)
@@ -82,7 +87,9 @@ def read_index(index: Path) -> tuple[dict[str, Description], list[dict[str, str]
 
 def _release(path: Path) -> dict[str, str]:
     """Codename, date and sha256 of an archive's Release file."""
-    fields = dict(re.findall(r"^(Codename|Suite|Date): (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    fields = dict(
+        re.findall(r"^(Codename|Suite|Date): (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    )
     return {**{name.lower(): value for name, value in fields.items()}, "sha256": sha256_of(path)}
 
 
@@ -116,11 +123,17 @@ def private_configuration(directory: Path) -> Path:
     for path in (parts, lists / "partial", archives / "partial"):
         path.mkdir(parents=True)
     for part in sorted(_SYSTEM_PARTS.iterdir()) if _SYSTEM_PARTS.is_dir() else ():
-        if part.is_file() and not re.search(r"Acquire::Languages", part.read_text(errors="replace"), re.IGNORECASE):
+        if part.is_file() and not re.search(
+            r"Acquire::Languages", part.read_text(errors="replace"), re.IGNORECASE
+        ):
             shutil.copy(part, parts)
     names = " ".join(f'"{language}";' for language in LANGUAGES)
     (parts / "zz-languages").write_text(f"Acquire::Languages {{{names}}};\n")
-    settings = {"Etc::parts": f"{parts}/", "State::lists": f"{lists}/", "Cache::archives": f"{archives}/"}
+    settings = {
+        "Etc::parts": f"{parts}/",
+        "State::lists": f"{lists}/",
+        "Cache::archives": f"{archives}/",
+    }
     lines = [f'Dir::{name} "{path}";' for name, path in settings.items()]
     # Without root apt has no other user to drop to, and none is needed to write here.
     lines += ['Dir::Cache::pkgcache "";', 'Dir::Cache::srcpkgcache "";', 'APT::Sandbox::User "";']
@@ -132,12 +145,16 @@ def private_configuration(directory: Path) -> Path:
 def _apt(configuration: Path, *command: str) -> bytes:
     environment = {**os.environ, "APT_CONFIG": str(configuration), "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, cwd=configuration.parent, env=environment, capture_output=True, check=True)
+        done = subprocess.run(
+            command, cwd=configuration.parent, env=environment, capture_output=True, check=True
+        )
     except FileNotFoundError:
         raise DataError(f"{command[0]} is not on this machine; run on Debian") from None
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise DataError(f"{Path(command[0]).name} failed ({lines[-1]}); try: apt-get update") from None
+        raise DataError(
+            f"{Path(command[0]).name} failed ({lines[-1]}); try: apt-get update"
+        ) from None
     return done.stdout
 
 
@@ -182,7 +199,9 @@ def descriptions(lines: Iterable[str], language: str = "en") -> dict[str, Descri
     return found
 
 
-def sources(english: Mapping[str, Description], packages: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+def sources(
+    english: Mapping[str, Description], packages: Iterable[Mapping[str, str]]
+) -> dict[str, list[str]]:
     """The names of the source packages that have each md5, in order."""
     found: dict[str, set[str]] = {md5: set() for md5 in english}
     for fields in packages:
@@ -192,7 +211,9 @@ def sources(english: Mapping[str, Description], packages: Iterable[Mapping[str, 
     return {md5: sorted(names) or [english[md5].package] for md5, names in found.items()}
 
 
-def splits_of(source: Mapping[str, Sequence[str]], family: Mapping[str, str], prefix: str = "") -> dict[str, str]:
+def splits_of(
+    source: Mapping[str, Sequence[str]], family: Mapping[str, str], prefix: str = ""
+) -> dict[str, str]:
     """The split of each md5, by the hash of `prefix` and its sources, the earliest of theirs. Without those whose
     family has a source in an earlier split."""
     order = list(SHARES)
@@ -204,7 +225,9 @@ def splits_of(source: Mapping[str, Sequence[str]], family: Mapping[str, str], pr
     return {md5: split for md5, split in own.items() if first[family[md5]] == split}
 
 
-def families(english: Mapping[str, Description], source: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def families(
+    english: Mapping[str, Description], source: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
     """The family of each md5: joined by `source`, by stem, and by beginnings of paragraphs that few share."""
     sharing: dict[str, set[str]] = defaultdict(set)
     links: dict[str, list[str]] = {}
@@ -217,7 +240,9 @@ def families(english: Mapping[str, Description], source: Mapping[str, Sequence[s
     for md5, text in english.items():
         for beginning in map(_beginning, text.paragraphs):
             words = beginning.count(" ") + 1
-            if words >= SHORT and len(sharing[beginning]) <= (LONG_SHARED_BY if words >= LONG else SHARED_BY):
+            if words >= SHORT and len(sharing[beginning]) <= (
+                LONG_SHARED_BY if words >= LONG else SHARED_BY
+            ):
                 links[md5].append(f"text {beginning}")
     return components(links)
 

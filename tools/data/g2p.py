@@ -24,7 +24,16 @@ from pathlib import Path
 
 import click
 
-from tools.data.splits import SHARES, DataError, Line, run, shuffled, split_of, stable_hash, write_data_set
+from tools.data.splits import (
+    SHARES,
+    DataError,
+    Line,
+    run,
+    shuffled,
+    split_of,
+    stable_hash,
+    write_data_set,
+)
 
 PREFIX = "g2p: "
 SEPARATOR = "|"
@@ -50,11 +59,15 @@ def words_of(entries: Sequence[tuple[str, Sequence[str]]]) -> list[Word]:
     found: dict[str, dict[str, None]] = {}
     for spelling, phonemes in entries:
         if re.fullmatch(r"[a-z']*[a-z][a-z']*", spelling):
-            found.setdefault(spelling, {})[" ".join(phoneme.rstrip("012") for phoneme in phonemes)] = None
+            found.setdefault(spelling, {})[
+                " ".join(phoneme.rstrip("012") for phoneme in phonemes)
+            ] = None
     return [Word(spelling, tuple(pronunciations)) for spelling, pronunciations in found.items()]
 
 
-def phrases(words: Sequence[Word], count: int, shortest: int, longest: int, seed: int) -> Iterator[tuple[Word, ...]]:
+def phrases(
+    words: Sequence[Word], count: int, shortest: int, longest: int, seed: int
+) -> Iterator[tuple[Word, ...]]:
     """`count` phrases of `shortest` to `longest` words. Every word occurs once before any occurs again."""
 
     def endless() -> Iterator[Word]:
@@ -98,10 +111,16 @@ def build(
     for name in SHARES:
         members = [word for word in words if split_of(word.key) == name]
         if not members and phrase_counts[name]:
-            raise DataError(f"no word falls into split {name}; a dictionary of {len(words)} words is too small")
-        chosen: list[tuple[Word, ...]] = [(word,) for word in shuffled(members, seed, lambda word: word.spelling)]
+            raise DataError(
+                f"no word falls into split {name}; a dictionary of {len(words)} words is too small"
+            )
+        chosen: list[tuple[Word, ...]] = [
+            (word,) for word in shuffled(members, seed, lambda word: word.spelling)
+        ]
         chosen = [*chosen[: singles[name]], *phrases(members, phrase_counts[name], *lengths, seed)]
-        splits[name] = shuffled([example(item, references, spaced) for item in chosen], seed, lambda line: line.input)
+        splits[name] = shuffled(
+            [example(item, references, spaced) for item in chosen], seed, lambda line: line.input
+        )
     return splits
 
 

@@ -35,13 +35,17 @@ def build_tokenizer() -> Tokenizer:
     """Letters and phonemes as tokens, EOS at the end; what is neither, as a digit, is unknown."""
     ids = {token: index for index, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, EOS, UNKNOWN)])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (PAD, EOS, UNKNOWN)]
+    )
     # A space between phonemes only separates them; one between letters is a token.
     separators = pre_tokenizers.Split(Regex(r"(?<=[A-Z012|]) +(?=[A-Z|])"), "removed")
     tokens = pre_tokenizers.Split(Regex(rf"\A{PREFIX}|[A-Z]+[012]?|[\s\S]"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([separators, tokens])
     # No decoder: tokens are then joined by spaces, which is how targets are written.
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])]
+    )
     return tokenizer
 
 
@@ -75,8 +79,14 @@ def write_files(directory: Path, tokenizer: Tokenizer, sizes: dict[str, int]) ->
         "model_input_names": ["input_ids", "attention_mask"],
     }
     tokenizer.save(str(directory / "tokenizer.json"))
-    for name, value in {"config": config, "generation_config": ends, "tokenizer_config": tokenizer_config}.items():
-        (directory / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    for name, value in {
+        "config": config,
+        "generation_config": ends,
+        "tokenizer_config": tokenizer_config,
+    }.items():
+        (directory / f"{name}.json").write_text(
+            json.dumps(value, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 @click.command(context_settings={"show_default": True})
@@ -90,7 +100,9 @@ def write_files(directory: Path, tokenizer: Tokenizer, sizes: dict[str, int]) ->
 def command(out: Path, overwrite: bool, **sizes: int) -> None:
     """Write tokenizer and configuration of a grapheme-to-phoneme T5 to the directory OUT."""
     if sizes["d_model"] % sizes["num_heads"]:
-        raise click.UsageError(f"--d-model {sizes['d_model']} is not a multiple of --heads {sizes['num_heads']}")
+        raise click.UsageError(
+            f"--d-model {sizes['d_model']} is not a multiple of --heads {sizes['num_heads']}"
+        )
     with output_directory(out, "config.json", overwrite) as directory:
         write_files(directory, build_tokenizer(), sizes)
 

@@ -142,8 +142,17 @@ class Source:
         words = self.text.split()
         start = " ".join(words[: max(12, len(words) // 2)])
         lower = self.sentence.lower().translate(str.maketrans("", "", ",.;:!?"))
-        known = {"name": self.name, "text": self.text, "sentence": self.sentence, "record": self.record}
-        return {name: value for name, value in (known | {"start": start, "lower": lower}).items() if value}
+        known = {
+            "name": self.name,
+            "text": self.text,
+            "sentence": self.sentence,
+            "record": self.record,
+        }
+        return {
+            name: value
+            for name, value in (known | {"start": start, "lower": lower}).items()
+            if value
+        }
 
 
 # Kinds that go by the name alone; those of packages say nothing.
@@ -160,16 +169,24 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def packages(english: Mapping[str, Description], records: Sequence[Mapping[str, str]]) -> Iterator[Source]:
+def packages(
+    english: Mapping[str, Description], records: Sequence[Mapping[str, str]]
+) -> Iterator[Source]:
     """The described packages, one a description, without families that would be in several splits."""
     package = source_packages(english, records)
     kept = splits_of(package, families(english, package), "package ")
-    by_md5 = {fields["Description-md5"]: fields for fields in records if "Description-md5" in fields}
+    by_md5 = {
+        fields["Description-md5"]: fields for fields in records if "Description-md5" in fields
+    }
     for md5, text in english.items():
         if md5 not in kept:
             continue
         fields = by_md5.get(md5, {})
-        shown = (f"{name}: {fields[name]}" for name in SHOWN if name in fields and len(fields[name]) < 200)
+        shown = (
+            f"{name}: {fields[name]}"
+            for name in SHOWN
+            if name in fields and len(fields[name]) < 200
+        )
         body = " ".join(" ".join(text.paragraphs).split())
         section = fields.get("Section", "").rpartition("/")[2]
         keys = (f"package source {name}" for name in package[md5])
@@ -184,7 +201,12 @@ def terms(index: Iterable[str], dictionary: bytes) -> Iterator[Source]:
         headword, offset, length = line.rstrip("\n").split("\t")
         entry = dictionary[_number(offset) :][: _number(length)].decode("utf-8", errors="replace")
         text = _definition(entry)
-        if headword.startswith("00-database") or len(text.split()) < 8 or _REFERENCE.match(text) or text in seen:
+        if (
+            headword.startswith("00-database")
+            or len(text.split()) < 8
+            or _REFERENCE.match(text)
+            or text in seen
+        ):
             continue
         seen.add(text)
         subject = re.match(r"<([^>]*)>", text)
@@ -212,7 +234,11 @@ def nouns(data: Iterable[str], counts: Iterable[str]) -> Iterator[Source]:
         if word in common and word.islower():
             common.remove(word)
             name = word.replace("_", " ")
-            examples = [one for one in re.findall(r'"([^"]+)"', gloss) if len(one.split()) >= 5 and one[-1] not in "?!"]
+            examples = [
+                one
+                for one in re.findall(r'"([^"]+)"', gloss)
+                if len(one.split()) >= 5 and one[-1] not in "?!"
+            ]
             sentence = f"{examples[0][0].upper()}{examples[0][1:].rstrip('.')}." if examples else ""
             group = f"class {fields[1]}" if fields[1] in _COMPARABLE else ""
             yield Source("wordnet", f"term {normalised(name)}", name, group, sentence=sentence)
@@ -245,12 +271,18 @@ def _definition(entry: str) -> str:
     return re.sub(r"\s+([.,;:])", r"\1", " ".join(body.split())).replace("..", ".")
 
 
-def prompts(kind: str, sources: Sequence[Source], count: int, seed: int, taken: set[str]) -> list[Line]:
+def prompts(
+    kind: str, sources: Sequence[Source], count: int, seed: int, taken: set[str]
+) -> list[Line]:
     """`count` prompts of a kind, fewer where there are not enough sources; equally often of each origin. Those in
     `taken` are passed over, and new ones added."""
     order = shuffled(sources, seed, lambda source: f"{kind}/{source.key}/{source.name}")
-    origins = [origin for origin in get_args(Origin) if origin != "package" or kind not in _OF_NAMES]
-    lines = [_lines(kind, [source for source in order if source.origin == origin]) for origin in origins]
+    origins = [
+        origin for origin in get_args(Origin) if origin != "package" or kind not in _OF_NAMES
+    ]
+    lines = [
+        _lines(kind, [source for source in order if source.origin == origin]) for origin in origins
+    ]
     found: list[Line] = []
     for line in filter(None, chain.from_iterable(zip_longest(*lines))):
         if len(found) == count:
@@ -278,7 +310,9 @@ def _line(kind: str, source: Source, other: Source | None) -> Line | None:
     usable = [text for text in KINDS[kind] if set(re.findall(r"\{(\w+)\}", text)) <= fields.keys()]
     if not usable:
         return None
-    content = usable[stable_hash(f"{kind}/{source.key}/{source.name}") % len(usable)].format(**fields)
+    content = usable[stable_hash(f"{kind}/{source.key}/{source.name}") % len(usable)].format(
+        **fields
+    )
     keys = (source.key, *([other.key] if other else []), normalised(content))
     return Line([{"role": "user", "content": content}], None, keys, {"kind": kind})
 
@@ -288,9 +322,13 @@ def fetch_packages(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=directory) as work:
-            subprocess.run(["apt-get", "-q", "download", *PACKAGES], cwd=work, capture_output=True, check=True)
+            subprocess.run(
+                ["apt-get", "-q", "download", *PACKAGES], cwd=work, capture_output=True, check=True
+            )
             for path in Path(work).glob("*.deb"):
-                subprocess.run(["dpkg-deb", "-x", str(path), str(directory)], capture_output=True, check=True)
+                subprocess.run(
+                    ["dpkg-deb", "-x", str(path), str(directory)], capture_output=True, check=True
+                )
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} is not on this machine; run on Debian") from None
     except subprocess.CalledProcessError as error:

@@ -32,7 +32,16 @@ from tools.data.splits import MARKER, DataError, run, shuffled, split_of
 LENGTHS = {"short": (3.0, 7.0), "medium": (12.0, 18.0), "long": (23.0, 29.0)}  # seconds
 WORDS_A_SECOND = 2.45
 COMMON = 40  # occurrences in all descriptions that make a word plain English
-VOICES = ("en-us", "en-us+f3", "en-us+m3", "en-gb", "en-gb+f2", "en-gb-x-rp", "en-gb-scotland", "en-us+m7")
+VOICES = (
+    "en-us",
+    "en-us+f3",
+    "en-us+m3",
+    "en-gb",
+    "en-gb+f2",
+    "en-gb-x-rp",
+    "en-gb-scotland",
+    "en-us+m7",
+)
 _SENTENCE = re.compile(r"[A-Z][^.!?]{20,240}?[.!?](?= |$)")
 _WORD = re.compile(r"[A-Za-z]+(?:['-][a-z]+)*")
 # A word has one capital letter at most: acronyms and names in CamelCase are spoken in several ways.
@@ -41,14 +50,26 @@ _PLAIN = re.compile(r"(?:[A-Z]?[a-z]+(?:['-][a-z]+)*[,;:]?|[aAI],?)")
 
 def plain_texts(english: Mapping[str, Description]) -> dict[str, list[str]]:
     """The sentences of plain words of each description that has some, by its md5."""
-    counts = Counter(word.lower() for text in english.values() for word in _WORD.findall(" ".join(text.paragraphs)))
+    counts = Counter(
+        word.lower()
+        for text in english.values()
+        for word in _WORD.findall(" ".join(text.paragraphs))
+    )
     seen, found = set[str](), dict[str, list[str]]()
     for md5, text in english.items():
         for paragraph in text.paragraphs:
             for sentence in _SENTENCE.findall(" ".join(paragraph.split())):
                 words = sentence[:-1].split()
-                plain = all(_PLAIN.fullmatch(word) and counts[word.strip(",;:").lower()] >= COMMON for word in words)
-                if len(words) >= 5 and plain and not sentence.startswith("This package") and sentence not in seen:
+                plain = all(
+                    _PLAIN.fullmatch(word) and counts[word.strip(",;:").lower()] >= COMMON
+                    for word in words
+                )
+                if (
+                    len(words) >= 5
+                    and plain
+                    and not sentence.startswith("This package")
+                    and sentence not in seen
+                ):
                     seen.add(sentence)
                     found.setdefault(md5, []).append(sentence)
     return found
@@ -65,11 +86,15 @@ def examples(wordnet: Path) -> dict[str, list[str]]:
                     sentence = text[0].upper() + text[1:].rstrip(".") + "."
                     found.setdefault(f"{path.name} {line[:8]}", []).append(sentence)
     if not found:
-        raise DataError(f"{wordnet} has no data.noun or other file of WordNet; try: apt-get install wordnet-base")
+        raise DataError(
+            f"{wordnet} has no data.noun or other file of WordNet; try: apt-get install wordnet-base"
+        )
     return found
 
 
-def clips(texts: Mapping[str, list[str]], family: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+def clips(
+    texts: Mapping[str, list[str]], family: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
     """(split, length, text) of clips: whole sentences, of one split, as many as a length has room for. Half of those to
     train on are long: the encoder takes as long for a short one."""
     made, waiting = Counter[str](), dict[str, list[str]]()
@@ -106,11 +131,14 @@ def hibari() -> Callable[[str, int], np.ndarray]:
     try:
         import hibari as package
     except ImportError:
-        raise DataError("hibari-tts is not installed; try: pip install hibari-tts, or --voices espeak-ng") from None
+        raise DataError(
+            "hibari-tts is not installed; try: pip install hibari-tts, or --voices espeak-ng"
+        ) from None
     voice = package.Hibari()
     speeds = (0.9, 1.0, 1.1)
     return lambda text, drawn: resampled(
-        np.asarray(voice(text, speed=speeds[drawn % 3], seed=drawn % 2**32), np.float32), voice.sample_rate
+        np.asarray(voice(text, speed=speeds[drawn % 3], seed=drawn % 2**32), np.float32),
+        voice.sample_rate,
     )
 
 
@@ -127,13 +155,30 @@ def wav(samples: np.ndarray) -> bytes:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--index", type=click.Path(path_type=Path), default="data/debian-index", help="Fetched where missing.")
+@click.option(
+    "--index",
+    type=click.Path(path_type=Path),
+    default="data/debian-index",
+    help="Fetched where missing.",
+)
 @click.option("--wordnet", type=click.Path(path_type=Path), help="WordNet's directory.")
-@click.option("--clips", "wanted", type=int, nargs=3, default=(1000, 60, 60), help="Of train, validation and test.")
+@click.option(
+    "--clips",
+    "wanted",
+    type=int,
+    nargs=3,
+    default=(1000, 60, 60),
+    help="Of train, validation and test.",
+)
 @click.option("--voices", type=click.Choice(["both", "espeak-ng"]), default="both")
 @click.option("--overwrite", is_flag=True)
 def main(
-    out: Path, index: Path, wordnet: Path | None, wanted: tuple[int, int, int], voices: str, overwrite: bool
+    out: Path,
+    index: Path,
+    wordnet: Path | None,
+    wanted: tuple[int, int, int],
+    voices: str,
+    overwrite: bool,
 ) -> None:
     """Write clips of speech and their texts to OUT."""
     english, packages = read_index(index)
@@ -144,7 +189,9 @@ def main(
     with output_directory(out, MARKER, overwrite) as directory:
         for split in sizes:
             (directory / split).mkdir()
-        sources = [clips(plain_texts(english), family)] + ([clips(examples(wordnet), {})] if wordnet else [])
+        sources = [clips(plain_texts(english), family)] + (
+            [clips(examples(wordnet), {})] if wordnet else []
+        )
         for split, length, text in chain.from_iterable(zip(*sources, strict=False)):
             if all(len(found) == sizes[name] for name, found in lines.items()):
                 break
@@ -160,14 +207,25 @@ def main(
                 continue
             name = f"{split}/{number:04}.wav"
             (directory / name).write_bytes(wav(samples))
-            found = {"audio": name, "target": text, "voice": speaker, "length": length, "seconds": round(seconds, 2)}
+            found = {
+                "audio": name,
+                "target": text,
+                "voice": speaker,
+                "length": length,
+                "seconds": round(seconds, 2),
+            }
             lines[split].append(found)
         for split, found_lines in lines.items():
             if not found_lines:
                 raise DataError(f"split {split} has no clips; ask for more")
             text = "".join(json.dumps(line) + "\n" for line in found_lines)
             (directory / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        about = {"task": "speech", "source": "index of Debian packages", "voices": list(speakers), "sizes": sizes}
+        about = {
+            "task": "speech",
+            "source": "index of Debian packages",
+            "voices": list(speakers),
+            "sizes": sizes,
+        }
         (directory / MARKER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 

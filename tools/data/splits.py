@@ -73,7 +73,9 @@ def fresh(lines: Sequence[Line], version: int) -> list[Line]:
 def check_version(version: int, seed: int) -> None:
     """Raise UsageError where a later version of the test split is wanted in another order than that of seed 0."""
     if version > 1 and seed:
-        raise click.UsageError(f"--test-version {version} counts lines in the order of seed 0; leave out --seed {seed}")
+        raise click.UsageError(
+            f"--test-version {version} counts lines in the order of seed 0; leave out --seed {seed}"
+        )
 
 
 def write_data_set(
@@ -86,10 +88,14 @@ def write_data_set(
     owner: dict[str, str] = {}
     for name, examples in splits.items():
         if not examples:
-            raise DataError(f"split {name} has no examples; ask for more, or check the source of the data")
+            raise DataError(
+                f"split {name} has no examples; ask for more, or check the source of the data"
+            )
         for key in (key for example in examples for key in example.keys):
             if owner.setdefault(key, name) != name:
-                raise DataError(f"splits overlap: {key[:80]!r} is in {owner[key]} and in {name}; give both one key")
+                raise DataError(
+                    f"splits overlap: {key[:80]!r} is in {owner[key]} and in {name}; give both one key"
+                )
     sizes = {name: len(examples) for name, examples in splits.items()}
     with output_directory(out, MARKER, overwrite) as directory:
         for name, examples in splits.items():

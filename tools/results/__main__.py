@@ -30,9 +30,15 @@ def main() -> None:
 
 @main.command("measure")
 @click.argument("names", nargs=-1, metavar="[ROW]...", type=click.Choice(list(ROWS)))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Data, bundles and outputs.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="Data, bundles and outputs."
+)
 @click.option("--plan", is_flag=True, help="Print the rows and the time they take; do nothing.")
-@click.option("--trial", type=click.IntRange(1), help="Decode this many calibration lines, and record nothing.")
+@click.option(
+    "--trial",
+    type=click.IntRange(1),
+    help="Decode this many calibration lines, and record nothing.",
+)
 def measure_rows(names: tuple[str, ...], output: Path, plan: bool, trial: int | None) -> None:
     """Measure ROWs (all that have no committed result) on their test lines."""
     rows = [ROWS[name] for name in names or ROWS]
@@ -40,14 +46,18 @@ def measure_rows(names: tuple[str, ...], output: Path, plan: bool, trial: int | 
     for row in rows:
         state = f"at most {duration(row.estimate)}" if row in missing else "has a result"
         click.echo(f"{row.name}: {row.lines} lines, {', '.join(row.methods)}: {state}")
-    click.echo(f"together at most {duration(sum(row.estimate for row in missing))}, conversions left out")
+    click.echo(
+        f"together at most {duration(sum(row.estimate for row in missing))}, conversions left out"
+    )
     if plan:
         return
     for row in missing:
         start = time.perf_counter()
         report = measure(row, output.resolve(), trial=trial)["evaluation"]
         for one in report["rows"]:
-            click.echo(f"{row.name}, {one['setting']}: {one['request_speed']:.2f}x a request, same {one['same']:.0%}")
+            click.echo(
+                f"{row.name}, {one['setting']}: {one['request_speed']:.2f}x a request, same {one['same']:.0%}"
+            )
         click.echo(f"{row.name}: {duration(time.perf_counter() - start)}")
 
 
@@ -55,11 +65,16 @@ def measure_rows(names: tuple[str, ...], output: Path, plan: bool, trial: int | 
 @click.option("--check", is_flag=True, help="Write nothing; fail where a page differs.")
 def write_pages(check: bool) -> None:
     """Write docs/results/index.md and the README's table from docs/results/*.json."""
-    for page, text in {RESULTS / "index.md": index(RESULTS), ROOT / "README.md": readme(ROOT, RESULTS)}.items():
+    for page, text in {
+        RESULTS / "index.md": index(RESULTS),
+        ROOT / "README.md": readme(ROOT, RESULTS),
+    }.items():
         if not check:
             write_whole(page, text)
         elif not page.is_file() or page.read_text(encoding="utf-8") != text:
-            raise click.ClickException(f"{page} is not what it is made from; run python -m tools.results pages again")
+            raise click.ClickException(
+                f"{page} is not what it is made from; run python -m tools.results pages again"
+            )
 
 
 if __name__ == "__main__":

@@ -33,13 +33,18 @@ def result_file(row: ResultRow, results: Path = RESULTS) -> Path:
     return results / f"readme-{row.name}.json"
 
 
-def measure(row: ResultRow, output: Path, results: Path = RESULTS, trial: int | None = None) -> dict[str, Any]:
+def measure(
+    row: ResultRow, output: Path, results: Path = RESULTS, trial: int | None = None
+) -> dict[str, Any]:
     """Measure a row and write its JSON and the look to `results`. With `trial`, decode that many calibration lines
     and write nothing there."""
     directory = built(row.data if trial is None or row.data.file is None else TEMPLATED, output)
     bundle = converted(row, output)
     calibration = Bundle.open(bundle).calibration
-    by_the_rule = calibration is not None and (calibration.method, calibration.risk) == ("risk", RISK)
+    by_the_rule = calibration is not None and (calibration.method, calibration.risk) == (
+        "risk",
+        RISK,
+    )
     if row.calibrated and trial is None and not by_the_rule:
         data = str(directory / "calibration.jsonl")
         arguments = [*CALIBRATION.split(), "--max-new-tokens", str(row.max_new_tokens)]
@@ -55,12 +60,16 @@ def measure(row: ResultRow, output: Path, results: Path = RESULTS, trial: int | 
         overwrite=trial is not None,
     )
     report = evaluate(options).report
-    built_by = json.loads((directory / MARKER).read_text(encoding="utf-8")) if directory.is_dir() else None
+    built_by = (
+        json.loads((directory / MARKER).read_text(encoding="utf-8")) if directory.is_dir() else None
+    )
     found = {
         "row": row.name,
         "command": f"python -m tools.results measure {row.name}",
         "recipe": {
-            "data": " ".join(("python -m", *row.data.arguments)) if row.data.arguments else row.data.name,
+            "data": " ".join(("python -m", *row.data.arguments))
+            if row.data.arguments
+            else row.data.name,
             "split": row.data.split,
             "convert": " ".join(("freeexport convert", Path(row.engines.model).name, *row.convert)),
             "calibrate": CALIBRATION if row.calibrated else None,
@@ -99,8 +108,20 @@ def built(data: Data, output: Path) -> Path:
         # A task's name stands before OUT.
         places = 1 if arguments and not arguments[0].startswith("-") else 0
         shared = ["--index", str(output / "debian-index")] if module != "tools.data.g2p" else []
-        shared += ["--dictionaries", str(output / "dictionaries")] if module == "tools.data.prompts" else []
-        run(sys.executable, "-m", module, *arguments[:places], str(directory), *arguments[places:], *shared)
+        shared += (
+            ["--dictionaries", str(output / "dictionaries")]
+            if module == "tools.data.prompts"
+            else []
+        )
+        run(
+            sys.executable,
+            "-m",
+            module,
+            *arguments[:places],
+            str(directory),
+            *arguments[places:],
+            *shared,
+        )
     return directory
 
 
@@ -113,8 +134,14 @@ def lines_of(data: Data, place: Path, split: str) -> Path:
         return path
     repeated = place / f"{split}-repeated.jsonl"
     targets = [json.loads(line)["target"] for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = ([{"role": "user", "content": f"Repeat this text exactly:\n\n{target}"}] for target in targets)
-    write_whole(repeated, "".join(json.dumps({"input": prompt}, ensure_ascii=False) + "\n" for prompt in prompts))
+    prompts = (
+        [{"role": "user", "content": f"Repeat this text exactly:\n\n{target}"}]
+        for target in targets
+    )
+    write_whole(
+        repeated,
+        "".join(json.dumps({"input": prompt}, ensure_ascii=False) + "\n" for prompt in prompts),
+    )
     return repeated
 
 

@@ -32,7 +32,9 @@ Evaluation = Mapping[str, Any]
 
 def results(directory: Path) -> Iterator[tuple[str, Evaluation]]:
     """Names and reports of the committed evaluations, those of the README's rows first."""
-    paths = sorted(directory.glob("*.json"), key=lambda path: (not path.name.startswith("readme-"), path.name))
+    paths = sorted(
+        directory.glob("*.json"), key=lambda path: (not path.name.startswith("readme-"), path.name)
+    )
     for path in paths:
         content = json.loads(path.read_text(encoding="utf-8"))
         report = content.get("evaluation", content)
@@ -43,7 +45,16 @@ def results(directory: Path) -> Iterator[tuple[str, Evaluation]]:
 def index(directory: Path) -> str:
     """The page of all results."""
     older: dict[str, str] = json.loads((directory / OLDER).read_text(encoding="utf-8"))
-    columns = ("result", "n, rounds", "mode", "a token", "byte model", "a request", "tokens/s", "quality, of full")
+    columns = (
+        "result",
+        "n, rounds",
+        "mode",
+        "a token",
+        "byte model",
+        "a request",
+        "tokens/s",
+        "quality, of full",
+    )
     lines = [INDEX, _table_head((*columns, "same", "processor, kernels", "date, commit"))]
     for name, report in results(directory):
         lines += _rows_of(name, report, older.get(name))
@@ -54,7 +65,11 @@ def _rows_of(name: str, report: Evaluation, commit: str | None) -> list[str]:
     made, machine = report["made"][:10], report["machine"]
     commit = (report.get("commit") or commit or "unknown")[:7]
     kernels = machine.get("kernels") or ", ".join(machine["features"][:3])
-    shown = [row for row in report["rows"] if row["method"] in SHOWN and (row["method"] != "free" or row["calibrated"])]
+    shown = [
+        row
+        for row in report["rows"]
+        if row["method"] in SHOWN and (row["method"] != "free" or row["calibrated"])
+    ]
     lines = []
     for number, row in enumerate(shown):
         first = (f"[{name.removesuffix('.json')}]({name})", f"{row['lines']}, {report['rounds']}")
@@ -141,12 +156,25 @@ def readme_table(directory: Path) -> str:
     for row in ROWS.values():
         if row.name in found:
             tasks.setdefault(row.task, []).append(row)
-    lines = [_table_head(("task", "`lossless` (drafts from the text alone)", "FREE, calibrated", "quality"))]
+    lines = [
+        _table_head(
+            ("task", "`lossless` (drafts from the text alone)", "FREE, calibrated", "quality")
+        )
+    ]
     for task, rows in tasks.items():
         columns = zip(*(_readme_cells(row, found[row.name]) for row in rows), strict=True)
-        lines.append(f"| {task} | " + " | ".join("<br>".join(filter(None, column)) for column in columns) + " |")
-    machines = {(report["machine"]["processor"], report["machine"].get("kernels")) for report in found.values()}
-    hardware = "; ".join(f"{processor} ({kernels} kernels)" for processor, kernels in sorted(machines))
+        lines.append(
+            f"| {task} | "
+            + " | ".join("<br>".join(filter(None, column)) for column in columns)
+            + " |"
+        )
+    machines = {
+        (report["machine"]["processor"], report["machine"].get("kernels"))
+        for report in found.values()
+    }
+    hardware = "; ".join(
+        f"{processor} ({kernels} kernels)" for processor, kernels in sorted(machines)
+    )
     threads = sorted({report["threads"] for report in found.values()})
     counts = sorted({report["lines"] for report in found.values()})
     told = f"{hardware}, {' or '.join(map(str, threads))} threads, {' to '.join(map(str, counts))} test lines a row."
@@ -160,10 +188,16 @@ def _readme_cells(row: ResultRow, report: Evaluation) -> tuple[str, str, str]:
     precision = row.engines.precision
     alone = "" if lookup is None else f" ({lookup['request_speed']:.2f}x)"
     first = f"{precision} **{_times(lossless, 'request')}**{alone}, {lossless['tokens_per_second']:.0f} tokens/s"
-    second = "" if free is None else f"{precision} {_times(free, 'request')}, {free['tokens_per_second']:.0f} tokens/s"
+    second = (
+        ""
+        if free is None
+        else f"{precision} {_times(free, 'request')}, {free['tokens_per_second']:.0f} tokens/s"
+    )
     if row.calibrated and free is None:
         second = f"{precision}: no threshold keeps the risk"
-    parts = ["every token equal" if lossless["same"] == 1 else f"{lossless['same']:.1%} of lines equal"]
+    parts = [
+        "every token equal" if lossless["same"] == 1 else f"{lossless['same']:.1%} of lines equal"
+    ]
     parts += [] if free is None else [f"FREE {_quality(free, row.quality)}"]
     return first, second, f"{precision}: {'; '.join(parts)}"
 

@@ -45,7 +45,11 @@ class Engines:
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, (self.exit or Path(self.model).name.partition("-")[0].lower(), self.precision)))
+        return "-".join(
+            filter(
+                None, (self.exit or Path(self.model).name.partition("-")[0].lower(), self.precision)
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,25 @@ TEMPLATED = Data(
 )
 ORDINARY_PROMPTS = Data("ordinary-prompts", "ordinary_prompts.jsonl", file=ORDINARY)
 REPEATED = Data(
-    "repeated-sentences", f"restoration, test version {TEST_VERSION}, to repeat", _debian("restoration"), repeat=True
+    "repeated-sentences",
+    f"restoration, test version {TEST_VERSION}, to repeat",
+    _debian("restoration"),
+    repeat=True,
 )
 PHRASES = Data(
     "phrases",
     f"g2p phrases, seed {TEST_VERSION}",
     (
-        *("tools.data.g2p", "--references", "--words", "0", "--held-out-words", "0", "--phrases", "1000"),
+        *(
+            "tools.data.g2p",
+            "--references",
+            "--words",
+            "0",
+            "--held-out-words",
+            "0",
+            "--phrases",
+            "1000",
+        ),
         *("--held-out-phrases", "600", "--seed", str(TEST_VERSION)),
     ),
 )

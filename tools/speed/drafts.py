@@ -51,7 +51,9 @@ def chat(prompt: str) -> list[dict[str, str]] | str:
     return [{"role": "user", "content": prompt}]
 
 
-def measured(session: Session, prompt: str, tokens: int, rounds: int, fresh: bool) -> tuple[list[float], str]:
+def measured(
+    session: Session, prompt: str, tokens: int, rounds: int, fresh: bool
+) -> tuple[list[float], str]:
     """Speeds over mode full, and what was drafted. Raises ClickException where tokens differ."""
     ratios, proposed, accepted, last = list[float](), 0, 0, 0
     for _ in range(rounds):
@@ -61,7 +63,9 @@ def measured(session: Session, prompt: str, tokens: int, rounds: int, fresh: boo
         for mode in ("full", "lossless", "full"):
             options: dict[str, Any] = {"drafts": "lookup"} if mode == "lossless" else {}
             found = session.generate(chat(prompt), mode=mode, max_new_tokens=tokens, **options)
-            seconds.append(found.stats.seconds - found.stats.encode_seconds - found.stats.prefill_seconds)
+            seconds.append(
+                found.stats.seconds - found.stats.encode_seconds - found.stats.prefill_seconds
+            )
             answers.append(found.token_ids)
             proposed += sum(counts.proposed for counts in found.stats.drafts.values())
             accepted += sum(counts.accepted for counts in found.stats.drafts.values())

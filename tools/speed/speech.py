@@ -56,7 +56,12 @@ class Peer:
     """faster-whisper in a process of its own."""
 
     def __init__(self, model: str, precision: str, packages: Path) -> None:
-        variables = {**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        variables = {
+            **os.environ,
+            "PYTHONPATH": str(packages),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
         kind = {"fp32": "float32"}.get(precision, precision)
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER, model, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -96,9 +101,16 @@ def run(session: Session, mode: str, path: Path) -> dict[str, Any]:
 def agreement(directory: str, data: Path, samples: int) -> dict[str, Any]:
     """Shares of the deep decoder's tokens that the exit predicts, by their place, and where it is confident."""
     with ReplaySession(directory, threads=1) as session:
-        prompts, most = fitting_prompts(session, read_examples(data, samples)), OURS["max_new_tokens"]
-        traces = Traces.joined(trace_of(session, one.line_number, prompt, most) for one, prompt in prompts)
-    place = np.concatenate([np.arange(length) for length in traces.length]) + 2  # the first token is never the exit's
+        prompts, most = (
+            fitting_prompts(session, read_examples(data, samples)),
+            OURS["max_new_tokens"],
+        )
+        traces = Traces.joined(
+            trace_of(session, one.line_number, prompt, most) for one, prompt in prompts
+        )
+    place = (
+        np.concatenate([np.arange(length) for length in traces.length]) + 2
+    )  # the first token is never the exit's
     found: dict[str, Any] = {"tokens": traces.tokens, "agreement": round(traces.agreement, 4)}
     for low, high in zip(PLACES, [*PLACES[1:], 1 << 30], strict=True):
         among = (place >= low) & (place < high)
@@ -110,7 +122,10 @@ def agreement(directory: str, data: Path, samples: int) -> dict[str, Any]:
     for threshold in (0.5, 0.9):
         above = traces.above(threshold)
         right = float(traces.agrees[above].mean()) if above.any() else None
-        found[f"above {threshold}"] = {"share": round(float(above.mean()), 4), "agreement": right and round(right, 4)}
+        found[f"above {threshold}"] = {
+            "share": round(float(above.mean()), 4),
+            "agreement": right and round(right, 4),
+        }
     return found
 
 
@@ -120,10 +135,14 @@ def words(text: str) -> str:
 
 def ratio(pairs: list[list[tuple[dict[str, Any], dict[str, Any]]]], field: str) -> float:
     """The median over lines of the median over rounds of one run's field over another's."""
-    return round(float(np.median([np.median([a[field] / b[field] for a, b in line]) for line in pairs])), 3)
+    return round(
+        float(np.median([np.median([a[field] / b[field] for a, b in line]) for line in pairs])), 3
+    )
 
 
-def table(runs: dict[str, list[list[dict[str, Any]]]], lines: list[dict[str, Any]], first: str) -> dict[str, Any]:
+def table(
+    runs: dict[str, list[list[dict[str, Any]]]], lines: list[dict[str, Any]], first: str
+) -> dict[str, Any]:
     """By group of lines and name: word error rate, and medians over the lines of seconds and of ratios to `first`."""
     found: dict[str, Any] = {}
     groups = defaultdict(list)
@@ -145,7 +164,9 @@ def table(runs: dict[str, list[list[dict[str, Any]]]], lines: list[dict[str, Any
             if "encode" in clips[0][0]:
                 if "decode" in runs[first][0][0]:
                     row[f"decoding_times_as_fast_as_{first}"] = ratio(pairs, "decode")
-                shares = [np.median([one["encode"] / one["seconds"] for one in clip]) for clip in clips]
+                shares = [
+                    np.median([one["encode"] / one["seconds"] for one in clip]) for clip in clips
+                ]
                 row["encoder_share"] = round(float(np.median(shares)), 3)
                 row["tokens"] = float(np.median([clip[0]["tokens"] for clip in clips]))
             found[group][name] = row
@@ -155,10 +176,18 @@ def table(runs: dict[str, list[list[dict[str, Any]]]], lines: list[dict[str, Any
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option("--bundle", "bundles", multiple=True, metavar="NAME=DIR", required=True)
-@click.option("--peer", "peers", multiple=True, metavar="PRECISION=MODEL", help="A CTranslate2 model: int8 or fp32.")
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    metavar="PRECISION=MODEL",
+    help="A CTranslate2 model: int8 or fp32.",
+)
 @click.option("--packages", type=click.Path(path_type=Path), help="Where faster-whisper is.")
 @click.option("--modes", default="full", help="Of the bundles, with commas between.")
-@click.option("--traces", is_flag=True, help="Of the bundles, also the agreement of exits by place.")
+@click.option(
+    "--traces", is_flag=True, help="Of the bundles, also the agreement of exits by place."
+)
 @click.option("--rounds", default=1)
 @click.option("--samples", default=1000)
 @click.option("--output", type=click.Path(path_type=Path), help="JSON; what is there is added to.")
@@ -182,7 +211,9 @@ def main(
         name, _, directory = given.partition("=")
         session = Session(directory, threads=1, slots=1)
         for mode in modes.split(","):
-            decoders[f"{name} {mode}"] = lambda path, session=session, mode=mode: run(session, mode, path)
+            decoders[f"{name} {mode}"] = lambda path, session=session, mode=mode: run(
+                session, mode, path
+            )
     for given in peers:
         precision, _, model = given.partition("=")
         decoders[f"{precision} faster-whisper"] = Peer(model, precision, packages or Path()).run
@@ -197,11 +228,22 @@ def main(
         full = name.rpartition(" ")[0] + " full"
         if name.endswith(" lossless") and full in runs:
             pairs = zip(runs[name], runs[full], strict=True)
-            different = sum(a["ids"] != b["ids"] for one, other in pairs for a, b in zip(one, other, strict=True))
+            different = sum(
+                a["ids"] != b["ids"]
+                for one, other in pairs
+                for a, b in zip(one, other, strict=True)
+            )
             if different:
-                raise click.ClickException(f"{different} outputs of {name} have other tokens than full")
+                raise click.ClickException(
+                    f"{different} outputs of {name} have other tokens than full"
+                )
     groups = table(runs, lines, names[0])
-    made = {"machine": detect_machine().cpu, "clips": len(lines), "rounds": rounds, "groups": groups}
+    made = {
+        "machine": detect_machine().cpu,
+        "clips": len(lines),
+        "rounds": rounds,
+        "groups": groups,
+    }
     if traces:
         parts = (given.partition("=") for given in bundles)
         made["exit"] = {name: agreement(directory, data, samples) for name, _, directory in parts}

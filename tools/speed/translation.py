@@ -35,12 +35,29 @@ from tools.peers.compare import Contender, decode
 PAUSE = 0.4  # seconds
 # What differs in the published configurations: opus-mt-en-de, nllb-200-distilled-600M.
 SIZES: dict[str, dict[str, Any]] = {
-    "marian": {"d_model": 512, "ffn": 2048, "layers": 6, "heads": 8, "vocab_size": 58101, "activation": "swish"},
-    "m2m_100": {"d_model": 1024, "ffn": 4096, "layers": 12, "heads": 16, "vocab_size": 256206, "activation": "relu"},
+    "marian": {
+        "d_model": 512,
+        "ffn": 2048,
+        "layers": 6,
+        "heads": 8,
+        "vocab_size": 58101,
+        "activation": "swish",
+    },
+    "m2m_100": {
+        "d_model": 1024,
+        "ffn": 4096,
+        "layers": 12,
+        "heads": 16,
+        "vocab_size": 256206,
+        "activation": "relu",
+    },
 }
 
 # The first tokens, and behind made-up words the last.
-SPECIAL = {"marian": (["</s>", "<unk>"], ["<pad>"]), "m2m_100": (["<s>", "<pad>", "</s>", "<unk>"], [])}
+SPECIAL = {
+    "marian": (["</s>", "<unk>"], ["<pad>"]),
+    "m2m_100": (["<s>", "<pad>", "</s>", "<unk>"], []),
+}
 
 
 @click.group(help=__doc__)
@@ -69,12 +86,26 @@ def configuration(size: str) -> dict[str, Any]:
         for side in ("encoder", "decoder")
         for name, key in (("layers", "layers"), ("attention_heads", "heads"), ("ffn_dim", "ffn"))
     }
-    named = {"activation_function": of["activation"], "vocab_size": of["vocab_size"], "d_model": of["d_model"]}
+    named = {
+        "activation_function": of["activation"],
+        "vocab_size": of["vocab_size"],
+        "d_model": of["d_model"],
+    }
     tokens = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0, "decoder_start_token_id": 2}
     if size == "marian":
         last = of["vocab_size"] - 1
-        tokens = {"pad_token_id": last, "eos_token_id": 0, "bos_token_id": 0, "decoder_start_token_id": last}
-    common = {"model_type": size, "scale_embedding": True, "max_position_embeddings": 1024, "forced_eos_token_id": None}
+        tokens = {
+            "pad_token_id": last,
+            "eos_token_id": 0,
+            "bos_token_id": 0,
+            "decoder_start_token_id": last,
+        }
+    common = {
+        "model_type": size,
+        "scale_embedding": True,
+        "max_position_embeddings": 1024,
+        "forced_eos_token_id": None,
+    }
     return {**common, **sides, **named, **tokens}
 
 
@@ -86,10 +117,14 @@ def write_tokenizer(directory: Path, count: int, special: tuple[list[str], list[
     letters = ["▁", *string.ascii_letters, *string.digits, *string.punctuation]
     made_up = [f"▁piece{number}" for number in range(count - len(first + letters + last))]
     pieces = first + letters + made_up + last
-    tokenizer = Tokenizer(models.Unigram([(piece, -10.0) for piece in pieces], unk_id=pieces.index("<unk>")))
+    tokenizer = Tokenizer(
+        models.Unigram([(piece, -10.0) for piece in pieces], unk_id=pieces.index("<unk>"))
+    )
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.add_special_tokens(first + last)
-    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", pieces.index("</s>"))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", pieces.index("</s>"))]
+    )
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {"bos_token": first[0], "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     content = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
@@ -101,7 +136,11 @@ def write_tokenizer(directory: Path, count: int, special: tuple[list[str], list[
 @click.option("--model", required=True, help="The checkpoint that the bundle came from.")
 @click.option("--beams", type=click.IntRange(1), multiple=True, default=(1, 4))
 @click.option(
-    "--request", "requests", multiple=True, default=("20x1", "20x64", "128x64", "512x1"), help="Tokens read x written."
+    "--request",
+    "requests",
+    multiple=True,
+    default=("20x1", "20x64", "128x64", "512x1"),
+    help="Tokens read x written.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=7)
 @click.option("--threads", type=click.IntRange(1))
@@ -138,7 +177,10 @@ def time(
             finally:
                 for worker in workers.values():
                     worker.close()
-    facts = {**dict(about(environment(), threads or usable_cores())), "other load": load_note(load.cores) or "none"}
+    facts = {
+        **dict(about(environment(), threads or usable_cores())),
+        "other load": load_note(load.cores) or "none",
+    }
     for name, text in facts.items():
         click.echo(f"{name}: {text}")
     if save is not None:
@@ -152,14 +194,19 @@ def time(
         write_whole(save, json.dumps({**found, "rows": rows}, indent=2) + "\n")
 
 
-def row_of(workers: dict[str, Any], request: str, beams: int, rounds: int, manifest: Manifest) -> dict[str, Any]:
+def row_of(
+    workers: dict[str, Any], request: str, beams: int, rounds: int, manifest: Manifest
+) -> dict[str, Any]:
     """Median seconds of a request, read x written, and their ratio; `same`: in how many rounds ids are equal."""
     read, written = map(int, request.split("x"))
     source = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     same = 0
     for number in range(rounds + 1):  # the first binds and warms up
-        prompt = [*source.integers(200, manifest.vocab_size - 200, read - 1).tolist(), manifest.eos_token_ids[0]]
+        prompt = [
+            *source.integers(200, manifest.vocab_size - 200, read - 1).tolist(),
+            manifest.eos_token_ids[0],
+        ]
         found = {}
         for name in list(workers)[:: 1 if number % 2 else -1]:
             sleep(PAUSE)
