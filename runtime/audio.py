@@ -18,7 +18,8 @@ from runtime.errors import PromptError, one_line
 from runtime.json_file import UnreadableError, opened
 
 RATE = 16_000  # samples a second
-HOP, FFT = 160, 400  # samples from one frame to the next, and of a frame
+HOP = 160  # samples from one frame to the next
+FFT = 400  # samples per frame
 FRAMES_A_SECOND = RATE // HOP
 # What is read at most: 4 hours, as samples and as a file of 24-bit stereo at 48 kHz for half as long.
 LONGEST_SECONDS = 4 * 3600
@@ -88,10 +89,9 @@ def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
                 )
             _check_length(count / rate, name)
             samples = np.empty(math.ceil(count * RATE / rate), np.float32)
-            minute, beside = (
-                60 * rate,
-                0 if rate == RATE else rate,
-            )  # a second, of which the filter reads a part
+            minute = 60 * rate
+            # One second, of which the resampling filter reads a part.
+            beside = 0 if rate == RATE else rate
             for start in range(0, count, minute):
                 if monotonic() >= until:
                     raise LateError
@@ -122,11 +122,9 @@ def _wav_header(file: BinaryIO) -> tuple[int, int, int, int, int]:
     """Samples a second, channels, bytes of a sample, where samples begin, and frames as the header says."""
     try:
         with wave.open(file) as header:
-            rate, channels, width = (
-                header.getframerate(),
-                header.getnchannels(),
-                header.getsampwidth(),
-            )
+            rate = header.getframerate()
+            channels = header.getnchannels()
+            width = header.getsampwidth()
             return rate, channels, width, file.tell(), header.getnframes()
     except (RuntimeError, ValueError) as error:  # of the library, for sizes beyond the file
         raise wave.Error(str(error) or "a chunk ends beyond the file") from None
@@ -217,18 +215,14 @@ def window(mels: np.ndarray, start: int, count: int) -> np.ndarray:
 def mel_filters(bins: int) -> np.ndarray:
     """Triangles of equal area over the frequencies of a frame, float32 [bins, FFT / 2 + 1]: their corners stand equally
     far on Slaney's mel scale, which is linear up to 1 kHz and logarithmic above."""
-    linear, step = (
-        200 / 3,
-        math.log(6.4) / 27,
-    )  # Hz a mel below 1 kHz, and the logarithm of a mel's ratio above
+    linear = 200 / 3  # Hz per mel below 1 kHz
+    step = math.log(6.4) / 27  # logarithm of the ratio per mel above
     break_mel = 1000 / linear
     top = break_mel + math.log(RATE / 2 / 1000) / step
     mels = np.linspace(0, top, bins + 2)
     corners = np.where(mels < break_mel, mels * linear, 1000 * np.exp(step * (mels - break_mel)))
     frequencies = np.linspace(0, RATE / 2, FFT // 2 + 1)
     left, middle, right = (corners[first : first + bins, None] for first in range(3))
-    rising, falling = (
-        (frequencies - left) / (middle - left),
-        (right - frequencies) / (right - middle),
-    )
+    rising = (frequencies - left) / (middle - left)
+    falling = (right - frequencies) / (right - middle)
     return (np.maximum(0, np.minimum(rising, falling)) * 2 / (right - left)).astype(np.float32)

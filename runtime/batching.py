@@ -29,8 +29,10 @@ class BatchedCall:
     def __init__(
         self, runner: Runner, cross: CrossCache, hidden_size: int, vocab_size: int
     ) -> None:
-        self._runner, self._cross = runner, cross
-        self._hidden_size, self._vocab_size = hidden_size, vocab_size
+        self._runner = runner
+        self._cross = cross
+        self._hidden_size = hidden_size
+        self._vocab_size = vocab_size
         self._calls: dict[tuple[int, int, bool], Call] = {}
         self._version = cross.version
 
@@ -38,11 +40,10 @@ class BatchedCall:
         """Run what sequences wait for as one call, and copy to each its part."""
         first, count, width = _area(calls)
         places = [call.owner.slot - first for call in calls]
-        runner, given = (
-            self._runner,
-            [name for name in ("input_ids", *_STATES) if name in calls[0].inputs],
-        )
-        tokens, states = (count, width), (count, width, self._hidden_size)
+        runner = self._runner
+        given = [name for name in ("input_ids", *_STATES) if name in calls[0].inputs]
+        tokens = (count, width)
+        states = (count, width, self._hidden_size)
         inputs: dict[str, Any] = {
             name: np.zeros(tokens, np.int64)
             if name == "input_ids"
@@ -77,7 +78,8 @@ class BatchedCall:
                 outputs[output] = np.empty((len(heads), *shapes.get(output, ())), kind)
         bound = self._bound(calls, first, count, "logits" in outputs)
         bound.rebind(inputs, outputs)
-        seconds, head = runner.run(bound), 0
+        seconds = runner.run(bound)
+        head = 0
         for call, place in zip(calls, places, strict=True):
             for output, target in call.outputs.items():
                 part = (
@@ -87,7 +89,8 @@ class BatchedCall:
                 )
                 target[:] = part
             head += call.heads
-            call.seconds, call.batch_size = seconds, len(calls)
+            call.seconds = seconds
+            call.batch_size = len(calls)
 
     def _bound(self, calls: Sequence[SlotCall], first: int, count: int, with_logits: bool) -> Call:
         for call in calls:
@@ -170,7 +173,10 @@ class BatchPolicy:
         packed: bool = False,
         exit: Runner | None = None,
     ) -> None:
-        self._batches, self._shallow, self._costs, self._packed = batches, shallow, costs, packed
+        self._batches = batches
+        self._shallow = shallow
+        self._costs = costs
+        self._packed = packed
         self._exit = exit
         self._timed = 0
         self.rules = rules_of(costs.further_row())
@@ -179,7 +185,9 @@ class BatchPolicy:
         """Choose sequences that wait for one engine. Shallow steps go first, so that deep passes accumulate. Those run
         once enough sequences wait for one, or one has waited long: one that waits does nothing, so waiting for all
         may lose more than it saves."""
-        shallow, exits, deep = list[Waits](), list[Waits](), list[Waits]()
+        shallow = list[Waits]()
+        exits = list[Waits]()
+        deep = list[Waits]()
         others = {self._shallow: shallow, self._exit: exits}
         for each in sequences:
             if isinstance(each.waits, SlotCall):
@@ -223,7 +231,8 @@ class BatchPolicy:
 
     def _learn(self, calls: Sequence[SlotCall]) -> None:
         """A row costs about the same, whichever sequence it is of."""
-        rows, heads = sum(call.rows for call in calls), sum(call.heads for call in calls)
+        rows = sum(call.rows for call in calls)
+        heads = sum(call.heads for call in calls)
         if calls[0].runner is self._exit:
             # With a row of each, which are not more than an exit's engine reads.
             self._costs.observe(

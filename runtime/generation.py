@@ -312,7 +312,9 @@ class Generation:
     def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
         """Returns what cross-attention reads, with the time that it took in the statistics."""
         assert self.model.encoder is not None
-        began, store, ids = perf_counter(), self.model.prefixes, self.ids
+        began = perf_counter()
+        store = self.model.prefixes
+        ids = self.ids
         if (sound := self.sound) is not None:
             read = sound.cross or self.model.encoder.run(sound.features, decoder)
             if sound.keeps:

@@ -156,7 +156,8 @@ class Observer:
         tokens became final at these times."""
         first = results[0]
         with self._lock:
-            metrics, stats = self._metrics, first.stats
+            metrics = self._metrics
+            stats = first.stats
             metrics.finished[first.finish_reason if error is None else "error"] += 1
             metrics.request_latency.observe(time.monotonic() - asked)
             for result, token_times in zip(results, times, strict=True):

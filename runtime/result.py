@@ -44,7 +44,8 @@ class DraftStats:
     @property
     def by_position(self) -> list[tuple[int, int]]:
         """Tokens accepted at each position of a draft, and compared there: none is behind a wrong one."""
-        right, compared = Counter[int](), Counter[int]()
+        right = Counter[int]()
+        compared = Counter[int]()
         for (proposed, accepted), count in self.outcomes.items():
             for position in range(min(accepted + 1, proposed)):
                 right[position] += count * (position < accepted)
@@ -151,10 +152,8 @@ class Stats:
                     passes.count + done.count,
                     passes.seconds + done.seconds,
                 )
-        whole.queue_seconds, whole.first_token_seconds = (
-            parts[0].queue_seconds,
-            parts[0].first_token_seconds,
-        )
+        whole.queue_seconds = parts[0].queue_seconds
+        whole.first_token_seconds = parts[0].first_token_seconds
         return whole
 
     def count_draft(self, source: str, proposed: int, accepted: int) -> None:

@@ -48,7 +48,9 @@ class Scheduler:
         costs: CallCosts | None = None,
         packed: bool = False,
     ) -> None:
-        self._free, self._cross, self._queue = list(decoders), cross, queue
+        self._free = list(decoders)
+        self._cross = cross
+        self._queue = queue
         self._calls = BatchPolicy(
             batches, decoders[0].runners[0], costs or CallCosts(), packed, decoders[0].exit
         )
@@ -152,7 +154,8 @@ class Scheduler:
             self.drain()
         self.end_soon()
         with self._lock:
-            thread, self._thread = self._thread, None
+            thread = self._thread
+            self._thread = None
             self._unbind()
         if thread is not None:
             thread.shutdown(wait=False)
@@ -262,7 +265,9 @@ class Scheduler:
         others follow."""
         changed = False
         while True:
-            begun, gone, left = list[Sequence](), list[Sequence](), deque[Sequence]()
+            begun = list[Sequence]()
+            gone = list[Sequence]()
+            left = deque[Sequence]()
             with self._lock:
                 for each in self._waiting:
                     if self._free and not (each.abandoned or self._closing):
@@ -293,7 +298,8 @@ class Scheduler:
     def _run_alone(self, sequence: Sequence) -> None:
         """Turns of the only sequence, while nothing else is to be done. Most turns are these. What they touch has left
         the processor's cache during the engine call, so each function and array here counts."""
-        waiting, until = self._waiting, sequence.response.until
+        waiting = self._waiting
+        until = sequence.response.until
         may_be_late = until != math.inf
         call = sequence.waits
         while True:
@@ -388,7 +394,8 @@ class Scheduler:
 
 class _Callback:
     def __init__(self, owner: Scheduler) -> None:
-        self.owner, self.running = owner, True
+        self.owner = owner
+        self.running = True
 
 
 # Of this context and those it was copied from: tasks of an event loop and asyncio.to_thread begin with a copy.

@@ -77,7 +77,8 @@ class Session:
                 f"on_event is {shown(on_event)}; give a callable that takes a RequestEvent"
             )
         self.bundle = Bundle.open(bundle, options.verify)
-        manifest, device = self.bundle.manifest, Device.parse(options.device)
+        manifest = self.bundle.manifest
+        device = Device.parse(options.device)
         check_runnable(manifest, device)
         if manifest.speech is not None and device.index is not None:
             raise OptionError(
@@ -92,10 +93,8 @@ class Session:
             trusted = options.trust_templates
             self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
             self._runners = shallow, deep = self._placement.runners(engine)
-            encoder, exit = (
-                self._placement.encoder(engine, shallow),
-                self._placement.exit_runner(engine),
-            )
+            encoder = self._placement.encoder(engine, shallow)
+            exit = self._placement.exit_runner(engine)
         self.overlap = deep.beside
         if deep.beside:
             decoder_type = partial(OverlappingDecoder, run_ahead=options.run_ahead)
@@ -307,7 +306,8 @@ class Session:
     def metrics(self) -> Metrics:
         """Counts since the session was opened, and the requests that run now."""
         metrics = self._observer.metrics()
-        metrics.running, metrics.waiting = self._scheduler.running, self._scheduler.waiting
+        metrics.running = self._scheduler.running
+        metrics.waiting = self._scheduler.waiting
         used = int(self._runners[0].cache.lengths.sum())
         metrics.kv_cache_usage = used / (self.options.slots * self.capacity)
         metrics.threshold = self.threshold

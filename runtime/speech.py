@@ -67,11 +67,14 @@ class Rules:
     def __init__(
         self, speech: Speech, eos: Sequence[int], timestamps: bool, probe: bool = False
     ) -> None:
-        self._speech, self._first = speech, speech.no_timestamps + 1
+        self._speech = speech
+        self._first = speech.no_timestamps + 1
         self.by_scores = (
             timestamps or probe
         )  # whether an allowed best token may still not be the one
-        self._eos, self._timestamps, self._probe = frozenset(eos), timestamps, probe
+        self._eos = frozenset(eos)
+        self._timestamps = timestamps
+        self._probe = probe
         self._suppressed = {
             *speech.suppressed,
             *speech.begin_suppressed,
@@ -110,7 +113,8 @@ class Rules:
         for low, high in self._ranges(output.tolist(), len(scores), inverted=True):
             masked[low:high] = NEVER
         # Timestamps together are likelier than any text: one of them, then.
-        text, times = masked[: self._first].max(), masked[self._first :]
+        text = masked[: self._first].max()
+        times = masked[self._first :]
         best = times.max(initial=NEVER)
         if best > NEVER and best + np.log(np.exp(times - best).sum()) > text:
             masked[: self._first] = NEVER
@@ -121,7 +125,8 @@ class Rules:
     ) -> list[tuple[int, int]]:
         """The ids that timestamps allow next, as ranges; or those below `size` that they do not: an output begins with
         one, they come in pairs but before the end, and none goes back."""
-        first, end = self._first, min(self._eos)
+        first = self._first
+        end = min(self._eos)
         limit = 1 << 40
         if not written:
             allowed = [(first, first + self._speech.latest_first + 1)]
@@ -131,11 +136,14 @@ class Rules:
             pair = last and (len(written) < 2 or written[-2] >= first)
             # A second of a pair may be the same moment.
             least = (times[-1] + (not last or pair)) if times else first
-            text, ends, later = (0, end), (end, first), (least, limit)
+            text = (0, end)
+            ends = (end, first)
+            later = (least, limit)
             allowed = [text, ends] if pair else [ends, later] if last else [text, ends, later]
         if not inverted:
             return allowed
-        forbidden, position = list[tuple[int, int]](), 0
+        forbidden = list[tuple[int, int]]()
+        position = 0
         for low, high in allowed:
             forbidden.append((position, low))
             position = high
@@ -156,8 +164,11 @@ class Transcriber:
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer | None, capacity: int) -> None:
         assert manifest.speech is not None
-        self._speech, self._tokenizer, self._capacity = manifest.speech, tokenizer, capacity
-        self._start, self._eos = manifest.decoder_start_token_id or 0, manifest.eos_token_ids
+        self._speech = manifest.speech
+        self._tokenizer = tokenizer
+        self._capacity = capacity
+        self._start = manifest.decoder_start_token_id or 0
+        self._eos = manifest.eos_token_ids
         self._frames = FRAMES_A_POSITION * manifest.encoder_capacity
         self._codes = {token: code for code, token in self._speech.languages.items()}
 
@@ -211,9 +222,11 @@ class Transcriber:
         except LateError:
             return GenerationResult("", (), (), (), "deadline", Stats())
         timestamps = options.timestamps or total > self._frames
-        before, place = self._before(options), 0
+        before = self._before(options)
+        place = 0
         language = options.language or (None if self._speech.languages else "en")
-        segments, parts = list[Segment](), list[GenerationResult]()
+        segments = list[Segment]()
+        parts = list[GenerationResult]()
         while place < total:
             if until < math.inf:
                 options = replace(options, deadline=max(until - monotonic(), 1e-3))
@@ -283,7 +296,8 @@ class Transcriber:
         timestamps: bool,
         before: Sequence[int],
     ) -> SpeechPrompt:
-        speech, kept = self._speech, self._capacity // 2 - 1
+        speech = self._speech
+        kept = self._capacity // 2 - 1
         prefix = [speech.previous, *before[-kept:]] if before and kept > 0 else []
         prefix += [self._start, *speech.prefix(language, options.task, timestamps)]
         return SpeechPrompt(sound, tuple(prefix), Rules(speech, self._eos, timestamps))
@@ -310,7 +324,8 @@ class Transcriber:
             if temperature != first:
                 asked = replace(asked, temperature=temperature, do_sample=True, top_k=0)
             result = decode(prompt, asked)
-            nats, limit = _mean(result), options.compression_ratio_threshold
+            nats = _mean(result)
+            limit = options.compression_ratio_threshold
             repeats = limit is not None and _compression(self._text(result.token_ids)) > limit
             unlikely = wanted is not None and nats is not None and nats < wanted
             if unlikely and options.no_speech_threshold is not None and quiet is None:
@@ -332,7 +347,8 @@ class Transcriber:
             last = tokens[times[-1]] - zero if times else 0
             return [(0, last or frames // FRAMES_A_POSITION, tokens)], 0
         ends = [*pairs, len(tokens)] if whole else pairs
-        cut, start = list[tuple[int, int, list[int]]](), 0
+        cut = list[tuple[int, int, list[int]]]()
+        start = 0
         for end in ends:
             part = tokens[start:end]
             cut.append((part[0] - zero, part[-1] - zero, part))
@@ -371,7 +387,8 @@ class Transcriber:
 
 def _silent(options: SpeechOptions, quiet: float | None, nats: float | None) -> bool:
     """Whether a window has no speech: it is likely, and the text that was found is not."""
-    limit, least = options.no_speech_threshold, options.logprob_threshold
+    limit = options.no_speech_threshold
+    least = options.logprob_threshold
     if limit is None or quiet is None or quiet <= limit:
         return False
     return least is None or nats is None or nats < least

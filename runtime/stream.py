@@ -33,7 +33,8 @@ class Inbox(Generic[T]):
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[T] = SimpleQueue()
-        self.put, self.empty = self._queue.put, self._queue.empty
+        self.put = self._queue.put
+        self.empty = self._queue.empty
 
     def get(self, until: float = math.inf) -> T:
         """The next item; TimeoutError shortly after `until`, a time of the monotonic clock."""
@@ -55,7 +56,8 @@ class AsyncInbox(Generic[T]):
     def put(self, item: T) -> None:
         """Add an item; in any thread."""
         self._items.append(item)
-        loop, event = self._loop, self._event
+        loop = self._loop
+        event = self._event
         if loop is not None and event is not None and not self._rung:
             self._rung = True
             with suppress(RuntimeError):  # the loop is closed: nobody waits
@@ -92,8 +94,11 @@ class _Reader:
         put: Callable[[Token | None], None],
         whole: bool,
     ) -> None:
-        self._scheduler, self._sequence, self._whole = scheduler, sequence, whole
-        self._given, self._ended = 0, False
+        self._scheduler = scheduler
+        self._sequence = sequence
+        self._whole = whole
+        self._given = 0
+        self._ended = False
         sequence.deliver = None if whole else put
         sequence.on_end = partial(put, None)
         scheduler.submit(sequence)
@@ -228,7 +233,10 @@ class PromptList:
         until: float,
         ended: Callable[[], None],
     ) -> None:
-        self._make, self.until, self._ended, self._context = make, until, ended, copy_context()
+        self._make = make
+        self.until = until
+        self._ended = ended
+        self._context = copy_context()
         self._left = iter(list(enumerate(prompts)))
         self._made: list[Sequence | BaseException | None] = [None] * len(
             prompts
@@ -252,7 +260,8 @@ class PromptList:
                 if isinstance(error, Exception):
                     continue
                 return None  # an interruption ends the list
-            sequence.follow, sequence.on_end = self.follow, self._end
+            sequence.follow = self.follow
+            sequence.on_end = self._end
             sequence.follows = self.running > 0
             self._made[number] = sequence
             if sequence.follows:

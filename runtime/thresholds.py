@@ -48,13 +48,12 @@ class Thresholds:
     machine, where they are known. Raises OptionError for an adaptive state that does not fit the bundle."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions, costs: Costs | None = None) -> None:
-        self._bundle, self.costs = bundle, costs
+        self._bundle = bundle
+        self.costs = costs
         self._of_session: float | None = None
         self.adaptive: Learner | None = None
-        model, given = (
-            (bundle.manifest, bundle.calibration),
-            (options.adaptive_state, options.adaptive_target),
-        )
+        model = (bundle.manifest, bundle.calibration)
+        given = (options.adaptive_state, options.adaptive_target)
         if options.threshold == "adaptive" and options.adaptive_rule == "paper":
             self.adaptive = PaperThreshold(*model, *given)
         elif options.threshold == "adaptive":
@@ -97,7 +96,8 @@ class Thresholds:
                 if self.adaptive is None
                 else DefaultMode("free", threshold, 1.0, 0.0)
             )
-        calibration, manifest = self._bundle.calibration, self._bundle.manifest
+        calibration = self._bundle.calibration
+        manifest = self._bundle.manifest
         table = () if calibration is None else calibration.table
         row = min(table, key=lambda row: abs(row.threshold - threshold), default=None)
         if row is None or abs(row.threshold - threshold) >= 5e-3:

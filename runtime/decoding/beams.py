@@ -72,9 +72,11 @@ class BeamSearch:
     ) -> Waits[list[Hypothesis]]:
         """Find the `beams` best, best first; none where it was cancelled. Others have a turn between tokens, and where
         `score` lets them."""
-        sequences, logprobs = np.zeros((self.beams, 0), np.int64), np.zeros((self.beams, 0))
+        sequences = np.zeros((self.beams, 0), np.int64)
+        logprobs = np.zeros((self.beams, 0))
         # All beams are the same at first: only one may give candidates.
-        totals, sources = np.array([0.0] + [NEVER] * (self.beams - 1)), np.arange(self.beams)
+        totals = np.array([0.0] + [NEVER] * (self.beams - 1))
+        sources = np.arange(self.beams)
         finished: list[Hypothesis] = []
         for length in range(1, self.limit + 1):
             if length > 1:
@@ -94,7 +96,9 @@ class BeamSearch:
             # Where too few go on, the other rows are filled with what cannot win.
             fill = going[np.arange(self.beams) % len(going)]
             totals = np.where(np.arange(self.beams) < len(going), totals[fill], NEVER)
-            sequences, logprobs, sources = sequences[fill], logprobs[fill], parents[fill]
+            sequences = sequences[fill]
+            logprobs = logprobs[fill]
+            sources = parents[fill]
         return finished
 
     def _candidates(
@@ -174,9 +178,11 @@ class BeamRows:
         self, decoder: Decoder, cross: dict[str, np.ndarray], beams: int, rows: int
     ) -> None:
         self.stats = decoder.stats
-        self._rows, self._runners = rows, decoder.runners[:2]  # nothing exits
+        self._rows = rows
+        self._runners = decoder.runners[:2]  # without the exit's
         self._tokens = np.zeros((beams, 1), np.int64)
-        self._emitted, self._every = np.zeros(beams, np.int64), np.arange(beams)
+        self._emitted = np.zeros(beams, np.int64)
+        self._every = np.arange(beams)
         self._hidden = decoder.runners[0].zeros((beams, 1, decoder.hidden_size), np.float32)
         self._logits = np.zeros((beams, decoder.vocab_size), np.float32)
         self._cross = {

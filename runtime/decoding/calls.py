@@ -72,14 +72,15 @@ class SlotCall:
         heads: int,
         exits: bool = False,
     ) -> None:
-        self.owner, self.runner, self.inputs, self.outputs = owner, runner, inputs, outputs
-        self.rows, self.heads, self.exits, self.seconds, self.batch_size = (
-            rows,
-            heads,
-            exits,
-            0.0,
-            1,
-        )
+        self.owner = owner
+        self.runner = runner
+        self.inputs = inputs
+        self.outputs = outputs
+        self.rows = rows
+        self.heads = heads
+        self.exits = exits
+        self.seconds = 0.0
+        self.batch_size = 1
         self._call: Call | None = None
         self._kept: Call | None = (
             None  # bound, but to what an earlier sequence read, `_age` sequences ago
@@ -94,12 +95,14 @@ class SlotCall:
     def run(self) -> None:
         """Run it by itself, to its end."""
         call = self._call or self._bound()
-        self.seconds, self.batch_size = self.runner.run(call), 1
+        self.seconds = self.runner.run(call)
+        self.batch_size = 1
 
     def _bound(self) -> Call:
         if self._call is None and self._kept is not None:
             self._kept.rebind(self._cross, {})
-            self._call, self._kept = self._kept, None
+            self._call = self._kept
+            self._kept = None
         elif self._call is None:
             self._call = self.owner.bind(self)
         return self._call
@@ -108,7 +111,9 @@ class SlotCall:
         """Read this instead of what the sequence before did, from the next run on. A call that KEPT sequences did not
         use is forgotten, and with it what it had read."""
         if self._call is not None:
-            self._kept, self._call, self._age = self._call, None, 0
+            self._kept = self._call
+            self._call = None
+            self._age = 0
         elif self._age == KEPT:
             self._kept = None
         self._age += 1

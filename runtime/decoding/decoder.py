@@ -21,7 +21,8 @@ PREFILL_ROWS = 512
 # While other sequences decode, a piece comes before each of the two engine calls that their next token takes: about as
 # many rows as are read in so many seconds, within limits. Small pieces reread all weights for few tokens.
 SHARED_PREFILL_SECONDS = 0.05
-FEWEST_SHARED_ROWS, SHARED_PREFILL_ROWS = BLOCK, 128
+FEWEST_SHARED_ROWS = BLOCK
+SHARED_PREFILL_ROWS = 128
 
 
 class Decoder:
@@ -49,16 +50,17 @@ class Decoder:
         vocab_size: int,
         max_pending: int,
     ) -> None:
-        self.slot, self.hidden_size, self.vocab_size, self.max_pending = (
-            slot,
-            hidden_size,
-            vocab_size,
-            max_pending,
-        )
-        self._shallow, self._deep = shallow, deep
+        self.slot = slot
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.max_pending = max_pending
+        self._shallow = shallow
+        self._deep = deep
         self.stats = Stats()
         self.stacked = 0
-        self.batch_size, self.others, self.alone = 1, False, False
+        self.batch_size = 1
+        self.others = False
+        self.alone = False
         self._shared_rows = 2 * FEWEST_SHARED_ROWS  # of the next piece while others decode
         self._head = self._exits = False
         self._heads = self._drafts = 0  # of the last sync pass
@@ -72,12 +74,12 @@ class Decoder:
         self._newest = _memory(self._hidden[0, 0])
         self._tokens = np.zeros((1, max_pending), np.int64)
         self._token = _memory(self._tokens[0, :1])
-        self._best, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
-        self._answers, self._nll = (
-            np.zeros(max_pending, np.int64),
-            np.zeros(max_pending, np.float32),
-        )
-        self._best_memory, self._confidence_memory = _memory(self._best), _memory(self._confidence)
+        self._best = np.zeros(1, np.int64)
+        self._confidence = np.zeros(1, np.float32)
+        self._answers = np.zeros(max_pending, np.int64)
+        self._nll = np.zeros(max_pending, np.float32)
+        self._best_memory = _memory(self._best)
+        self._confidence_memory = _memory(self._confidence)
         self._answer_memory = _memory(self._answers)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}
@@ -284,14 +286,16 @@ class Decoder:
         if call is None:
             hidden = self._together[None, :rows]
             call = self._steps[key] = self._shallow_call(self._tokens[:, :rows], hidden, head)
-        self._step, self._head = call, head
+        self._step = call
+        self._head = head
         return (call,)
 
     def syncing(
         self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None
     ) -> Iterable[Waiting]:
         """The calls that `sync` needs. `answers` then gives the predictions."""
-        self._heads, self._drafts = heads, len(drafts)
+        self._heads = heads
+        self._drafts = len(drafts)
         self._pass = call = self._pass_call(0, self.stacked, heads, drafts)
         if self.alone:
             call.run()
@@ -357,7 +361,8 @@ class Decoder:
 
     def _allow(self, exits: bool) -> None:
         if self._exits != exits:
-            self._exits, self._both = exits, None
+            self._exits = exits
+            self._both = None
 
     def _step_call(self, head: bool) -> SlotCall:
         """The shallow decoder on `_token`."""
@@ -371,7 +376,8 @@ class Decoder:
 
     def _pass_call(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:
         """The deep decoder on rows `first` to `end` of the stack; the head for the last `heads` of them."""
-        rows, apart = end - first, first > 0
+        rows = end - first
+        apart = first > 0
         call = self._passes.get((rows, heads, apart))
         if call is None:
             hidden = (self._later if apart else self._stack)[None, :rows]
@@ -391,7 +397,8 @@ class Decoder:
 
     def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""
-        count, exits = int(head), self._exits or head
+        count = int(head)
+        exits = self._exits or head
         outputs = {
             "hidden": hidden,
             "token": self._best[:count],
@@ -412,7 +419,8 @@ class Decoder:
         return SlotCall(self, self._deep, inputs, outputs, hidden.shape[1], heads)
 
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
-        rows, began = piece.shape[1], perf_counter()
+        rows = piece.shape[1]
+        began = perf_counter()
         # The few tokens that an encoder-decoder begins with are rows like those of its steps.
         with reading_prompt(not self.cross):
             self._read_piece(piece, shallow_head, deep_head)

@@ -23,7 +23,8 @@ MOST_PLACES = 16_384
 NEAR = 64
 # After so many tokens without a right candidate they are looked for at every fourth token only: that takes time outside
 # the engines, and a token of a small model takes little.
-PATIENCE, REST = 32, 4
+PATIENCE = 32
+REST = 4
 # Between texts that do not follow each other.
 GAP = -1
 
@@ -39,12 +40,14 @@ class Repetition:
 
     def __init__(self, vocab_size: int, most: int = MOST_PLACES) -> None:
         self.tokens: list[int] = []
-        self._vocab_size, self._most = vocab_size, most
+        self._vocab_size = vocab_size
+        self._most = most
         self._place = self.agrees = 0
         self._forget()
 
     def _forget(self) -> None:
-        self._first, self._known = len(self.tokens), 0
+        self._first = len(self.tokens)
+        self._known = 0
         self._keys = [0] * (LONGEST + 1)
         self._places: list[dict[int, int]] = [{} for _ in range(LONGEST + 1)]
 
@@ -62,7 +65,8 @@ class Repetition:
             self._known = 0
             return
         # The newest n-gram of each size, as one number, now has a place behind it.
-        keys, vocab_size = self._keys, self._vocab_size
+        keys = self._keys
+        vocab_size = self._vocab_size
         for size in range(SHORTEST, self._known + 1):
             self._places[size][keys[size]] = place
         for size in range(LONGEST, 1, -1):
@@ -87,7 +91,8 @@ class Repetition:
         if self.agrees < LONGEST:
             place, size = self.repeated(longer_than=self.agrees)
             if size:
-                self._place, self.agrees = place, size
+                self._place = place
+                self.agrees = size
 
     def candidates(self, most: int) -> list[int]:
         return self._behind(self._place, most) if self.agrees else []
@@ -123,7 +128,8 @@ class Expected:
     def read(self, token: int) -> None:
         self._newest = [*self._newest[1 - LONGEST :], token]
         if self._tokens[self._place : self._place + 1] == [token]:
-            self._place, self.agrees = self._place + 1, self.agrees + 1
+            self._place = self._place + 1
+            self.agrees = self.agrees + 1
         else:
             # Where the same tokens stand near by, else as if this one had taken the place of another.
             following = self._place + 1
@@ -166,7 +172,8 @@ class Own:
     name = "own"
 
     def __init__(self, source: DraftSource, vocab_size: int) -> None:
-        self._source, self._vocab_size = source, vocab_size
+        self._source = source
+        self._vocab_size = vocab_size
 
     def candidates(self, context: Sequence[int], most: int) -> list[int]:
         given: Any = self._source(np.array(context, np.int64))

@@ -30,15 +30,14 @@ class FeatureDecoder(Decoder):
         self.exit = self._exit = exit
         self._exit_cache = exit.cache
         size = (self.max_pending, self.hidden_size)
-        self._embeds, self._length = exit.cache.states.ndim == 2, 0
+        self._embeds = exit.cache.states.ndim == 2
+        self._length = 0
         self._unread = np.zeros(
             (1, self.max_pending), np.int64
         )  # tokens that are stacked, and not embedded
         self._exit_inputs = self._states(self.max_pending), exit.zeros(size, np.float32)
-        self._feature, self._passed = (
-            np.zeros((1, self.hidden_size), np.float32),
-            exit.zeros(size, np.float32),
-        )
+        self._feature = np.zeros((1, self.hidden_size), np.float32)
+        self._passed = exit.zeros(size, np.float32)
         self._newest_feature = self._feature[0]
         self._read[exit] = {}
         self._past[exit] = {name: exit.value(view) for name, view in exit.cache.slot(self.slot)}
@@ -138,10 +137,8 @@ class FeatureDecoder(Decoder):
             yield call
             super().guess()
             if self._exits or head:
-                place, rows = (
-                    self.lengths()[0] - call.rows,
-                    self._stack[self.stacked - call.rows : self.stacked],
-                )
+                place = self.lengths()[0] - call.rows
+                rows = self._stack[self.stacked - call.rows : self.stacked]
                 self._exit_cache.put(self.slot, place, rows)
         yield from self._asking(head)
 
@@ -156,7 +153,9 @@ class FeatureDecoder(Decoder):
 
     def _ask(self) -> SlotCall:
         """The call of the exit on all that it has not read, with a prediction after the last."""
-        cache, slot, end = self._exit_cache, self.slot, self.lengths()[0]
+        cache = self._exit_cache
+        slot = self.slot
+        end = self.lengths()[0]
         first = cache.length(slot)
         if end - first > self.max_pending:
             self._catch_up(self.max_pending)
@@ -169,7 +168,8 @@ class FeatureDecoder(Decoder):
 
     def _asked(self, call: SlotCall) -> None:
         """Count the call of the exit that ran. Where no sync pass was, its feature is the newest there is."""
-        cache, slot = self._exit_cache, self.slot
+        cache = self._exit_cache
+        slot = self.slot
         self.stats.shallow_seconds += call.seconds
         cache.extend(slot, call.rows)
         end = cache.length(slot)
@@ -181,7 +181,8 @@ class FeatureDecoder(Decoder):
         return self.prediction() if self._head else NOTHING
 
     def answers(self) -> list[Prediction]:
-        call, place = self._pass, self.lengths()[1]
+        call = self._pass
+        place = self.lengths()[1]
         found = super().answers()
         if self._exits and call is not None:
             self._keep_features(place, self._passed[: call.rows])
@@ -205,7 +206,9 @@ class FeatureDecoder(Decoder):
     def _catch_up(self, most: int, head: bool = False) -> None:
         """Let the exit read until at most so many rows are left, at once; and with `head` give a prediction at the
         last."""
-        cache, slot, end = self._exit_cache, self.slot, self.lengths()[0]
+        cache = self._exit_cache
+        slot = self.slot
+        end = self.lengths()[0]
         while (behind := end - (first := cache.length(slot))) > most:
             rows = min(PREFILL_ROWS, behind - most)
             inputs = self._states(rows), np.array(cache.features[slot, first : first + rows])
@@ -250,7 +253,8 @@ class FeatureDecoder(Decoder):
         )
 
     def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
-        call, rows = super()._deep_call(hidden, heads), hidden.shape[1]
+        call = super()._deep_call(hidden, heads)
+        rows = hidden.shape[1]
         passed = (
             self._passed
             if rows <= self.max_pending

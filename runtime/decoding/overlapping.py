@@ -48,13 +48,15 @@ class OverlappingDecoder(Decoder):
         if self._background is not None:
             with suppress(Exception):  # a request that nobody waits for any more
                 self._background[0].wait()
-        self._started, self._background = 0, None
+        self._started = 0
+        self._background = None
         self._ahead.clear()
         super().trim(length)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
         if self._ahead and self._ahead[0].token == token:
-            self._step, self._head = None, head
+            self._step = None
+            self._head = head
             return ()
         self._drop_ahead()
         return super().stepping(token, head)
@@ -79,7 +81,8 @@ class OverlappingDecoder(Decoder):
     def syncing(
         self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None
     ) -> Iterable[Waiting]:
-        self._heads, self._drafts = heads, len(drafts)
+        self._heads = heads
+        self._drafts = len(drafts)
         if self._background is not None:
             yield from self._finish_background()
         self._background = self._begin(heads, drafts)

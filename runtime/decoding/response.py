@@ -111,7 +111,8 @@ class Response:
                 return fixed
         if self.sampler is None:
             return prediction.token
-        context, grammar = self._context(drafts), self._grammar
+        context = self._context(drafts)
+        grammar = self._grammar
         if grammar is not None:
             output = context[self._grammar_begins :]
             forced = grammar.forced(output)
@@ -199,7 +200,8 @@ class Response:
                 ids = likeliest(prediction.logits, self._top_logprobs)
                 best = tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
         if token in self.eos:
-            text, self.finished = "", "eos"
+            text = ""
+            self.finished = "eos"
         else:
             text = self._push(token)
             if self._text.stopped:

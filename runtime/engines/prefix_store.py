@@ -42,7 +42,8 @@ class PrefixStore:
     where another finds no room, the least recently used goes, of a chain its end first. For one thread at a time."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
+        self.limit = limit
+        self.used = 0
         self._entries: OrderedDict[bytes, tuple[Any, int]] = (
             OrderedDict()
         )  # the least recently used first
@@ -93,7 +94,9 @@ class Prefix:
     def __init__(
         self, store: PrefixStore, tokens: np.ndarray, salt: str | None, exits: bool
     ) -> None:
-        self._store, self._tokens, self._salt = store, tokens, salt
+        self._store = store
+        self._tokens = tokens
+        self._salt = salt
         self._kinds = (False, True) if exits else (False,)  # of layers: the model's, the exit's own
         self._chains = [hashes(tokens, BLOCK, salt, own) for own in self._kinds]
 

@@ -19,7 +19,8 @@ from runtime.errors import EngineError
 logger = logging.getLogger(__name__)
 
 # The domain of the operators in a graph; the version of operators and weights, which source/version.h has too.
-DOMAIN, VERSION = "freeexport", 7
+DOMAIN = "freeexport"
+VERSION = 7
 LIBRARY = Path(__file__).with_name("libfreeexport_kernels.so")
 _warned: dict[str, object] = {}
 BUILD = "install a C++ compiler (Debian: apt-get install g++), then freeexport again"

@@ -26,7 +26,8 @@ MOST_SOURCE = 128 * 1024
 # Turns of loops and calls; published templates take up to a few for each message.
 MOST_TURNS = 200_000
 # Characters of the output, and as many for each of the messages'.
-MOST_OUTPUT, MOST_GROWTH = 1 << 20, 8
+MOST_OUTPUT = 1 << 20
+MOST_GROWTH = 8
 # The variable that counts turns, and the filter: no template can spell it.
 _TURNS = "\0turns"
 
@@ -74,7 +75,8 @@ class ChatTemplate:
             for value in message.values()
             if isinstance(value, str)
         )
-        most, text = MOST_OUTPUT + MOST_GROWTH * given, list[str]()
+        most = MOST_OUTPUT + MOST_GROWTH * given
+        text = list[str]()
         try:
             for piece in self._template.generate(variables):
                 text.append(piece)
@@ -85,19 +87,16 @@ class ChatTemplate:
                     )
             return "".join(text)
         except TemplateLimitError as error:
-            problem, remedy = (
-                one_line(error),
-                "shorten the messages, or pass the prompt as token ids",
-            )
+            problem = one_line(error)
+            remedy = "shorten the messages, or pass the prompt as token ids"
         except jinja2.TemplateError as error:
-            problem, remedy = f"refuses the messages ({one_line(error)})", "change them"
+            problem = f"refuses the messages ({one_line(error)})"
+            remedy = "change them"
         except (
             Exception
         ) as error:  # whatever the template's own expressions raise on messages it does not expect
-            problem, remedy = (
-                f"fails on the messages ({type(error).__name__}: {one_line(error)})",
-                "change them",
-            )
+            problem = f"fails on the messages ({type(error).__name__}: {one_line(error)})"
+            remedy = "change them"
         raise PromptError(f"the chat template {problem}; {remedy}")
 
 

@@ -30,7 +30,8 @@ class ControlTokens:
     """The special added tokens of a tokenizer. Safe to use from many threads."""
 
     def __init__(self, backend: tokenizers.Tokenizer, encode: Encode) -> None:
-        self._backend, self._encode = backend, encode
+        self._backend = backend
+        self._encode = encode
         added = {
             index: token
             for index, token in backend.get_added_tokens_decoder().items()

@@ -30,7 +30,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
         _check_stop(tokenizer, stop)
         self.stopped = False
-        self._tokenizer, self._stop = tokenizer, tuple(dict.fromkeys(stop))
+        self._tokenizer = tokenizer
+        self._stop = tuple(dict.fromkeys(stop))
         self._held = ""  # final text that may begin a stop string
         self._begun = False  # whether there was any text
         self._head: list[int] = []  # ids before there was any
@@ -94,7 +95,8 @@ class Detokenizer:
         try:
             text = self._bytes.decode(bytes([byte]))
         except UnicodeDecodeError:
-            self._bytes, self._draft = None, ""
+            self._bytes = None
+            self._draft = ""
             return
         # The first text may lose leading spaces.
         self._draft = self._draft + text if self._draft or not text else self._run_text(tokenizer)
@@ -112,7 +114,9 @@ class Detokenizer:
         if not self._begun:
             self._begun = bool(text)
             self._head = [] if text else self._head + self._run
-        self._run, self._draft, self._bytes = [], "", _Utf8Decoder()
+        self._run = []
+        self._draft = ""
+        self._bytes = _Utf8Decoder()
         return text
 
     def _release(self, draft: str, *, final: bool) -> str:
@@ -122,10 +126,12 @@ class Detokenizer:
             (start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0
         ]
         if spans:
-            self.stopped, self._held = True, ""
+            self.stopped = True
+            self._held = ""
             return text[: min(spans)[1]]
         end = len(self._held) - (0 if final else _begun(self._held, self._stop))
-        text, self._held = self._held[:end], self._held[end:]
+        text = self._held[:end]
+        self._held = self._held[end:]
         return text
 
 

@@ -31,10 +31,12 @@ MOST_KEPT = 64
 # changes that.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Symbols of a grammar, and states of its lexer (1 to 2 kB each): they bound the time and the memory that one takes.
-MOST_SYMBOLS, MOST_STATES = 50_000, 50_000
+MOST_SYMBOLS = 50_000
+MOST_STATES = 50_000
 # Letters that may be forced at once, and tokens at the beginning: finding them holds the interpreter's lock, for about
 # 2 us a letter.
-MOST_LETTERS, MOST_FORCED = 16_384, 10_000
+MOST_LETTERS = 16_384
+MOST_FORCED = 10_000
 # Parts of a schema that are looked at to tell whether it requires itself.
 MOST_LOOKS = 10_000
 INFINITE = "no finite output satisfies it: it requires itself"
@@ -58,9 +60,12 @@ class Grammars:
     """Compiles constraints for the tokens of a model, `vocab_size` ids of which `ends` end an output. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, ends: Sequence[int]) -> None:
-        self._tokenizer, self._vocab_size, self._ends = tokenizer, vocab_size, list(ends)
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._ends = list(ends)
         self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
-        self._lock, self._compiling = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
+        self._compiling = threading.Lock()
         self._tokens: Any = None
 
     def open(self, kind: str, text: str, most: int) -> Grammar:
@@ -129,8 +134,12 @@ class Grammar:
         self, name: str, matcher: Any, ends: Sequence[int], vocab_size: int, most: int
     ) -> None:
         self.seconds = 0.0
-        self._name, self._matcher, self._end, self._ends = name, matcher, ends[0], frozenset(ends)
-        self._read, self._length = np.zeros(most, np.int64), 0
+        self._name = name
+        self._matcher = matcher
+        self._end = ends[0]
+        self._ends = frozenset(ends)
+        self._read = np.zeros(most, np.int64)
+        self._length = 0
         self._vocab_size = vocab_size
         self._forced = [self._run()]
 
@@ -143,7 +152,8 @@ class Grammar:
 
     def allows(self, output: np.ndarray, tokens: Sequence[int]) -> int:
         """How many of `tokens` may follow, one after the other; none after the end."""
-        began, count = perf_counter(), 0
+        began = perf_counter()
+        count = 0
         if self._follow(output):
             for token in tokens:
                 if token in self._ends:
@@ -245,11 +255,9 @@ class _Spelled:
                 "the bundle's tokenizer has no text for each token, so its output cannot be constrained"
             )
         anchor, length = tokenizer.anchor
-        self.eos_token_id, self.bos_token_id, self.special_token_ids = (
-            ends[0],
-            None,
-            sorted(tokenizer.special_ids),
-        )
+        self.eos_token_id = ends[0]
+        self.bos_token_id = None
+        self.special_token_ids = sorted(tokenizer.special_ids)
         self.tokens = [
             b""
             if index in tokenizer.special_ids
@@ -288,7 +296,8 @@ def written_form(schema: dict[str, Any]) -> dict[str, Any]:
 
 def is_finite(root: dict[str, Any]) -> bool:
     """Whether a finite value satisfies a schema, as far as its references and required parts tell."""
-    left, known = MOST_LOOKS, set[str]()
+    left = MOST_LOOKS
+    known = set[str]()
 
     def finite(schema: Any, within: frozenset[str]) -> bool:
         nonlocal left
@@ -300,7 +309,8 @@ def is_finite(root: dict[str, Any]) -> bool:
             if reference in within or not finite(resolved(root, reference), within | {reference}):
                 return False
             known.add(reference)
-        needed, properties = list[Any](), schema.get("properties")
+        needed = list[Any]()
+        properties = schema.get("properties")
         if (
             schema.get("type") == "object"
             and isinstance(properties, dict)
@@ -361,25 +371,23 @@ def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
         schema = json.loads(text)
         if not is_finite(schema):
             raise ValueError(INFINITE)
-        described, size = {"json_schema": written_form(schema)}, schema_size(schema)
+        described = {"json_schema": written_form(schema)}
+        size = schema_size(schema)
     elif kind == "choice":
         choices = json.loads(text)
         longest = max(map(len, choices))
-        described, size = (
-            {"lark_grammar": "start: " + " | ".join(map(json.dumps, choices))},
-            Size(longest, longest),
-        )
+        described = {"lark_grammar": "start: " + " | ".join(map(json.dumps, choices))}
+        size = Size(longest, longest)
     elif kind == "regex":
-        described, size = (
-            json.loads(llguidance.LLMatcher.grammar_from_regex(text))["grammars"][0],
-            regex_size(text),
-        )
+        described = json.loads(llguidance.LLMatcher.grammar_from_regex(text))["grammars"][0]
+        size = regex_size(text)
     else:
         if re.search(r"^\s*root\s*::=", text, re.MULTILINE):  # GBNF, as llama.cpp's
             from llguidance.gbnf_to_lark import any_to_lark
 
             text = any_to_lark(text)
-        described, size = {"lark_grammar": text}, grammar_size(text)
+        described = {"lark_grammar": text}
+        size = grammar_size(text)
     if size.most > MOST_LETTERS:
         raise ValueError(
             f"it may force {size.most:,} letters at once, at most {MOST_LETTERS:,} may be; shorten its texts, or lower "

@@ -120,12 +120,15 @@ def _count(low: str | None, to: str | None, high: str | None, highest: bool) -> 
 
 def regex_size(regex: str, highest: bool = False) -> Size:
     """The size of a regular expression. `highest`: upper bounds of repetitions count, as where it is negated."""
-    expression, place, crude = _Expression(), 0, _VERBOSE.search(regex) is not None
+    expression = _Expression()
+    place = 0
+    crude = _VERBOSE.search(regex) is not None
     repeated = 1
     while place < len(regex):
         found = _REGEX.match(regex, place)
         assert found is not None
-        place, kind = found.end(), found.lastgroup
+        place = found.end()
+        kind = found.lastgroup
         if found["run"]:
             expression.add(Size(len(found["run"]), len(found["run"])))
         elif found["letter"]:
@@ -158,7 +161,8 @@ def regex_size(regex: str, highest: bool = False) -> Size:
 
 def _set_end(regex: str, place: int) -> int:
     """The end of a set of letters that began before `place`; sets stand within sets."""
-    depth, first = 1, True
+    depth = 1
+    first = True
     while place < len(regex) and depth:
         letter = regex[place]
         place += 2 if letter == "\\" else 1
@@ -307,11 +311,15 @@ def _definitions(text: str) -> tuple[dict[str, list[tuple[str, Any]]], list[str]
     """The parts of each definition of a Lark grammar by its name, and the names in reverse order: what is defined later
     is measured first, so that few calls stand within each other."""
     definitions: dict[str, list[tuple[str, Any]]] = {"": []}
-    body, line, place = definitions[""], list[tuple[str, Any]](), 0
+    body = definitions[""]
+    line = list[tuple[str, Any]]()
+    place = 0
     while place < len(text):
         found = _LARK.match(text, place)
         assert found is not None
-        place, kind, part = found.end(), found.lastgroup, found[0]
+        place = found.end()
+        kind = found.lastgroup
+        part = found[0]
         if kind == "open_end":  # llguidance refuses a text without an end
             break
         if found["line"]:

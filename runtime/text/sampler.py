@@ -102,7 +102,8 @@ class Sampler:
                     scores[last] += np.float32(bias)
             scores[tokens] += biases
         if self.repetition_penalty != 1.0:
-            seen, penalty = np.unique(context), np.float32(self.repetition_penalty)
+            seen = np.unique(context)
+            penalty = np.float32(self.repetition_penalty)
             with np.errstate(over="ignore"):  # of tokens that an exit does not know
                 scores[seen] = np.where(
                     scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty

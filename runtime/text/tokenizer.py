@@ -25,7 +25,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 LARGEST_CONFIG = 4 << 20  # bytes
 # A chain of replacements multiplies: eight that write a hundred characters for one end the process for want of memory.
-MOST_STEPS, MOST_GROWTH = 64, 1000
+MOST_STEPS = 64
+MOST_GROWTH = 1000
 # Steps of decoders that turn each token into text by itself, except that the first one may lose leading spaces.
 TOKEN_BY_TOKEN = re.compile(
     r"(ByteLevel )|((Metaspace|WordPiece|Replace|Strip|StripLeft) )*(ByteFallback )?(Fuse )?(StripLeft )*"
@@ -286,7 +287,8 @@ def _growth(step: dict[str, Any]) -> float:
     """Characters of the result for each of the text, at most."""
     if step.get("type") != "Replace":
         return 1.0
-    content, pattern = len(step["content"]), step["pattern"].get("String")
+    content = len(step["content"])
+    pattern = step["pattern"].get("String")
     # A regular expression may match nothing, and so between any two characters.
     return max(1.0, content / len(pattern)) if pattern else content + 1.0
 
