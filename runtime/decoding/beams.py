@@ -1,5 +1,7 @@
-"""Beam search as transformers 5 does it: which candidates go on, which are finished, when to stop; and the rows of a
-search at the two engines, a row a beam, in caches of its own."""
+"""Beam search with the results of transformers 5, and its rows at the two engines.
+
+A search uses one row per beam, in KV caches of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,20 @@ from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
 
-# Positions that the caches begin with, and grow from: an engine call takes as long as all their positions do.
+# Initial positions of the caches, which grow when needed. The time of an engine call depends on all
+# positions of its cache.
 FIRST_ROWS = 32
 
-# Columns of logits that are looked at one by one where the best of them is among the best of all.
+# Sets of columns per row of logits. A set is searched column by column if its maximum is among the
+# best of all.
 COLUMNS = 64
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of what comes next: `logits` float32 [B, V] less `log_sums` float64 [B]. Beams are ranked by
-    `processed` ones, float [B, V], where there are any."""
+    """Log-probabilities of the next tokens: `logits` float32 [B, V] minus `log_sums` float64 [B].
+
+    Beams are ranked by `processed`, float [B, V], if it is not None.
+    """
 
     logits: np.ndarray
     log_sums: np.ndarray
@@ -32,24 +38,29 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, logits: np.ndarray) -> Scores:
-        """Computed in the type of the logits, as transformers does: a vocabulary is long, and read at every token."""
+        """Normalize logits in their own type, as transformers does, to save time at every token."""
         best = logits.max(axis=1, keepdims=True)
         sums = np.exp(logits - best).sum(axis=1)
         return cls(logits, best[:, 0].astype(np.float64) + np.log(sums))
 
 
-# A coroutine from continuations of the beams so far, int64 [B, n], and which of the former beams each goes on from,
-# int64 [B].
+# Coroutine function that scores the next tokens, given the beams so far, int64 [B, n], and the
+# index of the previous beam that each one continues, int64 [B].
 Scoring = Callable[[np.ndarray, np.ndarray], Waits[Scores]]
 
-# A beam that is there to fill a row, and must not win.
+# Score of a beam that only fills a row and must not win.
 NEVER = -1e9
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A finished beam: `score` is its summed processed log-probability, divided by its length to the length penalty;
-    `logprobs` are the raw ones."""
+    """A finished beam.
+
+    Attributes:
+        tokens: Token ids.
+        logprobs: Log-probability of each token, without processing.
+        score: Sum of the processed log-probabilities, divided by length ** length_penalty.
+    """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -58,8 +69,17 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """`limit`: most tokens. `early_stopping`: True stops once `beams` are finished; False once the best unfinished one,
-    as it is, would score no better than the worst finished; "never" judges it by what it could become."""
+    """Settings of a beam search.
+
+    Attributes:
+        beams: Number of beams.
+        limit: Maximum number of tokens.
+        eos: Tokens that end a beam.
+        length_penalty: Exponent of the length by which scores are divided.
+        early_stopping: True stops as soon as `beams` beams are finished. False stops when the best
+            unfinished beam, at its current length, would not beat the worst finished one. "never"
+            compares the score it could reach at best.
+    """
 
     beams: int
     limit: int
@@ -70,11 +90,13 @@ class BeamSearch:
     def search(
         self, score: Scoring, cancelled: Callable[[], bool] = lambda: False
     ) -> Waits[list[Hypothesis]]:
-        """Find the `beams` best, best first; none where it was cancelled. Others have a turn between tokens, and where
-        `score` lets them."""
+        """Return the `beams` best hypotheses, best first, or none if cancelled.
+
+        Lets others have a turn between tokens, and whenever `score` does.
+        """
         sequences = np.zeros((self.beams, 0), np.int64)
         logprobs = np.zeros((self.beams, 0))
-        # All beams are the same at first: only one may give candidates.
+        # All beams are equal at first, so only one may provide candidates.
         totals = np.array([0.0] + [NEVER] * (self.beams - 1))
         sources = np.arange(self.beams)
         finished: list[Hypothesis] = []
@@ -93,7 +115,7 @@ class BeamSearch:
             going = np.flatnonzero(~ends)[: self.beams]
             if len(going) == 0 or self._settled(finished, totals[going[0]], length):
                 return finished
-            # Where too few go on, the other rows are filled with what cannot win.
+            # If too few beams continue, fill the other rows with beams that cannot win.
             fill = going[np.arange(self.beams) % len(going)]
             totals = np.where(np.arange(self.beams) < len(going), totals[fill], NEVER)
             sequences = sequences[fill]
@@ -104,8 +126,11 @@ class BeamSearch:
     def _candidates(
         self, totals: np.ndarray, scores: Scores
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The best continuations of all beams, which have these `totals` [B]: enough that `beams` go on even if all the
-        others end. Their totals, beams and tokens, best first."""
+        """Return totals, beams and tokens of the best continuations of all beams, best first.
+
+        There are enough for `beams` of them to continue even if all others end. `totals` [B] are
+        the scores of the beams so far.
+        """
         plain = scores.processed is None
         values = scores.logits if plain else scores.processed
         totals = totals - scores.log_sums if plain else totals
@@ -124,7 +149,10 @@ class BeamSearch:
         totals: np.ndarray,
         ends: np.ndarray,
     ) -> list[Hypothesis]:
-        """Only the `beams` best candidates may finish: those behind them are there to go on."""
+        """Add the beams that end, if they are among the first `beams` candidates.
+
+        Later candidates may only continue.
+        """
         if self.early_stopping is True and len(finished) == self.beams:
             return finished
         new = [
@@ -141,6 +169,7 @@ class BeamSearch:
         return sorted([*finished, *new], key=lambda hypothesis: -hypothesis.score)[: self.beams]
 
     def _settled(self, finished: list[Hypothesis], best: float, length: int) -> bool:
+        """Return True if the best unfinished total, `best`, can no longer change the result."""
         if len(finished) < self.beams:
             return False
         optimistic = self.early_stopping == "never" and self.length_penalty > 0
@@ -154,15 +183,18 @@ class BeamSearch:
 
 
 def _promising(values: np.ndarray, totals: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of some `values` [B, V], in their order, with the `count` best of totals[:, None] + values among
-    them: those in sets of columns whose best is one of the `count` best of all sets."""
+    """Return rows and columns of entries that include the `count` best of totals[:, None] + values.
+
+    `values` is [B, V]. Columns are divided into sets, and all entries of the sets with the `count`
+    best maxima are returned, unsorted.
+    """
     rows, columns = values.shape
     sets = columns // COLUMNS
     if rows * sets <= count:
         beams, tokens = np.divmod(np.arange(values.size), columns)
         return beams, tokens
     peaks = totals[:, None] + values[:, : sets * COLUMNS].reshape(rows, COLUMNS, sets).max(axis=1)
-    # What is no number is not less, and so is seen.
+    # NaN is not less than any number, so it is selected.
     beams, numbers = np.nonzero(~(peaks < np.partition(peaks, -count, axis=None)[-count]))
     tokens = (numbers[:, None] + sets * np.arange(COLUMNS)).reshape(-1)
     last = np.indices((rows, columns - sets * COLUMNS)).reshape(2, -1)
@@ -172,7 +204,17 @@ def _promising(values: np.ndarray, totals: np.ndarray, count: int) -> tuple[np.n
 
 
 class BeamRows:
-    """Borrows the engines of a `decoder`, and what its cross-attention reads. At most `rows` positions a beam."""
+    """Rows of a beam search at the engines of a `decoder`, with caches of their own.
+
+    Args:
+        decoder: Decoder whose engines are used.
+        cross: Arrays that cross-attention reads, for one sequence.
+        beams: Number of beams, B.
+        rows: Maximum number of positions per beam.
+
+    Attributes:
+        stats: Statistics of the decoder's request.
+    """
 
     def __init__(
         self, decoder: Decoder, cross: dict[str, np.ndarray], beams: int, rows: int
@@ -194,7 +236,10 @@ class BeamRows:
         self._bind()
 
     def stepping(self, tokens: np.ndarray, sources: np.ndarray) -> Waits[np.ndarray]:
-        """Row i goes on from former row `sources[i]` with `tokens[i]`: logits float32 [B, V], valid until the next."""
+        """Continue row `sources[i]` with `tokens[i]` as row i, and return logits float32 [B, V].
+
+        They are valid until the next call.
+        """
         if self._caches[0].lengths[0] >= self._caches[0].rows:
             rows = min(self._rows, 2 * self._caches[0].rows)
             self._caches = [cache.grown(rows) for cache in self._caches]
@@ -224,7 +269,7 @@ class BeamRows:
 
 
 def _repeated(array: Any, beams: int, runner: Runner) -> Any:
-    """[1, ...] -> [beams, ...]."""
+    """Repeat [1, ...] to [beams, ...]."""
     if isinstance(array, np.ndarray):
         return np.repeat(array, beams, axis=0)
     rows = runner.zeros((beams, *array.shape[1:]), array.dtype)
@@ -243,7 +288,7 @@ def _bind(
     past = {f"past.{name}": array for name, array in cache.arrays.items()}
     beams = len(cache.lengths)
     lengths = {"past_lengths": cache.lengths, "query_lengths": np.ones(beams, np.int32)}
-    if cache.own_exit:  # nothing exits
+    if cache.own_exit:  # no beam exits
         lengths["exit_lengths"] = np.zeros(beams, np.int32)
     present = {f"present.{name}": array for name, array in cache.arrays.items()}
     return runner.engine.bind(

@@ -1,7 +1,7 @@
 """Engine calls of one sequence, and coroutines that wait for them.
 
-Decoding is written as coroutines: generators that yield what they wait for, mostly the sequence's part of an engine
-call, which may be run together with those of others, and go on when it is there.
+Decoding is written as coroutines: generators that yield what they wait for and resume when it is
+done. Mostly they wait for an engine call, which may run together with those of other sequences.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ T = TypeVar("T")
 
 
 class Prediction(NamedTuple):
-    """The arg max for the token after a row; `confidence` of the shallow decoder in [0, 1], None where its head did not
-    run; `nll` in nats of the token that was drafted there, by the deep decoder; `logits` float32 [V] where they were
-    asked for: a view, valid until the same engine's next call."""
+    """Prediction of the token after a row.
+
+    Attributes:
+        token: The most likely token.
+        confidence: Confidence of the shallow decoder in [0, 1]. None if its head did not run.
+        nll: Negative log-likelihood in nats of the drafted token, by the deep decoder.
+        logits: float32 [V], or None unless requested. A view that is valid until the same engine's
+            next call.
+    """
 
     token: int
     confidence: float | None = None
@@ -28,19 +34,20 @@ class Prediction(NamedTuple):
     logits: np.ndarray | None = None
 
 
-# Sequences for which a bound call is kept that none of them used: binding anew takes three times as long.
+# Number of sequences for which an unused bound call is kept. Binding a new one takes three times as
+# long as rebinding.
 KEPT = 3
 
 # The prediction at a row without the head.
 NOTHING = Prediction(-1)
 
-# What to run the shallow decoder on next while a sync pass runs, given its prediction after the token before (None at
-# first) and the tokens that it has run ahead on. None: nothing more.
+# Chooses the next token for the shallow decoder while a deep pass runs. It receives the last
+# shallow prediction (None at first) and the tokens run ahead so far. Returns None to stop.
 RunAhead = Callable[[Prediction | None, Sequence[int]], int | None]
 
 
 class Owner(Protocol):
-    """The decoder of a sequence: its slot, and what cross-attention reads there."""
+    """The decoder of a sequence: its slot and the arrays that cross-attention reads."""
 
     slot: int
     cross: dict[str, np.ndarray]
@@ -49,12 +56,24 @@ class Owner(Protocol):
 
 
 class SlotCall:
-    """`rows` rows of a sequence for the engine of `runner`, which is to run the head for the last `heads` of them.
-    `exits`: and the exit's own layers, where it has any, for all.
+    """One engine call for the rows of one sequence.
 
-    `inputs` and `outputs` are arrays of this sequence alone, named as the engine's: "input_ids" int64 [1, k], or
-    "hidden" float32 [1, k, d] and "emitted" int64 [R]; "token", "confidence" or "nll", "logits" for R rows. `seconds`:
-    what the call took that it was last part of, and `batch_size` how many sequences were.
+    `inputs` and `outputs` are arrays of this sequence alone, named as the engine's: "input_ids"
+    int64 [1, k], or "hidden" float32 [1, k, d] and "emitted" int64 [R]; "token", "confidence" or
+    "nll", "logits" for R rows.
+
+    Args:
+        owner: The sequence's decoder.
+        runner: Runs the engine.
+        inputs: Input arrays.
+        outputs: Output arrays.
+        rows: Number of rows, k.
+        heads: Number of last rows, R, for which the head runs.
+        exits: Also run the exit's own layers, if any, for all rows.
+
+    Attributes:
+        seconds: Duration of the last engine call that included it.
+        batch_size: Number of sequences in that call.
     """
 
     __slots__ = (
@@ -82,18 +101,17 @@ class SlotCall:
         self.seconds = 0.0
         self.batch_size = 1
         self._call: Call | None = None
-        self._kept: Call | None = (
-            None  # bound, but to what an earlier sequence read, `_age` sequences ago
-        )
+        # Bound to the cross-attention arrays of the sequence `_age` sequences ago.
+        self._kept: Call | None = None
         self._age = 0
         self._cross: Mapping[str, Any] = {}
 
     def submit(self) -> Event:
-        """Run it by itself, where calls of its engine run."""
+        """Start the call on its own, on the thread or stream of its engine."""
         return self.runner.submit(self._bound())
 
     def run(self) -> None:
-        """Run it by itself, to its end."""
+        """Run the call on its own, to completion."""
         call = self._call or self._bound()
         self.seconds = self.runner.run(call)
         self.batch_size = 1
@@ -108,8 +126,10 @@ class SlotCall:
         return self._call
 
     def attend(self, cross: Mapping[str, Any]) -> None:
-        """Read this instead of what the sequence before did, from the next run on. A call that KEPT sequences did not
-        use is forgotten, and with it what it had read."""
+        """Set the cross-attention arrays for the next runs.
+
+        A call that was not used for KEPT sequences is dropped, with the arrays it is bound to.
+        """
         if self._call is not None:
             self._kept = self._call
             self._call = None
@@ -120,20 +140,20 @@ class SlotCall:
         self._cross = cross
 
     def forget(self) -> None:
-        """The slot has changed: bind again."""
+        """Drop the bound calls because the slot has changed."""
         self._call = self._kept = None
 
 
-# Nothing: what follows are engine calls that a sequence which is alone runs itself.
+# Yielded before engine calls that a sequence runs itself because it is alone. Nothing to wait for.
 AT_ONCE = Event(0.0)
 
-# SlotCall to be run, an event to happen, or None: others may have a turn.
+# A call to run, an event to wait for, or None to let others have a turn.
 Waiting = SlotCall | Event | None
 Waits = Generator[Waiting, None, T]
 
 
 def finish(coroutine: Waits[T]) -> T:
-    """Run a coroutine to its end by itself: what it returns. It waits for its events itself."""
+    """Run a coroutine to completion and return its result. It waits for its own events."""
     try:
         while True:
             waits = next(coroutine)

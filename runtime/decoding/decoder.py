@@ -1,4 +1,4 @@
-"""One sequence at the two engines: its rows of the KV caches, its stack of pending tokens, its bound calls."""
+"""Decoder of one sequence: its rows in the KV caches, its stack of pending rows, and its calls."""
 
 from __future__ import annotations
 
@@ -16,30 +16,50 @@ from runtime.engines.runner import Runner
 from runtime.kernels import reading_prompt
 from runtime.result import Stats
 
-# Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.
+# Prompts are read in pieces, because attention over a piece needs memory for rows x positions
+# scores.
 PREFILL_ROWS = 512
-# While other sequences decode, a piece comes before each of the two engine calls that their next token takes: about as
-# many rows as are read in so many seconds, within limits. Small pieces reread all weights for few tokens.
+# While other sequences decode, one piece runs before each of the two engine calls of their next
+# token. Its number of rows is chosen to take this many seconds, within limits. Small pieces reread
+# all weights for few tokens.
 SHARED_PREFILL_SECONDS = 0.05
 FEWEST_SHARED_ROWS = BLOCK
 SHARED_PREFILL_ROWS = 128
 
 
 class Decoder:
-    """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `vocab_size` V,
-    `max_pending` the rows of the stack. `batch_size`: sequences in the last shallow call, this one included. `others`:
-    whether other sequences wait while a piece of a prompt is read. `alone`: none could share a deep pass, which is then
-    run at once. `cross` is what cross-attention reads.
+    """One sequence at the two engines.
 
-    `prefilling`, `stepping` and `syncing` give the engine calls that they need, so that those of several sequences can
-    be run as one; `guess` and `answers` are the predictions then. `prefill`, `step` and `sync` run them at once. Calls
-    are bound on first use and kept, with the arrays that they read and write. Those of a step are seen as plain memory,
-    too: numpy scalar access is slow.
+    Invariant, until `drop_stack`: shallow length = deep length + stacked.
+
+    `prefilling`, `stepping` and `syncing` return the engine calls they need, so that calls of
+    several sequences can run as one. `guess` and `answers` then return the predictions. `prefill`,
+    `step` and `sync` run the calls at once. Calls are bound on first use and kept, with the arrays
+    they read and write. The arrays of a step are also kept as memoryviews, because numpy scalar
+    access is slow.
+
+    Args:
+        shallow: Runs the shallow engine.
+        deep: Runs the deep engine.
+        slot: Row in the caches.
+        hidden_size: Size of hidden states, d.
+        vocab_size: Size of the vocabulary, V.
+        max_pending: Maximum number of rows on the stack.
+
+    Attributes:
+        exit: Runs the exit if that is an engine of its own.
+        overlaps: Deep passes run in parallel to shallow steps.
+        in_background: A deep pass may be running in parallel now.
+        stacked: Number of rows on the stack.
+        batch_size: Number of sequences in the last shallow call.
+        others: Other sequences wait while a piece of a prompt is read.
+        alone: No other sequence could share a deep pass, so it runs at once.
+        cross: Arrays that cross-attention reads.
     """
 
-    exit: Runner | None = None  # where the exit is an engine of its own
-    overlaps = False  # whether deep passes run beside shallow steps
-    in_background = False  # whether a deep pass may be running beside
+    exit: Runner | None = None
+    overlaps = False
+    in_background = False
 
     def __init__(
         self,
@@ -61,11 +81,12 @@ class Decoder:
         self.batch_size = 1
         self.others = False
         self.alone = False
-        self._shared_rows = 2 * FEWEST_SHARED_ROWS  # of the next piece while others decode
+        self._shared_rows = 2 * FEWEST_SHARED_ROWS  # rows of the next piece while others decode
         self._head = self._exits = False
-        self._heads = self._drafts = 0  # of the last sync pass
-        # What passes read, float32 [max_pending, d], the second where they leave out the first rows; and what several
-        # steps at once gave, and a step, [1, 1, d].
+        self._heads = self._drafts = 0  # heads and drafts of the last sync pass
+        # `_stack` and `_later` float32 [max_pending, d] are read by deep passes, `_later` by passes
+        # that skip the first rows. `_together` is written by several steps at once, `_hidden` [1,
+        # 1, d] by one step.
         self._stack = shallow.zeros((max_pending, hidden_size), np.float32)
         self._later = shallow.zeros((max_pending, hidden_size), np.float32)
         self._together = shallow.zeros((max_pending, hidden_size), np.float32)
@@ -83,12 +104,11 @@ class Decoder:
         self._answer_memory = _memory(self._answers)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}
-        self._step_logits: np.ndarray | None = (
-            None  # float32 [V] of the last step, where they are wanted
-        )
+        # float32 [V] of the last step, if logits are wanted.
+        self._step_logits: np.ndarray | None = None
         self.cross: dict[str, np.ndarray] = {}
-        self._short = CrossCache(1)  # of one slot
-        self._attended: dict[str, np.ndarray] | None = None  # what calls are bound to
+        self._short = CrossCache(1)  # short prompts, in one slot
+        self._attended: dict[str, np.ndarray] | None = None  # arrays that calls are bound to
         self._read: dict[Runner, dict[str, Any]] = {shallow: {}, deep: {}}
         self._past = {
             runner: {name: runner.value(view) for name, view in runner.cache.slot(slot)}
@@ -97,12 +117,13 @@ class Decoder:
         self.forget_calls()
 
     def forget_calls(self) -> None:
-        """Bind all calls again when they are needed next."""
-        # Steps by rows, whether they run the head, and an exit's own layers; passes
-        # by rows (0: the one of `full_step`), heads, and whether they leave out the first rows of the stack.
+        """Drop all bound calls. They are bound again when needed."""
+        # Shallow calls by rows, head, and the exit's own layers. Deep calls by rows (0: the call of
+        # `full_step`), heads, and whether they skip the first rows of the stack.
         self._steps: dict[tuple[int, bool, bool], SlotCall] = {}
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
-        # The last step, and the last pass until its answers are read; the step with the head, and those of `full_step`.
+        # `_pass` is the last deep call until its predictions are read, `_both` the calls of
+        # `full_step`.
         self._step: SlotCall | None = None
         self._pass: SlotCall | None = None
         self._step_with_head: SlotCall | None = None
@@ -110,11 +131,11 @@ class Decoder:
 
     @property
     def runners(self) -> tuple[Runner, ...]:
-        """The shallow and the deep one, and one of the exit that is read in step with them."""
+        """The shallow and the deep runner, and the exit's if it reads along."""
         return self._shallow, self._deep
 
     def lengths(self) -> tuple[int, int]:
-        """Valid positions of the shallow and of the deep cache."""
+        """Return the valid positions of the shallow and of the deep cache."""
         return self._shallow.cache.length(self.slot), self._deep.cache.length(self.slot)
 
     def reset(self) -> None:
@@ -123,22 +144,29 @@ class Decoder:
         self.trim(0)
 
     def trim(self, length: int) -> None:
-        """Forget all positions from `length` on, and what is stacked."""
+        """Drop all positions from `length` on, and the stack."""
         self.drop_stack()
         self._shallow.cache.trim(self.slot, length)
         self._deep.cache.trim(self.slot, length)
 
     def drop_stack(self) -> None:
-        """Never show the deep decoder what is stacked: its cache stays behind for the rest of the sequence."""
+        """Drop the stacked rows without a deep pass.
+
+        The deep cache then lags behind for the rest of the sequence.
+        """
         self.stacked = 0
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
-        """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`. Of a
-        short prompt it is copied: calls that stay bound save more."""
+        """Set the arrays that cross-attention reads.
+
+        They are `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`. Short
+        prompts are copied into fixed arrays, because keeping calls bound saves more time than the
+        copy takes.
+        """
         on_host = all(isinstance(array, np.ndarray) for array in cross.values())
         if cross and on_host and cross["cross_lengths"][0] <= MOST_DOUBLED:
             self._short.place(0, cross)
-            self._short.forget(0)  # nothing is ever moved from there
+            self._short.forget(0)  # its values are never moved
             cross = self._short.arrays
         self.cross = cross
         if cross is self._attended:
@@ -152,7 +180,7 @@ class Decoder:
             call.attend(self._read[call.runner])
 
     def want_logits(self, wanted: bool) -> None:
-        """Let predictions carry logits, or not: they are copied out of the engines only where they are `wanted`."""
+        """Set whether predictions carry logits. If not, they are not copied out of the engines."""
         if wanted == bool(self._logits):
             return
         rows = {self._shallow: 1, self._deep: self.max_pending} if wanted else {}
@@ -163,7 +191,7 @@ class Decoder:
         self.forget_calls()
 
     def move(self, other: Decoder) -> None:
-        """Take the place of `other`, which is free, and leave it this one's."""
+        """Swap slots with `other`, which is free, and copy the sequence's rows there."""
         for runner in self.runners:
             runner.cache.copy_rows(self.slot, other.slot)
             runner.cache.trim(self.slot, 0)
@@ -176,12 +204,18 @@ class Decoder:
     # At once
 
     def prefill(self, tokens: np.ndarray, head: bool, exits: bool = False) -> Prediction:
-        """Run both engines over the prompt, int64 [n]: the deep prediction, with the shallow confidence if `head`.
-        `exits`: see `begin`; with `head` they are run anyway."""
+        """Run both engines over the prompt, int64 [n], and return the deep prediction.
+
+        With `head` it carries the shallow confidence. `exits` is that of `begin`, and implied by
+        `head`.
+        """
         return finish(self.prefilling(tokens, head, exits))
 
     def step(self, token: int, head: bool) -> Prediction:
-        """Run the shallow decoder on one token, onto the stack. Without `head` there is no prediction: token -1."""
+        """Run the shallow decoder on one token and push its row onto the stack.
+
+        Without `head` there is no prediction: the token is -1.
+        """
         calls = self.stepping(token, head)
         if calls:
             calls[0].run()
@@ -190,10 +224,13 @@ class Decoder:
     def sync(
         self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None
     ) -> list[Prediction]:
-        """Run the deep decoder on all stacked tokens: its predictions after the newest `heads` of them, in order.
+        """Run the deep decoder on all stacked rows and return its predictions after the last ones.
 
-        `drafts` are the tokens taken after the first of these rows: their predictions carry `nll`. Where the deep
-        engine runs beside, the shallow one runs `ahead` meanwhile; `step` takes from that what fits.
+        Args:
+            heads: Number of predictions, in order of position.
+            drafts: Tokens drafted after the first of these rows. Their predictions carry `nll`.
+            ahead: If deep passes overlap, chooses tokens for shallow steps in the meantime. Later
+                calls of `step` use those that match.
         """
         for waits in self.syncing(heads, drafts, ahead):
             if isinstance(waits, SlotCall):
@@ -201,8 +238,10 @@ class Decoder:
         return self.answers()
 
     def full_step(self, token: int) -> int:
-        """Run both decoders on one token, without the shallow head: the token that the deep one predicts. Nothing may
-        be stacked. The same as `step` and `sync`, in fewer functions."""
+        """Run both decoders on one token, without the shallow head, and return the deep token.
+
+        Equal to `step` and `sync` in fewer Python calls. The stack must be empty.
+        """
         self._token[0] = token
         step, deep_pass = self._both or self._bind_both()
         step.run()
@@ -220,18 +259,24 @@ class Decoder:
     # As coroutines, or as the engine calls that are needed
 
     def begin(self, exits: bool) -> None:
-        """Begin with the first token of an encoder-decoder, without a prompt to read. `exits`: later steps may ask the
-        head, so an exit's own layers are run for all rows from here on."""
+        """Begin with the first token of an encoder-decoder, without a prompt to read.
+
+        With `exits`, the exit's own layers run for all rows from here on, so that later steps may
+        use the head.
+        """
         self._allow(exits)
         self.begun(1)
 
     def begun(self, prompt: int) -> None:
-        """Called once a prompt of so many tokens was read, an encoder-decoder's start token among them."""
+        """Called after a prompt of `prompt` tokens was read, start token included."""
 
     def prefilling(
         self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None
     ) -> Waits[Prediction]:
-        """Read the prompt as `prefill`. Others have a turn between pieces. What `prefix` has is copied, not read."""
+        """Read the prompt like `prefill`, letting others have a turn between pieces.
+
+        Positions stored in `prefix` are copied instead of computed.
+        """
         self._allow(exits or head)
         start = 0
         while start < len(tokens):
@@ -254,14 +299,14 @@ class Decoder:
         return self._answer(0)._replace(confidence=self._confidence_memory[0] if head else None)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
-        """The calls that `step` needs: none where it was run ahead. `guess` then gives the prediction."""
+        """Return the calls that `step` needs: none if the step was run ahead. Then call `guess`."""
         self._head = head
         self._token[0] = token
         self._step = call = (self._step_with_head if head else None) or self._step_call(head)
         return (call,)
 
     def guess(self) -> Prediction:
-        """Count the step that ran, onto the stack: its prediction."""
+        """Push the rows of the step that ran onto the stack, and return its prediction."""
         call = self._step
         assert call is not None
         self.stats.shallow_seconds += call.seconds
@@ -275,8 +320,10 @@ class Decoder:
         return self.prediction() if self._head else NOTHING
 
     def stepping_together(self, tokens: Sequence[int], head: bool = False) -> tuple[SlotCall, ...]:
-        """The calls for shallow steps on several tokens at once, with the `head` after the last. `guess` counts them
-        then, and gives its prediction."""
+        """Return the calls for shallow steps on several tokens at once. Then call `guess`.
+
+        With `head`, the head runs after the last token.
+        """
         rows = len(tokens)
         if rows == 1:
             return self.stepping(tokens[0], head)
@@ -293,7 +340,7 @@ class Decoder:
     def syncing(
         self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None
     ) -> Iterable[Waiting]:
-        """The calls that `sync` needs. `answers` then gives the predictions."""
+        """Return the calls that `sync` needs. Then call `answers`."""
         self._heads = heads
         self._drafts = len(drafts)
         self._pass = call = self._pass_call(0, self.stacked, heads, drafts)
@@ -303,7 +350,7 @@ class Decoder:
         return (call,)
 
     def answers(self) -> list[Prediction]:
-        """Count the sync pass that ran, and empty the stack: its predictions."""
+        """Count the deep pass that ran, empty the stack, and return the predictions."""
         call = self._pass
         if call is not None:
             self._pass = None
@@ -313,20 +360,22 @@ class Decoder:
         return [self._answer(row, row < self._drafts) for row in range(self._heads)]
 
     def start_sync(self, least: int) -> None:
-        """Begin a pass in the background over the stacked rows that no pass has seen, where they are at least `least`,
-        the deep engine runs beside, and no pass is under way. It answers nothing; its rows stay stacked until `sync`.
+        """Start a background pass over the stacked rows that no pass has read.
+
+        Does nothing unless there are at least `least` such rows, deep passes overlap, and none is
+        running. The pass returns no predictions, and its rows stay on the stack until `sync`.
         """
 
-    # What calls gave
+    # Results of calls
 
     def prediction(self) -> Prediction:
-        """Read the prediction of the step that ran, which is counted."""
+        """Read the prediction of the last step, which has already been counted."""
         fields = (self._best_memory[0], self._confidence_memory[0], None, self._step_logits)
         shallow: Prediction = tuple.__new__(Prediction, fields)
         return shallow
 
     def _answer(self, row: int, drafted: bool = False) -> Prediction:
-        """Read what the last deep call predicted at the `row`-th of its heads."""
+        """Read the prediction of the last deep call at row `row` of its heads."""
         logits = self._logits[self._deep][row] if self._logits else None
         nll = self._nll.item(row) if drafted else None
         return tuple.__new__(Prediction, (self._answer_memory[row], None, nll, logits))
@@ -334,10 +383,10 @@ class Decoder:
     # Calls
 
     def bind(self, call: SlotCall) -> Call:
-        """Bind a call of this slot alone."""
+        """Bind a call for this slot alone."""
         runner, rows, past = call.runner, call.rows, self._past[call.runner]
         shared: dict[str, Any] = {
-            # The cache's own counter: the engine reads it where `extend` and `trim` write it.
+            # A view of the cache's own counter, so the engine reads what `extend` and `trim` write.
             "past_lengths": runner.cache.lengths[self.slot : self.slot + 1],
             "query_lengths": np.array([rows], np.int32),
         }
@@ -356,7 +405,7 @@ class Decoder:
         )
 
     def _bound(self) -> list[SlotCall]:
-        """The calls that are kept."""
+        """Return all calls that are kept."""
         return [*self._steps.values(), *self._passes.values()]
 
     def _allow(self, exits: bool) -> None:
@@ -365,7 +414,7 @@ class Decoder:
             self._both = None
 
     def _step_call(self, head: bool) -> SlotCall:
-        """The shallow decoder on `_token`."""
+        """Return the shallow call on `_token`."""
         key = 1, head, self._exits or head
         call = self._steps.get(key)
         if call is None:
@@ -375,7 +424,7 @@ class Decoder:
         return call
 
     def _pass_call(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:
-        """The deep decoder on rows `first` to `end` of the stack; the head for the last `heads` of them."""
+        """Return the deep call on rows `first` to `end` of the stack, with `heads` predictions."""
         rows = end - first
         apart = first > 0
         call = self._passes.get((rows, heads, apart))
@@ -389,14 +438,14 @@ class Decoder:
         return call
 
     def _bind_both(self) -> tuple[SlotCall, SlotCall]:
-        """The shallow decoder on `_token` without the head, and the deep one on what that gives, with it."""
+        """Bind the shallow call on `_token`, without the head, and the deep call on its output."""
         deep = self._passes.get((0, 1, False)) or self._deep_call(self._hidden, 1)
         self._passes[0, 1, False] = deep
         self._both = self._step_call(False), deep
         return self._both
 
     def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
-        """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""
+        """Create the shallow call on tokens int64 [1, q]. `head` runs the head on the last row."""
         count = int(head)
         exits = self._exits or head
         outputs = {
@@ -411,7 +460,7 @@ class Decoder:
         )
 
     def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
-        """The deep decoder on hidden states float32 [1, k, d]; the head for its last `heads` rows."""
+        """Create the deep call on float32 [1, k, d]. The head runs on the last `heads` rows."""
         inputs = {"hidden": hidden, "emitted": self._drafted[:heads]}
         outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
         if self._logits:
@@ -421,18 +470,19 @@ class Decoder:
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         rows = piece.shape[1]
         began = perf_counter()
-        # The few tokens that an encoder-decoder begins with are rows like those of its steps.
+        # The first tokens of an encoder-decoder are few, like the rows of its steps.
         with reading_prompt(not self.cross):
             self._read_piece(piece, shallow_head, deep_head)
         if rows >= FEWEST_SHARED_ROWS:
             fit = rows * SHARED_PREFILL_SECONDS / max(perf_counter() - began, 1e-9)
-            # The nearest whole blocks: the next below could be the same for ever, as more rows take less time each.
+            # Round to the nearest block, not down: more rows take less time each, so rounding down
+            # could keep the same size forever.
             self._shared_rows = max(round(fit / BLOCK) * BLOCK, FEWEST_SHARED_ROWS)
 
     def _read_piece(
         self, piece: np.ndarray, shallow_head: bool, deep_head: bool
     ) -> tuple[SlotCall, SlotCall]:
-        """The shallow and the deep call on a piece of a prompt, which ran."""
+        """Run the shallow and the deep call on a piece of a prompt, and return them."""
         rows = piece.shape[1]
         hidden = self._shallow.scratch("piece", (1, rows, self.hidden_size), np.float32)
         calls = (
@@ -446,5 +496,5 @@ class Decoder:
 
 
 def _memory(array: Any) -> Any:
-    """The memory of an array of the host."""
+    """Return the memoryview of a host array, or the array itself if it is on a device."""
     return array.data if isinstance(array, np.ndarray) else array

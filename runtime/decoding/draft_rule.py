@@ -1,4 +1,4 @@
-"""Decides when a lossless request drafts, from which source, and how many tokens.
+"""Rule that decides when a lossless request drafts, from which source, and how many tokens.
 
 docs/decoding.md, "When to draft", explains the rule: what is measured, what is compared, and when a
 source is tried again. `DraftRule` holds its constants, each with the reason for it.
@@ -21,49 +21,64 @@ from runtime.decoding.response import Response
 
 @dataclass(frozen=True)
 class DraftRule:
-    """Constants of the rule. Times are in tokens of mode "full", the time one token takes there."""
+    """Constants of the rule.
+
+    Times are in units of one token in mode "full".
+    """
 
     # Drafts from text
 
     lengths: tuple[int, ...] = (1, 3, 7, 15)
-    """Lengths of drafts from text. Few, because the calls for each number of rows are bound once,
-    and binding takes as long as a token."""
+    """Lengths of drafts from text.
+
+    Few, because engine calls are bound once per number of rows, and binding takes as long as a
+    token.
+    """
 
     first_length: int = 3
-    """Maximum length of a request's first draft from a source: short, as its acceptance is
-    unknown."""
+    """Maximum length of a request's first draft from a source, as its acceptance is unknown."""
 
     tried_agreement: int = 3
-    """Agreeing tokens from which a lookup is tried whatever earlier requests have shown, so that a
-    text that repeats is found in the first request too. Shorter matches are often coincidence."""
+    """Agreement in tokens from which a lookup is tried regardless of earlier requests.
+
+    A text that repeats is thus found in the first request too. Shorter matches are often
+    coincidence.
+    """
 
     sure_agreement: int = 8
-    """Agreeing tokens from which a lookup is tried even after drafts have lost their grant: such a
-    match is rarely a coincidence."""
+    """Agreement in tokens from which a lookup is tried even after drafts have used up their grant.
+
+    Such a match is rarely a coincidence.
+    """
 
     confirmed: float = 0.9
-    """Minimum acceptance rate assumed after a draft was accepted in full: the text is being
-    repeated."""
+    """Minimum acceptance rate assumed after a fully accepted draft: the text is being repeated."""
 
     most_agreement: int = 8
-    """Agreeing tokens beyond which acceptance rates are no longer told apart."""
+    """Agreement in tokens up to which acceptance rates are kept separately."""
 
     # What drafts may lose
 
     grant: float = 0.5
-    """Time that drafts may lose before a request stops drafting: half a token goes unnoticed."""
+    """Time that drafts may lose before a request stops drafting. Half a token is not noticeable."""
 
     grant_share: float = 0.015
-    """Share of a request's tokens that is added to `grant`, so that long requests keep trying and
-    lose at most this share."""
+    """Share of a request's tokens that is added to `grant`.
+
+    Long requests keep trying, and lose at most this share.
+    """
 
     most_saved: float = 8.0
-    """Maximum time saved by drafts that later drafts may lose again, so that a text that repeated
-    once does not pay for misses in the rest of the request."""
+    """Maximum time saved by earlier drafts that later drafts may lose again.
+
+    A text that repeated once thus does not pay for misses in the rest of the request.
+    """
 
     margin: float = 1.01
-    """Speed relative to mode "full" that a draft must promise unless it is always tried: smaller
-    gains are within the error of the estimates."""
+    """Minimum speedup over mode "full" that a draft must promise, unless it is always tried.
+
+    Smaller gains are within the error of the estimates.
+    """
 
     # Drafts from the exit
 
@@ -72,54 +87,52 @@ class DraftRule:
         0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999,
     )
     # fmt: on
-    """Boundaries of the confidence bins whose acceptance is measured. Narrower near 1, where most
-    predictions are and where acceptance decides over long drafts."""
+    """Boundaries of the confidence bins in which acceptance is measured.
+
+    They are denser near 1, where most predictions are and where acceptance decides over long
+    drafts.
+    """
 
     probe_share: float = 0.005
-    """Share of the time that probing an exit may cost while its drafts do not pay: too small to
-    notice."""
+    """Maximum share of the time spent on probing an exit while its drafts do not pay."""
 
     probe_tokens: int = 16
-    """Minimum number of tokens between two probes, for exits whose head costs next to nothing."""
+    """Minimum number of tokens between two probes, for exits whose head is almost free."""
 
     # An exit with layers of its own, chosen once for each request
 
     alternating: int = 6
-    """Requests of a setting that alternate between drafting from the exit and not, to compare
-    both."""
+    """First requests of a setting, which alternate between drafting from the exit and not."""
 
     retry: int = 16
-    """One request in this many takes the slower way, which may have become the faster one."""
+    """One request in this many uses the slower way, which may have become the faster one."""
 
     retry_far: int = 64
-    """The same if the slower way is slower by more than `far`, where a wrong choice costs more."""
+    """Replaces `retry` if the ratio exceeds `far`, because a wrong choice then costs more."""
 
     far: float = 1.2
-    """Ratio of the times per token of the slower and the faster way from which `retry_far`
-    applies."""
+    """Ratio of the times per token of the two ways from which `retry_far` applies."""
 
     choice_tokens: int = 2048
-    """Tokens after which a request's time has faded, so that the choice follows the present
-    traffic."""
+    """Tokens after which a request's time has faded, so that the choice follows recent traffic."""
 
     # Measuring
 
     timed: int = 8
-    """One of this many tokens without a draft is timed: timing is Python between two engine
-    calls."""
+    """One in this many tokens without a draft is timed. Timing adds Python between engine calls."""
 
     recent: int = 64
-    """Observations over which acceptance rates are averaged."""
+    """Number of observations over which acceptance rates are averaged."""
 
     most_settings: int = 64
-    """Settings of requests, by threshold and sampling, whose acceptance a session remembers."""
+    """Maximum number of settings (threshold and sampling) whose acceptance a session remembers."""
 
 
 RULE = DraftRule()
 
 
 class Average:
-    """Exponential average. Begins as `value`, with the weight of two observations."""
+    """Exponential average. Starts at `value`, with the weight of two observations."""
 
     def __init__(self, value: float = 0.5) -> None:
         self.value = value
@@ -131,20 +144,20 @@ class Average:
 
 
 class ExitChoice:
-    """Chooses whether a request may draft from an exit that has layers of its own.
+    """Chooses per request whether to draft from an exit that has layers of its own.
 
-    Such layers read every row of the request, drafted or not, and text may already draft what is
-    easy to predict. Only whole requests show whether the exit pays.
+    These layers read every row of the request, drafted or not, and text may already draft the
+    tokens that are easy to predict. Only whole requests show whether the exit pays.
     """
 
     def __init__(self) -> None:
         self._requests = 0
-        # Without and with the exit, older requests faded.
+        # Totals without and with the exit. Older requests fade.
         self._time = [0.0, 0.0]
         self._tokens = [0.0, 0.0]
 
     def next(self) -> bool:
-        """Chooses for the next request."""
+        """Return True if the next request may draft from the exit."""
         self._requests += 1
         if self._requests <= RULE.alternating or not all(self._tokens):
             return self._requests % 2 == 1
@@ -155,8 +168,10 @@ class ExitChoice:
         return (with_exit <= without_exit) != tries_slower
 
     def observe(self, exits: bool, time: float, tokens: int) -> None:
-        """Learns the time of `tokens`, in deep passes over one row, which do not depend on the
-        exit."""
+        """Add the time of `tokens`, in units of a deep pass over one row.
+
+        That unit does not depend on the exit.
+        """
         weight = max(0.0, 1 - tokens / RULE.choice_tokens)
         self._time[exits] = self._time[exits] * weight + time
         self._tokens[exits] = self._tokens[exits] * weight + tokens
@@ -165,7 +180,7 @@ class ExitChoice:
 class Acceptance:
     """Acceptance rates of drafted tokens over many requests, and the `choice` of the exit.
 
-    Shared by requests of the same setting. A lost update does no harm.
+    Shared by requests with the same setting. A lost update does no harm.
     """
 
     def __init__(self) -> None:
@@ -173,7 +188,7 @@ class Acceptance:
         self.by_confidence = [Average((low + high) / 2) for low, high in bounds]
         self.exit = Average()
         self.choice = ExitChoice()
-        # Averages per deep pass: tokens that became final, and time.
+        # Averages per deep pass: final tokens and time.
         self.made = Average(1.0)
         self.time = Average(1.0)
         # Averages per draft of the exit. The cost of rows and heads depends on the sequences in a
@@ -184,15 +199,14 @@ class Acceptance:
         self._by_source: dict[tuple[str, int], Average] = {}
 
     def of_confidence(self, confidence: float) -> Average:
-        """Acceptance rate of the exit's predictions of this confidence."""
+        """Return the acceptance rate of exit predictions with this confidence."""
         return self.by_confidence[bisect(RULE.confidence_bins, confidence)]
 
     def of_text(self, source: str, agreement: int) -> Average:
-        """Acceptance rate of a candidate of a source, after `agreement` tokens that agreed with
-        it."""
+        """Return the acceptance rate of a source's candidate after `agreement` matching tokens."""
         key = source, min(agreement, RULE.most_agreement)
         if key not in self._by_source:
-            # The more tokens agree, the likelier is the next to.
+            # Prior: the more tokens match, the more likely the next one does too.
             self._by_source[key] = Average((key[1] + 1) / (key[1] + 3))
         return self._by_source[key]
 
@@ -207,10 +221,11 @@ class Acceptance:
 
 
 class LearnedDrafts:
-    """What the lossless requests of a session have measured.
+    """Measurements of all lossless requests of a session.
 
-    `costs` of engine calls, `costs_without_exit` those of requests that leave out an exit's own
-    layers, and acceptance by threshold and by whether tokens are sampled.
+    Attributes:
+        costs: Costs of engine calls.
+        costs_without_exit: The same for requests that skip the exit's own layers.
     """
 
     def __init__(self, costs: CallCosts) -> None:
@@ -219,21 +234,21 @@ class LearnedDrafts:
         self._acceptance: dict[tuple[float, bool], Acceptance] = {}
 
     def acceptance(self, threshold: float, samples: bool) -> Acceptance:
+        """Return the acceptance for a threshold and for sampled or greedy requests."""
         key = threshold, samples
         if key not in self._acceptance and len(self._acceptance) >= RULE.most_settings:
             self._acceptance.pop(next(iter(self._acceptance)), None)
         return self._acceptance.setdefault(key, Acceptance())
 
     def forget(self) -> None:
-        """Forgets everything that was measured."""
+        """Discard all measurements."""
         self._acceptance.clear()
         self.costs.forget()
         self.costs_without_exit.forget()
 
 
 class DraftPlan(NamedTuple):
-    """The next draft: `tokens` of a text `source`, or up to `exits` tokens that the exit
-    predicts."""
+    """The next draft: `tokens` from a text `source`, or up to `exits` predictions of the exit."""
 
     source: str = "exit"
     tokens: tuple[int, ...] = ()
@@ -245,11 +260,15 @@ NO_CANDIDATES = Candidates("lookup", 0, [])
 
 
 class Outcome(NamedTuple):
-    """The outcome of a draft of `proposed` tokens, and of candidates that continued it.
+    """Outcome of a draft.
 
-    `rows`: shallow steps. `accept_length`: accepted tokens, of the continuation too. `made`: tokens
-    that became final. `confidences` of the rows, None where the head did not run. `agreed`: the
-    exit's prediction after the proposed tokens was the deep decoder's too.
+    Attributes:
+        rows: Shallow steps.
+        proposed: Drafted tokens, without those that continue an exit's draft.
+        accept_length: Accepted tokens, including those of the continuation.
+        made: Tokens that became final.
+        confidences: Confidence at each row, None if the head did not run.
+        agreed: The exit's prediction after the proposed tokens matched the deep decoder's.
     """
 
     rows: int
@@ -261,11 +280,16 @@ class Outcome(NamedTuple):
 
 
 class ExitDraft:
-    """Decides token by token how far one draft of the exit goes.
+    """Decides token by token how long one draft of the exit becomes.
 
-    `row`, `step` and `head` are costs, in tokens made elsewhere in that time: of a token's row in
-    the deep pass, of that row and its shallow step, and of the head for the next prediction.
-    Predictions whose confidence is not above `threshold` are not drafted.
+    Costs are in tokens that would otherwise be generated in that time.
+
+    Args:
+        acceptance: Measured acceptance rates.
+        threshold: Predictions with this confidence or less are not drafted.
+        row: Cost of one more row in the deep pass.
+        step: Cost of that row and its shallow step.
+        head: Cost of the head for the next prediction.
     """
 
     def __init__(
@@ -284,7 +308,7 @@ class ExitDraft:
         self._probability = 1.0  # that all drafted tokens are accepted
 
     def __call__(self, prediction: Prediction) -> bool:
-        """Whether to draft this prediction."""
+        """Return True if this prediction should be drafted."""
         confidence = prediction.confidence
         if confidence is None or confidence <= self._threshold:
             return False
@@ -294,19 +318,26 @@ class ExitDraft:
         return probability > self._step
 
     def continues(self) -> bool:
-        """Whether to run the head for one more prediction, of average acceptance."""
+        """Return True if one more prediction, of average acceptance, is worth its step and head."""
         if self._probability == 1.0:
             return True
         return self._probability * self._acceptance.exit.value > self._step + self._head
 
     def extends(self, rate: float) -> bool:
-        """Whether to append a candidate of a text, which has this acceptance rate."""
+        """Return True if a candidate of a text with this acceptance rate should be appended."""
         self._probability *= rate
         return self._probability > self._row
 
 
 class Drafts:
-    """The drafts of one request, from `sources`, and if it `exits` from the shallow decoder."""
+    """Plans the drafts of one request.
+
+    Args:
+        costs: Measured costs of engine calls.
+        acceptance: Measured acceptance rates, for the setting of the request.
+        sources: Sources of drafts from text.
+        exits: Also draft from the exit.
+    """
 
     clock = staticmethod(perf_counter)
 
@@ -321,32 +352,31 @@ class Drafts:
         self._acceptance = acceptance
         self._sources = sources
         self._exits = exits
-        self._open: list[Candidates] = []  # for the tokens that come next
-        self._looked = False  # whether the sources have read all final tokens
+        self._open: list[Candidates] = []  # candidates for the next tokens
+        self._looked = False  # the sources have read all final tokens
         self._continuation: Candidates | None = None  # of a draft of the exit
-        # By source: the maximum length of the next draft, and whether the last was accepted in
+        # By source: maximum length of the next draft, and True if the last one was accepted in
         # full.
         self._next: dict[str, tuple[int, bool]] = {}
         self._sequences = 1
         self._tokens = 0
         self._lost = 0.0  # time that drafts have lost
-        self._call_seconds = 0.0  # of the last call of the caller's draft_source
+        self._call_seconds = 0.0  # duration of the last call of draft_source
         self._to_probe = 1
         self._to_time = 2
-        self._after_exit = (
-            False  # whether the last draft was the exit's, so that no rows are to be caught up
-        )
-        # When the choice of the exit was last observed, and the final tokens then.
+        # The last draft was the exit's, so its layers have no rows to catch up.
+        self._after_exit = False
+        # Time and final tokens at the last observation for the choice of the exit.
         self._choice_time = self.clock()
         self._choice_tokens = 0
 
     def plan(self, response: Response, most: int, sequences: int = 1) -> DraftPlan:
-        """Chooses the next draft, of at most `most` tokens, in calls that `sequences` share."""
+        """Return the next draft of at most `most` tokens, in calls shared by `sequences`."""
         self._tokens = len(response.tokens)
         self._sequences = sequences
         self._looked = False
         self._continuation = None
-        # Without a measured token of mode full, a draft that loses would seem to pay.
+        # Without a measurement of mode "full", a losing draft would seem to pay.
         if most == 0 or (sequences == 1 and not self._costs.measured("pass", 1)):
             return NO_DRAFT
         if self._sources is not None and self._sources.due():
@@ -362,8 +392,10 @@ class Drafts:
         return self._plan_exit(most) if self._exits else NO_DRAFT
 
     def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
-        """Learns from a token without a draft: seconds of its step and of its pass, in calls of its
-        own unless `shared`."""
+        """Record the seconds of a token without a draft: those of its step and of its deep pass.
+
+        Calls that are `shared` with other sequences are not measured.
+        """
         self._acceptance.observe_pass(1, 1.0)
         self._after_exit = False
         self._to_time -= 1
@@ -381,7 +413,7 @@ class Drafts:
         deep: float,
         shared: bool,
     ) -> None:
-        """Learns from a draft, and from the seconds of its shallow calls and of its deep pass."""
+        """Record the outcome of a draft, and the seconds of its shallow and deep calls."""
         costs = self._costs
         acceptance = self._acceptance
         rows = outcome.rows
@@ -409,7 +441,7 @@ class Drafts:
         time = seconds / costs.token(self._sequences)
         self._lost = max(-RULE.most_saved, self._lost + time - outcome.made)
         acceptance.observe_pass(outcome.made, time)
-        # Rows with the head, up to the first that was rejected.
+        # Rows with the head, up to the first rejected one.
         for row, confidence in enumerate(outcome.confidences[: outcome.accept_length + 1]):
             if confidence is not None:
                 accepted = (
@@ -424,7 +456,7 @@ class Drafts:
                 acceptance.of_text(source, agreement + place).observe(place < accepted_here)
 
     def exit_draft(self, threshold: float) -> ExitDraft:
-        """Begins a draft of the exit, of predictions whose confidence is above `threshold`."""
+        """Start a draft of the exit, of predictions with a confidence above `threshold`."""
         costs = self._costs
         tokens_per_second = self._gain / costs.token(self._sequences)
         row = tokens_per_second * costs.row()
@@ -439,7 +471,7 @@ class Drafts:
         most: int,
         draft: ExitDraft,
     ) -> Candidates:
-        """At most `most` tokens of a text that continue those that the exit has `drafted`."""
+        """Return at most `most` tokens of a text that continue the tokens `drafted` by the exit."""
         if self._sources is None or not self._looked or most <= 0:
             return NO_CANDIDATES
         source, agreement, candidates = self._sources.after(drafted, most)
@@ -453,8 +485,10 @@ class Drafts:
         return self._continuation
 
     def _observe_choice(self, tokens: int, shared: bool) -> None:
-        """`tokens` are final. All time counts: drafts of the exit take more calls, and Python
-        between."""
+        """Record the time up to `tokens` final tokens for the choice of the exit.
+
+        All time counts, because drafts of the exit take more calls, with Python between them.
+        """
         now = self.clock()
         if not shared and self._costs.measured("pass", 1):
             time = (now - self._choice_time) / self._costs.seconds("pass", 1)
@@ -478,7 +512,7 @@ class Drafts:
         yield from sources.found(most)
 
     def _observe_open(self, sources: DraftSources, response: Response) -> None:
-        """Learns from the new final tokens which candidates were right, drafted or not."""
+        """Update acceptance from the new final tokens, for all candidates, drafted or not."""
         final = sources.follow(response.tokens)
         for source, agreement, tokens in self._open:
             for place, (candidate, token) in enumerate(zip(tokens, final, strict=False)):
@@ -489,17 +523,17 @@ class Drafts:
         self._open = []
 
     def _length(self, source: str, agreement: int, count: int) -> int:
-        """Chooses how many of `count` candidates to draft, after `agreement` tokens that agreed."""
+        """Return how many of `count` candidates to draft after `agreement` matching tokens."""
         if not count or (self._budget < 0 and agreement < RULE.sure_agreement):
             return 0
         longest, in_full = self._next.get(source, (RULE.first_length, False))
         costs = self._costs
         token_seconds = costs.token(self._sequences)
-        expected = 1.0  # tokens that become final
-        probability = 1.0  # that all tokens so far are accepted
+        expected = 1.0  # expected number of final tokens
+        probability = 1.0  # probability that all tokens so far are accepted
         drafted = 0
         best = 0
-        promise = 0.0  # speed relative to mode full of the best length
+        promise = 0.0  # speed of the best length, relative to mode "full"
         for length in RULE.lengths:
             if length > min(longest, count):
                 break
@@ -529,26 +563,28 @@ class Drafts:
         self._to_probe -= 1
         if self._to_probe > 0:
             return NO_DRAFT
-        if self._to_probe < 0:  # the second of two probes, which is timed
+        if self._to_probe < 0:  # second of two probes: this one is timed
             share = self._costs.head(self._sequences) / self._costs.token(self._sequences)
             self._to_probe = max(RULE.probe_tokens, int(share / RULE.probe_share))
         return draft
 
     def _exit_seconds(self, rows: float, heads: float) -> float:
-        """Seconds of the shallow steps of a draft, and of the head at some of them. Rows without
-        the head are read in one call with others, all but one."""
+        """Return the seconds of a draft's shallow steps, with the head at some of them.
+
+        All but one of the rows without the head are read together with others, in one call.
+        """
         calls = min(rows, heads + 1)
         step = self._costs.seconds("step", self._sequences)
         return calls * step + heads * self._costs.head(self._sequences)
 
     @property
     def _gain(self) -> float:
-        """Speed of this setting relative to mode full."""
+        """Speed of this setting relative to mode "full"."""
         return max(1.0, self._acceptance.made.value / self._acceptance.time.value)
 
     @property
     def _exit_gain(self) -> float:
-        """Speed of the exit's drafts relative to mode full. 0 if they do not pay."""
+        """Speed of the exit's drafts relative to mode "full". 0 if they do not pay."""
         if not self._exits:
             return 0.0
         costs = self._costs

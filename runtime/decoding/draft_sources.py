@@ -1,5 +1,7 @@
-"""Sources of drafts besides the exit: tokens that may come next, of text that may be repeated, or as the caller's own
-code expects. runtime/decoding/draft_rule.py judges what they are worth."""
+"""Sources of drafts other than the exit: repeated text, an expected output, or the caller's code.
+
+runtime/decoding/draft_rule.py decides which of their candidates are worth drafting.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +17,29 @@ from runtime.errors import OptionError, shown
 from runtime.options import DraftSource
 from runtime.result import Token
 
-# Tokens of the n-grams that are looked up.
+# Sizes of the n-grams that are looked up, in tokens.
 SHORTEST, LONGEST = 2, 5
-# Places of a text that are indexed; of a longer one the older half is forgotten.
+# Maximum number of indexed places. Of a longer text, the older half is dropped.
 MOST_PLACES = 16_384
-# A predicted text is searched so many tokens before and after the place where the output left it.
+# A predicted text is searched within this many tokens of the place where the output left it.
 NEAR = 64
-# After so many tokens without a right candidate they are looked for at every fourth token only: that takes time outside
-# the engines, and a token of a small model takes little.
+# After PATIENCE tokens without a correct candidate, look for candidates only at every REST-th
+# token. Each search takes time outside the engines, which matters for small models.
 PATIENCE = 32
 REST = 4
-# Between texts that do not follow each other.
+# Separates texts that do not follow each other.
 GAP = -1
 
 
 class Repetition:
-    """A lookup: the tokens that followed where the newest ones stood before. `agrees`: how many did, 0 for none.
+    """A lookup: the tokens that followed the latest earlier occurrence of the newest tokens.
 
-    For each n-gram of the text, of SHORTEST to LONGEST tokens, the place behind its latest occurrence is kept, for at
-    most `most` places. `vocab_size` V bounds the tokens.
+    For each n-gram of SHORTEST to LONGEST tokens, it keeps the place after its latest occurrence,
+    for at most `most` places. `vocab_size`, V, bounds the tokens.
+
+    Attributes:
+        tokens: The text.
+        agrees: Number of newest tokens that match the earlier occurrence, 0 if there is none.
     """
 
     name = "lookup"
@@ -52,7 +58,7 @@ class Repetition:
         self._places: list[dict[int, int]] = [{} for _ in range(LONGEST + 1)]
 
     def push(self, token: int) -> None:
-        """Add the next token; GAP: what comes does not follow what was."""
+        """Append a token to the text. GAP separates texts that do not follow each other."""
         place = len(self.tokens)
         if place - self._first >= self._most:
             recent = self.tokens[-(self._most // 2) :]
@@ -64,7 +70,7 @@ class Repetition:
         if token == GAP:
             self._known = 0
             return
-        # The newest n-gram of each size, as one number, now has a place behind it.
+        # Index the newest n-gram of each size, encoded as one number, by the place after it.
         keys = self._keys
         vocab_size = self._vocab_size
         for size in range(SHORTEST, self._known + 1):
@@ -75,8 +81,11 @@ class Repetition:
         self._known = min(LONGEST, self._known + 1)
 
     def repeated(self, longer_than: int = 0) -> tuple[int, int]:
-        """The place behind the latest earlier occurrence of the longest n-gram that the text ends with, and its n; 0
-        and 0 where none of more than `longer_than` tokens occurs."""
+        """Return the place after the latest earlier occurrence of the n-gram at the end, and its n.
+
+        Chooses the longest n-gram that occurs. Returns (0, 0) if none of more than `longer_than`
+        tokens does.
+        """
         for size in range(self._known, max(SHORTEST, longer_than + 1) - 1, -1):
             place = self._places[size].get(self._keys[size])
             if place is not None:
@@ -84,6 +93,7 @@ class Repetition:
         return 0, 0
 
     def read(self, token: int) -> None:
+        """Append a token of the output, and update the occurrence that it follows."""
         followed = self.agrees and self.tokens[self._place] == token
         self.push(token)
         self._place += 1
@@ -95,10 +105,11 @@ class Repetition:
                 self.agrees = size
 
     def candidates(self, most: int) -> list[int]:
+        """Return at most `most` tokens that followed the earlier occurrence."""
         return self._behind(self._place, most) if self.agrees else []
 
     def after(self, drafted: Sequence[int], most: int) -> tuple[int, list[int]]:
-        """How many of the newest tokens, `drafted` the last, stand in the text, and what follows them there."""
+        """Return how many newest tokens, the last ones `drafted`, occur, and what follows them."""
         newest = [*self.tokens[len(self.tokens) - self._known :], *drafted][-LONGEST:]
         for size in range(len(newest), SHORTEST - 1, -1):
             key = 0
@@ -110,28 +121,31 @@ class Repetition:
         return 0, []
 
     def _behind(self, place: int, most: int) -> list[int]:
+        """Return at most `most` tokens from a place on, up to a GAP."""
         found = self.tokens[place : place + most]
         return found[: found.index(GAP)] if GAP in found else found
 
 
 class Expected:
-    """The rest of a text that the output is expected to be, but for changes."""
+    """A text that the output is expected to match, except for some changes."""
 
     name = "predicted"
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = list(tokens)
         self._place = self.agrees = 0
-        self._left = 0  # the place where it was last followed
+        self._left = 0  # the place where the output last followed it
         self._newest: list[int] = []
 
     def read(self, token: int) -> None:
+        """Read the next token of the output and move to the matching place."""
         self._newest = [*self._newest[1 - LONGEST :], token]
         if self._tokens[self._place : self._place + 1] == [token]:
             self._place = self._place + 1
             self.agrees = self.agrees + 1
         else:
-            # Where the same tokens stand near by, else as if this one had taken the place of another.
+            # Move to the nearby place that matches best. If there is none, assume that this token
+            # replaced another.
             following = self._place + 1
             found = (
                 (self._agreement(place), -abs(place - following), place)
@@ -142,32 +156,32 @@ class Expected:
             self._left = self._place
 
     def candidates(self, most: int) -> list[int]:
+        """Return the next tokens of the expected text, at most `most`."""
         return self._tokens[self._place : self._place + most]
 
     def after(self, drafted: Sequence[int], most: int) -> tuple[int, list[int]]:
-        """How many of the newest tokens, `drafted` the last, are as expected, and what is expected then."""
+        """Return how many newest tokens, the last ones `drafted`, match, and what follows them."""
         ahead = copy.copy(self)
         for token in drafted:
             ahead.read(token)
         return ahead.agrees, ahead.candidates(most)
 
     def _places(self, token: int) -> Iterator[int]:
-        """Behind each occurrence of a token."""
+        """Yield the place after each nearby occurrence of a token."""
         start, end = max(0, self._left - NEAR), min(len(self._tokens), self._left + NEAR)
         while token in self._tokens[start:end]:
             start = self._tokens.index(token, start) + 1
             yield start
 
     def _agreement(self, place: int) -> int:
-        """How many tokens before a place are the newest of the output, up to LONGEST."""
+        """Return how many tokens before a place match the end of the output, at most LONGEST."""
         before = self._tokens[max(0, place - LONGEST) : place]
         pairs = zip(reversed(before), reversed(self._newest), strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Own:
-    """The caller's code, which is given the decoder's tokens so far, int64 [n]. OptionError where it returns no list of
-    token ids."""
+    """Calls the caller's draft source with the decoder's tokens so far, int64 [n]."""
 
     name = "own"
 
@@ -176,6 +190,11 @@ class Own:
         self._vocab_size = vocab_size
 
     def candidates(self, context: Sequence[int], most: int) -> list[int]:
+        """Return at most `most` tokens that the source expects next.
+
+        Raises:
+            OptionError: If the source does not return a list of token ids.
+        """
         given: Any = self._source(np.array(context, np.int64))
         if isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 1):
             tokens = given[:most]
@@ -191,7 +210,7 @@ class Own:
 
 
 class Candidates(NamedTuple):
-    """`tokens` of a `source` that may come next; so many tokens before them agree with it."""
+    """Possible next tokens from a `source`, and the number of tokens before them that match it."""
 
     source: str
     agrees: int
@@ -199,8 +218,20 @@ class Candidates(NamedTuple):
 
 
 class DraftSources:
-    """Candidates for one sequence. `prompt`: what the decoder read before the first token; `text`: what else may be
-    repeated, as the encoder's prompt; `predicted`: the output that is expected; `own`: the caller's source."""
+    """Sources of candidates for one sequence.
+
+    Args:
+        vocab_size: Size of the vocabulary.
+        prompt: Tokens that the decoder reads before the first token.
+        text: Other text that may be repeated, such as the encoder's prompt.
+        predicted: Expected output.
+        own: The caller's source.
+
+    Attributes:
+        context: Tokens of the decoder so far.
+        tokens_to_look: Tokens until the next search.
+        unexpected: Tokens since the last correct candidate.
+    """
 
     def __init__(
         self,
@@ -223,10 +254,10 @@ class DraftSources:
         self.context = list(prompt)
         self._begun = len(prompt)
         self.tokens_to_look = 0
-        self.unexpected = 0  # tokens since a candidate was right
+        self.unexpected = 0
 
     def due(self) -> bool:
-        """Count a token, and tell whether to look for candidates at it."""
+        """Count a token, and return True if candidates should be searched for."""
         self.tokens_to_look -= 1
         if self.tokens_to_look > 0:
             return False
@@ -234,7 +265,7 @@ class DraftSources:
         return True
 
     def follow(self, tokens: Sequence[Token]) -> list[int]:
-        """Read those of the final `tokens` that are new, and return them."""
+        """Read the new ones among the final `tokens`, and return their ids."""
         final = [token.id for token in tokens[len(self.context) - self._begun :]]
         self.unexpected += len(final)
         self.context += final
@@ -244,11 +275,11 @@ class DraftSources:
         return final
 
     def found(self, most: int) -> Iterator[Candidates]:
-        """Yield candidates of the texts, at most `most` tokens each."""
+        """Yield the candidates of each text, at most `most` tokens each."""
         for source in self._texts:
             yield Candidates(source.name, source.agrees, source.candidates(most))
 
     def after(self, drafted: Sequence[int], most: int) -> Candidates:
-        """The candidates behind `drafted` tokens of the text that most of them agree with."""
+        """Return the candidates after `drafted`, from the text with the longest match."""
         found = [Candidates(source.name, *source.after(drafted, most)) for source in self._texts]
         return max(found, key=lambda candidates: candidates.agrees)

@@ -1,4 +1,4 @@
-"""A decoder whose exit is an engine of its own, which reads a feature of the deep decoder (docs/decoding.md)."""
+"""Decoder whose exit is an engine of its own that reads features (docs/decoding.md)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from runtime.engines.runner import Runner
 
 
 class FeatureDecoder(Decoder):
-    """At a position the `exit` reads the state after the exit layer, and the feature that the position before left: the
-    deep decoder's final normed state, or until a sync pass gives that, the exit's own.
+    """Decoder whose exit is an engine of its own and reads a feature of the deep decoder.
 
-    Its cache may be behind the shallow one. It is caught up, with one call, where a prediction is wanted. A sync pass
-    trims it to the rows that had the deep decoder's features: what was drafted is then read again with the right ones.
+    At each position the exit reads the state after the exit layer, and the feature of the previous
+    position. That is the deep decoder's final normalized state or, until a deep pass computes it,
+    the exit's own.
 
-    Where no layer stands before the exit it embeds tokens itself. The shallow engine then has nothing to do in a step,
-    and embeds what is stacked, with one call, before a sync pass.
+    The exit's cache may lag behind the shallow one. It catches up, in one call, when a prediction
+    is needed. A deep pass trims it to the rows that used the deep decoder's features, so drafted
+    rows are computed again with the correct ones.
+
+    If no layer precedes the exit, it embeds tokens itself. The shallow engine then has nothing to
+    compute in a step, and embeds all stacked tokens in one call before a deep pass.
     """
 
     def __init__(self, *arguments: Any, exit: Runner, **others: Any) -> None:
@@ -32,9 +36,8 @@ class FeatureDecoder(Decoder):
         size = (self.max_pending, self.hidden_size)
         self._embeds = exit.cache.states.ndim == 2
         self._length = 0
-        self._unread = np.zeros(
-            (1, self.max_pending), np.int64
-        )  # tokens that are stacked, and not embedded
+        # Stacked tokens that have not been embedded.
+        self._unread = np.zeros((1, self.max_pending), np.int64)
         self._exit_inputs = self._states(self.max_pending), exit.zeros(size, np.float32)
         self._feature = np.zeros((1, self.hidden_size), np.float32)
         self._passed = exit.zeros(size, np.float32)
@@ -49,7 +52,7 @@ class FeatureDecoder(Decoder):
 
     @property
     def runners(self) -> tuple[Runner, ...]:
-        """The shallow and the deep one, and the exit's where later steps may ask it."""
+        """The shallow and the deep runner, and the exit's if later steps may use it."""
         return (*super().runners, self._exit) if self._exits else super().runners
 
     def lengths(self) -> tuple[int, int]:
@@ -64,7 +67,7 @@ class FeatureDecoder(Decoder):
     # At once
 
     def step(self, token: int, head: bool) -> Prediction:
-        if self._embeds and head:  # the same in fewer functions
+        if self._embeds and head:  # the same in fewer Python calls
             self._keep((token,), head)
             self._head = head
             call = self._ask()
@@ -85,7 +88,7 @@ class FeatureDecoder(Decoder):
             self._keep_features(place, self._passed[:1])
         return deep
 
-    # As the engine calls that are needed
+    # As coroutines
 
     def stepping(self, token: int, head: bool) -> Iterator[SlotCall]:  # type: ignore[override]
         if self._embeds:
@@ -115,7 +118,7 @@ class FeatureDecoder(Decoder):
         yield from super().syncing(heads, drafts, ahead)
 
     def _keep(self, tokens: Sequence[int], head: bool) -> None:
-        """Stack tokens as they are."""
+        """Stack tokens without embedding them."""
         count = len(tokens)
         if count == 1:
             self._unread[0, self.stacked] = tokens[0]
@@ -127,12 +130,12 @@ class FeatureDecoder(Decoder):
         self.stacked += count
 
     def _keeping(self, tokens: Sequence[int], head: bool) -> Iterator[SlotCall]:
-        """Stack tokens, and with `head` one call of the exit."""
+        """Stack tokens and, with `head`, return one call of the exit."""
         self._keep(tokens, head)
         return self._asking(head)
 
     def _stepping(self, calls: Iterable[SlotCall], head: bool) -> Iterator[SlotCall]:
-        """The shallow call, and with `head` one of the exit. Each is counted once it ran."""
+        """Yield the shallow call and, with `head`, one of the exit, and count each after it ran."""
         for call in calls:
             yield call
             super().guess()
@@ -143,7 +146,7 @@ class FeatureDecoder(Decoder):
         yield from self._asking(head)
 
     def _asking(self, head: bool) -> Iterator[SlotCall]:
-        """The call of the exit, with `head`; counted once it ran."""
+        """Yield the call of the exit if `head`, and count it after it ran."""
         self._head = head
         if head:
             call = self._ask()
@@ -152,7 +155,7 @@ class FeatureDecoder(Decoder):
             self.batch_size = call.batch_size
 
     def _ask(self) -> SlotCall:
-        """The call of the exit on all that it has not read, with a prediction after the last."""
+        """Return the call of the exit on all unread rows, with a prediction after the last."""
         cache = self._exit_cache
         slot = self.slot
         end = self.lengths()[0]
@@ -167,7 +170,7 @@ class FeatureDecoder(Decoder):
         return call
 
     def _asked(self, call: SlotCall) -> None:
-        """Count the call of the exit that ran. Where no sync pass was, its feature is the newest there is."""
+        """Count a call of the exit. Keep its feature if no deep pass has computed a newer one."""
         cache = self._exit_cache
         slot = self.slot
         self.stats.shallow_seconds += call.seconds
@@ -177,7 +180,7 @@ class FeatureDecoder(Decoder):
             cache.features[slot, end] = self._newest_feature
 
     def guess(self) -> Prediction:
-        """The prediction of the steps that ran, and were counted."""
+        """Return the prediction of the last step, which has already been counted."""
         return self.prediction() if self._head else NOTHING
 
     def answers(self) -> list[Prediction]:
@@ -186,26 +189,28 @@ class FeatureDecoder(Decoder):
         found = super().answers()
         if self._exits and call is not None:
             self._keep_features(place, self._passed[: call.rows])
-            # The first row of the stack had the deep decoder's feature already.
+            # The first row of the stack already used the deep decoder's feature.
             self._exit_cache.trim(self.slot, place + 1)
         return found
 
     # Calls
 
     def _states(self, rows: int) -> np.ndarray:
-        """Room for what the exit reads at so many positions beside features."""
+        """Allocate an array for `rows` states or tokens of the exit."""
         states: np.ndarray = np.zeros(
             (rows, *self._exit_cache.states.shape[2:]), self._exit_cache.states.dtype
         )
         return states
 
     def _keep_features(self, place: int, features: np.ndarray) -> None:
-        """Keep what the positions from `place` on left."""
+        """Store the features of positions from `place` on."""
         self._exit_cache.features[self.slot, place + 1 : place + 1 + len(features)] = features
 
     def _catch_up(self, most: int, head: bool = False) -> None:
-        """Let the exit read until at most so many rows are left, at once; and with `head` give a prediction at the
-        last."""
+        """Run the exit until at most `most` unread rows are left.
+
+        With `head`, compute the prediction at the last row.
+        """
         cache = self._exit_cache
         slot = self.slot
         end = self.lengths()[0]
@@ -221,13 +226,16 @@ class FeatureDecoder(Decoder):
         return [*super()._bound(), *self._exit_calls.values(), *self._embeddings.values()]
 
     def _exit_call(self, rows: int) -> SlotCall:
-        """The exit on the first rows of `_exit_inputs`, to be kept."""
+        """Create and keep the call of the exit on the first `rows` rows of `_exit_inputs`."""
         inputs = tuple(array[:rows] for array in self._exit_inputs)
         call = self._exit_calls[rows] = self._exit_call_of(inputs, 1)
         return call
 
     def _exit_call_of(self, inputs: Sequence[np.ndarray], heads: int) -> SlotCall:
-        """The exit on states or tokens, and features float32 [k, d]; the head for its last row, or for none."""
+        """Create a call of the exit on states or tokens, and features float32 [k, d].
+
+        The head runs on the last row if `heads` is 1, and on none if 0.
+        """
         states, features = inputs
         outputs = {"token": self._best[:heads], "confidence": self._confidence[:heads]}
         outputs["feature"] = self._feature[:heads]
@@ -240,7 +248,7 @@ class FeatureDecoder(Decoder):
         return SlotCall(self, self._exit, given, outputs, len(states), heads)
 
     def _embedding(self, rows: int) -> SlotCall:
-        """The shallow engine on the stacked tokens."""
+        """Return the shallow call on the stacked tokens."""
         call = self._embeddings.get(rows)
         if call is None:
             call = self._shallow_call(self._unread[:, :rows], self._stack[None, :rows], False)

@@ -1,9 +1,9 @@
 """The decode loops, one for each mode (Bae et al. 2023, section 3; docs/decoding.md).
 
-A loop begins with `response.newest` as the next token to read: for a decoder-only model the first
-token, predicted after the prompt, and for an encoder-decoder the start token. It makes tokens final
-in `response` until that is finished. Loops are coroutines (runtime/decoding/calls.py): they yield
-the engine calls that they wait for, and final tokens.
+A loop starts with `response.newest` as the next token to read: the first token, predicted after the
+prompt, for a decoder-only model, and the start token for an encoder-decoder. It adds final tokens
+to `response` until that is finished. Loops are coroutines (runtime/decoding/calls.py) that yield
+the engine calls they wait for, and final tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from runtime.decoding.response import Response
 from runtime.result import Token
 
 Loop = Generator[Token | Waiting, None, None]
-# Whether a shallow prediction is confident enough to be drafted.
+# Returns True if a shallow prediction is confident enough to be drafted.
 Sure = Callable[[Prediction], bool]
 
 
 def full(decoder: Decoder, response: Response) -> Loop:
-    """Decodes with the whole model: every token runs both engines, without the shallow head."""
+    """Decode with the whole model: every token runs both engines, without the shallow head."""
     while not response.finished:
         if decoder.alone and response.greedy:
             yield AT_ONCE
@@ -46,14 +46,22 @@ def free(
     sync_every: int = 0,
     labels: RequestLabels | None = None,
 ) -> Loop:
-    """FREE: a token whose confidence is above `threshold` exits and waits on the stack. Any other
-    token, or a full stack of `max_pending` rows, runs a deep pass over the stack.
+    """Decode with FREE: exit early where the shallow decoder is confident.
 
-    With overlap, a deep pass starts in the background for every `sync_every` rows; 0 disables it.
-    `labels` collects the deep prediction at every row, which requires sync_every=0.
+    A token whose confidence is above `threshold` exits, and its row waits on the stack. Any other
+    token, or a full stack, triggers a deep pass over the stack.
+
+    Args:
+        decoder: The sequence at the engines.
+        response: Collects the tokens.
+        threshold: Confidence above which a token exits.
+        max_pending: Maximum number of rows on the stack.
+        sync_every: With overlap, start a deep pass in the background for every `sync_every` rows. 0
+            disables this.
+        labels: Collects the deep prediction at every row. Requires sync_every=0.
     """
     sync_every = sync_every if decoder.overlaps else 0
-    rows: list[Prediction] = []  # of the stack, to be labelled
+    rows: list[Prediction] = []  # predictions of the stacked rows, to be labelled
     at_rest = True
     try:
         while not response.finished:
@@ -104,12 +112,13 @@ def _labels(
     shallow: Sequence[Prediction],
     deep: Sequence[Prediction],
 ) -> list[tuple[float, bool]]:
+    """Return the confidence at every row, and True where shallow and deep tokens agree."""
     pairs = zip(shallow, deep, strict=True)
     return [(ours.confidence or 0.0, ours.token == theirs.token) for ours, theirs in pairs]
 
 
 def shallow(decoder: Decoder, response: Response) -> Loop:
-    """Static exiting: after the prompt, only the shallow decoder runs."""
+    """Decode with the shallow decoder only, after the prompt (static exiting)."""
     while not response.finished:
         yield from decoder.stepping(response.newest, head=True)
         prediction = response.constrained(decoder.guess())
@@ -125,9 +134,11 @@ def rollback(
     max_pending: int,
     limit: float,
 ) -> Loop:
-    """Rollback: exited tokens wait for the next deep pass. The first token whose deep cross-entropy
-    exceeds `limit` nats is replaced by the deep prediction, and the tokens after it are
-    discarded."""
+    """Decode with rollback: exited tokens wait for the next deep pass.
+
+    The first token whose deep cross-entropy exceeds `limit` nats is replaced by the deep
+    prediction, and the tokens after it are discarded.
+    """
     while not response.finished:
         unread = yield from _forced(decoder, response, max_pending)
         if response.finished:
@@ -152,8 +163,10 @@ def lossless(
     max_pending: int,
     drafts: Drafts,
 ) -> Loop:
-    """Lossless: `drafts` chooses what to draft, and the drafted tokens that the deep decoder
-    chooses too are accepted. The output is that of `full`."""
+    """Decode losslessly: accept drafted tokens that the deep decoder also chooses.
+
+    `drafts` decides what to draft. The output equals that of `full`.
+    """
     stats = decoder.stats
     while not response.finished:
         unread = (
@@ -216,9 +229,11 @@ def lossless(
 def _forced(
     decoder: Decoder, response: Response, most: int
 ) -> Generator[Token | Waiting, None, list[int]]:
-    """Makes the tokens final that the grammar forces. Returns the final tokens that no engine has
-    read yet, at most as many as fit into a pass of `most` rows with the stack. Earlier ones are
-    read here."""
+    """Add the tokens that the grammar forces, and return the final tokens that are still unread.
+
+    These are at most as many as fit into a deep pass of `most` rows together with the stack.
+    Earlier ones are read here.
+    """
     unread = [response.newest]
     while not response.finished and (token := response.forced()) is not None:
         if decoder.stacked + len(unread) == most:
@@ -234,8 +249,10 @@ def _forced(
 
 
 def _deep_token(decoder: Decoder, unread: Sequence[int]) -> Waits[Prediction]:
-    """Runs both decoders on final tokens, without the shallow head. Returns the deep prediction
-    after the last."""
+    """Run both decoders on final tokens and return the deep prediction after the last one.
+
+    The shallow head does not run.
+    """
     yield from decoder.stepping_together(unread)
     decoder.guess()
     yield from decoder.syncing(heads=1)
@@ -245,10 +262,14 @@ def _deep_token(decoder: Decoder, unread: Sequence[int]) -> Waits[Prediction]:
 class Draft(NamedTuple):
     """Shallow steps before a deep pass.
 
-    `predictions`: the shallow prediction at each row, from the newest final token on. `tokens`: the
-    drafted tokens, one after each row but the last, and after the last too if it ends the request.
-    `following`: the token that would have been drafted next, None if unknown. The last `continued`
-    tokens come from the text `continued_by`, the others from `source`.
+    Attributes:
+        source: Where the tokens come from.
+        tokens: The drafted tokens: one after each row but the last, and one after the last if it
+            ends the request.
+        predictions: The shallow prediction at each row, starting at the newest final token.
+        following: The token that would have been drafted next. None if unknown.
+        continued: Number of last tokens that come from a text instead.
+        continued_by: Name of that text.
     """
 
     source: str
@@ -264,8 +285,7 @@ class Draft(NamedTuple):
         return len(self.tokens) - self.continued
 
     def certain(self, row: int) -> bool:
-        """Whether the grammar forced this token of the exit's draft, so that no prediction was
-        needed."""
+        """Return True if the grammar forced this token of an exit's draft, without a prediction."""
         return (
             self.source == "exit"
             and row < self.proposed
@@ -276,7 +296,7 @@ class Draft(NamedTuple):
 def _together(
     decoder: Decoder, response: Response, source: str, unread: list[int], tokens: list[int]
 ) -> Waits[Draft]:
-    """Drafts the tokens of a text, in one shallow call without the head."""
+    """Draft the tokens of a text in one shallow call, without the head."""
     read = tokens[:-1] if response.ends(tokens) else tokens
     yield from decoder.stepping_together([*unread, *read])
     decoder.guess()
@@ -286,7 +306,7 @@ def _together(
 def _continued(
     decoder: Decoder, response: Response, draft: Draft, found: Candidates
 ) -> Waits[Draft]:
-    """Appends the candidates of a text to a draft, in one shallow call without the head."""
+    """Append the candidates of a text to a draft in one shallow call, without the head."""
     tokens = [*draft.tokens, *found.tokens]
     read = found.tokens[:-1] if found.tokens and response.ends(tokens) else found.tokens
     if read:
@@ -309,11 +329,11 @@ def _exits(
     most: int,
     continues: Callable[[], bool] | None = None,
 ) -> Waits[Draft]:
-    """Drafts the exit's predictions, and the tokens that the grammar forces after each, until one
-    is not `sure`, `most` are drafted, or one would end the request.
+    """Draft the exit's predictions, and the tokens that the grammar forces after each.
 
-    The shallow head runs at a row if `continues()`; None: at every row, that after the last draft
-    too.
+    Stops when a prediction is not `sure`, `most` tokens are drafted, or one would end the request.
+    The shallow head runs at a row if `continues()` returns True. Default: at every row, including
+    the one after the last draft.
     """
     tokens: list[int] = []
     predictions: list[Prediction] = []
@@ -343,7 +363,7 @@ def _exits(
 def _verify(
     decoder: Decoder, response: Response, begin: Callable[[], Sure], draft: Draft
 ) -> Waits[list[Prediction]]:
-    """Runs the deep pass over a draft. Returns the deep prediction at every row."""
+    """Run the deep pass over a draft and return the deep prediction at every row."""
     ahead = _run_ahead(decoder, response, begin, draft.tokens, draft.following)
     yield from decoder.syncing(len(draft.predictions), draft.tokens, ahead)
     return decoder.answers()
@@ -356,8 +376,11 @@ def _run_ahead(
     drafts: list[int],
     following: int | None,
 ) -> RunAhead | None:
-    """With overlap, continues from the shallow prediction while the deep pass runs, as long as
-    predictions pass the check that `begin` returns."""
+    """Return a function that continues drafting while the deep pass runs, if calls overlap.
+
+    It continues from the shallow prediction as long as predictions pass the check that `begin`
+    returns.
+    """
     if following is None or not decoder.overlaps:
         return None
     sure = begin()
@@ -367,7 +390,7 @@ def _run_ahead(
         if prediction is not None and not sure(response.constrained(prediction, path)):
             return None
         token = following if prediction is None else response.choose(prediction, path)
-        # Tokens forced after this one are read together with it, in one call.
+        # Tokens that are forced after this one are read together with it, in one call.
         return (
             None
             if response.ends([*path, token]) or response.forced([*path, token]) is not None
@@ -380,8 +403,10 @@ def _run_ahead(
 def _agreement(
     response: Response, drafts: list[int], deep: list[Prediction]
 ) -> tuple[int, int | None]:
-    """Returns how many drafts the deep decoder chooses too, and the token it chooses after them,
-    None if its head did not run there."""
+    """Return how many drafts the deep decoder also chooses, and its token after them.
+
+    The token is None if its head did not run there.
+    """
     for row, prediction in enumerate(deep):
         token = response.choose(prediction, drafts[:row])
         if row == len(drafts) or token != drafts[row]:
@@ -397,8 +422,10 @@ def _settle(
     accept_length: int,
     correction: int | None,
 ) -> Iterator[Token]:
-    """Trims both caches to the accepted tokens, and makes them final, then the deep decoder's
-    `correction`: None if the whole draft is accepted and ends the request."""
+    """Add the accepted tokens and then the deep decoder's `correction`, and trim both caches.
+
+    `correction` is None if the whole draft is accepted and ends the request.
+    """
     stats = decoder.stats
     proposed = draft.proposed
     exits = proposed if draft.source == "exit" else 0
@@ -408,7 +435,7 @@ def _settle(
     stats.count_draft(
         draft.source, certain[:proposed].count(False), certain[:accepted].count(False)
     )
-    if accept_length >= proposed:  # otherwise the continuation was not compared
+    if accept_length >= proposed:  # otherwise the continuation was not checked
         stats.count_draft(draft.continued_by, draft.continued, accept_length - proposed)
     surplus = len(deep) - accept_length - (correction is not None)
     if surplus:
@@ -427,7 +454,7 @@ def _settle(
 
 
 def _above(threshold: float) -> Sure:
-    """Accepts predictions whose confidence is above the threshold."""
+    """Return a check for predictions whose confidence is above the threshold."""
 
     def sure(prediction: Prediction) -> bool:
         return prediction.confidence is not None and prediction.confidence > threshold

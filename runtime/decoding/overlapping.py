@@ -1,4 +1,7 @@
-"""A decoder whose shallow steps go on while a deep pass runs: two streams of a GPU (docs/decoding.md)."""
+"""Decoder that continues shallow steps while a deep pass runs, on two CUDA streams.
+
+See docs/decoding.md.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from runtime.engines.runner import Event
 
 
 class _Ahead(NamedTuple):
-    """A shallow step taken before its turn, on a token that may turn out to be another."""
+    """A shallow step run ahead of its turn, on a token that may turn out to be wrong."""
 
     token: int
     prediction: Prediction
@@ -24,8 +27,12 @@ class _Ahead(NamedTuple):
 
 
 class OverlappingDecoder(Decoder):
-    """Invariant, until `drop_stack`: shallow length = deep length + stacked + steps run ahead; the rows of a pass in
-    the background count as stacked. `run_ahead`: shallow steps are taken while a pass runs whose answer they need."""
+    """Decoder whose deep passes run in parallel to shallow steps.
+
+    Invariant, until `drop_stack`: shallow length = deep length + stacked + steps run ahead. Rows of
+    a background pass count as stacked. With `run_ahead`, shallow steps continue while they wait for
+    a deep pass, on predicted tokens.
+    """
 
     overlaps = True
 
@@ -33,20 +40,21 @@ class OverlappingDecoder(Decoder):
         super().__init__(*arguments, **others)
         self._runs_ahead = run_ahead
         self._ahead: deque[_Ahead] = deque()
-        # Hidden states of `_ahead`, in order: allocating and freeing device memory waits for the device.
+        # Hidden states of `_ahead`, in order. They are preallocated because allocating and freeing
+        # device memory synchronizes with the device.
         rows = self.max_pending if run_ahead else 0
         self._ahead_hidden = self._shallow.zeros((rows, self.hidden_size), np.float32)
-        self._started = 0  # rows of the stack that a pass has seen
-        self._background: tuple[Event, int] | None = None  # a pass that runs beside, and its rows
+        self._started = 0  # stacked rows that a pass has read
+        self._background: tuple[Event, int] | None = None  # background pass and its rows
 
     @property
     def in_background(self) -> bool:  # type: ignore[override]
         return self._background is not None
 
     def trim(self, length: int) -> None:
-        """Forget what was run ahead, too."""
+        """Drop all positions from `length` on, the stack, and the steps run ahead."""
         if self._background is not None:
-            with suppress(Exception):  # a request that nobody waits for any more
+            with suppress(Exception):  # the error of a request that nobody waits for
                 self._background[0].wait()
         self._started = 0
         self._background = None

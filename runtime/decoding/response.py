@@ -1,4 +1,4 @@
-"""The output of one request: chooses tokens, makes them final, and decides when it ends."""
+"""The output of one request: chooses tokens, makes them final, and decides when the output ends."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from runtime.text.sampler import Sampler, likeliest, log_softmax
 class Response:
     """The tokens of one request so far, and the choice of the next.
 
-    Choosing is stateless: rejected drafts leave no trace, so a draft is chosen as the final token
-    is.
+    Choosing is stateless: rejected drafts leave no trace, and drafts are chosen like final tokens.
 
     Args:
         prompt: Tokens that the decoder reads before the first token, int64 [n].
         limit: Maximum number of tokens.
         eos: Tokens that end the output.
         sampler: Chooses among logits. Default: arg max.
-        text: Turns tokens into text and finds stop strings.
-        logprobs: Whether tokens have a log-probability.
+        text: Converts tokens to text and finds stop strings.
+        logprobs: Return a log-probability for each token.
         top_logprobs: Number of most likely tokens to return at each position.
-        fixed: Tokens that the model prescribes by their place in the output, such as a target language.
-            A constraint begins after the first token if that is fixed.
+        fixed: Tokens that the model prescribes by their place in the output, such as a target
+            language. A constraint starts after the first token if that is fixed.
         cancel: Event that ends the request after its next token.
-        arrival: Time of the request, of the monotonic clock.
-        until: Deadline, of the monotonic clock.
+        arrival: Time of the request, on the monotonic clock.
+        until: Deadline, on the monotonic clock.
 
     Attributes:
-        finished: Why the output ended, None until then. `cancelled` ends it after its next token.
+        finished: Why the output ended, None until then.
+        cancelled: Set it to end the output after its next token.
         greedy: True if the next choice needs only the token of a prediction.
-        reads_logits: True if some choice needs logits.
+        reads_logits: True if any choice needs logits.
         joins_forced: True if the next token may be forced, so that it needs no prediction.
         times: Time at which each token became final.
     """
@@ -79,7 +79,7 @@ class Response:
         self.restart(sampler, text or Detokenizer(None))
 
     def restart(self, sampler: Sampler | None, text: Detokenizer) -> None:
-        """Begins another continuation of the prompt."""
+        """Start another continuation of the prompt."""
         self.tokens: list[Token] = []
         self.times: list[float] = []
         self.newest = int(self.prompt[-1])
@@ -91,20 +91,20 @@ class Response:
         self._grammar = None if sampler is None else sampler.grammar
         self._takes_best = sampler is not None and sampler.only_masks
         self._look_ahead()
-        # Looked up once: what is called for every token is rarely in the processor's cache.
+        # Looked up once because it is called for every token.
         self._push = text.push
-        self._rest = ""  # text withheld by a possible stop string when the output was interrupted
+        self._rest = ""  # text withheld for a possible stop string when the output was interrupted
         self._stats = Stats()
-        self._began: float | None = None  # while it has a slot
+        self._began: float | None = None  # start time, while it has a slot
 
     def interruption(self) -> FinishReason | None:
-        """Returns why the request must end now, None if it may go on."""
+        """Return why the request must end now, None if it may continue."""
         if self.cancelled or (self._cancel is not None and self._cancel.is_set()):
             return "cancelled"
         return "deadline" if self.until != math.inf and monotonic() >= self.until else None
 
     def choose(self, prediction: Prediction, drafts: Sequence[int] = ()) -> int:
-        """Returns the token after the final ones and `drafts`."""
+        """Return the token after the final ones and `drafts`."""
         if self._fixed:
             fixed = self._fixed.get(self._length + len(drafts))
             if fixed is not None:
@@ -125,8 +125,7 @@ class Response:
         return self.sampler(prediction.logits, context)
 
     def constrained(self, prediction: Prediction, drafts: Sequence[int] = ()) -> Prediction:
-        """Returns a shallow prediction, with confidence 0 if the grammar refuses its token after
-        `drafts`."""
+        """Set the confidence of a shallow prediction to 0 if the grammar rejects it after `drafts`."""
         if self._grammar is None or prediction.confidence is None:
             return prediction
         if self._length + len(drafts) in self._fixed:
@@ -135,9 +134,11 @@ class Response:
         return prediction if allowed else prediction._replace(confidence=0.0)
 
     def forced(self, drafts: Sequence[int] = ()) -> int | None:
-        """Returns the only token that may follow the final ones and `drafts`: fixed, or forced by
-        the grammar. None if there is a choice, or if tokens need a prediction for their
-        log-probability."""
+        """Return the only token that may follow the final ones and `drafts`.
+
+        It is fixed, or forced by the grammar. None if there is a choice, or if tokens need a
+        prediction for their log-probability.
+        """
         if self._logprobs:
             return None
         fixed = self._fixed.get(self._length + len(drafts))
@@ -146,13 +147,13 @@ class Response:
         return self._grammar.forced(self._output(drafts))
 
     def _look_ahead(self) -> None:
-        """Updates what the choice of the next token needs."""
+        """Update the requirements of the next choice."""
         fixed = self._length in self._fixed
         self.greedy = not self.reads_logits and not fixed
         self.joins_forced = (fixed or self._grammar is not None) and not self._logprobs
 
     def prescribed(self, place: int) -> int | None:
-        """Returns the token fixed at a place of the output."""
+        """Return the token fixed at a place of the output, None if there is none."""
         return self._fixed.get(len(self.prompt) + place)
 
     def _context(self, drafts: Sequence[int]) -> np.ndarray:
@@ -161,16 +162,17 @@ class Response:
         return self._ids[:length]
 
     def _output(self, drafts: Sequence[int]) -> np.ndarray:
-        """Returns the final tokens and `drafts` that the grammar constrains."""
+        """Return the final tokens and `drafts` that the grammar constrains."""
         return self._context(drafts)[self._grammar_begins :]
 
     def ends(self, drafts: Sequence[int]) -> bool:
-        """True if the request ends with the last of `drafts`, should all of them become final."""
+        """Return True if the request would end with the last of `drafts`."""
         return drafts[-1] in self.eos or self._length + len(drafts) >= self._end
 
     def within(self, drafts: list[int]) -> list[int]:
-        """Cuts `drafts` before the first that the grammar refuses, and after one that ends the
-        request."""
+        """Cut `drafts` before a token that the grammar rejects, and after one that ends the
+        request.
+        """
         ends = (place + 1 for place, token in enumerate(drafts) if token in self.eos)
         drafts = drafts[: min(next(ends, len(drafts)), self._end - self._length)]
         if self._grammar is None or not drafts:
@@ -185,7 +187,7 @@ class Response:
         prediction: Prediction | None = None,
         logprob: float | None = None,
     ) -> Token:
-        """Makes a token final. Its log-probability is that in `prediction`, else `logprob`."""
+        """Make a token final. Its log-probability comes from `prediction`, else it is `logprob`."""
         self.newest = token
         if self.sampler is not None:
             self._ids[self._length] = token
@@ -219,30 +221,32 @@ class Response:
         return final
 
     def begin(self, stats: Stats) -> None:
-        """Called when it gets a slot, which fills `stats` from now on."""
+        """Called when the request gets a slot. `stats` collects its statistics from now on."""
         self._began = monotonic()
         stats.queue_seconds = self._began - self.arrival
         self._stats = stats
 
     def finish(self) -> None:
-        """Called when no more tokens follow. Sets the reason unless the output ended by itself."""
+        """Called when no more tokens follow. Sets `finished` unless the output ended by itself."""
         if self.finished is None:
             self.finished = self.interruption() or "cancelled"
 
     def close(self) -> None:
-        """Called when it gives its slot back."""
+        """Called when the request gives its slot back."""
         self.finish()
         self._rest = self._text.finish()
         self._count()
         self._began = None
 
     def freeze(self, count: int | None = None) -> None:
-        """Ends it at the deadline for its caller, though the worker may still add tokens: the first
-        `count` tokens, by default all so far, are the result."""
+        """End the request at the deadline for its caller, with its first `count` tokens.
+
+        Default: all tokens so far. The worker may still add tokens.
+        """
         if self._frozen is None:
             tokens = tuple(self.tokens[:count])
             self._count()
-            # The worker may go on writing to them.
+            # The worker may still write to the originals.
             passes = self._stats.longer_passes
             passes = {rows: dataclasses.replace(done) for rows, done in dict(passes).items()}
             stats = dataclasses.replace(self._stats, longer_passes=passes, tokens=len(tokens))
@@ -250,8 +254,10 @@ class Response:
 
     @property
     def result(self) -> GenerationResult:
-        """The tokens so far. `finish_reason` is "cancelled" or "deadline" until it has ended by
-        itself."""
+        """The tokens so far.
+
+        `finish_reason` is "cancelled" or "deadline" until the output has ended by itself.
+        """
         if self._frozen is not None:
             return self._frozen
         self._count()
@@ -259,7 +265,7 @@ class Response:
         return _result(tuple(self.tokens), self._rest, reason, self._stats)
 
     def _count(self) -> None:
-        """Updates the statistics that are not kept at every token."""
+        """Update the statistics that are not updated at every token."""
         self._stats.tokens = len(self.tokens)
         if self._grammar is not None:
             self._stats.grammar_seconds = self._grammar.seconds
