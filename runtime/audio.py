@@ -51,7 +51,8 @@ def read_audio(source: Any, name: str = "the audio", until: float = math.inf) ->
         samples = np.asarray(source)
         if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
             raise PromptError(
-                f"{name} is an array of {samples.dtype} {list(samples.shape)}; pass float samples [n] at {RATE} Hz, "
+                f"{name} is an array of {samples.dtype} {list(samples.shape)}; pass float "
+                f"samples [n] at {RATE} Hz, "
                 "one channel, or the path of a WAV file"
             )
     if len(samples) == 0:
@@ -85,7 +86,8 @@ def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
             count = min(count, (file.seek(0, io.SEEK_END) - begin) // frame)
             if not LOWEST_RATE <= rate <= HIGHEST_RATE:
                 raise PromptError(
-                    f"{name} has {rate} samples a second; give {LOWEST_RATE} to {HIGHEST_RATE}, best {RATE}"
+                    f"{name} has {rate} samples a second; give {LOWEST_RATE} to {HIGHEST_RATE}, "
+                    f"best {RATE}"
                 )
             _check_length(count / rate, name)
             samples = np.empty(math.ceil(count * RATE / rate), np.float32)
@@ -133,7 +135,8 @@ def _wav_header(file: BinaryIO) -> tuple[int, int, int, int, int]:
 def _check_length(seconds: float, name: str) -> None:
     if seconds > LONGEST_SECONDS:
         raise PromptError(
-            f"{name} has {seconds / 3600:.1f} hours, at most {LONGEST_SECONDS // 3600} are read; cut it into files"
+            f"{name} has {seconds / 3600:.1f} hours, at most {LONGEST_SECONDS // 3600} are read; "
+            "cut it into files"
         )
 
 

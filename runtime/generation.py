@@ -1,5 +1,4 @@
-"""Decodes the continuations of one prompt in a slot: the prompt, the loop of its mode, or beam
-search."""
+"""Decodes the continuations of one prompt in a slot: prompt, decode loop or beam search."""
 
 from __future__ import annotations
 
@@ -36,12 +35,24 @@ from runtime.text.sampler import LogitsProcessor, Sampler, Warping
 
 
 class Generation:
-    """How a prompt is decoded, and its results.
+    """Decodes one prompt and collects the results.
 
-    The encoder or the decoder reads `ids`, int64 [n]. For speech the encoder reads `sound`, and the
-    decoder `ids` first. `mode`: the mode used, which may differ from the option (see the option
-    `threshold`). `response`: the continuation being decoded. `results`: the finished continuations,
-    at most `count`. `token_times`: the times at which their tokens became final.
+    Args:
+        model: Shared state of the session.
+        ids: Tokens for the encoder or the decoder, int64 [n]. For speech, the decoder reads them
+            first.
+        options: Options of the request.
+        arrival: Time of the call, on the monotonic clock.
+        cancel: Event that ends the request after its next token.
+        count: Number of continuations.
+        grammar: Constraint of the output.
+        sound: Window of speech for the encoder.
+
+    Attributes:
+        mode: The mode used, which may differ from the option (see the option `threshold`).
+        response: The continuation being decoded.
+        results: The finished continuations, at most `count`.
+        token_times: Times at which their tokens became final.
     """
 
     def __init__(
@@ -74,13 +85,13 @@ class Generation:
             prompt = np.array(
                 [(manifest.decoder_start_token_id or 0) if start is None else start], np.int64
             )
-        # Whether the decoder reads the prompt before the first token, which is then the deep
-        # prediction after it.
+        # The decoder reads the prompt before the first token, which is then the deep prediction
+        # after it.
         self._reads = model.encoder is None or len(prompt) > 1
-        # The newest token is never read back, so it needs no position.
+        # The newest token is never read, so it needs no position.
         limit = min(options.max_new_tokens, model.capacity - len(prompt) + 1)
         fixed = self._fixed_tokens(limit)
-        # A constraint begins after a first token that is fixed.
+        # A constraint starts after a fixed first token.
         self._sampled_from = len(prompt) + (grammar is not None and 0 in fixed)
         self._eos = frozenset[int]() if options.ignore_eos else frozenset(manifest.eos_token_ids)
         self._seed = secrets.randbits(64) if options.seed is None else int(options.seed)
@@ -106,7 +117,7 @@ class Generation:
             check_beams(manifest, options.num_beams, len(prompt) + limit)
 
     def _fixed_tokens(self, limit: int) -> dict[int, int]:
-        """Returns the tokens that the model prescribes by their place in the output."""
+        """Return the tokens that the model prescribes, by their place in the output."""
         manifest = self.model.manifest
         fixed: dict[int, int] = {}
         first = target_token(manifest, self.options.tgt_lang, "first")
@@ -126,7 +137,7 @@ class Generation:
         return Detokenizer(self.model.tokenizer, tuple(self.options.stop))
 
     def _decide_mode(self) -> None:
-        """Sets the mode used, its parameters, and where the shallow head runs."""
+        """Set the mode used, its parameters, and where the shallow head runs."""
         model = self.model
         options = self.options
         mode = options.mode
@@ -140,7 +151,7 @@ class Generation:
         self._rollback_threshold = _rollback_threshold(options, model.manifest)
         tuned = model.manifest.tuned_max_pending if mode == "free" else None
         self._max_pending = options.max_pending or tuned or model.manifest.max_pending
-        # Whether the shallow head may run after the prompt, and whether it runs at the prompt:
+        # `_exits`: the shallow head may run after the prompt. `_head`: it runs at the prompt.
         # "lossless" must not cost more than "full" before drafts are known to pay.
         self._exits = self.mode != "full" and not (
             self.mode == "lossless" and options.drafts == "lookup"
@@ -151,15 +162,17 @@ class Generation:
         self._head = self.mode not in ("full", "lossless") or options.output_confidence
 
     def best(self) -> list[GenerationResult]:
-        """Returns the results of the continuations that came to their end, best first."""
+        """Return the results of the continuations that were not interrupted, best first."""
         done = [result for result in self.results if not result.interrupted]
         if self.options.num_beams > 1:
             return done
         return sorted(done, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
 
     def run(self, decoder: Decoder) -> Loop:
-        """Decodes the continuations in a slot, one after the other. Yields tokens, and what they
-        wait for."""
+        """Decode the continuations in a slot, one after the other.
+
+        Yields tokens, and the calls and events to wait for.
+        """
         response = self.response
         try:
             for number in range(self.count):
@@ -186,7 +199,7 @@ class Generation:
             self.model.thresholds.learn(self._labels)
 
     def _reset(self, decoder: Decoder, number: int) -> None:
-        """Begins anew, or after the prompt if that was read before."""
+        """Reset the slot, or trim it to the prompt if that was already read."""
         if number == 0 or self.options.num_beams > 1:
             decoder.reset()
         else:
@@ -197,11 +210,10 @@ class Generation:
         decoder.stats.predicted = int(self._reads)
 
     def _begin(self, decoder: Decoder, number: int) -> Generator[Token | Waiting, None, Loop]:
-        """Begins a continuation, and returns the loop that goes on with it.
+        """Start a continuation, and return the loop that continues it.
 
-        The first token of a decoder-only model, and of speech, is the deep prediction after the
-        prompt, which is read once. An encoder-decoder for text decides its first token like the
-        others.
+        For decoder-only models and speech, the first token is the deep prediction after the prompt,
+        which is read once. Encoder-decoders for text generate the first token in the loop.
         """
         response = self.response
         if number == 0:
@@ -223,6 +235,7 @@ class Generation:
         return self._loop(decoder)
 
     def _loop(self, decoder: Decoder) -> Loop:
+        """Return the loop of the mode."""
         response = self.response
         mode = self.mode
         threshold = self._threshold
@@ -235,7 +248,7 @@ class Generation:
         if mode == "free" and (labels is None or not labels.learns):
             return free(decoder, response, threshold, max_pending, self.options.sync_every)
         if mode == "free":
-            # A pass in the background returns no predictions, and so no labels.
+            # A background pass returns no predictions, so it provides no labels.
             return free(decoder, response, threshold, max_pending, sync_every=0, labels=labels)
         if mode == "full" and self.options.output_confidence:
             return free(decoder, response, NEVER_EXIT, max_pending)
@@ -244,6 +257,7 @@ class Generation:
         return lossless(decoder, response, threshold, max_pending, self._drafts())
 
     def _drafts(self) -> Drafts:
+        """Return the drafts of a lossless request."""
         model = self.model
         options = self.options
         learned = model.learned
@@ -265,7 +279,7 @@ class Generation:
         return Drafts(costs, acceptance, sources, self._exits)
 
     def _beam(self, decoder: Decoder, number: int) -> Loop:
-        """Yields the tokens of one of the best beams. The first call searches for all of them."""
+        """Yield the tokens of one of the best beams. The first call runs the search."""
         response = self.response
         if number == 0:
             self._beams = tuple((yield from self._search(decoder)))
@@ -276,6 +290,7 @@ class Generation:
                     yield response.add(token, False, None, None, wanted)
 
     def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
+        """Run the beam search."""
         options = self.options
         response = self.response
         prompt = response.prompt
@@ -310,7 +325,7 @@ class Generation:
         return (yield from search.search(score, lambda: response.interruption() is not None))
 
     def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
-        """Returns what cross-attention reads, with the time that it took in the statistics."""
+        """Return the arrays for cross-attention, and add the time to the statistics."""
         assert self.model.encoder is not None
         began = perf_counter()
         store = self.model.prefixes
@@ -339,8 +354,7 @@ def sampler_of(
     seed: tuple[int, int],
     grammar: Constraint | None = None,
 ) -> Sampler | None:
-    """Returns how options choose among logits. None for arg max, which the engines compute
-    themselves."""
+    """Return the sampler for these options. None for arg max, which the engines compute."""
 
     def given(value: float | None, default: float) -> float:
         return default if value is None else float(value)
@@ -367,7 +381,8 @@ def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float
     given = manifest.rollback_threshold if given is None else given
     if given is None and options.mode == "rollback":
         raise OptionError(
-            "rollback_threshold is None and this bundle records none; pass nats above which a token is taken back, "
+            "rollback_threshold is None and this bundle records none; pass nats above which a "
+            "token is taken back, "
             "as rollback_threshold=3.0, or calibrate"
         )
     return math.inf if given is None else float(given)

@@ -55,7 +55,8 @@ def with_languages(
         most = manifest.encoder_capacity
         if len(ids) > most:
             raise PromptLengthError(
-                f"the prompt and its language have {len(ids)} tokens, at most {most} fit; shorten it, or convert "
+                f"the prompt and its language have {len(ids)} tokens, at most {most} fit; "
+                "shorten it, or convert "
                 "with a larger capacity"
             )
     return ids

@@ -1,4 +1,4 @@
-"""What the requests of a session share: the bundle, what is loaded of it, and what was learned."""
+"""State shared by the requests of a session: the bundle, its loaded parts, and what was learned."""
 
 from __future__ import annotations
 
@@ -28,20 +28,28 @@ from runtime.thresholds import Thresholds
 
 GENERATION_CONFIG = "generation_config.json"
 LARGEST_CONFIG = 4 << 20  # bytes
-# Sampling values that a bundle may recommend.
+# Sampling options that a bundle may set.
 RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
-# Wraps a callback of the caller's, so that it cannot wait for the session that waits for it.
+# Wraps a callback of the caller, so that it cannot wait for the session that waits for it.
 Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass
 class Model:
-    """The common part of a session's requests.
+    """State shared by the requests of a session.
 
-    `capacity`: positions of a slot. `encoder`: None for decoder-only models. `tokenizer`: None if
-    results have no text. `costs` of engine calls. `prefixes`: what requests reuse of earlier ones,
-    blocks of keys and values or the encoder's output; None if disabled.
+    Attributes:
+        bundle: The bundle.
+        options: Options of the session.
+        capacity: Positions per slot.
+        encoder: Runs the encoder. None for decoder-only models.
+        tokenizer: None if results have no text.
+        thresholds: Thresholds of the session.
+        costs: Measured costs of engine calls.
+        observer: Receives the events of requests.
+        guard: Wraps callbacks of the caller.
+        prefixes: Stored keys and values, or encoder outputs, of earlier requests. None if disabled.
     """
 
     bundle: Bundle
@@ -59,8 +67,9 @@ class Model:
         self.manifest = self.bundle.manifest
         self.learned = LearnedDrafts(self.costs)
         self.keeps_generated = keeps_generated(self.manifest)
-        # Whether an exit's own layers read every row, and whether a request may go without: a
-        # prefix that they have not read is none for one that needs them.
+        # `own_layers`: the exit's own layers read every row. `chooses_exit`: a request may skip
+        # them. With a prefix store it may not, because a request that needs these layers cannot use
+        # a prefix that they have not read.
         self.own_layers = bool(self.manifest.exit_layers) and not self.manifest.exit_engine
         self.chooses_exit = self.own_layers and (self.encoder is not None or self.prefixes is None)
         self._grammars = Grammars(
@@ -76,8 +85,12 @@ class Model:
         src_lang: str | None = None,
         tgt_lang: str | None = None,
     ) -> np.ndarray:
-        """Returns the token ids of a prompt, int64 [n], with its languages. Raises PromptError, and
-        OptionError for a language."""
+        """Return the token ids of a prompt, int64 [n], with its language tokens.
+
+        Raises:
+            PromptError: If the prompt is not valid or does not fit.
+            OptionError: If a language is not supported.
+        """
         is_text = isinstance(prompt, str)
         check_languages(self.manifest, is_text, src_lang=src_lang, tgt_lang=tgt_lang)
         limit = self.manifest.encoder_capacity or self.capacity
@@ -90,24 +103,34 @@ class Model:
         return with_languages(ids, self.manifest, src_lang, tgt_lang)
 
     def grammar(self, options: GenerationOptions) -> Grammar | None:
-        """Returns the grammar that constrains a request, compiled once and kept. Raises
-        OptionError."""
+        """Return the grammar that constrains a request, if any. Compiled grammars are cached.
+
+        Raises:
+            OptionError: If the grammar cannot be compiled.
+        """
         constraint = options.constraint
         return None if constraint is None else self._grammars.open(*constraint, self.capacity + 1)
 
     def resolve(self, options: GenerationOptions) -> GenerationOptions:
-        """Returns options that fit this bundle: with a mode, the sampling values that the bundle
-        recommends, guarded callbacks, and the token ids of `predicted_output`. Raises
-        OptionError."""
+        """Return options completed for this bundle.
+
+        Sets the mode, the sampling values of the bundle, guarded callbacks, and the token ids of
+        `predicted_output`.
+
+        Raises:
+            OptionError: If the options do not fit the bundle.
+        """
         manifest = self.manifest
         options = self.thresholds.with_mode(options)
         if options.max_pending is not None and options.max_pending > manifest.max_pending:
             raise OptionError(
-                f"max_pending is {options.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
+                f"max_pending is {options.max_pending}; this bundle has room for "
+                f"{manifest.max_pending} (see convert)"
             )
         if options.num_beams > 1 and self.encoder is None:
             raise OptionError(
-                f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this bundle is decoder-only"
+                f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this "
+                "bundle is decoder-only"
             )
         for tokens in options.sequence_bias or ():
             if max(tokens) >= manifest.vocab_size:
@@ -134,8 +157,13 @@ class Model:
 
 
 def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -> dict[str, Any]:
-    """Returns the values of RECOMMENDED in the bundle's generation_config.json, none unless the
-    manifest has `listed` it. Raises BundleError for a value that cannot be used."""
+    """Return the sampling options in the bundle's generation_config.json.
+
+    Returns an empty dict unless the file is `listed` in the manifest.
+
+    Raises:
+        BundleError: If a value cannot be used.
+    """
     file = bundle / GENERATION_CONFIG
     if GENERATION_CONFIG not in listed or not file.exists():
         return {}

@@ -131,16 +131,19 @@ class SessionOptions:
         on_cpu = Device.parse(self.device).index is None
         if on_cpu and self.overlap:
             raise OptionError(
-                "overlap is True on the CPU, where both engines share the cores and it measured slower "
+                "overlap is True on the CPU, where both engines share the cores and it measured "
+                "slower "
                 "(152 tokens/s, in turn 251); leave it out"
             )
         if self.run_ahead and (on_cpu or self.overlap is False):
             raise OptionError(
-                "run_ahead is True, and nothing overlaps on the CPU or with overlap=False; leave it out"
+                "run_ahead is True, and nothing overlaps on the CPU or with overlap=False; leave "
+                "it out"
             )
         if self.prefix_cache_mb and not on_cpu:
             raise OptionError(
-                f"prefix_cache_mb is {self.prefix_cache_mb} with device {self.device!r}: prefixes are kept on the CPU "
+                f"prefix_cache_mb is {self.prefix_cache_mb} with device {self.device!r}: "
+                "prefixes are kept on the CPU "
                 "only; leave it out"
             )
 
@@ -348,13 +351,15 @@ class GenerationOptions:
         given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise OptionError(
-                f"{given[0]} and {given[1]} are both given; an output has one constraint, choose one"
+                f"{given[0]} and {given[1]} are both given; an output has one constraint, choose "
+                "one"
             )
         for name in given:
             for other in ("ignore_eos", "min_new_tokens"):
                 if getattr(self, other):
                     raise OptionError(
-                        f"{other} is {getattr(self, other)!r}, but {name} ends the output; choose one"
+                        f"{other} is {getattr(self, other)!r}, but {name} ends the output; "
+                        "choose one"
                     )
 
     def _check_sampling(self) -> None:
@@ -370,7 +375,8 @@ class GenerationOptions:
                 )
         if self.min_new_tokens > self.max_new_tokens:
             raise OptionError(
-                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower it"
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, "
+                f"{self.max_new_tokens}; lower it"
             )
 
     def _check_beams(self) -> None:
@@ -378,13 +384,15 @@ class GenerationOptions:
         if self.output_confidence and (self.mode == "lossless" or beams > 1):
             other = f"num_beams {beams}" if beams > 1 else "mode lossless"
             raise OptionError(
-                f"output_confidence is True with {other}, which has none for every token; leave it out"
+                f"output_confidence is True with {other}, which has none for every token; leave "
+                "it out"
             )
         if beams == 1:
             return
         if self.mode not in (None, "full"):
             raise OptionError(
-                f"num_beams is {beams} in mode {self.mode}: early exit is not supported with beam search; "
+                f"num_beams is {beams} in mode {self.mode}: early exit is not supported with "
+                "beam search; "
                 "use mode 'full'"
             )
         others = {
@@ -403,11 +411,13 @@ class GenerationOptions:
                 continue
             if self.mode not in (None, "lossless"):
                 raise OptionError(
-                    f"{name} is {shown(given)} in mode {self.mode}, which drafts nothing; use 'lossless'"
+                    f"{name} is {shown(given)} in mode {self.mode}, which drafts nothing; use "
+                    "'lossless'"
                 )
             if name != "drafts" and self.drafts in ("exit", "none"):
                 raise OptionError(
-                    f"{name} is {shown(given)}, but drafts is {self.drafts!r}; choose 'auto' or 'lookup'"
+                    f"{name} is {shown(given)}, but drafts is {self.drafts!r}; choose 'auto' or "
+                    "'lookup'"
                 )
 
 

@@ -1,5 +1,8 @@
-"""Many requests at the same engines. One worker thread decodes all of them: each of its turns admits sequences to free
-slots and runs the engine calls that they wait for, several as one. Callers wait for what it delivers."""
+"""Scheduler of a session: decodes many requests with the same engines, in one worker thread.
+
+Each turn admits sequences to free slots and runs the engine calls that sequences wait for, several
+as one. Callers wait for the tokens that it delivers.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,28 @@ from runtime.engines.runner import Event, Runner
 from runtime.errors import EngineError, OptionError, QueueFullError
 from runtime.sequence import Sequence
 
-# Seconds between looks at whether a slot is free that someone drives by hand.
+# Seconds between checks for a slot that is to be borrowed.
 WAIT = 0.005
-REENTRY = "a callback of a request asked its own session, which waits for the callback; open another session"
+REENTRY = (
+    "a callback of a request asked its own session, which waits for the callback; open another "
+    "session"
+)
 CLOSED = "the session is closed; open a new one"
 
 
 class Scheduler:
-    """`decoders`: one for each slot; `batches` for each engine that runs calls of several sequences; at most `queue`
-    sequences wait for a slot.
+    """Schedules requests. Thread-safe within the process that created it.
 
-    Thread-safe, in the process that made it: a fork has no worker, and its calls raise OptionError. The worker runs
-    while there is something to do; `_lock` guards what others change too.
+    A forked process has no worker, so calls raise OptionError there. The worker runs only while
+    there are requests. `_lock` guards the state that other threads change, too.
+
+    Args:
+        decoders: One per slot.
+        batches: Batched calls of the engines that support them.
+        cross: Cross-attention of all slots.
+        queue: Maximum number of sequences that wait for a slot.
+        costs: Measured costs of engine calls.
+        packed: Padding and idle rows of deep passes cost nothing.
     """
 
     def __init__(
@@ -65,47 +78,58 @@ class Scheduler:
         self._idle.set()
         _LIVE.add(self)
 
-    # In any thread
+    # Called from any thread
 
     @property
     def forked(self) -> bool:
-        """Whether this process is a fork of the one that opened the session."""
+        """True if this process is a fork of the one that opened the session."""
         return os.getpid() != self._pid
 
     @property
     def inside(self) -> bool:
-        """Whether this code runs within a callback of a request, or in a task or thread that carries its context."""
+        """True within a callback of a request, or a task or thread that carries its context."""
         return any(call.running and call.owner is self for call in _CALLS.get())
 
     @property
     def empty(self) -> bool:
+        """True if no sequence runs or waits."""
         return not self._rows and not self._waiting
 
     @property
     def running(self) -> int:
-        """Sequences that have a slot."""
+        """Number of sequences that have a slot."""
         return len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for a slot."""
+        """Number of sequences that wait for a slot."""
         return len(self._waiting) - sum(each.abandoned for each in tuple(self._waiting))
 
     def check(self) -> None:
-        """Refuse, with OptionError, to be asked in a fork or within a callback of a request."""
+        """Check that requests are possible here.
+
+        Raises:
+            OptionError: In a forked process, or within a callback of a request.
+        """
         if self.forked:
             raise OptionError(
-                f"the session was opened before process {os.getpid()} was forked; open one in this process, "
+                f"the session was opened before process {os.getpid()} was forked; open one in "
+                "this process, "
                 "or start it with multiprocessing's 'spawn'"
             )
         if self.inside:
             raise OptionError(REENTRY)
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises OptionError where `check` does and after `close`, QueueFullError."""
+        """Queue a sequence.
+
+        Raises:
+            OptionError: If the scheduler is closed, in a forked process, or within a callback.
+            QueueFullError: If the queue is full.
+        """
         self.check()
         observer = sequence.observer
-        observer.tell("queued", sequence.number)  # before the worker may begin it
+        observer.tell("queued", sequence.number)  # before the worker can start it
         try:
             with self._lock:
                 self._let_in(sequence)
@@ -117,9 +141,8 @@ class Scheduler:
         if self._closed:
             raise OptionError(CLOSED)
         waiting = sum(not (each.abandoned or each.follows) for each in self._waiting)
-        free = len(self._free) + sum(
-            each.abandoned for each in tuple(self._rows)
-        )  # or will be at the next turn
+        # Slots of abandoned sequences become free at the next turn.
+        free = len(self._free) + sum(each.abandoned for each in tuple(self._rows))
         if waiting >= self._queue + free:
             wait = "request waits" if self._queue == 1 else "requests wait"
             raise QueueFullError(
@@ -137,7 +160,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def _start(self) -> None:
-        """Let the worker run, which begins by taking the lock."""
+        """Start the worker, which first takes the lock."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="session")
         try:
@@ -146,7 +169,11 @@ class Scheduler:
             raise OptionError("the interpreter is shutting down; ask earlier") from None
 
     def close(self, drain: bool = False) -> None:
-        """Let nobody in any more, and end all after their next token; with `drain`, once they have ended."""
+        """Refuse new sequences and end all others after their next token.
+
+        Args:
+            drain: First wait until all have ended.
+        """
         self._closed = True
         if self.forked:
             return
@@ -161,18 +188,22 @@ class Scheduler:
             thread.shutdown(wait=False)
 
     def _unbind(self) -> None:
-        """Break the circles of decoders and their calls, so that engines go with a closed session."""
+        """Drop the calls of a closed scheduler, whose reference cycles would keep engines alive."""
         if self._closed and self.empty:
             for decoder in self._free:
                 decoder.forget_calls()
 
     def drain(self) -> None:
-        """Wait until nobody waits or decodes. Raises OptionError within a callback of a request."""
+        """Wait until no sequence runs or waits.
+
+        Raises:
+            OptionError: Within a callback of a request.
+        """
         self.check()
         self._idle.wait()
 
     def end_soon(self) -> None:
-        """End all after their next token."""
+        """End all sequences after their next token."""
         with self._lock:
             self._closing = True
             for sequence in (*self._rows, *self._waiting):
@@ -180,8 +211,10 @@ class Scheduler:
 
     @contextmanager
     def borrowed(self) -> Iterator[Decoder]:
-        """A free slot, to drive by hand, once nobody decodes. As long as any is lent, calls are of one sequence
-        each."""
+        """Context manager: yields a free slot for direct use, once no sequence runs.
+
+        While any slot is borrowed, calls are not batched.
+        """
         self.check()
         decoder = None
         while decoder is None:
@@ -201,7 +234,7 @@ class Scheduler:
                 self._unbind()
 
     def guarded(self, callback: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a callback: while it runs, this session refuses to be asked by it."""
+        """Wrap a callback so that this session refuses requests from it while it runs."""
 
         def call(*arguments: Any) -> Any:
             here = _Callback(self)
@@ -214,10 +247,10 @@ class Scheduler:
 
         return call
 
-    # In the worker
+    # Called from the worker
 
     def _work(self) -> None:
-        """Turns, until nobody waits or decodes."""
+        """Take turns until no sequence runs or waits."""
         while True:
             with self._lock:
                 if self.empty:
@@ -226,7 +259,7 @@ class Scheduler:
                     return
             try:
                 self.turn()
-            except BaseException as error:  # of no request: their errors end them alone
+            except BaseException as error:  # not of a request, whose errors end only the request
                 for sequence in tuple(self._rows):
                     self._end(
                         sequence,
@@ -234,7 +267,10 @@ class Scheduler:
                     )
 
     def turn(self) -> None:
-        """Admit sequences and go on with those that have a slot: with one that is alone until another comes."""
+        """Admit sequences and advance the running ones.
+
+        A single sequence is advanced until another one arrives.
+        """
         now = time.monotonic()
         gone = [each for each in self._rows if each.abandoned or each.response.until <= now]
         for sequence in gone:
@@ -255,14 +291,17 @@ class Scheduler:
             return
         events = [each.waits for each in self._rows if isinstance(each.waits, Event)]
         if events:
-            with suppress(Exception):  # it reaches the sequence that waits for it
+            with suppress(Exception):  # raised again in the sequence that waits for it
                 events[0].wait()
         else:
             time.sleep(WAIT)
 
     def _admit(self) -> bool:
-        """Give free slots to sequences that wait, and end those that are to wait no longer. Where they are of a list,
-        others follow."""
+        """Give free slots to waiting sequences, and end those that should no longer wait.
+
+        Both are followed by the next request of their list of prompts. Returns True if anything
+        changed.
+        """
         changed = False
         while True:
             begun = list[Sequence]()
@@ -296,8 +335,11 @@ class Scheduler:
                 return changed
 
     def _run_alone(self, sequence: Sequence) -> None:
-        """Turns of the only sequence, while nothing else is to be done. Most turns are these. What they touch has left
-        the processor's cache during the engine call, so each function and array here counts."""
+        """Advance the only sequence until something else needs attention.
+
+        Most turns run here. Their code and data have left the processor's cache during the engine
+        call, so every function and array counts.
+        """
         waiting = self._waiting
         until = sequence.response.until
         may_be_late = until != math.inf
@@ -325,8 +367,11 @@ class Scheduler:
             call = sequence.waits
 
     def _resume(self) -> bool:
-        """Advance sequences whose event is done, and one of those that wait for a turn alone: the next piece of a
-        prompt, which must not keep the others waiting for long. True if there was any."""
+        """Advance the sequences whose event is done, and one of those that wait for a turn alone.
+
+        The latter reads the next piece of a prompt, which must not delay the others for long.
+        Returns True if there was any.
+        """
         happened = [
             each for each in self._rows if isinstance(each.waits, Event) and each.waits.done()
         ]
@@ -334,7 +379,7 @@ class Scheduler:
             self._advance(sequence)
         in_line = [each for each in self._rows if each.waits is None]
         for sequence in in_line[:1]:
-            # To the end of the line.
+            # Move it to the end of the line.
             self._rows.remove(sequence)
             self._rows.append(sequence)
             if sequence.begun and sequence.response.interruption():
@@ -345,6 +390,7 @@ class Scheduler:
         return bool(happened or in_line)
 
     def _run_calls(self) -> bool:
+        """Run the calls of one engine that the policy chooses. Returns False if there are none."""
         chosen = self._calls.choose(self._rows, self._turns)
         if not chosen:
             return False
@@ -359,7 +405,7 @@ class Scheduler:
     def _advance(self, sequence: Sequence, error: Exception | None = None) -> None:
         try:
             going = sequence.advance(error)
-        except BaseException as failure:  # of the engine, or of its caller's code
+        except BaseException as failure:  # raised by the engine or by the caller's code
             self._end(sequence, failure)
             return
         sequence.since = self._turns
@@ -382,7 +428,10 @@ class Scheduler:
         self._free.sort(key=lambda free: free.slot)
 
     def _close_gaps(self) -> None:
-        """Move sequences from the highest slots to free ones below: idle rows of a call cost as much as others."""
+        """Move sequences from the highest slots to free lower ones.
+
+        Idle rows of a call cost as much as others.
+        """
         while self._free:
             last = max(self._rows, key=lambda each: each.decoder.slot).decoder
             if last.slot < self._free[0].slot or last.in_background:
@@ -393,12 +442,15 @@ class Scheduler:
 
 
 class _Callback:
+    """A running callback of a request."""
+
     def __init__(self, owner: Scheduler) -> None:
         self.owner = owner
         self.running = True
 
 
-# Of this context and those it was copied from: tasks of an event loop and asyncio.to_thread begin with a copy.
+# Callbacks of this context and of those it was copied from. Tasks of an event loop and
+# asyncio.to_thread start with a copy.
 _CALLS: ContextVar[tuple[_Callback, ...]] = ContextVar("freeexport callbacks", default=())
 _LIVE: WeakSet[Scheduler] = WeakSet()
 
@@ -409,6 +461,7 @@ def _at_exit() -> None:
             scheduler.end_soon()
 
 
-# The interpreter waits for its threads before other exit handlers run: what nobody reads any more must not keep it.
+# The interpreter waits for its threads before it runs other exit handlers, so requests that nobody
+# reads must end here.
 if hasattr(threading, "_register_atexit"):
     threading._register_atexit(_at_exit)

@@ -23,24 +23,26 @@ from runtime.speech import Sound, SpeechPrompt
 from runtime.text.grammar import Constraint
 from runtime.text.prompt import Prompt
 
-# Maximum number of continuations of one prompt: they are decoded one after the other in one slot.
+# Maximum number of continuations of one prompt. They are decoded one after the other, in one slot.
 MOST_SEQUENCES = 1024
 
 
 class Sequence:
-    """A request with its place in the scheduler.
+    """A request with its state in the scheduler.
 
     Attributes:
-        generation: How it is decoded in a slot.
+        generation: Decodes it in a slot.
         response: Its output so far.
-        waits: The engine call or event that it waits for, since the turn `since`.
-        abandoned: Set if nobody wants it any more. It ends at the next turn.
-        begun: Whether it has had a slot.
-        ended: Whether nothing more comes. `error` is the exception that ended it.
+        waits: The engine call or event that it waits for.
+        since: The turn since which it has waited.
+        abandoned: Set if nobody needs it any more. It ends at the next turn.
+        begun: True once it has had a slot.
+        ended: True once no more tokens follow.
+        error: The exception that ended it, if any.
         deliver: Called with each token, in the worker. Must not raise.
         on_end: Called at the end, in the worker. Must not raise.
-        follow: Returns the request of the next prompt, for one of a list of prompts.
-        follows: Whether it is a later one of a list.
+        follow: Returns the request of the next prompt, if this one belongs to a list of prompts.
+        follows: True for all but the first request of a list.
     """
 
     def __init__(self, generation: Generation, observer: Observer) -> None:
@@ -58,7 +60,7 @@ class Sequence:
         self.on_end: Callable[[], None] | None = None
         self.follow: Callable[[], Sequence | None] | None = None
         self.follows = False
-        self._delivered = False  # whether a token has been
+        self._delivered = False  # a token has been delivered
         self._decoder: Decoder | None = None
         self._coroutine: Loop | None = None
 
@@ -72,13 +74,18 @@ class Sequence:
         return self.response.result
 
     def enter(self, decoder: Decoder) -> None:
-        """Takes a slot."""
+        """Take a slot."""
         self._decoder = decoder
         self._coroutine = self.generation.run(decoder)
 
     def advance(self, error: Exception | None = None) -> bool:
-        """Continues to what it waits for next, with the `error` of what it waited for if that
-        failed. Returns False at its end. Raises its error."""
+        """Continue up to the next wait, and return False if the request has ended.
+
+        Raises the error that ended the request.
+
+        Args:
+            error: The error of what it waited for, if that failed.
+        """
         coroutine = self._coroutine
         assert coroutine is not None
         if not self.begun:
@@ -102,12 +109,12 @@ class Sequence:
         return True
 
     def stop(self) -> None:
-        """Closes the coroutine, which must not touch its slot afterwards."""
+        """Close the coroutine, so that it no longer uses its slot."""
         if self._coroutine is not None:
             self._coroutine.close()
 
     def end(self, error: BaseException | None = None) -> None:
-        """Called when nothing more comes, with the `error` that ended it."""
+        """Called when no more tokens follow, with the `error` that ended the request."""
         self.waits = None
         self._decoder = None
         self._coroutine = None
@@ -118,7 +125,7 @@ class Sequence:
             self.observer.ended(self.number, self.response.arrival, results, times, error)
         finally:
             on_end = self.on_end
-            # A list of prompts and its requests refer to each other.
+            # Break the reference cycle of a list of prompts and its requests.
             self.on_end = None
             self.follow = None
             self.ended = True
@@ -135,10 +142,20 @@ def sequence_of(
     count: int | None = None,
     arrival: float | None = None,
 ) -> Sequence:
-    """Makes the request for a prompt. Raises PromptError, OptionError, CapacityError.
+    """Create the request for a prompt.
 
-    `count`: continuations, to be ordered by log-probability; None is one, without an order.
-    `arrival`: time of the call, of the monotonic clock, by default now.
+    Args:
+        model: The shared state of the session.
+        prompt: The prompt.
+        options: Options of the request.
+        cancel: Event that ends the request after its next token.
+        count: Number of continuations, ordered by log-probability. Default: one, without an order.
+        arrival: Time of the call, on the monotonic clock. Default: now.
+
+    Raises:
+        PromptError: If the prompt is not valid or does not fit.
+        OptionError: If the options do not fit the bundle.
+        CapacityError: If the caches of beams do not fit into memory.
     """
     if count is not None:
         options = replace(options, output_logprobs=True)
@@ -174,10 +191,15 @@ def sequence_of(
 
 
 def check_count(count: int, options: GenerationOptions) -> None:
-    """Raises OptionError unless `count` continuations of one prompt are possible."""
+    """Check that `count` continuations of one prompt are possible.
+
+    Raises:
+        OptionError: If they are not.
+    """
     most = MOST_SEQUENCES if options.samples else options.num_beams
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
         raise OptionError(
-            f"num_return_sequences is {count!r}; choose 1 to {MOST_SEQUENCES} with do_sample=True or a temperature "
+            f"num_return_sequences is {count!r}; choose 1 to {MOST_SEQUENCES} with "
+            "do_sample=True or a temperature "
             "above 0, or up to num_beams"
         )

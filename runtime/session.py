@@ -82,7 +82,8 @@ class Session:
         check_runnable(manifest, device)
         if manifest.speech is not None and device.index is not None:
             raise OptionError(
-                f"device is {options.device!r}, and speech is read on the CPU alone yet; leave it out"
+                f"device is {options.device!r}, and speech is read on the CPU alone yet; leave "
+                "it out"
             )
         self.capacity = _capacity(manifest, options.capacity)
         self.threads = options.threads or usable_cores()
@@ -432,12 +433,14 @@ def _open_backend(
 def _capacity(manifest: Manifest, wanted: int | None) -> int:
     if wanted is not None and wanted > manifest.capacity:
         raise CapacityError(
-            f"capacity {wanted} is more than the {manifest.capacity} positions this bundle was converted for; "
+            f"capacity {wanted} is more than the {manifest.capacity} positions this bundle was "
+            "converted for; "
             "lower it, or convert with --capacity"
         )
     if wanted not in (None, manifest.capacity) and manifest.target == "tensorrt":
         raise CapacityError(
-            f"capacity {wanted} is not the {manifest.capacity} positions that the graphs of this bundle are fixed to; "
+            f"capacity {wanted} is not the {manifest.capacity} positions that the graphs of this "
+            "bundle are fixed to; "
             "leave it out, or convert with --capacity"
         )
     return wanted or manifest.capacity

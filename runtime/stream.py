@@ -1,4 +1,4 @@
-"""The tokens of one request for one reader, in a thread or an asyncio program, and requests for a list of prompts."""
+"""Readers of one request's tokens, for threads and asyncio, and requests for a list of prompts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from runtime.text.prompt import Prompt
 if TYPE_CHECKING:
     import asyncio
 
-# Seconds after its deadline that a caller leaves without the worker, which is late.
+# Seconds after its deadline at which a caller returns without waiting for the worker.
 GRACE = 0.05
 
 T = TypeVar("T")
 
 
 class Inbox(Generic[T]):
-    """Items from the worker for one thread, which waits in C, without the interpreter's lock."""
+    """Items from the worker for one thread, which waits in C code, without the GIL."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[T] = SimpleQueue()
@@ -37,7 +37,11 @@ class Inbox(Generic[T]):
         self.empty = self._queue.empty
 
     def get(self, until: float = math.inf) -> T:
-        """The next item; TimeoutError shortly after `until`, a time of the monotonic clock."""
+        """Return the next item.
+
+        Raises:
+            TimeoutError: Shortly after `until`, a time of the monotonic clock.
+        """
         try:
             return self._queue.get(timeout=_patience(until))
         except Empty:
@@ -54,25 +58,30 @@ class AsyncInbox(Generic[T]):
         self._rung = False
 
     def put(self, item: T) -> None:
-        """Add an item; in any thread."""
+        """Add an item. Callable from any thread."""
         self._items.append(item)
         loop = self._loop
         event = self._event
         if loop is not None and event is not None and not self._rung:
             self._rung = True
-            with suppress(RuntimeError):  # the loop is closed: nobody waits
+            with suppress(RuntimeError):  # the loop is closed, so nobody waits
                 loop.call_soon_threadsafe(event.set)
 
     async def get(self, until: float = math.inf) -> T:
-        """The next item; TimeoutError shortly after `until`, a time of the monotonic clock."""
+        """Return the next item.
+
+        Raises:
+            TimeoutError: Shortly after `until`, a time of the monotonic clock.
+        """
         if self._event is None:
-            import asyncio  # 0.1 s, and few need it
+            import asyncio  # takes 0.1 s, and few programs need it
 
             self._event = asyncio.Event()
             self._loop = asyncio.get_running_loop()
         while True:
             self._event.clear()
-            self._rung = False  # before the look at what is there: what comes after it rings
+            # Reset before checking for items, so that any later item sets the event.
+            self._rung = False
             if self._items:
                 return self._items.popleft()
             if until == math.inf:
@@ -85,7 +94,14 @@ class AsyncInbox(Generic[T]):
 
 
 class _Reader:
-    """A request that has a place among the others from the start. `whole`: its tokens are not read one by one."""
+    """Reads a request, which is submitted at once.
+
+    Args:
+        scheduler: Decodes the request.
+        sequence: The request.
+        put: Receives the tokens, and None at the end.
+        whole: Do not deliver tokens one by one.
+    """
 
     def __init__(
         self,
@@ -104,18 +120,20 @@ class _Reader:
         scheduler.submit(sequence)
 
     def __del__(self) -> None:
-        # Nothing that takes a lock: this may be anywhere. The worker ends the request.
+        # Must not take a lock, because this can run anywhere. The worker ends the request.
         if hasattr(self, "_sequence"):
             self._sequence.abandoned = True
 
     @property
     def result(self) -> GenerationResult:
-        """The tokens so far, read or not; `finish_reason` is "cancelled" or "deadline" unless the request came to its
-        end."""
+        """The tokens so far, including those not read yet.
+
+        `finish_reason` is "cancelled" or "deadline" until the request has ended by itself.
+        """
         return self._sequence.result
 
     def _take(self, token: Token | None) -> Token | None:
-        """Count a token that the inbox gave; None is the end, and raises the request's error, once."""
+        """Count a token from the inbox. At the end, None, raise the request's error, once."""
         if token is not None:
             self._given += 1
             return token
@@ -125,14 +143,17 @@ class _Reader:
         return None
 
     def _leave(self) -> None:
-        """Go without the worker, which is late: the result is what was read."""
+        """Stop waiting for the worker, which is late. The result has the tokens read so far."""
         self._sequence.abandoned = self._ended = True
         self._sequence.response.freeze(None if self._whole else self._given)
 
 
 class Stream(_Reader, Iterator[Token]):
-    """The tokens of one request, as they become final. `result` is complete once the stream has ended. It is decoded
-    whether or not it is read; closing the stream, or dropping it, ends it."""
+    """Iterator over the tokens of one request, as they become final.
+
+    The request is decoded whether or not its tokens are read. Closing or dropping the stream ends
+    the request. `result` is complete once the stream has ended.
+    """
 
     def __init__(self, scheduler: Scheduler, sequence: Sequence, whole: bool = False) -> None:
         self._inbox: Inbox[Token | None] = Inbox()
@@ -145,13 +166,13 @@ class Stream(_Reader, Iterator[Token]):
         return token
 
     def drain(self) -> GenerationResult:
-        """To the end, without reading the tokens one by one: the result."""
+        """Wait for the end without reading tokens one by one, and return the result."""
         while not self._ended:
             self._next()
         return self.result
 
     def close(self) -> None:
-        """End the request and give its slot back. Idempotent."""
+        """End the request and free its slot. Idempotent."""
         self._sequence.abandoned = True
         if not (self._ended or self._scheduler.forked or self._scheduler.inside):
             with suppress(TimeoutError):
@@ -168,7 +189,7 @@ class Stream(_Reader, Iterator[Token]):
     def _next(self) -> Token | None:
         try:
             if self._inbox.empty():
-                self._scheduler.check()  # within a callback it would wait for itself
+                self._scheduler.check()  # refuses to wait within a callback of the request itself
             token = self._inbox.get(self._sequence.response.until)
         except TimeoutError:
             self._leave()
@@ -180,8 +201,10 @@ class Stream(_Reader, Iterator[Token]):
 
 
 class AsyncStream(_Reader, AsyncIterator[Token]):
-    """`Stream` for asyncio, for one reader of one event loop. Leaving the loop, `aclose`, or cancelling the task that
-    reads ends the request."""
+    """`Stream` for asyncio, for one reader in one event loop.
+
+    Leaving the loop, `aclose`, or cancelling the reading task ends the request.
+    """
 
     def __init__(self, scheduler: Scheduler, sequence: Sequence, whole: bool = False) -> None:
         self._inbox: AsyncInbox[Token | None] = AsyncInbox()
@@ -194,13 +217,13 @@ class AsyncStream(_Reader, AsyncIterator[Token]):
         return token
 
     async def drain(self) -> GenerationResult:
-        """To the end, without reading the tokens one by one: the result."""
+        """Wait for the end without reading tokens one by one, and return the result."""
         while not self._ended:
             await self._next()
         return self.result
 
     async def aclose(self) -> None:
-        """End the request; its slot is free after what is decoded now. Idempotent."""
+        """End the request. Its slot becomes free after the current engine call. Idempotent."""
         self._sequence.abandoned = self._ended = True
 
     async def __aenter__(self) -> AsyncStream:
@@ -222,9 +245,17 @@ class AsyncStream(_Reader, AsyncIterator[Token]):
 
 
 class PromptList:
-    """The requests of a list of prompts. Each that leaves the queue lets the next in (`follow`), so a long list neither
-    fills the queue nor keeps other callers out. `until` is the deadline of all, by the monotonic clock; `ended` is
-    called once all have ended."""
+    """The requests of a list of prompts.
+
+    Each request that leaves the queue lets the next one in (`follow`), so a long list neither fills
+    the queue nor keeps other callers out.
+
+    Args:
+        make: Creates the request for a prompt.
+        prompts: The prompts.
+        until: Deadline of all requests, on the monotonic clock.
+        ended: Called once all requests have ended.
+    """
 
     def __init__(
         self,
@@ -238,15 +269,17 @@ class PromptList:
         self._ended = ended
         self._context = copy_context()
         self._left = iter(list(enumerate(prompts)))
-        self._made: list[Sequence | BaseException | None] = [None] * len(
-            prompts
-        )  # None: the deadline came first
+        # None: not created before the deadline.
+        self._made: list[Sequence | BaseException | None] = [None] * len(prompts)
         self.running = 0
         self._abandoned = False
 
     def follow(self) -> Sequence | None:
-        """The request of the next prompt, made in the context of who asked; those of which no request can be made fail
-        individually."""
+        """Return the request of the next prompt, None if there is none.
+
+        It is created in the caller's context. Prompts for which no request can be created fail
+        individually.
+        """
         return self._context.run(self._next)
 
     def _next(self) -> Sequence | None:
@@ -276,14 +309,18 @@ class PromptList:
             self._ended()
 
     def abandon(self) -> None:
+        """End all requests that are still running."""
         self._abandoned = True
         for sequence in self._made:
             if isinstance(sequence, Sequence):
                 sequence.abandoned = True
 
     def results(self) -> list[GenerationResult]:
-        """In the order of the prompts; of those that have not ended, what is there. Raises BatchError, with all that
-        there is, where any failed."""
+        """Return the results in the order of the prompts. Unfinished ones have their tokens so far.
+
+        Raises:
+            BatchError: If any prompt failed. It contains all results.
+        """
         self.abandon()
         found = [_outcome(each) for each in self._made]
         failed = [
@@ -291,7 +328,7 @@ class PromptList:
         ]
         for _, error in failed:
             if not isinstance(error, Exception):
-                raise error  # a callback ended more than its request
+                raise error  # a callback raised it to end more than its request
         if failed:
             number, error = failed[0]
             raise BatchError(
@@ -313,5 +350,5 @@ def _outcome(made: Sequence | BaseException | None) -> GenerationResult | BaseEx
 
 
 def _patience(until: float) -> float | None:
-    """Seconds that a caller with a deadline, by the monotonic clock, waits; None is without limit."""
+    """Return the seconds that a caller with a deadline waits, None if it waits indefinitely."""
     return None if until == math.inf else max(0.0, until + GRACE - monotonic())

@@ -30,7 +30,10 @@ class DefaultMode:
 
     def __str__(self) -> str:
         if self.mode == "lossless":
-            return "mode lossless, as no threshold is calibrated: the tokens of mode full, with drafts from the text"
+            return (
+                "mode lossless, as no threshold is calibrated: the tokens of mode full, with "
+                "drafts from the text"
+            )
         said = [
             "gain not known"
             if self.speedup is None

@@ -125,7 +125,7 @@ class Response:
         return self.sampler(prediction.logits, context)
 
     def constrained(self, prediction: Prediction, drafts: Sequence[int] = ()) -> Prediction:
-        """Set the confidence of a shallow prediction to 0 if the grammar rejects it after `drafts`."""
+        """Set a shallow prediction's confidence to 0 if the grammar rejects it after `drafts`."""
         if self._grammar is None or prediction.confidence is None:
             return prediction
         if self._length + len(drafts) in self._fixed:
@@ -170,9 +170,7 @@ class Response:
         return drafts[-1] in self.eos or self._length + len(drafts) >= self._end
 
     def within(self, drafts: list[int]) -> list[int]:
-        """Cut `drafts` before a token that the grammar rejects, and after one that ends the
-        request.
-        """
+        """Cut `drafts` before a token the grammar rejects, and after one that ends the output."""
         ends = (place + 1 for place, token in enumerate(drafts) if token in self.eos)
         drafts = drafts[: min(next(ends, len(drafts)), self._end - self._length)]
         if self._grammar is None or not drafts:

@@ -1,4 +1,4 @@
-"""Keys and values of prompts that were read, for requests that begin with the same tokens."""
+"""Store of keys and values of prompts, for requests that begin with the same tokens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from runtime.bundle.manifest import Manifest
 from runtime.engines.runner import Runner
 from runtime.kernels import prompt_differs
 
-# Tokens of a block. A smaller one leaves less to read of a prompt, and takes more copies.
+# Tokens per block. Smaller blocks leave fewer tokens to compute, but need more copies.
 BLOCK = 16
 
 
 def hashes(tokens: np.ndarray, block: int, salt: str | None, own: bool = False) -> list[bytes]:
-    """For each whole block of tokens int64 [n] a hash of all tokens up to its end: the keys of a chain. Those of other
-    salts differ, and those of the model's layers and of an exit's `own`."""
+    """Return a hash for each whole block of tokens int64 [n]. It covers all tokens up to its end.
+
+    The hashes form a chain. They differ by `salt`, and between the model's layers and an exit's
+    `own`.
+    """
     key = sha256(
         bytes((own, salt is not None)) + (salt or "").encode("utf-8", "surrogatepass")
     ).digest()
@@ -31,28 +34,38 @@ def hashes(tokens: np.ndarray, block: int, salt: str | None, own: bool = False) 
 
 
 def keeps_generated(manifest: Manifest) -> bool:
-    """Whether generated tokens are stored, too: where a step leaves the bits in the caches that reading the same token
-    as part of a prompt leaves there. Our own products and attention (whose caches are float16) do, but for those that
-    read prompts in tiles. Elsewhere the next turn of a chat reads the last answer again."""
+    """Return True if generated tokens are stored, too.
+
+    This requires that a decoding step writes the same bits to the caches as reading the token in a
+    prompt. Our own operators with float16 caches do, except those that read prompts in tiles.
+    Otherwise the next turn of a chat computes the last answer again.
+    """
     return manifest.kernels is not None and manifest.cache_type == "fp16" and not prompt_differs()
 
 
 class PrefixStore:
-    """Entries by the keys of chains, of which the beginning is always stored, too. They have at most `limit` bytes;
-    where another finds no room, the least recently used goes, of a chain its end first. For one thread at a time."""
+    """Entries by the hashes of chains, with a memory limit. Not thread-safe.
+
+    The beginning of a stored chain is always stored, too. If the limit is reached, the least
+    recently used entry is dropped, starting at the end of its chain.
+
+    Args:
+        limit: Maximum total size of the entries, in bytes.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
         self._entries: OrderedDict[bytes, tuple[Any, int]] = (
             OrderedDict()
-        )  # the least recently used first
+            # The least recently used first.
+        )
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def find(self, chain: Sequence[bytes]) -> list[Any]:
-        """The entries of the longest beginning of a chain that is stored."""
+        """Return the entries of the longest stored beginning of a chain."""
         count = next(
             (number for number, key in enumerate(chain) if key not in self._entries), len(chain)
         )
@@ -60,8 +73,16 @@ class PrefixStore:
         return [self._entries[key][0] for key in chain[:count]]
 
     def keep(self, chain: Sequence[bytes], make: Callable[[int], Any], size: int) -> None:
-        """Store what is missing of a chain: `make` gives the entry of a number, of `size` bytes. The end is left out
-        where it finds no room beside the beginning."""
+        """Store the missing entries of a chain.
+
+        Drops entries of other chains to make room. If that is not enough, the end of the chain is
+        not stored.
+
+        Args:
+            chain: Hashes.
+            make: Creates the entry of a number in the chain.
+            size: Bytes per entry.
+        """
         self._use(chain)
         own = frozenset(chain)
         for number, key in enumerate(chain):
@@ -78,17 +99,24 @@ class PrefixStore:
         self._use(chain)
 
     def _use(self, chain: Sequence[bytes]) -> None:
-        """The beginning becomes the most recently used, so that nothing is ever stored without it."""
+        """Mark a chain as used, its beginning last, so that no entry outlives its beginning."""
         for key in reversed(chain):
             if key in self._entries:
                 self._entries.move_to_end(key)
 
 
 class Prefix:
-    """`tokens` int64 [n] is the prompt. Requests of an equal `salt` share what the model's layers hold, whatever their
-    mode; those that run an exit's own layers (`exits`) share what these hold, too, in a chain of its own.
+    """The stored prefix of one prompt.
 
-    An entry is what reading its tokens as a prompt gives, bit for bit, so that no request can tell who read them.
+    Requests with the same salt share the keys and values of the model's layers, whatever their
+    mode. Requests that run an exit's own layers also share those, in a separate chain. Stored
+    values equal those computed from the prompt bit for bit, so results do not depend on reuse.
+
+    Args:
+        store: The store.
+        tokens: The prompt, int64 [n].
+        salt: Isolates requests of different users.
+        exits: The request runs the exit's own layers.
     """
 
     def __init__(
@@ -97,12 +125,15 @@ class Prefix:
         self._store = store
         self._tokens = tokens
         self._salt = salt
-        self._kinds = (False, True) if exits else (False,)  # of layers: the model's, the exit's own
+        self._kinds = (False, True) if exits else (False,)  # the model's layers, the exit's own
         self._chains = [hashes(tokens, BLOCK, salt, own) for own in self._kinds]
 
     def restore(self, runners: Sequence[Runner], slot: int, start: int) -> int:
-        """A slot holds the first `start` positions of the prompt: copy there what is stored of those that follow.
-        Returns how many it holds now; the last is left, as only reading it says what comes next."""
+        """Copy stored positions after the first `start` positions into a slot.
+
+        Returns the number of positions that the slot then holds. The last position is never
+        restored, because it must be computed for its prediction.
+        """
         whole = (len(self._tokens) - 1) // BLOCK
         found = [self._store.find(chain[:whole]) for chain in self._chains]
         end = min(map(len, found))
@@ -113,13 +144,16 @@ class Prefix:
         return max(start, end * BLOCK)
 
     def keep(self, runners: Sequence[Runner], slot: int, generated: Sequence[int] = ()) -> None:
-        """Store what all caches of a slot hold of the prompt and the tokens that were `generated` after it. These must
-        have the bits that a prompt's would have."""
+        """Store the positions that all caches hold of a prompt and of tokens `generated` after it.
+
+        Generated tokens must have the same bits as in a prompt.
+        """
         chains = self._chains
         if len(generated):
             tokens = np.concatenate([self._tokens, np.array(generated, np.int64)])
             chains = [hashes(tokens, BLOCK, self._salt, own) for own in self._kinds]
-        # What is still stacked is not in the deep cache; a draft that was not verified stands behind all tokens.
+        # Stacked rows are not in the deep cache, and drafts that were not verified come after all
+        # tokens.
         complete = min(int(runner.cache.lengths[slot]) for runner in runners)
         for own, chain in zip(self._kinds, chains, strict=True):
 
@@ -134,5 +168,8 @@ class Prefix:
 
 
 def _holding(runners: Sequence[Runner], own: bool) -> Sequence[Runner]:
-    """Those whose caches have layers of a kind: the model's are in the first two, an exit's own in any."""
+    """Return the runners whose caches have the model's layers, or with `own` the exit's own ones.
+
+    The first two runners have the model's layers. Any may have the exit's own.
+    """
     return runners if own else runners[:2]

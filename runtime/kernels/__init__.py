@@ -32,7 +32,8 @@ def register(options: Any, needed: int = VERSION) -> None:
     name = instructions()
     if needed > VERSION:
         raise EngineError(
-            f"version {needed} of freeexport's kernels is needed, {VERSION} is here; upgrade freeexport"
+            f"version {needed} of freeexport's kernels is needed, {VERSION} is here; upgrade "
+            "freeexport"
         )
     if name.startswith("scalar"):
         chosen = os.environ.get("FREEEXPORT_INSTRUCTIONS")

@@ -51,7 +51,8 @@ class ChatTemplate:
         ) as error:  # also what Python cannot compile: nested too deep, a number of too many digits
             line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise BundleError(
-                f"{FILE}{line} is not a valid template ({one_line(error)}); convert the checkpoint again"
+                f"{FILE}{line} is not a valid template ({one_line(error)}); convert the "
+                "checkpoint again"
             ) from None
 
     def render(

@@ -88,7 +88,8 @@ class ControlTokens:
         characters = dict(zip(sorted(found), unused, strict=False))
         if len(characters) < len(found):
             raise PromptError(
-                "the messages use all private characters of Unicode beside control tokens; remove some"
+                "the messages use all private characters of Unicode beside control tokens; "
+                "remove some"
             )
         escaped = _mapped(
             messages, lambda text: self._pattern.sub(lambda match: characters[match[0]], text)
@@ -149,7 +150,8 @@ class ControlTokens:
 
 def _not_text() -> PromptError:
     return PromptError(
-        "the prompt has a control token that this tokenizer cannot spell as text; remove it, or pass "
+        "the prompt has a control token that this tokenizer cannot spell as text; remove it, or "
+        "pass "
         "parse_special=True where its source is trusted"
     )
 

@@ -145,7 +145,8 @@ def _check_stop(tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
             )
     if stop and tokenizer is None:
         raise OptionError(
-            "stop strings need text, and there is no tokenizer (the bundle has none, or trust_templates is False); "
+            "stop strings need text, and there is no tokenizer (the bundle has none, or "
+            "trust_templates is False); "
             "leave them out"
         )
 

@@ -252,7 +252,8 @@ class _Spelled:
     def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]) -> None:
         if tokenizer.anchor is None:
             raise OptionError(
-                "the bundle's tokenizer has no text for each token, so its output cannot be constrained"
+                "the bundle's tokenizer has no text for each token, so its output cannot be "
+                "constrained"
             )
         anchor, length = tokenizer.anchor
         self.eos_token_id = ends[0]
@@ -390,7 +391,8 @@ def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
         size = grammar_size(text)
     if size.most > MOST_LETTERS:
         raise ValueError(
-            f"it may force {size.most:,} letters at once, at most {MOST_LETTERS:,} may be; shorten its texts, or lower "
+            f"it may force {size.most:,} letters at once, at most {MOST_LETTERS:,} may be; "
+            "shorten its texts, or lower "
             "its repetitions"
         )
     return described

@@ -90,7 +90,8 @@ def check_text(text: str, limit: int) -> None:
             size = len(text.encode("utf-8"))
         except UnicodeEncodeError as error:
             raise PromptError(
-                f"the prompt has a lone surrogate, U+{ord(text[error.start]):04X}, at index {error.start}; "
+                f"the prompt has a lone surrogate, U+{ord(text[error.start]):04X}, at index "
+                f"{error.start}; "
                 "remove it, or decode the source as UTF-8"
             ) from None
     _check_size(size, limit)
@@ -108,7 +109,8 @@ def _check_messages(messages: Sequence[Any], limit: int) -> None:
     """Check messages before a template makes a text of them."""
     if len(messages) > limit:
         raise PromptLengthError(
-            f"the prompt has {len(messages)} messages, more than the {limit} tokens that fit; leave some out"
+            f"the prompt has {len(messages)} messages, more than the {limit} tokens that fit; "
+            "leave some out"
         )
     size = 0
     for index, message in enumerate(messages):
@@ -118,7 +120,8 @@ def _check_messages(messages: Sequence[Any], limit: int) -> None:
             if not isinstance(message.get(name), str):
                 problem = f"is {type(message[name]).__name__}" if name in message else "is missing"
                 raise PromptError(
-                    f"{name!r} of message {index} {problem}; give each message a role and a content text"
+                    f"{name!r} of message {index} {problem}; give each message a role and a "
+                    "content text"
                 )
             size += len(message[name])
     _check_size(size, limit)
@@ -128,7 +131,8 @@ def _checked(ids: Any, vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
     if isinstance(ids, np.ndarray):
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
             raise PromptError(
-                f"the prompt is an array of {ids.dtype} {list(ids.shape)}; pass integer token ids [n]"
+                f"the prompt is an array of {ids.dtype} {list(ids.shape)}; pass integer token "
+                "ids [n]"
             )
     elif isinstance(ids, (bytes, bytearray)) or not isinstance(ids, Sequence):
         raise PromptError(f"the prompt is {type(ids).__name__}; {_FORMS}")
@@ -136,7 +140,8 @@ def _checked(ids: Any, vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
         raise PromptError("the prompt is empty; pass at least one token")
     if len(ids) > limit:
         raise PromptLengthError(
-            f"the prompt has {len(ids)} tokens, at most {limit} fit; shorten it, or convert with a larger capacity"
+            f"the prompt has {len(ids)} tokens, at most {limit} fit; shorten it, or convert with "
+            "a larger capacity"
         )
     for index, value in enumerate(ids):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
@@ -145,6 +150,7 @@ def _checked(ids: Any, vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
             )
         if not 0 <= value < vocab_size:
             raise PromptError(
-                f"token id {index} of the prompt is {str(value)[:40]}; the ids of this bundle are 0 to {vocab_size - 1}"
+                f"token id {index} of the prompt is {str(value)[:40]}; the ids of this bundle "
+                f"are 0 to {vocab_size - 1}"
             )
     return np.array(ids, dtype=np.int64)

@@ -153,7 +153,8 @@ def _processed(processor: LogitsProcessor, scores: np.ndarray, context: np.ndarr
     result = np.asarray(processor(context[None].copy(), scores[None].copy()))
     if result.shape != (1, len(scores)) or not np.issubdtype(result.dtype, np.floating):
         raise OptionError(
-            f"logits_processor {name} returned {result.dtype} {list(result.shape)}; return floats [1, {len(scores)}]"
+            f"logits_processor {name} returned {result.dtype} {list(result.shape)}; return "
+            f"floats [1, {len(scores)}]"
         )
     row: np.ndarray = result[0].astype(np.float32)
     if np.isnan(row).any() or not np.isfinite(row.max()):

@@ -160,7 +160,8 @@ class Tokenizer:
             if not _by_the_library(error):
                 raise
             raise PromptError(
-                f"the tokenizer cannot decode the {len(ids)} tokens ({one_line(error)}); change the prompt, "
+                f"the tokenizer cannot decode the {len(ids)} tokens ({one_line(error)}); change "
+                "the prompt, "
                 "or fix the decoder in tokenizer.json"
             ) from None
 
@@ -275,7 +276,10 @@ def _growth_problem(backend: tokenizers.Tokenizer) -> str | None:
             return f"it has {len(steps)} {kind}, at most {MOST_STEPS} are run"
         growth = math.prod(map(_growth, steps))
         if growth > MOST_GROWTH:
-            return f"its {kind} can make a text {growth:.0f} times as long, at most {MOST_GROWTH} times is allowed"
+            return (
+                f"its {kind} can make a text {growth:.0f} times as long, at most {MOST_GROWTH} "
+                "times is allowed"
+            )
     copies = math.prod(
         max(1, sum("Sequence" in piece for piece in step.get("single") or ()))
         for step in _steps(backend.post_processor)
