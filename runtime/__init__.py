@@ -1,4 +1,4 @@
-"""Embed early-exit decoding: `Session` opens a bundle and generates. Needs no torch.
+"""Embed early-exit decoding: `Session` opens a bundle and generates text. Does not need torch.
 
 from runtime import Session
 
@@ -8,7 +8,8 @@ with Session("bundle") as session:
 
 import os
 
-# ONNX Runtime 1.29 and later sends telemetry on Linux unless this is set before it is loaded. Set to 0, it is left on.
+# ONNX Runtime 1.29 and later sends telemetry on Linux unless this is set before it is loaded. The
+# user can set it to 0 to keep telemetry.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from runtime.bundle.bundle import Bundle

@@ -1,5 +1,7 @@
-"""Sound as an encoder of speech reads it: samples from a WAV file or an array, and their log-mel spectrogram (Radford
-et al. 2022, arXiv 2212.04356, section 2.2)."""
+"""Audio input for speech encoders: samples of WAV files and arrays, and log-mel spectrograms.
+
+See Radford et al. 2022, arXiv 2212.04356, section 2.2.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +19,41 @@ import numpy as np
 from runtime.errors import PromptError, one_line
 from runtime.json_file import UnreadableError, opened
 
-RATE = 16_000  # samples a second
+RATE = 16_000  # samples per second
 HOP = 160  # samples from one frame to the next
 FFT = 400  # samples per frame
 FRAMES_A_SECOND = RATE // HOP
-# What is read at most: 4 hours, as samples and as a file of 24-bit stereo at 48 kHz for half as long.
+# Maximum length, and maximum file size: 24-bit stereo at 48 kHz reaches it in half that time.
 LONGEST_SECONDS = 4 * 3600
 LARGEST_WAV = 2 << 30
 LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
-LOUDEST = 100.0  # that may be meant for -1 to 1; samples of 16 bits are far beyond
+# Samples up to this value are accepted as meant for -1 to 1. Those of 16 bits are far larger.
+LOUDEST = 100.0
 LEAST_POWER = 1e-10
-RANGE = 8.0  # powers of ten below the loudest that are told apart
-# Frames that are transformed at once.
+RANGE = 8.0  # dynamic range, in powers of ten below the maximum
+# Frames that are transformed together.
 _BLOCK = 3000
 _PHASES = 64
 _HALF_TAPS = 16  # zero crossings of the resampling filter on each side
 
 
 class LateError(Exception):
-    """The deadline came before all was read."""
+    """The deadline passed before the audio was read."""
 
 
 def read_audio(source: Any, name: str = "the audio", until: float = math.inf) -> np.ndarray:
-    """Samples float32 [n] at 16 kHz: of an array that holds them already, a float type in about -1 to 1, or of a WAV
-    file by its path or content: PCM of 8 to 32 bits, channels averaged, other rates resampled. `name` is what errors
-    call it. Raises PromptError, and LateError for a file whose reading is not done at `until`, by the monotonic
-    clock."""
+    """Return float32 samples [n] at 16 kHz.
+
+    Args:
+        source: Array of floats in about -1 to 1 at 16 kHz, or the path or content of a WAV file
+            with PCM of 8 to 32 bits. Channels are averaged, and other rates are resampled.
+        name: Name of the audio in error messages.
+        until: Deadline, on the monotonic clock.
+
+    Raises:
+        PromptError: If the audio is not valid, empty or too long.
+        LateError: If a file has not been read by `until`.
+    """
     if isinstance(source, (str, PathLike)):
         name = str(source)
     if isinstance(source, (str, PathLike, bytes)):
@@ -69,7 +80,10 @@ def read_audio(source: Any, name: str = "the audio", until: float = math.inf) ->
 
 
 def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
-    """Samples at 16 kHz. A minute is read at a time: hours of stereo would fill the memory several times over."""
+    """Return the samples of a WAV file at 16 kHz.
+
+    Reads a minute at a time, because hours of stereo would need several times the memory.
+    """
     try:
         with (
             io.BytesIO(source)
@@ -82,7 +96,7 @@ def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
                     f"{name} has samples of {8 * width} bits; convert it to PCM of 8, 16, 24 or 32"
                 )
             frame = width * channels
-            # Of a stream, the header has the largest number for what is not known.
+            # The header of a stream has the largest number, because its length is unknown.
             count = min(count, (file.seek(0, io.SEEK_END) - begin) // frame)
             if not LOWEST_RATE <= rate <= HIGHEST_RATE:
                 raise PromptError(
@@ -121,14 +135,14 @@ def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
 
 
 def _wav_header(file: BinaryIO) -> tuple[int, int, int, int, int]:
-    """Samples a second, channels, bytes of a sample, where samples begin, and frames as the header says."""
+    """Return sample rate, channels, bytes per sample, offset of the samples, and frame count."""
     try:
         with wave.open(file) as header:
             rate = header.getframerate()
             channels = header.getnchannels()
             width = header.getsampwidth()
             return rate, channels, width, file.tell(), header.getnframes()
-    except (RuntimeError, ValueError) as error:  # of the library, for sizes beyond the file
+    except (RuntimeError, ValueError) as error:  # raised by the library for sizes beyond the file
         raise wave.Error(str(error) or "a chunk ends beyond the file") from None
 
 
@@ -141,7 +155,7 @@ def _check_length(seconds: float, name: str) -> None:
 
 
 def _decoded(frames: bytes, width: int, channels: int) -> np.ndarray:
-    """PCM samples of so many bytes as float32 [n], channels averaged."""
+    """Convert PCM samples of `width` bytes to float32 [n], averaging the channels."""
     if width == 1:
         samples = np.frombuffer(frames, np.uint8).astype(np.float32) / 128 - 1
     elif width == 3:
@@ -151,7 +165,7 @@ def _decoded(frames: bytes, width: int, channels: int) -> np.ndarray:
         samples = whole.view("<i4")[:, 0].astype(np.float32) / 2**31
     else:
         samples = np.frombuffer(frames, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
-    # Means over so short an axis take numpy long.
+    # Numpy's mean is slow over such a short axis.
     return (
         samples.reshape(-1, channels) @ np.full(channels, 1 / channels, np.float32)
         if channels > 1
@@ -160,12 +174,13 @@ def _decoded(frames: bytes, width: int, channels: int) -> np.ndarray:
 
 
 def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
-    """float32 [n] of `rate` samples a second -> float32 at 16 kHz, by a windowed sinc: what both rates hold is kept."""
+    """Resample float32 [n] to 16 kHz with a windowed sinc filter."""
     shared = math.gcd(rate, RATE)
-    # Of `up` new samples, which stand above `down` old ones, _PHASES are one product of matrices.
+    # Every `down` old samples correspond to `up` new ones. _PHASES of these are computed in one
+    # matrix product.
     repeat = math.ceil(_PHASES * shared / RATE)
     up, down = RATE // shared * repeat, rate // shared * repeat
-    narrow = min(1.0, RATE / rate)  # of the old rate's band is kept
+    narrow = min(1.0, RATE / rate)  # share of the old bandwidth that is kept
     reach = math.ceil(_HALF_TAPS / narrow)
     size = math.ceil(len(samples) * RATE / rate)
     count = max(1, math.ceil(size / up))
@@ -183,13 +198,18 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def log_mel(samples: np.ndarray, bins: int, until: float = math.inf) -> np.ndarray:
-    """The spectrogram of samples float32 [n]: float32 [bins, frames], 100 frames a second, until nothing but silence
-    follows, whose last frame is one of it. Values are as Whisper was trained: logarithms, cut 8 powers of ten below the
-    loudest, about -1 to 1.5. LateError as `read_audio`."""
+    """Return the log-mel spectrogram, float32 [bins, frames], of float32 samples [n].
+
+    There are 100 frames per second, and the last one is silence. Values are scaled as in Whisper's
+    training: logarithms, at most 8 powers of ten below the maximum, in about -1 to 1.5.
+
+    Raises:
+        LateError: If it is not finished by `until`.
+    """
     frames = math.ceil((len(samples) + FFT // 2) / HOP) + 1
     padded = np.zeros(frames * HOP + FFT, np.float32)
     padded[FFT // 2 : FFT // 2 + len(samples)] = samples
-    padded[: FFT // 2] = padded[FFT : FFT // 2 : -1]  # the beginning is mirrored
+    padded[: FFT // 2] = padded[FFT : FFT // 2 : -1]  # reflect the start
     windows = np.lib.stride_tricks.sliding_window_view(padded, FFT)[::HOP][:frames]
     hann = (0.5 - 0.5 * np.cos(2 * np.pi / FFT * np.arange(FFT))).astype(np.float32)
     filters = mel_filters(bins)
@@ -208,7 +228,10 @@ def log_mel(samples: np.ndarray, bins: int, until: float = math.inf) -> np.ndarr
 
 
 def window(mels: np.ndarray, start: int, count: int) -> np.ndarray:
-    """`count` frames of a spectrogram from `start` on, with silence behind its end: float32 [1, bins, count]."""
+    """Return `count` frames of a spectrogram from `start` on, padded with silence.
+
+    The result is float32 [1, bins, count].
+    """
     part = mels[:, start : start + count]
     silence = np.broadcast_to(mels[:, -1:], (len(mels), count - part.shape[1]))
     return np.ascontiguousarray(np.concatenate([part, silence], axis=1))[None]
@@ -216,8 +239,11 @@ def window(mels: np.ndarray, start: int, count: int) -> np.ndarray:
 
 @cache
 def mel_filters(bins: int) -> np.ndarray:
-    """Triangles of equal area over the frequencies of a frame, float32 [bins, FFT / 2 + 1]: their corners stand equally
-    far on Slaney's mel scale, which is linear up to 1 kHz and logarithmic above."""
+    """Return triangular filters of equal area, float32 [bins, FFT / 2 + 1].
+
+    Their corners are equally spaced on Slaney's mel scale, which is linear up to 1 kHz and
+    logarithmic above.
+    """
     linear = 200 / 3  # Hz per mel below 1 kHz
     step = math.log(6.4) / 27  # logarithm of the ratio per mel above
     break_mel = 1000 / linear

@@ -1,5 +1,7 @@
-"""Chooses the engine calls of several sequences that run next, and how many as one: rows side by side, each with its
-own length and number of rows."""
+"""Batching of engine calls: which calls of several sequences run next, and which run as one.
+
+In a batched call, sequences are rows side by side, each with its own length and number of rows.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,26 @@ from runtime.engines.kv_cache import CrossCache
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
 
-# Calls that are kept bound.
+# Maximum number of bound calls that are kept.
 MOST_CALLS = 256
-# Inputs and outputs that are a state for each row.
+# Inputs and outputs with one state per row.
 _STATES = ("hidden", "features")
-# Deep passes after which the rules follow their measured costs.
+# Number of deep passes after which the rules are updated from measured costs.
 LEARNED = 64
 
 
 class BatchedCall:
-    """The calls of one engine over the slots between the first and the last that take part; those in between that do
-    not are idle rows. `hidden_size` is d, `vocab_size` V."""
+    """Batched calls of one engine.
+
+    A call covers all slots from the first to the last that take part. Other slots in between are
+    idle rows.
+
+    Args:
+        runner: Runs the engine.
+        cross: Cross-attention of all slots.
+        hidden_size: Size of hidden states, d.
+        vocab_size: Size of the vocabulary, V.
+    """
 
     def __init__(
         self, runner: Runner, cross: CrossCache, hidden_size: int, vocab_size: int
@@ -37,7 +48,7 @@ class BatchedCall:
         self._version = cross.version
 
     def run(self, calls: Sequence[SlotCall]) -> None:
-        """Run what sequences wait for as one call, and copy to each its part."""
+        """Run calls of several sequences as one, and copy the outputs to each sequence."""
         first, count, width = _area(calls)
         places = [call.owner.slot - first for call in calls]
         runner = self._runner
@@ -65,10 +76,11 @@ class BatchedCall:
             inputs["exit_lengths"] = exits
         if "emitted" in calls[0].inputs:
             inputs["emitted"] = np.concatenate([call.inputs["emitted"] for call in calls])
+        # Shapes per head, if not scalar.
         shapes = {
             "feature": (self._hidden_size,),
             "logits": (self._vocab_size,),
-        }  # of a head, if not a number
+        }
         outputs: dict[str, Any] = {}
         for output in {name: None for call in calls for name in call.outputs}:
             if output in _STATES:
@@ -114,8 +126,11 @@ class BatchedCall:
 
 
 def grouped(calls: Sequence[SlotCall], row_cost: float) -> list[list[SlotCall]]:
-    """Split calls into those to run as one each: those with far more rows than the others go alone, where padding all
-    of them to that size, and idle rows between, would cost more than another call."""
+    """Split calls into groups, each to be run as one call.
+
+    Calls with far more rows than the others run alone, if padding all others to that size, and idle
+    rows between, would cost more than another call.
+    """
 
     def cost(calls: Sequence[SlotCall]) -> float:
         _, count, width = _area(calls)
@@ -129,13 +144,13 @@ def grouped(calls: Sequence[SlotCall], row_cost: float) -> list[list[SlotCall]]:
 
 
 def _area(calls: Sequence[SlotCall]) -> tuple[int, int, int]:
-    """The first slot, how many from there on, and the most rows of one."""
+    """Return the first slot, the number of slots, and the maximum number of rows."""
     slots = [call.owner.slot for call in calls]
     return min(slots), max(slots) + 1 - min(slots), max(call.rows for call in calls)
 
 
 class Waiter(Protocol):
-    """A sequence in the scheduler, as far as batching sees it: it `waits` since the turn `since`."""
+    """A sequence in the scheduler: it `waits` since the turn `since`."""
 
     waits: Waiting
     since: int
@@ -145,8 +160,13 @@ Waits = TypeVar("Waits", bound=Waiter)
 
 
 class BatchRules(NamedTuple):
-    """A deep pass runs once the share `ready` of the sequences waits for one, or one has waited `patience` turns for
-    others to join it. `row_cost`: what a further row of a call costs, as a share of the first."""
+    """When a deep pass runs.
+
+    Attributes:
+        ready: Share of the sequences that must wait for one.
+        patience: Number of turns after which one that waits is not delayed further.
+        row_cost: Cost of one more row in a call, relative to the first.
+    """
 
     ready: float
     patience: int
@@ -154,16 +174,25 @@ class BatchRules(NamedTuple):
 
 
 def rules_of(row_cost: float) -> BatchRules:
-    """The best by simulation (docs/serving.md): the cheaper a further row, the more pays waiting for it."""
+    """Return the best rules by simulation (docs/serving.md).
+
+    The cheaper one more row is, the longer it pays to wait for it.
+    """
     if row_cost < 0.08:
         return BatchRules(1.0, 8, row_cost)
     return BatchRules(0.5, 4, row_cost) if row_cost < 0.2 else BatchRules(0.25, 2, row_cost)
 
 
 class BatchPolicy:
-    """`batches` for each engine that runs calls of several sequences; `shallow` is the one that goes first. `costs`
-    learns what calls take. `packed`: of deep passes, padding and idle rows cost nothing. `exit`: the engine that goes
-    second, where the exit is one of its own."""
+    """Chooses and runs engine calls.
+
+    Args:
+        batches: Batched calls of the engines that support them.
+        shallow: The shallow engine.
+        costs: Collects the costs of calls.
+        packed: Padding and idle rows of deep passes cost nothing.
+        exit: The exit's engine, if it has its own.
+    """
 
     def __init__(
         self,
@@ -182,9 +211,12 @@ class BatchPolicy:
         self.rules = rules_of(costs.further_row())
 
     def choose(self, sequences: Sequence[Waits], turn: int) -> list[Waits]:
-        """Choose sequences that wait for one engine. Shallow steps go first, so that deep passes accumulate. Those run
-        once enough sequences wait for one, or one has waited long: one that waits does nothing, so waiting for all
-        may lose more than it saves."""
+        """Return sequences that wait for the same engine.
+
+        Shallow steps run first, so that deep passes accumulate. Deep passes run once enough
+        sequences wait for one, or one has waited too long. A waiting sequence makes no progress, so
+        waiting for all may lose more than it saves.
+        """
         shallow = list[Waits]()
         exits = list[Waits]()
         deep = list[Waits]()
@@ -199,8 +231,10 @@ class BatchPolicy:
     def run(
         self, calls: Sequence[SlotCall], together: bool
     ) -> Iterator[tuple[SlotCall, Exception | None]]:
-        """Run calls of one engine, as few as possible where `together`: each with its error. What a call wrote is to be
-        counted before the next one, in which its slots may be idle: an engine may pad idle rows behind the counted.
+        """Run calls of one engine, as few as possible if `together`, and yield each with its error.
+
+        The caller must count what a call wrote before the next one runs. Slots of the former may be
+        idle in the latter, and an engine may pad idle rows after the counted ones.
         """
         for group in self._grouped(calls) if together else [[call] for call in calls]:
             failed = self._call(group)
@@ -224,17 +258,18 @@ class BatchPolicy:
         except Exception as error:
             if len(calls) == 1:
                 return {id(calls[0]): error}
-            # Retry singly to find the failing request: nothing has been counted as written.
+            # Retry one by one to find the failing request. Nothing has been counted as written.
             return {key: failure for call in calls for key, failure in self._call([call]).items()}
         self._learn(calls)
         return {}
 
     def _learn(self, calls: Sequence[SlotCall]) -> None:
-        """A row costs about the same, whichever sequence it is of."""
+        """Record the cost of calls. A row costs about the same in any sequence."""
         rows = sum(call.rows for call in calls)
         heads = sum(call.heads for call in calls)
         if calls[0].runner is self._exit:
-            # With a row of each, which are not more than an exit's engine reads.
+            # A step with the head includes the shallow step of one row per head. The exit's engine
+            # reads at least that many rows.
             self._costs.observe(
                 "head", heads, self._costs.seconds("step", heads) + calls[0].seconds
             )

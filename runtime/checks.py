@@ -1,5 +1,7 @@
-"""Checks of the values of options. The check of a field follows from its type, or is named beside
-it (runtime/options.py)."""
+"""Checks of option values.
+
+The check of a field follows from its type, or is part of its annotation (runtime/options.py).
+"""
 
 from __future__ import annotations
 
@@ -21,22 +23,21 @@ import numpy as np
 from runtime.errors import OptionError, one_line, shown
 from runtime.text.sampler import LogitsProcessor
 
-# Counts end where int64 ends: numpy holds them, and every message can print them.
+# Maximum of counts: the largest int64, which numpy can hold and every message can print.
 MOST = 2**63 - 1
 ABOVE_ZERO = math.ulp(0.0)
-MOST_BIAS = 1e20  # nats: logits are float32
-MOST_GRAMMAR = 256 << 10  # characters of a constraint
-# Keys of an object in a schema: the time to compile it grows with their square.
+MOST_BIAS = 1e20  # nats, as logits are float32
+MOST_GRAMMAR = 256 << 10  # maximum number of characters in a constraint
+# Maximum number of keys per object of a schema. Compile time grows with their square.
 MOST_PROPERTIES = 1000
-MOST_DEPTH = 100  # levels of a schema
+MOST_DEPTH = 100  # maximum nesting depth of a schema
 
-# Checks the value of an option, called with the option's name and the value. Returns the value to
-# store. Raises OptionError.
+# Checks an option, given its name and value, and returns the value to store. Raises OptionError.
 Check = Callable[[str, Any], Any]
 
 
 def check_fields(options: Any) -> None:
-    """Checks every field of a frozen dataclass of options, and stores what the checks return."""
+    """Check every field of a frozen dataclass of options, and store what the checks return."""
     for name, check in _checks_of(options.__class__).items():
         value = getattr(options, name)
         checked = check(name, value)
@@ -46,14 +47,14 @@ def check_fields(options: Any) -> None:
 
 @cache
 def _checks_of(kind: Any) -> dict[str, Check]:
+    """Return the check of each field of a dataclass of options."""
     return {
         name: _check_of(hint) for name, hint in get_type_hints(kind, include_extras=True).items()
     }
 
 
 def _check_of(hint: Any) -> Check:
-    """Returns the check that a field is annotated with. Without one, it follows from the type of
-    the field."""
+    """Return the check in a field's annotation, or else the one that follows from its type."""
     kind, *annotated = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     optional = NoneType in kinds
@@ -75,7 +76,7 @@ def _check_of(hint: Any) -> Check:
 
 @dataclass(frozen=True)
 class Whole:
-    """Whole numbers from `low` to `high`."""
+    """Check for whole numbers from `low` to `high`."""
 
     low: int
     high: int = MOST
@@ -87,15 +88,17 @@ class Whole:
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if whole and self.low <= value <= self.high:
             return value
-        # The largest count is named only to those who exceed it.
+        # The maximum count is mentioned only if it is exceeded.
         allowed = f"from {self.low} to {self.high}" if whole and value > self.high else str(self)
         raise OptionError(f"{name} is {shown(value)}; choose a whole number {allowed}")
 
 
 @dataclass(frozen=True)
 class Real:
-    """Finite numbers from `low` to `high`, and the value `also`. `text` describes them; it
-    completes "a number"."""
+    """Check for finite numbers from `low` to `high`, and the value `also`.
+
+    `text` describes them in messages, after "a number".
+    """
 
     low: float
     high: float = sys.float_info.max
@@ -114,7 +117,7 @@ class Real:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Texts, and True, False or None."""
+    """Check for one of several strings, True, False or None."""
 
     values: tuple[str | bool | None, ...]
 
@@ -127,8 +130,10 @@ class OneOf:
 
 
 def number(value: Any) -> float:
-    """The value as a float. NaN, which is in no range, if it is not a real number or beyond
-    float64."""
+    """Convert a value to float. Returns NaN, which is in no range, if it is not a real number.
+
+    Numbers beyond float64 are NaN, too.
+    """
     if not isinstance(value, numbers.Real) or isinstance(value, (bool, np.bool_)):
         return math.nan
     try:
@@ -138,12 +143,14 @@ def number(value: Any) -> float:
 
 
 def text(name: str, value: Any) -> str:
+    """Check for a text that is not empty."""
     if not (isinstance(value, str) and value):
         raise OptionError(f"{name} is {shown(value)}; give a text that is not empty")
     return value
 
 
 def adaptive_state(name: str, value: Any) -> Mapping[str, Any]:
+    """Check for the state of an adaptive threshold, a mapping."""
     if not isinstance(value, Mapping):
         raise OptionError(
             f"{name} is {shown(value)}; give the state that Session.adaptive_state() returned"
@@ -152,19 +159,21 @@ def adaptive_state(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def draft_source(name: str, value: Any) -> Callable[..., Any]:
+    """Check for a callable."""
     if not callable(value):
         raise OptionError(f"{name} is {shown(value)}; give a callable")
     return value
 
 
 def expected_output(name: str, value: Any) -> str | Sequence[int] | np.ndarray:
+    """Check for text or a sequence of token ids."""
     if isinstance(value, (bytes, bytearray)) or not isinstance(value, (str, Sequence, np.ndarray)):
         raise OptionError(f"{name} is {shown(value)}; give text or a list of token ids")
     return value
 
 
 def temperatures(low: float, high: float) -> Check:
-    """A list of temperatures from `low` to `high`."""
+    """Return a check for a list of temperatures from `low` to `high`."""
 
     def check(name: str, value: Any) -> tuple[float, ...]:
         given = listed(value)
@@ -176,17 +185,20 @@ def temperatures(low: float, high: float) -> Check:
 
 
 def listed(given: Any) -> tuple[Any, ...] | None:
-    """The items of a finite collection; None for anything else, as an endless iterator would never
-    be checked."""
+    """Return the items of a finite collection, None for anything else.
+
+    Iterators are not accepted, because checking an endless one would not terminate.
+    """
     if not isinstance(given, Collection) or not isinstance(given, Iterable):
         return None
     try:
         return tuple(given)
-    except Exception:  # a foreign class that cannot be read; the caller names the option
+    except Exception:  # a foreign class that cannot be read. The caller reports the option
         return None
 
 
 def stop_strings(name: str, value: Any) -> tuple[str, ...]:
+    """Check for strings that are not empty. Returns a tuple."""
     strings = (value,) if isinstance(value, str) else listed(value)
     if strings is None or not all(isinstance(each, str) and each for each in strings):
         raise OptionError(f"{name} is {shown(value)}; give strings that are not empty")
@@ -194,10 +206,11 @@ def stop_strings(name: str, value: Any) -> tuple[str, ...]:
 
 
 class _Checked(str):
-    """A checked schema as JSON. `dataclasses.replace` does not check it again."""
+    """A checked schema as JSON, so that `dataclasses.replace` does not check it again."""
 
 
 def json_schema(name: str, value: Any) -> _Checked:
+    """Check for a JSON schema, as a mapping or as text. Returns text."""
     if isinstance(value, _Checked):
         return value
     problem = f"{name} is {shown(value)}"
@@ -221,8 +234,11 @@ def json_schema(name: str, value: Any) -> _Checked:
 
 
 def check_schema(name: str, schema: Any) -> None:
-    """Raises OptionError if a JSON schema, the value of `name`, is too deep or too wide to compile
-    quickly."""
+    """Check that a JSON schema, the value of option `name`, is small enough to compile quickly.
+
+    Raises:
+        OptionError: If it is too deep or too wide.
+    """
     inner: list[tuple[Any, int]] = [(schema, 0)]
     while inner:
         value, depth = inner.pop()
@@ -240,19 +256,20 @@ def check_schema(name: str, schema: Any) -> None:
 
 
 def grammar(name: str, value: Any) -> str:
-    """A regular expression or a grammar, of which `check_schema` checks embedded JSON schemas."""
+    """Check for a regular expression or a grammar, including its embedded JSON schemas."""
     source = text(name, value)
     if len(source) > MOST_GRAMMAR:
         raise OptionError(
             f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it"
         )
     for found in re.finditer(r"%json\s*", source if name == "grammar" else ""):
-        with suppress(ValueError, RecursionError):  # llguidance refuses it
+        with suppress(ValueError, RecursionError):  # llguidance reports the error
             check_schema(name, json.JSONDecoder().raw_decode(source, found.end())[0])
     return source
 
 
 def choices(name: str, value: Any) -> tuple[str, ...]:
+    """Check for a list of strings that are not empty. Returns a tuple."""
     given = None if isinstance(value, str) else listed(value)
     if not given or not all(isinstance(each, str) and each for each in given):
         raise OptionError(f"{name} is {shown(value)}; give a list of strings that are not empty")
@@ -262,10 +279,11 @@ def choices(name: str, value: Any) -> tuple[str, ...]:
 
 
 class _Biases(dict[tuple[int, ...], float]):
-    """Checked biases. `dataclasses.replace` does not check a thousand of them again."""
+    """Checked biases, so that `dataclasses.replace` does not check a thousand of them again."""
 
 
 def token_biases(name: str, value: Any) -> _Biases:
+    """Check for a mapping from tokens, or tuples of tokens, to biases."""
     if isinstance(value, _Biases):
         return value
     items = listed(value.items()) if isinstance(value, Mapping) else None
@@ -283,11 +301,13 @@ def token_biases(name: str, value: Any) -> _Biases:
 
 
 def _is_sequence(tokens: tuple[Any, ...]) -> bool:
+    """Return True for a tuple of at least one token id."""
     whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens)
     return bool(tokens) and whole and all(0 <= token <= MOST for token in tokens)
 
 
 def logits_processors(name: str, value: Any) -> tuple[LogitsProcessor, ...]:
+    """Check for a callable or a list of callables. Returns a tuple."""
     processors = (value,) if callable(value) else listed(value)
     if processors is None or not all(callable(processor) for processor in processors):
         raise OptionError(f"{name} is {shown(value)}; give a callable, or a list of them")

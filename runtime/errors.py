@@ -1,4 +1,4 @@
-"""Errors, as types. Every message names what was wrong, the value, and what to do."""
+"""Exceptions. Every message states the problem, the value, and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class FreeExportError(Exception):
-    """Base of every error this project raises on purpose; its text is one line for a person."""
+    """Base class of all errors that this project raises on purpose. Messages are one readable line."""
 
 
 class BundleError(FreeExportError):
@@ -14,41 +14,43 @@ class BundleError(FreeExportError):
 
 
 class CalibrationError(BundleError):
-    """A calibration cannot be read, is one of another model, or cannot be had from these data."""
+    """A calibration cannot be read, belongs to another model, or cannot be computed from the data."""
 
 
 class PromptError(FreeExportError):
-    """A prompt is empty, too long, not valid text, or holds token ids out of range."""
+    """A prompt is empty, too long, not valid text, or has token ids out of range."""
 
 
 class PromptLengthError(PromptError):
-    """A prompt is longer than fits."""
+    """A prompt is longer than the model or the session allows."""
 
 
 class CapacityError(FreeExportError):
-    """The KV cache asked for does not fit the bundle or the machine's memory."""
+    """The requested KV cache does not fit the bundle or into memory."""
 
 
 class OptionError(FreeExportError):
-    """A generation or session option is out of range or contradicts another."""
+    """An option is out of range or contradicts another."""
 
 
 class EngineError(FreeExportError):
-    """ONNX Runtime is missing, or an engine could not be loaded or run."""
+    """ONNX Runtime is missing, or an engine cannot be loaded or run."""
 
 
 class DeviceError(EngineError):
-    """A device is missing, has no driver that fits, refused a call, or was lost while it worked."""
+    """A device is missing, has no suitable driver, refused a call, or was lost during work."""
 
 
 class QueueFullError(FreeExportError):
-    """The queue of the session is full; the request was not taken."""
+    """The queue of the session is full. The request was not accepted."""
 
 
 class BatchError(FreeExportError):
-    """Some prompts of a list failed; the others came to their end.
+    """Some prompts of a list failed. The others were completed.
 
-    `results` has an entry for each prompt, in order: its GenerationResult, or the exception that ended it.
+    Attributes:
+        results: One entry per prompt, in order: its GenerationResult, or the exception that ended
+            it.
     """
 
     def __init__(self, message: str, results: list[Any]) -> None:
@@ -57,20 +59,20 @@ class BatchError(FreeExportError):
 
 
 def shown(value: Any) -> str:
-    """A value for a message: one line of at most 80 characters, whatever its repr does."""
+    """Format a value for a message: one line of at most 80 characters. Never raises."""
     try:
         text = repr(value)
-    except Exception:  # an int of more digits than Python prints, or a foreign class
+    except Exception:  # an int with too many digits for Python, or a foreign class
         return f"of type {type(value).__name__}, which cannot be printed"
     text = " ".join(text.split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line of at most 200 characters; its type where it has none."""
+    """Return an error's message as one line of at most 200 characters. Default: its type."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the message of an error, at most 300 characters of it; its type where it has none."""
+    """Return the first line of an error's message, at most 300 characters. Default: its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -1,4 +1,4 @@
-"""JSON that someone else wrote, read with limits and refused in one line: for every file of JSON that is read."""
+"""Reading of JSON files with limits and one-line errors. Used for every JSON file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any, BinaryIO, NoReturn
 
 from runtime.errors import BundleError, FreeExportError
 
-# Bytes. The tokenizer.json of a vocabulary of 262,144 tokens has 33 MB; no other file comes near.
+# Bytes. The tokenizer.json of a vocabulary of 262,144 tokens has 33 MB. All other files are much
+# smaller.
 LARGEST_FILE = 256 << 20
-# Objects and arrays within each other, and digits of an integer: no float overflows from one of these.
+# Maximum nesting depth, and maximum number of digits of an integer, which no float overflows.
 DEEPEST = 100
 MOST_DIGITS = 100
 
@@ -28,7 +29,7 @@ _KINDS = {
 
 
 class UnreadableError(ValueError):
-    """Why a text or a file cannot be read: one line, for the inside of a message that names the file and the remedy."""
+    """A text or file cannot be read. The message is the reason, for use within another message."""
 
 
 def read_object(
@@ -38,7 +39,7 @@ def read_object(
     limit: int = LARGEST_FILE,
     **options: bool,
 ) -> dict[str, Any]:
-    """`read_json`, of a file that must hold an object."""
+    """Read a JSON file that must hold an object. See `read_json`."""
     value = read_json(path, remedy, error, limit, **options)
     if not isinstance(value, dict):
         raise error(f"{path} holds {type(value).__name__}, not an object; {remedy}")
@@ -52,9 +53,17 @@ def read_json(
     limit: int = LARGEST_FILE,
     **options: bool,
 ) -> Any:
-    """The JSON in a regular file of at most `limit` bytes; options are those of `parse_json`.
+    """Read the JSON in a regular file of at most `limit` bytes.
 
-    Whatever is wrong with it, and that it is missing, is raised as `error`, in a line that ends with the remedy.
+    Args:
+        path: The file.
+        remedy: What to do about an error, the end of its message.
+        error: Type of the exception.
+        limit: Maximum size of the file.
+        **options: Options of `parse_json`.
+
+    Raises:
+        FreeExportError: Of type `error`, if the file is missing or cannot be read.
     """
     try:
         return parse_json(read_text(path, limit), **options)
@@ -63,9 +72,16 @@ def read_json(
 
 
 def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
-    """JSON as Python values. UnreadableError where it is none, nests more than DEEPEST deep, or holds a key twice, an
-    integer of more than MOST_DIGITS digits, a number that no float can hold, half of a surrogate pair, or, without
-    `nan`, NaN or infinity."""
+    """Parse JSON.
+
+    Args:
+        text: The JSON, bytes in UTF-8.
+        nan: Allow NaN and infinity.
+
+    Raises:
+        UnreadableError: If it is not JSON, is nested deeper than DEEPEST, or has a duplicate key,
+            an integer of more than MOST_DIGITS digits, a number beyond float64 or a lone surrogate.
+    """
     hooks: dict[str, Any] = {
         "parse_int": _integer,
         "parse_float": _float,
@@ -91,7 +107,11 @@ def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
 
 
 def read_text(path: Path, limit: int = LARGEST_FILE) -> str:
-    """The text of a regular file of at most `limit` bytes, in UTF-8. UnreadableError, for a missing file too."""
+    """Return the text of a regular UTF-8 file of at most `limit` bytes.
+
+    Raises:
+        UnreadableError: If the file is missing or cannot be read.
+    """
     try:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError:
@@ -99,7 +119,11 @@ def read_text(path: Path, limit: int = LARGEST_FILE) -> str:
 
 
 def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
-    """The content of a regular file of at most `limit` bytes. UnreadableError, for a missing file too."""
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        UnreadableError: If the file is missing or cannot be read.
+    """
     with opened(path, limit) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -109,8 +133,12 @@ def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
 
 @contextmanager
 def opened(path: Path, limit: int) -> Iterator[BinaryIO]:
-    """A regular file of at most `limit` bytes, to read. UnreadableError, also where reading it fails."""
-    # Without O_NONBLOCK the opening of a named pipe that nobody writes to would wait for ever.
+    """Context manager: open a regular file of at most `limit` bytes for reading.
+
+    Raises:
+        UnreadableError: If the file is missing, or opening or reading it fails.
+    """
+    # Without O_NONBLOCK, opening a named pipe without a writer would block forever.
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
         with open(path, "rb", opener=lambda name, _: os.open(name, os.O_RDONLY | flags)) as file:

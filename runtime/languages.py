@@ -1,5 +1,4 @@
-"""Languages of a translation model: codes are checked, and their tokens put where the model wants
-them."""
+"""Languages of translation models: checks of codes, and placement of language tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +12,16 @@ from runtime.errors import OptionError, PromptLengthError
 
 
 def check_languages(manifest: Manifest, is_text: bool, **codes: str | None) -> None:
-    """Raises OptionError for a code, of `src_lang` or `tgt_lang`, that the bundle does not know or
-    cannot set. `is_text`: whether the prompt is text."""
+    """Check the codes of `src_lang` and `tgt_lang` in `codes`.
+
+    Args:
+        manifest: Manifest of the bundle.
+        is_text: The prompt is text.
+        **codes: Language codes by option.
+
+    Raises:
+        OptionError: If the bundle does not support a code, or it cannot be set for this prompt.
+    """
     languages = manifest.languages
     for name, code in codes.items():
         if code is None:
@@ -42,7 +49,11 @@ def with_languages(
     src_lang: str | None,
     tgt_lang: str | None,
 ) -> np.ndarray:
-    """Returns a prompt, int64 [n], with the tokens of the languages. Raises PromptLengthError."""
+    """Return a prompt, int64 [n], with the tokens of the languages. May modify `ids`.
+
+    Raises:
+        PromptLengthError: If it no longer fits.
+    """
     languages = manifest.languages
     if languages is not None and languages.source is not None and src_lang is not None:
         # The tokenizer adds the token of one language, at the beginning or at the end.
@@ -67,7 +78,7 @@ def target_token(
     tgt_lang: str | None,
     place: Literal["first", "start", "prompt"],
 ) -> int | None:
-    """Returns the token of the target language if the model wants it at this place, else None."""
+    """Return the token of the target language if the model expects it at this place, else None."""
     languages = manifest.languages
     if languages is None or tgt_lang is None or languages.target != place:
         return None

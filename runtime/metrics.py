@@ -1,4 +1,4 @@
-"""Counts of a session's requests, and the events of each while it runs."""
+"""Metrics of a session, and the events of its requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Literal
 
 from runtime.result import GenerationResult
 
-# Upper bounds, seconds: of waiting and whole requests, and of the time between two tokens.
+# Upper bounds in seconds, of queueing and whole requests, and of the time between two tokens.
 REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 PASS_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
@@ -25,10 +25,16 @@ EventKind = Literal["queued", "started", "first_token", "ended"]
 
 @dataclass(frozen=True, slots=True)
 class RequestEvent:
-    """An event of a request, numbered within its session, at `time`, seconds since 1970.
+    """An event of a request.
 
-    "queued": it was asked for, in the context of who asked. "started": its prompt is read next. "first_token". "ended":
-    with its `result`, or the `error` that it raised, such as QueueFullError.
+    Attributes:
+        kind: "queued": the request was made, in the context of its caller. "started": its prompt is
+            read next. "first_token": the first token is final. "ended": it has a result or an
+            error.
+        request: Number of the request within its session.
+        time: Seconds since 1970.
+        result: Result of a request that ended.
+        error: Exception that ended it, such as QueueFullError.
     """
 
     kind: EventKind
@@ -40,8 +46,13 @@ class RequestEvent:
 
 @dataclass(slots=True)
 class Histogram:
-    """`counts[i]` values are at most `bounds[i]` and more than the bound before; the last count is of those above all
-    bounds. `total` is their sum."""
+    """Histogram of values.
+
+    Attributes:
+        bounds: Upper bounds of the buckets, inclusive.
+        counts: Values per bucket. The last one counts values above all bounds.
+        total: Sum of the values.
+    """
 
     bounds: Sequence[float] = REQUEST_SECONDS
     counts: list[int] = field(default_factory=list)
@@ -57,17 +68,36 @@ class Histogram:
 
 @dataclass(slots=True)
 class Metrics:
-    """Counts since the session was opened; tokens and passes of a request are added when it ends, seconds are seconds.
+    """Metrics since the session was opened.
 
-    running, waiting: requests with and without a slot. kv_cache_usage: share of all slots' positions in use.
-    finished: requests by finish reason, "error" for those that raised. deep_passes: sync passes, after the prompt.
-    exited_tokens, deep_tokens: accepted shallow predictions, and deep ones. forced_tokens: those that a grammar left no
-    choice for, which no decoder predicted. rejected_tokens: shallow predictions that a deep pass rejected. drafts,
-    draft_tokens, accepted_tokens: of modes "lossless" and "rollback", drafts from the text included. accepted_at:
-    accepted tokens of mode "lossless" by their place in the draft, from 0. threshold: with which a request of mode
-    "free" without its own would begin now.
-    prefix_cache_queries: prompt tokens that were looked up, 0 where a session keeps no prefixes; prefix_cache_hits:
-    those that were reused.
+    Tokens and passes of a request are added when it ends. Times are in seconds.
+
+    Attributes:
+        running: Requests that have a slot.
+        waiting: Requests that wait for a slot.
+        kv_cache_usage: Used share of the positions of all slots.
+        threshold: Current threshold of requests in mode "free" that set none.
+        prompt_tokens: Tokens of prompts.
+        prefix_cache_queries: Prompt tokens looked up in the prefix cache. 0 if it is disabled.
+        prefix_cache_hits: Prompt tokens that were reused.
+        generated_tokens: Generated tokens.
+        exited_tokens: Accepted shallow predictions.
+        deep_tokens: Deep predictions.
+        forced_tokens: Tokens that a grammar forced, without a prediction.
+        deep_passes: Sync passes, without those of prompts.
+        rejected_tokens: Shallow predictions that a deep pass rejected.
+        drafts: Drafts in modes "lossless" and "rollback", including those from text.
+        draft_tokens: Tokens of these drafts.
+        accepted_tokens: Accepted tokens of these drafts.
+        accepted_at: Accepted tokens in mode "lossless" by position in the draft, from 0.
+        finished: Requests by finish reason, "error" for those that raised an exception.
+        time_to_first_token: From the call to the first token.
+        inter_token_latency: Between two tokens.
+        request_latency: From the call to the end.
+        queue_time: From the call until a slot was free.
+        prefill_time: Encoding and reading the prompt.
+        decode_time: The rest of the time in the slot.
+        pass_rows: Tokens per sync pass.
     """
 
     running: int = 0
@@ -97,7 +127,10 @@ class Metrics:
     pass_rows: Histogram = field(default_factory=lambda: Histogram(PASS_ROWS))
 
     def add(self, result: GenerationResult, token_times: Sequence[float]) -> None:
-        """Count a continuation of a prompt, whose tokens became final at these times."""
+        """Add a finished continuation of a prompt.
+
+        `token_times` are the times at which its tokens became final.
+        """
         stats = result.stats
         self.generated_tokens += stats.tokens
         self.exited_tokens += stats.exits
@@ -120,8 +153,11 @@ class Metrics:
 
 
 class Observer:
-    """Counts the requests of a session, and calls `hook` with each event: "queued" in the context of who asks, the rest
-    in the worker. What the hook raises is a warning: it ends no request."""
+    """Counts the requests of a session and calls `hook` with each event.
+
+    "queued" is reported in the context of the caller, all others in the worker. Exceptions of the
+    hook become warnings and do not end the request.
+    """
 
     def __init__(self, hook: Callable[[RequestEvent], None] | None) -> None:
         self._hook = hook
@@ -136,6 +172,7 @@ class Observer:
         result: GenerationResult | None = None,
         error: BaseException | None = None,
     ) -> None:
+        """Report an event to the hook, if there is one."""
         if self._hook is None:
             return
         try:
@@ -152,8 +189,15 @@ class Observer:
         times: Sequence[Sequence[float]],
         error: BaseException | None,
     ) -> None:
-        """A request that was asked for at this time of the monotonic clock has ended, with these continuations, whose
-        tokens became final at these times."""
+        """Count a request that has ended, and report it.
+
+        Args:
+            number: Number of the request.
+            asked: Time of the call, on the monotonic clock.
+            results: Results of its continuations.
+            times: Times at which their tokens became final.
+            error: Exception that ended it.
+        """
         first = results[0]
         with self._lock:
             metrics = self._metrics
@@ -176,5 +220,6 @@ class Observer:
         self.tell("ended", number, None if error is not None else first, error)
 
     def metrics(self) -> Metrics:
+        """Return a copy of the current metrics."""
         with self._lock:
             return copy.deepcopy(self._metrics)

@@ -1,4 +1,4 @@
-"""The result of a request, its tokens and its statistics."""
+"""Result of a request, its tokens, and its statistics."""
 
 from __future__ import annotations
 
@@ -17,33 +17,42 @@ FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 
 @dataclass(slots=True)
 class DraftStats:
-    """Drafts of one source: `outcomes[p, a]` of them had p tokens, of which a were accepted. One that the exit
-    continued counts for both sources."""
+    """Drafts of one source.
+
+    A draft of the exit that was continued from text counts for both sources.
+
+    Attributes:
+        outcomes: `outcomes[p, a]` counts drafts of p tokens of which a were accepted.
+    """
 
     outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     @property
     def drafts(self) -> int:
+        """Number of drafts."""
         return self.outcomes.total()
 
     @property
     def proposed(self) -> int:
-        """Tokens of all drafts."""
+        """Number of tokens in all drafts."""
         return sum(proposed * count for (proposed, _), count in self.outcomes.items())
 
     @property
     def accepted(self) -> int:
-        """Tokens that the full model chose, too."""
+        """Number of tokens that the full model also chose."""
         return sum(accepted * count for (_, accepted), count in self.outcomes.items())
 
     @property
     def mean_accepted(self) -> float:
-        """Accepted tokens of a draft."""
+        """Mean number of accepted tokens per draft."""
         return self.accepted / max(1, self.drafts)
 
     @property
     def by_position(self) -> list[tuple[int, int]]:
-        """Tokens accepted at each position of a draft, and compared there: none is behind a wrong one."""
+        """Accepted and compared tokens at each position of a draft.
+
+        Tokens after a rejected one are not compared.
+        """
         right = Counter[int]()
         compared = Counter[int]()
         for (proposed, accepted), count in self.outcomes.items():
@@ -55,7 +64,7 @@ class DraftStats:
 
 @dataclass(slots=True)
 class PassStats:
-    """Number and total time of the deep passes over so many tokens."""
+    """Number and total time of the deep passes over a given number of tokens."""
 
     count: int = 0
     seconds: float = 0.0
@@ -63,24 +72,34 @@ class PassStats:
 
 @dataclass(slots=True)
 class Stats:
-    """Counts and seconds of one request.
+    """Counts and times of one request. Times are in seconds.
 
-    `mode` it was decoded in: the requested one, but "full" if the threshold lets nothing exit; None before it began.
-    `cached_tokens` of the `prompt_tokens` were not read, but reused (SessionOptions.prefix_cache_mb).
-    `exits` and `forced` count `candidates`; forced ones were confident enough, but the stack was full. `predicted`: the
-    tokens, 1 or 0, that reading the prompt predicts: none of an encoder-decoder's.
-    `forced_tokens` are those that a grammar left no choice for, and that needed no prediction: they were read with the
-    next token. `grammar_seconds`: the time that following the grammar took.
-    `rejected` counts drafts that a sync pass rejected ("rollback", "lossless"). `drafts`, in "lossless": by source,
-    "exit", "lookup", "predicted" (`predicted_output`) and "own" (`draft_source`).
-    `sync_sizes[k]` is how many deep passes ran over k tokens, `sync_seconds[k]` their total time: of `longer_passes`,
-    over several tokens, and of `single_passes`, over one, which took the rest of `deep_seconds`. `seconds` is wall time
-    from prompt to last token; encode, prefill, shallow and deep are the engine calls in it (prefill with copying what
-    is reused), `overlapped_seconds` the deep ones that ran in the background and cost the caller no time.
-
-    `queue_seconds`: from the call until its prompt began to be read; `first_token_seconds`: from the call to the first
-    token. Both are wall time as the caller sees it, and 0 if that point was not reached. In a list, the call is that of
-    the list.
+    Attributes:
+        mode: The mode used: the requested one, or "full" if the threshold never lets a token exit.
+            None before the request started.
+        predicted: Number of tokens predicted by reading the prompt: 1, or 0 for encoder-decoders.
+        prompt_tokens: Tokens of the prompt.
+        cached_tokens: Prompt tokens that were reused (SessionOptions.prefix_cache_mb).
+        tokens: Generated tokens.
+        exits: Candidates that exited.
+        forced: Candidates that were confident enough, but did not exit because the stack was full.
+        forced_tokens: Tokens that a grammar forced. They need no prediction and are read with the
+            next token.
+        rejected: Drafted tokens that a sync pass rejected ("rollback", "lossless").
+        drafts: Drafts in "lossless" by source: "exit", "lookup", "predicted" (`predicted_output`)
+            and "own" (`draft_source`).
+        single_passes: Number of deep passes over one token.
+        longer_passes: Deep passes over several tokens, by number of tokens.
+        seconds: Wall time from the prompt to the last token.
+        encode_seconds: Engine calls of the encoder.
+        prefill_seconds: Engine calls that read the prompt, and copying reused keys and values.
+        shallow_seconds: Engine calls of shallow steps.
+        deep_seconds: Engine calls of deep passes.
+        overlapped_seconds: Part of `deep_seconds` that ran in the background, at no cost in time.
+        grammar_seconds: Time spent on the grammar.
+        queue_seconds: Wall time from the call until the prompt is read. In a list, from the call of
+            the list. 0 if not reached.
+        first_token_seconds: Wall time from the call to the first token. 0 if not reached.
     """
 
     mode: Mode | None = None
@@ -107,8 +126,10 @@ class Stats:
 
     @property
     def candidates(self) -> int:
-        """Tokens that decoding decided, not reading the prompt or a grammar: each took a shallow step, and could
-        exit."""
+        """Tokens decided by decoding, not by reading the prompt or by a grammar.
+
+        Each took a shallow step and could exit.
+        """
         return max(0, self.tokens - self.predicted - self.forced_tokens)
 
     @property
@@ -118,20 +139,25 @@ class Stats:
 
     @property
     def accepted(self) -> int:
-        """Tokens of drafts that were accepted: exits, and those that came from a text."""
+        """Number of accepted drafted tokens: exits, and those from text."""
         return self.exits + sum(
             drafts.accepted for source, drafts in self.drafts.items() if source != "exit"
         )
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafts that were accepted: 1 in "free", where every exit is final, and if there was none."""
+        """Share of the drafted tokens that were accepted.
+
+        1 if nothing was rejected, as in mode "free", where every exit is final.
+        """
         return self.accepted / (self.accepted + self.rejected) if self.rejected else 1.0
 
     @classmethod
     def joined(cls, parts: Sequence[Stats]) -> Stats:
-        """The sums of several requests, as of the windows of a sound; the mode is the first's, and the first token and
-        the time in the queue are that of the first."""
+        """Return the sums over several requests, such as the windows of a sound.
+
+        Mode, `queue_seconds` and `first_token_seconds` are those of the first.
+        """
         whole = cls(parts[0].mode)
         for part in parts:
             for each in fields(cls):
@@ -157,10 +183,12 @@ class Stats:
         return whole
 
     def count_draft(self, source: str, proposed: int, accepted: int) -> None:
+        """Add a draft of a source."""
         if proposed:
             self.drafts.setdefault(source, DraftStats()).outcomes[proposed, accepted] += 1
 
     def count_pass(self, rows: int, seconds: float) -> None:
+        """Add a deep pass over `rows` tokens."""
         self.deep_seconds += seconds
         if rows == 1:
             self.single_passes += 1
@@ -173,6 +201,7 @@ class Stats:
 
     @property
     def sync_sizes(self) -> Counter[int]:
+        """Number of deep passes by number of tokens."""
         sizes = Counter({rows: done.count for rows, done in self.longer_passes.items()})
         if self.single_passes:
             sizes[1] = self.single_passes
@@ -180,6 +209,7 @@ class Stats:
 
     @property
     def sync_seconds(self) -> dict[int, float]:
+        """Total time of the deep passes by number of tokens."""
         seconds = {rows: done.seconds for rows, done in self.longer_passes.items()}
         if self.single_passes:
             seconds[1] = self.deep_seconds - sum(seconds.values())
@@ -187,11 +217,12 @@ class Stats:
 
     @property
     def sync_passes(self) -> int:
+        """Number of deep passes."""
         return self.sync_sizes.total()
 
     @property
     def overhead_seconds(self) -> float:
-        """Time spent outside the engine calls."""
+        """Time spent outside engine calls."""
         calls = (
             self.encode_seconds + self.prefill_seconds + self.shallow_seconds + self.deep_seconds
         )
@@ -199,18 +230,23 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """The `candidates` and forced tokens per second of decoding; prompt processing is not in it."""
+        """Candidates and forced tokens per second of decoding, without the time for the prompt."""
         decoding = self.seconds - self.encode_seconds - self.prefill_seconds
         return (self.candidates + self.forced_tokens) / decoding if decoding > 0 else 0.0
 
 
 class Token(NamedTuple):
-    """One token of a stream. `text` is the text that became final with it: often "", then that of several tokens.
+    """One token of a stream.
 
-    `exited`: the id is an accepted shallow prediction. `confidence` of the shallow decoder in [0, 1], None where its
-    head did not run: in "full", where the threshold lets nothing exit, and in "lossless" where no draft followed; see
-    the option `output_confidence`. `logprob` in nats and `top_logprobs`, the likeliest tokens in its place, are None
-    unless asked for.
+    Attributes:
+        id: Token id.
+        text: Text that became final with this token: often "", then that of several tokens.
+        exited: The id is an accepted shallow prediction.
+        confidence: Confidence of the shallow decoder in [0, 1]. None if its head did not run: in
+            "full", if the threshold never lets a token exit, and in "lossless" without a draft (see
+            the option `output_confidence`).
+        logprob: Log-probability in nats. None unless requested.
+        top_logprobs: Most likely tokens at this position. None unless requested.
     """
 
     id: int
@@ -223,9 +259,18 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of a sound, from `start` to `end` in seconds, and what was said in it. Of the window that it was found in:
-    the `temperature` it was decoded at, mean nats a token (`avg_logprob`) and the probability that there was no speech,
-    None where they were not asked for. `compression_ratio` is that of its text, high where it repeats itself."""
+    """A segment of speech.
+
+    Attributes:
+        start: Start time in seconds.
+        end: End time in seconds.
+        text: Transcript.
+        token_ids: Tokens of the segment.
+        temperature: Temperature at which its window was decoded.
+        avg_logprob: Mean log-probability per token of its window, in nats. None unless computed.
+        compression_ratio: Compression ratio of the text, which is high if it repeats itself.
+        no_speech_prob: Probability that its window has no speech. None unless computed.
+    """
 
     start: float
     end: float
@@ -239,11 +284,24 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A finished request. `finish_reason`: "eos" and "stop" (a stop string) are the output's own end; "length"
-    (`max_new_tokens`, or the cache is full), "cancelled" and "deadline" cut it. `token_ids` are the generated ones, end
-    of sequence included; `exited`, `confidence`, `logprobs` and `top_logprobs` (None unless asked for) run parallel to
-    them. `text` has no special tokens and no stop string. Of speech: its `language`, and its `segments` where
-    timestamps were asked for or it is longer than a window; `token_ids` are those of all windows."""
+    """Result of a request.
+
+    `exited`, `confidence`, `logprobs` and `top_logprobs` have one entry per token.
+
+    Attributes:
+        text: Generated text, without special tokens and stop string.
+        token_ids: Generated tokens, including the end-of-sequence token. For speech, those of all
+            windows.
+        exited: True for each accepted shallow prediction.
+        confidence: Shallow confidences, see Token.
+        finish_reason: "eos" or "stop" (a stop string) if the output is complete. "length"
+            (`max_new_tokens`, or the cache is full), "cancelled" or "deadline" if it was cut off.
+        stats: Statistics.
+        logprobs: Log-probabilities in nats. None unless requested.
+        top_logprobs: Most likely tokens at each position. None unless requested.
+        language: Language of speech.
+        segments: Segments of speech, if timestamps were requested or it is longer than a window.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -258,7 +316,7 @@ class GenerationResult:
 
     @property
     def complete(self) -> bool:
-        """True if the output came to its own end, so that JSON of a schema is whole; False if anything cut it."""
+        """True if the output ended by itself, so that constrained JSON is whole."""
         return self.finish_reason in ("eos", "stop")
 
     @property

@@ -1,4 +1,4 @@
-"""A session: a bundle loaded once, decoding for many threads."""
+"""A session: a bundle that is loaded once and decodes requests of many threads."""
 
 from __future__ import annotations
 
@@ -50,16 +50,29 @@ Keywords = GenerationKeywords
 
 
 class Session:
-    """Loads a bundle and generates. Thread-safe: requests share engine calls, each has a slot of the KV cache to
-    itself, and its result does not depend on what else runs (docs/serving.md).
+    """Loads a bundle and generates text.
 
-    `options`, and keyword arguments in place of its fields, are those of SessionOptions. `decoder_type` is for
-    measurements: a subclass of Decoder whose predictions are others, without overlap. `on_event` is called with
-    each RequestEvent, in the thread that asks or decodes: it must be quick. Raises BundleError, CapacityError,
-    EngineError, OptionError.
+    Thread-safe. Requests share engine calls, but each has its own slot of the KV cache, and its
+    result does not depend on other requests (docs/serving.md).
 
-    A request's options are a GenerationOptions, of a bundle that reads speech SpeechOptions, and keyword arguments in
-    place of its fields; `cancel`, an event, ends the request after its next token.
+    Options of a request are a GenerationOptions, or a SpeechOptions for a bundle that reads speech.
+    Keyword arguments replace its fields. The keyword `cancel`, a threading.Event, ends the request
+    after its next token.
+
+    Args:
+        bundle: Directory of the bundle.
+        options: Options of the session. Default: SessionOptions().
+        decoder_type: For measurements: a subclass of Decoder with other predictions. Ignored with
+            overlap.
+        on_event: Called with each RequestEvent, in the thread of the caller or of the worker. Must
+            return quickly.
+        **keywords: Replace fields of `options`.
+
+    Raises:
+        BundleError: If the bundle is missing, incomplete or altered.
+        CapacityError: If the KV cache does not fit the bundle or into memory.
+        EngineError: If an engine cannot be loaded.
+        OptionError: If an option is not valid for the bundle or the device.
     """
 
     def __init__(
@@ -148,7 +161,10 @@ class Session:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The bundle's tokenizer; None where it has none, or trust_templates is False: prompts must be token ids."""
+        """The bundle's tokenizer.
+
+        None if the bundle has none or trust_templates is False. Prompts must then be token ids.
+        """
         return self._tokenizer
 
     @overload
@@ -162,12 +178,21 @@ class Session:
     ) -> list[GenerationResult]: ...
 
     def generate(self, prompt: Any, options: Given = None, **keywords: Unpack[Keywords]) -> Any:
-        """Decode one prompt to its end, or each of a list of prompts.
+        """Generate the complete output of a prompt, or of each prompt in a list.
 
-        A prompt is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. Of a
-        bundle that reads speech it is samples, floats [n] at 16 kHz, or a WAV file: its path or content. A list of
-        prompts gives a list of results in the same order. Raises PromptError, OptionError, QueueFullError; for a
-        list BatchError, after all have ended, where any failed.
+        Args:
+            prompt: Text, a list of token ids, or a list of {"role", "content"} messages for the
+                bundle's chat template. For a bundle that reads speech: samples, floats [n] at 16
+                kHz, or a WAV file, as its path or content. A list of prompts returns a list of
+                results in the same order.
+            options: Options of the request.
+            **keywords: Replace fields of `options`.
+
+        Raises:
+            PromptError: If the prompt is not valid or does not fit.
+            OptionError: If an option is not valid, or the session is closed.
+            QueueFullError: If the queue is full.
+            BatchError: If any prompt of a list failed. Raised after all have ended.
         """
         if self._transcriber is not None:
             return self._transcribe(prompt, options, keywords)
@@ -182,9 +207,12 @@ class Session:
         return prompts.results()
 
     def stream(self, prompt: Prompt, options: Given = None, **keywords: Unpack[Keywords]) -> Stream:
-        """Decode one prompt token by token; arguments as for `generate`, and raises what that does, at the call. The
-        request enters the queue at once, and is decoded whether or not its tokens are read. Closing the stream ends
-        it."""
+        """Generate the output of one prompt token by token.
+
+        The request is queued at once, and decoded whether or not its tokens are read. Closing the
+        stream ends it. Arguments and errors are those of `generate`, and errors are raised by this
+        call.
+        """
         return Stream(self._scheduler, self._sequence(prompt, options, keywords))
 
     @overload
@@ -200,7 +228,7 @@ class Session:
     async def agenerate(
         self, prompt: Any, options: Given = None, **keywords: Unpack[Keywords]
     ) -> Any:
-        """`generate` for asyncio: a result, or a list of them. Cancelling the task ends the request."""
+        """`generate` for asyncio. Cancelling the task ends the request."""
         if self._transcriber is not None:
             cancel = keywords["cancel"] = keywords.get("cancel") or threading.Event()
             try:
@@ -221,8 +249,10 @@ class Session:
     def astream(
         self, prompt: Prompt, options: Given = None, **keywords: Unpack[Keywords]
     ) -> AsyncStream:
-        """`stream` for asyncio: raises QueueFullError at the call, before a server begins to answer. Leaving the loop
-        ends the request."""
+        """`stream` for asyncio. Leaving the loop ends the request.
+
+        QueueFullError is raised by this call, before a server starts its response.
+        """
         return AsyncStream(self._scheduler, self._sequence(prompt, options, keywords))
 
     def encode(
@@ -233,15 +263,32 @@ class Session:
         src_lang: str | None = None,
         tgt_lang: str | None = None,
     ) -> np.ndarray:
-        """The token ids, int64 [n], that `generate` reads of a prompt: it takes them as the prompt, too. `tools`, for
-        the chat template, are functions as OpenAI's interface describes them. `src_lang` and `tgt_lang` as the options;
-        `generate` needs the latter again, unless its token stands in the prompt. Raises PromptError, OptionError."""
+        """Return the token ids of a prompt, int64 [n], as `generate` computes them.
+
+        `generate` accepts them as the prompt.
+
+        Args:
+            prompt: The prompt.
+            tools: Functions for the chat template, as described in OpenAI's API.
+            src_lang: Language of the prompt, as in the options.
+            tgt_lang: Language of the output, as in the options. `generate` needs it again unless
+                its token is part of the prompt.
+
+        Raises:
+            PromptError: If the prompt is not valid or does not fit.
+            OptionError: If a language is not supported.
+        """
         return self._model.encode(prompt, tools=tools, src_lang=src_lang, tgt_lang=tgt_lang)
 
     def listen(self, audio: Any, language: str | None = None) -> SpeechPrompt:
-        """A window of sound with the tokens that the decoder reads before it writes, which `generate` and `decoder`
-        take: for measurements, so that each request reads the sound anew. Raises PromptError, and OptionError where
-        the bundle reads text."""
+        """Return a window of speech and its prompt, for `generate` and `decoder`. For measurements.
+
+        Each request encodes the window again.
+
+        Raises:
+            PromptError: If the audio is not valid or longer than a window.
+            OptionError: If the bundle reads text.
+        """
         if self._transcriber is None:
             raise OptionError("the bundle reads text, not speech; give it text")
         chosen = SpeechOptions(language=language)
@@ -249,8 +296,13 @@ class Session:
         return replace(prompt, sound=Sound(prompt.sound.features, keeps=False))
 
     def prepare(self, options: Given = None, **keywords: Unpack[Keywords]) -> None:
-        """Compile the grammar that constrains such requests, which takes up to seconds once; they then begin at once.
-        Raises OptionError."""
+        """Compile the grammar for requests with these options, which can take seconds.
+
+        Such requests then start without delay.
+
+        Raises:
+            OptionError: If the grammar cannot be compiled.
+        """
         keywords.pop("cancel", None)
         self._model.grammar(merged(self._request_options, options, keywords))
 
@@ -261,11 +313,18 @@ class Session:
         options: Given = None,
         **keywords: Unpack[Keywords],
     ) -> list[GenerationResult]:
-        """Several continuations of one prompt, which is read once, best first: samples by log-probability per token, or
-        with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/sequence.py).
+        """Generate several continuations of one prompt, best first. The prompt is read once.
 
-        Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that are finished. Raises as
-        `generate` does, and CapacityError for beams whose caches would not fit the memory.
+        Samples are ordered by log-probability per token, beams (`num_beams`) by their scores. If
+        cancelled, or at its deadline, it returns the finished ones. Other arguments and errors are
+        those of `generate`.
+
+        Args:
+            num_return_sequences: Number of continuations, at most MOST_SEQUENCES
+                (runtime/sequence.py).
+
+        Raises:
+            CapacityError: If the caches of beams do not fit into memory.
         """
         sequence = self._sequence(prompt, options, keywords, num_return_sequences)
         Stream(self._scheduler, sequence, whole=True).drain()
@@ -273,8 +332,12 @@ class Session:
 
     @contextmanager
     def decoder(self, prompt: np.ndarray | SpeechPrompt | None = None) -> Iterator[Decoder]:
-        """A slot of the session, to drive by hand: for measurements. `prompt` int64 [n], or of speech a window, is what
-        the encoder of an encoder-decoder reads, by default one token; the decoder has read nothing yet."""
+        """Context manager: yields the decoder of a slot for direct use. For measurements.
+
+        Args:
+            prompt: Prompt of the encoder, int64 [n], or a window of speech. Default: one token. The
+                decoder itself has not read anything.
+        """
         self._refuse_if_closed()
         with self._scheduler.borrowed() as decoder:
             decoder.reset()
@@ -290,22 +353,24 @@ class Session:
 
     @property
     def threshold(self) -> float:
-        """The threshold with which a request of mode "free" without its own would begin now."""
+        """The current threshold of requests in mode "free" that set none."""
         self._scheduler.check()
         return self._model.thresholds.decide(None, "free")[0]
 
     @property
     def default_mode(self) -> DefaultMode:
-        """How requests that give neither mode nor threshold are decoded, and the gain that is expected; its str is one
-        line for a person."""
+        """How requests without mode and threshold are decoded, and the expected speedup.
+
+        Its str is one readable line.
+        """
         return self._model.thresholds.default()
 
     def forget_drafts(self) -> None:
-        """Forget what requests of mode "lossless" have learned of drafts: the next is like the first."""
+        """Discard what requests of mode "lossless" have learned about drafts."""
         self._model.learned.forget()
 
     def metrics(self) -> Metrics:
-        """Counts since the session was opened, and the requests that run now."""
+        """Return counts since the session was opened, and the numbers of current requests."""
         metrics = self._observer.metrics()
         metrics.running = self._scheduler.running
         metrics.waiting = self._scheduler.waiting
@@ -316,8 +381,13 @@ class Session:
         return metrics
 
     def adaptive_state(self) -> dict[str, Any]:
-        """The learned state of a session with threshold="adaptive", a dict for JSON: another session continues from it
-        (SessionOptions.adaptive_state). Raises OptionError if the threshold is not adaptive."""
+        """Return the learned state of an adaptive threshold, as a dict for JSON.
+
+        Another session can continue from it (SessionOptions.adaptive_state).
+
+        Raises:
+            OptionError: If the threshold is not adaptive.
+        """
         self._scheduler.check()
         adaptive = self._model.thresholds.adaptive
         if adaptive is None:
@@ -328,12 +398,17 @@ class Session:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed, and refuses requests."""
+        """True if the session is closed and refuses requests."""
         return self._closed
 
     def close(self, drain: bool = False) -> None:
-        """Refuse new requests; end running ones after their next token and waiting ones at once. With `drain`, complete
-        all first, streams too, whose tokens can be read afterwards. Does nothing else in a fork. Idempotent."""
+        """Refuse new requests and end all others: running ones after their next token.
+
+        Waiting requests end at once. Idempotent. In a forked process, it only refuses new requests.
+
+        Args:
+            drain: First complete all requests. Tokens of streams can be read afterwards.
+        """
         self._closed = True
         self._scheduler.close(drain)
         if not self._scheduler.forked:
@@ -364,7 +439,7 @@ class Session:
         return sequence_of(self._model, prompt, chosen, cancel=cancel, count=count)
 
     def _transcribe(self, audio: Any, options: Given, keywords: Keywords) -> Any:
-        """The result of a sound, or of each of a list of them, one after the other."""
+        """Transcribe a sound, or each of a list of sounds, one after the other."""
         assert self._transcriber is not None
         cancel = keywords.pop("cancel", None)
         chosen = merged(SpeechOptions, options, keywords)
@@ -391,7 +466,7 @@ class Session:
         keywords: Keywords,
         ended: Callable[[None], None],
     ) -> Iterator[PromptList]:
-        """Requests that have begun; they are abandoned where the body raises."""
+        """Context manager: yields submitted requests, which are abandoned if the body raises."""
         cancel = keywords.pop("cancel", None)
         chosen = merged(GenerationOptions, options, keywords)
         self._refuse_if_closed()
@@ -417,8 +492,13 @@ class Session:
 def _open_backend(
     bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device
 ) -> Backend:
-    """Open the backend that the options ask for, a GPU's only where one is asked for. Raises CapacityError,
-    EngineError, DeviceError."""
+    """Open the backend for the device.
+
+    Raises:
+        CapacityError: If the KV cache does not fit into memory.
+        EngineError: If an engine cannot be loaded.
+        DeviceError: If the device is not usable.
+    """
     if device.index is None:
         return Backend(bundle, options, capacity, threads)
     if bundle.manifest.target == "tensorrt":
@@ -447,7 +527,10 @@ def _capacity(manifest: Manifest, wanted: int | None) -> int:
 
 
 def _is_list_of_prompts(prompt: Any) -> bool:
-    """A list of texts, of lists, or of arrays; a list of token ids or of messages is one prompt."""
+    """Return True for a list of texts, lists or arrays.
+
+    A list of token ids or of messages is one prompt.
+    """
     if not isinstance(prompt, (list, tuple)) or not prompt:
         return False
     return not isinstance(prompt[0], (Integral, float, Mapping))

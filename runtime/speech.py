@@ -1,5 +1,8 @@
-"""Speech to text by a bundle of Whisper: windows of 30 s, language, rules for tokens, segments, and what is decoded
-again (Radford et al. 2022, arXiv 2212.04356, section 4.5)."""
+"""Speech recognition with a Whisper bundle.
+
+Windows of 30 s, language detection, token rules, segments, and decoding again at higher
+temperatures (Radford et al. 2022, arXiv 2212.04356, section 4.5).
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,19 @@ from runtime.text.sampler import softmax
 from runtime.text.tokenizer import Tokenizer
 
 SECONDS_A_TIMESTAMP = 0.02
-FRAMES_A_POSITION = 2  # of the encoder; a timestamp is a position
+FRAMES_A_POSITION = 2  # frames per encoder position, which is also the unit of timestamps
 
 
 @dataclass(eq=False)
 class Sound:
-    """A window of sound, `features` float32 [1, bins, 2 E], and what cross-attention reads once one of the requests for
-    it has made it, unless each is to make its own, as measurements are. `spent`: the statistics of requests whose
-    tokens are not those of the result."""
+    """A window of sound.
+
+    Attributes:
+        features: Log-mel spectrogram, float32 [1, bins, 2 E].
+        keeps: Keep the encoder's output for further requests. False for measurements.
+        cross: The encoder's output, once a request has computed it.
+        spent: Statistics of requests whose tokens are not part of the result.
+    """
 
     features: np.ndarray
     keeps: bool = True
@@ -39,39 +47,53 @@ class Sound:
 
 @dataclass(frozen=True, eq=False)
 class SpeechPrompt:
-    """A request for a window: the tokens that the decoder reads first, and the rules for what it writes, if any."""
+    """A request for a window: the tokens that the decoder reads first, and rules for the output."""
 
     sound: Sound
     prefix: tuple[int, ...]
     rules: Rules | None = None
 
     def __len__(self) -> int:
-        """Tokens that the decoder reads."""
+        """Return the number of tokens that the decoder reads."""
         return len(self.prefix)
 
     @classmethod
     def plain(cls, manifest: Manifest, features: np.ndarray) -> SpeechPrompt:
-        """A window float32 [bins, 2 E] that is decoded without rules, from the start token on: for measurements."""
+        """Return a prompt for a window float32 [bins, 2 E] without rules. For measurements.
+
+        The decoder reads only the start token.
+        """
         return cls(
             Sound(np.ascontiguousarray(features[None])), (manifest.decoder_start_token_id or 0,)
         )
 
 
 class Rules:
-    """Rules for which tokens may follow which, in place of a grammar (runtime/text/grammar.py): an `output` int64 [n]
-    is what the request wrote so far, drafts included. They bind shallow and deep predictions alike. `probe`: the one
-    token wanted is a language, and `no_speech` the probability that there is no speech."""
+    """Rules for the tokens of a transcript, used in place of a grammar (runtime/text/grammar.py).
 
-    seconds = 0.0  # the time that they take, which nobody measured
+    An `output`, int64 [n], contains the generated tokens so far, including drafts. The rules apply
+    to shallow and deep predictions alike.
+
+    Args:
+        speech: Special tokens of the model.
+        eos: Tokens that end the output.
+        timestamps: The output has timestamps.
+        probe: Only the language token is wanted.
+
+    Attributes:
+        seconds: Not measured, always 0.
+        by_scores: The most likely token may not be chosen, even if it is allowed.
+        no_speech: Probability of no speech, set by a `probe`.
+    """
+
+    seconds = 0.0
 
     def __init__(
         self, speech: Speech, eos: Sequence[int], timestamps: bool, probe: bool = False
     ) -> None:
         self._speech = speech
         self._first = speech.no_timestamps + 1
-        self.by_scores = (
-            timestamps or probe
-        )  # whether an allowed best token may still not be the one
+        self.by_scores = timestamps or probe
         self._eos = frozenset(eos)
         self._timestamps = timestamps
         self._probe = probe
@@ -85,10 +107,11 @@ class Rules:
         self.no_speech: float | None = None
 
     def forced(self, output: np.ndarray) -> int | None:
+        """Return None, as these rules never force a token."""
         return None
 
     def allows(self, output: np.ndarray, tokens: Sequence[int]) -> int:
-        """How many of `tokens` may follow, one after the other."""
+        """Return how many of `tokens` may follow, one after the other."""
         written = output.tolist()
         for count, token in enumerate(tokens):
             if token in (self._later if written else self._suppressed):
@@ -101,7 +124,7 @@ class Rules:
         return len(tokens)
 
     def mask(self, scores: np.ndarray, output: np.ndarray) -> np.ndarray:
-        """Scores float32 [V] in which tokens that must not follow are never chosen."""
+        """Return scores, float32 [V], with -inf for tokens that must not follow."""
         speech = self._speech
         if self._probe:
             self.no_speech = float(softmax(scores)[speech.no_speech])
@@ -112,7 +135,7 @@ class Rules:
             return masked
         for low, high in self._ranges(output.tolist(), len(scores), inverted=True):
             masked[low:high] = NEVER
-        # Timestamps together are likelier than any text: one of them, then.
+        # If all timestamps together are more likely than any text token, choose a timestamp.
         text = masked[: self._first].max()
         times = masked[self._first :]
         best = times.max(initial=NEVER)
@@ -123,8 +146,11 @@ class Rules:
     def _ranges(
         self, written: list[int], size: int = 0, inverted: bool = False
     ) -> list[tuple[int, int]]:
-        """The ids that timestamps allow next, as ranges; or those below `size` that they do not: an output begins with
-        one, they come in pairs but before the end, and none goes back."""
+        """Return the ranges of ids that the rules for timestamps allow next.
+
+        An output starts with a timestamp, timestamps come in pairs except before the end, and times
+        never decrease. With `inverted`, returns the ids below `size` that are not allowed.
+        """
         first = self._first
         end = min(self._eos)
         limit = 1 << 40
@@ -134,7 +160,7 @@ class Rules:
             times = [token for token in written if token >= first]
             last = written[-1] >= first
             pair = last and (len(written) < 2 or written[-2] >= first)
-            # A second of a pair may be the same moment.
+            # The second of a pair may be the same time.
             least = (times[-1] + (not last or pair)) if times else first
             text = (0, end)
             ends = (end, first)
@@ -151,6 +177,7 @@ class Rules:
 
 
 def _only(scores: np.ndarray, tokens: list[int]) -> np.ndarray:
+    """Return scores with -inf for all but these tokens."""
     masked = np.full_like(scores, NEVER)
     masked[tokens] = scores[tokens]
     return masked
@@ -160,7 +187,7 @@ Decode = Callable[[SpeechPrompt, GenerationOptions], GenerationResult]
 
 
 class Transcriber:
-    """Turns sound into text, window by window, each a request to `decode`."""
+    """Converts sound to text, window by window. Each window is a request to `decode`."""
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer | None, capacity: int) -> None:
         assert manifest.speech is not None
@@ -173,7 +200,11 @@ class Transcriber:
         self._codes = {token: code for code, token in self._speech.languages.items()}
 
     def check(self, options: SpeechOptions) -> None:
-        """Raise OptionError for options that speech has not."""
+        """Check that speech supports these options.
+
+        Raises:
+            OptionError: If it does not.
+        """
         known = ", ".join(self._speech.languages) or "en alone: the bundle is of English"
         if options.language is not None and options.language not in (
             self._speech.languages or ("en",)
@@ -199,7 +230,11 @@ class Transcriber:
             )
 
     def single(self, audio: Any, options: SpeechOptions, decode: Decode) -> SpeechPrompt:
-        """The request for a sound of one window. Raises PromptLengthError for a longer one."""
+        """Return the request for a sound of one window.
+
+        Raises:
+            PromptLengthError: If the sound is longer.
+        """
         self.check(options)
         mels, frames = self._read(audio)
         if frames > self._frames:
@@ -214,7 +249,12 @@ class Transcriber:
         return self._prompt(sound, language, options, options.timestamps, self._before(options))
 
     def transcribe(self, audio: Any, options: SpeechOptions, decode: Decode) -> GenerationResult:
-        """The text of a sound of any length. Raises PromptError, OptionError, and what `decode` raises."""
+        """Transcribe a sound of any length.
+
+        Raises:
+            PromptError: If the audio is not valid.
+            OptionError: If an option is not supported.
+        """
         self.check(options)
         until = math.inf if options.deadline is None else monotonic() + options.deadline
         try:
@@ -303,7 +343,7 @@ class Transcriber:
         return SpeechPrompt(sound, tuple(prefix), Rules(speech, self._eos, timestamps))
 
     def _probe(self, sound: Sound, options: SpeechOptions, decode: Decode) -> tuple[str, float]:
-        """The likeliest language, and the probability that there is no speech."""
+        """Return the most likely language and the probability of no speech."""
         rules = Rules(self._speech, self._eos, timestamps=False, probe=True)
         deadline = GenerationOptions(max_new_tokens=1, mode="full", deadline=options.deadline)
         result = decode(SpeechPrompt(sound, (self._start,), rules), deadline)
@@ -314,8 +354,10 @@ class Transcriber:
     def _decoded(
         self, prompt: SpeechPrompt, options: SpeechOptions, decode: Decode, quiet: float | None
     ) -> tuple[GenerationResult, float | None, float]:
-        """Decode a window, again at higher temperatures where the text repeats itself or is unlikely: the result, the
-        probability of no speech where it was needed, and the temperature."""
+        """Decode a window, again at higher temperatures while its text is repetitive or unlikely.
+
+        Returns the result, the probability of no speech if it was needed, and the temperature.
+        """
         wanted = options.logprob_threshold
         first = float(options.temperature or 0.0)
         temperatures = [first, *(each for each in options.fallback_temperatures if each > first)]
@@ -337,8 +379,11 @@ class Transcriber:
         return result, quiet, temperature
 
     def _cut(self, tokens: list[int], frames: int) -> tuple[list[tuple[int, int, list[int]]], int]:
-        """Segments of a window by its timestamps: from and to, as counts of timestamps, and their tokens; and the
-        frames after which the next window begins, 0 for all of this one."""
+        """Split the tokens of a window into segments at its timestamps.
+
+        Returns start, end (in units of timestamps) and tokens of each segment, and the frames to
+        advance to the next window, 0 for a whole window.
+        """
         zero = self._speech.no_timestamps + 1
         times = [place for place, token in enumerate(tokens) if token >= zero]
         pairs = [place for place in times if place and tokens[place - 1] >= zero]
@@ -356,7 +401,7 @@ class Transcriber:
         return cut, 0 if whole else (tokens[ends[-1] - 1] - zero) * FRAMES_A_POSITION
 
     def _text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without timestamps and others that are none."""
+        """Return the text of tokens, without timestamps and special tokens."""
         if self._tokenizer is None:
             return ""
         return self._tokenizer.decode(
@@ -370,7 +415,7 @@ class Transcriber:
         language: str | None,
         timestamps: bool,
     ) -> GenerationResult:
-        """The result of all windows, of whose text the silent have none."""
+        """Return the result of all windows. Silent windows have no text."""
         stats = Stats.joined([part.stats for part in parts])
         unfinished = [self._text(parts[-1].token_ids)] if parts[-1].interrupted else []
         return GenerationResult(
@@ -386,7 +431,7 @@ class Transcriber:
 
 
 def _silent(options: SpeechOptions, quiet: float | None, nats: float | None) -> bool:
-    """Whether a window has no speech: it is likely, and the text that was found is not."""
+    """Return True if no speech is likely and the text found in the window is unlikely."""
     limit = options.no_speech_threshold
     least = options.logprob_threshold
     if limit is None or quiet is None or quiet <= limit:
@@ -395,11 +440,11 @@ def _silent(options: SpeechOptions, quiet: float | None, nats: float | None) -> 
 
 
 def _mean(result: GenerationResult) -> float | None:
-    """Nats a token."""
+    """Return the mean log-probability per token, in nats."""
     return sum(result.logprobs) / len(result.logprobs) if result.logprobs else None
 
 
 def _compression(text: str) -> float:
-    """How many times as long a text is as when it is compressed: much, where it repeats itself."""
+    """Return the compression ratio of a text, which is high if it repeats itself."""
     data = text.encode()
     return len(data) / len(zlib.compress(data)) if data else 0.0

@@ -1,4 +1,4 @@
-"""The threshold of a request: where it may be set, and which setting takes precedence."""
+"""The threshold of a request: the settings that determine it, and their precedence."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ from runtime.options import GenerationOptions, Mode, SessionOptions
 
 @dataclass(frozen=True)
 class DefaultMode:
-    """How requests that give neither mode nor threshold are decoded. In "free", `threshold` is where they begin, and
-    `speedup` (over mode full), `exit_rate` and `agreement` are what the calibration expects there; None is not known.
+    """How requests without mode and threshold are decoded.
+
+    The estimates are those of the calibration at this threshold. None if unknown.
+
+    Attributes:
+        mode: The mode.
+        threshold: Threshold of mode "free", for an adaptive one its current value.
+        speedup: Expected speedup over mode "full".
+        exit_rate: Expected share of tokens that exit.
+        agreement: Expected share of exits that agree with the full model.
     """
 
     mode: Mode
@@ -47,8 +55,19 @@ class DefaultMode:
 
 
 class Thresholds:
-    """Thresholds of a session. `adaptive`: what it learns with threshold="adaptive", else None. `costs`: of this
-    machine, where they are known. Raises OptionError for an adaptive state that does not fit the bundle."""
+    """Thresholds of a session.
+
+    Args:
+        bundle: The bundle.
+        options: Options of the session.
+        costs: Costs measured on this machine, if known.
+
+    Attributes:
+        adaptive: State of an adaptive threshold, None if it is not adaptive.
+
+    Raises:
+        OptionError: If an adaptive state does not fit the bundle.
+    """
 
     def __init__(self, bundle: Bundle, options: SessionOptions, costs: Costs | None = None) -> None:
         self._bundle = bundle
@@ -67,14 +86,17 @@ class Thresholds:
             self._of_session = float(options.threshold)
 
     def decide(self, asked: float | None, mode: Mode) -> tuple[float, RequestLabels | None]:
-        """The confidence above which a token exits or is drafted, and where it adapts what the request is to label. The
-        first of these that there is:
+        """Return a request's threshold and, if that adapts, an object that collects its labels.
 
-        1. `asked`: the request's own option.
-        2. The session's option, where it is a number.
-        3. In mode "free", where the session's option is "adaptive": what was learned so far, for all of the request.
-        4. In mode "lossless" none, 0: what is drafted then depends on what drafts were worth.
-        5. What the bundle was calibrated to: NEVER_EXIT where it was not.
+        The threshold is the confidence above which a token exits or is drafted. In order of
+        precedence, it is:
+
+        1. `asked`, the request's own option.
+        2. The session's option, if that is a number.
+        3. In mode "free" with threshold="adaptive": the value learned so far, fixed for the
+           request.
+        4. In mode "lossless": 0, because drafts then depend on their measured benefit.
+        5. The calibrated value of the bundle, NEVER_EXIT if it is not calibrated.
         """
         if asked is not None:
             return float(asked), None
@@ -86,12 +108,12 @@ class Thresholds:
         return 0.0 if mode == "lossless" else self._bundle.manifest.threshold, None
 
     def learn(self, labels: RequestLabels | None) -> None:
-        """A request has ended, with these labels."""
+        """Update the adaptive threshold with the labels of a request that has ended."""
         if self.adaptive is not None and labels is not None:
             self.adaptive.complete(labels)
 
     def default(self) -> DefaultMode:
-        """Describe requests that give neither mode nor threshold."""
+        """Describe how requests without mode and threshold are decoded."""
         threshold, _ = self.decide(None, "free")
         if threshold >= NEVER_EXIT:
             return (
@@ -113,7 +135,10 @@ class Thresholds:
         return DefaultMode("free", threshold, speedup, row.exit_rate, row.agreement)
 
     def with_mode(self, options: GenerationOptions) -> GenerationOptions:
-        """`options` with a mode: free where anything may exit, else lossless with drafts from the text, else full."""
+        """Return options with a mode.
+
+        Default: "free" if tokens may exit, else "lossless" with drafts from text, else "full".
+        """
         if options.mode is not None:
             return options
         if options.num_beams > 1:

@@ -56,10 +56,8 @@ class PrefixStore:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
-        self._entries: OrderedDict[bytes, tuple[Any, int]] = (
-            OrderedDict()
-            # The least recently used first.
-        )
+        # The least recently used first.
+        self._entries: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -1,6 +1,6 @@
-"""Our own operators for ONNX Runtime: where their library stands, whether it can be used here, and how.
+"""Our own operators for ONNX Runtime: their library, its availability, and its settings.
 
-It is built from `source` when the project is installed where there is a C++ compiler (docs/precision.md).
+The library is built from `source` on installation if there is a C++ compiler (docs/precision.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from runtime.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-# The domain of the operators in a graph; the version of operators and weights, which source/version.h has too.
+# Domain of the operators in a graph, and version of operators and weights, as in source/version.h.
 DOMAIN = "freeexport"
 VERSION = 7
 LIBRARY = Path(__file__).with_name("libfreeexport_kernels.so")
@@ -27,8 +27,15 @@ BUILD = "install a C++ compiler (Debian: apt-get install g++), then freeexport a
 
 
 def register(options: Any, needed: int = VERSION) -> None:
-    """Let a session with these options of ONNX Runtime use the operators, which must be of version `needed` or later.
-    EngineError where they cannot be had."""
+    """Register the operators with options of an ONNX Runtime session.
+
+    Args:
+        options: The session options.
+        needed: Minimum version of the operators.
+
+    Raises:
+        EngineError: If they are not available.
+    """
     name = instructions()
     if needed > VERSION:
         raise EngineError(
@@ -45,14 +52,19 @@ def register(options: Any, needed: int = VERSION) -> None:
         _warn_once(f"{why}: freeexport's kernels run without vector instructions, slowly")
     try:
         options.register_custom_ops_library(str(LIBRARY))
-    except Exception as error:  # of a class that only ONNX Runtime names
+    except Exception as error:  # an exception class that only ONNX Runtime defines
         raise EngineError(str(error).splitlines()[0].rpartition("freeexport: ")[2]) from error
 
 
 def instructions() -> str:
-    """The instruction set that the kernels use here, by the processor or FREEEXPORT_INSTRUCTIONS: scalar, avx2,
-    avx2-vnni, avx512, avx512-vnni, amx, neon or neon-i8mm; or scalar-bf16, which only the variable chooses. EngineError
-    where there is none."""
+    """Return the instruction set that the kernels use.
+
+    It is chosen by processor, or by FREEEXPORT_INSTRUCTIONS: scalar, avx2, avx2-vnni, avx512,
+    avx512-vnni, amx, neon or neon-i8mm. scalar-bf16 can only be chosen by the variable.
+
+    Raises:
+        EngineError: If the kernels are not available.
+    """
     problem = ctypes.c_char_p()
     name: bytes | None = _library(LIBRARY).freeexport_instructions(ctypes.byref(problem))
     if name is None:
@@ -61,17 +73,20 @@ def instructions() -> str:
 
 
 def supported(name: str) -> bool:
-    """Whether the kernels have instructions of this name, and this processor, too."""
+    """Return True if both the kernels and this processor support an instruction set."""
     return missing() is None and _library(LIBRARY).freeexport_supports(name.encode()) == 1
 
 
 @contextmanager
 def reading_prompt(reads: bool = True) -> Iterator[None]:
-    """Say whether engine calls of this thread read a prompt. Where `prompt_differs`, its rows are multiplied with
-    quantized weights in bfloat16: a row's bits still depend on the row alone, but are not those of other calls."""
+    """Context manager: mark engine calls of this thread as reading a prompt.
+
+    If `prompt_differs`, its rows are multiplied with quantized weights in bfloat16. A row's result
+    still depends on that row only, but differs from other calls.
+    """
     try:
         library = _library(LIBRARY)
-    except EngineError:  # which no engine of this process uses
+    except EngineError:  # so no engine of this process uses them
         yield
         return
     before = library.freeexport_read_prompt(int(reads))
@@ -82,22 +97,32 @@ def reading_prompt(reads: bool = True) -> Iterator[None]:
 
 
 def prompt_differs() -> bool:
-    """Whether a token gets other bits where it is read with a prompt than where it is generated: with the instructions
-    `amx`, and `scalar-bf16`, which imitates them for tests. EngineError where there are no operators."""
+    """Return True if a token's results differ between reading a prompt and generating.
+
+    This is so with `amx`, and with `scalar-bf16`, which imitates it for tests.
+
+    Raises:
+        EngineError: If the kernels are not available.
+    """
     return bool(_library(LIBRARY).freeexport_prompt_differs())
 
 
 def spread_logits() -> Callable[[int], int]:
-    """A function that says whether engine calls of this thread give an exit's logits of the whole vocabulary, as they
-    do until told otherwise, and returns what was so before. EngineError where there are no operators."""
+    """Return a function that sets how this thread's engine calls return an exit's logits.
+
+    With 1, the default, they cover the whole vocabulary. It returns the previous setting.
+
+    Raises:
+        EngineError: If the kernels are not available.
+    """
     _library(LIBRARY)
-    # Unlike CDLL it keeps the interpreter's lock, which other threads could else take twice in every call.
+    # Unlike CDLL, PyDLL keeps the GIL, which other threads could otherwise take twice per call.
     found: Callable[[int], int] = ctypes.PyDLL(str(LIBRARY)).freeexport_spread_logits
     return found
 
 
 def missing() -> str | None:
-    """Why the operators cannot be used here, and what to do; None where they can."""
+    """Return why the operators are not available and what to do. None if they are."""
     try:
         instructions()
     except EngineError as error:
@@ -106,8 +131,10 @@ def missing() -> str | None:
 
 
 def kernels_of(needed: int | None) -> str:
-    """Name the operators that multiply with a bundle's quantized weights, for a person; `needed` is what its manifest
-    says."""
+    """Return a readable name of the operators for a bundle's quantized weights.
+
+    `needed` is the version in its manifest.
+    """
     problem = missing()
     if needed is not None:
         return f"freeexport's own, version {needed}, " + (
@@ -119,7 +146,7 @@ def kernels_of(needed: int | None) -> str:
 
 def _warn_once(message: str) -> None:
     one = object()
-    if _warned.setdefault(message, one) is one:  # of engines that are loaded at the same time, too
+    if _warned.setdefault(message, one) is one:  # also if engines are loaded concurrently
         logger.warning(message)
 
 
