@@ -63,8 +63,7 @@ def read_audio(source: Any, name: str = "the audio", until: float = math.inf) ->
         if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
             raise PromptError(
                 f"{name} is an array of {samples.dtype} {list(samples.shape)}; pass float "
-                f"samples [n] at {RATE} Hz, "
-                "one channel, or the path of a WAV file"
+                f"samples [n] at {RATE} Hz, one channel, or the path of a WAV file"
             )
     if len(samples) == 0:
         raise PromptError(f"{name} is empty; pass at least one sample")

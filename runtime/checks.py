@@ -294,8 +294,8 @@ def token_biases(name: str, value: Any) -> _Biases:
     if items is None or not fit:
         raise OptionError(
             f"{name} is {shown(value)}; "
-            f"give {{token: bias}} or {{(token, token): bias}}, biases of at most "
-            f"{MOST_BIAS:.0e} nats"
+            f"give {{token: bias}} or {{(token, token): bias}}, biases of at most {MOST_BIAS:.0e} "
+            "nats"
         )
     return biases
 

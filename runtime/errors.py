@@ -6,7 +6,7 @@ from typing import Any
 
 
 class FreeExportError(Exception):
-    """Base class of all errors that this project raises on purpose. Messages are one readable line."""
+    """Base class of the errors that this project raises on purpose. Messages are one line."""
 
 
 class BundleError(FreeExportError):
@@ -14,7 +14,7 @@ class BundleError(FreeExportError):
 
 
 class CalibrationError(BundleError):
-    """A calibration cannot be read, belongs to another model, or cannot be computed from the data."""
+    """A calibration cannot be read, is for another model, or cannot be computed from the data."""
 
 
 class PromptError(FreeExportError):

@@ -382,7 +382,6 @@ def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float
     if given is None and options.mode == "rollback":
         raise OptionError(
             "rollback_threshold is None and this bundle records none; pass nats above which a "
-            "token is taken back, "
-            "as rollback_threshold=3.0, or calibrate"
+            "token is taken back, as rollback_threshold=3.0, or calibrate"
         )
     return math.inf if given is None else float(given)

@@ -67,8 +67,7 @@ def with_languages(
         if len(ids) > most:
             raise PromptLengthError(
                 f"the prompt and its language have {len(ids)} tokens, at most {most} fit; "
-                "shorten it, or convert "
-                "with a larger capacity"
+                "shorten it, or convert with a larger capacity"
             )
     return ids
 

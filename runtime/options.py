@@ -1,8 +1,8 @@
 """Options of sessions and requests.
 
-Each option is declared once: its name, its type with the values that are allowed, its default, and
-its text. The checks, docs/options.md and the types of keyword arguments
-(runtime/option_keywords.py) are derived from that.
+Each option is declared once: its name, its type with the allowed values, its default, and its text.
+The checks, docs/options.md and the types of keyword arguments (runtime/option_keywords.py) are
+derived from it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 AdaptiveRule = Literal["bmm", "paper"]
 Drafts = Literal["auto", "exit", "lookup", "none"]
-# Returns the token ids that may follow the tokens that the decoder has read and generated, int64
-# [n].
+# Returns token ids that may follow, given the tokens read and generated so far, int64 [n].
 DraftSource = Callable[[np.ndarray], Sequence[int] | np.ndarray]
 
-# Logits are float32: a smaller divisor or a larger penalty makes them infinite, and every token
+# Limits of temperature and penalty. Beyond them float32 logits become infinite, and every token
 # becomes token 0.
 SMALLEST_DIVISOR = 1e-6
 LARGEST_PENALTY = 1e6
 FLOAT32_MAX = 3.4e38
-MOST_TOP_LOGPROBS = 20  # as OpenAI's interface
+MOST_TOP_LOGPROBS = 20  # as in OpenAI's API
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
 
 
@@ -43,8 +42,11 @@ def _device(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """Options of a session. Raises OptionError for a value that is not allowed and for options that
-    contradict."""
+    """Options of a session.
+
+    Raises:
+        OptionError: If a value is not allowed, or options contradict each other.
+    """
 
     threads: Annotated[int | None, checks.Whole(1, 1024)] = None
     """Number of CPU threads of an engine call. Default: one per physical core available to this
@@ -119,6 +121,7 @@ class SessionOptions:
 
     @property
     def prefix_cache_bytes(self) -> int:
+        """Memory limit for the prefix cache, in bytes."""
         return int(self.prefix_cache_mb) * 1_000_000
 
     def __post_init__(self) -> None:
@@ -132,8 +135,7 @@ class SessionOptions:
         if on_cpu and self.overlap:
             raise OptionError(
                 "overlap is True on the CPU, where both engines share the cores and it measured "
-                "slower "
-                "(152 tokens/s, in turn 251); leave it out"
+                "slower (152 tokens/s, in turn 251); leave it out"
             )
         if self.run_ahead and (on_cpu or self.overlap is False):
             raise OptionError(
@@ -143,15 +145,17 @@ class SessionOptions:
         if self.prefix_cache_mb and not on_cpu:
             raise OptionError(
                 f"prefix_cache_mb is {self.prefix_cache_mb} with device {self.device!r}: "
-                "prefixes are kept on the CPU "
-                "only; leave it out"
+                "prefixes are kept on the CPU only; leave it out"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """Options of a request. Raises OptionError for a value that is not allowed and for options that
-    contradict."""
+    """Options of a request.
+
+    Raises:
+        OptionError: If a value is not allowed, or options contradict each other.
+    """
 
     max_new_tokens: Annotated[int, checks.Whole(1)] = 256
     """Maximum number of tokens to generate, the end-of-sequence token included. Limited by the KV
@@ -318,7 +322,7 @@ class GenerationOptions:
     """Number of beams. More than 1 enables beam search, for encoder-decoders in mode "full" without
     sampling."""
 
-    # A length to a greater power is beyond float64.
+    # Lengths to a greater power exceed float64.
     length_penalty: Annotated[float, checks.Real(-50, 50)] = 1.0
     """Exponent of the length by which the log-probability of a finished beam is divided."""
 
@@ -334,13 +338,15 @@ class GenerationOptions:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are sampled; temperature 0 is greedy."""
+        """True if tokens are sampled. Temperature 0 is greedy."""
         return bool(self.do_sample or self.temperature) and self.temperature != 0
 
     @property
     def constraint(self) -> tuple[str, str] | None:
-        """Name and text of the option that constrains the output, a choice as a JSON list. None
-        without one."""
+        """Name and text of the option that constrains the output, None if there is none.
+
+        A choice is returned as a JSON list.
+        """
         name = next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
         if name is None:
             return None
@@ -392,8 +398,7 @@ class GenerationOptions:
         if self.mode not in (None, "full"):
             raise OptionError(
                 f"num_beams is {beams} in mode {self.mode}: early exit is not supported with "
-                "beam search; "
-                "use mode 'full'"
+                "beam search; use mode 'full'"
             )
         others = {
             "sampling": self.samples,
@@ -423,7 +428,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class SpeechOptions(GenerationOptions):
-    """Options of a request to a bundle that reads speech: those of GenerationOptions and these."""
+    """Options of a request to a speech bundle, in addition to those of GenerationOptions."""
 
     language: str | None = None
     """Code of the spoken language, such as "en". Default: detected in the first 30 s."""
@@ -477,9 +482,11 @@ def merged(
     given: SessionOptions | GenerationOptions | None,
     keywords: Mapping[str, Any],
 ) -> Options:
-    """Returns `given`, by default `kind()`, with its fields replaced by `keywords`. Raises
-    OptionError for an object of another kind, for an unknown keyword, and for values that `kind`
-    refuses."""
+    """Return `given`, by default `kind()`, with fields replaced by `keywords`.
+
+    Raises:
+        OptionError: If `given` has another type, a keyword is unknown, or a value is not allowed.
+    """
     names = [field.name for field in fields(kind)]
     unknown = sorted(keywords.keys() - set(names))
     speech = {field.name for field in fields(SpeechOptions)}

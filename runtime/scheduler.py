@@ -114,8 +114,7 @@ class Scheduler:
         if self.forked:
             raise OptionError(
                 f"the session was opened before process {os.getpid()} was forked; open one in "
-                "this process, "
-                "or start it with multiprocessing's 'spawn'"
+                "this process, or start it with multiprocessing's 'spawn'"
             )
         if self.inside:
             raise OptionError(REENTRY)

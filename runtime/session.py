@@ -514,14 +514,12 @@ def _capacity(manifest: Manifest, wanted: int | None) -> int:
     if wanted is not None and wanted > manifest.capacity:
         raise CapacityError(
             f"capacity {wanted} is more than the {manifest.capacity} positions this bundle was "
-            "converted for; "
-            "lower it, or convert with --capacity"
+            "converted for; lower it, or convert with --capacity"
         )
     if wanted not in (None, manifest.capacity) and manifest.target == "tensorrt":
         raise CapacityError(
             f"capacity {wanted} is not the {manifest.capacity} positions that the graphs of this "
-            "bundle are fixed to; "
-            "leave it out, or convert with --capacity"
+            "bundle are fixed to; leave it out, or convert with --capacity"
         )
     return wanted or manifest.capacity
 

@@ -1,1 +1,1 @@
-"""Text <-> ids, logits -> id."""
+"""Text to token ids and back, and the choice of tokens from logits."""

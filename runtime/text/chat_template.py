@@ -1,7 +1,8 @@
-"""A chat template as transformers renders it, in Jinja's sandbox, with bounds on its loops and its output.
+"""Renders chat templates as transformers does, in Jinja's sandbox with limits.
 
-A template is part of the bundle, which is trusted as its weights are: the sandbox keeps it from files and modules, the
-bounds end loops that were written by mistake. Neither bounds the memory that a malicious template takes.
+A template is part of the bundle and trusted like its weights. The sandbox denies access to files
+and modules. Limits on iterations and output end accidental endless loops. Neither limits the memory
+that a malicious template uses.
 """
 
 from __future__ import annotations
@@ -21,23 +22,28 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from runtime.errors import BundleError, PromptError, one_line
 
 FILE = "chat_template.jinja"
-# Bytes; the longest published templates have about 30,000.
+# Maximum number of characters of a template. The longest published ones have about 30,000.
 MOST_SOURCE = 128 * 1024
-# Turns of loops and calls; published templates take up to a few for each message.
+# Maximum number of loop iterations and calls. Published templates need a few per message.
 MOST_TURNS = 200_000
-# Characters of the output, and as many for each of the messages'.
+# Maximum number of characters in the output: MOST_OUTPUT, plus MOST_GROWTH per character of the
+# messages.
 MOST_OUTPUT = 1 << 20
 MOST_GROWTH = 8
-# The variable that counts turns, and the filter: no template can spell it.
+# Name of the variable that counts iterations, and of the filter. No template can spell it.
 _TURNS = "\0turns"
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
-    """A template loops or writes more than it may."""
+    """A template exceeds the limit of iterations or of output."""
 
 
 class ChatTemplate:
-    """A compiled template. Safe to use from many threads. Raises BundleError where it is not valid."""
+    """A compiled template. Thread-safe.
+
+    Raises:
+        BundleError: If it is not a valid template.
+    """
 
     def __init__(self, source: str) -> None:
         if len(source) > MOST_SOURCE:
@@ -46,9 +52,9 @@ class ChatTemplate:
             )
         try:
             self._template = _Environment().from_string(source)
-        except (
-            Exception
-        ) as error:  # also what Python cannot compile: nested too deep, a number of too many digits
+        except Exception as error:
+            # Includes templates that Python cannot compile: nested too deeply, or with a huge
+            # number.
             line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise BundleError(
                 f"{FILE}{line} is not a valid template ({one_line(error)}); convert the "
@@ -61,7 +67,16 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """Render a conversation. Raises PromptError where the template refuses it, fails, or does not end."""
+        """Render a conversation.
+
+        Args:
+            messages: The messages.
+            special_tokens: Special tokens by name.
+            tools: Functions that the model may call.
+
+        Raises:
+            PromptError: If the template rejects the messages, fails, or exceeds a limit.
+        """
         variables = {
             "messages": [dict(message) for message in messages],
             "tools": tools or None,
@@ -93,15 +108,15 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             problem = f"refuses the messages ({one_line(error)})"
             remedy = "change them"
-        except (
-            Exception
-        ) as error:  # whatever the template's own expressions raise on messages it does not expect
+        except Exception as error:
+            # Anything that expressions of the template raise on unexpected messages.
             problem = f"fails on the messages ({type(error).__name__}: {one_line(error)})"
             remedy = "change them"
         raise PromptError(f"the chat template {problem}; {remedy}")
 
 
 def _count(context: Context) -> None:
+    """Count an iteration or a call."""
     context[_TURNS][0] += 1
     if context[_TURNS][0] > MOST_TURNS:
         raise TemplateLimitError(f"takes more than {MOST_TURNS} turns of loops")
@@ -109,13 +124,14 @@ def _count(context: Context) -> None:
 
 @jinja2.pass_context
 def _counted(context: Context, items: Any) -> Iterator[Any]:
+    """Count the iterations over `items`."""
     for item in items:
         _count(context)
         yield item
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks an answer for training; here its body is simply part of the text."""
+    """`{% generation %}` marks answers for training. Its body is rendered like any other text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -125,7 +141,7 @@ class _Generation(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Counts each turn of a loop, and each call: of macros, callers and recursive loops."""
+    """Sandbox that counts loop iterations and calls of macros, callers and recursive loops."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -160,7 +176,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML characters, which models were not trained on.
+    # Jinja's own filter escapes HTML characters, which is not what models were trained on.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,8 +1,9 @@
-"""Control tokens, such as <|im_start|>, that a user's text spells: encoded as text, so that they control nothing.
+"""Encodes control tokens in a user's text, such as <|im_start|>, as text, so they have no effect.
 
-A chat template writes control tokens into the same text as the contents of messages. So before it does, each control
-token in a message gives way to a character that nobody uses; those of the template then stand alone and are replaced by
-aliases that nobody can guess, and a copy of the tokenizer takes none but these for control tokens.
+A chat template writes its control tokens into the same text as the contents of messages. Therefore
+each control token in a message is first replaced by an unused character. The remaining ones are the
+template's. They are replaced by aliases that nobody can guess, and a copy of the tokenizer treats
+only these as control tokens.
 """
 
 from __future__ import annotations
@@ -17,17 +18,25 @@ import tokenizers
 
 from runtime.errors import PromptError
 
-# Private use, planes 15 and 16.
+# Private use characters, planes 15 and 16.
 _UNUSED = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-# How deep the values of messages may be nested.
+# Maximum nesting depth of values in messages.
 _DEPTH = 64
 
-# Encodes with a tokenizer, with the special tokens that it adds or without; raises PromptError.
+# Encodes a text with a tokenizer, with or without its special tokens. Raises PromptError.
 Encode = Callable[[tokenizers.Tokenizer, str, bool], tokenizers.Encoding]
 
 
 class ControlTokens:
-    """The special added tokens of a tokenizer. Safe to use from many threads."""
+    """The special added tokens of a tokenizer. Thread-safe.
+
+    Args:
+        backend: The tokenizer.
+        encode: Encodes with it or with a copy of it.
+
+    Attributes:
+        aliases: Alias of each control token.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, encode: Encode) -> None:
         self._backend = backend
@@ -40,12 +49,13 @@ class ControlTokens:
         self._added = [token.content for token in added.values()]
         self._special = {token.content: index for index, token in added.items() if token.special}
         self._pattern = _any_of(self._special)
-        # A model gives its unknown token for any text that it has no tokens for.
+        # The unknown token is not a control token: any text without tokens of its own encodes to
+        # it.
         unknown = getattr(backend.model, "unk_token", None)
         self._ids = frozenset(
             index for content, index in self._special.items() if content != unknown
         )
-        # A normalizer makes many forms equal to a token.
+        # A normalizer can map many spellings to the same token.
         self._normalized = backend.normalizer is not None and any(
             token.normalized for token in added.values() if token.special
         )
@@ -63,12 +73,26 @@ class ControlTokens:
         }
 
     def encode_plain(self, text: str, special: bool) -> list[int]:
-        """Token ids of `text` in which no control token is one. Raises PromptError where they cannot be spelled."""
+        """Return the token ids of `text` with all control tokens encoded as text.
+
+        Raises:
+            PromptError: If the tokenizer cannot encode them as text.
+        """
         return self._checked(self._encode(self._plain, text, special))
 
     def encode_chat(self, messages: Any, template: str, render: Callable[[Any], str]) -> list[int]:
-        """Token ids of a conversation rendered by `template`, in which control tokens in messages are text, however
-        deep they stand in lists and mappings."""
+        """Return the token ids of a conversation, with control tokens in messages encoded as text.
+
+        This includes those nested in lists and mappings.
+
+        Args:
+            messages: The messages.
+            template: Source of the chat template.
+            render: Renders messages with it.
+
+        Raises:
+            PromptError: If the tokenizer cannot encode them as text.
+        """
         texts = list[str]()
 
         def note(text: str) -> str:
@@ -99,7 +123,11 @@ class ControlTokens:
         )
 
     def encode_escaped(self, text: str, characters: Mapping[str, str]) -> list[int]:
-        """Token ids of a rendered conversation: its control tokens are such, those in place of `characters` text."""
+        """Return the token ids of a rendered conversation.
+
+        Its control tokens take effect. `characters` stand for control tokens that are encoded as
+        text.
+        """
         pattern = _any_of([*self._added, *characters])
         names = {content: alias.content for content, alias in self.aliases.items()} | dict(
             characters
@@ -117,7 +145,7 @@ class ControlTokens:
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """A copy of the tokenizer for which control tokens are text, but for the aliases of each."""
+        """A copy of the tokenizer with the aliases as tokens. It encodes control tokens as text."""
         copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
         copy.no_truncation()
         copy.no_padding()
@@ -127,20 +155,20 @@ class ControlTokens:
 
     @cached_property
     def _controls(self) -> dict[int, int]:
-        """The id of each control token, by that of its alias."""
+        """Ids of control tokens by the ids of their aliases."""
         found = {
             self._plain.token_to_id(self.aliases[content].content): id_
             for content, id_ in self._special.items()
         }
         if not found.keys().isdisjoint(self._backend.get_vocab(with_added_tokens=True).values()):
-            raise _not_text()  # ids beyond the size of a vocabulary with holes
+            raise _not_text()  # the vocabulary has gaps, so new ids collide with existing ones
         return {alias: id_ for alias, id_ in found.items() if alias is not None}
 
     def _has_special(self, text: str) -> bool:
         return not self._ids.isdisjoint(self._encode(self._backend, text, False).ids)
 
     def _checked(self, encoding: tokenizers.Encoding) -> list[int]:
-        # A model whose vocabulary has control tokens among the words finds them in text too.
+        # If control tokens are also in the model's own vocabulary, it finds them in text.
         marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         if any(index in self._ids and not added for index, added in marked):
             raise _not_text()
@@ -151,18 +179,17 @@ class ControlTokens:
 def _not_text() -> PromptError:
     return PromptError(
         "the prompt has a control token that this tokenizer cannot spell as text; remove it, or "
-        "pass "
-        "parse_special=True where its source is trusted"
+        "pass parse_special=True where its source is trusted"
     )
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern of the longest of `texts` at the first place where one stands."""
+    """Return a pattern that matches the longest of `texts` at each place."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
 def _mapped(value: Any, change: Callable[[str], str], depth: int = 0) -> Any:
-    """`value` with every text in it changed, keys too, down to a depth."""
+    """Return `value` with all strings in it changed, including keys, down to a maximum depth."""
     if isinstance(value, str):
         return change(value)
     if depth <= _DEPTH and isinstance(value, Mapping):

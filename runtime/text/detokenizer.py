@@ -1,4 +1,4 @@
-"""Text of a growing list of token ids, handed out as soon as it is final, up to the first stop string."""
+"""Converts a growing list of token ids to text, as soon as it is final, up to a stop string."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 class Detokenizer:
     """Final text of a token sequence, token by token.
 
-    The results of `push` and `finish`, joined, are `tokenizer.decode` of all ids, cut before the stop string that is
-    completed first (of two completed by one character, the longer), however the text falls into tokens. `stopped` is
-    set by the token that completes it. Without a tokenizer the text is always "".
+    The joined results of `push` and `finish` equal `tokenizer.decode` of all ids, cut before the
+    first completed stop string, regardless of how the text is split into tokens. If one character
+    completes two stop strings, the longer one counts. Without a tokenizer, the text is always "".
 
-    Withheld until it is certain: an incomplete UTF-8 character, a run of byte tokens (one invalid byte turns all of it
-    into U+FFFD), a suffix that may begin a stop string, and all text of a decoder that is neither byte-level nor token
-    by token (CTC, BPEDecoder). `tokenizers.decoders.DecodeStream` hands out runs of byte tokens too early.
+    Text is withheld until it is final: an incomplete UTF-8 character, a run of byte tokens (one
+    invalid byte turns all of it into U+FFFD), a suffix that may start a stop string, and all text
+    of a decoder that is neither byte-level nor token by token (CTC, BPEDecoder). In contrast,
+    `tokenizers.decoders.DecodeStream` returns runs of byte tokens too early.
 
-    A push takes as long after thousands of invalid or withheld bytes as before them. Only where a decoder needs all
-    tokens and there are stop strings is everything decoded again at each.
+    The time of a push does not grow with the number of invalid or withheld bytes. Everything is
+    decoded again at each token only if a decoder needs all tokens and there are stop strings.
+
+    Args:
+        tokenizer: The tokenizer.
+        stop: Stop strings.
+
+    Attributes:
+        stopped: Set by the token that completes a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
@@ -32,27 +40,27 @@ class Detokenizer:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(dict.fromkeys(stop))
-        self._held = ""  # final text that may begin a stop string
-        self._begun = False  # whether there was any text
-        self._head: list[int] = []  # ids before there was any
+        self._held = ""  # final text that may start a stop string
+        self._begun = False  # there has been text
+        self._head: list[int] = []  # ids before the first text
         self._run: list[int] = []  # ids whose text is not final
-        self._characters = _Utf8Decoder(
-            "replace"
-        )  # of a byte-level decoder: holds the bytes of an incomplete one
-        # Of a run of byte tokens, where there are stop strings: its text so far, and a decoder of its bytes, None once
-        # one is invalid.
+        # For byte-level decoders: holds the bytes of an incomplete character.
+        self._characters = _Utf8Decoder("replace")
+        # With stop strings, a run of byte tokens has a text so far and a decoder, None after an
+        # invalid byte.
         self._draft = ""
         self._bytes: codecs.IncrementalDecoder | None = _Utf8Decoder()
 
     def push(self, token_id: int) -> str:
-        """Take the next token; return the text that has become final, often ""."""
+        """Add the next token and return the text that has become final, often ""."""
         if self._tokenizer is None or self.stopped:
             return ""
         text = self._push(token_id, self._tokenizer)
         if not self._stop:
             return text
         self._held += text
-        # A run of byte tokens that spells a stop string now might not after one more byte, but no more will come.
+        # A run of byte tokens that contains a stop string now might not after one more byte, but
+        # generation ends here.
         draft = (
             self._draft
             if self._tokenizer.anchor
@@ -61,7 +69,7 @@ class Detokenizer:
         return self._release(draft, final=False) if text or draft else ""
 
     def finish(self) -> str:
-        """Return the withheld rest, after the last token; "" in a second call."""
+        """Return the withheld rest after the last token. A second call returns ""."""
         if self._tokenizer is None or self.stopped:
             return ""
         rest = self._characters.decode(b"", final=True)
@@ -110,7 +118,7 @@ class Detokenizer:
         return tokenizer.decode([anchor, *self._run])[length:]
 
     def _settle(self, text: str) -> str:
-        """Take the text of the run as final."""
+        """Mark the text of the run as final."""
         if not self._begun:
             self._begun = bool(text)
             self._head = [] if text else self._head + self._run
@@ -120,7 +128,7 @@ class Detokenizer:
         return text
 
     def _release(self, draft: str, *, final: bool) -> str:
-        """Return the held text up to a stop string, or up to what may begin one."""
+        """Return the held text up to a stop string, or up to a suffix that may start one."""
         text = self._held + draft
         spans = [
             (start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0
@@ -146,13 +154,12 @@ def _check_stop(tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
     if stop and tokenizer is None:
         raise OptionError(
             "stop strings need text, and there is no tokenizer (the bundle has none, or "
-            "trust_templates is False); "
-            "leave them out"
+            "trust_templates is False); leave them out"
         )
 
 
 def _begun(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest suffix of `text` that a stop string begins with, but does not end with."""
+    """Return the length of the longest suffix that is a proper prefix of a stop string."""
     longest = 0
     for word in stop:
         start = text.find(word[0], max(0, len(text) - len(word) + 1))

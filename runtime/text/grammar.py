@@ -1,8 +1,8 @@
-"""Constrained output: which tokens a JSON schema, a regular expression, a grammar or a list of choices allows next, by
-the package llguidance (the extra `grammar`).
+"""Constrained output: the tokens that a schema, regular expression, grammar or choice allows next.
 
-A forced token is one that the grammar leaves no other text for: the keys and quotes of an object, what remains of a
-choice. It needs no prediction. Where text is forced its tokens are those that the tokenizer makes of it.
+Uses the package llguidance (the extra `grammar`). A forced token is one for which the grammar
+allows only one text, such as the keys and quotes of an object, or the rest of a choice. It needs no
+prediction. Forced text is tokenized as the tokenizer does.
 """
 
 from __future__ import annotations
@@ -21,30 +21,35 @@ from runtime.errors import OptionError, one_line
 from runtime.text.grammar_size import Size, grammar_size, regex_size, resolved, schema_size
 from runtime.text.tokenizer import Tokenizer
 
-# The logit of a token that a head does not know: its probability is 0.
+# Logit of a token outside a head's vocabulary. Its probability is 0.
 UNKNOWN = np.finfo(np.float32).min
-NEVER = np.float32(-np.inf)  # the score of a token that cannot be chosen
+NEVER = np.float32(-np.inf)  # score of a token that cannot be chosen
 INSTALL = "pip install 'freeexport[grammar]'"
-# Compiled grammars that are kept.
+# Maximum number of compiled grammars in the cache.
 MOST_KEPT = 64
-# JSON is written on one line, as Python's json.dumps writes it: fewer forms force more tokens. "x-guidance" in a schema
-# changes that.
+# JSON is on one line, as written by Python's json.dumps: a single form forces more tokens.
+# "x-guidance" in a schema overrides this.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# Symbols of a grammar, and states of its lexer (1 to 2 kB each): they bound the time and the memory that one takes.
+# Maximum number of symbols of a grammar, and of states of its lexer (1 to 2 kB each). They limit
+# its time and memory.
 MOST_SYMBOLS = 50_000
 MOST_STATES = 50_000
-# Letters that may be forced at once, and tokens at the beginning: finding them holds the interpreter's lock, for about
-# 2 us a letter.
+# Maximum number of characters that may be forced at once, and of tokens at the start. Finding them
+# holds the GIL for about 2 us per character.
 MOST_LETTERS = 16_384
 MOST_FORCED = 10_000
-# Parts of a schema that are looked at to tell whether it requires itself.
+# Maximum number of parts of a schema that are visited to find out if it requires itself.
 MOST_LOOKS = 10_000
 INFINITE = "no finite output satisfies it: it requires itself"
 
 
 class Constraint(Protocol):
-    """The tokens that may follow an `output`, int64 [n]: a Grammar, or the rules of speech. `seconds`: the time that it
-    took. `by_scores`: whether the best token, where it is allowed, may still not be the one."""
+    """The tokens that may follow an `output`, int64 [n]: a Grammar, or the rules of speech.
+
+    Attributes:
+        seconds: Time spent on it.
+        by_scores: The most likely token may not be chosen, even if it is allowed.
+    """
 
     seconds: float
     by_scores: bool
@@ -57,7 +62,13 @@ class Constraint(Protocol):
 
 
 class Grammars:
-    """Compiles constraints for the tokens of a model, `vocab_size` ids of which `ends` end an output. Thread-safe."""
+    """Compiles constraints for a model. Thread-safe.
+
+    Args:
+        tokenizer: The tokenizer, if any.
+        vocab_size: Size of the vocabulary.
+        ends: Tokens that end an output.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, ends: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -69,12 +80,20 @@ class Grammars:
         self._tokens: Any = None
 
     def open(self, kind: str, text: str, most: int) -> Grammar:
-        """A grammar at its beginning, for an output of at most `most` tokens; `kind` is "json_schema", "regex",
-        "grammar" or "choice", a JSON list. Raises OptionError for one that cannot be compiled or has no output."""
+        """Return a grammar in its initial state.
+
+        Args:
+            kind: "json_schema", "regex", "grammar", or "choice" with a JSON list.
+            text: The constraint.
+            most: Maximum number of tokens of the output.
+
+        Raises:
+            OptionError: If it cannot be compiled or allows no output.
+        """
         key = kind, text
         matcher = self._kept.get(key)
         if matcher is None:
-            with self._compiling:  # others go on with what is compiled
+            with self._compiling:  # compiled grammars remain available
                 matcher = self._kept.get(key) or self._compile(kind, text)
         with self._lock:
             self._kept[key] = matcher
@@ -111,9 +130,8 @@ class Grammars:
                 )
         except (KeyboardInterrupt, SystemExit, OptionError):
             raise
-        except (
-            BaseException
-        ) as error:  # what the library raises for what it cannot parse, its panics too
+        except BaseException as error:
+            # Anything that the library raises for a text it cannot parse, including panics.
             problem = one_line(error)
         if problem:
             raise OptionError(f"{kind} cannot be used: {' '.join(problem.split())[:300]}")
@@ -121,11 +139,14 @@ class Grammars:
 
 
 class Grammar:
-    """The grammar of one request. An `output`, int64 [n], is what the request wrote so far, drafts included; going back
-    to an earlier one is cheap. `seconds`: the time that all of it took.
+    """The grammar of one request.
 
-    States are those behind each token of the output that was last asked for. Each knows the tokens that are forced
-    there, found where the last choice was made: so what is forced depends on the output alone.
+    An `output`, int64 [n], contains the generated tokens so far, including drafts. Returning to an
+    earlier output is cheap. One state is kept per token of the last output. Its forced tokens are
+    those found after the last choice, so they depend on the output only.
+
+    Attributes:
+        seconds: Time spent on it.
     """
 
     by_scores = False
@@ -144,14 +165,14 @@ class Grammar:
         self._forced = [self._run()]
 
     def forced(self, output: np.ndarray) -> int | None:
-        """The only token that may follow; None where there is a choice."""
+        """Return the only token that may follow, None if there is a choice."""
         began = perf_counter()
         run = self._forced[-1] if self._follow(output) else ()
         self.seconds += perf_counter() - began
         return run[0] if run else None
 
     def allows(self, output: np.ndarray, tokens: Sequence[int]) -> int:
-        """How many of `tokens` may follow, one after the other; none after the end."""
+        """Return how many of `tokens` may follow, one after the other. None may follow the end."""
         began = perf_counter()
         count = 0
         if self._follow(output):
@@ -166,10 +187,13 @@ class Grammar:
         return count
 
     def mask(self, scores: np.ndarray, output: np.ndarray) -> np.ndarray:
-        """Scores float32 [V] in which tokens that must not follow are never chosen. Raises OptionError where no token
-        may."""
+        """Return scores, float32 [V], with -inf for tokens that must not follow.
+
+        Raises:
+            OptionError: If no token may follow.
+        """
         began = perf_counter()
-        if not self._follow(output):  # a beam that is no longer one
+        if not self._follow(output):  # a beam that is no longer valid
             return scores
         run = self._forced[-1]
         if run:
@@ -184,14 +208,13 @@ class Grammar:
                 raise OptionError(
                     f"{self._name}: no token of this model's vocabulary may follow; change it"
                 )
-            masked = np.where(
-                allowed, np.float32(0), NEVER
-            )  # an exit vocabulary has none of them: one is as good
+            # An exit vocabulary may contain none of the allowed tokens. Then all are equal.
+            masked = np.where(allowed, np.float32(0), NEVER)
         self.seconds += perf_counter() - began
         return masked
 
     def _follow(self, output: np.ndarray) -> bool:
-        """Go to the state behind `output`; whether the grammar allows it."""
+        """Move to the state after `output`. Returns False if the grammar does not allow it."""
         most = min(self._length, len(output))
         differ = np.flatnonzero(self._read[:most] != output[:most])
         same = int(differ[0]) if len(differ) else most
@@ -202,7 +225,10 @@ class Grammar:
         return all(self._take(token) for token in output[same:].tolist())
 
     def _take(self, token: int) -> bool:
-        """Go on with a token, if it is allowed. An end has no state."""
+        """Advance by a token if it is allowed, and return True if it is.
+
+        An end has no state of its own.
+        """
         run = self._forced[-1]
         if (
             token in self._ends
@@ -217,27 +243,36 @@ class Grammar:
         return True
 
     def _run(self) -> tuple[int, ...]:
-        """The tokens that are forced in a state that a choice led to."""
+        """Return the tokens that are forced in the current state, which follows a choice."""
         if self._matcher.is_stopped():
             self._check()
             return (self._end,)
         run = tuple(self._matcher.compute_ff_tokens())
-        # A tokenizer may have tokens that the model has not.
+        # A tokenizer may have tokens that the model does not have.
         return run if max(run, default=0) < self._vocab_size else ()
 
     def _may_end(self, token: int) -> bool:
+        """Return True if this end token is allowed in the current state."""
         run = self._forced[-1]
         return token == run[0] if run else bool(self._matcher.is_accepting())
 
     def _check(self) -> None:
+        """Check for errors of the matcher.
+
+        Raises:
+            OptionError: If it exceeded its limits.
+        """
         if self._matcher.is_error():
             problem = " ".join(self._matcher.get_error().split())[:200]
             raise OptionError(f"{self._name} takes too much to follow ({problem}); make it simpler")
 
 
 def _tokens(llguidance: Any, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> Any:
-    """The tokens as llguidance reads them: takes a second. Raises OptionError for a decoder whose tokens have no text
-    each, and what llguidance raises."""
+    """Create the llguidance tokenizer, which takes a second.
+
+    Raises:
+        OptionError: If the decoder has no text for each token.
+    """
     size = max(vocab_size, tokenizer.vocab_size)
     if "ByteLevel" in tokenizer.decoder_kinds or "ByteFallback" in tokenizer.decoder_kinds:
         return llguidance.LLTokenizer(tokenizer.source, size, list(ends))
@@ -247,7 +282,10 @@ def _tokens(llguidance: Any, tokenizer: Tokenizer, vocab_size: int, ends: Sequen
 
 
 class _Spelled:
-    """A tokenizer as llguidance's TokenizerWrapper wants it: the text of each token, in mid-text, as bytes."""
+    """A tokenizer for llguidance's TokenizerWrapper, with the text of each token as bytes.
+
+    The texts are those within a text, not at its start.
+    """
 
     def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]) -> None:
         if tokenizer.anchor is None:
@@ -270,8 +308,10 @@ class _Spelled:
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Token ids that spell exactly `text`, as far as the vocabulary can: the longest where the tokenizer would have
-        begun with a space of its own."""
+        """Return token ids that spell exactly `text`, as far as the vocabulary allows.
+
+        If the tokenizer would add a leading space, the longest matching tokens are used.
+        """
         spelled = text.encode() if isinstance(text, str) else text
         ids = self._tokenizer.encode(spelled.decode(), special=False)
         if b"".join(self.tokens[index] for index in ids) == spelled:
@@ -288,15 +328,22 @@ class _Spelled:
 
 
 def written_form(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema for JSON_FORM, of whose objects those that list properties have no others unless it says so: as other
-    servers read schemas, it forces more tokens and leaves a model less to invent. Not where objects are merged."""
+    """Return a schema whose JSON has the form JSON_FORM.
+
+    Objects that list properties have no others, unless the schema allows them. Other servers read
+    schemas in this way, too. It forces more tokens and leaves the model less to invent. Does not
+    apply if schemas of objects are merged.
+    """
     given = schema.get("x-guidance")
     form = {"x-guidance": JSON_FORM | (given if isinstance(given, dict) else {})}
     return (schema if _merges(schema) else _closed(schema)) | form
 
 
 def is_finite(root: dict[str, Any]) -> bool:
-    """Whether a finite value satisfies a schema, as far as its references and required parts tell."""
+    """Return True if a finite value can satisfy a schema.
+
+    Considers references and required parts only.
+    """
     left = MOST_LOOKS
     known = set[str]()
 
@@ -332,6 +379,7 @@ def is_finite(root: dict[str, Any]) -> bool:
 
 
 def _merges(schema: Any) -> bool:
+    """Return True if the schema of any object is combined from several parts."""
     if isinstance(schema, list):
         return any(map(_merges, schema))
     if not isinstance(schema, dict):
@@ -344,6 +392,7 @@ def _merges(schema: Any) -> bool:
 
 
 def _closed(schema: Any) -> Any:
+    """Return a schema whose objects have no other properties than those listed."""
     if isinstance(schema, list):
         return [_closed(part) for part in schema]
     if not isinstance(schema, dict):
@@ -351,10 +400,12 @@ def _closed(schema: Any) -> Any:
     closed = dict(schema)
     for name, part in schema.items():
         if name in ("properties", "$defs", "definitions") and isinstance(
-            part, dict
-        ):  # named schemas
+            part,
+            dict,
+            # Named schemas.
+        ):
             closed[name] = {key: _closed(each) for key, each in part.items()}
-        elif name not in ("enum", "const", "default", "examples"):  # no schemas
+        elif name not in ("enum", "const", "default", "examples"):  # not schemas
             closed[name] = _closed(part)
     listed = isinstance(schema.get("properties"), dict) and schema["properties"]
     if listed and schema.keys().isdisjoint(
@@ -365,8 +416,11 @@ def _closed(schema: Any) -> Any:
 
 
 def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
-    """A grammar as llguidance describes it. Raises ValueError for one that may force too much text, and what
-    llguidance's parsers raise."""
+    """Return a grammar in llguidance's format.
+
+    Raises:
+        ValueError: If it may force too much text. Errors of llguidance's parsers are passed on.
+    """
     described: dict[str, Any]
     if kind == "json_schema":
         schema = json.loads(text)
@@ -383,7 +437,7 @@ def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
         described = json.loads(llguidance.LLMatcher.grammar_from_regex(text))["grammars"][0]
         size = regex_size(text)
     else:
-        if re.search(r"^\s*root\s*::=", text, re.MULTILINE):  # GBNF, as llama.cpp's
+        if re.search(r"^\s*root\s*::=", text, re.MULTILINE):  # GBNF, the format of llama.cpp
             from llguidance.gbnf_to_lark import any_to_lark
 
             text = any_to_lark(text)
@@ -392,7 +446,6 @@ def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
     if size.most > MOST_LETTERS:
         raise ValueError(
             f"it may force {size.most:,} letters at once, at most {MOST_LETTERS:,} may be; "
-            "shorten its texts, or lower "
-            "its repetitions"
+            "shorten its texts, or lower its repetitions"
         )
     return described

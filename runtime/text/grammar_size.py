@@ -1,7 +1,7 @@
-"""How much text a constraint may force at once, estimated before it is compiled.
+"""Estimates how much text a constraint may force at once, before it is compiled.
 
-llguidance walks forced text letter by letter while it holds the interpreter's lock. A few letters of a regular
-expression can demand gigabytes: `((a{999}){999}){999}`.
+llguidance walks forced text character by character while it holds the GIL. A few characters of a
+regular expression can require gigabytes: `((a{999}){999}){999}`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-_CAP = 1 << 60  # products end here
+_CAP = 1 << 60  # maximum of products
 _REPEAT = r"\{\s*(?P<low>\d*)\s*(?P<to>,\s*(?P<high>\d*)\s*)?\}"
 _REGEX = re.compile(
     rf"""(?P<run>[^\\()|*+?{{\[]+(?![*+?{{]))|(?P<letter>\\(?:[pPxuU]\{{[^}}]{{0,80}}\}}|[pP].|x..|u....|.)|[^\\()|*+?{{\[])
@@ -33,20 +33,26 @@ _LARK = re.compile(
 
 
 class Size(NamedTuple):
-    """Letters of an expression: those of its shortest text, and the most that may be forced at once anywhere in it,
-    which is no more than what still has to come there."""
+    """Size of an expression in characters.
+
+    Attributes:
+        least: Length of its shortest text.
+        most: Upper bound of the text forced at once at any place. It is at most the text that must
+            still follow there.
+    """
 
     least: int = 0
     most: int = 0
 
     def times(self, count: int) -> Size:
+        """Return the size of `count` repetitions."""
         if not count:
             return Size(0, self.most)
         return Size(min(self.least * count, _CAP), min(self.most + self.least * (count - 1), _CAP))
 
 
 def _joined(parts: Sequence[Size]) -> Size:
-    """One after the other."""
+    """Return the size of a sequence of parts."""
     least = most = 0
     for part in reversed(parts):
         most = max(most, part.most + least)
@@ -55,6 +61,7 @@ def _joined(parts: Sequence[Size]) -> Size:
 
 
 def _either(parts: Iterable[Size]) -> Size:
+    """Return the size of a choice between parts."""
     listed = list(parts)
     return Size(
         min((part.least for part in listed), default=0),
@@ -63,7 +70,10 @@ def _either(parts: Iterable[Size]) -> Size:
 
 
 def _both(parts: Sequence[Size]) -> Size:
-    """A text that is of all: of periods without a common factor it is as long as their product."""
+    """Return the size of a text that matches all parts.
+
+    If their periods have no common factor, it is as long as the product.
+    """
     if len(parts) == 1:
         return parts[0]
     length = min(prod(1 + part.most for part in parts), _CAP)
@@ -71,41 +81,48 @@ def _both(parts: Sequence[Size]) -> Size:
 
 
 class _Expression:
-    """Adds up an expression that is read from left to right, without recursion."""
+    """Computes the size of an expression read from left to right, without recursion."""
 
     def __init__(self) -> None:
-        # Of each open group: alternatives, parts that must hold together, and the sequence that is being read.
+        # For each open group: alternatives, parts that must match together, and the current
+        # sequence.
         self._groups: list[tuple[list[Size], list[Size], list[Size]]] = [([], [], [])]
 
     def add(self, size: Size) -> None:
+        """Add a part to the current sequence."""
         self._groups[-1][2].append(size)
 
     def repeat(self, count: int) -> None:
+        """Repeat the last part."""
         if sequence := self._groups[-1][2]:
             sequence.append(sequence.pop().times(count))
 
     def also(self) -> None:
+        """End a part that must match together with the next one."""
         _, together, sequence = self._groups[-1]
         together.append(_joined(sequence))
         sequence.clear()
 
     def otherwise(self) -> None:
+        """End an alternative."""
         self.also()
         alternatives, together, _ = self._groups[-1]
         alternatives.append(_both(together))
         together.clear()
 
     def open(self) -> None:
+        """Start a group."""
         self._groups.append(([], [], []))
 
     def close(self) -> None:
-        """End a group; one that was never opened is an error that llguidance names."""
+        """End a group. If none is open, llguidance reports the error."""
         if len(self._groups) > 1:
             self.otherwise()
             alternatives, _, _ = self._groups.pop()
             self.add(_either(alternatives))
 
     def size(self) -> Size:
+        """End all groups and return the size."""
         while len(self._groups) > 1:
             self.close()
         self.otherwise()
@@ -113,13 +130,19 @@ class _Expression:
 
 
 def _count(low: str | None, to: str | None, high: str | None, highest: bool) -> int:
-    """How often a part is repeated at least, or at most where `highest`. Numbers of many digits are capped."""
+    """Return the minimum number of repetitions, or with `highest` the maximum.
+
+    Values are capped.
+    """
     text = (high or low if highest and to else low) or "0"
     return min(int(text[:20]), _CAP)
 
 
 def regex_size(regex: str, highest: bool = False) -> Size:
-    """The size of a regular expression. `highest`: upper bounds of repetitions count, as where it is negated."""
+    """Return the size of a regular expression.
+
+    With `highest`, the upper bounds of repetitions count, as they must if it is negated.
+    """
     expression = _Expression()
     place = 0
     crude = _VERBOSE.search(regex) is not None
@@ -151,7 +174,7 @@ def regex_size(regex: str, highest: bool = False) -> Size:
             )
             expression.repeat(int(count))
             repeated = min(repeated * max(1, int(count)), _CAP)
-    # Comments of verbose expressions may hide where groups begin.
+    # Comments in verbose expressions can hide the start of groups.
     return (
         Size(len(regex) * repeated, len(regex) * repeated)
         if crude and repeated > 1
@@ -160,7 +183,7 @@ def regex_size(regex: str, highest: bool = False) -> Size:
 
 
 def _set_end(regex: str, place: int) -> int:
-    """The end of a set of letters that began before `place`; sets stand within sets."""
+    """Return the end of a character set that starts before `place`. Sets can be nested."""
     depth = 1
     first = True
     while place < len(regex) and depth:
@@ -174,7 +197,7 @@ def _set_end(regex: str, place: int) -> int:
 
 
 def schema_size(root: Any) -> Size:
-    """The size of a JSON schema, or of the largest part that it defines."""
+    """Return the size of a JSON schema, or of the largest part that it defines."""
     known: dict[str, Size] = {}
 
     def size(schema: Any) -> Size:
@@ -225,12 +248,13 @@ def schema_size(root: Any) -> Size:
             parts.append(Size(needed, needed))
         if isinstance(reference := schema.get("$ref"), str):
             if reference not in known:
-                known[reference] = Size()  # within itself it is optional, or has no finite text
+                known[reference] = Size()  # a recursive use is optional, or has no finite text
                 known[reference] = size(resolved(root, reference))
             parts.append(known[reference])
         return _joined(parts)
 
-    # What no pointer of ours resolves, as an anchor, is at least no larger than what is defined.
+    # References that `resolved` does not support, such as anchors, are at most as large as the
+    # largest definition.
     defined = [
         part for name in ("$defs", "definitions") if isinstance(part := root.get(name), dict)
     ]
@@ -238,21 +262,24 @@ def schema_size(root: Any) -> Size:
 
 
 def _pattern(schema: Any) -> str | None:
+    """Return the pattern of a schema, None if it has none."""
     found = schema.get("pattern") if isinstance(schema, dict) else None
     return found if isinstance(found, str) else None
 
 
 def _text(value: Any) -> Size:
+    """Return the size of a value's JSON."""
     length = len(json.dumps(value, ensure_ascii=False))
     return Size(length, length)
 
 
 def _whole(value: Any) -> int:
+    """Return a value as a count, 0 if it is none."""
     return max(0, int(value)) if isinstance(value, int | float) and abs(value) < _CAP else 0
 
 
 def resolved(root: Any, reference: str) -> Any:
-    """The part of a schema that a reference names; None for one that is not within it."""
+    """Return the part of a schema that a reference points to, None if it is outside the schema."""
     if not reference.startswith("#"):
         return None
     for name in reference.split("/")[1:]:
@@ -268,14 +295,14 @@ def resolved(root: Any, reference: str) -> Any:
 
 
 def grammar_size(text: str) -> Size:
-    """The size of a Lark grammar: of its largest rule or terminal."""
+    """Return the size of a Lark grammar: that of its largest rule or terminal."""
     definitions, order = _definitions(text)
     highest = any(kind == "not" for body in definitions.values() for kind, _ in body)
     known: dict[str, Size] = {}
 
     def size(name: str) -> Size:
         if name not in known:
-            known[name] = Size()  # within itself it is optional, or has no finite text
+            known[name] = Size()  # a recursive use is optional, or has no finite text
             known[name] = measured(definitions[name]) if name in definitions else Size(1, 1)
         return known[name]
 
@@ -308,8 +335,10 @@ def grammar_size(text: str) -> Size:
 
 
 def _definitions(text: str) -> tuple[dict[str, list[tuple[str, Any]]], list[str]]:
-    """The parts of each definition of a Lark grammar by its name, and the names in reverse order: what is defined later
-    is measured first, so that few calls stand within each other."""
+    """Return the parts of each definition of a Lark grammar, and the names in reverse order.
+
+    Later definitions are measured first, to limit the depth of recursion.
+    """
     definitions: dict[str, list[tuple[str, Any]]] = {"": []}
     body = definitions[""]
     line = list[tuple[str, Any]]()
@@ -320,13 +349,13 @@ def _definitions(text: str) -> tuple[dict[str, list[tuple[str, Any]]], list[str]
         place = found.end()
         kind = found.lastgroup
         part = found[0]
-        if kind == "open_end":  # llguidance refuses a text without an end
+        if kind == "open_end":  # llguidance rejects an unterminated text
             break
         if found["line"]:
             body += line
             line = []
         elif kind == "colon" and line and line[0][0] == "name":
-            # The rest of the head are attributes, as a suffix.
+            # The rest of the head are attributes, such as a suffix.
             body = definitions.setdefault(line[0][1], [])
             line = line[1:]
         elif found["repeat"]:
@@ -342,7 +371,7 @@ def _definitions(text: str) -> tuple[dict[str, list[tuple[str, Any]]], list[str]
                 start = re.compile(r"\s*").match(text, place).end()  # type: ignore[union-attr]
                 value, place = json.JSONDecoder().raw_decode(text, start)
                 line.append((part, json.dumps(value) if part == "%regex" else value))
-            except ValueError:  # llguidance refuses it
+            except ValueError:  # llguidance reports the error
                 continue
         elif found["regex"]:
             line.append(("regex", found["regex"]))

@@ -1,4 +1,4 @@
-"""A prompt in any of its three forms, checked and turned into token ids."""
+"""Checks a prompt in any of its three forms and converts it to token ids."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from runtime.text.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]] | npt.NDArray[np.integer[Any]]
 
-# Real text has 1 to 6 bytes a token, indented code up to about 16. A text longer than 64 bytes for each allowed token
-# is too long whatever the tokenizer makes of it (runs of spaces aside), and tokenizing megabytes takes seconds.
+# Real text has 1 to 6 bytes per token, indented code up to about 16. A text with more than this per
+# allowed token is too long with any tokenizer (except for runs of spaces), and tokenizing megabytes
+# takes seconds.
 MAX_BYTES_PER_TOKEN = 64
 
 NO_TOKENIZER = "the bundle has no tokenizer"
@@ -32,12 +33,24 @@ def encode_prompt(
     missing: str = NO_TOKENIZER,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Token ids [n] of `prompt`, 1 <= n <= limit, each in 0..vocab_size-1.
+    """Return the token ids of a prompt, int64 [n].
 
-    Text gets the tokenizer's special tokens, a list of ids (or an integer array [n]) is taken as it is, and a list of
-    messages goes through the chat template. Control tokens spelled in the prompt become their ids where
-    `parse_special`; None is in text, not in messages. `missing` says why there is no tokenizer. `tools` are functions
-    for the chat template. Raises PromptError.
+    1 <= n <= limit, and ids are from 0 to vocab_size - 1.
+
+    Args:
+        prompt: Text, which gets the tokenizer's special tokens; token ids, a list or an integer
+            array [n], which are used unchanged; or messages, which are rendered by the chat
+            template.
+        tokenizer: The tokenizer, if any.
+        vocab_size: Size of the vocabulary.
+        limit: Maximum number of tokens.
+        parse_special: Convert control tokens spelled in the prompt to their ids. Default: in text,
+            but not in messages.
+        missing: Why there is no tokenizer.
+        tools: Functions for the chat template.
+
+    Raises:
+        PromptError: If the prompt is not valid or does not fit.
     """
     ids: Any = prompt
     text = isinstance(prompt, str)
@@ -63,8 +76,13 @@ def encode_prompt(
 def encode_expected(
     given: str | Sequence[int], tokenizer: Tokenizer | None, vocab_size: int, limit: int
 ) -> npt.NDArray[np.int64]:
-    """Token ids [n] of the option predicted_output, at most the first `limit`, which may be more than can be generated;
-    nothing of an empty one. Raises OptionError where it is neither text nor token ids, or megabytes long."""
+    """Return the token ids [n] of the option predicted_output, at most the first `limit`.
+
+    Returns no tokens for an empty one.
+
+    Raises:
+        OptionError: If it is neither text nor token ids, or too long.
+    """
     try:
         if len(given) == 0:
             return np.empty(0, np.int64)
@@ -81,7 +99,11 @@ def encode_expected(
 
 
 def check_text(text: str, limit: int) -> None:
-    """Raise PromptError for text that is empty, not valid, or too long for `limit` tokens however it is encoded."""
+    """Check a text before it is encoded.
+
+    Raises:
+        PromptError: If it is empty, not valid, or too long for `limit` tokens with any tokenizer.
+    """
     if not text:
         raise PromptError("the prompt is empty; pass at least one character")
     size = len(text)
@@ -91,8 +113,7 @@ def check_text(text: str, limit: int) -> None:
         except UnicodeEncodeError as error:
             raise PromptError(
                 f"the prompt has a lone surrogate, U+{ord(text[error.start]):04X}, at index "
-                f"{error.start}; "
-                "remove it, or decode the source as UTF-8"
+                f"{error.start}; remove it, or decode the source as UTF-8"
             ) from None
     _check_size(size, limit)
 
@@ -106,7 +127,7 @@ def _check_size(size: int, limit: int) -> None:
 
 
 def _check_messages(messages: Sequence[Any], limit: int) -> None:
-    """Check messages before a template makes a text of them."""
+    """Check messages before they are rendered."""
     if len(messages) > limit:
         raise PromptLengthError(
             f"the prompt has {len(messages)} messages, more than the {limit} tokens that fit; "
@@ -128,6 +149,7 @@ def _check_messages(messages: Sequence[Any], limit: int) -> None:
 
 
 def _checked(ids: Any, vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
+    """Check token ids and return them as int64."""
     if isinstance(ids, np.ndarray):
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
             raise PromptError(

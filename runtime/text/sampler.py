@@ -1,12 +1,15 @@
-"""How a token is chosen from logits, as by transformers' `generate`: processors, then warpers, then a draw.
+"""Choice of a token from logits, as by transformers' `generate`: processors, warpers, then a draw.
 
-The draw is an exponential race: token v wins where E_v / p_v is least, with E_v exponential, which happens with
-probability p_v. The E of a position depend on the seed and the position alone: both decoders draw with the same ones.
-A draft is kept where the deep decoder's draw is the same token. What comes out is then the deep decoder's own draw: the
-distribution, and for a seed the very tokens, of mode full, however long the drafts were. (Daliri, Musco and Suresh,
-"Coupling without Communication and Drafter-Invariant Speculative Decoding", 2024.) A draft is kept with probability at
-least (1 - d) / (1 + d), where d is the total variation between the decoders; the acceptance test of Leviathan et al.
-2023 keeps 1 - d, but its tokens depend on how long drafts happen to be, and so on timing.
+The draw is an exponential race: token v wins if E_v / p_v is smallest, with E_v exponential. This
+happens with probability p_v. The E of a position depend only on the seed and the position, so both
+decoders draw with the same ones. A draft is accepted if the deep decoder draws the same token. The
+output is therefore the deep decoder's own draw: it has the distribution of mode "full" and, for a
+given seed, the same tokens, regardless of the length of drafts. (Daliri, Musco and Suresh,
+"Coupling without Communication and Drafter-Invariant Speculative Decoding", 2024.)
+
+A draft is accepted with probability at least (1 - d) / (1 + d), where d is the total variation
+distance between the decoders. The acceptance test of Leviathan et al. 2023 accepts with 1 - d, but
+its tokens depend on the length of drafts, and so on timing.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ import numpy as np
 from runtime.errors import OptionError
 from runtime.text.grammar import NEVER, UNKNOWN, Constraint
 
-# As transformers' LogitsProcessor, on numpy: (input_ids int64 [1, n], scores float32 [1, V]) -> scores [1, V]. A draft
-# is chosen, and chosen again: the same arguments must give the same scores.
+# Like transformers' LogitsProcessor, on numpy: (input_ids int64 [1, n], scores float32 [1, V]) ->
+# scores [1, V]. The same arguments must return the same scores, because drafts are chosen twice.
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Warping:
-    """Changes scores before a draw. 1.0, 0, 1.0 and 0.0 change nothing."""
+    """Modifies scores before a draw. Neutral values are 1.0, 0, 1.0 and 0.0."""
 
     temperature: float
     top_k: int
@@ -35,19 +38,20 @@ class Warping:
     min_p: float
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
+        """Return modified scores, float32 [V], with -inf for excluded tokens."""
         if self.temperature != 1.0:
-            with np.errstate(over="ignore"):  # of tokens that an exit does not know
+            with np.errstate(over="ignore"):  # scores outside an exit vocabulary
                 scores = scores / np.float32(self.temperature)
-        if self.top_k:  # the best, and what ties with the last of them
+        if self.top_k:  # the best tokens, and those tied with the last of them
             count = min(self.top_k, len(scores))
             scores = np.where(scores >= np.partition(scores, -count)[-count], scores, NEVER)
-        if self.top_p < 1.0:  # the fewest best whose probabilities reach it
+        if self.top_p < 1.0:  # the fewest best tokens whose probabilities reach it
             order = np.argsort(scores, kind="stable")
             kept = np.empty(len(scores), bool)
             kept[order] = np.cumsum(softmax(scores[order])) > 1 - self.top_p
             kept[order[-1]] = True
             scores = np.where(kept, scores, NEVER)
-        if self.min_p:  # those with this share of the best one's probability
+        if self.min_p:  # tokens with at least this share of the best probability
             probabilities = softmax(scores)
             best = probabilities.max()
             scores = np.where(
@@ -58,9 +62,18 @@ class Warping:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Chooses a token: a function of the logits, the tokens before, and the seed alone. `warping` None is arg max.
+    """Chooses a token as a function of the logits, the context and the seed only.
 
-    `prompt_length` of the tokens before are the prompt. `seed` is two numbers: the request's, and which of its samples.
+    Attributes:
+        prompt_length: Number of first tokens of the context that are the prompt.
+        eos: Tokens that end the output.
+        min_new_tokens: Minimum number of tokens before one of these.
+        repetition_penalty: Penalty for tokens in the context.
+        sequence_bias: Biases by token sequence.
+        processors: The caller's processors.
+        warping: Modifies scores before a draw. None: choose the arg max.
+        seed: The seed of the request, and the number of the sample.
+        grammar: Constraint of the output.
     """
 
     prompt_length: int
@@ -74,8 +87,13 @@ class Sampler:
     grammar: Constraint | None = None
 
     def __call__(self, logits: np.ndarray, context: np.ndarray) -> int:
-        """The token after `context`, int64 [n], from logits float32 [V], which stay as they are. Raises OptionError
-        where a processor of the caller returned what cannot be used."""
+        """Return the token after `context`, int64 [n], chosen from logits float32 [V].
+
+        The logits are not modified.
+
+        Raises:
+            OptionError: If a processor of the caller returns unusable scores.
+        """
         scores = self.process(logits, context)
         if self.warping is None:
             return int(scores.argmax())
@@ -83,14 +101,17 @@ class Sampler:
 
     @cached_property
     def _biases(self) -> tuple[np.ndarray, np.ndarray, dict[tuple[int, ...], float]]:
-        """Ids and biases of single tokens, of which there may be a thousand, and biases of longer sequences."""
+        """Ids and biases of single tokens, which can be many, and biases of longer sequences."""
         given = self.sequence_bias or {}
         single = {sequence[0]: bias for sequence, bias in given.items() if len(sequence) == 1}
         longer = {sequence: bias for sequence, bias in given.items() if len(sequence) > 1}
         return np.array(list(single), np.int64), np.array(list(single.values()), np.float32), longer
 
     def process(self, logits: np.ndarray, context: np.ndarray) -> np.ndarray:
-        """Change logits as the processors of transformers do, the caller's after the others, the grammar last."""
+        """Return processed logits, in the order of transformers.
+
+        The caller's processors come after the others, the grammar last.
+        """
         early = bool(self.eos) and len(context) - self.prompt_length < self.min_new_tokens
         scores = logits
         if self.sequence_bias or self.repetition_penalty != 1.0 or early:
@@ -104,7 +125,7 @@ class Sampler:
         if self.repetition_penalty != 1.0:
             seen = np.unique(context)
             penalty = np.float32(self.repetition_penalty)
-            with np.errstate(over="ignore"):  # of tokens that an exit does not know
+            with np.errstate(over="ignore"):  # scores outside an exit vocabulary
                 scores[seen] = np.where(
                     scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty
                 )
@@ -120,7 +141,7 @@ class Sampler:
 
     @property
     def only_masks(self) -> bool:
-        """Whether the grammar alone changes scores, so that the best token is chosen wherever it is allowed."""
+        """True if only the grammar changes scores. The best token is then chosen if allowed."""
         if self.grammar is not None and self.grammar.by_scores:
             return False
         others = self.sequence_bias or self.processors or self.warping or self.min_new_tokens
@@ -128,7 +149,7 @@ class Sampler:
 
 
 def race(probabilities: np.ndarray, seed: tuple[int, int], position: int) -> int:
-    """Draw from `probabilities` float64 [V]: the same for the same seed and position."""
+    """Draw a token from `probabilities`, float64 [V], determined by seed and position."""
     bits = np.random.Philox(
         key=np.array(seed, np.uint64), counter=np.array([0, 0, 0, position], np.uint64)
     )
@@ -139,8 +160,11 @@ def race(probabilities: np.ndarray, seed: tuple[int, int], position: int) -> int
 
 
 def likeliest(logits: np.ndarray, count: int) -> np.ndarray:
-    """The ids, int64 [n], of the `count` best of raw logits float32 [V], best first; of equal ones the least id, as the
-    engines' arg max. Fewer where the decoder knows fewer: the others of an exit vocabulary have probability 0."""
+    """Return the ids, int64 [n], of the `count` highest of raw logits float32 [V], best first.
+
+    Ties are in order of id, as in the engines' arg max. Fewer are returned if the decoder has fewer
+    tokens, because tokens outside an exit vocabulary have probability 0.
+    """
     count = min(count, len(logits))
     least = np.partition(logits, -count)[-count]
     best = np.flatnonzero((logits >= least) & (logits > UNKNOWN / 2))
@@ -148,8 +172,13 @@ def likeliest(logits: np.ndarray, count: int) -> np.ndarray:
 
 
 def _processed(processor: LogitsProcessor, scores: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """Call a processor and check its result.
+
+    Raises:
+        OptionError: If it returns another shape or type, or leaves no token.
+    """
     name = getattr(processor, "__name__", type(processor).__name__)
-    # Copies: a processor may write where it reads, and what it gets must not change later.
+    # Pass copies: a processor may modify its arguments, and may keep them.
     result = np.asarray(processor(context[None].copy(), scores[None].copy()))
     if result.shape != (1, len(scores)) or not np.issubdtype(result.dtype, np.floating):
         raise OptionError(
@@ -165,14 +194,14 @@ def _processed(processor: LogitsProcessor, scores: np.ndarray, context: np.ndarr
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """float64, of the last axis."""
+    """Return the softmax over the last axis in float64."""
     shifted = np.exp(scores.astype(np.float64) - scores.max(axis=-1, keepdims=True))
     total: np.ndarray = shifted / shifted.sum(axis=-1, keepdims=True)
     return total
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
-    """float64, of the last axis."""
+    """Return the log-softmax over the last axis in float64."""
     shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
     result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result

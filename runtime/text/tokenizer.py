@@ -1,4 +1,4 @@
-"""Text to token ids and back, as the bundle's tokenizer.json and chat template say."""
+"""Converts text to token ids and back, with the bundle's tokenizer.json and chat template."""
 
 from __future__ import annotations
 
@@ -24,30 +24,41 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 LARGEST_CONFIG = 4 << 20  # bytes
-# A chain of replacements multiplies: eight that write a hundred characters for one end the process for want of memory.
+# Limits of a chain of replacements. Lengths multiply: eight that write a hundred characters for one
+# exhaust the memory.
 MOST_STEPS = 64
 MOST_GROWTH = 1000
-# Steps of decoders that turn each token into text by itself, except that the first one may lose leading spaces.
+# Decoder steps that convert each token to text independently, except that the first may lose
+# leading spaces.
 TOKEN_BY_TOKEN = re.compile(
-    r"(ByteLevel )|((Metaspace|WordPiece|Replace|Strip|StripLeft) )*(ByteFallback )?(Fuse )?(StripLeft )*"
+    r"(ByteLevel )|((Metaspace|WordPiece|Replace|Strip|StripLeft) )*"
+    r"(ByteFallback )?(Fuse )?(StripLeft )*"
 )
-# As ByteFallback reads it, a sign included.
+# As parsed by ByteFallback, which accepts a sign.
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2}|[+][0-9A-Fa-f])>")
-# How byte-level tokenizers spell bytes (GPT-2): printable ones as the character of that number, the others from 256 on.
+# How byte-level tokenizers write bytes (GPT-2): printable ones as the character of the same number,
+# others from 256 on.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
 BYTE_LETTERS = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + n): byte for n, byte in enumerate(_OTHERS)
 }
-# Texts of more characters are encoded without the interpreter's lock: other threads go on.
+# Texts longer than this, in characters, are encoded without the GIL, so other threads can continue.
 LONG_TEXT = 10_000
 
 
 class Tokenizer:
-    """The tokenizer of a bundle. Safe to use from many threads at once.
+    """The tokenizer of a bundle. Thread-safe.
 
-    `special_ids` are the ids that `decode` leaves out, `special_tokens` the strings a chat template may name
-    (bos_token, eos_token ...), `chat_template` its source, or None. `known_texts`: texts of single tokens in mid-text.
+    Args:
+        backend: The tokenizer.
+        chat_template: Source of the chat template, if any.
+        special_tokens: Special tokens by name (bos_token, eos_token, ...), which a chat template
+            may use.
+
+    Attributes:
+        special_ids: Ids that `decode` skips.
+        known_texts: Cached texts of single tokens after the first.
     """
 
     def __init__(
@@ -68,17 +79,22 @@ class Tokenizer:
 
     @classmethod
     def load(cls, bundle_dir: Path, listed: Container[str] = FILES) -> Tokenizer | None:
-        """Read tokenizer.json and, where they exist, chat_template.jinja and tokenizer_config.json: only those `listed`
-        in a bundle's manifest. None without tokenizer.json. Raises BundleError for a file that cannot be read."""
+        """Load the tokenizer of a bundle. Returns None if it has none.
+
+        Reads tokenizer.json and, if they exist, chat_template.jinja and tokenizer_config.json.
+        Files that are not `listed` in the manifest are ignored.
+
+        Raises:
+            BundleError: If a file cannot be read.
+        """
         path = bundle_dir / TOKENIZER
         source = _read(path, listed, LARGEST_FILE)
         if source is None:
             return None
         try:
             backend = tokenizers.Tokenizer.from_str(source)
-        except (
-            BaseException
-        ) as error:  # the library raises bare Exception for everything it cannot parse
+        except BaseException as error:
+            # The library raises bare Exception for anything it cannot parse.
             if not _by_the_library(error):
                 raise
             raise _broken(path, error) from None
@@ -90,13 +106,20 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included; a model's embedding may have more rows."""
+        """Number of tokens, including added ones. A model's embedding may have more rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, special: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of `text`, with the special tokens the tokenizer adds (bos, eos) unless `special` is False, and
-        control tokens that it spells as their ids unless `parse_special` is False. Raises PromptError for text without
-        tokens, not even an unknown one."""
+        """Return the token ids of a text.
+
+        Args:
+            text: The text.
+            special: Add the tokenizer's special tokens, such as bos and eos.
+            parse_special: Convert control tokens spelled in the text to their ids.
+
+        Raises:
+            PromptError: If the tokenizer cannot encode the text.
+        """
         if parse_special:
             return self._encoding(self._backend, text, special).ids
         return self._controls.encode_plain(text, special)
@@ -109,9 +132,18 @@ class Tokenizer:
         parse_special: bool = False,
         check: Callable[[str], None] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, ready for the model's answer, which may call `tools`. Control tokens in the
-        messages and tools are text, unless `parse_special`. `check` sees the text before it is encoded. Raises as
-        `render_chat` does."""
+        """Return the token ids of a conversation, up to where the model's answer starts.
+
+        Args:
+            messages: The messages.
+            tools: Functions that the model may call.
+            parse_special: Convert control tokens spelled in messages and tools to their ids. By
+                default they are encoded as text.
+            check: Called with the rendered text before it is encoded.
+
+        Raises:
+            PromptError: If the template rejects the messages, or the text cannot be encoded.
+        """
 
         def render(given: Any) -> str:
             text = self.render_chat(*given)
@@ -130,9 +162,8 @@ class Tokenizer:
             if len(text) > LONG_TEXT:
                 return backend.encode_batch_fast([text], add_special_tokens=special)[0]
             return backend.encode(text, add_special_tokens=special)
-        except (
-            BaseException
-        ) as error:  # bare Exception for a missing unknown token, TypeError for a lone surrogate
+        except BaseException as error:
+            # Bare Exception for a missing unknown token, TypeError for a lone surrogate.
             if not _by_the_library(error):
                 raise
             raise PromptError(
@@ -144,8 +175,12 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The text of a conversation by the chat template, which writes its special tokens itself. Raises PromptError
-        without a template, or as it does for the messages, and BundleError where it is not valid."""
+        """Return the text of a conversation, including the template's special tokens.
+
+        Raises:
+            PromptError: If there is no chat template, or it rejects the messages.
+            BundleError: If it is not valid.
+        """
         if self.chat_template is None:
             raise PromptError(
                 "the bundle has no chat template; pass the prompt as text or token ids"
@@ -153,7 +188,11 @@ class Tokenizer:
         return self._template.render(messages, self.special_tokens, tools)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens and ids without a token are left out. PromptError where it has none."""
+        """Return the text of `ids`, skipping special tokens and ids without a token.
+
+        Raises:
+            PromptError: If the tokenizer cannot decode them.
+        """
         try:
             return self._backend.decode(ids, skip_special_tokens=True)
         except BaseException as error:
@@ -161,17 +200,16 @@ class Tokenizer:
                 raise
             raise PromptError(
                 f"the tokenizer cannot decode the {len(ids)} tokens ({one_line(error)}); change "
-                "the prompt, "
-                "or fix the decoder in tokenizer.json"
+                "the prompt, or fix the decoder in tokenizer.json"
             ) from None
 
     def token(self, token_id: int) -> str | None:
-        """The token as the vocabulary spells it, not as text; None for an id that has none."""
+        """Return a token as written in the vocabulary, None if the id has none."""
         return self._backend.id_to_token(token_id)
 
     @cached_property
     def decoder_kinds(self) -> tuple[str, ...]:
-        """The kinds of the steps that make text of tokens; a Strip that only strips the beginning is a StripLeft."""
+        """Types of the decoder's steps. A Strip of the left side only is a StripLeft."""
         return tuple(
             "StripLeft" if step["type"] == "Strip" and step["stop"] == 0 else step["type"]
             for step in _steps(self._backend.decoder)
@@ -179,11 +217,11 @@ class Tokenizer:
 
     @cached_property
     def byte_level(self) -> bool:
-        """Whether tokens are bytes, spelt as letters, and text is what all of them together are in UTF-8."""
+        """True if tokens are bytes, written as letters. Text is their concatenation in UTF-8."""
         return self.decoder_kinds == ("ByteLevel",)
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes of a token where `byte_level`; none for an id that `decode` leaves out."""
+        """Return the bytes of a token of a byte-level tokenizer, empty if `decode` skips it."""
         found = self._known_bytes.get(token_id)
         if found is None:
             token = "" if token_id in self.special_ids else self.token(token_id) or ""
@@ -195,8 +233,11 @@ class Tokenizer:
 
     @cached_property
     def anchor(self) -> tuple[int, int] | None:
-        """A token that is text even as the first one, so whatever follows it is decoded as it is in mid-text, and the
-        length of its text. None for a decoder whose text is only known at the end."""
+        """A token that has text even as the first one, and the length of that text.
+
+        Tokens after it are decoded as they are within a text. None if the decoder's text is only
+        known at the end.
+        """
         if TOKEN_BY_TOKEN.fullmatch("".join(f"{kind} " for kind in self.decoder_kinds)) is None:
             return None
         for token_id in range(self.vocab_size):
@@ -209,7 +250,7 @@ class Tokenizer:
 
     @property
     def keeps_leading_space(self) -> bool:
-        """Whether a space that the first token of a text begins with is decoded."""
+        """True if a leading space of the first token is decoded."""
         return {"Metaspace", "WordPiece", "StripLeft"}.isdisjoint(self.decoder_kinds)
 
     @property
@@ -223,13 +264,13 @@ class Tokenizer:
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        from runtime.text.chat_template import ChatTemplate  # jinja2 is loaded for chats alone
+        from runtime.text.chat_template import ChatTemplate  # load jinja2 only for chats
 
         return ChatTemplate(self.chat_template or "")
 
 
 def byte_of(token: str) -> int | None:
-    """The byte that a token such as <0x0A> stands for; None for a token that is text."""
+    """Return the byte of a token such as <0x0A>, None for other tokens."""
     found = BYTE_TOKEN.fullmatch(token)
     return None if found is None else int(found[1], 16)
 
@@ -256,7 +297,10 @@ def _special_tokens(path: Path, listed: Container[str]) -> dict[str, str]:
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer, decoder or post-processor as in tokenizer.json; a sequence is flat."""
+    """Return the steps of a normalizer, decoder or post-processor as in tokenizer.json.
+
+    Sequences are flattened.
+    """
 
     def flat(state: dict[str, Any]) -> list[dict[str, Any]]:
         inner = next(
@@ -269,7 +313,7 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 
 
 def _growth_problem(backend: tokenizers.Tokenizer) -> str | None:
-    """How a tokenizer would make a text much longer, as far as its steps show; None where they are modest."""
+    """Return how a tokenizer could make a text much longer, None if its steps cannot."""
     for kind, part in (("normalizers", backend.normalizer), ("decoders", backend.decoder)):
         steps = _steps(part)
         if len(steps) > MOST_STEPS:
@@ -288,18 +332,21 @@ def _growth_problem(backend: tokenizers.Tokenizer) -> str | None:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """Characters of the result for each of the text, at most."""
+    """Return the maximum number of characters that a step writes per character it reads."""
     if step.get("type") != "Replace":
         return 1.0
     content = len(step["content"])
     pattern = step["pattern"].get("String")
-    # A regular expression may match nothing, and so between any two characters.
+    # A regular expression can match the empty string, between any two characters.
     return max(1.0, content / len(pattern)) if pattern else content + 1.0
 
 
 def _by_the_library(error: BaseException) -> bool:
-    """Whether tokenizers raised it. A panic of its Rust code, as of a regular expression that gives up, comes as a
-    BaseException, which would end whatever thread this is."""
+    """Return True if the tokenizers library raised this error.
+
+    A panic of its Rust code, for example of a regular expression that gives up, is a BaseException,
+    which would end the thread.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
