@@ -62,6 +62,7 @@ class Histogram:
         self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float, times: int = 1) -> None:
+        """Count a value, or `times` equal ones."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from runtime.options import Mode
 
-# Tokens with their log-probabilities in nats, best first.
+# Token ids with their log-probabilities in nats, best first.
 TopLogprobs = tuple[tuple[int, float], ...]
 FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 

@@ -66,11 +66,13 @@ class Sequence:
 
     @property
     def decoder(self) -> Decoder:
+        """The decoder of its slot."""
         assert self._decoder is not None
         return self._decoder
 
     @property
     def result(self) -> GenerationResult:
+        """The result so far."""
         return self.response.result
 
     def enter(self, decoder: Decoder) -> None:

@@ -157,6 +157,7 @@ class Session:
 
     @property
     def manifest(self) -> Manifest:
+        """The bundle's manifest."""
         return self.bundle.manifest
 
     @property

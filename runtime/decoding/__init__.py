@@ -1,1 +1,1 @@
-"""One sequence: loops, decoder state, beams."""
+"""Decoding of one sequence: loops, decoders, drafts and beam search."""

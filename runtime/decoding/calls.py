@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
 # long as rebinding.
 KEPT = 3
 
-# The prediction at a row without the head.
+# Prediction at a row without the head.
 NOTHING = Prediction(-1)
 
 # Chooses the next token for the shallow decoder while a deep pass runs. It receives the last

@@ -201,7 +201,7 @@ class Decoder:
             for call in decoder._bound():
                 call.forget()
 
-    # At once
+    # Run at once
 
     def prefill(self, tokens: np.ndarray, head: bool, exits: bool = False) -> Prediction:
         """Run both engines over the prompt, int64 [n], and return the deep prediction.
@@ -256,7 +256,7 @@ class Decoder:
         deep: int = self._answer_memory[0]
         return deep
 
-    # As coroutines, or as the engine calls that are needed
+    # As coroutines, or as calls to be run
 
     def begin(self, exits: bool) -> None:
         """Begin with the first token of an encoder-decoder, without a prompt to read.

@@ -57,7 +57,7 @@ class DraftRule:
     most_agreement: int = 8
     """Agreement in tokens up to which acceptance rates are kept separately."""
 
-    # What drafts may lose
+    # Limits on the time that drafts lose
 
     grant: float = 0.5
     """Time that drafts may lose before a request stops drafting. Half a token is not noticeable."""
@@ -89,7 +89,7 @@ class DraftRule:
     # fmt: on
     """Boundaries of the confidence bins in which acceptance is measured.
 
-    They are denser near 1, where most predictions are and where acceptance decides over long
+    They are denser near 1, because most predictions are there, and acceptance matters most for long
     drafts.
     """
 
@@ -139,6 +139,7 @@ class Average:
         self.count = 2
 
     def observe(self, value: float) -> None:
+        """Add an observation."""
         self.count = min(self.count + 1, RULE.recent)
         self.value += (value - self.value) / self.count
 
@@ -211,10 +212,12 @@ class Acceptance:
         return self._by_source[key]
 
     def observe_pass(self, made: int, time: float) -> None:
+        """Add a deep pass, after which `made` tokens became final."""
         self.made.observe(made)
         self.time.observe(time)
 
     def observe_exit_draft(self, made: int, rows: int, heads: int) -> None:
+        """Add a draft of the exit: final tokens, rows, and rows with the head."""
         self.exit_made.observe(made)
         self.exit_rows.observe(rows)
         self.exit_heads.observe(heads)
@@ -305,7 +308,7 @@ class ExitDraft:
         self._row = row
         self._step = step
         self._head = head
-        self._probability = 1.0  # that all drafted tokens are accepted
+        self._probability = 1.0  # probability that all drafted tokens are accepted
 
     def __call__(self, prediction: Prediction) -> bool:
         """Return True if this prediction should be drafted."""
@@ -354,7 +357,7 @@ class Drafts:
         self._exits = exits
         self._open: list[Candidates] = []  # candidates for the next tokens
         self._looked = False  # the sources have read all final tokens
-        self._continuation: Candidates | None = None  # of a draft of the exit
+        self._continuation: Candidates | None = None  # continues a draft of the exit
         # By source: maximum length of the next draft, and True if the last one was accepted in
         # full.
         self._next: dict[str, tuple[int, bool]] = {}

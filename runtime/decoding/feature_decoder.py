@@ -64,7 +64,7 @@ class FeatureDecoder(Decoder):
         self._exit_cache.trim(self.slot, length)
         self._length = min(self._length, length)
 
-    # At once
+    # Run at once
 
     def step(self, token: int, head: bool) -> Prediction:
         if self._embeds and head:  # the same in fewer Python calls
@@ -88,7 +88,7 @@ class FeatureDecoder(Decoder):
             self._keep_features(place, self._passed[:1])
         return deep
 
-    # As coroutines
+    # As calls to be run
 
     def stepping(self, token: int, head: bool) -> Iterator[SlotCall]:  # type: ignore[override]
         if self._embeds:

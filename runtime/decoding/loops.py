@@ -46,13 +46,13 @@ def free(
     sync_every: int = 0,
     labels: RequestLabels | None = None,
 ) -> Loop:
-    """Decode with FREE: exit early where the shallow decoder is confident.
+    """Decode with FREE: tokens exit early if the shallow decoder is confident.
 
     A token whose confidence is above `threshold` exits, and its row waits on the stack. Any other
     token, or a full stack, triggers a deep pass over the stack.
 
     Args:
-        decoder: The sequence at the engines.
+        decoder: Decoder of the sequence.
         response: Collects the tokens.
         threshold: Confidence above which a token exits.
         max_pending: Maximum number of rows on the stack.
@@ -112,7 +112,7 @@ def _labels(
     shallow: Sequence[Prediction],
     deep: Sequence[Prediction],
 ) -> list[tuple[float, bool]]:
-    """Return the confidence at every row, and True where shallow and deep tokens agree."""
+    """Return, for every row, the confidence, and True if shallow and deep tokens agree."""
     pairs = zip(shallow, deep, strict=True)
     return [(ours.confidence or 0.0, ours.token == theirs.token) for ours, theirs in pairs]
 

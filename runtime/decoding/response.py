@@ -230,7 +230,7 @@ class Response:
             self.finished = self.interruption() or "cancelled"
 
     def close(self) -> None:
-        """Called when the request gives its slot back."""
+        """Called when the request returns its slot."""
         self.finish()
         self._rest = self._text.finish()
         self._count()

@@ -54,11 +54,17 @@ class Constraint(Protocol):
     seconds: float
     by_scores: bool
 
-    def forced(self, output: np.ndarray) -> int | None: ...
+    def forced(self, output: np.ndarray) -> int | None:
+        """Return the only token that may follow, None if there is a choice."""
+        ...
 
-    def allows(self, output: np.ndarray, tokens: Sequence[int]) -> int: ...
+    def allows(self, output: np.ndarray, tokens: Sequence[int]) -> int:
+        """Return how many of `tokens` may follow, one after the other."""
+        ...
 
-    def mask(self, scores: np.ndarray, output: np.ndarray) -> np.ndarray: ...
+    def mask(self, scores: np.ndarray, output: np.ndarray) -> np.ndarray:
+        """Return scores, float32 [V], with -inf for tokens that must not follow."""
+        ...
 
 
 class Grammars:
