@@ -68,7 +68,7 @@ class Model:
         self.learned = LearnedDrafts(self.costs)
         self.keeps_generated = keeps_generated(self.manifest)
         # `own_layers`: the exit's own layers read every row. `chooses_exit`: a request may skip
-        # them. With a prefix store it may not, because a request that needs these layers cannot use
+        # them, unless its keys and values are stored: a request that needs these layers cannot use
         # a prefix that they have not read.
         self.own_layers = bool(self.manifest.exit_layers) and not self.manifest.exit_engine
         self.chooses_exit = self.own_layers and (self.encoder is not None or self.prefixes is None)
