@@ -148,14 +148,13 @@ def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, 
 
 
 class ResultFile:
-    """Results of requests, one JSON line each, written to a file, standard output (`-`), a pipe or
-    a device.
+    """File of results with one JSON line per request.
 
-    Each line begins with the request's `id`, or with `line`, its line number, if it has no id. Then
-    follow the `input`, the fields of the result or the `error`, and the request's `target` if it
-    has one. However a run ends, the file holds whole lines and at most one partial last line, which
-    resuming removes. A run that fails before its first result leaves no new file, and does not
-    change an existing one.
+    Also writes to standard output (`-`), a pipe or a device. Each line begins with the request's
+    `id`, or with `line`, its line number, if it has no id. Then follow the `input`, the fields of
+    the result or the `error`, and the request's `target` if it has one. However a run ends, the
+    file holds whole lines and at most one partial last line, which resuming removes. A run that
+    fails before its first result creates no file, and does not change an existing one.
 
     Attributes:
         count: Number of lines that have a result.
@@ -200,8 +199,8 @@ class ResultFile:
         self._stale = self._stream is None and self._path.exists() and self._path.stat().st_size > 0
         if self._stale and not overwrite:
             raise OptionError(
-                f"{self._path} exists; continue with --resume, replace with --overwrite, or "
-                "name another"
+                f"{self._path} exists; continue with --resume, replace with --overwrite, or name "
+                "another"
             )
         return lines
 

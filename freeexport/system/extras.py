@@ -104,8 +104,9 @@ def distribution_of(module: str) -> str:
 
 
 def how_to_install(module: str, verb: str | None = None) -> str:
-    """Describe the packages missing for `verb` after `module` was not found, with one command to
-    install them.
+    """Return a line with the packages missing for `verb` and one command to install them.
+
+    `module` is the module that was not found.
     """
     package = distribution_of(module)
     wanted = (*NEEDED.get(verb or "", ()), *extras())

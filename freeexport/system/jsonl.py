@@ -194,8 +194,8 @@ def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
             skipped += len(line)
             if skipped > MAX_SKIPPED:
                 raise OptionError(
-                    f"{path}, line {number} has no end in {MAX_SKIPPED >> 20} MiB; name a "
-                    "JSONL file"
+                    f"{path}, line {number} has no end in {MAX_SKIPPED >> 20} MiB; name a JSONL "
+                    "file"
                 )
     except OSError as error:
         raise _unreadable(path, error) from None

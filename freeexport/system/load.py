@@ -33,8 +33,8 @@ class OtherLoad:
         self.cores = 0.0
 
     def so_far(self) -> float:
-        """Return the mean number of cores used by others so far, or 0 if too little time has
-        passed.
+        """Return the mean number of cores used by others so far, or 0 after less than half a
+        second.
         """
         elapsed = time.monotonic() - self._began
         return (
@@ -49,18 +49,18 @@ def load_note(cores: float) -> str:
     if cores <= TOLERATED:
         return ""
     return (
-        f"other processes kept {cores:.1f} cores busy: speeds are uncertain, by their spread "
-        "or more"
+        f"other processes kept {cores:.1f} cores busy: speeds are uncertain, by their spread or "
+        "more"
     )
 
 
 def wait_quietly(threads: int) -> None:
-    """Set OpenMP's threads to sleep while they wait for each other, if other processes leave fewer
-    than `threads` cores free.
+    """Let OpenMP's threads sleep while they wait for each other, if the machine is busy.
 
-    Observes the machine for half a second. On an idle machine the threads keep spinning, because
-    waking them costs a third of a training step. Call this before importing torch, which reads the
-    variable on import. A value set by the user is kept.
+    The machine is busy if other processes leave fewer than `threads` cores free during half a
+    second. On an idle machine the threads keep spinning, because waking them costs a third of a
+    training step. Call this before importing torch, which reads the variable on import. A value set
+    by the user is kept.
     """
     if WAIT_POLICY in os.environ:
         return

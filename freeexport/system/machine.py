@@ -1,6 +1,4 @@
-"""The machine that decoding runs on: its processor, the part of it available to this process, and
-memory.
-"""
+"""The machine that decoding runs on: its processor and memory, and the limits of this process."""
 
 from __future__ import annotations
 
@@ -95,8 +93,9 @@ def kernel_instructions() -> str:
 
 
 def read_cpuinfo(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
-    """Read the model name ("" if unknown) and the known FEATURES of the first processor in
-    /proc/cpuinfo.
+    """Read the model name and the known FEATURES of the first processor in /proc/cpuinfo.
+
+    The name is "" if unknown.
     """
     model = ""
     flags = set[str]()
@@ -122,11 +121,10 @@ def multiplies_bfloat16(root: Path = ROOT) -> bool:
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Keep freed memory in this process for reuse, which saves zeroing new pages: a fifth of a
-    training step on a CPU.
+    """Keep freed memory in this process for reuse.
 
-    Kept memory is fragmented, so a process grows by up to a half. `keep=False` restores the
-    defaults of glibc.
+    This saves zeroing new pages, a fifth of a training step on a CPU. Kept memory is fragmented, so
+    a process grows by up to a half. `keep=False` restores the defaults of glibc.
 
     Returns False, without any effect, if the C library is not glibc.
     """
