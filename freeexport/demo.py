@@ -1,4 +1,4 @@
-"""The demos: the pronunciation model of this package, and SmolLM2-135M-Instruct."""
+"""Demos with the pronunciation model of this package, and with SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _BLOCK = 32
 
 
 class Blocks(NamedTuple):
-    """The n blocks of a tensor.
+    """Blocks of a tensor, n in all.
 
     Attributes:
         values: uint8 [n, inputs per block].

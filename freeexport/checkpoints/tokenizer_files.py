@@ -88,7 +88,7 @@ def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
 def languages_of(checkpoint: Checkpoint, directory: Path) -> Languages | None:
     """Return the languages of a translation model, or None if it has no language tokens.
 
-    They are found by the tokens of the tokenizer.json in `directory`.
+    They are read from the tokens of the tokenizer.json in `directory`.
     """
     file = directory / "tokenizer.json"
     if checkpoint.config.get("model_type") not in _TARGETS or not file.is_file():

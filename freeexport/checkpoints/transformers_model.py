@@ -152,11 +152,10 @@ def greedy_ids(
         forced_eos_token_id=values.get("forced_eos_token_id"),
     )
     own = model.generation_config
-    model.generation_config = config  # its sampling and penalties would fill the gaps
+    model.generation_config = config  # unset values would come from the model's own
     try:
-        warnings.filterwarnings(
-            "ignore", "`past_key_values` is deprecated", FutureWarning
-        )  # 4.57 knows no other name
+        # transformers 4.57 has no other name for it.
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
         out = model.generate(
             input_ids=torch.from_numpy(ids).to(model.device),
             attention_mask=torch.from_numpy(mask).to(model.device),

@@ -1,4 +1,4 @@
-"""The verbs of the command line: click options and printing.
+"""Verbs of the command line: click options and printing.
 
 No other package imports logic from here.
 """

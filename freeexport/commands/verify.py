@@ -50,7 +50,9 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     help="JSONL file on which quality is measured, with --against.",
 )
 @click.option(
-    "--quick", is_flag=True, help="Use short texts, and at most a minute after the model is loaded."
+    "--quick",
+    is_flag=True,
+    help=("Compare short texts only, for at most a minute after the model is loaded."),
 )
 @section("Against itself")
 @click.option(

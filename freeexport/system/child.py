@@ -124,7 +124,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _end_with_parent(watched: int) -> None:
-    os.read(watched, 1)  # nothing is ever written
+    os.read(watched, 1)  # nothing is written: returns when the parent ends
     os._exit(1)
 
 

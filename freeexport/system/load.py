@@ -88,7 +88,7 @@ def _others_seconds() -> float:
     process = psutil.Process()
     own = 0.0
     for one in (process, *process.children(recursive=True)):
-        with suppress(psutil.Error):  # ended in between
+        with suppress(psutil.Error):  # the process has ended
             times = one.cpu_times()
             own += times.user + times.system + times.children_user + times.children_system
     return _busy_seconds() - own

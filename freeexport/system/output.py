@@ -171,7 +171,7 @@ def _swap(partial: Path, out: Path, marker: str) -> None:
     A foreign directory that appeared there meanwhile is restored.
     """
     if not os.path.lexists(out) or _is_empty(out):
-        partial.rename(out)  # over an empty directory too
+        partial.rename(out)  # also replaces an empty directory
         return
     old = _beside(out, "old")
     out.rename(old)
