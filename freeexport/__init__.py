@@ -1,7 +1,7 @@
-"""The pipeline around early-exit bundles: convert, verify, generate, and the command line.
+"""Tools for early-exit bundles: conversion, verification, generation, and the command line.
 
-`from freeexport import Session` is `from runtime import Session`, and so for every public name of `runtime`: they are
-imported when they are first used, without torch.
+Every public name of `runtime` is also available here: `from freeexport import Session` is `from
+runtime import Session`. Names are imported on first use, without torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells report it
 
 
 def __getattr__(name: str) -> Any:
-    # Not for a module of this package, which is asked for here before it is imported.
+    # `from freeexport import cli` looks the module up here before importing it.
     if name != "__all__" and not name[0].isupper():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import runtime
@@ -25,7 +25,8 @@ def __getattr__(name: str) -> Any:
     if public is None:
         place = runtime.__file__ or next(iter(runtime.__path__), "another folder")
         raise ImportError(
-            f"{place} hides the package runtime that freeexport installs; rename it, or run from another folder"
+            f"{place} hides the package runtime that freeexport installs; rename it, or run from "
+            "another folder"
         )
     if name == "__all__":
         return public

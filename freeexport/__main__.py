@@ -1,4 +1,4 @@
-"""The `freeexport` command and `python -m freeexport`: what must hold before anything else is imported."""
+"""The `freeexport` command and `python -m freeexport`: setup that precedes all other imports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from freeexport import INTERRUPTED
 
 
 def main() -> None:
-    """Run the command line, whatever is closed and however soon it is interrupted."""
+    """Run the command line, even with closed standard streams or an early interrupt."""
     _open_standard_streams()
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # a shell lets its background jobs ignore it
+    if before is signal.default_int_handler:  # background jobs of a shell ignore SIGINT
         signal.signal(signal.SIGINT, _leave)
     from freeexport.cli import main as run
 
@@ -23,13 +23,16 @@ def main() -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    # Nothing has begun that must be undone, and an import that KeyboardInterrupt ends may hide it.
+    # Nothing needs cleaning up yet, and an import interrupted by KeyboardInterrupt may hide it.
     os.write(2, b"error: interrupted\n")
     os._exit(INTERRUPTED)
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null for closed streams: else the next file opened gets their number, and what is printed."""
+    """Open /dev/null for closed standard streams.
+
+    Otherwise the next file opened gets their descriptor, and output is written to it.
+    """
     closed = [
         (number, name)
         for number, name in enumerate(("stdin", "stdout", "stderr"))
@@ -39,9 +42,8 @@ def _open_standard_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(
-                os.open(os.devnull, os.O_RDWR), True
-            )  # it gets the lowest number that is free
+            # open() returns the lowest free descriptor.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for number, name in closed:
         setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
 

@@ -1,7 +1,7 @@
-"""The `freeexport` command: verbs, whose modules are imported when they are called, and the one place where errors
-become text.
+"""The `freeexport` command: imports the verbs on demand, and turns errors into text.
 
-A verb is a line in GROUPS and a module `freeexport/commands/<verb>.py` with a click command named `command`.
+A verb is a line in GROUPS and a module `freeexport/commands/<verb>.py` with a click command named
+`command`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from freeexport.system.extras import how_to_install
 from freeexport.system.output import writing_error
 from runtime.errors import FreeExportError, first_line
 
-# In the order of use, as the help groups them.
+# In the order of use, grouped as in the help.
 GROUPS: dict[str, dict[str, str]] = {
     "Make a bundle": {
         "fit": "Plan, train, convert and measure in one go.",
@@ -56,7 +56,7 @@ _TORCH_ARCHIVE = re.compile(r"inline_container\.cc(?!.*Reader)", re.DOTALL)
 
 
 class Verbs(click.Group):
-    """A group that imports a command only to run it: `--help` is fast and needs no extra."""
+    """A group that imports a command only to run it, so `--help` is fast and needs no extra."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [verb for group in GROUPS.values() for verb in group]
@@ -85,7 +85,7 @@ class Verbs(click.Group):
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
             return super().make_context(*args, **kwargs)
-        except KeyboardInterrupt as error:  # click would call it aborted, and exit with 1
+        except KeyboardInterrupt as error:  # click would print "Aborted!" and exit with 1
             click.echo(f"error: {describe(error)}", err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
 
@@ -94,7 +94,7 @@ class Verbs(click.Group):
             try:
                 return super().invoke(ctx)
             except (click.UsageError, click.exceptions.Exit, BrokenPipeError):
-                raise  # click's own exit codes: 2, the command's, and a quiet 1
+                raise  # click sets the exit code: 2, the command's, or a silent 1
             except (Exception, KeyboardInterrupt) as error:
                 if ctx.params["debug"]:
                     traceback.print_exc()
@@ -108,8 +108,11 @@ class Verbs(click.Group):
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Collect the interrupts that come. Native code makes errors of its own out of some: torch, where it asks an object
-    for its shape."""
+    """Collect the interrupts received while the block runs.
+
+    Native code turns some of them into other errors, for instance torch when it reads the shape of
+    an object.
+    """
     came: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -131,7 +134,7 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def describe(error: BaseException, verb: str | None = None) -> str:
-    """Describe the error of `verb` and what to do about it, on one line, without the leading `error:`."""
+    """Describe an error of `verb` and its remedy on one line, without the leading `error:`."""
     return " ".join(line.strip() for line in _explain(error, verb).splitlines() if line.strip())
 
 
@@ -157,8 +160,11 @@ def _explain(error: BaseException, verb: str | None) -> str:
             return f"{where} is on a file system that is read-only; write elsewhere"
         named = f"{error.filename}: " if error.strerror and error.filename is not None else ""
         return named + (error.strerror or str(error) or type(error).__name__)
-    if _TORCH_ARCHIVE.search(str(error)):  # torch does not say why it cannot write
-        return f"a file could not be written ({first_line(error)}); free some space, or write elsewhere, and run again"
+    if _TORCH_ARCHIVE.search(str(error)):  # torch does not name the cause
+        return (
+            f"a file could not be written ({first_line(error)}); free some space, or write "
+            "elsewhere, and run again"
+        )
     ours = ("freeexport", "graphs", "runtime")
     if (
         isinstance(error, ModuleNotFoundError)
@@ -186,5 +192,5 @@ def main(debug: bool) -> None:
       freeexport generate bundle "Once upon a time"
     """
     if not sys.stderr.isatty():
-        # transformers' GGUF reader asks nobody whether to draw its bar; children inherit this.
+        # transformers' GGUF reader always draws its bar. Child processes inherit this setting.
         os.environ.setdefault("TQDM_DISABLE", "1")

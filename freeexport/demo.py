@@ -1,4 +1,4 @@
-"""The demos: the pronunciation model of this package, and SmolLM2-135M-Instruct."""
+"""Demos with the pronunciation model of this package, and with SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -28,27 +28,32 @@ if TYPE_CHECKING:
 
     from freeexport.measure.evaluate import Evaluation
 
-# The trained checkpoint that this package ships, with phrases and every listed pronunciation of each of their words.
+# The trained checkpoint in this package, and phrases with all pronunciations of their words.
 G2P = Path(str(files("freeexport") / "data" / "g2p"))
 PHRASES = G2P / "test.jsonl"
-# A matrix of this model is too small to be shared among threads.
+# The model's matrices are too small to be shared among threads.
 THREADS = 1
-SHOWN, MEASURED, ROUNDS = 3, 60, 3
+SHOWN = 3
+MEASURED = 60
+ROUNDS = 3
 MODES = {"full": "full: the whole model", "static": "shallow only", "free": "free: FREE"}
 
-EXIT_LAYER, THRESHOLD, TOKENS = 10, 0.9, 64
+EXIT_LAYER = 10
+THRESHOLD = 0.9
+TOKENS = 64
 QUESTION = "What is the capital of France, and what is it known for?"
 
 
 def g2p(directory: Path) -> None:
-    """Convert the pronunciation model to a bundle at `directory`, decode phrases, and compare its modes."""
+    """Convert the pronunciation model to a bundle at `directory`, decode phrases, compare modes."""
     bundle = demo_bundle(
         G2P, directory, ConvertOptions(overwrite=True, calibration=G2P / "calibration.json")
     )
     with Session(bundle, threads=THREADS, slots=1) as session:
         green = click.style("green", fg="green")
         click.echo(
-            f"\n{green} tokens exited after layer {session.manifest.exit_layer}; the others took every layer"
+            f"\n{green} tokens exited after layer {session.manifest.exit_layer}; the others took "
+            "every layer"
         )
         for phrase in (request.text for request in read_examples(PHRASES, SHOWN)):
             click.echo(f"\n{phrase}\n  {_coloured(session, session.generate(phrase))}")
@@ -68,15 +73,15 @@ def g2p(directory: Path) -> None:
         )
     print_page([_comparison(found)])
     click.echo(
-        f"{MEASURED} phrases of the test split, {ROUNDS} interleaved rounds (the median counts), fp32, "
-        f"{THREADS} thread(s); speed of requests, the encoder included"
+        f"{MEASURED} phrases of the test split, {ROUNDS} interleaved rounds (the median counts), "
+        f"fp32, {THREADS} thread(s); speed of requests, the encoder included"
     )
     for note in found.report["notes"]:
         click.echo(f"note: {note}")
 
 
 def smollm2(directory: Path) -> None:
-    """Convert SmolLM2-135M-Instruct to a bundle at `directory`, generate with it, and measure its modes."""
+    """Convert SmolLM2-135M-Instruct to a bundle at `directory`, generate, compare modes."""
     bundle = demo_bundle(
         smollm2_checkpoint(), directory, ConvertOptions(EXIT_LAYER, overwrite=True)
     )
@@ -99,20 +104,23 @@ def smollm2(directory: Path) -> None:
     print_page([terminal(shown)])
     click.echo("\n".join(facts_lines(found, shown)))
     click.echo(
-        f"note: this model was not trained to exit at layer {EXIT_LAYER}, so text in mode free is poor: it shows speed "
-        "and mechanics, not quality"
+        f"note: this model was not trained to exit at layer {EXIT_LAYER}, so text in mode free is "
+        "poor: it shows speed and mechanics, not quality"
     )
 
 
 def demo_bundle(checkpoint: Path, path: Path, options: ConvertOptions) -> Path:
-    """The verified bundle of `checkpoint` at `path`; made again where what stands there is another or not whole."""
+    """Return a verified bundle of `checkpoint` at `path`.
+
+    Converts again if the existing one is damaged or of another checkpoint.
+    """
     try:
         manifest = Bundle.open(path, verify="full").manifest
         if manifest.verified and manifest.source_sha256 == open_checkpoint(str(checkpoint)).sha256:
             click.echo(f"bundle: {path}, from an earlier run")
             return path
     except BundleError:
-        pass  # there is none that can be used
+        pass  # no usable bundle exists
     exit_at = "" if options.exit_layer is None else f", exit after layer {options.exit_layer}"
     began = time.monotonic()
     click.echo(f"converting {checkpoint.name}{exit_at}, and checking it against transformers ...")
@@ -124,7 +132,7 @@ def demo_bundle(checkpoint: Path, path: Path, options: ConvertOptions) -> Path:
 
 
 def _coloured(session: Session, result: GenerationResult) -> str:
-    """The tokens of a result but the end of sequence; those that exited are green."""
+    """Return the tokens of a result without the end of sequence. Tokens that exited are green."""
     assert session.tokenizer is not None
     shown = []
     for token, exited in zip(result.token_ids, result.exited, strict=True):
@@ -135,7 +143,7 @@ def _coloured(session: Session, result: GenerationResult) -> str:
 
 
 def _comparison(found: Evaluation) -> Table:
-    """Error rates, speed and exits of each mode; speeds also as multiples of the whole model's."""
+    """Build a table of error rates, speed and exits of each mode, relative to the full model."""
     rows = [
         (
             MODES[row["method"]]

@@ -1,7 +1,7 @@
-"""Metrics of outputs against references: one scale for training, calibration and evaluation.
+"""Metrics of outputs against references, shared by training, calibration and evaluation.
 
-A metric has statistics of each sequence, which add up, and the value of their sum. So every subset of sequences, and
-every resample of a bootstrap, has its value without scoring a text again.
+A metric has additive statistics for each sequence, and computes its value from their sum. The value
+of any subset, or of a bootstrap resample, therefore needs no text to be scored again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NAMES = (
 
 
 ERROR_RATES = ("wer", "per")
-# Behind the name of another metric: tables show its errors, 1 less the value.
+# Suffix of a metric's name: tables show its errors, 1 - value.
 ERROR = "-error"
 
 
@@ -48,16 +48,26 @@ class MetricError(FreeExportError):
 
 @dataclass(frozen=True)
 class Reference:
-    """`texts`: alternatives, any of which is right, the first one the main one; `words`: for the words of one line that
-    `|` separates, the alternatives of each, or None."""
+    """References of one sequence.
+
+    Attributes:
+        texts: Alternative texts, all correct. The first is the main one.
+        words: Alternatives for each of the words that `|` separates, or None.
+    """
 
     texts: tuple[str, ...]
     words: tuple[tuple[str, ...], ...] | None = None
 
     @classmethod
     def of(cls, target: str | None, references: Any, where: str) -> Reference | None:
-        """Read the fields `target` and `references` of a line of data: a list of texts, or for each word a list of
-        alternatives. None where there is neither; OptionError, which names `where`, for anything else."""
+        """Read the fields `target` and `references` of a line of data.
+
+        `references` is a list of texts, or a list of alternatives for each word. Returns None if
+        both fields are missing. `where` names the line in errors.
+
+        Raises:
+            OptionError: If `references` has another form.
+        """
         main = () if target is None else (target,)
         if references is None:
             return cls(main) if main else None
@@ -67,7 +77,8 @@ class Reference:
             words = tuple(map(tuple, references))
             return cls(main or (" | ".join(word[0] for word in words),), words)
         raise OptionError(
-            f"{where}: 'references' is {repr(references)[:60]}; give a list of texts, or a list of texts for each word"
+            f"{where}: 'references' is {repr(references)[:60]}; give a list of texts, or a list "
+            "of texts for each word"
         )
 
 
@@ -81,9 +92,17 @@ Value = Callable[[np.ndarray], float]
 
 @dataclass(frozen=True)
 class Metric:
-    """`statistics`: of an output against its reference, k numbers; `value`: of their sum [k] over sequences, in [0, 1],
-    1 is best; `single`: of one sequence, where that differs. `needs`: the place in the statistics that is 0 for all
-    sequences where the metric does not fit, and why. `signature`: how it was computed."""
+    """A metric.
+
+    Attributes:
+        name: Name of the metric.
+        statistics: Returns k numbers for an output and its reference.
+        value: Computes the value from the sum [k] over sequences, in [0, 1]. Higher is better.
+        single: Computes the value of a single sequence. Default: `value`.
+        needs: Index of a statistic that is 0 for all sequences if the metric does not fit, and the
+            reason.
+        signature: Implementation and its settings.
+    """
 
     name: str
     statistics: Statistics
@@ -94,21 +113,25 @@ class Metric:
 
     @property
     def error(self) -> bool:
-        """Whether tables show 1 less the value: an error rate, or any metric whose name ends in `-error`."""
+        """Return True if tables show 1 - value, for error rates and names that end in `-error`."""
         return self.name in ERROR_RATES or self.name.endswith(ERROR)
 
     @property
     def shown(self) -> str:
-        """The name in a table."""
+        """Return the name shown in tables."""
         return self.name.upper() if self.name in ERROR_RATES else self.name
 
     @property
     def label(self) -> str:
-        """The name of the value, of which 1 is best."""
+        """Return the name of the value, for which higher is better."""
         return f"1 - {self.shown}" if self.name in ERROR_RATES else self.name.removesuffix(ERROR)
 
     def table(self, outputs: Sequence[str], references: Sequence[Reference]) -> np.ndarray:
-        """Statistics float64 [n, k]. Raises MetricError where the metric does not fit the references."""
+        """Compute the statistics of all sequences, float64 [n, k].
+
+        Raises:
+            MetricError: If the metric does not fit the references.
+        """
         rows = [
             self.statistics(text, reference)
             for text, reference in zip(outputs, references, strict=True)
@@ -116,12 +139,13 @@ class Metric:
         found = np.array(rows, np.float64)
         if self.needs is not None and not found[:, self.needs[0]].any():
             raise MetricError(
-                f"metric {self.name} does not fit these data: {self.needs[1]}; choose another --metric"
+                f"metric {self.name} does not fit these data: {self.needs[1]}; choose another "
+                "--metric"
             )
         return found
 
     def of(self, table: np.ndarray) -> float:
-        """The value of all sequences of a table [n, k]."""
+        """Return the value over all sequences of a table [n, k]."""
         return bounded(self.value(table.sum(axis=0)))
 
 
@@ -131,26 +155,37 @@ def bounded(value: float) -> float:
 
 @lru_cache(maxsize=2)
 def draws(count: int, resamples: int) -> np.ndarray:
-    """Draw how often each of `count` sequences is in each resample of a bootstrap, the same at every call, int64
-    [resamples, count]."""
+    """Draw bootstrap resamples: how often each sequence occurs in each, int64 [resamples, count].
+
+    The draws are the same at every call.
+    """
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples)
 
 
 def check_name(name: str) -> None:
-    """Raise OptionError for what cannot be a metric."""
+    """Check the form of a metric's name, without importing its library.
+
+    Raises:
+        OptionError: If it cannot be a metric.
+    """
     module, colon, function = name.partition(":")
     if name.removesuffix(ERROR) in NAMES or (
         colon and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
     ):
         return
     raise OptionError(
-        f"{name!r} is no metric; choose from {', '.join(NAMES)}, or name a function as module:function"
+        f"{name!r} is no metric; choose from {', '.join(NAMES)}, or name a function as "
+        "module:function"
     )
 
 
 def metric_of(name: str) -> Metric:
-    """Build a metric by its name (NAMES), or `module:function`. Raises OptionError for names that are neither, and
-    what importing its library raises: they are those of the extra `metrics`."""
+    """Build a metric by its name, which is in NAMES or of the form `module:function`.
+
+    Raises:
+        OptionError: If there is no such metric.
+        ImportError: If the library of the metric, in the extra `metrics`, is not installed.
+    """
     check_name(name)
     if ":" in name:
         return _imported(name)
@@ -170,8 +205,11 @@ def metric_of(name: str) -> Metric:
 
 
 def scores(name: str, outputs: Sequence[str], references: Sequence[Reference]) -> np.ndarray:
-    """Score each sequence alone: bool [n] for "exact", float64 [n] for the others. The same text scores 1, also where
-    the metric is not made for it, and an empty one against text 0."""
+    """Score each sequence on its own: bool [n] for "exact", float64 [n] for the others.
+
+    An identical text scores 1, even if the metric does not fit it. If only one of the two is empty,
+    the score is 0.
+    """
     metric = metric_of(name)
     value = metric.single or metric.value
 
@@ -187,23 +225,23 @@ def scores(name: str, outputs: Sequence[str], references: Sequence[Reference]) -
 
 
 def _mean(sums: np.ndarray) -> float:
-    """The value of statistics (score, 1)."""
+    """Return the mean from statistics (score, 1)."""
     return float(sums[0] / sums[1])
 
 
 def _less_errors(sums: np.ndarray) -> float:
-    """1 less the rate of errors, of statistics (errors, units of the reference)."""
+    """Return 1 - the error rate, from statistics (errors, units of the reference)."""
     return 1 - float(sums[0] / sums[1]) if sums[1] else float(sums[0] == 0)
 
 
 def _f1(sums: np.ndarray) -> float:
-    """The value of statistics (right ones, those of the output, those of the reference)."""
+    """Return F1 from statistics (correct, units of the output, units of the reference)."""
     both = float(sums[1] + sums[2])
     return 2 * float(sums[0]) / both if both else 1.0
 
 
 def _best(score: Callable[[str, str], float]) -> Statistics:
-    """The best score among the alternatives, and 1."""
+    """Return statistics with the best score among the alternative texts, and 1."""
     return lambda output, reference: (
         max(float(score(output, text)) for text in reference.texts),
         1.0,
@@ -233,7 +271,7 @@ def _imported(name: str) -> Metric:
     return Metric(name, statistics, _mean)
 
 
-# Texts, by the libraries that published figures use.
+# Metrics of texts use the libraries with which published results are computed.
 
 _ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeL", "rouge-lsum": "rougeLsum"}
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -258,11 +296,11 @@ def _rouge(name: str) -> Metric:
 
 
 def _sacrebleu(name: str) -> Metric:
-    """BLEU or chrF by the statistics that `sacrebleu.significance` resamples as well."""
+    """Build BLEU or chrF on the statistics that `sacrebleu.significance` resamples."""
     from sacrebleu.metrics import BLEU, CHRF
 
     corpus: Any = BLEU() if name == "bleu" else CHRF()
-    # A sentence may be too short for 4-grams.
+    # A single sentence may be too short for 4-grams.
     alone: Any = BLEU(effective_order=True) if name == "bleu" else corpus
 
     def statistics(output: str, reference: Reference) -> Sequence[float]:
@@ -275,7 +313,7 @@ def _sacrebleu(name: str) -> Metric:
             float(scorer._compute_score_from_stats([int(one) for one in sums]).score) / 100
         )
 
-    statistics("a", Reference(("a",)))  # the signature says how many references
+    statistics("a", Reference(("a",)))  # the signature includes the number of references
     return Metric(
         name, statistics, value_by(corpus), value_by(alone), signature=str(corpus.get_signature())
     )
@@ -299,22 +337,33 @@ def _word_errors(name: str) -> Metric:
 
 
 def _normalized(answer: str) -> list[str]:
-    """Words as SQuAD compares them (Rajpurkar et al. 2016): lower case, without punctuation and articles."""
+    """Split an answer into words as SQuAD does (Rajpurkar et al. 2016).
+
+    Words are in lower case, without punctuation and articles.
+    """
     return _ARTICLES.sub(" ", answer.lower().translate(_WITHOUT_PUNCTUATION)).split()
 
 
 def _squad_f1(output: str, reference: str) -> float:
-    ours, theirs = _normalized(output), _normalized(reference)
+    ours = _normalized(output)
+    theirs = _normalized(reference)
     if not ours or not theirs:
         return ours == theirs
     return 2 * sum((Counter(ours) & Counter(theirs)).values()) / (len(ours) + len(theirs))
 
 
-# Pronunciations: words between `|`, phonemes between spaces.
+# Pronunciations: words separated by `|`, phonemes separated by spaces.
 
 
 class Errors(NamedTuple):
-    """Edits against the reference and the reference's phonemes; words that are not exactly right, and all words."""
+    """Number of errors against a reference.
+
+    Attributes:
+        phoneme_edits: Edit distance between the phonemes of both.
+        phonemes: Number of phonemes of the reference.
+        wrong_words: Number of words with an error.
+        words: Number of words of the reference.
+    """
 
     phoneme_edits: int
     phonemes: int
@@ -323,9 +372,11 @@ class Errors(NamedTuple):
 
 
 def errors(text: str, references: Sequence[Sequence[str]]) -> Errors:
-    """Count the errors of `text` against the pronunciations of each word. A word counts against the nearest of its
-    pronunciations, as published rates do; where the number of words is wrong, phonemes count against the first ones,
-    and words are aligned whole."""
+    """Count the errors of `text` against the pronunciations of each word.
+
+    A word counts against its nearest pronunciation, as in published rates. If the number of words
+    differs, phonemes count against the first pronunciations, and whole words are aligned.
+    """
     from rapidfuzz.distance import Levenshtein
 
     words = [word.split() for word in text.split("|")]
@@ -344,7 +395,7 @@ def errors(text: str, references: Sequence[Sequence[str]]) -> Errors:
 
 
 def _pronunciations(name: str) -> Metric:
-    """per and word-acc: 1 less the rate of wrong phonemes, and of wrong words."""
+    """Build per or word-acc: 1 - the rate of wrong phonemes, or of wrong words."""
 
     def statistics(text: str, reference: Reference) -> Sequence[float]:
         if reference.words is not None:
@@ -359,10 +410,10 @@ def _pronunciations(name: str) -> Metric:
     return Metric(name, statistics, _less_errors, needs=(1, "the references have no phonemes"))
 
 
-# Restoration: capital letters and punctuation that an output puts back. Words of both texts are aligned without case
-# and punctuation; what stands at words that are not aligned is wrong or missing.
+# Restoration: capital letters and punctuation that an output restores. The words of both texts are
+# aligned ignoring case and punctuation. Items at words that are not aligned are wrong or missing.
 
-# A word with what joins its parts, or one mark.
+# A word, with the marks inside it, or a single mark.
 _PIECE = re.compile(r"\w+(?:['’+#/.-]+\w+)*|[^\w\s]")
 _NEEDS = {
     "case-f1": "the references have no capital letters",
@@ -371,12 +422,18 @@ _NEEDS = {
 
 
 def _restoration(name: str) -> Metric:
-    """case-f1: words that are written with capitals, and how; punct-f1: marks, each by its kind and the word before it.
-    F1 over all sequences; the counts are of what is right, of the output and of the reference."""
+    """Build case-f1 or punct-f1, F1 over all sequences.
+
+    case-f1 counts words that contain capitals, each with its exact spelling. punct-f1 counts marks,
+    each with its kind and the word before it.
+    """
     from rapidfuzz.distance import Levenshtein
 
     def pieces(text: str) -> tuple[list[str], list[tuple[int, str]]]:
-        """Split a text into words in lower case, and what is scored, with the number of its word (-1: none)."""
+        """Split a text into words in lower case, and the scored items.
+
+        Each item has the index of its word, or -1 before the first word.
+        """
         words: list[str] = []
         items: list[tuple[int, str]] = []
         for piece in _PIECE.findall(text):
@@ -388,10 +445,11 @@ def _restoration(name: str) -> Metric:
         return words, items
 
     def counts(output: str, text: str) -> tuple[float, float, float]:
-        (words, items), (true_words, true_items) = pieces(output), pieces(text)
-        place = {
-            -1: -1
-        }  # the reference's word for each word that is the same; the start is that of both
+        """Count the correct items, those of the output and those of the reference."""
+        words, items = pieces(output)
+        true_words, true_items = pieces(text)
+        # Index in the reference of each aligned word. Both texts have a start, -1.
+        place = {-1: -1}
         for block in Levenshtein.opcodes(words, true_words).as_matching_blocks():
             place.update({block.a + step: block.b + step for step in range(block.size)})
         ours = Counter((place.get(number, f"other {number}"), item) for number, item in items)

@@ -1,1 +1,1 @@
-"""Reading checkpoints, tokenizers and examples."""
+"""Readers of checkpoints, tokenizers and examples."""

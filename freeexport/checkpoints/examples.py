@@ -1,4 +1,4 @@
-"""Lines of data as examples: text that becomes ids, recordings of speech, splits, and what is too long."""
+"""Examples from lines of data: token ids, recordings of speech, splits, and length limits."""
 
 from __future__ import annotations
 
@@ -27,20 +27,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TARGETS_WANTED = "give every line an input, or audio, and a target"
-_CHUNK = 4096  # texts a call of the tokenizer
-MOST_UNWRITABLE = 0.5  # of the targets: with more, outputs are wrong whatever is trained
-_SHOWN = 40  # characters of an example
+_CHUNK = 4096  # texts per call of the tokenizer
+MOST_UNWRITABLE = 0.5  # share of the targets. With more, no training gives correct outputs.
+_SHOWN = 40  # characters of an example in a message
 _HASH_RANGE = 1 << 32
 
 
 class DataError(FreeExportError):
-    """Data is missing, empty or broken, or has nothing that a model could be trained on."""
+    """Data is missing, empty or broken, or contains nothing to train on."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A WAV file that is read anew where it is needed: a window of sound, of which the encoder makes `rows` positions
-    from `bins` bins. `digest` is of the file's content, `language` the code of what is spoken."""
+    """A WAV file of one window of sound, read again at every use.
+
+    Attributes:
+        path: Path of the file.
+        digest: Hash of the file's content.
+        language: Code of the spoken language.
+        bins: Number of bins of the spectrogram.
+        rows: Number of positions that the encoder produces.
+    """
 
     path: Path
     digest: str
@@ -49,11 +56,11 @@ class Recording:
     rows: int
 
     def __len__(self) -> int:
-        """Positions of the encoder, which reads silence, too."""
+        """Return the number of positions of the encoder, including silence."""
         return self.rows
 
     def features(self) -> np.ndarray:
-        """The spectrogram, float32 [bins, 2 rows]."""
+        """Return the spectrogram, float32 [bins, 2 rows]."""
         mels = log_mel(read_audio(self.path), self.bins)
         whole: np.ndarray = window(mels, 0, FRAMES_A_POSITION * self.rows)[0]
         return whole
@@ -61,8 +68,14 @@ class Recording:
 
 @dataclass(frozen=True)
 class Example:
-    """`prompt`: token ids int32 [n] as the model gets them, or a Recording; `target`: ids int32 [m] with that of the
-    end of a sequence, of which the first `given` are not predicted."""
+    """A prompt and its target.
+
+    Attributes:
+        prompt: Token ids int32 [n] as the model reads them, or a Recording.
+        target: Token ids int32 [m], including the end of sequence.
+        line: Line number in the file.
+        given: Number of tokens at the start of the target that are not predicted.
+    """
 
     prompt: Any
     target: np.ndarray
@@ -72,11 +85,20 @@ class Example:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """The way from text to token ids. `limit` is the most tokens of a sequence that the model is trained on.
+    """Conversion of text to token ids, and the length limit of training sequences.
 
-    Encoder-decoder models have the limit for prompt and target each, decoder-only ones for both together. `truncate`:
-    prompts give way, at the end for an encoder, else at the beginning, where the target is farthest away. `begin`:
-    tokens that every target begins with. `speech` where inputs are recordings of `bins` bins and `rows` positions.
+    Attributes:
+        tokenizer: The tokenizer.
+        eos: Token that ends a target.
+        limit: Maximum number of tokens. Applies to prompt and target separately for encoder-decoder
+            models, and to their sum for decoder-only models.
+        seq2seq: The model is an encoder-decoder.
+        truncate: Cut long prompts, at the end for an encoder. For a decoder at the beginning, which
+            is farthest from the target.
+        begin: Tokens that every target begins with.
+        speech: Tokens of a speech model, or None for a model of text.
+        bins: Speech: number of bins of the spectrogram.
+        rows: Speech: number of positions of the encoder.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -90,12 +112,15 @@ class TextFormat:
     rows: int = 0
 
     def fits(self, example: Example) -> bool:
-        prompt, target = 0 if self.speech else len(example.prompt), len(example.target)
+        prompt = 0 if self.speech else len(example.prompt)
+        target = len(example.target)
         return max(prompt, target) <= self.limit if self.seq2seq else prompt + target <= self.limit
 
     def cut(self, example: Example) -> Example:
-        """With as much of the prompt as fits, and the special token at its other end; unchanged where only a shorter
-        target would do."""
+        """Cut the prompt to fit, but keep a special token at the end that is cut.
+
+        Returns the example unchanged if only a shorter target would fit.
+        """
         room = self.limit if self.seq2seq else self.limit - len(example.target)
         prompt = example.prompt
         assert isinstance(prompt, np.ndarray)
@@ -109,15 +134,22 @@ class TextFormat:
 
 
 def speech_of(checkpoint: Checkpoint, description: Description) -> Speech | None:
-    """The tokens of speech, as generation_config.json names them; None for a model of text. Raises GraphError."""
-    sound, config = description.spectrogram, checkpoint.generation_config
+    """Return the special tokens of a speech model, or None for a model of text.
+
+    They are read from generation_config.json.
+
+    Raises:
+        GraphError: If generation_config.json does not define them.
+    """
+    sound = description.spectrogram
+    config = checkpoint.generation_config
     if sound is None:
         return None
     timestamps = config.get("no_timestamps_token_id")
     if not isinstance(timestamps, int):
         raise GraphError(
-            f"{checkpoint.name} names no no_timestamps_token_id; add the generation_config.json of the Whisper model "
-            "that it was made from"
+            f"{checkpoint.name} names no no_timestamps_token_id; add the generation_config.json "
+            "of the Whisper model that it was made from"
         )
     languages = {
         code.strip("<|>"): token for code, token in (config.get("lang_to_id") or {}).items()
@@ -139,8 +171,11 @@ def speech_of(checkpoint: Checkpoint, description: Description) -> Speech | None
 
 
 def text_format(checkpoint: Checkpoint, description: Description, limit: int) -> TextFormat:
-    """Sequences of at most `limit` ids, or the model's own limit. Raises CheckpointError without a tokenizer or an end
-    of sequence."""
+    """Return the format of sequences of at most `limit` tokens, or the model's own limit if lower.
+
+    Raises:
+        CheckpointError: If the checkpoint has no tokenizer or defines no end of sequence.
+    """
     sound = description.spectrogram
     if not has_tokenizer(checkpoint):
         raise CheckpointError(
@@ -156,10 +191,8 @@ def text_format(checkpoint: Checkpoint, description: Description, limit: int) ->
         )
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     limit = min(limit, description.decoder.max_positions or limit)
-    seq2seq, first = (
-        description.encoder is not None,
-        forced(checkpoint.generation_config, "forced_bos_token_id"),
-    )
+    seq2seq = description.encoder is not None
+    first = forced(checkpoint.generation_config, "forced_bos_token_id")
     form = TextFormat(
         tokenizer, int(end), limit, seq2seq, begin=(first,) if seq2seq and first is not None else ()
     )
@@ -171,25 +204,33 @@ def text_format(checkpoint: Checkpoint, description: Description, limit: int) ->
 
 
 def forced(generation: Mapping[str, Any], name: str) -> int | None:
-    """A token id of the generation settings; of a list the first."""
+    """Return a token id from the generation settings. Of a list, return the first."""
     given = generation.get(name)
     return (int(given[0]) if given else None) if isinstance(given, list) else given
 
 
 def end_ids(checkpoint: Checkpoint) -> list[int]:
-    """The ids that end a sequence, as the checkpoint's generation_config.json or config.json names them."""
+    """Return the ids that end a sequence, from generation_config.json or config.json."""
     ends = checkpoint.generation_config.get("eos_token_id")
     return list(ends) if isinstance(ends, list) else [] if ends is None else [int(ends)]
 
 
 def known_ends(checkpoint: Checkpoint, vocab_size: int) -> tuple[int, ...]:
-    """Return those of `end_ids` that the vocabulary has."""
+    """Return the ids of `end_ids` that are in the vocabulary."""
     return tuple(token for token in end_ids(checkpoint) if 0 <= token < vocab_size)
 
 
 def read_examples(path: Path, limit: int | None = None, need_target: str = "") -> list[Request]:
-    """The first `limit` lines of a JSONL file, or all. `need_target`: the remedy for a line without a target; "" where
-    none is needed. Raises DataError for a broken line, with its number, and for an empty file."""
+    """Read the first `limit` lines of a JSONL file. Default: all lines.
+
+    Args:
+        path: Path of the file.
+        limit: Maximum number of lines.
+        need_target: Advice for a line without a target. Default: targets are optional.
+
+    Raises:
+        DataError: If a line is broken, or the file is empty.
+    """
     requests = []
     for line in islice(read_requests(path), limit):
         if isinstance(line, BrokenLine):
@@ -208,8 +249,14 @@ def read_examples(path: Path, limit: int | None = None, need_target: str = "") -
 def split(
     requests: Sequence[Request], share: float, path: Path
 ) -> tuple[list[Request], list[Request]]:
-    """(training, validation) by a hash of the input: about `share` of the inputs are validation, in every run and
-    whatever else the file holds. Raises DataError where one of the two would be empty."""
+    """Split requests into training and validation by a hash of the input.
+
+    About `share` of the inputs are used for validation. An input is always on the same side,
+    whatever else the file contains.
+
+    Raises:
+        DataError: If there would be no training examples.
+    """
     ranked = []
     for request in requests:
         text = (
@@ -221,12 +268,13 @@ def split(
             (int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"), request)
         )
     lowest = min(rank for rank, _ in ranked)
-    # A small file may have no hash below the share; then its lowest one stands for it.
+    # In a small file no hash may be below the share. The lowest one is then used for validation.
     border = max(share * _HASH_RANGE, lowest + 1)
     training = [request for rank, request in ranked if rank >= border]
     if not training:
         raise DataError(
-            f"{path} has one distinct input, and validation takes it; give more, or a --validation file"
+            f"{path} has one distinct input, and validation takes it; give more, or a "
+            "--validation file"
         )
     return training, [request for rank, request in ranked if rank < border]
 
@@ -234,12 +282,16 @@ def split(
 def encode(
     requests: Sequence[Request], form: TextFormat, path: Path
 ) -> tuple[list[Example], str | None]:
-    """Examples in the order of the file, without those that do not fit, also when cut where `form` says so; and a line
-    about those that were cut or left out. Raises DataError where none fits."""
-    prompts, targets = prompts_of(requests, form, path), list[list[int]]()
+    """Return the examples that fit, in order, and a message about those cut or left out, or None.
+
+    Raises:
+        DataError: If none fits.
+    """
+    prompts = prompts_of(requests, form, path)
+    targets = list[list[int]]()
     for start in range(0, len(requests), _CHUNK):
         texts = [str(request.target) for request in requests[start : start + _CHUNK]]
-        if form.speech is not None:  # which begins a transcript with a space
+        if form.speech is not None:  # transcripts begin with a space
             texts = [f" {text.strip()}" for text in texts]
         targets += _ids(form.tokenizer, texts, special=False, target=form.seq2seq)
     examples = [
@@ -250,10 +302,16 @@ def encode(
 
 
 def unwritable(requests: Sequence[Request], form: TextFormat, path: Path) -> str | None:
-    """Compare each target with what the tokenizer makes of its tokens, spaces aside: no output can equal one that
-    differs, such as JSON in the vocabulary of T5, which has no braces. Return a line with the count and an example,
-    None where there are none. Raises DataError where more than MOST_UNWRITABLE of the targets differ."""
-    count, example = 0, ""
+    """Find targets that the tokenizer cannot reproduce, ignoring spaces.
+
+    No output can equal such a target. An example is JSON in the vocabulary of T5, which has no
+    braces. Returns a message with their number and an example, or None.
+
+    Raises:
+        DataError: If they are more than MOST_UNWRITABLE of the targets.
+    """
+    count = 0
+    example = ""
     for start in range(0, len(requests), _CHUNK):
         part = requests[start : start + _CHUNK]
         texts = [" ".join(str(request.target).split()) for request in part]
@@ -267,14 +325,17 @@ def unwritable(requests: Sequence[Request], form: TextFormat, path: Path) -> str
     if not count:
         return None
     line = f"{path}: the tokenizer cannot write {count} of {len(requests)} targets ({example})"
-    remedy = "no output can equal them; write these targets with other characters, or add tokens to the model"
+    remedy = (
+        "no output can equal them; write these targets with other characters, or add tokens to "
+        "the model"
+    )
     if count > MOST_UNWRITABLE * len(requests):
         raise DataError(f"{line}: {remedy}")
     return f"{line}; {remedy}"
 
 
 def _difference(request: Request, text: str, found: str) -> str:
-    """Show where a text that was written and read differs first."""
+    """Show the first difference between a text and the same text after tokenization."""
     same = (a == b for a, b in zip(text, found, strict=False))
     place = next(
         (place for place, equal in enumerate(same) if not equal), min(len(text), len(found))
@@ -290,7 +351,10 @@ def example_of(
     form: TextFormat,
     request: Request,
 ) -> Example:
-    """An example, of speech with the tokens that the decoder reads before what it writes."""
+    """Build an example.
+
+    For speech, the target begins with the tokens that the decoder reads first.
+    """
     given: list[int] = []
     if isinstance(prompt, Recording) and form.speech is not None:
         given = form.speech.prefix(prompt.language)
@@ -300,11 +364,17 @@ def example_of(
 def prompts_of(
     requests: Sequence[Request], form: TextFormat, path: Path
 ) -> Sequence[np.ndarray | Recording]:
-    """The recordings, each of which was read once, or the ids of the inputs, int32 [n] each. Raises DataError for one
-    that cannot be used: the line, and why."""
+    """Return the recordings, or the ids of each input, int32 [n].
+
+    Each recording is read once, as a check.
+
+    Raises:
+        DataError: If a line cannot be used, with its number and the reason.
+    """
     if form.speech is not None:
         return [recording_of(request, form.speech, form.rows, path) for request in requests]
-    prompts, texts = list[list[int]](), list[str | list[dict[str, str]]]()
+    prompts = list[list[int]]()
+    texts = list[str | list[dict[str, str]]]()
     for request in requests:
         try:
             texts.append(request.text)
@@ -321,11 +391,17 @@ def prompts_of(
 
 
 def recording_of(request: Request, speech: Speech, rows: int, path: Path) -> Recording:
-    """The WAV file of a line, for an encoder of so many positions. Raises DataError for one that cannot be used."""
-    where, language = f"{path}, line {request.line_number}", request.language or "en"
+    """Return the WAV file of a line, for an encoder with `rows` positions.
+
+    Raises:
+        DataError: If the file cannot be used.
+    """
+    where = f"{path}, line {request.line_number}"
+    language = request.language or "en"
     if not isinstance(request.input, Path):
         raise DataError(
-            f"{where}: it has 'input', and the model reads speech; give 'audio', the path of a WAV file"
+            f"{where}: it has 'input', and the model reads speech; give 'audio', the path of a "
+            "WAV file"
         )
     if language not in (speech.languages or ("en",)):
         known = ", ".join(list(speech.languages)[:8]) or "en alone"
@@ -341,7 +417,8 @@ def recording_of(request: Request, speech: Speech, rows: int, path: Path) -> Rec
         raise DataError(f"{where}: {error}") from None
     if seconds > (longest := rows * SECONDS_A_TIMESTAMP):
         raise DataError(
-            f"{where}: {request.input} has {seconds:.1f} s, and the model reads windows of {longest:g} s; cut it"
+            f"{where}: {request.input} has {seconds:.1f} s, and the model reads windows of "
+            f"{longest:g} s; cut it"
         )
     digest = hashlib.sha256(content).hexdigest()[:32]
     return Recording(request.input, digest, language, speech.bins, rows)
@@ -350,8 +427,13 @@ def recording_of(request: Request, speech: Speech, rows: int, path: Path) -> Rec
 def fitted(
     examples: list[Example], form: TextFormat, path: Path
 ) -> tuple[list[Example], str | None]:
-    """The examples that fit, cut where `form` says so; and a line about the others. DataError where none fits."""
-    total, long = len(examples), sum(not form.fits(example) for example in examples)
+    """Return the examples that fit, cut if the format truncates, and a message about the others.
+
+    Raises:
+        DataError: If none fits.
+    """
+    total = len(examples)
+    long = sum(not form.fits(example) for example in examples)
     if not long:
         return examples, None
     if form.truncate:
@@ -366,8 +448,9 @@ def fitted(
         notes.append(f"{cut} of {total} inputs are cut, so that examples have {form.limit} tokens")
     if left_out:
         notes.append(
-            f"{len(left_out)} of {total} examples are longer than {form.limit} tokens and are left out (the first on "
-            f"line {left_out[0].line}); raise --max-tokens if the model can take them"
+            f"{len(left_out)} of {total} examples are longer than {form.limit} tokens and are "
+            f"left out (the first on line {left_out[0].line}); raise --max-tokens if the model "
+            "can take them"
         )
     return [example for example in examples if form.fits(example)], f"{path}: {'; '.join(notes)}"
 
@@ -385,7 +468,7 @@ def _prompts(
             )
         if isinstance(text, str):
             found += _ids(tokenizer, [text], special=True)
-        else:  # the template writes the special tokens itself
+        else:  # the template adds the special tokens
             written = tokenizer.apply_chat_template(
                 text, tokenize=False, add_generation_prompt=True
             )
@@ -396,9 +479,10 @@ def _prompts(
 def _ids(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[Any], special: bool, target: bool = False
 ) -> list[list[int]]:
-    # Marian has another SentencePiece model for targets.
+    # Marian has a separate SentencePiece model for targets.
     given = {"text_target" if target else "text": list(texts)}
-    # `verbose` warns of texts longer than the tokenizer's own limit, which is not ours.
+    # `verbose` would warn of texts longer than the tokenizer's own limit, which does not apply
+    # here.
     encoded = tokenizer(
         **given, add_special_tokens=special, return_attention_mask=False, verbose=False
     )

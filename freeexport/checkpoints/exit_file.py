@@ -1,4 +1,4 @@
-"""exit.json beside a checkpoint's weights: where its exit stands, and what the exit has of its own."""
+"""exit.json beside the weights of a checkpoint: position and parameters of its exit."""
 
 from __future__ import annotations
 
@@ -26,20 +26,36 @@ from runtime.bundle.schema import Reader
 from runtime.errors import BundleError
 from runtime.json_file import read_object
 
-# "deep-ce" is that of a model without an exit, to compare with.
+# "deep-ce" trains a model without an exit, for comparison.
 LossName = Literal["ce", "kd-dyn", "weighted-ce", "logit-kd", "deep-ce"]
 Tune = Literal["full", "lora", "exit"]
 
-EXIT_FILE, EXIT_WEIGHTS = "exit.json", "exit.safetensors"
+EXIT_FILE = "exit.json"
+EXIT_WEIGHTS = "exit.safetensors"
 EXIT_SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class ExitFile:
-    """`exit_norm`, `adapter_rank` and `exit_layers` (transformer layers) say which parameters the exit has of its own:
-    none (False, 0, 0) where the checkpoint itself was trained. `exit_input`: what its layers read. `vocabulary`: the
-    tokens that the exit knows, beside one class for all others; None for all. `base_sha256` is Checkpoint.sha256 of the
-    weights beside the exit's own parameters; without any, of what was trained."""
+    """Content of exit.json.
+
+    Attributes:
+        exit_layer: Layer after which the exit is.
+        exit_norm: The exit has its own norm.
+        adapter_rank: Rank of the exit's adapter, or 0.
+        base_sha256: Checkpoint.sha256 of the weights beside the exit's own parameters, or of the
+            model before training if the exit has none.
+        loss: Loss of the training.
+        tune: Weights that were trained.
+        exit_layers: Number of transformer layers that the exit has of its own.
+        vocabulary: Tokens that the exit predicts, beside one class for all others. None: all
+            tokens.
+        exit_input: Input of the exit's own layers.
+        schema_version: Version of this format.
+
+    Raises:
+        CheckpointError: If a value is not allowed.
+    """
 
     exit_layer: int
     exit_norm: bool
@@ -68,7 +84,7 @@ class ExitFile:
 
     @property
     def trained(self) -> bool:
-        """Whether the exit was."""
+        """Return True if the exit was trained."""
         return self.loss != "deep-ce"
 
     @property
@@ -81,7 +97,7 @@ class ExitFile:
         )
 
     def shapes(self, hidden_size: int) -> dict[str, Shape]:
-        """Shapes of the exit's own tensors, its layers apart."""
+        """Return the shapes of the exit's own tensors, except its layers."""
         shapes: dict[str, Shape] = {}
         if self.exit_norm:
             shapes[EXIT_NORM] = (hidden_size,)
@@ -104,16 +120,21 @@ def write_exit_file(directory: Path, exit_file: ExitFile) -> None:
 
 
 def read_exit_file(directory: Path) -> ExitFile | None:
-    """None where there is none. Raises CheckpointError where it cannot be read, or does not hold what it must."""
-    path, remedy = directory / EXIT_FILE, "train again, or remove it"
+    """Read exit.json, or return None if there is none.
+
+    Raises:
+        CheckpointError: If the file cannot be read or its content is invalid.
+    """
+    path = directory / EXIT_FILE
+    remedy = "train again, or remove it"
     if not path.exists():
         return None
     try:
         value = read_object(path, remedy)
         if (version := value.get("schema_version")) != EXIT_SCHEMA_VERSION:
             raise CheckpointError(
-                f"{path} has schema version {repr(version)[:80]}, this freeexport reads {EXIT_SCHEMA_VERSION}; use the "
-                f"freeexport that wrote it, or {remedy}"
+                f"{path} has schema version {repr(version)[:80]}, this freeexport reads "
+                f"{EXIT_SCHEMA_VERSION}; use the freeexport that wrote it, or {remedy}"
             )
         read: ExitFile = Reader(remedy).read(ExitFile, value, str(path))
     except BundleError as error:
@@ -124,9 +145,10 @@ def read_exit_file(directory: Path) -> ExitFile | None:
 def read_exit_weights(
     directory: Path, exit_file: ExitFile, config: dict[str, Any], weights: Weights
 ) -> SafetensorsFile:
-    """The exit's own tensors, checked against a model of this configuration and these weights.
+    """Open the exit's own tensors, and check them against a model's configuration and weights.
 
-    Raises CheckpointError where they do not fit, or the model cannot have so many layers of the exit's own.
+    Raises:
+        CheckpointError: If they do not fit, or the exit has more layers than the decoder.
     """
     path = directory / EXIT_WEIGHTS
     if not path.is_file():
@@ -135,7 +157,8 @@ def read_exit_weights(
         )
     file = SafetensorsFile(path)
     description = describe(config, weights)
-    shapes, norm = exit_file.shapes(description.hidden_size), description.decoder.head.norm
+    shapes = exit_file.shapes(description.hidden_size)
+    norm = description.decoder.head.norm
     if norm is None:
         shapes.pop(EXIT_NORM, None)
     elif norm.bias is not None and EXIT_NORM in shapes:
@@ -144,8 +167,8 @@ def read_exit_weights(
         layers = len(description.decoder.layers)
         if exit_file.exit_layers > layers:
             raise CheckpointError(
-                f"{EXIT_FILE} has {exit_file.exit_layers} exit_layers, which this model of {layers} decoder layers "
-                "cannot have; train again, or remove it"
+                f"{EXIT_FILE} has {exit_file.exit_layers} exit_layers, which this model of "
+                f"{layers} decoder layers cannot have; train again, or remove it"
             )
         shapes |= own_shapes(description, weights, exit_file.exit_layers, exit_file.exit_input)
     for name, shape in shapes.items():

@@ -1,7 +1,7 @@
-"""GGUF files: tensors under their Hugging Face names, dequantised to float32 as transformers does it.
+"""GGUF files: tensors under their Hugging Face names, dequantized to float32 as in transformers.
 
-The header is read here: the gguf package believes every count and length, and makes two arrays of every item of an
-array, which takes a minute for a vocabulary of 256,000 tokens.
+The header is parsed here, because the gguf package trusts every count and length, and creates two
+arrays for each item of an array. That takes a minute for a vocabulary of 256,000 tokens.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ ARCHITECTURES = (
     "qwen2",
     "qwen3",
     "t5",
-)  # a Mistral model is a llama
-# Several times what published models have.
+)  # Mistral models are stored as "llama"
+# Limits, several times the values of published models.
 MAX_TENSORS = 1 << 16
 MAX_FIELDS = 1 << 12
 MAX_DIMENSIONS = 4
 MAX_TEXT = 1 << 24  # bytes
-# Items of arrays by name. transformers reads each of them one by one, some ten microseconds each.
+# Maximum number of items in an array, by name. transformers reads them one at a time, in some ten
+# microseconds each.
 MAX_ITEMS = {
     **dict.fromkeys(
         (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")), 1 << 19
@@ -52,7 +53,7 @@ MAX_ITEMS = {
     "tokenizer.ggml.precompiled_charsmap": 1 << 20,
 }
 MAX_OTHER_ITEMS = 1 << 12
-# A GGUF name stands for the names of many architectures; these are the ones transformers' own classes use.
+# A GGUF name maps to names in many architectures. These patterns match those of transformers.
 _DECODER_ONLY = re.compile(
     r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm|(pre|post)_feedforward_layernorm"
     r"|self_attn\.([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj))|lm_head"
@@ -75,8 +76,9 @@ _SPECIAL_TOKENS = {
     "unk_token": "unknown",
     "pad_token": "padding",
 }
-_TEXT, _ARRAY = 8, 9
-# Formats of struct by the number of the type.
+_TEXT = 8
+_ARRAY = 9
+# struct formats by type number.
 _FORMATS = {
     0: "B",
     1: "b",
@@ -90,13 +92,14 @@ _FORMATS = {
     11: "q",
     12: "d",
 }
-# Tensors that are stored as numbers, by the number of the type: F32, F16, I8, I16, I32, I64, F64.
+# numpy types of unquantized tensors by type number: F32, F16, I8, I16, I32, I64, F64.
 _PLAIN = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
-_LEAST_FIELD, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
+_LEAST_FIELD = 8 + 4 + 1
+_LEAST_TENSOR = 8 + 4 + 4 + 8
 
 
 class _Array(NamedTuple):
-    """Items of a type, in the file from the offset `at`."""
+    """An array of `length` items of type `kind` at offset `at` in the file."""
 
     kind: int
     length: int
@@ -104,7 +107,10 @@ class _Array(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """`shape` is numpy's order; `at` counts from the begin of the file's data."""
+    """A tensor.
+
+    `shape` is in numpy's order. `at` is the offset from the start of the file's data.
+    """
 
     name: str
     shape: Shape
@@ -114,10 +120,11 @@ class _Tensor(NamedTuple):
 
 
 class Header:
-    """Fields and tensors of a GGUF file. Large arrays are passed over.
+    """Fields and tensors of a GGUF file. The items of arrays are skipped.
 
-    Raises CheckpointError where a count or a length does not fit the file, or one of the limits above;
-    UnsupportedModelError for an architecture that has no description, as soon as it is read.
+    Raises:
+        CheckpointError: If a count or a length exceeds the file, or one of the limits above.
+        UnsupportedModelError: If the architecture is not supported. Raised as soon as it is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,11 +149,12 @@ class Header:
     def _read(self, path: Path) -> None:
         if self._content[:4] != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        # The low half of a version that was written in the other byte order is empty.
+        # The lower half of a version written in the other byte order is zero.
         self.order = "<" if self._number("I", at=4) & 0xFFFF else ">"
         if (version := self._number("I", at=4)) not in (2, 3):
             raise ValueError(f"it is of version {version}, 2 and 3 are known")
-        tensors, fields = self._number("Q", at=8), self._number("Q", at=16)
+        tensors = self._number("Q", at=8)
+        fields = self._number("Q", at=16)
         self._limit("fields", fields, MAX_FIELDS, _LEAST_FIELD)
         self._limit("tensors", tensors, MAX_TENSORS, _LEAST_TENSOR)
         for _ in range(fields):
@@ -158,8 +166,8 @@ class Header:
             self.fields[name] = self._value(name, self._take("I"))
             if name == "general.architecture" and self.fields[name] not in ARCHITECTURES:
                 raise UnsupportedModelError(
-                    f"{path}: architecture {str(self.fields[name])[:80]!r} is not supported; supported GGUF "
-                    f"architectures are {', '.join(ARCHITECTURES)}"
+                    f"{path}: architecture {str(self.fields[name])[:80]!r} is not supported; "
+                    f"supported GGUF architectures are {', '.join(ARCHITECTURES)}"
                 )
         alignment = self.fields.get("general.alignment", 32)
         if (
@@ -169,7 +177,8 @@ class Header:
             or alignment > 1 << 20
         ):
             raise ValueError(
-                f"general.alignment is {str(alignment)[:40]!r}, which is no power of two up to a MiB"
+                f"general.alignment is {str(alignment)[:40]!r}, which is no power of two up to a "
+                "MiB"
             )
         found = []
         for _ in range(tensors):
@@ -189,18 +198,17 @@ class Header:
             return self._text("a text")
         if kind != _ARRAY:
             return self._take(self._format(kind))
-        kind, count = self._take("I"), self._take("Q")
-        # No published model has arrays of arrays.
+        kind = self._take("I")
+        count = self._take("Q")
+        # Arrays of arrays are not supported, as no published model has any.
         width = 8 if kind == _TEXT else struct.calcsize(self._format(kind))
         self._limit(f"items in {name[:80]}", count, MAX_ITEMS.get(name, MAX_OTHER_ITEMS), width)
         array = _Array(kind, count, self._at)
         self._at += width * count
         if kind == _TEXT:
-            unpack, at, end = (
-                struct.Struct(self.order + "Q").unpack_from,
-                array.at,
-                len(self._content),
-            )
+            unpack = struct.Struct(self.order + "Q").unpack_from
+            at = array.at
+            end = len(self._content)
             for _ in range(count):
                 (length,) = unpack(self._content, at)
                 at += 8 + length
@@ -266,7 +274,12 @@ class Header:
 
 
 class GGUFFile(TensorFile):
-    """Weights of a GGUF file. Raises what Header does, and CheckpointError for a part of a split file."""
+    """Weights of a GGUF file.
+
+    Raises:
+        CheckpointError: If the file is damaged or is one part of a split file.
+        UnsupportedModelError: If the architecture is not supported.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -280,12 +293,12 @@ class GGUFFile(TensorFile):
             raise CheckpointError(f"{path} names no general.architecture; download it again")
         if "rope_factors_short.weight" in header.tensors:
             raise UnsupportedModelError(
-                f"{path}: its rotary positions have factors (rope_factors_short), which transformers does not read; "
-                "give the original checkpoint"
+                f"{path}: its rotary positions have factors (rope_factors_short), which "
+                "transformers does not read; give the original checkpoint"
             )
         embedding = header.tensors.get("token_embd.weight")
         for name in ("tokens", "scores", "token_type"):
-            # transformers reads every item, so there must be weights for them.
+            # transformers reads every item, so there must not be more items than embedding rows.
             array = header.fields.get(f"tokenizer.ggml.{name}")
             if (
                 isinstance(array, _Array)
@@ -312,12 +325,13 @@ class GGUFFile(TensorFile):
         value = self.header.fields.get(key)
         if value is not None and not (type(value) is int and least <= value <= most):
             raise CheckpointError(
-                f"{self.path}: {key} is {str(value)[:40]!r}; it must be a whole number from {least} to {most}"
+                f"{self.path}: {key} is {str(value)[:40]!r}; it must be a whole number from "
+                f"{least} to {most}"
             )
         return value
 
     def _is_conv(self, tensor: _Tensor) -> bool:
-        """Whether transformers has a matrix the other way round: GPT-2's layers are Conv1D."""
+        """Return True if transformers stores the matrix transposed, as in GPT-2's Conv1D layers."""
         return (
             self._architecture == "gpt2"
             and tensor.name.startswith("blk.")
@@ -329,11 +343,15 @@ class GGUFFile(TensorFile):
         return "tokenizer.ggml.tokens" in self.header.fields
 
     def special_tokens(self) -> dict[str, str]:
-        """The tokenizer's "bos_token", "eos_token", "unk_token" and "pad_token", as far as the file has them."""
+        """Return the bos, eos, unk and pad tokens that the file defines.
+
+        The keys are "bos_token", "eos_token", "unk_token" and "pad_token".
+        """
         tokens = self.header.fields.get("tokenizer.ggml.tokens")
         if not isinstance(tokens, _Array) or tokens.kind != _TEXT or not tokens.length:
             return {}
-        found, unpack = {}, struct.Struct(self.header.order + "Q").unpack_from
+        found = {}
+        unpack = struct.Struct(self.header.order + "Q").unpack_from
         for name, key in _SPECIAL_TOKENS.items():
             index = self._field(f"tokenizer.ggml.{key}_token_id", tokens.length - 1, 0)
             if index is not None:
@@ -347,8 +365,10 @@ class GGUFFile(TensorFile):
         return found
 
     def _ordered(self, tensor: _Tensor, array: np.ndarray) -> np.ndarray:
-        """The rows [heads * head_dim, ...] of a Llama's query and key, which llama.cpp has as interleaved pairs, as the
-        two halves of a rotation."""
+        """Reorder the rows [heads * head_dim, ...] of a Llama's query and key.
+
+        llama.cpp stores the two halves of a rotation as interleaved pairs.
+        """
         if self._architecture != "llama" or not (
             part := re.search(r"\.attn_([qk])\.", tensor.name)
         ):
@@ -364,7 +384,7 @@ class GGUFFile(TensorFile):
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
 
     def kinds(self) -> Counter[str]:
-        """How many matrices the file has by the name of their type."""
+        """Count the matrices of the file by the name of their type."""
         from gguf.constants import GGMLQuantizationType
 
         return Counter(
@@ -379,7 +399,7 @@ class GGUFFile(TensorFile):
         tensor = self._tensors[name]
         kind = GGMLQuantizationType(tensor.kind)
         known = KINDS.get(kind.name)
-        # Alone, or beside 4 bits that are found by their values, 8 bits are what a plan makes of them.
+        # If the file has no other type of KINDS, the conversion plan decides the format of Q8_0.
         if kind.name == "Q8_0" and not self.kinds().keys() & (KINDS.keys() - {"Q8_0"}):
             return None
         if (
@@ -412,7 +432,8 @@ class GGUFFile(TensorFile):
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        tensor, order = self._tensors[name], self.header.order
+        tensor = self._tensors[name]
+        order = self.header.order
         begin = self.header.data + tensor.at
         stored = np.asarray(self._data[begin : begin + tensor.nbytes])
         try:
@@ -428,7 +449,7 @@ class GGUFFile(TensorFile):
                 )
             array = self._ordered(tensor, array.reshape(tensor.shape))
             if self._architecture in ("gemma2", "gemma3") and tensor.name.endswith("norm.weight"):
-                array = array - 1  # llama.cpp stores what the norm multiplies with
+                array = array - 1  # llama.cpp stores weight + 1
             if self._is_conv(tensor):
                 array = np.ascontiguousarray(array.T)
         except (
@@ -440,15 +461,18 @@ class GGUFFile(TensorFile):
             OverflowError,
         ) as error:
             raise CheckpointError(
-                f"{self.path}: {name} cannot be dequantised ({one_line(error)}); use a file of another quantisation"
+                f"{self.path}: {name} cannot be dequantised ({one_line(error)}); use a file of "
+                "another quantisation"
             ) from None
         return array
 
 
 @contextmanager
 def without_arrays(file: GGUFFile) -> Iterator[Path]:
-    """Write a GGUF file with the fields that are no arrays and the tensors' names, from which transformers makes the
-    same configuration; it is removed at the end."""
+    """Write a GGUF file with all fields except arrays, and the names of the tensors.
+
+    transformers builds the same configuration from it. The file is removed when the block ends.
+    """
     from gguf import GGUFWriter
     from gguf.constants import GGUFValueType
 
@@ -465,7 +489,7 @@ def without_arrays(file: GGUFFile) -> Iterator[Path]:
         }
         for name, value in {**size, **fields}.items():
             if name.startswith("general.a") or value is None or isinstance(value, _Array):
-                continue  # GGUFWriter writes architecture and alignment itself
+                continue  # GGUFWriter adds architecture and alignment
             writer.add_key_value(name, value, kinds.get(type(value), GGUFValueType.INT64))
         for name in file.header.tensors:
             writer.add_tensor(name, np.zeros(1, np.float32))
@@ -478,9 +502,12 @@ def without_arrays(file: GGUFFile) -> Iterator[Path]:
 
 @contextmanager
 def quick_reader(options: Mapping[str, str]) -> Iterator[None]:
-    """Give transformers, inside the block, a reader of GGUF files that makes no two arrays of every item of an array,
-    and names that it does not make anew for every module: SmolLM2's header takes 0.1 to 0.4 s instead of 2.5. Nothing
-    changes where the `options` of a checkpoint's source name no such file."""
+    """Make transformers read GGUF files faster while the block runs.
+
+    The reader does not create two arrays for each item of an array, and names are cached between
+    modules. SmolLM2's header takes 0.1 to 0.4 s instead of 2.5 s. Has no effect if `options` of a
+    checkpoint's source name no GGUF file.
+    """
     if "gguf_file" not in options:
         yield
         return
@@ -492,11 +519,15 @@ def quick_reader(options: Mapping[str, str]) -> Iterator[None]:
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type != _ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
-            kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-            at, count, items = orig_offs + 12, int(length[0]), list[Any]()
+            kind = self._get(orig_offs, np.uint32)
+            length = self._get(orig_offs + 4, np.uint64)
+            at = orig_offs + 12
+            count = int(length[0])
+            items = list[Any]()
             if kind[0] == _TEXT:
                 order = ">" if (sys.byteorder == "little") == (self.byte_order == "S") else "<"
-                unpack, content = struct.Struct(f"{order}Q").unpack_from, self.data.data
+                unpack = struct.Struct(f"{order}Q").unpack_from
+                content = self.data.data
                 for _ in range(count):
                     begin = at + 8
                     at = begin + unpack(content, at)[0]
@@ -513,18 +544,24 @@ def quick_reader(options: Mapping[str, str]) -> Iterator[None]:
             ]
             return at - orig_offs, [kind, length, *items], list(range(2, 2 + count)), types
 
-    usual, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    package.GGUFReader, package.get_tensor_name_map = Reader, cache(names)
+    usual = gguf.GGUFReader
+    names = gguf.get_tensor_name_map
+    package.GGUFReader = Reader
+    package.get_tensor_name_map = cache(names)
     try:
         yield
     finally:
-        package.GGUFReader, package.get_tensor_name_map = usual, names
+        package.GGUFReader = usual
+        package.get_tensor_name_map = names
 
 
 def _hugging_face_names(
     found: dict[str, _Tensor], architecture: str, blocks: int
 ) -> dict[str, _Tensor]:
-    """Tensors by Hugging Face name; those that have none (rope_freqs.weight) keep their own."""
+    """Map tensors to their Hugging Face names.
+
+    Tensors without one, such as rope_freqs.weight, keep theirs.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     known = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
@@ -545,7 +582,8 @@ def _hugging_face_names(
             or candidates[stem]
             or [stem]
         )
-        # T5 calls its ungated input `wi`, the gated pair `wi_0` and `wi_1`; both `wi` and `wi_1` are GGUF's ffn_up.
+        # T5 names its ungated input `wi`, and the gated pair `wi_0` and `wi_1`. Both `wi` and
+        # `wi_1` are GGUF's ffn_up.
         if stem.replace("ffn_up", "ffn_gate") in present:
             names = [name for name in names if not name.endswith(".wi")]
         tensors[names[0] + dot + suffix] = tensor

@@ -1,4 +1,4 @@
-"""Values, scales and offsets of a GGUF file's quantized blocks, as the file has them."""
+"""Values, scales and offsets of the quantized blocks in a GGUF file, unchanged."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ import numpy as np
 from graphs.quantization.rounding import Rounded
 from runtime.bundle.manifest import TensorFormat
 
-# A super-block's inputs, and those of one of its blocks.
-_SUPER, _BLOCK = 256, 32
+# Number of inputs of a super-block, and of one of its blocks.
+_SUPER = 256
+_BLOCK = 32
 
 
 class Blocks(NamedTuple):
-    """The n blocks of a tensor: values uint8 [n, inputs of a block], float16 scales and offsets (None without) [n], and
-    multiples int8 [n, blocks of a super-block, 1 or 2] (None without)."""
+    """Blocks of a tensor, n in all.
+
+    Attributes:
+        values: uint8 [n, inputs per block].
+        scales: float16 [n].
+        offsets: float16 [n], or None.
+        multiples: int8 [n, blocks per super-block, 1 or 2], or None.
+    """
 
     values: np.ndarray
     scales: np.ndarray
@@ -25,7 +32,13 @@ class Blocks(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How a kind of block is read, from uint8 [n, bytes of a block]; `block`: inputs that share a scale."""
+    """A type of blocks.
+
+    Attributes:
+        format: Format in a bundle.
+        block: Number of inputs that share a scale.
+        read: Decodes uint8 [n, bytes per block].
+    """
 
     format: TensorFormat
     block: int
@@ -37,7 +50,7 @@ def _halves(raw: np.ndarray, at: int) -> np.ndarray:
 
 
 def _q5(raw: np.ndarray) -> Blocks:
-    """Q5_0, and Q5_1, whose blocks have an offset and so two bytes more."""
+    """Decode Q5_0, or Q5_1, whose blocks have two more bytes for an offset."""
     start = raw.shape[1] - 20
     low = raw[:, start + 4 :]
     fifth = np.unpackbits(raw[:, start : start + 4], axis=1, bitorder="little")
@@ -46,9 +59,14 @@ def _q5(raw: np.ndarray) -> Blocks:
 
 
 def _q4_k(raw: np.ndarray) -> Blocks:
-    """Q4_K, and Q5_K, which has 32 bytes of fifth bits, one of each 64 values' two halves after the other."""
-    packed = raw[:, 4:16]  # scales, and offsets to be taken away, of 8 blocks in 6 bits
-    first, second, last = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    """Decode Q4_K, or Q5_K, which adds 32 bytes with the fifth bits.
+
+    Bit k of byte i belongs to value i of block k.
+    """
+    packed = raw[:, 4:16]  # 6-bit scales of 8 blocks, and 6-bit offsets to subtract
+    first = packed[:, 0:4]
+    second = packed[:, 4:8]
+    last = packed[:, 8:12]
     scales = np.concatenate([first & 63, last & 15 | first >> 6 << 4], axis=1)
     offsets = np.concatenate([second & 63, last >> 4 | second >> 6 << 4], axis=1)
     low = raw[:, -128:].reshape(-1, 4, 1, _BLOCK)
@@ -61,7 +79,8 @@ def _q4_k(raw: np.ndarray) -> Blocks:
 
 
 def _q6_k(raw: np.ndarray) -> Blocks:
-    low, high = raw[:, :128].reshape(-1, 2, 1, 64), raw[:, 128:192].reshape(-1, 2, 1, _BLOCK)
+    low = raw[:, :128].reshape(-1, 2, 1, 64)
+    high = raw[:, 128:192].reshape(-1, 2, 1, _BLOCK)
     fours = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, _BLOCK)
     values = fours | (high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3) << 4
     return Blocks(
@@ -69,7 +88,8 @@ def _q6_k(raw: np.ndarray) -> Blocks:
     )
 
 
-# Q4_0 and Q4_1 are found by their values, as are those of other checkpoints (graphs/quantization/rounding.py).
+# Q4_0 and Q4_1 are recognized by their values, like other 4-bit checkpoints
+# (graphs/quantization/rounding.py).
 KINDS = {
     "Q5_0": Kind("int5", _BLOCK, _q5),
     "Q5_1": Kind("int5", _BLOCK, _q5),
@@ -81,7 +101,10 @@ KINDS = {
 
 
 def values_of(kind: str, raw: np.ndarray, outputs: int) -> Rounded | None:
-    """A tensor of so many outputs, from uint8 [blocks, bytes]; None where a scale or an offset is not finite."""
+    """Decode a tensor with `outputs` rows from uint8 [blocks, bytes].
+
+    Returns None if a scale or an offset is not finite.
+    """
     found = KINDS[kind].read(raw)
     if not np.isfinite(found.scales).all() or not (
         found.offsets is None or np.isfinite(found.offsets).all()
@@ -90,7 +113,8 @@ def values_of(kind: str, raw: np.ndarray, outputs: int) -> Rounded | None:
     values = found.values.reshape(outputs, -1, KINDS[kind].block)
     if KINDS[kind].format == "int4":
         values = values[..., 0::2] | values[..., 1::2] << 4
-    offsets, multiples = found.offsets, found.multiples
+    offsets = found.offsets
+    multiples = found.multiples
     if offsets is not None:
         offsets = offsets.reshape(outputs, -1)
     if multiples is not None:

@@ -1,4 +1,4 @@
-"""A LoRA adapter of peft, merged into its base one tensor at a time: W + scale * B A."""
+"""LoRA adapters of peft, merged into their base one tensor at a time: W + scale * B A."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from runtime.json_file import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-# Settings that change what is added to a weight, or the weight itself, and are not merged here.
+_PREFIX = "base_model.model."
+_A = ".lora_A.weight"
+_B = ".lora_B.weight"
+# Unsupported settings, which change the update of a weight, or the weight itself.
 _UNSUPPORTED = (
     *("use_dora", "alpha_pattern", "modules_to_save", "layer_replication"),
     *("trainable_token_indices", "target_parameters", "lora_bias", "megatron_config"),
 )
 _MAX_ALPHA = 1e6
 _MAX_PATH = 4096
-# Initialisations that leave the base's weights as they were.
+# Initializations that do not change the base's weights.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Any], str]:
-    """The configuration of an adapter, and the path or hub name of its base.
+    """Return the configuration of an adapter, and the path or hub name of its base.
 
-    Raises CheckpointError when it is damaged, or is anything but plain LoRA on a base that is no adapter.
+    Raises:
+        CheckpointError: If the adapter is damaged, is not plain LoRA, or its base is an adapter.
     """
     path = directory / ADAPTER_CONFIG
     config = read_object(path, "train the adapter again", CheckpointError, nan=True)
@@ -50,10 +53,12 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(
             f"{path}: init_lora_weights {start!r} changes the base; merge the adapter with peft"
         )
-    alpha, rank = config.get("lora_alpha", 8), config.get("r", 8)
+    alpha = config.get("lora_alpha", 8)
+    rank = config.get("r", 8)
     if type(alpha) not in (int, float) or not 0 < alpha <= _MAX_ALPHA:
         raise CheckpointError(
-            f"{path}: lora_alpha is {str(alpha)[:40]!r}; it must be a number above 0, at most {_MAX_ALPHA:g}"
+            f"{path}: lora_alpha is {str(alpha)[:40]!r}; it must be a number above 0, at most "
+            f"{_MAX_ALPHA:g}"
         )
     if type(rank) is not int or rank < 1:
         raise CheckpointError(
@@ -67,15 +72,17 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(f"{path} names itself as its base; give the base's path")
     if (base / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{directory} has the base {base}, an adapter too; merge that into its own base with peft"
+            f"{directory} has the base {base}, an adapter too; merge that into its own base with "
+            "peft"
         )
     return config, str(base) if base.exists() else model
 
 
 class MergedWeights(TensorFile):
-    """The tensors of `base` that an adapter changes, each merged when it is read.
+    """Tensors of `base` that an adapter changes, each merged when it is read.
 
-    Raises CheckpointError where the adapter's weights are damaged, or do not fit the base.
+    Raises:
+        CheckpointError: If the adapter's weights are damaged or do not fit the base.
     """
 
     def __init__(self, directory: Path, config: dict[str, Any], base: Weights) -> None:
@@ -84,13 +91,16 @@ class MergedWeights(TensorFile):
         )
         if path is None:
             raise CheckpointError(
-                f"{directory} has no weights: none of {', '.join(ADAPTER_WEIGHTS)} is there; copy it again"
+                f"{directory} has no weights: none of {', '.join(ADAPTER_WEIGHTS)} is there; copy "
+                "it again"
             )
-        self.path, self._base = path, base
+        self.path = path
+        self._base = base
         self.file = open_weights(path)
         self.nbytes = self.file.nbytes
         self._transposed = bool(config.get("fan_in_fan_out"))
-        # By name of the tensor: what multiplies B A. The configuration's rank is not that of every layer.
+        # Factor of B A for each tensor. A layer's rank may differ from the one in the
+        # configuration.
         self._scales: dict[str, float] = {}
         self.shapes = shapes = dict[str, Shape]()
         for name in self.file.shapes:
@@ -107,8 +117,8 @@ class MergedWeights(TensorFile):
                 )
             if base.shape(weight) != shape:
                 raise CheckpointError(
-                    f"{directory} adapts {weight} as {list(shape)}, the base has {list(base.shape(weight))}; "
-                    "check its base"
+                    f"{directory} adapts {weight} as {list(shape)}, the base has "
+                    f"{list(base.shape(weight))}; check its base"
                 )
             self._scales[weight] = config.get("lora_alpha", 8) / (
                 math.sqrt(rank) if config.get("use_rslora") else rank
@@ -116,14 +126,14 @@ class MergedWeights(TensorFile):
             shapes[weight] = shape
 
     def _sizes(self, module: str) -> tuple[int, tuple[int, int]]:
-        """Rank of A [rank, inputs] and B [outputs, rank], and the shape of the weight that they change."""
+        """Return the rank of A [rank, inputs] and B [outputs, rank], and the weight's shape."""
         a, b = (self.file.shapes.get(_PREFIX + module + part) for part in (_A, _B))
         if a is None or b is None:
             raise CheckpointError(f"{self.path} has only half of {module}; train the adapter again")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
             raise CheckpointError(
-                f"{self.path}: A of {module} is {list(a)} and B is {list(b)}, which are no [rank, inputs] and "
-                "[outputs, rank] of one rank from 1; train the adapter again"
+                f"{self.path}: A of {module} is {list(a)} and B is {list(b)}, which are no [rank, "
+                "inputs] and [outputs, rank] of one rank from 1; train the adapter again"
             )
         return a[0], (a[1], b[0]) if self._transposed else (b[0], a[1])
 
@@ -133,7 +143,7 @@ class MergedWeights(TensorFile):
         return merged
 
     def delta(self, name: str) -> np.ndarray:
-        """Compute what the adapter adds to a weight: scale * B A, float32, in the weight's shape."""
+        """Return the update of a weight, scale * B A, float32 in the weight's shape."""
         a, b = (self.file.read(_PREFIX + name.removesuffix(".weight") + part) for part in (_A, _B))
         delta = b @ a
         delta *= np.float32(self._scales[name])

@@ -1,8 +1,9 @@
-"""Ready-made exits: one file with an exit's own parameters in 8 bits, which names the weights that it fits.
+"""Ready-made exits: files with an exit's own parameters in 8 bits.
 
-The file is safetensors. The matrices of the exit's map and layers, and of a LoRA adapter, have int8 values [outputs,
-inputs] and, as NAME.scales, float16 scales of blocks of inputs, as an int8 bundle has them; everything else is float32,
-token ids int32. The metadata have one JSON object.
+Each file contains the hash of the weights that the exit fits. The files are safetensors. The
+matrices of the exit's map and layers, and of a LoRA adapter, are stored as int8 [outputs, inputs].
+NAME.scales has their float16 scales for blocks of inputs, as in an int8 bundle. Token ids are
+int32, and all other tensors float32. The metadata contain one JSON object.
 """
 
 from __future__ import annotations
@@ -41,20 +42,35 @@ READY_MADE = Path(__file__).parents[1] / "exits"
 SUFFIX = ".safetensors"
 FORMAT = 1
 MOST_BYTES = 8_000_000
-_METADATA, _SCALES = "freeexport_exit", ".scales"
-_BLOCKS = (128, 64)  # inputs that share a scale: the largest that divides them, else BLOCK
+_METADATA = "freeexport_exit"
+_SCALES = ".scales"
+_BLOCKS = (128, 64)  # inputs per scale: the largest that divides the inputs, else BLOCK
 _LORA_B = "lora_B.weight"
 _REMEDY = "get the file again"
-# Of exits: they become parts of file names.
+# Names of exits, which become parts of file names.
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,79}", re.ASCII)
 _NAMES = "a name has at most 80 letters, digits and . _ + -, and begins with a letter or digit"
 
 
 @dataclass(frozen=True)
 class PackedExit:
-    """The metadata of an exit's file. `model` is the name of the base, `weights_sha256` that of its weights, and
-    `tensors_sha256` that of the bytes behind the header; `adapter_config` the configuration of a LoRA adapter of the
-    base, as JSON without its base. `data`, `recipe` and `results` are sentences."""
+    """Metadata of an exit's file.
+
+    Attributes:
+        name: Name of the exit.
+        family: Family of the model.
+        model: Name of the base model.
+        weights_sha256: Hash of the base's weights.
+        tensors_sha256: Hash of the bytes after the header.
+        exit: Content of exit.json.
+        licence: Licence of the exit.
+        data: Sentences on the training data.
+        recipe: Sentences on the training.
+        results: Sentences on the results.
+        adapter_config: Configuration of a LoRA adapter of the base, as JSON without the base, or
+            None.
+        format: Version of this format.
+    """
 
     name: str
     family: str
@@ -71,16 +87,20 @@ class PackedExit:
 
 
 def ready_made() -> list[Path]:
-    """The exits that this package brings."""
+    """Return the files of the exits in this package."""
     return sorted(READY_MADE.glob(f"*{SUFFIX}"))
 
 
 def find_exit(name: str) -> Path:
-    """The file of a ready-made exit, or the file itself. Raises CheckpointError where there is none."""
+    """Return the file of a ready-made exit, or `name` if it is a file.
+
+    Raises:
+        CheckpointError: If there is no such exit and no such file.
+    """
     known = {path.stem: path for path in ready_made()}
     if name in known:
         return known[name]
-    with suppress(OSError, ValueError):  # no name of a file
+    with suppress(OSError, ValueError):  # not a valid file name
         if Path(name).is_file():
             return Path(name)
     listed = f"known are {', '.join(known)}" if known else "this freeexport brings none"
@@ -90,7 +110,11 @@ def find_exit(name: str) -> Path:
 
 
 def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
-    """Read a file, and check its hash. Raises CheckpointError where it is damaged, newer, or no exit."""
+    """Read the file of an exit and check its hash.
+
+    Raises:
+        CheckpointError: If the file is damaged, not an exit, or of a newer format.
+    """
     try:
         file = SafetensorsFile(path)
     except CheckpointError:
@@ -103,7 +127,8 @@ def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
         value = parse_object(file.metadata[_METADATA], str(path), _REMEDY)
         if type(value.get("format")) is int and value["format"] > FORMAT:
             raise CheckpointError(
-                f"{path} has format {value['format']}, this freeexport reads {FORMAT}; upgrade freeexport"
+                f"{path} has format {value['format']}, this freeexport reads {FORMAT}; upgrade "
+                "freeexport"
             )
         packed: PackedExit = Reader(_REMEDY).read(PackedExit, value, str(path))
     except BundleError as error:
@@ -118,20 +143,32 @@ def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
 
 
 def misfit(packed: PackedExit, checkpoint: Checkpoint, sha256: str) -> str | None:
-    """Why an exit does not fit a model, None where it does. `sha256`: `weights_sha256` of the model."""
+    """Return the reason why an exit does not fit a model, or None if it fits.
+
+    Args:
+        packed: The exit.
+        checkpoint: The model.
+        sha256: `weights_sha256` of the model.
+    """
     if (family := describe(checkpoint.config, checkpoint).family) != packed.family:
-        return f"it is for {packed.family} models, of {packed.model}, and {checkpoint.name} is a {family} model"
+        return (
+            f"it is for {packed.family} models, of {packed.model}, and {checkpoint.name} is a "
+            f"{family} model"
+        )
     if sha256 != packed.weights_sha256:
         return (
-            f"it was trained on other weights, of {packed.model} (sha256 {packed.weights_sha256[:12]}..., those of "
-            f"{checkpoint.name} have {sha256[:12]}...)"
+            f"it was trained on other weights, of {packed.model} (sha256 "
+            f"{packed.weights_sha256[:12]}..., those of {checkpoint.name} have {sha256[:12]}...)"
         )
     return None
 
 
 def fitting_exits(checkpoint: Checkpoint) -> list[PackedExit]:
-    """The ready-made exits that fit the weights of a checkpoint without an exit. Reads the weights only where the
-    family and the sizes are right."""
+    """Return the ready-made exits that fit the weights of a checkpoint.
+
+    A checkpoint that has an exit or an adapter fits none. Weights are read only if an exit has the
+    same family and sizes.
+    """
     if checkpoint.adapter is not None or checkpoint.exit is not None:
         return []
     description = describe(checkpoint.config, checkpoint)
@@ -146,8 +183,11 @@ def fitting_exits(checkpoint: Checkpoint) -> list[PackedExit]:
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:
-    """Hash over the model's weights as they are read, in float32 and in the order of the description: the same for all
-    files that hold the same numbers, whatever their format and the names of tensors. Not over an exit's own."""
+    """Hash the weights of the model as float32, in the order of the description.
+
+    Files with the same numbers have the same hash, regardless of their format and tensor names. The
+    exit's own parameters are not included.
+    """
     description = describe(checkpoint.config, checkpoint)
     names = weight_names(description, checkpoint)
     if isinstance(description.encoder, ForeignEncoder):
@@ -168,10 +208,12 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
 
 @contextmanager
 def with_exit_applied(model: str, name: str | None) -> Iterator[str]:
-    """A checkpoint directory, as long as the block runs: the model with a ready-made exit, or one in a file; without a
-    name the model as it is.
+    """Yield a temporary checkpoint directory with exit `name` applied.
 
-    Raises CheckpointError where there is no such exit, and where it does not fit the model.
+    Yields `model` unchanged if `name` is None.
+
+    Raises:
+        CheckpointError: If there is no such exit, it does not fit, or the model is a LoRA adapter.
     """
     if name is None:
         yield model
@@ -199,10 +241,13 @@ def with_exit_applied(model: str, name: str | None) -> Iterator[str]:
 
 
 def exit_directory(name: str, work: Path) -> Path:
-    """A directory with exit.json and an exit's parameters: `name` itself, or for a ready-made exit or one in a file
-    `work`, which is written unless it is there.
+    """Return a directory with exit.json and an exit's parameters.
 
-    Raises CheckpointError where there is no such exit, and where it goes with a LoRA adapter.
+    The directory is `name` itself, or `work` for a ready-made exit or one in a file. `work` is
+    written unless it exists.
+
+    Raises:
+        CheckpointError: If there is no such exit, or it requires a LoRA adapter.
     """
     from safetensors.numpy import save_file
 
@@ -221,7 +266,10 @@ def exit_directory(name: str, work: Path) -> Path:
 
 
 def _unpack(packed: PackedExit, file: SafetensorsFile, base: Checkpoint, directory: Path) -> None:
-    """Write the model with the exit to an empty directory; its own files are links."""
+    """Write the model with the exit to an empty directory.
+
+    The model's own files are symbolic links.
+    """
     from safetensors.numpy import save_file
 
     tensors = _tensors(file)
@@ -239,7 +287,7 @@ def _unpack(packed: PackedExit, file: SafetensorsFile, base: Checkpoint, directo
         for path in base.path.iterdir():
             if path.is_file() and path.name not in (EXIT_FILE, EXIT_WEIGHTS):
                 (directory / path.name).symlink_to(path.resolve())
-    # A GGUF file in a directory counts as a checkpoint only beside an exit.
+    # A directory with a GGUF file is a checkpoint only if it also has an exit.json.
     write_exit_file(directory, ExitFile(1, False, 0, "0" * 64, packed.exit.loss, packed.exit.tune))
     sha256 = open_checkpoint(str(directory)).sha256
     save_file(
@@ -259,8 +307,14 @@ def pack(
     recipe: str,
     results: str,
 ) -> PackedExit:
-    """Write the exit of a checkpoint that `train` made to the file `out`; the facts are PackedExit's. Raises
-    CheckpointError where the exit has no parameters of its own, OutputError where it has more than MOST_BYTES."""
+    """Write the exit of a trained checkpoint to the file `out`.
+
+    `base_name` is PackedExit.model. The other facts have the names of its fields.
+
+    Raises:
+        CheckpointError: If the exit has no parameters of its own.
+        OutputError: If the name is invalid, or the exit has more than MOST_BYTES.
+    """
     from safetensors.numpy import save_file
 
     if _NAME.fullmatch(name) is None:
@@ -268,19 +322,19 @@ def pack(
     checkpoint = open_checkpoint(model)
     if checkpoint.exit is None or not checkpoint.exit.has_parameters:
         raise CheckpointError(
-            f"{model} has no exit with parameters of its own; train one: --exit-layers, --exit-vocab, or --tune exit"
+            f"{model} has no exit with parameters of its own; train one: --exit-layers, "
+            "--exit-vocab, or --tune exit"
         )
-    _ = checkpoint.sha256  # that the exit belongs to these weights
+    _ = checkpoint.sha256  # checks that the exit belongs to these weights
     arrays = {
         tensor: checkpoint.read(tensor) for tensor in checkpoint.names() if tensor.startswith(EXIT)
     }
-    base, config = checkpoint, None
+    base = checkpoint
+    config = None
     if checkpoint.adapter is not None:
         stored, path = read_adapter(checkpoint.adapter)
-        base, config = (
-            open_checkpoint(path),
-            json.dumps({**stored, "base_model_name_or_path": ""}, sort_keys=True),
-        )
+        base = open_checkpoint(path)
+        config = json.dumps({**stored, "base_model_name_or_path": ""}, sort_keys=True)
         merged = next(file for file in checkpoint.files if isinstance(file, MergedWeights))
         arrays |= {tensor: merged.file.read(tensor) for tensor in merged.file.shapes}
     tensors = {
@@ -291,8 +345,9 @@ def pack(
     size = sum(array.nbytes for array in tensors.values())
     if size > MOST_BYTES:
         raise OutputError(
-            f"the exit of {model} has {size / 1e6:.1f} MB in 8 bits, at most {MOST_BYTES / 1e6:.0f} are packed; train "
-            "one with fewer --exit-layers, or a LoRA of a lower --rank"
+            f"the exit of {model} has {size / 1e6:.1f} MB in 8 bits, at most "
+            f"{MOST_BYTES / 1e6:.0f} are packed; train one with fewer --exit-layers, or a LoRA of "
+            "a lower --rank"
         )
     packed = PackedExit(
         name=name,
@@ -308,13 +363,13 @@ def pack(
         adapter_config=config,
     )
     with replacing(out) as partial:
-        # The order of tensors, and so their hash, does not depend on the metadata.
+        # The order of the tensors, and with it their hash, is independent of the metadata.
         save_file(tensors, partial)
         packed = replace(packed, tensors_sha256=_tensors_sha256(partial))
         save_file(
             tensors, partial, metadata={_METADATA: json.dumps(asdict(packed), sort_keys=True)}
         )
-        partial.chmod(0o644)  # safetensors lets the owner alone read
+        partial.chmod(0o644)  # safetensors makes the file private
     return packed
 
 
@@ -330,7 +385,7 @@ def _packed(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     linear = name == EXIT_MAP or (name.startswith(EXIT_LAYERS) and "relative_bias" not in name)
     if array.ndim != 2 or (name.startswith(EXIT) and not linear):
         return {name: array}
-    # The rank of a LoRA is a short row of inputs: its blocks run along the outputs.
+    # A LoRA matrix B has few inputs, its rank, so its blocks run along the outputs.
     rows = np.ascontiguousarray(array.T) if name.endswith(_LORA_B) else array
     rounded, _ = IntegerScheme(_BLOCKS).round(rows, "int8-block", np.dtype(np.float16))
     if rounded.error > IntegerScheme.limits["int8-block"]:
@@ -343,7 +398,11 @@ def _packed(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _tensors(file: SafetensorsFile) -> dict[str, np.ndarray]:
-    """Unpack all. Raises CheckpointError where they do not fit each other."""
+    """Unpack all tensors.
+
+    Raises:
+        CheckpointError: If they are inconsistent.
+    """
     try:
         return {name: _unpacked(file, name) for name in file.shapes if not name.endswith(_SCALES)}
     except (LookupError, ValueError) as error:

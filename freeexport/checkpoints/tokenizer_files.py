@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and generation settings as the files that a bundle holds."""
+"""Write a checkpoint's tokenizer and generation settings as the files of a bundle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from runtime.errors import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# transformers 5 makes an empty tokenizer where none of these is there, rather than failing.
+# Without any of these files transformers 5 returns an empty tokenizer instead of failing.
 _SOURCES = (
     *(
         "tokenizer.json",
@@ -38,26 +38,30 @@ _SOURCES = (
     ),
     *("vocab.json", "vocab.txt", "source.spm"),
 )
-# How tokens spell a language: deu_Latn and de_DE, __de__ (M2M100), >>deu<< (Marian); and where that of the target goes.
+# Language tokens: deu_Latn and de_DE, __de__ (M2M100), >>deu<< (Marian). Then the place of the
+# target's token.
 _LANGUAGE = re.compile(r"([a-z]{2,3}_[A-Z][A-Za-z]{1,3})|__([a-z]{2,3})__|>>([\w-]+)<<")
 _TARGETS: dict[str, Literal["first", "start", "prompt"]] = {
     "m2m_100": "first",
     "mbart": "first",
     "marian": "prompt",
 }
-# Slow tokenizers, and the name of their SentencePiece model for prompts.
+# Slow tokenizers, and the attribute with their SentencePiece model for prompts.
 _PIECES = {"MarianTokenizer": "spm_source", "M2M100Tokenizer": "sp_model"}
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _BYT5_OFFSET = 3
 
 
 def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
-    """Write what the bundle needs to turn text into token ids and back; returns the names of the files written.
+    """Write the files that convert between text and token ids, and return their names.
 
-    Always generation_config.json. Where the checkpoint has a tokenizer also tokenizer.json (encoding with special
-    tokens as AutoTokenizer does, without padding or truncation), tokenizer_config.json (the strings of the special
-    tokens, for chat templates), and chat_template.jinja where it has a chat template.
-    Raises CheckpointError when there is a tokenizer that cannot be read or has no `tokenizers` equivalent.
+    generation_config.json is always written. If the checkpoint has a tokenizer, so are
+    tokenizer.json (with the special tokens of AutoTokenizer, without padding and truncation),
+    tokenizer_config.json (the strings of the special tokens, for chat templates), and
+    chat_template.jinja if there is a chat template.
+
+    Raises:
+        CheckpointError: If the tokenizer cannot be read or has no equivalent in `tokenizers`.
     """
     files = {"generation_config.json": _json(checkpoint.generation_config)}
     if has_tokenizer(checkpoint):
@@ -66,11 +70,11 @@ def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
             files["tokenizer.json"] = _fast(tokenizer, checkpoint).to_str(pretty=False)
         except CheckpointError:
             raise
-        except Exception as error:  # what the tokenizers library raises, of no other type
+        except Exception as error:  # the tokenizers library raises plain Exception
             raise _unreadable(checkpoint, error) from None
         named = {name: getattr(tokenizer, name, None) for name in _SPECIAL}
         special = {name: str(token) for name, token in named.items() if token is not None}
-        if gguf := _gguf(checkpoint):  # transformers 4.57 takes the wrong token for eos
+        if gguf := _gguf(checkpoint):  # transformers 4.57 reads a wrong eos token
             special = gguf.special_tokens()
         files["tokenizer_config.json"] = _json(special)
         template = getattr(tokenizer, "chat_template", None)
@@ -82,7 +86,10 @@ def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
 
 
 def languages_of(checkpoint: Checkpoint, directory: Path) -> Languages | None:
-    """The languages of a translation model by the tokens of the tokenizer.json in `directory`; None without any."""
+    """Return the languages of a translation model, or None if it has no language tokens.
+
+    They are read from the tokens of the tokenizer.json in `directory`.
+    """
     file = directory / "tokenizer.json"
     if checkpoint.config.get("model_type") not in _TARGETS or not file.is_file():
         return None
@@ -96,21 +103,25 @@ def languages_of(checkpoint: Checkpoint, directory: Path) -> Languages | None:
         return None
     written = set(tokenizer.encode("a").ids)
     source = next((code for code, index in tokens.items() if index in written), None)
-    # mBART of 25 languages has the target's token in place of a start token.
+    # mBART with 25 languages has the target's token instead of a start token.
     start = checkpoint.generation_config.get("decoder_start_token_id")
     target = "start" if start in tokens.values() else _TARGETS[checkpoint.config["model_type"]]
     return Languages(dict(sorted(tokens.items())), source, target)
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint brings a tokenizer; without one, only token ids can be decoded from."""
+    """Return True if the checkpoint has a tokenizer. Without one, prompts must be token ids."""
     if gguf := _gguf(checkpoint):
         return gguf.has_tokenizer
     return any((checkpoint.path / name).is_file() for name in _SOURCES)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer as transformers reads it. Raises CheckpointError when it cannot be read."""
+    """Load the tokenizer with transformers.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     from transformers import AutoTokenizer
 
     source, options = checkpoint.source
@@ -119,7 +130,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(
                 source, trust_remote_code=False, local_files_only=True, **options
             )
-    except Exception as error:  # tokenizers of every kind, each with errors of its own
+    except Exception as error:  # every kind of tokenizer raises its own types
         raise _unreadable(checkpoint, error) from None
 
 
@@ -129,14 +140,14 @@ def _gguf(checkpoint: Checkpoint) -> GGUFFile | None:
 
 def _unreadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{checkpoint.name}: its tokenizer cannot be read ({one_line(error)}); "
-        "repair the tokenizer files, or remove them to convert without"
+        f"{checkpoint.name}: its tokenizer cannot be read ({one_line(error)}); repair the "
+        "tokenizer files, or remove them to convert without"
     )
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> Tokenizer:
-    # Not the checkpoint's own tokenizer.json: transformers changes it on loading (bos and eos of Llama, added tokens),
-    # and a file from the hub may have truncation and padding switched on.
+    # The checkpoint's own tokenizer.json is not used: transformers changes it on loading (bos and
+    # eos of Llama, added tokens), and a file from the hub may enable truncation and padding.
     kind = type(tokenizer).__name__
     if kind == "ByT5Tokenizer":
         return _byt5(tokenizer)
@@ -144,8 +155,9 @@ def _fast(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> Tokeniz
         return _of_pieces(tokenizer, _PIECES[kind])
     if not tokenizer.is_fast:
         raise CheckpointError(
-            f"{checkpoint.name}: {type(tokenizer).__name__} has no equivalent in the tokenizers library; "
-            "add a tokenizer.json to the checkpoint, or remove its tokenizer to convert without"
+            f"{checkpoint.name}: {type(tokenizer).__name__} has no equivalent in the tokenizers "
+            "library; add a tokenizer.json to the checkpoint, or remove its tokenizer to convert "
+            "without"
         )
     fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     fast.no_padding()
@@ -154,8 +166,11 @@ def _fast(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> Tokeniz
 
 
 def _of_pieces(tokenizer: Any, model: str) -> Tokenizer:
-    """SentencePiece pieces with ids of the checkpoint's own, as `encoder` of the tokenizer has them. Pieces that the
-    prompt's model does not have, as those of Marian's targets, are there for their text."""
+    """Build a tokenizer from SentencePiece pieces with the ids of the checkpoint's `encoder`.
+
+    Pieces missing from the prompt's model, such as those of Marian's targets, are included to
+    decode them.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -201,7 +216,7 @@ def _of_pieces(tokenizer: Any, model: str) -> Tokenizer:
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer writes before a text and behind it."""
+    """Return the ids that the tokenizer adds before and after a text."""
     inner = tokenizer.unk_token_id
     ids = tokenizer.build_inputs_with_special_tokens([inner])
     place = ids.index(inner)
@@ -209,8 +224,12 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _byt5(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Bytes as tokens: the id of a byte is its value + 3, after pad, eos and unk; sentinels follow the bytes."""
-    # A byte-level tokenizer writes a byte as its character, or as one from U+0100 if that is unprintable.
+    """Build a tokenizer of bytes.
+
+    The id of a byte is its value + 3, after pad, eos and unk. Sentinels follow the bytes.
+    """
+    # A byte-level tokenizer represents a byte by its character, or by one from U+0100 if
+    # unprintable.
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""The checkpoint as transformers runs it: what every engine is compared with."""
+"""Run a checkpoint with transformers, as the reference for all engines."""
 
 from __future__ import annotations
 
@@ -28,14 +28,19 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 def torch_device(name: str) -> torch.device:
-    """Torch's device for "cpu" or "cuda:0". Raises OptionError for a device that is not there."""
+    """Return torch's device for "cpu" or "cuda:0".
+
+    Raises:
+        OptionError: If torch does not find the device.
+    """
     import torch
 
     device = Device.parse(name)
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise OptionError(
-            f"device {device} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; choose "
-            "'cpu', or a GPU that nvidia-smi shows with a torch that was built for it"
+            f"device {device} is not there: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs; choose 'cpu', or a GPU that nvidia-smi shows with "
+            "a torch that was built for it"
         )
     return torch.device(str(device))
 
@@ -43,13 +48,22 @@ def torch_device(name: str) -> torch.device:
 def reference_model(
     checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = "float32", capacity: int = 0
 ) -> PreTrainedModel:
-    """The Hugging Face model of the checkpoint, in evaluation mode, with a LoRA adapter merged into it.
+    """Load the Hugging Face model of a checkpoint in evaluation mode, with its LoRA adapter merged.
 
-    In float32 it takes 4 bytes of memory a parameter. Rotary positions are those of a bundle with a cache of `capacity`
-    positions: where transformers changes them with the length of a prompt, a bundle does not. An exit's own parameters
-    are not part of it; that some tokens are suppressed is. Raises
-    UnsupportedModelError where the weights are of other sizes than the configuration says, CheckpointError where one is
-    missing, OptionError as `torch_device` does.
+    Takes 4 bytes of memory per parameter in float32. Suppressed tokens are suppressed as in a
+    bundle. The exit's own parameters are not loaded.
+
+    Args:
+        checkpoint: The checkpoint.
+        device: "cpu" or "cuda:0".
+        dtype: Type of the weights.
+        capacity: Cache size of the bundle, in positions. Fixes the rotary positions, which
+            transformers would change with the length of a prompt.
+
+    Raises:
+        UnsupportedModelError: If the sizes of weights differ from the configuration.
+        CheckpointError: If a weight is missing.
+        OptionError: If torch does not find the device.
     """
     import torch
     import transformers
@@ -58,7 +72,8 @@ def reference_model(
     from graphs.layers import SUPPRESSED
     from graphs.shapes import check_checkpoint
 
-    place, description = torch_device(device), describe(checkpoint.config, checkpoint)
+    place = torch_device(device)
+    description = describe(checkpoint.config, checkpoint)
     check_checkpoint(checkpoint.config, description, checkpoint)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -69,7 +84,7 @@ def reference_model(
     if checkpoint.config.get("model_type") == "whisper":
         loader = transformers.AutoModelForSpeechSeq2Seq
     source, options = checkpoint.source
-    # 4.57 takes `dtype` as well; only older releases want `torch_dtype`.
+    # transformers 4.57 accepts `dtype`. Older releases require `torch_dtype`.
     given = {
         "dtype": getattr(torch, dtype),
         "trust_remote_code": False,
@@ -79,7 +94,7 @@ def reference_model(
     with quick_reader(options):
         model = loader.from_pretrained(source, **given)
     if "gguf_file" in options:
-        # Its weights are plain by now, but transformers would refuse to save them.
+        # The weights are dequantized, but transformers would refuse to save them.
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
     if checkpoint.adapter is not None:
@@ -102,8 +117,10 @@ def reference_model(
 def greedy_ids(
     model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int
 ) -> list[np.ndarray]:
-    """The greedy output of a Hugging Face model after each prompt, ids int32 [m], as one batch: at most `new_tokens`,
-    the end of the sequence among them."""
+    """Decode prompts greedily with a Hugging Face model, as one batch.
+
+    Returns ids int32 [m] for each prompt: at most `new_tokens`, including the end of sequence.
+    """
     import torch
     from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
@@ -113,11 +130,12 @@ def greedy_ids(
     width = max(map(len, prompts))
     ids, mask = np.zeros((2, len(prompts), width), np.int64)
     for row, prompt in enumerate(prompts):
-        # A decoder continues at the right end; an encoder's positions count from the left.
+        # A decoder continues at the right end. An encoder's positions count from the left.
         place = slice(0, len(prompt)) if seq2seq else slice(width - len(prompt), width)
-        ids[row, place], mask[row, place] = prompt, 1
+        ids[row, place] = prompt
+        mask[row, place] = 1
     ends = end_ids(checkpoint)
-    # The cache that `generate` makes for T5 has as many layers as the encoder; this one grows.
+    # The cache that `generate` creates for T5 has the encoder's number of layers. This one grows.
     cache = (
         {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if seq2seq else {}
     )
@@ -133,14 +151,11 @@ def greedy_ids(
         forced_bos_token_id=values.get("forced_bos_token_id"),
         forced_eos_token_id=values.get("forced_eos_token_id"),
     )
-    own, model.generation_config = (
-        model.generation_config,
-        config,
-    )  # its sampling and penalties would fill the gaps
+    own = model.generation_config
+    model.generation_config = config  # unset values would come from the model's own
     try:
-        warnings.filterwarnings(
-            "ignore", "`past_key_values` is deprecated", FutureWarning
-        )  # 4.57 knows no other name
+        # transformers 4.57 has no other name for it.
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
         out = model.generate(
             input_ids=torch.from_numpy(ids).to(model.device),
             attention_mask=torch.from_numpy(mask).to(model.device),
@@ -157,8 +172,14 @@ def greedy_ids(
 
 
 def write_random_weights(source: Path, out: Path, seed: int) -> None:
-    """Write a checkpoint to `out` with the architecture of `source`, a directory with config.json and tokenizer files,
-    initialised as transformers does it. Raises CheckpointError where the configuration cannot be read."""
+    """Write a checkpoint with the architecture of `source` and random weights to `out`.
+
+    `source` is a directory with config.json and tokenizer files. Weights are initialized by
+    transformers.
+
+    Raises:
+        CheckpointError: If the configuration cannot be read.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -176,7 +197,7 @@ def write_random_weights(source: Path, out: Path, seed: int) -> None:
         model = loader.from_config(config)
     except FreeExportError:
         raise
-    except Exception as error:  # each configuration class checks its values in its own way
+    except Exception as error:  # every configuration class raises its own types
         raise CheckpointError(
             f"{source}: no model can be made of its config.json ({one_line(error)})"
         ) from None

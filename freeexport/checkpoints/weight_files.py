@@ -1,4 +1,4 @@
-"""Files of weights, read one tensor at a time: safetensors, and what `torch.save` wrote."""
+"""Files of weights, read one tensor at a time: safetensors and files of `torch.save`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-# In the order in which transformers looks for them.
+# In the order in which transformers searches them.
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Real numbers, a value a byte or more: what can be read as float32.
+# Types that can be read as float32: real numbers of at least one byte.
 _SAFETENSORS_TYPES = (
     *("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"),
     *("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"),
@@ -33,29 +33,32 @@ _SAFETENSORS_TYPES = (
 
 
 class CheckpointError(FreeExportError):
-    """A checkpoint is missing, incomplete, damaged, or of a kind that cannot be read."""
+    """A checkpoint is missing, incomplete, damaged, or of an unsupported kind."""
 
 
 class TensorFile:
-    """One file of named tensors. `nbytes` counts every stored tensor once, at its stored type."""
+    """A file of named tensors. `nbytes` counts each stored tensor once, in its stored type."""
 
     path: Path
     nbytes: int
     shapes: Mapping[str, Shape]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as a float32 array of its own memory."""
+        """Return a copy of a tensor in float32."""
         raise NotImplementedError
 
     def in_file(self, name: str) -> InFile | None:
-        """How the file has a matrix, where our own operators read it as it is."""
+        """Return the stored form of a matrix, if our own operators read it directly, or None."""
         return None
 
 
 class SafetensorsFile(TensorFile):
-    """Mapped by the format's own library, which refuses overlaps, holes, and bytes that the file does not have.
+    """A memory-mapped safetensors file.
 
-    Raises CheckpointError for these, and where the file cannot be opened.
+    The format's own library refuses overlaps, gaps, and tensors beyond the end of the file.
+
+    Raises:
+        CheckpointError: If the file is invalid or cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +66,7 @@ class SafetensorsFile(TensorFile):
 
         self.path = path
         try:
-            # Through torch, which has every type of the format; numpy lacks those of 8 bits.
+            # Read with torch, which supports every type of the format. numpy has no 8-bit floats.
             self._file: Any = safe_open(path, "pt")
             self.metadata: dict[str, str] = self._file.metadata() or {}
             entries = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, no mapping
@@ -76,22 +79,24 @@ class SafetensorsFile(TensorFile):
                 self.nbytes = path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
         except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(
-                f"{path} is not a complete safetensors file ({one_line(error)}); download the checkpoint again"
+                f"{path} is not a complete safetensors file ({one_line(error)}); download the "
+                "checkpoint again"
             ) from None
 
     def read(self, name: str) -> np.ndarray:
         if self._types[name] not in _SAFETENSORS_TYPES:
             raise CheckpointError(
-                f"{self.path}: {name} has type {self._types[name]}, which is not supported; "
-                "save the checkpoint in float32, float16 or bfloat16"
+                f"{self.path}: {name} has type {self._types[name]}, which is not supported; save "
+                "the checkpoint in float32, float16 or bfloat16"
             )
         return _float32(self._file.get_tensor(name))
 
 
 class TorchFile(TensorFile):
-    """A state dict in a .bin file, mapped rather than loaded (files older than PyTorch 1.6 cannot be mapped).
+    """A state dict in a .bin file. It is memory-mapped, except for files older than PyTorch 1.6.
 
-    Raises CheckpointError when it does not load, or holds anything that is not plain data.
+    Raises:
+        CheckpointError: If the file cannot be loaded, or contains anything but plain data.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,7 +109,8 @@ class TorchFile(TensorFile):
             )
         except Exception as error:  # a damaged pickle can raise anything
             raise CheckpointError(
-                f"{path} cannot be read as PyTorch weights ({one_line(error)}); download the checkpoint again"
+                f"{path} cannot be read as PyTorch weights ({one_line(error)}); download the "
+                "checkpoint again"
             ) from None
         if not isinstance(state, dict):
             kind = type(state).__name__
@@ -115,7 +121,7 @@ class TorchFile(TensorFile):
             name: value for name, value in state.items() if isinstance(value, torch.Tensor)
         }
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        # Tied weights are one storage under several names.
+        # Tied weights share one storage under several names.
         self.nbytes = sum(
             {tensor.data_ptr(): tensor.nbytes for tensor in self._tensors.values()}.values()
         )
@@ -136,7 +142,11 @@ def open_weights(path: Path) -> TensorFile:
 
 
 def weight_files(path: Path) -> tuple[list[TensorFile], dict[str, TensorFile]]:
-    """The files of weights in a directory, and which of them holds each tensor. Raises CheckpointError."""
+    """Return the weight files in a directory, and the file of each tensor.
+
+    Raises:
+        CheckpointError: If files are missing, damaged or inconsistent.
+    """
     found = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
     if found is None:
         raise CheckpointError(
@@ -152,7 +162,8 @@ def weight_files(path: Path) -> tuple[list[TensorFile], dict[str, TensorFile]]:
     for name in sorted(set(map(str, shards.values()))):
         if Path(name).name != name:
             raise CheckpointError(
-                f"{found} names the shard {name!r}, outside its directory; do not use this checkpoint"
+                f"{found} names the shard {name!r}, outside its directory; do not use this "
+                "checkpoint"
             )
         if not (path / name).is_file():
             raise CheckpointError(
@@ -168,6 +179,6 @@ def weight_files(path: Path) -> tuple[list[TensorFile], dict[str, TensorFile]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file of JSON beside the weights."""
-    # Configurations have limits without end, which Python writes as Infinity.
+    """Read a JSON file beside the weights."""
+    # Configurations contain infinite limits, which Python writes as Infinity.
     return read_object(path, "download the checkpoint again", CheckpointError, nan=True)

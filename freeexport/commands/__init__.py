@@ -1,1 +1,4 @@
-"""The verbs: click options, printing. No logic that another room imports."""
+"""Verbs of the command line: click options and printing.
+
+No other package imports logic from here.
+"""

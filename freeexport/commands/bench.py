@@ -1,4 +1,4 @@
-"""`freeexport bench`: the speed of bundles in several modes, interleaved in one run."""
+"""`freeexport bench`: measure the speed of bundles in several modes, interleaved."""
 
 from __future__ import annotations
 
@@ -36,46 +36,93 @@ _KINDS = (".json", ".csv", ".md", *_PICTURES)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="JSON lines with prompts.  [default: four sample texts]",
+    help="JSONL file with an 'input' on each line.  [default: four sample texts]",
 )
 @click.option("--samples", type=click.IntRange(1), default=BenchOptions.samples, help=SAMPLES)
-@click.option("--max-new-tokens", "tokens", type=click.IntRange(2), default=BenchOptions.tokens,
-              help="Tokens to generate for a prompt; ends of sequence are ignored.")  # fmt: skip
+@click.option(
+    "--max-new-tokens",
+    "tokens",
+    type=click.IntRange(2),
+    default=BenchOptions.tokens,
+    help="Number of tokens to generate per prompt. End-of-sequence tokens are ignored.",
+)
 @section("What is compared with mode full")
-@click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, default=BenchOptions.modes,
-              help="free and rollback: at the thresholds; lossless: at those given, else without one; shallow: the "
-              "shallow decoder alone. May be repeated.")  # fmt: skip
-@click.option("--threshold", "thresholds", type=float, multiple=True,
-              help="Exits above this confidence.  [default: the calibrated one, if any] May be repeated.")  # fmt: skip
-@click.option("--drafts", type=click.Choice(get_args(Drafts)), multiple=True,
-              help="Also lossless with drafts of the exit, of repeated text (lookup), both (auto) or none. May be "
-              "repeated.")  # fmt: skip
-@click.option("--replay", metavar="RATE|FILE", multiple=True,
-              help="Also free with exits forced at this rate, or those of `generate --output`. May be "
-              "repeated.")  # fmt: skip
-@click.option("--replay-drafts", type=float, metavar="RATE", multiple=True,
-              help="Also lossless with this share of correct drafts. May be repeated.")  # fmt: skip
+@click.option(
+    "--mode",
+    "modes",
+    type=click.Choice(MODES),
+    multiple=True,
+    default=BenchOptions.modes,
+    help=(
+        "Mode to compare with full. free and rollback run at each threshold. lossless runs at "
+        "the given thresholds, or else without one. shallow runs only the shallow decoder. May "
+        "be repeated."
+    ),
+)
+@click.option(
+    "--threshold",
+    "thresholds",
+    type=float,
+    multiple=True,
+    help=(
+        "Confidence above which a token exits. May be repeated.  [default: the "
+        "calibrated one, if any]"
+    ),
+)
+@click.option(
+    "--drafts",
+    type=click.Choice(get_args(Drafts)),
+    multiple=True,
+    help=(
+        "Also run lossless with these drafts: of the exit, of repeated text (lookup), of both "
+        "(auto), or none. May be repeated."
+    ),
+)
+@click.option(
+    "--replay",
+    metavar="RATE|FILE",
+    multiple=True,
+    help=(
+        "Also run free with forced exits: at this rate, or those in a file of `generate "
+        "--output`. May be repeated."
+    ),
+)
+@click.option(
+    "--replay-drafts",
+    type=float,
+    metavar="RATE",
+    multiple=True,
+    help="Also run lossless with this share of drafts correct. May be repeated.",
+)
 @section("Machine")
 @click.option(
     "--rounds",
     type=click.IntRange(1),
     default=BenchOptions.rounds,
-    help="Interleaved rounds; the median counts.",
+    help="Number of interleaved rounds. The median is reported.",
 )
 @click.option("--device", default=BenchOptions.device, help="cpu, or cuda:0 for the first GPU.")
 @click.option(
     "--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]"
 )
 @section("Results")
-@click.option("--output", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
-              help="Also write the figures, as the suffix says: .json, .csv, .md, .png, .svg. May be "
-              "repeated.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help=(
+        "Also write the results to this file, in the format of its suffix: .json, .csv, .md, "
+        ".png or .svg. May be repeated."
+    ),
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(output: tuple[Path, ...], as_json: bool, **given: Any) -> None:
-    """Measure BUNDLEs of one checkpoint: mode full, and modes that exit early or draft, interleaved.
+    """Measure the speed of BUNDLEs in mode full, and in modes that exit early or draft.
 
-    All decode the same prompts greedily to the same number of tokens, on the same number of threads. Speed counts from
-    prompt to last token. Figures of a busy machine are marked.
+    All BUNDLEs must come from one checkpoint. All modes decode the same prompts greedily, to the
+    same number of tokens and on the same number of threads, in interleaved rounds. Speed is
+    measured from the prompt to the last token. Figures measured on a busy machine are marked.
 
     \b
     Example:

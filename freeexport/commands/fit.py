@@ -1,4 +1,4 @@
-"""`freeexport fit`: from a checkpoint and examples to a bundle that is served, in one command."""
+"""`freeexport fit`: make a bundle from a checkpoint and examples in one command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNITS = {"h": 3600, "m": 60, "min": 60, "s": 1}
 
 
 class Time(click.ParamType):
-    """Seconds, from hours and minutes such as 2h, 90min or 1h30min."""
+    """A duration in seconds, given in hours and minutes such as 2h, 90min or 1h30min."""
 
     name = "time"
 
@@ -40,45 +40,57 @@ class Time(click.ParamType):
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @section("The task")
-@click.option("--data", type=click.Path(path_type=Path),
-              help="JSONL with 'input' or 'audio', and 'target'.  [default: no training]")  # fmt: skip
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="JSONL file with 'input' or 'audio', and 'target'.  [default: no training]",
+)
 @click.option(
     "--metric",
     type=MetricName(),
-    help=f"Compares outputs with targets. {METRICS}  [with --lossless: exact]",
+    help=f"Metric that compares outputs with targets. {METRICS}  [with --lossless: exact]",
 )
 @click.option(
-    "--quality", type=float, help="The share of the full model's metric to keep.  [default: 0.99]"
+    "--quality", type=float, help="Share of the full model's metric to keep.  [default: 0.99]"
 )
-@click.option("--lossless", is_flag=True, help="Every token must be the full model's.")
-@click.option("--paper", is_flag=True,
-              help="For researchers: also train with the losses of FREE, CALM, static exits and none, with three seeds "
-              "each, and compare all in a table for Markdown and LaTeX. Takes a budget of many hours.")  # fmt: skip
+@click.option("--lossless", is_flag=True, help="Require every token to be the full model's.")
+@click.option(
+    "--paper",
+    is_flag=True,
+    help=(
+        "For researchers: also train with the losses of FREE, CALM, static exits and no exit, "
+        "with three seeds each, and compare all in a table for Markdown and LaTeX. Requires a "
+        "budget of many hours."
+    ),
+)
 @section("Time")
 @click.option(
-    "--budget", type=Time(), default="2h", help="Time for all of it, such as 2h, 90min or 1h30min."
+    "--budget", type=Time(), default="2h", help="Total time, such as 2h, 90min or 1h30min."
 )
-@click.option("--plan", "only_plan", is_flag=True, help="Print the plan, and stop.")
+@click.option("--plan", "only_plan", is_flag=True, help="Print the plan and exit.")
 @click.option("--threads", type=click.IntRange(1), help=THREADS)
 @section("Result")
 @click.option(
-    "--overwrite", is_flag=True, help="Replace a bundle at OUT, its report, and an interrupted run."
+    "--overwrite",
+    is_flag=True,
+    help="Replace the bundle at OUT, its report, and an interrupted run.",
 )
 def command(
     model: str, out: Path, quality: float | None, lossless: bool, only_plan: bool, **given: Any
 ) -> None:
-    """Make the fastest bundle of MODEL for a task, and write it to OUT, with a report in OUT.report.
+    """Make the fastest bundle of MODEL for a task, at OUT, with a report in OUT.report.
 
-    Plans first: whether an exit can pay on this machine, where, and how long everything takes. Then trains it on the
-    lines of --data, converts, calibrates and evaluates, each on lines of its own. What is made stands in OUT.work: an
-    interrupted run goes on there, and nothing is trained twice. Each step prints the command that does it alone.
+    First plans: whether and where an exit pays on this machine, and how long each step takes. Then
+    trains the exit on the lines of --data, converts, calibrates and evaluates, each on separate
+    lines. Intermediate results are kept in OUT.work. An interrupted run continues from there, and
+    nothing is trained twice. Each step prints the command that runs it alone.
 
     \b
     Example:
       freeexport fit path/to/checkpoint bundle --data task.jsonl --metric rouge-l --budget 2h
       freeexport fit path/to/checkpoint bundle --data task.jsonl --metric rouge-l --budget 24h --paper
       freeexport fit model.gguf bundle
-    """
+    """  # noqa: E501
     from freeexport.fit.plan import FitOptions, describe_plan
     from freeexport.fit.steps import fit, planned
 

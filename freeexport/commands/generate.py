@@ -1,4 +1,4 @@
-"""`freeexport generate`: text from a bundle, for one prompt or a file of them."""
+"""`freeexport generate`: generate text with a bundle, for one prompt or a file of prompts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from runtime.errors import PromptError, PromptLengthError
 from runtime.json_file import UnreadableError, read_text
 from runtime.options import Mode
 
-# Lines of a file that are decoded at once: each holds a slot of the KV cache.
+# Lines of a file that are decoded concurrently. Each uses a slot of the KV cache.
 BATCH = 4
 
 
 def _others(
     context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
 ) -> dict[str, Any]:
-    """NAME=VALUE as options of a request, the value as JSON where it is any; the session checks them."""
+    """Parse NAME=VALUE as options of a request. The session checks them.
+
+    A value is parsed as JSON if possible.
+    """
     options: dict[str, Any] = {}
     for text in given:
         name, found, value = text.partition("=")
@@ -38,7 +41,7 @@ def _others(
             options[name] = json.loads(value)
         except (ValueError, RecursionError):
             options[name] = value
-    with suppress(AttributeError, KeyError, ValueError):  # JSON has no keys of several token ids
+    with suppress(AttributeError, KeyError, ValueError):  # JSON keys cannot be sequences
         biases = options["sequence_bias"].items()
         options["sequence_bias"] = {tuple(map(int, ids.split(","))): bias for ids, bias in biases}
     return options
@@ -48,52 +51,113 @@ def _others(
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @section("Prompts and results")
-@click.option("--input", "source", type=click.Path(path_type=Path, allow_dash=True),
-              help="JSON lines with an `input` each, or `audio`; - is standard input.")  # fmt: skip
-@click.option("--output", "target", type=click.Path(path_type=Path, allow_dash=True),
-              help="Write the results of --input here, a line each.  [default: -, standard output]")  # fmt: skip
+@click.option(
+    "--input",
+    "source",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="JSONL file with an 'input' or 'audio' on each line. - is standard input.",
+)
+@click.option(
+    "--output",
+    "target",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help=(
+        "File to write the results to, one line for each line of input.  [default: -, standard "
+        "output]"
+    ),
+)
 @click.option(
     "--audio",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A WAV file, for a bundle that reads speech (-o language=de, task=translate, timestamps=true).",
+    help=(
+        "WAV file to transcribe, for a bundle that reads speech (-o language=de, task=translate, "
+        "timestamps=true)."
+    ),
 )
 @click.option(
-    "--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template."
+    "--chat",
+    is_flag=True,
+    help="Apply the bundle's chat template, with the prompt as a user's message.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as a line of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 @section("Decoding")
-@click.option("--mode", type=click.Choice(get_args(Mode)),
-              help="free: exits are final. rollback: the deep decoder rejects those it finds unlikely. lossless: "
-              "exits are drafts, and the tokens are those of full. full: no exits. shallow: only exits.  "
-              "[default: the bundle's]")  # fmt: skip
+@click.option(
+    "--mode",
+    type=click.Choice(get_args(Mode)),
+    help=(
+        "Decoding mode. free: exits are final. rollback: the deep decoder rejects exits that it "
+        "finds unlikely. lossless: exits are drafts, and the tokens are those of full. full: no "
+        "token exits. shallow: every token exits.  [default: the bundle's]"
+    ),
+)
 @click.option(
     "--threshold",
     type=float,
-    help="A token exits above this confidence, 0 to 1.  [default: the bundle's]",
+    help="Confidence above which a token exits, from 0 to 1.  [default: the bundle's]",
 )
-@click.option("--max-new-tokens", type=int,
-              help="Generate at most so many tokens, the end included.  [default: 256, or what fits]")  # fmt: skip
-@click.option("--stop", multiple=True, help="End before this string. May be repeated.")
-@click.option("--temperature", type=float, help="Sample at this temperature; 0 is greedy.")
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    help=(
+        "Maximum number of tokens to generate, including the end of sequence.  [default: 256, or "
+        "what fits]"
+    ),
+)
+@click.option(
+    "--stop",
+    multiple=True,
+    help="String that stops the generation, not included in the output. May be repeated.",
+)
+@click.option("--temperature", type=float, help="Sampling temperature. 0 is greedy decoding.")
 @section("Files", rare=True)
 @click.option(
-    "--resume", is_flag=True, help="Continue with the lines that OUTPUT does not have yet."
+    "--resume",
+    is_flag=True,
+    help="Continue an interrupted run with the lines that OUTPUT does not contain yet.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
-@click.option("--batch-size", "batch", type=click.IntRange(1, 4096),
-              help=f"Lines of --input to decode at once.  [default: {BATCH}]")  # fmt: skip
-@click.option("--no-trust-templates", is_flag=True,
-              help="Do not load the tokenizer and chat template: PROMPT is token ids, as in 1,22,333.")  # fmt: skip
+@click.option(
+    "--batch-size",
+    "batch",
+    type=click.IntRange(1, 4096),
+    help=f"Number of lines of the input file to decode concurrently.  [default: {BATCH}]",
+)
+@click.option(
+    "--no-trust-templates",
+    is_flag=True,
+    help="Do not load the tokenizer and chat template. PROMPT must be token ids, such as 1,22,333.",
+)
 @section("Drafts, constraints, sampling, beams, several results", rare=True)
-@click.option("--predicted-output", type=click.Path(path_type=Path), metavar="FILE",
-              help="Text that the output is expected to be, but for changes: drafts of mode lossless.")  # fmt: skip
-@click.option("--json-schema", type=click.Path(path_type=Path), metavar="FILE",
-              help="The output is JSON of the schema in FILE (-o regex=, grammar= and choice= are alike).")  # fmt: skip
-@click.option("-o", "--option", "others", multiple=True, metavar="NAME=VALUE", callback=_others,
-              help="Any other option of a request (docs/options.md), such as seed=1, top_p=0.9, num_beams=4, "
-              "num_return_sequences=4, drafts=exit, deadline=60, top_logprobs=3 for JSON, or "
-              'sequence_bias={"42": -5, "7,42": 2.5}. May be repeated.')  # fmt: skip
+@click.option(
+    "--predicted-output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text file that the output is expected to resemble. Used as drafts in mode lossless.",
+)
+@click.option(
+    "--json-schema",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help=(
+        "Constrain the output to JSON of the schema in FILE (-o regex=, grammar= and choice= are "
+        "similar)."
+    ),
+)
+@click.option(
+    "-o",
+    "--option",
+    "others",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_others,
+    help=(
+        "Any other option of a request (docs/options.md), such as seed=1, "
+        "top_p=0.9, num_beams=4, num_return_sequences=4, drafts=exit, "
+        'deadline=60, top_logprobs=3 for JSON, or sequence_bias={"42": -5, "7,42": 2.5}. '
+        "May be repeated."
+    ),
+)
 @section("Machine", rare=True)
 @click.option("--device", default="cpu", help=DEVICE)
 @click.option("--threads", type=int, help=THREADS)
@@ -116,7 +180,9 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Generate with BUNDLE: for PROMPT (- or none is standard input), or for each line of --input.
+    """Generate with BUNDLE, for PROMPT or for each line of --input.
+
+    If PROMPT is missing or -, it is read from standard input.
 
     \b
     Example:
@@ -127,7 +193,7 @@ def command(
       freeexport generate bundle --input prompts.jsonl --output results.jsonl --batch-size 8 -o deadline=60
       freeexport generate whisper-bundle --audio talk.wav -o timestamps=true
       freeexport generate cuda-bundle "Once upon a time" --device cuda:0
-    """
+    """  # noqa: E501
     for wrong, message in (
         (source and prompt is not None, "--input goes without PROMPT"),
         (
@@ -236,7 +302,7 @@ def command(
 
 
 def _transcribe(session: Session, audio: Path, options: dict[str, Any], as_json: bool) -> None:
-    """Print what is said in a file, a line for each segment where there are several."""
+    """Print the transcript of a file, one line per segment if there are several."""
     result = session.generate(str(audio), **options)
     if as_json:
         segments = (
@@ -251,37 +317,45 @@ def _transcribe(session: Session, audio: Path, options: dict[str, Any], as_json:
         click.echo(f"[{segment.start:8.2f} - {segment.end:8.2f}] {segment.text.strip()}")
     stats = result.stats
     click.echo(
-        f"{result.language}, {stats.tokens} tokens in {stats.seconds:.1f} s, of which the encoder took "
-        f"{stats.encode_seconds:.1f} s; {stats.exit_rate:.0%} exited, finished by {result.finish_reason}",
+        f"{result.language}, {stats.tokens} tokens in {stats.seconds:.1f} s, of which the encoder "
+        f"took {stats.encode_seconds:.1f} s; {stats.exit_rate:.0%} exited, finished by "
+        f"{result.finish_reason}",
         err=True,
     )
 
 
 def _ids(text: Any) -> Any:
-    """Parse token ids such as 1,22,333; other text stays, and the session refuses it with the reason."""
+    """Parse token ids such as 1,22,333. The session refuses any other text with the reason."""
     words = text.replace(",", " ").split() if isinstance(text, str) else []
     listed = words and all(word.isdecimal() and len(word) < 20 for word in words)
     return list(map(int, words)) if listed else text
 
 
 def _check_room(session: Session, prompt: Any, wanted: int | None) -> None:
-    """PromptLengthError where more tokens were asked for than the context has room for."""
+    """Check that `wanted` tokens fit into the context.
+
+    Raises:
+        PromptLengthError: If they do not.
+    """
     if wanted is None:
         return
     read = 1 if session.manifest.encoder_decoder else len(session.encode(prompt))
-    room = session.capacity - read + 1  # the newest token is never read back
+    room = session.capacity - read + 1  # the last token is not read again
     if wanted > room:
         before = (
             "" if session.manifest.encoder_decoder else f" after the {read} tokens of the prompt"
         )
         raise PromptLengthError(
-            f"--max-new-tokens is {wanted}, but {room} fit{before} in the {session.capacity} positions of the context; "
-            "ask for fewer, or convert with a larger --capacity"
+            f"--max-new-tokens is {wanted}, but {room} fit{before} in the {session.capacity} "
+            "positions of the context; ask for fewer, or convert with a larger --capacity"
         )
 
 
 def _chat_hint(session: Session) -> Callable[[Any, list[GenerationResult]], None]:
-    """Hint once, on stderr, at the bundle's chat template, where a prompt without it had an empty answer."""
+    """Return a function that suggests --chat on stderr, once.
+
+    It does so after an empty answer, if the bundle has a chat template that the prompt did not use.
+    """
     wanted = session.tokenizer is not None and session.tokenizer.chat_template is not None
 
     def hint(prompt: Any, results: list[GenerationResult]) -> None:
@@ -300,7 +374,7 @@ def _chat_hint(session: Session) -> Callable[[Any, list[GenerationResult]], None
 def _stream(
     session: Session, prompt: Any, names_mode: bool, options: dict[str, Any]
 ) -> GenerationResult:
-    """Print tokens as they come, and then a line of figures on stderr."""
+    """Print tokens as they are generated, then a line of statistics on stderr."""
     with session.stream(prompt, **options) as stream:
         if not names_mode:
             click.echo(session.default_mode, err=True)
@@ -310,11 +384,13 @@ def _stream(
     click.echo()
     stats = stream.result.stats
     figures = [
-        f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} exited",
+        f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} "
+        "exited",
         *([f"{stats.forced_tokens} forced by the grammar"] if stats.forced_tokens else []),
         *([f"{stats.rejected} drafts rejected"] if stats.rejected else []),
         *(
-            f"{counts.accepted} of {counts.proposed} {source} drafts accepted ({counts.mean_accepted:.1f} at a time)"
+            f"{counts.accepted} of {counts.proposed} {source} drafts accepted "
+            f"({counts.mean_accepted:.1f} at a time)"
             for source, counts in stats.drafts.items()
             if source != "exit"
         ),

@@ -1,4 +1,4 @@
-"""`freeexport inspect`: the contents of a bundle, checked in full, on one page or as JSON."""
+"""`freeexport inspect`: check a bundle in full and show its contents, on one page or as JSON."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "un
     help="Print the manifest, derived sizes and verification as JSON.",
 )
 def command(bundle: Path, as_json: bool) -> None:
-    """Show what BUNDLE holds, after checking the sha256 of every file.
+    """Show the contents of BUNDLE, after checking the SHA-256 of every file.
 
     \b
     Example:
@@ -45,9 +45,11 @@ def command(bundle: Path, as_json: bool) -> None:
     from runtime.thresholds import Thresholds
 
     opened = Bundle.open(bundle, verify="full")
-    manifest, calibration, verdict = opened.manifest, opened.calibration, bundle_verdict(opened)
+    manifest = opened.manifest
+    calibration = opened.calibration
+    verdict = bundle_verdict(opened)
     size = sum(file.size for file in manifest.files.values())
-    # How requests are decoded that give neither mode nor threshold.
+    # Mode of requests that set neither mode nor threshold.
     mode = Thresholds(opened, SessionOptions()).default()
     if as_json:
         content = {
@@ -112,22 +114,25 @@ def command(bundle: Path, as_json: bool) -> None:
 def _model(manifest: Manifest) -> Rows:
     from runtime.kernels import kernels_of
 
-    def span(layers: range) -> str:  # as people count them, from 1
+    def span(layers: range) -> str:  # counted from 1
         return f"{layers.start + 1}-{layers.stop}" if len(layers) > 1 else str(layers.stop)
 
     shallow = span(manifest.shallow_layers) if manifest.exit_layer else "none"
-    deep, quantization = span(manifest.deep_layers), manifest.quantization
+    deep = span(manifest.deep_layers)
+    quantization = manifest.quantization
     fitted = quantization and quantization.rounding_data
     return [
         (
             "family",
-            f"{manifest.family} ({'encoder-decoder' if manifest.encoder_decoder else 'decoder-only'})",
+            f"{manifest.family} "
+            f"({'encoder-decoder' if manifest.encoder_decoder else 'decoder-only'})",
         ),
         ("decoder layers", f"{manifest.layers}: shallow {shallow}, deep {deep}"),
         ("hidden size", str(manifest.hidden_size)),
         (
             "heads",
-            f"{manifest.heads} of size {manifest.head_dim}, {manifest.kv_heads} for keys and values",
+            f"{manifest.heads} of size {manifest.head_dim}, {manifest.kv_heads} for keys and "
+            "values",
         ),
         ("vocabulary", str(manifest.vocab_size)),
         ("end tokens", ", ".join(map(str, manifest.eos_token_ids)) or "none"),
@@ -153,8 +158,10 @@ def _languages(languages: Languages) -> str:
 
 
 def _precision(quantization: Quantization) -> list[Table]:
-    """A row an engine; and a row a weight with a higher precision than its engine: it would lose too much, or the plan
-    has it so."""
+    """Build tables of the engines, and of weights with a higher precision than their engine.
+
+    These weights would lose too much accuracy otherwise, or are in the quantization plan.
+    """
     engines = [
         (
             *(
@@ -190,8 +197,10 @@ def _precision(quantization: Quantization) -> list[Table]:
 
 
 def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
-    """The exit, and the costs measured at convert on the machine that converted. Speeds at exit rates are left out for
-    an exit that is not trained."""
+    """Build the rows about the exit, with the costs measured at conversion.
+
+    Predicted speedups are left out for an exit that is not trained.
+    """
     from freeexport.costs.bytes import known_costs
     from freeexport.costs.verdict import basis_of, break_even_text
 
@@ -200,7 +209,8 @@ def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
     threshold = f"{manifest.threshold:.4g}"
     if manifest.threshold >= 1:
         threshold = "1 (not calibrated)" if calibration is None else "1 (never, as calibrated)"
-    vocabulary, known = "all tokens", manifest.exit_vocabulary
+    vocabulary = "all tokens"
+    known = manifest.exit_vocabulary
     if known is not None:
         covered = f"{known.covered:.2%} of the {known.text_tokens} they come from"
         others = ", trained with one class for all others" if known.trained else ""
@@ -263,7 +273,10 @@ def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
 
 
 def _verification(bundle: Bundle) -> Rows:
-    """A line for each check, and one for greedy decoding; `--json` has all figures."""
+    """Build rows for each check, for greedy decoding and for quality.
+
+    `--json` prints all figures.
+    """
     from freeexport.verification.checks import entry_of
 
     report = bundle.verification or {}

@@ -27,7 +27,7 @@ from freeexport.training.options import (
 from freeexport.training.train import leave_group, train
 from runtime.bundle.manifest import ExitInput
 
-OWN = Path("-")  # beside OUT
+OWN = Path("-")  # stands for a directory beside OUT
 
 
 @click.command(cls=SectionedCommand)
@@ -38,57 +38,121 @@ OWN = Path("-")  # beside OUT
     "--data",
     type=click.Path(path_type=Path),
     required=True,
-    help="JSONL with 'input', or 'audio', and 'target'.",
+    help="JSONL file with 'input' or 'audio', and 'target'.",
 )
 @click.option(
     "--validation",
     type=click.Path(path_type=Path),
-    help="JSONL to evaluate on.  [default: 2 % of DATA]",
+    help="JSONL file to evaluate on.  [default: 2 % of DATA]",
 )
 @click.option(
     "--max-tokens",
     type=int,
-    help="Skip longer examples.  [default: the model's limit, at most 2048]",
+    help=(
+        "Maximum length of an example in tokens. Longer ones are skipped.  [default: the model's "
+        "limit, at most 2048]"
+    ),
 )
-@click.option("--self-distill", type=click.Path(path_type=Path), is_flag=False, flag_value=OWN, metavar="[DIR]",
-              help="Train on MODEL's own greedy outputs instead of targets. They are kept in DIR, and generated where "
-              "they are missing; interrupted, run again.  [DIR: OUT.outputs]")  # fmt: skip
-@click.option("--max-new-tokens", type=int, default=TrainingOptions.max_new_tokens,
-              help=f"{MAX_NEW_TOKENS} For --self-distill.")  # fmt: skip
-@click.option("--truncate", is_flag=True,
-              help="Cut long inputs, on the left for decoder-only models, else on the right.")  # fmt: skip
+@click.option(
+    "--self-distill",
+    type=click.Path(path_type=Path),
+    is_flag=False,
+    flag_value=OWN,
+    metavar="[DIR]",
+    help=(
+        "Train on MODEL's own greedy outputs instead of targets. They are kept in DIR, and "
+        "generated if missing. An interrupted run continues when started again.  [DIR: "
+        "OUT.outputs]"
+    ),
+)
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    default=TrainingOptions.max_new_tokens,
+    help=f"{MAX_NEW_TOKENS} For --self-distill.",
+)
+@click.option(
+    "--truncate",
+    is_flag=True,
+    help="Cut long inputs, on the left for decoder-only models, otherwise on the right.",
+)
 @section("What is trained")
-@click.option("--exit-layer", type=int, required=True, help="Exit after this layer, 1 to L - 1.")
-@click.option("--loss", type=click.Choice(get_args(LossName)), default=TrainingOptions.loss,
-              help="ce: cross-entropy of both exits. weighted-ce: of all layers. kd-dyn, logit-kd: ce, and "
-              "distillation of hidden states (FREE's own) or of predictions. deep-ce: of the last layer alone, a model "
-              "without an exit, to compare with.")  # fmt: skip
-@click.option("--loss-alpha", type=float,
-              help=f"Weight of the distillation of kd-dyn and logit-kd.  [default: {DEFAULT_ALPHA}]")  # fmt: skip
-@click.option("--tune", type=click.Choice(get_args(Tune)), default=TrainingOptions.tune,
-              help="full: all weights. lora: adapters in the layers. exit: only the exit's own weights.")  # fmt: skip
-@click.option("--rank", type=int,
-              help="Rank of LoRA adapters, on all linear layers (alpha is twice the rank); of the adapter of --tune "
-              "exit, 0 for a norm only.  "
-              f"[default: {DEFAULT_RANKS['lora']}; exit: {DEFAULT_RANKS['exit']}]")  # fmt: skip
-@click.option("--exit-layers", type=int, default=TrainingOptions.exit_layers,
-              help="Transformer layers of the exit's own, before the head.")  # fmt: skip
-@click.option("--exit-input", type=click.Choice(get_args(ExitInput)), default=TrainingOptions.exit_input,
-              help="What these layers read: the exit layer's state, or that and the deep decoder's feature of the "
-              "token before, with --tune exit, where exits after layer 0, the embedding, are possible.")  # fmt: skip
-@click.option("--exit-vocab", type=int,
-              help="So many tokens are all that the exit knows, beside one class for all others, which never exits: "
-              "the most frequent in the targets.  [default: all tokens]")  # fmt: skip
-@click.option("--exit-from", metavar="EXIT",
-              help="Begin with an exit of other weights of the same shape: a directory that `train` wrote, the name of "
-              "a ready-made one, or its file.")  # fmt: skip
+@click.option(
+    "--exit-layer", type=int, required=True, help="Layer after which tokens exit, from 1 to L - 1."
+)
+@click.option(
+    "--loss",
+    type=click.Choice(get_args(LossName)),
+    default=TrainingOptions.loss,
+    help=(
+        "Training loss. ce: cross-entropy of both exits. weighted-ce: cross-entropy of all "
+        "layers. kd-dyn, logit-kd: ce, and distillation of hidden states (as in FREE) or of "
+        "predictions. deep-ce: cross-entropy of the last layer only, which trains a model "
+        "without an exit for comparison."
+    ),
+)
+@click.option(
+    "--loss-alpha",
+    type=float,
+    help=f"Weight of the distillation in kd-dyn and logit-kd.  [default: {DEFAULT_ALPHA}]",
+)
+@click.option(
+    "--tune",
+    type=click.Choice(get_args(Tune)),
+    default=TrainingOptions.tune,
+    help=(
+        "Weights to train. full: all weights. lora: LoRA adapters in the layers. exit: only the "
+        "exit's own weights."
+    ),
+)
+@click.option(
+    "--rank",
+    type=int,
+    help=(
+        "Rank of the LoRA adapters on all linear layers (alpha is twice the rank). If only the "
+        "exit is trained: rank of its adapter, 0 for a norm only.  [default: "
+        f"{DEFAULT_RANKS['lora']}; exit: {DEFAULT_RANKS['exit']}]"
+    ),
+)
+@click.option(
+    "--exit-layers",
+    type=int,
+    default=TrainingOptions.exit_layers,
+    help="Number of transformer layers that the exit has of its own, before the head.",
+)
+@click.option(
+    "--exit-input",
+    type=click.Choice(get_args(ExitInput)),
+    default=TrainingOptions.exit_input,
+    help=(
+        "Input of the exit's own layers. state: the state of the exit layer. feature: that, and "
+        "the deep decoder's feature of the previous token. feature requires that only the exit "
+        "is trained, and allows an exit after layer 0, the embedding."
+    ),
+)
+@click.option(
+    "--exit-vocab",
+    type=int,
+    help=(
+        "Number of tokens that the exit predicts, the most frequent ones in the targets. All "
+        "others are one class, which never exits.  [default: all tokens]"
+    ),
+)
+@click.option(
+    "--exit-from",
+    metavar="EXIT",
+    help=(
+        "Exit to start from, of other weights of the same shape: a directory written by `train`, "
+        "the name of a ready-made exit, or its file."
+    ),
+)
 @click.option(
     "--from-config",
     is_flag=True,
-    help="Start from random weights: MODEL has a config.json and a tokenizer.",
+    help="Start from random weights. MODEL is a directory with a config.json and a tokenizer.",
 )
 @section("Length and steps")
-@click.option("--steps", type=int, help="Optimizer steps.")
+@click.option("--steps", type=int, help="Number of optimizer steps.")
 @click.option(
     "--epochs",
     type=float,
@@ -97,73 +161,113 @@ OWN = Path("-")  # beside OUT
 @click.option(
     "--time-limit",
     type=float,
-    help="Minutes of training, evaluations included; the schedule ends with it.",
+    help="Training time in minutes, including evaluations. The schedule ends with it.",
 )
-@click.option("--batch-tokens", type=int, default=TrainingOptions.batch_tokens,
-              help="Padded tokens per device and micro-batch.")  # fmt: skip
 @click.option(
-    "--accumulate", type=int, default=TrainingOptions.accumulate, help="Micro-batches per step."
+    "--batch-tokens",
+    type=int,
+    default=TrainingOptions.batch_tokens,
+    help="Number of padded tokens per device and micro-batch.",
+)
+@click.option(
+    "--accumulate",
+    type=int,
+    default=TrainingOptions.accumulate,
+    help="Number of micro-batches per step.",
 )
 @click.option(
     "--learning-rate",
     type=float,
     help="Peak learning rate.  [default: 1e-4; 1e-3 for --tune exit and --from-config]",
 )
-@click.option("--schedule", type=click.Choice(get_args(Schedule)), default=TrainingOptions.schedule,
-              help="Learning rate after the warmup.")  # fmt: skip
 @click.option(
-    "--warmup", type=float, default=TrainingOptions.warmup, help="Warmup, as a share of the run."
+    "--schedule",
+    type=click.Choice(get_args(Schedule)),
+    default=TrainingOptions.schedule,
+    help="Schedule of the learning rate after the warmup.",
 )
-@click.option("--dropout", type=float,
-              help="Dropout of the model and of LoRA.  [default: the configuration's; 0.1 for LoRA]")  # fmt: skip
+@click.option(
+    "--warmup",
+    type=float,
+    default=TrainingOptions.warmup,
+    help="Length of the warmup, as a share of the run.",
+)
+@click.option(
+    "--dropout",
+    type=float,
+    help=(
+        "Dropout probability of the model and of LoRA.  [default: the configuration's; 0.1 for "
+        "LoRA]"
+    ),
+)
 @click.option(
     "--seed",
     type=int,
     default=TrainingOptions.seed,
-    help="Seed for the order of examples, and for dropout.",
+    help="Random seed for the order of examples and for dropout.",
 )
 @section("Machine")
 @click.option("--threads", type=click.IntRange(1), help=THREADS)
 @click.option(
     "--bf16",
     is_flag=True,
-    help="Compute in bfloat16 (fast on GPUs, and on CPUs with AMX or AVX-512 BF16).",
+    help="Compute in bfloat16, which is fast on GPUs, and on CPUs with AMX or AVX-512 BF16.",
 )
-@click.option("--dtype", type=click.Choice(get_args(Dtype)), default=TrainingOptions.dtype,
-              help="Type of the weights of --tune full.")  # fmt: skip
 @click.option(
-    "--gradient-checkpointing", is_flag=True, help="Use less memory and a third more time."
+    "--dtype",
+    type=click.Choice(get_args(Dtype)),
+    default=TrainingOptions.dtype,
+    help="Type of the weights with --tune full.",
+)
+@click.option(
+    "--gradient-checkpointing",
+    is_flag=True,
+    help="Recompute activations, which uses less memory and takes a third longer.",
 )
 @section("Evaluation")
 @click.option(
     "--evaluate-every",
     type=int,
-    help="Steps between evaluations, and checkpoints.  [default: a tenth, <= 500]",
+    help="Number of steps between evaluations, and checkpoints.  [default: a tenth, <= 500]",
 )
-@click.option("--select-by", default=TrainingOptions.select_by,
-              help="Keep the weights of the evaluation that is best by this: loss, agreement (of both exits), "
-              "oracle-exits (at 99 % agreement, by a threshold chosen on the same tokens), or a metric of the whole "
-              "model's outputs for 64 examples, as of `evaluate`.")  # fmt: skip
-@click.option("--patience", type=int, default=TrainingOptions.patience,
-              help="Stop after this many evaluations without progress. 0: only where the whole model's loss "
-              "rises.")  # fmt: skip
+@click.option(
+    "--select-by",
+    default=TrainingOptions.select_by,
+    help=(
+        "Criterion for the weights to keep: loss, agreement (of both exits), oracle-exits (at 99 "
+        "% agreement, with a threshold chosen on the same tokens), or a metric of the full "
+        "model's outputs for 64 examples, as in `evaluate`."
+    ),
+)
+@click.option(
+    "--patience",
+    type=int,
+    default=TrainingOptions.patience,
+    help=(
+        "Stop after this many evaluations without improvement. 0: stop only if the full model's "
+        "loss rises."
+    ),
+)
 @section("Result")
 @click.option("--resume", is_flag=True, help="Continue the interrupted run in OUT.training.")
 @click.option(
-    "--overwrite", is_flag=True, help="Replace what train wrote at OUT, and an interrupted run."
+    "--overwrite",
+    is_flag=True,
+    help="Replace the output of an earlier train at OUT, and an interrupted run.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Fine-tune MODEL for an exit after one of its layers, and write it to OUT for `convert`.
 
-    MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. DATA has one JSON object a line, with
-    'input' (text or messages) and 'target'. Start it with torchrun or `accelerate launch` for several GPUs or nodes.
+    MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. DATA has one JSON
+    object per line, with 'input' (text or messages) and 'target'. For several GPUs or nodes, start
+    it with torchrun or `accelerate launch`.
 
     \b
     Examples:
       freeexport train path/to/checkpoint trained --data train.jsonl --exit-layer 6
       torchrun --nproc-per-node 4 -m freeexport train path/to/checkpoint trained --data train.jsonl --exit-layer 6
-    """
+    """  # noqa: E501
     if options["self_distill"] == OWN:
         options["self_distill"] = out.absolute().with_name(f"{out.absolute().name}.outputs")
 

@@ -1,4 +1,4 @@
-"""Options that verbs share: sections of the help, and texts."""
+"""Options shared by verbs: sections of the help, and help texts."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from runtime.errors import OptionError
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 REST = "Other options"
-# One meaning everywhere, one text (CONTRIBUTING.md has the rule).
+# An option has the same meaning and text in every verb (CONTRIBUTING.md).
 SAMPLES = "Use only the first N lines of --data."
 MAX_NEW_TOKENS = "Generate at most so many tokens for a line."
 DEVICE = "cpu, or cuda:0 for the first GPU."
 THREADS = "CPU threads.  [default: one per physical core]"
 CONFIDENCES = (
-    "softmax: probability of the best token minus that of the second. max-prob: of the best alone. entropy: 1 minus "
-    "the normalized entropy."
+    "softmax: probability of the best token minus that of the second. max-prob: of the best "
+    "alone. entropy: 1 minus the normalized entropy."
 )
 METRICS = (
-    "exact: the same text. rouge-1, rouge-2, rouge-l, rouge-lsum, bleu, chrf: of texts. wer, per: the rate of "
-    "wrong words or phonemes. word-acc: of pronunciations of words. squad-em, squad-f1: of answers. case-f1, punct-f1: "
-    "of capitals and punctuation. module:function: a function of output and reference, from 0 to 1. "
-    "With -error behind a name, as exact-error, tables show 1 minus it."
+    "exact: the same text. rouge-1, rouge-2, rouge-l, rouge-lsum, bleu, chrf: of texts. wer, "
+    "per: the rate of wrong words or phonemes. word-acc: of pronunciations of words. squad-em, "
+    "squad-f1: of answers. case-f1, punct-f1: of capitals and punctuation. module:function: a "
+    "function of output and reference, from 0 to 1. With -error behind a name, as exact-error, "
+    "tables show 1 minus it."
 )
 
 
 class MetricName(click.ParamType):
-    """The name of a metric (freeexport/metrics.py), not yet loaded."""
+    """Name of a metric (freeexport/metrics.py). The metric itself is not loaded."""
 
     name = "metric"
 
@@ -44,8 +45,10 @@ class MetricName(click.ParamType):
 
 
 class SectionedCommand(click.Command):
-    """A command whose help shows options under the headings that `section` gave them, in the order of their
-    declaration; rare sections are shown with --help-all alone."""
+    """A command whose help shows options under the headings of `section`.
+
+    Options are shown in the order of their declaration. Rare sections are shown by --help-all only.
+    """
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*super().get_params(ctx), HELP_ALL]
@@ -90,13 +93,14 @@ HELP_ALL = click.Option(
 
 
 def section(title: str, rare: bool = False) -> Callable[[Decorated], Decorated]:
-    """A heading above the options that are declared below it, up to the next heading."""
+    """Put a heading above the options declared below it, up to the next heading."""
 
     def mark(function: Decorated) -> Decorated:
-        # Decorators run from the last to the first: what has no heading yet stands below this one.
+        # Decorators run bottom up, so options without a heading are those below this one.
         for parameter in getattr(function, "__click_params__", ()):
             if not hasattr(parameter, "section"):
-                parameter.section, parameter.rare = title, rare
+                parameter.section = title
+                parameter.rare = rare
         return function
 
     return mark

@@ -1,4 +1,4 @@
-"""`freeexport verify`: a bundle is checked, against its checkpoint or against itself."""
+"""`freeexport verify`: check a bundle against its checkpoint, or against itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from runtime.kernels import supported
 
 
 def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """Names of instruction sets, which this processor must have."""
+    """Parse names of instruction sets, all of which this processor must support."""
     names = tuple(dict.fromkeys(filter(None, (value or "").split(","))))
     for name in names:
         if not supported(name):
@@ -40,29 +40,53 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.command(cls=SectionedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @section("Against the checkpoint")
-@click.option("--against", metavar="MODEL", help="The checkpoint that the bundle was made from.")
+@click.option("--against", metavar="MODEL", help="Checkpoint that the bundle was converted from.")
 @click.option(
-    "--exit", "exit_", metavar="NAME|FILE", help="The ready-made exit that was given to convert."
+    "--exit", "exit_", metavar="NAME|FILE", help="Ready-made exit that was given to convert."
 )
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="JSON lines to measure the quality on, with --against.",
+    help="JSONL file on which quality is measured, with --against.",
 )
 @click.option(
-    "--quick", is_flag=True, help="Short texts, and at most a minute after the model is loaded."
+    "--quick",
+    is_flag=True,
+    help=("Compare short texts only, for at most a minute after the model is loaded."),
 )
 @section("Against itself")
-@click.option("--equal", type=click.IntRange(min=1), metavar="N",
-              help="Compare N tokens in all, spread evenly over settings: modes, drafts, batches of 1 to 8, threads, "
-              "prefix cache, prompts in pieces. Each is compared with mode full, alone and without a cache: ids and "
-              "log-probabilities, bit for bit.")  # fmt: skip
-@click.option("--input", "input_", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
-              help="JSON lines with prompts for --equal.  [default: built-in ones]")  # fmt: skip
-@click.option("--instructions", callback=_sets, metavar="NAMES",
-              help="Instruction sets to compare with --equal, as avx2,scalar: each has a process.")  # fmt: skip
-@click.option("--save", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-              help="Write the outcome of --equal as JSON, once it is complete.")  # fmt: skip
+@click.option(
+    "--equal",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=(
+        "Compare N tokens in total, spread evenly over settings: modes, drafts, batches of 1 to "
+        "8, threads, prefix cache, prompts in pieces. Ids and log-probabilities of each are "
+        "compared bit for bit with mode full, alone and without a cache."
+    ),
+)
+@click.option(
+    "--input",
+    "input_",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="JSONL file with prompts for --equal.  [default: built-in ones]",
+)
+@click.option(
+    "--instructions",
+    callback=_sets,
+    metavar="NAMES",
+    help=(
+        "Instruction sets to compare with --equal, such as avx2,scalar. Each runs in its own "
+        "process."
+    ),
+)
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="File to write the result of --equal to, as JSON, once it is complete.",
+)
 @section("Result")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -77,13 +101,16 @@ def command(
     save: Path | None,
     as_json: bool,
 ) -> None:
-    """Check every byte of BUNDLE, and its engines: against the checkpoint, and one token at a time against one pass.
+    """Check every byte of BUNDLE, and its engines.
 
-    With --against the report is written to verification.json in the bundle. Exit code 1 where a check fails.
+    Engines are compared with the checkpoint, and decoding one token at a time with a single pass.
+    With --against the report is written to verification.json in the bundle. Exits with code 1 if a
+    check fails.
 
-    With --equal the bundle is compared with itself instead. Our own kernels give equal bits in every setting. Bundles
-    in fp32 and those with ONNX Runtime's kernels differ in the last bits of log-probabilities. Instruction sets are
-    compared with each other, too, but for amx, which reads prompts with other bits.
+    With --equal the bundle is compared with itself instead. Our own kernels produce the same bits
+    in every setting. Bundles in fp32, and those with ONNX Runtime's kernels, differ in the last
+    bits of log-probabilities. Instruction sets are also compared with each other, except amx, whose
+    results for prompts have other bits.
 
     \b
     Example:
@@ -137,7 +164,10 @@ def _compare(
     save: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare the bundle with itself, and show the outcome; after an interrupt, what there is of it."""
+    """Compare the bundle with itself, and show the result.
+
+    After an interrupt the partial result is shown.
+    """
     prompts = prompts_of(bundle, file)
     settings = len(all_settings()) * max(1, len(sets))
     outcome = Equality(tokens, 0)
@@ -193,16 +223,21 @@ def _show(outcome: Equality, settings: int) -> None:
     )
     if outcome.complete:
         click.echo(
-            f"{outcome.compared} tokens compared: {'all equal' if outcome.equal else 'not all equal'}"
+            f"{outcome.compared} tokens compared: "
+            f"{'all equal' if outcome.equal else 'not all equal'}"
         )
     else:
         click.echo(
-            f"not complete: {outcome.compared} of {outcome.tokens} tokens compared, of {settings} settings"
+            f"not complete: {outcome.compared} of {outcome.tokens} tokens compared, of {settings} "
+            "settings"
         )
 
 
 def _identity(bundle: Bundle, file: Path | None) -> dict[str, Any]:
-    """What was compared: the bundle, its weights and kernels, the prompts, and the commit of a checkout."""
+    """Describe what was compared.
+
+    Includes the bundle, its weights and kernels, the prompts, and the commit of a checkout.
+    """
     manifest = bundle.manifest
     git = ["git", "-C", PACKAGES, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:

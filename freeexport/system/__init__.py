@@ -1,1 +1,1 @@
-"""Terminal, files, child processes, machine. Imports nothing of freeexport."""
+"""Terminal, files, child processes and the machine. Imports nothing else of freeexport."""

@@ -1,5 +1,7 @@
-"""Lines of a file as requests: several are in flight at once, answered in the order of the file. The file of results
-holds whole lines however a run ends, so that an interrupted one can go on."""
+"""Answer the lines of a JSONL file, several at once, in the order of the file.
+
+The file of results holds whole lines however a run ends, so an interrupted run can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,23 @@ from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 
 Line = Request | BrokenLine
 Answer = list[GenerationResult] | Exception
-# A prompt's results, best first; the event ends it.
+# Returns the results of a prompt, best first. Setting the event cancels it.
 Ask = Callable[[Any, threading.Event], list[GenerationResult]]
-# Lines that may be answered ahead of one that takes long, for each in flight: a killed run loses what waits for it.
+# Lines in flight, per line of the batch, that may be answered ahead of a slow one. A killed run
+# loses the answers that wait.
 AHEAD = 8
 
 
 def answer_file(
     ask: Ask, source: Path, target: Path, batch: int, resume: bool, overwrite: bool
 ) -> None:
-    """Answer the lines of `source` in `target`, each written as soon as those before it are: a line that fails is
-    reported, there and on stderr, and the others go on. Raises FreeExportError at the end where any failed."""
+    """Answer the lines of `source` and write the results to `target` in the same order.
+
+    A line that fails is reported in `target` and on stderr. The other lines are still answered.
+
+    Raises:
+        FreeExportError: At the end, if any line failed.
+    """
     lines: Iterable[Line] = read_requests(source)
     total = None
     if source.is_file():
@@ -76,10 +84,12 @@ def answer_file(
 def answers(
     ask: Ask, lines: Iterable[Line], batch: int
 ) -> Generator[tuple[Line, Answer], None, None]:
-    """Yield each line with its results, or with its own error, as soon as those before it are answered.
+    """Yield each line with its results or its error, in order.
 
-    At most `batch` are in flight. Closing it ends them after their next token. An OptionError is raised: no line could
-    be answered with such options.
+    At most `batch` lines are in flight. Closing the generator cancels them after their next token.
+
+    Raises:
+        OptionError: If the options are invalid, which no line could be answered with.
     """
     cancel = threading.Event()
     pool = ThreadPoolExecutor(batch, thread_name_prefix="answers")
@@ -118,7 +128,7 @@ def answers(
 
 
 def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, Any]:
-    """A result as JSON can hold it, with the texts of the `others` of its prompt."""
+    """Convert a result to JSON values, with the texts of the `others` of the same prompt."""
     drafts = {
         source: {name: getattr(counts, name) for name in ("drafts", "proposed", "accepted")}
         for source, counts in result.stats.drafts.items()
@@ -138,19 +148,23 @@ def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, 
 
 
 class ResultFile:
-    """A line for each request, written whole and at once to a file, to standard output (`-`), a pipe or a device.
+    """File of results with one JSON line per request.
 
-    A line begins with the request's `id`, or with `line`, its number, where it has none; then `input`, the fields of
-    its result or its `error`, and the request's `target` where it has one. However a run ends, a file holds whole lines
-    and at most one partial last line, which resuming removes. A run that fails before its first result leaves no new
-    file, and an old one as it was.
+    Also writes to standard output (`-`), a pipe or a device. Each line begins with the request's
+    `id`, or with `line`, its line number, if it has no id. Then follow the `input`, the fields of
+    the result or the `error`, and the request's `target` if it has one. However a run ends, the
+    file holds whole lines and at most one partial last line, which resuming removes. A run that
+    fails before its first result creates no file, and does not change an existing one.
 
-    `count` is the number of lines that have a result, `failures` those with an error.
+    Attributes:
+        count: Number of lines that have a result.
+        failures: Number of lines whose result is an error.
     """
 
     def __init__(self, path: Path) -> None:
         self.count = self.failures = 0
-        self._path, self._stale = path, False
+        self._path = path
+        self._stale = False
         self._stream: Any = None
         try:
             if str(path) == STANDARD:
@@ -176,17 +190,27 @@ class ResultFile:
             self._stream.close()
 
     def begin(self, lines: Iterable[Line], overwrite: bool = False) -> Iterable[Line]:
-        """All lines, for an output without content, or with `overwrite`; else OptionError, and it stays as it is."""
+        """Return all lines.
+
+        Raises:
+            OptionError: If the output has content and `overwrite` is False. The output is not
+                changed.
+        """
         self._stale = self._stream is None and self._path.exists() and self._path.stat().st_size > 0
         if self._stale and not overwrite:
             raise OptionError(
-                f"{self._path} exists; continue with --resume, replace with --overwrite, or name another"
+                f"{self._path} exists; continue with --resume, replace with --overwrite, or name "
+                "another"
             )
         return lines
 
     def resume(self, lines: list[Line]) -> list[Line]:
-        """The lines after those that have a result. Raises OptionError where the output holds something else than the
-        results of the first lines, in their order, and leaves it as it is."""
+        """Return the lines after those that already have a result.
+
+        Raises:
+            OptionError: If the output is not the results of the first lines, in order. The output
+                is not changed.
+        """
         if self._stream is not None:
             raise OptionError(
                 f"{self._path} is no file, so there is nothing to resume; leave out --resume"
@@ -201,17 +225,21 @@ class ResultFile:
             )
             if record[: len(start)] != start[: len(record)] or (whole and not _is_result(record)):
                 raise OptionError(
-                    f"{self._path} line {number} is not the result of that line of the input; name another output"
+                    f"{self._path} line {number} is not the result of that line of the input; "
+                    "name another output"
                 )
             if whole:
                 self.count = number
                 self.failures += "error" in json.loads(record)
-        whole_lines(self._path)  # cuts off a partial last one
+        whole_lines(self._path)  # removes a partial last line
         return lines[self.count :]
 
     def write(self, line: Line, **result: Any) -> None:
-        """Append a result, its fields in this order. Raises FreeExportError where the line cannot be written, as on a
-        full disk."""
+        """Append a result, with its fields in the order given.
+
+        Raises:
+            FreeExportError: If the line cannot be written, for instance because the disk is full.
+        """
         question = asked(line) if isinstance(line, Request) else {}
         target = (
             {"target": line.target} if isinstance(line, Request) and line.target is not None else {}

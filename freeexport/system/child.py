@@ -1,7 +1,8 @@
-"""Run a module of this package in a process of its own, so that its memory goes back to the system.
+"""Run a module of this package in its own process, so that its memory returns to the system.
 
-The child ends when its parent does, even by SIGKILL: its standard input is a pipe that the parent alone holds open.
-Linux could send a signal instead (PR_SET_PDEATHSIG), but when the thread that started the child ends, not the process.
+The child ends when its parent does, even by SIGKILL: its standard input is a pipe that only the
+parent holds open. Linux could send a signal instead (PR_SET_PDEATHSIG), but it does so when the
+thread that started the child ends, not the process.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from typing import Any
 import freeexport
 from runtime.errors import FreeExportError
 
-# The folder to import the packages from; they may stand in a source tree that only this process knows.
+# Folder to import the packages from. They may be in a source tree that is on no other process's
+# path.
 PACKAGES = str(Path(freeexport.__file__).resolve().parents[1])
-# The number of the open file that a child writes its error line to, instead of stderr.
+# Environment variable with the file descriptor to which a child writes its error line, instead of
+# stderr.
 ERRORS_TO = "FREEEXPORT_ERRORS_TO"
-# stderr is the parent's, for progress and warnings; what libraries say there is not for its user.
+# stderr is inherited from the parent, for progress and warnings. Messages of libraries are
+# silenced.
 _QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 class ChildError(FreeExportError):
-    """A child process failed; the text is its own error line."""
+    """A child process failed. The text is its own error line."""
 
 
 def run_child(
@@ -37,9 +41,18 @@ def run_child(
     variables: Mapping[str, str] | None = None,
     show: Callable[[str], object] | None = None,
 ) -> str:
-    """The standard output of `python -m module arguments`, with `variables` in its environment besides this process's,
-    and nothing to read. It shows its progress itself, or `show` gets each line of it. Raises ChildError with its error
-    line."""
+    """Run `python -m module arguments` in a child process and return its standard output.
+
+    Args:
+        module: Name of the module.
+        arguments: Command-line arguments.
+        variables: Environment variables to add to those of this process.
+        show: Called with each line of the child's stderr. Default: the child shares this process's
+            stderr.
+
+    Raises:
+        ChildError: If the child fails, with its error line.
+    """
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
     errors, told = os.pipe()
     environment = {
@@ -82,14 +95,14 @@ def run_child(
 
 
 def _show_lines(lines: Iterable[str], show: Callable[[str], object] | None) -> None:
-    with suppress(ValueError):  # the file was closed
+    with suppress(ValueError):  # the stream was closed
         for line in lines:
             if show is not None:
                 show(line.rstrip())
 
 
 def tell_parent(reason: str) -> bool:
-    """Give the error line to the parent process; False where this process is no child."""
+    """Send the error line to the parent process. Return False if this process is not a child."""
     descriptor = os.environ.get(ERRORS_TO)
     if descriptor is None:
         return False
@@ -98,7 +111,7 @@ def tell_parent(reason: str) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the module named first with the other arguments, as `python -m` does, for as long as the parent lives."""
+    """Run the module named by the first argument, as `python -m` does, while the parent lives."""
     watched = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
@@ -111,7 +124,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _end_with_parent(watched: int) -> None:
-    os.read(watched, 1)  # nothing is ever written
+    os.read(watched, 1)  # nothing is written: returns when the parent ends
     os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The optional dependencies of the distribution: which packages an extra brings, and how to install them."""
+"""Optional dependencies: the packages of each extra, and how to install them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PURPOSES: dict[str, str] = {
     "optimum": "export encoders that the builder does not know (holds transformers at 4.57)",
     "all": "run every command on a CPU",
 }
-# The extras that each verb needs, beside a wheel of ONNX Runtime.
+# Extras that each verb needs, in addition to a wheel of ONNX Runtime.
 NEEDED: dict[str, tuple[str, ...]] = {
     "fit": ("train", "evaluate", "calibrate"),
     "train": ("train",),
@@ -39,7 +39,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "demo": ("demo",),
     "doctor": (),
 }
-# Import names that differ from the distribution that brings them.
+# Distributions whose name differs from the name they are imported by.
 _DISTRIBUTIONS = {
     "rouge_score": "rouge-score",
     "google": "protobuf",
@@ -51,7 +51,7 @@ _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([\w,-]+)\])?.*;\s*extra\s*==\s*[\"'](
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, None where it is not installed. Imports nothing."""
+    """Return the version of a distribution, or None if it is not installed. Imports nothing."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -60,7 +60,7 @@ def installed_version(distribution: str) -> str | None:
 
 @cache
 def extras() -> dict[str, tuple[str, ...]]:
-    """The packages of each extra, as the installed distribution declares them."""
+    """Return the packages of each extra, as declared by the installed distribution."""
     try:
         declared = [
             match
@@ -86,7 +86,10 @@ def extras() -> dict[str, tuple[str, ...]]:
 def missing_of(
     extra: str, version_of: Callable[[str], str | None] = installed_version
 ) -> tuple[str, ...]:
-    """Packages of an extra that are not installed; with one wheel of ONNX Runtime, the other's is not missing."""
+    """Return the packages of an extra that are not installed.
+
+    Either wheel of ONNX Runtime satisfies both "cpu" and "gpu".
+    """
     if extra in ("cpu", "gpu") and any(
         version_of(name) for name in ("onnxruntime", "onnxruntime-gpu")
     ):
@@ -95,19 +98,22 @@ def missing_of(
 
 
 def distribution_of(module: str) -> str:
-    """The distribution that brings a module."""
+    """Return the name of the distribution that provides a module."""
     top = module.partition(".")[0]
     return _DISTRIBUTIONS.get(top, top)
 
 
 def how_to_install(module: str, verb: str | None = None) -> str:
-    """Name what is missing, and the one command that installs all of it for `verb`, where `module` was not found."""
+    """Return a line with the packages missing for `verb` and one command to install them.
+
+    `module` is the module that was not found.
+    """
     package = distribution_of(module)
     wanted = (*NEEDED.get(verb or "", ()), *extras())
     extra = next((name for name in wanted if package in extras().get(name, ())), None)
     if extra is None:
         return f"{package} is not installed; run: {install_command()}"
-    # A session needs a wheel of ONNX Runtime, whichever verb it is.
+    # Every verb that opens a session needs a wheel of ONNX Runtime.
     all_of = [extra] if extra in ("cpu", "gpu") or not missing_of("cpu") else ["cpu", extra]
     others = {name for each in all_of for name in missing_of(each)} - {package}
     listed = ", ".join([package, *sorted(others)])
@@ -115,5 +121,5 @@ def how_to_install(module: str, verb: str | None = None) -> str:
 
 
 def install_command(*extras: str) -> str:
-    """The shell command that installs the distribution with some extras."""
+    """Return the shell command that installs the distribution with the given extras."""
     return f"pip install 'freeexport[{','.join(extras)}]'" if extras else "pip install freeexport"

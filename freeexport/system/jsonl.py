@@ -1,4 +1,4 @@
-"""Requests as JSON lines: a broken line is reported, and the others go on."""
+"""Read requests from JSON lines. A broken line is reported and the others are still read."""
 
 from __future__ import annotations
 
@@ -16,22 +16,30 @@ import click
 
 from runtime.errors import FreeExportError, OptionError, PromptError
 
-# Bytes of a line: a million tokens with room to spare.
+# Maximum length of a line in bytes. A million tokens fit.
 MAX_LINE = 16 << 20
-# A longer line is passed over, up to this many bytes: a device may never end its line.
+# A longer line is skipped, up to this many bytes: a device may never end its line.
 MAX_SKIPPED = 1 << 30
-# The name of standard input and output, and how long nobody may be at the other end of a named pipe.
+# Name of standard input and output, and how long to wait for a process at the other end of a named
+# pipe.
 STANDARD = "-"
 PIPE_SECONDS = 60.0
-# Names that other formats give an input.
+# Names of the input field in other formats.
 _OTHER_NAMES = ("text", "prompt", "messages", "instruction", "source")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A line of the input file: `input` is text, messages, or the path that `audio` names, relative to the file, of
-    what is spoken in `language`; `line_number` counts from 1, blank lines included. `references`: as the line has them,
-    not checked."""
+    """A line of an input file.
+
+    Attributes:
+        line_number: Number of the line, from 1. Blank lines count.
+        input: Text, messages, or the path given as `audio`, relative to the file.
+        target: Expected output.
+        id: Identifier chosen by the user.
+        references: Value of the field of this name, not checked.
+        language: Code of the language spoken in the audio.
+    """
 
     line_number: int
     input: str | list[dict[str, str]] | Path
@@ -42,7 +50,11 @@ class Request:
 
     @property
     def text(self) -> str | list[dict[str, str]]:
-        """The input, which must not be audio: PromptError."""
+        """Return the input.
+
+        Raises:
+            PromptError: If the input is audio.
+        """
         if isinstance(self.input, Path):
             raise PromptError("it has 'audio', and the model reads text; give 'input'")
         return self.input
@@ -50,7 +62,7 @@ class Request:
 
 @dataclass(frozen=True)
 class BrokenLine:
-    """A line that is not a request, and why; `id` where it could be read."""
+    """A line that is not a request, with the reason, and its `id` if it could be read."""
 
     line_number: int
     reason: str
@@ -58,10 +70,13 @@ class BrokenLine:
 
 
 def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
-    """Yield the lines of a JSONL file, of a pipe, or of standard input (`-`) in order; blank ones are left out.
+    """Yield the lines of a JSONL file, a pipe, or standard input (`-`), in order.
 
-    Raises OptionError, at the call, when the file cannot be opened, and later where reading it fails or a line does not
-    end within MAX_SKIPPED bytes.
+    Blank lines are skipped.
+
+    Raises:
+        OptionError: At the call, if the file cannot be opened. Later, if reading fails or a line
+            does not end within MAX_SKIPPED bytes.
     """
     try:
         if str(path) == STANDARD:
@@ -89,11 +104,14 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
 
 
 def open_pipe(path: Path, mode: str) -> Any:
-    """Open a named pipe as soon as another process has opened its other end, unbuffered for writing. Raises OptionError
-    where none has in PIPE_SECONDS."""
+    """Open a named pipe once another process has opened its other end. Writing is unbuffered.
+
+    Raises:
+        OptionError: If no process has opened it within PIPE_SECONDS.
+    """
     opened: list[Any] = []
     reads = mode == "rb"
-    # The system call has no limit of its own; a thread that it never leaves ends with the process.
+    # The system call has no timeout. If the thread never returns from it, it ends with the process.
     thread = threading.Thread(
         target=lambda: opened.append(path.open(mode, -1 if reads else 0)), daemon=True
     )
@@ -111,8 +129,10 @@ def open_pipe(path: Path, mode: str) -> Any:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that grows by whole lines, none where there is no file. A partial last one, of a run that was
-    killed, is cut off."""
+    """Return the lines of a file that grows by whole lines. A missing file has none.
+
+    A partial last line, left by a run that was killed, is removed from the file.
+    """
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -128,20 +148,24 @@ def _unreadable(path: Path, error: OSError) -> OptionError:
 
 
 def asked(request: Request) -> dict[str, Any]:
-    """The input as a field of a line in another file."""
+    """Return the input as a JSON field for another file."""
     audio = isinstance(request.input, Path)
     return {"audio": str(request.input)} if audio else {"input": request.input}
 
 
 def encoded(record: Mapping[str, Any]) -> bytes:
-    """JSON in UTF-8. A lone surrogate can only be escaped, in JSON as in Python."""
+    """Encode a record as JSON in UTF-8. Lone surrogates are escaped."""
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def append_lines(
     path: Path, records: Iterable[Mapping[str, Any]], advice: str = "run the same command again"
 ) -> None:
-    """Append records as lines, or none of them where the disk is full: FreeExportError then."""
+    """Append records as lines, either all or none.
+
+    Raises:
+        FreeExportError: If they cannot be written, for instance because the disk is full.
+    """
     content = b"".join(encoded(record) + b"\n" for record in records)
     with FileIO(path, "ab") as file:
         end = file.seek(0, 2)
@@ -156,7 +180,10 @@ def append_lines(
 
 
 def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
-    """A line with its end, empty at the end of the file, None where it is too long: the next call reads the next."""
+    """Read a line with its line break. Returns b"" at the end of the file.
+
+    A line that is too long is skipped, and the result is None.
+    """
     try:
         line = file.readline(MAX_LINE + 1)
         if len(line) <= MAX_LINE:
@@ -167,7 +194,8 @@ def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
             skipped += len(line)
             if skipped > MAX_SKIPPED:
                 raise OptionError(
-                    f"{path}, line {number} has no end in {MAX_SKIPPED >> 20} MiB; name a JSONL file"
+                    f"{path}, line {number} has no end in {MAX_SKIPPED >> 20} MiB; name a JSONL "
+                    "file"
                 )
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -187,7 +215,8 @@ def _parse(number: int, line: bytes, folder: Path) -> Request | BrokenLine:
         return BrokenLine(number, f"not JSON that can be read: {str(error)[:100]}")
     if not isinstance(record, dict):
         return BrokenLine(number, f"{type(record).__name__} instead of an object with 'input'")
-    identity, target = record.get("id"), record.get("target")
+    identity = record.get("id")
+    target = record.get("target")
     if not isinstance(identity, (str, int, type(None))) or isinstance(identity, bool):
         return BrokenLine(number, f"'id' is {type(identity).__name__}, not a string or an integer")
     problem = _input_problem(record)
@@ -203,7 +232,8 @@ def _parse(number: int, line: bytes, folder: Path) -> Request | BrokenLine:
 
 def _input_problem(record: dict[str, Any]) -> str | None:
     if "audio" in record:
-        audio, language = record["audio"], record.get("language")
+        audio = record["audio"]
+        language = record.get("language")
         if "input" in record:
             return "it has both 'input' and 'audio'; leave one out"
         if not isinstance(audio, str) or not audio or "\0" in audio:
@@ -226,7 +256,10 @@ def _input_problem(record: dict[str, Any]) -> str | None:
         return "'input' is empty"
     for index, message in enumerate(value if isinstance(value, list) else ()):
         if not isinstance(message, dict):
-            return f"message {index} of 'input' is {type(message).__name__}, not an object with 'role' and 'content'"
+            return (
+                f"message {index} of 'input' is {type(message).__name__}, not an object with "
+                "'role' and 'content'"
+            )
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
                 return f"message {index} of 'input' has no string {name!r}"

@@ -1,5 +1,8 @@
-"""The load of other processes: figures of a busy machine are marked, not refused, and threads that wait for each other
-do not spin there."""
+"""Load caused by other processes.
+
+Measurements taken on a busy machine are marked, not refused. Threads on a busy machine sleep while
+they wait for each other.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,26 @@ import psutil
 from runtime.bundle.costs import TOLERATED
 from runtime.machine.machine import usable_cores
 
-# Seconds below which the counters of the system are too coarse to tell how busy others were.
+# Shortest interval in seconds. Below it the system's counters are too coarse.
 _SHORTEST = 0.5
 WAIT_POLICY = "OMP_WAIT_POLICY"
 
 
 class OtherLoad:
-    """The cores that other processes keep busy, from now on; `cores` is final once a measurement ended."""
+    """Measures the processor cores used by other processes, from its creation on.
+
+    `cores` is set when `other_load` ends.
+    """
 
     def __init__(self) -> None:
-        self._began, self._busy = time.monotonic(), _others_seconds()
+        self._began = time.monotonic()
+        self._busy = _others_seconds()
         self.cores = 0.0
 
     def so_far(self) -> float:
-        """Cores that others kept busy until now; 0 where too little time has passed to tell."""
+        """Return the mean number of cores used by others so far, or 0 after less than half a
+        second.
+        """
         elapsed = time.monotonic() - self._began
         return (
             round(max(0.0, _others_seconds() - self._busy) / elapsed, 2)
@@ -36,18 +45,22 @@ class OtherLoad:
 
 
 def load_note(cores: float) -> str:
-    """A sentence that marks figures of a busy machine; empty where it was idle."""
+    """Return a sentence that marks figures of a busy machine, or "" if it was idle."""
     if cores <= TOLERATED:
         return ""
-    return f"other processes kept {cores:.1f} cores busy: speeds are uncertain, by their spread or more"
+    return (
+        f"other processes kept {cores:.1f} cores busy: speeds are uncertain, by their spread or "
+        "more"
+    )
 
 
 def wait_quietly(threads: int) -> None:
-    """Let OpenMP's threads sleep while they wait for each other, where other processes leave no core to each of
-    `threads`, as observed for half a second. On an idle machine they spin: waking them costs a third of a training
-    step.
+    """Let OpenMP's threads sleep while they wait for each other, if the machine is busy.
 
-    Call it before torch is imported, which reads the variable then; a value that the user set stays.
+    The machine is busy if other processes leave fewer than `threads` cores free during half a
+    second. On an idle machine the threads keep spinning, because waking them costs a third of a
+    training step. Call this before importing torch, which reads the variable on import. A value set
+    by the user is kept.
     """
     if WAIT_POLICY in os.environ:
         return
@@ -59,7 +72,7 @@ def wait_quietly(threads: int) -> None:
 
 @contextmanager
 def other_load() -> Iterator[OtherLoad]:
-    """Watch how busy others keep the machine while the block measures."""
+    """Measure the load caused by other processes while the block runs."""
     load = OtherLoad()
     try:
         yield load
@@ -68,16 +81,23 @@ def other_load() -> Iterator[OtherLoad]:
 
 
 def _others_seconds() -> float:
-    """Seconds for which others than this process and its children, those that have ended included, ran."""
-    process, own = psutil.Process(), 0.0
+    """Return the processor seconds used by all processes except this one and its children.
+
+    Children that have ended are excluded too.
+    """
+    process = psutil.Process()
+    own = 0.0
     for one in (process, *process.children(recursive=True)):
-        with suppress(psutil.Error):  # ended in between
+        with suppress(psutil.Error):  # the process has ended
             times = one.cpu_times()
             own += times.user + times.system + times.children_user + times.children_system
     return _busy_seconds() - own
 
 
 def _busy_seconds() -> float:
-    """Seconds for which processors of this machine were not idle. Virtual machines that run here count as `user`."""
+    """Return the seconds for which this machine's processors were not idle.
+
+    Virtual machines running on it count as `user`.
+    """
     names = ("user", "nice", "system", "irq", "softirq", "interrupt", "dpc")
     return sum(value for name, value in psutil.cpu_times()._asdict().items() if name in names)

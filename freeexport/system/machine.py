@@ -1,4 +1,4 @@
-"""The machine as decoding sees it: processor, the share of it that this process may use, and memory."""
+"""The machine that decoding runs on: its processor and memory, and the limits of this process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import psutil
 from runtime import kernels
 from runtime.machine.machine import ROOT, cpu_quota, memory_limit, usable_cores
 
-# Instruction sets that multiply bfloat16 (the last one's processors are Arm's), by their names in /proc/cpuinfo.
+# Instruction sets that multiply bfloat16, by their names in /proc/cpuinfo. The last one is Arm's.
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
-# Instruction sets that decide which matrix kernels ONNX Runtime and torch pick.
+# Instruction sets by which ONNX Runtime and torch select matrix kernels.
 FEATURES = (
     "avx2",
     "avx512f",
@@ -30,17 +30,26 @@ FEATURES = (
     *BFLOAT16,
 )
 
-# For mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX.
+# Parameters of mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX.
 _KEPT = {-1: 2**31 - 1, -2: 64 << 20, -4: 0}
 _USUAL = {-1: 128 << 10, -2: 128 << 10, -4: 65536}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Counts of processors, and memory in bytes. None means that the system does not tell, or sets no limit.
+    """Processors and memory of a machine. None means unknown, or no limit.
 
-    `threads` are logical processors of the machine, `affinity` those that this process may run on, and `cpu_quota`
-    how many of them its control group may keep busy. `usable_cores` is how many threads a session starts by default.
+    Attributes:
+        cpu: Name of the processor.
+        features: Instruction sets that it has, of FEATURES.
+        cores: Number of physical cores.
+        threads: Number of logical processors.
+        affinity: Logical processors that this process may run on.
+        cpu_quota: Number of processors that its control group may use.
+        usable_cores: Number of threads that a session starts by default.
+        memory: Total memory in bytes.
+        memory_available: Available memory in bytes.
+        memory_limit: Memory limit of the control group in bytes.
     """
 
     cpu: str
@@ -56,7 +65,10 @@ class Machine:
 
 
 def detect_machine(root: Path = ROOT) -> Machine:
-    """Read the machine; never fails for want of /proc or /sys, which are looked up under `root`."""
+    """Detect the machine.
+
+    `root` is the directory that contains /proc and /sys, which may be missing.
+    """
     cpu, features = read_cpuinfo(root)
     memory = psutil.virtual_memory()
     return Machine(
@@ -76,13 +88,17 @@ def detect_machine(root: Path = ROOT) -> Machine:
 
 
 def kernel_instructions() -> str:
-    """The instructions of our kernels here, as `runtime.kernels` names them; "" where there are none."""
+    """Return the instruction set that our kernels use here, or "" without kernels."""
     return "" if kernels.missing() else kernels.instructions()
 
 
 def read_cpuinfo(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
-    """The model name ("" where unknown) and the known FEATURES of the first processor in /proc/cpuinfo."""
-    model, flags = "", set[str]()
+    """Read the model name and the known FEATURES of the first processor in /proc/cpuinfo.
+
+    The name is "" if unknown.
+    """
+    model = ""
+    flags = set[str]()
     try:
         text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -97,15 +113,20 @@ def read_cpuinfo(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
 
 
 def multiplies_bfloat16(root: Path = ROOT) -> bool:
-    """Whether the processor has instructions for it; without them torch's bfloat16 products are slow."""
+    """Return True if the processor has instructions for bfloat16.
+
+    Without them torch's products are slow.
+    """
     return any(feature in BFLOAT16 for feature in read_cpuinfo(root)[1])
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Keep what this process frees, for it to use again without the system's zeroed pages: a fifth of a step on a CPU.
-    What is kept is in pieces, so that a process grows by up to a half; `keep=False` goes back to the usual.
+    """Keep freed memory in this process for reuse.
 
-    False, and nothing changes, without glibc.
+    This saves zeroing new pages, a fifth of a training step on a CPU. Kept memory is fragmented, so
+    a process grows by up to a half. `keep=False` restores the defaults of glibc.
+
+    Returns False, without any effect, if the C library is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""Files and directories that appear complete or not at all, and never in place of something that is not ours."""
+"""Write files and directories completely or not at all, and never replace foreign ones."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from runtime.errors import FreeExportError, OptionError
 fcntl: Any
 try:
     import fcntl
-except ImportError:  # Windows: nothing is ever held
+except ImportError:  # Windows: there are no locks
     fcntl = None
 
-# A full disk, a quota, a limit of file sizes, or a file system that is read-only; libraries in Rust tell the number in
-# their text.
+# A full disk, a quota, a file size limit, or a read-only file system. Libraries written in Rust
+# have the number in their message.
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _NUMPY_ERROR = re.compile(r"\d+ requested and \d+ written")
@@ -29,12 +29,12 @@ _LOCKED = b"freeexport writes beside this file\n"
 
 
 class OutputError(FreeExportError):
-    """Something stands where a command wants to write."""
+    """The output path is occupied, or another process writes to it."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an error of writing that names no file the name of what the user asked for."""
+    """Add `path` to write errors that name no file."""
     try:
         yield
     except Exception as error:
@@ -49,8 +49,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def writing_error(error: BaseException) -> OSError | None:
-    """The error of the system because of which a file could not be written, where that is what an error of any library
-    comes from."""
+    """Find the system error behind an exception of any library, if a file could not be written."""
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None
@@ -66,7 +65,7 @@ def writing_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write what then replaces the file at `path`, in one step and after it is on the disk."""
+    """Yield a temporary path. Its file is flushed to disk and then replaces `path` atomically."""
     # Process ids alone are not unique among containers that share a volume.
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -79,13 +78,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace the file at `path` by this text."""
+    """Replace the file at `path` by a text, atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:
-    """Give the file's bytes a second name where the file system can, else copy them."""
+    """Hard-link a file, or copy it if the file system cannot."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
@@ -93,18 +92,25 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
 
 
 def check_writable(path: Path | None, option: str) -> None:
-    """Raise OptionError, before long work, where `option` names a file in no directory."""
+    """Check the path given for `option`, before long work.
+
+    Raises:
+        OptionError: If its parent directory does not exist.
+    """
     if path is not None and not path.parent.is_dir():
         raise OptionError(f"{option}: there is no directory {path.parent}; make it first")
 
 
 @contextmanager
 def output_directory(out: Path, marker: str, overwrite: bool, sync: bool = True) -> Iterator[Path]:
-    """Yield an empty directory beside `out` that takes its name when the block ends without an error.
+    """Yield an empty directory beside `out`, which is renamed to `out` if the block succeeds.
 
-    What stands at `out` is replaced only with `overwrite`, and only if it holds the file `marker`. It is renamed just
-    before; what a kill between the two renames leaves, the next call puts back. With `sync` everything is on the disk
-    before. Raises OutputError, also while another process writes to `out`.
+    An existing directory is replaced only with `overwrite`, and only if it contains the file
+    `marker`. It is renamed first. If the process is killed between the two renames, the next call
+    restores it. With `sync` all files are flushed to disk before the rename.
+
+    Raises:
+        OutputError: If `out` may not be replaced, or another process writes to it.
     """
     out = Path(os.path.abspath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +133,11 @@ def output_directory(out: Path, marker: str, overwrite: bool, sync: bool = True)
 
 
 def check_output(out: Path, marker: str, overwrite: bool) -> None:
-    """Raise OutputError, before long work, where `output_directory` would."""
+    """Check, before long work, that `output_directory` will accept `out`.
+
+    Raises:
+        OutputError: If it would not.
+    """
     out = Path(os.path.abspath(out))
     if not os.path.lexists(out) or _is_empty(out):
         return
@@ -156,9 +166,12 @@ def _beside(out: Path, kind: str) -> Path:
 
 
 def _swap(partial: Path, out: Path, marker: str) -> None:
-    """Give `out` to the new directory; what came there since it was looked at, and is not ours, is put back."""
+    """Rename the new directory to `out`.
+
+    A foreign directory that appeared there meanwhile is restored.
+    """
     if not os.path.lexists(out) or _is_empty(out):
-        partial.rename(out)  # over an empty directory too
+        partial.rename(out)  # also replaces an empty directory
         return
     old = _beside(out, "old")
     out.rename(old)
@@ -174,10 +187,11 @@ def _swap(partial: Path, out: Path, marker: str) -> None:
 
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
-    """Hold the lock file beside `out`; first clear away what a process that was killed while it held it has left.
+    """Hold the lock file beside `out`, and remove what a killed process left.
 
-    A lock (flock) belongs to the open file: it is gone when its process is, however that ends, and all that share the
-    volume see it, containers and NFS too, where process ids say nothing.
+    A lock (flock) belongs to the open file, so it is released however its process ends. It is
+    visible to all processes that share the volume, including containers and NFS clients, where
+    process ids are meaningless.
     """
     lock, partial, old = (_beside(out, kind) for kind in ("lock", "partial", "old"))
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -212,9 +226,8 @@ def _lock(descriptor: int, lock: Path, left: bool) -> None:
         held = os.path.samestat(os.fstat(descriptor), os.stat(lock))
     except (BlockingIOError, FileNotFoundError):
         held = False
-    except (
-        OSError
-    ):  # a file system without locks cannot tell a process that writes from one that was killed
+    except OSError:
+        # Without locks a running process cannot be distinguished from one that was killed.
         if left:
             raise OutputError(
                 f"another process writes to {out}, or was killed: remove {lock} if none does"
@@ -225,14 +238,17 @@ def _lock(descriptor: int, lock: Path, left: bool) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Put a file or directory on the disk: without it a crash of the machine can leave the name and no content."""
+    """Flush a file or directory to disk.
+
+    Otherwise a system crash may leave its name without content.
+    """
     if path.is_symlink() or not (path.is_dir() or path.is_file()):
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:
-        if not path.is_dir():  # of directories not every file system knows
+        if not path.is_dir():  # some file systems cannot flush directories
             raise
     finally:
         os.close(descriptor)

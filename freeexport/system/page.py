@@ -1,4 +1,4 @@
-"""Pages for a terminal and pictures for a file: tables of plain text, numbers in human units, figures and colours."""
+"""Tables for the terminal, numbers in readable units, and figures for files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-# Of the palette of Okabe and Ito, which colour-blind people can tell; marks and dashes say the same without colour.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+# Palette of Okabe and Ito, distinguishable by colour-blind readers. Markers and dashes distinguish
+# the lines too.
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+GREY = "#666666"
 YELLOW = "#E69F00"
 
 
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True
 ) -> Table:
-    """Rows of text under a title; columns whose name ends in `#` are aligned to the right, without the `#`. Columns
-    without text in any row are left out."""
+    """Build a table of text under a title.
+
+    Columns whose name ends in `#` are right-aligned, without the `#`. Columns that are empty in
+    every row are left out.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -39,7 +47,7 @@ def table(
         justify: Literal["left", "right"] = "right" if name.endswith("#") else "left"
         result.add_column(name.rstrip("#"), justify=justify, overflow="fold")
     for row in rows:
-        # Text, not str: square brackets in a value are not markup.
+        # Text instead of str, so that square brackets are not parsed as markup.
         result.add_row(*(Text(cell) for cell in row))
     return result
 
@@ -47,7 +55,7 @@ def table(
 def filled(
     columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows without the columns that are empty in every row; all columns where there are no rows."""
+    """Remove the columns that are empty in every row. Without rows all columns are kept."""
     used = [
         number for number in range(len(columns)) if not rows or any(row[number] for row in rows)
     ]
@@ -55,15 +63,15 @@ def filled(
 
 
 def pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    """Names and values, one pair a line, under a title."""
+    """Build a table of names and values under a title."""
     return table(title, ("", ""), rows, header=False)
 
 
 def print_page(tables: Iterable[Table]) -> None:
-    """Print tables on stdout, a blank line after each; those without rows are left out."""
+    """Print tables on stdout, each followed by a blank line. Tables without rows are skipped."""
     from rich.console import Console
 
-    # Without a terminal there is no width to fit: long paths and hashes stay on one line.
+    # Without a terminal there is no width to fit, and long paths and hashes stay on one line.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for item in tables:
         if item.row_count:
@@ -72,7 +80,7 @@ def print_page(tables: Iterable[Table]) -> None:
 
 
 def human_bytes(count: float) -> str:
-    """`count` bytes in decimal units, three digits: 999 B, 1.23 kB, 45.6 MB."""
+    """Format a number of bytes in decimal units with three digits: 999 B, 1.23 kB, 45.6 MB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(count) < 999.5 or unit == "TB":
             break
@@ -81,7 +89,7 @@ def human_bytes(count: float) -> str:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure in inches, drawn without a display."""
+    """Create a figure of a size in inches, without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -91,7 +99,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def legend_beside(axes: Axes) -> None:
-    """Draw the legend to the right of the axes, where no data are."""
+    """Draw the legend to the right of the axes, outside the data."""
     axes.legend(
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
@@ -102,6 +110,6 @@ def legend_beside(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write SVG where `path` ends so, else PNG, whole or not at all."""
+    """Write a figure atomically, as SVG if `path` ends in .svg, else as PNG."""
     with replacing(path) as partial:
         figure.savefig(partial, format="svg" if path.suffix == ".svg" else "png", dpi=120)

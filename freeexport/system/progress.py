@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, elsewhere a plain line every half minute."""
+"""Progress of long work on stderr: a bar on a terminal, otherwise a line every half minute."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-# Seconds between plain lines, and until the first, so that short work prints nothing.
+# Seconds between plain lines. The first appears after the same time, so short work prints nothing.
 EVERY = 30.0
-# In the environment of a process whose parent shows how far all of the work is: nothing is shown here.
+# Environment variable set for a process whose parent shows the progress. The process then shows
+# none.
 BY_PARENT = "FREEEXPORT_PROGRESS_BY_PARENT"
 
 
 class Advance(Protocol):
-    """Report that `n` more units of the total are done."""
+    """Report that `n` more units are done."""
 
     def __call__(self, n: float = 1) -> None: ...
 
@@ -29,12 +30,16 @@ def progress(
     done: float = 0,
     left: Callable[[], float | None] | None = None,
 ) -> Iterator[Advance]:
-    """Show how far the work named `description` is while the block runs, and yield the function that advances it.
+    """Show the progress of a block, and yield the function that advances it.
 
-    `total` is in the units of `advance(n)`, and None where nobody knows it; `done` of them were done before. `left`
-    tells the seconds left (None: unknown), where the work knows better than its speed so far.
+    Args:
+        description: Name of the work.
+        total: Number of units, or None if unknown.
+        done: Units that are already done.
+        left: Estimates the remaining seconds, or None if unknown. Default: from the speed so far.
     """
-    began, start = time.monotonic(), done
+    began = time.monotonic()
+    start = done
 
     def seconds_left() -> float | None:
         if left is not None:
@@ -61,7 +66,7 @@ def progress(
                     description, done, total, time.monotonic() - began, seconds_left()
                 )
                 print(line, file=sys.stderr, flush=True)
-            except (OSError, ValueError):  # nobody reads it any more
+            except (OSError, ValueError):  # stderr was closed
                 return
 
     if sys.stderr is not None and sys.stderr.isatty():
@@ -71,7 +76,7 @@ def progress(
             yield advance
         return
     over = threading.Event()
-    # A thread, as one unit of the work may take long.
+    # A thread, because a single unit may take long.
     thread = threading.Thread(target=write_lines, name="progress", daemon=True)
     thread.start()
     try:
@@ -84,16 +89,19 @@ def progress(
 def progress_line(
     description: str, done: float, total: float | None, elapsed: float, left: float | None
 ) -> str:
-    """A line without a terminal: name, how far, how long so far, and how long it still takes where that is known."""
+    """Format a progress line: name, units done, time elapsed, and time left if known."""
     if not total:
         count = f"{done:.0f} done, " if done else ""
         return f"{description}: {count}{duration(elapsed)} so far"
-    text = f"{description}: {done:.0f} of {total:.0f} ({min(1.0, done / total):.0%}), {duration(elapsed)} so far"
+    text = (
+        f"{description}: {done:.0f} of {total:.0f} ({min(1.0, done / total):.0%}), "
+        f"{duration(elapsed)} so far"
+    )
     return text if left is None else f"{text}, about {duration(left)} left"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as people write them."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -117,7 +125,9 @@ def _bar(seconds_left: Callable[[], float | None]) -> Any:
             seconds = seconds_left()
             return Text("" if seconds is None else f"{duration(seconds)} left")
 
-    name, elapsed = TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    name = TextColumn("{task.description}", markup=False)
+    elapsed = TimeElapsedColumn()
     columns = (name, BarColumn(), TaskProgressColumn(), elapsed, Left())
-    # rich would send what the block prints to stdout to this console: wrong where stdout is a file or a pipe.
+    # Otherwise rich redirects what the block prints on stdout to this console, even to a file or
+    # pipe.
     return Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
