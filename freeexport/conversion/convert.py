@@ -67,11 +67,13 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         instructions()  # what cannot be run here, cannot be verified
     checkpoint = open_checkpoint(model)
     description = with_exit(describe(checkpoint.config, checkpoint), checkpoint)
-    layers, exit_layer = len(description.decoder.layers), options.exit_layer
+    layers = len(description.decoder.layers)
+    exit_layer = options.exit_layer
     if exit_layer is None and checkpoint.exit is None and layers > 1:
         exit_layer = max(1, round(layers / 3))
         click.echo(
-            f"note: exit after layer {exit_layer} of {layers}, a third of them, as {checkpoint.name} has no exit.json; "
+            f"note: exit after layer {exit_layer} of {layers}, a third of them, as "
+            f"{checkpoint.name} has no exit.json; "
             "--exit-layer chooses another, freeexport train trains one",
             err=True,
         )
@@ -179,7 +181,8 @@ def _write_engines(
 ) -> tuple[int, list[DeclaredCopy], Quantization | None]:
     """Write the engines. The bytes of their weights, what stands in memory a second time, and how weights were
     quantized. torch takes a second to import, and is only where it is needed."""
-    copies, fitted = list[DeclaredCopy](), None
+    copies = list[DeclaredCopy]()
+    fitted = None
     if text is not None:
         from freeexport.conversion.rounding_data import round_for_text
 
@@ -233,7 +236,8 @@ def _new_manifest(
     files = sorted(
         path for path in directory.iterdir() if path.name not in (MANIFEST, VERIFICATION)
     )
-    generation, attention = checkpoint.generation_config, description.attention
+    generation = checkpoint.generation_config
+    attention = description.attention
     return Manifest(
         schema_version=SCHEMA_VERSION,
         family=description.family,
@@ -293,7 +297,8 @@ def _decoder_start(checkpoint: Checkpoint, description: Description) -> int | No
     start: int | None = checkpoint.generation_config.get("decoder_start_token_id")
     if start is None:
         raise GraphError(
-            f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json"
+            f"{checkpoint.name} names no decoder_start_token_id; add it to its "
+            "generation_config.json"
         )
     return start
 
@@ -302,14 +307,16 @@ def _head_copies(
     description: Description, engines: EngineOptions, quantization: Quantization | None
 ) -> list[DeclaredCopy]:
     """The head's weights a second time: packed or on a device, and those of an exit vocabulary."""
-    head, copies = description.decoder.head.weight, list[DeclaredCopy]()
+    head = description.decoder.head.weight
+    copies = list[DeclaredCopy]()
     known = description.decoder.exit_tokens
     if quantization is None:
         bits = 32 if engines.float_type == "fp32" else 16
     else:
         bits = 4 if any(engine.head == "int4" for engine in quantization.engines) else 8
     row = description.hidden_size * bits // 8
-    whole, reason = description.vocab_size * row, ""
+    whole = description.vocab_size * row
+    reason = ""
     if engines.kernels == "freeexport":
         if head == description.decoder.embedding.table and engines.head == "int4":
             reason = "head, packed for freeexport's kernels, beside the embedding table"

@@ -58,7 +58,8 @@ def export_encoder(
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"the encoder of {checkpoint.name} ({checkpoint.architecture}) cannot be exported: {first_line(error)}; "
+            f"the encoder of {checkpoint.name} ({checkpoint.architecture}) cannot be exported: "
+            f"{first_line(error)}; "
             "try another release of torch or transformers"
         ) from error
     compute = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
@@ -127,7 +128,8 @@ def _export(module: _Encoder, block: int, directory: Path) -> ir.Model:
 
 
 def _export_with_torch(module: _Encoder, block: int) -> ir.Model:
-    batch, blocks = torch.export.Dim("B", min=1), torch.export.Dim("blocks", min=1)
+    batch = torch.export.Dim("B", min=1)
+    blocks = torch.export.Dim("blocks", min=1)
     shape = {0: batch, 1: blocks * block if block > 1 else blocks}
     ids = torch.ones(2, 3 * block, dtype=torch.int64)
     program = torch.onnx.export(
@@ -165,9 +167,11 @@ def _check_engine(
             error = float(difference.max() / max(1.0, float(np.abs(theirs).max())))
             reason = f"it differs by {error:.1e} of the largest value"
         except Exception as failure:  # ONNX Runtime's own types share no base
-            error, reason = np.inf, first_line(failure)
+            error = np.inf
+            reason = first_line(failure)
         if not error <= TOLERANCE.get(precision, TOLERANCE["fp32"]):
             raise UnsupportedModelError(
-                f"the encoder of {name} was exported, but is wrong for prompts of {lengths} tokens: {reason}; this "
+                f"the encoder of {name} was exported, but is wrong for prompts of {lengths} "
+                f"tokens: {reason}; this "
                 "encoder is not supported"
             )

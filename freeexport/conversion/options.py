@@ -25,7 +25,8 @@ from runtime.errors import OptionError
 from runtime.kernels import missing
 
 # Long enough for most uses, short enough that a slot of the KV cache is no surprise.
-DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
+DEFAULT_CAPACITY = 2048
+DEFAULT_ENCODER_CAPACITY = 2048
 
 # Which checks compare a new bundle with its checkpoint.
 Verify = Literal["quick", "full", "none"]
@@ -85,7 +86,8 @@ class ConvertOptions:
         given = self.encoder_capacity
         if description.spectrogram is not None and given not in (None, most):
             raise GraphError(
-                f"encoder capacity {given} is not the {most} positions of a window of speech; leave it out"
+                f"encoder capacity {given} is not the {most} positions of a window of speech; "
+                "leave it out"
             )
         if given is not None and most is not None and given > most:
             raise GraphError(f"encoder capacity {given} is out of range; choose 1 to {most}")
@@ -97,7 +99,8 @@ def engine_options(
 ) -> EngineOptions:
     """Options of the engines by `options`, with the defaults of the model and the target. Raises GraphError, and
     OptionError where there is text to round for, and nothing that gets 4 bits on a CPU."""
-    limit, attention = description.decoder.max_positions or DEFAULT_CAPACITY, description.attention
+    limit = description.decoder.max_positions or DEFAULT_CAPACITY
+    attention = description.attention
     dialect, precisions = TARGETS[options.target]
     precision = options.precision or precisions[0]
     # Ours for weights that are quantized for a CPU, where their library can be used here.

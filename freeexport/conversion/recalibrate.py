@@ -31,7 +31,8 @@ def check_fits(
     check_calibration(calibration, source_sha256, vocab_size, exit_layer, confidence)
     if (calibration.max_pending or 1) > max_pending:
         raise CalibrationError(
-            f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle has room for "
+            f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle "
+            "has room for "
             f"{max_pending}; calibrate this bundle"
         )
 

@@ -38,7 +38,9 @@ from runtime.errors import OptionError
 from runtime.machine.machine import available_memory
 
 # Tokens of the decoder: what is read, what there must be, and the longest sequence. Lines beyond are not looked at.
-MOST_TOKENS, FEWEST_TOKENS, LONGEST = 8192, 512, 512
+MOST_TOKENS = 8192
+FEWEST_TOKENS = 512
+LONGEST = 512
 LINES = 4096
 
 # A call of a layer: hidden states [1, n, d], and its other arguments.
@@ -64,10 +66,8 @@ def round_for_text(
     tokenizer.
     """
     texts, tokens = _texts(checkpoint, description, engines, data)
-    need, available = (
-        4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()),
-        available_memory(),
-    )
+    need = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    available = available_memory()
     if available is not None and need > available:
         raise OptionError(
             f"--data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
@@ -80,7 +80,8 @@ def round_for_text(
     )
     if rounder.done:
         raise OptionError(
-            f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, or in parts of tensors; "
+            f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, or "
+            "in parts of tensors; "
             "leave it out"
         )
     layers = list(getattr(stack, field))
@@ -111,10 +112,8 @@ class _Rounder:
     ) -> None:
         self.weights: dict[str, Rounded] = {}
         used = rounding(engines.target, engines.kernels)
-        self._scheme, self._type = (
-            used.scheme,
-            np.dtype(np.float16) if used.products.own else FLOAT32,
-        )
+        self._scheme = used.scheme
+        self._type = np.dtype(np.float16) if used.products.own else FLOAT32
         self._modules = {
             name: module
             for name, module in _with_4_bits(model, description, engines).items()
@@ -142,7 +141,8 @@ class _Rounder:
             return
         moments = _moments(list(modules.values()), read)
         for name, module in modules.items():
-            weight, seen = module.weight.numpy(), moments[module]
+            weight = module.weight.numpy()
+            seen = moments[module]
             plain, _ = self._scheme.round(weight, "int4", self._type)
             if not plain.error <= self._scheme.limits["int4"] or not np.isfinite(seen).all():
                 continue  # it gets more bits, or is what no text can tell about
@@ -258,7 +258,8 @@ def _texts(
         text_format(checkpoint, description, min(LONGEST, engines.capacity)), truncate=True
     )
     examples, _ = encode(read_examples(data, LINES, TARGETS_WANTED), form, data)
-    texts, tokens = [], 0
+    texts = []
+    tokens = 0
     for example in examples:
         if tokens >= MOST_TOKENS:
             break
@@ -266,6 +267,7 @@ def _texts(
         tokens += len(example.target) + (0 if form.seq2seq else len(example.prompt))
     if tokens < FEWEST_TOKENS:
         raise DataError(
-            f"{data} has {tokens} tokens for the decoder; rounding needs at least {FEWEST_TOKENS}, give more lines"
+            f"{data} has {tokens} tokens for the decoder; rounding needs at least {FEWEST_TOKENS}, "
+            "give more lines"
         )
     return texts, tokens

@@ -36,10 +36,8 @@ _LATEX = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "±": r"$\pm$", "<":
 
 def repeated() -> dict[str, int]:
     """How often each step of a plan is made."""
-    every, calibrated = (
-        len(COMPARED) * len(SEEDS),
-        sum("free" in methods for _, methods in COMPARED.values()),
-    )
+    every = len(COMPARED) * len(SEEDS)
+    calibrated = sum("free" in methods for _, methods in COMPARED.values())
     counts = {"trained": every, "calibrate": calibrated * len(SEEDS), "evaluate": len(SEEDS)}
     return {**counts, "joint": every, "exit": len(SEEDS)}
 
@@ -55,14 +53,14 @@ class Setting:
 
     @classmethod
     def of(cls, name: Name, found: Sequence[Evaluation]) -> Setting:
-        tables, seconds, exits = [], [], []
+        tables = []
+        seconds = []
+        exits = []
         for one in found:
             row = _rows(one)[name]
             lines = one.records[row["bundle"], row["setting"]]
-            texts, known = (
-                [turns[0].text for turns in lines.values()],
-                [one.references[line] for line in lines],
-            )
+            texts = [turns[0].text for turns in lines.values()]
+            known = [one.references[line] for line in lines]
             tables.append(found[0].metrics[0].table(texts, known))
             seconds.append(
                 [np.median([turn.seconds for turn in turns]) for turns in lines.values()]
@@ -89,7 +87,8 @@ def _rows(found: Evaluation) -> dict[Name, Row]:
 def comparison(found: Sequence[Evaluation]) -> Sheet:
     """Tabulate evaluations that differ by the seed of their trainings, of the same lines and settings. Speed and
     significance are against the full model of the first training; p is two-sided, of a paired bootstrap over lines."""
-    metric, every = found[0].metrics[0], [_rows(one) for one in found]
+    metric = found[0].metrics[0]
+    every = [_rows(one) for one in found]
     settings = {
         name: Setting.of(name, found) for name in every[0] if all(name in rows for rows in every)
     }
@@ -98,11 +97,15 @@ def comparison(found: Sequence[Evaluation]) -> Sheet:
     for (name, method, at), one in settings.items():
         values = 100 * np.array([metric.of(table) for table in one.tables])
         values = 100 - values if metric.error else values
-        low, high, p, mark = None, None, "", ""
+        low = None
+        high = None
+        p = ""
+        mark = ""
         if one is not whole:
             low, high = speed_interval(one.seconds, whole.seconds)
             value = p_value(metric, np.sum(one.tables, axis=0), np.sum(whole.tables, axis=0))
-            p, mark = f"{value:.3f}", "*" if value < SIGNIFICANT else ""
+            p = f"{value:.3f}"
+            mark = "*" if value < SIGNIFICANT else ""
         speed = plus_minus(whole.seconds.sum() / one.seconds.sum(), low, high, 2)
         quality = f"{values.mean():.2f} ± {values.std(ddof=1):.2f}{mark}"
         rows.append(
@@ -124,11 +127,13 @@ def comparison(found: Sequence[Evaluation]) -> Sheet:
         ),
         (
             "p",
-            "of that difference, two-sided: paired bootstrap over lines, their statistics added over seeds",
+            "of that difference, two-sided: paired bootstrap over lines, their statistics added "
+            "over seeds",
         ),
         (
             "speed",
-            "of whole requests, as a multiple of plain full's; ± is half a 95 % interval over lines",
+            "of whole requests, as a multiple of plain full's; ± is half a 95 % interval over "
+            "lines",
         ),
     )
     return Sheet(f"Trainings compared, {len(whole.seconds)} lines", columns, tuple(rows), facts)

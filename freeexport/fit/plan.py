@@ -65,19 +65,29 @@ COVERED = 0.9  # of the target tokens, at least, by an exit vocabulary
 LONGEST = 0.99  # of the targets are no longer than the outputs may be
 
 # Lines of the splits, at least and as many as do any good; of the training itself, at least.
-TEST, CALIBRATION, VALIDATION, TRAIN = (100, 400), (60, 300), 100, 100
+TEST = (100, 400)
+CALIBRATION = (60, 300)
+VALIDATION = 100
+TRAIN = 100
 # Decodings of a line in units of one by the full model: of a calibration by quality, and by agreement; of an evaluation
 # of both bundles, of the model as it is alone, and of one seed's bundles.
-BY_QUALITY, BY_AGREEMENT, COMPARED, ALONE, PAPER = 8.0, 2.0, 6.5, 2.0, 13.0
+BY_QUALITY = 8.0
+BY_AGREEMENT = 2.0
+COMPARED = 6.5
+ALONE = 2.0
+PAPER = 13.0
 WITH_EXIT = 2.5  # besides, where the model as it is has an exit, which is evaluated in all modes
 SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # of the budget, at most
 # Of the training time, of all weights; the rest trains the exit alone, which takes longer where nothing else trains it.
 TOGETHER = {"state": 0.85, "feature": 0.6}
 # Seconds of a conversion, and weights a second besides; bytes that training takes beside its weights.
-CONVERTING, CONVERTED = 45, 1.5e6
-ACTIVATIONS, LOGITS = 2 << 30, 32  # the latter for each token of the vocabulary
+CONVERTING = 45
+CONVERTED = 1.5e6
+ACTIVATIONS = 2 << 30
+LOGITS = 32  # the latter for each token of the vocabulary
 FEW_STEPS = 100  # with which an exit hardly learns
-STEPS, BATCH_TOKENS = 5, 2048  # that are timed, the first aside, in two halves
+STEPS = 5
+BATCH_TOKENS = 2048  # that are timed, the first aside, in two halves
 SPEED_SECONDS = 60  # of the speed that is measured where there are no data, at most
 LEAST_BATCH = 256  # tokens, where the budget is too small for more
 RECORDINGS = 6  # of a batch of speech
@@ -115,7 +125,8 @@ class FitOptions:
             )
         if self.data is not None and not self.data.is_file():
             raise OptionError(
-                f"--data {self.data}: there is no such file; name a JSONL file with 'input' (or 'audio') and 'target'"
+                f"--data {self.data}: there is no such file; name a JSONL file with 'input' (or "
+                "'audio') and 'target'"
             )
 
     def recorded(self) -> dict[str, Any]:
@@ -260,7 +271,8 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
     """
     checkpoint = open_checkpoint(options.model)
     description = describe(checkpoint.config, checkpoint)
-    layers, costs = len(description.decoder.layers), step_bytes(description, checkpoint)
+    layers = len(description.decoder.layers)
+    costs = step_bytes(description, checkpoint)
     if layers < 2:
         raise OptionError(
             f"{checkpoint.name} has one decoder layer, and an exit needs at least two; use convert"
@@ -320,7 +332,8 @@ def _with_times(
 ) -> Plan:
     """The plan with its splits and times, and without its exit where training cannot pay. `rate`: the full model's, in
     the 8 bits that a trained model is converted to."""
-    texts, found = plan.texts, plan.exit
+    texts = plan.texts
+    found = plan.exit
     assert texts is not None
     assert found is not None
     # Weights, gradients and both moments of every parameter; activations, above all logits, of a batch.
@@ -367,14 +380,16 @@ def _with_times(
     times = repeated() if options.paper else {}
     if options.paper and not fits:
         raise OptionError(
-            f"--paper trains all weights of {plan.name}, and they do not fit in memory; leave it out"
+            f"--paper trains all weights of {plan.name}, and they do not fit in memory; leave it "
+            "out"
         )
     left = options.budget - sum(times.get(name, 1) * one for name, one in seconds.items())
     shares = {_TRAININGS[one]: 1.0 for one in tune}
     if len(tune) > 1:
         shares = {"joint": TOGETHER[found.input], "exit": 1 - TOGETHER[found.input]}
     runs = sum(times.get(name, 1) * share for name, share in shares.items())
-    bf16, learning_rate = multiplies_bfloat16(), 3e-4 if parameters < 3e8 else 1e-4
+    bf16 = multiplies_bfloat16()
+    learning_rate = 3e-4 if parameters < 3e8 else 1e-4
     batch, smallest = texts.batch_tokens
     while True:
         speed = training_speed(options, texts, found, tune[0], bf16, learning_rate, batch)
@@ -388,8 +403,10 @@ def _with_times(
     if left < least:
         needed = math.ceil((options.budget - left + least) / 60)
         missing = (
-            f"--budget {duration(options.budget)} leaves {duration(max(0.0, left))} for training, and {FEW_STEPS} "
-            f"steps of {batch} tokens take {duration(least)}; give --budget {needed}min or more, or leave --data out"
+            f"--budget {duration(options.budget)} leaves {duration(max(0.0, left))} for training, "
+            f"and {FEW_STEPS} "
+            f"steps of {batch} tokens take {duration(least)}; give --budget {needed}min or more, "
+            "or leave --data out"
         )
         left = least
     seconds |= {name: share * left / runs for name, share in shares.items()}
@@ -415,12 +432,14 @@ def least_lines() -> int:
 
 
 def _check_metric(name: str, lines: Sequence[Request]) -> None:
-    metric, references = metric_of(name), [reference_of(line) for line in lines[:SAMPLE]]
+    metric = metric_of(name)
+    references = [reference_of(line) for line in lines[:SAMPLE]]
     known = [one for one in references if one is not None]
     scored = metric.of(metric.table([one.texts[0] for one in known], known))
     if not scored:
         raise MetricError(
-            f"metric {name} gives the targets themselves 0: it does not fit these data; choose another"
+            f"metric {name} gives the targets themselves 0: it does not fit these data; choose "
+            "another"
         )
 
 
@@ -462,11 +481,14 @@ def best_exit(
         )
     if given is not None and given.exit_norm and not given.exit_layers:
         raise OptionError(
-            f"{checkpoint.name} has an exit with a norm of its own, which training cannot go on with; use convert and "
+            f"{checkpoint.name} has an exit with a norm of its own, which training cannot go on "
+            "with; use convert and "
             "calibrate, or give the checkpoint that it was trained on"
         )
-    layers, costs = len(description.decoder.layers), step_bytes(description, checkpoint)
-    vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
+    layers = len(description.decoder.layers)
+    costs = step_bytes(description, checkpoint)
+    vocabularies = list(_vocabularies(examples, description.vocab_size))
+    found = []
     places: list[tuple[ExitInput, int, int]] = [
         ("state", layer, own)
         for layer, own in product(range(1, layers), OWN_LAYERS)
@@ -481,10 +503,8 @@ def best_exit(
         known = given.vocabulary
         vocabularies = [(None, 1.0) if known is None else (known.size, known.covered)]
     for (reads, layer, own), (size, covered) in product(places, vocabularies):
-        share, passed = (
-            1.0 if size is None else (size + 1) / description.vocab_size,
-            (layer + own) / layers,
-        )
+        share = 1.0 if size is None else (size + 1) / description.vocab_size
+        passed = (layer + own) / layers
         at = costs.at(layer, layers, own, share, reads)
         by_depth = {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
         rates = {
@@ -546,7 +566,10 @@ def training_speed(
 
 def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     """Names and texts of a plan, for a page."""
-    found, texts, training, seconds = plan.exit, plan.texts, plan.training, plan.seconds
+    found = plan.exit
+    texts = plan.texts
+    training = plan.training
+    seconds = plan.seconds
     bits = {"int8": "8 bits a weight", "int4": "4 bits a weight, as the file has them"}[
         plan.precision
     ]

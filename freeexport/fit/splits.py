@@ -16,9 +16,11 @@ from freeexport.system.jsonl import Request, asked, encoded
 
 TRAIN = "train"
 # Words of a shingle, and how many shingles stand for an input: those with the smallest hashes.
-WORDS, SKETCH = 4, 48
+WORDS = 4
+SKETCH = 48
 # A shingle of more than this share of the lines, and more than so many lines, belongs to the task's frame.
-FRAME, FRAME_LINES = 0.02, 20
+FRAME = 0.02
+FRAME_LINES = 20
 # Inputs that share at least this part of the smaller sketch are alike.
 ALIKE = 0.5
 
@@ -38,7 +40,8 @@ def read_lines(data: Path, least: int) -> list[Request]:
     lines = read_examples(data, need_target=TARGETS_WANTED)
     if len(lines) < least:
         raise DataError(
-            f"{data} has {len(lines)} lines; training, calibration and evaluation each need lines of their own: give "
+            f"{data} has {len(lines)} lines; training, calibration and evaluation each need lines "
+            "of their own: give "
             f"{least} or more, or leave --data out"
         )
     return lines
@@ -54,7 +57,8 @@ def split(
     texts = [
         normalised(json.dumps(text) if isinstance(text, list) else str(text)) for text in inputs
     ]
-    hashes, family = [stable_hash(text) for text in texts], families(texts)
+    hashes = [stable_hash(text) for text in texts]
+    family = families(texts)
     members: dict[int, list[int]] = {}
     for place in sorted(range(len(lines)), key=hashes.__getitem__):
         members.setdefault(int(family[place]), []).append(place)
@@ -66,8 +70,10 @@ def split(
     for name, size in sizes.items():
         if len(found[name]) < size / 2 or not found[TRAIN]:
             raise DataError(
-                f"{data}: {largest} of {len(lines)} inputs are alike, and there are {len(members)} different ones: "
-                f"too few for a {name} split of {size} lines that is not like the others; give more different lines"
+                f"{data}: {largest} of {len(lines)} inputs are alike, and there are {len(members)} "
+                "different ones: "
+                f"too few for a {name} split of {size} lines that is not like the others; give "
+                "more different lines"
             )
     return found
 
@@ -100,10 +106,12 @@ def families(texts: Sequence[str]) -> np.ndarray:
         np.concatenate(sketches), return_inverse=True, return_counts=True
     )
     telling = (counts <= max(FRAME_LINES, FRAME * len(unique)))[shingle]
-    owner, shingle = owner[telling], shingle[telling]
+    owner = owner[telling]
+    shingle = shingle[telling]
     size = np.bincount(owner, minlength=len(unique))
     order = np.lexsort((owner, shingle))
-    owner, shingle = owner[order], shingle[order]
+    owner = owner[order]
+    shingle = shingle[order]
     # Neighbours in the list of a shingle's texts: alike texts stand side by side in most of their lists.
     beside = shingle[:-1] == shingle[1:]
     pairs, shared = np.unique(

@@ -60,13 +60,15 @@ from runtime.json_file import read_object
 from runtime.options import Mode
 from runtime.session import Session
 
-PLAN, DONE = "plan.json", "done.json"
+PLAN = "plan.json"
+DONE = "done.json"
 ANEW = "start anew with --overwrite"
 AGAIN = "what was made is kept: give the same command again to go on"
 FINISHED = "finished"  # in DONE, beside the names of steps
 # What both trainings share; then the weight of distillation and the learning rate of the exit alone.
 PACE = ("--schedule", "hold", "--warmup", "0.03", "--patience", "0")
-ALPHA, ALPHA_ALONE = 2, 4
+ALPHA = 2
+ALPHA_ALONE = 4
 RATE_ALONE: dict[ExitInput, float] = {"state": 5e-4, "feature": 1e-3}
 ALONE: dict[ExitInput, float] = {
     "state": 0.1,
@@ -75,9 +77,12 @@ ALONE: dict[ExitInput, float] = {
 EVALUATIONS = 6  # of a training
 # Thresholds that an evaluation shows beside the calibrated one; they choose nothing.
 CURVE = (0.8, 0.95)
-TRAINED, GIVEN = "trained", "given"  # bundles: of what is trained, and of the model as it is given
+TRAINED = "trained"
+GIVEN = "given"  # bundles: of what is trained, and of the model as it is given
 # Of the speed that is measured where there are no data: texts, tokens of each, and rounds at most.
-SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 4, 64, 5
+SPEED_PROMPTS = 4
+SPEED_TOKENS = 64
+SPEED_ROUNDS = 5
 # Lines of commands that say what to do next, which is done here.
 UNASKED = ("next:", "does not pay:", "note: exit after layer")
 
@@ -142,7 +147,8 @@ def planned(options: FitOptions, keep: bool) -> Plan:
         if kept and not options.overwrite:
             name = other[0]
             raise OptionError(
-                f"{places.work} holds a run with {name} {before.get(name)!r}, not {record[name]!r}; give the same "
+                f"{places.work} holds a run with {name} {before.get(name)!r}, not "
+                f"{record[name]!r}; give the same "
                 f"options, choose another OUT, or {ANEW}"
             )
     if kept:
@@ -166,7 +172,9 @@ def planned(options: FitOptions, keep: bool) -> Plan:
 
 def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
     """The steps of a run, in order. What is not trained is converted first, as it shows soonest what fails."""
-    seconds, model, most = plan.seconds, options.model, str(plan.texts.most if plan.texts else 0)
+    seconds = plan.seconds
+    model = options.model
+    most = str(plan.texts.most if plan.texts else 0)
 
     def converting(name: str, model: str, out: Path) -> Step:
         return Step(
@@ -277,7 +285,9 @@ def _training(
     seed: int = 0,
 ) -> Step:
     """Train "joint", all weights, or the "exit" alone, into OUT.work/NAME."""
-    found, training, alone = plan.exit, plan.training, kind == "exit"
+    found = plan.exit
+    training = plan.training
+    alone = kind == "exit"
     assert found is not None
     assert plan.texts is not None
     assert training is not None
@@ -360,7 +370,8 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     if plan.missing:
         raise OptionError(plan.missing)
     places = Places.of(options)
-    steps, done = steps_of(options, plan, places), _done(places.work)
+    steps = steps_of(options, plan, places)
+    done = _done(places.work)
     if options.data is None:
         # In this process, where planning imported what a conversion needs.
         click.echo(
@@ -427,7 +438,8 @@ def measured_speed(path: Path, threads: int | None) -> str:
     low, high = speed_interval(seconds[:, 1], seconds[:, 0])
     bounds = "" if low is None or high is None else f", 95 %: {low:.2f} to {high:.2f}"
     text = (
-        f"{full / lossless:.2f}x full ({tokens / lossless:.0f} tokens/s against {tokens / full:.0f}{bounds}) on "
+        f"{full / lossless:.2f}x full ({tokens / lossless:.0f} tokens/s against "
+        f"{tokens / full:.0f}{bounds}) on "
         f"{len(measured)} built-in prompts, your own may gain more or less"
     )
     return "; ".join(filter(None, (text, load_note(load.cores))))
@@ -436,7 +448,8 @@ def measured_speed(path: Path, threads: int | None) -> str:
 def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[Path, Verdict]:
     """The bundle to serve, and why. A bundle whose full model is worse than the other's by the metric is not served,
     however fast it is; FREE counts at its calibrated threshold alone."""
-    metric, quality = options.metric, options.quality
+    metric = options.metric
+    quality = options.quality
     full = {
         row["bundle"]: row["scores"][metric]["value"] for row in rows if row["method"] == "full"
     }
@@ -464,7 +477,8 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
         tokens = "with every token equal"
     else:
         tokens = f"with {best['same']:.1%} of the outputs equal"
-    faster, mode = low > 1, best["method"]
+    faster = low > 1
+    mode = best["method"]
     text = f"{speed:.2f}x a request {tokens} ({bounds})"
     if not faster:
         best = max(good, key=lambda row: (full[row["bundle"]], row["method"] == "lossless"))
@@ -589,7 +603,8 @@ class Clock:
     all."""
 
     def __init__(self, total: float, passed: float) -> None:
-        self.total, self.passed = total, passed
+        self.total = total
+        self.passed = passed
 
     def left(self) -> float | None:
         """Seconds to the end; None where the last step takes longer than was thought."""
@@ -599,7 +614,8 @@ class Clock:
     @contextmanager
     def ticking(self, seconds: float, advance: Advance) -> Iterator[None]:
         """Advance once a second while the block runs, and by the rest of its `seconds` at its end."""
-        end, over = self.passed + seconds, threading.Event()
+        end = self.passed + seconds
+        over = threading.Event()
 
         def tick() -> None:
             while not over.wait(1.0):

@@ -42,7 +42,8 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
     if not first <= options.exit_layer < layers:
         also = ", or 0 with --exit-input feature" if options.exit_layer == 0 else ""
         raise OptionError(
-            f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: {first} to {layers - 1}{also}"
+            f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: {first} to "
+            f"{layers - 1}{also}"
         )
     measured = options.select_by in MEASURED
     if description.spectrogram is not None and (options.truncate or not measured):
@@ -50,7 +51,8 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
         raise OptionError(f"{flag} text, and the model reads speech; leave it out")
     if options.exit_layers > layers - options.exit_layer:
         raise OptionError(
-            f"--exit-layers is {options.exit_layers}; after layer {options.exit_layer} of {layers} at most "
+            f"--exit-layers is {options.exit_layers}; after layer {options.exit_layer} of {layers} "
+            "at most "
             f"{layers - options.exit_layer} make sense"
         )
     return description
@@ -112,7 +114,9 @@ class LengthBatches(Sampler[list[int]]):
         self, lengths: Sequence[int], tokens: int, seed: int, device: int = 0, devices: int = 1
     ) -> None:
         self.epoch = 0
-        self._seed, self._device, self._devices = seed, device, devices
+        self._seed = seed
+        self._device = device
+        self._devices = devices
         # Up to a multiple of an eighth of their power of two: enough examples are then of equal length.
         steps = [max(1, 1 << max(0, int(length).bit_length() - 4)) for length in lengths]
         self._rounded = np.array(
@@ -158,10 +162,8 @@ class Collator:
         if self.start is not None:
             targets = [example.target for example in examples]
             shifted = [np.concatenate([[self.start], target[:-1]]) for target in targets]
-            ids, labels = (
-                [example.prompt for example in examples],
-                [target.copy() for target in targets],
-            )
+            ids = [example.prompt for example in examples]
+            labels = [target.copy() for target in targets]
             for example, label in zip(examples, labels, strict=True):
                 label[: example.given] = IGNORED
             extra = {"decoder_input_ids": _padded(shifted, 0)}

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # Tokens after a sync pass that an exit with a deep feature is trained as: the first reads the feature, the others what
 # the exit gave at the token before. It is measured as the second of them.
-PASSES, MEASURED = 4, 2
+PASSES = 4
+MEASURED = 2
 Read = Callable[[str], np.ndarray]
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # [B, heads, n, head_dim]
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -94,7 +95,8 @@ class AdaptedExit(Exit):
 
     def __init__(self, norm: nn.Module, adapter: Adapter | None) -> None:
         super().__init__()
-        self.norm, self.adapter = norm, adapter
+        self.norm = norm
+        self.adapter = adapter
 
     def forward(
         self,
@@ -134,7 +136,8 @@ class ExitLayers(Exit):
         self.map = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.map.weight = _parameter(weight)
         self.layers = nn.ModuleList(ExitLayer(layer, read) for layer in layers)
-        self.norm, self._join = norm, JoinedInputs()
+        self.norm = norm
+        self._join = JoinedInputs()
 
     @property
     def reads_feature(self) -> bool:  # type: ignore[override]
@@ -161,7 +164,8 @@ class ExitLayers(Exit):
         The first reads the deep decoder's `features`. Each further one reads what the one before gave instead, and
         attends to that one's keys where it attends to the position before, and so on back to the first.
         """
-        dtype, found = self.map.weight.dtype, list[torch.Tensor]()
+        dtype = self.map.weight.dtype
+        found = list[torch.Tensor]()
         encoded = encoded and encoded._replace(states=encoded.states.to(dtype))
         before: list[list[KeyValue]] = [[] for _ in self.layers]
         for _ in range(count):
@@ -312,8 +316,10 @@ class ExitAttention(nn.Module):
     def __init__(self, attention: Attention, read: Read) -> None:
         super().__init__()
         self.described = attention
-        self.query, self.key = _linear(attention.query, read), _linear(attention.key, read)
-        self.value, self.output = _linear(attention.value, read), _linear(attention.output, read)
+        self.query = _linear(attention.query, read)
+        self.key = _linear(attention.key, read)
+        self.value = _linear(attention.value, read)
+        self.output = _linear(attention.output, read)
         self.query_norm = norm_module(attention.query_norm, read)
         self.key_norm = norm_module(attention.key_norm, read)
         if (bias := attention.relative_bias) is not None:
@@ -324,8 +330,10 @@ class ExitAttention(nn.Module):
         self, x: torch.Tensor, encoded: Encoded | None = None, before: list[KeyValue] | None = None
     ) -> torch.Tensor:
         """[B, n, d] -> [B, n, d]."""
-        length, before = x.shape[1], [] if before is None else before
-        one, source = self.described, x if encoded is None else encoded.states
+        length = x.shape[1]
+        before = [] if before is None else before
+        one = self.described
+        source = x if encoded is None else encoded.states
         # [B, heads, n, head_dim]
         query = self._rotated(
             self.query_norm(self.query(x).unflatten(-1, (one.heads, -1)).transpose(1, 2))
@@ -338,11 +346,10 @@ class ExitAttention(nn.Module):
             part.repeat_interleave(one.heads // one.kv_heads, dim=1)
             for part in (key.to(value.dtype), value)
         )
-        query, causal = (
-            query.to(value.dtype),
-            encoded is None and one.window is None and one.relative_bias is None,
-        )
-        mask, bias = self._seen(x, encoded), self._bias(x)
+        query = query.to(value.dtype)
+        causal = encoded is None and one.window is None and one.relative_bias is None
+        mask = self._seen(x, encoded)
+        bias = self._bias(x)
         before.append((key, value))
         key, value = before[0]
         newest = list(enumerate(before[:0:-1]))[:length]  # by their distance
@@ -362,7 +369,8 @@ class ExitAttention(nn.Module):
             shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
             mixed = shares @ value
             for back, (_, values) in newest:
-                share, other = shares.diagonal(-back, -2, -1)[..., None], values - value
+                share = shares.diagonal(-back, -2, -1)[..., None]
+                other = values - value
                 mixed = mixed + F.pad(share * other[:, :, : length - back], (0, 0, back, 0))
         attended: torch.Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return attended
@@ -408,7 +416,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = _ACTIVATIONS[mlp.activation]
         self.gate = None if mlp.gate is None else _linear(mlp.gate, read)
-        self.up, self.down = _linear(mlp.up, read), _linear(mlp.down, read)
+        self.up = _linear(mlp.up, read)
+        self.down = _linear(mlp.down, read)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., d] -> [..., d]."""

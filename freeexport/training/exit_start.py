@@ -46,13 +46,15 @@ def first_exit(
 ) -> Exit:
     """The exit that training begins with: layers like the last ones behind a fitted map, or a norm and a fitted
     adapter."""
-    layers, norm = description.decoder.layers, description.decoder.head.norm
+    layers = description.decoder.layers
+    norm = description.decoder.head.norm
     into = len(layers) - options.exit_layers
     joined = JoinedInputs() if options.exit_input == "feature" else None
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,), own=joined)
     states = observed(whole, examples, collate, options.bf16, everywhere=options.exit_layers > 0)
     pairs = ((hidden[EXIT if joined else options.exit_layer], hidden[into]) for hidden in states)
-    own_norm, width = norm_module(norm, checkpoint.read), description.hidden_size
+    own_norm = norm_module(norm, checkpoint.read)
+    width = description.hidden_size
     if options.exit_layers:
         linear = linear_map(*_joined(pairs, _POSITIONS), width)
         return ExitLayers(layers[into:], checkpoint.read, linear, own_norm)
@@ -95,7 +97,8 @@ def _joined(
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], least: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows of pairs until there are at least so many."""
-    found, count = [], 0
+    found = []
+    count = 0
     for pair in pairs:
         found.append([part.detach().float().cpu().numpy() for part in pair])
         count += len(pair[0])
@@ -113,7 +116,8 @@ def chosen_tokens(
     """The `--exit-vocab` ids of the exit's vocabulary, ascending, and what they cover of the training targets: special
     tokens and ends of sequence, the most frequent in the targets, then the lowest ids; those of the checkpoint where
     its exit has a vocabulary. Raises OptionError for a number out of range."""
-    size, vocabulary = options.exit_vocab or 0, description.vocab_size
+    size = options.exit_vocab or 0
+    vocabulary = description.vocab_size
     # Of speech, no special token but the end is ever written.
     named = (
         [] if description.spectrogram is not None else load_tokenizer(checkpoint).all_special_ids
@@ -123,7 +127,8 @@ def chosen_tokens(
     fewest = max(2, len(kept) + 1)
     if not fewest <= size < vocabulary:
         raise OptionError(
-            f"--exit-vocab is {size}; this model has {vocabulary} tokens, and {len(kept)} special ones, which are "
+            f"--exit-vocab is {size}; this model has {vocabulary} tokens, and {len(kept)} special "
+            "ones, which are "
             f"always kept: choose {fewest} to {vocabulary - 1}"
         )
     counts = np.bincount(
@@ -201,8 +206,10 @@ def low_rank(
 
 def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of x x', with the ridge, and of y x', of rows [N, d]."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    square, product = x.T @ x / len(x), y.T @ x / len(x)
+    x = x.astype(np.float64)
+    y = y.astype(np.float64)
+    square = x.T @ x / len(x)
+    product = y.T @ x / len(x)
     return square + _RIDGE * np.trace(square) / len(square) * np.eye(len(square)), product
 
 

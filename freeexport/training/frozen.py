@@ -107,7 +107,8 @@ def cached_teacher(
     with the logarithms of their `chances`, the one `predicted`, and the `nats` of the label. Where `model` keeps
     ENCODER, its states are written, too: to run it in every step would take longer than the rest of the step.
     """
-    ends_path, encoder_path = path.with_suffix(".ends.npy"), path.with_suffix(".encoder.npy")
+    ends_path = path.with_suffix(".ends.npy")
+    encoder_path = path.with_suffix(".encoder.npy")
     paths = [path, encoder_path] if ENCODER in model.kept else [path]
     if not ends_path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,8 @@ def _write_teacher(
                 chances = _log_chances(
                     model.head, hidden[model.layers][piece].float(), room, options.bf16
                 )
-                predicted, nats = chances.argmax(-1), -chances.gather(1, found[piece, None])[:, 0]
+                predicted = chances.argmax(-1)
+                nats = -chances.gather(1, found[piece, None])[:, 0]
                 top = (chances if known is None else known.folded_chances(chances)).topk(
                     best, dim=-1
                 )
@@ -261,7 +263,9 @@ class FrozenExit(nn.Module):
     def __init__(self, whole: ShallowDeep) -> None:
         """Take the exit of `whole`, not its model."""
         super().__init__()
-        self.seq2seq, self.exit, self.known = whole.seq2seq, whole.own, whole.known
+        self.seq2seq = whole.seq2seq
+        self.exit = whole.own
+        self.known = whole.known
         # The norm and the head alone, so that the layers' memory goes back.
         head = whole.head
         self.head = SharedHead(
@@ -270,8 +274,10 @@ class FrozenExit(nn.Module):
         rows, bias = (None, None) if self.known is None else self.head.rows(self.known.vocabulary)
         self.register_buffer("_rows", None if rows is None else rows.detach(), persistent=False)
         self.register_buffer("_bias", bias, persistent=False)
-        self.exit_layer, self.layers = whole.exit_layer, whole.layers
-        self.loss_name, self.alpha = whole.loss_name, whole.alpha
+        self.exit_layer = whole.exit_layer
+        self.layers = whole.layers
+        self.loss_name = whole.loss_name
+        self.alpha = whole.alpha
 
     def forward(
         self,
@@ -287,7 +293,8 @@ class FrozenExit(nn.Module):
     ) -> Outputs:
         """Take what `collate_teacher` gives. An exit that reads features is trained as the first tokens after a sync
         pass, PASSES of them, and measured as the second of these."""
-        wanted, known = labels != IGNORED, self.known
+        wanted = labels != IGNORED
+        known = self.known
         labels = labels[wanted]
         classes = labels if known is None else known.classes(labels)
         assert self.exit is not None
@@ -355,7 +362,8 @@ class FrozenExit(nn.Module):
         if self.known is not None:
             return self._logits(student).log_softmax(-1), tokens
         weight = self.head.weight
-        size, needed = len(weight), tokens.unique()
+        size = len(weight)
+        needed = tokens.unique()
         if len(needed) + _OTHERS >= size:
             return self._logits(student).log_softmax(-1), tokens
         place = torch.full((size,), -1, device=tokens.device)

@@ -42,7 +42,8 @@ def best_distillation(deep: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor
     logarithms of both predictions' probabilities of these, [N, n]. All other tokens count as one."""
     best = F.kl_div(shallow, deep, reduction="sum", log_target=True)
     rest, left = (1 - part.exp().sum(-1) for part in (deep, shallow))
-    rest, left = rest.clamp_min(0), left.clamp_min(1e-6)
+    rest = rest.clamp_min(0)
+    left = left.clamp_min(1e-6)
     return best + (torch.xlogy(rest, rest) - rest * left.log()).sum()
 
 
@@ -70,7 +71,8 @@ def match(distances: np.ndarray) -> list[tuple[int, int]]:
 
     The authors' code gives those the lowest student again, which would then be pulled to several layers.
     """
-    pairs, free = [], distances.shape[1]
+    pairs = []
+    free = distances.shape[1]
     for teacher in reversed(range(len(distances))):
         if not free:
             break

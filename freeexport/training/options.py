@@ -114,7 +114,8 @@ class TrainingOptions:
         if self.select_by not in MEASURED:
             check_name(self.select_by)
         contradictions = {
-            f"--loss-alpha is the weight of a distillation, and --loss {self.loss} has none; leave it out, or choose "
+            f"--loss-alpha is the weight of a distillation, and --loss {self.loss} has none; leave "
+            "it out, or choose "
             f"{' or '.join(DISTILLING)}": self.loss_alpha is not None
             and self.loss not in DISTILLING,
             "--rank is for --tune lora, and for --tune exit without --exit-layers; leave it out": (
@@ -125,21 +126,20 @@ class TrainingOptions:
             not in (self.steps, self.epochs),
             "--resume and --overwrite contradict each other; choose one": self.resume
             and self.overwrite,
-            f"--loss {self.loss} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}": (
-                self.tune == "exit" and self.loss not in EXIT_LOSSES
-            ),
-            f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; choose "
+            f"--loss {self.loss} trains layers, which --tune exit freezes; choose "
+            f"{', '.join(EXIT_LOSSES)}": (self.tune == "exit" and self.loss not in EXIT_LOSSES),
+            f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; "
+            "choose "
             f"{', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
-            f"--loss {self.loss} is for an exit without --exit-layers and --exit-vocab; choose logit-kd or ce": (
+            f"--loss {self.loss} is for an exit without --exit-layers and --exit-vocab; choose "
+            "logit-kd or ce": (
                 self.loss in ("weighted-ce", "deep-ce")
                 and (self.exit_layers > 0 or self.exit_vocab is not None)
             ),
-            f"--exit-input feature is for --tune exit, which leaves the model as it is, not for --tune {self.tune}": (
-                self.exit_input == "feature" and self.tune != "exit"
-            ),
-            "--exit-input feature is read by layers of the exit's own; give --exit-layers 1 or more": (
-                self.exit_input == "feature" and self.exit_layers == 0
-            ),
+            "--exit-input feature is for --tune exit, which leaves the model as it is, not for "
+            f"--tune {self.tune}": (self.exit_input == "feature" and self.tune != "exit"),
+            "--exit-input feature is read by layers of the exit's own; give --exit-layers 1 or "
+            "more": (self.exit_input == "feature" and self.exit_layers == 0),
             "--self-distill needs trained weights, --from-config has none; choose one": (
                 self.from_config and self.self_distill is not None
             ),

@@ -41,11 +41,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, clock: Clock, log: MetricLog | None, exits: bool = True) -> None:
         """`log` of the main process. `exits`: whether an exit is trained."""
-        self._clock, self._log, self._exits = clock, log, exits
+        self._clock = clock
+        self._log = log
+        self._exits = exits
         self.trainer: Any = None  # which is made with its callbacks
         self._keeps = True
         self._context: Any = None
-        self._left, self._shown = math.inf, 0.0
+        self._left = math.inf
+        self._shown = 0.0
         self._first = self._began = self._planned = 0.0
         self._tokens = 0
 
@@ -67,10 +70,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._began = time.monotonic()
         # The first step allocates what the others use again.
         if state.global_step == self._first + 1:
-            self._planned, self._tokens = self._began, int(self.trainer.tokens_seen)
+            self._planned = self._began
+            self._tokens = int(self.trainer.tokens_seen)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        now, clock = time.monotonic(), self._clock
+        now = time.monotonic()
+        clock = self._clock
         clock.stepped(now - self._began)
         clock.tick()
         if state.global_step >= state.max_steps or clock.share >= 1:
@@ -115,7 +120,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             return  # Trainer's own summary, which counts batches as it would have made them
         if not math.isfinite(values.get("loss", 0.0)):
             raise DivergedError(
-                f"the loss is {values['loss']} at step {state.global_step}; lower --learning-rate, or train without "
+                f"the loss is {values['loss']} at step {state.global_step}; lower --learning-rate, "
+                "or train without "
                 "--bf16"
             )
         if self._log is not None:
@@ -129,7 +135,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop |= rises
         if self._log is None:
             return
-        metrics, chosen = others["metrics"], args.metric_for_best_model
+        metrics = others["metrics"]
+        chosen = args.metric_for_best_model
         names = ["eval_shallow_loss", "eval_agreement", "eval_oracle_exits"] if self._exits else []
         names += [name for name in ("eval_deep_loss", chosen) if name not in (*names, "eval_loss")]
         shown = (
@@ -140,8 +147,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
         if rises:
             click.echo(
-                f"stopped: the whole model's loss rose at {RISES} evaluations in a row, from {min(deep):.3f} to "
-                f"{deep[-1]:.3f}; the best weights are kept; lower --learning-rate, or leave the model as it is with "
+                f"stopped: the whole model's loss rose at {RISES} evaluations in a row, from "
+                f"{min(deep):.3f} to "
+                f"{deep[-1]:.3f}; the best weights are kept; lower --learning-rate, or leave the "
+                "model as it is with "
                 "--tune exit",
                 err=True,
             )
@@ -173,7 +182,9 @@ class MetricLog:
     after that step."""
 
     def __init__(self, path: Path, tensorboard: Path, after: int | None) -> None:
-        self._path, self._seen, self._time = path, 0, time.monotonic()
+        self._path = path
+        self._seen = 0
+        self._time = time.monotonic()
         lines = (
             path.read_text(encoding="utf-8").splitlines()
             if after is not None and path.exists()
@@ -196,7 +207,8 @@ class MetricLog:
             values["tokens_per_second"] = round(
                 (tokens - self._seen) / max(now - self._time, 1e-6), 1
             )
-            self._seen, self._time = tokens, now
+            self._seen = tokens
+            self._time = now
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values, "elapsed": round(elapsed, 2)}) + "\n")
         if self._board is not None:
@@ -269,14 +281,16 @@ def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> 
         for name in ("eval_agreement", "eval_oracle_exits")
     )
     lines = [
-        f"agreement of both exits {agreement}; oracle exits {oracle} (tokens that could exit with {AGREEING:.0%} "
+        f"agreement of both exits {agreement}; oracle exits {oracle} (tokens that could exit with "
+        f"{AGREEING:.0%} "
         "agreement, by a threshold chosen on these tokens)"
     ]
     rise = after["eval_deep_loss"] / max(start["eval_deep_loss"], 1e-9) - 1
     if rise > _LOST:
         lines.append(
             f"warning: the whole model's loss rose from {start['eval_deep_loss']:.3f} to "
-            f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model as it is with --tune exit"
+            f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model as it is "
+            "with --tune exit"
         )
     share = after["eval_oracle_exits"]
     if (

@@ -18,7 +18,8 @@ from runtime.json_file import read_object
 
 # (checkpoint, prompts, most new tokens, directory for its own files) -> index and output of each prompt, as they come.
 Generate = Callable[[Checkpoint, Sequence[Any], int, Path], Iterator[tuple[int, np.ndarray]]]
-OUTPUTS, ABOUT = "outputs.jsonl", "outputs.json"
+OUTPUTS = "outputs.jsonl"
+ABOUT = "outputs.json"
 
 
 def own_examples(
@@ -56,7 +57,8 @@ def own_examples(
             if key not in outputs and fits:
                 missing[key] = request, prompt
     if missing:
-        wanted, names = list(missing.values()), list(missing)
+        wanted = list(missing.values())
+        names = list(missing)
         with progress(
             "the model's own outputs", len(outputs) + len(wanted), len(outputs)
         ) as advance:
@@ -81,7 +83,8 @@ def own_examples(
 
 def _open(directory: Path, checkpoint: Checkpoint, new_tokens: int) -> None:
     """Make the directory, or check that its outputs are the model's, with whatever exit."""
-    sha256, exit_file = checkpoint.sha256, checkpoint.exit
+    sha256 = checkpoint.sha256
+    exit_file = checkpoint.exit
     if exit_file is not None and exit_file.has_parameters:
         sha256 = exit_file.base_sha256
     about = {"model": checkpoint.name, "sha256": sha256, "new_tokens": new_tokens}
@@ -92,7 +95,8 @@ def _open(directory: Path, checkpoint: Checkpoint, new_tokens: int) -> None:
         for name in ("sha256", "new_tokens"):
             if found.get(name) != about[name]:
                 raise OutputError(
-                    f"{directory} has outputs with {name} {str(found.get(name))[:12]}, not {str(about[name])[:12]}; "
+                    f"{directory} has outputs with {name} {str(found.get(name))[:12]}, not "
+                    f"{str(about[name])[:12]}; "
                     f"{remedy}"
                 )
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

@@ -39,7 +39,8 @@ MEASURES = (
     "agreement",
     "confidence",
 )
-EXIT, ENCODER = -1, -2  # as a layer's number: behind the exit's own layers, and behind the encoder
+EXIT = -1
+ENCODER = -2  # as a layer's number: behind the exit's own layers, and behind the encoder
 IGNORED = -100  # the label of a position that predicts nothing
 
 
@@ -133,7 +134,8 @@ class ShallowDeep(nn.Module):
         self.alpha = alpha
         self.seq2seq = description.encoder is not None
         self.head = shared_head(model, description)
-        self.own, self.known = own, known
+        self.own = own
+        self.known = known
         self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
         self._recording: dict[int, torch.Tensor] | None = None
         stack, name = layer_list(model)
@@ -171,7 +173,8 @@ class ShallowDeep(nn.Module):
         finally:
             self._recording = None
         if self.own is not None:
-            states, features = recorded[self.exit_layer], None
+            states = recorded[self.exit_layer]
+            features = None
             if self.own.reads_feature:
                 features = self.head.normed(recorded[self.layers])
             if features is not None and isinstance(self.own, ExitLayers):
@@ -211,7 +214,8 @@ class ShallowDeep(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             )
             return None
-        encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
+        encoder = self.model.get_encoder()
+        decoder = self.model.get_decoder()
         if input_features is not None:  # a whole window, of which nothing is padding
             encoded = encoder(input_features)
             decoder(input_ids=decoder_input_ids, encoder_hidden_states=encoded[0], use_cache=False)
@@ -237,7 +241,8 @@ class ShallowDeep(nn.Module):
         shallow = self.read_exit(
             states[self.exit_layer] if self.own is None else self.exit_normed(hidden)
         )
-        deep, known = self.head.read(states[self.layers]), self.known
+        deep = self.head.read(states[self.layers])
+        known = self.known
         by_layer = {
             self.exit_layer: losses.cross_entropy(
                 shallow, targets if known is None else known.classes(targets)
@@ -283,7 +288,8 @@ def exits_of(
     else:
         first, second = best.values.exp().unbind(-1)
         confidence = first if measure == "max-prob" else first - second
-    token, confidence = best.indices[:, 0], confidence.clamp(0, 1)
+    token = best.indices[:, 0]
+    confidence = confidence.clamp(0, 1)
     if known is None:
         return token, confidence
     other = token == len(known)
@@ -320,7 +326,8 @@ def shared_head(model: Any, description: Description) -> SharedHead:
     )
     # T5's, behind the norm; other decoders have a number of this name, for what stands in their layers.
     dropout = getattr(model.get_decoder(), "dropout", None)
-    linear, state = model.get_output_embeddings(), model.state_dict()
+    linear = model.get_output_embeddings()
+    state = model.state_dict()
     added = head_bias(head, description.vocab_size, lambda name: state[name].float().cpu().numpy())
     bias = torch.from_numpy(added) if added.any() else None
     dropout = dropout if isinstance(dropout, nn.Module) else None

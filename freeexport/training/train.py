@@ -119,8 +119,11 @@ def _train(
     description = described(checkpoint, options)
     with process.main_process_first():  # the others find its outputs
         training, validation, left_out = examples(checkpoint, description, options, generate)
-    layers, lines = len(description.decoder.layers), [f"warning: {line}" for line in left_out]
-    tokens, vocabulary, share = None, None, 1.0
+    layers = len(description.decoder.layers)
+    lines = [f"warning: {line}" for line in left_out]
+    tokens = None
+    vocabulary = None
+    share = 1.0
     if options.exit_vocab is not None:
         tokens, vocabulary = chosen_tokens(begun, description, options, training)
         share = (len(tokens) + 1) / description.vocab_size
@@ -134,7 +137,8 @@ def _train(
         and begun.exit.exit_layer != options.exit_layer
     ):
         lines.append(
-            f"note: {checkpoint.name} was trained for an exit after layer {begun.exit.exit_layer}; OUT has another, "
+            f"note: {checkpoint.name} was trained for an exit after layer {begun.exit.exit_layer}; "
+            "OUT has another, "
             f"after layer {options.exit_layer}"
         )
     costs = step_bytes(description, checkpoint).at(
@@ -261,7 +265,8 @@ def better_half(marks: Sequence[tuple[float, int]]) -> tuple[float, float]:
     halves = [half for half in (marks[:middle], marks[middle - 1 :]) if len(half) > 1]
     found = []
     for half in halves:
-        (began, before), (ended, after) = half[0], half[-1]
+        (began, before) = half[0]
+        (ended, after) = half[-1]
         found.append(((ended - began) / (len(half) - 1), (after - before) / (ended - began)))
     return max(found, key=lambda one: one[1])
 
@@ -309,12 +314,15 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Chec
             if options.exit_from is not None and not adapted:
                 known = "" if found.vocabulary is None else f" --exit-vocab {found.vocabulary.size}"
                 raise CheckpointError(
-                    f"--exit-from {options.exit_from} goes with --exit-layer {found.exit_layer} --exit-layers "
+                    f"--exit-from {options.exit_from} goes with --exit-layer {found.exit_layer} "
+                    "--exit-layers "
                     f"{found.exit_layers} --exit-input {found.exit_input}{known}; give these"
                 )
             raise CheckpointError(
-                f"{options.exit_from or checkpoint.name} has an exit of its own already; give the checkpoint that it "
-                "was trained on, or go on with an exit of layers or a vocabulary: the same --exit-layer, "
+                f"{options.exit_from or checkpoint.name} has an exit of its own already; give the "
+                "checkpoint that it "
+                "was trained on, or go on with an exit of layers or a vocabulary: the same "
+                "--exit-layer, "
                 "--exit-layers, --exit-input and --exit-vocab"
             )
     return checkpoint
@@ -335,7 +343,8 @@ def _run(
     from freeexport.training.trainer import Clock, ExitTrainer, training_arguments
 
     checkpoint = last_checkpoint(directory) if options.resume else None
-    elapsed, after = 0.0, None
+    elapsed = 0.0
+    after = None
     if checkpoint is not None:
         elapsed = float(json.loads((checkpoint / ELAPSED).read_text(encoding="utf-8")))
         after = int(checkpoint.name.rpartition("-")[2])
@@ -352,12 +361,14 @@ def _run(
             trainer.run(checkpoint)
     finally:
         watch.close()
-    (best_step, best), before = trainer.best(), trainer.before()
+    (best_step, best) = trainer.best()
+    before = trainer.before()
     seconds = round(clock.elapsed, 1)
     sentences = verdict(before, best, costs) if options.loss != "deep-ce" else []
     if best_step == 0:
         sentences.append(
-            f"kept: the weights from before training, as no evaluation was better by {options.select_by}"
+            "kept: the weights from before training, as no evaluation was better by "
+            f"{options.select_by}"
         )
     return Trained(
         "", trainer.state.global_step, best_step, seconds, best, before, (), tuple(sentences)

@@ -33,7 +33,8 @@ WEIGHTS = "model.safetensors"  # of a checkpoint: what is trained
 FALL = 0.3  # share of a run in which the learning rate of schedule "hold" falls
 AGREEING = 0.99  # share of exits that agree, for which evaluations say how many there would be
 ENDLESS = 1_000_000_000  # steps, where only the time ends a run
-SELECT_SAMPLES, _SELECT_BATCH = 64, 16  # validation examples whose outputs a metric sees, at once
+SELECT_SAMPLES = 64
+_SELECT_BATCH = 16  # validation examples whose outputs a metric sees, at once
 _LONGER = 2  # outputs may be so many times as long as the longest target
 
 
@@ -46,7 +47,8 @@ def training_arguments(
     options: TrainingOptions, directory: Path, lengths: Sequence[int], resumed: bool
 ) -> TrainingArguments:
     """Trainer's arguments; checkpoints go to `directory`. `lengths` are those of the examples, in tokens."""
-    processes, on_cpu = PartialState().num_processes, not torch.cuda.is_available()
+    processes = PartialState().num_processes
+    on_cpu = not torch.cuda.is_available()
     steps = ENDLESS if options.steps is None else options.steps
     if options.epoch_count is not None:
         batches = len(LengthBatches(lengths, options.batch_tokens, options.seed, devices=processes))
@@ -155,7 +157,8 @@ def output_metric(
     """Return a function that decodes the first validation examples with the present weights and gives the metric of
     these outputs, in [0, 1]. Raises OptionError for an unknown metric, MetricError for one that does not fit."""
     examples = sorted(validation[:SELECT_SAMPLES], key=lambda example: len(example.prompt))
-    tokenizer, measure = load_tokenizer(checkpoint), metric_of(metric)
+    tokenizer = load_tokenizer(checkpoint)
+    measure = metric_of(metric)
 
     def texts(outputs: Iterable[Any]) -> list[str]:
         return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in outputs]
@@ -189,7 +192,9 @@ class ExitTrainer(Trainer):
         callbacks: list[TrainerCallback],
         written: Callable[[], float] | None = None,
     ) -> None:
-        self.options, self.clock, self._written = options, clock, written
+        self.options = options
+        self.clock = clock
+        self._written = written
         self._seq2seq = bool(tuning.module.seq2seq)
         self.tokens_seen: torch.Tensor | int = 0
         lengths, self._validation_lengths = tuning.lengths
@@ -243,7 +248,9 @@ class ExitTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure means over the rows of the validation examples, and the share that each exit predicts right. The
         agreement of both, and oracle exits, leave out a decoder-only model's first tokens: the prompt predicts them."""
-        model, where, began = cast(torch.nn.Module, self.model), self.args, time.monotonic()
+        model = cast(torch.nn.Module, self.model)
+        where = self.args
+        began = time.monotonic()
         was_training = model.training
         model.eval()
         batches = LengthBatches(self._validation_lengths, self.options.batch_tokens, seed=0)
@@ -281,7 +288,8 @@ class ExitTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Schedule by steps, or by time where the time limit comes first."""
-        options, clock = self.options, self.clock
+        options = self.options
+        clock = self.clock
 
         def factor(step: int) -> float:
             progress = max((step + 1) / num_training_steps, min(clock.share, 1.0))
@@ -316,7 +324,8 @@ class ExitTrainer(Trainer):
     def best(self) -> tuple[int, dict[str, float]]:
         """Step and measures of the best evaluation, of equal ones the first after a step. That before the first step
         counts, too, where its weights were kept."""
-        name, sign = selected(self.options), -1 if self.args.greater_is_better else 1
+        name = selected(self.options)
+        sign = -1 if self.args.greater_is_better else 1
         evaluations = [entry for entry in self.state.log_history if name in entry]
         if not (self._start / WEIGHTS).exists():  # a run of another version is continued
             evaluations = [entry for entry in evaluations if entry["step"] > 0]

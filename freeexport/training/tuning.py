@@ -88,7 +88,8 @@ def trainable(
     # An adapter's training goes on beside its base, all else on the two merged.
     goes_on = checkpoint.adapter if options.tune == "lora" else None
     base = checkpoint if goes_on is None else replace(checkpoint, adapter=None)
-    model, frozen = trainable_model(base, options), options.tune == "exit"
+    model = trainable_model(base, options)
+    frozen = options.tune == "exit"
     if (speech := speech_of(checkpoint, description)) is not None:
         _suppress(model, [*speech.suppressed, speech.no_speech, speech.no_timestamps])
     collate = Collator(checkpoint.generation_config.get("decoder_start_token_id"))

@@ -93,5 +93,6 @@ def quality_line(quality: dict[str, Any]) -> str:
     """The quality measured on text, as people read it."""
     return (
         f"quality on {quality['tokens']} tokens: same best token {quality['agreement']:.1%}, "
-        f"perplexity x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} nats"
+        f"perplexity x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} "
+        "nats"
     )

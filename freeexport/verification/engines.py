@@ -31,7 +31,8 @@ from runtime.text.tokenizer import Tokenizer
 # times as far.
 FACTOR = 4.0
 # Shares of rows that may be past even that.
-BEST, ROWS = 0.01, 0.02
+BEST = 0.01
+ROWS = 0.02
 # Nats that may always be: in fp32 noise is almost nothing, and kernels that add up in another order differ by more.
 LEAST = 1e-4
 SOUNDS = 2  # windows that are run of a bundle that reads speech
@@ -83,7 +84,8 @@ class Batch:
 
 def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:
     """The sample texts as a padded batch."""
-    manifest, sequences = bundle.manifest, sample_ids(bundle)
+    manifest = bundle.manifest
+    sequences = sample_ids(bundle)
     limit = max(1, min(tokens, manifest.capacity - 1))
     if manifest.speech is not None:
         start = [manifest.decoder_start_token_id or 0]
@@ -110,10 +112,8 @@ def sample_sounds(manifest: Manifest) -> np.ndarray:
 def sample_ids(bundle: Bundle) -> list[list[int]]:
     """Token ids of the sample texts; random ones, without padding, if the bundle has no tokenizer or one of another
     vocabulary."""
-    tokenizer, vocabulary = (
-        Tokenizer.load(bundle.path, bundle.manifest.files),
-        bundle.manifest.vocab_size,
-    )
+    tokenizer = Tokenizer.load(bundle.path, bundle.manifest.files)
+    vocabulary = bundle.manifest.vocab_size
     if tokenizer is not None:
         texts = (
             files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
@@ -152,7 +152,8 @@ def encode(
     """Cross-attention inputs of a padded batch, and the encoder's output; nothing for a decoder-only bundle."""
     if batch.prompts is None or batch.prompt_lengths is None:
         return {}, None
-    kernels, threads = bundle.manifest.kernels, threads or usable_cores()
+    kernels = bundle.manifest.kernels
+    threads = threads or usable_cores()
     engines = [
         OnnxEngine(bundle.engine(name), threads, kernels=kernels)
         for name in ("encoder", "prologue")
@@ -168,8 +169,10 @@ class EnginePair:
         self, bundle: Bundle, rows: int, threads: int, cross: dict[str, np.ndarray] | None = None
     ) -> None:
         self.manifest = manifest = bundle.manifest
-        self.rows, self.cross = rows, cross or {}
-        self.caches, self._engines = dict[str, KVCache](), dict[str, OnnxEngine]()
+        self.rows = rows
+        self.cross = cross or {}
+        self.caches = dict[str, KVCache]()
+        self._engines = dict[str, OnnxEngine]()
         dtype = np.float16 if manifest.cache_type == "fp16" else np.float32
         length = manifest.capacity + manifest.max_pending
         engines = {"shallow": manifest.shallow_caches, "deep": manifest.deep_layers}
@@ -240,7 +243,8 @@ class EnginePair:
         lengths: np.ndarray,
         width: int,
     ) -> dict[str, np.ndarray]:
-        count, cache = self.rows * width, self.caches[name]
+        count = self.rows * width
+        cache = self.caches[name]
         past = {part: value(array) for part, array in cache.arrays.items()}
         layers = {part.split(".")[0] for part in past}
         cross = {
@@ -249,10 +253,8 @@ class EnginePair:
         heads = {}
         if name != "shallow" or not self.manifest.exit_engine:
             heads["head_rows"] = np.arange(count)
-            outputs["token"], outputs["confidence"] = (
-                np.zeros(count, np.int64),
-                np.zeros(count, np.float32),
-            )
+            outputs["token"] = np.zeros(count, np.int64)
+            outputs["confidence"] = np.zeros(count, np.float32)
             outputs["logits"] = np.zeros((count, self.manifest.vocab_size), np.float32)
         call = self._engines[name].bind(
             {
@@ -322,7 +324,8 @@ class Moved:
             second, best = np.argpartition(old, -2, -1)[:, -2:].T
             gap = (old[rows, best] - old[rows, second]).astype(np.float64)
             gap_moved = np.abs(gap - (new[rows, best] - new[rows, second]))
-            ours, theirs = log_softmax(new), log_softmax(old)
+            ours = log_softmax(new)
+            theirs = log_softmax(old)
             # Below 0 it is float64's own rounding, and no divergence.
             divergence = np.maximum((np.exp(theirs) * (theirs - ours)).sum(-1), 0)
             nll = -theirs[rows, said]
@@ -345,7 +348,8 @@ def self_checks(
 ) -> Iterator[Check]:
     """Compare other ways to call the engines with `whole` and `hidden` [B, W, d], all rows at once."""
     shallow, deep = measure_noise(pair, text, STEP[arithmetic], extent.draws)
-    stepped, tokens = in_calls(pair, text, range(text.width + 1)), text.following(whole.index)
+    stepped = in_calls(pair, text, range(text.width + 1))
+    tokens = text.following(whole.index)
     name = "stepping against prefill"
     yield from row_checks(
         name, "shallow logits", Moved.between(whole.shallow, stepped.shallow, tokens), shallow
@@ -376,7 +380,9 @@ def measure_noise(
         else np.arange(len(before.index))
     )
     before = before[later]
-    tokens, shallow, deep = text.following(before.index), list[Moved](), list[Moved]()
+    tokens = text.following(before.index)
+    shallow = list[Moved]()
+    deep = list[Moved]()
     for draw in range(draws):
         after = in_calls(pair, text, bounds, step, np.random.default_rng(draw))[later]
         shallow.append(Moved.between(before.shallow, after.shallow, tokens))
@@ -400,7 +406,8 @@ def in_calls(
         return (array * (1 + step * generator.uniform(-1, 1, array.shape))).astype(array.dtype)
 
     pair.trim(0)
-    parts, previous = list[Rows](), 0
+    parts = list[Rows]()
+    previous = 0
     for start, end in pairwise(bounds):
         count = np.clip(text.lengths - start, 0, end - start).astype(np.int32)
         for cache in pair.caches.values():

@@ -29,14 +29,21 @@ from runtime.text.tokenizer import Tokenizer
 
 # Tokens of an answer, at most where there are prompts enough; turns of a conversation; requests that a setting decodes
 # at least, more than the largest batch; rows of a piece of a prompt, and MB of a warm prefix cache.
-ANSWER, TURNS, REQUESTS, PIECE, CACHE_MB = 64, 3, 9, 16, 256
+ANSWER = 64
+TURNS = 3
+REQUESTS = 9
+PIECE = 16
+CACHE_MB = 256
 BATCHES = range(2, 9)
 # Built-in prompts: each of the first with each of the second.
 _REQUESTS = (
-    "Explain {} to a child.", "Write a short poem about {}.", "List five facts about {}.", "What is {}?",
-    "Write an email to a colleague about {}.", "Give three reasons to learn about {}, as a numbered list.",
+    "Explain {} to a "
+    "child.", "Write a short poem about {}.", "List five facts about {}.", "What is {}?",
+    "Write an email to a colleague about "
+    "{}.", "Give three reasons to learn about {}, as a numbered list.",
     "Tell a story in which {} matters.", "Write a Python function that has to do with {}.",
-    "Summarize what most people believe about {}.", "Answer as JSON with keys \"name\" and \"uses\": {}.",
+    "Summarize what most people believe about "
+    "{}.", "Answer as JSON with keys \"name\" and \"uses\": {}.",
     "Translate into French: we talked about {} all day.", "Ask me five questions about {}.",
 )  # fmt: skip
 _SUBJECTS = (
@@ -195,7 +202,8 @@ def check_equality(
         answers = [Answer(tuple(ids), tuple(logprobs)) for ids, logprobs in found["answers"]]
         whole.rows += [Row(**row) for row in found["settings"]]
         if place == 0:
-            whole.answers, whole.reads_alike = answers, found["reads_alike"]
+            whole.answers = answers
+            whole.reads_alike = found["reads_alike"]
         elif whole.reads_alike and found["reads_alike"]:
             whole.rows.append(between(whole.answers, answers, sets[0], name))
         whole.complete = place + 1 == len(sets)
@@ -270,8 +278,10 @@ def _planned(
     room = manifest.capacity - longest + 1
     if room < 1 or -(-most // min(room, answer)) > len(prompts) * TURNS:
         raise OptionError(
-            f"--equal {tokens} needs answers of {answer} tokens to {len(prompts)} prompts, and {max(0, room)} fit "
-            f"behind the longest; give --input with more or shorter prompts, or compare fewer tokens"
+            f"--equal {tokens} needs answers of {answer} tokens to {len(prompts)} prompts, and "
+            f"{max(0, room)} fit "
+            "behind the longest; give --input with more or shorter prompts, or compare fewer "
+            "tokens"
         )
     return _Plan(shares, min(room, answer))
 
@@ -281,7 +291,8 @@ def _compare(
 ) -> Iterator[Equality]:
     total = plan.shares[0]
     shares = [len(range(number, total, len(settings))) for number in range(len(settings))]
-    count, answer = -(-shares[0] // plan.answer), min(plan.answer, shares[0])
+    count = -(-shares[0] // plan.answer)
+    answer = min(plan.answer, shares[0])
     alike = bundle.manifest.kernels is None or not prompt_differs()
     outcome = Equality(total, answer, reads_alike=alike)
     name = instructions() if missing() is None else "none"
@@ -312,11 +323,14 @@ def _reference(
 ) -> tuple[list[list[int]], list[Answer]]:
     """So many requests, and their answers. They are conversations of TURNS turns: the first turn is a prompt, the next
     what was said before and another prompt. An encoder-decoder gets each prompt so many times."""
-    manifest, requests, answers = bundle.manifest, list[list[int]](), list[Answer]()
+    manifest = bundle.manifest
+    requests = list[list[int]]()
+    answers = list[Answer]()
     history: list[int] = []
     with _session(bundle, Setting("full", {})) as session:
         for number in range(count):
-            turn, conversation = number % TURNS, number // TURNS
+            turn = number % TURNS
+            conversation = number // TURNS
             prompt = prompts[
                 (conversation + (0 if manifest.encoder_decoder else turn)) % len(prompts)
             ]

@@ -66,7 +66,9 @@ QUALITY_TIMES = 2.5
 QUALITY_LEAST = {"fp32": 1e-4, "fp16": 2e-2}
 QUALITY_COARSE_LEAST = 5e-2
 # Sequences in memory at once, the most tokens of each, and how many lines are read.
-ROWS, LONGEST, LINES = 8, 256, 256
+ROWS = 8
+LONGEST = 256
+LINES = 256
 RECORDINGS = 32  # lines of speech that are read: the encoder takes as long as hundreds of tokens
 
 # States [B, n, d], those of an encoder, and the final normed ones [B, n, d] -> logits [B, n, V], and confidences
@@ -107,8 +109,10 @@ class States:
         """Outputs of transformers, as float32."""
         out = forward(model, batch)
         layers = out.get("decoder_hidden_states", out.get("hidden_states"))
-        states, features = layers[exit_layer], layers[-1]
-        encoded, prompts = out.get("encoder_last_hidden_state"), None
+        states = layers[exit_layer]
+        features = layers[-1]
+        encoded = out.get("encoder_last_hidden_state")
+        prompts = None
         if batch.prompts is not None and batch.prompt_lengths is not None:
             prompts = Encoded(
                 encoded, torch.from_numpy(mask_of(batch.prompt_lengths, encoded.shape[1])) > 0
@@ -137,10 +141,8 @@ class States:
 
 def forward(model: Any, batch: Batch) -> Any:
     """Outputs of transformers for a batch: `logits` [B, n, V], and the hidden states of all layers."""
-    tokens, mask = (
-        torch.from_numpy(batch.tokens),
-        torch.from_numpy(mask_of(batch.lengths, batch.width)),
-    )
+    tokens = torch.from_numpy(batch.tokens)
+    mask = torch.from_numpy(mask_of(batch.lengths, batch.width))
     inputs = {"input_ids": tokens, "attention_mask": mask}
     if batch.prompts is not None and batch.prompt_lengths is not None:
         prompt_mask = torch.from_numpy(mask_of(batch.prompt_lengths, batch.prompts.shape[1]))
@@ -404,7 +406,9 @@ def _window_ids(
     model: Any, prompt: SpeechPrompt, count: int, eos: Sequence[int], seconds: float
 ) -> tuple[list[int], list[float]]:
     encoded = model.get_encoder()(torch.from_numpy(prompt.sound.features))
-    ids, gaps, until = list(prompt.prefix), list[float](), monotonic() + seconds
+    ids = list(prompt.prefix)
+    gaps = list[float]()
+    until = monotonic() + seconds
     while len(gaps) < count and (not gaps or (ids[-1] not in eos and monotonic() < until)):
         read = torch.tensor([ids])
         logits = model(encoder_outputs=encoded, decoder_input_ids=read, use_cache=False).logits[
@@ -471,7 +475,8 @@ def quality_of(predictions: Iterable[Predictions], precision: Precision) -> Qual
 
 def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path) -> Iterator[Predictions]:
     """Teacher-forced, on the targets of `data` (JSON lines). Raises DataError, OptionError."""
-    threads, speech = usable_cores(), bundle.manifest.speech
+    threads = usable_cores()
+    speech = bundle.manifest.speech
     given = 0 if speech is None else len(speech.prefix(next(iter(speech.languages), "en")))
 
     def logits(batch: Batch, rows: np.ndarray) -> np.ndarray:
@@ -497,10 +502,8 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
         raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
     longest = min(LONGEST, manifest.capacity)
     if (speech := manifest.speech) is not None:
-        requests, start = (
-            read_examples(data, RECORDINGS, TARGETS_WANTED),
-            manifest.decoder_start_token_id or 0,
-        )
+        requests = read_examples(data, RECORDINGS, TARGETS_WANTED)
+        start = manifest.decoder_start_token_id or 0
         for first in range(0, len(requests), ROWS):
             lines = requests[first : first + ROWS]
             sounds = [recording_of(line, speech, manifest.encoder_capacity, data) for line in lines]
@@ -509,10 +512,8 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
             ]
             begins = [[start, *speech.prefix(sound.language)] for sound in sounds]
             targets = [(begin + text)[:longest] for begin, text in zip(begins, texts, strict=True)]
-            features, counts = (
-                [sound.features() for sound in sounds],
-                [len(sound) for sound in sounds],
-            )
+            features = [sound.features() for sound in sounds]
+            counts = [len(sound) for sound in sounds]
             yield Batch(*pad(targets), np.stack(features), np.array(counts, np.int32))
         return
     pairs = []

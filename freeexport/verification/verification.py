@@ -69,15 +69,14 @@ class _Verification:
 
     def __init__(self, bundle: Bundle, float_type: FloatType, extent: Extent) -> None:
         self.bundle, self.manifest, self.float_type = bundle, bundle.manifest, float_type
-        self.extent, self.threads = extent, usable_cores()
+        self.extent = extent
+        self.threads = usable_cores()
         self.left_out: list[str] = []
         self.began = time.monotonic()
 
     def report(self, model: str | None, data: Path | None) -> dict[str, Any]:
-        manifest, checkpoint = (
-            self.manifest,
-            None if model is None else _checkpoint_of(self.bundle, model),
-        )
+        manifest = self.manifest
+        checkpoint = None if model is None else _checkpoint_of(self.bundle, model)
         reference: Any = None
         if checkpoint is not None:
             # torch takes a second to import, and a bundle is checked without it too.
@@ -100,7 +99,8 @@ class _Verification:
             rows = Rows.of_call(index, index, shallow, deep["logits"])
             if not readings or not np.array_equal(readings[0][0].deep, rows.deep):
                 readings.append((rows, shallow["confidence"][index, None]))
-        checks, more = list[Check](), dict[str, Any]()
+        checks = list[Check]()
+        more = dict[str, Any]()
         if checkpoint is not None:
             checks, quality = self._against(checkpoint, reference, batch, readings, encoded, data)
         if self._in_time("stepping and sync passes"):
@@ -164,7 +164,8 @@ class _Verification:
             for one in read
             for check in reference.state_checks(one, truth, theirs, manifest.precision)
         ]
-        ours, whole = read[0], readings[0][0]
+        ours = read[0]
+        whole = readings[0][0]
         followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
         bundle, exact, coarse = (states.deep[followed] for states in (ours, truth, theirs))
         sample = reference.Predictions(
@@ -192,8 +193,10 @@ class _Verification:
             prompts = [
                 SpeechPrompt.plain(self.manifest, one) for one in sample_sounds(self.manifest)
             ]
-        tie, count = _tie(self.manifest.precision, checks), self.extent.new_tokens
-        greedy, traces = list[dict[str, Any]](), list[Traces]()
+        tie = _tie(self.manifest.precision, checks)
+        count = self.extent.new_tokens
+        greedy = list[dict[str, Any]]()
+        traces = list[Traces]()
         with Session(self.bundle.path, slots=1, threads=self.threads) as session:
             for comparison in compare(session, model, prompts, count, self._seconds_left):
                 greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
@@ -205,7 +208,8 @@ class _Verification:
                 asked = prompt if isinstance(prompt, SpeechPrompt) else np.array(prompt, np.int64)
                 traces.append(trace_of(session, line, asked, count))
         joined = Traces.joined(traces)
-        agreement, passed = joined.share(joined.agrees), all(prompt["passed"] for prompt in greedy)
+        agreement = joined.share(joined.agrees)
+        passed = all(prompt["passed"] for prompt in greedy)
         return {
             "greedy": {"tokens": count, "tie": tie, "passed": passed, "prompts": greedy},
             "exit": {"agreement": None if agreement is None else asdict(agreement)},
@@ -222,7 +226,8 @@ def failure(report: dict[str, Any]) -> str:
         if not prompt["passed"]:
             place = f"prompt {prompt['prompt']} differ from position {prompt['first_difference']}"
             return f"greedy decoding: token ids of {place}{remedy}"
-    divergence, tolerance = report["quality"]["divergence"], report["quality"]["tolerance"]
+    divergence = report["quality"]["divergence"]
+    tolerance = report["quality"]["tolerance"]
     return f"predictions diverge by {divergence:.3g} nats from the checkpoint's, the tolerance is {tolerance:g}{remedy}"
 
 
@@ -270,7 +275,8 @@ def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
     checkpoint = open_checkpoint(model)
     if checkpoint.sha256 != bundle.manifest.source_sha256:
         raise VerificationError(
-            f"{checkpoint.name} is not the checkpoint that this bundle was made from ({bundle.manifest.source}); "
+            f"{checkpoint.name} is not the checkpoint that this bundle was made from "
+            f"({bundle.manifest.source}); "
             "give that one, or convert this one"
         )
     return checkpoint
