@@ -55,7 +55,10 @@ def sentence_of(check: dict[str, Any]) -> str:
         if check["reference"] is None
         else f"; transformers itself is {shown(check['reference'])} from float64"
     )
-    return f"{check['name']}: {check['tensor']} {found}, the limit is {shown(check['tolerance'])}{itself}"
+    return (
+        f"{check['name']}: {check['tensor']} {found}, the limit is "
+        f"{shown(check['tolerance'])}{itself}"
+    )
 
 
 def entry_of(check: dict[str, Any]) -> tuple[str, str]:

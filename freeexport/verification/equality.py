@@ -97,7 +97,10 @@ class Row:
             elif logprobs is not None and logprobs[place] != reference.logprobs[place]:
                 assert self.differing_logprobs is not None
                 self.differing_logprobs += 1
-                found = f"a log-probability of {logprobs[place]!r} instead of {reference.logprobs[place]!r}"
+                found = (
+                    f"a log-probability of {logprobs[place]!r} instead of "
+                    f"{reference.logprobs[place]!r}"
+                )
             if found is not None and self.first_difference is None:
                 self.first_difference = f"request {request}, token {place}: {found}"
 

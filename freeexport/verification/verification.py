@@ -228,7 +228,10 @@ def failure(report: dict[str, Any]) -> str:
             return f"greedy decoding: token ids of {place}{remedy}"
     divergence = report["quality"]["divergence"]
     tolerance = report["quality"]["tolerance"]
-    return f"predictions diverge by {divergence:.3g} nats from the checkpoint's, the tolerance is {tolerance:g}{remedy}"
+    return (
+        f"predictions diverge by {divergence:.3g} nats from the checkpoint's, the tolerance is "
+        f"{tolerance:g}{remedy}"
+    )
 
 
 def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
