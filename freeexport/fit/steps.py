@@ -114,7 +114,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Places:
-    """Paths of a run."""
+    """Paths that a run writes."""
 
     out: Path
 
@@ -303,8 +303,10 @@ def _training(
     loss: LossName = "logit-kd",
     seed: int = 0,
 ) -> Step:
-    """Return the step that trains all weights ("joint") or the exit alone ("exit"), to
-    OUT.work/NAME."""
+    """Return a step that trains all weights ("joint") or the exit alone ("exit").
+
+    It writes OUT.work/NAME.
+    """
     found = plan.exit
     training = plan.training
     alone = kind == "exit"
