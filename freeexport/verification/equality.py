@@ -1,7 +1,7 @@
-"""An equality certificate: what a bundle decodes is the same tokens and log-probabilities, however it is decoded.
+"""Certify that a bundle decodes the same tokens and log-probabilities in every setting.
 
-The reference decodes each request in mode full, alone, on one thread, without a prefix cache. Every setting decodes the
-same requests, and its answers are compared with the reference, bit for bit.
+The reference decodes each request in mode full, alone, on one thread, without a prefix cache. Every
+setting decodes the same requests, and its answers are compared with the reference bit by bit.
 """
 
 from __future__ import annotations
@@ -27,35 +27,63 @@ from runtime.kernels import instructions, missing, prompt_differs
 from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import Tokenizer
 
-# Tokens of an answer, at most where there are prompts enough; turns of a conversation; requests that a setting decodes
-# at least, more than the largest batch; rows of a piece of a prompt, and MB of a warm prefix cache.
+# Maximum tokens of an answer if there are enough prompts. Turns of a conversation. Minimum requests
+# per setting, more than the largest batch. Rows of a piece of a prompt. MB of a warm prefix cache.
 ANSWER = 64
 TURNS = 3
 REQUESTS = 9
 PIECE = 16
 CACHE_MB = 256
 BATCHES = range(2, 9)
-# Built-in prompts: each of the first with each of the second.
+# Built-in prompts: every request with every subject.
 _REQUESTS = (
-    "Explain {} to a "
-    "child.", "Write a short poem about {}.", "List five facts about {}.", "What is {}?",
-    "Write an email to a colleague about "
-    "{}.", "Give three reasons to learn about {}, as a numbered list.",
-    "Tell a story in which {} matters.", "Write a Python function that has to do with {}.",
-    "Summarize what most people believe about "
-    "{}.", "Answer as JSON with keys \"name\" and \"uses\": {}.",
-    "Translate into French: we talked about {} all day.", "Ask me five questions about {}.",
-)  # fmt: skip
+    "Explain {} to a child.",
+    "Write a short poem about {}.",
+    "List five facts about {}.",
+    "What is {}?",
+    "Write an email to a colleague about {}.",
+    "Give three reasons to learn about {}, as a numbered list.",
+    "Tell a story in which {} matters.",
+    "Write a Python function that has to do with {}.",
+    "Summarize what most people believe about {}.",
+    'Answer as JSON with keys "name" and "uses": {}.',
+    "Translate into French: we talked about {} all day.",
+    "Ask me five questions about {}.",
+)
 _SUBJECTS = (
-    "rain", "prime numbers", "the moon", "bread", "old maps", "bicycles", "the sea", "sorting", "chess", "honey bees",
-    "earthquakes", "the printing press", "coffee", "train tables", "glass", "music",
-)  # fmt: skip
+    "rain",
+    "prime numbers",
+    "the moon",
+    "bread",
+    "old maps",
+    "bicycles",
+    "the sea",
+    "sorting",
+    "chess",
+    "honey bees",
+    "earthquakes",
+    "the printing press",
+    "coffee",
+    "train tables",
+    "glass",
+    "music",
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How requests are decoded. `warm`: with a prefix cache. `pieces`: prompts are read so many tokens at a time.
-    Without `logprobs` requests take the shorter way that needs no logits, and only ids are compared."""
+    """A way to decode requests.
+
+    Attributes:
+        name: Name of the setting.
+        options: Options of the requests.
+        batch: Number of concurrent requests.
+        threads: Number of threads.
+        warm: Use a prefix cache.
+        pieces: Read prompts in pieces of PIECE tokens.
+        logprobs: Compare log-probabilities. Otherwise requests take the faster path without logits,
+            and only ids are compared.
+    """
 
     name: str
     options: Mapping[str, Any]
@@ -68,8 +96,19 @@ class Setting:
 
 @dataclass
 class Row:
-    """What was compared of a setting. Where a token differs, those behind it in the answer are compared all the same.
-    `differing_logprobs` None: they are not compared. `cached_tokens`: of prompts, which were reused."""
+    """Result of comparing one setting.
+
+    All tokens of an answer are compared, even after a different one.
+
+    Attributes:
+        setting: Name of the setting.
+        instructions: Instruction set.
+        tokens: Number of tokens compared.
+        differing_tokens: Number of different tokens.
+        differing_logprobs: Number of different log-probabilities. None: not compared.
+        cached_tokens: Number of prompt tokens that were reused from the prefix cache.
+        first_difference: Description of the first difference.
+    """
 
     setting: str
     instructions: str
@@ -107,7 +146,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the reference decoded."""
+    """Output of the reference."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -115,8 +154,16 @@ class Answer:
 
 @dataclass
 class Equality:
-    """The outcome: `complete` once all `tokens` were compared. `answers` of the reference, and whether prompts are read
-    with the bits of steps, for other instruction sets to compare with."""
+    """Outcome of a comparison.
+
+    Attributes:
+        tokens: Number of tokens to compare.
+        answer_tokens: Tokens of an answer.
+        rows: Results by setting.
+        answers: Answers of the reference, for comparison with other instruction sets.
+        reads_alike: True if reading a prompt gives the same bits as single steps.
+        complete: True once all tokens have been compared.
+    """
 
     tokens: int
     answer_tokens: int
@@ -146,7 +193,10 @@ class Equality:
 
 
 def all_settings() -> list[Setting]:
-    """Every setting. Rollback takes back what is not certain, so its tokens are those of full."""
+    """Return every setting.
+
+    Rollback reverts tokens that are not certain, so its tokens equal those of mode full.
+    """
     full: dict[str, Any] = {"mode": "full"}
     both: dict[str, Any] = {"mode": "lossless", "drafts": "auto"}
     modes = {
@@ -185,11 +235,22 @@ def check_equality(
     sets: Sequence[str] = (),
     file: Path | None = None,
 ) -> Iterator[Equality]:
-    """Compare `tokens` tokens in all, spread evenly over the settings, and over instruction `sets` (each in a process
-    of its own; the first is what the others are compared with). Yields the outcome each time that a setting is done;
-    the last one is complete. `prompts` are those of `file`, or built-in ones.
+    """Compare `tokens` tokens in total, spread evenly over all settings and instruction sets.
 
-    Raises OptionError, before anything is decoded, where so many tokens cannot be compared.
+    Each instruction set runs in its own process. The others are compared with the first.
+
+    Args:
+        bundle: The bundle.
+        tokens: Number of tokens.
+        prompts: Prompts of `file`, or built-in ones, as token ids.
+        sets: Names of instruction sets. Empty: that of this process.
+        file: JSONL file of the prompts.
+
+    Yields:
+        The outcome after each setting. With `sets`, after each set. The last one is complete.
+
+    Raises:
+        OptionError: If that number of tokens cannot be compared. Raised before anything is decoded.
     """
     settings = all_settings()
     plan = _planned(bundle.manifest, tokens, len(settings), max(1, len(sets)), prompts)
@@ -214,7 +275,10 @@ def check_equality(
 
 
 def between(first: Sequence[Answer], second: Sequence[Answer], one: str, other: str) -> Row:
-    """The references of two instruction sets, which have the same bits where both read prompts with those of steps."""
+    """Compare the references of two instruction sets.
+
+    They are equal if both sets read prompts with the bits of single steps.
+    """
     row = Row(f"full, beside {one}", other)
     for number, (reference, answer) in enumerate(zip(first, second, strict=False)):
         row.compare(number, reference, answer.ids, answer.logprobs)
@@ -222,7 +286,12 @@ def between(first: Sequence[Answer], second: Sequence[Answer], one: str, other: 
 
 
 def prompts_of(bundle: Bundle, file: Path | None) -> list[list[int]]:
-    """The prompts of a JSONL file, or built-in ones, as token ids. Raises OptionError, PromptError."""
+    """Return the prompts of a JSONL file, or built-in ones, as token ids.
+
+    Raises:
+        OptionError: If the file has no prompt, or a line is broken.
+        PromptError: If a prompt cannot be encoded.
+    """
     manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
     limit = manifest.encoder_capacity or manifest.capacity
 
@@ -249,13 +318,18 @@ def prompts_of(bundle: Bundle, file: Path | None) -> list[list[int]]:
     chats = tokenizer.chat_template is not None
     try:
         return [encoded([{"role": "user", "content": text}] if chats else text) for text in texts]
-    except PromptError:  # a tokenizer of another vocabulary, or a small capacity
+    except PromptError:  # a tokenizer with another vocabulary, or a small capacity
         return sample_ids(bundle)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """`shares` of tokens that instruction sets compare, `answer` tokens a request."""
+    """Distribution of tokens.
+
+    Attributes:
+        shares: Tokens that each instruction set compares.
+        answer: Tokens per request.
+    """
 
     shares: list[int]
     answer: int
@@ -324,8 +398,11 @@ def _compare(
 def _reference(
     bundle: Bundle, prompts: list[list[int]], count: int, answer: int, advance: Advance
 ) -> tuple[list[list[int]], list[Answer]]:
-    """So many requests, and their answers. They are conversations of TURNS turns: the first turn is a prompt, the next
-    what was said before and another prompt. An encoder-decoder gets each prompt so many times."""
+    """Return `count` requests and their answers.
+
+    Requests are conversations of TURNS turns. The first turn is a prompt. Each later turn is the
+    conversation so far and another prompt. An encoder-decoder repeats each prompt TURNS times.
+    """
     manifest = bundle.manifest
     requests = list[list[int]]()
     answers = list[Answer]()
@@ -355,7 +432,7 @@ def _decoded(
     bundle: Bundle, setting: Setting, requests: list[list[int]], answer: int
 ) -> Iterator[GenerationResult]:
     options = _asked(setting.options, answer, setting.logprobs)
-    together = setting.batch * 4 if setting.batch > 1 else 1  # so that requests come and go
+    together = setting.batch * 4 if setting.batch > 1 else 1
     with (
         _session(bundle, setting) as session,
         _reading(PIECE if setting.pieces else decoder.PREFILL_ROWS),
@@ -375,7 +452,7 @@ def _asked(options: Mapping[str, Any], answer: int, logprobs: bool) -> dict[str,
 
 @contextmanager
 def _reading(rows: int) -> Iterator[None]:
-    """Read prompts so many tokens at a time."""
+    """Context manager: read prompts in pieces of `rows` tokens."""
     before = decoder.PREFILL_ROWS
     decoder.PREFILL_ROWS = rows
     try:
@@ -385,7 +462,10 @@ def _reading(rows: int) -> Iterator[None]:
 
 
 def _main(path: str, tokens: str, file: str) -> None:
-    """The comparison of one instruction set, in a process of its own: JSON with the answers of the reference."""
+    """Compare one instruction set in its own process, and print the outcome as JSON.
+
+    It includes the answers of the reference.
+    """
     bundle = Bundle.open(Path(path))
     prompts = prompts_of(bundle, Path(file) if file else None)
     *_, outcome = check_equality(bundle, int(tokens), prompts)

@@ -1,4 +1,4 @@
-"""Verification of a bundle: run the checks, write the report, and do both in a child process after a conversion."""
+"""Verify a bundle and write a report, if requested in a child process."""
 
 from __future__ import annotations
 
@@ -42,30 +42,37 @@ from runtime.kernels import reading_prompt
 from runtime.machine.machine import available_memory, usable_cores
 from runtime.speech import SpeechPrompt
 
-# Bytes for a token of the vocabulary: 4 texts of 48 tokens, their logits in ten ways.
+# Bytes per token of the vocabulary: 4 texts of 48 tokens, with logits computed in ten ways.
 LOGITS = 4 * 48 * 10 * 4
 
 
 class VerificationError(FreeExportError):
-    """A bundle does not compute what its checkpoint computes."""
+    """Raised if a bundle does not compute what its checkpoint computes."""
 
 
 def verify(
     bundle: Bundle, model: str | None, data: Path | None = None, extent: Extent = FULL
 ) -> dict[str, Any]:
-    """Check the engines, against the checkpoint `model` if given. The report; its `passed` tells.
+    """Check a bundle's engines, and return the report.
 
-    `data` is text (JSON lines) to measure the quality on; None for a few sample texts.
+    Its entry `passed` is True if all checks passed.
+
+    Args:
+        bundle: The bundle.
+        model: Checkpoint to compare with. None: compare the engines only with themselves.
+        data: JSONL file of text for measuring quality. None: a few sample texts.
+        extent: Extent of the checks.
     """
     float_type = bundle.manifest.float_type
-    # ONNX Runtime's CPU provider has no bf16: there it is fp32, every operator's result rounded.
+    # ONNX Runtime's CPU provider does not support bf16. An fp32 copy rounds every operator's
+    # result.
     runnable = fp32_copy(bundle, rounds=True) if float_type == "bf16" else nullcontext(bundle)
     with runnable as copy, progress("verifying"):
         return _Verification(copy, float_type, extent).report(model, data)
 
 
 class _Verification:
-    """The checks of one bundle, `float_type` as it was written for."""
+    """Checks of one bundle. `float_type` is the type that the bundle was written for."""
 
     def __init__(self, bundle: Bundle, float_type: FloatType, extent: Extent) -> None:
         self.bundle, self.manifest, self.float_type = bundle, bundle.manifest, float_type
@@ -79,7 +86,7 @@ class _Verification:
         checkpoint = None if model is None else _checkpoint_of(self.bundle, model)
         reference: Any = None
         if checkpoint is not None:
-            # torch takes a second to import, and a bundle is checked without it too.
+            # torch takes a second to import. Checks without a checkpoint do not need it.
             from freeexport.checkpoints.transformers_model import reference_model
 
             reference = reference_model(checkpoint, capacity=self.manifest.capacity)
@@ -88,9 +95,9 @@ class _Verification:
         cross, encoded = encode(self.bundle, batch, self.threads)
         pair = EnginePair(self.bundle, len(batch.tokens), self.threads, cross)
         index = rows_of(batch.lengths, batch.width)
-        # All rows at once are a decoder-only model's prompt, for which there may be kernels of their own: what these
-        # give is compared with the checkpoint; what those of steps give, where it differs, with it too, and with steps
-        # and sync passes.
+        # All rows at once are a decoder-only model's prompt, which may have kernels of its own.
+        # Their results are compared with the checkpoint. If the kernels for steps give other
+        # results, these are compared with the checkpoint too, and with steps and sync passes.
         readings = list[tuple[Rows, np.ndarray]]()
         for reads in (False,) if manifest.encoder_decoder else (True, False):
             pair.trim(0)
@@ -104,7 +111,7 @@ class _Verification:
         if checkpoint is not None:
             checks, quality = self._against(checkpoint, reference, batch, readings, encoded, data)
         if self._in_time("stepping and sync passes"):
-            # For a GPU weights are quantized, and activations are not.
+            # For a GPU, weights are quantized but activations are not.
             rounds = manifest.quantization is not None and manifest.target == "cpu"
             arithmetic = "8 bits" if rounds else self.float_type
             checks += self_checks(
@@ -145,8 +152,14 @@ class _Verification:
         encoded: np.ndarray | None,
         data: Path | None,
     ) -> tuple[list[Check], dict[str, Any]]:
-        """All `readings` of the sample, each with its confidence, and transformers in the bundle's precision, against
-        transformers in float64; and the quality of the first."""
+        """Compare with transformers in float64.
+
+        All `readings` of the sample are compared, each with its confidence. Transformers in the
+        bundle's precision sets the tolerances.
+
+        Returns:
+            The checks, and the quality of the first reading or on `data`.
+        """
         from freeexport.verification import reference
 
         manifest, exit_head = self.manifest, _exit_head(checkpoint, model, self.manifest.confidence)
@@ -180,8 +193,10 @@ class _Verification:
         }
 
     def _decoded(self, model: Any, checks: list[Check]) -> dict[str, Any]:
-        """Greedy token ids against transformers', and how often the shallow prediction is the deep one along the full
-        model's own output."""
+        """Compare greedy token ids with those of transformers.
+
+        Also measure how often shallow and deep predictions agree on the full model's own output.
+        """
         from freeexport.measure.traces import Traces, trace_of
         from freeexport.verification.reference import compare
 
@@ -217,7 +232,7 @@ class _Verification:
 
 
 def failure(report: dict[str, Any]) -> str:
-    """Describe the fault in a line that names the tensor, the figure, its limit and what to do."""
+    """Describe the first failure in a line: tensor, error, limit and remedy."""
     remedy = f"; {report['remedy']}" if "remedy" in report else ""
     for check in report["checks"]:
         if not check["passed"]:
@@ -235,8 +250,8 @@ def failure(report: dict[str, Any]) -> str:
 
 
 def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
-    """Write verification.json of the bundle, and into its manifest whether it is verified."""
-    # NaN is no JSON: a check that gave it is recorded with null, and as failed.
+    """Write the bundle's verification.json, and update `verified` in its manifest."""
+    # JSON has no NaN. Checks with NaN are recorded as null and failed.
     finite = json.loads(json.dumps(report), parse_constant=lambda name: None)
     write_whole(bundle.path / VERIFICATION, json.dumps(finite, indent=2, allow_nan=False) + "\n")
     if bundle.manifest.verified != report["passed"]:
@@ -247,13 +262,16 @@ def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
 def verify_in_child(
     directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest, extent: str
 ) -> bool:
-    """Verify a new bundle in a process of its own, so that its memory goes back to the system.
+    """Verify a new bundle in a child process, so that its memory is returned to the system.
 
-    False, with a warning, where it does not fit in memory. Raises VerificationError where the engines are wrong.
+    Returns False, with a warning, if there is not enough memory.
+
+    Raises:
+        VerificationError: If the engines are wrong.
     """
     sizes = [math.prod(checkpoint.shape(name)) for name in checkpoint.names()]
-    # The reference in fp32, with its largest weight in float64, the engines with their packed copies twice over, logits
-    # of the text that was run in several ways, and room for libraries and activations.
+    # Memory for the reference in fp32 with its largest weight in float64, the engines and their
+    # packed copies twice, logits of the text in several ways, and libraries and activations.
     engines = 4 * manifest.weight_bytes + 4 * manifest.kv_bytes_per_sequence
     need = 4 * sum(sizes) + 8 * max(sizes) + engines + LOGITS * manifest.vocab_size + 10**9
     available = available_memory()
@@ -286,7 +304,7 @@ def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
 
 
 def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -> Any:
-    """The reference of an exit that has parameters of its own; None where it reads through the model's head."""
+    """Return the reference of an exit with own parameters. None if it uses the model's head."""
     if checkpoint.exit is None or not checkpoint.exit.has_parameters:
         return None
     import torch
@@ -309,7 +327,7 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
         logits = head.read(normed)
         if known is None:
             return logits, None
-        # Through the model's own linear layer, which is made as coarse as the bundle's.
+        # Uses the model's own linear layer, whose precision is reduced to that of the bundle.
         tokens = known.vocabulary
         classes = torch.cat([logits[..., tokens], known.other(normed * head.scale)], dim=-1)
         _, confidence = exits_of(classes.flatten(0, 1), tokens, measure)
@@ -322,9 +340,12 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
 
 
 def _tie(precision: Precision, checks: list[Check]) -> float | None:
-    """Logits closer than this may change places: twice what they were just measured to be off by. In fp32 transformers,
-    which `generate` runs in, is off too. Quantized weights are another model: how often its token is the same is
-    reported, and its quality is judged by its predictions."""
+    """Return the distance below which the two best logits may swap.
+
+    It is twice the measured error. In fp32 it includes the error of transformers, which runs
+    `generate` in fp32. None for quantized weights: such a bundle is a different model, so equal
+    tokens are reported but not required, and quality is judged by the predictions.
+    """
     from freeexport.verification.reference import TIE
 
     logits = [c for c in checks if c.tensor == "deep logits" and c.measure == "largest"]
