@@ -37,10 +37,10 @@ class ConvertOptions:
     """Options of a conversion.
 
     Attributes:
-        exit_layer: Number of layers before the exit. Default: that of exit.json beside the weights,
+        exit_layer: Number of layers before the exit. Default: taken from exit.json next to the weights,
             or a third of the layers.
-        precision: Precision of the weights. Default: that of the target.
-        dialect: Operators of the graphs. Default: that of the target. On a CPU it is "ort" if its
+        precision: Precision of the weights. Default: the target's first.
+        dialect: Operators of the graphs. Default: the target's. On a CPU it is "ort" if its
             attention has a kernel for the model's heads, otherwise "standard".
         target: Target of the engines.
         confidence: Measure of the exit's confidence.

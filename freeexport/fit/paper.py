@@ -1,6 +1,6 @@
 """Compare trainings for `freeexport fit --paper`.
 
-The losses are those of FREE, CALM, static exits and none, with three seeds each. One table shows
+It covers the losses of FREE, CALM, static exits and no exit, with three seeds each. One table shows
 the results with their significance. All trainings start from the same model and take the same time.
 The quality and speed of a setting cover all seeds: a line's statistics and seconds are added over
 seeds, and lines are resampled.

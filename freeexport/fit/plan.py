@@ -49,7 +49,7 @@ from runtime.machine.machine import usable_cores
 # Assumed exit rate after a fraction x of the layers: 1 - exp(-depth * x). From docs/results: a hard
 # task (summaries), a usual one, and an easy one (records as JSON).
 DEPTHS = {"hard": 0.5, "usual": 3.5, "easy": 6.0}
-# Assumed exit rates of exits that read the deep decoder's feature (chat; phrases to phonemes;
+# Assumed exit rates of exits that read the deep decoder's feature (chat, phrases to phonemes,
 # records as JSON). They do not rise with depth, since the model's own weights are trained
 # beforehand.
 FEATURE_RATES = {"hard": 0.2, "usual": 0.7, "easy": 0.85}
@@ -85,8 +85,7 @@ SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # maximum shares of the budget
 # Share of the training time for training all weights. The rest trains the exit alone, which takes
 # longer if it is trained in no other step.
 TOGETHER = {"state": 0.85, "feature": 0.6}
-# A conversion takes CONVERTING seconds, plus one per CONVERTED weights. Training needs ACTIVATIONS
-# bytes besides its weights, and LOGITS bytes per batch token and vocabulary token.
+# A conversion takes CONVERTING seconds, plus one per CONVERTED weights. Training needs ACTIVATIONS bytes in addition to its weights, and LOGITS bytes per batch token and vocabulary token.
 CONVERTING = 45
 CONVERTED = 1.5e6
 ACTIVATIONS = 2 << 30
@@ -619,7 +618,7 @@ def best_exit(
 def _vocabularies(examples: Sequence[Example], size: int) -> Iterator[tuple[int | None, float]]:
     """Yield sizes of exit vocabularies and the share of target tokens that each covers.
 
-    None stands for all tokens. Other sizes cover at least COVERED. Coverage is counted on every
+    None means all tokens. Other sizes cover at least COVERED. Coverage is counted on every
     eighth example. Tokens are chosen on the others.
     """
     yield None, 1.0

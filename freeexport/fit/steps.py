@@ -65,7 +65,7 @@ PLAN = "plan.json"
 DONE = "done.json"
 ANEW = "start anew with --overwrite"
 AGAIN = "what was made is kept: give the same command again to go on"
-FINISHED = "finished"  # key in DONE, besides the names of steps
+FINISHED = "finished"  # key in DONE, which otherwise has the names of steps
 # Options of both trainings. Then the weight of distillation, together and alone, and the learning
 # rate of the exit alone.
 PACE = ("--schedule", "hold", "--warmup", "0.03", "--patience", "0")
@@ -73,10 +73,7 @@ ALPHA = 2
 ALPHA_ALONE = 4
 RATE_ALONE: dict[ExitInput, float] = {"state": 5e-4, "feature": 1e-3}
 # Time of a step that trains the exit alone, relative to one that trains all weights.
-ALONE: dict[ExitInput, float] = {
-    "state": 0.1,
-    "feature": 0.2,
-}
+ALONE: dict[ExitInput, float] = {"state": 0.1, "feature": 0.2}
 EVALUATIONS = 6  # evaluations per training
 # Thresholds shown beside the calibrated one. Nothing is chosen by them.
 CURVE = (0.8, 0.95)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
 
 # Number of passes after a sync pass for which an exit with a deep feature is trained. The first
-# pass reads the feature; each later one reads the exit's own output at the token before. The exit
+# pass reads the feature. Each later one reads the exit's own output at the token before. The exit
 # is evaluated at pass MEASURED.
 PASSES = 4
 MEASURED = 2
@@ -235,7 +235,7 @@ class KnownTokens(nn.Module):
             bias: Their biases [n], if any.
             softcap: Soft cap of their logits, if any. The last class is not capped.
         """
-        # Computed separately, since the rows may be frozen: gradients for all of them would cost as
+        # Computed separately, since the rows may be frozen. Gradients for all of them would cost as
         # much as the product.
         read = normed.to(rows.dtype)
         logits = F.linear(read, rows, None if bias is None else bias.to(rows.dtype))
@@ -276,8 +276,8 @@ def trained_exit(
 ) -> tuple[Exit | None, KnownTokens | None]:
     """Load a checkpoint's exit parameters.
 
-    Returns its norm with an adapter or layers, None if it has none, and its vocabulary, None if it
-    knows all tokens.
+    Returns its norm with an adapter or layers, None if it has none, and its vocabulary, None
+    if it predicts all tokens.
     """
     decoder = with_exit(description, checkpoint).decoder
     own: Exit | None = None

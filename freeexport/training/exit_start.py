@@ -84,7 +84,7 @@ def observed(
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Yield hidden states by layer, without dropout, in batches of examples.
 
-    States are those of labelled rows. With `everywhere`, a decoder-only model yields all positions
+    Only labelled rows are included. With `everywhere`, a decoder-only model yields all positions
     except the first, whose states have a different magnitude.
     """
     for start in range(0, len(examples), 16):

@@ -36,7 +36,7 @@ _FREE_ON_RESUME = ("time_limit", "patience", "resume", "overwrite", "threads")
 class TrainingOptions:
     """Options of `freeexport train`.
 
-    None stands for a default that depends on other options, unless noted.
+    None selects a default that depends on other options, unless noted.
 
     Attributes:
         data: JSONL file of training examples.
@@ -63,7 +63,7 @@ class TrainingOptions:
         learning_rate: Peak learning rate.
         schedule: Schedule of the learning rate.
         warmup: Share of the run with a rising learning rate.
-        dropout: Dropout of the model and of LoRA adapters. None: unchanged; 0.1 in LoRA adapters.
+        dropout: Dropout of the model and of LoRA adapters. Default: unchanged, 0.1 in LoRA.
         seed: Seed of all random numbers.
         threads: Threads of torch on a CPU. None: torch's default.
         bf16: Train in bfloat16 mixed precision.

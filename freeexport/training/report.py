@@ -196,7 +196,7 @@ class MetricLog:
     Args:
         path: The JSONL file.
         tensorboard: Directory for TensorBoard.
-        after: Step from which a run resumes. Entries logged after it are dropped. None: start anew.
+        after: Step from which a run resumes. Entries logged after it are dropped. None: start a new log.
     """
 
     def __init__(self, path: Path, tensorboard: Path, after: int | None) -> None:

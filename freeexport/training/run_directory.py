@@ -1,6 +1,6 @@
 """Manage the directory of an unfinished training run.
 
-OUT.training, beside OUT, holds its checkpoints and metrics.
+OUT.training, next to OUT, holds its checkpoints and metrics.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})", re.ASCII)
 
 
 def run_directory(out: Path) -> Path:
-    """Return the path OUT.training, beside OUT."""
+    """Return the path OUT.training, next to OUT."""
     absolute = Path(os.path.abspath(out))
     return absolute.parent / f"{absolute.name}.training"
 

@@ -142,8 +142,7 @@ class ShallowDeep(nn.Module):
             exit_layer: Number of layers before the exit.
             loss: Name of the loss.
             alpha: Weight of the distillation.
-            also: Layers, or ENCODER, that `hidden_states` returns besides those that the loss
-                needs.
+            also: Layers, or ENCODER, that `hidden_states` returns in addition to the layers of the loss.
             own: The exit's own parameters. `hidden_states` returns their outputs under EXIT.
             known: Tokens of the exit's vocabulary. None: all tokens.
         """
@@ -223,7 +222,7 @@ class ShallowDeep(nn.Module):
     def read_exit(self, normed: torch.Tensor) -> torch.Tensor:
         """Compute the exit's logits from the output of `exit_normed`.
 
-        They are [N, V], or those of the classes of `known`.
+        Their shape is [N, V], or [N, n + 1] for the classes of `known`.
         """
         if self.known is None:
             return self.head.read(normed)

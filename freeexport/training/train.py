@@ -184,7 +184,7 @@ def _train(
     if writer:
         with output_directory(out, EXIT_FILE, options.overwrite) as partial:
             tuning.write(partial)
-            # An exit's own parameters belong to the weights beside them.
+            # An exit's own parameters belong to the weights next to them.
             has_parameters = tuning.own is not None or vocabulary is not None
             # A directory with a GGUF file is a checkpoint once it has the exit's file.
             weights = next(partial.glob("*.gguf"), partial)

@@ -382,7 +382,7 @@ class ExitTrainer(Trainer):
         return int(best["step"]), _measures(best)
 
     def before(self) -> dict[str, float]:
-        """Return the metrics before training. Empty if the run was begun by an older version."""
+        """Return the metrics before training. Empty if an older version started the run."""
         first = next(entry for entry in self.state.log_history if "eval_loss" in entry)
         return _measures(first) if first["step"] == 0 else {}
 

@@ -145,7 +145,7 @@ def sample_ids(bundle: Bundle) -> list[list[int]]:
         if all(0 <= token < vocabulary for ids in sequences for token in ids):
             return sequences
     generator = np.random.default_rng(0)
-    # M2M100 in transformers gives padding tokens no position, wherever they are.
+    # M2M100 in transformers assigns no position to padding tokens anywhere.
     known = [token for token in range(vocabulary) if token != bundle.manifest.pad_token_id]
     return [generator.choice(known, size).tolist() for size in (37, 11, 24, 5)]
 
@@ -207,10 +207,7 @@ class EnginePair:
         if manifest.exit_engine:
             engines["exit"] = manifest.exit_names
         # Features of the newest positions.
-        self._before = np.zeros(
-            (rows, 1, manifest.hidden_size),
-            np.float32,
-        )
+        self._before = np.zeros((rows, 1, manifest.hidden_size), np.float32)
         for name, layers in engines.items():
             self._engines[name] = OnnxEngine(bundle.engine(name), threads, kernels=manifest.kernels)
             self.caches[name] = KVCache(

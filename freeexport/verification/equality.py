@@ -161,7 +161,7 @@ class Equality:
         answer_tokens: Tokens of an answer.
         rows: Results by setting.
         answers: Answers of the reference, for comparison with other instruction sets.
-        reads_alike: True if reading a prompt gives the same bits as single steps.
+        reads_alike: True if reading a prompt computes the same bits as single steps.
         complete: True once all tokens have been compared.
     """
 
@@ -195,7 +195,7 @@ class Equality:
 def all_settings() -> list[Setting]:
     """Return every setting.
 
-    Rollback reverts tokens that are not certain, so its tokens equal those of mode full.
+    Rollback reverts uncertain tokens, so its tokens equal those of mode full.
     """
     full: dict[str, Any] = {"mode": "full"}
     both: dict[str, Any] = {"mode": "lossless", "drafts": "auto"}
@@ -432,6 +432,7 @@ def _decoded(
     bundle: Bundle, setting: Setting, requests: list[list[int]], answer: int
 ) -> Iterator[GenerationResult]:
     options = _asked(setting.options, answer, setting.logprobs)
+    # Several batches at once, so that requests join and leave the batch.
     together = setting.batch * 4 if setting.batch > 1 else 1
     with (
         _session(bundle, setting) as session,

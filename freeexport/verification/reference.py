@@ -178,7 +178,7 @@ def valid_rows(states: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
 def state_checks(
     ours: States, truth: States, theirs: States, precision: Precision
 ) -> Iterator[Check]:
-    """Compare our states and those of transformers in this precision with float64.
+    """Compare our states, and transformers' in this precision, with float64.
 
     Yields one check per tensor. Tolerances depend on the errors of transformers.
     """
@@ -249,7 +249,7 @@ class Float64(TorchFunctionMode):
     """Run every operator in float64, even if the code requests float32.
 
     Norms, softmax and rotary positions do that. A float32 parameter is widened only while an
-    operator reads it, so the extra memory is that of the largest weight in float64.
+    operator reads it, so the extra memory is one float64 copy of the largest weight.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
