@@ -79,8 +79,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         exit_layer = max(1, round(layers / 3))
         click.echo(
             f"note: exit after layer {exit_layer} of {layers}, a third of them, as "
-            f"{checkpoint.name} has no exit.json; "
-            "--exit-layer chooses another, freeexport train trains one",
+            f"{checkpoint.name} has no exit.json; --exit-layer chooses another, freeexport train "
+            "trains one",
             err=True,
         )
     if ignored := _ignored(checkpoint.generation_config):

@@ -68,8 +68,7 @@ def export_encoder(
     except Exception as error:
         raise UnsupportedModelError(
             f"the encoder of {checkpoint.name} ({checkpoint.architecture}) cannot be exported: "
-            f"{first_line(error)}; "
-            "try another release of torch or transformers"
+            f"{first_line(error)}; try another release of torch or transformers"
         ) from error
     compute = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
     widened = adapt_encoder(exported, encoder.block, weights, compute)
@@ -189,6 +188,5 @@ def _check_engine(
         if not error <= TOLERANCE.get(precision, TOLERANCE["fp32"]):
             raise UnsupportedModelError(
                 f"the encoder of {name} was exported, but is wrong for prompts of {lengths} "
-                f"tokens: {reason}; this "
-                "encoder is not supported"
+                f"tokens: {reason}; this encoder is not supported"
             )

@@ -37,8 +37,8 @@ class ConvertOptions:
     """Options of a conversion.
 
     Attributes:
-        exit_layer: Number of layers before the exit. Default: taken from exit.json next to the weights,
-            or a third of the layers.
+        exit_layer: Number of layers before the exit. Default: taken from exit.json next to the
+            weights, or a third of the layers.
         precision: Precision of the weights. Default: the target's first.
         dialect: Operators of the graphs. Default: the target's. On a CPU it is "ort" if its
             attention has a kernel for the model's heads, otherwise "standard".

@@ -36,8 +36,7 @@ def check_fits(
     if (calibration.max_pending or 1) > max_pending:
         raise CalibrationError(
             f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle "
-            "has room for "
-            f"{max_pending}; calibrate this bundle"
+            f"has room for {max_pending}; calibrate this bundle"
         )
 
 

@@ -95,8 +95,7 @@ def round_for_text(
     if rounder.done:
         raise OptionError(
             f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, or "
-            "in parts of tensors; "
-            "leave it out"
+            "in parts of tensors; leave it out"
         )
     layers = list(getattr(stack, field))
     with torch.no_grad(), progress("rounding for text", len(layers) + 1) as advance:

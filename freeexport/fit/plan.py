@@ -85,7 +85,8 @@ SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # maximum shares of the budget
 # Share of the training time for training all weights. The rest trains the exit alone, which takes
 # longer if it is trained in no other step.
 TOGETHER = {"state": 0.85, "feature": 0.6}
-# A conversion takes CONVERTING seconds, plus one per CONVERTED weights. Training needs ACTIVATIONS bytes in addition to its weights, and LOGITS bytes per batch token and vocabulary token.
+# A conversion takes CONVERTING seconds, plus one per CONVERTED weights. Training needs ACTIVATIONS
+# bytes in addition to its weights, and LOGITS bytes per batch token and vocabulary token.
 CONVERTING = 45
 CONVERTED = 1.5e6
 ACTIVATIONS = 2 << 30
@@ -495,9 +496,8 @@ def _with_times(
         needed = math.ceil((options.budget - left + least) / 60)
         missing = (
             f"--budget {duration(options.budget)} leaves {duration(max(0.0, left))} for training, "
-            f"and {FEW_STEPS} "
-            f"steps of {batch} tokens take {duration(least)}; give --budget {needed}min or more, "
-            "or leave --data out"
+            f"and {FEW_STEPS} steps of {batch} tokens take {duration(least)}; give --budget "
+            f"{needed}min or more, or leave --data out"
         )
         left = least
     seconds |= {name: share * left / runs for name, share in shares.items()}
@@ -580,8 +580,7 @@ def best_exit(
     if given is not None and given.exit_norm and not given.exit_layers:
         raise OptionError(
             f"{checkpoint.name} has an exit with a norm of its own, which training cannot go on "
-            "with; use convert and "
-            "calibrate, or give the checkpoint that it was trained on"
+            "with; use convert and calibrate, or give the checkpoint that it was trained on"
         )
     layers = len(description.decoder.layers)
     costs = step_bytes(description, checkpoint)

@@ -49,8 +49,7 @@ def read_lines(data: Path, least: int) -> list[Request]:
     if len(lines) < least:
         raise DataError(
             f"{data} has {len(lines)} lines; training, calibration and evaluation each need lines "
-            "of their own: give "
-            f"{least} or more, or leave --data out"
+            f"of their own: give {least} or more, or leave --data out"
         )
     return lines
 
@@ -85,9 +84,8 @@ def split(
         if len(found[name]) < size / 2 or not found[TRAIN]:
             raise DataError(
                 f"{data}: {largest} of {len(lines)} inputs are alike, and there are {len(members)} "
-                "different ones: "
-                f"too few for a {name} split of {size} lines that is not like the others; give "
-                "more different lines"
+                f"different ones: too few for a {name} split of {size} lines that is not like the "
+                "others; give more different lines"
             )
     return found
 

@@ -161,8 +161,7 @@ def planned(options: FitOptions, keep: bool) -> Plan:
             name = other[0]
             raise OptionError(
                 f"{places.work} holds a run with {name} {before.get(name)!r}, not "
-                f"{record[name]!r}; give the same "
-                f"options, choose another OUT, or {ANEW}"
+                f"{record[name]!r}; give the same options, choose another OUT, or {ANEW}"
             )
     if kept:
         check_output(places.work, PLAN, options.overwrite)
@@ -469,8 +468,8 @@ def measured_speed(path: Path, threads: int | None) -> str:
     bounds = "" if low is None or high is None else f", 95 %: {low:.2f} to {high:.2f}"
     text = (
         f"{full / lossless:.2f}x full ({tokens / lossless:.0f} tokens/s against "
-        f"{tokens / full:.0f}{bounds}) on "
-        f"{len(measured)} built-in prompts, your own may gain more or less"
+        f"{tokens / full:.0f}{bounds}) on {len(measured)} built-in prompts, your own may gain more "
+        "or less"
     )
     return "; ".join(filter(None, (text, load_note(load.cores))))
 

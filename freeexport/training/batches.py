@@ -57,8 +57,7 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
     if options.exit_layers > layers - options.exit_layer:
         raise OptionError(
             f"--exit-layers is {options.exit_layers}; after layer {options.exit_layer} of {layers} "
-            "at most "
-            f"{layers - options.exit_layer} make sense"
+            f"at most {layers - options.exit_layer} make sense"
         )
     return description
 

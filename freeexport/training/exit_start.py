@@ -144,8 +144,7 @@ def chosen_tokens(
     if not fewest <= size < vocabulary:
         raise OptionError(
             f"--exit-vocab is {size}; this model has {vocabulary} tokens, and {len(kept)} special "
-            "ones, which are "
-            f"always kept: choose {fewest} to {vocabulary - 1}"
+            f"ones, which are always kept: choose {fewest} to {vocabulary - 1}"
         )
     counts = np.bincount(
         np.concatenate([one.target[one.given :] for one in training]), minlength=vocabulary

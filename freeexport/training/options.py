@@ -150,8 +150,7 @@ class TrainingOptions:
             check_name(self.select_by)
         contradictions = {
             f"--loss-alpha is the weight of a distillation, and --loss {self.loss} has none; leave "
-            "it out, or choose "
-            f"{' or '.join(DISTILLING)}": self.loss_alpha is not None
+            f"it out, or choose {' or '.join(DISTILLING)}": self.loss_alpha is not None
             and self.loss not in DISTILLING,
             "--rank is for --tune lora, and for --tune exit without --exit-layers; leave it out": (
                 self.rank is not None
@@ -164,8 +163,7 @@ class TrainingOptions:
             f"--loss {self.loss} trains layers, which --tune exit freezes; choose "
             f"{', '.join(EXIT_LOSSES)}": (self.tune == "exit" and self.loss not in EXIT_LOSSES),
             f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; "
-            "choose "
-            f"{', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
+            f"choose {', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
             f"--loss {self.loss} is for an exit without --exit-layers and --exit-vocab; choose "
             "logit-kd or ce": (
                 self.loss in ("weighted-ce", "deep-ce")

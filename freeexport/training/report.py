@@ -131,8 +131,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if not math.isfinite(values.get("loss", 0.0)):
             raise DivergedError(
                 f"the loss is {values['loss']} at step {state.global_step}; lower --learning-rate, "
-                "or train without "
-                "--bf16"
+                "or train without --bf16"
             )
         if self._log is not None:
             self._log.write(
@@ -158,10 +157,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if rises:
             click.echo(
                 f"stopped: the whole model's loss rose at {RISES} evaluations in a row, from "
-                f"{min(deep):.3f} to "
-                f"{deep[-1]:.3f}; the best weights are kept; lower --learning-rate, or leave the "
-                "model as it is with "
-                "--tune exit",
+                f"{min(deep):.3f} to {deep[-1]:.3f}; the best weights are kept; lower "
+                "--learning-rate, or leave the model as it is with --tune exit",
                 err=True,
             )
 
@@ -196,7 +193,7 @@ class MetricLog:
     Args:
         path: The JSONL file.
         tensorboard: Directory for TensorBoard.
-        after: Step from which a run resumes. Entries logged after it are dropped. None: start a new log.
+        after: Step from which a run resumes. Entries logged after it are dropped. None: new log.
     """
 
     def __init__(self, path: Path, tensorboard: Path, after: int | None) -> None:
@@ -319,8 +316,7 @@ def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> 
     )
     lines = [
         f"agreement of both exits {agreement}; oracle exits {oracle} (tokens that could exit with "
-        f"{AGREEING:.0%} "
-        "agreement, by a threshold chosen on these tokens)"
+        f"{AGREEING:.0%} agreement, by a threshold chosen on these tokens)"
     ]
     rise = after["eval_deep_loss"] / max(start["eval_deep_loss"], 1e-9) - 1
     if rise > _LOST:

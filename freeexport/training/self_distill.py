@@ -113,8 +113,7 @@ def _open(directory: Path, checkpoint: Checkpoint, new_tokens: int) -> None:
             if found.get(name) != about[name]:
                 raise OutputError(
                     f"{directory} has outputs with {name} {str(found.get(name))[:12]}, not "
-                    f"{str(about[name])[:12]}; "
-                    f"{remedy}"
+                    f"{str(about[name])[:12]}; {remedy}"
                 )
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OutputError(f"{directory} exists and holds no outputs of a model; {remedy}")

@@ -142,7 +142,8 @@ class ShallowDeep(nn.Module):
             exit_layer: Number of layers before the exit.
             loss: Name of the loss.
             alpha: Weight of the distillation.
-            also: Layers, or ENCODER, that `hidden_states` returns in addition to the layers of the loss.
+            also: Layers, or ENCODER, that `hidden_states` returns in addition to those of
+                the loss.
             own: The exit's own parameters. `hidden_states` returns their outputs under EXIT.
             known: Tokens of the exit's vocabulary. None: all tokens.
         """

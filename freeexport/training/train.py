@@ -160,8 +160,7 @@ def _train(
     ):
         lines.append(
             f"note: {checkpoint.name} was trained for an exit after layer {begun.exit.exit_layer}; "
-            "OUT has another, "
-            f"after layer {options.exit_layer}"
+            f"OUT has another, after layer {options.exit_layer}"
         )
     costs = step_bytes(description, checkpoint).at(
         options.exit_layer, layers, options.exit_layers, share, options.exit_input
@@ -353,15 +352,13 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Chec
                 known = "" if found.vocabulary is None else f" --exit-vocab {found.vocabulary.size}"
                 raise CheckpointError(
                     f"--exit-from {options.exit_from} goes with --exit-layer {found.exit_layer} "
-                    "--exit-layers "
-                    f"{found.exit_layers} --exit-input {found.exit_input}{known}; give these"
+                    f"--exit-layers {found.exit_layers} --exit-input {found.exit_input}{known}; "
+                    "give these"
                 )
             raise CheckpointError(
                 f"{options.exit_from or checkpoint.name} has an exit of its own already; give the "
-                "checkpoint that it "
-                "was trained on, or go on with an exit of layers or a vocabulary: the same "
-                "--exit-layer, "
-                "--exit-layers, --exit-input and --exit-vocab"
+                "checkpoint that it was trained on, or go on with an exit of layers or a "
+                "vocabulary: the same --exit-layer, --exit-layers, --exit-input and --exit-vocab"
             )
     return checkpoint
 

@@ -107,7 +107,8 @@ def trainable(
         tokens: The exit's vocabulary. None: all tokens.
         cache: Directory for the frozen model's outputs.
     """
-    # With "lora", training of an adapter continues on its unmerged base. Otherwise the two are merged.
+    # With "lora", training of an adapter continues on its base, unmerged. Otherwise the two are
+    # merged.
     goes_on = checkpoint.adapter if options.tune == "lora" else None
     base = checkpoint if goes_on is None else replace(checkpoint, adapter=None)
     model = trainable_model(base, options)

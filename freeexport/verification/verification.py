@@ -297,8 +297,7 @@ def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
     if checkpoint.sha256 != bundle.manifest.source_sha256:
         raise VerificationError(
             f"{checkpoint.name} is not the checkpoint that this bundle was made from "
-            f"({bundle.manifest.source}); "
-            "give that one, or convert this one"
+            f"({bundle.manifest.source}); give that one, or convert this one"
         )
     return checkpoint
 
