@@ -294,8 +294,8 @@ def better_half(marks: Sequence[tuple[float, int]]) -> tuple[float, float]:
     halves = [half for half in (marks[:middle], marks[middle - 1 :]) if len(half) > 1]
     found = []
     for half in halves:
-        (began, before) = half[0]
-        (ended, after) = half[-1]
+        began, before = half[0]
+        ended, after = half[-1]
         found.append(((ended - began) / (len(half) - 1), (after - before) / (ended - began)))
     return max(found, key=lambda one: one[1])
 
@@ -396,7 +396,7 @@ def _run(
             trainer.run(checkpoint)
     finally:
         watch.close()
-    (best_step, best) = trainer.best()
+    best_step, best = trainer.best()
     before = trainer.before()
     seconds = round(clock.elapsed, 1)
     sentences = verdict(before, best, costs) if options.loss != "deep-ce" else []

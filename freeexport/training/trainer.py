@@ -150,7 +150,7 @@ class Clock:
         share: Elapsed share of the time available for steps, at the last `tick`.
         evaluation: Longest time of an evaluation.
         saving: Longest time of a checkpoint.
-        step: Recent longest time of a step.
+        step: Longest time of a recent step.
     """
 
     def __init__(self, limit: float | None, elapsed: float = 0.0) -> None:

@@ -86,14 +86,15 @@ def trainable(
 ) -> Trainable:
     """Prepare a training of the kind `options.tune`.
 
-    full: Train all weights and the exit's own layers. Needs 16 bytes of memory per parameter, plus
-    the batch.
-    lora: Train a LoRA adapter and the exit's own layers. The adapter is written with `model_name`
-    as its base. If the model is itself an adapter, its training continues.
-    exit: Train an exit on a frozen model, possibly with an adapter. The model runs over the data
-    once, and its outputs are cached. With own layers, a cache record takes 2 d + 210 bytes (4 d +
-    214 with features) for every position, plus 2 d + 4 bytes for every encoder position. With an
-    adapter, only target positions are cached.
+    Kinds:
+        full: Train all weights and the exit's own layers. Needs 16 bytes of memory per parameter,
+            plus the batch.
+        lora: Train a LoRA adapter and the exit's own layers. The adapter is written with
+            `model_name` as its base. If the model is itself an adapter, its training continues.
+        exit: Train an exit on a frozen model, possibly with an adapter. The model runs over the
+            data once, and its outputs are cached. With own layers, a cache record takes 2 d + 210
+            bytes (4 d + 214 with features) for every position, plus 2 d + 4 bytes for every encoder
+            position. Without own layers, only target positions are cached.
 
     In distributed runs, call on rank 0 first. It fills the cache.
 
@@ -198,10 +199,8 @@ def _adapted(
         r=options.adapter_rank,
         lora_alpha=2 * options.adapter_rank,
         target_modules="all-linear",
-        lora_dropout=0.1
-        if options.dropout is None
         # FREE's authors use a dropout of 0.1.
-        else options.dropout,
+        lora_dropout=0.1 if options.dropout is None else options.dropout,
         task_type="SEQ_2_SEQ_LM" if description.encoder is not None else "CAUSAL_LM",
     )
     torch.manual_seed(options.seed)  # initialises the random half of the adapter

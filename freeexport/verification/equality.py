@@ -289,8 +289,7 @@ def prompts_of(bundle: Bundle, file: Path | None) -> list[list[int]]:
     """Return the prompts of a JSONL file, or built-in ones, as token ids.
 
     Raises:
-        OptionError: If the file has no prompt, or a line is broken.
-        PromptError: If a prompt cannot be encoded.
+        OptionError: If the file has no prompt, or a line is broken or too long.
     """
     manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
     limit = manifest.encoder_capacity or manifest.capacity
