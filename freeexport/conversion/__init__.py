@@ -1,1 +1,1 @@
-"""Checkpoint -> bundle, and proof that it is the same model."""
+"""Conversion of checkpoints to bundles."""

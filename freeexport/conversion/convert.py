@@ -1,4 +1,4 @@
-"""A checkpoint becomes a bundle."""
+"""Convert a checkpoint to a bundle."""
 
 from __future__ import annotations
 
@@ -53,26 +53,34 @@ VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
 
 
 def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
-    """Write the bundle of `model` to `out`, complete or not at all, and return its manifest.
+    """Write the bundle of `model` to `out`, and return its manifest.
 
-    What can be refused is refused before weights are read. Raises CheckpointError, UnsupportedModelError, OptionError,
-    GraphError, CalibrationError where the calibration is of another model, and FreeExportError where `out` is in the
-    way or verification fails.
+    `out` appears only when complete. Options and files are checked before weights are read.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged or incomplete.
+        UnsupportedModelError: If the model is not supported.
+        OptionError: If options contradict each other.
+        GraphError: If an option is out of range for the model.
+        CalibrationError: If the calibration is for another model.
+        FreeExportError: If `out` is in the way or verification fails.
     """
     check_output(out, MANIFEST, options.overwrite)
     verified = options.verify != "none"
     unverified = _unverified_place(out) if verified else out
     calibration = None if options.calibration is None else read_calibration(options.calibration)
     if options.kernels == "freeexport" and (verified or options.measure):
-        instructions()  # what cannot be run here, cannot be verified
+        instructions()  # raises an error if the kernels cannot run here
     checkpoint = open_checkpoint(model)
     description = with_exit(describe(checkpoint.config, checkpoint), checkpoint)
-    layers, exit_layer = len(description.decoder.layers), options.exit_layer
+    layers = len(description.decoder.layers)
+    exit_layer = options.exit_layer
     if exit_layer is None and checkpoint.exit is None and layers > 1:
         exit_layer = max(1, round(layers / 3))
         click.echo(
-            f"note: exit after layer {exit_layer} of {layers}, a third of them, as {checkpoint.name} has no exit.json; "
-            "--exit-layer chooses another, freeexport train trains one",
+            f"note: exit after layer {exit_layer} of {layers}, a third of them, as "
+            f"{checkpoint.name} has no exit.json; --exit-layer chooses another, freeexport train "
+            "trains one",
             err=True,
         )
     if ignored := _ignored(checkpoint.generation_config):
@@ -96,7 +104,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             engines.confidence,
             engines.max_pending,
         )
-        # The hash reads every weight, so all else is compared first.
+        # The hash reads all weights, so everything else is compared first.
         check_fits(calibration, calibration.source_sha256, *facts)
         check_fits(calibration, checkpoint.sha256, *facts)
     vocabulary = None if checkpoint.exit is None else checkpoint.exit.vocabulary
@@ -121,14 +129,14 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
                 passed = verify_in_child(directory, model, checkpoint, manifest, options.verify)
             except VerificationError as error:
                 if not (directory / VERIFICATION).is_file():
-                    raise  # nothing was judged, and nothing is kept
+                    raise  # no checks were made, so nothing is kept
                 with output_directory(unverified, MANIFEST, overwrite=True) as beside:
                     for path in directory.iterdir():
                         path.rename(beside / path.name)
                 kept = f"kept as {unverified}, with the figures in {VERIFICATION}"
                 raise VerificationError(f"{error}; {kept}") from None
             manifest = replace(manifest, verified=passed)
-        # What a processor takes says nothing about a GPU.
+        # Costs on a CPU do not apply to a GPU.
         if options.measure and options.target == "cpu":
             manifest = replace(manifest, costs=recordable(measured_in_child(directory)))
         write_manifest()
@@ -136,7 +144,10 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
 
 
 def _ignored(generation: dict[str, Any]) -> str:
-    """The recommended settings that a request has to give itself, or cannot."""
+    """Return the recommended generation settings that bundles do not support.
+
+    Requests can give some of them themselves.
+    """
     plain = {
         "num_beams": 1,
         "length_penalty": 1.0,
@@ -154,7 +165,11 @@ def _ignored(generation: dict[str, Any]) -> str:
 
 
 def _unverified_place(out: Path) -> Path:
-    """The place of a refused bundle for `out`. Raises OutputError where something stands there that is none."""
+    """Return the path for a refused bundle.
+
+    Raises:
+        OutputError: If anything but a refused bundle exists there.
+    """
     absolute = Path(os.path.abspath(out))
     place = absolute.with_name(f"{absolute.name}.unverified")
     check_output(place, MANIFEST, overwrite=True)
@@ -177,9 +192,15 @@ def _write_engines(
     text: Path | None,
     directory: Path,
 ) -> tuple[int, list[DeclaredCopy], Quantization | None]:
-    """Write the engines. The bytes of their weights, what stands in memory a second time, and how weights were
-    quantized. torch takes a second to import, and is only where it is needed."""
-    copies, fitted = list[DeclaredCopy](), None
+    """Write the engines.
+
+    torch takes a second to import, so it is imported only if needed.
+
+    Returns:
+        Bytes of the weights, copies of weights in memory, and how weights were quantized.
+    """
+    copies = list[DeclaredCopy]()
+    fitted = None
     if text is not None:
         from freeexport.conversion.rounding_data import round_for_text
 
@@ -223,17 +244,21 @@ def _new_manifest(
     written: tuple[int, list[DeclaredCopy], Quantization | None],
     directory: Path,
 ) -> Manifest:
-    """The manifest of the engines that stand in `directory`, not yet verified, measured or calibrated."""
+    """Return the manifest of the engines in `directory`.
+
+    It has no verification, costs or calibration yet.
+    """
     weight_bytes, copies, quantization = written
     versions = {"freeexport": __version__, "python": platform.python_version()}
     for name in VERSIONED:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    # Every file but the manifest, and the report about these files.
+    # All files except the manifest and the verification report.
     files = sorted(
         path for path in directory.iterdir() if path.name not in (MANIFEST, VERIFICATION)
     )
-    generation, attention = checkpoint.generation_config, description.attention
+    generation = checkpoint.generation_config
+    attention = description.attention
     return Manifest(
         schema_version=SCHEMA_VERSION,
         family=description.family,
@@ -254,7 +279,7 @@ def _new_manifest(
         encoder_capacity=longest_prompt,
         confidence=engines.confidence,
         threshold=1.0,
-        # Ids that the model has no row for never come, so they end nothing.
+        # Ids without a row in the model are never generated, so they end nothing.
         eos_token_ids=known_ends(checkpoint, description.vocab_size),
         bos_token_id=generation.get("bos_token_id"),
         pad_token_id=generation.get("pad_token_id"),
@@ -286,14 +311,18 @@ def _new_manifest(
 
 
 def _decoder_start(checkpoint: Checkpoint, description: Description) -> int | None:
-    """The token that an encoder-decoder starts from; None for a decoder-only model. Raises GraphError where the
-    checkpoint names none."""
+    """Return the first decoder token of an encoder-decoder. None for a decoder-only model.
+
+    Raises:
+        GraphError: If the checkpoint does not name it.
+    """
     if description.encoder is None:
         return None
     start: int | None = checkpoint.generation_config.get("decoder_start_token_id")
     if start is None:
         raise GraphError(
-            f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json"
+            f"{checkpoint.name} names no decoder_start_token_id; add it to its "
+            "generation_config.json"
         )
     return start
 
@@ -301,15 +330,20 @@ def _decoder_start(checkpoint: Checkpoint, description: Description) -> int | No
 def _head_copies(
     description: Description, engines: EngineOptions, quantization: Quantization | None
 ) -> list[DeclaredCopy]:
-    """The head's weights a second time: packed or on a device, and those of an exit vocabulary."""
-    head, copies = description.decoder.head.weight, list[DeclaredCopy]()
+    """Return the copies of the head's weights.
+
+    These are packed or on a device, or the rows of an exit vocabulary.
+    """
+    head = description.decoder.head.weight
+    copies = list[DeclaredCopy]()
     known = description.decoder.exit_tokens
     if quantization is None:
         bits = 32 if engines.float_type == "fp32" else 16
     else:
         bits = 4 if any(engine.head == "int4" for engine in quantization.engines) else 8
     row = description.hidden_size * bits // 8
-    whole, reason = description.vocab_size * row, ""
+    whole = description.vocab_size * row
+    reason = ""
     if engines.kernels == "freeexport":
         if head == description.decoder.embedding.table and engines.head == "int4":
             reason = "head, packed for freeexport's kernels, beside the embedding table"
@@ -327,8 +361,12 @@ def _head_copies(
 
 
 def build_and_test(path: Path, max_batch: int) -> tuple[list[Built], SelfTest]:
-    """Build the TensorRT engines of the bundle at `path`, and run them where there is a GPU. Raises BundleError and
-    BuildError."""
+    """Build the TensorRT engines of the bundle at `path`, and test them if there is a GPU.
+
+    Raises:
+        BundleError: If the bundle is damaged.
+        BuildError: If the build fails.
+    """
     bundle = Bundle.open(path)
     done: dict[str, float] = {}
     with progress("building TensorRT engines", len(engine_files(bundle.manifest))) as advance:

@@ -1,4 +1,7 @@
-"""An encoder that no builder knows, exported from transformers' code by optimum's exporter or by torch.onnx."""
+"""Export an encoder without a builder of its own from transformers' code.
+
+Uses optimum's exporter if it is installed, otherwise torch.onnx.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ from runtime.machine.machine import usable_cores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Largest difference between the graph and the model, as a share of the largest value. Its weights are never rounded to
-# 8 or 4 bits, so at those precisions it is as exact as in fp32.
+# Largest difference between the graph and the model, relative to the largest value. The encoder's
+# weights are never rounded to 8 or 4 bits, so int8 and int4 bundles have the tolerance of fp32.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
 
 
@@ -39,27 +42,33 @@ def export_encoder(
     directory: Path,
     precision: Precision,
 ) -> int:
-    """Write encoder.onnx: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d], for any B and E.
+    """Export the encoder to encoder.onnx and check it.
 
-    The graph is run at lengths below and above a block before it counts. Returns the bytes of weights that are stored
-    in fp16 and widened to fp32 in memory. Raises CheckpointError for missing or damaged weights, and
-    UnsupportedModelError where the exporter fails or what it wrote computes something else.
+    The graph maps `input_ids` int64 [B, E] and `lengths` int32 [B] to `hidden` [B, E, d], for any B
+    and E. It is tested at lengths below and above a block.
+
+    Returns:
+        Bytes of weights that are stored in fp16 and widened to fp32 in memory.
+
+    Raises:
+        CheckpointError: If weights are missing or damaged.
+        UnsupportedModelError: If the export fails or its results are wrong.
     """
     model = reference_model(checkpoint)
     _check_weights(checkpoint, model)
     module = _Encoder(model.get_encoder()).eval()
-    del model  # and with it the decoder
+    del model  # frees the decoder
     try:
-        # Exporters warn about packages that nobody needs and about their own internals.
+        # Hide warnings about optional packages and the exporters' internals.
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
             exported = _export(module, encoder.block, directory)
-    except OSError:  # a full disk says nothing about the model
+    except OSError:  # a full disk is not the model's fault
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"the encoder of {checkpoint.name} ({checkpoint.architecture}) cannot be exported: {first_line(error)}; "
-            "try another release of torch or transformers"
+            f"the encoder of {checkpoint.name} ({checkpoint.architecture}) cannot be exported: "
+            f"{first_line(error)}; try another release of torch or transformers"
         ) from error
     compute = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
     widened = adapt_encoder(exported, encoder.block, weights, compute)
@@ -70,7 +79,7 @@ def export_encoder(
 
 
 class _Encoder(torch.nn.Module):
-    """`input_ids` and `attention_mask` int64 [B, N] -> hidden states float32 [B, N, d]."""
+    """Map `input_ids` and `attention_mask` int64 [B, N] to hidden states float32 [B, N, d]."""
 
     def __init__(self, encoder: torch.nn.Module) -> None:
         super().__init__()
@@ -85,7 +94,10 @@ class _Encoder(torch.nn.Module):
 
 
 class _OneHotByComparison(TorchFunctionMode):
-    """one_hot written out: torch.export takes its number of classes for a constant, and LongT5 passes a length."""
+    """Replace one_hot by a comparison.
+
+    torch.export treats its number of classes as a constant, but LongT5 passes a length.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.one_hot and len(args) == 2:
@@ -95,8 +107,10 @@ class _OneHotByComparison(TorchFunctionMode):
 
 
 def _check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Refuse missing weights, which transformers would draw at random, and NaN. The embedding is the decoder's, and is
-    read with it."""
+    """Refuse NaN and missing weights, which transformers would initialise at random.
+
+    The embedding is shared with the decoder and checked there.
+    """
     encoder = model.get_encoder()
     prefix = next(name for name, module in model.named_modules() if module is encoder)
     for name in encoder.state_dict():
@@ -122,12 +136,13 @@ def _export(module: _Encoder, block: int, directory: Path) -> ir.Model:
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         path = Path(folder) / "encoder.onnx"
         export(model, config, path, input_shapes={"batch_size": 2, "sequence_length": 3 * block})
-        # The folder goes, so weights must not stay in it.
+        # The folder is deleted, so weights must not stay there.
         return ir.external_data.load_to_model(ir.load(path))
 
 
 def _export_with_torch(module: _Encoder, block: int) -> ir.Model:
-    batch, blocks = torch.export.Dim("B", min=1), torch.export.Dim("blocks", min=1)
+    batch = torch.export.Dim("B", min=1)
+    blocks = torch.export.Dim("blocks", min=1)
     shape = {0: batch, 1: blocks * block if block > 1 else blocks}
     ids = torch.ones(2, 3 * block, dtype=torch.int64)
     program = torch.onnx.export(
@@ -146,7 +161,10 @@ def _export_with_torch(module: _Encoder, block: int) -> ir.Model:
 def _check_engine(
     path: Path, module: _Encoder, block: int, precision: Precision, name: str
 ) -> None:
-    """Run the engine at prompts shorter and longer than a block: exporters bake in what they take for a constant."""
+    """Run the engine on prompts shorter and longer than a block, and compare with the model.
+
+    Exporters may turn a length into a constant.
+    """
     engine = OnnxEngine(path, usable_cores())
     encoder: Any = module.encoder
     generator = torch.Generator().manual_seed(0)
@@ -164,10 +182,11 @@ def _check_engine(
             difference = np.abs(ours.astype(np.float32) - theirs)[mask.numpy()]
             error = float(difference.max() / max(1.0, float(np.abs(theirs).max())))
             reason = f"it differs by {error:.1e} of the largest value"
-        except Exception as failure:  # ONNX Runtime's own types share no base
-            error, reason = np.inf, first_line(failure)
+        except Exception as failure:  # ONNX Runtime's exceptions have no common base
+            error = np.inf
+            reason = first_line(failure)
         if not error <= TOLERANCE.get(precision, TOLERANCE["fp32"]):
             raise UnsupportedModelError(
-                f"the encoder of {name} was exported, but is wrong for prompts of {lengths} tokens: {reason}; this "
-                "encoder is not supported"
+                f"the encoder of {name} was exported, but is wrong for prompts of {lengths} "
+                f"tokens: {reason}; this encoder is not supported"
             )

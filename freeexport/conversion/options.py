@@ -1,4 +1,4 @@
-"""Options of a conversion, and of the engines that follow from them."""
+"""Options of a conversion, and options of the engines derived from them."""
 
 from __future__ import annotations
 
@@ -24,27 +24,43 @@ from runtime.bundle.manifest import (
 from runtime.errors import OptionError
 from runtime.kernels import missing
 
-# Long enough for most uses, short enough that a slot of the KV cache is no surprise.
-DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
+# Long enough for most uses, while keeping a slot of the KV cache small.
+DEFAULT_CAPACITY = 2048
+DEFAULT_ENCODER_CAPACITY = 2048
 
-# Which checks compare a new bundle with its checkpoint.
+# Extent of the checks that compare a new bundle with its checkpoint.
 Verify = Literal["quick", "full", "none"]
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Options of a conversion. OptionError where two do not go together or a file is missing; GraphError for
-    an encoder capacity under 1.
+    """Options of a conversion.
 
-    exit_layer: None is that of exit.json beside the weights, without one a third of the layers.
-    precision, dialect: None is the target's own; on a CPU "ort" where its attention has a kernel for the model's heads,
-        else "standard".
-    capacity, encoder_capacity: None is the model's limit, at most 2048.
-    head: None is 8 bits where weights are quantized.
-    compute: the type that engines for a GPU with quantized weights compute in, None for fp16.
-    kernels: whose operators multiply with weights quantized for a CPU, None for ours where their library is.
-    calibration: the file of `freeexport calibrate` for this checkpoint.
-    rounding_data: text that weights in 4 bits are rounded for.
+    Attributes:
+        exit_layer: Number of layers before the exit. Default: taken from exit.json next to the
+            weights, or a third of the layers.
+        precision: Precision of the weights. Default: the target's first.
+        dialect: Operators of the graphs. Default: the target's. On a CPU it is "ort" if its
+            attention has a kernel for the model's heads, otherwise "standard".
+        target: Target of the engines.
+        confidence: Measure of the exit's confidence.
+        capacity: Positions of the KV cache. Default: the model's limit, at most 2048.
+        encoder_capacity: Longest prompt of an encoder-decoder. Default: the model's limit, at most
+            2048.
+        max_pending: Maximum number of rows in a sync pass.
+        head: Precision of the head. Default: 8 bits if weights are quantized.
+        compute: Type in which GPU engines with quantized weights compute. Default: fp16.
+        kernels: Kernels for weights quantized for a CPU. Default: ours if their library is
+            available.
+        calibration: File of `freeexport calibrate` for this checkpoint.
+        rounding_data: Text that 4-bit weights are rounded for.
+        verify: Extent of the verification.
+        measure: Measure the costs of the engines.
+        overwrite: Replace an existing bundle.
+
+    Raises:
+        OptionError: If a file is missing.
+        GraphError: If the encoder capacity is below 1.
     """
 
     exit_layer: int | None = None
@@ -75,8 +91,11 @@ class ConvertOptions:
             )
 
     def longest_prompt(self, description: Description) -> int:
-        """Longest prompt of an encoder-decoder, in tokens; 0 for a decoder-only model. Raises GraphError where its
-        encoder has fewer positions."""
+        """Return the longest prompt of an encoder-decoder, in tokens. 0 for a decoder-only model.
+
+        Raises:
+            GraphError: If the capacity does not fit the encoder's positions.
+        """
         encoder = description.encoder
         if encoder is None:
             return 0
@@ -85,7 +104,8 @@ class ConvertOptions:
         given = self.encoder_capacity
         if description.spectrogram is not None and given not in (None, most):
             raise GraphError(
-                f"encoder capacity {given} is not the {most} positions of a window of speech; leave it out"
+                f"encoder capacity {given} is not the {most} positions of a window of speech; "
+                "leave it out"
             )
         if given is not None and most is not None and given > most:
             raise GraphError(f"encoder capacity {given} is out of range; choose 1 to {most}")
@@ -95,17 +115,22 @@ class ConvertOptions:
 def engine_options(
     description: Description, options: ConvertOptions, exit_layer: int
 ) -> EngineOptions:
-    """Options of the engines by `options`, with the defaults of the model and the target. Raises GraphError, and
-    OptionError where there is text to round for, and nothing that gets 4 bits on a CPU."""
-    limit, attention = description.decoder.max_positions or DEFAULT_CAPACITY, description.attention
+    """Return the options of the engines, with the defaults of the model and the target.
+
+    Raises:
+        GraphError: If an option is out of range.
+        OptionError: If text for rounding is given but no weight gets 4 bits on a CPU.
+    """
+    limit = description.decoder.max_positions or DEFAULT_CAPACITY
+    attention = description.attention
     dialect, precisions = TARGETS[options.target]
     precision = options.precision or precisions[0]
-    # Ours for weights that are quantized for a CPU, where their library can be used here.
+    # Use our kernels for weights quantized for a CPU, if their library is available here.
     quantized = options.target == "cpu" and precision in ROUNDING["cpu"].plans
     kernels = options.kernels or (
         "freeexport" if quantized and missing() is None else "onnxruntime"
     )
-    # The fused operators, where they or our own kernels take the model's heads.
+    # Use fused operators if they or our kernels support the model's heads.
     fits = fits_head_size(attention) or (
         kernels == "freeexport" and has_attention_kernel(attention)
     )

@@ -1,4 +1,4 @@
-"""A calibration put into a bundle: the old bundle or the new one, whatever happens between."""
+"""Put a calibration into a bundle atomically."""
 
 from __future__ import annotations
 
@@ -26,19 +26,26 @@ def check_fits(
     confidence: str,
     max_pending: int,
 ) -> None:
-    """Raise CalibrationError where a calibration is of another model, vocabulary, exit layer or confidence measure, or
-    of longer sync passes than `max_pending` rows."""
+    """Check that a calibration fits a bundle.
+
+    Raises:
+        CalibrationError: If the model, vocabulary, exit layer or confidence measure differs, or its
+            sync passes are longer than `max_pending` rows.
+    """
     check_calibration(calibration, source_sha256, vocab_size, exit_layer, confidence)
     if (calibration.max_pending or 1) > max_pending:
         raise CalibrationError(
-            f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle has room for "
-            f"{max_pending}; calibrate this bundle"
+            f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle "
+            f"has room for {max_pending}; calibrate this bundle"
         )
 
 
 def with_calibration(manifest: Manifest, calibration: Calibration, directory: Path) -> Manifest:
-    """The manifest with the calibration's thresholds, and its file, which is written to `directory` here. Raises
-    CalibrationError as `check_fits` does."""
+    """Write the calibration's file to `directory`, and return the manifest with it.
+
+    Raises:
+        CalibrationError: If the calibration does not fit. See `check_fits`.
+    """
     facts = (manifest.source_sha256, manifest.vocab_size, manifest.exit_layer, manifest.confidence)
     check_fits(calibration, *facts, manifest.max_pending)
     text = calibration.to_json()
@@ -56,14 +63,18 @@ def with_calibration(manifest: Manifest, calibration: Calibration, directory: Pa
 
 
 def update_bundle(path: Path, calibration: Calibration) -> Manifest:
-    """Put a calibration into the bundle at `path` in place of any other.
+    """Replace the calibration of the bundle at `path`, and return the new manifest.
 
-    The manifest is replaced in one step and names a file that no other calibration has, so a bundle that is opened
-    meanwhile, or after a kill, is whole. Raises BundleError, and as `with_calibration` does.
+    The manifest is replaced in one step. It names a file that no other calibration has. So the
+    bundle stays consistent if it is opened meanwhile or the process is killed.
+
+    Raises:
+        BundleError: If the bundle is damaged.
+        CalibrationError: If the calibration does not fit.
     """
     manifest = with_calibration(Bundle.open(path).manifest, calibration, path)
     write_whole(path / MANIFEST, manifest.to_json())
-    for file in path.iterdir():  # earlier calibrations, and what killed runs left
+    for file in path.iterdir():  # earlier calibrations and files of killed runs
         abandoned = (
             file.name.startswith((".calibration-", f".{MANIFEST}.")) and ".partial-" in file.name
         )

@@ -1,4 +1,7 @@
-"""Weights in 4 bits, rounded for text: each decoder layer reads it as the rounded layers before pass it on."""
+"""Round weights to 4 bits for given text.
+
+Each decoder layer is rounded for inputs that come from the rounded layers before it.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,11 @@ from runtime.bundle.manifest import RoundingData
 from runtime.errors import OptionError
 from runtime.machine.machine import available_memory
 
-# Tokens of the decoder: what is read, what there must be, and the longest sequence. Lines beyond are not looked at.
-MOST_TOKENS, FEWEST_TOKENS, LONGEST = 8192, 512, 512
+# Decoder tokens: maximum used, minimum required, and longest sequence. Then the maximum number of
+# lines read.
+MOST_TOKENS = 8192
+FEWEST_TOKENS = 512
+LONGEST = 512
 LINES = 4096
 
 # A call of a layer: hidden states [1, n, d], and its other arguments.
@@ -47,7 +53,12 @@ _Call = tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class RoundedWeights:
-    """Weights in 4 bits by the names of their tensors, and the text that they were rounded for."""
+    """Weights rounded to 4 bits.
+
+    Attributes:
+        weights: Rounded weights by tensor name.
+        data: The text that they were rounded for.
+    """
 
     weights: dict[str, Rounded]
     data: RoundingData
@@ -56,18 +67,21 @@ class RoundedWeights:
 def round_for_text(
     checkpoint: Checkpoint, description: Description, engines: EngineOptions, data: Path
 ) -> RoundedWeights:
-    """Round the decoder's weights that get 4 bits for the first lines of `data`, JSON lines with input and target.
+    """Round the decoder's 4-bit weights for the first lines of `data`.
 
-    Holds the model in float32 (4 bytes a parameter), the quantized weights, and the hidden states of the text. The same
-    machine gives the same weights. Raises DataError where the file is broken or has too little text, OptionError where
-    there is too little memory or all these weights have 4 bits already, CheckpointError where the checkpoint has no
-    tokenizer.
+    `data` is a JSONL file with inputs and targets. Memory holds the model in float32 (4 bytes per
+    parameter), the quantized weights, and the hidden states of the text. Results are reproducible
+    on the same machine.
+
+    Raises:
+        DataError: If the file is broken or has too little text.
+        OptionError: If the model reads speech, there is too little memory, or all these weights
+            have 4 bits already.
+        CheckpointError: If the checkpoint has no tokenizer.
     """
     texts, tokens = _texts(checkpoint, description, engines, data)
-    need, available = (
-        4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()),
-        available_memory(),
-    )
+    need = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    available = available_memory()
     if available is not None and need > available:
         raise OptionError(
             f"--data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
@@ -80,8 +94,8 @@ def round_for_text(
     )
     if rounder.done:
         raise OptionError(
-            f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, or in parts of tensors; "
-            "leave it out"
+            f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, or "
+            "in parts of tensors; leave it out"
         )
     layers = list(getattr(stack, field))
     with torch.no_grad(), progress("rounding for text", len(layers) + 1) as advance:
@@ -99,7 +113,10 @@ def round_for_text(
 
 
 class _Rounder:
-    """Rounds the linear layers of a model that get 4 bits, in place too. `weights`: what became of them."""
+    """Round the linear layers of a model that get 4 bits, also in place.
+
+    `weights` collects the rounded weights.
+    """
 
     def __init__(
         self,
@@ -111,14 +128,12 @@ class _Rounder:
     ) -> None:
         self.weights: dict[str, Rounded] = {}
         used = rounding(engines.target, engines.kernels)
-        self._scheme, self._type = (
-            used.scheme,
-            np.dtype(np.float16) if used.products.own else FLOAT32,
-        )
+        self._scheme = used.scheme
+        self._type = np.dtype(np.float16) if used.products.own else FLOAT32
         self._modules = {
             name: module
             for name, module in _with_4_bits(model, description, engines).items()
-            if name in read  # whole: parts of a tensor, and Conv1D, are rounded without text
+            if name in read  # only whole tensors: parts, and Conv1D, are rounded without text
             and not (
                 engines.keeps_file_bits(name == description.decoder.head.weight)
                 and checkpoint.in_file(name)
@@ -131,7 +146,7 @@ class _Rounder:
         return not self._modules
 
     def round(self, part: Module, read: Callable[[], object]) -> None:
-        """Round those in `part`; `read()` runs the text through it."""
+        """Round the layers inside `part`. `read()` runs the text through it."""
         inside = set(part.modules())
         modules = {
             name: self._modules.pop(name)
@@ -142,16 +157,20 @@ class _Rounder:
             return
         moments = _moments(list(modules.values()), read)
         for name, module in modules.items():
-            weight, seen = module.weight.numpy(), moments[module]
+            weight = module.weight.numpy()
+            seen = moments[module]
             plain, _ = self._scheme.round(weight, "int4", self._type)
             if not plain.error <= self._scheme.limits["int4"] or not np.isfinite(seen).all():
-                continue  # it gets more bits, or is what no text can tell about
+                continue  # it gets more bits, or its inputs are not finite
             self.weights[name] = rounded = round_4_bits_for(weight, seen, BLOCK, self._type)
             weight[:] = values_of(rounded)[:, : weight.shape[1]]
 
 
 def _moments(modules: Sequence[Module], read: Callable[[], object]) -> dict[Module, np.ndarray]:
-    """The sums of x x^T that linear layers read. Layers that read one input, one after the other, share them."""
+    """Return the sums of x x^T over the inputs of linear layers.
+
+    Consecutive layers with the same input share one sum.
+    """
     sums: dict[Module, np.ndarray] = {}
     last: tuple[torch.Tensor, Module] | None = None
 
@@ -177,17 +196,18 @@ def _moments(modules: Sequence[Module], read: Callable[[], object]) -> dict[Modu
 
 
 class _Enough(Exception):
-    """Ends a pass of the model: all its layers were called."""
+    """Raised to end a forward pass once all layers have been called."""
 
 
 def _calls(
     model: Any, layers: Sequence[Module], texts: Sequence[Example]
 ) -> dict[Module, list[_Call]]:
-    """Record how the model calls its layers, a call a text."""
+    """Record how the model calls its layers, one call per text."""
     calls: dict[Module, list[_Call]] = {layer: [] for layer in layers}
 
     def note(layer: Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        # Of later layers the states are not needed: those that rounded layers give take their place.
+        # The states of later layers are replaced by outputs of the rounded layers, so they are not
+        # kept.
         calls[layer].append(
             (inputs[0] if layer is layers[0] else inputs[0][:, :0], inputs[1:], options)
         )
@@ -204,7 +224,7 @@ def _calls(
 
 
 def _run(layer: Any, calls: Sequence[_Call], states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Run a layer on the states of each text."""
+    """Return the outputs of a layer for the states of each text."""
     found = [
         layer(hidden, *rest, **options)
         for (_, rest, options), hidden in zip(calls, states, strict=True)
@@ -229,7 +249,7 @@ def _forward(model: Any, *texts: Example) -> None:
 
 
 def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -> dict[str, Linear]:
-    """Linear layers of the decoder whose weights get 4 bits, by the names of these weights."""
+    """Return the decoder's linear layers that get 4 bits, by the names of their weights."""
     plan = engines.plan
     assert plan is not None
     head = description.decoder.head.weight
@@ -249,7 +269,7 @@ def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -
 def _texts(
     checkpoint: Checkpoint, description: Description, engines: EngineOptions, data: Path
 ) -> tuple[list[Example], int]:
-    """The first lines, and how many tokens the decoder has to read of them."""
+    """Return the first lines of `data`, and the number of their decoder tokens."""
     if description.spectrogram is not None:
         raise OptionError(
             f"--data rounds weights for text, and {checkpoint.name} reads speech; leave it out"
@@ -258,7 +278,8 @@ def _texts(
         text_format(checkpoint, description, min(LONGEST, engines.capacity)), truncate=True
     )
     examples, _ = encode(read_examples(data, LINES, TARGETS_WANTED), form, data)
-    texts, tokens = [], 0
+    texts = []
+    tokens = 0
     for example in examples:
         if tokens >= MOST_TOKENS:
             break
@@ -266,6 +287,7 @@ def _texts(
         tokens += len(example.target) + (0 if form.seq2seq else len(example.prompt))
     if tokens < FEWEST_TOKENS:
         raise DataError(
-            f"{data} has {tokens} tokens for the decoder; rounding needs at least {FEWEST_TOKENS}, give more lines"
+            f"{data} has {tokens} tokens for the decoder; rounding needs at least {FEWEST_TOKENS}, "
+            "give more lines"
         )
     return texts, tokens

@@ -1,1 +1,1 @@
-"""From a checkpoint and examples to a bundle that is served: planned, trained, converted and measured in one go."""
+"""Turn a checkpoint and examples into a served bundle: plan, train, convert and evaluate."""

@@ -1,8 +1,9 @@
-"""Trainings that `freeexport fit --paper` compares: losses of FREE, CALM, static exits and none, of three seeds each,
-in one table with significance.
+"""Compare trainings for `freeexport fit --paper`.
 
-All trainings begin with one model and take equally long. The quality and speed of a setting are those of all seeds
-together: a line's statistics and seconds are added over seeds, and lines are resampled.
+It covers the losses of FREE, CALM, static exits and no exit, with three seeds each. One table shows
+the results with their significance. All trainings start from the same model and take the same time.
+The quality and speed of a setting cover all seeds: a line's statistics and seconds are added over
+seeds, and lines are resampled.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from freeexport.measure.table import Sheet, markdown, plus_minus
 from freeexport.metrics import Metric, bounded, draws
 
 SEEDS = (0, 1, 2)
-# By the name of a training, its loss and the methods that decode its bundle. The first has no exit, so all others are
-# compared with it; "exit" is what `fit` trains elsewhere, with layers of its own, and then the exit alone.
+# For each training, its loss and the methods that decode its bundle. The first has no exit, and all
+# others are compared with it. "exit" is what `fit` trains by default: an exit with own layers,
+# trained jointly and then alone.
 COMPARED: dict[str, tuple[LossName, tuple[Method, ...]]] = {
     "plain": ("deep-ce", ("full", "lookup")),
     "exit": ("logit-kd", ("full", "static", "free", "lossless")),
@@ -35,19 +37,22 @@ _LATEX = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "±": r"$\pm$", "<":
 
 
 def repeated() -> dict[str, int]:
-    """How often each step of a plan is made."""
-    every, calibrated = (
-        len(COMPARED) * len(SEEDS),
-        sum("free" in methods for _, methods in COMPARED.values()),
-    )
+    """Return how often each step of a plan runs."""
+    every = len(COMPARED) * len(SEEDS)
+    calibrated = sum("free" in methods for _, methods in COMPARED.values())
     counts = {"trained": every, "calibrate": calibrated * len(SEEDS), "evaluate": len(SEEDS)}
     return {**counts, "joint": every, "exit": len(SEEDS)}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting over all seeds: `tables` [n, k] of the metric, one a seed; `seconds` [n] of requests, added over
-    seeds; `exits`: the mean share of tokens."""
+    """Results of one setting over all seeds.
+
+    Attributes:
+        tables: Metric statistics [n, k] of each seed.
+        seconds: Request times [n], added over seeds.
+        exits: Mean share of tokens that exit.
+    """
 
     tables: list[np.ndarray]
     seconds: np.ndarray
@@ -55,14 +60,14 @@ class Setting:
 
     @classmethod
     def of(cls, name: Name, found: Sequence[Evaluation]) -> Setting:
-        tables, seconds, exits = [], [], []
+        tables = []
+        seconds = []
+        exits = []
         for one in found:
             row = _rows(one)[name]
             lines = one.records[row["bundle"], row["setting"]]
-            texts, known = (
-                [turns[0].text for turns in lines.values()],
-                [one.references[line] for line in lines],
-            )
+            texts = [turns[0].text for turns in lines.values()]
+            known = [one.references[line] for line in lines]
             tables.append(found[0].metrics[0].table(texts, known))
             seconds.append(
                 [np.median([turn.seconds for turn in turns]) for turns in lines.values()]
@@ -72,7 +77,10 @@ class Setting:
 
 
 def _rows(found: Evaluation) -> dict[Name, Row]:
-    """The rows by training, method and threshold, a calibrated one without its number."""
+    """Index rows by training, method and threshold.
+
+    A calibrated threshold is called "calibrated", whatever its value.
+    """
     named = {}
     for row in found.rows:
         at = (
@@ -87,9 +95,13 @@ def _rows(found: Evaluation) -> dict[Name, Row]:
 
 
 def comparison(found: Sequence[Evaluation]) -> Sheet:
-    """Tabulate evaluations that differ by the seed of their trainings, of the same lines and settings. Speed and
-    significance are against the full model of the first training; p is two-sided, of a paired bootstrap over lines."""
-    metric, every = found[0].metrics[0], [_rows(one) for one in found]
+    """Tabulate evaluations that differ only in the seed of their trainings.
+
+    Speed and significance are relative to the full model of the first training. p is two-sided,
+    from a paired bootstrap over lines.
+    """
+    metric = found[0].metrics[0]
+    every = [_rows(one) for one in found]
     settings = {
         name: Setting.of(name, found) for name in every[0] if all(name in rows for rows in every)
     }
@@ -98,11 +110,15 @@ def comparison(found: Sequence[Evaluation]) -> Sheet:
     for (name, method, at), one in settings.items():
         values = 100 * np.array([metric.of(table) for table in one.tables])
         values = 100 - values if metric.error else values
-        low, high, p, mark = None, None, "", ""
+        low = None
+        high = None
+        p = ""
+        mark = ""
         if one is not whole:
             low, high = speed_interval(one.seconds, whole.seconds)
             value = p_value(metric, np.sum(one.tables, axis=0), np.sum(whole.tables, axis=0))
-            p, mark = f"{value:.3f}", "*" if value < SIGNIFICANT else ""
+            p = f"{value:.3f}"
+            mark = "*" if value < SIGNIFICANT else ""
         speed = plus_minus(whole.seconds.sum() / one.seconds.sum(), low, high, 2)
         quality = f"{values.mean():.2f} ± {values.std(ddof=1):.2f}{mark}"
         rows.append(
@@ -124,18 +140,20 @@ def comparison(found: Sequence[Evaluation]) -> Sheet:
         ),
         (
             "p",
-            "of that difference, two-sided: paired bootstrap over lines, their statistics added over seeds",
+            "of that difference, two-sided: paired bootstrap over lines, their statistics added "
+            "over seeds",
         ),
         (
             "speed",
-            "of whole requests, as a multiple of plain full's; ± is half a 95 % interval over lines",
+            "of whole requests, as a multiple of plain full's; ± is half a 95 % interval over "
+            "lines",
         ),
     )
     return Sheet(f"Trainings compared, {len(whole.seconds)} lines", columns, tuple(rows), facts)
 
 
 def p_value(metric: Metric, ours: np.ndarray, others: np.ndarray) -> float:
-    """The two-sided p of a difference between the values of two tables [n, k] of the same lines."""
+    """Return the two-sided p-value of the difference between tables [n, k] of the same lines."""
     if np.array_equal(ours, others):
         return 1.0
     resamples = draws(len(ours), RESAMPLES)
@@ -148,16 +166,25 @@ def p_value(metric: Metric, ours: np.ndarray, others: np.ndarray) -> float:
 
 
 def written(sheet: Sheet) -> dict[str, str]:
-    """Files of a comparison: Markdown, and a table for LaTeX with the package booktabs."""
+    """Return the files of a comparison by name: Markdown, and LaTeX for the package booktabs."""
     notes = "\n".join(f"- {name}: {text}" for name, text in sheet.facts)
     form = "".join("r" if name.endswith("#") else "l" for name in sheet.columns)
     lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in sheet.rows]
     names = " & ".join(name.rstrip("#").translate(_LATEX) for name in sheet.columns) + r" \\"
     caption = f"{sheet.title}. " + "; ".join(f"{name}: {text}" for name, text in sheet.facts[1:])
     latex = [
-        r"\begin{table}\centering", rf"\begin{{tabular}}{{{form}}}", r"\toprule", names, r"\midrule", *lines,
-        r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption.translate(_LATEX)}.}}", r"\end{table}", "",
-    ]  # fmt: skip
+        r"\begin{table}\centering",
+        rf"\begin{{tabular}}{{{form}}}",
+        r"\toprule",
+        names,
+        r"\midrule",
+        *lines,
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{caption.translate(_LATEX)}.}}",
+        r"\end{table}",
+        "",
+    ]
     return {
         "table.md": f"# {sheet.title}\n\n{markdown(sheet)}\n\n{notes}\n",
         "table.tex": "\n".join(latex),

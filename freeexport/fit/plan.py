@@ -1,7 +1,8 @@
-"""A plan for `freeexport fit`: what to train and convert, what that may bring on this machine, and how long it takes.
+"""Plan a run of `freeexport fit`: what to train and convert, expected speed and time.
 
-Speeds are of a byte model: decoding waits for weights, so a token costs the bytes that it reads. How many tokens will
-exit is not known before training; what the exits of docs/results reached stands for it, from hard tasks to easy ones.
+Speeds come from a byte model: decoding is limited by reading weights, so a token costs the bytes
+that it reads. Exit rates are not known before training. The rates reached in docs/results are
+assumed instead, for hard, usual and easy tasks.
 """
 
 from __future__ import annotations
@@ -45,49 +46,79 @@ from runtime.bundle.manifest import ExitInput, Precision
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
 
-# Of layers that a token passes before it exits, the share x of all lets 1 - exp(-depth x) of the tokens exit: a hard
-# task (summaries), a usual one, and an easy one (records as JSON) of docs/results.
+# Assumed exit rate after a fraction x of the layers: 1 - exp(-depth * x). From docs/results: a hard
+# task (summaries), a usual one, and an easy one (records as JSON).
 DEPTHS = {"hard": 0.5, "usual": 3.5, "easy": 6.0}
-# The same of exits that read the deep decoder's feature (chat; phrases to phonemes; records as JSON): there is nothing
-# for them to gain by depth, as the model's own weights are trained before.
+# Assumed exit rates of exits that read the deep decoder's feature (chat, phrases to phonemes,
+# records as JSON). They do not rise with depth, since the model's own weights are trained
+# beforehand.
 FEATURE_RATES = {"hard": 0.2, "usual": 0.7, "easy": 0.85}
-OWN_LAYERS = (1, 2)  # of the exit
-# A prompt's token costs this share of a decoded one: many share a read of the weights. A position of an encoder of
-# speech costs less where the decoder has more weights than the encoder (Whisper base in int8: 1/20).
+OWN_LAYERS = (1, 2)  # number of the exit's own layers
+# Cost of a prompt's token relative to a decoded one, since many tokens share a read of the weights.
+# A position of a speech encoder costs less if the decoder has more weights than the encoder (1/20
+# for Whisper base in int8).
 PROMPT = 1 / 8
-# The share of memory bandwidth that decoding reaches.
+# Share of the memory bandwidth that decoding reaches.
 REACHED = 0.7
-SAMPLE = 5000  # lines whose tokens are counted
-# Bits of a weight in the layers, scales included, as the head has 8.
+SAMPLE = 5000  # number of lines whose tokens are counted
+# Bits per weight in the layers, including scales. The head has 8.
 LAYER_BITS: dict[Precision, float] = {"int8": 8.0, "int4": 4.5}
-_TRAININGS: dict[Tune, str] = {"full": "joint", "exit": "exit"}  # names of the steps that train
-COVERED = 0.9  # of the target tokens, at least, by an exit vocabulary
-LONGEST = 0.99  # of the targets are no longer than the outputs may be
+_TRAININGS: dict[Tune, str] = {"full": "joint", "exit": "exit"}  # names of the training steps
+COVERED = 0.9  # minimum share of target tokens in an exit vocabulary
+LONGEST = 0.99  # share of targets that fit the output limit
 
-# Lines of the splits, at least and as many as do any good; of the training itself, at least.
-TEST, CALIBRATION, VALIDATION, TRAIN = (100, 400), (60, 300), 100, 100
-# Decodings of a line in units of one by the full model: of a calibration by quality, and by agreement; of an evaluation
-# of both bundles, of the model as it is alone, and of one seed's bundles.
-BY_QUALITY, BY_AGREEMENT, COMPARED, ALONE, PAPER = 8.0, 2.0, 6.5, 2.0, 13.0
-WITH_EXIT = 2.5  # besides, where the model as it is has an exit, which is evaluated in all modes
-SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # of the budget, at most
-# Of the training time, of all weights; the rest trains the exit alone, which takes longer where nothing else trains it.
+# Minimum and maximum lines of the splits. The maximum is where more lines bring no benefit.
+# VALIDATION is a maximum, TRAIN a minimum.
+TEST = (100, 400)
+CALIBRATION = (60, 300)
+VALIDATION = 100
+TRAIN = 100
+# Cost of a line relative to one decoding by the full model: calibration by quality, calibration by
+# agreement, and evaluation of both bundles, of the original model alone, and of one seed's bundles.
+BY_QUALITY = 8.0
+BY_AGREEMENT = 2.0
+COMPARED = 6.5
+ALONE = 2.0
+PAPER = 13.0
+WITH_EXIT = 2.5  # extra cost if the original model has an exit, evaluated in all modes
+SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # maximum shares of the budget
+# Share of the training time for training all weights. The rest trains the exit alone, which takes
+# longer if it is trained in no other step.
 TOGETHER = {"state": 0.85, "feature": 0.6}
-# Seconds of a conversion, and weights a second besides; bytes that training takes beside its weights.
-CONVERTING, CONVERTED = 45, 1.5e6
-ACTIVATIONS, LOGITS = 2 << 30, 32  # the latter for each token of the vocabulary
-FEW_STEPS = 100  # with which an exit hardly learns
-STEPS, BATCH_TOKENS = 5, 2048  # that are timed, the first aside, in two halves
-SPEED_SECONDS = 60  # of the speed that is measured where there are no data, at most
-LEAST_BATCH = 256  # tokens, where the budget is too small for more
-RECORDINGS = 6  # of a batch of speech
+# A conversion takes CONVERTING seconds, plus one per CONVERTED weights. Training needs ACTIVATIONS
+# bytes in addition to its weights, and LOGITS bytes per batch token and vocabulary token.
+CONVERTING = 45
+CONVERTED = 1.5e6
+ACTIVATIONS = 2 << 30
+LOGITS = 32
+FEW_STEPS = 100  # fewer steps barely train an exit
+# Steps that are timed, and the default batch size. The first step is not counted.
+STEPS = 5
+BATCH_TOKENS = 2048
+SPEED_SECONDS = 60  # time limit of the speed measurement without data
+LEAST_BATCH = 256  # minimum batch tokens, for small budgets
+RECORDINGS = 6  # recordings per batch
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """`budget` in seconds. `quality`: the share of the full model's metric to keep; None: every token must be the full
-    model's. `paper`: trainings with other losses and of three seeds, and a table that compares them. Raises OptionError
-    for what cannot be."""
+    """Options of `freeexport fit`.
+
+    Attributes:
+        model: The checkpoint.
+        out: Output directory.
+        data: JSONL file of examples. None: convert without training.
+        metric: Metric of the outputs.
+        budget: Time limit in seconds.
+        quality: Share of the full model's metric to keep. None: every token must equal the full
+            model's.
+        threads: Number of threads. Default: all usable cores.
+        overwrite: Replace existing outputs.
+        paper: Compare trainings with other losses and three seeds in a table.
+
+    Raises:
+        OptionError: If a value is out of range or options contradict each other.
+    """
 
     model: str
     out: Path
@@ -115,11 +146,12 @@ class FitOptions:
             )
         if self.data is not None and not self.data.is_file():
             raise OptionError(
-                f"--data {self.data}: there is no such file; name a JSONL file with 'input' (or 'audio') and 'target'"
+                f"--data {self.data}: there is no such file; name a JSONL file with 'input' (or "
+                "'audio') and 'target'"
             )
 
     def recorded(self) -> dict[str, Any]:
-        """Return what a run that goes on must share with the one before, as JSON values."""
+        """Return the options that a resumed run must share with the original, as JSON values."""
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
         data = None if self.data is None else str(self.data.absolute())
         return {
@@ -133,10 +165,20 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class PlannedExit:
-    """An exit after `layer`, through layers of its `own`, that knows `vocabulary` tokens (None: all), which are the
-    share `covered` of the targets' tokens. `rates` and `speeds` by DEPTHS: tokens that exit, and the speed of a token
-    over the full model's. `input`: what its layers read; with "feature" the model is trained before, without it.
-    `begun`: the checkpoint has it, and training goes on with it."""
+    """An exit to train.
+
+    Attributes:
+        layer: Number of layers before the exit.
+        own: Number of its own layers.
+        vocabulary: Number of tokens that it can predict. None: all.
+        covered: Share of the targets' tokens in the vocabulary.
+        break_even: Exit rate above which it is faster than the full model. None: no rate.
+        rates: Assumed exit rates, by the names of DEPTHS.
+        speeds: Speed of a token relative to the full model, by the same names.
+        input: Input of its own layers. With "feature", the model is trained first, without the
+            exit.
+        begun: The checkpoint already has this exit. Training continues with it.
+    """
 
     layer: int
     own: int
@@ -150,8 +192,11 @@ class PlannedExit:
 
     @property
     def steps(self) -> tuple[Tune, ...]:
-        """The trainings that make it, in order. Layers that read the feature leave the model as it is, so the model is
-        trained before, unless the exit is there already; an exit without own parameters is trained with the model."""
+        """Return the trainings that produce the exit, in order.
+
+        Own layers that read the feature do not change the model, so the model is trained first,
+        unless the exit exists already. An exit without own parameters is trained with the model.
+        """
         if not self.begun:
             return ("full", "exit")
         if self.input == "feature":
@@ -159,7 +204,10 @@ class PlannedExit:
         return ("full", "exit") if self.own else ("full",)
 
     def training(self, tune: Tune, loss: LossName = "logit-kd") -> dict[str, Any]:
-        """The options of `train` that make it what it is: of all weights, with it or before it, or of it alone."""
+        """Return options of `train` for one of these trainings.
+
+        "full" trains all weights, with the exit or before it. "exit" trains the exit alone.
+        """
         before = self.input == "feature" and tune == "full"
         given: dict[str, Any] = {
             "tune": tune,
@@ -174,8 +222,15 @@ class PlannedExit:
 
 @dataclass(frozen=True)
 class Texts:
-    """Mean tokens of a line's input and target, and the most that an output may have. A token of the input costs the
-    `share` of a decoded one; those of `speech` are positions of the encoder."""
+    """Mean lengths of the data.
+
+    Attributes:
+        prompt: Tokens of an input, or encoder positions if `speech`.
+        target: Tokens of a target.
+        most: Maximum tokens of an output.
+        share: Cost of an input token relative to a decoded one.
+        speech: The inputs are recordings.
+    """
 
     prompt: float
     target: float
@@ -185,24 +240,33 @@ class Texts:
 
     @property
     def read(self) -> float:
-        """The cost of reading an input, in decoded tokens."""
+        """Return the cost of reading an input, in decoded tokens."""
         return self.share * self.prompt
 
     @property
     def batch_tokens(self) -> tuple[int, int]:
-        """Tokens of a batch in training, and the fewest."""
+        """Return the tokens of a training batch, and the minimum for small budgets."""
         one = math.ceil(self.prompt + (self.most if self.speech else self.target))
         return (RECORDINGS * one, one) if self.speech else (BATCH_TOKENS, max(LEAST_BATCH, one))
 
     def request(self, speed: float) -> float:
-        """The speed of a request, where that of a token is `speed`."""
+        """Return the speedup of a request if a token is `speed` times as fast."""
         return (self.read + self.target) / (self.read + self.target / speed)
 
 
 @dataclass(frozen=True)
 class Training:
-    """`tune`: the trainings, in order. `step`: seconds of one batch of `batch_tokens`, which saw `tokens_per_second`.
-    `frozen_lines` train the exit alone."""
+    """Planned training.
+
+    Attributes:
+        tune: The trainings, in order.
+        step: Seconds per step of `batch_tokens`.
+        tokens_per_second: Measured training speed.
+        bf16: Train in bfloat16.
+        learning_rate: Peak learning rate.
+        frozen_lines: Number of lines that train the exit alone.
+        batch_tokens: Padded tokens per batch.
+    """
 
     tune: tuple[Tune, ...]
     step: float
@@ -215,11 +279,27 @@ class Training:
 
 @dataclass(frozen=True)
 class Plan:
-    """`rate`: tokens a second that the full model will decode in `precision`. `seconds` by step of the run, which is
-    made as often as `times` says, or once; `lines` by split. `exit` and `training`: None where nothing is trained, and
-    `why` then. `has_exit`: the checkpoint has a trained exit. `ready_made`: names of ready-made exits that fit the
-    weights; `drafting`: the one of them that drafts where nothing is trained. `missing`: why the budget is too small.
-    `unwritable`: a note on targets that the tokenizer cannot write. `busy`: cores that others used."""
+    """A plan for a run.
+
+    Attributes:
+        name: Name of the checkpoint.
+        layers: Number of decoder layers.
+        precision: Precision of the bundle.
+        rate: Expected tokens per second of the full model in this precision.
+        busy: Cores used by other processes.
+        seconds: Duration of each step, by name.
+        why: Why nothing is trained.
+        texts: Lengths of the data.
+        lines: Number of lines of each split.
+        exit: The exit to train. None: nothing is trained.
+        training: Its training. None: nothing is trained.
+        has_exit: The checkpoint has a trained exit.
+        ready_made: Names of ready-made exits that fit the weights.
+        drafting: The ready-made exit that drafts if nothing is trained.
+        missing: Why the budget is too small.
+        unwritable: Note about targets that the tokenizer cannot write.
+        times: How often each step runs. Default: once.
+    """
 
     name: str
     layers: int
@@ -241,7 +321,7 @@ class Plan:
 
     @property
     def drafts(self) -> str:
-        """Sources of drafts where nothing is trained, as a phrase."""
+        """Return the sources of drafts if nothing is trained, as a phrase."""
         if self.has_exit:
             return "by the checkpoint's exit and from the text"
         return (
@@ -252,15 +332,26 @@ class Plan:
 
 
 def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
-    """Plan a run over `lines` of data, none where there are no data. Reads no weights before the steps that it times,
-    unless a ready-made exit may fit them.
+    """Plan a run over `lines` of data.
 
-    A budget that is too small is `missing` from the plan. Raises CheckpointError, UnsupportedModelError, DataError,
-    MetricError where the metric does not fit, and OptionError where nothing can be planned.
+    Reads no weights before the timed steps, unless a ready-made exit may fit them. If the budget is
+    too small, `missing` of the plan is set.
+
+    Args:
+        options: Options of the run.
+        lines: Lines of data. Empty if there are no data.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged or incomplete.
+        UnsupportedModelError: If the model is not supported.
+        DataError: If the data do not fit the model.
+        MetricError: If the metric does not fit the data.
+        OptionError: If nothing can be planned.
     """
     checkpoint = open_checkpoint(options.model)
     description = describe(checkpoint.config, checkpoint)
-    layers, costs = len(description.decoder.layers), step_bytes(description, checkpoint)
+    layers = len(description.decoder.layers)
+    costs = step_bytes(description, checkpoint)
     if layers < 2:
         raise OptionError(
             f"{checkpoint.name} has one decoder layer, and an exit needs at least two; use convert"
@@ -318,12 +409,23 @@ def _with_times(
     vocabulary: int,
     lines: int,
 ) -> Plan:
-    """The plan with its splits and times, and without its exit where training cannot pay. `rate`: the full model's, in
-    the 8 bits that a trained model is converted to."""
-    texts, found = plan.texts, plan.exit
+    """Complete a plan with its splits and times. Remove its exit if training cannot pay.
+
+    Args:
+        options: Options of the run.
+        plan: The plan, with its texts and exit.
+        converting: Seconds per conversion.
+        rate: Tokens per second of the full model in 8 bits, the precision of a trained model.
+        parameters: Number of weights.
+        vocabulary: Size of the vocabulary.
+        lines: Number of lines of data.
+    """
+    texts = plan.texts
+    found = plan.exit
     assert texts is not None
     assert found is not None
-    # Weights, gradients and both moments of every parameter; activations, above all logits, of a batch.
+    # Memory for weights, gradients and both moments of every parameter, and for a batch's
+    # activations, mainly logits.
     fits = (
         16 * parameters + ACTIVATIONS + LOGITS * BATCH_TOKENS * vocabulary
         < psutil.virtual_memory().available
@@ -340,7 +442,10 @@ def _with_times(
     request = (texts.read + texts.target) / plan.rate  # seconds, by the full model
 
     def count(bounds: tuple[int, int], step: str, each: float) -> int:
-        """How many lines fit the step's share of the budget; at most a quarter of all lines above the least."""
+        """Return the lines that fit the step's share of the budget.
+
+        Above the minimum, at most a quarter of all lines.
+        """
         return int(
             max(
                 bounds[0],
@@ -349,7 +454,7 @@ def _with_times(
         )
 
     by_rule = BY_AGREEMENT if options.quality is None else BY_QUALITY
-    # The exit that is there is calibrated, too.
+    # An existing exit is calibrated too.
     again = plan.has_exit and not options.paper
     each = by_rule * (2 if again and not why else 1)
     compared = PAPER if options.paper else (ALONE if why else COMPARED) + WITH_EXIT * again
@@ -367,33 +472,37 @@ def _with_times(
     times = repeated() if options.paper else {}
     if options.paper and not fits:
         raise OptionError(
-            f"--paper trains all weights of {plan.name}, and they do not fit in memory; leave it out"
+            f"--paper trains all weights of {plan.name}, and they do not fit in memory; leave it "
+            "out"
         )
     left = options.budget - sum(times.get(name, 1) * one for name, one in seconds.items())
     shares = {_TRAININGS[one]: 1.0 for one in tune}
     if len(tune) > 1:
         shares = {"joint": TOGETHER[found.input], "exit": 1 - TOGETHER[found.input]}
     runs = sum(times.get(name, 1) * share for name, share in shares.items())
-    bf16, learning_rate = multiplies_bfloat16(), 3e-4 if parameters < 3e8 else 1e-4
+    bf16 = multiplies_bfloat16()
+    learning_rate = 3e-4 if parameters < 3e8 else 1e-4
     batch, smallest = texts.batch_tokens
     while True:
         speed = training_speed(options, texts, found, tune[0], bf16, learning_rate, batch)
         least = FEW_STEPS * speed["step"] * runs / shares[_TRAININGS[tune[0]]]
         if not 0 < left < least or batch <= smallest:
             break
-        # Half of it or less: the power of two whose steps should fit.
+        # At most half, and the largest power of two whose steps should fit.
         wanted = max(1.0, batch * left / least)
         batch = max(smallest, min(batch // 2, 1 << int(math.log2(wanted))))
     missing = ""
     if left < least:
         needed = math.ceil((options.budget - left + least) / 60)
         missing = (
-            f"--budget {duration(options.budget)} leaves {duration(max(0.0, left))} for training, and {FEW_STEPS} "
-            f"steps of {batch} tokens take {duration(least)}; give --budget {needed}min or more, or leave --data out"
+            f"--budget {duration(options.budget)} leaves {duration(max(0.0, left))} for training, "
+            f"and {FEW_STEPS} steps of {batch} tokens take {duration(least)}; give --budget "
+            f"{needed}min or more, or leave --data out"
         )
         left = least
     seconds |= {name: share * left / runs for name, share in shares.items()}
-    # The frozen model reads its lines once before, three times as fast as it trains, in a quarter of the time.
+    # The frozen model reads its lines once, three times as fast as it trains, in a quarter of the
+    # time.
     alone = seconds.get("exit", 0.0)
     frozen = 0.75 * alone * speed["tokens_per_second"] / (texts.prompt + texts.target)
     training = Training(
@@ -410,22 +519,24 @@ def _with_times(
 
 
 def least_lines() -> int:
-    """The fewest lines of data that a run can use."""
+    """Return the minimum number of lines for a run."""
     return TEST[0] + CALIBRATION[0] + VALIDATION // 2 + TRAIN
 
 
 def _check_metric(name: str, lines: Sequence[Request]) -> None:
-    metric, references = metric_of(name), [reference_of(line) for line in lines[:SAMPLE]]
+    metric = metric_of(name)
+    references = [reference_of(line) for line in lines[:SAMPLE]]
     known = [one for one in references if one is not None]
     scored = metric.of(metric.table([one.texts[0] for one in known], known))
     if not scored:
         raise MetricError(
-            f"metric {name} gives the targets themselves 0: it does not fit these data; choose another"
+            f"metric {name} gives the targets themselves 0: it does not fit these data; choose "
+            "another"
         )
 
 
 def _encoder_weights(description: Description, weights: Checkpoint) -> int:
-    """The weights of the products in an encoder's layers."""
+    """Return the number of weights in the matrix products of an encoder's layers."""
     layers = description.encoder.layers if isinstance(description.encoder, Encoder) else ()
     linears = [
         getattr(one.attention, part)
@@ -452,9 +563,15 @@ def best_exit(
     examples: Sequence[Example],
     paper: bool = False,
 ) -> PlannedExit:
-    """The checkpoint's own exit, or that which is fastest on usual and easy tasks together, by the bytes that it reads.
-    One that reads the deep decoder's feature only where the engines can have it, and not for `paper`, whose losses
-    train the layers below."""
+    """Return the checkpoint's own exit, or the fastest one.
+
+    The fastest is chosen on usual and easy tasks together, by the bytes read. An exit that reads
+    the deep decoder's feature is considered only if the engines support it, and not for `paper`,
+    whose losses train the layers below the exit.
+
+    Raises:
+        OptionError: If the checkpoint's exit cannot be trained further.
+    """
     given = checkpoint.exit
     if given is not None and given.has_parameters and paper:
         raise OptionError(
@@ -462,29 +579,29 @@ def best_exit(
         )
     if given is not None and given.exit_norm and not given.exit_layers:
         raise OptionError(
-            f"{checkpoint.name} has an exit with a norm of its own, which training cannot go on with; use convert and "
-            "calibrate, or give the checkpoint that it was trained on"
+            f"{checkpoint.name} has an exit with a norm of its own, which training cannot go on "
+            "with; use convert and calibrate, or give the checkpoint that it was trained on"
         )
-    layers, costs = len(description.decoder.layers), step_bytes(description, checkpoint)
-    vocabularies, found = list(_vocabularies(examples, description.vocab_size)), []
+    layers = len(description.decoder.layers)
+    costs = step_bytes(description, checkpoint)
+    vocabularies = list(_vocabularies(examples, description.vocab_size))
+    found = []
     places: list[tuple[ExitInput, int, int]] = [
         ("state", layer, own)
         for layer, own in product(range(1, layers), OWN_LAYERS)
         if layer + own <= layers
     ]
     if not paper and engine_options(description, ConvertOptions(precision="int8"), 1).packed:
-        # As they were measured: on T5, and on SmolLM2 and Qwen2.5.
+        # Places that were measured: on T5, and on SmolLM2 and Qwen2.5.
         places.append(("feature", 1 if description.encoder is None else 0, 1))
     begun = given is not None and given.trained and not paper
-    if given is not None and begun:  # training goes on with it
+    if given is not None and begun:  # training continues with it
         places = [(given.exit_input, given.exit_layer, given.exit_layers)]
         known = given.vocabulary
         vocabularies = [(None, 1.0) if known is None else (known.size, known.covered)]
     for (reads, layer, own), (size, covered) in product(places, vocabularies):
-        share, passed = (
-            1.0 if size is None else (size + 1) / description.vocab_size,
-            (layer + own) / layers,
-        )
+        share = 1.0 if size is None else (size + 1) / description.vocab_size
+        passed = (layer + own) / layers
         at = costs.at(layer, layers, own, share, reads)
         by_depth = {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
         rates = {
@@ -498,8 +615,11 @@ def best_exit(
 
 
 def _vocabularies(examples: Sequence[Example], size: int) -> Iterator[tuple[int | None, float]]:
-    """Sizes of exit vocabularies that cover most of the targets' tokens, with the share that they cover: counted on
-    every eighth example, chosen on the others."""
+    """Yield sizes of exit vocabularies and the share of target tokens that each covers.
+
+    None means all tokens. Other sizes cover at least COVERED. Coverage is counted on every
+    eighth example. Tokens are chosen on the others.
+    """
     yield None, 1.0
     held_out = [one.target for one in examples[::8]]
     others = [one.target for place, one in enumerate(examples) if place % 8] or held_out
@@ -513,7 +633,10 @@ def _vocabularies(examples: Sequence[Example], size: int) -> Iterator[tuple[int 
 
 
 def as_stored(checkpoint: Checkpoint) -> Precision:
-    """The precision of a model that is not trained: 4 bits where most of its file is blocks whose bits can be kept."""
+    """Return the precision for a model that is not trained.
+
+    4 bits if most of its file consists of 4-bit blocks that can be kept, else 8 bits.
+    """
     file = checkpoint.files[0]
     if checkpoint.adapter is None and isinstance(file, GGUFFile):
         blocks = sum(
@@ -533,8 +656,9 @@ def training_speed(
     learning_rate: float,
     batch_tokens: int,
 ) -> dict[str, float]:
-    """Seconds of a training step and tokens a second, of STEPS steps in a process of its own."""
-    # Two batches again and again: the exit's start is computed from all lines, which takes as long as steps.
+    """Measure seconds per training step and tokens per second in a child process."""
+    # Repeat two batches, since initialising the exit reads all lines, which takes as long as the
+    # steps.
     lines = max(4, math.ceil(2 * batch_tokens / (texts.prompt + texts.target)))
     given = {**found.training(tune), "batch_tokens": batch_tokens, "steps": STEPS}
     given |= {"bf16": bf16, "learning_rate": learning_rate, "threads": options.threads}
@@ -545,8 +669,11 @@ def training_speed(
 
 
 def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
-    """Names and texts of a plan, for a page."""
-    found, texts, training, seconds = plan.exit, plan.texts, plan.training, plan.seconds
+    """Return names and texts that describe a plan, for a page."""
+    found = plan.exit
+    texts = plan.texts
+    training = plan.training
+    seconds = plan.seconds
     bits = {"int8": "8 bits a weight", "int4": "4 bits a weight, as the file has them"}[
         plan.precision
     ]
@@ -616,7 +743,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Time training steps on the first lines of the data, and print what a step takes as JSON."""
+    """Time training steps on the first lines of the data, and print the result as JSON."""
     from freeexport.training.options import TrainingOptions
     from freeexport.training.train import step_speed
 

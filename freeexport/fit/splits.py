@@ -1,4 +1,7 @@
-"""Lines of data in four splits, so that nothing is judged on what it was made from: alike inputs share a split."""
+"""Split lines of data into training, validation, calibration and test sets.
+
+Similar inputs share a split, so nothing is evaluated on data that it was made from.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +18,38 @@ from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_exam
 from freeexport.system.jsonl import Request, asked, encoded
 
 TRAIN = "train"
-# Words of a shingle, and how many shingles stand for an input: those with the smallest hashes.
-WORDS, SKETCH = 4, 48
-# A shingle of more than this share of the lines, and more than so many lines, belongs to the task's frame.
-FRAME, FRAME_LINES = 0.02, 20
-# Inputs that share at least this part of the smaller sketch are alike.
+# Words per shingle, and shingles per sketch. A sketch has the shingles with the smallest hashes.
+WORDS = 4
+SKETCH = 48
+# A shingle that occurs in more lines than both of these limits is part of the task's template. It
+# is ignored.
+FRAME = 0.02
+FRAME_LINES = 20
+# Inputs are similar if they share at least this fraction of the smaller sketch.
 ALIKE = 0.5
 
 
 def stable_hash(text: str) -> int:
-    """64 bits of `text`, equal on every machine and release of Python."""
+    """Return a 64-bit hash of `text` that is the same on every machine and Python version."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def normalised(text: str) -> str:
-    """The text without differences of case and spacing."""
+    """Return the text without differences in case and whitespace."""
     return " ".join(text.casefold().split())
 
 
 def read_lines(data: Path, least: int) -> list[Request]:
-    """The lines of a JSONL file, all with a target. Raises DataError, also for fewer than `least` lines."""
+    """Read the lines of a JSONL file, which must all have a target.
+
+    Raises:
+        DataError: If a line is broken or there are fewer than `least` lines.
+    """
     lines = read_examples(data, need_target=TARGETS_WANTED)
     if len(lines) < least:
         raise DataError(
-            f"{data} has {len(lines)} lines; training, calibration and evaluation each need lines of their own: give "
-            f"{least} or more, or leave --data out"
+            f"{data} has {len(lines)} lines; training, calibration and evaluation each need lines "
+            f"of their own: give {least} or more, or leave --data out"
         )
     return lines
 
@@ -47,14 +57,21 @@ def read_lines(data: Path, least: int) -> list[Request]:
 def split(
     lines: Sequence[Request], sizes: Mapping[str, int], data: Path
 ) -> dict[str, list[Request]]:
-    """Splits of the sizes given, in their order, and TRAIN with all other lines, each in an order that depends on the
-    inputs alone. Families of alike inputs stay together. Raises DataError where that leaves a split without lines."""
-    # Of recordings what is said: their names tell nothing.
+    """Split lines by size.
+
+    Returns splits of at most the given `sizes`, in this order, and TRAIN with all other lines. The
+    order within a split depends only on the inputs. Families of similar inputs stay together.
+
+    Raises:
+        DataError: If a split would have less than half its size, or TRAIN no lines.
+    """
+    # For recordings use the transcript, since file names carry no information.
     inputs = [line.target if isinstance(line.input, Path) else line.input for line in lines]
     texts = [
         normalised(json.dumps(text) if isinstance(text, list) else str(text)) for text in inputs
     ]
-    hashes, family = [stable_hash(text) for text in texts], families(texts)
+    hashes = [stable_hash(text) for text in texts]
+    family = families(texts)
     members: dict[int, list[int]] = {}
     for place in sorted(range(len(lines)), key=hashes.__getitem__):
         members.setdefault(int(family[place]), []).append(place)
@@ -66,14 +83,15 @@ def split(
     for name, size in sizes.items():
         if len(found[name]) < size / 2 or not found[TRAIN]:
             raise DataError(
-                f"{data}: {largest} of {len(lines)} inputs are alike, and there are {len(members)} different ones: "
-                f"too few for a {name} split of {size} lines that is not like the others; give more different lines"
+                f"{data}: {largest} of {len(lines)} inputs are alike, and there are {len(members)} "
+                f"different ones: too few for a {name} split of {size} lines that is not like the "
+                "others; give more different lines"
             )
     return found
 
 
 def write(splits: Mapping[str, Sequence[Request]], directory: Path) -> None:
-    """Write NAME.jsonl for each split."""
+    """Write each split to NAME.jsonl in `directory`."""
     for name, lines in splits.items():
         fields = ("target", "references", "language")
         records = [{**asked(one), **{name: getattr(one, name) for name in fields}} for one in lines]
@@ -89,7 +107,10 @@ def write(splits: Mapping[str, Sequence[Request]], directory: Path) -> None:
 
 
 def families(texts: Sequence[str]) -> np.ndarray:
-    """The number of each text's family, int64 [n]: equal texts, and those that share shingles that few texts have."""
+    """Return the family number of each text, int64 [n].
+
+    A family has equal texts, and texts that share shingles that are rare among all texts.
+    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -100,11 +121,14 @@ def families(texts: Sequence[str]) -> np.ndarray:
         np.concatenate(sketches), return_inverse=True, return_counts=True
     )
     telling = (counts <= max(FRAME_LINES, FRAME * len(unique)))[shingle]
-    owner, shingle = owner[telling], shingle[telling]
+    owner = owner[telling]
+    shingle = shingle[telling]
     size = np.bincount(owner, minlength=len(unique))
     order = np.lexsort((owner, shingle))
-    owner, shingle = owner[order], shingle[order]
-    # Neighbours in the list of a shingle's texts: alike texts stand side by side in most of their lists.
+    owner = owner[order]
+    shingle = shingle[order]
+    # Compare only neighbours in the list of a shingle's texts. Similar texts are adjacent in most
+    # of their lists.
     beside = shingle[:-1] == shingle[1:]
     pairs, shared = np.unique(
         np.stack([owner[:-1], owner[1:]])[:, beside], axis=1, return_counts=True
@@ -118,7 +142,10 @@ def families(texts: Sequence[str]) -> np.ndarray:
 
 
 def _sketch(text: str) -> np.ndarray:
-    """The smallest hashes of a text's shingles, uint64 [at most SKETCH]; none where it has fewer words than one."""
+    """Return the smallest hashes of a text's shingles, uint64 [at most SKETCH].
+
+    Empty if the text is shorter than one shingle.
+    """
     words = np.array(
         [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in text.split()], np.uint64
     )

@@ -1,6 +1,7 @@
-"""The steps of `freeexport fit`: commands of this program, whose outputs stand in OUT.work until all is done.
+"""Run the steps of `freeexport fit`, which are commands of this program.
 
-A step that is done is not run again, so an interrupted run goes on, whatever ended it. OUT appears last, complete.
+Their outputs stay in OUT.work until all are done. Finished steps are not repeated, so an
+interrupted run can be resumed. OUT appears last, complete.
 """
 
 from __future__ import annotations
@@ -60,32 +61,43 @@ from runtime.json_file import read_object
 from runtime.options import Mode
 from runtime.session import Session
 
-PLAN, DONE = "plan.json", "done.json"
+PLAN = "plan.json"
+DONE = "done.json"
 ANEW = "start anew with --overwrite"
 AGAIN = "what was made is kept: give the same command again to go on"
-FINISHED = "finished"  # in DONE, beside the names of steps
-# What both trainings share; then the weight of distillation and the learning rate of the exit alone.
+FINISHED = "finished"  # key in DONE, which otherwise has the names of steps
+# Options of both trainings. Then the weight of distillation, together and alone, and the learning
+# rate of the exit alone.
 PACE = ("--schedule", "hold", "--warmup", "0.03", "--patience", "0")
-ALPHA, ALPHA_ALONE = 2, 4
+ALPHA = 2
+ALPHA_ALONE = 4
 RATE_ALONE: dict[ExitInput, float] = {"state": 5e-4, "feature": 1e-3}
-ALONE: dict[ExitInput, float] = {
-    "state": 0.1,
-    "feature": 0.2,
-}  # of a whole step's time, a step of the exit alone
-EVALUATIONS = 6  # of a training
-# Thresholds that an evaluation shows beside the calibrated one; they choose nothing.
+# Time of a step that trains the exit alone, relative to one that trains all weights.
+ALONE: dict[ExitInput, float] = {"state": 0.1, "feature": 0.2}
+EVALUATIONS = 6  # evaluations per training
+# Thresholds shown beside the calibrated one. Nothing is chosen by them.
 CURVE = (0.8, 0.95)
-TRAINED, GIVEN = "trained", "given"  # bundles: of what is trained, and of the model as it is given
-# Of the speed that is measured where there are no data: texts, tokens of each, and rounds at most.
-SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 4, 64, 5
-# Lines of commands that say what to do next, which is done here.
+# Names of the bundles of the trained model and of the original one.
+TRAINED = "trained"
+GIVEN = "given"
+# Speed measurement without data: prompts, tokens of each, and maximum rounds.
+SPEED_PROMPTS = 4
+SPEED_TOKENS = 64
+SPEED_ROUNDS = 5
+# Output lines that suggest next steps, which `fit` does itself.
 UNASKED = ("next:", "does not pay:", "note: exit after layer")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the seconds that it should take. What stands at `output` is complete; None: a step that is not
-    done goes on by itself."""
+    """A command to run.
+
+    Attributes:
+        name: Name of the step.
+        arguments: Arguments of the command.
+        seconds: Expected duration.
+        output: Path that exists only when complete. None: the command itself resumes its work.
+    """
 
     name: str
     arguments: tuple[str, ...]
@@ -99,7 +111,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Places:
-    """Paths of a run."""
+    """Paths that a run writes."""
 
     out: Path
 
@@ -120,9 +132,15 @@ class Places:
 
 
 def planned(options: FitOptions, keep: bool) -> Plan:
-    """The plan of the interrupted run in OUT.work, or a new one, which is kept there with the splits of the data where
-    there are any and the budget is large enough. Raises OutputError where something is in the way, OptionError where
-    the interrupted run had other options; and as `make_plan` does."""
+    """Return the plan of the interrupted run in OUT.work, or a new one.
+
+    With `keep`, a new plan is stored there together with the splits of the data, provided there are
+    data and the budget is large enough. Also raises the errors of `make_plan`.
+
+    Raises:
+        OutputError: If existing files would be lost.
+        OptionError: If the interrupted run has different options.
+    """
     places = Places.of(options)
     kept = keep and options.data is not None
     if keep:
@@ -142,8 +160,8 @@ def planned(options: FitOptions, keep: bool) -> Plan:
         if kept and not options.overwrite:
             name = other[0]
             raise OptionError(
-                f"{places.work} holds a run with {name} {before.get(name)!r}, not {record[name]!r}; give the same "
-                f"options, choose another OUT, or {ANEW}"
+                f"{places.work} holds a run with {name} {before.get(name)!r}, not "
+                f"{record[name]!r}; give the same options, choose another OUT, or {ANEW}"
             )
     if kept:
         check_output(places.work, PLAN, options.overwrite)
@@ -165,8 +183,13 @@ def planned(options: FitOptions, keep: bool) -> Plan:
 
 
 def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
-    """The steps of a run, in order. What is not trained is converted first, as it shows soonest what fails."""
-    seconds, model, most = plan.seconds, options.model, str(plan.texts.most if plan.texts else 0)
+    """Return the steps of a run, in order.
+
+    The original model is converted first, because that reveals problems soonest.
+    """
+    seconds = plan.seconds
+    model = options.model
+    most = str(plan.texts.most if plan.texts else 0)
 
     def converting(name: str, model: str, out: Path) -> Step:
         return Step(
@@ -262,7 +285,7 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
 
 
 def bundle_of(name: str, seed: int, places: Places) -> Path:
-    """The bundle of a training that is compared, of a seed."""
+    """Return the path of the bundle of a compared training with a seed."""
     return places.work / f"{name}-{seed}"
 
 
@@ -276,8 +299,13 @@ def _training(
     loss: LossName = "logit-kd",
     seed: int = 0,
 ) -> Step:
-    """Train "joint", all weights, or the "exit" alone, into OUT.work/NAME."""
-    found, training, alone = plan.exit, plan.training, kind == "exit"
+    """Return a step that trains all weights ("joint") or the exit alone ("exit").
+
+    It writes OUT.work/NAME.
+    """
+    found = plan.exit
+    training = plan.training
+    alone = kind == "exit"
     assert found is not None
     assert plan.texts is not None
     assert training is not None
@@ -316,7 +344,7 @@ def _training(
 
 
 def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[EvaluateOptions]:
-    """How the bundles are compared, on lines that nothing was chosen by: once, or for each seed."""
+    """Return options for comparing the bundles on held-out lines, once or for each seed."""
     assert plan.texts is not None
     every: tuple[Method, ...] = ("full", "static", "free", "lossless")
     bundles = [
@@ -355,14 +383,21 @@ def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[Evaluat
 
 
 def fit(options: FitOptions, plan: Plan) -> Verdict:
-    """Run the steps that are not done, and write the report and OUT; `next_step` is the command that serves it. Raises
-    FreeExportError where a step fails: the same call goes on; OptionError where the budget is too small."""
+    """Run the remaining steps, and write the report and OUT.
+
+    Returns the verdict. Its `next_step` is the command that serves OUT.
+
+    Raises:
+        FreeExportError: If a step fails. The same call resumes the run.
+        OptionError: If the budget is too small.
+    """
     if plan.missing:
         raise OptionError(plan.missing)
     places = Places.of(options)
-    steps, done = steps_of(options, plan, places), _done(places.work)
+    steps = steps_of(options, plan, places)
+    done = _done(places.work)
     if options.data is None:
-        # In this process, where planning imported what a conversion needs.
+        # Runs in this process, which has imported the libraries for a conversion already.
         click.echo(
             f"{steps[0].name}, about {duration(steps[0].seconds)}: {steps[0].command}", err=True
         )
@@ -375,7 +410,10 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
         size = human_bytes(sum(file.size for file in manifest.files.values()))
         click.echo(f"{options.out}: {size}, {'' if manifest.verified else 'not '}verified")
         speed = measured_speed(places.out, options.threads)
-        text = f"{plan.why}; lossless drafts {plan.drafts}, with every token equal{speed and f': {speed}'}"
+        text = (
+            f"{plan.why}; lossless drafts {plan.drafts}, with every token "
+            f"equal{speed and f': {speed}'}"
+        )
         return Verdict("neutral", text, f"freeexport serve {shlex.quote(str(options.out))}")
     _run(steps, _pending(steps, done), done, places)
     found, *others = map(evaluate, evaluations(options, plan, places))
@@ -393,8 +431,10 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
 
 
 def measured_speed(path: Path, threads: int | None) -> str:
-    """Decode the built-in prompts in modes full and lossless, in turns, for at most SPEED_SECONDS, and say how fast
-    they are; "" for speech, of which there are no prompts."""
+    """Compare the speed of modes full and lossless on the built-in prompts, as a phrase.
+
+    Takes at most SPEED_SECONDS. Returns "" for speech, which has no built-in prompts.
+    """
     bundle = Bundle.open(path)
     if bundle.manifest.speech is not None:
         return ""
@@ -427,16 +467,21 @@ def measured_speed(path: Path, threads: int | None) -> str:
     low, high = speed_interval(seconds[:, 1], seconds[:, 0])
     bounds = "" if low is None or high is None else f", 95 %: {low:.2f} to {high:.2f}"
     text = (
-        f"{full / lossless:.2f}x full ({tokens / lossless:.0f} tokens/s against {tokens / full:.0f}{bounds}) on "
-        f"{len(measured)} built-in prompts, your own may gain more or less"
+        f"{full / lossless:.2f}x full ({tokens / lossless:.0f} tokens/s against "
+        f"{tokens / full:.0f}{bounds}) on {len(measured)} built-in prompts, your own may gain more "
+        "or less"
     )
     return "; ".join(filter(None, (text, load_note(load.cores))))
 
 
 def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[Path, Verdict]:
-    """The bundle to serve, and why. A bundle whose full model is worse than the other's by the metric is not served,
-    however fast it is; FREE counts at its calibrated threshold alone."""
-    metric, quality = options.metric, options.quality
+    """Choose the bundle to serve, and explain why.
+
+    A bundle whose full model scores worse than the other's is not served, however fast it is. Mode
+    free counts only at its calibrated threshold.
+    """
+    metric = options.metric
+    quality = options.quality
     full = {
         row["bundle"]: row["scores"][metric]["value"] for row in rows if row["method"] == "full"
     }
@@ -459,12 +504,16 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
         kept, worst, most = (
             100 * best["scores"][metric][name] for name in ("relative", "low", "high")
         )
-        tokens = f"at {kept:.1f} % of the full model's {metric_of(metric).label} ({worst:.1f} to {most:.1f})"
+        tokens = (
+            f"at {kept:.1f} % of the full model's {metric_of(metric).label} ({worst:.1f} to "
+            f"{most:.1f})"
+        )
     elif best["same"] == 1:
         tokens = "with every token equal"
     else:
         tokens = f"with {best['same']:.1%} of the outputs equal"
-    faster, mode = low > 1, best["method"]
+    faster = low > 1
+    mode = best["method"]
     text = f"{speed:.2f}x a request {tokens} ({bounds})"
     if not faster:
         best = max(good, key=lambda row: (full[row["bundle"]], row["method"] == "lossless"))
@@ -487,7 +536,7 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
 
 
 def _tried(steps: Sequence[Step], done: Mapping[str, Any]) -> Sheet:
-    """Tabulate the steps: their times, commands and outcomes."""
+    """Tabulate the steps with their times, commands and outcomes."""
     rows = []
     for step in steps:
         entry = done.get(step.name, {})
@@ -507,7 +556,10 @@ def _tried(steps: Sequence[Step], done: Mapping[str, Any]) -> Sheet:
 
 
 def _pending(steps: Sequence[Step], done: Mapping[str, Any]) -> list[Step]:
-    """The steps from the first on that is not done, as each depends on those before, but without what is complete."""
+    """Return the steps to run: all from the first unfinished one, except complete ones.
+
+    Each step depends on the ones before it.
+    """
     for place, step in enumerate(steps):
         complete = step.output is not None and step.output.exists()
         if not complete and done.get(step.name, {}).get("arguments") != list(step.arguments):
@@ -520,7 +572,7 @@ def _pending(steps: Sequence[Step], done: Mapping[str, Any]) -> list[Step]:
 def _run(
     steps: Sequence[Step], pending: Sequence[Step], done: dict[str, Any], places: Places
 ) -> None:
-    """Run the pending ones of the steps, with progress over all."""
+    """Run the pending steps, with progress over all steps."""
     total = sum(step.seconds for step in steps)
     clock = Clock(total, total - sum(step.seconds for step in pending))
     if len(pending) < len(steps):
@@ -551,7 +603,7 @@ def _run(
             click.echo(output, nl=False)
             if step.arguments[0] == "calibrate":
                 for test in (places.report, *places.work.glob("evaluation-*")):
-                    shutil.rmtree(test, ignore_errors=True)  # it is of another threshold
+                    shutil.rmtree(test, ignore_errors=True)  # measured at another threshold
             if places.work.exists():
                 entry = {
                     "arguments": step.arguments,
@@ -567,7 +619,7 @@ def _show(line: str) -> None:
 
 
 def _going_on(step: Step, places: Places) -> tuple[str, ...]:
-    """The arguments of a step, with the option that goes on with a training that was interrupted."""
+    """Return a step's arguments, with --resume if its training was interrupted."""
     interrupted = (
         step.arguments[0] == "train" and step.output and last_checkpoint(run_directory(step.output))
     )
@@ -585,21 +637,29 @@ def _mark(places: Places, done: dict[str, Any], name: str, entry: Mapping[str, A
 
 
 class Clock:
-    """Seconds of a run's estimate, `total`, that have passed: those of finished steps, of the present one at most
-    all."""
+    """Progress of a run in estimated seconds.
+
+    A step counts for at most its estimate.
+
+    Args:
+        total: Estimated seconds of all steps.
+        passed: Those of finished steps.
+    """
 
     def __init__(self, total: float, passed: float) -> None:
-        self.total, self.passed = total, passed
+        self.total = total
+        self.passed = passed
 
     def left(self) -> float | None:
-        """Seconds to the end; None where the last step takes longer than was thought."""
+        """Return the estimated seconds left. None if the last step takes longer than estimated."""
         left = self.total - self.passed
         return left if left >= 1 else None
 
     @contextmanager
     def ticking(self, seconds: float, advance: Advance) -> Iterator[None]:
-        """Advance once a second while the block runs, and by the rest of its `seconds` at its end."""
-        end, over = self.passed + seconds, threading.Event()
+        """Advance once a second while the block runs, and by the rest of `seconds` at its end."""
+        end = self.passed + seconds
+        over = threading.Event()
 
         def tick() -> None:
             while not over.wait(1.0):

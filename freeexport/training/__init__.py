@@ -1,1 +1,1 @@
-"""Fine-tuning for an exit."""
+"""Fine-tuning of checkpoints for an early exit."""

@@ -1,4 +1,4 @@
-"""The examples of a training run, in batches of like length, so that little of a batch is padding."""
+"""Load the examples of a training run, in batches of similar length to minimise padding."""
 
 from __future__ import annotations
 
@@ -30,19 +30,25 @@ from graphs.description import Description
 from graphs.families import describe
 from runtime.errors import OptionError
 
-DEFAULT_MAX_TOKENS = 2048  # as convert's capacity
-VALIDATION_SHARE = 0.02  # of the data, without a validation file
+DEFAULT_MAX_TOKENS = 2048  # the default capacity of convert
+VALIDATION_SHARE = 0.02  # share of the data, if there is no validation file
 
 
 def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
-    """Describe the checkpoint. Raises UnsupportedModelError, and OptionError where there is no such exit layer."""
+    """Return the checkpoint's description, after checking the options against it.
+
+    Raises:
+        UnsupportedModelError: If the model is not supported.
+        OptionError: If the exit does not fit the model, or an option does not apply to speech.
+    """
     description = describe(checkpoint.config, checkpoint)
     layers = len(description.decoder.layers)
     first = 1 if options.exit_input == "state" else 0
     if not first <= options.exit_layer < layers:
         also = ", or 0 with --exit-input feature" if options.exit_layer == 0 else ""
         raise OptionError(
-            f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: {first} to {layers - 1}{also}"
+            f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: {first} to "
+            f"{layers - 1}{also}"
         )
     measured = options.select_by in MEASURED
     if description.spectrogram is not None and (options.truncate or not measured):
@@ -50,8 +56,8 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
         raise OptionError(f"{flag} text, and the model reads speech; leave it out")
     if options.exit_layers > layers - options.exit_layer:
         raise OptionError(
-            f"--exit-layers is {options.exit_layers}; after layer {options.exit_layer} of {layers} at most "
-            f"{layers - options.exit_layer} make sense"
+            f"--exit-layers is {options.exit_layers}; after layer {options.exit_layer} of {layers} "
+            f"at most {layers - options.exit_layer} make sense"
         )
     return description
 
@@ -63,10 +69,21 @@ def examples(
     generate: Generate | None = None,
     check: bool = True,
 ) -> tuple[list[Example], list[Example], list[str]]:
-    """Training and validation examples, and what is to be said about those that were cut or left out, or that the
-    tokenizer cannot write. `generate` is for options with `self_distill`. `check`: see `unwritable`.
+    """Load training and validation examples, and notes about them.
 
-    Raises DataError for a broken line and for too few examples, CheckpointError where there is no tokenizer.
+    The notes describe examples that were cut or left out, and targets that the tokenizer cannot
+    write.
+
+    Args:
+        checkpoint: The model.
+        description: Its description.
+        options: Options of the run.
+        generate: Generates targets for `self_distill`.
+        check: Check if the tokenizer can write the targets. See `unwritable`.
+
+    Raises:
+        DataError: If a line is broken or there are too few examples.
+        CheckpointError: If the checkpoint has no tokenizer.
     """
     form = text_format(checkpoint, description, options.max_tokens or DEFAULT_MAX_TOKENS)
     form = replace(form, truncate=options.truncate)
@@ -96,29 +113,40 @@ def examples(
 
 
 def token_counts(examples: Sequence[Example]) -> list[int]:
-    """Tokens of each example."""
+    """Return the number of tokens of each example."""
     return [len(example.prompt) + len(example.target) for example in examples]
 
 
 class LengthBatches(Sampler[list[int]]):
-    """Indices of examples, one batch at a time: those of one device among `devices`.
+    """Sampler of batches of example indices, for one of several devices.
 
-    A batch has as many examples as fit `tokens` padded tokens, one at least. Which examples share a batch changes from
-    epoch to epoch among those of like length, the order of the batches freely; their number stays. Devices get
-    equally many: the first batches are repeated where they do not divide.
+    A batch has as many examples as fit in `tokens` padded tokens, at least one. Every epoch
+    shuffles examples of similar length and the order of the batches. The number of batches stays
+    the same. If it is not divisible by `devices`, some batches are repeated, so that all devices
+    get the same number.
+
+    Args:
+        lengths: Lengths of the examples, in tokens.
+        tokens: Padded tokens per batch.
+        seed: Seed of the shuffles.
+        device: Index of this device.
+        devices: Number of devices.
     """
 
     def __init__(
         self, lengths: Sequence[int], tokens: int, seed: int, device: int = 0, devices: int = 1
     ) -> None:
         self.epoch = 0
-        self._seed, self._device, self._devices = seed, device, devices
-        # Up to a multiple of an eighth of their power of two: enough examples are then of equal length.
+        self._seed = seed
+        self._device = device
+        self._devices = devices
+        # Round up to a multiple of an eighth of the power of two below. Enough examples then have
+        # the same length to be shuffled.
         steps = [max(1, 1 << max(0, int(length).bit_length() - 4)) for length in lengths]
         self._rounded = np.array(
             [-(-length // step) * step for length, step in zip(lengths, steps, strict=True)]
         )
-        # Where batches begin in ascending lengths, and the end.
+        # Start of each batch in ascending order of length, and the end.
         self._cuts = [0]
         for index, length in enumerate(np.sort(self._rounded)):
             if index > self._cuts[-1] and (index + 1 - self._cuts[-1]) * length > tokens:
@@ -133,7 +161,7 @@ class LengthBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng((self._seed, self.epoch))
-        # A shuffle and a stable sort: random among equals.
+        # A stable sort after a shuffle orders equal lengths randomly.
         shuffled = random.permutation(len(self._rounded))
         order = shuffled[np.argsort(self._rounded[shuffled], kind="stable")]
         batches = random.permutation(len(self._cuts) - 1)
@@ -144,12 +172,17 @@ class LengthBatches(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples on the right, to the longest: `input_ids` [B, n], or of speech `input_features` float32
-    [B, bins, 2 n], `attention_mask` [B, n] and `labels` [B, m].
+    """Pad examples on the right to the longest.
 
-    Encoder-decoder models also get `decoder_input_ids` [B, m], which begin with `start`. A label is the id that the
-    position's output predicts, -100 where it predicts none: padding, the prompt of a decoder-only model, and what is
-    given of a target.
+    Returns `input_ids` [B, n], or for speech `input_features` float32 [B, bins, 2 n],
+    `attention_mask` [B, n] and `labels` [B, m]. An encoder-decoder model also gets
+    `decoder_input_ids` [B, m], which begin with `start`.
+
+    A label is the token that the position predicts. It is -100 for padding, for a decoder-only
+    model's prompt, and for the given tokens of a target.
+
+    Attributes:
+        start: First token of an encoder-decoder's decoder. None for a decoder-only model.
     """
 
     start: int | None
@@ -158,10 +191,8 @@ class Collator:
         if self.start is not None:
             targets = [example.target for example in examples]
             shifted = [np.concatenate([[self.start], target[:-1]]) for target in targets]
-            ids, labels = (
-                [example.prompt for example in examples],
-                [target.copy() for target in targets],
-            )
+            ids = [example.prompt for example in examples]
+            labels = [target.copy() for target in targets]
             for example, label in zip(examples, labels, strict=True):
                 label[: example.given] = IGNORED
             extra = {"decoder_input_ids": _padded(shifted, 0)}
@@ -189,7 +220,9 @@ def _padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:
 def loader(
     dataset: Any, batches: Sampler[list[int]], collate: Any, generator_seed: int = 0
 ) -> DataLoader[Any]:
-    """Load batches in this process. Its own generator keeps the loader away from torch's, which a resumed run needs to
-    find in the state of the checkpoint."""
+    """Return a loader that runs in this process.
+
+    It has its own generator, so it does not advance torch's, whose state a checkpoint restores.
+    """
     generator = torch.Generator().manual_seed(generator_seed)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=generator)

@@ -1,5 +1,8 @@
-"""An exit's own parameters in torch: a norm and a small adapter, or transformer layers made from a description; and
-the class of all tokens that the exit does not know."""
+"""Torch modules for an exit's own parameters.
+
+An exit has either a norm and a small adapter, or transformer layers built from a description. With
+an exit vocabulary, one class stands for all other tokens.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,11 @@ if TYPE_CHECKING:
 
     from freeexport.checkpoints.checkpoint import Checkpoint
 
-# Tokens after a sync pass that an exit with a deep feature is trained as: the first reads the feature, the others what
-# the exit gave at the token before. It is measured as the second of them.
-PASSES, MEASURED = 4, 2
+# Number of passes after a sync pass for which an exit with a deep feature is trained. The first
+# pass reads the feature. Each later one reads the exit's own output at the token before. The exit
+# is evaluated at pass MEASURED.
+PASSES = 4
+MEASURED = 2
 Read = Callable[[str], np.ndarray]
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # [B, heads, n, head_dim]
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -37,14 +42,19 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Encoded(NamedTuple):
-    """An encoder's `states` [B, E, d], valid where `mask` bool [B, E] is true: what cross-attention reads."""
+    """Encoder output for cross-attention.
+
+    Attributes:
+        states: [B, E, d].
+        mask: bool [B, E], True at valid positions.
+    """
 
     states: torch.Tensor
     mask: torch.Tensor
 
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + epsilon), in float32."""
+    """Apply weight * x / sqrt(mean(x^2) + epsilon) in float32."""
 
     def __init__(self, weight: torch.Tensor | np.ndarray, epsilon: float) -> None:
         super().__init__()
@@ -57,14 +67,14 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, in float32."""
+    """Apply torch's layer norm in float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float())
 
 
 class Adapter(nn.Module):
-    """h + up(silu(down(norm(h)))); adds nothing until `up` is set or trained."""
+    """Apply h + up(silu(down(norm(h)))). The identity until `up` is set or trained."""
 
     def __init__(self, width: int, rank: int, epsilon: float) -> None:
         super().__init__()
@@ -80,21 +90,27 @@ class Adapter(nn.Module):
 
 
 class Exit(nn.Module):
-    """An exit's own parameters, named as in graphs.exit_head without "exit.": `norm(forward(states, encoded))` is what
-    the head reads, `states` [..., d] those after the exit layer; `encoded` None in a decoder-only model."""
+    """Base class of an exit's own parameters, named as in graphs.exit_head without "exit.".
+
+    `norm(forward(states, encoded))` is the input of the head. `states` [..., d] are the states
+    after the exit layer. `encoded` is None for a decoder-only model.
+
+    Attributes:
+        norm: The exit's final norm.
+        reads_feature: True if `forward` also needs `features` [..., d], the final normed states.
+    """
 
     norm: nn.Module
-    reads_feature = (
-        False  # whether `forward` needs the final normed states, too: `features` [..., d]
-    )
+    reads_feature = False
 
 
 class AdaptedExit(Exit):
-    """A norm, which becomes the exit's own, and an adapter, if any."""
+    """An exit with its own norm and optionally an adapter."""
 
     def __init__(self, norm: nn.Module, adapter: Adapter | None) -> None:
         super().__init__()
-        self.norm, self.adapter = norm, adapter
+        self.norm = norm
+        self.adapter = adapter
 
     def forward(
         self,
@@ -109,7 +125,10 @@ class AdaptedExit(Exit):
 
 
 class JoinedInputs(Exit):
-    """The states, each beside the feature of the position before; zeros are before the first. [B, n, 2 d]"""
+    """Concatenate each state with the feature of the previous position, as [B, n, 2 d].
+
+    The feature before the first position is zero.
+    """
 
     reads_feature = True
 
@@ -124,8 +143,14 @@ class JoinedInputs(Exit):
 
 
 class ExitLayers(Exit):
-    """Transformer layers behind the linear map `weight` [d, d], or [d, 2 d] of `JoinedInputs`, and a norm, which
-    becomes the exit's own; `read` gives the layers' weights by name."""
+    """An exit with its own linear map, transformer layers and norm.
+
+    Args:
+        layers: Descriptions of the layers.
+        read: Returns a layer's weight by name.
+        weight: Map applied before the layers: [d, d], or [d, 2 d] after `JoinedInputs`.
+        norm: The exit's final norm.
+    """
 
     def __init__(
         self, layers: Sequence[Layer], read: Read, weight: np.ndarray, norm: nn.Module
@@ -134,7 +159,8 @@ class ExitLayers(Exit):
         self.map = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.map.weight = _parameter(weight)
         self.layers = nn.ModuleList(ExitLayer(layer, read) for layer in layers)
-        self.norm, self._join = norm, JoinedInputs()
+        self.norm = norm
+        self._join = JoinedInputs()
 
     @property
     def reads_feature(self) -> bool:  # type: ignore[override]
@@ -146,7 +172,7 @@ class ExitLayers(Exit):
         encoded: Encoded | None = None,
         features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B, n, d], padded on the right -> float32 [B, n, d]."""
+        """Map states [B, n, d], padded on the right, to float32 [B, n, d]."""
         return self.passes(states, encoded, features, 1)[0]
 
     def passes(
@@ -156,12 +182,14 @@ class ExitLayers(Exit):
         features: torch.Tensor | None,
         count: int,
     ) -> list[torch.Tensor]:
-        """The outputs of the first to the `count`-th token after a sync pass, as if every position were that.
+        """Return the outputs of the first `count` passes after a sync pass, at every position.
 
-        The first reads the deep decoder's `features`. Each further one reads what the one before gave instead, and
-        attends to that one's keys where it attends to the position before, and so on back to the first.
+        The first pass reads the deep decoder's `features`. Each later pass reads the output of the
+        pass before instead. At earlier positions it attends to the keys of earlier passes: the
+        position just before has those of the previous pass, and so on back to the first.
         """
-        dtype, found = self.map.weight.dtype, list[torch.Tensor]()
+        dtype = self.map.weight.dtype
+        found = list[torch.Tensor]()
         encoded = encoded and encoded._replace(states=encoded.states.to(dtype))
         before: list[list[KeyValue]] = [[] for _ in self.layers]
         for _ in range(count):
@@ -175,8 +203,12 @@ class ExitLayers(Exit):
 
 
 class KnownTokens(nn.Module):
-    """An exit's head over the token ids `vocabulary` int64 [n], ascending, and one class more, number n: all other
-    tokens, which never exit. Its rows are those of the model's head, but for `other`."""
+    """Head of an exit with a vocabulary.
+
+    Class i is token `vocabulary[i]`, int64 [n], ascending. Class n stands for all other tokens,
+    which never exit. The rows of known tokens are those of the model's head. Only `other` is an own
+    parameter.
+    """
 
     vocabulary: torch.Tensor
 
@@ -195,41 +227,58 @@ class KnownTokens(nn.Module):
         bias: torch.Tensor | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """[N, d], and rows [n, d] of the head, and their biases [n] -> [N, n + 1]: those of tokens capped, if so."""
-        # Apart, as the rows may be frozen: gradients of all would take as long as the product.
+        """Compute the logits of all classes, [N, n + 1].
+
+        Args:
+            normed: Head inputs [N, d].
+            rows: Weights [n, d] of the known tokens in the model's head.
+            bias: Their biases [n], if any.
+            softcap: Soft cap of their logits, if any. The last class is not capped.
+        """
+        # Computed separately, since the rows may be frozen. Gradients for all of them would cost as
+        # much as the product.
         read = normed.to(rows.dtype)
         logits = F.linear(read, rows, None if bias is None else bias.to(rows.dtype))
         other = F.linear(read, self.other.weight.to(rows.dtype), self.other.bias.to(rows.dtype))
         return torch.cat([capped(logits, softcap), other], dim=-1)
 
     def classes(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The classes of token ids."""
+        """Return the classes of token ids."""
         place = torch.searchsorted(self.vocabulary, tokens).clamp(max=len(self) - 1)
         return torch.where(self.vocabulary[place] == tokens, place, len(self))
 
     def folded(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of all tokens [N, V] -> of the classes [N, n + 1]: the other tokens' probabilities are added up."""
+        """Reduce logits of all tokens [N, V] to logits of the classes [N, n + 1].
+
+        The probabilities of the other tokens are added up.
+        """
         tail = logits.index_fill(-1, self.vocabulary, float("-inf")).logsumexp(-1, keepdim=True)
         return torch.cat([logits[:, self.vocabulary], tail], dim=-1)
 
     def folded_chances(self, chances: torch.Tensor) -> torch.Tensor:
-        """Fold logarithms of probabilities, without a pass over all: what others have is what is left of 1, a
-        millionth at least."""
+        """Reduce log probabilities of all tokens [N, V] to those of the classes [N, n + 1].
+
+        Avoids a pass over the vocabulary: the last class gets the remaining probability, at least
+        1e-6.
+        """
         known = chances[:, self.vocabulary]
         rest = (1 - known.double().exp().sum(-1, keepdim=True)).clamp_min(1e-6)
         return torch.cat([known, rest.log().to(known.dtype)], dim=-1)
 
 
 def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """softcap * tanh(logits / softcap); the logits themselves where there is none."""
+    """Return softcap * tanh(logits / softcap), or the logits if `softcap` is None."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def trained_exit(
     checkpoint: Checkpoint, description: Description
 ) -> tuple[Exit | None, KnownTokens | None]:
-    """The exit's own norm, and adapter or layers, of a checkpoint, None where it has none; and its vocabulary, None
-    where it knows all tokens."""
+    """Load a checkpoint's exit parameters.
+
+    Returns its norm with an adapter or layers, None if it has none, and its vocabulary, None
+    if it predicts all tokens.
+    """
     decoder = with_exit(description, checkpoint).decoder
     own: Exit | None = None
     known: KnownTokens | None = None
@@ -256,7 +305,7 @@ def trained_exit(
 
 
 def write_exit(own: Exit | None, known: KnownTokens | None, directory: Path) -> None:
-    """Write the parameters as exit.safetensors, if there are any."""
+    """Write the parameters to exit.safetensors, if there are any."""
     tensors = {}
     for module in filter(None, (own, known)):
         for name, value in module.state_dict().items():
@@ -267,7 +316,10 @@ def write_exit(own: Exit | None, known: KnownTokens | None, directory: Path) -> 
 
 
 class ExitLayer(nn.Module):
-    """Causal self-attention, cross-attention in an encoder-decoder, and MLP, on a residual stream in float32."""
+    """One transformer layer on a float32 residual stream.
+
+    Causal self-attention, cross-attention in an encoder-decoder model, and an MLP.
+    """
 
     def __init__(self, layer: Layer, read: Read) -> None:
         super().__init__()
@@ -284,7 +336,7 @@ class ExitLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, encoded: Encoded | None, before: list[KeyValue]
     ) -> torch.Tensor:
-        """[B, n, d] -> [B, n, d]. `before`: see ExitAttention."""
+        """Map [B, n, d] to [B, n, d]. See ExitAttention for `before`."""
         x = self._block(
             x,
             self.attention_norm,
@@ -303,17 +355,20 @@ class ExitLayer(nn.Module):
 
 
 class ExitAttention(nn.Module):
-    """Causal self-attention, positions from 0, or attention over an encoder's states.
+    """Causal self-attention with positions from 0, or attention over an encoder's states.
 
-    `before` are keys and values of passes over other inputs of the same positions, which this one adds its own to. Pass
-    number k attends to the first pass, but for the newest k positions: itself, that of pass k - 1 before it, and so on.
+    `before` collects keys and values of successive passes over the same positions. Each call
+    appends its own. Pass k (from 0) attends to the first pass, except at the newest k positions:
+    its own position uses pass k, the one before pass k - 1, and so on.
     """
 
     def __init__(self, attention: Attention, read: Read) -> None:
         super().__init__()
         self.described = attention
-        self.query, self.key = _linear(attention.query, read), _linear(attention.key, read)
-        self.value, self.output = _linear(attention.value, read), _linear(attention.output, read)
+        self.query = _linear(attention.query, read)
+        self.key = _linear(attention.key, read)
+        self.value = _linear(attention.value, read)
+        self.output = _linear(attention.output, read)
         self.query_norm = norm_module(attention.query_norm, read)
         self.key_norm = norm_module(attention.key_norm, read)
         if (bias := attention.relative_bias) is not None:
@@ -323,9 +378,11 @@ class ExitAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, encoded: Encoded | None = None, before: list[KeyValue] | None = None
     ) -> torch.Tensor:
-        """[B, n, d] -> [B, n, d]."""
-        length, before = x.shape[1], [] if before is None else before
-        one, source = self.described, x if encoded is None else encoded.states
+        """Map [B, n, d] to [B, n, d]."""
+        length = x.shape[1]
+        before = [] if before is None else before
+        one = self.described
+        source = x if encoded is None else encoded.states
         # [B, heads, n, head_dim]
         query = self._rotated(
             self.query_norm(self.query(x).unflatten(-1, (one.heads, -1)).transpose(1, 2))
@@ -338,21 +395,21 @@ class ExitAttention(nn.Module):
             part.repeat_interleave(one.heads // one.kv_heads, dim=1)
             for part in (key.to(value.dtype), value)
         )
-        query, causal = (
-            query.to(value.dtype),
-            encoded is None and one.window is None and one.relative_bias is None,
-        )
-        mask, bias = self._seen(x, encoded), self._bias(x)
+        query = query.to(value.dtype)
+        causal = encoded is None and one.window is None and one.relative_bias is None
+        mask = self._seen(x, encoded)
+        bias = self._bias(x)
         before.append((key, value))
         key, value = before[0]
-        newest = list(enumerate(before[:0:-1]))[:length]  # by their distance
+        newest = list(enumerate(before[:0:-1]))[:length]  # by distance from the query
         if query.is_cuda and not newest and one.softcap is None:
             given = mask if bias is None else bias.masked_fill(~mask, float("-inf")).to(value.dtype)
             mixed = F.scaled_dot_product_attention(
                 query, key, value, None if causal else given, is_causal=causal, scale=one.scale
             )
         else:
-            # The backward pass of torch's fused attention is four times as slow on a CPU, for sentences.
+            # On a CPU, the backward pass of torch's fused attention takes four times as long on
+            # short sequences.
             scores = query @ key.transpose(-1, -2)
             for back, (keys, _) in newest:
                 own = (query[:, :, back:] * keys[:, :, : length - back]).sum(-1)
@@ -362,20 +419,21 @@ class ExitAttention(nn.Module):
             shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
             mixed = shares @ value
             for back, (_, values) in newest:
-                share, other = shares.diagonal(-back, -2, -1)[..., None], values - value
+                share = shares.diagonal(-back, -2, -1)[..., None]
+                other = values - value
                 mixed = mixed + F.pad(share * other[:, :, : length - back], (0, 0, back, 0))
         attended: torch.Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return attended
 
     def _seen(self, x: torch.Tensor, encoded: Encoded | None) -> torch.Tensor:
-        """The keys that each query sees: bool [n, n] or [B, 1, 1, E]."""
+        """Return the mask of visible keys: bool [n, n], or [B, 1, 1, E] for an encoder."""
         if encoded is not None:
             return encoded.mask[:, None, None]
         seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         return seen if self.described.window is None else seen.triu(1 - self.described.window)
 
     def _bias(self, x: torch.Tensor) -> torch.Tensor | None:
-        """[1, heads, n, n]; right where a key is seen."""
+        """Return the relative position bias [1, heads, n, n], correct where a key is visible."""
         bias = self.described.relative_bias
         if bias is None:
             return None
@@ -389,7 +447,7 @@ class ExitAttention(nn.Module):
         return biases
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotary positions of [B, heads, n, head_dim], in float32."""
+        """Apply rotary positions to [B, heads, n, head_dim] in float32."""
         if self.described.rotary is None:
             return x
         rotary = self.described.rotary.at(x.shape[2])
@@ -408,10 +466,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = _ACTIVATIONS[mlp.activation]
         self.gate = None if mlp.gate is None else _linear(mlp.gate, read)
-        self.up, self.down = _linear(mlp.up, read), _linear(mlp.down, read)
+        self.up = _linear(mlp.up, read)
+        self.down = _linear(mlp.down, read)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., d] -> [..., d]."""
+        """Map [..., d] to [..., d]."""
         up = self.up(x)
         inner = self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
         out: torch.Tensor = self.down(inner)
@@ -419,7 +478,7 @@ class FeedForward(nn.Module):
 
 
 def norm_module(norm: Norm | None, read: Read) -> nn.Module:
-    """A described norm, with weights of its own."""
+    """Build a module from a described norm, with a copy of its weights."""
     if norm is None:
         return nn.Identity()
     weight = read(norm.weight)

@@ -1,5 +1,7 @@
-"""The start of an exit's own parameters: the linear map nearest to what the skipped layers do, and the tokens that the
-exit knows."""
+"""Initialise an exit's own parameters.
+
+Fit the linear map that best approximates the skipped layers, and choose the exit's vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,12 @@ from graphs.exit_head import VOCABULARY, adapter_epsilon
 from runtime.bundle.manifest import ExitVocabulary
 from runtime.errors import OptionError
 
-_POSITIONS = 10_000  # that a map is fitted on, at least
-_TAIL_POSITIONS = 2_000  # that the class of all other tokens is fitted on, at least
-# A share of the mean variance: keeps directions that the data hardly shows from growing large weights.
+_POSITIONS = 10_000  # minimum number of positions for fitting a map
+_TAIL_POSITIONS = 2_000  # minimum for fitting the class of all other tokens
+# Ridge as a fraction of the mean variance. It prevents large weights in directions with little
+# data.
 _RIDGE = 1e-3
-_LOGIT_ROWS = 256  # whose logits are in memory at a time
+_LOGIT_ROWS = 256  # rows whose logits are in memory at once
 
 
 def first_exit(
@@ -44,15 +47,19 @@ def first_exit(
     examples: Sequence[Example],
     collate: Collator,
 ) -> Exit:
-    """The exit that training begins with: layers like the last ones behind a fitted map, or a norm and a fitted
-    adapter."""
-    layers, norm = description.decoder.layers, description.decoder.head.norm
+    """Return the exit from which training starts.
+
+    It has copies of the last layers after a fitted map, or a norm and a fitted adapter.
+    """
+    layers = description.decoder.layers
+    norm = description.decoder.head.norm
     into = len(layers) - options.exit_layers
     joined = JoinedInputs() if options.exit_input == "feature" else None
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,), own=joined)
     states = observed(whole, examples, collate, options.bf16, everywhere=options.exit_layers > 0)
     pairs = ((hidden[EXIT if joined else options.exit_layer], hidden[into]) for hidden in states)
-    own_norm, width = norm_module(norm, checkpoint.read), description.hidden_size
+    own_norm = norm_module(norm, checkpoint.read)
+    width = description.hidden_size
     if options.exit_layers:
         linear = linear_map(*_joined(pairs, _POSITIONS), width)
         return ExitLayers(layers[into:], checkpoint.read, linear, own_norm)
@@ -75,8 +82,11 @@ def observed(
     bf16: bool,
     everywhere: bool = False,
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Batches of hidden states by layer, without dropout: of labelled rows, as all of an encoder-decoder's are, or
-    `everywhere` but at first positions, whose states are of another size."""
+    """Yield hidden states by layer, without dropout, in batches of examples.
+
+    Only labelled rows are included. With `everywhere`, a decoder-only model yields all positions
+    except the first, whose states have a different magnitude.
+    """
     for start in range(0, len(examples), 16):
         inputs = collate(examples[start : start + 16])
         if everywhere and not model.seq2seq:
@@ -94,8 +104,9 @@ def observed(
 def _joined(
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], least: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of pairs until there are at least so many."""
-    found, count = [], 0
+    """Concatenate pairs of rows until there are at least `least`."""
+    found = []
+    count = 0
     for pair in pairs:
         found.append([part.detach().float().cpu().numpy() for part in pair])
         count += len(pair[0])
@@ -110,11 +121,20 @@ def chosen_tokens(
     options: TrainingOptions,
     training: Sequence[Example],
 ) -> tuple[np.ndarray, ExitVocabulary]:
-    """The `--exit-vocab` ids of the exit's vocabulary, ascending, and what they cover of the training targets: special
-    tokens and ends of sequence, the most frequent in the targets, then the lowest ids; those of the checkpoint where
-    its exit has a vocabulary. Raises OptionError for a number out of range."""
-    size, vocabulary = options.exit_vocab or 0, description.vocab_size
-    # Of speech, no special token but the end is ever written.
+    """Choose the exit's vocabulary of `--exit-vocab` tokens.
+
+    It contains special and end-of-sequence tokens, then the most frequent tokens of the training
+    targets, then the lowest ids. If the checkpoint's exit already has a vocabulary, that one is
+    used.
+
+    Returns the ids, ascending, and a record of how many target tokens they cover.
+
+    Raises:
+        OptionError: If `--exit-vocab` is out of range.
+    """
+    size = options.exit_vocab or 0
+    vocabulary = description.vocab_size
+    # For speech, no special token except the end is ever emitted.
     named = (
         [] if description.spectrogram is not None else load_tokenizer(checkpoint).all_special_ids
     )
@@ -123,8 +143,8 @@ def chosen_tokens(
     fewest = max(2, len(kept) + 1)
     if not fewest <= size < vocabulary:
         raise OptionError(
-            f"--exit-vocab is {size}; this model has {vocabulary} tokens, and {len(kept)} special ones, which are "
-            f"always kept: choose {fewest} to {vocabulary - 1}"
+            f"--exit-vocab is {size}; this model has {vocabulary} tokens, and {len(kept)} special "
+            f"ones, which are always kept: choose {fewest} to {vocabulary - 1}"
         )
     counts = np.bincount(
         np.concatenate([one.target[one.given :] for one in training]), minlength=vocabulary
@@ -139,8 +159,13 @@ def chosen_tokens(
 
 @torch.no_grad()
 def begin_other(known: KnownTokens, head: SharedHead, normed: Iterable[torch.Tensor]) -> None:
-    """Set the class of all other tokens to the linear map nearest to what their logits add up to. `normed`: batches
-    [N, d] of what the exit's head reads."""
+    """Initialise the class of all other tokens by a linear fit of their summed probability.
+
+    Args:
+        known: The exit's vocabulary. Its parameter `other` is set.
+        head: The model's head.
+        normed: Batches [N, d] of inputs of the exit's head.
+    """
     pieces = (rows for batch in normed for rows in batch.split(_LOGIT_ROWS))
     pairs = ((rows * head.scale, known.folded(head.read(rows).float())[:, -1:]) for rows in pieces)
     x, y = _joined(pairs, _TAIL_POSITIONS)
@@ -150,8 +175,10 @@ def begin_other(known: KnownTokens, head: SharedHead, normed: Iterable[torch.Ten
 
 
 def linear_map(shallow: np.ndarray, deep: np.ndarray, part: int | None = None) -> np.ndarray:
-    """[d, n]: the least-squares map from one [N, n] to the other [N, d]. Each `part` columns of the first, by default
-    all, are of like size."""
+    """Fit the least-squares map [d, n] from `shallow` [N, n] to `deep` [N, d].
+
+    Groups of `part` columns of `shallow` are normalised separately. Default: all columns together.
+    """
     part = part or shallow.shape[1]
     sizes = np.repeat(
         [np.sqrt(np.square(one).mean()) for one in np.split(shallow, shallow.shape[1] // part, 1)],
@@ -166,14 +193,18 @@ def linear_map(shallow: np.ndarray, deep: np.ndarray, part: int | None = None) -
 def begin_linear(
     adapter: Adapter, shallow: np.ndarray, deep: np.ndarray, norm_weight: np.ndarray
 ) -> None:
-    """Set the adapter to the map of rank `rank // 2` from `shallow` [N, d] that is nearest to `deep` [N, d] as far as
-    the final norm's weights [d] show it. Exact, since silu(x) - silu(-x) = x: two units a rank."""
+    """Initialise an adapter by a reduced-rank linear map.
+
+    Adding the map of rank `rank // 2` brings `shallow` [N, d] as close as possible to `deep` [N,
+    d], weighted by the final norm's weights [d]. Two units per rank represent it exactly, since
+    silu(x) - silu(-x) = x.
+    """
     rank = adapter.down.weight.shape[0] // 2
     if not rank:
         return
     epsilon = adapter.norm.epsilon
     length = float(np.median(_root_mean_square(deep, 0.0)))
-    # What must be added to get the deep state's direction, at its usual length.
+    # The target is the difference to the deep state's direction at its usual length.
     added = deep / _root_mean_square(deep, epsilon) * length - shallow
     square, product = _moments(shallow / _root_mean_square(shallow, epsilon), added)
     for weight, factor, axis in zip(
@@ -189,8 +220,11 @@ def begin_linear(
 def low_rank(
     square: np.ndarray, product: np.ndarray, weight: np.ndarray, rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Factors [r, d], [d, r] of the map of rank r that minimises the squared error of its outputs times `weight` [d]
-    (reduced-rank ridge regression). `square` and `product` [d, d]: `_moments`."""
+    """Return factors [r, d] and [d, r] of the best map of rank r.
+
+    It minimises the squared error of its outputs times `weight` [d] (reduced-rank ridge
+    regression). `square` and `product` [d, d] are from `_moments`.
+    """
     width = len(square)
     whole = np.linalg.solve(square, product.T).T
     magnitude = np.maximum(np.abs(weight.astype(np.float64)), 1e-3 * np.abs(weight).max())
@@ -200,9 +234,11 @@ def low_rank(
 
 
 def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means of x x', with the ridge, and of y x', of rows [N, d]."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    square, product = x.T @ x / len(x), y.T @ x / len(x)
+    """Return the means of x x', plus the ridge, and of y x' over rows [N, d]."""
+    x = x.astype(np.float64)
+    y = y.astype(np.float64)
+    square = x.T @ x / len(x)
+    product = y.T @ x / len(x)
     return square + _RIDGE * np.trace(square) / len(square) * np.eye(len(square)), product
 
 

@@ -1,5 +1,7 @@
-"""`--tune exit`: the exit's own parameters are trained on the predictions of the frozen model, which runs once over
-the data and is kept on disk as states and best tokens."""
+"""Train the exit's own parameters on the predictions of a frozen model (`--tune exit`).
+
+The model runs over the data once. Its states and most likely tokens are cached on disk.
+"""
 
 from __future__ import annotations
 
@@ -38,28 +40,38 @@ from freeexport.training.shallow_deep import (
     products,
 )
 
-BEST = 32  # tokens of the teacher that are kept, or classes of an exit vocabulary
-_LOGITS = 1 << 28  # that are in memory at a time
-_OTHERS = 2048  # tokens beside those in question that a step's softmax is estimated from
+BEST = 32  # most likely tokens, or classes of an exit vocabulary, kept per position
+_LOGITS = 1 << 28  # logits in memory at once
+_OTHERS = 2048  # random tokens that represent the rest of the vocabulary in a step's softmax
 
 
 class Taught(NamedTuple):
-    """The teacher's records of one example: of its decoder, and of its encoder where cross-attention reads that."""
+    """Teacher records of one example.
+
+    Attributes:
+        decoder: Records of the decoder's positions.
+        encoder: Records of the encoder's positions, if the exit has cross-attention.
+    """
 
     decoder: np.ndarray
     encoder: np.ndarray | None = None
 
     @property
     def positions(self) -> int:
-        """How many records there are."""
+        """Return the number of records."""
         return sum(len(part) for part in self if part is not None)
 
 
 def collate_teacher(examples: Sequence[Taught]) -> dict[str, torch.Tensor]:
-    """Batch records of `cached_teacher`: `states`, and `features` where there are some, float32 [B, n, d] and `labels`
-    int64 [B, n], padded on the right; and of the rows with a label, in their order, `best` int64 [R, 32], `chances`
-    float32 [R, 32], `predicted` int64 [R] and `nats` float32 [R]; of an encoder `encoded` float32 [B, E, d] and
-    `attention_mask` bool [B, E]."""
+    """Batch records of `cached_teacher`.
+
+    Returns:
+        `states` and, if recorded, `features`: float32 [B, n, d], padded on the right.
+        `labels`: int64 [B, n].
+        For the R labelled positions, in order: `best` int64 [R, 32], `chances` float32 [R, 32],
+        `predicted` int64 [R] and `nats` float32 [R].
+        With an encoder: `encoded` float32 [B, E, d] and `attention_mask` bool [B, E].
+    """
     whole, valid = _padded([one.decoder for one in examples])
     whole["labels"][~valid] = IGNORED
     rows = whole[whole["labels"] != IGNORED]
@@ -81,7 +93,7 @@ def collate_teacher(examples: Sequence[Taught]) -> dict[str, torch.Tensor]:
 
 
 def _padded(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Records as rows of one length [B, n], and which of them are valid, bool [B, n]."""
+    """Pad records to one length [B, n], and return a mask of the valid ones, bool [B, n]."""
     lengths = np.array([len(part) for part in parts])
     valid = np.arange(lengths.max()) < lengths[:, None]
     whole = np.zeros(valid.shape, parts[0].dtype)
@@ -98,16 +110,26 @@ def cached_teacher(
     options: TrainingOptions,
     known: KnownTokens | None,
 ) -> list[Taught]:
-    """Records of the frozen model's outputs at the positions of each example, from the file `path`; where there is none
-    they are computed, on the device where the model stands, and written there first.
+    """Return the frozen model's outputs for each example, cached in the file `path`.
 
-    `states` float16 [d] times `scales` is the state after the exit layer: for an exit of layers of all positions that
-    its attention sees, for an adapter of those with a label; `features`, for an exit that reads them, the final normed
-    state; `labels` is -100 where nothing is predicted. Where something is: the `best` 32 tokens, or classes of `known`,
-    with the logarithms of their `chances`, the one `predicted`, and the `nats` of the label. Where `model` keeps
-    ENCODER, its states are written, too: to run it in every step would take longer than the rest of the step.
+    If the cache is missing, compute it on the model's device and write it first. Each record has
+    these fields:
+
+        states, scales: State after the exit layer is `states` float16 [d] times `scales`.
+        features, feature_scales: Final normed state, if the exit reads features.
+        labels: Label of the position, -100 if it predicts nothing.
+        best: The 32 most likely tokens, or classes of `known`.
+        chances: Their log probabilities.
+        predicted: The most likely token.
+        nats: Cross-entropy of the label.
+
+    The last four are valid only at labelled positions. An exit with layers gets records of all
+    positions that its attention may see, an adapter only of labelled ones. If `model` keeps
+    ENCODER, the encoder's states are cached too, because running it in every step would take longer
+    than the rest of the step.
     """
-    ends_path, encoder_path = path.with_suffix(".ends.npy"), path.with_suffix(".encoder.npy")
+    ends_path = path.with_suffix(".ends.npy")
+    encoder_path = path.with_suffix(".encoder.npy")
     paths = [path, encoder_path] if ENCODER in model.kept else [path]
     if not ends_path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +205,8 @@ def _write_teacher(
                 chances = _log_chances(
                     model.head, hidden[model.layers][piece].float(), room, options.bf16
                 )
-                predicted, nats = chances.argmax(-1), -chances.gather(1, found[piece, None])[:, 0]
+                predicted = chances.argmax(-1)
+                nats = -chances.gather(1, found[piece, None])[:, 0]
                 top = (chances if known is None else known.folded_chances(chances)).topk(
                     best, dim=-1
                 )
@@ -198,12 +221,15 @@ def _write_teacher(
             advance()
     for each in (records, *encoder):
         each.flush()
-    np.save(ends_path, ends)  # last: where it is, the records are complete
+    np.save(ends_path, ends)  # written last: its presence marks the records as complete
 
 
 def _records(path: Path, kept: np.dtype[Any], count: int) -> np.memmap[Any, Any]:
-    """A file of so many records, mapped. Raises OSError where the disk has no room for them: writing to the map would
-    end the process."""
+    """Create a memory-mapped file of `count` records.
+
+    Raises:
+        OSError: If the disk has no space for them. Writing to the map would kill the process.
+    """
     mapped: np.memmap[Any, Any] = np.lib.format.open_memmap(
         path, mode="w+", dtype=kept, shape=(count,)
     )
@@ -216,12 +242,16 @@ def _records(path: Path, kept: np.dtype[Any], count: int) -> np.memmap[Any, Any]
 def _log_chances(
     head: SharedHead, states: torch.Tensor, room: torch.Tensor, bf16: bool
 ) -> torch.Tensor:
-    """Logarithms of probabilities [N, V] of states [N, d], in `room` where that is float32: the memory of so many
-    logits costs more to get than to fill."""
+    """Return log probabilities [N, V] of states [N, d].
+
+    The result is stored in `room` if that is float32, since allocating that many logits costs more
+    than computing them.
+    """
     with products(bf16):
         read = (head.normed(states) * head.scale).to(room.dtype)
         logits = torch.mm(read, head.weight.T, out=room[: len(states)]).float()
-    for suppress in head.linear._forward_hooks.values():  # what speech never says (tuning.py)
+    # Hooks suppress tokens that speech never emits. See tuning.py.
+    for suppress in head.linear._forward_hooks.values():
         logits = suppress(head.linear, (read,), logits)
     if head.bias is not None:
         logits += head.bias
@@ -231,7 +261,7 @@ def _log_chances(
 
 
 def _states(records: np.ndarray, name: str = "states", scale: str = "scales") -> np.ndarray:
-    """Read what `_write_states` wrote, float32 [..., d]."""
+    """Read states written by `_write_states`, float32 [..., d]."""
     states: np.ndarray = records[name].astype(np.float32) * records[scale][..., None]
     return states
 
@@ -243,7 +273,7 @@ def _write_states(
     name: str = "states",
     scale: str = "scales",
 ) -> None:
-    """Write states [N, d]: in float16 the largest number of each is 1."""
+    """Write states [N, d] in float16, scaled so that the largest magnitude of each is 1."""
     states = states.float()
     scales = states.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
     records[name][places] = (states / scales[:, None]).cpu().numpy()
@@ -251,7 +281,7 @@ def _write_states(
 
 
 class FrozenExit(nn.Module):
-    """An exit over a teacher's states, with the frozen head of its model."""
+    """An exit that reads a teacher's cached states and uses the frozen head of its model."""
 
     accepts_loss_kwargs = True
     _keys_to_ignore_on_save: tuple[str, ...] | None = None
@@ -259,10 +289,12 @@ class FrozenExit(nn.Module):
     _bias: torch.Tensor | None  # [n]
 
     def __init__(self, whole: ShallowDeep) -> None:
-        """Take the exit of `whole`, not its model."""
+        """Take the exit of `whole`, without keeping its model."""
         super().__init__()
-        self.seq2seq, self.exit, self.known = whole.seq2seq, whole.own, whole.known
-        # The norm and the head alone, so that the layers' memory goes back.
+        self.seq2seq = whole.seq2seq
+        self.exit = whole.own
+        self.known = whole.known
+        # Keep only the norm and the head, so that the layers' memory is freed.
         head = whole.head
         self.head = SharedHead(
             head.norm, head.linear, head.scale, None, head.bias, head.softcap
@@ -270,8 +302,10 @@ class FrozenExit(nn.Module):
         rows, bias = (None, None) if self.known is None else self.head.rows(self.known.vocabulary)
         self.register_buffer("_rows", None if rows is None else rows.detach(), persistent=False)
         self.register_buffer("_bias", bias, persistent=False)
-        self.exit_layer, self.layers = whole.exit_layer, whole.layers
-        self.loss_name, self.alpha = whole.loss_name, whole.alpha
+        self.exit_layer = whole.exit_layer
+        self.layers = whole.layers
+        self.loss_name = whole.loss_name
+        self.alpha = whole.alpha
 
     def forward(
         self,
@@ -285,9 +319,13 @@ class FrozenExit(nn.Module):
         attention_mask: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
     ) -> Outputs:
-        """Take what `collate_teacher` gives. An exit that reads features is trained as the first tokens after a sync
-        pass, PASSES of them, and measured as the second of these."""
-        wanted, known = labels != IGNORED, self.known
+        """Compute the loss, or the measures in evaluation mode, of a batch of `collate_teacher`.
+
+        An exit that reads features is trained on PASSES passes after a sync pass and evaluated on
+        pass MEASURED.
+        """
+        wanted = labels != IGNORED
+        known = self.known
         labels = labels[wanted]
         classes = labels if known is None else known.classes(labels)
         assert self.exit is not None
@@ -302,7 +340,7 @@ class FrozenExit(nn.Module):
                 states, prompts, features, PASSES if self.training else MEASURED
             )
         students = [self.exit.norm(one[wanted]) * self.head.scale for one in passes]  # [R, d] each
-        # In float32: logits in bfloat16 are off by a twentieth.
+        # In float32, since bfloat16 logits are off by about 0.05.
         with torch.autocast(states.device.type, enabled=False):
             if not self.training:
                 logits = self._logits(students[-1])
@@ -329,14 +367,14 @@ class FrozenExit(nn.Module):
     ) -> torch.Tensor:
         found, places = self._log_chances(student, torch.cat([classes[:, None], best], dim=1))
         found = found.gather(1, places)  # [R, 1 + 32]
-        # The deep one is a constant, so that losses compare with other modes.
+        # The deep loss is constant here. It keeps losses comparable with other modes.
         loss = losses.by_depth({self.exit_layer: -found[:, 0], self.layers: nats}).sum()
         if self.loss_name == "logit-kd":
             loss = loss + self.alpha * losses.best_distillation(chances, found[:, 1:])
         return loss
 
     def _logits(self, student: torch.Tensor) -> torch.Tensor:
-        """Logits of all tokens, [R, V], or of the classes of an exit vocabulary."""
+        """Compute logits [R, V] of all tokens, or of the classes of an exit vocabulary."""
         if self.known is not None:
             return self.known.logits(student, self._rows, self._bias, self.head.softcap)
         return capped(
@@ -346,16 +384,17 @@ class FrozenExit(nn.Module):
     def _log_chances(
         self, student: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logarithms of probabilities [R, n] of n tokens, and where those of `tokens` [R, m] stand among them; classes,
-        where there is an exit vocabulary.
+        """Return log probabilities [R, n] of n sampled tokens, and the columns of `tokens` [R, m].
 
-        The head's product with a large vocabulary is most of a step. All tokens that some row needs are taken, and
-        of the others a sample, which stands for all of them.
+        With an exit vocabulary, tokens are classes. The product with a large head takes most of a
+        step, so only tokens that some row needs are computed exactly. A random sample represents
+        all others.
         """
         if self.known is not None:
             return self._logits(student).log_softmax(-1), tokens
         weight = self.head.weight
-        size, needed = len(weight), tokens.unique()
+        size = len(weight)
+        needed = tokens.unique()
         if len(needed) + _OTHERS >= size:
             return self._logits(student).log_softmax(-1), tokens
         place = torch.full((size,), -1, device=tokens.device)

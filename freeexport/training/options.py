@@ -1,4 +1,4 @@
-"""Options of a training run, and which of them go together."""
+"""Options of a training run, and checks of their combinations."""
 
 from __future__ import annotations
 
@@ -16,32 +16,67 @@ from runtime.errors import OptionError
 
 Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]
 
-# Losses for --tune exit: the others train layers, which it freezes.
+# Losses for --tune exit. The others train layers, which it freezes.
 EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd")
-# Losses with a distillation, and its weight.
+# Losses with a distillation term, and the default of its weight.
 DISTILLING: tuple[LossName, ...] = ("kd-dyn", "logit-kd")
 DEFAULT_ALPHA = 0.5
 DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
 RANDOM_WEIGHTS_RATE = 1e-3
 DEFAULT_RANKS: dict[Tune, int] = {"full": 0, "lora": 16, "exit": 64}
 DEFAULT_EPOCHS = 3.0
-# What every evaluation measures and a run may be selected by: `loss`, which is to be low, and shares.
+# Metrics of every evaluation, by which a run may be selected: `loss` (lower is better) and shares
+# (higher is better).
 MEASURED = ("loss", "agreement", "oracle-exits")
-# May differ between a run and its continuation without changing the loss curve of the steps they share.
+# Options that may change on resume, since they do not affect the loss curve of the shared steps.
 _FREE_ON_RESUME = ("time_limit", "patience", "resume", "overwrite", "threads")
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """The options of `freeexport train`. None stands for a default that depends on other options.
+    """Options of `freeexport train`.
 
-    `time_limit` is in minutes; `batch_tokens` counts padded tokens, prompt and target, of one device and micro-batch.
-    `select_by`: one of MEASURED, or a metric of the outputs. `truncate`: long inputs are cut, not left out.
-    `self_distill`: the directory of the model's own outputs of at most `max_new_tokens`, which are the targets.
-    `rank`: of LoRA adapters, or of the exit's own adapter, where 0 leaves it a norm. `exit_from`: the exit of other
-    weights that training begins with, a directory or as `convert --exit` names one. `dropout` is that of the model and
-    of LoRA adapters. `threads`: of torch on a CPU. Raises OptionError for values out of range and for choices that
-    contradict each other.
+    None selects a default that depends on other options, unless noted.
+
+    Attributes:
+        data: JSONL file of training examples.
+        exit_layer: Number of layers before the exit.
+        validation: JSONL file of validation examples. None: a part of `data`.
+        max_tokens: Longest example. Default: 2048.
+        truncate: Cut long inputs instead of dropping their examples.
+        self_distill: Directory for the model's own outputs, which become the targets.
+        max_new_tokens: Maximum length of these outputs.
+        loss: Name of the loss.
+        loss_alpha: Weight of the distillation.
+        tune: Weights to train: all, LoRA adapters, or the exit's own.
+        rank: Rank of LoRA adapters, or of the exit's own adapter. 0: the exit has only a norm.
+        exit_layers: Number of the exit's own transformer layers.
+        exit_vocab: Number of tokens that the exit can predict. None: all.
+        exit_input: Input of the exit's own layers: the state, or also the deep feature.
+        exit_from: Exit to start from: a directory, or a name as for `convert --exit`.
+        from_config: Start from random weights.
+        steps: Maximum number of steps.
+        epochs: Passes over the data.
+        time_limit: In minutes.
+        batch_tokens: Padded tokens of prompt and target, per device and micro-batch.
+        accumulate: Micro-batches per step.
+        learning_rate: Peak learning rate.
+        schedule: Schedule of the learning rate.
+        warmup: Share of the run with a rising learning rate.
+        dropout: Dropout of the model and of LoRA adapters. Default: unchanged, 0.1 in LoRA.
+        seed: Seed of all random numbers.
+        threads: Threads of torch on a CPU. None: torch's default.
+        bf16: Train in bfloat16 mixed precision.
+        dtype: Type of the written weights.
+        gradient_checkpointing: Recompute activations to save memory.
+        evaluate_every: Steps between evaluations.
+        select_by: One of MEASURED, or a metric of the outputs.
+        patience: Evaluations without improvement before a run stops. 0: no limit.
+        resume: Resume an interrupted run.
+        overwrite: Replace existing outputs.
+
+    Raises:
+        OptionError: If a value is out of range or two options contradict each other.
     """
 
     data: Path
@@ -114,8 +149,8 @@ class TrainingOptions:
         if self.select_by not in MEASURED:
             check_name(self.select_by)
         contradictions = {
-            f"--loss-alpha is the weight of a distillation, and --loss {self.loss} has none; leave it out, or choose "
-            f"{' or '.join(DISTILLING)}": self.loss_alpha is not None
+            f"--loss-alpha is the weight of a distillation, and --loss {self.loss} has none; leave "
+            f"it out, or choose {' or '.join(DISTILLING)}": self.loss_alpha is not None
             and self.loss not in DISTILLING,
             "--rank is for --tune lora, and for --tune exit without --exit-layers; leave it out": (
                 self.rank is not None
@@ -125,21 +160,19 @@ class TrainingOptions:
             not in (self.steps, self.epochs),
             "--resume and --overwrite contradict each other; choose one": self.resume
             and self.overwrite,
-            f"--loss {self.loss} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}": (
-                self.tune == "exit" and self.loss not in EXIT_LOSSES
-            ),
-            f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; choose "
-            f"{', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
-            f"--loss {self.loss} is for an exit without --exit-layers and --exit-vocab; choose logit-kd or ce": (
+            f"--loss {self.loss} trains layers, which --tune exit freezes; choose "
+            f"{', '.join(EXIT_LOSSES)}": (self.tune == "exit" and self.loss not in EXIT_LOSSES),
+            f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; "
+            f"choose {', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
+            f"--loss {self.loss} is for an exit without --exit-layers and --exit-vocab; choose "
+            "logit-kd or ce": (
                 self.loss in ("weighted-ce", "deep-ce")
                 and (self.exit_layers > 0 or self.exit_vocab is not None)
             ),
-            f"--exit-input feature is for --tune exit, which leaves the model as it is, not for --tune {self.tune}": (
-                self.exit_input == "feature" and self.tune != "exit"
-            ),
-            "--exit-input feature is read by layers of the exit's own; give --exit-layers 1 or more": (
-                self.exit_input == "feature" and self.exit_layers == 0
-            ),
+            "--exit-input feature is for --tune exit, which leaves the model as it is, not for "
+            f"--tune {self.tune}": (self.exit_input == "feature" and self.tune != "exit"),
+            "--exit-input feature is read by layers of the exit's own; give --exit-layers 1 or "
+            "more": (self.exit_input == "feature" and self.exit_layers == 0),
             "--self-distill needs trained weights, --from-config has none; choose one": (
                 self.from_config and self.self_distill is not None
             ),
@@ -161,30 +194,30 @@ class TrainingOptions:
 
     @property
     def alpha(self) -> float:
-        """Weight of the distillation."""
+        """Return the weight of the distillation."""
         return DEFAULT_ALPHA if self.loss_alpha is None else self.loss_alpha
 
     @property
     def adapter_rank(self) -> int:
-        """Rank of LoRA adapters, or of the exit's own."""
+        """Return the rank of LoRA adapters, or of the exit's own adapter."""
         return DEFAULT_RANKS[self.tune] if self.rank is None else self.rank
 
     @property
     def rate(self) -> float:
-        """Peak learning rate."""
+        """Return the peak learning rate."""
         return self.learning_rate or (
             RANDOM_WEIGHTS_RATE if self.from_config else DEFAULT_RATES[self.tune]
         )
 
     @property
     def epoch_count(self) -> float | None:
-        """Passes over the data; None where steps or the time limit alone end the run."""
+        """Return the passes over the data. None if only the steps or the time limit end the run."""
         if self.steps is not None or (self.epochs is None and self.time_limit is not None):
             return None
         return self.epochs or DEFAULT_EPOCHS
 
     def recorded(self) -> dict[str, Any]:
-        """Return what a continued run must share with the run before, as JSON values."""
+        """Return the options that a resumed run must share with the original, as JSON values."""
         values = {key: value for key, value in asdict(self).items() if key not in _FREE_ON_RESUME}
         values["loss_alpha"] = self.alpha
         for name in ("data", "validation", "self_distill"):

@@ -1,4 +1,4 @@
-"""Reports of a training run: plan, progress, a file of metrics, the verdict; and its end in time."""
+"""Report on a training run: plan, progress, metrics file and verdict. Also end it in time."""
 
 from __future__ import annotations
 
@@ -23,29 +23,42 @@ from runtime.bundle.costs import Costs
 from runtime.errors import FreeExportError
 from runtime.json_file import parse_json
 
-LEAST_LEFT = 0.25  # of the machine's memory
-PLANNED_AFTER = 5  # steps, whose speed the plan is made from
-FEW_STEPS = 100  # the recipes of tools/models take 400 and more
-_LOST = 0.02  # a rise of the whole model's loss that counts
-RISES = 2  # evaluations in a row with a rise that end a run
+LEAST_LEFT = 0.25  # share of the machine's memory
+PLANNED_AFTER = 5  # first steps, which set the speed assumed by the plan
+FEW_STEPS = 100  # recipes in tools/models take 400 or more
+_LOST = 0.02  # relative rise of the full model's loss that counts
+RISES = 2  # consecutive rises that end a run
 
 
 class DivergedError(FreeExportError):
-    """The loss is no longer a number."""
+    """Raised if the loss is NaN or infinite."""
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Ends a run at its last step or its time limit, with an evaluation and a checkpoint; ends the keeping of freed
-    memory where little is left. On the main process it also logs, prints a plan after the first steps and evaluations,
-    and shows progress whose remaining time never rises."""
+    """Trainer callback that ends a run in time and reports on it.
+
+    Ends the run at its last step or its time limit, with an evaluation and a checkpoint. Stops
+    keeping freed memory when little memory is left. On the main process it also logs metrics,
+    prints a plan after the first steps, prints evaluations, and shows progress. The remaining time
+    shown never rises.
+    """
 
     def __init__(self, clock: Clock, log: MetricLog | None, exits: bool = True) -> None:
-        """`log` of the main process. `exits`: whether an exit is trained."""
-        self._clock, self._log, self._exits = clock, log, exits
-        self.trainer: Any = None  # which is made with its callbacks
+        """Create the callback.
+
+        Args:
+            clock: Clock of the run.
+            log: Metrics file of the main process. None in other processes.
+            exits: True if an exit is trained.
+        """
+        self._clock = clock
+        self._log = log
+        self._exits = exits
+        self.trainer: Any = None  # set later: the trainer is created with its callbacks
         self._keeps = True
         self._context: Any = None
-        self._left, self._shown = math.inf, 0.0
+        self._left = math.inf
+        self._shown = 0.0
         self._first = self._began = self._planned = 0.0
         self._tokens = 0
 
@@ -65,12 +78,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._began = time.monotonic()
-        # The first step allocates what the others use again.
+        # The first step allocates memory that later steps reuse, so it is not timed.
         if state.global_step == self._first + 1:
-            self._planned, self._tokens = self._began, int(self.trainer.tokens_seen)
+            self._planned = self._began
+            self._tokens = int(self.trainer.tokens_seen)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        now, clock = time.monotonic(), self._clock
+        now = time.monotonic()
+        clock = self._clock
         clock.stepped(now - self._began)
         clock.tick()
         if state.global_step >= state.max_steps or clock.share >= 1:
@@ -112,11 +127,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             key: value for key, value in (logs or {}).items() if isinstance(value, (int, float))
         }
         if "train_runtime" in values:
-            return  # Trainer's own summary, which counts batches as it would have made them
+            return  # Trainer's own summary assumes batches of its own making
         if not math.isfinite(values.get("loss", 0.0)):
             raise DivergedError(
-                f"the loss is {values['loss']} at step {state.global_step}; lower --learning-rate, or train without "
-                "--bf16"
+                f"the loss is {values['loss']} at step {state.global_step}; lower --learning-rate, "
+                "or train without --bf16"
             )
         if self._log is not None:
             self._log.write(
@@ -129,7 +144,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop |= rises
         if self._log is None:
             return
-        metrics, chosen = others["metrics"], args.metric_for_best_model
+        metrics = others["metrics"]
+        chosen = args.metric_for_best_model
         names = ["eval_shallow_loss", "eval_agreement", "eval_oracle_exits"] if self._exits else []
         names += [name for name in ("eval_deep_loss", chosen) if name not in (*names, "eval_loss")]
         shown = (
@@ -140,9 +156,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
         if rises:
             click.echo(
-                f"stopped: the whole model's loss rose at {RISES} evaluations in a row, from {min(deep):.3f} to "
-                f"{deep[-1]:.3f}; the best weights are kept; lower --learning-rate, or leave the model as it is with "
-                "--tune exit",
+                f"stopped: the whole model's loss rose at {RISES} evaluations in a row, from "
+                f"{min(deep):.3f} to {deep[-1]:.3f}; the best weights are kept; lower "
+                "--learning-rate, or leave the model as it is with --tune exit",
                 err=True,
             )
 
@@ -150,7 +166,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return float(int(self._clock.elapsed)) if self._timed else float(state.global_step)
 
     def seconds_left(self, state: Any) -> float | None:
-        """Seconds until the run ends, by the time limit or by the steps; None before one is known."""
+        """Return the seconds until the time limit or the last step, whichever comes first.
+
+        None until one of them can be estimated. Never rises from call to call.
+        """
         found = math.inf if self._clock.limit is None else self._clock.limit - self._clock.elapsed
         done = state.global_step - self._first
         if done > 0 and not self._timed:
@@ -169,11 +188,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 class MetricLog:
-    """Metrics of a run as JSON lines, and in TensorBoard where it is installed. `after` drops what a killed run logged
-    after that step."""
+    """Write metrics as JSON lines, and to TensorBoard if it is installed.
+
+    Args:
+        path: The JSONL file.
+        tensorboard: Directory for TensorBoard.
+        after: Step from which a run resumes. Entries logged after it are dropped. None: new log.
+    """
 
     def __init__(self, path: Path, tensorboard: Path, after: int | None) -> None:
-        self._path, self._seen, self._time = path, 0, time.monotonic()
+        self._path = path
+        self._seen = 0
+        self._time = time.monotonic()
         lines = (
             path.read_text(encoding="utf-8").splitlines()
             if after is not None and path.exists()
@@ -190,13 +216,18 @@ class MetricLog:
             )
 
     def write(self, step: int, values: dict[str, float], tokens: int, elapsed: float) -> None:
-        """Log `values`, and with a loss the tokens a second since the last one; `tokens` were seen in all."""
+        """Log `values` at `step`.
+
+        If they contain a loss, add the tokens per second since the last such entry. `tokens` is the
+        total number of tokens seen.
+        """
         if "loss" in values:
             now = time.monotonic()
             values["tokens_per_second"] = round(
                 (tokens - self._seen) / max(now - self._time, 1e-6), 1
             )
-            self._seen, self._time = tokens, now
+            self._seen = tokens
+            self._time = now
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values, "elapsed": round(elapsed, 2)}) + "\n")
         if self._board is not None:
@@ -212,7 +243,7 @@ def _step(line: str) -> float:
     try:
         return float(parse_json(line, nan=True)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that a kill cut off
+        return math.inf  # a line cut off when the run was killed
 
 
 def plan(
@@ -224,8 +255,17 @@ def plan(
     batches: float,
     every: int,
 ) -> list[str]:
-    """Lines about a run of at most `end` steps of which `done` were made: the steps that fit at `seconds` each, with an
-    evaluation `every` so many; `batches` are those of a pass over the data, in steps."""
+    """Describe the expected course of a run, in lines of text.
+
+    Args:
+        clock: Clock of the run.
+        end: Maximum number of steps.
+        done: Steps made so far.
+        seconds: Seconds per step.
+        tokens_per_second: Measured training speed.
+        batches: Steps per pass over the data.
+        every: Steps between evaluations.
+    """
     pause = clock.evaluation + clock.saving
     each = seconds + pause / every
     fitting = (
@@ -252,7 +292,7 @@ def plan(
 
 
 def rising(losses: Sequence[float]) -> bool:
-    """Whether each of the last RISES losses is above the one before, and the last above the lowest."""
+    """Return True if the last RISES losses each rose and the last is well above the lowest."""
     last = losses[-RISES - 1 :]
     return (
         len(last) > RISES
@@ -262,21 +302,28 @@ def rising(losses: Sequence[float]) -> bool:
 
 
 def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> list[str]:
-    """Sentences about an exit, from the evaluations before training (empty where unknown) and of the best step."""
+    """Describe in sentences what training achieved.
+
+    Args:
+        before: Evaluation before training. Empty if unknown.
+        after: Evaluation of the best step.
+        costs: Costs of the engines.
+    """
     start = before or after
     agreement, oracle = (
         f"{start[name]:.1%} -> {after[name]:.1%}"
         for name in ("eval_agreement", "eval_oracle_exits")
     )
     lines = [
-        f"agreement of both exits {agreement}; oracle exits {oracle} (tokens that could exit with {AGREEING:.0%} "
-        "agreement, by a threshold chosen on these tokens)"
+        f"agreement of both exits {agreement}; oracle exits {oracle} (tokens that could exit with "
+        f"{AGREEING:.0%} agreement, by a threshold chosen on these tokens)"
     ]
     rise = after["eval_deep_loss"] / max(start["eval_deep_loss"], 1e-9) - 1
     if rise > _LOST:
         lines.append(
             f"warning: the whole model's loss rose from {start['eval_deep_loss']:.3f} to "
-            f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model as it is with --tune exit"
+            f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model as it is "
+            "with --tune exit"
         )
     share = after["eval_oracle_exits"]
     if (

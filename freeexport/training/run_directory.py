@@ -1,4 +1,7 @@
-"""The directory of an unfinished training run: OUT.training, beside OUT, has its checkpoints and metrics."""
+"""Manage the directory of an unfinished training run.
+
+OUT.training, next to OUT, holds its checkpoints and metrics.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,23 @@ from runtime.errors import OptionError
 from runtime.json_file import UnreadableError, parse_json, read_object, read_text
 
 OPTIONS = "training_options.json"
-ELAPSED = "elapsed.json"  # seconds of training, in a checkpoint
+ELAPSED = "elapsed.json"  # in a checkpoint: seconds of training so far
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})", re.ASCII)
 
 
 def run_directory(out: Path) -> Path:
-    """OUT.training, beside OUT."""
+    """Return the path OUT.training, next to OUT."""
     absolute = Path(os.path.abspath(out))
     return absolute.parent / f"{absolute.name}.training"
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint of an interrupted run; what has another name is none."""
+    """Return the newest complete checkpoint of an interrupted run, or None.
+
+    Only directories named checkpoint-N are considered.
+    """
     steps = {
         path: match[1]
         for path in directory.glob("checkpoint-*")
@@ -59,8 +65,12 @@ def _complete(checkpoint: Path) -> bool:
 
 
 def open_run(out: Path, model: str, options: TrainingOptions) -> None:
-    """Make the directory of a run that writes `out`. Raises OutputError where something of value is in the way, and
-    OptionError where a continued run has other options than the one before."""
+    """Create or check the directory of a run that writes `out`.
+
+    Raises:
+        OutputError: If existing files would be lost.
+        OptionError: If a resumed run has different options from before.
+    """
     name = str(Path(model).absolute()) if Path(model).exists() else model
     record: dict[str, Any] = json.loads(json.dumps({"model": name, **options.recorded()}))
     check_output(out, EXIT_FILE, options.overwrite)
@@ -71,9 +81,8 @@ def open_run(out: Path, model: str, options: TrainingOptions) -> None:
             raise OptionError(f"{directory} holds no run to resume; start one without --resume")
         remedy = "its run cannot be resumed; start anew with --overwrite"
         before = read_object(recorded, remedy, OptionError)
-        defaults = {
-            field.name: field.default for field in fields(TrainingOptions)
-        }  # of options that came later
+        # Options added after the run began have their defaults.
+        defaults = {field.name: field.default for field in fields(TrainingOptions)}
         before = {name: before.get(name, defaults.get(name)) for name in record}
         if changed := sorted(name for name in record if record[name] != before[name]):
             name = changed[0]

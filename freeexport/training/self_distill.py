@@ -1,4 +1,7 @@
-"""`--self-distill`: a model's own greedy outputs as targets, kept in a directory so that none is generated twice."""
+"""Generate a model's own greedy outputs as training targets (`--self-distill`).
+
+Outputs are kept in a directory and never generated twice.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,11 @@ from freeexport.system.output import OutputError
 from freeexport.system.progress import progress
 from runtime.json_file import read_object
 
-# (checkpoint, prompts, most new tokens, directory for its own files) -> index and output of each prompt, as they come.
+# Args: checkpoint, prompts, maximum number of new tokens, directory for temporary files. Yields the
+# index and the output of each prompt, in order of completion.
 Generate = Callable[[Checkpoint, Sequence[Any], int, Path], Iterator[tuple[int, np.ndarray]]]
-OUTPUTS, ABOUT = "outputs.jsonl", "outputs.json"
+OUTPUTS = "outputs.jsonl"
+ABOUT = "outputs.json"
 
 
 def own_examples(
@@ -29,12 +34,25 @@ def own_examples(
     directory: Path,
     generate: Generate,
 ) -> list[list[Example]]:
-    """The prompts of each set of lines with the model's output as target, which ends as the model ended it, or after
-    `new_tokens`. An input that leaves no room for one has none, and is too long for training.
+    """Pair prompts with the model's own outputs as targets.
 
-    Outputs that are not in `directory` are generated and added: OUTPUTS has lines with `input`, or `audio` and the
-    `digest` of its content, `target` (the text) and `target_ids`; ABOUT names the model and the limit. Raises
-    OutputError where the directory holds outputs of another model or limit, or something else.
+    A target ends as the model ended it, or after `new_tokens`. Inputs that leave no space for a
+    target get only the end of sequence. Training drops them.
+
+    Outputs missing from `directory` are generated and appended to it. Lines of OUTPUTS have
+    `input`, or `audio` and the `digest` of its content, and `target` (the text) and `target_ids`.
+    ABOUT records the model and the limit.
+
+    Args:
+        sets: Pairs of a data file and its lines.
+        checkpoint: The model.
+        form: Text format of the model.
+        new_tokens: Maximum length of an output.
+        directory: Directory of the outputs.
+        generate: Generates missing outputs.
+
+    Raises:
+        OutputError: If the directory holds anything but outputs of this model with this limit.
     """
     _open(directory, checkpoint, new_tokens)
     outputs: dict[str, list[int]] = {}
@@ -56,7 +74,8 @@ def own_examples(
             if key not in outputs and fits:
                 missing[key] = request, prompt
     if missing:
-        wanted, names = list(missing.values()), list(missing)
+        wanted = list(missing.values())
+        names = list(missing)
         with progress(
             "the model's own outputs", len(outputs) + len(wanted), len(outputs)
         ) as advance:
@@ -80,8 +99,9 @@ def own_examples(
 
 
 def _open(directory: Path, checkpoint: Checkpoint, new_tokens: int) -> None:
-    """Make the directory, or check that its outputs are the model's, with whatever exit."""
-    sha256, exit_file = checkpoint.sha256, checkpoint.exit
+    """Create the directory, or check that its outputs are from this model, with any exit."""
+    sha256 = checkpoint.sha256
+    exit_file = checkpoint.exit
     if exit_file is not None and exit_file.has_parameters:
         sha256 = exit_file.base_sha256
     about = {"model": checkpoint.name, "sha256": sha256, "new_tokens": new_tokens}
@@ -92,8 +112,8 @@ def _open(directory: Path, checkpoint: Checkpoint, new_tokens: int) -> None:
         for name in ("sha256", "new_tokens"):
             if found.get(name) != about[name]:
                 raise OutputError(
-                    f"{directory} has outputs with {name} {str(found.get(name))[:12]}, not {str(about[name])[:12]}; "
-                    f"{remedy}"
+                    f"{directory} has outputs with {name} {str(found.get(name))[:12]}, not "
+                    f"{str(about[name])[:12]}; {remedy}"
                 )
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OutputError(f"{directory} exists and holds no outputs of a model; {remedy}")

@@ -1,4 +1,4 @@
-"""A Hugging Face model seen as two exits that share a head, in the form that the trainer steps."""
+"""Trainable module for a Hugging Face model with two exits that share a head."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from runtime.bundle.manifest import ConfidenceMeasure
 
 Outputs = dict[str, torch.Tensor]
-# Columns of the measures of a row; `loss` is the cross-entropies of both exits, by depth, or the deep one's alone.
+# Columns of the measures of a row. `loss` is the cross-entropy of both exits weighted by depth, or
+# the deep exit's alone for loss "deep-ce".
 MEASURES = (
     "loss",
     "shallow_loss",
@@ -39,14 +40,18 @@ MEASURES = (
     "agreement",
     "confidence",
 )
-EXIT, ENCODER = -1, -2  # as a layer's number: behind the exit's own layers, and behind the encoder
-IGNORED = -100  # the label of a position that predicts nothing
+# Layer numbers for the output of the exit's own layers and of the encoder.
+EXIT = -1
+ENCODER = -2
+IGNORED = -100  # label of a position that predicts nothing
 
 
 @contextmanager
 def products(bf16: bool) -> Iterator[None]:
-    """With `bf16` products in float32, as those of heads, take factors in bfloat16; what they give is float32: the best
-    two of logits in bfloat16 are often equal."""
+    """Context manager: with `bf16`, float32 products use bfloat16 factors and float32 results.
+
+    This applies to the heads. With results in bfloat16, the two best logits are often equal.
+    """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if bf16 else precision)
     try:
@@ -56,7 +61,10 @@ def products(bf16: bool) -> Iterator[None]:
 
 
 class SharedHead(nn.Module):
-    """logits = scale * dropout(norm(hidden)) W^T + bias [V], with the model's own modules; capped by `softcap`."""
+    """Compute logits = scale * dropout(norm(hidden)) W^T + bias with the model's own modules.
+
+    Logits are soft-capped by `softcap`, if given. The bias is [V].
+    """
 
     bias: torch.Tensor | None
 
@@ -78,37 +86,40 @@ class SharedHead(nn.Module):
         self.dropout = dropout if dropout is not None else nn.Identity()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, d] -> [N, V]."""
+        """Map hidden states [N, d] to logits [N, V]."""
         return self.read(self.normed(hidden))
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, d] -> [N, d]: what the linear layer reads, and what distillation compares."""
+        """Map hidden states [N, d] to inputs of the linear layer [N, d].
+
+        Distillation of hidden states compares these.
+        """
         states: torch.Tensor = self.dropout(self.norm(hidden))
         return states
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight [V, d] of the linear layer."""
+        """Return the weight [V, d] of the linear layer."""
         return next(self.linear.parameters())
 
     def read(self, normed: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of what `normed` gives, [N, d]."""
+        """Compute logits [N, V] from the output [N, d] of `normed`."""
         logits: torch.Tensor = self.linear((normed * self.scale).to(self.weight.dtype))
         return capped(logits if self.bias is None else logits + self.bias, self.softcap)
 
     def rows(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weights [n, d] and biases [n] of some tokens."""
+        """Return the weights [n, d] and biases [n] of `tokens` [n]."""
         return self.weight[tokens], None if self.bias is None else self.bias[tokens]
 
 
 class ShallowDeep(nn.Module):
-    """Both exits of a whole model. The model's own parameters are those that are trained.
+    """Both exits of a full model, whose own parameters are trained.
 
-    Called with a batch it gives `loss`, summed over the rows whose label is not -100, and in evaluation mode instead
-    the `measures` of these rows.
+    A call with a batch returns `loss`, summed over the rows whose label is not -100. In evaluation
+    mode it returns the `measures` of these rows instead.
     """
 
-    # What transformers' Trainer asks of a model.
+    # Attributes that transformers' Trainer reads.
     accepts_loss_kwargs = True
     _keys_to_ignore_on_save: tuple[str, ...] | None = None
 
@@ -123,8 +134,19 @@ class ShallowDeep(nn.Module):
         own: Exit | None = None,
         known: KnownTokens | None = None,
     ) -> None:
-        """`also`: layers that `hidden_states` gives beside those that the loss looks at, or ENCODER. `own`: the exit's
-        parameters, whose states it gives as number EXIT. `known`: the tokens that the exit knows, None for all."""
+        """Wrap `model`.
+
+        Args:
+            model: A model of transformers.
+            description: Its description.
+            exit_layer: Number of layers before the exit.
+            loss: Name of the loss.
+            alpha: Weight of the distillation.
+            also: Layers, or ENCODER, that `hidden_states` returns in addition to those of
+                the loss.
+            own: The exit's own parameters. `hidden_states` returns their outputs under EXIT.
+            known: Tokens of the exit's vocabulary. None: all tokens.
+        """
         super().__init__()
         self.model = model
         self.exit_layer = exit_layer
@@ -133,14 +155,15 @@ class ShallowDeep(nn.Module):
         self.alpha = alpha
         self.seq2seq = description.encoder is not None
         self.head = shared_head(model, description)
-        self.own, self.known = own, known
+        self.own = own
+        self.known = known
         self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
         self._recording: dict[int, torch.Tensor] | None = None
         stack, name = layer_list(model)
         if hasattr(stack, "layerdrop"):
-            stack.layerdrop = 0.0  # M2M100 would leave out layers whose states are read
+            stack.layerdrop = 0.0  # M2M100 would skip layers whose states are needed
         layers = getattr(stack, name)
-        if 0 in self.kept:  # embeddings, with their scale, positions and norm
+        if 0 in self.kept:  # embeddings, including their scale, positions and norm
             layers[0].register_forward_pre_hook(self._recorder(0))
         for number, layer in enumerate(layers, 1):
             if number in self.kept:
@@ -148,21 +171,25 @@ class ShallowDeep(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's parameters."""
+        """Return the device of the model's parameters."""
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     def _recorder(self, number: int) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any = None) -> None:
             output = inputs if output is None else output
-            # Gradient checkpointing runs a layer again in the backward pass: then nobody is recording.
+            # Gradient checkpointing runs a layer again in the backward pass, when nothing is
+            # recorded.
             if self._recording is not None:
                 self._recording[number] = output[0] if isinstance(output, tuple) else output
 
         return record
 
     def hidden_states(self, labels: torch.Tensor, **batch: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Outputs of the layers in `kept`, before the final norm, at the rows whose label is not -100: [N, d] each. For
-        ENCODER those of the encoder, at the valid rows of the prompts."""
+        """Return the outputs of the layers in `kept`, before the final norm, by layer number.
+
+        Each is [N, d] for the rows whose label is not -100. ENCODER has the encoder's states at the
+        valid positions of the prompts.
+        """
         rows = (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
         self._recording = {}
         try:
@@ -171,7 +198,8 @@ class ShallowDeep(nn.Module):
         finally:
             self._recording = None
         if self.own is not None:
-            states, features = recorded[self.exit_layer], None
+            states = recorded[self.exit_layer]
+            features = None
             if self.own.reads_feature:
                 features = self.head.normed(recorded[self.layers])
             if features is not None and isinstance(self.own, ExitLayers):
@@ -186,14 +214,17 @@ class ShallowDeep(nn.Module):
         return found
 
     def exit_normed(self, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Inputs [N, d] of the exit's head, from what `hidden_states` gives."""
+        """Return inputs [N, d] of the exit's head, from the result of `hidden_states`."""
         if self.own is None:
             return self.head.normed(hidden[self.exit_layer])
         normed: torch.Tensor = self.own.norm(hidden[EXIT])
         return normed
 
     def read_exit(self, normed: torch.Tensor) -> torch.Tensor:
-        """The exit's logits of what `exit_normed` gives: [N, V], or those of the classes of `known`."""
+        """Compute the exit's logits from the output of `exit_normed`.
+
+        Their shape is [N, V], or [N, n + 1] for the classes of `known`.
+        """
         if self.known is None:
             return self.head.read(normed)
         rows = self.head.rows(self.known.vocabulary)
@@ -211,8 +242,9 @@ class ShallowDeep(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             )
             return None
-        encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
-        if input_features is not None:  # a whole window, of which nothing is padding
+        encoder = self.model.get_encoder()
+        decoder = self.model.get_decoder()
+        if input_features is not None:  # a full window, without padding
             encoded = encoder(input_features)
             decoder(input_ids=decoder_input_ids, encoder_hidden_states=encoded[0], use_cache=False)
         else:
@@ -233,11 +265,12 @@ class ShallowDeep(nn.Module):
         if self.loss_name == "deep-ce" and self.training:
             return {"loss": losses.cross_entropy(self.head(hidden[self.layers]), targets).sum()}
         states = {number: self.head.normed(hidden[number]) for number in self.kept}
-        # With dropout after the norm, what is distilled is the very sample that the head reads.
+        # Distillation must compare the same dropout sample that the head reads.
         shallow = self.read_exit(
             states[self.exit_layer] if self.own is None else self.exit_normed(hidden)
         )
-        deep, known = self.head.read(states[self.layers]), self.known
+        deep = self.head.read(states[self.layers])
+        known = self.known
         by_layer = {
             self.exit_layer: losses.cross_entropy(
                 shallow, targets if known is None else known.classes(targets)
@@ -262,7 +295,7 @@ class ShallowDeep(nn.Module):
         def read(state: torch.Tensor) -> torch.Tensor:
             return losses.cross_entropy(self.head(state), targets).sum()
 
-        # One layer's logits in memory at a time, or L times the vocabulary would be.
+        # Keep one layer's logits in memory at a time, not those of all layers.
         return losses.by_depth(
             {n: recompute(read, state, use_reentrant=False) for n, state in hidden.items()}
         )
@@ -271,19 +304,22 @@ class ShallowDeep(nn.Module):
 def exits_of(
     logits: torch.Tensor, known: torch.Tensor | None = None, measure: ConfidenceMeasure = "softmax"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best token [N] of logits [N, V], and the confidence in it [N], as engines do (graphs/layers.py). Of
-    logits [N, n + 1] of the classes of `known` tokens [n] it is the best known one, of confidence 0 where the class of
-    all others is better."""
+    """Return the best token [N] and its confidence [N] for logits [N, V], as engines do.
+
+    See graphs/layers.py. For logits [N, n + 1] of the classes of `known` tokens [n], return the
+    best known token. Its confidence is 0 if the class of all other tokens scores higher.
+    """
     chances = logits.float().log_softmax(-1)
     best = chances.topk(2, dim=-1)
     if measure == "entropy":
-        # 0 ln 0 is 0.
+        # Clamped, so that 0 ln 0 is 0.
         entropy = -(chances.exp() * chances.clamp_min(-1e4)).sum(-1)
         confidence = 1 - entropy / math.log(logits.shape[-1])
     else:
         first, second = best.values.exp().unbind(-1)
         confidence = first if measure == "max-prob" else first - second
-    token, confidence = best.indices[:, 0], confidence.clamp(0, 1)
+    token = best.indices[:, 0]
+    confidence = confidence.clamp(0, 1)
     if known is None:
         return token, confidence
     other = token == len(known)
@@ -297,8 +333,15 @@ def measures(
     deep: torch.Tensor,
     loss: torch.Tensor | None = None,
 ) -> Outputs:
-    """`measures` float32 [N, MEASURES] of rows, from the cross-entropies [N] of the exit layer and the last one, what
-    `exits_of` gives, the deep prediction [N], and the `loss` [N] that a run is judged by, None for that by depth."""
+    """Return `measures`: float32 [N, len(MEASURES)].
+
+    Args:
+        by_layer: Cross-entropies [N] of the exit layer and the last layer.
+        targets: Labels [N].
+        shallow: Result of `exits_of`.
+        deep: Deep predictions [N].
+        loss: Loss [N] by which runs are compared. None: the cross-entropies weighted by depth.
+    """
     best, confidence = shallow
     hits = (best == targets, deep == targets, best == deep)
     columns = (
@@ -311,16 +354,18 @@ def measures(
 
 
 def shared_head(model: Any, description: Description) -> SharedHead:
-    """Final norm and head as the model applies them."""
+    """Return the final norm and head as the model applies them."""
     head = description.decoder.head
     norm = (
         nn.Identity()
         if head.norm is None
         else _module(model, View.of(head.norm.weight).tensor.removesuffix(".weight"))
     )
-    # T5's, behind the norm; other decoders have a number of this name, for what stands in their layers.
+    # T5 has a dropout after the norm. In other decoders, an attribute of this name is a number used
+    # in their layers.
     dropout = getattr(model.get_decoder(), "dropout", None)
-    linear, state = model.get_output_embeddings(), model.state_dict()
+    linear = model.get_output_embeddings()
+    state = model.state_dict()
     added = head_bias(head, description.vocab_size, lambda name: state[name].float().cpu().numpy())
     bias = torch.from_numpy(added) if added.any() else None
     dropout = dropout if isinstance(dropout, nn.Module) else None
@@ -328,13 +373,16 @@ def shared_head(model: Any, description: Description) -> SharedHead:
 
 
 def _module(model: Any, name: str) -> Any:
-    """The first GPT-2 checkpoints have the names of the model without a head."""
+    """Find a module by name.
+
+    The first GPT-2 checkpoints name modules as in the model without a head.
+    """
     return (
         model if name.partition(".")[0] in dict(model.named_children()) else model.base_model
     ).get_submodule(name)
 
 
 def layer_list(model: Any) -> tuple[Any, str]:
-    """The module that holds the decoder layers, and under which name."""
+    """Return the module that contains the decoder layers, and the name of its attribute."""
     decoder = model.get_decoder()
     return decoder, next(name for name in ("block", "layers", "h") if hasattr(decoder, name))

@@ -1,4 +1,4 @@
-"""Fine-tune a checkpoint for one exit."""
+"""Fine-tune a checkpoint for an early exit."""
 
 from __future__ import annotations
 
@@ -39,8 +39,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """The outcome of a run: `metrics` are those of the best evaluation, whose weights are in `out`, `before` those from
-    before the first step; `verdict` says in sentences what they mean."""
+    """Outcome of a run.
+
+    Attributes:
+        out: The directory written.
+        steps: Steps made.
+        best_step: Step of the best evaluation, whose weights are in `out`.
+        seconds: Training time.
+        metrics: Metrics of the best evaluation.
+        before: Metrics before the first step.
+        left_out: Notes about examples that were cut or left out.
+        verdict: Sentences that interpret the metrics.
+    """
 
     out: str
     steps: int
@@ -55,22 +65,34 @@ class Trained:
 def train(
     model: str, out: Path, options: TrainingOptions, generate: Generate | None = None
 ) -> Trained:
-    """Fine-tune `model` (a checkpoint directory, hub name, GGUF file or LoRA adapter) and write the result to `out`,
-    complete or not at all. Checkpoints and metrics stand in OUT.training until then. `generate` makes the outputs that
-    options with `self_distill` want.
+    """Fine-tune `model` and write the result to `out`.
 
-    Started by torchrun or `accelerate launch`, every process calls this. Raises CheckpointError, UnsupportedModelError,
-    DataError, OptionError, OutputError, and DivergedError where the loss is no number.
+    `out` appears only when complete. Until then, checkpoints and metrics are in OUT.training. If
+    started by torchrun or `accelerate launch`, every process must call this.
+
+    Args:
+        model: A checkpoint directory, hub name, GGUF file or LoRA adapter.
+        out: Output directory.
+        options: Options of the run.
+        generate: Generates targets for `self_distill`.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged or incomplete.
+        UnsupportedModelError: If the model is not supported.
+        DataError: If the data are broken or too few.
+        OptionError: If options contradict each other or the model.
+        OutputError: If `out` is in the way.
+        DivergedError: If the loss is NaN or infinite.
     """
     for path in filter(None, (options.data, options.validation)):
-        if not path.exists():  # it may be a pipe, which is not opened twice
+        if not path.exists():  # a pipe must not be opened twice
             raise OptionError(f"{path} does not exist; name a JSONL file with 'input' and 'target'")
     _use_threads(options.threads)
     import transformers
     from accelerate import PartialState
     from torch import cuda
 
-    # They announce what is no news here; errors are raised.
+    # Silence routine messages. Errors are still raised.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -117,10 +139,13 @@ def _train(
         checkpoint = _base(model, options, directory, writer)
         begun = _begun(checkpoint, options, directory / "exit")
     description = described(checkpoint, options)
-    with process.main_process_first():  # the others find its outputs
+    with process.main_process_first():  # other processes find its outputs
         training, validation, left_out = examples(checkpoint, description, options, generate)
-    layers, lines = len(description.decoder.layers), [f"warning: {line}" for line in left_out]
-    tokens, vocabulary, share = None, None, 1.0
+    layers = len(description.decoder.layers)
+    lines = [f"warning: {line}" for line in left_out]
+    tokens = None
+    vocabulary = None
+    share = 1.0
     if options.exit_vocab is not None:
         tokens, vocabulary = chosen_tokens(begun, description, options, training)
         share = (len(tokens) + 1) / description.vocab_size
@@ -134,8 +159,8 @@ def _train(
         and begun.exit.exit_layer != options.exit_layer
     ):
         lines.append(
-            f"note: {checkpoint.name} was trained for an exit after layer {begun.exit.exit_layer}; OUT has another, "
-            f"after layer {options.exit_layer}"
+            f"note: {checkpoint.name} was trained for an exit after layer {begun.exit.exit_layer}; "
+            f"OUT has another, after layer {options.exit_layer}"
         )
     costs = step_bytes(description, checkpoint).at(
         options.exit_layer, layers, options.exit_layers, share, options.exit_input
@@ -158,7 +183,7 @@ def _train(
     if writer:
         with output_directory(out, EXIT_FILE, options.overwrite) as partial:
             tuning.write(partial)
-            # An exit's own parameters belong to the weights beside them.
+            # An exit's own parameters belong to the weights next to them.
             has_parameters = tuning.own is not None or vocabulary is not None
             # A directory with a GGUF file is a checkpoint once it has the exit's file.
             weights = next(partial.glob("*.gguf"), partial)
@@ -179,7 +204,8 @@ def _train(
             shutil.copyfile(directory / METRICS, partial / METRICS)
             if (directory / TENSORBOARD).is_dir():
                 shutil.copytree(directory / TENSORBOARD, partial / TENSORBOARD)
-            # safetensors creates files that their owner alone may read; a link's mode is its base's.
+            # safetensors creates files that only their owner may read. A hard link has the mode of
+            # the base.
             for path in partial.glob("*.safetensors"):
                 if path.stat().st_nlink == 1:
                     path.chmod((partial / EXIT_FILE).stat().st_mode & 0o777)
@@ -189,7 +215,7 @@ def _train(
 
 
 def bfloat16_note(bf16: bool) -> str:
-    """Advise on training in bfloat16 on this processor; empty where `bf16` is right."""
+    """Return advice about bfloat16 training on this processor. Empty if `bf16` is right."""
     if multiplies_bfloat16() == bf16:
         return ""
     if bf16:
@@ -199,7 +225,10 @@ def bfloat16_note(bf16: bool) -> str:
 
 
 def _use_threads(count: int | None) -> None:
-    """Set the threads of torch, None for its own number, and how they wait. Call it before torch is imported."""
+    """Set the number of torch's threads and how they wait. Call before torch is imported.
+
+    None keeps torch's default number.
+    """
     wait_quietly(count or usable_cores())
     import torch
 
@@ -210,11 +239,13 @@ def _use_threads(count: int | None) -> None:
 def step_speed(
     model: str, options: TrainingOptions, directory: Path, seconds: float = 15.0
 ) -> tuple[float, float]:
-    """Train `options.steps` steps, fewer where they take longer than `seconds`, the first aside; return the seconds of
-    one and the tokens that it saw in a second, the better of two halves. Nothing is written but files in `directory`,
-    which are of no more use.
+    """Measure the training speed over at most `options.steps` steps or `seconds`.
 
-    Raises as `train` does.
+    The first step is not counted. Leaves only temporary files in `directory`. Raises the errors of
+    `train`.
+
+    Returns:
+        Seconds per step and tokens per second, from the faster half of the steps.
     """
     _use_threads(options.threads)
     from torch import cuda
@@ -240,9 +271,8 @@ def step_speed(
     arguments = training_arguments(options, directory, tuning.lengths[0], resumed=True)
     arguments.eval_strategy = arguments.save_strategy = "no"
     arguments.load_best_model_at_end = False
-    marks: list[
-        tuple[float, int]
-    ] = []  # times and tokens at the ends of steps; the first allocates for the others
+    # Time and tokens seen at the end of each step. The first step allocates memory for the others.
+    marks: list[tuple[float, int]] = []
 
     class Timer(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -255,19 +285,26 @@ def step_speed(
 
 
 def better_half(marks: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """The seconds of a step and the tokens a second, from times and tokens at the ends of steps: of the first half of
-    them or the second, as one may be disturbed by other work."""
+    """Return the seconds per step and tokens per second of the faster half of the steps.
+
+    `marks` are the time and the tokens seen at the end of each step. One half may be disturbed by
+    other work.
+    """
     middle = (len(marks) + 1) // 2
     halves = [half for half in (marks[:middle], marks[middle - 1 :]) if len(half) > 1]
     found = []
     for half in halves:
-        (began, before), (ended, after) = half[0], half[-1]
+        began, before = half[0]
+        ended, after = half[-1]
         found.append(((ended - began) / (len(half) - 1), (after - before) / (ended - began)))
     return max(found, key=lambda one: one[1])
 
 
 def leave_group() -> bool:
-    """Leave the processes' group, or gloo aborts them at the end; return whether this one speaks for the run."""
+    """Leave the process group, and return True in the main process.
+
+    Otherwise gloo aborts the processes at the end.
+    """
     from accelerate import PartialState
 
     process = PartialState()
@@ -289,8 +326,13 @@ def _base(model: str, options: TrainingOptions, directory: Path, writer: bool) -
 
 
 def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Checkpoint:
-    """The checkpoint with the exit that training begins with, if it has one; a ready-made one is unpacked to `work`.
-    Raises CheckpointError where that is not the one asked for."""
+    """Return the checkpoint with the exit from which training starts, if it has one.
+
+    A ready-made exit is unpacked to `work`.
+
+    Raises:
+        CheckpointError: If the exit does not match the options.
+    """
     from freeexport.checkpoints.checkpoint import CheckpointError, with_exit_of
     from freeexport.checkpoints.packed_exit import exit_directory
 
@@ -309,13 +351,14 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Chec
             if options.exit_from is not None and not adapted:
                 known = "" if found.vocabulary is None else f" --exit-vocab {found.vocabulary.size}"
                 raise CheckpointError(
-                    f"--exit-from {options.exit_from} goes with --exit-layer {found.exit_layer} --exit-layers "
-                    f"{found.exit_layers} --exit-input {found.exit_input}{known}; give these"
+                    f"--exit-from {options.exit_from} goes with --exit-layer {found.exit_layer} "
+                    f"--exit-layers {found.exit_layers} --exit-input {found.exit_input}{known}; "
+                    "give these"
                 )
             raise CheckpointError(
-                f"{options.exit_from or checkpoint.name} has an exit of its own already; give the checkpoint that it "
-                "was trained on, or go on with an exit of layers or a vocabulary: the same --exit-layer, "
-                "--exit-layers, --exit-input and --exit-vocab"
+                f"{options.exit_from or checkpoint.name} has an exit of its own already; give the "
+                "checkpoint that it was trained on, or go on with an exit of layers or a "
+                "vocabulary: the same --exit-layer, --exit-layers, --exit-input and --exit-vocab"
             )
     return checkpoint
 
@@ -335,7 +378,8 @@ def _run(
     from freeexport.training.trainer import Clock, ExitTrainer, training_arguments
 
     checkpoint = last_checkpoint(directory) if options.resume else None
-    elapsed, after = 0.0, None
+    elapsed = 0.0
+    after = None
     if checkpoint is not None:
         elapsed = float(json.loads((checkpoint / ELAPSED).read_text(encoding="utf-8")))
         after = int(checkpoint.name.rpartition("-")[2])
@@ -352,12 +396,14 @@ def _run(
             trainer.run(checkpoint)
     finally:
         watch.close()
-    (best_step, best), before = trainer.best(), trainer.before()
+    best_step, best = trainer.best()
+    before = trainer.before()
     seconds = round(clock.elapsed, 1)
     sentences = verdict(before, best, costs) if options.loss != "deep-ce" else []
     if best_step == 0:
         sentences.append(
-            f"kept: the weights from before training, as no evaluation was better by {options.select_by}"
+            "kept: the weights from before training, as no evaluation was better by "
+            f"{options.select_by}"
         )
     return Trained(
         "", trainer.state.global_step, best_step, seconds, best, before, (), tuple(sentences)

@@ -1,5 +1,8 @@
-"""`transformers.Trainer` for a model with an exit: row-exact losses, batches by length, evaluation of both exits, and
-an end that keeps to the time limit."""
+"""`transformers.Trainer` for a model with an exit.
+
+Losses are exact means over rows, batches have examples of similar length, both exits are evaluated,
+and runs end within their time limit.
+"""
 
 from __future__ import annotations
 
@@ -29,24 +32,34 @@ from freeexport.training.run_directory import ELAPSED
 from freeexport.training.shallow_deep import IGNORED, MEASURES
 from freeexport.training.tuning import Trainable
 
-WEIGHTS = "model.safetensors"  # of a checkpoint: what is trained
-FALL = 0.3  # share of a run in which the learning rate of schedule "hold" falls
-AGREEING = 0.99  # share of exits that agree, for which evaluations say how many there would be
-ENDLESS = 1_000_000_000  # steps, where only the time ends a run
-SELECT_SAMPLES, _SELECT_BATCH = 64, 16  # validation examples whose outputs a metric sees, at once
-_LONGER = 2  # outputs may be so many times as long as the longest target
+WEIGHTS = "model.safetensors"  # trained weights in a checkpoint
+FALL = 0.3  # share of a run in which schedule "hold" lowers the learning rate
+AGREEING = 0.99  # agreement required of the exits counted by `oracle_exits`
+ENDLESS = 1_000_000_000  # steps of a run that only the time limit ends
+# Validation examples whose outputs a metric scores, and how many are decoded at once.
+SELECT_SAMPLES = 64
+_SELECT_BATCH = 16
+_LONGER = 2  # limit of an output's length, relative to the batch's longest target
 
 
 def selected(options: TrainingOptions) -> str:
-    """The key in evaluations of what a run is selected by."""
+    """Return the key, in evaluation metrics, of the value by which a run is selected."""
     return f"eval_{options.select_by.replace('-', '_')}"
 
 
 def training_arguments(
     options: TrainingOptions, directory: Path, lengths: Sequence[int], resumed: bool
 ) -> TrainingArguments:
-    """Trainer's arguments; checkpoints go to `directory`. `lengths` are those of the examples, in tokens."""
-    processes, on_cpu = PartialState().num_processes, not torch.cuda.is_available()
+    """Return Trainer's arguments.
+
+    Args:
+        options: Options of the run.
+        directory: Directory for checkpoints.
+        lengths: Lengths of the training examples, in tokens.
+        resumed: True if the run resumes from a checkpoint. Skips the evaluation at the start.
+    """
+    processes = PartialState().num_processes
+    on_cpu = not torch.cuda.is_available()
     steps = ENDLESS if options.steps is None else options.steps
     if options.epoch_count is not None:
         batches = len(LengthBatches(lengths, options.batch_tokens, options.seed, devices=processes))
@@ -84,7 +97,13 @@ def training_arguments(
 
 
 def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
-    """Return the learning rate as a share of its peak, at `progress` in [0, 1] of a run; `warmup` is a share of it."""
+    """Return the learning rate as a fraction of its peak.
+
+    Args:
+        schedule: Name of the schedule.
+        warmup: Share of the run with a rising rate.
+        progress: Position in the run, from 0 to 1.
+    """
     if progress < warmup:
         return progress / warmup
     if schedule == "constant":
@@ -98,27 +117,40 @@ def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
 
 
 def decided_rows(labels: torch.Tensor, seq2seq: bool) -> torch.Tensor:
-    """The rows that may exit, bool [N], of those of labels [B, m] that are not IGNORED: all but the first of each
-    sequence of a decoder-only model, and of one that begins with given tokens, as of speech."""
+    """Return a mask of the rows that may exit, bool [N].
+
+    It covers the N labelled rows of `labels` [B, m]. The first labelled row of a sequence never
+    exits in a decoder-only model, nor if its target begins with given tokens, as for speech.
+    """
     wanted = labels != IGNORED
     left_out = ~wanted[:, :1] | (not seq2seq)
     return (wanted.cumsum(1) > left_out.int())[wanted]
 
 
 def oracle_exits(confidence: torch.Tensor, agreed: torch.Tensor) -> float:
-    """The largest share of tokens, the surest, of which AGREEING agree with the deep prediction: what would exit at a
-    threshold that is chosen on these very tokens. `confidence` float [N], `agreed` bool [N]."""
+    """Return the largest share of tokens that could exit with an agreement of at least AGREEING.
+
+    Tokens are taken in order of `confidence`, float [N]. `agreed`, bool [N], is True if both exits
+    predict the same token. The result corresponds to a threshold chosen on these tokens.
+    """
     right = agreed[confidence.argsort(descending=True, stable=True)].double().cumsum(0)
     ahead = (right >= AGREEING * torch.arange(1, len(right) + 1)).nonzero()
     return float(ahead.max() + 1) / len(right) if len(ahead) else 0.0
 
 
 class Clock:
-    """Seconds of training, those before a resumed checkpoint included; `limit` in seconds or None.
+    """Training time in seconds, including time before a resumed checkpoint.
 
-    The evaluation and checkpoint that end a run, and the step before, must fit in the limit: `share` is how much of
-    the time for steps had passed at the last `tick`. It is the same in every process, since they must stop at the same
-    step and agree on the learning rate. `evaluation`, `saving` and `step` are seconds of one.
+    The last step, the final evaluation and the final checkpoint must fit in the limit. All
+    processes have the same `share`, because they must stop at the same step and use the same
+    learning rate.
+
+    Attributes:
+        limit: Time limit in seconds, or None.
+        share: Elapsed share of the time available for steps, at the last `tick`.
+        evaluation: Longest time of an evaluation.
+        saving: Longest time of a checkpoint.
+        step: Longest time of a recent step.
     """
 
     def __init__(self, limit: float | None, elapsed: float = 0.0) -> None:
@@ -129,18 +161,20 @@ class Clock:
 
     @property
     def elapsed(self) -> float:
+        """Return the seconds since the start of training."""
         return time.monotonic() - self._start
 
     @property
     def time_for_steps(self) -> float:
-        """Seconds of the limit that are left for steps; infinite without one."""
+        """Return the seconds that the limit leaves for steps. Infinite without a limit."""
         return math.inf if self.limit is None else self.limit - self.evaluation - self.saving
 
     def stepped(self, seconds: float) -> None:
-        """Note what a step took. A slow one is forgotten after a while."""
+        """Record the duration of a step. A slow one loses weight over time."""
         self.step = max(seconds, 0.9 * self.step)
 
     def tick(self) -> None:
+        """Update `share`, with the main process's value in all processes."""
         if self.limit is not None:
             [self.share] = broadcast_object_list([self._share()])
 
@@ -152,17 +186,24 @@ class Clock:
 def output_metric(
     model: Any, checkpoint: Checkpoint, validation: Sequence[Example], metric: str
 ) -> Callable[[], float]:
-    """Return a function that decodes the first validation examples with the present weights and gives the metric of
-    these outputs, in [0, 1]. Raises OptionError for an unknown metric, MetricError for one that does not fit."""
+    """Return a function that scores the outputs of the current weights, in [0, 1].
+
+    It decodes the first SELECT_SAMPLES validation examples and applies `metric`.
+
+    Raises:
+        OptionError: If the metric is unknown.
+        MetricError: If it does not fit the targets.
+    """
     examples = sorted(validation[:SELECT_SAMPLES], key=lambda example: len(example.prompt))
-    tokenizer, measure = load_tokenizer(checkpoint), metric_of(metric)
+    tokenizer = load_tokenizer(checkpoint)
+    measure = metric_of(metric)
 
     def texts(outputs: Iterable[Any]) -> list[str]:
         return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in outputs]
 
     targets = texts(example.target for example in examples)
     references = [Reference((text,)) for text in targets]
-    measure.table(targets, references)  # does it fit?
+    measure.table(targets, references)  # raises MetricError if the metric does not fit
 
     def measured() -> float:
         outputs = list[str]()
@@ -178,7 +219,10 @@ def output_metric(
 
 
 class ExitTrainer(Trainer):
-    """Trains a module that returns a `loss` summed over rows, and `measures` of the rows in evaluation mode."""
+    """Trainer for a module that returns a `loss` summed over rows.
+
+    In evaluation mode the module returns the `measures` of the rows instead.
+    """
 
     def __init__(
         self,
@@ -189,7 +233,9 @@ class ExitTrainer(Trainer):
         callbacks: list[TrainerCallback],
         written: Callable[[], float] | None = None,
     ) -> None:
-        self.options, self.clock, self._written = options, clock, written
+        self.options = options
+        self.clock = clock
+        self._written = written
         self._seq2seq = bool(tuning.module.seq2seq)
         self.tokens_seen: torch.Tensor | int = 0
         lengths, self._validation_lengths = tuning.lengths
@@ -206,7 +252,7 @@ class ExitTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # metrics go to a file
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        # Each process cuts its own share of the batches, so accelerate has nothing to shard.
+        # Each process selects its own batches, so accelerate must not shard them.
         return loader(self.train_dataset, self.batches, self.data_collator, self.args.seed)
 
     def compute_loss(
@@ -216,7 +262,7 @@ class ExitTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean over the rows of the whole step, all micro-batches and devices."""
+        """Return the mean loss over the rows of a whole step: all micro-batches and devices."""
         outputs = model(**inputs)
         if "attention_mask" in inputs:
             self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum().detach()
@@ -226,7 +272,8 @@ class ExitTrainer(Trainer):
             if num_items_in_batch is not None
             else (inputs["labels"] != IGNORED).sum()
         )
-        # Data parallelism averages gradients over processes: undo it, since `rows` already counts those of all.
+        # Data parallelism averages gradients over processes. Undo that, since `rows` already counts
+        # the rows of all processes.
         loss = (
             outputs["loss"]
             / rows
@@ -241,9 +288,15 @@ class ExitTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measure means over the rows of the validation examples, and the share that each exit predicts right. The
-        agreement of both, and oracle exits, leave out a decoder-only model's first tokens: the prompt predicts them."""
-        model, where, began = cast(torch.nn.Module, self.model), self.args, time.monotonic()
+        """Evaluate both exits on the validation examples.
+
+        Returns mean losses and accuracies over all rows. The agreement of the exits and
+        `oracle_exits` cover only rows that may exit (see `decided_rows`). If a metric was chosen,
+        it is included too.
+        """
+        model = cast(torch.nn.Module, self.model)
+        where = self.args
+        began = time.monotonic()
         was_training = model.training
         model.eval()
         batches = LengthBatches(self._validation_lengths, self.options.batch_tokens, seed=0)
@@ -280,8 +333,9 @@ class ExitTrainer(Trainer):
         return metrics
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Schedule by steps, or by time where the time limit comes first."""
-        options, clock = self.options, self.clock
+        """Schedule the learning rate by steps, or by time if the time limit comes first."""
+        options = self.options
+        clock = self.clock
 
         def factor(step: int) -> float:
             progress = max((step + 1) / num_training_steps, min(clock.share, 1.0))
@@ -294,7 +348,7 @@ class ExitTrainer(Trainer):
         return self.lr_scheduler
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train from the start or from `checkpoint`, and leave the module with the weights of the best evaluation."""
+        """Train from the start or from `checkpoint`, then load the weights of the best step."""
         if checkpoint is None:
             self.train()
         else:
@@ -302,7 +356,7 @@ class ExitTrainer(Trainer):
             if state.global_step < self.args.max_steps and self.clock.share < 1:
                 self.train(resume_from_checkpoint=str(checkpoint))
             else:
-                self.state = state  # it was killed between its last step and the end
+                self.state = state  # killed after the last step, before the end
                 self._load_best_model()
         if self.best()[0] == 0:
             module = cast(torch.nn.Module, self.model)
@@ -310,21 +364,25 @@ class ExitTrainer(Trainer):
 
     @property
     def _start(self) -> Path:
-        """The directory with the weights of step 0, which no checkpoint has."""
+        """Return the directory of the weights of step 0, which are in no checkpoint."""
         return Path(str(self.args.output_dir)) / "start"
 
     def best(self) -> tuple[int, dict[str, float]]:
-        """Step and measures of the best evaluation, of equal ones the first after a step. That before the first step
-        counts, too, where its weights were kept."""
-        name, sign = selected(self.options), -1 if self.args.greater_is_better else 1
+        """Return step and metrics of the best evaluation.
+
+        Among equal evaluations, the first after a step wins. The evaluation before training counts
+        only if its weights were saved.
+        """
+        name = selected(self.options)
+        sign = -1 if self.args.greater_is_better else 1
         evaluations = [entry for entry in self.state.log_history if name in entry]
-        if not (self._start / WEIGHTS).exists():  # a run of another version is continued
+        if not (self._start / WEIGHTS).exists():  # resumed from an older version
             evaluations = [entry for entry in evaluations if entry["step"] > 0]
         best = min(evaluations, key=lambda entry: (sign * entry[name], entry["step"] == 0))
         return int(best["step"]), _measures(best)
 
     def before(self) -> dict[str, float]:
-        """Measures before the first step; empty where a run of another version is continued."""
+        """Return the metrics before training. Empty if an older version started the run."""
         first = next(entry for entry in self.state.log_history if "eval_loss" in entry)
         return _measures(first) if first["step"] == 0 else {}
 
@@ -334,7 +392,7 @@ class ExitTrainer(Trainer):
         self.clock.saving = max(self.clock.saving, time.monotonic() - began)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save only what is trained, each shared tensor once."""
+        """Save only trained parameters, and each shared tensor once."""
         directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
         parameters = dict(cast(torch.nn.Module, self.model).named_parameters())
@@ -347,7 +405,7 @@ class ExitTrainer(Trainer):
         (directory / ELAPSED).write_text(json.dumps(self.clock.elapsed), encoding="utf-8")
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Frozen parameters are missing from a checkpoint on purpose."""
+        """Suppress warnings: checkpoints contain no frozen parameters."""
 
 
 def _measures(entry: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Ways of tuning: the module that is stepped, its batches, and how it is written."""
+"""Ways to tune a model: the trained module, its batches, and how results are written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# The tokenizer's files in a checkpoint directory, and its generation settings.
+# Files of the tokenizer and the generation settings in a checkpoint directory.
 _TOKENIZER_FILES = (
     *(
         "tokenizer*.json",
@@ -48,8 +48,17 @@ _TOKENIZER_FILES = (
 
 @dataclass
 class Trainable:
-    """`module` is stepped on batches that `collate` makes of `training`; `lengths` in tokens run parallel to the
-    two sets. `write` puts the trained weights into an empty directory; `own` is the exit, where it has parameters."""
+    """A module with its data.
+
+    Attributes:
+        module: The module to train.
+        training: Training examples.
+        validation: Validation examples.
+        lengths: Lengths of both, in tokens.
+        collate: Makes a batch of examples.
+        write: Writes the trained weights to an empty directory.
+        own: The exit, if it has parameters.
+    """
 
     module: torch.nn.Module
     training: Any
@@ -61,7 +70,7 @@ class Trainable:
 
     @property
     def exit_layers(self) -> int:
-        """Transformer layers of the exit's own."""
+        """Return the number of the exit's own transformer layers."""
         return len(self.own.layers) if isinstance(self.own, ExitLayers) else 0
 
 
@@ -75,20 +84,36 @@ def trainable(
     tokens: np.ndarray | None,
     cache: Path,
 ) -> Trainable:
-    """Prepare what `options.tune` names. `tokens`: the exit's vocabulary, None for all.
+    """Prepare a training of the kind `options.tune`.
 
-    full: every weight, in 16 bytes of memory a parameter and what the batch needs, and the exit's own layers.
-    lora: an adapter, written with `model_name` as its base or the training of the one that it is, and the exit's own
-    layers.
-    exit: an exit on a frozen model, or on one with an adapter, which runs once over the data; the directory `cache`
-    takes 2 d + 210 bytes, with features 4 d + 214, a position, of all for layers, and 2 d + 4 one of the encoder, of
-    the targets for an adapter. Of several processes, the first must be through before the others call this: they find
-    the cache filled.
+    Kinds:
+        full: Train all weights and the exit's own layers. Needs 16 bytes of memory per parameter,
+            plus the batch.
+        lora: Train a LoRA adapter and the exit's own layers. The adapter is written with
+            `model_name` as its base. If the model is itself an adapter, its training continues.
+        exit: Train an exit on a frozen model, possibly with an adapter. The model runs over the
+            data once, and its outputs are cached. With own layers, a cache record takes 2 d + 210
+            bytes (4 d + 214 with features) for every position, plus 2 d + 4 bytes for every encoder
+            position. Without own layers, only target positions are cached.
+
+    In distributed runs, call on rank 0 first. It fills the cache.
+
+    Args:
+        model_name: The model as given by the user.
+        checkpoint: The opened model.
+        description: Its description.
+        options: Options of the run.
+        training: Training examples.
+        validation: Validation examples.
+        tokens: The exit's vocabulary. None: all tokens.
+        cache: Directory for the frozen model's outputs.
     """
-    # An adapter's training goes on beside its base, all else on the two merged.
+    # With "lora", training of an adapter continues on its base, unmerged. Otherwise the two are
+    # merged.
     goes_on = checkpoint.adapter if options.tune == "lora" else None
     base = checkpoint if goes_on is None else replace(checkpoint, adapter=None)
-    model, frozen = trainable_model(base, options), options.tune == "exit"
+    model = trainable_model(base, options)
+    frozen = options.tune == "exit"
     if (speech := speech_of(checkpoint, description)) is not None:
         _suppress(model, [*speech.suppressed, speech.no_speech, speech.no_timestamps])
     collate = Collator(checkpoint.generation_config.get("decoder_start_token_id"))
@@ -141,7 +166,7 @@ def trainable(
 
 
 def _suppress(model: PreTrainedModel, tokens: list[int]) -> None:
-    """Make what is never written improbable, as decoding does."""
+    """Make tokens that are never emitted improbable, as decoding does."""
 
     def suppressed(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits.index_fill_(-1, torch.tensor(tokens, device=logits.device), SUPPRESSED)
@@ -156,11 +181,14 @@ def _adapted(
     description: Description,
     options: TrainingOptions,
 ) -> PeftModel:
-    """The model with LoRA on every linear layer but the head, or with the adapter whose training goes on, which keeps
-    its rank. A hub name is its base as it is, a path absolute."""
+    """Add LoRA to every linear layer except the head, or load the adapter to continue.
+
+    A loaded adapter keeps its rank. A base given as a path is recorded as an absolute path, a hub
+    name unchanged.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    # A frozen embedding would cut gradient checkpointing off from everything below.
+    # With gradient checkpointing, a frozen embedding would block all gradients.
     if options.gradient_checkpointing:
         model.enable_input_require_grads()
     if goes_on is not None:
@@ -171,10 +199,11 @@ def _adapted(
         r=options.adapter_rank,
         lora_alpha=2 * options.adapter_rank,
         target_modules="all-linear",
-        lora_dropout=0.1 if options.dropout is None else options.dropout,  # FREE's authors have 0.1
+        # FREE's authors use a dropout of 0.1.
+        lora_dropout=0.1 if options.dropout is None else options.dropout,
         task_type="SEQ_2_SEQ_LM" if description.encoder is not None else "CAUSAL_LM",
     )
-    torch.manual_seed(options.seed)  # of the adapters' random half
+    torch.manual_seed(options.seed)  # initialises the random half of the adapter
     adapted: PeftModel = get_peft_model(model, config)
     config.base_model_name_or_path = resolved(model_name)
     return adapted
@@ -185,18 +214,20 @@ def resolved(base: str) -> str:
 
 
 def trainable_model(checkpoint: Checkpoint, options: TrainingOptions) -> PreTrainedModel:
-    """The checkpoint's model in float32 and training mode, with the dropout asked for."""
+    """Load the checkpoint's model in float32 and training mode, with the requested dropout."""
     model = reference_model(checkpoint).train()
-    # T5's gelu is written in six elementwise operations, a fifth of a step of a small model on a CPU.
+    # T5's gelu consists of six elementwise operations, which take a fifth of a step of a small
+    # model on a CPU.
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__ == "NewGELUActivation":
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
     if not torch.cuda.is_available():
-        # The backward pass of torch's fused attention is four times as slow on a CPU, for sentences.
+        # On a CPU, the backward pass of torch's fused attention takes four times as long on short
+        # sequences.
         model.set_attn_implementation("eager")
     if options.gradient_checkpointing:
-        # Here rather than by Trainer: the model is not what it steps.
+        # Not left to Trainer, whose module is not the model itself.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if options.dropout is not None:
         for module in model.modules():
@@ -209,7 +240,7 @@ def trainable_model(checkpoint: Checkpoint, options: TrainingOptions) -> PreTrai
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
-    """Copy the tokenizer and generation settings of the base, byte for byte where it has them as files."""
+    """Copy the base's tokenizer and generation settings, unchanged if they are files."""
     if checkpoint.path.is_file():
         write_tokenizer(checkpoint, directory)
         return
@@ -219,7 +250,10 @@ def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def link_base(checkpoint: Checkpoint, directory: Path) -> None:
-    """Put the base's weights, configuration and tokenizer there, unchanged; of a LoRA adapter its own files."""
+    """Link the base's weights, configuration and tokenizer into `directory`, unchanged.
+
+    For a LoRA adapter, link the adapter's own files.
+    """
     if checkpoint.adapter is not None:
         config, base = read_adapter(checkpoint.adapter)
         config = {**config, "base_model_name_or_path": resolved(base)}

@@ -1,1 +1,1 @@
-"""Verification."""
+"""Verification of bundles against their checkpoints."""

@@ -1,14 +1,17 @@
-"""One comparison of a verification: what was measured, how far it may be, and how people read it."""
+"""A single comparison of a verification: error, tolerance, and descriptions for users."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# largest, rms: of a difference, as a share of the largest or of the root mean square of what it is from.
-# divergence: mean Kullback-Leibler divergence of predictions, in nats. nats: mean nats lost of the token that stands
-# there. best: share of the rows with another best token, of those where the two best are further apart than noise.
-# rows: share of the rows that moved further than noise.
+# Measures of an error.
+# largest, rms: difference as a share of the largest value, or of the root mean square, of the
+# reference.
+# divergence: mean Kullback-Leibler divergence of predictions, in nats.
+# nats: mean change of the next token's log probability, in nats.
+# best: share of rows with a different best token, among rows where noise cannot change it.
+# rows: share of rows that moved further than noise.
 Measure = Literal["largest", "rms", "divergence", "nats", "best", "rows"]
 
 _SENTENCES: dict[str, str] = {
@@ -23,9 +26,17 @@ _SENTENCES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Check:
-    """`error` is how far `tensor` is off by `measure`, at most `tolerance`. `reference` is how far transformers, in the
-    bundle's precision, is from the same float64 values itself; None where the engines are compared with themselves.
-    `scale` turns a share of the largest value into logits.
+    """Result of one comparison.
+
+    Attributes:
+        name: Name of the comparison.
+        tensor: Name of the compared tensor.
+        error: Error by `measure`.
+        tolerance: Largest error that passes.
+        measure: Measure of the error.
+        reference: Error of transformers in the bundle's precision, from the same float64 values.
+            None if the engines are compared with themselves.
+        scale: Factor from shares of the largest value to logits.
     """
 
     name: str
@@ -42,7 +53,7 @@ class Check:
 
 
 def sentence_of(check: dict[str, Any]) -> str:
-    """Describe a check of a report, passed or not."""
+    """Describe a check of a report in a sentence."""
 
     def shown(value: float | None) -> str:
         if value is None:
@@ -55,11 +66,17 @@ def sentence_of(check: dict[str, Any]) -> str:
         if check["reference"] is None
         else f"; transformers itself is {shown(check['reference'])} from float64"
     )
-    return f"{check['name']}: {check['tensor']} {found}, the limit is {shown(check['tolerance'])}{itself}"
+    return (
+        f"{check['name']}: {check['tensor']} {found}, the limit is "
+        f"{shown(check['tolerance'])}{itself}"
+    )
 
 
 def entry_of(check: dict[str, Any]) -> tuple[str, str]:
-    """A check of a report, older ones too, as a line of a table: what was compared, and the figures."""
+    """Return a row of a table for a check of a report: the comparison and its values.
+
+    Accepts reports of older versions.
+    """
     measure = check.get("measure", "largest")
     what = f"{check['name']}: {check['tensor']}" + (
         "" if measure in ("largest", "rms") else f", {measure}"
@@ -73,8 +90,11 @@ def entry_of(check: dict[str, Any]) -> tuple[str, str]:
 
 
 def greedy_line(greedy: dict[str, Any]) -> tuple[bool, str]:
-    """Whether greedy decoding gave the checkpoint's token ids for every prompt, up to ties, and the line that says so:
-    where the others first differ, and how far apart the checkpoint's two best logits are there."""
+    """Return the result of greedy decoding and a line that describes it.
+
+    The result is True if the token ids of every prompt equal the checkpoint's, up to ties. The line
+    reports where others first differ, and the distance of the checkpoint's two best logits there.
+    """
     prompts = greedy["prompts"]
     others = [prompt for prompt in prompts if prompt["first_difference"] is not None]
     line = f"greedy decoding: ids of {len(prompts) - len(others)} of {len(prompts)} prompts equal"
@@ -90,8 +110,9 @@ def greedy_line(greedy: dict[str, Any]) -> tuple[bool, str]:
 
 
 def quality_line(quality: dict[str, Any]) -> str:
-    """The quality measured on text, as people read it."""
+    """Describe the quality measured on text in a line."""
     return (
         f"quality on {quality['tokens']} tokens: same best token {quality['agreement']:.1%}, "
-        f"perplexity x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} nats"
+        f"perplexity x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} "
+        "nats"
     )

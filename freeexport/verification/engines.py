@@ -1,9 +1,10 @@
-"""A bundle's engines called in several ways: all rows at once, one row at a time, and sync passes of several rows.
+"""Run a bundle's engines in several ways: all rows at once, one by one, and in sync passes.
 
-Weights in 8 and 4 bits come with activations in 8: a last bit of attention, which another kernel or another processor
-rounds otherwise, now and then tips an activation over to its next step, and after a few layers every row differs. How
-far is a property of the model and the precision. So it is measured: the caches and hidden states are changed by less
-than one step of what the engines compute in, and the largest difference, which is luck, is not what is judged.
+8- and 4-bit weights come with 8-bit activations. Kernels and processors may round the last bit of
+attention differently. Now and then that moves an activation to its next step, and after a few
+layers every row differs. By how much depends on the model and the precision, so it is measured:
+caches and hidden states are changed by less than one step of the engines' arithmetic. The largest
+difference depends on chance, so it is not judged.
 """
 
 from __future__ import annotations
@@ -27,27 +28,38 @@ from runtime.machine.machine import usable_cores
 from runtime.text.sampler import log_softmax
 from runtime.text.tokenizer import Tokenizer
 
-# A comparison may be so many times as far as noise. Faults (a shifted position, another row's cache) are 15 to 1000
-# times as far.
+# Limit of a comparison, relative to noise. Faults (a shifted position, another row's cache) exceed
+# noise by a factor of 15 to 1000.
 FACTOR = 4.0
-# Shares of rows that may be past even that.
-BEST, ROWS = 0.01, 0.02
-# Nats that may always be: in fp32 noise is almost nothing, and kernels that add up in another order differ by more.
+# Shares of rows that may exceed even that: by another best token, and by their divergence.
+BEST = 0.01
+ROWS = 0.02
+# Smallest tolerance in nats. In fp32 noise is almost zero, and a different order of summation in
+# kernels exceeds it.
 LEAST = 1e-4
-SOUNDS = 2  # windows that are run of a bundle that reads speech
+SOUNDS = 2  # windows to run if a bundle reads speech
 # Rows whose log probabilities are in memory at once.
 _BLOCK = 64
-# By how much of themselves the numbers that an engine reads are changed, at most, to see its noise: a last bit of what
-# it computes in. In fp32 it is what attention differs by from kernel to kernel (5e-7). With activations in 8 bits noise
-# is the same from 6e-8 to 4e-3 in a model of 30 layers; in one of few layers less than this tips too few over.
+# Largest relative change of the engines' inputs for measuring noise: the last bit of their
+# arithmetic. In fp32 it is the difference of attention between kernels (5e-7). With 8-bit
+# activations, noise is the same from 6e-8 to 4e-3 in a model of 30 layers. In a model of few
+# layers, smaller changes move too few activations.
 Arithmetic = FloatType | Literal["8 bits"]
 STEP: dict[Arithmetic, float] = {"fp32": 2**-21, "fp16": 2**-10, "bf16": 2**-8, "8 bits": 2**-12}
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is run: tokens of each text, draws of noise, sizes of sync passes, prompts to decode and tokens of each,
-    and after how many seconds no further check is begun."""
+    """Extent of a verification.
+
+    Attributes:
+        tokens: Tokens of each text.
+        draws: Draws of noise.
+        sync_sizes: Rows of the sync passes.
+        prompts: Number of prompts to decode.
+        new_tokens: Tokens to decode for each prompt.
+        seconds: Time after which no further check is started.
+    """
 
     tokens: int = 48
     draws: int = 3
@@ -63,8 +75,14 @@ QUICK = Extent(tokens=24, draws=2, sync_sizes=(2, 8), prompts=2, new_tokens=16, 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids int64 [B, n] and their lengths [B]; for an encoder-decoder also the prompts, which of
-    speech are spectrograms float32 [B, bins, 2 E]."""
+    """Token sequences and prompts.
+
+    Attributes:
+        tokens: Right-padded token ids int64 [B, n].
+        lengths: Their lengths [B].
+        prompts: Prompts of an encoder-decoder: token ids, or spectrograms float32 [B, bins, 2 E].
+        prompt_lengths: Their lengths [B].
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -76,14 +94,18 @@ class Batch:
         return int(self.tokens.shape[1])
 
     def following(self, index: np.ndarray) -> np.ndarray:
-        """The tokens after those at flat indices; after the last of a text any."""
+        """Return the tokens after those at flat indices.
+
+        They are arbitrary after the last token of a text.
+        """
         found: np.ndarray = np.roll(self.tokens, -1, axis=1).reshape(-1)[index]
         return found
 
 
 def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:
-    """The sample texts as a padded batch."""
-    manifest, sequences = bundle.manifest, sample_ids(bundle)
+    """Return the sample texts as a padded batch."""
+    manifest = bundle.manifest
+    sequences = sample_ids(bundle)
     limit = max(1, min(tokens, manifest.capacity - 1))
     if manifest.speech is not None:
         start = [manifest.decoder_start_token_id or 0]
@@ -92,7 +114,7 @@ def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:
         return Batch(*pad(targets), sample_sounds(manifest), lengths)
     if not manifest.encoder_decoder:
         return Batch(*pad([ids[:limit] for ids in sequences]))
-    # What the decoder reads need not answer the prompt: any text will do.
+    # The decoder's text need not answer the prompt.
     start = manifest.output_begins[:limit]
     targets = [start + ids[: limit - len(start)] for ids in sequences[1:] + sequences[:1]]
     prompts = [ids[: min(tokens, manifest.encoder_capacity)] for ids in sequences]
@@ -100,7 +122,7 @@ def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:
 
 
 def sample_sounds(manifest: Manifest) -> np.ndarray:
-    """Windows of noise that rises and falls, as spectrograms float32 [SOUNDS, bins, 2 E]."""
+    """Return windows of smooth random noise, as spectrograms float32 [SOUNDS, bins, 2 E]."""
     assert manifest.speech is not None
     shape = (SOUNDS, manifest.speech.bins, 2 * manifest.encoder_capacity)
     smooth = np.random.default_rng(0).standard_normal(shape).cumsum(axis=-1)
@@ -108,12 +130,13 @@ def sample_sounds(manifest: Manifest) -> np.ndarray:
 
 
 def sample_ids(bundle: Bundle) -> list[list[int]]:
-    """Token ids of the sample texts; random ones, without padding, if the bundle has no tokenizer or one of another
-    vocabulary."""
-    tokenizer, vocabulary = (
-        Tokenizer.load(bundle.path, bundle.manifest.files),
-        bundle.manifest.vocab_size,
-    )
+    """Return token ids of the sample texts.
+
+    If the bundle has no tokenizer or its vocabulary does not match, they are random, without
+    padding.
+    """
+    tokenizer = Tokenizer.load(bundle.path, bundle.manifest.files)
+    vocabulary = bundle.manifest.vocab_size
     if tokenizer is not None:
         texts = (
             files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
@@ -122,13 +145,13 @@ def sample_ids(bundle: Bundle) -> list[list[int]]:
         if all(0 <= token < vocabulary for ids in sequences for token in ids):
             return sequences
     generator = np.random.default_rng(0)
-    # M2M100 in transformers gives padding no position, wherever it stands.
+    # M2M100 in transformers assigns no position to padding tokens anywhere.
     known = [token for token in range(vocabulary) if token != bundle.manifest.pad_token_id]
     return [generator.choice(known, size).tolist() for size in (37, 11, 24, 5)]
 
 
 def pad(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int64 [B, n], zeros on the right, and their lengths int32 [B]."""
+    """Return token ids int64 [B, n], zero-padded on the right, and their lengths int32 [B]."""
     tokens = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
     for row, ids in enumerate(sequences):
         tokens[row, : len(ids)] = ids
@@ -136,12 +159,12 @@ def pad(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mask_of(lengths: np.ndarray, width: int) -> np.ndarray:
-    """1 where a padded batch has a token, else 0: int64 [B, width]."""
+    """Return the mask of a padded batch, int64 [B, width]: 1 for tokens, 0 for padding."""
     return (np.arange(width)[None] < lengths[:, None]).astype(np.int64)
 
 
 def rows_of(lengths: np.ndarray | None, width: int) -> np.ndarray:
-    """Flat indices of the valid rows of a padded batch."""
+    """Return flat indices of the valid rows of a padded batch."""
     assert lengths is not None
     return np.flatnonzero(mask_of(lengths, width))
 
@@ -149,10 +172,14 @@ def rows_of(lengths: np.ndarray | None, width: int) -> np.ndarray:
 def encode(
     bundle: Bundle, batch: Batch, threads: int | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Cross-attention inputs of a padded batch, and the encoder's output; nothing for a decoder-only bundle."""
+    """Return the cross-attention inputs of a padded batch, and the encoder's output.
+
+    For a decoder-only bundle, they are empty and None.
+    """
     if batch.prompts is None or batch.prompt_lengths is None:
         return {}, None
-    kernels, threads = bundle.manifest.kernels, threads or usable_cores()
+    kernels = bundle.manifest.kernels
+    threads = threads or usable_cores()
     engines = [
         OnnxEngine(bundle.engine(name), threads, kernels=kernels)
         for name in ("encoder", "prologue")
@@ -161,23 +188,26 @@ def encode(
 
 
 class EnginePair:
-    """Shallow and deep engine over `rows` sequences, and that of the exit, where it is one. Calls extend the caches by
-    each row's query length."""
+    """Shallow and deep engine over `rows` sequences, and the exit's engine if there is one.
+
+    Each call extends the caches by the query lengths of its rows.
+    """
 
     def __init__(
         self, bundle: Bundle, rows: int, threads: int, cross: dict[str, np.ndarray] | None = None
     ) -> None:
         self.manifest = manifest = bundle.manifest
-        self.rows, self.cross = rows, cross or {}
-        self.caches, self._engines = dict[str, KVCache](), dict[str, OnnxEngine]()
+        self.rows = rows
+        self.cross = cross or {}
+        self.caches = dict[str, KVCache]()
+        self._engines = dict[str, OnnxEngine]()
         dtype = np.float16 if manifest.cache_type == "fp16" else np.float32
         length = manifest.capacity + manifest.max_pending
         engines = {"shallow": manifest.shallow_caches, "deep": manifest.deep_layers}
         if manifest.exit_engine:
             engines["exit"] = manifest.exit_names
-        self._before = np.zeros(
-            (rows, 1, manifest.hidden_size), np.float32
-        )  # the features of the newest positions
+        # Features of the newest positions.
+        self._before = np.zeros((rows, 1, manifest.hidden_size), np.float32)
         for name, layers in engines.items():
             self._engines[name] = OnnxEngine(bundle.engine(name), threads, kernels=manifest.kernels)
             self.caches[name] = KVCache(
@@ -190,8 +220,11 @@ class EnginePair:
         lengths: np.ndarray,
         changed: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """The outputs of the shallow and the deep engine, the latter's from hidden states as they are `changed`. An
-        engine of the exit gives the shallow predictions."""
+        """Run all engines, and return the outputs of the shallow and the deep engine.
+
+        `changed` is applied to the hidden states and features that engines read. If the exit has
+        its own engine, that provides the shallow predictions.
+        """
         shallow = self.shallow(tokens, lengths)
         deep = self.deep(changed(shallow["hidden"]), lengths)
         if self.manifest.exit_engine:
@@ -209,15 +242,22 @@ class EnginePair:
         return shallow, deep
 
     def shallow(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """`tokens` int64 [B, q], right-padded to `lengths` [B]. `hidden` [B, q, d], and where it has the head logits,
-        token, confidence of all rows [B * q]."""
+        """Run the shallow engine on `tokens` int64 [B, q], right-padded to `lengths` [B].
+
+        Returns `hidden` [B, q, d]. If the engine has the head, also `logits`, `token` and
+        `confidence` of all rows [B * q].
+        """
         hidden = np.zeros((*tokens.shape, self.manifest.hidden_size), np.float32)
         return self._run(
             "shallow", {"input_ids": tokens}, {"hidden": hidden}, lengths, tokens.shape[1]
         )
 
     def deep(self, hidden: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """`hidden` float32 [B, k, d]. Logits, token, confidence and nll of all rows [B * k]."""
+        """Run the deep engine on `hidden` float32 [B, k, d].
+
+        Returns `logits`, `token`, `confidence` and `nll` of all rows [B * k], and `features` [B, k,
+        d] if the exit has its own engine.
+        """
         count = self.rows * hidden.shape[1]
         inputs = {"hidden": hidden, "emitted": np.zeros(count, np.int64)}
         outputs = {"nll": np.zeros(count, np.float32)}
@@ -240,7 +280,8 @@ class EnginePair:
         lengths: np.ndarray,
         width: int,
     ) -> dict[str, np.ndarray]:
-        count, cache = self.rows * width, self.caches[name]
+        count = self.rows * width
+        cache = self.caches[name]
         past = {part: value(array) for part, array in cache.arrays.items()}
         layers = {part.split(".")[0] for part in past}
         cross = {
@@ -249,10 +290,8 @@ class EnginePair:
         heads = {}
         if name != "shallow" or not self.manifest.exit_engine:
             heads["head_rows"] = np.arange(count)
-            outputs["token"], outputs["confidence"] = (
-                np.zeros(count, np.int64),
-                np.zeros(count, np.float32),
-            )
+            outputs["token"] = np.zeros(count, np.int64)
+            outputs["confidence"] = np.zeros(count, np.float32)
             outputs["logits"] = np.zeros((count, self.manifest.vocab_size), np.float32)
         call = self._engines[name].bind(
             {
@@ -278,8 +317,14 @@ class EnginePair:
 
 @dataclass(frozen=True)
 class Rows:
-    """Outputs of the engines for valid rows: flat indices [n] into the padded text, hidden states [n, d], logits [n, V]
-    of both engines."""
+    """Outputs of the engines for n valid rows.
+
+    Attributes:
+        index: Flat indices [n] into the padded text.
+        hidden: Hidden states [n, d].
+        shallow: Logits [n, V] of the shallow engine.
+        deep: Logits [n, V] of the deep engine.
+    """
 
     index: np.ndarray
     hidden: np.ndarray
@@ -290,7 +335,7 @@ class Rows:
     def of_call(
         cls, index: np.ndarray, rows: np.ndarray, shallow: dict[str, np.ndarray], deep: np.ndarray
     ) -> Rows:
-        """The flat indices `rows` of a call's outputs, which are `index` of the text."""
+        """Select the flat indices `rows` of a call's outputs, which are at `index` of the text."""
         hidden = shallow["hidden"].reshape(-1, shallow["hidden"].shape[-1])
         return cls(index, hidden[rows], shallow["logits"][rows], deep[rows])
 
@@ -300,9 +345,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Moved:
-    """Changes of n predictions: the Kullback-Leibler divergence, the nats that a token lost, the distance of the
-    two best logits before, how far these moved against each other, whether the best one is another, and the nats of the
-    token before."""
+    """Changes of n predictions.
+
+    Attributes:
+        divergence: Kullback-Leibler divergence, in nats.
+        nats: Decrease of the token's log probability.
+        gap: Distance of the two best logits before.
+        gap_moved: Change of the distance between these two logits.
+        other_best: True if the best token changed.
+        nll: Negative log probability of the token before.
+    """
 
     divergence: np.ndarray
     nats: np.ndarray
@@ -313,7 +365,7 @@ class Moved:
 
     @classmethod
     def between(cls, before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> Moved:
-        """The change of logits [n, V], and of any n tokens."""
+        """Compare logits [n, V] before and after, with any n tokens."""
         none = np.zeros(0)
         parts = [cls(none, none, none, none, none > 0, none)]
         for start in range(0, len(before), _BLOCK):
@@ -322,8 +374,9 @@ class Moved:
             second, best = np.argpartition(old, -2, -1)[:, -2:].T
             gap = (old[rows, best] - old[rows, second]).astype(np.float64)
             gap_moved = np.abs(gap - (new[rows, best] - new[rows, second]))
-            ours, theirs = log_softmax(new), log_softmax(old)
-            # Below 0 it is float64's own rounding, and no divergence.
+            ours = log_softmax(new)
+            theirs = log_softmax(old)
+            # Values below 0 are float64's rounding errors.
             divergence = np.maximum((np.exp(theirs) * (theirs - ours)).sum(-1), 0)
             nll = -theirs[rows, said]
             other_best = new.argmax(-1) != old.argmax(-1)
@@ -343,9 +396,13 @@ def self_checks(
     arithmetic: Arithmetic,
     extent: Extent = FULL,
 ) -> Iterator[Check]:
-    """Compare other ways to call the engines with `whole` and `hidden` [B, W, d], all rows at once."""
+    """Compare other ways to call the engines with `whole` and `hidden`, all rows at once.
+
+    `hidden` is [B, W, d].
+    """
     shallow, deep = measure_noise(pair, text, STEP[arithmetic], extent.draws)
-    stepped, tokens = in_calls(pair, text, range(text.width + 1)), text.following(whole.index)
+    stepped = in_calls(pair, text, range(text.width + 1))
+    tokens = text.following(whole.index)
     name = "stepping against prefill"
     yield from row_checks(
         name, "shallow logits", Moved.between(whole.shallow, stepped.shallow, tokens), shallow
@@ -361,22 +418,27 @@ def self_checks(
 def measure_noise(
     pair: EnginePair, text: Batch, step: float, draws: int = FULL.draws
 ) -> tuple[Moved, Moved]:
-    """How shallow and deep predictions move: the text in growing pieces, against the same with what the engines read
-    changed by up to `step` of itself: hidden states, and the caches of every layer."""
+    """Measure how shallow and deep predictions react to small changes of the engines' inputs.
+
+    The text is run in growing pieces, unchanged, and with hidden states and the caches of every
+    layer changed by up to `step` of their value.
+    """
     bounds = [
         0,
         *(1 << power for power in range(text.width.bit_length()) if 1 << power < text.width),
         text.width,
     ]
     before = in_calls(pair, text, bounds)
-    # The first row reads no cache, so nothing changes in its shallow prediction.
+    # The first row reads no cache, so its shallow prediction does not change.
     later = (
         np.flatnonzero(before.index % text.width > 0)
         if text.width > 1
         else np.arange(len(before.index))
     )
     before = before[later]
-    tokens, shallow, deep = text.following(before.index), list[Moved](), list[Moved]()
+    tokens = text.following(before.index)
+    shallow = list[Moved]()
+    deep = list[Moved]()
     for draw in range(draws):
         after = in_calls(pair, text, bounds, step, np.random.default_rng(draw))[later]
         shallow.append(Moved.between(before.shallow, after.shallow, tokens))
@@ -391,8 +453,10 @@ def in_calls(
     step: float = 0.0,
     generator: np.random.Generator | None = None,
 ) -> Rows:
-    """All valid rows of the text, in calls over the columns between two bounds; with a generator what the engines read
-    is changed by up to `step` of itself."""
+    """Run the text in calls over the columns between two bounds, and return all valid rows.
+
+    With a generator, the engines' inputs are changed by up to `step` of their value.
+    """
 
     def changed(array: np.ndarray) -> np.ndarray:
         if generator is None:
@@ -400,7 +464,8 @@ def in_calls(
         return (array * (1 + step * generator.uniform(-1, 1, array.shape))).astype(array.dtype)
 
     pair.trim(0)
-    parts, previous = list[Rows](), 0
+    parts = list[Rows]()
+    previous = 0
     for start, end in pairwise(bounds):
         count = np.clip(text.lengths - start, 0, end - start).astype(np.int32)
         for cache in pair.caches.values():
@@ -422,9 +487,13 @@ def in_calls(
 def _sync_passes(
     pair: EnginePair, text: Batch, hidden: np.ndarray, sizes: Sequence[int]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """For each size: logits [n, V] of a deep pass over up to so many rows of each text, and of passes over one row,
-    with a past before them; and the tokens [n] that follow."""
-    # Each text has a past of its own length: a pass reads rows of different positions, as in a batch.
+    """Yield results of sync passes for each size.
+
+    Each item has the size, logits [n, V] of one deep pass over up to `size` rows of each text,
+    logits [n, V] of passes over one row at a time, and the next tokens [n]. A past precedes the
+    passes.
+    """
+    # Pasts differ in length, so a pass reads rows at different positions, as in a batch.
     past = np.maximum(1, text.lengths // 3).astype(np.int32)
 
     def after_the_past(widths: Sequence[slice]) -> Iterator[np.ndarray]:
@@ -451,13 +520,17 @@ def _sync_passes(
 
 
 def row_checks(name: str, tensor: str, moved: Moved, noise: Moved) -> Iterator[Check]:
-    """Whether rows moved further than noise does."""
+    """Check that rows did not move further than noise moves them."""
 
     def check(measure: Measure, error: float, tolerance: float) -> Check:
         return Check(name, tensor, float(error), float(tolerance), measure)
 
     def limit(values: np.ndarray) -> float:
-        """FACTOR times noise's mean and the standard error of so many rows. Unlike max, this keeps NaN."""
+        """Return the tolerance for a measure of noise.
+
+        It is FACTOR times the sum of the mean and the standard error for this number of rows, at
+        least LEAST. Unlike max, np.maximum keeps NaN.
+        """
         mean = np.abs(values.mean()) + values.std() / np.sqrt(len(moved.divergence))
         return float(np.maximum(LEAST, FACTOR * mean))
 

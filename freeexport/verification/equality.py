@@ -1,7 +1,7 @@
-"""An equality certificate: what a bundle decodes is the same tokens and log-probabilities, however it is decoded.
+"""Certify that a bundle decodes the same tokens and log-probabilities in every setting.
 
-The reference decodes each request in mode full, alone, on one thread, without a prefix cache. Every setting decodes the
-same requests, and its answers are compared with the reference, bit for bit.
+The reference decodes each request in mode full, alone, on one thread, without a prefix cache. Every
+setting decodes the same requests, and its answers are compared with the reference bit by bit.
 """
 
 from __future__ import annotations
@@ -27,28 +27,63 @@ from runtime.kernels import instructions, missing, prompt_differs
 from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import Tokenizer
 
-# Tokens of an answer, at most where there are prompts enough; turns of a conversation; requests that a setting decodes
-# at least, more than the largest batch; rows of a piece of a prompt, and MB of a warm prefix cache.
-ANSWER, TURNS, REQUESTS, PIECE, CACHE_MB = 64, 3, 9, 16, 256
+# Maximum tokens of an answer if there are enough prompts. Turns of a conversation. Minimum requests
+# per setting, more than the largest batch. Rows of a piece of a prompt. MB of a warm prefix cache.
+ANSWER = 64
+TURNS = 3
+REQUESTS = 9
+PIECE = 16
+CACHE_MB = 256
 BATCHES = range(2, 9)
-# Built-in prompts: each of the first with each of the second.
+# Built-in prompts: every request with every subject.
 _REQUESTS = (
-    "Explain {} to a child.", "Write a short poem about {}.", "List five facts about {}.", "What is {}?",
-    "Write an email to a colleague about {}.", "Give three reasons to learn about {}, as a numbered list.",
-    "Tell a story in which {} matters.", "Write a Python function that has to do with {}.",
-    "Summarize what most people believe about {}.", "Answer as JSON with keys \"name\" and \"uses\": {}.",
-    "Translate into French: we talked about {} all day.", "Ask me five questions about {}.",
-)  # fmt: skip
+    "Explain {} to a child.",
+    "Write a short poem about {}.",
+    "List five facts about {}.",
+    "What is {}?",
+    "Write an email to a colleague about {}.",
+    "Give three reasons to learn about {}, as a numbered list.",
+    "Tell a story in which {} matters.",
+    "Write a Python function that has to do with {}.",
+    "Summarize what most people believe about {}.",
+    'Answer as JSON with keys "name" and "uses": {}.',
+    "Translate into French: we talked about {} all day.",
+    "Ask me five questions about {}.",
+)
 _SUBJECTS = (
-    "rain", "prime numbers", "the moon", "bread", "old maps", "bicycles", "the sea", "sorting", "chess", "honey bees",
-    "earthquakes", "the printing press", "coffee", "train tables", "glass", "music",
-)  # fmt: skip
+    "rain",
+    "prime numbers",
+    "the moon",
+    "bread",
+    "old maps",
+    "bicycles",
+    "the sea",
+    "sorting",
+    "chess",
+    "honey bees",
+    "earthquakes",
+    "the printing press",
+    "coffee",
+    "train tables",
+    "glass",
+    "music",
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How requests are decoded. `warm`: with a prefix cache. `pieces`: prompts are read so many tokens at a time.
-    Without `logprobs` requests take the shorter way that needs no logits, and only ids are compared."""
+    """A way to decode requests.
+
+    Attributes:
+        name: Name of the setting.
+        options: Options of the requests.
+        batch: Number of concurrent requests.
+        threads: Number of threads.
+        warm: Use a prefix cache.
+        pieces: Read prompts in pieces of PIECE tokens.
+        logprobs: Compare log-probabilities. Otherwise requests take the faster path without logits,
+            and only ids are compared.
+    """
 
     name: str
     options: Mapping[str, Any]
@@ -61,8 +96,19 @@ class Setting:
 
 @dataclass
 class Row:
-    """What was compared of a setting. Where a token differs, those behind it in the answer are compared all the same.
-    `differing_logprobs` None: they are not compared. `cached_tokens`: of prompts, which were reused."""
+    """Result of comparing one setting.
+
+    All tokens of an answer are compared, even after a different one.
+
+    Attributes:
+        setting: Name of the setting.
+        instructions: Instruction set.
+        tokens: Number of tokens compared.
+        differing_tokens: Number of different tokens.
+        differing_logprobs: Number of different log-probabilities. None: not compared.
+        cached_tokens: Number of prompt tokens that were reused from the prefix cache.
+        first_difference: Description of the first difference.
+    """
 
     setting: str
     instructions: str
@@ -90,14 +136,17 @@ class Row:
             elif logprobs is not None and logprobs[place] != reference.logprobs[place]:
                 assert self.differing_logprobs is not None
                 self.differing_logprobs += 1
-                found = f"a log-probability of {logprobs[place]!r} instead of {reference.logprobs[place]!r}"
+                found = (
+                    f"a log-probability of {logprobs[place]!r} instead of "
+                    f"{reference.logprobs[place]!r}"
+                )
             if found is not None and self.first_difference is None:
                 self.first_difference = f"request {request}, token {place}: {found}"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the reference decoded."""
+    """Output of the reference."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -105,8 +154,16 @@ class Answer:
 
 @dataclass
 class Equality:
-    """The outcome: `complete` once all `tokens` were compared. `answers` of the reference, and whether prompts are read
-    with the bits of steps, for other instruction sets to compare with."""
+    """Outcome of a comparison.
+
+    Attributes:
+        tokens: Number of tokens to compare.
+        answer_tokens: Tokens of an answer.
+        rows: Results by setting.
+        answers: Answers of the reference, for comparison with other instruction sets.
+        reads_alike: True if reading a prompt computes the same bits as single steps.
+        complete: True once all tokens have been compared.
+    """
 
     tokens: int
     answer_tokens: int
@@ -136,7 +193,10 @@ class Equality:
 
 
 def all_settings() -> list[Setting]:
-    """Every setting. Rollback takes back what is not certain, so its tokens are those of full."""
+    """Return every setting.
+
+    Rollback reverts uncertain tokens, so its tokens equal those of mode full.
+    """
     full: dict[str, Any] = {"mode": "full"}
     both: dict[str, Any] = {"mode": "lossless", "drafts": "auto"}
     modes = {
@@ -175,11 +235,22 @@ def check_equality(
     sets: Sequence[str] = (),
     file: Path | None = None,
 ) -> Iterator[Equality]:
-    """Compare `tokens` tokens in all, spread evenly over the settings, and over instruction `sets` (each in a process
-    of its own; the first is what the others are compared with). Yields the outcome each time that a setting is done;
-    the last one is complete. `prompts` are those of `file`, or built-in ones.
+    """Compare `tokens` tokens in total, spread evenly over all settings and instruction sets.
 
-    Raises OptionError, before anything is decoded, where so many tokens cannot be compared.
+    Each instruction set runs in its own process. The others are compared with the first.
+
+    Args:
+        bundle: The bundle.
+        tokens: Number of tokens.
+        prompts: Prompts of `file`, or built-in ones, as token ids.
+        sets: Names of instruction sets. Empty: that of this process.
+        file: JSONL file of the prompts.
+
+    Yields:
+        The outcome after each setting. With `sets`, after each set. The last one is complete.
+
+    Raises:
+        OptionError: If that number of tokens cannot be compared. Raised before anything is decoded.
     """
     settings = all_settings()
     plan = _planned(bundle.manifest, tokens, len(settings), max(1, len(sets)), prompts)
@@ -195,7 +266,8 @@ def check_equality(
         answers = [Answer(tuple(ids), tuple(logprobs)) for ids, logprobs in found["answers"]]
         whole.rows += [Row(**row) for row in found["settings"]]
         if place == 0:
-            whole.answers, whole.reads_alike = answers, found["reads_alike"]
+            whole.answers = answers
+            whole.reads_alike = found["reads_alike"]
         elif whole.reads_alike and found["reads_alike"]:
             whole.rows.append(between(whole.answers, answers, sets[0], name))
         whole.complete = place + 1 == len(sets)
@@ -203,7 +275,10 @@ def check_equality(
 
 
 def between(first: Sequence[Answer], second: Sequence[Answer], one: str, other: str) -> Row:
-    """The references of two instruction sets, which have the same bits where both read prompts with those of steps."""
+    """Compare the references of two instruction sets.
+
+    They are equal if both sets read prompts with the bits of single steps.
+    """
     row = Row(f"full, beside {one}", other)
     for number, (reference, answer) in enumerate(zip(first, second, strict=False)):
         row.compare(number, reference, answer.ids, answer.logprobs)
@@ -211,7 +286,11 @@ def between(first: Sequence[Answer], second: Sequence[Answer], one: str, other: 
 
 
 def prompts_of(bundle: Bundle, file: Path | None) -> list[list[int]]:
-    """The prompts of a JSONL file, or built-in ones, as token ids. Raises OptionError, PromptError."""
+    """Return the prompts of a JSONL file, or built-in ones, as token ids.
+
+    Raises:
+        OptionError: If the file has no prompt, or a line is broken or too long.
+    """
     manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
     limit = manifest.encoder_capacity or manifest.capacity
 
@@ -238,13 +317,18 @@ def prompts_of(bundle: Bundle, file: Path | None) -> list[list[int]]:
     chats = tokenizer.chat_template is not None
     try:
         return [encoded([{"role": "user", "content": text}] if chats else text) for text in texts]
-    except PromptError:  # a tokenizer of another vocabulary, or a small capacity
+    except PromptError:  # a tokenizer with another vocabulary, or a small capacity
         return sample_ids(bundle)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """`shares` of tokens that instruction sets compare, `answer` tokens a request."""
+    """Distribution of tokens.
+
+    Attributes:
+        shares: Tokens that each instruction set compares.
+        answer: Tokens per request.
+    """
 
     shares: list[int]
     answer: int
@@ -270,8 +354,9 @@ def _planned(
     room = manifest.capacity - longest + 1
     if room < 1 or -(-most // min(room, answer)) > len(prompts) * TURNS:
         raise OptionError(
-            f"--equal {tokens} needs answers of {answer} tokens to {len(prompts)} prompts, and {max(0, room)} fit "
-            f"behind the longest; give --input with more or shorter prompts, or compare fewer tokens"
+            f"--equal {tokens} needs answers of {answer} tokens to {len(prompts)} prompts, and "
+            f"{max(0, room)} fit behind the longest; give --input with more or shorter prompts, or "
+            "compare fewer tokens"
         )
     return _Plan(shares, min(room, answer))
 
@@ -281,7 +366,8 @@ def _compare(
 ) -> Iterator[Equality]:
     total = plan.shares[0]
     shares = [len(range(number, total, len(settings))) for number in range(len(settings))]
-    count, answer = -(-shares[0] // plan.answer), min(plan.answer, shares[0])
+    count = -(-shares[0] // plan.answer)
+    answer = min(plan.answer, shares[0])
     alike = bundle.manifest.kernels is None or not prompt_differs()
     outcome = Equality(total, answer, reads_alike=alike)
     name = instructions() if missing() is None else "none"
@@ -310,13 +396,19 @@ def _compare(
 def _reference(
     bundle: Bundle, prompts: list[list[int]], count: int, answer: int, advance: Advance
 ) -> tuple[list[list[int]], list[Answer]]:
-    """So many requests, and their answers. They are conversations of TURNS turns: the first turn is a prompt, the next
-    what was said before and another prompt. An encoder-decoder gets each prompt so many times."""
-    manifest, requests, answers = bundle.manifest, list[list[int]](), list[Answer]()
+    """Return `count` requests and their answers.
+
+    Requests are conversations of TURNS turns. The first turn is a prompt. Each later turn is the
+    conversation so far and another prompt. An encoder-decoder repeats each prompt TURNS times.
+    """
+    manifest = bundle.manifest
+    requests = list[list[int]]()
+    answers = list[Answer]()
     history: list[int] = []
     with _session(bundle, Setting("full", {})) as session:
         for number in range(count):
-            turn, conversation = number % TURNS, number // TURNS
+            turn = number % TURNS
+            conversation = number // TURNS
             prompt = prompts[
                 (conversation + (0 if manifest.encoder_decoder else turn)) % len(prompts)
             ]
@@ -338,7 +430,8 @@ def _decoded(
     bundle: Bundle, setting: Setting, requests: list[list[int]], answer: int
 ) -> Iterator[GenerationResult]:
     options = _asked(setting.options, answer, setting.logprobs)
-    together = setting.batch * 4 if setting.batch > 1 else 1  # so that requests come and go
+    # Several batches at once, so that requests join and leave the batch.
+    together = setting.batch * 4 if setting.batch > 1 else 1
     with (
         _session(bundle, setting) as session,
         _reading(PIECE if setting.pieces else decoder.PREFILL_ROWS),
@@ -358,7 +451,7 @@ def _asked(options: Mapping[str, Any], answer: int, logprobs: bool) -> dict[str,
 
 @contextmanager
 def _reading(rows: int) -> Iterator[None]:
-    """Read prompts so many tokens at a time."""
+    """Context manager: read prompts in pieces of `rows` tokens."""
     before = decoder.PREFILL_ROWS
     decoder.PREFILL_ROWS = rows
     try:
@@ -368,7 +461,10 @@ def _reading(rows: int) -> Iterator[None]:
 
 
 def _main(path: str, tokens: str, file: str) -> None:
-    """The comparison of one instruction set, in a process of its own: JSON with the answers of the reference."""
+    """Compare one instruction set in its own process, and print the outcome as JSON.
+
+    It includes the answers of the reference.
+    """
     bundle = Bundle.open(Path(path))
     prompts = prompts_of(bundle, Path(file) if file else None)
     *_, outcome = check_equality(bundle, int(tokens), prompts)

@@ -1,4 +1,4 @@
-"""The checkpoint as transformers computes it: in float64, and as coarsely as a bundle may be."""
+"""Reference values from transformers, in float64 and in the precision of a bundle."""
 
 from __future__ import annotations
 
@@ -43,40 +43,46 @@ from runtime.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# An engine may be so many times as far from float64 as transformers is in the same precision, and always so far: by the
-# largest difference, as a share of the largest value.
+# Tolerance of the engines in fp32 and fp16: TIMES the error of transformers in the same precision,
+# at least LEAST. Errors are the largest difference from float64, relative to the largest value.
 TIMES = 4.0
 LEAST = {"fp32": 2e-5, "fp16": 3e-2}
-# bf16, and weights in 8 and 4 bits, differ everywhere: there by the root mean square of the difference, as a share of
-# that of the values. A sound model in 8 bits was 2.7 times as far as transformers, 0.05; a fault makes it 1.
+# In bf16, and with weights in 8 or 4 bits, all values differ. There the error is the root mean
+# square of the difference, relative to that of the values, and COARSE_LEAST applies. An intact
+# 8-bit model had an error of 0.05, 2.7 times that of transformers. A fault raises it to 1.
 COARSE_LEAST = 1e-2
-# Bits of a significand.
+# Bits of the significand.
 BITS = {"fp16": 11, "bf16": 8}
-# The longest block of inputs that shares a scale, where activations have one for each block.
+# Longest block of inputs that shares a scale, if activations have one scale per block.
 ACTIVATION_BLOCK = 128
-# Functions that read no values, so nothing has to be widened for them.
+# Functions that read no values, so nothing needs to be widened.
 _ATTRIBUTES = frozenset(
     {"__get__", "size", "dim", "stride", "numel", "is_floating_point", "__len__"}
 )
-# Where the two best logits are closer than this, rounding decides, and k rows and single steps round differently.
+# If the two best logits are closer than this, rounding decides. Calls with k rows and single steps
+# round differently.
 TIE = 1e-4
-# Mean nats that predictions may diverge by: so many times what those of transformers do when it is as coarse, and
-# always so many. Above, something is wrong, not just coarse.
+# Tolerance of the mean divergence in nats: QUALITY_TIMES that of transformers in the same
+# precision, at least QUALITY_LEAST or QUALITY_COARSE_LEAST. More than that indicates a fault, not
+# low precision.
 QUALITY_TIMES = 2.5
 QUALITY_LEAST = {"fp32": 1e-4, "fp16": 2e-2}
 QUALITY_COARSE_LEAST = 5e-2
-# Sequences in memory at once, the most tokens of each, and how many lines are read.
-ROWS, LONGEST, LINES = 8, 256, 256
-RECORDINGS = 32  # lines of speech that are read: the encoder takes as long as hundreds of tokens
+# Sequences per batch, their maximum length in tokens, and the maximum number of lines read.
+ROWS = 8
+LONGEST = 256
+LINES = 256
+# Maximum lines of speech: the encoder takes as long as hundreds of tokens.
+RECORDINGS = 32
 
-# States [B, n, d], those of an encoder, and the final normed ones [B, n, d] -> logits [B, n, V], and confidences
-# [B, n, 1] where these depend on more than the logits.
+# Maps states [B, n, d], encoder states, and final normed states [B, n, d] to logits [B, n, V]. Also
+# returns confidences [B, n, 1] if they depend on more than the logits.
 ExitHead = Callable[
     [torch.Tensor, Encoded | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]
 ]
 
 
-# What a checkpoint may recommend beyond greedy decoding.
+# Options that disable what a checkpoint may recommend beyond greedy decoding.
 PLAIN = {
     **{
         "min_new_tokens": None,
@@ -90,9 +96,16 @@ PLAIN = {
 
 @dataclass(frozen=True)
 class States:
-    """Outputs of a model for the n valid rows of a batch: logits [n, V], those of the model cut after the exit layer,
-    the states [n, d] after it, for an encoder-decoder its encoder's output at the valid rows of the prompts, and for an
-    exit that was trained with a vocabulary its confidences [n, 1]."""
+    """Outputs of a model for the n valid rows of a batch.
+
+    Attributes:
+        deep: Logits [n, V].
+        shallow: Logits [n, V] of the exit, or of the model cut after the exit layer.
+        hidden: States [n, d] after the exit layer.
+        encoded: Encoder states at the valid positions of the prompts. None for a decoder-only
+            model.
+        confidence: Confidences [n, 1] of an exit with a vocabulary.
+    """
 
     deep: np.ndarray
     shallow: np.ndarray
@@ -104,11 +117,13 @@ class States:
     def of(
         cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None
     ) -> States:
-        """Outputs of transformers, as float32."""
+        """Return the outputs of transformers, as float32."""
         out = forward(model, batch)
         layers = out.get("decoder_hidden_states", out.get("hidden_states"))
-        states, features = layers[exit_layer], layers[-1]
-        encoded, prompts = out.get("encoder_last_hidden_state"), None
+        states = layers[exit_layer]
+        features = layers[-1]
+        encoded = out.get("encoder_last_hidden_state")
+        prompts = None
         if batch.prompts is not None and batch.prompt_lengths is not None:
             prompts = Encoded(
                 encoded, torch.from_numpy(mask_of(batch.prompt_lengths, encoded.shape[1])) > 0
@@ -136,11 +151,12 @@ class States:
 
 
 def forward(model: Any, batch: Batch) -> Any:
-    """Outputs of transformers for a batch: `logits` [B, n, V], and the hidden states of all layers."""
-    tokens, mask = (
-        torch.from_numpy(batch.tokens),
-        torch.from_numpy(mask_of(batch.lengths, batch.width)),
-    )
+    """Run transformers on a batch.
+
+    The output has `logits` [B, n, V] and the hidden states of all layers.
+    """
+    tokens = torch.from_numpy(batch.tokens)
+    mask = torch.from_numpy(mask_of(batch.lengths, batch.width))
     inputs = {"input_ids": tokens, "attention_mask": mask}
     if batch.prompts is not None and batch.prompt_lengths is not None:
         prompt_mask = torch.from_numpy(mask_of(batch.prompt_lengths, batch.prompts.shape[1]))
@@ -148,13 +164,13 @@ def forward(model: Any, batch: Batch) -> Any:
         if batch.prompts.ndim == 3:
             inputs = {"input_features": torch.from_numpy(batch.prompts)}
         inputs |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
-    # T5's cache fails where the decoder is deeper than the encoder.
+    # T5's cache fails if the decoder is deeper than the encoder.
     with torch.no_grad():
         return model(**inputs, output_hidden_states=True, use_cache=False)
 
 
 def valid_rows(states: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
-    """[B, n, d] -> those of the valid rows, [N, d], as float32."""
+    """Select the valid rows of [B, n, d] as float32 [N, d]."""
     rows = rows_of(lengths, states.shape[1])
     return states.reshape(-1, states.shape[-1])[rows].astype(np.float32)
 
@@ -162,8 +178,11 @@ def valid_rows(states: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
 def state_checks(
     ours: States, truth: States, theirs: States, precision: Precision
 ) -> Iterator[Check]:
-    """How far ours and transformers' states in this precision are from float64's, and how far ours may be."""
-    # Neither tokens that the exit does not know nor those that are suppressed.
+    """Compare our states, and transformers' in this precision, with float64.
+
+    Yields one check per tensor. Tolerances depend on the errors of transformers.
+    """
+    # Ignore tokens that the exit cannot predict and suppressed ones.
     known = {name: getattr(ours, name)[0] > SUPPRESSED / 2 for name in ("shallow", "deep")}
     measure: Measure = "largest" if precision in LEAST else "rms"
     distance = _largest if precision in LEAST else _root_mean_square
@@ -189,7 +208,7 @@ def state_checks(
 
 
 def scale_of(values: np.ndarray) -> float:
-    """The largest value, at least 1: what differences are shares of."""
+    """Return the largest magnitude, at least 1, to which differences are relative."""
     return max(1.0, float(np.abs(values).max(initial=0.0)))
 
 
@@ -202,7 +221,7 @@ def _root_mean_square(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Make the reference as coarse, inside the block, as a bundle of this precision may be."""
+    """Context manager: reduce the precision of the reference to that of a bundle."""
     if manifest.quantization is not None:
         engines = {engine.engine: engine for engine in manifest.quantization.engines}
         exit_layer = manifest.exit_layer
@@ -215,7 +234,7 @@ def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractConte
 
 
 def engine_of(module: str, exit_layer: int) -> str:
-    """The engine that computes a module of transformers, by its name."""
+    """Return the engine that computes a module of transformers, from the module's name."""
     if module.startswith(("encoder.", "model.encoder.")):
         return "encoder"
     if module.endswith(
@@ -227,17 +246,17 @@ def engine_of(module: str, exit_layer: int) -> str:
 
 
 class Float64(TorchFunctionMode):
-    """Runs every operator in float64, also where code names float32, as norms, softmax and rotary positions do.
+    """Run every operator in float64, even if the code requests float32.
 
-    A float32 parameter is widened for the operator that reads it, so a model needs the memory of its largest weight in
-    float64 and no more.
+    Norms, softmax and rotary positions do that. A float32 parameter is widened only while an
+    operator reads it, so the extra memory is one float64 copy of the largest weight.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _ATTRIBUTES:
             return func(*args, **kwargs)
-        if func is functional.embedding:  # the rows that are read, not the table
+        if func is functional.embedding:  # widens the rows read, not the table
             return _wide(func(*args, **kwargs))
         func = torch.Tensor.double if func is torch.Tensor.float else func
         return tree_map(_wide, func(*tree_map(_wide, args), **tree_map(_wide, kwargs)))
@@ -251,7 +270,7 @@ def _wide(item: Any) -> Any:
 
 @contextmanager
 def _hooked(hooks: Iterable[Any]) -> Iterator[None]:
-    """Remove the hooks after the block."""
+    """Context manager: remove the hooks at the end."""
     hooks = list(hooks)
     try:
         yield
@@ -261,7 +280,7 @@ def _hooked(hooks: Iterable[Any]) -> Iterator[None]:
 
 
 def rounding(model: Any, bits: int) -> AbstractContextManager[None]:
-    """Round the output of every layer, norm and activation to `bits` of significand; the range stays float32's."""
+    """Round the output of every leaf module to `bits` of significand, with the range of float32."""
 
     def rounded(item: Any) -> Any:
         if not isinstance(item, torch.Tensor) or not item.is_floating_point():
@@ -279,8 +298,15 @@ def rounding(model: Any, bits: int) -> AbstractContextManager[None]:
 def coarsening(
     model: Any, precision_of: Callable[[str], EnginePrecision | None], activations: bool
 ) -> AbstractContextManager[None]:
-    """Add random errors to every linear layer, as if its weights had the relative error of its engine; with
-    `activations` also as if its input had 8 bits. `precision_of` gives the engine of a module, by its name."""
+    """Add random errors to every linear layer, as from quantization.
+
+    The errors correspond to the relative error of weights in the layer's engine.
+
+    Args:
+        model: A model of transformers.
+        precision_of: Returns the precision of a module's engine, by the module's name.
+        activations: Add errors as if inputs had 8 bits too.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def coarsener(found: EnginePrecision) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
@@ -309,19 +335,28 @@ def coarsening(
 
 
 def _rounding_error(read: torch.Tensor, block: int) -> torch.Tensor:
-    """[..., n] -> [..., 1]: the norm of what 8 bits with a scale for each block round away."""
+    """Return the norm [..., 1] of the error of rounding [..., n] to 8 bits.
+
+    Each block of inputs has a scale.
+    """
     size = read.shape[-1]
     length = min(block, size)
     padded = functional.pad(read, (0, -size % length))
     steps = padded.unflatten(-1, (-1, length)).abs().amax(-1) / 127
-    # Rounding is off by a step over the root of 12.
+    # The standard deviation of rounding is a step divided by sqrt(12).
     return torch.linalg.vector_norm(steps, dim=-1, keepdim=True) * (length / 12) ** 0.5
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Greedy decoding of one prompt. `first_difference` is None where all ids are equal; `gap` is the distance of the
-    reference's two best logits there."""
+    """Greedy decoding of one prompt.
+
+    Attributes:
+        prompt: Number of the prompt.
+        tokens: Number of tokens compared.
+        first_difference: Position of the first different id. None if all are equal.
+        gap: Distance of the reference's two best logits there.
+    """
 
     prompt: int
     tokens: int
@@ -329,7 +364,10 @@ class Comparison:
     gap: float | None = None
 
     def passed(self, tie: float | None) -> bool:
-        """Whether the ids are equal up to a tie; None for `tie` expects no equality."""
+        """Return True if the ids are equal up to a tie.
+
+        If `tie` is None, no equality is required.
+        """
         return (
             tie is None
             or self.first_difference is None
@@ -344,8 +382,18 @@ def compare(
     new_tokens: int,
     seconds: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[Comparison]:
-    """Mode `full` of the session against transformers' `generate`, with the bundle's end-of-sequence ids. `seconds` are
-    left for the reference: it may give fewer tokens then, and so many are compared."""
+    """Compare mode `full` of a session with transformers' `generate`.
+
+    Both stop at the bundle's end-of-sequence ids.
+
+    Args:
+        session: Session of the bundle.
+        model: A model of transformers.
+        prompts: Token ids, or windows of speech.
+        new_tokens: Maximum tokens per prompt.
+        seconds: Returns the time left for the reference. If it runs out, only the tokens generated
+            by then are compared.
+    """
     ends = session.manifest.eos_token_ids
     room = session.capacity - (0 if session.manifest.encoder_decoder else max(map(len, prompts)))
     count = max(1, min(new_tokens, room))
@@ -375,8 +423,10 @@ def reference_ids(
     eos: Sequence[int],
     seconds: float = math.inf,
 ) -> tuple[list[int], list[float]]:
-    """Greedy ids of `generate`, and the distance of the two best logits at each. Whisper's own `generate` has rules for
-    tokens, so a window is decoded step by step."""
+    """Return greedy ids of `generate`, and the distance of the two best logits at each.
+
+    Whisper's `generate` applies its own token rules, so windows of speech are decoded step by step.
+    """
     if isinstance(prompt, SpeechPrompt):
         return _window_ids(model, prompt, count, eos, seconds)
     ids = torch.tensor([prompt])
@@ -389,7 +439,7 @@ def reference_ids(
         do_sample=False,
         num_beams=1,
         eos_token_id=list(eos) or None,
-        # T5's cache fails where the decoder is deeper than the encoder.
+        # T5's cache fails if the decoder is deeper than the encoder.
         use_cache=not model.config.is_encoder_decoder,
         output_logits=True,
         return_dict_in_generate=True,
@@ -404,7 +454,9 @@ def _window_ids(
     model: Any, prompt: SpeechPrompt, count: int, eos: Sequence[int], seconds: float
 ) -> tuple[list[int], list[float]]:
     encoded = model.get_encoder()(torch.from_numpy(prompt.sound.features))
-    ids, gaps, until = list(prompt.prefix), list[float](), monotonic() + seconds
+    ids = list(prompt.prefix)
+    gaps = list[float]()
+    until = monotonic() + seconds
     while len(gaps) < count and (not gaps or (ids[-1] not in eos and monotonic() < until)):
         read = torch.tensor([ids])
         logits = model(encoder_outputs=encoded, decoder_input_ids=read, use_cache=False).logits[
@@ -418,10 +470,18 @@ def _window_ids(
 
 @dataclass(frozen=True)
 class Quality:
-    """Over `tokens` predictions: mean nats of the token that stands there, of the checkpoint (`reference_nll`) and of
-    the bundle (`nll`); the Kullback-Leibler divergence of their predictions in nats (`divergence`), that of
-    transformers when it is as coarse as the bundle (`coarse_divergence`), and what may be (`tolerance`); and how often
-    their best tokens are the same (`agreement`)."""
+    """Quality of a bundle's predictions.
+
+    Attributes:
+        tokens: Number of predictions.
+        reference_nll: Mean negative log-likelihood of the checkpoint, in nats.
+        nll: That of the bundle.
+        divergence: Mean Kullback-Leibler divergence of the bundle's predictions from the
+            checkpoint's, in nats.
+        agreement: Share of predictions with the same best token.
+        tolerance: Largest divergence that passes.
+        coarse_divergence: Divergence of transformers in the bundle's precision.
+    """
 
     tokens: int
     reference_nll: float
@@ -441,8 +501,14 @@ class Quality:
 
 
 class Predictions(NamedTuple):
-    """Logits [n, V] of a bundle, of the checkpoint, and of transformers as coarse as the bundle; and the tokens [n]
-    that come next."""
+    """Predictions for n positions.
+
+    Attributes:
+        ours: Logits [n, V] of the bundle.
+        theirs: Logits [n, V] of the checkpoint.
+        coarse: Logits [n, V] of transformers in the bundle's precision.
+        targets: Next tokens [n].
+    """
 
     ours: np.ndarray
     theirs: np.ndarray
@@ -451,7 +517,11 @@ class Predictions(NamedTuple):
 
 
 def quality_of(predictions: Iterable[Predictions], precision: Precision) -> Quality:
-    """How far a bundle's predictions are from the checkpoint's. Raises DataError where there are none."""
+    """Measure how far a bundle's predictions are from the checkpoint's.
+
+    Raises:
+        DataError: If there are no predictions.
+    """
     parts = [
         (
             Moved.between(one.theirs, one.ours, one.targets),
@@ -470,8 +540,14 @@ def quality_of(predictions: Iterable[Predictions], precision: Precision) -> Qual
 
 
 def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path) -> Iterator[Predictions]:
-    """Teacher-forced, on the targets of `data` (JSON lines). Raises DataError, OptionError."""
-    threads, speech = usable_cores(), bundle.manifest.speech
+    """Yield teacher-forced predictions on the targets of `data`, a JSONL file.
+
+    Raises:
+        DataError: If the file is broken.
+        OptionError: If the bundle has no tokenizer.
+    """
+    threads = usable_cores()
+    speech = bundle.manifest.speech
     given = 0 if speech is None else len(speech.prefix(next(iter(speech.languages), "en")))
 
     def logits(batch: Batch, rows: np.ndarray) -> np.ndarray:
@@ -491,16 +567,18 @@ def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path) -> Iterat
 
 
 def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
-    """The first lines of `data`: input and target in one for a decoder-only bundle, else as prompt and answer."""
+    """Yield batches of the first lines of `data`.
+
+    A decoder-only bundle gets input and target as one sequence, others get them as prompt and
+    answer.
+    """
     manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
     if tokenizer is None:
         raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
     longest = min(LONGEST, manifest.capacity)
     if (speech := manifest.speech) is not None:
-        requests, start = (
-            read_examples(data, RECORDINGS, TARGETS_WANTED),
-            manifest.decoder_start_token_id or 0,
-        )
+        requests = read_examples(data, RECORDINGS, TARGETS_WANTED)
+        start = manifest.decoder_start_token_id or 0
         for first in range(0, len(requests), ROWS):
             lines = requests[first : first + ROWS]
             sounds = [recording_of(line, speech, manifest.encoder_capacity, data) for line in lines]
@@ -509,10 +587,8 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
             ]
             begins = [[start, *speech.prefix(sound.language)] for sound in sounds]
             targets = [(begin + text)[:longest] for begin, text in zip(begins, texts, strict=True)]
-            features, counts = (
-                [sound.features() for sound in sounds],
-                [len(sound) for sound in sounds],
-            )
+            features = [sound.features() for sound in sounds]
+            counts = [len(sound) for sound in sounds]
             yield Batch(*pad(targets), np.stack(features), np.array(counts, np.int32))
         return
     pairs = []

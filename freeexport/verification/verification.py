@@ -1,4 +1,4 @@
-"""Verification of a bundle: run the checks, write the report, and do both in a child process after a conversion."""
+"""Verify a bundle and write a report, if requested in a child process."""
 
 from __future__ import annotations
 
@@ -42,45 +42,51 @@ from runtime.kernels import reading_prompt
 from runtime.machine.machine import available_memory, usable_cores
 from runtime.speech import SpeechPrompt
 
-# Bytes for a token of the vocabulary: 4 texts of 48 tokens, their logits in ten ways.
+# Bytes per token of the vocabulary: 4 texts of 48 tokens, with logits computed in ten ways.
 LOGITS = 4 * 48 * 10 * 4
 
 
 class VerificationError(FreeExportError):
-    """A bundle does not compute what its checkpoint computes."""
+    """Raised if a bundle does not compute what its checkpoint computes."""
 
 
 def verify(
     bundle: Bundle, model: str | None, data: Path | None = None, extent: Extent = FULL
 ) -> dict[str, Any]:
-    """Check the engines, against the checkpoint `model` if given. The report; its `passed` tells.
+    """Check a bundle's engines, and return the report.
 
-    `data` is text (JSON lines) to measure the quality on; None for a few sample texts.
+    Its entry `passed` is True if all checks passed.
+
+    Args:
+        bundle: The bundle.
+        model: Checkpoint to compare with. None: compare the engines only with themselves.
+        data: JSONL file of text for measuring quality. None: a few sample texts.
+        extent: Extent of the checks.
     """
     float_type = bundle.manifest.float_type
-    # ONNX Runtime's CPU provider has no bf16: there it is fp32, every operator's result rounded.
+    # ONNX Runtime's CPU provider does not support bf16. An fp32 copy rounds every operator's
+    # result.
     runnable = fp32_copy(bundle, rounds=True) if float_type == "bf16" else nullcontext(bundle)
     with runnable as copy, progress("verifying"):
         return _Verification(copy, float_type, extent).report(model, data)
 
 
 class _Verification:
-    """The checks of one bundle, `float_type` as it was written for."""
+    """Checks of one bundle. `float_type` is the type that the bundle was written for."""
 
     def __init__(self, bundle: Bundle, float_type: FloatType, extent: Extent) -> None:
         self.bundle, self.manifest, self.float_type = bundle, bundle.manifest, float_type
-        self.extent, self.threads = extent, usable_cores()
+        self.extent = extent
+        self.threads = usable_cores()
         self.left_out: list[str] = []
         self.began = time.monotonic()
 
     def report(self, model: str | None, data: Path | None) -> dict[str, Any]:
-        manifest, checkpoint = (
-            self.manifest,
-            None if model is None else _checkpoint_of(self.bundle, model),
-        )
+        manifest = self.manifest
+        checkpoint = None if model is None else _checkpoint_of(self.bundle, model)
         reference: Any = None
         if checkpoint is not None:
-            # torch takes a second to import, and a bundle is checked without it too.
+            # torch takes a second to import. Checks without a checkpoint do not need it.
             from freeexport.checkpoints.transformers_model import reference_model
 
             reference = reference_model(checkpoint, capacity=self.manifest.capacity)
@@ -89,9 +95,9 @@ class _Verification:
         cross, encoded = encode(self.bundle, batch, self.threads)
         pair = EnginePair(self.bundle, len(batch.tokens), self.threads, cross)
         index = rows_of(batch.lengths, batch.width)
-        # All rows at once are a decoder-only model's prompt, for which there may be kernels of their own: what these
-        # give is compared with the checkpoint; what those of steps give, where it differs, with it too, and with steps
-        # and sync passes.
+        # All rows at once are a decoder-only model's prompt, which may have kernels of its own.
+        # Their results are compared with the checkpoint. If the kernels for steps give other
+        # results, these are compared with the checkpoint too, and with steps and sync passes.
         readings = list[tuple[Rows, np.ndarray]]()
         for reads in (False,) if manifest.encoder_decoder else (True, False):
             pair.trim(0)
@@ -100,11 +106,12 @@ class _Verification:
             rows = Rows.of_call(index, index, shallow, deep["logits"])
             if not readings or not np.array_equal(readings[0][0].deep, rows.deep):
                 readings.append((rows, shallow["confidence"][index, None]))
-        checks, more = list[Check](), dict[str, Any]()
+        checks = list[Check]()
+        more = dict[str, Any]()
         if checkpoint is not None:
             checks, quality = self._against(checkpoint, reference, batch, readings, encoded, data)
         if self._in_time("stepping and sync passes"):
-            # For a GPU weights are quantized, and activations are not.
+            # For a GPU, weights are quantized but activations are not.
             rounds = manifest.quantization is not None and manifest.target == "cpu"
             arithmetic = "8 bits" if rounds else self.float_type
             checks += self_checks(
@@ -145,8 +152,14 @@ class _Verification:
         encoded: np.ndarray | None,
         data: Path | None,
     ) -> tuple[list[Check], dict[str, Any]]:
-        """All `readings` of the sample, each with its confidence, and transformers in the bundle's precision, against
-        transformers in float64; and the quality of the first."""
+        """Compare with transformers in float64.
+
+        All `readings` of the sample are compared, each with its confidence. Transformers in the
+        bundle's precision sets the tolerances.
+
+        Returns:
+            The checks, and the quality of the first reading or on `data`.
+        """
         from freeexport.verification import reference
 
         manifest, exit_head = self.manifest, _exit_head(checkpoint, model, self.manifest.confidence)
@@ -164,7 +177,8 @@ class _Verification:
             for one in read
             for check in reference.state_checks(one, truth, theirs, manifest.precision)
         ]
-        ours, whole = read[0], readings[0][0]
+        ours = read[0]
+        whole = readings[0][0]
         followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
         bundle, exact, coarse = (states.deep[followed] for states in (ours, truth, theirs))
         sample = reference.Predictions(
@@ -179,8 +193,10 @@ class _Verification:
         }
 
     def _decoded(self, model: Any, checks: list[Check]) -> dict[str, Any]:
-        """Greedy token ids against transformers', and how often the shallow prediction is the deep one along the full
-        model's own output."""
+        """Compare greedy token ids with those of transformers.
+
+        Also measure how often shallow and deep predictions agree on the full model's own output.
+        """
         from freeexport.measure.traces import Traces, trace_of
         from freeexport.verification.reference import compare
 
@@ -192,8 +208,10 @@ class _Verification:
             prompts = [
                 SpeechPrompt.plain(self.manifest, one) for one in sample_sounds(self.manifest)
             ]
-        tie, count = _tie(self.manifest.precision, checks), self.extent.new_tokens
-        greedy, traces = list[dict[str, Any]](), list[Traces]()
+        tie = _tie(self.manifest.precision, checks)
+        count = self.extent.new_tokens
+        greedy = list[dict[str, Any]]()
+        traces = list[Traces]()
         with Session(self.bundle.path, slots=1, threads=self.threads) as session:
             for comparison in compare(session, model, prompts, count, self._seconds_left):
                 greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
@@ -205,7 +223,8 @@ class _Verification:
                 asked = prompt if isinstance(prompt, SpeechPrompt) else np.array(prompt, np.int64)
                 traces.append(trace_of(session, line, asked, count))
         joined = Traces.joined(traces)
-        agreement, passed = joined.share(joined.agrees), all(prompt["passed"] for prompt in greedy)
+        agreement = joined.share(joined.agrees)
+        passed = all(prompt["passed"] for prompt in greedy)
         return {
             "greedy": {"tokens": count, "tie": tie, "passed": passed, "prompts": greedy},
             "exit": {"agreement": None if agreement is None else asdict(agreement)},
@@ -213,7 +232,7 @@ class _Verification:
 
 
 def failure(report: dict[str, Any]) -> str:
-    """Describe the fault in a line that names the tensor, the figure, its limit and what to do."""
+    """Describe the first failure in a line: tensor, error, limit and remedy."""
     remedy = f"; {report['remedy']}" if "remedy" in report else ""
     for check in report["checks"]:
         if not check["passed"]:
@@ -222,13 +241,17 @@ def failure(report: dict[str, Any]) -> str:
         if not prompt["passed"]:
             place = f"prompt {prompt['prompt']} differ from position {prompt['first_difference']}"
             return f"greedy decoding: token ids of {place}{remedy}"
-    divergence, tolerance = report["quality"]["divergence"], report["quality"]["tolerance"]
-    return f"predictions diverge by {divergence:.3g} nats from the checkpoint's, the tolerance is {tolerance:g}{remedy}"
+    divergence = report["quality"]["divergence"]
+    tolerance = report["quality"]["tolerance"]
+    return (
+        f"predictions diverge by {divergence:.3g} nats from the checkpoint's, the tolerance is "
+        f"{tolerance:g}{remedy}"
+    )
 
 
 def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
-    """Write verification.json of the bundle, and into its manifest whether it is verified."""
-    # NaN is no JSON: a check that gave it is recorded with null, and as failed.
+    """Write the bundle's verification.json, and update `verified` in its manifest."""
+    # JSON has no NaN. Checks with NaN are recorded as null and failed.
     finite = json.loads(json.dumps(report), parse_constant=lambda name: None)
     write_whole(bundle.path / VERIFICATION, json.dumps(finite, indent=2, allow_nan=False) + "\n")
     if bundle.manifest.verified != report["passed"]:
@@ -239,13 +262,16 @@ def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
 def verify_in_child(
     directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest, extent: str
 ) -> bool:
-    """Verify a new bundle in a process of its own, so that its memory goes back to the system.
+    """Verify a new bundle in a child process, so that its memory is returned to the system.
 
-    False, with a warning, where it does not fit in memory. Raises VerificationError where the engines are wrong.
+    Returns False, with a warning, if there is not enough memory.
+
+    Raises:
+        VerificationError: If the engines are wrong.
     """
     sizes = [math.prod(checkpoint.shape(name)) for name in checkpoint.names()]
-    # The reference in fp32, with its largest weight in float64, the engines with their packed copies twice over, logits
-    # of the text that was run in several ways, and room for libraries and activations.
+    # Memory for the reference in fp32 with its largest weight in float64, the engines and their
+    # packed copies twice, logits of the text in several ways, and libraries and activations.
     engines = 4 * manifest.weight_bytes + 4 * manifest.kv_bytes_per_sequence
     need = 4 * sum(sizes) + 8 * max(sizes) + engines + LOGITS * manifest.vocab_size + 10**9
     available = available_memory()
@@ -270,14 +296,14 @@ def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
     checkpoint = open_checkpoint(model)
     if checkpoint.sha256 != bundle.manifest.source_sha256:
         raise VerificationError(
-            f"{checkpoint.name} is not the checkpoint that this bundle was made from ({bundle.manifest.source}); "
-            "give that one, or convert this one"
+            f"{checkpoint.name} is not the checkpoint that this bundle was made from "
+            f"({bundle.manifest.source}); give that one, or convert this one"
         )
     return checkpoint
 
 
 def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -> Any:
-    """The reference of an exit that has parameters of its own; None where it reads through the model's head."""
+    """Return the reference of an exit with own parameters. None if it uses the model's head."""
     if checkpoint.exit is None or not checkpoint.exit.has_parameters:
         return None
     import torch
@@ -300,7 +326,7 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
         logits = head.read(normed)
         if known is None:
             return logits, None
-        # Through the model's own linear layer, which is made as coarse as the bundle's.
+        # Uses the model's own linear layer, whose precision is reduced to that of the bundle.
         tokens = known.vocabulary
         classes = torch.cat([logits[..., tokens], known.other(normed * head.scale)], dim=-1)
         _, confidence = exits_of(classes.flatten(0, 1), tokens, measure)
@@ -313,9 +339,12 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
 
 
 def _tie(precision: Precision, checks: list[Check]) -> float | None:
-    """Logits closer than this may change places: twice what they were just measured to be off by. In fp32 transformers,
-    which `generate` runs in, is off too. Quantized weights are another model: how often its token is the same is
-    reported, and its quality is judged by its predictions."""
+    """Return the distance below which the two best logits may swap.
+
+    It is twice the measured error. In fp32 it includes the error of transformers, which runs
+    `generate` in fp32. None for quantized weights: such a bundle is a different model, so equal
+    tokens are reported but not required, and quality is judged by the predictions.
+    """
     from freeexport.verification.reference import TIE
 
     logits = [c for c in checks if c.tensor == "deep logits" and c.measure == "largest"]
