@@ -47,7 +47,10 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="JSONL file on which quality is measured, with --against.",
+    help=(
+        "JSONL file: with --against, lines on which quality is measured; with --equal, prompts.  "
+        "[default of --equal: built-in prompts]"
+    ),
 )
 @click.option(
     "--quick",
@@ -64,13 +67,6 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
         "8, threads, prefix cache, prompts in pieces. Ids and log-probabilities of each are "
         "compared bit for bit with mode full, alone and without a cache."
     ),
-)
-@click.option(
-    "--input",
-    "input_",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    metavar="FILE",
-    help="JSONL file with prompts for --equal.  [default: built-in ones]",
 )
 @click.option(
     "--instructions",
@@ -96,7 +92,6 @@ def command(
     data: Path | None,
     quick: bool,
     equal: int | None,
-    input_: Path | None,
     instructions: tuple[str, ...],
     save: Path | None,
     as_json: bool,
@@ -116,12 +111,11 @@ def command(
     Example:
       freeexport verify bundle --against path/to/checkpoint
     """
-    for option, value in (("--data", data), ("--exit", exit_)):
-        if value is not None and against is None:
-            raise click.UsageError(
-                f"{option} is for a comparison with the checkpoint; give --against MODEL"
-            )
-    for option, given in (("--input", input_), ("--instructions", instructions), ("--save", save)):
+    if exit_ is not None and against is None:
+        raise click.UsageError("--exit is for a comparison with the checkpoint; give --against MODEL")
+    if data is not None and against is None and equal is None:
+        raise click.UsageError("--data needs something to compare; give --against MODEL or --equal N")
+    for option, given in (("--instructions", instructions), ("--save", save)):
         if given and equal is None:
             raise click.UsageError(
                 f"{option} is for a comparison of the bundle with itself; give --equal N"
@@ -133,7 +127,7 @@ def command(
     check_writable(save, "--save")
     opened = Bundle.open(bundle, verify="full")
     if equal is not None:
-        _compare(opened, equal, input_, instructions, save, as_json)
+        _compare(opened, equal, data, instructions, save, as_json)
         return
     with with_exit_applied(against, exit_) if against and exit_ else nullcontext(against) as source:
         report = verify(opened, source, data, QUICK if quick else FULL)

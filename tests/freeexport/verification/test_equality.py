@@ -134,7 +134,7 @@ def test_an_interrupt_shows_what_was_compared_and_saves_nothing(
         (["--instructions", "scalar"], "--instructions is for a comparison of the bundle with itself"),
         (["--equal", "99", "--instructions", "mmx"], "this processor has no mmx"),
         (["--equal", "99", "--save", "nowhere/x.json"], "there is no directory nowhere"),
-        (["--equal", "99999999999"], "give --input with more or shorter prompts"),
+        (["--equal", "99999999999"], "give --data with more or shorter prompts"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_is_decoded(
