@@ -1,4 +1,4 @@
-"""Bundles and settings of an evaluation, and the records from which an interrupted run continues."""
+"""Bundles and settings of an evaluation, and records from which an interrupted run continues."""
 
 from __future__ import annotations
 

@@ -261,7 +261,8 @@ every layer.</p>{% endif %}
 {% endfor %}</div>
 {% endfor %}
 <h2>How it was measured</h2>
-<table>{% for name, value in facts %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
+<table>\
+{% for name, value in facts %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
 </html>
 """
 
