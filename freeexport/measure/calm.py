@@ -263,7 +263,7 @@ class Calm:
         return CalmResult(tuple(ids), tuple(layers), perf_counter() - began, first - began)
 
     def _prefill(self, tokens: np.ndarray) -> int:
-        """Run all layers over the prompt in two calls, as in other modes, with a head at the end."""
+        """Run all layers over the prompt in two calls, and the head for the last row only."""
         rows = len(tokens)
         none = np.zeros(0, np.int64)
         state = np.zeros((1, rows, self._manifest.hidden_size), np.float32)
