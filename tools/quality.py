@@ -197,7 +197,7 @@ def precisions(
     threads: int,
     output: Path | None,
 ) -> None:
-    """Compare BUNDLES with the first of them, which is in fp32."""
+    """Compare BUNDLES with the first one, which is in fp32."""
     rows = compare(bundles, samples, tokens, slots, threads)
     click.echo(
         "| precision | same answers | log-likelihood a token | same next token |\n|---|---|---|---|"

@@ -106,6 +106,7 @@ class BenchSetting:
 
     @property
     def replays(self) -> bool:
+        """True if exits or drafts are replayed."""
         return self.replay is not None or self.right is not None
 
     @property
@@ -508,7 +509,7 @@ def report(
         facts: Conditions, as returned by `facts_of`.
         bandwidth: Memory bandwidth in bytes per second.
         real: Names of the rows that may win.
-        failed: Errors of settings that could not run, by name.
+        failed: Reasons why peers could not run, by name.
     """
     return {
         "schema": SCHEMA,

@@ -74,6 +74,7 @@ class Sample:
 
     @classmethod
     def of(cls, free: bool, stats: Stats) -> Sample:
+        """Build the sample of a request from its statistics."""
         deep = {
             rows: seconds / stats.sync_sizes[rows] for rows, seconds in stats.sync_seconds.items()
         }
@@ -88,6 +89,7 @@ class Sample:
 
     @property
     def passes(self) -> int:
+        """Number of deep passes."""
         return sum(self.sizes.values())
 
 

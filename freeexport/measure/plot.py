@@ -1,4 +1,4 @@
-"""Figures of evaluations and benchmarks."""
+"""Draws figures of evaluations and benchmarks."""
 
 from __future__ import annotations
 

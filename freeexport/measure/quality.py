@@ -45,7 +45,8 @@ def rows_of(
       full scores 0 or there are too few lines.
     - `first_bundle`: Comparison with full of the first bundle. None if `scores` has it already.
     - `bytes_per_token`: Bytes that a token reads. None if calls are unknown.
-    - `predicted`: `token_speed` according to the byte model. None if calls are unknown.
+    - `predicted`: `token_speed` according to the byte model. None for full itself, or if calls are
+      unknown.
     - `drafts`: By source, the share of accepted drafts and the number of compared drafts at each
       position.
 

@@ -1,4 +1,4 @@
-"""Bundles and settings of an evaluation, and records from which an interrupted run continues."""
+"""Bundles, settings and records of an evaluation. An interrupted run continues from its records."""
 
 from __future__ import annotations
 
@@ -187,6 +187,7 @@ class Entry:
 
     @property
     def methods(self) -> list[Method]:
+        """Methods of the settings, in order."""
         return list(dict.fromkeys(setting.method for setting in self.settings))
 
 
@@ -297,9 +298,11 @@ class Records:
         )
 
     def has(self, keys: Iterable[Key]) -> bool:
+        """Return True if all keys have a record."""
         return all(key in self._found for key in keys)
 
     def add(self, records: Sequence[Record]) -> None:
+        """Append records to the file. The first call creates or replaces it."""
         if self._begins:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.unlink(missing_ok=True)

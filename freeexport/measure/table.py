@@ -43,6 +43,7 @@ class Sheet:
 
     @property
     def width(self) -> int:
+        """Characters of a line."""
         columns = zip(*((name.rstrip("#") for name in self.columns), *self.rows), strict=True)
         return sum(max(map(len, column)) for column in columns) + _BETWEEN * (len(self.columns) - 1)
 
@@ -106,10 +107,12 @@ def sheet(
 
 
 def terminal(shown: Sheet) -> Table:
+    """Convert a table for rich."""
     return page.table(shown.title, shown.columns, shown.rows)
 
 
 def markdown(shown: Sheet) -> str:
+    """Format a table as Markdown, without its title and facts."""
     lines = ["| " + " | ".join(name.rstrip("#") for name in shown.columns) + " |"]
     lines.append(
         "|" + "|".join("--:" if name.endswith("#") else ":--" for name in shown.columns) + "|"

@@ -85,6 +85,7 @@ class Rule:
 
     @property
     def target(self) -> float | None:
+        """Target value of the method. None for risk."""
         return {"bmm": self.agreement, "paper": self.zeta, "quality": self.quality}.get(self.method)
 
 
@@ -135,9 +136,11 @@ class DecodedOutputs:
 
     @cached_property
     def full(self) -> list[str]:
+        """Outputs of the full model."""
         return self._decoded("full", mode="full")
 
     def free(self, threshold: float) -> list[str]:
+        """Return the outputs of mode free at a threshold."""
         if threshold not in self._free:
             self._free[threshold] = self._decoded(
                 f"threshold {threshold:.4g}", mode="free", threshold=threshold

@@ -75,6 +75,7 @@ class Traces:
 
     @classmethod
     def joined(cls, parts: Iterable[Traces]) -> Traces:
+        """Concatenate traces."""
         few = list(parts) or [
             cls(*np.zeros((2, 0), np.int64), *(np.zeros(0, kind) for kind in _TYPES.values()))
         ]
@@ -146,6 +147,7 @@ class Replay:
 
     @property
     def exit_rate(self) -> float:
+        """Share of tokens that exit. 0 without tokens."""
         return float(self.exits.mean()) if len(self.exits) else 0.0
 
     @property
@@ -288,6 +290,7 @@ class TraceCache:
         self._appends = path.exists() and self._read(path.read_bytes())
 
     def get(self, line: int) -> Traces | None:
+        """Return the trace of a line. None if it is missing."""
         return self._traces.get(line)
 
     def add(self, trace: Traces) -> None:

@@ -325,7 +325,7 @@ def command(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """Write a data set made of Debian's package index to the directory OUT, in four splits."""
+    """Write a data set from Debian's package index to the directory OUT, in four splits."""
     check_version(test_version, seed)
     english, packages = read_index(index)
     source = sources(english, packages)

@@ -101,7 +101,7 @@ def write_files(directory: Path, tokenizer: Tokenizer, sizes: dict[str, int]) ->
 @click.option("--decoder-layers", "num_decoder_layers", type=click.IntRange(2), default=8)
 @click.option("--overwrite", is_flag=True, help="Replace a model at OUT.")
 def command(out: Path, overwrite: bool, **sizes: int) -> None:
-    """Write tokenizer and configuration of a grapheme-to-phoneme T5 to the directory OUT."""
+    """Write the tokenizer and configuration of a grapheme-to-phoneme T5 to the directory OUT."""
     if sizes["d_model"] % sizes["num_heads"]:
         raise click.UsageError(
             f"--d-model {sizes['d_model']} is not a multiple of --heads {sizes['num_heads']}"

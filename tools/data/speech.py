@@ -195,7 +195,7 @@ def main(
     voices: str,
     overwrite: bool,
 ) -> None:
-    """Write clips of speech and their texts to OUT."""
+    """Write clips of speech and their texts to the directory OUT."""
     english, packages = read_index(index)
     family = families(english, packages)
     speakers = {"espeak-ng": espeak, **({"hibari": hibari()} if voices == "both" else {})}

@@ -221,7 +221,7 @@ def main(
     output: Path | None,
     title: str,
 ) -> None:
-    """Decode each line of DATA by all, and print word error rates and speeds."""
+    """Decode each line of DATA with all decoders, and print word error rates and speeds."""
     lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()][:samples]
     decoders: dict[str, Any] = {}
     for given in bundles:
