@@ -4,8 +4,8 @@ runtime/option_keywords.py from runtime/options.py.
 python -m tools.pages              writes all of them
 python -m tools.pages --check      fails if one differs
 
-Benchmarks are the JSON of `freeexport bench` and tools.peers.compare, a section a file. Run from
-the root.
+Benchmarks are JSON files of `freeexport bench` and tools.peers.compare, with one section per file.
+Run from the root of the repository.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
 
 BENCHMARKS = """# Benchmarks
 
-Made from docs/benchmarks/*.json by `python -m tools.pages`; do not edit. [How they are measured, and what the
+Made from docs/benchmarks/*.json by `python -m tools.pages`; do not edit. \
+[How they are measured, and what the
 columns mean](benchmarking.md).
 """
 OPTIONS = """# Options
@@ -62,7 +63,8 @@ class SessionKeywords(TypedDict, total=False):
 {session}
 
 class GenerationKeywords(TypedDict, total=False):
-    """Options of a request, explained in GenerationOptions and SpeechOptions. Setting `cancel` ends the request after
+    """Options of a request, explained in GenerationOptions and SpeechOptions. \
+Setting `cancel` ends the request after
     its next token."""
 
     cancel: threading.Event | None
@@ -70,16 +72,20 @@ class GenerationKeywords(TypedDict, total=False):
 
 
 def benchmarks() -> str:
-    """A section for each file, in the order of their names."""
+    """Return the page of benchmarks, with a section per file in the order of names."""
     return "\n".join([BENCHMARKS, *map(benchmark, sorted(Path("docs/benchmarks").glob("*.json")))])
 
 
 def benchmark(path: Path) -> str:
-    """A heading, the table, and what the figures depend on. Raises ClickException where the file
-    holds no figures."""
+    """Return the section of a benchmark: its heading, table and conditions.
+
+    Raises:
+        ClickException: If the file is not a benchmark of the current schema.
+    """
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known, _ = found["schema"] == SCHEMA, found["settings"]["idle"]
+        known = found["schema"] == SCHEMA
+        _ = found["settings"]["idle"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise click.ClickException(
             f"{path} holds no figures of freeexport bench ({type(error).__name__})"
@@ -102,8 +108,15 @@ def benchmark(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """An option as it is declared: its name, the source of its type, its default, its range, and
-    its text."""
+    """A declared option.
+
+    Attributes:
+        name: Name of the field.
+        type: Source text of its type.
+        default: Default value.
+        range: Range of values, or "".
+        text: Description.
+    """
 
     name: str
     type: str
@@ -119,7 +132,7 @@ class Option:
 
 
 def declared(kind: type[Any]) -> list[Option]:
-    """The options that a dataclass adds to those of its base, in order."""
+    """Return the options that a dataclass itself declares, in order."""
     defaults = {field.name: field.default for field in fields(kind)}
     hints = get_type_hints(kind, include_extras=True)
     body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
@@ -147,7 +160,7 @@ def declared(kind: type[Any]) -> list[Option]:
 
 
 def options() -> str:
-    """A section for each dataclass, with a row for each option that it declares."""
+    """Return the page of options, with a section per dataclass and a row per option."""
     sections = [OPTIONS]
     for name, kind in SECTIONS.items():
         head = [f"## {name}", "", "| option | default | values | |", "|---|---|---|---|"]
@@ -156,7 +169,7 @@ def options() -> str:
 
 
 def keywords() -> str:
-    """A TypedDict of the options of a session, and one of those of a request."""
+    """Return the module with the TypedDicts of session and request options."""
 
     def lines(kind: type[Any]) -> str:
         return "".join(f"    {option.name}: {option.type}\n" for option in declared(kind))
@@ -174,7 +187,8 @@ def main(check: bool) -> None:
         "runtime/option_keywords.py": keywords,
     }
     for name, content in pages.items():
-        page, text = Path(name), content()
+        page = Path(name)
+        text = content()
         if not check:
             page.write_text(text, encoding="utf-8")
         elif not page.is_file() or page.read_text(encoding="utf-8") != text:

@@ -1,12 +1,14 @@
-"""Measures what a precision costs in answers.
+"""Measures the effect of a precision on answers.
 
     python -m tools.quality precisions FP32 BUNDLE ... --output quality.json
     python -m tools.quality file FILE.gguf BUNDLE ... --data text.jsonl --output file.json
 
-`precisions` compares bundles of one chat model with its fp32 bundle on prompts of ten kinds: how many greedy answers
-are the same, what the fp32 model thinks of an answer (mean log-likelihood of its tokens), and how often both choose the
-same next token where both have read the fp32 answer so far. `file` compares bundles with the GGUF file that they were
-made from: their sizes, the formats of their weights, and their predictions with those of its dequantized weights.
+`precisions` compares bundles of one chat model with its fp32 bundle on prompts of ten kinds. It
+counts equal greedy answers, computes the mean log-likelihood of each answer's tokens under the fp32
+model, and compares next tokens after each prefix of the fp32 answer.
+
+`file` compares bundles with the GGUF file that they were converted from: sizes, weight formats, and
+predictions relative to those of the dequantized weights.
 """
 
 from __future__ import annotations
@@ -31,8 +33,14 @@ Tokens = Sequence[int]
 
 @dataclass
 class Watch:
-    """A logits processor that keeps what the model would choose, how likely each token of the answer was in nats, and
-    how far apart the two best logits were. With `tokens` the request generates these."""
+    """Logits processor that records statistics of each generated token.
+
+    Attributes:
+        tokens: Tokens to generate. Default: the most likely ones.
+        best: Most likely token at each position.
+        nats: Log-likelihood of each generated token, in nats.
+        gaps: Difference of the two largest logits at each position.
+    """
 
     tokens: Tokens | None = None
     best: list[int] = field(default_factory=list)
@@ -54,13 +62,13 @@ class Watch:
 
 
 def chat_prompts(count: int) -> list[tuple[str, list[dict[str, str]]]]:
-    """The first `count` prompts with their kinds, which take turns: 200 at most."""
+    """Return the first `count` prompts with their kinds, at most 200. Kinds alternate."""
     lines = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:count]]
     return [(line["kind"], [{"role": "user", "content": line["input"]}]) for line in lines]
 
 
 def first_difference(ours: Tokens, theirs: Tokens) -> int | None:
-    """The first place where token ids differ, or one of them has ended; None where they are the same."""
+    """Return the first place where tokens differ or one answer ends. None if all are equal."""
     pairs = enumerate(zip(ours, theirs, strict=False))
     shorter = min(len(ours), len(theirs))
     place = next((place for place, (mine, other) in pairs if mine != other), shorter)
@@ -74,7 +82,18 @@ def decode(
     options: Sequence[dict[str, Any]],
     **common: Any,
 ) -> list[GenerationResult]:
-    """Results in order, so many at once; `options` of each prompt beside the common ones."""
+    """Decode prompts in parallel.
+
+    Args:
+        session: Session with at least `at_once` slots.
+        prompts: Prompts to decode.
+        at_once: Number of parallel requests.
+        options: Options of each prompt.
+        **common: Options of all prompts.
+
+    Returns:
+        Results in the order of the prompts.
+    """
     with ThreadPoolExecutor(at_once) as pool:
         return list(
             pool.map(
@@ -86,7 +105,7 @@ def decode(
 def force(
     session: Session, prompts: Sequence[Any], answers: Sequence[Tokens], at_once: int
 ) -> list[Watch]:
-    """Watches of requests that generate these answers."""
+    """Generate given answers, and return the statistics of their tokens."""
     watches = [Watch(answer) for answer in answers]
     options = [
         {"logits_processor": watch, "max_new_tokens": len(watch.tokens or ())} for watch in watches
@@ -98,21 +117,26 @@ def force(
 def compare(
     paths: Sequence[Path], samples: int, tokens: int, slots: int, threads: int
 ) -> list[dict[str, Any]]:
-    """A row for each bundle, of which the first is the fp32 one.
+    """Compute a row for each bundle. The first bundle is in fp32.
 
-    `likelihood`: nats a token of its answers by the fp32 model; `agreement`: the share of next tokens that both choose
-    after the fp32 answer so far; `gap`: the median distance of the fp32 model's two best logits where answers first
-    differ, `gap_everywhere` at all tokens.
+    - `same_answers`: Number of answers that equal the fp32 answer.
+    - `likelihood`: Mean log-likelihood of the answers' tokens under the fp32 model, in nats.
+    - `agreement`: Share of next tokens that equal fp32's after the same prefix of the fp32 answer.
+    - `gap`: Median difference of the fp32 model's two largest logits where answers first differ.
+    - `gap_everywhere`: The same at all tokens.
+    - `same_by_kind`: `same_answers` by kind of prompt.
     """
     kinds, prompts = zip(*chat_prompts(samples), strict=True)
-    rows, answers, wanted = list[dict[str, Any]](), list[list[Tokens]](), list[Watch]()
+    rows = list[dict[str, Any]]()
+    answers = list[list[Tokens]]()
+    wanted = list[Watch]()
     for path in paths:
         with Session(path, threads=threads, slots=slots) as session:
             watches = [Watch() for _ in prompts]
             options = [{"logits_processor": watch} for watch in watches]
             given = decode(session, prompts, slots, options, mode="full", max_new_tokens=tokens)
             answers.append([result.token_ids for result in given])
-            # The fp32 model has read its own answers as it gave them.
+            # The fp32 model has already processed its own answers.
             read = force(session, prompts, answers[0], slots) if wanted else watches
             precision = session.manifest.precision
         wanted = wanted or read
@@ -173,7 +197,7 @@ def precisions(
     threads: int,
     output: Path | None,
 ) -> None:
-    """Compare BUNDLES with the first of them, which is in fp32."""
+    """Compare BUNDLES with the first one, which is in fp32."""
     rows = compare(bundles, samples, tokens, slots, threads)
     click.echo(
         "| precision | same answers | log-likelihood a token | same next token |\n|---|---|---|---|"
@@ -204,18 +228,17 @@ def precisions(
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Write JSON here.")
 def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | None) -> None:
-    """Compare BUNDLES with the GGUF file MODEL that they were made from."""
+    """Compare BUNDLES with the GGUF file MODEL that they were converted from."""
     from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.checkpoints.transformers_model import reference_model
     from freeexport.verification.reference import predictions_on, quality_of
 
-    reference, size, rows = (
-        reference_model(open_checkpoint(str(model))),
-        model.stat().st_size,
-        list[dict[str, Any]](),
-    )
+    reference = reference_model(open_checkpoint(str(model)))
+    size = model.stat().st_size
+    rows = list[dict[str, Any]]()
     click.echo(
-        "| bundle | MB | of the file | divergence, nats | same best token | nats a token |\n|---|---|---|---|---|---|"
+        "| bundle | MB | of the file | divergence, nats | same best token | nats a token |\n"
+        "|---|---|---|---|---|---|"
     )
     for path in bundles:
         bundle = Bundle.open(path)
@@ -234,7 +257,10 @@ def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | N
             },
         }
         rows.append(row)
-        figures = f"{quality.divergence:.4f} | {quality.agreement:.1%} | {quality.nll - quality.reference_nll:+.4f}"
+        figures = (
+            f"{quality.divergence:.4f} | {quality.agreement:.1%} | "
+            f"{quality.nll - quality.reference_nll:+.4f}"
+        )
         click.echo(f"| {path.name} | {whole / 1e6:.0f} | {whole / size:.3f} | {figures} |")
     if output is not None:
         content = {

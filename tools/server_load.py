@@ -1,13 +1,16 @@
-"""`freeexport serve` under load, on loopback: latency as clients see it, and what the server costs.
+"""Measures `freeexport serve` under load on loopback: client latency and server overhead.
 
     python -m tools.server_load BUNDLE --threads 2 --seconds 20
-    python -m tools.server_load BUNDLE --against "llama-server -m FILE -t 2 -np 16 -c 16384 --port 8091"
+    python -m tools.server_load BUNDLE \\
+        --against "llama-server -m FILE -t 2 -np 16 -c 16384 --port 8091"
 
-Prints tokens/s of one client beside those of Session.stream in this process, in turn; for each number of clients p50,
-p95 and p99 of the time to the first token and between tokens; and the same between tokens of eight streams while a
-long prompt arrives. With --against another server answers the same requests, in turn with ours, one server alive at a
-time. Clients share the cores with the server; their share of them is printed. The machine should be idle: its load is
-printed. Every answer has --max-new-tokens tokens.
+Prints the tokens/s of one client and, in turn, of Session.stream in this process. For each number
+of clients it prints p50, p95 and p99 of the time to the first token and between tokens. It also
+prints the time between tokens of eight streams while a long prompt arrives.
+
+With --against, another server answers the same requests in turn with ours. Only one server runs at
+a time. Clients share the cores with the server, and their use of cores is printed. Run on an idle
+machine: the load average is printed. Every answer has --max-new-tokens tokens.
 """
 
 from __future__ import annotations
@@ -42,13 +45,14 @@ PROMPTS = (
     "Rain fell on the",
 )
 CLIENTS = (1, 4, 16, 64)
-STREAMS, LONG_PROMPT = 8, 1500
-START_SECONDS = 60  # that another server may take to answer
+STREAMS = 8
+LONG_PROMPT = 1500
+START_SECONDS = 60  # time limit for the start of another server
 
 
 @contextmanager
 def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
-    """The address of a server in a process of its own, in mode full and without reuse."""
+    """Context manager: start our server in mode full, without prefix cache, and yield its URL."""
     command = [sys.executable, "-m", "freeexport", "serve", str(bundle), "--port", "0"]
     command += [
         "--threads",
@@ -78,7 +82,7 @@ def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
 async def stream(
     client: httpx.AsyncClient, prompt: str | Sequence[int], tokens: int
 ) -> list[float]:
-    """The times of the request and of each chunk with text."""
+    """Return the times of the request and of each chunk with text."""
     times = [time.perf_counter()]
     body = {
         "prompt": prompt,
@@ -96,7 +100,7 @@ async def stream(
 
 
 async def load(url: str, clients: int, seconds: float, tokens: int) -> list[list[float]]:
-    """Requests of so many clients, each of which asks again as soon as it is answered."""
+    """Run clients in closed loops and return the times of each request, as `stream`."""
     until = time.perf_counter() + seconds
     done: list[list[float]] = []
 
@@ -106,7 +110,8 @@ async def load(url: str, clients: int, seconds: float, tokens: int) -> list[list
             if time.perf_counter() >= until:
                 return
 
-    # A connection for each request: a server may close one that was kept just when a request begins to use it.
+    # Use a new connection per request. A server may close a kept connection at the moment when a
+    # request begins to use it.
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         await asyncio.gather(*(ask(client, number) for number in range(clients)))
@@ -114,7 +119,7 @@ async def load(url: str, clients: int, seconds: float, tokens: int) -> list[list
 
 
 async def beside_long_prompt(url: str, tokens: int, arrives: bool) -> list[float]:
-    """Gaps of eight streams, in the middle of which a long prompt arrives."""
+    """Return the times between tokens of STREAMS streams, optionally beside a long prompt."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         streams = [
             asyncio.ensure_future(stream(client, PROMPTS[n % len(PROMPTS)], tokens))
@@ -135,7 +140,7 @@ def percentiles(seconds: Sequence[float]) -> str:
 
 
 def print_cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -> None:
-    """Tokens/s of the same request at the server and at a session here, in turn."""
+    """Print the tokens/s of one request, in turn from the server and from a session here."""
     speeds: list[tuple[float, float]] = []
 
     async def ask() -> int:
@@ -163,7 +168,7 @@ def print_cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -
 
 @contextmanager
 def other_server(command: str) -> Iterator[str]:
-    """The address of the server of a command that names its --port."""
+    """Context manager: start the server of a command with --port, and yield its URL."""
     parts = shlex.split(command)
     if "--port" not in parts[:-1]:
         raise click.UsageError(f"--against {command!r} names no --port; add one that is free")
@@ -185,13 +190,16 @@ def other_server(command: str) -> Iterator[str]:
 
 
 def latency(url: str, clients: int, seconds: float, tokens: int, name: str) -> dict[str, Any]:
-    """Print and return what so many clients see."""
+    """Measure throughput and latency for a number of clients. Prints and returns a row."""
     asyncio.run(load(url, 1, 1, tokens))  # warms up
-    began, own = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
+    own = time.process_time()
     done = asyncio.run(load(url, clients, seconds, tokens))
     took = time.perf_counter() - began
-    speed, share = tokens * len(done) / took, (time.process_time() - own) / took
-    first, between = [times[1] - times[0] for times in done if times[1:]], gaps(done)
+    speed = tokens * len(done) / took
+    share = (time.process_time() - own) / took
+    first = [times[1] - times[0] for times in done if times[1:]]
+    between = gaps(done)
     row = f"{clients:7} {len(done):9} {speed:9.1f}  {percentiles(first)}    {percentiles(between)}"
     click.echo(f"{row}    {share:4.2f}  {name}")
     found = {
@@ -220,7 +228,6 @@ def _save(
         write_whole(save, json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 
 
-# fmt: off
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.option("--threads", type=int, default=2)
@@ -228,21 +235,40 @@ def _save(
 @click.option("--seconds", type=float, default=20, help="For each number of clients.")
 @click.option("--max-new-tokens", "tokens", type=int, default=64)
 @click.option("--rounds", type=int, default=9)
-@click.option("--clients", type=int, multiple=True, help="Numbers of clients.  [default: 1, 4, 16, 64]")
+@click.option(
+    "--clients", type=int, multiple=True, help="Numbers of clients.  [default: 1, 4, 16, 64]"
+)
 @click.option("--against", help="The command of another server, with its --port.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write what clients see as JSON.")
-def main(bundle: Path, threads: int, slots: int, seconds: float, tokens: int, rounds: int, clients: tuple[int, ...],
-         against: str | None, save: Path | None) -> None:
-    # fmt: on
+def main(
+    bundle: Path,
+    threads: int,
+    slots: int,
+    seconds: float,
+    tokens: int,
+    rounds: int,
+    clients: tuple[int, ...],
+    against: str | None,
+    save: Path | None,
+) -> None:
     """Measure the server of BUNDLE."""
-    click.echo(f"{detect_machine().cpu}, {threads} threads; load average before: {os.getloadavg()[0]:.1f}")
-    heading = "clients  requests  tokens/s  first token ms: p50, p95, p99    between tokens ms    client cores"
+    click.echo(
+        f"{detect_machine().cpu}, {threads} threads; load average before: {os.getloadavg()[0]:.1f}"
+    )
+    heading = (
+        "clients  requests  tokens/s  first token ms: p50, p95, p99    between tokens ms"
+        "    client cores"
+    )
     found = list[dict[str, Any]]()
     if against is not None:
         click.echo(heading)
         for number, turn in itertools.product(clients or CLIENTS, range(rounds)):
             for name in ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours"):
-                with served(bundle, threads, slots) if name == "ours" else other_server(against) as url:
+                with (
+                    served(bundle, threads, slots)
+                    if name == "ours"
+                    else other_server(against) as url
+                ):
                     found.append(latency(url, number, seconds, tokens, name))
         _save(save, threads, tokens, found, against)
         return
@@ -258,7 +284,8 @@ def main(bundle: Path, threads: int, slots: int, seconds: float, tokens: int, ro
             between = asyncio.run(beside_long_prompt(url, 4 * tokens, arrives))
             what = f"beside a prompt of {LONG_PROMPT} tokens" if arrives else "alone"
             click.echo(
-                f"{STREAMS} streams {what}, between tokens ms: {percentiles(between)}, at most {max(between):.3f} s"
+                f"{STREAMS} streams {what}, between tokens ms: {percentiles(between)}, "
+                f"at most {max(between):.3f} s"
             )
 
 

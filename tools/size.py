@@ -1,4 +1,4 @@
-"""Size of the project: lines and files by room, tests, documentation, verbs and options, and a circle of imports.
+"""Prints the size of the project: lines and files, verbs and options, and an import cycle if any.
 
 python -m tools.size [ROOT]
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 PACKAGES = ("freeexport", "graphs", "runtime", "tools")
 GENERATED = {"benchmarks.md", "options.md"}
 
-# Runs with ROOT as the working directory, so that another checkout's command line is counted by its own code.
+# Runs in ROOT, so that the command line of another checkout is counted by its own code.
 COUNT_OPTIONS = """
 import click
 from freeexport.cli import main
@@ -26,7 +26,8 @@ def below(command, path):
         for name in command.list_commands(context):
             yield from below(command.get_command(context, name), [*path, name])
     else:
-        options = [one for one in command.params if isinstance(one, click.Option) and not getattr(one, "hidden", False)]
+        options = [one for one in command.params if isinstance(one, click.Option) \
+and not getattr(one, "hidden", False)]
         yield "-".join(path), len(options)
 
 for verb, count in below(main, []):
@@ -39,7 +40,7 @@ def lines(path: Path) -> int:
 
 
 def circle(root: Path) -> list[str]:
-    """Modules that import each other in a circle, imports inside functions included; empty where there is none."""
+    """Return the modules of an import cycle, including imports in functions. Empty without one."""
     files = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
     modules = {
         ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
@@ -84,7 +85,8 @@ def main() -> None:
     ).stdout.splitlines()
     verbs = {row.partition("-")[0].partition(" ")[0] for row in counted}
     print(
-        f"verbs {len(verbs)}, options {sum(int(row.split()[1]) for row in counted)}: {', '.join(counted)}"
+        f"verbs {len(verbs)}, options {sum(int(row.split()[1]) for row in counted)}: "
+        f"{', '.join(counted)}"
     )
     print("import circle:", " imports ".join(circle(root)) or "none")
 

@@ -1,11 +1,12 @@
-"""Profiles a token in mode full, kernel by kernel, by ONNX Runtime's own profile.
+"""Profiles the kernels of a token in mode full, with the profiler of ONNX Runtime.
 
     python -m tools.token_profile BUNDLE [BUNDLE ...]
 
-Each bundle decodes twice, on the engines that a session runs: as it is, for the seconds of a token and of its engine
-calls, and with kernels timed. Timing a kernel takes longer than many a kernel, so the time of the fastest operator, a
-reshape or the like, is subtracted from each. The rest of the engines' time is between kernels: handing out work to
-threads, waking them, the executor. Seconds to open a session are printed as well. Run from the root on an idle machine.
+Each bundle decodes twice: without the profiler, to time a token and its engine calls, and with it.
+Timing a kernel takes longer than many kernels, so the time of the fastest operator, such as a
+reshape, is subtracted from each kernel. The remaining time of the engines is spent between kernels:
+on distributing work, waking threads and the executor. The time to open a session is printed as
+well. Run from the root of the repository on an idle machine.
 """
 
 from __future__ import annotations
@@ -54,7 +55,14 @@ KINDS = {
 
 
 class Kernel(NamedTuple):
-    """An operator: `count` of them in a call, and `seconds` of all of them. Products are told apart by `shape`."""
+    """Kernels of one operator in an engine call.
+
+    Attributes:
+        operator: Type of the operator.
+        shape: Shape of a matrix product, "" for other operators.
+        count: Number of kernels per call.
+        seconds: Seconds of all of them.
+    """
 
     operator: str
     shape: str
@@ -67,8 +75,16 @@ class Kernel(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """Seconds to open a session and of a token, of its engine calls by name, and the kernels of these, with the seconds
-    that timing one added."""
+    """Profile of a bundle.
+
+    Attributes:
+        name: Name of the bundle.
+        opened: Seconds to open a session.
+        token: Seconds per token.
+        engines: Seconds per token in each engine.
+        kernels: Kernels of each engine.
+        noting: Seconds that timing one kernel takes, by engine. Already subtracted from `kernels`.
+    """
 
     name: str
     opened: float
@@ -79,7 +95,7 @@ class Profile(NamedTuple):
 
 
 def calls(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Group the kernels by call, in order."""
+    """Group kernel events by engine call, in order."""
     found: list[list[dict[str, Any]]] = []
     noted: list[dict[str, Any]] = []
     for event in sorted(events, key=lambda event: event["ts"] + event.get("dur", 0)):
@@ -92,15 +108,19 @@ def calls(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def typical(found: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[Kernel], float]:
-    """Compute the kernels of the median call, slowest first, and the seconds that timing one added, which are left out:
-    those of the fastest operator that is in every call, which does next to nothing."""
+    """Return the kernels of the median call, slowest first, and the seconds that timing one takes.
+
+    The latter is estimated as the time of the fastest operator in every call, which does almost
+    nothing, and is subtracted from the kernels.
+    """
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     counts: dict[tuple[str, str], int] = defaultdict(int)
     each: dict[str, list[float]] = defaultdict(list)
     for call in found:
         sums: dict[tuple[str, str], float] = defaultdict(float)
         for event in call:
-            operator, seconds = event["args"]["op_name"], event["dur"] * 1e-6
+            operator = event["args"]["op_name"]
+            seconds = event["dur"] * 1e-6
             sums[operator, _shape(event["args"])] += seconds
             counts[operator, _shape(event["args"])] += 1
             each[operator].append(seconds)
@@ -118,7 +138,7 @@ def typical(found: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[Kernel], fl
 
 
 def _shape(noted: dict[str, Any]) -> str:
-    """Show inputs -> outputs of a product; other shapes change from call to call."""
+    """Format the inputs -> outputs of a product. Shapes of other operators change between calls."""
     if noted["op_name"] not in PRODUCTS:
         return ""
     shapes = [noted.get(f"{side}_type_shape") or [{"": []}] for side in ("input", "output")]
@@ -127,7 +147,14 @@ def _shape(noted: dict[str, Any]) -> str:
 
 
 def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
-    """Profile a bundle. Seconds are medians over rounds of a token after the first. Raises what `Session` raises."""
+    """Profile a bundle. Seconds are medians over rounds, per token after the first.
+
+    Args:
+        path: Path of the bundle.
+        threads: Threads per engine call.
+        context: Tokens of the prompt.
+        tokens: Tokens to generate.
+    """
     prompt = [5 + number % 7 for number in range(context)]
     options: dict[str, Any] = {"mode": "full", "max_new_tokens": tokens, "ignore_eos": True}
     began = perf_counter()
@@ -155,19 +182,19 @@ def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
             Session(path, slots=1, threads=threads) as session,
         ):
             session.generate(prompt, **options)
-        kernels, noting = {}, {}
+        kernels = {}
+        noting = {}
         for name in engines:
             events = json.loads(
                 Path(loaded[name].session.end_profiling()).read_text(encoding="utf-8")
             )
-            kernels[name], noting[name] = typical(
-                calls(events)[2 - tokens :]
-            )  # without those that bind and warm up
+            # Skip the calls that bind and warm up.
+            kernels[name], noting[name] = typical(calls(events)[2 - tokens :])
     return Profile(path.name, opened, whole / (tokens - 1), engines, kernels, noting)
 
 
 def table(found: Profile, least: float) -> str:
-    """Show microseconds a token: by engine and kind, then each kernel above `least` of all their time."""
+    """Format microseconds per token by engine and kind, and the kernels above a share `least`."""
     engines = sum(found.engines.values())
     every = [kernel for kernels in found.kernels.values() for kernel in kernels]
     timed = sum(kernel.seconds for kernel in every)

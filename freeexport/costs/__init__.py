@@ -1,1 +1,1 @@
-"""Costs of decoding, what an exit saves by them, and the sentences that say so."""
+"""Costs of decoding, and verdicts on exits."""

@@ -1,8 +1,8 @@
-"""The byte model: decoding takes as long as the bytes of weights, keys and values that its engine calls read.
+"""Byte model: estimates decoding time from the bytes that engine calls read.
 
-It predicts speeds from what was decoded, not from how long that took: a measured speed far below says that something
-else costs time, one above that weights stayed in the processor's cache. Before there is a bundle it predicts from a
-checkpoint's shapes, and on a busy machine it stands in for times.
+The bytes are those of weights, keys and values. If decoding is much slower than predicted,
+something else costs time. If it is faster, weights stayed in the processor's cache. The model also
+predicts from a checkpoint's shapes before a bundle exists, and replaces timings on a busy machine.
 """
 
 from __future__ import annotations
@@ -26,20 +26,26 @@ if TYPE_CHECKING:
     from graphs.description import Description, Linear
     from graphs.weights import Weights
 
-# Bytes that could be read in the time that an engine call takes beside reading.
+# Overhead of an engine call, in bytes that could be read meanwhile.
 CALL_BYTES = 1_000_000
-# What a further row of a call costs, as a share of the first one's weights, by the instructions of our kernels and the
-# precision (docs/precision.md, rows: 8 of them against 1); the last for those without a figure.
+# Cost of each further row of a call as a share of the first row's weights, by kernel instructions
+# and precision. Measured with 8 rows against 1 (docs/precision.md).
 _ROW_SHARES = {("amx", "int8"): 0.05, ("amx", "int4"): 0.07, ("avx512-vnni", "int8"): 0.13}
 _ROW_SHARES |= {("avx512-vnni", "int4"): 0.25, ("avx2", "int8"): 0.24, ("avx2", "int4"): 0.13}
+# Used for combinations that were not measured.
 _OTHER_ROW_SHARE = 0.13
-# Rows of deep passes whose costs are kept; between them costs are straight.
+# Rows of deep passes with recorded costs. `Costs` interpolates between them.
 _SIZES = (1, 16)
 
 
 class EngineBytes(NamedTuple):
-    """Bytes of weights that a call of an engine reads: by its layers for every token, and where they run, by the exit's
-    own layers and the head."""
+    """Bytes of weights that a call of an engine reads.
+
+    Attributes:
+        layers: Layers that run for every token.
+        own: The exit's own layers.
+        head: The head.
+    """
 
     layers: float
     own: float
@@ -47,9 +53,15 @@ class EngineBytes(NamedTuple):
 
 
 def engine_bytes(path: Path) -> EngineBytes:
-    """Weights of an engine by who reads them. What depends on the input `head_rows` is the head, and what depends on
-    `exit_lengths` alone the exit's own layers. Of a table that rows are gathered from, only a row is read: it counts
-    as nothing. Raises BundleError where the file is no graph."""
+    """Return the bytes of an engine's weights by the part that reads them.
+
+    Nodes that depend on the input `head_rows` are the head. Nodes that depend only on
+    `exit_lengths` are the exit's own layers. Tables from which rows are gathered count as 0,
+    because a call reads only single rows of them.
+
+    Raises:
+        BundleError: If the file is not an ONNX graph.
+    """
     import onnx_ir as ir
 
     try:
@@ -79,7 +91,7 @@ def engine_bytes(path: Path) -> EngineBytes:
                 and not one_row
             ):
                 readers[value.name].add(part)
-    # A tensor that layers and head share is read by both.
+    # A tensor that the layers and the head share is read by both.
     sizes = {
         name: value.const_value.nbytes
         for name, value in graph.initializers.items()
@@ -94,7 +106,10 @@ def engine_bytes(path: Path) -> EngineBytes:
 
 
 def decoder_bytes(bundle: Bundle) -> tuple[EngineBytes, EngineBytes]:
-    """Weights of the shallow and the deep engine; those of an engine of the exit are the shallow one's."""
+    """Return the bytes of the shallow and the deep engine.
+
+    The weights of a separate exit engine count as the shallow engine's.
+    """
     shallow, deep = (engine_bytes(bundle.engine(name)) for name in ("shallow", "deep"))
     if bundle.manifest.exit_engine:
         exit = engine_bytes(bundle.engine("exit"))
@@ -105,27 +120,43 @@ def decoder_bytes(bundle: Bundle) -> tuple[EngineBytes, EngineBytes]:
 def token_bytes(
     bundle: Bundle, context: float, encoder_tokens: float, exits: bool, passes: float
 ) -> int:
-    """Bytes that a token touches at `context` valid positions, on average: the shallow layers, their head where tokens
-    may exit, and its share of `passes` deep passes a token with their head; keys and values of these layers, for an
-    encoder-decoder also those of `encoder_tokens` in cross-attention."""
+    """Return the mean bytes that decoding one token reads.
+
+    Counts the shallow layers, their head if `exits`, the deep layers and their head `passes` times,
+    and the keys and values of all these layers.
+
+    Args:
+        bundle: The bundle.
+        context: Valid positions in the KV cache.
+        encoder_tokens: Positions of cross-attention. 0 for a decoder-only model.
+        exits: Tokens may exit.
+        passes: Deep passes per token.
+    """
     manifest = bundle.manifest
     shallow, deep = decoder_bytes(bundle)
     own = manifest.exit_layers
     position = manifest.kv_bytes_per_token / (manifest.layers + own) * (context + encoder_tokens)
     read = shallow.layers + len(manifest.shallow_layers) * position
     read += shallow.own + shallow.head if exits else 0
-    read += (
-        own * position if exits or not manifest.packed else 0
-    )  # in the standard dialect they always run
+    # In the standard dialect the exit's own layers always run.
+    read += own * position if exits or not manifest.packed else 0
     return round(read + passes * (deep.layers + deep.head + len(manifest.deep_layers) * position))
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Engine calls of a request after its prompt of so many tokens: `steps` of the shallow decoder, `heads` of them
-    with its head, `own` whether with the exit's own layers, and `further` rows that they read beyond one each;
-    `passes[k]` of the deep one over k rows. `tokens` were decided by them. `drafts`: by source, tokens accepted at each
-    position of its drafts, and compared there."""
+    """Engine calls of a request after its prompt.
+
+    Attributes:
+        prompt: Tokens of the prompt.
+        tokens: Tokens that these calls decided.
+        steps: Calls of the shallow engine.
+        heads: Calls among them that also run its head.
+        own: The shallow calls run the exit's own layers.
+        further: Rows of the shallow calls beyond one each.
+        passes: Deep passes by their number of rows.
+        drafts: By source, accepted and compared tokens at each position of its drafts.
+    """
 
     prompt: int
     tokens: int
@@ -138,27 +169,34 @@ class Calls:
 
     @classmethod
     def read(cls, found: Mapping[str, Any]) -> Calls:
-        """Read what JSON kept of one."""
+        """Read the JSON form of `dataclasses.asdict`."""
         return cls(
             **{**found, "passes": {int(rows): count for rows, count in found["passes"].items()}}
         )
 
 
 def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
-    """The calls of a result by its statistics. `lookup`: it drafted from text alone.
+    """Derive the calls of a result from its statistics.
 
-    A row behind the first draft of the exit that was rejected counts as one with the head.
+    Rows after the first rejected draft of the exit count as calls with the head.
+
+    Args:
+        result: A finished request.
+        lookup: Drafts came from text alone.
     """
     stats = result.stats
-    prompt, tokens, passes = stats.prompt_tokens, stats.candidates, dict(stats.sync_sizes)
+    prompt = stats.prompt_tokens
+    tokens = stats.candidates
+    passes = dict(stats.sync_sizes)
     rows = sum(size * count for size, count in passes.items())
-    if stats.mode in ("free", "shallow"):  # the last tokens may wait for a pass that never comes
+    if stats.mode in ("free", "shallow"):  # no pass may follow the last tokens
         return Calls(prompt, tokens, tokens, tokens, True, 0, passes)
-    # Drafts from text are read in one call; behind the last token of a request none is.
+    # Drafts from text are read in one call. Drafts after the last token of a request are not read.
     further = min(
         rows, sum(drafts.proposed for source, drafts in stats.drafts.items() if source != "exit")
     )
-    steps, heads = rows - further, 0
+    steps = rows - further
+    heads = 0
     if stats.mode == "rollback":
         heads = steps
     elif stats.mode == "lossless":
@@ -171,8 +209,12 @@ def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
 
 
 class ByteModel:
-    """Bytes that the calls of a bundle's engines read. `instructions` of our kernels, as `runtime.kernels`
-    names them."""
+    """Bytes that calls of a bundle's engines read.
+
+    Args:
+        bundle: The bundle.
+        instructions: Instruction set of the kernels, as named in `runtime.kernels`.
+    """
 
     def __init__(self, bundle: Bundle, instructions: str) -> None:
         self._manifest = manifest = bundle.manifest
@@ -181,38 +223,47 @@ class ByteModel:
         self.row_share = row_share(manifest.precision, instructions)
 
     def token(self, requests: Iterable[Calls]) -> float:
-        """Bytes of a token, on average."""
-        read, tokens = 0.0, 0
+        """Return the mean bytes per token."""
+        read = 0.0
+        tokens = 0
         for calls in requests:
             read += self._read(calls)
             tokens += calls.tokens
         return read / max(1, tokens)
 
     def _read(self, calls: Calls) -> float:
-        manifest, shallow, deep, row = self._manifest, self._shallow, self._deep, self.row_share
-        # Half of the tokens are there on average; cross-attention reads as many bytes a position of the prompt.
+        manifest = self._manifest
+        shallow = self._shallow
+        deep = self._deep
+        row = self.row_share
+        # On average half of the tokens are valid. Cross-attention reads as many bytes per position
+        # of the prompt.
         position = self._position * (calls.prompt + calls.tokens / 2)
-        weights, layers = shallow.layers, len(manifest.shallow_layers)
+        weights = shallow.layers
+        layers = len(manifest.shallow_layers)
         if manifest.exit_engine:
-            # It is asked for predictions only, and then reads the rows before that it has not, or not with features.
+            # The exit engine runs only for predictions. It then also computes earlier rows that
+            # are missing, or were computed without features.
             again = sum(count * (k - 1) for k, count in calls.passes.items()) if calls.heads else 0
             each = shallow.own + manifest.exit_layers * position + CALL_BYTES
             exits = calls.heads * each + again * row * shallow.own
         else:
             exits = 0.0
         if not manifest.exit_engine and (calls.own or not manifest.packed):
-            weights, layers = weights + shallow.own, layers + manifest.exit_layers
+            weights = weights + shallow.own
+            layers = layers + manifest.exit_layers
         steps = sum(calls.passes.values()) if manifest.exit_embeds else calls.steps
         read = steps * (weights + layers * position + CALL_BYTES) + calls.further * row * weights
         read += exits + calls.heads * shallow.head
-        weights, beside = deep.layers + deep.head, len(manifest.deep_layers) * position + CALL_BYTES
+        weights = deep.layers + deep.head
+        beside = len(manifest.deep_layers) * position + CALL_BYTES
         return read + sum(
             count * (weights * (1 + row * (k - 1)) + beside) for k, count in calls.passes.items()
         )
 
 
 def row_share(precision: str, instructions: str) -> float:
-    """The cost of a further row by these instructions, as a share of the first."""
+    """Return the cost of a further row of a call as a share of the first row's."""
     return _ROW_SHARES.get(
         (instructions, {"mixed": "int4"}.get(precision, precision)), _OTHER_ROW_SHARE
     )
@@ -221,8 +272,14 @@ def row_share(precision: str, instructions: str) -> float:
 def costs_by_bytes(
     shallow: EngineBytes, deep: EngineBytes, row: float, calls: tuple[int, int] = (1, 0)
 ) -> Costs:
-    """Costs in bytes, without keys and values. `row`: see `row_share`. `calls`: how many engine calls the shallow
-    layers take, and the exit besides."""
+    """Return costs in bytes, without keys and values.
+
+    Args:
+        shallow: Weights of the shallow engine.
+        deep: Weights of the deep engine.
+        row: See `row_share`.
+        calls: Engine calls per step of the shallow layers, and of the exit in addition.
+    """
     layers, exit = (count * CALL_BYTES for count in calls)
     without_head = shallow.layers + layers
     whole = deep.layers + deep.head
@@ -235,8 +292,10 @@ def costs_by_bytes(
 
 
 def bundle_costs(bundle: Bundle) -> Costs | None:
-    """Costs by the bytes that the engines of a bundle for a CPU read here; None for a GPU, and where onnx_ir, which
-    reads graphs, is not installed."""
+    """Return the costs of a bundle's engines in bytes.
+
+    None for a GPU bundle, or if onnx_ir is not installed.
+    """
     manifest = bundle.manifest
     if manifest.target != "cpu" or find_spec("onnx_ir") is None:
         return None
@@ -246,16 +305,24 @@ def bundle_costs(bundle: Bundle) -> Costs | None:
 
 
 def known_costs(bundle: Bundle, *measured: Costs | None) -> Costs | None:
-    """The first of the measured costs that were taken on an idle machine, else those by bytes: times beside other work
-    say little."""
+    """Return the first costs measured on an idle machine, or else costs in bytes.
+
+    Timings of a busy machine do not allow predictions.
+    """
     trusted = (one for one in measured if one is not None and one.trusted)
     return next(trusted, None) or bundle_costs(bundle)
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes of weights in 8 bits that a token reads: in one decoder layer, in the head, and in a linear map [d, d]
-    before the exit's own layers. `row`: the cost of a further row of a call, as a share of the first."""
+    """Bytes of 8-bit weights that a token reads.
+
+    Attributes:
+        layer: One decoder layer.
+        head: The head.
+        map: A linear map [d, d] before the exit's own layers.
+        row: Cost of a further row of a call as a share of the first row's.
+    """
 
     layer: float
     head: float
@@ -270,8 +337,15 @@ class StepBytes:
         share: float = 1.0,
         reads: ExitInput = "state",
     ) -> Costs:
-        """Costs of a model of `layers` layers that exits after `exit_layer`, through `own` layers of the exit's own
-        and the `share` of the head that an exit vocabulary has. `reads`: the input of these layers."""
+        """Return the costs of a model with an exit.
+
+        Args:
+            exit_layer: Layer of the exit.
+            layers: Decoder layers of the model.
+            own: The exit's own layers.
+            share: Size of the exit vocabulary as a share of the vocabulary.
+            reads: Input of the exit's own layers.
+        """
         inputs = 2 if reads == "feature" else 1
         of_exit = own * self.layer + (inputs * self.map if own else 0.0)
         shallow = EngineBytes(exit_layer * self.layer, of_exit, share * self.head)
@@ -280,13 +354,18 @@ class StepBytes:
 
 
 def step_bytes(description: Description, weights: Weights) -> StepBytes:
-    """The bytes that a token reads on this processor: those of matrices, as decoding waits for little else."""
+    """Return the bytes that a token reads, with the row share of this processor.
+
+    Counts matrices only, because they dominate decoding.
+    """
     read: list[Linear | None] = []
     layers = description.decoder.layers
     for layer in layers:
-        own, cross, mlp = layer.attention, layer.cross, layer.mlp
+        own = layer.attention
+        cross = layer.cross
+        mlp = layer.mlp
         read += [own.query, own.key, own.value, own.output, mlp.up, mlp.down, mlp.gate]
-        # Keys and values of cross-attention are computed once a request.
+        # Keys and values of cross-attention are computed once per request.
         read += [cross.query, cross.output] if cross else []
     total = sum(math.prod(weights.shape(linear.weight)) for linear in read if linear is not None)
     head = math.prod(weights.shape(description.decoder.head.weight))

@@ -1,4 +1,7 @@
-"""Whether an exit pays, why, and what to do next, as train, fit, convert, calibrate and inspect say it."""
+"""Verdicts on exits: how much faster they decode, why, and what to do next.
+
+The commands train, fit, convert, calibrate and inspect print them.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,33 @@ from runtime.bundle.manifest import Manifest
 
 # Standard deviations of a 95 % interval.
 Z = 1.96
-# An exit that nobody trained and that agrees less often than this will write poor text.
+# An untrained exit whose agreement is lower generates poor text.
 FAIR_AGREEMENT = 0.8
 EARLIER = "exit after an earlier layer (--exit-layer)"
 
 Level = Literal["good", "neutral", "bad"]
-# What a predicted speedup rests on: times of the engines on an idle machine, the bytes that they read, or nothing.
+# Basis of a predicted speedup: timings of the engines on an idle machine, the bytes that they read,
+# or none.
 Basis = Literal["measured", "bytes", "unknown"]
 _BASES = {
     "measured": "by the engines' measured times",
     "bytes": "by the bytes that are read",
     "unknown": "",
 }
-# The speed-up from which on an exit is worth its training.
+# Least speedup that is worth training an exit.
 PAYS = 1.05
 
 
 @dataclass(frozen=True)
 class Share:
-    """`value`: the share of `count` tokens, with its 95 % interval from `low` to `high`, all in [0, 1]; both None where
-    nothing is known of the sequences."""
+    """A share of tokens, with a 95 % confidence interval.
+
+    Attributes:
+        value: The share, in [0, 1].
+        count: Number of tokens.
+        low: Lower end of the interval. None if unknown.
+        high: Upper end of the interval. None if unknown.
+    """
 
     value: float
     count: int
@@ -50,17 +60,21 @@ class Share:
 
 
 def share(hits: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray) -> Share | None:
-    """The share of `hits` [n] among `counts` [n] tokens of n sequences; None without tokens.
+    """Return the share of `hits` [n] among `counts` [n] tokens of n sequences. None without tokens.
 
-    Wilson's interval of as many independent tokens as would vary as much as these sequences do: a sequence that is easy
-    is easy at all its tokens. One sequence says nothing of others, and its tokens count as independent.
+    The interval is Wilson's, with an effective number of tokens: tokens of one sequence are
+    correlated, so the number is reduced by the design effect of the sequences. With a single
+    sequence, tokens count as independent.
     """
-    found, sizes = np.asarray(hits, np.float64), np.asarray(counts, np.float64)
-    total, sequences = float(sizes.sum()), int((sizes > 0).sum())
+    found = np.asarray(hits, np.float64)
+    sizes = np.asarray(counts, np.float64)
+    total = float(sizes.sum())
+    sequences = int((sizes > 0).sum())
     if not total:
         return None
     value = float(found.sum()) / total
-    independent, effect = value * (1 - value) * total, 1.0
+    independent = value * (1 - value) * total
+    effect = 1.0
     if sequences > 1 and independent > 0:
         clustered = sequences / (sequences - 1) * float(np.square(found - value * sizes).sum())
         effect = max(1.0, clustered / independent)
@@ -68,7 +82,7 @@ def share(hits: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray) 
 
 
 def recorded_share(found: Mapping[str, Any]) -> Share | None:
-    """A share from what `asdict` gave; None where it is anything else."""
+    """Read a Share from its `asdict` form. None for anything else."""
     count = found.get("count")
     shares = [
         one
@@ -86,13 +100,19 @@ def _wilson(value: float, count: float) -> tuple[float, float]:
     scale = 1 + Z * Z / count
     middle = (value + Z * Z / (2 * count)) / scale
     reach = Z / scale * math.sqrt(value * (1 - value) / count + Z * Z / (4 * count * count))
-    # At 0 and at 1 the formula may miss its own value by the last bit.
+    # At 0 and 1, rounding may put `value` outside of the interval.
     return max(0.0, min(middle - reach, value)), min(1.0, max(middle + reach, value))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`text` is one sentence without a full stop, `next_step` another, or ""."""
+    """A verdict on an exit.
+
+    Attributes:
+        level: "good" if the exit pays, "bad" if it does not, "neutral" if unknown.
+        text: One sentence without a full stop.
+        next_step: A sentence on what to do next, or "".
+    """
 
     level: Level
     text: str
@@ -104,15 +124,25 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ExitFacts:
-    """Facts of an exit. None is not known.
+    """Facts about an exit. None stands for unknown.
 
-    `name` is what commands call the bundle; `data` the file that was used. `trained`: whether the
-    checkpoint was trained for this exit. `threshold`: as calibrated, None where it was not; 1.0 is never to exit, and
-    `why_never` then says why. `agreement`: the share of tokens at which the shallow prediction is the deep one.
-    `exit_rate` and `exit_agreement` (of those that exit) are those at the threshold, and so are `speedup`, predicted,
-    over mode full, which rests on `basis`, and `measured`, where that was decoded. `break_even`: the exit rate from
-    which on exits pay; None where they never do, or where `basis` says that nothing is known. `heavy_head`: the head
-    costs more than the shallow layers. `ready_made`: names of ready-made exits that fit the weights.
+    Attributes:
+        name: Bundle, as given on the command line.
+        exit_layer: Layer of the exit.
+        layers: Decoder layers of the model.
+        trained: The checkpoint was trained for this exit.
+        threshold: Calibrated threshold. 1.0 never exits. None if not calibrated.
+        why_never: Reason for a threshold of 1.0.
+        agreement: Share of tokens whose shallow and deep predictions are equal.
+        exit_rate: Share of tokens that exit at the threshold.
+        exit_agreement: Agreement of the tokens that exit at the threshold.
+        break_even: Exit rate from which exits pay. None if they never do, or if `basis` is unknown.
+        speedup: Predicted speedup over mode full at the threshold.
+        measured: Measured speedup over mode full at the threshold.
+        basis: Basis of `speedup` and `break_even`.
+        heavy_head: The head costs more than the shallow layers.
+        ready_made: Names of ready-made exits that fit the weights.
+        data: Data file of the calibration.
     """
 
     name: str
@@ -134,17 +164,20 @@ class ExitFacts:
 
     @property
     def untrained(self) -> bool:
-        """Nobody trained this exit, and it does not agree as if somebody had."""
+        """True if the exit was not trained and its agreement is below FAIR_AGREEMENT."""
         fair = self.agreement is not None and self.agreement.value >= FAIR_AGREEMENT
         return self.trained is False and not fair
 
 
 def why_never(calibration: Calibration) -> str:
-    """Why a calibration has no threshold below 1."""
+    """Explain why a calibration has no threshold below 1."""
     if calibration.method == "risk":
         return f"no threshold keeps the risk at {calibration.risk:g} with the sequences given"
     if calibration.method == "quality":
-        return f"no threshold keeps {calibration.target:.1%} of the full model's quality with the sequences given"
+        return (
+            f"no threshold keeps {calibration.target:.1%} of the full model's quality "
+            "with the sequences given"
+        )
     if calibration.agreement == 0:
         return "no token agrees"
     if calibration.method == "paper":
@@ -153,14 +186,20 @@ def why_never(calibration: Calibration) -> str:
 
 
 def basis_of(costs: Costs | None) -> Basis:
-    """What predictions by these costs rest on; times that were taken beside other work are nothing."""
+    """Return the basis of predictions from these costs. Timings of a busy machine are unknown."""
     if costs is None or not costs.trusted:
         return "unknown"
     return "measured" if costs.measured else "bytes"
 
 
 def break_even_text(even: float | None, basis: Basis, most: float | None = None) -> str:
-    """The exit rate from which on exits pay, as every command says it; `most`: the speed-up if all tokens exited."""
+    """Describe the exit rate from which exits pay.
+
+    Args:
+        even: The exit rate. None if exits never pay.
+        basis: Basis of `even`.
+        most: Speedup if all tokens exit.
+    """
     reached = "" if most is None else f", {most:.2f}x if all did"
     more = reached + (f", {_BASES[basis]}" if basis != "unknown" else "")
     if even is None:
@@ -169,7 +208,7 @@ def break_even_text(even: float | None, basis: Basis, most: float | None = None)
 
 
 def prospect(costs: Costs, exit_layer: int, layers: int) -> str:
-    """What an exit that is about to be trained can bring."""
+    """Describe the possible speedup of an exit before its training."""
     even = costs.break_even(MAX_PENDING)
     text = break_even_text(even, basis_of(costs), costs.speedup(1.0, MAX_PENDING))
     line = f"the exit after layer {exit_layer} of {layers} {text}"
@@ -177,7 +216,12 @@ def prospect(costs: Costs, exit_layer: int, layers: int) -> str:
 
 
 def trained_verdict(costs: Costs, exit_rate: float) -> str:
-    """Whether an exit that was trained can pay, if the share `exit_rate` of the tokens can exit at best."""
+    """Describe the possible speedup of a trained exit.
+
+    Args:
+        costs: Costs of decoding.
+        exit_rate: Share of tokens that can exit at best.
+    """
     speed = costs.speedup(exit_rate, MAX_PENDING)
     even = costs.break_even(MAX_PENDING)
     text = break_even_text(even, basis_of(costs))
@@ -186,14 +230,15 @@ def trained_verdict(costs: Costs, exit_rate: float) -> str:
     if even is None:
         return f"cannot pay: it {text}; {EARLIER}"
     return (
-        f"does not pay yet: {exit_rate:.1%} of the tokens could exit, and it {text}; train longer, choose a later "
-        "--exit-layer, or decode in mode lossless"
+        f"does not pay yet: {exit_rate:.1%} of the tokens could exit, and it {text}; "
+        "train longer, choose a later --exit-layer, or decode in mode lossless"
     )
 
 
 def verdict(facts: ExitFacts) -> Verdict:
-    """The verdict on an exit: "good" pays, "bad" does not, "neutral" cannot be said yet."""
-    basis, even = _BASES[facts.basis], facts.break_even
+    """Return the verdict on an exit."""
+    basis = _BASES[facts.basis]
+    even = facts.break_even
     break_even = break_even_text(even, facts.basis)
     where = f"the exit after layer {facts.exit_layer} of {facts.layers}"
     calibrate = f"freeexport calibrate {facts.name} --data {facts.data}"
@@ -251,7 +296,10 @@ def verdict(facts: ExitFacts) -> Verdict:
         return _bad(facts, f"{gain}; {rates}{needed}", "ask for less (--agreement)")
     low = None if facts.exit_rate is None else facts.exit_rate.low
     if facts.measured is None and low is not None and even is not None and low < even:
-        few = f"the data are too few to tell this from the {even:.1%} of exits at which exits begin to pay"
+        few = (
+            f"the data are too few to tell this from the {even:.1%} of exits "
+            "at which exits begin to pay"
+        )
         return Verdict("neutral", f"may pay: {gain}; {rates}; {few}", "give more data")
     if facts.measured is None and facts.basis == "bytes":
         return Verdict("neutral", f"may pay: {gain}; {rates}", f"{calibrate}, on an idle machine")
@@ -263,23 +311,31 @@ def verdict(facts: ExitFacts) -> Verdict:
 
 
 def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
-    """An exit that does not pay, and what to do instead."""
+    """Return the verdict on an exit that does not pay, with `first` before the usual steps."""
     steps = [*first, "train it for the exit (freeexport train CHECKPOINT OUT)"]
     if facts.ready_made:
         names = " or ".join(facts.ready_made)
         steps.insert(0, f"use a ready-made exit (freeexport convert CHECKPOINT OUT --exit {names})")
     if facts.heavy_head:
         steps.append(
-            "give the exit a smaller head (freeexport train --exit-vocab N), which outweighs its layers"
+            "give the exit a smaller head (freeexport train --exit-vocab N), "
+            "which outweighs its layers"
         )
     steps.append("use mode lossless, whose text is the full model's")
     return Verdict("bad", f"does not pay: {why}", ", ".join(steps[:-1]) + ", or " + steps[-1])
 
 
 def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
-    """Whether the exit pays, as far as the bundle knows from its manifest, its calibration and its verification. Shares
-    have no interval, as nothing is recorded of sequences. `ready_made`: see ExitFacts."""
-    manifest, calibration = bundle.manifest, bundle.calibration
+    """Return the verdict from a bundle's manifest, calibration and verification.
+
+    Shares of a calibration have no interval, because bundles do not record counts per sequence.
+
+    Args:
+        bundle: The bundle.
+        ready_made: See ExitFacts.
+    """
+    manifest = bundle.manifest
+    calibration = bundle.calibration
     seen = (bundle.verification or {}).get("exit")
     agreement = seen.get("agreement") if isinstance(seen, Mapping) else None
     costs = known_costs(bundle, calibration.costs if calibration else None, manifest.costs)
@@ -288,14 +344,14 @@ def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
         exit_layer=manifest.exit_layer,
         layers=manifest.layers,
         trained=manifest.exit_trained,
-        # As `freeexport verify` saw it on a few texts.
+        # Measured on a few texts by `freeexport verify`.
         agreement=recorded_share(agreement) if isinstance(agreement, Mapping) else None,
         break_even=None if costs is None else costs.break_even(manifest.max_pending),
         basis=basis_of(costs),
         ready_made=ready_made,
     )
     if calibration is None:
-        # Of a threshold that came without a calibration nothing is known.
+        # A threshold below 1 without a calibration has no known rates.
         return verdict(
             replace(facts, threshold=manifest.threshold if manifest.threshold < 1 else None)
         )
@@ -324,7 +380,7 @@ def _calibrated(
     if costs is None:
         return facts
     most = calibration.max_pending or manifest.max_pending
-    # What the calibration replayed, where it was with these costs; else by the exit rate.
+    # The calibration's replay if it used these costs, or else an estimate from the exit rate.
     speedup = row.predicted_speedup if costs is calibration.costs else None
     speedup = costs.speedup(row.exit_rate, most) if speedup is None else speedup
     return replace(facts, break_even=costs.break_even(most), speedup=speedup)

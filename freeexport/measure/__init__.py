@@ -1,1 +1,1 @@
-"""Measuring: traces, timing, costs, thresholds, quality; evaluations and benchmarks with their tables and plots."""
+"""Measurements: traces, timing, costs, thresholds, quality, evaluations and benchmarks."""

@@ -1,4 +1,4 @@
-"""A benchmark: the speed of bundles in several modes, interleaved, from prompt to last token."""
+"""Benchmark: measures the speed of bundles in several modes, interleaved."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ MODES = ("free", "rollback", "lossless", "shallow")
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Meanings and defaults are those of `freeexport bench --help`. Raises OptionError for what does not go together
-    and for traces that cannot be read."""
+    """Options of a benchmark. See `freeexport bench --help`.
+
+    Raises:
+        OptionError: If values are repeated or out of range, or if a trace cannot be read.
+    """
 
     bundles: tuple[Path, ...]
     data: Path | None = None
@@ -75,14 +78,23 @@ class BenchOptions:
 
     @property
     def count(self) -> int:
-        """Threads of each session."""
+        """Threads per session."""
         return self.threads or usable_cores()
 
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """One way to decode the bundle of that number: `replay` gives exits, and `right` the share of right drafts, in
-    place of the model's own."""
+    """One way to decode a bundle.
+
+    Attributes:
+        bundle: Number of the bundle.
+        name: Name of the row.
+        mode: Mode of decoding.
+        threshold: Threshold. Default: the bundle's value.
+        drafts: Source of drafts. Default: the session's choice.
+        replay: Rate or file of exits that replace the model's own. See `exit_trace`.
+        right: Share of correct drafts, which replace the model's own.
+    """
 
     bundle: int
     name: str
@@ -94,20 +106,30 @@ class BenchSetting:
 
     @property
     def replays(self) -> bool:
+        """True if exits or drafts are replayed."""
         return self.replay is not None or self.right is not None
 
     @property
     def real(self) -> bool:
-        """Tell modes that a user would choose from replays and the shallow decoder."""
+        """True for settings that a user would choose, unlike replays and the shallow decoder."""
         return self.mode != "shallow" and not self.replays
 
 
 @dataclass(frozen=True)
 class Run:
-    """One prompt decoded: the tokens, the first `predicted` of which are the prompt's deep prediction, the seconds from
-    the request at which each was known, and until all was done; the share that exited, how much of what was drafted was
-    kept, how many deep passes ran over how many rows, and seconds outside the engines: empty for others than bundles.
-    `peak_bytes`: the most resident memory of the process."""
+    """A decoded prompt. Peers that are not bundles keep the defaults.
+
+    Attributes:
+        tokens: Generated tokens.
+        times: Seconds from the request to each token.
+        seconds: Seconds of the whole request.
+        exit_rate: Share of tokens that exited.
+        acceptance: Share of drafted tokens that were accepted.
+        sync_sizes: Number of deep passes by their rows.
+        overhead: Seconds outside the engines.
+        peak_bytes: Peak resident memory of the process.
+        predicted: Leading tokens that are the prompt's deep prediction.
+    """
 
     tokens: tuple[int, ...]
     times: tuple[float, ...]
@@ -121,7 +143,11 @@ class Run:
 
 
 def benchmark(options: BenchOptions) -> dict[str, Any]:
-    """Measure, and return what JSON keeps. Raises FreeExportError."""
+    """Run a benchmark and return its JSON report.
+
+    Raises:
+        FreeExportError: If bundles, data and options do not fit together.
+    """
     bundles = [Bundle.open(path) for path in options.bundles]
     for bundle in bundles:
         if bundle.manifest.speech is not None:
@@ -131,8 +157,8 @@ def benchmark(options: BenchOptions) -> dict[str, Any]:
         check_runnable(bundle.manifest, Device.parse(options.device))
         if bundle.manifest.source_sha256 != bundles[0].manifest.source_sha256:
             raise OptionError(
-                f"{bundle.path} is of another checkpoint ({bundle.manifest.source}) than {bundles[0].path}: their "
-                "tokens cannot be compared; measure each alone"
+                f"{bundle.path} is of another checkpoint ({bundle.manifest.source}) "
+                f"than {bundles[0].path}: their tokens cannot be compared; measure each alone"
             )
     prompts = bench_prompts(bundles[0], options.data, options.samples)
     settings = settings_of(options, bundles)
@@ -180,7 +206,13 @@ def benchmark(options: BenchOptions) -> dict[str, Any]:
 
 
 def bench_prompts(bundle: Bundle, data: Path | None, limit: int) -> list[list[int]]:
-    """Read the first prompts of a JSONL file, or the built-in sample texts, as token ids."""
+    """Return the token ids of the first prompts of a JSONL file, or of the built-in sample texts.
+
+    Args:
+        bundle: Bundle with the tokenizer.
+        data: JSONL file. Default: the sample texts, or random tokens if they cannot be encoded.
+        limit: Most prompts.
+    """
     manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
     longest = manifest.encoder_capacity or manifest.capacity // 2
     if data is not None:
@@ -198,7 +230,10 @@ def bench_prompts(bundle: Bundle, data: Path | None, limit: int) -> list[list[in
 
 
 def labels(bundles: Sequence[Bundle]) -> list[str]:
-    """Name bundles as briefly as tells them apart; nothing where there is one."""
+    """Return short distinct names of bundles: precisions, directory names or paths.
+
+    A single bundle gets an empty name.
+    """
     if len(bundles) == 1:
         return [""]
     kinds: list[list[str]] = [
@@ -210,7 +245,7 @@ def labels(bundles: Sequence[Bundle]) -> list[str]:
 
 
 def settings_of(options: BenchOptions, bundles: Sequence[Bundle]) -> list[BenchSetting]:
-    """List each bundle's settings: full, the modes at the thresholds, shallow, drafts, and the replays."""
+    """List the settings of each bundle: full, modes by threshold, shallow, drafts and replays."""
     found: list[BenchSetting] = []
     for number, (bundle, label) in enumerate(zip(bundles, labels(bundles), strict=True)):
         calibrated = bundle.manifest.threshold
@@ -246,7 +281,7 @@ def settings_of(options: BenchOptions, bundles: Sequence[Bundle]) -> list[BenchS
 
 
 def open_session(path: Path, setting: BenchSetting, threads: int, device: str) -> Session:
-    """Open what decodes a setting: replays need sessions of their own."""
+    """Open the session of a setting. Replays use a ReplaySession."""
     return (ReplaySession if setting.replays else Session)(
         path, threads=threads, slots=1, device=device
     )
@@ -255,7 +290,7 @@ def open_session(path: Path, setting: BenchSetting, threads: int, device: str) -
 def full_tokens(
     session: Session, prompts: Sequence[Sequence[int]], count: int
 ) -> list[tuple[int, ...]]:
-    """Decode in mode full, which replayed drafts are taken from."""
+    """Decode prompts in mode full. Replayed drafts are taken from these tokens."""
     given: dict[str, Any] = {"mode": "full", "max_new_tokens": count, "ignore_eos": True}
     return [session.generate(list(prompt), **given).token_ids for prompt in prompts]
 
@@ -268,8 +303,16 @@ def decode(
     whole: Sequence[int] | None = None,
     emit: Callable[[int], None] = lambda token: None,
 ) -> Run:
-    """Decode a prompt to `count` tokens, each of which `emit` is told of; `whole`: its tokens in mode full, for
-    replayed drafts."""
+    """Decode a prompt.
+
+    Args:
+        session: Session of the setting.
+        setting: How to decode.
+        prompt: Token ids.
+        count: Tokens to generate.
+        whole: Tokens of the prompt in mode full. Required for replayed drafts.
+        emit: Called with each token.
+    """
     asked = {"threshold": setting.threshold, "drafts": setting.drafts}
     asked = {name: value for name, value in asked.items() if value is not None}
     tokens: list[int] = []
@@ -308,13 +351,25 @@ def rows_of(
     reference: Sequence[Sequence[int]] | None,
     versions: Mapping[str, dict[str, str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Compute a row for each name: `runs[name][round][prompt]`; `reference` has the tokens of each prompt.
+    """Compute a row per setting.
 
-    Speeds are medians over rounds, over all prompts, from prompt to last token: `spread` is the largest less the
-    smallest as a share, `ratio` a multiple of the first row's in the same round. `decode_per_second`: without prompts
-    and first tokens. `agreement`: the share of its tokens that equal the reference's at the same place, and
-    `first_difference`, the first place where they do not, the median over prompts (None: all equal). `passes`: deep
-    passes a token. `roofline`: the share of the memory bandwidth that its `token_bytes` come to.
+    Speeds are medians over rounds of all prompts together, from prompt to last token. Fields that
+    need an explanation:
+
+    - `spread`: Range of the speed over rounds as a share of the median.
+    - `ratio`: Speed relative to the first row's in the same round.
+    - `decode_per_second`: Speed without prompts and first tokens.
+    - `agreement`: Share of tokens that equal the reference at the same place.
+    - `first_difference`: Place of the first token that differs, as a median over the prompts with a
+      difference. None if all tokens are equal.
+    - `passes`: Deep passes per token.
+    - `roofline`: Share of the memory bandwidth used, from `token_bytes`. See `add_roofline`.
+
+    Args:
+        runs: `runs[name][round][prompt]`.
+        precisions: Precision by name.
+        reference: Tokens of each prompt to compare with. None skips the comparison.
+        versions: Versions of libraries by name.
     """
     rows: list[dict[str, Any]] = []
     base: list[float] = []
@@ -367,7 +422,7 @@ def rows_of(
 
 
 def _passes(done: Sequence[Run]) -> float:
-    """Deep passes for each token that was decided; 1 where nothing is known of them."""
+    """Return the deep passes per decided token. 1 if runs report neither passes nor exits."""
     passes = sum(sum(run.sync_sizes.values()) for run in done)
     if not passes and not any(run.exit_rate for run in done):
         return 1.0
@@ -390,9 +445,10 @@ def add_roofline(
     tokens: int,
     bandwidth: float,
 ) -> None:
-    """Add what a token reads, in modes whose deep passes say how often each weight was read."""
+    """Add `token_bytes` and `roofline` to the row of a mode whose deep passes determine them."""
     if mode in ("full", "free"):
-        prompt, written = round(fmean(map(len, prompts))), tokens / 2
+        prompt = round(fmean(map(len, prompts)))
+        written = tokens / 2
         valid, encoded = (
             (written, prompt) if bundle.manifest.encoder_decoder else (prompt + written, 0.0)
         )
@@ -403,9 +459,17 @@ def add_roofline(
 def facts_of(
     bundle: Bundle, options: BenchOptions, prompts: int, reference: str | None, busy: float
 ) -> dict[str, Any]:
-    """Record what the figures depend on. `reference`: whose tokens others were compared with; `busy`: cores that other
-    processes used."""
-    manifest, made = bundle.manifest, environment()
+    """Return the conditions of a measurement.
+
+    Args:
+        bundle: The first bundle.
+        options: Options of the benchmark.
+        prompts: Number of prompts.
+        reference: Name of the row that tokens were compared with.
+        busy: Cores that other processes used.
+    """
+    manifest = bundle.manifest
+    made = environment()
     machine = made["machine"]
     return {
         "freeexport": made["versions"]["freeexport"],
@@ -438,7 +502,15 @@ def report(
     real: Collection[str],
     failed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Assemble what JSON keeps: `real` names the rows that may win, and `failed` says why others could not run."""
+    """Build the JSON report.
+
+    Args:
+        rows: Rows of `rows_of`.
+        facts: Conditions, as returned by `facts_of`.
+        bandwidth: Memory bandwidth in bytes per second.
+        real: Names of the rows that may win.
+        failed: Reasons why peers could not run, by name.
+    """
     return {
         "schema": SCHEMA,
         "settings": dict(facts),
@@ -450,7 +522,10 @@ def report(
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], real: Collection[str]) -> str:
-    """Say which of the `real` rows is fastest, if its slowest round is faster than the first row was then."""
+    """Name the fastest of the `real` rows that beats the first row in every round.
+
+    Rows are ranked by their lowest ratio over rounds.
+    """
     best = max(
         (row for row in rows[1:] if row["name"] in real), key=itemgetter("ratio_low"), default=None
     )
@@ -466,7 +541,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], real: Collection[str]) -> str:
 
 
 def bench_sheet(found: Mapping[str, Any]) -> Sheet:
-    """The table of a benchmark, as `report` gives it or JSON kept it."""
+    """Return the table of a benchmark's report."""
 
     def differs(row: Mapping[str, Any]) -> str:
         place = row["first_difference"]
@@ -512,7 +587,7 @@ def bench_sheet(found: Mapping[str, Any]) -> Sheet:
 
 
 def narrow(shown: Sheet) -> Sheet:
-    """Leave out what a terminal has no room for, the least important first: the files have every column."""
+    """Drop the least important columns until the table fits a terminal."""
     return shown.within(
         (
             "differs",
@@ -531,15 +606,23 @@ def narrow(shown: Sheet) -> Sheet:
 
 
 def facts_lines(found: Mapping[str, Any], shown: Sheet | None = None) -> list[str]:
-    """Say what the figures depend on, and what columns mean: those of `shown`.  [default: all]"""
-    used, rows, whole = found["settings"], found["rows"], bench_sheet(found)
+    """Describe the conditions of a benchmark and the meaning of its columns.
+
+    Args:
+        found: Report of the benchmark.
+        shown: Table whose columns are explained. Default: the table with all columns.
+    """
+    used = found["settings"]
+    rows = found["rows"]
+    whole = bench_sheet(found)
     hidden = set[str]() if shown is None else shown.hides(whole)
     lines = [f"{name}: {text}" for name, text in whole.facts]
     lines += [
-        f"{used['model']}, exit after layer {used['exit_layer']}, {used['threads']} threads, batch {used['batch']}, "
-        f"{used['prompts']} prompts, {used['tokens']} new tokens each, {used['decoding']}, "
-        f"median of {used['rounds']} interleaved rounds",
-        f"{used['cpu']}, {used['cores']} cores ({' '.join(used['cpu_features'])}), {human_bytes(used['memory'])}; "
+        f"{used['model']}, exit after layer {used['exit_layer']}, {used['threads']} threads, "
+        f"batch {used['batch']}, {used['prompts']} prompts, {used['tokens']} new tokens each, "
+        f"{used['decoding']}, median of {used['rounds']} interleaved rounds",
+        f"{used['cpu']}, {used['cores']} cores ({' '.join(used['cpu_features'])}), "
+        f"{human_bytes(used['memory'])}; "
         f"{used['threads']} threads read {found['bandwidth'] / 1e9:.1f} GB/s",
     ]
     if used.get("device", "cpu") != "cpu":
@@ -550,7 +633,8 @@ def facts_lines(found: Mapping[str, Any], shown: Sheet | None = None) -> list[st
         lines.append(f"same: tokens equal to those of {used['compared_with']} at the same place")
         if "differs" not in hidden:
             lines.append(
-                "differs: the place of the first token that is not the same, the median over prompts"
+                "differs: the place of the first token that is not the same, "
+                "the median over prompts"
             )
     versions = {name: used[name] for name in ("freeexport", "onnxruntime") if name in used}
     versions |= {name: version for row in rows for name, version in row["versions"].items()}

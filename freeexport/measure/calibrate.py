@@ -1,4 +1,4 @@
-"""From data to a threshold: collect traces, choose by a rule, and say what thresholds give."""
+"""Calibration: collects traces of data, chooses a threshold and evaluates others."""
 
 from __future__ import annotations
 
@@ -40,19 +40,28 @@ from runtime.machine.device import Device
 from runtime.machine.machine import costs_here
 from runtime.options import Mode
 
-# Decodings at some thresholds, where a rule compares outputs, in those of a trace, for which both decoders run at
-# every token.
+# Time to decode a sequence at all thresholds that a rule compares, as a multiple of the time of its
+# trace, for which both decoders run at every token.
 OUTPUTS = 3
-# Fewer say nothing about a threshold.
+# Fewest tokens for a threshold.
 LEAST_TOKENS = 50
 TABLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-# Prompts a round of timing: enough for a median, few enough to wait for.
+# Prompts per round of timing.
 PROMPTS = 40
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """`samples`: first lines of the data. `rounds` of timing, interleaved with mode full: 0 is none."""
+    """Options of a calibration.
+
+    Attributes:
+        rule: How the threshold is chosen.
+        samples: Number of lines to read from the data.
+        max_new_tokens: Most tokens of each trace.
+        rounds: Rounds of timing, interleaved with mode full. 0 skips timing.
+        device: Device of the engines.
+        threads: Threads per engine call. Default: all usable cores.
+    """
 
     rule: Rule = field(default_factory=Rule)
     samples: int = 500
@@ -67,9 +76,20 @@ class CalibrateOptions:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """`calibration` is what is written; the rest explains it. `chosen` is the replay at its threshold. `speeds` are
-    measured, in tokens per second: of mode full and at the threshold, None where nothing was timed. `caught` is the
-    share of wrong exits that mode rollback takes back. `notes` are sentences that the user should read."""
+    """A calibration with the measurements that explain it.
+
+    Attributes:
+        calibration: The calibration to write.
+        path: Bundle, as given on the command line.
+        manifest: Manifest of the bundle.
+        traces: Traces of the data.
+        costs: Costs of decoding, for predicted speeds.
+        chosen: Replay at the chosen threshold.
+        data: Data file.
+        caught: Share of disagreeing exits that mode rollback rejects. None if there are none.
+        speeds: Measured tokens per second, of mode full and at the threshold. None if not timed.
+        notes: Sentences for the user.
+    """
 
     calibration: Calibration
     path: str
@@ -84,13 +104,15 @@ class Calibrated:
 
     @property
     def break_even(self) -> float | None:
-        """The exit rate from which on exits pay; None where they never do."""
+        """Exit rate from which exits pay. None if they never do."""
         return self.costs.break_even(self.manifest.max_pending)
 
     @property
     def verdict(self) -> Verdict:
-        """Whether exits pay at the threshold found."""
-        calibration, traces, exits = self.calibration, self.traces, self.chosen.exits
+        """Verdict on the exit at the chosen threshold."""
+        calibration = self.calibration
+        traces = self.traces
+        exits = self.chosen.exits
         return verdict(
             ExitFacts(
                 name=self.path,
@@ -113,12 +135,24 @@ class Calibrated:
 
 
 def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
-    """Calibrate the bundle `model`, and write nothing but the traces, which are kept beside it: another rule, or more
-    samples, need not decode them again.
+    """Calibrate a bundle.
 
-    Raises DataError, CalibrationError, BundleError and OptionError.
+    Writes only the traces, to a file beside the bundle. They are reused by later calibrations with
+    another rule or more samples.
+
+    Args:
+        model: Path of the bundle.
+        data: JSONL file of prompts.
+        options: Options of the calibration.
+
+    Raises:
+        DataError: If the data cannot be read.
+        CalibrationError: If the data do not suffice for the rule.
+        BundleError: If the bundle cannot be opened.
+        OptionError: If options do not fit the bundle.
     """
-    requests, beside = read_examples(data, options.samples), Path(os.path.abspath(model))
+    requests = read_examples(data, options.samples)
+    beside = Path(os.path.abspath(model))
     _check_sequences(len(requests), options.rule)  # before long work
     with ReplaySession(model, threads=options.threads, device=options.device) as session:
         cache = beside.with_name(f"{beside.name}.traces.jsonl")
@@ -139,7 +173,7 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
         )
         outputs = None
         if options.rule.needs_outputs:
-            # Against the data's references where every line has one.
+            # Compare with the references if every line has one, or else with the full model.
             found = [
                 reference
                 for request, _ in fitting
@@ -155,7 +189,11 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
 
 
 def check_enough(traces: Traces, rule: Rule) -> None:
-    """Raises CalibrationError, naming how many would do."""
+    """Check that there are enough tokens and sequences for a rule.
+
+    Raises:
+        CalibrationError: If not. The message names the required number.
+    """
     check_confidences(traces.confidence)
     _check_sequences(len(traces.length), rule)
     if traces.tokens < LEAST_TOKENS:
@@ -169,8 +207,8 @@ def _check_sequences(given: int, rule: Rule) -> None:
     needed = sequences_needed(rule.risk, rule.delta) if rule.method == "risk" else 0
     if given < needed:
         raise CalibrationError(
-            f"risk {rule.risk:g} with delta {rule.delta:g} needs at least {needed} sequences, the data have "
-            f"{given}; give more samples, or a larger risk or delta"
+            f"risk {rule.risk:g} with delta {rule.delta:g} needs at least {needed} sequences, "
+            f"the data have {given}; give more samples, or a larger risk or delta"
         )
 
 
@@ -183,7 +221,7 @@ def explained(
     rule: Rule,
     data: str = "FILE",
 ) -> Calibrated:
-    """A choice with what it gives."""
+    """Build the calibration of a choice, with exit rates and predicted speeds by threshold."""
     threshold = choice.threshold
     limit, caught = rollback_limit(traces, threshold)
     replays = {
@@ -229,21 +267,26 @@ def explained(
 
 
 def busy_note(timed: Costs, used: Costs) -> str:
-    """Say that the times of a busy machine predict nothing, and what does."""
+    """Explain that the machine was busy, and on what predictions are based instead.
+
+    Args:
+        timed: Costs measured on the busy machine.
+        used: Costs that predictions use.
+    """
     instead = "the times that convert took" if used.measured else "the bytes that are read"
     predicted = (
         "predictions are uncertain" if used is timed else f"speeds are predicted by {instead}"
     )
     return (
-        f"other processes kept {timed.busy:.1f} cores busy while the engines were timed: {predicted}; the threshold "
-        "does not depend on them"
+        f"other processes kept {timed.busy:.1f} cores busy while the engines were timed: "
+        f"{predicted}; the threshold does not depend on them"
     )
 
 
 def _timed(
     session: ReplaySession, prompts: Sequence[Any], result: Calibrated, options: CalibrateOptions
 ) -> Calibrated:
-    """The result with measured speeds: of mode full, None, and of free at the threshold and a few others."""
+    """Add measured speeds of mode full, and of mode free at the threshold and a few others."""
     chosen = result.calibration.threshold
     settings: list[float | None] = [
         None,

@@ -1,4 +1,4 @@
-"""A calibration on a terminal."""
+"""Tables of a calibration for a terminal."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _COLUMNS = ("threshold#", "exits#", "agree#", "quality#", "predicted#", "measure
 
 
 def tables(result: Calibrated) -> list[Table]:
-    """Thresholds, and what the chosen one rests on; the verdict is not among them."""
+    """Return the tables of a new calibration, without its verdict."""
     return [terminal(threshold_table(result.calibration)), pairs("Calibration", found(result))]
 
 
 def calibration_tables(calibration: Calibration) -> list[Table]:
-    """The calibration that a file or a bundle records."""
+    """Return the tables of a recorded calibration."""
     return [pairs("Calibration", recorded(calibration)), terminal(threshold_table(calibration))]
 
 
 def threshold_table(calibration: Calibration) -> Sheet:
-    """A row a threshold; what is not known is empty."""
+    """Return a row per threshold. Unknown values are empty."""
     rows = [
         (
             "never" if row.threshold >= NEVER_EXIT else f"{row.threshold:.4g}",
@@ -49,8 +49,9 @@ def threshold_table(calibration: Calibration) -> Sheet:
 
 
 def recorded(calibration: Calibration) -> list[tuple[str, str]]:
-    """The source of the threshold."""
-    limit, mixture = calibration.rollback_threshold, calibration.mixture
+    """Return names and values of the facts that a calibration records."""
+    limit = calibration.rollback_threshold
+    mixture = calibration.mixture
     rows = [
         (
             "data",
@@ -61,7 +62,8 @@ def recorded(calibration: Calibration) -> list[tuple[str, str]]:
         ("confidence", calibration.confidence),
     ]
     if mixture is not None:
-        agree, disagree = mixture.agree, mixture.disagree
+        agree = mixture.agree
+        disagree = mixture.disagree
         rows.append(
             ("agreeing tokens", f"{mixture.weight_agree:.1%}, Beta({agree.a:.3g}, {agree.b:.3g})")
         )
@@ -70,7 +72,7 @@ def recorded(calibration: Calibration) -> list[tuple[str, str]]:
 
 
 def promise(calibration: Calibration) -> str:
-    """Describe the threshold by its rule."""
+    """Describe what the rule promises for the threshold."""
     probability = f"with probability {1 - (calibration.delta or 0):.4g}"
     if calibration.method == "risk":
         return f"risk: loss of a sequence at most {calibration.risk:g} on average, {probability}"
@@ -78,14 +80,17 @@ def promise(calibration: Calibration) -> str:
         certain = "" if calibration.delta is None else f", {probability}"
         return f"quality: at least {calibration.target:.1%} of the full model's{certain}"
     if calibration.method == "paper":
-        return f"paper: the likelihood ratio of agreeing tokens is above {calibration.target:g}, without their share"
+        return (
+            "paper: the likelihood ratio of agreeing tokens is above "
+            f"{calibration.target:g}, without their share"
+        )
     if calibration.threshold >= NEVER_EXIT:
         return f"bmm: P(agree | confidence) reaches {calibration.target:g} nowhere"
     return f"bmm: P(agree | confidence) is at least {calibration.target:g} from the threshold on"
 
 
 def found(result: Calibrated) -> list[tuple[str, str]]:
-    """The threshold and what it rests on."""
+    """Return names and values of the facts of a new calibration."""
     caught = result.caught
     return [
         *recorded(result.calibration),

@@ -1,9 +1,11 @@
-"""CALM (Schuster et al. 2022, arXiv 2207.07061), to compare with: a token may exit after any layer, and its state is
-copied to the layers that it skips, whose keys and values are computed from that.
+"""CALM (Schuster et al. 2022, arXiv 2207.07061) as a baseline.
 
-Its engines are the first layers with a head, each further layer with a head, what fills skipped caches, and the
-further layers in one, which read prompts. They are written by the builder of bundles: the same operators, kernels and
-precision, and one weight file.
+A token may exit after any layer. Its state is copied to the skipped layers, which compute their
+keys and values from it.
+
+The engines are: the first layers with a head, each further layer with a head, engines that fill the
+caches of skipped layers, and one engine of all further layers, which reads prompts. The builder of
+bundles writes them, with the same operators, kernels and precision, and one weight file.
 """
 
 from __future__ import annotations
@@ -39,19 +41,34 @@ from runtime.engines.runner import Encoder
 from runtime.errors import OptionError
 from runtime.kernels import reading_prompt
 
-WEIGHTS, FACTS = "weights.data", "calm.json"
-# The paper's decaying threshold: how much of the given one decays, and the temperature of it.
-DECAYING, TEMPERATURE = 0.1, 4.0
+WEIGHTS = "weights.data"
+FACTS = "calm.json"
+# Weight and temperature of the decaying part of the paper's threshold.
+DECAYING = 0.1
+TEMPERATURE = 4.0
 
 
 def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path) -> str:
-    """Write the engines of `checkpoint`, of which `manifest` is a bundle, that may exit after layer `least` and every
-    one behind it; kept where they are there already. Returns the loss that it was trained with, "" where that is not
-    known. Raises OptionError where the checkpoint or the layer does not fit, CheckpointError."""
+    """Write the engines of CALM, unless the directory already has them.
+
+    Args:
+        checkpoint: Checkpoint of the bundle.
+        manifest: Manifest of the bundle.
+        least: First layer after which a token may exit.
+        directory: Directory of the engines.
+
+    Returns:
+        The training loss of the checkpoint, "" if unknown.
+
+    Raises:
+        OptionError: If the checkpoint, the layer or the bundle does not fit.
+        CheckpointError: If the checkpoint cannot be read.
+    """
     opened = open_checkpoint(checkpoint)
     if opened.sha256 != manifest.source_sha256:
         raise OptionError(
-            f"--calm-model {checkpoint} is not what the bundle came from ({manifest.source}); name that checkpoint"
+            f"--calm-model {checkpoint} is not what the bundle came from ({manifest.source}); "
+            "name that checkpoint"
         )
     if not 1 <= least < manifest.layers:
         raise OptionError(f"--calm-from {least} is out of range; choose 1 to {manifest.layers - 1}")
@@ -99,10 +116,10 @@ def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path)
 
 
 class CalmBuilder(EngineBuilder):
-    """Builds the engines of one layer each; layers count from 0."""
+    """Builds engines of single layers. Layers count from 0."""
 
     def layer(self, number: int) -> None:
-        """Write layer.{number}.onnx: one layer and the head, from `state` to `hidden`."""
+        """Write layer.{number}.onnx with one layer and the head, from `state` to `hidden`."""
         graph = self._graph(f"layer.{number}")
         width = self.description.hidden_size
         before = graph.input("state", FLOAT, ["B", "k", width])
@@ -116,7 +133,7 @@ class CalmBuilder(EngineBuilder):
         self._save(graph)
 
     def fill(self, first: int) -> None:
-        """Write fill.{first}.onnx: keys and values of layers `first` and on, of a state that is copied to them."""
+        """Write fill.{first}.onnx: keys and values of all layers from `first` for one state."""
         graph = self._graph(f"fill.{first}")
         width = self.description.hidden_size
         state = graph.input("state", FLOAT, ["B", "k", width])
@@ -138,8 +155,10 @@ class CalmBuilder(EngineBuilder):
 
 
 def keys_as_queries(graph: Graph, x: ir.Value, attention: Attention) -> ir.Value:
-    """Attention that runs for the cache it writes needs no product for queries, as nobody reads what it gives: keys
-    stand in their place."""
+    """Project keys and values only, and use the keys as queries.
+
+    Such attention only writes its cache. Its output is not read, so it needs no queries.
+    """
     both = stacked_linear(graph, x, [attention.key, attention.value])
     key, value = graph.ops("Split", [both], 2, axis=-1, num_outputs=2)
     return graph.op("Concat", [key, key, value], axis=-1)
@@ -147,7 +166,15 @@ def keys_as_queries(graph: Graph, x: ir.Value, attention: Attention) -> ir.Value
 
 @dataclass(frozen=True)
 class CalmResult:
-    """`layers`: that each token took; all for the first token of a decoder-only model, as in the other modes."""
+    """Output of CALM.
+
+    Attributes:
+        token_ids: Generated tokens.
+        layers: Layers per token. The first token of a decoder-only model takes all, as in other
+            modes.
+        seconds: Seconds of the whole request.
+        first_seconds: Seconds to the first token.
+    """
 
     token_ids: tuple[int, ...]
     layers: tuple[int, ...]
@@ -156,12 +183,19 @@ class CalmResult:
 
 
 class Calm:
-    """Decodes one sequence at a time. `directory`: what `write_calm` wrote for the bundle, whose exits begin after
-    layer `least`. Engines are loaded with `threads`."""
+    """Decodes one sequence at a time.
+
+    Args:
+        bundle: The bundle.
+        directory: Directory that `write_calm` wrote.
+        least: First layer after which a token may exit.
+        threads: Threads per engine call.
+    """
 
     def __init__(self, bundle: Bundle, directory: Path, least: int, threads: int) -> None:
         manifest = bundle.manifest
-        self._manifest, self.least = manifest, least
+        self._manifest = manifest
+        self.least = least
         self._layers = range(least, manifest.layers)
 
         def engine(path: Path) -> OnnxEngine:
@@ -179,8 +213,9 @@ class Calm:
             if manifest.encoder_decoder
         ]
         self._encoder = Encoder(*encoder) if encoder else None
-        self._cache = KVCache(**cache_sizes(manifest, range(manifest.layers), 1, manifest.capacity))
-        self._token, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        self._cache = KVCache(***cache_sizes(manifest, range(manifest.layers), 1, manifest.capacity))
+        self._token = np.zeros(1, np.int64)
+        self._confidence = np.zeros(1, np.float32)
         self._input = np.zeros((1, 1), np.int64)
         self._calls: dict[str, Call] = {}
 
@@ -192,9 +227,15 @@ class Calm:
         decays: bool = False,
         single: bool = False,
     ) -> CalmResult:
-        """Decode greedily. A token exits after the first layer whose confidence is above the threshold: the given one,
-        or with `decays` one that falls as the sequence grows, clip(0.9 t + 0.1 exp(-4 n / N)) at token n of N. With
-        `single` it may exit after the first of the layers only, and the further ones are one call."""
+        """Decode a prompt greedily. A token exits after the first layer above the threshold.
+
+        Args:
+            prompt: Token ids int64 [n].
+            max_new_tokens: Most tokens to generate.
+            threshold: Threshold t of the confidence.
+            decays: Use the decaying threshold clip(0.9 t + 0.1 exp(-4 n / N)) at token n of N.
+            single: Exit only after layer `least`. The further layers are one call.
+        """
         began = perf_counter()
         manifest = self._manifest
         self._cache.trim(0, 0)
@@ -202,7 +243,9 @@ class Calm:
         layers: list[int] = []
         if self._encoder is None:
             self._bind_calls({})
-            ids, layers, read = [self._prefill(prompt)], [manifest.layers], len(prompt)
+            ids = [self._prefill(prompt)]
+            layers = [manifest.layers]
+            read = len(prompt)
         else:
             self._bind_calls(self._encoder.run(prompt))
             read = 1
@@ -220,12 +263,15 @@ class Calm:
         return CalmResult(tuple(ids), tuple(layers), perf_counter() - began, first - began)
 
     def _prefill(self, tokens: np.ndarray) -> int:
-        """Run all layers over the prompt in two calls, as in the other modes, and the head for its last row."""
-        rows, none = len(tokens), np.zeros(0, np.int64)
+        """Run all layers over the prompt in two calls, and the head for the last row only."""
+        rows = len(tokens)
+        none = np.zeros(0, np.int64)
         state = np.zeros((1, rows, self._manifest.hidden_size), np.float32)
-        lengths, shallow = self._lengths(rows), range(self.least)
+        lengths = self._lengths(rows)
+        shallow = range(self.least)
         first = self._engines["shallow"].bind(
-            {"input_ids": tokens[None], **lengths, "head_rows": none, **self._arrays("past", shallow)},
+            {"input_ids": tokens[None], **lengths, "head_rows": none,
+             **self._arrays("past", shallow)},
             {"hidden": state, "token": self._token[:0], "confidence": self._confidence[:0],
              **self._arrays("present", shallow)},
         )  # fmt: skip
@@ -236,7 +282,7 @@ class Calm:
         return int(self._token[0])
 
     def _step(self, token: int, bar: float, single: bool) -> tuple[int, int]:
-        """Compute the next token, and the layers that it took."""
+        """Return the next token and its number of layers."""
         self._input[0, 0] = token
         self._calls["shallow"].run()
         taken = self.least
@@ -252,15 +298,17 @@ class Calm:
         return int(self._token[0]), taken
 
     def _bind_calls(self, cross: Mapping[str, Any]) -> None:
-        """Bind the calls of one row, once; later requests change only what they read of the prompt."""
-        most, calls = self._manifest.layers, self._calls
+        """Bind the calls of one row. Later requests rebind only the cross-attention inputs."""
+        most = self._manifest.layers
+        calls = self._calls
         reads = {"shallow": range(self.least), "deep": self._layers}
         reads |= {f"layer.{layer}": range(layer, layer + 1) for layer in self._layers}
         if calls:
             for name, layers in reads.items() if cross else ():
                 calls[name].rebind(_cross(cross, layers), {})
             return
-        shape, head = (1, 1, self._manifest.hidden_size), np.zeros(1, np.int64)
+        shape = (1, 1, self._manifest.hidden_size)
+        head = np.zeros(1, np.int64)
         states = {layer: np.zeros(shape, np.float32) for layer in range(self.least, most + 1)}
         for name, layers in reads.items():
             if name == "deep":
@@ -318,6 +366,6 @@ def _cross(cross: Mapping[str, Any], layers: range) -> dict[str, Any]:
 
 
 def threshold_at(threshold: float, token: int, limit: int) -> float:
-    """Compute the decaying threshold at one of `limit` tokens (section 3.2 of the paper)."""
+    """Return the decaying threshold at token `token` of `limit` (section 3.2 of the paper)."""
     decayed = (1 - DECAYING) * threshold + DECAYING * math.exp(-TEMPERATURE * token / limit)
     return min(1.0, max(0.0, decayed))

@@ -1,8 +1,8 @@
-"""Costs of decoding on this machine: fitted to decoding, in mode full and in mode free with exits as scripts say; and
-by the bytes that it reads, against memory bandwidth.
+"""Measures the costs of decoding and the memory bandwidth of this machine.
 
-Calls that are timed one by one, again and again, find their weights in the processor's cache and their buffers bound;
-decoding does not, and pays more. So costs are fitted to whole requests, all kinds of them in turn.
+Costs are fitted to whole requests, in mode full and in mode free with scripted exits, decoded in
+turn. An engine call that is timed repeatedly would be too fast: it finds its weights in the
+processor's cache and its buffers bound, unlike the calls of real decoding.
 """
 
 from __future__ import annotations
@@ -30,25 +30,40 @@ from runtime.machine.machine import host
 from runtime.result import Stats
 from runtime.speech import SpeechPrompt
 
-# Rows of deep passes whose costs are kept.
+# Rows of deep passes with recorded costs.
 SIZES = (1, 2, 4, 8, 16)
-# Exit rates of the requests in mode free. In one request more, passes run over each of SIZES in turn.
+# Exit rates of the requests in mode free. In one further request, passes run over each of SIZES in
+# turn.
 RATES = (0.0, 0.5, 0.8, 0.95)
-# Prompts a round, and rounds, as far as they fit into so many seconds; at least the fewest rounds.
-PROMPTS, ROUNDS, SECONDS, FEWEST = 8, 9, 8.0, 2
-# A prompt and its continuation where none are given.
-CONTEXT, TOKENS = 112, 33
+# Prompts per round, rounds, and approximate limit in seconds. A slow bundle gets fewer prompts and
+# rounds, but at least FEWEST rounds.
+PROMPTS = 8
+ROUNDS = 9
+SECONDS = 8.0
+FEWEST = 2
+# Default lengths of a prompt and its continuation, in tokens.
+CONTEXT = 112
+TOKENS = 33
 
 
-# Of the memory that bandwidth is measured on: more than any cache holds. The best of several passes counts, as the
-# machine was then disturbed least.
-BUFFER, PASSES = 1 << 30, 3
+# Bytes that bandwidth is measured on, which exceed any cache. The fastest of PASSES counts, because
+# other work disturbed it least.
+BUFFER = 1 << 30
+PASSES = 3
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A request: `steps` shallow steps and the seconds they took, the seconds outside the engines, and how many deep
-    passes ran over how many rows, and the mean seconds of each."""
+    """Timing of a request.
+
+    Attributes:
+        free: The request ran in mode free, else in mode full.
+        steps: Shallow steps.
+        shallow: Seconds of all shallow steps.
+        outside: Seconds outside the engines.
+        sizes: Number of deep passes by their rows.
+        deep: Mean seconds of a deep pass by its rows.
+    """
 
     free: bool
     steps: int
@@ -59,6 +74,7 @@ class Sample:
 
     @classmethod
     def of(cls, free: bool, stats: Stats) -> Sample:
+        """Build the sample of a request from its statistics."""
         deep = {
             rows: seconds / stats.sync_sizes[rows] for rows, seconds in stats.sync_seconds.items()
         }
@@ -73,6 +89,7 @@ class Sample:
 
     @property
     def passes(self) -> int:
+        """Number of deep passes."""
         return sum(self.sizes.values())
 
 
@@ -83,8 +100,15 @@ def measured_costs(
     rounds: int = ROUNDS,
     seconds: float = SECONDS,
 ) -> Costs:
-    """Time a session that nothing else uses: `tokens` tokens after prompts like these, int64 [n] each; with the cores
-    that other processes kept busy meanwhile."""
+    """Measure the costs of a session, and the cores that other processes use meanwhile.
+
+    Args:
+        session: A session without other requests.
+        prompts: Token ids int64 [n] each, of typical lengths.
+        tokens: Tokens to generate per request.
+        rounds: Most repetitions of each request.
+        seconds: Approximate time limit.
+    """
     sizes = [size for size in SIZES if size <= session.manifest.max_pending]
     scripts = [[exits for size in sizes for exits in [True] * (size - 1) + [False]]]
     scripts += [drawn(rate, seed) for seed, rate in enumerate(RATES)]
@@ -104,7 +128,7 @@ def measured_costs(
         decode(setting, prompts[0])
     turns = int(seconds / (perf_counter() - began))
     count = max(1, min(PROMPTS, len(prompts), turns // rounds))
-    # Short and long ones; where there is time for one only, of the median length.
+    # Short and long prompts, or only one of median length if there is no time for more.
     by_length = sorted(prompts, key=len)
     few = [by_length[int((place + 0.5) / count * len(prompts))] for place in range(count)]
     rounds = max(min(rounds, FEWEST), min(rounds, turns // count))
@@ -116,7 +140,7 @@ def measured_costs(
             for number, sample in enumerate(turn.runs):
                 again[turn.prompt, number].append(sample)
     typical = []
-    for samples in again.values():  # the medians of several runs of one request
+    for samples in again.values():  # medians over the runs of a request
         deep = {rows: median(sample.deep[rows] for sample in samples) for rows in samples[0].deep}
         shallow, outside = (
             median(getattr(sample, name) for sample in samples) for name in ("shallow", "outside")
@@ -128,7 +152,14 @@ def measured_costs(
 def measured_in_child(
     bundle: Path, threads: int | None = None, tokens: int = TOKENS, context: int = CONTEXT
 ) -> Costs:
-    """Measure in a process of its own, so its memory is freed, after prompts of `context` random tokens."""
+    """Measure costs in a child process, which frees all memory.
+
+    Args:
+        bundle: Path of the bundle.
+        threads: Threads per engine call. Default: all usable cores.
+        tokens: Tokens to generate per request.
+        context: Random tokens of each prompt.
+    """
     given = {"bundle": str(bundle), "threads": threads, "tokens": tokens, "context": context}
     found = json.loads(run_child("freeexport.measure.costs", json.dumps(given)))
     costs: Costs = Reader("measure again").read(Costs, found, "costs")
@@ -136,8 +167,11 @@ def measured_in_child(
 
 
 def fit(samples: Sequence[Sample]) -> Costs:
-    """Costs that explain samples of both modes best, by least squares: a free request costs its steps and its passes,
-    each of them in the engines and outside."""
+    """Fit costs to samples of both modes by least squares.
+
+    A request in mode free is modelled as the sum of its steps and passes, each of which takes time
+    inside and outside the engines.
+    """
     full = [sample for sample in samples if not sample.free]
     free = [sample for sample in samples if sample.free]
     steps = sum(sample.steps for sample in full)
@@ -152,7 +186,7 @@ def fit(samples: Sequence[Sample]) -> Costs:
 
 
 def _line(samples: Sequence[Sample], seconds: Sequence[float]) -> tuple[float, float]:
-    """Seconds of a step and of a pass, neither below 0."""
+    """Fit the seconds of a step and of a pass, both at least 0."""
     counts = np.array([[sample.steps, sample.passes] for sample in samples], np.float64)
     (step, sync), *_ = np.linalg.lstsq(counts, np.array(seconds), rcond=None)
     if step < 0 or sync < 0:
@@ -161,8 +195,11 @@ def _line(samples: Sequence[Sample], seconds: Sequence[float]) -> tuple[float, f
 
 
 def _deep(samples: Sequence[Sample]) -> dict[int, float]:
-    """Seconds of a pass at the sizes of SIZES that were seen, or at those nearest to them: straight between them, never
-    falling, and fitted to all the passes."""
+    """Fit the seconds of a deep pass by its rows.
+
+    The result is piecewise linear and never decreases. Its knots are the observed sizes nearest to
+    those of SIZES, and the largest observed one.
+    """
     count: dict[int, int] = defaultdict(int)
     total: dict[int, float] = defaultdict(float)
     for sample in samples:
@@ -179,8 +216,8 @@ def _deep(samples: Sequence[Sample]) -> dict[int, float]:
 
 
 def bandwidth_of(threads: int) -> float:
-    """Bytes a second that `threads` threads read together, measured in a process of its own."""
-    # numpy's matrix library must not add threads of its own.
+    """Measure in a child process the bytes per second that `threads` threads read together."""
+    # Keep numpy's BLAS from starting further threads.
     alone = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return float(
         run_child("freeexport.measure.costs", json.dumps({"read_by": threads}), variables=alone)
@@ -188,9 +225,15 @@ def bandwidth_of(threads: int) -> float:
 
 
 def measure_bandwidth(threads: int, size: int = BUFFER, passes: int = PASSES) -> float:
-    """Bytes a second that `threads` threads read together from `size` bytes; the best of `passes`."""
+    """Measure the bytes per second that `threads` threads read together.
+
+    Args:
+        threads: Number of threads.
+        size: Bytes to read.
+        passes: Repetitions. The fastest counts.
+    """
     parts = np.array_split(np.ones(size // 8, np.int64), threads)
-    # Either may be faster, by the instructions that numpy has for it here.
+    # Which one is fastest depends on numpy's instructions for this processor.
     readers = (np.sum, np.max, lambda part: np.dot(part.view(np.float64), part.view(np.float64)))
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -203,8 +246,10 @@ def measure_bandwidth(threads: int, size: int = BUFFER, passes: int = PASSES) ->
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print, as JSON, the costs of a bundle with the settings of `measured_in_child`, or for `{"read_by": THREADS}` the
-    bandwidth."""
+    """Print the costs of a bundle as JSON, or the bandwidth for `{"read_by": THREADS}`.
+
+    The argument is a JSON object with the arguments of `measured_in_child`.
+    """
     given = json.loads(arguments[0])
     if "read_by" in given:
         print(measure_bandwidth(given["read_by"]))
@@ -217,9 +262,8 @@ def main(arguments: Sequence[str]) -> None:
             random.integers(0, manifest.vocab_size, max(1, min(given["context"], room)))
             for _ in range(PROMPTS)
         ]
-        if (
-            manifest.speech is not None
-        ):  # one window, as they are all of one length, and reading it takes long
+        # One window is enough: all have the same length, and encoding one is slow.
+        if manifest.speech is not None:
             features = random.standard_normal(
                 (manifest.speech.bins, 2 * manifest.encoder_capacity), np.float32
             )

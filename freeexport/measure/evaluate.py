@@ -1,4 +1,4 @@
-"""An evaluation: methods of decoding compared on a task, by quality and speed together."""
+"""Evaluation: compares the quality and speed of decoding methods on a task."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ if TYPE_CHECKING:
     from freeexport.measure.calm import Calm
 
 WARM_UP = 16  # tokens
-# So many of the outputs may be cut by the limit of tokens before a note says so.
+# Share of outputs that reach the token limit above which a note is added.
 MOST_CUT = 0.1
-# Lines whose outputs the page shows.
+# Number of example lines on the page.
 SHOWN = 12
-# Drafted tokens at a position of which a share of accepted ones is shown.
+# Fewest compared drafts at a position for which acceptance is shown.
 LEAST_COMPARED = 20
-# Kept of the first round only.
+# Fields that are recorded in the first round only.
 _OUTPUTS = {"text", "token_ids", "exited", "finish_reason", "calls"}
 _PREDICTED = (
-    "speed a token by the byte model: weights and caches that engine calls read, {} more for each further row, and "
-    "{:g} MB for a call"
+    "speed a token by the byte model: weights and caches that engine calls read, "
+    "{} more for each further row, and {:g} MB for a call"
 )
 _COMPARED_WITH_FULL = "no line has a target: outputs are compared with those of the full model"
 FILES = "report.html, results.md, evaluation.json and .csv, curve.png and .svg"
@@ -76,7 +76,17 @@ FILES = "report.html, results.md, evaluation.json and .csv, curve.png and .svg"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`report`: all figures, as JSON keeps them; `records` by bundle and setting, then line."""
+    """Results of an evaluation.
+
+    Attributes:
+        options: Options of the evaluation.
+        entries: Bundles with their settings.
+        metrics: Metrics of the outputs.
+        requests: Requests by line.
+        references: References by line.
+        records: Records by bundle and setting, then by line.
+        report: All results, as written to JSON.
+    """
 
     options: EvaluateOptions
     entries: list[Entry]
@@ -94,7 +104,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Story:
-    """A page about more than an evaluation: its `title`, its own `verdict`, and sheets about what came before."""
+    """Content that turns an evaluation into a page about more.
+
+    Attributes:
+        title: Title of the page.
+        verdict: Verdict above those of the evaluation.
+        sheets: Tables about earlier steps.
+    """
 
     title: str
     verdict: Verdict
@@ -102,8 +118,14 @@ class Story:
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation:
-    """Decode what the directory `output` does not have yet, and compare. Raises DataError, MetricError, BundleError,
-    OptionError."""
+    """Decode all requests without a record in `output`, and compare the settings.
+
+    Raises:
+        DataError: If the data cannot be used.
+        MetricError: If a metric does not fit the data.
+        BundleError: If a bundle cannot be opened.
+        OptionError: If options do not fit together, or if `output` holds another run.
+    """
     metrics = [metric_of(name) for name in options.metrics]
     entries = entries_of(options)
     requests = read_examples(options.data, options.samples)
@@ -112,19 +134,21 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     if references and len(references) < len(given):
         line = next(line for line, reference in given.items() if reference is None)
         raise DataError(
-            f"{options.data}, line {line} has no 'target' and no 'references', which other lines have; give every "
-            "line one, or none, to compare with what the full model writes"
+            f"{options.data}, line {line} has no 'target' and no 'references', "
+            "which other lines have; give every line one, or none, "
+            "to compare with what the full model writes"
         )
     without_targets = not references
     if references:
-        for metric in metrics:  # before long work: does it fit?
+        for metric in metrics:  # raises before decoding if a metric does not fit
             metric.table(
                 [reference.texts[0] for reference in references.values()], list(references.values())
             )
     threads = options.threads or usable_cores()
     records = Records(options.output, _run(options, entries, threads), options.overwrite)
     losses = _measure(entries, requests, options, threads, records)
-    found, made = records.by_setting(), environment()
+    found = records.by_setting()
+    made = environment()
     if without_targets:
         whole = found[entries[0].name, "full"]
         references = {line: Reference((turns[0].text,)) for line, turns in whole.items()}
@@ -142,7 +166,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         "quality": options.quality,
         "metrics": {metric.name: metric.signature for metric in metrics},
         "verdicts": verdicts(rows, metrics[0], options.quality),
-        # Of the byte model: what a further row of a call costs, as a share of the first.
+        # Byte model: cost of a further row of a call as a share of the first row's.
         "row_shares": {
             entry.name: row_share(entry.bundle.manifest.precision, made["machine"]["kernels"])
             for entry in entries
@@ -159,7 +183,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
 
 
 def _about_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Describe weights, engines and calibration of a bundle, for JSON."""
+    """Return facts about the weights, engines and calibration of a bundle, for JSON."""
     facts = (
         "source",
         "source_sha256",
@@ -182,7 +206,10 @@ def _about_bundle(bundle: Bundle) -> dict[str, Any]:
 
 
 def _run(options: EvaluateOptions, entries: Sequence[Entry], threads: int) -> dict[str, Any]:
-    """Describe what outputs depend on. Metrics and rounds may change: nothing is decoded again for them."""
+    """Return everything that outputs depend on.
+
+    Metrics and rounds are left out, because changing them does not invalidate records.
+    """
     manifests = {entry.name: entry.bundle.manifest for entry in entries}
     return {
         "bundles": {
@@ -206,8 +233,11 @@ def _measure(
     threads: int,
     records: Records,
 ) -> dict[str, str]:
-    """Decode what `records` does not have yet: each line in every setting of every bundle, in turn. Returns the loss
-    that the model of each bundle with methods of CALM was trained with, "" where that is not known."""
+    """Decode all requests without a record, each line in every setting of every bundle in turn.
+
+    Returns:
+        The training losses of the CALM checkpoints by bundle, "" if unknown.
+    """
     load = OtherLoad()
     with ExitStack() as stack:
         decoders = [
@@ -245,14 +275,15 @@ def _measure(
             done(turn, place) for turn in range(options.rounds) for place in range(len(lines))
         ):
             for number, setting in settings:
-                if setting.method != "adaptive":  # which would learn from it
+                if setting.method != "adaptive":  # would learn from the warm-up
                     decoders[number].decode(setting, prompts[number][lines[0]], WARM_UP)
         for turn in interleave(settings, lines, options.rounds, decode, 0, done, "evaluating"):
             kept = [
                 {name: run[name] for name in run.keys() - (_OUTPUTS if turn.round else ())}
                 for run in turn.runs
             ]
-            busy, named = load.so_far(), keys(turn.round, turn.prompt)
+            busy = load.so_far()
+            named = keys(turn.round, turn.prompt)
             records.add(
                 [Record(*key, **run, busy=busy) for key, run in zip(named, kept, strict=True)]
             )
@@ -261,7 +292,15 @@ def _measure(
 
 
 class Decoder:
-    """Decodes the settings of the bundle of a `number`, in its `session` or by CALM's engines."""
+    """Decodes the settings of one bundle, in its `session` or with CALM's engines.
+
+    Args:
+        entry: The bundle.
+        number: Number of the bundle, from 0.
+        options: Options of the evaluation.
+        threads: Threads per engine call.
+        records: Records of the run, which restore an adaptive session.
+    """
 
     def __init__(
         self, entry: Entry, number: int, options: EvaluateOptions, threads: int, records: Records
@@ -269,7 +308,7 @@ class Decoder:
         self._calm: dict[Method, Calm] = {}
         self.loss: str | None = None
         for method in (method for method in entry.methods if method in CALM):
-            # The builder, which nothing else here needs.
+            # Imports the graph builder, which other methods do not need.
             from freeexport.measure.calm import Calm, write_calm
 
             manifest = entry.bundle.manifest
@@ -287,15 +326,16 @@ class Decoder:
         self.session = Session(entry.bundle.path, threads=threads, slots=1, **adaptive)
 
     def decode(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
-        """Decode, and return the fields of a record that this gives."""
+        """Decode a prompt, and return the fields of its record that depend on the output."""
         if setting.method in CALM:
             return self._by_calm(setting, prompt, most)
-        adaptive, lookup = setting.method == "adaptive", setting.method == "lookup"
+        adaptive = setting.method == "adaptive"
+        lookup = setting.method == "lookup"
         mode = {"adaptive": "free", "static": "shallow", "lookup": "lossless"}.get(
             setting.method, setting.method
         )
         asked: dict[str, Any] = {"mode": mode, "drafts": "lookup" if lookup else None}
-        if not adaptive:  # which has the session's own threshold
+        if not adaptive:  # uses the session's threshold
             asked["threshold"] = setting.threshold
         threshold = self.session.threshold if adaptive else None
         result = self.session.generate(prompt, max_new_tokens=most, **asked)
@@ -318,7 +358,8 @@ class Decoder:
 
     def _by_calm(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
         assert setting.threshold is not None
-        manifest, tokenizer = self.session.manifest, self.session.tokenizer
+        manifest = self.session.manifest
+        tokenizer = self.session.tokenizer
         single = setting.method == "calm-single"
         decays = setting.method == "calm-decay"
         result = self._calm[setting.method].generate(
@@ -345,14 +386,16 @@ def _notes(
     rows: Sequence[Row],
     found: Mapping[tuple[str, str], Mapping[int, Sequence[Record]]],
 ) -> list[str]:
-    """Say what figures mean where a method is not run on what it was trained for, and what makes them doubtful."""
+    """Return notes on methods without the training they need, and on doubtful results."""
     notes = []
     for entry in entries:
-        manifest, loss = entry.bundle.manifest, losses.get(entry.name)
+        manifest = entry.bundle.manifest
+        loss = losses.get(entry.name)
         if loss not in (None, "weighted-ce") and {"calm", "calm-decay"} & set(entry.methods):
             notes.append(
-                f"calm ran on a checkpoint that was trained with {loss or 'an unknown loss'}, not weighted-ce: exits "
-                "after layers that no loss looked at show what such exits give, not what CALM can do"
+                f"calm ran on a checkpoint that was trained with {loss or 'an unknown loss'}, "
+                "not weighted-ce: exits after layers that no loss looked at show what such exits "
+                "give, not what CALM can do"
             )
         methods = [method for method in entry.methods if method not in (*WITHOUT_EXIT, *CALM)]
         if methods and not manifest.exit_trained:
@@ -362,12 +405,14 @@ def _notes(
                 else "does not say whether it was trained"
             )
             notes.append(
-                f"{entry.name} {known} for its exit after layer {manifest.exit_layer}: its figures for "
-                f"{', '.join(methods)} show what such an exit gives, not what the methods can do"
+                f"{entry.name} {known} for its exit after layer {manifest.exit_layer}: "
+                f"its figures for {', '.join(methods)} show what such an exit gives, "
+                "not what the methods can do"
             )
         if manifest.threshold >= NEVER_EXIT and {"free", "rollback"} & set(methods):
             notes.append(
-                f"{entry.name} is not calibrated: free ran at the given thresholds only, rollback never exits"
+                f"{entry.name} is not calibrated: free ran at the given thresholds only, "
+                "rollback never exits"
             )
     busy = load_note(
         max(one.busy for lines in found.values() for turns in lines.values() for one in turns)
@@ -377,8 +422,8 @@ def _notes(
         if row["method"] != "full":
             continue
         notes += [
-            f"{name} gives the full model of {row['bundle']} 0: it does not fit these data, or this model; nothing is "
-            "relative to that"
+            f"{name} gives the full model of {row['bundle']} 0: "
+            "it does not fit these data, or this model; nothing is relative to that"
             for name, score in row["scores"].items()
             if not score["value"]
         ]
@@ -389,7 +434,7 @@ def _notes(
 
 
 def settings_sheet(found: Evaluation) -> Sheet:
-    """The table of settings; what is the same in each row stands below it."""
+    """Return the table of settings. Columns with one value in all rows become facts."""
 
     def interval(row: Row, name: str) -> str:
         return f"{plus_minus(row[f'{name}_speed'], row[f'{name}_low'], row[f'{name}_high'], 2)}x"
@@ -419,7 +464,10 @@ def settings_sheet(found: Evaluation) -> Sheet:
         "first token#": lambda row: f"{row['first_speed']:.2f}x",
         "same#": lambda row: f"{row['same']:.0%}",
     }
-    title = f"{found.options.data.name}, {found.report['lines']} lines, {found.report['threads']} thread(s)"
+    title = (
+        f"{found.options.data.name}, {found.report['lines']} lines, "
+        f"{found.report['threads']} thread(s)"
+    )
     return sheet(title, columns, found.rows, keep=("setting", "speed", "tokens/s"))
 
 
@@ -429,8 +477,7 @@ def _value(metric: Metric, row: Row) -> str:
 
 
 def _relative(metric: Metric, row: Row) -> str:
-    """The share of a full model's score that is kept, in percent: of `metric.label`, as in verdicts. Nothing in the row
-    of that model."""
+    """Format the score relative to the full model's in percent. Empty for the full model."""
     kept, low, high = (row["scores"][metric.name][name] for name in ("relative", "low", "high"))
     if kept is None or row.get("method") == "full":
         return ""
@@ -438,7 +485,7 @@ def _relative(metric: Metric, row: Row) -> str:
 
 
 def narrow(shown: Sheet, metrics: Sequence[Metric]) -> Sheet:
-    """Leave out what a terminal has no room for, the least important first: the files have every column."""
+    """Drop the least important columns until the table fits a terminal."""
     spare = ["first token", "layers", "same", "precision", "exits", "tokens/s", "of first"]
     others = (
         name
@@ -452,7 +499,7 @@ def narrow(shown: Sheet, metrics: Sequence[Metric]) -> Sheet:
 
 
 def curves_sheet(found: Evaluation) -> Sheet:
-    """The table of curves."""
+    """Return the table of curves."""
     columns: dict[str, Callable[[Row], str]] = {
         "bundle": lambda curve: curve["bundle"],
         "method": lambda curve: curve["method"],
@@ -468,8 +515,15 @@ def curves_sheet(found: Evaluation) -> Sheet:
 
 
 def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]]:
-    """Name what the figures depend on and what columns mean: those of `shown`.  [default: all]"""
-    options, rows, first = found.options, found.rows, found.entries[0].name
+    """Describe the conditions of an evaluation and the meaning of its columns.
+
+    Args:
+        found: The evaluation.
+        shown: Table whose columns are explained. Default: the table with all columns.
+    """
+    options = found.options
+    rows = found.rows
+    first = found.entries[0].name
     shares = ", ".join(
         f"{share:.0%}" for share in dict.fromkeys(found.report["row_shares"].values())
     )
@@ -493,7 +547,8 @@ def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]
         *whole.facts,
         (
             "speed",
-            "of whole requests, as a multiple of full's; ± is half a 95 % interval of a paired bootstrap",
+            "of whole requests, as a multiple of full's; "
+            "± is half a 95 % interval of a paired bootstrap",
         ),
         *([("of first", f"as a multiple of full in {first}")] if len(found.entries) > 1 else []),
         *(
@@ -521,7 +576,8 @@ def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]
         *about(found.report, found.report["threads"]),
         (
             "decoding",
-            f"greedy, at most {options.max_new_tokens} tokens; the median of {options.rounds} round(s) a line",
+            f"greedy, at most {options.max_new_tokens} tokens; "
+            f"the median of {options.rounds} round(s) a line",
         ),
         *[
             (f"metric {metric.name}", metric.signature)
@@ -533,7 +589,7 @@ def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]
 
 
 def as_markdown(found: Evaluation, story: Story | None = None) -> str:
-    """The verdicts, tables and facts for a page of results."""
+    """Format the verdicts, tables and facts as Markdown."""
     told = [*facts(found), *(("note", note) for note in found.report["notes"])]
     return "\n".join(
         [
@@ -552,17 +608,18 @@ def as_markdown(found: Evaluation, story: Story | None = None) -> str:
 
 
 def page(found: Evaluation, story: Story | None = None) -> str:
-    """Render an evaluation: its picture, its tables, and outputs whose exited tokens are marked."""
+    """Render an evaluation as HTML, with its figure, its tables and example outputs."""
     from markupsafe import Markup
 
     picture = io.StringIO()
     quality_speed(
         found.rows, found.metrics[0].name, found.metrics[0].label, found.options.quality
     ).savefig(picture, format="svg")
-    svg, processor = picture.getvalue(), found.report["machine"]["processor"]
+    svg = picture.getvalue()
+    processor = found.report["machine"]["processor"]
     caption = (
-        "Quality by speed; bars are 95 % intervals of a paired bootstrap over lines, numbers are thresholds. Arrows "
-        "stand for points below the picture."
+        "Quality by speed; bars are 95 % intervals of a paired bootstrap over lines, "
+        "numbers are thresholds. Arrows stand for points below the picture."
     )
     return render(
         f"Evaluation on {found.options.data.name}" if story is None else story.title,
@@ -572,7 +629,7 @@ def page(found: Evaluation, story: Story | None = None) -> str:
             *({"text": text} for text in found.report["verdicts"]),
         ],
         notes=found.report["notes"],
-        # Drawn by matplotlib, which escapes its texts.
+        # matplotlib escapes all texts.
         figures=[(Markup(svg[svg.index("<svg") :]), caption)],
         sheets=[
             settings_sheet(found),
@@ -585,8 +642,8 @@ def page(found: Evaluation, story: Story | None = None) -> str:
 
 
 def examples(found: Evaluation) -> list[dict[str, Any]]:
-    """Choose lines spread over the data, with the outputs of full and of one setting of each method."""
-    # The fastest setting that keeps the quality, else the calibrated one, else the last.
+    """Select lines across the data, with the outputs of one setting per bundle and method."""
+    # Prefers the fastest setting that keeps the quality, then the calibrated one, then the last.
     best = {(curve["bundle"], curve["fastest"]) for curve in found.report["curves"]}
     rows = sorted(
         found.rows, key=lambda row: ((row["bundle"], row["setting"]) in best, row["calibrated"])
@@ -602,7 +659,8 @@ def examples(found: Evaluation) -> list[dict[str, Any]]:
     for line in lines[:: max(1, len(lines) // SHOWN)][:SHOWN]:
         outputs = []
         for row in shown:
-            bundle, setting = row["bundle"], row["setting"]
+            bundle = row["bundle"]
+            setting = row["setting"]
             record = found.records[bundle, setting][line][0]
             texts = pieces(
                 tokenizers[bundle], record.token_ids, set(bundles[bundle].manifest.eos_token_ids)
@@ -617,13 +675,14 @@ def examples(found: Evaluation) -> list[dict[str, Any]]:
 
 
 def pieces(tokenizer: Tokenizer | None, token_ids: Sequence[int], ends: set[int]) -> list[str]:
-    """Split a text into what each token adds to it; the token's number where there is no tokenizer."""
+    """Split a text into the part that each token adds. Without a tokenizer, return token ids."""
     if tokenizer is None:
         return [f"{token} " for token in token_ids]
-    texts, before = [], ""
+    texts = []
+    before = ""
     for count in range(1, len(token_ids) + 1):
         text = tokenizer.decode([token for token in token_ids[:count] if token not in ends])
-        # A character of several tokens appears with its last one.
+        # A character of several tokens appears with its last token.
         shown = text.rstrip("�")
         texts.append(shown[len(before) :])
         before = shown if shown.startswith(before) else before
@@ -631,7 +690,14 @@ def pieces(tokenizer: Tokenizer | None, token_ids: Sequence[int], ends: set[int]
 
 
 def write(found: Evaluation, story: Story | None = None) -> None:
-    """Write figures, pictures and the page, with the story that it ends, beside the outputs. Needs matplotlib."""
+    """Write JSON, CSV, Markdown, figures and the HTML page beside the outputs.
+
+    Requires matplotlib.
+
+    Args:
+        found: The evaluation.
+        story: Further content of the pages.
+    """
     out = found.options.output
     write_whole(out / "evaluation.json", json.dumps(found.report, indent=2) + "\n")
     write_whole(out / "evaluation.csv", as_csv(found.rows))

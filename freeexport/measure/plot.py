@@ -1,4 +1,4 @@
-"""Figures of evaluations and benchmarks."""
+"""Draws figures of evaluations and benchmarks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from freeexport.measure.quality import Row
 
-# Colour and mark of each method.
+# Colour and marker of each method.
 _STYLES = {
     "full": (GREY, "s"),
     "static": (ORANGE, "^"),
@@ -38,16 +38,24 @@ _STYLES = {
     "lookup": ("#8FBC8F", "p"),
     "lossless": (GREEN, "P"),
 }
-# Lines of one bundle, beside the colour of the method; marks of all but the first are hollow.
+# Line style of each bundle. Markers of all bundles but the first are hollow.
 _LINES = ("-", "--", ":", "-.")
-# Numbers of points that are nearer to each other are left out.
+# Least difference in speed between labelled points.
 _APART = 0.1
-# A point so far below the wanted quality is an arrow at the lower edge: it would flatten all others.
+# Points further below the wanted quality become arrows at the lower edge. They would flatten the
+# others.
 _FAR = 0.12
 
 
 def quality_speed(rows: Sequence[Row], metric: str, label: str, wanted: float) -> Figure:
-    """Draw quality, relative to the full model's by the metric of that label, over the speed of whole requests."""
+    """Draw quality over the speed of requests, both relative to the full model.
+
+    Args:
+        rows: Rows of an evaluation.
+        metric: Name of the metric.
+        label: Label of the metric.
+        wanted: Required quality, drawn as a line.
+    """
     figure = new_figure(9, 4.5)
     axes = figure.subplots()
     values = [one for row in rows if (one := row["scores"][metric]["relative"]) is not None]
@@ -84,12 +92,12 @@ def _quality_curve(
         )
 
     colour, mark = _STYLES[rows[0]["method"]]
-    inside, bounds, before = [], [], -1.0
+    inside = []
+    bounds = []
+    before = -1.0
     for row in rows:
-        speed, at = (
-            row["request_speed"],
-            "" if row["threshold"] is None else f"{row['threshold']:.2g}",
-        )
+        speed = row["request_speed"]
+        at = "" if row["threshold"] is None else f"{row['threshold']:.2g}"
         kept, low, high = (row["scores"][metric][name] for name in ("relative", "low", "high"))
         if kept is None:
             continue
@@ -127,12 +135,19 @@ def _quality_curve(
 
 
 def bench_speeds(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw tokens a second, a bar a setting with the range of its rounds, and, where the memory's bandwidth would allow
-    more, how much. `rows` as bench's JSON has them."""
+    """Draw tokens per second of each setting, with the range over rounds.
+
+    Marks the speed that the memory bandwidth allows.
+
+    Args:
+        title: Title of the figure.
+        rows: Rows of a benchmark's JSON.
+    """
     rows = rows[::-1]
     figure = new_figure(10, 1.4 + 0.4 * len(rows))
     axes = figure.subplots()
-    places, rates = range(len(rows)), [row["tokens_per_second"] for row in rows]
+    places = range(len(rows))
+    rates = [row["tokens_per_second"] for row in rows]
     errors = [row["spread"] * row["tokens_per_second"] / 2 for row in rows]
     bars = axes.barh(
         places, rates, xerr=errors, color=BLUE, ecolor="black", capsize=3, label="tokens a second"

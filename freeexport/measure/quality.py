@@ -1,7 +1,7 @@
-"""Quality and speed of settings, from the records of an evaluation: scores with paired intervals, curves, verdicts.
+"""Quality and speed from the records of an evaluation: scores with intervals, curves and verdicts.
 
-Rows are dicts, as JSON keeps them: those of `rows_of` have a setting of a bundle each, over all lines, and those of
-`curves_of` a method of a bundle.
+Rows are JSON objects. `rows_of` returns one per bundle and setting, `curves_of` one per bundle and
+method.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from freeexport.measure.settings import WITHOUT_EXIT, Entry, Record, Setting
 from freeexport.measure.timing import spread
 from freeexport.metrics import Metric, Reference, bounded, draws
 
-RESAMPLES, CONFIDENCE = 1000, 0.95
-# With fewer lines, an interval is too wide, and too uncertain itself, to name a winner.
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+# Fewest lines for a winner. With fewer, intervals are too wide and too uncertain themselves.
 FEWEST_LINES = 100
 
 Row = dict[str, Any]
 Lines = Mapping[int, Sequence[Record]]
 Interval = tuple[float | None, float | None]
-# A bundle and a setting.
+# Bundle and setting.
 Name = tuple[str, str]
 
 
@@ -35,13 +36,29 @@ def rows_of(
     metrics: Sequence[Metric],
     instructions: str = "",
 ) -> list[Row]:
-    """Compute a row for each setting of each bundle, in order. Raises MetricError where a metric does not fit.
+    """Compute a row for each setting of each bundle, in order.
 
-    `scores`: by metric, the value, and the value relative to the full model's with its 95 % interval, None where the
-    full model scores 0 or there are too few lines. A bundle without method full is compared with the first one's, and
-    one with it also, in `first_bundle`, which is None elsewhere. `predicted`: `token_speed` by the byte model, by
-    `bytes_per_token` with these `instructions` of our kernels; both None where calls are not known. `drafts`: by
-    source, the share of its tokens that were accepted at each position, and how many were compared there.
+    Settings are compared with method full of their bundle, or of the first bundle if theirs lacks
+    it. Fields that need an explanation:
+
+    - `scores`: Value of each metric, and the value relative to full with its 95 % interval. None if
+      full scores 0 or there are too few lines.
+    - `first_bundle`: Comparison with full of the first bundle. None if `scores` has it already.
+    - `bytes_per_token`: Bytes that a token reads. None if calls are unknown.
+    - `predicted`: `token_speed` according to the byte model. None for full itself, or if calls are
+      unknown.
+    - `drafts`: By source, the share of accepted drafts and the number of compared drafts at each
+      position.
+
+    Args:
+        entries: Bundles with their settings.
+        found: Records by bundle and setting, then by line.
+        references: References by line.
+        metrics: Metrics to compute.
+        instructions: Instruction set of the kernels.
+
+    Raises:
+        MetricError: If a metric does not fit the references.
     """
     tables: dict[Name, dict[str, np.ndarray]] = {}
     read: dict[Name, float | None] = {}
@@ -50,7 +67,8 @@ def rows_of(
         for setting in entry.settings:
             name = entry.name, setting.name
             first = [turns[0] for turns in found[name].values()]
-            outputs, known = [one.text for one in first], [references[line] for line in found[name]]
+            outputs = [one.text for one in first]
+            known = [references[line] for line in found[name]]
             tables[name] = {metric.name: metric.table(outputs, known) for metric in metrics}
             calls = [one.calls for one in first if one.calls is not None]
             read[name] = None
@@ -63,11 +81,13 @@ def rows_of(
             metric.name: score(metric, tables[name][metric.name], tables[whole][metric.name])
             for metric in metrics
         }
-        ours, full = read[name], read[whole]
+        ours = read[name]
+        full = read[whole]
         predicted = None if name == whole or not ours or not full else full / ours
         return {**_speeds(found[name], found[whole]), "predicted": predicted, "scores": scores}
 
-    rows, base = [], (entries[0].name, "full")
+    rows = []
+    base = entries[0].name, "full"
     for entry in entries:
         whole = entry.name, "full"
         against = whole if whole in found else base
@@ -81,9 +101,19 @@ def rows_of(
 
 
 def score(metric: Metric, table: np.ndarray, whole: np.ndarray) -> dict[str, float | None]:
-    """Score statistics [n, k] against the full model's on the same lines: the value, the share of the full model's that
-    is kept, and the percentiles of that share among resamples; where errors are counted, also the error."""
-    value, full = metric.of(table), metric.of(whole)
+    """Score the statistics of a setting against those of the full model.
+
+    Args:
+        metric: The metric.
+        table: Statistics of the setting's lines, [n, k].
+        whole: Statistics of the full model on the same lines, [n, k].
+
+    Returns:
+        The value, the value relative to the full model's with its 95 % interval, and for metrics
+        that count errors also the error.
+    """
+    value = metric.of(table)
+    full = metric.of(whole)
     drawn: list[tuple[float, float]] = []
     if table is not whole and len(table) > 1:
         resamples = draws(len(table), RESAMPLES)
@@ -99,21 +129,28 @@ def score(metric: Metric, table: np.ndarray, whole: np.ndarray) -> dict[str, flo
 
 
 def speed_interval(ours: np.ndarray, full: np.ndarray) -> Interval:
-    """Compute percentiles of a paired bootstrap of full's seconds over ours: of [n] seconds, one for each line, or of
-    [n, 2] seconds and tokens, then of seconds a token."""
+    """Return the 95 % interval of a setting's speed relative to full, by a paired bootstrap.
+
+    Args:
+        ours: Seconds of the setting's lines, [n], to compare requests. Or seconds and tokens,
+            [n, 2], to compare seconds per token.
+        full: The same for method full.
+    """
     if len(ours) < 2:
         return None, None
     drawn = draws(len(ours), RESAMPLES)
-    ours, full = drawn @ ours, drawn @ full
+    ours = drawn @ ours
+    full = drawn @ full
     if ours.ndim == 1:
         return percentiles(full / ours)
-    some = ours.all(axis=1) & full.all(axis=1)  # resamples without a token say nothing
-    ours, full = ours[some], full[some]
+    some = ours.all(axis=1) & full.all(axis=1)  # skip resamples without tokens
+    ours = ours[some]
+    full = full[some]
     return percentiles(full[:, 0] / full[:, 1] * ours[:, 1] / ours[:, 0])
 
 
 def percentiles(values: Sequence[float] | np.ndarray) -> Interval:
-    """Compute the 95 % interval of resampled values; None twice without values."""
+    """Return the 95 % interval of resampled values. Both ends are None without values."""
     if not len(values):
         return None, None
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -122,11 +159,13 @@ def percentiles(values: Sequence[float] | np.ndarray) -> Interval:
 
 def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
     manifest = entry.bundle.manifest
-    first, others = [turns[0] for turns in lines.values()], [whole[line][0] for line in lines]
-    # The first token of a decoder-only model is the prompt's deep prediction: nothing is decided.
+    first = [turns[0] for turns in lines.values()]
+    others = [whole[line][0] for line in lines]
+    # The first token of a decoder-only model is the prompt's deep prediction and cannot exit.
     decided = [one.exited[0 if manifest.encoder_decoder else 1 :] for one in first]
     count = max(1, sum(map(len, decided)))
-    # The exit's own layers run wherever its head may, in the standard dialect always; methods of CALM count theirs.
+    # The exit's own layers run in all methods with an exit, and always in the standard dialect.
+    # CALM records its layers.
     own = 0 if setting.method in WITHOUT_EXIT and manifest.packed else manifest.exit_layers
     early, late = (size + own for size in (manifest.exit_layer, manifest.layers))
     layers = [
@@ -146,13 +185,13 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
         "calibrated": setting.calibrated,
         "lines": len(first),
         "tokens": sum(one.tokens for one in first),
-        # Of the tokens that could exit, and the layers that such a token took, on average.
+        # Share of the tokens that could exit, and their mean number of layers.
         "exit_rate": sum(map(sum, decided)) / count,
         "layers": sum(layers) / count,
         "tokens_per_second": _ratio(sum(_later(lines)), decoding),
         "spread": spread(speeds) if len(speeds) > 1 else None,
         "seconds_per_request": seconds / len(first),
-        # Lines whose tokens are the full model's, and those that ended at the limit of tokens.
+        # Shares of lines with the full model's tokens, and of lines that reached the token limit.
         "same": float(
             np.mean(
                 [one.token_ids == other.token_ids for one, other in zip(first, others, strict=True)]
@@ -163,7 +202,10 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
 
 
 def _by_position(requests: Sequence[Calls | None]) -> dict[str, list[tuple[float, int]]]:
-    """The share of drafts that were accepted at each position, and how many were compared there, by source."""
+    """Return the share of accepted drafts and the number of compared ones, by source.
+
+    The lists have an entry per position.
+    """
     sums: dict[str, np.ndarray] = {}
     for source, counts in (
         pair for calls in requests if calls is not None for pair in calls.drafts.items()
@@ -180,17 +222,19 @@ def _by_position(requests: Sequence[Calls | None]) -> dict[str, list[tuple[float
 
 
 def _speeds(lines: Lines, whole: Lines) -> Row:
-    """Multiples of the full model's speed: of time per token after the first, to the first token, and of whole requests
-    with prompt and encoder; 95 % intervals over lines, None for the full model itself."""
+    """Return speeds relative to the full model, with 95 % intervals over lines.
+
+    The speeds are those of tokens after the first, of the first token, and of whole requests.
+    Intervals are None for the full model itself.
+    """
     itself, whole = lines is whole, {line: whole[line] for line in lines}
-    ours, full = _medians(lines), _medians(whole)
+    ours = _medians(lines)
+    full = _medians(whole)
     tokens, full_tokens = (
         np.stack([a[:, 1], _later(b)], axis=1) for a, b in ((ours, lines), (full, whole))
     )
-    (seconds, decoding, first), (full_seconds, full_decoding, full_first) = (
-        ours.sum(axis=0),
-        full.sum(axis=0),
-    )
+    seconds, decoding, first = ours.sum(axis=0)
+    full_seconds, full_decoding, full_first = full.sum(axis=0)
     later, full_later = (max(1.0, one[:, 1].sum()) for one in (tokens, full_tokens))
     token_low, token_high = (None, None) if itself else speed_interval(tokens, full_tokens)
     low, high = (None, None) if itself else speed_interval(ours[:, 0], full[:, 0])
@@ -206,12 +250,15 @@ def _speeds(lines: Lines, whole: Lines) -> Row:
 
 
 def _later(lines: Lines) -> list[int]:
-    """Tokens of each line after the first."""
+    """Return the number of tokens after the first, by line."""
     return [max(0, turns[0].tokens - 1) for turns in lines.values()]
 
 
 def _medians(lines: Lines) -> np.ndarray:
-    """Seconds of each line's request, of its decoding, and to its first token: medians over rounds, float64 [n, 3]."""
+    """Return seconds of request, decoding and first token of each line, float64 [n, 3].
+
+    The values are medians over rounds.
+    """
     seconds = [
         [(one.seconds, one.decode_seconds, one.first_seconds) for one in turns]
         for turns in lines.values()
@@ -224,9 +271,16 @@ def _ratio(above: float, below: float) -> float:
 
 
 def curves_of(rows: Sequence[Row], metric: str, quality: float) -> list[Row]:
-    """Compute a curve for each bundle and method but full: the `area` under it, None for a single point, up to the
-    fastest point of all curves, so that they compare; and the `fastest` setting whose interval keeps the wanted
-    quality, with its request `speed`: None where none does, or there are fewer than FEWEST_LINES."""
+    """Compute a curve for each bundle and method except full.
+
+    - `area`: Area under the curve, up to the fastest point of all curves. None for a single point.
+    - `fastest`, `speed`: Setting chosen by `fastest`, and its request speed. None without one.
+
+    Args:
+        rows: Rows of `rows_of`.
+        metric: Name of the metric.
+        quality: Share of the full model's quality that the fastest setting must keep.
+    """
     points: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         if row["method"] != "full":
@@ -251,9 +305,16 @@ def curves_of(rows: Sequence[Row], metric: str, quality: float) -> list[Row]:
 
 
 def area(points: Sequence[tuple[float, float]], most: float) -> float:
-    """Compute the mean, over speeds from 1 to `most`, of the best quality at that speed or above: points are (speed,
-    quality), as multiples of the full model's. 0 beyond the fastest point."""
-    total, before = 0.0, 1.0
+    """Return the mean, over speeds from 1 to `most`, of the best quality at that speed or above.
+
+    The quality is 0 beyond the fastest point.
+
+    Args:
+        points: Pairs of speed and quality, relative to the full model.
+        most: Highest speed.
+    """
+    total = 0.0
+    before = 1.0
     for speed in sorted({min(speed, most) for speed, _ in points if speed > 1}):
         total += (speed - before) * max(quality for other, quality in points if other >= speed)
         before = speed
@@ -261,15 +322,18 @@ def area(points: Sequence[tuple[float, float]], most: float) -> float:
 
 
 def fastest(rows: Iterable[Row], metric: str, quality: float) -> Row | None:
-    """Find the fastest row, by the lower bound of its speed, of those whose lower bound keeps the quality; none of
-    fewer than FEWEST_LINES."""
+    """Return the row with the highest lower bound of its speed, except full.
+
+    The lower bound of its relative score must reach `quality`. None without such a row, or with
+    fewer than FEWEST_LINES lines.
+    """
     enough = [row for row in rows if row["method"] != "full" and row["lines"] >= FEWEST_LINES]
     good = [row for row in enough if (row["scores"][metric]["low"] or 0.0) >= quality]
     return max(good, key=lambda row: row["request_low"] or 0.0, default=None)
 
 
 def verdicts(rows: Sequence[Row], metric: Metric, quality: float) -> list[str]:
-    """Say in a sentence for each bundle which setting to use, and how certain that is."""
+    """Return a sentence for each bundle that recommends a setting, with its uncertainty."""
     made = []
     bundles = dict.fromkeys(row["bundle"] for row in rows)
     for bundle in bundles:
@@ -282,9 +346,13 @@ def verdicts(rows: Sequence[Row], metric: Metric, quality: float) -> list[str]:
 
 
 def _verdict(rows: Sequence[Row], metric: Metric, quality: float) -> str:
-    lines, wanted = rows[0]["lines"], f"{100 * quality:.4g} % of full's {metric.label}"
+    lines = rows[0]["lines"]
+    wanted = f"{100 * quality:.4g} % of full's {metric.label}"
     if lines < FEWEST_LINES:
-        return f"no winner: {lines} lines are too few to tell settings apart; give {FEWEST_LINES} or more"
+        return (
+            f"no winner: {lines} lines are too few to tell settings apart; "
+            f"give {FEWEST_LINES} or more"
+        )
     best = fastest(rows, metric.name, quality)
     if best is None:
         return f"no setting keeps {wanted} by the lower bound of its interval: use full or lossless"

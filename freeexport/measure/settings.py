@@ -1,4 +1,4 @@
-"""An evaluation's bundles and settings, and records of its outputs: an interrupted run goes on after them."""
+"""Bundles, settings and records of an evaluation. An interrupted run continues from its records."""
 
 from __future__ import annotations
 
@@ -19,22 +19,30 @@ from runtime.errors import OptionError
 
 # fmt: off
 Method = Literal[
-    "full", "static", "calm", "calm-decay", "calm-single", "free", "adaptive", "rollback", "lookup", "lossless"
+    "full", "static", "calm", "calm-decay", "calm-single", "free", "adaptive", "rollback", "lookup",
+    "lossless",
 ]
 # fmt: on
 METHODS: tuple[Method, ...] = get_args(Method)
-# CALM after any layer from --calm-from on, with a threshold that falls along a sequence, and after the bundle's exit
-# layer alone: that differs from free by its copied states only.
+# CALM with exits after any layer from --calm-from, with a threshold that decays along the sequence,
+# and with the bundle's exit layer only, which differs from free only in its copied states.
 CALM: tuple[Method, ...] = ("calm", "calm-decay", "calm-single")
 THRESHOLDS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-# Methods in which the shallow head never runs, nor layers of the exit's own.
+# Methods that run neither the shallow head nor the exit's own layers.
 WITHOUT_EXIT: tuple[Method, ...] = ("full", "lookup")
-RUN, OUTPUTS = "run.json", "outputs.jsonl"
+RUN = "run.json"
+OUTPUTS = "outputs.jsonl"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode. `threshold`: of free and CALM; the others decide it themselves."""
+    """One way to decode.
+
+    Attributes:
+        method: Method of decoding.
+        threshold: Threshold of free and CALM. Other methods choose their own.
+        calibrated: The threshold is the bundle's calibrated one.
+    """
 
     method: Method
     threshold: float | None = None
@@ -49,7 +57,10 @@ class Setting:
 def settings_of(
     methods: Sequence[Method], thresholds: Sequence[float], manifest: Manifest
 ) -> list[Setting]:
-    """List a bundle's settings, full first: free and CALM at each threshold, free also at the calibrated one."""
+    """List the settings of a bundle, full first.
+
+    Free and CALM get a setting per threshold, free also one for the calibrated threshold.
+    """
     found: list[Setting] = []
     for method in sorted(set(methods), key=METHODS.index):
         if method not in ("free", *CALM):
@@ -63,7 +74,15 @@ def settings_of(
 
 
 def bundle_and_methods(text: str, methods: Sequence[Method]) -> tuple[Path, tuple[Method, ...]]:
-    """Read an argument `BUNDLE`, or `BUNDLE=METHOD,METHOD`, whose methods then stand in place of `methods`."""
+    """Parse an argument `BUNDLE` or `BUNDLE=METHOD,METHOD`.
+
+    Args:
+        text: The argument.
+        methods: Methods of a bundle that lists none.
+
+    Returns:
+        The path of the bundle and its methods.
+    """
     path, equals, listed = text.rpartition("=")
     if equals and listed and set(listed.split(",")) <= set(METHODS):
         return Path(path), methods_of(listed)
@@ -71,7 +90,11 @@ def bundle_and_methods(text: str, methods: Sequence[Method]) -> tuple[Path, tupl
 
 
 def methods_of(text: str) -> tuple[Method, ...]:
-    """Read names with commas between. Raises OptionError for one that is no method."""
+    """Parse comma-separated methods.
+
+    Raises:
+        OptionError: If a name is unknown.
+    """
     known: dict[str, Method] = {name: name for name in METHODS}
     names = [name.strip() for name in text.split(",")]
     for name in names:
@@ -82,10 +105,26 @@ def methods_of(text: str) -> tuple[Method, ...]:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """`bundles`: each with its methods. `metrics`: the first is that of curves. `rounds`: how often everything is
-    decoded; the median of a line counts. `quality`: the share of the full model's that a winner must keep. `output`:
-    the directory of results, which another run goes on with. `calm_models`: the checkpoints of the bundles that have
-    methods of CALM, in their order; these may exit from layer `calm_from` on."""
+    """Options of an evaluation.
+
+    Attributes:
+        bundles: Paths of bundles, each with its methods. The first must include full.
+        data: JSONL file of prompts.
+        output: Directory of results. A later run continues from its records.
+        metrics: Names of metrics. Curves and verdicts use the first.
+        thresholds: Thresholds of free and CALM.
+        samples: Number of lines to read from the data.
+        rounds: Repetitions of all requests. Times are medians over rounds.
+        max_new_tokens: Most tokens to generate per line.
+        threads: Threads per engine call. Default: all usable cores.
+        quality: Share of the full model's quality that a winner must keep, in (0, 1].
+        overwrite: Replace the results of another run.
+        calm_models: Checkpoints of the bundles with a CALM method, in the order of the bundles.
+        calm_from: First layer after which CALM may exit.
+
+    Raises:
+        OptionError: If values are out of range or do not fit together.
+    """
 
     bundles: tuple[tuple[Path, tuple[Method, ...]], ...]
     data: Path
@@ -113,13 +152,15 @@ class EvaluateOptions:
             )
         if not self.bundles or "full" not in self.bundles[0][1]:
             raise OptionError(
-                "the first bundle has no method full, which others are compared with; add it to --methods"
+                "the first bundle has no method full, which others are compared with; "
+                "add it to --methods"
             )
         calm = sum(bool(set(CALM) & set(methods)) for _, methods in self.bundles)
         if calm != len(self.calm_models):
             raise OptionError(
-                f"{len(self.calm_models)} --calm-model for {calm} bundle(s) with a method of CALM; name the checkpoint "
-                "of each, in their order, and give each bundle its methods as BUNDLE=METHODS"
+                f"{len(self.calm_models)} --calm-model for {calm} bundle(s) with a method of CALM; "
+                "name the checkpoint of each, in their order, and give each bundle its methods as "
+                "BUNDLE=METHODS"
             )
         paths = [path.resolve() for path, _ in self.bundles]
         if len(set(paths)) < len(paths):
@@ -130,7 +171,14 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Entry:
-    """A bundle, its name in tables, its settings, and for methods of CALM its checkpoint."""
+    """A bundle of an evaluation.
+
+    Attributes:
+        name: Name in tables.
+        bundle: The bundle.
+        settings: Settings to evaluate.
+        calm_model: Checkpoint for CALM methods.
+    """
 
     name: str
     bundle: Bundle
@@ -139,16 +187,19 @@ class Entry:
 
     @property
     def methods(self) -> list[Method]:
+        """Methods of the settings, in order."""
         return list(dict.fromkeys(setting.method for setting in self.settings))
 
 
 def entries_of(options: EvaluateOptions) -> list[Entry]:
-    """Open the bundles, named by the last part of their paths, or by all of it where that is not enough."""
+    """Open the bundles. Names are directory names, or whole paths if those are not distinct."""
     short = [path.resolve().name for path, _ in options.bundles]
     names = short if len(set(short)) == len(short) else [str(path) for path, _ in options.bundles]
-    entries, models = [], iter(options.calm_models)
+    entries = []
+    models = iter(options.calm_models)
     for name, (path, methods) in zip(names, options.bundles, strict=True):
-        bundle, calm = Bundle.open(path), next(models) if set(CALM) & set(methods) else None
+        bundle = Bundle.open(path)
+        calm = next(models) if set(CALM) & set(methods) else None
         entries.append(
             Entry(
                 name, bundle, tuple(settings_of(methods, options.thresholds, bundle.manifest)), calm
@@ -157,16 +208,33 @@ def entries_of(options: EvaluateOptions) -> list[Entry]:
     return entries
 
 
-# Names a record: its bundle and setting, the line of the data, and the round.
+# Key of a record: bundle, setting, line of the data and round.
 Key = tuple[str, str, int, int]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line decoded. `seconds` from the prompt to the last token, `first_seconds` to the first token, and
-    `decode_seconds` after it; `layers` of all tokens that could exit, where they are not those of one exit; `threshold`
-    that an adaptive session had, and what it had learned then; `busy`: cores that other processes used; `calls` of the
-    engines, not of those of CALM. Text, tokens and calls are those of round 0."""
+    """A decoded line. Text, tokens and calls are recorded in round 0 only.
+
+    Attributes:
+        bundle: Name of the bundle.
+        setting: Name of the setting.
+        line: Line of the data, from 1.
+        round: Round, from 0.
+        seconds: Seconds from the prompt to the last token.
+        decode_seconds: Seconds after the first token.
+        tokens: Number of generated tokens.
+        busy: Cores that other processes used.
+        text: Generated text.
+        token_ids: Generated tokens.
+        exited: One flag per token: did it exit?
+        finish_reason: Reason for the end of the output.
+        threshold: Threshold of an adaptive session before this request.
+        layers: Total layers of all tokens that could exit. CALM only.
+        adaptive_state: State of an adaptive session after this request.
+        first_seconds: Seconds to the first token.
+        calls: Engine calls. None for CALM.
+    """
 
     bundle: str
     setting: str
@@ -192,16 +260,25 @@ class Record:
 
 
 class Records:
-    """The records in the directory `output`, whose file RUN describes the run: it must equal `run`. Raises OptionError
-    where it does not, or where something else stands there; `overwrite` begins anew. Nothing is written, and nothing
-    replaced, before there is a record."""
+    """Records in a directory of results. Nothing is written or replaced before the first record.
+
+    Args:
+        output: The directory.
+        run: Description of the run. Must equal that of the directory's file RUN.
+        overwrite: Replace the records of another run.
+
+    Raises:
+        OptionError: If the directory holds another run and `overwrite` is False, or other files.
+    """
 
     def __init__(self, output: Path, run: Mapping[str, Any], overwrite: bool = False) -> None:
-        self._path, self._run = output / OUTPUTS, run
+        self._path = output / OUTPUTS
+        self._run = run
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             if not (output / RUN).is_file():
                 raise OptionError(
-                    f"{output} exists and is not what evaluate writes (no {RUN}); choose another --output"
+                    f"{output} exists and is not what evaluate writes (no {RUN}); "
+                    "choose another --output"
                 )
             try:
                 before = json.loads((output / RUN).read_text(encoding="utf-8"))
@@ -212,8 +289,8 @@ class Records:
             names = sorted(name for name in {*before, *run} if before.get(name) != same.get(name))
             if names and not overwrite:
                 raise OptionError(
-                    f"{output} holds another run, with other {', '.join(names)}; name another --output, or replace it "
-                    "with --overwrite"
+                    f"{output} holds another run, with other {', '.join(names)}; "
+                    "name another --output, or replace it with --overwrite"
                 )
         self._begins = overwrite or not (output / RUN).exists()
         self._found = (
@@ -221,9 +298,11 @@ class Records:
         )
 
     def has(self, keys: Iterable[Key]) -> bool:
+        """Return True if all keys have a record."""
         return all(key in self._found for key in keys)
 
     def add(self, records: Sequence[Record]) -> None:
+        """Append records to the file. The first call creates or replaces it."""
         if self._begins:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.unlink(missing_ok=True)
@@ -239,7 +318,7 @@ class Records:
         self._found.update({record.key: record for record in records})
 
     def last_state(self, bundle: str, setting: str) -> Mapping[str, Any] | None:
-        """Find what an adaptive session had learned when its last record was written."""
+        """Return the state of an adaptive session in its last record. None without one."""
         states = [
             one.adaptive_state
             for one in self._found.values()
@@ -248,7 +327,7 @@ class Records:
         return states[-1] if states else None
 
     def by_setting(self) -> dict[tuple[str, str], dict[int, list[Record]]]:
-        """Group records by bundle and setting, then line, the rounds in order."""
+        """Group records by bundle and setting, then by line, with rounds in order."""
         found: dict[tuple[str, str], dict[int, list[Record]]] = defaultdict(
             lambda: defaultdict(list)
         )
@@ -258,7 +337,13 @@ class Records:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Read records; a partial last line, of a run that was killed, is cut off."""
+    """Yield the records of a file.
+
+    Truncates a partial last line, which a killed run leaves behind.
+
+    Raises:
+        OptionError: If a line is not a record.
+    """
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             found = json.loads(line)

@@ -1,4 +1,4 @@
-"""Lines of data for a bundle: prompts that fit, and the traces that its engines decode."""
+"""Prompts of a data file that fit a bundle, and their traces."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from runtime.json_file import read_object
 from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import TOKENIZER
 
-# A few unknown characters are in any text; so many are text that the tokenizer was not made for.
+# Largest share of unknown tokens. Any text may contain a few unknown characters.
 MOST_UNKNOWN = 0.2
-FIRST = 3  # traces, by which the time of all is estimated
+FIRST = 3  # traces after which the remaining time is estimated
 
 
 def collect(
@@ -39,8 +39,17 @@ def collect(
     most: int,
     estimate: Callable[[float, int], None] = lambda each, left: None,
 ) -> Traces:
-    """Traces of the requests that fit, of at most `most` tokens: those in the file `cache` are taken from there, the
-    others are added to it. After FIRST of more `estimate` gets the seconds of one, and how many are left."""
+    """Collect the traces of the requests that fit.
+
+    Args:
+        session: Session of the bundle.
+        data: File of the requests.
+        requests: Requests to trace.
+        cache: File of known traces. New traces are added.
+        most: Most tokens of a trace.
+        estimate: Called after FIRST new traces, if more follow, with the seconds per trace and the
+            number of remaining traces.
+    """
     manifest = session.manifest
     depends = {
         "model": engines_hash(manifest),
@@ -65,8 +74,14 @@ def collect(
 
 
 def fitting_prompts(session: Session, requests: Sequence[Request]) -> list[tuple[Request, Any]]:
-    """The requests that fit, with their token ids [n] or their window of sound; a warning for the others. DataError
-    where none fits, CalibrationError for data of another vocabulary."""
+    """Return the requests that fit, each with its token ids [n] or its window of speech.
+
+    Prints a warning if others are left out.
+
+    Raises:
+        DataError: If no request fits.
+        CalibrationError: If the data need another vocabulary.
+    """
     manifest = session.manifest
     limit = manifest.encoder_capacity or session.capacity - 1
     fitting: list[tuple[Request, Any]] = []
@@ -80,7 +95,8 @@ def fitting_prompts(session: Session, requests: Sequence[Request]) -> list[tuple
         raise DataError(f"none of the {len(requests)} inputs can be used; {reasons[0]}")
     if reasons:
         click.echo(
-            f"warning: {len(reasons)} of {len(requests)} inputs are left out; the first, {reasons[0]}",
+            f"warning: {len(reasons)} of {len(requests)} inputs are left out; "
+            f"the first, {reasons[0]}",
             err=True,
         )
     if manifest.speech is None:
@@ -102,23 +118,36 @@ def _prompt(session: Session, request: Request, limit: int) -> Any:
 
 
 def reference_of(request: Request) -> Reference | None:
-    """The references of a line; OptionError where it cannot be read."""
+    """Return the references of a request. None if it has none.
+
+    Raises:
+        OptionError: If they cannot be read.
+    """
     return Reference.of(request.target, request.references, f"line {request.line_number}")
 
 
 def check_unknown(prompts: Iterable[np.ndarray], unknown: int | None) -> None:
-    """Raises CalibrationError where the tokenizer knows too little of the text: it is data of another vocabulary."""
+    """Check that few tokens of the prompts are unknown.
+
+    Args:
+        prompts: Token ids [n] of each prompt.
+        unknown: Id of the unknown token. None if the tokenizer has none.
+
+    Raises:
+        CalibrationError: If more than MOST_UNKNOWN of the tokens are unknown.
+    """
     ids = np.concatenate([np.asarray(prompt) for prompt in prompts])
     share = float(np.mean(ids == unknown)) if unknown is not None and len(ids) else 0.0
     if share > MOST_UNKNOWN:
         raise CalibrationError(
-            f"{share:.0%} of the data's tokens are unknown to the model's tokenizer: these are data of another "
-            "vocabulary; give inputs like those the model was trained on"
+            f"{share:.0%} of the data's tokens are unknown to the model's tokenizer: "
+            "these are data of another vocabulary; "
+            "give inputs like those the model was trained on"
         )
 
 
 def unknown_of_bundle(path: Path) -> int | None:
-    """The id of the tokenizer's unknown token, where it has one."""
+    """Return the id of the tokenizer's unknown token. None if it has none."""
     if not (path / TOKENIZER).exists():
         return None
     model = read_object(path / TOKENIZER, "convert the checkpoint again").get("model")
@@ -126,12 +155,13 @@ def unknown_of_bundle(path: Path) -> int | None:
         return None
     if isinstance(model.get("unk_id"), int):
         return int(model["unk_id"])
-    vocabulary, token = model.get("vocab"), model.get("unk_token")
+    vocabulary = model.get("vocab")
+    token = model.get("unk_token")
     return vocabulary.get(token) if isinstance(vocabulary, dict) and token is not None else None
 
 
 def engines_hash(manifest: Manifest) -> str:
-    """A hash of all files of a bundle that decide what its engines predict."""
+    """Return a hash of a bundle's files, except calibrations, and of its source."""
     files = {name: file.sha256 for name, file in manifest.files.items() if not is_calibration(name)}
     return hashlib.sha256(
         json.dumps([manifest.source_sha256, files], sort_keys=True).encode()

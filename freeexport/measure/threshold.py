@@ -1,4 +1,4 @@
-"""Thresholds: by the Beta mixture, by the rule of FREE's authors, or with a guarantee on risk or quality."""
+"""Choice of a threshold: by a Beta mixture, by the rule of FREE's authors, or with a guarantee."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from runtime.bundle.beta import NEVER_EXIT, UNIFORM, BetaMixture, LogSums, most_
 from runtime.bundle.calibration import Method
 from runtime.errors import CalibrationError, OptionError
 
-# The likelihood is concave, and Newton steps find its top from anywhere in a few dozen.
+# Most Newton steps. The likelihood is concave, and a few dozen steps find its maximum.
 STEPS = 200
-# A token that disagrees is expected once in three times its number at most, with 95 % probability, where none did.
+# If none of n tokens disagrees, at most 3 / n do, with 95 % probability.
 RULE_OF_THREE = 3.0
-# Fixed before any data is seen, from the top: finest near 1, where the confidences of a good exit crowd.
+# Descending and independent of the data. Finest near 1, where a good exit has most confidences.
 THRESHOLDS: tuple[float, ...] = (
     1.0,
     *(1 - 10**-power for power in np.linspace(6, 0, 601).tolist()),
 )
-# For losses that need a decoding run each.
-COARSE_THRESHOLDS: tuple[float, ...] = (1.0, 0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3,
-                                        0.2, 0.1, 0.0)  # fmt: skip
+# Thresholds for losses that require decoding at each of them.
+COARSE_THRESHOLDS: tuple[float, ...] = (
+    1.0, 0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0,
+)  # fmt: skip
 RESAMPLES = 2000
-# So many of the exits that agree stay. Taking one back costs time only: the deep decoder chooses the same token again.
+# Share of agreeing exits that mode rollback keeps. Rejecting one costs only time, because the deep
+# decoder chooses the same token again.
 KEPT = 0.99
 
 
@@ -42,11 +44,22 @@ KEPT = 0.99
 class Rule:
     """How a threshold is chosen.
 
-    bmm: P(agree | confidence) is at least `agreement` from it on. paper: the likelihood ratio of agreeing tokens is
-    above `zeta`, as FREE's authors run it. risk: the mean loss of a sequence is at most `risk`, with probability
-    1 - `delta`; a loss is the share of tokens that exit and disagree, or with `metric`, 1 less the score of what mode
-    free writes against what the full model writes. quality: at least the share `quality` of the full model's `metric`
-    ("exact" where None) is kept, with probability 1 - `delta`.
+    Attributes:
+        method: "bmm": P(agree | confidence) is at least `agreement` above the threshold. "paper":
+            the likelihood ratio of agreeing tokens is above `zeta`, as in the code of FREE's
+            authors. "risk": the mean loss per sequence is at most `risk`, with probability
+            1 - `delta`. "quality": mode free keeps at least the share `quality` of the full model's
+            `metric`, with probability 1 - `delta`.
+        agreement: For bmm, in (0, 1).
+        zeta: For paper, in (0, 1).
+        risk: For risk, in (0, 1). The loss of a sequence is its share of tokens that exit and
+            disagree. With `metric`, it is 1 minus the score of mode free against the full model.
+        delta: For risk and quality, in (0, 1).
+        quality: For quality, in (0, 1).
+        metric: Name of a metric. Default for quality: "exact".
+
+    Raises:
+        OptionError: If a number is out of range.
     """
 
     method: Method = "bmm"
@@ -67,18 +80,25 @@ class Rule:
 
     @property
     def needs_outputs(self) -> bool:
-        """Whether texts are decoded in mode free."""
+        """True if the rule compares texts decoded in mode free."""
         return self.metric is not None or self.method == "quality"
 
     @property
     def target(self) -> float | None:
+        """Target value of the method. None for risk."""
         return {"bmm": self.agreement, "paper": self.zeta, "quality": self.quality}.get(self.method)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`mixture` is None where a class of tokens is missing. `quality` is what thresholds keep of the full model's
-    metric, as decoded; `notes` are sentences that the user should read."""
+    """A chosen threshold.
+
+    Attributes:
+        threshold: The threshold. NEVER_EXIT if none is good enough.
+        mixture: Mixture of agreeing and disagreeing tokens. None if either is missing.
+        quality: Measured share of the full model's metric that is kept, by threshold.
+        notes: Sentences for the user.
+    """
 
     threshold: float
     mixture: BetaMixture | None
@@ -87,9 +107,16 @@ class Choice:
 
 
 class DecodedOutputs:
-    """Texts that a bundle writes for S prompts, int64 [n] each, with the whole model and in mode free: exits change
-    what follows, so they are decoded, every threshold once. `targets` are the references of a text's quality, or None
-    for the full model's own outputs."""
+    """Outputs of a bundle for S prompts, of the full model and of mode free.
+
+    Exits change the tokens after them, so every threshold is decoded, once.
+
+    Args:
+        session: Session of the bundle.
+        prompts: Token ids int64 [n] each.
+        targets: References of each prompt. Default: the full model's outputs.
+        max_new_tokens: Most tokens per output.
+    """
 
     def __init__(
         self,
@@ -98,7 +125,9 @@ class DecodedOutputs:
         targets: Sequence[Reference] | None,
         max_new_tokens: int,
     ) -> None:
-        self._session, self._prompts, self._targets = session, prompts, targets
+        self._session = session
+        self._prompts = prompts
+        self._targets = targets
         self._most = max_new_tokens
         self._free: dict[float, list[str]] = {}
 
@@ -107,9 +136,11 @@ class DecodedOutputs:
 
     @cached_property
     def full(self) -> list[str]:
+        """Outputs of the full model."""
         return self._decoded("full", mode="full")
 
     def free(self, threshold: float) -> list[str]:
+        """Return the outputs of mode free at a threshold."""
         if threshold not in self._free:
             self._free[threshold] = self._decoded(
                 f"threshold {threshold:.4g}", mode="free", threshold=threshold
@@ -117,7 +148,13 @@ class DecodedOutputs:
         return self._free[threshold]
 
     def kept(self, metric: str, threshold: float, part: np.ndarray) -> float:
-        """The metric in mode free as a share of the full model's, over the sequences of `part`, bool [S]."""
+        """Return the metric of mode free as a share of the full model's.
+
+        Args:
+            metric: Name of the metric.
+            threshold: Threshold of mode free.
+            part: Mask of the sequences that count, bool [S].
+        """
         if not part.any():
             return 0.0
         measure, free, full, _ = self._tables(metric, threshold, part)
@@ -125,7 +162,7 @@ class DecodedOutputs:
         return measure.of(free) / whole if whole else 0.0
 
     def surely_kept(self, metric: str, threshold: float, part: np.ndarray, delta: float) -> float:
-        """A lower bound of that share, which holds with probability 1 - `delta`."""
+        """Return a lower bound of the share of `kept`, which holds with probability 1 - `delta`."""
         measure, free, full, references = self._tables(metric, threshold, part)
         nothing = measure.table([""] * len(references), references).mean(axis=0)
         return ratio_bound(free, full, nothing, measure.value, delta)
@@ -133,10 +170,8 @@ class DecodedOutputs:
     def _tables(
         self, metric: str, threshold: float, part: np.ndarray
     ) -> tuple[Metric, np.ndarray, np.ndarray, list[Reference]]:
-        measure, every = (
-            metric_of(metric),
-            self._targets or [Reference((text,)) for text in self.full],
-        )
+        measure = metric_of(metric)
+        every = self._targets or [Reference((text,)) for text in self.full]
         references = list(compress(every, part))
         free, full = (
             measure.table(list(compress(texts, part)), references)
@@ -156,10 +191,18 @@ class DecodedOutputs:
 
 
 def choose(traces: Traces, rule: Rule, outputs: DecodedOutputs | None = None) -> Choice:
-    """A threshold that some token of the traces exceeds, or NEVER_EXIT.
+    """Choose a threshold by a rule.
 
-    Raises CalibrationError for too few sequences and for confidences that are no shares; OptionError where a metric
-    lacks its `outputs`.
+    The result is NEVER_EXIT if no token of the traces exceeds the threshold.
+
+    Args:
+        traces: Traces of the data.
+        rule: How to choose.
+        outputs: Outputs of the bundle. Required by rules with a metric.
+
+    Raises:
+        CalibrationError: If confidences are not in [0, 1].
+        OptionError: If `outputs` is missing.
     """
     if rule.needs_outputs and outputs is None:
         raise OptionError(
@@ -179,16 +222,25 @@ def choose(traces: Traces, rule: Rule, outputs: DecodedOutputs | None = None) ->
         if rule.metric is not None and outputs is not None and choice.threshold < NEVER_EXIT:
             kept = outputs.kept(rule.metric, choice.threshold, np.ones(len(outputs), np.bool_))
             choice = replace(choice, quality={choice.threshold: kept})
-    # Above the surest token nothing was seen: what a fit or a bound says there is said of no data.
+    # No data support a threshold above the largest confidence.
     beyond = choice.threshold >= float(np.max(traces.confidence, initial=0.0))
     return replace(choice, threshold=NEVER_EXIT) if beyond else choice
 
 
 def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
-    """The Beta mixture of greatest likelihood of tokens [n], and the threshold from which P(agree | confidence) is at
-    least `target`, in (0, 1). Raises CalibrationError for confidences that are not in [0, 1]."""
+    """Fit a Beta mixture to tokens by maximum likelihood, and choose its threshold.
+
+    Args:
+        confidence: Confidences, float32 [n].
+        agrees: Tokens whose shallow and deep predictions are equal, bool [n].
+        target: Least P(agree | confidence) above the threshold, in (0, 1).
+
+    Raises:
+        CalibrationError: If confidences are not in [0, 1].
+    """
     check_confidences(confidence)
-    agreeing, disagreeing = _able(confidence[agrees]), _able(confidence[~agrees])
+    agreeing = _able(confidence[agrees])
+    disagreeing = _able(confidence[~agrees])
     count = len(agreeing) + len(disagreeing)
     if not len(agreeing):
         note = f"none of the {count} tokens agrees: the exit cannot be used"
@@ -198,9 +250,12 @@ def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
             needed = math.ceil(RULE_OF_THREE / (1 - target))
             note = f"all {count} tokens agree, which are too few to trust; give {needed} or more"
             return Choice(NEVER_EXIT, None, notes=(note,))
-        # Below the smallest confidence nothing is known.
+        # No data support a lower threshold than the smallest confidence.
         lowest = max(0.0, math.nextafter(float(np.min(confidence)), 0.0))
-        note = f"all {count} tokens agree, so the threshold is the smallest confidence among them, not a fit"
+        note = (
+            f"all {count} tokens agree, so the threshold is the smallest confidence among them, "
+            "not a fit"
+        )
         return Choice(lowest, None, notes=(note,))
     agree, disagree = (
         most_likely(LogSums.of(one), UNIFORM, STEPS) for one in (agreeing, disagreeing)
@@ -217,36 +272,48 @@ def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
 
 
 def _able(confidence: np.ndarray) -> np.ndarray:
-    """The confidences above 0: at 0, as where a class of unknown tokens is best, nothing exits at any threshold, and a
-    Beta that must explain it has too much weight near 1. All of them where none is above."""
+    """Return the confidences above 0, or all of them if none is.
+
+    A token with confidence 0 never exits, such as one whose best class is the unknown tokens. A
+    Beta distribution that includes these has too much weight near 1.
+    """
     above = confidence[confidence > 0]
     return above if len(above) else confidence
 
 
 def check_confidences(confidence: np.ndarray) -> None:
-    """Raises CalibrationError."""
+    """Check that confidences are in [0, 1].
+
+    Raises:
+        CalibrationError: If they are not.
+    """
     wrong = int(np.sum(~((confidence >= 0) & (confidence <= 1))))  # NaN too
     if wrong:
         raise CalibrationError(
-            f"{wrong} of {len(confidence)} confidences are not numbers from 0 to 1: the model computes NaN or "
-            "infinity; check it with freeexport verify"
+            f"{wrong} of {len(confidence)} confidences are not numbers from 0 to 1: "
+            "the model computes NaN or infinity; check it with freeexport verify"
         )
 
 
-# A guarantee: Learn then Test with fixed-sequence testing (Angelopoulos et al. 2021; Schuster et al. 2022 for early
-# exit). The unit is the sequence, whose tokens depend on each other; sequences are drawn independently.
+# Guarantees use Learn then Test with fixed-sequence testing (Angelopoulos et al. 2021; Schuster et
+# al. 2022 for early exit). The independent units are sequences, because tokens of one sequence
+# depend on each other.
 
 
 def first_failing(passes: Callable[[float], bool], thresholds: Sequence[float]) -> float:
-    """The last of `thresholds`, descending from 1.0, before the first that does not pass its test.
+    """Return the last threshold before the first that fails its test.
 
-    With tests of level delta, the chosen one violates what is tested with probability delta at most: the first true
-    violation in the sequence is passed so often, whatever comes after it.
+    If tests have level delta, the chosen threshold violates its guarantee with probability at most
+    delta, because the first true violation in the sequence passes with that probability.
+
+    Args:
+        passes: Tests a threshold.
+        thresholds: Thresholds in descending order from 1.0.
     """
     passing = NEVER_EXIT
     for threshold in thresholds:
         if threshold >= NEVER_EXIT:
-            continue  # nothing exits: nothing is lost
+            continue  # nothing exits, so nothing is lost
         if not passes(threshold):
             break
         passing = threshold
@@ -273,8 +340,9 @@ def _by_risk(
 
 
 def _by_quality(mixture: BetaMixture | None, rule: Rule, outputs: DecodedOutputs) -> Choice:
-    """Two thirds of the sequences choose, by a lower bound at each threshold; the others only report."""
-    metric, held_out = rule.metric or "exact", held_out_of(len(outputs))
+    """Choose by a lower bound on two thirds of the sequences. The others report the quality."""
+    metric = rule.metric or "exact"
+    held_out = held_out_of(len(outputs))
 
     def passes(threshold: float) -> bool:
         return outputs.surely_kept(metric, threshold, ~held_out, rule.delta) >= rule.quality
@@ -283,34 +351,49 @@ def _by_quality(mixture: BetaMixture | None, rule: Rule, outputs: DecodedOutputs
     if threshold >= NEVER_EXIT:
         return Choice(threshold, mixture)
     kept = outputs.kept(metric, threshold, held_out)
-    seen = f"{kept:.2%} of the full model's {metric} is kept on {int(held_out.sum())} sequences that did not choose"
+    seen = (
+        f"{kept:.2%} of the full model's {metric} is kept "
+        f"on {int(held_out.sum())} sequences that did not choose"
+    )
     if kept < rule.quality:
-        seen += f", less than the {rule.quality:.4g} asked for: chance, or data that change along the file"
+        seen += (
+            f", less than the {rule.quality:.4g} asked for: "
+            "chance, or data that change along the file"
+        )
     return Choice(threshold, mixture, {threshold: kept}, (seen,))
 
 
 def held_out_of(count: int) -> np.ndarray:
-    """Mask of the sequences that the choice does not see, bool [count]: every third, whatever order the data have."""
+    """Return a mask of the held-out sequences, bool [count]: every third one."""
     return np.arange(count) % 3 == 2
 
 
 def token_losses(traces: Traces, threshold: float) -> np.ndarray:
-    """The share of each sequence's tokens that exit and disagree, float64 [S]."""
+    """Return each sequence's share of tokens that exit and disagree, float64 [S]."""
     wrong = traces.above(threshold) & ~traces.agrees
     return np.bincount(traces.sequence, wrong, len(traces.length)) / np.maximum(1, traces.length)
 
 
 def p_value(losses: np.ndarray, risk: float) -> float:
-    """The p-value of "the mean loss is above `risk`"; exact where all losses can only be 0 or 1."""
+    """Return the p-value of the hypothesis that the mean loss is above `risk`.
+
+    Args:
+        losses: Losses in [0, 1], [n]. The test is exact for type bool.
+        risk: Bound of the mean loss.
+    """
     if losses.dtype == np.bool_:
         return float(binom.cdf(int(np.sum(losses)), len(losses), risk))
     return hoeffding_bentkus(losses, risk)
 
 
 def hoeffding_bentkus(losses: np.ndarray, risk: float) -> float:
-    """For independent losses [n] in [0, 1] (Bates et al. 2021)."""
-    count, mean = len(losses), float(np.mean(losses))
-    # Rounding must not push a sum of k over to k + 1: that would only be careful, but k errors are k errors.
+    """Return the Hoeffding-Bentkus p-value of independent losses [n] in [0, 1].
+
+    See Bates et al. 2021.
+    """
+    count = len(losses)
+    mean = float(np.mean(losses))
+    # Keep rounding errors from raising a sum of k to k + 1, which would be too conservative.
     bentkus = math.e * float(binom.cdf(math.ceil(count * mean - 1e-9), count, risk))
     low = min(mean, risk)
     entropy = low * math.log(low / risk) if low > 0 else 0.0
@@ -319,7 +402,7 @@ def hoeffding_bentkus(losses: np.ndarray, risk: float) -> float:
 
 
 def sequences_needed(risk: float, delta: float) -> int:
-    """The fewest sequences with which any threshold below 1 can pass, if none of them has a loss."""
+    """Return the fewest sequences with which a threshold below 1 can pass without any loss."""
     return math.ceil(math.log(delta) / math.log1p(-risk))
 
 
@@ -330,11 +413,18 @@ def ratio_bound(
     value: Callable[[np.ndarray], float],
     delta: float,
 ) -> float:
-    """A lower bound, with probability 1 - `delta`, of the ratio of a metric's values in mode free and in mode full.
+    """Return a lower bound of the ratio of a metric in mode free to that in mode full.
 
-    `free` and `full` are statistics [n, k] of the same sequences, and `value` that of their sum [k]. By a paired
-    bootstrap of which one more sequence is part: an average one that mode free loses, whose statistics are `lost` [k],
-    as what is rare may not have been drawn. 0 where the full model's value is 0.
+    Uses a paired bootstrap. Each resample also contains an average sequence that mode free loses
+    completely, because the data may lack rare failures. Resamples in which the full model's value
+    is 0 have ratio 0.
+
+    Args:
+        free: Statistics of the sequences in mode free, [n, k].
+        full: Statistics of the same sequences in mode full, [n, k].
+        lost: Statistics of a lost sequence, [k].
+        value: Computes the metric from summed statistics [k].
+        delta: Probability that the bound does not hold.
     """
     counts = draws(len(free), RESAMPLES)
     ratios = []
@@ -345,10 +435,14 @@ def ratio_bound(
 
 
 def rollback_limit(traces: Traces, threshold: float) -> tuple[float | None, float | None]:
-    """Nats, the 99 % quantile among exited tokens that agree, and the share of those that disagree which it takes back;
-    each None where there are no such tokens."""
+    """Return the threshold of mode rollback, and the share of disagreeing exits that it rejects.
+
+    The threshold is in nats, and is the quantile KEPT of the agreeing exits. Either is None if
+    there are no such exits.
+    """
     exits = traces.above(threshold)
-    agreeing, wrong = traces.nll[exits & traces.agrees], traces.nll[exits & ~traces.agrees]
+    agreeing = traces.nll[exits & traces.agrees]
+    wrong = traces.nll[exits & ~traces.agrees]
     if not len(agreeing):
         return None, None
     limit = float(np.quantile(agreeing, KEPT))

@@ -1,4 +1,7 @@
-"""Timing: settings decode the same prompts in turn, so that what slows the machine down for a while slows them all."""
+"""Interleaved timing: settings decode the same prompts in turn.
+
+A temporary slowdown of the machine then affects all settings alike.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,13 @@ RunT = TypeVar("RunT")
 
 @dataclass(frozen=True)
 class Turn(Generic[RunT]):
-    """One prompt of one round: `runs` in the order of the settings."""
+    """One prompt in one round.
+
+    Attributes:
+        round: Number of the round, from 0.
+        prompt: Number of the prompt, from 0.
+        runs: One run per setting, in the order of the settings.
+    """
 
     round: int
     prompt: int
@@ -35,12 +44,20 @@ def interleave(
     done: Callable[[int, int], bool] = lambda round, prompt: False,
     title: str = "measuring",
 ) -> Iterator[Turn[RunT]]:
-    """Decode every prompt in every setting, `rounds` times, and yield each prompt's runs as soon as they are complete.
+    """Decode every prompt in every setting, and yield each prompt's runs when they are complete.
 
-    Their order is drawn for one prompt, the same in every run, and reversed for the next: none always follows the same
-    other, as one that follows a setting of its own bundle finds weights in the cache. Before, every setting decodes
-    `warm_up` prompts untimed, which binds buffers and faults pages. `done(round, prompt)` names turns of an interrupted
-    run that are not repeated.
+    The order of settings is drawn for one prompt and reversed for the next, with a fixed seed.
+    Otherwise a setting that always follows another of the same bundle would find its weights in the
+    processor's cache.
+
+    Args:
+        settings: Settings to compare.
+        prompts: Prompts to decode.
+        rounds: Repetitions of every prompt.
+        decode: Decodes a prompt in a setting.
+        warm_up: Prompts that every setting first decodes untimed, to bind buffers and fault pages.
+        done: Returns True for the turns (round, prompt) of an interrupted run to skip.
+        title: Title of the progress bar.
     """
     turns = list(product(range(rounds), range(len(prompts))))
     left = [turn for turn in turns if not done(*turn)]
@@ -67,14 +84,18 @@ def speeds(
     decode: Callable[[SettingT, PromptT], tuple[int, float]],
     warm_up: int = 1,
 ) -> np.ndarray:
-    """Measure tokens a second, float64 [rounds, settings]; `decode` gives tokens and seconds. NaN: no tokens."""
+    """Measure tokens per second, float64 [rounds, settings].
+
+    NaN without tokens. `decode` returns the number of tokens and the seconds.
+    """
     done = np.zeros((rounds, len(settings), 2))
     for turn in interleave(settings, prompts, rounds, decode, warm_up):
         done[turn.round] += turn.runs
-    tokens, seconds = done[..., 0], done[..., 1]
+    tokens = done[..., 0]
+    seconds = done[..., 1]
     return np.divide(tokens, seconds, out=np.full_like(tokens, np.nan), where=tokens > 0)
 
 
 def spread(values: Sequence[float]) -> float:
-    """The largest less the smallest, as a share of the median."""
+    """Return the range of values as a share of their median."""
     return (max(values) - min(values)) / median(values)

@@ -1,5 +1,8 @@
-"""Traces: the shallow and the deep prediction at each token of a model's own greedy output; what a replay of them would
-cost, and sessions in which exits and drafts are replayed, whatever the model has learned."""
+"""Traces of shallow and deep predictions, and sessions that replay exits and drafts.
+
+A trace has both predictions at each token of the model's own greedy output. A replay simulates mode
+free on traces. A ReplaySession decodes with given exits or drafts instead of the model's own.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,12 @@ from runtime.json_file import parse_json, read_text
 from runtime.speech import SpeechPrompt
 
 _KIND = "freeexport traces"
-# Traces of another format are dropped as those of another key are. 3: a T5's first token may exit.
+# Traces of other formats are dropped. In format 3 a T5's first token may exit.
 _FORMAT = 3
 _START = json.dumps({"kind": _KIND})[:-1].encode()
-# Tokens between two sync passes, of the traces of an exit that reads features.
+# Tokens between two sync passes in traces of an exit that reads features.
 DRAFTED = 4
-# Between the two confidences that a replayed decision is given.
+# Replayed decisions have confidence 0 or 1. Any threshold between them works.
 THRESHOLD = 0.5
 _DRAWN = 4096
 _TYPES = {"confidence": np.float32, "agrees": np.bool_, "nll": np.float32, "token": np.int32}
@@ -40,12 +43,19 @@ _TYPES = {"confidence": np.float32, "agrees": np.bool_, "nll": np.float32, "toke
 
 @dataclass(frozen=True)
 class Traces:
-    """S sequences, their tokens end to end: those that may exit, which are all of an encoder-decoder's and all but the
-    first of a decoder's.
+    """Traces of S sequences with N tokens, which are concatenated.
 
-    `line` int64 [S]: where each stands in its file, from 1; `length` int64 [S]: its tokens. Of each token: the shallow
-    `confidence` float32 [N]; whether its prediction `agrees` with the deep one, bool [N]; its `nll` float32 [N], nats
-    by the deep decoder; and which `token` it is, int32 [N].
+    Includes only tokens that may exit: all tokens of an encoder-decoder, and all but the first of a
+    decoder-only model.
+
+    Attributes:
+        line: Line of each sequence in its file, from 1, int64 [S].
+        length: Tokens of each sequence, int64 [S].
+        confidence: Confidence of the shallow prediction, float32 [N].
+        agrees: The shallow prediction equals the deep one, bool [N].
+        nll: Negative log-likelihood of the shallow prediction under the deep decoder, in nats,
+            float32 [N].
+        token: Shallow prediction, int32 [N].
     """
 
     line: np.ndarray
@@ -57,7 +67,7 @@ class Traces:
 
     @classmethod
     def one(cls, line: int, **tokens: Sequence[float] | np.ndarray) -> Traces:
-        """A single sequence; `tokens` are the four values of each token."""
+        """Build the trace of one sequence from the four values of each token."""
         flat: dict[str, np.ndarray] = {
             name: np.asarray(tokens[name], kind) for name, kind in _TYPES.items()
         }
@@ -65,6 +75,7 @@ class Traces:
 
     @classmethod
     def joined(cls, parts: Iterable[Traces]) -> Traces:
+        """Concatenate traces."""
         few = list(parts) or [
             cls(*np.zeros((2, 0), np.int64), *(np.zeros(0, kind) for kind in _TYPES.values()))
         ]
@@ -73,7 +84,7 @@ class Traces:
 
     @cached_property
     def sequence(self) -> np.ndarray:
-        """The number of each token's sequence, int64 [N]."""
+        """Number of each token's sequence, int64 [N]."""
         return np.repeat(np.arange(len(self.length)), self.length)
 
     @property
@@ -82,36 +93,52 @@ class Traces:
 
     @property
     def mean_length(self) -> int:
-        """Tokens of a sequence, about."""
+        """Approximate mean number of tokens per sequence, at least 2."""
         return max(2, round(self.tokens / max(1, len(self.length))) + 1)
 
     @property
     def agreement(self) -> float:
-        """Share of all tokens at which both decoders agree; 0 without tokens."""
+        """Share of tokens whose predictions agree. 0 without tokens."""
         return float(self.agrees.mean()) if self.tokens else 0.0
 
     def part(self, sequences: np.ndarray) -> Traces:
-        """The sequences that are marked in bool [S]."""
+        """Return the traces of the sequences in the mask bool [S]."""
         marked = sequences[self.sequence]
         flat = {name: getattr(self, name)[marked] for name in _TYPES}
         return Traces(self.line[sequences], self.length[sequences], **flat)
 
     def above(self, threshold: float) -> np.ndarray:
-        """Tokens that are confident enough to exit, bool [N]; compared in double precision, as decoding does."""
+        """Return a mask of the tokens above a threshold, bool [N].
+
+        Compares in double precision, as decoding does.
+        """
         confident: np.ndarray = self.confidence.astype(np.float64) > threshold
         return confident
 
     def share(self, hits: np.ndarray, among: np.ndarray | None = None) -> Share | None:
-        """The share of `hits`, bool [N], among all tokens or those `among`, bool [N], with its interval."""
+        """Return the share of tokens `hits`, bool [N], with its interval.
+
+        Args:
+            hits: Tokens to count.
+            among: Tokens that the share refers to, bool [N]. Default: all.
+        """
         counted = np.ones(self.tokens, np.bool_) if among is None else among
-        of, size = self.sequence, len(self.length)
+        of = self.sequence
+        size = len(self.length)
         return share(np.bincount(of, hits & counted, size), np.bincount(of, counted, size))
 
 
 @dataclass(frozen=True)
 class Replay:
-    """`exits` bool [N]: the tokens that exit, of which `agreeing` have the deep prediction. `sync_sizes[k]` passes ran
-    over k rows; what is on the stack at the end of a sequence runs in none."""
+    """Traces decoded in mode free.
+
+    Attributes:
+        threshold: Threshold of the replay.
+        exits: Tokens that exit, bool [N].
+        agreeing: Number of exits that agree with the deep prediction.
+        sync_sizes: Number of sync passes by their rows. Rows on the stack at the end of a sequence
+            are not passed.
+    """
 
     threshold: float
     exits: np.ndarray
@@ -120,16 +147,19 @@ class Replay:
 
     @property
     def exit_rate(self) -> float:
+        """Share of tokens that exit. 0 without tokens."""
         return float(self.exits.mean()) if len(self.exits) else 0.0
 
     @property
     def agreement(self) -> float | None:
-        """Share of the exits; None where nothing exits."""
+        """Share of the exits that agree. None without exits."""
         return self.agreeing / int(self.exits.sum()) if self.exits.any() else None
 
     def speedup(self, costs: Costs) -> float:
-        """Tokens per second of decoding as a multiple of mode full's (docs/decoding.md). 1 where nothing can exit: a
-        session then decodes as mode full does."""
+        """Return tokens per second relative to mode full (docs/decoding.md).
+
+        1 if nothing can exit, because a session then decodes in mode full.
+        """
         decided = len(self.exits)
         return (
             costs.speedup_of(self.sync_sizes, decided)
@@ -139,13 +169,18 @@ class Replay:
 
 
 def replay(traces: Traces, threshold: float, max_pending: int) -> Replay:
-    """Decode the traces in mode `free`, as far as that follows the full model's output."""
-    above, place = traces.above(threshold), np.arange(traces.tokens)
-    # A run of confident tokens begins with its sequence, or after the last token that was not confident.
+    """Simulate mode free on traces.
+
+    The replay follows the full model's output, although exits may change the tokens after them.
+    """
+    above = traces.above(threshold)
+    place = np.arange(traces.tokens)
+    # A run of confident tokens begins with its sequence, or after the last token below the
+    # threshold.
     begins = np.repeat(np.cumsum(traces.length) - traces.length, traces.length)
     after = np.concatenate([[0], np.where(above, 0, place + 1)])[:-1]
     run = place - np.maximum(begins, np.maximum.accumulate(after))
-    # Rows that are stacked with the token: a full stack forces a pass, whatever the confidence.
+    # Rows on the stack, including the token's. A full stack forces a pass.
     rows = run % max_pending + 1
     exits = above & (rows < max_pending)
     sizes, counts = np.unique(rows[~exits], return_counts=True)
@@ -158,11 +193,16 @@ def replay(traces: Traces, threshold: float, max_pending: int) -> Replay:
 def trace_of(
     session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max_new_tokens: int
 ) -> Traces:
-    """Decode `prompt` int64 [n], or a window of sound, as mode `full` does, at most `max_new_tokens`, until an end of
-    sequence, and ask both decoders at each token.
+    """Decode a prompt in mode full, and record both predictions at each token.
 
-    An exit that reads features is asked as in drafts, DRAFTED tokens between two sync passes: the first after one reads
-    the deep decoder's feature, and agrees more often than those behind it.
+    An exit that reads features predicts as for drafts, with DRAFTED tokens between sync passes,
+    because its agreement is highest for the first token after a pass.
+
+    Args:
+        session: Session of the bundle.
+        line: Line of the prompt in its file.
+        prompt: Token ids int64 [n], or a window of speech.
+        max_new_tokens: Most tokens. Decoding also ends at an end-of-sequence token.
     """
     manifest = session.manifest
     if manifest.exit_engine or isinstance(prompt, SpeechPrompt):
@@ -170,7 +210,7 @@ def trace_of(
     found: dict[str, list[Any]] = {name: [] for name in _TYPES}
     with session.decoder(prompt) as decoder:
         if manifest.encoder_decoder:
-            # Nothing is predicted where a token is forced.
+            # Forced tokens are not predicted.
             *before, token = manifest.output_begins
             most = min(max_new_tokens, session.capacity) - len(before)
             for given in before:
@@ -200,8 +240,10 @@ def trace_of(
 def _drafted_trace(
     session: Session, line: int, prompt: np.ndarray | SpeechPrompt, max_new_tokens: int
 ) -> Traces:
-    """Traces of an exit that reads features, and of speech, whose rules have a say in the output."""
-    spoken, manifest, asked = isinstance(prompt, SpeechPrompt), session.manifest, cast(Any, prompt)
+    """Trace an exit that reads features, or speech, whose rules also affect the output."""
+    spoken = isinstance(prompt, SpeechPrompt)
+    manifest = session.manifest
+    asked = cast(Any, prompt)
     ids = session.generate(asked, mode="full", max_new_tokens=max_new_tokens).token_ids
     found: dict[str, list[Any]] = {name: [] for name in _TYPES}
     with session.decoder(prompt) as decoder:
@@ -209,7 +251,7 @@ def _drafted_trace(
             *before, token = manifest.output_begins
             ids = (token, *ids[len(before) :])
             decoder.begin(True)
-            for given in before:  # nothing is predicted where a token is forced
+            for given in before:  # forced tokens are not predicted
                 decoder.step(given, head=True)
                 decoder.sync(0)
         else:
@@ -231,26 +273,36 @@ def _drafted_trace(
 
 
 class TraceCache:
-    """Traces collected so far, a JSON line each, so that a run that was stopped or killed continues. `key`: all that
-    they depend on. Traces under another key are dropped at the first `add`, not before.
+    """File of collected traces, one JSON line each, from which an interrupted run continues.
 
-    Raises OptionError where `path` is a file of another kind, which is left as it is.
+    Args:
+        path: The file.
+        key: Everything that traces depend on. The first `add` drops traces with another key.
+
+    Raises:
+        OptionError: If the file is of another kind. It is not changed.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
-        self._path, self._header = path, {"kind": _KIND, "format": _FORMAT, **key}
+        self._path = path
+        self._header = {"kind": _KIND, "format": _FORMAT, **key}
         self._traces: dict[int, Traces] = {}
         self._appends = path.exists() and self._read(path.read_bytes())
 
     def get(self, line: int) -> Traces | None:
+        """Return the trace of a line. None if it is missing."""
         return self._traces.get(line)
 
     def add(self, trace: Traces) -> None:
-        """Raises FreeExportError where the line cannot be written, as on a full disk."""
+        """Append a trace to the file.
+
+        Raises:
+            FreeExportError: If the file cannot be written.
+        """
         record: dict[str, Any] = {"line": int(trace.line[0])}
         for name, kind in _TYPES.items():
             values = getattr(trace, name).tolist()
-            # Nine digits are all of a float32.
+            # Nine digits represent a float32 exactly.
             record[name] = [
                 float(f"{one:.9g}") if kind is np.float32 else int(one) for one in values
             ]
@@ -261,7 +313,7 @@ class TraceCache:
         self._traces[record["line"]] = trace
 
     def _read(self, content: bytes) -> bool:
-        """Whether the file is one to append to."""
+        """Read the traces of a file. Return True if new traces can be appended to it."""
         whole = content[: content.rfind(b"\n") + 1]
         if not whole and content[: len(_START)] == _START[: len(content)]:
             return False  # a run killed in its first line
@@ -281,16 +333,25 @@ class TraceCache:
                 self._traces[record["line"]] = Traces.one(record["line"], **values)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise OptionError(
-                f"{self._path} exists and holds no traces that can be read; move it, or name another --output"
+                f"{self._path} exists and holds no traces that can be read; "
+                "move it, or name another --output"
             ) from None
-        whole_lines(self._path)  # cuts off a killed run's last line
+        whole_lines(self._path)  # truncates the partial last line of a killed run
         return True
 
 
 def exit_trace(what: str, predicted: int = 1) -> list[bool]:
-    """Whether each token exits, but for those of an answer that reading the prompt `predicted`: independently at a rate
-    in [0, 1) ("0.8", the same draw each time), or as in a JSONL file that `freeexport generate --output` wrote. Raises
-    OptionError."""
+    """Return one flag per token: does it exit?
+
+    Args:
+        what: A rate in [0, 1), such as "0.8", at which tokens exit independently, with a fixed
+            seed. Or the path of a JSONL file from `freeexport generate --output`.
+        predicted: Leading tokens of each output in the file to skip, because they are predicted
+            with the prompt.
+
+    Raises:
+        OptionError: If the rate is out of range or the file cannot be read.
+    """
     try:
         rate = float(what)
     except ValueError:
@@ -303,7 +364,7 @@ def exit_trace(what: str, predicted: int = 1) -> list[bool]:
 
 
 def drawn(rate: float, seed: int) -> list[bool]:
-    """Exits that come independently at `rate`."""
+    """Draw independent exits at `rate`."""
     return list(map(bool, np.random.default_rng(seed).random(_DRAWN) < rate))
 
 
@@ -326,8 +387,14 @@ def _recorded(path: Path, predicted: int) -> list[bool]:
 
 @dataclass
 class Script:
-    """Replays exits, `trace`, or drafts, which are taken from `tokens`, the output of mode full: the draft of place i
-    is confident, and right where `right[i]`. With neither, predictions are the model's own."""
+    """Exits or drafts to replay. With neither, predictions are the model's own.
+
+    Attributes:
+        trace: Exits, repeated cyclically.
+        tokens: Output of mode full, from which drafts are taken.
+        right: Correctness of the draft at each place, repeated cyclically. All drafts are
+            confident.
+    """
 
     trace: Sequence[bool] | None = None
     tokens: Sequence[int] | None = None
@@ -335,18 +402,26 @@ class Script:
 
 
 class ReplayDecoder(Decoder):
-    """All engines run as ever, so what is measured is what such exits and drafts would cost. While drafts are replayed,
-    the deep prediction is the output, as with quantized weights it might stray from it over several rows."""
+    """Decoder that replays a script.
+
+    All engines run as usual, so timings are those of such exits and drafts. While drafts are
+    replayed, deep predictions are replaced by the output of mode full, because quantized weights
+    may predict other tokens when a pass has several rows.
+    """
 
     def __init__(self, script: Script, *arguments: Any, **others: Any) -> None:
         super().__init__(*arguments, **others)
-        self._script, self._prompt, self._decided = script, 0, 0
+        self._script = script
+        self._prompt = 0
+        self._decided = 0
 
     def begun(self, prompt: int) -> None:
-        self._prompt, self._decided = prompt, 0
+        self._prompt = prompt
+        self._decided = 0
 
     def prediction(self) -> Prediction:
-        shallow, script = super().prediction(), self._script
+        shallow = super().prediction()
+        script = self._script
         if script.trace is not None:
             self._decided += 1
             return shallow._replace(
@@ -354,7 +429,7 @@ class ReplayDecoder(Decoder):
             )
         if script.tokens is None:
             return shallow
-        # Places are counted from the first token, which comes after the prompt's last row.
+        # Places count from the first token, which follows the prompt's last row.
         place = self.lengths()[0] - self._prompt
         if place >= len(script.tokens):
             return shallow._replace(confidence=0.0)
@@ -381,7 +456,7 @@ class ReplayDecoder(Decoder):
 
 
 class ReplayFeatureDecoder(ReplayDecoder, FeatureDecoder):
-    """A decoder whose exit is an engine of its own, which replays."""
+    """Decoder with a separate exit engine that replays a script."""
 
 
 def _replaying(
@@ -393,8 +468,10 @@ def _replaying(
 
 
 class ReplaySession(Session):
-    """A session of one slot, without overlap, that can replay exits in mode "free" and drafts in mode "lossless", at
-    any threshold inside (0, 1)."""
+    """Session that can replay exits in mode free and drafts in mode lossless.
+
+    It has one slot and no overlap. Replays work with any threshold in (0, 1).
+    """
 
     def __init__(self, bundle: Path | str, **options: Any) -> None:
         self._script = Script()
@@ -406,7 +483,7 @@ class ReplaySession(Session):
 
     @contextmanager
     def replaying(self, trace: Sequence[bool]) -> Iterator[None]:
-        """Requests meanwhile exit as `trace` says, unless the stack is full."""
+        """Context manager: requests exit according to `trace`, unless the stack is full."""
         self._script.trace = trace
         try:
             yield
@@ -415,9 +492,15 @@ class ReplaySession(Session):
 
     @contextmanager
     def drafting(self, tokens: Sequence[int], rate: float) -> Iterator[None]:
-        """Requests meanwhile draft the `tokens` that mode full gives for their prompt, except that they take another
-        in place of one minus `rate` of them, the same each time."""
-        self._script.tokens, self._script.right = tokens, drawn(rate, 2)
+        """Context manager: requests draft the tokens of mode full.
+
+        Args:
+            tokens: Tokens of mode full for the prompt of the requests.
+            rate: Share of correct drafts. The others are replaced by wrong tokens, with a fixed
+                seed.
+        """
+        self._script.tokens = tokens
+        self._script.right = drawn(rate, 2)
         try:
             yield
         finally:

@@ -1,16 +1,16 @@
-"""Summarization, text restoration, translation and extraction from the index of Debian's packages.
+"""Builds data sets for several tasks from the index of Debian packages.
 
     python -m tools.data.debian extraction data/extraction
 
-- summarization: the long description -> the one-line synopsis ("summarize: ...").
-- restoration: a sentence in lower case without punctuation -> the sentence.
-- extraction: a package's record -> the fields that matter, as JSON.
-- fields: the same in an order of `name: value;`, without characters that T5's vocabulary lacks.
-- appstream: a package's record with its long description -> a component of AppStream's catalog in XML.
-- translation: a paragraph in German -> the English one ("translate German to English: ...").
+- summarization: long description -> one-line synopsis ("summarize: ...").
+- restoration: sentence in lower case without punctuation -> sentence.
+- extraction: record of a package -> its main fields as JSON.
+- fields: the same as `name: value;`, without characters that T5's vocabulary lacks.
+- appstream: record of a package with its long description -> component of AppStream's catalog, XML.
+- translation: paragraph in German -> paragraph in English ("translate German to English: ...").
 
-A family of descriptions (tools/data/debian_index.py) is in one split; one too large to be held out is in train or in
-none.
+A family of descriptions (tools/data/debian_index.py) is in one split. A family that is too large to
+be held out is either in train or left out.
 """
 
 from __future__ import annotations
@@ -46,17 +46,19 @@ from tools.data.splits import (
     write_data_set,
 )
 
-LARGEST_HELD_OUT = 0.005  # of all examples, in one family
-SHORTEST_BODY, SHORTEST_SYNOPSIS = 20, 3  # words
+LARGEST_HELD_OUT = 0.005  # largest share of all examples of a held-out family
+# Fewest words of a long description and a synopsis.
+SHORTEST_BODY = 20
+SHORTEST_SYNOPSIS = 3
 MOST_DEPENDENCIES = 12
-# Characters; shorter sentences have little to restore, longer ones are mostly lists.
+# Shorter sentences have little to restore, and longer ones are mostly lists.
 _SENTENCE = re.compile(r".{60,260}?[.!?](?= |$)")
 SENTENCES = (60, 400)  # characters of a text to translate
 _PUNCTUATION = re.compile(r"[^\w\s'+#/-]")
-# What ends the input, so that a decoder-only model knows where the answer begins.
+# End of the input, which marks the start of the answer for a decoder-only model.
 RESTORE_SEPARATOR = "\n=> "
 EXTRACT_SEPARATORS = {"extraction": "\nJSON: ", "fields": "\nFields: ", "appstream": "\nXML:\n"}
-# In the order of the record; some are there to be passed over.
+# Fields in the order of the record. Some are distractors.
 SHOWN = (
     *("Package", "Source", "Version", "Installed-Size", "Architecture", "Provides"),
     *("Depends", "Description", "Homepage", "Section", "Priority", "Size"),
@@ -64,11 +66,11 @@ SHOWN = (
 DESCRIBED = (120, 700)  # characters of the long description of a component
 _LISTED = re.compile(r"(^| )[*+•-] ")
 _NOT_IN_T5 = re.compile(r"[{}<>~^`\\]|[^\x00-\x7f]")
-# Main categories of the Desktop Menu Specification by sections of Debian; that of all others is Utility.
+# Debian sections of main categories in the Desktop Menu Specification. Other sections are Utility.
 _CATEGORIES = {
     "AudioVideo": "sound video",
-    "Development": "cli-mono debug devel golang gnustep haskell interpreters introspection java javascript libdevel "
-    "libs lisp ocaml perl php python ruby rust vcs",
+    "Development": "cli-mono debug devel golang gnustep haskell interpreters introspection java "
+    "javascript libdevel libs lisp ocaml perl php python ruby rust vcs",
     "Education": "education",
     "Game": "games",
     "Graphics": "graphics",
@@ -84,7 +86,7 @@ CATEGORY = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A text and what is to be made of it, from the description with that md5."""
+    """An input and its target, from the description with an md5."""
 
     md5: str
     input: str
@@ -92,7 +94,7 @@ class Pair:
 
 
 def summaries(english: Mapping[str, Description]) -> Iterator[Pair]:
-    """Long description -> synopsis, each long description once."""
+    """Yield pairs of long description and synopsis, each long description once."""
     seen = set()
     for md5, text in english.items():
         body = " ".join(text.paragraphs)
@@ -105,13 +107,16 @@ def summaries(english: Mapping[str, Description]) -> Iterator[Pair]:
 
 
 def restorations(english: Mapping[str, Description]) -> Iterator[Pair]:
-    """Stripped sentence -> sentence that begins with a capital letter, each stripped sentence once."""
+    """Yield pairs of stripped sentence and sentence, each stripped sentence once.
+
+    Sentences begin with a capital letter.
+    """
     seen = {""}
     for md5, text in english.items():
         for paragraph in text.paragraphs:
             for found in _SENTENCE.findall(" ".join(paragraph.split())):
                 sentence = found.strip()
-                # In lower case; punctuation except that inside names and options is replaced by single spaces.
+                # Lower case, with spaces for punctuation except inside names and options.
                 key = " ".join(_PUNCTUATION.sub(" ", sentence.lower()).split())
                 if sentence[:1].isupper() and key not in seen:
                     seen.add(key)
@@ -121,15 +126,20 @@ def restorations(english: Mapping[str, Description]) -> Iterator[Pair]:
 def translations(
     german: Mapping[str, Description], english: Mapping[str, Description]
 ) -> Iterator[Pair]:
-    """German paragraph -> English paragraph at the same place of descriptions with as many, each German one once."""
+    """Yield pairs of German and English paragraphs, each German paragraph once.
+
+    Paragraphs are paired by place if both descriptions have equally many.
+    """
     seen = set()
     for md5, text in german.items():
         if md5 not in english or len(english[md5].paragraphs) != len(text.paragraphs):
             continue
         for source, target in zip(text.paragraphs, english[md5].paragraphs, strict=True):
-            source, target = " ".join(source.split()), " ".join(target.split())
-            key, lengths = normalised(source), sorted((len(source), len(target)))
-            # Lists are not sentences; a text of another length, or the same one, is no translation.
+            source = " ".join(source.split())
+            target = " ".join(target.split())
+            key = normalised(source)
+            lengths = sorted((len(source), len(target)))
+            # Skip lists, and pairs whose texts are equal or differ too much in length.
             if (
                 key in seen
                 or not SENTENCES[0] <= len(source) <= SENTENCES[1]
@@ -146,7 +156,13 @@ def extractions(
     english: Mapping[str, Description],
     task: str = "extraction",
 ) -> Iterator[Pair]:
-    """Record of a Packages file -> what the task makes of it, one a description."""
+    """Yield pairs of a record in a Packages file and its target, one per description.
+
+    Args:
+        packages: Records.
+        english: Descriptions by md5.
+        task: "extraction", "fields" or "appstream".
+    """
     seen = set()
     for fields in packages:
         md5 = fields.get("Description-md5", "")
@@ -167,10 +183,18 @@ def extractions(
 
 
 def extracted(fields: Mapping[str, str], plain: bool = False) -> str | None:
-    """Name, upstream version, section, home page, summary and dependencies as one line of JSON, or in plain text.
+    """Extract the main fields of a record, as one line of JSON or as plain text.
 
-    Only the first alternative's name of a dependency is kept. None for a record without dependencies or with very
-    many, and for plain text of characters that T5 does not know.
+    The fields are name, upstream version, section, home page, summary and dependencies. Of each
+    dependency only the name of the first alternative is kept.
+
+    Args:
+        fields: Fields of the record.
+        plain: Return plain text.
+
+    Returns:
+        None if the record has no dependencies or more than MOST_DEPENDENCIES, or if plain text has
+        characters that T5 lacks.
     """
     depends = [
         part.split("|")[0].split()[0].split(":")[0]
@@ -198,9 +222,10 @@ def extracted(fields: Mapping[str, str], plain: bool = False) -> str | None:
 
 
 def component(fields: Mapping[str, str], description: Description) -> str | None:
-    """A generic component of an AppStream catalog, indented; its id begins with the home page's host, reversed.
+    """Build a component of an AppStream catalog as indented XML.
 
-    None for a record without a home page, and for a long description with lists, a short or a very long one.
+    Its id begins with the reversed host of the home page. None if the record has no home page, or
+    if its long description has lists or a length outside of DESCRIBED.
     """
     length = sum(map(len, description.paragraphs))
     host = re.match(r"\w+://(?:www\.)?([\w.-]+)", fields.get("Homepage", ""))
@@ -212,7 +237,8 @@ def component(fields: Mapping[str, str], description: Description) -> str | None
         or "Description" not in fields
     ):
         return None
-    name, section = fields["Package"], fields.get("Section", "")
+    name = fields["Package"]
+    section = fields.get("Section", "")
     root = ElementTree.Element("component", type="font" if section == "fonts" else "generic")
 
     def add(
@@ -239,7 +265,7 @@ def component(fields: Mapping[str, str], description: Description) -> str | None
 
 
 def upstream_version(fields: Mapping[str, str]) -> str:
-    """A record's version without the epoch and Debian's revision."""
+    """Return the version of a record without epoch and Debian revision."""
     upstream = re.match(r"^(?:\d+:)?(.+?)(?:-[^-]*)?$", fields["Version"])
     return upstream.group(1) if upstream else fields["Version"]
 
@@ -247,7 +273,15 @@ def upstream_version(fields: Mapping[str, str]) -> str:
 def split_pairs(
     pairs: Sequence[Pair], family: Mapping[str, str], split: Mapping[str, str]
 ) -> dict[str, list[Line]]:
-    """The pairs as examples, in the split of their md5; without those that have none, and held-out large families."""
+    """Assign pairs to splits.
+
+    Pairs without a split, and held-out pairs of families above LARGEST_HELD_OUT, are left out.
+
+    Args:
+        pairs: Pairs of the task.
+        family: Family by md5.
+        split: Split by md5.
+    """
     sizes = Counter(family[pair.md5] for pair in pairs)
     splits: dict[str, list[Line]] = {name: [] for name in SHARES}
     for pair in pairs:
@@ -260,22 +294,38 @@ def split_pairs(
     return splits
 
 
-# fmt: off
 @click.command(context_settings={"show_default": True})
-@click.argument("task", type=click.Choice(["summarization", "restoration", "translation", *EXTRACT_SEPARATORS]))
+@click.argument(
+    "task", type=click.Choice(["summarization", "restoration", "translation", *EXTRACT_SEPARATORS])
+)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--index", type=click.Path(path_type=Path), default=Path("build/debian-index"),
-              help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.")
+@click.option(
+    "--index",
+    type=click.Path(path_type=Path),
+    default=Path("build/debian-index"),
+    help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.",
+)
 @click.option("--train", type=click.IntRange(1), help="Most lines of train (all).")
 @click.option("--held-out", type=click.IntRange(1), help="Most lines of each other split (all).")
-@click.option("--test-version", type=click.IntRange(1), default=1,
-              help="Leave out of test what measurements of earlier versions read.")
+@click.option(
+    "--test-version",
+    type=click.IntRange(1),
+    default=1,
+    help="Leave out of test what measurements of earlier versions read.",
+)
 @click.option("--seed", default=0, help="Of the order; the splits do not depend on it.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
-def command(task: str, out: Path, index: Path, train: int | None, held_out: int | None, test_version: int, seed: int,
-            overwrite: bool) -> None:
-    # fmt: on
-    """Write a data set made of Debian's package index to the directory OUT, in four splits."""
+def command(
+    task: str,
+    out: Path,
+    index: Path,
+    train: int | None,
+    held_out: int | None,
+    test_version: int,
+    seed: int,
+    overwrite: bool,
+) -> None:
+    """Write a data set from Debian's package index to the directory OUT, in four splits."""
     check_version(test_version, seed)
     english, packages = read_index(index)
     source = sources(english, packages)
@@ -290,7 +340,9 @@ def command(task: str, out: Path, index: Path, train: int | None, held_out: int 
         for name, examples in split_pairs(list(pairs), family, splits_of(source, family)).items()
     }
     splits["test"] = fresh(splits["test"], test_version)
-    splits = {name: lines[: train if name == "train" else held_out] for name, lines in splits.items()}
+    splits = {
+        name: lines[: train if name == "train" else held_out] for name, lines in splits.items()
+    }
     about = {
         "task": task,
         "source": "index of Debian packages, section main",

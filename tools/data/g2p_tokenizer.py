@@ -1,10 +1,11 @@
-"""A T5 for grapheme to phoneme before training: a tokenizer of letters and phonemes, and a configuration.
+"""Writes the tokenizer and configuration of an untrained T5 for grapheme-to-phoneme conversion.
 
     python -m tools.data.g2p_tokenizer models/g2p-init --d-model 192 --layers 2 --decoder-layers 8
 
-One token a letter, one a phoneme, one for the task prefix. Letters are lower case and phonemes upper case, so one
-tokenizer reads inputs and targets; decoding writes phonemes between spaces. The files need no class of their own:
-AutoTokenizer loads them on transformers 4.57 and 5, and `freeexport train --from-config` begins with random weights.
+Each letter and each phoneme is a token, and so is the task prefix. Letters are lower case and
+phonemes upper case, so one tokenizer reads inputs and targets. Decoding separates phonemes by
+spaces. AutoTokenizer of transformers 4.57 and 5 loads the files without a custom class. `freeexport
+train --from-config` starts with random weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from freeexport.system.output import output_directory
 from tools.data.g2p import PREFIX, SEPARATOR
 from tools.data.splits import run
 
-PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+PAD = "<pad>"
+EOS = "</s>"
+UNKNOWN = "<unk>"
 PHONEMES = (
     *("AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"),
     *("B", "CH", "D", "DH", "F", "G", "HH", "JH", "K", "L", "M", "N"),
@@ -32,17 +35,17 @@ VOCABULARY = (PAD, EOS, UNKNOWN, PREFIX, " ", "'", *ascii_lowercase, SEPARATOR, 
 
 
 def build_tokenizer() -> Tokenizer:
-    """Letters and phonemes as tokens, EOS at the end; what is neither, as a digit, is unknown."""
+    """Build a tokenizer of letters and phonemes that appends EOS. Other characters are unknown."""
     ids = {token: index for index, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in (PAD, EOS, UNKNOWN)]
     )
-    # A space between phonemes only separates them; one between letters is a token.
+    # A space between phonemes is a separator. A space between letters is a token.
     separators = pre_tokenizers.Split(Regex(r"(?<=[A-Z012|]) +(?=[A-Z|])"), "removed")
     tokens = pre_tokenizers.Split(Regex(rf"\A{PREFIX}|[A-Z]+[012]?|[\s\S]"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([separators, tokens])
-    # No decoder: tokens are then joined by spaces, which is how targets are written.
+    # Without a decoder, tokens are joined by spaces, as in targets.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])]
     )
@@ -50,7 +53,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def write_files(directory: Path, tokenizer: Tokenizer, sizes: dict[str, int]) -> None:
-    """Write the tokenizer, and the configuration of a T5 whose head shares the embedding's weights."""
+    """Write the tokenizer and the configuration of a T5 with tied embeddings."""
     ends = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     config: dict[str, Any] = {
         "architectures": ["T5ForConditionalGeneration"],
@@ -73,7 +76,7 @@ def write_files(directory: Path, tokenizer: Tokenizer, sizes: dict[str, int]) ->
         "pad_token": PAD,
         "eos_token": EOS,
         "unk_token": UNKNOWN,
-        # It would move spaces around apostrophes and commas.
+        # Clean-up would move spaces around apostrophes and commas.
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1024,
         "model_input_names": ["input_ids", "attention_mask"],
@@ -98,7 +101,7 @@ def write_files(directory: Path, tokenizer: Tokenizer, sizes: dict[str, int]) ->
 @click.option("--decoder-layers", "num_decoder_layers", type=click.IntRange(2), default=8)
 @click.option("--overwrite", is_flag=True, help="Replace a model at OUT.")
 def command(out: Path, overwrite: bool, **sizes: int) -> None:
-    """Write tokenizer and configuration of a grapheme-to-phoneme T5 to the directory OUT."""
+    """Write the tokenizer and configuration of a grapheme-to-phoneme T5 to the directory OUT."""
     if sizes["d_model"] % sizes["num_heads"]:
         raise click.UsageError(
             f"--d-model {sizes['d_model']} is not a multiple of --heads {sizes['num_heads']}"

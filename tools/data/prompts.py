@@ -1,11 +1,11 @@
-"""Prompts of eight kinds for a chat model, made from package descriptions, FOLDOC and WordNet as Debian has them.
+"""Builds chat prompts of eight kinds from Debian's package descriptions, FOLDOC and WordNet.
 
     python -m tools.data.prompts data/prompts
 
-A line is {"input": [{"role": "user", "content": ...}], "kind": "summarize"}, without a target: a model's own answers
-are made by `freeexport train --self-distill`. Every kind has the same number of lines in a split. A source text is in
-one split only: a family of packages (tools/data/debian_index.py), a term of FOLDOC or a noun of WordNet, terms and
-nouns of one name together.
+A line is {"input": [{"role": "user", "content": ...}], "kind": "summarize"}, without a target.
+`freeexport train --self-distill` generates a model's own answers. Each kind has the same number of
+lines in a split. A source text is in one split: a family of packages (tools/data/debian_index.py),
+a term of FOLDOC or a noun of WordNet. Terms and nouns with the same name share a split.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ from tools.data.splits import (
 )
 
 PACKAGES = ("dict-foldoc", "wordnet-base")
-SHORTEST_TEXT, LONGEST_TEXT = 30, 120  # words
-SELDOM = 2  # occurrences of a noun
+# Fewest and most words of a text.
+SHORTEST_TEXT = 30
+LONGEST_TEXT = 120
+SELDOM = 2  # fewest occurrences of a noun
 _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _SENTENCE = re.compile(r"[A-Z].{40,200}?[.!?](?= |$)")
 _REFERENCE = re.compile(r"(<[^>]*> )?(See|Same as|Do you mean)\b")
-# The classes of nouns (lexicographer files) whose members can be compared.
+# Classes of nouns (lexicographer files) whose members can be compared.
 _COMPARABLE = {"04", "05", "06", "09", "10", "11", "13", "17", "18", "19", "20", "26", "27", "28"}
 
 Origin = Literal["package", "foldoc", "wordnet"]
@@ -89,7 +91,8 @@ CONTINUE = (
 )
 ANSWER = (
     "{text}\n\nQuestion: According to this text, what is {name}?",
-    "Read the text and answer the question.\n\nText: {text}\n\nQuestion: Who would use {name}, and for what?",
+    "Read the text and answer the question.\n\nText: {text}\n\n"
+    "Question: Who would use {name}, and for what?",
     "{text}\n\nWhat does this text say about {name}?",
     "Answer from the text alone.\n\n{text}\n\nWhat is {name} used for?",
     "Here is a text.\n\n{text}\n\nName one advantage and one limit of {name}.",
@@ -126,7 +129,17 @@ COMPARE = (
 
 @dataclass(frozen=True)
 class Source:
-    """A thing with a name, and what is known of it. Things of one `group` can be compared; `key` decides the split."""
+    """A subject of prompts.
+
+    Attributes:
+        origin: Origin of the source.
+        key: Key that determines the split.
+        name: Name of the subject.
+        group: Subjects of one group can be compared. "" for none.
+        text: Text about the subject.
+        sentence: A sentence about the subject.
+        record: Record of the package.
+    """
 
     origin: Origin
     key: str
@@ -138,7 +151,7 @@ class Source:
 
     @property
     def fields(self) -> dict[str, str]:
-        """The values of the placeholders that this source has."""
+        """Values of the template placeholders that this source can fill."""
         words = self.text.split()
         start = " ".join(words[: max(12, len(words) // 2)])
         lower = self.sentence.lower().translate(str.maketrans("", "", ",.;:!?"))
@@ -155,7 +168,7 @@ class Source:
         }
 
 
-# Kinds that go by the name alone; those of packages say nothing.
+# Kinds whose prompts need only a name. Names of packages are not meaningful.
 _OF_NAMES = ("explain", "list", "compare")
 KINDS: Mapping[str, tuple[str, ...]] = {
     "explain": EXPLAIN,
@@ -172,7 +185,10 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 def packages(
     english: Mapping[str, Description], records: Sequence[Mapping[str, str]]
 ) -> Iterator[Source]:
-    """The described packages, one a description, without families that would be in several splits."""
+    """Yield a source per package description.
+
+    Of a family in several splits, only the descriptions in the first split are kept.
+    """
     package = source_packages(english, records)
     kept = splits_of(package, families(english, package), "package ")
     by_md5 = {
@@ -195,7 +211,7 @@ def packages(
 
 
 def terms(index: Iterable[str], dictionary: bytes) -> Iterator[Source]:
-    """The terms of FOLDOC, one an entry; entries that only refer to another are left out."""
+    """Yield the terms of FOLDOC. Entries that only refer to another are left out."""
     seen = set()
     for line in index:
         headword, offset, length = line.rstrip("\n").split("\t")
@@ -218,7 +234,10 @@ def terms(index: Iterable[str], dictionary: bytes) -> Iterator[Source]:
 
 
 def nouns(data: Iterable[str], counts: Iterable[str]) -> Iterator[Source]:
-    """The nouns of WordNet that its texts have SELDOM times or more, in their first sense, with an example if any."""
+    """Yield the nouns of WordNet with at least SELDOM occurrences in its texts.
+
+    Counts the first sense of each noun. The sentence is the first suitable example.
+    """
     common = set()
     for line in counts:
         sense, number, count = line.split()
@@ -248,7 +267,7 @@ def _source(origin: Origin, key: str, name: str, group: str, body: str, record: 
     words = body.split()
     text = body if SHORTEST_TEXT <= len(words) <= LONGEST_TEXT else ""
     if len(words) > LONGEST_TEXT:
-        # Whole sentences, as many as fit.
+        # Keep the whole sentences that fit.
         cut = " ".join(words[:LONGEST_TEXT])
         text = cut[: cut.rfind(". ") + 1]
     sentence = _SENTENCE.search(body)
@@ -256,7 +275,7 @@ def _source(origin: Origin, key: str, name: str, group: str, body: str, record: 
 
 
 def _number(text: str) -> int:
-    """A number as dictd writes it: digits to the base 64, the highest first."""
+    """Parse a number of dictd: digits in base 64, the most significant first."""
     value = 0
     for digit in text:
         value = value * 64 + _DIGITS.index(digit)
@@ -264,7 +283,7 @@ def _number(text: str) -> int:
 
 
 def _definition(entry: str) -> str:
-    """The paragraphs below the headwords on one line, without marks of references, addresses and dates."""
+    """Return the text of an entry on one line, without reference marks, addresses and dates."""
     body = " ".join(line.strip() for line in entry.splitlines() if line.startswith(" "))
     body = re.sub(r"\(?\{?\(?(https?|ftp)://[^\s})]*\)*\}?\)?", "", body)
     body = re.sub(r"[{}]|__|\(\d{4}-\d\d-\d\d\)|\[[^\]]*\]", "", body)
@@ -274,8 +293,15 @@ def _definition(entry: str) -> str:
 def prompts(
     kind: str, sources: Sequence[Source], count: int, seed: int, taken: set[str]
 ) -> list[Line]:
-    """`count` prompts of a kind, fewer where there are not enough sources; equally often of each origin. Those in
-    `taken` are passed over, and new ones added."""
+    """Return at most `count` prompts of a kind, equally distributed over origins.
+
+    Args:
+        kind: Kind of the prompts.
+        sources: Sources of the split.
+        count: Most prompts.
+        seed: Seed of the choice.
+        taken: Known prompts, which are skipped. New prompts are added.
+    """
     order = shuffled(sources, seed, lambda source: f"{kind}/{source.key}/{source.name}")
     origins = [
         origin for origin in get_args(Origin) if origin != "package" or kind not in _OF_NAMES
@@ -294,7 +320,7 @@ def prompts(
 
 
 def _lines(kind: str, sources: Iterable[Source]) -> Iterator[Line]:
-    waiting: dict[str, Source] = {}  # by group, for another to be compared with
+    waiting: dict[str, Source] = {}  # by group, until a second source for a comparison follows
     for source in sources:
         other = waiting.pop(source.group, None) if kind == "compare" else None
         if kind == "compare" and other is None:
@@ -305,7 +331,7 @@ def _lines(kind: str, sources: Iterable[Source]) -> Iterator[Line]:
 
 
 def _line(kind: str, source: Source, other: Source | None) -> Line | None:
-    """The prompt from one of the kind's templates that the source has everything for, None where there is none."""
+    """Fill a template of the kind. None if no template's placeholders can be filled."""
     fields = source.fields | ({"other": other.name} if other else {})
     usable = [text for text in KINDS[kind] if set(re.findall(r"\{(\w+)\}", text)) <= fields.keys()]
     if not usable:
@@ -318,7 +344,11 @@ def _line(kind: str, source: Source, other: Source | None) -> Line | None:
 
 
 def fetch_packages(directory: Path) -> None:
-    """Download PACKAGES with apt and unpack them in `directory`. Raises DataError where that fails."""
+    """Download PACKAGES with apt and unpack them in a directory.
+
+    Raises:
+        DataError: If a command is missing or fails.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=directory) as work:
@@ -336,25 +366,46 @@ def fetch_packages(directory: Path) -> None:
         raise DataError(f"{error.cmd[0]} failed ({last}); try: apt-get update") from None
 
 
-# fmt: off
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--index", type=click.Path(path_type=Path), default=Path("build/debian-index"),
-              help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.")
-@click.option("--dictionaries", type=click.Path(path_type=Path), default=Path("build/dictionaries"),
-              help="Where FOLDOC and WordNet are kept; fetched (9 MB) unless they are there.")
+@click.option(
+    "--index",
+    type=click.Path(path_type=Path),
+    default=Path("build/debian-index"),
+    help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.",
+)
+@click.option(
+    "--dictionaries",
+    type=click.Path(path_type=Path),
+    default=Path("build/dictionaries"),
+    help="Where FOLDOC and WordNet are kept; fetched (9 MB) unless they are there.",
+)
 @click.option("--train", type=click.IntRange(8), default=6000, help="Lines of train.")
 @click.option("--held-out", type=click.IntRange(8), default=400, help="Lines of each other split.")
-@click.option("--test-version", type=click.IntRange(1), default=1,
-              help="Leave out of test the sources of every line of earlier versions.")
-@click.option("--seed", default=0, help="Of the choice and the order; the splits do not depend on it.")
+@click.option(
+    "--test-version",
+    type=click.IntRange(1),
+    default=1,
+    help="Leave out of test the sources of every line of earlier versions.",
+)
+@click.option(
+    "--seed", default=0, help="Of the choice and the order; the splits do not depend on it."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
-def command(out: Path, index: Path, dictionaries: Path, train: int, held_out: int, test_version: int, seed: int,
-            overwrite: bool) -> None:
-    # fmt: on
+def command(
+    out: Path,
+    index: Path,
+    dictionaries: Path,
+    train: int,
+    held_out: int,
+    test_version: int,
+    seed: int,
+    overwrite: bool,
+) -> None:
     """Write prompts of eight kinds to the directory OUT, in four splits."""
     check_version(test_version, seed)
-    dictd, wordnet = dictionaries / "usr/share/dictd", dictionaries / "usr/share/wordnet"
+    dictd = dictionaries / "usr/share/dictd"
+    wordnet = dictionaries / "usr/share/wordnet"
     if not dictd.is_dir() or not wordnet.is_dir():
         click.echo(f"fetching {' and '.join(PACKAGES)}", err=True)
         fetch_packages(dictionaries)
@@ -363,9 +414,13 @@ def command(out: Path, index: Path, dictionaries: Path, train: int, held_out: in
     sources = [
         *packages(english, records),
         *terms(foldoc, gzip.decompress((dictd / "foldoc.dict.dz").read_bytes())),
-        *nouns((wordnet / "data.noun").open(encoding="utf-8"), (wordnet / "cntlist.rev").open(encoding="utf-8")),
+        *nouns(
+            (wordnet / "data.noun").open(encoding="utf-8"),
+            (wordnet / "cntlist.rev").open(encoding="utf-8"),
+        ),
     ]
-    splits, taken = {}, set[str]()
+    splits = {}
+    taken = set[str]()
     for name in SHARES:
         members = [source for source in sources if split_of(source.key) == name]
         each = (train if name == "train" else held_out) // len(KINDS)
@@ -376,9 +431,11 @@ def command(out: Path, index: Path, dictionaries: Path, train: int, held_out: in
         splits[name] = shuffled(lines, seed, lambda line: line.keys[-1])
     about = {
         "task": "prompts of eight kinds",
-        "source": "Debian main: index of packages, dict-foldoc (Free On-line Dictionary of Computing, Denis Howe), "
+        "source": "Debian main: index of packages, dict-foldoc "
+        "(Free On-line Dictionary of Computing, Denis Howe), "
         "wordnet-base (WordNet 3.0, Princeton University)",
-        "licence": "that of each package's Debian packaging; FOLDOC: GFDL-1.1-or-later; WordNet: WordNet 3.0 licence",
+        "licence": "that of each package's Debian packaging; FOLDOC: GFDL-1.1-or-later; "
+        "WordNet: WordNet 3.0 licence",
         "seed": seed,
         "test_version": test_version,
         "snapshot": snapshot(index),

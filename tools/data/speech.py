@@ -1,11 +1,12 @@
-"""Speech with its text, for Whisper: sentences of Debian's package descriptions and of WordNet's examples, spoken by
-espeak-ng and hibari-tts.
+"""Builds a data set of synthetic speech with texts, for Whisper.
 
     python -m tools.data.speech data/speech --index data/debian-index --wordnet /usr/share/wordnet
 
-It needs Debian's `espeak-ng`, `wordnet-base` for half of the texts and PyPI's `hibari-tts` for half of the clips. A
-family of descriptions (tools/data/debian_index.py) is in one split as a whole. Lines have `audio`, relative to the
-file, and `target`, the text; `length` is short, medium or long.
+The sentences are from descriptions of Debian packages and from WordNet's examples. espeak-ng and
+hibari-tts speak them. Requires Debian's `espeak-ng`, `wordnet-base` for half of the texts, and
+PyPI's `hibari-tts` for half of the clips. A family of descriptions (tools/data/debian_index.py) is
+in one split. Lines have `audio`, a path relative to the file, `target`, the text, and `length`:
+short, medium or long.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tools.data.splits import MARKER, DataError, run, shuffled, split_of
 
 LENGTHS = {"short": (3.0, 7.0), "medium": (12.0, 18.0), "long": (23.0, 29.0)}  # seconds
 WORDS_A_SECOND = 2.45
-COMMON = 40  # occurrences in all descriptions that make a word plain English
+COMMON = 40  # fewest occurrences of a common word in all descriptions
 VOICES = (
     "en-us",
     "en-us+f3",
@@ -44,18 +45,19 @@ VOICES = (
 )
 _SENTENCE = re.compile(r"[A-Z][^.!?]{20,240}?[.!?](?= |$)")
 _WORD = re.compile(r"[A-Za-z]+(?:['-][a-z]+)*")
-# A word has one capital letter at most: acronyms and names in CamelCase are spoken in several ways.
+# Words with at most one capital letter. The pronunciation of acronyms and CamelCase names varies.
 _PLAIN = re.compile(r"(?:[A-Z]?[a-z]+(?:['-][a-z]+)*[,;:]?|[aAI],?)")
 
 
 def plain_texts(english: Mapping[str, Description]) -> dict[str, list[str]]:
-    """The sentences of plain words of each description that has some, by its md5."""
+    """Return the sentences of common words in each description, by md5."""
     counts = Counter(
         word.lower()
         for text in english.values()
         for word in _WORD.findall(" ".join(text.paragraphs))
     )
-    seen, found = set[str](), dict[str, list[str]]()
+    seen = set[str]()
+    found = dict[str, list[str]]()
     for md5, text in english.items():
         for paragraph in text.paragraphs:
             for sentence in _SENTENCE.findall(" ".join(paragraph.split())):
@@ -76,7 +78,7 @@ def plain_texts(english: Mapping[str, Description]) -> dict[str, list[str]]:
 
 
 def examples(wordnet: Path) -> dict[str, list[str]]:
-    """WordNet's examples of five plain words or more as sentences, by the place of their synset."""
+    """Return WordNet's examples with at least five plain words as sentences, by synset."""
     found = dict[str, list[str]]()
     for path in sorted(wordnet.glob("data.*")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -87,7 +89,8 @@ def examples(wordnet: Path) -> dict[str, list[str]]:
                     found.setdefault(f"{path.name} {line[:8]}", []).append(sentence)
     if not found:
         raise DataError(
-            f"{wordnet} has no data.noun or other file of WordNet; try: apt-get install wordnet-base"
+            f"{wordnet} has no data.noun or other file of WordNet; "
+            "try: apt-get install wordnet-base"
         )
     return found
 
@@ -95,9 +98,12 @@ def examples(wordnet: Path) -> dict[str, list[str]]:
 def clips(
     texts: Mapping[str, list[str]], family: Mapping[str, str]
 ) -> Iterator[tuple[str, str, str]]:
-    """(split, length, text) of clips: whole sentences, of one split, as many as a length has room for. Half of those to
-    train on are long: the encoder takes as long for a short one."""
-    made, waiting = Counter[str](), dict[str, list[str]]()
+    """Yield split, length and text of clips, which consist of whole sentences of one split.
+
+    Half of the training clips are long, because the encoder takes equally long for short ones.
+    """
+    made = Counter[str]()
+    waiting = dict[str, list[str]]()
     for key in shuffled(texts, 0, lambda key: key):
         split = split_of(family.get(key, key))
         parts = waiting.setdefault(split, [])
@@ -115,19 +121,28 @@ def clips(
 
 
 def espeak(text: str, drawn: int) -> np.ndarray:
-    """float32 [n] at 16 kHz, a voice and a speed by the number drawn."""
-    voice, speed = VOICES[drawn % len(VOICES)], 150 + 10 * (drawn // 64 % 4)
+    """Speak a text with espeak-ng.
+
+    Args:
+        text: Text to speak.
+        drawn: Random number that selects voice and speed.
+
+    Returns:
+        Samples float32 [n] at 16 kHz.
+    """
+    voice = VOICES[drawn % len(VOICES)]
+    speed = 150 + 10 * (drawn // 64 % 4)
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "--stdin", "--stdout"]
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise DataError(f"espeak-ng failed ({error}); try: apt-get install espeak-ng") from None
-    # Its header names the length of a stream, which has none.
+    # The header has the length of a stream, which is unlimited.
     return read_audio(done.stdout)
 
 
 def hibari() -> Callable[[str, int], np.ndarray]:
-    """Its voice, as `espeak`."""
+    """Return a function like `espeak` that speaks with hibari-tts."""
     try:
         import hibari as package
     except ImportError:
@@ -143,7 +158,7 @@ def hibari() -> Callable[[str, int], np.ndarray]:
 
 
 def wav(samples: np.ndarray) -> bytes:
-    """A WAV file of 16 bits at 16 kHz."""
+    """Encode samples as a WAV file with 16 bits at 16 kHz."""
     out = io.BytesIO()
     with wave.open(out, "wb") as file:
         file.setnchannels(1)
@@ -180,7 +195,7 @@ def main(
     voices: str,
     overwrite: bool,
 ) -> None:
-    """Write clips of speech and their texts to OUT."""
+    """Write clips of speech and their texts to the directory OUT."""
     english, packages = read_index(index)
     family = families(english, packages)
     speakers = {"espeak-ng": espeak, **({"hibari": hibari()} if voices == "both" else {})}

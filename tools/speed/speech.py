@@ -1,12 +1,15 @@
-"""Whisper bundles on lines of speech: word error rate and seconds, mode full against lossless and faster-whisper.
+"""Measures word error rate and seconds of Whisper bundles, by mode and against faster-whisper.
 
-    python -m tools.speed.speech test.jsonl --bundle int8=whisper-int8 --peer int8=ct2-model --packages DIR
-    python -m tools.speed.speech test.jsonl --bundle exit=trained-int8 --modes full,lossless --rounds 3
+    python -m tools.speed.speech test.jsonl --bundle int8=whisper-int8 \\
+        --peer int8=ct2-model --packages DIR
+    python -m tools.speed.speech test.jsonl --bundle exit=trained-int8 \\
+        --modes full,lossless --rounds 3
 
-The lines are those of tools/data/speech.py. A peer is a CTranslate2 model that the faster-whisper in DIR (pip install
---target DIR faster-whisper) reads in a process of its own: one thread, one beam, no timestamps, English, and no
-decoding again at higher temperatures, as here. Each line is decoded by all in turn, in an order that rotates. Words are
-compared without case and punctuation. Of lossless, every token is compared.
+The lines are those of tools/data/speech.py. A peer is a CTranslate2 model that the faster-whisper
+in DIR (pip install --target DIR faster-whisper) decodes in a child process. Settings are the same
+as for bundles: one thread, one beam, no timestamps, English, and no fallback temperatures. All
+decoders take turns at each line, in rotating order. Words are compared without case and
+punctuation. All tokens of lossless are compared with full.
 """
 
 from __future__ import annotations
@@ -37,12 +40,14 @@ import json, sys
 from time import perf_counter
 import faster_whisper
 from faster_whisper.audio import decode_audio
-model = faster_whisper.WhisperModel(sys.argv[1], device="cpu", compute_type=sys.argv[2], cpu_threads=1, num_workers=1)
+model = faster_whisper.WhisperModel(sys.argv[1], device="cpu", compute_type=sys.argv[2], \
+cpu_threads=1, num_workers=1)
 print("ready", flush=True)
 for path in sys.stdin:
     sound = decode_audio(path.strip())
     began = perf_counter()
-    found, _ = model.transcribe(sound, language="en", beam_size=1, best_of=1, temperature=0.0, without_timestamps=True,
+    found, _ = model.transcribe(sound, language="en", beam_size=1, best_of=1, temperature=0.0, \
+without_timestamps=True,
                                 condition_on_previous_text=False, compression_ratio_threshold=None,
                                 log_prob_threshold=None, no_speech_threshold=None)
     text = "".join(segment.text for segment in found)
@@ -53,7 +58,13 @@ OURS: dict[str, Any] = {"language": "en", "max_new_tokens": 224, "fallback_tempe
 
 
 class Peer:
-    """faster-whisper in a process of its own."""
+    """faster-whisper in a child process.
+
+    Args:
+        model: CTranslate2 model.
+        precision: Precision of the weights.
+        packages: Directory of the installed faster-whisper.
+    """
 
     def __init__(self, model: str, precision: str, packages: Path) -> None:
         variables = {
@@ -64,9 +75,12 @@ class Peer:
         }
         kind = {"fp32": "float32"}.get(precision, precision)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, model, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", WORKER, model, kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env=variables,
-        )  # fmt: skip
+        )
         if self._read() != "ready":
             raise click.ClickException(f"faster-whisper does not start with {model}; see above")
 
@@ -83,7 +97,7 @@ class Peer:
 
 
 def run(session: Session, mode: str, path: Path) -> dict[str, Any]:
-    """A clip by a bundle, its spectrogram included."""
+    """Transcribe a clip with a bundle. Seconds include the spectrogram."""
     samples = read_audio(path)
     began = time.perf_counter()
     result = session.generate(samples, mode=mode, **OURS)
@@ -99,18 +113,15 @@ def run(session: Session, mode: str, path: Path) -> dict[str, Any]:
 
 
 def agreement(directory: str, data: Path, samples: int) -> dict[str, Any]:
-    """Shares of the deep decoder's tokens that the exit predicts, by their place, and where it is confident."""
+    """Return the agreement of the exit with the deep decoder, by place and by confidence."""
     with ReplaySession(directory, threads=1) as session:
-        prompts, most = (
-            fitting_prompts(session, read_examples(data, samples)),
-            OURS["max_new_tokens"],
-        )
+        prompts = fitting_prompts(session, read_examples(data, samples))
+        most = OURS["max_new_tokens"]
         traces = Traces.joined(
             trace_of(session, one.line_number, prompt, most) for one, prompt in prompts
         )
-    place = (
-        np.concatenate([np.arange(length) for length in traces.length]) + 2
-    )  # the first token is never the exit's
+    # The exit never predicts the first token.
+    place = np.concatenate([np.arange(length) for length in traces.length]) + 2
     found: dict[str, Any] = {"tokens": traces.tokens, "agreement": round(traces.agreement, 4)}
     for low, high in zip(PLACES, [*PLACES[1:], 1 << 30], strict=True):
         among = (place >= low) & (place < high)
@@ -134,7 +145,7 @@ def words(text: str) -> str:
 
 
 def ratio(pairs: list[list[tuple[dict[str, Any], dict[str, Any]]]], field: str) -> float:
-    """The median over lines of the median over rounds of one run's field over another's."""
+    """Return the median ratio of a field of two runs, over rounds and then over lines."""
     return round(
         float(np.median([np.median([a[field] / b[field] for a, b in line]) for line in pairs])), 3
     )
@@ -143,7 +154,13 @@ def ratio(pairs: list[list[tuple[dict[str, Any], dict[str, Any]]]], field: str) 
 def table(
     runs: dict[str, list[list[dict[str, Any]]]], lines: list[dict[str, Any]], first: str
 ) -> dict[str, Any]:
-    """By group of lines and name: word error rate, and medians over the lines of seconds and of ratios to `first`."""
+    """Return word error rates and median times by group of lines and by decoder.
+
+    Args:
+        runs: `runs[name][line][round]`.
+        lines: Lines of the data.
+        first: Decoder that speeds are relative to.
+    """
     found: dict[str, Any] = {}
     groups = defaultdict(list)
     for place, line in enumerate(lines):
@@ -204,7 +221,7 @@ def main(
     output: Path | None,
     title: str,
 ) -> None:
-    """Decode each line of DATA by all, and print word error rates and speeds."""
+    """Decode each line of DATA with all decoders, and print word error rates and speeds."""
     lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()][:samples]
     decoders: dict[str, Any] = {}
     for given in bundles:

@@ -1,11 +1,12 @@
-"""Requests to encoder-decoders against CTranslate2's, in turn: by lengths of prompt and output, greedy and with beams.
+"""Compares requests to encoder-decoders with CTranslate2, by lengths and number of beams.
 
-    python -m tools.speed.translation make marian OUT        a checkpoint of that size with random weights
+    python -m tools.speed.translation make marian OUT        checkpoint with random weights
     python -m tools.speed.translation time BUNDLE --model CHECKPOINT --beams 1 --beams 4 --save FILE
 
-Each decoder is a process of its own, and waits before each request: CTranslate2's threads spin for 0.2 s behind one,
-and would take the processor from the other. Ratios are CTranslate2's seconds over ours, of the same prompt, without
-an end of sequence. Run from the root on an idle machine.
+Each decoder runs in its own process, in turn, with a pause before each request: CTranslate2's
+threads spin for 0.2 s after a request and would slow the other decoder down. Ratios are
+CTranslate2's seconds divided by ours, for the same prompt and without end of sequence. Run from the
+root of the repository on an idle machine.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tools.peers.catalog import OURS, PEERS, find_source, peer_command, peer_mod
 from tools.peers.compare import Contender, decode
 
 PAUSE = 0.4  # seconds
-# What differs in the published configurations: opus-mt-en-de, nllb-200-distilled-600M.
+# Sizes of the published opus-mt-en-de and nllb-200-distilled-600M.
 SIZES: dict[str, dict[str, Any]] = {
     "marian": {
         "d_model": 512,
@@ -53,7 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
-# The first tokens, and behind made-up words the last.
+# First and last tokens of the vocabulary.
 SPECIAL = {
     "marian": (["</s>", "<unk>"], ["<pad>"]),
     "m2m_100": (["<s>", "<pad>", "</s>", "<unk>"], []),
@@ -70,7 +71,7 @@ def main() -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", default=0)
 def make(size: str, out: Path, seed: int) -> None:
-    """Write a checkpoint of this size: what it writes means nothing, what it costs is what the real one costs."""
+    """Write a checkpoint with random weights. It costs as much as the real one of this size."""
     if out.exists():
         raise OptionError(f"{out} exists; choose another path")
     with tempfile.TemporaryDirectory() as directory:
@@ -110,7 +111,15 @@ def configuration(size: str) -> dict[str, Any]:
 
 
 def write_tokenizer(directory: Path, count: int, special: tuple[list[str], list[str]]) -> None:
-    """A vocabulary of that many: characters, so that any English text can be read, and made-up words."""
+    """Write a tokenizer with a vocabulary of a given size.
+
+    It has the characters of English texts and made-up words.
+
+    Args:
+        directory: Directory of the tokenizer.
+        count: Size of the vocabulary.
+        special: First and last tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     first, last = special
@@ -120,7 +129,8 @@ def write_tokenizer(directory: Path, count: int, special: tuple[list[str], list[
     tokenizer = Tokenizer(
         models.Unigram([(piece, -10.0) for piece in pieces], unk_id=pieces.index("<unk>"))
     )
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens(first + last)
     tokenizer.post_processor = processors.TemplateProcessing(
         "$A </s>", special_tokens=[("</s>", pieces.index("</s>"))]
@@ -157,7 +167,8 @@ def time(
     """Time requests to a bundle and to CTranslate2."""
     manifest = Bundle.open(path).manifest
     peer = PEERS["ctranslate2-int8" if manifest.precision == "int8" else "ctranslate2"]
-    source, command = find_source(manifest, model), peer_command(peer)
+    source = find_source(manifest, model)
+    command = peer_command(peer)
     theirs = str(peer_model(peer, source, command))
     rows: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
@@ -197,7 +208,15 @@ def time(
 def row_of(
     workers: dict[str, Any], request: str, beams: int, rounds: int, manifest: Manifest
 ) -> dict[str, Any]:
-    """Median seconds of a request, read x written, and their ratio; `same`: in how many rounds ids are equal."""
+    """Time a request and return a row: median seconds, their ratio, and rounds with equal tokens.
+
+    Args:
+        workers: Processes of ours and of CTranslate2, in this order.
+        request: Tokens of prompt and output, such as "20x64".
+        beams: Number of beams.
+        rounds: Number of rounds.
+        manifest: Manifest of the bundle.
+    """
     read, written = map(int, request.split("x"))
     source = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {name: [] for name in workers}
@@ -218,12 +237,21 @@ def row_of(
     ours, theirs = seconds.values()
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
     row = {
-        "read": read, "written": written, "beams": beams, "seconds": median(ours), "ctranslate2": median(theirs),
-        "ratio": median(ratios), "least": ratios[0], "most": ratios[-1], "same": same,
-    }  # fmt: skip
+        "read": read,
+        "written": written,
+        "beams": beams,
+        "seconds": median(ours),
+        "ctranslate2": median(theirs),
+        "ratio": median(ratios),
+        "least": ratios[0],
+        "most": ratios[-1],
+        "same": same,
+    }
     click.echo(
-        f"{request} tokens, beams {beams}: {1e3 * row['seconds']:.1f} ms, {written / row['seconds']:.0f} tokens/s, "
-        f"CTranslate2 {1e3 * row['ctranslate2']:.1f}; {row['ratio']:.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f}), "
+        f"{request} tokens, beams {beams}: {1e3 * row['seconds']:.1f} ms, "
+        f"{written / row['seconds']:.0f} tokens/s, "
+        f"CTranslate2 {1e3 * row['ctranslate2']:.1f}; "
+        f"{row['ratio']:.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f}), "
         f"ids equal in {same} of {rounds}"
     )
     return row
