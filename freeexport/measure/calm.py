@@ -213,7 +213,7 @@ class Calm:
             if manifest.encoder_decoder
         ]
         self._encoder = Encoder(*encoder) if encoder else None
-        self._cache = KVCache(***cache_sizes(manifest, range(manifest.layers), 1, manifest.capacity))
+        self._cache = KVCache(**cache_sizes(manifest, range(manifest.layers), 1, manifest.capacity))
         self._token = np.zeros(1, np.int64)
         self._confidence = np.zeros(1, np.float32)
         self._input = np.zeros((1, 1), np.int64)
