@@ -78,22 +78,6 @@ _KINDS = (".json", ".csv", ".md", *_PICTURES)
         "(auto), or none. May be repeated."
     ),
 )
-@click.option(
-    "--replay",
-    metavar="RATE|FILE",
-    multiple=True,
-    help=(
-        "Also run free with forced exits: at this rate, or those in a file of `generate "
-        "--output`. May be repeated."
-    ),
-)
-@click.option(
-    "--replay-drafts",
-    type=float,
-    metavar="RATE",
-    multiple=True,
-    help="Also run lossless with this share of drafts correct. May be repeated.",
-)
 @section("Machine")
 @click.option(
     "--rounds",
@@ -128,7 +112,7 @@ def command(output: tuple[Path, ...], as_json: bool, **given: Any) -> None:
     Example:
       freeexport bench bundle
       freeexport bench fp32 int8 --threshold 0.5 --threshold 0 --mode free --mode lossless
-      freeexport bench bundle --replay 0.8 --replay-drafts 0.8 --output run.json --output run.png
+      freeexport bench bundle --drafts exit --drafts lookup --output run.json --output run.png
     """
     options = BenchOptions(**given)
     for path in output:

@@ -19,7 +19,6 @@ from freeexport.costs.bytes import token_bytes
 from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.table import Sheet, environment, plus_minus, sheet
 from freeexport.measure.timing import interleave, spread
-from freeexport.measure.traces import THRESHOLD, ReplaySession, exit_trace
 from freeexport.system.load import load_note, other_load
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import progress
@@ -41,7 +40,7 @@ class BenchOptions:
     """Options of a benchmark. See `freeexport bench --help`.
 
     Raises:
-        OptionError: If values are repeated or out of range, or if a trace cannot be read.
+        OptionError: If values are repeated or out of range.
     """
 
     bundles: tuple[Path, ...]
@@ -51,30 +50,23 @@ class BenchOptions:
     modes: tuple[str, ...] = ("free", "lossless")
     thresholds: tuple[float, ...] = ()
     drafts: tuple[str, ...] = ()
-    replay: tuple[str, ...] = ()
-    replay_drafts: tuple[float, ...] = ()
     rounds: int = 5
     device: str = "cpu"
     threads: int | None = None
 
     def __post_init__(self) -> None:
         Device.parse(self.device)
-        for name in ("bundles", "modes", "thresholds", "drafts", "replay", "replay_drafts"):
+        for name in ("bundles", "modes", "thresholds", "drafts"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                what = name.replace("_", " ")
                 raise OptionError(
-                    f"{max(values, key=values.count)} is named twice among {what}; name it once"
+                    f"{max(values, key=values.count)} is named twice among {name}; name it once"
                 )
-        for what in self.replay:
-            exit_trace(what)
-        for option, shares in (
-            ("--replay-drafts", self.replay_drafts),
-            ("--threshold", self.thresholds),
-        ):
-            for share in shares:
-                if not 0 <= share <= 1:
-                    raise OptionError(f"{option} {share:g} is out of range; choose one from 0 to 1")
+        for threshold in self.thresholds:
+            if not 0 <= threshold <= 1:
+                raise OptionError(
+                    f"--threshold {threshold:g} is out of range; choose one from 0 to 1"
+                )
 
     @property
     def count(self) -> int:
@@ -92,8 +84,6 @@ class BenchSetting:
         mode: Mode of decoding.
         threshold: Threshold. Default: the bundle's value.
         drafts: Source of drafts. Default: the session's choice.
-        replay: Rate or file of exits that replace the model's own. See `exit_trace`.
-        right: Share of correct drafts, which replace the model's own.
     """
 
     bundle: int
@@ -101,18 +91,11 @@ class BenchSetting:
     mode: str
     threshold: float | None = None
     drafts: str | None = None
-    replay: str | None = None
-    right: float | None = None
-
-    @property
-    def replays(self) -> bool:
-        """True if exits or drafts are replayed."""
-        return self.replay is not None or self.right is not None
 
     @property
     def real(self) -> bool:
-        """True for settings that a user would choose, unlike replays and the shallow decoder."""
-        return self.mode != "shallow" and not self.replays
+        """True for settings that a user would choose, unlike the shallow decoder."""
+        return self.mode != "shallow"
 
 
 @dataclass(frozen=True)
@@ -165,28 +148,15 @@ def benchmark(options: BenchOptions) -> dict[str, Any]:
     with progress("memory bandwidth"):
         bandwidth = bandwidth_of(options.count)
     with ExitStack() as stack:
-        sessions: dict[tuple[int, bool], Any] = {}
-        for one in settings:
-            if (one.bundle, one.replays) not in sessions:
-                opened = open_session(
-                    options.bundles[one.bundle], one, options.count, options.device
-                )
-                sessions[one.bundle, one.replays] = stack.enter_context(opened)
-        drafting = {one.bundle for one in settings if one.right is not None}
-        whole = {
-            number: full_tokens(sessions[number, True], prompts, options.tokens)
-            for number in drafting
-        }
+        sessions = [
+            stack.enter_context(
+                Session(path, threads=options.count, slots=1, device=options.device)
+            )
+            for path in options.bundles
+        ]
 
         def run(setting: BenchSetting, place: int) -> Run:
-            known = whole[setting.bundle][place] if setting.right is not None else None
-            return decode(
-                sessions[setting.bundle, setting.replays],
-                setting,
-                prompts[place],
-                options.tokens,
-                known,
-            )
+            return decode(sessions[setting.bundle], setting, prompts[place], options.tokens)
 
         with other_load() as load:
             turns = list(
@@ -245,7 +215,7 @@ def labels(bundles: Sequence[Bundle]) -> list[str]:
 
 
 def settings_of(options: BenchOptions, bundles: Sequence[Bundle]) -> list[BenchSetting]:
-    """List the settings of each bundle: full, modes by threshold, shallow, drafts and replays."""
+    """List the settings of each bundle: full, modes by threshold, shallow and drafts."""
     found: list[BenchSetting] = []
     for number, (bundle, label) in enumerate(zip(bundles, labels(bundles), strict=True)):
         calibrated = bundle.manifest.threshold
@@ -267,40 +237,14 @@ def settings_of(options: BenchOptions, bundles: Sequence[Bundle]) -> list[BenchS
             add("shallow")
         for source in options.drafts:
             add("lossless", f", drafts: {source}", drafts=source)
-        for what in options.replay:
-            add("free", f", exits replayed: {what}", threshold=THRESHOLD, replay=what)
-        for rate in options.replay_drafts:
-            add(
-                "lossless",
-                f", drafts replayed: {rate:g} right",
-                threshold=THRESHOLD,
-                drafts="exit",
-                right=rate,
-            )
     return found
 
 
-def open_session(path: Path, setting: BenchSetting, threads: int, device: str) -> Session:
-    """Open the session of a setting. Replays use a ReplaySession."""
-    return (ReplaySession if setting.replays else Session)(
-        path, threads=threads, slots=1, device=device
-    )
-
-
-def full_tokens(
-    session: Session, prompts: Sequence[Sequence[int]], count: int
-) -> list[tuple[int, ...]]:
-    """Decode prompts in mode full. Replayed drafts are taken from these tokens."""
-    given: dict[str, Any] = {"mode": "full", "max_new_tokens": count, "ignore_eos": True}
-    return [session.generate(list(prompt), **given).token_ids for prompt in prompts]
-
-
 def decode(
-    session: Any,
+    session: Session,
     setting: BenchSetting,
     prompt: Sequence[int],
     count: int,
-    whole: Sequence[int] | None = None,
     emit: Callable[[int], None] = lambda token: None,
 ) -> Run:
     """Decode a prompt.
@@ -310,28 +254,21 @@ def decode(
         setting: How to decode.
         prompt: Token ids.
         count: Tokens to generate.
-        whole: Tokens of the prompt in mode full. Required for replayed drafts.
         emit: Called with each token.
     """
     asked = {"threshold": setting.threshold, "drafts": setting.drafts}
     asked = {name: value for name, value in asked.items() if value is not None}
     tokens: list[int] = []
     times: list[float] = []
-    with ExitStack() as stack:
-        if setting.replay is not None:
-            predicted = int(not session.manifest.encoder_decoder)
-            stack.enter_context(session.replaying(exit_trace(setting.replay, predicted)))
-        if setting.right is not None:
-            stack.enter_context(session.drafting(whole, setting.right))
-        began = perf_counter()
-        stream = session.stream(
-            list(prompt), max_new_tokens=count, ignore_eos=True, mode=setting.mode, **asked
-        )
-        for token in stream:
-            tokens.append(token.id)
-            times.append(perf_counter() - began)
-            emit(token.id)
-        seconds = perf_counter() - began
+    began = perf_counter()
+    stream = session.stream(
+        list(prompt), max_new_tokens=count, ignore_eos=True, mode=setting.mode, **asked
+    )
+    for token in stream:
+        tokens.append(token.id)
+        times.append(perf_counter() - began)
+        emit(token.id)
+    seconds = perf_counter() - began
     stats = stream.result.stats
     return Run(
         tuple(tokens),

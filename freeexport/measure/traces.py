@@ -26,7 +26,7 @@ from runtime.decoding.decoder import Decoder
 from runtime.decoding.feature_decoder import FeatureDecoder
 from runtime.engines.runner import Runner
 from runtime.errors import OptionError
-from runtime.json_file import parse_json, read_text
+from runtime.json_file import parse_json
 from runtime.speech import SpeechPrompt
 
 _KIND = "freeexport traces"
@@ -340,119 +340,39 @@ class TraceCache:
         return True
 
 
-def exit_trace(what: str, predicted: int = 1) -> list[bool]:
-    """Return one flag per token: does it exit?
-
-    Args:
-        what: A rate in [0, 1), such as "0.8", at which tokens exit independently, with a fixed
-            seed. Or the path of a JSONL file from `freeexport generate --output`.
-        predicted: Leading tokens of each output in the file to skip, because they are predicted
-            with the prompt.
-
-    Raises:
-        OptionError: If the rate is out of range or the file cannot be read.
-    """
-    try:
-        rate = float(what)
-    except ValueError:
-        return _recorded(Path(what), predicted)
-    if not 0 <= rate < 1:
-        raise OptionError(
-            f"--replay {what} is no rate of exits; choose one from 0 to below 1, or a file"
-        )
-    return drawn(rate, 1)
-
-
 def drawn(rate: float, seed: int) -> list[bool]:
     """Draw independent exits at `rate`."""
     return list(map(bool, np.random.default_rng(seed).random(_DRAWN) < rate))
 
 
-def _recorded(path: Path, predicted: int) -> list[bool]:
-    if not path.exists():
-        raise OptionError(f"--replay {path}: there is no such file; give a rate, as 0.8, or a file")
-    try:
-        lines = [parse_json(line, nan=True) for line in read_text(path).split("\n") if line.strip()]
-        exits = [bool(flag) for line in lines for flag in line.get("exited", [])[predicted:]]
-    except (ValueError, AttributeError, TypeError) as error:
-        raise OptionError(
-            f"--replay {path} cannot be read ({error}); give what `generate --output` wrote"
-        ) from None
-    if not exits:
-        raise OptionError(
-            f"--replay {path} holds no token that could exit; give what `generate --output` wrote"
-        )
-    return exits
-
-
 @dataclass
 class Script:
-    """Exits or drafts to replay. With neither, predictions are the model's own.
-
-    Attributes:
-        trace: Exits, repeated cyclically.
-        tokens: Output of mode full, from which drafts are taken.
-        right: Correctness of the draft at each place, repeated cyclically. All drafts are
-            confident.
-    """
+    """Exits to replay, repeated cyclically. Without a trace, predictions are the model's own."""
 
     trace: Sequence[bool] | None = None
-    tokens: Sequence[int] | None = None
-    right: Sequence[bool] = (True,)
 
 
 class ReplayDecoder(Decoder):
     """Decoder that replays a script.
 
-    All engines run as usual, so timings are those of such exits and drafts. While drafts are
-    replayed, deep predictions are replaced by the output of mode full, because quantized weights
-    may predict other tokens when a pass has several rows.
+    All engines run as usual, so timings are those of such exits.
     """
 
     def __init__(self, script: Script, *arguments: Any, **others: Any) -> None:
         super().__init__(*arguments, **others)
         self._script = script
-        self._prompt = 0
         self._decided = 0
 
     def begun(self, prompt: int) -> None:
-        self._prompt = prompt
         self._decided = 0
 
     def prediction(self) -> Prediction:
         shallow = super().prediction()
-        script = self._script
-        if script.trace is not None:
-            self._decided += 1
-            return shallow._replace(
-                confidence=float(script.trace[(self._decided - 1) % len(script.trace)])
-            )
-        if script.tokens is None:
+        trace = self._script.trace
+        if trace is None:
             return shallow
-        # Places count from the first token, which follows the prompt's last row.
-        place = self.lengths()[0] - self._prompt
-        if place >= len(script.tokens):
-            return shallow._replace(confidence=0.0)
-        wrong = 0 if script.right[place % len(script.right)] else 1
-        return shallow._replace(
-            token=(script.tokens[place] + wrong) % self.vocab_size, confidence=1.0
-        )
-
-    def answers(self) -> list[Prediction]:
-        return self._answered(super().answers())
-
-    def full_step(self, token: int) -> int:
-        return self._answered([Prediction(super().full_step(token))])[0].token
-
-    def _answered(self, deep: list[Prediction]) -> list[Prediction]:
-        tokens = self._script.tokens
-        if tokens is None:
-            return deep
-        places = enumerate(deep, self.lengths()[1] - len(deep) + 1 - self._prompt)
-        return [
-            one._replace(token=tokens[place]) if place < len(tokens) else one
-            for place, one in places
-        ]
+        self._decided += 1
+        return shallow._replace(confidence=float(trace[(self._decided - 1) % len(trace)]))
 
 
 class ReplayFeatureDecoder(ReplayDecoder, FeatureDecoder):
@@ -468,7 +388,7 @@ def _replaying(
 
 
 class ReplaySession(Session):
-    """Session that can replay exits in mode free and drafts in mode lossless.
+    """Session that can replay exits in mode free.
 
     It has one slot and no overlap. Replays work with any threshold in (0, 1).
     """
@@ -489,19 +409,3 @@ class ReplaySession(Session):
             yield
         finally:
             self._script.trace = None
-
-    @contextmanager
-    def drafting(self, tokens: Sequence[int], rate: float) -> Iterator[None]:
-        """Context manager: requests draft the tokens of mode full.
-
-        Args:
-            tokens: Tokens of mode full for the prompt of the requests.
-            rate: Share of correct drafts. The others are replaced by wrong tokens, with a fixed
-                seed.
-        """
-        self._script.tokens = tokens
-        self._script.right = drawn(rate, 2)
-        try:
-            yield
-        finally:
-            self._script.tokens = None

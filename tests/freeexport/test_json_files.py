@@ -12,7 +12,6 @@ import pytest
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import read_exit_file
 from freeexport.measure.sources import unknown_of_bundle
-from freeexport.measure.traces import exit_trace
 from runtime.bundle.calibration import read_calibration
 from runtime.errors import FreeExportError
 
@@ -22,7 +21,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "exit.json": lambda path: read_exit_file(path.parent),
     "calibration.json": read_calibration,
     "tokenizer.json": lambda path: unknown_of_bundle(path.parent),
-    "answers.jsonl": lambda path: exit_trace(str(path)),
 }
 CONTENTS = {"nested": "[" * 100_000, "cut": '{"a"', "digits": '{"a": 1' + "0" * 5000 + "}", "empty": "", "null": "\0"}
 

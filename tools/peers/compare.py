@@ -263,7 +263,6 @@ def compare(options: BenchOptions, against: Sequence[str], model: str | None) ->
 @click.option("--mode", "modes", type=click.Choice(MODES), multiple=True)
 @click.option("--threshold", "thresholds", type=float, multiple=True)
 @click.option("--drafts", multiple=True)
-@click.option("--replay", multiple=True)
 @click.option("--rounds", type=click.IntRange(1), default=BenchOptions.rounds)
 @click.option("--threads", type=click.IntRange(1))
 @click.option("--save", type=click.Path(path_type=Path), help="File for the figures, as JSON.")

@@ -139,9 +139,9 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
         torch.set_num_threads(threads)
         model = reference_model(open_checkpoint(path))
         return transformers_generate(model, {}), _versions("torch", "transformers")
-    if "beams" in options:
-        from runtime import Session
+    from runtime import Session
 
+    if "beams" in options:
         beam_session = Session(path, threads=threads, slots=1)
         beams = options["beams"]
 
@@ -156,18 +156,13 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
             emit(*result.token_ids)
 
         return search, _versions("onnxruntime", "numpy")
-    from freeexport.measure.bench import BenchSetting, decode, full_tokens, open_session
+    from freeexport.measure.bench import BenchSetting, decode
 
     setting = BenchSetting(**options)
-    session = open_session(Path(path), setting, threads, "cpu")
-    whole: dict[tuple[int, ...], tuple[int, ...]] = {}
+    session = Session(path, threads=threads, slots=1)
 
     def generate(prompt: list[int], count: int, emit: Emit) -> dict[str, Any]:
-        key = tuple(prompt)
-        # Computed in the warm-up round.
-        if setting.right is not None and len(whole.get(key, ())) < count:
-            whole[key] = full_tokens(session, [prompt], count)[0]
-        run = decode(session, setting, prompt, count, whole.get(key), emit)
+        run = decode(session, setting, prompt, count, emit)
         names = ("exit_rate", "acceptance", "sync_sizes", "overhead", "predicted")
         return {name: getattr(run, name) for name in names}
 

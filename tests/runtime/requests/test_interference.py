@@ -23,6 +23,7 @@ from tokenizers import pre_tokenizers
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, Session, Stream
 from runtime.engines.onnx import Call
+from runtime.sequence import sequence_of
 
 ROOT = Path(__file__).parents[3]
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
@@ -79,14 +80,14 @@ def test_an_interruption_while_prompts_are_read_leaves_no_list_waiting(
     open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = open_session()
-    make = session._model.sequence
+    make = sequence_of
 
-    def interrupted(prompt: Any, *arguments: Any, **keywords: Any) -> Any:
+    def interrupted(model: Any, prompt: Any, *arguments: Any, **keywords: Any) -> Any:
         if prompt == [99]:
             raise KeyboardInterrupt
-        return make(prompt, *arguments, **keywords)
+        return make(model, prompt, *arguments, **keywords)
 
-    monkeypatch.setattr(session._model, "sequence", interrupted)
+    monkeypatch.setattr("runtime.session.sequence_of", interrupted)
 
     def listed() -> list[Any]:
         with pytest.raises(KeyboardInterrupt):
