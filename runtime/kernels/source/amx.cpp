@@ -1,8 +1,9 @@
-// Products of a prompt's rows in AMX tiles. Rows and weights are rounded to bfloat16, sums are fp32.
+// Products of a prompt's rows in AMX tiles. Rows and weights are rounded to bfloat16, sums are
+// fp32.
 //
 // A task multiplies many rows with two panels. It unpacks a piece of the panels' inputs to tiles
-// once for all rows, multiplies, and continues with the next piece. The sums of a row depend neither
-// on the other rows nor on their number.
+// once for all rows, multiplies, and continues with the next piece. The sums of a row depend
+// neither on the other rows nor on their number.
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -14,14 +15,15 @@
 namespace freeexport {
 namespace {
 
-// Groups of inputs that are unpacked at once. Two panels of kPieceGroups fit in the L1 cache. If all
-// sums stay in registers between pieces, smaller pieces suffice, and leave space for a second thread
-// of the core.
+// Groups of inputs that are unpacked at once. Two panels of kPieceGroups fit in the L1 cache. If
+// all sums stay in registers between pieces, smaller pieces suffice, and leave space for a second
+// thread of the core.
 constexpr int64_t kPieceGroups = 20, kKeptPieceGroups = 4, kKeptTiles = 2;
 constexpr int64_t kMostTiles = kPromptRows / kTileRows;
 
 // Byte orders that expand a quad of 16 outputs, [16][4], to pairs of inputs: inputs 0 and 1 of the
-// first 8 outputs, then of the last 8, then inputs 2 and 3 of both. Each byte becomes the lowest of 4.
+// first 8 outputs, then of the last 8, then inputs 2 and 3 of both. Each byte becomes the lowest of
+// four.
 struct Order {
   uint8_t at[4][64] = {};
   constexpr Order() {
@@ -31,8 +33,8 @@ struct Order {
   }
 };
 
-// Scales and offsets of a panel: those of the first 8 outputs and those of the last 8, each twice, for
-// pairs of inputs.
+// Scales and offsets of a panel: those of the first 8 outputs and those of the last 8, each twice,
+// for pairs of inputs.
 struct Factors {
   __m512 scale[2], offset[2];
 
@@ -129,7 +131,8 @@ FREEEXPORT_INLINE void begin_tile(const float* bias, const float* sums) {
 }
 
 // Adds the products of a piece, for R tiles of rows and P panels, to `from`, or to the bias in the
-// first piece, and stores them in `to`. `kept` sums stay in registers from the first piece to the last.
+// first piece, and stores them in `to`. `kept` sums stay in registers from the first piece to the
+// last.
 template <int R, int P>
 void multiply_piece(Scratch& scratch, const uint16_t* rows, int64_t apart, int64_t count, bool begins, bool ends,
                     bool kept, Sums* from, Sums* to) {
@@ -148,8 +151,8 @@ void multiply_piece(Scratch& scratch, const uint16_t* rows, int64_t apart, int64
   if constexpr (R > 1 && P > 1) store_tile<3>(to[1][1], 64);
 }
 
-// x / (1 + e^-x), with a relative error of about 1e-5, which is small compared with that of bfloat16.
-// 0 below -87.
+// x / (1 + e^-x), with a relative error of about 1e-5, which is small compared with that of
+// bfloat16. 0 below -87.
 FREEEXPORT_INLINE __m512 silu(__m512 x) {
   const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f));
   const __m512 sum = _mm512_add_ps(Vec::power_of_two(power), _mm512_set1_ps(1.0f));
@@ -158,7 +161,8 @@ FREEEXPORT_INLINE __m512 silu(__m512 x) {
   return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(power, _mm512_set1_ps(126.0f), _CMP_NGE_UQ), x, inverse);
 }
 
-// Multiplies all rows with one or two panels. `gated`: the second one's result multiplies the first's.
+// Multiplies all rows with one or two panels. `gated`: the second one's result multiplies the
+// first's.
 void multiply_panels(const Product& product, const uint16_t* rows, int64_t first, int64_t last, const Panel* panels,
                      int count, bool gated, Scratch& scratch) {
   const int64_t groups = product.weight.groups(), stride = product.outputs();
@@ -207,7 +211,7 @@ void multiply_panels(const Product& product, const uint16_t* rows, int64_t first
 }
 
 bool granted() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, since Linux 5.16
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of Linux 5.16
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 

@@ -1,10 +1,10 @@
 // Attention of a prompt's rows in AMX tiles. Queries, keys, values and weights are rounded to
 // bfloat16, sums are fp32.
 //
-// The rows of a tile are keys. Its columns are 16 queries, the heads of a group for one row after the
-// other. A register then has one score per query, and needs no horizontal sum. A query joins its
-// pieces in order, and keys that it does not see have weight 0, so its bits do not depend on the
-// queries beside it.
+// The rows of a tile are keys. Its columns are 16 queries, the heads of a group for one row after
+// the other. A register then has one score per query, and needs no horizontal sum. A query joins
+// its pieces in order, and keys that it does not see have weight 0, so its bits do not depend on
+// the queries beside it.
 #include <cstdlib>
 
 #include "amx.h"
@@ -98,7 +98,7 @@ void read_piece(const Attention& a, int64_t at, int64_t count, Memory& room) {
       __m512i pairs[16];
       const auto value = [&](int64_t t) {
         const __m512 found = t < count ? values_of(values + t * size, part * kPanel, size) : _mm512_setzero_ps();
-        const __mmask16 wrong = _mm512_fpclass_ps_mask(found, 0x99);  // NaN or infinite: see `see_odd`
+        const __mmask16 wrong = _mm512_fpclass_ps_mask(found, 0x99);  // see `see_odd`
         odd |= wrong;
         return _mm512_maskz_mov_ps(static_cast<__mmask16>(~wrong), found);
       };
@@ -143,8 +143,8 @@ struct Sight {
   }
 };
 
-// Converts scores to weights, 2^(score - largest score so far). Returns the factors by which earlier
-// results shrink.
+// Converts scores to weights, 2^(score - largest score so far). Returns the factors by which
+// earlier results shrink.
 __m512 weigh(const Attention& a, const Sight& sight, Memory& room, Lanes& lanes) {
   constexpr float kLog2E = 1.44269504088896341f;
   float by = a.scale * kLog2E;

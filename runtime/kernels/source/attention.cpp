@@ -113,8 +113,8 @@ void piece_task(void* data, size_t index) {
   attend_block(call, block, kv_head, block.piece + piece, {rooms, call.slots, call.room, false});
 }
 
-// Attends to all pieces with a block. Alternates between first and last blocks, because the last ones
-// see most.
+// Attends to all pieces with a block. Alternates between first and last blocks, because the last
+// ones see most.
 void block_task(void* data, size_t index) {
   Call& call = *static_cast<Call*>(data);
   const Attention& a = call.attention;

@@ -1,10 +1,10 @@
-// Attention of a decoder over its KV cache, which is extended in place. Every row of a call sees the
-// earlier positions of its sequence and itself. With `cross_lengths`, rows see the keys and values of
-// a prompt instead.
+// Attention of a decoder over its KV cache, which is extended in place. Every row of a call sees
+// the earlier positions of its sequence and itself. With `cross_lengths`, rows see the keys and
+// values of a prompt instead.
 //
 // The order of a row's sums does not depend on the rest of the call. The keys that it sees are
-// divided into pieces, each with its own largest score and sums. Threads may share the pieces, which
-// are joined in order.
+// divided into pieces, each with its own largest score and sums. Threads may share the pieces,
+// which are joined in order.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ namespace freeexport {
 struct Attention {
   int64_t batch, rows;  // number of sequences, and of their rows
   int64_t heads, kv_heads, size, capacity;
-  int64_t width;              // of input rows: (heads + 2 kv_heads) * size, or heads * size for cross-attention
+  int64_t width;              // of input rows: (heads + 2 kv_heads) * size, or heads * size (cross)
   float scale;
   float softcap;              // scores become softcap * tanh(score / softcap). 0: none
   int64_t window;             // newest positions that a row sees, including itself. 0: all
@@ -32,7 +32,7 @@ struct Attention {
   const float* cosine;        // [positions, turned], or null without rotary positions
   const float* sine;
   int64_t positions, turned;  // size of the tables: rotated pairs of a head are at most size / 2
-  const float* bias;          // [reach + 1, heads] by distance, the last for all larger ones. Or null
+  const float* bias;          // [reach + 1, heads] by distance, the last for larger ones. Or null
   int64_t reach;
   const float* query_norm;    // [size]: norm of each head. Or null
   const float* key_norm;
@@ -41,7 +41,8 @@ struct Attention {
   int prompt;                 // rows of a prompt, which may have other bits, see `attend_prompt`
 };
 
-// A valid row: its index in the call, its sequence, and its position, which is the last that it sees.
+// A valid row: its index in the call, its sequence, and its position, which is the last that it
+// sees.
 struct Place {
   int64_t row, sequence, position;
 };
@@ -79,8 +80,8 @@ struct Ahead {
 };
 
 // Memory for one row and group of heads, in floats: outputs [heads of the group][slots][size], then
-// largest scores and sums of exponentials, each [heads of the group][padded slots]. Every piece has a
-// slot. In a `running` room slot 0 has all earlier pieces, which the next one joins. The rooms of
+// largest scores and sums of exponentials, each [heads of the group][padded slots]. Every piece has
+// a slot. In a `running` room slot 0 has all earlier pieces, which the next one joins. The rooms of
 // two rows are `apart`.
 struct Room {
   float* values;

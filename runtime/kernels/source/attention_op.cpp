@@ -9,8 +9,8 @@ enum Input : size_t {
   kRows, kPastKey, kPastValue, kPastLengths, kQueryLengths, kCosine, kSine, kBias, kQueryNorm, kKeyNorm, kInputs
 };
 enum Output : size_t { kY, kKey, kValue, kOutputs };
-// Inputs of CrossAttention, which also has kRows, kQueryLengths, and the prompt's keys and values as
-// kPastKey and kPastValue.
+// Inputs of CrossAttention, which also has kRows, kQueryLengths, and the prompt's keys and values
+// as kPastKey and kPastValue.
 constexpr size_t kCrossLengths = kPastLengths, kCrossInputs = kQueryLengths + 1;
 
 // One node of a session: its attributes, without tensors.

@@ -1,5 +1,5 @@
-// Attention of many rows that share keys. A piece of keys is transposed once, so that a register has
-// the scores of neighboring keys, and needs no horizontal sum. Every sum has the operations of
+// Attention of many rows that share keys. A piece of keys is transposed once, so that a register
+// has the scores of neighboring keys, and needs no horizontal sum. Every sum has the operations of
 // attention_tiles.h in the same order, so a row has the same bits as alone.
 #pragma once
 
@@ -21,8 +21,8 @@ struct Query {
 constexpr int kScoreQueries = 4, kScoreKeys = 2;
 constexpr int64_t kScored = kScoreKeys * Vec::kLanes;
 
-// Transposes keys [count, size] to [kPieceRows / kScored][size][kScored] in fp32. The cache has memory
-// for `room` keys. Values after the last key, up to whole registers, are unspecified.
+// Transposes keys [count, size] to [kPieceRows / kScored][size][kScored] in fp32. The cache has
+// memory for `room` keys. Values after the last key, up to whole registers, are unspecified.
 template <typename C>
 inline void turn_keys(const C* keys, int64_t size, int64_t count, int64_t room, float* turned) {
   const int64_t end = (count + kScored - 1) / kScored * kScored, whole = least(end, room) / Vec::kLanes * Vec::kLanes;
@@ -78,9 +78,9 @@ FREEEXPORT_ATTENTION Sums<Q> products(const float* const (&queries)[Q], const fl
   return sums;
 }
 
-// Computes scaled scores[q][t] of keys from..end, extended to whole registers. Lanes are added in the
-// order of a single row, four at a time, because there are no registers for more. `Size`: size of a
-// head, or 0 if unknown.
+// Computes scaled scores[q][t] of keys from..end, extended to whole registers. Lanes are added in
+// the order of a single row, four at a time, because there are no registers for more. `Size`: size
+// of a head, or 0 if unknown.
 template <int Q, int64_t Size>
 inline void score_size(const Query* rows, const float* turned, int64_t size, int64_t from, int64_t end, float scale,
                        float* scores) {
@@ -111,8 +111,8 @@ inline void score(const Query* rows, const float* turned, int64_t size, int64_t 
              : score_size<Q, 0>(rows, turned, size, from, end, scale, scores);
 }
 
-// Sums weighted values, for `Parts` registers of their size starting at `from`. Keys that all queries
-// see are processed for all together, those before and after for each query alone.
+// Sums weighted values, for `Parts` registers of their size starting at `from`. Keys that all
+// queries see are processed for all together, those before and after for each query alone.
 template <int Q, int Parts, bool Half = false>
 inline void weigh_rows(const Query* queries, const float* weights, const float* values, int64_t size, int64_t from) {
   typename Vec::Float sums[Q][Parts];
@@ -179,8 +179,8 @@ inline const float* widened(const Attention& a, int64_t at, int64_t count, float
   return room;
 }
 
-// Attends to a piece with all heads of a group and `count` consecutive rows of a sequence that see it.
-// `room` belongs to the first row.
+// Attends to a piece with all heads of a group and `count` consecutive rows of a sequence that see
+// it. `room` belongs to the first row.
 inline void attend_rows(const Attention& a, const Place* places, int64_t count, int64_t kv_head, int64_t piece,
                         const Room& room) {
   const int64_t size = a.size, group = a.heads / a.kv_heads, begin = piece * kPieceRows;

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kWide = 16;  // neighboring values with separate sums
 constexpr int kParts = kWide / Vec::kLanes;
-// A head's size is a multiple of 8, so half of `kWide` may remain. It takes kHalfParts registers, of
-// which the last is half full if a register holds `kWide` values.
+// A head's size is a multiple of 8, so half of `kWide` may remain. It takes kHalfParts registers,
+// of which the last is half full if a register holds `kWide` values.
 constexpr int kHalf = kWide / 2, kHalfParts = (kParts + 1) / 2;
 
 template <typename V, bool Half, typename C>
@@ -157,9 +157,9 @@ inline void dots(const float* queries, const C* keys, const C* values, int64_t s
     }
 }
 
-// Computes out[q] = sum over t of weights[q][t] values[t], for `Parts` registers of the values' size
-// starting at `from`, or for 8 values if `Half`. The weights of two q are `stride` apart, their sums
-// `apart`. Prefetches the rows of `ahead`.
+// Computes out[q] = sum over t of weights[q][t] values[t], for `Parts` registers of the values'
+// size starting at `from`, or for 8 values if `Half`. The weights of two q are `stride` apart,
+// their sums `apart`. Prefetches the rows of `ahead`.
 template <int Q, int Parts, bool Half = false, typename C>
 inline void weigh(const float* weights, int64_t stride, const C* values, int64_t size, int64_t count, int64_t from,
                   float* out, int64_t apart, const Ahead& ahead) {
@@ -180,8 +180,9 @@ inline void weigh(const float* weights, int64_t stride, const C* values, int64_t
     for (int p = 0; p < Parts; p++) put_values<Vec, Half>(out + q * apart + from + p * Vec::kLanes, sums[q][p]);
 }
 
-// Computes e^(x - largest) of x[from]..x[end] in place, the largest x, and the sum, with separate sums
-// for 16 neighboring values. At both ends x has memory for whole groups of 16, which becomes 0.
+// Computes e^(x - largest) of x[from]..x[end] in place, the largest x, and the sum, with separate
+// sums for 16 neighboring values. At both ends x has memory for whole groups of 16, which becomes
+// 0.
 inline void exponentials(float* x, int64_t from, int64_t end, float* most, float* sum) {
   const int64_t first = from / kWide * kWide, last = (end + kWide - 1) / kWide * kWide;
   for (int64_t i = first; i < from; i++) x[i] = x[from];
@@ -221,8 +222,8 @@ inline void cap(float* x, int64_t count, float most) {
   }
 }
 
-// Caps scaled scores and adds the bias. `begin` is the position of the first key, `position` that of
-// the row.
+// Caps scaled scores and adds the bias. `begin` is the position of the first key, `position` that
+// of the row.
 inline void cap_and_bias(const Attention& a, int64_t head, int64_t begin, int64_t position, float* scores,
                          int64_t count) {
   if (a.softcap > 0.0f) cap(scores, count, a.softcap);
