@@ -1,4 +1,4 @@
-"""An engine that records its calls."""
+"""Engine that records its calls, for tests of decoding loops."""
 
 from __future__ import annotations
 

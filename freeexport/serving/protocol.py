@@ -174,7 +174,7 @@ class Free(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Options of early exit, an extension of OpenAI's requests.
 
     Attributes:
-        mode: Decoding mode. Default: the server's mode.
+        mode: Decoding mode. Default: "lossless" with a prediction, else the server's mode.
         threshold: Confidence above which tokens exit. Default: the model's threshold.
         deadline: Time limit for the whole request, in seconds.
         exits: Report for each token if it exited.

@@ -160,7 +160,7 @@ class Service:
             self.state = "ready"
 
     def close(self) -> None:
-        """End the requests that still run: they are told so."""
+        """Close the sessions. Requests that still run end with an error."""
         self._open.close()
 
     async def drain(self) -> None:
