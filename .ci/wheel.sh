@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Use an installed wheel as a new user would, from a folder of its own: bash .ci/wheel.sh VENV WHEEL CHECKOUT
+# Use an installed wheel as a new user would, in a temporary folder:
+#   bash .ci/wheel.sh VENV WHEEL CHECKOUT
 set -euo pipefail
 bin=$(realpath "$1")/bin wheel=$(realpath "$2") checkout=$(realpath "$3")
 work=$(mktemp -d)
@@ -20,7 +21,7 @@ listed = ["git", "-C", checkout, "ls-files", "freeexport", "graphs", "runtime"]
 tracked = {
     path
     for path in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
-    if not path.startswith("runtime/kernels/source/")  # built into a library
+    if not path.startswith("runtime/kernels/source/")  # compiled into the library
 }
 missing = sorted(tracked - set(zipfile.ZipFile(wheel).namelist()))
 assert tracked and not missing, f"not in the wheel: {missing}"
@@ -33,7 +34,7 @@ mkdir readme application checkpoint
 mkdir -p readme/path/to
 cp -r "$model" readme/path/to/checkpoint
 head -n 40 "$model/test.jsonl" >readme/calibration.jsonl
-run_page() { # FOLDER PAGE: the blocks below <!-- run -->
+run_page() { # FOLDER PAGE: run the blocks below <!-- run -->
     (cd "$1" && PATH="$bin:$PATH" "$bin/python" - "$2" <<'PAGE'
 import re
 import subprocess
@@ -50,7 +51,7 @@ PAGE
 }
 
 say "the commands and programs of the README and of the tutorials, in order, and the demo"
-# Two at a time, a thread each: their models are too small for two.
+# Two run at a time with one thread each, because their models are too small for more threads.
 export OMP_NUM_THREADS=1
 readme() {
     run_page readme "$checkout/README.md"

@@ -1,4 +1,4 @@
-"""Attention by the library of our own operators, and what it must be."""
+"""Attention of the library of custom operators, and a float64 reference."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from onnx import TensorProto
 from runtime.kernels import LIBRARY
 
 EPSILON = 1e-6
-POSITIONS = 256  # of rotary tables
+POSITIONS = 256  # in rotary tables
 TABLES = ("cosine", "sine", "bias", "query_norm", "key_norm")
 
 
 class _Attention(ctypes.Structure):
-    """The struct of runtime/kernels/source/attention.h."""
+    """Mirrors the struct in runtime/kernels/source/attention.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity", "width")),
@@ -43,8 +43,18 @@ class _Attention(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer; `tables` are those of TABLES that it has. `window` 0 sees all, `softcap` 0 caps nothing;
-    `cache` is the type of keys and values."""
+    """One attention layer.
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: Heads of keys and values.
+        size: Size of a head.
+        window: Sliding window. 0: none.
+        tables: Arrays of the layer by their names in TABLES.
+        scale: Factor of the scores.
+        softcap: Cap of the scores. 0: none.
+        cache: Type of keys and values.
+    """
 
     heads: int
     kv_heads: int
@@ -62,7 +72,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Call:
-    """Rows [B, R, width] of which `lengths` count, behind `past` positions of caches [B, kv_heads, C, size]."""
+    """Inputs of one call.
+
+    Attributes:
+        rows: [B, R, width], padded to the right.
+        key: Cache [B, kv_heads, C, size].
+        value: Cache like `key`.
+        past: Cached positions of each sequence, int32 [B].
+        lengths: Valid rows of each sequence, int32 [B].
+    """
 
     rows: np.ndarray
     key: np.ndarray
@@ -72,18 +90,22 @@ class Call:
 
     @property
     def valid(self) -> np.ndarray:
-        """[B, R]: which rows count."""
+        """Mask [B, R] of the valid rows."""
         valid: np.ndarray = np.arange(self.rows.shape[1]) < self.lengths[:, None]
         return valid
 
     def fresh(self) -> Call:
-        """With caches of its own."""
+        """Return a copy with its own caches."""
         return replace(self, key=self.key.copy(), value=self.value.copy())
 
 
 def random_layer(rng: np.random.Generator, heads: int, kv_heads: int, size: int, window: int, kinds: str) -> Layer:
-    """`kinds` has r for rotary positions, p for those of a part of a head, s for capped scores, b for a bias by
-    distance, n for norms of heads, h for keys and values in float16."""
+    """Return a random layer.
+
+    Args:
+        kinds: Letters of the features: r for rotary positions, p for rotary positions in part of a head, s for capped
+            scores, b for a bias by distance, n for norms of heads, h for keys and values in float16.
+    """
     tables = {}
     if "r" in kinds or "p" in kinds:
         angles = rng.standard_normal((POSITIONS, size // 2 if "r" in kinds else size // 4 + 1)).astype(np.float32)
@@ -99,6 +121,7 @@ def random_layer(rng: np.random.Generator, heads: int, kv_heads: int, size: int,
 def random_call(
     rng: np.random.Generator, layer: Layer, past: list[int], lengths: list[int], capacity: int = 40
 ) -> Call:
+    """Return a call with random rows and caches."""
     rows = rng.standard_normal((len(past), max(lengths), layer.width)).astype(np.float32)
     shape = len(past), layer.kv_heads, capacity, layer.size
     caches = [rng.standard_normal(shape).astype(layer.cache) for _ in range(2)]
@@ -108,7 +131,11 @@ def random_call(
 def attend(
     instructions: str, layer: Layer, call: Call, packed: bool, library: Path = LIBRARY, prompt: bool = False
 ) -> np.ndarray:
-    """y [B, R, heads * size], 0 where rows do not count; extends the caches of `call`. ValueError where refused."""
+    """Return y [B, R, heads * size], 0 in padding. Extends the caches of `call`.
+
+    Raises:
+        ValueError: If the library rejects the call.
+    """
     function = ctypes.CDLL(str(library)).freeexport_attention
     function.restype = ctypes.c_char_p
     rows = np.ascontiguousarray(call.rows[call.valid] if packed else call.rows.reshape(-1, layer.width))
@@ -134,7 +161,7 @@ def attend(
 
 
 def exact(layer: Layer, call: Call) -> np.ndarray:
-    """Attention in float64, row by row; the caches of `call` are extended."""
+    """Return the result of `attend` in float64, computed row by row. Extends the caches of `call`."""
     tables = {name: array.astype(np.float64) for name, array in layer.tables.items()}
     y = np.zeros((*call.rows.shape[:2], layer.heads * layer.size))
     for b, (past, length) in enumerate(zip(call.past, call.lengths, strict=True)):
@@ -166,7 +193,8 @@ def _normed(x: np.ndarray, norm: np.ndarray | None) -> np.ndarray:
 def _turned(x: np.ndarray, tables: dict[str, np.ndarray], position: int) -> np.ndarray:
     if "cosine" not in tables:
         return x
-    cosine, sine = tables["cosine"][position], tables["sine"][position]
+    cosine = tables["cosine"][position]
+    sine = tables["sine"][position]
     low, high, rest = np.split(x, [len(cosine), 2 * len(cosine)], axis=-1)
     return np.concatenate([low * cosine - high * sine, high * cosine + low * sine, rest], axis=-1)
 
@@ -175,20 +203,21 @@ LENGTHS = {"past_lengths", "query_lengths", "lengths"}
 
 
 def attention_session(layer: Layer, packed: bool, threads: int = 1, **changes: object) -> ort.InferenceSession:
-    """ONNX Runtime's, with a graph of one attention whose tables are inputs, too. `changes` are attributes."""
+    """Return an ONNX Runtime session of one attention node. Tables are inputs too. `changes` are attributes."""
     capped = {"softcap": layer.softcap} if layer.softcap else {}
     attributes = {"window": layer.window, **capped, "epsilon": EPSILON, **_attributes(layer, packed), **changes}
     inputs = "rows", "past_key", "past_value", "past_lengths", "query_lengths"
     names = [*inputs, *(name if name in layer.tables else "" for name in TABLES)]
     kind = "CappedAttention" if layer.softcap else "CachedAttention"
     if layer.cache == np.float16:
-        kind, attributes = "HalfAttention", {"softcap": 0.0, **attributes}
+        kind = "HalfAttention"
+        attributes = {"softcap": 0.0, **attributes}
     outputs = _types(["y", "key", "value"], layer)
     return one_node(kind, _types(names, layer), outputs, {}, names, threads, **attributes)
 
 
 def cross_session(layer: Layer, packed: bool, threads: int = 1) -> ort.InferenceSession:
-    """With a graph of one CrossAttention, or that of a prompt in float16."""
+    """Return a session of one CrossAttention, or HalfCrossAttention if the cache is float16."""
     given = _types(["rows", "key", "value", "lengths", "query_lengths"], layer)
     kind = "HalfCrossAttention" if layer.cache == np.float16 else "CrossAttention"
     return one_node(kind, given, ["y"], {}, threads=threads, **_attributes(layer, packed))
@@ -207,6 +236,7 @@ def _attributes(layer: Layer, packed: bool) -> dict[str, object]:
 
 
 def feeds(layer: Layer, call: Call, packed: bool) -> dict[str, np.ndarray]:
+    """Return the inputs of `attention_session` for a call."""
     rows = call.rows[call.valid] if packed else call.rows.reshape(-1, layer.width)
     return {
         "rows": np.ascontiguousarray(rows), "past_key": call.key, "past_value": call.value,

@@ -1,7 +1,8 @@
-"""Tiny random checkpoints of every family, as Hugging Face directories: the same weights on every transformers release.
+"""Tiny random checkpoints of every family, as Hugging Face directories.
 
-Weights are drawn tensor by tensor, seeded by case and tensor name, and scaled so that greedy output wanders instead of
-collapsing into one token and so that shallow confidences spread over [0, 1].
+Every tensor is drawn with a seed from the names of case and tensor, so weights do not depend on the version of
+transformers. They are scaled so that greedy output varies instead of repeating one token, and shallow confidences
+spread over [0, 1].
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 
 VOCAB_SIZE = 288  # more than the 259 ids of the tokenizer, as in T5
-# Of BART's kin the tokenizer has these besides, and writes the first into a prompt.
+# Additional tokens for models derived from BART. The tokenizer adds the first to prompts.
 LANGUAGES = {"eng_Latn": 259, "deu_Latn": 260, "fra_Latn": 261}
 
-# Prompts as token ids, valid in every case. They stay clear of special tokens: 0 is padding in T5.
+# Prompts as token IDs, valid in every case. They contain no special tokens, such as 0, which is padding in T5.
 PROMPTS: tuple[tuple[int, ...], ...] = (
     (87, 104, 101, 44, 35, 100, 115, 35, 118),
     (35,),
@@ -34,32 +35,39 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
-# How much each kind of block writes into the residual stream, as a multiple of what the embedding holds: depth then
-# changes some predictions and not all. Cross-attention says much the same at every step, so it gets the least.
-SELF_ATTENTION, CROSS_ATTENTION, MLP = 1.2, 0.3, 1.5
+# Scale of each kind of block's output, relative to the embedding. With these scales depth changes some predictions, but
+# not all. Cross-attention has the lowest, because its output is similar at every step.
+SELF_ATTENTION = 1.2
+CROSS_ATTENTION = 0.3
+MLP = 1.5
 LOGIT_SPREAD = 4.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint: `build(directory)` writes it (config, float32 safetensors, tokenizer, generation config).
+    """One checkpoint.
 
-    `exit_layers` are those worth testing, ascending; the first is 1 and the last is L - 1.
+    Attributes:
+        name: Name of the case.
+        build: Writes the checkpoint into a directory: configuration, float32 safetensors, tokenizer and generation
+            configuration.
+        exit_layers: Exit layers worth testing, ascending from 1 to L - 1.
+        model: Returns the Hugging Face model of a directory. Default: `load`.
     """
 
     name: str
     build: Callable[[Path], None]
     exit_layers: tuple[int, ...]
-    model: Callable[[Path], Any] | None = None  # its Hugging Face model, where `load` does not do
+    model: Callable[[Path], Any] | None = None
 
     @property
     def layers(self) -> int:
-        """L, the number of decoder layers."""
+        """Number of decoder layers, L."""
         return self.exit_layers[-1] + 1
 
 
 def load(directory: Path) -> Any:
-    """The checkpoint's Hugging Face model, in float32 and evaluation mode."""
+    """Return the Hugging Face model of a checkpoint, in float32 and evaluation mode."""
     import torch
     import transformers
 
@@ -150,8 +158,14 @@ def _bart(
 
 @dataclass(frozen=True)
 class _Blueprint:
-    """Values that `_write` makes a checkpoint from. `legacy_rope` writes the config keys of transformers 4. `t5`: an
-    encoder-decoder, with the special tokens of T5."""
+    """Parameters of `_write`.
+
+    Attributes:
+        options: Fields of the configuration.
+        t5: The model is an encoder-decoder, with the special tokens of T5.
+        legacy_rope: Write the rope configuration with the keys of transformers 4.
+        generation: Changes to the generation configuration.
+    """
 
     name: str
     config_class: str
@@ -189,7 +203,7 @@ def _write(blueprint: _Blueprint, directory: Path) -> None:
 
 
 def _shapes(blueprint: _Blueprint, config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that published checkpoints hold: a shared tensor once, under its first name."""
+    """Return the shapes of all tensors. As in published checkpoints, shared tensors have only their first name."""
     import torch
     import transformers
 
@@ -198,24 +212,24 @@ def _shapes(blueprint: _Blueprint, config: Any) -> dict[str, tuple[int, ...]]:
     shared = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     if blueprint.tied:
         shared |= {"lm_head.weight", *(f"model.{name}" for name in shared)}
-    else:  # BART's kin reads tables of their own
+    else:  # models derived from BART read separate tables
         shared.add("model.shared.weight")
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in shared}
 
 
 def _sines(blueprint: _Blueprint, name: str) -> bool:
-    """Whether a tensor holds positions that are computed, as published Marian checkpoints have them."""
+    """Return True if a tensor has computed positions, as in published Marian checkpoints."""
     return name.endswith("embed_positions.weight") and blueprint.model_class.startswith(("Marian", "Pegasus"))
 
 
 def _draw(blueprint: _Blueprint, name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.default_rng(zlib.crc32(f"{blueprint.name}/{name}".encode())).standard_normal(shape)
-    offset = 1 if "Gemma" in blueprint.model_class else 0  # of norms
+    offset = 1 if "Gemma" in blueprint.model_class else 0  # of norm weights
     finals = ("model.norm.weight", "decoder.final_layer_norm.weight", "model.decoder.layer_norm.weight")
     if name == "final_logits_bias" or "embed_positions" in name:
         value = noise
     elif name in (*finals, "transformer.ln_f.weight"):
-        # Random signs: a tied head would otherwise answer every token with itself.
+        # Random signs, because a tied head would otherwise predict each token itself.
         value = np.where(noise > 0, 1, -1) * (1 + 0.2 * np.abs(noise)) - offset
     elif name.endswith(("norm.weight", "layernorm_embedding.weight")) or ".ln_" in name:
         value = (name.endswith("weight") - offset) + 0.2 * noise
@@ -231,7 +245,7 @@ def _draw(blueprint: _Blueprint, name: str, shape: tuple[int, ...]) -> np.ndarra
 
 
 def _vocabulary_scale(blueprint: _Blueprint, name: str, width: int) -> float:
-    """Standard deviation of embedding and head rows that gives logits one of LOGIT_SPREAD."""
+    """Return the standard deviation of embedding or head rows for which that of the logits is LOGIT_SPREAD."""
     heads = name == "lm_head.weight" or blueprint.tied
     if not heads:
         scaled = blueprint.options.get("scale_embedding", blueprint.config_class == "M2M100Config")
@@ -241,7 +255,7 @@ def _vocabulary_scale(blueprint: _Blueprint, name: str, width: int) -> float:
 
 
 def _gain(blueprint: _Blueprint, name: str) -> float:
-    """Standard deviation of a linear layer's outputs over that of its inputs."""
+    """Return the standard deviation of a linear layer's outputs, relative to that of its inputs."""
     outer = (".o.weight", ".wo.weight", ".o_proj.weight", ".down_proj.weight", ".c_proj.weight", "out_proj.weight")
     if not name.endswith((*outer, "fc2.weight")):
         return 1.3
@@ -251,12 +265,12 @@ def _gain(blueprint: _Blueprint, name: str) -> float:
     else:
         share = SELF_ATTENTION if any(part in name for part in ("SelfAttention", "self_attn", ".attn.")) else MLP
     if blueprint.kin_of_bart:
-        return share / 3  # norms behind each block would soon leave nothing of the token
+        return share / 3  # the norm after each block would soon remove the token's own share
     return share * _vocabulary_scale(blueprint, "shared.weight", width)
 
 
 def _write_published_keys(blueprint: _Blueprint, path: Path) -> None:
-    """Say what published checkpoints say: transformers 5 would call every T5 tied, and renames rope_scaling."""
+    """Restore keys as in published checkpoints. transformers 5 marks every T5 as tied, and renames rope_scaling."""
     config = json.loads(path.read_text())
     config["tie_word_embeddings"] = blueprint.tied
     config.pop("scale_decoder_outputs", None)
@@ -268,7 +282,7 @@ def _write_published_keys(blueprint: _Blueprint, path: Path) -> None:
 
 
 def _write_tokenizer(blueprint: _Blueprint, directory: Path) -> None:
-    """Byte-level BPE without merges: three special tokens, then one id a byte."""
+    """Write a tokenizer of byte-level BPE without merges: three special tokens, then one ID per byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -425,7 +439,7 @@ CASES: tuple[Case, ...] = (
     _llama("gpt2", (1, 2), model="GPT2", tie_word_embeddings=True, n_layer=3, n_head=4, n_embd=64, n_positions=512),
 )
 
-# What is in their graphs the cases above have, too; tokens are forced, and prompts and outputs have languages.
+# Their graphs have nothing that CASES lack. They add forced tokens, and languages of prompts and outputs.
 KIN: tuple[Case, ...] = (
     _bart("bart-forced", (1,), generation={"forced_bos_token_id": 2, "forced_eos_token_id": 1}),
     _bart("mbart", (1, 2), model="MBart", decoder_start_token_id=LANGUAGES["deu_Latn"], scale_embedding=True),
@@ -439,7 +453,7 @@ KIN: tuple[Case, ...] = (
     _bart("pegasus", (1,), model="Pegasus", activation_function="relu", generation={"forced_eos_token_id": 1}),
 )
 
-# Large enough that tables, graphs and padding are small beside the weights.
+# Weights are large compared with tables, graphs and padding.
 LARGER: tuple[Case, ...] = (
     _llama(
         "llama-larger-tied", (1, 2), vocab_size=4096, hidden_size=256, intermediate_size=512, tie_word_embeddings=True
@@ -449,16 +463,16 @@ LARGER: tuple[Case, ...] = (
     _t5("t5-larger-untied", (1, 2), vocab_size=4096, d_model=256, d_kv=64, d_ff=512),
 )
 
-# No multiple of 16, as some published models have them.
+# The size of a head is not a multiple of 16, as in some published models.
 HEADS_OF_40: tuple[Case, ...] = (
     _llama("llama-heads-of-40", (1, 2), head_dim=40, num_attention_heads=2, num_key_value_heads=1),
     _t5("t5-heads-of-40", (1, 2), d_kv=40, num_heads=3),
 )
 
-# With room for answers that take a while.
+# Capacity for answers that take some time.
 LONG = _llama("llama-long", (1, 4), max_position_embeddings=8192)
 
-# And so wide that beside their weights what TensorRT adds to an engine is small.
+# Weights are large even compared with what TensorRT adds to an engine.
 WIDE: tuple[Case, ...] = (
     _llama("llama-wide", (1,), vocab_size=8192, hidden_size=512, intermediate_size=1536),
     _t5("t5-wide", (1,), vocab_size=8192, d_model=512, d_kv=64, d_ff=2048, num_heads=8),
@@ -466,12 +480,12 @@ WIDE: tuple[Case, ...] = (
 
 BY_NAME = {case.name: case for case in (*CASES, *KIN, *LARGER, *HEADS_OF_40, LONG, *WIDE)}
 
-# Short prompts of different lengths, to calibrate on.
+# Short prompts of different lengths for calibration.
 TEXTS = ["one two three", "four", "x", *(f"line {n} of {n * n} lines" for n in range(33))]
 
 
 class Bundles(Protocol):
-    """A case's bundle; options are those of ConvertOptions. Tests must not write into it."""
+    """Returns the bundle of a case. Options are those of ConvertOptions. Tests must not write into it."""
 
     def __call__(self, case: Case, exit_layer: int = 1, **options: Any) -> Path: ...
 

@@ -1,4 +1,4 @@
-"""The command line in this process."""
+"""Runs the command line in the test process."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from freeexport.cli import main
 
 
 def invoke(*arguments: object, **given: Any) -> Result:
-    """Run a verb; `given` are CliRunner's."""
+    """Run a command. `given` is passed to CliRunner."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments], **given)
 
 
 def succeed(*arguments: object, **given: Any) -> Result:
-    """Run a verb that must not fail."""
+    """Run a command that must succeed."""
     result = invoke(*arguments, **given)
     assert result.exit_code == 0, result.output
     return result
 
 
 def error(result: Result) -> str:
-    """The one error line of a command that failed, warnings aside; a crash is not one."""
+    """Return the error line of a failed command. Asserts that there is one, besides warnings, and no crash."""
     assert result.exit_code == 1, result.output
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("warning")]
     assert line.startswith("error: ")

@@ -1,4 +1,4 @@
-"""Fixtures of the whole session: random checkpoints are written once, and their models are loaded once."""
+"""Shared fixtures. Random checkpoints are written, converted and loaded once per session."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from freeexport.system.child import ChildError
 from runtime.errors import FreeExportError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The models are tiny: two threads that wait for each other are slower than one.
+# The models are tiny, so waiting for a second thread takes longer than one thread alone.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.load_profile(REPEATED)
@@ -30,15 +30,16 @@ settings.load_profile(REPEATED)
 
 @pytest.fixture(autouse=True)
 def same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that sample without a seed draw the same in every run."""
+    """Make sampling without a seed deterministic."""
     monkeypatch.setattr("secrets.randbits", random.Random(0).getrandbits)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def conversion_in_this_process() -> Iterator[None]:
-    """Verify and time new bundles in the test's process, and time them for a moment instead of 12 seconds.
+    """Verify and time new bundles in the test process, and time them only briefly instead of for 12 seconds.
 
-    Children would import torch and transformers once more for each; test_convert.py and test_costs.py have some.
+    Each child process would import torch and transformers again. Children are tested in test_convert.py and
+    test_costs.py.
     """
     from freeexport.commands import verify
     from freeexport.measure import calibrate, costs
@@ -67,7 +68,7 @@ def conversion_in_this_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
-    """The directory of a case's checkpoint; tests must not write into it."""
+    """Write the checkpoint of a case once, and return its directory. Tests must not write into it."""
     written: dict[str, Path] = {}
 
     def build(case: Case) -> Path:
@@ -82,7 +83,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Pat
 
 @pytest.fixture(scope="session")
 def source_model(checkpoint: Callable[[Case], Path]) -> Callable[[Case], Any]:
-    """A case's Hugging Face model, float32, in evaluation mode; tests must not change it."""
+    """Load the Hugging Face model of a case once, float32, in evaluation mode. Tests must not change it."""
     loaded: dict[str, Any] = {}
 
     def model(case: Case) -> Any:
@@ -95,7 +96,7 @@ def source_model(checkpoint: Callable[[Case], Path]) -> Callable[[Case], Any]:
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Callable[[Case], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
-    """Converts a case once for each exit layer and options, neither verified nor measured."""
+    """Convert a case once per exit layer and options, without verification and measurement."""
     from freeexport.conversion.convert import convert
     from freeexport.conversion.options import ConvertOptions
 
@@ -115,7 +116,7 @@ def bundle(checkpoint: Callable[[Case], Path], tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def copied(bundle: Bundles, tmp_path: Path) -> Bundles:
-    """Copies a case's bundle, or that of its name, for a test that changes it."""
+    """Copy the bundle of a case, or of a case's name, for a test that changes it."""
 
     def copy(case: Case | str = "llama-tied", exit_layer: int = 1, **options: Any) -> Path:
         case = BY_NAME[case] if isinstance(case, str) else case
@@ -127,19 +128,19 @@ def copied(bundle: Bundles, tmp_path: Path) -> Bundles:
 
 @pytest.fixture(scope="session")
 def chat(bundle: Bundles) -> Path:
-    """A decoder with a chat template, and room for long answers."""
+    """Return the bundle of a decoder with a chat template and capacity for long answers."""
     return bundle(LONG, 1, capacity=4096)
 
 
 @pytest.fixture(scope="session")
 def t5(bundle: Bundles) -> Path:
-    """An encoder-decoder."""
+    """Return the bundle of an encoder-decoder."""
     return bundle(BY_NAME["t5-relu-tied"], 1)
 
 
 @pytest.fixture
 def open_session(bundle: Bundles) -> Iterator[Open]:
-    """Opens sessions of a case with one thread and one slot; closes them after the test."""
+    """Open sessions of a case with one thread and one slot. They are closed after the test."""
     from runtime import Session
 
     with ExitStack() as opened:
@@ -156,7 +157,7 @@ def open_session(bundle: Bundles) -> Iterator[Open]:
 
 @pytest.fixture(scope="module")
 def sessions(bundle: Bundles) -> Iterator[Callable[[str], Any]]:
-    """A session of a case with its exit after layer 2, one for all tests of a file."""
+    """Open one session per case and test file, with the exit after layer 2."""
     from runtime import Session
 
     with ExitStack() as stack:
@@ -165,7 +166,7 @@ def sessions(bundle: Bundles) -> Iterator[Callable[[str], Any]]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """TEXTS as lines of JSON."""
+    """Write TEXTS as JSON lines."""
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"input": text}) + "\n" for text in TEXTS))
     return path
@@ -173,7 +174,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Iterator[Any]:
-    """A bundle's file of weights, empty."""
+    """Open an empty weight file of a bundle."""
     from graphs.weights import WeightFile
 
     with WeightFile(tmp_path / "weights.data") as file:
@@ -182,7 +183,7 @@ def weights(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
-    """These models are too small to gain from threads, which wait for each other on a busy machine."""
+    """Limit torch to one thread. The models are too small to gain from more, above all on a busy machine."""
     import torch
 
     threads = torch.get_num_threads()
@@ -193,5 +194,5 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[str]:
-    """The 20 prompts for SmolLM2. They were fixed before any result and never change."""
+    """Return the 20 prompts for SmolLM2. They were fixed before any result and never change."""
     return (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""A bundle with one weight changed."""
+"""Changes one weight of a bundle."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from runtime.bundle.manifest import MANIFEST, File
 
 
 def scale_weight(path: Path, engine: str, name: str, factor: float) -> None:
-    """Multiply a tensor of a bundle, and list the changed file in the manifest as if it were right."""
+    """Multiply a tensor of a bundle by a factor, and update size and hash of the file in the manifest."""
     tensors = onnx.load(path / f"{engine}.onnx", load_external_data=False).graph.initializer
     tensor = next(t for t in tensors if t.name.startswith(name))
     place = {entry.key: entry.value for entry in tensor.external_data}
-    start, length = int(place["offset"]), int(place["length"])
+    start = int(place["offset"])
+    length = int(place["length"])
     content = bytearray((path / "weights.data").read_bytes())
     scaled = np.frombuffer(bytes(content[start : start + length]), np.float32) * np.float32(factor)
     content[start : start + length] = scaled.tobytes()

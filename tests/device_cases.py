@@ -1,5 +1,7 @@
-"""Cases of sessions on a device: two checkpoints, their exits with own layers and vocabularies, and every way to
-decode."""
+"""Cases of sessions on a device.
+
+Two checkpoints, their exits with own layers and vocabularies, and options of every decoding mode.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import pytest
 from checkpoints import BY_NAME
 from exit_vocabulary_case import with_exit_vocabulary
 
-T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
+T5 = BY_NAME["t5-relu-tied"]
+LLAMA = BY_NAME["llama-grouped-llama3-rope"]
 EXITS = tuple(with_exit_vocabulary(case.name, layers=True) for case in (T5, LLAMA))
 both = pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
 every = pytest.mark.parametrize("case", [T5, LLAMA, *EXITS], ids=lambda case: case.name)

@@ -1,4 +1,4 @@
-"""Drafts as tests want them: what is drafted otherwise depends on costs, which are a matter of timing."""
+"""Fixed draft lengths for tests, because the usual ones depend on measured times."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from runtime.decoding.draft_rule import NO_DRAFT, Acceptance, DraftPlan, Drafts
 
 
 def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 0) -> None:
-    """Draft up to `most` tokens of the exit at each step, whatever they cost, none at every `plain_every`-th, and no
-    candidates."""
+    """Draft up to `most` tokens of the exit at each step, whatever they cost.
+
+    Every `plain_every`-th step drafts nothing (0: no such step). No step drafts candidates.
+    """
     count = 0
 
     def plan(self: Drafts, response: object, room: int, sequences: int = 1) -> DraftPlan:
@@ -29,8 +31,12 @@ def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 
 
 
 class PlannedExits(Drafts):
-    """Drafts of the exit as they are given, over and over, for loops that are driven by hand: how many tokens, at most,
-    and how many others are made in the time of one, which is what a drafted one costs."""
+    """Repeats given plans for drafts of the exit, for tests that drive a loop themselves.
+
+    Args:
+        plans: Maximum number of drafted tokens, and the speed relative to mode full that a draft is compared with (0:
+            drafts cost nothing). Default: up to 1000 tokens at no cost.
+    """
 
     _gain = 0.0
 
@@ -44,6 +50,6 @@ class PlannedExits(Drafts):
 
 
 def draft_candidates(patch: pytest.MonkeyPatch) -> None:
-    """Draft whatever a source finds, whether it pays or not."""
+    """Draft everything that a source finds, even if it does not pay."""
     patch.setattr(Drafts, "_length", lambda self, source, agrees, count: count)
     patch.setattr(draft_rule, "RULE", replace(draft_rule.RULE, grant=math.inf))

@@ -1,4 +1,4 @@
-"""Pairs of engines and what to feed them."""
+"""Pairs of engines and their inputs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from runtime.bundle.bundle import Bundle
 
 
 def pair_of(path: Path, rows: int) -> EnginePair:
-    """Engines over `rows` sequences that all read the first sample prompt, where there is an encoder."""
+    """Return engines for `rows` sequences. With an encoder, all read the first sample prompt."""
     bundle = Bundle.open(path)
     batch = sample_batch(bundle)
     if batch.prompts is not None and batch.prompt_lengths is not None:
         width = int(batch.prompt_lengths[0])
-        prompts, lengths = np.repeat(batch.prompts[:1, :width], rows, 0), np.full(rows, width, np.int32)
+        prompts = np.repeat(batch.prompts[:1, :width], rows, 0)
+        lengths = np.full(rows, width, np.int32)
         batch = replace(batch, prompts=prompts, prompt_lengths=lengths)
     return EnginePair(bundle, rows, 1, encode(bundle, batch)[0])
 
 
 def tokens(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random right-padded token ids int64 [B, n] and their lengths int32 [B]."""
+    """Return random right-padded token IDs int64 [B, n] and their lengths int32 [B]."""
     generator = np.random.default_rng(0)
     return pad([generator.integers(3, VOCAB_SIZE, length).tolist() for length in lengths])
 
 
 def every(rows: int, count: int) -> np.ndarray:
+    """Return `count` for each of `rows` sequences, int32 [rows]."""
     return np.full(rows, count, np.int32)
 
 
@@ -47,8 +49,12 @@ CONFIDENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def one_by_one(path: Path, ids: np.ndarray, read: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states [n, d] and logits [n, V] of ids [n], the first `read` of them in one call, the others alone."""
-    pair, found = pair_of(path, rows=1), list[tuple[np.ndarray, np.ndarray]]()
+    """Return hidden states [n, d] and logits [n, V] of ids [n].
+
+    The first `read` ids are read in one call, then each in its own.
+    """
+    pair = pair_of(path, rows=1)
+    found = list[tuple[np.ndarray, np.ndarray]]()
     for first, end in [(0, read), *((place, place + 1) for place in range(read, len(ids)))]:
         hidden = pair.shallow(ids[None, first:end], every(1, end - first))["hidden"]
         found.append((hidden[0], pair.deep(hidden, every(1, end - first))["logits"]))
@@ -57,11 +63,12 @@ def one_by_one(path: Path, ids: np.ndarray, read: int) -> tuple[np.ndarray, np.n
 
 
 def check_rows_are_exact(path: Path) -> None:
-    """Rows of three sequences, in calls of up to 16, have the bits that they have one at a time."""
+    """Assert that three sequences in calls of up to 16 rows have the same bits as one row at a time."""
     ids, lengths = tokens(25, 14, 36)
-    ids = np.pad(ids, ((0, 0), (0, 16)))  # rows behind the last that count
+    ids = np.pad(ids, ((0, 0), (0, 16)))  # rows after the last valid one
     single = [one_by_one(path, ids[row, :length], 9) for row, length in enumerate(lengths)]
-    batch, pasts = pair_of(path, rows=3), every(3, 9)
+    batch = pair_of(path, rows=3)
+    pasts = every(3, 9)
     batch.deep(batch.shallow(ids[:, :9], pasts)["hidden"], pasts)
     while (counts := np.minimum(lengths - pasts, [16, 1, 5])).any():
         width = counts.max()

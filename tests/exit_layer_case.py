@@ -1,4 +1,4 @@
-"""A checkpoint whose exit has transformer layers of its own, and its model, for the slow reference."""
+"""Checkpoints whose exit has its own transformer layers, and their models for the reference."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from graphs.families import describe
 from graphs.shapes import own_shapes
 from runtime.bundle.manifest import ExitInput
 
-EXIT_LAYER, OWN_LAYERS = 1, 2
+EXIT_LAYER = 1
+OWN_LAYERS = 2
 
 
 def write_exit(
     directory: Path, layers: int = OWN_LAYERS, reads: ExitInput = "state", exit_layer: int = EXIT_LAYER
 ) -> None:
-    """An exit beside a checkpoint: the last layers, somewhat changed, behind a map that is nearly none; of a feature,
-    where it reads one, it has a tenth."""
+    """Write an exit with random layers into a checkpoint.
+
+    The map before the layers is near the identity. If the exit also reads a feature, a tenth of the feature is added.
+    """
     opened = open_checkpoint(str(directory))
     description = describe(opened.config, opened)
-    draw, width = np.random.default_rng(0), description.hidden_size
+    draw = np.random.default_rng(0)
+    width = description.hidden_size
     like = opened.read(description.decoder.layers[-layers].mlp.up.weight).std()
     tensors = {
         name: (draw.standard_normal(shape) * (2.0 if "relative_bias" in name else like)).astype(np.float32)
@@ -48,7 +52,7 @@ def write_exit(
 
 
 def with_exit_layers(name: str) -> Case:
-    """The case of this name with an exit of two layers after layer 1."""
+    """Return the case `name` with an exit of two layers after layer 1."""
     plain = BY_NAME[name]
 
     def build(directory: Path) -> None:
@@ -59,7 +63,7 @@ def with_exit_layers(name: str) -> Case:
 
 
 def with_feature(name: str, exit_layer: int) -> Case:
-    """The case of this name with an exit of one layer that reads the state after `exit_layer` and a feature."""
+    """Return the case `name` with an exit of one layer that reads the state after `exit_layer` and a feature."""
     plain = BY_NAME[name]
 
     def build(directory: Path) -> None:
@@ -70,8 +74,9 @@ def with_feature(name: str, exit_layer: int) -> Case:
 
 
 def model_with_exit(directory: Path) -> Any:
-    """The Hugging Face model, which tests.reference reads the exit of from its `own_exit`."""
-    model, opened = load(directory), open_checkpoint(str(directory))
+    """Return the Hugging Face model with the exit in its attribute `own_exit`, for `reference`."""
+    model = load(directory)
+    opened = open_checkpoint(str(directory))
     object.__setattr__(model, "own_exit", trained_exit(opened, describe(opened.config, opened))[0])
     return model
 

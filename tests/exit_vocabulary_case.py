@@ -1,4 +1,4 @@
-"""A checkpoint whose exit was trained with a vocabulary, and its model, for the slow reference."""
+"""Checkpoints whose exit has its own vocabulary, and their models for the reference."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from graphs.exit_head import OTHER, OTHER_BIAS, VOCABULARY
 from graphs.families import describe
 from runtime.bundle import manifest
 
-# Two of three tokens: the best one is often none of them.
+# Two of three tokens, so that the best token is often missing.
 KNOWN = np.array([token for token in range(288) if token % 3 or token < 3], np.int32)
 
 
 def with_exit_vocabulary(name: str, layers: bool = False) -> Case:
-    """The case of this name with an exit vocabulary after layer 1; with `layers`, behind two layers of its own."""
+    """Return the case `name` with an exit vocabulary after layer 1. `layers` adds two own layers to the exit."""
     plain = BY_NAME[name]
 
     def build(directory: Path) -> None:
         plain.build(directory)
         opened = open_checkpoint(str(directory))
-        width, base = describe(opened.config, opened).hidden_size, opened.sha256
+        width = describe(opened.config, opened).hidden_size
+        base = opened.sha256
         tensors = {}
         if layers:
             write_exit(directory)
@@ -50,8 +51,9 @@ def with_exit_vocabulary(name: str, layers: bool = False) -> Case:
 
 
 def model_with_vocabulary(directory: Path) -> Any:
-    """The Hugging Face model, which tests.reference reads the exit of from its `own_exit` and `exit_vocabulary`."""
-    model, opened = model_with_exit(directory), open_checkpoint(str(directory))
+    """Return the Hugging Face model with the exit in `own_exit` and `exit_vocabulary`, for `reference`."""
+    model = model_with_exit(directory)
+    opened = open_checkpoint(str(directory))
     tokens = torch.tensor(KNOWN.astype(np.int64))
     known = ExitVocabulary(tokens, torch.tensor(opened.read(OTHER)[0]), float(opened.read(OTHER_BIAS)[0]))
     object.__setattr__(model, "exit_vocabulary", known)

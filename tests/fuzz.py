@@ -1,7 +1,8 @@
-"""Readers given what is almost right: a valid input with its bytes or its structure changed.
+"""Fuzz tests of readers, with valid inputs whose bytes or structure are changed.
 
-`fuzz(strategy, allowed)` makes a test of a reader: a function of one input that must return, or raise one of `allowed`
-in one line. It tries a few hundred inputs, which takes a second or two. An input that fails is made small and printed.
+`fuzz(strategy, *allowed)` turns a reader, a function of one input, into a test. The reader must return or raise one of
+`allowed` with a message of one line. The test tries a few hundred inputs, which takes a second or two. Hypothesis
+shrinks and prints inputs that fail.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from hypothesis import strategies as st
 from profiles import tries
 
 EXAMPLES = 200
-# Seconds for one input: far more than any takes, on a machine that is busy with other things.
+# Time limit for one input in seconds, far more than any input needs on a busy machine.
 LONGEST = 20
 LONGEST_MESSAGE = 2000
 
 Input = TypeVar("Input")
 Way = tuple[Any, ...]
 
-# What readers stumble over.
+# Values that often break readers.
 TOKENS = (
     b"", b"\0", b"\xff", b"\xed\xa0\x80", b"NaN", b"-Infinity", b"1e999", b"-1", b"9" * 5000, b"1" + b"0" * 400,
     str(2**31).encode(), str(2**63).encode(), str(2**64).encode(), b"null", b"true", b"{}", b"[]", b'""', b'"\\ud800"',
@@ -38,7 +39,10 @@ VALUES: tuple[Any, ...] = (
 
 
 def mutated_bytes(valid: bytes) -> st.SearchStrategy[bytes]:
-    """`valid` with up to four changes: a bit, a number, a piece left out, doubled or replaced, or an end cut off."""
+    """Return a strategy that applies up to four changes to `valid`.
+
+    A change flips a bit, writes a number, drops, doubles or replaces a piece, or cuts off the end.
+    """
 
     @st.composite
     def mutated(draw: st.DrawFn) -> bytes:
@@ -70,7 +74,7 @@ def mutated_bytes(valid: bytes) -> st.SearchStrategy[bytes]:
 
 
 def mutated_json(valid: Any) -> st.SearchStrategy[Any]:
-    """`valid`, parsed JSON, with up to three values replaced, left out, moved or added."""
+    """Return a strategy that replaces, wraps, drops or adds up to three values of `valid`, parsed JSON."""
 
     @st.composite
     def mutated(draw: st.DrawFn) -> Any:
@@ -100,7 +104,7 @@ def mutated_json(valid: Any) -> st.SearchStrategy[Any]:
 def fuzz(
     strategy: st.SearchStrategy[Input], *allowed: type[Exception], examples: int = EXAMPLES
 ) -> Callable[[Callable[[Input], object]], Callable[[], None]]:
-    """Decorates a reader: see above."""
+    """Return a decorator that turns a reader into a test. See the module's docstring."""
 
     def of(reader: Callable[[Input], object]) -> Callable[[], None]:
         @tries(examples, suppress_health_check=list(HealthCheck))
@@ -115,14 +119,15 @@ def fuzz(
                 assert len(text) <= LONGEST_MESSAGE, text[:100]
             assert time.monotonic() - began < LONGEST
 
-        test.__name__, test.__doc__ = reader.__name__, reader.__doc__
+        test.__name__ = reader.__name__
+        test.__doc__ = reader.__doc__
         return test
 
     return of
 
 
 def _places(value: Any, way: Way = ()) -> Iterator[Way]:
-    """The ways to every value in `value`."""
+    """Yield the paths to all values inside `value`."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(items)[:50]:
         yield (*way, key)

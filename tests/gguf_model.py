@@ -10,7 +10,8 @@ import numpy as np
 
 
 def decoder_shapes(hidden: int, inner: int, heads: int, kv_heads: int, width: int, norms: bool) -> dict[str, Any]:
-    query, kv = heads * width, kv_heads * width
+    query = heads * width
+    kv = kv_heads * width
     shapes: dict[str, Any] = {"token_embd": (32, hidden), "output_norm": (hidden,), "output": (32, hidden)}
     layer: dict[str, Any] = {"attn_q": (query, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
     layer |= {"attn_output": (hidden, query), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
@@ -20,7 +21,8 @@ def decoder_shapes(hidden: int, inner: int, heads: int, kv_heads: int, width: in
 
 
 def t5_shapes(hidden: int, inner: int, heads: int, width: int) -> dict[str, Any]:
-    query, shapes = (heads * width, hidden), {"token_embd": (32, hidden), "output": (32, hidden)}
+    query = (heads * width, hidden)
+    shapes = {"token_embd": (32, hidden), "output": (32, hidden)}
     for side, attentions in (("enc", ("attn",)), ("dec", ("attn", "cross_attn"))):
         shapes[f"{side}.output_norm"] = (hidden,)
         shapes[f"{side}.blk.0.attn_rel_b"] = (32, heads)
@@ -43,9 +45,12 @@ def gpt2_shapes(hidden: int) -> dict[str, Any]:
 
 
 def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only: str = "attn") -> Path:
-    """A model of two layers with random weights; matrices with `only` in their names are quantized to a kind."""
-    hidden, inner, heads, kv_heads = 64, 96, 4, 4 if architecture == "t5" else 2
-    width = 128 if architecture == "qwen3" else hidden // heads  # transformers takes Qwen 3's heads to be 128 wide
+    """Write a model of two layers with random weights. Matrices with `only` in their names are quantized to `kind`."""
+    hidden = 64
+    inner = 96
+    heads = 4
+    kv_heads = 4 if architecture == "t5" else 2
+    width = 128 if architecture == "qwen3" else hidden // heads  # transformers assumes this size for Qwen 3
     if architecture == "t5":
         shapes = t5_shapes(hidden, inner, heads, width)
     elif architecture == "gpt2":
@@ -61,7 +66,7 @@ def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only
             shapes[f"blk.{block}.attn_qkv"] = sum(parts), hidden
             shapes[f"blk.{block}.ffn_up"] = 2 * shapes.pop(f"blk.{block}.ffn_gate")[0], hidden
     if architecture == "gemma2":
-        del shapes["output"]  # it is tied
+        del shapes["output"]  # tied to the embedding
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -73,7 +78,7 @@ def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only
     writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(32)
     if architecture == "phi3":
-        writer.add_pad_token_id(0)  # transformers' own is beyond the embedding
+        writer.add_pad_token_id(0)  # the default of transformers is not in the embedding
     if architecture in ("t5", "gemma2", "gemma3"):
         writer.add_key_length(width)
     if architecture == "t5":

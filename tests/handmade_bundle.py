@@ -1,4 +1,4 @@
-"""A bundle written by hand, with no real engine."""
+"""Bundles without real engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERIFICATION = {"passed": True, "against": "model", "checks": [CHECK], "greedy":
 
 
 def write_bundle(folder: Path, **changes: Any) -> Path:
-    """A bundle with a full manifest and no real engine: graphs that hold their producer's name."""
+    """Write a bundle with a complete manifest. Its graphs contain only the name of their producer."""
     folder.mkdir()
     names = ["shallow.onnx", "deep.onnx"]
     if changes.get("encoder_capacity"):

@@ -1,4 +1,4 @@
-"""The library of our own operators, built by the compiler and with the flags that a test wants."""
+"""Builds the library of custom operators with the compiler and flags of a test."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def objects(folder: Path, compiler: str, processor: str, *extra: str, **replaced: str) -> list[str]:
-    """Every file of the library, compiled into `folder` with the flags of setup.py, `replaced` for files of that name,
-    and `extra` ones behind them."""
+    """Compile every file of the library into `folder`, and return the object files.
+
+    Args:
+        folder: Output folder.
+        compiler: Name of the compiler.
+        processor: Processor to build for.
+        extra: Additional flags, after all others.
+        replaced: Flags by name of the source file, instead of those in setup.py.
+    """
     sys.path.insert(0, str(ROOT))
     import setup
 
@@ -32,7 +39,7 @@ def objects(folder: Path, compiler: str, processor: str, *extra: str, **replaced
 
 
 def check_program(folder: Path, compiler: str, processor: str, *extra: str, **replaced: str) -> Path:
-    """kernel_check.cpp with the library in it, which needs nothing else to run."""
+    """Build kernel_check.cpp with the library as a static program, and return its path."""
     source = [f"-I{ROOT / 'runtime/kernels/source'}", str(ROOT / "tests/kernel_check.cpp")]
     files = objects(folder, compiler, processor, *extra, **replaced)
     program = folder / "kernel_check"
@@ -41,7 +48,7 @@ def check_program(folder: Path, compiler: str, processor: str, *extra: str, **re
 
 
 def run(*command: str) -> str:
-    """The output of a program; AssertionError with all that it printed where it fails."""
+    """Run a program and return its output. If it fails, raise AssertionError with everything it printed."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout

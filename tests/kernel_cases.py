@@ -1,4 +1,4 @@
-"""Products with packed weights by the library of our own operators, and what they must be."""
+"""Products with packed weights by the library of custom operators, and float64 references."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ INSTRUCTIONS = ("avx2", "avx2-vnni", "avx512", "avx512-vnni", "amx")
 
 @dataclass(frozen=True)
 class Case:
-    """A weight [outputs, inputs], as it was rounded and packed; `values` is what it stands for."""
+    """A quantized weight [outputs, inputs].
+
+    Attributes:
+        packed: The weight in the layout of the kernels.
+        values: The dequantized weight, float64 [outputs, inputs].
+    """
 
     outputs: int
     inputs: int
@@ -44,8 +49,11 @@ class Case:
 def random_case(
     rng: np.random.Generator, outputs: int, inputs: int, bits: int, block: int = 32, bias: bool = False
 ) -> Case:
-    """Every other weight in 4 or 5 bits has offsets in place of zero points. Of multiples of 256 inputs every other of
-    these has multiples, and 6 bits have; of other numbers 6 bits become 5."""
+    """Return a random weight.
+
+    Weights in 4 or 5 bits randomly have offsets instead of zero points. If the number of inputs is a multiple of 256,
+    they also randomly have multiples, and weights in 6 bits always have. Otherwise 6 bits become 5.
+    """
     if bits in (5, 6) or (bits == 4 and inputs % 256 == 0 and rng.integers(2)):
         case = case_in_file(rng, outputs, inputs, bits, block)
         return replace(case, bias=rng.standard_normal(outputs).astype(np.float32) if bias else None)
@@ -58,6 +66,7 @@ def random_case(
 
 
 def case_in_file(rng: np.random.Generator, outputs: int, inputs: int, bits: int, block: int) -> Case:
+    """Return a random weight in a block format of GGUF files. See `random_case`."""
     bits = 5 if bits == 6 and inputs % 256 else bits
     multiples = bits != 5 or (inputs % 256 == 0 and bool(rng.integers(2)))
     offsets = bits != 6 and (multiples or bool(rng.integers(2)))
@@ -72,9 +81,10 @@ def case_in_file(rng: np.random.Generator, outputs: int, inputs: int, bits: int,
 
 
 def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarray | None = None) -> Case:
-    """`values` are worked out from the quantized weight, not from the packed one."""
+    """Return the case of a quantized weight. `values` are computed before packing."""
     outputs, blocks = rounded.data.shape[:2]
-    data, zeros = rounded.data, np.full((outputs, blocks), 1 << (bits - 1))
+    data = rounded.data
+    zeros = np.full((outputs, blocks), 1 << (bits - 1))
     if bits == 4:
         data = np.stack([data & 15, data >> 4], -1).reshape(outputs, blocks, block)
         if rounded.zero_points is not None:
@@ -82,10 +92,12 @@ def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarr
             zeros = np.stack(halves, -1).reshape(outputs, -1)[:, :blocks]
     if rounded.offsets is not None:
         zeros = np.zeros_like(zeros)
-    scales, offsets = rounded.scales.astype(np.float64), 0 if rounded.offsets is None else rounded.offsets
+    scales = rounded.scales.astype(np.float64)
+    offsets = 0 if rounded.offsets is None else rounded.offsets
     if (multiples := rounded.multiples) is not None:
         scales, offsets = (np.repeat(part, 256 // block, 1) if np.ndim(part) else part for part in (scales, offsets))
-        scales, offsets = scales * multiples[..., 0], offsets * multiples[..., -1].astype(np.float64)
+        scales = scales * multiples[..., 0]
+        offsets = offsets * multiples[..., -1].astype(np.float64)
     values = (data.astype(np.float64) - zeros[..., None]) * scales[..., None]
     values += np.broadcast_to(offsets, scales.shape)[..., None]
     given = None if bias is None else bias.astype(np.float32)
@@ -103,7 +115,7 @@ class _Weight(ctypes.Structure):
 
 
 class _Product(ctypes.Structure):
-    """The struct of runtime/kernels/source/packed_linear.h."""
+    """Mirrors the struct in runtime/kernels/source/packed_linear.h."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),
@@ -138,19 +150,41 @@ def multiply(
     keeps_norm: np.ndarray | None = None,
     prompt: bool = False,
 ) -> np.ndarray:
-    """By the kernels of an instruction set, on one thread, without ONNX Runtime. With a `shift` it is a layer
-    norm; `keeps_norm`: what the norm must be, which is kept. ValueError where they refuse."""
+    """Return the product by the kernels of an instruction set, on one thread and without ONNX Runtime.
+
+    Args:
+        instructions: Name of the instruction set.
+        x: Inputs, float32 [R, inputs].
+        case: The weight.
+        library: Path of the library.
+        skip: Added to `x` before the norm.
+        norm: Weight of the norm.
+        activation: One of ACTIVATIONS.
+        up: Second weight.
+        beside: Append the product with `up` to the result, instead of multiplying with it.
+        shift: Bias of the norm, which is then a layer norm.
+        keeps_norm: Expected output of the norm, which the kernel must also return.
+        prompt: Use the kernels for prompts.
+
+    Raises:
+        ValueError: If the kernels reject the call.
+    """
     call = ctypes.CDLL(str(library)).freeexport_packed_linear
     call.restype = ctypes.c_char_p
     outputs = case.outputs + (up.outputs if beside and up else 0)
-    y, total = np.full((len(x), outputs), np.nan, np.float32), np.full_like(x, np.nan)
+    y = np.full((len(x), outputs), np.nan, np.float32)
+    total = np.full_like(x, np.nan)
     inputs = map(_address, (x, skip, norm, shift))
     product = _Product(len(x), *inputs, EPSILON, ACTIVATIONS.index(activation))
     product.weight = _weight(case)
     if up is not None:
         product.up = _weight(up)
-    product.total, product.y, product.beside = _address(total), _address(y), beside
-    product.layer, product.keeps_norm, product.prompt = shift is not None, keeps_norm is not None, prompt
+    product.total = _address(total)
+    product.y = _address(y)
+    product.beside = beside
+    product.layer = shift is not None
+    product.keeps_norm = keeps_norm is not None
+    product.prompt = prompt
     problem = call(instructions.encode(), ctypes.byref(product))
     if problem is not None:
         raise ValueError(problem.decode())
@@ -170,12 +204,12 @@ def _address(array: np.ndarray | None) -> int | None:
 
 
 def here(instructions: str, library: Path = LIBRARY) -> bool:
-    """Whether this processor has them."""
+    """Return True if this processor supports the instructions."""
     return ctypes.CDLL(str(library)).freeexport_supports(instructions.encode()) == 1
 
 
 def with_rounded_rows(x: np.ndarray, case: Case) -> np.ndarray:
-    """The product in float64, of rows rounded as the operator says it does."""
+    """Return the product in float64, with rows rounded as specified for the operator."""
     grouped = np.pad(x, ((0, 0), (0, -case.inputs % 32))).reshape(len(x), -1, 32)
     peak = np.abs(grouped).max(-1, keepdims=True)
     steps = np.rint(grouped * np.where(peak > 0, np.float32(127) / np.maximum(peak, 1e-30), 0))
@@ -185,8 +219,11 @@ def with_rounded_rows(x: np.ndarray, case: Case) -> np.ndarray:
 
 
 def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSession:
-    """ONNX Runtime's, with a graph of one PackedLinear. `changes` are attributes, or tensors by the names of inputs;
-    `skip` is a second input of the graph where it is given."""
+    """Return an ONNX Runtime session of one PackedLinear node.
+
+    Args:
+        changes: Attributes, or tensors by the names of inputs. `skip` adds a second input to the graph.
+    """
     attributes = {"N": case.outputs, "K": case.inputs, "bits": case.bits, "block_size": case.block}
     tensors = dict.fromkeys(INPUTS) | case.tensors
     for name, value in changes.items():
@@ -199,7 +236,7 @@ def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSes
 
 
 def packed_rows(case: Case, constant: bool = True, **changes: Any) -> ort.InferenceSession:
-    """A graph of one PackedRows: indices -> rows."""
+    """Return a session of one PackedRows node: indices -> rows."""
     attributes = {"N": case.outputs, "K": case.inputs, "block_size": case.block, "bits": case.bits} | changes
     given = {"indices": TensorProto.INT64} | ({} if constant else {"data": TensorProto.UINT8})
     tensors = {name: getattr(case.packed, name) for name in ("data", "scales", "offsets", "multiples")}
@@ -209,14 +246,14 @@ def packed_rows(case: Case, constant: bool = True, **changes: Any) -> ort.Infere
 
 
 def best_two(threads: int = 1) -> Any:
-    """logits -> the best two of each row, and log sum exp, by ONNX Runtime."""
+    """Return a function: logits -> the best two tokens and log-sum-exp of each row, by a BestTwo node."""
     outputs = {"top": TensorProto.INT64, "log_sum": TensorProto.FLOAT}
     made = one_node("BestTwo", {"logits": TensorProto.FLOAT}, outputs, {}, threads=threads)
     return lambda logits: made.run(None, {"logits": logits})
 
 
 def predictions(logits: np.ndarray, emitted: Any = None, known: Any = None, margin: int = 1, other: int = 0) -> Any:
-    """Token, confidence and nll of logits [R, C] by Predict."""
+    """Return token, confidence and nll of logits [R, C] by a Predict node."""
     tokens = {"emitted": emitted, "known": known}
     arrays = {name: np.array(array, np.int64) for name, array in tokens.items() if array is not None}
     given = {"logits": TensorProto.FLOAT} | dict.fromkeys(arrays, TensorProto.INT64)
@@ -228,9 +265,10 @@ def predictions(logits: np.ndarray, emitted: Any = None, known: Any = None, marg
 
 
 def whole_vocabulary(known: np.ndarray, vocabulary: int, unknown: float) -> ort.InferenceSession:
-    """A graph of one WholeVocabulary: logits [R, C] of known tokens -> y [R, vocabulary]."""
+    """Return a session of one WholeVocabulary node: logits [R, C] of known tokens -> y [R, vocabulary]."""
     sizes: dict[str, Any] = {"vocabulary": vocabulary, "unknown": float(unknown)}
-    given, names = {"logits": TensorProto.FLOAT}, ["logits", "known"]
+    given = {"logits": TensorProto.FLOAT}
+    names = ["logits", "known"]
     return one_node("WholeVocabulary", given, ["y"], {"known": known}, names, **sizes)
 
 
@@ -243,8 +281,17 @@ def one_node(
     threads: int = 1,
     **attributes: object,
 ) -> ort.InferenceSession:
-    """ONNX Runtime's, with a graph of one of our operators: types of its inputs and outputs (float if not said), and
-    the names of what the node reads in order, those of `given` if not said."""
+    """Return an ONNX Runtime session of one node of a custom operator.
+
+    Args:
+        kind: Type of the operator.
+        given: Types of the graph's inputs.
+        outputs: Types of the outputs, or names of outputs that are float.
+        constants: Initializers of the graph.
+        names: Inputs of the node, in order. Default: those of the graph.
+        threads: Threads of the session.
+        attributes: Attributes of the node.
+    """
     types = outputs if isinstance(outputs, dict) else dict.fromkeys(outputs, TensorProto.FLOAT)
     node = helper.make_node(kind, list(names or given), list(types), domain=DOMAIN, **attributes)
     ends = ([helper.make_tensor_value_info(*value, None) for value in part.items()] for part in (given, types))
@@ -256,7 +303,8 @@ def one_node(
 
 def session_of(model: onnx.ModelProto | Path, threads: int = 1) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
     options.register_custom_ops_library(str(LIBRARY))
     given = str(model) if isinstance(model, Path) else model.SerializeToString()
     return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])

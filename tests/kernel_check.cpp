@@ -1,6 +1,7 @@
-// A program that tries every instruction set of the library that it is linked with, where Python is not to be had: under
-// an emulator, say. Products against float64, everything against plain C++, bit for bit; and a number that is the same
-// on every processor, made of all results of plain C++.
+// Program that checks every instruction set of the library it is linked with, where Python is not
+// available, for example in an emulator. Compares products with float64, and all results with plain
+// C++, bit for bit. Prints a digest of the results of plain C++, which is the same on every
+// processor.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +19,7 @@ std::mt19937 random_bits(1);
 uint64_t digest = 1469598103934665603u;  // FNV-1a
 
 int64_t between(int64_t low, int64_t high) { return low + random_bits() % (high - low + 1); }
-// About normal, without the library's own functions, which differ from one to the next.
+// Approximately normal. The functions of the standard library differ between implementations.
 float value() {
   int64_t sum = 0;
   for (int i = 0; i < 4; i++) sum += between(-1000, 1000);
@@ -70,7 +71,7 @@ struct Packed {
     scales.resize(weight.panels() * weight.scales_of_panel() * kPanel);
     zeros.resize(scales.size());
     for (auto& one : data) one = random_bits();
-    for (auto& one : scales) one = (between(0, 1) << 15) | between(0, 0x3c00);  // up to 1, with denormal ones
+    for (auto& one : scales) one = (between(0, 1) << 15) | between(0, 0x3c00);  // up to 1, with subnormals
     for (auto& one : zeros) one = between(0, bits == 4 ? 15 : 255);
     weight.data = data.data(), weight.scales = scales.data();
     offsets.resize(scales.size());
@@ -82,7 +83,7 @@ struct Packed {
     if (between(0, 1)) weight.bias = bias.data();
   }
 
-  // By the layout that packed_linear.h describes.
+  // Reads a value in the layout of packed_linear.h.
   double at(int64_t output, int64_t input) const {
     const int64_t panel = output / kPanel, lane = output % kPanel, group = input / kGroup, quad = input % kGroup / 4;
     const uint8_t* bytes = data.data() + (panel * weight.groups() + group) * weight.group_bytes() + lane * 4 + input % 4;
@@ -107,7 +108,7 @@ struct Packed {
   }
 };
 
-// Rows that are rounded to 8 bits as the operator says it does, times the weight.
+// Compares y with the product of the weight and rows that are rounded to 8 bits as in the operator.
 void expect_product(const Product& product, const std::vector<float>& y, const Packed& packed) {
   const int64_t inputs = product.weight.inputs, outputs = product.weight.outputs;
   double largest = 0, furthest = 0;
@@ -214,7 +215,7 @@ void try_best_two(const std::vector<const Kernels*>& all) {
 
 }  // namespace
 
-// The names of the instruction sets that must be here.
+// Arguments: names of the instruction sets that must be supported.
 int main(int count, char** names) {
   std::vector<const Kernels*> all;
   for (int i = 1; i < count; i++) {

@@ -1,7 +1,8 @@
-"""Run as a script with a folder to build in: every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Script that runs every kernel with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-The second process has the sanitizer's library loaded first, as it must be. Kernels for AVX-VNNI are tried with the same
-instructions as AVX-512 encodes them, on a processor that has only those.
+The argument is a folder for the build. The checks run in a second process, because the sanitizer's library must be
+loaded first. Kernels for AVX-VNNI are compiled to the AVX-512 encoding of their instructions, so that they also run on
+processors without AVX-VNNI.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 
 
 def build(folder: Path) -> Path:
-    """The library, with the flags that setup.py has and the sanitizers."""
+    """Build the library with the flags of setup.py and the sanitizers."""
     as_avx512 = "-mavx2 -mfma -mf16c -mavx512vl -mavx512vnni"
     files = objects(folder, "g++", "x86_64", *SANITIZE, avx2_vnni=as_avx512)
     library = folder / "sanitized.so"
@@ -31,7 +32,8 @@ def check(library: Path) -> None:
     from attention_cases import attend, random_call, random_layer
     from kernel_cases import ACTIVATIONS, INSTRUCTIONS, here, multiply, random_case
 
-    rng, count = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    count = 0
     names = [name for name in INSTRUCTIONS if here(name, library)]
     tiled = [name for name in ("amx", "scalar-bf16") if here(name, library)]
     others = {4: 8, 5: 6, 6: 4, 8: 5}
@@ -67,7 +69,7 @@ def check(library: Path) -> None:
 
 
 def run_in_onnx_runtime(library: Path) -> None:
-    """The operators around the kernels, on several threads."""
+    """Run the operators that use the kernels, with several threads."""
     import kernel_cases
     import numpy as np
     from attention_cases import attention_session, feeds, random_call, random_layer
@@ -101,7 +103,7 @@ if __name__ == "__main__":
     else:
         library = build(Path(sys.argv[1]))
         runtime_library = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
-        # Python's own allocations are never given back.
+        # Python never frees some of its allocations.
         environment = {
             **os.environ,
             "LD_PRELOAD": runtime_library,

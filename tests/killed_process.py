@@ -1,4 +1,4 @@
-"""Work that is killed before a change of the file system, in a process of its own."""
+"""Runs work in a process that is killed before a change of the file system."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ KILLED = 9
 
 
 def killed_before(change: int, places: dict[Any, tuple[str, ...]], work: Callable[[], object]) -> bool:
-    """Do the work in a process that ends, as by a kill, before so many calls of the functions named in `places`;
-    whether it was ended."""
+    """Run `work` in a process that exits, as if killed, after `change` calls of some functions.
+
+    Args:
+        change: Number of calls that are completed.
+        places: Names of the counted functions, by module or class.
+        work: Function to run.
+
+    Returns:
+        True if the process exited early.
+    """
     process = os.fork()
     if process:
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -1,4 +1,4 @@
-"""A manifest and a calibration for tests of what is written in one."""
+"""A manifest and a calibration for tests."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What hypothesis tries: the same examples in every run, or others and more of them, in search of a failure.
+"""Profiles of hypothesis: the same examples in every run, or a search for failures in many random ones.
 
-`pytest -m hypothesis --hypothesis-profile search` searches among 20 times as many examples, or FREEEXPORT_SEARCH_TIMES.
-With `--hypothesis-seed N` every search with this seed tries the same ones.
+`pytest -m hypothesis --hypothesis-profile search` tries 20 times as many examples, or FREEEXPORT_SEARCH_TIMES times as
+many. `--hypothesis-seed N` makes a search repeatable.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ SEARCH = "search"
 TIMES = int(os.environ.get("FREEEXPORT_SEARCH_TIMES", "20"))
 USUAL = settings.get_profile("default").max_examples
 
-# How long an example takes says something about the machine, not about the code.
+# No deadline, because the time of an example depends on the machine.
 settings.register_profile(REPEATED, deadline=None, derandomize=True)
 settings.register_profile(SEARCH, deadline=None, max_examples=TIMES * USUAL, print_blob=True)
 
 
-# Else it draws numbers and texts of the project's modules too: of those that the tests before happened to import.
+# Hypothesis would also draw constants of the project's modules, which depend on the modules imported by earlier tests.
 providers._get_local_constants = Constants
 
 
 def tries(count: int, **others: Any) -> settings:
-    """Decorates a property test: try `count` examples, in the search `TIMES` as many."""
+    """Return a decorator for a property test: try `count` examples, or TIMES as many in a search."""
     return settings(max_examples=count * settings.default.max_examples // USUAL, **others)

@@ -1,4 +1,4 @@
-"""An engine that records its calls."""
+"""Engine that records its calls, for tests of decoding loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 4
 
 
 def alone(coroutine: Loop) -> Iterator[Token]:
-    """Run what a coroutine waits for, at once: its tokens."""
+    """Run a loop without other sequences, and yield its tokens."""
     try:
         for item in coroutine:
             if isinstance(item, SlotCall):
@@ -30,15 +30,25 @@ def alone(coroutine: Loop) -> Iterator[Token]:
         coroutine.close()
 
 
-SHALLOW_TOKEN, DEEP_TOKEN = 1000, 2000  # plus the position that predicts the token
+# The position that predicts a token is added.
+SHALLOW_TOKEN = 1000
+DEEP_TOKEN = 2000
 
 
 @dataclass
 class Recorder:
-    """An engine that writes the token it read at each position into its cache, and checks where it is called.
+    """Engine that writes the token read at each position into its cache, and checks the positions of calls.
 
-    A hidden state is [position, token, ...]. The shallow confidence at position p is `trace[p]`, the deep cross-entropy
-    of whatever was drafted there `nll[p]`. The deep decoder agrees with the shallow one where `agrees[p]`.
+    A hidden state is [position, token, ...].
+
+    Attributes:
+        cache: KV cache.
+        name: "shallow" or "deep".
+        trace: Shallow confidence at each position.
+        nll: Deep cross-entropy of the drafted token at each position. Default: 0.
+        agrees: Flag for each position: the deep decoder agrees with the shallow one. Default: it never agrees.
+        calls: Number of rows of each call.
+        heads: Number of rows of each call that have a prediction.
     """
 
     cache: KVCache
@@ -64,15 +74,18 @@ class RecordedCall:
     outputs: Mapping[str, Any]
 
     def run(self) -> None:
-        engine, inputs, outputs = self.engine, self.inputs, self.outputs
+        engine = self.engine
+        inputs = self.inputs
+        outputs = self.outputs
         (past,), (rows,) = inputs["past_lengths"], inputs["query_lengths"]
         positions = np.arange(past, past + rows)
         if engine.name == "shallow":
             tokens = inputs["input_ids"][0]
-            outputs["hidden"][0, :, 0], outputs["hidden"][0, :, 1] = positions, tokens
+            outputs["hidden"][0, :, 0] = positions
+            outputs["hidden"][0, :, 1] = tokens
         else:
             hidden = inputs["hidden"][0]
-            # Absolute positions, in order, none left out: what a sync pass must get.
+            # A sync pass must receive all positions in order.
             assert hidden[:, 0].tolist() == positions.tolist()
             tokens = hidden[:, 1]
         assert len(tokens) == rows
@@ -93,16 +106,22 @@ def prompt_of(length: int) -> np.ndarray:
 
 
 def cached(engine: Recorder, length: int) -> set[tuple[float, ...]]:
-    """The valid rows of every array of a cache; one element where all layers agree."""
+    """Return the distinct valid rows of a cache's arrays. One element means that all layers agree."""
     return {tuple(array[0, 0, :length, 0].tolist()) for array in engine.cache.arrays.values()}
 
 
 def decoded(
     loop: Callable[..., Loop], decoder: Decoder, prompt: np.ndarray, limit: int, *settings: Any, **options: Any
 ) -> Loop:
-    """Decode a request by `loop`: a prompt's own prediction first, but for an encoder-decoder, whose prompt is
-    none: [0] stands for its start token. `head`: whether the prompt's last row has the shallow head."""
-    head, response = options.pop("head", True), Response(prompt, limit)
+    """Decode a request with `loop`.
+
+    A prompt first yields its own prediction, except START, which stands for the start token of an encoder-decoder.
+
+    Args:
+        options: Options of the loop. `head=False` skips the shallow head for the prompt's last row.
+    """
+    head = options.pop("head", True)
+    response = Response(prompt, limit)
     if prompt.tolist() == START:
         decoder.begin(exits=True)
     else:

@@ -1,7 +1,7 @@
-"""FREE decoding written slowly and independently, on Hugging Face modules: the numbers our engines must reproduce.
+"""Independent reference of FREE decoding on Hugging Face modules, slow and without caches.
 
-No cache anywhere. The deep decoder gets the state after layer S of every position, exited or not, so recomputing the
-whole emitted sequence gives exactly what synchronised passes give. The shallow decoder is the model cut after layer S.
+The shallow decoder is the model cut after layer S. The deep decoder reads the state after layer S of every position,
+exited or not. Recomputing the whole sequence is therefore equivalent to synchronized passes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ Mode = Literal["free", "full"]
 
 @dataclass
 class Reference:
-    """The output of FREE. All lists but `sync_sizes` run parallel to `token_ids` (end of sequence included, no prompt).
+    """Output of FREE. All lists except `sync_sizes` have one element per token.
 
-    `forced`: the token would have exited, but the stack was full. `gaps`: best minus second best logit of whichever
-    decoder emitted. `sync_sizes`: rows of each deep call after a prefill (in mode `full` all 1). `stacked`: pending
-    tokens after each step. `predicted`: tokens that the deep decoder predicts by reading the prompt, without a counted
-    deep call: 1, of an encoder-decoder 0, whose first token is decided like the others.
+    Attributes:
+        threshold: Threshold of the request.
+        mode: Decoding mode.
+        token_ids: Generated tokens, including the end of the sequence.
+        exited: True for tokens of the shallow decoder.
+        confidence: Shallow confidence. None in mode "full".
+        forced: True if the token would have exited, but the stack was full.
+        gaps: Best minus second best logit of the decoder that emitted the token.
+        stacked: Number of pending tokens after each step.
+        sync_sizes: Rows of each deep call after the prefill. All are 1 in mode "full".
+        finish_reason: Reason for the end.
+        predicted: Tokens that the deep decoder predicts while it reads the prompt, without a counted call. 1, or 0 for
+            an encoder-decoder, whose first token is decided like all others.
     """
 
     threshold: float
@@ -41,8 +50,13 @@ class Reference:
     predicted: int = 1
 
     def step(self, shallow: torch.Tensor, deep: torch.Tensor, max_pending: int) -> int:
-        """Decide on the next token from both decoders' logits [vocab], of an exit with a class of its own for the
-        tokens that it does not know [vocab + 1]; returns it."""
+        """Choose the next token and return it.
+
+        Args:
+            shallow: Logits [vocab], or [vocab + 1] if the exit has a class for unknown tokens.
+            deep: Logits [vocab].
+            max_pending: Maximum number of rows of a deep call.
+        """
         first = len(self.token_ids) < self.predicted
         pending = self.stacked[-1] if self.stacked else 0
         confidence = None if self.mode == "full" else confidence_of(shallow, len(deep))
@@ -71,10 +85,12 @@ def free_decode(
     mode: Mode = "free",
     stop: Callable[[list[int]], bool] | None = None,
 ) -> Reference:
-    """Decode greedily the FREE way; `max_pending` is the most rows of a deep call.
+    """Decode greedily with FREE.
 
-    `eos_ids` None takes those of the model's generation config. `stop` sees the emitted ids after each token and says
-    whether to end there.
+    Args:
+        max_pending: Maximum number of rows of a deep call.
+        eos_ids: IDs that end the sequence. Default: those of the model's generation configuration.
+        stop: Called with the emitted ids after each token. Returns True to end the sequence.
     """
     ends = set(_eos_ids(model) if eos_ids is None else eos_ids)
     run = Run(model, prompt_ids, exit_layer)
@@ -100,10 +116,10 @@ def replay(
     max_pending: int = 16,
     mode: Mode = "free",
 ) -> Reference:
-    """Decide each step after `token_ids[:step]`, from one forward pass: `free_decode` for large models.
+    """Choose the token after each `token_ids[:step]` with a single forward pass, for large models.
 
-    It equals `free_decode` up to and including the first place where it differs from `token_ids`, if there is one;
-    what follows is meaningless. `finish_reason` is not set.
+    The result equals that of `free_decode` up to and including the first difference from `token_ids`. Later tokens are
+    meaningless. `finish_reason` is not set.
     """
     shallow, deep = Run(model, prompt_ids, exit_layer).logits(token_ids[:-1])
     reference = Reference(threshold, mode, predicted=predicted_of(model))
@@ -116,12 +132,12 @@ Keeps = Callable[[torch.Tensor, int], bool]
 
 
 def unlikely_goes(limit: float) -> Keeps:
-    """Rollback: a token stays unless its cross-entropy under the deep decoder, in nats, exceeds `limit`."""
+    """Return the rule of rollback: keep a token if its deep cross-entropy is at most `limit` nats."""
     return lambda deep, token: float(-deep.double().log_softmax(-1)[token]) <= limit
 
 
 def only_the_deep_choice_stays(deep: torch.Tensor, token: int) -> bool:
-    """Lossless: a token stays if the deep decoder would have said it."""
+    """Rule of lossless: keep a token if the deep decoder predicts the same."""
     return int(deep.argmax()) == token
 
 
@@ -135,16 +151,24 @@ def draft_decode(
     max_pending: int = 16,
     eos_ids: Iterable[int] = (),
 ) -> Reference:
-    """FREE whose exited tokens are drafts until the next deep call: it keeps them up to the first that `keeps` (deep
-    logits [vocab], token) refuses, whose place the deep choice takes. A draft that would end the request calls the deep
-    decoder at once. `stacked` is not recorded."""
-    ends, run = set(eos_ids), Run(model, prompt_ids, exit_layer)
+    """Decode greedily with exits as drafts, which the next deep call verifies.
+
+    Drafts are kept up to the first one that is rejected, which the deep prediction replaces. A draft that would end the
+    request calls the deep decoder at once. `stacked` is not recorded.
+
+    Args:
+        keeps: Called with deep logits [vocab] and a drafted token. Returns False to reject the draft.
+        max_pending: Maximum number of rows of a deep call.
+    """
+    ends = set(eos_ids)
+    run = Run(model, prompt_ids, exit_layer)
     reference = Reference(threshold, "free", predicted=predicted_of(model))
     if reference.predicted:
         shallow, deep = run.logits([])
         _record(reference, deep[-1], False, confidence_of(shallow[-1], deep.shape[-1]))
     while len(reference.token_ids) < max_new_tokens and not ends.intersection(reference.token_ids[-1:]):
-        final, drafts = list(reference.token_ids), list[int]()
+        final = list(reference.token_ids)
+        drafts = list[int]()
         while True:
             shallow, deep = run.logits(final + drafts)
             exits = confidence_of(shallow[-1], deep.shape[-1]) > threshold
@@ -177,16 +201,17 @@ def _record(reference: Reference, chosen: torch.Tensor, exited: bool, confidence
 
 
 def predicted_of(model: Any) -> int:
-    """The tokens that reading the prompt predicts: `Reference.predicted`."""
+    """Return the value of `Reference.predicted` for a model."""
     return int(not model.config.is_encoder_decoder)
 
 
 class Run:
-    """Logits of one prompt's continuations under both decoders; an encoder runs once."""
+    """Computes logits of both decoders for continuations of a prompt. An encoder runs only once."""
 
     def __init__(self, model: Any, prompt_ids: Sequence[int], exit_layer: int) -> None:
-        self.model, self.exit_layer = model, exit_layer
-        self.read: list[torch.Tensor] = []  # what the head read in its last call
+        self.model = model
+        self.exit_layer = exit_layer
+        self.read: list[torch.Tensor] = []  # input of the head in its last call
         if getattr(model, "exit_vocabulary", None) is not None:
             keep = self.read.__setitem__
             model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: keep(slice(None), inputs))
@@ -201,12 +226,12 @@ class Run:
 
     @torch.no_grad()
     def logits(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shallow and deep logits [len(token_ids) + 1, vocab] that predict each token and the one after the last."""
+        """Return shallow and deep logits [len(token_ids) + 1, vocab] for each token and the next one."""
         ids = torch.cat([self.prompt, torch.tensor([list(token_ids)], dtype=torch.long)], dim=1)
         name = "decoder_input_ids" if self.inputs else "input_ids"
         deep = self.model(**self.inputs, **{name: ids}, use_cache=False).logits
         own = getattr(self.model, "own_exit", None)
-        if own is not None:  # layers of the exit's own
+        if own is not None:  # the exit has its own layers
             out = self.model(**self.inputs, **{name: ids}, use_cache=False, output_hidden_states=True)
             states = out.decoder_hidden_states if self.inputs else out.hidden_states
             scale = self.model.config.d_model**-0.5 if getattr(self.model.config, "scale_decoder_outputs", False) else 1
@@ -224,7 +249,7 @@ class Run:
         return shallow[0, self.start - 1 :].float(), deep[0, self.start - 1 :].float()
 
     def encoded(self) -> Encoded | None:
-        """The input of cross-attention in an exit's own layers."""
+        """Return the input of cross-attention in the exit's own layers. None without an encoder."""
         if not self.inputs:
             return None
         states = self.inputs["encoder_outputs"][0]
@@ -233,14 +258,28 @@ class Run:
 
 @dataclass(frozen=True)
 class ExitVocabulary:
-    """The `tokens` int64 [n] that an exit knows, and the weight [d] and bias of the class of all others."""
+    """Vocabulary of an exit.
+
+    Attributes:
+        tokens: Tokens that the exit predicts, int64 [n].
+        weight: Weight [d] of the class of all other tokens.
+        bias: Bias of that class.
+    """
 
     tokens: torch.Tensor
     weight: torch.Tensor
     bias: float
 
     def classes(self, logits: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        """Logits [1, n, vocab] of a head that `read` states [1, n, d] -> [1, n, vocab + 1]."""
+        """Restrict logits to the vocabulary and append the class of all other tokens.
+
+        Args:
+            logits: Logits [1, n, vocab] of the head.
+            read: Input of the head [1, n, d].
+
+        Returns:
+            Logits [1, n, vocab + 1].
+        """
         whole = torch.full((*logits.shape[:2], logits.shape[2] + 1), float("-inf"))
         whole[..., self.tokens] = logits[..., self.tokens]
         whole[..., -1] = read @ self.weight + self.bias
@@ -249,7 +288,7 @@ class ExitVocabulary:
 
 @contextmanager
 def cut_after(model: Any, layers: int) -> Iterator[None]:
-    """The model without the decoder layers after the first `layers`; norm and head stay."""
+    """Cut all decoder layers after the first `layers` within the block. Norm and head stay."""
     stack = model.get_decoder()
     name = next(name for name in ("block", "layers", "h") if hasattr(stack, name))
     whole = getattr(stack, name)
@@ -261,15 +300,21 @@ def cut_after(model: Any, layers: int) -> Iterator[None]:
 
 
 def confidence_of(logits: torch.Tensor, vocabulary: int | None = None) -> float:
-    """Probability of the best token minus that of the second best; 0 where the best is none of the `vocabulary`."""
+    """Return the probability of the best token minus that of the second best.
+
+    0 if the best token is not below `vocabulary`.
+    """
     (best, second), (token, _) = logits.double().softmax(-1).topk(2)
     return 0.0 if vocabulary is not None and token >= vocabulary else float(best - second)
 
 
 def separating_threshold(reference: Reference, quantile: float = 0.5) -> float:
-    """A threshold that about `quantile` of the recorded confidences do not exceed, far from any of them.
+    """Return a threshold that about `quantile` of the recorded confidences do not exceed, far from any of them.
 
-    It is halfway across the widest of the five gaps between confidences nearest to the quantile.
+    The threshold is the middle of the widest of the five gaps nearest to the quantile.
+
+    Raises:
+        ValueError: If fewer than two confidences were recorded.
     """
     values = sorted(value for value in reference.confidence if value is not None)
     if len(values) < 2:
@@ -281,7 +326,7 @@ def separating_threshold(reference: Reference, quantile: float = 0.5) -> float:
 
 
 class Decoded(Protocol):
-    """A generation result, or another reference, that `assert_same_tokens` compares with one."""
+    """A generation result or a reference, for `assert_same_tokens`."""
 
     @property
     def token_ids(self) -> Sequence[int]: ...
@@ -300,11 +345,17 @@ def assert_same_tokens(
     confidence_margin: float = 1e-5,
     confidence_tolerance: float = 1e-3,
 ) -> int | None:
-    """Assert equal ids and exit flags; returns the first forgiven difference, None where there is none.
+    """Assert that ids and exit flags are equal, except for a tie.
 
-    The first difference is forgiven, and ends the comparison, where it is a tie: an id where the reference's top-2
-    logit gap is under `gap`, an exit flag where its confidence is within `confidence_margin` of the threshold.
-    Confidences may differ by `confidence_tolerance`.
+    The comparison ends at a tie.
+
+    Args:
+        gap: Ids may differ if the two best logits of the reference are closer than this.
+        confidence_margin: Exit flags may differ if the confidence of the reference is closer to the threshold.
+        confidence_tolerance: Maximum difference of confidences.
+
+    Returns:
+        Index of the tie, or None.
     """
     both = min(len(ours.token_ids), len(reference.token_ids))
     for index in range(both):
@@ -317,7 +368,8 @@ def assert_same_tokens(
             logit_gap = reference.gaps[index]
             assert logit_gap < gap, _difference("ids", index, ours.token_ids, reference.token_ids, f"gap {logit_gap}")
             return index
-        mine, theirs = ours.confidence[index], reference.confidence[index]
+        mine = ours.confidence[index]
+        theirs = reference.confidence[index]
         assert (mine is None) == (theirs is None), _difference("confidence", index, [mine], [theirs], "one is missing")
         if mine is not None and theirs is not None:
             close = abs(mine - theirs) <= confidence_tolerance

@@ -1,5 +1,4 @@
-"""A server in a thread of this process, on a free port, for tests of what comes over the wire; and in a process of its
-own."""
+"""Servers on a free port for tests over HTTP, in a thread or in a separate process."""
 
 from __future__ import annotations
 
@@ -23,34 +22,47 @@ from runtime import SessionOptions
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "onnx", "scipy")
-# Not the end of the sequence: the models are random.
+# Bans the end of the sequence, which random models predict at any time.
 ENDLESS = {"logit_bias": {"2": -100}}
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 class Running:
-    """`url` without /v1, `log`: its lines. `stop` as SIGTERM does; `thread` ends when it has drained."""
+    """Server in a thread.
+
+    Attributes:
+        url: Address without /v1.
+        log: Parsed log lines.
+        thread: Ends when the server has drained.
+
+    Args:
+        options: Options of the server.
+        buffer: Size of the socket buffers in bytes. Default: the system's.
+    """
 
     def __init__(self, options: ServerOptions, buffer: int | None = None) -> None:
         self.log: list[dict[str, Any]] = []
         self._listening = listen("127.0.0.1", 0)
-        self._buffer = buffer  # bytes, of sockets; None is the system's
+        self._buffer = buffer
         if buffer is not None:
             self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         self.address: tuple[str, int] = self._listening.getsockname()
         self.url = "http://{}:{}".format(*self.address)
-        self._options, self._ready, self.failed = options, threading.Event(), None
+        self._options = options
+        self._ready = threading.Event()
+        self.failed = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
         assert self._ready.wait(60), self.failed
 
     def stop(self) -> None:
+        """Shut down as after SIGTERM."""
         if self.thread.is_alive():
-            with suppress(RuntimeError):  # it ends now
+            with suppress(RuntimeError):  # the loop is closing
                 self._loop.call_soon_threadsafe(self._stop.set)
 
     def send(self, data: bytes) -> socket.socket:
-        """A connection on which this was sent."""
+        """Send data on a new connection and return the connection."""
         connection = socket.socket()
         if self._buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer)
@@ -65,7 +77,8 @@ class Running:
 
     def _run(self) -> None:
         async def main() -> None:
-            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            self._loop = asyncio.get_running_loop()
+            self._stop = asyncio.Event()
             self.service = Service(self._options, lambda line: self.log.append(json.loads(line)))
             await serve(self.service, self._listening, self._stop, lambda _: self._ready.set())
 
@@ -87,7 +100,7 @@ def running(
 
 
 def read(connection: socket.socket) -> bytes:
-    """To the end of the connection."""
+    """Read until the server closes the connection."""
     with connection:
         parts = []
         while part := connection.recv(1 << 16):
@@ -100,6 +113,7 @@ def status(response: bytes) -> int:
 
 
 def eventually(true: Callable[[], bool], seconds: float = 60) -> bool:
+    """Wait until `true` returns True, for at most `seconds`. Return its last result."""
     until = time.monotonic() + seconds
     while not true() and time.monotonic() < until:
         time.sleep(0.005)
@@ -108,8 +122,11 @@ def eventually(true: Callable[[], bool], seconds: float = 60) -> bool:
 
 @contextmanager
 def command(*arguments: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """`freeexport serve`: the process, its address and what it said before it was ready. Its last line says what heavy
-    it imported."""
+    """Run `freeexport serve` in a process.
+
+    Yields the process, its address, and its lines on standard error until it was ready. Its last line
+    names the modules of HEAVY that it imported.
+    """
     code = (
         "import sys, atexit; from freeexport.cli import main;"
         f"atexit.register(lambda: print('imported', *(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr));"

@@ -1,4 +1,4 @@
-"""A checkpoint without files, and a linear layer and its weights."""
+"""A checkpoint in memory, and the weights of a linear layer."""
 
 from __future__ import annotations
 
@@ -28,4 +28,5 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-WEIGHT, BIAS = normal(24, 40), normal(24, seed=1)
+WEIGHT = normal(24, 40)
+BIAS = normal(24, seed=1)

@@ -1,4 +1,4 @@
-"""The examples of a property are the same in every run; the search has others, and more."""
+"""Examples of a property are the same in every run. A search tries more and different ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command and program that the documentation says to run, runs."""
+"""All commands and programs in the documentation run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUN = "<!-- run -->"
 
 
 def blocks(page: Path, mark: str = RUN) -> list[tuple[str, str]]:
-    """Language and text of each block below `mark`, in order."""
+    """Return language and text of each block below `mark`, in order."""
     text = page.read_text(encoding="utf-8")
     found: list[tuple[str, str]] = re.findall(re.escape(mark) + r"\n```(\w*)\n(.*?)```", text, re.DOTALL)
     return found
@@ -51,7 +51,7 @@ def run_program(arguments: list[str]) -> None:
 
 
 def run_verb(line: str) -> None:
-    """In this process, so that torch is imported once. `> FILE` at the end takes the output."""
+    """Run a command in this process, so that torch is imported once. Supports `> FILE` at the end."""
     command, _, file = line.partition(" > ")
     arguments = shlex.split(command, comments=True)[1:]
     result = invoke(*arguments)
@@ -125,6 +125,6 @@ def test_every_page_that_the_code_names_exists() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of the headings, as GitHub makes them."""
+    """Return the anchors of the headings, as on GitHub."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

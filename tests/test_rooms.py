@@ -1,4 +1,7 @@
-"""Imports between rooms: data flows one way, from a checkpoint to a session (docs/architecture.md); and duplicates."""
+"""Checks imports between rooms, and duplicate code.
+
+Data flows in one direction, from a checkpoint to a session (docs/architecture.md).
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("runtime", "graphs", "freeexport")
-BLOCK = 10  # lines that may not stand twice
+BLOCK = 10  # lines of a block that must not be duplicated
 
-# A room is a folder of a package, or a file at its top. Every room may import the files named "everywhere".
+# A room is a folder or file at the top of a package. Every room may import those in EVERYWHERE.
 EVERYWHERE = {"runtime": {"errors", "json_file"}, "graphs": {"errors"}, "freeexport": set[str]()}
 ALLOWED: dict[str, dict[str, str]] = {
     "runtime": {
@@ -64,17 +67,17 @@ ALLOWED: dict[str, dict[str, str]] = {
         "__main__": "cli",
     },
 }
-# Which package may import which other.
+# Other packages that a package may import.
 BELOW = {"runtime": set[str](), "graphs": {"runtime"}, "freeexport": {"runtime", "graphs"}}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, those for type checkers and inside functions too."""
+    """Yield the dotted names that a file imports, including imports for type checkers and inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from freeexport import cli` names the module only here.
+            # `from freeexport import cli` has the module only among its names.
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -112,7 +115,7 @@ def test_rooms_have_no_circle(package: str) -> None:
 
 
 def code(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines without indentation; not blank ones, comments and imports."""
+    """Yield numbered lines without indentation. Skips blank lines, comments and imports."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         bare = line.strip()
         if bare and not bare.startswith(("#", "import ", "from ")):

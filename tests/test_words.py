@@ -1,4 +1,4 @@
-"""Lines of Markdown are short."""
+"""Lines of Markdown have at most 120 characters."""
 
 from __future__ import annotations
 

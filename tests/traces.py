@@ -1,4 +1,4 @@
-"""Traces for tests: drawn from a known mixture, or from a model of sequences whose tokens depend on each other."""
+"""Traces for tests, with independent tokens or with tokens that depend on their sequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from freeexport.measure.traces import Traces
 def trace(
     confidence: Sequence[float], agrees: Sequence[bool], line: int = 1, token: Sequence[int] | None = None
 ) -> Traces:
-    """One sequence."""
+    """Return the trace of one sequence."""
     nll = np.where(agrees, 0.1, 3.0)
     return Traces.one(
         line, confidence=confidence, agrees=agrees, nll=nll, token=range(len(agrees)) if token is None else token
@@ -20,7 +20,10 @@ def trace(
 
 
 def mixed(sequences: int, length: int, seed: int = 0, agree: float = 0.9) -> Traces:
-    """Independent tokens: agreeing ones Beta(6, 1), the others Beta(2, 3)."""
+    """Return traces of independent tokens.
+
+    Confidences have the distribution Beta(6, 1) if the decoders agree, else Beta(2, 3).
+    """
     random = np.random.default_rng(seed)
     made = []
     for line in range(1, sequences + 1):
@@ -31,7 +34,10 @@ def mixed(sequences: int, length: int, seed: int = 0, agree: float = 0.9) -> Tra
 
 
 def correlated(sequences: int, seed: int) -> Traces:
-    """Each sequence is easy or hard as a whole: so are its tokens, by what nobody sees in their confidences alone."""
+    """Return traces of sequences that are easy or hard as a whole.
+
+    Agreement depends on this more than confidences show.
+    """
     random = np.random.default_rng(seed)
     made = []
     for line in range(1, sequences + 1):

@@ -1,4 +1,4 @@
-"""Shared by tests of training: data, options of short runs, and what a run logged."""
+"""Helpers for tests of training: data, options of short runs, and logged values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from freeexport.training.shallow_deep import MEASURES, ShallowDeep, SharedHead
 from freeexport.training.train import Trained
 from freeexport.training.trainer import decided_rows
 
-T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
+T5 = BY_NAME["t5-deep-decoder"]
+LLAMA = BY_NAME["llama-tied"]
 
 
 class Run(NamedTuple):
@@ -31,13 +32,13 @@ class Run(NamedTuple):
 
 
 class Runs(Protocol):
-    """Trains a case, with options of `run_options`."""
+    """Trains a case with `run_options(**options)`."""
 
     def __call__(self, case: Case, **options: Any) -> Run: ...
 
 
 def write_data(directory: Path) -> None:
-    """40 words and their reverse to train on, 8 to validate."""
+    """Write 40 words with their reverse for training, and 8 for validation."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdef", k=draw.randint(2, 9))) for _ in range(48)]
     for name, part in (("train", words[:40]), ("validation", words[40:])):
@@ -46,12 +47,13 @@ def write_data(directory: Path) -> None:
 
 
 def run_options(data: Path, **changes: Any) -> TrainingOptions:
-    """Three steps of about 8 words, evaluated at the end."""
+    """Return options for three steps of about 8 words, with an evaluation at the end."""
     given = {"exit_layer": 2, "steps": 3, "batch_tokens": 160, "evaluate_every": 3, **changes}
     return TrainingOptions(data / "train.jsonl", validation=data / "validation.jsonl", **given)
 
 
 def logged(out: Path, name: str = "loss") -> list[float]:
+    """Return all logged values of a metric."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line[name] for line in lines if name in line]
 
@@ -62,7 +64,7 @@ def tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def evaluated(out: Path, options: TrainingOptions) -> dict[str, float]:
-    """The measures of a written checkpoint on the validation examples, by the model run as a whole."""
+    """Evaluate a written checkpoint on the validation examples, with the complete model."""
     opened = open_checkpoint(str(out))
     description = described(opened, options)
     _, validation, _ = examples(opened, description, options)
@@ -80,6 +82,6 @@ def evaluated(out: Path, options: TrainingOptions) -> dict[str, float]:
 def frozen_exit(
     own: Any, head: SharedHead, exit_layer: int, layers: int, known: KnownTokens | None = None
 ) -> FrozenExit:
-    """An exit with distillation of weight a half, without a model."""
+    """Return an exit without a model, with distillation of weight 0.5."""
     parts = {"own": own, "head": head, "known": known, "exit_layer": exit_layer, "layers": layers}
     return FrozenExit(SimpleNamespace(**parts, loss_name="logit-kd", alpha=0.5, seq2seq=False))  # type: ignore[arg-type]

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-VOCABULARY, END, START, FIRST = 300, 200, 201, 211  # FIRST timestamp
+VOCABULARY = 300
+END = 200
+START = 201
+FIRST = 211  # first timestamp
 LANGUAGES = {"<|en|>": 202, "<|de|>": 203, "<|fr|>": 204}
-SUPPRESSED, BEGIN = [*range(20, 60), START, 208, 209], [7, END]
-LAYERS, POSITIONS, CAPACITY = 3, 50, 40  # a window of 1 s
+SUPPRESSED = [*range(20, 60), START, 208, 209]
+BEGIN = [7, END]
+LAYERS = 3
+POSITIONS = 50  # a window of 1 s
+CAPACITY = 40
 
 
 def write_whisper(path: Path) -> Path:

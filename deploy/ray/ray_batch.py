@@ -1,8 +1,9 @@
-"""Generate for every row of Parquet or JSONL files on all machines of a Ray cluster, offline.
+"""Offline batch generation on a Ray cluster for rows of Parquet or JSONL files.
 
-    python deploy/ray/ray_batch.py /bundle prompts.parquet answers --id id --column prompt --workers 8 --threads 2
+    python deploy/ray/ray_batch.py /bundle prompts.parquet answers \\
+        --id id --column prompt --workers 8 --threads 2
 
-Started again with the same OUTPUT, it goes on with the rows that are missing there.
+Run the command again with the same OUTPUT to resume an interrupted job.
 """
 
 from __future__ import annotations
@@ -27,19 +28,24 @@ from runtime import (
     Session,
 )
 
-# In OUTPUT: the rows that are done, and what they were made with.
-DONE, MADE_WITH = "_done", "_made_with.json"
+# Files in OUTPUT: IDs of the finished rows, and the options of the job.
+DONE = "_done"
+MADE_WITH = "_made_with.json"
 
 
 class Generate:
-    """An actor: one session. Adds `answer`, `finish_reason`, `tokens` and `error` to a batch; a row that fails is one
-    with an error, and no reason for the others to."""
+    """Ray actor with one session.
+
+    Adds `answer`, `finish_reason`, `tokens` and `error` to each row of a batch. If a row fails,
+    only its own `error` is set.
+    """
 
     def __init__(
         self, bundle: str, column: str, threads: int, slots: int, options: dict[str, Any]
     ) -> None:
         self._session = Session(bundle, threads=threads, slots=slots, queue=slots)
-        self._column, self._options = column, options
+        self._column = column
+        self._options = options
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         prompts = batch[self._column].tolist()
@@ -73,16 +79,26 @@ def _row(result: Any) -> dict[str, Any]:
 
 
 def read(source: Path, columns: set[str]) -> tuple[Dataset, str]:
-    """The rows of a file or a folder, and the kind of its files. Raises OptionError."""
+    """Return the rows of a file or a folder, and the suffix of the files.
+
+    Args:
+        source: A file, or a folder of files of one kind.
+        columns: Columns that must exist.
+
+    Raises:
+        OptionError: If the files are not all .parquet or all .jsonl, or a column is missing or
+            taken.
+    """
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     kinds = {file.suffix for file in files}
     if kinds not in ({".parquet"}, {".jsonl"}):
         raise OptionError(
-            f"{source} has {' and '.join(sorted(kinds)) or 'no'} files; give .parquet or .jsonl files"
+            f"{source} has {' and '.join(sorted(kinds)) or 'no'} files; "
+            "give .parquet or .jsonl files"
         )
     (kind,) = kinds
     names = list(map(str, files))
-    # As the writing, without a core: sessions may have all but one.
+    # Reading and writing reserve no core, because sessions may use all but one.
     rows = (
         ray.data.read_parquet(names, num_cpus=0)
         if kind == ".parquet"
@@ -97,21 +113,36 @@ def read(source: Path, columns: set[str]) -> tuple[Dataset, str]:
 
 
 def check_cores(needed: int) -> None:
-    """Ray lists files with a core of its own, and would wait for it for ever. Raises OptionError."""
+    """Check that the cluster has enough free cores.
+
+    Ray needs one core to list files, and would wait for it forever.
+
+    Args:
+        needed: Cores of all sessions.
+
+    Raises:
+        OptionError: If there are too few.
+    """
     ray.init(ignore_reinit_error=True)
     free = ray.available_resources().get("CPU", 0)
     if needed + 1 > free:
         raise OptionError(
-            f"{needed} cores for sessions and 1 for Ray are needed, {free:g} are free; use fewer --workers"
+            f"{needed} cores for sessions and 1 for Ray are needed, {free:g} are free; "
+            "use fewer --workers"
         )
 
 
 def check_claim(output: Path, made_with: dict[str, Any]) -> None:
-    """Raises OptionError where `output` has answers that were made with something else."""
+    """Create the output folder, or check that it belongs to a job with the same options.
+
+    Raises:
+        OptionError: If `output` has files of another job or of no job.
+    """
     record = output / MADE_WITH
     if record.exists() and json.loads(record.read_text(encoding="utf-8")) != made_with:
         raise OptionError(
-            f"{output} was made with other options or another bundle ({record}); choose another OUTPUT"
+            f"{output} was made with other options or another bundle ({record}); "
+            "choose another OUTPUT"
         )
     if (
         not record.exists()
@@ -143,22 +174,35 @@ def check_claim(output: Path, made_with: dict[str, Any]) -> None:
     show_default=True,
     help="Rows that it decodes at once.",
 )
-@click.option("--rows", type=click.IntRange(1), default=256, show_default=True,
-              help="Of a file of OUTPUT; a killed job does again what it had not written.")  # fmt: skip
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Of a file of OUTPUT; a killed job does again what it had not written.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--mode", default="free", show_default=True)
 @click.option("--threshold", type=click.FloatRange(0, 1))
 def main(
-    bundle: Path, source: Path, output: Path, key: str, column: str, workers: int, threads: int, slots: int,
-    rows: int, **options: Any,
-) -> None:  # fmt: skip
-    """Generate for every row of SOURCE, a file or a folder, into files in OUTPUT."""
+    bundle: Path,
+    source: Path,
+    output: Path,
+    key: str,
+    column: str,
+    workers: int,
+    threads: int,
+    slots: int,
+    rows: int,
+    **options: Any,
+) -> None:
+    """Generate an answer for every row of SOURCE, a file or a folder. Write files to OUTPUT."""
     try:
         GenerationOptions(**options)
         check_cores(workers * threads)
         output = output.resolve()
         made_with = {"bundle": Bundle.open(bundle).sha256, "column": column, **options}
-        # Before the rows are read: they take the context with them.
+        # Set before the rows are read, because datasets copy the context.
         DataContext.get_current().checkpoint_config = CheckpointConfig(
             key, str(output / DONE), delete_checkpoint_on_success=False
         )

@@ -1,6 +1,8 @@
-"""A bundle behind Ray Serve: replicas of the server's own application, on as many machines as the cluster has.
+"""Ray Serve deployment of a bundle.
 
-serve run --app-dir deploy/ray ray_server:build bundle=/bundle threads=2 max_replicas=4
+Replicas run the server's application on all machines of a cluster:
+
+    serve run --app-dir deploy/ray ray_server:build bundle=/bundle threads=2 max_replicas=4
 """
 
 from __future__ import annotations
@@ -19,10 +21,23 @@ from runtime.options import Mode, SessionOptions
 
 
 class Arguments(BaseModel):
-    """`bundle` is a path on every machine. A replica has `threads` cores and decodes `slots` requests at once; `queue`
-    more wait at each proxy, where any replica can take them. `deadline`: seconds in which any request ends.
-    `upscale_delay`, `downscale_delay`: seconds for which the load must call for more replicas, or for fewer, before
-    their number changes."""
+    """Arguments of `build`.
+
+    Attributes:
+        bundle: Path of the bundle on every machine.
+        name: Model name. Default: the name of the bundle's directory.
+        mode: Mode for requests that set none. Default: the session's default.
+        threshold: Threshold for requests that set none. Default: the bundle's threshold.
+        threads: Cores per replica.
+        slots: Requests that a replica decodes at once.
+        queue: Requests that may wait at each proxy for any replica.
+        deadline: Time limit for a request, in seconds.
+        min_replicas: Minimum number of replicas.
+        max_replicas: Maximum number of replicas.
+        upscale_delay: Time for which the load must exceed the replicas before Ray adds some, in
+            seconds.
+        downscale_delay: Time for which replicas must be idle before Ray removes them, in seconds.
+    """
 
     model_config = ConfigDict(extra="forbid")
     bundle: Path
@@ -41,7 +56,7 @@ class Arguments(BaseModel):
 
 @serve.ingress()
 class Replica:
-    """One session. Replicas of a machine map one file of weights."""
+    """One session. Replicas on the same machine share the memory of its weights."""
 
     def __init__(self, arguments: Arguments) -> None:
         session = SessionOptions(
@@ -62,21 +77,22 @@ class Replica:
         return application(self._service)
 
     def check_health(self) -> None:
-        """Called by Ray, which replaces a replica that raises or does not answer."""
+        """Check that the replica is ready. Ray replaces replicas that raise or do not respond."""
         if self._service.state != "ready":
             raise RuntimeError(f"the session is {self._service.state}")
 
     async def __del__(self) -> None:
-        """Called by Ray when no request is left, or none can be waited for any longer."""
+        """Shut down. Ray calls this when no request is left or their grace period has ended."""
         await self._service.drain()
 
 
 def build(arguments: Arguments) -> serve.Application:
-    """The application that `serve run` and `serve deploy` start."""
+    """Return the application for `serve run` and `serve deploy`."""
     deployment = serve.deployment(
         Replica,
         name="freeexport",
-        # Twice the slots: the next requests are there when a slot is free. What waits beyond is not bound to a replica.
+        # Twice the slots, so that a free slot gets its next request at once. Further requests wait
+        # at the proxy, for any replica.
         max_ongoing_requests=2 * arguments.slots,
         max_queued_requests=arguments.queue,
         autoscaling_config={
@@ -89,7 +105,7 @@ def build(arguments: Arguments) -> serve.Application:
         ray_actor_options={"num_cpus": arguments.threads},
         health_check_period_s=5,
         health_check_timeout_s=30,
-        # A replica that is to end takes no new requests, and its last one ends by the deadline.
+        # A stopping replica takes no new requests, and its last one ends by the deadline.
         graceful_shutdown_timeout_s=arguments.deadline + 10,
         graceful_shutdown_wait_loop_s=1,
     )

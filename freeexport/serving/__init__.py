@@ -1,1 +1,1 @@
-"""An HTTP server with OpenAI's interface over `runtime.Session`. Imports `runtime` alone: no torch."""
+"""OpenAI-compatible HTTP server for `runtime.Session`. Imports only `runtime`, not torch."""

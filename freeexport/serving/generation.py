@@ -1,5 +1,7 @@
-"""The choices of one request: how they enter the session's queue, and how they are answered, whole or as a stream of
-server-sent events."""
+"""Choices of one request: queues them in the session, and sends the answer.
+
+An answer is sent whole or as a stream of server-sent events.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,12 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Generating = ChatRequest | CompletionRequest
 
-# Prompts of fewer characters are encoded on the event loop, where a thread would take longer.
+# Prompts of up to this many characters are encoded on the event loop, where a thread would take
+# longer.
 SHORT = 2000
-# Characters that a template writes around a message, about.
+# Approximate number of characters that a chat template adds to a message.
 MARKUP = 30
-# Seconds of silence after which a comment keeps proxies from closing the connection.
+# Seconds of silence after which a comment is sent, so that proxies keep the connection open.
 PING_SECONDS = 15.0
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -56,25 +59,39 @@ PING = b": ping\n\n"
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """`streams`: one for each choice, those of the first prompt first. `prompts`: tokens of each. `deadline`: status
-    and seconds of the one that counts."""
+    """Running choices of one request.
+
+    Attributes:
+        streams: One stream per choice, ordered by prompt.
+        prompts: Number of tokens of each prompt.
+        deadline: HTTP status if the deadline passes, and the deadline in seconds.
+    """
 
     streams: list[AsyncStream]
     prompts: list[int]
     deadline: tuple[int, float] | None
 
     async def results(self) -> list[GenerationResult]:
-        """Decode all choices to their end, or to the deadline. Raises ApiError as `checked` does."""
+        """Decode all choices until they end or the deadline passes.
+
+        Raises:
+            ApiError: See `checked`.
+        """
         async with _together([stream.drain() for stream in self.streams]) as tasks:
             return [self.checked(await task) for task in tasks]
 
     def checked(self, result: GenerationResult) -> GenerationResult:
-        """Raise ApiError where the server ends, or where the deadline passed before any choice had a token."""
+        """Return a result if it can be sent.
+
+        Raises:
+            ApiError: If the session was closed, or the deadline passed before any choice had a
+                token.
+        """
         if result.finish_reason == "deadline" and self.deadline is not None:
             if not any(stream.result.token_ids for stream in self.streams):
                 status, seconds = self.deadline
@@ -88,11 +105,11 @@ class Generation:
                 )
             return result
         if result.interrupted:
-            raise draining()  # the session was closed: a client that left is not told
+            raise draining()  # the session was closed
         return result
 
     async def end(self) -> list[GenerationResult]:
-        """Give the slots back, and return the results so far. Idempotent."""
+        """Release the slots and return the results so far. Idempotent."""
         for stream in self.streams:
             await stream.aclose()
         return [stream.result for stream in self.streams]
@@ -105,31 +122,46 @@ async def begin(
     mode: Mode | None,
     deadline: float | None,
 ) -> Generation:
-    """Encode the prompts, and let every choice enter the queue, or none. `mode` and `deadline` are the server's.
+    """Encode the prompts and queue all choices of a request.
 
-    Raises ApiError, PromptError, OptionError, QueueFullError.
+    If one choice cannot be queued, none is.
+
+    Args:
+        session: Session of the requested model.
+        trial: Checks constraints for the same bundle.
+        request: A chat or a completion.
+        mode: Mode if the request has none. Default: the session's default.
+        deadline: The server's time limit in seconds. Default: no limit.
+
+    Raises:
+        ApiError: If the request has too many choices or an invalid constraint.
+        PromptError: If a prompt cannot be encoded or is too long.
+        OptionError: If an option is invalid.
+        QueueFullError: If the queue has no space for all choices.
     """
-    options, prompts, form = (
-        request.options(mode, deadline),
-        request.prompts,
-        form_of(session.tokenizer),
-    )
-    count, most = len(prompts) * request.n, session.options.slots + session.options.queue
+    options = request.options(mode, deadline)
+    prompts = request.prompts
+    form = form_of(session.tokenizer)
+    count = len(prompts) * request.n
+    most = session.options.slots + session.options.queue
     if count > most:
         asked = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
         raise invalid("n", f"{asked}; this server takes {most} choices at once, ask for fewer")
 
     def encode() -> tuple[list[np.ndarray], GenerationOptions]:
-        given, read = options, prompts
+        given = options
+        read = prompts
         tools = [msgspec.to_builtins(tool) for tool in request.offered]
         if isinstance(request, ChatRequest) and not form.shown:
-            read, tools = [shown(messages, tools, form) for messages in prompts], []
+            read = [shown(messages, tools, form) for messages in prompts]
+            tools = []
         encoded = [
             session.encode(prompt, tools=tools, src_lang=given.src_lang, tgt_lang=given.tgt_lang)
             for prompt in read
         ]
         languages = session.manifest.languages
-        told = languages is not None and languages.target == "prompt"  # by the ids
+        # The encoded prompt may already name the target language.
+        told = languages is not None and languages.target == "prompt"
         given = replace(given, src_lang=None, tgt_lang=None if told else given.tgt_lang)
         if given.predicted_output is not None:
             expected = given.predicted_output
@@ -170,7 +202,11 @@ async def _constrained(
     session: Session,
     trial: GrammarTrial,
 ) -> GenerationOptions:
-    """Add the constraint of a request. Raises ApiError for one that cannot be met, or not be compiled in time."""
+    """Return options with the constraint of a request.
+
+    Raises:
+        ApiError: If the constraint is invalid or cannot be compiled in time.
+    """
     field, constrained = await asyncio.to_thread(constraint, request, form)
     try:
         options = await asyncio.to_thread(replace, options, **constrained)
@@ -183,22 +219,23 @@ async def _constrained(
 
 
 class EventStream:
-    """An ASGI response: the chunks of all choices as they come, and pings while there are none. `record` ends with
-    it."""
+    """ASGI response that streams the chunks of all choices, with pings during silence.
+
+    Ends `record` when the stream ends.
+    """
 
     def __init__(
         self, generation: Generation, reply: Reply, request: Generating, record: Record
     ) -> None:
-        self._generation, self._reply, self._request, self._record = (
-            generation,
-            reply,
-            request,
-            record,
-        )
+        self._generation = generation
+        self._reply = reply
+        self._request = request
+        self._record = record
         self._written = 0.0
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        status, failed = 499, None
+        status = 499
+        failed = None
         try:
             await while_there(receive, self._answer(send))
             status = 200
@@ -233,7 +270,7 @@ class EventStream:
         opening = self._reply.opening(index)
         if opening is not None:
             await self._write(send, self._reply.encode(opening))
-        held: list[Token] = []  # no text yet: a letter may have several tokens
+        held: list[Token] = []  # no text yet: a character may take several tokens
         async with stream:
             async for token in stream:
                 held.append(token)
@@ -255,11 +292,15 @@ class EventStream:
     async def _write(self, send: Send, data: bytes) -> None:
         self._written = asyncio.get_running_loop().time()
         await send({"type": "http.response.body", "body": data, "more_body": True})
-        await asyncio.sleep(0)  # where tokens are there already, others have their turn
+        await asyncio.sleep(0)  # let other tasks run, even if the next token is ready
 
 
 async def while_there(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return or raise as `work` does; raise ClientGone, and cancel it, where the client disconnects first."""
+    """Await `work` unless the client disconnects first.
+
+    Raises:
+        ClientGone: If the client disconnects. `work` is cancelled.
+    """
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -277,7 +318,7 @@ async def while_there(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
 async def _together(
     works: Sequence[Coroutine[Any, Any, Any]],
 ) -> AsyncIterator[list[asyncio.Task[Any]]]:
-    """Run as tasks, none of which outlives the block."""
+    """Run coroutines as tasks and cancel the unfinished ones at the end of the block."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         yield tasks
@@ -288,21 +329,28 @@ async def _together(
 
 
 def _limit(options: GenerationOptions, request: Generating, prompt: int, session: Session) -> int:
-    """Return the request's limit of tokens, or the most that fits, up to the session's default."""
+    """Return the request's token limit. Default: the session's, reduced to what fits in a slot.
+
+    Raises:
+        PromptLengthError: If the request's limit does not fit in a slot.
+    """
     read = 1 if session.manifest.encoder_decoder else prompt
-    room = session.capacity - read + 1  # the newest token is never read back
+    room = session.capacity - read + 1  # the last token is never an input
     if request.limit is None:
         return min(options.max_new_tokens, room)
     if request.limit > room:
         raise PromptLengthError(
-            f"the prompt has {prompt} tokens and max_tokens is {request.limit}, but {room} tokens fit after it in the "
-            f"{session.capacity} positions of a slot; shorten one of them"
+            f"the prompt has {prompt} tokens and max_tokens is {request.limit}, but {room} tokens "
+            f"fit after it in the {session.capacity} positions of a slot; shorten one of them"
         )
     return request.limit
 
 
 def _size(prompt: str | list[Any]) -> int:
-    """Return the characters of a prompt, of which a chat's template may make many more."""
+    """Estimate the characters of a prompt. A token ID counts as one.
+
+    The chat template of some models adds many more.
+    """
     if isinstance(prompt, str):
         return len(prompt)
     return sum(

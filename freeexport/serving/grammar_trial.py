@@ -1,8 +1,10 @@
-"""Compiles what clients constrain outputs with, first in a process of its own.
+"""Tests the constraints of clients by compiling them in a separate process.
 
-A grammar of a few letters can take minutes, and the library that compiles it cannot be interrupted: the process is
-ended. A session then compiles what ended in time. As a module it is that process: lines of JSON `[kind, text]` on its
-standard input, an error or null for each on its standard output, after one that says it is ready.
+A short grammar can take minutes to compile, and the compiler cannot be interrupted, so the process
+is killed instead. The session then compiles only constraints that passed.
+
+This module is also the program of that process. It reads lines of JSON, `[kind, text]`, from
+standard input. It writes one line when it is ready, then an error message or null for each input.
 """
 
 from __future__ import annotations
@@ -23,28 +25,35 @@ from runtime.errors import OptionError, one_line
 from runtime.text.grammar import Grammars
 from runtime.text.tokenizer import Tokenizer
 
-# Seconds of processor time in which a constraint must be compiled, and of the clock, for a machine that is busy; and
-# seconds in which the process must have started.
-COMPILE_SECONDS, LATEST_SECONDS, START_SECONDS = 2, 10.0, 60.0
-# Seconds that a request waits while those of others are compiled.
+COMPILE_SECONDS = 2  # limit for compiling a constraint, in processor time
+LATEST_SECONDS = 10.0  # the same in wall-clock time, for busy machines
+START_SECONDS = 60.0  # limit for starting the process
+# Limit for waiting while constraints of other requests are compiled, in seconds.
 WAIT_SECONDS = 20.0
-# Constraints whose outcome is remembered.
+# Number of cached outcomes.
 MOST_KNOWN = 4096
 PACKAGES = str(Path(__file__).resolve().parents[2])
 
 
 class GrammarTrial:
-    """Compiles constraints for a bundle, one after the other, and remembers which it refused. Its process starts with
-    the first one."""
+    """Compiles constraints for a bundle, one at a time, and caches the outcomes.
+
+    The process starts with the first constraint.
+    """
 
     def __init__(self, bundle: Path) -> None:
-        self._bundle, self._turn = bundle, asyncio.Lock()
+        self._bundle = bundle
+        self._turn = asyncio.Lock()
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         self._process: asyncio.subprocess.Process | None = None
 
     async def check(self, kind: str, text: str) -> None:
-        """Raise OptionError for a constraint that cannot be compiled in time, ApiError where that cannot be found out
-        now."""
+        """Check that a constraint compiles.
+
+        Raises:
+            OptionError: If the constraint is invalid or takes too long.
+            ApiError: If it cannot be checked now (status 503).
+        """
         key = sha256(json.dumps([kind, text]).encode()).digest()
         if key not in self._known:
             try:
@@ -80,7 +89,10 @@ class GrammarTrial:
         if answer.endswith(b"\n"):
             problem: str | None = json.loads(answer)
             return problem
-        return f"{kind} cannot be used: it takes more than {COMPILE_SECONDS} s to compile; make it simpler"
+        return (
+            f"{kind} cannot be used: it takes more than {COMPILE_SECONDS} s to compile; "
+            "make it simpler"
+        )
 
     async def _start(self) -> asyncio.subprocess.Process:
         path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
@@ -91,7 +103,7 @@ class GrammarTrial:
                 stdin=pipe,
                 stdout=pipe,
                 env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # signals of a terminal are the server's
+                start_new_session=True,  # only the server receives the signals of a terminal
             )
         except OSError as error:
             raise _busy(one_line(error)) from None
@@ -109,11 +121,12 @@ class GrammarTrial:
         return process
 
     async def close(self) -> None:
-        """End the process. The next constraint starts another."""
-        process, self._process = self._process, None
+        """End the process. The next constraint starts a new one."""
+        process = self._process
+        self._process = None
         if process is None:
             return
-        if process.stdout is not None and not process.stdout.at_eof():  # else it ended by itself
+        if process.stdout is not None and not process.stdout.at_eof():  # at EOF it has exited
             with suppress(ProcessLookupError):
                 process.kill()
         await process.wait()
@@ -125,14 +138,14 @@ def _busy(problem: str) -> ApiError:
 
 
 def main(bundle: str) -> None:
-    """Answer the lines of the server until it ends."""
+    """Check constraints for the server until it closes standard input."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     opened = Bundle.open(bundle, "sizes")
     manifest = opened.manifest
     tokenizer = Tokenizer.load(opened.path, manifest.files)
     grammars = Grammars(tokenizer, manifest.vocab_size, manifest.eos_token_ids)
-    with suppress(OptionError):  # the tokens are read once, which takes longest
+    with suppress(OptionError):  # loads the vocabulary, which is the slowest part
         grammars.open("choice", '["a"]', 1)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
@@ -147,7 +160,10 @@ def main(bundle: str) -> None:
 
 
 def _limit_processor_time() -> None:
-    """Let the system end this process after so many more seconds, also where the server has ended before."""
+    """Limit the processor time of the next constraint.
+
+    The system enforces the limit, even if the server has exited.
+    """
     try:
         import resource
     except ImportError:  # Windows

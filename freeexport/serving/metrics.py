@@ -1,4 +1,4 @@
-"""Metrics of sessions, for Prometheus."""
+"""Prometheus metrics of sessions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runtime import Histogram
 PREFIX = "freeexport_"
 FINISHED = ("eos", "stop", "length", "cancelled", "deadline", "error")
 
-# The name for Prometheus, the field of Metrics, and the help.
+# Name in Prometheus, then field of Metrics and help text.
 GAUGES = {
     "num_requests_running": ("running", "Requests that have a slot."),
     "num_requests_waiting": ("waiting", "Requests that wait for a slot."),
@@ -74,7 +74,7 @@ FAMILIES: tuple[tuple[Any, dict[str, tuple[str, str]]], ...] = (
 
 
 class SessionCollector(Collector):
-    """Reads the sessions of a service where it is asked, so requests pay nothing for it."""
+    """Collects the metrics of sessions on each scrape, at no cost to requests."""
 
     def __init__(self, service: Service) -> None:
         self._service = service

@@ -1,4 +1,4 @@
-"""The server's OpenAPI document, made of the types that requests are read as, and a page that shows it."""
+"""OpenAPI document of the server, generated from its request types, and an HTML page for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from freeexport.serving.responses import ResponseRequest
 from freeexport.serving.transcriptions import FORMATS
 
 REFERENCE = "#/components/schemas/"
-# By path: what it is for, the type of the body it takes, and the fields that an answer has at least.
+# By path: summary, type of the request body, required fields of the response.
 POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "/v1/chat/completions": (
         "Answer a conversation, whole or as a stream of events",
@@ -45,13 +45,13 @@ POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     ),
     "/detokenize": ("The text of token ids", DetokenizeRequest, ("prompt",)),
 }
-# By path: what it is for; and the fields of the form that it takes.
+# By path: summary. All take a form of FIELDS.
 FORMS = {
     "/v1/audio/transcriptions": "What is said in a WAV file",
     "/v1/audio/translations": "What is said in a WAV file, in English",
 }
 FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature")
-# By path: what it is for, the fields of an answer, and other statuses that it may have.
+# By path: summary, required fields of the response, other statuses.
 GET: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
     "/v1/models": ("The models that are served", ("object", "data"), ()),
     "/v1/models/{model}": (
@@ -84,7 +84,11 @@ summary{cursor:pointer;margin:.5em 0}.verb{font-weight:bold;display:inline-block
 
 @cache
 def document(guarded: bool = False) -> dict[str, Any]:
-    """The document; `guarded`: requests need an API key."""
+    """Return the OpenAPI document.
+
+    Args:
+        guarded: Requests need an API key.
+    """
     kinds = [kind for _, kind, _ in POST.values()]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=REFERENCE + "{name}")
     for kind in kinds:
@@ -159,7 +163,7 @@ def _operation(
 ) -> dict[str, Any]:
     name = path.strip("/").replace("/", "_").replace("{", "").replace("}", "").replace(".", "_")
     failed = {"application/json": {"schema": {"$ref": REFERENCE + "Error"}}}
-    if "health" in path:  # its state is the answer
+    if "health" in path:  # these endpoints report an unready state in the same format
         failed = answer
     responses = {"200": {"description": "The answer", "content": answer}}
     responses |= {
@@ -169,9 +173,12 @@ def _operation(
 
 
 def _event(kind: Any) -> dict[str, Any]:
-    """The schema of one event of a stream, as clients and OpenAI's own document read `schema` before OpenAPI 3.2."""
+    """Return the schema of one event of a stream.
+
+    Before OpenAPI 3.2, clients and OpenAI's own document read `schema` of a stream this way.
+    """
     json: dict[str, Any] = {"contentMediaType": "application/json"}
-    if kind is ResponseRequest:  # an error is an event like the others
+    if kind is ResponseRequest:  # errors have the format of other events
         data = {
             "type": "string",
             **json,
@@ -193,12 +200,15 @@ def _nullable() -> dict[str, Any]:
 
 
 def page(made: dict[str, Any]) -> str:
-    """A document as a page that needs nothing else: every path, and the fields of its request."""
+    """Render a document as a self-contained HTML page of all paths and their request fields."""
     schemas = made["components"]["schemas"]
     parts = []
     for path, methods in made["paths"].items():
         for verb, operation in methods.items():
-            head = f'<span class="verb">{verb.upper()}</span><code>{escape(path)}</code> {escape(operation["summary"])}'
+            head = (
+                f'<span class="verb">{verb.upper()}</span>'
+                f"<code>{escape(path)}</code> {escape(operation['summary'])}"
+            )
             rows = ""
             if body := operation.get("requestBody"):
                 (taken,) = body["content"].values()
@@ -221,15 +231,18 @@ def page(made: dict[str, Any]) -> str:
     ]
     parts += ["<h2>Types</h2>"]
     parts += [
-        f'<details id="{name}"><summary><code>{name}</code> {escape(schemas[name].get("description", ""))}</summary>'
+        f'<details id="{name}"><summary><code>{name}</code> '
+        f"{escape(schemas[name].get('description', ''))}</summary>"
         f"{_fields(schemas[name], schemas)}</details>"
         for name in shown
     ]
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width">'
         f"<title>freeexport's interface</title><style>{STYLE}</style>"
         f"<h1>freeexport {escape(made['info']['version'])}</h1>"
-        '<p>OpenAI\'s interface, and fields of early exit. As a document: <a href="openapi.json">openapi.json</a>.</p>'
+        "<p>OpenAI's interface, and fields of early exit. As a document: "
+        '<a href="openapi.json">openapi.json</a>.</p>'
         f"{''.join(parts)}</html>\n"
     )
 
@@ -237,14 +250,15 @@ def page(made: dict[str, Any]) -> str:
 def _fields(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
     needed = schema.get("required", ())
     rows = "".join(
-        f"<tr><td><code>{escape(name)}</code>{' *' if name in needed else ''}</td><td>{_kind(one, schemas)}</td></tr>"
+        f"<tr><td><code>{escape(name)}</code>{' *' if name in needed else ''}</td>"
+        f"<td>{_kind(one, schemas)}</td></tr>"
         for name, one in schema.get("properties", {}).items()
     )
     return f"<table><tr><th>field (* needed)</th><th>value</th></tr>{rows}</table>"
 
 
 def _kind(one: dict[str, Any], schemas: dict[str, Any]) -> str:
-    """A schema in words."""
+    """Describe a schema in words, as HTML."""
     if "$ref" in one:
         name = one["$ref"].removeprefix(REFERENCE)
         return (

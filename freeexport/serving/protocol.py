@@ -1,4 +1,7 @@
-"""Requests as OpenAI's clients write them: typed, validated, refused by the name of the field, with OpenAI's errors."""
+"""OpenAI-compatible requests and errors.
+
+Requests are typed and validated. An error names the field at fault.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from runtime import (
 )
 from runtime.options import MOST_TOP_LOGPROBS, Mode
 
-# The fields of a request by the session's options.
+# Request fields by session option.
 SAME = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt"),
     *("src_lang", "tgt_lang"),
@@ -32,7 +35,7 @@ FIELDS = dict(zip(SAME, SAME, strict=True)) | {
     "sequence_bias": "logit_bias",
     "predicted_output": "prediction",
 }
-# Fields that say nothing with these values, as clients send them unasked. Other values are refused.
+# Fields that clients send by default, and their values without effect. Other values are rejected.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -48,9 +51,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "service_tier": ("auto", "default"),
 }
-# Fields that change nothing here, whatever their value.
+# Fields that are accepted and ignored.
 HARMLESS = ("metadata", "store", "truncation", "reasoning_effort")
-# What to do where a field of OpenAI's is refused, if not to remove it.
+# Advice for rejected fields of OpenAI. Default: remove the field.
 ADVICE = {
     "frequency_penalty": "repetition_penalty is the penalty there is",
     "presence_penalty": "repetition_penalty is the penalty there is",
@@ -64,13 +67,21 @@ ADVICE = {
         ("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "use structured_outputs"
     ),
 }
-MOST_FIELDS = 100  # of a body
+MOST_FIELDS = 100  # in a body
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An HTTP status and its body in OpenAI's shape; `param` is the field that is wrong, `retry_after` seconds. Without
-    `again`, OpenAI's clients do not ask again by themselves."""
+    """HTTP error with a body in OpenAI's format.
+
+    Args:
+        status: HTTP status.
+        message: Message for the client.
+        code: OpenAI's error code.
+        param: Field at fault.
+        retry_after: Value of the Retry-After header, in seconds.
+        again: OpenAI's clients may retry automatically.
+    """
 
     def __init__(
         self,
@@ -82,7 +93,10 @@ class ApiError(Exception):
         again: bool = True,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
         if not again:
             self.headers["x-should-retry"] = "false"
@@ -100,14 +114,17 @@ class ApiError(Exception):
 
 
 def invalid(param: str, message: str) -> ApiError:
+    """Return an error about an invalid value of field `param`."""
     return ApiError(400, message, "invalid_value", param)
 
 
 def unsupported(name: str, advice: str, value: str = "") -> ApiError:
+    """Return an error about field `name`, which is not supported, or not with this value."""
     return ApiError(400, f"{name}{value} is not supported; {advice}", "unsupported", name)
 
 
 def draining() -> ApiError:
+    """Return the error for requests that arrive during shutdown."""
     return ApiError(
         503,
         "the server is shutting down; ask another, or again later",
@@ -117,7 +134,11 @@ def draining() -> ApiError:
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Return an exception as the client sees it; one that is not the client's mistake is 500."""
+    """Convert an exception to the error that the client receives.
+
+    Exceptions that the request did not cause have status 500, except a full queue (429) and a
+    shutdown (503).
+    """
     message = str(error)
     match error:
         case ApiError():
@@ -132,7 +153,7 @@ def api_error(error: BaseException) -> ApiError:
         case OptionError() if message.startswith("the session is closed"):
             return draining()
         case OptionError():
-            # The message begins with the option's name: the client knows the field's.
+            # The message begins with the option's name. Clients use the field's name.
             name, rest = re.match(r"(\w*)(.*)", message, re.DOTALL).groups()  # type: ignore[union-attr]
             param = FIELDS.get(name)
             return ApiError(400, message if param is None else param + rest, "invalid_value", param)
@@ -150,8 +171,14 @@ Language = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
 class Free(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Fields that FREE adds. `deadline`: seconds for the whole request. `exits`: chunks say which of their tokens
-    exited."""
+    """Options of early exit, an extension of OpenAI's requests.
+
+    Attributes:
+        mode: Decoding mode. Default: "lossless" with a prediction, else the server's mode.
+        threshold: Confidence above which tokens exit. Default: the model's threshold.
+        deadline: Time limit for the whole request, in seconds.
+        exits: Report for each token if it exited.
+    """
 
     mode: Mode | None = None
     threshold: float | None = None
@@ -161,14 +188,14 @@ class Free(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool = False
-    continuous_usage_stats: bool = False  # vLLM's: usage so far in every chunk
+    continuous_usage_stats: bool = False  # as in vLLM: usage so far in every chunk
 
 
 class JsonSchema(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     name: str
     schema: dict[str, Any] = {}
     description: str | None = None
-    strict: bool | None = None  # the answer is of the schema either way
+    strict: bool | None = None  # ignored, because answers always match the schema
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -177,7 +204,10 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if (self.json_schema is not None) != (self.type == "json_schema"):
-            wrong = f"json_schema is {'given' if self.json_schema else 'missing'} with type {self.type!r}"
+            wrong = (
+                f"json_schema is {'given' if self.json_schema else 'missing'} "
+                f"with type {self.type!r}"
+            )
             raise invalid(
                 "response_format",
                 f"response_format: {wrong}; a schema goes with type 'json_schema'",
@@ -185,7 +215,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """As vLLM's; exactly one is given."""
+    """Constraint on the answer, as in vLLM. Exactly one field must be set."""
 
     json: dict[str, Any] | str | None = None
     regex: str | None = None
@@ -231,7 +261,7 @@ class ToolChoice(msgspec.Struct):
 
 
 class Request(msgspec.Struct, kw_only=True):
-    """The fields that chats and completions share."""
+    """Fields shared by chats and completions."""
 
     model: str | None = None
     max_tokens: Count | None = None
@@ -265,7 +295,7 @@ class Request(msgspec.Struct, kw_only=True):
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """The JSON schema of the answer's text, where its format is JSON."""
+        """JSON schema of the answer. None: the answer is text."""
         form = self.response_format
         if form is None or form.type == "text":
             return None
@@ -273,32 +303,32 @@ class Request(msgspec.Struct, kw_only=True):
 
     @property
     def offered(self) -> list[Tool]:
-        """The functions that the answer may call."""
+        """Functions that the answer may call."""
         return []
 
     @property
     def must_call(self) -> bool:
-        """Whether the answer is a call."""
+        """True if the answer must be a call."""
         return False
 
     @property
     def parallel(self) -> bool:
-        """Whether it may have several."""
+        """True if the answer may have several calls."""
         return False
 
     @property
     def limit(self) -> int | None:
-        """The most tokens."""
+        """Maximum number of tokens, or None."""
         return self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
-        """How many alternatives each token has; None: tokens have no log-probabilities."""
+        """Number of alternatives per token. None: return no log-probabilities."""
         raise NotImplementedError
 
     @property
     def expected(self) -> str:
-        """The text that the answer is expected to be but for changes."""
+        """Predicted output, which the answer is expected to resemble. Default: empty."""
         return ""
 
     @property
@@ -306,12 +336,19 @@ class Request(msgspec.Struct, kw_only=True):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def options(self, mode: Mode | None, deadline: float | None) -> GenerationOptions:
-        """Return the options of one choice, but for `max_new_tokens` and the seed. `mode` and `deadline` are the
-        server's own. Raises OptionError."""
+        """Return the options of one choice, except `max_new_tokens` and the seed.
+
+        Args:
+            mode: Mode if the request has none.
+            deadline: The server's time limit in seconds. The shorter limit applies.
+
+        Raises:
+            OptionError: If an option is invalid.
+        """
         temperature = self.temperature
         if temperature is None and (self.top_k or self.min_p or self.top_p not in (None, 1)):
             temperature = 1.0
-        greedy = not temperature  # then the others choose nothing
+        greedy = not temperature  # the other sampling parameters then have no effect
         deadlines = [seconds for seconds in (self.free.deadline, deadline) if seconds is not None]
         return GenerationOptions(
             mode=self.free.mode or ("lossless" if self.expected else mode),
@@ -338,7 +375,11 @@ class Part(msgspec.Struct):
 
 
 def joined(content: str | list[Part], where: str) -> str:
-    """Join the text of a content. Raises ApiError for a part that is no text."""
+    """Join the text parts of a content.
+
+    Raises:
+        ApiError: If a part is not text.
+    """
     if isinstance(content, str):
         return content
     for place, part in enumerate(content):
@@ -372,8 +413,11 @@ Messages = Annotated[list[Message], msgspec.Meta(min_length=1, max_length=10_000
 
 
 def plain(messages: list[Message]) -> list[dict[str, Any]]:
-    """Return messages as a chat template reads them; `developer` is OpenAI's new name of the system. Raises
-    ApiError."""
+    """Convert messages to dictionaries for a chat template. Role `developer` becomes `system`.
+
+    Raises:
+        ApiError: If a message is invalid.
+    """
     read = list[dict[str, Any]]()
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
@@ -410,7 +454,7 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
 
 
 def _call(call: ToolCall, where: str) -> dict[str, Any]:
-    """A call with its arguments read, as templates expect it."""
+    """Return a call with parsed arguments, which chat templates expect."""
     try:
         arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -515,7 +559,8 @@ class CompletionRequest(Request, kw_only=True):
     prompt: str | list[int | str | list[int]]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
     echo: bool = False
-    src_lang: Language | None = None  # of the prompt and of the answer, for translation models
+    # Languages of the prompt and the answer, for translation models.
+    src_lang: Language | None = None
     tgt_lang: Language | None = None
 
     def __post_init__(self) -> None:
@@ -560,10 +605,14 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 def parse(body: bytes, kind: type[Body]) -> Body:
-    """Read a request body as `kind`. Raises ApiError naming what is not JSON, not supported, or of a wrong type."""
+    """Parse a request body.
+
+    Raises:
+        ApiError: If the body is not a JSON object, or a field is unsupported or has a wrong type.
+    """
     try:
         try:
-            # Values are not read yet: a million tools cost nothing.
+            # Values are not decoded yet, so even a million tools cost little.
             given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         except msgspec.ValidationError:
             raise ApiError(
@@ -594,7 +643,7 @@ def parse(body: bytes, kind: type[Body]) -> Body:
 
 
 def _choices(kind: type[msgspec.Struct], param: str) -> str:
-    """The values that a field of choices has, for a message."""
+    """Return the permitted values of a field as the end of an error message, or ""."""
     found: list[Any] = [msgspec.inspect.type_info(kind)]
     for name in re.findall(r"\w+", param):
         found = [
@@ -618,7 +667,7 @@ def _choices(kind: type[msgspec.Struct], param: str) -> str:
 
 
 def _unions(types: list[Any]) -> list[Any]:
-    """Types with those of unions, and without what only annotates them."""
+    """Expand unions and remove annotations."""
     listed = list[Any]()
     for each in types:
         while isinstance(each, msgspec.inspect.Metadata):

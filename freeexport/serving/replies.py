@@ -1,4 +1,4 @@
-"""Answers as OpenAI writes them: chats, completions, their chunks and usage."""
+"""Responses in OpenAI's format: chats, completions, their chunks and usage."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ REASONS = {"eos": "stop", "stop": "stop", "length": "length", "deadline": "lengt
 
 
 class Reply:
-    """Formats the answer to one request. `id` and `created` are those of all its chunks. `prompts`: tokens of each.
-    `end` is the last line of a stream."""
+    """Formats the response to one request.
+
+    Attributes:
+        id: ID of the response and its chunks.
+        prompts: Number of tokens of each prompt.
+        end: Last line of a stream.
+    """
 
     end = b"data: [DONE]\n\n"
 
@@ -27,29 +32,33 @@ class Reply:
     ) -> None:
         self._chat = isinstance(request, ChatRequest)
         self.id = ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(12)
-        self._tokenizer, self._request, self._model, self._created = (
-            session.tokenizer,
-            request,
-            model,
-            int(time.time()),
-        )
+        self._tokenizer = session.tokenizer
+        self._request = request
+        self._model = model
+        self._created = int(time.time())
         self._ends = frozenset(session.manifest.eos_token_ids)
         self._form = form_of(session.tokenizer) if request.offered else None
-        # Of each choice in a stream: its calls, and how many of the tokens that no chunk had it has read.
+        # For each choice of a stream: its parser, and how many unsent tokens the parser has read.
         self._readers: dict[int, CallReader] = {}
         self._read: dict[int, int] = {}
         self.prompts: Sequence[int] = ()
         self._written: dict[int, int] = {}  # tokens of each choice in chunks
 
     def encode(self, data: Any) -> bytes:
-        """Return what a chunk is sent as."""
+        """Serialize a chunk as a server-sent event."""
         return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
     def failed(self, error: ApiError) -> bytes:
-        """Return what an error in a stream is sent as."""
+        """Serialize an error as a server-sent event."""
         return self.encode(error.body)
 
     def whole(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
+        """Return the body of a complete response.
+
+        Args:
+            results: Results of all choices, ordered by prompt.
+            prompts: Number of tokens of each prompt.
+        """
         choices = list[dict[str, Any]]()
         for index, result in enumerate(results):
             nothing = [None] * len(result.token_ids)
@@ -78,14 +87,18 @@ class Reply:
         return {**self._head(kind), "choices": choices, "usage": usage(results, prompts)}
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """Return the chunk before the first token of a choice, in a chat and where the prompt is repeated."""
+        """Return the chunk before the first token of a choice.
+
+        It has the role in a chat, and the prompt in a completion with `echo`. None in other
+        completions.
+        """
         if self._chat:
             return self._chunk(index, {"role": "assistant", "content": ""}, (), None)
         text = self._echo(index)
         return self._chunk(index, text, (), None) if text else None
 
     def _echo(self, index: int) -> str:
-        """Return the text of a choice's prompt where the client wants it repeated."""
+        """Return the text of a choice's prompt if the request has `echo`, else ""."""
         request = self._request
         if not isinstance(request, CompletionRequest) or not request.echo:
             return ""
@@ -97,8 +110,16 @@ class Reply:
     def chunk(
         self, index: int, tokens: Sequence[Token], result: GenerationResult | None = None
     ) -> dict[str, Any] | None:
-        """Return a chunk of `tokens`; the last one of a choice, of tokens that no chunk had, has its result. None: what
-        they are is not known yet."""
+        """Return a chunk of the tokens since the last chunk.
+
+        Returns None while it is unknown if they are text or part of a call. Pass them again
+        together with the next tokens.
+
+        Args:
+            index: Index of the choice.
+            tokens: All tokens since the last chunk.
+            result: Result of the choice, for its last chunk.
+        """
         text = "".join(token.text for token in tokens)
         reason = None if result is None else REASONS[result.finish_reason]
         calls = list[dict[str, Any]]()
@@ -120,7 +141,7 @@ class Reply:
         return self._chunk(index, delta, tokens, reason, result)
 
     def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
-        """Return the chunk that has no choice."""
+        """Return the chunk with the usage of all choices, which is the last one."""
         return {**self._head(self._chunks), "choices": [], "usage": usage(results, prompts)}
 
     @property
@@ -146,9 +167,11 @@ class Reply:
         if not self._request.include_usage:
             return chunk
         self._written[index] = self._written.get(index, 0) + len(tokens)
-        options, so_far = self._request.stream_options, None
+        options = self._request.stream_options
+        so_far = None
         if options is not None and options.continuous_usage_stats:
-            read, written = self.prompts[index // self._request.n], self._written[index]
+            read = self.prompts[index // self._request.n]
+            written = self._written[index]
             so_far = {
                 "prompt_tokens": read,
                 "completion_tokens": written,
@@ -170,7 +193,7 @@ class Reply:
         )
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return the log-probabilities of the tokens, without the end of the sequence, which is no text."""
+        """Return the log-probabilities of tokens, except end-of-sequence tokens."""
         kept = [token for token in tokens if token.id not in self._ends]
         if self._chat:
             content = [
@@ -195,8 +218,11 @@ class Reply:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     def _by_text(self, token: Token) -> dict[str, float | None]:
-        """Return the alternatives to a token, best first, and itself. Of several with one text, as parts of a letter
-        have, the best, or itself."""
+        """Return the log-probabilities of a token's alternatives, best first, and of the token.
+
+        Tokens may have the same text, such as parts of a character. The given token then takes
+        precedence, then the most likely one.
+        """
         found: dict[str, float | None] = {}
         for alternative, logprob in token.top_logprobs or ():
             found.setdefault(self._spelled(alternative), logprob)
@@ -210,17 +236,26 @@ class Reply:
 
 
 def with_end(answer: dict[str, Any], result: GenerationResult | None) -> dict[str, Any]:
-    """Say beside the finish reason that a deadline cut an answer short: OpenAI has no reason for it."""
+    """Add `free.finish_reason` if a deadline ended the answer. OpenAI has no such finish reason."""
     if result is None or result.finish_reason != "deadline":
         return answer
     return answer | {"free": answer.get("free", {}) | {"finish_reason": "deadline"}}
 
 
 def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
-    """Count the tokens of all choices. A prompt counts once, however many choices it has, and what the first of them
-    reused. Predictions are accepted and rejected in modes "lossless" and "rollback"; in "free" every exit is final."""
+    """Return the token counts of all choices.
+
+    Each prompt counts once for all its choices, with the cached tokens of the first. Accepted and
+    rejected predictions are those of modes "lossless" and "rollback". In "free" every exit is
+    final.
+
+    Args:
+        results: Results of all choices, ordered by prompt.
+        prompts: Number of tokens of each prompt.
+    """
     stats = [result.stats for result in results]
-    read, written = sum(prompts), sum(each.tokens for each in stats)
+    read = sum(prompts)
+    written = sum(each.tokens for each in stats)
     drafting = [each for each in stats if each.mode in ("lossless", "rollback")]
     cached = sum(each.cached_tokens for each in stats[:: max(1, len(stats) // len(prompts))])
     candidates = sum(each.candidates for each in stats)

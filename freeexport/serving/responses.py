@@ -1,4 +1,7 @@
-"""OpenAI's /v1/responses: text in, text and calls of functions out, whole or as events. Nothing is stored."""
+"""OpenAI's /v1/responses, whole or as events.
+
+Input is text. Output is text and function calls. Nothing is stored.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ TEXTS = ("input_text", "output_text", "text")
 
 
 class InputItem(msgspec.Struct, kw_only=True):
-    """A message, a call that an answer had, or what the function gave."""
+    """A message, an earlier function call, or the output of a function."""
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: str = ""
@@ -80,11 +83,15 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool = True
     user: str | None = None
-    metadata: dict[str, str] = {}  # of the client, and given back
+    metadata: dict[str, str] = {}  # returned unchanged
     free: Free = msgspec.field(default_factory=Free)
 
     def chat(self) -> ChatRequest:
-        """Return the chat that asks for the same. Raises ApiError for a part that is no text."""
+        """Convert to an equivalent chat request.
+
+        Raises:
+            ApiError: If an item is invalid or a part is not text.
+        """
         messages = [] if self.instructions is None else [Message("system", self.instructions)]
         if isinstance(self.input, str):
             messages.append(Message("user", self.input))
@@ -125,7 +132,11 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
 
 
 def _add(messages: list[Message], item: InputItem, where: str) -> None:
-    """Add an item to a chat: calls of one answer are of one message. Raises ApiError for a part that is no text."""
+    """Append an item to a chat. Calls join the preceding message of the assistant.
+
+    Raises:
+        ApiError: If an item has no text, or a part is not text.
+    """
     if item.type == "function_call":
         if not (messages and messages[-1].role == "assistant"):
             messages.append(Message("assistant", ""))
@@ -151,7 +162,7 @@ def _add(messages: list[Message], item: InputItem, where: str) -> None:
 
 
 class ResponseReply(Reply):
-    """Formats a response, whole or as the events that end with it."""
+    """Formats a response, whole or as a series of events that ends with it."""
 
     end = b""
 
@@ -164,15 +175,17 @@ class ResponseReply(Reply):
     ) -> None:
         super().__init__(session, model, chat)
         self.id = f"resp_{secrets.token_hex(12)}"
-        self._asked, self._number = asked, 0
+        self._asked = asked
+        self._number = 0
         self._reader = None if self._form is None else CallReader(self._form)
-        self._items = list[dict[str, Any]]()  # the output so far; the last one is open
+        self._items = list[dict[str, Any]]()  # output so far, of which the last is open
 
     def encode(self, data: Any) -> bytes:
-        """Return events as they are sent, numbered."""
+        """Serialize events and number them."""
         written = []
         for event in data:
-            kind, numbered = event["type"], {**event, "sequence_number": self._number}
+            kind = event["type"]
+            numbered = {**event, "sequence_number": self._number}
             written.append(
                 b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(numbered))
             )
@@ -205,8 +218,14 @@ class ResponseReply(Reply):
         return [{"type": f"response.{response['status']}", "response": response}]
 
     def _take(self, text: str, result: GenerationResult | None) -> list[dict[str, Any]]:
-        """Add text to the output, the last with its result, and return the events of that."""
-        events, calls = list[dict[str, Any]](), list[dict[str, Any]]()
+        """Add text to the output and return the resulting events.
+
+        Args:
+            text: Text since the last call.
+            result: Result of the answer, with its last text.
+        """
+        events = list[dict[str, Any]]()
+        calls = list[dict[str, Any]]()
         if self._reader is not None:
             text, calls = self._reader.read(text, result is not None)
         if text or (result is not None and not self._items and not calls):
@@ -237,7 +256,7 @@ class ResponseReply(Reply):
         return [self._event("output_item.added", item=dict(self._items[-1]))]
 
     def _end(self, status: str) -> list[dict[str, Any]]:
-        """End the open item."""
+        """Close the open item and return its last events."""
         item = self._items[-1]
         item["status"] = status
         if item["type"] == "message":
@@ -252,14 +271,15 @@ class ResponseReply(Reply):
         return [*events, self._event("output_item.done", item=item)]
 
     def _event(self, kind: str, **more: Any) -> dict[str, Any]:
-        """An event of the open item."""
+        """Return an event of the open item."""
         place: dict[str, Any] = {"output_index": len(self._items) - 1}
         if "item" not in more:
             place["item_id"] = self._items[-1]["id"]
         return {"type": f"response.{kind}", **place, **more}
 
     def _response(self, result: GenerationResult | None, prompts: Sequence[int]) -> dict[str, Any]:
-        asked, cut = self._asked, _status(result) == "incomplete"
+        asked = self._asked
+        cut = _status(result) == "incomplete"
         response = {
             "id": self.id,
             "object": "response",

@@ -1,4 +1,8 @@
-"""The endpoints: OpenAI's, vLLM's /tokenize, KServe's health, Prometheus' /metrics, and their OpenAPI document."""
+"""HTTP endpoints.
+
+They are OpenAI's, vLLM's /tokenize, KServe's health checks, metrics for Prometheus, and an OpenAPI
+document of them all.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +38,11 @@ from runtime.audio import RATE, LateError, read_audio
 from runtime.text.prompt import check_text
 from runtime.text.tokenizer import Tokenizer
 
-# Seconds in which a body must have come.
+# Time limit for receiving a body, in seconds.
 BODY_SECONDS = 30.0
 LARGEST_BODY = 4 << 20  # bytes
-# Bytes of a body that is too large that are read all the same: most clients read no answer before they have sent all.
+# Bodies that are too large are still read up to this size, in bytes, and discarded. Most clients
+# read no response before they have sent the whole body.
 DISCARDED = 64 << 20
 
 
@@ -77,14 +82,16 @@ def application(service: Service) -> Starlette:
             (ApiError, FreeExportError, HTTPException, Exception), _refuse
         ),
     )
-    served.router.redirect_slashes = (
-        False  # a redirection would go to the host that the client names
-    )
+    # A redirection would go to the host that the client names.
+    served.router.redirect_slashes = False
     return served
 
 
 class Unambiguous:
-    """Refuses a request with two lengths, which proxies may read as two requests, and closes its connection."""
+    """Middleware that rejects requests with both Content-Length and Transfer-Encoding.
+
+    A proxy may read such a request as two (request smuggling). The connection is closed.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -102,13 +109,11 @@ class Unambiguous:
 
 
 class Endpoints:
-    """A method for each route of a service."""
+    """Handlers of a service, one method per route."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self._registry = (
-            service,
-            CollectorRegistry(),
-        )  # several services may be in one process
+        self._service = service
+        self._registry = CollectorRegistry()  # not the global one: a process may have more services
         self._registry.register(SessionCollector(service))
 
     async def chat(self, request: Request) -> Any:
@@ -125,7 +130,8 @@ class Endpoints:
         request: Request,
         kind: type[protocol.ChatRequest] | type[protocol.CompletionRequest] | type[ResponseRequest],
     ) -> Any:
-        record, options = Record(self._service, request.scope["path"]), self._service.options
+        record = Record(self._service, request.scope["path"])
+        options = self._service.options
         try:
             given = await self._parsed(request, kind)
             asked = given.chat() if isinstance(given, ResponseRequest) else given
@@ -161,7 +167,8 @@ class Endpoints:
     async def _transcribe(
         self, request: Request, task: Literal["transcribe", "translate"]
     ) -> Response:
-        record, options = Record(self._service, request.scope["path"]), self._service.options
+        record = Record(self._service, request.scope["path"])
+        options = self._service.options
         try:
             self._authorize(request)
             if not any(session.manifest.speech for session in self._service.ready().values()):
@@ -229,10 +236,8 @@ class Endpoints:
     async def detokenize(self, request: Request) -> Response:
         asked = await self._parsed(request, protocol.DetokenizeRequest)
         _, session = self._service.session(asked.model)
-        most, vocabulary = (
-            max(session.manifest.encoder_capacity, session.capacity),
-            session.manifest.vocab_size,
-        )
+        most = max(session.manifest.encoder_capacity, session.capacity)
+        vocabulary = session.manifest.vocab_size
         if len(asked.tokens) > most:
             raise invalid(
                 "tokens", f"tokens has {len(asked.tokens)} ids; give at most {most} at once"
@@ -306,7 +311,12 @@ def _late(seconds: float | None) -> ApiError:
 
 
 def _failed(record: Record, error: BaseException) -> Response:
-    """End the record of a request that failed: the answer where its client has left, else raise what it is told."""
+    """End the record of a failed request. Return status 499 if the client has disconnected.
+
+    Raises:
+        ApiError: The error for the client, if it is still connected.
+        Exception: The original error, if its status is 500.
+    """
     if isinstance(error, (ClientGone, ClientDisconnect)):
         record.end(499)
         return Response(status_code=499)
@@ -318,12 +328,21 @@ def _failed(record: Record, error: BaseException) -> Response:
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """Read a body. Raises ApiError for one that is too large or does not come."""
+    """Read the body of a request.
+
+    Args:
+        request: The request.
+        most: Maximum size in bytes.
+
+    Raises:
+        ApiError: If the body is too large or does not arrive in time.
+    """
     told = request.headers.get("content-length", "")
     too_large = ApiError(413, f"the body is larger than {most} bytes; send less", "body_too_large")
     if told.isdigit() and int(told[:20]) > most and "expect" in request.headers:
-        raise too_large  # it waits before it sends the body
-    body, size = bytearray(), 0
+        raise too_large  # the client waits for an interim response before it sends the body
+    body = bytearray()
+    size = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in request.stream():
@@ -348,7 +367,8 @@ def _tokenizer(session: Session) -> Tokenizer:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        path, method = request.scope["path"][:80], request.method
+        path = request.scope["path"][:80]
+        method = request.method
         messages = {404: f"there is no {path}", 405: f"{method} is not a method of this path"}
         failed = ApiError(error.status_code, messages.get(error.status_code, error.detail))
         return json(failed.body, failed.status, dict(error.headers or {}))

@@ -1,4 +1,4 @@
-"""A server from its options to its end: the socket, the protocol, signals and log lines."""
+"""HTTP server: its socket, protocol, signals, log lines and shutdown."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ from freeexport.serving.service import ServerOptions, Service
 from runtime.errors import OptionError
 
 BACKLOG = 1024
-# Seconds: how long an idle connection is kept, longer than the proxies before it do, and how long one that was told
-# of the end has to read it.
-KEEP_ALIVE, LAST_WORDS = 75, 2
+KEEP_ALIVE = 75  # timeout of idle connections in seconds, longer than that of usual proxies
+LAST_WORDS = 2  # seconds for clients and logs to read the last lines
 LARGEST_HEADERS = 64 << 10
-# Bytes of log lines that wait to be written; others are dropped, and counted in the next that is written.
+# Limit for log lines that wait to be written, in bytes. Other lines are dropped, and counted in the
+# next line that is written.
 MOST_WAITING = 4 << 20
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# Errors of accept(2) where a process or the machine has too much open.
+# Errors of accept(2) if the process or the machine lacks file descriptors or memory.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class _Listening(socket.socket):
-    """Fails to accept once a second at most where there is no file descriptor: asyncio then waits as long, but tries
-    its whole backlog before."""
+    """Listening socket that reports a lack of file descriptors at most once a second.
+
+    After such an error asyncio pauses for a second, but first retries for its whole backlog.
+    """
 
     _failed = -1.0
 
@@ -56,10 +58,11 @@ class _Listening(socket.socket):
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 that answers clients which have ended their own side of the connection.
+    """HTTP/1.1 protocol that still answers clients which have closed their side of the connection.
 
-    Those that left look the same until they are written to: an interim response, or a ping in a stream, gives an error
-    then. Those of HTTP/1.0 know no interim response, and count as gone.
+    Clients that have left look the same until a write to them fails. The protocol therefore writes
+    interim responses, or pings in a stream. HTTP/1.0 has no interim responses, so its clients count
+    as gone.
     """
 
     _ended = False
@@ -80,7 +83,7 @@ class _Protocol(H11Protocol):
     def _probe(self, seconds: float) -> None:
         cycle = self.cycle
         if not (self.transport.is_closing() or cycle.disconnected or cycle.response_complete):
-            # What has begun and is not complete is a stream of events.
+            # A response that has started and is incomplete is a stream of events.
             self.transport.write(
                 self.conn.send(h11.Data(data=PING)) if cycle.response_started else CONTINUE
             )
@@ -93,19 +96,27 @@ class _Protocol(H11Protocol):
 
 
 class LogWriter:
-    """Writes lines to the file descriptor of `stream` in a thread of its own, so an output that nobody reads holds
-    nobody up; nothing where `stream` is None."""
+    """Writes log lines in a thread, so that a blocked output delays no request.
+
+    Args:
+        stream: Output. None discards all lines.
+        most: Limit for waiting lines, in bytes. Other lines are dropped.
+    """
 
     def __init__(self, stream: TextIO | None, most: int = MOST_WAITING) -> None:
-        # A copy, and not the stream: its lock would be held by a write that blocks, and the interpreter could not end.
+        # Not the stream itself: a blocked write would hold its lock, and the interpreter could not
+        # exit.
         self._file = None if stream is None else os.dup(stream.fileno())
         self._lines = SimpleQueue[bytes]()
-        self._most, self._waiting, self._dropped = most, 0, 0
-        self._lock = threading.RLock()  # a signal handler may write while its thread does
+        self._most = most
+        self._waiting = 0
+        self._dropped = 0
+        self._lock = threading.RLock()  # a signal handler may interrupt `write`
         self._thread = threading.Thread(target=self._run, name="freeexport-log", daemon=True)
         self._thread.start()
 
     def write(self, line: str) -> None:
+        """Queue a line."""
         data = line.rstrip("\n").encode(errors="replace") + b"\n"
         with self._lock:
             if self._waiting + len(data) > self._most:
@@ -115,7 +126,7 @@ class LogWriter:
             self._lines.put(data)
 
     def close(self, seconds: float) -> None:
-        """Write waiting lines, for so long at most."""
+        """Write the waiting lines within `seconds`, and end the thread."""
         self._lines.put(b"")
         self._thread.join(seconds)
 
@@ -126,7 +137,7 @@ class LogWriter:
                 if self._dropped:
                     data += b'{"dropped_lines": %d}\n' % self._dropped
                     self._dropped = 0
-            with suppress(OSError):  # nobody can read it any more
+            with suppress(OSError):  # the output was closed
                 while data and self._file is not None:
                     data = data[os.write(self._file, data) :]
         if self._file is not None:
@@ -134,7 +145,11 @@ class LogWriter:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 is a free one. Raises OptionError."""
+    """Return a listening socket. Port 0 selects a free port.
+
+    Raises:
+        OptionError: If the host or the port cannot be used.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
             0
@@ -158,15 +173,24 @@ async def serve(
     stop: asyncio.Event,
     ready: Callable[[Service], None] = lambda _: None,
 ) -> None:
-    """Load the bundles, answer until `stop`, and drain. `ready` is called when all are loaded. Raises what a bundle
-    that cannot be opened raises."""
+    """Load the bundles, serve until `stop` is set, then drain.
+
+    Args:
+        service: Service with the bundles.
+        listening: Socket of `listen`.
+        stop: Starts the shutdown.
+        ready: Called when all bundles are loaded.
+
+    Raises:
+        FreeExportError: If a bundle cannot be opened. See `Session`.
+    """
     config = uvicorn.Config(
         application(service),
         http=_Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="error",  # warnings are of what clients send
+        log_level="error",  # warnings are only about invalid requests
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
@@ -174,7 +198,7 @@ async def serve(
         h11_max_incomplete_event_size=LARGEST_HEADERS,
     )
     server = uvicorn.Server(config)
-    server.capture_signals = nullcontext  # type: ignore  # they are left to whoever runs this
+    server.capture_signals = nullcontext  # type: ignore  # handled by the caller
     listener = asyncio.ensure_future(server.serve(sockets=[listening]))
     try:
         await asyncio.to_thread(service.open)
@@ -190,11 +214,17 @@ async def serve(
 
 
 def run(options: ServerOptions, host: str, port: int) -> None:
-    """The command: serve until SIGTERM or SIGINT, then drain; a second signal ends at once."""
+    """Serve until SIGTERM or SIGINT, then drain. A second signal exits at once.
+
+    Raises:
+        OptionError: If the host or the port cannot be used.
+        FreeExportError: If a bundle cannot be opened.
+    """
     listening = listen(host, port)
     address, number = listening.getsockname()[:2]
     where = f"http://{f'[{address}]' if ':' in address else address}:{number}"
-    log, said = LogWriter(sys.__stdout__), LogWriter(sys.__stderr__)
+    log = LogWriter(sys.__stdout__)
+    said = LogWriter(sys.__stderr__)
 
     def ready(service: Service) -> None:
         modes = [
@@ -204,10 +234,11 @@ def run(options: ServerOptions, host: str, port: int) -> None:
         said.write(f"serving {', '.join(options.names)} on {where}/v1; {'; '.join(modes)}")
 
     async def main() -> None:
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
         signals = 0
 
-        # Not the loop's: this one is called even where the loop is busy.
+        # Unlike a handler of the loop, this one is called even while the loop is busy.
         def end(number: int, frame: FrameType | None) -> None:
             nonlocal signals
             signals += 1

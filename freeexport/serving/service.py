@@ -1,4 +1,4 @@
-"""The served models, whether they are ready, and a line of JSON for each request."""
+"""Served models, their readiness, and one JSON log line per request."""
 
 from __future__ import annotations
 
@@ -22,10 +22,23 @@ State = Literal["loading", "ready", "draining"]
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """`bundles` are served as `names`, by default those of their directories. `mode` is for requests that name none;
-    None: the session's default. `deadline`: the most seconds of any request. `max_body`: bytes, by default 4 MiB, and
-    64 MiB with a sound. `shutdown_timeout`: seconds that running requests have to end. `origins` may ask from a
-    browser's page; "*" is any. Raises OptionError."""
+    """Options of a server.
+
+    Attributes:
+        bundles: Paths of the bundles to serve.
+        names: Model names of the first bundles. Default: the names of their directories.
+        session: Options of every session.
+        mode: Mode for requests that set none. Default: the session's default.
+        deadline: Time limit for a request, in seconds. Default: no limit.
+        api_key: Key that requests need. Default: no authentication.
+        max_body: Maximum size of a request body in bytes. Default: 4 MiB, or 64 MiB with audio.
+        shutdown_timeout: Grace period for running requests at shutdown, in seconds.
+        origins: Allowed CORS origins; "*" allows any.
+        log_prompts: Log the prompts of requests.
+
+    Raises:
+        OptionError: If no bundle is given, or names or the API key are invalid.
+    """
 
     bundles: Sequence[Path]
     names: Sequence[str] = ()
@@ -45,7 +58,8 @@ class ServerOptions:
             )
         if len(self.names) > len(self.bundles):
             raise OptionError(
-                f"{len(self.names)} names are given for {len(self.bundles)} bundles; give one for each"
+                f"{len(self.names)} names are given for {len(self.bundles)} bundles; "
+                "give one for each"
             )
         given = [*self.names, *(path.resolve().name for path in self.bundles[len(self.names) :])]
         object.__setattr__(self, "names", given)
@@ -61,18 +75,23 @@ class ServerOptions:
 
 
 class Record:
-    """The log line of one request, which a shutdown waits for until its `end`. `results`: those of its choices, as far
-    as they came."""
+    """Log line of one request. Shutdown waits until `end` is called.
+
+    Attributes:
+        line: Fields of the log line.
+        results: Results of the choices so far.
+    """
 
     def __init__(self, service: Service, path: str) -> None:
         self.line: dict[str, Any] = {"time": round(time.time(), 3), "path": path}
         self.results: list[GenerationResult] = []
-        self._service, self._began = service, time.monotonic()
+        self._service = service
+        self._began = time.monotonic()
         service.running.add(self)
         service.idle.clear()
 
     def end(self, status: int, error: BaseException | None = None) -> None:
-        """Write the line, with this status: 499 where the client left before."""
+        """Write the line. Status 499 means that the client disconnected."""
         stats = [result.stats for result in self.results]
         if stats:
             candidates = sum(each.candidates for each in stats)
@@ -92,15 +111,22 @@ class Record:
         if not service.running:
             service.idle.set()
         service.responses[self.line["path"], status] += 1
-        # ASCII: U+2028, U+0085 and control characters of a prompt would be more lines, or more, to who reads them.
+        # ASCII only: U+2028, U+0085 and control characters of a prompt could end the line for some
+        # readers, or worse.
         service.log(json.dumps(self.line))
 
 
 class Service:
-    """The sessions of one process. They share its cores: `open` them once, before requests are taken."""
+    """Sessions of one process, which share its cores. Call `open` once, before the first request.
+
+    Args:
+        options: Options of the server.
+        log: Writes one log line.
+    """
 
     def __init__(self, options: ServerOptions, log: Callable[[str], None]) -> None:
-        self.options, self.log = options, log
+        self.options = options
+        self.log = log
         self.sessions: dict[str, Session] = {}
         self.trials: dict[str, GrammarTrial] = {}
         self.state: State = "loading"
@@ -112,7 +138,11 @@ class Service:
         self._open = ExitStack()
 
     def open(self) -> None:
-        """Load every bundle; none stays open where one cannot be. Raises BundleError and others."""
+        """Load every bundle. If one fails, all are closed.
+
+        Raises:
+            FreeExportError: If a bundle cannot be opened. See `Session`.
+        """
         with ExitStack() as stack:
             named = zip(self.options.names, self.options.bundles, strict=True)
             opened = {
@@ -121,9 +151,8 @@ class Service:
             }
             self._open = stack.pop_all()
         for session in opened.values():
-            with suppress(
-                OptionError
-            ):  # the tokens of constraints are read once, which holds the interpreter's lock
+            # The first constraint loads the vocabulary, which holds the GIL.
+            with suppress(OptionError):
                 session.prepare(choice=["a"])
         self.trials = {name: GrammarTrial(session.bundle.path) for name, session in opened.items()}
         self.sessions = opened
@@ -131,11 +160,11 @@ class Service:
             self.state = "ready"
 
     def close(self) -> None:
-        """End the requests that still run: they are told so."""
+        """Close the sessions. Requests that still run end with an error."""
         self._open.close()
 
     async def drain(self) -> None:
-        """Refuse new requests, wait for the running ones as long as they have, then end them."""
+        """Reject new requests, wait up to `shutdown_timeout` for running ones, then end them."""
         self.state = "draining"
         with suppress(TimeoutError):
             await asyncio.wait_for(self.idle.wait(), self.options.shutdown_timeout)
@@ -144,7 +173,11 @@ class Service:
         await asyncio.to_thread(self.close)
 
     def ready(self) -> dict[str, Session]:
-        """Return the sessions by the names of their models. Raises ApiError while they are loaded, and at the end."""
+        """Return the sessions by model name.
+
+        Raises:
+            ApiError: If the models are being loaded or the server shuts down.
+        """
         if self.state == "loading":
             raise ApiError(
                 503, "the model is being loaded; ask again later", "loading", retry_after=1
@@ -154,7 +187,14 @@ class Service:
         return self.sessions
 
     def session(self, name: str | None) -> tuple[str, Session]:
-        """Return the model that a request names, or the only one, with its session. Raises ApiError."""
+        """Return the name and session of a model.
+
+        Args:
+            name: Model name in the request. Default: the only model.
+
+        Raises:
+            ApiError: If the name is unknown or missing, or the server is not ready.
+        """
         self.ready()
         choices = " or ".join(map(repr, self.sessions))
         if name is None and len(self.sessions) > 1:

@@ -1,5 +1,7 @@
-"""Constrained answers and function calls: the grammar that an answer keeps, how a model is told of its tools, and how
-its calls are read."""
+"""Constrained answers and function calls.
+
+Builds the grammar of an answer, describes tools in prompts, and parses calls.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,14 @@ from runtime.text.grammar import JSON_FORM, written_form
 from runtime.text.tokenizer import Tokenizer
 
 MARK = "<tool_call>"
-# For models whose chat template has no place for tools.
+# For models whose chat template does not support tools.
 INSTRUCTIONS = """# Functions
 
 Call a function where it helps to answer. There are, a line each:
 {functions}
 
-To call one, answer with its name and arguments as JSON, between these marks, and nothing after them:
+To call one, answer with its name and arguments as JSON, between these marks, and nothing \
+after them:
 <tool_call>
 {{"name": "the function", "arguments": {{"an argument": "its value"}}}}
 </tool_call>"""
@@ -32,8 +35,14 @@ HEAD = re.compile(r'\{"name": "([^"]*)", "\w+": ')
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a model writes a call: a JSON object between marks, or bare, several then as a list. `key` of the arguments.
-    `shown`: its chat template shows the tools."""
+    """Format in which a model writes calls.
+
+    Attributes:
+        marked: A call is a JSON object between marks. Otherwise it is bare JSON, and several calls
+            are a list.
+        key: Key of the arguments.
+        shown: The chat template supports tools.
+    """
 
     marked: bool = True
     key: str = "arguments"
@@ -49,10 +58,10 @@ class CallForm:
 
 
 def form_of(tokenizer: Tokenizer | None) -> CallForm:
-    """The form that a model was trained for, as far as its chat template shows it."""
+    """Infer the format of calls from a chat template."""
     template = (tokenizer.chat_template if tokenizer is not None else None) or ""
     shown = re.search(r"\btools\b", template) is not None
-    # A special token is no text.
+    # A mark that is a special token does not appear in text.
     special = tokenizer is not None and MARK in map(tokenizer.token, tokenizer.special_ids)
     marked = (MARK in template or not shown) and not special
     key = (
@@ -66,7 +75,13 @@ def form_of(tokenizer: Tokenizer | None) -> CallForm:
 def constraint(
     request: ChatRequest | CompletionRequest, form: CallForm
 ) -> tuple[str, dict[str, Any]]:
-    """The field that constrains an answer, and the session's option; "" and nothing without one."""
+    """Return the request field that constrains an answer, and the session option for it.
+
+    Without a constraint, both are empty.
+
+    Raises:
+        ApiError: If a schema is invalid.
+    """
     tools = request.offered
     if tools:
         field = (
@@ -89,7 +104,14 @@ def constraint(
 def calls_grammar(
     tools: Sequence[Tool], request: ChatRequest | CompletionRequest, form: CallForm
 ) -> str:
-    """A Lark grammar: calls of `tools`, several where the request allows it; or, unless it must call, an answer."""
+    """Return a Lark grammar of calls.
+
+    The grammar permits several calls if the request does, and an answer unless the request requires
+    a call.
+
+    Raises:
+        ApiError: If a schema is invalid, or its answers would look like calls.
+    """
     rules = list[str]()
     for number, tool in enumerate(tools):
         function = tool.function
@@ -102,7 +124,8 @@ def calls_grammar(
         rules.append(f'call_{number}: {head} arguments_{number} "}}"')
         rules.append(f"arguments_{number}: %json {json.dumps(schema)}")
     rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
-    begin, end = json.dumps(form.begin), json.dumps(form.end)
+    begin = json.dumps(form.begin)
+    end = json.dumps(form.end)
     if form.marked:
         rest = f'call {end} ("\\n" {begin} call {end})*' if request.parallel else f"call {end}"
         calls = f"{begin} {rest}"
@@ -134,13 +157,18 @@ def _check(field: str, schema: Any) -> None:
 def shown(
     messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], form: CallForm
 ) -> list[dict[str, Any]]:
-    """Messages for a chat template that has no place for tools: functions stand in the system's, calls and results in
-    texts."""
+    """Rewrite messages for a chat template that does not support tools.
+
+    Functions are described in the system message. Calls and results become text.
+    """
     told = list[dict[str, Any]]()
     for message in messages:
         calls = "\n".join(
-            f"{form.begin}{json.dumps({'name': call['function']['name'], form.key: call['function']['arguments']})}"
-            f"{form.end}"
+            f"""{form.begin}{
+                json.dumps(
+                    {"name": call["function"]["name"], form.key: call["function"]["arguments"]}
+                )
+            }{form.end}"""
             for call in message.get("tool_calls", ())
         )
         content = "\n".join(filter(None, (message["content"], calls)))
@@ -161,25 +189,39 @@ def shown(
 
 
 class CallReader:
-    """Splits an answer that keeps `calls_grammar` into its text and its calls, as it comes. `count` calls began."""
+    """Incremental parser that splits an answer of `calls_grammar` into text and calls.
+
+    Attributes:
+        count: Number of calls that have started.
+    """
 
     def __init__(self, form: CallForm) -> None:
-        self._form, self._left = form, ""
+        self._form = form
+        self._left = ""
         self._state = "answer" if form.marked else "first"
-        self._depth, self._quoted, self._escaped = 0, False, False
+        self._depth = 0
+        self._quoted = False
+        self._escaped = False
         self.count = 0
 
     def read(self, text: str, last: bool = False) -> tuple[str, list[dict[str, Any]]]:
-        """Take the next piece, of which `last` is the end: the answer's text in it, and calls as a stream's deltas."""
+        """Parse the next piece. Return its text, and its calls as deltas of a stream.
+
+        Args:
+            text: Text of the answer since the last call.
+            last: The answer ends with this piece.
+        """
         self._left += text
-        answer, calls = "", dict[int, dict[str, Any]]()
+        answer = ""
+        calls = dict[int, dict[str, Any]]()
         while self._left:
             before = self._state, self._left
             if self._state == "first":
                 self._state = "head" if self._left[0] in "{[" else "rest"
                 self._left = self._left.removeprefix("[")
             elif self._state == "rest":
-                answer, self._left = answer + self._left, ""
+                answer = answer + self._left
+                self._left = ""
             elif self._state == "answer":
                 answer += self._answer(last)
             elif self._state == "head":
@@ -190,20 +232,23 @@ class CallReader:
                 )
                 call["function"]["arguments"] += self._arguments()
             elif self._left.startswith("}" + self._form.end):
-                self._left, self._state = self._left.removeprefix("}" + self._form.end), "between"
+                self._left = self._left.removeprefix("}" + self._form.end)
+                self._state = "between"
             if self._state == "between":
                 separator = f"\n{self._form.begin}" if self._form.marked else ", "
                 if self._left.startswith(separator):
-                    self._left, self._state = self._left.removeprefix(separator), "head"
+                    self._left = self._left.removeprefix(separator)
+                    self._state = "head"
             if (self._state, self._left) == before:
                 break
         return answer, list(calls.values())
 
     def _answer(self, last: bool) -> str:
-        """The text before a mark, or before what may begin one."""
+        """Return the text before a mark or before a possible start of one."""
         text, mark, rest = self._left.partition(self._form.begin)
         if mark:
-            self._left, self._state = rest, "head"
+            self._left = rest
+            self._state = "head"
             return text
         begins = (
             size
@@ -217,7 +262,8 @@ class CallReader:
     def _head(self, calls: dict[int, dict[str, Any]]) -> None:
         found = HEAD.match(self._left)
         if found is not None:
-            self._left, self._state = self._left[found.end() :], "arguments"
+            self._left = self._left[found.end() :]
+            self._state = "arguments"
             function = {"name": found[1], "arguments": ""}
             id_ = f"call_{secrets.token_hex(12)}"
             calls[self.count] = {
@@ -229,7 +275,7 @@ class CallReader:
             self.count += 1
 
     def _arguments(self) -> str:
-        """Characters up to the end of the object."""
+        """Return the text up to the end of the arguments, or all text if they go on."""
         for place, character in enumerate(self._left):
             if self._quoted:
                 self._quoted = self._escaped or character != '"'
@@ -238,15 +284,17 @@ class CallReader:
                 self._quoted = character == '"'
                 self._depth += (character in "{[") - (character in "}]")
                 if not self._depth and character in "}]":
-                    text, self._left = self._left[: place + 1], self._left[place + 1 :]
+                    text = self._left[: place + 1]
+                    self._left = self._left[place + 1 :]
                     self._state = "tail"
                     return text
-        text, self._left = self._left, ""
+        text = self._left
+        self._left = ""
         return text
 
 
 def read_calls(text: str, form: CallForm) -> tuple[str, list[dict[str, Any]]]:
-    """The text and the calls of a whole answer; the last may have been cut short."""
+    """Return the text and calls of a complete answer. The last call may be cut short."""
     answer, calls = CallReader(form).read(text, last=True)
     return answer, [
         {name: value for name, value in call.items() if name != "index"} for call in calls

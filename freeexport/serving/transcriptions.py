@@ -1,5 +1,7 @@
-"""OpenAI's /v1/audio/transcriptions and translations: a form with a WAV file, and what is said in it as JSON, text or
-subtitles."""
+"""OpenAI's /v1/audio/transcriptions and /v1/audio/translations.
+
+A request is a form with a WAV file. A response is JSON, text or subtitles.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,21 @@ from runtime.options import Mode
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 LARGEST_AUDIO = 64 << 20  # bytes of a form: 35 minutes of 16-bit mono at 16 kHz
-# Parts of a form, bytes of the head of one, and of all fields but the file together.
-MOST_PARTS, LARGEST_HEAD, LARGEST_TEXT = 32, 4 << 10, 64 << 10
+MOST_PARTS = 32  # in a form
+LARGEST_HEAD = 4 << 10  # bytes of the headers of a part
+LARGEST_TEXT = 64 << 10  # bytes of all fields together, except the file
 
 
 @dataclass(frozen=True)
 class Transcription:
-    """The fields of a form, checked."""
+    """Validated request.
+
+    Attributes:
+        file: Content of the WAV file.
+        model: Model name. Default: the only model.
+        format: Format of the response.
+        options: Options of the session.
+    """
 
     file: bytes
     model: str | None
@@ -35,7 +45,18 @@ class Transcription:
         mode: Mode | None,
         limit: float | None,
     ) -> Transcription:
-        """Read the fields of a form. `mode` and `limit`, seconds, are the server's. Raises ApiError, OptionError."""
+        """Validate the fields of a form. Removes `file` from `fields`.
+
+        Args:
+            fields: Fields of the form.
+            task: Transcribe, or translate to English.
+            mode: The server's mode.
+            limit: The server's time limit in seconds.
+
+        Raises:
+            ApiError: If a field is missing, unknown or invalid.
+            OptionError: If an option is invalid.
+        """
         file = fields.pop("file", None)
         if not file:
             raise invalid(
@@ -57,8 +78,10 @@ class Transcription:
             )
         if text.pop("stream", "false").lower() not in ("false", "0"):
             raise invalid("stream", "a transcription is not streamed here; leave stream out")
-        model, prompt = text.pop("model", None), text.pop("prompt", None)
-        language, temperature = text.pop("language", None), text.pop("temperature", "0")
+        model = text.pop("model", None)
+        prompt = text.pop("prompt", None)
+        language = text.pop("language", None)
+        temperature = text.pop("temperature", "0")
         for name in text:
             raise invalid(name[:80], f"{name[:80]} is not known here; leave it out")
         try:
@@ -83,7 +106,12 @@ class Transcription:
         )
 
     def answer(self, result: GenerationResult, seconds: float) -> dict[str, Any] | str:
-        """The body of the answer; a text is one of plain text. `seconds`: the length of the sound."""
+        """Return the body of the response. A string is sent as plain text.
+
+        Args:
+            result: Result of the session.
+            seconds: Duration of the audio.
+        """
         segments = result.segments or ()
         if self.format == "text":
             return result.text + "\n"
@@ -123,7 +151,10 @@ def _fields(number: int, segment: Segment) -> dict[str, Any]:
 def _times(segment: Segment, point: str) -> str:
     def clock(seconds: float) -> str:
         whole = round(seconds * 1000)
-        return f"{whole // 3_600_000:02}:{whole // 60_000 % 60:02}:{whole // 1000 % 60:02}{point}{whole % 1000:03}"
+        return (
+            f"{whole // 3_600_000:02}:{whole // 60_000 % 60:02}:"
+            f"{whole // 1000 % 60:02}{point}{whole % 1000:03}"
+        )
 
     return f"{clock(segment.start)} --> {clock(segment.end)}\n"
 
@@ -133,8 +164,11 @@ def _line(segment: Segment) -> str:
 
 
 def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
-    """The fields of a multipart/form-data body. Raises ApiError for another kind, for more than a request has, and for
-    a field that comes twice."""
+    """Return the fields of a multipart/form-data body.
+
+    Raises:
+        ApiError: If the body is not such a form, is too large, or repeats a field.
+    """
     header = Message()
     header["Content-Type"] = content_type[:LARGEST_HEAD]
     boundary = header.get_param("boundary")
@@ -145,7 +179,8 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
     ):
         raise _invalid("the body is no form; send multipart/form-data with a field `file`")
     fields: dict[str, bytes] = {}
-    line, texts = b"--" + boundary.encode("ascii", "replace"), 0
+    line = b"--" + boundary.encode("ascii", "replace")
+    texts = 0
     end = body.find(line)
     while end >= 0 and not body.startswith(b"--", end + len(line)):
         begin = end + len(line)
@@ -165,7 +200,8 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
         texts += 0 if key == "file" else len(fields[key])
         if len(fields) > MOST_PARTS or texts > LARGEST_TEXT:
             raise _invalid(
-                f"the form has more than {MOST_PARTS} fields or {LARGEST_TEXT} bytes beside the file"
+                f"the form has more than {MOST_PARTS} fields "
+                f"or {LARGEST_TEXT} bytes beside the file"
             )
         end += 2
     return fields

@@ -1,7 +1,9 @@
-// Products of a prompt's rows in tiles (AMX): rows and weights are rounded to bfloat16, products summed in fp32.
+// Products of a prompt's rows in AMX tiles. Rows and weights are rounded to bfloat16, sums are
+// fp32.
 //
-// A task takes two panels and many rows: it unpacks a piece of the panels' inputs to tiles, once for all rows,
-// multiplies, and goes on with the next piece. What a row sums does not depend on the others, nor on their number.
+// A task multiplies many rows with two panels. It unpacks a piece of the panels' inputs to tiles
+// once for all rows, multiplies, and continues with the next piece. The sums of a row depend
+// neither on the other rows nor on their number.
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,13 +15,15 @@
 namespace freeexport {
 namespace {
 
-// Of inputs that are unpacked at once: two panels of them fit in the first cache. Where all sums stay in registers
-// between pieces, these may be so small that two threads of a core have room there.
+// Groups of inputs that are unpacked at once. Two panels of kPieceGroups fit in the L1 cache. If
+// all sums stay in registers between pieces, smaller pieces suffice, and leave space for a second
+// thread of the core.
 constexpr int64_t kPieceGroups = 20, kKeptPieceGroups = 4, kKeptTiles = 2;
 constexpr int64_t kMostTiles = kPromptRows / kTileRows;
 
-// Of a quad of 16 outputs, [16][4], the bytes that become pairs of inputs 0 and 1 of the first 8 outputs, of the last
-// 8, and of inputs 2 and 3: each the lowest of 4.
+// Byte orders that expand a quad of 16 outputs, [16][4], to pairs of inputs: inputs 0 and 1 of the
+// first 8 outputs, then of the last 8, then inputs 2 and 3 of both. Each byte becomes the lowest of
+// four.
 struct Order {
   uint8_t at[4][64] = {};
   constexpr Order() {
@@ -29,8 +33,8 @@ struct Order {
   }
 };
 
-// What 16 inputs' values of a panel are multiplied with, and what is added: of the first 8 outputs and the last 8, each
-// twice.
+// Scales and offsets of a panel: those of the first 8 outputs and those of the last 8, each twice,
+// for pairs of inputs.
 struct Factors {
   __m512 scale[2], offset[2];
 
@@ -44,7 +48,7 @@ struct Factors {
   }
 };
 
-// Of a block, where it has its own scale or is a part of that of a super-block.
+// Returns the factors of a block, which has its own scale or a multiple of a super-block's.
 FREEEXPORT_INLINE Factors factors_of(const Weight& weight, int64_t block, int64_t scale_of) {
   const __m512 whole = Vec::halves(weight.scales + scale_of * kPanel);
   const int8_t* multiples = weight.multiples ? weight.multiples + block * (weight.offsets ? 2 : 1) * kPanel : nullptr;
@@ -57,7 +61,7 @@ FREEEXPORT_INLINE Factors factors_of(const Weight& weight, int64_t block, int64_
   return {scale, _mm512_mul_ps(_mm512_cvtepi32_ps(zero), _mm512_sub_ps(Vec::zero(), scale))};
 }
 
-// Groups first..last of a panel to tiles [groups][16 pairs of inputs][16 outputs][2].
+// Unpacks groups first..last of a panel to tiles [groups][16 pairs of inputs][16 outputs][2].
 template <int Bits>
 void unpack(const Weight& weight, int64_t panel, int64_t first, int64_t last, uint16_t* to) {
   static constexpr Order kOrder{};
@@ -97,7 +101,7 @@ void unpack(const Weight& weight, int64_t panel, int64_t first, int64_t last, ui
 
 using Unpack = void (*)(const Weight&, int64_t, int64_t, int64_t, uint16_t*);
 
-// A panel of a product's outputs: of which weight, which of its panels, and y of its first output and row 0.
+// A panel of a product's outputs: its weight, its number there, and y of its first output in row 0.
 struct Panel {
   const Weight* weight;
   int64_t number;
@@ -109,7 +113,7 @@ struct Panel {
   }
 };
 
-using Sums = float[2][kTileRows * kPanel];  // of a tile of rows and two panels
+using Sums = float[2][kTileRows * kPanel];  // of a tile of rows, for two panels
 
 struct alignas(64) Scratch {
   uint16_t weights[2][kPieceGroups * kTileValues];
@@ -126,8 +130,9 @@ FREEEXPORT_INLINE void begin_tile(const float* bias, const float* sums) {
     load_tile<Tile>(bias, 0);
 }
 
-// Of R tiles of rows and P panels: the products of a piece, added to `from`, at first to the bias, and put
-// to `to`. Sums that are `kept` are in the registers from the first piece to the last.
+// Adds the products of a piece, for R tiles of rows and P panels, to `from`, or to the bias in the
+// first piece, and stores them in `to`. `kept` sums stay in registers from the first piece to the
+// last.
 template <int R, int P>
 void multiply_piece(Scratch& scratch, const uint16_t* rows, int64_t apart, int64_t count, bool begins, bool ends,
                     bool kept, Sums* from, Sums* to) {
@@ -146,7 +151,8 @@ void multiply_piece(Scratch& scratch, const uint16_t* rows, int64_t apart, int64
   if constexpr (R > 1 && P > 1) store_tile<3>(to[1][1], 64);
 }
 
-// x / (1 + e^-x), to about 1e-5 of it, which is little beside what bfloat16 takes away. Nothing is left below -87.
+// x / (1 + e^-x), with a relative error of about 1e-5, which is small compared with that of
+// bfloat16. 0 below -87.
 FREEEXPORT_INLINE __m512 silu(__m512 x) {
   const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f));
   const __m512 sum = _mm512_add_ps(Vec::power_of_two(power), _mm512_set1_ps(1.0f));
@@ -155,11 +161,12 @@ FREEEXPORT_INLINE __m512 silu(__m512 x) {
   return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(power, _mm512_set1_ps(126.0f), _CMP_NGE_UQ), x, inverse);
 }
 
-// One or two panels of all rows; `gated`: the second is what the first is multiplied with.
+// Multiplies all rows with one or two panels. `gated`: the second one's result multiplies the
+// first's.
 void multiply_panels(const Product& product, const uint16_t* rows, int64_t first, int64_t last, const Panel* panels,
                      int count, bool gated, Scratch& scratch) {
   const int64_t groups = product.weight.groups(), stride = product.outputs();
-  const int columns = gated ? 1 : count;  // panels of y
+  const int columns = gated ? 1 : count;  // panels in y
   for (int p = 0; p < count; p++) {
     const float* bias = panels[p].weight->bias;
     for (int64_t i = 0; i < kPanel; i++)
@@ -178,7 +185,7 @@ void multiply_panels(const Product& product, const uint16_t* rows, int64_t first
     for (int64_t tile = 0; tile < tiles; tile += 2) {
       const bool ends = piece + 1 == pieces, two = tile + 1 < tiles;
       const int64_t row = first + tile * kTileRows, behind = least(last, row + (two ? 2 : 1) * kTileRows);
-      for (int64_t m = row; ends && m < behind; m++)  // what is written to is fetched meanwhile
+      for (int64_t m = row; ends && m < behind; m++)  // prefetch the output
         for (int p = 0; p < columns; p++) __builtin_prefetch(panels[p].y + m * stride, 1);
       const uint16_t* from = rows + ((first / kTileRows + tile) * groups + begin) * kTileValues;
       const auto multiply = two ? (count == 2 ? multiply_piece<2, 2> : multiply_piece<2, 1>)
@@ -204,7 +211,7 @@ void multiply_panels(const Product& product, const uint16_t* rows, int64_t first
 }
 
 bool granted() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of Linux 5.16
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of Linux 5.16
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 

@@ -1,7 +1,10 @@
-// Attention of a prompt's rows in tiles (AMX): queries, keys, values and weights are rounded to bfloat16, all sums are
-// fp32. Keys stand in the rows of a tile and 16 queries, heads of a group for one row after the other, in its columns:
-// a register has a score of each query, and nothing is folded. A query joins the pieces that it sees in order; what it
-// does not see has weight 0, so its bits do not depend on the queries beside it.
+// Attention of a prompt's rows in AMX tiles. Queries, keys, values and weights are rounded to
+// bfloat16, sums are fp32.
+//
+// The rows of a tile are keys. Its columns are 16 queries, the heads of a group for one row after
+// the other. A register then has one score per query, and needs no horizontal sum. A query joins
+// its pieces in order, and keys that it does not see have weight 0, so its bits do not depend on
+// the queries beside it.
 #include <cstdlib>
 
 #include "amx.h"
@@ -13,10 +16,10 @@ namespace freeexport {
 namespace {
 
 constexpr int64_t kKeyTiles = kPieceRows / kTileRows, kKeySteps = kPieceRows / kGroup;
-constexpr int64_t kSums = kTileRows * kPanel;  // of a tile in fp32
-constexpr float kNothingYet = -1e30f;          // the largest score of nothing
+constexpr int64_t kSums = kTileRows * kPanel;  // values of a tile in fp32
+constexpr float kNothingYet = -1e30f;          // initial value of the largest score
 
-// 16 rows of 16 values of 32 bits become columns.
+// Transposes 16 rows of 16 32-bit values.
 FREEEXPORT_INLINE void turn(__m512i (&rows)[16]) {
   __m512i halves[16];
   for (int i = 0; i < 16; i += 2) {
@@ -39,7 +42,7 @@ FREEEXPORT_INLINE void turn(__m512i (&rows)[16]) {
   for (int i = 0; i < 16; i++) rows[i] = halves[i];
 }
 
-// Values from `at` on of `size`, and zeros behind them.
+// Loads 16 of `size` values, starting at `at`, with zeros after the last.
 FREEEXPORT_INLINE __mmask16 left_of(int64_t left) {
   return static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
 }
@@ -49,26 +52,26 @@ FREEEXPORT_INLINE __m512 values_of(const float* from, int64_t at, int64_t size) 
 FREEEXPORT_INLINE __m512 values_of(const uint16_t* from, int64_t at, int64_t size) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(left_of(size - at), from + at));
 }
-// 32 of them in bfloat16.
+// Loads 32 values and rounds them to bfloat16.
 template <typename C>
 FREEEXPORT_INLINE __m512i rounded(const C* from, int64_t at, int64_t size) {
   return (__m512i)_mm512_cvtne2ps_pbh(values_of(from, at + 16, size), values_of(from, at, size));
 }
-// Both as pairs, in bfloat16.
+// Rounds both to bfloat16 and interleaves them.
 FREEEXPORT_INLINE __m512i paired(__m512 first, __m512 second) {
   const __m512i order = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(0x10001)));
   return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
-// What 16 queries see and have so far; before them their values stand in tiles, and their outputs behind.
+// State of 16 queries: visible positions, largest scores and sums of weights so far.
 struct alignas(64) Lanes {
   int32_t first[16], last[16];  // positions
   float largest[16], sums[16];
 };
 
 struct Memory {
-  int64_t tiles, steps, parts;  // of queries; of 32 values of a head; of 16
+  int64_t tiles, steps, parts;  // of queries; a head's values in steps of 32, and in parts of 16
   Lanes* lanes;
   float* outputs;     // [tiles][parts][16 values][16 queries]
   uint16_t* queries;  // [tiles][steps][16 pairs of values][16 queries][2]
@@ -76,10 +79,10 @@ struct Memory {
   uint16_t* values;   // [parts][key steps][16 values][32 keys]
   float* scores;      // [64 keys][16 queries]
   uint16_t* weights;  // [key steps][16 pairs of keys][16 queries][2]
-  bool odd;           // whether a value is no number
+  bool odd;           // a value is infinite or NaN
 };
 
-// Keys and values of a piece from the cache, as far as there are any.
+// Reads the keys and values of a piece from the cache. Missing ones are 0.
 template <typename C>
 void read_piece(const Attention& a, int64_t at, int64_t count, Memory& room) {
   const C *keys = static_cast<const C*>(a.key) + at, *values = static_cast<const C*>(a.value) + at;
@@ -95,7 +98,7 @@ void read_piece(const Attention& a, int64_t at, int64_t count, Memory& room) {
       __m512i pairs[16];
       const auto value = [&](int64_t t) {
         const __m512 found = t < count ? values_of(values + t * size, part * kPanel, size) : _mm512_setzero_ps();
-        const __mmask16 wrong = _mm512_fpclass_ps_mask(found, 0x99);  // NaN and infinite: they are seen in `see_odd`
+        const __mmask16 wrong = _mm512_fpclass_ps_mask(found, 0x99);  // see `see_odd`
         odd |= wrong;
         return _mm512_maskz_mov_ps(static_cast<__mmask16>(~wrong), found);
       };
@@ -129,10 +132,10 @@ void score(const Memory& room, const uint16_t* queries) {
   store_tile<3>(room.scores + 3 * kSums, 64);
 }
 
-// Which of the 16 queries see a key of the piece that begins at position `begin`.
+// Positions of a piece that 16 queries see, relative to the piece.
 struct Sight {
   __m512i first, last;
-  bool whole;  // all see all
+  bool whole;  // all queries see all keys
   FREEEXPORT_INLINE __mmask16 of(int64_t t) const {
     if (whole) return 0xffff;
     const __m512i key = _mm512_set1_epi32(static_cast<int32_t>(t));
@@ -140,8 +143,8 @@ struct Sight {
   }
 };
 
-// Scores to weights, 2 to their distance from the largest score so far. What there was before shrinks by what this
-// returns.
+// Converts scores to weights, 2^(score - largest score so far). Returns the factors by which
+// earlier results shrink.
 __m512 weigh(const Attention& a, const Sight& sight, Memory& room, Lanes& lanes) {
   constexpr float kLog2E = 1.44269504088896341f;
   float by = a.scale * kLog2E;
@@ -181,7 +184,7 @@ __m512 weigh(const Attention& a, const Sight& sight, Memory& room, Lanes& lanes)
   return shrink;
 }
 
-// Adds weighted values of a piece to outputs [P][16 values][16 queries].
+// Adds the weighted values of a piece to outputs [P][16 values][16 queries].
 template <int P>
 FREEEXPORT_INLINE void add_values(const Memory& room, const uint16_t* values, float* outputs) {
   constexpr int64_t kApart = kKeySteps * kTileValues;
@@ -203,7 +206,8 @@ FREEEXPORT_INLINE void add_values(const Memory& room, const uint16_t* values, fl
   if constexpr (P > 3) store_tile<3>(outputs + 3 * kSums, 64);
 }
 
-// A value that is no number is seen by those that see its key, and by no other, as 0 times it would.
+// Adds infinite values and NaN to the outputs of the queries that see their keys. As part of a tile
+// they would reach all queries, because 0 times infinity is NaN.
 void see_odd(const Attention& a, int64_t at, int64_t count, const Sight& sight, float* outputs) {
   for (int64_t t = 0; t < count; t++)
     for (int64_t i = 0; i < a.size; i++) {

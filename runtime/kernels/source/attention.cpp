@@ -8,19 +8,19 @@
 namespace freeexport {
 namespace {
 
-// Rows that one task attends with, as they may share keys: with few rows, and at most.
+// Rows per task, which may share keys: if there are few rows, and at most.
 constexpr int64_t kFewPlaces = 8, kManyPlaces = 64;
-// Tasks for each head of keys that many rows make, until they have so many rows.
+// Number of tasks per KV head for many rows, until tasks have kManyPlaces rows.
 constexpr int64_t kTasksOfMany = 16;
-// The same of a prompt's rows in tiles.
+// The same for a prompt's rows in tiles.
 constexpr int64_t kBlocksOfPrompt = 4, kPromptPlaces = 128;
-// Queries that share keys, or rows, from which on a piece of these is turned.
+// Minimum number of queries, or of rows, that share keys for which a piece of keys is transposed.
 constexpr int64_t kTurnedFor = 12, kTurnedRows = 6;
-// With fewer tasks than these each piece is a task of its own.
+// With fewer tasks, every piece is a separate task.
 constexpr int64_t kFewTasks = 16;
-// Values of keys that are seen, below which one thread does all.
+// With fewer values in the visible keys, one thread does everything.
 constexpr int64_t kLittle = 6 << 10;
-// Values of rows that are stored by one task.
+// Values of rows that one task stores.
 constexpr int64_t kStoredValues = 16 << 10;
 
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -29,15 +29,15 @@ struct Call {
   const Kernels& kernels;
   const Attention& attention;
   const Place* places;
-  int64_t count;          // of places
-  int64_t stored_places;  // that one task stores
-  int64_t pieces;         // of the block that has most
-  int64_t task_places;    // that share a task
-  int64_t blocks;         // of so many places
-  int64_t seen;           // positions, of all places
-  int64_t slots, room;    // of a row and group of heads: pieces, and floats for them
-  float* rooms;           // [kv_heads, places] of these, or null, where one task does all pieces
-  bool failed;            // for want of memory
+  int64_t count;          // number of places
+  int64_t stored_places;  // places that one task stores
+  int64_t pieces;         // of the block with the most pieces
+  int64_t task_places;    // places per task
+  int64_t blocks;         // of task_places places each
+  int64_t seen;           // positions, summed over all places
+  int64_t slots, room;    // per row and group of heads: pieces, and floats for them
+  float* rooms;           // [kv_heads, places] rooms, or null if one task does all pieces
+  bool failed;            // out of memory
 };
 
 void store_task(void* data, size_t index) {
@@ -47,7 +47,8 @@ void store_task(void* data, size_t index) {
     call.kernels.store_row(call.attention, call.places[i]);
 }
 
-// The keys of a piece; those of the next group of heads where there is no such piece, and none behind the last group.
+// Returns the keys of a piece. After the last piece these are the keys of the next group of heads,
+// and none after the last group.
 Ahead keys_of(const Attention& a, const Place& place, int64_t kv_head, int64_t piece) {
   if (piece >= end_piece(place)) {
     if (++kv_head == a.kv_heads) return {a.key, 0};
@@ -62,7 +63,7 @@ bool sees(const Attention& a, const Place& place, int64_t piece) {
   return first_piece(a, place) <= piece && piece < end_piece(place);
 }
 
-// The places of a block, and the pieces that they see.
+// Places of a block, and the range of pieces that they see.
 struct Block {
   const Place *first, *last;
   int64_t piece, end;
@@ -77,7 +78,7 @@ Block block_of(const Attention& a, const Place* places, int64_t count, int64_t t
   return found;
 }
 
-// A piece of all places of a block that see of it; `room` is that of the block's first place.
+// Attends to a piece with all places of a block that see it. `room` belongs to the first place.
 void attend_block(const Call& call, const Block& block, int64_t kv_head, int64_t piece, Room room) {
   const Attention& a = call.attention;
   const bool turns = call.kernels.attend_rows != nullptr && a.size <= kTurnedSize;
@@ -101,7 +102,7 @@ void attend_block(const Call& call, const Block& block, int64_t kv_head, int64_t
   }
 }
 
-// One piece of a block.
+// Attends to one piece with a block.
 void piece_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
   const int64_t piece = static_cast<int64_t>(index) % call.pieces, at = static_cast<int64_t>(index) / call.pieces;
@@ -112,7 +113,8 @@ void piece_task(void* data, size_t index) {
   attend_block(call, block, kv_head, block.piece + piece, {rooms, call.slots, call.room, false});
 }
 
-// All pieces of a block: first and last blocks by turns, as the last see most.
+// Attends to all pieces with a block. Alternates between first and last blocks, because the last
+// ones see most.
 void block_task(void* data, size_t index) {
   Call& call = *static_cast<Call*>(data);
   const Attention& a = call.attention;
@@ -131,7 +133,7 @@ void block_task(void* data, size_t index) {
   std::free(rooms);
 }
 
-// All of a block of a prompt's rows.
+// Attends to all pieces with a block of a prompt's rows.
 void prompt_task(void* data, size_t index) {
   Call& call = *static_cast<Call*>(data);
   const Attention& a = call.attention;
@@ -144,7 +146,7 @@ void prompt_task(void* data, size_t index) {
   }
 }
 
-// Whether a call's rows are attended to in tiles, by its kind and the model's sizes alone.
+// Returns true if a call is computed in tiles. This depends only on its kind and the model's sizes.
 bool in_tiles(const Kernels& kernels, const Attention& a) {
   return a.prompt && kernels.attend_prompt && !a.cross_lengths && !a.bias && a.size <= kTurnedSize && a.scale > 0.0f;
 }
@@ -156,7 +158,7 @@ void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t 
     parallel(context, task, static_cast<size_t>(total), &call);
 }
 
-// Few rows: threads share the pieces, which one of them joins.
+// Attends with few rows: threads share the pieces, and one of them joins the results.
 void attend_few(Parallel parallel, void* context, Call& call) {
   const Attention& a = call.attention;
   const int64_t rooms = a.kv_heads * call.count;
@@ -188,7 +190,7 @@ const char* check_lengths(const Attention& a) {
   return a.packed && counted != a.rows ? "query_lengths do not add up to the rows" : nullptr;
 }
 
-// The rows that count, in order. The others are 0 in y.
+// Lists the valid rows in order and returns their number. Sets y of all other rows to 0.
 int64_t find_places(const Attention& a, Place* places) {
   const int64_t width = a.heads * a.size, rows = a.batch ? a.rows / a.batch : 0;
   int64_t count = 0;
@@ -202,7 +204,7 @@ int64_t find_places(const Attention& a, Place* places) {
   return count;
 }
 
-// Where the cache is not extended in place.
+// Copies past keys and values if the cache is not extended in place.
 void copy_past(const Attention& a) {
   for (int64_t b = 0; b < a.batch; b++)
     for (int64_t head = 0; head < a.kv_heads; head++) {

@@ -1,4 +1,5 @@
-// CachedAttention, with capped scores, with a cache in float16, and CrossAttention as operators of ONNX Runtime.
+// ONNX Runtime operators for attention: CachedAttention, its variants with capped scores and with a
+// float16 cache, and CrossAttention.
 #include "operators.h"
 
 namespace freeexport {
@@ -8,10 +9,11 @@ enum Input : size_t {
   kRows, kPastKey, kPastValue, kPastLengths, kQueryLengths, kCosine, kSine, kBias, kQueryNorm, kKeyNorm, kInputs
 };
 enum Output : size_t { kY, kKey, kValue, kOutputs };
-// Of CrossAttention, beside kRows, kPastKey and kPastValue, which are those of the prompt, and kQueryLengths.
+// Inputs of CrossAttention, which also has kRows, kQueryLengths, and the prompt's keys and values
+// as kPastKey and kPastValue.
 constexpr size_t kCrossLengths = kPastLengths, kCrossInputs = kQueryLengths + 1;
 
-// One attention of a session: what it computes, without the tensors.
+// One node of a session: its attributes, without tensors.
 struct Kernel {
   const ort::Api* api;
   const Kernels* kernels;
@@ -95,7 +97,7 @@ ort::Status* create_half_cross(const ort::CustomOp* op, const ort::Api* api, con
   return nullptr;
 }
 
-// Checks an input's shape against one of which -1 may be anything, which it becomes.
+// Checks the shape of an input. -1 in `expected` permits any size, and is replaced by it.
 ort::Status* check_shape(const Kernel& kernel, const ort::KernelContext* context, size_t input, const char* name,
                          size_t rank, int64_t* expected) {
   if (!kernel.given[input]) return nullptr;
@@ -154,7 +156,7 @@ ort::Status* make_outputs(const Kernel& kernel, ort::KernelContext* context, siz
   return nullptr;
 }
 
-// Shapes are checked, outputs are made, and all tensors but lengths are set.
+// Checks shapes, allocates outputs, and sets all tensors except the lengths of the keys.
 ort::Status* begin_call(const Kernel& kernel, ort::KernelContext* context, size_t outputs, const void** inputs,
                         Attention* a) {
   RETURN_IF_ERROR(check_shapes(kernel, context, a));
@@ -193,7 +195,7 @@ ort::Status* compute_cross(void* op, ort::KernelContext* context) {
   const void* inputs[kInputs] = {};
   RETURN_IF_ERROR(begin_call(kernel, context, kKey, inputs, &a));
   a.cross_lengths = static_cast<const int32_t*>(inputs[kCrossLengths]);
-  a.key = const_cast<void*>(a.past_key);  // which are not written to
+  a.key = const_cast<void*>(a.past_key);  // never written to
   a.value = const_cast<void*>(a.past_value);
   return run(kernel, context, a);
 }
@@ -227,7 +229,7 @@ constexpr ort::CustomOp capped_attention_op() {
   return op;
 }
 
-// With keys and values in float16.
+// Changes the types of keys and values to float16.
 constexpr ort::CustomOp with_halves(ort::CustomOp op) {
   op.GetInputType = [](const ort::CustomOp*, size_t input) {
     if (input == kPastKey || input == kPastValue) return ort::kFloat16;

@@ -1,6 +1,6 @@
-// Attention of many rows that share keys: a piece of these is turned once, so that a register has the scores of
-// neighbouring keys and no score is folded from a register. Every sum has the operations of attention_tiles.h in the
-// same order, so a row gets the bits that it gets alone.
+// Attention of many rows that share keys. A piece of keys is transposed once, so that a register
+// has the scores of neighboring keys, and needs no horizontal sum. Every sum has the operations of
+// attention_tiles.h in the same order, so a row has the same bits as alone.
 #pragma once
 
 #include "attention_tiles.h"
@@ -8,21 +8,21 @@
 namespace freeexport {
 namespace {
 
-constexpr int kQueries = 16;  // queries whose scores are kept at once
+constexpr int kQueries = 16;  // queries with scores in memory at the same time
 
-// A head of a row, where its share of a piece goes, and what it sees of that.
+// A query of one head and row: its values, the results for a piece, and the keys that it sees.
 struct Query {
   const float* values;
   Part part;
   Seen seen;
 };
 
-// As many queries and registers of keys as there are registers for.
+// Queries and registers of keys that are multiplied together, limited by the number of registers.
 constexpr int kScoreQueries = 4, kScoreKeys = 2;
 constexpr int64_t kScored = kScoreKeys * Vec::kLanes;
 
-// Keys [count, size] of a cache that has `room` of them, to turned [kPieceRows / kScored][size][kScored] in fp32. Behind
-// them stands anything, as far as scores are computed.
+// Transposes keys [count, size] to [kPieceRows / kScored][size][kScored] in fp32. The cache has
+// memory for `room` keys. Values after the last key, up to whole registers, are unspecified.
 template <typename C>
 inline void turn_keys(const C* keys, int64_t size, int64_t count, int64_t room, float* turned) {
   const int64_t end = (count + kScored - 1) / kScored * kScored, whole = least(end, room) / Vec::kLanes * Vec::kLanes;
@@ -50,7 +50,7 @@ FREEEXPORT_ATTENTION Sums<Q> added(Sums<Q> a, const Sums<Q>& b) {
   return a;
 }
 
-// The products of values lane, lane + 16, ... of the size, summed one after the other.
+// Sums the products of values lane, lane + 16, ... in order.
 template <int Q, int64_t Size>
 FREEEXPORT_ATTENTION Sums<Q> products(const float* const (&queries)[Q], const float* keys, int64_t size, int64_t lane) {
   Sums<Q> sums;
@@ -78,8 +78,9 @@ FREEEXPORT_ATTENTION Sums<Q> products(const float* const (&queries)[Q], const fl
   return sums;
 }
 
-// Scaled scores[q][t] of keys from..end, and of more up to whole registers. Lanes are added as a row alone folds them,
-// four at once, as there are registers for no more. `Size`: that of a head where it is known, else 0.
+// Computes scaled scores[q][t] of keys from..end, extended to whole registers. Lanes are added in
+// the order of a single row, four at a time, because there are no registers for more. `Size`: size
+// of a head, or 0 if unknown.
 template <int Q, int64_t Size>
 inline void score_size(const Query* rows, const float* turned, int64_t size, int64_t from, int64_t end, float scale,
                        float* scores) {
@@ -110,8 +111,8 @@ inline void score(const Query* rows, const float* turned, int64_t size, int64_t 
              : score_size<Q, 0>(rows, turned, size, from, end, scale, scores);
 }
 
-// Values weighed, for `Parts` registers of their size from `from` on: of all queries where all see, before and behind of
-// each alone.
+// Sums weighted values, for `Parts` registers of their size starting at `from`. Keys that all
+// queries see are processed for all together, those before and after for each query alone.
 template <int Q, int Parts, bool Half = false>
 inline void weigh_rows(const Query* queries, const float* weights, const float* values, int64_t size, int64_t from) {
   typename Vec::Float sums[Q][Parts];
@@ -156,7 +157,7 @@ inline void weigh_rows(const Query* queries, const float* weights, const float* 
 
 template <int Q>
 inline void weigh_size(const Query* queries, const float* weights, const float* values, int64_t size) {
-  constexpr int kRegisters = Vec::kLanes == 16 || Q == 1 ? 4 : 2;  // of a tile of values
+  constexpr int kRegisters = Vec::kLanes == 16 || Q == 1 ? 4 : 2;  // per tile of values
   int64_t from = 0;
   for (; from + kRegisters * Vec::kLanes <= size; from += kRegisters * Vec::kLanes)
     weigh_rows<Q, kRegisters>(queries, weights, values, size, from);
@@ -164,7 +165,7 @@ inline void weigh_size(const Query* queries, const float* weights, const float* 
   if (from < size) weigh_rows<Q, kHalfParts, true>(queries, weights, values, size, from);
 }
 
-// Of a piece's values [count, size], in fp32 or float16, the same in fp32, for which `room` has room.
+// Returns the values [count, size] of a piece in fp32. `room` is memory to convert from float16.
 inline const float* widened(const Attention& a, int64_t at, int64_t count, float* room) {
   if (!a.halves) return static_cast<const float*>(a.value) + at;
   const uint16_t* halves = static_cast<const uint16_t*>(a.value) + at;
@@ -178,8 +179,8 @@ inline const float* widened(const Attention& a, int64_t at, int64_t count, float
   return room;
 }
 
-// A piece, for all heads of a group and `count` rows of a sequence that see of it, the next one behind the other; `room`
-// is that of the first.
+// Attends to a piece with all heads of a group and `count` consecutive rows of a sequence that see
+// it. `room` belongs to the first row.
 inline void attend_rows(const Attention& a, const Place* places, int64_t count, int64_t kv_head, int64_t piece,
                         const Room& room) {
   const int64_t size = a.size, group = a.heads / a.kv_heads, begin = piece * kPieceRows;

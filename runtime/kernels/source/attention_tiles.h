@@ -1,4 +1,4 @@
-// Attention of one instruction set, from the `Vec` of the including file. See tiles.h.
+// Attention for one instruction set, with the `Vec` of the including file. See tiles.h.
 #pragma once
 
 #include "attention.h"
@@ -6,10 +6,10 @@
 namespace freeexport {
 namespace {
 
-constexpr int kWide = 16;  // values next to each other that are summed apart
+constexpr int kWide = 16;  // neighboring values with separate sums
 constexpr int kParts = kWide / Vec::kLanes;
-// A head's size is a multiple of 8, so half of `kWide` may be left: so many registers, the last of them half full where
-// one holds `kWide`.
+// A head's size is a multiple of 8, so half of `kWide` may remain. It takes kHalfParts registers,
+// of which the last is half full if a register holds `kWide` values.
 constexpr int kHalf = kWide / 2, kHalfParts = (kParts + 1) / 2;
 
 template <typename V, bool Half, typename C>
@@ -30,7 +30,7 @@ inline void put_values(float* to, typename V::Float values) {
     V::store(to, values);
 }
 
-// x / sqrt(mean(x^2) + epsilon) * norm, then turned by the position; in place.
+// Computes x / sqrt(mean(x^2) + epsilon) * norm, then rotates x by its position, in place.
 __attribute__((noinline)) void norm_and_turn(const Attention& a, const float* norm, int64_t position, float* x) {
   const int64_t size = a.size, half = a.turned;
   if (norm != nullptr) {
@@ -46,15 +46,15 @@ __attribute__((noinline)) void norm_and_turn(const Attention& a, const float* no
   }
 }
 
-// Whether queries are not as they stand in the input. `store_row` then leaves them in y.
+// Returns true if queries are normalized or rotated. `store_row` then leaves them in y.
 inline bool turned(const Attention& a) { return a.cosine != nullptr || a.query_norm != nullptr; }
 
-// All queries of a row.
+// Returns all queries of a row.
 inline const float* queries_of(const Attention& a, const Place& place) {
   return turned(a) ? a.y + place.row * a.heads * a.size : a.input + place.row * a.width;
 }
 
-// Keys of a piece that a row sees: those from `from` to `end` of its 64.
+// Range of the keys of a piece that a row sees, from `from` to `end` of 64.
 struct Seen {
   int64_t from, end;
 };
@@ -70,7 +70,7 @@ inline void put_in_cache(uint16_t* to, const float* from, int64_t size) {
   for (int64_t i = 0; i < size; i += 8) Vec::put_halves(to + i, from + i);
 }
 
-// Keys and values of a row to the cache, of type C, and its queries to y.
+// Stores keys and values of a row in the cache, which has type C, and its queries in y.
 template <typename C>
 inline void store_row_as(const Attention& a, const Place& place) {
   const size_t bytes = static_cast<size_t>(a.size) * sizeof(float);
@@ -78,7 +78,7 @@ inline void store_row_as(const Attention& a, const Place& place) {
   float* queries = a.y + place.row * a.heads * a.size;
   for (int64_t head = 0; head < a.kv_heads; head++) {
     const int64_t at = keys_at(a, place, head, place.position);
-    std::memcpy(queries, keys + head * a.size, bytes);  // a key has this room first
+    std::memcpy(queries, keys + head * a.size, bytes);  // temporary memory for a key
     norm_and_turn(a, a.key_norm, place.position, queries);
     put_in_cache(static_cast<C*>(a.key) + at, queries, a.size);
     put_in_cache(static_cast<C*>(a.value) + at, keys + (a.kv_heads + head) * a.size, a.size);
@@ -93,7 +93,7 @@ inline void store_row(const Attention& a, const Place& place) {
   a.halves ? store_row_as<uint16_t>(a, place) : store_row_as<float>(a, place);
 }
 
-// Adds the products of `Parts` registers of 4 keys and Q queries to sums. `Half`: of 8 values.
+// Adds the products of 4 keys and Q queries to sums, for `Parts` registers, or 8 values if `Half`.
 template <int Q, int Parts, bool Half, typename C>
 inline void add_four(const float* queries, const C* keys, int64_t size, typename Vec::Float (&sums)[Q][4][kParts]) {
 #pragma GCC unroll 16
@@ -110,7 +110,7 @@ inline void add_four(const float* queries, const C* keys, int64_t size, typename
   }
 }
 
-// Of 4 keys and Q queries: scores[q][0..3]. Meanwhile the rows of `ahead` are fetched.
+// Computes scores[q][0..3] of 4 keys and Q queries. Prefetches the rows of `ahead`.
 template <int Q, typename C>
 inline void dot_four(const float* queries, const C* keys, int64_t size, float* scores, const C* ahead) {
   typename Vec::Float sums[Q][4][kParts];
@@ -131,10 +131,10 @@ inline void dot_four(const float* queries, const C* keys, int64_t size, float* s
   for (int q = 0; q < Q; q++) Vec::fold_four(sums[q], scores + q * kPieceRows);
 }
 
-// scores[q][t] = queries[q] . keys[t]. Meanwhile `values` are fetched.
+// Computes scores[q][t] = queries[q] . keys[t]. Prefetches `values`.
 template <int Q, typename C>
 inline void dots(const float* queries, const C* keys, const C* values, int64_t size, int64_t count, float* scores) {
-  constexpr int kTogether = kParts == 1 ? Q : 1;  // as many sums as there are registers for
+  constexpr int kTogether = kParts == 1 ? Q : 1;  // limited by the number of registers
   int64_t t = 0;
   for (; t + 4 <= count; t += 4)
     for (int q = 0; q < Q; q += kTogether)
@@ -157,9 +157,9 @@ inline void dots(const float* queries, const C* keys, const C* values, int64_t s
     }
 }
 
-// out[q] = sum over t of weights[q][t] values[t], for `Parts` registers of the values' size from `from` on, or 8 of it
-// where `Half`; `stride` between the weights of two q, `apart` between their sums. Meanwhile the rows of `ahead` are
-// fetched.
+// Computes out[q] = sum over t of weights[q][t] values[t], for `Parts` registers of the values'
+// size starting at `from`, or for 8 values if `Half`. The weights of two q are `stride` apart,
+// their sums `apart`. Prefetches the rows of `ahead`.
 template <int Q, int Parts, bool Half = false, typename C>
 inline void weigh(const float* weights, int64_t stride, const C* values, int64_t size, int64_t count, int64_t from,
                   float* out, int64_t apart, const Ahead& ahead) {
@@ -180,8 +180,9 @@ inline void weigh(const float* weights, int64_t stride, const C* values, int64_t
     for (int p = 0; p < Parts; p++) put_values<Vec, Half>(out + q * apart + from + p * Vec::kLanes, sums[q][p]);
 }
 
-// e^(x - largest) of x[from]..x[end] in place, the largest, and the sum of these: 16 next to each other are summed apart.
-// The rest of the 16 numbers at both ends, for which x has room, becomes 0.
+// Computes e^(x - largest) of x[from]..x[end] in place, the largest x, and the sum, with separate
+// sums for 16 neighboring values. At both ends x has memory for whole groups of 16, which becomes
+// 0.
 inline void exponentials(float* x, int64_t from, int64_t end, float* most, float* sum) {
   const int64_t first = from / kWide * kWide, last = (end + kWide - 1) / kWide * kWide;
   for (int64_t i = first; i < from; i++) x[i] = x[from];
@@ -210,7 +211,7 @@ inline void exponentials(float* x, int64_t from, int64_t end, float* most, float
   *sum = Vec::fold(parts);
 }
 
-// most * tanh(x / most) in place, of at most kPieceRows numbers.
+// Computes most * tanh(x / most) in place, for at most kPieceRows values.
 inline void cap(float* x, int64_t count, float most) {
   float powers[kPieceRows];
   for (int64_t t = 0; t < count; t++) powers[t] = (x[t] < 0.0f ? x[t] : -x[t]) * (2.0f / most);
@@ -221,7 +222,8 @@ inline void cap(float* x, int64_t count, float most) {
   }
 }
 
-// Of scaled scores: `begin` is the position of the first key, `position` that of the row.
+// Caps scaled scores and adds the bias. `begin` is the position of the first key, `position` that
+// of the row.
 inline void cap_and_bias(const Attention& a, int64_t head, int64_t begin, int64_t position, float* scores,
                          int64_t count) {
   if (a.softcap > 0.0f) cap(scores, count, a.softcap);
@@ -232,7 +234,7 @@ inline void cap_and_bias(const Attention& a, int64_t head, int64_t begin, int64_
   }
 }
 
-// The same for all of the values' size, as much at once as there are registers for.
+// Calls `weigh` for the whole size of the values, as much at a time as registers permit.
 template <int Q, typename C>
 inline void weigh_all(const float* weights, int64_t stride, const C* values, int64_t size, int64_t count, float* out,
                       int64_t apart, const Ahead& ahead) {
@@ -245,7 +247,7 @@ inline void weigh_all(const float* weights, int64_t stride, const C* values, int
   if (from < size) weigh<Q, kHalfParts, true>(weights, stride, values, size, count, from, out, apart, ahead);
 }
 
-// What a head has so far: outputs, the largest score, and the sum of exponentials.
+// Results of a head so far: outputs, largest score, and sum of exponentials.
 struct Part {
   float *out, *largest, *sum;
 };
@@ -255,10 +257,11 @@ inline Part part_of(const Attention& a, const Room& room, int64_t within, int64_
   return {room.values + (within * room.slots + slot) * a.size, largest, largest + group * padded};
 }
 
-// The distance of two largest scores, below 0: e to it is what the smaller one's share is multiplied with.
+// Returns minus the distance of two largest scores. Its exponential is the factor of the smaller
+// one's share.
 inline float distance_of(float a, float b) { return a > b ? b - a : a - b; }
 
-// A later piece joins what is there; `power` is e^distance_of both.
+// Joins a later piece to earlier ones. `power` is e^distance_of their largest scores.
 inline void join_piece(const Part& to, const Part& piece, float power, int64_t size) {
   const bool more = *piece.largest > *to.largest;
   const float own = more ? power : 1.0f, other = more ? 1.0f : power;
@@ -274,7 +277,7 @@ inline void join_piece(const Part& to, const Part& piece, float power, int64_t s
   if (more) *to.largest = *piece.largest;
 }
 
-// Of a piece, Q heads from that of number `within` of its group on.
+// Attends to a piece with Q heads of a group, starting at number `within`.
 template <int Q, typename C>
 inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, int64_t within,
                          const Ahead& ahead, const Room& room) {
@@ -296,7 +299,7 @@ inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head
                room.slots * size, ahead);
 }
 
-// A piece of what a row sees, for all heads of a group.
+// Attends to a piece with all heads of a group, for one row.
 template <typename C>
 inline void attend_as(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
                       const Room& room) {
@@ -327,12 +330,12 @@ inline void attend(const Attention& a, const Place& place, int64_t kv_head, int6
            : attend_as<float>(a, place, kv_head, piece, ahead, room);
 }
 
-// What a row has of all pieces, divided by the sum, to y.
+// Joins all pieces of a row, divides by the sum of exponentials, and stores y.
 inline void join(const Attention& a, const Place& place, int64_t kv_head, const Room& room) {
   const int64_t size = a.size, group = a.heads / a.kv_heads, pieces = end_piece(place) - first_piece(a, place);
   for (int64_t g = 0; g < group; g++) {
     float* y = a.y + (place.row * a.heads + kv_head * group + g) * size;
-    if (pieces == 0) {  // there is nothing to attend to
+    if (pieces == 0) {  // the row sees no keys
       std::memset(y, 0, static_cast<size_t>(size) * sizeof(float));
       continue;
     }

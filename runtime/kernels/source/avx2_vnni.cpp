@@ -10,7 +10,7 @@ struct Vec : Vec256 {
   static Int dot_quad(Int sum, Int weights, Int a) {
 #if defined(__AVXVNNI__)
     return _mm256_dpbusd_avx_epi32(sum, weights, a);
-#else  // the same instruction as AVX-512 encodes it, for a test on processors that have only that
+#else  // AVX-512 encoding of the same instruction, for tests without AVX-VNNI
     return _mm256_dpbusd_epi32(sum, weights, a);
 #endif
   }

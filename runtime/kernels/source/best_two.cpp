@@ -11,7 +11,7 @@ namespace {
 struct Call {
   const Kernels& kernels;
   const Logits& logits;
-  int64_t pieces;  // of a row
+  int64_t pieces;  // per row
   BestTwo* found;  // [rows, pieces]
 };
 
@@ -23,7 +23,7 @@ void piece_task(void* data, size_t index) {
   call.kernels.best_of_piece(x, first, left < kPiece ? left : kPiece, &call.found[index]);
 }
 
-// Both with the first two of their logits; of equals those of `a`, which come first.
+// Joins two results. Logits of `a` come first, so they win if logits are equal.
 BestTwo joined(const BestTwo& a, const BestTwo& b) {
   BestTwo two = a;
   if (b.best > a.best) {

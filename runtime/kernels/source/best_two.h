@@ -1,5 +1,5 @@
-// The two largest of many logits, and the logarithm of the sum of their exponentials: what a prediction and its confidence
-// are made of, in one pass.
+// Finds the two largest logits and the logarithm of the sum of exponentials in one pass.
+// Predictions and their confidences are computed from these.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +9,10 @@
 
 namespace freeexport {
 
-constexpr int64_t kPiece = 4096;  // logits of a piece: pieces are summed up in order, so that threads change no bit
+// Logits of a piece. Pieces are joined in order, so results do not depend on threads.
+constexpr int64_t kPiece = 4096;
 
-// Of a piece, or of what was joined of pieces.
+// Result for a piece, or for joined pieces.
 struct BestTwo {
   float best, second;
   int64_t best_index, second_index;
@@ -19,13 +20,13 @@ struct BestTwo {
 };
 
 struct Logits {
-  int64_t rows, count;  // at least two a row
+  int64_t rows, count;  // at least 2 per row
   const float* values;  // [rows, count]
   int64_t* top;         // [rows, 2]
   float* log_sum;       // [rows]
 };
 
-// False where there is no memory for it.
+// Returns false if out of memory.
 bool best_two(const Kernels& kernels, const Logits& logits, Parallel parallel, void* context);
 
 }  // namespace freeexport

@@ -1,4 +1,4 @@
-// The best two of a piece of logits. See tiles.h.
+// Finds the best two of a piece of logits. See tiles.h.
 #pragma once
 
 #include "attention_tiles.h"
@@ -19,7 +19,7 @@ inline void take(float value, int64_t index, BestTwo* two) {
   }
 }
 
-// Of `Size` logits, most of which are passed over together.
+// Updates the best two with `Size` logits. Most blocks are skipped with one comparison.
 template <int Size>
 inline void look(const float* x, int64_t first, BestTwo* two) {
   typename Vec::Float largest[kParts];
@@ -35,7 +35,8 @@ inline void look(const float* x, int64_t first, BestTwo* two) {
   }
 }
 
-// Of `count` logits, at least one, the first of which has number `first`. Of equals the first is taken.
+// Finds the best two of `count` logits (at least 1), which start at index `first`. If logits are
+// equal, the first wins.
 inline void piece(const float* x, int64_t first, int64_t count, BestTwo* two) {
   constexpr int kBlock = 16 * kWide;
   *two = {x[0], -__builtin_inff(), first, first, 0.0f};

@@ -1,4 +1,4 @@
-// Compiles where ort_api.h agrees with the official header. Not part of the library.
+// Compiles only if ort_api.h agrees with the official header. Not part of the library.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>

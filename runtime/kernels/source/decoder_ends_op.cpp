@@ -1,5 +1,6 @@
-// Operators before and behind a decoder's layers: the rows of a call that count, and predictions from logits. Each does
-// in one node what takes ONNX Runtime a dozen, which is much of a step of a small model.
+// Operators before and after a decoder's layers: selection of valid rows, and predictions from
+// logits. Each replaces about a dozen nodes of ONNX Runtime, which take a large part of a step of a
+// small model.
 #include <cmath>
 #include <cstring>
 
@@ -15,8 +16,8 @@ struct Kernel {
   const ort::Api* api;
   const Kernels* kernels;
   bool given[kMostInputs];
-  int64_t margin, other;  // of Predict
-  int64_t vocabulary;     // of WholeVocabulary
+  int64_t margin, other;  // attributes of Predict
+  int64_t vocabulary;     // attributes of WholeVocabulary
   float unknown;
 };
 
@@ -34,7 +35,7 @@ ort::Status* output_of(const ort::Api* api, ort::KernelContext* context, size_t 
   return api->GetTensorMutableData(value, data);
 }
 
-// The shape of an input, of the rank that it must have.
+// Reads the shape of an input and checks its rank.
 ort::Status* input_shape(const ort::Api* api, ort::KernelContext* context, size_t input, const char* name, size_t rank,
                          int64_t* shape) {
   const ort::Value* value = nullptr;
@@ -65,8 +66,8 @@ ort::Status* find_best(const Kernel& kernel, ort::KernelContext* context, const 
   return session.status;
 }
 
-// BestTwo, of bundles of version 3 and before: logits [R, V] -> the indices of the best two, int64 [R, 2], and the
-// logarithm of the sum of exponentials [R].
+// BestTwo, for bundles up to version 3: logits [R, V] -> indices of the best two, int64 [R, 2], and
+// log-sum-exp [R].
 ort::Status* best_two_call(void* op, ort::KernelContext* context) {
   const Kernel& kernel = *static_cast<Kernel*>(op);
   int64_t shape[kMostRank];
@@ -78,10 +79,13 @@ ort::Status* best_two_call(void* op, ort::KernelContext* context) {
   return find_best(kernel, context, logits);
 }
 
-// Predict: logits [R, C], and where they are wanted the emitted tokens, int64 [R], and where the head knows some tokens
-// only, these, int64 [N] -> token int64 [R], confidence [R], nll [R]: nats of the emitted token, or where there is none
-// of the best. `margin`: confidence is the best probability less the second. `other`: the last of N + 1 classes is any
-// other token, whose confidence is 0 and which the second best stands for.
+// Predict: logits [R, C], optional emitted tokens, int64 [R], and optional known tokens of the
+// head, int64 [N] -> token int64 [R], confidence [R], and nll [R] in nats of the emitted token, or
+// else of the best class.
+//
+// `margin`: the confidence is the best probability minus the second. `other`: the last of N + 1
+// classes is any other token. If it is the best, the confidence is 0 and the second best is
+// returned.
 ort::Status* predict(void* op, ort::KernelContext* context) {
   const Kernel& kernel = *static_cast<Kernel*>(op);
   const ort::Api* api = kernel.api;
@@ -122,7 +126,7 @@ ort::Status* predict(void* op, ort::KernelContext* context) {
     const bool is_other = kernel.other && best == logits.count - 1;
     float sure = std::exp(values[best] - log_sum);
     if (kernel.margin) sure -= std::exp(values[second] - log_sum);
-    // Rounding may step over the ends; the contract does not.
+    // Rounding may exceed the range, results must not.
     confidence[row] = is_other || sure < 0 ? 0 : sure > 1 ? 1 : sure;
     const int64_t place = is_other ? second : best;
     token[row] = known == nullptr ? place : static_cast<const int64_t*>(known)[place];
@@ -137,8 +141,10 @@ ort::Status* predict(void* op, ort::KernelContext* context) {
   return status;
 }
 
-// WholeVocabulary: logits [R, C] of known tokens, int64 [N], N <= C -> [R, vocabulary]; all others `unknown`. Where
-// nobody reads them, which ONNX Runtime does not say, any: to spread them takes a tenth of an exit's call.
+// WholeVocabulary: logits [R, C] and known tokens, int64 [N], N <= C -> logits [R, vocabulary],
+// which are `unknown` for all other tokens. Without `spreading_logits` the output is left
+// undefined, because filling it takes a tenth of an exit's call, and ONNX Runtime does not report
+// if it is read.
 ort::Status* whole_vocabulary(void* op, ort::KernelContext* context) {
   const Kernel& kernel = *static_cast<Kernel*>(op);
   const ort::Api* api = kernel.api;
@@ -163,8 +169,9 @@ ort::Status* whole_vocabulary(void* op, ort::KernelContext* context) {
   return nullptr;
 }
 
-// CountedRows: x [B, k, d], and how many rows of each sequence count, int32 [B] -> these, [N, d], and which of them each
-// row of x is, int64 [B * k]; of padding, the one before.
+// CountedRows: x [B, k, d] and the number of valid rows of each sequence, int32 [B] -> the valid
+// rows [N, d], and the index of each row of x among them, int64 [B * k]. Padding has the index of
+// the valid row before it.
 ort::Status* counted_rows(void* op, ort::KernelContext* context) {
   const Kernel& kernel = *static_cast<Kernel*>(op);
   const ort::Api* api = kernel.api;

@@ -1,7 +1,7 @@
-// Tiles of weights that keep the form of a GGUF file: 5 and 6 bits, and scales and offsets that are multiples of those of
-// a super-block. Part of tiles.h.
+// Tiles of weights in formats of GGUF files: 5 and 6 bits, and scales and offsets that are
+// multiples of those of a super-block. Part of tiles.h.
 
-// What the parts of a panel's groups have to be multiplied with, from output `lane` on: 6 bits have a scale for 16 inputs.
+// Factors of a panel's groups, starting at output `lane`. In 6 bits, 16 inputs share a scale.
 template <int Bits, bool Offset, bool Multiples>
 struct FileFactors {
   static constexpr int kParts = Bits == 6 ? 2 : 1;
@@ -19,7 +19,7 @@ struct FileFactors {
     offsets = Offset ? weight.offsets + at : nullptr;
     multiples = Multiples ? weight.multiples + panel * weight.blocks() * kPanel * (Offset ? 2 : 1) + lane : nullptr;
   }
-  // To be called before each group.
+  // Must be called before each group.
   void next() {
     if (left-- <= 0) {
       left = groups_of_scale - 1;
@@ -47,7 +47,7 @@ struct FileFactors {
 
 template <int Bits, bool Offset, bool Multiples, int M>
 inline void file_tile(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride) {
-  constexpr int64_t kAhead = 4096;  // bytes that are fetched
+  constexpr int64_t kAhead = 4096;  // distance of prefetching, in bytes
   const int64_t groups = weight.groups(), bytes = weight.group_bytes();
   for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += Vec::kLanes) {
     const uint8_t* data = weight.data + panel * groups * bytes + lane * 4;
@@ -59,7 +59,7 @@ inline void file_tile(const Group* rows, const Weight& weight, int64_t panel, fl
       for (int64_t at = 0; at < bytes && lane == 0; at += 64) __builtin_prefetch(data + at + kAhead);
       factors.next();
       const Vec::Unpacked<Bits> weights(data);
-#pragma GCC unroll 8  // else the sums of many rows stand in memory
+#pragma GCC unroll 8  // otherwise sums of many rows are kept in memory
       for (int m = 0; m < M; m++) sums[m] = factors.template added<0>(weights, rows[g * M + m], sums[m]);
     }
     put(sums, weight, panel * kPanel + lane, y + lane, stride);
@@ -77,7 +77,7 @@ struct FileTiles {
   }
 };
 
-// Of 1 to Vec::kRows rows. The forms that `check_form` lets through.
+// Returns the functions for 1 to Vec::kRows rows. The formats are those that `check_form` accepts.
 inline const Tile* tiles_of_file(const Weight& weight) {
   static constexpr FileTiles<4, true, true> q4_k{};
   static constexpr FileTiles<5, false, false> q5_0{};

@@ -1,4 +1,5 @@
-// What stands before and behind a product: norms and activations, from the `Vec` of the including file. See tiles.h.
+// Norms before a product and activations after it, with the `Vec` of the including file. See
+// tiles.h.
 #pragma once
 
 #include <cstring>
@@ -8,7 +9,8 @@
 namespace freeexport {
 namespace {
 
-// 16 sums next to each other, then their sum: the same order for every width of registers.
+// Computes 16 neighboring sums, then their total. The order is the same for every width of
+// registers.
 template <typename Term>
 inline float sum_of(const float* x, int64_t count, const Term& term) {
   float sums[16] = {};
@@ -27,11 +29,11 @@ inline float sum_of_squares(const float* x, int64_t count) {
 
 inline float root(float value) { return __builtin_sqrtf(value); }
 
-// e^x, to about 1e-7 of it: 2^n times a polynomial (of Cephes), of the same operations everywhere. Beyond -87 and 88 it
-// is that of these.
+// e^x, with a relative error of about 1e-7: 2^n times a polynomial (from Cephes), with the same
+// operations on every instruction set. x is limited to -87..88.
 inline Vec::Float exponential(Vec::Float x) {
   const auto both = [](Vec::Float a, Vec::Float b, float c) { return Vec::add_product(a, b, Vec::set(c)); };
-  x = Vec::smaller(Vec::set(88.0f), Vec::larger(Vec::set(-87.0f), x));  // what is no number stays so
+  x = Vec::smaller(Vec::set(88.0f), Vec::larger(Vec::set(-87.0f), x));  // NaN stays NaN
   const Vec::Float rounded = both(x, Vec::set(1.44269504088896341f), 12582912.0f);
   const Vec::Float n = Vec::minus(rounded, Vec::set(12582912.0f));
   const Vec::Float near = Vec::add_product(n, Vec::set(-0.693359375f), x);
@@ -45,7 +47,7 @@ inline Vec::Float exponential(Vec::Float x) {
   return Vec::times_power(p, n, rounded);
 }
 
-// e^x in place.
+// Computes e^x in place.
 inline void exponentials(float* x, int64_t count) {
   for (; count >= Vec::kLanes; count -= Vec::kLanes, x += Vec::kLanes) Vec::store(x, exponential(Vec::floats(x)));
   if (count <= 0) return;
@@ -55,8 +57,8 @@ inline void exponentials(float* x, int64_t count) {
   for (int64_t i = 0; i < count; i++) x[i] = rest[i];
 }
 
-// x / (1 + e^-inner(x)) in place, so many at once. Nothing is left where the power is the largest there is: of -1e38 the
-// quotient would be seen.
+// Computes x / (1 + e^-inner(x)) in place, kAtOnce values at a time. The result is 0 where the
+// power is limited, because the quotient of -1e38, for example, would not be 0.
 template <typename Inner>
 inline void times_sigmoid(float* x, int64_t count, const Inner& inner) {
   constexpr int64_t kAtOnce = 64;
@@ -69,8 +71,8 @@ inline void times_sigmoid(float* x, int64_t count, const Inner& inner) {
   }
 }
 
-// x times the normal distribution's function of it, in place: erfc(z) = (a t + b t^2 + ...) e^(-z^2) with
-// t = 1 / (1 + p z) (Abramowitz and Stegun, 7.1.26), to 1.5e-7.
+// Computes x times the cumulative normal distribution at x, in place: erfc(z) = (a t + b t^2 + ...)
+// e^(-z^2) with t = 1 / (1 + p z) (Abramowitz and Stegun, 7.1.26), with an error of at most 1.5e-7.
 inline void gelu(float* x, int64_t count) {
   constexpr int64_t kAtOnce = 64;
   float powers[kAtOnce];
@@ -101,7 +103,8 @@ inline void activate(int activation, float* x, int64_t count) {
   }
 }
 
-// A row as it is multiplied: x, the sum, or the norm of either, for which `normed` [inputs] is room.
+// Returns the input row of the product: x, the sum, or the norm of either. `normed` [inputs] is
+// memory for the norm.
 inline const float* normed_row(const Product& product, int64_t row, float* normed) {
   const int64_t inputs = product.weight.inputs;
   const float* x = product.x + row * inputs;

@@ -1,4 +1,4 @@
-// What the library offers: operators for ONNX Runtime, and a few functions for Python and tests.
+// Exports of the library: operators for ONNX Runtime, and functions for Python and tests.
 #include "operators.h"
 #include "version.h"
 
@@ -18,17 +18,17 @@ void serial(void*, void (*task)(void*, size_t), size_t total, void* data) {
 }  // namespace
 }  // namespace freeexport
 
-// What ONNX Runtime calls when a session's options name the library.
+// ONNX Runtime calls this when a session's options name the library.
 EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOptions* options,
                                                   const freeexport::ort::ApiBase* base) {
   using namespace freeexport;
   const ort::Api* api = base->GetApi(ort::kApiVersion);
-  if (api == nullptr)  // which it logs; the first version can say so, too
+  if (api == nullptr)  // ONNX Runtime logs this, and API version 1 can return the error
     return fail(base->GetApi(1), ort::kEngineError, "ONNX Runtime %s is too old for these kernels; install 1.%u or later",
                 base->GetVersionString(), ort::kApiVersion);
   const char* problem = nullptr;
   if (choose_kernels(&problem) == nullptr) return fail(api, ort::kEngineError, "%s", problem);
-  // ONNX Runtime keeps pointers to it, for sessions that may outlive any owner here.
+  // Never freed: ONNX Runtime keeps pointers to it, for sessions that may outlive any owner here.
   ort::CustomOpDomain* domain = nullptr;
   RETURN_IF_ERROR(api->CreateCustomOpDomain("freeexport", &domain));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kPackedLinearOp));
@@ -47,40 +47,42 @@ EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOption
 
 EXPORT int freeexport_kernels_version() { return FREEEXPORT_KERNELS_VERSION; }
 
-// The instruction set that would be used, or null; `problem` then says why.
+// Returns the name of the instruction set that is used. Otherwise returns null and sets `problem`.
 EXPORT const char* freeexport_instructions(const char** problem) {
   const freeexport::Kernels* kernels = freeexport::choose_kernels(problem);
   return kernels ? kernels->name : nullptr;
 }
 
-// Whether the kernels that would be used give a prompt's rows other bits than those of a step.
+// Returns true if the kernels that are used compute a prompt's rows with other bits than a step's.
 EXPORT int freeexport_prompt_differs() {
   const char* problem = nullptr;
   const freeexport::Kernels* kernels = freeexport::choose_kernels(&problem);
   return kernels && kernels->prompt_panels;
 }
 
-// Says whether this thread's calls read a prompt, until it says otherwise: whether they did before.
+// Sets whether this thread's calls read a prompt, and returns the previous setting.
 EXPORT int freeexport_read_prompt(int reads) {
   const bool before = freeexport::reading_prompt;
   freeexport::reading_prompt = reads != 0;
   return before;
 }
 
-// Says whether this thread's calls give logits of the whole vocabulary, until it says otherwise: whether they did before.
+// Sets whether this thread's calls fill the logits of the whole vocabulary, and returns the
+// previous setting.
 EXPORT int freeexport_spread_logits(int spreads) {
   const bool before = freeexport::spreading_logits;
   freeexport::spreading_logits = spreads != 0;
   return before;
 }
 
-// Whether this processor has an instruction set; -1 where the library has no kernels of that name.
+// Returns 1 if this processor has an instruction set, 0 if not, -1 if the library has no such
+// kernels.
 EXPORT int freeexport_supports(const char* instructions) {
   const freeexport::Kernels* kernels = freeexport::find_kernels(instructions);
   return kernels ? kernels->supported() : -1;
 }
 
-// PackedLinear on one thread, for tests. Null, or what is wrong.
+// Runs PackedLinear on one thread, for tests. Returns null or an error.
 EXPORT const char* freeexport_packed_linear(const char* instructions, const freeexport::Product* product) {
   using namespace freeexport;
   const Kernels* kernels = find_kernels(instructions);
@@ -92,7 +94,7 @@ EXPORT const char* freeexport_packed_linear(const char* instructions, const free
   return packed_linear(*kernels, *product, serial, nullptr) ? nullptr : "no memory";
 }
 
-// CachedAttention on one thread, for tests. Null, or what is wrong.
+// Runs CachedAttention on one thread, for tests. Returns null or an error.
 EXPORT const char* freeexport_attention(const char* instructions, const freeexport::Attention* call) {
   using namespace freeexport;
   const Kernels* kernels = find_kernels(instructions);

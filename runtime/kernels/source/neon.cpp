@@ -6,7 +6,7 @@ namespace freeexport {
 namespace {
 
 struct Vec : VecNeon, PlainInputs {
-  // Weights of 8 bits are taken as signed, 128 less than they are; 128 times the sum of the group is added again.
+  // 8-bit weights are read as signed, 128 lower. 128 times the sum of the group is then added back.
   static constexpr uint8_t kFlip = 128;
   static Int unflipped(int8x16_t first, int8x16_t second, Int start) {
     const int8x16_t ones = vdupq_n_s8(1);

@@ -1,4 +1,4 @@
-// What the operators share: errors, inputs and outputs, and threads.
+// Helpers of all operators: errors, inputs and outputs, and threads.
 #pragma once
 
 #include <cstdarg>
@@ -14,10 +14,11 @@ extern const ort::CustomOp kPackedLinearOp, kPackedRowsOp, kCachedAttentionOp, k
 extern const ort::CustomOp kCrossAttentionOp, kHalfCrossAttentionOp, kBestTwoOp, kPredictOp, kWholeVocabularyOp;
 extern const ort::CustomOp kCountedRowsOp;
 
-// Whether the engine call that this thread runs reads a prompt: ONNX Runtime calls operators on the thread that runs a
-// session, as its sequential executor does, and only their tasks on others.
+// True while this thread runs a call that reads a prompt. ONNX Runtime's sequential executor calls
+// operators on the thread that runs the session, and only their tasks on others.
 extern thread_local bool reading_prompt;
-// Whether its caller reads logits of the whole vocabulary: else WholeVocabulary leaves them as they are.
+// True if the caller reads logits of the whole vocabulary. Otherwise WholeVocabulary does not fill
+// them.
 extern thread_local bool spreading_logits;
 
 __attribute__((format(printf, 3, 4))) inline ort::Status* fail(const ort::Api* api, int code, const char* format, ...) {
@@ -44,7 +45,7 @@ inline ort::Status* elements_of(const ort::Api* api, const ort::Value* value, in
   return status;
 }
 
-// Which of an operator's inputs are there: an optional one that is left out has an empty name.
+// Finds which inputs an operator has. Optional inputs that are left out have an empty name.
 inline ort::Status* find_inputs(const ort::Api* api, const ort::KernelInfo* info, size_t count, bool* given) {
   size_t inputs = 0;
   RETURN_IF_ERROR(api->KernelInfo_GetInputCount(info, &inputs));
@@ -56,7 +57,7 @@ inline ort::Status* find_inputs(const ort::Api* api, const ort::KernelInfo* info
   return nullptr;
 }
 
-// Null where the input is not there.
+// Reads the data of an input. Null if the operator does not have it.
 inline ort::Status* input_of(const ort::Api* api, const ort::KernelContext* context, size_t input, bool given,
                              const void** data) {
   *data = nullptr;
@@ -80,8 +81,8 @@ inline ort::Status* shape_of(const ort::Api* api, const ort::Value* value, const
   return status;
 }
 
-// A kernel as ONNX Runtime keeps it. Without C++'s own allocation the library needs nothing but the C library, of any
-// version.
+// Allocates a kernel for ONNX Runtime. `malloc` instead of `new` avoids a dependency on the C++
+// library.
 template <typename Kernel>
 ort::Status* keep(const ort::Api* api, const Kernel& kernel, void** out) {
   auto* kept = static_cast<Kernel*>(std::malloc(sizeof(Kernel)));
@@ -97,14 +98,14 @@ struct Session {
   ort::Status* status;
 };
 
-// On the session's own threads.
+// Runs tasks on the threads of the session.
 inline void parallel_for(void* context, void (*task)(void*, size_t), size_t total, void* data) {
   auto* session = static_cast<Session*>(context);
   if (session->status != nullptr) return;
   session->status = session->api->KernelContext_ParallelFor(session->context, task, total, 0, data);
 }
 
-// What is the same of all operators, for kernels that `keep` kept.
+// Callbacks shared by all operators, for kernels from `keep`.
 constexpr ort::CustomOp common_callbacks() {
   ort::CustomOp op = {};
   op.version = ort::kApiVersion;

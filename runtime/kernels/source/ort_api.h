@@ -1,5 +1,5 @@
-// The entries of ONNX Runtime's C API that the library uses, as of API version 18, which later versions keep.
-// check_ort_api.cpp compares them with the official header.
+// Functions of ONNX Runtime's C API that the library uses, as of API version 18. Later versions
+// keep them. check_ort_api.cpp compares them with the official header.
 #pragma once
 
 #include <cstddef>

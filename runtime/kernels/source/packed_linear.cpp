@@ -6,12 +6,13 @@
 namespace freeexport {
 namespace {
 
-// What one task reads at least, so that handing it to a thread is worth while.
+// Minimum number of bytes that a task reads, so that a thread is worth its overhead.
 constexpr int64_t kTaskBytes = 24 << 10;
-// Inputs of all rows beyond which these are prepared in parallel, so many a task.
+// If all rows have more inputs than kManyInputs, they are prepared in parallel, kPreparedRows per
+// task.
 constexpr int64_t kManyInputs = 64 << 10, kPreparedRows = 8;
 
-const Kernels* const kAll[] = {  // the best first
+const Kernels* const kAll[] = {  // best first
 #if defined(__x86_64__)
     &kAmx, &kAvx512Vnni, &kAvx512, &kAvx2Vnni, &kAvx2,
 #elif defined(__aarch64__)
@@ -24,14 +25,15 @@ struct Call {
   const Kernels& kernels;
   const Product& product;
   Group* quantized;
-  uint16_t* prompt;  // the same of a prompt's rows in tiles, else null
-  float* normed;  // room for a row [inputs] of each task, where there is a norm
+  uint16_t* prompt;  // a prompt's rows in tiles, or null
+  float* normed;  // memory for a row [inputs] per task, if there is a norm
   int64_t task_panels, task_rows, row_blocks;
 };
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-// A weight of so many outputs is a head, which answers for one row of a prompt: to unpack it would take longer.
+// Returns true for a head, a weight with many more outputs than inputs. A prompt needs only one row
+// of its result, so unpacking the weight would take longer.
 bool is_head(const Product& product) {
   return product.weight.outputs > 16 * product.weight.inputs && !product.up.data && product.activation == kNone;
 }
@@ -90,7 +92,7 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   int64_t panel_bytes = weight.groups() * weight.group_bytes();
   if (product.up.data != nullptr && !product.beside) panel_bytes += weight.groups() * product.up.group_bytes();
   call.task_panels = panel_bytes < kTaskBytes ? kTaskBytes / panel_bytes : 1;
-  if (rows > 1 || tiles) call.task_panels += call.task_panels % 2;  // two at a time
+  if (rows > 1 || tiles) call.task_panels += call.task_panels % 2;  // multiplied in pairs
   call.row_blocks = parts(rows, call.task_rows);
   if (rows * weight.inputs > kManyInputs)
     run(parallel, context, prepare_task, parts(rows, kPreparedRows), call);

@@ -1,4 +1,4 @@
-// PackedLinear as an operator of ONNX Runtime.
+// ONNX Runtime operator PackedLinear.
 #include <cstring>
 
 #include "operators.h"
@@ -10,7 +10,7 @@ enum Input : size_t { kX, kData, kScales, kZeros, kBias, kSkip, kNorm, kUpData, 
                       kMultiples, kUpMultiples, kShift, kInputs };
 enum Output : size_t { kY, kTotal, kOutputs };
 
-// One PackedLinear of a session: what it computes, without the tensors, which are asked for in each call.
+// One node of a session: its attributes, without tensors, which are read in each call.
 struct Kernel {
   const ort::Api* api;
   const Kernels* kernels;
@@ -18,7 +18,7 @@ struct Kernel {
   bool given[kInputs];
 };
 
-// Weights are constants, so they are looked at once.
+// Weights are constants, so they are checked only once.
 ort::Status* check_constant(const Kernel& kernel, const ort::KernelInfo* info, size_t input, int type,
                             int64_t expected) {
   static const char* const kNames[] = {"x",       "data",      "scales",      "zero points",      "bias",    "skip",
@@ -37,7 +37,7 @@ ort::Status* check_constant(const Kernel& kernel, const ort::KernelInfo* info, s
               static_cast<long long>(count), static_cast<long long>(expected));
 }
 
-// The tensors of a weight, which begin at input `data`, its offsets and multiples.
+// Checks the tensors of a weight: those that begin at input `data`, offsets and multiples.
 ort::Status* check_weight(const Kernel& kernel, const ort::KernelInfo* info, size_t data, size_t offsets,
                           size_t multiples, const Weight& w) {
   const bool has_offsets = kernel.given[offsets], has_multiples = kernel.given[multiples];
@@ -72,13 +72,13 @@ ort::Status* read_activation(const ort::Api* api, const ort::KernelInfo* info, i
   char name[32] = "none";
   size_t size = sizeof(name);
   if (ort::Status* status = api->KernelInfoGetAttribute_string(info, "activation", name, &size))
-    api->ReleaseStatus(status);  // it has none
+    api->ReleaseStatus(status);  // the attribute is optional
   for (*activation = 0; *activation < kActivations; ++*activation)
     if (std::strcmp(kNames[*activation], name) == 0) return nullptr;
   return fail(api, ort::kInvalidGraph, "activation is none of none, relu, silu, gelu-tanh and gelu");
 }
 
-// An attribute that may be left out.
+// Returns an optional attribute, or 0.
 int64_t integer_of(const ort::Api* api, const ort::KernelInfo* info, const char* name) {
   int64_t value = 0;
   ort::Status* status = api->KernelInfoGetAttribute_int64(info, name, &value);
@@ -123,7 +123,7 @@ ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort:
   return keep(api, kernel, out);
 }
 
-// The shape of x, and how many rows that is.
+// Reads the shape and the number of rows of x.
 ort::Status* rows_of(const Kernel& kernel, const ort::Value* x, int64_t* shape, size_t* rank, int64_t* rows) {
   RETURN_IF_ERROR(shape_of(kernel.api, x, "x", shape, rank));
   if (shape[*rank - 1] != kernel.product.weight.inputs)

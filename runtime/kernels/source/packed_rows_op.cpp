@@ -1,5 +1,5 @@
-// PackedRows as an operator of ONNX Runtime: rows of a weight that is packed for PackedLinear, without zero points. A head
-// that is tied to the embedding so needs no second copy.
+// ONNX Runtime operator PackedRows: returns rows of a weight packed for PackedLinear, without zero
+// points. A head that is tied to the embedding then needs no second copy.
 #include <cstring>
 
 #include "operators.h"
@@ -11,11 +11,11 @@ enum Input : size_t { kIndices, kData, kScales, kOffsets, kMultiples, kInputs };
 
 struct Kernel {
   const ort::Api* api;
-  Weight weight;  // without its tensors
+  Weight weight;  // without tensors
   bool given[kInputs];
 };
 
-// Of a finite half: its bits are those of a float that is 2^-112 as large.
+// Converts a finite float16. Its shifted bits are those of a float that is 2^-112 times as large.
 float widened(uint16_t half) {
   const uint32_t bits = (half & 0x8000u) << 16 | (half & 0x7fffu) << 13;
   float value;
@@ -69,7 +69,7 @@ ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort:
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "block_size", &block));
   int64_t bits = 8;
   if (ort::Status* status = api->KernelInfoGetAttribute_int64(info, "bits", &bits))
-    api->ReleaseStatus(status), bits = 8;  // of older bundles, which do not say it
+    api->ReleaseStatus(status), bits = 8;  // older bundles lack the attribute
   RETURN_IF_ERROR(find_inputs(api, info, kInputs, kernel.given));
   const bool offsets = kernel.given[kOffsets], multiples = kernel.given[kMultiples];
   const char* problem = check_sizes(weight.outputs, weight.inputs, bits, block);

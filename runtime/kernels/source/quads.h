@@ -1,4 +1,4 @@
-// Products of bytes of a group, with dot products in 32 bits (VNNI) or without.
+// Byte products of a group, with dot products in 32 bits (VNNI) or without.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,10 @@
 namespace freeexport {
 namespace {
 
-// Of 32 inputs, without instructions of a processor's own.
+// Operations on 32 inputs without special instructions.
 struct PlainInputs {
-  // The largest magnitude, as its bits: of floats without sign these are in the order of their values, NaN last.
+  // Returns the bits of the largest magnitude. Without the sign, bits have the order of values, NaN
+  // last.
   static FREEEXPORT_INLINE int32_t peak_bits(const float* inputs) {
     int32_t bits[kGroup], peak = 0;
     std::memcpy(bits, inputs, sizeof(bits));
@@ -22,10 +23,10 @@ struct PlainInputs {
     }
     return peak;
   }
-  // Each times `factor`, at most 127, as the nearest integer, of two the even one; and the sums of the first and the last
-  // 16 of these.
+  // Multiplies inputs with `factor`, to at most 127, and rounds them to nearest, ties to even. Also
+  // returns the sums of the first and the last 16.
   static FREEEXPORT_INLINE void round(const float* inputs, float factor, int8_t* values, int32_t* sums) {
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds
     int32_t rounded[kGroup];
     for (int i = 0; i < kGroup; i++) rounded[i] = static_cast<int32_t>((inputs[i] * factor + kRound) - kRound);
     for (int i = 0; i < kGroup; i++) values[i] = static_cast<int8_t>(rounded[i]);
@@ -34,8 +35,8 @@ struct PlainInputs {
   }
 };
 
-// Where the bits beyond four of a quad's weights stand: bytes behind the group's first, how far they are shifted to the
-// left, and which they are then.
+// Location of the upper bits, beyond four, of a quad's weights: offset in the group's bytes, shift
+// to the left, and mask after the shift.
 template <int Bits, int Quad>
 struct Plane {
   static constexpr int kEach = Bits - 4, kPerByte = kEach > 0 ? 8 / kEach : 8;
@@ -51,10 +52,11 @@ FREEEXPORT_INLINE void each_quad(const Do& apply) {
   }
 }
 
-// `multiply` hands the products of a group, of row `m` with register `w` of V::kLanes outputs, to `take(m, w, dot)`; they
-// begin with `start(m, w)`. Of M rows and `Wide` registers, at best `kWide<M>`, whose bytes stand `apart`.
+// `multiply` passes the product of a group, of row `m` with register `w` of V::kLanes outputs, to
+// `take(m, w, dot)`. It begins with `start(m, w)`. There are M rows and `Wide` registers, whose
+// bytes are `apart`. `kWide<M>` is the best number of registers.
 
-// Row by row, all of which `Quads` multiplies with what it has read once.
+// Multiplies row by row. `Quads` reads the weights once for all rows.
 template <typename Quads>
 struct RowByRow {
   template <int M>
@@ -64,14 +66,14 @@ struct RowByRow {
   static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t, const Group* rows, const Start& start,
                                          const Take& take) {
     const Quads quads(data);
-#pragma GCC unroll 8  // else the sums of many rows stand in memory
+#pragma GCC unroll 8  // otherwise sums of many rows are kept in memory
     for (int m = 0; m < M; m++) take(m, 0, quads.dot(rows[m].values, start(m, 0)));
   }
 };
 
 template <typename V, int Bits>
 struct VnniQuads {
-  typename V::Int quads[8];  // of inputs 4i to 4i + 3 of each output
+  typename V::Int quads[8];  // inputs 4i to 4i + 3 of each output
   explicit VnniQuads(const uint8_t* data) {
     for (int j = 0; j < (Bits == 8 ? 8 : 4); j++) {
       const typename V::Int bytes = V::load(data + 64 * j);
@@ -88,7 +90,7 @@ struct VnniQuads {
         quads[quad] = V::template with_bits<At::kShift>(quads[quad], V::load(data + At::kByte), At::kMask);
       });
   }
-  // The products of one of `Parts` of the group, which begin with `start`.
+  // Returns `start` plus the products of part `Part` of `Parts` of the group.
   template <int Part, int Parts>
   typename V::Int dot_part(const int8_t* a, typename V::Int start) const {
     typename V::Int even = start, odd = V::all(0);
@@ -108,7 +110,8 @@ struct VnniQuads {
   }
 };
 
-// Two panels at a time, quad by quad: a quad of a row is read once for both, and what is added to stays in registers.
+// Multiplies two panels at a time, quad by quad. A quad of a row is read once for both, and sums
+// stay in registers.
 template <typename V, int Bits>
 struct TwoPanels {
   template <int M>
@@ -148,12 +151,12 @@ struct TwoPanels {
   }
 };
 
-// Pairs of products are added in 16 bits. Of 4 bits times 8 (15 * 127) 17 fit there, and a group has 16 of a lane; 8
-// bits are taken as two times 4. A quad of a row is read once for all registers of weights that it is multiplied with,
-// as these processors would else wait for reading.
+// Adds products in 16 bits. 17 products of 4 by 8 bits (15 * 127) fit, and a group has 16 per lane.
+// 8-bit weights are split into two times 4 bits. A quad of a row is read once for all registers of
+// weights, because these processors would otherwise wait for reads.
 template <typename V, int Bits>
 struct PairQuads {
-  // Else GCC keeps what is to be added in memory, and adds later.
+  // Otherwise GCC keeps the terms in memory and adds them later.
   static FREEEXPORT_INLINE void here(typename V::Int& value) { asm("" : "+v"(value)); }
 
   template <int M>
@@ -162,7 +165,7 @@ struct PairQuads {
   template <int M, int Wide, typename Start, typename Take>
   static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t apart, const Group* rows, const Start& start,
                                          const Take& take) {
-    // Of 4 bits all products are in `low`.
+    // For 4 bits, all products are in `low`.
     typename V::Int low[M][Wide], high[M][Wide];
 #pragma GCC unroll 8
     for (int j = 0; j < Bits; j++) {
@@ -202,7 +205,8 @@ struct PairQuads {
   }
 };
 
-// The same of weights in 4 to 6 bits that are unpacked once for all rows: of 5 bits four quads fit in 16 bits, of 6 two.
+// Like PairQuads, for weights in 4 to 6 bits that are unpacked once for all rows. Products of four
+// quads of 5 bits fit in 16 bits, or of two quads of 6 bits.
 template <typename V, int Bits>
 struct PairGroup : VnniQuads<V, Bits> {
   using VnniQuads<V, Bits>::VnniQuads;

@@ -1,4 +1,4 @@
-// Plain C++, for any processor: what the other kernels are compared with.
+// Plain C++ for any processor. Reference for all other kernels.
 #include <cmath>
 #include <cstring>
 
@@ -52,11 +52,11 @@ struct Vec : PlainInputs {
       uint32_t bits;
       std::memcpy(&bits, from + i, sizeof(bits));
       uint32_t size = bits & 0x7fffffff;
-      if (size > 0x7f800000)  // no number
+      if (size > 0x7f800000)  // NaN
         size = 0x7e00 | (size >> 13 & 0x1ff);
       else if (size >= 0x477ff000)  // rounds to more than 65504
         size = 0x7c00;
-      else if (size < 0x38800000)  // below the least normal float16
+      else if (size < 0x38800000)  // below the smallest normal float16
         size = static_cast<uint32_t>(std::nearbyint(std::ldexp(std::fabs(from[i]), 24)));
       else
         size = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
@@ -68,7 +68,7 @@ struct Vec : PlainInputs {
   static Int start(Int zero, const int16_t* sum) { return zero * *sum; }
   static Int start(Int zero, const Group& group) { return start(zero, &group.minus_sum); }
   using Scale = Float;
-  static Scale scale(Float by) { return by + (by - by); }  // an infinite one gives NaN, as where products are counted
+  static Scale scale(Float by) { return by + (by - by); }  // NaN if infinite, as with kCounter
   static Scale scale(const uint16_t* from) { return scale(halves(from)); }
   static Float times(Float a, const int8_t* b) { return a * static_cast<float>(*b); }
   static Float scaled(Int sum, Scale by) { return static_cast<float>(sum) * by; }

@@ -1,6 +1,6 @@
-// A prompt's rows in bfloat16 as AMX has them (amx.cpp, amx_attention.cpp), in plain C++: so that every processor can run
-// the tests of kernels that read a prompt with other bits than they generate with. Roundings are those of AMX, sums are
-// in another order. See tiles.h.
+// Prompts in bfloat16 like AMX (amx.cpp, amx_attention.cpp), in plain C++. Every processor can then
+// run the tests for kernels that compute prompts with other bits than steps. Values are rounded as
+// in AMX, but the order of sums differs. See tiles.h.
 #pragma once
 
 #include "attention_tiles.h"
@@ -11,7 +11,7 @@ namespace {
 uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 64);  // no number
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 64);  // NaN
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 float from_bfloat16(uint16_t value) {
@@ -32,7 +32,7 @@ void prepare_prompt(const Product& product, int64_t row, float* normed, uint16_t
     for (int64_t i = 0; i < kGroup; i++) to[i] = g * kGroup + i < inputs ? to_bfloat16(x[g * kGroup + i]) : uint16_t{0};
 }
 
-// The weights [16 outputs][32 inputs] of a group of a panel.
+// Unpacks the weights [16 outputs][32 inputs] of a group of a panel.
 void unpack(const Weight& weight, int64_t panel, int64_t group, float (&to)[kPanel][kGroup]) {
   constexpr int kHalfGroup = kGroup / 2;  // the smallest block
   const uint8_t* data = weight.data + (panel * weight.groups() + group) * weight.group_bytes();
@@ -60,7 +60,7 @@ void unpack(const Weight& weight, int64_t panel, int64_t group, float (&to)[kPan
   }
 }
 
-using PromptSums = float[kPromptRows * kPanel];  // of rows and the outputs of a panel
+using PromptSums = float[kPromptRows * kPanel];  // of rows, for the outputs of a panel
 
 void multiply_prompt(const Weight& weight, int64_t panel, const uint16_t* rows, int64_t first, int64_t last,
                      PromptSums& sums) {
@@ -102,7 +102,7 @@ void prompt_panels(const Product& product, const uint16_t* rows, int64_t first, 
   }
 }
 
-// What a head of a row sees, with keys and values of type C.
+// Computes y of one head of a row, with keys and values of type C.
 template <typename C>
 void attend_to_prompt(const Attention& a, const Place& place, int64_t head) {
   const int64_t size = a.size, kv_head = head / (a.heads / a.kv_heads);

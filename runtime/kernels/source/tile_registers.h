@@ -1,5 +1,5 @@
-// AMX's tile registers: 16 rows of 64 bytes each. Written as assembler: GCC's own functions do not tell the compiler
-// that they read and write memory. Beside them stand AVX-512's registers, as `Vec`.
+// AMX tile registers, 16 rows of 64 bytes each, in inline assembly, because GCC's intrinsics do not
+// tell the compiler that they access memory. `Vec` are the registers of AVX-512.
 #pragma once
 
 #include "vec512.h"
@@ -17,7 +17,7 @@ using Vec = Vec512;
 namespace freeexport {
 namespace {
 
-constexpr int64_t kTileValues = 512;  // of 16 bits
+constexpr int64_t kTileValues = 512;  // 16-bit values of a tile
 
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, unused[15] = {};
@@ -25,7 +25,7 @@ struct alignas(64) TileConfiguration {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tiles of the thread, as long as it lives.
+// Configures the tiles of the thread during its lifetime.
 struct Tiles {
   Tiles() {
     const TileConfiguration configuration;
@@ -46,14 +46,15 @@ template <int Tile>
 FREEEXPORT_INLINE void store_tile(void* to, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(Tile) : "memory");
 }
-// sums[m][n] += sum over k of a[m][2k] b[k][2n] + a[m][2k + 1] b[k][2n + 1], in bfloat16; sums in fp32.
+// sums[m][n] += sum over k of a[m][2k] b[k][2n] + a[m][2k + 1] b[k][2n + 1]. Values are
+// bfloat16, sums fp32.
 template <int Sums, int A, int B>
 FREEEXPORT_INLINE void add_tile_product() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
 }
 
-// Adds products of R tiles of rows (1 or 2) and P of columns (1 or 2), which stand `apart`, `count` of each one behind
-// the other, to tiles 2 r + p.
+// Adds the products of R (1 or 2) tiles of rows and P (1 or 2) tiles of columns to tiles 2 r + p,
+// for `count` consecutive tiles of each. Two tiles of rows, or of columns, are `apart`.
 template <int R, int P>
 FREEEXPORT_INLINE void add_products(const uint16_t* a, int64_t a_apart, const uint16_t* b, int64_t b_apart,
                                     int64_t count) {

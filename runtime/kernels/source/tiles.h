@@ -1,5 +1,6 @@
-// The kernels of one instruction set, from a `Vec` that the including file defines. All names are local to the file:
-// what the compiler makes here for one processor must not be linked into code for another.
+// Kernels of one instruction set, with a `Vec` that the including file defines. All names are local
+// to the file, because code compiled for one instruction set must not be linked into code for
+// another.
 #pragma once
 
 #include <cstring>
@@ -11,13 +12,13 @@ namespace {
 
 constexpr int kQuads = kGroup / 4;
 
-// To the groups of a row, which stand `stride` apart.
+// Quantizes a row to groups that are `stride` apart.
 inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride) {
   constexpr int32_t kInfinite = 0x7f800000;
   const int64_t groups = (inputs + kGroup - 1) / kGroup;
   float padded[kGroup];
   for (int64_t g = 0; g < groups; g++, x += kGroup, to += stride) {
-    if (inputs - g * kGroup < kGroup) {  // behind the end are zeros
+    if (inputs - g * kGroup < kGroup) {  // pad with zeros
       std::memset(padded, 0, sizeof(padded));
       std::memcpy(padded, x, static_cast<size_t>(inputs - g * kGroup) * sizeof(float));
       x = padded;
@@ -28,7 +29,7 @@ inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride) 
     float scale = peak / 127.0f;
     int32_t sums[2] = {0, 0};
     if (bits >= kInfinite || peak < 1e-30f) {
-      // What is no number must be seen in the result; what is next to nothing has no scale.
+      // NaN and infinite inputs must show in the result. Tiny inputs become 0.
       std::memset(to->values, 0, kGroup);
       if (bits >= kInfinite) {
         const int32_t nan = 0x7fc00000;
@@ -60,7 +61,8 @@ inline void prepare(const Product& product, int64_t row, float* normed, Group* r
   quantize(x, product.weight.inputs, rows + tile * product.weight.groups() + (row - tile), rows_of_tile(tile, product.rows));
 }
 
-// The sums of M rows, for outputs from `output` on, to y of rows `stride` apart.
+// Adds the bias to the sums of M rows, for outputs from `output`, and stores them in y, whose rows
+// are `stride` apart.
 template <int M>
 inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t output, float* y, int64_t stride) {
   const int64_t left = weight.outputs - output;
@@ -78,10 +80,10 @@ inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t outpu
     for (int i = 0; i < left; i++) y[m * stride + i] = all[m][i] + (weight.bias ? weight.bias[output + i] : 0.0f);
 }
 
-// Where the values of a weight count from: the middle, a zero point, or an offset that is added.
+// Reference of a weight's values: the middle, a zero point, or an offset that is added.
 enum class From { kMiddle, kZero, kOffset };
 
-// What the blocks of a panel's groups have to be multiplied with, from output `lane` on.
+// Factors of a panel's blocks, starting at output `lane`.
 template <int Bits, From Where>
 struct Factors {
   int64_t left = 0, groups_of_block;
@@ -98,7 +100,7 @@ struct Factors {
     zeros = Where == From::kZero ? weight.zeros + at : nullptr;
     offsets = Where == From::kOffset ? weight.offsets + at : nullptr;
   }
-  // To be called before each group.
+  // Must be called before each group.
   void next() {
     if (left-- > 0) return;
     left = groups_of_block - 1;
@@ -112,13 +114,13 @@ struct Factors {
       zeros += kPanel;
     }
   }
-  // What the products of a group, in integers, are added to.
+  // Returns the initial value of a group's integer sum.
   Vec::Int start(const Group& group) const {
     if constexpr (Where == From::kOffset) return Vec::all(Vec::kNothing);
     if constexpr (Where == From::kMiddle) return Vec::all(group.starts[Bits == 8]);
     return Vec::start(zero, group);
   }
-  // These, added to those of the groups before it.
+  // Returns the sum of earlier groups plus that of this one.
   Vec::Float added(Vec::Int dot, const Group& group, Vec::Float sum) const {
     sum = Vec::add_product(Vec::scaled(dot, scale), Vec::set(group.scale), sum);
     if constexpr (Where == From::kOffset) sum = Vec::add_product(offset, Vec::set(group.scaled_sum), sum);
@@ -126,9 +128,10 @@ struct Factors {
   }
 };
 
-// Bytes ahead of those that are multiplied, to be fetched. 4 bits always gain. Zen 4 reads 8 bits 20 % faster by its own
-// prefetching, as long as that keeps up. An Emerald Rapids is 15 % slower by its own with one row, 30 % with four, and a
-// Zen 3, which has none of the newer instructions, 30 % with one.
+// Returns the distance of prefetching in bytes. 4 bits always gain from it. With 8 bits, hardware
+// prefetching alone is 20 % faster on Zen 4, as long as it keeps up. It is 15 % slower on Emerald
+// Rapids with one row and 30 % with four, and 30 % slower with one row on Zen 3, which lacks the
+// newer instructions.
 template <int Bits, int M>
 inline int64_t bytes_ahead() {
   if (Bits == 4 || Vec::kFetches) return 4096;
@@ -138,8 +141,8 @@ inline int64_t bytes_ahead() {
   return M > 4 ? 2048 : 0;
 }
 
-// A tile of M rows times `Wide` registers of outputs of a panel from `lane` on, or of as many panels where a register has
-// one, to y of rows `stride` and panels `apart` from each other.
+// Multiplies M rows with `Wide` registers of outputs of a panel, starting at output `lane`, or with
+// as many panels if a register holds a panel. The rows of y are `stride` apart, its panels `apart`.
 template <int Bits, From Where, int M, int Wide>
 inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride,
                  int64_t apart) {
@@ -147,7 +150,7 @@ inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lan
   using Quads = typename Vec::template Quads<Bits>;
   const int64_t groups = weight.groups(), bytes = weight.group_bytes();
   const uint8_t* data = weight.data + panel * groups * bytes + lane * 4;
-  // The first outputs of a panel fetch for those that follow.
+  // The first outputs of a panel prefetch for all others.
   const int64_t ahead = lane > 0 ? 0 : bytes_ahead<Bits, M>();
   const int64_t bytes_apart = kWhole ? groups * bytes : 4 * Vec::kLanes;
   Factors<Bits, Where> factors[Wide];
@@ -159,7 +162,7 @@ inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lan
     for (int m = 0; m < M; m++) sums[w][m] = Vec::zero();
   }
   for (int64_t g = 0; g < groups; g++, data += bytes, rows += M) {
-    // Behind the end of one of two panels begins the other, which is read already.
+    // Skips the second of two panels after the end of the first, because it is already being read.
     const uint8_t* next = data + ahead + (kWhole && Wide > 1 && g * bytes + ahead >= bytes_apart ? bytes_apart : 0);
     for (int64_t at = 0; at < bytes && ahead; at += 64)
 #pragma GCC unroll 2
@@ -175,7 +178,7 @@ inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lan
     put(sums[w], weight, panel * kPanel + lane + w * Vec::kLanes, y + lane + w * (kWhole ? apart : Vec::kLanes), stride);
 }
 
-// All outputs of a panel.
+// Multiplies with all outputs of a panel.
 template <int Bits, From Where, int M>
 inline void tiles_of_panel(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride) {
   constexpr int kBest = Vec::template Quads<Bits>::template kWide<M>, kWide = Vec::kLanes == kPanel ? 1 : kBest;
@@ -183,7 +186,7 @@ inline void tiles_of_panel(const Group* rows, const Weight& weight, int64_t pane
     tile<Bits, Where, M, kWide>(rows, weight, panel, lane, y, stride, 0);
 }
 
-// Of two panels, where that is faster.
+// Multiplies with two panels, at the same time if that is faster.
 template <int Bits, From Where, int M>
 inline void tiles_of_two(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride, int64_t apart) {
   if constexpr (Vec::kLanes == kPanel && Vec::template Quads<Bits>::template kWide<M> == 2) {
@@ -197,7 +200,7 @@ inline void tiles_of_two(const Group* rows, const Weight& weight, int64_t panel,
 using Tile = void (*)(const Group*, const Weight&, int64_t, float*, int64_t);
 using TwoTiles = void (*)(const Group*, const Weight&, int64_t, float*, int64_t, int64_t);
 
-// Of 1 to Vec::kRows rows.
+// Functions for 1 to Vec::kRows rows.
 struct Tiles {
   Tile of[Vec::kRows + 1] = {};
   TwoTiles of_two[Vec::kRows + 1] = {};
@@ -227,7 +230,7 @@ inline const Tiles& tiles_of(const Weight& weight) {
 
 #include "file_tiles.h"
 
-// Of rows first..last and panels panel..end to y, whose first value is that of row `first` and the first output.
+// Multiplies rows first..last with panels panel..end. y begins at row `first` and the first output.
 inline void multiply(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, int64_t end,
                      float* y, int64_t stride, int64_t apart) {
   const bool file = weight.multiples || weight.bits == 5;
@@ -243,15 +246,15 @@ inline void multiply(const Group* rows, int64_t first, int64_t last, const Weigh
       tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride);
 }
 
-constexpr int64_t kGatedRows = 2 * kTaskRows;  // of all panels
+constexpr int64_t kGatedRows = 2 * kTaskRows;  // for all panels together
 
-// Of as many panels as there is room for all gates, then all ups: memory is read in longer streams.
+// Computes all gates, then all ups, of the panels. Memory is then read in longer streams.
 inline void gated_panels(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel,
                          int64_t end) {
   const Weight& weight = product.weight;
-  const int64_t values = (last - first) * kPanel, all = (end - panel) * values;  // of a panel, of all
+  const int64_t values = (last - first) * kPanel, all = (end - panel) * values;  // per panel, of all
   float gate[kGatedRows * kPanel], up[kGatedRows * kPanel];
-  if (weight.outputs < end * kPanel) {  // the last is not full
+  if (weight.outputs < end * kPanel) {  // the last panel is incomplete
     std::memset(gate, 0, static_cast<size_t>(all) * sizeof(float));
     std::memset(up, 0, static_cast<size_t>(all) * sizeof(float));
   }

@@ -1,4 +1,4 @@
-// 8 outputs in registers of 256 bits. Everything but the products of bytes, which differ.
+// Operations on 8 outputs in 256-bit registers, except the products of bytes, which differ.
 #pragma once
 
 #include <immintrin.h>
@@ -19,14 +19,14 @@ struct Vec256 {
   static constexpr int32_t kNothing = kCounter * -32768;
 
   static Float set(float value) { return _mm256_set1_ps(value); }
-  // The sum of 16 values: halves are added to each other.
+  // Sums 16 values by repeatedly adding the upper half to the lower.
   static float fold(const Float (&parts)[2]) {
     const __m256 eight = _mm256_add_ps(parts[0], parts[1]);
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
-  // Four such sums, side by side, of the same additions.
+  // Computes four such sums with the same additions.
   static void fold_four(const Float (&parts)[4][2], float* to) {
     const auto halves_added = [&](int a, int b) {
       const __m256 first = _mm256_add_ps(parts[a][0], parts[a][1]), second = _mm256_add_ps(parts[b][0], parts[b][1]);
@@ -38,7 +38,7 @@ struct Vec256 {
     const __m128 ab = _mm256_castps256_ps128(two), cd = _mm256_extractf128_ps(two, 1);
     _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
   }
-  // Four values of each fourth row.
+  // Loads four values of every fourth row.
   static Float every_fourth(const float* from, int64_t size) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * size), 1);
   }
@@ -46,7 +46,8 @@ struct Vec256 {
     const auto four = [](const uint16_t* row) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)); };
     return _mm256_cvtph_ps(_mm_unpacklo_epi64(four(from), four(from + 4 * size)));
   }
-  // Four values of kLanes rows, which stand `size` apart: to four rows of `to`, `apart` from each other.
+  // Transposes four values of kLanes rows, which are `size` apart, to four rows of `to`, which are
+  // `apart`.
   template <typename C>
   static void turn_four(const C* from, int64_t size, float* to, int64_t apart) {
     __m256d pairs[4];
@@ -86,7 +87,7 @@ struct Vec256 {
   static Float halves(const uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
-  // 8 values to float16, rounded to the nearest, of two to the even one.
+  // Converts 8 values to float16, rounded to nearest, ties to even.
   static void put_halves(uint16_t* to, const float* from) {
     const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
@@ -94,7 +95,7 @@ struct Vec256 {
   static Int widened(const uint8_t* from) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
   }
-  // Zero points as pairs of 16 bits with -32768, so that one operation gives what products are counted from.
+  // Pairs 16-bit zero points with -32768, so that one operation computes the start of a sum.
   static Int counted(Int zero) { return _mm256_or_si256(zero, all(INT32_MIN)); }
   static Int start(Int zero, const int16_t* sum) {
     int32_t pair;
@@ -113,7 +114,7 @@ struct Vec256 {
   static Float added(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float minus(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float times(Float a, Float b) { return _mm256_mul_ps(a, b); }
-  static Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }  // b where one of them is no number
+  static Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }  // b if either is NaN
   static Float smaller(Float a, Float b) { return _mm256_min_ps(a, b); }
   static float largest(const Float (&parts)[2]) {
     const __m256 eight = larger(parts[0], parts[1]);
@@ -121,7 +122,7 @@ struct Vec256 {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
-  // a * 2^n, where n was added to 1.5 * 2^23 to become `rounded`.
+  // a * 2^n, where `rounded` is 1.5 * 2^23 + n.
   static Float times_power(Float a, Float, Float rounded) {
     const __m256i exponent = _mm256_add_epi32(_mm256_castps_si256(rounded), all(127 - 0x4b400000));
     return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
@@ -135,7 +136,7 @@ struct Vec256 {
   static Int load(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
   static Int low(Int bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
   static Int high(Int bytes) { return low(_mm256_srli_epi16(bytes, 4)); }
-  // `bits` of `mask`, after a shift to the left (or right, where it is negative), set in `bytes`.
+  // Shifts `bits` to the left (right if negative), and sets those in `mask` in `bytes`.
   template <int Shift>
   static Int with_bits(Int bytes, Int bits, int mask) {
     const Int moved = Shift < 0 ? _mm256_srli_epi16(bits, Shift < 0 ? -Shift : 0) : _mm256_slli_epi16(bits, Shift < 0 ? 0 : Shift);

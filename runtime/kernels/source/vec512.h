@@ -1,4 +1,4 @@
-// 16 outputs in registers of 512 bits. Everything but the products of bytes, which differ.
+// Operations on 16 outputs in 512-bit registers, except the products of bytes, which differ.
 #pragma once
 
 #include <immintrin.h>
@@ -19,7 +19,7 @@ struct Vec512 {
   static constexpr int32_t kNothing = kCounter * -32768;
 
   static Float set(float value) { return _mm512_set1_ps(value); }
-  // The sum of 16 values: halves are added to each other.
+  // Sums 16 values by repeatedly adding the upper half to the lower.
   static float fold(const Float (&parts)[1]) {
     const __m256 high = _mm512_extractf32x8_ps(parts[0], 1);
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(parts[0]), high);
@@ -27,7 +27,7 @@ struct Vec512 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
-  // Four such sums, side by side, of the same additions.
+  // Computes four such sums with the same additions.
   static void fold_four(const Float (&parts)[4][1], float* to) {
     const auto halves_added = [](Float a, Float b) {
       return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
@@ -39,7 +39,7 @@ struct Vec512 {
     const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
     _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, one)));
   }
-  // Four values of each fourth row.
+  // Loads four values of every fourth row.
   static Float every_fourth(const float* from, int64_t size) {
     __m512 row = _mm512_castps128_ps512(_mm_loadu_ps(from));
     row = _mm512_insertf32x4(row, _mm_loadu_ps(from + 4 * size), 1);
@@ -53,7 +53,8 @@ struct Vec512 {
     const __m128i low = _mm_unpacklo_epi64(four(0), four(4)), high = _mm_unpacklo_epi64(four(8), four(12));
     return _mm512_cvtph_ps(_mm256_set_m128i(high, low));
   }
-  // Four values of kLanes rows, which stand `size` apart: to four rows of `to`, `apart` from each other.
+  // Transposes four values of kLanes rows, which are `size` apart, to four rows of `to`, which are
+  // `apart`.
   template <typename C>
   static void turn_four(const C* from, int64_t size, float* to, int64_t apart) {
     __m512d pairs[4];
@@ -86,7 +87,7 @@ struct Vec512 {
   static Float zero() { return _mm512_setzero_ps(); }
   static Int all(int32_t value) { return _mm512_set1_epi32(value); }
   static Float floats(const float* from) { return _mm512_loadu_ps(from); }
-  // 8 values, and 0 behind them.
+  // Loads 8 values, followed by zeros.
   static Float eight(const float* from) { return _mm512_zextps256_ps512(_mm256_loadu_ps(from)); }
   static Float eight(const uint16_t* from) {
     return _mm512_zextps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
@@ -94,7 +95,7 @@ struct Vec512 {
   static Float halves(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
-  // 8 values to float16, rounded to the nearest, of two to the even one.
+  // Converts 8 values to float16, rounded to nearest, ties to even.
   static void put_halves(uint16_t* to, const float* from) {
     const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
@@ -102,7 +103,7 @@ struct Vec512 {
   static Int widened(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
-  // Zero points as pairs of 16 bits with -32768, so that one operation gives what products are counted from.
+  // Pairs 16-bit zero points with -32768, so that one operation computes the start of a sum.
   static Int counted(Int zero) { return _mm512_or_si512(zero, all(INT32_MIN)); }
   static Int start(Int zero, const int16_t* sum) {
     int32_t pair;
@@ -121,14 +122,14 @@ struct Vec512 {
   static Float added(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float minus(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float times(Float a, Float b) { return _mm512_mul_ps(a, b); }
-  static Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b where one of them is no number
+  static Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b if either is NaN
   static Float smaller(Float a, Float b) { return _mm512_min_ps(a, b); }
   static float largest(const Float (&parts)[1]) { return _mm512_reduce_max_ps(parts[0]); }
-  // a * 2^n, where n was added to 1.5 * 2^23 to become `rounded`.
+  // a * 2^n, where `rounded` is 1.5 * 2^23 + n.
   static Float times_power(Float a, Float n, Float) { return _mm512_scalef_ps(a, n); }
-  // 2^a: to about 3e-6 of it, of 0 exactly 1.
+  // 2^a, with a relative error of about 3e-6, exactly 1 for 0.
   static Float power_of_two(Float a) {
-    const Float r = _mm512_reduce_ps(a, 1);  // from the next lower integer
+    const Float r = _mm512_reduce_ps(a, 1);  // distance from the next lower integer
     Float p = add_product(set(1.342669028e-2f), r, set(5.224246456e-2f));
     p = add_product(p, r, set(2.412802093e-1f));
     p = add_product(p, r, set(6.930448443e-1f));
@@ -144,7 +145,7 @@ struct Vec512 {
   static Int load(const uint8_t* from) { return _mm512_loadu_si512(from); }
   static Int low(Int bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
   static Int high(Int bytes) { return low(_mm512_srli_epi16(bytes, 4)); }
-  // `bits` of `mask`, after a shift to the left (or right, where it is negative), set in `bytes`.
+  // Shifts `bits` to the left (right if negative), and sets those in `mask` in `bytes`.
   template <int Shift>
   static Int with_bits(Int bytes, Int bits, int mask) {
     const Int moved = Shift < 0 ? _mm512_srli_epi16(bits, Shift < 0 ? -Shift : 0) : _mm512_slli_epi16(bits, Shift < 0 ? 0 : Shift);

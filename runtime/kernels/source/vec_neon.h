@@ -1,4 +1,4 @@
-// 8 outputs in two registers of NEON. Everything but the products of bytes, which differ.
+// Operations on 8 outputs in two NEON registers, except the products of bytes, which differ.
 #pragma once
 
 #include <arm_neon.h>
@@ -23,14 +23,14 @@ struct VecNeon {
   static constexpr int32_t kNothing = 0;
 
   static Float set(float value) { return {vdupq_n_f32(value), vdupq_n_f32(value)}; }
-  // The sum of 16 values: halves are added to each other.
+  // Sums 16 values by repeatedly adding the upper half to the lower.
   static float fold(const Float (&parts)[2]) {
     const float32x4_t four = vaddq_f32(vaddq_f32(parts[0].low, parts[1].low), vaddq_f32(parts[0].high, parts[1].high));
     return vaddv_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
   }
-  // Four such sums, side by side, of the same additions.
+  // Computes four such sums with the same additions.
   static void fold_four(const Float (&parts)[4][2], float* to) {
-    const auto two = [&](int a, int b) {  // two sums of each
+    const auto two = [&](int a, int b) {  // two partial sums of each
       float64x2_t four[2];
       for (int i = 0; i < 2; i++) {
         const Float(&of)[2] = parts[i == 0 ? a : b];
@@ -43,7 +43,8 @@ struct VecNeon {
   }
   static float32x4_t four(const float* from) { return vld1q_f32(from); }
   static float32x4_t four(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
-  // Four values of kLanes rows, which stand `size` apart: to four rows of `to`, `apart` from each other.
+  // Transposes four values of kLanes rows, which are `size` apart, to four rows of `to`, which are
+  // `apart`.
   template <typename C>
   static void turn_four(const C* from, int64_t size, float* to, int64_t apart) {
     for (int half = 0; half < 2; half++, from += 4 * size, to += 4) {
@@ -62,7 +63,7 @@ struct VecNeon {
   static Float added(Float a, Float b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
   static Float minus(Float a, Float b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
   static Float times(Float a, Float b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
-  // b where one of them is no number.
+  // b if either is NaN.
   static float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static float32x4_t smaller(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static Float larger(Float a, Float b) { return {larger(a.low, b.low), larger(a.high, b.high)}; }
@@ -70,7 +71,7 @@ struct VecNeon {
   static float largest(const Float (&parts)[2]) {
     return vmaxvq_f32(larger(larger(parts[0].low, parts[1].low), larger(parts[0].high, parts[1].high)));
   }
-  // a * 2^n, where n was added to 1.5 * 2^23 to become `rounded`.
+  // a * 2^n, where `rounded` is 1.5 * 2^23 + n.
   static float32x4_t times_power(float32x4_t a, float32x4_t rounded) {
     const int32x4_t exponent = vaddq_s32(vreinterpretq_s32_f32(rounded), vdupq_n_s32(127 - 0x4b400000));
     return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
@@ -97,7 +98,7 @@ struct VecNeon {
   static Int start(Int zero, const int16_t* sum) { return {vmulq_n_s32(zero.low, *sum), vmulq_n_s32(zero.high, *sum)}; }
   static Int start(Int zero, const Group& group) { return start(zero, &group.minus_sum); }
   using Scale = Float;
-  static Scale scale(Float by) {  // an infinite one gives NaN, as it does where products are counted
+  static Scale scale(Float by) {  // NaN if infinite, as with kCounter
     return {vaddq_f32(by.low, vsubq_f32(by.low, by.low)), vaddq_f32(by.high, vsubq_f32(by.high, by.high))};
   }
   static Scale scale(const uint16_t* from) { return scale(halves(from)); }
@@ -106,7 +107,7 @@ struct VecNeon {
     return {vmulq_f32(a.low, vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)))),
             vmulq_f32(a.high, vcvtq_f32_s32(vmovl_high_s16(wide)))};
   }
-  // `bits` of `mask`, after a shift to the left (or right, where it is negative), set in `bytes`.
+  // Shifts `bits` to the left (right if negative), and sets those in `mask` in `bytes`.
   template <int Shift>
   static uint8x16_t with_bits(uint8x16_t bytes, uint8x16_t bits, int mask) {
     if constexpr (Shift < 0)
@@ -127,8 +128,8 @@ struct VecNeon {
   }
 };
 
-// The 8 quads of a group, for 8 outputs: what `V::dot_quad<i>` multiplies with inputs 4i to 4i + 3, which are lane i of
-// a register. `V::kFlip` turns weights of 8 bits into what it takes.
+// The 8 quads of a group for 8 outputs, which `V::dot_quad<i>` multiplies with inputs 4i to 4i + 3
+// in lane i of a register. `V::kFlip` converts 8-bit weights for it.
 template <typename V, int Bits>
 struct NeonQuads {
   uint8x16_t low[8], high[8];
@@ -154,7 +155,7 @@ struct NeonQuads {
       });
   }
 
-  // The products of one of `Parts` of the group, which begin with `start`.
+  // Returns `start` plus the products of part `Part` of `Parts` of the group.
   template <int Part, int Parts>
   typename V::Int dot_part(const int8_t* a, typename V::Int start) const {
     if constexpr (Parts == 1) return dot(a, start);

@@ -1,4 +1,5 @@
-// Of the operators and of the layout of weights. runtime/kernels/__init__.py has the same number.
+// Version of the operators and of the layout of weights. Must equal that in
+// runtime/kernels/__init__.py.
 #pragma once
 
 #define FREEEXPORT_KERNELS_VERSION 7
