@@ -35,8 +35,10 @@ class SessionKeywords(TypedDict, total=False):
 
 
 class GenerationKeywords(TypedDict, total=False):
-    """Options of a request, explained in GenerationOptions and SpeechOptions. Setting `cancel` ends the request after
-    its next token."""
+    """Options of a request, explained in GenerationOptions and SpeechOptions.
+
+    Setting `cancel` ends the request after its next token.
+    """
 
     cancel: threading.Event | None
     max_new_tokens: int

@@ -63,9 +63,10 @@ class SessionKeywords(TypedDict, total=False):
 {session}
 
 class GenerationKeywords(TypedDict, total=False):
-    """Options of a request, explained in GenerationOptions and SpeechOptions. \
-Setting `cancel` ends the request after
-    its next token."""
+    """Options of a request, explained in GenerationOptions and SpeechOptions.
+
+    Setting `cancel` ends the request after its next token.
+    """
 
     cancel: threading.Event | None
 {request}'''

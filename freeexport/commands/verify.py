@@ -112,9 +112,11 @@ def command(
       freeexport verify bundle --against path/to/checkpoint
     """
     if exit_ is not None and against is None:
-        raise click.UsageError("--exit is for a comparison with the checkpoint; give --against MODEL")
+        raise click.UsageError("--exit needs the checkpoint to compare with; give --against MODEL")
     if data is not None and against is None and equal is None:
-        raise click.UsageError("--data needs something to compare; give --against MODEL or --equal N")
+        raise click.UsageError(
+            "--data needs something to compare; give --against MODEL or --equal N"
+        )
     for option, given in (("--instructions", instructions), ("--save", save)):
         if given and equal is None:
             raise click.UsageError(
