@@ -53,9 +53,9 @@ def index(directory: Path) -> str:
         "result",
         "n, rounds",
         "mode",
-        "a token",
+        "per token",
         "byte model",
-        "a request",
+        "per request",
         "tokens/s",
         "quality, of full",
     )
