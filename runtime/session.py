@@ -62,8 +62,6 @@ class Session:
     Args:
         bundle: Directory of the bundle.
         options: Options of the session. Default: SessionOptions().
-        decoder_type: For measurements: a subclass of Decoder with other predictions. Ignored with
-            overlap.
         on_event: Called with each RequestEvent, in the thread of the caller or of the worker. Must
             return quickly.
         **keywords: Replace fields of `options`.
@@ -75,12 +73,14 @@ class Session:
         OptionError: If an option is not valid for the bundle or the device.
     """
 
+    # Creates the decoders in place of Decoder and FeatureDecoder. For measurements without overlap.
+    _decoder_type: Callable[..., Decoder] | None = None
+
     def __init__(
         self,
         bundle: Path | str,
         options: SessionOptions | None = None,
         *,
-        decoder_type: Callable[..., Decoder] | None = None,
         on_event: Callable[[RequestEvent], None] | None = None,
         **keywords: Unpack[SessionKeywords],
     ) -> None:
@@ -110,6 +110,7 @@ class Session:
             encoder = self._placement.encoder(engine, shallow)
             exit = self._placement.exit_runner(engine)
         self.overlap = deep.beside
+        decoder_type = self._decoder_type
         if deep.beside:
             decoder_type = partial(OverlappingDecoder, run_ahead=options.run_ahead)
         elif exit is not None:

@@ -19,6 +19,8 @@ from command_line import invoke
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 TUTORIALS = sorted(DOCS.glob("tutorial-*.md"))
+# Pages whose links and names of files must exist. CHANGELOG.md also names what was removed.
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
 RUN = "<!-- run -->"
 
 
@@ -98,7 +100,7 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 
 def test_every_link_of_the_documentation_leads_somewhere() -> None:
-    for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
+    for page in PAGES:
         for link, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
             target = page.parent / link if link else page
             assert target.exists(), f"{page.name} links to {link}"
@@ -106,7 +108,7 @@ def test_every_link_of_the_documentation_leads_somewhere() -> None:
 
 
 def test_every_script_that_the_documentation_names_exists() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]:
+    for page in PAGES:
         text = page.read_text(encoding="utf-8")
         named = [name.replace(".", "/") for name in re.findall(r"python -m (tools\.[\w.]*\w)", text)]
         modules = [f"{name}/__main__.py" if (ROOT / name).is_dir() else f"{name}.py" for name in named]

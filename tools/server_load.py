@@ -68,12 +68,14 @@ def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
+        line = ""
         try:
             for line in process.stderr:
                 if found := re.search(r"^serving .* on (http\S+)/v1", line):
                     break
             else:
-                raise EngineError(f"the server did not start: {line.strip()}")
+                problem = line.strip() or "it ended without a message"
+                raise EngineError(f"the server did not start: {problem}")
             yield found.group(1)
         finally:
             process.terminate()

@@ -154,14 +154,15 @@ def greedy_ids(
     own = model.generation_config
     model.generation_config = config  # unset values would come from the model's own
     try:
-        # transformers 4.57 has no other name for it.
-        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
-        out = model.generate(
-            input_ids=torch.from_numpy(ids).to(model.device),
-            attention_mask=torch.from_numpy(mask).to(model.device),
-            generation_config=config,
-            **cache,
-        )
+        with warnings.catch_warnings():
+            # transformers 4.57 has no other name for it.
+            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+            out = model.generate(
+                input_ids=torch.from_numpy(ids).to(model.device),
+                attention_mask=torch.from_numpy(mask).to(model.device),
+                generation_config=config,
+                **cache,
+            )
     finally:
         model.generation_config = own
     found = []

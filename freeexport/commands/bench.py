@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import SAMPLES, SectionedCommand, section
+from freeexport.commands.verb_options import DEVICE, SAMPLES, THREADS, SectionedCommand, section
 from freeexport.measure.bench import (
     MODES,
     BenchOptions,
@@ -85,10 +85,8 @@ _KINDS = (".json", ".csv", ".md", *_PICTURES)
     default=BenchOptions.rounds,
     help="Number of interleaved rounds. The median is reported.",
 )
-@click.option("--device", default=BenchOptions.device, help="cpu, or cuda:0 for the first GPU.")
-@click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]"
-)
+@click.option("--device", default=BenchOptions.device, help=DEVICE)
+@click.option("--threads", type=click.IntRange(1), help=THREADS)
 @section("Results")
 @click.option(
     "--output",

@@ -14,6 +14,7 @@ from freeexport.commands.verb_options import (
     MAX_NEW_TOKENS,
     METRICS,
     SAMPLES,
+    THREADS,
     MetricName,
     SectionedCommand,
     section,
@@ -101,9 +102,7 @@ _IMPLIED: dict[str, Method] = {
     default=CalibrateOptions.rounds,
     help="Number of interleaved rounds that time decoding at a few thresholds. 0 disables timing.",
 )
-@click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]"
-)
+@click.option("--threads", type=click.IntRange(1), help=THREADS)
 @click.option("--device", default=CalibrateOptions.device, help=DEVICE)
 @section("Results")
 @click.option(

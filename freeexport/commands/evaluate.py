@@ -12,6 +12,7 @@ from freeexport.commands.verb_options import (
     MAX_NEW_TOKENS,
     METRICS,
     SAMPLES,
+    THREADS,
     MetricName,
     SectionedCommand,
     section,
@@ -106,9 +107,7 @@ from freeexport.system.page import print_page
     default=EvaluateOptions.rounds,
     help="Number of interleaved rounds. The median is reported.",
 )
-@click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]"
-)
+@click.option("--threads", type=click.IntRange(1), help=THREADS)
 @section("Results")
 @click.option(
     "--output",

@@ -15,19 +15,19 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 REST = "Other options"
 # An option has the same meaning and text in every verb (CONTRIBUTING.md).
 SAMPLES = "Use only the first N lines of --data."
-MAX_NEW_TOKENS = "Generate at most so many tokens for a line."
-DEVICE = "cpu, or cuda:0 for the first GPU."
-THREADS = "CPU threads.  [default: one per physical core]"
+MAX_NEW_TOKENS = "Maximum number of tokens to generate per line."
+DEVICE = "Device to run on: cpu, or cuda:0 for the first GPU."
+THREADS = "Number of CPU threads.  [default: one per physical core]"
 CONFIDENCES = (
-    "softmax: probability of the best token minus that of the second. max-prob: of the best "
-    "alone. entropy: 1 minus the normalized entropy."
+    "softmax: probability of the best token minus that of the second. max-prob: probability of "
+    "the best token. entropy: 1 minus the normalized entropy."
 )
 METRICS = (
     "exact: the same text. rouge-1, rouge-2, rouge-l, rouge-lsum, bleu, chrf: of texts. wer, "
     "per: the rate of wrong words or phonemes. word-acc: of pronunciations of words. squad-em, "
     "squad-f1: of answers. case-f1, punct-f1: of capitals and punctuation. module:function: a "
-    "function of output and reference, from 0 to 1. With -error behind a name, as exact-error, "
-    "tables show 1 minus it."
+    "function of output and reference, from 0 to 1. The suffix -error, as in exact-error, makes "
+    "tables show 1 minus the value."
 )
 
 

@@ -28,7 +28,7 @@ from freeexport.checkpoints.examples import (
 )
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.system.progress import progress
-from freeexport.verification.reference import engine_of, layer_list
+from freeexport.verification.reference import engine_of, hooked, layer_list
 from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.quantization.inputs import round_4_bits_for
@@ -188,10 +188,8 @@ def _moments(modules: Sequence[Module], read: Callable[[], object]) -> dict[Modu
             sums[module] = new.astype(np.float64)
         last = x, module
 
-    hooks = [module.register_forward_pre_hook(add) for module in modules]
-    read()
-    for hook in hooks:
-        hook.remove()
+    with hooked(module.register_forward_pre_hook(add) for module in modules):
+        read()
     return sums
 
 
@@ -214,12 +212,10 @@ def _calls(
         if layer is layers[-1]:
             raise _Enough
 
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    for text in texts:
-        with suppress(_Enough):
-            _forward(model, text)
-    for hook in hooks:
-        hook.remove()
+    with hooked(layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers):
+        for text in texts:
+            with suppress(_Enough):
+                _forward(model, text)
     return calls
 
 

@@ -395,8 +395,8 @@ class ReplaySession(Session):
 
     def __init__(self, bundle: Path | str, **options: Any) -> None:
         self._script = Script()
-        decoder = partial(_replaying, self._script)
-        super().__init__(bundle, decoder_type=decoder, **{**options, "overlap": False, "slots": 1})
+        self._decoder_type = partial(_replaying, self._script)
+        super().__init__(bundle, **{**options, "overlap": False, "slots": 1})
 
     def __enter__(self) -> ReplaySession:
         return self

@@ -54,7 +54,8 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if not self.bundles:
             raise OptionError(
-                "no bundle is named; give at least one, as freeexport serve BUNDLE, or --demo"
+                "no bundle is named; give at least one, as freeexport serve BUNDLE "
+                "(freeexport demo makes one to try)"
             )
         if len(self.names) > len(self.bundles):
             raise OptionError(

@@ -88,11 +88,14 @@ def missing_of(
 ) -> tuple[str, ...]:
     """Return the packages of an extra that are not installed.
 
-    Either wheel of ONNX Runtime satisfies both "cpu" and "gpu".
+    Either wheel of ONNX Runtime satisfies "cpu". With the CPU's wheel alone, "gpu" lacks nothing:
+    the wheel for GPUs would overwrite it.
     """
-    if extra in ("cpu", "gpu") and any(
-        version_of(name) for name in ("onnxruntime", "onnxruntime-gpu")
-    ):
+    has_cpu_wheel = version_of("onnxruntime") is not None
+    has_gpu_wheel = version_of("onnxruntime-gpu") is not None
+    if extra == "cpu" and (has_cpu_wheel or has_gpu_wheel):
+        return ()
+    if extra == "gpu" and has_cpu_wheel and not has_gpu_wheel:
         return ()
     return tuple(name for name in extras().get(extra, ()) if not version_of(name))
 

@@ -269,8 +269,8 @@ def _wide(item: Any) -> Any:
 
 
 @contextmanager
-def _hooked(hooks: Iterable[Any]) -> Iterator[None]:
-    """Context manager: remove the hooks at the end."""
+def hooked(hooks: Iterable[Any]) -> Iterator[None]:
+    """Context manager: register hooks of torch modules, and remove them at the end."""
     hooks = list(hooks)
     try:
         yield
@@ -289,7 +289,7 @@ def rounding(model: Any, bits: int) -> AbstractContextManager[None]:
         return torch.ldexp(torch.round(fraction * 2**bits) / 2**bits, exponent)
 
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    return _hooked(
+    return hooked(
         leaf.register_forward_hook(lambda _, inputs, output: tree_map(rounded, output))
         for leaf in leaves
     )
@@ -331,7 +331,7 @@ def coarsening(
         if isinstance(part, (torch.nn.Linear, Conv1D))
     )
     known = ((part, found) for name, part in linear if (found := precision_of(name)) is not None)
-    return _hooked(part.register_forward_hook(coarsener(found)) for part, found in known)
+    return hooked(part.register_forward_hook(coarsener(found)) for part, found in known)
 
 
 def _rounding_error(read: torch.Tensor, block: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from freeexport.system.progress import progress
 from freeexport.verification.checks import Check, sentence_of
 from freeexport.verification.engines import (
     FULL,
+    QUICK,
     Batch,
     EnginePair,
     Extent,
@@ -42,8 +43,8 @@ from runtime.kernels import reading_prompt
 from runtime.machine.machine import available_memory, usable_cores
 from runtime.speech import SpeechPrompt
 
-# Bytes per token of the vocabulary: 4 texts of 48 tokens, with logits computed in ten ways.
-LOGITS = 4 * 48 * 10 * 4
+# Bytes per token of a text and token of the vocabulary: 4 texts, with logits computed in ten ways.
+LOGITS = 4 * 10 * 4
 
 
 class VerificationError(FreeExportError):
@@ -273,7 +274,8 @@ def verify_in_child(
     # Memory for the reference in fp32 with its largest weight in float64, the engines and their
     # packed copies twice, logits of the text in several ways, and libraries and activations.
     engines = 4 * manifest.weight_bytes + 4 * manifest.kv_bytes_per_sequence
-    need = 4 * sum(sizes) + 8 * max(sizes) + engines + LOGITS * manifest.vocab_size + 10**9
+    logits = LOGITS * (QUICK if extent == "quick" else FULL).tokens * manifest.vocab_size
+    need = 4 * sum(sizes) + 8 * max(sizes) + engines + logits + 10**9
     available = available_memory()
     click.echo(
         f"verifying against the checkpoint: needs about {need / 1e9:.1f} GB of memory", err=True

@@ -27,6 +27,9 @@ NEAR = 64
 # token. Each search takes time outside the engines, which matters for small models.
 PATIENCE = 32
 REST = 4
+# Number of ids from the caller's draft source that are checked, even if fewer fit into a sync
+# pass. Bounds the time for a long list.
+MOST_CHECKED = 256
 # Separates texts that do not follow each other.
 GAP = -1
 
@@ -192,17 +195,20 @@ class Own:
     def candidates(self, context: Sequence[int], most: int) -> list[int]:
         """Return at most `most` tokens that the source expects next.
 
+        The first MOST_CHECKED ids are checked, so an invalid id is an error even if it does not fit
+        into a pass.
+
         Raises:
             OptionError: If the source does not return a list of token ids.
         """
         given: Any = self._source(np.array(context, np.int64))
         if isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 1):
-            tokens = given[:most]
+            tokens = given[: max(most, MOST_CHECKED)]
             whole = all(
                 isinstance(token, Integral) and not isinstance(token, bool) for token in tokens
             )
             if whole and all(0 <= token < self._vocab_size for token in tokens):
-                return [int(token) for token in tokens]
+                return [int(token) for token in tokens[:most]]
         raise OptionError(
             f"draft_source returned {shown(given)}; return a list of token ids, integers from 0 to "
             f"{self._vocab_size - 1}, empty where nothing is expected"

@@ -173,23 +173,27 @@ class Grammar:
     def forced(self, output: np.ndarray) -> int | None:
         """Return the only token that may follow, None if there is a choice."""
         began = perf_counter()
-        run = self._forced[-1] if self._follow(output) else ()
-        self.seconds += perf_counter() - began
+        try:
+            run = self._forced[-1] if self._follow(output) else ()
+        finally:
+            self.seconds += perf_counter() - began
         return run[0] if run else None
 
     def allows(self, output: np.ndarray, tokens: Sequence[int]) -> int:
         """Return how many of `tokens` may follow, one after the other. None may follow the end."""
         began = perf_counter()
         count = 0
-        if self._follow(output):
-            for token in tokens:
-                if token in self._ends:
-                    count += self._may_end(token)
-                    break
-                if not self._take(token):
-                    break
-                count += 1
-        self.seconds += perf_counter() - began
+        try:
+            if self._follow(output):
+                for token in tokens:
+                    if token in self._ends:
+                        count += self._may_end(token)
+                        break
+                    if not self._take(token):
+                        break
+                    count += 1
+        finally:
+            self.seconds += perf_counter() - began
         return count
 
     def mask(self, scores: np.ndarray, output: np.ndarray) -> np.ndarray:
@@ -199,25 +203,27 @@ class Grammar:
             OptionError: If no token may follow.
         """
         began = perf_counter()
-        if not self._follow(output):  # a beam that is no longer valid
-            return scores
-        run = self._forced[-1]
-        if run:
-            allowed = np.arange(len(scores)) == run[0]
-        else:
-            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            allowed = np.unpackbits(bits, count=len(scores), bitorder="little").view(bool)
-        self._check()
-        masked: np.ndarray = np.where(allowed, scores, NEVER)
-        if masked.max() <= UNKNOWN / 2:
-            if not allowed.any():
-                raise OptionError(
-                    f"{self._name}: no token of this model's vocabulary may follow; change it"
-                )
-            # An exit vocabulary may contain none of the allowed tokens. Then all are equal.
-            masked = np.where(allowed, np.float32(0), NEVER)
-        self.seconds += perf_counter() - began
-        return masked
+        try:
+            if not self._follow(output):  # a beam that is no longer valid
+                return scores
+            run = self._forced[-1]
+            if run:
+                allowed = np.arange(len(scores)) == run[0]
+            else:
+                bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+                allowed = np.unpackbits(bits, count=len(scores), bitorder="little").view(bool)
+            self._check()
+            masked: np.ndarray = np.where(allowed, scores, NEVER)
+            if masked.max() <= UNKNOWN / 2:
+                if not allowed.any():
+                    raise OptionError(
+                        f"{self._name}: no token of this model's vocabulary may follow; change it"
+                    )
+                # An exit vocabulary may contain none of the allowed tokens. Then all are equal.
+                masked = np.where(allowed, np.float32(0), NEVER)
+            return masked
+        finally:
+            self.seconds += perf_counter() - began
 
     def _follow(self, output: np.ndarray) -> bool:
         """Move to the state after `output`. Returns False if the grammar does not allow it."""

@@ -84,7 +84,14 @@ def test_extras_are_those_that_the_installed_distribution_declares() -> None:
     assert extras()["convert"][:2] == ("torch", "transformers")
     assert {"rapidfuzz", "sacrebleu", "matplotlib"} <= set(extras()["evaluate"])  # [metrics] within it
     assert {"torch", "peft"} <= set(extras()["train"])
-    assert missing_of("gpu", {"onnxruntime": "1"}.get) == ()
+
+
+def test_one_wheel_of_onnx_runtime_is_enough_and_does_not_hide_other_missing_packages() -> None:
+    assert missing_of("cpu", {"onnxruntime": "1"}.get) == missing_of("cpu", {"onnxruntime-gpu": "1"}.get) == ()
+    assert missing_of("gpu", {"onnxruntime": "1"}.get) == ()  # another wheel would overwrite this one
+    assert missing_of("gpu", {"onnxruntime-gpu": "1"}.get) == ("cuda-python",)
+    assert missing_of("gpu", {"onnxruntime-gpu": "1", "cuda-python": "12"}.get) == ()
+    assert missing_of("gpu", {}.get) == ("onnxruntime-gpu", "cuda-python")
 
 
 def test_every_listed_verb_has_a_command_with_help_and_an_example() -> None:

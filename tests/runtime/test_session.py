@@ -331,6 +331,13 @@ def test_what_is_wrong_is_refused_before_a_slot_is_taken(open_session: Open) -> 
     assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
 
 
+def test_the_type_of_decoders_is_no_option() -> None:
+    """With overlap it would be ignored."""
+    given: Any = {"decoder_type": Decoder}
+    with pytest.raises(OptionError, match="unknown option decoder_type; known are "):
+        Session("missing", **given)
+
+
 def test_a_session_that_does_not_trust_templates_takes_token_ids_alone(
     open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:

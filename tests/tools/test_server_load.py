@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,17 @@ def test_a_server_is_measured_and_ended(chat: Path, monkeypatch: pytest.MonkeyPa
     assert re.search(r"one client: session [\d.]+ tokens/s, server [\d.]+, ratio", result.output)
     assert re.findall(r"^ +(\d+) +\d+ +[\d.]+(?: +[\d.]+){7}  ours$", result.output, re.MULTILINE) == ["1", "8"]
     assert len(re.findall(r"^8 streams .*ms: +\d", result.output, re.MULTILINE)) == 2
+
+
+def test_a_server_that_ends_without_a_message_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    with (
+        pytest.raises(EngineError, match=r"^the server did not start: it ended without a message$"),
+        server_load.served(tmp_path, 1, 1),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -415,8 +415,8 @@ def command(
         *packages(english, records),
         *terms(foldoc, gzip.decompress((dictd / "foldoc.dict.dz").read_bytes())),
         *nouns(
-            (wordnet / "data.noun").open(encoding="utf-8"),
-            (wordnet / "cntlist.rev").open(encoding="utf-8"),
+            (wordnet / "data.noun").read_text(encoding="utf-8").splitlines(),
+            (wordnet / "cntlist.rev").read_text(encoding="utf-8").splitlines(),
         ),
     ]
     splits = {}

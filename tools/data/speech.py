@@ -28,6 +28,7 @@ from freeexport.fit.splits import stable_hash
 from freeexport.system.output import output_directory
 from runtime.audio import RATE, read_audio, resampled
 from tools.data.debian_index import Description, families, read_index
+from tools.data.debian_index import sources as source_packages
 from tools.data.splits import MARKER, DataError, run, shuffled, split_of
 
 LENGTHS = {"short": (3.0, 7.0), "medium": (12.0, 18.0), "long": (23.0, 29.0)}  # seconds
@@ -197,7 +198,7 @@ def main(
 ) -> None:
     """Write clips of speech and their texts to the directory OUT."""
     english, packages = read_index(index)
-    family = families(english, packages)
+    family = families(english, source_packages(english, packages))
     speakers = {"espeak-ng": espeak, **({"hibari": hibari()} if voices == "both" else {})}
     sizes = dict(zip(("train", "validation", "test"), wanted, strict=True))
     lines: dict[str, list[dict[str, object]]] = {split: [] for split in sizes}

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ class Peer:
             env=variables,
         )
         if self._read() != "ready":
+            self.close()
             raise click.ClickException(f"faster-whisper does not start with {model}; see above")
 
     def run(self, path: Path) -> dict[str, Any]:
@@ -90,6 +92,11 @@ class Peer:
         self._process.stdin.flush()
         answer: dict[str, Any] = json.loads(self._read())
         return answer
+
+    def close(self) -> None:
+        """End the process."""
+        with self._process:
+            self._process.terminate()
 
     def _read(self) -> str:
         assert self._process.stdout is not None
@@ -224,23 +231,25 @@ def main(
     """Decode each line of DATA with all decoders, and print word error rates and speeds."""
     lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()][:samples]
     decoders: dict[str, Any] = {}
-    for given in bundles:
-        name, _, directory = given.partition("=")
-        session = Session(directory, threads=1, slots=1)
-        for mode in modes.split(","):
-            decoders[f"{name} {mode}"] = lambda path, session=session, mode=mode: run(
-                session, mode, path
-            )
-    for given in peers:
-        precision, _, model = given.partition("=")
-        decoders[f"{precision} faster-whisper"] = Peer(model, precision, packages or Path()).run
-    names = list(decoders)
-    runs: dict[str, list[list[dict[str, Any]]]] = {name: [[] for _ in lines] for name in names}
-    for turn in range(rounds):
-        for place, line in enumerate(lines):
-            shift = (turn + place) % len(names)
-            for name in names[shift:] + names[:shift]:
-                runs[name][place].append(decoders[name](data.parent / line["audio"]))
+    with ExitStack() as stack:
+        for given in bundles:
+            name, _, directory = given.partition("=")
+            session = stack.enter_context(Session(directory, threads=1, slots=1))
+            for mode in modes.split(","):
+                decoders[f"{name} {mode}"] = lambda path, session=session, mode=mode: run(
+                    session, mode, path
+                )
+        for given in peers:
+            precision, _, model = given.partition("=")
+            peer = stack.enter_context(closing(Peer(model, precision, packages or Path())))
+            decoders[f"{precision} faster-whisper"] = peer.run
+        names = list(decoders)
+        runs: dict[str, list[list[dict[str, Any]]]] = {name: [[] for _ in lines] for name in names}
+        for turn in range(rounds):
+            for place, line in enumerate(lines):
+                shift = (turn + place) % len(names)
+                for name in names[shift:] + names[:shift]:
+                    runs[name][place].append(decoders[name](data.parent / line["audio"]))
     for name in names:
         full = name.rpartition(" ")[0] + " full"
         if name.endswith(" lossless") and full in runs:

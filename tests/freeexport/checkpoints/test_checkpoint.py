@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from freeexport.checkpoints.transformers_model import reference_model
+from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
 from graphs.errors import UnsupportedModelError
 
 LLAMA = {
@@ -293,3 +294,11 @@ def test_a_tensor_that_is_not_there_or_not_finite_is_named(tmp_path: Path, value
     for method in (checkpoint.read, checkpoint.shape):
         with pytest.raises(CheckpointError, match="no tensor none;"):
             method("none")
+
+
+def test_greedy_decoding_leaves_the_filters_of_warnings_alone(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    (found,) = greedy_ids(model, open_checkpoint(str(tmp_path)), [np.array([3, 4])], 2)
+    assert 1 <= len(found) <= 2
+    assert "past_key_values" not in str(warnings.filters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import threading
@@ -76,7 +77,9 @@ def test_a_port_in_use_is_named_before_anything_is_loaded(tmp_path: Path) -> Non
 
 
 def test_bundles_that_cannot_be_served_are_named(tmp_path: Path, chat: Path) -> None:
-    assert "no bundle is named" in refused("--port", "0")
+    missing = refused("--port", "0")
+    assert "no bundle is named" in missing
+    assert set(re.findall(r"--[a-z-]+", missing)) <= set(re.findall(r"--[a-z-]+", invoke("serve", "--help-all").stdout))
     assert f"{tmp_path / 'missing'}" in refused(str(tmp_path / "missing"), "--port", "0")
     assert "two bundles are named 'llama-long'" in refused(str(chat), str(chat), "--port", "0")
     assert "two bundles are named 'a'" in refused(str(chat), str(chat), "--name", "a", "--name", "a")

@@ -48,6 +48,13 @@ def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
     assert kinds["--target"] == {"choice": ["convert"]}
 
 
+@pytest.mark.parametrize("name", ["--threads", "--device", "--samples"])
+def test_an_option_of_several_verbs_has_one_help(name: str) -> None:
+    helps = {verb: option.help for verb, option in options() if name in option.opts}
+    assert len(helps) > 1
+    assert len(set(helps.values())) == 1, helps
+
+
 def test_every_verb_has_both_helps() -> None:
     """Of a verb without rare options they are the same text."""
     for verb, command in commands():

@@ -209,6 +209,26 @@ def test_long_texts_are_cut_and_late_lines_are_left(
     assert data.texts < 40
 
 
+def test_hooks_are_removed_if_a_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Linear(4, 4)
+    hooks: list[int] = []
+
+    def fail(*given: Any) -> None:
+        hooks.append(len(layer._forward_pre_hooks))
+        raise MemoryError
+
+    monkeypatch.setattr(rounding_data, "_forward", fail)
+    texts: list[Any] = [None]
+    for reads in (
+        lambda: rounding_data._moments([layer], fail),
+        lambda: rounding_data._calls(None, [layer], texts),
+    ):
+        with pytest.raises(MemoryError):
+            reads()
+        assert not layer._forward_pre_hooks
+    assert hooks == [1, 1]
+
+
 def convert(model: Path, out: Path, *arguments: str) -> Result:
     fast = ("--exit-layer", "1", "--verify", "none", "--capacity", "64")
     return invoke("convert", model, out, *fast, *arguments)

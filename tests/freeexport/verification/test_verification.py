@@ -228,6 +228,20 @@ def test_where_memory_is_short_the_bundle_is_not_verified_and_a_warning_says_so(
     assert "warning: only 1.0 GB is available, so the bundle is not verified" in errors
 
 
+def test_quick_needs_memory_for_the_logits_of_fewer_tokens(
+    copied: Bundles, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("freeexport.verification.verification.available_memory", lambda: 0)
+    monkeypatch.setattr("freeexport.verification.verification.LOGITS", 10**7)
+    path, model = copied(exit_layer=2), str(checkpoint(LLAMA))
+    manifest = Bundle.open(path).manifest
+    for extent in ("quick", "full"):
+        assert not verify_in_child(path, model, open_checkpoint(model), manifest, extent)
+    quick, full = map(float, re.findall(r"needs about ([\d.]+) GB", capsys.readouterr().err))
+    more = (FULL.tokens - QUICK.tokens) * 10**7 * manifest.vocab_size / 1e9
+    assert full - quick == pytest.approx(more, abs=0.2)
+
+
 def test_quick_runs_less_and_stops_when_its_time_is_up(copied: Bundles, checkpoint: Checkpoint) -> None:
     bundle, model = Bundle.open(copied(exit_layer=2)), str(checkpoint(LLAMA))
     quick, full = (verify(bundle, model, extent=extent) for extent in (QUICK, FULL))

@@ -153,6 +153,13 @@ def test_what_is_no_list_of_token_ids_is_refused_with_its_value(given: Any) -> N
     assert Own(lambda ids: [1] * 10_000, VOCAB).candidates([1], 15) == [1] * 15
 
 
+@pytest.mark.parametrize("given", [[1, 2, VOCAB], (1, 2, "3"), [1, 2, -1], np.array([1, 2, VOCAB])])
+def test_ids_that_do_not_fit_a_pass_are_checked_too(given: Any) -> None:
+    for most in (0, 1, 2, 3):
+        with pytest.raises(OptionError, match=r"draft_source returned .*; return a list of token ids"):
+            Own(lambda ids: given, VOCAB).candidates([1], most)
+
+
 @given(
     plans=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=1, max_size=20),
     right=st.lists(st.booleans(), min_size=1, max_size=LENGTH),

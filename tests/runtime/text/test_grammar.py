@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 
 import numpy as np
 import pytest
@@ -84,6 +85,33 @@ def test_a_vocabulary_that_cannot_spell_it_is_named() -> None:
     grammar = grammars.open("choice", '["{}"]', 99)
     with pytest.raises(OptionError, match="choice"):
         grammar.mask(np.zeros(16, np.float32), np.array([3]))
+
+
+def test_time_is_counted_however_a_call_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.text.grammar.perf_counter", count().__next__)  # each call takes one second
+    grammars = Grammars(Tokenizer(unigram()), 16, [1])
+    scores = np.zeros(16, np.float32)
+    grammar = grammars.open("choice", '["positive"]', 99)
+    assert grammar.mask(scores, np.array([4, 8])) is scores  # a beam that is no longer valid
+    assert grammar.seconds == 1
+    grammar = grammars.open("choice", '["{}"]', 99)
+    with pytest.raises(OptionError):
+        grammar.mask(scores, np.array([3]))
+    assert grammar.seconds == 1
+
+    def fail(output: np.ndarray) -> bool:
+        raise OptionError("it takes too much to follow")
+
+    grammar = grammars.open("choice", '["positive"]', 99)
+    monkeypatch.setattr(grammar, "_follow", fail)
+    for call in (
+        lambda: grammar.forced(NONE),
+        lambda: grammar.allows(NONE, [4]),
+        lambda: grammar.mask(scores, NONE),
+    ):
+        with pytest.raises(OptionError):
+            call()
+    assert grammar.seconds == 3
 
 
 def test_a_tokenizer_may_have_more_tokens_than_the_model() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -73,7 +74,11 @@ def test_the_data_set_is_read_as_messages_without_targets(tmp_path: Path, monkey
     monkeypatch.setattr(tool, "terms", lambda *_: everything)
     monkeypatch.setattr(tool.gzip, "decompress", lambda data: data)
     arguments = [str(out), "--index", str(index), "--dictionaries", str(tmp_path / "dictionaries")]
-    result = CliRunner().invoke(tool.command, [*arguments, "--train", "80", "--held-out", "16"], catch_exceptions=False)
+    arguments += ["--train", "80", "--held-out", "16"]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", ResourceWarning)
+        result = CliRunner().invoke(tool.command, arguments, catch_exceptions=False)
+    assert not [one.message for one in seen if "wordnet" in str(one.message)]  # every file is closed
     assert "80 train, 16 validation, 16 calibration, 16 test" in result.output
     for name in SHARES:
         lines = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
@@ -81,7 +86,7 @@ def test_the_data_set_is_read_as_messages_without_targets(tmp_path: Path, monkey
         assert all("target" not in line for line in lines)
     assert len(read_examples(out / "train.jsonl")) == 80
     first = (out / "test.jsonl").read_text()
-    arguments += ["--train", "80", "--held-out", "16", "--test-version", "2", "--overwrite"]
+    arguments += ["--test-version", "2", "--overwrite"]
     result = CliRunner().invoke(tool.command, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     names = re.compile(r"name \d+|Knob (\d+)|\d+: A frob")
