@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from draft_plans import draft_candidates
 from running_server import ENDLESS, MESSAGES, ROOT, Running, eventually, read, running, status
 from starlette.testclient import TestClient
 
@@ -126,7 +127,10 @@ def test_metrics_count_what_the_log_says(chat: Path) -> None:
     assert float(figures[f'freeexport_http_responses_total{{path="{CHAT}",status="200"}}']) == 3
 
 
-def test_drafts_from_a_text_are_counted_as_the_dashboard_divides_them(chat: Path) -> None:
+def test_drafts_from_a_text_are_counted_as_the_dashboard_divides_them(
+    chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft_candidates(monkeypatch)
     with running(chat, names=("m",)) as server:
         asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 60, **ENDLESS}
         full = {**asked, "free": {"mode": "full"}}
