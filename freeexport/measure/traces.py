@@ -262,11 +262,11 @@ def _drafted_trace(
         most = 1 if spoken else min(DRAFTED, manifest.max_pending)
         for start in range(0, len(ids) - 1, most):
             read = ids[start : min(start + most, len(ids) - 1)]
-            guesses = [decoder.step(token, head=True) for token in read]
-            answers = decoder.sync(len(read), drafts=[guess.token for guess in guesses])
-            for place, (guess, deep) in enumerate(zip(guesses, answers, strict=True), start + 1):
-                right = guess.token == (ids[place] if spoken else deep.token)
-                values = (guess.confidence or 0.0, right, deep.nll or 0.0, guess.token)
+            drafts = [decoder.step(token, head=True) for token in read]
+            answers = decoder.sync(len(read), drafts=[draft.token for draft in drafts])
+            for place, (draft, deep) in enumerate(zip(drafts, answers, strict=True), start + 1):
+                right = draft.token == (ids[place] if spoken else deep.token)
+                values = (draft.confidence or 0.0, right, deep.nll or 0.0, draft.token)
                 for name, value in zip(_TYPES, values, strict=True):
                     found[name].append(value)
     return Traces.one(line, **found)

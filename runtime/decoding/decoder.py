@@ -33,10 +33,10 @@ class Decoder:
     Invariant, until `drop_stack`: shallow length = deep length + stacked.
 
     `prefilling`, `stepping` and `syncing` return the engine calls they need, so that calls of
-    several sequences can run as one. `guess` and `answers` then return the predictions. `prefill`,
-    `step` and `sync` run the calls at once. Calls are bound on first use and kept, with the arrays
-    they read and write. The arrays of a step are also kept as memoryviews, because numpy scalar
-    access is slow.
+    several sequences can run as one. `shallow_prediction` and `deep_predictions` then return
+    the predictions. `prefill`, `step` and `sync` run the calls at once. Calls are bound on
+    first use and kept, with the arrays they read and write. The arrays of a step are also kept
+    as memoryviews, because numpy scalar access is slow.
 
     Args:
         shallow: Runs the shallow engine.
@@ -219,7 +219,7 @@ class Decoder:
         calls = self.stepping(token, head)
         if calls:
             calls[0].run()
-        return self.guess()
+        return self.shallow_prediction()
 
     def sync(
         self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None
@@ -235,7 +235,7 @@ class Decoder:
         for waits in self.syncing(heads, drafts, ahead):
             if isinstance(waits, SlotCall):
                 waits.run()
-        return self.answers()
+        return self.deep_predictions()
 
     def full_step(self, token: int) -> int:
         """Run both decoders on one token, without the shallow head, and return the deep token.
@@ -299,13 +299,16 @@ class Decoder:
         return self._answer(0)._replace(confidence=self._confidence_memory[0] if head else None)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
-        """Return the calls that `step` needs: none if the step was run ahead. Then call `guess`."""
+        """Return the calls that `step` needs: none if the step was run ahead.
+
+        Then call `shallow_prediction`.
+        """
         self._head = head
         self._token[0] = token
         self._step = call = (self._step_with_head if head else None) or self._step_call(head)
         return (call,)
 
-    def guess(self) -> Prediction:
+    def shallow_prediction(self) -> Prediction:
         """Push the rows of the step that ran onto the stack, and return its prediction."""
         call = self._step
         assert call is not None
@@ -320,9 +323,9 @@ class Decoder:
         return self.prediction() if self._head else NOTHING
 
     def stepping_together(self, tokens: Sequence[int], head: bool = False) -> tuple[SlotCall, ...]:
-        """Return the calls for shallow steps on several tokens at once. Then call `guess`.
+        """Return the calls for shallow steps on several tokens at once.
 
-        With `head`, the head runs after the last token.
+        Then call `shallow_prediction`. With `head`, the head runs after the last token.
         """
         rows = len(tokens)
         if rows == 1:
@@ -340,7 +343,7 @@ class Decoder:
     def syncing(
         self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None
     ) -> Iterable[Waiting]:
-        """Return the calls that `sync` needs. Then call `answers`."""
+        """Return the calls that `sync` needs. Then call `deep_predictions`."""
         self._heads = heads
         self._drafts = len(drafts)
         self._pass = call = self._pass_call(0, self.stacked, heads, drafts)
@@ -349,7 +352,7 @@ class Decoder:
             return ()
         return (call,)
 
-    def answers(self) -> list[Prediction]:
+    def deep_predictions(self) -> list[Prediction]:
         """Count the deep pass that ran, empty the stack, and return the predictions."""
         call = self._pass
         if call is not None:

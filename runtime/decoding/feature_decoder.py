@@ -77,7 +77,7 @@ class FeatureDecoder(Decoder):
             return self.prediction()
         for call in self.stepping(token, head):
             call.run()
-        return self.guess()
+        return self.shallow_prediction()
 
     def full_step(self, token: int) -> int:
         deep = super().full_step(token)
@@ -138,7 +138,7 @@ class FeatureDecoder(Decoder):
         """Yield the shallow call and, with `head`, one of the exit, and count each after it ran."""
         for call in calls:
             yield call
-            super().guess()
+            super().shallow_prediction()
             if self._exits or head:
                 place = self.lengths()[0] - call.rows
                 rows = self._stack[self.stacked - call.rows : self.stacked]
@@ -179,14 +179,14 @@ class FeatureDecoder(Decoder):
         if call.heads and end > self._deep.cache.length(slot):
             cache.features[slot, end] = self._newest_feature
 
-    def guess(self) -> Prediction:
+    def shallow_prediction(self) -> Prediction:
         """Return the prediction of the last step, which has already been counted."""
         return self.prediction() if self._head else NOTHING
 
-    def answers(self) -> list[Prediction]:
+    def deep_predictions(self) -> list[Prediction]:
         call = self._pass
         place = self.lengths()[1]
-        found = super().answers()
+        found = super().deep_predictions()
         if self._exits and call is not None:
             self._keep_features(place, self._passed[: call.rows])
             # The first row of the stack already used the deep decoder's feature.

@@ -79,7 +79,7 @@ def free(
                 prediction = decoder.step(response.newest, head=True)
             else:
                 yield from decoder.stepping_together(unread, head=True)
-                prediction = decoder.guess()
+                prediction = decoder.shallow_prediction()
             if labels is not None:
                 rows.append(prediction)
             prediction = response.constrained(prediction)
@@ -97,7 +97,7 @@ def free(
                 else None
             )
             yield from decoder.syncing(len(rows) or 1, (), ahead)
-            deep = decoder.answers()
+            deep = decoder.deep_predictions()
             if labels is not None:
                 labels.label(_labels(rows, deep))
                 rows.clear()
@@ -121,7 +121,7 @@ def shallow(decoder: Decoder, response: Response) -> Loop:
     """Decode with the shallow decoder only, after the prompt (static exiting)."""
     while not response.finished:
         yield from decoder.stepping(response.newest, head=True)
-        prediction = response.constrained(decoder.guess())
+        prediction = response.constrained(decoder.shallow_prediction())
         decoder.drop_stack()
         decoder.stats.exits += 1
         yield response.add(response.choose(prediction), True, prediction.confidence, prediction)
@@ -238,9 +238,9 @@ def _forced(
     while not response.finished and (token := response.forced()) is not None:
         if decoder.stacked + len(unread) == most:
             yield from decoder.stepping_together(unread)
-            decoder.guess()
+            decoder.shallow_prediction()
             yield from decoder.syncing(heads=0)
-            decoder.answers()
+            decoder.deep_predictions()
             unread = []
         decoder.stats.forced_tokens += 1
         unread.append(token)
@@ -254,9 +254,9 @@ def _deep_token(decoder: Decoder, unread: Sequence[int]) -> Waits[Prediction]:
     The shallow head does not run.
     """
     yield from decoder.stepping_together(unread)
-    decoder.guess()
+    decoder.shallow_prediction()
     yield from decoder.syncing(heads=1)
-    return decoder.answers()[0]
+    return decoder.deep_predictions()[0]
 
 
 class Draft(NamedTuple):
@@ -299,7 +299,7 @@ def _together(
     """Draft the tokens of a text in one shallow call, without the head."""
     read = tokens[:-1] if response.ends(tokens) else tokens
     yield from decoder.stepping_together([*unread, *read])
-    decoder.guess()
+    decoder.shallow_prediction()
     return Draft(source, tokens, [NOTHING] * (len(read) + 1))
 
 
@@ -311,7 +311,7 @@ def _continued(
     read = found.tokens[:-1] if found.tokens and response.ends(tokens) else found.tokens
     if read:
         yield from decoder.stepping_together(read)
-        decoder.guess()
+        decoder.shallow_prediction()
     predictions = [*draft.predictions, *[NOTHING] * len(read)]
     return draft._replace(
         tokens=tokens,
@@ -340,7 +340,7 @@ def _exits(
     while True:
         head = continues is None or (len(tokens) < most and continues())
         yield from decoder.stepping_together(unread, head)
-        prediction = response.constrained(decoder.guess(), tokens)
+        prediction = response.constrained(decoder.shallow_prediction(), tokens)
         predictions.append(prediction)
         following = None if prediction.confidence is None else response.choose(prediction, tokens)
         enough = sure(prediction)
@@ -355,7 +355,7 @@ def _exits(
             if response.ends(tokens):
                 if unread[:-1]:
                     yield from decoder.stepping_together(unread[:-1])
-                    decoder.guess()
+                    decoder.shallow_prediction()
                 return Draft("exit", tokens, predictions)
             following = response.forced(tokens)
 
@@ -366,7 +366,7 @@ def _verify(
     """Run the deep pass over a draft and return the deep prediction at every row."""
     ahead = _run_ahead(decoder, response, begin, draft.tokens, draft.following)
     yield from decoder.syncing(len(draft.predictions), draft.tokens, ahead)
-    return decoder.answers()
+    return decoder.deep_predictions()
 
 
 def _run_ahead(

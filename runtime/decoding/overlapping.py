@@ -73,9 +73,9 @@ class OverlappingDecoder(Decoder):
         self.step(token, head=False)
         return self.sync()[0].token
 
-    def guess(self) -> Prediction:
+    def shallow_prediction(self) -> Prediction:
         if self._step is not None:
-            return super().guess()
+            return super().shallow_prediction()
         _, prediction, hidden = self._ahead.popleft()
         self._rows[self.stacked][:] = hidden
         self.stacked += 1
@@ -98,9 +98,9 @@ class OverlappingDecoder(Decoder):
             self._run_ahead(self._background[0], ahead)
         yield from self._finish_background()
 
-    def answers(self) -> list[Prediction]:
+    def deep_predictions(self) -> list[Prediction]:
         self._started = 0
-        return super().answers()
+        return super().deep_predictions()
 
     def start_sync(self, least: int) -> None:
         under_way = self._background is not None and not self._background[0].done()
