@@ -256,14 +256,15 @@ def decode(
         count: Tokens to generate.
         emit: Called with each token.
     """
-    asked = {"threshold": setting.threshold, "drafts": setting.drafts}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    options: dict[str, Any] = {"mode": setting.mode, "ignore_eos": True}
+    if setting.threshold is not None:
+        options["threshold"] = setting.threshold
+    if setting.drafts is not None:
+        options["drafts"] = setting.drafts
     tokens: list[int] = []
     times: list[float] = []
     began = perf_counter()
-    stream = session.stream(
-        list(prompt), max_new_tokens=count, ignore_eos=True, mode=setting.mode, **asked
-    )
+    stream = session.stream(list(prompt), max_new_tokens=count, **options)
     for token in stream:
         tokens.append(token.id)
         times.append(perf_counter() - began)
