@@ -191,7 +191,7 @@ def readme_table(directory: Path) -> str:
     counts = sorted({report["lines"] for report in found.values()})
     told = (
         f"{hardware}, {' or '.join(map(str, threads))} threads, "
-        f"{', '.join(map(str, counts))} test lines by row."
+        f"{', '.join(map(str, counts))} test lines per row."
     )
     return "\n".join([*lines, "", told, *_slowest(found)])
 

@@ -148,7 +148,7 @@ def test_the_tables_have_both_precisions_quality_hardware_and_what_loses(tmp_pat
     assert "int8 **2.15x ±0.00**" in rows[2]
     assert "int4 **1.60x ±0.00**" in rows[2]
     assert "FREE 99.6±0.5 % of chrf" in rows[2]
-    assert "P (avx2 kernels), 2 threads, 150 test lines a row." in table
+    assert "P (avx2 kernels), 2 threads, 150 test lines per row." in table
     assert "Slower than `full`: lossless on ordinary-chat-int4 (0.97x), text drafts alone" in table
     index = pages.index(tmp_path)
     assert index.count("[readme-") == 3
