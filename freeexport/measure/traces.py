@@ -363,7 +363,7 @@ class ReplayDecoder(Decoder):
         self._script = script
         self._decided = 0
 
-    def begun(self, prompt: int) -> None:
+    def begun(self) -> None:
         self._decided = 0
 
     def prediction(self) -> Prediction:

@@ -265,10 +265,10 @@ class Decoder:
         use the head.
         """
         self._allow(exits)
-        self.begun(1)
+        self.begun()
 
-    def begun(self, prompt: int) -> None:
-        """Called after a prompt of `prompt` tokens was read, start token included."""
+    def begun(self) -> None:
+        """Called after a prompt was read. Subclasses may override it."""
 
     def prefilling(
         self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None
@@ -295,7 +295,7 @@ class Decoder:
             if prefix is not None:
                 prefix.keep(self.runners, self.slot)
             self.stats.prefill_seconds += perf_counter() - began
-        self.begun(len(tokens))
+        self.begun()
         return self._answer(0)._replace(confidence=self._confidence_memory[0] if head else None)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:

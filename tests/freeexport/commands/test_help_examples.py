@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+from help_examples import examples
 
 from freeexport import cli
 from freeexport.checkpoints.packed_exit import find_exit
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def examples() -> Iterator[str]:
-    context = click.Context(cli.main)
-    for command in (cli.main, *(cli.main.get_command(context, verb) for verb in cli.main.list_commands(context))):
-        assert command is not None
-        _, found, block = re.sub(r"\\\n *", "", command.help or "").partition("Example")
-        assert found, command.name
-        yield from (line.strip() for line in block.splitlines()[1:] if line.strip())
 
 
 @pytest.mark.parametrize("line", [line for line in examples() if not line.startswith("curl ")])

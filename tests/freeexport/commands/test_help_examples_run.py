@@ -6,22 +6,22 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import click
 import httpx
 import pytest
 from checkpoints import BY_NAME, Bundles, Case
 from command_line import invoke
 from gguf_model import write_gguf
+from help_examples import examples
 from running_server import running
 from sounds import sound, wav
 from whisper_case import CAPACITY, write_whisper
 
-from freeexport import cli, demo
+from freeexport import demo
 from freeexport.checkpoints.checkpoint import smollm2
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
@@ -43,15 +43,6 @@ SHORTER = {
 OUTPUT = {"fit": 1, "train": 1, "convert": 1}
 # What may not be here, and the error that says so.
 DEVICES = {"--build": r"tensorrt", "cuda": r"onnxruntime-gpu|CUDA|GPU"}
-
-
-def examples() -> Iterator[str]:
-    context = click.Context(cli.main)
-    for command in (cli.main, *(cli.main.get_command(context, verb) for verb in cli.main.list_commands(context))):
-        assert command is not None
-        _, found, block = re.sub(r"\\\n *", "", command.help or "").partition("Example")
-        assert found, command.name
-        yield from (line.strip() for line in block.splitlines()[1:] if line.strip())
 
 
 pytestmark = pytest.mark.slow
