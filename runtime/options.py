@@ -209,9 +209,9 @@ class GenerationOptions:
     0 disables it."""
 
     parse_special: bool | None = None
-    """Whether control tokens spelled out in a prompt, such as <|im_start|>, are parsed into their
-    ids, as with the option of this name in llama.cpp. Default: True for text, as in transformers,
-    and False for the contents of messages, so that no user can end a turn or begin one."""
+    """Parse control tokens spelled out in a prompt, such as <|im_start|>, into their ids, as with
+    the option of this name in llama.cpp. Default: True for text, as in transformers, and False for
+    the contents of messages, so that no user can end a turn or begin one."""
 
     src_lang: str | None = None
     """Language of a text prompt, as a code of the translation model ("deu_Latn", "de_DE", "de").
@@ -238,9 +238,10 @@ class GenerationOptions:
     """Minimum number of tokens to generate before an end-of-sequence token is allowed."""
 
     do_sample: bool | None = None
-    """Whether to sample. Default: sample if temperature > 0. This and the next five options have
-    the meaning they have in transformers' GenerationConfig. When sampling, unset options take their
-    value from the bundle's generation_config.json, or else the default given here."""
+    """Sample instead of decoding greedily. Default: sample if temperature > 0. This and the next
+    five options have the meaning they have in transformers' GenerationConfig. When sampling, unset
+    options take their value from the bundle's generation_config.json, or else the default given
+    here."""
 
     temperature: Annotated[
         float | None,
