@@ -50,6 +50,10 @@ class SectionedCommand(click.Command):
     Options are shown in the order of their declaration. Rare sections are shown by --help-all only.
     """
 
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        # click keeps the first help option of a command, even that of a run without the group.
+        return ["-h", "--help"]
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*super().get_params(ctx), HELP_ALL]
 
