@@ -12,7 +12,7 @@ import fake_peer
 import pytest
 from checkpoints import BY_NAME, Bundles, Case
 
-from freeexport.measure.bench import BenchOptions, BenchSetting
+from freeexport.evaluate.bench import BenchOptions, BenchSetting
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
 from tools.peers import compare as comparing

@@ -25,7 +25,7 @@ from typing import Any
 import click
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.measure.timing import interleave
+from freeexport.costs.timing import interleave
 from freeexport.system.load import load_note, other_load
 from freeexport.system.machine import detect_machine
 from freeexport.system.output import write_whole

@@ -29,9 +29,10 @@ import click
 import jiwer
 import numpy as np
 
+from freeexport.calibrate.sources import fitting_prompts
+from freeexport.calibrate.traces import Traces, trace_of
 from freeexport.checkpoints.examples import read_examples
-from freeexport.measure.sources import fitting_prompts
-from freeexport.measure.traces import ReplaySession, Traces, trace_of
+from freeexport.costs.replay import ReplaySession
 from freeexport.system.machine import detect_machine
 from runtime import Session
 from runtime.audio import read_audio

@@ -23,7 +23,7 @@ import click
 import numpy as np
 
 from freeexport.checkpoints.transformers_model import write_random_weights
-from freeexport.measure.table import about, environment
+from freeexport.system.environment import about, environment
 from freeexport.system.load import load_note, other_load
 from freeexport.system.output import write_whole
 from runtime.bundle.bundle import Bundle

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from freeexport.measure.quality import Row
+    from freeexport.evaluate.scores import Row
 
 # Colour and marker of each method.
 _STYLES = {

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from freeexport.measure.timing import interleave, speeds
+from freeexport.costs.timing import interleave, speeds
 
 
 def test_settings_take_turns_and_none_always_follows_the_same_other() -> None:

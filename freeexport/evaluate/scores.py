@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from freeexport.costs.bytes import ByteModel, Calls
-from freeexport.measure.settings import WITHOUT_EXIT, Entry, Record, Setting
-from freeexport.measure.timing import spread
+from freeexport.costs.timing import spread
+from freeexport.evaluate.settings import WITHOUT_EXIT, Entry, Record, Setting
 from freeexport.metrics import Metric, Reference, bounded, draws
 
 RESAMPLES = 1000

@@ -14,11 +14,11 @@ import pytest
 from checkpoints import BY_NAME, TEXTS, Bundles, Case
 from command_line import error, invoke, succeed
 
+from freeexport.calibrate import calibrate as calibrating
+from freeexport.calibrate import sources
+from freeexport.calibrate.sources import check_unknown, unknown_of_bundle
+from freeexport.calibrate.traces import Traces, trace_of
 from freeexport.costs.bytes import bundle_costs
-from freeexport.measure import calibrate as calibrating
-from freeexport.measure import sources
-from freeexport.measure.sources import check_unknown, unknown_of_bundle
-from freeexport.measure.traces import Traces, trace_of
 from freeexport.system.load import OtherLoad
 from runtime import Bundle, Session
 from runtime.bundle.calibration import read_calibration

@@ -12,8 +12,9 @@ from typing import Any
 import click
 import numpy as np
 
+from freeexport.calibrate.traces import TraceCache, Traces, trace_of
 from freeexport.checkpoints.examples import DataError
-from freeexport.measure.traces import ReplaySession, TraceCache, Traces, trace_of
+from freeexport.costs.replay import ReplaySession
 from freeexport.metrics import Reference
 from freeexport.system.jsonl import Request
 from freeexport.system.progress import progress

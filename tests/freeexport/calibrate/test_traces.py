@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from reference import Run, confidence_of
 from traces import mixed, trace
 
-from freeexport.measure.sources import fitting_prompts
-from freeexport.measure.traces import ReplaySession, TraceCache, Traces, replay, trace_of
+from freeexport.calibrate.sources import fitting_prompts
+from freeexport.calibrate.traces import TraceCache, Traces, replay, trace_of
+from freeexport.costs.replay import ReplaySession
 from freeexport.system.jsonl import Request
 from runtime import Session
 from runtime.bundle.costs import Costs, Outside
@@ -190,7 +191,9 @@ def test_traces_are_those_of_transformers(case: Case, bundle: Bundles, source_mo
 def test_a_trace_is_what_decoding_sees_at_each_token(
     case: Case, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freeexport.measure.traces.DRAFTED", 1)  # a sync pass after each token, as where nothing exits
+    monkeypatch.setattr(
+        "freeexport.calibrate.traces.DRAFTED", 1
+    )  # a sync pass after each token, as where nothing exits
     with Session(bundle(case, case.exit_layers[0]), slots=1) as session:
         prompt = np.array(session.tokenizer.encode("one two three"), np.int64)  # type: ignore[union-attr]
         trace = trace_of(session, 1, prompt, 15)

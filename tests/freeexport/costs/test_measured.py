@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from checkpoints import BY_NAME, Bundles
 
-from freeexport.measure.costs import (
+from freeexport.costs.measured import (
     Sample,
     fit,
     measure_bandwidth,
     measured_costs,
     measured_in_child,
 )
-from freeexport.measure.traces import ReplaySession
+from freeexport.costs.replay import ReplaySession
 from freeexport.system.child import ChildError, run_child
 from runtime.bundle.costs import Costs, Outside, recordable
 
@@ -90,8 +90,8 @@ def test_noise_makes_nothing_negative_nor_a_longer_pass_cheaper() -> None:
 def test_a_process_of_its_own_measures_and_says_what_failed(
     bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freeexport.measure.costs.run_child", run_child)
-    monkeypatch.setattr("freeexport.measure.costs.measured_costs", None)  # this process measures nothing
+    monkeypatch.setattr("freeexport.costs.measured.run_child", run_child)
+    monkeypatch.setattr("freeexport.costs.measured.measured_costs", None)  # this process measures nothing
     costs = measured_in_child(bundle(LLAMA, max_pending=4), threads=1, tokens=2, context=1)
     assert recordable(costs) is costs
     with pytest.raises(ChildError) as failed:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
-from freeexport.measure.traces import Traces
+from freeexport.calibrate.traces import Traces
 from freeexport.metrics import Metric, Reference, check_name, draws, metric_of, scores
 from freeexport.system.progress import progress
 from runtime import Session

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from freeexport.costs.verdict import basis_of, break_even_text
-from freeexport.measure.table import Sheet, terminal
 from freeexport.system.page import filled, pairs
+from freeexport.system.sheet import Sheet, terminal
 from runtime.bundle.beta import NEVER_EXIT
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from freeexport.measure.calibrate import Calibrated
+    from freeexport.calibrate.calibrate import Calibrated
     from runtime.bundle.calibration import Calibration
 
 _COLUMNS = ("threshold#", "exits#", "agree#", "quality#", "predicted#", "measured#", "")

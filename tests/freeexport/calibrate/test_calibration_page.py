@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from manifest_case import MANIFEST
 from traces import mixed
 
+from freeexport.calibrate.calibrate import explained
+from freeexport.calibrate.calibration_page import calibration_tables, promise, tables
+from freeexport.calibrate.threshold import Rule, choose
 from freeexport.costs.verdict import ExitFacts, _calibrated, verdict
-from freeexport.measure.calibrate import explained
-from freeexport.measure.calibration_page import calibration_tables, promise, tables
-from freeexport.measure.threshold import Rule, choose
 from freeexport.system.page import print_page
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
 from runtime.bundle.beta import Beta, BetaMixture

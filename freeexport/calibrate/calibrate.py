@@ -13,13 +13,8 @@ import click
 import numpy as np
 
 from freeexport import __version__
-from freeexport.checkpoints.examples import read_examples
-from freeexport.costs.bytes import known_costs
-from freeexport.costs.verdict import ExitFacts, Verdict, basis_of, verdict, why_never
-from freeexport.measure import timing
-from freeexport.measure.costs import SECONDS, measured_costs
-from freeexport.measure.sources import collect, fitting_prompts, reference_of
-from freeexport.measure.threshold import (
+from freeexport.calibrate.sources import collect, fitting_prompts, reference_of
+from freeexport.calibrate.threshold import (
     Choice,
     DecodedOutputs,
     Rule,
@@ -28,7 +23,13 @@ from freeexport.measure.threshold import (
     rollback_limit,
     sequences_needed,
 )
-from freeexport.measure.traces import Replay, ReplaySession, Traces, replay
+from freeexport.calibrate.traces import Replay, Traces, replay
+from freeexport.checkpoints.examples import read_examples
+from freeexport.costs import timing
+from freeexport.costs.bytes import known_costs
+from freeexport.costs.measured import SECONDS, measured_costs
+from freeexport.costs.replay import ReplaySession
+from freeexport.costs.verdict import ExitFacts, Verdict, basis_of, verdict, why_never
 from freeexport.system.load import load_note, other_load
 from freeexport.system.progress import duration
 from runtime.bundle.beta import NEVER_EXIT

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from checkpoints import BY_NAME, PROMPTS, Bundles
 
-from freeexport.measure.traces import THRESHOLD, ReplaySession, drawn
+from freeexport.costs.replay import THRESHOLD, ReplaySession, drawn
 from runtime import Session
 
 LLAMA = BY_NAME["llama-tied"]

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.measure.timing import interleave
-from freeexport.measure.traces import THRESHOLD, ReplaySession, drawn
+from freeexport.costs.replay import THRESHOLD, ReplaySession, drawn
+from freeexport.costs.timing import interleave
 from freeexport.system.child import run_child
 from freeexport.system.load import other_load
 from runtime.bundle.costs import Costs, Outside
@@ -161,7 +161,7 @@ def measured_in_child(
         context: Random tokens of each prompt.
     """
     given = {"bundle": str(bundle), "threads": threads, "tokens": tokens, "context": context}
-    found = json.loads(run_child("freeexport.measure.costs", json.dumps(given)))
+    found = json.loads(run_child("freeexport.costs.measured", json.dumps(given)))
     costs: Costs = Reader("measure again").read(Costs, found, "costs")
     return costs
 
@@ -220,7 +220,7 @@ def bandwidth_of(threads: int) -> float:
     # Keep numpy's BLAS from starting further threads.
     alone = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return float(
-        run_child("freeexport.measure.costs", json.dumps({"read_by": threads}), variables=alone)
+        run_child("freeexport.costs.measured", json.dumps({"read_by": threads}), variables=alone)
     )
 
 

@@ -11,8 +11,8 @@ from checkpoints import BY_NAME, Bundles, Case
 from click.testing import Result
 from command_line import invoke
 
-from freeexport.measure import bench as benching
-from freeexport.measure.bench import Run, rows_of, verdict
+from freeexport.evaluate import bench as benching
+from freeexport.evaluate.bench import Run, rows_of, verdict
 
 LLAMA = BY_NAME["llama-tied"]
 T5 = BY_NAME["t5-gated-tied"]

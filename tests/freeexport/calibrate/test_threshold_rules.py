@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import beta, binom
 from traces import correlated, mixed, trace
 
-from freeexport.measure.threshold import (
+from freeexport.calibrate.threshold import (
     COARSE_THRESHOLDS,
     THRESHOLDS,
     Choice,
@@ -25,7 +25,7 @@ from freeexport.measure.threshold import (
     sequences_needed,
     token_losses,
 )
-from freeexport.measure.traces import Traces
+from freeexport.calibrate.traces import Traces
 from runtime.adaptation.adaptive_threshold import GRID, Moments, paper_threshold
 from runtime.bundle.beta import Beta, BetaMixture
 from runtime.errors import CalibrationError, OptionError
@@ -255,7 +255,7 @@ def test_sequences_held_out_report_and_never_choose() -> None:
 
 def test_the_quality_asked_for_is_kept_as_often_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Populations of scores in mode full and, by threshold, in mode free: calibration sets are drawn from them."""
-    monkeypatch.setattr("freeexport.measure.threshold.RESAMPLES", 300)
+    monkeypatch.setattr("freeexport.calibrate.threshold.RESAMPLES", 300)
     random, size, delta, target = np.random.default_rng(3), 20_000, 0.1, 0.97
     full = random.beta(4, 2, size)
     hard = random.random(size)

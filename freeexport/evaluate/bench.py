@@ -16,12 +16,13 @@ import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
 from freeexport.costs.bytes import token_bytes
-from freeexport.measure.costs import bandwidth_of
-from freeexport.measure.table import Sheet, environment, plus_minus, sheet
-from freeexport.measure.timing import interleave, spread
+from freeexport.costs.measured import bandwidth_of
+from freeexport.costs.timing import interleave, spread
+from freeexport.system.environment import environment
 from freeexport.system.load import load_note, other_load
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import progress
+from freeexport.system.sheet import Sheet, plus_minus, sheet
 from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle

@@ -20,12 +20,12 @@ from checkpoints import BY_NAME, Bundles
 from click.testing import Result
 from command_line import invoke, succeed
 
-from freeexport.measure import evaluate as evaluation
-from freeexport.measure.costs import measured_costs
-from freeexport.measure.quality import verdicts
-from freeexport.measure.settings import CALM, METHODS, OUTPUTS, RUN
-from freeexport.measure.table import commit_of
+from freeexport.costs.measured import measured_costs
+from freeexport.evaluate import evaluate as evaluation
+from freeexport.evaluate.scores import verdicts
+from freeexport.evaluate.settings import CALM, METHODS, OUTPUTS, RUN
 from freeexport.metrics import metric_of
+from freeexport.system.environment import commit_of
 from runtime import Session, kernels
 from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.manifest import MANIFEST
@@ -286,7 +286,7 @@ def test_an_output_of_another_run_is_refused_by_what_differs(run: Run, tmp_path:
 def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(
     run: Run, bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freeexport.measure.calibrate.measured_costs", partial(measured_costs, rounds=1, seconds=0.1))
+    monkeypatch.setattr("freeexport.calibrate.calibrate.measured_costs", partial(measured_costs, rounds=1, seconds=0.1))
     calibration = tmp_path / "calibration.json"
     many = tmp_path / "many.jsonl"
     many.write_text("".join(json.dumps({"input": f"line {n}"}) + "\n" for n in range(12)))

@@ -11,8 +11,8 @@ import pytest
 from handmade_bundle import write_bundle
 
 from freeexport.costs.bytes import Calls
-from freeexport.measure.quality import FEWEST_LINES, curves_of, rows_of, score, speed_interval, verdicts
-from freeexport.measure.settings import Entry, Record, Setting
+from freeexport.evaluate.scores import FEWEST_LINES, curves_of, rows_of, score, speed_interval, verdicts
+from freeexport.evaluate.settings import Entry, Record, Setting
 from freeexport.metrics import Reference, metric_of
 from runtime.bundle.bundle import Bundle
 

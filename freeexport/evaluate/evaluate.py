@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from freeexport import __version__
+from freeexport.calibrate.sources import engines_hash, fitting_prompts, reference_of
 from freeexport.checkpoints.examples import DataError, read_examples
 from freeexport.costs.bytes import CALL_BYTES, calls_of, row_share
+from freeexport.costs.timing import interleave
 from freeexport.costs.verdict import Verdict
-from freeexport.measure.plot import quality_speed
-from freeexport.measure.quality import Row, curves_of, rows_of, verdicts
-from freeexport.measure.settings import (
+from freeexport.evaluate.plot import quality_speed
+from freeexport.evaluate.scores import Row, curves_of, rows_of, verdicts
+from freeexport.evaluate.settings import (
     CALM,
     WITHOUT_EXIT,
     Entry,
@@ -30,23 +32,14 @@ from freeexport.measure.settings import (
     Setting,
     entries_of,
 )
-from freeexport.measure.sources import engines_hash, fitting_prompts, reference_of
-from freeexport.measure.table import (
-    Sheet,
-    about,
-    as_csv,
-    environment,
-    markdown,
-    plus_minus,
-    render,
-    sheet,
-)
-from freeexport.measure.timing import interleave
+from freeexport.evaluate.template import render
 from freeexport.metrics import Metric, Reference, metric_of
+from freeexport.system.environment import about, environment
 from freeexport.system.jsonl import Request
 from freeexport.system.load import OtherLoad, load_note
 from freeexport.system.output import write_whole
 from freeexport.system.page import save_figure
+from freeexport.system.sheet import Sheet, as_csv, markdown, plus_minus, sheet
 from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle, sha256_of
