@@ -1,7 +1,7 @@
 """Compares requests to encoder-decoders with CTranslate2, by lengths and number of beams.
 
-    python -m tools.speed.translation make marian OUT        checkpoint with random weights
-    python -m tools.speed.translation time BUNDLE --model CHECKPOINT --beams 1 --beams 4 --save FILE
+    python -m tools.peers.translation make marian OUT        checkpoint with random weights
+    python -m tools.peers.translation time BUNDLE --model CHECKPOINT --beams 1 --beams 4 --save FILE
 
 Each decoder runs in its own process, in turn, with a pause before each request: CTranslate2's
 threads spin for 0.2 s after a request and would slow the other decoder down. Ratios are

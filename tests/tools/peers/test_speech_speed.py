@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from tools.data.speech import wav
-from tools.speed import speech
+from tools.peers import speech
 
 
 class FakeSession:

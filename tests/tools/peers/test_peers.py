@@ -23,7 +23,7 @@ from tools.peers.worker import PeerError, Worker
 
 LLAMA = BY_NAME["llama-tied"]
 T5 = BY_NAME["t5-gated-tied"]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAM = "import sys, runpy; sys.path[:0] = sys.argv[1:3]; runpy.run_path(sys.argv[3], run_name='__main__')"
 COMMAND = [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests"), fake_peer.__file__]
 OPTIONS = BenchOptions((), tokens=3, rounds=2, threads=1)

@@ -1,8 +1,8 @@
 """Measures word error rate and seconds of Whisper bundles, by mode and against faster-whisper.
 
-    python -m tools.speed.speech test.jsonl --bundle int8=whisper-int8 \\
+    python -m tools.peers.speech test.jsonl --bundle int8=whisper-int8 \\
         --peer int8=ct2-model --packages DIR
-    python -m tools.speed.speech test.jsonl --bundle exit=trained-int8 \\
+    python -m tools.peers.speech test.jsonl --bundle exit=trained-int8 \\
         --modes full,lossless --rounds 3
 
 The lines are those of tools/data/speech.py. A peer is a CTranslate2 model that the faster-whisper

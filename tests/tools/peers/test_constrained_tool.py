@@ -10,7 +10,7 @@ import pytest
 from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner
 
-from tools.speed import constrained
+from tools.peers import constrained
 
 pytest.importorskip("llguidance")
 

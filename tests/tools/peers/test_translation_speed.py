@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from tools.speed import translation
+from tools.peers import translation
 
 
 class Decoder:

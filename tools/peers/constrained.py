@@ -1,7 +1,7 @@
 """Measures tokens/s with and without a JSON schema, in modes full and lossless, on the same lines.
 
-    python -m tools.speed.constrained BUNDLE DATA --threads 1 --samples 50
-    python -m tools.speed.constrained BUNDLE DATA \\
+    python -m tools.peers.constrained BUNDLE DATA --threads 1 --samples 50
+    python -m tools.peers.constrained BUNDLE DATA \\
         --against genai-int4 --model model.gguf --save run.json
 
 DATA has JSON lines with `input` and optionally `target`. All constrained outputs are parsed, and
