@@ -29,10 +29,12 @@ from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.costs.timing import interleave
 from freeexport.costs.verdict import Verdict
-from freeexport.evaluate.bench import bench_prompts
-from freeexport.evaluate.evaluate import Story, evaluate, write
+from freeexport.evaluate.evaluate import evaluate
+from freeexport.evaluate.page import Story, write
+from freeexport.evaluate.records import RUN
 from freeexport.evaluate.scores import Row, speed_interval
-from freeexport.evaluate.settings import RUN, EvaluateOptions, Method
+from freeexport.evaluate.settings import EvaluateOptions, Method
+from freeexport.evaluate.speed import speed_prompts
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
 from freeexport.fit.plan import (
@@ -438,7 +440,7 @@ def measured_speed(path: Path, threads: int | None) -> str:
     bundle = Bundle.open(path)
     if bundle.manifest.speech is not None:
         return ""
-    prompts = bench_prompts(bundle, None, SPEED_PROMPTS)
+    prompts = speed_prompts(bundle, None, SPEED_PROMPTS)
     modes: tuple[Mode, ...] = ("full", "lossless")
     runs: dict[tuple[int, int], list[tuple[float, int]]] = defaultdict(list)
     with Session(path, threads=threads, slots=1) as session, other_load() as load:

@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from freeexport.evaluate.bench import BenchOptions
+from freeexport.evaluate.settings import EvaluateOptions, entries_of
 from freeexport.system.environment import environment
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
@@ -28,7 +28,6 @@ from freeexport.system.progress import progress
 from freeexport.system.sheet import Sheet, terminal
 from freeexport.verification.equality import prompts_of
 from runtime import Session
-from runtime.bundle.bundle import Bundle
 from tools.peers.catalog import find_source
 from tools.peers.compare import Contender, contenders_of, decode
 from tools.peers.worker import PeerError
@@ -72,7 +71,7 @@ def peer_answers(
     with closing(worker), progress(f"decoding with {contender.name}", len(prompts)) as advance:
         answers = []
         for prompt in prompts:
-            answers.append(decode(worker, prompt, tokens).tokens)
+            answers.append(decode(worker, prompt, tokens).token_ids)
             advance()
         return answers, versions
 
@@ -119,7 +118,8 @@ def main(
     save: Path | None,
 ) -> None:
     check_writable(save, "--save")
-    opened = [Bundle.open(path) for path in bundles]
+    entries = entries_of(EvaluateOptions(tuple((path, ("full",)) for path in bundles)))
+    opened = [entry.bundle for entry in entries]
     manifest = opened[0].manifest
     every = prompts_of(opened[0], None)
     prompts = [every[number * len(every) // count] for number in range(min(count, len(every)))]
@@ -140,9 +140,7 @@ def main(
             )
             rows.append(row)
     source = None if model is None else find_source(manifest, model)
-    found, failed = contenders_of(
-        against if source else (), source, opened, BenchOptions(bundles, modes=())
-    )
+    found, failed = contenders_of(against if source else (), source, entries)
     for one in (one for one in found if one.setting is None):
         looks_up = replace(one, options={**one.options, "lookup": LOOKUP})
         versions: dict[str, str] = {}

@@ -22,13 +22,12 @@ from typing import Any
 import click
 
 from freeexport.costs.timing import spread
-from freeexport.evaluate.bench import BenchOptions
+from freeexport.evaluate.settings import EvaluateOptions, entries_of
 from freeexport.system.environment import about, environment
 from freeexport.system.load import load_note, other_load
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from freeexport.system.sheet import Sheet, terminal
-from runtime.bundle.bundle import Bundle
 from tools.peers.catalog import PEERS, find_source
 from tools.peers.compare import Contender, contenders_of, decode
 from tools.peers.worker import PeerError
@@ -126,11 +125,11 @@ def main(
     save: Path | None,
 ) -> None:
     check_writable(save, "--save")
-    options = BenchOptions(bundles, modes=(), threads=threads)
-    opened = [Bundle.open(path) for path in bundles]
-    manifest = opened[0].manifest
+    options = EvaluateOptions(tuple((path, ("full",)) for path in bundles), threads=threads)
+    entries = entries_of(options)
+    manifest = entries[0].bundle.manifest
     source = None if model is None else find_source(manifest, model)
-    contenders, missing = contenders_of(against, source, opened, options)
+    contenders, missing = contenders_of(against, source, entries)
     with other_load() as load:
         rows, failed = first_tokens(
             contenders,
