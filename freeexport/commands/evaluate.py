@@ -60,10 +60,8 @@ from freeexport.system.page import print_page
     default="full,static,free,lossless",
     help=(
         f"Comma-separated methods, of {', '.join(METHODS)}. static: only the shallow decoder. "
-        "free: exits above thresholds. calm: exits after any layer, with copied states. "
-        "calm-decay: calm with falling thresholds. calm-single: calm after the bundle's exit "
-        "layer only. adaptive: exits above a threshold that is learned while decoding. lookup: "
-        "lossless with drafts from the text only, without the exit."
+        "free: exits above thresholds. adaptive: exits above a threshold that is learned while "
+        "decoding. lookup: lossless with drafts from the text only, without the exit."
     ),
 )
 @click.option(
@@ -73,8 +71,8 @@ from freeexport.system.page import print_page
     multiple=True,
     default=THRESHOLDS,
     help=(
-        "Confidence above which a token exits, in methods free and calm. free also runs at the "
-        "calibrated threshold. May be repeated."
+        "Confidence above which a token exits, in method free, which also runs at the calibrated "
+        "threshold. May be repeated."
     ),
 )
 @click.option(
@@ -83,22 +81,6 @@ from freeexport.system.page import print_page
     type=float,
     default=EvaluateOptions.quality,
     help="Share of the full model's metric that a winner must keep.",
-)
-@click.option(
-    "--calm-model",
-    "calm_models",
-    metavar="MODEL",
-    multiple=True,
-    help=(
-        "Method calm: checkpoint that the bundle was converted from. Give one for each bundle "
-        "with this method, in order."
-    ),
-)
-@click.option(
-    "--calm-from",
-    type=click.IntRange(1),
-    default=EvaluateOptions.calm_from,
-    help="Method calm: first layer after which tokens can exit.",
 )
 @section("Machine")
 @click.option(
@@ -130,8 +112,7 @@ def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any)
     Example:
       freeexport evaluate bundle --data test.jsonl --metric rouge-l --output results
       freeexport evaluate fp32 int8 --data test.jsonl --metric per --metric exact --output results --rounds 3
-      freeexport evaluate kd=full,free,lossless ce=full,static,calm --calm-model ce-checkpoint \\
-        --data test.jsonl --metric bleu --output results
+      freeexport evaluate kd=full,free,lossless ce=full,static --data test.jsonl --metric bleu --output results
     """  # noqa: E501
     import matplotlib  # noqa: F401
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +19,10 @@ from freeexport.costs.verdict import Verdict
 from freeexport.measure.plot import quality_speed
 from freeexport.measure.quality import Row, curves_of, rows_of, verdicts
 from freeexport.measure.settings import (
-    CALM,
     WITHOUT_EXIT,
     Entry,
     EvaluateOptions,
     Key,
-    Method,
     Record,
     Records,
     Setting,
@@ -53,9 +51,6 @@ from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.manifest import MANIFEST
 from runtime.machine.machine import usable_cores
 from runtime.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from freeexport.measure.calm import Calm
 
 WARM_UP = 16  # tokens
 # Share of outputs that reach the token limit above which a note is added.
@@ -146,7 +141,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
             )
     threads = options.threads or usable_cores()
     records = Records(options.output, _run(options, entries, threads), options.overwrite)
-    losses = _measure(entries, requests, options, threads, records)
+    _measure(entries, requests, options, threads, records)
     found = records.by_setting()
     made = environment()
     if without_targets:
@@ -174,7 +169,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         "rows": rows,
         "curves": curves_of(rows, metrics[0].name, options.quality),
         "notes": [
-            *_notes(entries, losses, rows, found),
+            *_notes(entries, rows, found),
             *([_COMPARED_WITH_FULL] if without_targets else []),
         ],
     }
@@ -220,7 +215,6 @@ def _run(options: EvaluateOptions, entries: Sequence[Entry], threads: int) -> di
         "data": sha256_of(options.data),
         "samples": options.samples,
         "max_new_tokens": options.max_new_tokens,
-        "calm": options.calm_from if options.calm_models else None,
         "threads": threads,
         "freeexport": __version__,
     }
@@ -232,18 +226,11 @@ def _measure(
     options: EvaluateOptions,
     threads: int,
     records: Records,
-) -> dict[str, str]:
-    """Decode all requests without a record, each line in every setting of every bundle in turn.
-
-    Returns:
-        The training losses of the CALM checkpoints by bundle, "" if unknown.
-    """
+) -> None:
+    """Decode all requests without a record, each line in every setting of every bundle in turn."""
     load = OtherLoad()
     with ExitStack() as stack:
-        decoders = [
-            Decoder(entry, number, options, threads, records)
-            for number, entry in enumerate(entries)
-        ]
+        decoders = [Decoder(entry, threads, records) for entry in entries]
         for decoder in decoders:
             stack.enter_context(decoder.session)
         prompts = [
@@ -287,36 +274,18 @@ def _measure(
             records.add(
                 [Record(*key, **run, busy=busy) for key, run in zip(named, kept, strict=True)]
             )
-        pairs = zip(entries, decoders, strict=True)
-        return {entry.name: decoder.loss for entry, decoder in pairs if decoder.loss is not None}
 
 
 class Decoder:
-    """Decodes the settings of one bundle, in its `session` or with CALM's engines.
+    """Decodes the settings of one bundle in its `session`.
 
     Args:
         entry: The bundle.
-        number: Number of the bundle, from 0.
-        options: Options of the evaluation.
         threads: Threads per engine call.
         records: Records of the run, which restore an adaptive session.
     """
 
-    def __init__(
-        self, entry: Entry, number: int, options: EvaluateOptions, threads: int, records: Records
-    ) -> None:
-        self._calm: dict[Method, Calm] = {}
-        self.loss: str | None = None
-        for method in (method for method in entry.methods if method in CALM):
-            # Imports the graph builder, which other methods do not need.
-            from freeexport.measure.calm import Calm, write_calm
-
-            manifest = entry.bundle.manifest
-            least = manifest.exit_layer if method == "calm-single" else options.calm_from
-            directory = options.output / (f"calm-{least}-{number}" if number else f"calm-{least}")
-            self.loss = write_calm(str(entry.calm_model), manifest, least, directory)
-            same = [calm for calm in self._calm.values() if calm.least == least]
-            self._calm[method] = same[0] if same else Calm(entry.bundle, directory, least, threads)
+    def __init__(self, entry: Entry, threads: int, records: Records) -> None:
         adaptive: dict[str, Any] = {}
         if "adaptive" in entry.methods:
             adaptive = {
@@ -327,8 +296,6 @@ class Decoder:
 
     def decode(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
         """Decode a prompt, and return the fields of its record that depend on the output."""
-        if setting.method in CALM:
-            return self._by_calm(setting, prompt, most)
         adaptive = setting.method == "adaptive"
         lookup = setting.method == "lookup"
         mode = {"adaptive": "free", "static": "shallow", "lookup": "lossless"}.get(
@@ -356,33 +323,9 @@ class Decoder:
             "calls": calls_of(result, lookup),
         }
 
-    def _by_calm(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
-        assert setting.threshold is not None
-        manifest = self.session.manifest
-        tokenizer = self.session.tokenizer
-        single = setting.method == "calm-single"
-        decays = setting.method == "calm-decay"
-        result = self._calm[setting.method].generate(
-            prompt, most, setting.threshold, decays, single
-        )
-        ended = result.token_ids[-1] in manifest.eos_token_ids
-        written = result.token_ids[:-1] if ended else result.token_ids
-        return {
-            "seconds": round(result.seconds, 7),
-            "decode_seconds": round(result.seconds - result.first_seconds, 7),
-            "first_seconds": round(result.first_seconds, 7),
-            "tokens": len(result.token_ids),
-            "text": "" if tokenizer is None else tokenizer.decode(list(written)),
-            "token_ids": result.token_ids,
-            "exited": tuple(layers < manifest.layers for layers in result.layers),
-            "finish_reason": "eos" if ended else "length",
-            "layers": sum(result.layers[0 if manifest.encoder_decoder else 1 :]),
-        }
-
 
 def _notes(
     entries: Sequence[Entry],
-    losses: Mapping[str, str],
     rows: Sequence[Row],
     found: Mapping[tuple[str, str], Mapping[int, Sequence[Record]]],
 ) -> list[str]:
@@ -390,14 +333,7 @@ def _notes(
     notes = []
     for entry in entries:
         manifest = entry.bundle.manifest
-        loss = losses.get(entry.name)
-        if loss not in (None, "weighted-ce") and {"calm", "calm-decay"} & set(entry.methods):
-            notes.append(
-                f"calm ran on a checkpoint that was trained with {loss or 'an unknown loss'}, "
-                "not weighted-ce: exits after layers that no loss looked at show what such exits "
-                "give, not what CALM can do"
-            )
-        methods = [method for method in entry.methods if method not in (*WITHOUT_EXIT, *CALM)]
+        methods = [method for method in entry.methods if method not in WITHOUT_EXIT]
         if methods and not manifest.exit_trained:
             known = (
                 "was not trained"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +30,14 @@ if TYPE_CHECKING:
 _STYLES = {
     "full": (GREY, "s"),
     "static": (ORANGE, "^"),
-    "calm": (YELLOW, "X"),
-    "calm-decay": ("#8C6D00", "x"),
-    "calm-single": ("#56B4E9", "*"),
     "free": (BLUE, "o"),
     "adaptive": (PURPLE, "D"),
     "rollback": ("black", "v"),
     "lookup": ("#8FBC8F", "p"),
     "lossless": (GREEN, "P"),
 }
+# Colours and markers of other methods, whose records tools add.
+_OTHER_STYLES = ((YELLOW, "X"), ("#8C6D00", "x"), ("#56B4E9", "*"))
 # Line style of each bundle. Markers of all bundles but the first are hollow.
 _LINES = ("-", "--", ":", "-.")
 # Least difference in speed between labelled points.
@@ -66,12 +66,20 @@ def quality_speed(rows: Sequence[Row], metric: str, label: str, wanted: float) -
         else None
     )
     bundles = list(dict.fromkeys(row["bundle"] for row in rows))
+    others = dict.fromkeys(row["method"] for row in rows if row["method"] not in _STYLES)
+    styles = _STYLES | dict(zip(others, cycle(_OTHER_STYLES), strict=False))
     for bundle, method in dict.fromkeys((row["bundle"], row["method"]) for row in rows):
         some = [row for row in rows if (row["bundle"], row["method"]) == (bundle, method)]
         name = f"{method}, {bundle}" if len(bundles) > 1 else method
         number = bundles.index(bundle)
         _quality_curve(
-            axes, sorted(some, key=itemgetter("request_speed")), metric, name, number, floor
+            axes,
+            sorted(some, key=itemgetter("request_speed")),
+            metric,
+            name,
+            number,
+            floor,
+            styles[method],
         )
     axes.axhline(wanted, color=GREY, linewidth=0.8, linestyle="--", label=f"{wanted:.4g}")
     axes.set_xlabel("speed of requests, as a multiple of the full model's")
@@ -84,14 +92,20 @@ def quality_speed(rows: Sequence[Row], metric: str, label: str, wanted: float) -
 
 
 def _quality_curve(
-    axes: Axes, rows: Sequence[Row], metric: str, label: str, number: int, floor: float | None
+    axes: Axes,
+    rows: Sequence[Row],
+    metric: str,
+    label: str,
+    number: int,
+    floor: float | None,
+    marks: tuple[str, str],
 ) -> None:
     def note(text: str, x: float, y: float, above: int) -> None:
         axes.annotate(
             text, (x, y), textcoords="offset points", xytext=(0, above), ha="center", fontsize=7
         )
 
-    colour, mark = _STYLES[rows[0]["method"]]
+    colour, mark = marks
     inside = []
     bounds = []
     before = -1.0

@@ -165,7 +165,6 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
     decided = [one.exited[0 if manifest.encoder_decoder else 1 :] for one in first]
     count = max(1, sum(map(len, decided)))
     # The exit's own layers run in all methods with an exit, and always in the standard dialect.
-    # CALM records its layers.
     own = 0 if setting.method in WITHOUT_EXIT and manifest.packed else manifest.exit_layers
     early, late = (size + own for size in (manifest.exit_layer, manifest.layers))
     layers = [

@@ -17,16 +17,8 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
 
-# fmt: off
-Method = Literal[
-    "full", "static", "calm", "calm-decay", "calm-single", "free", "adaptive", "rollback", "lookup",
-    "lossless",
-]
-# fmt: on
+Method = Literal["full", "static", "free", "adaptive", "rollback", "lookup", "lossless"]
 METHODS: tuple[Method, ...] = get_args(Method)
-# CALM with exits after any layer from --calm-from, with a threshold that decays along the sequence,
-# and with the bundle's exit layer only, which differs from free only in its copied states.
-CALM: tuple[Method, ...] = ("calm", "calm-decay", "calm-single")
 THRESHOLDS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 # Methods that run neither the shallow head nor the exit's own layers.
 WITHOUT_EXIT: tuple[Method, ...] = ("full", "lookup")
@@ -39,12 +31,12 @@ class Setting:
     """One way to decode.
 
     Attributes:
-        method: Method of decoding.
-        threshold: Threshold of free and CALM. Other methods choose their own.
+        method: Method of decoding: a `Method`, or another decoder's whose records are compared.
+        threshold: Threshold of free. Other methods choose their own.
         calibrated: The threshold is the bundle's calibrated one.
     """
 
-    method: Method
+    method: str
     threshold: float | None = None
     calibrated: bool = False
 
@@ -59,15 +51,15 @@ def settings_of(
 ) -> list[Setting]:
     """List the settings of a bundle, full first.
 
-    Free and CALM get a setting per threshold, free also one for the calibrated threshold.
+    Free gets a setting per threshold, and one for the calibrated threshold.
     """
     found: list[Setting] = []
     for method in sorted(set(methods), key=METHODS.index):
-        if method not in ("free", *CALM):
+        if method != "free":
             found.append(Setting(method))
             continue
         grid = {value: Setting(method, value) for value in thresholds}
-        if method == "free" and manifest.threshold < NEVER_EXIT:
+        if manifest.threshold < NEVER_EXIT:
             grid[manifest.threshold] = Setting(method, manifest.threshold, calibrated=True)
         found.extend(grid[value] for value in sorted(grid))
     return found
@@ -112,15 +104,13 @@ class EvaluateOptions:
         data: JSONL file of prompts.
         output: Directory of results. A later run continues from its records.
         metrics: Names of metrics. Curves and verdicts use the first.
-        thresholds: Thresholds of free and CALM.
+        thresholds: Thresholds of free.
         samples: Number of lines to read from the data.
         rounds: Repetitions of all requests. Times are medians over rounds.
         max_new_tokens: Most tokens to generate per line.
         threads: Threads per engine call. Default: all usable cores.
         quality: Share of the full model's quality that a winner must keep, in (0, 1].
         overwrite: Replace the results of another run.
-        calm_models: Checkpoints of the bundles with a CALM method, in the order of the bundles.
-        calm_from: First layer after which CALM may exit.
 
     Raises:
         OptionError: If values are out of range or do not fit together.
@@ -137,8 +127,6 @@ class EvaluateOptions:
     threads: int | None = None
     quality: float = 0.99
     overwrite: bool = False
-    calm_models: tuple[str, ...] = ()
-    calm_from: int = 1
 
     def __post_init__(self) -> None:
         for value in self.thresholds:
@@ -155,13 +143,6 @@ class EvaluateOptions:
                 "the first bundle has no method full, which others are compared with; "
                 "add it to --methods"
             )
-        calm = sum(bool(set(CALM) & set(methods)) for _, methods in self.bundles)
-        if calm != len(self.calm_models):
-            raise OptionError(
-                f"{len(self.calm_models)} --calm-model for {calm} bundle(s) with a method of CALM; "
-                "name the checkpoint of each, in their order, and give each bundle its methods as "
-                "BUNDLE=METHODS"
-            )
         paths = [path.resolve() for path, _ in self.bundles]
         if len(set(paths)) < len(paths):
             raise OptionError(
@@ -177,16 +158,14 @@ class Entry:
         name: Name in tables.
         bundle: The bundle.
         settings: Settings to evaluate.
-        calm_model: Checkpoint for CALM methods.
     """
 
     name: str
     bundle: Bundle
     settings: tuple[Setting, ...]
-    calm_model: str | None = None
 
     @property
-    def methods(self) -> list[Method]:
+    def methods(self) -> list[str]:
         """Methods of the settings, in order."""
         return list(dict.fromkeys(setting.method for setting in self.settings))
 
@@ -196,15 +175,10 @@ def entries_of(options: EvaluateOptions) -> list[Entry]:
     short = [path.resolve().name for path, _ in options.bundles]
     names = short if len(set(short)) == len(short) else [str(path) for path, _ in options.bundles]
     entries = []
-    models = iter(options.calm_models)
     for name, (path, methods) in zip(names, options.bundles, strict=True):
         bundle = Bundle.open(path)
-        calm = next(models) if set(CALM) & set(methods) else None
-        entries.append(
-            Entry(
-                name, bundle, tuple(settings_of(methods, options.thresholds, bundle.manifest)), calm
-            )
-        )
+        settings = settings_of(methods, options.thresholds, bundle.manifest)
+        entries.append(Entry(name, bundle, tuple(settings)))
     return entries
 
 
@@ -230,10 +204,10 @@ class Record:
         exited: One flag per token: did it exit?
         finish_reason: Reason for the end of the output.
         threshold: Threshold of an adaptive session before this request.
-        layers: Total layers of all tokens that could exit. CALM only.
+        layers: Total layers of all tokens that could exit. Default: computed from `exited`.
         adaptive_state: State of an adaptive session after this request.
         first_seconds: Seconds to the first token.
-        calls: Engine calls. None for CALM.
+        calls: Engine calls. None if unknown.
     """
 
     bundle: str

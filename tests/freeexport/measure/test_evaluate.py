@@ -23,7 +23,7 @@ from command_line import invoke, succeed
 from freeexport.measure import evaluate as evaluation
 from freeexport.measure.costs import measured_costs
 from freeexport.measure.quality import verdicts
-from freeexport.measure.settings import CALM, METHODS, OUTPUTS, RUN
+from freeexport.measure.settings import METHODS, OUTPUTS, RUN
 from freeexport.measure.table import commit_of
 from freeexport.metrics import metric_of
 from runtime import Session, kernels
@@ -87,7 +87,7 @@ class Done:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, path: Path, data: Path) -> Done:
     out, found = tmp_path_factory.mktemp("results") / "out", list[evaluation.Evaluation]()
-    methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback", *CALM))
+    methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback"))
     write = evaluation.write
     with mock.patch.object(evaluation, "write", lambda one: (found.append(one), write(one))):
         result = call((path,), data, out, "--methods", methods, "--rounds", 2, "--metric", "chrf")
@@ -309,7 +309,6 @@ def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(
         (("--metric", "rouge"), "'rouge' is no metric; choose from exact"),
         (("--metric", "no_such_module:f"), "No module named 'no_such_module'"),
         (("--methods", "full,magic"), "'magic' is no method; choose from full"),
-        (("--methods", "full,calm"), "0 --calm-model for 1 bundle(s) with a method of CALM"),
         (("--methods", "free"), "the first bundle has no method full"),
         (("--threshold", "1"), "--threshold 1 is out of range"),
         (("--target-quality", "0"), "target quality is 0.0"),
