@@ -15,18 +15,18 @@ from freeexport.checkpoints.checkpoint import smollm2 as smollm2_checkpoint
 from freeexport.checkpoints.examples import read_examples
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.measure.bench import BenchOptions, bench_sheet, benchmark, facts_lines, narrow
-from freeexport.measure.evaluate import evaluate
-from freeexport.measure.settings import EvaluateOptions
-from freeexport.measure.table import terminal
+from freeexport.evaluate.bench import BenchOptions, bench_sheet, benchmark, facts_lines, narrow
+from freeexport.evaluate.evaluate import evaluate
+from freeexport.evaluate.settings import EvaluateOptions
 from freeexport.system.page import print_page, table
+from freeexport.system.sheet import terminal
 from runtime import Bundle, BundleError, Session
 from runtime.result import GenerationResult
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from freeexport.measure.evaluate import Evaluation
+    from freeexport.evaluate.evaluate import Evaluation
 
 # The trained checkpoint in this package, and phrases with all pronunciations of their words.
 G2P = Path(str(files("freeexport") / "data" / "g2p"))

@@ -22,8 +22,8 @@ from typing import Any, get_type_hints
 
 import click
 
-from freeexport.measure.bench import SCHEMA, bench_sheet, facts_lines
-from freeexport.measure.table import markdown
+from freeexport.evaluate.bench import SCHEMA, bench_sheet, facts_lines
+from freeexport.system.sheet import markdown
 from runtime.checks import Real, Whole
 from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
 

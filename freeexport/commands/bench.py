@@ -10,7 +10,7 @@ from typing import Any, get_args
 import click
 
 from freeexport.commands.verb_options import DEVICE, SAMPLES, THREADS, SectionedCommand, section
-from freeexport.measure.bench import (
+from freeexport.evaluate.bench import (
     MODES,
     BenchOptions,
     bench_sheet,
@@ -18,9 +18,9 @@ from freeexport.measure.bench import (
     facts_lines,
     narrow,
 )
-from freeexport.measure.table import as_csv, markdown, terminal
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
+from freeexport.system.sheet import as_csv, markdown, terminal
 from runtime.errors import OptionError
 from runtime.options import Drafts
 
@@ -133,7 +133,7 @@ def command(output: tuple[Path, ...], as_json: bool, **given: Any) -> None:
 
 def _write(found: Mapping[str, Any], path: Path) -> None:
     if path.suffix in _PICTURES:
-        from freeexport.measure.plot import bench_speeds
+        from freeexport.evaluate.plot import bench_speeds
         from freeexport.system.page import save_figure
 
         used = found["settings"]

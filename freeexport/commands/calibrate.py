@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 import click
 
+from freeexport.calibrate.calibrate import CalibrateOptions
+from freeexport.calibrate.threshold import Rule
 from freeexport.commands.verb_options import (
     DEVICE,
     MAX_NEW_TOKENS,
@@ -19,8 +21,6 @@ from freeexport.commands.verb_options import (
     SectionedCommand,
     section,
 )
-from freeexport.measure.calibrate import CalibrateOptions
-from freeexport.measure.threshold import Rule
 from freeexport.system.output import write_whole
 from freeexport.system.page import print_page
 from runtime.bundle.calibration import Method
@@ -136,9 +136,9 @@ def command(
       freeexport calibrate bundle --data calibration.jsonl --risk 0.02 --delta 0.05
       freeexport calibrate bundle --data calibration.jsonl --target-quality 0.99 --metric rouge-l
     """
+    from freeexport.calibrate.calibrate import calibrate
+    from freeexport.calibrate.calibration_page import tables
     from freeexport.conversion.recalibrate import update_bundle
-    from freeexport.measure.calibrate import calibrate
-    from freeexport.measure.calibration_page import tables
 
     result = calibrate(
         bundle,

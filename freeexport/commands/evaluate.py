@@ -17,7 +17,7 @@ from freeexport.commands.verb_options import (
     SectionedCommand,
     section,
 )
-from freeexport.measure.settings import (
+from freeexport.evaluate.settings import (
     METHODS,
     THRESHOLDS,
     EvaluateOptions,
@@ -116,8 +116,8 @@ def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any)
     """  # noqa: E501
     import matplotlib  # noqa: F401
 
-    from freeexport.measure.evaluate import FILES, evaluate, facts, narrow, settings_sheet, write
-    from freeexport.measure.table import terminal
+    from freeexport.evaluate.evaluate import FILES, evaluate, facts, narrow, settings_sheet, write
+    from freeexport.system.sheet import terminal
 
     chosen = tuple(bundle_and_methods(text, methods_of(methods)) for text in bundles)
     found = evaluate(EvaluateOptions(bundles=chosen, **given))

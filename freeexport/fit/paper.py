@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from freeexport.checkpoints.exit_file import LossName
-from freeexport.measure.evaluate import Evaluation
-from freeexport.measure.quality import RESAMPLES, Row, speed_interval
-from freeexport.measure.settings import Method
-from freeexport.measure.table import Sheet, markdown, plus_minus
+from freeexport.evaluate.evaluate import Evaluation
+from freeexport.evaluate.scores import RESAMPLES, Row, speed_interval
+from freeexport.evaluate.settings import Method
 from freeexport.metrics import Metric, bounded, draws
+from freeexport.system.sheet import Sheet, markdown, plus_minus
 
 SEEDS = (0, 1, 2)
 # For each training, its loss and the methods that decode its bundle. The first has no exit, and all

@@ -27,7 +27,12 @@ from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
+from freeexport.costs.timing import interleave
 from freeexport.costs.verdict import Verdict
+from freeexport.evaluate.bench import bench_prompts
+from freeexport.evaluate.evaluate import Story, evaluate, write
+from freeexport.evaluate.scores import Row, speed_interval
+from freeexport.evaluate.settings import RUN, EvaluateOptions, Method
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
 from freeexport.fit.plan import (
@@ -38,18 +43,13 @@ from freeexport.fit.plan import (
     least_lines,
     make_plan,
 )
-from freeexport.measure.bench import bench_prompts
-from freeexport.measure.evaluate import Story, evaluate, write
-from freeexport.measure.quality import Row, speed_interval
-from freeexport.measure.settings import RUN, EvaluateOptions, Method
-from freeexport.measure.table import Sheet
-from freeexport.measure.timing import interleave
 from freeexport.metrics import metric_of
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.load import load_note, other_load
 from freeexport.system.output import check_output, link_or_copy, output_directory, write_whole
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import BY_PARENT, Advance, duration, progress
+from freeexport.system.sheet import Sheet
 from freeexport.training.options import DISTILLING
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from runtime.bundle.beta import NEVER_EXIT

@@ -1,1 +1,1 @@
-"""Measurements: traces, timing, costs, thresholds, quality, evaluations and benchmarks."""
+"""CALM, for comparison."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.measure.settings import Setting
+from freeexport.evaluate.settings import Setting
 from runtime.bundle.bundle import Bundle
 from runtime.engines.backend import cache_sizes
 from runtime.engines.kv_cache import KVCache

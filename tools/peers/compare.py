@@ -25,7 +25,9 @@ from typing import Any
 
 import click
 
-from freeexport.measure.bench import (
+from freeexport.costs.measured import bandwidth_of
+from freeexport.costs.timing import interleave
+from freeexport.evaluate.bench import (
     MODES,
     BenchOptions,
     BenchSetting,
@@ -39,13 +41,11 @@ from freeexport.measure.bench import (
     rows_of,
     settings_of,
 )
-from freeexport.measure.costs import bandwidth_of
-from freeexport.measure.table import terminal
-from freeexport.measure.timing import interleave
 from freeexport.system.child import PACKAGES
 from freeexport.system.load import other_load
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
+from freeexport.system.sheet import terminal
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
 from tools.peers.catalog import (

@@ -156,7 +156,7 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
             emit(*result.token_ids)
 
         return search, _versions("onnxruntime", "numpy")
-    from freeexport.measure.bench import BenchSetting, decode
+    from freeexport.evaluate.bench import BenchSetting, decode
 
     setting = BenchSetting(**options)
     session = Session(path, threads=threads, slots=1)

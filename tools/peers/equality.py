@@ -20,11 +20,12 @@ from typing import Any
 
 import click
 
-from freeexport.measure.bench import BenchOptions
-from freeexport.measure.table import Sheet, environment, terminal
+from freeexport.evaluate.bench import BenchOptions
+from freeexport.system.environment import environment
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from freeexport.system.progress import progress
+from freeexport.system.sheet import Sheet, terminal
 from freeexport.verification.equality import prompts_of
 from runtime import Session
 from runtime.bundle.bundle import Bundle

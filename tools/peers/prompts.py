@@ -21,12 +21,13 @@ from typing import Any
 
 import click
 
-from freeexport.measure.bench import BenchOptions
-from freeexport.measure.table import Sheet, about, environment, terminal
-from freeexport.measure.timing import spread
+from freeexport.costs.timing import spread
+from freeexport.evaluate.bench import BenchOptions
+from freeexport.system.environment import about, environment
 from freeexport.system.load import load_note, other_load
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
+from freeexport.system.sheet import Sheet, terminal
 from runtime.bundle.bundle import Bundle
 from tools.peers.catalog import PEERS, find_source
 from tools.peers.compare import Contender, contenders_of, decode

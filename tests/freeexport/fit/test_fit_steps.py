@@ -13,11 +13,11 @@ import pytest
 from command_line import error, invoke, succeed
 from killed_process import killed_before
 
+from freeexport.evaluate.settings import Setting
 from freeexport.fit import plan, steps
 from freeexport.fit.paper import SEEDS, comparison, written
 from freeexport.fit.plan import FitOptions
 from freeexport.fit.steps import Places, conclude, fit, planned, steps_of
-from freeexport.measure.settings import Setting
 from freeexport.metrics import Reference, metric_of
 from freeexport.system.child import ChildError
 from freeexport.system.output import OutputError

@@ -13,9 +13,9 @@ import pytest
 from checkpoints import BY_NAME, Bundles, Case
 from command_line import succeed
 
-from freeexport.measure.plot import quality_speed
-from freeexport.measure.quality import rows_of
-from freeexport.measure.settings import OUTPUTS, RUN, Entry, Record, Records, Setting, read_records
+from freeexport.evaluate.plot import quality_speed
+from freeexport.evaluate.scores import rows_of
+from freeexport.evaluate.settings import OUTPUTS, RUN, Entry, Record, Records, Setting, read_records
 from freeexport.metrics import Reference, metric_of
 from runtime import Session
 from runtime.bundle.bundle import Bundle
