@@ -53,7 +53,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from runtime.options import AdaptiveRule, Drafts, DraftSource, Mode
+from runtime.options import Drafts, DraftSource, Mode
 from runtime.text.sampler import LogitsProcessor
 
 

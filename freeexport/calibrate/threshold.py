@@ -1,4 +1,4 @@
-"""Choice of a threshold: by a Beta mixture, by the rule of FREE's authors, or with a guarantee."""
+"""Choice of a threshold: by a Beta mixture, or with a guarantee."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import binom
@@ -16,9 +16,7 @@ from freeexport.calibrate.traces import Traces
 from freeexport.metrics import Metric, Reference, check_name, draws, metric_of, scores
 from freeexport.system.progress import progress
 from runtime import Session
-from runtime.adaptation.adaptive_threshold import ZETA, Moments, paper_threshold
 from runtime.bundle.beta import NEVER_EXIT, UNIFORM, BetaMixture, LogSums, most_likely, threshold_at
-from runtime.bundle.calibration import Method
 from runtime.errors import CalibrationError, OptionError
 
 # Most Newton steps. The likelihood is concave, and a few dozen steps find its maximum.
@@ -39,19 +37,19 @@ RESAMPLES = 2000
 # decoder chooses the same token again.
 KEPT = 0.99
 
+RuleName = Literal["bmm", "risk", "quality"]
+
 
 @dataclass(frozen=True)
 class Rule:
     """How a threshold is chosen.
 
     Attributes:
-        method: "bmm": P(agree | confidence) is at least `agreement` above the threshold. "paper":
-            the likelihood ratio of agreeing tokens is above `zeta`, as in the code of FREE's
-            authors. "risk": the mean loss per sequence is at most `risk`, with probability
-            1 - `delta`. "quality": mode free keeps at least the share `quality` of the full model's
-            `metric`, with probability 1 - `delta`.
+        method: "bmm": P(agree | confidence) is at least `agreement` above the threshold. "risk":
+            the mean loss per sequence is at most `risk`, with probability 1 - `delta`. "quality":
+            mode free keeps at least the share `quality` of the full model's `metric`, with
+            probability 1 - `delta`.
         agreement: For bmm, in (0, 1).
-        zeta: For paper, in (0, 1).
         risk: For risk, in (0, 1). The loss of a sequence is its share of tokens that exit and
             disagree. With `metric`, it is 1 minus the score of mode free against the full model.
         delta: For risk and quality, in (0, 1).
@@ -62,9 +60,8 @@ class Rule:
         OptionError: If a number is out of range.
     """
 
-    method: Method = "bmm"
+    method: RuleName = "bmm"
     agreement: float = 0.95
-    zeta: float = ZETA
     risk: float = 0.05
     delta: float = 0.05
     quality: float = 0.99
@@ -73,7 +70,7 @@ class Rule:
     def __post_init__(self) -> None:
         if self.metric is not None:
             check_name(self.metric)
-        for name in ("agreement", "zeta", "risk", "delta", "quality"):
+        for name in ("agreement", "risk", "delta", "quality"):
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise OptionError(f"{name} is {value!r}; choose a number between 0 and 1")
@@ -86,7 +83,7 @@ class Rule:
     @property
     def target(self) -> float | None:
         """Target value of the method. None for risk."""
-        return {"bmm": self.agreement, "paper": self.zeta, "quality": self.quality}.get(self.method)
+        return {"bmm": self.agreement, "quality": self.quality}.get(self.method)
 
 
 @dataclass(frozen=True)
@@ -215,10 +212,6 @@ def choose(traces: Traces, rule: Rule, outputs: DecodedOutputs | None = None) ->
         choice = _by_risk(traces, fitted.mixture, rule, outputs)
     else:
         choice = fitted
-        if rule.method == "paper":
-            parts = (_able(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
-            agreeing, others = map(Moments.of, parts)
-            choice = Choice(paper_threshold(agreeing, others, rule.zeta), fitted.mixture)
         if rule.metric is not None and outputs is not None and choice.threshold < NEVER_EXIT:
             kept = outputs.kept(rule.metric, choice.threshold, np.ones(len(outputs), np.bool_))
             choice = replace(choice, quality={choice.threshold: kept})
@@ -239,8 +232,8 @@ def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
         CalibrationError: If confidences are not in [0, 1].
     """
     check_confidences(confidence)
-    agreeing = _able(confidence[agrees])
-    disagreeing = _able(confidence[~agrees])
+    agreeing = able(confidence[agrees])
+    disagreeing = able(confidence[~agrees])
     count = len(agreeing) + len(disagreeing)
     if not len(agreeing):
         note = f"none of the {count} tokens agrees: the exit cannot be used"
@@ -271,7 +264,7 @@ def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
     return Choice(threshold_at(mixture, target), mixture, notes=notes)
 
 
-def _able(confidence: np.ndarray) -> np.ndarray:
+def able(confidence: np.ndarray) -> np.ndarray:
     """Return the confidences above 0, or all of them if none is.
 
     A token with confidence 0 never exits, such as one whose best class is the unknown tokens. A

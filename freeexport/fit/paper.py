@@ -1,7 +1,7 @@
 """Compare trainings for `freeexport fit --paper`.
 
-It covers the losses of FREE, CALM, static exits and no exit, with three seeds each. One table shows
-the results with their significance. All trainings start from the same model and take the same time.
+It covers the losses of FREE, static exits and no exit, with three seeds each. One table shows the
+results with their significance. All trainings start from the same model and take the same time.
 The quality and speed of a setting cover all seeds: a line's statistics and seconds are added over
 seeds, and lines are resampled.
 """
@@ -29,7 +29,6 @@ COMPARED: dict[str, tuple[LossName, tuple[Method, ...]]] = {
     "exit": ("logit-kd", ("full", "static", "free", "lossless")),
     "free": ("kd-dyn", ("full", "static", "free")),
     "static": ("ce", ("full", "static")),
-    "calm": ("weighted-ce", ("full", "static", "calm")),
 }
 SIGNIFICANT = 0.05
 Name = tuple[str, str, str]  # training, method, threshold

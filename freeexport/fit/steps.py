@@ -279,7 +279,6 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
         arguments += [
             part for threshold in test.thresholds for part in ("--threshold", str(threshold))
         ]
-        arguments += [part for model in test.calm_models for part in ("--calm-model", model)]
         arguments += ["--metric", *test.metrics, "--target-quality", str(test.quality), *threads]
         command = ("evaluate", *arguments, "--output", str(test.output))
         steps.append(Step(f"evaluate {seed}" if seed else "evaluate", command, seconds["evaluate"]))
@@ -372,11 +371,6 @@ def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[Evaluat
             once,
             bundles=tuple(
                 (bundle_of(name, seed, places), methods) for name, (_, methods) in COMPARED.items()
-            ),
-            calm_models=tuple(
-                str(places.work / f"{name}-{seed}-joint")
-                for name, (_, methods) in COMPARED.items()
-                if "calm" in methods
             ),
             output=places.work / f"evaluation-{seed}" if seed else places.report,
         )

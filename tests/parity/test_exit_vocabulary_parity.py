@@ -22,7 +22,7 @@ from freeexport.training.exit_modules import Exit, KnownTokens, trained_exit
 from freeexport.verification.engines import QUICK
 from freeexport.verification.verification import verify
 from runtime import Session
-from runtime.adaptation.adaptive_threshold import _sums
+from runtime.adaptation.label_statistics import _sums
 from runtime.bundle.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -136,7 +136,7 @@ def test_an_interrupted_run_continues_and_other_rules_need_no_decoding(
     until = 1000
     first = calibrated(path, "--data", data)
     assert decoded == list(range(1, len(TEXTS) + 1))
-    again = calibrated(path, "--data", data, "--zeta", 0.4)
+    again = calibrated(path, "--data", data, "--agreement", 0.9)
     assert again["mixture"] == first["mixture"]
     calibrated(path, "--data", data, "--samples", 10)
     assert len(decoded) == len(TEXTS)

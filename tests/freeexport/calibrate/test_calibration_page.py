@@ -32,7 +32,6 @@ GOOD = explained(choose(TRACES, Rule()), "bundle", MANIFEST, TRACES, COSTS, Rule
     ("rule", "text"),
     [
         (Rule("risk", risk=0.4, delta=0.1), "loss of a sequence at most 0.4 on average, with probability 0.9"),
-        (Rule("paper"), "the likelihood ratio of agreeing tokens is above 0.4"),
         (Rule(agreement=0.3), "P(agree | confidence) is at least 0.3 from the threshold on"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Rules of choosing a threshold: fits of known mixtures, guarantees on populations, and the rule of FREE's authors."""
+"""Rules of choosing a threshold: fits of known mixtures, and guarantees on populations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import beta, binom
+from scipy.stats import binom
 from traces import correlated, mixed, trace
 
 from freeexport.calibrate.threshold import (
@@ -26,7 +26,6 @@ from freeexport.calibrate.threshold import (
     token_losses,
 )
 from freeexport.calibrate.traces import Traces
-from runtime.adaptation.adaptive_threshold import GRID, Moments, paper_threshold
 from runtime.bundle.beta import Beta, BetaMixture
 from runtime.errors import CalibrationError, OptionError
 
@@ -296,44 +295,7 @@ def test_the_risk_of_a_metric_is_that_of_the_outputs() -> None:
     assert choice.quality[0.4] == pytest.approx(0.91)  # tried: 9 % of 300 do not show that fewer than 10 % are wrong
 
 
-@pytest.mark.parametrize("wrong", [{"quality": 0.0}, {"agreement": 1.0}, {"delta": math.nan}, {"zeta": -0.4}])
+@pytest.mark.parametrize("wrong", [{"quality": 0.0}, {"agreement": 1.0}, {"delta": math.nan}])
 def test_shares_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="choose a number between 0 and 1"):
         Rule(**wrong)  # type: ignore[arg-type]
-
-
-def authors(confidence: np.ndarray, agrees: np.ndarray, zeta: float) -> float:
-    """The rule written out: weighted moments of nearly one-hot responsibilities, densities, ten thresholds."""
-    inside = np.clip(confidence, 1e-4, 1 - 1e-4)
-    shapes = []
-    for label in (False, True):
-        weight = np.where(agrees == label, 0.2, 1e-4)
-        mean = np.average(inside, weights=weight)
-        variance = np.average((inside - mean) ** 2, weights=weight)
-        a = mean * (mean * (1 - mean) / variance - 1)
-        shapes.append((a, a * (1 - mean) / mean))
-    grid = np.linspace(0.3, 0.9, 10)
-    best = int(np.argmax([a / (a + b) for a, b in shapes]))
-    density, other = (beta.pdf(grid, *shapes[number]) for number in (best, 1 - best))
-    passing = int((density / (density + other) > zeta).sum())
-    return float(grid[min(max(0, 10 - passing), 9)])
-
-
-@pytest.mark.parametrize("zeta", [0.1, 0.4, 0.9])
-@pytest.mark.parametrize("seed", range(0, 6, 2))
-def test_the_papers_rule_is_that_of_its_authors(zeta: float, seed: int) -> None:
-    traces = mixed(20, 20, seed, agree=0.3 + 0.1 * seed)
-    agreeing, others = (Moments.of(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
-    expected = authors(traces.confidence.astype(np.float64), traces.agrees, zeta)
-    assert paper_threshold(agreeing, others, zeta) == pytest.approx(expected)
-    choice = choose(traces, Rule("paper", zeta=zeta))
-    assert choice.threshold == pytest.approx(expected)
-    assert choice.mixture is not None  # for an adaptive threshold to begin with
-
-
-def test_the_papers_rule_has_a_threshold_for_whatever_it_is_given() -> None:
-    nothing, same, some = Moments(), Moments.of(np.full(50, 0.7)), Moments.of(np.linspace(0.1, 0.9, 30))
-    assert paper_threshold(nothing, nothing) == paper_threshold(same, nothing) == GRID[-1]
-    # Without tokens of a class, both fits are the same.
-    assert paper_threshold(some, nothing) == paper_threshold(nothing, some) == GRID[0]
-    assert paper_threshold(Moments.of(np.array([0.0, 1.0])), some) in GRID

@@ -1,167 +1,44 @@
-"""CALM (Schuster et al. 2022, arXiv 2207.07061) as a baseline.
+"""CALM (Schuster et al. 2022, arXiv 2207.07061) as a baseline of evaluations.
 
 A token may exit after any layer. Its state is copied to the skipped layers, which compute their
-keys and values from it.
+keys and values from it. `CalmDecoder.decode` returns the fields of a record of `evaluate`, so that
+rows of CALM can stand beside those of other methods:
 
-The engines are: the first layers with a head, each further layer with a head, engines that fill the
-caches of skipped layers, and one engine of all further layers, which reads prompts. The builder of
-bundles writes them, with the same operators, kernels and precision, and one weight file.
+    decoder = CalmDecoder(bundle, checkpoint, directory)
+    setting = Setting("calm", 0.8)
+    record = Record(name, setting.name, line, 0, busy=0.0, **decoder.decode(setting, prompt, 128))
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.system.output import output_directory
-from freeexport.system.progress import progress
-from graphs.description import Attention
-from graphs.dialects.base import stacked_linear
-from graphs.dialects.ort import OrtDialect
-from graphs.engine_options import EngineOptions
-from graphs.engines import FLOAT, EngineBuilder
-from graphs.families import describe
-from graphs.graph import Graph
-from graphs.weights import WeightFile
+from freeexport.evaluate.settings import Setting
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import Manifest
 from runtime.engines.backend import cache_sizes
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine
 from runtime.engines.runner import Encoder
 from runtime.errors import OptionError
 from runtime.kernels import reading_prompt
+from runtime.text.tokenizer import Tokenizer
+from tools.paper.calm_engines import write_calm
 
-WEIGHTS = "weights.data"
-FACTS = "calm.json"
+# Exits after any layer, the same with a threshold that decays along the sequence, and an exit after
+# the bundle's exit layer only, which differs from FREE only in its copied states.
+CALM = ("calm", "calm-decay", "calm-single")
+# Loss that trains the exits of all layers.
+CALM_LOSS = "weighted-ce"
 # Weight and temperature of the decaying part of the paper's threshold.
 DECAYING = 0.1
 TEMPERATURE = 4.0
-
-
-def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path) -> str:
-    """Write the engines of CALM, unless the directory already has them.
-
-    Args:
-        checkpoint: Checkpoint of the bundle.
-        manifest: Manifest of the bundle.
-        least: First layer after which a token may exit.
-        directory: Directory of the engines.
-
-    Returns:
-        The training loss of the checkpoint, "" if unknown.
-
-    Raises:
-        OptionError: If the checkpoint, the layer or the bundle does not fit.
-        CheckpointError: If the checkpoint cannot be read.
-    """
-    opened = open_checkpoint(checkpoint)
-    if opened.sha256 != manifest.source_sha256:
-        raise OptionError(
-            f"--calm-model {checkpoint} is not what the bundle came from ({manifest.source}); "
-            "name that checkpoint"
-        )
-    if not 1 <= least < manifest.layers:
-        raise OptionError(f"--calm-from {least} is out of range; choose 1 to {manifest.layers - 1}")
-    if manifest.dialect != "ort" or manifest.target != "cpu":
-        raise OptionError("method calm is for bundles of --target cpu in the dialect ort")
-    description = describe(opened.config, opened)
-    if description.decoder.layers[0].order != "pre":
-        raise OptionError(
-            f"method calm is for layers with their norms first, not for {description.family}"
-        )
-    options = EngineOptions(
-        exit_layer=least,
-        capacity=manifest.capacity,
-        max_pending=manifest.max_pending,
-        precision=manifest.precision,
-        confidence=manifest.confidence,
-        kernels="freeexport" if manifest.kernels else "onnxruntime",
-    )
-    loss = opened.exit.loss if opened.exit is not None else ""
-    facts: dict[str, Any] = json.loads(
-        json.dumps({"version": 2, "source": opened.sha256, **asdict(options)})
-    )
-    try:
-        known = json.loads((directory / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = None
-    if known == facts:
-        return loss
-    with output_directory(directory, FACTS, overwrite=True) as partial:
-        layers = range(least, manifest.layers)
-        with (
-            WeightFile(partial / WEIGHTS) as weights,
-            progress("building calm", 2 + 2 * len(layers)) as advance,
-        ):
-            builder = CalmBuilder(description, options, opened, weights, partial)
-            builder.shallow()
-            builder.deep()
-            advance(2)
-            for layer in layers:
-                builder.layer(layer)
-                builder.fill(layer)
-                advance(2)
-        (partial / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-    return loss
-
-
-class CalmBuilder(EngineBuilder):
-    """Builds engines of single layers. Layers count from 0."""
-
-    def layer(self, number: int) -> None:
-        """Write layer.{number}.onnx with one layer and the head, from `state` to `hidden`."""
-        graph = self._graph(f"layer.{number}")
-        width = self.description.hidden_size
-        before = graph.input("state", FLOAT, ["B", "k", width])
-        call = self._decoder_call(graph, before)
-        dialect = self._dialect(graph, call)
-        x = graph.op("Reshape", [before, graph.constant([-1, width])])
-        layers = self.description.decoder.layers[number : number + 1]
-        hidden = self._layers(graph, dialect, x, layers, number)
-        self._head(graph, dialect, hidden, None)
-        self._output_hidden(graph, hidden, call, FLOAT, "k")
-        self._save(graph)
-
-    def fill(self, first: int) -> None:
-        """Write fill.{first}.onnx: keys and values of all layers from `first` for one state."""
-        graph = self._graph(f"fill.{first}")
-        width = self.description.hidden_size
-        state = graph.input("state", FLOAT, ["B", "k", width])
-        call = self._decoder_call(graph, state)
-        dialect = self._dialect(graph, call)
-        assert isinstance(dialect, OrtDialect)
-        dialect.project = keys_as_queries
-        x = graph.op("Reshape", [state, graph.constant([-1, width])])
-        for number, layer in enumerate(self.description.decoder.layers[first:], first):
-            attention = replace(layer.attention, heads=layer.attention.kv_heads, relative_bias=None)
-            attention = replace(attention, query_norm=attention.key_norm)
-            dialect.self_attention(
-                graph.to_compute(dialect.norm(x, layer.attention_norm)), attention, number
-            )
-        self._save(graph)
-
-    def _passes(self, engine: str) -> list[ir.passes.InPlacePass]:
-        return super()._passes(engine if engine == "shallow" else "deep")
-
-
-def keys_as_queries(graph: Graph, x: ir.Value, attention: Attention) -> ir.Value:
-    """Project keys and values only, and use the keys as queries.
-
-    Such attention only writes its cache. Its output is not read, so it needs no queries.
-    """
-    both = stacked_linear(graph, x, [attention.key, attention.value])
-    key, value = graph.ops("Split", [both], 2, axis=-1, num_outputs=2)
-    return graph.op("Concat", [key, key, value], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -369,3 +246,86 @@ def threshold_at(threshold: float, token: int, limit: int) -> float:
     """Return the decaying threshold at token `token` of `limit` (section 3.2 of the paper)."""
     decayed = (1 - DECAYING) * threshold + DECAYING * math.exp(-TEMPERATURE * token / limit)
     return min(1.0, max(0.0, decayed))
+
+
+class CalmDecoder:
+    """Decodes the settings of CALM with the engines of one bundle.
+
+    Args:
+        bundle: The bundle.
+        checkpoint: Checkpoint of the bundle.
+        directory: Directory of the engines, which are written unless it has them.
+        least: First layer after which `calm` and `calm-decay` may exit. `calm-single` exits after
+            the bundle's exit layer.
+        threads: Threads per engine call.
+
+    Raises:
+        OptionError: If the checkpoint, the layer or the bundle does not fit.
+        CheckpointError: If the checkpoint cannot be read.
+    """
+
+    def __init__(
+        self, bundle: Bundle, checkpoint: str, directory: Path, least: int = 1, threads: int = 1
+    ) -> None:
+        self._bundle = bundle
+        self._checkpoint = checkpoint
+        self._directory = directory
+        self._least = least
+        self._threads = threads
+        self._tokenizer = Tokenizer.load(bundle.path, bundle.manifest.files)
+        self._calm: dict[int, Calm] = {}
+        self._loss = ""
+        self._engines(least)
+
+    def _engines(self, least: int) -> Calm:
+        if least not in self._calm:
+            directory = self._directory / f"calm-{least}"
+            self._loss = write_calm(self._checkpoint, self._bundle.manifest, least, directory)
+            self._calm[least] = Calm(self._bundle, directory, least, self._threads)
+        return self._calm[least]
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes on the training of the checkpoint."""
+        if self._loss == CALM_LOSS:
+            return []
+        return [
+            f"calm ran on a checkpoint that was trained with {self._loss or 'an unknown loss'}, "
+            f"not {CALM_LOSS}: exits that no loss trained show what such exits give, "
+            "not what CALM can do"
+        ]
+
+    def decode(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
+        """Decode a prompt greedily, and return the fields of its record.
+
+        Args:
+            setting: A method of CALM, with a threshold.
+            prompt: Token ids int64 [n].
+            most: Most tokens to generate.
+
+        Raises:
+            OptionError: If the setting is not one of CALM with a threshold.
+        """
+        if setting.method not in CALM or setting.threshold is None:
+            raise OptionError(
+                f"{setting.name!r} is no setting of CALM; choose {', '.join(CALM)} and a threshold"
+            )
+        manifest = self._bundle.manifest
+        single = setting.method == "calm-single"
+        calm = self._engines(manifest.exit_layer if single else self._least)
+        result = calm.generate(
+            prompt, most, setting.threshold, decays=setting.method == "calm-decay", single=single
+        )
+        ended = result.token_ids[-1] in manifest.eos_token_ids
+        written = result.token_ids[:-1] if ended else result.token_ids
+        return {
+            "seconds": round(result.seconds, 7),
+            "decode_seconds": round(result.seconds - result.first_seconds, 7),
+            "first_seconds": round(result.first_seconds, 7),
+            "tokens": len(result.token_ids),
+            "text": "" if self._tokenizer is None else self._tokenizer.decode(list(written)),
+            "token_ids": result.token_ids,
+            "exited": tuple(layers < manifest.layers for layers in result.layers),
+            "finish_reason": "eos" if ended else "length",
+            "layers": sum(result.layers[0 if manifest.encoder_decoder else 1 :]),
+        }

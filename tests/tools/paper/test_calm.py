@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, Bundles, Case
-from command_line import invoke, succeed
+from command_line import succeed
 
-from freeexport.measure.calm import Calm, threshold_at, write_calm
+from freeexport.evaluate.plot import quality_speed
+from freeexport.evaluate.records import OUTPUTS, RUN, Record, Records, read_records
+from freeexport.evaluate.scores import rows_of
+from freeexport.evaluate.settings import Entry, Setting
+from freeexport.metrics import Reference, metric_of
 from runtime import Session
 from runtime.bundle.bundle import Bundle
+from runtime.errors import OptionError
+from runtime.text.tokenizer import Tokenizer
+from tools.paper.calm import CALM, Calm, CalmDecoder, threshold_at
+from tools.paper.calm_engines import write_calm
 
 T5, LLAMA, QWEN = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"], BY_NAME["qwen3"]
 Directory = Callable[[Case], Path]
@@ -108,37 +117,52 @@ def test_the_decaying_threshold_is_that_of_the_paper() -> None:
     assert threshold_at(1.0, 0, 10) == 1.0
 
 
-def test_evaluate_runs_it_beside_the_others_and_says_what_it_was_trained_for(
-    bundle: Bundles, checkpoint: Directory, tmp_path: Path
-) -> None:
-    data = tmp_path / "data.jsonl"
+def test_its_records_stand_beside_those_of_evaluate(bundle: Bundles, checkpoint: Directory, tmp_path: Path) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps({"input": text, "target": text}) + "\n" for text in PROMPTS))
-    given = ["--data", data, "--metric", "chrf", "--max-new-tokens", 8, "--threads", 1, "--output", tmp_path / "out"]
-    exits = ["--methods", "full,calm,calm-single,calm-decay", "--threshold", 0, "--threshold", 0.999, "--json"]
-    command = ["evaluate", bundle(T5), *given, *exits, "--calm-model"]
-    result = succeed(*command, checkpoint(T5))
-    found = json.loads(result.stdout)
-    rows = {row["setting"]: row for row in found["rows"]}
+    given = ["--metric", "chrf", "--max-new-tokens", 8, "--threads", 1, "--output", out, "--methods", "full"]
+    succeed("evaluate", bundle(T5), "--data", data, *given)
+    records = Records(out, json.loads((out / RUN).read_text()))
+    opened = Bundle.open(bundle(T5))
+    decoder = CalmDecoder(opened, str(checkpoint(T5)), tmp_path / "engines")
+    settings = [Setting(method, threshold) for method in CALM for threshold in (0.0, 0.999)]
+    entry = Entry("bundle", opened, (Setting("full"), *settings))
+    tokenizer = Tokenizer.load(opened.path, opened.manifest.files)
+    assert tokenizer is not None
+    whole = {record.line: record for record in read_records(out / OUTPUTS)}
+    made = [
+        Record(entry.name, setting.name, line, 0, busy=0.0, **decoder.decode(setting, np.array(ids, np.int64), 8))
+        for setting in settings
+        for line, ids in enumerate(map(tokenizer.encode, PROMPTS), start=1)
+    ]
+    records.add([replace(record, bundle=entry.name) for record in whole.values()] + made)
+    references = {line: Reference((record.text,)) for line, record in whole.items()}
+    rows = {row["setting"]: row for row in rows_of([entry], records.by_setting(), references, [metric_of("chrf")])}
     assert (rows["calm 0"]["layers"], rows["calm 0"]["exit_rate"]) == (1, 1)
     assert 1 < rows["calm 0.999"]["layers"] <= rows["full"]["layers"] == T5.layers
     assert rows["calm-single 0"]["layers"] == 1
     assert rows["calm-decay 0"]["layers"] >= 1  # the threshold of the first tokens is up to 0.1
-    assert any("an unknown loss, not weighted-ce" in note for note in found["notes"])
-    assert [curve["method"] for curve in found["curves"]] == ["calm", "calm-decay", "calm-single"]
-    both = [f"{bundle(case)}=full,calm-single" for case in (T5, LLAMA)]
-    models = [
-        "--calm-model",
-        checkpoint(T5),
-        "--calm-model",
-        checkpoint(LLAMA),
-        "--overwrite",
-        "--threshold",
-        0,
-        "--json",
-    ]
-    result = succeed("evaluate", *both, *given, *models)
-    assert [row["layers"] for row in json.loads(result.stdout)["rows"]] == [T5.layers, 1, LLAMA.layers, 1]
-    wrong = invoke(*command, checkpoint(LLAMA), "--overwrite")
-    assert "is not what the bundle came from" in wrong.stderr
-    far = invoke(*command, checkpoint(T5), "--overwrite", "--calm-from", "99")
-    assert "--calm-from 99 is out of range" in far.stderr
+    assert rows["calm 0"]["request_speed"] > 0
+    assert "an unknown loss, not weighted-ce" in decoder.notes[0]
+    figure = quality_speed(list(rows.values()), "chrf", "chrF", 0.99)
+    labels = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
+    assert {"calm", "calm-single"} <= labels  # those of calm-decay are below the picture
+
+
+@pytest.mark.parametrize(
+    ("case", "least", "message"),
+    [(LLAMA, 1, "is not what the bundle came from"), (T5, 99, "first exit layer 99 is out of range; choose 1 to")],
+    ids=["checkpoint", "layer"],
+)
+def test_a_checkpoint_or_layer_that_does_not_fit_is_refused(
+    case: Case, least: int, message: str, bundle: Bundles, checkpoint: Directory, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        CalmDecoder(Bundle.open(bundle(T5)), str(checkpoint(case)), tmp_path / "engines", least)
+    assert not (tmp_path / "engines").exists()
+
+
+def test_other_settings_are_refused(bundle: Bundles, checkpoint: Directory, tmp_path: Path) -> None:
+    decoder = CalmDecoder(Bundle.open(bundle(T5)), str(checkpoint(T5)), tmp_path / "engines")
+    with pytest.raises(OptionError, match=r"'free 0.5' is no setting of CALM; choose calm, calm-decay"):
+        decoder.decode(Setting("free", 0.5), np.zeros(1, np.int64), 1)
