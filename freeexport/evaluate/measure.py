@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import product, starmap
 from time import perf_counter
 from typing import Any
 
@@ -92,6 +93,56 @@ def timing_of(times: Sequence[float], seconds: float) -> dict[str, Any]:
     }
 
 
+class Work:
+    """Sessions, prompts and settings of an evaluation.
+
+    Lines whose prompt does not fit every bundle are left out.
+
+    Args:
+        entries: The bundles.
+        sessions: A session per bundle.
+        prompts: Prompts of each bundle by line.
+        speed_only: Outputs are not scored.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        sessions: Sequence[Session],
+        prompts: Sequence[Mapping[int, Any]],
+        speed_only: bool,
+    ) -> None:
+        self._names = [entry.name for entry in entries]
+        self._sessions = sessions
+        self._prompts = prompts
+        self._speed_only = speed_only
+        self.lines = [line for line in prompts[0] if all(line in each for each in prompts)]
+        # Number of the bundle, and a setting of it.
+        self.settings = [
+            (number, setting) for number, entry in enumerate(entries) for setting in entry.settings
+        ]
+
+    def keys(self, turn: int, place: int) -> list[Key]:
+        """Return the keys of the records of a line in one round."""
+        line = self.lines[place]
+        return [
+            (self._names[number], setting.name, line, turn) for number, setting in self.settings
+        ]
+
+    def decode(self, which: tuple[int, Setting], line: int, most: int) -> dict[str, Any]:
+        """Decode a line in a setting, and return the fields of its record."""
+        number, setting = which
+        emit = (lambda token: None) if self._speed_only else None
+        return decode(self._sessions[number], setting, self._prompts[number][line], most, emit)
+
+    def warm_up(self, most: int) -> None:
+        """Decode some lines untimed. An adaptive session would learn from them."""
+        lines = self.lines[: WARM_UP_PROMPTS if self._speed_only else 1]
+        for line, which in product(lines, self.settings):
+            if which[1].method != "adaptive":
+                self.decode(which, line, most if self._speed_only else WARM_UP)
+
+
 def measure(
     entries: Sequence[Entry],
     options: EvaluateOptions,
@@ -99,8 +150,6 @@ def measure(
     prompts_of: Callable[[Session], Mapping[int, Any]],
 ) -> None:
     """Decode all prompts without a record, each in every setting of every bundle in turn.
-
-    Lines whose prompt does not fit every bundle are left out.
 
     Args:
         entries: The bundles.
@@ -110,41 +159,21 @@ def measure(
     """
     load = OtherLoad()
     speed_only = not options.metrics
+    most = options.max_new_tokens
     with ExitStack() as stack:
         sessions = [stack.enter_context(_session(entry, options, records)) for entry in entries]
-        prompts = [prompts_of(session) for session in sessions]
-        lines = [line for line in prompts[0] if all(line in each for each in prompts)]
-        settings = [
-            (number, setting) for number, entry in enumerate(entries) for setting in entry.settings
-        ]
-
-        def keys(turn: int, place: int) -> list[Key]:
-            return [
-                (entries[number].name, setting.name, lines[place], turn)
-                for number, setting in settings
-            ]
+        work = Work(entries, sessions, list(map(prompts_of, sessions)), speed_only)
 
         def done(turn: int, place: int) -> bool:
-            return records.has(keys(turn, place))
+            return records.has(work.keys(turn, place))
 
-        def run(which: tuple[int, Setting], line: int, most: int) -> dict[str, Any]:
-            number, setting = which
-            emit = (lambda token: None) if speed_only else None
-            return decode(sessions[number], setting, prompts[number][line], most, emit)
-
-        most = options.max_new_tokens
-        if not all(
-            done(turn, place) for turn in range(options.rounds) for place in range(len(lines))
-        ):
-            for line in lines[: WARM_UP_PROMPTS if speed_only else 1]:
-                for which in settings:
-                    if which[1].method != "adaptive":  # would learn from the warm-up
-                        run(which, line, most if speed_only else WARM_UP)
+        if not all(starmap(done, product(range(options.rounds), range(len(work.lines))))):
+            work.warm_up(most)
         turns = interleave(
-            settings,
-            lines,
+            work.settings,
+            work.lines,
             options.rounds,
-            lambda which, line: run(which, line, most),
+            lambda which, line: work.decode(which, line, most),
             warm_up=0,
             done=done,
             title="measuring" if speed_only else "evaluating",
@@ -153,15 +182,13 @@ def measure(
             busy = load.so_far()
             # Without scores, what each round drafted counts too.
             left_out = OUTPUT_FIELDS if turn.round and not speed_only else ()
+            fields = [
+                {name: value for name, value in one.items() if name not in left_out}
+                for one in turn.runs
+            ]
+            keys = work.keys(turn.round, turn.prompt)
             records.add(
-                [
-                    Record(
-                        *key,
-                        busy=busy,
-                        **{name: value for name, value in one.items() if name not in left_out},
-                    )
-                    for key, one in zip(keys(turn.round, turn.prompt), turn.runs, strict=True)
-                ]
+                [Record(*key, busy=busy, **one) for key, one in zip(keys, fields, strict=True)]
             )
 
 

@@ -58,20 +58,11 @@ def rows_of(
         MetricError: If a metric does not fit the references.
     """
     tables: dict[Name, dict[str, np.ndarray]] = {}
-    read: dict[Name, float | None] = {}
-    for entry in entries:
-        model: ByteModel | None = None
-        for setting in entry.settings:
-            name = entry.name, setting.name
-            first = [turns[0] for turns in found[name].values()]
-            outputs = [one.text for one in first]
-            known = [references[line] for line in found[name]]
-            tables[name] = {metric.name: metric.table(outputs, known) for metric in metrics}
-            calls = [one.calls for one in first if one.calls is not None]
-            read[name] = None
-            if len(calls) == len(first):
-                model = model or ByteModel(entry.bundle, instructions)
-                read[name] = model.token(calls)
+    for name, lines in found.items():
+        outputs = [turns[0].text for turns in lines.values()]
+        known = [references[line] for line in lines]
+        tables[name] = {metric.name: metric.table(outputs, known) for metric in metrics}
+    read = _bytes_read(entries, found, instructions)
 
     def compared(name: Name, whole: Name) -> Row:
         scores = {
@@ -95,6 +86,24 @@ def rows_of(
             row["drafts"] = _by_position([turns[0].calls for turns in found[name].values()])
             rows.append({**row, "first_bundle": None if against == base else compared(name, base)})
     return rows
+
+
+def _bytes_read(
+    entries: Sequence[Entry], found: Mapping[Name, Lines], instructions: str
+) -> dict[Name, float | None]:
+    """Return the bytes that a token of each setting reads. None if calls are unknown."""
+    read: dict[Name, float | None] = {}
+    for entry in entries:
+        model: ByteModel | None = None
+        for setting in entry.settings:
+            name = entry.name, setting.name
+            first = [turns[0].calls for turns in found[name].values()]
+            calls = [one for one in first if one is not None]
+            read[name] = None
+            if len(calls) == len(first):
+                model = model or ByteModel(entry.bundle, instructions)
+                read[name] = model.token(calls)
+    return read
 
 
 def score(metric: Metric, table: np.ndarray, whole: np.ndarray) -> dict[str, float | None]:
