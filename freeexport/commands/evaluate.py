@@ -172,6 +172,7 @@ def _speed(options: EvaluateOptions, as_json: bool) -> None:
 
 def _scored(options: EvaluateOptions, as_json: bool) -> None:
     """Evaluate, and print and write the results."""
+    assert options.output is not None
     import matplotlib  # noqa: F401
 
     from freeexport.evaluate.evaluate import evaluate
@@ -180,7 +181,7 @@ def _scored(options: EvaluateOptions, as_json: bool) -> None:
     from freeexport.system.sheet import terminal
 
     found = evaluate(options)
-    write(found)
+    write(found, options.output)
     if as_json:
         click.echo(json.dumps(found.report, indent=2))
         return

@@ -24,6 +24,7 @@ from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.manifest import MANIFEST
+from runtime.errors import OptionError
 
 # Share of outputs that reach the token limit above which a note is added.
 MOST_CUT = 0.1
@@ -67,10 +68,13 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         BundleError: If a bundle cannot be opened.
         OptionError: If options do not fit together, or if `output` holds another run.
     """
+    data = options.data
+    if data is None or not options.metrics:
+        raise OptionError("scores need a data file and metrics; measure_speed needs neither")
     metrics = [metric_of(name) for name in options.metrics]
     entries = entries_of(options)
-    requests = read_examples(options.data, options.samples)
-    references = _references(options.data, requests, metrics)
+    requests = read_examples(data, options.samples)
+    references = _references(data, requests, metrics)
     without_targets = not references
     records = Records(options.output, run_of(options, entries), options.overwrite)
 
@@ -93,8 +97,8 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     report = {
         **made,
         "bundles": {entry.name: _about_bundle(entry.bundle) for entry in entries},
-        "data": str(options.data),
-        "data_sha256": sha256_of(options.data),
+        "data": str(data),
+        "data_sha256": sha256_of(data),
         "references": "full" if without_targets else "targets",
         "lines": rows[0]["lines"],
         "rounds": options.rounds,

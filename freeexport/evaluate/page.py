@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from freeexport.costs.verdict import Verdict
@@ -126,7 +127,7 @@ def page(found: Evaluation, story: Story | None = None) -> str:
         "numbers are thresholds. Arrows stand for points below the picture."
     )
     return render(
-        f"Evaluation on {found.options.data.name}" if story is None else story.title,
+        f"Evaluation on {Path(found.report['data']).name}" if story is None else story.title,
         f"{found.report['lines']} lines, {found.report['threads']} thread(s), {processor}",
         verdicts=[
             *([] if story is None else [story.verdict]),
@@ -193,16 +194,16 @@ def pieces(tokenizer: Tokenizer | None, token_ids: Sequence[int], ends: set[int]
     return texts
 
 
-def write(found: Evaluation, story: Story | None = None) -> None:
+def write(found: Evaluation, out: Path, story: Story | None = None) -> None:
     """Write JSON, CSV, Markdown, figures and the HTML page beside the outputs.
 
     Requires matplotlib.
 
     Args:
         found: The evaluation.
+        out: Directory of the outputs.
         story: Further content of the pages.
     """
-    out = found.options.output
     write_whole(out / "evaluation.json", json.dumps(found.report, indent=2) + "\n")
     write_whole(out / "evaluation.csv", as_csv(found.rows))
     write_whole(out / "results.md", as_markdown(found, story))

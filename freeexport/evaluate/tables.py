@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from freeexport.costs.bytes import CALL_BYTES
 from freeexport.evaluate.evaluate import Evaluation
@@ -52,7 +53,7 @@ def settings_sheet(found: Evaluation) -> Sheet:
         "same#": lambda row: f"{row['same']:.0%}",
     }
     title = (
-        f"{found.options.data.name}, {found.report['lines']} lines, "
+        f"{Path(found.report['data']).name}, {found.report['lines']} lines, "
         f"{found.report['threads']} thread(s)"
     )
     return sheet(title, columns, found.rows, keep=("setting", "speed", "tokens/s"))

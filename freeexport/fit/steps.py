@@ -417,7 +417,9 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     plan_sheet = Sheet("Plan", ("", ""), tuple(describe_plan(options, plan)))
     compared = [comparison([found, *others])] if others else []
     sheets = (*compared, plan_sheet, _tried(steps, done))
-    write(found, Story(f"{plan.name}, fitted to {options.data.name}", verdict, sheets))
+    write(
+        found, places.report, Story(f"{plan.name}, fitted to {options.data.name}", verdict, sheets)
+    )
     for name, text in (item for sheet in compared for item in written(sheet).items()):
         write_whole(places.report / name, text)
     with output_directory(places.out, MANIFEST, options.overwrite) as directory:
