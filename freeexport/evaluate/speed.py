@@ -52,9 +52,9 @@ def measure_speed(options: EvaluateOptions) -> dict[str, Any]:
     first = entries[0].bundle
     check_comparable([entry.bundle for entry in entries])
     prompts = dict(enumerate(speed_prompts(first, options.data, options.samples), 1))
+    records = Records(options.output, run_of(options, entries), options.overwrite)
     with progress("memory bandwidth"):
         bandwidth = bandwidth_of(options.count)
-    records = Records(options.output, run_of(options, entries), options.overwrite)
     measure(entries, options, records, lambda session: prompts)
     by_setting = records.by_setting()
     names = row_names(entries)

@@ -83,8 +83,8 @@ def speed_rows(
 
 
 def _rounds(lines: Lines) -> list[Round]:
-    """Return the records of each round, in the order of lines."""
-    return [list(turns) for turns in zip(*lines.values(), strict=True)]
+    """Return the records of each complete round, in the order of lines."""
+    return [list(turns) for turns in zip(*lines.values(), strict=False)]
 
 
 def _speed(done: Round) -> float:

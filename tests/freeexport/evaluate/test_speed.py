@@ -47,6 +47,12 @@ def test_figures_of_a_row() -> None:
     assert (row["ratio"], row["agreement"]) == (1, None)
 
 
+def test_a_round_that_was_interrupted_does_not_count() -> None:
+    lines = {1: [run_of(), run_of(step=0.2)], 2: [run_of()]}
+    (row,) = speed_rows({"one": lines}, {"one": "fp32"}, None)
+    assert (row["tokens_per_second"], row["spread"]) == (pytest.approx(8 / 1.6), 0)
+
+
 def test_ratios_are_of_speeds_in_the_same_round() -> None:
     """A machine that is slower in the second round slows both."""
     found = rows(one=[[run_of(step=0.5)], [run_of(step=1.0)]], two=[[run_of()], [run_of(step=0.2)]])
