@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from runtime.options import AdaptiveRule, Drafts, DraftSource, Mode
+from runtime.options import Drafts, DraftSource, Mode
 from runtime.text.sampler import LogitsProcessor
 
 
@@ -23,7 +23,6 @@ class SessionKeywords(TypedDict, total=False):
     overlap: bool | None
     run_ahead: bool
     threshold: float | Literal["adaptive"] | None
-    adaptive_rule: AdaptiveRule
     adaptive_memory: int
     adaptive_target: float | None
     adaptive_state: Mapping[str, Any] | None

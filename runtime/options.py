@@ -21,7 +21,6 @@ from runtime.text.sampler import LogitsProcessor
 
 Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-AdaptiveRule = Literal["bmm", "paper"]
 Drafts = Literal["auto", "exit", "lookup", "none"]
 # Returns token ids that may follow, given the tokens read and generated so far, int64 [n].
 DraftSource = Callable[[np.ndarray], Sequence[int] | np.ndarray]
@@ -82,18 +81,12 @@ class SessionOptions:
     agreement observed in sync passes (docs/calibration.md). Other modes then use the bundle's
     threshold. Default: the bundle's threshold."""
 
-    adaptive_rule: AdaptiveRule = "bmm"
-    """Rule that refits an adaptive threshold. "bmm" uses P(agree | confidence). "paper" uses the
-    likelihood ratio, as in the code of FREE's authors, for comparison: it may exit where most
-    tokens disagree (docs/calibration.md)."""
-
     adaptive_memory: Annotated[int, checks.Whole(100)] = 4000
-    """Rule "bmm": number of tokens after which the weight of an observation has decayed to 1/e."""
+    """Number of tokens after which the weight of an observation has decayed to 1/e."""
 
     adaptive_target: Annotated[float | None, checks.Real(1e-6, 1 - 1e-6, "between 0 and 1")] = None
-    """Rule "bmm": probability of agreement required of an exit at the adaptive threshold. Default:
-    the probability the bundle was calibrated for, or 0.95. Rule "paper": its parameter zeta.
-    Default: 0.4."""
+    """Probability of agreement required of an exit at the adaptive threshold. Default: the
+    probability the bundle was calibrated for, or 0.95."""
 
     adaptive_state: Annotated[Mapping[str, Any] | None, checks.adaptive_state] = None
     """State of an earlier session to continue from, as returned by `Session.adaptive_state()`."""

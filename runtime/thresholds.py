@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from runtime.adaptation.adaptive_threshold import (
-    AdaptiveThreshold,
-    Learner,
-    PaperThreshold,
-    RequestLabels,
-)
+from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
+from runtime.adaptation.learner import Learner, RequestLabels
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
@@ -63,7 +59,8 @@ class Thresholds:
         costs: Costs measured on this machine, if known.
 
     Attributes:
-        adaptive: State of an adaptive threshold, None if it is not adaptive.
+        adaptive: Learner of an adaptive threshold, None if it is not adaptive. It may be replaced
+            before the first request.
 
     Raises:
         OptionError: If an adaptive state does not fit the bundle.
@@ -74,13 +71,14 @@ class Thresholds:
         self.costs = costs
         self._of_session: float | None = None
         self.adaptive: Learner | None = None
-        model = (bundle.manifest, bundle.calibration)
-        given = (options.adaptive_state, options.adaptive_target)
-        if options.threshold == "adaptive" and options.adaptive_rule == "paper":
-            self.adaptive = PaperThreshold(*model, *given)
-        elif options.threshold == "adaptive":
+        if options.threshold == "adaptive":
             self.adaptive = AdaptiveThreshold(
-                *model, options.adaptive_memory, given[0], costs, given[1]
+                bundle.manifest,
+                bundle.calibration,
+                options.adaptive_memory,
+                state=options.adaptive_state,
+                costs=costs,
+                target=options.adaptive_target,
             )
         elif options.threshold is not None:
             self._of_session = float(options.threshold)

@@ -39,18 +39,19 @@ def conversion_in_this_process() -> Iterator[None]:
     """Verify and time new bundles in the test process, and time them only briefly instead of for 12 seconds.
 
     Each child process would import torch and transformers again. Children are tested in test_convert.py and
-    test_costs.py.
+    costs/test_measured.py.
     """
+    from freeexport.calibrate import calibrate
     from freeexport.commands import verify
-    from freeexport.measure import calibrate, costs
+    from freeexport.costs import measured
     from freeexport.verification import verification
 
     def run_here(module: str, *arguments: str, variables: Any = None) -> str:
         output = io.StringIO()
         try:
             with redirect_stdout(output):
-                if module == costs.__name__:
-                    costs.main(list(arguments))
+                if module == measured.__name__:
+                    measured.main(list(arguments))
                 else:
                     assert (module, arguments[0]) == ("freeexport", "verify")
                     verify.command.main(list(arguments[1:]), standalone_mode=False)
@@ -59,10 +60,10 @@ def conversion_in_this_process() -> Iterator[None]:
         return output.getvalue()
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (costs, verification):
+        for module in (measured, verification):
             patch.setattr(module, "run_child", run_here)
-        for module in (costs, calibrate):
-            patch.setattr(module, "measured_costs", partial(costs.measured_costs, rounds=1, seconds=0.3))
+        for module in (measured, calibrate):
+            patch.setattr(module, "measured_costs", partial(measured.measured_costs, rounds=1, seconds=0.3))
         yield
 
 

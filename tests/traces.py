@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from freeexport.measure.traces import Traces
+from freeexport.calibrate.traces import Traces
 
 
 def trace(

@@ -23,7 +23,7 @@ from unittest import mock
 
 import click
 
-from freeexport.measure.table import about, environment
+from freeexport.system.environment import about, environment
 from freeexport.system.load import load_note, other_load
 from runtime import Session
 from runtime.engines import backend

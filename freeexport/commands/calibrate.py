@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 import click
 
+from freeexport.calibrate.calibrate import CalibrateOptions
+from freeexport.calibrate.threshold import Rule, RuleName
 from freeexport.commands.verb_options import (
     DEVICE,
     MAX_NEW_TOKENS,
@@ -19,16 +21,12 @@ from freeexport.commands.verb_options import (
     SectionedCommand,
     section,
 )
-from freeexport.measure.calibrate import CalibrateOptions
-from freeexport.measure.threshold import Rule
 from freeexport.system.output import write_whole
 from freeexport.system.page import print_page
-from runtime.bundle.calibration import Method
 
 # Options of one rule. Giving one selects that rule.
-_IMPLIED: dict[str, Method] = {
+_IMPLIED: dict[str, RuleName] = {
     "agreement": "bmm",
-    "zeta": "paper",
     "risk": "risk",
     "quality": "quality",
 }
@@ -54,12 +52,11 @@ _IMPLIED: dict[str, Method] = {
 @click.option(
     "--rule",
     "method",
-    type=click.Choice(get_args(Method)),
+    type=click.Choice(get_args(RuleName)),
     help=(
-        "Rule that chooses the threshold. bmm: from P(agree | confidence). paper: from the "
-        "likelihood ratio, as in the code of FREE's authors. risk: bounds the mean loss of a "
-        "sequence, with a guarantee. quality: keeps a share of the full model's metric, measured "
-        "by decoding, with a guarantee.  [default: bmm, or the rule of the option below]"
+        "Rule that chooses the threshold. bmm: from P(agree | confidence). risk: bounds the mean "
+        "loss of a sequence, with a guarantee. quality: keeps a share of the full model's metric, "
+        "measured by decoding, with a guarantee.  [default: bmm, or the rule of the option below]"
     ),
 )
 @click.option(
@@ -69,11 +66,6 @@ _IMPLIED: dict[str, Method] = {
         "bmm: required probability that a token at the threshold agrees with the full model.  "
         f"[default: {Rule.agreement}]"
     ),
-)
-@click.option(
-    "--zeta",
-    type=float,
-    help=f"paper: value that the likelihood ratio must exceed.  [default: {Rule.zeta}]",
 )
 @click.option(
     "--risk", type=float, help=f"risk: maximum mean loss of a sequence.  [default: {Rule.risk}]"
@@ -136,9 +128,9 @@ def command(
       freeexport calibrate bundle --data calibration.jsonl --risk 0.02 --delta 0.05
       freeexport calibrate bundle --data calibration.jsonl --target-quality 0.99 --metric rouge-l
     """
+    from freeexport.calibrate.calibrate import calibrate
+    from freeexport.calibrate.calibration_page import tables
     from freeexport.conversion.recalibrate import update_bundle
-    from freeexport.measure.calibrate import calibrate
-    from freeexport.measure.calibration_page import tables
 
     result = calibrate(
         bundle,

@@ -58,7 +58,7 @@ class Time(click.ParamType):
     "--paper",
     is_flag=True,
     help=(
-        "For researchers: also train with the losses of FREE, CALM, static exits and no exit, "
+        "For researchers: also train with the losses of FREE, static exits and no exit, "
         "with three seeds each, and compare all in a table for Markdown and LaTeX. Requires a "
         "budget of many hours."
     ),

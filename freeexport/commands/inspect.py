@@ -77,7 +77,7 @@ def command(bundle: Path, as_json: bool) -> None:
     next_step = [("next step", verdict.next_step)] if verdict.next_step else []
     calibrated_at: list[Table] = []
     if calibration is not None:
-        from freeexport.measure.calibration_page import calibration_tables
+        from freeexport.calibrate.calibration_page import calibration_tables
 
         calibrated_at = calibration_tables(calibration)
     cache = [

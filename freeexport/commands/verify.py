@@ -14,8 +14,8 @@ import click
 
 from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.commands.verb_options import SectionedCommand, section
-from freeexport.measure.table import environment
 from freeexport.system.child import PACKAGES
+from freeexport.system.environment import environment
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page, table
 from freeexport.verification.checks import greedy_line, quality_line, sentence_of

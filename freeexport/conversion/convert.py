@@ -18,7 +18,7 @@ from freeexport.checkpoints.examples import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.recalibrate import check_fits, with_calibration
-from freeexport.measure.costs import measured_in_child
+from freeexport.costs.measured import measured_in_child
 from freeexport.system.output import OutputError, check_output, output_directory
 from freeexport.system.progress import progress
 from freeexport.verification.verification import VerificationError, verify_in_child

@@ -1,1 +1,1 @@
-"""Costs of decoding, and verdicts on exits."""
+"""Costs of decoding, measured or from bytes, and verdicts on exits."""

@@ -1,7 +1,7 @@
 """Compare trainings for `freeexport fit --paper`.
 
-It covers the losses of FREE, CALM, static exits and no exit, with three seeds each. One table shows
-the results with their significance. All trainings start from the same model and take the same time.
+It covers the losses of FREE, static exits and no exit, with three seeds each. One table shows the
+results with their significance. All trainings start from the same model and take the same time.
 The quality and speed of a setting cover all seeds: a line's statistics and seconds are added over
 seeds, and lines are resampled.
 """
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from freeexport.checkpoints.exit_file import LossName
-from freeexport.measure.evaluate import Evaluation
-from freeexport.measure.quality import RESAMPLES, Row, speed_interval
-from freeexport.measure.settings import Method
-from freeexport.measure.table import Sheet, markdown, plus_minus
+from freeexport.evaluate.evaluate import Evaluation
+from freeexport.evaluate.scores import RESAMPLES, Row, speed_interval
+from freeexport.evaluate.settings import Method
 from freeexport.metrics import Metric, bounded, draws
+from freeexport.system.sheet import Sheet, markdown, plus_minus
 
 SEEDS = (0, 1, 2)
 # For each training, its loss and the methods that decode its bundle. The first has no exit, and all
@@ -29,7 +29,6 @@ COMPARED: dict[str, tuple[LossName, tuple[Method, ...]]] = {
     "exit": ("logit-kd", ("full", "static", "free", "lossless")),
     "free": ("kd-dyn", ("full", "static", "free")),
     "static": ("ce", ("full", "static")),
-    "calm": ("weighted-ce", ("full", "static", "calm")),
 }
 SIGNIFICANT = 0.05
 Name = tuple[str, str, str]  # training, method, threshold

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from freeexport.calibrate.sources import reference_of
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import Example, encode, read_examples, text_format, unwritable
 from freeexport.checkpoints.exit_file import LossName, Tune
@@ -27,12 +28,11 @@ from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.packed_exit import fitting_exits
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.costs.bytes import step_bytes
+from freeexport.costs.measured import bandwidth_of
 from freeexport.costs.verdict import PAYS, break_even_text
 from freeexport.fit.paper import repeated
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.fit.splits import write
-from freeexport.measure.costs import bandwidth_of
-from freeexport.measure.sources import reference_of
 from freeexport.metrics import MetricError, check_name, metric_of
 from freeexport.system.child import run_child
 from freeexport.system.jsonl import Request

@@ -27,7 +27,14 @@ from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
+from freeexport.costs.timing import interleave
 from freeexport.costs.verdict import Verdict
+from freeexport.evaluate.evaluate import evaluate
+from freeexport.evaluate.page import Story, write
+from freeexport.evaluate.records import RUN
+from freeexport.evaluate.scores import Row, speed_interval
+from freeexport.evaluate.settings import EvaluateOptions, Method
+from freeexport.evaluate.speed import speed_prompts
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
 from freeexport.fit.plan import (
@@ -38,18 +45,13 @@ from freeexport.fit.plan import (
     least_lines,
     make_plan,
 )
-from freeexport.measure.bench import bench_prompts
-from freeexport.measure.evaluate import Story, evaluate, write
-from freeexport.measure.quality import Row, speed_interval
-from freeexport.measure.settings import RUN, EvaluateOptions, Method
-from freeexport.measure.table import Sheet
-from freeexport.measure.timing import interleave
 from freeexport.metrics import metric_of
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.load import load_note, other_load
 from freeexport.system.output import check_output, link_or_copy, output_directory, write_whole
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import BY_PARENT, Advance, duration, progress
+from freeexport.system.sheet import Sheet
 from freeexport.training.options import DISTILLING
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from runtime.bundle.beta import NEVER_EXIT
@@ -277,7 +279,6 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
         arguments += [
             part for threshold in test.thresholds for part in ("--threshold", str(threshold))
         ]
-        arguments += [part for model in test.calm_models for part in ("--calm-model", model)]
         arguments += ["--metric", *test.metrics, "--target-quality", str(test.quality), *threads]
         command = ("evaluate", *arguments, "--output", str(test.output))
         steps.append(Step(f"evaluate {seed}" if seed else "evaluate", command, seconds["evaluate"]))
@@ -371,11 +372,6 @@ def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[Evaluat
             bundles=tuple(
                 (bundle_of(name, seed, places), methods) for name, (_, methods) in COMPARED.items()
             ),
-            calm_models=tuple(
-                str(places.work / f"{name}-{seed}-joint")
-                for name, (_, methods) in COMPARED.items()
-                if "calm" in methods
-            ),
             output=places.work / f"evaluation-{seed}" if seed else places.report,
         )
         for seed in SEEDS
@@ -421,7 +417,9 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     plan_sheet = Sheet("Plan", ("", ""), tuple(describe_plan(options, plan)))
     compared = [comparison([found, *others])] if others else []
     sheets = (*compared, plan_sheet, _tried(steps, done))
-    write(found, Story(f"{plan.name}, fitted to {options.data.name}", verdict, sheets))
+    write(
+        found, places.report, Story(f"{plan.name}, fitted to {options.data.name}", verdict, sheets)
+    )
     for name, text in (item for sheet in compared for item in written(sheet).items()):
         write_whole(places.report / name, text)
     with output_directory(places.out, MANIFEST, options.overwrite) as directory:
@@ -438,7 +436,7 @@ def measured_speed(path: Path, threads: int | None) -> str:
     bundle = Bundle.open(path)
     if bundle.manifest.speech is not None:
         return ""
-    prompts = bench_prompts(bundle, None, SPEED_PROMPTS)
+    prompts = speed_prompts(bundle, None, SPEED_PROMPTS)
     modes: tuple[Mode, ...] = ("full", "lossless")
     runs: dict[tuple[int, int], list[tuple[float, int]]] = defaultdict(list)
     with Session(path, threads=threads, slots=1) as session, other_load() as load:

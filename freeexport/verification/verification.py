@@ -198,7 +198,7 @@ class _Verification:
 
         Also measure how often shallow and deep predictions agree on the full model's own output.
         """
-        from freeexport.measure.traces import Traces, trace_of
+        from freeexport.calibrate.traces import Traces, trace_of
         from freeexport.verification.reference import compare
 
         limit = min(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from runtime.adaptation.adaptive_threshold import RequestLabels
+from runtime.adaptation.learner import RequestLabels
 from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, RunAhead, Waiting, Waits
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.draft_rule import NO_DRAFT, Drafts, Outcome

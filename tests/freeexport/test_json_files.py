@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from freeexport.calibrate.sources import unknown_of_bundle
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import read_exit_file
-from freeexport.measure.sources import unknown_of_bundle
 from runtime.bundle.calibration import read_calibration
 from runtime.errors import FreeExportError
 

@@ -15,14 +15,14 @@ from exit_layer_case import EXIT_LAYER
 from exit_vocabulary_case import KNOWN, model_with_vocabulary, with_exit_vocabulary
 from reference import assert_same_tokens, replay, separating_threshold
 
+from freeexport.calibrate.threshold import fit
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.commands.inspect import command as inspect
-from freeexport.measure.threshold import fit
 from freeexport.training.exit_modules import Exit, KnownTokens, trained_exit
 from freeexport.verification.engines import QUICK
 from freeexport.verification.verification import verify
 from runtime import Session
-from runtime.adaptation.adaptive_threshold import _sums
+from runtime.adaptation.label_statistics import _sums
 from runtime.bundle.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -31,16 +31,17 @@ from whisper_case import (
     write_whisper,
 )  # fmt: skip
 
+from freeexport.calibrate.sources import fitting_prompts
+from freeexport.calibrate.traces import trace_of
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import DataError, encode, read_examples, text_format
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.conversion.own_outputs import own_outputs
+from freeexport.costs.replay import ReplaySession
 from freeexport.fit import plan, steps
 from freeexport.fit.plan import FitOptions
 from freeexport.fit.steps import fit, planned
-from freeexport.measure.sources import fitting_prompts
-from freeexport.measure.traces import ReplaySession, trace_of
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
 from freeexport.verification.engines import QUICK
@@ -406,7 +407,7 @@ def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_
     (spoken / "text.jsonl").write_text('{"input": "a", "target": "b"}\n')
     rounded = ("--exit-layer", "1", "--precision", "int4")
     for asked, message in (
-        (["bench", str(bundle), "--data", data], "speech"),
+        (["evaluate", str(bundle), "--data", data], "speech"),
         (["calibrate", str(bundle), "--data", str(spoken / "text.jsonl")], "the bundle reads speech; give 'audio'"),
         (
             ["train", text, str(tmp_path / "out"), "--exit-layer", "1", "--data", data],

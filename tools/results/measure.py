@@ -14,8 +14,8 @@ from typing import Any
 import click
 
 from freeexport.checkpoints.checkpoint import smollm2
-from freeexport.measure.evaluate import evaluate
-from freeexport.measure.settings import EvaluateOptions
+from freeexport.evaluate.evaluate import evaluate
+from freeexport.evaluate.settings import EvaluateOptions
 from freeexport.system.output import write_whole
 from runtime.bundle.bundle import Bundle
 from tools.data.splits import MARKER

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from freeexport.measure.table import plus_minus
 from freeexport.metrics import metric_of
+from freeexport.system.sheet import plus_minus
 from tools.results.measure import LOOKS, result_file
 from tools.results.rows import ROWS, ResultRow
 

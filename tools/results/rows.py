@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from freeexport.measure.settings import Method
+from freeexport.evaluate.settings import Method
 
 # Lines are from the data set's calibration split.
 RISK = 0.02

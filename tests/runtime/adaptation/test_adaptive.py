@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +19,8 @@ from thread_runner import runners_beside
 
 from runtime import Bundle, OptionError, Session
 from runtime.adaptation import adaptive_threshold as adaptive
-from runtime.adaptation.adaptive_threshold import (
-    FIRST_THRESHOLD,
-    GRID,
-    MOST_REFITS,
-    AdaptiveThreshold,
-    Moments,
-    PaperThreshold,
-    label_every,
-    paper_threshold,
-    probe_every,
-)
+from runtime.adaptation.adaptive_threshold import AdaptiveThreshold, label_every, probe_every
+from runtime.adaptation.learner import RequestLabels
 from runtime.bundle.beta import Beta, BetaMixture, threshold_at
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
@@ -131,7 +121,7 @@ def test_tokens_without_a_label_do_not_bias_the_estimate(monkeypatch: pytest.Mon
     assert unbiased.mixture.weight_agree == pytest.approx(0.85, abs=0.02)
     assert unbiased.threshold == pytest.approx(threshold_at(SHARP, 0.5), abs=0.015)
     # Were they ignored, sure tokens would look rare: this is what the correction is worth.
-    monkeypatch.setattr(adaptive.RequestLabels, "leave", lambda seen, confidences: False)
+    monkeypatch.setattr(RequestLabels, "leave", lambda seen, confidences: False)
     naive = adapting(SHARP, target=0.5)
     Requests(seed=3, mean=6).run(naive, SHARP, 20_000)
     assert naive.mixture.weight_agree < 0.78
@@ -443,103 +433,3 @@ def test_many_threads_lose_no_request_and_several_samples_are_one(open_session: 
     assert weight == pytest.approx(29 / (1 - np.exp(-29 / 500)), rel=0.1)
     session.generate_best(PROMPTS[0], 3, temperature=0.8, seed=3, **OPTIONS)
     assert session.adaptive_state()["requests"] == 25
-
-
-# The rule of FREE's authors; its fit is tested with those of calibration
-
-
-def teach(adaptive: PaperThreshold, random: np.random.Generator, labels: int = 12) -> list[tuple[float, bool]]:
-    """A request: some labelled tokens, and some left over."""
-    agrees = random.random(labels) < 0.7
-    confidence = np.where(agrees, random.beta(4, 1, labels), random.beta(2, 3, labels))
-    request = adaptive.begin()
-    seen = list(zip(confidence.tolist(), agrees.tolist(), strict=True))
-    request.label(seen)
-    assert not request.leave([0.99] * 5)  # never an audit, and what is left over teaches nothing
-    adaptive.complete(request)
-    return seen
-
-
-def test_each_request_refits_to_all_labels_so_far_and_300_times_at_most() -> None:
-    random, adaptive = np.random.default_rng(2), PaperThreshold(MANIFEST, None)
-    assert adaptive.threshold == FIRST_THRESHOLD
-    early = adaptive.begin()
-    adaptive.complete(adaptive.begin())  # without labels it teaches nothing
-    assert adaptive.state()["refits"] == 0
-    seen: list[tuple[float, bool]] = []
-    for number in range(MOST_REFITS):
-        seen += teach(adaptive, random)
-        if number < 20 or number == MOST_REFITS - 1:
-            classes = [Moments.of(np.array([c for c, agrees in seen if agrees == label])) for label in (True, False)]
-            assert adaptive.threshold == paper_threshold(*classes)
-    assert GRID[0] < adaptive.threshold < GRID[-1]
-    assert early.threshold == FIRST_THRESHOLD != adaptive.threshold
-    last = adaptive.state()
-    for _ in range(50):  # all of it wrong, far up
-        request = adaptive.begin()
-        assert not request.learns
-        request.label([(0.95, False)] * 100)
-        adaptive.complete(request)
-    assert adaptive.state() == last
-
-
-def test_where_little_agrees_it_exits_all_the_same_and_the_default_rule_does_not() -> None:
-    """An untrained exit, as SmolLM2's after layer 10: the likelihood ratio leaves out that 4 % of the tokens agree."""
-    wrong = {}
-    for rule in (AdaptiveThreshold(MANIFEST, None, 4000), PaperThreshold(MANIFEST, None)):
-        random, errors, tokens = np.random.default_rng(1), 0, 0
-        for number in range(200):
-            agrees = random.random(60) < 0.045
-            confidence = np.where(agrees, random.beta(1.1, 3.2, 60), random.beta(0.95, 1.3, 60))
-            request, stack = rule.begin(), list[tuple[float, bool]]()
-            for row in zip(confidence.tolist(), agrees.tolist(), strict=True):
-                stack.append(row)
-                if row[0] > request.threshold and len(stack) < 16:
-                    errors += (not row[1]) and number > 50
-                    continue
-                request.label(stack)
-                stack = []
-            tokens += 60 * (number > 50)
-            rule.complete(request)
-        wrong[type(rule)] = errors / tokens
-    assert wrong[AdaptiveThreshold] < 0.01
-    assert wrong[PaperThreshold] > 0.4
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"source_sha256": "12" * 32}, "source_sha256 is"),
-        ({"exit_layer": 99}, "exit_layer is 99"),
-        ({"refits": -1}, "refits = -1 is out of range"),
-        ({"threshold": 1.5}, "threshold = 1.5 is out of range"),
-        ({"threshold": math.nan}, "threshold"),
-        ({"agree": [1.0, 2.0]}, "sums that no tokens have"),
-        ({"agree": [1.0, math.inf, 2.0]}, "agree"),
-        ({"disagree": "x"}, "disagree"),
-        ({"unknown": 1}, "unknown"),
-    ],
-)
-def test_a_state_that_does_not_fit_the_papers_rule_is_refused(change: dict[str, Any], problem: str) -> None:
-    state = {**PaperThreshold(MANIFEST, None).state(), **change}
-    with pytest.raises(OptionError, match=problem):
-        PaperThreshold(MANIFEST, None, state)
-
-
-def test_a_session_adapts_by_the_papers_rule_and_continues_from_its_state(bundle: Bundles) -> None:
-    options: dict[str, Any] = {"threshold": "adaptive", "adaptive_rule": "paper", "slots": 1}
-    asked: dict[str, Any] = {"mode": "free", "max_new_tokens": 16, "ignore_eos": True}
-    with Session(bundle(BY_NAME["t5-deep-decoder"]), **options) as session:
-        for prompt in PROMPTS[:3]:
-            session.generate(list(prompt), **asked)
-        state = json.loads(json.dumps(session.adaptive_state()))
-        assert state["refits"] == 3
-        assert any(np.isclose(state["threshold"], GRID))
-        expected = session.generate(list(PROMPTS[0]), **asked).token_ids
-    with Session(bundle(BY_NAME["t5-deep-decoder"]), **options, adaptive_state=state) as session:
-        assert session.generate(list(PROMPTS[0]), **asked).token_ids == expected
-    # A state of the other rule.
-    with pytest.raises(OptionError, match="start without a state"):
-        Session(bundle(BY_NAME["t5-deep-decoder"]), threshold="adaptive", adaptive_state=state)
-    with pytest.raises(OptionError, match="adaptive_rule"):
-        Session(bundle(BY_NAME["t5-deep-decoder"]), threshold="adaptive", adaptive_rule="moments")  # type: ignore[arg-type]

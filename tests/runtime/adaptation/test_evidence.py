@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from runtime.adaptation.adaptive_threshold import BINS, LabelStatistics
+from runtime.adaptation.label_statistics import BINS, LabelStatistics
 from runtime.bundle.beta import UNIFORM, Beta, BetaMixture, LogSums
 
 MIXTURE = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)

@@ -25,7 +25,7 @@ from recording_engine import (
     prompt_of,
 )
 
-from runtime.adaptation.adaptive_threshold import RequestLabels
+from runtime.adaptation.learner import RequestLabels
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
 from runtime.engines.kv_cache import KVCache

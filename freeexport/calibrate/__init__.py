@@ -1,0 +1,1 @@
+"""Calibration: traces of both predictions, and the threshold of an exit."""

@@ -1,0 +1,1 @@
+"""Comparison of decoding methods: settings, records, scores, tables and pages."""

@@ -1,1 +1,0 @@
-"""Measurements: traces, timing, costs, thresholds, quality, evaluations and benchmarks."""
