@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from runtime.bundle.manifest import FEATURE_STATES, ExitInput
+
 Activation = Literal["relu", "gelu", "gelu-tanh", "silu"]
 # Activations by their names in config.json.
 ACTIVATIONS: dict[str, Activation] = {
@@ -297,8 +299,8 @@ class Decoder:
         exit_map: Linear map [d, exit_inputs * d] from the exit layer's state to the input of
             `exit_layers`.
         exit_layers: Layers of the exit, between the exit layer and its head.
-        exit_inputs: 1 if the map reads the exit layer's state, 2 if it also reads the final normed
-            state of the previous position.
+        exit_inputs: Number of states that the map reads: 1 for the exit layer's, 2 with the final
+            normed state of the previous position, 4 with two earlier ones of the deep layers too.
     """
 
     embedding: Embedding
@@ -333,7 +335,13 @@ class Description:
     @property
     def exit_engine(self) -> bool:
         """True if the exit is an engine of its own, because it reads a feature."""
-        return self.decoder.exit_inputs > 1
+        return self.exit_input != "state"
+
+    @property
+    def exit_input(self) -> ExitInput:
+        """Input of the exit's layers."""
+        states = self.decoder.exit_inputs - 1
+        return next(name for name, count in FEATURE_STATES.items() if count == states)
 
     @property
     def spectrogram(self) -> Spectrogram | None:

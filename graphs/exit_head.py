@@ -18,6 +18,7 @@ from graphs.description import (
 )
 from graphs.errors import GraphError
 from graphs.weights import Weights
+from runtime.bundle.manifest import ExitInput
 
 # Names of the exit's tensors, float32. They give the shallow logits
 # head(norm(h + up(silu(down(adapter_norm(h)))))).
@@ -27,8 +28,10 @@ EXIT_NORM_BIAS = "exit.norm.bias"  # [d], if the model's final norm has a bias
 ADAPTER_NORM = "exit.adapter.norm.weight"  # [d]
 ADAPTER_DOWN = "exit.adapter.down.weight"  # [r, d]
 ADAPTER_UP = "exit.adapter.up.weight"  # [d, r]
-# Input projection of the exit's layers: [d, d] from the exit layer's state, or [d, 2 d] from that
-# state and a feature, the final normed state of the previous position.
+# Input projection of the exit's layers: [d, d] from the exit layer's state, [d, 2 d] from that
+# state and a feature, the final normed state of the previous position, or [d, 4 d] from that state
+# and a fused feature: two earlier states of the deep decoder, scaled to a root mean square of 1,
+# then the final one.
 EXIT_MAP = "exit.map.weight"
 VOCABULARY = "exit.vocabulary"  # [n], token ids, ascending
 OTHER = "exit.other.weight"  # [1, d], the class of all other tokens
@@ -36,6 +39,8 @@ OTHER_BIAS = "exit.other.bias"  # [1]
 # Prefix of the exit's layers, as in exit.layers.0.attention.query.weight. Parts are named by the
 # fields in graphs.description.
 EXIT_LAYERS = "exit.layers"
+
+UNIT_EPSILON = 1e-5  # added to the mean square of a state before it is scaled
 
 Part = TypeVar("Part", Layer, Attention, MLP)
 
@@ -78,6 +83,18 @@ def with_exit(description: Description, weights: Weights) -> Description:
             exit_inputs=inputs,
         )
     return description if decoder is description.decoder else replace(description, decoder=decoder)
+
+
+def fused_layers(reads: ExitInput, exit_layer: int, layers: int) -> tuple[int, ...]:
+    """Return the layers after which a fused feature reads the deep decoder's states.
+
+    They are a third and two thirds of the way from the exit layer to the last layer: 10 and 20 of
+    30 layers for an exit after layer 1. Empty for an exit without fused features.
+    """
+    if reads != "fused":
+        return ()
+    deep = layers - exit_layer
+    return exit_layer + deep // 3, exit_layer + 2 * deep // 3
 
 
 def adapter_epsilon(description: Description) -> float:

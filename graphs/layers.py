@@ -13,8 +13,9 @@ import onnx_ir as ir
 from graphs.description import MLP, Activation, Attention, Head, Layer, Linear, Norm
 from graphs.dialects.base import Dialect, Packing, linear
 from graphs.dialects.ort import KernelDialect
+from graphs.exit_head import UNIT_EPSILON
 from graphs.graph import Graph
-from runtime.bundle.manifest import ConfidenceMeasure
+from runtime.bundle.manifest import FEATURE_STATES, ConfidenceMeasure, ExitInput
 from runtime.text.sampler import UNKNOWN
 
 # Added to the logits of suppressed tokens: below any other logit, and finite in fp16.
@@ -129,6 +130,14 @@ def activate(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
     return graph.op("Gelu", [x], approximate="tanh" if activation == "gelu-tanh" else "none")
 
 
+def unit_scaled(graph: Graph, x: ir.Value, width: int) -> ir.Value:
+    """Scale rows float32 [N, d] to a root mean square of 1."""
+    ones = graph.table("ones", np.ones(width, np.float32))
+    return graph.op(
+        "SimplifiedLayerNormalization", [x, ones], axis=-1, epsilon=UNIT_EPSILON, stash_type=1
+    )
+
+
 def exit_rows(head: Head) -> str:
     """Return the name of the weight of a head with an exit vocabulary."""
     return f"{head.weight}.exit_rows"
@@ -145,7 +154,7 @@ def head_outputs(
     packed: bool = True,
     tokens: np.ndarray | None = None,
     packing: Packing | None = None,
-    feature: bool = False,
+    reads: ExitInput = "state",
 ) -> None:
     """Add the outputs `token` int64 [R], `confidence` float32 [R] and `logits` float32 [R, vocab].
 
@@ -164,13 +173,20 @@ def head_outputs(
             logits of all other tokens are UNKNOWN. If the head has a class for other tokens and it
             is the largest, `confidence` is 0 and `token` is the best token of the exit vocabulary.
         packing: Describes how rows were packed.
-        feature: Also output `feature` [R, d], the normed states that the head reads.
+        reads: Input of the exit that this head belongs to. Unless it is "state", also output
+            `feature` [R, f], in place of a feature that the deep engine has not computed yet: the
+            normed states that the head reads, as many times as the feature has states.
     """
     rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
     places = rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
     normed = _normed(graph, dialect, graph.op("Gather", [hidden, places], axis=0), head)
-    if feature:
-        graph.output("feature", normed, ir.DataType.FLOAT, ["R", graph.shape(head.weight)[1]])
+    if count := FEATURE_STATES[reads]:
+        width = graph.shape(head.weight)[1]
+        feature = normed
+        if count > 1:
+            earlier = unit_scaled(graph, normed, width)
+            feature = graph.op("Concat", [*[earlier] * (count - 1), normed], axis=-1)
+        graph.output("feature", feature, ir.DataType.FLOAT, ["R", count * width])
     if head.scale != 1.0:
         normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
     normed = graph.to_compute(normed)

@@ -150,7 +150,7 @@ class Checkpoint:
                 f"{self.name} was trained to exit after layer {trained}, not {given}; leave it out"
             )
         chosen = trained if given is None else given
-        first = 0 if self.exit is not None and self.exit.exit_input == "feature" else 1
+        first = 0 if self.exit is not None and self.exit.exit_input != "state" else 1
         if chosen is None or not first <= chosen < layers:
             problem = (
                 "there is no exit.json"

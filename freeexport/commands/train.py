@@ -126,8 +126,9 @@ OWN = Path("-")  # stands for a directory beside OUT
     default=TrainingOptions.exit_input,
     help=(
         "Input of the exit's own layers. state: the state of the exit layer. feature: that, and "
-        "the deep decoder's feature of the previous token. feature requires that only the exit "
-        "is trained, and allows an exit after layer 0, the embedding."
+        "the deep decoder's feature of the previous token. fused: both, and the deep decoder's "
+        "states after a third and two thirds of its layers. feature and fused require that only "
+        "the exit is trained, and allow an exit after layer 0, the embedding."
     ),
 )
 @click.option(

@@ -19,7 +19,8 @@ from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
 from graphs.description import MLP, Activation, Attention, Description, Layer, Linear, Norm
 from graphs.dialects.base import buckets
 from graphs.exit_head import EXIT as PREFIX
-from graphs.exit_head import OTHER, OTHER_BIAS, with_exit
+from graphs.exit_head import OTHER, OTHER_BIAS, UNIT_EPSILON, with_exit
+from runtime.bundle.manifest import FEATURE_STATES, ExitInput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,11 +98,26 @@ class Exit(nn.Module):
 
     Attributes:
         norm: The exit's final norm.
-        reads_feature: True if `forward` also needs `features` [..., d], the final normed states.
+        reads: Input of the exit. Unless it is "state", `forward` also needs `features` [..., f], of
+            `joined_feature`.
     """
 
     norm: nn.Module
-    reads_feature = False
+    reads: ExitInput = "state"
+
+
+def joined_feature(
+    normed: torch.Tensor, earlier: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Return the feature of each position, float32 [..., f].
+
+    Args:
+        normed: Final normed states of the deep decoder [..., d].
+        earlier: Its states after `fused_layers`. They are scaled to a root mean square of 1 and
+            precede the normed ones.
+    """
+    scaled = [F.rms_norm(one.float(), one.shape[-1:], eps=UNIT_EPSILON) for one in earlier or ()]
+    return torch.cat([*scaled, normed.float()], dim=-1)
 
 
 class AdaptedExit(Exit):
@@ -125,12 +141,14 @@ class AdaptedExit(Exit):
 
 
 class JoinedInputs(Exit):
-    """Concatenate each state with the feature of the previous position, as [B, n, 2 d].
+    """Concatenate each state with the feature of the previous position, as [B, n, d + f].
 
     The feature before the first position is zero.
     """
 
-    reads_feature = True
+    def __init__(self, reads: ExitInput = "feature") -> None:
+        super().__init__()
+        self.reads = reads
 
     def forward(
         self,
@@ -148,7 +166,7 @@ class ExitLayers(Exit):
     Args:
         layers: Descriptions of the layers.
         read: Returns a layer's weight by name.
-        weight: Map applied before the layers: [d, d], or [d, 2 d] after `JoinedInputs`.
+        weight: Map applied before the layers: [d, d], or [d, d + f] after `JoinedInputs`.
         norm: The exit's final norm.
     """
 
@@ -163,8 +181,19 @@ class ExitLayers(Exit):
         self._join = JoinedInputs()
 
     @property
-    def reads_feature(self) -> bool:  # type: ignore[override]
-        return self.map.in_features > self.map.out_features
+    def reads(self) -> ExitInput:  # type: ignore[override]
+        states = self.map.in_features // self.map.out_features - 1
+        return next(name for name, count in FEATURE_STATES.items() if count == states)
+
+    def fuse(self) -> None:
+        """Let an exit that reads a feature also read the earlier states of a fused one.
+
+        Their columns of the map are zero, so predictions do not change.
+        """
+        state, feature = self.map.weight.detach().chunk(2, dim=1)
+        weight = torch.cat([state, *[torch.zeros_like(state)] * 2, feature], dim=1)
+        self.map = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.map.weight = nn.Parameter(weight)
 
     def forward(
         self,
@@ -199,6 +228,8 @@ class ExitLayers(Exit):
                 x = layer(x, encoded, passed)
             found.append(x)
             features = self.norm(x)
+            if self.reads == "fused":
+                features = joined_feature(features, [features] * 2)
         return found
 
 

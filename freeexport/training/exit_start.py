@@ -54,7 +54,7 @@ def first_exit(
     layers = description.decoder.layers
     norm = description.decoder.head.norm
     into = len(layers) - options.exit_layers
-    joined = JoinedInputs() if options.exit_input == "feature" else None
+    joined = None if options.exit_input == "state" else JoinedInputs(options.exit_input)
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,), own=joined)
     states = observed(whole, examples, collate, options.bf16, everywhere=options.exit_layers > 0)
     pairs = ((hidden[EXIT if joined else options.exit_layer], hidden[into]) for hidden in states)

@@ -27,6 +27,7 @@ from freeexport.training.exit_modules import (
     ExitLayers,
     KnownTokens,
     capped,
+    joined_feature,
 )
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import (
@@ -39,6 +40,8 @@ from freeexport.training.shallow_deep import (
     measures,
     products,
 )
+from graphs.exit_head import fused_layers
+from runtime.bundle.manifest import FEATURE_STATES
 
 BEST = 32  # most likely tokens, or classes of an exit vocabulary, kept per position
 _LOGITS = 1 << 28  # logits in memory at once
@@ -66,7 +69,7 @@ def collate_teacher(examples: Sequence[Taught]) -> dict[str, torch.Tensor]:
     """Batch records of `cached_teacher`.
 
     Returns:
-        `states` and, if recorded, `features`: float32 [B, n, d], padded on the right.
+        `states` and, if recorded, `features`: float32 [B, n, d] and [B, n, f], padded on the right.
         `labels`: int64 [B, n].
         For the R labelled positions, in order: `best` int64 [R, 32], `chances` float32 [R, 32],
         `predicted` int64 [R] and `nats` float32 [R].
@@ -116,7 +119,7 @@ def cached_teacher(
     these fields:
 
         states, scales: State after the exit layer is `states` float16 [d] times `scales`.
-        features, feature_scales: Final normed state, if the exit reads features.
+        features, feature_scales: Likewise the feature, if the exit reads one.
         labels: Label of the position, -100 if it predicts nothing.
         best: The 32 most likely tokens, or classes of `known`.
         chances: Their log probabilities.
@@ -160,9 +163,10 @@ def _write_teacher(
     ends = counts.cumsum(axis=1)
     vocabulary, width = model.head.weight.shape
     best = min(BEST, vocabulary if known is None else len(known) + 1)
+    feature_size = FEATURE_STATES[options.exit_input] * width
     fields: list[tuple[Any, ...]] = [("states", np.float16, width), ("scales", np.float32)]
-    if options.exit_input == "feature":
-        fields += [("features", np.float16, width), ("feature_scales", np.float32)]
+    if feature_size:
+        fields += [("features", np.float16, feature_size), ("feature_scales", np.float32)]
     fields += [("labels", np.int32), ("best", np.int32, best)]
     fields += [("chances", np.float16, best), ("predicted", np.int32), ("nats", np.float32)]
     records, *encoder = (
@@ -195,8 +199,10 @@ def _write_teacher(
             with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):
                 hidden = model.hidden_states(**{**inputs, "labels": torch.where(kept, 0, IGNORED)})
             _write_states(records, places, hidden[model.exit_layer])
-            if options.exit_input == "feature":
-                features = model.head.normed(hidden[model.layers].float())
+            if feature_size:
+                normed = model.head.normed(hidden[model.layers].float())
+                earlier = fused_layers(options.exit_input, model.exit_layer, model.layers)
+                features = joined_feature(normed, [hidden[number] for number in earlier])
                 _write_states(records, places, features, "features", "feature_scales")
             for into, where in zip(encoder, prompts, strict=True):
                 _write_states(into, where, hidden[ENCODER])

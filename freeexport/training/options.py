@@ -52,7 +52,8 @@ class TrainingOptions:
         rank: Rank of LoRA adapters, or of the exit's own adapter. 0: the exit has only a norm.
         exit_layers: Number of the exit's own transformer layers.
         exit_vocab: Number of tokens that the exit can predict. None: all.
-        exit_input: Input of the exit's own layers: the state, or also the deep feature.
+        exit_input: Input of the exit's own layers: the state, also the deep feature, or also the
+            earlier deep states of a fused feature.
         exit_from: Exit to start from: a directory, or a name as for `convert --exit`.
         from_config: Start from random weights.
         steps: Maximum number of steps.
@@ -169,10 +170,10 @@ class TrainingOptions:
                 self.loss in ("weighted-ce", "deep-ce")
                 and (self.exit_layers > 0 or self.exit_vocab is not None)
             ),
-            "--exit-input feature is for --tune exit, which leaves the model as it is, not for "
-            f"--tune {self.tune}": (self.exit_input == "feature" and self.tune != "exit"),
-            "--exit-input feature is read by layers of the exit's own; give --exit-layers 1 or "
-            "more": (self.exit_input == "feature" and self.exit_layers == 0),
+            f"--exit-input {self.exit_input} is for --tune exit, which leaves the model as it is, "
+            f"not for --tune {self.tune}": (self.exit_input != "state" and self.tune != "exit"),
+            f"--exit-input {self.exit_input} is read by layers of the exit's own; give "
+            "--exit-layers 1 or more": (self.exit_input != "state" and self.exit_layers == 0),
             "--self-distill needs trained weights, --from-config has none; choose one": (
                 self.from_config and self.self_distill is not None
             ),

@@ -341,13 +341,12 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Chec
     found = checkpoint.exit
     if found is not None and found.has_parameters:
         wanted = options.exit_layers, options.exit_layer, options.exit_input
+        reads = found.exit_input
+        if (reads, options.exit_input) == ("feature", "fused"):  # see ExitLayers.fuse
+            reads = "fused"
         adapted = found.exit_norm and not found.exit_layers
         same_tokens = found.vocabulary is None or found.vocabulary.size == options.exit_vocab
-        if (
-            adapted
-            or (found.exit_layers, found.exit_layer, found.exit_input) != wanted
-            or not same_tokens
-        ):
+        if adapted or (found.exit_layers, found.exit_layer, reads) != wanted or not same_tokens:
             if options.exit_from is not None and not adapted:
                 known = "" if found.vocabulary is None else f" --exit-vocab {found.vocabulary.size}"
                 raise CheckpointError(

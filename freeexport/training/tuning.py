@@ -26,6 +26,7 @@ from freeexport.training.frozen import FrozenExit, cached_teacher, collate_teach
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ENCODER, ShallowDeep
 from graphs.description import Description
+from graphs.exit_head import fused_layers
 from graphs.layers import SUPPRESSED
 
 if TYPE_CHECKING:
@@ -93,8 +94,9 @@ def trainable(
             `model_name` as its base. If the model is itself an adapter, its training continues.
         exit: Train an exit on a frozen model, possibly with an adapter. The model runs over the
             data once, and its outputs are cached. With own layers, a cache record takes 2 d + 210
-            bytes (4 d + 214 with features) for every position, plus 2 d + 4 bytes for every encoder
-            position. Without own layers, only target positions are cached.
+            bytes (4 d + 214 with features, 8 d + 214 with fused ones) for every position, plus
+            2 d + 4 bytes for every encoder position. Without own layers, only target positions are
+            cached.
 
     In distributed runs, call on rank 0 first. It fills the cache.
 
@@ -124,6 +126,8 @@ def trainable(
     own, known = trained_exit(checkpoint, description)
     if own is None and (frozen or options.exit_layers):
         own = first_exit(model, checkpoint, description, options, training, collate)
+    elif isinstance(own, ExitLayers) and (own.reads, options.exit_input) == ("feature", "fused"):
+        own.fuse()
     begins = known is None
     if known is None and tokens is not None:
         known = KnownTokens(tokens, description.hidden_size)
@@ -154,7 +158,10 @@ def trainable(
     if not frozen:
         lengths = token_counts(training), token_counts(validation)
         return Trainable(module, training, validation, lengths, collate, write, own)
-    also = (ENCODER,) if options.exit_layers and description.encoder is not None else ()
+    layers = len(description.decoder.layers)
+    also = fused_layers(options.exit_input, options.exit_layer, layers)
+    if options.exit_layers and description.encoder is not None:
+        also = (*also, ENCODER)
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=also)
     first, second = (
         cached_teacher(cache / f"{name}.npy", whole, examples, collate, options, known)
