@@ -311,6 +311,7 @@ def test_a_bundle_is_verified_on_what_was_said(spoken: Path, tmp_path: Path) -> 
         verify(Bundle.open(bundle), str(spoken / "model"), spoken / "text.jsonl", QUICK)
 
 
+@pytest.mark.slow
 def test_fit_makes_a_bundle_of_recordings(spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(module: str, *arguments: str, **shown: Any) -> str:
         done = succeed(*arguments)

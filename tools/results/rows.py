@@ -19,7 +19,11 @@ CALIBRATION = f"--rule risk --risk {RISK} --samples {CALIBRATION_LINES}"
 # Version of the test splits. Training after a measurement on test lines requires a new version.
 TEST_VERSION = 2
 LINES = 150
-ORDINARY = Path(__file__).parents[1] / "data" / "ordinary_prompts.jsonl"
+# Versions of the ordinary prompts. The rows measure the last one.
+ORDINARY = tuple(
+    Path(__file__).parents[1] / "data" / name
+    for name in ("ordinary_prompts.jsonl", "ordinary_prompts_2.jsonl")
+)
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 G2P = "freeexport/data/g2p"
 
@@ -117,7 +121,7 @@ TEMPLATED = Data(
     f"prompts, test version {TEST_VERSION}",
     ("tools.data.prompts", "--test-version", str(TEST_VERSION)),
 )
-ORDINARY_PROMPTS = Data("ordinary-prompts", "ordinary_prompts.jsonl", file=ORDINARY)
+ORDINARY_PROMPTS = Data("ordinary-prompts", ORDINARY[-1].name, file=ORDINARY[-1])
 REPEATED = Data(
     "repeated-sentences",
     f"restoration, test version {TEST_VERSION}, to repeat",

@@ -43,7 +43,12 @@ def here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
-    ("name", "reads"), [("llama-tied", "state"), ("llama-tied", "feature"), ("t5-deep-decoder", "feature")]
+    ("name", "reads"),
+    [
+        ("llama-tied", "feature"),
+        pytest.param("llama-tied", "state", marks=pytest.mark.slow),
+        pytest.param("t5-deep-decoder", "feature", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(
     name: str, reads: str, options: Options, monkeypatch: pytest.MonkeyPatch

@@ -367,6 +367,7 @@ def test_the_command_prints_what_was_reached(
         assert "examples are longer than 18 tokens and are left out" in result.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(checkpoint: Directory, words: Path, run: Runs, tmp_path: Path) -> None:
     one, _ = run(T5, **ONE_BATCH)
     arguments = [

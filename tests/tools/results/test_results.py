@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -44,16 +45,37 @@ def test_every_row_is_planned_with_its_time_and_reads_no_more_lines_than_a_versi
         assert {"full", "lossless"} <= set(row.methods)
 
 
-def test_ordinary_prompts_follow_no_template() -> None:
-    lines = read_examples(ORDINARY)
-    texts = [str(line.text[0]["content"]) for line in lines if isinstance(line.text, list)]
-    assert len(set(texts)) == 150
-    subjects = {json.loads(line)["subject"] for line in ORDINARY.read_text(encoding="utf-8").splitlines()}
-    assert len(subjects) == 25
+def ordinary(path: Path) -> tuple[list[str], set[str]]:
+    """Read ordinary prompts: their texts, and their subjects."""
+    messages = [line.text for line in read_examples(path)]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert messages == [line["input"] for line in lines]
+    assert all(line.keys() == {"input", "subject"} for line in lines)
+    assert all([one["role"] for one in line["input"]] == ["user"] for line in lines)
+    return [line["input"][0]["content"] for line in lines], {line["subject"] for line in lines}
+
+
+@pytest.mark.parametrize(("version", "subjects"), [(1, 25), (2, 30)])
+def test_ordinary_prompts_follow_no_template(version: int, subjects: int) -> None:
+    texts, found = ordinary(ORDINARY[version - 1])
+    assert (len(texts), len(set(texts)), len(found)) == (150, 150, subjects)
+    assert all(10 <= len(text) <= 1200 and text == text.strip() for text in texts)
     # What stands before the first placeholder, where that says something.
     templates = [template.partition("{")[0] for kind in KINDS.values() for template in kind]
     beginnings = tuple(text for text in templates if len(text) > 12)
     assert [text for text in texts if text.startswith(beginnings)] == []
+
+
+def test_no_ordinary_prompt_resembles_one_of_another_version() -> None:
+    def grams(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        # A text of fewer words is one gram.
+        return {tuple(words[at : at + 4]) for at in range(max(1, len(words) - 3))}
+
+    first, second = ([grams(text) for text in ordinary(path)[0]] for path in ORDINARY)
+    shared = max(len(one & other) / min(len(one), len(other)) for one in first for other in second)
+    assert shared < 0.1
+    assert len(ordinary(ORDINARY[1])[1] - ordinary(ORDINARY[0])[1]) >= 12
 
 
 @pytest.fixture
