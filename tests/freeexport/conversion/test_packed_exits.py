@@ -50,7 +50,7 @@ Directory = Callable[[Case], Path]
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-deep-decoder"]
 KINDS: dict[str, tuple[Case, dict[str, Any]]] = {
     "layers": (LLAMA, {"tune": "exit", "exit_layers": 2, "exit_vocab": 40}),
-    "feature": (LLAMA, {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": 0}),
+    "fused": (LLAMA, {"tune": "exit", "exit_layers": 1, "exit_input": "fused", "exit_layer": 0}),
     "adapter": (T5, {"tune": "exit", "rank": 8}),
     "t5 layers": (T5, {"tune": "exit", "exit_layers": 1, "exit_vocab": 40}),
     "lora": (LLAMA, {"tune": "lora", "rank": 4, "exit_layers": 1}),
