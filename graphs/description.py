@@ -227,20 +227,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """Residual adapter, computed in fp32: h + up(silu(down(norm(h)))).
-
-    `down` is [rank, d], `up` is [d, rank].
-    """
-
-    norm: Norm
-    down: Linear
-    up: Linear
-
-
-@dataclass(frozen=True)
 class Head:
-    """LM head: logits = scale * norm(adapter(hidden)) W^T + bias.
+    """LM head: logits = scale * norm(hidden) W^T + bias.
 
     Attributes:
         norm: Norm of the hidden states. None for BART and Marian, which have none.
@@ -251,7 +239,6 @@ class Head:
         suppressed: Tokens that get the lowest logits (Marian's padding).
         softcap: Replaces each token's logit by softcap * tanh(logit / softcap) (Gemma 2). Default:
             no cap.
-        adapter: Applied before the norm. Default: none.
         tokens: Exit vocabulary, ascending: the rows of `weight` that the head computes. Default:
             all.
         other: One more class [1, d], trained with `tokens`, that stands for all other tokens. It
@@ -264,7 +251,6 @@ class Head:
     bias: str | None = None
     suppressed: tuple[int, ...] = ()
     softcap: float | None = None
-    adapter: Adapter | None = None
     tokens: tuple[int, ...] = ()
     other: Linear | None = None
 

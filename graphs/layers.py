@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import MLP, Activation, Attention, Head, Layer, Linear, Norm
+from graphs.description import MLP, Activation, Attention, Head, Layer, Norm
 from graphs.dialects.base import Dialect, Packing, linear
 from graphs.dialects.ort import KernelDialect
 from graphs.exit_head import UNIT_EPSILON
@@ -112,14 +112,9 @@ def mlp(graph: Graph, x: ir.Value, layer: MLP) -> ir.Value:
         hidden = graph.op("Mul", [gate, up])
     if not layer.fp32:
         return graph.to_float(linear(graph, hidden, layer.down))
-    return fp32_linear(graph, graph.to_float(hidden), layer.down)
-
-
-def fp32_linear(graph: Graph, x: ir.Value, layer: Linear) -> ir.Value:
-    """Apply a linear layer that stays in fp32 at every precision."""
-    names = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    names = [layer.down.weight] if layer.down.bias is None else [layer.down.weight, layer.down.bias]
     weights = [graph.weight(name, ir.DataType.FLOAT) for name in names]
-    return graph.op("Gemm", [x, *weights], transB=1)
+    return graph.op("Gemm", [graph.to_float(hidden), *weights], transB=1)
 
 
 def activate(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
@@ -179,7 +174,9 @@ def head_outputs(
     """
     rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
     places = rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
-    normed = _normed(graph, dialect, graph.op("Gather", [hidden, places], axis=0), head)
+    normed = graph.op("Gather", [hidden, places], axis=0)  # float32 [R, d]
+    if head.norm is not None:
+        normed = dialect.norm(normed, head.norm)
     if count := FEATURE_STATES[reads]:
         width = graph.shape(head.weight)[1]
         feature = normed
@@ -261,15 +258,6 @@ def _predictions(
     index = graph.op("Unsqueeze", [emitted, graph.constant([1])])
     chosen = graph.op("GatherElements", [log_probabilities, index], axis=1)
     return token, measured, graph.op("Neg", [graph.op("Squeeze", [chosen, graph.constant([1])])])
-
-
-def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head) -> ir.Value:
-    """Return the head's input, float32 [R, d], before its scale."""
-    if (adapter := head.adapter) is not None:
-        inner = fp32_linear(graph, dialect.norm(hidden, adapter.norm), adapter.down)
-        outer = fp32_linear(graph, activate(graph, inner, "silu"), adapter.up)
-        hidden = graph.op("Add", [hidden, outer])
-    return hidden if head.norm is None else dialect.norm(hidden, head.norm)
 
 
 def _weights(graph: Graph, head: Head, packed: bool, tokens: np.ndarray | None) -> list[ir.Value]:

@@ -288,10 +288,6 @@ def _shapes(
     if decoder.exit_head is not None:
         norms.append((decoder.exit_head.norm, width))
         linears.append((decoder.exit_head.other, 1, width))
-        if (adapter := decoder.exit_head.adapter) is not None:
-            rank = weights.shape(adapter.down.weight)[0]
-            norms.append((adapter.norm, width))
-            linears += [(adapter.down, rank, width), (adapter.up, width, rank)]
     if isinstance(description.encoder, Encoder):
         norms.append((description.encoder.norm, width))
         layers += description.encoder.layers

@@ -48,7 +48,7 @@ def write_exit(
         if norm.bias is not None:
             tensors[EXIT_NORM_BIAS] = opened.read(norm.bias)
     save_file(tensors, directory / EXIT_WEIGHTS)
-    exit_file = ExitFile(exit_layer, True, 0, opened.sha256, "logit-kd", "exit", layers, exit_input=reads)
+    exit_file = ExitFile(exit_layer, opened.sha256, "logit-kd", "exit", layers, exit_input=reads)
     write_exit_file(directory, exit_file)
 
 

@@ -304,7 +304,9 @@ def with_exit_of(opened: Checkpoint, directory: Path) -> Checkpoint:
 def _with_exit(opened: Checkpoint, directory: Path) -> Checkpoint:
     """Add the content of exit.json in a directory, and the exit's own tensors."""
     opened.exit = read_exit_file(directory)
-    if opened.exit is not None and opened.exit.has_parameters:
+    if opened.exit is None:
+        return opened
+    if opened.exit.has_parameters or (directory / EXIT_WEIGHTS).exists():
         file = read_exit_weights(directory, opened.exit, opened.config, opened)
         opened.files.append(file)
         opened.tensors.update(dict.fromkeys(file.shapes, file))

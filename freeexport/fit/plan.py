@@ -577,11 +577,6 @@ def best_exit(
         raise OptionError(
             f"{checkpoint.name} has an exit of its own; give the checkpoint that it was trained on"
         )
-    if given is not None and given.exit_norm and not given.exit_layers:
-        raise OptionError(
-            f"{checkpoint.name} has an exit with a norm of its own, which training cannot go on "
-            "with; use convert and calibrate, or give the checkpoint that it was trained on"
-        )
     layers = len(description.decoder.layers)
     costs = step_bytes(description, checkpoint)
     vocabularies = list(_vocabularies(examples, description.vocab_size))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,12 +23,11 @@ from freeexport.training.batches import Collator, LengthBatches, token_counts
 from freeexport.training.exit_modules import (
     MEASURED,
     PASSES,
-    Encoded,
     ExitLayers,
     KnownTokens,
-    capped,
     joined_feature,
 )
+from freeexport.training.layer_modules import Encoded, capped
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import (
     ENCODER,
@@ -126,10 +125,9 @@ def cached_teacher(
         predicted: The most likely token.
         nats: Cross-entropy of the label.
 
-    The last four are valid only at labelled positions. An exit with layers gets records of all
-    positions that its attention may see, an adapter only of labelled ones. If `model` keeps
-    ENCODER, the encoder's states are cached too, because running it in every step would take longer
-    than the rest of the step.
+    The last four are valid only at labelled positions. There are records of all positions that the
+    attention of the exit's layers may see. If `model` keeps ENCODER, the encoder's states are
+    cached too, because running it in every step would take longer than the rest of the step.
     """
     ends_path = path.with_suffix(".ends.npy")
     encoder_path = path.with_suffix(".encoder.npy")
@@ -154,9 +152,7 @@ def _write_teacher(
     options: TrainingOptions,
     known: KnownTokens | None,
 ) -> None:
-    everywhere = options.exit_layers > 0 and (
-        not model.seq2seq or any(example.given for example in examples)
-    )
+    everywhere = not model.seq2seq or any(example.given for example in examples)
     labels = [collate([example])["labels"] for example in examples]
     rows = [one.numel() if everywhere else int((one != IGNORED).sum()) for one in labels]
     counts = np.array([rows, [len(example.prompt) for example in examples]][: len(paths)])
@@ -298,7 +294,7 @@ class FrozenExit(nn.Module):
         """Take the exit of `whole`, without keeping its model."""
         super().__init__()
         self.seq2seq = whole.seq2seq
-        self.exit = whole.own
+        self.exit = cast(ExitLayers, whole.own)
         self.known = whole.known
         # Keep only the norm and the head, so that the layers' memory is freed.
         head = whole.head
@@ -334,17 +330,11 @@ class FrozenExit(nn.Module):
         known = self.known
         labels = labels[wanted]
         classes = labels if known is None else known.classes(labels)
-        assert self.exit is not None
         prompts = (
             None if encoded is None or attention_mask is None else Encoded(encoded, attention_mask)
         )
-        if features is None:
-            passes = [self.exit(states, prompts)]
-        else:
-            assert isinstance(self.exit, ExitLayers)
-            passes = self.exit.passes(
-                states, prompts, features, PASSES if self.training else MEASURED
-            )
+        count = PASSES if self.training else MEASURED
+        passes = self.exit.passes(states, prompts, features, 1 if features is None else count)
         students = [self.exit.norm(one[wanted]) * self.head.scale for one in passes]  # [R, d] each
         # In float32, since bfloat16 logits are off by about 0.05.
         with torch.autocast(states.device.type, enabled=False):

@@ -13,15 +13,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
-from freeexport.training.exit_modules import (
-    MEASURED,
-    Encoded,
-    Exit,
-    ExitLayers,
-    KnownTokens,
-    capped,
-    joined_feature,
-)
+from freeexport.training.exit_modules import MEASURED, Exit, ExitLayers, KnownTokens, joined_feature
+from freeexport.training.layer_modules import Encoded, capped
 from graphs.description import Description
 from graphs.exit_head import fused_layers
 from graphs.layers import head_bias

@@ -20,7 +20,7 @@ from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.system.output import link_or_copy
 from freeexport.training.batches import Collator, token_counts
-from freeexport.training.exit_modules import Exit, ExitLayers, KnownTokens, trained_exit, write_exit
+from freeexport.training.exit_modules import ExitLayers, KnownTokens, trained_exit, write_exit
 from freeexport.training.exit_start import begin_other, first_exit, observed
 from freeexport.training.frozen import FrozenExit, cached_teacher, collate_teacher
 from freeexport.training.options import TrainingOptions
@@ -58,7 +58,7 @@ class Trainable:
         lengths: Lengths of both, in tokens.
         collate: Makes a batch of examples.
         write: Writes the trained weights to an empty directory.
-        own: The exit, if it has parameters.
+        own: The exit, if it has layers of its own.
     """
 
     module: torch.nn.Module
@@ -67,12 +67,7 @@ class Trainable:
     lengths: tuple[list[int], list[int]]
     collate: Callable[[Any], dict[str, torch.Tensor]]
     write: Callable[[Path], None]
-    own: Exit | None = None
-
-    @property
-    def exit_layers(self) -> int:
-        """Return the number of the exit's own transformer layers."""
-        return len(self.own.layers) if isinstance(self.own, ExitLayers) else 0
+    own: ExitLayers | None = None
 
 
 def trainable(
@@ -93,10 +88,9 @@ def trainable(
         lora: Train a LoRA adapter and the exit's own layers. The adapter is written with
             `model_name` as its base. If the model is itself an adapter, its training continues.
         exit: Train an exit on a frozen model, possibly with an adapter. The model runs over the
-            data once, and its outputs are cached. With own layers, a cache record takes 2 d + 210
-            bytes (4 d + 214 with features, 8 d + 214 with fused ones) for every position, plus
-            2 d + 4 bytes for every encoder position. Without own layers, only target positions are
-            cached.
+            data once, and its outputs are cached. A cache record takes 2 d + 210 bytes (4 d + 214
+            with features, 8 d + 214 with fused ones) for every position, plus 2 d + 4 bytes for
+            every encoder position.
 
     In distributed runs, call on rank 0 first. It fills the cache.
 
@@ -124,9 +118,9 @@ def trainable(
     if frozen and torch.cuda.is_available():
         torch.nn.Module.cuda(model)
     own, known = trained_exit(checkpoint, description)
-    if own is None and (frozen or options.exit_layers):
+    if own is None and options.exit_layers:
         own = first_exit(model, checkpoint, description, options, training, collate)
-    elif isinstance(own, ExitLayers) and (own.reads, options.exit_input) == ("feature", "fused"):
+    elif own is not None and (own.reads, options.exit_input) == ("feature", "fused"):
         own.fuse()
     begins = known is None
     if known is None and tokens is not None:
@@ -160,7 +154,7 @@ def trainable(
         return Trainable(module, training, validation, lengths, collate, write, own)
     layers = len(description.decoder.layers)
     also = fused_layers(options.exit_input, options.exit_layer, layers)
-    if options.exit_layers and description.encoder is not None:
+    if description.encoder is not None:
         also = (*also, ENCODER)
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=also)
     first, second = (
@@ -203,8 +197,8 @@ def _adapted(
         further.peft_config["default"].base_model_name_or_path = resolved(read_adapter(goes_on)[1])
         return further
     config = LoraConfig(
-        r=options.adapter_rank,
-        lora_alpha=2 * options.adapter_rank,
+        r=options.lora_rank,
+        lora_alpha=2 * options.lora_rank,
         target_modules="all-linear",
         # FREE's authors use a dropout of 0.1.
         lora_dropout=0.1 if options.dropout is None else options.dropout,

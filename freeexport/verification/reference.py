@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples, recording_of
-from freeexport.training.exit_modules import Encoded
+from freeexport.training.layer_modules import Encoded
 from freeexport.training.shallow_deep import layer_list
 from freeexport.verification.checks import Check, Measure
 from freeexport.verification.engines import (

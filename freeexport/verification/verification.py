@@ -311,7 +311,8 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
         return None
     import torch
 
-    from freeexport.training.exit_modules import Encoded, joined_feature, trained_exit
+    from freeexport.training.exit_modules import joined_feature, trained_exit
+    from freeexport.training.layer_modules import Encoded
     from freeexport.training.shallow_deep import exits_of, shared_head
 
     description = describe(checkpoint.config, checkpoint)

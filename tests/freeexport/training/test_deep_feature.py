@@ -18,7 +18,8 @@ from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.packed_exit import pack
 from freeexport.conversion.own_outputs import own_outputs
 from freeexport.training.batches import described
-from freeexport.training.exit_modules import Encoded, ExitLayers, norm_module, trained_exit
+from freeexport.training.exit_modules import ExitLayers, trained_exit
+from freeexport.training.layer_modules import Encoded, norm_module
 from freeexport.training.train import train
 from graphs.exit_head import EXIT_MAP
 from graphs.families import describe
@@ -145,7 +146,7 @@ def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory
     ("changes", "reason"),
     [
         ({"exit_input": "fused", "tune": "full"}, "--exit-input fused is for --tune exit"),
-        ({"exit_layers": 0}, "give --exit-layers 1 or more"),
+        ({"exit_layers": 0}, "--tune exit trains layers of the exit's own"),
         ({"tune": "lora"}, "--exit-input feature is for --tune exit"),
         ({"exit_input": "guess"}, "--exit-input 'guess' is unknown; choose state, feature, fused"),
     ],
