@@ -42,14 +42,13 @@ def first_exit(
 ) -> ExitLayers:
     """Return the exit from which training starts: copies of the last layers after a fitted map."""
     layers = description.decoder.layers
-    norm = description.decoder.head.norm
     into = len(layers) - options.exit_layers
     joined = None if options.exit_input == "state" else JoinedInputs(options.exit_input)
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,), own=joined)
     states = observed(whole, examples, collate, options.bf16, everywhere=True)
     pairs = ((hidden[EXIT if joined else options.exit_layer], hidden[into]) for hidden in states)
     linear = linear_map(*_joined(pairs, _POSITIONS), description.hidden_size)
-    own_norm = norm_module(norm, checkpoint.read)
+    own_norm = norm_module(description.decoder.head.norm, checkpoint.read)
     return ExitLayers(layers[into:], checkpoint.read, linear, own_norm)
 
 

@@ -15,7 +15,7 @@ from runtime.bundle.manifest import ExitInput
 from runtime.errors import OptionError
 
 # linear falls from the end of the warmup on, as transformers' default does. hold stays at the peak
-# for most of the run, which gave better exits in the same time.
+# first, since agreement rises most while the rate falls. `fit` uses it.
 Schedule = Literal["linear", "hold"]
 
 # Losses for --tune exit. The others train layers, which it freezes.
