@@ -88,13 +88,13 @@ class BatchedCall:
             inputs["emitted"] = np.concatenate([call.inputs["emitted"] for call in calls])
         outputs: dict[str, Any] = {}
         for output in {name: None for call in calls for name in call.outputs}:
-            size = self._sizes.get(output)
             if output in _STATES:
-                outputs[output] = runner.scratch(output, (*tokens, size), np.float32)
+                shape = (*tokens, self._sizes[output])
+                outputs[output] = runner.scratch(output, shape, np.float32)
             else:
                 kind = np.int64 if output == "token" else np.float32
-                shape = (len(heads),) if size is None else (len(heads), size)
-                outputs[output] = np.empty(shape, kind)
+                size = [self._sizes[output]] if output in self._sizes else []
+                outputs[output] = np.empty((len(heads), *size), kind)
         bound = self._bound(calls, first, count, "logits" in outputs)
         bound.rebind(inputs, outputs)
         seconds = runner.run(bound)
