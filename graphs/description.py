@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from runtime.bundle.manifest import FEATURE_STATES, ExitInput
+
 Activation = Literal["relu", "gelu", "gelu-tanh", "silu"]
 # Activations by their names in config.json.
 ACTIVATIONS: dict[str, Activation] = {
@@ -225,20 +227,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """Residual adapter, computed in fp32: h + up(silu(down(norm(h)))).
-
-    `down` is [rank, d], `up` is [d, rank].
-    """
-
-    norm: Norm
-    down: Linear
-    up: Linear
-
-
-@dataclass(frozen=True)
 class Head:
-    """LM head: logits = scale * norm(adapter(hidden)) W^T + bias.
+    """LM head: logits = scale * norm(hidden) W^T + bias.
 
     Attributes:
         norm: Norm of the hidden states. None for BART and Marian, which have none.
@@ -249,7 +239,6 @@ class Head:
         suppressed: Tokens that get the lowest logits (Marian's padding).
         softcap: Replaces each token's logit by softcap * tanh(logit / softcap) (Gemma 2). Default:
             no cap.
-        adapter: Applied before the norm. Default: none.
         tokens: Exit vocabulary, ascending: the rows of `weight` that the head computes. Default:
             all.
         other: One more class [1, d], trained with `tokens`, that stands for all other tokens. It
@@ -262,7 +251,6 @@ class Head:
     bias: str | None = None
     suppressed: tuple[int, ...] = ()
     softcap: float | None = None
-    adapter: Adapter | None = None
     tokens: tuple[int, ...] = ()
     other: Linear | None = None
 
@@ -297,8 +285,8 @@ class Decoder:
         exit_map: Linear map [d, exit_inputs * d] from the exit layer's state to the input of
             `exit_layers`.
         exit_layers: Layers of the exit, between the exit layer and its head.
-        exit_inputs: 1 if the map reads the exit layer's state, 2 if it also reads the final normed
-            state of the previous position.
+        exit_inputs: Number of states that the map reads: 1 for the exit layer's, 2 with the final
+            normed state of the previous position, 4 with two earlier ones of the deep layers too.
     """
 
     embedding: Embedding
@@ -333,7 +321,13 @@ class Description:
     @property
     def exit_engine(self) -> bool:
         """True if the exit is an engine of its own, because it reads a feature."""
-        return self.decoder.exit_inputs > 1
+        return self.exit_input != "state"
+
+    @property
+    def exit_input(self) -> ExitInput:
+        """Input of the exit's layers."""
+        states = self.decoder.exit_inputs - 1
+        return next(name for name, count in FEATURE_STATES.items() if count == states)
 
     @property
     def spectrogram(self) -> Spectrogram | None:

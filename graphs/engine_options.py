@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphs.description import Description, ForeignEncoder
 from graphs.dialects.ort import fits_head_size, has_attention_kernel, misfit
 from graphs.errors import GraphError
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP
+from graphs.exit_head import EXIT_MAP
 from graphs.quantization.plan import ROUNDING, FormatPlan, rounding, shared_values
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
@@ -188,8 +188,6 @@ class EngineOptions:
         higher = {EXIT_MAP, *(shared_values(description) if products.own else ())}
 
         def format_of(weight: str) -> TensorFormat:
-            if weight in (ADAPTER_DOWN, ADAPTER_UP):
-                return "fp32"
             if weight in higher:
                 return plan.prompt
             return plan.head if weight == head else plan.linears(engine)

@@ -32,8 +32,9 @@ from graphs.dialects.base import (
 from graphs.dialects.ort import KernelDialect, OrtDialect
 from graphs.dialects.standard import StandardDialect
 from graphs.engine_options import FLOAT_TYPES, EngineOptions
+from graphs.exit_head import fused_layers
 from graphs.graph import Dimension, Graph
-from graphs.layers import decoder_layers, encoder_layers, exit_rows, head_outputs
+from graphs.layers import decoder_layers, encoder_layers, exit_rows, head_outputs, unit_scaled
 from graphs.quantization.panels import InFile
 from graphs.quantization.passes import FuseProducts, QuantizeEmbedding, QuantizeLinears
 from graphs.quantization.plan import rounding
@@ -155,7 +156,7 @@ class EngineBuilder:
         decoder = self.description.decoder
         width = self.description.hidden_size
         assert decoder.exit_map is not None
-        features = graph.input("features", FLOAT, ["B", "k", width])
+        features = graph.input("features", FLOAT, ["B", "k", (decoder.exit_inputs - 1) * width])
         call = self._decoder_call(graph, features)
         if self.options.exit_layer:
             states = graph.input("hidden", FLOAT, ["B", "k", width])
@@ -164,7 +165,7 @@ class EngineBuilder:
             x = embed(graph, self._dialect(graph, call), call, tokens, decoder.embedding)
             states = graph.to_float(in_rows(graph, x, call))
         joined = graph.op("Concat", [states, features], axis=-1)
-        joined.shape = ir.Shape(["B", "k", 2 * width])
+        joined.shape = ir.Shape(["B", "k", decoder.exit_inputs * width])
         joined.dtype = FLOAT
         rows = self._packing(graph, call, joined)
         dialect = self._dialect(graph, call, rows)
@@ -176,7 +177,8 @@ class EngineBuilder:
     def deep(self) -> None:
         """Build deep.onnx: layers S+1..L and the head.
 
-        For an exit that reads a feature it also outputs `features`, the normed states of all rows.
+        For an exit that reads a feature it also outputs `features` of all rows: the normed states,
+        after two earlier ones if the exit reads fused features.
         """
         graph = self._graph("deep")
         width = self.description.hidden_size
@@ -184,15 +186,25 @@ class EngineBuilder:
         call = self._decoder_call(graph, stacked)
         rows = self._packing(graph, call, stacked) if self.options.packed else None
         dialect = self._dialect(graph, call, rows)
-        layers = self.description.decoder.layers[self.options.exit_layer :]
-        x = rows.counted if rows else graph.op("Reshape", [stacked, graph.constant([-1, width])])
-        hidden = self._layers(graph, dialect, x, layers, self.options.exit_layer)
+        layers = self.description.decoder.layers
+        flattened = graph.constant([-1, width])
+        hidden = rows.counted if rows else graph.op("Reshape", [stacked, flattened])
+        first = self.options.exit_layer
+        earlier = []
+        for last in fused_layers(self.description.exit_input, first, len(layers)):
+            hidden = self._layers(graph, dialect, hidden, layers[first:last], first)
+            earlier.append(unit_scaled(graph, hidden, width))
+            first = last
+        hidden = self._layers(graph, dialect, hidden, layers[first:], first)
         self._head(graph, dialect, hidden, graph.input("emitted", INT64, ["R"]), rows)
         if self.description.exit_engine:
             assert rows is not None
             norm = self.description.decoder.head.norm
-            features = rows.in_rows(graph, hidden if norm is None else dialect.norm(hidden, norm))
-            graph.output("features", features, FLOAT, ["B", "k", width])
+            features = hidden if norm is None else dialect.norm(hidden, norm)
+            if earlier:
+                features = graph.op("Concat", [*earlier, features], axis=-1)
+            features = rows.in_rows(graph, features)
+            graph.output("features", features, FLOAT, ["B", "k", (1 + len(earlier)) * width])
         self._save(graph)
 
     def encoder(self) -> None:
@@ -320,7 +332,7 @@ class EngineBuilder:
             packed=packed,
             tokens=np.array(head.tokens, np.int64) if head.tokens else None,
             packing=rows,
-            feature=shallow and self.description.exit_engine,
+            reads=self.description.exit_input if shallow else "state",
         )
 
     def _output_hidden(

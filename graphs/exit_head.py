@@ -1,4 +1,4 @@
-"""Trained parameters of a checkpoint's exit: layers, norm, adapter and vocabulary."""
+"""Trained parameters of a checkpoint's exit: layers with a map and a norm, and vocabulary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from graphs.description import (
     MLP,
-    Adapter,
     Attention,
     Description,
     Layer,
@@ -18,17 +17,16 @@ from graphs.description import (
 )
 from graphs.errors import GraphError
 from graphs.weights import Weights
+from runtime.bundle.manifest import ExitInput
 
-# Names of the exit's tensors, float32. They give the shallow logits
-# head(norm(h + up(silu(down(adapter_norm(h)))))).
+# Names of the exit's tensors, float32. They give the shallow logits head(norm(layers(map(h)))).
 EXIT = "exit."  # prefix of the names
 EXIT_NORM = "exit.norm.weight"  # [d]
 EXIT_NORM_BIAS = "exit.norm.bias"  # [d], if the model's final norm has a bias
-ADAPTER_NORM = "exit.adapter.norm.weight"  # [d]
-ADAPTER_DOWN = "exit.adapter.down.weight"  # [r, d]
-ADAPTER_UP = "exit.adapter.up.weight"  # [d, r]
-# Input projection of the exit's layers: [d, d] from the exit layer's state, or [d, 2 d] from that
-# state and a feature, the final normed state of the previous position.
+# Input projection of the exit's layers: [d, d] from the exit layer's state, [d, 2 d] from that
+# state and a feature, the final normed state of the previous position, or [d, 4 d] from that state
+# and a fused feature: two earlier states of the deep decoder, scaled to a root mean square of 1,
+# then the final one.
 EXIT_MAP = "exit.map.weight"
 VOCABULARY = "exit.vocabulary"  # [n], token ids, ascending
 OTHER = "exit.other.weight"  # [1, d], the class of all other tokens
@@ -36,6 +34,8 @@ OTHER_BIAS = "exit.other.bias"  # [1]
 # Prefix of the exit's layers, as in exit.layers.0.attention.query.weight. Parts are named by the
 # fields in graphs.description.
 EXIT_LAYERS = "exit.layers"
+
+UNIT_EPSILON = 1e-5  # added to the mean square of a state before it is scaled
 
 Part = TypeVar("Part", Layer, Attention, MLP)
 
@@ -55,10 +55,6 @@ def with_exit(description: Description, weights: Weights) -> Description:
     if EXIT_NORM in weights and norm is not None:
         bias = norm.bias and EXIT_NORM_BIAS
         head = replace(head, norm=replace(norm, weight=EXIT_NORM, bias=bias))
-    if ADAPTER_UP in weights:
-        adapter_norm = Norm(ADAPTER_NORM, adapter_epsilon(description))
-        adapter = Adapter(adapter_norm, Linear(ADAPTER_DOWN), Linear(ADAPTER_UP))
-        head = replace(head, adapter=adapter)
     if VOCABULARY in weights:
         tokens = tuple(map(int, weights.read(VOCABULARY)))
         check_tokens(tokens, description.vocab_size)
@@ -80,9 +76,16 @@ def with_exit(description: Description, weights: Weights) -> Description:
     return description if decoder is description.decoder else replace(description, decoder=decoder)
 
 
-def adapter_epsilon(description: Description) -> float:
-    """Return the epsilon of the adapter's RMS norm."""
-    return (description.decoder.head.norm or description.decoder.layers[-1].mlp_norm).epsilon
+def fused_layers(reads: ExitInput, exit_layer: int, layers: int) -> tuple[int, ...]:
+    """Return the layers after which a fused feature reads the deep decoder's states.
+
+    They are a third and two thirds of the way from the exit layer to the last layer: 10 and 20 of
+    30 layers for an exit after layer 1. Empty for an exit without fused features.
+    """
+    if reads != "fused":
+        return ()
+    deep = layers - exit_layer
+    return exit_layer + deep // 3, exit_layer + 2 * deep // 3
 
 
 def check_tokens(tokens: tuple[int, ...], vocabulary: int) -> None:

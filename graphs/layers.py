@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import MLP, Activation, Attention, Head, Layer, Linear, Norm
+from graphs.description import MLP, Activation, Attention, Head, Layer, Norm
 from graphs.dialects.base import Dialect, Packing, linear
 from graphs.dialects.ort import KernelDialect
+from graphs.exit_head import UNIT_EPSILON
 from graphs.graph import Graph
-from runtime.bundle.manifest import ConfidenceMeasure
+from runtime.bundle.manifest import FEATURE_STATES, ConfidenceMeasure, ExitInput
 from runtime.text.sampler import UNKNOWN
 
 # Added to the logits of suppressed tokens: below any other logit, and finite in fp16.
@@ -111,14 +112,9 @@ def mlp(graph: Graph, x: ir.Value, layer: MLP) -> ir.Value:
         hidden = graph.op("Mul", [gate, up])
     if not layer.fp32:
         return graph.to_float(linear(graph, hidden, layer.down))
-    return fp32_linear(graph, graph.to_float(hidden), layer.down)
-
-
-def fp32_linear(graph: Graph, x: ir.Value, layer: Linear) -> ir.Value:
-    """Apply a linear layer that stays in fp32 at every precision."""
-    names = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    names = [layer.down.weight] if layer.down.bias is None else [layer.down.weight, layer.down.bias]
     weights = [graph.weight(name, ir.DataType.FLOAT) for name in names]
-    return graph.op("Gemm", [x, *weights], transB=1)
+    return graph.op("Gemm", [graph.to_float(hidden), *weights], transB=1)
 
 
 def activate(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
@@ -127,6 +123,14 @@ def activate(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
     if activation == "silu":
         return graph.op("Mul", [x, graph.op("Sigmoid", [x])])
     return graph.op("Gelu", [x], approximate="tanh" if activation == "gelu-tanh" else "none")
+
+
+def unit_scaled(graph: Graph, x: ir.Value, width: int) -> ir.Value:
+    """Scale rows float32 [N, d] to a root mean square of 1."""
+    ones = graph.table("ones", np.ones(width, np.float32))
+    return graph.op(
+        "SimplifiedLayerNormalization", [x, ones], axis=-1, epsilon=UNIT_EPSILON, stash_type=1
+    )
 
 
 def exit_rows(head: Head) -> str:
@@ -145,7 +149,7 @@ def head_outputs(
     packed: bool = True,
     tokens: np.ndarray | None = None,
     packing: Packing | None = None,
-    feature: bool = False,
+    reads: ExitInput = "state",
 ) -> None:
     """Add the outputs `token` int64 [R], `confidence` float32 [R] and `logits` float32 [R, vocab].
 
@@ -164,13 +168,22 @@ def head_outputs(
             logits of all other tokens are UNKNOWN. If the head has a class for other tokens and it
             is the largest, `confidence` is 0 and `token` is the best token of the exit vocabulary.
         packing: Describes how rows were packed.
-        feature: Also output `feature` [R, d], the normed states that the head reads.
+        reads: Input of the exit that this head belongs to. Unless it is "state", also output
+            `feature` [R, f], in place of a feature that the deep engine has not computed yet: the
+            normed states that the head reads, as many times as the feature has states.
     """
     rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
     places = rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
-    normed = _normed(graph, dialect, graph.op("Gather", [hidden, places], axis=0), head)
-    if feature:
-        graph.output("feature", normed, ir.DataType.FLOAT, ["R", graph.shape(head.weight)[1]])
+    normed = graph.op("Gather", [hidden, places], axis=0)  # float32 [R, d]
+    if head.norm is not None:
+        normed = dialect.norm(normed, head.norm)
+    if count := FEATURE_STATES[reads]:
+        width = graph.shape(head.weight)[1]
+        feature = normed
+        if count > 1:
+            earlier = unit_scaled(graph, normed, width)
+            feature = graph.op("Concat", [*[earlier] * (count - 1), normed], axis=-1)
+        graph.output("feature", feature, ir.DataType.FLOAT, ["R", count * width])
     if head.scale != 1.0:
         normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
     normed = graph.to_compute(normed)
@@ -245,15 +258,6 @@ def _predictions(
     index = graph.op("Unsqueeze", [emitted, graph.constant([1])])
     chosen = graph.op("GatherElements", [log_probabilities, index], axis=1)
     return token, measured, graph.op("Neg", [graph.op("Squeeze", [chosen, graph.constant([1])])])
-
-
-def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head) -> ir.Value:
-    """Return the head's input, float32 [R, d], before its scale."""
-    if (adapter := head.adapter) is not None:
-        inner = fp32_linear(graph, dialect.norm(hidden, adapter.norm), adapter.down)
-        outer = fp32_linear(graph, activate(graph, inner, "silu"), adapter.up)
-        hidden = graph.op("Add", [hidden, outer])
-    return hidden if head.norm is None else dialect.norm(hidden, head.norm)
 
 
 def _weights(graph: Graph, head: Head, packed: bool, tokens: np.ndarray | None) -> list[ir.Value]:

@@ -23,7 +23,7 @@ from graphs.description import (
 from graphs.errors import UnsupportedModelError
 from graphs.exit_head import EXIT_LAYERS, EXIT_MAP, own_layers
 from graphs.weights import Weights
-from runtime.bundle.manifest import ExitInput
+from runtime.bundle.manifest import FEATURE_STATES, ExitInput
 
 Shape = tuple[int, ...]
 MAX_LAYERS = 1024
@@ -259,7 +259,7 @@ def own_shapes(
     Its layers have the shapes of the model's last layers.
 
     Args:
-        reads: Input of the layers: the exit layer's state, or also a feature.
+        reads: Input of the layers.
     """
     layers = own_layers(description, count)
     if not layers:
@@ -269,7 +269,7 @@ def own_shapes(
     inner = weights.shape(description.decoder.layers[-1].mlp.down.weight)[-1]
     found = dict(_shapes(replace(description, decoder=decoder), weights, inner))
     shapes = {name: shape for name, shape in found.items() if name.startswith(EXIT_LAYERS)}
-    return {EXIT_MAP: (width, width if reads == "state" else 2 * width), **shapes}
+    return {EXIT_MAP: (width, (1 + FEATURE_STATES[reads]) * width), **shapes}
 
 
 def _shapes(
@@ -288,10 +288,6 @@ def _shapes(
     if decoder.exit_head is not None:
         norms.append((decoder.exit_head.norm, width))
         linears.append((decoder.exit_head.other, 1, width))
-        if (adapter := decoder.exit_head.adapter) is not None:
-            rank = weights.shape(adapter.down.weight)[0]
-            norms.append((adapter.norm, width))
-            linears += [(adapter.down, rank, width), (adapter.up, width, rank)]
     if isinstance(description.encoder, Encoder):
         norms.append((description.encoder.norm, width))
         layers += description.encoder.layers

@@ -35,15 +35,26 @@ class BatchedCall:
         cross: Cross-attention of all slots.
         hidden_size: Size of hidden states, d.
         vocab_size: Size of the vocabulary, V.
+        feature_size: Size of the features that the exit reads. 0 if it reads none.
     """
 
     def __init__(
-        self, runner: Runner, cross: CrossCache, hidden_size: int, vocab_size: int
+        self,
+        runner: Runner,
+        cross: CrossCache,
+        hidden_size: int,
+        vocab_size: int,
+        feature_size: int = 0,
     ) -> None:
         self._runner = runner
         self._cross = cross
-        self._hidden_size = hidden_size
-        self._vocab_size = vocab_size
+        # Values of a row or head, where it has more than one.
+        self._sizes = {
+            "hidden": hidden_size,
+            "features": feature_size,
+            "feature": feature_size,
+            "logits": vocab_size,
+        }
         self._calls: dict[tuple[int, int, bool], Call] = {}
         self._version = cross.version
 
@@ -54,11 +65,10 @@ class BatchedCall:
         runner = self._runner
         given = [name for name in ("input_ids", *_STATES) if name in calls[0].inputs]
         tokens = (count, width)
-        states = (count, width, self._hidden_size)
         inputs: dict[str, Any] = {
             name: np.zeros(tokens, np.int64)
             if name == "input_ids"
-            else runner.scratch(f"read.{name}", states, np.float32)
+            else runner.scratch(f"read.{name}", (*tokens, self._sizes[name]), np.float32)
             for name in given
         }
         lengths, exits = np.zeros((2, count), np.int32)
@@ -76,18 +86,15 @@ class BatchedCall:
             inputs["exit_lengths"] = exits
         if "emitted" in calls[0].inputs:
             inputs["emitted"] = np.concatenate([call.inputs["emitted"] for call in calls])
-        # Shapes per head, if not scalar.
-        shapes = {
-            "feature": (self._hidden_size,),
-            "logits": (self._vocab_size,),
-        }
         outputs: dict[str, Any] = {}
         for output in {name: None for call in calls for name in call.outputs}:
             if output in _STATES:
-                outputs[output] = runner.scratch(output, states, np.float32)
+                shape = (*tokens, self._sizes[output])
+                outputs[output] = runner.scratch(output, shape, np.float32)
             else:
                 kind = np.int64 if output == "token" else np.float32
-                outputs[output] = np.empty((len(heads), *shapes.get(output, ())), kind)
+                size = [self._sizes[output]] if output in self._sizes else []
+                outputs[output] = np.empty((len(heads), *size), kind)
         bound = self._bound(calls, first, count, "logits" in outputs)
         bound.rebind(inputs, outputs)
         seconds = runner.run(bound)

@@ -123,7 +123,10 @@ class Session:
         ]
         cross = CrossCache(options.slots, shallow.zeros)
         runners = filter(None, (shallow, exit, deep))
-        batches = {runner: BatchedCall(runner, cross, **sizes) for runner in runners}
+        batches = {
+            runner: BatchedCall(runner, cross, **sizes, feature_size=manifest.feature_size)
+            for runner in runners
+        }
         calls = CallCosts(manifest.costs or NEUTRAL)
         self._scheduler = scheduler = Scheduler(
             decoders,

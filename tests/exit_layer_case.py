@@ -26,7 +26,7 @@ def write_exit(
 ) -> None:
     """Write an exit with random layers into a checkpoint.
 
-    The map before the layers is near the identity. If the exit also reads a feature, a tenth of the feature is added.
+    The map before the layers is near the identity. If the exit also reads a feature, a tenth of its states is added.
     """
     opened = open_checkpoint(str(directory))
     description = describe(opened.config, opened)
@@ -41,13 +41,14 @@ def write_exit(
     }
     tensors[EXIT_MAP] = tensors[EXIT_MAP] / 4
     tensors[EXIT_MAP][:, :width] += np.eye(width, dtype=np.float32)
-    tensors[EXIT_MAP][:, width:] += np.eye(width, dtype=np.float32)[:, : tensors[EXIT_MAP].shape[1] - width] / 10
+    features = tensors[EXIT_MAP].shape[1] // width - 1
+    tensors[EXIT_MAP][:, width:] += np.tile(np.eye(width, dtype=np.float32), features) / 10
     if (norm := description.decoder.head.norm) is not None:
         tensors[EXIT_NORM] = opened.read(norm.weight) * np.float32(1.1)
         if norm.bias is not None:
             tensors[EXIT_NORM_BIAS] = opened.read(norm.bias)
     save_file(tensors, directory / EXIT_WEIGHTS)
-    exit_file = ExitFile(exit_layer, True, 0, opened.sha256, "logit-kd", "exit", layers, exit_input=reads)
+    exit_file = ExitFile(exit_layer, opened.sha256, "logit-kd", "exit", layers, exit_input=reads)
     write_exit_file(directory, exit_file)
 
 
@@ -62,15 +63,15 @@ def with_exit_layers(name: str) -> Case:
     return Case(f"{name}-exit-layers", build, (EXIT_LAYER,), model_with_exit)
 
 
-def with_feature(name: str, exit_layer: int) -> Case:
+def with_feature(name: str, exit_layer: int, reads: ExitInput = "feature") -> Case:
     """Return the case `name` with an exit of one layer that reads the state after `exit_layer` and a feature."""
     plain = BY_NAME[name]
 
     def build(directory: Path) -> None:
         plain.build(directory)
-        write_exit(directory, 1, "feature", exit_layer)
+        write_exit(directory, 1, reads, exit_layer)
 
-    return Case(f"{name}-feature-{exit_layer}", build, (exit_layer, plain.layers - 1), model_with_exit)
+    return Case(f"{name}-{reads}-{exit_layer}", build, (exit_layer, plain.layers - 1), model_with_exit)
 
 
 def model_with_exit(directory: Path) -> Any:

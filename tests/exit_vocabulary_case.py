@@ -41,10 +41,7 @@ def with_exit_vocabulary(name: str, layers: bool = False) -> Case:
         tensors[OTHER_BIAS] = np.array([11.0], np.float32)
         save_file(tensors, directory / EXIT_WEIGHTS)
         facts = manifest.ExitVocabulary(len(KNOWN), 0.9, 100, trained=True)
-        own = {"exit_norm": layers, "exit_layers": 2 if layers else 0}
-        exit_file = ExitFile(
-            EXIT_LAYER, adapter_rank=0, base_sha256=base, loss="ce", tune="full", vocabulary=facts, **own
-        )
+        exit_file = ExitFile(EXIT_LAYER, base, "ce", "full", exit_layers=2 if layers else 0, vocabulary=facts)
         write_exit_file(directory, exit_file)
 
     return Case(f"{name}-exit-vocabulary{'-layers' * layers}", build, (EXIT_LAYER, plain.exit_layers[-1]))

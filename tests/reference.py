@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from freeexport.training.exit_modules import Encoded
+from freeexport.training.layer_modules import Encoded
 
 Mode = Literal["free", "full"]
 

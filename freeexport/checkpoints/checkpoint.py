@@ -150,7 +150,7 @@ class Checkpoint:
                 f"{self.name} was trained to exit after layer {trained}, not {given}; leave it out"
             )
         chosen = trained if given is None else given
-        first = 0 if self.exit is not None and self.exit.exit_input == "feature" else 1
+        first = 0 if self.exit is not None and self.exit.exit_input != "state" else 1
         if chosen is None or not first <= chosen < layers:
             problem = (
                 "there is no exit.json"
@@ -304,7 +304,9 @@ def with_exit_of(opened: Checkpoint, directory: Path) -> Checkpoint:
 def _with_exit(opened: Checkpoint, directory: Path) -> Checkpoint:
     """Add the content of exit.json in a directory, and the exit's own tensors."""
     opened.exit = read_exit_file(directory)
-    if opened.exit is not None and opened.exit.has_parameters:
+    if opened.exit is None:
+        return opened
+    if opened.exit.has_parameters or (directory / EXIT_WEIGHTS).exists():
         file = read_exit_weights(directory, opened.exit, opened.config, opened)
         opened.files.append(file)
         opened.tensors.update(dict.fromkeys(file.shapes, file))

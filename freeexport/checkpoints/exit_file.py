@@ -9,9 +9,6 @@ from typing import Any, Literal
 
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, Shape
 from graphs.exit_head import (
-    ADAPTER_DOWN,
-    ADAPTER_NORM,
-    ADAPTER_UP,
     EXIT_NORM,
     EXIT_NORM_BIAS,
     OTHER,
@@ -41,8 +38,6 @@ class ExitFile:
 
     Attributes:
         exit_layer: Layer after which the exit is.
-        exit_norm: The exit has its own norm.
-        adapter_rank: Rank of the exit's adapter, or 0.
         base_sha256: Checkpoint.sha256 of the weights beside the exit's own parameters, or of the
             model before training if the exit has none.
         loss: Loss of the training.
@@ -58,8 +53,6 @@ class ExitFile:
     """
 
     exit_layer: int
-    exit_norm: bool
-    adapter_rank: int
     base_sha256: str
     loss: LossName
     tune: Tune
@@ -72,7 +65,6 @@ class ExitFile:
         right = {
             "exit_layer": self.exit_layer >= (1 if self.exit_input == "state" else 0),
             "exit_input": self.exit_input == "state" or self.exit_layers > 0,
-            "adapter_rank": self.adapter_rank >= 0,
             "exit_layers": self.exit_layers >= 0,
             "vocabulary": self.vocabulary is None or self.vocabulary.size >= 2,
             "base_sha256": len(self.base_sha256) == 64,
@@ -89,22 +81,13 @@ class ExitFile:
 
     @property
     def has_parameters(self) -> bool:
-        return (
-            self.exit_norm
-            or self.adapter_rank > 0
-            or self.exit_layers > 0
-            or self.vocabulary is not None
-        )
+        return self.exit_layers > 0 or self.vocabulary is not None
 
     def shapes(self, hidden_size: int) -> dict[str, Shape]:
         """Return the shapes of the exit's own tensors, except its layers."""
         shapes: dict[str, Shape] = {}
-        if self.exit_norm:
+        if self.exit_layers:
             shapes[EXIT_NORM] = (hidden_size,)
-        if self.adapter_rank:
-            shapes[ADAPTER_NORM] = (hidden_size,)
-            shapes[ADAPTER_DOWN] = (self.adapter_rank, hidden_size)
-            shapes[ADAPTER_UP] = (hidden_size, self.adapter_rank)
         if self.vocabulary is not None:
             shapes |= {
                 VOCABULARY: (self.vocabulary.size,),
@@ -136,10 +119,29 @@ def read_exit_file(directory: Path) -> ExitFile | None:
                 f"{path} has schema version {repr(version)[:80]}, this freeexport reads "
                 f"{EXIT_SCHEMA_VERSION}; use the freeexport that wrote it, or {remedy}"
             )
-        read: ExitFile = Reader(remedy).read(ExitFile, value, str(path))
+        read: ExitFile = Reader(remedy).read(ExitFile, with_layers(value, str(path)), str(path))
     except BundleError as error:
         raise CheckpointError(str(error)) from None
     return read
+
+
+def with_layers(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the content of an exit.json without the fields of a norm and an adapter.
+
+    Older versions wrote these fields.
+
+    Raises:
+        CheckpointError: If the exit has a norm or an adapter instead of layers.
+    """
+    rank = content.get("adapter_rank")
+    if rank or (content.get("exit_norm") and not content.get("exit_layers")):
+        adapter = f"an adapter of rank {str(rank)[:80]}" if rank else "a norm"
+        raise CheckpointError(
+            f"{where}: the exit has {adapter} of its own, which is no longer supported; train one "
+            "with --exit-layers 1 or more"
+        )
+    kept = content.keys() - {"exit_norm", "adapter_rank"}
+    return {name: value for name, value in content.items() if name in kept}
 
 
 def read_exit_weights(

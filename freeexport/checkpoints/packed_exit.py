@@ -20,7 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, write_exit_file
+from freeexport.checkpoints.exit_file import (
+    EXIT_FILE,
+    EXIT_WEIGHTS,
+    ExitFile,
+    with_layers,
+    write_exit_file,
+)
 from freeexport.checkpoints.lora_adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -130,6 +136,8 @@ def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
                 f"{path} has format {value['format']}, this freeexport reads {FORMAT}; upgrade "
                 "freeexport"
             )
+        if isinstance(value.get("exit"), dict):
+            value["exit"] = with_layers(value["exit"], str(path))
         packed: PackedExit = Reader(_REMEDY).read(PackedExit, value, str(path))
     except BundleError as error:
         raise CheckpointError(str(error)) from None
@@ -288,7 +296,7 @@ def _unpack(packed: PackedExit, file: SafetensorsFile, base: Checkpoint, directo
             if path.is_file() and path.name not in (EXIT_FILE, EXIT_WEIGHTS):
                 (directory / path.name).symlink_to(path.resolve())
     # A directory with a GGUF file is a checkpoint only if it also has an exit.json.
-    write_exit_file(directory, ExitFile(1, False, 0, "0" * 64, packed.exit.loss, packed.exit.tune))
+    write_exit_file(directory, ExitFile(1, "0" * 64, packed.exit.loss, packed.exit.tune))
     sha256 = open_checkpoint(str(directory)).sha256
     save_file(
         {name: array for name, array in tensors.items() if name.startswith(EXIT)},
@@ -322,8 +330,8 @@ def pack(
     checkpoint = open_checkpoint(model)
     if checkpoint.exit is None or not checkpoint.exit.has_parameters:
         raise CheckpointError(
-            f"{model} has no exit with parameters of its own; train one: --exit-layers, "
-            "--exit-vocab, or --tune exit"
+            f"{model} has no exit with parameters of its own; train one with --exit-layers or "
+            "--exit-vocab"
         )
     _ = checkpoint.sha256  # checks that the exit belongs to these weights
     arrays = {

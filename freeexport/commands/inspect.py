@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
     Rows = list[tuple[str, str]]
 
+_DEEP_INPUTS = {
+    "feature": "the deep decoder's feature",
+    "fused": "the deep decoder's feature and two earlier states",
+}
 _TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "unknown"}
 
 
@@ -219,7 +223,7 @@ def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
         ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
         *([("its own layers", str(manifest.exit_layers))] if manifest.exit_layers else []),
         *(
-            [("its input", "its layer's state and the deep decoder's feature")]
+            [("its input", f"its layer's state and {_DEEP_INPUTS[manifest.exit_input]}")]
             if manifest.exit_engine
             else []
         ),

@@ -19,7 +19,7 @@ from freeexport.commands.verb_options import MAX_NEW_TOKENS, THREADS, SectionedC
 from freeexport.system.progress import duration
 from freeexport.training.options import (
     DEFAULT_ALPHA,
-    DEFAULT_RANKS,
+    DEFAULT_RANK,
     Schedule,
     TrainingOptions,
     Tune,
@@ -109,9 +109,8 @@ OWN = Path("-")  # stands for a directory beside OUT
     "--rank",
     type=int,
     help=(
-        "Rank of the LoRA adapters on all linear layers (alpha is twice the rank). If only the "
-        "exit is trained: rank of its adapter, 0 for a norm only.  [default: "
-        f"{DEFAULT_RANKS['lora']}; exit: {DEFAULT_RANKS['exit']}]"
+        "Rank of the LoRA adapters on all linear layers (alpha is twice the rank).  [default: "
+        f"{DEFAULT_RANK}]"
     ),
 )
 @click.option(
@@ -126,8 +125,9 @@ OWN = Path("-")  # stands for a directory beside OUT
     default=TrainingOptions.exit_input,
     help=(
         "Input of the exit's own layers. state: the state of the exit layer. feature: that, and "
-        "the deep decoder's feature of the previous token. feature requires that only the exit "
-        "is trained, and allows an exit after layer 0, the embedding."
+        "the deep decoder's feature of the previous token. fused: both, and the deep decoder's "
+        "states after a third and two thirds of its layers. feature and fused require that only "
+        "the exit is trained, and allow an exit after layer 0, the embedding."
     ),
 )
 @click.option(
@@ -184,7 +184,10 @@ OWN = Path("-")  # stands for a directory beside OUT
     "--schedule",
     type=click.Choice(get_args(Schedule)),
     default=TrainingOptions.schedule,
-    help="Schedule of the learning rate after the warmup.",
+    help=(
+        "Schedule of the learning rate after the warmup. linear: fall to 0. hold: stay at the "
+        "peak, then fall to 0 in the last 30% of the run."
+    ),
 )
 @click.option(
     "--warmup",

@@ -268,7 +268,7 @@ def _new_manifest(
         layers=len(description.decoder.layers),
         exit_layer=engines.exit_layer,
         exit_layers=len(description.decoder.exit_layers),
-        exit_input="feature" if description.exit_engine else "state",
+        exit_input=description.exit_input,
         hidden_size=description.hidden_size,
         vocab_size=description.vocab_size,
         heads=attention.heads,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from freeexport.system.machine import kernel_instructions
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
-from runtime.bundle.manifest import ExitInput
+from runtime.bundle.manifest import FEATURE_STATES, ExitInput
 from runtime.errors import BundleError
 from runtime.result import GenerationResult
 
@@ -320,11 +320,11 @@ class StepBytes:
             share: Size of the exit vocabulary as a share of the vocabulary.
             reads: Input of the exit's own layers.
         """
-        inputs = 2 if reads == "feature" else 1
-        of_exit = own * self.layer + (inputs * self.map if own else 0.0)
+        states = FEATURE_STATES[reads]
+        of_exit = own * self.layer + ((1 + states) * self.map if own else 0.0)
         shallow = EngineBytes(exit_layer * self.layer, of_exit, share * self.head)
         deep = EngineBytes((layers - exit_layer) * self.layer, 0, self.head)
-        return costs_by_bytes(shallow, deep, self.row, (min(1, exit_layer), inputs - 1))
+        return costs_by_bytes(shallow, deep, self.row, (min(1, exit_layer), min(1, states)))
 
 
 def step_bytes(description: Description, weights: Weights) -> StepBytes:

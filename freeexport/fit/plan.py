@@ -84,7 +84,7 @@ WITH_EXIT = 2.5  # extra cost if the original model has an exit, evaluated in al
 SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # maximum shares of the budget
 # Share of the training time for training all weights. The rest trains the exit alone, which takes
 # longer if it is trained in no other step.
-TOGETHER = {"state": 0.85, "feature": 0.6}
+TOGETHER: dict[ExitInput, float] = {"state": 0.85, "feature": 0.6, "fused": 0.6}
 # A conversion takes CONVERTING seconds, plus one per CONVERTED weights. Training needs ACTIVATIONS
 # bytes in addition to its weights, and LOGITS bytes per batch token and vocabulary token.
 CONVERTING = 45
@@ -175,8 +175,8 @@ class PlannedExit:
         break_even: Exit rate above which it is faster than the full model. None: no rate.
         rates: Assumed exit rates, by the names of DEPTHS.
         speeds: Speed of a token relative to the full model, by the same names.
-        input: Input of its own layers. With "feature", the model is trained first, without the
-            exit.
+        input: Input of its own layers. Unless it is "state", the model is trained first, without
+            the exit.
         begun: The checkpoint already has this exit. Training continues with it.
     """
 
@@ -199,7 +199,7 @@ class PlannedExit:
         """
         if not self.begun:
             return ("full", "exit")
-        if self.input == "feature":
+        if self.input != "state":
             return ("exit",)
         return ("full", "exit") if self.own else ("full",)
 
@@ -208,7 +208,7 @@ class PlannedExit:
 
         "full" trains all weights, with the exit or before it. "exit" trains the exit alone.
         """
-        before = self.input == "feature" and tune == "full"
+        before = self.input != "state" and tune == "full"
         given: dict[str, Any] = {
             "tune": tune,
             "exit_layer": max(1, self.layer) if before else self.layer,
@@ -577,11 +577,6 @@ def best_exit(
         raise OptionError(
             f"{checkpoint.name} has an exit of its own; give the checkpoint that it was trained on"
         )
-    if given is not None and given.exit_norm and not given.exit_layers:
-        raise OptionError(
-            f"{checkpoint.name} has an exit with a norm of its own, which training cannot go on "
-            "with; use convert and calibrate, or give the checkpoint that it was trained on"
-        )
     layers = len(description.decoder.layers)
     costs = step_bytes(description, checkpoint)
     vocabularies = list(_vocabularies(examples, description.vocab_size))
@@ -606,7 +601,7 @@ def best_exit(
         by_depth = {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
         rates = {
             name: covered * rate
-            for name, rate in (FEATURE_RATES if reads == "feature" else by_depth).items()
+            for name, rate in (by_depth if reads == "state" else FEATURE_RATES).items()
         }
         speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
         even = at.break_even(MAX_PENDING)
@@ -710,7 +705,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
             else ""
         )
         even = break_even_text(found.break_even, "bytes")
-        reads = ", which read the deep decoder's feature" if found.input == "feature" else ""
+        reads = "" if found.input == "state" else ", which read the deep decoder's feature"
         place = f"after layer {found.layer}" if found.layer else "before layer 1"
         place = f"the existing one, trained further: {place}" if found.begun else place
         own = f", with {found.own} layer(s) of its own" if found.own else ""
@@ -722,7 +717,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
                 f"{speed_of(speed):.2f}x on {kind} tasks" for kind, speed in found.speeds.items()
             )
             rows[f"expected, {name}"] = f"{speeds}, by the bytes that are read"
-        weights = "all weights" if found.input == "feature" else "all weights with the exit"
+        weights = "all weights with the exit" if found.input == "state" else "all weights"
         steps = {"full": ("joint", weights), "exit": ("exit", "the exit alone")}
         times = (
             f"{duration(seconds[name])} of {what}"

@@ -73,9 +73,9 @@ FINISHED = "finished"  # key in DONE, which otherwise has the names of steps
 PACE = ("--schedule", "hold", "--warmup", "0.03", "--patience", "0")
 ALPHA = 2
 ALPHA_ALONE = 4
-RATE_ALONE: dict[ExitInput, float] = {"state": 5e-4, "feature": 1e-3}
+RATE_ALONE: dict[ExitInput, float] = {"state": 5e-4, "feature": 1e-3, "fused": 1e-3}
 # Time of a step that trains the exit alone, relative to one that trains all weights.
-ALONE: dict[ExitInput, float] = {"state": 0.1, "feature": 0.2}
+ALONE: dict[ExitInput, float] = {"state": 0.1, "feature": 0.2, "fused": 0.2}
 EVALUATIONS = 6  # evaluations per training
 # Thresholds shown beside the calibrated one. Nothing is chosen by them.
 CURVE = (0.8, 0.95)

@@ -15,19 +15,12 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example, known_ends
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.training.batches import Collator
-from freeexport.training.exit_modules import (
-    AdaptedExit,
-    Adapter,
-    Exit,
-    ExitLayers,
-    JoinedInputs,
-    KnownTokens,
-    norm_module,
-)
+from freeexport.training.exit_modules import ExitLayers, JoinedInputs, KnownTokens
+from freeexport.training.layer_modules import norm_module
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep, SharedHead
 from graphs.description import Description
-from graphs.exit_head import VOCABULARY, adapter_epsilon
+from graphs.exit_head import VOCABULARY
 from runtime.bundle.manifest import ExitVocabulary
 from runtime.errors import OptionError
 
@@ -46,33 +39,17 @@ def first_exit(
     options: TrainingOptions,
     examples: Sequence[Example],
     collate: Collator,
-) -> Exit:
-    """Return the exit from which training starts.
-
-    It has copies of the last layers after a fitted map, or a norm and a fitted adapter.
-    """
+) -> ExitLayers:
+    """Return the exit from which training starts: copies of the last layers after a fitted map."""
     layers = description.decoder.layers
-    norm = description.decoder.head.norm
     into = len(layers) - options.exit_layers
-    joined = JoinedInputs() if options.exit_input == "feature" else None
+    joined = None if options.exit_input == "state" else JoinedInputs(options.exit_input)
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,), own=joined)
-    states = observed(whole, examples, collate, options.bf16, everywhere=options.exit_layers > 0)
+    states = observed(whole, examples, collate, options.bf16, everywhere=True)
     pairs = ((hidden[EXIT if joined else options.exit_layer], hidden[into]) for hidden in states)
-    own_norm = norm_module(norm, checkpoint.read)
-    width = description.hidden_size
-    if options.exit_layers:
-        linear = linear_map(*_joined(pairs, _POSITIONS), width)
-        return ExitLayers(layers[into:], checkpoint.read, linear, own_norm)
-    torch.manual_seed(options.seed)
-    adapter = (
-        Adapter(width, options.adapter_rank, adapter_epsilon(description))
-        if options.adapter_rank
-        else None
-    )
-    if adapter is not None:
-        seen = np.ones(width, np.float32) if norm is None else checkpoint.read(norm.weight)
-        begin_linear(adapter, *_joined(pairs, _POSITIONS), seen)
-    return AdaptedExit(own_norm, adapter)
+    linear = linear_map(*_joined(pairs, _POSITIONS), description.hidden_size)
+    own_norm = norm_module(description.decoder.head.norm, checkpoint.read)
+    return ExitLayers(layers[into:], checkpoint.read, linear, own_norm)
 
 
 def observed(
@@ -189,50 +166,6 @@ def linear_map(shallow: np.ndarray, deep: np.ndarray, part: int | None = None) -
     return solved
 
 
-@torch.no_grad()
-def begin_linear(
-    adapter: Adapter, shallow: np.ndarray, deep: np.ndarray, norm_weight: np.ndarray
-) -> None:
-    """Initialise an adapter by a reduced-rank linear map.
-
-    Adding the map of rank `rank // 2` brings `shallow` [N, d] as close as possible to `deep` [N,
-    d], weighted by the final norm's weights [d]. Two units per rank represent it exactly, since
-    silu(x) - silu(-x) = x.
-    """
-    rank = adapter.down.weight.shape[0] // 2
-    if not rank:
-        return
-    epsilon = adapter.norm.epsilon
-    length = float(np.median(_root_mean_square(deep, 0.0)))
-    # The target is the difference to the deep state's direction at its usual length.
-    added = deep / _root_mean_square(deep, epsilon) * length - shallow
-    square, product = _moments(shallow / _root_mean_square(shallow, epsilon), added)
-    for weight, factor, axis in zip(
-        (adapter.down.weight, adapter.up.weight),
-        low_rank(square, product, norm_weight, rank),
-        (0, 1),
-        strict=True,
-    ):
-        pair = torch.from_numpy(np.concatenate([factor, -factor], axis)).to(weight)
-        weight.narrow(axis, 0, pair.shape[axis]).copy_(pair)
-
-
-def low_rank(
-    square: np.ndarray, product: np.ndarray, weight: np.ndarray, rank: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return factors [r, d] and [d, r] of the best map of rank r.
-
-    It minimises the squared error of its outputs times `weight` [d] (reduced-rank ridge
-    regression). `square` and `product` [d, d] are from `_moments`.
-    """
-    width = len(square)
-    whole = np.linalg.solve(square, product.T).T
-    magnitude = np.maximum(np.abs(weight.astype(np.float64)), 1e-3 * np.abs(weight).max())
-    root = np.linalg.cholesky(square)
-    left = np.linalg.svd((magnitude[:, None] * whole) @ root)[0][:, : min(rank, width)]
-    return left.T @ (magnitude[:, None] * whole), left / magnitude[:, None]
-
-
 def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the means of x x', plus the ridge, and of y x' over rows [N, d]."""
     x = x.astype(np.float64)
@@ -240,8 +173,3 @@ def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     square = x.T @ x / len(x)
     product = y.T @ x / len(x)
     return square + _RIDGE * np.trace(square) / len(square) * np.eye(len(square)), product
-
-
-def _root_mean_square(x: np.ndarray, epsilon: float) -> np.ndarray:
-    root: np.ndarray = np.sqrt(np.square(x).mean(-1, keepdims=True) + epsilon)
-    return root

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,11 +23,11 @@ from freeexport.training.batches import Collator, LengthBatches, token_counts
 from freeexport.training.exit_modules import (
     MEASURED,
     PASSES,
-    Encoded,
     ExitLayers,
     KnownTokens,
-    capped,
+    joined_feature,
 )
+from freeexport.training.layer_modules import Encoded, capped
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import (
     ENCODER,
@@ -39,6 +39,8 @@ from freeexport.training.shallow_deep import (
     measures,
     products,
 )
+from graphs.exit_head import fused_layers
+from runtime.bundle.manifest import FEATURE_STATES
 
 BEST = 32  # most likely tokens, or classes of an exit vocabulary, kept per position
 _LOGITS = 1 << 28  # logits in memory at once
@@ -66,7 +68,7 @@ def collate_teacher(examples: Sequence[Taught]) -> dict[str, torch.Tensor]:
     """Batch records of `cached_teacher`.
 
     Returns:
-        `states` and, if recorded, `features`: float32 [B, n, d], padded on the right.
+        `states` and, if recorded, `features`: float32 [B, n, d] and [B, n, f], padded on the right.
         `labels`: int64 [B, n].
         For the R labelled positions, in order: `best` int64 [R, 32], `chances` float32 [R, 32],
         `predicted` int64 [R] and `nats` float32 [R].
@@ -116,17 +118,16 @@ def cached_teacher(
     these fields:
 
         states, scales: State after the exit layer is `states` float16 [d] times `scales`.
-        features, feature_scales: Final normed state, if the exit reads features.
+        features, feature_scales: Likewise the feature, if the exit reads one.
         labels: Label of the position, -100 if it predicts nothing.
         best: The 32 most likely tokens, or classes of `known`.
         chances: Their log probabilities.
         predicted: The most likely token.
         nats: Cross-entropy of the label.
 
-    The last four are valid only at labelled positions. An exit with layers gets records of all
-    positions that its attention may see, an adapter only of labelled ones. If `model` keeps
-    ENCODER, the encoder's states are cached too, because running it in every step would take longer
-    than the rest of the step.
+    The last four are valid only at labelled positions. There are records of all positions that the
+    attention of the exit's layers may see. If `model` keeps ENCODER, the encoder's states are
+    cached too, because running it in every step would take longer than the rest of the step.
     """
     ends_path = path.with_suffix(".ends.npy")
     encoder_path = path.with_suffix(".encoder.npy")
@@ -151,18 +152,17 @@ def _write_teacher(
     options: TrainingOptions,
     known: KnownTokens | None,
 ) -> None:
-    everywhere = options.exit_layers > 0 and (
-        not model.seq2seq or any(example.given for example in examples)
-    )
+    everywhere = not model.seq2seq or any(example.given for example in examples)
     labels = [collate([example])["labels"] for example in examples]
     rows = [one.numel() if everywhere else int((one != IGNORED).sum()) for one in labels]
     counts = np.array([rows, [len(example.prompt) for example in examples]][: len(paths)])
     ends = counts.cumsum(axis=1)
     vocabulary, width = model.head.weight.shape
     best = min(BEST, vocabulary if known is None else len(known) + 1)
+    feature_size = FEATURE_STATES[options.exit_input] * width
     fields: list[tuple[Any, ...]] = [("states", np.float16, width), ("scales", np.float32)]
-    if options.exit_input == "feature":
-        fields += [("features", np.float16, width), ("feature_scales", np.float32)]
+    if feature_size:
+        fields += [("features", np.float16, feature_size), ("feature_scales", np.float32)]
     fields += [("labels", np.int32), ("best", np.int32, best)]
     fields += [("chances", np.float16, best), ("predicted", np.int32), ("nats", np.float32)]
     records, *encoder = (
@@ -195,8 +195,10 @@ def _write_teacher(
             with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):
                 hidden = model.hidden_states(**{**inputs, "labels": torch.where(kept, 0, IGNORED)})
             _write_states(records, places, hidden[model.exit_layer])
-            if options.exit_input == "feature":
-                features = model.head.normed(hidden[model.layers].float())
+            if feature_size:
+                normed = model.head.normed(hidden[model.layers].float())
+                earlier = fused_layers(options.exit_input, model.exit_layer, model.layers)
+                features = joined_feature(normed, [hidden[number] for number in earlier])
                 _write_states(records, places, features, "features", "feature_scales")
             for into, where in zip(encoder, prompts, strict=True):
                 _write_states(into, where, hidden[ENCODER])
@@ -292,7 +294,7 @@ class FrozenExit(nn.Module):
         """Take the exit of `whole`, without keeping its model."""
         super().__init__()
         self.seq2seq = whole.seq2seq
-        self.exit = whole.own
+        self.exit = cast(ExitLayers, whole.own)
         self.known = whole.known
         # Keep only the norm and the head, so that the layers' memory is freed.
         head = whole.head
@@ -328,17 +330,11 @@ class FrozenExit(nn.Module):
         known = self.known
         labels = labels[wanted]
         classes = labels if known is None else known.classes(labels)
-        assert self.exit is not None
         prompts = (
             None if encoded is None or attention_mask is None else Encoded(encoded, attention_mask)
         )
-        if features is None:
-            passes = [self.exit(states, prompts)]
-        else:
-            assert isinstance(self.exit, ExitLayers)
-            passes = self.exit.passes(
-                states, prompts, features, PASSES if self.training else MEASURED
-            )
+        count = PASSES if self.training else MEASURED
+        passes = self.exit.passes(states, prompts, features, 1 if features is None else count)
         students = [self.exit.norm(one[wanted]) * self.head.scale for one in passes]  # [R, d] each
         # In float32, since bfloat16 logits are off by about 0.05.
         with torch.autocast(states.device.type, enabled=False):

@@ -14,7 +14,9 @@ from freeexport.metrics import check_name
 from runtime.bundle.manifest import ExitInput
 from runtime.errors import OptionError
 
-Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]
+# linear falls from the end of the warmup on, as transformers' default does. hold stays at the peak
+# first, since agreement rises most while the rate falls. `fit` uses it.
+Schedule = Literal["linear", "hold"]
 
 # Losses for --tune exit. The others train layers, which it freezes.
 EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd")
@@ -23,7 +25,7 @@ DISTILLING: tuple[LossName, ...] = ("kd-dyn", "logit-kd")
 DEFAULT_ALPHA = 0.5
 DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
 RANDOM_WEIGHTS_RATE = 1e-3
-DEFAULT_RANKS: dict[Tune, int] = {"full": 0, "lora": 16, "exit": 64}
+DEFAULT_RANK = 16
 DEFAULT_EPOCHS = 3.0
 # Metrics of every evaluation, by which a run may be selected: `loss` (lower is better) and shares
 # (higher is better).
@@ -49,10 +51,11 @@ class TrainingOptions:
         loss: Name of the loss.
         loss_alpha: Weight of the distillation.
         tune: Weights to train: all, LoRA adapters, or the exit's own.
-        rank: Rank of LoRA adapters, or of the exit's own adapter. 0: the exit has only a norm.
+        rank: Rank of LoRA adapters.
         exit_layers: Number of the exit's own transformer layers.
         exit_vocab: Number of tokens that the exit can predict. None: all.
-        exit_input: Input of the exit's own layers: the state, or also the deep feature.
+        exit_input: Input of the exit's own layers: the state, also the deep feature, or also the
+            earlier deep states of a fused feature.
         exit_from: Exit to start from: a directory, or a name as for `convert --exit`.
         from_config: Start from random weights.
         steps: Maximum number of steps.
@@ -138,11 +141,11 @@ class TrainingOptions:
             "exit_vocab",
             "max_new_tokens",
         )
-        for name in (*counts, "threads", *(["rank"] if self.tune == "lora" else [])):
+        for name in (*counts, "threads", "rank"):
             self._check(name, "at least 1", lambda value: value >= 1)
         for name in ("epochs", "time_limit", "learning_rate"):
             self._check(name, "a number above 0", lambda value: 0 < value < math.inf)
-        for name in ("loss_alpha", "rank", "exit_layers", "patience"):
+        for name in ("loss_alpha", "exit_layers", "patience"):
             self._check(name, "0 or more", lambda value: 0 <= value < math.inf)
         for name in ("dropout", "warmup"):
             self._check(name, "a number from 0 to below 1", lambda value: 0 <= value < 1)
@@ -152,10 +155,11 @@ class TrainingOptions:
             f"--loss-alpha is the weight of a distillation, and --loss {self.loss} has none; leave "
             f"it out, or choose {' or '.join(DISTILLING)}": self.loss_alpha is not None
             and self.loss not in DISTILLING,
-            "--rank is for --tune lora, and for --tune exit without --exit-layers; leave it out": (
-                self.rank is not None
-                and (self.tune == "full" or (self.tune == "exit" and self.exit_layers > 0))
+            f"--rank is for --tune lora, not for --tune {self.tune}; leave it out": (
+                self.rank is not None and self.tune != "lora"
             ),
+            "--tune exit trains layers of the exit's own; give --exit-layers 1 or more, or train "
+            "the model with --tune full or lora": self.tune == "exit" and self.exit_layers == 0,
             "--steps and --epochs contradict each other; choose one": None
             not in (self.steps, self.epochs),
             "--resume and --overwrite contradict each other; choose one": self.resume
@@ -169,10 +173,8 @@ class TrainingOptions:
                 self.loss in ("weighted-ce", "deep-ce")
                 and (self.exit_layers > 0 or self.exit_vocab is not None)
             ),
-            "--exit-input feature is for --tune exit, which leaves the model as it is, not for "
-            f"--tune {self.tune}": (self.exit_input == "feature" and self.tune != "exit"),
-            "--exit-input feature is read by layers of the exit's own; give --exit-layers 1 or "
-            "more": (self.exit_input == "feature" and self.exit_layers == 0),
+            f"--exit-input {self.exit_input} is for --tune exit, which leaves the model as it is, "
+            f"not for --tune {self.tune}": (self.exit_input != "state" and self.tune != "exit"),
             "--self-distill needs trained weights, --from-config has none; choose one": (
                 self.from_config and self.self_distill is not None
             ),
@@ -198,9 +200,9 @@ class TrainingOptions:
         return DEFAULT_ALPHA if self.loss_alpha is None else self.loss_alpha
 
     @property
-    def adapter_rank(self) -> int:
-        """Return the rank of LoRA adapters, or of the exit's own adapter."""
-        return DEFAULT_RANKS[self.tune] if self.rank is None else self.rank
+    def lora_rank(self) -> int:
+        """Return the rank of LoRA adapters."""
+        return DEFAULT_RANK if self.rank is None else self.rank
 
     @property
     def rate(self) -> float:

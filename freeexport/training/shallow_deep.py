@@ -13,20 +13,15 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
-from freeexport.training.exit_modules import (
-    MEASURED,
-    Encoded,
-    Exit,
-    ExitLayers,
-    KnownTokens,
-    capped,
-)
+from freeexport.training.exit_modules import MEASURED, Exit, ExitLayers, KnownTokens, joined_feature
+from freeexport.training.layer_modules import Encoded, capped
 from graphs.description import Description
+from graphs.exit_head import fused_layers
 from graphs.layers import head_bias
 from graphs.weights import View
 
 if TYPE_CHECKING:
-    from runtime.bundle.manifest import ConfidenceMeasure
+    from runtime.bundle.manifest import ConfidenceMeasure, ExitInput
 
 Outputs = dict[str, torch.Tensor]
 # Columns of the measures of a row. `loss` is the cross-entropy of both exits weighted by depth, or
@@ -157,7 +152,11 @@ class ShallowDeep(nn.Module):
         self.head = shared_head(model, description)
         self.own = own
         self.known = known
-        self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
+        reads: ExitInput = "state" if own is None else own.reads
+        # Layers whose states are part of the exit's feature.
+        self.fused = fused_layers(reads, exit_layer, self.layers)
+        trained = losses.kept_layers(loss, exit_layer, self.layers)
+        self.kept = tuple(sorted({*trained, *self.fused, *also}))
         self._recording: dict[int, torch.Tensor] | None = None
         stack, name = layer_list(model)
         if hasattr(stack, "layerdrop"):
@@ -200,8 +199,9 @@ class ShallowDeep(nn.Module):
         if self.own is not None:
             states = recorded[self.exit_layer]
             features = None
-            if self.own.reads_feature:
-                features = self.head.normed(recorded[self.layers])
+            if self.own.reads != "state":
+                earlier = [recorded[number] for number in self.fused]
+                features = joined_feature(self.head.normed(recorded[self.layers]), earlier)
             if features is not None and isinstance(self.own, ExitLayers):
                 recorded[EXIT] = self.own.passes(states, encoded, features, MEASURED)[-1]
             else:

@@ -188,12 +188,9 @@ def _train(
             # A directory with a GGUF file is a checkpoint once it has the exit's file.
             weights = next(partial.glob("*.gguf"), partial)
             beside = open_checkpoint(str(weights)) if has_parameters else checkpoint
-            adapted = tuning.own is not None and not tuning.exit_layers
             exit_file = ExitFile(
                 exit_layer=options.exit_layer,
-                exit_norm=tuning.own is not None,
-                adapter_rank=options.adapter_rank if adapted else 0,
-                exit_layers=tuning.exit_layers,
+                exit_layers=options.exit_layers,
                 exit_input=options.exit_input,
                 vocabulary=vocabulary,
                 base_sha256=beside.sha256,
@@ -341,14 +338,12 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Chec
     found = checkpoint.exit
     if found is not None and found.has_parameters:
         wanted = options.exit_layers, options.exit_layer, options.exit_input
-        adapted = found.exit_norm and not found.exit_layers
+        reads = found.exit_input
+        if (reads, options.exit_input) == ("feature", "fused"):  # see ExitLayers.fuse
+            reads = "fused"
         same_tokens = found.vocabulary is None or found.vocabulary.size == options.exit_vocab
-        if (
-            adapted
-            or (found.exit_layers, found.exit_layer, found.exit_input) != wanted
-            or not same_tokens
-        ):
-            if options.exit_from is not None and not adapted:
+        if (found.exit_layers, found.exit_layer, reads) != wanted or not same_tokens:
+            if options.exit_from is not None:
                 known = "" if found.vocabulary is None else f" --exit-vocab {found.vocabulary.size}"
                 raise CheckpointError(
                     f"--exit-from {options.exit_from} goes with --exit-layer {found.exit_layer} "
@@ -356,9 +351,9 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Chec
                     "give these"
                 )
             raise CheckpointError(
-                f"{options.exit_from or checkpoint.name} has an exit of its own already; give the "
-                "checkpoint that it was trained on, or go on with an exit of layers or a "
-                "vocabulary: the same --exit-layer, --exit-layers, --exit-input and --exit-vocab"
+                f"{checkpoint.name} has an exit of its own already; give the checkpoint that it "
+                "was trained on, or train this exit further: the same --exit-layer, "
+                "--exit-layers, --exit-input and --exit-vocab"
             )
     return checkpoint
 

@@ -106,14 +106,8 @@ def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
     """
     if progress < warmup:
         return progress / warmup
-    if schedule == "constant":
-        return 1.0
-    if schedule == "inverse-sqrt":
-        return math.sqrt(max(warmup, 1e-3) / max(progress, warmup, 1e-3))
-    if schedule == "hold":
-        return min(1.0, (1.0 - min(progress, 1.0)) / FALL)
-    rest = (min(progress, 1.0) - warmup) / max(1.0 - warmup, 1e-9)
-    return 0.5 * (1 + math.cos(math.pi * rest)) if schedule == "cosine" else 1.0 - rest
+    fall = FALL if schedule == "hold" else max(1.0 - warmup, 1e-9)
+    return min(1.0, (1.0 - min(progress, 1.0)) / fall)
 
 
 def decided_rows(labels: torch.Tensor, seq2seq: bool) -> torch.Tensor:

@@ -20,12 +20,13 @@ from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.system.output import link_or_copy
 from freeexport.training.batches import Collator, token_counts
-from freeexport.training.exit_modules import Exit, ExitLayers, KnownTokens, trained_exit, write_exit
+from freeexport.training.exit_modules import ExitLayers, KnownTokens, trained_exit, write_exit
 from freeexport.training.exit_start import begin_other, first_exit, observed
 from freeexport.training.frozen import FrozenExit, cached_teacher, collate_teacher
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ENCODER, ShallowDeep
 from graphs.description import Description
+from graphs.exit_head import fused_layers
 from graphs.layers import SUPPRESSED
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Trainable:
         lengths: Lengths of both, in tokens.
         collate: Makes a batch of examples.
         write: Writes the trained weights to an empty directory.
-        own: The exit, if it has parameters.
+        own: The exit, if it has layers of its own.
     """
 
     module: torch.nn.Module
@@ -66,12 +67,7 @@ class Trainable:
     lengths: tuple[list[int], list[int]]
     collate: Callable[[Any], dict[str, torch.Tensor]]
     write: Callable[[Path], None]
-    own: Exit | None = None
-
-    @property
-    def exit_layers(self) -> int:
-        """Return the number of the exit's own transformer layers."""
-        return len(self.own.layers) if isinstance(self.own, ExitLayers) else 0
+    own: ExitLayers | None = None
 
 
 def trainable(
@@ -92,9 +88,9 @@ def trainable(
         lora: Train a LoRA adapter and the exit's own layers. The adapter is written with
             `model_name` as its base. If the model is itself an adapter, its training continues.
         exit: Train an exit on a frozen model, possibly with an adapter. The model runs over the
-            data once, and its outputs are cached. With own layers, a cache record takes 2 d + 210
-            bytes (4 d + 214 with features) for every position, plus 2 d + 4 bytes for every encoder
-            position. Without own layers, only target positions are cached.
+            data once, and its outputs are cached. A cache record takes 2 d + 210 bytes (4 d + 214
+            with features, 8 d + 214 with fused ones) for every position, plus 2 d + 4 bytes for
+            every encoder position.
 
     In distributed runs, call on rank 0 first. It fills the cache.
 
@@ -122,8 +118,10 @@ def trainable(
     if frozen and torch.cuda.is_available():
         torch.nn.Module.cuda(model)
     own, known = trained_exit(checkpoint, description)
-    if own is None and (frozen or options.exit_layers):
+    if own is None and options.exit_layers:
         own = first_exit(model, checkpoint, description, options, training, collate)
+    elif own is not None and (own.reads, options.exit_input) == ("feature", "fused"):
+        own.fuse()
     begins = known is None
     if known is None and tokens is not None:
         known = KnownTokens(tokens, description.hidden_size)
@@ -154,7 +152,10 @@ def trainable(
     if not frozen:
         lengths = token_counts(training), token_counts(validation)
         return Trainable(module, training, validation, lengths, collate, write, own)
-    also = (ENCODER,) if options.exit_layers and description.encoder is not None else ()
+    layers = len(description.decoder.layers)
+    also = fused_layers(options.exit_input, options.exit_layer, layers)
+    if description.encoder is not None:
+        also = (*also, ENCODER)
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=also)
     first, second = (
         cached_teacher(cache / f"{name}.npy", whole, examples, collate, options, known)
@@ -196,8 +197,8 @@ def _adapted(
         further.peft_config["default"].base_model_name_or_path = resolved(read_adapter(goes_on)[1])
         return further
     config = LoraConfig(
-        r=options.adapter_rank,
-        lora_alpha=2 * options.adapter_rank,
+        r=options.lora_rank,
+        lora_alpha=2 * options.lora_rank,
         target_modules="all-linear",
         # FREE's authors use a dropout of 0.1.
         lora_dropout=0.1 if options.dropout is None else options.dropout,

@@ -207,7 +207,7 @@ class EnginePair:
         if manifest.exit_engine:
             engines["exit"] = manifest.exit_names
         # Features of the newest positions.
-        self._before = np.zeros((rows, 1, manifest.hidden_size), np.float32)
+        self._before = np.zeros((rows, 1, manifest.feature_size), np.float32)
         for name, layers in engines.items():
             self._engines[name] = OnnxEngine(bundle.engine(name), threads, kernels=manifest.kernels)
             self.caches[name] = KVCache(
@@ -256,13 +256,14 @@ class EnginePair:
         """Run the deep engine on `hidden` float32 [B, k, d].
 
         Returns `logits`, `token`, `confidence` and `nll` of all rows [B * k], and `features` [B, k,
-        d] if the exit has its own engine.
+        f] if the exit has its own engine.
         """
         count = self.rows * hidden.shape[1]
         inputs = {"hidden": hidden, "emitted": np.zeros(count, np.int64)}
         outputs = {"nll": np.zeros(count, np.float32)}
         if self.manifest.exit_engine:
-            outputs["features"] = np.zeros(hidden.shape, np.float32)
+            size = self.manifest.feature_size
+            outputs["features"] = np.zeros((*hidden.shape[:2], size), np.float32)
         return self._run("deep", inputs, outputs, lengths, hidden.shape[1])
 
     def trim(self, length: int) -> None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples, recording_of
-from freeexport.training.exit_modules import Encoded
+from freeexport.training.layer_modules import Encoded
 from freeexport.training.shallow_deep import layer_list
 from freeexport.verification.checks import Check, Measure
 from freeexport.verification.engines import (
@@ -75,10 +75,11 @@ LINES = 256
 # Maximum lines of speech: the encoder takes as long as hundreds of tokens.
 RECORDINGS = 32
 
-# Maps states [B, n, d], encoder states, and final normed states [B, n, d] to logits [B, n, V]. Also
-# returns confidences [B, n, 1] if they depend on more than the logits.
+# Maps states [B, n, d], encoder states, and the states after 0 to L layers, the last normed, to
+# logits [B, n, V]. Also returns confidences [B, n, 1] if they depend on more than the logits.
 ExitHead = Callable[
-    [torch.Tensor, Encoded | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]
+    [torch.Tensor, Encoded | None, Sequence[torch.Tensor]],
+    tuple[torch.Tensor, torch.Tensor | None],
 ]
 
 
@@ -121,7 +122,6 @@ class States:
         out = forward(model, batch)
         layers = out.get("decoder_hidden_states", out.get("hidden_states"))
         states = layers[exit_layer]
-        features = layers[-1]
         encoded = out.get("encoder_last_hidden_state")
         prompts = None
         if batch.prompts is not None and batch.prompt_lengths is not None:
@@ -132,7 +132,7 @@ class States:
         del out
         confidence = None
         if exit_head is not None:
-            shallow, confidence = exit_head(states, prompts, features)
+            shallow, confidence = exit_head(states, prompts, layers)
         else:
             stack, name = layer_list(model)
             whole = getattr(stack, name)

@@ -33,6 +33,7 @@ from freeexport.verification.engines import (
     sample_sounds,
     self_checks,
 )
+from graphs.exit_head import fused_layers
 from graphs.families import describe
 from graphs.widen import fp32_copy
 from runtime import Session
@@ -310,21 +311,26 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
         return None
     import torch
 
-    from freeexport.training.exit_modules import Encoded, trained_exit
+    from freeexport.training.exit_modules import joined_feature, trained_exit
+    from freeexport.training.layer_modules import Encoded
     from freeexport.training.shallow_deep import exits_of, shared_head
 
     description = describe(checkpoint.config, checkpoint)
     own, known = trained_exit(checkpoint, description)
+    exit_layer = checkpoint.exit.exit_layer
     head = shared_head(model, description).eval()
 
     @torch.no_grad()
     def read(
-        states: torch.Tensor, encoded: Encoded | None, features: torch.Tensor
+        states: torch.Tensor, encoded: Encoded | None, layers: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if own is None:
             normed = head.normed(states)
         else:
-            normed = own.norm(own(states, encoded, features if own.reads_feature else None))
+            earlier = fused_layers(own.reads, exit_layer, len(layers) - 1)
+            features = joined_feature(layers[-1], [layers[number] for number in earlier])
+            reads_feature = own.reads != "state"
+            normed = own.norm(own(states, encoded, features if reads_feature else None))
         logits = head.read(normed)
         if known is None:
             return logits, None

@@ -18,7 +18,7 @@ from runtime.errors import BundleError
 
 # Newer minor versions only add optional fields. Newer major versions cannot be read.
 SCHEMA_VERSION = 2
-SCHEMA_MINOR = 5
+SCHEMA_MINOR = 6
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
@@ -44,9 +44,11 @@ TensorFormat = Literal["fp32", "fp16", "bf16", "int8", "int8-block", "int6", "in
 Kernels = Literal["onnxruntime", "freeexport"]
 # Format of a quantized model's head. "int8" is in blocks.
 HeadPrecision = Literal["int8", "int4"]
-# Input of an exit's layers: the exit layer's state, or also the deep decoder's normed state of the
-# previous token.
-ExitInput = Literal["state", "feature"]
+# Input of an exit's layers. state: the exit layer's state. feature: also the deep decoder's normed
+# state of the previous token. fused: also its states after a third and two thirds of its layers.
+ExitInput = Literal["state", "feature", "fused"]
+# States of the deep decoder in the feature of a token, each of d values.
+FEATURE_STATES: dict[ExitInput, int] = {"state": 0, "feature": 1, "fused": 3}
 
 
 @dataclass(frozen=True)
@@ -262,8 +264,8 @@ class Manifest:
         kv_cache: Type of keys and values, if it is not `float_type`.
         exit_layers: Number of layers of the exit itself, after the exit layer. If `packed`, they
             run only if an exit may be taken.
-        exit_input: What the exit's layers read. With "feature" they and the shallow head are an
-            engine, exit.onnx.
+        exit_input: What the exit's layers read. Unless it is "state", they and the shallow head are
+            an engine, exit.onnx.
         forced_first_token_id: First token of every output. None if it is predicted.
         forced_last_token_id: Last token of an output that reaches its length limit. None if it is
             predicted.
@@ -331,7 +333,12 @@ class Manifest:
     @property
     def exit_engine(self) -> bool:
         """True if the exit is an engine of its own."""
-        return self.exit_input == "feature"
+        return self.exit_input != "state"
+
+    @property
+    def feature_size(self) -> int:
+        """Size of a token's feature. 0 if the exit reads none."""
+        return FEATURE_STATES[self.exit_input] * self.hidden_size
 
     @property
     def exit_embeds(self) -> bool:
@@ -379,10 +386,9 @@ class Manifest:
     @property
     def feature_bytes_per_token(self) -> int:
         """Bytes kept per position for an exit's engine: a state or token, and a feature."""
-        feature = 4 * self.hidden_size
         if not self.exit_engine:
             return 0
-        return feature + (8 if self.exit_embeds else feature)
+        return 4 * self.feature_size + (8 if self.exit_embeds else 4 * self.hidden_size)
 
     @property
     def kv_bytes_per_sequence(self) -> int:

@@ -18,7 +18,7 @@ class FeatureDecoder(Decoder):
 
     At each position the exit reads the state after the exit layer, and the feature of the previous
     position. That is the deep decoder's final normalized state or, until a deep pass computes it,
-    the exit's own.
+    the exit's own. The feature of a fused exit also has two earlier states of the deep decoder.
 
     The exit's cache may lag behind the shallow one. It catches up, in one call, when a prediction
     is needed. A deep pass trims it to the rows that used the deep decoder's features, so drafted
@@ -33,13 +33,14 @@ class FeatureDecoder(Decoder):
         assert isinstance(exit.cache, FeatureCache)
         self.exit = self._exit = exit
         self._exit_cache = exit.cache
-        size = (self.max_pending, self.hidden_size)
+        feature_size = exit.cache.features.shape[2]
+        size = (self.max_pending, feature_size)
         self._embeds = exit.cache.states.ndim == 2
         self._length = 0
         # Stacked tokens that have not been embedded.
         self._unread = np.zeros((1, self.max_pending), np.int64)
         self._exit_inputs = self._states(self.max_pending), exit.zeros(size, np.float32)
-        self._feature = np.zeros((1, self.hidden_size), np.float32)
+        self._feature = np.zeros((1, feature_size), np.float32)
         self._passed = exit.zeros(size, np.float32)
         self._newest_feature = self._feature[0]
         self._read[exit] = {}
@@ -232,7 +233,7 @@ class FeatureDecoder(Decoder):
         return call
 
     def _exit_call_of(self, inputs: Sequence[np.ndarray], heads: int) -> SlotCall:
-        """Create a call of the exit on states or tokens, and features float32 [k, d].
+        """Create a call of the exit on states or tokens, and features float32 [k, f].
 
         The head runs on the last row if `heads` is 1, and on none if 0.
         """
@@ -266,7 +267,7 @@ class FeatureDecoder(Decoder):
         passed = (
             self._passed
             if rows <= self.max_pending
-            else self._deep.scratch("passed", hidden.shape[1:], np.float32)
+            else self._deep.scratch("passed", (rows, self._passed.shape[1]), np.float32)
         )
         call.outputs = {**call.outputs, "features": passed[None, :rows]}
         return call

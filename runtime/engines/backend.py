@@ -99,7 +99,8 @@ class Backend:
         sizes = cache_sizes(manifest, manifest.exit_names, self.options.slots, self.capacity)
         cache = FeatureCache(
             **sizes,
-            width=manifest.hidden_size,
+            state_size=manifest.hidden_size,
+            feature_size=manifest.feature_size,
             embeds=manifest.exit_embeds,
         )
         return Runner(engine("exit"), cache)

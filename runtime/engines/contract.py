@@ -100,17 +100,17 @@ def _decoder_contract(manifest: Manifest, engine: str) -> tuple[TensorSpecs, Ten
         elif manifest.exit_layers:
             inputs["exit_lengths"] = lengths
     elif engine == "exit":
-        inputs["features"] = states
+        inputs["features"] = TensorSpec(FLOAT, ("B", "k", manifest.feature_size))
         if manifest.exit_embeds:
             inputs["input_ids"] = TensorSpec(INT64, ("B", "k"))
         else:
             inputs["hidden"] = states
-        outputs["feature"] = TensorSpec(FLOAT, ("R", width))
+        outputs["feature"] = TensorSpec(FLOAT, ("R", manifest.feature_size))
     else:
         inputs |= {"hidden": states, "emitted": TensorSpec(INT64, ("R",))}
         outputs["nll"] = TensorSpec(FLOAT, ("R",))
         if manifest.exit_engine:
-            outputs["features"] = states
+            outputs["features"] = TensorSpec(FLOAT, ("B", "k", manifest.feature_size))
     return inputs, outputs
 
 

@@ -190,12 +190,13 @@ class FeatureCache(KVCache):
     """Cache of an exit that is an engine of its own, with the inputs of its layers.
 
     `states` are the states after the exit layer, float32 [slots, rows, d], or tokens int64 [slots,
-    rows]. `features` float32 [slots, rows + 1, d] are those of the previous position, zeros for the
+    rows]. `features` float32 [slots, rows + 1, f] are those of the previous position, zeros for the
     first. The exit's layers may lag: rows after their `lengths` are computed when a prediction is
     needed.
 
     Args:
-        width: d.
+        state_size: d.
+        feature_size: f, a multiple of d.
         embeds: The exit reads tokens.
     """
 
@@ -207,7 +208,8 @@ class FeatureCache(KVCache):
         rows: int,
         head_dim: int,
         dtype: np.dtype | type,
-        width: int,
+        state_size: int,
+        feature_size: int,
         embeds: bool = False,
     ) -> None:
         super().__init__(layers, slots, kv_heads, rows, head_dim, dtype)
@@ -215,8 +217,8 @@ class FeatureCache(KVCache):
         if embeds:
             self.states = self._zeros((slots, rows), np.int64)
         else:
-            self.states = self._zeros((slots, rows, width), np.float32)
-        self.features = self._zeros((slots, rows + 1, width), np.float32)
+            self.states = self._zeros((slots, rows, state_size), np.float32)
+        self.features = self._zeros((slots, rows + 1, feature_size), np.float32)
         self._ends = np.zeros(slots, np.int32)  # number of states in each slot
 
     def put(self, slot: int, first: int, states: np.ndarray | Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Heads of an exit: one that knows some tokens only, and one with a norm and an adapter of its own."""
+"""Heads of an exit that know some tokens only."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder
 from graphs.errors import GraphError
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, check_tokens, with_exit
+from graphs.exit_head import check_tokens
 from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Kernels, Precision
+from runtime.bundle.manifest import ConfidenceMeasure, Kernels, Precision
 from runtime.text.grammar import UNKNOWN
 
 LLAMA = BY_NAME["llama-tied"]
@@ -88,45 +88,3 @@ def test_rounded_heads_know_them_too(precision: Precision, pair: Pair, checkpoin
 def test_what_is_no_set_of_tokens_is_refused(known: tuple[int, ...]) -> None:
     with pytest.raises(GraphError, match=f"2 to {VOCAB_SIZE} different tokens"):
         check_tokens(known, VOCAB_SIZE)
-
-
-class WithExit:
-    """A checkpoint with exit parameters of rank 4 beside it."""
-
-    def __init__(self, checkpoint: Checkpoint, width: int) -> None:
-        generator = np.random.default_rng(3)
-        self.checkpoint = checkpoint
-        self.exit = {
-            EXIT_NORM: generator.uniform(0.5, 1.5, width).astype(np.float32),
-            ADAPTER_NORM: generator.uniform(0.5, 1.5, width).astype(np.float32),
-            ADAPTER_DOWN: generator.standard_normal((4, width)).astype(np.float32),
-            ADAPTER_UP: generator.standard_normal((width, 4)).astype(np.float32),
-        }
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.exit or name in self.checkpoint
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.exit[name].shape if name in self.exit else self.checkpoint.shape(name)
-
-    def read(self, name: str) -> np.ndarray:
-        return self.exit[name] if name in self.exit else self.checkpoint.read(name)
-
-
-def rms(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * weight
-
-
-@pytest.mark.parametrize("dialect", ["ort", "standard"])
-def test_the_shallow_head_has_the_exits_norm_and_adapter(
-    dialect: Dialect, pair: Pair, checkpoint: Callable[[Case], Path]
-) -> None:
-    own, plain = described(LLAMA, checkpoint)
-    assert with_exit(own, plain) is own
-    source, head = WithExit(plain, own.hidden_size), own.decoder.head
-    found = pair(LLAMA, with_exit(own, source), source, dialect=dialect)
-    out = found.shallow(np.array([[5, 9, 7]]), np.array([3]))
-    inner = rms(out["hidden"][0], source.exit[ADAPTER_NORM], head.norm.epsilon) @ source.exit[ADAPTER_DOWN].T
-    adapted = out["hidden"][0] + (inner / (1 + np.exp(-inner))) @ source.exit[ADAPTER_UP].T
-    expected = rms(adapted, source.exit[EXIT_NORM], head.norm.epsilon) @ plain.read(head.weight).T
-    np.testing.assert_allclose(out["logits"], expected, rtol=1e-4, atol=1e-4)

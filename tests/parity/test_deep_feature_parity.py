@@ -28,9 +28,11 @@ EXITS = tuple(
     for each in (
         *(("llama-tied", 0), ("llama-tied", 2), ("qwen3", 1), ("mistral-window", 0)),
         *(("t5-relu-tied", 1), ("umt5", 0), ("marian", 0)),
+        *(("llama-tied", 1, "fused"), ("marian", 0, "fused")),
     )
 )
 LLAMA_CASE, T5_CASE, LLAMA_AT_0, MARIAN_AT_0 = EXITS[1], EXITS[4], EXITS[0], EXITS[6]
+LLAMA_FUSED, MARIAN_FUSED = EXITS[7:]
 each_case = pytest.mark.parametrize("case", EXITS, ids=lambda case: case.name)
 
 
@@ -48,11 +50,16 @@ class Slow(Run):
 
     @torch.no_grad()
     def layers(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The states after the exit layer and the final normed ones [1, n, d], and the logits [n, V]."""
+        """The states after the exit layer [1, n, d], the features [1, n, f] and the logits [n, V]."""
         name = "decoder_input_ids" if self.inputs else "input_ids"
         out = self.model(**self.inputs, **{name: torch.tensor([ids])}, output_hidden_states=True, use_cache=False)
         states = out.decoder_hidden_states if self.inputs else out.hidden_states
-        return states[self.exit_layer], states[-1], self.never(out.logits[0])
+        features = states[-1]
+        if self.model.own_exit.reads == "fused":
+            deep = len(states) - 1 - self.exit_layer
+            third, two_thirds = (states[self.exit_layer + count * deep // 3] for count in (1, 2))
+            features = torch.cat([scaled(third), scaled(two_thirds), features], dim=-1)
+        return states[self.exit_layer], features, self.never(out.logits[0])
 
     @torch.no_grad()
     def exit(self, states: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,6 +75,10 @@ class Slow(Run):
         return logits
 
 
+def scaled(states: torch.Tensor) -> torch.Tensor:
+    return states / (states.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
 def slow_free(slow: Slow, threshold: float) -> tuple[list[int], list[float]]:
     """Tokens and confidences of FREE: features are the deep decoder's up to the last sync pass, and the exit's own
     behind it. The prompt of a decoder-only model predicts the first token."""
@@ -79,7 +90,8 @@ def slow_free(slow: Slow, threshold: float) -> tuple[list[int], list[float]]:
     while len(ids) < begun + TOKENS:
         states, features, deep = slow.layers(ids)
         for place in range(synced, len(ids) - 1):
-            features[0, place] = stand_ins[place]
+            own = stand_ins[place]
+            features[0, place] = own if features.shape == states.shape else torch.cat([scaled(own), scaled(own), own])
         normed, logits = slow.exit(states, features)
         stand_ins[len(ids) - 1] = normed[-1]
         confidences.append(confidence_of(logits[-1]))
@@ -167,7 +179,7 @@ METHODS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("options", METHODS, ids=lambda options: "-".join(map(str, options.values())))
-@pytest.mark.parametrize("case", [LLAMA_CASE, T5_CASE, LLAMA_AT_0, MARIAN_AT_0], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [LLAMA_FUSED, T5_CASE, LLAMA_AT_0, MARIAN_FUSED], ids=lambda case: case.name)
 def test_batches_say_what_single_requests_do(case: Case, options: dict[str, Any], bundle: Bundles) -> None:
     asked = {"max_new_tokens": TOKENS, "ignore_eos": True, **options}
     with opened(case, bundle) as session:
@@ -186,7 +198,7 @@ def test_the_adaptive_threshold_learns(bundle: Bundles) -> None:
 
 
 @pytest.mark.parametrize("mode", ["free", "lossless"])
-@pytest.mark.parametrize("case", [EXITS[2], LLAMA_AT_0], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [LLAMA_FUSED, LLAMA_AT_0], ids=lambda case: case.name)
 def test_a_stored_prefix_changes_nothing(case: Case, mode: str, bundle: Bundles) -> None:
     options: dict[str, Any] = {"mode": mode, "threshold": 0.1, "max_new_tokens": TOKENS, "ignore_eos": True}
     prompt = list(PROMPTS[2])
@@ -215,7 +227,7 @@ def test_stop_strings_and_several_answers(bundle: Bundles) -> None:
     [{}, {"precision": "int8", "kernels": "freeexport"}, {"precision": "int4", "kernels": "onnxruntime"}],
     ids=lambda options: options.get("precision", "fp32"),
 )
-@pytest.mark.parametrize("case", [LLAMA_AT_0, LLAMA_CASE, T5_CASE, MARIAN_AT_0], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [LLAMA_AT_0, LLAMA_FUSED, T5_CASE, MARIAN_AT_0], ids=lambda case: case.name)
 def test_a_converted_exit_is_verified(
     case: Case, options: dict[str, Any], tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
@@ -224,7 +236,7 @@ def test_a_converted_exit_is_verified(
 
     manifest = convert(str(checkpoint(case)), tmp_path / "verified", ConvertOptions(capacity=64, **options))
     assert manifest.verified
-    assert manifest.exit_input == "feature"
+    assert manifest.exit_input == ("fused" if case is LLAMA_FUSED else "feature")
     assert manifest.costs is not None
     assert manifest.costs.sound
 

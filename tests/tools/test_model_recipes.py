@@ -73,7 +73,7 @@ def test_a_difference_of_low_rank_is_an_adapter(checkpoint: Callable[[Case], Pat
         if ".layers." in name and array.ndim == 2:
             tensors[name] = array + 0.1 * np.outer(*(draw.normal(size=size) for size in array.shape)).astype(np.float32)
     save_file(tensors, tuned / "model.safetensors")
-    write_exit_file(tuned, ExitFile(1, False, 0, open_checkpoint(str(tuned)).sha256, "logit-kd", "full"))
+    write_exit_file(tuned, ExitFile(1, open_checkpoint(str(tuned)).sha256, "logit-kd", "full"))
     given = [str(base), str(tuned), str(out), "--rank", "1"]
     assert "rank 1, 100.0% of" in CliRunner().invoke(difference_lora.command, given, catch_exceptions=False).output
     merged = open_checkpoint(str(out))

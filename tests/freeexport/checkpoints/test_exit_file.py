@@ -13,10 +13,13 @@ from safetensors.numpy import save_file
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit_file, write_exit_file
 from freeexport.system.output import link_or_copy
+from graphs.exit_head import EXIT_MAP
+from graphs.families import describe
+from graphs.shapes import own_shapes
 
 LLAMA = BY_NAME["llama-tied"]
 WIDTH = 64
-PLAIN = ExitFile(2, False, 0, "0" * 64, "kd-dyn", "full")
+PLAIN = ExitFile(2, "0" * 64, "kd-dyn", "full")
 
 
 @pytest.fixture
@@ -29,10 +32,10 @@ def with_exit(checkpoint: Callable[[Case], Path], tmp_path: Path) -> Callable[..
         for path in checkpoint(LLAMA).iterdir():
             link_or_copy(path, directory / path.name)
         base = open_checkpoint(str(directory)).sha256
-        exit_file = ExitFile(2, True, 3, base_sha256 or base, "logit-kd", "exit")
-        tensors: dict[str, Any] = {
-            name: np.full(shape, 0.5, np.float32) for name, shape in exit_file.shapes(WIDTH).items()
-        }
+        exit_file = ExitFile(2, base_sha256 or base, "logit-kd", "exit", exit_layers=1)
+        opened = open_checkpoint(str(directory))
+        shapes = exit_file.shapes(WIDTH) | own_shapes(describe(opened.config, opened), opened, 1)
+        tensors: dict[str, Any] = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
         tensors.update(change)
         save_file({name: value for name, value in tensors.items() if value is not None}, directory / EXIT_WEIGHTS)
         write_exit_file(directory, exit_file)
@@ -46,8 +49,9 @@ def with_exit(checkpoint: Callable[[Case], Path], tmp_path: Path) -> Callable[..
     [
         ({"schema_version": 2}, "schema version 2"),
         ({"exit_layer": 0}, "exit_layer is '0'"),
-        ({"exit_norm": 1}, "exit_norm is '1'"),
-        ({"adapter_rank": -1}, "adapter_rank is '-1'"),
+        ({"exit_norm": True}, "the exit has a norm of its own, which is no longer supported; train one with --exit-l"),
+        ({"exit_norm": True, "adapter_rank": 8}, "the exit has an adapter of rank 8 of its own"),
+        ({"exit_layers": -1}, "exit_layers is '-1'"),
         ({"base_sha256": "ab"}, "base_sha256 is 'ab'"),
         ({"loss": "hinge"}, "loss is 'hinge'"),
         ({"tune": "left out"}, "lacks tune"),
@@ -66,20 +70,27 @@ def test_wrong_values_are_refused(tmp_path: Path, change: dict[str, Any], reason
         read_exit_file(tmp_path)
 
 
+def test_the_fields_of_older_versions_are_read(tmp_path: Path) -> None:
+    written = ExitFile(2, "0" * 64, "logit-kd", "exit", exit_layers=1)
+    write_exit_file(tmp_path, written)
+    values = json.loads((tmp_path / EXIT_FILE).read_text()) | {"exit_norm": True, "adapter_rank": 0}
+    (tmp_path / EXIT_FILE).write_text(json.dumps(values))
+    assert read_exit_file(tmp_path) == written
+
+
 def test_checkpoint_reads_the_exits_tensors_and_hashes_them(
     with_exit: Callable[..., Path], checkpoint: Callable[[Case], Path]
 ) -> None:
     directory = with_exit()
     opened = open_checkpoint(str(directory))
     assert opened.exit is not None
-    assert opened.exit.adapter_rank == 3
-    assert opened.shape("exit.adapter.up.weight") == (WIDTH, 3)
+    assert opened.shape(EXIT_MAP) == (WIDTH, WIDTH)
     assert np.array_equal(opened.read("exit.norm.weight"), np.full(WIDTH, 0.5, np.float32))
     plain = open_checkpoint(str(checkpoint(LLAMA)))
     assert plain.exit is None
     assert "exit.norm.weight" not in plain
     assert opened.sha256 != plain.sha256
-    changed = {name: opened.read(name) for name in opened.exit.shapes(WIDTH)}
+    changed = {name: opened.read(name) for name in opened.names() if name.startswith("exit.")}
     changed["exit.norm.weight"][0] = 0.25
     save_file(changed, directory / EXIT_WEIGHTS)
     assert open_checkpoint(str(directory)).sha256 != opened.sha256
@@ -95,7 +106,7 @@ def test_exit_of_other_weights_is_refused(with_exit: Callable[..., Path]) -> Non
     ("change", "reason"),
     [
         ({"exit.norm.weight": None}, "exit.norm.weight is missing"),
-        ({"exit.adapter.up.weight": np.zeros((3, WIDTH), np.float32)}, rf"is \[3, {WIDTH}\], not \[{WIDTH}, 3\]"),
+        ({EXIT_MAP: np.zeros((3, WIDTH), np.float32)}, rf"is \[3, {WIDTH}\], not \[{WIDTH}, {WIDTH}\]"),
     ],
 )
 def test_exit_weights_that_do_not_fit_are_refused(

@@ -40,8 +40,9 @@ from freeexport.system.output import OutputError
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
 from freeexport.training.tuning import link_or_copy
-from graphs.exit_head import EXIT_NORM
+from graphs.exit_head import OTHER, OTHER_BIAS, VOCABULARY
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import ExitVocabulary
 from runtime.session import Session
 from tools.models import pack_exit
 
@@ -50,8 +51,7 @@ Directory = Callable[[Case], Path]
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-deep-decoder"]
 KINDS: dict[str, tuple[Case, dict[str, Any]]] = {
     "layers": (LLAMA, {"tune": "exit", "exit_layers": 2, "exit_vocab": 40}),
-    "feature": (LLAMA, {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": 0}),
-    "adapter": (T5, {"tune": "exit", "rank": 8}),
+    "fused": (LLAMA, {"tune": "exit", "exit_layers": 1, "exit_input": "fused", "exit_layer": 0}),
     "t5 layers": (T5, {"tune": "exit", "exit_layers": 1, "exit_vocab": 40}),
     "lora": (LLAMA, {"tune": "lora", "rank": 4, "exit_layers": 1}),
 }
@@ -105,7 +105,7 @@ def bundle(model: str, out: Path, precision: Any = "int8") -> Bundle:
     return Bundle.open(out, verify="full")
 
 
-@pytest.mark.parametrize("kind", ["layers", "adapter", "t5 layers"])
+@pytest.mark.parametrize("kind", ["layers", "t5 layers"])
 def test_an_int8_bundle_is_the_one_of_the_trained_checkpoint(
     kind: str, trained: Callable[[str], Path], packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
 ) -> None:
@@ -138,7 +138,7 @@ def test_parameters_are_off_by_the_rounding_to_8_bits(
             assert np.linalg.norm(found - wanted) <= 0.015 * np.linalg.norm(wanted)  # of a bell 0.008
     with safe_open(path, "np") as file:
         types = {str(file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118, no mapping
-    assert types >= ({"float32"} if kind == "adapter" else {"int8", "float16", "float32"})
+    assert types >= {"int8", "float16", "float32"}
 
 
 def test_the_command_applies_an_exit_and_verifies_it(
@@ -198,10 +198,12 @@ def test_an_exit_of_a_gguf_file(tmp_path: Path) -> None:
     path, out = tmp_path / "words.safetensors", tmp_path / "out"
     out.mkdir()
     link_or_copy(model, out / model.name)
-    exit_file = ExitFile(1, True, 0, "0" * 64, "ce", "exit")
-    write_exit_file(out, replace(exit_file, exit_norm=False))
-    write_exit_file(out, replace(exit_file, base_sha256=open_checkpoint(str(out)).sha256))
-    save_file({EXIT_NORM: np.ones(64, np.float32)}, out / EXIT_WEIGHTS)
+    exit_file = ExitFile(1, "0" * 64, "ce", "full")
+    write_exit_file(out, exit_file)
+    sha256 = open_checkpoint(str(out)).sha256
+    write_exit_file(out, replace(exit_file, base_sha256=sha256, vocabulary=ExitVocabulary(3, 0.9, 10, trained=True)))
+    other = {OTHER: np.ones((1, 64), np.float32), OTHER_BIAS: np.ones(1, np.float32)}
+    save_file({VOCABULARY: np.array([1, 2, 5], np.int32), **other}, out / EXIT_WEIGHTS)
     pack(str(out), path, "words", **FACTS)
     with with_exit_applied(str(model), str(path)) as directory:
         assert [file.name for file in Path(directory).glob("*.gguf")] == ["tiny+words.gguf"]
@@ -218,6 +220,7 @@ def test_an_exit_of_a_gguf_file(tmp_path: Path) -> None:
         ({"format": "x"}, "format is 'x', expected int"),
         ({"tensors_sha256": "0" * 64}, "is damaged: its tensors have another sha256"),
         ({"exit": {"exit_layer": 2}}, "exit lacks"),
+        ({"exit": {"exit_norm": True, "adapter_rank": 8}}, "has an adapter of rank 8 of its own, which is no longer"),
         ({"licence": 3}, "licence is '3', expected str"),
     ],
 )
@@ -254,10 +257,10 @@ def test_what_cannot_be_packed_is_refused(
     out = tmp_path / "exit.safetensors"
     with pytest.raises(CheckpointError, match="has no exit with parameters of its own"):
         pack(str(checkpoint(LLAMA)), out, "x", **FACTS)
+    pack(str(trained("t5 layers")), tmp_path / "other.safetensors", "x", **FACTS)
     monkeypatch.setattr(packed_exit, "MOST_BYTES", 10_000)
     with pytest.raises(OutputError, match=r"has 0\.1 MB in 8 bits, at most 0 are packed; train one with fewer"):
         pack(str(trained("layers")), out, "x", **FACTS)
-    pack(str(trained("adapter")), tmp_path / "other.safetensors", "x", **FACTS)
     applied = with_exit_applied(str(trained("lora")), str(tmp_path / "other.safetensors"))
     with pytest.raises(CheckpointError, match="is a LoRA adapter; merge it"), applied:
         pass

@@ -196,6 +196,7 @@ def test_costs_at_a_layer_split_the_model_and_an_early_exit_saves_more() -> None
     assert step.at(2, 10).speedup(0, 16) < 1
     # An exit that reads the feature is a call of its own, with a map of two inputs.
     assert step.at(0, 10, 1, 0.5, "feature").shallow == (20 + 2 + 15 + 1) * size
+    assert step.at(0, 10, 1, 0.5, "fused").shallow == (20 + 4 + 15 + 1) * size
 
 
 @pytest.mark.parametrize("case", [BY_NAME["llama-tied"], BY_NAME["t5-gated-tied"]], ids=lambda case: case.name)

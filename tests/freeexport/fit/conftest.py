@@ -62,7 +62,7 @@ def with_exit(options: Callable[..., FitOptions], tmp_path: Path) -> Callable[..
         model = tmp_path / "model"
         shutil.copytree(found.model, model)
         sha256 = open_checkpoint(str(model)).sha256
-        write_exit_file(model, ExitFile(2, False, 0, sha256, "logit-kd", "full"))
+        write_exit_file(model, ExitFile(2, sha256, "logit-kd", "full"))
         return replace(found, model=str(model))
 
     return make

@@ -18,25 +18,30 @@ from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.packed_exit import pack
 from freeexport.conversion.own_outputs import own_outputs
 from freeexport.training.batches import described
-from freeexport.training.exit_modules import Encoded, ExitLayers, norm_module, trained_exit
+from freeexport.training.exit_modules import ExitLayers, trained_exit
+from freeexport.training.layer_modules import Encoded, norm_module
 from freeexport.training.train import train
+from graphs.exit_head import EXIT_MAP
 from graphs.families import describe
 from runtime.errors import OptionError
 
 Directory = Callable[[Case], Path]
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "t5-relu-tied"])
-def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "count"), [("llama-tied", 1), ("mistral-window", 1), ("t5-relu-tied", 1), ("llama-tied", 3)]
+)
+def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, name: str, count: int) -> None:
     """The output for a position in pass k is that of reading features up to k positions before, and then its own
     output of each position."""
     opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
     description = describe(opened.config, opened)
     decoder, width, length, passes = description.decoder, description.hidden_size, 9, 4
     generator = torch.Generator().manual_seed(0)
-    linear = torch.randn(width, 2 * width, generator=generator).numpy() / width**0.5
+    linear = torch.randn(width, (1 + count) * width, generator=generator).numpy() / width**0.5
     own = ExitLayers(decoder.layers[-2:], opened.read, linear, norm_module(decoder.head.norm, opened.read))
-    states, features, prompt = torch.randn(3, 1, length, width, generator=generator)
+    states, prompt = torch.randn(2, 1, length, width, generator=generator)
+    features = torch.randn(1, length, count * width, generator=generator)
     encoded = Encoded(prompt, torch.ones(1, length, dtype=torch.bool)) if description.encoder else None
     with torch.no_grad():
         found = own.passes(states, encoded, features, passes)
@@ -45,7 +50,9 @@ def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, nam
             for place in range(number, length):
                 read = features.clone()
                 for drafted in range(place - number, place):
-                    read[:, drafted] = own.norm(own(states, encoded, read)[:, drafted])
+                    draft = own.norm(own(states, encoded, read)[:, drafted])
+                    unit = draft / (draft.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+                    read[:, drafted] = torch.cat([*[unit] * (count - 1), draft], dim=-1)
                 torch.testing.assert_close(
                     found[number][:, place], own(states, encoded, read)[:, place], rtol=1e-4, atol=1e-4
                 )
@@ -64,7 +71,7 @@ def test_an_exit_with_a_feature_learns_and_is_gone_on_with(
     description = describe(opened.config, opened)
     own, known = trained_exit(opened, description)
     assert isinstance(own, ExitLayers)
-    assert own.reads_feature
+    assert own.reads == "feature"
     assert (known is None) == (exit_vocab is None)
     options = run_options(words, **chosen, exit_vocab=exit_vocab, steps=1, evaluate_every=1)
     again = train(str(made.out), made.out.parent / f"again-{exit_layer}", options)
@@ -73,6 +80,28 @@ def test_an_exit_with_a_feature_learns_and_is_gone_on_with(
     other = replace(options, exit_input="state", exit_layer=max(1, exit_layer))
     with pytest.raises(CheckpointError, match="--exit-input"):
         train(str(made.out), made.out.parent / "other", other)
+
+
+def test_a_fused_exit_begins_with_the_predictions_of_one_with_a_feature(run: Runs, words: Path, tmp_path: Path) -> None:
+    """With zeros for the two earlier states, whose columns then learn, as does an exit that begins as fused."""
+    chosen: dict[str, Any] = {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": 1}
+    first = run(LLAMA, **chosen, steps=12, evaluate_every=12, learning_rate=3e-3)
+    options = run_options(words, **{**chosen, "exit_input": "fused"}, steps=12, evaluate_every=12)
+    options = replace(options, learning_rate=1e-3)
+    fused = train(str(first.out), tmp_path / "fused", options)
+    for name in ("eval_shallow_loss", "eval_agreement"):
+        assert fused.before[name] == pytest.approx(first.trained.metrics[name], rel=1e-4)
+    assert fused.metrics["eval_shallow_loss"] < fused.before["eval_shallow_loss"]
+    opened = open_checkpoint(str(tmp_path / "fused"))
+    assert opened.exit is not None
+    assert opened.exit.exit_input == "fused"
+    width = opened.shape(EXIT_MAP)[0]
+    assert opened.shape(EXIT_MAP) == (width, 4 * width)
+    assert np.abs(opened.read(EXIT_MAP)[:, width : 3 * width]).max() > 0
+    anew = run(LLAMA, **{**chosen, "exit_input": "fused"}, steps=12, evaluate_every=12, learning_rate=3e-3)
+    assert anew.trained.metrics["eval_shallow_loss"] < anew.trained.before["eval_shallow_loss"]
+    with pytest.raises(CheckpointError, match="--exit-input"):  # its map has columns that a feature cannot fill
+        train(str(anew.out), tmp_path / "narrower", replace(options, exit_input="feature"))
 
 
 def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory, words: Path, tmp_path: Path) -> None:
@@ -116,9 +145,10 @@ def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"exit_layers": 0}, "give --exit-layers 1 or more"),
+        ({"exit_input": "fused", "tune": "full"}, "--exit-input fused is for --tune exit"),
+        ({"exit_layers": 0}, "--tune exit trains layers of the exit's own"),
         ({"tune": "lora"}, "--exit-input feature is for --tune exit"),
-        ({"exit_input": "guess"}, "--exit-input 'guess' is unknown; choose state, feature"),
+        ({"exit_input": "guess"}, "--exit-input 'guess' is unknown; choose state, feature, fused"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words: Path, changes: dict[str, Any], reason: str) -> None:
@@ -139,16 +169,20 @@ def test_features_are_kept_of_every_position(checkpoint: Directory, words: Path,
     from freeexport.training.frozen import cached_teacher, collate_teacher
     from freeexport.training.shallow_deep import ShallowDeep
 
-    options = run_options(words, tune="exit", exit_layers=1, exit_input="feature", exit_layer=0)
+    options = run_options(words, tune="exit", exit_layers=1, exit_input="fused", exit_layer=0)
     opened = open_checkpoint(str(checkpoint(LLAMA)))
     description = described(opened, options)
     _, validation, _ = examples(opened, description, options)
-    whole, collate = ShallowDeep(reference_model(opened), description, 0, "ce"), Collator(None)
+    deep = len(description.decoder.layers)
+    thirds = deep // 3, 2 * deep // 3
+    whole, collate = ShallowDeep(reference_model(opened), description, 0, "ce", also=thirds), Collator(None)
     records = cached_teacher(tmp_path / "v.npy", whole, validation, collate, options, None)
     batch, ids = collate_teacher(records), collate(validation)
     with torch.no_grad():
         out = whole.model(ids["input_ids"], attention_mask=ids["attention_mask"], output_hidden_states=True)
     kept = ids["attention_mask"] > 0
-    for name, number in (("states", 0), ("features", -1)):
-        wanted = out["hidden_states"][number][kept].numpy()
+    first, *earlier, last = (out["hidden_states"][number][kept] for number in (0, *thirds, -1))
+    parts = [state / (state.square().mean(-1, keepdim=True) + 1e-5).sqrt() for state in earlier]
+    for name, states in (("states", first), ("features", torch.cat([*parts, last], dim=-1))):
+        wanted = states.numpy()
         np.testing.assert_allclose(batch[name][kept].numpy(), wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())

@@ -1,4 +1,4 @@
-"""An exit's own parameters in torch: layers as transformers has them, and starts against numpy's least squares."""
+"""An exit's own parameters in torch: layers as transformers has them, and losses of a frozen exit."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from training_case import LLAMA, frozen_exit
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_FILE
 from freeexport.training import losses
-from freeexport.training.exit_modules import Adapter, Encoded, ExitLayers, norm_module
-from freeexport.training.exit_start import begin_linear, low_rank
+from freeexport.training.exit_modules import ExitLayers
+from freeexport.training.layer_modules import Encoded, norm_module
 from freeexport.training.shallow_deep import SharedHead
 from graphs.families import describe
-
-WIDTH, ROWS, EPSILON = 6, 5000, 1e-6
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -63,46 +61,6 @@ def test_exit_files_that_name_other_layers_are_refused(tmp_path: Path, exit_laye
     (tmp_path / EXIT_FILE).write_text(json.dumps({**text, "exit_layers": exit_layers}))
     with pytest.raises(CheckpointError, match=reason):
         open_checkpoint(str(tmp_path))
-
-
-@pytest.mark.parametrize("rank", [2 * WIDTH, 2 * WIDTH + 3])
-def test_a_linear_relation_is_found_whole(rank: int) -> None:
-    random = np.random.default_rng(0)
-    shallow = random.normal(size=(ROWS, WIDTH))
-    shallow *= np.sqrt(WIDTH) / np.linalg.norm(shallow, axis=-1, keepdims=True)
-    turn = np.linalg.qr(random.normal(size=(WIDTH, WIDTH)))[0]  # keeps lengths, as the map's targets do
-    deep = 3 * shallow @ turn.T
-    adapter = Adapter(WIDTH, rank, EPSILON)
-    begin_linear(adapter, shallow, deep, np.ones(WIDTH))
-    with torch.no_grad():
-        found = adapter(torch.from_numpy(shallow).float()).numpy()
-    assert np.abs(found - deep).max() < 0.02  # the ridge draws a little to zero
-
-
-def test_fewer_ranks_keep_what_the_norm_shows() -> None:
-    random = np.random.default_rng(1)
-    x = random.normal(size=(ROWS, WIDTH)) @ random.normal(size=(WIDTH, WIDTH))
-    y = x @ random.normal(size=(WIDTH, WIDTH)) + random.normal(size=(ROWS, WIDTH))
-    weight = np.array([5.0, 0.01, 1.0, 1.0, -2.0, 1.0])
-    square, product = x.T @ x / ROWS, y.T @ x / ROWS
-    best = np.linalg.solve(square, product.T).T
-
-    def error(candidate: np.ndarray) -> float:
-        """The squared error in the metric of what the map is fed and of what the norm shows."""
-        gap = weight[:, None] * (best - candidate)
-        return float(np.trace(gap @ square @ gap.T))
-
-    inward, outward = low_rank(square, product, weight, 2)
-    values = np.linalg.svd(weight[:, None] * best @ np.linalg.cholesky(square), compute_uv=False)
-    assert inward.shape == (2, WIDTH)
-    assert error(outward @ inward) == pytest.approx((values[2:] ** 2).sum(), rel=1e-6)
-
-
-def test_one_unit_is_too_few_and_adds_nothing() -> None:
-    adapter = Adapter(WIDTH, 1, EPSILON)
-    hidden = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
-    begin_linear(adapter, *np.random.default_rng(2).normal(size=(2, 50, WIDTH)), np.ones(WIDTH))
-    assert torch.equal(adapter(hidden), hidden)
 
 
 def test_the_distillation_of_the_best_tokens_is_that_of_all_where_they_are_all() -> None:

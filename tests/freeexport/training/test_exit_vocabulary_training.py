@@ -158,7 +158,6 @@ def test_special_tokens_are_kept_and_the_most_frequent_come_next(checkpoint: Dir
     ("case", "options"),
     [
         (T5, {}),
-        (T5, {"tune": "exit", "rank": 4}),
         (LLAMA, {"loss": "kd-dyn"}),
         (LLAMA, {"tune": "lora", "exit_layers": 2, "rank": 4}),
         (LLAMA, {"tune": "exit", "exit_layers": 2}),

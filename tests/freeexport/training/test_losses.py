@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from training_case import LLAMA, T5, frozen_exit
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.training import losses
-from freeexport.training.exit_modules import AdaptedExit, RMSNorm
+from freeexport.training.layer_modules import RMSNorm
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ShallowDeep, SharedHead
 from freeexport.training.tuning import trainable_model
@@ -109,13 +110,24 @@ def test_dropout_after_the_norm_is_that_of_the_models_mode(checkpoint: Callable[
     assert found[1] - found[0] == pytest.approx(float((student - teacher).square().mean(-1).sum()), rel=1e-4)
 
 
+class WithoutLayers(nn.Module):
+    """An exit whose head reads the normed states."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def passes(self, states: torch.Tensor, *others: Any) -> list[torch.Tensor]:
+        return [states]
+
+
 def test_a_frozen_exit_is_read_after_its_own_norm() -> None:
     shallow, deep = RANDOM.normal(size=(2, 7, 8)) * [[[3.0]], [[40.0]]]
     weight, matrix = RANDOM.uniform(0.5, 2.0, 8), RANDOM.normal(size=(11, 8))
     labels = RANDOM.integers(0, 11, 7)
     norm, linear = nn.RMSNorm(8, eps=EPSILON), nn.Linear(8, 11, bias=False)
     norm.weight.data, linear.weight.data = torch.tensor(weight).float(), torch.tensor(matrix).float()
-    own = AdaptedExit(RMSNorm(torch.tensor(weight * 1.5), EPSILON), None)
+    own = WithoutLayers(RMSNorm(torch.tensor(weight * 1.5), EPSILON))
     module = frozen_exit(own, SharedHead(norm, linear, 1.0), 2, 6).train()
     student, teacher = (
         log_softmax(rms(state, scale * weight, EPSILON) @ matrix.T) for state, scale in ((shallow, 1.5), (deep, 1.0))

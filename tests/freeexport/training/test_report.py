@@ -123,7 +123,7 @@ def test_harm_to_the_model_is_a_warning() -> None:
     assert lines[1].startswith("warning: the whole model's loss rose from 1.000 to 1.300; lower --learning-rate")
 
 
-WORSE = {"evaluate_every": 1, "learning_rate": 0.5, "schedule": "constant", "warmup": 0.0}
+WORSE = {"evaluate_every": 1, "learning_rate": 0.5, "schedule": "hold", "warmup": 0.0}
 
 
 @pytest.fixture

@@ -117,13 +117,11 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        (T5, {"loss": "ce", "rank": 0}),
-        (LLAMA, {"rank": 8}),
         (LLAMA, {"exit_layers": 2, "learning_rate": 3e-3}),
         (T5, {"exit_layers": 2, "learning_rate": 3e-3}),
         (BY_NAME["m2m100"], {"exit_layers": 1, "exit_layer": 1, "learning_rate": 3e-3}),
     ],
-    ids=["t5-norm", "llama-adapter", "llama-layers", "t5-layers", "m2m100-layers"],
+    ids=["llama-layers", "t5-layers", "m2m100-layers"],
 )
 def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     checkpoint: Directory, words: Path, case: Case, options: dict[str, Any], run: Runs
@@ -131,8 +129,7 @@ def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     out, trained = run(case, **{"tune": "exit", "steps": 24, "evaluate_every": 8, "learning_rate": 1e-2, **options})
     opened, base = open_checkpoint(str(out)), checkpoint(case)
     assert opened.exit is not None
-    found = opened.exit.exit_norm, opened.exit.adapter_rank, opened.exit.exit_layers
-    assert found == (True, options.get("rank", 0), options.get("exit_layers", 0))
+    assert opened.exit.exit_layers == options["exit_layers"]
     assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     final = describe(opened.config, opened).decoder.head.norm
@@ -145,15 +142,11 @@ def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     # States are kept in half precision.
     for name, value in evaluated(out, run_options(words, tune="exit", **options)).items():
         assert trained.metrics[f"eval_{name}"] == pytest.approx(value, rel=0.02, abs=0.02), name
-    if options.get("rank") == 0:  # it begins as the final norm
-        whole = run(T5, **ONE_BATCH).trained.before
-        for name in ("eval_shallow_loss", "eval_deep_loss"):
-            assert trained.before[name] == pytest.approx(whole[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("tune", ["full", "exit"])
 def test_gradient_accumulation_equals_one_large_batch(tune: Any, run: Runs) -> None:
-    alike = ONE_BATCH if tune == "full" else {**ONE_BATCH, "tune": tune}
+    alike = ONE_BATCH if tune == "full" else {**ONE_BATCH, "tune": tune, "exit_layers": 1}
     outs = [run(T5, **alike).out, run(T5, **{**alike, "batch_tokens": 130, "accumulate": 20}).out]
     results = [(logged(out)[0], logged(out, "grad_norm")[0]) for out in outs]
     assert results[0] == pytest.approx(results[1], rel=1e-4)
@@ -262,7 +255,9 @@ def test_the_weights_of_the_best_outputs_are_kept(run: Runs, words: Path) -> Non
     [
         ({"loss": "hinge"}, "--loss 'hinge' is unknown"),
         ({"tune": "head"}, "--tune 'head' is unknown"),
-        ({"tune": "exit", "loss": "kd-dyn"}, "which --tune exit freezes"),
+        ({"tune": "exit", "exit_layers": 1, "loss": "kd-dyn"}, "which --tune exit freezes"),
+        ({"tune": "exit"}, "give --exit-layers 1 or more, or train the model with --tune full or lora"),
+        ({"schedule": "cosine"}, "--schedule 'cosine' is unknown; choose linear, hold"),
         ({"tune": "lora", "from_config": True}, "needs trained weights"),
         ({"steps": 3, "epochs": 1.0}, "contradict"),
         ({"steps": 0}, "--steps is 0"),
@@ -274,15 +269,15 @@ def test_the_weights_of_the_best_outputs_are_kept(run: Runs, words: Path) -> Non
         ({"loss": "ce", "loss_alpha": 4.0}, "--loss-alpha is the weight of a distillation, and --loss ce has none"),
         ({"threads": 0}, "--threads is 0; give at least 1"),
         ({"tune": "lora", "rank": 0}, "--rank is 0; give at least 1"),
-        ({"rank": 4}, "--rank is for --tune lora, and for"),
-        ({"tune": "exit", "exit_layers": 1, "rank": 4}, "--rank is for --tune lora, and for"),
+        ({"rank": 4}, "--rank is for --tune lora, not for --tune full"),
+        ({"tune": "exit", "exit_layers": 1, "rank": 4}, "--rank is for --tune lora, not for --tune exit"),
         ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
         ({"exit_layers": -1}, "--exit-layers is -1"),
         ({"exit_layers": 2, "loss": "weighted-ce"}, "--loss weighted-ce is for an exit without"),
         ({"exit_vocab": 99, "loss": "deep-ce"}, "--loss deep-ce is for an exit without"),
         ({"exit_vocab": 0}, "--exit-vocab is 0"),
         ({"select_by": "beauty"}, "'beauty' is no metric; choose from exact"),
-        ({"select_by": "chrf", "tune": "exit"}, "--select-by chrf measures the whole model"),
+        ({"select_by": "chrf", "tune": "exit", "exit_layers": 1}, "--select-by chrf measures the whole model"),
         ({"resume": True, "overwrite": True}, "contradict"),
     ],
 )
@@ -321,19 +316,19 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
 
 
 def test_training_an_exit_again_is_refused(words: Path, run: Runs, tmp_path: Path) -> None:
-    out, _ = run(LLAMA, tune="exit", steps=24, evaluate_every=8, learning_rate=1e-2, rank=8)
+    out, _ = run(LLAMA, tune="exit", steps=24, evaluate_every=8, learning_rate=3e-3, exit_layers=2)
     with pytest.raises(CheckpointError, match="has an exit of its own"):
         train(str(out), tmp_path / "again", run_options(words))
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "inverse-sqrt", "hold"])
+@pytest.mark.parametrize("schedule", ["linear", "hold"])
 def test_rate_warms_up_and_never_rises_again(schedule: Any) -> None:
     factors = [rate_factor(schedule, 0.1, step / 100) for step in range(101)]
     assert factors[:6:5] == pytest.approx([0, 0.5])
     assert max(factors) == pytest.approx(1.0) == factors[10]
     assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert (factors[-1] < 1e-9) is (schedule in ("linear", "cosine", "hold"))
-    assert (factors[70] > 0.99) is (schedule in ("constant", "hold"))
+    assert factors[-1] < 1e-9
+    assert factors[55] == pytest.approx(0.5 if schedule == "linear" else 1.0)
 
 
 def test_oracle_exits_are_the_surest_tokens_of_which_enough_agree() -> None:

@@ -17,7 +17,7 @@ from runtime.decoding import decoder
 from runtime.engines.prefix_store import BLOCK
 from runtime.engines.runner import Encoder
 
-FEATURES = with_feature("llama-tied", 0), with_feature("llama-tied", EXIT_LAYER)
+FEATURES = with_feature("llama-tied", 0), with_feature("llama-tied", EXIT_LAYER, "fused")
 BY_NAME = {case.name: case for case in [*CASES, LONG, *EXIT_CASES, *FEATURES]}
 LLAMA, T5, EXIT_LAYERS = "llama-tied", "t5-relu-tied", "llama-tied-exit-layers"
 SYSTEM = [3 + (29 * step + 7) % 250 for step in range(41)]
