@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.decoding.calls import NOTHING, Prediction, RunAhead, SlotCall, Waiting
+from runtime.decoding.calls import NOTHING, Prediction, SlotCall, Waiting
 from runtime.decoding.decoder import PREFILL_ROWS, Decoder
 from runtime.engines.kv_cache import FeatureCache
 from runtime.engines.runner import Runner
@@ -104,9 +104,7 @@ class FeatureDecoder(Decoder):
             return self.stepping(tokens[0], head)
         return self._stepping(super().stepping_together(tokens), head)
 
-    def syncing(
-        self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None
-    ) -> Iterator[Waiting]:
+    def syncing(self, heads: int, drafts: Sequence[int] = ()) -> Iterator[Waiting]:
         if self._embeds:
             call = self._embedding(self.stacked)
             if self.alone:
@@ -115,7 +113,7 @@ class FeatureDecoder(Decoder):
                 yield call
             self.stats.shallow_seconds += call.seconds
             self._shallow.cache.extend(self.slot, call.rows)
-        yield from super().syncing(heads, drafts, ahead)
+        yield from super().syncing(heads, drafts)
 
     def _keep(self, tokens: Sequence[int], head: bool) -> None:
         """Stack tokens without embedding them."""

@@ -9,11 +9,10 @@ the engine calls they wait for, and final tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
-from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, RunAhead, Waiting, Waits
+from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.draft_rule import NO_DRAFT, Drafts, Outcome
 from runtime.decoding.draft_sources import Candidates
@@ -91,12 +90,7 @@ def free(
                 yield response.add(token, True, prediction.confidence, prediction)
                 continue
             decoder.stats.forced += sure
-            ahead = (
-                _run_ahead(decoder, response, partial(_above, threshold), [], token)
-                if decoder.overlaps
-                else None
-            )
-            yield from decoder.syncing(len(rows) or 1, (), ahead)
+            yield from decoder.syncing(len(rows) or 1)
             deep = decoder.deep_predictions()
             if labels is not None:
                 labels.label(_labels(rows, deep))
@@ -145,7 +139,7 @@ def rollback(
             return
         most = max_pending - len(unread)
         draft = yield from _exits(decoder, response, _above(threshold), unread, most)
-        deep = yield from _verify(decoder, response, partial(_above, threshold), draft)
+        deep = yield from _verify(decoder, draft)
         tokens = draft.tokens
         uncertain = (row for row in range(len(tokens)) if not draft.certain(row))
         rejected = (row for row in uncertain if (deep[row].nll or 0.0) > limit)
@@ -198,12 +192,11 @@ def lossless(
             draft = yield from _exits(
                 decoder, response, exit_draft, unread, most, exit_draft.continues
             )
-            # With overlap, the exit runs ahead instead.
-            if not decoder.overlaps and not (draft.tokens and response.ends(draft.tokens)):
+            if not (draft.tokens and response.ends(draft.tokens)):
                 most -= len(draft.tokens)
                 found = drafts.continuation(response, draft.tokens, most, exit_draft)
                 draft = yield from _continued(decoder, response, draft, found)
-        deep = yield from _verify(decoder, response, partial(drafts.exit_draft, threshold), draft)
+        deep = yield from _verify(decoder, draft)
         accept_length, correction = _agreement(response, draft.tokens, deep)
         made = [*draft.tokens[:accept_length], *([] if correction is None else [correction])]
         proposed = draft.proposed
@@ -360,44 +353,10 @@ def _exits(
             following = response.forced(tokens)
 
 
-def _verify(
-    decoder: Decoder, response: Response, begin: Callable[[], Sure], draft: Draft
-) -> Waits[list[Prediction]]:
+def _verify(decoder: Decoder, draft: Draft) -> Waits[list[Prediction]]:
     """Run the deep pass over a draft and return the deep prediction at every row."""
-    ahead = _run_ahead(decoder, response, begin, draft.tokens, draft.following)
-    yield from decoder.syncing(len(draft.predictions), draft.tokens, ahead)
+    yield from decoder.syncing(len(draft.predictions), draft.tokens)
     return decoder.deep_predictions()
-
-
-def _run_ahead(
-    decoder: Decoder,
-    response: Response,
-    begin: Callable[[], Sure],
-    drafts: list[int],
-    following: int | None,
-) -> RunAhead | None:
-    """Return a function that continues drafting while the deep pass runs, if calls overlap.
-
-    It continues from the shallow prediction as long as predictions pass the check that `begin`
-    returns.
-    """
-    if following is None or not decoder.overlaps:
-        return None
-    sure = begin()
-
-    def ahead(prediction: Prediction | None, tokens: Sequence[int]) -> int | None:
-        path = [*drafts, *tokens]
-        if prediction is not None and not sure(response.constrained(prediction, path)):
-            return None
-        token = following if prediction is None else response.choose(prediction, path)
-        # Tokens that are forced after this one are read together with it, in one call.
-        return (
-            None
-            if response.ends([*path, token]) or response.forced([*path, token]) is not None
-            else token
-        )
-
-    return ahead
 
 
 def _agreement(
