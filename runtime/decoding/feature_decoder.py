@@ -67,17 +67,27 @@ class FeatureDecoder(Decoder):
     # Run at once
 
     def step(self, token: int, head: bool) -> Prediction:
-        if self._embeds and head:  # the same in fewer Python calls
+        # Equal to `stepping` and `shallow_prediction` in fewer Python calls.
+        self._head = False
+        if self._embeds:
             self._keep((token,), head)
-            self._head = head
-            call = self._ask()
+        else:
+            self._token[0] = token
+            call = self._step_call(False)
             call.run()
-            self._asked(call)
-            self.batch_size = 1
-            return self.prediction()
-        for call in self.stepping(token, head):
-            call.run()
-        return self.shallow_prediction()
+            self._step = call
+            super().shallow_prediction()
+            if self._exits or head:
+                place = self._shallow.cache.length(self.slot) - 1
+                self._exit_cache.put(self.slot, place, self._hidden[0])
+        if not head:
+            return NOTHING
+        self._head = True
+        call = self._ask()
+        call.run()
+        self._asked(call)
+        self.batch_size = 1
+        return self.prediction()
 
     def full_step(self, token: int) -> int:
         deep = super().full_step(token)
@@ -156,15 +166,16 @@ class FeatureDecoder(Decoder):
         """Return the call of the exit on all unread rows, with a prediction after the last."""
         cache = self._exit_cache
         slot = self.slot
-        end = self.lengths()[0]
+        end = self._length if self._embeds else self._shallow.cache.length(slot)
         first = cache.length(slot)
         if end - first > self.max_pending:
             self._catch_up(self.max_pending)
             first = end - self.max_pending
         states, features = self._exit_inputs
-        states[: end - first] = cache.states[slot, first:end]
-        features[: end - first] = cache.features[slot, first:end]
-        self._step = call = self._exit_calls.get(end - first) or self._exit_call(end - first)
+        rows = end - first
+        states[:rows] = cache.states[slot, first:end]
+        features[:rows] = cache.features[slot, first:end]
+        self._step = call = self._exit_calls.get(rows) or self._exit_call(rows)
         return call
 
     def _asked(self, call: SlotCall) -> None:
