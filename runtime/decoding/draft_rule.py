@@ -416,7 +416,10 @@ class Drafts:
         deep: float,
         shared: bool,
     ) -> None:
-        """Record the outcome of a draft, and the seconds of its shallow and deep calls."""
+        """Record the outcome of a draft, and the seconds of its shallow and deep calls.
+
+        The shallow seconds of a sequence that drafts alone include the Python between the calls.
+        """
         costs = self._costs
         acceptance = self._acceptance
         rows = outcome.rows

@@ -9,6 +9,7 @@ the engine calls they wait for, and final tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from time import perf_counter
 from typing import NamedTuple
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
@@ -187,6 +188,8 @@ def lossless(
         if plan.tokens:
             draft = yield from _together(decoder, response, plan.source, unread, list(plan.tokens))
         else:
+            began = perf_counter()
+            alone = decoder.alone
             exit_draft = drafts.exit_draft(threshold)
             most = plan.exits
             draft = yield from _exits(
@@ -196,6 +199,9 @@ def lossless(
                 most -= len(draft.tokens)
                 found = drafts.continuation(response, draft.tokens, most, exit_draft)
                 draft = yield from _continued(decoder, response, draft, found)
+            if alone and decoder.alone:
+                # Python between the calls of the exit is a part of what its drafts cost.
+                shallow_seconds = stats.shallow_seconds + began - perf_counter()
         deep = yield from _verify(decoder, draft)
         accept_length, correction = _agreement(response, draft.tokens, deep)
         made = [*draft.tokens[:accept_length], *([] if correction is None else [correction])]
