@@ -21,7 +21,6 @@ class SessionKeywords(TypedDict, total=False):
     queue: int
     capacity: int | None
     overlap: bool | None
-    run_ahead: bool
     threshold: float | Literal["adaptive"] | None
     adaptive_memory: int
     adaptive_target: float | None

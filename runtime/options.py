@@ -68,10 +68,6 @@ class SessionOptions:
     generated tokens are the same. Default: True on a GPU. True is refused on a CPU, where both
     share cores and memory bandwidth."""
 
-    run_ahead: bool = False
-    """With overlap: continue with shallow steps on the shallow prediction while a deep pass runs.
-    Steps that the deep decoder disagrees with are discarded. Not measured on a GPU yet."""
-
     threshold: Annotated[
         float | Literal["adaptive"] | None,
         checks.Real(0, 1, "from 0 (exit always) to 1 (never), or 'adaptive'", also="adaptive"),
@@ -129,11 +125,6 @@ class SessionOptions:
             raise OptionError(
                 "overlap is True on the CPU, where both engines share the cores and it measured "
                 "slower (152 tokens/s, in turn 251); leave it out"
-            )
-        if self.run_ahead and (on_cpu or self.overlap is False):
-            raise OptionError(
-                "run_ahead is True, and nothing overlaps on the CPU or with overlap=False; leave "
-                "it out"
             )
         if self.prefix_cache_mb and not on_cpu:
             raise OptionError(

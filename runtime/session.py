@@ -112,7 +112,7 @@ class Session:
         self.overlap = deep.beside
         decoder_type = self._decoder_type
         if deep.beside:
-            decoder_type = partial(OverlappingDecoder, run_ahead=options.run_ahead)
+            decoder_type = OverlappingDecoder
         elif exit is not None:
             decoder_type = partial(decoder_type or FeatureDecoder, exit=exit)
         decoder_type = decoder_type or Decoder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from runtime.bundle.costs import NEUTRAL, Costs
 
@@ -14,6 +14,24 @@ RECENT = 8  # calls in an average
 STRAY = 2.0  # largest factor between a call and the average, beyond which it is clipped
 # Calls after which an old measurement is dropped. The machine may have been busy then.
 MEMORY = 512
+
+
+class Prices(NamedTuple):
+    """Estimated seconds of one sequence's share of calls with one row per sequence.
+
+    Attributes:
+        token: A token in mode full.
+        step: A shallow step without the head.
+        head: The head in that step.
+        deep: A deep pass.
+        row: A further row of a deep pass.
+    """
+
+    token: float
+    step: float
+    head: float
+    deep: float
+    row: float
 
 
 class CallCosts:
@@ -34,10 +52,12 @@ class CallCosts:
         """Drop all measurements."""
         self._seen: dict[Kind, dict[int, _Average]] = {"step": {}, "head": {}, "pass": {}}
         self._count = 0
+        self._prices: dict[int, Prices] = {}  # by sequences, since the last measurement
 
     def observe(self, kind: Kind, rows: int, seconds: float) -> None:
         """Add a measurement."""
         self._count += 1
+        self._prices.clear()
         seen = self._seen[kind].get(rows)
         if seen is None:
             self._seen[kind][rows] = _Average()
@@ -57,17 +77,24 @@ class CallCosts:
         seen = self._seen[kind].get(rows)
         return seen is not None and seen.known(self._count)
 
-    def token(self, sequences: int = 1) -> float:
-        """Return the cost of a token in mode full, for each of `sequences` sequences in a call."""
-        return self.seconds("step", sequences) + self.seconds("pass", sequences)
+    def prices(self, sequences: int = 1) -> Prices:
+        """Return the costs of calls that `sequences` sequences share.
 
-    def head(self, sequences: int = 1) -> float:
-        """Return the cost of the shallow head in one step."""
-        return max(0.0, self.seconds("head", sequences) - self.seconds("step", sequences))
-
-    def row(self) -> float:
-        """Return the cost of a further row of a deep pass."""
-        return self.further_row() * self.seconds("pass", 1)
+        They are kept until the next measurement, because the rule of drafts reads them before every
+        token.
+        """
+        prices = self._prices.get(sequences)
+        if prices is None:
+            step = self.seconds("step", sequences)
+            deep = self.seconds("pass", sequences)
+            prices = self._prices[sequences] = Prices(
+                token=step + deep,
+                step=step,
+                head=max(0.0, self.seconds("head", sequences) - step),
+                deep=deep,
+                row=self.further_row() * self.seconds("pass", 1),
+            )
+        return prices
 
     def further_row(self) -> float:
         """Return the cost of a further row of a deep pass, relative to the first.

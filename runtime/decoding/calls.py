@@ -6,7 +6,7 @@ done. Mostly they wait for an engine call, which may run together with those of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -40,10 +40,6 @@ KEPT = 3
 
 # Prediction at a row without the head.
 NOTHING = Prediction(-1)
-
-# Chooses the next token for the shallow decoder while a deep pass runs. It receives the last
-# shallow prediction (None at first) and the tokens run ahead so far. Returns None to stop.
-RunAhead = Callable[[Prediction | None, Sequence[int]], int | None]
 
 
 class Owner(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.decoding.calls import NOTHING, Prediction, RunAhead, SlotCall, Waiting, Waits, finish
+from runtime.decoding.calls import NOTHING, Prediction, SlotCall, Waiting, Waits, finish
 from runtime.engines.kv_cache import MOST_DOUBLED, CrossCache
 from runtime.engines.onnx import Call
 from runtime.engines.prefix_store import BLOCK, Prefix
@@ -216,23 +216,18 @@ class Decoder:
 
         Without `head` there is no prediction: the token is -1.
         """
-        calls = self.stepping(token, head)
-        if calls:
-            calls[0].run()
+        (call,) = self.stepping(token, head)
+        call.run()
         return self.shallow_prediction()
 
-    def sync(
-        self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None
-    ) -> list[Prediction]:
+    def sync(self, heads: int = 1, drafts: Sequence[int] = ()) -> list[Prediction]:
         """Run the deep decoder on all stacked rows and return its predictions after the last ones.
 
         Args:
             heads: Number of predictions, in order of position.
             drafts: Tokens drafted after the first of these rows. Their predictions carry `nll`.
-            ahead: If deep passes overlap, chooses tokens for shallow steps in the meantime. Later
-                calls of `step` use those that match.
         """
-        for waits in self.syncing(heads, drafts, ahead):
+        for waits in self.syncing(heads, drafts):
             if isinstance(waits, SlotCall):
                 waits.run()
         return self.deep_predictions()
@@ -299,10 +294,7 @@ class Decoder:
         return self._answer(0)._replace(confidence=self._confidence_memory[0] if head else None)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
-        """Return the calls that `step` needs: none if the step was run ahead.
-
-        Then call `shallow_prediction`.
-        """
+        """Return the calls that `step` needs. Then call `shallow_prediction`."""
         self._head = head
         self._token[0] = token
         self._step = call = (self._step_with_head if head else None) or self._step_call(head)
@@ -340,9 +332,7 @@ class Decoder:
         self._head = head
         return (call,)
 
-    def syncing(
-        self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None
-    ) -> Iterable[Waiting]:
+    def syncing(self, heads: int, drafts: Sequence[int] = ()) -> Iterable[Waiting]:
         """Return the calls that `sync` needs. Then call `deep_predictions`."""
         self._heads = heads
         self._drafts = len(drafts)

@@ -416,7 +416,10 @@ class Drafts:
         deep: float,
         shared: bool,
     ) -> None:
-        """Record the outcome of a draft, and the seconds of its shallow and deep calls."""
+        """Record the outcome of a draft, and the seconds of its shallow and deep calls.
+
+        The shallow seconds of a sequence that drafts alone include the Python between the calls.
+        """
         costs = self._costs
         acceptance = self._acceptance
         rows = outcome.rows
@@ -441,7 +444,7 @@ class Drafts:
             seconds += self._exit_seconds(rows, heads)
             acceptance.observe_exit_draft(outcome.made, rows, heads)
         self._after_exit = not plan.tokens
-        time = seconds / costs.token(self._sequences)
+        time = seconds / costs.prices(self._sequences).token
         self._lost = max(-RULE.most_saved, self._lost + time - outcome.made)
         acceptance.observe_pass(outcome.made, time)
         # Rows with the head, up to the first rejected one.
@@ -460,12 +463,15 @@ class Drafts:
 
     def exit_draft(self, threshold: float) -> ExitDraft:
         """Start a draft of the exit, of predictions with a confidence above `threshold`."""
-        costs = self._costs
-        tokens_per_second = self._gain / costs.token(self._sequences)
-        row = tokens_per_second * costs.row()
-        step = tokens_per_second * costs.seconds("step", self._sequences)
-        head = tokens_per_second * costs.head(self._sequences)
-        return ExitDraft(self._acceptance, threshold, row=row, step=row + step, head=head)
+        prices = self._costs.prices(self._sequences)
+        tokens_per_second = self._gain / prices.token
+        return ExitDraft(
+            self._acceptance,
+            threshold,
+            row=tokens_per_second * prices.row,
+            step=tokens_per_second * (prices.row + prices.step),
+            head=tokens_per_second * prices.head,
+        )
 
     def continuation(
         self,
@@ -505,7 +511,7 @@ class Drafts:
         return RULE.grant + RULE.grant_share * self._tokens - self._lost
 
     def _candidates(self, sources: DraftSources, most: int) -> Iterator[Candidates]:
-        token_seconds = self._costs.token(self._sequences)
+        token_seconds = self._costs.prices(self._sequences).token
         if sources.own is not None and self._call_seconds / token_seconds <= self._budget:
             began = perf_counter()
             tokens = sources.own.candidates(sources.context, most)
@@ -531,7 +537,7 @@ class Drafts:
             return 0
         longest, in_full = self._next.get(source, (RULE.first_length, False))
         costs = self._costs
-        token_seconds = costs.token(self._sequences)
+        token_seconds = costs.prices(self._sequences).token
         expected = 1.0  # expected number of final tokens
         probability = 1.0  # probability that all tokens so far are accepted
         drafted = 0
@@ -567,7 +573,8 @@ class Drafts:
         if self._to_probe > 0:
             return NO_DRAFT
         if self._to_probe < 0:  # second of two probes: this one is timed
-            share = self._costs.head(self._sequences) / self._costs.token(self._sequences)
+            prices = self._costs.prices(self._sequences)
+            share = prices.head / prices.token
             self._to_probe = max(RULE.probe_tokens, int(share / RULE.probe_share))
         return draft
 
@@ -576,9 +583,8 @@ class Drafts:
 
         All but one of the rows without the head are read together with others, in one call.
         """
-        calls = min(rows, heads + 1)
-        step = self._costs.seconds("step", self._sequences)
-        return calls * step + heads * self._costs.head(self._sequences)
+        prices = self._costs.prices(self._sequences)
+        return min(rows, heads + 1) * prices.step + heads * prices.head
 
     @property
     def _gain(self) -> float:
@@ -590,10 +596,9 @@ class Drafts:
         """Speed of the exit's drafts relative to mode "full". 0 if they do not pay."""
         if not self._exits:
             return 0.0
-        costs = self._costs
+        prices = self._costs.prices(self._sequences)
         rows = self._acceptance.exit_rows.value
         heads = self._acceptance.exit_heads.value
-        seconds = costs.seconds("pass", self._sequences) + (rows - 1) * costs.row()
-        seconds += self._exit_seconds(rows, heads)
-        gain = self._acceptance.exit_made.value * costs.token(self._sequences) / seconds
+        seconds = prices.deep + (rows - 1) * prices.row + self._exit_seconds(rows, heads)
+        gain = self._acceptance.exit_made.value * prices.token / seconds
         return gain if gain > RULE.margin else 0.0

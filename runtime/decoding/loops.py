@@ -9,11 +9,11 @@ the engine calls they wait for, and final tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import partial
+from time import perf_counter
 from typing import NamedTuple
 
 from runtime.adaptation.learner import RequestLabels
-from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, RunAhead, Waiting, Waits
+from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.draft_rule import NO_DRAFT, Drafts, Outcome
 from runtime.decoding.draft_sources import Candidates
@@ -91,12 +91,7 @@ def free(
                 yield response.add(token, True, prediction.confidence, prediction)
                 continue
             decoder.stats.forced += sure
-            ahead = (
-                _run_ahead(decoder, response, partial(_above, threshold), [], token)
-                if decoder.overlaps
-                else None
-            )
-            yield from decoder.syncing(len(rows) or 1, (), ahead)
+            yield from decoder.syncing(len(rows) or 1)
             deep = decoder.deep_predictions()
             if labels is not None:
                 labels.label(_labels(rows, deep))
@@ -145,7 +140,7 @@ def rollback(
             return
         most = max_pending - len(unread)
         draft = yield from _exits(decoder, response, _above(threshold), unread, most)
-        deep = yield from _verify(decoder, response, partial(_above, threshold), draft)
+        deep = yield from _verify(decoder, draft)
         tokens = draft.tokens
         uncertain = (row for row in range(len(tokens)) if not draft.certain(row))
         rejected = (row for row in uncertain if (deep[row].nll or 0.0) > limit)
@@ -193,17 +188,21 @@ def lossless(
         if plan.tokens:
             draft = yield from _together(decoder, response, plan.source, unread, list(plan.tokens))
         else:
+            began = perf_counter()
+            alone = decoder.alone
             exit_draft = drafts.exit_draft(threshold)
             most = plan.exits
             draft = yield from _exits(
                 decoder, response, exit_draft, unread, most, exit_draft.continues
             )
-            # With overlap, the exit runs ahead instead.
-            if not decoder.overlaps and not (draft.tokens and response.ends(draft.tokens)):
+            if not (draft.tokens and response.ends(draft.tokens)):
                 most -= len(draft.tokens)
                 found = drafts.continuation(response, draft.tokens, most, exit_draft)
                 draft = yield from _continued(decoder, response, draft, found)
-        deep = yield from _verify(decoder, response, partial(drafts.exit_draft, threshold), draft)
+            if alone and decoder.alone:
+                # Python between the calls of the exit is a part of what its drafts cost.
+                shallow_seconds = stats.shallow_seconds + began - perf_counter()
+        deep = yield from _verify(decoder, draft)
         accept_length, correction = _agreement(response, draft.tokens, deep)
         made = [*draft.tokens[:accept_length], *([] if correction is None else [correction])]
         proposed = draft.proposed
@@ -333,8 +332,11 @@ def _exits(
 
     Stops when a prediction is not `sure`, `most` tokens are drafted, or one would end the request.
     The shallow head runs at a row if `continues()` returns True. Default: at every row, including
-    the one after the last draft.
+    the one after the last draft. A sequence that is alone drafts at once.
     """
+    if decoder.alone and response.plain:
+        yield AT_ONCE
+        return _exits_at_once(decoder, response, sure, most, continues)
     tokens: list[int] = []
     predictions: list[Prediction] = []
     while True:
@@ -360,44 +362,40 @@ def _exits(
             following = response.forced(tokens)
 
 
-def _verify(
-    decoder: Decoder, response: Response, begin: Callable[[], Sure], draft: Draft
-) -> Waits[list[Prediction]]:
-    """Run the deep pass over a draft and return the deep prediction at every row."""
-    ahead = _run_ahead(decoder, response, begin, draft.tokens, draft.following)
-    yield from decoder.syncing(len(draft.predictions), draft.tokens, ahead)
-    return decoder.deep_predictions()
-
-
-def _run_ahead(
+def _exits_at_once(
     decoder: Decoder,
     response: Response,
-    begin: Callable[[], Sure],
-    drafts: list[int],
-    following: int | None,
-) -> RunAhead | None:
-    """Return a function that continues drafting while the deep pass runs, if calls overlap.
+    sure: Sure,
+    most: int,
+    continues: Callable[[], bool] | None,
+) -> Draft:
+    """Draft like `_exits`, with fewer Python calls: no token is forced, and no other sequence runs.
 
-    It continues from the shallow prediction as long as predictions pass the check that `begin`
-    returns.
+    The processor's caches are cold after each engine call, so every Python call counts.
     """
-    if following is None or not decoder.overlaps:
-        return None
-    sure = begin()
+    token = response.newest
+    tokens: list[int] = []
+    predictions: list[Prediction] = []
+    while True:
+        head = continues is None or (len(tokens) < most and continues())
+        prediction = decoder.step(token, head)
+        predictions.append(prediction)
+        if not head:
+            return Draft("exit", tokens, predictions)
+        token = prediction.token
+        enough = sure(prediction)
+        if not enough or len(tokens) >= most:
+            decoder.stats.forced += enough
+            return Draft("exit", tokens, predictions, token)
+        tokens.append(token)
+        if response.ends(tokens):
+            return Draft("exit", tokens, predictions)
 
-    def ahead(prediction: Prediction | None, tokens: Sequence[int]) -> int | None:
-        path = [*drafts, *tokens]
-        if prediction is not None and not sure(response.constrained(prediction, path)):
-            return None
-        token = following if prediction is None else response.choose(prediction, path)
-        # Tokens that are forced after this one are read together with it, in one call.
-        return (
-            None
-            if response.ends([*path, token]) or response.forced([*path, token]) is not None
-            else token
-        )
 
-    return ahead
+def _verify(decoder: Decoder, draft: Draft) -> Waits[list[Prediction]]:
+    """Run the deep pass over a draft and return the deep prediction at every row."""
+    yield from decoder.syncing(len(draft.predictions), draft.tokens)
+    return decoder.deep_predictions()
 
 
 def _agreement(

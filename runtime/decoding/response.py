@@ -40,6 +40,8 @@ class Response:
         finished: Why the output ended, None until then.
         cancelled: Set it to end the output after its next token.
         greedy: True if the next choice needs only the token of a prediction.
+        plain: True if every token is that of a prediction: none is sampled, constrained or
+            prescribed.
         reads_logits: True if any choice needs logits.
         joins_forced: True if the next token may be forced, so that it needs no prediction.
         times: Time at which each token became final.
@@ -87,6 +89,7 @@ class Response:
         self.finished: FinishReason | None = None
         self.sampler = sampler
         self._text = text
+        self.plain = sampler is None and not self._fixed
         self.reads_logits = sampler is not None or self._logprobs
         self._grammar = None if sampler is None else sampler.grammar
         self._takes_best = sampler is not None and sampler.only_masks

@@ -3,9 +3,9 @@
     python -m tools.gpu.check --model CHECKPOINT --exit-layer 6 --output gpu-check.json
 
 There are four steps. "environment" reports what `freeexport doctor` does. "correctness" compares
-tokens and exits with the CPU in fp32. "lanes" measures tokens/s with overlap, steps run ahead and
-CUDA graphs, on and off. "timeline" counts the shallow steps that run during a deep pass, by events
-of the device.
+tokens and exits with the CPU in fp32. "lanes" measures tokens/s with overlap and CUDA graphs,
+on and off. "timeline" counts the shallow steps that run during a deep pass, by events of the
+device.
 
 A step that fails or cannot run reports why, and the others continue. Without a GPU, the graphs for
 one run on the CPU.
@@ -52,7 +52,6 @@ LANES: dict[str, dict[str, Any]] = {
     "graphs": {"overlap": False, "cuda_graphs": True},
     "overlap": {"overlap": True, "cuda_graphs": False},
     "overlap, graphs": {"overlap": True, "cuda_graphs": True},
-    "overlap, graphs, run ahead": {"overlap": True, "cuda_graphs": True, "run_ahead": True},
 }
 
 

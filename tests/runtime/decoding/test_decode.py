@@ -247,6 +247,44 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     assert max(deep.calls[not starts :], default=1) <= max_pending
 
 
+@given(
+    trace=traces,
+    agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
+    threshold=confidences,
+    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=20),
+    max_pending=st.integers(1, 8),
+    tokens=st.integers(1, 40),
+)
+@tries(25)
+def test_drafting_at_once_gives_what_calls_in_turn_give(
+    trace: list[float], agrees: list[bool], threshold: float, lengths: list[int], max_pending: int, tokens: int
+) -> None:
+    nll = [0.0 if agree else 4.0 for agree in agrees]
+    for loop in (decode.lossless, decode.rollback):
+        outcomes = []
+        for at_once in (False, True):
+            decoder, shallow, deep = decoder_of(trace, max_pending, nll=nll, agrees=agrees)
+            decoder.alone = at_once
+            last = 2.0 if loop is decode.rollback else PlannedExits(*((length, 0.0) for length in lengths))
+            items = decoded(loop, decoder, prompt_of(3), tokens, threshold, max_pending, last)
+            steps = list(islice(alone(items), tokens))
+            stats = decoder.stats
+            outcomes.append((steps, stats.exits, stats.forced, stats.rejected, stats.drafts, shallow.calls, deep.calls))
+        assert outcomes[0] == outcomes[1]
+
+
+def test_a_draft_costs_what_python_takes_between_the_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, _, _ = decoder_of([1.0] * 20)
+    decoder.alone = True
+    seconds = list[float]()
+    monkeypatch.setattr(
+        PlannedExits, "observe", lambda self, plan, outcome, shallow, deep, shared: seconds.append(shallow)
+    )
+    loop = alone(decoded(decode.lossless, decoder, prompt_of(3), 12, 0.5, 16, PlannedExits((3, 0.0))))
+    assert len(list(islice(loop, 12))) == 12
+    assert sum(seconds) > decoder.stats.shallow_seconds > 0
+
+
 @pytest.mark.parametrize("audit", [True, False])
 def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit: bool) -> None:
     trace = [0, 0, 0.9, 0.2, 0.8, 0.7, 0.9]

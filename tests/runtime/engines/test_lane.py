@@ -64,7 +64,7 @@ def decoder_of(
         runner = ThreadRunner if beside and name == "deep" else Runner
         runners.append(runner(engine, cache))  # type: ignore[arg-type]
     given = runners[0], runners[1], 0, WIDTH, 1, max_pending
-    decoder = OverlappingDecoder(*given, run_ahead=True) if beside else Decoder(*given)
+    decoder = OverlappingDecoder(*given) if beside else Decoder(*given)
     return decoder, runners[0].engine, runners[1].engine  # type: ignore[return-value]
 
 
@@ -113,10 +113,9 @@ def test_overlap_changes_no_token_whatever_the_lanes_take(
         if decoder.stacked:
             decoder.sync()
         shallow_length, deep_length = decoder.lengths()
-        # What was run ahead lies behind the rows that count, and every one of those is what was emitted.
         count = min(deep_length, len(read))
         assert cached(shallow, count) == cached(deep, count) == {read[:count]}
-        assert deep_length <= shallow_length
+        assert deep_length == shallow_length
         decoder.reset()
         assert decoder.lengths() == (0, 0)
     assert outcomes[0] == outcomes[1]
@@ -131,27 +130,6 @@ def overlapped(confidence: float, agrees: bool = True) -> tuple[Decoder, Recorde
     # Long beside what a busy machine takes to wake a thread that waits.
     shallow.pauses, deep.pauses = (0.05,), (0.15,)
     return decoder, shallow, deep
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_a_step_run_ahead_is_taken_where_its_token_was_right_and_dropped_where_not(right: bool) -> None:
-    decoder, shallow, _ = overlapped(0.0, agrees=right)
-    decoder.step(2001, head=True)
-
-    def ahead(said: Any, tokens: Any) -> int | None:
-        return 1002 if said is None else None
-
-    (said,) = decoder.sync(ahead=ahead)
-    assert said.token == (1002 if right else 2002)
-    assert shallow.calls == [2, 1, 1]
-    assert decoder.lengths() == (4, 3)
-    assert decoder.step(said.token, head=True).token == 1003
-    assert shallow.calls == [2, 1, 1] + [1] * (not right)
-    assert decoder.lengths() == (4, 3)
-    decoder.sync()
-    read = (10, 11, 2001, said.token)
-    assert cached(shallow, 4) == {read}
-    assert decoder.stats.overlapped_seconds > 0
 
 
 def test_a_deep_pass_starts_in_the_background_once_enough_tokens_wait() -> None:

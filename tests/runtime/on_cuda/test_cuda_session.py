@@ -54,7 +54,7 @@ def test_tokens_exits_and_confidences_are_those_of_the_cpu(
     want = expected(target(case), **MODES[mode])
     for seed, (overlap, graphs) in enumerate([(False, False), (True, False), (True, True)]):
         machine = Machine(monkeypatch, seed)
-        options: Any = {"overlap": overlap, "run_ahead": overlap, "cuda_graphs": graphs}
+        options: Any = {"overlap": overlap, "cuda_graphs": graphs}
         with Session(target(case), device="cuda:0", threads=1, **options) as session:
             got = answers(session, **MODES[mode])
         assert [ids for ids, *_ in got] == [ids for ids, *_ in want]
