@@ -13,12 +13,31 @@ import click
 
 from freeexport.commands.train import command as train_verb
 from runtime.errors import FreeExportError
+from tools.paper.datasets import DATA_SETS, convert
 from tools.paper.losses import LOSSES
 
 
 @click.group(help=__doc__)
 def main() -> None:
     pass
+
+
+@main.command("data")
+@click.argument("name", type=click.Choice(list(DATA_SETS)))
+@click.option(
+    "--source",
+    "sources",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="Original file, or directory of such files. May be repeated.",
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="JSONL file to write."
+)
+def data(name: str, sources: tuple[Path, ...], output: Path) -> None:
+    """Convert the original files of one split of a data set to JSON lines."""
+    click.echo(f"{output}: {convert(name, sources, output)} lines")
 
 
 def train(model: str, out: Path, loss: str, **options: Any) -> None:

@@ -59,9 +59,7 @@ def calibrated(*arguments: Any) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
-@pytest.mark.parametrize(
-    "case", [T5, LLAMA, with_exit_layers("llama-tied")], ids=["t5", "llama", "llama-layers"]
-)
+@pytest.mark.parametrize("case", [T5, LLAMA, with_exit_layers("llama-tied")], ids=["t5", "llama", "llama-layers"])
 def test_a_checkpoint_is_calibrated_as_its_fp32_bundle_is_and_converts_with_it(
     case: Case, trained: Callable[[Case], Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
