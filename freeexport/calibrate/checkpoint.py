@@ -40,7 +40,6 @@ from freeexport.checkpoints.examples import (
 from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
 from freeexport.costs.bytes import step_bytes
 from freeexport.system.jsonl import Request
-from freeexport.system.load import wait_quietly
 from freeexport.system.progress import duration, progress
 from freeexport.training.batches import Collator
 from freeexport.training.exit_modules import trained_exit
@@ -52,7 +51,6 @@ from runtime.bundle.bundle import sha256_of
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.errors import CalibrationError, OptionError
-from runtime.machine.machine import usable_cores
 
 # Longest sequence, the default capacity of a bundle.
 LONGEST = 2048
@@ -103,8 +101,8 @@ def calibrate_checkpoint(
         )
     requests = read_examples(data, options.samples)
     check_sequences(len(requests), options.rule)  # before long work
-    wait_quietly(options.threads or usable_cores())
-    torch.set_num_threads(options.threads or usable_cores())
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     form = text_format(checkpoint, description, LONGEST)
     prompts = _fitting(requests, form, data)
     place = Path(model).expanduser().absolute()

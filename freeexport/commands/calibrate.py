@@ -22,8 +22,10 @@ from freeexport.commands.verb_options import (
     SectionedCommand,
     section,
 )
+from freeexport.system.load import wait_quietly
 from freeexport.system.output import write_whole
 from freeexport.system.page import print_page
+from runtime.machine.machine import usable_cores
 
 # Options of one rule. Giving one selects that rule.
 _IMPLIED: dict[str, RuleName] = {
@@ -126,7 +128,7 @@ def command(
 
     \b
     Example:
-      freeexport calibrate checkpoint --data calibration.jsonl
+      freeexport calibrate path/to/checkpoint --data calibration.jsonl
       freeexport calibrate bundle --data calibration.jsonl
       freeexport calibrate bundle --data calibration.jsonl --risk 0.02 --delta 0.05
       freeexport calibrate bundle --data calibration.jsonl --target-quality 0.99 --metric rouge-l
@@ -141,7 +143,8 @@ def command(
     before_export = is_checkpoint(model)
     samples_beside: list[Sample] = []
     if before_export:
-        from freeexport.calibrate.checkpoint import calibrate_checkpoint  # torch
+        wait_quietly(threads or usable_cores())  # before torch is imported
+        from freeexport.calibrate.checkpoint import calibrate_checkpoint
 
         result, samples_beside = calibrate_checkpoint(model, data, options)
     else:

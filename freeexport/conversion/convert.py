@@ -103,6 +103,14 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     samples: list[Sample] = []
     if calibration is None and (beside := read_beside(checkpoint)) is not None:
         calibration, samples = beside
+        measured = calibration.exit_layer, calibration.confidence
+        if measured != (engines.exit_layer, engines.confidence):
+            click.echo(
+                f"note: the calibration beside {checkpoint.name} is left out: it is for an exit "
+                f"after layer {measured[0]} with confidence {measured[1]}",
+                err=True,
+            )
+            calibration, samples = None, []
     if calibration is not None:
         facts = (
             description.vocab_size,

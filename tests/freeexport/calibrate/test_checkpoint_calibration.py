@@ -55,7 +55,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def calibrated(*arguments: Any) -> dict[str, Any]:
-    result = succeed("calibrate", *arguments, "--max-new-tokens", 12, "--agreement", 0.2, "--json")
+    result = succeed("calibrate", *arguments, "--max-new-tokens", 12, "--agreement", 0.2, "--threads", 1, "--json")
     return dict(json.loads(result.stdout))
 
 
@@ -78,6 +78,17 @@ def test_a_checkpoint_is_calibrated_as_its_fp32_bundle_is_and_converts_with_it(
     for name in ("threshold", "agreement", "rollback_threshold"):
         assert before[name] == pytest.approx(after[name], rel=1e-3), name
     assert (before["sequences"], before["positions"]) == (after["sequences"], after["positions"])
+
+
+def test_a_calibration_for_another_confidence_is_left_out(
+    trained: Callable[[Case], Path], data: Path, tmp_path: Path
+) -> None:
+    model = trained(LLAMA)
+    calibrated(model, "--data", data)
+    options = ("--verify", "none", "--precision", "fp32", "--confidence", "max-prob")
+    result = succeed("convert", model, tmp_path / "bundle", *options)
+    assert "is left out: it is for an exit after layer 1 with confidence softmax" in result.stderr
+    assert "not calibrated" in result.stdout
 
 
 def test_other_engines_than_the_checkpoint_are_noticed(
