@@ -16,6 +16,8 @@ import pytest
 from checkpoints import CASES, Case
 from command_line import invoke
 
+from freeexport.checkpoints.exit_file import ExitFile, write_exit_file
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 TUTORIALS = sorted(DOCS.glob("tutorial-*.md"))
@@ -65,7 +67,10 @@ def run_verb(line: str) -> None:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[Case], Path]) -> Path:
     case = next(case for case in CASES if case.layers > 3)
-    shutil.copytree(checkpoint(case), tmp_path / "path" / "to" / "checkpoint")
+    model = tmp_path / "path" / "to" / "checkpoint"
+    shutil.copytree(checkpoint(case), model)
+    # The exit is said to be trained, so that the checkpoint can be calibrated.
+    write_exit_file(model, ExitFile(1, False, 0, "0" * 64, "ce", "full"))
     lines = [json.dumps({"input": f"Once upon a time, {number}"}) for number in range(20)]
     (tmp_path / "calibration.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -57,7 +57,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "checkpoints": "system",
         "costs": "system",
         "training": "costs checkpoints metrics system",
-        "calibrate": "costs checkpoints metrics system",
+        "calibrate": "training costs checkpoints metrics system",
         "verification": "calibrate training checkpoints system",
         "conversion": "verification calibrate training costs checkpoints system",
         "evaluate": "calibrate costs checkpoints metrics system",

@@ -84,4 +84,4 @@ def frozen_exit(
 ) -> FrozenExit:
     """Return an exit without a model, with distillation of weight 0.5."""
     parts = {"own": own, "head": head, "known": known, "exit_layer": exit_layer, "layers": layers}
-    return FrozenExit(SimpleNamespace(**parts, loss_name="logit-kd", alpha=0.5, seq2seq=False))  # type: ignore[arg-type]
+    return FrozenExit(SimpleNamespace(**parts, loss="logit-kd", alpha=0.5, seq2seq=False))  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ from freeexport.system.progress import duration
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.bundle.costs import Costs, recordable
-from runtime.bundle.manifest import Manifest
+from runtime.bundle.manifest import ConfidenceMeasure, Manifest
 from runtime.errors import CalibrationError
 from runtime.machine.device import Device
 from runtime.machine.machine import costs_here
@@ -76,13 +76,36 @@ class CalibrateOptions:
 
 
 @dataclass(frozen=True)
+class CheckpointExit:
+    """Facts of a checkpoint with an exit, as a manifest has them.
+
+    Attributes:
+        source_sha256: Hash of the checkpoint.
+        vocab_size: Tokens of the vocabulary.
+        layers: Decoder layers.
+        exit_layer: Number of layers before the exit.
+        confidence: Measure of the exit's confidence.
+        max_pending: Most rows of a sync pass.
+        exit_trained: The exit was trained.
+    """
+
+    source_sha256: str
+    vocab_size: int
+    layers: int
+    exit_layer: int
+    confidence: ConfidenceMeasure
+    max_pending: int
+    exit_trained: bool = True
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """A calibration with the measurements that explain it.
 
     Attributes:
         calibration: The calibration to write.
-        path: Bundle, as given on the command line.
-        manifest: Manifest of the bundle.
+        path: Bundle or checkpoint, as given on the command line.
+        manifest: Manifest of the bundle, or the same facts of a checkpoint.
         traces: Traces of the data.
         costs: Costs of decoding, for predicted speeds.
         chosen: Replay at the chosen threshold.
@@ -94,7 +117,7 @@ class Calibrated:
 
     calibration: Calibration
     path: str
-    manifest: Manifest
+    manifest: Manifest | CheckpointExit
     traces: Traces
     costs: Costs
     chosen: Replay
@@ -154,7 +177,7 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
     """
     requests = read_examples(data, options.samples)
     beside = Path(os.path.abspath(model))
-    _check_sequences(len(requests), options.rule)  # before long work
+    check_sequences(len(requests), options.rule)  # before long work
     with ReplaySession(model, threads=options.threads, device=options.device) as session:
         cache = beside.with_name(f"{beside.name}.traces.jsonl")
 
@@ -196,7 +219,7 @@ def check_enough(traces: Traces, rule: Rule) -> None:
         CalibrationError: If not. The message names the required number.
     """
     check_confidences(traces.confidence)
-    _check_sequences(len(traces.length), rule)
+    check_sequences(len(traces.length), rule)
     if traces.tokens < LEAST_TOKENS:
         raise CalibrationError(
             f"the data give {traces.tokens} tokens that could exit, a threshold needs at least "
@@ -204,7 +227,12 @@ def check_enough(traces: Traces, rule: Rule) -> None:
         )
 
 
-def _check_sequences(given: int, rule: Rule) -> None:
+def check_sequences(given: int, rule: Rule) -> None:
+    """Check that there are enough sequences for a rule.
+
+    Raises:
+        CalibrationError: If not. The message names the required number.
+    """
     needed = sequences_needed(rule.risk, rule.delta) if rule.method == "risk" else 0
     if given < needed:
         raise CalibrationError(
@@ -216,7 +244,7 @@ def _check_sequences(given: int, rule: Rule) -> None:
 def explained(
     choice: Choice,
     path: str,
-    manifest: Manifest,
+    manifest: Manifest | CheckpointExit,
     traces: Traces,
     costs: Costs,
     rule: Rule,

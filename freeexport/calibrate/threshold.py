@@ -10,17 +10,27 @@ from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
+from scipy.optimize import minimize
+from scipy.special import betaln, digamma
 from scipy.stats import binom
 
 from freeexport.calibrate.traces import Traces
 from freeexport.metrics import Metric, Reference, check_name, draws, metric_of, scores
 from freeexport.system.progress import progress
 from runtime import Session
-from runtime.bundle.beta import NEVER_EXIT, UNIFORM, BetaMixture, LogSums, most_likely, threshold_at
+from runtime.bundle.beta import (
+    LEAST_SHAPE,
+    MOST_CONCENTRATION,
+    NEVER_EXIT,
+    Beta,
+    BetaMixture,
+    clipped,
+    threshold_at,
+)
 from runtime.errors import CalibrationError, OptionError
 
-# Most Newton steps. The likelihood is concave, and a few dozen steps find its maximum.
-STEPS = 200
+# Most steps of a fit. The likelihood is concave, and a few dozen steps find its maximum.
+STEPS = 500
 # If none of n tokens disagrees, at most 3 / n do, with 95 % probability.
 RULE_OF_THREE = 3.0
 # Descending and independent of the data. Finest near 1, where a good exit has most confidences.
@@ -250,10 +260,7 @@ def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
             "not a fit"
         )
         return Choice(lowest, None, notes=(note,))
-    agree, disagree = (
-        most_likely(LogSums.of(one), UNIFORM, STEPS) for one in (agreeing, disagreeing)
-    )
-    mixture = BetaMixture(agree, disagree, len(agreeing) / count)
+    mixture = BetaMixture(fit_beta(agreeing), fit_beta(disagreeing), len(agreeing) / count)
     few = min(len(agreeing), len(disagreeing))
     which = "agreeing" if len(agreeing) <= len(disagreeing) else "disagreeing"
     notes = (
@@ -262,6 +269,39 @@ def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
         else ()
     )
     return Choice(threshold_at(mixture, target), mixture, notes=notes)
+
+
+def fit_beta(confidence: np.ndarray) -> Beta:
+    """Fit a Beta distribution by maximum likelihood to confidences [n] in [0, 1].
+
+    Its shapes are from LEAST_SHAPE to MOST_CONCENTRATION, because the likelihood of equal
+    confidences grows without bound.
+    """
+    inside = clipped(confidence)
+    log = float(np.log(inside).mean())
+    log_rest = float(np.log1p(-inside).mean())
+    mean = float(inside.mean())
+    # The shapes that have the mean and the variance of the data.
+    total = mean * (1 - mean) / max(float(inside.var()), 1e-9) - 1
+    limits = (LEAST_SHAPE, MOST_CONCENTRATION)
+    start = np.clip([mean * total, (1 - mean) * total], *limits)
+
+    def loss(logs: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the negative log-likelihood of a token, and its slopes, at logs of the shapes."""
+        a, b = np.exp(logs)
+        slopes = digamma([a, b]) - digamma(a + b) - (log, log_rest)
+        return float(betaln(a, b) - (a - 1) * log - (b - 1) * log_rest), slopes * (a, b)
+
+    found = minimize(
+        loss,
+        np.log(start),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[tuple(map(math.log, limits))] * 2,
+        options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": STEPS},
+    )
+    a, b = np.exp(found.x).tolist()
+    return Beta(a, b)
 
 
 def able(confidence: np.ndarray) -> np.ndarray:

@@ -23,7 +23,8 @@ from runtime.bundle.schema import Reader
 from runtime.errors import BundleError
 from runtime.json_file import read_object
 
-# "deep-ce" trains a model without an exit, for comparison.
+# "deep-ce" trains a model without an exit, for comparison. "weighted-ce" trains an exit after every
+# layer (tools/paper/losses.py).
 LossName = Literal["ce", "kd-dyn", "weighted-ce", "logit-kd", "deep-ce"]
 Tune = Literal["full", "lora", "exit"]
 

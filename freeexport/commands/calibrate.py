@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,8 +22,10 @@ from freeexport.commands.verb_options import (
     SectionedCommand,
     section,
 )
+from freeexport.system.load import wait_quietly
 from freeexport.system.output import write_whole
 from freeexport.system.page import print_page
+from runtime.machine.machine import usable_cores
 
 # Options of one rule. Giving one selects that rule.
 _IMPLIED: dict[str, RuleName] = {
@@ -33,7 +36,7 @@ _IMPLIED: dict[str, RuleName] = {
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("bundle")
+@click.argument("model", metavar="BUNDLE|CHECKPOINT")
 @section("Data")
 @click.option(
     "--data",
@@ -100,13 +103,13 @@ _IMPLIED: dict[str, RuleName] = {
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="File to write the calibration to.  [default: into the bundle]",
+    help="File to write the calibration to.  [default: into the bundle, or beside the checkpoint]",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the calibration and the verdict as JSON."
 )
 def command(
-    bundle: str,
+    model: str,
     data: Path,
     samples: int,
     max_new_tokens: int,
@@ -117,45 +120,63 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Calibrate the exit threshold of BUNDLE on the lines of a JSONL file.
+    """Calibrate the exit threshold of BUNDLE or CHECKPOINT on the lines of a JSONL file.
 
-    The full model decodes each input, and the shallow decoder predicts every token. The bundle is
-    updated atomically. An interrupted run continues where it stopped.
+    The full model decodes each input, and the exit predicts every token. A bundle is updated
+    atomically. A checkpoint with a trained exit is decoded by transformers, and `convert` takes its
+    calibration into the bundle. An interrupted run continues where it stopped.
 
     \b
     Example:
+      freeexport calibrate path/to/checkpoint --data calibration.jsonl
       freeexport calibrate bundle --data calibration.jsonl
       freeexport calibrate bundle --data calibration.jsonl --risk 0.02 --delta 0.05
       freeexport calibrate bundle --data calibration.jsonl --target-quality 0.99 --metric rouge-l
     """
+    from freeexport.calibrate.beside import Sample, exit_directory_of, is_checkpoint, write_beside
     from freeexport.calibrate.calibrate import calibrate
     from freeexport.calibrate.calibration_page import tables
+    from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.conversion.recalibrate import update_bundle
 
-    result = calibrate(
-        bundle,
-        data,
-        CalibrateOptions(_rule(given), samples, max_new_tokens, rounds, device, threads),
-    )
-    if output is None:
-        update_bundle(Path(bundle), result.calibration)
+    options = CalibrateOptions(_rule(given), samples, max_new_tokens, rounds, device, threads)
+    before_export = is_checkpoint(model)
+    samples_beside: list[Sample] = []
+    if before_export:
+        wait_quietly(threads or usable_cores())  # before torch is imported
+        from freeexport.calibrate.checkpoint import calibrate_checkpoint
+
+        result, samples_beside = calibrate_checkpoint(model, data, options)
     else:
+        result = calibrate(model, data, options)
+    written = model if output is None else str(output)
+    if output is not None:
         write_whole(output, result.calibration.to_json())
-    written = bundle if output is None else str(output)
+    elif before_export:
+        place = exit_directory_of(open_checkpoint(model))
+        assert place is not None
+        written = str(write_beside(place, result.calibration, samples_beside))
+    else:
+        update_bundle(Path(model), result.calibration)
+    verdict = result.verdict
+    if before_export:
+        given_file = "" if output is None else f" --calibration {shlex.quote(str(output))}"
+        step = f"freeexport convert {shlex.quote(model)} BUNDLE{given_file}"
+        verdict = replace(verdict, next_step=step)
     if as_json:
         facts = {
-            "model": bundle,
-            "verdict": asdict(result.verdict),
+            "model": model,
+            "verdict": asdict(verdict),
             "notes": result.notes,
             "break_even": result.break_even,
             "tokens_per_second": result.speeds,
-            "advice": str(result.verdict),
+            "advice": str(verdict),
             "written": written,
         }
         click.echo(json.dumps({**asdict(result.calibration), **facts}, indent=2))
         return
     print_page(tables(result))
-    click.echo(f"{result.verdict}\nwritten: {written}")
+    click.echo(f"{verdict}\nwritten: {written}")
 
 
 def _rule(given: dict[str, Any]) -> Rule:

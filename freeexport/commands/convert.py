@@ -21,6 +21,7 @@ from freeexport.costs.verdict import bundle_verdict
 from freeexport.system.page import human_bytes
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.calibration import is_calibration
 from runtime.bundle.manifest import (
     MANIFEST,
     ConfidenceMeasure,
@@ -51,7 +52,11 @@ from runtime.tensorrt.files import DIRECTORY
     metavar="NAME|FILE",
     help="Ready-made exit for MODEL's weights: its name (freeexport exits), or a file.",
 )
-@click.option("--calibration", type=click.Path(path_type=Path), help="Calibration file for MODEL.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Calibration file for MODEL.  [default: the one that calibrate wrote beside MODEL]",
+)
 @section("Engines")
 @click.option(
     "--target",
@@ -259,7 +264,7 @@ def _lines(
         f"{manifest.capacity} positions"
     )
     yield f"verified: {'yes' if manifest.verified else 'no'}"
-    if options["calibration"] is None:
+    if not any(is_calibration(name) for name in manifest.files):
         yield (
             "threshold: not calibrated, so decoding is lossless until you calibrate or pass a "
             "threshold"

@@ -13,13 +13,13 @@ import click
 import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.commands.verb_options import MAX_NEW_TOKENS, THREADS, SectionedCommand, section
 from freeexport.system.progress import duration
 from freeexport.training.options import (
     DEFAULT_ALPHA,
     DEFAULT_RANK,
+    BuiltInLoss,
     Schedule,
     TrainingOptions,
     Tune,
@@ -82,13 +82,12 @@ OWN = Path("-")  # stands for a directory beside OUT
 )
 @click.option(
     "--loss",
-    type=click.Choice(get_args(LossName)),
+    type=click.Choice(get_args(BuiltInLoss)),
     default=TrainingOptions.loss,
     help=(
-        "Training loss. ce: cross-entropy of both exits. weighted-ce: cross-entropy of all "
-        "layers. kd-dyn, logit-kd: ce, and distillation of hidden states (as in FREE) or of "
-        "predictions. deep-ce: cross-entropy of the last layer only, which trains a model "
-        "without an exit for comparison."
+        "Training loss. ce: cross-entropy of both exits. kd-dyn, logit-kd: ce, and distillation "
+        "of hidden states (as in FREE) or of predictions. deep-ce: cross-entropy of the last "
+        "layer only, which trains a model without an exit for comparison."
     ),
 )
 @click.option(

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from freeexport import __version__
+from freeexport.calibrate.beside import Sample, check_sample, read_beside
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
@@ -31,6 +32,7 @@ from graphs.families import describe
 from graphs.tensorrt.build import Built, build
 from graphs.tensorrt.self_test import SelfTest, self_test
 from graphs.weights import WeightFile
+from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle, engine_files, sha256_of
 from runtime.bundle.calibration import read_calibration
 from runtime.bundle.costs import recordable
@@ -55,7 +57,8 @@ VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
 def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     """Write the bundle of `model` to `out`, and return its manifest.
 
-    `out` appears only when complete. Options and files are checked before weights are read.
+    `out` appears only when complete. Options and files are checked before weights are read. A
+    calibration beside the checkpoint goes into the bundle, and is compared with the engines.
 
     Raises:
         CheckpointError: If the checkpoint is damaged or incomplete.
@@ -97,6 +100,17 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         )
     _decoder_start(checkpoint, description)
     speech_of(checkpoint, description)
+    samples: list[Sample] = []
+    if calibration is None and (beside := read_beside(checkpoint)) is not None:
+        calibration, samples = beside
+        measured = calibration.exit_layer, calibration.confidence
+        if measured != (engines.exit_layer, engines.confidence):
+            click.echo(
+                f"note: the calibration beside {checkpoint.name} is left out: it is for an exit "
+                f"after layer {measured[0]} with confidence {measured[1]}",
+                err=True,
+            )
+            calibration, samples = None, []
     if calibration is not None:
         facts = (
             description.vocab_size,
@@ -136,11 +150,29 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
                 kept = f"kept as {unverified}, with the figures in {VERIFICATION}"
                 raise VerificationError(f"{error}; {kept}") from None
             manifest = replace(manifest, verified=passed)
+            write_manifest()
+        if samples:
+            _check_calibration(directory, manifest, samples)
         # Costs on a CPU do not apply to a GPU.
         if options.measure and options.target == "cpu":
             manifest = replace(manifest, costs=recordable(measured_in_child(directory)))
         write_manifest()
     return manifest
+
+
+def _check_calibration(directory: Path, manifest: Manifest, samples: list[Sample]) -> None:
+    """Compare the engines with the checkpoint's calibration, and print the result."""
+    if manifest.target != "cpu":
+        click.echo(
+            f"note: calibration of the checkpoint, not compared with engines of target "
+            f"{manifest.target}; calibrate the bundle on its device",
+            err=True,
+        )
+        return
+    with Session(directory, slots=1) as session:
+        found = check_sample(session, samples, manifest.threshold)
+    if found is not None:
+        click.echo(f"calibration of the checkpoint, on {found}", err=True)
 
 
 def _ignored(generation: dict[str, Any]) -> str:

@@ -52,7 +52,8 @@ class ConvertOptions:
         compute: Type in which GPU engines with quantized weights compute. Default: fp16.
         kernels: Kernels for weights quantized for a CPU. Default: ours if their library is
             available.
-        calibration: File of `freeexport calibrate` for this checkpoint.
+        calibration: File of `freeexport calibrate` for this checkpoint. Default: the one beside the
+            checkpoint, if any.
         rounding_data: Text that 4-bit weights are rounded for.
         verify: Extent of the verification.
         measure: Measure the costs of the engines.

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from freeexport.checkpoints.exit_file import LossName
 from freeexport.evaluate.evaluate import Evaluation
 from freeexport.evaluate.scores import RESAMPLES, Row, speed_interval
 from freeexport.evaluate.settings import Method
 from freeexport.metrics import Metric, bounded, draws
 from freeexport.system.sheet import Sheet, markdown, plus_minus
+from freeexport.training.options import BuiltInLoss
 
 SEEDS = (0, 1, 2)
 # For each training, its loss and the methods that decode its bundle. The first has no exit, and all
 # others are compared with it. "exit" is what `fit` trains by default: an exit with own layers,
 # trained jointly and then alone.
-COMPARED: dict[str, tuple[LossName, tuple[Method, ...]]] = {
+COMPARED: dict[str, tuple[BuiltInLoss, tuple[Method, ...]]] = {
     "plain": ("deep-ce", ("full", "lookup")),
     "exit": ("logit-kd", ("full", "static", "free", "lossless")),
     "free": ("kd-dyn", ("full", "static", "free")),

@@ -23,7 +23,7 @@ import psutil
 from freeexport.calibrate.sources import reference_of
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import Example, encode, read_examples, text_format, unwritable
-from freeexport.checkpoints.exit_file import LossName, Tune
+from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.packed_exit import fitting_exits
 from freeexport.conversion.options import ConvertOptions, engine_options
@@ -39,6 +39,7 @@ from freeexport.system.jsonl import Request
 from freeexport.system.load import load_note, other_load
 from freeexport.system.machine import multiplies_bfloat16
 from freeexport.system.progress import duration
+from freeexport.training.options import BuiltInLoss
 from graphs.description import Description, Encoder
 from graphs.families import describe
 from runtime.bundle.costs import MAX_PENDING
@@ -203,7 +204,7 @@ class PlannedExit:
             return ("exit",)
         return ("full", "exit") if self.own else ("full",)
 
-    def training(self, tune: Tune, loss: LossName = "logit-kd") -> dict[str, Any]:
+    def training(self, tune: Tune, loss: BuiltInLoss = "logit-kd") -> dict[str, Any]:
         """Return options of `train` for one of these trainings.
 
         "full" trains all weights, with the exit or before it. "exit" trains the exit alone.

@@ -23,7 +23,6 @@ from typing import Any
 import click
 import numpy as np
 
-from freeexport.checkpoints.exit_file import LossName
 from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
@@ -52,7 +51,7 @@ from freeexport.system.output import check_output, link_or_copy, output_director
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import BY_PARENT, Advance, duration, progress
 from freeexport.system.sheet import Sheet
-from freeexport.training.options import DISTILLING
+from freeexport.training.options import DISTILLING, BuiltInLoss
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle, sha256_of
@@ -297,7 +296,7 @@ def _training(
     places: Places,
     name: str,
     threads: int | None,
-    loss: LossName = "logit-kd",
+    loss: BuiltInLoss = "logit-kd",
     seed: int = 0,
 ) -> Step:
     """Return a step that trains all weights ("joint") or the exit alone ("exit").

@@ -306,7 +306,7 @@ class FrozenExit(nn.Module):
         self.register_buffer("_bias", bias, persistent=False)
         self.exit_layer = whole.exit_layer
         self.layers = whole.layers
-        self.loss_name = whole.loss_name
+        self.loss = whole.loss
         self.alpha = whole.alpha
 
     def forward(
@@ -365,7 +365,7 @@ class FrozenExit(nn.Module):
         found = found.gather(1, places)  # [R, 1 + 32]
         # The deep loss is constant here. It keeps losses comparable with other modes.
         loss = losses.by_depth({self.exit_layer: -found[:, 0], self.layers: nats}).sum()
-        if self.loss_name == "logit-kd":
+        if self.loss == "logit-kd":
             loss = loss + self.alpha * losses.best_distillation(chances, found[:, 1:])
         return loss
 

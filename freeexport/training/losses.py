@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from freeexport.checkpoints.exit_file import LossName
+from freeexport.training.options import BuiltInLoss, LayerLoss
 
 Pair = tuple[int, int]  # student (a shallow layer) and teacher (any layer), counted from 1
 
@@ -110,14 +110,14 @@ def dynamic_pairs(
     return [(student + 1, teachers[teacher]) for teacher, student in match(distances.cpu().numpy())]
 
 
-def kept_layers(loss: LossName, exit_layer: int, layers: int) -> tuple[int, ...]:
+def kept_layers(loss: BuiltInLoss | LayerLoss, exit_layer: int, layers: int) -> tuple[int, ...]:
     """Return the layers whose hidden states the loss needs, ascending.
 
     The exit layer and the last layer are always included.
     """
     kept = {exit_layer, layers}
-    if loss == "weighted-ce":
-        kept.update(range(1, layers + 1))
+    if not isinstance(loss, str):
+        kept.update(loss.layers(exit_layer, layers))
     elif loss == "kd-dyn":
         kept.update(range(1, exit_layer + 1), teacher_layers(exit_layer, layers))
     return tuple(sorted(kept))

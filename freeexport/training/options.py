@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from freeexport.checkpoints.exit_file import LossName, Tune
 from freeexport.checkpoints.transformers_model import Dtype
@@ -14,14 +14,21 @@ from freeexport.metrics import check_name
 from runtime.bundle.manifest import ExitInput
 from runtime.errors import OptionError
 
+if TYPE_CHECKING:
+    import torch
+
+    from freeexport.training.shallow_deep import ShallowDeep
+
 # linear falls from the end of the warmup on, as transformers' default does. hold stays at the peak
 # first, since agreement rises most while the rate falls. `fit` uses it.
 Schedule = Literal["linear", "hold"]
+# Losses of `--loss`.
+BuiltInLoss = Literal["ce", "kd-dyn", "logit-kd", "deep-ce"]
 
 # Losses for --tune exit. The others train layers, which it freezes.
-EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd")
+EXIT_LOSSES: tuple[BuiltInLoss, ...] = ("ce", "logit-kd")
 # Losses with a distillation term, and the default of its weight.
-DISTILLING: tuple[LossName, ...] = ("kd-dyn", "logit-kd")
+DISTILLING: tuple[BuiltInLoss, ...] = ("kd-dyn", "logit-kd")
 DEFAULT_ALPHA = 0.5
 DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
 RANDOM_WEIGHTS_RATE = 1e-3
@@ -32,6 +39,32 @@ DEFAULT_EPOCHS = 3.0
 MEASURED = ("loss", "agreement", "oracle-exits")
 # Options that may change on resume, since they do not affect the loss curve of the shared steps.
 _FREE_ON_RESUME = ("time_limit", "patience", "resume", "overwrite", "threads")
+
+
+class LayerLoss(Protocol):
+    """A loss that a caller of `train` gives as `TrainingOptions.loss`, in place of a name.
+
+    It trains the model's layers, so it needs an exit without layers or a vocabulary of its own.
+    """
+
+    @property
+    def name(self) -> LossName:
+        """Name of the loss in exit.json."""
+
+    def layers(self, exit_layer: int, layers: int) -> Iterable[int]:
+        """Return the layers, from 1 to `layers`, whose hidden states the loss reads."""
+
+    def total(
+        self, module: ShallowDeep, hidden: Mapping[int, torch.Tensor], targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss of a batch, summed over its rows.
+
+        Args:
+            module: The trained module. `module.head` computes logits [N, V] of a state.
+            hidden: States [N, d] before the final norm, of the layers in `layers`, the exit layer
+                and the last layer.
+            targets: Next tokens, int64 [N].
+        """
 
 
 @dataclass(frozen=True)
@@ -48,7 +81,7 @@ class TrainingOptions:
         truncate: Cut long inputs instead of dropping their examples.
         self_distill: Directory for the model's own outputs, which become the targets.
         max_new_tokens: Maximum length of these outputs.
-        loss: Name of the loss.
+        loss: Name of the loss, or a LayerLoss.
         loss_alpha: Weight of the distillation.
         tune: Weights to train: all, LoRA adapters, or the exit's own.
         rank: Rank of LoRA adapters.
@@ -89,7 +122,7 @@ class TrainingOptions:
     truncate: bool = False
     self_distill: Path | None = None
     max_new_tokens: int = 256
-    loss: LossName = "logit-kd"
+    loss: BuiltInLoss | LayerLoss = "logit-kd"
     loss_alpha: float | None = None
     tune: Tune = "full"
     rank: int | None = None
@@ -120,7 +153,6 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         literals = {
-            "loss": LossName,
             "tune": Tune,
             "schedule": Schedule,
             "dtype": Dtype,
@@ -132,6 +164,10 @@ class TrainingOptions:
                 raise OptionError(
                     f"--{flag} {value!r} is unknown; choose {', '.join(get_args(known))}"
                 )
+        if isinstance(self.loss, str) and self.loss not in get_args(BuiltInLoss):
+            raise OptionError(
+                f"--loss {self.loss!r} is unknown; choose {', '.join(get_args(BuiltInLoss))}"
+            )
         counts = (
             "steps",
             "batch_tokens",
@@ -152,8 +188,8 @@ class TrainingOptions:
         if self.select_by not in MEASURED:
             check_name(self.select_by)
         contradictions = {
-            f"--loss-alpha is the weight of a distillation, and --loss {self.loss} has none; leave "
-            f"it out, or choose {' or '.join(DISTILLING)}": self.loss_alpha is not None
+            f"--loss-alpha is the weight of a distillation, and --loss {self.loss_name} has none; "
+            f"leave it out, or choose {' or '.join(DISTILLING)}": self.loss_alpha is not None
             and self.loss not in DISTILLING,
             f"--rank is for --tune lora, not for --tune {self.tune}; leave it out": (
                 self.rank is not None and self.tune != "lora"
@@ -164,13 +200,13 @@ class TrainingOptions:
             not in (self.steps, self.epochs),
             "--resume and --overwrite contradict each other; choose one": self.resume
             and self.overwrite,
-            f"--loss {self.loss} trains layers, which --tune exit freezes; choose "
+            f"--loss {self.loss_name} trains layers, which --tune exit freezes; choose "
             f"{', '.join(EXIT_LOSSES)}": (self.tune == "exit" and self.loss not in EXIT_LOSSES),
             f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; "
             f"choose {', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
-            f"--loss {self.loss} is for an exit without --exit-layers and --exit-vocab; choose "
-            "logit-kd or ce": (
-                self.loss in ("weighted-ce", "deep-ce")
+            f"--loss {self.loss_name} is for an exit without --exit-layers and --exit-vocab; "
+            "choose logit-kd or ce": (
+                (self.loss == "deep-ce" or not isinstance(self.loss, str))
                 and (self.exit_layers > 0 or self.exit_vocab is not None)
             ),
             f"--exit-input {self.exit_input} is for --tune exit, which leaves the model as it is, "
@@ -193,6 +229,11 @@ class TrainingOptions:
         value = getattr(self, name)
         if value is not None and not holds(value):
             raise OptionError(f"--{name.replace('_', '-')} is {value}; give {wanted}")
+
+    @property
+    def loss_name(self) -> LossName:
+        """Return the name of the loss in exit.json."""
+        return self.loss if isinstance(self.loss, str) else self.loss.name
 
     @property
     def alpha(self) -> float:
@@ -221,6 +262,7 @@ class TrainingOptions:
     def recorded(self) -> dict[str, Any]:
         """Return the options that a resumed run must share with the original, as JSON values."""
         values = {key: value for key, value in asdict(self).items() if key not in _FREE_ON_RESUME}
+        values["loss"] = self.loss_name
         values["loss_alpha"] = self.alpha
         for name in ("data", "validation", "self_distill"):
             values[name] = None if values[name] is None else str(Path(values[name]).absolute())

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 
-from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
 from freeexport.training.exit_modules import MEASURED, Exit, ExitLayers, KnownTokens, joined_feature
 from freeexport.training.layer_modules import Encoded, capped
+from freeexport.training.options import BuiltInLoss, LayerLoss
 from graphs.description import Description
 from graphs.exit_head import fused_layers
 from graphs.layers import head_bias
@@ -123,7 +122,7 @@ class ShallowDeep(nn.Module):
         model: Any,
         description: Description,
         exit_layer: int,
-        loss: LossName = "logit-kd",
+        loss: BuiltInLoss | LayerLoss = "logit-kd",
         alpha: float = 0.5,
         also: tuple[int, ...] = (),
         own: Exit | None = None,
@@ -135,7 +134,7 @@ class ShallowDeep(nn.Module):
             model: A model of transformers.
             description: Its description.
             exit_layer: Number of layers before the exit.
-            loss: Name of the loss.
+            loss: Name of the loss, or a loss of the caller.
             alpha: Weight of the distillation.
             also: Layers, or ENCODER, that `hidden_states` returns in addition to those of
                 the loss.
@@ -146,7 +145,7 @@ class ShallowDeep(nn.Module):
         self.model = model
         self.exit_layer = exit_layer
         self.layers = len(description.decoder.layers)
-        self.loss_name = loss
+        self.loss = loss
         self.alpha = alpha
         self.seq2seq = description.encoder is not None
         self.head = shared_head(model, description)
@@ -260,9 +259,9 @@ class ShallowDeep(nn.Module):
     def forward(self, labels: torch.Tensor, **batch: torch.Tensor) -> Outputs:
         hidden = self.hidden_states(labels, **batch)
         targets = labels[labels != IGNORED]
-        if self.loss_name == "weighted-ce" and self.training:
-            return {"loss": self._weighted(hidden, targets)}
-        if self.loss_name == "deep-ce" and self.training:
+        if not isinstance(self.loss, str) and self.training:
+            return {"loss": self.loss.total(self, hidden, targets)}
+        if self.loss == "deep-ce" and self.training:
             return {"loss": losses.cross_entropy(self.head(hidden[self.layers]), targets).sum()}
         states = {number: self.head.normed(hidden[number]) for number in self.kept}
         # Distillation must compare the same dropout sample that the head reads.
@@ -279,26 +278,17 @@ class ShallowDeep(nn.Module):
         }
         if not self.training:
             tokens = None if known is None else known.vocabulary
-            judged = by_layer[self.layers] if self.loss_name == "deep-ce" else None
+            judged = by_layer[self.layers] if self.loss == "deep-ce" else None
             return measures(by_layer, targets, exits_of(shallow, tokens), deep.argmax(-1), judged)
         loss = losses.by_depth(by_layer).sum()
-        if self.loss_name == "logit-kd":
+        if self.loss == "logit-kd":
             meant = deep if known is None else known.folded(deep.detach().float())
             loss = loss + self.alpha * losses.logit_distillation(meant, shallow)
-        if self.loss_name == "kd-dyn":
+        if self.loss == "kd-dyn":
             teachers = losses.teacher_layers(self.exit_layer, self.layers)
             pairs = losses.dynamic_pairs(states, self.exit_layer, teachers)
             loss = loss + self.alpha * losses.hidden_distillation(states, pairs)
         return {"loss": loss}
-
-    def _weighted(self, hidden: dict[int, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
-        def read(state: torch.Tensor) -> torch.Tensor:
-            return losses.cross_entropy(self.head(state), targets).sum()
-
-        # Keep one layer's logits in memory at a time, not those of all layers.
-        return losses.by_depth(
-            {n: recompute(read, state, use_reentrant=False) for n, state in hidden.items()}
-        )
 
 
 def exits_of(

@@ -194,7 +194,7 @@ def _train(
                 exit_input=options.exit_input,
                 vocabulary=vocabulary,
                 base_sha256=beside.sha256,
-                loss=options.loss,
+                loss=options.loss_name,
                 tune=options.tune,
             )
             write_exit_file(partial, exit_file)
