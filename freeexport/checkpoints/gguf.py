@@ -512,8 +512,10 @@ def quick_reader(options: Mapping[str, str]) -> Iterator[None]:
         yield
         return
     import gguf
+    from transformers import modeling_gguf_pytorch_utils
 
     package: Any = gguf
+    reader: Any = modeling_gguf_pytorch_utils
 
     class Reader(gguf.GGUFReader):
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
@@ -546,13 +548,16 @@ def quick_reader(options: Mapping[str, str]) -> Iterator[None]:
 
     usual = gguf.GGUFReader
     names = gguf.get_tensor_name_map
+    bar = reader.tqdm
     package.GGUFReader = Reader
     package.get_tensor_name_map = cache(names)
+    reader.tqdm = lambda items, **_: items  # its own progress bar
     try:
         yield
     finally:
         package.GGUFReader = usual
         package.get_tensor_name_map = names
+        reader.tqdm = bar
 
 
 def _hugging_face_names(

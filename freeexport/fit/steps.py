@@ -24,7 +24,6 @@ import click
 import numpy as np
 
 from freeexport.checkpoints.exit_file import LossName
-from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.costs.verdict import Verdict
@@ -401,12 +400,13 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
         click.echo(
             f"{steps[0].name}, about {duration(steps[0].seconds)}: {steps[0].command}", err=True
         )
-        with with_exit_applied(options.model, plan.drafting) as model:
-            manifest = convert(
-                model,
-                places.out,
-                ConvertOptions(precision=plan.precision, overwrite=options.overwrite),
-            )
+        manifest = convert(
+            options.model,
+            places.out,
+            ConvertOptions(
+                precision=plan.precision, exit=plan.drafting, overwrite=options.overwrite
+            ),
+        )
         size = human_bytes(sum(file.size for file in manifest.files.values()))
         click.echo(f"{options.out}: {size}, {'' if manifest.verified else 'not '}verified")
         speed = measured_speed(places.out, options.threads)

@@ -18,7 +18,7 @@ from runtime.errors import BundleError
 
 # Newer minor versions only add optional fields. Newer major versions cannot be read.
 SCHEMA_VERSION = 2
-SCHEMA_MINOR = 5
+SCHEMA_MINOR = 6
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
@@ -233,6 +233,21 @@ class Languages:
 
 
 @dataclass(frozen=True)
+class ReadyMadeExit:
+    """A ready-made exit that a bundle was converted with.
+
+    Attributes:
+        name: Name of the exit.
+        sha256: Hash of its content, in hexadecimal.
+        file: Path of its file. None if it comes with freeexport.
+    """
+
+    name: str
+    sha256: str
+    file: str | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything `runtime` needs to know about a bundle before it loads an engine.
 
@@ -269,6 +284,7 @@ class Manifest:
             predicted.
         languages: Languages of a translation model.
         speech: Properties of a speech model. None if prompts are text.
+        ready_made_exit: None if the checkpoint has an exit of its own, or none.
         schema_minor: Minor version of this code, after reading.
     """
 
@@ -316,6 +332,7 @@ class Manifest:
     forced_last_token_id: int | None = None
     languages: Languages | None = None
     speech: Speech | None = None
+    ready_made_exit: ReadyMadeExit | None = None
     schema_minor: Annotated[int, Range(SCHEMA_MINOR, SCHEMA_MINOR)] = SCHEMA_MINOR
 
     @property
