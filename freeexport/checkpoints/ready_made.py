@@ -111,6 +111,7 @@ def apply_exit(base: Checkpoint, packed: PackedFile) -> Checkpoint:
         name=about.name,
         sha256=packed.sha256,
         file=None if in_package else str(packed.path.absolute()),
+        agreement=about.agreement,
     )
     return replace(checkpoint.with_exit(about.exit, packed.weights), ready_made=record, base=plain)
 

@@ -26,7 +26,7 @@ import numpy as np
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.costs.verdict import Verdict
+from freeexport.costs.verdict import Verdict, bundle_verdict
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
 from freeexport.fit.plan import (
@@ -409,6 +409,9 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
         )
         size = human_bytes(sum(file.size for file in manifest.files.values()))
         click.echo(f"{options.out}: {size}, {'' if manifest.verified else 'not '}verified")
+        of_exit = bundle_verdict(Bundle.open(places.out))
+        if plan.drafting is not None and of_exit.level == "bad":
+            click.echo(of_exit.text)
         speed = measured_speed(places.out, options.threads)
         text = (
             f"{plan.why}; lossless drafts {plan.drafts}, with every token "

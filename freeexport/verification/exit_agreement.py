@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def open_with_exit(model: str, name: str | None) -> Checkpoint:
     base = open_checkpoint(model)
     applied = apply_exit(base, packed)
     about = packed.about
+    assert applied.ready_made is not None
     if base.weights_sha256 == about.weights_sha256:
         return applied
     others = (
@@ -66,7 +68,7 @@ def open_with_exit(model: str, name: str | None) -> Checkpoint:
         reason = f"{others}; {measured}, of which {LEAST_SHARE:.0%} is required"
         raise CheckpointError(does_not_fit(about, base, reason))
     click.echo(f"note: exit {about.name} fits: {others}; {measured}", err=True)
-    return applied
+    return replace(applied, ready_made=replace(applied.ready_made, agreement=found.value))
 
 
 def agreement_of(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Share:

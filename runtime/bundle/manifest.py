@@ -240,11 +240,14 @@ class ReadyMadeExit:
         name: Name of the exit.
         sha256: Hash of its content, in hexadecimal.
         file: Path of its file. None if it comes with freeexport.
+        agreement: Share of the full model's tokens that it predicts: as its file records, or as
+            measured with the weights of this bundle if they differ. None if unknown.
     """
 
     name: str
     sha256: str
     file: str | None = None
+    agreement: Annotated[float, Range(0, 1)] | None = None
 
 
 @dataclass(frozen=True)
