@@ -25,7 +25,7 @@ from safetensors.torch import save_file as save_torch
 
 from freeexport.checkpoints import packed_exit
 from freeexport.checkpoints import ready_made as ready_made_exits
-from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint, smollm2
+from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint, smollm2
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
 from freeexport.checkpoints.packed_exit import MOST_BYTES, pack, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, find_exit, fitting_exits, misfit, ready_made
@@ -34,7 +34,7 @@ from freeexport.conversion.options import ConvertOptions
 from freeexport.system.output import OutputError
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
-from freeexport.verification.exit_agreement import open_with_exit
+from freeexport.verification.exit_agreement import ANSWER, open_with_exit
 from graphs.exit_head import EXIT_NORM
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import ReadyMadeExit
@@ -279,12 +279,9 @@ def test_what_cannot_be_packed_is_refused(
     assert not out.exists()
 
 
-def test_the_tool_packs_a_checkpoint(trained: Callable[[str], Path], tmp_path: Path) -> None:
-    out = tmp_path / "words.safetensors"
+def test_the_tool_packs_a_checkpoint(sampled: Path) -> None:
     given = [word for name, text in FACTS.items() for word in (f"--{name.replace('base_name', 'model')}", text)]
-    done = CliRunner().invoke(pack_exit.command, [str(trained("layers")), "words", *given, "--out", str(out)])
-    assert done.exit_code == 0, done.output
-    assert read_packed(out).about.name == "words"
+    assert read_packed(sampled).about.name == "words"
     assert "is not a valid name" in CliRunner().invoke(pack_exit.command, ["x", "No Name", *given]).output
 
 
@@ -321,6 +318,77 @@ def test_convert_names_the_exits_that_fit(
     )
     result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", packed["layers"])
     assert "ready-made exits" not in result.stdout
+
+
+@pytest.fixture(scope="session")
+def sampled(trained: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an exit with samples; tests must not write into it."""
+    directory = tmp_path_factory.mktemp("sampled")
+    prompts, path = directory / "prompts.jsonl", directory / "words.safetensors"
+    prompts.write_text("".join(json.dumps({"input": f"word {n} is"}) + "\n" for n in range(8)))
+    given = [word for name, text in FACTS.items() for word in (f"--{name.replace('base_name', 'model')}", text)]
+    arguments = [str(trained("layers")), "words", *given, "--samples", str(prompts), "--out", str(path)]
+    done = CliRunner().invoke(pack_exit.command, arguments)
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def other_weights(base: Path, directory: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    shutil.copytree(base, directory)
+    state = {name: change(tensor) for name, tensor in load_file(base / "model.safetensors").items()}
+    save_torch(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return str(directory)
+
+
+def test_other_weights_take_an_exit_that_agrees_with_them(
+    sampled: Path, checkpoint: Directory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same model in bfloat16 does; one of the same sizes with other weights does not."""
+    base = checkpoint(LLAMA)
+    about = read_packed(sampled).about
+    assert about.agreement
+    assert sum(len(sample.answer) for sample in about.samples) == 8 * ANSWER
+    applied = open_with_exit(other_weights(base, tmp_path / "near", torch.Tensor.bfloat16), str(sampled))
+    (line,) = (one for one in capsys.readouterr().err.splitlines() if one.startswith("note: "))
+    assert line.startswith("note: exit words fits: it was trained on other weights, of llama-tied (sha256 ")
+    assert applied.ready_made is not None
+    found = applied.ready_made.agreement
+    assert f"with these it predicts {found:.1%} of 512 greedy tokens of 8 samples, with its own " in line
+    assert open_with_exit(str(base), str(sampled)).ready_made == replace(applied.ready_made, agreement=about.agreement)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def shuffled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view(tensor.shape)
+
+    with pytest.raises(CheckpointError, match=r"does not fit: it was trained .*, of which 80% is required") as raised:
+        open_with_exit(other_weights(base, tmp_path / "far", shuffled), str(sampled))
+    assert "\n" not in str(raised.value)
+
+
+def test_other_sizes_are_refused_before_weights_are_read(
+    sampled: Path, checkpoint: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> np.ndarray:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    with pytest.raises(CheckpointError, match=r"it is for models of other sizes, .*: kv_heads 4, and .* has 2"):
+        open_with_exit(str(checkpoint(BY_NAME["llama-grouped-llama3-rope"])), str(sampled))
+
+
+@pytest.mark.parametrize(
+    ("samples", "reason"),
+    [
+        ([{"prompt": [1], "answer": [288]}], "a token outside of 0 to 287"),
+        ([{"prompt": [], "answer": [1]}], "a sample of 0 and 1 tokens"),
+        ([{"prompt": [1] * 1024, "answer": [1]}], "must be 1 to 1024 in all"),
+        ([{"prompt": [1], "answer": [1]}] * 33, "has 33 samples, at most 32"),
+    ],
+)
+def test_samples_out_of_range_are_refused(samples: list[Any], reason: str, packed: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        read_packed(packed(samples=samples))
 
 
 @pytest.mark.parametrize("name", SLASHES)
