@@ -58,7 +58,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "costs": "system",
         "training": "costs checkpoints metrics system",
         "measure": "training costs checkpoints metrics system",
-        "verification": "measure training checkpoints system",
+        "verification": "measure training costs checkpoints system",
         "conversion": "verification measure training costs checkpoints system",
         "fit": "conversion verification measure training costs checkpoints metrics system",
         "demo": "conversion measure checkpoints metrics system",
