@@ -1,7 +1,7 @@
 """Pack the exit of a trained checkpoint into one file, for `freeexport convert --exit`.
 
     python -m tools.models.pack_exit CHECKPOINT NAME --model SmolLM2-135M-Instruct \\
-        --licence Apache-2.0 --data "..." --recipe "..." --results "..."
+        --licence Apache-2.0 --data "..." --recipe "..." --results "..." --samples prompts.jsonl
 """
 
 from __future__ import annotations

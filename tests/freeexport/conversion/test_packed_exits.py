@@ -300,8 +300,13 @@ def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
 
 
 def test_convert_names_the_exits_that_fit(
-    checkpoint: Directory, trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Directory,
+    trained: Callable[[str], Path],
+    sampled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And says in its last line that one whose drafts are mostly wrong does not pay."""
     packed = {name: tmp_path / f"{name.replace(' ', '-')}.safetensors" for name in ("layers", "t5 layers")}
     for name, path in packed.items():
         pack(str(trained(name)), path, path.stem, **FACTS)
@@ -316,8 +321,9 @@ def test_convert_names_the_exits_that_fit(
         "ready-made exits that fit these weights: layers; to use one: "
         f"freeexport convert {model} {out} --exit layers --overwrite"
     )
-    result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", packed["layers"])
+    result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", sampled)
     assert "ready-made exits" not in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("does not pay at fp32: the exit after layer 2 of 5 is expected ")
 
 
 @pytest.fixture(scope="session")
