@@ -21,7 +21,8 @@ from freeexport.checkpoints.exit_file import (
     open_exit_weights,
     read_exit_file,
 )
-from freeexport.checkpoints.gguf import GGUFFile, without_arrays
+from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.checkpoints.gguf_transformers import without_arrays
 from freeexport.checkpoints.gguf_values import KINDS
 from freeexport.checkpoints.lora_adapter import (
     ADAPTER_CONFIG,

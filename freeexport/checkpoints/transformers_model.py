@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from freeexport.checkpoints.gguf import quick_reader
+from freeexport.checkpoints.gguf_transformers import quick_reader
 from freeexport.checkpoints.weight_files import CheckpointError
 from runtime.errors import FreeExportError, OptionError, one_line
 from runtime.machine.device import Device
