@@ -58,7 +58,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "costs": "system",
         "training": "costs checkpoints metrics system",
         "calibrate": "training costs checkpoints metrics system",
-        "verification": "calibrate training checkpoints system",
+        "verification": "calibrate training costs checkpoints system",
         "conversion": "verification calibrate training costs checkpoints system",
         "evaluate": "calibrate costs checkpoints metrics system",
         "fit": "evaluate conversion verification calibrate training costs checkpoints metrics system",

@@ -16,21 +16,31 @@ import numpy as np
 
 from freeexport.checkpoints.exit_file import (
     EXIT_FILE,
-    EXIT_WEIGHTS,
     ExitFile,
+    check_exit_weights,
+    open_exit_weights,
     read_exit_file,
-    read_exit_weights,
 )
-from freeexport.checkpoints.gguf import GGUFFile, without_arrays
+from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.checkpoints.gguf_transformers import without_arrays
 from freeexport.checkpoints.gguf_values import KINDS
-from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, MergedWeights, read_adapter
+from freeexport.checkpoints.lora_adapter import (
+    ADAPTER_CONFIG,
+    MergedWeights,
+    adapter_weights,
+    read_adapter,
+)
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
 from freeexport.checkpoints.weight_files import Shape, TensorFile, read_json, weight_files
+from freeexport.system.progress import progress
+from graphs.description import ForeignEncoder
 from graphs.errors import UnsupportedModelError
-from graphs.families import family_of
+from graphs.exit_head import EXIT
+from graphs.families import describe, family_of
 from graphs.quantization.panels import InFile
-from graphs.shapes import check_config
+from graphs.shapes import check_config, weight_names
 from graphs.weights import View
+from runtime.bundle.manifest import ReadyMadeExit
 from runtime.errors import FreeExportError, OptionError, one_line
 
 # Suffixes of the names of packed weights: GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8.
@@ -69,10 +79,13 @@ class Checkpoint:
         name: Name given by the user, without directories.
         config: All configuration values that transformers defines for the model type.
         generation_config: The generation settings that are set.
-        files: Files of the weights.
+        files: Files of the model's weights.
         tensors: File of each tensor. The exit's own parameters are named as in graphs.exit_head.
-        exit: Content of exit.json beside the weights, or None.
+        exit: Content of exit.json beside the weights or of a ready-made exit, or None.
+        exit_weights: File of the exit's own parameters, or None.
         adapter: Directory of a LoRA adapter, which is merged into the tensors that are read.
+        ready_made: The ready-made exit that was applied, or None.
+        base: The checkpoint that it was applied to, or None.
     """
 
     path: Path
@@ -82,7 +95,10 @@ class Checkpoint:
     files: list[TensorFile]
     tensors: dict[str, TensorFile]
     exit: ExitFile | None = None
+    exit_weights: TensorFile | None = None
     adapter: Path | None = None
+    ready_made: ReadyMadeExit | None = None
+    base: Checkpoint | None = None
 
     @property
     def architecture(self) -> str:
@@ -99,29 +115,41 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Return the size of all tensors in bytes, in their stored types."""
-        return sum(file.nbytes for file in self.files)
+        of_exit = 0 if self.exit_weights is None else self.exit_weights.nbytes
+        return of_exit + sum(file.nbytes for file in self.files)
+
+    @property
+    def merged(self) -> MergedWeights | None:
+        """Return the weights that a LoRA changes, that of `adapter` or of a ready-made exit."""
+        if self.adapter is None and self.ready_made is None:
+            return None
+        return next((file for file in self.files if isinstance(file, MergedWeights)), None)
 
     @cached_property
     def sha256(self) -> str:
         """Hash of config.json and the weight files, in hexadecimal.
 
-        Includes the exit's own parameters and the adapter's configuration, if any. The first access
+        Includes the exit's own parameters and the adapter's configuration, if any. With a
+        ready-made exit, it is computed from the hashes of the base and the exit. The first access
         reads all files.
 
         Raises:
             CheckpointError: If the exit was trained on other weights.
         """
+        if self.base is not None and self.ready_made is not None:
+            both = f"{self.base.sha256} {self.ready_made.sha256}"
+            return hashlib.sha256(both.encode()).hexdigest()
         # The adapter's file comes last regardless of its path, because directories are renamed and
         # moved.
         paths = sorted(
-            {file.path for file in self.files if file.path.name != EXIT_WEIGHTS},
+            {file.path for file in self.files},
             key=lambda path: (path.parent == self.adapter, path),
         )
         before = [] if self.path.is_file() else [self.path / "config.json"]
         after = [] if self.adapter is None else [self.adapter / ADAPTER_CONFIG]
         digest = hashlib.sha256()
         _digest(digest, [*before, *paths, *after])
-        if self.exit is None or not self.exit.has_parameters:
+        if self.exit is None or self.exit_weights is None:
             return digest.hexdigest()
         if digest.hexdigest() != self.exit.base_sha256:
             raise CheckpointError(
@@ -129,8 +157,46 @@ class Checkpoint:
                 f"{self.exit.base_sha256[:12]}..., these have {digest.hexdigest()[:12]}...); put "
                 "the exit beside the weights it belongs to"
             )
-        _digest(digest, [file.path for file in self.files if file.path.name == EXIT_WEIGHTS])
+        _digest(digest, [self.exit_weights.path])
         return digest.hexdigest()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the model's weights as float32, in the order of the description.
+
+        Files with the same numbers have the same hash, regardless of their format and tensor names.
+        The exit's own parameters are not included. The first access reads all weights.
+        """
+        description = describe(self.config, self)
+        names = weight_names(description, self)
+        if isinstance(description.encoder, ForeignEncoder):
+            known = set(names)
+            names += sorted(
+                name for name in self.names() if not name.startswith(EXIT) and name not in known
+            )
+        digest = hashlib.sha256()
+        with progress("hash of the weights, tensors", len(names)) as advance:
+            for name in names:
+                array = self.read(name)
+                digest.update(repr(array.shape).encode())
+                digest.update(np.ascontiguousarray(array, "<f4").data)
+                advance()
+        return digest.hexdigest()
+
+    def with_exit(self, exit_file: ExitFile, weights: TensorFile) -> Checkpoint:
+        """Return a copy with another exit, whose own parameters are `weights`.
+
+        Raises:
+            CheckpointError: If the parameters do not fit the model.
+        """
+        check_exit_weights(weights, exit_file, self.config, self)
+        own = {name: file for name, file in self.tensors.items() if not name.startswith(EXIT)}
+        return replace(
+            self,
+            tensors=own | dict.fromkeys(weights.shapes, weights),
+            exit=exit_file,
+            exit_weights=weights,
+        )
 
     def exit_layer(self, layers: int, given: int | None) -> int:
         """Return the exit layer in a decoder of `layers` layers: `given`, or else the trained one.
@@ -276,47 +342,18 @@ def smollm2() -> Path:
     return files[0]
 
 
-def with_exit_of(opened: Checkpoint, directory: Path) -> Checkpoint:
-    """Return the checkpoint with the exit in `directory`, as the start of a training.
-
-    The exit may have been trained on other weights of the same shape.
-
-    Raises:
-        CheckpointError: If the directory has no exit, the checkpoint already has one, or shapes
-            differ.
-    """
-    if opened.exit is not None and opened.exit.has_parameters:
-        raise CheckpointError(
-            f"{opened.name} has an exit of its own, which training goes on with; leave "
-            "--exit-from out"
-        )
-    begun = _with_exit(
-        replace(opened, files=[*opened.files], tensors={**opened.tensors}), directory
-    )
-    if begun.exit is None or not begun.exit.has_parameters:
-        raise CheckpointError(
-            f"{directory} has no exit with weights of its own; name what --tune exit wrote"
-        )
-    begun.exit = replace(begun.exit, base_sha256=opened.sha256)
-    return begun
-
-
 def _with_exit(opened: Checkpoint, directory: Path) -> Checkpoint:
-    """Add the content of exit.json in a directory, and the exit's own tensors."""
-    opened.exit = read_exit_file(directory)
-    if opened.exit is None:
-        return opened
-    if opened.exit.has_parameters or (directory / EXIT_WEIGHTS).exists():
-        file = read_exit_weights(directory, opened.exit, opened.config, opened)
-        opened.files.append(file)
-        opened.tensors.update(dict.fromkeys(file.shapes, file))
-    return opened
+    """Return the checkpoint with the exit that exit.json in a directory describes, if any."""
+    exit_file = read_exit_file(directory)
+    if exit_file is None or not exit_file.has_parameters:
+        return replace(opened, exit=exit_file)
+    return opened.with_exit(exit_file, open_exit_weights(directory))
 
 
 def _open_adapter(path: Path) -> Checkpoint:
     config, model = read_adapter(path)
     base = open_checkpoint(model)
-    merged = MergedWeights(path, config, base)
+    merged = MergedWeights(adapter_weights(path), config, base)
     tensors = base.tensors | dict.fromkeys(merged.shapes, merged)
     files = [*base.files, merged]
     name = path.resolve().name

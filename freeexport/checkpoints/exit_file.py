@@ -7,7 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, Shape
+from freeexport.checkpoints.weight_files import (
+    CheckpointError,
+    SafetensorsFile,
+    Shape,
+    TensorFile,
+)
 from graphs.exit_head import (
     EXIT_NORM,
     EXIT_NORM_BIAS,
@@ -145,20 +150,29 @@ def with_layers(content: dict[str, Any], where: str) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name in kept}
 
 
-def read_exit_weights(
-    directory: Path, exit_file: ExitFile, config: dict[str, Any], weights: Weights
-) -> SafetensorsFile:
-    """Open the exit's own tensors, and check them against a model's configuration and weights.
+def open_exit_weights(directory: Path) -> SafetensorsFile:
+    """Open the exit's own tensors beside exit.json.
 
     Raises:
-        CheckpointError: If they do not fit, or the exit has more layers than the decoder.
+        CheckpointError: If the file is missing or damaged.
     """
     path = directory / EXIT_WEIGHTS
     if not path.is_file():
         raise CheckpointError(
             f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again"
         )
-    file = SafetensorsFile(path)
+    return SafetensorsFile(path)
+
+
+def check_exit_weights(
+    file: TensorFile, exit_file: ExitFile, config: dict[str, Any], weights: Weights
+) -> None:
+    """Check an exit's own tensors against a model's configuration and weights.
+
+    Raises:
+        CheckpointError: If they do not fit, or the exit has more layers than the decoder.
+    """
+    path = file.path
     description = describe(config, weights)
     shapes = exit_file.shapes(description.hidden_size)
     norm = description.decoder.head.norm
@@ -184,4 +198,3 @@ def read_exit_weights(
         raise CheckpointError(
             f"{path} has {others[0][:80]}, which {EXIT_FILE} does not name; train the exit again"
         )
-    return file

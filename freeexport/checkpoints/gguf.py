@@ -1,58 +1,31 @@
-"""GGUF files: tensors under their Hugging Face names, dequantized to float32 as in transformers.
-
-The header is parsed here, because the gguf package trusts every count and length, and creates two
-arrays for each item of an array. That takes a minute for a vocabulary of 256,000 tokens.
-"""
+"""GGUF files: tensors under their Hugging Face names, dequantized to float32 as in transformers."""
 
 from __future__ import annotations
 
-import math
-import mmap
 import re
 import struct
-import sys
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from freeexport.checkpoints.gguf_header import (
+    ARCHITECTURES,
+    MAX_TENSORS,
+    TEXT,
+    Array,
+    Header,
+    StoredTensor,
+)
 from freeexport.checkpoints.gguf_values import KINDS, values_of
-from freeexport.checkpoints.weight_files import CheckpointError, Shape, TensorFile
+from freeexport.checkpoints.weight_files import CheckpointError, TensorFile
 from graphs.errors import UnsupportedModelError
 from graphs.quantization.panels import InFile
 from graphs.quantization.rounding import Rounded
 from graphs.shapes import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 from runtime.errors import one_line
 
-ARCHITECTURES = (
-    "gemma2",
-    "gemma3",
-    "gpt2",
-    "llama",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "t5",
-)  # Mistral models are stored as "llama"
-# Limits, several times the values of published models.
-MAX_TENSORS = 1 << 16
-MAX_FIELDS = 1 << 12
-MAX_DIMENSIONS = 4
-MAX_TEXT = 1 << 24  # bytes
-# Maximum number of items in an array, by name. transformers reads them one at a time, in some ten
-# microseconds each.
-MAX_ITEMS = {
-    **dict.fromkeys(
-        (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")), 1 << 19
-    ),
-    "tokenizer.ggml.precompiled_charsmap": 1 << 20,
-}
-MAX_OTHER_ITEMS = 1 << 12
 # A GGUF name maps to names in many architectures. These patterns match those of transformers.
 _DECODER_ONLY = re.compile(
     r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm|(pre|post)_feedforward_layernorm"
@@ -76,201 +49,8 @@ _SPECIAL_TOKENS = {
     "unk_token": "unknown",
     "pad_token": "padding",
 }
-_TEXT = 8
-_ARRAY = 9
-# struct formats by type number.
-_FORMATS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
 # numpy types of unquantized tensors by type number: F32, F16, I8, I16, I32, I64, F64.
 _PLAIN = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
-_LEAST_FIELD = 8 + 4 + 1
-_LEAST_TENSOR = 8 + 4 + 4 + 8
-
-
-class _Array(NamedTuple):
-    """An array of `length` items of type `kind` at offset `at` in the file."""
-
-    kind: int
-    length: int
-    at: int
-
-
-class _Tensor(NamedTuple):
-    """A tensor.
-
-    `shape` is in numpy's order. `at` is the offset from the start of the file's data.
-    """
-
-    name: str
-    shape: Shape
-    kind: int
-    at: int
-    nbytes: int = 0
-
-
-class Header:
-    """Fields and tensors of a GGUF file. The items of arrays are skipped.
-
-    Raises:
-        CheckpointError: If a count or a length exceeds the file, or one of the limits above.
-        UnsupportedModelError: If the architecture is not supported. Raised as soon as it is read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.fields: dict[str, Any] = {}
-        self.tensors: dict[str, _Tensor] = {}
-        self.order: Literal["<", ">"] = "<"
-        self._at = 24
-        try:
-            with (
-                path.open("rb") as file,
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-            ):
-                self._content = content
-                self._read(path)
-        except (struct.error, ValueError, OverflowError) as error:
-            raise CheckpointError(
-                f"{path} is not a complete GGUF file ({error}); download it again"
-            ) from None
-        finally:
-            vars(self).pop("_content", None)
-
-    def _read(self, path: Path) -> None:
-        if self._content[:4] != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        # The lower half of a version written in the other byte order is zero.
-        self.order = "<" if self._number("I", at=4) & 0xFFFF else ">"
-        if (version := self._number("I", at=4)) not in (2, 3):
-            raise ValueError(f"it is of version {version}, 2 and 3 are known")
-        tensors = self._number("Q", at=8)
-        fields = self._number("Q", at=16)
-        self._limit("fields", fields, MAX_FIELDS, _LEAST_FIELD)
-        self._limit("tensors", tensors, MAX_TENSORS, _LEAST_TENSOR)
-        for _ in range(fields):
-            name = self._text("the name of a field")
-            if not name or name in self.fields:
-                raise ValueError(
-                    f"a field has the name {name[:80]!r} {'twice' if name else ', which is none'}"
-                )
-            self.fields[name] = self._value(name, self._take("I"))
-            if name == "general.architecture" and self.fields[name] not in ARCHITECTURES:
-                raise UnsupportedModelError(
-                    f"{path}: architecture {str(self.fields[name])[:80]!r} is not supported; "
-                    f"supported GGUF architectures are {', '.join(ARCHITECTURES)}"
-                )
-        alignment = self.fields.get("general.alignment", 32)
-        if (
-            type(alignment) is not int
-            or alignment < 1
-            or alignment & (alignment - 1)
-            or alignment > 1 << 20
-        ):
-            raise ValueError(
-                f"general.alignment is {str(alignment)[:40]!r}, which is no power of two up to a "
-                "MiB"
-            )
-        found = []
-        for _ in range(tensors):
-            name = self._text("the name of a tensor")
-            dimensions = self._take("I")
-            self._limit("dimensions of a tensor", dimensions, MAX_DIMENSIONS, 8)
-            shape = tuple(self._take("Q") for _ in range(dimensions))[::-1]
-            found.append(_Tensor(name, shape, self._take("I"), self._take("Q")))
-        self.data = -(-self._at // alignment) * alignment
-        for tensor in found:
-            if tensor.name in self.tensors:
-                raise ValueError(f"tensor {tensor.name[:80]!r} is there twice")
-            self.tensors[tensor.name] = tensor._replace(nbytes=self._nbytes(tensor, alignment))
-
-    def _value(self, name: str, kind: int) -> Any:
-        if kind == _TEXT:
-            return self._text("a text")
-        if kind != _ARRAY:
-            return self._take(self._format(kind))
-        kind = self._take("I")
-        count = self._take("Q")
-        # Arrays of arrays are not supported, as no published model has any.
-        width = 8 if kind == _TEXT else struct.calcsize(self._format(kind))
-        self._limit(f"items in {name[:80]}", count, MAX_ITEMS.get(name, MAX_OTHER_ITEMS), width)
-        array = _Array(kind, count, self._at)
-        self._at += width * count
-        if kind == _TEXT:
-            unpack = struct.Struct(self.order + "Q").unpack_from
-            at = array.at
-            end = len(self._content)
-            for _ in range(count):
-                (length,) = unpack(self._content, at)
-                at += 8 + length
-                if at > end:
-                    raise ValueError(
-                        f"a text of {name[:80]} has {length} bytes, and the file ends before"
-                    )
-            if at - array.at < 8 * count + count // 2:
-                raise ValueError(f"most of the {count} texts of {name[:80]} are empty")
-            self._at = at
-        return array
-
-    def _nbytes(self, tensor: _Tensor, alignment: int) -> int:
-        from gguf.constants import GGML_QUANT_SIZES
-
-        name, shape, kind, at, _ = tensor
-        sizes = {int(known): size for known, size in GGML_QUANT_SIZES.items()}
-        if not shape or not all(shape):
-            raise ValueError(f"tensor {name[:80]!r} has the shape {list(shape)}")
-        if kind not in sizes:
-            raise ValueError(
-                f"tensor {name[:80]!r} has the type {kind}, which the gguf package does not know"
-            )
-        block, size = sizes[kind]
-        if shape[-1] % block:
-            raise ValueError(
-                f"tensor {name[:80]!r} has rows of {shape[-1]}, which is no multiple of {block}"
-            )
-        nbytes = math.prod(shape) // block * size
-        if at % alignment or self.data + at + nbytes > len(self._content):
-            raise ValueError(
-                f"tensor {name[:80]!r} has {nbytes} bytes at {at}, which the file has not"
-            )
-        return nbytes
-
-    def _text(self, what: str) -> str:
-        length = self._take("Q")
-        left = len(self._content) - self._at
-        if length > min(left, MAX_TEXT):
-            raise ValueError(f"{what} has {length} bytes, and {left} are left")
-        self._at += length
-        return self._content[self._at - length : self._at].decode("utf-8", "replace")
-
-    def _format(self, kind: int) -> str:
-        if kind not in _FORMATS:
-            raise ValueError(f"a field has the type {kind}, which is not known")
-        return _FORMATS[kind]
-
-    def _limit(self, what: str, count: int, most: int, width: int) -> None:
-        left = len(self._content) - self._at
-        if count > most:
-            raise ValueError(f"it has {count} {what}; at most {most} are read")
-        if count * width > left:
-            raise ValueError(f"it has {count} {what}, and {left} bytes of them")
-
-    def _take(self, kind: str) -> Any:
-        value = self._number(kind, self._at)
-        self._at += struct.calcsize(kind)
-        return value
-
-    def _number(self, kind: str, at: int) -> Any:
-        return struct.unpack_from(self.order + kind, self._content, at)[0]
 
 
 class GGUFFile(TensorFile):
@@ -301,7 +81,7 @@ class GGUFFile(TensorFile):
             # transformers reads every item, so there must not be more items than embedding rows.
             array = header.fields.get(f"tokenizer.ggml.{name}")
             if (
-                isinstance(array, _Array)
+                isinstance(array, Array)
                 and embedding is not None
                 and array.length > embedding.shape[0]
             ):
@@ -330,7 +110,7 @@ class GGUFFile(TensorFile):
             )
         return value
 
-    def _is_conv(self, tensor: _Tensor) -> bool:
+    def _is_conv(self, tensor: StoredTensor) -> bool:
         """Return True if transformers stores the matrix transposed, as in GPT-2's Conv1D layers."""
         return (
             self._architecture == "gpt2"
@@ -348,7 +128,7 @@ class GGUFFile(TensorFile):
         The keys are "bos_token", "eos_token", "unk_token" and "pad_token".
         """
         tokens = self.header.fields.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, _Array) or tokens.kind != _TEXT or not tokens.length:
+        if not isinstance(tokens, Array) or tokens.kind != TEXT or not tokens.length:
             return {}
         found = {}
         unpack = struct.Struct(self.header.order + "Q").unpack_from
@@ -364,7 +144,7 @@ class GGUFFile(TensorFile):
                 )
         return found
 
-    def _ordered(self, tensor: _Tensor, array: np.ndarray) -> np.ndarray:
+    def _ordered(self, tensor: StoredTensor, array: np.ndarray) -> np.ndarray:
         """Reorder the rows [heads * head_dim, ...] of a Llama's query and key.
 
         llama.cpp stores the two halves of a rotation as interleaved pairs.
@@ -467,97 +247,9 @@ class GGUFFile(TensorFile):
         return array
 
 
-@contextmanager
-def without_arrays(file: GGUFFile) -> Iterator[Path]:
-    """Write a GGUF file with all fields except arrays, and the names of the tensors.
-
-    transformers builds the same configuration from it. The file is removed when the block ends.
-    """
-    from gguf import GGUFWriter
-    from gguf.constants import GGUFValueType
-
-    fields = file.header.fields
-    kinds = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT64, str: GGUFValueType.STRING}
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "header.gguf"
-        architecture = str(fields["general.architecture"])
-        writer = GGUFWriter(path, architecture)
-        size = {
-            f"{architecture}.vocab_size": getattr(
-                fields.get("tokenizer.ggml.tokens"), "length", None
-            )
-        }
-        for name, value in {**size, **fields}.items():
-            if name.startswith("general.a") or value is None or isinstance(value, _Array):
-                continue  # GGUFWriter adds architecture and alignment
-            writer.add_key_value(name, value, kinds.get(type(value), GGUFValueType.INT64))
-        for name in file.header.tensors:
-            writer.add_tensor(name, np.zeros(1, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        yield path
-
-
-@contextmanager
-def quick_reader(options: Mapping[str, str]) -> Iterator[None]:
-    """Make transformers read GGUF files faster while the block runs.
-
-    The reader does not create two arrays for each item of an array, and names are cached between
-    modules. SmolLM2's header takes 0.1 to 0.4 s instead of 2.5 s. Has no effect if `options` of a
-    checkpoint's source name no GGUF file.
-    """
-    if "gguf_file" not in options:
-        yield
-        return
-    import gguf
-
-    package: Any = gguf
-
-    class Reader(gguf.GGUFReader):
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type != _ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            kind = self._get(orig_offs, np.uint32)
-            length = self._get(orig_offs + 4, np.uint64)
-            at = orig_offs + 12
-            count = int(length[0])
-            items = list[Any]()
-            if kind[0] == _TEXT:
-                order = ">" if (sys.byteorder == "little") == (self.byte_order == "S") else "<"
-                unpack = struct.Struct(f"{order}Q").unpack_from
-                content = self.data.data
-                for _ in range(count):
-                    begin = at + 8
-                    at = begin + unpack(content, at)[0]
-                    items.append(content[begin:at].tobytes())
-            else:
-                numbers = self._get(
-                    at, self.gguf_scalar_to_np[gguf.GGUFValueType(int(kind[0]))], count
-                )
-                at += numbers.nbytes
-                items.extend(numbers.reshape(-1, 1))
-            types = [
-                gguf.GGUFValueType.ARRAY,
-                *([gguf.GGUFValueType(int(kind[0]))] if count else []),
-            ]
-            return at - orig_offs, [kind, length, *items], list(range(2, 2 + count)), types
-
-    usual = gguf.GGUFReader
-    names = gguf.get_tensor_name_map
-    package.GGUFReader = Reader
-    package.get_tensor_name_map = cache(names)
-    try:
-        yield
-    finally:
-        package.GGUFReader = usual
-        package.get_tensor_name_map = names
-
-
 def _hugging_face_names(
-    found: dict[str, _Tensor], architecture: str, blocks: int
-) -> dict[str, _Tensor]:
+    found: dict[str, StoredTensor], architecture: str, blocks: int
+) -> dict[str, StoredTensor]:
     """Map tensors to their Hugging Face names.
 
     Tensors without one, such as rope_freqs.weight, keep theirs.

@@ -36,6 +36,31 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], str]:
     """
     path = directory / ADAPTER_CONFIG
     config = read_object(path, "train the adapter again", CheckpointError, nan=True)
+    check_adapter(config, path)
+    model = config.get("base_model_name_or_path")
+    if not model or not isinstance(model, str) or len(model) > _MAX_PATH:
+        raise CheckpointError(f"{path} names no base_model_name_or_path; add the base's path")
+    base = directory / model if (directory / model).exists() else Path(model)
+    if base.exists() and base.resolve() == directory.resolve():
+        raise CheckpointError(f"{path} names itself as its base; give the base's path")
+    if (base / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{directory} has the base {base}, an adapter too; merge that into its own base with "
+            "peft"
+        )
+    return config, str(base) if base.exists() else model
+
+
+def check_adapter(config: dict[str, Any], path: Path) -> None:
+    """Check that the configuration of an adapter is one of plain LoRA.
+
+    Args:
+        config: The configuration.
+        path: Its file, for error messages.
+
+    Raises:
+        CheckpointError: If a setting is not supported or out of range.
+    """
     if (kind := config.get("peft_type")) != "LORA":
         raise CheckpointError(
             f"{path}: adapters of type {kind} are not supported, LORA is; merge it with peft"
@@ -64,40 +89,39 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(
             f"{path}: r is {str(rank)[:40]!r}; a rank must be a whole number from 1"
         )
-    model = config.get("base_model_name_or_path")
-    if not model or not isinstance(model, str) or len(model) > _MAX_PATH:
-        raise CheckpointError(f"{path} names no base_model_name_or_path; add the base's path")
-    base = directory / model if (directory / model).exists() else Path(model)
-    if base.exists() and base.resolve() == directory.resolve():
-        raise CheckpointError(f"{path} names itself as its base; give the base's path")
-    if (base / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(
-            f"{directory} has the base {base}, an adapter too; merge that into its own base with "
-            "peft"
-        )
-    return config, str(base) if base.exists() else model
+
+
+def adapter_weights(directory: Path) -> TensorFile:
+    """Open the weights of an adapter.
+
+    Raises:
+        CheckpointError: If they are missing or damaged.
+    """
+    for name in ADAPTER_WEIGHTS:
+        if (directory / name).is_file():
+            return open_weights(directory / name)
+    raise CheckpointError(
+        f"{directory} has no weights: none of {', '.join(ADAPTER_WEIGHTS)} is there; copy it again"
+    )
 
 
 class MergedWeights(TensorFile):
     """Tensors of `base` that an adapter changes, each merged when it is read.
 
+    Args:
+        file: The adapter's tensors, under peft's names.
+        config: The adapter's configuration.
+        base: Weights of the base.
+
     Raises:
-        CheckpointError: If the adapter's weights are damaged or do not fit the base.
+        CheckpointError: If the adapter's tensors do not fit the base.
     """
 
-    def __init__(self, directory: Path, config: dict[str, Any], base: Weights) -> None:
-        path = next(
-            (directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None
-        )
-        if path is None:
-            raise CheckpointError(
-                f"{directory} has no weights: none of {', '.join(ADAPTER_WEIGHTS)} is there; copy "
-                "it again"
-            )
-        self.path = path
+    def __init__(self, file: TensorFile, config: dict[str, Any], base: Weights) -> None:
+        self.file = file
+        self.path = path = file.path
+        self.nbytes = file.nbytes
         self._base = base
-        self.file = open_weights(path)
-        self.nbytes = self.file.nbytes
         self._transposed = bool(config.get("fan_in_fan_out"))
         # Factor of B A for each tensor. A layer's rank may differ from the one in the
         # configuration.
@@ -113,11 +137,11 @@ class MergedWeights(TensorFile):
             rank, shape = self._sizes(module)
             if weight not in base:
                 raise CheckpointError(
-                    f"{directory} adapts {weight}, which the base has not; check its base"
+                    f"{path} adapts {weight}, which the base has not; check its base"
                 )
             if base.shape(weight) != shape:
                 raise CheckpointError(
-                    f"{directory} adapts {weight} as {list(shape)}, the base has "
+                    f"{path} adapts {weight} as {list(shape)}, the base has "
                     f"{list(base.shape(weight))}; check its base"
                 )
             self._scales[weight] = config.get("lora_alpha", 8) / (

@@ -1,53 +1,42 @@
-"""Ready-made exits: files with an exit's own parameters in 8 bits.
+"""Files of ready-made exits, with an exit's own parameters in 8 bits.
 
-Each file contains the hash of the weights that the exit fits. The files are safetensors. The
-matrices of the exit's map and layers, and of a LoRA adapter, are stored as int8 [outputs, inputs].
-NAME.scales has their float16 scales for blocks of inputs, as in an int8 bundle. Token ids are
-int32, and all other tensors float32. The metadata contain one JSON object.
+Each file contains the hash of the weights that the exit was trained on. The files are safetensors.
+The matrices of the exit's map and layers, and of a LoRA adapter, are stored as int8 [outputs,
+inputs]. NAME.scales has their float16 scales for blocks of inputs, as in an int8 bundle. Token ids
+are int32, and all other tensors float32. The metadata contain one JSON object.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 
-from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.checkpoints.exit_file import (
-    EXIT_FILE,
-    EXIT_WEIGHTS,
-    ExitFile,
-    with_layers,
-    write_exit_file,
-)
-from freeexport.checkpoints.lora_adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    MergedWeights,
-    read_adapter,
-)
-from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.exit_file import ExitFile, with_layers
+from freeexport.checkpoints.lora_adapter import check_adapter, read_adapter
+from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, Shape, TensorFile
 from freeexport.system.output import OutputError, replacing
-from freeexport.system.progress import progress
-from graphs.description import ForeignEncoder
+from graphs.description import Description
 from graphs.exit_head import EXIT, EXIT_LAYERS, EXIT_MAP, VOCABULARY
 from graphs.families import describe
 from graphs.quantization.rounding import BLOCK, IntegerScheme
-from graphs.shapes import weight_names
-from runtime.bundle.schema import Reader, parse_object
+from runtime.bundle.schema import Range, Reader, parse_object
 from runtime.errors import BundleError, shown
 
-READY_MADE = Path(__file__).parents[1] / "exits"
 SUFFIX = ".safetensors"
 FORMAT = 1
 MOST_BYTES = 8_000_000
+# Most answers of the base in a file, and most tokens of a prompt and its answer.
+MOST_SAMPLES = 32
+LONGEST_SAMPLE = 1024
 _METADATA = "freeexport_exit"
 _SCALES = ".scales"
 _BLOCKS = (128, 64)  # inputs per scale: the largest that divides the inputs, else BLOCK
@@ -59,6 +48,53 @@ _NAMES = "a name has at most 80 letters, digits and . _ + -, and begins with a l
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Sizes that a model must share with the one that an exit was trained on.
+
+    Attributes:
+        layers: Number of decoder layers.
+        hidden_size: Width of the hidden states.
+        vocab_size: Number of tokens.
+        heads: Number of attention heads.
+        kv_heads: Number of heads of keys and values.
+        head_dim: Width of a head.
+    """
+
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, description: Description) -> Sizes:
+        """Return the sizes of a model."""
+        attention = description.attention
+        return cls(
+            layers=len(description.decoder.layers),
+            hidden_size=description.hidden_size,
+            vocab_size=description.vocab_size,
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A greedy answer of the model that an exit was trained on.
+
+    Attributes:
+        prompt: Token ids of the prompt.
+        answer: Token ids of the answer, as an encoder-decoder's decoder predicts them.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PackedExit:
     """Metadata of an exit's file.
 
@@ -66,7 +102,7 @@ class PackedExit:
         name: Name of the exit.
         family: Family of the model.
         model: Name of the base model.
-        weights_sha256: Hash of the base's weights.
+        weights_sha256: Checkpoint.weights_sha256 of the base.
         tensors_sha256: Hash of the bytes after the header.
         exit: Content of exit.json.
         licence: Licence of the exit.
@@ -75,6 +111,10 @@ class PackedExit:
         results: Sentences on the results.
         adapter_config: Configuration of a LoRA adapter of the base, as JSON without the base, or
             None.
+        sizes: Sizes of the base. None: unknown, as in older files.
+        samples: Answers of the base, at most MOST_SAMPLES. Empty in older files.
+        agreement: Share of the tokens of `samples` that the exit predicts with the base. None
+            without samples.
         format: Version of this format.
     """
 
@@ -89,34 +129,103 @@ class PackedExit:
     recipe: str
     results: str
     adapter_config: str | None = None
+    sizes: Sizes | None = None
+    samples: tuple[Sample, ...] = ()
+    agreement: Annotated[float, Range(0, 1)] | None = None
     format: int = FORMAT
 
+    def check(self, path: Path) -> None:
+        """Check the name and the samples.
 
-def ready_made() -> list[Path]:
-    """Return the files of the exits in this package."""
-    return sorted(READY_MADE.glob(f"*{SUFFIX}"))
+        Raises:
+            CheckpointError: If the name is not allowed, or samples are too many, too long, or not
+                of the vocabulary.
+        """
+        if _NAME.fullmatch(self.name) is None:
+            raise CheckpointError(f"{path} names its exit {shown(self.name)}; {_NAMES}")
+        if len(self.samples) > MOST_SAMPLES:
+            raise CheckpointError(
+                f"{path} has {len(self.samples)} samples, at most {MOST_SAMPLES} are read; "
+                f"{_REMEDY}"
+            )
+        size = 0 if self.sizes is None else self.sizes.vocab_size
+        for sample in self.samples:
+            length = len(sample.prompt) + len(sample.answer)
+            if not sample.prompt or not sample.answer or length > LONGEST_SAMPLE:
+                raise CheckpointError(
+                    f"{path} has a sample of {len(sample.prompt)} and {len(sample.answer)} tokens, "
+                    f"which must be 1 to {LONGEST_SAMPLE} in all; {_REMEDY}"
+                )
+            if not all(0 <= token < size for token in (*sample.prompt, *sample.answer)):
+                raise CheckpointError(
+                    f"{path} has a sample with a token outside of 0 to {size - 1}; {_REMEDY}"
+                )
 
 
-def find_exit(name: str) -> Path:
-    """Return the file of a ready-made exit, or `name` if it is a file.
+class PackedWeights(TensorFile):
+    """Tensors of an exit's file, which are unpacked to float32 when they are read.
+
+    Args:
+        file: The file.
+        names: Names of the tensors, without scales.
 
     Raises:
-        CheckpointError: If there is no such exit and no such file.
+        CheckpointError: If the scales of a matrix are inconsistent with it.
     """
-    known = {path.stem: path for path in ready_made()}
-    if name in known:
-        return known[name]
-    with suppress(OSError, ValueError):  # not a valid file name
-        if Path(name).is_file():
-            return Path(name)
-    listed = f"known are {', '.join(known)}" if known else "this freeexport brings none"
-    raise CheckpointError(
-        f"there is no exit {name[:100]}, and no such file; {listed} (freeexport exits)"
-    )
+
+    def __init__(self, file: SafetensorsFile, names: Iterable[str]) -> None:
+        self.path = file.path
+        self._file = file
+        self.nbytes = 0
+        self.shapes = shapes = dict[str, Shape]()
+        for name in names:
+            shape = file.shapes[name]
+            scales = file.shapes.get(name + _SCALES)
+            self.nbytes += math.prod(shape) * (4 if scales is None else 1)
+            if scales is not None:
+                self.nbytes += 2 * math.prod(scales)
+                if len(shape) != 2 or scales != (shape[0], -(-shape[1] // _block(shape[1]))):
+                    raise CheckpointError(
+                        f"{file.path} is damaged: {name[:80]} is {list(shape)} and its scales are "
+                        f"{list(scales)}; {_REMEDY}"
+                    )
+                shape = shape[::-1] if name.endswith(_LORA_B) else shape
+            shapes[name] = shape
+
+    def read(self, name: str) -> np.ndarray:
+        array = self._file.read(name)
+        if name + _SCALES not in self._file.shapes:
+            return array
+        inputs = array.shape[1]
+        scales = self._file.read(name + _SCALES)
+        array *= np.repeat(scales, _block(inputs), axis=1)[:, :inputs]
+        return np.ascontiguousarray(array.T) if name.endswith(_LORA_B) else array
 
 
-def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
-    """Read the file of an exit and check its hash.
+@dataclass(frozen=True)
+class PackedFile:
+    """An exit's file.
+
+    Attributes:
+        about: Its metadata.
+        sha256: Hash of the tensors, of exit.json and of the adapter's configuration. Independent of
+            the other metadata.
+        weights: The exit's own tensors.
+        adapter: Tensors of the LoRA adapter, and its configuration. None if there is no adapter.
+    """
+
+    about: PackedExit
+    sha256: str
+    weights: PackedWeights
+    adapter: tuple[PackedWeights, dict[str, Any]] | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.weights.path
+
+
+def read_packed(path: Path) -> PackedFile:
+    """Open the file of an exit and check its hash.
 
     Raises:
         CheckpointError: If the file is damaged, not an exit, or of a newer format.
@@ -129,6 +238,7 @@ def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
         ) from None
     if _METADATA not in file.metadata:
         raise CheckpointError(f"{path} holds weights, but no exit; name one of: freeexport exits")
+    adapter = None
     try:
         value = parse_object(file.metadata[_METADATA], str(path), _REMEDY)
         if type(value.get("format")) is int and value["format"] > FORMAT:
@@ -138,171 +248,31 @@ def read_packed(path: Path) -> tuple[PackedExit, SafetensorsFile]:
             )
         if isinstance(value.get("exit"), dict):
             value["exit"] = with_layers(value["exit"], str(path))
-        packed: PackedExit = Reader(_REMEDY).read(PackedExit, value, str(path))
+        about: PackedExit = Reader(_REMEDY).read(PackedExit, value, str(path))
+        if about.adapter_config is not None:
+            config = parse_object(about.adapter_config, f"{path}: adapter_config", _REMEDY)
+            check_adapter(config, path)
+            names = (name for name in file.shapes if not name.startswith(EXIT))
+            adapter = (
+                PackedWeights(file, (name for name in names if not name.endswith(_SCALES))),
+                config,
+            )
     except BundleError as error:
         raise CheckpointError(str(error)) from None
-    if _NAME.fullmatch(packed.name) is None:
-        raise CheckpointError(f"{path} names its exit {shown(packed.name)}; {_NAMES}")
-    if _tensors_sha256(path) != packed.tensors_sha256:
+    about.check(path)
+    if _tensors_sha256(path) != about.tensors_sha256:
         raise CheckpointError(
             f"{path} is damaged: its tensors have another sha256 than it names; {_REMEDY}"
         )
-    return packed, file
-
-
-def misfit(packed: PackedExit, checkpoint: Checkpoint, sha256: str) -> str | None:
-    """Return the reason why an exit does not fit a model, or None if it fits.
-
-    Args:
-        packed: The exit.
-        checkpoint: The model.
-        sha256: `weights_sha256` of the model.
-    """
-    if (family := describe(checkpoint.config, checkpoint).family) != packed.family:
-        return (
-            f"it is for {packed.family} models, of {packed.model}, and {checkpoint.name} is a "
-            f"{family} model"
-        )
-    if sha256 != packed.weights_sha256:
-        return (
-            f"it was trained on other weights, of {packed.model} (sha256 "
-            f"{packed.weights_sha256[:12]}..., those of {checkpoint.name} have {sha256[:12]}...)"
-        )
-    return None
-
-
-def fitting_exits(checkpoint: Checkpoint) -> list[PackedExit]:
-    """Return the ready-made exits that fit the weights of a checkpoint.
-
-    A checkpoint that has an exit or an adapter fits none. Weights are read only if an exit has the
-    same family and sizes.
-    """
-    if checkpoint.adapter is not None or checkpoint.exit is not None:
-        return []
-    description = describe(checkpoint.config, checkpoint)
-    found = []
-    for path in ready_made():
-        packed, file = read_packed(path)
-        width = file.shapes[EXIT_MAP][0] if EXIT_MAP in file.shapes else description.hidden_size
-        if packed.family == description.family and width == description.hidden_size:
-            found.append(packed)
-    sha256 = weights_sha256(checkpoint) if found else ""
-    return [packed for packed in found if packed.weights_sha256 == sha256]
-
-
-def weights_sha256(checkpoint: Checkpoint) -> str:
-    """Hash the weights of the model as float32, in the order of the description.
-
-    Files with the same numbers have the same hash, regardless of their format and tensor names. The
-    exit's own parameters are not included.
-    """
-    description = describe(checkpoint.config, checkpoint)
-    names = weight_names(description, checkpoint)
-    if isinstance(description.encoder, ForeignEncoder):
-        names += sorted(
-            name
-            for name in checkpoint.names()
-            if not name.startswith(EXIT) and name not in set(names)
-        )
-    digest = hashlib.sha256()
-    with progress("hash of the weights, tensors", len(names)) as advance:
-        for name in names:
-            array = checkpoint.read(name)
-            digest.update(repr(array.shape).encode())
-            digest.update(np.ascontiguousarray(array, "<f4").data)
-            advance()
-    return digest.hexdigest()
-
-
-@contextmanager
-def with_exit_applied(model: str, name: str | None) -> Iterator[str]:
-    """Yield a temporary checkpoint directory with exit `name` applied.
-
-    Yields `model` unchanged if `name` is None.
-
-    Raises:
-        CheckpointError: If there is no such exit, it does not fit, or the model is a LoRA adapter.
-    """
-    if name is None:
-        yield model
-        return
-    path = find_exit(name)
-    packed, file = read_packed(path)
-    base = open_checkpoint(model)
-    if base.adapter is not None:
-        raise CheckpointError(
-            f"{model} is a LoRA adapter; merge it into its base with peft, then apply an exit"
-        )
-    if (reason := misfit(packed, base, weights_sha256(base))) is not None:
-        raise CheckpointError(
-            f"exit {name} does not fit: {reason}; choose another (freeexport exits {model})"
-        )
-    with tempfile.TemporaryDirectory(prefix="freeexport-exit-") as work:
-        stem = base.path.stem if base.path.is_file() else base.path.name
-        directory = Path(work) / f"{stem[:80]}+{packed.name}"
-        directory.mkdir()
-        try:
-            _unpack(packed, file, base, directory)
-        except (LookupError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); {_REMEDY}") from None
-        yield str(directory)
-
-
-def exit_directory(name: str, work: Path) -> Path:
-    """Return a directory with exit.json and an exit's parameters.
-
-    The directory is `name` itself, or `work` for a ready-made exit or one in a file. `work` is
-    written unless it exists.
-
-    Raises:
-        CheckpointError: If there is no such exit, or it requires a LoRA adapter.
-    """
-    from safetensors.numpy import save_file
-
-    if Path(name).is_dir():
-        return Path(name)
-    packed, file = read_packed(find_exit(name))
-    if packed.adapter_config is not None:
-        raise CheckpointError(
-            f"exit {name} goes with a LoRA adapter of {packed.model}; choose another to begin with"
-        )
-    if not (work / EXIT_FILE).exists():
-        work.mkdir(parents=True, exist_ok=True)
-        save_file(_tensors(file), work / EXIT_WEIGHTS)
-        write_exit_file(work, packed.exit)
-    return work
-
-
-def _unpack(packed: PackedExit, file: SafetensorsFile, base: Checkpoint, directory: Path) -> None:
-    """Write the model with the exit to an empty directory.
-
-    The model's own files are symbolic links.
-    """
-    from safetensors.numpy import save_file
-
-    tensors = _tensors(file)
-    if packed.adapter_config is not None:
-        config = parse_object(packed.adapter_config, "adapter_config", _REMEDY)
-        config["base_model_name_or_path"] = str(base.path.resolve())
-        (directory / ADAPTER_CONFIG).write_text(
-            json.dumps(config, indent=2) + "\n", encoding="utf-8"
-        )
-        adapter = {name: array for name, array in tensors.items() if not name.startswith(EXIT)}
-        save_file(adapter, directory / ADAPTER_WEIGHTS[0])
-    elif base.path.is_file():
-        (directory / f"{directory.name}.gguf").symlink_to(base.path.resolve())
-    else:
-        for path in base.path.iterdir():
-            if path.is_file() and path.name not in (EXIT_FILE, EXIT_WEIGHTS):
-                (directory / path.name).symlink_to(path.resolve())
-    # A directory with a GGUF file is a checkpoint only if it also has an exit.json.
-    write_exit_file(directory, ExitFile(1, "0" * 64, packed.exit.loss, packed.exit.tune))
-    sha256 = open_checkpoint(str(directory)).sha256
-    save_file(
-        {name: array for name, array in tensors.items() if name.startswith(EXIT)},
-        directory / EXIT_WEIGHTS,
+    # Hash what the file has, not the dataclasses, whose fields differ between versions.
+    content = [value.get(key) for key in ("tensors_sha256", "exit", "adapter_config")]
+    own = (name for name in file.shapes if name.startswith(EXIT) and not name.endswith(_SCALES))
+    return PackedFile(
+        about=about,
+        sha256=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        weights=PackedWeights(file, own),
+        adapter=adapter,
     )
-    write_exit_file(directory, replace(packed.exit, base_sha256=sha256))
 
 
 def pack(
@@ -314,6 +284,8 @@ def pack(
     data: str,
     recipe: str,
     results: str,
+    samples: tuple[Sample, ...] = (),
+    agreement: float | None = None,
 ) -> PackedExit:
     """Write the exit of a trained checkpoint to the file `out`.
 
@@ -339,11 +311,10 @@ def pack(
     }
     base = checkpoint
     config = None
-    if checkpoint.adapter is not None:
+    if checkpoint.adapter is not None and (merged := checkpoint.merged) is not None:
         stored, path = read_adapter(checkpoint.adapter)
         base = open_checkpoint(path)
         config = json.dumps({**stored, "base_model_name_or_path": ""}, sort_keys=True)
-        merged = next(file for file in checkpoint.files if isinstance(file, MergedWeights))
         arrays |= {tensor: merged.file.read(tensor) for tensor in merged.file.shapes}
     tensors = {
         key: array
@@ -357,11 +328,12 @@ def pack(
             f"{MOST_BYTES / 1e6:.0f} are packed; train one with fewer --exit-layers, or a LoRA of "
             "a lower --rank"
         )
+    description = describe(base.config, base)
     packed = PackedExit(
         name=name,
-        family=describe(base.config, base).family,
+        family=description.family,
         model=base_name,
-        weights_sha256=weights_sha256(base),
+        weights_sha256=base.weights_sha256,
         tensors_sha256="",
         exit=checkpoint.exit,
         licence=licence,
@@ -369,6 +341,9 @@ def pack(
         recipe=recipe,
         results=results,
         adapter_config=config,
+        sizes=Sizes.of(description),
+        samples=samples,
+        agreement=agreement,
     )
     with replacing(out) as partial:
         # The order of the tensors, and with it their hash, is independent of the metadata.
@@ -405,25 +380,6 @@ def _packed(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _tensors(file: SafetensorsFile) -> dict[str, np.ndarray]:
-    """Unpack all tensors.
-
-    Raises:
-        CheckpointError: If they are inconsistent.
-    """
-    try:
-        return {name: _unpacked(file, name) for name in file.shapes if not name.endswith(_SCALES)}
-    except (LookupError, ValueError) as error:
-        raise CheckpointError(f"{file.path} is damaged ({error}); {_REMEDY}") from None
-
-
-def _unpacked(file: SafetensorsFile, name: str) -> np.ndarray:
-    array = file.read(name)
-    if name == VOCABULARY:
-        return array.astype(np.int32)
-    if f"{name}{_SCALES}" not in file.shapes:
-        return array
-    inputs = array.shape[1]
-    block = next((size for size in _BLOCKS if inputs % size == 0), BLOCK)
-    array *= np.repeat(file.read(f"{name}{_SCALES}"), block, axis=1)[:, :inputs]
-    return np.ascontiguousarray(array.T) if name.endswith(_LORA_B) else array
+def _block(inputs: int) -> int:
+    """Return the number of inputs per scale."""
+    return next((size for size in _BLOCKS if inputs % size == 0), BLOCK)

@@ -19,7 +19,8 @@ from tokenizers import (
 )
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.gguf import GGUFFile, quick_reader
+from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.checkpoints.gguf_transformers import quick_reader
 from freeexport.checkpoints.weight_files import CheckpointError
 from runtime.bundle.manifest import Languages
 from runtime.errors import one_line

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from freeexport.checkpoints.gguf import quick_reader
-from freeexport.checkpoints.lora_adapter import MergedWeights
+from freeexport.checkpoints.gguf_transformers import quick_reader
 from freeexport.checkpoints.weight_files import CheckpointError
 from runtime.errors import FreeExportError, OptionError, one_line
 from runtime.machine.device import Device
@@ -97,10 +96,9 @@ def reference_model(
         # The weights are dequantized, but transformers would refuse to save them.
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
-    if checkpoint.adapter is not None:
-        for merged in (file for file in checkpoint.files if isinstance(file, MergedWeights)):
-            for name in merged.shapes:
-                model.get_parameter(name).data += torch.from_numpy(merged.delta(name))
+    if (merged := checkpoint.merged) is not None:
+        for name in merged.shapes:
+            model.get_parameter(name).data += torch.from_numpy(merged.delta(name))
     if never := list(description.decoder.head.suppressed):
         head: Any = model.get_output_embeddings()
         head.register_forward_hook(

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import click
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.checkpoints.packed_exit import fitting_exits, with_exit_applied
+from freeexport.checkpoints.ready_made import fitting_exits
 from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, section
 from freeexport.conversion.convert import build_and_test, convert
 from freeexport.conversion.options import ConvertOptions, Verify
@@ -48,7 +48,6 @@ from runtime.tensorrt.files import DIRECTORY
 )
 @click.option(
     "--exit",
-    "exit_",
     metavar="NAME|FILE",
     help="Ready-made exit for MODEL's weights: its name (freeexport exits), or a file.",
 )
@@ -156,7 +155,6 @@ from runtime.tensorrt.files import DIRECTORY
 def command(
     model: str,
     out: Path | None,
-    exit_: str | None,
     build: int | None,
     as_json: bool,
     **options: Any,
@@ -184,17 +182,14 @@ def command(
         )
     if build is not None and options["target"] != "tensorrt":
         raise click.UsageError("--build is for --target tensorrt")
-    with with_exit_applied(model, exit_) as source:
-        manifest = convert(
-            source, out, ConvertOptions(measure=options["verify"] != "none", **options)
-        )
+    manifest = convert(model, out, ConvertOptions(measure=options["verify"] != "none", **options))
     if as_json and build is None:
         click.echo(manifest.to_json(), nl=False)
     if not as_json:
         # Reads the weights once more, to find ready-made exits that fit them.
         fitting = (
             fitting_exits(open_checkpoint(model))
-            if exit_ is None and options["target"] == "cpu"
+            if options["exit"] is None and options["target"] == "cpu"
             else []
         )
         for line in _lines(

@@ -9,14 +9,9 @@ from typing import Any
 
 import click
 
-from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.checkpoints.packed_exit import (
-    PackedExit,
-    misfit,
-    read_packed,
-    ready_made,
-    weights_sha256,
-)
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.packed_exit import PackedExit, read_packed
+from freeexport.checkpoints.ready_made import misfit, ready_made
 from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.page import human_bytes
 
@@ -27,23 +22,19 @@ from freeexport.system.page import human_bytes
 def command(model: str | None, as_json: bool) -> None:
     """List the exits that come with freeexport, for `convert --exit`.
 
-    With MODEL, also report which of them fit its weights.
+    With MODEL, also report which of them fit its weights, or may fit them.
 
     \b
     Example:
       freeexport exits
       freeexport exits path/to/checkpoint
     """
-    found = [(path, read_packed(path)[0]) for path in ready_made()]
-    reasons: dict[str, str | None] = {}
+    found = [(path, read_packed(path).about) for path in ready_made()]
+    fits: dict[str, dict[str, Any]] = {}
     if model is not None:
         checkpoint = open_checkpoint(model)
-        sha256 = weights_sha256(checkpoint)
-        reasons = {packed.name: misfit(packed, checkpoint, sha256) for _, packed in found}
+        fits = {packed.name: _fit(packed, checkpoint) for _, packed in found}
     if as_json:
-        fits = {
-            name: {"fits": reason is None, "reason": reason} for name, reason in reasons.items()
-        }
         records: list[dict[str, Any]] = [
             {
                 **asdict(packed),
@@ -61,8 +52,21 @@ def command(model: str | None, as_json: bool) -> None:
         for line in _lines(path, packed):
             click.echo(line)
         if model is not None:
-            reason = reasons[packed.name]
-            click.echo(f"    fits {model}: {'yes' if reason is None else f'no, {reason}'}")
+            fit = fits[packed.name]
+            answer = {True: "yes", False: "no, ", None: "perhaps, "}[fit["fits"]]
+            click.echo(f"    fits {model}: {answer}{fit['reason'] or ''}")
+
+
+def _fit(packed: PackedExit, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return whether an exit fits a model, None if that must be measured, and the reason."""
+    if (reason := misfit(packed, checkpoint)) is not None:
+        return {"fits": False, "reason": reason}
+    if checkpoint.weights_sha256 == packed.weights_sha256:
+        return {"fits": True, "reason": None}
+    others = f"it was trained on other weights, of {packed.model}"
+    if packed.agreement is None:
+        return {"fits": False, "reason": others}
+    return {"fits": None, "reason": f"{others}: convert --exit measures its agreement"}
 
 
 def _lines(path: Path, packed: PackedExit) -> list[str]:

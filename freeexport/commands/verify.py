@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from contextlib import nullcontext
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import click
 
-from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.commands.verb_options import SectionedCommand, section
 from freeexport.system.child import PACKAGES
 from freeexport.system.environment import environment
@@ -41,9 +39,6 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @section("Against the checkpoint")
 @click.option("--against", metavar="MODEL", help="Checkpoint that the bundle was converted from.")
-@click.option(
-    "--exit", "exit_", metavar="NAME|FILE", help="Ready-made exit that was given to convert."
-)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -88,7 +83,6 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 def command(
     bundle: Path,
     against: str | None,
-    exit_: str | None,
     data: Path | None,
     quick: bool,
     equal: int | None,
@@ -99,8 +93,8 @@ def command(
     """Check every byte of BUNDLE, and its engines.
 
     Engines are compared with the checkpoint, and decoding one token at a time with a single pass.
-    With --against the report is written to verification.json in the bundle. Exits with code 1 if a
-    check fails.
+    With --against the report is written to verification.json in the bundle. A ready-made exit that
+    was given to convert is applied to the checkpoint again. Exits with code 1 if a check fails.
 
     With --equal the bundle is compared with itself instead. Our own kernels produce the same bits
     in every setting. Bundles in fp32, and those with ONNX Runtime's kernels, differ in the last
@@ -111,8 +105,6 @@ def command(
     Example:
       freeexport verify bundle --against path/to/checkpoint
     """
-    if exit_ is not None and against is None:
-        raise click.UsageError("--exit needs the checkpoint to compare with; give --against MODEL")
     if data is not None and against is None and equal is None:
         raise click.UsageError(
             "--data needs something to compare; give --against MODEL or --equal N"
@@ -131,8 +123,7 @@ def command(
     if equal is not None:
         _compare(opened, equal, data, instructions, save, as_json)
         return
-    with with_exit_applied(against, exit_) if against and exit_ else nullcontext(against) as source:
-        report = verify(opened, source, data, QUICK if quick else FULL)
+    report = verify(opened, against, data, QUICK if quick else FULL)
     if against is not None:
         write_report(opened, report)
     if as_json:

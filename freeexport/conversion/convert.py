@@ -14,7 +14,7 @@ import click
 
 from freeexport import __version__
 from freeexport.calibrate.beside import Sample, check_sample, read_beside
-from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
 from freeexport.conversion.options import ConvertOptions, engine_options
@@ -22,6 +22,7 @@ from freeexport.conversion.recalibrate import check_fits, with_calibration
 from freeexport.costs.measured import measured_in_child
 from freeexport.system.output import OutputError, check_output, output_directory
 from freeexport.system.progress import progress
+from freeexport.verification.exit_agreement import open_with_exit
 from freeexport.verification.verification import VerificationError, verify_in_child
 from graphs.description import Description, ForeignEncoder
 from graphs.engine_options import EngineOptions
@@ -61,7 +62,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     calibration beside the checkpoint goes into the bundle, and is compared with the engines.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged or incomplete.
+        CheckpointError: If the checkpoint is damaged or incomplete, or the exit does not fit it.
         UnsupportedModelError: If the model is not supported.
         OptionError: If options contradict each other.
         GraphError: If an option is out of range for the model.
@@ -74,7 +75,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     calibration = None if options.calibration is None else read_calibration(options.calibration)
     if options.kernels == "freeexport" and (verified or options.measure):
         instructions()  # raises an error if the kernels cannot run here
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_with_exit(model, options.exit)
     description = with_exit(describe(checkpoint.config, checkpoint), checkpoint)
     layers = len(description.decoder.layers)
     exit_layer = options.exit_layer
@@ -339,6 +340,7 @@ def _new_manifest(
         else None,
         languages=languages_of(checkpoint, directory),
         speech=speech_of(checkpoint, description),
+        ready_made_exit=checkpoint.ready_made,
     )
 
 

@@ -39,6 +39,7 @@ class ConvertOptions:
     Attributes:
         exit_layer: Number of layers before the exit. Default: taken from exit.json next to the
             weights, or a third of the layers.
+        exit: Name or file of a ready-made exit. Default: the checkpoint's own exit, if any.
         precision: Precision of the weights. Default: the target's first.
         dialect: Operators of the graphs. Default: the target's. On a CPU it is "ort" if its
             attention has a kernel for the model's heads, otherwise "standard".
@@ -65,6 +66,7 @@ class ConvertOptions:
     """
 
     exit_layer: int | None = None
+    exit: str | None = None
     precision: Precision | None = None
     dialect: Dialect | None = None
     target: Target = "cpu"

@@ -139,7 +139,10 @@ class ExitFacts:
         break_even: Exit rate from which exits pay. None if they never do, or if `basis` is unknown.
         speedup: Predicted speedup over mode full at the threshold.
         measured: Measured speedup over mode full at the threshold.
-        basis: Basis of `speedup` and `break_even`.
+        basis: Basis of `speedup`, `break_even` and `drafting`.
+        precision: Precision of the bundle.
+        acceptance: Expected share of the exit's drafts that mode lossless accepts.
+        drafting: Predicted speedup of mode lossless over mode full with the exit's drafts alone.
         heavy_head: The head costs more than the shallow layers.
         ready_made: Names of ready-made exits that fit the weights.
         data: Data file of the calibration.
@@ -158,6 +161,9 @@ class ExitFacts:
     speedup: float | None = None
     measured: float | None = None
     basis: Basis = "unknown"
+    precision: str = ""
+    acceptance: float | None = None
+    drafting: float | None = None
     heavy_head: bool = False
     ready_made: tuple[str, ...] = ()
     data: str = "FILE"
@@ -260,6 +266,8 @@ def verdict(facts: ExitFacts) -> Verdict:
         )
         if facts.basis == "unknown":
             return Verdict("neutral", f"{uncalibrated}; speed not measured", calibrate)
+        if facts.drafting is not None:
+            return _drafting_verdict(facts, where, calibrate)
         if even is None:
             return _bad(facts, f"{where} {break_even}", EARLIER)
         return Verdict("neutral", f"{uncalibrated}; {where} {break_even}", calibrate)
@@ -310,6 +318,44 @@ def verdict(facts: ExitFacts) -> Verdict:
     )
 
 
+def drafting_speedup(costs: Costs, acceptance: float, most: int) -> float:
+    """Return the speedup of mode lossless over mode full with drafts of the exit alone.
+
+    Each draft is accepted with probability `acceptance` if those before it are. A round of n drafts
+    costs n + 1 shallow steps and a sync pass over n + 1 rows. The best n is assumed.
+
+    Args:
+        costs: Costs of decoding.
+        acceptance: Share of drafts that are accepted.
+        most: Most rows of a sync pass, at least 2.
+    """
+    best = 0.0
+    tokens = 1.0
+    for rows in range(2, most + 1):
+        tokens += acceptance ** (rows - 1)
+        steps = rows * (costs.shallow + costs.outside.free)
+        seconds = steps + costs.deep_pass(rows) + costs.outside.sync
+        best = max(best, tokens * costs.full / seconds)
+    return best
+
+
+def _drafting_verdict(facts: ExitFacts, where: str, calibrate: str) -> Verdict:
+    """Return the verdict on an exit that is not calibrated, but whose acceptance is known."""
+    assert facts.drafting is not None
+    expected = (
+        f"{where} is expected to make mode lossless {facts.drafting:.2f}x as fast as mode full at "
+        f"{facts.precision}, {_BASES[facts.basis]}, with {facts.acceptance:.0%} of its drafts "
+        "accepted"
+    )
+    if facts.drafting < PAYS:
+        return Verdict(
+            "bad",
+            f"does not pay at {facts.precision}: {expected}",
+            "convert without the exit, and mode lossless drafts from the text alone",
+        )
+    return Verdict("neutral", f"can pay: {expected}; mode free needs a threshold", calibrate)
+
+
 def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
     """Return the verdict on an exit that does not pay, with `first` before the usual steps."""
     steps = [*first, "train it for the exit (freeexport train CHECKPOINT OUT)"]
@@ -339,6 +385,11 @@ def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
     seen = (bundle.verification or {}).get("exit")
     agreement = seen.get("agreement") if isinstance(seen, Mapping) else None
     costs = known_costs(bundle, calibration.costs if calibration else None, manifest.costs)
+    exit_file = manifest.ready_made_exit
+    acceptance = None if exit_file is None else exit_file.agreement
+    drafting = None
+    if costs is not None and acceptance is not None and manifest.max_pending > 1:
+        drafting = drafting_speedup(costs, acceptance, manifest.max_pending)
     facts = ExitFacts(
         name=str(bundle.path),
         exit_layer=manifest.exit_layer,
@@ -348,6 +399,9 @@ def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
         agreement=recorded_share(agreement) if isinstance(agreement, Mapping) else None,
         break_even=None if costs is None else costs.break_even(manifest.max_pending),
         basis=basis_of(costs),
+        precision=manifest.precision,
+        acceptance=acceptance,
+        drafting=drafting,
         ready_made=ready_made,
     )
     if calibration is None:

@@ -25,7 +25,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import Example, encode, read_examples, text_format, unwritable
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
-from freeexport.checkpoints.packed_exit import fitting_exits
+from freeexport.checkpoints.ready_made import fitting_exits
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.costs.bytes import step_bytes
 from freeexport.costs.measured import bandwidth_of
@@ -634,7 +634,7 @@ def as_stored(checkpoint: Checkpoint) -> Precision:
     4 bits if most of its file consists of 4-bit blocks that can be kept, else 8 bits.
     """
     file = checkpoint.files[0]
-    if checkpoint.adapter is None and isinstance(file, GGUFFile):
+    if checkpoint.merged is None and isinstance(file, GGUFFile):
         blocks = sum(
             tensor.nbytes for tensor in file.header.tensors.values() if tensor.kind in (2, 3)
         )  # Q4_0, Q4_1

@@ -23,11 +23,10 @@ from typing import Any
 import click
 import numpy as np
 
-from freeexport.checkpoints.packed_exit import with_exit_applied
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.costs.timing import interleave
-from freeexport.costs.verdict import Verdict
+from freeexport.costs.verdict import Verdict, bundle_verdict
 from freeexport.evaluate.evaluate import evaluate
 from freeexport.evaluate.page import Story, write
 from freeexport.evaluate.records import RUN
@@ -396,14 +395,18 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
         click.echo(
             f"{steps[0].name}, about {duration(steps[0].seconds)}: {steps[0].command}", err=True
         )
-        with with_exit_applied(options.model, plan.drafting) as model:
-            manifest = convert(
-                model,
-                places.out,
-                ConvertOptions(precision=plan.precision, overwrite=options.overwrite),
-            )
+        manifest = convert(
+            options.model,
+            places.out,
+            ConvertOptions(
+                precision=plan.precision, exit=plan.drafting, overwrite=options.overwrite
+            ),
+        )
         size = human_bytes(sum(file.size for file in manifest.files.values()))
         click.echo(f"{options.out}: {size}, {'' if manifest.verified else 'not '}verified")
+        of_exit = bundle_verdict(Bundle.open(places.out))
+        if plan.drafting is not None and of_exit.level == "bad":
+            click.echo(of_exit.text)
         speed = measured_speed(places.out, options.threads)
         text = (
             f"{plan.why}; lossless drafts {plan.drafts}, with every token "

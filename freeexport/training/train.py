@@ -137,7 +137,7 @@ def _train(
     writer = process.is_main_process
     with process.main_process_first():
         checkpoint = _base(model, options, directory, writer)
-        begun = _begun(checkpoint, options, directory / "exit")
+        begun = _begun(checkpoint, options)
     description = described(checkpoint, options)
     with process.main_process_first():  # other processes find its outputs
         training, validation, left_out = examples(checkpoint, description, options, generate)
@@ -322,19 +322,17 @@ def _base(model: str, options: TrainingOptions, directory: Path, writer: bool) -
     return open_checkpoint(model)
 
 
-def _begun(checkpoint: Checkpoint, options: TrainingOptions, work: Path) -> Checkpoint:
+def _begun(checkpoint: Checkpoint, options: TrainingOptions) -> Checkpoint:
     """Return the checkpoint with the exit from which training starts, if it has one.
-
-    A ready-made exit is unpacked to `work`.
 
     Raises:
         CheckpointError: If the exit does not match the options.
     """
-    from freeexport.checkpoints.checkpoint import CheckpointError, with_exit_of
-    from freeexport.checkpoints.packed_exit import exit_directory
+    from freeexport.checkpoints.checkpoint import CheckpointError
+    from freeexport.checkpoints.ready_made import begin_with
 
     if options.exit_from is not None:
-        checkpoint = with_exit_of(checkpoint, exit_directory(options.exit_from, work))
+        checkpoint = begin_with(checkpoint, options.exit_from)
     found = checkpoint.exit
     if found is not None and found.has_parameters:
         wanted = options.exit_layers, options.exit_layer, options.exit_input

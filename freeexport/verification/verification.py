@@ -14,7 +14,8 @@ from typing import Any
 import click
 import numpy as np
 
-from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.ready_made import open_source
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.output import write_whole
 from freeexport.system.progress import progress
@@ -33,12 +34,11 @@ from freeexport.verification.engines import (
     sample_sounds,
     self_checks,
 )
-from graphs.exit_head import fused_layers
-from graphs.families import describe
+from freeexport.verification.exit_agreement import exit_head
 from graphs.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle
-from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, FloatType, Manifest, Precision
+from runtime.bundle.manifest import MANIFEST, FloatType, Manifest, Precision
 from runtime.errors import FreeExportError
 from runtime.kernels import reading_prompt
 from runtime.machine.machine import available_memory, usable_cores
@@ -164,11 +164,12 @@ class _Verification:
         """
         from freeexport.verification import reference
 
-        manifest, exit_head = self.manifest, _exit_head(checkpoint, model, self.manifest.confidence)
+        manifest = self.manifest
+        head = exit_head(checkpoint, model, manifest.confidence)
         with reference.Float64():
-            truth = reference.States.of(model, manifest.exit_layer, batch, exit_head)
+            truth = reference.States.of(model, manifest.exit_layer, batch, head)
         with reference.in_precision_of(manifest, model):
-            theirs = reference.States.of(model, manifest.exit_layer, batch, exit_head)
+            theirs = reference.States.of(model, manifest.exit_layer, batch, head)
         prompts = None if encoded is None else reference.valid_rows(encoded, batch.prompt_lengths)
         read = [
             reference.States(one.deep, one.shallow, one.hidden, prompts, sure)
@@ -296,54 +297,13 @@ def verify_in_child(
 
 
 def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_source(model, bundle.manifest)
     if checkpoint.sha256 != bundle.manifest.source_sha256:
         raise VerificationError(
             f"{checkpoint.name} is not the checkpoint that this bundle was made from "
             f"({bundle.manifest.source}); give that one, or convert this one"
         )
     return checkpoint
-
-
-def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -> Any:
-    """Return the reference of an exit with own parameters. None if it uses the model's head."""
-    if checkpoint.exit is None or not checkpoint.exit.has_parameters:
-        return None
-    import torch
-
-    from freeexport.training.exit_modules import joined_feature, trained_exit
-    from freeexport.training.layer_modules import Encoded
-    from freeexport.training.shallow_deep import exits_of, shared_head
-
-    description = describe(checkpoint.config, checkpoint)
-    own, known = trained_exit(checkpoint, description)
-    exit_layer = checkpoint.exit.exit_layer
-    head = shared_head(model, description).eval()
-
-    @torch.no_grad()
-    def read(
-        states: torch.Tensor, encoded: Encoded | None, layers: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if own is None:
-            normed = head.normed(states)
-        else:
-            earlier = fused_layers(own.reads, exit_layer, len(layers) - 1)
-            features = joined_feature(layers[-1], [layers[number] for number in earlier])
-            reads_feature = own.reads != "state"
-            normed = own.norm(own(states, encoded, features if reads_feature else None))
-        logits = head.read(normed)
-        if known is None:
-            return logits, None
-        # Uses the model's own linear layer, whose precision is reduced to that of the bundle.
-        tokens = known.vocabulary
-        classes = torch.cat([logits[..., tokens], known.other(normed * head.scale)], dim=-1)
-        _, confidence = exits_of(classes.flatten(0, 1), tokens, measure)
-        unknown = torch.full_like(logits, torch.finfo(torch.float32).min)
-        return unknown.index_copy(-1, tokens, logits[..., tokens]), confidence.reshape(
-            *states.shape[:2], 1
-        )
-
-    return read
 
 
 def _tie(precision: Precision, checks: list[Check]) -> float | None:

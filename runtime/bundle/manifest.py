@@ -235,6 +235,24 @@ class Languages:
 
 
 @dataclass(frozen=True)
+class ReadyMadeExit:
+    """A ready-made exit that a bundle was converted with.
+
+    Attributes:
+        name: Name of the exit.
+        sha256: Hash of its content, in hexadecimal.
+        file: Path of its file. None if it comes with freeexport.
+        agreement: Share of the full model's tokens that it predicts: as its file records, or as
+            measured with the weights of this bundle if they differ. None if unknown.
+    """
+
+    name: str
+    sha256: str
+    file: str | None = None
+    agreement: Annotated[float, Range(0, 1)] | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything `runtime` needs to know about a bundle before it loads an engine.
 
@@ -271,6 +289,7 @@ class Manifest:
             predicted.
         languages: Languages of a translation model.
         speech: Properties of a speech model. None if prompts are text.
+        ready_made_exit: None if the checkpoint has an exit of its own, or none.
         schema_minor: Minor version of this code, after reading.
     """
 
@@ -318,6 +337,7 @@ class Manifest:
     forced_last_token_id: int | None = None
     languages: Languages | None = None
     speech: Speech | None = None
+    ready_made_exit: ReadyMadeExit | None = None
     schema_minor: Annotated[int, Range(SCHEMA_MINOR, SCHEMA_MINOR)] = SCHEMA_MINOR
 
     @property

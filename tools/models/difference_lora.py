@@ -75,9 +75,8 @@ def write_difference(base: str, tuned: str, directory: Path, rank: int) -> float
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     if after.exit is not None:
         _ = after.sha256  # checks that the exit belongs to these weights
-        if after.exit.has_parameters:
-            weights = next(file.path for file in after.files if file.path.name == EXIT_WEIGHTS)
-            shutil.copyfile(weights, directory / EXIT_WEIGHTS)
+        if after.exit_weights is not None:
+            shutil.copyfile(after.exit_weights.path, directory / EXIT_WEIGHTS)
         sha256 = open_checkpoint(str(directory)).sha256
         write_exit_file(directory, replace(after.exit, base_sha256=sha256, tune="lora"))
     return reproduced / total if total else 1.0

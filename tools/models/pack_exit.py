@@ -1,7 +1,7 @@
 """Pack the exit of a trained checkpoint into one file, for `freeexport convert --exit`.
 
     python -m tools.models.pack_exit CHECKPOINT NAME --model SmolLM2-135M-Instruct \\
-        --licence Apache-2.0 --data "..." --recipe "..." --results "..."
+        --licence Apache-2.0 --data "..." --recipe "..." --results "..." --samples prompts.jsonl
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import click
 
-from freeexport.checkpoints.packed_exit import READY_MADE, SUFFIX, pack
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.packed_exit import SUFFIX, pack
+from freeexport.checkpoints.ready_made import READY_MADE
+from freeexport.verification.exit_agreement import agreement_of, samples_of
 from tools.data.splits import run
 
 
@@ -23,6 +26,14 @@ from tools.data.splits import run
 @click.option("--data", required=True, help="Training data and its licence.")
 @click.option("--recipe", required=True, help="Training commands and their duration.")
 @click.option("--results", required=True, help="Measured results, and the page that explains them.")
+@click.option(
+    "--samples",
+    type=click.Path(path_type=Path),
+    help=(
+        "JSONL file with 'input': prompts of the task, of which the first are packed with the "
+        "model's answers. Without them, the exit fits no other weights."
+    ),
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -36,6 +47,7 @@ def command(
     data: str,
     recipe: str,
     results: str,
+    samples: Path | None,
     out: Path | None,
 ) -> None:
     """Pack the exit of CHECKPOINT, which `freeexport train` wrote, as NAME."""
@@ -44,7 +56,20 @@ def command(
             f"{name!r} is not a valid name; use lowercase letters, digits and hyphens"
         )
     out = out or READY_MADE / f"{name}{SUFFIX}"
-    packed = pack(checkpoint, out, name, model, licence, data, recipe, results)
+    trained = open_checkpoint(checkpoint)
+    answers = () if samples is None else samples_of(trained, samples)
+    packed = pack(
+        checkpoint,
+        out,
+        name,
+        model,
+        licence,
+        data,
+        recipe,
+        results,
+        samples=answers,
+        agreement=agreement_of(trained, answers).value if answers else None,
+    )
     size = f"{out.stat().st_size / 1e6:.2f} MB"
     click.echo(f"{out}: {size}, for {packed.model} (sha256 {packed.weights_sha256[:12]}...)")
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.ready_made import open_source
 from freeexport.system.output import output_directory
 from freeexport.system.progress import progress
 from runtime.bundle.manifest import Manifest
@@ -213,13 +214,20 @@ def find_source(manifest: Manifest, model: str) -> Source:
         OptionError: If the bundle was converted from another one.
         CheckpointError: If it cannot be opened.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_source(model, manifest)
     if checkpoint.sha256 != manifest.source_sha256:
         raise OptionError(
             f"{model} (sha256 {checkpoint.sha256[:12]}...) is not the checkpoint that the bundle "
             f"came from, {manifest.source} (sha256 {manifest.source_sha256[:12]}...); "
             "give --model the one it was converted from"
         )
+    if checkpoint.base is not None and checkpoint.ready_made is not None:
+        if checkpoint.merged is not None:
+            raise OptionError(
+                f"the bundle has the LoRA adapter of exit {checkpoint.ready_made.name}, and "
+                f"{model} does not; give a bundle without it"
+            )
+        checkpoint = checkpoint.base
     return Source(model, checkpoint, manifest.encoder_decoder)
 
 
@@ -238,7 +246,7 @@ def peer_model(peer: Peer, source: Source, command: list[str]) -> Path:
     if peer.gguf:
         if base.suffix != ".gguf":
             raise PeerError("it reads GGUF files, and this checkpoint is not one")
-    elif checkpoint.adapter is not None or not any(base.glob("*.safetensors")):
+    elif checkpoint.merged is not None or not any(base.glob("*.safetensors")):
         base = _converted(OURS, source.model, "checkpoint", checkpoint, {})
     if not peer.converts:
         return base

@@ -14,7 +14,9 @@ from gguf_model import write_gguf
 from test_checkpoint import assert_equals_model
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from freeexport.checkpoints.gguf import GGUFFile, Header, quick_reader
+from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.checkpoints.gguf_header import Header
+from freeexport.checkpoints.gguf_transformers import quick_reader
 from freeexport.checkpoints.transformers_model import reference_model
 from graphs.errors import UnsupportedModelError
 from runtime.errors import FreeExportError

@@ -14,7 +14,7 @@ from checkpoints import BY_NAME, Case
 from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from freeexport.checkpoints.lora_adapter import MergedWeights
+from freeexport.checkpoints.lora_adapter import MergedWeights, adapter_weights
 from freeexport.checkpoints.transformers_model import reference_model
 
 LLAMA = BY_NAME["llama-tied"]
@@ -76,7 +76,7 @@ def test_weights_stored_transposed_are_merged_transposed(tmp_path: Path) -> None
     a, b = np.arange(3, dtype=np.float32).reshape(1, 3), np.arange(4, dtype=np.float32).reshape(4, 1)
     tensors = {"base_model.model.fc.lora_A.weight": a, "base_model.model.fc.lora_B.weight": b}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    merged = MergedWeights(tmp_path, {"lora_alpha": 2, "fan_in_fan_out": True}, Base())
+    merged = MergedWeights(adapter_weights(tmp_path), {"lora_alpha": 2, "fan_in_fan_out": True}, Base())
     assert np.array_equal(merged.read("fc.weight"), 2 * np.outer(np.arange(3), np.arange(4)))
 
 

