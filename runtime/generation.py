@@ -16,7 +16,7 @@ from runtime.bundle.manifest import Manifest
 from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores
 from runtime.decoding.calls import Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.draft_rule import Drafts
+from runtime.decoding.drafts import Drafts
 from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.response import Response

@@ -12,7 +12,7 @@ import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.bundle import Bundle
-from runtime.decoding.draft_rule import LearnedDrafts
+from runtime.decoding.draft_acceptance import LearnedDrafts
 from runtime.engines.prefix_store import PrefixStore, keeps_generated
 from runtime.engines.runner import Encoder
 from runtime.errors import BundleError, OptionError

@@ -13,8 +13,9 @@ from profiles import tries
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import NEUTRAL, Costs
 from runtime.decoding.calls import Prediction
-from runtime.decoding.draft_rule import NO_DRAFT, DraftPlan, Drafts, LearnedDrafts, Outcome
-from runtime.decoding.draft_sources import Candidates
+from runtime.decoding.draft_acceptance import LearnedDrafts
+from runtime.decoding.draft_sources import Candidates, agreeing
+from runtime.decoding.drafts import NO_DRAFT, DraftPlan, Drafts, Outcome
 
 ROOM = 15
 
@@ -70,13 +71,13 @@ class Text:
             self.run, self.agrees = (self.run - len(final), self.agrees + len(final)) if going else (None, 0)
         return final
 
-    def found(self, most: int) -> list[Candidates]:
+    def found(self, most: int, rate: object) -> list[Candidates]:
         if self.run is None and self.chance.random() < self.found_share:
             self.run, self.agrees = 0, self.begins
             while self.chance.random() < self.right and self.run < 1000:
                 self.run += 1
         tokens = [] if self.run is None else ([RIGHT] * self.run + [WRONG])[:most]
-        return [Candidates("lookup", self.agrees, tokens)]
+        return [agreeing("lookup", self.agrees, tokens)]
 
 
 class Output:
