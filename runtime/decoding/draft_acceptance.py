@@ -1,4 +1,7 @@
-"""Measurements of drafts over the requests of a session: acceptance rates, and whether exits pay."""
+"""Measurements of drafts over the requests of a session: acceptance rates, and whether exits pay.
+
+Times are in seconds.
+"""
 
 from __future__ import annotations
 

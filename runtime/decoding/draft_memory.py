@@ -1,4 +1,4 @@
-"""A memory of recent texts, from which later requests draft: what followed each n-gram, and how often.
+"""A memory of recent outputs for drafts: what followed each n-gram, and how often.
 
 Each user (`cache_salt`) has an index of its own, so drafts depend only on texts of the same user.
 """
@@ -9,6 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from sys import getsizeof
+from threading import Lock
 from typing import NamedTuple
 
 # Sizes of the indexed n-grams, in tokens. Fewer sizes take less memory. With 3, 5 and 8 tokens in
@@ -37,7 +38,7 @@ INDEX = 1024
 # dicts do not shrink.
 SPARSE = 0.5
 # Of one more token, at most: entries of every order become followers.
-MOST_BYTES = 8 + len(ORDERS) * (FOLLOWERS + 2 * FOLLOWER)
+MOST_BYTES = 40 + len(ORDERS) * (FOLLOWERS + 2 * FOLLOWER)
 
 
 class Expectation(NamedTuple):
@@ -53,7 +54,7 @@ class Expectation(NamedTuple):
 
 
 class Followers:
-    """Counts of the tokens that followed an n-gram. `best` is the most frequent, the latest first."""
+    """Counts of the tokens that followed an n-gram. `best` is the latest of the most frequent."""
 
     __slots__ = ("best", "counts", "total")
 
@@ -99,6 +100,10 @@ class TextIndex:
         self._largest = 0  # largest number of entries since the dict was built
         # A token that followed once, or counts. Keys are the encoded tokens.
         self._entries: dict[bytes, int | Followers] = {}
+        # Bytes of the longest key and its lowest level, and so on.
+        self._sizes = [
+            (order * width, number * LEVELS) for number, order in reversed([*enumerate(ORDERS)])
+        ]
         self._entry_bytes = [getsizeof(bytes(order * width)) + ENTRY for order in ORDERS]
 
     def __len__(self) -> int:
@@ -107,18 +112,14 @@ class TextIndex:
     def expected(self, newest: bytes) -> Expectation | None:
         """Return the likeliest token after the longest n-gram that ends the encoded tokens."""
         entries = self._entries
-        width = self._width
-        for number in range(len(ORDERS) - 1, -1, -1):
-            size = ORDERS[number] * width
-            if size > len(newest):
-                continue
-            entry = entries.get(newest[-size:])
+        for size, level in self._sizes:
+            entry = entries.get(newest[-size:]) if size <= len(newest) else None
             if entry is None:
                 continue
             if isinstance(entry, int):
-                return Expectation(entry, number * LEVELS + LEVELS // 2)
-            share = LEVELS * entry.counts[entry.best] // (entry.total + 1)
-            return Expectation(entry.best, number * LEVELS + share)
+                return Expectation(entry, level + LEVELS // 2)
+            best = entry.best
+            return Expectation(best, level + LEVELS * entry.counts[best] // (entry.total + 1))
         return None
 
     def add(self, encoded: bytes, start: int) -> None:
@@ -174,17 +175,22 @@ class TextIndex:
 
 
 class _Text(NamedTuple):
-    """A remembered text: its user, its encoded tokens, and the place of the first counted one."""
+    """A remembered text: its user, its encoded tokens, and the place of the first counted one.
+
+    `size` is its memory without that of the index.
+    """
 
     salt: str | None
     encoded: bytes
     start: int
+    size: int
 
 
 class TextMemory:
-    """Indexes of recent texts by user, with a common memory limit. Not thread-safe.
+    """Indexes of recent texts by user, with a common memory limit.
 
-    If the limit is reached, the oldest texts are dropped, each as a whole.
+    If the limit is reached, the oldest texts are dropped, each as a whole. `keep` and `forget` may
+    be called by different threads.
 
     Args:
         vocab_size: Size of the vocabulary.
@@ -197,6 +203,7 @@ class TextMemory:
 
     def __init__(self, vocab_size: int, limit: int) -> None:
         self.limit = limit
+        self._lock = Lock()
         self._width = 2 if vocab_size <= 1 << 16 else 4
         self.key_bytes = LONGEST * self._width
         self.corpus = TextIndex(self._width)
@@ -204,8 +211,10 @@ class TextMemory:
 
     def forget(self) -> None:
         """Drop all texts except the corpus."""
-        self._texts = deque[_Text]()
-        self._indexes: dict[str | None, TextIndex] = {}
+        with self._lock:
+            self._texts = deque[_Text]()
+            self._indexes: dict[str | None, TextIndex] = {}
+            self._used = 0  # bytes of the texts and their indexes
 
     def __len__(self) -> int:
         """Return the number of texts, without those of the corpus."""
@@ -214,7 +223,7 @@ class TextMemory:
     @property
     def used(self) -> int:
         """Upper bound of the memory used, in bytes."""
-        return self.corpus.used + sum(INDEX + index.used for index in self._indexes.values())
+        return self.corpus.used + self._used
 
     def encoded(self, tokens: Sequence[int]) -> bytes:
         """Return tokens as bytes, as in the keys of an index."""
@@ -241,19 +250,26 @@ class TextMemory:
             prompt: Tokens before the output. The last ones are the context of its first tokens.
             output: The output.
         """
-        free = self.limit - self.corpus.used - INDEX - TEXT
+        size = TEXT + 4 * len(salt or "")
+        free = self.limit - self.corpus.used - INDEX - size
         count = min(len(output), MOST_TOKENS, free // MOST_BYTES)
         if count <= 0:
             return
-        while self._texts and self.used + INDEX + TEXT + count * MOST_BYTES > self.limit:
-            self._drop_oldest()
         text = [*prompt[-LONGEST:], *output][-(count + LONGEST) :]
         encoded = self.encoded(text)
         start = len(text) - count
-        index = self._indexes.setdefault(salt, TextIndex(self._width))
-        index.add(encoded, start)
-        index.used += TEXT + len(encoded)
-        self._texts.append(_Text(salt, encoded, start))
+        with self._lock:
+            while self._texts and self.used + INDEX + size + count * MOST_BYTES > self.limit:
+                self._drop_oldest()
+            index = self._indexes.get(salt)
+            if index is None:
+                index = self._indexes[salt] = TextIndex(self._width)
+                self._used += INDEX
+            before = index.used
+            index.add(encoded, start)
+            size += len(encoded)
+            self._used += index.used - before + size
+            self._texts.append(_Text(salt, encoded, start, size))
 
     def expected(self, salt: str | None, newest: bytes) -> Expectation | None:
         """Return the likeliest token after the encoded tokens `newest`, at most LONGEST of them.
@@ -270,9 +286,11 @@ class TextMemory:
         return found
 
     def _drop_oldest(self) -> None:
-        salt, encoded, start = self._texts.popleft()
+        salt, encoded, start, size = self._texts.popleft()
         index = self._indexes[salt]
+        before = index.used
         index.remove(encoded, start)
-        index.used -= TEXT + len(encoded)
+        self._used -= before - index.used + size
         if not len(index):
             del self._indexes[salt]
+            self._used -= INDEX

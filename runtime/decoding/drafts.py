@@ -286,7 +286,7 @@ class Drafts:
         self._choice_tokens = tokens
 
     def _count_loss(self, kind: str, seconds: float, made: int) -> None:
-        """Add to the time that drafts of a kind lost: `seconds` in which `made` tokens were made."""
+        """Add the loss of a draft of a kind that took `seconds` for `made` tokens."""
         lost = self._lost[kind] + seconds / self._token_seconds - made
         self._lost[kind] = max(-RULE.most_saved, lost)
 
@@ -370,9 +370,7 @@ class Drafts:
         if source not in ("lookup", "memory"):
             return best
         exit_gain = self._exit_gain
-        always_tried = (
-            source == "lookup" and agreement >= RULE.tried_agreement and not exit_gain
-        )
+        always_tried = source == "lookup" and agreement >= RULE.tried_agreement and not exit_gain
         if promise > (exit_gain or RULE.margin) or always_tried:
             return best
         self._alternative = max(self._alternative, promise)
