@@ -91,10 +91,12 @@ class TextIndex:
 
     Attributes:
         used: Upper bound of its memory, in bytes.
+        texts: Number of texts.
     """
 
     def __init__(self, width: int) -> None:
         self.used = 0
+        self.texts = 0
         self._width = width
         self._code = CODES[width]
         self._largest = 0  # largest number of entries since the dict was built
@@ -105,9 +107,6 @@ class TextIndex:
             (order * width, number * LEVELS) for number, order in reversed([*enumerate(ORDERS)])
         ]
         self._entry_bytes = [getsizeof(bytes(order * width)) + ENTRY for order in ORDERS]
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def expected(self, newest: bytes) -> Expectation | None:
         """Return the likeliest token after the longest n-gram that ends the encoded tokens."""
@@ -124,6 +123,7 @@ class TextIndex:
 
     def add(self, encoded: bytes, start: int) -> None:
         """Count the tokens of a text from place `start` on."""
+        self.texts += 1
         entries = self._entries
         width = self._width
         tokens = memoryview(encoded).cast(self._code)
@@ -149,6 +149,7 @@ class TextIndex:
 
     def remove(self, encoded: bytes, start: int) -> None:
         """Discount the tokens of a text that was added."""
+        self.texts -= 1
         entries = self._entries
         width = self._width
         tokens = memoryview(encoded).cast(self._code)
@@ -279,7 +280,7 @@ class TextMemory:
         """
         index = self._indexes.get(salt)
         found = None if index is None else index.expected(newest)
-        if len(self.corpus):
+        if self.corpus.texts:
             other = self.corpus.expected(newest)
             if other is not None and (found is None or other.level > found.level):
                 return other
@@ -291,6 +292,6 @@ class TextMemory:
         before = index.used
         index.remove(encoded, start)
         self._used -= before - index.used + size
-        if not len(index):
+        if not index.texts:
             del self._indexes[salt]
             self._used -= INDEX
