@@ -150,7 +150,13 @@ def benchmark(options: BenchOptions) -> dict[str, Any]:
     with ExitStack() as stack:
         sessions = [
             stack.enter_context(
-                Session(path, threads=options.count, slots=1, device=options.device)
+                Session(
+                    path,
+                    threads=options.count,
+                    slots=1,
+                    device=options.device,
+                    draft_memory_mb=0,
+                )
             )
             for path in options.bundles
         ]

@@ -323,7 +323,9 @@ class Decoder:
                 "threshold": "adaptive",
                 "adaptive_state": records.last_state(entry.name, "adaptive"),
             }
-        self.session = Session(entry.bundle.path, threads=threads, slots=1, **adaptive)
+        self.session = Session(
+            entry.bundle.path, threads=threads, slots=1, draft_memory_mb=0, **adaptive
+        )
 
     def decode(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
         """Decode a prompt, and return the fields of its record that depend on the output."""

@@ -142,7 +142,7 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     from runtime import Session
 
     if "beams" in options:
-        beam_session = Session(path, threads=threads, slots=1)
+        beam_session = Session(path, threads=threads, slots=1, draft_memory_mb=0)
         beams = options["beams"]
 
         def search(prompt: list[int], count: int, emit: Emit) -> None:
@@ -159,7 +159,7 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     from freeexport.measure.bench import BenchSetting, decode
 
     setting = BenchSetting(**options)
-    session = Session(path, threads=threads, slots=1)
+    session = Session(path, threads=threads, slots=1, draft_memory_mb=0)
 
     def generate(prompt: list[int], count: int, emit: Emit) -> dict[str, Any]:
         run = decode(session, setting, prompt, count, emit)

@@ -113,7 +113,7 @@ def main(
     workers = dict[str, Worker]()
     peers: dict[str, list[tuple[int, float]]] = {}
     with (
-        Session(bundle, threads=threads, slots=1) as session,
+        Session(bundle, threads=threads, slots=1, draft_memory_mb=0) as session,
         other_load() as load,
         ExitStack() as stack,
     ):

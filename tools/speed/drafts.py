@@ -121,7 +121,7 @@ def main(
     click.echo(f"{detect_machine().cpu}, {threads} threads, {rounds} rounds")
     failed = False
     for bundle in bundles:
-        with Session(bundle, threads=threads, slots=1) as session:
+        with Session(bundle, threads=threads, slots=1, draft_memory_mb=0) as session:
             click.echo(f"{bundle.name}, {session.manifest.precision}")
             for name, fresh in product(
                 (name for name in PROMPTS if name.startswith(chosen or ("",))), (True, False)
