@@ -51,7 +51,7 @@ def g2p(directory: Path) -> None:
     bundle = demo_bundle(
         G2P, directory, ConvertOptions(overwrite=True, calibration=G2P / "calibration.json")
     )
-    with Session(bundle, threads=THREADS, slots=1) as session:
+    with Session(bundle, threads=THREADS, slots=1, draft_memory_mb=0) as session:
         green = click.style("green", fg="green")
         click.echo(
             f"\n{green} tokens exited after layer {session.manifest.exit_layer}; the others took "

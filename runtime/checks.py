@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -72,6 +73,13 @@ def _check_of(hint: Any) -> Check:
         return value if value is None and optional else check(name, value)
 
     return checked
+
+
+def path(name: str, value: Any) -> Any:
+    """Check for the path of a file."""
+    if isinstance(value, (str, Path)) and str(value):
+        return value
+    raise OptionError(f"{name} is {shown(value)}; give the path of a file")
 
 
 @dataclass(frozen=True)

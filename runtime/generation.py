@@ -16,8 +16,8 @@ from runtime.bundle.manifest import Manifest
 from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores
 from runtime.decoding.calls import Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.draft_rule import Drafts
 from runtime.decoding.draft_sources import DraftSources
+from runtime.decoding.drafts import Drafts
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import check_beams
@@ -189,6 +189,12 @@ class Generation:
                     response.close()
                     self.results.append(response.result)
                     self.token_times.append(response.times)
+                if self.model.memory is not None:
+                    self.model.memory.keep(
+                        self.options.cache_salt,
+                        response.prompt.tolist(),
+                        self.results[-1].token_ids,
+                    )
                 if self._prefix is not None and self.model.keeps_generated:
                     self._prefix.keep(
                         decoder.runners, decoder.slot, [token.id for token in response.tokens]
@@ -272,6 +278,8 @@ class Generation:
                 text=() if is_read_by_decoder else self.ids.tolist(),
                 predicted=predicted,
                 own=options.draft_source,
+                memory=model.memory,
+                salt=options.cache_salt,
             )
         reads_exit = self._exits or not model.own_layers
         costs = learned.costs if reads_exit else learned.costs_without_exit

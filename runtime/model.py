@@ -12,14 +12,16 @@ import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.bundle import Bundle
-from runtime.decoding.draft_rule import LearnedDrafts
+from runtime.decoding.draft_acceptance import LearnedDrafts
+from runtime.decoding.draft_memory import TextMemory
 from runtime.engines.prefix_store import PrefixStore, keeps_generated
 from runtime.engines.runner import Encoder
-from runtime.errors import BundleError, OptionError
+from runtime.errors import BundleError, OptionError, shown
 from runtime.json_file import read_object
 from runtime.languages import check_languages, with_languages
 from runtime.metrics import Observer
 from runtime.options import GenerationOptions, SessionOptions
+from runtime.text.corpus import read_corpus
 from runtime.text.grammar import Grammar, Grammars
 from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected, encode_prompt
 from runtime.text.sampler import LogitsProcessor
@@ -50,6 +52,7 @@ class Model:
         observer: Receives the events of requests.
         guard: Wraps callbacks of the caller.
         prefixes: Stored keys and values, or encoder outputs, of earlier requests. None if disabled.
+        memory: Outputs of earlier requests, for drafts. None if disabled.
     """
 
     bundle: Bundle
@@ -62,6 +65,7 @@ class Model:
     observer: Observer
     guard: Guard
     prefixes: PrefixStore | None = None
+    memory: TextMemory | None = None
 
     def __post_init__(self) -> None:
         self.manifest = self.bundle.manifest
@@ -154,6 +158,36 @@ class Model:
             ids = encode_expected(expected, self.tokenizer, manifest.vocab_size, self.capacity)
             changes["predicted_output"] = ids.tolist()
         return replace(options, **changes) if changes else options
+
+
+def open_memory(
+    options: SessionOptions, vocab_size: int, tokenizer: Tokenizer | None
+) -> TextMemory | None:
+    """Return the draft memory of a session with its corpus, None if it is disabled.
+
+    Raises:
+        OptionError: If the corpus cannot be used.
+    """
+    limit = options.draft_memory_bytes
+    if not limit:
+        return None
+    memory = TextMemory(vocab_size, limit)
+    if options.draft_corpus is None:
+        return memory
+    path = Path(options.draft_corpus)
+    texts = read_corpus(path, limit)
+    if tokenizer is None:
+        raise OptionError(
+            f"draft_corpus is {shown(str(path))}, and the session has no tokenizer to read it; "
+            "leave it out"
+        )
+    encoded = (tokenizer.encode(text, special=False, parse_special=False) for text in texts)
+    if not memory.add_corpus(encoded):
+        raise OptionError(
+            f"draft_corpus is {shown(str(path))}, whose tokens take more memory than "
+            f"draft_memory_mb, {options.draft_memory_mb}; shorten it or raise draft_memory_mb"
+        )
+    return memory
 
 
 def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -> dict[str, Any]:

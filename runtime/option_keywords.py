@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from runtime.options import Drafts, DraftSource, Mode
@@ -30,6 +31,8 @@ class SessionKeywords(TypedDict, total=False):
     cuda_graphs: bool
     trust_templates: bool
     prefix_cache_mb: int
+    draft_memory_mb: int
+    draft_corpus: Path | str | None
 
 
 class GenerationKeywords(TypedDict, total=False):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -108,6 +109,21 @@ class SessionOptions:
     keeps keys and values of earlier requests for requests that begin with the same tokens
     (docs/serving.md). 0 disables it. CPU only."""
 
+    draft_memory_mb: Annotated[int, checks.Whole(0, 1_000_000)] = 32
+    """Memory limit for the draft memory, in MB (1e6 bytes). It counts what followed each n-gram in
+    the outputs of recent requests, and "lossless" drafts the likeliest continuation
+    (docs/decoding.md). Drafts never change tokens, only their speed. 0 disables it."""
+
+    draft_corpus: Annotated[Path | str | None, checks.path] = None
+    """File with texts that outputs may resemble, for the draft memory: a text file, or JSON lines
+    of strings or of objects with a "text" or a "target". The texts are drafted for every user and
+    stay in memory within draft_memory_mb. 1 MB holds about 4,000 tokens. Default: none."""
+
+    @property
+    def draft_memory_bytes(self) -> int:
+        """Memory limit for the draft memory, in bytes."""
+        return int(self.draft_memory_mb) * 1_000_000
+
     @property
     def prefix_cache_bytes(self) -> int:
         """Memory limit for the prefix cache, in bytes."""
@@ -125,6 +141,11 @@ class SessionOptions:
             raise OptionError(
                 "overlap is True on the CPU, where both engines share the cores and it measured "
                 "slower (152 tokens/s, in turn 251); leave it out"
+            )
+        if self.draft_corpus is not None and not self.draft_memory_mb:
+            raise OptionError(
+                f"draft_corpus is {shown(str(self.draft_corpus))}, but draft_memory_mb is 0; leave "
+                "one of them out"
             )
         if self.prefix_cache_mb and not on_cpu:
             raise OptionError(
@@ -175,8 +196,8 @@ class GenerationOptions:
 
     drafts: Drafts | None = None
     """Source of drafts in "lossless". "exit": the shallow decoder. "lookup": text repeated from the
-    prompt or the output. "none": no drafts, as "full". "auto": lookup first, then the exit
-    (docs/decoding.md). Default: "auto"."""
+    prompt, the output or earlier outputs (draft_memory_mb). "none": no drafts, as "full". "auto":
+    lookup first, then the exit (docs/decoding.md). Default: "auto"."""
 
     predicted_output: Annotated[str | Sequence[int] | None, checks.expected_output] = None
     """Text or token ids that the output is expected to resemble, such as the earlier version of an
@@ -300,8 +321,9 @@ class GenerationOptions:
     first. Not supported with beams. An exit vocabulary with fewer tokens returns fewer."""
 
     cache_salt: str | None = None
-    """Isolates the prefix cache between users: a request reuses prefixes only of requests with the
-    same salt. Default: prefixes of requests without a salt."""
+    """Isolates the prefix cache and the draft memory between users: a request reuses prefixes and
+    drafts outputs only of requests with the same salt. Default: those of requests without a
+    salt."""
 
     num_beams: Annotated[int, checks.Whole(1, 256)] = 1
     """Number of beams. More than 1 enables beam search, for encoder-decoders in mode "full" without

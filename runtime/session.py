@@ -33,7 +33,7 @@ from runtime.errors import CapacityError, OptionError, shown
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
-from runtime.model import Model
+from runtime.model import Model, open_memory
 from runtime.option_keywords import GenerationKeywords, SessionKeywords
 from runtime.options import GenerationOptions, SessionOptions, SpeechOptions, merged
 from runtime.result import GenerationResult
@@ -102,10 +102,11 @@ class Session:
         self.threads = options.threads or usable_cores()
         costs = costs_here(manifest, self.threads)
         thresholds = Thresholds(self.bundle, options, costs)
+        trusted = options.trust_templates
+        self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
+        memory = open_memory(options, manifest.vocab_size, self._tokenizer)
         self._placement = _open_backend(self.bundle, options, self.capacity, self.threads, device)
         with self._placement.loading() as engine:
-            trusted = options.trust_templates
-            self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
             self._runners = shallow, deep = self._placement.runners(engine)
             encoder = self._placement.encoder(engine, shallow)
             exit = self._placement.exit_runner(engine)
@@ -149,6 +150,7 @@ class Session:
             observer=self._observer,
             guard=scheduler.guarded,
             prefixes=PrefixStore(limit) if limit else None,
+            memory=memory,
         )
         self._closed = False
         speech = manifest.speech is not None
@@ -371,8 +373,10 @@ class Session:
         return self._model.thresholds.default()
 
     def forget_drafts(self) -> None:
-        """Discard what requests of mode "lossless" have learned about drafts."""
+        """Discard what requests have learned about drafts, and the outputs in the draft memory."""
         self._model.learned.forget()
+        if self._model.memory is not None:
+            self._model.memory.forget()
 
     def metrics(self) -> Metrics:
         """Return counts since the session was opened, and the numbers of current requests."""

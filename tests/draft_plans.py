@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.decoding import draft_rule
-from runtime.decoding.draft_rule import NO_DRAFT, Acceptance, DraftPlan, Drafts
+from runtime.decoding import drafts
+from runtime.decoding.draft_acceptance import Acceptance
+from runtime.decoding.drafts import NO_DRAFT, DraftPlan, Drafts
 
 
 def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 0) -> None:
@@ -51,5 +52,5 @@ class PlannedExits(Drafts):
 
 def draft_candidates(patch: pytest.MonkeyPatch) -> None:
     """Draft everything that a source finds, even if it does not pay."""
-    patch.setattr(Drafts, "_length", lambda self, source, agrees, count: count)
-    patch.setattr(draft_rule, "RULE", replace(draft_rule.RULE, grant=math.inf))
+    patch.setattr(Drafts, "_length", lambda self, found, count: count)
+    patch.setattr(drafts, "RULE", replace(drafts.RULE, grant=math.inf))

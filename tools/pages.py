@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from runtime.options import Drafts, DraftSource, Mode

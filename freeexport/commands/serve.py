@@ -15,7 +15,10 @@ KEY = "FREEEXPORT_API_KEY"
 # Chats resend all earlier turns. Holds 5,500 tokens of SmolLM2-135M, whose four slots take 380 MB.
 PREFIX_CACHE_MB = 256
 # Options of the session. All others are options of the server.
-SESSION = ("threads", "slots", "queue", "capacity", "device", "threshold", "prefix_cache_mb")
+SESSION = (
+    *("threads", "slots", "queue", "capacity", "device", "threshold"),
+    *("prefix_cache_mb", "draft_memory_mb", "draft_corpus"),
+)
 
 
 @click.command(cls=SectionedCommand)
@@ -98,6 +101,22 @@ SESSION = ("threads", "slots", "queue", "capacity", "device", "threshold", "pref
         f"requests for requests that begin alike. 0 disables it.  [default: {PREFIX_CACHE_MB} on "
         "a CPU]"
     ),
+)
+@click.option(
+    "--draft-memory-mb",
+    type=int,
+    metavar="MB",
+    default=32,
+    help=(
+        "Memory limit for the outputs of earlier requests from which lossless drafts, in MB. 0 "
+        "disables them."
+    ),
+)
+@click.option(
+    "--draft-corpus",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Texts that outputs may resemble, to draft from: a text file or JSON lines.",
 )
 @click.option("--device", default="cpu", help=DEVICE)
 @click.option(

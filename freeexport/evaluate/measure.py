@@ -199,5 +199,10 @@ def _session(entry: Entry, options: EvaluateOptions, records: Records) -> Sessio
         state = records.last_state(entry.name, "adaptive")
         adaptive = {"threshold": "adaptive", "adaptive_state": state}
     return Session(
-        entry.bundle.path, threads=options.count, slots=1, device=options.device, **adaptive
+        entry.bundle.path,
+        threads=options.count,
+        slots=1,
+        device=options.device,
+        draft_memory_mb=0,  # a line must not draft from another setting's output of it
+        **adaptive,
     )

@@ -441,7 +441,10 @@ def measured_speed(path: Path, threads: int | None) -> str:
     prompts = speed_prompts(bundle, None, SPEED_PROMPTS)
     modes: tuple[Mode, ...] = ("full", "lossless")
     runs: dict[tuple[int, int], list[tuple[float, int]]] = defaultdict(list)
-    with Session(path, threads=threads, slots=1) as session, other_load() as load:
+    with (
+        Session(path, threads=threads, slots=1, draft_memory_mb=0) as session,
+        other_load() as load,
+    ):
 
         def decode(mode: Mode, prompt: list[int]) -> tuple[float, int]:
             ids = np.array(prompt, np.int64)

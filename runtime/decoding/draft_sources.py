@@ -6,13 +6,16 @@ runtime/decoding/draft_rule.py decides which of their candidates are worth draft
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from runtime.decoding.draft_memory import LONGEST as MEMORY_LONGEST
+from runtime.decoding.draft_memory import TextMemory
+from runtime.decoding.draft_rule import RULE
 from runtime.errors import OptionError, shown
 from runtime.options import DraftSource
 from runtime.result import Token
@@ -33,6 +36,10 @@ MOST_CHECKED = 256
 # Separates texts that do not follow each other.
 GAP = -1
 
+# Source of a token, and a level on which its acceptance depends: the number of matching tokens
+# before it, or the level of a memory's Expectation.
+Evidence = tuple[str, int]
+
 
 class Repetition:
     """A lookup: the tokens that followed the latest earlier occurrence of the newest tokens.
@@ -42,6 +49,7 @@ class Repetition:
 
     Attributes:
         tokens: The text.
+        place: Place after the earlier occurrence that the newest tokens follow.
         agrees: Number of newest tokens that match the earlier occurrence, 0 if there is none.
     """
 
@@ -51,7 +59,7 @@ class Repetition:
         self.tokens: list[int] = []
         self._vocab_size = vocab_size
         self._most = most
-        self._place = self.agrees = 0
+        self.place = self.agrees = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -97,22 +105,21 @@ class Repetition:
 
     def read(self, token: int) -> None:
         """Append a token of the output, and update the occurrence that it follows."""
-        followed = self.agrees and self.tokens[self._place] == token
+        followed = self.agrees and self.tokens[self.place] == token
         self.push(token)
-        self._place += 1
-        self.agrees = self.agrees + 1 if followed and self.tokens[self._place] != GAP else 0
+        self.place += 1
+        self.agrees = self.agrees + 1 if followed and self.tokens[self.place] != GAP else 0
         if self.agrees < LONGEST:
             place, size = self.repeated(longer_than=self.agrees)
             if size:
-                self._place = place
+                self.place = place
                 self.agrees = size
 
-    def candidates(self, most: int) -> list[int]:
-        """Return at most `most` tokens that followed the earlier occurrence."""
-        return self._behind(self._place, most) if self.agrees else []
+    def match(self, drafted: Sequence[int]) -> tuple[int, int]:
+        """Return the latest occurrence of the newest tokens, the last ones `drafted`.
 
-    def after(self, drafted: Sequence[int], most: int) -> tuple[int, list[int]]:
-        """Return how many newest tokens, the last ones `drafted`, occur, and what follows them."""
+        Returns the place after it and the number of tokens that match, (0, 0) if none do.
+        """
         newest = [*self.tokens[len(self.tokens) - self._known :], *drafted][-LONGEST:]
         for size in range(len(newest), SHORTEST - 1, -1):
             key = 0
@@ -120,13 +127,12 @@ class Repetition:
                 key = key * self._vocab_size + token
             place = self._places[size].get(key)
             if place is not None:
-                return size, self._behind(place, most)
-        return 0, []
+                return place, size
+        return 0, 0
 
-    def _behind(self, place: int, most: int) -> list[int]:
-        """Return at most `most` tokens from a place on, up to a GAP."""
-        found = self.tokens[place : place + most]
-        return found[: found.index(GAP)] if GAP in found else found
+    def at(self, place: int) -> int:
+        """Return the token at a place, GAP at the end of a text."""
+        return self.tokens[place] if place < len(self.tokens) else GAP
 
 
 class Expected:
@@ -216,11 +222,29 @@ class Own:
 
 
 class Candidates(NamedTuple):
-    """Possible next tokens from a `source`, and the number of tokens before them that match it."""
+    """Possible next tokens.
+
+    Attributes:
+        source: Source of the first token.
+        agrees: Number of tokens before them that match this source.
+        tokens: The tokens.
+        evidence: The evidence for each token.
+    """
 
     source: str
     agrees: int
     tokens: list[int]
+    evidence: list[Evidence]
+
+
+NO_CANDIDATES = Candidates("lookup", 0, [], [])
+
+
+def agreeing(source: str, agrees: int, tokens: list[int]) -> Candidates:
+    """Return candidates from one place of a text, after `agrees` matching tokens."""
+    most = RULE.most_agreement
+    evidence = [(source, min(agrees + place, most)) for place in range(len(tokens))]
+    return Candidates(source, agrees, tokens, evidence)
 
 
 class DraftSources:
@@ -232,6 +256,8 @@ class DraftSources:
         text: Other text that may be repeated, such as the encoder's prompt.
         predicted: Expected output.
         own: The caller's source.
+        memory: Texts of earlier requests.
+        salt: The user whose texts the memory may draft.
 
     Attributes:
         context: Tokens of the decoder so far.
@@ -246,12 +272,14 @@ class DraftSources:
         text: Sequence[int] = (),
         predicted: Sequence[int] | None = None,
         own: DraftSource | None = None,
+        memory: TextMemory | None = None,
+        salt: str | None = None,
     ) -> None:
         self.own = None if own is None else Own(own, vocab_size)
-        repetition = Repetition(vocab_size)
-        self._texts: list[Expected | Repetition] = [repetition]
-        if predicted is not None:
-            self._texts.insert(0, Expected(predicted))
+        self._repetition = repetition = Repetition(vocab_size)
+        self._expected = None if predicted is None else Expected(predicted)
+        self._memory = memory
+        self._salt = salt
         for part in filter(len, (predicted or (), text)):
             for token in (*part, GAP):
                 repetition.push(token)
@@ -276,16 +304,83 @@ class DraftSources:
         self.unexpected += len(final)
         self.context += final
         for token in final:
-            for text in self._texts:
-                text.read(token)
+            self._repetition.read(token)
+            if self._expected is not None:
+                self._expected.read(token)
         return final
 
-    def found(self, most: int) -> Iterator[Candidates]:
-        """Yield the candidates of each text, at most `most` tokens each."""
-        for source in self._texts:
-            yield Candidates(source.name, source.agrees, source.candidates(most))
+    def found(self, most: int, rate: Callable[[Evidence], float]) -> Iterator[Candidates]:
+        """Yield the candidates of each text, at most `most` tokens each.
 
-    def after(self, drafted: Sequence[int], most: int) -> Candidates:
-        """Return the candidates after `drafted`, from the text with the longest match."""
-        found = [Candidates(source.name, *source.after(drafted, most)) for source in self._texts]
-        return max(found, key=lambda candidates: candidates.agrees)
+        Args:
+            most: Maximum number of tokens.
+            rate: Returns the acceptance rate of candidates with some evidence.
+        """
+        expected = self._expected
+        if expected is not None:
+            yield agreeing(expected.name, expected.agrees, expected.candidates(most))
+        yield self._chain((), most, rate)
+
+    def after(
+        self, drafted: Sequence[int], most: int, rate: Callable[[Evidence], float]
+    ) -> Candidates:
+        """Return the candidates after `drafted`, from the text that is more likely to go on."""
+        found = self._chain(drafted, most, rate)
+        if self._expected is None:
+            return found
+        other = agreeing(self._expected.name, *self._expected.after(drafted, most))
+        if not (found.tokens and other.tokens):
+            return found if found.tokens else other
+        return max(other, found, key=lambda candidates: rate(candidates.evidence[0]))
+
+    def _chain(
+        self, drafted: Sequence[int], most: int, rate: Callable[[Evidence], float]
+    ) -> Candidates:
+        """Return the tokens that followed the newest ones, in this request or in earlier ones.
+
+        At each token, the source with the higher acceptance rate continues. Ends where all tokens
+        so far are unlikely to be accepted.
+        """
+        repetition = self._repetition
+        memory = self._memory
+        if drafted:
+            place, agrees = repetition.match(drafted)
+        else:
+            place = repetition.place
+            agrees = repetition.agrees
+        begins = agrees
+        if memory is None:
+            found = repetition.tokens[place : place + most] if agrees else []
+            return agreeing("lookup", agrees, found[: found.index(GAP)] if GAP in found else found)
+        newest = memory.encoded([*self.context[-MEMORY_LONGEST:], *drafted][-MEMORY_LONGEST:])
+        tokens: list[int] = []
+        evidence: list[Evidence] = []
+        probability = 1.0
+        while len(tokens) < most and probability > RULE.hopeless:
+            token = repetition.at(place) if agrees else GAP
+            likely = 0.0
+            if token != GAP:
+                kind = "lookup", min(agrees, RULE.most_agreement)
+                likely = rate(kind)
+            expected = memory.expected(self._salt, newest)
+            if expected is not None:
+                other = "memory", expected.level
+                other_rate = rate(other)
+                if token == GAP or other_rate > likely:
+                    kind = other
+                    likely = other_rate
+                    if expected.token != token:
+                        agrees = -1
+                    token = expected.token
+            if token == GAP:
+                break
+            tokens.append(token)
+            evidence.append(kind)
+            probability *= likely
+            newest = (newest + memory.encoded((token,)))[-memory.key_bytes :]
+            if agrees >= 0:
+                place += 1
+                agrees += 1
+            if agrees <= 0:
+                place, agrees = repetition.match([*drafted, *tokens])
+        return Candidates(evidence[0][0], begins, tokens, evidence) if tokens else NO_CANDIDATES

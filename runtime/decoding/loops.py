@@ -15,8 +15,8 @@ from typing import NamedTuple
 from runtime.adaptation.learner import RequestLabels
 from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.draft_rule import NO_DRAFT, Drafts, Outcome
 from runtime.decoding.draft_sources import Candidates
+from runtime.decoding.drafts import NO_DRAFT, Drafts, Outcome
 from runtime.decoding.response import Response
 from runtime.result import Token
 

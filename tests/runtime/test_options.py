@@ -21,6 +21,11 @@ from runtime.option_keywords import GenerationKeywords, SessionKeywords
 from runtime.options import MODES, GenerationOptions, SessionOptions, SpeechOptions, merged
 
 
+def test_a_corpus_needs_a_memory() -> None:
+    with pytest.raises(OptionError, match=r"draft_corpus is 'x.txt', but draft_memory_mb is 0; leave one of them out"):
+        SessionOptions(draft_corpus="x.txt", draft_memory_mb=0)
+
+
 def test_overlap_is_for_gpus_and_says_why() -> None:
     with pytest.raises(OptionError, match=r"overlap is True on the CPU, .* slower .*; leave it out"):
         SessionOptions(overlap=True)
@@ -41,6 +46,8 @@ SESSION: dict[str, list[Any]] = {
     "overlap": [1, "yes"],
     "cuda_graphs": [None, 1, "no"],
     "prefix_cache_mb": [-1, 1.5, "256", True, None, 2**70],
+    "draft_memory_mb": [-1, 1.5, None, 10**7],
+    "draft_corpus": ["", 7, b"a"],
 }
 
 

@@ -105,7 +105,7 @@ def main(
     schema = SCHEMA if file is None else json.loads(file.read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()[:samples]]
     with (
-        Session(bundle, threads=threads, slots=1) as session,
+        Session(bundle, threads=threads, slots=1, draft_memory_mb=0) as session,
         other_load() as load,
         ExitStack() as stack,
     ):

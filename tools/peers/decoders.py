@@ -143,7 +143,7 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     from runtime import Session
 
     if "beams" in options:
-        beam_session = Session(path, threads=threads, slots=1)
+        beam_session = Session(path, threads=threads, slots=1, draft_memory_mb=0)
         beams = options["beams"]
 
         def search(prompt: list[int], count: int, emit: Emit) -> None:
@@ -161,7 +161,7 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     from freeexport.evaluate.settings import Setting
 
     setting = Setting(**options)
-    session = Session(path, threads=threads, slots=1)
+    session = Session(path, threads=threads, slots=1, draft_memory_mb=0)
 
     def generate(prompt: list[int], count: int, emit: Emit) -> dict[str, Any]:
         found = decode(session, setting, prompt, count, emit)

@@ -254,7 +254,7 @@ def main(
     with ExitStack() as stack:
         for given in bundles:
             name, _, directory = given.partition("=")
-            session = stack.enter_context(Session(directory, threads=1, slots=1))
+            session = stack.enter_context(Session(directory, threads=1, slots=1, draft_memory_mb=0))
             for mode in modes.split(","):
                 decoders[f"{name} {mode}"] = lambda path, session=session, mode=mode: run(
                     session, mode, path

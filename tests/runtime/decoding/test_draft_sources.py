@@ -17,18 +17,22 @@ from test_decode import decoder_of, drafted, full
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
-from runtime.decoding.draft_rule import NO_DRAFT, RULE, Acceptance, DraftPlan, Drafts
+from runtime.decoding.draft_acceptance import Acceptance
+from runtime.decoding.draft_rule import RULE
 from runtime.decoding.draft_sources import (
     GAP,
     LONGEST,
     PATIENCE,
     REST,
     SHORTEST,
+    Candidates,
     DraftSources,
     Expected,
     Own,
     Repetition,
+    agreeing,
 )
+from runtime.decoding.drafts import NO_DRAFT, DraftPlan, Drafts
 from runtime.decoding.response import Response
 from runtime.errors import OptionError
 
@@ -57,7 +61,7 @@ class Chosen(Drafts):
         self.now = next(self.turns)
         return super().plan(response, most, sequences)
 
-    def _length(self, source: str, agrees: int, count: int) -> int:
+    def _length(self, found: Candidates, count: int) -> int:
         return min(self.now[1], count)
 
     def _plan_exit(self, most: int) -> DraftPlan:
@@ -106,7 +110,8 @@ def test_a_bounded_index_knows_the_newest_half_and_holds_no_more_than_it_may(tex
 
 @given(texts)
 def test_repetition_follows_the_longest_match(text: list[int]) -> None:
-    source = Repetition(VOCAB)
+    sources = DraftSources(VOCAB)
+    source = sources._repetition
     read: list[int] = []
     for token in text:
         if token == GAP:
@@ -116,7 +121,7 @@ def test_repetition_follows_the_longest_match(text: list[int]) -> None:
             source.read(token)
         read.append(token)
         assert min(source.agrees, LONGEST) == searched(read)[1]
-        candidates = source.candidates(6)
+        candidates = sources._chain((), 6, Acceptance().rate).tokens
         assert GAP not in candidates
         assert bool(candidates) == bool(source.agrees)
         # What was found really stood there: the tokens that agree, then the candidates.
@@ -238,12 +243,12 @@ def test_a_text_goes_on_behind_the_exit() -> None:
     }
 
 
-@given(texts, st.lists(tokens, max_size=7))
+@given(texts, st.lists(tokens, min_size=1, max_size=7))
 def test_what_follows_drafted_tokens_is_what_a_search_finds(text: list[int], drafted: list[int]) -> None:
-    index = Repetition(VOCAB)
+    sources = DraftSources(VOCAB)
     for token in text:
-        index.push(token)
-    size, found = index.after(drafted, 6)
+        sources._repetition.push(token)
+    _, size, found, _ = sources._chain(drafted, 6, Acceptance().rate)
     whole = [*text, *drafted]
     for longest in range(LONGEST, max(size, SHORTEST - 1), -1):
         newest = whole[-longest:]
@@ -269,7 +274,10 @@ def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
 def test_candidates_are_drafted_in_few_numbers() -> None:
     """Calls for each number of rows are bound once."""
     drafts = Drafts(CallCosts(), Acceptance())
-    assert {drafts._length("lookup", agrees, n) for n in range(1, 16) for agrees in range(10)} <= {0, *RULE.lengths}
+    assert {drafts._length(agreeing("lookup", agrees, [0] * n), n) for n in range(1, 16) for agrees in range(10)} <= {
+        0,
+        *RULE.lengths,
+    }
 
 
 def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for_long() -> None:
@@ -280,7 +288,7 @@ def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for
             yield response, token
 
     sources, read, looked = DraftSources(10_000), list[int](), list[bool]()
-    sources._texts[0].read = read.append  # type: ignore[method-assign]
+    sources._repetition.read = read.append  # type: ignore[method-assign]
     drafts = Drafts(measured(), Acceptance(), sources, exits=False)
     for response, _ in tokens(range(100)):
         before = len(read)

@@ -1,0 +1,427 @@
+"""Drafts of a lossless request: when it drafts, from which source, and how many tokens.
+
+docs/decoding.md, "When to draft", explains the rule. runtime/decoding/draft_rule.py holds its
+constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+from typing import NamedTuple
+
+from runtime.adaptation.call_costs import CallCosts
+from runtime.decoding.calls import Prediction
+from runtime.decoding.draft_acceptance import Acceptance
+from runtime.decoding.draft_rule import RULE
+from runtime.decoding.draft_sources import NO_CANDIDATES, Candidates, DraftSources, agreeing
+from runtime.decoding.response import Response
+
+
+class DraftPlan(NamedTuple):
+    """The next draft: `tokens` from a text `source`, or up to `exits` predictions of the exit."""
+
+    source: str = "exit"
+    tokens: tuple[int, ...] = ()
+    exits: int = 0
+
+
+NO_DRAFT = DraftPlan()
+
+
+class Outcome(NamedTuple):
+    """Outcome of a draft.
+
+    Attributes:
+        rows: Shallow steps.
+        proposed: Drafted tokens, without those that continue an exit's draft.
+        accept_length: Accepted tokens, including those of the continuation.
+        made: Tokens that became final.
+        confidences: Confidence at each row, None if the head did not run.
+        agreed: The exit's prediction after the proposed tokens matched the deep decoder's.
+    """
+
+    rows: int
+    proposed: int
+    accept_length: int
+    made: int
+    confidences: tuple[float | None, ...] = ()
+    agreed: bool = False
+
+
+class ExitDraft:
+    """Decides token by token how long one draft of the exit becomes.
+
+    Costs are in tokens that would otherwise be generated in that time.
+
+    Args:
+        acceptance: Measured acceptance rates.
+        threshold: Predictions with this confidence or less are not drafted.
+        row: Cost of one more row in the deep pass.
+        step: Cost of that row and its shallow step.
+        head: Cost of the head for the next prediction.
+    """
+
+    def __init__(
+        self,
+        acceptance: Acceptance,
+        threshold: float,
+        row: float,
+        step: float,
+        head: float,
+    ) -> None:
+        self._acceptance = acceptance
+        self._threshold = threshold
+        self._row = row
+        self._step = step
+        self._head = head
+        self._probability = 1.0  # probability that all drafted tokens are accepted
+
+    def __call__(self, prediction: Prediction) -> bool:
+        """Return True if this prediction should be drafted."""
+        confidence = prediction.confidence
+        if confidence is None or confidence <= self._threshold:
+            return False
+        probability = self._probability * self._acceptance.of_confidence(confidence).value
+        if probability > self._step:
+            self._probability = probability
+        return probability > self._step
+
+    def continues(self) -> bool:
+        """Return True if one more prediction, of average acceptance, is worth its step and head."""
+        if self._probability == 1.0:
+            return True
+        return self._probability * self._acceptance.exit.value > self._step + self._head
+
+    def extends(self, rate: float) -> bool:
+        """Return True if a candidate of a text with this acceptance rate should be appended."""
+        self._probability *= rate
+        return self._probability > self._row
+
+
+class Drafts:
+    """Plans the drafts of one request.
+
+    Args:
+        costs: Measured costs of engine calls.
+        acceptance: Measured acceptance rates, for the setting of the request.
+        sources: Sources of drafts from text.
+        exits: Also draft from the exit.
+    """
+
+    clock = staticmethod(perf_counter)
+
+    def __init__(
+        self,
+        costs: CallCosts,
+        acceptance: Acceptance,
+        sources: DraftSources | None = None,
+        exits: bool = True,
+    ) -> None:
+        self._costs = costs
+        self._acceptance = acceptance
+        self._sources = sources
+        self._exits = exits
+        self._open: list[Candidates] = []  # candidates for the next tokens
+        self._looked = False  # the sources have read all final tokens
+        self._continuation: Candidates | None = None  # continues a draft of the exit
+        # By source: maximum length of the next draft, and True if the last one was accepted in
+        # full.
+        self._next: dict[str, tuple[int, bool]] = {}
+        self._sequences = 1
+        self._tokens = 0
+        # Time that drafts have lost, those from text and those from the exit.
+        self._lost = {"text": 0.0, "exit": 0.0}
+        self._began = self.clock()  # time when the next token was planned
+        # Speed of the best draft from text that was not made, relative to mode "full".
+        self._alternative = 1.0
+        self._call_seconds = 0.0  # duration of the last call of draft_source
+        self._to_probe = 1
+        self._to_time = 2
+        # The last draft was the exit's, so its layers have no rows to catch up.
+        self._after_exit = False
+        # Time and final tokens at the last observation for the choice of the exit.
+        self._choice_time = self.clock()
+        self._choice_tokens = 0
+
+    def plan(self, response: Response, most: int, sequences: int = 1) -> DraftPlan:
+        """Return the next draft of at most `most` tokens, in calls shared by `sequences`."""
+        self._began = self.clock()
+        self._tokens = len(response.tokens)
+        self._sequences = sequences
+        self._looked = False
+        self._alternative = 1.0
+        self._continuation = None
+        # Without a measurement of mode "full", a losing draft would seem to pay.
+        if most == 0 or (sequences == 1 and not self._costs.measured("pass", 1)):
+            return NO_DRAFT
+        if self._sources is not None and self._sources.due():
+            self._observe_open(self._sources, response)
+            self._looked = True
+            for found in self._candidates(self._sources, most):
+                self._open.append(found)
+                tokens = response.within(found.tokens)
+                count = self._length(found, len(tokens))
+                if count:
+                    self._sources.tokens_to_look = 0
+                    return DraftPlan(found.source, tuple(tokens[:count]))
+        return self._plan_exit(most) if self._exits else NO_DRAFT
+
+    def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
+        """Record the seconds of a token without a draft: those of its step and of its deep pass.
+
+        Calls that are `shared` with other sequences are not measured.
+        """
+        self._acceptance.observe_pass(1, 1.0)
+        self._after_exit = False
+        self._to_time -= 1
+        if not shared:
+            outside = self.clock() - self._began - shallow - deep
+            self._acceptance.outside.observe(max(0.0, min(outside, shallow + deep)))
+        if not shared and (self._to_time <= 0 or not self._costs.measured("pass", 1)):
+            self._to_time = RULE.timed
+            self._costs.observe("step", 1, shallow)
+            self._costs.observe("pass", 1, deep)
+            self._observe_choice(self._tokens + 1, shared)
+
+    def observe(
+        self,
+        plan: DraftPlan,
+        outcome: Outcome,
+        shallow: float,
+        deep: float,
+        shared: bool,
+    ) -> None:
+        """Record the outcome of a draft, and the seconds of its shallow and deep calls.
+
+        The shallow seconds of a sequence that drafts alone include the Python between the calls.
+        """
+        costs = self._costs
+        acceptance = self._acceptance
+        rows = outcome.rows
+        heads = sum(confidence is not None for confidence in outcome.confidences)
+        self._observe_choice(self._tokens + outcome.made, shared)
+        if not shared:
+            costs.observe("pass", rows, deep)
+            if plan.tokens:
+                costs.observe("step", rows, shallow)
+            elif heads and self._after_exit:
+                # A step with the head takes at least as long as one without.
+                rest = shallow - (costs.seconds("step", rows - heads) if rows > heads else 0.0)
+                costs.observe("head", 1, max(rest / heads, shallow / rows))
+        if plan.tokens:
+            in_full = outcome.accept_length == outcome.proposed
+            longest = 2 * outcome.proposed + 1 if in_full else max(1, outcome.accept_length)
+            self._next[plan.source] = longest, in_full
+        self._after_exit = not plan.tokens
+        expected = self._draft_seconds(plan, rows, heads)
+        seconds = expected
+        if not shared:
+            taken = max(shallow + deep, self.clock() - self._began)
+            seconds = min(taken, RULE.stray * expected)
+        made = outcome.made
+        acceptance.observe_pass(made, seconds / self._token_seconds)
+        if plan.tokens:
+            self._count_loss("text", seconds, made)
+        else:
+            if heads and not shared:
+                outside = seconds - shallow - deep - acceptance.outside.value
+                acceptance.exit_outside.observe(max(0.0, outside) / heads)
+            # Without the exit, the text would have been drafted, too, at the next token.
+            own_rows = min(rows, outcome.proposed + 1)
+            made = min(made, outcome.proposed + 1)
+            seconds -= expected - self._draft_seconds(plan, own_rows, heads)
+            acceptance.observe_exit_draft(made, own_rows, heads)
+            self._count_loss("exit", seconds * self._alternative, made)
+        # Rows with the head, up to the first rejected one.
+        for row, confidence in enumerate(outcome.confidences[: outcome.accept_length + 1]):
+            if confidence is not None:
+                accepted = (
+                    outcome.agreed if row == outcome.proposed else row < outcome.accept_length
+                )
+                acceptance.of_confidence(confidence).observe(accepted)
+                acceptance.exit.observe(accepted)
+        if self._continuation is not None and outcome.accept_length >= outcome.proposed:
+            accepted_here = outcome.accept_length - outcome.proposed
+            for place, evidence in enumerate(self._continuation.evidence[: accepted_here + 1]):
+                acceptance.of_text(evidence).observe(place < accepted_here)
+
+    def exit_draft(self, threshold: float) -> ExitDraft:
+        """Start a draft of the exit, of predictions with a confidence above `threshold`."""
+        prices = self._costs.prices(self._sequences)
+        tokens_per_second = self._gain / self._token_seconds
+        step_seconds = prices.step
+        if self._sequences == 1:
+            step_seconds += self._acceptance.exit_outside.value
+        row = tokens_per_second * prices.row
+        return ExitDraft(
+            self._acceptance,
+            threshold,
+            row=row,
+            step=row + tokens_per_second * step_seconds,
+            head=tokens_per_second * prices.head,
+        )
+
+    def continuation(
+        self,
+        response: Response,
+        drafted: Sequence[int],
+        most: int,
+        draft: ExitDraft,
+    ) -> Candidates:
+        """Return at most `most` tokens of a text that continue the tokens `drafted` by the exit."""
+        if self._sources is None or not self._looked or most <= 0:
+            return NO_CANDIDATES
+        found = self._sources.after(drafted, most, self._acceptance.rate)
+        tokens = response.within([*drafted, *found.tokens])[len(drafted) :]
+        count = 0
+        while count < len(tokens) and draft.extends(self._acceptance.rate(found.evidence[count])):
+            count += 1
+        self._continuation = found._replace(tokens=tokens[:count], evidence=found.evidence[:count])
+        return self._continuation
+
+    def _observe_choice(self, tokens: int, shared: bool) -> None:
+        """Record the time up to `tokens` final tokens for the choice of the exit.
+
+        All time counts, because drafts of the exit take more calls, with Python between them.
+        """
+        now = self.clock()
+        if not shared and self._costs.measured("pass", 1):
+            time = (now - self._choice_time) / self._costs.seconds("pass", 1)
+            self._acceptance.choice.observe(self._exits, time, tokens - self._choice_tokens)
+        self._choice_time = now
+        self._choice_tokens = tokens
+
+    def _count_loss(self, kind: str, seconds: float, made: int) -> None:
+        """Add the loss of a draft of a kind that took `seconds` for `made` tokens."""
+        lost = self._lost[kind] + seconds / self._token_seconds - made
+        self._lost[kind] = max(-RULE.most_saved, lost)
+
+    def _may_lose(self, kind: str) -> bool:
+        """Return True if drafts of this kind have not used up their grant."""
+        return self._lost[kind] <= RULE.grant + RULE.grant_share * self._tokens
+
+    @property
+    def _token_seconds(self) -> float:
+        """Seconds of a token without a draft."""
+        outside = self._acceptance.outside.value if self._sequences == 1 else 0.0
+        return self._costs.prices(self._sequences).token + outside
+
+    def _draft_seconds(self, plan: DraftPlan, rows: int, heads: int) -> float:
+        """Return the expected seconds of the engine calls of a draft."""
+        together = self._sequences + rows - 1
+        seconds = self._costs.seconds("pass", together)
+        if plan.tokens:
+            return seconds + self._costs.seconds("step", together)
+        return seconds + self._exit_seconds(rows, heads)
+
+    def _candidates(self, sources: DraftSources, most: int) -> Iterator[Candidates]:
+        token_seconds = self._token_seconds
+        budget = RULE.grant + RULE.grant_share * self._tokens - self._lost["text"]
+        if sources.own is not None and self._call_seconds / token_seconds <= budget:
+            began = self.clock()
+            tokens = sources.own.candidates(sources.context, most)
+            self._call_seconds = self.clock() - began
+            self._lost["text"] += self._call_seconds / token_seconds
+            yield agreeing(sources.own.name, 0, tokens)
+        yield from sources.found(most, self._acceptance.rate)
+
+    def _observe_open(self, sources: DraftSources, response: Response) -> None:
+        """Update acceptance from the new final tokens, for all candidates, drafted or not."""
+        final = sources.follow(response.tokens)
+        for found in self._open:
+            pairs = zip(found.tokens, found.evidence, final, strict=False)
+            for candidate, evidence, token in pairs:
+                self._acceptance.of_text(evidence).observe(candidate == token)
+                if candidate != token:
+                    break
+                sources.unexpected = 0
+        self._open = []
+
+    def _length(self, found: Candidates, count: int) -> int:
+        """Return how many of the first `count` candidates to draft."""
+        if not count:
+            return 0
+        source, agreement, _, evidence = found
+        rates = [self._acceptance.rate(each) for each in evidence[:count]]
+        if source == "memory":
+            longest, in_full = count, False  # a share of occurrences is known before the first
+            is_sure = rates[0] >= RULE.confirmed
+        else:
+            longest, in_full = self._next.get(source, (RULE.first_length, False))
+            is_sure = agreement >= RULE.sure_agreement
+        if not is_sure and not self._may_lose("text"):
+            return 0
+        costs = self._costs
+        token_seconds = costs.prices(self._sequences).token
+        expected = 1.0  # expected number of final tokens
+        probability = 1.0  # probability that all tokens so far are accepted
+        drafted = 0
+        best = 0
+        promise = 0.0  # speed of the best length, relative to mode "full"
+        for length in RULE.lengths:
+            if length > min(longest, count):
+                break
+            while drafted < length:
+                repeats = in_full and evidence[drafted][0] == source
+                rate = rates[drafted]
+                probability *= max(rate, RULE.confirmed) if repeats else rate
+                expected += probability
+                drafted += 1
+            together = self._sequences + length
+            seconds = costs.seconds("step", together) + costs.seconds("pass", together)
+            speed = expected * token_seconds / seconds
+            if speed > promise:
+                best = length
+                promise = speed
+        if source not in ("lookup", "memory"):
+            return best
+        exit_gain = self._exit_gain
+        always_tried = source == "lookup" and agreement >= RULE.tried_agreement and not exit_gain
+        if promise > (exit_gain or RULE.margin) or always_tried:
+            return best
+        self._alternative = max(self._alternative, promise)
+        return 0
+
+    def _plan_exit(self, most: int) -> DraftPlan:
+        if not self._may_lose("exit"):
+            return NO_DRAFT
+        draft = DraftPlan(exits=min(RULE.lengths[-1], most))
+        if self._exit_gain:
+            return draft
+        self._to_probe -= 1
+        if self._to_probe > 0:
+            return NO_DRAFT
+        if self._to_probe < 0:  # second of two probes: this one is timed
+            prices = self._costs.prices(self._sequences)
+            share = prices.head / prices.token
+            self._to_probe = max(RULE.probe_tokens, int(share / RULE.probe_share))
+        return draft
+
+    def _exit_seconds(self, rows: float, heads: float) -> float:
+        """Return the seconds of a draft's shallow steps, with the head at some of them.
+
+        All but one of the rows without the head are read together with others, in one call.
+        """
+        prices = self._costs.prices(self._sequences)
+        return min(rows, heads + 1) * prices.step + heads * prices.head
+
+    @property
+    def _gain(self) -> float:
+        """Speed of this setting relative to mode "full"."""
+        return max(1.0, self._acceptance.made.value / self._acceptance.time.value)
+
+    @property
+    def _exit_gain(self) -> float:
+        """Speed of the exit's drafts relative to mode "full". 0 if they do not pay."""
+        if not self._exits or not self._may_lose("exit"):
+            return 0.0
+        prices = self._costs.prices(self._sequences)
+        acceptance = self._acceptance
+        rows = acceptance.exit_rows.value
+        heads = acceptance.exit_heads.value
+        seconds = prices.deep + (rows - 1) * prices.row + self._exit_seconds(rows, heads)
+        if self._sequences == 1:
+            seconds += acceptance.outside.value + heads * acceptance.exit_outside.value
+        gain = acceptance.exit_made.value * self._token_seconds / seconds
+        return gain if gain > RULE.margin else 0.0
