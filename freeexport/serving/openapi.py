@@ -1,9 +1,8 @@
-"""OpenAPI document of the server, generated from its request types, and an HTML page for it."""
+"""OpenAPI document of the server, generated from its request types."""
 
 from __future__ import annotations
 
 from functools import cache
-from html import escape
 from typing import Any
 
 import msgspec
@@ -76,10 +75,6 @@ STATUSES = {
     503: "The model is being loaded, or the server ends",
     504: "The server's time limit passed before the first token",
 }
-STYLE = """body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
-code{background:#f3f3f3;padding:.1em .3em}table{border-collapse:collapse;width:100%}
-td,th{text-align:left;vertical-align:top;border-bottom:1px solid #ddd;padding:.3em .6em}
-summary{cursor:pointer;margin:.5em 0}.verb{font-weight:bold;display:inline-block;width:4em}"""
 
 
 @cache
@@ -197,92 +192,3 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 def _nullable() -> dict[str, Any]:
     return {"type": ["string", "null"]}
-
-
-def page(made: dict[str, Any]) -> str:
-    """Render a document as a self-contained HTML page of all paths and their request fields."""
-    schemas = made["components"]["schemas"]
-    parts = []
-    for path, methods in made["paths"].items():
-        for verb, operation in methods.items():
-            head = (
-                f'<span class="verb">{verb.upper()}</span>'
-                f"<code>{escape(path)}</code> {escape(operation['summary'])}"
-            )
-            rows = ""
-            if body := operation.get("requestBody"):
-                (taken,) = body["content"].values()
-                schema = taken["schema"]
-                rows = _fields(
-                    schemas[schema["$ref"].removeprefix(REFERENCE)] if "$ref" in schema else schema,
-                    schemas,
-                )
-            statuses = ", ".join(
-                f"{code} {escape(one['description'])}"
-                for code, one in operation["responses"].items()
-            )
-            parts.append(
-                f"<details><summary>{head}</summary>{rows}<p>Statuses: {statuses}.</p></details>"
-            )
-    shown = [
-        name
-        for name, one in schemas.items()
-        if not name.endswith("Request") and one.get("properties")
-    ]
-    parts += ["<h2>Types</h2>"]
-    parts += [
-        f'<details id="{name}"><summary><code>{name}</code> '
-        f"{escape(schemas[name].get('description', ''))}</summary>"
-        f"{_fields(schemas[name], schemas)}</details>"
-        for name in shown
-    ]
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width">'
-        f"<title>freeexport's interface</title><style>{STYLE}</style>"
-        f"<h1>freeexport {escape(made['info']['version'])}</h1>"
-        "<p>OpenAI's interface, and fields of early exit. As a document: "
-        '<a href="openapi.json">openapi.json</a>.</p>'
-        f"{''.join(parts)}</html>\n"
-    )
-
-
-def _fields(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
-    needed = schema.get("required", ())
-    rows = "".join(
-        f"<tr><td><code>{escape(name)}</code>{' *' if name in needed else ''}</td>"
-        f"<td>{_kind(one, schemas)}</td></tr>"
-        for name, one in schema.get("properties", {}).items()
-    )
-    return f"<table><tr><th>field (* needed)</th><th>value</th></tr>{rows}</table>"
-
-
-def _kind(one: dict[str, Any], schemas: dict[str, Any]) -> str:
-    """Describe a schema in words, as HTML."""
-    if "$ref" in one:
-        name = one["$ref"].removeprefix(REFERENCE)
-        return (
-            " or ".join(map(_word, schemas[name]["enum"]))
-            if "enum" in schemas[name]
-            else f'<a href="#{name}">{name}</a>'
-        )
-    if "anyOf" in one:
-        return " or ".join(_kind(part, schemas) for part in one["anyOf"])
-    if "enum" in one:
-        return " or ".join(map(_word, one["enum"]))
-    text = escape(str(one.get("type", "anything")))
-    if one.get("type") == "array" and "items" in one and isinstance(one["items"], dict):
-        text = f"list of {_kind(one['items'], schemas)}"
-    limits = [
-        f"{words} {one[name]}"
-        for name, words in (("minimum", "from"), ("maximum", "to"))
-        if name in one
-    ]
-    limits += (
-        [f"default {_word(one['default'])}"] if one.get("default") not in (None, {}, []) else []
-    )
-    return f"{text} {', '.join(limits)}".strip()
-
-
-def _word(value: Any) -> str:
-    return f"<code>{escape(msgspec.json.encode(value).decode())}</code>"

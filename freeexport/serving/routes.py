@@ -69,7 +69,6 @@ def application(service: Service) -> Starlette:
         Route("/v2/models/{model:path}/ready", endpoints.model_ready),
         Route("/metrics", endpoints.metrics),
         Route("/openapi.json", endpoints.openapi),
-        Route("/docs", endpoints.docs),
     ]
     origins = list(service.options.origins)
     allow = Middleware(
@@ -265,10 +264,6 @@ class Endpoints:
 
     async def openapi(self, request: Request) -> Response:
         return json(openapi.document(self._service.options.api_key is not None))
-
-    async def docs(self, request: Request) -> Response:
-        made = openapi.document(self._service.options.api_key is not None)
-        return Response(openapi.page(made), media_type="text/html")
 
     async def _parsed(self, request: Request, kind: type[protocol.Body]) -> protocol.Body:
         self._authorize(request)
