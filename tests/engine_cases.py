@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from checkpoints import VOCAB_SIZE
 
-from freeexport.verification.engines import EnginePair, encode, pad, sample_batch
+from freeexport.verification.batches import pad, sample_batch
+from freeexport.verification.engines import EnginePair, encode
 from runtime.bundle.bundle import Bundle
 
 

@@ -231,7 +231,7 @@ def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | N
     """Compare BUNDLES with the GGUF file MODEL that they were converted from."""
     from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.checkpoints.transformers_model import reference_model
-    from freeexport.verification.reference import predictions_on, quality_of
+    from freeexport.verification.divergence import predictions_on, quality_of
 
     reference = reference_model(open_checkpoint(str(model)))
     size = model.stat().st_size

@@ -18,8 +18,8 @@ from freeexport.measure.table import environment
 from freeexport.system.child import PACKAGES
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page, table
+from freeexport.verification.batches import FULL, QUICK
 from freeexport.verification.checks import greedy_line, quality_line, sentence_of
-from freeexport.verification.engines import FULL, QUICK
 from freeexport.verification.equality import Equality, all_settings, check_equality, prompts_of
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from runtime.bundle.bundle import Bundle

@@ -28,7 +28,8 @@ from freeexport.checkpoints.examples import (
 )
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.system.progress import progress
-from freeexport.verification.reference import engine_of, hooked, layer_list
+from freeexport.verification.arithmetic import engine_of, hooked
+from freeexport.verification.reference import layer_list
 from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.quantization.inputs import round_4_bits_for

@@ -17,7 +17,7 @@ from typing import Any
 from freeexport.system.child import run_child
 from freeexport.system.jsonl import BrokenLine, read_requests
 from freeexport.system.progress import Advance, progress
-from freeexport.verification.engines import sample_ids
+from freeexport.verification.batches import sample_ids
 from runtime import GenerationResult, Session
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest

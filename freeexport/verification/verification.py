@@ -18,21 +18,19 @@ from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.output import write_whole
 from freeexport.system.progress import progress
-from freeexport.verification.checks import Check, sentence_of
-from freeexport.verification.engines import (
+from freeexport.verification.batches import (
     FULL,
     QUICK,
     Batch,
-    EnginePair,
     Extent,
-    Rows,
-    encode,
     rows_of,
     sample_batch,
     sample_ids,
     sample_sounds,
-    self_checks,
 )
+from freeexport.verification.checks import Check, sentence_of
+from freeexport.verification.engines import EnginePair, encode
+from freeexport.verification.row_parity import Rows, self_checks
 from graphs.families import describe
 from graphs.widen import fp32_copy
 from runtime import Session
@@ -161,12 +159,12 @@ class _Verification:
         Returns:
             The checks, and the quality of the first reading or on `data`.
         """
-        from freeexport.verification import reference
+        from freeexport.verification import arithmetic, divergence, reference
 
         manifest, exit_head = self.manifest, _exit_head(checkpoint, model, self.manifest.confidence)
-        with reference.Float64():
+        with arithmetic.Float64():
             truth = reference.States.of(model, manifest.exit_layer, batch, exit_head)
-        with reference.in_precision_of(manifest, model):
+        with arithmetic.in_precision_of(manifest, model):
             theirs = reference.States.of(model, manifest.exit_layer, batch, exit_head)
         prompts = None if encoded is None else reference.valid_rows(encoded, batch.prompt_lengths)
         read = [
@@ -182,11 +180,11 @@ class _Verification:
         whole = readings[0][0]
         followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
         bundle, exact, coarse = (states.deep[followed] for states in (ours, truth, theirs))
-        sample = reference.Predictions(
+        sample = divergence.Predictions(
             bundle, exact, coarse, batch.following(whole.index[followed])
         )
-        on = [sample] if data is None else reference.predictions_on(self.bundle, model, data)
-        quality = reference.quality_of(on, manifest.precision)
+        on = [sample] if data is None else divergence.predictions_on(self.bundle, model, data)
+        quality = divergence.quality_of(on, manifest.precision)
         return checks, {
             **asdict(quality),
             "perplexity_ratio": quality.perplexity_ratio,
@@ -199,7 +197,7 @@ class _Verification:
         Also measure how often shallow and deep predictions agree on the full model's own output.
         """
         from freeexport.measure.traces import Traces, trace_of
-        from freeexport.verification.reference import compare
+        from freeexport.verification.greedy import compare
 
         limit = min(
             FULL.tokens, self.manifest.encoder_capacity or max(1, self.manifest.capacity // 2)
@@ -347,7 +345,7 @@ def _tie(precision: Precision, checks: list[Check]) -> float | None:
     `generate` in fp32. None for quantized weights: such a bundle is a different model, so equal
     tokens are reported but not required, and quality is judged by the predictions.
     """
-    from freeexport.verification.reference import TIE
+    from freeexport.verification.greedy import TIE
 
     logits = [c for c in checks if c.tensor == "deep logits" and c.measure == "largest"]
     if precision == "fp16":

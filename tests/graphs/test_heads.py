@@ -14,7 +14,8 @@ from checkpoints import BY_NAME, VOCAB_SIZE, Bundles, Case
 from engine_cases import CONFIDENCES, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.verification.engines import EnginePair, encode, sample_batch
+from freeexport.verification.batches import sample_batch
+from freeexport.verification.engines import EnginePair, encode
 from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder

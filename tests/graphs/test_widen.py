@@ -11,7 +11,8 @@ import pytest
 from checkpoints import BY_NAME, Bundles
 from onnx import TensorProto
 
-from freeexport.verification.engines import EnginePair, encode, rows_of, sample_batch
+from freeexport.verification.batches import rows_of, sample_batch
+from freeexport.verification.engines import EnginePair, encode
 from graphs.widen import fp32_copy
 from runtime.bundle.bundle import Bundle
 

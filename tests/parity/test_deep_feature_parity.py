@@ -15,7 +15,8 @@ from draft_plans import draft_exits
 from exit_layer_case import with_feature
 from reference import Run, confidence_of
 
-from freeexport.verification.engines import Batch, EnginePair, encode
+from freeexport.verification.batches import Batch
+from freeexport.verification.engines import EnginePair, encode
 from runtime import GenerationResult, Session
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError

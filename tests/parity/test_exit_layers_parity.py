@@ -17,7 +17,8 @@ from reference import (
     replay,
 )
 
-from freeexport.verification.engines import Batch, EnginePair, encode, pad
+from freeexport.verification.batches import Batch, pad
+from freeexport.verification.engines import EnginePair, encode
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 

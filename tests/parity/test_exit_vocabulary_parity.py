@@ -19,7 +19,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.commands.inspect import command as inspect
 from freeexport.measure.threshold import fit
 from freeexport.training.exit_modules import Exit, KnownTokens, trained_exit
-from freeexport.verification.engines import QUICK
+from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import verify
 from runtime import Session
 from runtime.adaptation.adaptive_threshold import _sums

@@ -17,8 +17,8 @@ from freeexport.checkpoints.checkpoint import open_checkpoint, smollm2
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.verification.engines import FULL
-from freeexport.verification.reference import TIE, compare
+from freeexport.verification.batches import FULL
+from freeexport.verification.greedy import TIE, compare
 from runtime import FreeExportError, Session
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -43,7 +43,7 @@ from freeexport.measure.sources import fitting_prompts
 from freeexport.measure.traces import ReplaySession, trace_of
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
-from freeexport.verification.engines import QUICK
+from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import failure, verify
 from graphs.families import describe
 from runtime import Bundle, OptionError, PromptError, Session

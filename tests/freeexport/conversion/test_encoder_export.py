@@ -13,7 +13,7 @@ from freeexport.checkpoints.checkpoint import CheckpointError
 from freeexport.conversion import encoder_export
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.verification.reference import TIE, compare
+from freeexport.verification.greedy import TIE, compare
 from freeexport.verification.verification import failure, verify
 from graphs.errors import UnsupportedModelError
 from runtime import Bundle, Session

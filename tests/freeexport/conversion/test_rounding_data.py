@@ -22,7 +22,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion import rounding_data
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.rounding_data import RoundedWeights, round_for_text
-from freeexport.verification.reference import predictions_on, quality_of
+from freeexport.verification.divergence import predictions_on, quality_of
 from graphs.engine_options import EngineOptions
 from graphs.families import describe
 from graphs.quantization.inputs import round_4_bits_for

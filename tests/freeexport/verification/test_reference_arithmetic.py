@@ -10,15 +10,9 @@ import pytest
 import torch
 from checkpoints import BY_NAME, PROMPTS, Case
 
+from freeexport.verification.arithmetic import BITS, Float64, coarsening, rounding
 from freeexport.verification.checks import Check
-from freeexport.verification.reference import (
-    BITS,
-    Float64,
-    States,
-    coarsening,
-    rounding,
-    state_checks,
-)
+from freeexport.verification.reference import States, state_checks
 from runtime.bundle.manifest import EnginePrecision, Precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
