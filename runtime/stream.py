@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
+from numbers import Integral
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from runtime.errors import BatchError
 from runtime.result import GenerationResult, Stats, Token
@@ -242,6 +243,16 @@ class AsyncStream(_Reader, AsyncIterator[Token]):
             self._sequence.abandoned = True
             raise
         return self._take(token)
+
+
+def is_list_of_prompts(prompt: Any) -> bool:
+    """Return True for a list of texts, lists or arrays.
+
+    A list of token ids or of messages is one prompt.
+    """
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return False
+    return not isinstance(prompt[0], (Integral, float, Mapping))
 
 
 class PromptList:

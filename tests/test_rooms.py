@@ -47,7 +47,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "sequence": "generation model languages speech decoding text options result metrics",
         "scheduler": "sequence batching decoding engines adaptation",
         "stream": "scheduler sequence text result",
-        "session": "speech stream scheduler batching sequence model thresholds decoding tensorrt cuda engines "
+        "placement": "tensorrt cuda engines bundle machine options",
+        "session": "placement speech stream scheduler batching sequence model thresholds decoding engines "
         "adaptation text bundle machine options option_keywords result metrics",
     },
     "freeexport": {

@@ -14,15 +14,9 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
+from freeexport.serving.errors import ApiError, api_error, draining, invalid
 from freeexport.serving.grammar_trial import GrammarTrial
-from freeexport.serving.protocol import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    api_error,
-    draining,
-    invalid,
-)
+from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from freeexport.serving.replies import Reply
 from freeexport.serving.service import Record
 from freeexport.serving.tools import CallForm, constraint, form_of, shown

@@ -19,7 +19,7 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from freeexport.serving.protocol import ApiError
+from freeexport.serving.errors import ApiError
 from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError, one_line
 from runtime.text.grammar import Grammars

@@ -8,9 +8,8 @@ from typing import Any
 import msgspec
 
 from freeexport import __version__
+from freeexport.serving.parsing import HARMLESS, NEUTRAL
 from freeexport.serving.protocol import (
-    HARMLESS,
-    NEUTRAL,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,

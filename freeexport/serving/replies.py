@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest
+from freeexport.serving.errors import ApiError
+from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from freeexport.serving.tools import CallReader, form_of, read_calls
 from runtime import GenerationResult, Session, Token
 

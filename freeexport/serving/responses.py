@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from freeexport.serving.errors import ApiError, invalid, unsupported
 from freeexport.serving.protocol import (
-    ApiError,
     ChatRequest,
     CompletionRequest,
     Count,
@@ -28,8 +28,6 @@ from freeexport.serving.protocol import (
     Tool,
     ToolCall,
     ToolChoice,
-    invalid,
-    unsupported,
 )
 from freeexport.serving.replies import REASONS, Reply, usage, with_end
 from freeexport.serving.tools import CallReader

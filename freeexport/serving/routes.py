@@ -26,9 +26,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freeexport.serving import openapi, protocol
+from freeexport.serving.errors import ApiError, api_error, draining, invalid
 from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
 from freeexport.serving.metrics import SessionCollector
-from freeexport.serving.protocol import ApiError, api_error, invalid
+from freeexport.serving.parsing import Body, parse
 from freeexport.serving.replies import Reply
 from freeexport.serving.responses import ResponseReply, ResponseRequest
 from freeexport.serving.service import Record, Service
@@ -195,7 +196,7 @@ class Endpoints:
             if result.finish_reason == "deadline":
                 raise _late(options.deadline)
             if result.interrupted:
-                raise protocol.draining()
+                raise draining()
         except BaseException as error:
             return _failed(record, error)
         record.end(200)
@@ -265,12 +266,10 @@ class Endpoints:
     async def openapi(self, request: Request) -> Response:
         return json(openapi.document(self._service.options.api_key is not None))
 
-    async def _parsed(self, request: Request, kind: type[protocol.Body]) -> protocol.Body:
+    async def _parsed(self, request: Request, kind: type[Body]) -> Body:
         self._authorize(request)
         most = self._service.options.max_body
-        return protocol.parse(
-            await read_body(request, LARGEST_BODY if most is None else most), kind
-        )
+        return parse(await read_body(request, LARGEST_BODY if most is None else most), kind)
 
     def _authorize(self, request: Request) -> None:
         key = self._service.options.api_key

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from freeexport.serving.errors import ApiError, draining
 from freeexport.serving.grammar_trial import GrammarTrial
-from freeexport.serving.protocol import ApiError, draining
 from runtime import GenerationResult, OptionError, Session, SessionOptions
 from runtime.options import Mode
 

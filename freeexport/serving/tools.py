@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from freeexport.serving.protocol import ChatRequest, CompletionRequest, Tool, invalid
+from freeexport.serving.errors import invalid
+from freeexport.serving.protocol import ChatRequest, CompletionRequest, Tool
 from runtime import OptionError
 from runtime.checks import check_schema
 from runtime.text.grammar import JSON_FORM, written_form

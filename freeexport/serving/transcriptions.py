@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from email.message import Message
 from typing import Any, Literal
 
-from freeexport.serving.protocol import ApiError, invalid
+from freeexport.serving.errors import ApiError, invalid
 from runtime import GenerationResult, Segment, SpeechOptions
 from runtime.options import Mode
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from freeexport.serving import grammar_trial
+from freeexport.serving.errors import ApiError
 from freeexport.serving.grammar_trial import GrammarTrial
-from freeexport.serving.protocol import ApiError
 from runtime import OptionError
 
 pytest.importorskip("llguidance")

@@ -21,7 +21,9 @@ import httpx
 import pytest
 from running_server import MESSAGES, Running, command, eventually, read, status
 
-from freeexport.serving.protocol import ApiError, ChatRequest, parse
+from freeexport.serving.errors import ApiError
+from freeexport.serving.parsing import parse
+from freeexport.serving.protocol import ChatRequest
 from freeexport.serving.server import LogWriter
 from runtime import GenerationOptions
 

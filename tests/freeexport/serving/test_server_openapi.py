@@ -17,7 +17,7 @@ from profiles import SEARCH, TIMES
 from running_server import Running
 
 from freeexport.serving.openapi import POST, document
-from freeexport.serving.protocol import HARMLESS, NEUTRAL
+from freeexport.serving.parsing import HARMLESS, NEUTRAL
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
 

@@ -7,7 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest, api_error, parse
+from freeexport.serving.errors import ApiError, api_error
+from freeexport.serving.parsing import parse
+from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from runtime import EngineError, OptionError, PromptError, QueueFullError
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}

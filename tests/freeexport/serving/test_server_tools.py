@@ -15,7 +15,9 @@ import pytest
 from pydantic import BaseModel
 from running_server import MESSAGES, Running, running
 
-from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest, parse
+from freeexport.serving.errors import ApiError
+from freeexport.serving.parsing import parse
+from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from freeexport.serving.tools import CallForm, CallReader, calls_grammar, constraint, form_of, read_calls, shown
 from runtime import Session
 from runtime.text.grammar import Grammars

@@ -9,7 +9,7 @@ import pytest
 from running_server import Running, status
 from test_server_hostile import SOON, health_watched
 
-from freeexport.serving.protocol import ApiError
+from freeexport.serving.errors import ApiError
 from freeexport.serving.transcriptions import LARGEST_TEXT, MOST_PARTS, form_fields
 
 KIND = "multipart/form-data; boundary=line"

@@ -13,7 +13,8 @@ from fake_cuda import Access, FakeCuda, Race
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cuda.driver import Cuda, CudaStream, DeviceArray
+from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.driver import Cuda, CudaStream
 from runtime.cuda.runner import SPARE_EVENTS, CudaRunner
 from runtime.errors import CapacityError, DeviceError
 
