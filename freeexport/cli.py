@@ -86,7 +86,7 @@ class Verbs(click.Group):
         try:
             return super().make_context(*args, **kwargs)
         except KeyboardInterrupt as error:  # click would print "Aborted!" and exit with 1
-            click.echo(f"error: {describe(error)}", err=True)
+            click.echo(f"error: {error_message(error)}", err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -100,7 +100,7 @@ class Verbs(click.Group):
                     traceback.print_exc()
                 if interrupted and not isinstance(error, FreeExportError):
                     error = KeyboardInterrupt()
-                reason = describe(error, ctx.invoked_subcommand)
+                reason = error_message(error, ctx.invoked_subcommand)
                 if not tell_parent(reason):
                     click.echo(f"error: {reason}", err=True)
                 ctx.exit(INTERRUPTED if isinstance(error, (KeyboardInterrupt, click.Abort)) else 1)
@@ -133,7 +133,7 @@ def _interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def describe(error: BaseException, verb: str | None = None) -> str:
+def error_message(error: BaseException, verb: str | None = None) -> str:
     """Describe an error of `verb` and its remedy on one line, without the leading `error:`."""
     return " ".join(line.strip() for line in _explain(error, verb).splitlines() if line.strip())
 

@@ -15,7 +15,7 @@ from graphs.description import (
     Activation,
     Attention,
     Description,
-    Encoder,
+    EncoderStack,
     Linear,
     Norm,
     Spectrogram,
@@ -292,7 +292,7 @@ def _shapes(
             rank = weights.shape(adapter.down.weight)[0]
             norms.append((adapter.norm, width))
             linears += [(adapter.down, rank, width), (adapter.up, width, rank)]
-    if isinstance(description.encoder, Encoder):
+    if isinstance(description.encoder, EncoderStack):
         norms.append((description.encoder.norm, width))
         layers += description.encoder.layers
         if isinstance(description.encoder.embedding, Spectrogram):

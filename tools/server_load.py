@@ -137,7 +137,7 @@ def gaps(done: Sequence[Sequence[float]]) -> list[float]:
     return [later - earlier for times in done for earlier, later in itertools.pairwise(times[1:])]
 
 
-def percentiles(seconds: Sequence[float]) -> str:
+def format_percentiles(seconds: Sequence[float]) -> str:
     return " ".join(f"{1e3 * value:8.1f}" for value in np.percentile(seconds, (50, 95, 99)))
 
 
@@ -202,8 +202,8 @@ def latency(url: str, clients: int, seconds: float, tokens: int, name: str) -> d
     share = (time.process_time() - own) / took
     first = [times[1] - times[0] for times in done if times[1:]]
     between = gaps(done)
-    row = f"{clients:7} {len(done):9} {speed:9.1f}  {percentiles(first)}    {percentiles(between)}"
-    click.echo(f"{row}    {share:4.2f}  {name}")
+    row = f"{clients:7} {len(done):9} {speed:9.1f}  {format_percentiles(first)}"
+    click.echo(f"{row}    {format_percentiles(between)}    {share:4.2f}  {name}")
     found = {
         "first_token_ms": 1e3 * float(np.median(first)),
         "between_tokens_ms": 1e3 * float(np.median(between)),
@@ -286,7 +286,7 @@ def main(
             between = asyncio.run(beside_long_prompt(url, 4 * tokens, arrives))
             what = f"beside a prompt of {LONG_PROMPT} tokens" if arrives else "alone"
             click.echo(
-                f"{STREAMS} streams {what}, between tokens ms: {percentiles(between)}, "
+                f"{STREAMS} streams {what}, between tokens ms: {format_percentiles(between)}, "
                 f"at most {max(between):.3f} s"
             )
 

@@ -74,8 +74,8 @@ class Kernel(NamedTuple):
         return KINDS.get(self.operator, "glue")
 
 
-class Profile(NamedTuple):
-    """Profile of a bundle.
+class BundleProfile(NamedTuple):
+    """Time per token of a bundle, by engine and kernel.
 
     Attributes:
         name: Name of the bundle.
@@ -146,7 +146,7 @@ def _shape(noted: dict[str, Any]) -> str:
     return " -> ".join(str(dimensions[-1]) if dimensions else "?" for dimensions in first)
 
 
-def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
+def profile(path: Path, threads: int, context: int, tokens: int) -> BundleProfile:
     """Profile a bundle. Seconds are medians over rounds, per token after the first.
 
     Args:
@@ -190,10 +190,10 @@ def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
             )
             # Skip the calls that bind and warm up.
             kernels[name], noting[name] = typical(calls(events)[2 - tokens :])
-    return Profile(path.name, opened, whole / (tokens - 1), engines, kernels, noting)
+    return BundleProfile(path.name, opened, whole / (tokens - 1), engines, kernels, noting)
 
 
-def table(found: Profile, least: float) -> str:
+def format_profile(found: BundleProfile, least: float) -> str:
     """Format microseconds per token by engine and kind, and the kernels above a share `least`."""
     engines = sum(found.engines.values())
     every = [kernel for kernels in found.kernels.values() for kernel in kernels]
@@ -243,7 +243,7 @@ def main(
     with other_load() as load:
         found = [profile(path, threads, context, tokens) for path in bundles]
     for item in found:
-        click.echo(table(item, least / 100))
+        click.echo(format_profile(item, least / 100))
     for name, text in about(environment(), threads):
         click.echo(f"{name}: {text}")
     if load_note(load.cores):

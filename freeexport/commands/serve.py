@@ -120,14 +120,14 @@ def command(bundles: tuple[Path, ...], host: str, port: int, **options: Any) -> 
       freeexport serve bundle --port 8000
       curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "g2p: hello world"}'
     """
-    from freeexport.serving.server import run
+    from freeexport.serving.server import run_server
     from freeexport.serving.service import ServerOptions
 
     session = {name: options.pop(name) for name in SESSION}
     if session["prefix_cache_mb"] is None:
         session["prefix_cache_mb"] = PREFIX_CACHE_MB if session["device"] == "cpu" else 0
     key = os.environ.get(KEY) or None
-    run(
+    run_server(
         ServerOptions(bundles, session=SessionOptions(**session), api_key=key, **options),
         host,
         port,

@@ -20,7 +20,7 @@ from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page, table
 from freeexport.verification.batches import FULL, QUICK
 from freeexport.verification.checks import greedy_line, quality_line, sentence_of
-from freeexport.verification.equality import Equality, all_settings, check_equality, prompts_of
+from freeexport.verification.equality import Equality, all_settings, check_equality, prompt_ids
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from runtime.bundle.bundle import Bundle
 from runtime.kernels import supported
@@ -164,7 +164,7 @@ def _compare(
 
     After an interrupt the partial result is shown.
     """
-    prompts = prompts_of(bundle, file)
+    prompts = prompt_ids(bundle, file)
     settings = len(all_settings()) * max(1, len(sets))
     outcome = Equality(tokens, 0)
     try:

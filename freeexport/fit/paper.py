@@ -18,7 +18,7 @@ from freeexport.measure.evaluate import Evaluation
 from freeexport.measure.quality import RESAMPLES, Row, speed_interval
 from freeexport.measure.settings import Method
 from freeexport.measure.table import Sheet, markdown, plus_minus
-from freeexport.metrics import Metric, bounded, draws
+from freeexport.task_metrics import Metric, bounded, draws
 
 SEEDS = (0, 1, 2)
 # For each training, its loss and the methods that decode its bundle. The first has no exit, and all

@@ -44,12 +44,12 @@ from freeexport.measure.quality import Row, speed_interval
 from freeexport.measure.settings import RUN, EvaluateOptions, Method
 from freeexport.measure.table import Sheet
 from freeexport.measure.timing import interleave
-from freeexport.metrics import metric_of
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.load import load_note, other_load
 from freeexport.system.output import check_output, link_or_copy, output_directory, write_whole
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import BY_PARENT, Advance, duration, progress
+from freeexport.task_metrics import metric_of
 from freeexport.training.options import DISTILLING
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from runtime.bundle.beta import NEVER_EXIT

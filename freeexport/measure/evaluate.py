@@ -42,11 +42,11 @@ from freeexport.measure.table import (
     sheet,
 )
 from freeexport.measure.timing import interleave
-from freeexport.metrics import Metric, Reference, metric_of
 from freeexport.system.jsonl import Request
 from freeexport.system.load import OtherLoad, load_note
 from freeexport.system.output import write_whole
 from freeexport.system.page import save_figure
+from freeexport.task_metrics import Metric, Reference, metric_of
 from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle, sha256_of

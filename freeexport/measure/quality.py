@@ -15,7 +15,7 @@ import numpy as np
 from freeexport.costs.bytes import ByteModel, Calls
 from freeexport.measure.settings import WITHOUT_EXIT, Entry, Record, Setting
 from freeexport.measure.timing import spread
-from freeexport.metrics import Metric, Reference, bounded, draws
+from freeexport.task_metrics import Metric, Reference, bounded, draws
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95

@@ -14,9 +14,9 @@ import numpy as np
 
 from freeexport.checkpoints.examples import DataError
 from freeexport.measure.traces import ReplaySession, TraceCache, Traces, trace_of
-from freeexport.metrics import Reference
 from freeexport.system.jsonl import Request
 from freeexport.system.progress import progress
+from freeexport.task_metrics import Reference
 from runtime import Session
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import is_calibration

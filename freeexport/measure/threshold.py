@@ -13,8 +13,8 @@ import numpy as np
 from scipy.stats import binom
 
 from freeexport.measure.traces import Traces
-from freeexport.metrics import Metric, Reference, check_name, draws, metric_of, scores
 from freeexport.system.progress import progress
+from freeexport.task_metrics import Metric, Reference, check_name, draws, metric_of, scores
 from runtime import Session
 from runtime.adaptation.adaptive_threshold import ZETA, Moments, paper_threshold
 from runtime.bundle.beta import NEVER_EXIT, UNIFORM, BetaMixture, LogSums, most_likely, threshold_at

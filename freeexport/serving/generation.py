@@ -18,8 +18,8 @@ from freeexport.serving.errors import ApiError, api_error, draining, invalid
 from freeexport.serving.grammar_trial import GrammarTrial
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from freeexport.serving.replies import Reply
-from freeexport.serving.service import Record
-from freeexport.serving.tools import CallForm, constraint, form_of, shown
+from freeexport.serving.service import RequestLog
+from freeexport.serving.tools import CallForm, constraint, form_of, tools_as_text
 from runtime import (
     AsyncStream,
     GenerationOptions,
@@ -57,7 +57,7 @@ class ClientGone(Exception):
 
 
 @dataclass(frozen=True)
-class Generation:
+class Choices:
     """Running choices of one request.
 
     Attributes:
@@ -115,7 +115,7 @@ async def begin(
     request: Generating,
     mode: Mode | None,
     deadline: float | None,
-) -> Generation:
+) -> Choices:
     """Encode the prompts and queue all choices of a request.
 
     If one choice cannot be queued, none is.
@@ -147,7 +147,7 @@ async def begin(
         read = prompts
         tools = [msgspec.to_builtins(tool) for tool in request.offered]
         if isinstance(request, ChatRequest) and not form.shown:
-            read = [shown(messages, tools, form) for messages in prompts]
+            read = [tools_as_text(messages, tools, form) for messages in prompts]
             tools = []
         encoded = [
             session.encode(prompt, tools=tools, src_lang=given.src_lang, tgt_lang=given.tgt_lang)
@@ -175,7 +175,7 @@ async def begin(
         if options.deadline is None
         else (408 if options.deadline == request.free.deadline else 504, options.deadline)
     )
-    generation = Generation([], [len(ids) for ids in encoded], ends)
+    generation = Choices([], [len(ids) for ids in encoded], ends)
     try:
         for ids, limit in zip(encoded, limits, strict=True):
             for number in range(request.n):
@@ -219,7 +219,7 @@ class EventStream:
     """
 
     def __init__(
-        self, generation: Generation, reply: Reply, request: Generating, record: Record
+        self, generation: Choices, reply: Reply, request: Generating, record: RequestLog
     ) -> None:
         self._generation = generation
         self._reply = reply

@@ -107,7 +107,7 @@ class ToolChoice(msgspec.Struct):
     function: Named
 
 
-class Request(msgspec.Struct, kw_only=True):
+class GenerationRequest(msgspec.Struct, kw_only=True):
     """Fields shared by chats and completions."""
 
     model: str | None = None
@@ -216,12 +216,12 @@ class Request(msgspec.Struct, kw_only=True):
         )
 
 
-class Part(msgspec.Struct):
+class ContentPart(msgspec.Struct):
     type: str
     text: str | None = None
 
 
-def joined(content: str | list[Part], where: str) -> str:
+def content_text(content: str | list[ContentPart], where: str) -> str:
     """Join the text parts of a content.
 
     Raises:
@@ -250,7 +250,7 @@ class ToolCall(msgspec.Struct):
 
 class Message(msgspec.Struct):
     role: str
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], msgspec.Meta(max_length=128)] | None = None
     tool_call_id: str | None = None
@@ -284,7 +284,7 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
         role = "system" if message.role == "developer" else message.role
         told: dict[str, Any] = {
             "role": role,
-            "content": joined(message.content or "", f"{where}.content"),
+            "content": content_text(message.content or "", f"{where}.content"),
         }
         if calls:
             told["tool_calls"] = [
@@ -315,14 +315,14 @@ def _call(call: ToolCall, where: str) -> dict[str, Any]:
     }
 
 
-class Prediction(msgspec.Struct, forbid_unknown_fields=True):
+class PredictedContent(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["content"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
 
 
-class ChatRequest(Request, kw_only=True):
+class ChatRequest(GenerationRequest, kw_only=True):
     messages: Messages
-    prediction: Prediction | None = None
+    prediction: PredictedContent | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_LOGPROBS)] = 0
@@ -394,7 +394,9 @@ class ChatRequest(Request, kw_only=True):
     @property
     def expected(self) -> str:
         return (
-            "" if self.prediction is None else joined(self.prediction.content, "prediction.content")
+            ""
+            if self.prediction is None
+            else content_text(self.prediction.content, "prediction.content")
         )
 
     @property
@@ -402,7 +404,7 @@ class ChatRequest(Request, kw_only=True):
         return [plain(self.messages)]
 
 
-class CompletionRequest(Request, kw_only=True):
+class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: str | list[int | str | list[int]]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
     echo: bool = False

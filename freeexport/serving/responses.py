@@ -15,6 +15,7 @@ from freeexport.serving.errors import ApiError, invalid, unsupported
 from freeexport.serving.protocol import (
     ChatRequest,
     CompletionRequest,
+    ContentPart,
     Count,
     Free,
     Function,
@@ -22,7 +23,6 @@ from freeexport.serving.protocol import (
     JsonSchema,
     Message,
     Named,
-    Part,
     ResponseFormat,
     StreamOptions,
     Tool,
@@ -41,11 +41,11 @@ class InputItem(msgspec.Struct, kw_only=True):
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: str = ""
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     call_id: str = ""
     name: str = ""
     arguments: str = ""
-    output: str | list[Part] | None = None
+    output: str | list[ContentPart] | None = None
 
 
 class FunctionTool(Function, kw_only=True):
@@ -56,7 +56,7 @@ class FunctionChoice(Named):
     type: Literal["function"]
 
 
-class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class ResponseTextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str = ""
     schema: dict[str, Any] = {}
@@ -65,7 +65,7 @@ class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Text(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    format: TextFormat = msgspec.field(default_factory=TextFormat)
+    format: ResponseTextFormat = msgspec.field(default_factory=ResponseTextFormat)
 
 
 class ResponseRequest(msgspec.Struct, kw_only=True):

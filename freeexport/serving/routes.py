@@ -28,11 +28,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from freeexport.serving import openapi, protocol
 from freeexport.serving.errors import ApiError, api_error, draining, invalid
 from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
-from freeexport.serving.metrics import SessionCollector
 from freeexport.serving.parsing import Body, parse
+from freeexport.serving.prometheus import SessionCollector
 from freeexport.serving.replies import Reply
 from freeexport.serving.responses import ResponseReply, ResponseRequest
-from freeexport.serving.service import Record, Service
+from freeexport.serving.service import RequestLog, Service
 from freeexport.serving.transcriptions import LARGEST_AUDIO, Transcription, form_fields
 from runtime import FreeExportError, PromptError, Session
 from runtime.audio import RATE, LateError, read_audio
@@ -130,7 +130,7 @@ class Endpoints:
         request: Request,
         kind: type[protocol.ChatRequest] | type[protocol.CompletionRequest] | type[ResponseRequest],
     ) -> Any:
-        record = Record(self._service, request.scope["path"])
+        record = RequestLog(self._service, request.scope["path"])
         options = self._service.options
         try:
             given = await self._parsed(request, kind)
@@ -167,7 +167,7 @@ class Endpoints:
     async def _transcribe(
         self, request: Request, task: Literal["transcribe", "translate"]
     ) -> Response:
-        record = Record(self._service, request.scope["path"])
+        record = RequestLog(self._service, request.scope["path"])
         options = self._service.options
         try:
             self._authorize(request)
@@ -304,7 +304,7 @@ def _late(seconds: float | None) -> ApiError:
     return ApiError(504, f"{limit}; send a shorter sound", "deadline_exceeded", again=False)
 
 
-def _failed(record: Record, error: BaseException) -> Response:
+def _failed(record: RequestLog, error: BaseException) -> Response:
     """End the record of a failed request. Return status 499 if the client has disconnected.
 
     Raises:

@@ -213,7 +213,7 @@ async def serve(
         service.close()
 
 
-def run(options: ServerOptions, host: str, port: int) -> None:
+def run_server(options: ServerOptions, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT, then drain. A second signal exits at once.
 
     Raises:

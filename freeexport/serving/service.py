@@ -75,7 +75,7 @@ class ServerOptions:
             )
 
 
-class Record:
+class RequestLog:
     """Log line of one request. Shutdown waits until `end` is called.
 
     Attributes:
@@ -133,7 +133,7 @@ class Service:
         self.state: State = "loading"
         self.created = int(time.time())
         self.responses: Counter[tuple[str, int]] = Counter()
-        self.running: set[Record] = set()
+        self.running: set[RequestLog] = set()
         self.idle = asyncio.Event()
         self.idle.set()
         self._open = ExitStack()

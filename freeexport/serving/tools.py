@@ -155,7 +155,7 @@ def _check(field: str, schema: Any) -> None:
         raise invalid(field, str(error)) from None
 
 
-def shown(
+def tools_as_text(
     messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], form: CallForm
 ) -> list[dict[str, Any]]:
     """Rewrite messages for a chat template that does not support tools.

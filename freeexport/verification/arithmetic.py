@@ -33,11 +33,13 @@ def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractConte
     if manifest.quantization is not None:
         engines = {engine.engine: engine for engine in manifest.quantization.engines}
         exit_layer = manifest.exit_layer
-        return coarsening(
+        return add_quantization_errors(
             model, lambda name: engines.get(engine_of(name, exit_layer)), manifest.target == "cpu"
         )
     return (
-        rounding(model, BITS[manifest.precision]) if manifest.precision in BITS else nullcontext()
+        round_outputs(model, BITS[manifest.precision])
+        if manifest.precision in BITS
+        else nullcontext()
     )
 
 
@@ -87,7 +89,7 @@ def hooked(hooks: Iterable[Any]) -> Iterator[None]:
             hook.remove()
 
 
-def rounding(model: Any, bits: int) -> AbstractContextManager[None]:
+def round_outputs(model: Any, bits: int) -> AbstractContextManager[None]:
     """Round the output of every leaf module to `bits` of significand, with the range of float32."""
 
     def rounded(item: Any) -> Any:
@@ -103,7 +105,7 @@ def rounding(model: Any, bits: int) -> AbstractContextManager[None]:
     )
 
 
-def coarsening(
+def add_quantization_errors(
     model: Any, precision_of: Callable[[str], EnginePrecision | None], activations: bool
 ) -> AbstractContextManager[None]:
     """Add random errors to every linear layer, as from quantization.

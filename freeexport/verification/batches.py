@@ -130,7 +130,7 @@ def mask_of(lengths: np.ndarray, width: int) -> np.ndarray:
     return (np.arange(width)[None] < lengths[:, None]).astype(np.int64)
 
 
-def rows_of(lengths: np.ndarray | None, width: int) -> np.ndarray:
+def valid_indices(lengths: np.ndarray | None, width: int) -> np.ndarray:
     """Return flat indices of the valid rows of a padded batch."""
     assert lengths is not None
     return np.flatnonzero(mask_of(lengths, width))

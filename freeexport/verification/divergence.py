@@ -11,8 +11,8 @@ import numpy as np
 
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples, recording_of
 from freeexport.verification.arithmetic import in_precision_of
-from freeexport.verification.batches import Batch, pad, rows_of
-from freeexport.verification.engines import EnginePair, encode
+from freeexport.verification.batches import Batch, pad, valid_indices
+from freeexport.verification.engines import EnginePair, encode_prompts
 from freeexport.verification.reference import forward
 from freeexport.verification.row_parity import Moved
 from runtime.bundle.bundle import Bundle
@@ -125,9 +125,11 @@ def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path) -> Iterat
         return found
 
     for batch in _batches(bundle, data):
-        pair = EnginePair(bundle, len(batch.tokens), threads, encode(bundle, batch, threads)[0])
+        pair = EnginePair(
+            bundle, len(batch.tokens), threads, encode_prompts(bundle, batch, threads)[0]
+        )
         deep = pair.deep(pair.shallow(batch.tokens, batch.lengths)["hidden"], batch.lengths)
-        rows = rows_of(np.maximum(batch.lengths - 1, 0), batch.width)
+        rows = valid_indices(np.maximum(batch.lengths - 1, 0), batch.width)
         rows = rows[rows % batch.width >= given]
         theirs = coarse = logits(batch, rows)
         if bundle.manifest.precision != "fp32":

@@ -14,7 +14,7 @@ from runtime.engines.runner import Encoder
 from runtime.machine.machine import usable_cores
 
 
-def encode(
+def encode_prompts(
     bundle: Bundle, batch: Batch, threads: int | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Return the cross-attention inputs of a padded batch, and the encoder's output.

@@ -71,7 +71,7 @@ _SUBJECTS = (
 
 
 @dataclass(frozen=True)
-class Setting:
+class DecodingSetting:
     """A way to decode requests.
 
     Attributes:
@@ -192,7 +192,7 @@ class Equality:
         }
 
 
-def all_settings() -> list[Setting]:
+def all_settings() -> list[DecodingSetting]:
     """Return every setting.
 
     Rollback reverts uncertain tokens, so its tokens equal those of mode full.
@@ -208,23 +208,32 @@ def all_settings() -> list[Setting]:
     }
     pair = {"full": full, "lossless, both drafts": both}
     return [
-        *(Setting(name, options) for name, options in modes.items() if name != "full"),
-        *(Setting(f"{name}, 2 threads", options, threads=2) for name, options in modes.items()),
-        *(Setting(f"{name}, warm cache", options, warm=True) for name, options in modes.items()),
+        *(DecodingSetting(name, options) for name, options in modes.items() if name != "full"),
         *(
-            Setting(f"{name}, prompt in pieces", options, pieces=True)
+            DecodingSetting(f"{name}, 2 threads", options, threads=2)
+            for name, options in modes.items()
+        ),
+        *(
+            DecodingSetting(f"{name}, warm cache", options, warm=True)
+            for name, options in modes.items()
+        ),
+        *(
+            DecodingSetting(f"{name}, prompt in pieces", options, pieces=True)
             for name, options in pair.items()
         ),
         *(
-            Setting(f"{name}, batch {size}", options, size)
+            DecodingSetting(f"{name}, batch {size}", options, size)
             for size in BATCHES
             for name, options in pair.items()
         ),
         *(
-            Setting(f"{name}, batch 4, warm cache", options, 4, warm=True)
+            DecodingSetting(f"{name}, batch 4, warm cache", options, 4, warm=True)
             for name, options in pair.items()
         ),
-        *(Setting(f"{name}, ids alone", options, logprobs=False) for name, options in pair.items()),
+        *(
+            DecodingSetting(f"{name}, ids alone", options, logprobs=False)
+            for name, options in pair.items()
+        ),
     ]
 
 
@@ -285,7 +294,7 @@ def between(first: Sequence[Answer], second: Sequence[Answer], one: str, other: 
     return row
 
 
-def prompts_of(bundle: Bundle, file: Path | None) -> list[list[int]]:
+def prompt_ids(bundle: Bundle, file: Path | None) -> list[list[int]]:
     """Return the prompts of a JSONL file, or built-in ones, as token ids.
 
     Raises:
@@ -362,7 +371,7 @@ def _planned(
 
 
 def _compare(
-    bundle: Bundle, plan: _Plan, settings: Sequence[Setting], prompts: list[list[int]]
+    bundle: Bundle, plan: _Plan, settings: Sequence[DecodingSetting], prompts: list[list[int]]
 ) -> Iterator[Equality]:
     total = plan.shares[0]
     shares = [len(range(number, total, len(settings))) for number in range(len(settings))]
@@ -405,7 +414,7 @@ def _reference(
     requests = list[list[int]]()
     answers = list[Answer]()
     history: list[int] = []
-    with _session(bundle, Setting("full", {})) as session:
+    with _session(bundle, DecodingSetting("full", {})) as session:
         for number in range(count):
             turn = number % TURNS
             conversation = number // TURNS
@@ -427,7 +436,7 @@ def _reference(
 
 
 def _decoded(
-    bundle: Bundle, setting: Setting, requests: list[list[int]], answer: int
+    bundle: Bundle, setting: DecodingSetting, requests: list[list[int]], answer: int
 ) -> Iterator[GenerationResult]:
     options = _asked(setting.options, answer, setting.logprobs)
     # Several batches at once, so that requests join and leave the batch.
@@ -440,7 +449,7 @@ def _decoded(
             yield from session.generate(requests[first : first + together], **options)
 
 
-def _session(bundle: Bundle, setting: Setting) -> Session:
+def _session(bundle: Bundle, setting: DecodingSetting) -> Session:
     cache = CACHE_MB if setting.warm else 0
     return Session(bundle.path, threads=setting.threads, slots=setting.batch, prefix_cache_mb=cache)
 
@@ -466,7 +475,7 @@ def _main(path: str, tokens: str, file: str) -> None:
     It includes the answers of the reference.
     """
     bundle = Bundle.open(Path(path))
-    prompts = prompts_of(bundle, Path(file) if file else None)
+    prompts = prompt_ids(bundle, Path(file) if file else None)
     *_, outcome = check_equality(bundle, int(tokens), prompts)
     answers = [(answer.ids, answer.logprobs) for answer in outcome.answers]
     print(json.dumps({**outcome.to_json(), "answers": answers, "reads_alike": outcome.reads_alike}))

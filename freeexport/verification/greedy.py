@@ -57,7 +57,7 @@ class Comparison:
         )
 
 
-def compare(
+def compare_greedy(
     session: Session,
     model: Any,
     prompts: Sequence[Sequence[int] | SpeechPrompt],

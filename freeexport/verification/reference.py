@@ -11,7 +11,7 @@ import torch
 
 from freeexport.training.exit_modules import Encoded
 from freeexport.training.shallow_deep import layer_list
-from freeexport.verification.batches import Batch, mask_of, rows_of
+from freeexport.verification.batches import Batch, mask_of, valid_indices
 from freeexport.verification.checks import Check, Measure
 from graphs.layers import SUPPRESSED
 from runtime.bundle.manifest import Precision
@@ -111,7 +111,7 @@ def forward(model: Any, batch: Batch) -> Any:
 
 def valid_rows(states: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
     """Select the valid rows of [B, n, d] as float32 [N, d]."""
-    rows = rows_of(lengths, states.shape[1])
+    rows = valid_indices(lengths, states.shape[1])
     return states.reshape(-1, states.shape[-1])[rows].astype(np.float32)
 
 

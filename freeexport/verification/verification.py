@@ -23,13 +23,13 @@ from freeexport.verification.batches import (
     QUICK,
     Batch,
     Extent,
-    rows_of,
     sample_batch,
     sample_ids,
     sample_sounds,
+    valid_indices,
 )
 from freeexport.verification.checks import Check, sentence_of
-from freeexport.verification.engines import EnginePair, encode
+from freeexport.verification.engines import EnginePair, encode_prompts
 from freeexport.verification.row_parity import Rows, self_checks
 from graphs.families import describe
 from graphs.widen import fp32_copy
@@ -91,9 +91,9 @@ class _Verification:
             reference = reference_model(checkpoint, capacity=self.manifest.capacity)
         self.began = time.monotonic()
         batch = sample_batch(self.bundle, self.extent.tokens)
-        cross, encoded = encode(self.bundle, batch, self.threads)
+        cross, encoded = encode_prompts(self.bundle, batch, self.threads)
         pair = EnginePair(self.bundle, len(batch.tokens), self.threads, cross)
-        index = rows_of(batch.lengths, batch.width)
+        index = valid_indices(batch.lengths, batch.width)
         # All rows at once are a decoder-only model's prompt, which may have kernels of its own.
         # Their results are compared with the checkpoint. If the kernels for steps give other
         # results, these are compared with the checkpoint too, and with steps and sync passes.
@@ -178,7 +178,9 @@ class _Verification:
         ]
         ours = read[0]
         whole = readings[0][0]
-        followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
+        followed = np.isin(
+            whole.index, valid_indices(np.maximum(batch.lengths - 1, 0), batch.width)
+        )
         bundle, exact, coarse = (states.deep[followed] for states in (ours, truth, theirs))
         sample = divergence.Predictions(
             bundle, exact, coarse, batch.following(whole.index[followed])
@@ -197,7 +199,7 @@ class _Verification:
         Also measure how often shallow and deep predictions agree on the full model's own output.
         """
         from freeexport.measure.traces import Traces, trace_of
-        from freeexport.verification.greedy import compare
+        from freeexport.verification.greedy import compare_greedy
 
         limit = min(
             FULL.tokens, self.manifest.encoder_capacity or max(1, self.manifest.capacity // 2)
@@ -212,7 +214,7 @@ class _Verification:
         greedy = list[dict[str, Any]]()
         traces = list[Traces]()
         with Session(self.bundle.path, slots=1, threads=self.threads) as session:
-            for comparison in compare(session, model, prompts, count, self._seconds_left):
+            for comparison in compare_greedy(session, model, prompts, count, self._seconds_left):
                 greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
                 if len(greedy) < len(prompts) and not self._in_time(
                     f"{len(prompts) - len(greedy)} prompts"

@@ -15,9 +15,9 @@ from graphs.quantization.rounding import (
     at_least,
     best_range,
     in_blocks,
-    joined,
-    pieces,
+    join_rounded,
     relative,
+    row_chunks,
     total,
 )
 
@@ -92,13 +92,13 @@ def round_4_bits_for(
     known = damped.astype(np.float32)
     parts = []
     lost = 0.0
-    for rows in pieces(weight):
+    for rows in row_chunks(weight):
         target = np.ascontiguousarray(in_blocks(weight[rows], block).reshape(-1, count).T)
         grid = _rounded(target, known, spread, order, block, type_)
         lost += total(np.square(grid.weights - target))
         parts.append((grid.steps + np.repeat(grid.zeros, block, axis=0), grid.scales, grid.zeros))
     values, scales, zeros = (np.concatenate(part, axis=1).T for part in zip(*parts, strict=True))
-    return joined(
+    return join_rounded(
         values.astype(np.uint8).reshape(len(weight), -1, block),
         scales.astype(type_),
         zeros,

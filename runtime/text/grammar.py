@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.errors import OptionError, one_line
-from runtime.text.grammar_size import Size, grammar_size, regex_size, resolved, schema_size
+from runtime.text.grammar_size import Size, grammar_size, regex_size, resolve_reference, schema_size
 from runtime.text.tokenizer import Tokenizer
 
 # Logit of a token outside a head's vocabulary. Its probability is 0.
@@ -366,7 +366,9 @@ def is_finite(root: dict[str, Any]) -> bool:
             return schema is not False
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference not in known:
-            if reference in within or not finite(resolved(root, reference), within | {reference}):
+            if reference in within or not finite(
+                resolve_reference(root, reference), within | {reference}
+            ):
                 return False
             known.add(reference)
         needed = list[Any]()

@@ -249,12 +249,12 @@ def schema_size(root: Any) -> Size:
         if isinstance(reference := schema.get("$ref"), str):
             if reference not in known:
                 known[reference] = Size()  # a recursive use is optional, or has no finite text
-                known[reference] = size(resolved(root, reference))
+                known[reference] = size(resolve_reference(root, reference))
             parts.append(known[reference])
         return _joined(parts)
 
-    # References that `resolved` does not support, such as anchors, are at most as large as the
-    # largest definition.
+    # References that `resolve_reference` does not support, such as anchors, are at most as large as
+    # the largest definition.
     defined = [
         part for name in ("$defs", "definitions") if isinstance(part := root.get(name), dict)
     ]
@@ -278,7 +278,7 @@ def _whole(value: Any) -> int:
     return max(0, int(value)) if isinstance(value, int | float) and abs(value) < _CAP else 0
 
 
-def resolved(root: Any, reference: str) -> Any:
+def resolve_reference(root: Any, reference: str) -> Any:
     """Return the part of a schema that a reference points to, None if it is outside the schema."""
     if not reference.startswith("#"):
         return None

@@ -232,7 +232,7 @@ def usable(device: str) -> tuple[str | None, str]:
     return str(wanted), ""
 
 
-def run(bench: Bench, name: str) -> dict[str, Any]:
+def run_step(bench: Bench, name: str) -> dict[str, Any]:
     """Run a step. Returns its result, or why it has none."""
     click.echo(f"{name} ...", err=True)
     try:
@@ -275,7 +275,7 @@ def main(
             device=found,
             no_device=why,
         )
-        steps = {name: run(bench, name) for name in STEPS}
+        steps = {name: run_step(bench, name) for name in STEPS}
     report = {"card": found or "no card was found", "why": why, "model": model.name, "steps": steps}
     text = json.dumps(report, indent=2)
     click.echo(text)

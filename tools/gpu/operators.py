@@ -190,7 +190,7 @@ def _entry(schema: Any, kernels: list[Any]) -> dict[str, Any]:
     }
 
 
-def write(content: Mapping[str, Any], path: Path = TABLE) -> None:
+def write_table(content: Mapping[str, Any], path: Path = TABLE) -> None:
     """Write a table with one line per operator, for readable diffs."""
     head = {key: value for key, value in content.items() if key != "operators"}
     lines = [
@@ -222,7 +222,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if arguments.dump:
-        write(dump())
+        write_table(dump())
     if arguments.bundle is None:
         return 0 if arguments.dump else parser.error("give a bundle, or --dump")
     if not list(arguments.bundle.glob("*.onnx")):

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from freeexport.checkpoints.packed_exit import READY_MADE, SUFFIX, pack
-from tools.data.splits import run
+from tools.data.splits import run_tool
 
 
 @click.command()
@@ -50,4 +50,4 @@ def command(
 
 
 if __name__ == "__main__":
-    run(command)
+    run_tool(command)

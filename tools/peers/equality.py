@@ -25,7 +25,7 @@ from freeexport.measure.table import Sheet, environment, terminal
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from freeexport.system.progress import progress
-from freeexport.verification.equality import prompts_of
+from freeexport.verification.equality import prompt_ids
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from tools.peers.catalog import find_source
@@ -120,7 +120,7 @@ def main(
     check_writable(save, "--save")
     opened = [Bundle.open(path) for path in bundles]
     manifest = opened[0].manifest
-    every = prompts_of(opened[0], None)
+    every = prompt_ids(opened[0], None)
     prompts = [every[number * len(every) // count] for number in range(min(count, len(every)))]
     rows = list[dict[str, Any]]()
     for bundle in opened:

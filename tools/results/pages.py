@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from freeexport.measure.table import plus_minus
-from freeexport.metrics import metric_of
+from freeexport.task_metrics import metric_of
 from tools.results.measure import LOOKS, result_file
 from tools.results.rows import ROWS, ResultRow
 

@@ -29,7 +29,7 @@ from freeexport.checkpoints.examples import known_ends
 from freeexport.system.child import run_child
 from freeexport.system.page import human_bytes
 from freeexport.verification.verification import VerificationError, write_report
-from graphs.families import supported
+from graphs.families import supported_architectures
 from graphs.weights import WeightFile
 from runtime import Bundle, Session
 from runtime.bundle.manifest import MANIFEST
@@ -211,7 +211,7 @@ def test_a_weight_out_of_range_of_fp16_is_refused_by_its_name(changed: Callable[
 def test_another_architecture_is_refused_with_those_supported(changed: Callable[..., Path], place: Path) -> None:
     line = failed(convert(changed(LLAMA, model_type="bert", architectures=["Other"]), place / "out", *FAST))
     assert "'bert' is not supported" in line
-    assert all(name in line for name in supported())
+    assert all(name in line for name in supported_architectures())
     assert os.listdir(place) == []
 
 

@@ -18,9 +18,9 @@ from freeexport.fit.paper import SEEDS, comparison, written
 from freeexport.fit.plan import FitOptions
 from freeexport.fit.steps import Places, conclude, fit, planned, steps_of
 from freeexport.measure.settings import Setting
-from freeexport.metrics import Reference, metric_of
 from freeexport.system.child import ChildError
 from freeexport.system.output import OutputError
+from freeexport.task_metrics import Reference, metric_of
 from runtime import Bundle, Session
 from runtime.errors import FreeExportError, OptionError
 

@@ -25,7 +25,7 @@ from freeexport.measure.costs import measured_costs
 from freeexport.measure.quality import verdicts
 from freeexport.measure.settings import CALM, METHODS, OUTPUTS, RUN
 from freeexport.measure.table import commit_of
-from freeexport.metrics import metric_of
+from freeexport.task_metrics import metric_of
 from runtime import Session, kernels
 from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.manifest import MANIFEST

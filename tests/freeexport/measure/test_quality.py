@@ -13,7 +13,7 @@ from handmade_bundle import write_bundle
 from freeexport.costs.bytes import Calls
 from freeexport.measure.quality import FEWEST_LINES, curves_of, rows_of, score, speed_interval, verdicts
 from freeexport.measure.settings import Entry, Record, Setting
-from freeexport.metrics import Reference, metric_of
+from freeexport.task_metrics import Reference, metric_of
 from runtime.bundle.bundle import Bundle
 
 FULL, FREE, STATIC = Setting("full"), Setting("free", 0.5), Setting("static")

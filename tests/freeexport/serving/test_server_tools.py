@@ -18,7 +18,15 @@ from running_server import MESSAGES, Running, running
 from freeexport.serving.errors import ApiError
 from freeexport.serving.parsing import parse
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
-from freeexport.serving.tools import CallForm, CallReader, calls_grammar, constraint, form_of, read_calls, shown
+from freeexport.serving.tools import (
+    CallForm,
+    CallReader,
+    calls_grammar,
+    constraint,
+    form_of,
+    read_calls,
+    tools_as_text,
+)
 from runtime import Session
 from runtime.text.grammar import Grammars
 
@@ -148,13 +156,13 @@ def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
                 {"role": "assistant", "content": "",
                  "tool_calls": [{"id": "1", "type": "function", "function": {"name": "clock", "arguments": {}}}]},
                 {"role": "tool", "content": "noon", "tool_call_id": "1"}]  # fmt: skip
-    told = shown(messages, TOOLS, CallForm(shown=False))
+    told = tools_as_text(messages, TOOLS, CallForm(shown=False))
     assert [message["role"] for message in told] == ["system", "user", "assistant", "user"]
     assert told[0]["content"].startswith("Be brief.\n\n# Functions")
     assert '{"name": "clock"}' in told[0]["content"]
     assert told[2]["content"] == written(MARKED, NOW)
     assert told[3]["content"] == "<tool_response>\nnoon\n</tool_response>"
-    assert shown(MESSAGES, TOOLS, MARKED)[0]["role"] == "system"
+    assert tools_as_text(MESSAGES, TOOLS, MARKED)[0]["role"] == "system"
 
 
 @pytest.mark.parametrize(
