@@ -134,7 +134,7 @@ def _embedding(
         tables[side],
         scale=math.sqrt(width) if config.get("scale_embedding") else 1.0,
         positions=positions,
-        layer_norm=layer_norm(f"model.{side}.layernorm_embedding") if kind.embedding_norm else None,
+        norm=layer_norm(f"model.{side}.layernorm_embedding") if kind.embedding_norm else None,
     )
 
 
