@@ -113,10 +113,10 @@ def _interrupts() -> Iterator[list[int]]:
     Native code turns some of them into other errors, for instance torch when it reads the shape of
     an object.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def note(number: int, _: object) -> None:
-        came.append(number)
+        received.append(number)
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
@@ -124,11 +124,11 @@ def _interrupts() -> Iterator[list[int]]:
         before is not signal.default_int_handler
         or threading.current_thread() is not threading.main_thread()
     ):
-        yield came
+        yield received
         return
     signal.signal(signal.SIGINT, note)
     try:
-        yield came
+        yield received
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -262,9 +262,9 @@ def grammar(name: str, value: Any) -> str:
         raise OptionError(
             f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it"
         )
-    for found in re.finditer(r"%json\s*", source if name == "grammar" else ""):
+    for match in re.finditer(r"%json\s*", source if name == "grammar" else ""):
         with suppress(ValueError, RecursionError):  # llguidance reports the error
-            check_schema(name, json.JSONDecoder().raw_decode(source, found.end())[0])
+            check_schema(name, json.JSONDecoder().raw_decode(source, match.end())[0])
     return source
 
 

@@ -179,12 +179,12 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in result:
             raise UnreadableError(f"it holds the key {name[:80]!r} twice")
-        found[name] = value
-    return found
+        result[name] = value
+    return result
 
 
 def _check_depth(value: Any) -> None:

@@ -273,8 +273,8 @@ class Transcriber:
             sound = Sound(window(mels, place, self._frames))
             quiet: float | None = None
             if language is None or options.timestamps:
-                found, quiet = self._probe(sound, options, decode)
-                language = language or found
+                detected, quiet = self._probe(sound, options, decode)
+                language = language or detected
             prompt = self._prompt(sound, language, options, timestamps, before)
             result, quiet, temperature = self._decoded(prompt, options, decode, quiet)
             for other in sound.spent:
@@ -337,8 +337,8 @@ class Transcriber:
         before: Sequence[int],
     ) -> SpeechPrompt:
         speech = self._speech
-        kept = self._capacity // 2 - 1
-        prefix = [speech.previous, *before[-kept:]] if before and kept > 0 else []
+        limit = self._capacity // 2 - 1
+        prefix = [speech.previous, *before[-limit:]] if before and limit > 0 else []
         prefix += [self._start, *speech.prefix(language, options.task, timestamps)]
         return SpeechPrompt(sound, tuple(prefix), Rules(speech, self._eos, timestamps))
 
@@ -362,10 +362,14 @@ class Transcriber:
         first = float(options.temperature or 0.0)
         temperatures = [first, *(each for each in options.fallback_temperatures if each > first)]
         for temperature in temperatures:
-            asked = replace(options, output_logprobs=options.output_logprobs or wanted is not None)
+            options_used = replace(
+                options, output_logprobs=options.output_logprobs or wanted is not None
+            )
             if temperature != first:
-                asked = replace(asked, temperature=temperature, do_sample=True, top_k=0)
-            result = decode(prompt, asked)
+                options_used = replace(
+                    options_used, temperature=temperature, do_sample=True, top_k=0
+                )
+            result = decode(prompt, options_used)
             nats = _mean(result)
             limit = options.compression_ratio_threshold
             repeats = limit is not None and _compression(self._text(result.token_ids)) > limit

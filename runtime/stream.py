@@ -333,9 +333,11 @@ class PromptList:
             BatchError: If any prompt failed. It contains all results.
         """
         self.abandon()
-        found = [_outcome(each) for each in self._made]
+        outcomes = [_outcome(each) for each in self._made]
         failed = [
-            (number, each) for number, each in enumerate(found) if isinstance(each, BaseException)
+            (number, each)
+            for number, each in enumerate(outcomes)
+            if isinstance(each, BaseException)
         ]
         for _, error in failed:
             if not isinstance(error, Exception):
@@ -343,11 +345,11 @@ class PromptList:
         if failed:
             number, error = failed[0]
             raise BatchError(
-                f"{len(failed)} of {len(found)} prompts failed, the first of them prompt {number}: "
+                f"{len(failed)} of {len(outcomes)} prompts failed, first prompt {number}: "
                 f"{type(error).__name__}: {error}; the exception's results have the others",
-                list(found),
+                list(outcomes),
             )
-        return [each for each in found if isinstance(each, GenerationResult)]
+        return [each for each in outcomes if isinstance(each, GenerationResult)]
 
 
 def _outcome(made: Sequence | BaseException | None) -> GenerationResult | BaseException:

@@ -119,31 +119,31 @@ def command(output: tuple[Path, ...], as_json: bool, **given: Any) -> None:
         check_writable(path, "--output")
         if path.suffix in _PICTURES:
             import matplotlib  # noqa: F401
-    found = benchmark(options)
+    result = benchmark(options)
     for path in output:
-        _write(found, path)
+        _write(result, path)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(result))
         return
-    shown = narrow(bench_sheet(found))
+    shown = narrow(bench_sheet(result))
     print_page([terminal(shown)])
-    for text in (*facts_lines(found, shown), "", found["verdict"]):
+    for text in (*facts_lines(result, shown), "", result["verdict"]):
         click.echo(text)
 
 
-def _write(found: Mapping[str, Any], path: Path) -> None:
+def _write(result: Mapping[str, Any], path: Path) -> None:
     if path.suffix in _PICTURES:
         from freeexport.measure.plot import bench_speeds
         from freeexport.system.page import save_figure
 
-        used = found["settings"]
+        used = result["settings"]
         title = f"{used['model']}, {used['threads']} threads, batch {used['batch']}, {used['cpu']}"
-        save_figure(bench_speeds(title, found["rows"]), path)
+        save_figure(bench_speeds(title, result["rows"]), path)
         return
-    lines = "\n".join(f"- {text}" for text in facts_lines(found) if text)
+    lines = "\n".join(f"- {text}" for text in facts_lines(result) if text)
     texts = {
-        ".json": lambda: json.dumps(found, indent=2) + "\n",
-        ".csv": lambda: as_csv(found["rows"]),
-        ".md": lambda: f"**{found['verdict']}.**\n\n{markdown(bench_sheet(found))}\n\n{lines}\n",
+        ".json": lambda: json.dumps(result, indent=2) + "\n",
+        ".csv": lambda: as_csv(result["rows"]),
+        ".md": lambda: f"**{result['verdict']}.**\n\n{markdown(bench_sheet(result))}\n\n{lines}\n",
     }
     write_whole(path, texts[path.suffix]())

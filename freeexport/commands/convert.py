@@ -233,14 +233,15 @@ def _lines(
                 f" and {len(quantization.higher) - 3} more" if len(quantization.higher) > 3 else ""
             )
             yield f"kept at a higher precision: {names}{more} (see inspect)"
-        if kept := {item.engine: item.kept for item in quantization.engines if item.kept}:
-            each = ", ".join(f"{engine} {count}" for engine, count in kept.items())
+        if unchanged := {item.engine: item.kept for item in quantization.engines if item.kept}:
+            each = ", ".join(f"{engine} {count}" for engine, count in unchanged.items())
             kinds = Counter[str]()
             for item in quantization.engines:
                 kinds.update(item.kinds)
             known = "".join(f"; {kind} {count}" for kind, count in sorted(kinds.items()))
             yield (
-                f"weights: {sum(kept.values())} tensors keep the checkpoint's bits ({each}{known})"
+                f"weights: {sum(unchanged.values())} tensors keep the checkpoint's bits "
+                f"({each}{known})"
             )
         elif model.suffix == ".gguf" and precision in ("int4", "mixed"):
             yield (

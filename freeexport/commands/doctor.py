@@ -189,7 +189,11 @@ def check_cuda(version_of: VersionOf) -> dict[str, Any]:
     with suppress(metadata.PackageNotFoundError):
         requires = metadata.requires(GPU_WHEEL) or []
     cudnn = next(
-        (found[1] for line in requires if (found := re.match(r"nvidia-cudnn-cu\d+~=(\d+)", line))),
+        (
+            version[1]
+            for line in requires
+            if (version := re.match(r"nvidia-cudnn-cu\d+~=(\d+)", line))
+        ),
         None,
     )
     bindings = version_of("cuda-bindings")
@@ -225,8 +229,8 @@ def _built_for() -> str | None:
     for place in (spec.submodule_search_locations or ()) if spec else ():
         with suppress(OSError):
             text = (Path(place) / "capi" / "build_and_package_info.py").read_text()
-            if found := re.search(r"cuda_version = '([\d.]+)'", text):
-                return found[1]
+            if match := re.search(r"cuda_version = '([\d.]+)'", text):
+                return match[1]
     return None
 
 
@@ -297,17 +301,17 @@ def _show(report: dict[str, Any]) -> None:
         click.echo("This installation can decode.")
 
 
-def _cuda_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+def _cuda_rows(device: dict[str, Any]) -> list[tuple[str, str]]:
     built_for = (
-        f"built for CUDA {found['wanted'] or 'unknown'}, cuDNN {found['cudnn'] or 'unknown'}"
+        f"built for CUDA {device['wanted'] or 'unknown'}, cuDNN {device['cudnn'] or 'unknown'}"
     )
-    driver = f"CUDA {found['driver']}" if found["driver"] else "not known"
+    driver = f"CUDA {device['driver']}" if device["driver"] else "not known"
     rows = [
         (GPU_WHEEL, built_for),
         ("driver", driver),
-        ("cuda-bindings", found["bindings"] or "not installed"),
+        ("cuda-bindings", device["bindings"] or "not installed"),
     ]
-    return rows + [("does not fit", problem) for problem in found["problems"]]
+    return rows + [("does not fit", problem) for problem in device["problems"]]
 
 
 def _machine_rows(machine: dict[str, Any]) -> list[tuple[str, str]]:

@@ -139,15 +139,15 @@ def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any)
     from freeexport.measure.table import terminal
 
     chosen = tuple(bundle_and_methods(text, methods_of(methods)) for text in bundles)
-    found = evaluate(EvaluateOptions(bundles=chosen, **given))
-    write(found)
+    result = evaluate(EvaluateOptions(bundles=chosen, **given))
+    write(result)
     if as_json:
-        click.echo(json.dumps(found.report, indent=2))
+        click.echo(json.dumps(result.report, indent=2))
         return
-    shown = narrow(settings_sheet(found), found.metrics)
+    shown = narrow(settings_sheet(result), result.metrics)
     print_page([terminal(shown)])
-    for name, text in [*facts(found, shown), *(("note", note) for note in found.report["notes"])]:
+    for name, text in [*facts(result, shown), *(("note", note) for note in result.report["notes"])]:
         click.echo(f"{name}: {text}")
-    for text in found.report["verdicts"]:
+    for text in result.report["verdicts"]:
         click.echo(f"\n{text}")
-    click.echo(f"\n{found.options.output}: {FILES}")
+    click.echo(f"\n{result.options.output}: {FILES}")

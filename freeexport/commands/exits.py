@@ -34,12 +34,12 @@ def command(model: str | None, as_json: bool) -> None:
       freeexport exits
       freeexport exits path/to/checkpoint
     """
-    found = [(path, read_packed(path)[0]) for path in ready_made()]
+    exits = [(path, read_packed(path)[0]) for path in ready_made()]
     reasons: dict[str, str | None] = {}
     if model is not None:
         checkpoint = open_checkpoint(model)
         sha256 = weights_sha256(checkpoint)
-        reasons = {packed.name: misfit(packed, checkpoint, sha256) for _, packed in found}
+        reasons = {packed.name: misfit(packed, checkpoint, sha256) for _, packed in exits}
     if as_json:
         fits = {
             name: {"fits": reason is None, "reason": reason} for name, reason in reasons.items()
@@ -51,13 +51,13 @@ def command(model: str | None, as_json: bool) -> None:
                 "bytes": path.stat().st_size,
                 **fits.get(packed.name, {}),
             }
-            for path, packed in found
+            for path, packed in exits
         ]
         click.echo(json.dumps(records, indent=2))
         return
-    if not found:
+    if not exits:
         click.echo("this freeexport brings no exits; freeexport train makes one")
-    for path, packed in found:
+    for path, packed in exits:
         for line in _lines(path, packed):
             click.echo(line)
         if model is not None:

@@ -237,8 +237,8 @@ def _identity(bundle: Bundle, file: Path | None) -> dict[str, Any]:
     manifest = bundle.manifest
     git = ["git", "-C", PACKAGES, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        found = subprocess.run(git, capture_output=True, text=True, timeout=10)
-        commit = found.stdout.strip() if found.returncode == 0 else None
+        completed = subprocess.run(git, capture_output=True, text=True, timeout=10)
+        commit = completed.stdout.strip() if completed.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     return {

@@ -90,10 +90,10 @@ class Choices:
             if not any(stream.result.token_ids for stream in self.streams):
                 status, seconds = self.deadline
                 limit = "the request's deadline" if status == 408 else "the server's limit"
-                passed = f"{limit} of {seconds:g} s passed before the first token"
+                expired = f"{limit} of {seconds:g} s passed before the first token"
                 raise ApiError(
                     status,
-                    f"{passed}; ask later, or for more time",
+                    f"{expired}; ask later, or for more time",
                     "deadline_exceeded",
                     again=False,
                 )
@@ -139,8 +139,8 @@ async def begin(
     count = len(prompts) * request.n
     most = session.options.slots + session.options.queue
     if count > most:
-        asked = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
-        raise invalid("n", f"{asked}; this server takes {most} choices at once, ask for fewer")
+        wrong = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
+        raise invalid("n", f"{wrong}; this server takes {most} choices at once, ask for fewer")
 
     def encode() -> tuple[list[np.ndarray], GenerationOptions]:
         given = options
@@ -155,8 +155,8 @@ async def begin(
         ]
         languages = session.manifest.languages
         # The encoded prompt may already name the target language.
-        told = languages is not None and languages.target == "prompt"
-        given = replace(given, src_lang=None, tgt_lang=None if told else given.tgt_lang)
+        in_prompt = languages is not None and languages.target == "prompt"
+        given = replace(given, src_lang=None, tgt_lang=None if in_prompt else given.tgt_lang)
         if given.predicted_output is not None:
             expected = given.predicted_output
             ids = encode_expected(

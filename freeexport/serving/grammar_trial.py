@@ -139,7 +139,7 @@ def _busy(problem: str) -> ApiError:
 
 def main(bundle: str) -> None:
     """Check constraints for the server until it closes standard input."""
-    answers = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     opened = Bundle.open(bundle, "sizes")
     manifest = opened.manifest
@@ -147,7 +147,7 @@ def main(bundle: str) -> None:
     grammars = Grammars(tokenizer, manifest.vocab_size, manifest.eos_token_ids)
     with suppress(OptionError):  # loads the vocabulary, which is the slowest part
         grammars.open("choice", '["a"]', 1)
-    print("ready", file=answers, flush=True)
+    print("ready", file=output, flush=True)
     for line in sys.stdin:
         _limit_processor_time()
         kind, text = json.loads(line)
@@ -156,7 +156,7 @@ def main(bundle: str) -> None:
             grammars.open(kind, text, 1)
         except OptionError as error:
             problem = str(error)
-        print(json.dumps(problem), file=answers, flush=True)
+        print(json.dumps(problem), file=output, flush=True)
 
 
 def _limit_processor_time() -> None:

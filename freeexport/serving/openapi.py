@@ -153,13 +153,13 @@ def document(guarded: bool = False) -> dict[str, Any]:
 
 
 def _operation(
-    path: str, purpose: str, answer: dict[str, Any], statuses: tuple[int, ...]
+    path: str, purpose: str, content: dict[str, Any], statuses: tuple[int, ...]
 ) -> dict[str, Any]:
     name = path.strip("/").replace("/", "_").replace("{", "").replace("}", "").replace(".", "_")
     failed = {"application/json": {"schema": {"$ref": REFERENCE + "Error"}}}
     if "health" in path:  # these endpoints report an unready state in the same format
-        failed = answer
-    responses = {"200": {"description": "The answer", "content": answer}}
+        failed = content
+    responses = {"200": {"description": "The answer", "content": content}}
     responses |= {
         str(status): {"description": STATUSES[status], "content": failed} for status in statuses
     }

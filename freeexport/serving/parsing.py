@@ -85,11 +85,11 @@ def parse(body: bytes, kind: type[Body]) -> Body:
 
 def _choices(kind: type[msgspec.Struct], param: str) -> str:
     """Return the permitted values of a field as the end of an error message, or ""."""
-    found: list[Any] = [msgspec.inspect.type_info(kind)]
+    types: list[Any] = [msgspec.inspect.type_info(kind)]
     for name in re.findall(r"\w+", param):
-        found = [
+        types = [
             inner
-            for outer in _unions(found)
+            for outer in _unions(types)
             for inner in (
                 [field.type for field in outer.fields if field.encode_name == name]
                 if isinstance(outer, msgspec.inspect.StructType)
@@ -100,7 +100,7 @@ def _choices(kind: type[msgspec.Struct], param: str) -> str:
         ]
     values = [
         repr(v)
-        for each in _unions(found)
+        for each in _unions(types)
         if isinstance(each, msgspec.inspect.LiteralType)
         for v in each.values
     ]

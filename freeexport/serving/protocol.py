@@ -265,7 +265,7 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
     Raises:
         ApiError: If a message is invalid.
     """
-    read = list[dict[str, Any]]()
+    converted_messages = list[dict[str, Any]]()
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         calls = message.tool_calls or []
@@ -282,22 +282,22 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
         if message.content is None and not calls:
             raise invalid(f"{where}.content", f"{where}.content is missing; give a text")
         role = "system" if message.role == "developer" else message.role
-        told: dict[str, Any] = {
+        converted: dict[str, Any] = {
             "role": role,
             "content": content_text(message.content or "", f"{where}.content"),
         }
         if calls:
-            told["tool_calls"] = [
+            converted["tool_calls"] = [
                 _call(call, f"{where}.tool_calls[{place}]") for place, call in enumerate(calls)
             ]
         if role == "tool":
-            told |= {
+            converted |= {
                 name: value
                 for name in ("name", "tool_call_id")
                 if (value := getattr(message, name)) is not None
             }
-        read.append(told)
-    return read
+        converted_messages.append(converted)
+    return converted_messages
 
 
 def _call(call: ToolCall, where: str) -> dict[str, Any]:

@@ -169,11 +169,11 @@ class ResponseReply(Reply):
         session: Session,
         model: str,
         chat: ChatRequest | CompletionRequest,
-        asked: ResponseRequest,
+        original: ResponseRequest,
     ) -> None:
         super().__init__(session, model, chat)
         self.id = f"resp_{secrets.token_hex(12)}"
-        self._asked = asked
+        self._original = original
         self._number = 0
         self._reader = None if self._form is None else CallReader(self._form)
         self._items = list[dict[str, Any]]()  # output so far, of which the last is open
@@ -191,9 +191,9 @@ class ResponseReply(Reply):
         return b"".join(written)
 
     def failed(self, error: ApiError) -> bytes:
-        found = error.body["error"]
+        fields = error.body["error"]
         return self.encode(
-            [{"type": "error", **{name: found[name] for name in ("code", "message", "param")}}]
+            [{"type": "error", **{name: fields[name] for name in ("code", "message", "param")}}]
         )
 
     def whole(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
@@ -276,7 +276,7 @@ class ResponseReply(Reply):
         return {"type": f"response.{kind}", **place, **more}
 
     def _response(self, result: GenerationResult | None, prompts: Sequence[int]) -> dict[str, Any]:
-        asked = self._asked
+        request = self._original
         cut = _status(result) == "incomplete"
         response = {
             "id": self.id,
@@ -286,16 +286,16 @@ class ResponseReply(Reply):
             "status": _status(result),
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "temperature": asked.temperature,
-            "top_p": asked.top_p,
-            "text": asked.text,
-            "tools": asked.tools or [],
-            "tool_choice": asked.tool_choice or ("auto" if asked.tools else "none"),
-            "parallel_tool_calls": asked.parallel_tool_calls,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "text": request.text,
+            "tools": request.tools or [],
+            "tool_choice": request.tool_choice or ("auto" if request.tools else "none"),
+            "parallel_tool_calls": request.parallel_tool_calls,
             "store": False,
-            "metadata": asked.metadata,
+            "metadata": request.metadata,
             "output": list(self._items),
             "usage": None if result is None else _counted(result, prompts),
         }

@@ -133,22 +133,22 @@ class Endpoints:
         record = RequestLog(self._service, request.scope["path"])
         options = self._service.options
         try:
-            given = await self._parsed(request, kind)
-            asked = given.chat() if isinstance(given, ResponseRequest) else given
+            body = await self._parsed(request, kind)
+            parsed = body.chat() if isinstance(body, ResponseRequest) else body
             if options.log_prompts:
-                record.line["prompt"] = asked.prompts
-            name, session = self._service.session(asked.model)
-            reply = Reply(session, name, asked)
-            if isinstance(given, ResponseRequest):
-                reply = ResponseReply(session, name, asked, given)
-            record.line |= {"id": reply.id, "model": name, "stream": asked.stream}
+                record.line["prompt"] = parsed.prompts
+            name, session = self._service.session(parsed.model)
+            reply = Reply(session, name, parsed)
+            if isinstance(body, ResponseRequest):
+                reply = ResponseReply(session, name, parsed, body)
+            record.line |= {"id": reply.id, "model": name, "stream": parsed.stream}
             generation = await begin(
-                session, self._service.trials[name], asked, options.mode, options.deadline
+                session, self._service.trials[name], parsed, options.mode, options.deadline
             )
             reply.prompts = generation.prompts
             record.line["prompt_tokens"] = sum(generation.prompts)
-            if asked.stream:
-                return EventStream(generation, reply, asked, record)
+            if parsed.stream:
+                return EventStream(generation, reply, parsed, record)
             try:
                 whole = await while_there(request.receive, generation.results())
             finally:
@@ -180,15 +180,17 @@ class Endpoints:
             fields = await asyncio.to_thread(
                 form_fields, request.headers.get("content-type", ""), body
             )
-            asked = Transcription.of(fields, task, options.mode, options.deadline)
-            name, session = self._service.session(asked.model)
+            transcription = Transcription.of(fields, task, options.mode, options.deadline)
+            name, session = self._service.session(transcription.model)
             if session.manifest.speech is None:
                 raise invalid("model", f"model {name!r} reads text; ask one that reads speech")
             record.line["model"] = name
             try:
-                samples = await asyncio.to_thread(read_audio, asked.file, until=until)
+                samples = await asyncio.to_thread(read_audio, transcription.file, until=until)
                 left = None if options.deadline is None else max(until - time.monotonic(), 1e-3)
-                transcribed = session.agenerate(samples, replace(asked.options, deadline=left))
+                transcribed = session.agenerate(
+                    samples, replace(transcription.options, deadline=left)
+                )
                 result = await while_there(request.receive, transcribed)
             except LateError:
                 raise _late(options.deadline) from None
@@ -200,9 +202,11 @@ class Endpoints:
         except BaseException as error:
             return _failed(record, error)
         record.end(200)
-        answer = asked.answer(result, len(samples) / RATE)
+        content = transcription.answer(result, len(samples) / RATE)
         return (
-            Response(answer, media_type="text/plain") if isinstance(answer, str) else json(answer)
+            Response(content, media_type="text/plain")
+            if isinstance(content, str)
+            else json(content)
         )
 
     async def models(self, request: Request) -> Response:
@@ -217,37 +221,39 @@ class Endpoints:
         return json(self._model(name))
 
     async def tokenize(self, request: Request) -> Response:
-        asked = await self._parsed(request, protocol.TokenizeRequest)
-        _, session = self._service.session(asked.model)
+        parsed = await self._parsed(request, protocol.TokenizeRequest)
+        _, session = self._service.session(parsed.model)
         most = session.manifest.encoder_capacity or session.capacity
-        if asked.messages and asked.prompt is None:
-            ids = (await asyncio.to_thread(session.encode, protocol.plain(asked.messages))).tolist()
-        elif asked.prompt is not None and asked.messages is None:
-            if asked.prompt:
-                check_text(asked.prompt, most)
+        if parsed.messages and parsed.prompt is None:
+            ids = (
+                await asyncio.to_thread(session.encode, protocol.plain(parsed.messages))
+            ).tolist()
+        elif parsed.prompt is not None and parsed.messages is None:
+            if parsed.prompt:
+                check_text(parsed.prompt, most)
             tokenizer = _tokenizer(session)
             ids = await asyncio.to_thread(
-                tokenizer.encode, asked.prompt, special=asked.add_special_tokens
+                tokenizer.encode, parsed.prompt, special=parsed.add_special_tokens
             )
         else:
             raise invalid("prompt", "give either prompt or messages")
         return json({"count": len(ids), "max_model_len": most, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
-        asked = await self._parsed(request, protocol.DetokenizeRequest)
-        _, session = self._service.session(asked.model)
+        parsed = await self._parsed(request, protocol.DetokenizeRequest)
+        _, session = self._service.session(parsed.model)
         most = max(session.manifest.encoder_capacity, session.capacity)
         vocabulary = session.manifest.vocab_size
-        if len(asked.tokens) > most:
+        if len(parsed.tokens) > most:
             raise invalid(
-                "tokens", f"tokens has {len(asked.tokens)} ids; give at most {most} at once"
+                "tokens", f"tokens has {len(parsed.tokens)} ids; give at most {most} at once"
             )
-        wrong = next((token for token in asked.tokens if token >= vocabulary), None)
+        wrong = next((token for token in parsed.tokens if token >= vocabulary), None)
         if wrong is not None:
             raise invalid(
                 "tokens", f"tokens has {wrong}; ids of this model are 0 to {vocabulary - 1}"
             )
-        return json({"prompt": _tokenizer(session).decode(asked.tokens)})
+        return json({"prompt": _tokenizer(session).decode(parsed.tokens)})
 
     async def live(self, request: Request) -> Response:
         return json({"live": True})
@@ -331,9 +337,9 @@ async def read_body(request: Request, most: int) -> bytes:
     Raises:
         ApiError: If the body is too large or does not arrive in time.
     """
-    told = request.headers.get("content-length", "")
+    declared = request.headers.get("content-length", "")
     too_large = ApiError(413, f"the body is larger than {most} bytes; send less", "body_too_large")
-    if told.isdigit() and int(told[:20]) > most and "expect" in request.headers:
+    if declared.isdigit() and int(declared[:20]) > most and "expect" in request.headers:
         raise too_large  # the client waits for an interim response before it sends the body
     body = bytearray()
     size = 0

@@ -162,7 +162,7 @@ def tools_as_text(
 
     Functions are described in the system message. Calls and results become text.
     """
-    told = list[dict[str, Any]]()
+    rewritten = list[dict[str, Any]]()
     for message in messages:
         calls = "\n".join(
             f"""{form.begin}{
@@ -174,19 +174,19 @@ def tools_as_text(
         )
         content = "\n".join(filter(None, (message["content"], calls)))
         if message["role"] == "tool":
-            told.append(
+            rewritten.append(
                 {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
             )
         else:
-            told.append({"role": message["role"], "content": content})
+            rewritten.append({"role": message["role"], "content": content})
     if tools:
         functions = "\n".join(json.dumps(tool["function"]) for tool in tools)
         instructions = INSTRUCTIONS.format(functions=functions)
-        if told and told[0]["role"] == "system":
-            told[0]["content"] += f"\n\n{instructions}"
+        if rewritten and rewritten[0]["role"] == "system":
+            rewritten[0]["content"] += f"\n\n{instructions}"
         else:
-            told.insert(0, {"role": "system", "content": instructions})
-    return told
+            rewritten.insert(0, {"role": "system", "content": instructions})
+    return rewritten
 
 
 class CallReader:
@@ -261,11 +261,11 @@ class CallReader:
         return text[:end]
 
     def _head(self, calls: dict[int, dict[str, Any]]) -> None:
-        found = HEAD.match(self._left)
-        if found is not None:
-            self._left = self._left[found.end() :]
+        match = HEAD.match(self._left)
+        if match is not None:
+            self._left = self._left[match.end() :]
             self._state = "arguments"
-            function = {"name": found[1], "arguments": ""}
+            function = {"name": match[1], "arguments": ""}
             id_ = f"call_{secrets.token_hex(12)}"
             calls[self.count] = {
                 "index": self.count,

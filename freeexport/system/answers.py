@@ -263,7 +263,7 @@ def _name(line: Line) -> dict[str, Any]:
 
 def _is_result(record: bytes) -> bool:
     try:
-        found = json.loads(record)
+        parsed = json.loads(record)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and ("error" in found or "token_ids" in found)
+    return isinstance(parsed, dict) and ("error" in parsed or "token_ids" in parsed)

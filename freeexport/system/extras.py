@@ -69,18 +69,18 @@ def extras() -> dict[str, tuple[str, ...]]:
         ]
     except metadata.PackageNotFoundError:  # a source tree that was not installed
         return {}
-    found: dict[str, list[str]] = {extra: [] for extra in PURPOSES}
+    names: dict[str, list[str]] = {extra: [] for extra in PURPOSES}
     inner: dict[str, list[str]] = {}
     for name, own, extra in (match.groups() for match in declared):
         if name == "freeexport":
             inner.setdefault(extra, []).extend(own.split(","))
-        elif extra in found:
-            found[extra].append(name)
+        elif extra in names:
+            names[extra].append(name)
 
     def packages(extra: str) -> list[str]:
-        return found[extra] + [name for other in inner.get(extra, ()) for name in packages(other)]
+        return names[extra] + [name for other in inner.get(extra, ()) for name in packages(other)]
 
-    return {extra: tuple(dict.fromkeys(packages(extra))) for extra in found}
+    return {extra: tuple(dict.fromkeys(packages(extra))) for extra in names}
 
 
 def missing_of(

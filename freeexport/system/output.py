@@ -38,14 +38,14 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = writing_error(error)
-        if found is None:
+        named = writing_error(error)
+        if named is None:
             raise
-        if found.filename is None:
-            found.filename = str(path)
-        if found is error:
+        if named.filename is None:
+            named.filename = str(path)
+        if named is error:
             raise
-        raise found from error
+        raise named from error
 
 
 def writing_error(error: BaseException) -> OSError | None:
@@ -53,8 +53,8 @@ def writing_error(error: BaseException) -> OSError | None:
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None
-        if number is None and (told := _RUST_ERROR.search(str(cause))) is not None:
-            number = int(told[1])
+        if number is None and (message := _RUST_ERROR.search(str(cause))) is not None:
+            number = int(message[1])
         if number is None and _NUMPY_ERROR.fullmatch(str(cause)):
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if number in _NOT_WRITTEN:

@@ -98,10 +98,12 @@ def round_outputs(model: Any, bits: int) -> AbstractContextManager[None]:
         fraction, exponent = torch.frexp(item)
         return torch.ldexp(torch.round(fraction * 2**bits) / 2**bits, exponent)
 
-    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    leaf_modules = [
+        module for module in model.modules() if not any(True for _ in module.children())
+    ]
     return hooked(
         leaf.register_forward_hook(lambda _, inputs, output: tree_map(rounded, output))
-        for leaf in leaves
+        for leaf in leaf_modules
     )
 
 
@@ -119,15 +121,17 @@ def add_quantization_errors(
     """
     generator = torch.Generator().manual_seed(0)
 
-    def coarsener(found: EnginePrecision) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
+    def coarsener(precision: EnginePrecision) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
         def coarse(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             (read,) = inputs
-            wrong = found.largest_error * torch.linalg.vector_norm(read, dim=-1, keepdim=True)
+            wrong = precision.largest_error * torch.linalg.vector_norm(read, dim=-1, keepdim=True)
             if activations:
                 size = read.shape[-1]
                 wrong = torch.hypot(
                     wrong,
-                    _rounding_error(read, size if found.linears == "int8" else ACTIVATION_BLOCK),
+                    _rounding_error(
+                        read, size if precision.linears == "int8" else ACTIVATION_BLOCK
+                    ),
                 )
             weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.T
             rows = torch.linalg.vector_norm(weight, dim=1) / weight.shape[1] ** 0.5
@@ -140,8 +144,10 @@ def add_quantization_errors(
         for name, part in model.named_modules()
         if isinstance(part, (torch.nn.Linear, Conv1D))
     )
-    known = ((part, found) for name, part in linear if (found := precision_of(name)) is not None)
-    return hooked(part.register_forward_hook(coarsener(found)) for part, found in known)
+    known = (
+        (part, precision) for name, part in linear if (precision := precision_of(name)) is not None
+    )
+    return hooked(part.register_forward_hook(coarsener(precision)) for part, precision in known)
 
 
 def _rounding_error(read: torch.Tensor, block: int) -> torch.Tensor:

@@ -65,8 +65,8 @@ class Batch:
 
         They are arbitrary after the last token of a text.
         """
-        found: np.ndarray = np.roll(self.tokens, -1, axis=1).reshape(-1)[index]
-        return found
+        tokens: np.ndarray = np.roll(self.tokens, -1, axis=1).reshape(-1)[index]
+        return tokens
 
 
 def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:

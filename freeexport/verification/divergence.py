@@ -121,8 +121,8 @@ def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path) -> Iterat
     given = 0 if speech is None else len(speech.prefix(next(iter(speech.languages), "en")))
 
     def logits(batch: Batch, rows: np.ndarray) -> np.ndarray:
-        found: np.ndarray = forward(model, batch)["logits"].flatten(0, 1).numpy()[rows]
-        return found
+        selected: np.ndarray = forward(model, batch)["logits"].flatten(0, 1).numpy()[rows]
+        return selected
 
     for batch in _batches(bundle, data):
         pair = EnginePair(
@@ -157,8 +157,10 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
             texts = [
                 tokenizer.encode(f" {str(line.target).strip()}", special=False) for line in lines
             ]
-            begins = [[start, *speech.prefix(sound.language)] for sound in sounds]
-            targets = [(begin + text)[:longest] for begin, text in zip(begins, texts, strict=True)]
+            prefixes = [[start, *speech.prefix(sound.language)] for sound in sounds]
+            targets = [
+                (begin + text)[:longest] for begin, text in zip(prefixes, texts, strict=True)
+            ]
             features = [sound.features() for sound in sounds]
             counts = [len(sound) for sound in sounds]
             yield Batch(*pad(targets), np.stack(features), np.array(counts, np.int32))

@@ -129,19 +129,19 @@ class Row:
             self.differing_logprobs = None
         for place, (token, other) in enumerate(zip(ids, reference.ids, strict=False)):
             self.tokens += 1
-            found = None
+            difference = None
             if token != other:
                 self.differing_tokens += 1
-                found = f"{token} instead of {other}"
+                difference = f"{token} instead of {other}"
             elif logprobs is not None and logprobs[place] != reference.logprobs[place]:
                 assert self.differing_logprobs is not None
                 self.differing_logprobs += 1
-                found = (
+                difference = (
                     f"a log-probability of {logprobs[place]!r} instead of "
                     f"{reference.logprobs[place]!r}"
                 )
-            if found is not None and self.first_difference is None:
-                self.first_difference = f"request {request}, token {place}: {found}"
+            if difference is not None and self.first_difference is None:
+                self.first_difference = f"request {request}, token {place}: {difference}"
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,12 @@ class Equality:
         return all(row.equal for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        own = {
+        fields = {
             name: getattr(self, name)
             for name in ("tokens", "compared", "complete", "equal", "answer_tokens")
         }
         return {
-            **own,
+            **fields,
             "requests": len(self.answers),
             "settings": [asdict(row) for row in self.rows],
         }
@@ -271,13 +271,13 @@ def check_equality(
         share = plan.shares[place]
         given = [str(bundle.path), str(share), "" if file is None else str(file)]
         variables = {"FREEEXPORT_INSTRUCTIONS": name}
-        found = json.loads(run_child(__name__, *given, variables=variables))
-        answers = [Answer(tuple(ids), tuple(logprobs)) for ids, logprobs in found["answers"]]
-        whole.rows += [Row(**row) for row in found["settings"]]
+        report = json.loads(run_child(__name__, *given, variables=variables))
+        answers = [Answer(tuple(ids), tuple(logprobs)) for ids, logprobs in report["answers"]]
+        whole.rows += [Row(**row) for row in report["settings"]]
         if place == 0:
             whole.answers = answers
-            whole.reads_alike = found["reads_alike"]
-        elif whole.reads_alike and found["reads_alike"]:
+            whole.reads_alike = report["reads_alike"]
+        elif whole.reads_alike and report["reads_alike"]:
             whole.rows.append(between(whole.answers, answers, sets[0], name))
         whole.complete = place + 1 == len(sets)
         yield whole
@@ -307,19 +307,19 @@ def prompt_ids(bundle: Bundle, file: Path | None) -> list[list[int]]:
         return encode_prompt(prompt, tokenizer, manifest.vocab_size, limit).tolist()  # type: ignore[no-any-return]
 
     if file is not None:
-        found = []
+        prompts = []
         for line in read_requests(file):
             if isinstance(line, BrokenLine):
                 raise OptionError(
                     f"{file}, line {line.line_number}: {line.reason}; correct it or leave it out"
                 )
             try:
-                found.append(encoded(line.text))
+                prompts.append(encoded(line.text))
             except PromptError as error:
                 raise OptionError(f"{file}, line {line.line_number}: {error}") from None
-        if not found:
+        if not prompts:
             raise OptionError(f"{file} has no prompt; give lines like " + '{"input": "..."}')
-        return found
+        return prompts
     if tokenizer is None:
         return sample_ids(bundle)
     texts = [request.format(subject) for subject in _SUBJECTS for request in _REQUESTS]
@@ -384,8 +384,8 @@ def _compare(
         requests, outcome.answers = _reference(bundle, prompts, count, answer, advance)
         for setting, share in zip(settings, shares, strict=True):
             row = Row(setting.name, name, differing_logprobs=0 if setting.logprobs else None)
-            asked = requests[: -(-share // answer)]
-            for number, result in enumerate(_decoded(bundle, setting, asked, answer)):
+            subset = requests[: -(-share // answer)]
+            for number, result in enumerate(_decoded(bundle, setting, subset, answer)):
                 left = share - row.tokens
                 row.compare(
                     number, outcome.answers[number], result.token_ids[:left], result.logprobs

@@ -80,10 +80,10 @@ def compare_greedy(
     room = session.capacity - (0 if session.manifest.encoder_decoder else max(map(len, prompts)))
     count = max(1, min(new_tokens, room))
     for number, prompt in enumerate(prompts):
-        asked: Any = prompt if isinstance(prompt, SpeechPrompt) else list(prompt)
-        ours = session.generate(asked, mode="full", max_new_tokens=count).token_ids
+        request: Any = prompt if isinstance(prompt, SpeechPrompt) else list(prompt)
+        ours = session.generate(request, mode="full", max_new_tokens=count).token_ids
         most = max(1.0, seconds())
-        theirs, gaps = reference_ids(model, asked, count, ends, most)
+        theirs, gaps = reference_ids(model, request, count, ends, most)
         if most < math.inf and theirs and theirs[-1] not in ends:
             ours = ours[: len(theirs)]
         differing = (

@@ -95,7 +95,9 @@ class Moved:
         none = np.zeros(0)
         parts = [cls(none, none, none, none, none > 0, none)]
         for start in range(0, len(before), _BLOCK):
-            old, new, said = (array[start : start + _BLOCK] for array in (before, after, tokens))
+            old, new, followed = (
+                array[start : start + _BLOCK] for array in (before, after, tokens)
+            )
             rows = np.arange(len(old))
             second, best = np.argpartition(old, -2, -1)[:, -2:].T
             gap = (old[rows, best] - old[rows, second]).astype(np.float64)
@@ -104,9 +106,11 @@ class Moved:
             theirs = log_softmax(old)
             # Values below 0 are float64's rounding errors.
             divergence = np.maximum((np.exp(theirs) * (theirs - ours)).sum(-1), 0)
-            nll = -theirs[rows, said]
+            nll = -theirs[rows, followed]
             other_best = new.argmax(-1) != old.argmax(-1)
-            parts.append(cls(divergence, -ours[rows, said] - nll, gap, gap_moved, other_best, nll))
+            parts.append(
+                cls(divergence, -ours[rows, followed] - nll, gap, gap_moved, other_best, nll)
+            )
         return cls.joined(parts)
 
     @classmethod
@@ -197,8 +201,8 @@ def in_calls(
         for cache in pair.caches.values():
             for array in cache.arrays.values():
                 array[:, :, previous:start] = changed(array[:, :, previous:start])
-        shallow, found = pair.both(text.tokens[:, start:end], count, changed)
-        deep = found["logits"]
+        shallow, deep_outputs = pair.both(text.tokens[:, start:end], count, changed)
+        deep = deep_outputs["logits"]
         row, column = np.nonzero(np.arange(end - start) < count[:, None])
         parts.append(
             Rows.of_call(

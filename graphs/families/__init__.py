@@ -40,11 +40,11 @@ def family_of(config: Mapping[str, Any]) -> ModuleType:
     """
     model_type = str(config.get("model_type"))[:80]
     field = next((name for name in _BEYOND if config.get(name)), None)
-    found = next((family for family in FAMILIES if model_type in family.MODEL_TYPES), None)
-    if found is not None and field is None:
-        return found
+    family_module = next((family for family in FAMILIES if model_type in family.MODEL_TYPES), None)
+    if family_module is not None and field is None:
+        return family_module
     reason = "" if field is None else f" ({field}: {_BEYOND[field]})"
-    nearest = _nearest(model_type, config) if found is None else ""
+    nearest = _nearest(model_type, config) if family_module is None else ""
     raise UnsupportedModelError(
         f"architecture {model_type!r}{reason} is not supported; "
         f"{nearest}supported are {', '.join(supported_architectures())}"

@@ -54,8 +54,8 @@ class _Grid:
     def nearest(self, row: int, wanted: np.ndarray) -> np.ndarray:
         """Return the allowed steps [outputs] of an input that are nearest to `wanted`, in steps."""
         zero = self.zeros[row // self.block]
-        found: np.ndarray = np.clip(np.rint(wanted), -zero, 15 - zero)
-        return found
+        steps: np.ndarray = np.clip(np.rint(wanted), -zero, 15 - zero)
+        return steps
 
     def keep(self, outputs: np.ndarray, other: _Grid) -> None:
         """Copy the outputs selected by a mask from another grid."""
@@ -141,8 +141,8 @@ def _in_best_range(
 def _losses(grid: _Grid, target: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """Return the squared error of each output, summed over the inputs: float32 [outputs]."""
     wrong = grid.weights - target
-    found: np.ndarray = np.einsum("io,io->o", moments @ wrong, wrong)
-    return found
+    losses: np.ndarray = np.einsum("io,io->o", moments @ wrong, wrong)
+    return losses
 
 
 def _pass_on(grid: _Grid, target: np.ndarray, spread: np.ndarray, order: np.ndarray) -> None:

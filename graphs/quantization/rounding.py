@@ -152,10 +152,10 @@ def best_range(
     return best
 
 
-def _keep_better(best: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> None:
-    """Replace blocks of `best` by those of `found` with smaller errors, the last array."""
-    better = found[-1] < best[-1]
-    for chosen, candidate in zip(best, found, strict=True):
+def _keep_better(best: Sequence[np.ndarray], candidates: Sequence[np.ndarray]) -> None:
+    """Replace blocks of `best` by those of `candidates` with smaller errors, the last array."""
+    better = candidates[-1] < best[-1]
+    for chosen, candidate in zip(best, candidates, strict=True):
         chosen[better] = candidate[better]
 
 
@@ -183,8 +183,10 @@ def dequantize(rounded: Rounded) -> np.ndarray:
     assert rounded.zero_points is not None
     values = unpacked(rounded.data).astype(np.float32)
     zeros = unpacked(rounded.zero_points)[:, : rounded.data.shape[1]]
-    found: np.ndarray = (values - zeros[..., None]) * rounded.scales[..., None].astype(np.float32)
-    return found.reshape(len(values), -1)
+    dequantized: np.ndarray = (values - zeros[..., None]) * rounded.scales[..., None].astype(
+        np.float32
+    )
+    return dequantized.reshape(len(values), -1)
 
 
 def unpacked(data: np.ndarray) -> np.ndarray:
@@ -209,9 +211,9 @@ def at_least(exact: np.ndarray, type_: np.dtype) -> np.ndarray:
 
     Scales of 0, of weights that are all 0, become 1.
     """
-    found = np.where(exact > 0, exact, 1).astype(type_)
-    above = np.nextafter(found, np.array(np.inf, type_))
-    return np.where(found.astype(np.float32) < exact, above, found)
+    rounded = np.where(exact > 0, exact, 1).astype(type_)
+    above = np.nextafter(rounded, np.array(np.inf, type_))
+    return np.where(rounded.astype(np.float32) < exact, above, rounded)
 
 
 # Largest distance of a value from its step, in steps. Rounding to bfloat16 can move it this far. 32
@@ -237,10 +239,10 @@ def on_grid(weight: np.ndarray, block: int, type_: np.dtype, offsets: bool) -> R
     scales = np.empty((outputs, blocks), np.float32)
     starts = np.empty((outputs, blocks), np.float32)
     for rows in row_chunks(weight):
-        found = _steps(weight[rows].reshape(-1, block))
-        if found is None:
+        grid = _steps(weight[rows].reshape(-1, block))
+        if grid is None:
             return None
-        for whole, part in zip((values, scales, starts), found, strict=True):
+        for whole, part in zip((values, scales, starts), grid, strict=True):
             whole[rows] = part.reshape(whole[rows].shape)
     zeros = np.rint(-starts / scales)
     meets_zero = np.abs(starts + zeros * scales) <= TOLERANCE * scales

@@ -203,7 +203,7 @@ def extracted(fields: Mapping[str, str], plain: bool = False) -> str | None:
     ]
     if not 0 < len(depends) <= MOST_DEPENDENCIES or "Description" not in fields:
         return None
-    found = {
+    record = {
         "name": fields["Package"],
         "version": upstream_version(fields),
         "section": fields.get("Section"),
@@ -212,10 +212,10 @@ def extracted(fields: Mapping[str, str], plain: bool = False) -> str | None:
         "depends": depends,
     }
     if not plain:
-        return json.dumps(found, ensure_ascii=False)
+        return json.dumps(record, ensure_ascii=False)
     text = "; ".join(
         f"{name}: {value}"
-        for name, value in (found | {"depends": ", ".join(depends)}).items()
+        for name, value in (record | {"depends": ", ".join(depends)}).items()
         if value
     )
     return None if _NOT_IN_T5.search(text) else " ".join(text.split())

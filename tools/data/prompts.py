@@ -196,12 +196,12 @@ def packages(
     Of a family in several splits, only the descriptions in the first split are kept.
     """
     package = source_packages(english, records)
-    kept = splits_of(package, package_families(english, package), "package ")
+    splits = splits_of(package, package_families(english, package), "package ")
     by_md5 = {
         fields["Description-md5"]: fields for fields in records if "Description-md5" in fields
     }
     for md5, text in english.items():
-        if md5 not in kept:
+        if md5 not in splits:
             continue
         fields = by_md5.get(md5, {})
         shown = (
@@ -212,7 +212,7 @@ def packages(
         body = " ".join(" ".join(text.paragraphs).split())
         section = fields.get("Section", "").rpartition("/")[2]
         keys = (f"package source {name}" for name in package[md5])
-        key = next(key for key in keys if split_of(key) == kept[md5])
+        key = next(key for key in keys if split_of(key) == splits[md5])
         yield _source("package", key, text.package, f"section {section}", body, "\n".join(shown))
 
 
