@@ -38,7 +38,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> parts.Description:
         family="whisper",
         vocab_size=vocabulary_size(weights, EMBEDDING, width),
         hidden_size=width,
-        decoder=parts.Decoder(
+        decoder=parts.DecoderStack(
             parts.Embedding(
                 EMBEDDING, 1.0, _positions("decoder", int(config["max_target_positions"]))
             ),
@@ -48,7 +48,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> parts.Description:
             ),
             max_positions=int(config["max_target_positions"]),
         ),
-        encoder=parts.Encoder(
+        encoder=parts.EncoderStack(
             parts.Spectrogram(
                 bins,
                 (biased_linear("model.encoder.conv1"), biased_linear("model.encoder.conv2")),
