@@ -20,7 +20,7 @@ SESSION = ("threads", "slots", "queue", "capacity", "device", "threshold", "pref
 
 @click.command(cls=SectionedCommand)
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
-@section("What is served")
+@section("Models")
 @click.option(
     "--name",
     "names",
@@ -34,7 +34,7 @@ SESSION = ("threads", "slots", "queue", "capacity", "device", "threshold", "pref
     "--mode",
     type=click.Choice(get_args(Mode)),
     help=(
-        "Mode of requests that set none.  [default: free if a threshold is given or calibrated, "
+        "Default decoding mode of requests.  [default: free if a threshold is given or calibrated, "
         "else lossless]"
     ),
 )
@@ -63,13 +63,13 @@ SESSION = ("threads", "slots", "queue", "capacity", "device", "threshold", "pref
     "--deadline",
     type=click.FloatRange(0, min_open=True),
     metavar="SECONDS",
-    help="Maximum duration of a request. Longer requests are ended.",
+    help="Time limit of a request, in seconds.",
 )
 @click.option(
     "--max-body",
     type=click.IntRange(1),
     metavar="BYTES",
-    help="Maximum size of a request.  [default: 4 MiB, with a sound 64 MiB]",
+    help="Maximum size of a request body, in bytes.  [default: 4 MiB, or 64 MiB with audio]",
 )
 @click.option("--log-prompts", is_flag=True, help="Include prompts in the log.")
 @section("Machine")

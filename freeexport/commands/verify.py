@@ -32,7 +32,7 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     for name in names:
         if not supported(name):
             raise click.BadParameter(
-                f"this processor has no {name}, or the kernels do not know it; see doctor"
+                f"{name} is not supported by this processor or the kernels; see freeexport doctor"
             )
     return names
 
@@ -41,9 +41,7 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @section("Against the checkpoint")
 @click.option("--against", metavar="MODEL", help="Checkpoint that the bundle was converted from.")
-@click.option(
-    "--exit", "exit_", metavar="NAME|FILE", help="Ready-made exit that was given to convert."
-)
+@click.option("--exit", "exit_", metavar="NAME|FILE", help="Ready-made exit that convert applied.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -112,19 +110,15 @@ def command(
       freeexport verify bundle --against path/to/checkpoint
     """
     if exit_ is not None and against is None:
-        raise click.UsageError("--exit needs the checkpoint to compare with; give --against MODEL")
+        raise click.UsageError("--exit requires a checkpoint; give --against MODEL")
     if data is not None and against is None and equal is None:
-        raise click.UsageError(
-            "--data needs something to compare; give --against MODEL or --equal N"
-        )
+        raise click.UsageError("--data requires --against MODEL or --equal N")
     for option, given in (("--instructions", instructions), ("--save", save)):
         if given and equal is None:
-            raise click.UsageError(
-                f"{option} is for a comparison of the bundle with itself; give --equal N"
-            )
+            raise click.UsageError(f"{option} requires --equal N")
     if equal is not None and (against is not None or quick):
         raise click.UsageError(
-            "--equal compares the bundle with itself; leave --against and --quick out"
+            "--equal compares the bundle with itself; omit --against and --quick"
         )
     check_writable(save, "--save")
     opened = Bundle.open(bundle, verify="full")
@@ -149,7 +143,7 @@ def command(
         same, line = greedy_line(report["greedy"])
         click.echo(f"{'ok     ' if same else 'warning'}  {line}")
     if report["left_out"]:
-        click.echo(f"warning  left out, as the time was up: {', '.join(report['left_out'])}")
+        click.echo(f"warning  skipped, out of time: {', '.join(report['left_out'])}")
 
 
 def _compare(

@@ -86,7 +86,7 @@ def draining() -> ApiError:
     """Return the error for requests that arrive during shutdown."""
     return ApiError(
         503,
-        "the server is shutting down; ask another, or again later",
+        "the server is shutting down; retry later or use another server",
         "shutting_down",
         retry_after=1,
     )
@@ -103,7 +103,7 @@ def api_error(error: BaseException) -> ApiError:
         case ApiError():
             return error
         case QueueFullError():
-            return ApiError(429, f"the queue is full: {error}", "queue_full", retry_after=1)
+            return ApiError(429, f"the request queue is full: {error}", "queue_full", retry_after=1)
         case PromptError():
             long = isinstance(error, PromptLengthError)
             return ApiError(
@@ -119,5 +119,5 @@ def api_error(error: BaseException) -> ApiError:
         case FreeExportError():
             return ApiError(500, message, "engine_error")
     return ApiError(
-        500, f"{type(error).__name__} in the server; its log has the traceback", "internal_error"
+        500, f"{type(error).__name__} in the server; see the traceback in its log", "internal_error"
     )

@@ -93,7 +93,7 @@ class Choices:
                 expired = f"{limit} of {seconds:g} s passed before the first token"
                 raise ApiError(
                     status,
-                    f"{expired}; ask later, or for more time",
+                    f"{expired}; retry later or raise the limit",
                     "deadline_exceeded",
                     again=False,
                 )
@@ -140,7 +140,7 @@ async def begin(
     most = session.options.slots + session.options.queue
     if count > most:
         wrong = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
-        raise invalid("n", f"{wrong}; this server takes {most} choices at once, ask for fewer")
+        raise invalid("n", f"{wrong}; this server takes {most} choices at once; request fewer")
 
     def encode() -> tuple[list[np.ndarray], GenerationOptions]:
         given = options
@@ -335,7 +335,8 @@ def _limit(options: GenerationOptions, request: Generating, prompt: int, session
     if request.limit > room:
         raise PromptLengthError(
             f"the prompt has {prompt} tokens and max_tokens is {request.limit}, but {room} tokens "
-            f"fit after it in the {session.capacity} positions of a slot; shorten one of them"
+            f"fit after it in the {session.capacity} positions of a slot; "
+            "shorten the prompt or lower max_tokens"
         )
     return request.limit
 

@@ -60,7 +60,7 @@ class GrammarTrial:
                 async with asyncio.timeout(WAIT_SECONDS):
                     await self._turn.acquire()
             except TimeoutError:
-                raise _busy("others are compiled") from None
+                raise _busy("busy with other requests") from None
             try:
                 if key not in self._known:
                     self._known[key] = await self._try(kind, text)
@@ -117,7 +117,7 @@ class GrammarTrial:
             if not ready:
                 await self.close()
         if not ready:
-            raise _busy("the process that compiles them did not start")
+            raise _busy("the compiler process did not start")
         return process
 
     async def close(self) -> None:
@@ -133,7 +133,7 @@ class GrammarTrial:
 
 
 def _busy(problem: str) -> ApiError:
-    message = f"constraints cannot be compiled now ({problem}); ask again later"
+    message = f"cannot compile constraints now ({problem}); retry later"
     return ApiError(503, message, "constraints_busy", retry_after=1)
 
 

@@ -22,57 +22,57 @@ REFERENCE = "#/components/schemas/"
 # By path: summary, type of the request body, required fields of the response.
 POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "/v1/chat/completions": (
-        "Answer a conversation, whole or as a stream of events",
+        "Create a chat completion, optionally streamed as server-sent events",
         ChatRequest,
         ("id", "object", "created", "model", "choices", "usage"),
     ),
     "/v1/completions": (
-        "Go on with a text or token ids, whole or as a stream of events",
+        "Create a completion of text or token ids, optionally streamed as server-sent events",
         CompletionRequest,
         ("id", "object", "created", "model", "choices", "usage"),
     ),
     "/v1/responses": (
-        "Answer a text or a conversation, whole or as events; nothing is stored",
+        "Create a response, optionally streamed as events. Responses are not stored",
         ResponseRequest,
         ("id", "object", "created_at", "model", "status", "output", "usage"),
     ),
     "/tokenize": (
-        "The token ids of a text or a conversation",
+        "Tokenize text or a conversation",
         TokenizeRequest,
         ("count", "max_model_len", "tokens"),
     ),
-    "/detokenize": ("The text of token ids", DetokenizeRequest, ("prompt",)),
+    "/detokenize": ("Detokenize token ids", DetokenizeRequest, ("prompt",)),
 }
 # By path: summary. All take a form of FIELDS.
 FORMS = {
-    "/v1/audio/transcriptions": "What is said in a WAV file",
-    "/v1/audio/translations": "What is said in a WAV file, in English",
+    "/v1/audio/transcriptions": "Transcribe speech in a WAV file",
+    "/v1/audio/translations": "Translate speech in a WAV file into English text",
 }
 FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature")
 # By path: summary, required fields of the response, other statuses.
 GET: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
-    "/v1/models": ("The models that are served", ("object", "data"), ()),
+    "/v1/models": ("List the served models", ("object", "data"), ()),
     "/v1/models/{model}": (
-        "One model",
+        "Retrieve a model",
         ("id", "object", "created", "owned_by", "max_model_len"),
         (404, 503),
     ),
-    "/health": ("Whether requests are taken", ("status", "ready"), (503,)),
-    "/v2/health/live": ("Whether the process lives", ("live",), ()),
-    "/v2/health/ready": ("Whether requests are taken", ("status", "ready"), (503,)),
-    "/v2/models/{model}/ready": ("Whether a model takes requests", ("name", "ready"), (404, 503)),
-    "/metrics": ("Counters for Prometheus", (), ()),
-    "/openapi.json": ("This document", ("openapi", "info", "paths"), ()),
+    "/health": ("Readiness check of the server", ("status", "ready"), (503,)),
+    "/v2/health/live": ("Liveness check", ("live",), ()),
+    "/v2/health/ready": ("Readiness check of the server", ("status", "ready"), (503,)),
+    "/v2/models/{model}/ready": ("Readiness check of a model", ("name", "ready"), (404, 503)),
+    "/metrics": ("Metrics in the Prometheus text format", (), ()),
+    "/openapi.json": ("OpenAPI document", ("openapi", "info", "paths"), ()),
 }
 STATUSES = {
-    400: "A field is wrong; the message names it",
-    401: "The API key is missing or wrong",
-    404: "There is no such model",
-    408: "The deadline passed before the first token, or the body did not come",
-    413: "The body is too large",
-    429: "The queue is full; Retry-After says when to ask again",
-    503: "The model is being loaded, or the server ends",
-    504: "The server's time limit passed before the first token",
+    400: "Invalid request; the message names the field",
+    401: "Missing or invalid API key",
+    404: "Model not found",
+    408: "The request's deadline expired before the first token, or the request body timed out",
+    413: "Request body too large",
+    429: "The request queue is full; retry after the seconds in Retry-After",
+    503: "The model is loading, or the server is shutting down",
+    504: "The server's time limit expired before the first token",
 }
 
 

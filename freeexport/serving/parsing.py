@@ -29,11 +29,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 HARMLESS = ("metadata", "store", "truncation", "reasoning_effort")
 # Advice for rejected fields of OpenAI. Default: remove the field.
 ADVICE = {
-    "frequency_penalty": "repetition_penalty is the penalty there is",
-    "presence_penalty": "repetition_penalty is the penalty there is",
-    "top_logprobs": "in completions, logprobs is how many",
+    "frequency_penalty": "use repetition_penalty",
+    "presence_penalty": "use repetition_penalty",
+    "top_logprobs": "set logprobs to the number of alternatives",
     "best_of": "use n",
-    "previous_response_id": "nothing is stored, send the whole conversation",
+    "previous_response_id": "responses are not stored; send the whole conversation as input",
     "functions": "use tools",
     "function_call": "use tool_choice",
     "tools": "use chat completions or responses",
@@ -57,12 +57,14 @@ def parse(body: bytes, kind: type[Body]) -> Body:
             given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         except msgspec.ValidationError:
             raise ApiError(
-                400, "the body is no JSON object; send the fields of a request", "invalid_json"
+                400,
+                "the body is not a JSON object; send one with the request's fields",
+                "invalid_json",
             ) from None
         if len(given) > MOST_FIELDS:
             raise ApiError(
                 400,
-                f"the body has {len(given)} fields, at most {MOST_FIELDS} are read",
+                f"the body has {len(given)} fields; send at most {MOST_FIELDS}",
                 "invalid_json",
             )
         values = {name: bytes(value) for name, value in given.items() if bytes(value) != b"null"}

@@ -57,7 +57,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             )
             raise invalid(
                 "response_format",
-                f"response_format: {wrong}; a schema goes with type 'json_schema'",
+                f"response_format: {wrong}; send a json_schema with type 'json_schema' only",
             )
 
 
@@ -75,7 +75,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
             name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)
         ]
         if len(given) != 1:
-            wrong = "names no constraint" if not given else f"has {given[0]} and {given[1]}"
+            wrong = "has no constraint" if not given else f"has {given[0]} and {given[1]}"
             raise invalid("structured_outputs", f"structured_outputs {wrong}; give one")
 
     @property
@@ -232,7 +232,7 @@ def content_text(content: str | list[ContentPart], where: str) -> str:
     for place, part in enumerate(content):
         if part.type != "text" or part.text is None:
             raise unsupported(
-                f"{where}[{place}].type", "this model reads text", f" {part.type[:40]!r}"
+                f"{where}[{place}].type", "the model accepts only text", f" {part.type[:40]!r}"
             )
     return "".join(part.text or "" for part in content)
 
@@ -270,7 +270,7 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
         where = f"messages[{number}]"
         calls = message.tool_calls or []
         if message.name is not None and message.role != "tool":
-            raise unsupported(f"{where}.name", "messages have a role and a text")
+            raise unsupported(f"{where}.name", "remove it")
         if (calls and message.role != "assistant") or (
             message.tool_call_id and message.role != "tool"
         ):
@@ -280,7 +280,7 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
                 f"{where}.{field} is given with role {message.role[:40]!r}; remove it",
             )
         if message.content is None and not calls:
-            raise invalid(f"{where}.content", f"{where}.content is missing; give a text")
+            raise invalid(f"{where}.content", f"{where}.content is missing; send text")
         role = "system" if message.role == "developer" else message.role
         converted: dict[str, Any] = {
             "role": role,
@@ -306,7 +306,7 @@ def _call(call: ToolCall, where: str) -> dict[str, Any]:
         arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         raise invalid(
-            f"{where}.function.arguments", f"{where}.function.arguments is no JSON object; send one"
+            f"{where}.function.arguments", f"{where}.function.arguments is not a JSON object"
         ) from None
     return {
         "id": call.id,
@@ -338,7 +338,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
             raise invalid("top_logprobs", wrong)
         if self.prediction is not None and self.free.mode not in (None, "lossless"):
             wrong = f"prediction is given with free.mode {self.free.mode!r}, which drafts nothing"
-            raise invalid("prediction", f"{wrong}; choose 'lossless', or leave the mode out")
+            raise invalid("prediction", f"{wrong}; use 'lossless' or omit the mode")
 
     def _check_tools(self) -> None:
         names = [tool.function.name for tool in self.tools or ()]
@@ -348,20 +348,21 @@ class ChatRequest(GenerationRequest, kw_only=True):
         if chosen is not None and chosen not in names:
             raise invalid(
                 "tool_choice",
-                f"tool_choice names {chosen[:80]!r}, which is not among the tools; add it",
+                f"tool_choice names {chosen[:80]!r}, which is not in tools; add the function",
             )
         if self.tool_choice == "required" and not names:
-            raise invalid("tool_choice", "tool_choice is 'required' without tools; give tools")
+            raise invalid("tool_choice", "tool_choice is 'required' without tools; add tools")
         for number, tool in enumerate(self.tools or ()):
             where = f"tools[{number}].function"
             if tool.function.name in names[:number]:
                 raise invalid(
                     f"{where}.name",
-                    f"{where}.name {tool.function.name!r} is used twice; rename one",
+                    f"{where}.name {tool.function.name!r} is a duplicate; rename one function",
                 )
             if (tool.function.parameters or {}).get("type", "object") != "object":
                 raise invalid(
-                    f"{where}.parameters", f"{where}.parameters is no schema of an object; give one"
+                    f"{where}.parameters",
+                    f"{where}.parameters is not an object schema; use type 'object'",
                 )
         if self.offered and self.structured_outputs is not None:
             raise invalid(
@@ -417,11 +418,11 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         if self.echo and self.logprobs is not None:
             raise invalid(
                 "echo",
-                "echo is given with logprobs, which tokens of a prompt do not have; choose one",
+                "echo is given with logprobs, which prompt tokens do not have; use one of them",
             )
         if isinstance(self.prompt, list) and len({type(part) for part in self.prompt}) != 1:
-            wrong = "mixes texts and token ids" if self.prompt else "is an empty list"
-            raise invalid("prompt", f"prompt {wrong}; give a text, token ids, or a list of them")
+            wrong = "mixes text and token ids" if self.prompt else "is an empty list"
+            raise invalid("prompt", f"prompt {wrong}; send text, token ids, or a list of either")
 
     @property
     def alternatives(self) -> int | None:

@@ -146,11 +146,13 @@ def _add(messages: list[Message], item: InputItem, where: str) -> None:
     name = "output" if item.type == "function_call_output" else "content"
     content = getattr(item, name)
     if content is None:
-        raise invalid(f"{where}.{name}", f"{where}.{name} is missing; give a text")
+        raise invalid(f"{where}.{name}", f"{where}.{name} is missing; send text")
     for number, part in enumerate(() if isinstance(content, str) else content):
         if part.type not in TEXTS or part.text is None:
             raise unsupported(
-                f"{where}.{name}[{number}].type", "this model reads text", f" {part.type[:40]!r}"
+                f"{where}.{name}[{number}].type",
+                "the model accepts only text",
+                f" {part.type[:40]!r}",
             )
     text = content if isinstance(content, str) else "".join(part.text or "" for part in content)
     if name == "output":

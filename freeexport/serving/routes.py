@@ -102,7 +102,7 @@ class Unambiguous:
             name for name, _ in scope.get("headers", ())
         }:
             failed = ApiError(
-                400, "the request has Content-Length and Transfer-Encoding; send one of them"
+                400, "the request has Content-Length and Transfer-Encoding; send only one"
             )
             app = json(failed.body, 400, {"Connection": "close"})
         await app(scope, receive, send)
@@ -172,7 +172,9 @@ class Endpoints:
         try:
             self._authorize(request)
             if not any(session.manifest.speech for session in self._service.ready().values()):
-                raise invalid("model", "no model of this server reads speech; ask one that does")
+                raise invalid(
+                    "model", "no served model accepts speech; use a server with a speech model"
+                )
             body = await read_body(
                 request, LARGEST_AUDIO if options.max_body is None else options.max_body
             )
@@ -183,7 +185,7 @@ class Endpoints:
             transcription = Transcription.of(fields, task, options.mode, options.deadline)
             name, session = self._service.session(transcription.model)
             if session.manifest.speech is None:
-                raise invalid("model", f"model {name!r} reads text; ask one that reads speech")
+                raise invalid("model", f"model {name!r} accepts only text; use a speech model")
             record.line["model"] = name
             try:
                 samples = await asyncio.to_thread(read_audio, transcription.file, until=until)
@@ -236,7 +238,7 @@ class Endpoints:
                 tokenizer.encode, parsed.prompt, special=parsed.add_special_tokens
             )
         else:
-            raise invalid("prompt", "give either prompt or messages")
+            raise invalid("prompt", "send either prompt or messages")
         return json({"count": len(ids), "max_model_len": most, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
@@ -245,9 +247,7 @@ class Endpoints:
         most = max(session.manifest.encoder_capacity, session.capacity)
         vocabulary = session.manifest.vocab_size
         if len(parsed.tokens) > most:
-            raise invalid(
-                "tokens", f"tokens has {len(parsed.tokens)} ids; give at most {most} at once"
-            )
+            raise invalid("tokens", f"tokens has {len(parsed.tokens)} ids; send at most {most}")
         wrong = next((token for token in parsed.tokens if token >= vocabulary), None)
         if wrong is not None:
             raise invalid(
@@ -284,7 +284,7 @@ class Endpoints:
         if key is not None and not (right and kind.lower() == "bearer"):
             raise ApiError(
                 401,
-                "the API key is missing or wrong; send Authorization: Bearer KEY",
+                "missing or invalid API key; send the header Authorization: Bearer KEY",
                 "invalid_api_key",
             )
 
@@ -306,8 +306,8 @@ class Endpoints:
 
 
 def _late(seconds: float | None) -> ApiError:
-    limit = f"the server's limit of {seconds:g} s passed before all was heard"
-    return ApiError(504, f"{limit}; send a shorter sound", "deadline_exceeded", again=False)
+    limit = f"the server's limit of {seconds:g} s expired before the transcription was complete"
+    return ApiError(504, f"{limit}; send shorter audio", "deadline_exceeded", again=False)
 
 
 def _failed(record: RequestLog, error: BaseException) -> Response:
@@ -338,7 +338,9 @@ async def read_body(request: Request, most: int) -> bytes:
         ApiError: If the body is too large or does not arrive in time.
     """
     declared = request.headers.get("content-length", "")
-    too_large = ApiError(413, f"the body is larger than {most} bytes; send less", "body_too_large")
+    too_large = ApiError(
+        413, f"the body is larger than {most} bytes; send a smaller one", "body_too_large"
+    )
     if declared.isdigit() and int(declared[:20]) > most and "expect" in request.headers:
         raise too_large  # the client waits for an interim response before it sends the body
     body = bytearray()
@@ -352,7 +354,7 @@ async def read_body(request: Request, most: int) -> bytes:
                 elif size > max(most, DISCARDED):
                     break
     except TimeoutError:
-        late = f"the body did not come within {BODY_SECONDS:g} s; send it at once"
+        late = f"the body was not received within {BODY_SECONDS:g} s; retry"
         raise ApiError(408, late, "body_timeout") from None
     if size > most:
         raise too_large
@@ -369,7 +371,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         path = request.scope["path"][:80]
         method = request.method
-        messages = {404: f"there is no {path}", 405: f"{method} is not a method of this path"}
+        messages = {
+            404: f"path {path} not found",
+            405: f"method {method} is not allowed for this path",
+        }
         failed = ApiError(error.status_code, messages.get(error.status_code, error.detail))
         return json(failed.body, failed.status, dict(error.headers or {}))
     failed = api_error(error)

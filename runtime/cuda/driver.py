@@ -235,8 +235,7 @@ class Cuda:
         failed, version = self.runtime.cudaDriverGetVersion()
         if int(failed) or not version:
             raise DeviceError(
-                f"device {self}: no NVIDIA driver is loaded here; "
-                "install one, or choose device='cpu'"
+                f"device {self}: no NVIDIA driver is loaded; install one, or choose device='cpu'"
             )
         failed, count = self.runtime.cudaGetDeviceCount()
         name = getattr(failed, "name", str(failed))

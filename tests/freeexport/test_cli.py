@@ -218,7 +218,7 @@ def test_closed_standard_streams_are_as_the_null_device(closed: str, tmp_path: P
         (OSError("gpt9 is not a model\nidentifier"), "gpt9 is not a model identifier"),
         (OSError(), "OSError"),
         (ModuleNotFoundError("no", name="graphs.nowhere"), "ModuleNotFoundError: no; this is a bug, see where with: "),
-        (ValueError("odd"), "ValueError: odd; this is a bug, see where with: freeexport --debug ..."),
+        (ValueError("odd"), "ValueError: odd; this is a bug; get the traceback with freeexport --debug ..."),
     ],
 )
 def test_an_error_of_a_library_keeps_its_text_and_a_bug_is_called_one(error: Exception, text: str) -> None:

@@ -64,7 +64,7 @@ def test_calibrated_threshold_and_break_even(tmp_path: Path, monkeypatch: pytest
     assert row(result, "deep 1") == "20.00 ms"
     monkeypatch.setattr(counting, "decoder_bytes", lambda bundle: (EngineBytes(1e7, 0, 1e6), EngineBytes(2e7, 0, 1e6)))
     result = inspect(write_bundle(tmp_path / "busy", exit_trained=True, costs=replace(COSTS, busy=1.3)))
-    assert row(result, "measured while busy") == "others kept 1.3 cores busy; convert again when idle"
+    assert row(result, "measured while busy") == "others kept 1.3 cores busy; convert again on an idle machine"
     assert "by the bytes that are read" in row(result, "break-even")
     assert "by the bytes that are read" in " ".join(result.stdout.split())
 

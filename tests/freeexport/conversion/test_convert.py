@@ -135,7 +135,7 @@ def test_defaults_are_those_of_the_model_and_json_is_the_manifest(checkpoint: Ch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--build",), "--build is for --target tensorrt"),
+        (("--build",), "--build requires --target tensorrt"),
         ((), "is a bundle already; give a checkpoint, or leave out OUT and give --build"),
     ],
 )

@@ -128,7 +128,7 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
         (TEXT, {"logprobs": 6}, "logprobs", "logprobs: Expected `int` <= 5"),
         (TEXT, {"logprobs": -1}, "logprobs", "logprobs: Expected `int` >= 0"),
         (TEXT, {"logprobs": True}, "logprobs", "logprobs: Expected `int | null`, got `bool`"),
-        (TEXT, {"top_logprobs": 2}, "top_logprobs", "in completions, logprobs is how many"),
+        (TEXT, {"top_logprobs": 2}, "top_logprobs", "set logprobs to the number of alternatives"),
         (CHAT, {"prediction": "ab"}, "prediction", "prediction"),
         (CHAT, {"prediction": {"type": "answer", "content": "ab"}}, "prediction.type", "prediction.type"),
         (CHAT, {"prediction": {"type": "content"}}, "prediction", "prediction"),
@@ -136,8 +136,8 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
         (CHAT, {"prediction": PREDICTION, "free": {"mode": "full"}}, "prediction", "which drafts nothing"),
         (TEXT, {"echo": True, "logprobs": 1}, "echo", "which tokens of a prompt do not have"),
         (TEXT, {"prompt": []}, "prompt", "is an empty list"),
-        (TEXT, {"prompt": [1, "a"]}, "prompt", "mixes texts and token ids"),
-        (TEXT, {"prompt": ["a", [1]]}, "prompt", "mixes texts and token ids"),
+        (TEXT, {"prompt": [1, "a"]}, "prompt", "mixes text and token ids"),
+        (TEXT, {"prompt": ["a", [1]]}, "prompt", "mixes text and token ids"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(

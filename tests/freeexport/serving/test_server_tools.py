@@ -183,7 +183,7 @@ def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
          "response_format.json_schema", "missing required field `name`"),
         ({"response_format": {"type": "json_object", "key": 1}}, "response_format", "unknown field `key`"),
-        ({"structured_outputs": {}}, "structured_outputs", "names no constraint"),
+        ({"structured_outputs": {}}, "structured_outputs", "has no constraint"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "has regex and choice"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "unknown field `structural_tag`"),
         ({"structured_outputs": {"regex": "a"}, **JSON}, "structured_outputs", "with response_format"),

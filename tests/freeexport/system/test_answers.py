@@ -248,7 +248,7 @@ def test_a_file_cut_anywhere_is_resumed_to_the_same_results(
 def test_resuming_on_a_file_that_holds_something_else_is_refused_untouched(tmp_path: Path, content: str) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(content)
-    with pytest.raises(OptionError, match=r"line \d is not the result of that line of the input"):
+    with pytest.raises(OptionError, match=r"line \d is not the result of that input line"):
         answered(path, [Request(1, "x"), Request(2, "x")], resume=True)
     assert path.read_text() == content
 

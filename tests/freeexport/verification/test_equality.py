@@ -128,9 +128,9 @@ def test_an_interrupt_shows_what_was_compared_and_saves_nothing(
         (["--equal", "5"], "--equal 5 is less than a token for each of"),
         (
             ["--equal", "9", "--against", "x"],
-            "--equal compares the bundle with itself; leave --against and --quick out",
+            "--equal compares the bundle with itself; omit --against and --quick",
         ),
-        (["--save", "x.json"], "--save is for a comparison of the bundle with itself; give --equal N"),
+        (["--save", "x.json"], "--save requires --equal N"),
         (["--instructions", "scalar"], "--instructions is for a comparison of the bundle with itself"),
         (["--equal", "99", "--instructions", "mmx"], "this processor has no mmx"),
         (["--equal", "99", "--save", "nowhere/x.json"], "there is no directory nowhere"),

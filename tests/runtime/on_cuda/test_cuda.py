@@ -151,7 +151,7 @@ def test_too_little_memory_names_needed_and_free_bytes_before_anything_is_alloca
 @pytest.mark.parametrize(
     ("index", "driver", "refused", "message"),
     [
-        (0, 0, "InsufficientDriver", "no NVIDIA driver is loaded here; install one, or choose device='cpu'"),
+        (0, 0, "InsufficientDriver", "no NVIDIA driver is loaded; install one, or choose device='cpu'"),
         (
             0,
             12040,
