@@ -90,7 +90,7 @@ class Whole:
             return value
         # The maximum count is mentioned only if it is exceeded.
         allowed = f"from {self.low} to {self.high}" if whole and value > self.high else str(self)
-        raise OptionError(f"{name} is {shown(value)}; choose a whole number {allowed}")
+        raise OptionError(f"{name} is {shown(value)}; choose an integer {allowed}")
 
 
 @dataclass(frozen=True)

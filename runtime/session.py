@@ -94,7 +94,7 @@ class Session:
         check_runnable(manifest, device)
         if manifest.speech is not None and device.index is not None:
             raise OptionError(
-                f"device is {options.device!r}, and speech is read on the CPU alone yet; leave "
+                f"device is {options.device!r}, but speech is supported only on the CPU; leave "
                 "it out"
             )
         self.capacity = capacity_of(manifest, options.capacity)

@@ -205,15 +205,13 @@ class Transcriber:
         Raises:
             OptionError: If it does not.
         """
-        known = ", ".join(self._speech.languages) or "en alone: the bundle is of English"
+        known = ", ".join(self._speech.languages) or "only en: the model is English-only"
         if options.language is not None and options.language not in (
             self._speech.languages or ("en",)
         ):
-            raise OptionError(f"language is {options.language!r}; known are {known}")
+            raise OptionError(f"language is {options.language!r}; choose {known}")
         if options.task == "translate" and "translate" not in self._speech.tasks:
-            raise OptionError(
-                "task is 'translate', but the bundle knows English alone; leave it out"
-            )
+            raise OptionError("task is 'translate', but the model is English-only; omit it")
         if (
             options.constraint is not None
             or options.num_beams > 1
@@ -223,11 +221,9 @@ class Transcriber:
                 options.constraint
                 or ("num_beams" if options.num_beams > 1 else "predicted_output",)
             )[0]
-            raise OptionError(f"{name} is given with speech, which has none; leave it out")
+            raise OptionError(f"{name} is not supported for speech; omit it")
         if options.initial_prompt is not None and self._tokenizer is None:
-            raise OptionError(
-                "initial_prompt is given, but the session has no tokenizer; leave it out"
-            )
+            raise OptionError("initial_prompt is given, but the session has no tokenizer; omit it")
 
     def single(self, audio: Any, options: SpeechOptions, decode: Decode) -> SpeechPrompt:
         """Return the request for a sound of one window.

@@ -43,14 +43,14 @@ class DefaultMode:
                 "drafts from the text"
             )
         parts = [
-            "gain not known"
+            "speedup unknown"
             if self.speedup is None
-            else f"{self.speedup:.2f}x the speed of mode full expected"
+            else f"{self.speedup:.2f}x expected speedup over mode full"
         ]
         if self.exit_rate is not None:
             parts.append(f"{self.exit_rate:.0%} of tokens exit")
         if self.agreement is not None:
-            parts.append(f"{self.agreement:.1%} of exits agree with the whole model")
+            parts.append(f"{self.agreement:.1%} of exits agree with the full model")
         return f"mode {self.mode}, threshold {self.threshold:.3g}: {', '.join(parts)}"
 
 

@@ -247,11 +247,13 @@ class Cuda:
                 f"install a newer driver, or pip install 'cuda-python=={version // 1000}.*'"
             )
         if int(failed) and name != "cudaErrorNoDevice":
-            raise DeviceError(f"device {self}: CUDA does not start ({name}); run freeexport doctor")
+            raise DeviceError(
+                f"device {self}: CUDA cannot be initialized ({name}); run freeexport doctor"
+            )
         if int(failed) or self.index >= count:
             count = 0 if int(failed) else count
             raise DeviceError(
-                f"device {self} does not exist: this machine shows {count} CUDA devices; "
+                f"device {self} does not exist: this machine has {count} CUDA devices; "
                 "choose another"
             )
 

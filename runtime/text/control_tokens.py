@@ -178,8 +178,8 @@ class ControlTokens:
 
 def _not_text() -> PromptError:
     return PromptError(
-        "the prompt has a control token that this tokenizer cannot spell as text; remove it, or "
-        "pass parse_special=True where its source is trusted"
+        "the prompt has a control token that this tokenizer cannot encode as text; remove it, or "
+        "pass parse_special=True if its source is trusted"
     )
 
 

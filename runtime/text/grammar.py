@@ -217,7 +217,7 @@ class Grammar:
             if masked.max() <= UNKNOWN / 2:
                 if not allowed.any():
                     raise OptionError(
-                        f"{self._name}: no token of this model's vocabulary may follow; change it"
+                        f"{self._name}: no token of this model's vocabulary can follow; change it"
                     )
                 # An exit vocabulary may contain none of the allowed tokens. Then all are equal.
                 masked = np.where(allowed, np.float32(0), NEVER)
@@ -276,7 +276,7 @@ class Grammar:
         """
         if self._matcher.is_error():
             problem = " ".join(self._matcher.get_error().split())[:200]
-            raise OptionError(f"{self._name} takes too much to follow ({problem}); make it simpler")
+            raise OptionError(f"{self._name} is too complex ({problem}); simplify it")
 
 
 def _tokens(llguidance: Any, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> Any:
@@ -459,7 +459,7 @@ def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
         size = grammar_size(text)
     if size.most > MOST_LETTERS:
         raise ValueError(
-            f"it may force {size.most:,} letters at once, at most {MOST_LETTERS:,} may be; "
-            "shorten its texts, or lower its repetitions"
+            f"it may force {size.most:,} characters at once, more than {MOST_LETTERS:,}; "
+            "shorten its strings or reduce its repetitions"
         )
     return described

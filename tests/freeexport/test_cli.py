@@ -217,7 +217,10 @@ def test_closed_standard_streams_are_as_the_null_device(closed: str, tmp_path: P
         ),
         (OSError("gpt9 is not a model\nidentifier"), "gpt9 is not a model identifier"),
         (OSError(), "OSError"),
-        (ModuleNotFoundError("no", name="graphs.nowhere"), "ModuleNotFoundError: no; this is a bug, see where with: "),
+        (
+            ModuleNotFoundError("no", name="graphs.nowhere"),
+            "ModuleNotFoundError: no; this is a bug; get the traceback with ",
+        ),
         (ValueError("odd"), "ValueError: odd; this is a bug; get the traceback with freeexport --debug ..."),
     ],
 )
@@ -286,8 +289,8 @@ def test_a_library_that_cannot_write_is_told_as_the_system_would() -> None:
         (short.value, "disk full while writing the output"),
         (rust, "disk full while writing the output; free some space and run again"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "a/b"), "disk full while writing a/b"),
-        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b is on a file system that is read-only; write else"),
-        (Exception("Read-only file system (os error 30)"), "the output is on a file system that is read-only"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b is on a read-only file system; write else"),
+        (Exception("Read-only file system (os error 30)"), "the output is on a read-only file system"),
     ):
         line = error_message(error)
         assert said in line

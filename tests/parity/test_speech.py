@@ -385,7 +385,7 @@ def test_an_exit_is_trained_on_the_models_own_transcripts(
         ({"audio": "long.wav"}, r"line 2: .*long.wav has 1\.5 s, and the model reads windows of 1 s"),
         ({"audio": "0.wav", "language": "xx"}, "line 2: 'language' is 'xx'"),
         ({"audio": "0.wav", "language": 3}, "line 2: 'language' is int"),
-        ({"audio": "0.wav", "input": "a"}, "line 2: it has both 'input' and 'audio'"),
+        ({"audio": "0.wav", "input": "a"}, "line 2: both 'input' and 'audio' are given"),
         ({"audio": 3}, "line 2: 'audio' is 3"),
         ({"input": "a"}, "line 2: it has 'input', and the model reads speech"),
     ],
@@ -409,7 +409,7 @@ def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_
         (["calibrate", str(bundle), "--data", str(spoken / "text.jsonl")], "the bundle reads speech; give 'audio'"),
         (
             ["train", text, str(tmp_path / "out"), "--exit-layer", "1", "--data", data],
-            "it has 'audio', and the model reads text",
+            "'audio' is given, but the model accepts only text",
         ),
         (["train", model, str(tmp_path / "out"), "--exit-layer", "1", "--truncate", "--data", data], "--truncate cuts"),
         (["convert", model, str(tmp_path / "out"), *rounded, "--data", data], "--data rounds weights for text"),

@@ -156,7 +156,7 @@ def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], messag
         (("Hi", "--batch-size", "2"), "go with --input"),
         (("Hi", "--input", "in"), "--input and PROMPT are mutually exclusive; use one"),
         (("--input", "in", "--resume", "--overwrite"), "contradict each other"),
-        (("--input", "in", "--predicted-output", "draft"), "--predicted-output is for one PROMPT"),
+        (("--input", "in", "--predicted-output", "draft"), "--predicted-output requires PROMPT"),
         (("--input", "in", "--output", "out", "--batch-size", "0"), "0 is not in the range"),
     ],
 )

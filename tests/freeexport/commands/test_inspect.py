@@ -52,7 +52,7 @@ def test_the_first_line_is_the_mode_and_what_it_gives(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[0].startswith("mode lossless, as no threshold is calibrated")
     assert row(result, "threshold") == "1 (not calibrated)"
     result = inspect(write_bundle(tmp_path / "calibrated", threshold=0.8125))
-    assert result.stdout.splitlines()[0] == "mode free, threshold 0.812: gain not known"
+    assert result.stdout.splitlines()[0] == "mode free, threshold 0.812: speedup unknown"
 
 
 def test_calibrated_threshold_and_break_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_defaults_are_those_of_the_model_and_json_is_the_manifest(checkpoint: Ch
     ("arguments", "message"),
     [
         (("--build",), "--build requires --target tensorrt"),
-        ((), "is a bundle already; give a checkpoint, or leave out OUT and give --build"),
+        ((), "is already a bundle; give a checkpoint, or omit OUT and give --build"),
     ],
 )
 def test_build_is_for_tensorrt_and_a_bundle_is_no_checkpoint(
@@ -305,7 +305,7 @@ def test_what_stands_at_out_is_refused_before_the_model_is_opened(bundle: Bundle
     (place / "file").write_text("x")
     for arguments in ((), ("--overwrite",)):
         line = failed(convert(place / "no-model", place / "file", *FAST, *arguments))
-        assert "exists and is not what this command writes" in line
+        assert "exists and was not written by this command" in line
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(
@@ -396,7 +396,7 @@ def test_what_is_no_refused_bundle_is_never_replaced(checkpoint: Checkpoint, pla
     assert f"{other} holds a verified bundle" in failed(convert(checkpoint(LLAMA), place / "out"))
     assert digest(other) == before
     (other / MANIFEST).unlink()
-    assert f"{other} exists and is not what this command writes" in failed(convert(checkpoint(LLAMA), place / "out"))
+    assert f"{other} exists and was not written by this command" in failed(convert(checkpoint(LLAMA), place / "out"))
     assert os.listdir(place) == ["out.unverified"]
 
 

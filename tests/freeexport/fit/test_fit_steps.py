@@ -176,7 +176,7 @@ def test_what_is_not_ours_is_not_replaced(options: Options) -> None:
         place = given.out.with_name(name)
         place.mkdir()
         (place / "mine").touch()
-        with pytest.raises(OutputError, match="not what this command writes"):
+        with pytest.raises(OutputError, match="was not written by this command"):
             planned(given, keep=True)
         (place / "mine").unlink()
         place.rmdir()

@@ -36,7 +36,7 @@ def test_what_compiles_passes_and_what_does_not_is_said(chat: Path) -> None:
         await trial.check("choice", '["yes", "n\u00f6"]')
         with pytest.raises(OptionError, match=r"regex cannot be used: .*unclosed"):
             await trial.check("regex", "(")
-        with pytest.raises(OptionError, match="it may force 6,250,000 letters at once"):
+        with pytest.raises(OptionError, match="it may force 6,250,000 characters at once"):
             await trial.check("regex", "(((a{50}){50}){50}){50}")
         process = trial._process
         await trial.check("json_schema", '{"type": "object"}')

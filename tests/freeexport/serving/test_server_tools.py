@@ -173,7 +173,7 @@ def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
         ({"tools": [CLOCK, CLOCK]}, "tools[1].function.name", "used twice"),
         ({"tools": [CLOCK] * 129}, "tools", "length <= 128"),
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]},
-         "tools[0].function.parameters", "no schema of an object"),
+         "tools[0].function.parameters", "not an object schema"),
         ({"tool_choice": "required"}, "tool_choice", "without tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "names 'x'"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "Invalid enum value"),

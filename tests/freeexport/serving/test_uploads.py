@@ -65,7 +65,7 @@ def test_a_server_of_text_refuses_a_sound_before_it_has_come(server: Running) ->
     answer = connection.recv(1 << 16)
     connection.close()
     assert status(answer) == 400
-    assert b"no model of this server reads speech" in answer
+    assert b"no served model accepts speech" in answer
 
 
 def test_a_form_of_many_fields_holds_up_nobody(server: Running) -> None:

@@ -131,9 +131,9 @@ def test_an_interrupt_shows_what_was_compared_and_saves_nothing(
             "--equal compares the bundle with itself; omit --against and --quick",
         ),
         (["--save", "x.json"], "--save requires --equal N"),
-        (["--instructions", "scalar"], "--instructions is for a comparison of the bundle with itself"),
-        (["--equal", "99", "--instructions", "mmx"], "this processor has no mmx"),
-        (["--equal", "99", "--save", "nowhere/x.json"], "there is no directory nowhere"),
+        (["--instructions", "scalar"], "--instructions requires --equal N"),
+        (["--equal", "99", "--instructions", "mmx"], "mmx is not supported by this processor"),
+        (["--equal", "99", "--save", "nowhere/x.json"], "directory nowhere does not exist"),
         (["--equal", "99999999999"], "give --data with more or shorter prompts"),
     ],
 )

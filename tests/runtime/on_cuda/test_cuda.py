@@ -158,8 +158,8 @@ def test_too_little_memory_names_needed_and_free_bytes_before_anything_is_alloca
             "InsufficientDriver",
             r"driver supports CUDA 12.4, and cuda-python needs 13.5; .*'cuda-python==12\.\*'",
         ),
-        (0, 13000, "NoDevice", "device cuda:0 does not exist: this machine shows 0"),
-        (1, 13000, "", "device cuda:1 does not exist: this machine shows 1"),
+        (0, 13000, "NoDevice", "device cuda:0 does not exist: this machine has 0"),
+        (1, 13000, "", "device cuda:1 does not exist: this machine has 1"),
     ],
 )
 def test_a_device_that_cannot_be_used_says_why(index: int, driver: int, refused: str, message: str) -> None:

@@ -141,7 +141,7 @@ def test_a_callback_that_asks_its_own_session_is_told_so(way: str, outer: str, o
             return session.generate([7], max_new_tokens=3, logits_processor=asking)
         return asyncio.run(session.agenerate([7], max_new_tokens=3, logits_processor=asking))
 
-    with pytest.raises(OptionError, match="a callback of a request asked its own session"):
+    with pytest.raises(OptionError, match="a callback called its own session"):
         Aside(ask).result()
     assert Aside(lambda: session.generate([7], max_new_tokens=3)).result().stats.tokens == 3
 
