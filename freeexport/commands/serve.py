@@ -94,9 +94,8 @@ SESSION = ("threads", "slots", "queue", "capacity", "device", "threshold", "pref
     type=int,
     metavar="MB",
     help=(
-        "Memory limit for the prefix cache, in MB. The cache keeps keys and values of earlier "
-        f"requests for requests that begin alike. 0 disables it.  [default: {PREFIX_CACHE_MB} on "
-        "a CPU]"
+        "Memory limit for the prefix cache, in MB. Reuses keys and values of prompts with "
+        f"a common prefix. 0 disables it.  [default: {PREFIX_CACHE_MB} on a CPU]"
     ),
 )
 @click.option("--device", default="cpu", help=DEVICE)
