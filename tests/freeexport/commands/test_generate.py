@@ -152,8 +152,8 @@ def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("Hi", "-o", "top_k"), "'top_k' is no NAME=VALUE"),
-        (("Hi", "--batch-size", "2"), "go with --input"),
+        (("Hi", "-o", "top_k"), "'top_k' is not NAME=VALUE"),
+        (("Hi", "--batch-size", "2"), "require --input"),
         (("Hi", "--input", "in"), "--input and PROMPT are mutually exclusive; use one"),
         (("--input", "in", "--resume", "--overwrite"), "contradict each other"),
         (("--input", "in", "--predicted-output", "draft"), "--predicted-output requires PROMPT"),

@@ -123,4 +123,4 @@ def test_a_report_of_another_kind_is_an_error_that_says_what_to_do(report: dict[
     bundle = write_bundle(tmp_path / "bundle")
     (bundle / "verification.json").write_text(json.dumps(report))
     result = inspect(bundle)
-    assert error(result).startswith("error: verification.json is no report")
+    assert error(result).startswith("error: verification.json is not a valid report")

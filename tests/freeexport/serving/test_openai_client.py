@@ -202,7 +202,7 @@ def test_a_response_of_a_schema_is_of_it(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported; nothing is stored"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported; responses are not stored"),
         ({"tools": [{"type": "web_search"}]}, "tools.*Invalid enum value 'web_search'"),
         ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "output is missing"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content.0..type 'input_image' is not"),

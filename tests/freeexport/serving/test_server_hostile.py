@@ -82,7 +82,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"enum": ["x
         (TEXT, {"prompt": "x", "structured_outputs": {"json": {"enum": ["x" * 4_000_000]}}}, 400, "at most 262144"),
         (CHAT, {"messages": MESSAGES, "tools": [TOOL]}, 400, TOKENS),
         ("/v1/responses", {"input": [CALL] * 10_000}, 400, TOKENS),
-        (TEXT, {"prompt": "x", **dict.fromkeys(map(str, range(300_000)), 1)}, 400, "300001 fields, at most 100"),
+        (TEXT, {"prompt": "x", **dict.fromkeys(map(str, range(300_000)), 1)}, 400, "300001 fields; send at most 100"),
     ],
     ids=["text", "chat", "long", "prompt", "empty", "messages", "role", "prediction", "biases", "ids", "wide", "schema",
          "tools", "calls", "fields"],

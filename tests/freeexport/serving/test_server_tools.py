@@ -170,7 +170,7 @@ def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
     [
         ({"tools": [{"type": "web"}]}, "tools[0].type", "Invalid enum value"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "regex"),
-        ({"tools": [CLOCK, CLOCK]}, "tools[1].function.name", "used twice"),
+        ({"tools": [CLOCK, CLOCK]}, "tools[1].function.name", "duplicate"),
         ({"tools": [CLOCK] * 129}, "tools", "length <= 128"),
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]},
          "tools[0].function.parameters", "not an object schema"),
@@ -191,7 +191,7 @@ def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "a", "arguments": ""}}]}]},
          "messages[0].tool_calls", "given with role 'user'"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}]},
-         "messages[0].tool_calls[0].function.arguments", "no JSON object"),
+         "messages[0].tool_calls[0].function.arguments", "not a JSON object"),
     ],
 )  # fmt: skip
 def test_fields_that_do_not_fit_are_refused_by_name(fields: dict[str, Any], param: str, message: str) -> None:

@@ -30,9 +30,9 @@ def test_fields_of_a_form_are_read() -> None:
 @pytest.mark.parametrize(
     ("kind", "body", "message"),
     [
-        ("application/json", b"{}", "no form"),
-        ("multipart/form-data", b"", "no form"),
-        (KIND, part("a", b"1") + part("a", b"2") + b"--line--", "'a' twice"),
+        ("application/json", b"{}", "not a form"),
+        ("multipart/form-data", b"", "not a form"),
+        (KIND, part("a", b"1") + part("a", b"2") + b"--line--", "'a' is repeated"),
         (KIND, b"--line\r\n\r\nx\r\n--line--", "has no name"),
         (KIND, b"--line\r\nx" + b"y" * 10_000 + b'; name="a"\r\n\r\nx\r\n--line--', "has no name"),
         (KIND, b"".join(part(f"f{n}", b"") for n in range(MOST_PARTS + 1)) + b"--line--", "more than 32 fields"),
