@@ -29,25 +29,25 @@ from runtime.errors import FreeExportError, first_line
 
 # In the order of use, grouped as in the help.
 GROUPS: dict[str, dict[str, str]] = {
-    "Make a bundle": {
-        "fit": "Plan, train, convert and measure in one go.",
-        "train": "Fine-tune a checkpoint for an early exit.",
+    "Conversion": {
+        "fit": "Plan, train, convert and evaluate in one command.",
+        "train": "Fine-tune a checkpoint for early exit.",
         "convert": "Convert a checkpoint to a bundle of ONNX engines.",
         "exits": "List ready-made exits.",
-        "verify": "Check a bundle against its checkpoint, or itself.",
-        "calibrate": "Fit the exit threshold on a calibration set.",
+        "verify": "Compare a bundle with its checkpoint, or with itself.",
+        "calibrate": "Calibrate the exit threshold.",
     },
-    "Use it": {
+    "Inference": {
         "generate": "Generate text with a bundle.",
-        "serve": "Serve bundles to clients of OpenAI's interface.",
-        "inspect": "Show what a bundle holds.",
+        "serve": "Serve bundles over an OpenAI-compatible API.",
+        "inspect": "Show the contents of a bundle.",
     },
-    "Measure": {
+    "Evaluation": {
         "evaluate": "Compare methods by speed and quality.",
     },
-    "Begin": {
+    "Getting started": {
         "demo": "Convert a small model, generate, and compare speeds.",
-        "doctor": "Check this installation and machine.",
+        "doctor": "Diagnose this installation and machine.",
     },
 }
 
@@ -85,7 +85,7 @@ class Verbs(click.Group):
         try:
             return super().make_context(*args, **kwargs)
         except KeyboardInterrupt as error:  # click would print "Aborted!" and exit with 1
-            click.echo(f"error: {describe(error)}", err=True)
+            click.echo(f"error: {error_message(error)}", err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -99,7 +99,7 @@ class Verbs(click.Group):
                     traceback.print_exc()
                 if interrupted and not isinstance(error, FreeExportError):
                     error = KeyboardInterrupt()
-                reason = describe(error, ctx.invoked_subcommand)
+                reason = error_message(error, ctx.invoked_subcommand)
                 if not tell_parent(reason):
                     click.echo(f"error: {reason}", err=True)
                 ctx.exit(INTERRUPTED if isinstance(error, (KeyboardInterrupt, click.Abort)) else 1)
@@ -112,10 +112,10 @@ def _interrupts() -> Iterator[list[int]]:
     Native code turns some of them into other errors, for instance torch when it reads the shape of
     an object.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def note(number: int, _: object) -> None:
-        came.append(number)
+        received.append(number)
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
@@ -123,16 +123,16 @@ def _interrupts() -> Iterator[list[int]]:
         before is not signal.default_int_handler
         or threading.current_thread() is not threading.main_thread()
     ):
-        yield came
+        yield received
         return
     signal.signal(signal.SIGINT, note)
     try:
-        yield came
+        yield received
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def describe(error: BaseException, verb: str | None = None) -> str:
+def error_message(error: BaseException, verb: str | None = None) -> str:
     """Describe an error of `verb` and its remedy on one line, without the leading `error:`."""
     return " ".join(line.strip() for line in _explain(error, verb).splitlines() if line.strip())
 
@@ -154,9 +154,9 @@ def _explain(error: BaseException, verb: str | None) -> str:
             return f"disk full while writing {where}; free some space and run again"
         if error.errno == errno.EFBIG:
             advice = "raise the limit, or write elsewhere"
-            return f"{where}: a file grew too large for ulimit -f or the file system; {advice}"
+            return f"{where}: file size limit of ulimit -f or the file system exceeded; {advice}"
         if error.errno == errno.EROFS:
-            return f"{where} is on a file system that is read-only; write elsewhere"
+            return f"{where} is on a read-only file system; write elsewhere"
         named = f"{error.filename}: " if error.strerror and error.filename is not None else ""
         return named + (error.strerror or str(error) or type(error).__name__)
     if _TORCH_ARCHIVE.search(str(error)):  # torch does not name the cause
@@ -171,7 +171,10 @@ def _explain(error: BaseException, verb: str | None) -> str:
         and error.name.partition(".")[0] not in ours
     ):
         return how_to_install(error.name, verb)
-    return f"{type(error).__name__}: {error}; this is a bug, see where with: freeexport --debug ..."
+    return (
+        f"{type(error).__name__}: {error}; this is a bug; "
+        "get the traceback with freeexport --debug ..."
+    )
 
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}

@@ -256,7 +256,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderStack:
     """Bidirectional layers over the prompt, with an optional final norm."""
 
     embedding: Embedding | Spectrogram
@@ -276,7 +276,7 @@ class ForeignEncoder:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderStack:
     """L causal layers with an LM head, and optionally a trained exit.
 
     Attributes:
@@ -315,8 +315,8 @@ class Description:
     family: str
     vocab_size: int
     hidden_size: int
-    decoder: Decoder
-    encoder: Encoder | ForeignEncoder | None = None
+    decoder: DecoderStack
+    encoder: EncoderStack | ForeignEncoder | None = None
 
     @property
     def exit_engine(self) -> bool:

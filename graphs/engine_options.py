@@ -11,7 +11,7 @@ from graphs.description import Description, ForeignEncoder
 from graphs.dialects.ort import fits_head_size, has_attention_kernel, misfit
 from graphs.errors import GraphError
 from graphs.exit_head import EXIT_MAP
-from graphs.quantization.plan import ROUNDING, FormatPlan, rounding, shared_values
+from graphs.quantization.plan import ROUNDING, FormatPlan, rounding_for, shared_values
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
     ConfidenceMeasure,
@@ -167,7 +167,7 @@ class EngineOptions:
     @property
     def plan(self) -> FormatPlan | None:
         """Formats of quantized weights. None if weights are not quantized."""
-        return rounding(self.target, self.kernels).plan(self.precision, self.head)
+        return rounding_for(self.target, self.kernels).plan(self.precision, self.head)
 
     def wanted(
         self,
@@ -182,7 +182,7 @@ class EngineOptions:
             head: Name of that engine's head weight.
         """
         plan = self.plan
-        products = rounding(self.target, self.kernels).products
+        products = rounding_for(self.target, self.kernels).products
         assert plan is not None
         # The exit map carries the whole residual stream, and shared values serve several heads.
         higher = {EXIT_MAP, *(shared_values(description) if products.own else ())}

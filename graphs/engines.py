@@ -15,7 +15,14 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import Decoder, Description, Embedding, Encoder, Layer, Spectrogram
+from graphs.description import (
+    DecoderStack,
+    Description,
+    Embedding,
+    EncoderStack,
+    Layer,
+    Spectrogram,
+)
 from graphs.dialects.base import (
     CallInputs,
     Dialect,
@@ -37,7 +44,7 @@ from graphs.graph import Dimension, Graph
 from graphs.layers import decoder_layers, encoder_layers, exit_rows, head_outputs, unit_scaled
 from graphs.quantization.panels import InFile
 from graphs.quantization.passes import FuseProducts, QuantizeEmbedding, QuantizeLinears
-from graphs.quantization.plan import rounding
+from graphs.quantization.plan import rounding_for
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import Rounded
 from graphs.shapes import check_weights
@@ -84,7 +91,7 @@ class EngineBuilder:
         self._source = source
         self._weights = weights
         self._directory = directory
-        self._rounding = rounding(options.target, options.kernels)
+        self._rounding = rounding_for(options.target, options.kernels)
         head = description.decoder.head.weight
 
         def keep_in_file(name: str) -> InFile | None:
@@ -213,7 +220,7 @@ class EngineBuilder:
         For speech the input is `features` float32 [B, bins, 2 E], with a fixed E.
         """
         encoder = self.description.encoder
-        assert isinstance(encoder, Encoder)
+        assert isinstance(encoder, EncoderStack)
         graph = self._graph("encoder")
         embedding = encoder.embedding
         if isinstance(embedding, Spectrogram):
@@ -346,7 +353,7 @@ class EngineBuilder:
         return shaped
 
 
-def exit_names(decoder: Decoder) -> list[str]:
+def exit_names(decoder: DecoderStack) -> list[str]:
     """Return the cache names of the exit's layers."""
     return [f"exit.{number}" for number in range(len(decoder.exit_layers))]
 

@@ -15,7 +15,7 @@ from graphs.description import (
     Activation,
     Attention,
     Description,
-    Encoder,
+    EncoderStack,
     Linear,
     Norm,
     Spectrogram,
@@ -288,7 +288,7 @@ def _shapes(
     if decoder.exit_head is not None:
         norms.append((decoder.exit_head.norm, width))
         linears.append((decoder.exit_head.other, 1, width))
-    if isinstance(description.encoder, Encoder):
+    if isinstance(description.encoder, EncoderStack):
         norms.append((description.encoder.norm, width))
         layers += description.encoder.layers
         if isinstance(description.encoder.embedding, Spectrogram):

@@ -98,7 +98,7 @@ class Whole:
             return value
         # The maximum count is mentioned only if it is exceeded.
         allowed = f"from {self.low} to {self.high}" if whole and value > self.high else str(self)
-        raise OptionError(f"{name} is {shown(value)}; choose a whole number {allowed}")
+        raise OptionError(f"{name} is {shown(value)}; choose an integer {allowed}")
 
 
 @dataclass(frozen=True)
@@ -270,9 +270,9 @@ def grammar(name: str, value: Any) -> str:
         raise OptionError(
             f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it"
         )
-    for found in re.finditer(r"%json\s*", source if name == "grammar" else ""):
+    for match in re.finditer(r"%json\s*", source if name == "grammar" else ""):
         with suppress(ValueError, RecursionError):  # llguidance reports the error
-            check_schema(name, json.JSONDecoder().raw_decode(source, found.end())[0])
+            check_schema(name, json.JSONDecoder().raw_decode(source, match.end())[0])
     return source
 
 

@@ -345,9 +345,9 @@ class Generation:
             decoder.stats.encode_seconds = perf_counter() - began
             return read
         chain = [] if store is None else hashes(ids, len(ids), self.options.cache_salt)
-        found = store.find(chain) if store is not None else []
-        cross: dict[str, np.ndarray] = found[0] if found else self.model.encoder.run(ids, decoder)
-        if found:
+        cached = store.find(chain) if store is not None else []
+        cross: dict[str, np.ndarray] = cached[0] if cached else self.model.encoder.run(ids, decoder)
+        if cached:
             decoder.stats.cached_tokens = len(ids)
         elif store is not None:
             store.keep(chain, lambda number: cross, sum(array.nbytes for array in cross.values()))

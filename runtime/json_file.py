@@ -97,7 +97,7 @@ def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
     except UnicodeDecodeError:
         raise UnreadableError("it is not text in UTF-8") from None
     except UnicodeEncodeError:
-        raise UnreadableError("it holds half of a surrogate pair, which is no character") from None
+        raise UnreadableError("it has half of a surrogate pair, which is not a character") from None
     except RecursionError:
         raise UnreadableError(f"not JSON of at most {DEEPEST} levels") from None
     except ValueError as error:
@@ -170,21 +170,23 @@ def _integer(digits: str) -> int:
 def _float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise UnreadableError(f"it holds the number {digits[:40]}, which no float can hold")
+        raise UnreadableError(
+            f"it holds the number {digits[:40]}, which is out of the range of floats"
+        )
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise UnreadableError(f"it holds {name}, which is no JSON")
+    raise UnreadableError(f"it has {name}, which is not JSON")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
-            raise UnreadableError(f"it holds the key {name[:80]!r} twice")
-        found[name] = value
-    return found
+        if name in result:
+            raise UnreadableError(f"it has the key {name[:80]!r} twice")
+        result[name] = value
+    return result
 
 
 def _check_depth(value: Any) -> None:

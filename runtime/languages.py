@@ -28,11 +28,9 @@ def check_languages(manifest: Manifest, is_text: bool, **codes: str | None) -> N
             continue
         given = f"{name} is {code!r}"
         if languages is None:
-            raise OptionError(f"{given}; this bundle has no language tokens, leave it out")
+            raise OptionError(f"{given}; this bundle has no language tokens; omit it")
         if name == "src_lang" and languages.source is None:
-            raise OptionError(
-                f"{given}; this bundle's prompts do not name their language, leave it out"
-            )
+            raise OptionError(f"{given}; this bundle's prompts have no language; omit it")
         if code not in languages.tokens:
             near = get_close_matches(code, languages.tokens, 5, 0.3) or sorted(languages.tokens)[:5]
             known = f"{len(languages.tokens)} languages, as {', '.join(near)}"

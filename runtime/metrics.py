@@ -185,7 +185,7 @@ class Observer:
     def ended(
         self,
         number: int,
-        asked: float,
+        arrival: float,
         results: Sequence[GenerationResult],
         times: Sequence[Sequence[float]],
         error: BaseException | None,
@@ -194,7 +194,7 @@ class Observer:
 
         Args:
             number: Number of the request.
-            asked: Time of the call, on the monotonic clock.
+            arrival: Time of the call, on the monotonic clock.
             results: Results of its continuations.
             times: Times at which their tokens became final.
             error: Exception that ended it.
@@ -204,7 +204,7 @@ class Observer:
             metrics = self._metrics
             stats = first.stats
             metrics.finished[first.finish_reason if error is None else "error"] += 1
-            metrics.request_latency.observe(time.monotonic() - asked)
+            metrics.request_latency.observe(time.monotonic() - arrival)
             for result, token_times in zip(results, times, strict=True):
                 metrics.add(result, token_times)
             metrics.prompt_tokens += stats.prompt_tokens

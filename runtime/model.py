@@ -139,7 +139,7 @@ class Model:
         for tokens in options.sequence_bias or ():
             if max(tokens) >= manifest.vocab_size:
                 raise OptionError(
-                    f"sequence_bias names token {max(tokens)}; the ids of this bundle are 0 to "
+                    f"sequence_bias names token {max(tokens)}; valid ids are 0 to "
                     f"{manifest.vocab_size - 1}"
                 )
         changes: dict[str, Any] = {}
@@ -206,5 +206,5 @@ def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -
     try:
         GenerationOptions(do_sample=True, **values)
     except OptionError as error:
-        raise BundleError(f"{file}: {str(error)[:300]}; or pass your own") from None
+        raise BundleError(f"{file}: {str(error)[:300]}; or pass another") from None
     return values

@@ -30,10 +30,7 @@ from runtime.sequence import Sequence
 
 # Seconds between checks for a slot that is to be borrowed.
 WAIT = 0.005
-REENTRY = (
-    "a callback of a request asked its own session, which waits for the callback; open another "
-    "session"
-)
+REENTRY = "a callback called its own session, which waits for the callback; open another session"
 CLOSED = "the session is closed; open a new one"
 
 
@@ -145,7 +142,7 @@ class Scheduler:
         if waiting >= self._queue + free:
             wait = "request waits" if self._queue == 1 else "requests wait"
             raise QueueFullError(
-                f"{self._queue} {wait} for a slot already; ask again later, or open the session "
+                f"{self._queue} {wait} for a slot already; retry later, or open the session "
                 "with a larger queue or more slots"
             )
         if self._idle.is_set():
@@ -165,7 +162,7 @@ class Scheduler:
         try:
             self._thread.submit(self._work)
         except RuntimeError:
-            raise OptionError("the interpreter is shutting down; ask earlier") from None
+            raise OptionError("the interpreter is shutting down; submit requests earlier") from None
 
     def close(self, drain: bool = False) -> None:
         """Refuse new sequences and end all others after their next token.
@@ -262,7 +259,7 @@ class Scheduler:
                 for sequence in tuple(self._rows):
                     self._end(
                         sequence,
-                        EngineError(f"{type(error).__name__} in the worker: {error}; ask again"),
+                        EngineError(f"{type(error).__name__} in the worker: {error}; retry"),
                     )
 
     def turn(self) -> None:

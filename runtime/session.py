@@ -10,7 +10,6 @@ from collections.abc import Sequence as List
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -26,21 +25,21 @@ from runtime.bundle.manifest import Manifest
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.feature_decoder import FeatureDecoder
 from runtime.decoding.overlapping import OverlappingDecoder
-from runtime.engines.backend import Backend
 from runtime.engines.kv_cache import CrossCache
 from runtime.engines.prefix_store import PrefixStore
-from runtime.errors import CapacityError, OptionError, shown
+from runtime.errors import OptionError, shown
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
 from runtime.model import Model, open_memory
 from runtime.option_keywords import GenerationKeywords, SessionKeywords
 from runtime.options import GenerationOptions, SessionOptions, SpeechOptions, merged
+from runtime.placement import capacity_of, open_backend
 from runtime.result import GenerationResult
 from runtime.scheduler import CLOSED, Scheduler
 from runtime.sequence import Sequence, check_count, sequence_of
 from runtime.speech import Sound, SpeechPrompt, Transcriber
-from runtime.stream import AsyncInbox, AsyncStream, Inbox, PromptList, Stream
+from runtime.stream import AsyncInbox, AsyncStream, Inbox, PromptList, Stream, is_list_of_prompts
 from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
 from runtime.thresholds import DefaultMode, Thresholds
@@ -95,17 +94,17 @@ class Session:
         check_runnable(manifest, device)
         if manifest.speech is not None and device.index is not None:
             raise OptionError(
-                f"device is {options.device!r}, and speech is read on the CPU alone yet; leave "
+                f"device is {options.device!r}, but speech is supported only on the CPU; leave "
                 "it out"
             )
-        self.capacity = _capacity(manifest, options.capacity)
+        self.capacity = capacity_of(manifest, options.capacity)
         self.threads = options.threads or usable_cores()
         costs = costs_here(manifest, self.threads)
         thresholds = Thresholds(self.bundle, options, costs)
         trusted = options.trust_templates
         self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
         memory = open_memory(options, manifest.vocab_size, self._tokenizer)
-        self._placement = _open_backend(self.bundle, options, self.capacity, self.threads, device)
+        self._placement = open_backend(self.bundle, options, self.capacity, self.threads, device)
         with self._placement.loading() as engine:
             self._runners = shallow, deep = self._placement.runners(engine)
             encoder = self._placement.encoder(engine, shallow)
@@ -203,7 +202,7 @@ class Session:
         """
         if self._transcriber is not None:
             return self._transcribe(prompt, options, keywords)
-        if not _is_list_of_prompts(prompt):
+        if not is_list_of_prompts(prompt):
             return Stream(
                 self._scheduler, self._sequence(prompt, options, keywords), whole=True
             ).drain()
@@ -243,7 +242,7 @@ class Session:
             except asyncio.CancelledError:
                 cancel.set()
                 raise
-        if not _is_list_of_prompts(prompt):
+        if not is_list_of_prompts(prompt):
             return await AsyncStream(
                 self._scheduler, self._sequence(prompt, options, keywords), whole=True
             ).drain()
@@ -496,48 +495,3 @@ class Session:
         self._scheduler.check()
         if self._closed:
             raise OptionError(CLOSED)
-
-
-def _open_backend(
-    bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device
-) -> Backend:
-    """Open the backend for the device.
-
-    Raises:
-        CapacityError: If the KV cache does not fit into memory.
-        EngineError: If an engine cannot be loaded.
-        DeviceError: If the device is not usable.
-    """
-    if device.index is None:
-        return Backend(bundle, options, capacity, threads)
-    if bundle.manifest.target == "tensorrt":
-        from runtime.tensorrt.backend import TensorRTBackend
-
-        return TensorRTBackend(bundle, options, capacity, threads, device)
-    from runtime.cuda.backend import CudaBackend
-
-    return CudaBackend(bundle, options, capacity, threads, device)
-
-
-def _capacity(manifest: Manifest, wanted: int | None) -> int:
-    if wanted is not None and wanted > manifest.capacity:
-        raise CapacityError(
-            f"capacity {wanted} is more than the {manifest.capacity} positions this bundle was "
-            "converted for; lower it, or convert with --capacity"
-        )
-    if wanted not in (None, manifest.capacity) and manifest.target == "tensorrt":
-        raise CapacityError(
-            f"capacity {wanted} is not the {manifest.capacity} positions that the graphs of this "
-            "bundle are fixed to; leave it out, or convert with --capacity"
-        )
-    return wanted or manifest.capacity
-
-
-def _is_list_of_prompts(prompt: Any) -> bool:
-    """Return True for a list of texts, lists or arrays.
-
-    A list of token ids or of messages is one prompt.
-    """
-    if not isinstance(prompt, (list, tuple)) or not prompt:
-        return False
-    return not isinstance(prompt[0], (Integral, float, Mapping))

@@ -205,15 +205,13 @@ class Transcriber:
         Raises:
             OptionError: If it does not.
         """
-        known = ", ".join(self._speech.languages) or "en alone: the bundle is of English"
+        known = ", ".join(self._speech.languages) or "only en: the model is English-only"
         if options.language is not None and options.language not in (
             self._speech.languages or ("en",)
         ):
-            raise OptionError(f"language is {options.language!r}; known are {known}")
+            raise OptionError(f"language is {options.language!r}; choose {known}")
         if options.task == "translate" and "translate" not in self._speech.tasks:
-            raise OptionError(
-                "task is 'translate', but the bundle knows English alone; leave it out"
-            )
+            raise OptionError("task is 'translate', but the model is English-only; omit it")
         if (
             options.constraint is not None
             or options.num_beams > 1
@@ -223,11 +221,9 @@ class Transcriber:
                 options.constraint
                 or ("num_beams" if options.num_beams > 1 else "predicted_output",)
             )[0]
-            raise OptionError(f"{name} is given with speech, which has none; leave it out")
+            raise OptionError(f"{name} is not supported for speech; omit it")
         if options.initial_prompt is not None and self._tokenizer is None:
-            raise OptionError(
-                "initial_prompt is given, but the session has no tokenizer; leave it out"
-            )
+            raise OptionError("initial_prompt is given, but the session has no tokenizer; omit it")
 
     def single(self, audio: Any, options: SpeechOptions, decode: Decode) -> SpeechPrompt:
         """Return the request for a sound of one window.
@@ -273,8 +269,8 @@ class Transcriber:
             sound = Sound(window(mels, place, self._frames))
             quiet: float | None = None
             if language is None or options.timestamps:
-                found, quiet = self._probe(sound, options, decode)
-                language = language or found
+                detected, quiet = self._probe(sound, options, decode)
+                language = language or detected
             prompt = self._prompt(sound, language, options, timestamps, before)
             result, quiet, temperature = self._decoded(prompt, options, decode, quiet)
             for other in sound.spent:
@@ -337,8 +333,8 @@ class Transcriber:
         before: Sequence[int],
     ) -> SpeechPrompt:
         speech = self._speech
-        kept = self._capacity // 2 - 1
-        prefix = [speech.previous, *before[-kept:]] if before and kept > 0 else []
+        limit = self._capacity // 2 - 1
+        prefix = [speech.previous, *before[-limit:]] if before and limit > 0 else []
         prefix += [self._start, *speech.prefix(language, options.task, timestamps)]
         return SpeechPrompt(sound, tuple(prefix), Rules(speech, self._eos, timestamps))
 
@@ -362,10 +358,14 @@ class Transcriber:
         first = float(options.temperature or 0.0)
         temperatures = [first, *(each for each in options.fallback_temperatures if each > first)]
         for temperature in temperatures:
-            asked = replace(options, output_logprobs=options.output_logprobs or wanted is not None)
+            options_used = replace(
+                options, output_logprobs=options.output_logprobs or wanted is not None
+            )
             if temperature != first:
-                asked = replace(asked, temperature=temperature, do_sample=True, top_k=0)
-            result = decode(prompt, asked)
+                options_used = replace(
+                    options_used, temperature=temperature, do_sample=True, top_k=0
+                )
+            result = decode(prompt, options_used)
             nats = _mean(result)
             limit = options.compression_ratio_threshold
             repeats = limit is not None and _compression(self._text(result.token_ids)) > limit

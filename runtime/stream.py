@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
+from numbers import Integral
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from runtime.errors import BatchError
 from runtime.result import GenerationResult, Stats, Token
@@ -244,6 +245,16 @@ class AsyncStream(_Reader, AsyncIterator[Token]):
         return self._take(token)
 
 
+def is_list_of_prompts(prompt: Any) -> bool:
+    """Return True for a list of texts, lists or arrays.
+
+    A list of token ids or of messages is one prompt.
+    """
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return False
+    return not isinstance(prompt[0], (Integral, float, Mapping))
+
+
 class PromptList:
     """The requests of a list of prompts.
 
@@ -322,9 +333,11 @@ class PromptList:
             BatchError: If any prompt failed. It contains all results.
         """
         self.abandon()
-        found = [_outcome(each) for each in self._made]
+        outcomes = [_outcome(each) for each in self._made]
         failed = [
-            (number, each) for number, each in enumerate(found) if isinstance(each, BaseException)
+            (number, each)
+            for number, each in enumerate(outcomes)
+            if isinstance(each, BaseException)
         ]
         for _, error in failed:
             if not isinstance(error, Exception):
@@ -332,11 +345,11 @@ class PromptList:
         if failed:
             number, error = failed[0]
             raise BatchError(
-                f"{len(failed)} of {len(found)} prompts failed, the first of them prompt {number}: "
+                f"{len(failed)} of {len(outcomes)} prompts failed, first prompt {number}: "
                 f"{type(error).__name__}: {error}; the exception's results have the others",
-                list(found),
+                list(outcomes),
             )
-        return [each for each in found if isinstance(each, GenerationResult)]
+        return [each for each in outcomes if isinstance(each, GenerationResult)]
 
 
 def _outcome(made: Sequence | BaseException | None) -> GenerationResult | BaseException:

@@ -38,16 +38,16 @@ class DefaultMode:
                 "mode lossless, as no threshold is calibrated: the tokens of mode full, with "
                 "drafts from the text"
             )
-        said = [
-            "gain not known"
+        parts = [
+            "speedup unknown"
             if self.speedup is None
-            else f"{self.speedup:.2f}x the speed of mode full expected"
+            else f"{self.speedup:.2f}x expected speedup over mode full"
         ]
         if self.exit_rate is not None:
-            said.append(f"{self.exit_rate:.0%} of tokens exit")
+            parts.append(f"{self.exit_rate:.0%} of tokens exit")
         if self.agreement is not None:
-            said.append(f"{self.agreement:.1%} of exits agree with the whole model")
-        return f"mode {self.mode}, threshold {self.threshold:.3g}: {', '.join(said)}"
+            parts.append(f"{self.agreement:.1%} of exits agree with the full model")
+        return f"mode {self.mode}, threshold {self.threshold:.3g}: {', '.join(parts)}"
 
 
 class Thresholds:
@@ -83,21 +83,21 @@ class Thresholds:
         elif options.threshold is not None:
             self._of_session = float(options.threshold)
 
-    def decide(self, asked: float | None, mode: Mode) -> tuple[float, RequestLabels | None]:
+    def decide(self, requested: float | None, mode: Mode) -> tuple[float, RequestLabels | None]:
         """Return a request's threshold and, if that adapts, an object that collects its labels.
 
         The threshold is the confidence above which a token exits or is drafted. In order of
         precedence, it is:
 
-        1. `asked`, the request's own option.
+        1. `requested`, the request's own option.
         2. The session's option, if that is a number.
         3. In mode "free" with threshold="adaptive": the value learned so far, fixed for the
            request.
         4. In mode "lossless": 0, because drafts then depend on their measured benefit.
         5. The calibrated value of the bundle, NEVER_EXIT if it is not calibrated.
         """
-        if asked is not None:
-            return float(asked), None
+        if requested is not None:
+            return float(requested), None
         if self._of_session is not None:
             return self._of_session, None
         if self.adaptive is not None and mode == "free":

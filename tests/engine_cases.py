@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from checkpoints import VOCAB_SIZE
 
-from freeexport.verification.engines import EnginePair, encode, pad, sample_batch
+from freeexport.verification.batches import pad, sample_batch
+from freeexport.verification.engines import EnginePair, encode_prompts
 from runtime.bundle.bundle import Bundle
 
 
@@ -22,7 +23,7 @@ def pair_of(path: Path, rows: int) -> EnginePair:
         prompts = np.repeat(batch.prompts[:1, :width], rows, 0)
         lengths = np.full(rows, width, np.int32)
         batch = replace(batch, prompts=prompts, prompt_lengths=lengths)
-    return EnginePair(bundle, rows, 1, encode(bundle, batch)[0])
+    return EnginePair(bundle, rows, 1, encode_prompts(bundle, batch)[0])
 
 
 def tokens(*lengths: int) -> tuple[np.ndarray, np.ndarray]:

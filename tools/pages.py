@@ -75,10 +75,12 @@ class GenerationKeywords(TypedDict, total=False):
 
 def benchmarks() -> str:
     """Return the page of benchmarks, with a section per file in the order of names."""
-    return "\n".join([BENCHMARKS, *map(benchmark, sorted(Path("docs/benchmarks").glob("*.json")))])
+    return "\n".join(
+        [BENCHMARKS, *map(benchmark_section, sorted(Path("docs/benchmarks").glob("*.json")))]
+    )
 
 
-def benchmark(path: Path) -> str:
+def benchmark_section(path: Path) -> str:
     """Return the section of a benchmark: its heading, table and conditions.
 
     Raises:

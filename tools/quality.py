@@ -32,7 +32,7 @@ Tokens = Sequence[int]
 
 
 @dataclass
-class Watch:
+class LogitsRecorder:
     """Logits processor that records statistics of each generated token.
 
     Attributes:
@@ -75,7 +75,7 @@ def first_difference(ours: Tokens, theirs: Tokens) -> int | None:
     return None if place == len(ours) == len(theirs) else place
 
 
-def decode(
+def decode_prompts(
     session: Session,
     prompts: Sequence[Any],
     at_once: int,
@@ -104,17 +104,17 @@ def decode(
 
 def force(
     session: Session, prompts: Sequence[Any], answers: Sequence[Tokens], at_once: int
-) -> list[Watch]:
+) -> list[LogitsRecorder]:
     """Generate given answers, and return the statistics of their tokens."""
-    watches = [Watch(answer) for answer in answers]
+    watches = [LogitsRecorder(answer) for answer in answers]
     options = [
         {"logits_processor": watch, "max_new_tokens": len(watch.tokens or ())} for watch in watches
     ]
-    decode(session, prompts, at_once, options, mode="full", ignore_eos=True)
+    decode_prompts(session, prompts, at_once, options, mode="full", ignore_eos=True)
     return watches
 
 
-def compare(
+def quality_rows(
     paths: Sequence[Path], samples: int, tokens: int, slots: int, threads: int
 ) -> list[dict[str, Any]]:
     """Compute a row for each bundle. The first bundle is in fp32.
@@ -129,12 +129,14 @@ def compare(
     kinds, prompts = zip(*chat_prompts(samples), strict=True)
     rows = list[dict[str, Any]]()
     answers = list[list[Tokens]]()
-    wanted = list[Watch]()
+    wanted = list[LogitsRecorder]()
     for path in paths:
         with Session(path, threads=threads, slots=slots) as session:
-            watches = [Watch() for _ in prompts]
+            watches = [LogitsRecorder() for _ in prompts]
             options = [{"logits_processor": watch} for watch in watches]
-            given = decode(session, prompts, slots, options, mode="full", max_new_tokens=tokens)
+            given = decode_prompts(
+                session, prompts, slots, options, mode="full", max_new_tokens=tokens
+            )
             answers.append([result.token_ids for result in given])
             # The fp32 model has already processed its own answers.
             read = force(session, prompts, answers[0], slots) if wanted else watches
@@ -198,7 +200,7 @@ def precisions(
     output: Path | None,
 ) -> None:
     """Compare BUNDLES with the first one, which is in fp32."""
-    rows = compare(bundles, samples, tokens, slots, threads)
+    rows = quality_rows(bundles, samples, tokens, slots, threads)
     click.echo(
         "| precision | same answers | log-likelihood a token | same next token |\n|---|---|---|---|"
     )
@@ -231,7 +233,7 @@ def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | N
     """Compare BUNDLES with the GGUF file MODEL that they were converted from."""
     from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.checkpoints.transformers_model import reference_model
-    from freeexport.verification.reference import predictions_on, quality_of
+    from freeexport.verification.divergence import predictions_on, quality_of
 
     reference = reference_model(open_checkpoint(str(model)))
     size = model.stat().st_size

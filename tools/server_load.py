@@ -137,7 +137,7 @@ def gaps(done: Sequence[Sequence[float]]) -> list[float]:
     return [later - earlier for times in done for earlier, later in itertools.pairwise(times[1:])]
 
 
-def percentiles(seconds: Sequence[float]) -> str:
+def format_percentiles(seconds: Sequence[float]) -> str:
     return " ".join(f"{1e3 * value:8.1f}" for value in np.percentile(seconds, (50, 95, 99)))
 
 
@@ -152,8 +152,8 @@ def print_cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -
     with Session(bundle, threads=threads, slots=1) as session:
         for turn in range(rounds + 1):
             began = time.perf_counter()
-            asked = session.stream(PROMPTS[0], mode="full", max_new_tokens=tokens, ignore_eos=True)
-            chunks = sum(bool(token.text) for token in asked)
+            stream = session.stream(PROMPTS[0], mode="full", max_new_tokens=tokens, ignore_eos=True)
+            chunks = sum(bool(token.text) for token in stream)
             between = time.perf_counter()
             assert asyncio.run(ask()) == chunks
             if turn:  # the first warms up
@@ -202,9 +202,9 @@ def latency(url: str, clients: int, seconds: float, tokens: int, name: str) -> d
     share = (time.process_time() - own) / took
     first = [times[1] - times[0] for times in done if times[1:]]
     between = gaps(done)
-    row = f"{clients:7} {len(done):9} {speed:9.1f}  {percentiles(first)}    {percentiles(between)}"
-    click.echo(f"{row}    {share:4.2f}  {name}")
-    found = {
+    row = f"{clients:7} {len(done):9} {speed:9.1f}  {format_percentiles(first)}"
+    click.echo(f"{row}    {format_percentiles(between)}    {share:4.2f}  {name}")
+    report = {
         "first_token_ms": 1e3 * float(np.median(first)),
         "between_tokens_ms": 1e3 * float(np.median(between)),
     }
@@ -213,7 +213,7 @@ def latency(url: str, clients: int, seconds: float, tokens: int, name: str) -> d
         "clients": clients,
         "tokens_per_second": speed,
         "client_cores": share,
-        **found,
+        **report,
     }
 
 
@@ -261,7 +261,7 @@ def main(
         "clients  requests  tokens/s  first token ms: p50, p95, p99    between tokens ms"
         "    client cores"
     )
-    found = list[dict[str, Any]]()
+    report = list[dict[str, Any]]()
     if against is not None:
         click.echo(heading)
         for number, turn in itertools.product(clients or CLIENTS, range(rounds)):
@@ -271,14 +271,14 @@ def main(
                     if name == "ours"
                     else other_server(against) as url
                 ):
-                    found.append(latency(url, number, seconds, tokens, name))
-        _save(save, threads, tokens, found, against)
+                    report.append(latency(url, number, seconds, tokens, name))
+        _save(save, threads, tokens, report, against)
         return
     with served(bundle, threads, slots) as url:
         print_cost(url, bundle, threads, rounds, tokens)
         click.echo(heading)
-        found += [latency(url, number, seconds, tokens, "ours") for number in clients or CLIENTS]
-        _save(save, threads, tokens, found, None)
+        report += [latency(url, number, seconds, tokens, "ours") for number in clients or CLIENTS]
+        _save(save, threads, tokens, report, None)
         if Bundle.open(bundle).manifest.capacity <= LONG_PROMPT:
             click.echo(f"no prompt of {LONG_PROMPT} tokens: they do not fit this bundle")
             return
@@ -286,7 +286,7 @@ def main(
             between = asyncio.run(beside_long_prompt(url, 4 * tokens, arrives))
             what = f"beside a prompt of {LONG_PROMPT} tokens" if arrives else "alone"
             click.echo(
-                f"{STREAMS} streams {what}, between tokens ms: {percentiles(between)}, "
+                f"{STREAMS} streams {what}, between tokens ms: {format_percentiles(between)}, "
                 f"at most {max(between):.3f} s"
             )
 

@@ -74,8 +74,8 @@ class Kernel(NamedTuple):
         return KINDS.get(self.operator, "glue")
 
 
-class Profile(NamedTuple):
-    """Profile of a bundle.
+class BundleProfile(NamedTuple):
+    """Time per token of a bundle, by engine and kernel.
 
     Attributes:
         name: Name of the bundle.
@@ -96,18 +96,18 @@ class Profile(NamedTuple):
 
 def calls(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Group kernel events by engine call, in order."""
-    found: list[list[dict[str, Any]]] = []
+    calls_of: list[list[dict[str, Any]]] = []
     noted: list[dict[str, Any]] = []
     for event in sorted(events, key=lambda event: event["ts"] + event.get("dur", 0)):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             noted.append(event)
         elif event["name"] == "model_run":
-            found.append(noted)
+            calls_of.append(noted)
             noted = []
-    return found
+    return calls_of
 
 
-def typical(found: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[Kernel], float]:
+def typical(calls_of: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[Kernel], float]:
     """Return the kernels of the median call, slowest first, and the seconds that timing one takes.
 
     The latter is estimated as the time of the fastest operator in every call, which does almost
@@ -116,7 +116,7 @@ def typical(found: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[Kernel], fl
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     counts: dict[tuple[str, str], int] = defaultdict(int)
     each: dict[str, list[float]] = defaultdict(list)
-    for call in found:
+    for call in calls_of:
         sums: dict[tuple[str, str], float] = defaultdict(float)
         for event in call:
             operator = event["args"]["op_name"]
@@ -127,12 +127,12 @@ def typical(found: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[Kernel], fl
         for key, total in sums.items():
             times[key].append(total)
     noting = min(
-        (median(durations) for durations in each.values() if len(durations) >= len(found)),
+        (median(durations) for durations in each.values() if len(durations) >= len(calls_of)),
         default=0.0,
     )
     kernels = []
     for key, totals in times.items():
-        count = counts[key] / len(found)
+        count = counts[key] / len(calls_of)
         kernels.append(Kernel(*key, count, max(0.0, median(totals) - noting * count)))
     return sorted(kernels, key=lambda kernel: -kernel.seconds), noting
 
@@ -146,7 +146,7 @@ def _shape(noted: dict[str, Any]) -> str:
     return " -> ".join(str(dimensions[-1]) if dimensions else "?" for dimensions in first)
 
 
-def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
+def profile(path: Path, threads: int, context: int, tokens: int) -> BundleProfile:
     """Profile a bundle. Seconds are medians over rounds, per token after the first.
 
     Args:
@@ -190,18 +190,18 @@ def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
             )
             # Skip the calls that bind and warm up.
             kernels[name], noting[name] = typical(calls(events)[2 - tokens :])
-    return Profile(path.name, opened, whole / (tokens - 1), engines, kernels, noting)
+    return BundleProfile(path.name, opened, whole / (tokens - 1), engines, kernels, noting)
 
 
-def table(found: Profile, least: float) -> str:
+def format_profile(profile: BundleProfile, least: float) -> str:
     """Format microseconds per token by engine and kind, and the kernels above a share `least`."""
-    engines = sum(found.engines.values())
-    every = [kernel for kernels in found.kernels.values() for kernel in kernels]
+    engines = sum(profile.engines.values())
+    every = [kernel for kernels in profile.kernels.values() for kernel in kernels]
     timed = sum(kernel.seconds for kernel in every)
     lines = [
-        f"{found.name}: a token {1e6 * found.token:.0f} us ({1 / found.token:.1f} tokens/s): "
-        + ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in found.engines.items())
-        + f", outside {1e6 * (found.token - engines):.0f}; opened in {found.opened:.2f} s"
+        f"{profile.name}: a token {1e6 * profile.token:.0f} us ({1 / profile.token:.1f} tokens/s): "
+        + ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in profile.engines.items())
+        + f", outside {1e6 * (profile.token - engines):.0f}; opened in {profile.opened:.2f} s"
     ]
     for kind in (*dict.fromkeys(KINDS.values()), "glue"):
         count = sum(kernel.count for kernel in every if kernel.kind == kind)
@@ -211,9 +211,9 @@ def table(found: Profile, least: float) -> str:
         )
     between = engines - timed
     lines.append(f"  {'between them':14} {'':14} {1e6 * between:8.0f} us {between / engines:6.1%}")
-    for name, kernels in found.kernels.items():
+    for name, kernels in profile.kernels.items():
         lines.append(
-            f"  {name}: timing a kernel took {1e6 * found.noting[name]:.1f} us, subtracted below"
+            f"  {name}: timing a kernel took {1e6 * profile.noting[name]:.1f} us, subtracted below"
         )
         for operator, shape, count, seconds in kernels:
             if seconds >= least * timed:
@@ -241,9 +241,9 @@ def main(
         )
     threads = threads or usable_cores()
     with other_load() as load:
-        found = [profile(path, threads, context, tokens) for path in bundles]
-    for item in found:
-        click.echo(table(item, least / 100))
+        profiles = [profile(path, threads, context, tokens) for path in bundles]
+    for item in profiles:
+        click.echo(format_profile(item, least / 100))
     for name, text in about(environment(), threads):
         click.echo(f"{name}: {text}")
     if load_note(load.cores):

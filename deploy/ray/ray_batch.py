@@ -141,7 +141,7 @@ def check_claim(output: Path, made_with: dict[str, Any]) -> None:
     record = output / MADE_WITH
     if record.exists() and json.loads(record.read_text(encoding="utf-8")) != made_with:
         raise OptionError(
-            f"{output} was made with other options or another bundle ({record}); "
+            f"{output} was written with other options or another bundle ({record}); "
             "choose another OUTPUT"
         )
     if (
@@ -149,7 +149,9 @@ def check_claim(output: Path, made_with: dict[str, Any]) -> None:
         and output.exists()
         and any(path.name != DONE for path in output.iterdir())
     ):
-        raise OptionError(f"{output} is not empty, and no job wrote it; choose another OUTPUT")
+        raise OptionError(
+            f"{output} is not empty and not the output of a job; choose another OUTPUT"
+        )
     output.mkdir(parents=True, exist_ok=True)
 
 
@@ -157,29 +159,33 @@ def check_claim(output: Path, made_with: dict[str, Any]) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--id", "key", default="id", show_default=True, help="Column that tells rows apart.")
+@click.option("--id", "key", default="id", show_default=True, help="Column that identifies a row.")
 @click.option(
-    "--column", default="prompt", show_default=True, help="Column with the prompts, texts."
+    "--column", default="prompt", show_default=True, help="Column with the prompts, as text."
 )
 @click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Sessions, in all."
+    "--workers",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Number of sessions in the cluster.",
 )
 @click.option(
-    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Cores of a session."
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU cores per session."
 )
 @click.option(
     "--slots",
     type=click.IntRange(1),
     default=8,
     show_default=True,
-    help="Rows that it decodes at once.",
+    help="Rows that a session decodes concurrently.",
 )
 @click.option(
     "--rows",
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="Of a file of OUTPUT; a killed job does again what it had not written.",
+    help="Rows per output file. A restarted job repeats only files that are not complete.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--mode", default="free", show_default=True)

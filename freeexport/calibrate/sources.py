@@ -15,9 +15,9 @@ import numpy as np
 from freeexport.calibrate.traces import TraceCache, Traces, trace_of
 from freeexport.checkpoints.examples import DataError
 from freeexport.costs.replay import ReplaySession
-from freeexport.metrics import Reference
 from freeexport.system.jsonl import Request
 from freeexport.system.progress import progress
+from freeexport.task_metrics import Reference
 from runtime import Session
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import is_calibration

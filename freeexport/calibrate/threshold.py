@@ -15,8 +15,8 @@ from scipy.special import betaln, digamma
 from scipy.stats import binom
 
 from freeexport.calibrate.traces import Traces
-from freeexport.metrics import Metric, Reference, check_name, draws, metric_of, scores
 from freeexport.system.progress import progress
+from freeexport.task_metrics import Metric, Reference, check_name, draws, metric_of, scores
 from runtime import Session
 from runtime.bundle.beta import (
     LEAST_SHAPE,

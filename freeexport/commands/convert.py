@@ -94,14 +94,14 @@ from runtime.tensorrt.files import DIRECTORY
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the manifest, or the engines built, as JSON."
 )
-@section("How exits decide", rare=True)
+@section("Exits", rare=True)
 @click.option(
     "--confidence",
     type=click.Choice(get_args(ConfidenceMeasure)),
     default="softmax",
     help=CONFIDENCES,
 )
-@section("Graphs and quantized weights", rare=True)
+@section("Graphs and quantization", rare=True)
 @click.option(
     "--encoder-capacity",
     type=int,
@@ -175,13 +175,13 @@ def command(
         _build(Path(model), build, as_json)
         return
     if out is None:
-        raise click.UsageError("OUT is missing: the folder that the bundle is written to")
+        raise click.UsageError("OUT is missing; give the directory for the bundle")
     if (Path(model) / MANIFEST).is_file():
         raise click.UsageError(
-            f"{model} is a bundle already; give a checkpoint, or leave out OUT and give --build"
+            f"{model} is already a bundle; give a checkpoint, or omit OUT and give --build"
         )
     if build is not None and options["target"] != "tensorrt":
-        raise click.UsageError("--build is for --target tensorrt")
+        raise click.UsageError("--build requires --target tensorrt")
     manifest = convert(model, out, ConvertOptions(measure=options["verify"] != "none", **options))
     if as_json and build is None:
         click.echo(manifest.to_json(), nl=False)
@@ -220,7 +220,7 @@ def _lines(
     yield f"size: {size}{f', from {human_bytes(source)}' if source else ''}"
     advice = ""
     if on_cpu and precision == "fp16":
-        advice = "; note: a CPU computes in fp32, so fp16 saves space and no time"
+        advice = "; note: CPUs compute in fp32, so fp16 saves space but no time"
     if on_cpu and precision in ("fp32", "fp16"):
         advice += "; --precision int8 is faster on a CPU"
     yield f"weights: {human_bytes(manifest.weight_bytes)}, {precision}{advice}"
@@ -233,14 +233,15 @@ def _lines(
                 f" and {len(quantization.higher) - 3} more" if len(quantization.higher) > 3 else ""
             )
             yield f"kept at a higher precision: {names}{more} (see inspect)"
-        if kept := {item.engine: item.kept for item in quantization.engines if item.kept}:
-            each = ", ".join(f"{engine} {count}" for engine, count in kept.items())
+        if unchanged := {item.engine: item.kept for item in quantization.engines if item.kept}:
+            each = ", ".join(f"{engine} {count}" for engine, count in unchanged.items())
             kinds = Counter[str]()
             for item in quantization.engines:
                 kinds.update(item.kinds)
             known = "".join(f"; {kind} {count}" for kind, count in sorted(kinds.items()))
             yield (
-                f"weights: {sum(kept.values())} tensors keep the checkpoint's bits ({each}{known})"
+                f"weights: {sum(unchanged.values())} tensors keep the checkpoint's bits "
+                f"({each}{known})"
             )
         elif model.suffix == ".gguf" and precision in ("int4", "mixed"):
             yield (
@@ -276,7 +277,7 @@ def _lines(
             ("freeexport", "convert", str(model), str(out), "--exit", ready_made[0], "--overwrite")
         )
         yield (
-            f"ready-made exits that fit these weights: {', '.join(ready_made)}; to use one: {again}"
+            f"ready-made exits for these weights: {', '.join(ready_made)}; apply one with: {again}"
         )
 
 

@@ -49,7 +49,7 @@ _PROBE = bytes.fromhex(
     "08083a350a0e0a01780a017812017922034164641201675a0f0a0178120a0a08080112040a020801"
     "620f0a0179120a0a08080112040a02080142040a00100d"
 )
-_NOT_LOADED = "it runs no operator here: its libraries or its device are missing"
+_NOT_LOADED = "cannot run operators here: libraries or device missing"
 
 VersionOf = Callable[[str], str | None]
 
@@ -58,7 +58,7 @@ VersionOf = Callable[[str], str | None]
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """Check this installation and machine. Exits with code 1 if decoding cannot work.
+    """Diagnose this installation and machine. Exits with code 1 if decoding cannot work.
 
     \b
     Example:
@@ -150,7 +150,7 @@ def probe_onnxruntime(wheel: str) -> tuple[list[dict[str, Any]], list[str]]:
     ]
     if all(problems.values()):
         return providers, [
-            "no execution provider of onnxruntime works here; see the list of providers"
+            "no execution provider of onnxruntime works on this machine; see the list of providers"
         ]
     return providers, []
 
@@ -189,7 +189,11 @@ def check_cuda(version_of: VersionOf) -> dict[str, Any]:
     with suppress(metadata.PackageNotFoundError):
         requires = metadata.requires(GPU_WHEEL) or []
     cudnn = next(
-        (found[1] for line in requires if (found := re.match(r"nvidia-cudnn-cu\d+~=(\d+)", line))),
+        (
+            version[1]
+            for line in requires
+            if (version := re.match(r"nvidia-cudnn-cu\d+~=(\d+)", line))
+        ),
         None,
     )
     bindings = version_of("cuda-bindings")
@@ -198,17 +202,18 @@ def check_cuda(version_of: VersionOf) -> dict[str, Any]:
     problems = []
     if wanted and number and number // 1000 < int(wanted.split(".")[0]):
         problems.append(
-            f"{GPU_WHEEL} is built for CUDA {wanted}, and the driver runs up to {known}; install "
+            f"{GPU_WHEEL} requires CUDA {wanted}, but the driver supports up to {known}; install "
             "a newer driver"
         )
     if bindings is None:
-        problems.append("a session on a GPU needs cuda-python; pip install 'freeexport[gpu]'")
+        problems.append("GPU sessions require cuda-python; pip install 'freeexport[gpu]'")
     elif not number:
-        problems.append("no NVIDIA driver is loaded here")
+        problems.append("no NVIDIA driver is loaded")
     if cudnn and wanted and not version_of(f"nvidia-cudnn-cu{wanted.split('.')[0]}"):
         whole = f"pip install '{GPU_WHEEL}[cuda,cudnn]'"
         problems.append(
-            f"cuDNN {cudnn} is not among the packages; unless the system has it: {whole}"
+            f"cuDNN {cudnn} is not installed as a package; "
+            f"unless it is installed on the system, run: {whole}"
         )
     return {
         "wanted": wanted,
@@ -225,8 +230,8 @@ def _built_for() -> str | None:
     for place in (spec.submodule_search_locations or ()) if spec else ():
         with suppress(OSError):
             text = (Path(place) / "capi" / "build_and_package_info.py").read_text()
-            if found := re.search(r"cuda_version = '([\d.]+)'", text):
-                return found[1]
+            if match := re.search(r"cuda_version = '([\d.]+)'", text):
+                return match[1]
     return None
 
 
@@ -290,24 +295,24 @@ def _show(report: dict[str, Any]) -> None:
     if report["without_kernels"]:
         click.echo(f"slow: {report['kernels']}")
     for one in report["missing"]:
-        click.echo(f"optional: to {one['purpose']}, run: {one['command']}")
+        click.echo(f"optional, to {one['purpose']}: {one['command']}")
     for problem in report["problems"]:
         click.echo(f"problem: {problem}")
     if report["ok"]:
         click.echo("This installation can decode.")
 
 
-def _cuda_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+def _cuda_rows(device: dict[str, Any]) -> list[tuple[str, str]]:
     built_for = (
-        f"built for CUDA {found['wanted'] or 'unknown'}, cuDNN {found['cudnn'] or 'unknown'}"
+        f"built for CUDA {device['wanted'] or 'unknown'}, cuDNN {device['cudnn'] or 'unknown'}"
     )
-    driver = f"CUDA {found['driver']}" if found["driver"] else "not known"
+    driver = f"CUDA {device['driver']}" if device["driver"] else "not known"
     rows = [
         (GPU_WHEEL, built_for),
         ("driver", driver),
-        ("cuda-bindings", found["bindings"] or "not installed"),
+        ("cuda-bindings", device["bindings"] or "not installed"),
     ]
-    return rows + [("does not fit", problem) for problem in found["problems"]]
+    return rows + [("does not fit", problem) for problem in device["problems"]]
 
 
 def _machine_rows(machine: dict[str, Any]) -> list[tuple[str, str]]:

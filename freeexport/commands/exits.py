@@ -47,7 +47,7 @@ def command(model: str | None, as_json: bool) -> None:
         click.echo(json.dumps(records, indent=2))
         return
     if not found:
-        click.echo("this freeexport brings no exits; freeexport train makes one")
+        click.echo("no ready-made exits are installed; train one with freeexport train")
     for path, packed in found:
         for line in _lines(path, packed):
             click.echo(line)
@@ -78,7 +78,7 @@ def _lines(path: Path, packed: PackedExit) -> list[str]:
     if vocabulary is not None:
         parts.append(f"{vocabulary.size} tokens")
     if packed.adapter_config is not None:
-        parts.append("a LoRA of the model")
+        parts.append("a LoRA adapter of the model")
     parts += [human_bytes(path.stat().st_size), packed.licence]
     facts = {"data": packed.data, "recipe": packed.recipe, "results": packed.results}
     return [

@@ -29,7 +29,7 @@ class Time(click.ParamType):
         parts = re.findall(r"(\d+(?:\.\d+)?)(h|min|m|s)", text)
         if not parts or "".join(map("".join, parts)) != text:
             self.fail(
-                f"{value!r} is no time; give hours and minutes, such as 2h, 90min or 1h30min",
+                f"{value!r} is not a duration; give hours and minutes, as in 2h, 90min or 1h30min",
                 param,
                 ctx,
             )
@@ -53,7 +53,7 @@ class Time(click.ParamType):
 @click.option(
     "--quality", type=float, help="Share of the full model's metric to keep.  [default: 0.99]"
 )
-@click.option("--lossless", is_flag=True, help="Require every token to be the full model's.")
+@click.option("--lossless", is_flag=True, help="Require exactly the full model's tokens.")
 @click.option(
     "--paper",
     is_flag=True,
@@ -95,10 +95,10 @@ def command(
     from freeexport.fit.steps import fit, planned
 
     if lossless and quality is not None:
-        raise click.UsageError("--quality and --lossless contradict each other; choose one")
+        raise click.UsageError("--quality and --lossless are mutually exclusive; use one")
     if given["data"] is not None and given["metric"] is None and not lossless:
         raise click.UsageError(
-            "--metric is missing: how outputs are compared with the targets, such as rouge-l"
+            "--metric is missing; give the metric for the targets, such as rouge-l"
         )
     given["metric"] = given["metric"] or FitOptions.metric
     share = None if lossless else FitOptions.quality if quality is None else quality

@@ -36,7 +36,7 @@ def _others(
     for text in given:
         name, found, value = text.partition("=")
         if not found:
-            raise click.BadParameter(f"{text!r} is no NAME=VALUE", context, parameter)
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE", context, parameter)
         try:
             options[name] = json.loads(value)
         except (ValueError, RecursionError):
@@ -50,7 +50,7 @@ def _others(
 @click.command(cls=SectionedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
-@section("Prompts and results")
+@section("Input and output")
 @click.option(
     "--input",
     "source",
@@ -128,7 +128,7 @@ def _others(
     is_flag=True,
     help="Do not load the tokenizer and chat template. PROMPT must be token ids, such as 1,22,333.",
 )
-@section("Drafts, constraints, sampling, beams, several results", rare=True)
+@section("Decoding options", rare=True)
 @click.option(
     "--predicted-output",
     type=click.Path(path_type=Path),
@@ -195,25 +195,26 @@ def command(
       freeexport generate cuda-bundle "Once upon a time" --device cuda:0
     """  # noqa: E501
     for wrong, message in (
-        (source and prompt is not None, "--input goes without PROMPT"),
+        (source and prompt is not None, "--input and PROMPT are mutually exclusive; use one"),
         (
             not source and (target or resume or overwrite or batch),
-            "--output, --resume, --overwrite and --batch-size go with --input",
+            "--output, --resume, --overwrite and --batch-size require --input",
         ),
-        (resume and overwrite, "--resume and --overwrite contradict each other; choose one"),
+        (resume and overwrite, "--resume and --overwrite are mutually exclusive; use one"),
         (
             source and target and target.is_file() and target.samefile(source),
-            "--output is the same file as --input",
+            "--output is the same file as --input; choose another",
         ),
         (
             chat and no_trust_templates,
-            "--chat needs the bundle's chat template; leave out --no-trust-templates",
+            "--chat requires the bundle's chat template; omit --no-trust-templates",
         ),
         (
             audio and (source or prompt or chat or predicted_output or json_schema),
-            "--audio goes without PROMPT, --input, --chat, --predicted-output and --json-schema",
+            "--audio cannot be combined with PROMPT, --input, --chat, --predicted-output "
+            "or --json-schema",
         ),
-        (source and predicted_output, "--predicted-output is for one PROMPT; leave out --input"),
+        (source and predicted_output, "--predicted-output requires PROMPT; omit --input"),
     ):
         if wrong:
             raise click.UsageError(message)
@@ -291,14 +292,14 @@ def command(
         results = ask(text)
         if not results:
             raise FreeExportError(
-                "the deadline passed before the first result; allow more with -o deadline=SECONDS"
+                "deadline exceeded before the first result; raise it with -o deadline=SECONDS"
             )
         if as_json:
             click.echo(json.dumps(fields_of(*results), ensure_ascii=False))
             return
         for result in results:
             logprob = sum(result.logprobs or ()) / len(result.token_ids)
-            click.echo(f"[{logprob:.2f} nats a token] {result.text or result.token_ids}")
+            click.echo(f"[{logprob:.2f} nats per token] {result.text or result.token_ids}")
 
 
 def _transcribe(session: Session, audio: Path, options: dict[str, Any], as_json: bool) -> None:
@@ -347,7 +348,7 @@ def _check_room(session: Session, prompt: Any, wanted: int | None) -> None:
         )
         raise PromptLengthError(
             f"--max-new-tokens is {wanted}, but {room} fit{before} in the {session.capacity} "
-            "positions of the context; ask for fewer, or convert with a larger --capacity"
+            "positions of the context; lower it, or convert with a larger --capacity"
         )
 
 
@@ -364,7 +365,7 @@ def _chat_hint(session: Session) -> Callable[[Any, list[GenerationResult]], None
         if wanted and empty and isinstance(prompt, str):
             wanted = False
             click.echo(
-                "hint: the answer is empty, and this bundle has a chat template; try --chat",
+                "hint: the output is empty and this bundle has a chat template; try --chat",
                 err=True,
             )
 
@@ -397,6 +398,6 @@ def _stream(
         f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}",
     ]
     if stats.mode not in (None, options.get("mode", stats.mode)):
-        figures[-1] += f"; decoded as {stats.mode}: no token can exit"
+        figures[-1] += f"; mode {stats.mode}: no token can exit"
     click.echo(", ".join(figures), err=True)
     return stream.result

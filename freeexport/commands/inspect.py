@@ -108,7 +108,7 @@ def command(bundle: Path, as_json: bool) -> None:
         pairs("KV cache", cache),
         pairs("Verification", _verification(opened)),
         table("Files", ("name", "size#", "sha256"), files),
-        table("Weights stored more than once", ("tensor", "size#", "reason"), copies),
+        table("Duplicated weights", ("tensor", "size#", "reason"), copies),
         pairs("Written with", sorted(manifest.versions.items())),
     ]
     click.echo(f"{mode}\n")
@@ -193,7 +193,7 @@ def _precision(quantization: Quantization) -> list[Table]:
     return [
         table("Precision", columns, engines),
         table(
-            "Kept at a higher precision",
+            "Layers at a higher precision",
             ("engine", "tensor", "wanted", "stored", "error as wanted#"),
             higher,
         ),
@@ -212,7 +212,7 @@ def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
     costs = known_costs(bundle, calibration.costs if calibration else None, manifest.costs)
     threshold = f"{manifest.threshold:.4g}"
     if manifest.threshold >= 1:
-        threshold = "1 (not calibrated)" if calibration is None else "1 (never, as calibrated)"
+        threshold = "1 (not calibrated)" if calibration is None else "1 (calibrated: never exit)"
     vocabulary = "all tokens"
     known = manifest.exit_vocabulary
     if known is not None:
@@ -263,7 +263,7 @@ def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
         rows.append(
             (
                 "measured while busy",
-                f"others kept {costs.busy:.1f} cores busy; convert again when idle",
+                f"others kept {costs.busy:.1f} cores busy; convert again on an idle machine",
             )
         )
     if (host := costs.host) is not None:
@@ -310,6 +310,6 @@ def _verification(bundle: Bundle) -> Rows:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
         raise BundleError(
-            f"{VERIFICATION} is no report ({reason}); run freeexport verify again"
+            f"{VERIFICATION} is not a valid report ({reason}); run freeexport verify again"
         ) from None
     return rows

@@ -23,7 +23,7 @@ SESSION = (
 
 @click.command(cls=SectionedCommand)
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
-@section("What is served")
+@section("Models")
 @click.option(
     "--name",
     "names",
@@ -37,7 +37,7 @@ SESSION = (
     "--mode",
     type=click.Choice(get_args(Mode)),
     help=(
-        "Mode of requests that set none.  [default: free if a threshold is given or calibrated, "
+        "Default decoding mode of requests.  [default: free if a threshold is given or calibrated, "
         "else lossless]"
     ),
 )
@@ -66,13 +66,13 @@ SESSION = (
     "--deadline",
     type=click.FloatRange(0, min_open=True),
     metavar="SECONDS",
-    help="Maximum duration of a request. Longer requests are ended.",
+    help="Time limit of a request, in seconds.",
 )
 @click.option(
     "--max-body",
     type=click.IntRange(1),
     metavar="BYTES",
-    help="Maximum size of a request.  [default: 4 MiB, with a sound 64 MiB]",
+    help="Maximum size of a request body, in bytes.  [default: 4 MiB, or 64 MiB with audio]",
 )
 @click.option("--log-prompts", is_flag=True, help="Include prompts in the log.")
 @section("Machine")
@@ -97,9 +97,8 @@ SESSION = (
     type=int,
     metavar="MB",
     help=(
-        "Memory limit for the prefix cache, in MB. The cache keeps keys and values of earlier "
-        f"requests for requests that begin alike. 0 disables it.  [default: {PREFIX_CACHE_MB} on "
-        "a CPU]"
+        "Memory limit for the prefix cache, in MB. Reuses keys and values of prompts with "
+        f"a common prefix. 0 disables it.  [default: {PREFIX_CACHE_MB} on a CPU]"
     ),
 )
 @click.option(
@@ -139,14 +138,14 @@ def command(bundles: tuple[Path, ...], host: str, port: int, **options: Any) -> 
       freeexport serve bundle --port 8000
       curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "g2p: hello world"}'
     """
-    from freeexport.serving.server import run
+    from freeexport.serving.server import run_server
     from freeexport.serving.service import ServerOptions
 
     session = {name: options.pop(name) for name in SESSION}
     if session["prefix_cache_mb"] is None:
         session["prefix_cache_mb"] = PREFIX_CACHE_MB if session["device"] == "cpu" else 0
     key = os.environ.get(KEY) or None
-    run(
+    run_server(
         ServerOptions(bundles, session=SessionOptions(**session), api_key=key, **options),
         host,
         port,

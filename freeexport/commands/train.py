@@ -76,7 +76,7 @@ OWN = Path("-")  # stands for a directory beside OUT
     is_flag=True,
     help="Cut long inputs, on the left for decoder-only models, otherwise on the right.",
 )
-@section("What is trained")
+@section("Model and exit")
 @click.option(
     "--exit-layer", type=int, required=True, help="Layer after which tokens exit, from 1 to L - 1."
 )
@@ -155,7 +155,7 @@ OWN = Path("-")  # stands for a directory beside OUT
 @click.option(
     "--epochs",
     type=float,
-    help="Passes over the data.  [default: 3, without --steps or --time-limit]",
+    help="Number of epochs.  [default: 3, without --steps or --time-limit]",
 )
 @click.option(
     "--time-limit",
@@ -224,7 +224,7 @@ OWN = Path("-")  # stands for a directory beside OUT
 @click.option(
     "--gradient-checkpointing",
     is_flag=True,
-    help="Recompute activations, which uses less memory and takes a third longer.",
+    help="Gradient checkpointing: saves memory and takes about a third longer.",
 )
 @section("Evaluation")
 @click.option(
@@ -251,7 +251,7 @@ OWN = Path("-")  # stands for a directory beside OUT
     ),
 )
 @section("Result")
-@click.option("--resume", is_flag=True, help="Continue the interrupted run in OUT.training.")
+@click.option("--resume", is_flag=True, help="Resume the interrupted run in OUT.training.")
 @click.option(
     "--overwrite",
     is_flag=True,

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from freeexport.metrics import check_name
+from freeexport.task_metrics import check_name
 from runtime.errors import OptionError
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -32,7 +32,7 @@ METRICS = (
 
 
 class MetricName(click.ParamType):
-    """Name of a metric (freeexport/metrics.py). The metric itself is not loaded."""
+    """Name of a metric (freeexport/task_metrics.py). The metric itself is not loaded."""
 
     name = "metric"
 

@@ -16,9 +16,9 @@ from freeexport.system.child import PACKAGES
 from freeexport.system.environment import environment
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page, table
+from freeexport.verification.batches import FULL, QUICK
 from freeexport.verification.checks import greedy_line, quality_line, sentence_of
-from freeexport.verification.engines import FULL, QUICK
-from freeexport.verification.equality import Equality, all_settings, check_equality, prompts_of
+from freeexport.verification.equality import Equality, all_settings, check_equality, prompt_ids
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from runtime.bundle.bundle import Bundle
 from runtime.kernels import supported
@@ -30,7 +30,7 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     for name in names:
         if not supported(name):
             raise click.BadParameter(
-                f"this processor has no {name}, or the kernels do not know it; see doctor"
+                f"{name} is not supported by this processor or the kernels; see freeexport doctor"
             )
     return names
 
@@ -106,17 +106,13 @@ def command(
       freeexport verify bundle --against path/to/checkpoint
     """
     if data is not None and against is None and equal is None:
-        raise click.UsageError(
-            "--data needs something to compare; give --against MODEL or --equal N"
-        )
+        raise click.UsageError("--data requires --against MODEL or --equal N")
     for option, given in (("--instructions", instructions), ("--save", save)):
         if given and equal is None:
-            raise click.UsageError(
-                f"{option} is for a comparison of the bundle with itself; give --equal N"
-            )
+            raise click.UsageError(f"{option} requires --equal N")
     if equal is not None and (against is not None or quick):
         raise click.UsageError(
-            "--equal compares the bundle with itself; leave --against and --quick out"
+            "--equal compares the bundle with itself; omit --against and --quick"
         )
     check_writable(save, "--save")
     opened = Bundle.open(bundle, verify="full")
@@ -140,7 +136,7 @@ def command(
         same, line = greedy_line(report["greedy"])
         click.echo(f"{'ok     ' if same else 'warning'}  {line}")
     if report["left_out"]:
-        click.echo(f"warning  left out, as the time was up: {', '.join(report['left_out'])}")
+        click.echo(f"warning  skipped, out of time: {', '.join(report['left_out'])}")
 
 
 def _compare(
@@ -155,7 +151,7 @@ def _compare(
 
     After an interrupt the partial result is shown.
     """
-    prompts = prompts_of(bundle, file)
+    prompts = prompt_ids(bundle, file)
     settings = len(all_settings()) * max(1, len(sets))
     outcome = Equality(tokens, 0)
     try:
@@ -228,8 +224,8 @@ def _identity(bundle: Bundle, file: Path | None) -> dict[str, Any]:
     manifest = bundle.manifest
     git = ["git", "-C", PACKAGES, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        found = subprocess.run(git, capture_output=True, text=True, timeout=10)
-        commit = found.stdout.strip() if found.returncode == 0 else None
+        completed = subprocess.run(git, capture_output=True, text=True, timeout=10)
+        commit = completed.stdout.strip() if completed.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     return {

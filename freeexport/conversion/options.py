@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from graphs.description import Description, Encoder
+from graphs.description import Description, EncoderStack
 from graphs.dialects.ort import fits_head_size, has_attention_kernel
 from graphs.engine_options import TARGETS, EngineOptions
 from graphs.errors import GraphError
@@ -102,7 +102,7 @@ class ConvertOptions:
         encoder = description.encoder
         if encoder is None:
             return 0
-        positions = encoder.embedding.positions if isinstance(encoder, Encoder) else None
+        positions = encoder.embedding.positions if isinstance(encoder, EncoderStack) else None
         most = None if positions is None else positions.count
         given = self.encoder_capacity
         if description.spectrogram is not None and given not in (None, most):

@@ -28,12 +28,13 @@ from freeexport.checkpoints.examples import (
 )
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.system.progress import progress
-from freeexport.verification.reference import engine_of, hooked, layer_list
+from freeexport.verification.arithmetic import engine_of, hooked
+from freeexport.verification.reference import layer_list
 from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.quantization.inputs import round_4_bits_for
-from graphs.quantization.plan import rounding
-from graphs.quantization.rounding import BLOCK, FLOAT32, Rounded, values_of
+from graphs.quantization.plan import rounding_for
+from graphs.quantization.rounding import BLOCK, FLOAT32, Rounded, dequantize
 from graphs.shapes import weight_names
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.manifest import RoundingData
@@ -127,7 +128,7 @@ class _Rounder:
         read: set[str],
     ) -> None:
         self.weights: dict[str, Rounded] = {}
-        used = rounding(engines.target, engines.kernels)
+        used = rounding_for(engines.target, engines.kernels)
         self._scheme = used.scheme
         self._type = np.dtype(np.float16) if used.products.own else FLOAT32
         self._modules = {
@@ -163,7 +164,7 @@ class _Rounder:
             if not plain.error <= self._scheme.limits["int4"] or not np.isfinite(seen).all():
                 continue  # it gets more bits, or its inputs are not finite
             self.weights[name] = rounded = round_4_bits_for(weight, seen, BLOCK, self._type)
-            weight[:] = values_of(rounded)[:, : weight.shape[1]]
+            weight[:] = dequantize(rounded)[:, : weight.shape[1]]
 
 
 def _moments(modules: Sequence[Module], read: Callable[[], object]) -> dict[Module, np.ndarray]:

@@ -16,10 +16,10 @@ from freeexport.evaluate.records import Lines, Records
 from freeexport.evaluate.scores import Row, rows_of
 from freeexport.evaluate.settings import WITHOUT_EXIT, Entry, EvaluateOptions, entries_of
 from freeexport.evaluate.verdicts import curves_of, verdicts
-from freeexport.metrics import Metric, Reference, metric_of
 from freeexport.system.environment import environment
 from freeexport.system.jsonl import Request
 from freeexport.system.load import load_note
+from freeexport.task_metrics import Metric, Reference, metric_of
 from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle, sha256_of

@@ -15,7 +15,7 @@ from freeexport.costs.bytes import ByteModel, Calls
 from freeexport.costs.timing import spread
 from freeexport.evaluate.records import Lines
 from freeexport.evaluate.settings import WITHOUT_EXIT, Entry, Setting
-from freeexport.metrics import Metric, Reference, bounded, draws
+from freeexport.task_metrics import Metric, Reference, bounded, draws
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95

@@ -9,9 +9,9 @@ from pathlib import Path
 from freeexport.costs.bytes import CALL_BYTES
 from freeexport.evaluate.evaluate import Evaluation
 from freeexport.evaluate.scores import Row
-from freeexport.metrics import Metric
 from freeexport.system.environment import about
 from freeexport.system.sheet import Sheet, plus_minus, sheet
+from freeexport.task_metrics import Metric
 
 # Fewest compared drafts at a position for which acceptance is shown.
 LEAST_COMPARED = 20

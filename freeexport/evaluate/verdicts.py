@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from freeexport.evaluate.scores import Row
-from freeexport.metrics import Metric
+from freeexport.task_metrics import Metric
 
 # Fewest lines for a winner. With fewer, intervals are too wide and too uncertain themselves.
 FEWEST_LINES = 100

@@ -16,8 +16,8 @@ import numpy as np
 from freeexport.evaluate.evaluate import Evaluation
 from freeexport.evaluate.scores import RESAMPLES, Row, speed_interval
 from freeexport.evaluate.settings import Method
-from freeexport.metrics import Metric, bounded, draws
 from freeexport.system.sheet import Sheet, markdown, plus_minus
+from freeexport.task_metrics import Metric, bounded, draws
 from freeexport.training.options import BuiltInLoss
 
 SEEDS = (0, 1, 2)

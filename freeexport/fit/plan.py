@@ -33,14 +33,14 @@ from freeexport.costs.verdict import PAYS, break_even_text
 from freeexport.fit.paper import repeated
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.fit.splits import write
-from freeexport.metrics import MetricError, check_name, metric_of
 from freeexport.system.child import run_child
 from freeexport.system.jsonl import Request
 from freeexport.system.load import load_note, other_load
 from freeexport.system.machine import multiplies_bfloat16
 from freeexport.system.progress import duration
+from freeexport.task_metrics import MetricError, check_name, metric_of
 from freeexport.training.options import BuiltInLoss
-from graphs.description import Description, Encoder
+from graphs.description import Description, EncoderStack
 from graphs.families import describe
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import ExitInput, Precision
@@ -538,7 +538,7 @@ def _check_metric(name: str, lines: Sequence[Request]) -> None:
 
 def _encoder_weights(description: Description, weights: Checkpoint) -> int:
     """Return the number of weights in the matrix products of an encoder's layers."""
-    layers = description.encoder.layers if isinstance(description.encoder, Encoder) else ()
+    layers = description.encoder.layers if isinstance(description.encoder, EncoderStack) else ()
     linears = [
         getattr(one.attention, part)
         for one in layers

@@ -43,13 +43,13 @@ from freeexport.fit.plan import (
     least_lines,
     make_plan,
 )
-from freeexport.metrics import metric_of
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.load import load_note, other_load
 from freeexport.system.output import check_output, link_or_copy, output_directory, write_whole
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import BY_PARENT, Advance, duration, progress
 from freeexport.system.sheet import Sheet
+from freeexport.task_metrics import metric_of
 from freeexport.training.options import DISTILLING, BuiltInLoss
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from runtime.bundle.beta import NEVER_EXIT

@@ -14,18 +14,12 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
+from freeexport.serving.errors import ApiError, api_error, draining, invalid
 from freeexport.serving.grammar_trial import GrammarTrial
-from freeexport.serving.protocol import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    api_error,
-    draining,
-    invalid,
-)
+from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from freeexport.serving.replies import Reply
-from freeexport.serving.service import Record
-from freeexport.serving.tools import CallForm, constraint, form_of, shown
+from freeexport.serving.service import RequestLog
+from freeexport.serving.tools import CallForm, constraint, form_of, tools_as_text
 from runtime import (
     AsyncStream,
     GenerationOptions,
@@ -63,7 +57,7 @@ class ClientGone(Exception):
 
 
 @dataclass(frozen=True)
-class Generation:
+class Choices:
     """Running choices of one request.
 
     Attributes:
@@ -96,10 +90,10 @@ class Generation:
             if not any(stream.result.token_ids for stream in self.streams):
                 status, seconds = self.deadline
                 limit = "the request's deadline" if status == 408 else "the server's limit"
-                passed = f"{limit} of {seconds:g} s passed before the first token"
+                expired = f"{limit} of {seconds:g} s passed before the first token"
                 raise ApiError(
                     status,
-                    f"{passed}; ask later, or for more time",
+                    f"{expired}; retry later or raise the limit",
                     "deadline_exceeded",
                     again=False,
                 )
@@ -121,7 +115,7 @@ async def begin(
     request: Generating,
     mode: Mode | None,
     deadline: float | None,
-) -> Generation:
+) -> Choices:
     """Encode the prompts and queue all choices of a request.
 
     If one choice cannot be queued, none is.
@@ -145,15 +139,15 @@ async def begin(
     count = len(prompts) * request.n
     most = session.options.slots + session.options.queue
     if count > most:
-        asked = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
-        raise invalid("n", f"{asked}; this server takes {most} choices at once, ask for fewer")
+        wrong = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
+        raise invalid("n", f"{wrong}; this server takes {most} choices at once; request fewer")
 
     def encode() -> tuple[list[np.ndarray], GenerationOptions]:
         given = options
         read = prompts
         tools = [msgspec.to_builtins(tool) for tool in request.offered]
         if isinstance(request, ChatRequest) and not form.shown:
-            read = [shown(messages, tools, form) for messages in prompts]
+            read = [tools_as_text(messages, tools, form) for messages in prompts]
             tools = []
         encoded = [
             session.encode(prompt, tools=tools, src_lang=given.src_lang, tgt_lang=given.tgt_lang)
@@ -161,8 +155,8 @@ async def begin(
         ]
         languages = session.manifest.languages
         # The encoded prompt may already name the target language.
-        told = languages is not None and languages.target == "prompt"
-        given = replace(given, src_lang=None, tgt_lang=None if told else given.tgt_lang)
+        in_prompt = languages is not None and languages.target == "prompt"
+        given = replace(given, src_lang=None, tgt_lang=None if in_prompt else given.tgt_lang)
         if given.predicted_output is not None:
             expected = given.predicted_output
             ids = encode_expected(
@@ -181,7 +175,7 @@ async def begin(
         if options.deadline is None
         else (408 if options.deadline == request.free.deadline else 504, options.deadline)
     )
-    generation = Generation([], [len(ids) for ids in encoded], ends)
+    generation = Choices([], [len(ids) for ids in encoded], ends)
     try:
         for ids, limit in zip(encoded, limits, strict=True):
             for number in range(request.n):
@@ -225,7 +219,7 @@ class EventStream:
     """
 
     def __init__(
-        self, generation: Generation, reply: Reply, request: Generating, record: Record
+        self, generation: Choices, reply: Reply, request: Generating, record: RequestLog
     ) -> None:
         self._generation = generation
         self._reply = reply
@@ -341,7 +335,8 @@ def _limit(options: GenerationOptions, request: Generating, prompt: int, session
     if request.limit > room:
         raise PromptLengthError(
             f"the prompt has {prompt} tokens and max_tokens is {request.limit}, but {room} tokens "
-            f"fit after it in the {session.capacity} positions of a slot; shorten one of them"
+            f"fit after it in the {session.capacity} positions of a slot; "
+            "shorten the prompt or lower max_tokens"
         )
     return request.limit
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from freeexport.serving.protocol import ApiError
+from freeexport.serving.errors import ApiError
 from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError, one_line
 from runtime.text.grammar import Grammars
@@ -60,7 +60,7 @@ class GrammarTrial:
                 async with asyncio.timeout(WAIT_SECONDS):
                     await self._turn.acquire()
             except TimeoutError:
-                raise _busy("others are compiled") from None
+                raise _busy("busy with other requests") from None
             try:
                 if key not in self._known:
                     self._known[key] = await self._try(kind, text)
@@ -117,7 +117,7 @@ class GrammarTrial:
             if not ready:
                 await self.close()
         if not ready:
-            raise _busy("the process that compiles them did not start")
+            raise _busy("the compiler process did not start")
         return process
 
     async def close(self) -> None:
@@ -133,13 +133,13 @@ class GrammarTrial:
 
 
 def _busy(problem: str) -> ApiError:
-    message = f"constraints cannot be compiled now ({problem}); ask again later"
+    message = f"cannot compile constraints now ({problem}); retry later"
     return ApiError(503, message, "constraints_busy", retry_after=1)
 
 
 def main(bundle: str) -> None:
     """Check constraints for the server until it closes standard input."""
-    answers = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     opened = Bundle.open(bundle, "sizes")
     manifest = opened.manifest
@@ -147,7 +147,7 @@ def main(bundle: str) -> None:
     grammars = Grammars(tokenizer, manifest.vocab_size, manifest.eos_token_ids)
     with suppress(OptionError):  # loads the vocabulary, which is the slowest part
         grammars.open("choice", '["a"]', 1)
-    print("ready", file=answers, flush=True)
+    print("ready", file=output, flush=True)
     for line in sys.stdin:
         _limit_processor_time()
         kind, text = json.loads(line)
@@ -156,7 +156,7 @@ def main(bundle: str) -> None:
             grammars.open(kind, text, 1)
         except OptionError as error:
             problem = str(error)
-        print(json.dumps(problem), file=answers, flush=True)
+        print(json.dumps(problem), file=output, flush=True)
 
 
 def _limit_processor_time() -> None:

@@ -1,17 +1,15 @@
-"""OpenAPI document of the server, generated from its request types, and an HTML page for it."""
+"""OpenAPI document of the server, generated from its request types."""
 
 from __future__ import annotations
 
 from functools import cache
-from html import escape
 from typing import Any
 
 import msgspec
 
 from freeexport import __version__
+from freeexport.serving.parsing import HARMLESS, NEUTRAL
 from freeexport.serving.protocol import (
-    HARMLESS,
-    NEUTRAL,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -24,62 +22,58 @@ REFERENCE = "#/components/schemas/"
 # By path: summary, type of the request body, required fields of the response.
 POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "/v1/chat/completions": (
-        "Answer a conversation, whole or as a stream of events",
+        "Create a chat completion, optionally streamed as server-sent events",
         ChatRequest,
         ("id", "object", "created", "model", "choices", "usage"),
     ),
     "/v1/completions": (
-        "Go on with a text or token ids, whole or as a stream of events",
+        "Create a completion of text or token ids, optionally streamed as server-sent events",
         CompletionRequest,
         ("id", "object", "created", "model", "choices", "usage"),
     ),
     "/v1/responses": (
-        "Answer a text or a conversation, whole or as events; nothing is stored",
+        "Create a response, optionally streamed as events. Responses are not stored",
         ResponseRequest,
         ("id", "object", "created_at", "model", "status", "output", "usage"),
     ),
     "/tokenize": (
-        "The token ids of a text or a conversation",
+        "Tokenize text or a conversation",
         TokenizeRequest,
         ("count", "max_model_len", "tokens"),
     ),
-    "/detokenize": ("The text of token ids", DetokenizeRequest, ("prompt",)),
+    "/detokenize": ("Detokenize token ids", DetokenizeRequest, ("prompt",)),
 }
 # By path: summary. All take a form of FIELDS.
 FORMS = {
-    "/v1/audio/transcriptions": "What is said in a WAV file",
-    "/v1/audio/translations": "What is said in a WAV file, in English",
+    "/v1/audio/transcriptions": "Transcribe speech in a WAV file",
+    "/v1/audio/translations": "Translate speech in a WAV file into English text",
 }
 FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature")
 # By path: summary, required fields of the response, other statuses.
 GET: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
-    "/v1/models": ("The models that are served", ("object", "data"), ()),
+    "/v1/models": ("List the served models", ("object", "data"), ()),
     "/v1/models/{model}": (
-        "One model",
+        "Retrieve a model",
         ("id", "object", "created", "owned_by", "max_model_len"),
         (404, 503),
     ),
-    "/health": ("Whether requests are taken", ("status", "ready"), (503,)),
-    "/v2/health/live": ("Whether the process lives", ("live",), ()),
-    "/v2/health/ready": ("Whether requests are taken", ("status", "ready"), (503,)),
-    "/v2/models/{model}/ready": ("Whether a model takes requests", ("name", "ready"), (404, 503)),
-    "/metrics": ("Counters for Prometheus", (), ()),
-    "/openapi.json": ("This document", ("openapi", "info", "paths"), ()),
+    "/health": ("Readiness check of the server", ("status", "ready"), (503,)),
+    "/v2/health/live": ("Liveness check", ("live",), ()),
+    "/v2/health/ready": ("Readiness check of the server", ("status", "ready"), (503,)),
+    "/v2/models/{model}/ready": ("Readiness check of a model", ("name", "ready"), (404, 503)),
+    "/metrics": ("Metrics in the Prometheus text format", (), ()),
+    "/openapi.json": ("OpenAPI document", ("openapi", "info", "paths"), ()),
 }
 STATUSES = {
-    400: "A field is wrong; the message names it",
-    401: "The API key is missing or wrong",
-    404: "There is no such model",
-    408: "The deadline passed before the first token, or the body did not come",
-    413: "The body is too large",
-    429: "The queue is full; Retry-After says when to ask again",
-    503: "The model is being loaded, or the server ends",
-    504: "The server's time limit passed before the first token",
+    400: "Invalid request; the message names the field",
+    401: "Missing or invalid API key",
+    404: "Model not found",
+    408: "The request's deadline expired before the first token, or the request body timed out",
+    413: "Request body too large",
+    429: "The request queue is full; retry after the seconds in Retry-After",
+    503: "The model is loading, or the server is shutting down",
+    504: "The server's time limit expired before the first token",
 }
-STYLE = """body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
-code{background:#f3f3f3;padding:.1em .3em}table{border-collapse:collapse;width:100%}
-td,th{text-align:left;vertical-align:top;border-bottom:1px solid #ddd;padding:.3em .6em}
-summary{cursor:pointer;margin:.5em 0}.verb{font-weight:bold;display:inline-block;width:4em}"""
 
 
 @cache
@@ -159,13 +153,13 @@ def document(guarded: bool = False) -> dict[str, Any]:
 
 
 def _operation(
-    path: str, purpose: str, answer: dict[str, Any], statuses: tuple[int, ...]
+    path: str, purpose: str, content: dict[str, Any], statuses: tuple[int, ...]
 ) -> dict[str, Any]:
     name = path.strip("/").replace("/", "_").replace("{", "").replace("}", "").replace(".", "_")
     failed = {"application/json": {"schema": {"$ref": REFERENCE + "Error"}}}
     if "health" in path:  # these endpoints report an unready state in the same format
-        failed = answer
-    responses = {"200": {"description": "The answer", "content": answer}}
+        failed = content
+    responses = {"200": {"description": "The answer", "content": content}}
     responses |= {
         str(status): {"description": STATUSES[status], "content": failed} for status in statuses
     }
@@ -197,92 +191,3 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 def _nullable() -> dict[str, Any]:
     return {"type": ["string", "null"]}
-
-
-def page(made: dict[str, Any]) -> str:
-    """Render a document as a self-contained HTML page of all paths and their request fields."""
-    schemas = made["components"]["schemas"]
-    parts = []
-    for path, methods in made["paths"].items():
-        for verb, operation in methods.items():
-            head = (
-                f'<span class="verb">{verb.upper()}</span>'
-                f"<code>{escape(path)}</code> {escape(operation['summary'])}"
-            )
-            rows = ""
-            if body := operation.get("requestBody"):
-                (taken,) = body["content"].values()
-                schema = taken["schema"]
-                rows = _fields(
-                    schemas[schema["$ref"].removeprefix(REFERENCE)] if "$ref" in schema else schema,
-                    schemas,
-                )
-            statuses = ", ".join(
-                f"{code} {escape(one['description'])}"
-                for code, one in operation["responses"].items()
-            )
-            parts.append(
-                f"<details><summary>{head}</summary>{rows}<p>Statuses: {statuses}.</p></details>"
-            )
-    shown = [
-        name
-        for name, one in schemas.items()
-        if not name.endswith("Request") and one.get("properties")
-    ]
-    parts += ["<h2>Types</h2>"]
-    parts += [
-        f'<details id="{name}"><summary><code>{name}</code> '
-        f"{escape(schemas[name].get('description', ''))}</summary>"
-        f"{_fields(schemas[name], schemas)}</details>"
-        for name in shown
-    ]
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width">'
-        f"<title>freeexport's interface</title><style>{STYLE}</style>"
-        f"<h1>freeexport {escape(made['info']['version'])}</h1>"
-        "<p>OpenAI's interface, and fields of early exit. As a document: "
-        '<a href="openapi.json">openapi.json</a>.</p>'
-        f"{''.join(parts)}</html>\n"
-    )
-
-
-def _fields(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
-    needed = schema.get("required", ())
-    rows = "".join(
-        f"<tr><td><code>{escape(name)}</code>{' *' if name in needed else ''}</td>"
-        f"<td>{_kind(one, schemas)}</td></tr>"
-        for name, one in schema.get("properties", {}).items()
-    )
-    return f"<table><tr><th>field (* needed)</th><th>value</th></tr>{rows}</table>"
-
-
-def _kind(one: dict[str, Any], schemas: dict[str, Any]) -> str:
-    """Describe a schema in words, as HTML."""
-    if "$ref" in one:
-        name = one["$ref"].removeprefix(REFERENCE)
-        return (
-            " or ".join(map(_word, schemas[name]["enum"]))
-            if "enum" in schemas[name]
-            else f'<a href="#{name}">{name}</a>'
-        )
-    if "anyOf" in one:
-        return " or ".join(_kind(part, schemas) for part in one["anyOf"])
-    if "enum" in one:
-        return " or ".join(map(_word, one["enum"]))
-    text = escape(str(one.get("type", "anything")))
-    if one.get("type") == "array" and "items" in one and isinstance(one["items"], dict):
-        text = f"list of {_kind(one['items'], schemas)}"
-    limits = [
-        f"{words} {one[name]}"
-        for name, words in (("minimum", "from"), ("maximum", "to"))
-        if name in one
-    ]
-    limits += (
-        [f"default {_word(one['default'])}"] if one.get("default") not in (None, {}, []) else []
-    )
-    return f"{text} {', '.join(limits)}".strip()
-
-
-def _word(value: Any) -> str:
-    return f"<code>{escape(msgspec.json.encode(value).decode())}</code>"

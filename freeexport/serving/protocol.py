@@ -1,168 +1,15 @@
-"""OpenAI-compatible requests and errors.
-
-Requests are typed and validated. An error names the field at fault.
-"""
+"""Types of OpenAI-compatible requests, and messages for chat templates."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from runtime import (
-    FreeExportError,
-    GenerationOptions,
-    OptionError,
-    PromptError,
-    PromptLengthError,
-    QueueFullError,
-)
+from freeexport.serving.errors import invalid, unsupported
+from runtime import GenerationOptions
 from runtime.options import MOST_TOP_LOGPROBS, Mode
-
-# Request fields by session option.
-SAME = (
-    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt"),
-    *("src_lang", "tgt_lang"),
-)
-FIELDS = dict(zip(SAME, SAME, strict=True)) | {
-    "max_new_tokens": "max_tokens",
-    "mode": "free.mode",
-    "threshold": "free.threshold",
-    "deadline": "free.deadline",
-    "rollback_threshold": "free.mode",
-    "sequence_bias": "logit_bias",
-    "predicted_output": "prediction",
-}
-# Fields that clients send by default, and their values without effect. Other values are rejected.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "best_of": (1,),
-    "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "modalities": (["text"],),
-    "top_logprobs": (0,),
-    "include": ([],),
-    "background": (False,),
-    "service_tier": ("auto", "default"),
-}
-# Fields that are accepted and ignored.
-HARMLESS = ("metadata", "store", "truncation", "reasoning_effort")
-# Advice for rejected fields of OpenAI. Default: remove the field.
-ADVICE = {
-    "frequency_penalty": "repetition_penalty is the penalty there is",
-    "presence_penalty": "repetition_penalty is the penalty there is",
-    "top_logprobs": "in completions, logprobs is how many",
-    "best_of": "use n",
-    "previous_response_id": "nothing is stored, send the whole conversation",
-    "functions": "use tools",
-    "function_call": "use tool_choice",
-    "tools": "use chat completions or responses",
-    **dict.fromkeys(
-        ("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "use structured_outputs"
-    ),
-}
-MOST_FIELDS = 100  # in a body
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-class ApiError(Exception):
-    """HTTP error with a body in OpenAI's format.
-
-    Args:
-        status: HTTP status.
-        message: Message for the client.
-        code: OpenAI's error code.
-        param: Field at fault.
-        retry_after: Value of the Retry-After header, in seconds.
-        again: OpenAI's clients may retry automatically.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        retry_after: int | None = None,
-        again: bool = True,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        if not again:
-            self.headers["x-should-retry"] = "false"
-        if status == 401:
-            self.headers["WWW-Authenticate"] = "Bearer"
-
-    @property
-    def body(self) -> dict[str, Any]:
-        kind = TYPES.get(
-            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
-        )
-        return {
-            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        }
-
-
-def invalid(param: str, message: str) -> ApiError:
-    """Return an error about an invalid value of field `param`."""
-    return ApiError(400, message, "invalid_value", param)
-
-
-def unsupported(name: str, advice: str, value: str = "") -> ApiError:
-    """Return an error about field `name`, which is not supported, or not with this value."""
-    return ApiError(400, f"{name}{value} is not supported; {advice}", "unsupported", name)
-
-
-def draining() -> ApiError:
-    """Return the error for requests that arrive during shutdown."""
-    return ApiError(
-        503,
-        "the server is shutting down; ask another, or again later",
-        "shutting_down",
-        retry_after=1,
-    )
-
-
-def api_error(error: BaseException) -> ApiError:
-    """Convert an exception to the error that the client receives.
-
-    Exceptions that the request did not cause have status 500, except a full queue (429) and a
-    shutdown (503).
-    """
-    message = str(error)
-    match error:
-        case ApiError():
-            return error
-        case QueueFullError():
-            return ApiError(429, f"the queue is full: {error}", "queue_full", retry_after=1)
-        case PromptError():
-            long = isinstance(error, PromptLengthError)
-            return ApiError(
-                400, message, "context_length_exceeded" if long else "invalid_prompt", "prompt"
-            )
-        case OptionError() if message.startswith("the session is closed"):
-            return draining()
-        case OptionError():
-            # The message begins with the option's name. Clients use the field's name.
-            name, rest = re.match(r"(\w*)(.*)", message, re.DOTALL).groups()  # type: ignore[union-attr]
-            param = FIELDS.get(name)
-            return ApiError(400, message if param is None else param + rest, "invalid_value", param)
-        case FreeExportError():
-            return ApiError(500, message, "engine_error")
-    return ApiError(
-        500, f"{type(error).__name__} in the server; its log has the traceback", "internal_error"
-    )
-
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Stop = Annotated[str, msgspec.Meta(max_length=1024)]
@@ -210,7 +57,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             )
             raise invalid(
                 "response_format",
-                f"response_format: {wrong}; a schema goes with type 'json_schema'",
+                f"response_format: {wrong}; send a json_schema with type 'json_schema' only",
             )
 
 
@@ -228,7 +75,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
             name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)
         ]
         if len(given) != 1:
-            wrong = "names no constraint" if not given else f"has {given[0]} and {given[1]}"
+            wrong = "has no constraint" if not given else f"has {given[0]} and {given[1]}"
             raise invalid("structured_outputs", f"structured_outputs {wrong}; give one")
 
     @property
@@ -260,7 +107,7 @@ class ToolChoice(msgspec.Struct):
     function: Named
 
 
-class Request(msgspec.Struct, kw_only=True):
+class GenerationRequest(msgspec.Struct, kw_only=True):
     """Fields shared by chats and completions."""
 
     model: str | None = None
@@ -369,12 +216,12 @@ class Request(msgspec.Struct, kw_only=True):
         )
 
 
-class Part(msgspec.Struct):
+class ContentPart(msgspec.Struct):
     type: str
     text: str | None = None
 
 
-def joined(content: str | list[Part], where: str) -> str:
+def content_text(content: str | list[ContentPart], where: str) -> str:
     """Join the text parts of a content.
 
     Raises:
@@ -385,7 +232,7 @@ def joined(content: str | list[Part], where: str) -> str:
     for place, part in enumerate(content):
         if part.type != "text" or part.text is None:
             raise unsupported(
-                f"{where}[{place}].type", "this model reads text", f" {part.type[:40]!r}"
+                f"{where}[{place}].type", "the model accepts only text", f" {part.type[:40]!r}"
             )
     return "".join(part.text or "" for part in content)
 
@@ -403,7 +250,7 @@ class ToolCall(msgspec.Struct):
 
 class Message(msgspec.Struct):
     role: str
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], msgspec.Meta(max_length=128)] | None = None
     tool_call_id: str | None = None
@@ -418,12 +265,12 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
     Raises:
         ApiError: If a message is invalid.
     """
-    read = list[dict[str, Any]]()
+    converted_messages = list[dict[str, Any]]()
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         calls = message.tool_calls or []
         if message.name is not None and message.role != "tool":
-            raise unsupported(f"{where}.name", "messages have a role and a text")
+            raise unsupported(f"{where}.name", "remove it")
         if (calls and message.role != "assistant") or (
             message.tool_call_id and message.role != "tool"
         ):
@@ -433,24 +280,24 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
                 f"{where}.{field} is given with role {message.role[:40]!r}; remove it",
             )
         if message.content is None and not calls:
-            raise invalid(f"{where}.content", f"{where}.content is missing; give a text")
+            raise invalid(f"{where}.content", f"{where}.content is missing; send text")
         role = "system" if message.role == "developer" else message.role
-        told: dict[str, Any] = {
+        converted: dict[str, Any] = {
             "role": role,
-            "content": joined(message.content or "", f"{where}.content"),
+            "content": content_text(message.content or "", f"{where}.content"),
         }
         if calls:
-            told["tool_calls"] = [
+            converted["tool_calls"] = [
                 _call(call, f"{where}.tool_calls[{place}]") for place, call in enumerate(calls)
             ]
         if role == "tool":
-            told |= {
+            converted |= {
                 name: value
                 for name in ("name", "tool_call_id")
                 if (value := getattr(message, name)) is not None
             }
-        read.append(told)
-    return read
+        converted_messages.append(converted)
+    return converted_messages
 
 
 def _call(call: ToolCall, where: str) -> dict[str, Any]:
@@ -459,7 +306,7 @@ def _call(call: ToolCall, where: str) -> dict[str, Any]:
         arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         raise invalid(
-            f"{where}.function.arguments", f"{where}.function.arguments is no JSON object; send one"
+            f"{where}.function.arguments", f"{where}.function.arguments is not a JSON object"
         ) from None
     return {
         "id": call.id,
@@ -468,14 +315,14 @@ def _call(call: ToolCall, where: str) -> dict[str, Any]:
     }
 
 
-class Prediction(msgspec.Struct, forbid_unknown_fields=True):
+class PredictedContent(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["content"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
 
 
-class ChatRequest(Request, kw_only=True):
+class ChatRequest(GenerationRequest, kw_only=True):
     messages: Messages
-    prediction: Prediction | None = None
+    prediction: PredictedContent | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_LOGPROBS)] = 0
@@ -491,7 +338,7 @@ class ChatRequest(Request, kw_only=True):
             raise invalid("top_logprobs", wrong)
         if self.prediction is not None and self.free.mode not in (None, "lossless"):
             wrong = f"prediction is given with free.mode {self.free.mode!r}, which drafts nothing"
-            raise invalid("prediction", f"{wrong}; choose 'lossless', or leave the mode out")
+            raise invalid("prediction", f"{wrong}; use 'lossless' or omit the mode")
 
     def _check_tools(self) -> None:
         names = [tool.function.name for tool in self.tools or ()]
@@ -501,20 +348,21 @@ class ChatRequest(Request, kw_only=True):
         if chosen is not None and chosen not in names:
             raise invalid(
                 "tool_choice",
-                f"tool_choice names {chosen[:80]!r}, which is not among the tools; add it",
+                f"tool_choice names {chosen[:80]!r}, which is not in tools; add the function",
             )
         if self.tool_choice == "required" and not names:
-            raise invalid("tool_choice", "tool_choice is 'required' without tools; give tools")
+            raise invalid("tool_choice", "tool_choice is 'required' without tools; add tools")
         for number, tool in enumerate(self.tools or ()):
             where = f"tools[{number}].function"
             if tool.function.name in names[:number]:
                 raise invalid(
                     f"{where}.name",
-                    f"{where}.name {tool.function.name!r} is used twice; rename one",
+                    f"{where}.name {tool.function.name!r} is a duplicate; rename one function",
                 )
             if (tool.function.parameters or {}).get("type", "object") != "object":
                 raise invalid(
-                    f"{where}.parameters", f"{where}.parameters is no schema of an object; give one"
+                    f"{where}.parameters",
+                    f"{where}.parameters is not an object schema; use type 'object'",
                 )
         if self.offered and self.structured_outputs is not None:
             raise invalid(
@@ -547,7 +395,9 @@ class ChatRequest(Request, kw_only=True):
     @property
     def expected(self) -> str:
         return (
-            "" if self.prediction is None else joined(self.prediction.content, "prediction.content")
+            ""
+            if self.prediction is None
+            else content_text(self.prediction.content, "prediction.content")
         )
 
     @property
@@ -555,7 +405,7 @@ class ChatRequest(Request, kw_only=True):
         return [plain(self.messages)]
 
 
-class CompletionRequest(Request, kw_only=True):
+class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: str | list[int | str | list[int]]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
     echo: bool = False
@@ -568,11 +418,11 @@ class CompletionRequest(Request, kw_only=True):
         if self.echo and self.logprobs is not None:
             raise invalid(
                 "echo",
-                "echo is given with logprobs, which tokens of a prompt do not have; choose one",
+                "echo is given with logprobs, which prompt tokens do not have; use one of them",
             )
         if isinstance(self.prompt, list) and len({type(part) for part in self.prompt}) != 1:
-            wrong = "mixes texts and token ids" if self.prompt else "is an empty list"
-            raise invalid("prompt", f"prompt {wrong}; give a text, token ids, or a list of them")
+            wrong = "mixes text and token ids" if self.prompt else "is an empty list"
+            raise invalid("prompt", f"prompt {wrong}; send text, token ids, or a list of either")
 
     @property
     def alternatives(self) -> int | None:
@@ -599,89 +449,3 @@ class TokenizeRequest(msgspec.Struct):
 class DetokenizeRequest(msgspec.Struct):
     tokens: list[TokenId]
     model: str | None = None
-
-
-Body = TypeVar("Body", bound=msgspec.Struct)
-
-
-def parse(body: bytes, kind: type[Body]) -> Body:
-    """Parse a request body.
-
-    Raises:
-        ApiError: If the body is not a JSON object, or a field is unsupported or has a wrong type.
-    """
-    try:
-        try:
-            # Values are not decoded yet, so even a million tools cost little.
-            given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        except msgspec.ValidationError:
-            raise ApiError(
-                400, "the body is no JSON object; send the fields of a request", "invalid_json"
-            ) from None
-        if len(given) > MOST_FIELDS:
-            raise ApiError(
-                400,
-                f"the body has {len(given)} fields, at most {MOST_FIELDS} are read",
-                "invalid_json",
-            )
-        values = {name: bytes(value) for name, value in given.items() if bytes(value) != b"null"}
-        known = {field.name for field in msgspec.structs.fields(kind)}
-        for name in [name for name in values if name not in known]:
-            if not _neutral(name, values.pop(name)) and name not in HARMLESS:
-                raise unsupported(name[:80], ADVICE.get(name, "remove it"))
-        fields = b",".join(b'"%s":%s' % (name.encode(), value) for name, value in values.items())
-        return msgspec.json.decode(b"{%s}" % fields, type=kind)
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at ")
-        param = re.sub(r"^(`key` in )?`\$\.?|`$", "", path) or None
-        if message.startswith("Invalid enum value"):
-            message += _choices(kind, param or "")
-        raise ApiError(400, f"{param or 'the body'}: {message}", "invalid_type", param) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        problem = " ".join(str(error).split())[:200]
-        raise ApiError(400, f"the body is not JSON: {problem}", "invalid_json") from None
-
-
-def _choices(kind: type[msgspec.Struct], param: str) -> str:
-    """Return the permitted values of a field as the end of an error message, or ""."""
-    found: list[Any] = [msgspec.inspect.type_info(kind)]
-    for name in re.findall(r"\w+", param):
-        found = [
-            inner
-            for outer in _unions(found)
-            for inner in (
-                [field.type for field in outer.fields if field.encode_name == name]
-                if isinstance(outer, msgspec.inspect.StructType)
-                else [outer.item_type]
-                if isinstance(outer, msgspec.inspect.ListType)
-                else []
-            )
-        ]
-    values = [
-        repr(v)
-        for each in _unions(found)
-        if isinstance(each, msgspec.inspect.LiteralType)
-        for v in each.values
-    ]
-    return f"; choose {', '.join(values)}" if values else ""
-
-
-def _unions(types: list[Any]) -> list[Any]:
-    """Expand unions and remove annotations."""
-    listed = list[Any]()
-    for each in types:
-        while isinstance(each, msgspec.inspect.Metadata):
-            each = each.type
-        listed += (
-            _unions(list(each.types)) if isinstance(each, msgspec.inspect.UnionType) else [each]
-        )
-    return listed
-
-
-def _neutral(name: str, value: bytes) -> bool:
-    if name not in NEUTRAL or len(value) > 100:
-        return False
-    try:
-        return msgspec.json.decode(value) in NEUTRAL[name]
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return False

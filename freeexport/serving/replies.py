@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest
+from freeexport.serving.errors import ApiError
+from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from freeexport.serving.tools import CallReader, form_of, read_calls
 from runtime import GenerationResult, Session, Token
 
@@ -194,20 +195,20 @@ class Reply:
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return the log-probabilities of tokens, except end-of-sequence tokens."""
-        kept = [token for token in tokens if token.id not in self._ends]
+        printable = [token for token in tokens if token.id not in self._ends]
         if self._chat:
             content = [
                 {
                     **self._entry(token.id, token.logprob),
                     "top_logprobs": [self._entry(*best) for best in token.top_logprobs or ()],
                 }
-                for token in kept
+                for token in printable
             ]
             return {"content": content, "refusal": None}
         return {
-            "tokens": [self._spelled(token.id) for token in kept],
-            "token_logprobs": [token.logprob for token in kept],
-            "top_logprobs": [self._by_text(token) for token in kept]
+            "tokens": [self._spelled(token.id) for token in printable],
+            "token_logprobs": [token.logprob for token in printable],
+            "top_logprobs": [self._by_text(token) for token in printable]
             if self._request.alternatives
             else None,
             "text_offset": [],
@@ -223,11 +224,11 @@ class Reply:
         Tokens may have the same text, such as parts of a character. The given token then takes
         precedence, then the most likely one.
         """
-        found: dict[str, float | None] = {}
+        logprobs: dict[str, float | None] = {}
         for alternative, logprob in token.top_logprobs or ():
-            found.setdefault(self._spelled(alternative), logprob)
-        found[self._spelled(token.id)] = token.logprob
-        return found
+            logprobs.setdefault(self._spelled(alternative), logprob)
+        logprobs[self._spelled(token.id)] = token.logprob
+        return logprobs
 
     def _spelled(self, token: int) -> str:
         if self._tokenizer is None:

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from freeexport.serving.errors import ApiError, invalid, unsupported
 from freeexport.serving.protocol import (
-    ApiError,
     ChatRequest,
     CompletionRequest,
+    ContentPart,
     Count,
     Free,
     Function,
@@ -22,14 +23,11 @@ from freeexport.serving.protocol import (
     JsonSchema,
     Message,
     Named,
-    Part,
     ResponseFormat,
     StreamOptions,
     Tool,
     ToolCall,
     ToolChoice,
-    invalid,
-    unsupported,
 )
 from freeexport.serving.replies import REASONS, Reply, usage, with_end
 from freeexport.serving.tools import CallReader
@@ -43,11 +41,11 @@ class InputItem(msgspec.Struct, kw_only=True):
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: str = ""
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     call_id: str = ""
     name: str = ""
     arguments: str = ""
-    output: str | list[Part] | None = None
+    output: str | list[ContentPart] | None = None
 
 
 class FunctionTool(Function, kw_only=True):
@@ -58,7 +56,7 @@ class FunctionChoice(Named):
     type: Literal["function"]
 
 
-class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class ResponseTextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str = ""
     schema: dict[str, Any] = {}
@@ -67,7 +65,7 @@ class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Text(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    format: TextFormat = msgspec.field(default_factory=TextFormat)
+    format: ResponseTextFormat = msgspec.field(default_factory=ResponseTextFormat)
 
 
 class ResponseRequest(msgspec.Struct, kw_only=True):
@@ -148,11 +146,13 @@ def _add(messages: list[Message], item: InputItem, where: str) -> None:
     name = "output" if item.type == "function_call_output" else "content"
     content = getattr(item, name)
     if content is None:
-        raise invalid(f"{where}.{name}", f"{where}.{name} is missing; give a text")
+        raise invalid(f"{where}.{name}", f"{where}.{name} is missing; send text")
     for number, part in enumerate(() if isinstance(content, str) else content):
         if part.type not in TEXTS or part.text is None:
             raise unsupported(
-                f"{where}.{name}[{number}].type", "this model reads text", f" {part.type[:40]!r}"
+                f"{where}.{name}[{number}].type",
+                "the model accepts only text",
+                f" {part.type[:40]!r}",
             )
     text = content if isinstance(content, str) else "".join(part.text or "" for part in content)
     if name == "output":
@@ -171,11 +171,11 @@ class ResponseReply(Reply):
         session: Session,
         model: str,
         chat: ChatRequest | CompletionRequest,
-        asked: ResponseRequest,
+        original: ResponseRequest,
     ) -> None:
         super().__init__(session, model, chat)
         self.id = f"resp_{secrets.token_hex(12)}"
-        self._asked = asked
+        self._original = original
         self._number = 0
         self._reader = None if self._form is None else CallReader(self._form)
         self._items = list[dict[str, Any]]()  # output so far, of which the last is open
@@ -193,9 +193,9 @@ class ResponseReply(Reply):
         return b"".join(written)
 
     def failed(self, error: ApiError) -> bytes:
-        found = error.body["error"]
+        fields = error.body["error"]
         return self.encode(
-            [{"type": "error", **{name: found[name] for name in ("code", "message", "param")}}]
+            [{"type": "error", **{name: fields[name] for name in ("code", "message", "param")}}]
         )
 
     def whole(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
@@ -278,7 +278,7 @@ class ResponseReply(Reply):
         return {"type": f"response.{kind}", **place, **more}
 
     def _response(self, result: GenerationResult | None, prompts: Sequence[int]) -> dict[str, Any]:
-        asked = self._asked
+        request = self._original
         cut = _status(result) == "incomplete"
         response = {
             "id": self.id,
@@ -288,16 +288,16 @@ class ResponseReply(Reply):
             "status": _status(result),
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "temperature": asked.temperature,
-            "top_p": asked.top_p,
-            "text": asked.text,
-            "tools": asked.tools or [],
-            "tool_choice": asked.tool_choice or ("auto" if asked.tools else "none"),
-            "parallel_tool_calls": asked.parallel_tool_calls,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "text": request.text,
+            "tools": request.tools or [],
+            "tool_choice": request.tool_choice or ("auto" if request.tools else "none"),
+            "parallel_tool_calls": request.parallel_tool_calls,
             "store": False,
-            "metadata": asked.metadata,
+            "metadata": request.metadata,
             "output": list(self._items),
             "usage": None if result is None else _counted(result, prompts),
         }

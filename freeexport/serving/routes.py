@@ -26,12 +26,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freeexport.serving import openapi, protocol
+from freeexport.serving.errors import ApiError, api_error, draining, invalid
 from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
-from freeexport.serving.metrics import SessionCollector
-from freeexport.serving.protocol import ApiError, api_error, invalid
+from freeexport.serving.parsing import Body, parse
+from freeexport.serving.prometheus import SessionCollector
 from freeexport.serving.replies import Reply
 from freeexport.serving.responses import ResponseReply, ResponseRequest
-from freeexport.serving.service import Record, Service
+from freeexport.serving.service import RequestLog, Service
 from freeexport.serving.transcriptions import LARGEST_AUDIO, Transcription, form_fields
 from runtime import FreeExportError, PromptError, Session
 from runtime.audio import RATE, LateError, read_audio
@@ -69,7 +70,6 @@ def application(service: Service) -> Starlette:
         Route("/v2/models/{model:path}/ready", endpoints.model_ready),
         Route("/metrics", endpoints.metrics),
         Route("/openapi.json", endpoints.openapi),
-        Route("/docs", endpoints.docs),
     ]
     origins = list(service.options.origins)
     allow = Middleware(
@@ -102,7 +102,7 @@ class Unambiguous:
             name for name, _ in scope.get("headers", ())
         }:
             failed = ApiError(
-                400, "the request has Content-Length and Transfer-Encoding; send one of them"
+                400, "the request has Content-Length and Transfer-Encoding; send only one"
             )
             app = json(failed.body, 400, {"Connection": "close"})
         await app(scope, receive, send)
@@ -130,25 +130,25 @@ class Endpoints:
         request: Request,
         kind: type[protocol.ChatRequest] | type[protocol.CompletionRequest] | type[ResponseRequest],
     ) -> Any:
-        record = Record(self._service, request.scope["path"])
+        record = RequestLog(self._service, request.scope["path"])
         options = self._service.options
         try:
-            given = await self._parsed(request, kind)
-            asked = given.chat() if isinstance(given, ResponseRequest) else given
+            body = await self._parsed(request, kind)
+            parsed = body.chat() if isinstance(body, ResponseRequest) else body
             if options.log_prompts:
-                record.line["prompt"] = asked.prompts
-            name, session = self._service.session(asked.model)
-            reply = Reply(session, name, asked)
-            if isinstance(given, ResponseRequest):
-                reply = ResponseReply(session, name, asked, given)
-            record.line |= {"id": reply.id, "model": name, "stream": asked.stream}
+                record.line["prompt"] = parsed.prompts
+            name, session = self._service.session(parsed.model)
+            reply = Reply(session, name, parsed)
+            if isinstance(body, ResponseRequest):
+                reply = ResponseReply(session, name, parsed, body)
+            record.line |= {"id": reply.id, "model": name, "stream": parsed.stream}
             generation = await begin(
-                session, self._service.trials[name], asked, options.mode, options.deadline
+                session, self._service.trials[name], parsed, options.mode, options.deadline
             )
             reply.prompts = generation.prompts
             record.line["prompt_tokens"] = sum(generation.prompts)
-            if asked.stream:
-                return EventStream(generation, reply, asked, record)
+            if parsed.stream:
+                return EventStream(generation, reply, parsed, record)
             try:
                 whole = await while_there(request.receive, generation.results())
             finally:
@@ -167,12 +167,14 @@ class Endpoints:
     async def _transcribe(
         self, request: Request, task: Literal["transcribe", "translate"]
     ) -> Response:
-        record = Record(self._service, request.scope["path"])
+        record = RequestLog(self._service, request.scope["path"])
         options = self._service.options
         try:
             self._authorize(request)
             if not any(session.manifest.speech for session in self._service.ready().values()):
-                raise invalid("model", "no model of this server reads speech; ask one that does")
+                raise invalid(
+                    "model", "no served model accepts speech; use a server with a speech model"
+                )
             body = await read_body(
                 request, LARGEST_AUDIO if options.max_body is None else options.max_body
             )
@@ -180,15 +182,17 @@ class Endpoints:
             fields = await asyncio.to_thread(
                 form_fields, request.headers.get("content-type", ""), body
             )
-            asked = Transcription.of(fields, task, options.mode, options.deadline)
-            name, session = self._service.session(asked.model)
+            transcription = Transcription.of(fields, task, options.mode, options.deadline)
+            name, session = self._service.session(transcription.model)
             if session.manifest.speech is None:
-                raise invalid("model", f"model {name!r} reads text; ask one that reads speech")
+                raise invalid("model", f"model {name!r} accepts only text; use a speech model")
             record.line["model"] = name
             try:
-                samples = await asyncio.to_thread(read_audio, asked.file, until=until)
+                samples = await asyncio.to_thread(read_audio, transcription.file, until=until)
                 left = None if options.deadline is None else max(until - time.monotonic(), 1e-3)
-                transcribed = session.agenerate(samples, replace(asked.options, deadline=left))
+                transcribed = session.agenerate(
+                    samples, replace(transcription.options, deadline=left)
+                )
                 result = await while_there(request.receive, transcribed)
             except LateError:
                 raise _late(options.deadline) from None
@@ -196,13 +200,15 @@ class Endpoints:
             if result.finish_reason == "deadline":
                 raise _late(options.deadline)
             if result.interrupted:
-                raise protocol.draining()
+                raise draining()
         except BaseException as error:
             return _failed(record, error)
         record.end(200)
-        answer = asked.answer(result, len(samples) / RATE)
+        content = transcription.answer(result, len(samples) / RATE)
         return (
-            Response(answer, media_type="text/plain") if isinstance(answer, str) else json(answer)
+            Response(content, media_type="text/plain")
+            if isinstance(content, str)
+            else json(content)
         )
 
     async def models(self, request: Request) -> Response:
@@ -217,37 +223,37 @@ class Endpoints:
         return json(self._model(name))
 
     async def tokenize(self, request: Request) -> Response:
-        asked = await self._parsed(request, protocol.TokenizeRequest)
-        _, session = self._service.session(asked.model)
+        parsed = await self._parsed(request, protocol.TokenizeRequest)
+        _, session = self._service.session(parsed.model)
         most = session.manifest.encoder_capacity or session.capacity
-        if asked.messages and asked.prompt is None:
-            ids = (await asyncio.to_thread(session.encode, protocol.plain(asked.messages))).tolist()
-        elif asked.prompt is not None and asked.messages is None:
-            if asked.prompt:
-                check_text(asked.prompt, most)
+        if parsed.messages and parsed.prompt is None:
+            ids = (
+                await asyncio.to_thread(session.encode, protocol.plain(parsed.messages))
+            ).tolist()
+        elif parsed.prompt is not None and parsed.messages is None:
+            if parsed.prompt:
+                check_text(parsed.prompt, most)
             tokenizer = _tokenizer(session)
             ids = await asyncio.to_thread(
-                tokenizer.encode, asked.prompt, special=asked.add_special_tokens
+                tokenizer.encode, parsed.prompt, special=parsed.add_special_tokens
             )
         else:
-            raise invalid("prompt", "give either prompt or messages")
+            raise invalid("prompt", "send either prompt or messages")
         return json({"count": len(ids), "max_model_len": most, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
-        asked = await self._parsed(request, protocol.DetokenizeRequest)
-        _, session = self._service.session(asked.model)
+        parsed = await self._parsed(request, protocol.DetokenizeRequest)
+        _, session = self._service.session(parsed.model)
         most = max(session.manifest.encoder_capacity, session.capacity)
         vocabulary = session.manifest.vocab_size
-        if len(asked.tokens) > most:
-            raise invalid(
-                "tokens", f"tokens has {len(asked.tokens)} ids; give at most {most} at once"
-            )
-        wrong = next((token for token in asked.tokens if token >= vocabulary), None)
+        if len(parsed.tokens) > most:
+            raise invalid("tokens", f"tokens has {len(parsed.tokens)} ids; send at most {most}")
+        wrong = next((token for token in parsed.tokens if token >= vocabulary), None)
         if wrong is not None:
             raise invalid(
                 "tokens", f"tokens has {wrong}; ids of this model are 0 to {vocabulary - 1}"
             )
-        return json({"prompt": _tokenizer(session).decode(asked.tokens)})
+        return json({"prompt": _tokenizer(session).decode(parsed.tokens)})
 
     async def live(self, request: Request) -> Response:
         return json({"live": True})
@@ -266,16 +272,10 @@ class Endpoints:
     async def openapi(self, request: Request) -> Response:
         return json(openapi.document(self._service.options.api_key is not None))
 
-    async def docs(self, request: Request) -> Response:
-        made = openapi.document(self._service.options.api_key is not None)
-        return Response(openapi.page(made), media_type="text/html")
-
-    async def _parsed(self, request: Request, kind: type[protocol.Body]) -> protocol.Body:
+    async def _parsed(self, request: Request, kind: type[Body]) -> Body:
         self._authorize(request)
         most = self._service.options.max_body
-        return protocol.parse(
-            await read_body(request, LARGEST_BODY if most is None else most), kind
-        )
+        return parse(await read_body(request, LARGEST_BODY if most is None else most), kind)
 
     def _authorize(self, request: Request) -> None:
         key = self._service.options.api_key
@@ -284,7 +284,7 @@ class Endpoints:
         if key is not None and not (right and kind.lower() == "bearer"):
             raise ApiError(
                 401,
-                "the API key is missing or wrong; send Authorization: Bearer KEY",
+                "missing or invalid API key; send the header Authorization: Bearer KEY",
                 "invalid_api_key",
             )
 
@@ -306,11 +306,11 @@ class Endpoints:
 
 
 def _late(seconds: float | None) -> ApiError:
-    limit = f"the server's limit of {seconds:g} s passed before all was heard"
-    return ApiError(504, f"{limit}; send a shorter sound", "deadline_exceeded", again=False)
+    limit = f"the server's limit of {seconds:g} s expired before the transcription was complete"
+    return ApiError(504, f"{limit}; send shorter audio", "deadline_exceeded", again=False)
 
 
-def _failed(record: Record, error: BaseException) -> Response:
+def _failed(record: RequestLog, error: BaseException) -> Response:
     """End the record of a failed request. Return status 499 if the client has disconnected.
 
     Raises:
@@ -337,9 +337,11 @@ async def read_body(request: Request, most: int) -> bytes:
     Raises:
         ApiError: If the body is too large or does not arrive in time.
     """
-    told = request.headers.get("content-length", "")
-    too_large = ApiError(413, f"the body is larger than {most} bytes; send less", "body_too_large")
-    if told.isdigit() and int(told[:20]) > most and "expect" in request.headers:
+    declared = request.headers.get("content-length", "")
+    too_large = ApiError(
+        413, f"the body is larger than {most} bytes; send a smaller one", "body_too_large"
+    )
+    if declared.isdigit() and int(declared[:20]) > most and "expect" in request.headers:
         raise too_large  # the client waits for an interim response before it sends the body
     body = bytearray()
     size = 0
@@ -352,7 +354,7 @@ async def read_body(request: Request, most: int) -> bytes:
                 elif size > max(most, DISCARDED):
                     break
     except TimeoutError:
-        late = f"the body did not come within {BODY_SECONDS:g} s; send it at once"
+        late = f"the body was not received within {BODY_SECONDS:g} s; retry"
         raise ApiError(408, late, "body_timeout") from None
     if size > most:
         raise too_large
@@ -369,7 +371,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         path = request.scope["path"][:80]
         method = request.method
-        messages = {404: f"there is no {path}", 405: f"{method} is not a method of this path"}
+        messages = {
+            404: f"path {path} not found",
+            405: f"method {method} is not allowed for this path",
+        }
         failed = ApiError(error.status_code, messages.get(error.status_code, error.detail))
         return json(failed.body, failed.status, dict(error.headers or {}))
     failed = api_error(error)

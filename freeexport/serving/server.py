@@ -156,7 +156,7 @@ def listen(host: str, port: int) -> socket.socket:
         ][0]
     except OSError as error:
         raise OptionError(
-            f"host {host!r} cannot be listened on: {error.strerror}; choose another --host"
+            f"host {host!r} is not available: {error.strerror}; choose another --host"
         ) from None
     try:
         return _Listening(
@@ -213,7 +213,7 @@ async def serve(
         service.close()
 
 
-def run(options: ServerOptions, host: str, port: int) -> None:
+def run_server(options: ServerOptions, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT, then drain. A second signal exits at once.
 
     Raises:
@@ -245,12 +245,12 @@ def run(options: ServerOptions, host: str, port: int) -> None:
             if signals > 1:
                 os._exit(1)
             loop.call_soon_threadsafe(stop.set)
-            said.write(f"draining, for {options.shutdown_timeout:g} s at most")
+            said.write(f"draining, at most {options.shutdown_timeout:g} s")
 
         def failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
             if getattr(context.get("exception"), "errno", None) in EXHAUSTED:
                 said.write(
-                    "no file descriptor is left, so connections wait; allow more (ulimit -n)"
+                    "out of file descriptors, new connections wait; raise the limit (ulimit -n)"
                 )
             else:
                 loop.default_exception_handler(context)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from freeexport.serving.errors import ApiError, draining
 from freeexport.serving.grammar_trial import GrammarTrial
-from freeexport.serving.protocol import ApiError, draining
 from runtime import GenerationResult, OptionError, Session, SessionOptions
 from runtime.options import Mode
 
@@ -54,8 +54,8 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if not self.bundles:
             raise OptionError(
-                "no bundle is named; give at least one, as freeexport serve BUNDLE "
-                "(freeexport demo makes one to try)"
+                "no bundle is given; run freeexport serve BUNDLE "
+                "(freeexport demo creates one to try)"
             )
         if len(self.names) > len(self.bundles):
             raise OptionError(
@@ -66,16 +66,12 @@ class ServerOptions:
         object.__setattr__(self, "names", given)
         twice = [name for name, count in Counter(given).items() if count > 1]
         if twice:
-            raise OptionError(
-                f"two bundles are named {twice[0]!r}; give each a name of its own with --name"
-            )
+            raise OptionError(f"two bundles are named {twice[0]!r}; give each a different --name")
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii()):
-            raise OptionError(
-                "the API key is empty or has letters outside ASCII; give another, or none"
-            )
+            raise OptionError("the API key is empty or not ASCII; set a valid key or unset it")
 
 
-class Record:
+class RequestLog:
     """Log line of one request. Shutdown waits until `end` is called.
 
     Attributes:
@@ -133,7 +129,7 @@ class Service:
         self.state: State = "loading"
         self.created = int(time.time())
         self.responses: Counter[tuple[str, int]] = Counter()
-        self.running: set[Record] = set()
+        self.running: set[RequestLog] = set()
         self.idle = asyncio.Event()
         self.idle.set()
         self._open = ExitStack()
@@ -180,9 +176,7 @@ class Service:
             ApiError: If the models are being loaded or the server shuts down.
         """
         if self.state == "loading":
-            raise ApiError(
-                503, "the model is being loaded; ask again later", "loading", retry_after=1
-            )
+            raise ApiError(503, "the model is loading; retry later", "loading", retry_after=1)
         if self.state == "draining":
             raise draining()
         return self.sessions
@@ -204,7 +198,7 @@ class Service:
         if name not in self.sessions:
             raise ApiError(
                 404,
-                f"there is no model {name[:80]!r}; choose {choices}",
+                f"model {name[:80]!r} not found; choose {choices}",
                 "model_not_found",
                 "model",
             )

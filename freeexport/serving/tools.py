@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from freeexport.serving.protocol import ChatRequest, CompletionRequest, Tool, invalid
+from freeexport.serving.errors import invalid
+from freeexport.serving.protocol import ChatRequest, CompletionRequest, Tool
 from runtime import OptionError
 from runtime.checks import check_schema
 from runtime.text.grammar import JSON_FORM, written_form
@@ -154,14 +155,14 @@ def _check(field: str, schema: Any) -> None:
         raise invalid(field, str(error)) from None
 
 
-def shown(
+def tools_as_text(
     messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], form: CallForm
 ) -> list[dict[str, Any]]:
     """Rewrite messages for a chat template that does not support tools.
 
     Functions are described in the system message. Calls and results become text.
     """
-    told = list[dict[str, Any]]()
+    rewritten = list[dict[str, Any]]()
     for message in messages:
         calls = "\n".join(
             f"""{form.begin}{
@@ -173,19 +174,19 @@ def shown(
         )
         content = "\n".join(filter(None, (message["content"], calls)))
         if message["role"] == "tool":
-            told.append(
+            rewritten.append(
                 {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
             )
         else:
-            told.append({"role": message["role"], "content": content})
+            rewritten.append({"role": message["role"], "content": content})
     if tools:
         functions = "\n".join(json.dumps(tool["function"]) for tool in tools)
         instructions = INSTRUCTIONS.format(functions=functions)
-        if told and told[0]["role"] == "system":
-            told[0]["content"] += f"\n\n{instructions}"
+        if rewritten and rewritten[0]["role"] == "system":
+            rewritten[0]["content"] += f"\n\n{instructions}"
         else:
-            told.insert(0, {"role": "system", "content": instructions})
-    return told
+            rewritten.insert(0, {"role": "system", "content": instructions})
+    return rewritten
 
 
 class CallReader:
@@ -260,11 +261,11 @@ class CallReader:
         return text[:end]
 
     def _head(self, calls: dict[int, dict[str, Any]]) -> None:
-        found = HEAD.match(self._left)
-        if found is not None:
-            self._left = self._left[found.end() :]
+        match = HEAD.match(self._left)
+        if match is not None:
+            self._left = self._left[match.end() :]
             self._state = "arguments"
-            function = {"name": found[1], "arguments": ""}
+            function = {"name": match[1], "arguments": ""}
             id_ = f"call_{secrets.token_hex(12)}"
             calls[self.count] = {
                 "index": self.count,

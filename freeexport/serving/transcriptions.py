@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from email.message import Message
 from typing import Any, Literal
 
-from freeexport.serving.protocol import ApiError, invalid
+from freeexport.serving.errors import ApiError, invalid
 from runtime import GenerationResult, Segment, SpeechOptions
 from runtime.options import Mode
 
@@ -74,16 +74,16 @@ class Transcription:
             )
         if granularity != "segment":
             raise invalid(
-                "timestamp_granularities", "words have no timestamps here; choose segment"
+                "timestamp_granularities", "word timestamps are not supported; use segment"
             )
         if text.pop("stream", "false").lower() not in ("false", "0"):
-            raise invalid("stream", "a transcription is not streamed here; leave stream out")
+            raise invalid("stream", "streaming transcriptions is not supported; omit stream")
         model = text.pop("model", None)
         prompt = text.pop("prompt", None)
         language = text.pop("language", None)
         temperature = text.pop("temperature", "0")
         for name in text:
-            raise invalid(name[:80], f"{name[:80]} is not known here; leave it out")
+            raise invalid(name[:80], f"{name[:80]} is not supported; remove it")
         try:
             degree = float(temperature)
         except ValueError:
@@ -177,7 +177,7 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
         or not isinstance(boundary, str)
         or not boundary
     ):
-        raise _invalid("the body is no form; send multipart/form-data with a field `file`")
+        raise _invalid("the body is not a form; send multipart/form-data with a field `file`")
     fields: dict[str, bytes] = {}
     line = b"--" + boundary.encode("ascii", "replace")
     texts = 0
@@ -192,10 +192,10 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
             rb'(?:^|;)\s*name="([^"]*)"', body[begin : max(begin, split)].replace(b"\r\n", b";")
         )
         if name is None:
-            raise _invalid("a part of the form has no name; send fields as multipart/form-data")
+            raise _invalid("a form part has no name; send fields as multipart/form-data")
         key = name[1].decode("utf-8", "replace")
         if key in fields:
-            raise _invalid(f"the form has {key[:80]!r} twice; send it once")
+            raise _invalid(f"the form field {key[:80]!r} is repeated; send it once")
         fields[key] = body[split + 4 : end]
         texts += 0 if key == "file" else len(fields[key])
         if len(fields) > MOST_PARTS or texts > LARGEST_TEXT:

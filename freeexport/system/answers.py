@@ -77,7 +77,8 @@ def answer_file(
                 advance()
     if results.failures:
         raise FreeExportError(
-            f"{results.failures} of {results.count} lines of {source} failed; {target} says why"
+            f"{results.failures} of {results.count} lines of {source} failed; "
+            f"see their errors in {target}"
         )
 
 
@@ -102,7 +103,7 @@ def answers(
         if not results or results[0].interrupted:
             tokens = len(results[0].token_ids) if results else 0
             raise FreeExportError(
-                f"the deadline passed after {tokens} tokens; allow more with -o deadline=SECONDS"
+                f"deadline exceeded after {tokens} tokens; raise it with -o deadline=SECONDS"
             )
         return results
 
@@ -179,7 +180,7 @@ class ResultFile:
                 self._stream = path.open("wb", buffering=0)
         except OSError as error:
             raise OptionError(
-                f"{path} cannot be written ({error.strerror}); name another output"
+                f"{path} cannot be written ({error.strerror}); choose another output"
             ) from None
 
     def __enter__(self) -> ResultFile:
@@ -213,7 +214,7 @@ class ResultFile:
         """
         if self._stream is not None:
             raise OptionError(
-                f"{self._path} is no file, so there is nothing to resume; leave out --resume"
+                f"{self._path} is not a file, so there is nothing to resume; omit --resume"
             )
         content = self._path.read_bytes() if self._path.exists() else b""
         for number, record in enumerate(content.splitlines(keepends=True), start=1):
@@ -225,8 +226,8 @@ class ResultFile:
             )
             if record[: len(start)] != start[: len(record)] or (whole and not _is_result(record)):
                 raise OptionError(
-                    f"{self._path} line {number} is not the result of that line of the input; "
-                    "name another output"
+                    f"{self._path} line {number} is not the result of that input line; "
+                    "choose another output"
                 )
             if whole:
                 self.count = number
@@ -263,7 +264,7 @@ def _name(line: Line) -> dict[str, Any]:
 
 def _is_result(record: bytes) -> bool:
     try:
-        found = json.loads(record)
+        parsed = json.loads(record)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and ("error" in found or "token_ids" in found)
+    return isinstance(parsed, dict) and ("error" in parsed or "token_ids" in parsed)

@@ -54,12 +54,12 @@ def run_child(
         ChildError: If the child fails, with its error line.
     """
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
-    errors, told = os.pipe()
+    errors, reasons = os.pipe()
     environment = {
         **os.environ,
         **_QUIET,
         "PYTHONPATH": path,
-        ERRORS_TO: str(told),
+        ERRORS_TO: str(reasons),
         **(variables or {}),
     }
     command = [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments]
@@ -72,10 +72,10 @@ def run_child(
     with open(errors, encoding="utf-8") as lines:
         try:
             process = subprocess.Popen(
-                command, **pipes, text=True, pass_fds=(told,), env=environment
+                command, **pipes, text=True, pass_fds=(reasons,), env=environment
             )
         finally:
-            os.close(told)
+            os.close(reasons)
         with process:
             assert process.stdout is not None
             reader = threading.Thread(

@@ -12,14 +12,14 @@ PURPOSES: dict[str, str] = {
     "gpu": "decode on an NVIDIA GPU",
     "tensorrt": "build and run TensorRT engines (NVIDIA GPU)",
     "convert": "convert and verify checkpoints",
-    "train": "train checkpoints to exit early",
+    "train": "train checkpoints for early exit",
     "serve": "serve bundles over HTTP",
     "grammar": "constrain outputs: JSON schemas, regular expressions, tool calls",
-    "calibrate": "fit the exit threshold",
-    "metrics": "compare outputs when calibrating",
-    "evaluate": "compare methods on a task",
+    "calibrate": "calibrate the exit threshold",
+    "metrics": "compute metrics during calibration",
+    "evaluate": "evaluate methods on a task",
     "demo": "run the demo",
-    "optimum": "export encoders that the builder does not know (holds transformers at 4.57)",
+    "optimum": "export encoders without a native builder (pins transformers 4.57)",
     "all": "run every command on a CPU",
 }
 # Extras that each verb needs, in addition to a wheel of ONNX Runtime.
@@ -67,18 +67,18 @@ def extras() -> dict[str, tuple[str, ...]]:
         ]
     except metadata.PackageNotFoundError:  # a source tree that was not installed
         return {}
-    found: dict[str, list[str]] = {extra: [] for extra in PURPOSES}
+    names: dict[str, list[str]] = {extra: [] for extra in PURPOSES}
     inner: dict[str, list[str]] = {}
     for name, own, extra in (match.groups() for match in declared):
         if name == "freeexport":
             inner.setdefault(extra, []).extend(own.split(","))
-        elif extra in found:
-            found[extra].append(name)
+        elif extra in names:
+            names[extra].append(name)
 
     def packages(extra: str) -> list[str]:
-        return found[extra] + [name for other in inner.get(extra, ()) for name in packages(other)]
+        return names[extra] + [name for other in inner.get(extra, ()) for name in packages(other)]
 
-    return {extra: tuple(dict.fromkeys(packages(extra))) for extra in found}
+    return {extra: tuple(dict.fromkeys(packages(extra))) for extra in names}
 
 
 def missing_of(

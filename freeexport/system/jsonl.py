@@ -56,7 +56,7 @@ class Request:
             PromptError: If the input is audio.
         """
         if isinstance(self.input, Path):
-            raise PromptError("it has 'audio', and the model reads text; give 'input'")
+            raise PromptError("'audio' is given, but the model accepts only text; give 'input'")
         return self.input
 
 
@@ -124,7 +124,7 @@ def open_pipe(path: Path, mode: str) -> Any:
         thread.join(PIPE_SECONDS)
     if not opened:
         nobody = "nothing writes to" if reads else "nothing reads"
-        raise OptionError(f"{nobody} the pipe {path}; start the other process, or name a file")
+        raise OptionError(f"{nobody} the pipe {path}; start the other process, or give a file")
     return opened[0]
 
 
@@ -144,7 +144,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def _unreadable(path: Path, error: OSError) -> OptionError:
-    return OptionError(f"{path} cannot be read ({error.strerror}); name a JSONL file")
+    return OptionError(f"{path} cannot be read ({error.strerror}); give a JSONL file")
 
 
 def asked(request: Request) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def append_lines(
         except OSError as error:
             file.truncate(end)
             raise FreeExportError(
-                f"{path} cannot be written ({error.strerror}); make room, and {advice}"
+                f"{path} cannot be written ({error.strerror}); free some space, and {advice}"
             ) from None
 
 
@@ -194,7 +194,7 @@ def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
             skipped += len(line)
             if skipped > MAX_SKIPPED:
                 raise OptionError(
-                    f"{path}, line {number} has no end in {MAX_SKIPPED >> 20} MiB; name a JSONL "
+                    f"{path}, line {number} is longer than {MAX_SKIPPED >> 20} MiB; name a JSONL "
                     "file"
                 )
     except OSError as error:
@@ -212,7 +212,7 @@ def _parse(number: int, line: bytes, folder: Path) -> Request | BrokenLine:
     except json.JSONDecodeError as error:
         return BrokenLine(number, f"not JSON: {error.msg} at position {error.pos}")
     except (ValueError, RecursionError) as error:
-        return BrokenLine(number, f"not JSON that can be read: {str(error)[:100]}")
+        return BrokenLine(number, f"invalid JSON: {str(error)[:100]}")
     if not isinstance(record, dict):
         return BrokenLine(number, f"{type(record).__name__} instead of an object with 'input'")
     identity = record.get("id")
@@ -235,7 +235,7 @@ def _input_problem(record: dict[str, Any]) -> str | None:
         audio = record["audio"]
         language = record.get("language")
         if "input" in record:
-            return "it has both 'input' and 'audio'; leave one out"
+            return "both 'input' and 'audio' are given; remove one"
         if not isinstance(audio, str) or not audio or "\0" in audio:
             return f"'audio' is {audio!r:.40}, not the path of a WAV file"
         wrong = not isinstance(language, (str, type(None)))

@@ -38,14 +38,14 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = writing_error(error)
-        if found is None:
+        named = writing_error(error)
+        if named is None:
             raise
-        if found.filename is None:
-            found.filename = str(path)
-        if found is error:
+        if named.filename is None:
+            named.filename = str(path)
+        if named is error:
             raise
-        raise found from error
+        raise named from error
 
 
 def writing_error(error: BaseException) -> OSError | None:
@@ -53,8 +53,8 @@ def writing_error(error: BaseException) -> OSError | None:
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None
-        if number is None and (told := _RUST_ERROR.search(str(cause))) is not None:
-            number = int(told[1])
+        if number is None and (message := _RUST_ERROR.search(str(cause))) is not None:
+            number = int(message[1])
         if number is None and _NUMPY_ERROR.fullmatch(str(cause)):
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if number in _NOT_WRITTEN:
@@ -98,7 +98,7 @@ def check_writable(path: Path | None, option: str) -> None:
         OptionError: If its parent directory does not exist.
     """
     if path is not None and not path.parent.is_dir():
-        raise OptionError(f"{option}: there is no directory {path.parent}; make it first")
+        raise OptionError(f"{option}: directory {path.parent} does not exist; create it first")
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def _is_ours(directory: Path, marker: str) -> bool:
 
 def _not_ours(out: Path, marker: str) -> OutputError:
     return OutputError(
-        f"{out} exists and is not what this command writes (no {marker}); choose another path"
+        f"{out} exists and was not written by this command (no {marker}); choose another path"
     )
 
 
@@ -200,7 +200,7 @@ def _held(out: Path) -> Iterator[None]:
         left = os.read(descriptor, len(_LOCKED))
         if left not in (b"", _LOCKED):
             raise OutputError(
-                f"{lock} exists and is no lock of this command; move it, or choose another path"
+                f"{lock} exists and is not a lock of this command; move it, or choose another path"
             )
         if fcntl is not None:
             _lock(descriptor, lock, bool(left))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from freeexport.checkpoints.exit_file import LossName, Tune
 from freeexport.checkpoints.transformers_model import Dtype
-from freeexport.metrics import check_name
+from freeexport.task_metrics import check_name
 from runtime.bundle.manifest import ExitInput
 from runtime.errors import OptionError
 

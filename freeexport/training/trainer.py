@@ -25,7 +25,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.checkpoints.transformers_model import greedy_ids
-from freeexport.metrics import Reference, metric_of
+from freeexport.task_metrics import Reference, metric_of
 from freeexport.training.batches import LengthBatches, loader
 from freeexport.training.options import Schedule, TrainingOptions
 from freeexport.training.run_directory import ELAPSED

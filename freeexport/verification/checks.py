@@ -60,14 +60,14 @@ def sentence_of(check: dict[str, Any]) -> str:
             return "not a number"
         return f"{value:.1%}" if check["measure"] in ("best", "rows") else f"{value:.2e}"
 
-    found = _SENTENCES[check["measure"]].format(shown(check["error"]))
+    sentence = _SENTENCES[check["measure"]].format(shown(check["error"]))
     itself = (
         ""
         if check["reference"] is None
         else f"; transformers itself is {shown(check['reference'])} from float64"
     )
     return (
-        f"{check['name']}: {check['tensor']} {found}, the limit is "
+        f"{check['name']}: {check['tensor']} {sentence}, the limit is "
         f"{shown(check['tolerance'])}{itself}"
     )
 
@@ -81,12 +81,12 @@ def entry_of(check: dict[str, Any]) -> tuple[str, str]:
     what = f"{check['name']}: {check['tensor']}" + (
         "" if measure in ("largest", "rms") else f", {measure}"
     )
-    found = "not a number" if check["error"] is None else f"{check['error']:.1e}"
+    error = "not a number" if check["error"] is None else f"{check['error']:.1e}"
     limit = "not a number" if check["tolerance"] is None else f"{check['tolerance']:.0e}"
     reference = (
         "" if check.get("reference") is None else f" (transformers itself {check['reference']:.1e})"
     )
-    return what, f"{found}, at most {limit}{reference}{'' if check['passed'] else '  FAILED'}"
+    return what, f"{error}, at most {limit}{reference}{'' if check['passed'] else '  FAILED'}"
 
 
 def greedy_line(greedy: dict[str, Any]) -> tuple[bool, str]:

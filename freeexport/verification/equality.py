@@ -17,7 +17,7 @@ from typing import Any
 from freeexport.system.child import run_child
 from freeexport.system.jsonl import BrokenLine, read_requests
 from freeexport.system.progress import Advance, progress
-from freeexport.verification.engines import sample_ids
+from freeexport.verification.batches import sample_ids
 from runtime import GenerationResult, Session
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
@@ -71,7 +71,7 @@ _SUBJECTS = (
 
 
 @dataclass(frozen=True)
-class Setting:
+class DecodingSetting:
     """A way to decode requests.
 
     Attributes:
@@ -129,19 +129,19 @@ class Row:
             self.differing_logprobs = None
         for place, (token, other) in enumerate(zip(ids, reference.ids, strict=False)):
             self.tokens += 1
-            found = None
+            difference = None
             if token != other:
                 self.differing_tokens += 1
-                found = f"{token} instead of {other}"
+                difference = f"{token} instead of {other}"
             elif logprobs is not None and logprobs[place] != reference.logprobs[place]:
                 assert self.differing_logprobs is not None
                 self.differing_logprobs += 1
-                found = (
+                difference = (
                     f"a log-probability of {logprobs[place]!r} instead of "
                     f"{reference.logprobs[place]!r}"
                 )
-            if found is not None and self.first_difference is None:
-                self.first_difference = f"request {request}, token {place}: {found}"
+            if difference is not None and self.first_difference is None:
+                self.first_difference = f"request {request}, token {place}: {difference}"
 
 
 @dataclass(frozen=True)
@@ -181,18 +181,18 @@ class Equality:
         return all(row.equal for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        own = {
+        fields = {
             name: getattr(self, name)
             for name in ("tokens", "compared", "complete", "equal", "answer_tokens")
         }
         return {
-            **own,
+            **fields,
             "requests": len(self.answers),
             "settings": [asdict(row) for row in self.rows],
         }
 
 
-def all_settings() -> list[Setting]:
+def all_settings() -> list[DecodingSetting]:
     """Return every setting.
 
     Rollback reverts uncertain tokens, so its tokens equal those of mode full.
@@ -208,23 +208,32 @@ def all_settings() -> list[Setting]:
     }
     pair = {"full": full, "lossless, both drafts": both}
     return [
-        *(Setting(name, options) for name, options in modes.items() if name != "full"),
-        *(Setting(f"{name}, 2 threads", options, threads=2) for name, options in modes.items()),
-        *(Setting(f"{name}, warm cache", options, warm=True) for name, options in modes.items()),
+        *(DecodingSetting(name, options) for name, options in modes.items() if name != "full"),
         *(
-            Setting(f"{name}, prompt in pieces", options, pieces=True)
+            DecodingSetting(f"{name}, 2 threads", options, threads=2)
+            for name, options in modes.items()
+        ),
+        *(
+            DecodingSetting(f"{name}, warm cache", options, warm=True)
+            for name, options in modes.items()
+        ),
+        *(
+            DecodingSetting(f"{name}, prompt in pieces", options, pieces=True)
             for name, options in pair.items()
         ),
         *(
-            Setting(f"{name}, batch {size}", options, size)
+            DecodingSetting(f"{name}, batch {size}", options, size)
             for size in BATCHES
             for name, options in pair.items()
         ),
         *(
-            Setting(f"{name}, batch 4, warm cache", options, 4, warm=True)
+            DecodingSetting(f"{name}, batch 4, warm cache", options, 4, warm=True)
             for name, options in pair.items()
         ),
-        *(Setting(f"{name}, ids alone", options, logprobs=False) for name, options in pair.items()),
+        *(
+            DecodingSetting(f"{name}, ids alone", options, logprobs=False)
+            for name, options in pair.items()
+        ),
     ]
 
 
@@ -262,13 +271,13 @@ def check_equality(
         share = plan.shares[place]
         given = [str(bundle.path), str(share), "" if file is None else str(file)]
         variables = {"FREEEXPORT_INSTRUCTIONS": name}
-        found = json.loads(run_child(__name__, *given, variables=variables))
-        answers = [Answer(tuple(ids), tuple(logprobs)) for ids, logprobs in found["answers"]]
-        whole.rows += [Row(**row) for row in found["settings"]]
+        report = json.loads(run_child(__name__, *given, variables=variables))
+        answers = [Answer(tuple(ids), tuple(logprobs)) for ids, logprobs in report["answers"]]
+        whole.rows += [Row(**row) for row in report["settings"]]
         if place == 0:
             whole.answers = answers
-            whole.reads_alike = found["reads_alike"]
-        elif whole.reads_alike and found["reads_alike"]:
+            whole.reads_alike = report["reads_alike"]
+        elif whole.reads_alike and report["reads_alike"]:
             whole.rows.append(between(whole.answers, answers, sets[0], name))
         whole.complete = place + 1 == len(sets)
         yield whole
@@ -285,7 +294,7 @@ def between(first: Sequence[Answer], second: Sequence[Answer], one: str, other: 
     return row
 
 
-def prompts_of(bundle: Bundle, file: Path | None) -> list[list[int]]:
+def prompt_ids(bundle: Bundle, file: Path | None) -> list[list[int]]:
     """Return the prompts of a JSONL file, or built-in ones, as token ids.
 
     Raises:
@@ -298,19 +307,19 @@ def prompts_of(bundle: Bundle, file: Path | None) -> list[list[int]]:
         return encode_prompt(prompt, tokenizer, manifest.vocab_size, limit).tolist()  # type: ignore[no-any-return]
 
     if file is not None:
-        found = []
+        prompts = []
         for line in read_requests(file):
             if isinstance(line, BrokenLine):
                 raise OptionError(
                     f"{file}, line {line.line_number}: {line.reason}; correct it or leave it out"
                 )
             try:
-                found.append(encoded(line.text))
+                prompts.append(encoded(line.text))
             except PromptError as error:
                 raise OptionError(f"{file}, line {line.line_number}: {error}") from None
-        if not found:
+        if not prompts:
             raise OptionError(f"{file} has no prompt; give lines like " + '{"input": "..."}')
-        return found
+        return prompts
     if tokenizer is None:
         return sample_ids(bundle)
     texts = [request.format(subject) for subject in _SUBJECTS for request in _REQUESTS]
@@ -362,7 +371,7 @@ def _planned(
 
 
 def _compare(
-    bundle: Bundle, plan: _Plan, settings: Sequence[Setting], prompts: list[list[int]]
+    bundle: Bundle, plan: _Plan, settings: Sequence[DecodingSetting], prompts: list[list[int]]
 ) -> Iterator[Equality]:
     total = plan.shares[0]
     shares = [len(range(number, total, len(settings))) for number in range(len(settings))]
@@ -375,8 +384,8 @@ def _compare(
         requests, outcome.answers = _reference(bundle, prompts, count, answer, advance)
         for setting, share in zip(settings, shares, strict=True):
             row = Row(setting.name, name, differing_logprobs=0 if setting.logprobs else None)
-            asked = requests[: -(-share // answer)]
-            for number, result in enumerate(_decoded(bundle, setting, asked, answer)):
+            subset = requests[: -(-share // answer)]
+            for number, result in enumerate(_decoded(bundle, setting, subset, answer)):
                 left = share - row.tokens
                 row.compare(
                     number, outcome.answers[number], result.token_ids[:left], result.logprobs
@@ -405,7 +414,7 @@ def _reference(
     requests = list[list[int]]()
     answers = list[Answer]()
     history: list[int] = []
-    with _session(bundle, Setting("full", {})) as session:
+    with _session(bundle, DecodingSetting("full", {})) as session:
         for number in range(count):
             turn = number % TURNS
             conversation = number // TURNS
@@ -427,7 +436,7 @@ def _reference(
 
 
 def _decoded(
-    bundle: Bundle, setting: Setting, requests: list[list[int]], answer: int
+    bundle: Bundle, setting: DecodingSetting, requests: list[list[int]], answer: int
 ) -> Iterator[GenerationResult]:
     options = _asked(setting.options, answer, setting.logprobs)
     # Several batches at once, so that requests join and leave the batch.
@@ -440,7 +449,7 @@ def _decoded(
             yield from session.generate(requests[first : first + together], **options)
 
 
-def _session(bundle: Bundle, setting: Setting) -> Session:
+def _session(bundle: Bundle, setting: DecodingSetting) -> Session:
     cache = CACHE_MB if setting.warm else 0
     return Session(bundle.path, threads=setting.threads, slots=setting.batch, prefix_cache_mb=cache)
 
@@ -466,7 +475,7 @@ def _main(path: str, tokens: str, file: str) -> None:
     It includes the answers of the reference.
     """
     bundle = Bundle.open(Path(path))
-    prompts = prompts_of(bundle, Path(file) if file else None)
+    prompts = prompt_ids(bundle, Path(file) if file else None)
     *_, outcome = check_equality(bundle, int(tokens), prompts)
     answers = [(answer.ids, answer.logprobs) for answer in outcome.answers]
     print(json.dumps({**outcome.to_json(), "answers": answers, "reads_alike": outcome.reads_alike}))

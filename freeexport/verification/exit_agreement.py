@@ -17,7 +17,7 @@ from freeexport.checkpoints.ready_made import apply_exit, does_not_fit, find_exi
 from freeexport.checkpoints.weight_files import CheckpointError
 from freeexport.costs.verdict import Share, share
 from freeexport.system.progress import progress
-from freeexport.verification.engines import Batch, pad
+from freeexport.verification.batches import Batch, pad
 from graphs.exit_head import fused_layers
 from graphs.families import describe
 from runtime.bundle.manifest import ConfidenceMeasure

@@ -19,22 +19,20 @@ from freeexport.checkpoints.ready_made import open_source
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.output import write_whole
 from freeexport.system.progress import progress
-from freeexport.verification.checks import Check, sentence_of
-from freeexport.verification.engines import (
+from freeexport.verification.batches import (
     FULL,
     QUICK,
     Batch,
-    EnginePair,
     Extent,
-    Rows,
-    encode,
-    rows_of,
     sample_batch,
     sample_ids,
     sample_sounds,
-    self_checks,
+    valid_indices,
 )
+from freeexport.verification.checks import Check, sentence_of
+from freeexport.verification.engines import EnginePair, encode_prompts
 from freeexport.verification.exit_agreement import exit_head
+from freeexport.verification.row_parity import Rows, self_checks
 from graphs.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle
@@ -94,9 +92,9 @@ class _Verification:
             reference = reference_model(checkpoint, capacity=self.manifest.capacity)
         self.began = time.monotonic()
         batch = sample_batch(self.bundle, self.extent.tokens)
-        cross, encoded = encode(self.bundle, batch, self.threads)
+        cross, encoded = encode_prompts(self.bundle, batch, self.threads)
         pair = EnginePair(self.bundle, len(batch.tokens), self.threads, cross)
-        index = rows_of(batch.lengths, batch.width)
+        index = valid_indices(batch.lengths, batch.width)
         # All rows at once are a decoder-only model's prompt, which may have kernels of its own.
         # Their results are compared with the checkpoint. If the kernels for steps give other
         # results, these are compared with the checkpoint too, and with steps and sync passes.
@@ -162,13 +160,13 @@ class _Verification:
         Returns:
             The checks, and the quality of the first reading or on `data`.
         """
-        from freeexport.verification import reference
+        from freeexport.verification import arithmetic, divergence, reference
 
         manifest = self.manifest
         head = exit_head(checkpoint, model, manifest.confidence)
-        with reference.Float64():
+        with arithmetic.Float64():
             truth = reference.States.of(model, manifest.exit_layer, batch, head)
-        with reference.in_precision_of(manifest, model):
+        with arithmetic.in_precision_of(manifest, model):
             theirs = reference.States.of(model, manifest.exit_layer, batch, head)
         prompts = None if encoded is None else reference.valid_rows(encoded, batch.prompt_lengths)
         read = [
@@ -182,13 +180,15 @@ class _Verification:
         ]
         ours = read[0]
         whole = readings[0][0]
-        followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
+        followed = np.isin(
+            whole.index, valid_indices(np.maximum(batch.lengths - 1, 0), batch.width)
+        )
         bundle, exact, coarse = (states.deep[followed] for states in (ours, truth, theirs))
-        sample = reference.Predictions(
+        sample = divergence.Predictions(
             bundle, exact, coarse, batch.following(whole.index[followed])
         )
-        on = [sample] if data is None else reference.predictions_on(self.bundle, model, data)
-        quality = reference.quality_of(on, manifest.precision)
+        on = [sample] if data is None else divergence.predictions_on(self.bundle, model, data)
+        quality = divergence.quality_of(on, manifest.precision)
         return checks, {
             **asdict(quality),
             "perplexity_ratio": quality.perplexity_ratio,
@@ -201,7 +201,7 @@ class _Verification:
         Also measure how often shallow and deep predictions agree on the full model's own output.
         """
         from freeexport.calibrate.traces import Traces, trace_of
-        from freeexport.verification.reference import compare
+        from freeexport.verification.greedy import compare_greedy
 
         limit = min(
             FULL.tokens, self.manifest.encoder_capacity or max(1, self.manifest.capacity // 2)
@@ -216,7 +216,7 @@ class _Verification:
         greedy = list[dict[str, Any]]()
         traces = list[Traces]()
         with Session(self.bundle.path, slots=1, threads=self.threads) as session:
-            for comparison in compare(session, model, prompts, count, self._seconds_left):
+            for comparison in compare_greedy(session, model, prompts, count, self._seconds_left):
                 greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
                 if len(greedy) < len(prompts) and not self._in_time(
                     f"{len(prompts) - len(greedy)} prompts"
@@ -313,7 +313,7 @@ def _tie(precision: Precision, checks: list[Check]) -> float | None:
     `generate` in fp32. None for quantized weights: such a bundle is a different model, so equal
     tokens are reported but not required, and quality is judged by the predictions.
     """
-    from freeexport.verification.reference import TIE
+    from freeexport.verification.greedy import TIE
 
     logits = [c for c in checks if c.tensor == "deep logits" and c.measure == "largest"]
     if precision == "fp16":

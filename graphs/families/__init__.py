@@ -26,7 +26,7 @@ _BEYOND = {
 }
 
 
-def supported() -> list[str]:
+def supported_architectures() -> list[str]:
     """Return the supported architectures (config.json `model_type`)."""
     return sorted(model_type for family in FAMILIES for model_type in family.MODEL_TYPES)
 
@@ -40,14 +40,14 @@ def family_of(config: Mapping[str, Any]) -> ModuleType:
     """
     model_type = str(config.get("model_type"))[:80]
     field = next((name for name in _BEYOND if config.get(name)), None)
-    found = next((family for family in FAMILIES if model_type in family.MODEL_TYPES), None)
-    if found is not None and field is None:
-        return found
+    family_module = next((family for family in FAMILIES if model_type in family.MODEL_TYPES), None)
+    if family_module is not None and field is None:
+        return family_module
     reason = "" if field is None else f" ({field}: {_BEYOND[field]})"
-    nearest = _nearest(model_type, config) if found is None else ""
+    nearest = _nearest(model_type, config) if family_module is None else ""
     raise UnsupportedModelError(
         f"architecture {model_type!r}{reason} is not supported; "
-        f"{nearest}supported are {', '.join(supported())}"
+        f"{nearest}supported are {', '.join(supported_architectures())}"
     )
 
 
@@ -56,7 +56,7 @@ def _nearest(model_type: str, config: Mapping[str, Any]) -> str:
 
     The hint names the required fields that the configuration lacks.
     """
-    names = difflib.get_close_matches(model_type, supported(), 3, 0.65)
+    names = difflib.get_close_matches(model_type, supported_architectures(), 3, 0.65)
     missing = {
         family: [name for name in family.REQUIRED if config.get(name) is None]
         for family in FAMILIES

@@ -12,10 +12,10 @@ import numpy as np
 from graphs.description import (
     MLP,
     Attention,
-    Decoder,
+    DecoderStack,
     Description,
     Embedding,
-    Encoder,
+    EncoderStack,
     Head,
     Layer,
     Linear,
@@ -28,7 +28,7 @@ from graphs.weights import Weights
 
 
 @dataclass(frozen=True)
-class Kind:
+class Architecture:
     """Differences between the architectures.
 
     Attributes:
@@ -45,11 +45,11 @@ class Kind:
 
 
 KINDS = {
-    "bart": Kind("post", True, False, "learned"),
-    "mbart": Kind("pre", True, True, "learned"),
-    "marian": Kind("post", False, False, "marian"),
-    "m2m_100": Kind("pre", False, True, "tensor2tensor"),
-    "pegasus": Kind("pre", False, True, "marian"),
+    "bart": Architecture("post", True, False, "learned"),
+    "mbart": Architecture("pre", True, True, "learned"),
+    "marian": Architecture("post", False, False, "marian"),
+    "m2m_100": Architecture("pre", False, True, "tensor2tensor"),
+    "pegasus": Architecture("pre", False, True, "marian"),
 }
 MODEL_TYPES = tuple(KINDS)
 REQUIRED = (
@@ -85,7 +85,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     names = {side: f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
     tables = {side: table if tied or name not in weights else name for side, name in names.items()}
     head = Head(
-        norm("model.decoder.layer_norm") if kind.final_norm else None,
+        layer_norm("model.decoder.layer_norm") if kind.final_norm else None,
         table if tied else "lm_head.weight",
         bias="final_logits_bias" if "final_logits_bias" in weights else None,
     )
@@ -94,16 +94,16 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         family="bart",
         vocab_size=vocabulary_size(weights, table, width),
         hidden_size=width,
-        decoder=Decoder(
+        decoder=DecoderStack(
             _embedding(config, weights, "decoder", tables),
             decoder,
             head,
             int(config["max_position_embeddings"]),
         ),
-        encoder=Encoder(
+        encoder=EncoderStack(
             _embedding(config, weights, "encoder", tables),
             encoder,
-            norm("model.encoder.layer_norm") if kind.final_norm else None,
+            layer_norm("model.encoder.layer_norm") if kind.final_norm else None,
         ),
     )
 
@@ -134,7 +134,7 @@ def _embedding(
         tables[side],
         scale=math.sqrt(width) if config.get("scale_embedding") else 1.0,
         positions=positions,
-        norm=norm(f"model.{side}.layernorm_embedding") if kind.embedding_norm else None,
+        norm=layer_norm(f"model.{side}.layernorm_embedding") if kind.embedding_norm else None,
     )
 
 
@@ -159,27 +159,27 @@ def layers(
 
     def attention(name: str) -> Attention:
         size = int(config["d_model"]) // heads
-        key = linear(f"{name}.k_proj")
+        key = biased_linear(f"{name}.k_proj")
         return Attention(
             heads=heads,
             kv_heads=heads,
             head_dim=size,
             scale=size**-0.5,
-            query=linear(f"{name}.q_proj"),
+            query=biased_linear(f"{name}.q_proj"),
             key=key if key_bias else Linear(key.weight),
-            value=linear(f"{name}.v_proj"),
-            output=linear(f"{name}.out_proj"),
+            value=biased_linear(f"{name}.v_proj"),
+            output=biased_linear(f"{name}.out_proj"),
         )
 
     def layer(name: str) -> Layer:
         crosses = side == "decoder"
         return Layer(
-            attention_norm=norm(f"{name}.self_attn_layer_norm"),
+            attention_norm=layer_norm(f"{name}.self_attn_layer_norm"),
             attention=attention(f"{name}.self_attn"),
-            cross_norm=norm(f"{name}.encoder_attn_layer_norm") if crosses else None,
+            cross_norm=layer_norm(f"{name}.encoder_attn_layer_norm") if crosses else None,
             cross=attention(f"{name}.encoder_attn") if crosses else None,
-            mlp_norm=norm(f"{name}.final_layer_norm"),
-            mlp=MLP(activation, up=linear(f"{name}.fc1"), down=linear(f"{name}.fc2")),
+            mlp_norm=layer_norm(f"{name}.final_layer_norm"),
+            mlp=MLP(activation, up=biased_linear(f"{name}.fc1"), down=biased_linear(f"{name}.fc2")),
             order=order,
         )
 
@@ -187,9 +187,9 @@ def layers(
     return tuple(layer(f"model.{side}.layers.{number}") for number in range(count))
 
 
-def linear(name: str) -> Linear:
+def biased_linear(name: str) -> Linear:
     return Linear(f"{name}.weight", f"{name}.bias")
 
 
-def norm(name: str) -> Norm:
+def layer_norm(name: str) -> Norm:
     return Norm(f"{name}.weight", EPSILON, "layer", f"{name}.bias")

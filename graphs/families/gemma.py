@@ -29,7 +29,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     config = {**config, "hidden_act": activation}
     tied = config.get("tie_word_embeddings", True)
     head = Head(
-        llama.norm(config, "model.norm"),
+        llama.rms_norm(config, "model.norm"),
         llama.EMBEDDING if tied else "lm_head.weight",
         softcap=config.get("final_logit_softcapping"),
     )
@@ -52,6 +52,6 @@ def _layer(config: Mapping[str, Any], weights: Weights, number: int) -> Layer:
         layer,
         attention=attention,
         attention_out=layer.mlp_norm,  # despite its name, it normalizes attention
-        mlp_norm=llama.norm(config, f"{name}.pre_feedforward_layernorm"),
-        mlp_out=llama.norm(config, f"{name}.post_feedforward_layernorm"),
+        mlp_norm=llama.rms_norm(config, f"{name}.pre_feedforward_layernorm"),
+        mlp_out=llama.rms_norm(config, f"{name}.post_feedforward_layernorm"),
     )

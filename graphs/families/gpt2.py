@@ -12,7 +12,7 @@ from graphs.description import (
     MLP,
     Activation,
     Attention,
-    Decoder,
+    DecoderStack,
     Description,
     Embedding,
     Head,
@@ -49,7 +49,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         family="gpt2",
         vocab_size=vocabulary_size(weights, table, width),
         hidden_size=width,
-        decoder=Decoder(
+        decoder=DecoderStack(
             Embedding(table, positions=positions), layers, head, max_positions=positions.count
         ),
     )

@@ -11,7 +11,7 @@ from typing import Any
 from graphs.description import (
     MLP,
     Attention,
-    Decoder,
+    DecoderStack,
     Description,
     Embedding,
     Head,
@@ -36,7 +36,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     head = Head(
-        norm(config, "model.norm"),
+        rms_norm(config, "model.norm"),
         EMBEDDING if config.get("tie_word_embeddings") else "lm_head.weight",
         scale=1.0 / float(config.get("logits_scaling") or 1.0),  # Granite's
     )
@@ -60,7 +60,7 @@ def description(
         family="llama",
         vocab_size=vocabulary_size(weights, EMBEDDING, width),
         hidden_size=width,
-        decoder=Decoder(
+        decoder=DecoderStack(
             embedding, layers, head, max_positions=int(config["max_position_embeddings"])
         ),
     )
@@ -76,9 +76,9 @@ def decoder_layer(config: Mapping[str, Any], weights: Weights, number: int) -> L
     else:
         gate, up = (_linear(weights, f"{name}.mlp.{part}_proj") for part in ("gate", "up"))
     return Layer(
-        attention_norm=norm(config, f"{name}.input_layernorm"),
+        attention_norm=rms_norm(config, f"{name}.input_layernorm"),
         attention=_attention(config, weights, number, f"{name}.self_attn"),
-        mlp_norm=norm(config, f"{name}.post_attention_layernorm"),
+        mlp_norm=rms_norm(config, f"{name}.post_attention_layernorm"),
         mlp=MLP(activation, up, _output(config, weights, f"{name}.mlp.down_proj"), gate),
     )
 
@@ -107,8 +107,8 @@ def _attention(config: Mapping[str, Any], weights: Weights, number: int, name: s
         value=parts[2],
         output=_output(config, weights, f"{name}.o_proj"),
         rotary=rotary(config, head_dim, model_type == "phi3", kind) if rotates else None,
-        query_norm=norm(config, f"{name}.q_norm") if normed else None,
-        key_norm=norm(config, f"{name}.k_norm") if normed else None,
+        query_norm=rms_norm(config, f"{name}.q_norm") if normed else None,
+        key_norm=rms_norm(config, f"{name}.k_norm") if normed else None,
         window=_window(config, number),
     )
 
@@ -146,7 +146,7 @@ def _output(config: Mapping[str, Any], weights: Weights, name: str) -> Linear:
     return Linear(str(View(plain.weight, factor=factor)), bias)
 
 
-def norm(config: Mapping[str, Any], name: str) -> Norm:
+def rms_norm(config: Mapping[str, Any], name: str) -> Norm:
     """Return a norm. Gemma's weights are offsets from 1."""
     offset = 1.0 if config["model_type"].startswith("gemma") else 0.0
     return Norm(str(View(f"{name}.weight", offset=offset)), float(config["rms_norm_eps"]))

@@ -59,14 +59,14 @@ def rotary(config: Values, head_dim: int, partial: bool = False, kind_of_layer: 
     what = f"rope scaling {kind!r}"
     try:
         with np.errstate(all="ignore"):
-            found = RULES[kind](frequencies, {"rope_theta": theta, **rope}, config)
+            result = RULES[kind](frequencies, {"rope_theta": theta, **rope}, config)
     except KeyError as error:
         raise UnsupportedModelError(
             f"{what} has no {error.args[0]}; add it to config.json"
         ) from None
-    short = positive(found.inverse_frequencies, what)
-    long = positive(found.long, what)
-    return replace(found, inverse_frequencies=short, long=long)
+    short = positive(result.inverse_frequencies, what)
+    long = positive(result.long, what)
+    return replace(result, inverse_frequencies=short, long=long)
 
 
 def _made(frequencies: np.ndarray, scale: float = 1.0) -> Rotary:

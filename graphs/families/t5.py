@@ -10,10 +10,10 @@ from graphs.description import (
     ACTIVATIONS,
     MLP,
     Attention,
-    Decoder,
+    DecoderStack,
     Description,
     Embedding,
-    Encoder,
+    EncoderStack,
     ForeignEncoder,
     Head,
     Layer,
@@ -53,7 +53,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         family="t5",
         vocab_size=vocabulary_size(weights, embedding, width),
         hidden_size=width,
-        decoder=Decoder(
+        decoder=DecoderStack(
             Embedding(embedding),
             tuple(_layer(config, "decoder", n) for n in range(decoder_layers)),
             head,
@@ -62,7 +62,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     )
 
 
-def _encoder(config: Mapping[str, Any], embedding: str) -> Encoder | ForeignEncoder:
+def _encoder(config: Mapping[str, Any], embedding: str) -> EncoderStack | ForeignEncoder:
     if config["model_type"] == "longt5":
         # Local attention works in blocks of local_radius + 1 tokens, global attention on sums over
         # blocks of global_block_size.
@@ -71,7 +71,7 @@ def _encoder(config: Mapping[str, Any], embedding: str) -> Encoder | ForeignEnco
             block = math.lcm(block, int(config["global_block_size"]))
         return ForeignEncoder(block)
     layers = tuple(_layer(config, "encoder", n) for n in range(config["num_layers"]))
-    return Encoder(Embedding(embedding), layers, _norm(config, "encoder.final_layer_norm"))
+    return EncoderStack(Embedding(embedding), layers, _norm(config, "encoder.final_layer_norm"))
 
 
 def _scaled(config: Mapping[str, Any]) -> bool:

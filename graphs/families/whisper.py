@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphs import description as parts
-from graphs.families.bart import layers, linear, norm
+from graphs.families.bart import biased_linear, layer_norm, layers
 from graphs.shapes import vocabulary_size
 from graphs.weights import Weights
 
@@ -38,22 +38,24 @@ def describe(config: Mapping[str, Any], weights: Weights) -> parts.Description:
         family="whisper",
         vocab_size=vocabulary_size(weights, EMBEDDING, width),
         hidden_size=width,
-        decoder=parts.Decoder(
+        decoder=parts.DecoderStack(
             parts.Embedding(
                 EMBEDDING, 1.0, _positions("decoder", int(config["max_target_positions"]))
             ),
             layers(config, "decoder", key_bias=False),
-            parts.Head(norm("model.decoder.layer_norm"), EMBEDDING if tied else "proj_out.weight"),
+            parts.Head(
+                layer_norm("model.decoder.layer_norm"), EMBEDDING if tied else "proj_out.weight"
+            ),
             max_positions=int(config["max_target_positions"]),
         ),
-        encoder=parts.Encoder(
+        encoder=parts.EncoderStack(
             parts.Spectrogram(
                 bins,
-                (linear("model.encoder.conv1"), linear("model.encoder.conv2")),
+                (biased_linear("model.encoder.conv1"), biased_linear("model.encoder.conv2")),
                 _positions("encoder", int(config["max_source_positions"])),
             ),
             layers(config, "encoder", key_bias=False),
-            norm("model.encoder.layer_norm"),
+            layer_norm("model.encoder.layer_norm"),
         ),
     )
 

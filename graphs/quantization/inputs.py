@@ -15,9 +15,9 @@ from graphs.quantization.rounding import (
     at_least,
     best_range,
     in_blocks,
-    joined,
-    pieces,
+    join_rounded,
     relative,
+    row_chunks,
     total,
 )
 
@@ -54,8 +54,8 @@ class _Grid:
     def nearest(self, row: int, wanted: np.ndarray) -> np.ndarray:
         """Return the allowed steps [outputs] of an input that are nearest to `wanted`, in steps."""
         zero = self.zeros[row // self.block]
-        found: np.ndarray = np.clip(np.rint(wanted), -zero, 15 - zero)
-        return found
+        steps: np.ndarray = np.clip(np.rint(wanted), -zero, 15 - zero)
+        return steps
 
     def keep(self, outputs: np.ndarray, other: _Grid) -> None:
         """Copy the outputs selected by a mask from another grid."""
@@ -92,13 +92,13 @@ def round_4_bits_for(
     known = damped.astype(np.float32)
     parts = []
     lost = 0.0
-    for rows in pieces(weight):
+    for rows in row_chunks(weight):
         target = np.ascontiguousarray(in_blocks(weight[rows], block).reshape(-1, count).T)
         grid = _rounded(target, known, spread, order, block, type_)
         lost += total(np.square(grid.weights - target))
         parts.append((grid.steps + np.repeat(grid.zeros, block, axis=0), grid.scales, grid.zeros))
     values, scales, zeros = (np.concatenate(part, axis=1).T for part in zip(*parts, strict=True))
-    return joined(
+    return join_rounded(
         values.astype(np.uint8).reshape(len(weight), -1, block),
         scales.astype(type_),
         zeros,
@@ -141,8 +141,8 @@ def _in_best_range(
 def _losses(grid: _Grid, target: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """Return the squared error of each output, summed over the inputs: float32 [outputs]."""
     wrong = grid.weights - target
-    found: np.ndarray = np.einsum("io,io->o", moments @ wrong, wrong)
-    return found
+    losses: np.ndarray = np.einsum("io,io->o", moments @ wrong, wrong)
+    return losses
 
 
 def _pass_on(grid: _Grid, target: np.ndarray, spread: np.ndarray, order: np.ndarray) -> None:

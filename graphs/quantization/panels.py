@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphs.quantization.rounding import Rounded, pieces, unpacked
+from graphs.quantization.rounding import Rounded, row_chunks, unpacked
 from runtime.bundle.manifest import TensorFormat
 
 BITS: dict[TensorFormat, int] = {"int4": 4, "int5": 5, "int6": 6, "int8-block": 8}
@@ -53,7 +53,7 @@ def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
     panels = -(-outputs // PANEL)
     groups = -(-inputs // GROUP)
     data = np.zeros((panels * PANEL, groups, GROUP * bits // 8), np.uint8)
-    for rows in pieces(rounded.data.reshape(outputs, -1)):
+    for rows in row_chunks(rounded.data.reshape(outputs, -1)):
         piece = rounded.data[rows]
         values = unpacked(piece) if bits == 4 else piece
         values = values.reshape(len(piece), -1)[:, : groups * GROUP]

@@ -273,7 +273,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
         stored = list(self._stored.values())
         head = self._stored.get(self._head)
         kinds = Counter[str]()
-        kept = [name for name, each in self._stored.items() if each.kept]
+        unchanged = [name for name, each in self._stored.items() if each.kept]
         for name, each in self._stored.items():
             if each.kind:
                 kinds[each.kind] += len(name.split(STACK))
@@ -284,7 +284,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
                 head=None if head is None else head.format,
                 bytes=sum(each.bytes for each in stored),
                 largest_error=max((each.error for each in stored), default=0.0),
-                kept=sum(len(name.split(STACK)) for name in kept),
+                kept=sum(len(name.split(STACK)) for name in unchanged),
                 kinds=dict(sorted(kinds.items())),
             )
         )
@@ -374,8 +374,10 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError(f"{self._table} is still read in float32")
 
     def _lookups(self, graph: ir.Graph) -> list[ir.Node]:
-        found = [(node, unread(node.inputs[0])) for node in graph if node.op_type == "Gather"]
-        return [node for node, tensor in found if tensor is not None and tensor.name == self._table]
+        gathers = [(node, unread(node.inputs[0])) for node in graph if node.op_type == "Gather"]
+        return [
+            node for node, tensor in gathers if tensor is not None and tensor.name == self._table
+        ]
 
 
 class FuseProducts(ir.passes.InPlacePass):

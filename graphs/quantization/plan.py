@@ -93,6 +93,6 @@ def shared_values(description: Description) -> frozenset[str]:
     return frozenset(each.value.weight for each in attentions if 2 * each.kv_heads <= each.heads)
 
 
-def rounding(target: Target, kernels: Kernels) -> Rounding:
+def rounding_for(target: Target, kernels: Kernels) -> Rounding:
     """Return how weights are rounded for a target and its kernels."""
     return _CPU_OWN if kernels == "freeexport" else ROUNDING[target]

@@ -114,8 +114,8 @@ class Quantizer:
 
     def kind(self, name: str) -> str:
         """Return the name of the format that a tensor keeps from its file, or an empty string."""
-        found = self._in_file(name) if self._own else None
-        return "" if found is None else found.kind
+        tensor = self._in_file(name) if self._own else None
+        return "" if tensor is None else tensor.kind
 
     def keeps(self, tensor: ir.LazyTensor) -> bool:
         """Return True if a tensor has 4-bit values already, which stay unchanged."""
@@ -168,9 +168,9 @@ class Quantizer:
         return Stored(FLOATS[tensor.dtype], {}, 0, tensor.nbytes, lost or 0.0, 0.0)
 
     def _as_in_file(self, name: str, names: list[str], inputs: int) -> Stored:
-        found = [part for each in names if (part := self._in_file(each)) is not None]
-        whole = side_by_side([part.read() for part in found])
-        one = found[0]
+        tensors = [part for each in names if (part := self._in_file(each)) is not None]
+        whole = side_by_side([part.read() for part in tensors])
+        one = tensors[0]
         packed = in_panels(whole, inputs, BITS[one.format])
         return replace(self._write(name, one.format, packed, one.block, 0.0), kind=one.kind)
 

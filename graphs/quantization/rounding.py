@@ -19,7 +19,7 @@ from runtime.bundle.manifest import TensorFormat
 CHUNK = 1 << 20
 
 
-def pieces(weight: np.ndarray) -> Iterator[slice]:
+def row_chunks(weight: np.ndarray) -> Iterator[slice]:
     """Yield slices of rows with about CHUNK values each."""
     rows = max(1, CHUNK // weight.shape[1])
     for start in range(0, len(weight), rows):
@@ -32,7 +32,7 @@ def total(squares: np.ndarray) -> float:
 
 def relative(lost: float, weight: np.ndarray) -> float:
     """Return the relative error of a weight whose squared errors sum to `lost`."""
-    whole = sum(total(np.square(weight[rows])) for rows in pieces(weight))
+    whole = sum(total(np.square(weight[rows])) for rows in row_chunks(weight))
     return float(np.sqrt(lost / whole)) if whole > 0 else 0.0
 
 
@@ -73,7 +73,7 @@ def round_8_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> R
     data = np.empty((len(weight), -(-weight.shape[1] // block), block), np.uint8)
     scales = np.empty(data.shape[:2], type_)
     lost = 0.0
-    for rows in pieces(weight):
+    for rows in row_chunks(weight):
         piece = in_blocks(weight[rows], block)
         scales[rows] = at_least(np.abs(piece).max(-1) / 127, type_)
         scale = scales[rows, :, None].astype(np.float32)
@@ -94,14 +94,14 @@ def round_4_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> R
     scales = np.empty(values.shape[:2], type_)
     zeros = np.empty(values.shape[:2], np.uint8)
     lost = 0.0
-    for rows in pieces(weight):
+    for rows in row_chunks(weight):
         piece = in_blocks(weight[rows], block)
         values[rows], scales[rows], zeros[rows], errors = best_range(piece, type_)
         lost += total(errors)
-    return joined(values, scales, zeros, relative(lost, weight))
+    return join_rounded(values, scales, zeros, relative(lost, weight))
 
 
-def joined(
+def join_rounded(
     values: np.ndarray,
     scales: np.ndarray,
     zeros: np.ndarray | None,
@@ -152,10 +152,10 @@ def best_range(
     return best
 
 
-def _keep_better(best: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> None:
-    """Replace blocks of `best` by those of `found` with smaller errors, the last array."""
-    better = found[-1] < best[-1]
-    for chosen, candidate in zip(best, found, strict=True):
+def _keep_better(best: Sequence[np.ndarray], candidates: Sequence[np.ndarray]) -> None:
+    """Replace blocks of `best` by those of `candidates` with smaller errors, the last array."""
+    better = candidates[-1] < best[-1]
+    for chosen, candidate in zip(best, candidates, strict=True):
         chosen[better] = candidate[better]
 
 
@@ -178,13 +178,15 @@ def _round_between(
     return values.astype(np.uint8), fitted, zero.astype(np.uint8), errors
 
 
-def values_of(rounded: Rounded) -> np.ndarray:
+def dequantize(rounded: Rounded) -> np.ndarray:
     """Dequantize 4-bit `rounded` to float32 [outputs, blocks * block]."""
     assert rounded.zero_points is not None
     values = unpacked(rounded.data).astype(np.float32)
     zeros = unpacked(rounded.zero_points)[:, : rounded.data.shape[1]]
-    found: np.ndarray = (values - zeros[..., None]) * rounded.scales[..., None].astype(np.float32)
-    return found.reshape(len(values), -1)
+    dequantized: np.ndarray = (values - zeros[..., None]) * rounded.scales[..., None].astype(
+        np.float32
+    )
+    return dequantized.reshape(len(values), -1)
 
 
 def unpacked(data: np.ndarray) -> np.ndarray:
@@ -209,9 +211,9 @@ def at_least(exact: np.ndarray, type_: np.dtype) -> np.ndarray:
 
     Scales of 0, of weights that are all 0, become 1.
     """
-    found = np.where(exact > 0, exact, 1).astype(type_)
-    above = np.nextafter(found, np.array(np.inf, type_))
-    return np.where(found.astype(np.float32) < exact, above, found)
+    rounded = np.where(exact > 0, exact, 1).astype(type_)
+    above = np.nextafter(rounded, np.array(np.inf, type_))
+    return np.where(rounded.astype(np.float32) < exact, above, rounded)
 
 
 # Largest distance of a value from its step, in steps. Rounding to bfloat16 can move it this far. 32
@@ -236,23 +238,23 @@ def on_grid(weight: np.ndarray, block: int, type_: np.dtype, offsets: bool) -> R
     values = np.empty((outputs, blocks, block), np.uint8)
     scales = np.empty((outputs, blocks), np.float32)
     starts = np.empty((outputs, blocks), np.float32)
-    for rows in pieces(weight):
-        found = _steps(weight[rows].reshape(-1, block))
-        if found is None:
+    for rows in row_chunks(weight):
+        grid = _steps(weight[rows].reshape(-1, block))
+        if grid is None:
             return None
-        for whole, part in zip((values, scales, starts), found, strict=True):
+        for whole, part in zip((values, scales, starts), grid, strict=True):
             whole[rows] = part.reshape(whole[rows].shape)
     zeros = np.rint(-starts / scales)
     meets_zero = np.abs(starts + zeros * scales) <= TOLERANCE * scales
     rounded_scales = scales.astype(type_)
     if meets_zero.all() and zeros.min() >= 0 and zeros.max() <= MOST_STEPS:
         error = _error(weight, values, rounded_scales, -zeros * rounded_scales.astype(np.float32))
-        return joined(values, rounded_scales, zeros, error)
+        return join_rounded(values, rounded_scales, zeros, error)
     if not offsets:
         return None
     rounded_starts = starts.astype(type_)
     error = _error(weight, values, rounded_scales, rounded_starts.astype(np.float32))
-    return joined(values, rounded_scales, None, error, rounded_starts)
+    return join_rounded(values, rounded_scales, None, error, rounded_starts)
 
 
 def _steps(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -285,7 +287,7 @@ def _steps(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | No
 def _error(weight: np.ndarray, values: np.ndarray, scales: np.ndarray, starts: np.ndarray) -> float:
     """Return |W - values * scales - starts| / |W|."""
     lost = 0.0
-    for rows in pieces(weight):
+    for rows in row_chunks(weight):
         restored = values[rows] * scales[rows, :, None].astype(np.float32) + starts[rows, :, None]
         lost += total(np.square(restored.reshape(weight[rows].shape) - weight[rows]))
     return relative(lost, weight)
@@ -307,7 +309,7 @@ def round_rows(weight: np.ndarray, format_: TensorFormat, scales: np.dtype) -> R
     data = np.empty(weight.shape, kind)
     steps = at_least(np.abs(weight).max(axis=1) / peak, scales)
     lost = 0.0
-    for rows in pieces(weight):
+    for rows in row_chunks(weight):
         scale = steps[rows, None].astype(np.float32)
         values = weight[rows] / scale
         data[rows] = np.rint(values) if kind == np.int8 else values
@@ -320,7 +322,7 @@ def round_blocks(weight: np.ndarray, block: int, scales: np.dtype) -> Rounded:
     data = np.empty(weight.shape, INT4)
     lost = 0.0
     steps = np.empty((len(weight), weight.shape[1] // block), scales)
-    for rows in pieces(weight):
+    for rows in row_chunks(weight):
         piece = weight[rows].reshape(-1, steps.shape[1], block)
         values, steps[rows], errors = _best_clip(piece, scales)
         data[rows] = values.reshape(len(piece), -1)

@@ -125,13 +125,13 @@ def sha256_of(path: Path) -> str:
 def _read_manifest(root: Path) -> str:
     if not root.exists():
         raise BundleError(
-            f"there is no bundle at {root}; make one with: freeexport convert MODEL {_quoted(root)}"
+            f"no bundle at {root}; create one with: freeexport convert MODEL {_quoted(root)}"
         )
     if not os.path.lexists(root / MANIFEST):
         if (checkpoint := _checkpoint_at(root)) is not None:
             command = f"freeexport convert {_quoted(checkpoint)} BUNDLE"
             raise BundleError(
-                f"{root} is not a bundle but a checkpoint; make a bundle of it with: {command}"
+                f"{root} is not a bundle but a checkpoint; convert it with: {command}"
             )
         missing = f"it has no {MANIFEST}" if root.is_dir() else "it is a file"
         raise BundleError(
@@ -180,9 +180,7 @@ def _check_file(root: Path, name: str, file: File, verify: Verify) -> None:
     check_no_link(root, name)
     size = path.stat().st_size
     if size != file.size:
-        raise BundleError(
-            f"{name} has {size} bytes, the manifest says {file.size}; the copy is incomplete"
-        )
+        raise BundleError(f"{name} has {size} bytes, expected {file.size}; the copy is incomplete")
     if verify == "full" and sha256_of(path) != file.sha256:
         raise BundleError(
             f"{name} differs from the original file (sha256); copy or convert it again"

@@ -12,7 +12,8 @@ from weakref import WeakSet
 
 import numpy as np
 
-from runtime.cuda.driver import CudaStream, DeviceArray
+from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.driver import CudaStream
 
 # Alignment of addresses, in bytes, which TensorRT requires.
 ALIGNMENT = 256

@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from runtime.cuda.driver import CudaEvent, CudaStream, DeviceArray
+from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.driver import CudaEvent, CudaStream
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Encoder, Event, Runner
 

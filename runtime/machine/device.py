@@ -31,12 +31,12 @@ class Device:
         Raises:
             OptionError: For any other value.
         """
-        found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", text) if isinstance(text, str) else None
-        if found is None:
+        match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", text) if isinstance(text, str) else None
+        if match is None:
             raise OptionError(
                 f"device is {shown(text)}; choose 'cpu', or 'cuda:0' for the first GPU"
             )
-        return cls() if text == "cpu" else cls(int(found[1] or 0))
+        return cls() if text == "cpu" else cls(int(match[1] or 0))
 
     def __str__(self) -> str:
         return "cpu" if self.index is None else f"cuda:{self.index}"

@@ -108,12 +108,12 @@ def _memory(root: Path) -> list[tuple[int, int]]:
     pairs += [
         (group / "memory.limit_in_bytes", group / "memory.usage_in_bytes") for group in version_1
     ]
-    found = []
+    limits = []
     for limit, used in ((_read(limit).strip(), _read(used).strip()) for limit, used in pairs):
         # Version 1 writes "no limit" as the largest page-aligned 64-bit number.
         if limit.isdigit() and int(limit) < 1 << 60:
-            found.append((int(limit), int(used) if used.isdigit() else 0))
-    return found
+            limits.append((int(limit), int(used) if used.isdigit() else 0))
+    return limits
 
 
 def _groups(root: Path, controller: str) -> list[Path]:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.cuda.call import ALIGNMENT, DeviceCall, DeviceEngine, Staging, laid_out
-from runtime.cuda.driver import CudaGraph, CudaStream, DeviceArray
+from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.driver import CudaGraph, CudaStream
 from runtime.errors import EngineError
 from runtime.tensorrt.files import (
     Profile,

@@ -206,10 +206,10 @@ def read_record(path: Path) -> EngineFile | None:
         content = read_json(record_of(path), "build it again", limit=LARGEST_RECORD)
         # Older records have one more field.
         reader = Reader("build it again", skips=True)
-        found: EngineFile = reader.read(EngineFile, content, path.name)
+        record: EngineFile = reader.read(EngineFile, content, path.name)
     except BundleError:
         return None
-    return found
+    return record
 
 
 def is_whole(path: Path, file: EngineFile, verify: Verify) -> bool:
@@ -240,8 +240,8 @@ def find_engine(
             file.
     """
     command = f"run: freeexport convert {bundle.path} --build"
-    found = (bundle.path / DIRECTORY).glob(f"{engine}-*.engine")
-    paths = sorted(found, key=lambda path: path.stat().st_mtime)
+    candidates = (bundle.path / DIRECTORY).glob(f"{engine}-*.engine")
+    paths = sorted(candidates, key=lambda path: path.stat().st_mtime)
     files = {
         path: file
         for path in paths

@@ -100,17 +100,17 @@ class ControlTokens:
             return text
 
         _mapped(messages, note)
-        found = (
+        characters_used = (
             {match[0] for text in texts for match in self._pattern.finditer(text)}
             if self._special
             else set()
         )
-        if not found and not (self._normalized and any(map(self._has_special, texts))):
+        if not characters_used and not (self._normalized and any(map(self._has_special, texts))):
             return self._encode(self._backend, render(messages), False).ids
         used = set().union(template, *texts)
         unused = (chr(code) for codes in _UNUSED for code in codes if chr(code) not in used)
-        characters = dict(zip(sorted(found), unused, strict=False))
-        if len(characters) < len(found):
+        characters = dict(zip(sorted(characters_used), unused, strict=False))
+        if len(characters) < len(characters_used):
             raise PromptError(
                 "the messages use all private characters of Unicode beside control tokens; "
                 "remove some"
@@ -156,13 +156,13 @@ class ControlTokens:
     @cached_property
     def _controls(self) -> dict[int, int]:
         """Ids of control tokens by the ids of their aliases."""
-        found = {
+        ids = {
             self._plain.token_to_id(self.aliases[content].content): id_
             for content, id_ in self._special.items()
         }
-        if not found.keys().isdisjoint(self._backend.get_vocab(with_added_tokens=True).values()):
+        if not ids.keys().isdisjoint(self._backend.get_vocab(with_added_tokens=True).values()):
             raise _not_text()  # the vocabulary has gaps, so new ids collide with existing ones
-        return {alias: id_ for alias, id_ in found.items() if alias is not None}
+        return {alias: id_ for alias, id_ in ids.items() if alias is not None}
 
     def _has_special(self, text: str) -> bool:
         return not self._ids.isdisjoint(self._encode(self._backend, text, False).ids)
@@ -178,8 +178,8 @@ class ControlTokens:
 
 def _not_text() -> PromptError:
     return PromptError(
-        "the prompt has a control token that this tokenizer cannot spell as text; remove it, or "
-        "pass parse_special=True where its source is trusted"
+        "the prompt has a control token that this tokenizer cannot encode as text; remove it, or "
+        "pass parse_special=True if its source is trusted"
     )
 
 

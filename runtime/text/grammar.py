@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.errors import OptionError, one_line
-from runtime.text.grammar_size import Size, grammar_size, regex_size, resolved, schema_size
+from runtime.text.grammar_size import Size, grammar_size, regex_size, resolve_reference, schema_size
 from runtime.text.tokenizer import Tokenizer
 
 # Logit of a token outside a head's vocabulary. Its probability is 0.
@@ -217,7 +217,7 @@ class Grammar:
             if masked.max() <= UNKNOWN / 2:
                 if not allowed.any():
                     raise OptionError(
-                        f"{self._name}: no token of this model's vocabulary may follow; change it"
+                        f"{self._name}: no token of this model's vocabulary can follow; change it"
                     )
                 # An exit vocabulary may contain none of the allowed tokens. Then all are equal.
                 masked = np.where(allowed, np.float32(0), NEVER)
@@ -276,7 +276,7 @@ class Grammar:
         """
         if self._matcher.is_error():
             problem = " ".join(self._matcher.get_error().split())[:200]
-            raise OptionError(f"{self._name} takes too much to follow ({problem}); make it simpler")
+            raise OptionError(f"{self._name} is too complex ({problem}); simplify it")
 
 
 def _tokens(llguidance: Any, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> Any:
@@ -366,7 +366,9 @@ def is_finite(root: dict[str, Any]) -> bool:
             return schema is not False
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference not in known:
-            if reference in within or not finite(resolved(root, reference), within | {reference}):
+            if reference in within or not finite(
+                resolve_reference(root, reference), within | {reference}
+            ):
                 return False
             known.add(reference)
         needed = list[Any]()
@@ -457,7 +459,7 @@ def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
         size = grammar_size(text)
     if size.most > MOST_LETTERS:
         raise ValueError(
-            f"it may force {size.most:,} letters at once, at most {MOST_LETTERS:,} may be; "
-            "shorten its texts, or lower its repetitions"
+            f"it may force {size.most:,} characters at once, more than {MOST_LETTERS:,}; "
+            "shorten its strings or reduce its repetitions"
         )
     return described

@@ -148,29 +148,29 @@ def regex_size(regex: str, highest: bool = False) -> Size:
     crude = _VERBOSE.search(regex) is not None
     repeated = 1
     while place < len(regex):
-        found = _REGEX.match(regex, place)
-        assert found is not None
-        place = found.end()
-        kind = found.lastgroup
-        if found["run"]:
-            expression.add(Size(len(found["run"]), len(found["run"])))
-        elif found["letter"]:
+        match = _REGEX.match(regex, place)
+        assert match is not None
+        place = match.end()
+        kind = match.lastgroup
+        if match["run"]:
+            expression.add(Size(len(match["run"]), len(match["run"])))
+        elif match["letter"]:
             expression.add(Size(1, 1))
-        elif found["set"]:
+        elif match["set"]:
             place = _set_end(regex, place)
             expression.add(Size(1, 1))
-        elif found["open"]:
+        elif match["open"]:
             expression.open()
         elif kind == "close":
             expression.close()
         elif kind == "or":
             expression.otherwise()
-        elif found["repeat"]:
-            bounded = found["low"] is not None
+        elif match["repeat"]:
+            bounded = match["low"] is not None
             count = (
-                _count(found["low"], found["to"], found["high"], highest)
+                _count(match["low"], match["to"], match["high"], highest)
                 if bounded
-                else found[0][0] == "+"
+                else match[0][0] == "+"
             )
             expression.repeat(int(count))
             repeated = min(repeated * max(1, int(count)), _CAP)
@@ -249,12 +249,12 @@ def schema_size(root: Any) -> Size:
         if isinstance(reference := schema.get("$ref"), str):
             if reference not in known:
                 known[reference] = Size()  # a recursive use is optional, or has no finite text
-                known[reference] = size(resolved(root, reference))
+                known[reference] = size(resolve_reference(root, reference))
             parts.append(known[reference])
         return _joined(parts)
 
-    # References that `resolved` does not support, such as anchors, are at most as large as the
-    # largest definition.
+    # References that `resolve_reference` does not support, such as anchors, are at most as large as
+    # the largest definition.
     defined = [
         part for name in ("$defs", "definitions") if isinstance(part := root.get(name), dict)
     ]
@@ -263,8 +263,8 @@ def schema_size(root: Any) -> Size:
 
 def _pattern(schema: Any) -> str | None:
     """Return the pattern of a schema, None if it has none."""
-    found = schema.get("pattern") if isinstance(schema, dict) else None
-    return found if isinstance(found, str) else None
+    pattern = schema.get("pattern") if isinstance(schema, dict) else None
+    return pattern if isinstance(pattern, str) else None
 
 
 def _text(value: Any) -> Size:
@@ -278,7 +278,7 @@ def _whole(value: Any) -> int:
     return max(0, int(value)) if isinstance(value, int | float) and abs(value) < _CAP else 0
 
 
-def resolved(root: Any, reference: str) -> Any:
+def resolve_reference(root: Any, reference: str) -> Any:
     """Return the part of a schema that a reference points to, None if it is outside the schema."""
     if not reference.startswith("#"):
         return None
@@ -344,37 +344,37 @@ def _definitions(text: str) -> tuple[dict[str, list[tuple[str, Any]]], list[str]
     line = list[tuple[str, Any]]()
     place = 0
     while place < len(text):
-        found = _LARK.match(text, place)
-        assert found is not None
-        place = found.end()
-        kind = found.lastgroup
-        part = found[0]
+        match = _LARK.match(text, place)
+        assert match is not None
+        place = match.end()
+        kind = match.lastgroup
+        part = match[0]
         if kind == "open_end":  # llguidance rejects an unterminated text
             break
-        if found["line"]:
+        if match["line"]:
             body += line
             line = []
         elif kind == "colon" and line and line[0][0] == "name":
             # The rest of the head are attributes, such as a suffix.
             body = definitions.setdefault(line[0][1], [])
             line = line[1:]
-        elif found["repeat"]:
-            bounded = found["low"] is not None or found["least"] is not None
-            low, high = found["low"] or found["least"], found["high"] or found["most"]
+        elif match["repeat"]:
+            bounded = match["low"] is not None or match["least"] is not None
+            low, high = match["low"] or match["least"], match["high"] or match["most"]
             counts = [
-                _count(low, found["to"] or found["most"], high, highest)
+                _count(low, match["to"] or match["most"], high, highest)
                 for highest in (False, True)
             ]
             line.append(("repeat", counts if bounded else [int(part == "+")] * 2))
-        elif found["json"]:
+        elif match["json"]:
             try:
                 start = re.compile(r"\s*").match(text, place).end()  # type: ignore[union-attr]
                 value, place = json.JSONDecoder().raw_decode(text, start)
                 line.append((part, json.dumps(value) if part == "%regex" else value))
             except ValueError:  # llguidance reports the error
                 continue
-        elif found["regex"]:
-            line.append(("regex", found["regex"]))
+        elif match["regex"]:
+            line.append(("regex", match["regex"]))
         elif kind in ("text", "name", "open", "close", "or", "and", "not"):
             line.append((kind, part.lstrip("!?") if kind == "name" else part))
     body += line

@@ -188,7 +188,8 @@ def _processed(processor: LogitsProcessor, scores: np.ndarray, context: np.ndarr
     row: np.ndarray = result[0].astype(np.float32)
     if np.isnan(row).any() or not np.isfinite(row.max()):
         raise OptionError(
-            f"logits_processor {name} left no token to choose (NaN, or all minus infinity); fix it"
+            f"logits_processor {name} left no token to choose (NaN, or all minus infinity); "
+            "return a finite score"
         )
     return row
 

@@ -222,14 +222,14 @@ class Tokenizer:
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes of a token of a byte-level tokenizer, empty if `decode` skips it."""
-        found = self._known_bytes.get(token_id)
-        if found is None:
+        encoded = self._known_bytes.get(token_id)
+        if encoded is None:
             token = "" if token_id in self.special_ids else self.token(token_id) or ""
             # A token with any other character was added as text.
             spelt = all(letter in BYTE_LETTERS for letter in token)
-            found = bytes(BYTE_LETTERS[letter] for letter in token) if spelt else token.encode()
-            self._known_bytes[token_id] = found
-        return found
+            encoded = bytes(BYTE_LETTERS[letter] for letter in token) if spelt else token.encode()
+            self._known_bytes[token_id] = encoded
+        return encoded
 
     @cached_property
     def anchor(self) -> tuple[int, int] | None:
@@ -271,8 +271,8 @@ class Tokenizer:
 
 def byte_of(token: str) -> int | None:
     """Return the byte of a token such as <0x0A>, None for other tokens."""
-    found = BYTE_TOKEN.fullmatch(token)
-    return None if found is None else int(found[1], 16)
+    match = BYTE_TOKEN.fullmatch(token)
+    return None if match is None else int(match[1], 16)
 
 
 def _read(path: Path, listed: Container[str], limit: int) -> str | None:

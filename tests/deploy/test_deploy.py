@@ -19,7 +19,7 @@ from running_server import eventually
 from starlette.routing import Route
 
 from freeexport.commands.serve import command
-from freeexport.serving.metrics import GAUGES, PREFIX
+from freeexport.serving.prometheus import GAUGES, PREFIX
 from freeexport.serving.routes import application
 from freeexport.serving.server import listen
 from freeexport.serving.service import ServerOptions, Service

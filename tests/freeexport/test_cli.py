@@ -17,7 +17,7 @@ from click.testing import Result
 from command_line import invoke
 
 from freeexport import cli, commands
-from freeexport.cli import describe
+from freeexport.cli import error_message
 from freeexport.system.extras import PURPOSES, extras, missing_of
 
 ROOT = Path(__file__).parents[2]
@@ -217,12 +217,15 @@ def test_closed_standard_streams_are_as_the_null_device(closed: str, tmp_path: P
         ),
         (OSError("gpt9 is not a model\nidentifier"), "gpt9 is not a model identifier"),
         (OSError(), "OSError"),
-        (ModuleNotFoundError("no", name="graphs.nowhere"), "ModuleNotFoundError: no; this is a bug, see where with: "),
-        (ValueError("odd"), "ValueError: odd; this is a bug, see where with: freeexport --debug ..."),
+        (
+            ModuleNotFoundError("no", name="graphs.nowhere"),
+            "ModuleNotFoundError: no; this is a bug; get the traceback with ",
+        ),
+        (ValueError("odd"), "ValueError: odd; this is a bug; get the traceback with freeexport --debug ..."),
     ],
 )
 def test_an_error_of_a_library_keeps_its_text_and_a_bug_is_called_one(error: Exception, text: str) -> None:
-    assert cli.describe(error).startswith(text)
+    assert cli.error_message(error).startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_a_missing_package_names_the_extra_of_its_verb(
     verb: str | None, module: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("freeexport.system.extras.missing_of", lambda extra: ())
-    assert cli.describe(ModuleNotFoundError(f"No module named {module}", name=module), verb) == line
+    assert cli.error_message(ModuleNotFoundError(f"No module named {module}", name=module), verb) == line
 
 
 @pytest.mark.parametrize(("verb", "near"), [("convrt", "; did you mean 'convert'?"), ("zzz", "")])
@@ -286,13 +289,13 @@ def test_a_library_that_cannot_write_is_told_as_the_system_would() -> None:
         (short.value, "disk full while writing the output"),
         (rust, "disk full while writing the output; free some space and run again"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "a/b"), "disk full while writing a/b"),
-        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b is on a file system that is read-only; write else"),
-        (Exception("Read-only file system (os error 30)"), "the output is on a file system that is read-only"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b is on a read-only file system; write else"),
+        (Exception("Read-only file system (os error 30)"), "the output is on a read-only file system"),
     ):
-        line = describe(error)
+        line = error_message(error)
         assert said in line
         assert "this is a bug" not in line
     closing = RuntimeError("the file could not be closed")
     closing.__context__ = OSError(errno.ENOSPC, "No space left on device", "x")
-    assert describe(closing).startswith("disk full while writing x")
-    assert "this is a bug" in describe(KeyError("a"))
+    assert error_message(closing).startswith("disk full while writing x")
+    assert "this is a bug" in error_message(KeyError("a"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from freeexport.metrics import NAMES, Errors, MetricError, Reference, check_name, errors, metric_of, scores
+from freeexport.task_metrics import NAMES, Errors, MetricError, Reference, check_name, errors, metric_of, scores
 from runtime.errors import OptionError
 
 

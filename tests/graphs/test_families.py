@@ -11,9 +11,9 @@ import pytest
 from checkpoints import BY_NAME, CASES, KIN, VOCAB_SIZE, Case
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from graphs.description import Description, Encoder
+from graphs.description import Description, EncoderStack
 from graphs.errors import UnsupportedModelError
-from graphs.families import describe, supported
+from graphs.families import describe, supported_architectures
 from graphs.shapes import ROPE, SIZES, check_checkpoint
 from graphs.weights import View
 
@@ -97,11 +97,13 @@ def test_another_architecture_or_option_is_refused_with_those_supported(model_ty
     with pytest.raises(UnsupportedModelError) as refused:
         describe({"model_type": model_type}, Names())
     assert repr(model_type) in str(refused.value)
-    assert all(name in str(refused.value) for name in supported())
+    assert all(name in str(refused.value) for name in supported_architectures())
     assert "quick_gelu" in refusal(llama, hidden_act="quick_gelu")
     assert "longrope" in refusal(llama, rope_scaling={"rope_type": "longrope"})
     assert "gated-swiglu" in refusal(t5, feed_forward_proj="gated-swiglu")
-    assert {"gemma", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "phi3", "smollm3"} <= set(supported())
+    assert {"gemma", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "phi3", "smollm3"} <= set(
+        supported_architectures()
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,10 @@ def test_another_architecture_or_option_is_refused_with_those_supported(model_ty
         ({**LLAMA, "model_type": "olmo", "rms_norm_eps": None}, "is llama (the configuration lacks rms_norm_eps)"),
         ({**T5, "model_type": "t5x"}, "t5 (the configuration has its fields); supported"),
         ({"model_type": "falcon"}, "'falcon' is not supported; supported are bart"),
-        ({**LLAMA, "num_local_experts": 4}, "'llama' (num_local_experts: a mixture of experts) is not supported"),
+        (
+            {**LLAMA, "num_local_experts": 4},
+            "'llama' (num_local_experts: a mixture of experts) is not supported",
+        ),
         ({**LLAMA, "rope_scaling": {"rope_type": "proportional"}}, "rope scaling 'proportional'"),
         ({**LLAMA, "model_type": "phi3", "intermediate_size": 96, "partial_rotary_factor": 0.01}, "0 of 16 values"),
         ({**LLAMA, "model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers is [1]"),
@@ -158,7 +163,7 @@ def test_the_sliding_window_of_each_layer(config: dict[str, Any], windows: list[
 def test_the_scale_of_a_t5_head(config: dict[str, Any], scale: float) -> None:
     description = t5(**config, num_decoder_layers=5)
     assert description.decoder.head.scale == scale
-    assert isinstance(description.encoder, Encoder)
+    assert isinstance(description.encoder, EncoderStack)
     assert (len(description.encoder.layers), len(description.decoder.layers)) == (3, 5)
 
 

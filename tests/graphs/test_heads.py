@@ -14,7 +14,8 @@ from checkpoints import BY_NAME, VOCAB_SIZE, Bundles, Case
 from engine_cases import CONFIDENCES, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.verification.engines import EnginePair, encode, sample_batch
+from freeexport.verification.batches import sample_batch
+from freeexport.verification.engines import EnginePair, encode_prompts
 from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder
@@ -43,7 +44,7 @@ def pair(bundle: Bundles, tmp_path: Path) -> Pair:
             engines = EngineOptions(1, 128, kernels=kernels, **options)
             EngineBuilder(description, engines, source, weights, path).shallow()
         changed = Bundle(path, opened.manifest, "")
-        return EnginePair(changed, 1, 1, encode(changed, sample_batch(changed))[0])
+        return EnginePair(changed, 1, 1, encode_prompts(changed, sample_batch(changed))[0])
 
     return build
 

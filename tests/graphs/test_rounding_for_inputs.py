@@ -13,7 +13,7 @@ from profiles import tries
 
 from graphs.quantization import inputs as module
 from graphs.quantization.inputs import DAMPING, round_4_bits_for
-from graphs.quantization.rounding import best_range, in_blocks, round_4_bits, values_of
+from graphs.quantization.rounding import best_range, dequantize, in_blocks, round_4_bits
 
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 
@@ -56,7 +56,7 @@ def gptq(weight: np.ndarray, moments: np.ndarray, block: int) -> np.ndarray:
 def test_without_descent_it_is_gptq(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROUNDS", 0)
     weight, moments = layer(24, inputs, inputs // 2)
-    found, wanted = values_of(round_4_bits_for(weight, moments, 32)), gptq(weight, damped(moments), 32)
+    found, wanted = dequantize(round_4_bits_for(weight, moments, 32)), gptq(weight, damped(moments), 32)
     # float32 against float64: a value that is half way between two steps may differ, and others make up for it.
     assert np.isclose(found, wanted, atol=1e-4).mean() > 0.97
     assert losses(weight, found, damped(moments)).sum() == pytest.approx(
@@ -67,7 +67,7 @@ def test_without_descent_it_is_gptq(inputs: int, monkeypatch: pytest.MonkeyPatch
 def test_descent_gains_on_gptq_and_that_on_plain_rounding() -> None:
     weight, moments = layer(64, 192, 60)
     known = damped(moments)
-    plain, ours = values_of(round_4_bits(weight, 32)), values_of(round_4_bits_for(weight, moments, 32))
+    plain, ours = dequantize(round_4_bits(weight, 32)), dequantize(round_4_bits_for(weight, moments, 32))
     by_gptq = losses(weight, gptq(weight, known, 32), known).sum()
     assert losses(weight, ours, known).sum() < 0.95 * by_gptq < 0.5 * losses(weight, plain, known).sum()
 
@@ -76,7 +76,7 @@ def test_it_is_near_the_best_of_all_choices() -> None:
     weight, moments = layer(40, 4, 3)
     known, rounded = damped(moments), round_4_bits_for(weight, moments, 4)
     assert rounded.zero_points is not None
-    found, best = losses(weight, values_of(rounded), known), np.empty(len(weight))
+    found, best = losses(weight, dequantize(rounded), known), np.empty(len(weight))
     every = np.array(list(product(range(16), repeat=4)), np.float64)
     for output, row in enumerate(weight):
         steps = (every - (rounded.zero_points[output, 0] & 15)) * float(rounded.scales[output, 0])
@@ -84,7 +84,7 @@ def test_it_is_near_the_best_of_all_choices() -> None:
         best[output] = np.einsum("ni,ij,nj->n", wrong, known, wrong).min()
     assert (found >= best * (1 - 1e-3)).all()
     assert (found <= best * (1 + 1e-3)).mean() > 0.8
-    assert found.sum() < 2 * best.sum() < 0.2 * losses(weight, values_of(round_4_bits(weight, 4)), known).sum()
+    assert found.sum() < 2 * best.sum() < 0.2 * losses(weight, dequantize(round_4_bits(weight, 4)), known).sum()
 
 
 @tries(40)
@@ -107,7 +107,7 @@ def test_no_output_is_worse_than_with_plain_rounding(
         moments[:, ::2] = moments[::2] = 0
     rounded, plain = round_4_bits_for(weight, moments, 32, type_), round_4_bits(weight, 32, type_)
     known = damped(moments)
-    least, ours = losses(weight, values_of(plain), known), losses(weight, values_of(rounded), known)
+    least, ours = losses(weight, dequantize(plain), known), losses(weight, dequantize(rounded), known)
     whole = np.einsum("oi,ij,oj->o", weight.astype(np.float64), known, weight)
     assert (ours <= least * 1.001 + 1e-6 * whole).all()
     assert (rounded.data.shape, rounded.data.dtype) == (plain.data.shape, plain.data.dtype)
@@ -116,7 +116,7 @@ def test_no_output_is_worse_than_with_plain_rounding(
     assert (rounded.scales > 0).all()
     exact = np.linalg.norm(weight)
     assert rounded.error * exact == pytest.approx(
-        np.linalg.norm(values_of(rounded)[:, :inputs] - weight), rel=1e-3, abs=1e-6 * float(exact)
+        np.linalg.norm(dequantize(rounded)[:, :inputs] - weight), rel=1e-3, abs=1e-6 * float(exact)
     )
 
 
@@ -128,4 +128,4 @@ def test_rows_do_not_depend_on_the_pieces_they_are_rounded_in(monkeypatch: pytes
     pieces = round_4_bits_for(weight, moments, 32)
     assert (whole.data == again.data).all()
     assert (whole.scales == again.scales).all()
-    assert np.isclose(values_of(whole), values_of(pieces), atol=1e-4).mean() > 0.98
+    assert np.isclose(dequantize(whole), dequantize(pieces), atol=1e-4).mean() > 0.98

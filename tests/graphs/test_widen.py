@@ -11,7 +11,8 @@ import pytest
 from checkpoints import BY_NAME, Bundles
 from onnx import TensorProto
 
-from freeexport.verification.engines import EnginePair, encode, rows_of, sample_batch
+from freeexport.verification.batches import sample_batch, valid_indices
+from freeexport.verification.engines import EnginePair, encode_prompts
 from graphs.widen import fp32_copy
 from runtime.bundle.bundle import Bundle
 
@@ -23,10 +24,10 @@ HALVES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 def outputs(bundle: Bundle) -> dict[str, np.ndarray]:
     batch = sample_batch(bundle)
-    pair = EnginePair(bundle, len(batch.tokens), 1, encode(bundle, batch)[0])
+    pair = EnginePair(bundle, len(batch.tokens), 1, encode_prompts(bundle, batch)[0])
     shallow = pair.shallow(batch.tokens, batch.lengths)
     deep = pair.deep(shallow["hidden"], batch.lengths)
-    rows = rows_of(batch.lengths, batch.tokens.shape[1])
+    rows = valid_indices(batch.lengths, batch.tokens.shape[1])
     hidden = shallow["hidden"].reshape(-1, shallow["hidden"].shape[-1])
     return {"hidden": hidden[rows], "shallow": shallow["logits"][rows], "deep": deep["logits"][rows]}
 

@@ -147,7 +147,7 @@ def test_verification_passes_in_fp16(
 
 
 def assert_verified(path: Any, model: Any) -> None:
-    from freeexport.verification.engines import QUICK
+    from freeexport.verification.batches import QUICK
     from freeexport.verification.verification import failure, verify
     from runtime import Bundle
 

@@ -15,7 +15,8 @@ from draft_plans import draft_exits
 from exit_layer_case import with_feature
 from reference import Run, confidence_of
 
-from freeexport.verification.engines import Batch, EnginePair, encode
+from freeexport.verification.batches import Batch
+from freeexport.verification.engines import EnginePair, encode_prompts
 from runtime import GenerationResult, Session
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError
@@ -109,7 +110,7 @@ def test_the_engine_gives_what_the_layers_in_torch_do(case: Case, bundle: Bundle
     slow, converted = Slow(source_model(case), ids, layer), Bundle.open(bundle(case, layer))
     tokens, lengths = np.array([ids]), np.array([len(ids)], np.int32)
     prompts = {"prompts": tokens, "prompt_lengths": lengths} if slow.inputs else {}
-    pair = EnginePair(converted, 1, 1, encode(converted, Batch(tokens, lengths, **prompts), 1)[0])
+    pair = EnginePair(converted, 1, 1, encode_prompts(converted, Batch(tokens, lengths, **prompts), 1)[0])
     found, place = [], 0
     for count in (30, 3, 1, 1, 1):
         shallow, _ = pair.both(np.array([ids[place : place + count]]), np.array([count], np.int32))

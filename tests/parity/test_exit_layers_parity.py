@@ -17,7 +17,8 @@ from reference import (
     replay,
 )
 
-from freeexport.verification.engines import Batch, EnginePair, encode, pad
+from freeexport.verification.batches import Batch, pad
+from freeexport.verification.engines import EnginePair, encode_prompts
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 
@@ -40,7 +41,7 @@ def test_shallow_logits_are_those_of_the_layers_in_torch(
     if start is not None:
         ids, prompt = np.array([start, *PROMPTS[2]]), list(PROMPTS[0])
         prompts = list(pad([prompt]))
-    pair = EnginePair(opened, 1, 1, encode(opened, Batch(*pad([ids.tolist()]), *prompts), 1)[0])
+    pair = EnginePair(opened, 1, 1, encode_prompts(opened, Batch(*pad([ids.tolist()]), *prompts), 1)[0])
     # A prompt, three tokens in one call, and single ones.
     found, place = [], 0
     for count in (30, 3, 1, 1, 1):

@@ -19,7 +19,7 @@ from freeexport.calibrate.threshold import fit
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.commands.inspect import command as inspect
 from freeexport.training.exit_modules import Exit, KnownTokens, trained_exit
-from freeexport.verification.engines import QUICK
+from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import verify
 from runtime import Session
 from runtime.adaptation.label_statistics import _sums

@@ -75,7 +75,7 @@ def test_a_kept_tensor_is_recorded_and_shown(
     rest = len(quantization.higher) - 3
     assert f"kept at a higher precision: {shown} and {rest} more (see inspect)" in result.stdout
     page = invoke("inspect", tmp_path / "out").stdout
-    assert "Kept at a higher precision" in page
+    assert "Layers at a higher precision" in page
     with Session(tmp_path / "out") as session:
         assert len(session.generate("Hello", max_new_tokens=5, ignore_eos=True).token_ids) == 5
 

@@ -17,8 +17,8 @@ from freeexport.checkpoints.checkpoint import open_checkpoint, smollm2
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.verification.engines import FULL
-from freeexport.verification.reference import TIE, compare
+from freeexport.verification.batches import FULL
+from freeexport.verification.greedy import TIE, compare_greedy
 from runtime import FreeExportError, Session
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -80,7 +80,7 @@ def test_threshold_one_is_greedy_decoding_of_the_full_model(session: Session, mo
 def test_mode_full_is_what_generate_of_transformers_gives(session: Session, model: Any, prompts: list[str]) -> None:
     assert session.tokenizer is not None
     encoded = [session.tokenizer.encode(prompt) for prompt in prompts[::5]]
-    comparisons = list(compare(session, model, encoded, FULL.new_tokens))
+    comparisons = list(compare_greedy(session, model, encoded, FULL.new_tokens))
     assert len(comparisons) == 4
     assert [c for c in comparisons if not c.passed(TIE)] == []
 

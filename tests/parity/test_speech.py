@@ -44,7 +44,7 @@ from freeexport.fit.plan import FitOptions
 from freeexport.fit.steps import fit, planned
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
-from freeexport.verification.engines import QUICK
+from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import failure, verify
 from graphs.families import describe
 from runtime import Bundle, OptionError, PromptError, Session
@@ -278,7 +278,7 @@ def test_the_servers_limits_hold_for_a_sound(bundle: Path) -> None:
     asked: dict[str, Any] = {"model": "w", "language": "de"}
     with running(bundle, names=("w",), deadline=0.05, max_body=10_000_000) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=2)
-        with pytest.raises(openai.InternalServerError, match=r"0\.05 s passed before all was heard"):
+        with pytest.raises(openai.InternalServerError, match=r"0\.05 s expired before the transcription was complete"):
             client.audio.transcriptions.create(file=wav(np.zeros(4_000_000, np.float32), 44_100), **asked)
         assert len(server.log) == 1
         with pytest.raises(openai.APIStatusError, match="larger than 10000000 bytes"):
@@ -387,7 +387,7 @@ def test_an_exit_is_trained_on_the_models_own_transcripts(
         ({"audio": "long.wav"}, r"line 2: .*long.wav has 1\.5 s, and the model reads windows of 1 s"),
         ({"audio": "0.wav", "language": "xx"}, "line 2: 'language' is 'xx'"),
         ({"audio": "0.wav", "language": 3}, "line 2: 'language' is int"),
-        ({"audio": "0.wav", "input": "a"}, "line 2: it has both 'input' and 'audio'"),
+        ({"audio": "0.wav", "input": "a"}, "line 2: both 'input' and 'audio' are given"),
         ({"audio": 3}, "line 2: 'audio' is 3"),
         ({"input": "a"}, "line 2: it has 'input', and the model reads speech"),
     ],
@@ -411,7 +411,7 @@ def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_
         (["calibrate", str(bundle), "--data", str(spoken / "text.jsonl")], "the bundle reads speech; give 'audio'"),
         (
             ["train", text, str(tmp_path / "out"), "--exit-layer", "1", "--data", data],
-            "it has 'audio', and the model reads text",
+            "'audio' is given, but the model accepts only text",
         ),
         (["train", model, str(tmp_path / "out"), "--exit-layer", "1", "--truncate", "--data", data], "--truncate cuts"),
         (["convert", model, str(tmp_path / "out"), *rounded, "--data", data], "--data rounds weights for text"),

@@ -119,7 +119,7 @@ def test_a_hook_that_raises_ends_no_request_and_may_not_ask_its_session(chat: Pa
     def hook(event: RequestEvent) -> None:
         session.generate(PROMPT)
 
-    warned = pytest.warns(RuntimeWarning, match="on_event raised OptionError: a callback of a request asked its own")
+    warned = pytest.warns(RuntimeWarning, match="on_event raised OptionError: a callback called its own")
     with Session(chat, threads=1, on_event=hook) as session, warned:
         assert len(session.generate(PROMPT, max_new_tokens=3).token_ids) == 3
     with pytest.raises(OptionError, match="on_event is 3; give a callable"):

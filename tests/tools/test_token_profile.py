@@ -6,7 +6,7 @@ from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner
 
 from runtime import Bundle
-from tools.token_profile import main, profile, table
+from tools.token_profile import format_profile, main, profile
 
 
 def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:
@@ -17,7 +17,7 @@ def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:
     assert set(found.engines) == {"shallow", "deep"}
     assert found.token > sum(found.engines.values()) > 0
     assert found.opened > 0
-    shown = table(found, 0)
+    shown = format_profile(found, 0)
     assert "GroupQueryAttention" in shown
     assert "between them" in shown
 

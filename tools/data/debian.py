@@ -26,8 +26,8 @@ from xml.etree import ElementTree
 import click
 
 from tools.data.debian_index import (
-    Description,
-    families,
+    PackageDescription,
+    package_families,
     read_descriptions,
     read_index,
     snapshot,
@@ -41,7 +41,7 @@ from tools.data.splits import (
     check_version,
     fresh,
     normalised,
-    run,
+    run_tool,
     shuffled,
     write_data_set,
 )
@@ -93,7 +93,7 @@ class Pair:
     target: str
 
 
-def summaries(english: Mapping[str, Description]) -> Iterator[Pair]:
+def summaries(english: Mapping[str, PackageDescription]) -> Iterator[Pair]:
     """Yield pairs of long description and synopsis, each long description once."""
     seen = set()
     for md5, text in english.items():
@@ -106,7 +106,7 @@ def summaries(english: Mapping[str, Description]) -> Iterator[Pair]:
             yield Pair(md5, f"summarize: {body}", text.synopsis)
 
 
-def restorations(english: Mapping[str, Description]) -> Iterator[Pair]:
+def restorations(english: Mapping[str, PackageDescription]) -> Iterator[Pair]:
     """Yield pairs of stripped sentence and sentence, each stripped sentence once.
 
     Sentences begin with a capital letter.
@@ -124,7 +124,7 @@ def restorations(english: Mapping[str, Description]) -> Iterator[Pair]:
 
 
 def translations(
-    german: Mapping[str, Description], english: Mapping[str, Description]
+    german: Mapping[str, PackageDescription], english: Mapping[str, PackageDescription]
 ) -> Iterator[Pair]:
     """Yield pairs of German and English paragraphs, each German paragraph once.
 
@@ -153,7 +153,7 @@ def translations(
 
 def extractions(
     packages: Iterable[Mapping[str, str]],
-    english: Mapping[str, Description],
+    english: Mapping[str, PackageDescription],
     task: str = "extraction",
 ) -> Iterator[Pair]:
     """Yield pairs of a record in a Packages file and its target, one per description.
@@ -203,7 +203,7 @@ def extracted(fields: Mapping[str, str], plain: bool = False) -> str | None:
     ]
     if not 0 < len(depends) <= MOST_DEPENDENCIES or "Description" not in fields:
         return None
-    found = {
+    record = {
         "name": fields["Package"],
         "version": upstream_version(fields),
         "section": fields.get("Section"),
@@ -212,16 +212,16 @@ def extracted(fields: Mapping[str, str], plain: bool = False) -> str | None:
         "depends": depends,
     }
     if not plain:
-        return json.dumps(found, ensure_ascii=False)
+        return json.dumps(record, ensure_ascii=False)
     text = "; ".join(
         f"{name}: {value}"
-        for name, value in (found | {"depends": ", ".join(depends)}).items()
+        for name, value in (record | {"depends": ", ".join(depends)}).items()
         if value
     )
     return None if _NOT_IN_T5.search(text) else " ".join(text.split())
 
 
-def component(fields: Mapping[str, str], description: Description) -> str | None:
+def component(fields: Mapping[str, str], description: PackageDescription) -> str | None:
     """Build a component of an AppStream catalog as indented XML.
 
     Its id begins with the reversed host of the home page. None if the record has no home page, or
@@ -329,7 +329,7 @@ def command(
     check_version(test_version, seed)
     english, packages = read_index(index)
     source = sources(english, packages)
-    family = families(english, source)
+    family = package_families(english, source)
     pairs = {
         "summarization": lambda: summaries(english),
         "restoration": lambda: restorations(english),
@@ -355,4 +355,4 @@ def command(
 
 
 if __name__ == "__main__":
-    run(command)
+    run_tool(command)

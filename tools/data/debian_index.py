@@ -83,7 +83,7 @@ def fetch_index(target: Path) -> None:
         out.rename(target)
 
 
-def read_index(index: Path) -> tuple[dict[str, Description], list[dict[str, str]]]:
+def read_index(index: Path) -> tuple[dict[str, PackageDescription], list[dict[str, str]]]:
     """Return the English descriptions and the records of all packages.
 
     Fetches the index if the directory does not exist.
@@ -114,7 +114,7 @@ def snapshot(index: Path) -> dict[str, Any]:
     }
 
 
-def read_descriptions(index: Path, language: str) -> dict[str, Description]:
+def read_descriptions(index: Path, language: str) -> dict[str, PackageDescription]:
     """Return the descriptions in a language, by the md5 of the English text.
 
     Raises:
@@ -176,7 +176,7 @@ def _apt(configuration: Path, *command: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class Description:
+class PackageDescription:
     """A description of a package.
 
     Attributes:
@@ -212,7 +212,7 @@ def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
         yield fields
 
 
-def descriptions(lines: Iterable[str], language: str = "en") -> dict[str, Description]:
+def descriptions(lines: Iterable[str], language: str = "en") -> dict[str, PackageDescription]:
     """Return the descriptions of a Translation file, by the md5 of the English text."""
     found = {}
     for fields in stanzas(lines):
@@ -222,12 +222,12 @@ def descriptions(lines: Iterable[str], language: str = "en") -> dict[str, Descri
             synopsis, *rest = (line.strip() for line in text.split("\n"))
             blocks = groupby(rest, lambda line: line == ".")
             paragraphs = tuple(" ".join(block) for separator, block in blocks if not separator)
-            found[md5] = Description(fields.get("Package", ""), synopsis, paragraphs)
+            found[md5] = PackageDescription(fields.get("Package", ""), synopsis, paragraphs)
     return found
 
 
 def sources(
-    english: Mapping[str, Description], packages: Iterable[Mapping[str, str]]
+    english: Mapping[str, PackageDescription], packages: Iterable[Mapping[str, str]]
 ) -> dict[str, list[str]]:
     """Return the sorted names of the source packages with each md5.
 
@@ -264,8 +264,8 @@ def splits_of(
     return {md5: split for md5, split in own.items() if first[family[md5]] == split}
 
 
-def families(
-    english: Mapping[str, Description], source: Mapping[str, Sequence[str]]
+def package_families(
+    english: Mapping[str, PackageDescription], source: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
     """Return the family of each md5.
 

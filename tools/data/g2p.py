@@ -30,7 +30,7 @@ from tools.data.splits import (
     SHARES,
     DataError,
     Line,
-    run,
+    run_tool,
     shuffled,
     split_of,
     stable_hash,
@@ -219,4 +219,4 @@ def command(
 
 
 if __name__ == "__main__":
-    run(command)
+    run_tool(command)

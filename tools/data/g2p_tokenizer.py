@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, pro
 
 from freeexport.system.output import output_directory
 from tools.data.g2p import PREFIX, SEPARATOR
-from tools.data.splits import run
+from tools.data.splits import run_tool
 
 PAD = "<pad>"
 EOS = "</s>"
@@ -111,4 +111,4 @@ def command(out: Path, overwrite: bool, **sizes: int) -> None:
 
 
 if __name__ == "__main__":
-    run(command)
+    run_tool(command)

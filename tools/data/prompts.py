@@ -23,7 +23,13 @@ from typing import Literal, get_args
 import click
 
 from tools.data.debian import SHOWN
-from tools.data.debian_index import Description, families, read_index, snapshot, splits_of
+from tools.data.debian_index import (
+    PackageDescription,
+    package_families,
+    read_index,
+    snapshot,
+    splits_of,
+)
 from tools.data.debian_index import sources as source_packages
 from tools.data.splits import (
     SHARES,
@@ -31,7 +37,7 @@ from tools.data.splits import (
     Line,
     check_version,
     normalised,
-    run,
+    run_tool,
     shuffled,
     split_of,
     stable_hash,
@@ -128,7 +134,7 @@ COMPARE = (
 
 
 @dataclass(frozen=True)
-class Source:
+class Subject:
     """A subject of prompts.
 
     Attributes:
@@ -183,19 +189,19 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 
 
 def packages(
-    english: Mapping[str, Description], records: Sequence[Mapping[str, str]]
-) -> Iterator[Source]:
+    english: Mapping[str, PackageDescription], records: Sequence[Mapping[str, str]]
+) -> Iterator[Subject]:
     """Yield a source per package description.
 
     Of a family in several splits, only the descriptions in the first split are kept.
     """
     package = source_packages(english, records)
-    kept = splits_of(package, families(english, package), "package ")
+    splits = splits_of(package, package_families(english, package), "package ")
     by_md5 = {
         fields["Description-md5"]: fields for fields in records if "Description-md5" in fields
     }
     for md5, text in english.items():
-        if md5 not in kept:
+        if md5 not in splits:
             continue
         fields = by_md5.get(md5, {})
         shown = (
@@ -206,11 +212,11 @@ def packages(
         body = " ".join(" ".join(text.paragraphs).split())
         section = fields.get("Section", "").rpartition("/")[2]
         keys = (f"package source {name}" for name in package[md5])
-        key = next(key for key in keys if split_of(key) == kept[md5])
+        key = next(key for key in keys if split_of(key) == splits[md5])
         yield _source("package", key, text.package, f"section {section}", body, "\n".join(shown))
 
 
-def terms(index: Iterable[str], dictionary: bytes) -> Iterator[Source]:
+def terms(index: Iterable[str], dictionary: bytes) -> Iterator[Subject]:
     """Yield the terms of FOLDOC. Entries that only refer to another are left out."""
     seen = set()
     for line in index:
@@ -233,7 +239,7 @@ def terms(index: Iterable[str], dictionary: bytes) -> Iterator[Source]:
         yield _source("foldoc", f"term {normalised(headword)}", name, group, body)
 
 
-def nouns(data: Iterable[str], counts: Iterable[str]) -> Iterator[Source]:
+def nouns(data: Iterable[str], counts: Iterable[str]) -> Iterator[Subject]:
     """Yield the nouns of WordNet with at least SELDOM occurrences in its texts.
 
     Counts the first sense of each noun. The sentence is the first suitable example.
@@ -260,10 +266,12 @@ def nouns(data: Iterable[str], counts: Iterable[str]) -> Iterator[Source]:
             ]
             sentence = f"{examples[0][0].upper()}{examples[0][1:].rstrip('.')}." if examples else ""
             group = f"class {fields[1]}" if fields[1] in _COMPARABLE else ""
-            yield Source("wordnet", f"term {normalised(name)}", name, group, sentence=sentence)
+            yield Subject("wordnet", f"term {normalised(name)}", name, group, sentence=sentence)
 
 
-def _source(origin: Origin, key: str, name: str, group: str, body: str, record: str = "") -> Source:
+def _source(
+    origin: Origin, key: str, name: str, group: str, body: str, record: str = ""
+) -> Subject:
     words = body.split()
     text = body if SHORTEST_TEXT <= len(words) <= LONGEST_TEXT else ""
     if len(words) > LONGEST_TEXT:
@@ -271,7 +279,7 @@ def _source(origin: Origin, key: str, name: str, group: str, body: str, record: 
         cut = " ".join(words[:LONGEST_TEXT])
         text = cut[: cut.rfind(". ") + 1]
     sentence = _SENTENCE.search(body)
-    return Source(origin, key, name, group, text, sentence.group() if sentence else "", record)
+    return Subject(origin, key, name, group, text, sentence.group() if sentence else "", record)
 
 
 def _number(text: str) -> int:
@@ -291,7 +299,7 @@ def _definition(entry: str) -> str:
 
 
 def prompts(
-    kind: str, sources: Sequence[Source], count: int, seed: int, taken: set[str]
+    kind: str, sources: Sequence[Subject], count: int, seed: int, taken: set[str]
 ) -> list[Line]:
     """Return at most `count` prompts of a kind, equally distributed over origins.
 
@@ -319,8 +327,8 @@ def prompts(
     return found
 
 
-def _lines(kind: str, sources: Iterable[Source]) -> Iterator[Line]:
-    waiting: dict[str, Source] = {}  # by group, until a second source for a comparison follows
+def _lines(kind: str, sources: Iterable[Subject]) -> Iterator[Line]:
+    waiting: dict[str, Subject] = {}  # by group, until a second source for a comparison follows
     for source in sources:
         other = waiting.pop(source.group, None) if kind == "compare" else None
         if kind == "compare" and other is None:
@@ -330,7 +338,7 @@ def _lines(kind: str, sources: Iterable[Source]) -> Iterator[Line]:
             yield line
 
 
-def _line(kind: str, source: Source, other: Source | None) -> Line | None:
+def _line(kind: str, source: Subject, other: Subject | None) -> Line | None:
     """Fill a template of the kind. None if no template's placeholders can be filled."""
     fields = source.fields | ({"other": other.name} if other else {})
     usable = [text for text in KINDS[kind] if set(re.findall(r"\{(\w+)\}", text)) <= fields.keys()]
@@ -444,4 +452,4 @@ def command(
 
 
 if __name__ == "__main__":
-    run(command)
+    run_tool(command)

@@ -27,9 +27,9 @@ import numpy as np
 from freeexport.fit.splits import stable_hash
 from freeexport.system.output import output_directory
 from runtime.audio import RATE, read_audio, resampled
-from tools.data.debian_index import Description, families, read_index
+from tools.data.debian_index import PackageDescription, package_families, read_index
 from tools.data.debian_index import sources as source_packages
-from tools.data.splits import MARKER, DataError, run, shuffled, split_of
+from tools.data.splits import MARKER, DataError, run_tool, shuffled, split_of
 
 LENGTHS = {"short": (3.0, 7.0), "medium": (12.0, 18.0), "long": (23.0, 29.0)}  # seconds
 WORDS_A_SECOND = 2.45
@@ -50,7 +50,7 @@ _WORD = re.compile(r"[A-Za-z]+(?:['-][a-z]+)*")
 _PLAIN = re.compile(r"(?:[A-Z]?[a-z]+(?:['-][a-z]+)*[,;:]?|[aAI],?)")
 
 
-def plain_texts(english: Mapping[str, Description]) -> dict[str, list[str]]:
+def plain_texts(english: Mapping[str, PackageDescription]) -> dict[str, list[str]]:
     """Return the sentences of common words in each description, by md5."""
     counts = Counter(
         word.lower()
@@ -78,7 +78,7 @@ def plain_texts(english: Mapping[str, Description]) -> dict[str, list[str]]:
     return found
 
 
-def examples(wordnet: Path) -> dict[str, list[str]]:
+def example_sentences(wordnet: Path) -> dict[str, list[str]]:
     """Return WordNet's examples with at least five plain words as sentences, by synset."""
     found = dict[str, list[str]]()
     for path in sorted(wordnet.glob("data.*")):
@@ -198,7 +198,7 @@ def main(
 ) -> None:
     """Write clips of speech and their texts to the directory OUT."""
     english, packages = read_index(index)
-    family = families(english, source_packages(english, packages))
+    family = package_families(english, source_packages(english, packages))
     speakers = {"espeak-ng": espeak, **({"hibari": hibari()} if voices == "both" else {})}
     sizes = dict(zip(("train", "validation", "test"), wanted, strict=True))
     lines: dict[str, list[dict[str, object]]] = {split: [] for split in sizes}
@@ -206,7 +206,7 @@ def main(
         for split in sizes:
             (directory / split).mkdir()
         sources = [clips(plain_texts(english), family)] + (
-            [clips(examples(wordnet), {})] if wordnet else []
+            [clips(example_sentences(wordnet), {})] if wordnet else []
         )
         for split, length, text in chain.from_iterable(zip(*sources, strict=False)):
             if all(len(found) == sizes[name] for name, found in lines.items()):
@@ -246,4 +246,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

@@ -134,7 +134,7 @@ def write_data_set(
     click.echo(f"{out}: " + ", ".join(f"{size} {name}" for name, size in sizes.items()))
 
 
-def run(tool: click.Command) -> None:
+def run_tool(tool: click.Command) -> None:
     """Run a command as a program. FreeExportError prints one line and exits with code 1."""
     try:
         tool(standalone_mode=True)

@@ -107,7 +107,7 @@ def correctness(bench: Bench) -> dict[str, Any]:
         AssertionError: If fp32 gives other tokens.
     """
     want = _decoded(bench.bundle("cpu", "fp32"), "cpu")
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "where": bench.device or "the graphs of target cuda, on the CPU provider"
     }
     for precision in ("fp32", "fp16") if bench.device else ("fp32",):
@@ -115,13 +115,13 @@ def correctness(bench: Bench) -> dict[str, Any]:
         pairs = list(zip(got, want, strict=True))
         same_tokens = sum(ours[0] == theirs[0] for ours, theirs in pairs)
         same_exits = sum(ours[1] == theirs[1] for ours, theirs in pairs)
-        found[precision] = {
+        result[precision] = {
             "tokens": same_tokens / len(want),
             "exits": same_exits / len(want),
         }
-    if found["fp32"]["tokens"] < 1.0:
-        raise AssertionError(f"tokens in fp32 differ from those of the CPU: {found}")
-    return found
+    if result["fp32"]["tokens"] < 1.0:
+        raise AssertionError(f"tokens in fp32 differ from those of the CPU: {result}")
+    return result
 
 
 def lanes(bench: Bench) -> dict[str, Any]:
@@ -135,16 +135,16 @@ def lanes(bench: Bench) -> dict[str, Any]:
     device = bench.card()
     path = bench.bundle("cuda", "fp16")
     tokens = None
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, options in LANES.items():
         with Session(path, device=device, **options) as session:
-            found[name], got = _speeds(session, bench.tokens)
+            result[name], got = _speeds(session, bench.tokens)
         tokens = tokens or got
         if got != tokens:
             raise AssertionError(f"{name!r} does not give the tokens of 'in turn'")
     with Session(bench.bundle("cpu", "fp32")) as session:
-        found["cpu, fp32"], _ = _speeds(session, bench.tokens)
-    return found
+        result["cpu, fp32"], _ = _speeds(session, bench.tokens)
+    return result
 
 
 def timeline(bench: Bench) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def usable(device: str) -> tuple[str | None, str]:
     return str(wanted), ""
 
 
-def run(bench: Bench, name: str) -> dict[str, Any]:
+def run_step(bench: Bench, name: str) -> dict[str, Any]:
     """Run a step. Returns its result, or why it has none."""
     click.echo(f"{name} ...", err=True)
     try:
@@ -274,7 +274,7 @@ def main(
             device=found,
             no_device=why,
         )
-        steps = {name: run(bench, name) for name in STEPS}
+        steps = {name: run_step(bench, name) for name in STEPS}
     report = {"card": found or "no card was found", "why": why, "model": model.name, "steps": steps}
     text = json.dumps(report, indent=2)
     click.echo(text)

@@ -49,20 +49,20 @@ def check_graph(model: onnx.ModelProto, name: str, table: Mapping[str, Any]) -> 
     graph = model.graph
     types = {value.name: _type_name(value.type.tensor_type.elem_type) for value in graph.input}
     types.update({tensor.name: _type_name(tensor.data_type) for tensor in graph.initializer})
-    found = []
+    unsupported = []
     for opset in model.opset_import:
         if OPSETS.get(opset.domain) != opset.version:
             domain = opset.domain or "ai.onnx"
-            found.append(f"{name}: {domain} graph: opset {opset.version} is not in the table")
+            unsupported.append(f"{name}: {domain} graph: opset {opset.version} is not in the table")
     for node in graph.node:
         operator = f"{node.domain}|{node.op_type}"
         known = table["operators"].get(operator)
         problem = _problem(node, operator, known, types) if known else "no kernel is registered"
         if problem:
-            found.append(f"{name}: {node.op_type} {node.name or node.output[0]}: {problem}")
+            unsupported.append(f"{name}: {node.op_type} {node.name or node.output[0]}: {problem}")
         if known:
             types.update(_output_types(node, known, types))
-    return found
+    return unsupported
 
 
 def _problem(node: onnx.NodeProto, operator: str, known: Known, types: Mapping[str, str]) -> str:
@@ -92,15 +92,15 @@ def _bound(node: onnx.NodeProto, known: Known, types: Mapping[str, str]) -> dict
     """Return a node's type for each type parameter, and for each input and output by its formal
     name.
     """
-    found: dict[str, str] = {}
+    bounds: dict[str, str] = {}
     for number, value in enumerate(node.input):
         if value and known["inputs"]:
             formal, parameter = known["inputs"][min(number, len(known["inputs"]) - 1)]
-            found[parameter] = found[formal] = types.get(value, "unknown")
+            bounds[parameter] = bounds[formal] = types.get(value, "unknown")
     for attribute in node.attribute:
         if node.op_type == "Cast" and attribute.name == "to":
-            found[known["outputs"][0][1]] = _type_name(attribute.i)
-    return found
+            bounds[known["outputs"][0][1]] = _type_name(attribute.i)
+    return bounds
 
 
 def _output_types(
@@ -172,25 +172,25 @@ def dump() -> dict[str, Any]:
 
 def _entry(schema: Any, kernels: list[Any]) -> dict[str, Any]:
     since = schema.since_version
-    found = set()
+    unique = set()
     for kernel in kernels:
         start, end = kernel.version_range
         # A kernel without an end supports its start version only (KernelRegistry::VerifyKernelDef).
         if start == since or (start < since <= end and end != 2**31 - 1):
             constraints = sorted(kernel.type_constraints.items())
             types_by_name = {name: sorted(map(_plain, types)) for name, types in constraints}
-            found.add(json.dumps(types_by_name))
+            unique.add(json.dumps(types_by_name))
     return {
         "since": since,
         "inputs": [[formal.name, _plain(formal.typeStr)] for formal in schema.inputs],
         "variadic": any("Variadic" in str(formal.option) for formal in schema.inputs),
         "outputs": [[formal.name, _plain(formal.typeStr)] for formal in schema.outputs],
         "attributes": sorted(schema.attributes),
-        "kernels": [json.loads(kernel) for kernel in sorted(found)],
+        "kernels": [json.loads(kernel) for kernel in sorted(unique)],
     }
 
 
-def write(content: Mapping[str, Any], path: Path = TABLE) -> None:
+def write_table(content: Mapping[str, Any], path: Path = TABLE) -> None:
     """Write a table with one line per operator, for readable diffs."""
     head = {key: value for key, value in content.items() if key != "operators"}
     lines = [
@@ -203,11 +203,11 @@ def write(content: Mapping[str, Any], path: Path = TABLE) -> None:
 def check_bundle(bundle: Path, table: Mapping[str, Any]) -> list[str]:
     """Return the nodes without a kernel in all graphs of a directory."""
     graphs = sorted(bundle.glob("*.onnx"))
-    found = []
+    problems = []
     for path in graphs:
         model = onnx.load(path, load_external_data=False)
-        found += check_graph(model, path.stem, table)
-    return found
+        problems += check_graph(model, path.stem, table)
+    return problems
 
 
 def main() -> int:
@@ -222,7 +222,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if arguments.dump:
-        write(dump())
+        write_table(dump())
     if arguments.bundle is None:
         return 0 if arguments.dump else parser.error("give a bundle, or --dump")
     if not list(arguments.bundle.glob("*.onnx")):

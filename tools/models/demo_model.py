@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 
 from freeexport.system.machine import multiplies_bfloat16
-from tools.data.splits import DataError, run
+from tools.data.splits import DataError, run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "freeexport" / "data" / "g2p"
@@ -175,4 +175,4 @@ def command(work: Path, replace: bool) -> None:
 
 
 if __name__ == "__main__":
-    run(command)
+    run_tool(command)

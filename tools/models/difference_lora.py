@@ -25,7 +25,7 @@ from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, write_exit
 from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from freeexport.system.output import output_directory
 from freeexport.training.tuning import resolved
-from tools.data.splits import run
+from tools.data.splits import run_tool
 
 LAYER = ".layers."  # in the names of adapted weights
 
@@ -104,4 +104,4 @@ def command(base: str, tuned: str, out: Path, rank: int, overwrite: bool) -> Non
 
 
 if __name__ == "__main__":
-    run(command)
+    run_tool(command)

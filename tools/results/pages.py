@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from freeexport.metrics import metric_of
 from freeexport.system.sheet import plus_minus
+from freeexport.task_metrics import metric_of
 from tools.results.measure import LOOKS, result_file
 from tools.results.rows import ROWS, ResultRow
 

@@ -111,9 +111,9 @@ WHOLE = {"onnxruntime-gpu": "1.31.1", "cuda-bindings": "13.5.0", "nvidia-cudnn-c
     ("missing", "driver", "problem"),
     [
         (None, 13000, None),
-        (None, 12040, "built for CUDA 13.0, and the driver runs up to 12.4; install a newer driver"),
-        (None, 0, "no NVIDIA driver is loaded here"),
-        ("cuda-bindings", 0, "needs cuda-python; pip install 'freeexport[gpu]'"),
+        (None, 12040, "requires CUDA 13.0, but the driver supports up to 12.4; install a newer driver"),
+        (None, 0, "no NVIDIA driver is loaded"),
+        ("cuda-bindings", 0, "require cuda-python; pip install 'freeexport[gpu]'"),
         ("nvidia-cudnn-cu13", 13000, "cuDNN 9 is not among the packages"),
     ],
 )

@@ -104,7 +104,7 @@ def test_an_empty_answer_to_a_raw_prompt_hints_at_the_chat_template_once(
     result = silent("Hi", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["text"] == ""
-    assert result.stderr == "hint: the answer is empty, and this bundle has a chat template; try --chat\n"
+    assert result.stderr == "hint: the output is empty and this bundle has a chat template; try --chat\n"
     assert "--chat" not in silent("Hi", "--chat").stderr
     (tmp_path / "in.jsonl").write_text('{"input": "Hi"}\n' * 3)
     result = silent("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"))
@@ -152,11 +152,11 @@ def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("Hi", "-o", "top_k"), "'top_k' is no NAME=VALUE"),
-        (("Hi", "--batch-size", "2"), "go with --input"),
-        (("Hi", "--input", "in"), "--input goes without PROMPT"),
+        (("Hi", "-o", "top_k"), "'top_k' is not NAME=VALUE"),
+        (("Hi", "--batch-size", "2"), "require --input"),
+        (("Hi", "--input", "in"), "--input and PROMPT are mutually exclusive; use one"),
         (("--input", "in", "--resume", "--overwrite"), "contradict each other"),
-        (("--input", "in", "--predicted-output", "draft"), "--predicted-output is for one PROMPT"),
+        (("--input", "in", "--predicted-output", "draft"), "--predicted-output requires PROMPT"),
         (("--input", "in", "--output", "out", "--batch-size", "0"), "0 is not in the range"),
     ],
 )
@@ -186,7 +186,7 @@ def test_a_device_is_where_the_session_runs(bundle: Bundles, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("machine", "target", "device", "message"),
     [
-        ({"driver": 0}, "cuda", "cuda:0", "no NVIDIA driver is loaded here"),
+        ({"driver": 0}, "cuda", "cuda:0", "no NVIDIA driver is loaded"),
         ({}, "cpu", "cuda:0", "convert again with --target cuda"),
         ({}, "cuda", "gpu", "device is 'gpu'; choose 'cpu', or 'cuda:0'"),
     ],

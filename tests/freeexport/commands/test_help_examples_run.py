@@ -109,7 +109,7 @@ def test_an_example_of_the_help_runs(
     monkeypatch.setattr(demo, "MEASURED", 4)
     monkeypatch.setattr(demo, "ROUNDS", 1)
     monkeypatch.setattr(demo, "smollm2", demo.g2p)  # as many steps, of a model that is 40 times smaller
-    monkeypatch.setattr("freeexport.serving.server.run", serve)
+    monkeypatch.setattr("freeexport.serving.server.run_server", serve)
     done = invoke(verb, *given, *shlex.split(SHORTER.get(verb, "")))
     if done.exit_code != 0:
         expected = next((error for word, error in DEVICES.items() if word in line), None)

@@ -52,7 +52,7 @@ def test_the_first_line_is_the_mode_and_what_it_gives(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[0].startswith("mode lossless, as no threshold is calibrated")
     assert row(result, "threshold") == "1 (not calibrated)"
     result = inspect(write_bundle(tmp_path / "calibrated", threshold=0.8125))
-    assert result.stdout.splitlines()[0] == "mode free, threshold 0.812: gain not known"
+    assert result.stdout.splitlines()[0] == "mode free, threshold 0.812: speedup unknown"
 
 
 def test_calibrated_threshold_and_break_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_calibrated_threshold_and_break_even(tmp_path: Path, monkeypatch: pytest
     assert row(result, "deep 1") == "20.00 ms"
     monkeypatch.setattr(counting, "decoder_bytes", lambda bundle: (EngineBytes(1e7, 0, 1e6), EngineBytes(2e7, 0, 1e6)))
     result = inspect(write_bundle(tmp_path / "busy", exit_trained=True, costs=replace(COSTS, busy=1.3)))
-    assert row(result, "measured while busy") == "others kept 1.3 cores busy; convert again when idle"
+    assert row(result, "measured while busy") == "others kept 1.3 cores busy; convert again on an idle machine"
     assert "by the bytes that are read" in row(result, "break-even")
     assert "by the bytes that are read" in " ".join(result.stdout.split())
 
@@ -123,4 +123,4 @@ def test_a_report_of_another_kind_is_an_error_that_says_what_to_do(report: dict[
     bundle = write_bundle(tmp_path / "bundle")
     (bundle / "verification.json").write_text(json.dumps(report))
     result = inspect(bundle)
-    assert error(result).startswith("error: verification.json is no report")
+    assert error(result).startswith("error: verification.json is not a valid report")

@@ -19,7 +19,7 @@ def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: 
     options = ("--name", "chat", "--name", "t5", "--port", "0", "--threads", "1", "--shutdown-timeout", "60")
     with command(str(chat), str(t5), *options) as (process, url, said):
         assert "serving chat, t5 on" in said[-1]
-        assert "/v1; chat: mode lossless, as no threshold is calibrated: the tokens of mode full" in said[-1]
+        assert "/v1; chat: mode lossless, no threshold is calibrated: the tokens of mode full" in said[-1]
         asked = {"model": "chat", "messages": MESSAGES, "max_tokens": 200, **ENDLESS}
         answers: list[Any] = []
 
@@ -78,7 +78,7 @@ def test_a_port_in_use_is_named_before_anything_is_loaded(tmp_path: Path) -> Non
 
 def test_bundles_that_cannot_be_served_are_named(tmp_path: Path, chat: Path) -> None:
     missing = refused("--port", "0")
-    assert "no bundle is named" in missing
+    assert "no bundle is given" in missing
     assert set(re.findall(r"--[a-z-]+", missing)) <= set(re.findall(r"--[a-z-]+", invoke("serve", "--help-all").stdout))
     assert f"{tmp_path / 'missing'}" in refused(str(tmp_path / "missing"), "--port", "0")
     assert "two bundles are named 'llama-long'" in refused(str(chat), str(chat), "--port", "0")

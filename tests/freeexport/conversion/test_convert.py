@@ -29,7 +29,7 @@ from freeexport.checkpoints.examples import known_ends
 from freeexport.system.child import run_child
 from freeexport.system.page import human_bytes
 from freeexport.verification.verification import VerificationError, write_report
-from graphs.families import supported
+from graphs.families import supported_architectures
 from graphs.weights import WeightFile
 from runtime import Bundle, Session
 from runtime.bundle.manifest import MANIFEST
@@ -135,8 +135,8 @@ def test_defaults_are_those_of_the_model_and_json_is_the_manifest(checkpoint: Ch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--build",), "--build is for --target tensorrt"),
-        ((), "is a bundle already; give a checkpoint, or leave out OUT and give --build"),
+        (("--build",), "--build requires --target tensorrt"),
+        ((), "is already a bundle; give a checkpoint, or omit OUT and give --build"),
     ],
 )
 def test_build_is_for_tensorrt_and_a_bundle_is_no_checkpoint(
@@ -211,7 +211,7 @@ def test_a_weight_out_of_range_of_fp16_is_refused_by_its_name(changed: Callable[
 def test_another_architecture_is_refused_with_those_supported(changed: Callable[..., Path], place: Path) -> None:
     line = failed(convert(changed(LLAMA, model_type="bert", architectures=["Other"]), place / "out", *FAST))
     assert "'bert' is not supported" in line
-    assert all(name in line for name in supported())
+    assert all(name in line for name in supported_architectures())
     assert os.listdir(place) == []
 
 
@@ -305,7 +305,7 @@ def test_what_stands_at_out_is_refused_before_the_model_is_opened(bundle: Bundle
     (place / "file").write_text("x")
     for arguments in ((), ("--overwrite",)):
         line = failed(convert(place / "no-model", place / "file", *FAST, *arguments))
-        assert "exists and is not what this command writes" in line
+        assert "exists and was not written by this command" in line
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(
@@ -396,7 +396,7 @@ def test_what_is_no_refused_bundle_is_never_replaced(checkpoint: Checkpoint, pla
     assert f"{other} holds a verified bundle" in failed(convert(checkpoint(LLAMA), place / "out"))
     assert digest(other) == before
     (other / MANIFEST).unlink()
-    assert f"{other} exists and is not what this command writes" in failed(convert(checkpoint(LLAMA), place / "out"))
+    assert f"{other} exists and was not written by this command" in failed(convert(checkpoint(LLAMA), place / "out"))
     assert os.listdir(place) == ["out.unverified"]
 
 

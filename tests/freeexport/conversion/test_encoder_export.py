@@ -13,7 +13,7 @@ from freeexport.checkpoints.checkpoint import CheckpointError
 from freeexport.conversion import encoder_export
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.verification.reference import TIE, compare
+from freeexport.verification.greedy import TIE, compare_greedy
 from freeexport.verification.verification import failure, verify
 from graphs.errors import UnsupportedModelError
 from runtime import Bundle, Session
@@ -47,7 +47,7 @@ def assert_converted(bundle: Path, model: Any, directory: Path) -> None:
     assert report["passed"], failure(report)
     assert report["checks"][0]["tensor"] == "encoder hidden"
     with Session(bundle, slots=1, threads=1) as session:
-        comparisons = list(compare(session, model, prompts(), new_tokens=24))
+        comparisons = list(compare_greedy(session, model, prompts(), new_tokens=24))
         texts = {tuple(session.generate(prompt, mode="full", max_new_tokens=24).token_ids) for prompt in prompts()}
     assert all(comparison.passed(TIE) for comparison in comparisons)
     assert len(texts) == len(LENGTHS)

@@ -322,7 +322,7 @@ def test_convert_names_the_exits_that_fit(
     result = succeed("convert", model, out, "--verify", "none")
     lines = result.stdout.splitlines()
     assert lines[-1] == (
-        "ready-made exits that fit these weights: layers; to use one: "
+        "ready-made exits for these weights: layers; apply one with: "
         f"freeexport convert {model} {out} --exit layers --overwrite"
     )
     result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", sampled)

@@ -22,11 +22,11 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion import rounding_data
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.rounding_data import RoundedWeights, round_for_text
-from freeexport.verification.reference import predictions_on, quality_of
+from freeexport.verification.divergence import predictions_on, quality_of
 from graphs.engine_options import EngineOptions
 from graphs.families import describe
 from graphs.quantization.inputs import round_4_bits_for
-from graphs.quantization.rounding import IntegerScheme, Rounded, values_of
+from graphs.quantization.rounding import IntegerScheme, Rounded, dequantize
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Kernels
 
@@ -111,7 +111,7 @@ def test_each_layer_is_rounded_for_what_the_rounded_layers_before_give(
             np.testing.assert_allclose(moments, sums[name], atol=2e-4 * np.diag(sums[name]).max())
         with torch.no_grad():
             for name, module in members.items():
-                module.weight.copy_(torch.from_numpy(values_of(found[name])[:, : module.in_features]))
+                module.weight.copy_(torch.from_numpy(dequantize(found[name])[:, : module.in_features]))
 
 
 def layer_of(name: str) -> str:

@@ -15,7 +15,7 @@ from device_cases import EXITS
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion.options import ConvertOptions, engine_options
-from freeexport.verification.engines import QUICK
+from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import failure, verify
 from graphs.description import ForeignEncoder
 from graphs.engine_options import EngineOptions

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import BY_NAME, CASES, Case
 from command_line import invoke, succeed
 
-from freeexport.verification.engines import QUICK
+from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
 

@@ -26,8 +26,8 @@ from freeexport.evaluate import measure, page, tables
 from freeexport.evaluate.records import OUTPUTS, RUN
 from freeexport.evaluate.settings import METHODS
 from freeexport.evaluate.verdicts import verdicts
-from freeexport.metrics import metric_of
 from freeexport.system.environment import commit_of
+from freeexport.task_metrics import metric_of
 from runtime import Session, kernels
 from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.manifest import MANIFEST

@@ -15,7 +15,7 @@ from freeexport.evaluate.records import Record
 from freeexport.evaluate.scores import rows_of, score, speed_interval
 from freeexport.evaluate.settings import Entry, Setting
 from freeexport.evaluate.verdicts import FEWEST_LINES, curves_of, verdicts
-from freeexport.metrics import Reference, metric_of
+from freeexport.task_metrics import Reference, metric_of
 from runtime.bundle.bundle import Bundle
 
 FULL, FREE, STATIC = Setting("full"), Setting("free", 0.5), Setting("static")

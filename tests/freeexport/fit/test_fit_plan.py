@@ -16,7 +16,7 @@ from freeexport.fit import plan as planning
 from freeexport.fit.plan import FitOptions, Texts, describe_plan, make_plan
 from freeexport.fit.splits import read_lines
 from freeexport.fit.steps import Places, fit, steps_of
-from freeexport.metrics import MetricError
+from freeexport.task_metrics import MetricError
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import step_speed
 from runtime.errors import OptionError

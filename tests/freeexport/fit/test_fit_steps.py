@@ -18,9 +18,9 @@ from freeexport.fit import plan, steps
 from freeexport.fit.paper import SEEDS, comparison, written
 from freeexport.fit.plan import FitOptions
 from freeexport.fit.steps import Places, conclude, fit, planned, steps_of
-from freeexport.metrics import Reference, metric_of
 from freeexport.system.child import ChildError
 from freeexport.system.output import OutputError
+from freeexport.task_metrics import Reference, metric_of
 from runtime import Bundle, Session
 from runtime.errors import FreeExportError, OptionError
 
@@ -181,7 +181,7 @@ def test_what_is_not_ours_is_not_replaced(options: Options) -> None:
         place = given.out.with_name(name)
         place.mkdir()
         (place / "mine").touch()
-        with pytest.raises(OutputError, match="not what this command writes"):
+        with pytest.raises(OutputError, match="was not written by this command"):
             planned(given, keep=True)
         (place / "mine").unlink()
         place.rmdir()

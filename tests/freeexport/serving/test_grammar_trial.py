@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from freeexport.serving import grammar_trial
+from freeexport.serving.errors import ApiError
 from freeexport.serving.grammar_trial import GrammarTrial
-from freeexport.serving.protocol import ApiError
 from runtime import OptionError
 
 pytest.importorskip("llguidance")
@@ -36,7 +36,7 @@ def test_what_compiles_passes_and_what_does_not_is_said(chat: Path) -> None:
         await trial.check("choice", '["yes", "n\u00f6"]')
         with pytest.raises(OptionError, match=r"regex cannot be used: .*unclosed"):
             await trial.check("regex", "(")
-        with pytest.raises(OptionError, match="it may force 6,250,000 letters at once"):
+        with pytest.raises(OptionError, match="it may force 6,250,000 characters at once"):
             await trial.check("regex", "(((a{50}){50}){50}){50}")
         process = trial._process
         await trial.check("json_schema", '{"type": "object"}')
@@ -107,7 +107,7 @@ def test_a_constraint_waits_for_others_only_so_long(chat: Path, monkeypatch: pyt
     async def use(trial: GrammarTrial) -> None:
         monkeypatch.setattr(grammar_trial, "WAIT_SECONDS", 0.1)
         async with trial._turn:
-            with pytest.raises(ApiError, match="others are compiled") as caught:
+            with pytest.raises(ApiError, match="busy with other requests") as caught:
                 await trial.check("regex", "a+")
         assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "1"})
 

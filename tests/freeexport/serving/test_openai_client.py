@@ -202,7 +202,7 @@ def test_a_response_of_a_schema_is_of_it(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported; nothing is stored"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported; responses are not stored"),
         ({"tools": [{"type": "web_search"}]}, "tools.*Invalid enum value 'web_search'"),
         ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "output is missing"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content.0..type 'input_image' is not"),
@@ -260,7 +260,7 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, session: S
 @pytest.mark.parametrize(
     ("given", "kind", "param", "message"),
     [
-        ({"model": "gpt-9"}, openai.NotFoundError, "model", "there is no model 'gpt-9'; choose 'chat' or 't5'"),
+        ({"model": "gpt-9"}, openai.NotFoundError, "model", "model 'gpt-9' not found; choose 'chat' or 't5'"),
         ({"model": "t5"}, openai.BadRequestError, "prompt", "no chat template"),
         ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools[0]", "missing required field `function`"),
         ({"temperature": -1}, openai.BadRequestError, "temperature", "temperature is -1"),
@@ -283,7 +283,7 @@ def test_a_wrong_key_and_a_body_that_is_too_large(chat: Path) -> None:
     with running(chat, api_key="right", max_body=20_000) as server:
         base = f"{server.url}/v1"
         with openai.OpenAI(base_url=base, api_key="wrong", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
+            with pytest.raises(openai.AuthenticationError, match="missing or invalid API key"):
                 client.chat.completions.create(model="llama-long", messages=MESSAGES)
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()

@@ -36,8 +36,8 @@ def test_litellm(server: Running, expected: GenerationResult, monkeypatch: pytes
     chunks = list(litellm.completion(**asked, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
     for wrong, kind, message in (
-        ({"api_key": "wrong"}, litellm.AuthenticationError, "API key is missing or wrong"),
-        ({"model": "openai/gpt-9"}, litellm.NotFoundError, "there is no model 'gpt-9'"),
+        ({"api_key": "wrong"}, litellm.AuthenticationError, "missing or invalid API key"),
+        ({"model": "openai/gpt-9"}, litellm.NotFoundError, "model 'gpt-9' not found"),
         ({"temperature": -1}, litellm.BadRequestError, "temperature is -1"),
     ):
         with pytest.raises(kind, match=message):

@@ -21,7 +21,9 @@ import httpx
 import pytest
 from running_server import MESSAGES, Running, command, eventually, read, status
 
-from freeexport.serving.protocol import ApiError, ChatRequest, parse
+from freeexport.serving.errors import ApiError
+from freeexport.serving.parsing import parse
+from freeexport.serving.protocol import ChatRequest
 from freeexport.serving.server import LogWriter
 from runtime import GenerationOptions
 
@@ -75,12 +77,12 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"enum": ["x
         (CHAT, {"messages": MESSAGES, "prediction": {"type": "content", "content": WORDS[:260_000]}, "max_tokens": 1},
          200, ""),
         (TEXT, {"prompt": "x", "max_tokens": 1, "n": 60, "logit_bias": BIASES}, 200, ""),
-        ("/detokenize", {"tokens": [5] * 2_000_000}, 400, "tokens has 2000000 ids; give at most 4096 at once"),
+        ("/detokenize", {"tokens": [5] * 2_000_000}, 400, "tokens has 2000000 ids; send at most 4096"),
         (TEXT, {"prompt": "x", "max_tokens": 1, "structured_outputs": {"json": WIDE}}, 200, ""),
         (TEXT, {"prompt": "x", "structured_outputs": {"json": {"enum": ["x" * 4_000_000]}}}, 400, "at most 262144"),
         (CHAT, {"messages": MESSAGES, "tools": [TOOL]}, 400, TOKENS),
         ("/v1/responses", {"input": [CALL] * 10_000}, 400, TOKENS),
-        (TEXT, {"prompt": "x", **dict.fromkeys(map(str, range(300_000)), 1)}, 400, "300001 fields, at most 100"),
+        (TEXT, {"prompt": "x", **dict.fromkeys(map(str, range(300_000)), 1)}, 400, "300001 fields; send at most 100"),
     ],
     ids=["text", "chat", "long", "prompt", "empty", "messages", "role", "prediction", "biases", "ids", "wide", "schema",
          "tools", "calls", "fields"],
@@ -268,6 +270,6 @@ def test_without_file_descriptors_there_is_a_line_a_second(chat: Path) -> None:
         _, said = process.communicate(timeout=20)
         seconds = time.monotonic() - began
     lines = said.splitlines()
-    assert 1 <= sum("no file descriptor is left" in line for line in lines) <= seconds + 1
+    assert 1 <= sum("out of file descriptors" in line for line in lines) <= seconds + 1
     assert len(lines) < seconds + 4
     assert "Traceback" not in said

@@ -1,4 +1,4 @@
-"""The OpenAPI document and its page; requests made at random from it, by schemathesis where it is installed."""
+"""The OpenAPI document; requests made at random from it, by schemathesis where it is installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from profiles import SEARCH, TIMES
 from running_server import Running
 
 from freeexport.serving.openapi import POST, document
-from freeexport.serving.protocol import HARMLESS, NEUTRAL
+from freeexport.serving.parsing import HARMLESS, NEUTRAL
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
 
@@ -30,22 +30,13 @@ def test_the_document_describes_every_path_and_what_it_refers_to() -> None:
     made = document()
     served = application(Service(ServerOptions([Path("bundle")]), print))
     paths = {re.sub(":path", "", route.path) for route in served.routes}  # type: ignore[attr-defined]
-    assert set(made["paths"]) == paths - {"/docs"}
+    assert set(made["paths"]) == paths
     schemas = made["components"]["schemas"]
     assert set(re.findall(r"#/components/schemas/(\w+)", str(made))) <= schemas.keys()
     for _, kind, _ in POST.values():
         assert set(schemas[kind.__name__]["properties"]) == {*kind.__struct_fields__, *NEUTRAL, *HARMLESS}
     assert "security" not in made
     assert document(guarded=True)["security"] == [{"key": []}]
-
-
-def test_document_and_page_are_served_and_the_page_needs_nothing_else(http: httpx.Client) -> None:
-    made = http.get("/openapi.json").json()
-    page = http.get("/docs")
-    assert page.headers["content-type"].startswith("text/html")
-    assert all(f"<code>{path}</code>" in page.text for path in made["paths"])
-    assert set(re.findall(r'(?:src|href)="([^"#]+)', page.text)) == {"openapi.json"}
-    assert all(f'id="{name}"' in page.text for name in re.findall(r'href="#(\w+)"', page.text))
 
 
 @pytest.mark.parametrize(

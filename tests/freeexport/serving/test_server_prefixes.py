@@ -90,6 +90,6 @@ def test_the_command_keeps_prefixes_on_a_cpu(
     given: list[str], expected: int, chat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served: list[SessionOptions] = []
-    monkeypatch.setattr(serving, "run", lambda options, host, port: served.append(options.session))
+    monkeypatch.setattr(serving, "run_server", lambda options, host, port: served.append(options.session))
     succeed("serve", chat, *given)
     assert served[0].prefix_cache_mb == expected

@@ -7,7 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest, api_error, parse
+from freeexport.serving.errors import ApiError, api_error
+from freeexport.serving.parsing import parse
+from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from runtime import EngineError, OptionError, PromptError, QueueFullError
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
@@ -85,9 +87,9 @@ def test_a_wrong_choice_is_told_the_choices(fields: dict[str, Any], message: str
         (b'{"messages": [{"role": "user", "content": "\xff"}]}', "the body is not JSON"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON"),
         (b'{"functions": "\xff"}', "functions is not supported"),
-        (b"[]", "the body is no JSON object"),
-        (b"null", "the body is no JSON object"),
-        (b"[" * 100_000, "the body is no JSON object"),
+        (b"[]", "the body is not a JSON object"),
+        (b"null", "the body is not a JSON object"),
+        (b"[" * 100_000, "the body is not a JSON object"),
         (b'{"a": ' + b"[" * 100_000, "the body is not JSON"),
         (b'{"messages": []}', "messages: Expected `array` of length >= 1"),
         (b"{}", "the body: Object missing required field `messages`"),
@@ -126,16 +128,16 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
         (TEXT, {"logprobs": 6}, "logprobs", "logprobs: Expected `int` <= 5"),
         (TEXT, {"logprobs": -1}, "logprobs", "logprobs: Expected `int` >= 0"),
         (TEXT, {"logprobs": True}, "logprobs", "logprobs: Expected `int | null`, got `bool`"),
-        (TEXT, {"top_logprobs": 2}, "top_logprobs", "in completions, logprobs is how many"),
+        (TEXT, {"top_logprobs": 2}, "top_logprobs", "set logprobs to the number of alternatives"),
         (CHAT, {"prediction": "ab"}, "prediction", "prediction"),
         (CHAT, {"prediction": {"type": "answer", "content": "ab"}}, "prediction.type", "prediction.type"),
         (CHAT, {"prediction": {"type": "content"}}, "prediction", "prediction"),
         (CHAT, {"prediction": {**PREDICTION, "more": 1}}, "prediction", "prediction"),
         (CHAT, {"prediction": PREDICTION, "free": {"mode": "full"}}, "prediction", "which drafts nothing"),
-        (TEXT, {"echo": True, "logprobs": 1}, "echo", "which tokens of a prompt do not have"),
+        (TEXT, {"echo": True, "logprobs": 1}, "echo", "which prompt tokens do not have"),
         (TEXT, {"prompt": []}, "prompt", "is an empty list"),
-        (TEXT, {"prompt": [1, "a"]}, "prompt", "mixes texts and token ids"),
-        (TEXT, {"prompt": ["a", [1]]}, "prompt", "mixes texts and token ids"),
+        (TEXT, {"prompt": [1, "a"]}, "prompt", "mixes text and token ids"),
+        (TEXT, {"prompt": ["a", [1]]}, "prompt", "mixes text and token ids"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(

@@ -15,8 +15,18 @@ import pytest
 from pydantic import BaseModel
 from running_server import MESSAGES, Running, running
 
-from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest, parse
-from freeexport.serving.tools import CallForm, CallReader, calls_grammar, constraint, form_of, read_calls, shown
+from freeexport.serving.errors import ApiError
+from freeexport.serving.parsing import parse
+from freeexport.serving.protocol import ChatRequest, CompletionRequest
+from freeexport.serving.tools import (
+    CallForm,
+    CallReader,
+    calls_grammar,
+    constraint,
+    form_of,
+    read_calls,
+    tools_as_text,
+)
 from runtime import Session
 from runtime.text.grammar import Grammars
 
@@ -146,13 +156,13 @@ def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
                 {"role": "assistant", "content": "",
                  "tool_calls": [{"id": "1", "type": "function", "function": {"name": "clock", "arguments": {}}}]},
                 {"role": "tool", "content": "noon", "tool_call_id": "1"}]  # fmt: skip
-    told = shown(messages, TOOLS, CallForm(shown=False))
+    told = tools_as_text(messages, TOOLS, CallForm(shown=False))
     assert [message["role"] for message in told] == ["system", "user", "assistant", "user"]
     assert told[0]["content"].startswith("Be brief.\n\n# Functions")
     assert '{"name": "clock"}' in told[0]["content"]
     assert told[2]["content"] == written(MARKED, NOW)
     assert told[3]["content"] == "<tool_response>\nnoon\n</tool_response>"
-    assert shown(MESSAGES, TOOLS, MARKED)[0]["role"] == "system"
+    assert tools_as_text(MESSAGES, TOOLS, MARKED)[0]["role"] == "system"
 
 
 @pytest.mark.parametrize(
@@ -160,10 +170,10 @@ def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
     [
         ({"tools": [{"type": "web"}]}, "tools[0].type", "Invalid enum value"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "regex"),
-        ({"tools": [CLOCK, CLOCK]}, "tools[1].function.name", "used twice"),
+        ({"tools": [CLOCK, CLOCK]}, "tools[1].function.name", "duplicate"),
         ({"tools": [CLOCK] * 129}, "tools", "length <= 128"),
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]},
-         "tools[0].function.parameters", "no schema of an object"),
+         "tools[0].function.parameters", "not an object schema"),
         ({"tool_choice": "required"}, "tool_choice", "without tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "names 'x'"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "Invalid enum value"),
@@ -173,7 +183,7 @@ def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
          "response_format.json_schema", "missing required field `name`"),
         ({"response_format": {"type": "json_object", "key": 1}}, "response_format", "unknown field `key`"),
-        ({"structured_outputs": {}}, "structured_outputs", "names no constraint"),
+        ({"structured_outputs": {}}, "structured_outputs", "has no constraint"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "has regex and choice"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "unknown field `structural_tag`"),
         ({"structured_outputs": {"regex": "a"}, **JSON}, "structured_outputs", "with response_format"),
@@ -181,7 +191,7 @@ def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "a", "arguments": ""}}]}]},
          "messages[0].tool_calls", "given with role 'user'"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}]},
-         "messages[0].tool_calls[0].function.arguments", "no JSON object"),
+         "messages[0].tool_calls[0].function.arguments", "not a JSON object"),
     ],
 )  # fmt: skip
 def test_fields_that_do_not_fit_are_refused_by_name(fields: dict[str, Any], param: str, message: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from running_server import Running, status
 from test_server_hostile import SOON, health_watched
 
-from freeexport.serving.protocol import ApiError
+from freeexport.serving.errors import ApiError
 from freeexport.serving.transcriptions import LARGEST_TEXT, MOST_PARTS, form_fields
 
 KIND = "multipart/form-data; boundary=line"
@@ -30,9 +30,9 @@ def test_fields_of_a_form_are_read() -> None:
 @pytest.mark.parametrize(
     ("kind", "body", "message"),
     [
-        ("application/json", b"{}", "no form"),
-        ("multipart/form-data", b"", "no form"),
-        (KIND, part("a", b"1") + part("a", b"2") + b"--line--", "'a' twice"),
+        ("application/json", b"{}", "not a form"),
+        ("multipart/form-data", b"", "not a form"),
+        (KIND, part("a", b"1") + part("a", b"2") + b"--line--", "'a' is repeated"),
         (KIND, b"--line\r\n\r\nx\r\n--line--", "has no name"),
         (KIND, b"--line\r\nx" + b"y" * 10_000 + b'; name="a"\r\n\r\nx\r\n--line--', "has no name"),
         (KIND, b"".join(part(f"f{n}", b"") for n in range(MOST_PARTS + 1)) + b"--line--", "more than 32 fields"),
@@ -65,7 +65,7 @@ def test_a_server_of_text_refuses_a_sound_before_it_has_come(server: Running) ->
     answer = connection.recv(1 << 16)
     connection.close()
     assert status(answer) == 400
-    assert b"no model of this server reads speech" in answer
+    assert b"no served model accepts speech" in answer
 
 
 def test_a_form_of_many_fields_holds_up_nobody(server: Running) -> None:

@@ -82,7 +82,7 @@ def test_a_line_that_takes_longer_than_its_deadline_failed(run: Run, tmp_path: P
     records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert result.exit_code == 1
     assert "10 of 10 lines" in result.stderr
-    assert re.search("deadline passed after [01] tokens; allow more with -o deadline=", records[0]["error"])
+    assert re.search("deadline exceeded after [01] tokens; raise it with -o deadline=", records[0]["error"])
     assert set(records[0]) == {"id", "input", "error"}
     for deadline in ("0", "-1", "NaN"):
         result = run("--output", str(tmp_path / "other"), "-o", f"deadline={deadline}", "--batch-size", "2")
@@ -202,7 +202,7 @@ def test_a_run_that_fails_before_its_first_result_leaves_no_file(tmp_path: Path)
     assert (path.exists(), kept.exists()) == (False, True)
     with pytest.raises(OptionError, match="cannot be written"):
         ResultFile(tmp_path)
-    with pytest.raises(OptionError, match=r"there is no directory .*absent; make it first"):
+    with pytest.raises(OptionError, match=r"directory .*absent does not exist; create it first"):
         ResultFile(tmp_path / "absent" / "out.jsonl")
 
 
@@ -248,7 +248,7 @@ def test_a_file_cut_anywhere_is_resumed_to_the_same_results(
 def test_resuming_on_a_file_that_holds_something_else_is_refused_untouched(tmp_path: Path, content: str) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(content)
-    with pytest.raises(OptionError, match=r"line \d is not the result of that line of the input"):
+    with pytest.raises(OptionError, match=r"line \d is not the result of that input line"):
         answered(path, [Request(1, "x"), Request(2, "x")], resume=True)
     assert path.read_text() == content
 

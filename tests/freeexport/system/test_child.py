@@ -46,7 +46,7 @@ def test_a_failure_is_its_error_line(modules: Path, capfd: pytest.CaptureFixture
     ):
         with pytest.raises(ChildError, match=reason):
             run_child(module)
-    with pytest.raises(ChildError, match=r"^there is no bundle at "):
+    with pytest.raises(ChildError, match=r"^no bundle at "):
         run_child("freeexport", "inspect", str(modules / "nowhere"))
     assert capfd.readouterr() == ("", "")
 

@@ -49,8 +49,8 @@ def test_a_line_has_input_and_perhaps_target_and_id(requests: Callable[..., list
     [
         ('{"input": "a"', "not JSON: .* at position 13"),
         ("text", "not JSON"),
-        ("[" * 100_000, "not JSON that can be read"),
-        ('{"input": "a", "id": ' + "1" * 5000 + "}", "not JSON that can be read"),
+        ("[" * 100_000, "invalid JSON"),
+        ('{"input": "a", "id": ' + "1" * 5000 + "}", "invalid JSON"),
         (b'{"input": "\xff"}', "not UTF-8: byte 0xff at position 11"),
         (["a"], "list instead of an object with 'input'"),
         ("null", "NoneType instead of an object"),
@@ -108,7 +108,7 @@ def test_a_device_without_lines_ends_in_an_error_with_little_memory() -> None:
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.splitlines() == ["/dev/zero, line 1 has no end in 1024 MiB; name a JSONL file", "True"]
+    assert done.stdout.splitlines() == ["/dev/zero, line 1 is longer than 1024 MiB; give a JSONL file", "True"]
 
 
 def test_a_pipe_is_read_and_one_that_nobody_writes_to_is_refused(

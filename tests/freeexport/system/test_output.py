@@ -194,7 +194,7 @@ def test_what_comes_at_the_last_moment_is_put_back(tmp_path: Path, monkeypatch: 
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", late)
-    with pytest.raises(OutputError, match="not what this command writes"):
+    with pytest.raises(OutputError, match="was not written by this command"):
         write(out, "new", overwrite=True)
     assert listing(out) == {"thesis.txt"}
     assert listing(tmp_path) == {"out"}

@@ -24,7 +24,7 @@ from freeexport.training.exit_start import begin_other, chosen_tokens, observed
 from freeexport.training.frozen import _log_chances
 from freeexport.training.shallow_deep import ShallowDeep, SharedHead, exits_of
 from freeexport.training.train import train
-from freeexport.verification.engines import QUICK
+from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import verify
 from graphs.families import describe
 from runtime.bundle.bundle import Bundle

@@ -174,7 +174,7 @@ def test_resume_needs_the_same_options(
 
 def test_output_in_the_way_is_left_alone(checkpoint: Directory, words: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="not what this command writes"):
+    with pytest.raises(OutputError, match="was not written by this command"):
         train(str(checkpoint(LLAMA)), tmp_path, run_options(words, overwrite=True))
     assert (tmp_path / "mine.txt").read_text() == "mine"
     assert not tmp_path.with_name(f"{tmp_path.name}.training").exists()

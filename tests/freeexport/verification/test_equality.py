@@ -13,7 +13,7 @@ from exit_layer_case import EXIT_CASES
 
 from freeexport.cli import main
 from freeexport.verification import equality
-from freeexport.verification.equality import Answer, Row, all_settings, check_equality, prompts_of
+from freeexport.verification.equality import Answer, Row, all_settings, check_equality, prompt_ids
 from runtime.bundle.bundle import Bundle
 from runtime.decoding import decoder
 from runtime.errors import OptionError
@@ -128,12 +128,12 @@ def test_an_interrupt_shows_what_was_compared_and_saves_nothing(
         (["--equal", "5"], "--equal 5 is less than a token for each of"),
         (
             ["--equal", "9", "--against", "x"],
-            "--equal compares the bundle with itself; leave --against and --quick out",
+            "--equal compares the bundle with itself; omit --against and --quick",
         ),
-        (["--save", "x.json"], "--save is for a comparison of the bundle with itself; give --equal N"),
-        (["--instructions", "scalar"], "--instructions is for a comparison of the bundle with itself"),
-        (["--equal", "99", "--instructions", "mmx"], "this processor has no mmx"),
-        (["--equal", "99", "--save", "nowhere/x.json"], "there is no directory nowhere"),
+        (["--save", "x.json"], "--save requires --equal N"),
+        (["--instructions", "scalar"], "--instructions requires --equal N"),
+        (["--equal", "99", "--instructions", "mmx"], "mmx is not supported by this processor"),
+        (["--equal", "99", "--save", "nowhere/x.json"], "directory nowhere does not exist"),
         (["--equal", "99999999999"], "give --data with more or shorter prompts"),
     ],
 )
@@ -149,10 +149,10 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_decoded(
 def test_prompts_of_a_file_are_taken_and_a_broken_line_is_named(bundle: Bundles, tmp_path: Path) -> None:
     opened, file = Bundle.open(bundle(BY_NAME[LLAMA], precision="int8", capacity=256)), tmp_path / "prompts.jsonl"
     file.write_text('{"input": "one"}\n{"input": "two words"}\n')
-    prompts = prompts_of(opened, file)
+    prompts = prompt_ids(opened, file)
     assert len(prompts) == 2
     *_, outcome = check_equality(opened, 68, prompts)
     assert (outcome.complete, outcome.equal, outcome.compared) == (True, True, 68)
     file.write_text('{"input": "one"}\n{"inptu": 3}\n')
     with pytest.raises(OptionError, match=r"prompts\.jsonl, line 2: "):
-        prompts_of(opened, file)
+        prompt_ids(opened, file)

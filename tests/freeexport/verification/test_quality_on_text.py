@@ -14,8 +14,8 @@ import torch
 from checkpoints import BY_NAME, Bundles, Case
 from command_line import invoke, succeed
 
-from freeexport.verification.engines import QUICK
-from freeexport.verification.reference import Quality, predictions_on, quality_of
+from freeexport.verification.batches import QUICK
+from freeexport.verification.divergence import Quality, predictions_on, quality_of
 from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
 from runtime.text.tokenizer import Tokenizer

@@ -10,15 +10,9 @@ import pytest
 import torch
 from checkpoints import BY_NAME, PROMPTS, Case
 
+from freeexport.verification.arithmetic import BITS, Float64, add_quantization_errors, round_outputs
 from freeexport.verification.checks import Check
-from freeexport.verification.reference import (
-    BITS,
-    Float64,
-    States,
-    coarsening,
-    rounding,
-    state_checks,
-)
+from freeexport.verification.reference import States, state_checks
 from runtime.bundle.manifest import EnginePrecision, Precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,9 +62,9 @@ def test_what_code_asks_for_in_float32_is_float64_too() -> None:
 
 def test_a_value_is_rounded_as_half_precision_rounds_it() -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    with rounding(layer := torch.nn.Identity(), BITS["fp16"]):
+    with round_outputs(layer := torch.nn.Identity(), BITS["fp16"]):
         assert torch.equal(layer(values), values.half().float())
-    with rounding(layer, BITS["bf16"]):
+    with round_outputs(layer, BITS["bf16"]):
         assert torch.equal(layer(values), values.bfloat16().float())
 
 
@@ -81,7 +75,9 @@ def test_eight_bits_are_as_far_off_as_rounding_to_them() -> None:
     with torch.no_grad():
         wanted = layer(read)
         rounded = layer((read / scale).round() * scale)
-        with coarsening(layer, lambda name: EnginePrecision("deep", "int8", None, 1, 0.0), activations=True):
+        with add_quantization_errors(
+            layer, lambda name: EnginePrecision("deep", "int8", None, 1, 0.0), activations=True
+        ):
             coarse = layer(read)
     assert float((coarse - wanted).norm()) == pytest.approx(float((rounded - wanted).norm()), rel=0.1)
 

@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 from checkpoints import BY_NAME, Bundles
 
+from freeexport.verification.batches import FULL, QUICK, Extent
 from freeexport.verification.checks import Check
-from freeexport.verification.engines import (
-    BEST,
-    FACTOR,
-    FULL,
-    QUICK,
-    ROWS,
-    EnginePair,
-    Extent,
-    Moved,
-    row_checks,
-)
+from freeexport.verification.engines import EnginePair
+from freeexport.verification.row_parity import BEST, FACTOR, ROWS, Moved, row_checks
 from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
 

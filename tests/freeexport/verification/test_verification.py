@@ -22,9 +22,9 @@ from safetensors.numpy import load_file, save_file
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
+from freeexport.verification.batches import FULL, QUICK, sample_ids
 from freeexport.verification.checks import Check, greedy_line
-from freeexport.verification.engines import FULL, QUICK, sample_ids
-from freeexport.verification.reference import TIE, Comparison
+from freeexport.verification.greedy import TIE, Comparison
 from freeexport.verification.verification import VerificationError, failure, verify, verify_in_child, write_report
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.bundle.manifest import MANIFEST
@@ -142,15 +142,15 @@ def test_nan_over_the_tolerance_and_differences_but_at_a_tie_do_not_pass() -> No
 
 
 def test_greedy_ids_that_differ_fail(copied: Bundles, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    import freeexport.verification.reference
+    import freeexport.verification.greedy
 
-    original = freeexport.verification.reference.reference_ids
+    original = freeexport.verification.greedy.reference_ids
 
     def one_id_off(*arguments: Any) -> tuple[list[int], list[float]]:
         ids, gaps = original(*arguments)
         return [*ids[:5], ids[5] ^ 1, *ids[6:]], [1.0] * len(gaps)
 
-    monkeypatch.setattr(freeexport.verification.reference, "reference_ids", one_id_off)
+    monkeypatch.setattr(freeexport.verification.greedy, "reference_ids", one_id_off)
     report = verify(Bundle.open(copied(exit_layer=2)), str(checkpoint(LLAMA)), extent=QUICK)
     assert all(check["passed"] for check in report["checks"])
     assert not report["passed"]

@@ -79,7 +79,7 @@ def test_a_damaged_file_is_named(name: str, file: str, copied: Bundles) -> None:
     assert re.match(rf"{file} .*sha256", refusal(path, verify="full"))
     for changed in (content[:-1], content + b"\0"):
         (path / file).write_bytes(changed)
-        assert refusal(path).startswith(f"{file} has {len(changed)} bytes, the manifest says {len(content)}")
+        assert refusal(path).startswith(f"{file} has {len(changed)} bytes, expected {len(content)}")
     (path / file).unlink()
     assert refusal(path).startswith(f"{file} is missing")
     (path / file).mkdir()
@@ -154,7 +154,7 @@ def test_the_command_that_is_named_for_a_checkpoint_makes_the_bundle(
         path = model if kind == "gguf" else path
     message = refusal(path)
     assert message.startswith(f"{path} is not a bundle but a checkpoint; ")
-    command = shlex.split(message.partition("make a bundle of it with: freeexport ")[2])
+    command = shlex.split(message.partition("convert it with: freeexport ")[2])
     monkeypatch.chdir(tmp_path)
     succeed(*command, "--verify", "none", "--capacity", "64")
     assert Bundle.open("BUNDLE").manifest.layers

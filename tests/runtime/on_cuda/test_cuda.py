@@ -13,7 +13,8 @@ from fake_cuda import Access, FakeCuda, Race
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cuda.driver import Cuda, CudaStream, DeviceArray
+from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.driver import Cuda, CudaStream
 from runtime.cuda.runner import SPARE_EVENTS, CudaRunner
 from runtime.errors import CapacityError, DeviceError
 
@@ -150,15 +151,15 @@ def test_too_little_memory_names_needed_and_free_bytes_before_anything_is_alloca
 @pytest.mark.parametrize(
     ("index", "driver", "refused", "message"),
     [
-        (0, 0, "InsufficientDriver", "no NVIDIA driver is loaded here; install one, or choose device='cpu'"),
+        (0, 0, "InsufficientDriver", "no NVIDIA driver is loaded; install one, or choose device='cpu'"),
         (
             0,
             12040,
             "InsufficientDriver",
             r"driver supports CUDA 12.4, and cuda-python needs 13.5; .*'cuda-python==12\.\*'",
         ),
-        (0, 13000, "NoDevice", "device cuda:0 does not exist: this machine shows 0"),
-        (1, 13000, "", "device cuda:1 does not exist: this machine shows 1"),
+        (0, 13000, "NoDevice", "device cuda:0 does not exist: this machine has 0"),
+        (1, 13000, "", "device cuda:1 does not exist: this machine has 1"),
     ],
 )
 def test_a_device_that_cannot_be_used_says_why(index: int, driver: int, refused: str, message: str) -> None:

@@ -226,5 +226,5 @@ def test_nothing_is_a_reason_to_decode_elsewhere(target: Any, monkeypatch: pytes
     with pytest.raises(EngineError, match=r"would run shallow.onnx on CPUExecutionProvider"):
         Session(target(LLAMA), device="cuda:0")
     Machine(monkeypatch, devices=0)
-    with pytest.raises(DeviceError, match="cuda:0 does not exist: this machine shows 0 CUDA devices"):
+    with pytest.raises(DeviceError, match="cuda:0 does not exist: this machine has 0 CUDA devices"):
         Session(target(LLAMA), device="cuda:0")

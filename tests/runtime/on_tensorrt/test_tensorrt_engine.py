@@ -15,7 +15,8 @@ from fake_tensorrt import _Context, fake_tensorrt
 
 from graphs.tensorrt.build import build
 from runtime.bundle.bundle import Bundle
-from runtime.cuda.driver import Cuda, CudaStream, DeviceArray
+from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.driver import Cuda, CudaStream
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, DeviceError, EngineError
 from runtime.tensorrt.engine import RUNS_BEFORE_CAPTURE, TensorRTEngine

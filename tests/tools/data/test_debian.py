@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from tools.data import debian
 from tools.data.debian import EXTRACT_SEPARATORS, Pair, component, extracted, extractions, split_pairs, translations
 from tools.data.debian_index import (
-    Description,
+    PackageDescription,
     descriptions,
-    families,
     fetch_index,
+    package_families,
     snapshot,
     sources,
     splits_of,
@@ -62,7 +62,7 @@ LONG = "Frobnication is the art of turning knobs without any purpose at all."
 
 def test_paragraphs_are_joined_lines() -> None:
     found = descriptions(TRANSLATION.splitlines(keepends=True))
-    assert found["aaa"] == Description(
+    assert found["aaa"] == PackageDescription(
         "libfoo2", "fast foo library", ("Foo is a library that does things.", "This package has the library.")
     )
     assert found["bbb"].paragraphs == ()
@@ -84,8 +84,8 @@ def test_families_share_source_name_or_a_rare_paragraph() -> None:
         "7": ("epsilon", ()),
     }
     packages = [{"Package": "x", "Source": "same (1)", "Description-md5": md5} for md5 in "67"]
-    english = {md5: Description(name, "", text) for md5, (name, text) in texts.items()}
-    found = families(english, sources(english, packages))
+    english = {md5: PackageDescription(name, "", text) for md5, (name, text) in texts.items()}
+    found = package_families(english, sources(english, packages))
     assert found["1"] == found["2"]
     assert found["3"] == found["4"]
     assert found["6"] == found["7"]
@@ -97,7 +97,7 @@ def test_sentences_are_restored_from_lower_case_without_punctuation() -> None:
         "It is a shell (POSIX), for people who like short names; see dash(1) as well. "
         "this one starts in lower case, so it is left out."
     )
-    (pair,) = debian.restorations({"a": Description("x", "y", (text, text))})
+    (pair,) = debian.restorations({"a": PackageDescription("x", "y", (text, text))})
     assert pair.input == "it is a shell posix for people who like short names see dash 1 as well\n=> "
     assert pair.target == "It is a shell (POSIX), for people who like short names; see dash(1) as well."
 
@@ -122,7 +122,7 @@ def test_plain_fields_are_one_line_of_what_t5_can_write() -> None:
 
 
 def test_a_component_says_in_xml_what_record_and_description_do() -> None:
-    described = Description("libfoo2", "", (LONG, "It turns <knobs> & does  no more, which is what it is for."))
+    described = PackageDescription("libfoo2", "", (LONG, "It turns <knobs> & does  no more, which is what it is for."))
     fields = {**FOO, "Package": "libfoo2+", "Homepage": "https://www.foo.example/x"}
     (pair,) = extractions([fields], {"aaa": described}, "appstream")
     assert f'Description: fast "foo" library\n {LONG}\n It turns <knobs> & does no more' in pair.input
@@ -152,12 +152,12 @@ def test_a_component_says_in_xml_what_record_and_description_do() -> None:
     ids=["no host", "short", "long", "a list"],
 )
 def test_a_record_that_makes_no_component(fields: dict[str, str], paragraphs: tuple[str, ...]) -> None:
-    assert component(FOO, Description("foo", "", (LONG, LONG))) is not None
-    assert component({**FOO, **fields}, Description("foo", "", paragraphs)) is None
+    assert component(FOO, PackageDescription("foo", "", (LONG, LONG))) is not None
+    assert component({**FOO, **fields}, PackageDescription("foo", "", paragraphs)) is None
 
 
 def test_a_description_is_extracted_once_without_people_and_checksums() -> None:
-    (pair,) = extractions([FOO, DOC, FOO], {"aaa": Description("libfoo2", "", ())})
+    (pair,) = extractions([FOO, DOC, FOO], {"aaa": PackageDescription("libfoo2", "", ())})
     assert pair.md5 == "aaa"
     assert pair.input.startswith("Package: libfoo2\nSource: foo (1:1.2~rc1-3)\nVersion: ")
     assert pair.input.endswith(EXTRACT_SEPARATORS["extraction"])
@@ -184,11 +184,11 @@ def test_a_family_is_in_one_split_and_a_large_one_is_not_held_out() -> None:
 def test_another_index_moves_no_line_to_another_split() -> None:
     """Whichever packages join, leave or link families, a line is in the split of its own source or in none."""
     names = [f"{first}{second}q" for first in "abcdefghijklmnopqrst" for second in "abcdefghijklmnopqrst"]
-    whole = {name: Description(name, "", (f"{LONG} {name[0]}",)) for name in names}
+    whole = {name: PackageDescription(name, "", (f"{LONG} {name[0]}",)) for name in names}
 
-    def split_by(index: dict[str, Description]) -> dict[str, str]:
+    def split_by(index: dict[str, PackageDescription]) -> dict[str, str]:
         source = sources(index, [{"Package": name, "Description-md5": name} for name in index])
-        return splits_of(source, families(index, source))
+        return splits_of(source, package_families(index, source))
 
     alone = {name: split_of(f"source {name}") for name in names}
     for kept in (names, names[::2], names[::7], names[3:]):
@@ -200,27 +200,27 @@ def test_another_index_moves_no_line_to_another_split() -> None:
 
 def test_a_description_of_two_sources_is_in_the_earlier_split_of_the_two() -> None:
     by_split = {split_of(f"source p{number}"): f"p{number}" for number in range(1000)}
-    english = {"a": Description("x", "", ())}
+    english = {"a": PackageDescription("x", "", ())}
     packages = [{"Package": by_split[name], "Description-md5": "a"} for name in ("test", "calibration")]
     source = sources(english, packages)
-    assert splits_of(source, families(english, source)) == {"a": "calibration"}
+    assert splits_of(source, package_families(english, source)) == {"a": "calibration"}
 
 
 def test_german_paragraphs_meet_the_english_ones_at_their_place() -> None:
     sentence = "Das Frobnizieren ist die Kunst, Knöpfe ganz ohne Zweck zu drehen, zu drücken und zu ziehen."
     listed = LONG.replace(".", ":")
     german = {
-        "aaa": Description("foo", "Foo", (sentence, "Kurz.", sentence.upper())),
-        "other paragraphs": Description("bar", "Bar", (sentence, sentence)),
-        "not translated": Description("baz", "Baz", (LONG + " " + LONG,)),
-        "a list": Description("qux", "Qux", (sentence + " Und mehr",)),
-        "no English": Description("gone", "Gone", (sentence,)),
+        "aaa": PackageDescription("foo", "Foo", (sentence, "Kurz.", sentence.upper())),
+        "other paragraphs": PackageDescription("bar", "Bar", (sentence, sentence)),
+        "not translated": PackageDescription("baz", "Baz", (LONG + " " + LONG,)),
+        "a list": PackageDescription("qux", "Qux", (sentence + " Und mehr",)),
+        "no English": PackageDescription("gone", "Gone", (sentence,)),
     }
     english = {
-        "aaa": Description("foo", "foo", (LONG, "Short.", LONG)),
-        "other paragraphs": Description("bar", "bar", (LONG,)),
-        "not translated": Description("baz", "baz", (LONG + " " + LONG,)),
-        "a list": Description("qux", "qux", (listed,)),
+        "aaa": PackageDescription("foo", "foo", (LONG, "Short.", LONG)),
+        "other paragraphs": PackageDescription("bar", "bar", (LONG,)),
+        "not translated": PackageDescription("baz", "baz", (LONG + " " + LONG,)),
+        "a list": PackageDescription("qux", "qux", (listed,)),
     }
     assert list(translations(german, english)) == [Pair("aaa", f"translate German to English: {sentence}", LONG)]
 

@@ -11,16 +11,16 @@ from click.testing import CliRunner
 
 from freeexport.checkpoints.examples import read_examples
 from tools.data import prompts as tool
-from tools.data.prompts import KINDS, Source, prompts
+from tools.data.prompts import KINDS, Subject, prompts
 from tools.data.splits import SHARES, split_of
 
 BODY = "A frobnicator turns the knobs of a machine. " * 8
 
 
-def sources(count: int = 3000) -> list[Source]:
+def sources(count: int = 3000) -> list[Subject]:
     record = "Package: foo\nVersion: 1"
     made = [
-        Source(
+        Subject(
             origin,
             f"{origin} {number}",
             f"name {number}",
@@ -60,7 +60,7 @@ def test_the_data_set_is_read_as_messages_without_targets(tmp_path: Path, monkey
     for name in ("data.noun", "cntlist.rev"):
         (tmp_path / "dictionaries/usr/share/wordnet" / name).write_text("")
     everything = [
-        Source(
+        Subject(
             "foldoc",
             f"term {number}",
             f"name {number}",

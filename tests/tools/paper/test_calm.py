@@ -17,7 +17,7 @@ from freeexport.evaluate.plot import quality_speed
 from freeexport.evaluate.records import OUTPUTS, RUN, Record, Records, read_records
 from freeexport.evaluate.scores import rows_of
 from freeexport.evaluate.settings import Entry, Setting
-from freeexport.metrics import Reference, metric_of
+from freeexport.task_metrics import Reference, metric_of
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError

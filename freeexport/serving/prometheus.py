@@ -22,49 +22,49 @@ FINISHED = ("eos", "stop", "length", "cancelled", "deadline", "error")
 
 # Name in Prometheus, then field of Metrics and help text.
 GAUGES = {
-    "num_requests_running": ("running", "Requests that have a slot."),
-    "num_requests_waiting": ("waiting", "Requests that wait for a slot."),
-    "kv_cache_usage_perc": ("kv_cache_usage", "Share of the KV cache's positions in use, 0 to 1."),
+    "num_requests_running": ("running", "Number of requests being decoded."),
+    "num_requests_waiting": ("waiting", "Number of requests waiting for a slot."),
+    "kv_cache_usage_perc": ("kv_cache_usage", "KV cache usage. 1 means 100 percent usage."),
     "threshold": (
         "threshold",
-        "Confidence above which tokens exit in mode free; it moves where it is adaptive.",
+        "Current confidence threshold of mode free. Changes over time if it is adaptive.",
     ),
 }
 COUNTERS = {
-    "prompt_tokens": ("prompt_tokens", "Tokens of prompts that were read."),
+    "prompt_tokens": ("prompt_tokens", "Number of prefill tokens processed."),
     "prefix_cache_queries": (
         "prefix_cache_queries",
-        "Tokens of prompts that were looked up among those kept.",
+        "Prefix cache queries, in prompt tokens.",
     ),
-    "prefix_cache_hits": ("prefix_cache_hits", "Tokens of prompts that were reused and not read."),
-    "generation_tokens": ("generated_tokens", "Tokens that were generated."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Prefix cache hits, in prompt tokens."),
+    "generation_tokens": ("generated_tokens", "Number of generated tokens."),
     "forced_tokens": (
         "forced_tokens",
-        "Tokens that a grammar left no choice for, which needed no prediction.",
+        "Number of tokens determined by a grammar, which need no prediction.",
     ),
-    "deep_passes": ("deep_passes", "Sync passes of the deep decoder, after the prompt."),
-    "rollback_tokens": ("rejected_tokens", "Shallow predictions that a sync pass rejected."),
+    "deep_passes": ("deep_passes", "Number of sync passes of the deep decoder, without prefill."),
+    "rollback_tokens": ("rejected_tokens", "Number of exited tokens rejected by a sync pass."),
     "spec_decode_num_drafts": (
         "drafts",
-        "Sync passes that verified a draft, in modes lossless and rollback.",
+        "Number of verified drafts, in modes lossless and rollback.",
     ),
     "spec_decode_num_draft_tokens": (
         "draft_tokens",
-        "Tokens of drafts, of the exit and from the text.",
+        "Number of draft tokens, from the exit and from text.",
     ),
-    "spec_decode_num_accepted_tokens": ("accepted_tokens", "Tokens of drafts that were accepted."),
+    "spec_decode_num_accepted_tokens": ("accepted_tokens", "Number of accepted draft tokens."),
 }
 HISTOGRAMS = {
-    "time_to_first_token_seconds": ("time_to_first_token", "From the request to its first token."),
-    "inter_token_latency_seconds": ("inter_token_latency", "From a token to the next."),
-    "e2e_request_latency_seconds": ("request_latency", "From the request to its end."),
+    "time_to_first_token_seconds": ("time_to_first_token", "Time to first token, in seconds."),
+    "inter_token_latency_seconds": ("inter_token_latency", "Time between two tokens, in seconds."),
+    "e2e_request_latency_seconds": ("request_latency", "End-to-end request latency, in seconds."),
     "request_queue_time_seconds": (
         "queue_time",
-        "From the request until its prompt began to be read.",
+        "Time in the queue before prefill, in seconds.",
     ),
-    "request_prefill_time_seconds": ("prefill_time", "Reading the prompt."),
-    "request_decode_time_seconds": ("decode_time", "From the prompt to the last token."),
-    "sync_pass_rows": ("pass_rows", "Tokens of a sync pass."),
+    "request_prefill_time_seconds": ("prefill_time", "Prefill time, in seconds."),
+    "request_decode_time_seconds": ("decode_time", "Decode time, in seconds."),
+    "sync_pass_rows": ("pass_rows", "Number of tokens per sync pass."),
 }
 FAMILIES: tuple[tuple[Any, dict[str, tuple[str, str]]], ...] = (
     (GaugeMetricFamily, GAUGES),
@@ -95,21 +95,23 @@ class SessionCollector(Collector):
                 yield metric
         finished = CounterMetricFamily(
             PREFIX + "request_success",
-            "Requests by what ended them.",
+            "Number of finished requests, by finish reason.",
             labels=["model_name", "finished_reason"],
         )
         exits = CounterMetricFamily(
             PREFIX + "exit_tokens",
-            "Tokens by the decoder whose prediction they are.",
+            "Number of generated tokens, by the decoder that predicted them.",
             labels=["model_name", "depth"],
         )
         accepted = CounterMetricFamily(
             PREFIX + "spec_decode_num_accepted_tokens_per_pos",
-            "Tokens of drafts that were accepted in mode lossless, by their place in the draft.",
+            "Number of accepted draft tokens in mode lossless, by position in the draft.",
             labels=["model_name", "position"],
         )
         responses = CounterMetricFamily(
-            PREFIX + "http_responses", "Responses.", labels=["path", "status"]
+            PREFIX + "http_responses",
+            "Number of HTTP responses, by path and status.",
+            labels=["path", "status"],
         )
         for model, metrics in measured.items():
             for reason in FINISHED:
