@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from sys import getsizeof
 from threading import Lock
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 # Sizes of the indexed n-grams, in tokens. Fewer sizes take less memory. With 3, 5 and 8 tokens in
 # addition, the next token was known 1 % more often, in twice the memory.
@@ -23,7 +23,7 @@ LEVELS = 8
 MOST_TOKENS = 2048
 
 # Types of encoded tokens, by their bytes.
-CODES = {2: "H", 4: "I"}
+CODES: dict[int, Literal["H", "I"]] = {2: "H", 4: "I"}
 # Upper bounds of memory, in bytes, on a 64-bit machine. An entry beside its key: a token, and its
 # share of a dict that has just grown, in which a sixth of the places are used. A place takes 4
 # bytes in the hash table and two thirds of 24 among the entries.
@@ -98,7 +98,6 @@ class TextIndex:
         self.used = 0
         self.texts = 0
         self._width = width
-        self._code = CODES[width]
         self._largest = 0  # largest number of entries since the dict was built
         # A token that followed once, or counts. Keys are the encoded tokens.
         self._entries: dict[bytes, int | Followers] = {}
@@ -125,54 +124,50 @@ class TextIndex:
         """Count the tokens of a text from place `start` on."""
         self.texts += 1
         entries = self._entries
-        width = self._width
-        tokens = memoryview(encoded).cast(self._code)
-        for place in range(start, len(tokens)):
-            token = tokens[place]
-            end = place * width
-            for order, size in zip(ORDERS, self._entry_bytes, strict=True):
-                if order > place:
-                    break
-                key = encoded[end - order * width : end]
-                entry = entries.get(key)
-                if entry is None:
-                    entries[key] = token
-                    self.used += size
-                    continue
-                if isinstance(entry, int):
-                    entry = entries[key] = Followers(entry)
-                    self.used += FOLLOWERS + FOLLOWER
-                before = len(entry.counts)
-                entry.add(token)
-                self.used += FOLLOWER * (len(entry.counts) - before)
+        for key, token, size in self._followed(encoded, start):
+            entry = entries.get(key)
+            if entry is None:
+                entries[key] = token
+                self.used += size
+                continue
+            if isinstance(entry, int):
+                entry = entries[key] = Followers(entry)
+                self.used += FOLLOWERS + FOLLOWER
+            before = len(entry.counts)
+            entry.add(token)
+            self.used += FOLLOWER * (len(entry.counts) - before)
         self._largest = max(self._largest, len(entries))
 
     def remove(self, encoded: bytes, start: int) -> None:
         """Discount the tokens of a text that was added."""
         self.texts -= 1
         entries = self._entries
+        for key, token, size in self._followed(encoded, start):
+            entry = entries[key]
+            if isinstance(entry, Followers):
+                before = len(entry.counts)
+                entry.remove(token)
+                self.used -= FOLLOWER * (before - len(entry.counts))
+                if entry.total:
+                    continue
+                self.used -= FOLLOWERS
+            del entries[key]
+            self.used -= size
+        if len(entries) < SPARSE * self._largest:
+            self._entries = dict(entries.items())
+            self._largest = len(entries)
+
+    def _followed(self, encoded: bytes, start: int) -> Iterator[tuple[bytes, int, int]]:
+        """Yield the n-grams before each token of a text, the token, and the bytes of an entry."""
         width = self._width
-        tokens = memoryview(encoded).cast(self._code)
+        tokens = memoryview(encoded).cast(CODES[width])
         for place in range(start, len(tokens)):
             token = tokens[place]
             end = place * width
             for order, size in zip(ORDERS, self._entry_bytes, strict=True):
                 if order > place:
                     break
-                key = encoded[end - order * width : end]
-                entry = entries[key]
-                if isinstance(entry, Followers):
-                    before = len(entry.counts)
-                    entry.remove(token)
-                    self.used -= FOLLOWER * (before - len(entry.counts))
-                    if entry.total:
-                        continue
-                    self.used -= FOLLOWERS
-                del entries[key]
-                self.used -= size
-        if len(entries) < SPARSE * self._largest:
-            self._entries = dict(entries.items())
-            self._largest = len(entries)
+                yield encoded[end - order * width : end], token, size
 
 
 class _Text(NamedTuple):

@@ -288,7 +288,7 @@ def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for
             yield response, token
 
     sources, read, looked = DraftSources(10_000), list[int](), list[bool]()
-    sources._repetition.read = read.append  # type: ignore[method-assign]
+    sources._repetition.read = read.append  # type: ignore[method-assign,assignment]
     drafts = Drafts(measured(), Acceptance(), sources, exits=False)
     for response, _ in tokens(range(100)):
         before = len(read)
