@@ -102,8 +102,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     _decoder_start(checkpoint, description)
     speech_of(checkpoint, description)
     samples: list[Sample] = []
-    if calibration is None and (beside := read_beside(checkpoint)) is not None:
-        calibration, samples = beside
+    if calibration is None and (found := read_beside(checkpoint)) is not None:
+        calibration, samples = found
         measured = calibration.exit_layer, calibration.confidence
         if measured != (engines.exit_layer, engines.confidence):
             click.echo(

@@ -84,8 +84,10 @@ def paper_choice(traces: Traces, zeta: float = ZETA) -> Choice:
     """
     _check_zeta(zeta)
     mixture = fit(traces.confidence, traces.agrees, Rule.agreement).mixture
-    parts = (able(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
-    threshold = paper_threshold(*map(Moments.of, parts), zeta)
+    agree, disagree = (
+        Moments.of(able(traces.confidence[traces.agrees == agrees])) for agrees in (True, False)
+    )
+    threshold = paper_threshold(agree, disagree, zeta)
     # No data support a threshold above the largest confidence.
     beyond = threshold >= float(np.max(traces.confidence, initial=0.0))
     return Choice(NEVER_EXIT if beyond else threshold, mixture)
