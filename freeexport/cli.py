@@ -43,8 +43,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "inspect": "Show what a bundle holds.",
     },
     "Measure": {
-        "evaluate": "Compare methods on a task.",
-        "bench": "Measure the speed of a bundle.",
+        "evaluate": "Compare methods by speed and quality.",
     },
     "Begin": {
         "demo": "Convert a small model, generate, and compare speeds.",

@@ -15,9 +15,11 @@ from freeexport.checkpoints.checkpoint import smollm2 as smollm2_checkpoint
 from freeexport.checkpoints.examples import read_examples
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.evaluate.bench import BenchOptions, bench_sheet, benchmark, facts_lines, narrow
 from freeexport.evaluate.evaluate import evaluate
 from freeexport.evaluate.settings import EvaluateOptions
+from freeexport.evaluate.speed import measure_speed
+from freeexport.evaluate.speed_rows import speed_lines, speed_sheet
+from freeexport.evaluate.tables import narrow
 from freeexport.system.page import print_page, table
 from freeexport.system.sheet import terminal
 from runtime import Bundle, BundleError, Session
@@ -97,12 +99,17 @@ def smollm2(directory: Path) -> None:
             f"mode free, threshold {THRESHOLD}, {result.stats.exit_rate:.0%} exited: {result.text}"
         )
     click.echo(f"\nmeasuring {TOKENS} tokens, {ROUNDS} rounds ...")
-    found = benchmark(
-        BenchOptions((bundle,), tokens=TOKENS, rounds=ROUNDS, thresholds=(THRESHOLD,))
+    found = measure_speed(
+        EvaluateOptions(
+            bundles=((bundle, ("full", "free", "lossless")),),
+            thresholds=(THRESHOLD,),
+            rounds=ROUNDS,
+            max_new_tokens=TOKENS,
+        )
     )
-    shown = narrow(bench_sheet(found))
+    shown = narrow(speed_sheet(found))
     print_page([terminal(shown)])
-    click.echo("\n".join(facts_lines(found, shown)))
+    click.echo("\n".join(speed_lines(found, shown)))
     click.echo(
         f"note: this model was not trained to exit at layer {EXIT_LAYER}, so text in mode free is "
         "poor: it shows speed and mechanics, not quality"

@@ -4,8 +4,8 @@ runtime/option_keywords.py from runtime/options.py.
 python -m tools.pages              writes all of them
 python -m tools.pages --check      fails if one differs
 
-Benchmarks are JSON files of `freeexport bench` and tools.peers.compare, with one section per file.
-Run from the root of the repository.
+Benchmarks are reports of speed by `freeexport evaluate` and tools.peers.compare, with one section
+per file. Run from the root of the repository.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, get_type_hints
 
 import click
 
-from freeexport.evaluate.bench import SCHEMA, bench_sheet, facts_lines
+from freeexport.evaluate.speed_rows import SCHEMA, speed_lines, speed_sheet
 from freeexport.system.sheet import markdown
 from runtime.checks import Real, Whole
 from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
@@ -89,16 +89,16 @@ def benchmark(path: Path) -> str:
         _ = found["settings"]["idle"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise click.ClickException(
-            f"{path} holds no figures of freeexport bench ({type(error).__name__})"
+            f"{path} holds no report of speed ({type(error).__name__})"
         ) from None
     if not known:
         raise click.ClickException(
             f"{path} is of schema {found['schema']}, not {SCHEMA}; measure again"
         )
     title = re.sub(r"^\d+-", "", path.stem).replace("-", " ").replace("_", " ")
-    lines = [f"## {title}", "", markdown(bench_sheet(found)), ""]
+    lines = [f"## {title}", "", markdown(speed_sheet(found)), ""]
     failed = [f"{peer}: not run: {reason}" for peer, reason in found["failed"].items()]
-    for items in filter(None, (failed, facts_lines(found))):
+    for items in filter(None, (failed, speed_lines(found))):
         filled = (
             textwrap.fill(f"- {text}", 120, subsequent_indent="  ", break_on_hyphens=False)
             for text in items

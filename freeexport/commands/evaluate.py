@@ -1,4 +1,4 @@
-"""`freeexport evaluate`: compare decoding methods on a task."""
+"""`freeexport evaluate`: compare decoding methods, by speed alone or also by quality on a task."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from freeexport.commands.verb_options import (
+    DEVICE,
     MAX_NEW_TOKENS,
     METRICS,
     SAMPLES,
@@ -19,6 +20,7 @@ from freeexport.commands.verb_options import (
 )
 from freeexport.evaluate.settings import (
     METHODS,
+    SPEED_DEFAULTS,
     THRESHOLDS,
     EvaluateOptions,
     bundle_and_methods,
@@ -27,24 +29,29 @@ from freeexport.evaluate.settings import (
 from freeexport.system.page import print_page
 
 
+def _defaults(name: str) -> str:
+    """Describe the defaults of an option, with scores and without."""
+    return f"{getattr(EvaluateOptions, name)}, or {SPEED_DEFAULTS[name]} without --metric"
+
+
 @click.command(cls=SectionedCommand)
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE[=METHODS]...")
 @section("Data")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    required=True,
     help=(
         "JSONL file with 'input' or 'audio', and 'target'. Without targets, outputs are compared "
-        "with those of the full model."
+        "with those of the full model. Required with --metric."
     ),
+    show_default="four sample texts",
 )
-@click.option("--samples", type=click.IntRange(1), default=EvaluateOptions.samples, help=SAMPLES)
+@click.option("--samples", type=click.IntRange(1), help=SAMPLES, show_default=_defaults("samples"))
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(2),
-    default=EvaluateOptions.max_new_tokens,
-    help=MAX_NEW_TOKENS,
+    help=f"{MAX_NEW_TOKENS} Without --metric, exactly this number.",
+    show_default=_defaults("max_new_tokens"),
 )
 @section("What is compared")
 @click.option(
@@ -52,8 +59,10 @@ from freeexport.system.page import print_page
     "metrics",
     type=MetricName(),
     multiple=True,
-    required=True,
-    help=f"Metric to report. May be repeated; the first is used for curves. {METRICS}",
+    help=(
+        "Also score outputs by this metric. May be repeated; the first is used for curves. "
+        f"{METRICS}"
+    ),
 )
 @click.option(
     "--methods",
@@ -61,7 +70,8 @@ from freeexport.system.page import print_page
     help=(
         f"Comma-separated methods, of {', '.join(METHODS)}. static: only the shallow decoder. "
         "free: exits above thresholds. adaptive: exits above a threshold that is learned while "
-        "decoding. lookup: lossless with drafts from the text only, without the exit."
+        "decoding. lookup, exit-drafts: lossless with drafts from the text only, or from the exit "
+        "only."
     ),
 )
 @click.option(
@@ -69,59 +79,109 @@ from freeexport.system.page import print_page
     "thresholds",
     type=float,
     multiple=True,
-    default=THRESHOLDS,
     help=(
         "Confidence above which a token exits, in method free, which also runs at the calibrated "
         "threshold. May be repeated."
     ),
+    show_default=f"{', '.join(map(str, THRESHOLDS))}, or none without --metric",
 )
 @click.option(
     "--target-quality",
     "quality",
     type=float,
-    default=EvaluateOptions.quality,
     help="Share of the full model's metric that a winner must keep.",
+    show_default=str(EvaluateOptions.quality),
 )
 @section("Machine")
 @click.option(
     "--rounds",
     type=click.IntRange(1),
-    default=EvaluateOptions.rounds,
     help="Number of interleaved rounds. The median is reported.",
+    show_default=_defaults("rounds"),
 )
+@click.option("--device", default=EvaluateOptions.device, help=DEVICE)
 @click.option("--threads", type=click.IntRange(1), help=THREADS)
 @section("Results")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    required=True,
-    help="Directory for outputs and results. An interrupted run continues there.",
+    help=(
+        "Directory for outputs and results. An interrupted run continues there. Required with "
+        "--metric."
+    ),
 )
 @click.option("--overwrite", is_flag=True, help="Replace the results of another run in --output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> None:
-    """Compare decoding methods on a task: quality against references, and speed.
+    """Compare the speed of decoding methods, and with --metric their quality on a task.
 
-    Methods are interleaved line by line. BUNDLEs may come from several checkpoints, each with the
-    METHODS that it was trained for. Relative values refer to the full model of the same bundle, or
-    of the first bundle if that one has none. Columns `of first` compare all bundles with the first.
-    OUTPUT gets report.html, results.md, evaluation.json and .csv, curve.png and .svg, and
-    outputs.jsonl.
+    Methods are interleaved line by line. Without --metric, all BUNDLEs must come from one
+    checkpoint, ends of sequence are ignored, and tokens are compared with those of the first row.
+    Figures measured on a busy machine are marked.
+
+    With --metric, BUNDLEs may come from several checkpoints, each with the METHODS that it was
+    trained for. Relative values refer to the full model of the same bundle, or of the first bundle
+    if that one has none. Columns `of first` compare all bundles with the first.
+
+    OUTPUT gets results.md, evaluation.json and .csv, outputs.jsonl, and figures; with --metric also
+    report.html.
 
     \b
     Example:
+      freeexport evaluate bundle
+      freeexport evaluate fp32 int8 --threshold 0.5 --methods full,free,lookup --output speed
       freeexport evaluate bundle --data test.jsonl --metric rouge-l --output results
       freeexport evaluate fp32 int8 --data test.jsonl --metric per --metric exact --output results --rounds 3
       freeexport evaluate kd=full,free,lossless ce=full,static --data test.jsonl --metric bleu --output results
     """  # noqa: E501
-    import matplotlib  # noqa: F401
+    chosen = tuple(bundle_and_methods(text, methods_of(methods)) for text in bundles)
+    scored = bool(given["metrics"])
+    if not scored and given["quality"] is not None:
+        raise click.UsageError("--target-quality is a share of a metric; give --metric")
+    named = {name: value for name, value in given.items() if value not in (None, ())}
+    options = EvaluateOptions(chosen, **({} if scored else SPEED_DEFAULTS) | named)
+    if scored:
+        _scored(options, as_json)
+    else:
+        _speed(options, as_json)
 
-    from freeexport.evaluate.evaluate import FILES, evaluate, facts, narrow, settings_sheet, write
+
+def _speed(options: EvaluateOptions, as_json: bool) -> None:
+    """Measure speed, and print and write the results."""
+    from freeexport.evaluate.speed import SPEED_FILES, measure_speed, write_speed
+    from freeexport.evaluate.speed_rows import speed_lines, speed_sheet
+    from freeexport.evaluate.tables import narrow
     from freeexport.system.sheet import terminal
 
-    chosen = tuple(bundle_and_methods(text, methods_of(methods)) for text in bundles)
-    found = evaluate(EvaluateOptions(bundles=chosen, **given))
-    write(found)
+    if options.output is not None:
+        import matplotlib  # noqa: F401
+
+    report = measure_speed(options)
+    if options.output is not None:
+        write_speed(report, options.output)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    shown = narrow(speed_sheet(report))
+    print_page([terminal(shown)])
+    for text in (*speed_lines(report, shown), "", report["verdict"]):
+        click.echo(text)
+    if options.output is not None:
+        click.echo(f"\n{options.output}: {SPEED_FILES}")
+
+
+def _scored(options: EvaluateOptions, as_json: bool) -> None:
+    """Evaluate, and print and write the results."""
+    assert options.output is not None
+    import matplotlib  # noqa: F401
+
+    from freeexport.evaluate.evaluate import evaluate
+    from freeexport.evaluate.page import FILES, write
+    from freeexport.evaluate.tables import facts, narrow, settings_sheet
+    from freeexport.system.sheet import terminal
+
+    found = evaluate(options)
+    write(found, options.output)
     if as_json:
         click.echo(json.dumps(found.report, indent=2))
         return
@@ -131,4 +191,4 @@ def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any)
         click.echo(f"{name}: {text}")
     for text in found.report["verdicts"]:
         click.echo(f"\n{text}")
-    click.echo(f"\n{found.options.output}: {FILES}")
+    click.echo(f"\n{options.output}: {FILES}")

@@ -117,32 +117,6 @@ def decoder_bytes(bundle: Bundle) -> tuple[EngineBytes, EngineBytes]:
     return shallow, deep
 
 
-def token_bytes(
-    bundle: Bundle, context: float, encoder_tokens: float, exits: bool, passes: float
-) -> int:
-    """Return the mean bytes that decoding one token reads.
-
-    Counts the shallow layers, their head if `exits`, the deep layers and their head `passes` times,
-    and the keys and values of all these layers.
-
-    Args:
-        bundle: The bundle.
-        context: Valid positions in the KV cache.
-        encoder_tokens: Positions of cross-attention. 0 for a decoder-only model.
-        exits: Tokens may exit.
-        passes: Deep passes per token.
-    """
-    manifest = bundle.manifest
-    shallow, deep = decoder_bytes(bundle)
-    own = manifest.exit_layers
-    position = manifest.kv_bytes_per_token / (manifest.layers + own) * (context + encoder_tokens)
-    read = shallow.layers + len(manifest.shallow_layers) * position
-    read += shallow.own + shallow.head if exits else 0
-    # In the standard dialect the exit's own layers always run.
-    read += own * position if exits or not manifest.packed else 0
-    return round(read + passes * (deep.layers + deep.head + len(manifest.deep_layers) * position))
-
-
 @dataclass(frozen=True)
 class Calls:
     """Engine calls of a request after its prompt.

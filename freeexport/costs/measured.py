@@ -146,7 +146,7 @@ def measured_costs(
             median(getattr(sample, name) for sample in samples) for name in ("shallow", "outside")
         )
         typical.append(replace(samples[0], shallow=shallow, outside=outside, deep=deep))
-    return replace(fit(typical), busy=load.cores, host=host(session.threads))
+    return replace(fit_costs(typical), busy=load.cores, host=host(session.threads))
 
 
 def measured_in_child(
@@ -166,7 +166,7 @@ def measured_in_child(
     return costs
 
 
-def fit(samples: Sequence[Sample]) -> Costs:
+def fit_costs(samples: Sequence[Sample]) -> Costs:
     """Fit costs to samples of both modes by least squares.
 
     A request in mode free is modelled as the sum of its steps and passes, each of which takes time

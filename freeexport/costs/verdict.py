@@ -306,7 +306,7 @@ def verdict(facts: ExitFacts) -> Verdict:
     return Verdict(
         "good",
         f"pays: {gain}; {rates}",
-        f"freeexport bench {facts.name} --threshold {facts.threshold:.4g}",
+        f"freeexport evaluate {facts.name}",
     )
 
 

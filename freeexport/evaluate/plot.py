@@ -1,4 +1,4 @@
-"""Draws figures of evaluations and benchmarks."""
+"""Draws figures of evaluations."""
 
 from __future__ import annotations
 
@@ -148,14 +148,14 @@ def _quality_curve(
         )
 
 
-def bench_speeds(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
+def speed_bars(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw tokens per second of each setting, with the range over rounds.
 
     Marks the speed that the memory bandwidth allows.
 
     Args:
         title: Title of the figure.
-        rows: Rows of a benchmark's JSON.
+        rows: Rows of a report of speed.
     """
     rows = rows[::-1]
     figure = new_figure(10, 1.4 + 0.4 * len(rows))

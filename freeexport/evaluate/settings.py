@@ -1,29 +1,42 @@
-"""Bundles, settings and records of an evaluation. An interrupted run continues from its records."""
+"""Bundles, settings and options of an evaluation."""
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from freeexport.costs.bytes import Calls
-from freeexport.system.jsonl import append_lines, whole_lines
-from freeexport.system.output import write_whole
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
+from runtime.machine.device import Device, check_runnable
+from runtime.machine.machine import usable_cores
+from runtime.options import Drafts, Mode
 
-Method = Literal["full", "static", "free", "adaptive", "rollback", "lookup", "lossless"]
+Method = Literal[
+    "full", "static", "free", "adaptive", "rollback", "lookup", "exit-drafts", "lossless"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
 THRESHOLDS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 # Methods that run neither the shallow head nor the exit's own layers.
 WITHOUT_EXIT: tuple[Method, ...] = ("full", "lookup")
-RUN = "run.json"
-OUTPUTS = "outputs.jsonl"
+# Modes and sources of drafts of methods that are not named as their mode.
+_MODES: dict[str, Mode] = {
+    "static": "shallow",
+    "adaptive": "free",
+    "lookup": "lossless",
+    "exit-drafts": "lossless",
+}
+_DRAFTS: dict[str, Drafts] = {"lookup": "lookup", "exit-drafts": "exit"}
+# Options that have other defaults if speed alone is measured, where outputs are not scored.
+SPEED_DEFAULTS: dict[str, Any] = {
+    "samples": 4,
+    "rounds": 5,
+    "max_new_tokens": 64,
+    "thresholds": (),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,16 @@ class Setting:
     def name(self) -> str:
         at = "" if self.threshold is None else f" {self.threshold:.4g}"
         return f"{self.method}{at}{', calibrated' if self.calibrated else ''}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of a request. An adaptive session chooses the threshold itself."""
+        found: dict[str, Any] = {"mode": _MODES.get(self.method, self.method)}
+        if self.method in _DRAFTS:
+            found["drafts"] = _DRAFTS[self.method]
+        if self.method != "adaptive":
+            found["threshold"] = self.threshold
+        return found
 
 
 def settings_of(
@@ -101,14 +124,17 @@ class EvaluateOptions:
 
     Attributes:
         bundles: Paths of bundles, each with its methods. The first must include full.
-        data: JSONL file of prompts.
-        output: Directory of results. A later run continues from its records.
-        metrics: Names of metrics. Curves and verdicts use the first.
+        data: JSONL file of prompts. Default: sample texts, for speed only.
+        output: Directory of results. A later run continues from its records. Default: none, for
+            speed only.
+        metrics: Names of metrics. Curves and verdicts use the first. Without metrics, speed alone
+            is measured: ends of sequence are ignored, and tokens are compared with the first row's.
         thresholds: Thresholds of free.
         samples: Number of lines to read from the data.
         rounds: Repetitions of all requests. Times are medians over rounds.
         max_new_tokens: Most tokens to generate per line.
         threads: Threads per engine call. Default: all usable cores.
+        device: Device of the engines.
         quality: Share of the full model's quality that a winner must keep, in (0, 1].
         overwrite: Replace the results of another run.
 
@@ -117,18 +143,25 @@ class EvaluateOptions:
     """
 
     bundles: tuple[tuple[Path, tuple[Method, ...]], ...]
-    data: Path
-    output: Path
-    metrics: tuple[str, ...]
+    data: Path | None = None
+    output: Path | None = None
+    metrics: tuple[str, ...] = ()
     thresholds: tuple[float, ...] = THRESHOLDS
     samples: int = 500
     rounds: int = 1
     max_new_tokens: int = 128
     threads: int | None = None
+    device: str = "cpu"
     quality: float = 0.99
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        Device.parse(self.device)
+        if self.metrics and (self.data is None or self.output is None):
+            raise OptionError(
+                "--metric scores outputs of a data file; give --data FILE and --output DIRECTORY, "
+                "or leave --metric out to measure speed only"
+            )
         for value in self.thresholds:
             if not 0 <= value < NEVER_EXIT:
                 raise OptionError(
@@ -148,6 +181,11 @@ class EvaluateOptions:
             raise OptionError(
                 f"{max(paths, key=paths.count)} is named twice; name it once, with all its methods"
             )
+
+    @property
+    def count(self) -> int:
+        """Threads per engine call."""
+        return self.threads or usable_cores()
 
 
 @dataclass(frozen=True)
@@ -171,162 +209,18 @@ class Entry:
 
 
 def entries_of(options: EvaluateOptions) -> list[Entry]:
-    """Open the bundles. Names are directory names, or whole paths if those are not distinct."""
+    """Open the bundles. Names are directory names, or whole paths if those are not distinct.
+
+    Raises:
+        BundleError: If a bundle cannot be opened.
+        DeviceError: If a bundle cannot run on the device.
+    """
     short = [path.resolve().name for path, _ in options.bundles]
     names = short if len(set(short)) == len(short) else [str(path) for path, _ in options.bundles]
     entries = []
     for name, (path, methods) in zip(names, options.bundles, strict=True):
         bundle = Bundle.open(path)
+        check_runnable(bundle.manifest, Device.parse(options.device))
         settings = settings_of(methods, options.thresholds, bundle.manifest)
         entries.append(Entry(name, bundle, tuple(settings)))
     return entries
-
-
-# Key of a record: bundle, setting, line of the data and round.
-Key = tuple[str, str, int, int]
-
-
-@dataclass(frozen=True)
-class Record:
-    """A decoded line. Text, tokens and calls are recorded in round 0 only.
-
-    Attributes:
-        bundle: Name of the bundle.
-        setting: Name of the setting.
-        line: Line of the data, from 1.
-        round: Round, from 0.
-        seconds: Seconds from the prompt to the last token.
-        decode_seconds: Seconds after the first token.
-        tokens: Number of generated tokens.
-        busy: Cores that other processes used.
-        text: Generated text.
-        token_ids: Generated tokens.
-        exited: One flag per token: did it exit?
-        finish_reason: Reason for the end of the output.
-        threshold: Threshold of an adaptive session before this request.
-        layers: Total layers of all tokens that could exit. Default: computed from `exited`.
-        adaptive_state: State of an adaptive session after this request.
-        first_seconds: Seconds to the first token.
-        calls: Engine calls. None if unknown.
-    """
-
-    bundle: str
-    setting: str
-    line: int
-    round: int
-    seconds: float
-    decode_seconds: float
-    tokens: int
-    busy: float
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    exited: tuple[bool, ...] = ()
-    finish_reason: str = ""
-    threshold: float | None = None
-    layers: int | None = None
-    adaptive_state: Mapping[str, Any] | None = None
-    first_seconds: float = 0.0
-    calls: Calls | None = None
-
-    @property
-    def key(self) -> Key:
-        return self.bundle, self.setting, self.line, self.round
-
-
-class Records:
-    """Records in a directory of results. Nothing is written or replaced before the first record.
-
-    Args:
-        output: The directory.
-        run: Description of the run. Must equal that of the directory's file RUN.
-        overwrite: Replace the records of another run.
-
-    Raises:
-        OptionError: If the directory holds another run and `overwrite` is False, or other files.
-    """
-
-    def __init__(self, output: Path, run: Mapping[str, Any], overwrite: bool = False) -> None:
-        self._path = output / OUTPUTS
-        self._run = run
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            if not (output / RUN).is_file():
-                raise OptionError(
-                    f"{output} exists and is not what evaluate writes (no {RUN}); "
-                    "choose another --output"
-                )
-            try:
-                before = json.loads((output / RUN).read_text(encoding="utf-8"))
-            except ValueError:
-                before = None
-            before = before if isinstance(before, dict) else {}
-            same = json.loads(json.dumps(run))
-            names = sorted(name for name in {*before, *run} if before.get(name) != same.get(name))
-            if names and not overwrite:
-                raise OptionError(
-                    f"{output} holds another run, with other {', '.join(names)}; "
-                    "name another --output, or replace it with --overwrite"
-                )
-        self._begins = overwrite or not (output / RUN).exists()
-        self._found = (
-            {} if self._begins else {record.key: record for record in read_records(self._path)}
-        )
-
-    def has(self, keys: Iterable[Key]) -> bool:
-        """Return True if all keys have a record."""
-        return all(key in self._found for key in keys)
-
-    def add(self, records: Sequence[Record]) -> None:
-        """Append records to the file. The first call creates or replaces it."""
-        if self._begins:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.unlink(missing_ok=True)
-            write_whole(
-                self._path.with_name(RUN), json.dumps(self._run, indent=2, sort_keys=True) + "\n"
-            )
-            self._begins = False
-        filled = (
-            {name: value for name, value in asdict(one).items() if value not in (None, "", ())}
-            for one in records
-        )
-        append_lines(self._path, filled)
-        self._found.update({record.key: record for record in records})
-
-    def last_state(self, bundle: str, setting: str) -> Mapping[str, Any] | None:
-        """Return the state of an adaptive session in its last record. None without one."""
-        states = [
-            one.adaptive_state
-            for one in self._found.values()
-            if (one.bundle, one.setting) == (bundle, setting)
-        ]
-        return states[-1] if states else None
-
-    def by_setting(self) -> dict[tuple[str, str], dict[int, list[Record]]]:
-        """Group records by bundle and setting, then by line, with rounds in order."""
-        found: dict[tuple[str, str], dict[int, list[Record]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
-        for record in sorted(self._found.values(), key=lambda one: (one.line, one.round)):
-            found[record.bundle, record.setting][record.line].append(record)
-        return found
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a file.
-
-    Truncates a partial last line, which a killed run leaves behind.
-
-    Raises:
-        OptionError: If a line is not a record.
-    """
-    for number, line in enumerate(whole_lines(path), start=1):
-        try:
-            found = json.loads(line)
-            for name in ("token_ids", "exited"):
-                found[name] = tuple(found.get(name, ()))
-            if found.get("calls") is not None:
-                found["calls"] = Calls.read(found["calls"])
-            yield Record(**found)
-        except (ValueError, TypeError, AttributeError, KeyError):
-            raise OptionError(
-                f"{path} line {number} is not what evaluate writes; remove it, or use --overwrite"
-            ) from None

@@ -28,10 +28,12 @@ from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.costs.timing import interleave
 from freeexport.costs.verdict import Verdict
-from freeexport.evaluate.bench import bench_prompts
-from freeexport.evaluate.evaluate import Story, evaluate, write
+from freeexport.evaluate.evaluate import evaluate
+from freeexport.evaluate.page import Story, write
+from freeexport.evaluate.records import RUN
 from freeexport.evaluate.scores import Row, speed_interval
-from freeexport.evaluate.settings import RUN, EvaluateOptions, Method
+from freeexport.evaluate.settings import EvaluateOptions, Method
+from freeexport.evaluate.speed import speed_prompts
 from freeexport.fit import splits
 from freeexport.fit.paper import COMPARED, SEEDS, comparison, written
 from freeexport.fit.plan import (
@@ -414,7 +416,9 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     plan_sheet = Sheet("Plan", ("", ""), tuple(describe_plan(options, plan)))
     compared = [comparison([found, *others])] if others else []
     sheets = (*compared, plan_sheet, _tried(steps, done))
-    write(found, Story(f"{plan.name}, fitted to {options.data.name}", verdict, sheets))
+    write(
+        found, places.report, Story(f"{plan.name}, fitted to {options.data.name}", verdict, sheets)
+    )
     for name, text in (item for sheet in compared for item in written(sheet).items()):
         write_whole(places.report / name, text)
     with output_directory(places.out, MANIFEST, options.overwrite) as directory:
@@ -431,7 +435,7 @@ def measured_speed(path: Path, threads: int | None) -> str:
     bundle = Bundle.open(path)
     if bundle.manifest.speech is not None:
         return ""
-    prompts = bench_prompts(bundle, None, SPEED_PROMPTS)
+    prompts = speed_prompts(bundle, None, SPEED_PROMPTS)
     modes: tuple[Mode, ...] = ("full", "lossless")
     runs: dict[tuple[int, int], list[tuple[float, int]]] = defaultdict(list)
     with Session(path, threads=threads, slots=1) as session, other_load() as load:

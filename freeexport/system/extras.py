@@ -15,7 +15,6 @@ PURPOSES: dict[str, str] = {
     "train": "train checkpoints to exit early",
     "serve": "serve bundles over HTTP",
     "grammar": "constrain outputs: JSON schemas, regular expressions, tool calls",
-    "bench": "plot what was measured",
     "calibrate": "fit the exit threshold",
     "metrics": "compare outputs when calibrating",
     "evaluate": "compare methods on a task",
@@ -35,7 +34,6 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "serve": ("serve",),
     "inspect": (),
     "evaluate": ("evaluate",),
-    "bench": ("bench",),
     "demo": ("demo",),
     "doctor": (),
 }

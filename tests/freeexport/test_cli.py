@@ -231,7 +231,7 @@ def test_an_error_of_a_library_keeps_its_text_and_a_bug_is_called_one(error: Exc
         ("convert", "torch.nn", "torch is not installed; run: pip install 'freeexport[convert]'"),
         ("train", "torch", "torch is not installed; run: pip install 'freeexport[train]'"),
         ("evaluate", "rapidfuzz", "rapidfuzz is not installed; run: pip install 'freeexport[evaluate]'"),
-        ("bench", "matplotlib", "matplotlib is not installed; run: pip install 'freeexport[bench]'"),
+        ("evaluate", "matplotlib", "matplotlib is not installed; run: pip install 'freeexport[evaluate]'"),
         ("generate", "onnxruntime", "onnxruntime is not installed; run: pip install 'freeexport[cpu]'"),
         (None, "google.protobuf", "protobuf is not installed; run: pip install 'freeexport[convert]'"),
         (None, "tokenizers", "tokenizers is not installed; run: pip install freeexport"),

@@ -406,7 +406,7 @@ def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_
     (spoken / "text.jsonl").write_text('{"input": "a", "target": "b"}\n')
     rounded = ("--exit-layer", "1", "--precision", "int4")
     for asked, message in (
-        (["bench", str(bundle), "--data", data], "speech"),
+        (["evaluate", str(bundle), "--data", data], "speech"),
         (["calibrate", str(bundle), "--data", str(spoken / "text.jsonl")], "the bundle reads speech; give 'audio'"),
         (
             ["train", text, str(tmp_path / "out"), "--exit-layer", "1", "--data", data],

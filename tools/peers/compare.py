@@ -19,34 +19,43 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from freeexport.costs.bytes import ByteModel, Calls
 from freeexport.costs.measured import bandwidth_of
 from freeexport.costs.timing import interleave
-from freeexport.evaluate.bench import (
-    MODES,
-    BenchOptions,
-    BenchSetting,
-    Run,
+from freeexport.evaluate.measure import timing_of
+from freeexport.evaluate.records import Record
+from freeexport.evaluate.settings import (
+    METHODS,
+    SPEED_DEFAULTS,
+    Entry,
+    EvaluateOptions,
+    Setting,
+    bundle_and_methods,
+    entries_of,
+    methods_of,
+)
+from freeexport.evaluate.speed import check_comparable, speed_prompts
+from freeexport.evaluate.speed_rows import (
     add_roofline,
-    bench_prompts,
-    bench_sheet,
-    facts_lines,
-    facts_of,
-    report,
-    rows_of,
-    settings_of,
+    row_names,
+    speed_facts,
+    speed_lines,
+    speed_report,
+    speed_rows,
+    speed_sheet,
 )
 from freeexport.system.child import PACKAGES
 from freeexport.system.load import other_load
+from freeexport.system.machine import kernel_instructions
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from freeexport.system.sheet import terminal
-from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
 from tools.peers.catalog import (
     OURS,
@@ -84,7 +93,7 @@ class Contender:
     command: list[str]
     model: str
     options: dict[str, Any]
-    setting: BenchSetting | None = None
+    setting: Setting | None = None
 
     def load(self, threads: int) -> tuple[Worker, dict[str, str]]:
         """Start the process and load the model. Returns the process and the versions of its
@@ -114,22 +123,36 @@ class Contender:
             raise
 
 
-def decode(worker: Worker, prompt: Sequence[int], count: int) -> Run:
+def decode(
+    worker: Worker, prompt: Sequence[int], count: int, name: str = "", line: int = 1, turn: int = 0
+) -> Record:
+    """Let a decoder's process decode a prompt, and return its record.
+
+    Args:
+        worker: The process.
+        prompt: Token ids.
+        count: Tokens to generate.
+        name: Name of the decoder.
+        line: Number of the prompt, from 1.
+        turn: Number of the round, from 0.
+    """
     answer = worker.ask({"op": "generate", "prompt": list(prompt), "tokens": count}, LIMIT)
-    optional = ("exit_rate", "acceptance", "overhead", "predicted")
-    sizes = {int(rows): passes for rows, passes in answer.get("sync_sizes", {}).items()}
-    return Run(
-        tuple(answer["tokens"]),
-        tuple(answer["times"]),
-        answer["seconds"],
-        sync_sizes=sizes,
+    optional = ("acceptance", "overhead")
+    return Record(
+        *("", name, line, turn),
+        tokens=len(answer["tokens"]),
+        token_ids=tuple(answer["tokens"]),
+        exited=tuple(answer.get("exited", ())),
+        calls=Calls.read(answer["calls"]) if "calls" in answer else None,
         peak_bytes=answer["peak_bytes"],
-        **{name: answer[name] for name in optional if name in answer},
+        busy=0.0,
+        **timing_of(answer["times"], answer["seconds"]),
+        **{field: answer[field] for field in optional if field in answer},
     )
 
 
 def contenders_of(
-    against: Sequence[str], source: Source | None, bundles: Sequence[Bundle], options: BenchOptions
+    against: Sequence[str], source: Source | None, entries: Sequence[Entry]
 ) -> tuple[list[Contender], dict[str, str]]:
     """Return the contenders, and why others cannot run.
 
@@ -141,6 +164,7 @@ def contenders_of(
     """
     found: list[Contender] = []
     failed: dict[str, str] = {}
+    manifest = entries[0].bundle.manifest
     for name in against:
         peer = find_peer(name)
         if peer is None:
@@ -149,40 +173,41 @@ def contenders_of(
         if source is None:
             raise OptionError(
                 f"--against {name} needs the checkpoint that the bundle came from "
-                f"({bundles[0].manifest.source}); give it with --model"
+                f"({manifest.source}); give it with --model"
             )
         given = {**peer.options, "encoder_decoder": source.encoder_decoder}
         if "early_exit" in given:
-            given["early_exit"] = bundles[0].manifest.exit_layer
+            given["early_exit"] = manifest.exit_layer
         try:
             command = peer_command(peer)
             model = str(peer_model(peer, source, command))
             found.append(Contender(peer.name, peer.precision, command, model, given))
         except PeerError as error:
             failed[name] = str(error)
-    for one in settings_of(options, bundles):
-        bundle = bundles[one.bundle]
-        contender = Contender(
-            one.name,
-            bundle.manifest.precision,
-            command=OURS,
-            model=str(bundle.path),
-            options=asdict(one),
-            setting=one,
-        )
-        found.append(contender)
+    names = row_names(entries)
+    for entry in entries:
+        for setting in entry.settings:
+            contender = Contender(
+                names[entry.name, setting.name],
+                entry.bundle.manifest.precision,
+                command=OURS,
+                model=str(entry.bundle.path),
+                options=asdict(setting),
+                setting=setting,
+            )
+            found.append(contender)
     return found, failed
 
 
 def measure(
     contenders: Sequence[Contender],
     prompts: Sequence[Sequence[int]],
-    options: BenchOptions,
+    options: EvaluateOptions,
     settle: float = SETTLE,
-) -> tuple[dict[str, list[list[Run]]], dict[str, dict[str, str]], dict[str, str]]:
+) -> tuple[dict[str, dict[int, list[Record]]], dict[str, dict[str, str]], dict[str, str]]:
     """Let every contender decode every prompt in each round, after one round to warm up.
 
-    Returns runs by name, library versions by name, and why others have none.
+    Returns records by name and line, library versions by name, and why others have none.
 
     Raises:
         FreeExportError: If one of our own decoders fails.
@@ -190,18 +215,23 @@ def measure(
     running: dict[str, Worker] = {}
     versions: dict[str, dict[str, str]] = {}
     failed: dict[str, str] = {}
+    most = options.max_new_tokens
 
     def fail(contender: Contender, error: PeerError) -> None:
         if contender.setting is not None:
             raise FreeExportError(f"{contender.name}: {error}") from None
         failed[contender.name] = str(error)
 
-    def run(contender: Contender, block: Sequence[Sequence[int]]) -> list[Run]:
-        if contender.name in failed:
+    def run(contender: Contender, block: Sequence[Sequence[int]]) -> list[Record]:
+        name = contender.name
+        if name in failed:
             return []
         time.sleep(settle)
         try:
-            return [decode(running[contender.name], prompt, options.tokens) for prompt in block]
+            return [
+                decode(running[name], prompt, most, name, line)
+                for line, prompt in enumerate(block, 1)
+            ]
         except PeerError as error:
             fail(contender, error)
             return []
@@ -214,38 +244,56 @@ def measure(
             except PeerError as error:
                 fail(one, error)
         turns = list(interleave(contenders, [prompts], options.rounds, run))
-    names = {number: one.name for number, one in enumerate(contenders) if one.name not in failed}
-    runs = {name: [turn.runs[number] for turn in turns] for number, name in names.items()}
-    return runs, versions, failed
+    found: dict[str, dict[int, list[Record]]] = {}
+    for number, one in enumerate(contenders):
+        if one.name not in failed:
+            lines = found.setdefault(one.name, {})
+            for turn in turns:
+                for record in turn.runs[number]:
+                    lines.setdefault(record.line, []).append(replace(record, round=turn.round))
+    return found, versions, failed
 
 
-def compare(options: BenchOptions, against: Sequence[str], model: str | None) -> dict[str, Any]:
-    """Run the comparison. Returns the content for JSON, in the format of `freeexport bench`."""
-    bundles = [Bundle.open(path) for path in options.bundles]
+def compare(options: EvaluateOptions, against: Sequence[str], model: str | None) -> dict[str, Any]:
+    """Run the comparison, and return a report of speed, as `freeexport evaluate --json`."""
+    entries = entries_of(options)
+    check_comparable([entry.bundle for entry in entries])
+    first = entries[0].bundle
     named = model or next((name for name in against if find_peer(name) is None), None)
-    source = None if named is None else find_source(bundles[0].manifest, named)
-    prompts = bench_prompts(bundles[0], options.data, options.samples)
-    contenders, missing = contenders_of(against, source, bundles, options)
+    source = None if named is None else find_source(first.manifest, named)
+    prompts = speed_prompts(first, options.data, options.samples)
+    contenders, missing = contenders_of(against, source, entries)
     bandwidth = bandwidth_of(options.count)
     with other_load() as load:
-        runs, versions, failed = measure(contenders, prompts, options)
+        found, versions, failed = measure(contenders, prompts, options)
     # Reference tokens: those of transformers in fp32.
-    truth = next((name for name in (TRUTH, "hf") if name in runs), None)
-    tokens = None if truth is None else [run.tokens for run in runs[truth][0]]
-    rows = rows_of(runs, {one.name: one.precision for one in contenders}, tokens, versions)
-    by_name = {one.name: one.setting for one in contenders}
-    for row in rows:
-        setting = by_name[row["name"]]
-        if setting is not None:
-            bundle = bundles[setting.bundle]
-            add_roofline(row, bundle, setting.mode, prompts, options.tokens, bandwidth)
-    facts = facts_of(bundles[0], options, len(prompts), truth, load.cores)
-    real = [one.name for one in contenders if one.setting is None or one.setting.real]
-    return report(rows, facts, bandwidth, real, {**missing, **failed})
+    truth = next((name for name in (TRUTH, "hf") if name in found), None)
+    rows = speed_rows(found, {one.name: one.precision for one in contenders}, truth, versions)
+    by_name = {row["name"]: row for row in rows}
+    names = row_names(entries)
+    for entry in entries:
+        bytes_read = ByteModel(entry.bundle, kernel_instructions())
+        for setting in entry.settings:
+            name = names[entry.name, setting.name]
+            add_roofline(by_name[name], bytes_read, found[name], bandwidth)
+    facts = speed_facts(
+        first.manifest,
+        threads=options.count,
+        device=options.device,
+        prompts=len(prompts),
+        tokens=options.max_new_tokens,
+        rounds=options.rounds,
+        reference=truth,
+        busy=load.cores,
+    )
+    usable = [
+        one.name for one in contenders if one.setting is None or one.setting.method != "static"
+    ]
+    return speed_report(rows, facts, bandwidth, usable, {**missing, **failed})
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE[=METHODS]...")
 @click.option(
     "--against",
     multiple=True,
@@ -258,24 +306,33 @@ def compare(options: BenchOptions, against: Sequence[str], model: str | None) ->
     type=click.Path(path_type=Path),
     help="JSON lines with prompts.  [default: four sample texts]",
 )
-@click.option("--samples", type=click.IntRange(1), default=BenchOptions.samples)
-@click.option("--tokens", type=click.IntRange(2), default=BenchOptions.tokens)
-@click.option("--mode", "modes", type=click.Choice(MODES), multiple=True)
+@click.option("--samples", type=click.IntRange(1), default=SPEED_DEFAULTS["samples"])
+@click.option(
+    "--tokens", "max_new_tokens", type=click.IntRange(2), default=SPEED_DEFAULTS["max_new_tokens"]
+)
+@click.option("--methods", default="full", help=f"Of {', '.join(METHODS)}.")
 @click.option("--threshold", "thresholds", type=float, multiple=True)
-@click.option("--drafts", multiple=True)
-@click.option("--rounds", type=click.IntRange(1), default=BenchOptions.rounds)
+@click.option("--rounds", type=click.IntRange(1), default=SPEED_DEFAULTS["rounds"])
 @click.option("--threads", type=click.IntRange(1))
 @click.option("--save", type=click.Path(path_type=Path), help="File for the figures, as JSON.")
-def main(against: tuple[str, ...], model: str | None, save: Path | None, **given: Any) -> None:
+def main(
+    bundles: tuple[str, ...],
+    against: tuple[str, ...],
+    model: str | None,
+    methods: str,
+    save: Path | None,
+    **given: Any,
+) -> None:
     if len(set(against)) < len(against):
         raise OptionError(f"--against names {max(against, key=against.count)} twice; name it once")
     check_writable(save, "--save")
-    found = compare(BenchOptions(**given), against, model)
+    chosen = tuple(bundle_and_methods(text, methods_of(methods)) for text in bundles)
+    found = compare(EvaluateOptions(chosen, **given), against, model)
     if save is not None:
         write_whole(save, json.dumps(found, indent=2) + "\n")
-    print_page([terminal(bench_sheet(found))])
+    print_page([terminal(speed_sheet(found))])
     reasons = [f"{name}: not run: {reason}" for name, reason in found["failed"].items()]
-    click.echo("\n".join([*reasons, *facts_lines(found), "", found["verdict"]]))
+    click.echo("\n".join([*reasons, *speed_lines(found), "", found["verdict"]]))
 
 
 if __name__ == "__main__":

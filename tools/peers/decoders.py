@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -127,7 +128,7 @@ def _versions(*distributions: str) -> dict[str, str]:
 def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     """Load a bundle or a checkpoint.
 
-    `options` are the fields of a BenchSetting, `beams` for a beam search with this width, or
+    `options` are the fields of a Setting, `beams` for a beam search with this width, or
     `{"checkpoint": True}`.
     """
     if options.get("checkpoint"):
@@ -156,15 +157,16 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
             emit(*result.token_ids)
 
         return search, _versions("onnxruntime", "numpy")
-    from freeexport.evaluate.bench import BenchSetting, decode
+    from freeexport.evaluate.measure import decode
+    from freeexport.evaluate.settings import Setting
 
-    setting = BenchSetting(**options)
+    setting = Setting(**options)
     session = Session(path, threads=threads, slots=1)
 
     def generate(prompt: list[int], count: int, emit: Emit) -> dict[str, Any]:
-        run = decode(session, setting, prompt, count, emit)
-        names = ("exit_rate", "acceptance", "sync_sizes", "overhead", "predicted")
-        return {name: getattr(run, name) for name in names}
+        found = decode(session, setting, prompt, count, emit)
+        names = ("exited", "acceptance", "overhead")
+        return {"calls": asdict(found["calls"]), **{name: found[name] for name in names}}
 
     return generate, _versions("onnxruntime", "numpy")
 

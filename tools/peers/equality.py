@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from freeexport.evaluate.bench import BenchOptions
+from freeexport.evaluate.settings import EvaluateOptions, entries_of
 from freeexport.system.environment import environment
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
@@ -72,7 +72,7 @@ def peer_answers(
     with closing(worker), progress(f"decoding with {contender.name}", len(prompts)) as advance:
         answers = []
         for prompt in prompts:
-            answers.append(decode(worker, prompt, tokens).tokens)
+            answers.append(decode(worker, prompt, tokens).token_ids)
             advance()
         return answers, versions
 
@@ -87,6 +87,65 @@ def row_of(
         "greedy_again": differences(reference, greedy()),
         "with_drafts": differences(reference, drafted()),
     }
+
+
+def our_row(
+    bundle: Bundle, prompts: Sequence[list[int]], tokens: int, threads: int
+) -> dict[str, Any]:
+    """Compare the output of a bundle in mode full with lossless, with drafts from the text."""
+    precision = bundle.manifest.precision
+    with Session(bundle.path, threads=threads, slots=1) as session:
+
+        def answers(**options: Any) -> Answers:
+            given = {"max_new_tokens": tokens, "ignore_eos": True, **options}
+            return [session.generate(prompt, **given).token_ids for prompt in prompts]
+
+        return row_of(
+            name=f"freeexport {precision}",
+            precision=precision,
+            greedy=partial(answers, mode="full"),
+            drafted=partial(answers, mode="lossless", drafts="lookup"),
+        )
+
+
+def peer_row(
+    peer: Contender, prompts: Sequence[list[int]], tokens: int, threads: int
+) -> dict[str, Any]:
+    """Compare the greedy output of a peer with its output with drafts from the prompt.
+
+    Raises:
+        PeerError: If the peer cannot be loaded or fails.
+    """
+    looks_up = replace(peer, options={**peer.options, "lookup": LOOKUP})
+    versions: dict[str, str] = {}
+
+    def answers(contender: Contender) -> Answers:
+        found, known = peer_answers(contender, prompts, tokens, threads)
+        versions.update(known)
+        return found
+
+    row = row_of(
+        name=peer.name,
+        precision=peer.precision,
+        greedy=partial(answers, peer),
+        drafted=partial(answers, looks_up),
+    )
+    return {**row, "versions": versions}
+
+
+def differences_sheet(rows: Sequence[dict[str, Any]], prompts: int) -> Sheet:
+    """Return the table of answers that differ."""
+    kinds = ("greedy_again", "with_drafts")
+    cells = tuple(
+        (
+            row["name"],
+            row["precision"],
+            *(f"{row[kind]['differing_answers']} of {prompts}" for kind in kinds),
+        )
+        for row in rows
+    )
+    columns = ("decoder", "precision", "greedy again", "with drafts")
+    return Sheet("Answers that differ", columns, cells)
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
@@ -119,47 +178,16 @@ def main(
     save: Path | None,
 ) -> None:
     check_writable(save, "--save")
-    opened = [Bundle.open(path) for path in bundles]
-    manifest = opened[0].manifest
-    every = prompts_of(opened[0], None)
+    entries = entries_of(EvaluateOptions(tuple((path, ("full",)) for path in bundles)))
+    manifest = entries[0].bundle.manifest
+    every = prompts_of(entries[0].bundle, None)
     prompts = [every[number * len(every) // count] for number in range(min(count, len(every)))]
-    rows = list[dict[str, Any]]()
-    for bundle in opened:
-        with Session(bundle.path, threads=threads, slots=1) as session:
-
-            def ours(session: Session = session, **options: Any) -> Answers:
-                given = {"max_new_tokens": tokens, "ignore_eos": True, **options}
-                return [session.generate(prompt, **given).token_ids for prompt in prompts]
-
-            precision = bundle.manifest.precision
-            row = row_of(
-                name=f"freeexport {precision}",
-                precision=precision,
-                greedy=partial(ours, mode="full"),
-                drafted=partial(ours, mode="lossless", drafts="lookup"),
-            )
-            rows.append(row)
+    rows = [our_row(entry.bundle, prompts, tokens, threads) for entry in entries]
     source = None if model is None else find_source(manifest, model)
-    found, failed = contenders_of(
-        against if source else (), source, opened, BenchOptions(bundles, modes=())
-    )
+    found, failed = contenders_of(against if source else (), source, entries)
     for one in (one for one in found if one.setting is None):
-        looks_up = replace(one, options={**one.options, "lookup": LOOKUP})
-        versions: dict[str, str] = {}
-
-        def answered(contender: Contender, versions: dict[str, str] = versions) -> Answers:
-            answers, known = peer_answers(contender, prompts, tokens, threads)
-            versions.update(known)
-            return answers
-
         try:
-            row = row_of(
-                name=one.name,
-                precision=one.precision,
-                greedy=partial(answered, one),
-                drafted=partial(answered, looks_up),
-            )
-            rows.append({**row, "versions": versions})
+            rows.append(peer_row(one, prompts, tokens, threads))
         except PeerError as error:
             failed[one.name] = str(error)
     report = {
@@ -174,27 +202,7 @@ def main(
     }
     if save is not None:
         write_whole(save, json.dumps(report, indent=2) + "\n")
-    cells = tuple(
-        (
-            *(row["name"], row["precision"]),
-            *(
-                f"{row[kind]['differing_answers']} of {len(prompts)}"
-                for kind in ("greedy_again", "with_drafts")
-            ),
-        )
-        for row in rows
-    )
-    print_page(
-        [
-            terminal(
-                Sheet(
-                    "Answers that differ",
-                    ("decoder", "precision", "greedy again", "with drafts"),
-                    cells,
-                )
-            )
-        ]
-    )
+    print_page([terminal(differences_sheet(rows, len(prompts)))])
     click.echo("\n".join(f"{name}: not run: {reason}" for name, reason in failed.items()))
 
 

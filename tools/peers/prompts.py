@@ -22,13 +22,13 @@ from typing import Any
 import click
 
 from freeexport.costs.timing import spread
-from freeexport.evaluate.bench import BenchOptions
+from freeexport.evaluate.records import Record
+from freeexport.evaluate.settings import EvaluateOptions, entries_of
 from freeexport.system.environment import about, environment
 from freeexport.system.load import load_note, other_load
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from freeexport.system.sheet import Sheet, terminal
-from runtime.bundle.bundle import Bundle
 from tools.peers.catalog import PEERS, find_source
 from tools.peers.compare import Contender, contenders_of, decode
 from tools.peers.worker import PeerError
@@ -52,7 +52,7 @@ def first_tokens(
     counted.
     """
     rng = random.Random(0)
-    times = dict[tuple[int, str], list[tuple[float, float]]]()
+    found = dict[tuple[int, str], list[Record]]()
     failed = dict[str, str]()
     with ExitStack() as stack:
         running = {}
@@ -69,34 +69,35 @@ def first_tokens(
                 prompt = [rng.randrange(vocabulary) for _ in range(length)]
                 for name in [name for name in running if name not in failed]:
                     try:
-                        moments = decode(running[name][0], prompt, tokens).times
+                        record = decode(running[name][0], prompt, tokens, name, turn=turn)
                     except PeerError as error:
                         failed[name] = f"{length} tokens: {error}"
                         continue
                     if turn > 0:
-                        interval = (moments[-1] - moments[0]) / (tokens - 1)
-                        times.setdefault((length, name), []).append((moments[0], interval))
+                        found.setdefault((length, name), []).append(record)
     precisions = {one.name: one.precision for one in contenders}
-    base = dict[int, list[tuple[float, float]]]()
+    base = dict[int, list[Record]]()
     rows = []
-    for (length, name), values in times.items():
-        firsts = [first for first, _ in values]
-        intervals = [interval for _, interval in values]
-        pairs = list(zip(base.setdefault(length, values), values, strict=False))
-        row = {
-            "length": length,
-            "name": name,
-            "precision": precisions[name],
-            "versions": running[name][1],
-            "first_token_ms": 1e3 * median(firsts),
-            "tokens_per_second": length / median(firsts),
-            "spread": spread(firsts),
-            "ratio": median(reference[0] / measured[0] for reference, measured in pairs),
-            "decode_per_second": 1 / median(intervals),
-            "decode_ratio": median(reference[1] / measured[1] for reference, measured in pairs),
-        }
-        rows.append(row)
+    for (length, name), records in found.items():
+        first = base.setdefault(length, records)
+        row = {"length": length, "name": name, "precision": precisions[name]}
+        rows.append({**row, "versions": running[name][1], **_figures(length, records, first)})
     return rows, failed
+
+
+def _figures(length: int, records: Sequence[Record], first: Sequence[Record]) -> dict[str, float]:
+    """Return the figures of a row, relative to the records of the first row in the same rounds."""
+    seconds = [one.first_seconds for one in records]
+    intervals = [one.decode_seconds / (one.tokens - 1) for one in records]
+    pairs = list(zip(first, records, strict=False))
+    return {
+        "first_token_ms": 1e3 * median(seconds),
+        "tokens_per_second": length / median(seconds),
+        "spread": spread(seconds),
+        "ratio": median(one.first_seconds / other.first_seconds for one, other in pairs),
+        "decode_per_second": 1 / median(intervals),
+        "decode_ratio": median(one.decode_seconds / other.decode_seconds for one, other in pairs),
+    }
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
@@ -126,11 +127,11 @@ def main(
     save: Path | None,
 ) -> None:
     check_writable(save, "--save")
-    options = BenchOptions(bundles, modes=(), threads=threads)
-    opened = [Bundle.open(path) for path in bundles]
-    manifest = opened[0].manifest
+    options = EvaluateOptions(tuple((path, ("full",)) for path in bundles), threads=threads)
+    entries = entries_of(options)
+    manifest = entries[0].bundle.manifest
     source = None if model is None else find_source(manifest, model)
-    contenders, missing = contenders_of(against, source, opened, options)
+    contenders, missing = contenders_of(against, source, entries)
     with other_load() as load:
         rows, failed = first_tokens(
             contenders,

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ PLACES = (2, 9, 17, 33, 65)
 OURS: dict[str, Any] = {"language": "en", "max_new_tokens": 224, "fallback_temperatures": ()}
 
 
-class Peer:
+class FasterWhisper:
     """faster-whisper in a child process.
 
     Args:
@@ -198,6 +199,24 @@ def table(
     return found
 
 
+def check_equality(runs: Mapping[str, list[list[dict[str, Any]]]]) -> None:
+    """Check that lossless generates the tokens of full.
+
+    Raises:
+        ClickException: If outputs of a bundle differ.
+    """
+    for name in runs:
+        full = name.rpartition(" ")[0] + " full"
+        if not name.endswith(" lossless") or full not in runs:
+            continue
+        pairs = zip(runs[name], runs[full], strict=True)
+        different = sum(
+            a["ids"] != b["ids"] for one, other in pairs for a, b in zip(one, other, strict=True)
+        )
+        if different:
+            raise click.ClickException(f"{different} outputs of {name} have other tokens than full")
+
+
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option("--bundle", "bundles", multiple=True, metavar="NAME=DIR", required=True)
@@ -242,7 +261,7 @@ def main(
                 )
         for given in peers:
             precision, _, model = given.partition("=")
-            peer = stack.enter_context(closing(Peer(model, precision, packages or Path())))
+            peer = stack.enter_context(closing(FasterWhisper(model, precision, packages or Path())))
             decoders[f"{precision} faster-whisper"] = peer.run
         names = list(decoders)
         runs: dict[str, list[list[dict[str, Any]]]] = {name: [[] for _ in lines] for name in names}
@@ -251,19 +270,7 @@ def main(
                 shift = (turn + place) % len(names)
                 for name in names[shift:] + names[:shift]:
                     runs[name][place].append(decoders[name](data.parent / line["audio"]))
-    for name in names:
-        full = name.rpartition(" ")[0] + " full"
-        if name.endswith(" lossless") and full in runs:
-            pairs = zip(runs[name], runs[full], strict=True)
-            different = sum(
-                a["ids"] != b["ids"]
-                for one, other in pairs
-                for a, b in zip(one, other, strict=True)
-            )
-            if different:
-                raise click.ClickException(
-                    f"{different} outputs of {name} have other tokens than full"
-                )
+    check_equality(runs)
     groups = table(runs, lines, names[0])
     made = {
         "machine": detect_machine().cpu,

@@ -230,7 +230,7 @@ def row_of(
         for name in list(workers)[:: 1 if number % 2 else -1]:
             sleep(PAUSE)
             run = decode(workers[name], prompt, written)
-            found[name] = run.tokens
+            found[name] = run.token_ids
             if number:
                 seconds[name].append(run.seconds)
         same += number > 0 and len(set(found.values())) == 1

@@ -36,8 +36,7 @@ SHORTER = {
     "verify": "--quick",
     "calibrate": "--samples 150 --max-new-tokens 4 --threads 1",
     "generate": "--threads 1",
-    "evaluate": "--samples 3 --max-new-tokens 8 --threads 1",
-    "bench": "--samples 1 --max-new-tokens 8 --rounds 1 --threads 1",
+    "evaluate": "--samples 1 --max-new-tokens 8 --rounds 1 --threads 1",
 }
 # Where each verb's arguments name what it writes.
 OUTPUT = {"fit": 1, "train": 1, "convert": 1}
@@ -55,7 +54,6 @@ def files(checkpoint: Callable[[Case], Path], bundle: Bundles, tmp_path_factory:
     """Everything that an example names."""
     here = tmp_path_factory.mktemp("examples")
     shutil.copytree(G2P, here / "path/to/checkpoint")
-    shutil.copytree(G2P, here / "ce-checkpoint")
     lines = [json.loads(line) for line in (G2P / "test.jsonl").read_text().splitlines()]
     # As many different lines as `fit` and a risk of 2 % need.
     many = [{**lines[number % 100], "input": f"{lines[number % 100]['input']} {number}"} for number in range(400)]

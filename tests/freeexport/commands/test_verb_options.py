@@ -14,7 +14,7 @@ from command_line import invoke
 from freeexport import cli
 from freeexport.commands.verb_options import REST, SectionedCommand, section
 
-LONG = ("convert", "calibrate", "train", "generate", "bench")
+LONG = ("convert", "calibrate", "train", "generate", "evaluate")
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
@@ -90,7 +90,7 @@ def test_every_choice_of_a_long_help_is_explained() -> None:
         if verb in LONG and isinstance(option.type, click.Choice) and option.opts[0] not in obvious:
             shown = [choice for choice in option.type.choices if choice in (option.metavar or choice)]
             unexplained = [choice for choice in shown if choice not in (option.help or "")]
-            assert unexplained == [] or (verb, option.opts[0]) == ("bench", "--mode"), (verb, option.opts[0])
+            assert unexplained == [], (verb, option.opts[0])
 
 
 def test_options_stand_below_the_heading_above_them_and_rare_ones_are_shown_with_help_all_alone() -> None:

@@ -25,7 +25,6 @@ from freeexport.costs.bytes import (
     known_costs,
     row_share,
     step_bytes,
-    token_bytes,
 )
 from graphs.families import describe
 from runtime import Session
@@ -87,15 +86,20 @@ def test_an_embedding_that_rows_are_taken_from_is_not_read(options: dict[str, An
 
 def test_bytes_of_a_token(bundle: Bundles) -> None:
     made = Bundle.open(bundle(BY_NAME["llama-tied"]))
-    manifest = made.manifest
     shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
-    full = token_bytes(made, 0, 0, exits=False, passes=1)
-    assert full == shallow.layers + deep.layers + deep.head
-    assert token_bytes(made, 10, 0, False, 1) == full + 10 * manifest.kv_bytes_per_token
-    # Cross-attention reads keys and values of the same size.
-    assert token_bytes(made, 4, 6, False, 1) == token_bytes(made, 10, 0, False, 1)
-    assert token_bytes(made, 0, 0, True, 0) == shallow.layers + shallow.head
-    assert token_bytes(made, 0, 0, True, 0.25) == round(shallow.layers + shallow.head + (deep.layers + deep.head) / 4)
+    model = ByteModel(made, "")
+
+    def read(prompt: int = -2, heads: int = 0, **passes: int) -> float:
+        sizes = {int(rows[1:]): count for rows, count in passes.items()}
+        return model.token([Calls(prompt, 4, steps=4, heads=heads, own=False, further=0, passes=sizes)])
+
+    # Half of the four tokens are valid on average, so a prompt of -2 leaves no positions to read.
+    full = read(x1=4)
+    assert full == shallow.layers + deep.layers + deep.head + 2 * CALL_BYTES
+    assert read(prompt=8, x1=4) == full + 10 * made.manifest.kv_bytes_per_token
+    assert read(heads=4) == shallow.layers + shallow.head + CALL_BYTES
+    row = 1 + 3 * model.row_share
+    assert read(heads=4, x4=1) == pytest.approx(read(heads=4) + (row * (deep.layers + deep.head) + CALL_BYTES) / 4)
 
 
 @pytest.mark.parametrize("case", [OWN, BY_NAME["t5-relu-tied"]], ids=lambda case: case.name)

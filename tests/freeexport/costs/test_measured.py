@@ -10,7 +10,7 @@ from checkpoints import BY_NAME, Bundles
 
 from freeexport.costs.measured import (
     Sample,
-    fit,
+    fit_costs,
     measure_bandwidth,
     measured_costs,
     measured_in_child,
@@ -62,7 +62,7 @@ def samples(noise: float = 0.0, steps: int = 40) -> list[Sample]:
 
 
 def test_costs_are_recovered_from_whole_requests() -> None:
-    found = fit(samples())
+    found = fit_costs(samples())
     assert (found.shallow, found.shallow_without_head) == pytest.approx((2.0, 2.4))
     assert asdict(found.outside) == pytest.approx({"full": 0.9, "free": 0.5, "sync": 0.8})
     assert found.deep == pytest.approx(TRUE.deep)
@@ -74,14 +74,16 @@ def test_speedups_at_other_exit_rates_are_predicted_from_noisy_requests(exit_rat
     seconds = sum(one.shallow + one.outside + sum(one.deep[k] * n for k, n in one.sizes.items()) for one in done)
     steps = sum(one.steps for one in done)
     sizes = sum((Counter(one.sizes) for one in done), Counter[int]())
-    assert fit(samples(noise=0.1)).speedup_of(sizes, steps) == pytest.approx(TRUE.full * steps / seconds, rel=0.05)
+    assert fit_costs(samples(noise=0.1)).speedup_of(sizes, steps) == pytest.approx(
+        TRUE.full * steps / seconds, rel=0.05
+    )
 
 
 def test_noise_makes_nothing_negative_nor_a_longer_pass_cheaper() -> None:
     drawn = [sample(kind, 40, seed) for seed in range(3) for kind in (None, 0.5, 0.9)]
     shuffled = [replace(one, shallow=one.shallow / (1 + one.passes), outside=-0.1, deep={k: 1 / k for k in one.deep})
                 for one in drawn]  # fmt: skip
-    found = fit(shuffled)
+    found = fit_costs(shuffled)
     assert min(found.shallow, *asdict(found.outside).values()) >= 0
     seconds = list(found.deep.values())
     assert seconds == sorted(seconds)

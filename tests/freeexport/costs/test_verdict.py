@@ -67,7 +67,7 @@ NEVER = replace(EXITS, threshold=1.0, why_never="no token agrees")
     ("facts", "level", "text", "next_step"),
     [
         (EXITS, "good", "pays: 1.40x the speed of mode full, predicted by the engines' measured times; ",
-         "freeexport bench out --threshold 0.9"),
+         "freeexport evaluate out"),
         (EXITS, "good", "60.0% (95% interval 52.0% to 67.0%) of 229 tokens exit, 99.0% (95% interval 95.0% to 100.0%) "
          "of them agree", ""),
         # Whatever the speed would be, an untrained exit is to be trained.

@@ -22,8 +22,10 @@ from command_line import invoke, succeed
 
 from freeexport.costs.measured import measured_costs
 from freeexport.evaluate import evaluate as evaluation
-from freeexport.evaluate.scores import verdicts
-from freeexport.evaluate.settings import METHODS, OUTPUTS, RUN
+from freeexport.evaluate import measure, page, tables
+from freeexport.evaluate.records import OUTPUTS, RUN
+from freeexport.evaluate.settings import METHODS
+from freeexport.evaluate.verdicts import verdicts
 from freeexport.metrics import metric_of
 from freeexport.system.environment import commit_of
 from runtime import Session, kernels
@@ -62,7 +64,7 @@ def call(bundles: tuple[Any, ...], data: Path, out: Path, *arguments: Any) -> Re
 @pytest.fixture
 def run(tmp_path: Path, path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Evaluates without files of results, which take longer to draw than these models to decode."""
-    monkeypatch.setattr(evaluation, "write", lambda found: None)
+    monkeypatch.setattr(page, "write", lambda found, out: None)
 
     def evaluate(*arguments: Any, bundles: tuple[Any, ...] = (path,), file: Path = data) -> Result:
         return call(bundles, file, tmp_path / "out", *arguments)
@@ -87,9 +89,9 @@ class Done:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, path: Path, data: Path) -> Done:
     out, found = tmp_path_factory.mktemp("results") / "out", list[evaluation.Evaluation]()
-    methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback"))
-    write = evaluation.write
-    with mock.patch.object(evaluation, "write", lambda one: (found.append(one), write(one))):
+    methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback", "exit-drafts"))
+    write = page.write
+    with mock.patch.object(page, "write", lambda one, out: (found.append(one), write(one, out))):
         result = call((path,), data, out, "--methods", methods, "--rounds", 2, "--metric", "chrf")
     assert result.exit_code == 0, result.output
     return Done(result.stdout, out, found[0])
@@ -172,13 +174,13 @@ def test_tables_pictures_and_a_page_of_escaped_text_are_written(done: Done) -> N
     assert table[2].startswith("| full | 0.7500 |  | ")
     assert (done.out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert ElementTree.parse(done.out / "curve.svg").getroot().tag.endswith("svg")
-    page = (done.out / "report.html").read_text()
-    assert "&lt;three&gt; &amp; four" in page
-    assert "<three>" not in page
-    assert "<b>No winner" in page
-    assert '<span class="exited">' in page.partition("<h2>Outputs</h2>")[2]
-    assert "<svg" in page
-    assert not any(word in page for word in ("<script", "src=", "<link", "@import"))  # it loads nothing
+    text = (done.out / "report.html").read_text()
+    assert "&lt;three&gt; &amp; four" in text
+    assert "<three>" not in text
+    assert "<b>No winner" in text
+    assert '<span class="exited">' in text.partition("<h2>Outputs</h2>")[2]
+    assert "<svg" in text
+    assert not any(word in text for word in ("<script", "src=", "<link", "@import"))  # it loads nothing
 
 
 def test_a_share_reads_the_same_in_the_table_and_in_the_verdict() -> None:
@@ -193,20 +195,20 @@ def test_a_share_reads_the_same_in_the_table_and_in_the_verdict() -> None:
         "request_high": 2.1,
     }
     metric = metric_of("per")
-    assert evaluation._relative(metric, row) == "98.0±1.0"
+    assert tables._relative(metric, row) == "98.0±1.0"
     (verdict,) = verdicts([full, row], metric, 0.95)
     assert "keeps 95 % of full's 1 - PER: 2.00x" in verdict
     assert verdict.endswith("at 98.0 % (97.0 to 99.0)")
 
 
 def test_the_legend_explains_columns_that_are_shown_alone(done: Done) -> None:
-    whole = evaluation.settings_sheet(done.found)
+    whole = tables.settings_sheet(done.found)
     names = {name.rstrip("#") for name in whole.columns}
     for count in range(1, len(names)):
         shown = whole.only(range(count))
-        explained = names & {name for name, _ in evaluation.facts(done.found, shown)}
+        explained = names & {name for name, _ in tables.facts(done.found, shown)}
         assert explained.isdisjoint(shown.hides(whole))
-    assert names & {name for name, _ in evaluation.facts(done.found)} >= {"speed", "predicted"}
+    assert names & {name for name, _ in tables.facts(done.found)} >= {"speed", "predicted"}
 
 
 def test_the_table_fits_80_columns_and_says_what_is_the_same_in_every_row(done: Done) -> None:
@@ -224,14 +226,14 @@ def test_bundles_are_interleaved_as_settings_are(
 ) -> None:
     """A machine that is slow for some lines must slow the same lines of every bundle."""
     decoded: list[tuple[int, str, bytes]] = []
-    decode = evaluation.Decoder.decode
+    decode = measure.decode
 
-    def noted(decoder: Any, setting: Any, prompt: Any, most: int) -> Any:
+    def noted(session: Any, setting: Any, prompt: Any, most: int, emit: Any) -> Any:
         if most == 12:  # 16: warming up
-            decoded.append((id(decoder), setting.name, prompt.tobytes()))
-        return decode(decoder, setting, prompt, most)
+            decoded.append((id(session), setting.name, prompt.tobytes()))
+        return decode(session, setting, prompt, most, emit)
 
-    monkeypatch.setattr(evaluation.Decoder, "decode", noted)
+    monkeypatch.setattr(measure, "decode", noted)
     other = bundle(CASE, 2)
     rows = json.loads(run("--json", bundles=(f"{path}=full,free", f"{other}=static")).stdout)["rows"]
     assert [(row["bundle"], row["setting"]) for row in rows] == [
@@ -249,16 +251,16 @@ def test_bundles_are_interleaved_as_settings_are(
 def test_an_interrupted_run_goes_on_and_decodes_nothing_again(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, lines = evaluation.Decoder.decode, list[bytes]()
+    decode, lines = measure.decode, list[bytes]()
 
-    def counted(decoder: Any, setting: Any, prompt: Any, most: int) -> Any:
+    def counted(session: Any, setting: Any, prompt: Any, most: int, emit: Any) -> Any:
         if most == 12:  # 16: warming up
             lines.append(prompt.tobytes())
         if len(lines) == 5:
             raise KeyboardInterrupt
-        return decode(decoder, setting, prompt, most)
+        return decode(session, setting, prompt, most, emit)
 
-    monkeypatch.setattr(evaluation.Decoder, "decode", counted)
+    monkeypatch.setattr(measure, "decode", counted)
     assert run("--methods", "full,lossless").exit_code == 130
     outputs = tmp_path / "out" / OUTPUTS
     before = outputs.read_text()

@@ -11,8 +11,10 @@ import pytest
 from handmade_bundle import write_bundle
 
 from freeexport.costs.bytes import Calls
-from freeexport.evaluate.scores import FEWEST_LINES, curves_of, rows_of, score, speed_interval, verdicts
-from freeexport.evaluate.settings import Entry, Record, Setting
+from freeexport.evaluate.records import Record
+from freeexport.evaluate.scores import rows_of, score, speed_interval
+from freeexport.evaluate.settings import Entry, Setting
+from freeexport.evaluate.verdicts import FEWEST_LINES, curves_of, verdicts
 from freeexport.metrics import Reference, metric_of
 from runtime.bundle.bundle import Bundle
 

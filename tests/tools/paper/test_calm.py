@@ -14,8 +14,9 @@ from checkpoints import BY_NAME, Bundles, Case
 from command_line import succeed
 
 from freeexport.evaluate.plot import quality_speed
+from freeexport.evaluate.records import OUTPUTS, RUN, Record, Records, read_records
 from freeexport.evaluate.scores import rows_of
-from freeexport.evaluate.settings import OUTPUTS, RUN, Entry, Record, Records, Setting, read_records
+from freeexport.evaluate.settings import Entry, Setting
 from freeexport.metrics import Reference, metric_of
 from runtime import Session
 from runtime.bundle.bundle import Bundle

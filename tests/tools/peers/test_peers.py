@@ -12,8 +12,7 @@ import fake_peer
 import pytest
 from checkpoints import BY_NAME, Bundles, Case
 
-from freeexport.evaluate.bench import BenchOptions, BenchSetting
-from runtime.bundle.bundle import Bundle
+from freeexport.evaluate.settings import EvaluateOptions, Setting, entries_of
 from runtime.errors import FreeExportError, OptionError
 from tools.peers import compare as comparing
 from tools.peers.catalog import PEERS, Peer, find_source
@@ -26,11 +25,12 @@ T5 = BY_NAME["t5-gated-tied"]
 ROOT = Path(__file__).parents[3]
 PROGRAM = "import sys, runpy; sys.path[:0] = sys.argv[1:3]; runpy.run_path(sys.argv[3], run_name='__main__')"
 COMMAND = [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests"), fake_peer.__file__]
-OPTIONS = BenchOptions((), tokens=3, rounds=2, threads=1)
+FULL = ((Path(), ("full",)),)
+OPTIONS = EvaluateOptions(FULL, max_new_tokens=3, rounds=2, threads=1)  # type: ignore[arg-type]
 
 
 def contender(name: str, ours: bool = False) -> Contender:
-    return Contender(name, "fp32", COMMAND, "", {}, BenchSetting(0, name, "full") if ours else None)
+    return Contender(name, "fp32", COMMAND, "", {}, Setting("full") if ours else None)
 
 
 def test_everyone_runs_in_every_round_and_failures_stop_nobody_else() -> None:
@@ -39,7 +39,9 @@ def test_everyone_runs_in_every_round_and_failures_stop_nobody_else() -> None:
     runs, versions, failed = measure(everyone[:2], [[5], [6]], OPTIONS, settle=0)
     assert list(failed) == ["missing"]
     assert "cannot be started" in failed["missing"]
-    assert [[run.tokens for run in turn] for turn in runs["good"]] == [[(6, 7, 8), (7, 8, 9)]] * 2
+    tokens = {line: [one.token_ids for one in turns] for line, turns in runs["good"].items()}
+    assert tokens == {1: [(6, 7, 8)] * 2, 2: [(7, 8, 9)] * 2}
+    assert [one.round for one in runs["good"][2]] == [0, 1]
     assert versions == {"good": {"fake": "1.0"}}
     runs, _, failed = measure(everyone[2:], [[5], [fake_peer.DIES]], OPTIONS, settle=0)
     assert "ended with code 3" in failed["bad"]
@@ -85,17 +87,18 @@ def test_bundles_the_checkpoint_and_peers_in_one_run(
     fake("converted", converts=True)
     fake("unconvertible", converts=True, options={"unconvertible": True})
     fake("gguf-only", gguf=True)
-    options = replace(OPTIONS, bundles=(bundle(LLAMA),), samples=1, rounds=1, thresholds=(0.0,), modes=("free",))
+    methods = ("full", "free")
+    options = replace(OPTIONS, bundles=((bundle(LLAMA), methods),), samples=1, rounds=1, thresholds=(0.0,))
     source = str(checkpoint(LLAMA))
     found = compare(options, [source, "fake", "converted", "unconvertible", "gguf-only"], None)
     assert found["failed"]["unconvertible"] == "its model cannot be converted: ValueError: no such layer"
     assert "it reads GGUF files" in found["failed"]["gguf-only"]
     rows = {row["name"]: row for row in found["rows"]}
-    assert list(rows) == ["transformers", "fake", "converted", "full", "free, threshold 0"]
+    assert list(rows) == ["transformers", "fake", "converted", "full", "free 0"]
     assert rows["full"]["agreement"] == 1
     assert rows["fake"]["agreement"] < 1
     assert rows["fake"]["versions"] == {"fake": "1.0"}
-    assert rows["free, threshold 0"]["exit_rate"] == 1
+    assert rows["free 0"]["exit_rate"] == 1
     assert rows["full"]["token_bytes"] > 0
     assert all(row["peak_bytes"] > 1 << 20 for row in rows.values())
     models = next((tmp_path / "cache" / "freeexport" / "peers" / "models").iterdir())
@@ -107,10 +110,10 @@ def test_what_a_peer_cannot_run_or_have_is_said(
     bundle: Bundles, checkpoint: Callable[[Case], Path], fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake("fake", decoder_only=True)
-    options, source = replace(OPTIONS, bundles=(bundle(T5),), modes=()), str(checkpoint(T5))
-    bundles = [Bundle.open(bundle(T5))]
-    found = find_source(bundles[0].manifest, source)
-    contenders, failed = comparing.contenders_of(["fake"], found, bundles, options)
+    entries = entries_of(replace(OPTIONS, bundles=((bundle(T5), ("full",)),)))
+    manifest = entries[0].bundle.manifest
+    found = find_source(manifest, str(checkpoint(T5)))
+    contenders, failed = comparing.contenders_of(["fake"], found, entries)
     assert [one.name for one in contenders] == ["full"]
     assert "it supports decoder-only models" in failed["fake"]
 
@@ -118,12 +121,12 @@ def test_what_a_peer_cannot_run_or_have_is_said(
         raise PeerError("its environment cannot be built (No matching distribution)")
 
     monkeypatch.setattr(comparing, "peer_command", unavailable)
-    _, failed = comparing.contenders_of(["genai"], found, bundles, options)
+    _, failed = comparing.contenders_of(["genai"], found, entries)
     assert failed == {"genai": "its environment cannot be built (No matching distribution)"}
     with pytest.raises(OptionError, match="give it with --model"):
-        comparing.contenders_of(["genai"], None, bundles, options)
+        comparing.contenders_of(["genai"], None, entries)
     with pytest.raises(OptionError, match="is not the checkpoint that the bundle came from"):
-        find_source(bundles[0].manifest, str(checkpoint(LLAMA)))
+        find_source(manifest, str(checkpoint(LLAMA)))
 
 
 @pytest.fixture

@@ -1,0 +1,111 @@
+"""Quality-speed curves, and the setting to choose."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from freeexport.evaluate.scores import Row
+from freeexport.metrics import Metric
+
+# Fewest lines for a winner. With fewer, intervals are too wide and too uncertain themselves.
+FEWEST_LINES = 100
+
+
+def curves_of(rows: Sequence[Row], metric: str, quality: float) -> list[Row]:
+    """Compute a curve for each bundle and method except full.
+
+    - `area`: Area under the curve, up to the fastest point of all curves. None for a single point.
+    - `fastest`, `speed`: Setting chosen by `fastest`, and its request speed. None without one.
+
+    Args:
+        rows: Rows of `rows_of`.
+        metric: Name of the metric.
+        quality: Share of the full model's quality that the fastest setting must keep.
+    """
+    points: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["method"] != "full":
+            points[row["bundle"], row["method"]].append(row)
+    most = max((row["request_speed"] for row in rows), default=1.0)
+    curves = []
+    for (bundle, method), some in points.items():
+        known = [(row["request_speed"], row["scores"][metric]["relative"]) for row in some]
+        best = fastest(some, metric, quality)
+        curves.append(
+            {
+                "bundle": bundle,
+                "method": method,
+                "area": area([(1.0, 1.0), *(p for p in known if p[1] is not None)], most)
+                if len(some) > 1
+                else None,
+                "fastest": None if best is None else best["setting"],
+                "speed": None if best is None else best["request_speed"],
+            }
+        )
+    return curves
+
+
+def area(points: Sequence[tuple[float, float]], most: float) -> float:
+    """Return the mean, over speeds from 1 to `most`, of the best quality at that speed or above.
+
+    The quality is 0 beyond the fastest point.
+
+    Args:
+        points: Pairs of speed and quality, relative to the full model.
+        most: Highest speed.
+    """
+    total = 0.0
+    before = 1.0
+    for speed in sorted({min(speed, most) for speed, _ in points if speed > 1}):
+        total += (speed - before) * max(quality for other, quality in points if other >= speed)
+        before = speed
+    return total / (most - 1) if most > 1 else 0.0
+
+
+def fastest(rows: Iterable[Row], metric: str, quality: float) -> Row | None:
+    """Return the row with the highest lower bound of its speed, except full.
+
+    The lower bound of its relative score must reach `quality`. None without such a row, or with
+    fewer than FEWEST_LINES lines.
+    """
+    enough = [row for row in rows if row["method"] != "full" and row["lines"] >= FEWEST_LINES]
+    good = [row for row in enough if (row["scores"][metric]["low"] or 0.0) >= quality]
+    return max(good, key=lambda row: row["request_low"] or 0.0, default=None)
+
+
+def verdicts(rows: Sequence[Row], metric: Metric, quality: float) -> list[str]:
+    """Return a sentence for each bundle that recommends a setting, with its uncertainty."""
+    made = []
+    bundles = dict.fromkeys(row["bundle"] for row in rows)
+    for bundle in bundles:
+        some = [row for row in rows if row["bundle"] == bundle and row["method"] != "full"]
+        if some:
+            made.append(
+                (f"{bundle}: " if len(bundles) > 1 else "") + _verdict(some, metric, quality)
+            )
+    return made
+
+
+def _verdict(rows: Sequence[Row], metric: Metric, quality: float) -> str:
+    lines = rows[0]["lines"]
+    wanted = f"{100 * quality:.4g} % of full's {metric.label}"
+    if lines < FEWEST_LINES:
+        return (
+            f"no winner: {lines} lines are too few to tell settings apart; "
+            f"give {FEWEST_LINES} or more"
+        )
+    best = fastest(rows, metric.name, quality)
+    if best is None:
+        return f"no setting keeps {wanted} by the lower bound of its interval: use full or lossless"
+    name, speed, low, high = (
+        best[field] for field in ("setting", "request_speed", "request_low", "request_high")
+    )
+    bounds = f"{speed:.2f}x (95 %: {low:.2f} to {high:.2f})"
+    if low <= 1:
+        return f"no setting that keeps {wanted} is surely faster than full: {name} has {bounds}"
+    kept, least, most = (
+        100 * best["scores"][metric.name][field] for field in ("relative", "low", "high")
+    )
+    shares = f"{kept:.1f} % ({least:.1f} to {most:.1f})"
+    return f"{name} is the fastest that keeps {wanted}: {bounds} the speed of full at {shares}"

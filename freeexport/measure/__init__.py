@@ -1,1 +1,0 @@
-"""CALM, for comparison."""
