@@ -20,7 +20,7 @@ from freeexport.system.jsonl import append_lines, whole_lines
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.text.tokenizer import Tokenizer
-from tools.data.splits import run
+from tools.data.splits import run_tool
 
 # Rendered in place of the user's text, to find where that text begins.
 PLACE = "freeexport-place-of-the-text"
@@ -130,4 +130,4 @@ def command(bundle: Path, out: Path, conversations: int, turns: int, threads: in
 
 
 if __name__ == "__main__":
-    run(command)
+    run_tool(command)

@@ -11,7 +11,7 @@ import pytest
 from help_examples import examples
 
 from freeexport import cli
-from freeexport.checkpoints.packed_exit import find_exit
+from freeexport.checkpoints.ready_made import find_exit
 
 ROOT = Path(__file__).resolve().parents[3]
 
