@@ -70,7 +70,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Calla
     model = tmp_path / "path" / "to" / "checkpoint"
     shutil.copytree(checkpoint(case), model)
     # The exit is said to be trained, so that the checkpoint can be calibrated.
-    write_exit_file(model, ExitFile(1, False, 0, "0" * 64, "ce", "full"))
+    write_exit_file(model, ExitFile(1, "0" * 64, "ce", "full"))
     lines = [json.dumps({"input": f"Once upon a time, {number}"}) for number in range(20)]
     (tmp_path / "calibration.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)

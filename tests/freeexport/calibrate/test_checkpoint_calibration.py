@@ -41,7 +41,7 @@ def trained(checkpoint: Callable[[Case], Path], tmp_path: Path) -> Callable[[Cas
         out = tmp_path / case.name
         shutil.copytree(checkpoint(case), out)
         if not (out / "exit.json").exists():
-            write_exit_file(out, ExitFile(1, False, 0, open_checkpoint(str(out)).sha256, "ce", "full"))
+            write_exit_file(out, ExitFile(1, open_checkpoint(str(out)).sha256, "ce", "full"))
         return out
 
     return build
@@ -150,7 +150,7 @@ def test_a_checkpoint_without_a_trained_exit_is_refused(
 ) -> None:
     assert "has no trained exit (exit.json); train one" in refused("calibrate", checkpoint(LLAMA), "--data", data)
     model = trained(LLAMA)
-    write_exit_file(model, ExitFile(1, False, 0, open_checkpoint(str(model)).sha256, "deep-ce", "full"))
+    write_exit_file(model, ExitFile(1, open_checkpoint(str(model)).sha256, "deep-ce", "full"))
     assert "has no trained exit" in refused("calibrate", model, "--data", data)
 
 
