@@ -152,8 +152,8 @@ def print_cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -
     with Session(bundle, threads=threads, slots=1) as session:
         for turn in range(rounds + 1):
             began = time.perf_counter()
-            stream = session.stream(PROMPTS[0], mode="full", max_new_tokens=tokens, ignore_eos=True)
-            chunks = sum(bool(token.text) for token in stream)
+            ours = session.stream(PROMPTS[0], mode="full", max_new_tokens=tokens, ignore_eos=True)
+            chunks = sum(bool(token.text) for token in ours)
             between = time.perf_counter()
             assert asyncio.run(ask()) == chunks
             if turn:  # the first warms up

@@ -34,7 +34,7 @@ REMEDY = "run freeexport calibrate on the checkpoint again, or remove the file"
 
 
 @dataclass(frozen=True)
-class Sample:
+class TracedAnswer:
     """A sequence as the checkpoint predicts it.
 
     Attributes:
@@ -120,7 +120,9 @@ def exit_directory_of(checkpoint: Checkpoint) -> Path | None:
     return directory if (directory / EXIT_FILE).is_file() else None
 
 
-def write_beside(directory: Path, calibration: Calibration, samples: Sequence[Sample]) -> Path:
+def write_beside(
+    directory: Path, calibration: Calibration, samples: Sequence[TracedAnswer]
+) -> Path:
     """Write the calibration of a checkpoint and its sample, and return the calibration's path.
 
     Raises:
@@ -139,7 +141,7 @@ def write_beside(directory: Path, calibration: Calibration, samples: Sequence[Sa
     return path
 
 
-def read_beside(checkpoint: Checkpoint) -> tuple[Calibration, list[Sample]] | None:
+def read_beside(checkpoint: Checkpoint) -> tuple[Calibration, list[TracedAnswer]] | None:
     """Return the calibration beside a checkpoint and its sample. None without a calibration.
 
     Raises:
@@ -157,14 +159,14 @@ def read_beside(checkpoint: Checkpoint) -> tuple[Calibration, list[Sample]] | No
     return calibration, _read_samples(directory / SAMPLE)
 
 
-def _read_samples(path: Path) -> list[Sample]:
+def _read_samples(path: Path) -> list[TracedAnswer]:
     if not path.is_file():
         return []
     samples = []
     try:
         for line in read_text(path, LARGEST_SAMPLE).splitlines():
             found: dict[str, Any] = parse_json(line.encode())
-            samples.append(Sample(**{**found, "prompt": tuple(found["prompt"])}))
+            samples.append(TracedAnswer(**{**found, "prompt": tuple(found["prompt"])}))
     except (UnreadableError, ValueError, TypeError, KeyError) as error:
         raise CalibrationError(
             f"{path} line {len(samples) + 1} is no sample of a calibration ({one_line(error)}); "
@@ -174,7 +176,7 @@ def _read_samples(path: Path) -> list[Sample]:
 
 
 def check_sample(
-    session: Session, samples: Sequence[Sample], threshold: float
+    session: Session, samples: Sequence[TracedAnswer], threshold: float
 ) -> SampleCheck | None:
     """Decode the sample with the engines of a bundle, and compare.
 

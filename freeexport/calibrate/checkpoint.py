@@ -15,7 +15,7 @@ import click
 import numpy as np
 import torch
 
-from freeexport.calibrate.beside import SAMPLE_TOKENS, Sample
+from freeexport.calibrate.beside import SAMPLE_TOKENS, TracedAnswer
 from freeexport.calibrate.calibrate import (
     Calibrated,
     CalibrateOptions,
@@ -63,7 +63,7 @@ CONFIDENCE: ConfidenceMeasure = "softmax"
 
 def calibrate_checkpoint(
     model: str, data: Path, options: CalibrateOptions
-) -> tuple[Calibrated, list[Sample]]:
+) -> tuple[Calibrated, list[TracedAnswer]]:
     """Calibrate the exit of a checkpoint.
 
     Writes only the traces, to a file beside the checkpoint.
@@ -270,18 +270,20 @@ class Tracer:
         return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def samples_of(traces: Traces, prompts: dict[int, np.ndarray], threshold: float) -> list[Sample]:
+def samples_of(
+    traces: Traces, prompts: dict[int, np.ndarray], threshold: float
+) -> list[TracedAnswer]:
     """Select sequences to compare engines with, of about SAMPLE_TOKENS tokens."""
     above = traces.above(threshold)
     ends = np.cumsum(traces.length)
-    samples: list[Sample] = []
+    samples: list[TracedAnswer] = []
     for line, length, end in zip(traces.line, traces.length, ends, strict=True):
         if sum(sample.tokens for sample in samples) >= SAMPLE_TOKENS:
             break
         rows = slice(int(end - length), int(end))
         if length:
             samples.append(
-                Sample(
+                TracedAnswer(
                     prompt=tuple(prompts[int(line)].tolist()),
                     tokens=int(length),
                     agreeing=int(traces.agrees[rows].sum()),

@@ -16,6 +16,7 @@ import numpy as np
 
 from freeexport.checkpoints.exit_file import (
     EXIT_FILE,
+    EXIT_WEIGHTS,
     ExitFile,
     check_exit_weights,
     open_exit_weights,
@@ -345,7 +346,9 @@ def smollm2() -> Path:
 def _with_exit(opened: Checkpoint, directory: Path) -> Checkpoint:
     """Return the checkpoint with the exit that exit.json in a directory describes, if any."""
     exit_file = read_exit_file(directory)
-    if exit_file is None or not exit_file.has_parameters:
+    if exit_file is None:
+        return opened
+    if not exit_file.has_parameters and not (directory / EXIT_WEIGHTS).exists():
         return replace(opened, exit=exit_file)
     return opened.with_exit(exit_file, open_exit_weights(directory))
 

@@ -133,7 +133,12 @@ def command(
       freeexport calibrate bundle --data calibration.jsonl --risk 0.02 --delta 0.05
       freeexport calibrate bundle --data calibration.jsonl --target-quality 0.99 --metric rouge-l
     """
-    from freeexport.calibrate.beside import Sample, exit_directory_of, is_checkpoint, write_beside
+    from freeexport.calibrate.beside import (
+        TracedAnswer,
+        exit_directory_of,
+        is_checkpoint,
+        write_beside,
+    )
     from freeexport.calibrate.calibrate import calibrate
     from freeexport.calibrate.calibration_page import tables
     from freeexport.checkpoints.checkpoint import open_checkpoint
@@ -141,7 +146,7 @@ def command(
 
     options = CalibrateOptions(_rule(given), samples, max_new_tokens, rounds, device, threads)
     before_export = is_checkpoint(model)
-    samples_beside: list[Sample] = []
+    samples_beside: list[TracedAnswer] = []
     if before_export:
         wait_quietly(threads or usable_cores())  # before torch is imported
         from freeexport.calibrate.checkpoint import calibrate_checkpoint

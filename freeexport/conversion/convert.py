@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from freeexport import __version__
-from freeexport.calibrate.beside import Sample, check_sample, read_beside
+from freeexport.calibrate.beside import TracedAnswer, check_sample, read_beside
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
@@ -101,7 +101,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         )
     _decoder_start(checkpoint, description)
     speech_of(checkpoint, description)
-    samples: list[Sample] = []
+    samples: list[TracedAnswer] = []
     if calibration is None and (found := read_beside(checkpoint)) is not None:
         calibration, samples = found
         measured = calibration.exit_layer, calibration.confidence
@@ -161,7 +161,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     return manifest
 
 
-def _check_calibration(directory: Path, manifest: Manifest, samples: list[Sample]) -> None:
+def _check_calibration(directory: Path, manifest: Manifest, samples: list[TracedAnswer]) -> None:
     """Compare the engines with the checkpoint's calibration, and print the result."""
     if manifest.target != "cpu":
         click.echo(

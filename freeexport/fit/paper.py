@@ -44,7 +44,7 @@ def repeated() -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingResult:
     """Results of one setting over all seeds.
 
     Attributes:
@@ -58,7 +58,7 @@ class Setting:
     exits: float
 
     @classmethod
-    def of(cls, name: Name, found: Sequence[Evaluation]) -> Setting:
+    def of(cls, name: Name, found: Sequence[Evaluation]) -> SettingResult:
         tables = []
         seconds = []
         exits = []
@@ -102,7 +102,9 @@ def comparison(found: Sequence[Evaluation]) -> Sheet:
     metric = found[0].metrics[0]
     every = [_rows(one) for one in found]
     settings = {
-        name: Setting.of(name, found) for name in every[0] if all(name in rows for rows in every)
+        name: SettingResult.of(name, found)
+        for name in every[0]
+        if all(name in rows for rows in every)
     }
     whole = next(iter(settings.values()))
     rows = []

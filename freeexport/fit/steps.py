@@ -577,7 +577,7 @@ def _run(
 ) -> None:
     """Run the pending steps, with progress over all steps."""
     total = sum(step.seconds for step in steps)
-    clock = Clock(total, total - sum(step.seconds for step in pending))
+    clock = RunProgress(total, total - sum(step.seconds for step in pending))
     if len(pending) < len(steps):
         click.echo(
             f"done before: {', '.join(step.name for step in steps if step not in pending)}",
@@ -639,7 +639,7 @@ def _mark(places: Places, done: dict[str, Any], name: str, entry: Mapping[str, A
     write_whole(places.work / DONE, json.dumps(done, indent=2) + "\n")
 
 
-class Clock:
+class RunProgress:
     """Progress of a run in estimated seconds.
 
     A step counts for at most its estimate.

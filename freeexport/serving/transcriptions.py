@@ -77,7 +77,7 @@ class Transcription:
                 "timestamp_granularities", "word timestamps are not supported; use segment"
             )
         if text.pop("stream", "false").lower() not in ("false", "0"):
-            raise invalid("stream", "streaming transcriptions is not supported; omit stream")
+            raise invalid("stream", "streaming transcriptions are not supported; omit stream")
         model = text.pop("model", None)
         prompt = text.pop("prompt", None)
         language = text.pop("language", None)

@@ -283,7 +283,9 @@ def test_the_default_mode_says_what_the_calibration_expects(bundle: Bundles) -> 
         "99.0% of exits agree with the full model"
     )
     assert str(given) == "mode free, threshold 0.5: speedup unknown"
-    assert str(fresh) == "mode lossless, no threshold is calibrated: the tokens of mode full, with drafts from the text"
+    assert (
+        str(fresh) == "mode lossless, as no threshold is calibrated: the tokens of mode full, with drafts from the text"
+    )
 
 
 def test_a_calibrated_threshold_is_not_for_drafts(bundle: Bundles) -> None:
@@ -319,7 +321,7 @@ def test_what_is_wrong_is_refused_before_a_slot_is_taken(open_session: Open) -> 
         ([], "empty"),
         (
             [3, VOCAB_SIZE],
-            f"token id 1 of the prompt is {VOCAB_SIZE}; valid ids are 0 to {VOCAB_SIZE - 1}",
+            f"token id 1 of the prompt is {VOCAB_SIZE}; the ids of this bundle are 0 to {VOCAB_SIZE - 1}",
         ),
         ("word " * 100, "501 tokens, at most 128 fit"),
         ([{"role": "user"}], "'content' of message 0 is missing"),

@@ -114,7 +114,7 @@ WHOLE = {"onnxruntime-gpu": "1.31.1", "cuda-bindings": "13.5.0", "nvidia-cudnn-c
         (None, 12040, "requires CUDA 13.0, but the driver supports up to 12.4; install a newer driver"),
         (None, 0, "no NVIDIA driver is loaded"),
         ("cuda-bindings", 0, "require cuda-python; pip install 'freeexport[gpu]'"),
-        ("nvidia-cudnn-cu13", 13000, "cuDNN 9 is not among the packages"),
+        ("nvidia-cudnn-cu13", 13000, "cuDNN 9 is not installed as a package"),
     ],
 )
 def test_cuda_that_does_not_fit_comes_with_what_to_do(

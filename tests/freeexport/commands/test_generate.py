@@ -155,7 +155,7 @@ def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], messag
         (("Hi", "-o", "top_k"), "'top_k' is not NAME=VALUE"),
         (("Hi", "--batch-size", "2"), "require --input"),
         (("Hi", "--input", "in"), "--input and PROMPT are mutually exclusive; use one"),
-        (("--input", "in", "--resume", "--overwrite"), "contradict each other"),
+        (("--input", "in", "--resume", "--overwrite"), "are mutually exclusive"),
         (("--input", "in", "--predicted-output", "draft"), "--predicted-output requires PROMPT"),
         (("--input", "in", "--output", "out", "--batch-size", "0"), "0 is not in the range"),
     ],

@@ -179,7 +179,7 @@ def test_exits_are_listed_with_those_that_fit(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ready_made_exits, "READY_MADE", tmp_path)
-    assert "brings no exits" in invoke("exits").output
+    assert "no ready-made exits are installed" in invoke("exits").output
     for kind in ("layers", "t5 layers"):
         packed(kind)
     lines = invoke("exits", checkpoint(LLAMA)).output.splitlines()
@@ -277,7 +277,7 @@ def test_what_cannot_be_packed_is_refused(
     monkeypatch.setattr(packed_exit, "MOST_BYTES", 10_000)
     with pytest.raises(OutputError, match=r"has 0\.1 MB in 8 bits, at most 0 are packed; train one with fewer"):
         pack(str(trained("layers")), out, "x", **FACTS)
-    pack(str(trained("adapter")), tmp_path / "other.safetensors", "x", **FACTS)
+    pack(str(trained("layers")), tmp_path / "other.safetensors", "x", **FACTS)
     with pytest.raises(CheckpointError, match="is a LoRA adapter; merge it"):
         open_with_exit(str(trained("lora")), str(tmp_path / "other.safetensors"))
     assert not out.exists()

@@ -327,10 +327,10 @@ def test_a_budget_that_is_too_small_gets_a_plan_and_starts_nothing(options: Opti
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        (["--metric", "chrf", "--quality", "0.9", "--lossless"], "contradict each other"),
+        (["--metric", "chrf", "--quality", "0.9", "--lossless"], "are mutually exclusive"),
         ([], "--metric is missing"),
-        (["--metric", "chrf", "--budget", "two hours"], "'two hours' is no time"),
-        (["--metric", "chrf", "--budget", "2h x"], "'2h x' is no time"),
+        (["--metric", "chrf", "--budget", "two hours"], "'two hours' is not a duration"),
+        (["--metric", "chrf", "--budget", "2h x"], "'2h x' is not a duration"),
     ],
 )
 def test_options_that_cannot_be_read_are_refused(more: list[str], problem: str, options: Options) -> None:

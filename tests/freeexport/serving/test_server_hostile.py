@@ -178,7 +178,7 @@ def test_the_host_is_no_part_of_the_path(host: str, server: Running) -> None:
 
     missing, slashed = ask("GET /missing"), ask("GET /health/")
     assert status(missing) == status(slashed) == 404
-    assert b'"there is no /missing"' in missing
+    assert b'"path /missing not found"' in missing
     assert b"location" not in slashed.lower()
     before = len(server.log)
     assert status(ask(f"POST {CHAT}")) == 400

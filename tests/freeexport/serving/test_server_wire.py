@@ -101,7 +101,7 @@ def test_health_is_open_and_names_the_model(http: httpx.Client) -> None:
     assert http.get("/v2/health/ready").status_code == 200
     assert http.get("/v2/models/m/ready").json() == {"name": "m", "ready": True}
     assert http.get("/v2/models/other/ready").status_code == 404
-    assert http.get("/nothing").json()["error"]["message"] == "there is no /nothing"
+    assert http.get("/nothing").json()["error"]["message"] == "path /nothing not found"
     assert http.get(CHAT).status_code == 405
 
 

@@ -126,7 +126,7 @@ def test_an_error_of_one_line_is_its_own_and_one_of_the_options_ends_the_run() -
     found = [next(going)[1] for _ in range(4)]
     assert found[:2] == [errors["a"], errors["b"]]
     assert isinstance(found[2], list)
-    assert "deadline passed" in str(found[3])
+    assert "deadline exceeded" in str(found[3])
     with pytest.raises(OptionError, match="all"):
         next(going)
 

@@ -108,7 +108,7 @@ def test_a_device_without_lines_ends_in_an_error_with_little_memory() -> None:
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.splitlines() == ["/dev/zero, line 1 is longer than 1024 MiB; give a JSONL file", "True"]
+    assert done.stdout.splitlines() == ["/dev/zero, line 1 is longer than 1024 MiB; name a JSONL file", "True"]
 
 
 def test_a_pipe_is_read_and_one_that_nobody_writes_to_is_refused(

@@ -94,7 +94,7 @@ def test_a_quantized_bundle_is_verified(bundle: Bundles, checkpoint: Callable[[C
 def test_data_needs_a_checkpoint(bundle: Bundles) -> None:
     result = invoke("verify", bundle(LLAMA), "--data", "x.jsonl")
     assert result.exit_code == 2
-    assert "give --against MODEL" in result.stderr
+    assert "requires --against MODEL" in result.stderr
 
 
 def test_the_data_is_what_is_measured(text: Path, bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:

@@ -196,7 +196,7 @@ def test_a_source_that_waits_for_its_own_session_is_refused(sessions: Sessions) 
     ("given", "message"),
     [
         ("x" * 10_000_000, "predicted_output: it has 10000000 bytes or more, too many for the 128 tokens"),
-        ([VOCAB_SIZE], "predicted_output: token id 0 of it is 288; valid ids are 0 to 287"),
+        ([VOCAB_SIZE], "predicted_output: token id 0 of it is 288; the ids of this bundle are 0 to 287"),
         ([-1], "predicted_output: token id 0 of it is -1"),
         (["a"], "predicted_output: token id 0 of it is 'a', not an integer"),
         (5, "predicted_output is 5; give text or a list of token ids"),

@@ -241,7 +241,7 @@ class Slowly:
 
 
 def test_the_deadline_of_a_request_holds_while_its_own_callback_blocks(open_session: Open, blocking: Blocking) -> None:
-    session = open_session()
+    session = open_session(draft_memory_mb=0)  # the processor is called once a token
     whole = session.generate([7], max_new_tokens=5, ignore_eos=True)
     result = Aside(
         lambda: session.generate([7], max_new_tokens=5, ignore_eos=True, logits_processor=blocking, deadline=0.5)

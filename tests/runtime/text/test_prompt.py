@@ -87,8 +87,8 @@ def test_a_lone_surrogate_is_named_with_its_index() -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([1, -1], "token id 1 of the prompt is -1; valid ids are 0 to 299"),
-        ([300], "token id 0 of the prompt is 300; valid ids are 0 to 299"),
+        ([1, -1], "token id 1 of the prompt is -1; the ids of this bundle are 0 to 299"),
+        ([300], "token id 0 of the prompt is 300; the ids of this bundle are 0 to 299"),
         ([0, 2**80], f"token id 1 of the prompt is {2**80}; the ids"),
         (np.array([2**64 - 1], np.uint64), f"token id 0 of the prompt is {2**64 - 1}; the ids"),
         (np.array([0, -7], np.int8), "token id 1 of the prompt is -7; the ids"),
@@ -140,7 +140,7 @@ def test_the_limit_counts_tokens_with_special_ones() -> None:
     assert len(encoded("a" * (LIMIT - 1))) == len(encoded([1] * LIMIT)) == LIMIT
     for prompt in ("a" * LIMIT, [1] * (LIMIT + 1), np.ones(LIMIT + 1, np.int64)):
         refused(prompt, f"has {LIMIT + 1} tokens, at most {LIMIT} fit; shorten it")
-    with pytest.raises(PromptError, match="valid ids are 0 to 9"):  # the tokenizer has more
+    with pytest.raises(PromptError, match="the ids of this bundle are 0 to 9"):  # the tokenizer has more
         encode_prompt("hello", TOKENIZER, 10, LIMIT)
 
 
