@@ -82,7 +82,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleAnswer:
     """A greedy answer of the model that an exit was trained on.
 
     Attributes:
@@ -130,7 +130,7 @@ class PackedExit:
     results: str
     adapter_config: str | None = None
     sizes: Sizes | None = None
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[SampleAnswer, ...] = ()
     agreement: Annotated[float, Range(0, 1)] | None = None
     format: int = FORMAT
 
@@ -284,7 +284,7 @@ def pack(
     data: str,
     recipe: str,
     results: str,
-    samples: tuple[Sample, ...] = (),
+    samples: tuple[SampleAnswer, ...] = (),
     agreement: float | None = None,
 ) -> PackedExit:
     """Write the exit of a trained checkpoint to the file `out`.

@@ -12,7 +12,7 @@ import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import DataError, prompts_of, read_examples, text_format
-from freeexport.checkpoints.packed_exit import MOST_SAMPLES, Sample, read_packed
+from freeexport.checkpoints.packed_exit import MOST_SAMPLES, SampleAnswer, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, does_not_fit, find_exit
 from freeexport.checkpoints.weight_files import CheckpointError
 from freeexport.costs.verdict import Share, share
@@ -74,7 +74,7 @@ def open_with_exit(model: str, name: str | None) -> Checkpoint:
     return replace(applied, ready_made=replace(applied.ready_made, agreement=found.value))
 
 
-def agreement_of(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Share:
+def agreement_of(checkpoint: Checkpoint, samples: Sequence[SampleAnswer]) -> Share:
     """Return the share of the model's best tokens that its exit predicts, in the answers given.
 
     Measured with transformers in float32. The exit reads the model's true states, and predicts
@@ -101,7 +101,7 @@ def agreement_of(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Share:
     return found
 
 
-def samples_of(checkpoint: Checkpoint, data: Path) -> tuple[Sample, ...]:
+def samples_of(checkpoint: Checkpoint, data: Path) -> tuple[SampleAnswer, ...]:
     """Return the model's greedy answers to the first prompts of a JSONL file.
 
     An answer has at most ANSWER tokens. Prompts of more than PROMPT tokens are skipped.
@@ -122,12 +122,12 @@ def samples_of(checkpoint: Checkpoint, data: Path) -> tuple[Sample, ...]:
         raise DataError(f"{data} has no prompt of at most {PROMPT} tokens; give shorter ones")
     answers = greedy_ids(reference_model(checkpoint), checkpoint, prompts, ANSWER)
     return tuple(
-        Sample(tuple(prompt.tolist()), tuple(answer.tolist()))
+        SampleAnswer(tuple(prompt.tolist()), tuple(answer.tolist()))
         for prompt, answer in zip(prompts, answers, strict=True)
     )
 
 
-def _forced(checkpoint: Checkpoint, sample: Sample) -> tuple[Batch, int]:
+def _forced(checkpoint: Checkpoint, sample: SampleAnswer) -> tuple[Batch, int]:
     """Return the batch that predicts the answer of a sample, and its first row that does."""
     prompt = list(sample.prompt)
     before = list(sample.answer[:-1])

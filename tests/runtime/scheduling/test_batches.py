@@ -137,7 +137,7 @@ def test_a_list_of_numbers_is_one_prompt_and_a_list_of_lists_several(open_sessio
 
 
 def test_a_prompt_that_does_not_fit_fails_and_the_others_finish(open_session: Open) -> None:
-    session = open_session()
+    session = open_session(draft_memory_mb=0)
     good = [session.generate(prompt, max_new_tokens=5) for prompt in LISTED[:2]]
     with pytest.raises(BatchError, match=r"2 of 4 prompts failed, first prompt 1: .*PromptLengthError.*129") as failed:
         session.generate([LISTED[0], [5] * 129, LISTED[1], [VOCAB_SIZE]], max_new_tokens=5)
