@@ -18,6 +18,8 @@ CALIBRATION_LINES = 200
 CALIBRATION = f"--rule risk --risk {RISK} --samples {CALIBRATION_LINES}"
 # Version of the test splits. Training after a measurement on test lines requires a new version.
 TEST_VERSION = 2
+# The chat exit was trained after version 2 of its prompts was measured.
+PROMPTS_VERSION = 3
 LINES = 150
 # Versions of the ordinary prompts. The rows measure the last one.
 ORDINARY = tuple(
@@ -118,8 +120,8 @@ def _debian(task: str) -> tuple[str, ...]:
 RECORDS = Data("records", f"extraction, test version {TEST_VERSION}", _debian("extraction"))
 TEMPLATED = Data(
     "templated-prompts",
-    f"prompts, test version {TEST_VERSION}",
-    ("tools.data.prompts", "--test-version", str(TEST_VERSION)),
+    f"prompts, test version {PROMPTS_VERSION}",
+    ("tools.data.prompts", "--test-version", str(PROMPTS_VERSION)),
 )
 ORDINARY_PROMPTS = Data("ordinary-prompts", ORDINARY[-1].name, file=ORDINARY[-1])
 REPEATED = Data(
