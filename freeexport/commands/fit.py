@@ -91,8 +91,10 @@ def command(
       freeexport fit path/to/checkpoint bundle --data task.jsonl --metric rouge-l --budget 24h --paper
       freeexport fit model.gguf bundle
     """  # noqa: E501
-    from freeexport.fit.plan import FitOptions, describe_plan
-    from freeexport.fit.steps import fit, planned
+    from freeexport.fit.options import FitOptions
+    from freeexport.fit.plan_table import describe_plan
+    from freeexport.fit.run import fit
+    from freeexport.fit.steps import planned
 
     if lossless and quality is not None:
         raise click.UsageError("--quality and --lossless are mutually exclusive; use one")

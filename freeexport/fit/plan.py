@@ -29,16 +29,17 @@ from freeexport.checkpoints.ready_made import fitting_exits
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.costs.bytes import step_bytes
 from freeexport.costs.measured import bandwidth_of
-from freeexport.costs.verdict import PAYS, break_even_text
+from freeexport.costs.verdict import PAYS
+from freeexport.fit.options import FitOptions
 from freeexport.fit.paper import repeated
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.fit.splits import write
 from freeexport.system.child import run_child
 from freeexport.system.jsonl import Request
-from freeexport.system.load import load_note, other_load
+from freeexport.system.load import other_load
 from freeexport.system.machine import multiplies_bfloat16
 from freeexport.system.progress import duration
-from freeexport.task_metrics import MetricError, check_name, metric_of
+from freeexport.task_metrics import MetricError, metric_of
 from freeexport.training.options import BuiltInLoss
 from graphs.description import Description, EncoderStack
 from graphs.families import describe
@@ -99,69 +100,6 @@ BATCH_TOKENS = 2048
 SPEED_SECONDS = 60  # time limit of the speed measurement without data
 LEAST_BATCH = 256  # minimum batch tokens, for small budgets
 RECORDINGS = 6  # recordings per batch
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """Options of `freeexport fit`.
-
-    Attributes:
-        model: The checkpoint.
-        out: Output directory.
-        data: JSONL file of examples. None: convert without training.
-        metric: Metric of the outputs.
-        budget: Time limit in seconds.
-        quality: Share of the full model's metric to keep. None: every token must equal the full
-            model's.
-        threads: Number of threads. Default: all usable cores.
-        overwrite: Replace existing outputs.
-        paper: Compare trainings with other losses and three seeds in a table.
-
-    Raises:
-        OptionError: If a value is out of range or options contradict each other.
-    """
-
-    model: str
-    out: Path
-    data: Path | None = None
-    metric: str = "exact"
-    budget: float = 7200.0
-    quality: float | None = 0.99
-    threads: int | None = None
-    overwrite: bool = False
-    paper: bool = False
-
-    def __post_init__(self) -> None:
-        check_name(self.metric)
-        if not 0 < self.budget < math.inf:
-            raise OptionError(
-                f"--budget is {self.budget:g} s; give a time above 0, such as 2h or 90min"
-            )
-        if self.quality is not None and not 0 < self.quality < 1:
-            raise OptionError(
-                f"--quality is {self.quality:g}; give a share between 0 and 1, or --lossless"
-            )
-        if self.paper and self.data is None:
-            raise OptionError(
-                "--paper compares trainings, and there are no data; give --data, or leave it out"
-            )
-        if self.data is not None and not self.data.is_file():
-            raise OptionError(
-                f"--data {self.data}: there is no such file; name a JSONL file with 'input' (or "
-                "'audio') and 'target'"
-            )
-
-    def recorded(self) -> dict[str, Any]:
-        """Return the options that a resumed run must share with the original, as JSON values."""
-        model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
-        data = None if self.data is None else str(self.data.absolute())
-        return {
-            "model": model,
-            "data": data,
-            "budget": self.budget,
-            "threads": self.threads or usable_cores(),
-            "paper": self.paper,
-        }
 
 
 @dataclass(frozen=True)
@@ -662,80 +600,6 @@ def training_speed(
     answer = run_child(__name__, json.dumps(asked))
     measured: dict[str, float] = json.loads(answer)
     return measured
-
-
-def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
-    """Return names and texts that describe a plan, for a page."""
-    found = plan.exit
-    texts = plan.texts
-    training = plan.training
-    seconds = plan.seconds
-    bits = {"int8": "8 bits a weight", "int4": "4 bits a weight, as the file has them"}[
-        plan.precision
-    ]
-    rows = {
-        "model": f"{plan.name}, {plan.layers} decoder layers",
-        "precision": f"{plan.precision}, {bits}",
-    }
-    rows["speed"] = (
-        f"about {plan.rate:.0f} tokens/s of the full model in {bits[:6]}, by memory bandwidth"
-    )
-    if plan.ready_made:
-        names = ", ".join(plan.ready_made)
-        rows["ready-made exits"] = (
-            f"{names} fit these weights: freeexport convert MODEL OUT --exit {plan.ready_made[0]}"
-        )
-    if texts is not None:
-        inputs = (
-            f"recordings, each as dear as {texts.read:.0f} tokens"
-            if texts.speech
-            else f"{texts.prompt:.0f} tokens in"
-        )
-        rows["data"] = f"{inputs}, {texts.target:.0f} out; outputs get at most {texts.most}"
-        rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
-    if plan.has_exit and options.data is not None and not options.paper:
-        rows["existing exit"] = "calibrated and evaluated as it is; only a better one replaces it"
-    if found is None or texts is None or training is None:
-        rows["training"] = (
-            f"none: {plan.why}; mode lossless drafts {plan.drafts}, with every token equal"
-        )
-    else:
-        known = (
-            f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')"
-            if found.vocabulary
-            else ""
-        )
-        even = break_even_text(found.break_even, "bytes")
-        reads = "" if found.input == "state" else ", which read the deep decoder's feature"
-        place = f"after layer {found.layer}" if found.layer else "before layer 1"
-        place = f"the existing one, trained further: {place}" if found.begun else place
-        own = f", with {found.own} layer(s) of its own" if found.own else ""
-        rows["exit"] = f"{place} of {plan.layers}{own}{reads}{known}: {even}"
-        rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())
-        rows["tokens that exit"] = f"{rates}, by what such exits reached on other tasks"
-        for name, speed_of in (("a token", float), ("a request", texts.request)):
-            speeds = ", ".join(
-                f"{speed_of(speed):.2f}x on {kind} tasks" for kind, speed in found.speeds.items()
-            )
-            rows[f"expected, {name}"] = f"{speeds}, by the bytes that are read"
-        weights = "all weights with the exit" if found.input == "state" else "all weights"
-        steps = {"full": ("joint", weights), "exit": ("exit", "the exit alone")}
-        times = (
-            f"{duration(seconds[name])} of {what}"
-            for name, what in map(steps.__getitem__, training.tune)
-        )
-        each = f"{training.step:.2f} s a step of {training.batch_tokens} tokens"
-        speed = f"{training.tokens_per_second:,.0f} tokens/s, {each}"
-        rows["training"] = f"{speed}: {', then '.join(times)}"
-    counts = {name: f"{plan.times[name]} x " if name in plan.times else "" for name in seconds}
-    rows["time"] = ", ".join(
-        f"{name} {counts[name]}{duration(time)}" for name, time in seconds.items()
-    )
-    total = sum(plan.times.get(name, 1) * time for name, time in seconds.items())
-    rows["in all"] = f"{duration(total)} of {duration(options.budget)}"
-    rows |= {"missing": plan.missing} if plan.missing else {}
-    notes = [note for note in (plan.unwritable, load_note(plan.busy)) if note]
-    return [*rows.items(), *(("note", note) for note in notes)]
 
 
 def main(arguments: Sequence[str]) -> None:

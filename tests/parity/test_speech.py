@@ -39,9 +39,10 @@ from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.conversion.own_outputs import own_outputs
 from freeexport.costs.replay import ReplaySession
-from freeexport.fit import plan, steps
-from freeexport.fit.plan import FitOptions
-from freeexport.fit.steps import fit, planned
+from freeexport.fit import plan, run
+from freeexport.fit.options import FitOptions
+from freeexport.fit.run import fit
+from freeexport.fit.steps import planned
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
 from freeexport.verification.batches import QUICK
@@ -318,7 +319,7 @@ def test_fit_makes_a_bundle_of_recordings(spoken: Path, tmp_path: Path, monkeypa
         done = succeed(*arguments)
         return done.stdout
 
-    monkeypatch.setattr(steps, "run_child", here)
+    monkeypatch.setattr(run, "run_child", here)
     monkeypatch.setattr(plan, "bandwidth_of", lambda threads: 1e9)
     monkeypatch.setattr(plan, "training_speed", lambda *given: {"step": 0.01, "tokens_per_second": 1e5})
     draw, lines = np.random.default_rng(0), list[str]()

@@ -17,7 +17,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import ExitFile, write_exit_file
 from freeexport.costs import bytes as counting
 from freeexport.fit import plan
-from freeexport.fit.plan import FitOptions
+from freeexport.fit.options import FitOptions
 
 STEP = {"step": 0.01, "tokens_per_second": 1000.0}
 # Two conversions, and four seconds of training.

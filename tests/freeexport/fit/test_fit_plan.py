@@ -13,9 +13,12 @@ import pytest
 
 from freeexport.checkpoints.examples import DataError
 from freeexport.fit import plan as planning
-from freeexport.fit.plan import FitOptions, Texts, describe_plan, make_plan
+from freeexport.fit.options import FitOptions
+from freeexport.fit.plan import Texts, make_plan
+from freeexport.fit.plan_table import describe_plan
+from freeexport.fit.run import fit
 from freeexport.fit.splits import read_lines
-from freeexport.fit.steps import Places, fit, steps_of
+from freeexport.fit.steps import Places, steps_of
 from freeexport.task_metrics import MetricError
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import step_speed

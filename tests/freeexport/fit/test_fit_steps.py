@@ -14,10 +14,11 @@ from command_line import error, invoke, succeed
 from killed_process import killed_before
 
 from freeexport.evaluate.settings import Setting
-from freeexport.fit import plan, steps
+from freeexport.fit import plan, run
+from freeexport.fit.options import FitOptions
 from freeexport.fit.paper import SEEDS, comparison, written
-from freeexport.fit.plan import FitOptions
-from freeexport.fit.steps import Places, conclude, fit, planned, steps_of
+from freeexport.fit.run import conclude, fit
+from freeexport.fit.steps import Places, finished_steps, planned, steps_of
 from freeexport.system.child import ChildError
 from freeexport.system.output import OutputError
 from freeexport.task_metrics import Reference, metric_of
@@ -38,7 +39,7 @@ def run_here(module: str, *arguments: str, **shown: Any) -> str:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr(steps, "run_child", run_here)
+    monkeypatch.setattr(run, "run_child", run_here)
 
 
 @pytest.mark.usefixtures("here")
@@ -123,8 +124,8 @@ def test_a_killed_run_goes_on_and_trains_nothing_twice(
     def stop(options: Any) -> None:
         raise Stop
 
-    monkeypatch.setattr(steps, "run_child", pretended(log))
-    monkeypatch.setattr(steps, "evaluate", stop)
+    monkeypatch.setattr(run, "run_child", pretended(log))
+    monkeypatch.setattr(run, "evaluate", stop)
 
     def work() -> None:
         try:
@@ -134,21 +135,21 @@ def test_a_killed_run_goes_on_and_trains_nothing_twice(
 
     wanted = [step.arguments for step in steps_of(given, planned(given, keep=True), Places.of(given))]
     # A run is killed after a command and before its mark, the next one after a mark and before the next command.
-    places: dict[Any, tuple[str, ...]] = {steps: ("run_child", "write_whole")}
+    places: dict[Any, tuple[str, ...]] = {run: ("run_child", "write_whole")}
     assert [killed_before(change, places, work) for change in (1, 2) * 8].count(True) >= len(ORDER)
     made = [tuple(json.loads(line)) for line in log.read_text().splitlines()]
     assert list(dict.fromkeys(made)) == wanted
     assert [one for one in made if one[0] == "train"] == [one for one in wanted if one[0] == "train"]
-    assert {"calibrate", "evaluate"} <= steps._done(given.out.with_name("out.work")).keys()
+    assert {"calibrate", "evaluate"} <= finished_steps(given.out.with_name("out.work")).keys()
 
 
 def test_a_training_that_was_interrupted_is_resumed(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options()
     places = Places.of(given)
     joint = steps_of(given, planned(given, keep=True), places)[1]
-    assert steps._going_on(joint, places) == joint.arguments
-    monkeypatch.setattr(steps, "last_checkpoint", lambda directory: directory / "checkpoint-1")
-    assert steps._going_on(joint, places) == (*joint.arguments, "--resume")
+    assert run._going_on(joint, places) == joint.arguments
+    monkeypatch.setattr(run, "last_checkpoint", lambda directory: directory / "checkpoint-1")
+    assert run._going_on(joint, places) == (*joint.arguments, "--resume")
 
 
 def test_another_metric_calibrates_and_evaluates_again_and_trains_nothing(options: Options, tmp_path: Path) -> None:
@@ -157,13 +158,13 @@ def test_another_metric_calibrates_and_evaluates_again_and_trains_nothing(option
     plan = planned(given, keep=True)
     done: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "run_child", pretended(log))
+        patch.setattr(run, "run_child", pretended(log))
         every = steps_of(given, plan, places)
-        steps._run(every, steps._pending(every, done), done, places)
+        run._run(every, run._pending(every, done), done, places)
     assert list(done) == ORDER
-    assert steps._pending(every, steps._done(places.work)) == []
+    assert run._pending(every, finished_steps(places.work)) == []
     other = options(metric="exact")
-    again = steps._pending(steps_of(other, planned(other, keep=True), places), steps._done(places.work))
+    again = run._pending(steps_of(other, planned(other, keep=True), places), finished_steps(places.work))
     assert [step.name for step in again] == ["calibrate", "evaluate"]
 
 
@@ -191,7 +192,7 @@ def test_a_step_that_fails_says_that_the_run_can_go_on(options: Options, monkeyp
     def full(*arguments: str, **shown: Any) -> str:
         raise ChildError("disk full while writing out; free some space and run again")
 
-    monkeypatch.setattr(steps, "run_child", full)
+    monkeypatch.setattr(run, "run_child", full)
     given = options()
     with pytest.raises(FreeExportError, match=r"given failed: disk full .* give the same command again to go on"):
         fit(given, planned(given, keep=True))
@@ -292,7 +293,7 @@ def test_the_sentence_and_the_command_are_of_the_fastest_that_keeps_enough(
 ) -> None:  # fmt: skip
     threshold = {"trained": 0.9, "given": 1.0}
     monkeypatch.setattr(
-        steps.Bundle, "open", lambda path: SimpleNamespace(manifest=SimpleNamespace(threshold=threshold[path.name]))
+        run.Bundle, "open", lambda path: SimpleNamespace(manifest=SimpleNamespace(threshold=threshold[path.name]))
     )
     given = options(quality=quality)
     served, verdict = conclude(rows, given, Places.of(given))

@@ -1,0 +1,75 @@
+"""Options of `freeexport fit`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from freeexport.task_metrics import check_name
+from runtime.errors import OptionError
+from runtime.machine.machine import usable_cores
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Options of `freeexport fit`.
+
+    Attributes:
+        model: The checkpoint.
+        out: Output directory.
+        data: JSONL file of examples. None: convert without training.
+        metric: Metric of the outputs.
+        budget: Time limit in seconds.
+        quality: Share of the full model's metric to keep. None: every token must equal the full
+            model's.
+        threads: Number of threads. Default: all usable cores.
+        overwrite: Replace existing outputs.
+        paper: Compare trainings with other losses and three seeds in a table.
+
+    Raises:
+        OptionError: If a value is out of range or options contradict each other.
+    """
+
+    model: str
+    out: Path
+    data: Path | None = None
+    metric: str = "exact"
+    budget: float = 7200.0
+    quality: float | None = 0.99
+    threads: int | None = None
+    overwrite: bool = False
+    paper: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.metric)
+        if not 0 < self.budget < math.inf:
+            raise OptionError(
+                f"--budget is {self.budget:g} s; give a time above 0, such as 2h or 90min"
+            )
+        if self.quality is not None and not 0 < self.quality < 1:
+            raise OptionError(
+                f"--quality is {self.quality:g}; give a share between 0 and 1, or --lossless"
+            )
+        if self.paper and self.data is None:
+            raise OptionError(
+                "--paper compares trainings, and there are no data; give --data, or leave it out"
+            )
+        if self.data is not None and not self.data.is_file():
+            raise OptionError(
+                f"--data {self.data}: there is no such file; name a JSONL file with 'input' (or "
+                "'audio') and 'target'"
+            )
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that a resumed run must share with the original, as JSON values."""
+        model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
+        data = None if self.data is None else str(self.data.absolute())
+        return {
+            "model": model,
+            "data": data,
+            "budget": self.budget,
+            "threads": self.threads or usable_cores(),
+            "paper": self.paper,
+        }

@@ -1,0 +1,83 @@
+"""The plan of `freeexport fit` as a table, for the terminal and the report."""
+
+from __future__ import annotations
+
+from freeexport.costs.verdict import break_even_text
+from freeexport.fit.options import FitOptions
+from freeexport.fit.plan import Plan
+from freeexport.system.load import load_note
+from freeexport.system.progress import duration
+
+
+def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
+    """Return names and texts that describe a plan, for a page."""
+    found = plan.exit
+    texts = plan.texts
+    training = plan.training
+    seconds = plan.seconds
+    bits = {"int8": "8 bits a weight", "int4": "4 bits a weight, as the file has them"}[
+        plan.precision
+    ]
+    rows = {
+        "model": f"{plan.name}, {plan.layers} decoder layers",
+        "precision": f"{plan.precision}, {bits}",
+    }
+    rows["speed"] = (
+        f"about {plan.rate:.0f} tokens/s of the full model in {bits[:6]}, by memory bandwidth"
+    )
+    if plan.ready_made:
+        names = ", ".join(plan.ready_made)
+        rows["ready-made exits"] = (
+            f"{names} fit these weights: freeexport convert MODEL OUT --exit {plan.ready_made[0]}"
+        )
+    if texts is not None:
+        inputs = (
+            f"recordings, each as dear as {texts.read:.0f} tokens"
+            if texts.speech
+            else f"{texts.prompt:.0f} tokens in"
+        )
+        rows["data"] = f"{inputs}, {texts.target:.0f} out; outputs get at most {texts.most}"
+        rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
+    if plan.has_exit and options.data is not None and not options.paper:
+        rows["existing exit"] = "calibrated and evaluated as it is; only a better one replaces it"
+    if found is None or texts is None or training is None:
+        rows["training"] = (
+            f"none: {plan.why}; mode lossless drafts {plan.drafts}, with every token equal"
+        )
+    else:
+        known = (
+            f", knowing {found.vocabulary} tokens ({found.covered:.1%} of the targets')"
+            if found.vocabulary
+            else ""
+        )
+        even = break_even_text(found.break_even, "bytes")
+        reads = "" if found.input == "state" else ", which read the deep decoder's feature"
+        place = f"after layer {found.layer}" if found.layer else "before layer 1"
+        place = f"the existing one, trained further: {place}" if found.begun else place
+        own = f", with {found.own} layer(s) of its own" if found.own else ""
+        rows["exit"] = f"{place} of {plan.layers}{own}{reads}{known}: {even}"
+        rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())
+        rows["tokens that exit"] = f"{rates}, by what such exits reached on other tasks"
+        for name, speed_of in (("a token", float), ("a request", texts.request)):
+            speeds = ", ".join(
+                f"{speed_of(speed):.2f}x on {kind} tasks" for kind, speed in found.speeds.items()
+            )
+            rows[f"expected, {name}"] = f"{speeds}, by the bytes that are read"
+        weights = "all weights with the exit" if found.input == "state" else "all weights"
+        steps = {"full": ("joint", weights), "exit": ("exit", "the exit alone")}
+        times = (
+            f"{duration(seconds[name])} of {what}"
+            for name, what in map(steps.__getitem__, training.tune)
+        )
+        each = f"{training.step:.2f} s a step of {training.batch_tokens} tokens"
+        speed = f"{training.tokens_per_second:,.0f} tokens/s, {each}"
+        rows["training"] = f"{speed}: {', then '.join(times)}"
+    counts = {name: f"{plan.times[name]} x " if name in plan.times else "" for name in seconds}
+    rows["time"] = ", ".join(
+        f"{name} {counts[name]}{duration(time)}" for name, time in seconds.items()
+    )
+    total = sum(plan.times.get(name, 1) * time for name, time in seconds.items())
+    rows["in all"] = f"{duration(total)} of {duration(options.budget)}"
+    rows |= {"missing": plan.missing} if plan.missing else {}
+    notes = [note for note in (plan.unwritable, load_note(plan.busy)) if note]
+    return [*rows.items(), *(("note", note) for note in notes)]
