@@ -72,6 +72,7 @@ def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(
         planned(given, keep=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_an_exit_that_is_there_competes_with_the_one_that_training_makes_of_it(with_exit: Options) -> None:
     given = with_exit(quality=0.5)

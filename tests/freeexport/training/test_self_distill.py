@@ -92,6 +92,7 @@ def test_an_interrupted_generation_goes_on_where_it_was(checkpoint: Directory, p
     assert sorted((own / OUTPUTS).read_text().splitlines()) == sorted((whole / OUTPUTS).read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_outputs_that_it_had(
     checkpoint: Directory, prompts: Path, tmp_path: Path
 ) -> None:
