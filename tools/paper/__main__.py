@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from freeexport.commands.train import command as train_verb
-from runtime.errors import FreeExportError
+from tools.data.splits import run_tool
 from tools.paper.datasets import DATA_SETS, convert
 from tools.paper.losses import LOSSES
 
@@ -71,8 +71,4 @@ main.add_command(
 )
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FreeExportError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from None
+    run_tool(main)

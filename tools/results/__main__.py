@@ -17,7 +17,7 @@ import click
 
 from freeexport.system.output import write_whole
 from freeexport.system.progress import duration
-from runtime.errors import FreeExportError
+from tools.data.splits import run_tool
 from tools.results.measure import RESULTS, ROOT, measure, result_file
 from tools.results.pages import index, readme
 from tools.results.rows import ROWS
@@ -79,8 +79,4 @@ def write_pages(check: bool) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FreeExportError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from None
+    run_tool(main)
