@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def measure_speed(options: EvaluateOptions) -> dict[str, Any]:
     }
     rows = speed_rows(found, precisions, reference)
     if options.device == "cpu":
-        _add_rooflines(rows, entries, by_setting, bandwidth)
+        add_rooflines(rows, entries, found, bandwidth)
     facts = speed_facts(
         first.manifest,
         threads=options.count,
@@ -141,18 +141,27 @@ def usable_names(entries: list[Entry]) -> list[str]:
     ]
 
 
-def _add_rooflines(
-    rows: list[dict[str, Any]],
+def add_rooflines(
+    rows: Sequence[dict[str, Any]],
     entries: list[Entry],
-    by_setting: Mapping[tuple[str, str], Lines],
+    found: Mapping[str, Lines],
     bandwidth: float,
 ) -> None:
-    """Add to each row the share of the memory bandwidth that its decoding uses."""
-    left = iter(rows)
+    """Add to the rows of bundles the share of the memory bandwidth that their decoding uses.
+
+    Args:
+        rows: Rows by setting. Those of other decoders stay as they are.
+        entries: The bundles.
+        found: Records of each row, by its name.
+        bandwidth: Memory bandwidth in bytes per second.
+    """
+    by_name = {row["name"]: row for row in rows}
+    names = row_names(entries)
     for entry in entries:
         model = ByteModel(entry.bundle, kernel_instructions())
         for setting in entry.settings:
-            add_roofline(next(left), model, by_setting[entry.name, setting.name], bandwidth)
+            name = names[entry.name, setting.name]
+            add_roofline(by_name[name], model, found[name], bandwidth)
 
 
 def write_speed(report: Mapping[str, Any], out: Path) -> None:

@@ -377,7 +377,9 @@ class Decoder:
 
     def bind(self, call: SlotCall) -> Call:
         """Bind a call for this slot alone."""
-        runner, rows, past = call.runner, call.rows, self._past[call.runner]
+        runner = call.runner
+        rows = call.rows
+        past = self._past[runner]
         shared: dict[str, Any] = {
             # A view of the cache's own counter, so the engine reads what `extend` and `trim` write.
             "past_lengths": runner.cache.lengths[self.slot : self.slot + 1],

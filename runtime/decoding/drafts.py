@@ -345,7 +345,8 @@ class Drafts:
         source, agreement, _, evidence = found
         rates = [self._acceptance.rate(each) for each in evidence[:count]]
         if source == "memory":
-            longest, in_full = count, False  # a share of occurrences is known before the first
+            longest = count  # a share of occurrences is known before the first
+            in_full = False
             is_sure = rates[0] >= RULE.confirmed
         else:
             longest, in_full = self._next.get(source, (RULE.first_length, False))

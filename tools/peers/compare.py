@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-from freeexport.costs.bytes import ByteModel, Calls
+from freeexport.costs.bytes import Calls
 from freeexport.costs.measured import bandwidth_of
 from freeexport.costs.timing import interleave
 from freeexport.evaluate.measure import timing_of
@@ -40,9 +40,8 @@ from freeexport.evaluate.settings import (
     entries_of,
     methods_of,
 )
-from freeexport.evaluate.speed import check_comparable, speed_prompts
+from freeexport.evaluate.speed import add_rooflines, check_comparable, speed_prompts
 from freeexport.evaluate.speed_rows import (
-    add_roofline,
     row_names,
     speed_facts,
     speed_lines,
@@ -52,7 +51,6 @@ from freeexport.evaluate.speed_rows import (
 )
 from freeexport.system.child import PACKAGES
 from freeexport.system.load import other_load
-from freeexport.system.machine import kernel_instructions
 from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from freeexport.system.sheet import terminal
@@ -269,13 +267,7 @@ def compare(options: EvaluateOptions, against: Sequence[str], model: str | None)
     # Reference tokens: those of transformers in fp32.
     truth = next((name for name in (TRUTH, "hf") if name in found), None)
     rows = speed_rows(found, {one.name: one.precision for one in contenders}, truth, versions)
-    by_name = {row["name"]: row for row in rows}
-    names = row_names(entries)
-    for entry in entries:
-        bytes_read = ByteModel(entry.bundle, kernel_instructions())
-        for setting in entry.settings:
-            name = names[entry.name, setting.name]
-            add_roofline(by_name[name], bytes_read, found[name], bandwidth)
+    add_rooflines(rows, entries, found, bandwidth)
     facts = speed_facts(
         first.manifest,
         threads=options.count,
