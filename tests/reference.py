@@ -84,6 +84,7 @@ def free_decode(
     eos_ids: Iterable[int] | None = None,
     mode: Mode = "free",
     stop: Callable[[list[int]], bool] | None = None,
+    expected: Sequence[int] = (),
 ) -> Reference:
     """Decode greedily with FREE.
 
@@ -91,9 +92,10 @@ def free_decode(
         max_pending: Maximum number of rows of a deep call.
         eos_ids: IDs that end the sequence. Default: those of the model's generation configuration.
         stop: Called with the emitted ids after each token. Returns True to end the sequence.
+        expected: Likely token ids, see `Run`. They do not change the result.
     """
     ends = set(_eos_ids(model) if eos_ids is None else eos_ids)
-    run = Run(model, prompt_ids, exit_layer)
+    run = Run(model, prompt_ids, exit_layer, expected)
     reference = Reference(threshold, mode, predicted=predicted_of(model))
     while len(reference.token_ids) < max_new_tokens:
         shallow, deep = run.logits(reference.token_ids)
@@ -150,6 +152,7 @@ def draft_decode(
     max_new_tokens: int,
     max_pending: int = 16,
     eos_ids: Iterable[int] = (),
+    expected: Sequence[int] = (),
 ) -> Reference:
     """Decode greedily with exits as drafts, which the next deep call verifies.
 
@@ -159,9 +162,10 @@ def draft_decode(
     Args:
         keeps: Called with deep logits [vocab] and a drafted token. Returns False to reject the draft.
         max_pending: Maximum number of rows of a deep call.
+        expected: Likely token ids, see `Run`. They do not change the result.
     """
     ends = set(eos_ids)
-    run = Run(model, prompt_ids, exit_layer)
+    run = Run(model, prompt_ids, exit_layer, expected)
     reference = Reference(threshold, "free", predicted=predicted_of(model))
     if reference.predicted:
         shallow, deep = run.logits([])
@@ -206,9 +210,12 @@ def predicted_of(model: Any) -> int:
 
 
 class Run:
-    """Computes logits of both decoders for continuations of a prompt. An encoder runs only once."""
+    """Computes logits of both decoders for continuations of a prompt. An encoder runs only once.
 
-    def __init__(self, model: Any, prompt_ids: Sequence[int], exit_layer: int) -> None:
+    Logits of `expected` token ids are computed in one pass, for any beginning of these ids.
+    """
+
+    def __init__(self, model: Any, prompt_ids: Sequence[int], exit_layer: int, expected: Sequence[int] = ()) -> None:
         self.model = model
         self.exit_layer = exit_layer
         self.read: list[torch.Tensor] = []  # input of the head in its last call
@@ -223,10 +230,19 @@ class Run:
                 self.inputs["encoder_outputs"] = model.get_encoder()(input_ids=self.prompt)
             self.prompt = torch.tensor([[model.config.decoder_start_token_id]])
             self.start = 1
+        self.expected = list(expected)
+        self.expected_logits = self._logits(self.expected) if self.expected else None
 
-    @torch.no_grad()
     def logits(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return shallow and deep logits [len(token_ids) + 1, vocab] for each token and the next one."""
+        count = len(token_ids)
+        if self.expected_logits is None or self.expected[:count] != list(token_ids):
+            return self._logits(token_ids)
+        shallow, deep = self.expected_logits
+        return shallow[: count + 1], deep[: count + 1]
+
+    @torch.no_grad()
+    def _logits(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.cat([self.prompt, torch.tensor([list(token_ids)], dtype=torch.long)], dim=1)
         name = "decoder_input_ids" if self.inputs else "input_ids"
         deep = self.model(**self.inputs, **{name: ids}, use_cache=False).logits

