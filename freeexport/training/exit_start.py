@@ -102,7 +102,7 @@ def chosen_tokens(
 
     It contains special and end-of-sequence tokens, then the most frequent tokens of the training
     targets, then the lowest ids. If the checkpoint's exit already has a vocabulary, that one is
-    used.
+    used, unless the exit is only what training starts from (`--exit-from`).
 
     Returns the ids, ascending, and a record of how many target tokens they cover.
 
@@ -128,7 +128,7 @@ def chosen_tokens(
     )
     ranked = np.lexsort((np.arange(vocabulary), -counts))
     tokens = np.sort(np.concatenate([kept, ranked[~np.isin(ranked, kept)]])[:size])
-    if VOCABULARY in checkpoint:
+    if VOCABULARY in checkpoint and options.exit_from is None:
         tokens = checkpoint.read(VOCABULARY).astype(np.int64)
     covered = float(counts[tokens].sum() / counts.sum())
     return tokens, ExitVocabulary(size, covered, int(counts.sum()), trained=True)

@@ -339,15 +339,17 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions) -> Checkpoint:
         reads = found.exit_input
         if (reads, options.exit_input) == ("feature", "fused"):  # see ExitLayers.fuse
             reads = "fused"
-        same_tokens = found.vocabulary is None or found.vocabulary.size == options.exit_vocab
-        if (found.exit_layers, found.exit_layer, reads) != wanted or not same_tokens:
-            if options.exit_from is not None:
-                known = "" if found.vocabulary is None else f" --exit-vocab {found.vocabulary.size}"
+        has_vocabulary = found.vocabulary is not None
+        fits = (found.exit_layers, found.exit_layer, reads) == wanted
+        if options.exit_from is not None:
+            if not fits or has_vocabulary != (options.exit_vocab is not None):
+                known = f" --exit-vocab {found.vocabulary.size}" if found.vocabulary else ""
                 raise CheckpointError(
                     f"--exit-from {options.exit_from} goes with --exit-layer {found.exit_layer} "
                     f"--exit-layers {found.exit_layers} --exit-input {found.exit_input}{known}; "
                     "give these"
                 )
+        elif not fits or (found.vocabulary and found.vocabulary.size != options.exit_vocab):
             raise CheckpointError(
                 f"{checkpoint.name} has an exit of its own already; give the checkpoint that it "
                 "was trained on, or train this exit further: the same --exit-layer, "

@@ -122,8 +122,8 @@ def trainable(
         own = first_exit(model, checkpoint, description, options, training, collate)
     elif own is not None and (own.reads, options.exit_input) == ("feature", "fused"):
         own.fuse()
-    begins = known is None
-    if known is None and tokens is not None:
+    begins = known is None or not np.array_equal(known.vocabulary.cpu(), tokens)
+    if begins and tokens is not None:
         known = KnownTokens(tokens, description.hidden_size)
     for part in filter(None, (own, known)):
         part.to(model.device).train()

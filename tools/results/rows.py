@@ -18,13 +18,14 @@ CALIBRATION_LINES = 200
 CALIBRATION = f"--rule risk --risk {RISK} --samples {CALIBRATION_LINES}"
 # Version of the test splits. Training after a measurement on test lines requires a new version.
 TEST_VERSION = 2
-# The chat exit was trained after version 2 of its prompts was measured.
-PROMPTS_VERSION = 3
+# The chat exit was trained after version 3 of its prompts was measured.
+PROMPTS_VERSION = 4
 LINES = 150
+ORDINARY_LINES = 300
 # Versions of the ordinary prompts. The rows measure the last one.
 ORDINARY = tuple(
     Path(__file__).parents[1] / "data" / name
-    for name in ("ordinary_prompts.jsonl", "ordinary_prompts_2.jsonl")
+    for name in ("ordinary_prompts.jsonl", "ordinary_prompts_2.jsonl", "ordinary_prompts_3.jsonl")
 )
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 G2P = "freeexport/data/g2p"
@@ -176,7 +177,7 @@ def _rows() -> list[ResultRow]:
                     max_new_tokens=96,
                     seconds=1.0 * faster,
                     # Fewer of the templated prompts, which resemble those of training.
-                    lines=60 if data is TEMPLATED else LINES,
+                    lines=60 if data is TEMPLATED else ORDINARY_LINES,
                 )
                 for data in (TEMPLATED, ORDINARY_PROMPTS)
             ),

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,16 @@ def ordinary(path: Path) -> tuple[list[str], set[str]]:
     messages = [line.text for line in read_examples(path)]
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert messages == [line["input"] for line in lines]
-    assert all(line.keys() == {"input", "subject"} for line in lines)
+    assert all(line.keys() - {"source"} == {"input", "subject"} for line in lines)
     assert all([one["role"] for one in line["input"]] == ["user"] for line in lines)
     return [line["input"][0]["content"] for line in lines], {line["subject"] for line in lines}
 
 
-@pytest.mark.parametrize(("version", "subjects"), [(1, 25), (2, 30)])
-def test_ordinary_prompts_follow_no_template(version: int, subjects: int) -> None:
+@pytest.mark.parametrize(("version", "count", "subjects"), [(1, 150, 25), (2, 150, 30), (3, 300, 79)])
+def test_ordinary_prompts_follow_no_template(version: int, count: int, subjects: int) -> None:
     texts, found = ordinary(ORDINARY[version - 1])
-    assert (len(texts), len(set(texts)), len(found)) == (150, 150, subjects)
-    assert all(10 <= len(text) <= 1200 and text == text.strip() for text in texts)
+    assert (len(texts), len(set(texts)), len(found)) == (count, count, subjects)
+    assert all(10 <= len(text) <= 2000 and text == text.strip() for text in texts)
     # What stands before the first placeholder, where that says something.
     templates = [template.partition("{")[0] for kind in KINDS.values() for template in kind]
     beginnings = tuple(text for text in templates if len(text) > 12)
@@ -72,9 +73,10 @@ def test_no_ordinary_prompt_resembles_one_of_another_version() -> None:
         # A text of fewer words is one gram.
         return {tuple(words[at : at + 4]) for at in range(max(1, len(words) - 3))}
 
-    first, second = ([grams(text) for text in ordinary(path)[0]] for path in ORDINARY)
-    shared = max(len(one & other) / min(len(one), len(other)) for one in first for other in second)
-    assert shared < 0.1
+    versions = [[grams(text) for text in ordinary(path)[0]] for path in ORDINARY]
+    for first, second in combinations(versions, 2):
+        shared = max(len(one & other) / min(len(one), len(other)) for one in first for other in second)
+        assert shared < 0.2
     assert len(ordinary(ORDINARY[1])[1] - ordinary(ORDINARY[0])[1]) >= 12
 
 
