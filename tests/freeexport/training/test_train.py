@@ -255,11 +255,12 @@ def test_the_last_weights_are_kept_although_they_are_worse(
     checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the loss, the weights from before training would be kept, and patience 1 would end the run."""
-    options = run_options(words, select_by="last", learning_rate=0.5, evaluate_every=1, patience=1)
+    options = run_options(words, loss="ce", select_by="last", learning_rate=5.0, evaluate_every=1, patience=1)
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+    with monkeypatch.context() as patch:
         patch.setattr(ExitTrainer, "best", killed)  # after the last step, before the end
-        train(str(checkpoint(LLAMA)), out, options)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(str(checkpoint(LLAMA)), out, options)
     result = train(str(checkpoint(LLAMA)), out, replace(options, resume=True))
     assert (result.best_step, result.steps) == (3, 3)
     assert result.metrics["eval_loss"] > result.before["eval_loss"]
