@@ -15,11 +15,13 @@ import torch
 from checkpoints import Case
 from click.testing import CliRunner
 from engine_cases import log_softmax
+from safetensors.numpy import save_file
 from torch import nn
 from training_case import T5, logged, write_data
 
 from freeexport.checkpoints.exit_file import read_exit_file
 from freeexport.cli import main
+from freeexport.training.run_directory import open_run
 from freeexport.training.shallow_deep import SharedHead
 from runtime.errors import OptionError
 from tools.paper.losses import HiddenDistillation, Leftover, Mapped, WeightedCrossEntropy, teachers
@@ -209,3 +211,20 @@ def test_each_recipe_trains_and_its_checkpoint_converts(
     layer = "1" if recipe.any_exit else "2"
     result = CliRunner().invoke(main, ["convert", str(out), str(tmp_path / "bundle"), "--exit-layer", layer])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_of_another_loss_is_refused(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+    write_data(tmp_path)
+    model, data, settings = str(checkpoint(T5)), tmp_path / "train.jsonl", {"exit_layer": 2, "max_steps": 3}
+    other = recipe_options(RECIPES["free-drop"], data, None, **settings)
+    open_run(tmp_path / "out", model, other)
+    saved = tmp_path / "out.training" / "checkpoint-2"
+    saved.mkdir()
+    save_file({"a": np.zeros(2, np.float32)}, saved / "model.safetensors")
+    torch.save({}, saved / "optimizer.pt")
+    (saved / "trainer_state.json").write_text('{"global_step": 2}')
+    (saved / "elapsed.json").write_text("1.5")
+    with pytest.raises(OptionError, match=r"had loss .*'drop'.* not .*'reuse'"):
+        train_recipe(RECIPES["free"], model, data, None, tmp_path / "out", **settings)
+    assert saved.exists()
