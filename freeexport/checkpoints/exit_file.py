@@ -28,9 +28,9 @@ from runtime.bundle.schema import Reader
 from runtime.errors import BundleError
 from runtime.json_file import read_object
 
-# "deep-ce" trains a model without an exit, for comparison. "weighted-ce" trains an exit after every
-# layer (tools/paper/losses.py).
-LossName = Literal["ce", "kd-dyn", "weighted-ce", "logit-kd", "deep-ce"]
+# "deep-ce" trains a model without an exit, for comparison. tools/paper/losses.py has "weighted-ce",
+# which trains an exit after every layer, "kd-unif" and "kd-last".
+LossName = Literal["ce", "kd-dyn", "kd-unif", "kd-last", "weighted-ce", "logit-kd", "deep-ce"]
 Tune = Literal["full", "lora", "exit"]
 
 EXIT_FILE = "exit.json"

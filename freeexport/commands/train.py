@@ -237,8 +237,9 @@ OWN = Path("-")  # stands for a directory beside OUT
     default=TrainingOptions.select_by,
     help=(
         "Criterion for the weights to keep: loss, agreement (of both exits), oracle-exits (at 99 "
-        "% agreement, with a threshold chosen on the same tokens), or a metric of the full "
-        "model's outputs for 64 examples, as in `evaluate`."
+        "% agreement, with a threshold chosen on the same tokens), a metric of the full model's "
+        "outputs for 64 examples, as in `evaluate`, or last, which makes all steps and keeps the "
+        "last weights."
     ),
 )
 @click.option(

@@ -34,9 +34,11 @@ DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
 RANDOM_WEIGHTS_RATE = 1e-3
 DEFAULT_RANK = 16
 DEFAULT_EPOCHS = 3.0
-# Metrics of every evaluation, by which a run may be selected: `loss` (lower is better) and shares
-# (higher is better).
-MEASURED = ("loss", "agreement", "oracle-exits")
+# Keeps the weights of the last step.
+LAST = "last"
+# What else than a metric of the outputs can select weights: the `loss` (lower is better) or a share
+# (higher is better) of every evaluation, or LAST.
+MEASURED = ("loss", "agreement", "oracle-exits", LAST)
 # Options that may change on resume, since they do not affect the loss curve of the shared steps.
 _FREE_ON_RESUME = ("time_limit", "patience", "resume", "overwrite", "threads")
 
@@ -106,8 +108,9 @@ class TrainingOptions:
         dtype: Type of the written weights.
         gradient_checkpointing: Recompute activations to save memory.
         evaluate_every: Steps between evaluations.
-        select_by: One of MEASURED, or a metric of the outputs.
-        patience: Evaluations without improvement before a run stops. 0: no limit.
+        select_by: One of MEASURED, or a metric of the outputs. `last` makes all steps.
+        patience: Evaluations without improvement before a run stops. 0: no limit. Ignored if
+            `select_by` is `last`.
         resume: Resume an interrupted run.
         overwrite: Replace existing outputs.
 
@@ -262,7 +265,8 @@ class TrainingOptions:
     def recorded(self) -> dict[str, Any]:
         """Return the options that a resumed run must share with the original, as JSON values."""
         values = {key: value for key, value in asdict(self).items() if key not in _FREE_ON_RESUME}
-        values["loss"] = self.loss_name
+        if not isinstance(values["loss"], str | dict):  # a loss that is not a dataclass
+            values["loss"] = self.loss_name
         values["loss_alpha"] = self.alpha
         for name in ("data", "validation", "self_distill"):
             values[name] = None if values[name] is None else str(Path(values[name]).absolute())

@@ -140,7 +140,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         deep = [entry["eval_deep_loss"] for entry in state.log_history if "eval_deep_loss" in entry]
-        rises = rising(deep) and not control.should_training_stop
+        # Without a selection of the best weights all steps are made.
+        selects = args.load_best_model_at_end
+        rises = selects and rising(deep) and not control.should_training_stop
         control.should_training_stop |= rises
         if self._log is None:
             return

@@ -18,7 +18,7 @@ from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_fil
 from freeexport.system.load import wait_quietly
 from freeexport.system.machine import BFLOAT16, keep_freed_memory, multiplies_bfloat16
 from freeexport.system.output import naming, output_directory
-from freeexport.training.options import MEASURED, TrainingOptions
+from freeexport.training.options import LAST, MEASURED, TrainingOptions
 from freeexport.training.run_directory import (
     ELAPSED,
     METRICS,
@@ -44,9 +44,9 @@ class Trained:
     Attributes:
         out: The directory written.
         steps: Steps made.
-        best_step: Step of the best evaluation, whose weights are in `out`.
+        best_step: Step of the evaluation whose weights are in `out`.
         seconds: Training time.
-        metrics: Metrics of the best evaluation.
+        metrics: Metrics of that evaluation.
         before: Metrics before the first step.
         left_out: Notes about examples that were cut or left out.
         verdict: Sentences that interpret the metrics.
@@ -382,7 +382,7 @@ def _run(
     log = MetricLog(directory / METRICS, directory / TENSORBOARD, after) if writer else None
     watch = Watch(clock, log, options.loss != "deep-ce")
     callbacks: list[TrainerCallback] = [watch]
-    if options.patience:
+    if options.patience and options.select_by != LAST:
         callbacks.append(EarlyStoppingCallback(options.patience))
     arguments = training_arguments(options, directory, tuning.lengths[0], checkpoint is not None)
     watch.trainer = trainer = ExitTrainer(tuning, arguments, options, clock, callbacks, written)

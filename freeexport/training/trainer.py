@@ -27,7 +27,7 @@ from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.checkpoints.transformers_model import greedy_ids
 from freeexport.task_metrics import Reference, metric_of
 from freeexport.training.batches import LengthBatches, loader
-from freeexport.training.options import Schedule, TrainingOptions
+from freeexport.training.options import LAST, Schedule, TrainingOptions
 from freeexport.training.run_directory import ELAPSED
 from freeexport.training.shallow_deep import IGNORED, MEASURES
 from freeexport.training.tuning import Trainable
@@ -43,8 +43,12 @@ _LONGER = 2  # limit of an output's length, relative to the batch's longest targ
 
 
 def selected(options: TrainingOptions) -> str:
-    """Return the key, in evaluation metrics, of the value by which a run is selected."""
-    return f"eval_{options.select_by.replace('-', '_')}"
+    """Return the key, in evaluation metrics, of the value by which a run is selected.
+
+    It is the loss if the last weights are kept.
+    """
+    name = "loss" if options.select_by == LAST else options.select_by
+    return f"eval_{name.replace('-', '_')}"
 
 
 def training_arguments(
@@ -83,9 +87,9 @@ def training_arguments(
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=True,
+        load_best_model_at_end=options.select_by != LAST,
         metric_for_best_model=selected(options),
-        greater_is_better=options.select_by != "loss",
+        greater_is_better=options.select_by not in ("loss", LAST),
         restore_callback_states_from_checkpoint=True,
         logging_steps=min(10, max(1, steps // 100)),
         logging_nan_inf_filter=False,
@@ -342,7 +346,7 @@ class ExitTrainer(Trainer):
         return self.lr_scheduler
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train from the start or from `checkpoint`, then load the weights of the best step."""
+        """Train from the start or from `checkpoint`, then load the weights of `best`."""
         if checkpoint is None:
             self.train()
         else:
@@ -351,7 +355,10 @@ class ExitTrainer(Trainer):
                 self.train(resume_from_checkpoint=str(checkpoint))
             else:
                 self.state = state  # killed after the last step, before the end
-                self._load_best_model()
+                if self.options.select_by == LAST:
+                    self._load_from_checkpoint(str(checkpoint))
+                else:
+                    self._load_best_model()
         if self.best()[0] == 0:
             module = cast(torch.nn.Module, self.model)
             module.load_state_dict(load_file(self._start / WEIGHTS), strict=False)
@@ -362,7 +369,7 @@ class ExitTrainer(Trainer):
         return Path(str(self.args.output_dir)) / "start"
 
     def best(self) -> tuple[int, dict[str, float]]:
-        """Return step and metrics of the best evaluation.
+        """Return step and metrics of the evaluation whose weights are kept, by default the best.
 
         Among equal evaluations, the first after a step wins. The evaluation before training counts
         only if its weights were saved.
@@ -370,6 +377,8 @@ class ExitTrainer(Trainer):
         name = selected(self.options)
         sign = -1 if self.args.greater_is_better else 1
         evaluations = [entry for entry in self.state.log_history if name in entry]
+        if self.options.select_by == LAST:
+            return int(evaluations[-1]["step"]), _measures(evaluations[-1])
         if not (self._start / WEIGHTS).exists():  # resumed from an older version
             evaluations = [entry for entry in evaluations if entry["step"] > 0]
         best = min(evaluations, key=lambda entry: (sign * entry[name], entry["step"] == 0))

@@ -28,6 +28,7 @@ from freeexport.training.shallow_deep import ENCODER, ShallowDeep
 from graphs.description import Description
 from graphs.exit_head import fused_layers
 from graphs.layers import SUPPRESSED
+from runtime.errors import OptionError, one_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -186,6 +187,9 @@ def _adapted(
 
     A loaded adapter keeps its rank. A base given as a path is recorded as an absolute path, a hub
     name unchanged.
+
+    Raises:
+        OptionError: If the model has no linear layers.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -205,7 +209,13 @@ def _adapted(
         task_type="SEQ_2_SEQ_LM" if description.encoder is not None else "CAUSAL_LM",
     )
     torch.manual_seed(options.seed)  # initialises the random half of the adapter
-    adapted: PeftModel = get_peft_model(model, config)
+    try:
+        adapted: PeftModel = get_peft_model(model, config)
+    except ValueError as error:  # peft finds nothing to adapt
+        raise OptionError(
+            f"{model_name} has no linear layers that LoRA could adapt ({one_line(error)}); "
+            "train all weights with --tune full"
+        ) from None
     config.base_model_name_or_path = resolved(model_name)
     return adapted
 

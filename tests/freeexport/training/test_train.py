@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from checkpoints import BY_NAME, Case
 from command_line import succeed
 from safetensors.torch import load_file, save_file
 from training_case import LLAMA, T5, Runs, evaluated, logged, run_options, tensors
+from transformers import PretrainedConfig, PreTrainedModel
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.examples import DataError
@@ -26,11 +28,12 @@ from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, LossName, read_exit_f
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
 from freeexport.training import train as training
+from freeexport.training import tuning
 from freeexport.training.batches import examples
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED
 from freeexport.training.train import train
-from freeexport.training.trainer import decided_rows, oracle_exits, rate_factor
+from freeexport.training.trainer import ExitTrainer, decided_rows, oracle_exits, rate_factor
 from graphs.families import describe
 from runtime.errors import OptionError
 
@@ -246,6 +249,45 @@ def test_the_weights_of_the_best_outputs_are_kept(run: Runs, words: Path) -> Non
     assert result.metrics["eval_chrf"] == max(found[1:])
     assert result.best_step == 2 * (1 + found[1:].index(max(found[1:])))
     assert chrf_of_outputs(out, run_options(words)) == pytest.approx(max(found[1:]), abs=1e-6)
+
+
+def test_the_last_weights_are_kept_although_they_are_worse(
+    checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the loss, the weights from before training would be kept, and patience 1 would end the run."""
+    options = run_options(words, loss="ce", select_by="last", learning_rate=5.0, evaluate_every=1, patience=1)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(ExitTrainer, "best", killed)  # after the last step, before the end
+        with pytest.raises(RuntimeError, match="killed"):
+            train(str(checkpoint(LLAMA)), out, options)
+    result = train(str(checkpoint(LLAMA)), out, replace(options, resume=True))
+    assert (result.best_step, result.steps) == (3, 3)
+    assert result.metrics["eval_loss"] > result.before["eval_loss"]
+    assert evaluated(out, options)["deep_loss"] == pytest.approx(result.metrics["eval_deep_loss"], rel=1e-4)
+
+
+def killed(*arguments: Any) -> None:
+    raise RuntimeError("killed")
+
+
+class WithoutLinear(PreTrainedModel):
+    """A model of an embedding and a head."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(PretrainedConfig())
+        self.head = torch.nn.Linear(2, 4)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+
+def test_lora_is_refused_for_a_model_without_linear_layers(words: Path) -> None:
+    given: Any = SimpleNamespace(encoder=None)
+    with pytest.raises(OptionError, match="bare has no linear layers that LoRA could adapt"):
+        tuning._adapted(WithoutLinear(), "bare", None, given, run_options(words, tune="lora"))
 
 
 @pytest.mark.parametrize(

@@ -55,4 +55,4 @@ def test_a_loss_of_layers_is_refused_for_an_exit_of_its_own(change: dict[str, An
 
 
 def test_a_run_records_the_name_of_its_loss() -> None:
-    assert run_options(Path(), loss=LOSSES["weighted-ce"]).recorded()["loss"] == "weighted-ce"
+    assert run_options(Path(), loss=LOSSES["weighted-ce"]).recorded()["loss"] == {"name": "weighted-ce"}
