@@ -183,13 +183,12 @@ def hub_errors(named: HubName, failed: str) -> Iterator[None]:
         status = error.response.status_code
         remedy = "log in: hf auth login" if status in (401, 403) else "try again later"
         why = f"{name}: {failed}: the hub answers with status {status}; {remedy}"
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            why = f"{name}: {failed}: {one_line(error)}; try again, complete files are kept"
-        else:
+    except errors.OfflineModeIsEnabled as error:
+        why = f"{name}: {failed}: {_unreachable(error)}"
+    except Exception as error:  # also of the HTTP library, which depends on the version
+        why = f"{name}: {failed}: {one_line(error)}; try again"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             why = f"{name}: {failed}: the disk is full; free some space and try again"
-    except Exception as error:  # of the HTTP library, which depends on the version, or of hf_xet
-        why = f"{name}: {failed}: {one_line(error)}; try again, complete files are kept"
     raise HubError(why) from None
 
 
@@ -198,7 +197,7 @@ def _unreachable(cause: BaseException | None) -> str:
     from huggingface_hub import errors
 
     if cause is None or isinstance(cause, errors.OfflineModeIsEnabled):
-        return "offline mode is on (HF_HUB_OFFLINE, or local_files_only); turn it off to download"
+        return "offline mode is on (HF_HUB_OFFLINE, or local_files_only); turn it off"
     return f"the hub cannot be reached ({one_line(cause)}); check the network, and try again"
 
 

@@ -130,13 +130,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             given = json.loads(body)
             name = f"{given['organization']}/{given['name']}"
+            answer = {"url": f"{self.server.url}/{name}", "id": name, "name": name}
             if name in self.server.repositories:
-                self._error(409, None, "You already created this model repo")
+                self._json(answer, 409)
                 return
             private = given.get("private") is True or given.get("visibility") == "private"
             self.server.repositories[name] = Repository(private)
             self.server.repositories[name].commit("main", {})
-            self._json({"url": f"{self.server.url}/{name}", "id": name, "name": name})
+            self._json(answer)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/(.+)", path):
             repository = self.server.repositories[match[1]]
             exists = match[2] in repository.branches
@@ -228,8 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _error(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:
         named = {} if code is None else {"X-Error-Code": code}
