@@ -51,6 +51,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "placement": "tensorrt cuda engines bundle machine options",
         "session": "placement hub speech stream scheduler batching sequence model thresholds decoding engines "
         "adaptation text bundle machine options option_keywords result metrics",
+        "pretrained": "session model options",
     },
     "freeexport": {
         "system": "",
