@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,38 @@ RESULTS = "evaluation.json"
 RESULTS_PAGE = "results.md"
 RESULTS_FILES = (RESULTS, RESULTS_PAGE)
 LARGEST_RESULTS = 16 << 20  # bytes
+BUNDLE_CARD = """\
+ONNX engines of a language model with an early exit, for freeexport.
+
+{table}
+
+## Use
+
+`pip install 'freeexport[{extra},hub]'`, then
+
+```python
+from freeexport import Session
+
+with Session.from_pretrained({arguments}) as session:
+    result = session.generate("{prompt}")
+    print(result.text)
+```
+"""
+EXIT_CARD = """\
+An early exit of a language model, for freeexport.
+
+{table}
+
+## Use
+
+Convert the base model, MODEL, with this exit:
+
+```sh
+pip install 'freeexport[cpu,convert,hub]'
+freeexport convert MODEL bundle --precision int8 --exit {name}
+freeexport generate bundle "Once upon a time"
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +85,7 @@ class Publication:
         files: Files by their names in the repository.
         base: Recorded name of the base model.
         pipeline_tag: Task of the model on the hub.
-        body: Text of the model card, without its metadata.
+        body: Text of the model card, below its title.
         licence: Licence, if known.
         sha256: Hash of the manifest of a bundle.
     """
@@ -111,7 +143,8 @@ def push(source: Path, target: str, options: PushOptions) -> str:
         )
         page = contents.pop(RESULTS_PAGE, None)
         results = "" if page is None else f"\n## Results\n\n{page.strip()}\n"
-        contents[CARD] = f"---\n{facts.to_yaml()}\n---\n\n{found.body}{results}"
+        title = named.repository.partition("/")[2]
+        contents[CARD] = f"---\n{facts.to_yaml()}\n---\n\n# {title}\n\n{found.body}{results}"
         commit = api.create_commit(
             named.repository,
             [
@@ -158,35 +191,17 @@ def _bundle(path: Path, named: HubName) -> Publication:
         "size": size,
     }
     where = "" if named.revision is None else f', revision="{named.revision}"'
-    extra = "cpu" if manifest.target == "cpu" else "gpu"
-    use = [
-        "```python",
-        "from freeexport import Session",
-        "",
-        f'with Session.from_pretrained("{named.repository}"{where}) as session:',
-        f'    result = session.generate("{prompt}", max_new_tokens=64)',
-        "    print(result.text)",
-        "```",
-    ]
-    body = [
-        f"# {named.repository.partition('/')[2]}",
-        "",
-        "ONNX engines of a language model with an early exit, for freeexport.",
-        "",
-        *_table(facts),
-        "",
-        "## Use",
-        "",
-        f"`pip install 'freeexport[{extra},hub]'`, then",
-        "",
-        *use,
-        "",
-    ]
+    body = BUNDLE_CARD.format(
+        table=_table(facts),
+        extra="cpu" if manifest.target == "cpu" else "gpu",
+        arguments=f'"{named.repository}"{where}',
+        prompt=prompt,
+    )
     return Publication(
         files={name: path / name for name in (MANIFEST, *manifest.files)},
         base=manifest.source,
         pipeline_tag=task,
-        body="\n".join(body),
+        body=body,
         sha256=bundle.sha256,
     )
 
@@ -194,53 +209,32 @@ def _bundle(path: Path, named: HubName) -> Publication:
 def _exit(path: Path, named: HubName) -> Publication:
     """Check the file of an exit, and describe it."""
     packed = read_packed(path).about
-    agreement = None if packed.agreement is None else f"{packed.agreement:.1%} of its tokens"
     facts = {
         "base model": packed.model,
         "family": packed.family,
         "exit": f"{packed.name}, after layer {packed.exit.exit_layer}",
-        "agrees with the base on": agreement,
         "data": packed.data,
         "recipe": packed.recipe,
         "results": packed.results,
         "licence": packed.licence,
     }
+    if packed.agreement is not None:
+        facts["agrees with the base on"] = f"{packed.agreement:.1%} of its tokens"
     where = "" if named.revision is None else f"@{named.revision}"
-    command = f"freeexport convert MODEL bundle --precision int8 --exit {named.repository}{where}"
-    body = [
-        f"# {named.repository.partition('/')[2]}",
-        "",
-        f"An early exit for {packed.model}, for freeexport.",
-        "",
-        *_table({name: text for name, text in facts.items() if text}),
-        "",
-        "## Use",
-        "",
-        "Convert the base model, MODEL, with this exit:",
-        "",
-        "```sh",
-        "pip install 'freeexport[cpu,convert,hub]'",
-        command,
-        'freeexport generate bundle "Once upon a time"',
-        "```",
-        "",
-    ]
+    body = EXIT_CARD.format(table=_table(facts), name=f"{named.repository}{where}")
     return Publication(
         files={HUB_EXIT: path},
         base=packed.model,
         pipeline_tag="text-generation",
-        body="\n".join(body),
+        body=body,
         licence=packed.licence,
     )
 
 
-def _table(facts: Mapping[str, str | None]) -> Iterator[str]:
-    """Yield the lines of a table of names and values."""
-    yield "| | |"
-    yield "|---|---|"
-    for name, value in facts.items():
-        cell = " ".join(str(value).split()).replace("|", "\\|")
-        yield f"| {name} | {cell} |"
+def _table(facts: Mapping[str, str]) -> str:
+    """Return a table of names and values in Markdown."""
+    cells = ((name, " ".join(text.split()).replace("|", "\\|")) for name, text in facts.items())
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {cell} |" for name, cell in cells)])
 
 
 def _results(directory: Path, sha256: str | None) -> dict[str, str]:

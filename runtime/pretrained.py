@@ -6,7 +6,7 @@ Needs neither torch nor transformers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -134,16 +134,8 @@ class _FreeModel:
         given = input_ids if inputs is None else inputs
         ids = _whole(given, "inputs")
         values = self._values(generation_config, options)
-        if not values.get("do_sample"):
-            ignored = [name for name in _SAMPLING if options.get(name) is not None]
-            if ignored:
-                warnings.warn(
-                    f"{', '.join(ignored)} have no effect without do_sample", stacklevel=2
-                )
-            values = {name: value for name, value in values.items() if name not in _SAMPLING}
-            values["do_sample"] = False
         manifest = self.session.manifest
-        eos = _listed(values.pop("eos_token_id", manifest.eos_token_ids))
+        eos = np.atleast_1d(values.pop("eos_token_id", manifest.eos_token_ids)).tolist()
         pad = values.pop("pad_token_id", manifest.pad_token_id)
         if pad is None:
             pad = eos[0] if eos else 0
@@ -153,18 +145,18 @@ class _FreeModel:
         begin = ids
         if self._encoder_decoder:
             begin = np.full((len(ids), 1), manifest.decoder_start_token_id, np.int64)
-        length = values.pop("max_length", None)
-        if values.get("max_new_tokens") is None:
-            new = NEW_TOKENS if length is None else length - begin.shape[1]
-            if new < 1:
-                raise OptionError(
-                    f"max_length is {length}, but the rows begin with {begin.shape[1]} tokens; "
-                    "give max_new_tokens"
-                )
-            values["max_new_tokens"] = new
-        if set(eos) != set(manifest.eos_token_ids):
-            if values.get("min_new_tokens"):
-                raise OptionError("min_new_tokens is for the bundle's eos_token_id; give one alone")
+        length = values.pop("max_length", NEW_TOKENS + begin.shape[1])
+        if values.setdefault("max_new_tokens", length - begin.shape[1]) < 1:
+            raise OptionError(
+                f"max_length is {length}, but the rows begin with {begin.shape[1]} tokens; give "
+                "max_new_tokens"
+            )
+        ends = set(eos) - set(manifest.eos_token_ids)
+        if ends or set(manifest.eos_token_ids) - set(eos):
+            for name, default in (("min_new_tokens", 0), ("num_beams", 1)):
+                if values.get(name, default) > default:
+                    raise OptionError(f"{name} is for the bundle's own eos_token_id; leave one out")
+            ends.update(eos)
             values["ignore_eos"] = True
         if streamer is not None and (len(ids) > 1 or values.get("num_beams", 1) > 1):
             raise OptionError("a streamer is for one prompt and one beam; leave it out")
@@ -175,31 +167,42 @@ class _FreeModel:
 
         if streamer is not None:
             streamer.put(as_given(begin))
-        rows: list[list[int]] = []
-        if streamer is None and not chosen.ignore_eos:
+            put = lambda token: streamer.put(as_given(np.array([token])))  # noqa: E731
+            rows = self._streamed(prompts, chosen, ends, put)
+            streamer.end()
+        elif values.get("ignore_eos") and ends:
+            rows = self._streamed(prompts, chosen, ends, lambda token: None)
+        else:
             try:
-                rows += [list(each.token_ids) for each in self.session.generate(prompts, chosen)]
+                rows = [[*result.token_ids] for result in self.session.generate(prompts, chosen)]
             except BatchError as error:
                 raise next(one for one in error.results if isinstance(one, Exception)) from None
-        else:
-            slots = self.session.options.slots
-            for first in range(0, len(prompts), slots):
-                group = prompts[first : first + slots]
-                for stream in [self.session.stream(prompt, chosen) for prompt in group]:
-                    rows.append([])
-                    for token in stream:
-                        rows[-1].append(token.id)
-                        if streamer is not None:
-                            streamer.put(as_given(np.array([token.id])))
-                        if token.id in eos:
-                            break
-                    stream.close()
-        if streamer is not None:
-            streamer.end()
         output = np.full((len(rows), max(map(len, rows))), pad, np.int64)
         for row, tokens in zip(output, rows, strict=True):
             row[: len(tokens)] = tokens
         return as_given(np.concatenate([begin, output], axis=1))
+
+    def _streamed(
+        self,
+        prompts: Sequence[np.ndarray],
+        options: GenerationOptions,
+        ends: Collection[int],
+        put: Callable[[int], None],
+    ) -> list[list[int]]:
+        """Return the tokens of each prompt up to one of `ends`. Calls `put` with each token."""
+        rows: list[list[int]] = []
+        slots = self.session.options.slots
+        for first in range(0, len(prompts), slots):
+            group = prompts[first : first + slots]
+            for stream in [self.session.stream(prompt, options) for prompt in group]:
+                rows.append([])
+                for token in stream:
+                    rows[-1].append(token.id)
+                    put(token.id)
+                    if token.id in ends:
+                        break
+                stream.close()
+        return rows
 
     def _values(self, config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """Merge the arguments of a call with the configurations, and check their names."""
@@ -226,7 +229,13 @@ class _FreeModel:
                 raise OptionError(
                     f"generate does not support {name} = {shown(value)}{where}; {remedy}"
                 )
-        return {name: value for name, value in values.items() if value is not None}
+        values = {name: value for name, value in values.items() if value is not None}
+        if values.setdefault("do_sample", False):
+            return values
+        ignored = [name for name in _SAMPLING if options.get(name) is not None]
+        if ignored:
+            warnings.warn(f"{', '.join(ignored)} have no effect without do_sample", stacklevel=3)
+        return {name: value for name, value in values.items() if name not in _SAMPLING}
 
     def _prompts(self, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
         """Return the tokens of each row without padding."""
@@ -282,9 +291,3 @@ def _whole(given: Any, name: str) -> np.ndarray:
     if array.ndim != 2 or array.dtype.kind not in "iub" or not array.size:
         raise PromptError(f"{name} is {shown(given)}; give integers [B, n], with rows padded")
     return array.astype(np.int64)
-
-
-def _listed(ids: Any) -> list[int]:
-    """Return token ids given as one id, or several."""
-    listed: list[int] = np.atleast_1d(np.asarray(ids, np.int64)).tolist()
-    return listed

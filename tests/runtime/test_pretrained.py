@@ -157,7 +157,10 @@ def test_a_streamer_gets_prompt_and_tokens(llama: FreeModelForCausalLM, t5: Free
         ({"generation_config": 3}, "generation_config is 3; give a GenerationConfig or a dict"),
         ({"max_length": 9}, "max_length is 9, but the rows begin with 9 tokens; give max_new_tokens"),
         ({"num_beams": 2}, "num_beams is 2; beam search is for encoder-decoders, .*"),
-        ({"eos_token_id": 5, "min_new_tokens": 2}, "min_new_tokens is for the bundle's eos_token_id; give one alone"),
+        (
+            {"eos_token_id": 5, "min_new_tokens": 2},
+            "min_new_tokens is for the bundle's own eos_token_id; leave one out",
+        ),
         ({"streamer": TextStreamer}, "a streamer is for one prompt and one beam; leave it out"),
     ],
 )
