@@ -36,6 +36,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "exits": "List ready-made exits.",
         "verify": "Compare a bundle with its checkpoint, or with itself.",
         "calibrate": "Calibrate the exit threshold.",
+        "push": "Publish a bundle or an exit on the Hugging Face hub.",
     },
     "Inference": {
         "generate": "Generate text with a bundle.",

@@ -21,6 +21,7 @@ from runtime.errors import (
     DeviceError,
     EngineError,
     FreeExportError,
+    HubError,
     OptionError,
     PromptError,
     PromptLengthError,
@@ -28,6 +29,7 @@ from runtime.errors import (
 )
 from runtime.metrics import Histogram, Metrics, RequestEvent
 from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
+from runtime.pretrained import FreeModelForCausalLM, FreeModelForSeq2SeqLM
 from runtime.result import GenerationResult, Segment, Stats, Token
 from runtime.session import Session
 from runtime.stream import AsyncStream, Stream
@@ -44,9 +46,12 @@ __all__ = [
     "DeviceError",
     "EngineError",
     "FreeExportError",
+    "FreeModelForCausalLM",
+    "FreeModelForSeq2SeqLM",
     "GenerationOptions",
     "GenerationResult",
     "Histogram",
+    "HubError",
     "Metrics",
     "OptionError",
     "PromptError",

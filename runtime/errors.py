@@ -13,6 +13,10 @@ class BundleError(FreeExportError):
     """A bundle is missing, incomplete, altered, or written by a newer version."""
 
 
+class HubError(FreeExportError):
+    """The hub cannot be reached, refuses a request, or sent an altered file."""
+
+
 class CalibrationError(BundleError):
     """A calibration cannot be read, is for another model, or cannot be computed from the data."""
 

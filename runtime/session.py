@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any, Unpack, overload
+from typing import Any, Self, Unpack, overload
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.kv_cache import CrossCache
 from runtime.engines.prefix_store import PrefixStore
 from runtime.errors import OptionError, shown
+from runtime.hub import find_bundle
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
@@ -159,6 +160,49 @@ class Session:
         self._request_options: type[GenerationOptions] = (
             SpeechOptions if speech else GenerationOptions
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        bundle: Path | str,
+        options: SessionOptions | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        cache_dir: Path | str | None = None,
+        on_event: Callable[[RequestEvent], None] | None = None,
+        **keywords: Unpack[SessionKeywords],
+    ) -> Self:
+        """Load a bundle from a directory, or download it from the Hugging Face hub.
+
+        Requires `pip install 'freeexport[hub]'` for the hub.
+
+        Args:
+            bundle: Directory of the bundle, or "owner/name" or "owner/name@revision" on the hub.
+                Only files listed in its manifest are downloaded, and their hashes are checked.
+            options: Options of the session. Default: SessionOptions().
+            revision: Branch, tag or commit on the hub. Default: the default branch.
+            token: Access token of the hub, or False to send none. Default: the one of
+                `hf auth login`.
+            local_files_only: Only search the hub's cache.
+            cache_dir: The hub's cache. Default: that of huggingface_hub, see HF_HOME.
+            on_event: As for Session.
+            **keywords: Replace fields of `options`.
+
+        Raises:
+            HubError: If the bundle cannot be downloaded, or a file is altered.
+            FreeExportError: As for Session.
+        """
+        options = merged(SessionOptions, options, keywords)
+        path = find_bundle(
+            bundle,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+        )
+        return cls(path, options, on_event=on_event)
 
     @property
     def manifest(self) -> Manifest:

@@ -25,6 +25,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "json_file": "",
         "kernels": "",
         "bundle": "",
+        "hub": "bundle",
         "audio": "",
         "text": "",
         "machine": "bundle",
@@ -48,8 +49,9 @@ ALLOWED: dict[str, dict[str, str]] = {
         "scheduler": "sequence batching decoding engines adaptation",
         "stream": "scheduler sequence text result",
         "placement": "tensorrt cuda engines bundle machine options",
-        "session": "placement speech stream scheduler batching sequence model thresholds decoding engines "
+        "session": "placement hub speech stream scheduler batching sequence model thresholds decoding engines "
         "adaptation text bundle machine options option_keywords result metrics",
+        "pretrained": "session model options",
     },
     "freeexport": {
         "system": "",
@@ -62,10 +64,12 @@ ALLOWED: dict[str, dict[str, str]] = {
         "verification": "calibrate training costs checkpoints system",
         "conversion": "verification calibrate training costs checkpoints system",
         "evaluate": "calibrate costs checkpoints task_metrics system",
+        "publish": "checkpoints system",
         "fit": "evaluate conversion verification calibrate training costs checkpoints task_metrics system",
         "demo": "conversion evaluate checkpoints task_metrics system",
         "commands": (
-            "fit evaluate calibrate costs checkpoints conversion verification task_metrics serving system training"
+            "fit publish evaluate calibrate costs checkpoints conversion verification task_metrics serving system "
+            "training"
         ),
         "cli": "system",
         "__main__": "cli",

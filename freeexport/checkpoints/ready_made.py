@@ -18,8 +18,10 @@ from freeexport.checkpoints.weight_files import CheckpointError
 from graphs.exit_head import EXIT
 from graphs.families import describe
 from runtime.bundle.manifest import Manifest, ReadyMadeExit
+from runtime.hub import HubName, hub_file
 
 READY_MADE = Path(__file__).parents[1] / "exits"
+HUB_EXIT = "exit.freeexport.safetensors"  # in a repository of the hub
 
 
 def ready_made() -> list[Path]:
@@ -28,10 +30,15 @@ def ready_made() -> list[Path]:
 
 
 def find_exit(name: str) -> Path:
-    """Return the file of a ready-made exit, or `name` if it is a file.
+    """Return the file of a ready-made exit, of one on the hub, or `name` if it is a file.
+
+    Args:
+        name: Name of an exit in this package, a file, or "owner/name" or "owner/name@revision" on
+            the hub.
 
     Raises:
         CheckpointError: If there is no such exit and no such file.
+        HubError: If it cannot be downloaded.
     """
     known = {path.stem: path for path in ready_made()}
     if name in known:
@@ -39,6 +46,8 @@ def find_exit(name: str) -> Path:
     with suppress(OSError, ValueError):  # not a valid file name
         if Path(name).is_file():
             return Path(name)
+    if (named := HubName.parse(name)) is not None:
+        return hub_file(named, HUB_EXIT)
     listed = f"known are {', '.join(known)}" if known else "this freeexport brings none"
     raise CheckpointError(
         f"there is no exit {name[:100]}, and no such file; {listed} (freeexport exits)"

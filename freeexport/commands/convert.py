@@ -49,7 +49,10 @@ from runtime.tensorrt.files import DIRECTORY
 @click.option(
     "--exit",
     metavar="NAME|FILE",
-    help="Ready-made exit for MODEL's weights: its name (freeexport exits), or a file.",
+    help=(
+        "Ready-made exit for MODEL's weights: its name (freeexport exits), a file, or owner/name "
+        "on the hub."
+    ),
 )
 @click.option(
     "--calibration",

@@ -27,6 +27,7 @@ from freeexport.evaluate.settings import (
     methods_of,
 )
 from freeexport.system.page import print_page
+from runtime.hub import find_bundle
 
 
 def _defaults(name: str) -> str:
@@ -139,6 +140,7 @@ def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any)
     if not scored and given["quality"] is not None:
         raise click.UsageError("--target-quality is a share of a metric; give --metric")
     named = {name: value for name, value in given.items() if value not in (None, ())}
+    chosen = tuple((find_bundle(bundle), each) for bundle, each in chosen)
     options = EvaluateOptions(chosen, **({} if scored else SPEED_DEFAULTS) | named)
     if scored:
         _scored(options, as_json)

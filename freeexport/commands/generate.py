@@ -233,7 +233,7 @@ def command(
         options["output_logprobs"] = True
     slots = 1 if source is None else batch or BATCH
     trust = not no_trust_templates
-    with Session(
+    with Session.from_pretrained(
         bundle, device=device, threads=threads, slots=slots, trust_templates=trust
     ) as session:
         if sys.stderr.isatty():

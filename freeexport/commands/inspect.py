@@ -13,6 +13,7 @@ from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.page import human_bytes, pairs, print_page, table
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.errors import BundleError
+from runtime.hub import find_bundle
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +49,7 @@ def command(bundle: Path, as_json: bool) -> None:
     from runtime.options import SessionOptions
     from runtime.thresholds import Thresholds
 
-    opened = Bundle.open(bundle, verify="full")
+    opened = Bundle.open(find_bundle(bundle), verify="full")
     manifest = opened.manifest
     calibration = opened.calibration
     verdict = bundle_verdict(opened)

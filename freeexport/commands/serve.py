@@ -9,6 +9,7 @@ from typing import Any, get_args
 import click
 
 from freeexport.commands.verb_options import DEVICE, THREADS, SectionedCommand, section
+from runtime.hub import find_bundle
 from runtime.options import Mode, SessionOptions
 
 KEY = "FREEEXPORT_API_KEY"
@@ -146,7 +147,12 @@ def command(bundles: tuple[Path, ...], host: str, port: int, **options: Any) -> 
         session["prefix_cache_mb"] = PREFIX_CACHE_MB if session["device"] == "cpu" else 0
     key = os.environ.get(KEY) or None
     run_server(
-        ServerOptions(bundles, session=SessionOptions(**session), api_key=key, **options),
+        ServerOptions(
+            tuple(map(find_bundle, bundles)),
+            session=SessionOptions(**session),
+            api_key=key,
+            **options,
+        ),
         host,
         port,
     )

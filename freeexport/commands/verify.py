@@ -21,6 +21,7 @@ from freeexport.verification.checks import greedy_line, quality_line, sentence_o
 from freeexport.verification.equality import Equality, all_settings, check_equality, prompt_ids
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from runtime.bundle.bundle import Bundle
+from runtime.hub import find_bundle
 from runtime.kernels import supported
 
 
@@ -115,7 +116,7 @@ def command(
             "--equal compares the bundle with itself; omit --against and --quick"
         )
     check_writable(save, "--save")
-    opened = Bundle.open(bundle, verify="full")
+    opened = Bundle.open(find_bundle(bundle), verify="full")
     if equal is not None:
         _compare(opened, equal, data, instructions, save, as_json)
         return

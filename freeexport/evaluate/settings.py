@@ -11,6 +11,7 @@ from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
+from runtime.hub import bundle_name
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import usable_cores
 from runtime.options import Drafts, Mode
@@ -215,7 +216,7 @@ def entries_of(options: EvaluateOptions) -> list[Entry]:
         BundleError: If a bundle cannot be opened.
         DeviceError: If a bundle cannot run on the device.
     """
-    short = [path.resolve().name for path, _ in options.bundles]
+    short = [bundle_name(path) for path, _ in options.bundles]
     names = short if len(set(short)) == len(short) else [str(path) for path, _ in options.bundles]
     entries = []
     for name, (path, methods) in zip(names, options.bundles, strict=True):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from freeexport.serving.errors import ApiError, draining
 from freeexport.serving.grammar_trial import GrammarTrial
 from runtime import GenerationResult, OptionError, Session, SessionOptions
+from runtime.hub import bundle_name
 from runtime.options import Mode
 
 State = Literal["loading", "ready", "draining"]
@@ -62,7 +63,7 @@ class ServerOptions:
                 f"{len(self.names)} names are given for {len(self.bundles)} bundles; "
                 "give one for each"
             )
-        given = [*self.names, *(path.resolve().name for path in self.bundles[len(self.names) :])]
+        given = [*self.names, *(bundle_name(path) for path in self.bundles[len(self.names) :])]
         object.__setattr__(self, "names", given)
         twice = [name for name, count in Counter(given).items() if count > 1]
         if twice:

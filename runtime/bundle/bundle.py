@@ -36,8 +36,9 @@ DEEPEST = 100
 class Bundle:
     """A directory written by `freeexport convert`.
 
-    Only files listed in the manifest are read, none of them through a link. The report
-    `verification.json` and the folder `tensorrt`, with engines built later, are not listed.
+    Only files listed in the manifest are read, none of them through a link, except for links in the
+    Hugging Face cache that stay in it. The report `verification.json` and the folder `tensorrt`,
+    with engines built later, are not listed.
 
     Attributes:
         path: The directory.
@@ -158,17 +159,41 @@ def _checkpoint_at(path: Path) -> Path | None:
     return min(path.glob("*.gguf"), default=None)
 
 
+def snapshot_repository(path: Path) -> Path | None:
+    """Return the folder of a repository in the Hugging Face cache, if `path` is a snapshot of it.
+
+    The path of a snapshot is CACHE/models--OWNER--NAME/snapshots/COMMIT. It must be resolved.
+    """
+    folders = path.parents
+    if len(folders) < 2 or path.parent.name != "snapshots":
+        return None
+    return folders[1] if folders[1].name.startswith("models--") else None
+
+
 def check_no_link(root: Path, name: str) -> None:
     """Check that a file of a bundle, and the folders up to the bundle, are not symbolic links.
 
+    In a snapshot of the Hugging Face cache, links are allowed to blobs of the same repository, and
+    to CACHE/blobs, where huggingface_hub stores files that repositories share.
+
     Raises:
-        BundleError: If one is.
+        BundleError: If one is, or leaves the cache.
     """
-    if os.path.realpath(root / name) != os.path.join(os.path.realpath(root), *name.split("/")):
+    real = os.path.realpath(root / name)
+    folder = Path(os.path.realpath(root))
+    if real == os.path.join(folder, *name.split("/")):
+        return
+    repository = snapshot_repository(folder)
+    if repository is None:
         raise BundleError(
             f"{name} is a symbolic link, which is not allowed in a bundle; "
             "copy the bundle with the linked files: "
             f"cp -rL {root} COPY"
+        )
+    if not any(Path(real).is_relative_to(at / "blobs") for at in (repository, repository.parent)):
+        raise BundleError(
+            f"{name} is a symbolic link to {real}, which is outside of the cache of "
+            f"{repository.name}; delete {repository} and download the bundle again"
         )
 
 

@@ -41,7 +41,7 @@ SHORTER = {
 # Where each verb's arguments name what it writes.
 OUTPUT = {"fit": 1, "train": 1, "convert": 1}
 # What may not be here, and the error that says so.
-DEVICES = {"--build": r"tensorrt", "cuda": r"onnxruntime-gpu|CUDA|GPU"}
+DEVICES = {"--build": r"tensorrt", "cuda": r"onnxruntime-gpu|CUDA|GPU", "owner/name": r"offline mode|--results"}
 
 
 pytestmark = pytest.mark.slow
