@@ -75,6 +75,7 @@ SESSION = (
     help="Maximum size of a request body, in bytes.  [default: 4 MiB, or 64 MiB with audio]",
 )
 @click.option("--log-prompts", is_flag=True, help="Include prompts in the log.")
+@click.option("--no-page", is_flag=True, help="Do not serve the chat page at /.")
 @section("Machine")
 @click.option(
     "--slots",
@@ -125,13 +126,14 @@ SESSION = (
     metavar="SECONDS",
     help="Grace period for running requests after SIGTERM.",
 )
-def command(bundles: tuple[Path, ...], host: str, port: int, **options: Any) -> None:
+def command(bundles: tuple[Path, ...], host: str, port: int, no_page: bool, **options: Any) -> None:
     """Serve BUNDLES with OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
 
-    Concurrent requests to a bundle share engine calls. Each request is logged as a line of JSON on
-    standard output. After SIGTERM the server finishes the running requests and exits. Prometheus
-    metrics are at /metrics. If the environment variable FREEEXPORT_API_KEY is set, clients must
-    send its value as their API key. `freeexport demo` makes a bundle to try, .demo/g2p.
+    A page to chat with the models is at /. Concurrent requests to a bundle share engine calls.
+    Each request is logged as a line of JSON on standard output. After SIGTERM the server
+    finishes the running requests and exits. Prometheus metrics are at /metrics. If the
+    environment variable FREEEXPORT_API_KEY is set, clients must send its value as their API
+    key. `freeexport demo` makes a bundle to try, .demo/g2p.
 
     \b
     Example:
@@ -146,7 +148,13 @@ def command(bundles: tuple[Path, ...], host: str, port: int, **options: Any) -> 
         session["prefix_cache_mb"] = PREFIX_CACHE_MB if session["device"] == "cpu" else 0
     key = os.environ.get(KEY) or None
     run_server(
-        ServerOptions(bundles, session=SessionOptions(**session), api_key=key, **options),
+        ServerOptions(
+            bundles,
+            session=SessionOptions(**session),
+            api_key=key,
+            page=not no_page,
+            **options,
+        ),
         host,
         port,
     )

@@ -77,11 +77,12 @@ STATUSES = {
 
 
 @cache
-def document(guarded: bool = False) -> dict[str, Any]:
+def document(guarded: bool = False, page: bool = True) -> dict[str, Any]:
     """Return the OpenAPI document.
 
     Args:
         guarded: Requests need an API key.
+        page: The server has a page at `/`.
     """
     kinds = [kind for _, kind, _ in POST.values()]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=REFERENCE + "{name}")
@@ -140,6 +141,9 @@ def document(guarded: bool = False) -> dict[str, Any]:
                 {"name": "model", "in": "path", "required": True, "schema": text}
             ]
         paths[path] = {"get": operation}
+    if page:
+        html = {"text/html": {"schema": {"type": "string"}}}
+        paths["/"] = {"get": _operation("page", "Page to chat with a served model", html, ())}
     components: dict[str, Any] = {"schemas": schemas}
     made: dict[str, Any] = {
         "openapi": "3.1.0",

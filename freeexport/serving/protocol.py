@@ -25,12 +25,14 @@ class Free(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         threshold: Confidence above which tokens exit. Default: the model's threshold.
         deadline: Time limit for the whole request, in seconds.
         exits: Report for each token if it exited.
+        sources: Report where each token came from, and the acceptance of drafts by position.
     """
 
     mode: Mode | None = None
     threshold: float | None = None
     deadline: float | None = None
     exits: bool = False
+    sources: bool = False
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -12,7 +12,7 @@ import msgspec
 from freeexport.serving.errors import ApiError
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from freeexport.serving.tools import CallReader, form_of, read_calls
-from runtime import GenerationResult, Session, Token
+from runtime import GenerationResult, Session, Stats, Token
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length", "deadline": "length"}
 
@@ -68,10 +68,11 @@ class Reply:
                 result.exited,
                 result.logprobs or nothing,
                 result.top_logprobs or nothing,
+                result.sources,
             )
             tokens = [
-                Token(token, "", exited, None, prob, best)
-                for token, exited, prob, best in zip(*fields, strict=True)
+                Token(token, "", exited, None, prob, best, source)
+                for token, exited, prob, best, source in zip(*fields, strict=True)
             ]
             message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
             reason = REASONS[result.finish_reason]
@@ -85,7 +86,7 @@ class Reply:
             )
             choices.append(with_end(self._choice(index, content, tokens, reason), result))
         kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head(kind), "choices": choices, "usage": usage(results, prompts)}
+        return {**self._head(kind), "choices": choices, "usage": self._usage(results, prompts)}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """Return the chunk before the first token of a choice.
@@ -143,7 +144,19 @@ class Reply:
 
     def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
         """Return the chunk with the usage of all choices, which is the last one."""
-        return {**self._head(self._chunks), "choices": [], "usage": usage(results, prompts)}
+        return {
+            **self._head(self._chunks),
+            "choices": [],
+            "usage": self._usage(results, prompts),
+        }
+
+    def _usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
+        """Return token counts, with accepted and compared tokens by position if requested."""
+        counts = usage(results, prompts)
+        if self._request.free.sources:
+            drafts = Stats.joined([result.stats for result in results]).drafts
+            counts["free"]["drafts"] = {name: each.by_position for name, each in drafts.items()}
+        return counts
 
     @property
     def _chunks(self) -> str:
@@ -187,11 +200,12 @@ class Reply:
             None if self._request.alternatives is None or tokens is None else self._logprobs(tokens)
         )
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
-        return choice | (
-            {"free": {"exited": [t.exited for t in tokens or ()]}}
-            if self._request.free.exits
-            else {}
-        )
+        free = dict[str, list[Any]]()
+        if self._request.free.exits:
+            free["exited"] = [token.exited for token in tokens or ()]
+        if self._request.free.sources:
+            free["sources"] = [token.source for token in tokens or ()]
+        return choice | ({"free": free} if free else {})
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return the log-probabilities of tokens, except end-of-sequence tokens."""

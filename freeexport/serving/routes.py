@@ -1,7 +1,7 @@
 """HTTP endpoints.
 
-They are OpenAI's, vLLM's /tokenize, KServe's health checks, metrics for Prometheus, and an OpenAPI
-document of them all.
+They are OpenAI's, vLLM's /tokenize, KServe's health checks, metrics for Prometheus, a page to chat,
+and an OpenAPI document of them all.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from freeexport.serving import openapi, protocol
 from freeexport.serving.errors import ApiError, api_error, draining, invalid
 from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
+from freeexport.serving.page import page
 from freeexport.serving.parsing import Body, parse
 from freeexport.serving.prometheus import SessionCollector
 from freeexport.serving.replies import Reply
@@ -71,6 +72,8 @@ def application(service: Service) -> Starlette:
         Route("/metrics", endpoints.metrics),
         Route("/openapi.json", endpoints.openapi),
     ]
+    if service.options.page:
+        routes.append(Route("/", endpoints.page))
     origins = list(service.options.origins)
     allow = Middleware(
         CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
@@ -270,7 +273,11 @@ class Endpoints:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
     async def openapi(self, request: Request) -> Response:
-        return json(openapi.document(self._service.options.api_key is not None))
+        options = self._service.options
+        return json(openapi.document(options.api_key is not None, options.page))
+
+    async def page(self, request: Request) -> Response:
+        return page()
 
     async def _parsed(self, request: Request, kind: type[Body]) -> Body:
         self._authorize(request)
@@ -301,6 +308,9 @@ class Endpoints:
                 "exit_layer": manifest.exit_layer,
                 "layers": manifest.layers,
                 "threshold": session.threshold,
+                "mode": self._service.options.mode or session.default_mode.mode,
+                "chat": session.tokenizer is not None
+                and session.tokenizer.chat_template is not None,
             },
         }
 

@@ -187,8 +187,18 @@ class Response:
         confidence: float | None,
         prediction: Prediction | None = None,
         logprob: float | None = None,
+        source: str | None = None,
     ) -> Token:
-        """Make a token final. Its log-probability comes from `prediction`, else it is `logprob`."""
+        """Make a token final.
+
+        Args:
+            token: The token.
+            exited: The token is an accepted shallow prediction.
+            confidence: Confidence of the shallow decoder.
+            prediction: Prediction whose logits give the log-probability.
+            logprob: Log-probability, if `prediction` has none.
+            source: See Token. Default: "exit" or "deep".
+        """
         self.newest = token
         if self.sampler is not None:
             self._ids[self._length] = token
@@ -216,7 +226,10 @@ class Response:
         if self.finished is not None:
             text += self._text.finish()
         # Avoids the Python function that constructs a named tuple.
-        final: Token = tuple.__new__(Token, (token, text, exited, confidence, logprob, best))
+        source = source or ("exit" if exited else "deep")
+        final: Token = tuple.__new__(
+            Token, (token, text, exited, confidence, logprob, best, source)
+        )
         self.times.append(monotonic())
         self.tokens.append(final)
         return final
@@ -290,4 +303,5 @@ def _result(
         stats=stats,
         logprobs=logprobs if tokens and len(logprobs) == len(tokens) else None,
         top_logprobs=best if tokens and len(best) == len(tokens) else None,
+        sources=tuple(token.source for token in tokens),
     )
