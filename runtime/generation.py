@@ -379,9 +379,24 @@ def sampler_of(
     processors = cast(tuple[LogitsProcessor], options.logits_processor)
     biases = options.sequence_bias
     least = options.min_new_tokens
-    if not (warping or biases or processors or least or grammar) and penalty == 1.0:
+    frequency = float(options.frequency_penalty)
+    presence = float(options.presence_penalty)
+    others = warping or biases or processors or least or grammar or frequency or presence
+    if not others and penalty == 1.0:
         return None
-    return Sampler(prompt_length, eos, least, penalty, biases, processors, warping, seed, grammar)
+    return Sampler(
+        prompt_length,
+        eos=eos,
+        min_new_tokens=least,
+        repetition_penalty=penalty,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        sequence_bias=biases,
+        processors=processors,
+        warping=warping,
+        seed=seed,
+        grammar=grammar,
+    )
 
 
 def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float:

@@ -65,6 +65,8 @@ class GenerationKeywords(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    frequency_penalty: float
+    presence_penalty: float
     seed: int | None
     sequence_bias: Mapping[Any, float] | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor]

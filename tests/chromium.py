@@ -101,7 +101,7 @@ def in_chromium(profile: Path) -> Iterator[Page]:
     receive, from_browser = os.pipe()
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
     command += ["--remote-debugging-pipe", "--disable-background-networking", "--hide-scrollbars"]
-    start = ["sh", "-c", START, "sh", str(to_browser), str(from_browser), *command]
+    start = ["bash", "-c", START, "bash", str(to_browser), str(from_browser), *command]
     with subprocess.Popen(
         start, pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:

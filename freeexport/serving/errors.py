@@ -16,7 +16,7 @@ from runtime import (
 # Request fields by session option.
 SAME = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt"),
-    *("src_lang", "tgt_lang"),
+    *("frequency_penalty", "presence_penalty", "src_lang", "tgt_lang"),
 )
 FIELDS = dict(zip(SAME, SAME, strict=True)) | {
     "max_new_tokens": "max_tokens",

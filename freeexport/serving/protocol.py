@@ -119,6 +119,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=16)] | None = None
     seed: int | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] = 1
@@ -208,6 +210,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
             top_k=None if greedy else self.top_k,
             min_p=None if greedy else self.min_p,
             repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or (),
             sequence_bias=self.logit_bias or None,
             ignore_eos=self.ignore_eos,

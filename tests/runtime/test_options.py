@@ -72,6 +72,8 @@ GENERATION: dict[str, list[Any]] = {
     "top_p": [0, 1.5],
     "min_p": [-0.1, 1.1],
     "repetition_penalty": [0, -1.0, 1e-38, 1e300, math.nan],
+    "frequency_penalty": [-2.1, 2.1, math.nan, None],
+    "presence_penalty": [-2.1, 2.1, math.inf, "1"],
     "seed": [-1, 2**64],
     "num_beams": [0, None],
     "length_penalty": [math.inf, None, 1e300],

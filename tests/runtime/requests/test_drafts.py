@@ -140,6 +140,8 @@ def test_processors_biases_and_log_probabilities_are_those_of_full(sessions: Ses
         "ignore_eos": True,
         "logits_processor": odd,
         "repetition_penalty": 1.3,
+        "frequency_penalty": 0.2,
+        "presence_penalty": -0.1,
         "sequence_bias": {(7,): 1.0},
         "output_logprobs": True,
     }
