@@ -282,12 +282,12 @@ class GenerationOptions:
     discourage repetition. Also applies to greedy decoding. Default: 1."""
 
     frequency_penalty: Annotated[float, checks.Real(-2, 2)] = 0.0
-    """Number subtracted from the logit of a token for each time it appears in the generated text, as
-    in OpenAI's API. Values above 0 discourage repetition. Also applies to greedy decoding."""
+    """Subtracted from the logit of a token for each time it appears in the generated text, as in
+    OpenAI's API. Values above 0 discourage repetition. Also applies to greedy decoding."""
 
     presence_penalty: Annotated[float, checks.Real(-2, 2)] = 0.0
-    """Number subtracted from the logit of a token if it appears in the generated text, as in OpenAI's
-    API. Values above 0 encourage new words. Also applies to greedy decoding."""
+    """Subtracted from the logit of a token if it appears in the generated text, as in OpenAI's API.
+    Values above 0 encourage new words. Also applies to greedy decoding."""
 
     seed: Annotated[int | None, checks.Whole(0, 2**64 - 1)] = None
     """Random seed for sampling: the same seed gives the same tokens. Default: a new seed for each

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from freeexport import __version__
+from freeexport.serving.messages import MessagesRequest
 from freeexport.serving.parsing import HARMLESS, NEUTRAL
 from freeexport.serving.protocol import (
     ChatRequest,
@@ -35,6 +36,11 @@ POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         "Create a response, optionally streamed as events. Responses are not stored",
         ResponseRequest,
         ("id", "object", "created_at", "model", "status", "output", "usage"),
+    ),
+    "/v1/messages": (
+        "Create a message with Anthropic's API, optionally streamed as events",
+        MessagesRequest,
+        ("id", "type", "role", "model", "content", "stop_reason", "usage"),
     ),
     "/tokenize": (
         "Tokenize text or a conversation",
@@ -176,12 +182,9 @@ def _event(kind: Any) -> dict[str, Any]:
     Before OpenAPI 3.2, clients and OpenAI's own document read `schema` of a stream this way.
     """
     json: dict[str, Any] = {"contentMediaType": "application/json"}
-    if kind is ResponseRequest:  # errors have the format of other events
-        data = {
-            "type": "string",
-            **json,
-            "contentSchema": _object({"type": {}, "sequence_number": {}}),
-        }
+    if kind in (ResponseRequest, MessagesRequest):  # errors have the format of other events
+        fields = ("type", "sequence_number") if kind is ResponseRequest else ("type",)
+        data = {"type": "string", **json, "contentSchema": _object({field: {} for field in fields})}
     else:
         chunk = _object({field: {} for field in ("id", "object", "created", "model", "choices")})
         json["contentSchema"] = {"anyOf": [chunk, {"$ref": REFERENCE + "Error"}]}

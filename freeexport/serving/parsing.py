@@ -24,6 +24,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include": ([],),
     "background": (False,),
     "service_tier": ("auto", "default"),
+    "thinking": ({"type": "disabled"},),
 }
 # Fields that are accepted and ignored.
 HARMLESS = ("metadata", "store", "truncation", "reasoning_effort")

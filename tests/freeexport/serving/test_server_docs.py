@@ -35,6 +35,14 @@ def test_the_curl_commands_and_the_client_of_the_page_work(server: Running) -> N
     assert {line["status"] for line in server.log} == {200}
 
 
+def test_the_program_with_anthropics_client_works(server: Running) -> None:
+    if find_spec("anthropic") is None:
+        pytest.skip("anthropic is not installed")
+    ((_, program),) = blocks(DOCS / "serving.md", "<!-- anthropic -->")
+    run_program([sys.executable, "-c", on(server, program)])
+    assert (server.log[-1]["path"], server.log[-1]["status"]) == ("/v1/messages", 200)
+
+
 def test_the_program_with_spans_works(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("opentelemetry") is None:
         pytest.skip("opentelemetry-api is not installed")
