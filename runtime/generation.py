@@ -103,6 +103,7 @@ class Generation:
             text=self._detokenizer(),
             logprobs=options.output_logprobs,
             top_logprobs=int(options.top_logprobs),
+            prompt_logprobs=options.prompt_logprobs,
             fixed=fixed,
             cancel=cancel,
             arrival=arrival,
@@ -110,7 +111,11 @@ class Generation:
         )
         self._decide_mode()
         self._prefix: Prefix | None = None
-        if model.prefixes is not None and model.encoder is None:
+        if (
+            model.prefixes is not None
+            and model.encoder is None
+            and options.prompt_logprobs is None  # every row of the prompt needs its logits
+        ):
             exits = bool(manifest.exit_layers) and (self._head or self._exits)
             self._prefix = Prefix(model.prefixes, ids, options.cache_salt, exits)
         if options.num_beams > 1 and Device.parse(model.options.device).index is None:
@@ -230,8 +235,13 @@ class Generation:
             decoder.begin(self._exits or self._head)
         else:
             if self._first is None:
+                scored = self.options.prompt_logprobs is not None
                 first = yield from decoder.prefilling(
-                    response.prompt, self._head, self._exits, self._prefix
+                    response.prompt,
+                    self._head,
+                    exits=self._exits,
+                    prefix=self._prefix,
+                    score=response.score_prompt if scored else None,
                 )
                 self._first = first._replace(
                     logits=None if first.logits is None else first.logits.copy()

@@ -76,6 +76,7 @@ class GenerationKeywords(TypedDict, total=False):
     choice: Sequence[str] | None
     output_logprobs: bool
     top_logprobs: int
+    prompt_logprobs: int | None
     cache_salt: str | None
     num_beams: int
     length_penalty: float

@@ -328,6 +328,11 @@ class GenerationOptions:
     """Also return the k most likely tokens at each position with their log-probabilities, best
     first. Not supported with beams. An exit vocabulary with fewer tokens returns fewer."""
 
+    prompt_logprobs: Annotated[int | None, checks.Whole(0, MOST_TOP_LOGPROBS)] = None
+    """Also return the log-probability of each token of the prompt in the full model, and the k most
+    likely tokens at each position. Reads the whole prompt, without the prefix cache. Decoder-only
+    bundles. Default: none."""
+
     cache_salt: str | None = None
     """Isolates the prefix cache and the draft memory between users: a request reuses prefixes and
     drafts outputs only of requests with the same salt. Default: those of requests without a

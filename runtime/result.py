@@ -287,6 +287,21 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of the tokens of a prompt in the full model, in nats.
+
+    Attributes:
+        token_ids: Tokens of the prompt.
+        logprobs: Log-probability of each token after those before it. None for the first.
+        top_logprobs: Most likely tokens at each position. Empty for the first.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[TopLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
     """Result of a request.
 
@@ -306,6 +321,7 @@ class GenerationResult:
         language: Language of speech.
         segments: Segments of speech, if timestamps were requested or it is longer than a window.
         sources: Where each token came from, see Token.
+        prompt_logprobs: Log-probabilities of the prompt. None unless requested.
     """
 
     text: str
@@ -319,6 +335,7 @@ class GenerationResult:
     language: str | None = None
     segments: tuple[Segment, ...] | None = None
     sources: tuple[str, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def complete(self) -> bool:

@@ -26,6 +26,7 @@ FIELDS = dict(zip(SAME, SAME, strict=True)) | {
     "rollback_threshold": "free.mode",
     "sequence_bias": "logit_bias",
     "predicted_output": "prediction",
+    "prompt_logprobs": "echo",
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

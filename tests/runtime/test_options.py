@@ -74,6 +74,7 @@ GENERATION: dict[str, list[Any]] = {
     "repetition_penalty": [0, -1.0, 1e-38, 1e300, math.nan],
     "frequency_penalty": [-2.1, 2.1, math.nan, None],
     "presence_penalty": [-2.1, 2.1, math.inf, "1"],
+    "prompt_logprobs": [-1, 21, 0.5],
     "seed": [-1, 2**64],
     "num_beams": [0, None],
     "length_penalty": [math.inf, None, 1e300],
