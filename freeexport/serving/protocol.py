@@ -426,7 +426,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         if self.max_tokens == 0 and not self.echo:
             raise invalid("max_tokens", "max_tokens is 0 without echo; request at least 1 token")
         if self.stream and self.echo and (self.max_tokens == 0 or self.logprobs is not None):
-            field = "logprobs" if self.max_tokens else "max_tokens: 0"
+            field = "max_tokens: 0" if self.max_tokens == 0 else "logprobs"
             raise invalid(
                 "stream", f"stream is given with echo and {field}; request the answer whole"
             )
