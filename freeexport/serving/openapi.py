@@ -51,8 +51,8 @@ POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
 }
 # By path: summary. All take a form of FIELDS.
 FORMS = {
-    "/v1/audio/transcriptions": "Transcribe speech in a WAV file",
-    "/v1/audio/translations": "Translate speech in a WAV file into English text",
+    "/v1/audio/transcriptions": "Transcribe speech in an audio file",
+    "/v1/audio/translations": "Translate speech in an audio file into English text",
 }
 FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature")
 # By path: summary, required fields of the response, other statuses.

@@ -15,6 +15,7 @@ PURPOSES: dict[str, str] = {
     "train": "train checkpoints for early exit",
     "serve": "serve bundles over HTTP",
     "grammar": "constrain outputs: JSON schemas, regular expressions, tool calls",
+    "audio": "read speech from FLAC, Ogg and MP3 files",
     "calibrate": "calibrate the exit threshold",
     "metrics": "compute metrics during calibration",
     "evaluate": "evaluate methods on a task",
