@@ -1,4 +1,4 @@
-"""Audio input for speech encoders: samples of WAV files and arrays, and log-mel spectrograms.
+"""Audio input for speech encoders: samples of files and arrays, and log-mel spectrograms.
 
 See Radford et al. 2022, arXiv 2212.04356, section 2.2.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import wave
+from collections.abc import Callable
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -26,6 +27,15 @@ FRAMES_A_SECOND = RATE // HOP
 # Maximum length, and maximum file size: 24-bit stereo at 48 kHz reaches it in half that time.
 LONGEST_SECONDS = 4 * 3600
 LARGEST_WAV = 2 << 30
+# Compressed files are read with soundfile: the first bytes of each format, its name, and the name
+# that soundfile reports. A file that begins with the frame of an MP3 has no other mark.
+COMPRESSED = (
+    (b"fLaC", "FLAC", ("FLAC",)),
+    (b"OggS", "Ogg", ("OGG",)),
+    (b"ID3", "MP3", ("MP3", "MPEG")),
+    *((bytes([0xFF, second]), "MP3", ("MP3", "MPEG")) for second in (0xFB, 0xFA, 0xF3, 0xF2)),
+)
+MOST_CHANNELS = 8  # of a compressed file, whose size does not limit its samples
 LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
 # Samples up to this value are accepted as meant for -1 to 1. Those of 16 bits are far larger.
 LOUDEST = 100.0
@@ -46,7 +56,8 @@ def read_audio(source: Any, name: str = "the audio", until: float = math.inf) ->
 
     Args:
         source: Array of floats in about -1 to 1 at 16 kHz, or the path or content of a WAV file
-            with PCM of 8 to 32 bits. Channels are averaged, and other rates are resampled.
+            with PCM of 8 to 32 bits, or of a FLAC, Ogg or MP3 file, which requires soundfile.
+            Channels are averaged, and other rates are resampled.
         name: Name of the audio in error messages.
         until: Deadline, on the monotonic clock.
 
@@ -57,7 +68,7 @@ def read_audio(source: Any, name: str = "the audio", until: float = math.inf) ->
     if isinstance(source, (str, PathLike)):
         name = str(source)
     if isinstance(source, (str, PathLike, bytes)):
-        samples = _read_wav(source, name, until)
+        samples = _read_file(source, name, until)
     else:
         samples = np.asarray(source)
         if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
@@ -78,52 +89,20 @@ def read_audio(source: Any, name: str = "the audio", until: float = math.inf) ->
     return samples
 
 
-def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
-    """Return the samples of a WAV file at 16 kHz.
-
-    Reads a minute at a time, because hours of stereo would need several times the memory.
-    """
+def _read_file(source: Any, name: str, until: float) -> np.ndarray:
+    """Return the samples of a file at 16 kHz, whose first bytes decide its format."""
     try:
         with (
             io.BytesIO(source)
             if isinstance(source, bytes)
             else opened(Path(source), LARGEST_WAV) as file
         ):
-            rate, channels, width, begin, count = _wav_header(file)
-            if width not in (1, 2, 3, 4):
-                raise PromptError(
-                    f"{name} has samples of {8 * width} bits; convert it to PCM of 8, 16, 24 or 32"
-                )
-            frame = width * channels
-            # The header of a stream has the largest number, because its length is unknown.
-            count = min(count, (file.seek(0, io.SEEK_END) - begin) // frame)
-            if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-                raise PromptError(
-                    f"{name} has {rate} samples a second; give {LOWEST_RATE} to {HIGHEST_RATE}, "
-                    f"best {RATE}"
-                )
-            _check_length(count / rate, name)
-            samples = np.empty(math.ceil(count * RATE / rate), np.float32)
-            minute = 60 * rate
-            # One second, of which the resampling filter reads a part.
-            beside = 0 if rate == RATE else rate
-            for start in range(0, count, minute):
-                if monotonic() >= until:
-                    raise LateError
-                first = max(0, start - beside)
-                file.seek(begin + first * frame)
-                part = _decoded(
-                    file.read((min(count, start + minute + beside) - first) * frame),
-                    width,
-                    channels,
-                )
-                part = (
-                    part
-                    if rate == RATE
-                    else resampled(part, rate)[RATE * (first < start) :][: 60 * RATE]
-                )
-                samples[start // rate * RATE :][: len(part)] = part
-            return samples
+            begin = file.read(4)
+            file.seek(0)
+            for mark, kind, formats in COMPRESSED:
+                if begin.startswith(mark):
+                    return _read_compressed(file, name, until, kind, formats)
+            return _read_wav(file, name, until)
     except UnreadableError as error:
         raise PromptError(f"{name} cannot be read ({error}); give a WAV file") from None
     except (wave.Error, EOFError) as error:
@@ -131,6 +110,100 @@ def _read_wav(source: Any, name: str, until: float) -> np.ndarray:
         raise PromptError(
             f"{name} is no WAV file of PCM samples ({problem}); convert it to one"
         ) from None
+
+
+def _read_wav(file: BinaryIO, name: str, until: float) -> np.ndarray:
+    """Return the samples of a WAV file at 16 kHz."""
+    rate, channels, width, begin, count = _wav_header(file)
+    if width not in (1, 2, 3, 4):
+        raise PromptError(
+            f"{name} has samples of {8 * width} bits; convert it to PCM of 8, 16, 24 or 32"
+        )
+    frame = width * channels
+    # The header of a stream has the largest number, because its length is unknown.
+    count = min(count, (file.seek(0, io.SEEK_END) - begin) // frame)
+
+    def read(first: int, frames: int) -> np.ndarray:
+        file.seek(begin + first * frame)
+        return _decoded(file.read(frames * frame), width, channels)
+
+    return _joined(read, count, rate, name, until)
+
+
+def _read_compressed(
+    file: BinaryIO, name: str, until: float, kind: str, formats: tuple[str, ...]
+) -> np.ndarray:
+    """Return the samples of a FLAC, Ogg or MP3 file at 16 kHz.
+
+    Args:
+        file: The file.
+        name: Its name in error messages.
+        until: Deadline, on the monotonic clock.
+        kind: Its format, by its first bytes.
+        formats: Names of this format in soundfile.
+    """
+    try:
+        import soundfile
+    except (ImportError, OSError):  # OSError: the package has no library for this platform
+        raise PromptError(
+            f"{name} is {kind}; pip install 'freeexport[audio]', or convert it to a WAV file"
+        ) from None
+    broken = f"{name} begins as {kind}, but cannot be decoded"
+    try:
+        with soundfile.SoundFile(file) as sound:
+            if sound.format not in formats:
+                raise PromptError(f"{broken} (it is {sound.format}); convert it to a WAV file")
+            if sound.channels > MOST_CHANNELS:
+                raise PromptError(
+                    f"{name} has {sound.channels} channels, at most {MOST_CHANNELS} are read; "
+                    "convert it to one"
+                )
+
+            def read(first: int, frames: int) -> np.ndarray:
+                sound.seek(first)
+                samples = sound.read(frames, dtype="float32", always_2d=True)
+                if len(samples) < frames:
+                    raise PromptError(f"{broken} (it ends early); convert it to a WAV file")
+                return samples.mean(axis=1)
+
+            return _joined(read, sound.frames, sound.samplerate, name, until)
+    except soundfile.SoundFileError as error:
+        raise PromptError(f"{broken} ({one_line(error)}); convert it to a WAV file") from None
+
+
+def _joined(
+    read: Callable[[int, int], np.ndarray], count: int, rate: int, name: str, until: float
+) -> np.ndarray:
+    """Return the samples of a file at 16 kHz.
+
+    Reads a minute at a time, because hours of stereo would need several times the memory.
+
+    Args:
+        read: Returns some samples, float32 [n], from the first of them on.
+        count: Number of samples.
+        rate: Samples per second.
+        name: Name of the file in error messages.
+        until: Deadline, on the monotonic clock.
+    """
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise PromptError(
+            f"{name} has {rate} samples a second; give {LOWEST_RATE} to {HIGHEST_RATE}, best {RATE}"
+        )
+    _check_length(count / rate, name)
+    samples = np.empty(math.ceil(count * RATE / rate), np.float32)
+    minute = 60 * rate
+    # One second, of which the resampling filter reads a part.
+    beside = 0 if rate == RATE else rate
+    for start in range(0, count, minute):
+        if monotonic() >= until:
+            raise LateError
+        first = max(0, start - beside)
+        part = read(first, min(count, start + minute + beside) - first)
+        part = (
+            part if rate == RATE else resampled(part, rate)[RATE * (first < start) :][: 60 * RATE]
+        )
+        samples[start // rate * RATE :][: len(part)] = part
+    return samples
 
 
 def _wav_header(file: BinaryIO) -> tuple[int, int, int, int, int]:

@@ -103,6 +103,7 @@ class Generation:
             text=self._detokenizer(),
             logprobs=options.output_logprobs,
             top_logprobs=int(options.top_logprobs),
+            prompt_logprobs=options.prompt_logprobs,
             fixed=fixed,
             cancel=cancel,
             arrival=arrival,
@@ -110,7 +111,11 @@ class Generation:
         )
         self._decide_mode()
         self._prefix: Prefix | None = None
-        if model.prefixes is not None and model.encoder is None:
+        if (
+            model.prefixes is not None
+            and model.encoder is None
+            and options.prompt_logprobs is None  # every row of the prompt needs its logits
+        ):
             exits = bool(manifest.exit_layers) and (self._head or self._exits)
             self._prefix = Prefix(model.prefixes, ids, options.cache_salt, exits)
         if options.num_beams > 1 and Device.parse(model.options.device).index is None:
@@ -230,8 +235,13 @@ class Generation:
             decoder.begin(self._exits or self._head)
         else:
             if self._first is None:
+                scored = self.options.prompt_logprobs is not None
                 first = yield from decoder.prefilling(
-                    response.prompt, self._head, self._exits, self._prefix
+                    response.prompt,
+                    self._head,
+                    exits=self._exits,
+                    prefix=self._prefix,
+                    score=response.score_prompt if scored else None,
                 )
                 self._first = first._replace(
                     logits=None if first.logits is None else first.logits.copy()
@@ -379,9 +389,24 @@ def sampler_of(
     processors = cast(tuple[LogitsProcessor], options.logits_processor)
     biases = options.sequence_bias
     least = options.min_new_tokens
-    if not (warping or biases or processors or least or grammar) and penalty == 1.0:
+    frequency = float(options.frequency_penalty)
+    presence = float(options.presence_penalty)
+    others = warping or biases or processors or least or grammar or frequency or presence
+    if not others and penalty == 1.0:
         return None
-    return Sampler(prompt_length, eos, least, penalty, biases, processors, warping, seed, grammar)
+    return Sampler(
+        prompt_length,
+        eos=eos,
+        min_new_tokens=least,
+        repetition_penalty=penalty,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        sequence_bias=biases,
+        processors=processors,
+        warping=warping,
+        seed=seed,
+        grammar=grammar,
+    )
 
 
 def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float:

@@ -136,6 +136,11 @@ class Model:
                 f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this "
                 "bundle is decoder-only"
             )
+        if options.prompt_logprobs is not None and self.encoder is not None:
+            raise OptionError(
+                "prompt_logprobs: an encoder-decoder does not predict its prompt; use a "
+                "decoder-only bundle, or None"
+            )
         for tokens in options.sequence_bias or ():
             if max(tokens) >= manifest.vocab_size:
                 raise OptionError(

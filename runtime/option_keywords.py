@@ -65,6 +65,8 @@ class GenerationKeywords(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    frequency_penalty: float
+    presence_penalty: float
     seed: int | None
     sequence_bias: Mapping[Any, float] | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
@@ -74,6 +76,7 @@ class GenerationKeywords(TypedDict, total=False):
     choice: Sequence[str] | None
     output_logprobs: bool
     top_logprobs: int
+    prompt_logprobs: int | None
     cache_salt: str | None
     num_beams: int
     length_penalty: float

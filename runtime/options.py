@@ -281,6 +281,14 @@ class GenerationOptions:
     """Penalizes tokens that appear in the prompt or in the generated text. Values above 1
     discourage repetition. Also applies to greedy decoding. Default: 1."""
 
+    frequency_penalty: Annotated[float, checks.Real(-2, 2)] = 0.0
+    """Subtracted from the logit of a token for each time it appears in the generated text, as in
+    OpenAI's API. Values above 0 discourage repetition. Also applies to greedy decoding."""
+
+    presence_penalty: Annotated[float, checks.Real(-2, 2)] = 0.0
+    """Subtracted from the logit of a token if it appears in the generated text, as in OpenAI's API.
+    Values above 0 encourage new words. Also applies to greedy decoding."""
+
     seed: Annotated[int | None, checks.Whole(0, 2**64 - 1)] = None
     """Random seed for sampling: the same seed gives the same tokens. Default: a new seed for each
     request."""
@@ -319,6 +327,11 @@ class GenerationOptions:
     top_logprobs: Annotated[int, checks.Whole(0, MOST_TOP_LOGPROBS)] = 0
     """Also return the k most likely tokens at each position with their log-probabilities, best
     first. Not supported with beams. An exit vocabulary with fewer tokens returns fewer."""
+
+    prompt_logprobs: Annotated[int | None, checks.Whole(0, MOST_TOP_LOGPROBS)] = None
+    """Also return the log-probability of each token of the prompt in the full model, and the k most
+    likely tokens at each position. Reads the whole prompt, without the prefix cache. Decoder-only
+    bundles. Default: none."""
 
     cache_salt: str | None = None
     """Isolates the prefix cache and the draft memory between users: a request reuses prefixes and

@@ -248,6 +248,8 @@ class Token(NamedTuple):
             the option `output_confidence`).
         logprob: Log-probability in nats. None unless requested.
         top_logprobs: Most likely tokens at this position. None unless requested.
+        source: Where the token came from: "exit"; "deep", the whole model; "forced" by a grammar;
+            or in "lossless" the text that drafted it, a key of `Stats.drafts`.
     """
 
     id: int
@@ -256,6 +258,7 @@ class Token(NamedTuple):
     confidence: float | None
     logprob: float | None = None
     top_logprobs: TopLogprobs | None = None
+    source: str = "deep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,10 +287,25 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of the tokens of a prompt in the full model, in nats.
+
+    Attributes:
+        token_ids: Tokens of the prompt.
+        logprobs: Log-probability of each token after those before it. None for the first.
+        top_logprobs: Most likely tokens at each position. Empty for the first.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[TopLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
     """Result of a request.
 
-    `exited`, `confidence`, `logprobs` and `top_logprobs` have one entry per token.
+    `exited`, `confidence`, `logprobs`, `top_logprobs` and `sources` have one entry per token.
 
     Attributes:
         text: Generated text, without special tokens and stop string.
@@ -302,6 +320,8 @@ class GenerationResult:
         top_logprobs: Most likely tokens at each position. None unless requested.
         language: Language of speech.
         segments: Segments of speech, if timestamps were requested or it is longer than a window.
+        sources: Where each token came from, see Token.
+        prompt_logprobs: Log-probabilities of the prompt. None unless requested.
     """
 
     text: str
@@ -314,6 +334,8 @@ class GenerationResult:
     top_logprobs: tuple[TopLogprobs, ...] | None = None
     language: str | None = None
     segments: tuple[Segment, ...] | None = None
+    sources: tuple[str, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def complete(self) -> bool:

@@ -233,7 +233,7 @@ class Session:
         Args:
             prompt: Text, a list of token ids, or a list of {"role", "content"} messages for the
                 bundle's chat template. For a bundle that reads speech: samples, floats [n] at 16
-                kHz, or a WAV file, as its path or content. A list of prompts returns a list of
+                kHz, or an audio file, as its path or content. A list of prompts returns a list of
                 results in the same order.
             options: Options of the request.
             **keywords: Replace fields of `options`.

@@ -427,6 +427,7 @@ class Transcriber:
             stats=stats,
             language=language,
             segments=tuple(segments) if timestamps else None,
+            sources=tuple(source for part in parts for source in part.sources),
         )
 
 

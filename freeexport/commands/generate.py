@@ -71,7 +71,7 @@ def _others(
     type=click.Path(path_type=Path),
     metavar="FILE",
     help=(
-        "WAV file to transcribe, for a bundle that reads speech (-o language=de, task=translate, "
+        "Audio file to transcribe, for a bundle that reads speech (-o language=de, task=translate, "
         "timestamps=true)."
     ),
 )

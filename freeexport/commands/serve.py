@@ -76,6 +76,7 @@ SESSION = (
     help="Maximum size of a request body, in bytes.  [default: 4 MiB, or 64 MiB with audio]",
 )
 @click.option("--log-prompts", is_flag=True, help="Include prompts in the log.")
+@click.option("--no-page", is_flag=True, help="Do not serve the chat page at /.")
 @section("Machine")
 @click.option(
     "--slots",
@@ -126,13 +127,14 @@ SESSION = (
     metavar="SECONDS",
     help="Grace period for running requests after SIGTERM.",
 )
-def command(bundles: tuple[Path, ...], host: str, port: int, **options: Any) -> None:
+def command(bundles: tuple[Path, ...], host: str, port: int, no_page: bool, **options: Any) -> None:
     """Serve BUNDLES with OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
 
-    Concurrent requests to a bundle share engine calls. Each request is logged as a line of JSON on
-    standard output. After SIGTERM the server finishes the running requests and exits. Prometheus
-    metrics are at /metrics. If the environment variable FREEEXPORT_API_KEY is set, clients must
-    send its value as their API key. `freeexport demo` makes a bundle to try, .demo/g2p.
+    A page to chat with the models is at /. Concurrent requests to a bundle share engine calls.
+    Each request is logged as a line of JSON on standard output. After SIGTERM the server
+    finishes the running requests and exits. Prometheus metrics are at /metrics. If the
+    environment variable FREEEXPORT_API_KEY is set, clients must send its value as their API
+    key. `freeexport demo` makes a bundle to try, .demo/g2p.
 
     \b
     Example:
@@ -151,6 +153,7 @@ def command(bundles: tuple[Path, ...], host: str, port: int, **options: Any) -> 
             tuple(map(find_bundle, bundles)),
             session=SessionOptions(**session),
             api_key=key,
+            page=not no_page,
             **options,
         ),
         host,

@@ -16,7 +16,7 @@ from runtime import (
 # Request fields by session option.
 SAME = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt"),
-    *("src_lang", "tgt_lang"),
+    *("frequency_penalty", "presence_penalty", "src_lang", "tgt_lang"),
 )
 FIELDS = dict(zip(SAME, SAME, strict=True)) | {
     "max_new_tokens": "max_tokens",
@@ -26,6 +26,7 @@ FIELDS = dict(zip(SAME, SAME, strict=True)) | {
     "rollback_threshold": "free.mode",
     "sequence_bias": "logit_bias",
     "predicted_output": "prediction",
+    "prompt_logprobs": "echo",
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

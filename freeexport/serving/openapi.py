@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from freeexport import __version__
+from freeexport.serving.messages import MessagesRequest
 from freeexport.serving.parsing import HARMLESS, NEUTRAL
 from freeexport.serving.protocol import (
     ChatRequest,
@@ -36,6 +37,11 @@ POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         ResponseRequest,
         ("id", "object", "created_at", "model", "status", "output", "usage"),
     ),
+    "/v1/messages": (
+        "Create a message with Anthropic's API, optionally streamed as events",
+        MessagesRequest,
+        ("id", "type", "role", "model", "content", "stop_reason", "usage"),
+    ),
     "/tokenize": (
         "Tokenize text or a conversation",
         TokenizeRequest,
@@ -45,8 +51,8 @@ POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
 }
 # By path: summary. All take a form of FIELDS.
 FORMS = {
-    "/v1/audio/transcriptions": "Transcribe speech in a WAV file",
-    "/v1/audio/translations": "Translate speech in a WAV file into English text",
+    "/v1/audio/transcriptions": "Transcribe speech in an audio file",
+    "/v1/audio/translations": "Translate speech in an audio file into English text",
 }
 FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature")
 # By path: summary, required fields of the response, other statuses.
@@ -77,11 +83,12 @@ STATUSES = {
 
 
 @cache
-def document(guarded: bool = False) -> dict[str, Any]:
+def document(guarded: bool = False, page: bool = True) -> dict[str, Any]:
     """Return the OpenAPI document.
 
     Args:
         guarded: Requests need an API key.
+        page: The server has a page at `/`.
     """
     kinds = [kind for _, kind, _ in POST.values()]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=REFERENCE + "{name}")
@@ -140,6 +147,9 @@ def document(guarded: bool = False) -> dict[str, Any]:
                 {"name": "model", "in": "path", "required": True, "schema": text}
             ]
         paths[path] = {"get": operation}
+    if page:
+        html = {"text/html": {"schema": {"type": "string"}}}
+        paths["/"] = {"get": _operation("page", "Page to chat with a served model", html, ())}
     components: dict[str, Any] = {"schemas": schemas}
     made: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -172,12 +182,9 @@ def _event(kind: Any) -> dict[str, Any]:
     Before OpenAPI 3.2, clients and OpenAI's own document read `schema` of a stream this way.
     """
     json: dict[str, Any] = {"contentMediaType": "application/json"}
-    if kind is ResponseRequest:  # errors have the format of other events
-        data = {
-            "type": "string",
-            **json,
-            "contentSchema": _object({"type": {}, "sequence_number": {}}),
-        }
+    if kind in (ResponseRequest, MessagesRequest):  # errors have the format of other events
+        fields = ("type", "sequence_number") if kind is ResponseRequest else ("type",)
+        data = {"type": "string", **json, "contentSchema": _object({field: {} for field in fields})}
     else:
         chunk = _object({field: {} for field in ("id", "object", "created", "model", "choices")})
         json["contentSchema"] = {"anyOf": [chunk, {"$ref": REFERENCE + "Error"}]}

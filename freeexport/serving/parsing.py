@@ -24,13 +24,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include": ([],),
     "background": (False,),
     "service_tier": ("auto", "default"),
+    "thinking": ({"type": "disabled"},),
 }
 # Fields that are accepted and ignored.
 HARMLESS = ("metadata", "store", "truncation", "reasoning_effort")
 # Advice for rejected fields of OpenAI. Default: remove the field.
 ADVICE = {
-    "frequency_penalty": "use repetition_penalty",
-    "presence_penalty": "use repetition_penalty",
+    "frequency_penalty": "use chat completions",
+    "presence_penalty": "use chat completions",
     "top_logprobs": "set logprobs to the number of alternatives",
     "best_of": "use n",
     "previous_response_id": "responses are not stored; send the whole conversation as input",

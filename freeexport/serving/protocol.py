@@ -25,12 +25,14 @@ class Free(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         threshold: Confidence above which tokens exit. Default: the model's threshold.
         deadline: Time limit for the whole request, in seconds.
         exits: Report for each token if it exited.
+        sources: Report where each token came from, and the acceptance of drafts by position.
     """
 
     mode: Mode | None = None
     threshold: float | None = None
     deadline: float | None = None
     exits: bool = False
+    sources: bool = False
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -117,6 +119,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=16)] | None = None
     seed: int | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] = 1
@@ -206,6 +210,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
             top_k=None if greedy else self.top_k,
             min_p=None if greedy else self.min_p,
             repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or (),
             sequence_bias=self.logit_bias or None,
             ignore_eos=self.ignore_eos,
@@ -407,6 +413,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: str | list[int | str | list[int]]
+    # 0 returns the prompt alone, with `echo`.
+    max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
     echo: bool = False
     # Languages of the prompt and the answer, for translation models.
@@ -415,14 +423,20 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.echo and self.logprobs is not None:
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens", "max_tokens is 0 without echo; request at least 1 token")
+        if self.stream and self.echo and (self.max_tokens == 0 or self.logprobs is not None):
+            field = "max_tokens: 0" if self.max_tokens == 0 else "logprobs"
             raise invalid(
-                "echo",
-                "echo is given with logprobs, which prompt tokens do not have; use one of them",
+                "stream", f"stream is given with echo and {field}; request the answer whole"
             )
         if isinstance(self.prompt, list) and len({type(part) for part in self.prompt}) != 1:
             wrong = "mixes text and token ids" if self.prompt else "is an empty list"
             raise invalid("prompt", f"prompt {wrong}; send text, token ids, or a list of either")
+
+    @property
+    def limit(self) -> int | None:
+        return 1 if self.max_tokens == 0 else self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
@@ -430,7 +444,10 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     def options(self, mode: Mode | None, deadline: float | None) -> GenerationOptions:
         return replace(
-            super().options(mode, deadline), src_lang=self.src_lang, tgt_lang=self.tgt_lang
+            super().options(mode, deadline),
+            src_lang=self.src_lang,
+            tgt_lang=self.tgt_lang,
+            prompt_logprobs=self.logprobs if self.echo else None,
         )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -12,7 +13,8 @@ import msgspec
 from freeexport.serving.errors import ApiError
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from freeexport.serving.tools import CallReader, form_of, read_calls
-from runtime import GenerationResult, Session, Token
+from runtime import GenerationResult, Session, Stats, Token
+from runtime.result import PromptLogprobs
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length", "deadline": "length"}
 
@@ -60,6 +62,8 @@ class Reply:
             results: Results of all choices, ordered by prompt.
             prompts: Number of tokens of each prompt.
         """
+        if isinstance(self._request, CompletionRequest) and self._request.max_tokens == 0:
+            results = [_without_tokens(result) for result in results]
         choices = list[dict[str, Any]]()
         for index, result in enumerate(results):
             nothing = [None] * len(result.token_ids)
@@ -68,10 +72,11 @@ class Reply:
                 result.exited,
                 result.logprobs or nothing,
                 result.top_logprobs or nothing,
+                result.sources,
             )
             tokens = [
-                Token(token, "", exited, None, prob, best)
-                for token, exited, prob, best in zip(*fields, strict=True)
+                Token(token, "", exited, None, prob, best, source)
+                for token, exited, prob, best, source in zip(*fields, strict=True)
             ]
             message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
             reason = REASONS[result.finish_reason]
@@ -83,9 +88,12 @@ class Reply:
             content = (
                 {"message": message} if self._chat else {"text": self._echo(index) + result.text}
             )
-            choices.append(with_end(self._choice(index, content, tokens, reason), result))
+            choice = self._choice(index, content, tokens, reason)
+            if result.prompt_logprobs is not None:
+                choice["logprobs"] = self._logprobs_after_prompt(result.prompt_logprobs, tokens)
+            choices.append(with_end(choice, result))
         kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head(kind), "choices": choices, "usage": usage(results, prompts)}
+        return {**self._head(kind), "choices": choices, "usage": self._usage(results, prompts)}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """Return the chunk before the first token of a choice.
@@ -143,7 +151,19 @@ class Reply:
 
     def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
         """Return the chunk with the usage of all choices, which is the last one."""
-        return {**self._head(self._chunks), "choices": [], "usage": usage(results, prompts)}
+        return {
+            **self._head(self._chunks),
+            "choices": [],
+            "usage": self._usage(results, prompts),
+        }
+
+    def _usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
+        """Return token counts, with accepted and compared tokens by position if requested."""
+        counts = usage(results, prompts)
+        if self._request.free.sources:
+            drafts = Stats.joined([result.stats for result in results]).drafts
+            counts["free"]["drafts"] = {name: each.by_position for name, each in drafts.items()}
+        return counts
 
     @property
     def _chunks(self) -> str:
@@ -187,11 +207,12 @@ class Reply:
             None if self._request.alternatives is None or tokens is None else self._logprobs(tokens)
         )
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
-        return choice | (
-            {"free": {"exited": [t.exited for t in tokens or ()]}}
-            if self._request.free.exits
-            else {}
-        )
+        free = dict[str, list[Any]]()
+        if self._request.free.exits:
+            free["exited"] = [token.exited for token in tokens or ()]
+        if self._request.free.sources:
+            free["sources"] = [token.source for token in tokens or ()]
+        return choice | ({"free": free} if free else {})
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return the log-probabilities of tokens, except end-of-sequence tokens."""
@@ -205,10 +226,32 @@ class Reply:
                 for token in printable
             ]
             return {"content": content, "refusal": None}
+        return self._listed(printable)
+
+    def _logprobs_after_prompt(
+        self, prompt: PromptLogprobs, tokens: Sequence[Token]
+    ) -> dict[str, Any]:
+        """Return the log-probabilities of a prompt and all tokens after it.
+
+        Clients such as lm-evaluation-harness count on one entry for every generated token, so that
+        of an end of sequence is included.
+        """
+        fields = (prompt.token_ids, prompt.logprobs, prompt.top_logprobs)
+        read = [
+            Token(token, "", False, None, logprob, best)
+            for token, logprob, best in zip(*fields, strict=True)
+        ]
+        listed = self._listed([*read, *tokens])
+        if listed["top_logprobs"] is not None:
+            listed["top_logprobs"][0] = None
+        return listed
+
+    def _listed(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Return log-probabilities in the format of completions."""
         return {
-            "tokens": [self._spelled(token.id) for token in printable],
-            "token_logprobs": [token.logprob for token in printable],
-            "top_logprobs": [self._by_text(token) for token in printable]
+            "tokens": [self._spelled(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._by_text(token) for token in tokens]
             if self._request.alternatives
             else None,
             "text_offset": [],
@@ -234,6 +277,23 @@ class Reply:
         if self._tokenizer is None:
             return str(token)
         return self._tokenizer.decode([token]) or self._tokenizer.token(token) or str(token)
+
+
+def _without_tokens(result: GenerationResult) -> GenerationResult:
+    """Return a result with the prompt's log-probabilities alone."""
+    none: tuple[Any, ...] = ()
+    return replace(
+        result,
+        text="",
+        token_ids=none,
+        exited=none,
+        confidence=none,
+        sources=none,
+        logprobs=None,
+        top_logprobs=None,
+        finish_reason="length",
+        stats=replace(result.stats, tokens=0),
+    )
 
 
 def with_end(answer: dict[str, Any], result: GenerationResult | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """HTTP endpoints.
 
-They are OpenAI's, vLLM's /tokenize, KServe's health checks, metrics for Prometheus, and an OpenAPI
-document of them all.
+They are OpenAI's, Anthropic's /v1/messages, vLLM's /tokenize, KServe's health checks, metrics for
+Prometheus, a page to chat, and an OpenAPI document of them all.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from freeexport.serving import openapi, protocol
+from freeexport.serving import messages, openapi, protocol
 from freeexport.serving.errors import ApiError, api_error, draining, invalid
 from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
+from freeexport.serving.page import page
 from freeexport.serving.parsing import Body, parse
 from freeexport.serving.prometheus import SessionCollector
 from freeexport.serving.replies import Reply
@@ -39,6 +40,9 @@ from runtime.audio import RATE, LateError, read_audio
 from runtime.text.prompt import check_text
 from runtime.text.tokenizer import Tokenizer
 
+GenerationBody = (
+    protocol.ChatRequest | protocol.CompletionRequest | ResponseRequest | messages.MessagesRequest
+)
 # Time limit for receiving a body, in seconds.
 BODY_SECONDS = 30.0
 LARGEST_BODY = 4 << 20  # bytes
@@ -58,6 +62,7 @@ def application(service: Service) -> Starlette:
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
         Route("/v1/responses", endpoints.responses, methods=["POST"]),
+        Route(messages.PATH, endpoints.messages, methods=["POST"]),
         Route("/v1/audio/transcriptions", endpoints.transcriptions, methods=["POST"]),
         Route("/v1/audio/translations", endpoints.translations, methods=["POST"]),
         Route("/v1/models", endpoints.models),
@@ -71,6 +76,8 @@ def application(service: Service) -> Starlette:
         Route("/metrics", endpoints.metrics),
         Route("/openapi.json", endpoints.openapi),
     ]
+    if service.options.page:
+        routes.append(Route("/", endpoints.page))
     origins = list(service.options.origins)
     allow = Middleware(
         CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
@@ -125,22 +132,27 @@ class Endpoints:
     async def responses(self, request: Request) -> Any:
         return await self._generate(request, ResponseRequest)
 
-    async def _generate(
-        self,
-        request: Request,
-        kind: type[protocol.ChatRequest] | type[protocol.CompletionRequest] | type[ResponseRequest],
-    ) -> Any:
+    async def messages(self, request: Request) -> Any:
+        return await self._generate(request, messages.MessagesRequest)
+
+    async def _generate(self, request: Request, kind: type[GenerationBody]) -> Any:
         record = RequestLog(self._service, request.scope["path"])
         options = self._service.options
         try:
             body = await self._parsed(request, kind)
-            parsed = body.chat() if isinstance(body, ResponseRequest) else body
+            parsed = (
+                body.chat()
+                if isinstance(body, ResponseRequest | messages.MessagesRequest)
+                else body
+            )
             if options.log_prompts:
                 record.line["prompt"] = parsed.prompts
             name, session = self._service.session(parsed.model)
             reply = Reply(session, name, parsed)
             if isinstance(body, ResponseRequest):
                 reply = ResponseReply(session, name, parsed, body)
+            elif isinstance(body, messages.MessagesRequest):
+                reply = messages.MessageReply(session, name, parsed, body)
             record.line |= {"id": reply.id, "model": name, "stream": parsed.stream}
             generation = await begin(
                 session, self._service.trials[name], parsed, options.mode, options.deadline
@@ -270,7 +282,11 @@ class Endpoints:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
     async def openapi(self, request: Request) -> Response:
-        return json(openapi.document(self._service.options.api_key is not None))
+        options = self._service.options
+        return json(openapi.document(options.api_key is not None, options.page))
+
+    async def page(self, request: Request) -> Response:
+        return page()
 
     async def _parsed(self, request: Request, kind: type[Body]) -> Body:
         self._authorize(request)
@@ -279,9 +295,12 @@ class Endpoints:
 
     def _authorize(self, request: Request) -> None:
         key = self._service.options.api_key
+        if key is None:
+            return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        right = key is None or hmac.compare_digest(given.strip().encode(), key.encode())
-        if key is not None and not (right and kind.lower() == "bearer"):
+        if kind.lower() != "bearer":
+            given = request.headers.get("x-api-key", "")
+        if not hmac.compare_digest(given.strip().encode(), key.encode()):
             raise ApiError(
                 401,
                 "missing or invalid API key; send the header Authorization: Bearer KEY",
@@ -301,6 +320,9 @@ class Endpoints:
                 "exit_layer": manifest.exit_layer,
                 "layers": manifest.layers,
                 "threshold": session.threshold,
+                "mode": self._service.options.mode or session.default_mode.mode,
+                "chat": session.tokenizer is not None
+                and session.tokenizer.chat_template is not None,
             },
         }
 
@@ -371,11 +393,15 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         path = request.scope["path"][:80]
         method = request.method
-        messages = {
+        known = {
             404: f"path {path} not found",
             405: f"method {method} is not allowed for this path",
         }
-        failed = ApiError(error.status_code, messages.get(error.status_code, error.detail))
-        return json(failed.body, failed.status, dict(error.headers or {}))
-    failed = api_error(error)
-    return json(failed.body, failed.status, failed.headers)
+        failed = ApiError(error.status_code, known.get(error.status_code, error.detail))
+        failed.headers = dict(error.headers or {})
+    else:
+        failed = api_error(error)
+    body = failed.body
+    if request.scope["path"] == messages.PATH:
+        body = messages.error_body(failed)
+    return json(body, failed.status, failed.headers)

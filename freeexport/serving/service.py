@@ -36,6 +36,7 @@ class ServerOptions:
         shutdown_timeout: Grace period for running requests at shutdown, in seconds.
         origins: Allowed CORS origins; "*" allows any.
         log_prompts: Log the prompts of requests.
+        page: Serve the chat page at `/`.
 
     Raises:
         OptionError: If no bundle is given, or names or the API key are invalid.
@@ -51,6 +52,7 @@ class ServerOptions:
     shutdown_timeout: float = 30.0
     origins: Sequence[str] = ()
     log_prompts: bool = False
+    page: bool = True
 
     def __post_init__(self) -> None:
         if not self.bundles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -266,14 +266,25 @@ class Decoder:
         """Called after a prompt was read. Subclasses may override it."""
 
     def prefilling(
-        self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None
+        self,
+        tokens: np.ndarray,
+        head: bool,
+        exits: bool = False,
+        prefix: Prefix | None = None,
+        score: Callable[[int, np.ndarray], None] | None = None,
     ) -> Waits[Prediction]:
         """Read the prompt like `prefill`, letting others have a turn between pieces.
 
-        Positions stored in `prefix` are copied instead of computed.
+        Args:
+            tokens: The prompt, int64 [n].
+            head: See `prefill`.
+            exits: See `prefill`.
+            prefix: Positions stored in it are copied instead of computed.
+            score: Called with the first position of each piece and the deep logits at its rows,
+                float32 [k, V]. Requires `want_logits(True)` and no `prefix`.
         """
         self._allow(exits or head)
-        start = 0
+        start = heads = 0
         while start < len(tokens):
             if start:
                 yield None
@@ -283,15 +294,23 @@ class Decoder:
                 self.stats.cached_tokens += held - start
                 start = held
             rows = min(self._shared_rows, SHARED_PREFILL_ROWS) if self.others else PREFILL_ROWS
+            if score is not None:
+                rows = self.max_pending  # there is room for the logits of this many rows
             piece = tokens[None, start : start + rows]
+            place = start
             start += piece.shape[1]
             last = start == len(tokens)
-            self._prefill_piece(np.ascontiguousarray(piece), head and last, last)
+            heads = int(last) if score is None else piece.shape[1]
+            self._prefill_piece(np.ascontiguousarray(piece), head and last, heads)
+            if score is not None:
+                score(place, self._logits[self._deep][:heads])
             if prefix is not None:
                 prefix.keep(self.runners, self.slot)
             self.stats.prefill_seconds += perf_counter() - began
         self.begun()
-        return self._answer(0)._replace(confidence=self._confidence_memory[0] if head else None)
+        return self._answer(heads - 1)._replace(
+            confidence=self._confidence_memory[0] if head else None
+        )
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
         """Return the calls that `step` needs. Then call `shallow_prediction`."""
@@ -462,12 +481,12 @@ class Decoder:
             outputs["logits"] = self._logits[self._deep][:heads]
         return SlotCall(self, self._deep, inputs, outputs, hidden.shape[1], heads)
 
-    def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
+    def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_heads: int) -> None:
         rows = piece.shape[1]
         began = perf_counter()
         # The first tokens of an encoder-decoder are few, like the rows of its steps.
         with reading_prompt(not self.cross):
-            self._read_piece(piece, shallow_head, deep_head)
+            self._read_piece(piece, shallow_head, deep_heads)
         if rows >= FEWEST_SHARED_ROWS:
             fit = rows * SHARED_PREFILL_SECONDS / max(perf_counter() - began, 1e-9)
             # Round to the nearest block, not down: more rows take less time each, so rounding down
@@ -475,14 +494,14 @@ class Decoder:
             self._shared_rows = max(round(fit / BLOCK) * BLOCK, FEWEST_SHARED_ROWS)
 
     def _read_piece(
-        self, piece: np.ndarray, shallow_head: bool, deep_head: bool
+        self, piece: np.ndarray, shallow_head: bool, deep_heads: int
     ) -> tuple[SlotCall, SlotCall]:
         """Run the shallow and the deep call on a piece of a prompt, and return them."""
         rows = piece.shape[1]
         hidden = self._shallow.scratch("piece", (1, rows, self.hidden_size), np.float32)
         calls = (
             self._shallow_call(piece, hidden, shallow_head),
-            self._deep_call(hidden, int(deep_head)),
+            self._deep_call(hidden, deep_heads),
         )
         for call in calls:
             call.runner.run(self.bind(call))

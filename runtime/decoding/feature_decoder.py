@@ -282,9 +282,9 @@ class FeatureDecoder(Decoder):
         return call
 
     def _read_piece(
-        self, piece: np.ndarray, shallow_head: bool, deep_head: bool
+        self, piece: np.ndarray, shallow_head: bool, deep_heads: int
     ) -> tuple[SlotCall, SlotCall]:
-        shallow, deep = super()._read_piece(piece, False, deep_head)
+        shallow, deep = super()._read_piece(piece, False, deep_heads)
         self._length = self.lengths()[1]
         if self._exits:
             place = self._length - piece.shape[1]

@@ -243,7 +243,7 @@ def _forced(
             unread = []
         decoder.stats.forced_tokens += 1
         unread.append(token)
-        yield response.add(token, False, None)
+        yield response.add(token, False, None, source="forced")
     return unread
 
 
@@ -426,7 +426,6 @@ def _settle(
     """
     stats = decoder.stats
     proposed = draft.proposed
-    exits = proposed if draft.source == "exit" else 0
     certain = [draft.certain(row) for row in range(len(draft.tokens))]
     accepted = min(accept_length, proposed)
     stats.rejected += certain[accept_length:].count(False)
@@ -441,11 +440,14 @@ def _settle(
     for row in range(accept_length):
         if response.finished:
             return
-        exited = row < exits and not certain[row]
+        source = draft.source if row < proposed else draft.continued_by
+        if certain[row]:
+            source = "forced"
+        exited = source == "exit"
         stats.exits += exited
         stats.forced_tokens += certain[row]
         confidence = draft.predictions[row].confidence
-        yield response.add(draft.tokens[row], exited, confidence, deep[row])
+        yield response.add(draft.tokens[row], exited, confidence, deep[row], source=source)
     if correction is not None and not response.finished:
         confidence = draft.predictions[accept_length].confidence
         yield response.add(correction, False, confidence, deep[accept_length])

@@ -12,7 +12,14 @@ from types import MappingProxyType
 import numpy as np
 
 from runtime.decoding.calls import Prediction
-from runtime.result import FinishReason, GenerationResult, Stats, Token, TopLogprobs
+from runtime.result import (
+    FinishReason,
+    GenerationResult,
+    PromptLogprobs,
+    Stats,
+    Token,
+    TopLogprobs,
+)
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.sampler import Sampler, likeliest, log_softmax
 
@@ -30,6 +37,8 @@ class Response:
         text: Converts tokens to text and finds stop strings.
         logprobs: Return a log-probability for each token.
         top_logprobs: Number of most likely tokens to return at each position.
+        prompt_logprobs: Number of most likely tokens to return at each position of the prompt.
+            Default: return no log-probabilities of the prompt.
         fixed: Tokens that the model prescribes by their place in the output, such as a target
             language. A constraint starts after the first token if that is fixed.
         cancel: Event that ends the request after its next token.
@@ -57,6 +66,7 @@ class Response:
         text: Detokenizer | None = None,
         logprobs: bool = False,
         top_logprobs: int = 0,
+        prompt_logprobs: int | None = None,
         fixed: Mapping[int, int] = MappingProxyType({}),
         cancel: threading.Event | None = None,
         arrival: float = 0.0,
@@ -77,6 +87,9 @@ class Response:
         self._grammar_begins = len(prompt) + (0 in fixed)
         self._logprobs = logprobs or top_logprobs > 0
         self._top_logprobs = top_logprobs
+        self._prompt_alternatives = prompt_logprobs
+        self._prompt_logprobs: list[float | None] = [None]
+        self._prompt_top_logprobs: list[TopLogprobs] = [()]
         self._frozen: GenerationResult | None = None
         self.restart(sampler, text or Detokenizer(None))
 
@@ -90,7 +103,9 @@ class Response:
         self.sampler = sampler
         self._text = text
         self.plain = sampler is None and not self._fixed
-        self.reads_logits = sampler is not None or self._logprobs
+        self.reads_logits = (
+            sampler is not None or self._logprobs or self._prompt_alternatives is not None
+        )
         self._grammar = None if sampler is None else sampler.grammar
         self._takes_best = sampler is not None and sampler.only_masks
         self._look_ahead()
@@ -99,6 +114,32 @@ class Response:
         self._rest = ""  # text withheld for a possible stop string when the output was interrupted
         self._stats = Stats()
         self._began: float | None = None  # start time, while it has a slot
+
+    def score_prompt(self, place: int, logits: np.ndarray) -> None:
+        """Add the log-probabilities of the tokens after some rows of the prompt.
+
+        Args:
+            place: Position of the first row.
+            logits: Deep logits at each row, float32 [k, V].
+        """
+        for row, token in enumerate(self.prompt[place + 1 : place + 1 + len(logits)].tolist()):
+            logprobs = log_softmax(logits[row])
+            self._prompt_logprobs.append(logprobs.item(token))
+            best: TopLogprobs = ()
+            if self._prompt_alternatives:
+                ids = likeliest(logits[row], self._prompt_alternatives)
+                best = tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
+            self._prompt_top_logprobs.append(best)
+
+    @property
+    def _scored_prompt(self) -> PromptLogprobs | None:
+        if self._prompt_alternatives is None or len(self._prompt_logprobs) < len(self.prompt):
+            return None
+        return PromptLogprobs(
+            tuple(self.prompt.tolist()),
+            tuple(self._prompt_logprobs),
+            tuple(self._prompt_top_logprobs),
+        )
 
     def interruption(self) -> FinishReason | None:
         """Return why the request must end now, None if it may continue."""
@@ -187,8 +228,18 @@ class Response:
         confidence: float | None,
         prediction: Prediction | None = None,
         logprob: float | None = None,
+        source: str | None = None,
     ) -> Token:
-        """Make a token final. Its log-probability comes from `prediction`, else it is `logprob`."""
+        """Make a token final.
+
+        Args:
+            token: The token.
+            exited: The token is an accepted shallow prediction.
+            confidence: Confidence of the shallow decoder.
+            prediction: Prediction whose logits give the log-probability.
+            logprob: Log-probability, if `prediction` has none.
+            source: See Token. Default: "exit" or "deep".
+        """
         self.newest = token
         if self.sampler is not None:
             self._ids[self._length] = token
@@ -216,7 +267,10 @@ class Response:
         if self.finished is not None:
             text += self._text.finish()
         # Avoids the Python function that constructs a named tuple.
-        final: Token = tuple.__new__(Token, (token, text, exited, confidence, logprob, best))
+        source = source or ("exit" if exited else "deep")
+        final: Token = tuple.__new__(
+            Token, (token, text, exited, confidence, logprob, best, source)
+        )
         self.times.append(monotonic())
         self.tokens.append(final)
         return final
@@ -251,7 +305,7 @@ class Response:
             passes = self._stats.longer_passes
             passes = {rows: dataclasses.replace(done) for rows, done in dict(passes).items()}
             stats = dataclasses.replace(self._stats, longer_passes=passes, tokens=len(tokens))
-            self._frozen = _result(tokens, "", "deadline", stats)
+            self._frozen = _result(tokens, "", "deadline", stats, self._scored_prompt)
 
     @property
     def result(self) -> GenerationResult:
@@ -263,7 +317,7 @@ class Response:
             return self._frozen
         self._count()
         reason = self.finished or self.interruption() or "cancelled"
-        return _result(tuple(self.tokens), self._rest, reason, self._stats)
+        return _result(tuple(self.tokens), self._rest, reason, self._stats, self._scored_prompt)
 
     def _count(self) -> None:
         """Update the statistics that are not updated at every token."""
@@ -277,7 +331,11 @@ class Response:
 
 
 def _result(
-    tokens: tuple[Token, ...], rest: str, reason: FinishReason, stats: Stats
+    tokens: tuple[Token, ...],
+    rest: str,
+    reason: FinishReason,
+    stats: Stats,
+    prompt: PromptLogprobs | None,
 ) -> GenerationResult:
     logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
     best = tuple(token.top_logprobs for token in tokens if token.top_logprobs is not None)
@@ -290,4 +348,6 @@ def _result(
         stats=stats,
         logprobs=logprobs if tokens and len(logprobs) == len(tokens) else None,
         top_logprobs=best if tokens and len(best) == len(tokens) else None,
+        sources=tuple(token.source for token in tokens),
+        prompt_logprobs=prompt,
     )

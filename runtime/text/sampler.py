@@ -69,6 +69,8 @@ class Sampler:
         eos: Tokens that end the output.
         min_new_tokens: Minimum number of tokens before one of these.
         repetition_penalty: Penalty for tokens in the context.
+        frequency_penalty: Subtracted from the score of a token for each time it was generated.
+        presence_penalty: Subtracted from the score of a token that was generated.
         sequence_bias: Biases by token sequence.
         processors: The caller's processors.
         warping: Modifies scores before a draw. None: choose the arg max.
@@ -80,6 +82,8 @@ class Sampler:
     eos: frozenset[int] = frozenset()
     min_new_tokens: int = 0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     sequence_bias: Mapping[tuple[int, ...], float] | None = None
     processors: tuple[LogitsProcessor, ...] = ()
     warping: Warping | None = None
@@ -110,11 +114,13 @@ class Sampler:
     def process(self, logits: np.ndarray, context: np.ndarray) -> np.ndarray:
         """Return processed logits, in the order of transformers.
 
-        The caller's processors come after the others, the grammar last.
+        The penalties of OpenAI's API follow the repetition penalty. The caller's processors come
+        after the others, the grammar last.
         """
         early = bool(self.eos) and len(context) - self.prompt_length < self.min_new_tokens
+        counted = self.frequency_penalty or self.presence_penalty
         scores = logits
-        if self.sequence_bias or self.repetition_penalty != 1.0 or early:
+        if self.sequence_bias or self.repetition_penalty != 1.0 or counted or early:
             scores = logits.copy()
         if self.sequence_bias:
             tokens, biases, sequences = self._biases
@@ -129,6 +135,10 @@ class Sampler:
                 scores[seen] = np.where(
                     scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty
                 )
+        if counted:
+            generated, counts = np.unique(context[self.prompt_length :], return_counts=True)
+            penalties = self.frequency_penalty * counts + self.presence_penalty
+            scores[generated] -= penalties.astype(np.float32)
         if early:
             scores[list(self.eos)] = NEVER
         for processor in self.processors:
@@ -144,8 +154,9 @@ class Sampler:
         """True if only the grammar changes scores. The best token is then chosen if allowed."""
         if self.grammar is not None and self.grammar.by_scores:
             return False
+        penalties = self.frequency_penalty or self.presence_penalty
         others = self.sequence_bias or self.processors or self.warping or self.min_new_tokens
-        return not others and self.repetition_penalty == 1.0
+        return not (penalties or others) and self.repetition_penalty == 1.0
 
 
 def race(probabilities: np.ndarray, seed: tuple[int, int], position: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -111,7 +113,7 @@ def test_an_altered_header_is_read_or_refused(changes: list[tuple[int, int]], si
         (np.array([0.0, np.nan]), "NaN or infinite"),
         (sound(0.1) * 32767, "divide them, so that they lie between -1 and 1"),
         (np.broadcast_to(np.float32(0), 5 * 3600 * RATE), "5.0 hours, at most 4"),
-        (b"OggS" + bytes(100), "no WAV file of PCM samples"),
+        (b"RIFX" + bytes(100), "no WAV file of PCM samples"),
         (wav(sound(0.1))[:30], "no WAV file of PCM samples"),
         (wav(sound(0.1), 1000), "1000 samples a second"),
         ("/missing.wav", "/missing.wav cannot be read"),
@@ -121,3 +123,48 @@ def test_bad_audio_is_refused_in_a_line(audio: object, message: str) -> None:
     with pytest.raises(PromptError, match=r"^[^\n]*$") as caught:
         read_audio(audio)
     assert message in str(caught.value)
+
+
+FORMATS = {"FLAC": "PCM_16", "OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}
+
+
+def compressed(kind: str, samples: np.ndarray, rate: int = RATE) -> bytes:
+    soundfile = pytest.importorskip("soundfile")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=kind, subtype=FORMATS[kind])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_compressed_files_are_read(kind: str, rate: int, tmp_path: Path) -> None:
+    time = np.arange(rate) / rate
+    stereo = np.stack([np.sin(2 * np.pi * 440 * time), np.zeros(rate)], axis=1) / 2
+    (path := tmp_path / "sound").write_bytes(content := compressed(kind, stereo, rate))
+    samples = read_audio(path)
+    np.testing.assert_array_equal(samples, read_audio(content))
+    wanted = np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE) / 4
+    assert abs(len(samples) - RATE) < 0.1 * RATE  # an MP3 consists of whole frames
+    assert np.abs(samples[:RATE][200:-200] - wanted[: len(samples)][200:-200]).max() < 0.03
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_that_is_not_what_it_begins_as_is_refused_in_a_line(kind: str) -> None:
+    content = compressed(kind, sound(0.5))
+    random = np.random.default_rng(0)
+    for lies in (
+        content[:4] + random.bytes(2000),
+        content[:4] + bytes(2000),
+        content[:4] + wav(sound(0.1)),
+        content[: len(content) // 3],
+    ):
+        with suppress(PromptError):  # a decoder may skip to the next frame
+            assert len(read_audio(lies)) < 2 * RATE
+    with pytest.raises(PromptError, match=r"^the audio begins as \w+, but cannot be decoded \([^\n]*$"):
+        read_audio(content[:4] + bytes(2000))
+
+
+def test_without_soundfile_a_compressed_file_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(PromptError, match=r"the audio is FLAC; pip install 'freeexport\[audio\]', or convert it"):
+        read_audio(b"fLaC" + bytes(100))

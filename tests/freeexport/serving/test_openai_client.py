@@ -162,6 +162,13 @@ def test_a_completion_repeats_its_prompt_where_it_is_asked_to(client: openai.Ope
     prompts = [session.tokenizer.decode(one) for one in ids for _ in range(2)]
     expected = [prompt + choice.text for prompt, choice in zip(prompts, plain, strict=True)]
     assert [choice.text for choice in echoed] == expected
+    bare = client.completions.create(**{**asked, "echo": True, "logprobs": 2, "max_tokens": 0, "n": 1}).choices[0]
+    whole = client.completions.create(**{**asked, "echo": True, "logprobs": 2, "n": 1}).choices[0]
+    read = len(bare.logprobs.tokens)
+    assert (bare.text, bare.finish_reason, bare.logprobs.token_logprobs[0]) == (prompts[0], "length", None)
+    assert whole.logprobs.token_logprobs[:read] == bare.logprobs.token_logprobs
+    assert whole.logprobs.top_logprobs[:read] == bare.logprobs.top_logprobs
+    assert len(whole.logprobs.tokens) > read
     streamed = [""] * 4
     for chunk in client.completions.create(echo=True, stream=True, **asked):
         streamed[chunk.choices[0].index] += chunk.choices[0].text

@@ -45,6 +45,7 @@ def test_the_document_describes_every_path_and_what_it_refers_to() -> None:
         ("/v1/completions", {"prompt": "go"}, "object"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "go"}]}, "object"),
         ("/v1/responses", {"model": "m", "input": "go"}, "sequence_number"),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "go"}], "max_tokens": 9}, "type"),
     ],
 )
 def test_every_event_of_a_stream_is_as_the_document_says(

@@ -32,8 +32,6 @@ def refused(base: dict[str, Any], **fields: Any) -> ApiError:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -0.5),
         ("functions", [{}]),
         ("function_call", "auto"),
         ("audio", {}),
@@ -52,6 +50,15 @@ def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> Non
 def test_fields_that_say_nothing_are_taken() -> None:
     nothing = {"frequency_penalty": 0, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}
     assert read(CHAT, top_logprobs=0, max_tokens=None, store=False, user="somebody", **nothing).limit is None
+
+
+def test_penalties_are_those_of_openai() -> None:
+    for base in (CHAT, {"prompt": "x"}):
+        options = read(base, frequency_penalty=0.5, presence_penalty=-0.5).options(None, None)
+        assert (options.frequency_penalty, options.presence_penalty) == (0.5, -0.5)
+        with pytest.raises(OptionError, match=r"frequency_penalty is 3.0; choose a number from -2 to 2") as raised:
+            read(base, frequency_penalty=3).options(None, None)
+        assert api_error(raised.value).param == "frequency_penalty"
 
 
 def test_fields_that_change_nothing_are_taken_whatever_they_hold() -> None:
@@ -134,7 +141,14 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
         (CHAT, {"prediction": {"type": "content"}}, "prediction", "prediction"),
         (CHAT, {"prediction": {**PREDICTION, "more": 1}}, "prediction", "prediction"),
         (CHAT, {"prediction": PREDICTION, "free": {"mode": "full"}}, "prediction", "which drafts nothing"),
-        (TEXT, {"echo": True, "logprobs": 1}, "echo", "which prompt tokens do not have"),
+        (TEXT, {"echo": True, "logprobs": 1, "stream": True}, "stream", "stream is given with echo and logprobs"),
+        (
+            TEXT,
+            {"echo": True, "max_tokens": 0, "stream": True},
+            "stream",
+            "stream is given with echo and max_tokens: 0",
+        ),
+        (TEXT, {"max_tokens": 0}, "max_tokens", "max_tokens is 0 without echo"),
         (TEXT, {"prompt": []}, "prompt", "is an empty list"),
         (TEXT, {"prompt": [1, "a"]}, "prompt", "mixes text and token ids"),
         (TEXT, {"prompt": ["a", [1]]}, "prompt", "mixes text and token ids"),

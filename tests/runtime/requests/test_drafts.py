@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,6 +54,9 @@ def test_drafts_of_each_source_give_the_tokens_of_full(name: str, drafts: str, s
                 assert 0 < counts.accepted < counts.proposed
                 assert ours.stats.sync_passes < 30
             assert sum(ours.exited) == ours.stats.exits
+            assert [kind == "exit" for kind in ours.sources] == list(ours.exited)
+            accepted = {name: counts.accepted for name, counts in ours.stats.drafts.items() if counts.accepted}
+            assert Counter(ours.sources) == {**accepted, "deep": len(ours.sources) - sum(accepted.values())}
             assert 0 <= ours.stats.acceptance <= 1
 
 
@@ -136,6 +140,8 @@ def test_processors_biases_and_log_probabilities_are_those_of_full(sessions: Ses
         "ignore_eos": True,
         "logits_processor": odd,
         "repetition_penalty": 1.3,
+        "frequency_penalty": 0.2,
+        "presence_penalty": -0.1,
         "sequence_bias": {(7,): 1.0},
         "output_logprobs": True,
     }

@@ -242,6 +242,7 @@ def test_forced_tokens_take_no_call_of_their_own(sessions: Callable[[str], Sessi
     assert result.finish_reason == "eos"
     assert (result.stats.tokens, result.stats.forced_tokens, result.stats.sync_passes) == (9, 8, 0)
     assert result.stats.grammar_seconds > 0
+    assert sorted(result.sources) == ["deep", *["forced"] * 8]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,27 @@ def test_scores_are_those_of_transformers(ours: Warping | Sampler, processor: Lo
         np.testing.assert_array_equal(scores, before)
 
 
+@given(
+    st.lists(st.integers(0, 9), max_size=40),
+    st.integers(0, 40),
+    st.floats(-2, 2, width=32),
+    st.floats(-2, 2, width=32),
+)
+def test_penalties_count_generated_tokens_only(
+    context: list[int], prompt: int, frequency: float, presence: float
+) -> None:
+    prompt = min(prompt, len(context))
+    logits = np.linspace(-3, 3, 10, dtype=np.float32)
+    expected = [
+        logit - context[prompt:].count(token) * frequency - (token in context[prompt:]) * presence
+        for token, logit in enumerate(logits.tolist())
+    ]
+    sampler = Sampler(prompt, frequency_penalty=frequency, presence_penalty=presence)
+    np.testing.assert_allclose(sampler.process(logits, np.array(context, np.int64)), expected, atol=1e-5)
+    np.testing.assert_array_equal(logits, np.linspace(-3, 3, 10, dtype=np.float32))
+    assert sampler.only_masks == (frequency == presence == 0)
+
+
 @given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=30), st.floats(0.01, 1.0))
 def test_top_p_keeps_the_fewest_best_that_reach_the_mass(values: list[float], mass: float) -> None:
     scores = np.array(values, np.float32)
