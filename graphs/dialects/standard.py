@@ -35,6 +35,8 @@ class StandardDialect:
         fixed: The cache has exactly `cache_rows` rows, as TensorRT requires.
     """
 
+    rms_norm = "RMSNormalization"
+
     def __init__(
         self, graph: Graph, call: CallInputs, cache_rows: int = 0, fixed: bool = False
     ) -> None:
@@ -49,7 +51,7 @@ class StandardDialect:
             self._past = graph.cast(call.past_lengths, ir.DataType.INT64)
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
-        kind = "RMSNormalization" if norm.kind == "rms" else "LayerNormalization"
+        kind = self.rms_norm if norm.kind == "rms" else "LayerNormalization"
         return self.graph.op(
             kind,
             [x, *norm_weights(self.graph, norm)],
