@@ -127,7 +127,7 @@ def activate(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
 
 def unit_scaled(graph: Graph, dialect: Dialect, x: ir.Value, width: int) -> ir.Value:
     """Scale rows float32 [N, d] to a root mean square of 1."""
-    ones = graph.table("ones", np.ones(width, np.float32))
+    ones = graph.table("ones", np.ones(width, np.float32), ir.DataType.FLOAT)
     return graph.op(dialect.rms_norm, [x, ones], axis=-1, epsilon=UNIT_EPSILON, stash_type=1)
 
 

@@ -70,10 +70,13 @@ class CudaRunner(Runner):
         cache: KV cache of the engine.
         stream: Stream of the calls.
         beside: The caller continues while a submitted call runs.
+        heads: The engine has a head.
     """
 
-    def __init__(self, engine: Any, cache: KVCache, stream: CudaStream, beside: bool) -> None:
-        super().__init__(engine, cache)
+    def __init__(
+        self, engine: Any, cache: KVCache, stream: CudaStream, beside: bool, heads: bool = True
+    ) -> None:
+        super().__init__(engine, cache, heads)
         self.stream = stream
         self.beside = beside
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="runner")

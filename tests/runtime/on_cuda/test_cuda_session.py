@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import PROMPTS, Bundles
-from device_cases import EXITS, LLAMA, MODES, T5, both, every
+from device_cases import EXITS, FEATURES, LLAMA, MODES, T5, both, every
 from draft_plans import draft_exits
 from fake_device import Machine
 from fake_onnxruntime import CPU
@@ -228,3 +228,29 @@ def test_nothing_is_a_reason_to_decode_elsewhere(target: Any, monkeypatch: pytes
     Machine(monkeypatch, devices=0)
     with pytest.raises(DeviceError, match="cuda:0 does not exist: this machine has 0 CUDA devices"):
         Session(target(LLAMA), device="cuda:0")
+
+
+@pytest.mark.parametrize(("mode", "slots"), [("free", 1), ("rollback", 3), ("lossless", 1), ("full", 3)])
+@pytest.mark.parametrize("case", FEATURES, ids=lambda case: case.name)
+def test_exits_that_read_features_do_so_on_a_gpu(
+    case: Any, mode: str, slots: int, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bundle(case, case.exit_layers[0], target="cuda", precision="fp32")
+    options = {**MODES[mode], "threshold": 0.1} if "threshold" in MODES[mode] else MODES[mode]
+    with Session(path, threads=1) as session:
+        want = [session.generate(list(prompt), max_new_tokens=16, **options) for prompt in PROMPTS]
+    Machine(monkeypatch)
+    draft_exits(monkeypatch)
+    with Session(path, device="cuda:0", threads=1, slots=slots) as session:
+        assert not session.overlap
+        got = session.generate([list(prompt) for prompt in PROMPTS], max_new_tokens=16, **options)
+    assert [result.token_ids for result in got] == [result.token_ids for result in want]
+    if mode != "lossless":
+        assert [result.exited for result in got] == [result.exited for result in want]
+    assert mode == "full" or sum(result.stats.exits + result.stats.rejected for result in got) > 5
+
+
+def test_steps_that_need_features_cannot_overlap(bundle: Bundles, machine: Machine) -> None:
+    path = bundle(FEATURES[0], FEATURES[0].exit_layers[0], target="cuda", precision="fp32")
+    with pytest.raises(OptionError, match="overlap is True, but the exit of this bundle reads features"):
+        Session(path, device="cuda:0", overlap=True)
