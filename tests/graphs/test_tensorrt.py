@@ -64,7 +64,7 @@ def test_every_engine_is_built_with_all_profiles(case: Any, precision: str, copi
 @each_model
 def test_caches_attention_and_types_are_what_the_graph_says(case: Any, precision: str, bundle: Bundles) -> None:
     opened = Bundle.open(bundle(case, case.exit_layers[0], target="tensorrt", precision=precision))
-    for name in ("shallow", "deep"):
+    for name in ENGINES[case][ENGINES[case].index("shallow") :]:
         graph = onnx.load(opened.engine(name), load_external_data=False).graph
         operators = Counter(node.op_type for node in graph.node)
         with network_of(opened.engine(name)) as layers:
@@ -74,10 +74,11 @@ def test_caches_attention_and_types_are_what_the_graph_says(case: Any, precision
             written = {layer.get_input(0).name: layer.get_output(0).name for layer in updates}
             # The layer's output is its input's memory: past and present of one part, and of every part.
             assert written == {f"past.{part}": f"present.{part}" for part in parts}
-            assert kinds[trt.LayerType.ATTENTION_INPUT] == operators["Attention"] > 0
+            assert kinds[trt.LayerType.ATTENTION_INPUT] == operators["Attention"]
+            assert parts or case is T5_FEATURE  # nothing precedes its exit but the embedding
             assert kinds[trt.LayerType.ROTARY_EMBEDDING] == operators["RotaryEmbedding"]
             assert kinds[trt.LayerType.KV_CACHE_UPDATE] == operators["TensorScatter"] == len(parts)
-            assert float_casts(layers) == float_casts_of_graph(opened.engine(name))
+            assert float_casts(layers) <= float_casts_of_graph(opened.engine(name))
 
 
 ROUNDED = {"int8": trt.DataType.INT8, "fp8": trt.DataType.FP8, "int4": trt.DataType.INT4}
@@ -188,7 +189,9 @@ class network_of:
 
 
 def layers_of(bundle: Bundle, engine: str) -> Sequence[int | str]:
-    return bundle.manifest.shallow_caches if engine == "shallow" else bundle.manifest.deep_layers
+    manifest = bundle.manifest
+    caches = {"shallow": manifest.shallow_caches, "exit": manifest.exit_names, "deep": manifest.deep_layers}
+    return caches[engine]
 
 
 def float_casts(layers: list[Any]) -> int:
