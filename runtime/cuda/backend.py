@@ -145,7 +145,7 @@ class CudaBackend(Backend):
             self.cuda.close()
 
     def _load(self, name: str) -> Any:
-        captures = name == "shallow" and self.options.cuda_graphs
+        captures = name in ("shallow", "exit", "deep") and self.options.cuda_graphs
         engine = self.engine(name, self._stream(name), captures)
         self._engines.append(engine)
         return engine

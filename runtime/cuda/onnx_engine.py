@@ -64,9 +64,7 @@ class CudaCall(DeviceCall):
     def _launch(self, staging: Staging) -> None:
         engine = self._engine
         staging.send(0, self._sent)
-        tokens = self._inputs.get("input_ids")
-        repeats = self._runs >= RUNS_BEFORE_CAPTURE and self._graph == 0 and engine.graphs_left > 0
-        captures = engine.captures and repeats and tokens is not None and tokens.shape[1] == 1
+        captures = self._runs >= RUNS_BEFORE_CAPTURE and self._graph == 0 and engine.graphs_left > 0
         if captures:
             self._graph = next(engine.graphs)
             engine.graphs_left -= 1
@@ -82,7 +80,7 @@ class CudaCall(DeviceCall):
                     f"{engine.name} failed on device {engine.stream.cuda}: {text}"
                 ) from error
             logger.warning(
-                "steps of %s run without a CUDA graph, which cannot be captured: %s",
+                "calls of %s run without a CUDA graph, which cannot be captured: %s",
                 engine.name,
                 text,
             )

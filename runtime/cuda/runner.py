@@ -85,6 +85,17 @@ class CudaRunner(Runner):
         self._origin: CudaEvent | None = None
         self._seen: list[tuple[float, float]] = []
 
+    def padded(self, slot: int, rows: int, heads: int, most: int) -> tuple[int, int]:
+        """Return powers of two, or at most `most`, so that few CUDA graphs serve all sizes.
+
+        Without CUDA graphs, or room in the cache, sizes are not changed.
+        """
+        width = min(_power(rows), most)
+        fits = self.cache.length(slot) + width <= self.cache.rows
+        if not self.engine.captures or not fits:
+            return rows, heads
+        return width, min(_power(heads), width)
+
     def submit(self, call: Any) -> Event:
         """Enqueue the call after the work that is in other streams now.
 
@@ -152,6 +163,11 @@ class CudaRunner(Runner):
     def _new_events(self) -> CallEvents:
         device = self.stream.cuda
         return CallEvents(device.event(), device.event(timed=True), device.event(timed=True))
+
+
+def _power(count: int) -> int:
+    """Return the next power of two, and 0 for 0."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 class _Enqueued(Event):

@@ -51,7 +51,7 @@ class FeatureDecoder(Decoder):
 
     def forget_calls(self) -> None:
         super().forget_calls()
-        self._exit_calls: dict[int, SlotCall] = {}  # by rows
+        self._exit_calls: dict[int, SlotCall] = {}  # by rows, padded
         self._embeddings: dict[int, SlotCall] = {}  # by rows
 
     @property
@@ -179,7 +179,9 @@ class FeatureDecoder(Decoder):
         rows = end - first
         states[:rows] = cache.states[slot, first:end]
         features[:rows] = cache.features[slot, first:end]
-        self._step = call = self._exit_calls.get(rows) or self._exit_call(rows)
+        width, _ = self._exit.padded(slot, rows, 1, self.max_pending)
+        self._step = call = self._exit_calls.get(width) or self._exit_call(width)
+        call.shrink(rows, 1)
         return call
 
     def _asked(self, call: SlotCall) -> None:

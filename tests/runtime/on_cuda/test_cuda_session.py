@@ -104,10 +104,11 @@ def test_beams_on_a_gpu_are_those_of_the_cpu(
         assert got == [session.generate(list(prompt), **options).token_ids for prompt in PROMPTS]
 
 
-def test_shallow_steps_are_launched_as_one_graph_once_they_come_again(target: Any, machine: Machine) -> None:
+def test_calls_are_launched_as_one_graph_once_they_come_again(target: Any, machine: Machine) -> None:
     with Session(target(LLAMA), device="cuda:0", threads=1, slots=1) as session:
         session.generate(list(PROMPTS[0]), max_new_tokens=30, ignore_eos=True, threshold=0.5)
-        assert machine.onnxruntime.captures == 1
+        captures = machine.onnxruntime.captures
+        assert captures > 1  # a step, and sync passes of several sizes
         launches = machine.onnxruntime.launches
         threads = [
             threading.Thread(target=session.generate, args=(list(PROMPTS[0]),), kwargs={"max_new_tokens": 30})
@@ -118,7 +119,7 @@ def test_shallow_steps_are_launched_as_one_graph_once_they_come_again(target: An
         for thread in threads:
             thread.join()
     # Whichever thread decodes, one puts calls into the stream: graphs belong to threads.
-    assert machine.onnxruntime.captures <= 2
+    assert machine.onnxruntime.captures <= captures + 3
     assert machine.onnxruntime.launches > launches + 20
 
 
