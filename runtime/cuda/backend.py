@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from runtime.bundle.bundle import Bundle
+from runtime.cuda.attention import AttentionKernels, choose_attention
 from runtime.cuda.driver import Cuda, CudaStream
 from runtime.cuda.onnx_engine import CudaEngine
 from runtime.cuda.runner import CudaEncoder, CudaKVCache, CudaRunner
@@ -28,7 +29,7 @@ class CudaBackend(Backend):
     """Backend on a CUDA device.
 
     Raises:
-        EngineError: If the installed ONNX Runtime has no CUDA provider.
+        EngineError: If the installed ONNX Runtime has no CUDA provider, or its attention fails.
         DeviceError: If there is no working device.
         CapacityError: If the device has too little memory. Checked before anything is allocated.
         OptionError: If steps cannot overlap with deep passes, and `overlap` is True.
@@ -50,6 +51,7 @@ class CudaBackend(Backend):
         self._runners: list[CudaRunner] = []
         self._engines: list[Any] = []
         super().__init__(bundle, options, capacity, threads)
+        self.attention = self.choose_attention(device)
         self._streams = self.cuda.stream(urgent=True), self.cuda.stream(urgent=False)
 
     def check_installed(self, device: Device) -> None:
@@ -60,9 +62,18 @@ class CudaBackend(Backend):
         """
         device.providers(onnx.import_onnxruntime(), {})
 
+    def choose_attention(self, device: Device) -> AttentionKernels:
+        """Test the attention kernels on the device, for the types and sizes of the bundle."""
+        manifest = self.manifest
+        rows = self.capacity + manifest.max_pending
+        sizes = manifest.kv_heads, manifest.head_dim, rows
+        return choose_attention(device, manifest.float_type, *sizes)
+
     def engine(self, name: str, stream: CudaStream, captures: bool) -> Any:
         """Load an engine for a stream. See `DeviceEngine` for `captures`."""
-        engine = CudaEngine(self.bundle.engine(name), self.threads, stream, captures)
+        engine = CudaEngine(
+            self.bundle.engine(name), self.threads, stream, captures, self.attention.options
+        )
         check_contract(self.manifest, name, engine.session)
         return engine
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime.cuda.attention import FUSED
 from runtime.cuda.call import DeviceCall, DeviceEngine, Staging
 from runtime.cuda.driver import CudaStream
 from runtime.engines.onnx import OnnxEngine, import_onnxruntime
@@ -94,6 +96,8 @@ class CudaCall(DeviceCall):
 class CudaEngine(DeviceEngine):
     """An engine of a bundle on ONNX Runtime's CUDA provider.
 
+    `attention` are the provider's options for attention kernels.
+
     Raises:
         EngineError: If it cannot be loaded, or would run on another device.
     """
@@ -101,10 +105,16 @@ class CudaEngine(DeviceEngine):
     call = CudaCall
 
     def __init__(
-        self, path: Path, threads: int, stream: CudaStream, captures: bool = False
+        self,
+        path: Path,
+        threads: int,
+        stream: CudaStream,
+        captures: bool = False,
+        attention: Mapping[str, str] = FUSED,
     ) -> None:
         super().__init__(path.stem, stream, captures)
         options = {
+            **attention,
             "user_compute_stream": str(int(stream.handle)),
             "enable_cuda_graph": str(int(captures)),
             # Allocate as much as is needed. The default doubles each time.
