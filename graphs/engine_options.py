@@ -106,12 +106,6 @@ class EngineOptions:
                 "--kernels freeexport is for weights that are quantized for a CPU, "
                 f"not for precision {self.precision} of target {self.target}; leave it out"
             )
-        if description.exit_engine and not self.packed:
-            raise GraphError(
-                "an exit that reads a feature needs dialect ort and target cpu, "
-                f"not {self.dialect} and {self.target}; "
-                "train one with --exit-input state, or convert it for a CPU"
-            )
         self._check_target(description)
         fits = self.own_attention(description) or fits_head_size(description.attention)
         if self.dialect == "ort" and not fits:

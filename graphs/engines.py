@@ -147,7 +147,7 @@ class EngineBuilder:
             dialect = self._dialect(graph, call, rows)
             x = rows.counted
         else:
-            x = graph.op("Reshape", [hidden, graph.constant([-1, self.description.hidden_size])])
+            x = flat(graph, hidden, self.description.hidden_size)
         x = graph.to_float(linear(graph, graph.to_compute(x), decoder.exit_map))
         x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder))
         self._head(graph, dialect, x, None, rows)
@@ -174,9 +174,10 @@ class EngineBuilder:
         joined = graph.op("Concat", [states, features], axis=-1)
         joined.shape = ir.Shape(["B", "k", decoder.exit_inputs * width])
         joined.dtype = FLOAT
-        rows = self._packing(graph, call, joined)
+        rows = self._packing(graph, call, joined) if self.options.packed else None
         dialect = self._dialect(graph, call, rows)
-        x = graph.to_float(linear(graph, graph.to_compute(rows.counted), decoder.exit_map))
+        x = rows.counted if rows else flat(graph, joined, decoder.exit_inputs * width)
+        x = graph.to_float(linear(graph, graph.to_compute(x), decoder.exit_map))
         x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder))
         self._head(graph, dialect, x, None, rows)
         self._save(graph)
@@ -194,23 +195,21 @@ class EngineBuilder:
         rows = self._packing(graph, call, stacked) if self.options.packed else None
         dialect = self._dialect(graph, call, rows)
         layers = self.description.decoder.layers
-        flattened = graph.constant([-1, width])
-        hidden = rows.counted if rows else graph.op("Reshape", [stacked, flattened])
+        hidden = rows.counted if rows else flat(graph, stacked, width)
         first = self.options.exit_layer
         earlier = []
         for last in fused_layers(self.description.exit_input, first, len(layers)):
             hidden = self._layers(graph, dialect, hidden, layers[first:last], first)
-            earlier.append(unit_scaled(graph, hidden, width))
+            earlier.append(unit_scaled(graph, dialect, hidden, width))
             first = last
         hidden = self._layers(graph, dialect, hidden, layers[first:], first)
         self._head(graph, dialect, hidden, graph.input("emitted", INT64, ["R"]), rows)
         if self.description.exit_engine:
-            assert rows is not None
             norm = self.description.decoder.head.norm
             features = hidden if norm is None else dialect.norm(hidden, norm)
             if earlier:
                 features = graph.op("Concat", [*earlier, features], axis=-1)
-            features = rows.in_rows(graph, features)
+            features = rows.in_rows(graph, features) if rows else in_rows(graph, features, call)
             graph.output("features", features, FLOAT, ["B", "k", (1 + len(earlier)) * width])
         self._save(graph)
 

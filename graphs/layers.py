@@ -125,12 +125,10 @@ def activate(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
     return graph.op("Gelu", [x], approximate="tanh" if activation == "gelu-tanh" else "none")
 
 
-def unit_scaled(graph: Graph, x: ir.Value, width: int) -> ir.Value:
+def unit_scaled(graph: Graph, dialect: Dialect, x: ir.Value, width: int) -> ir.Value:
     """Scale rows float32 [N, d] to a root mean square of 1."""
-    ones = graph.table("ones", np.ones(width, np.float32))
-    return graph.op(
-        "SimplifiedLayerNormalization", [x, ones], axis=-1, epsilon=UNIT_EPSILON, stash_type=1
-    )
+    ones = graph.table("ones", np.ones(width, np.float32), ir.DataType.FLOAT)
+    return graph.op(dialect.rms_norm, [x, ones], axis=-1, epsilon=UNIT_EPSILON, stash_type=1)
 
 
 def exit_rows(head: Head) -> str:
@@ -181,7 +179,7 @@ def head_outputs(
         width = graph.shape(head.weight)[1]
         feature = normed
         if count > 1:
-            earlier = unit_scaled(graph, normed, width)
+            earlier = unit_scaled(graph, dialect, normed, width)
             feature = graph.op("Concat", [*[earlier] * (count - 1), normed], axis=-1)
         graph.output("feature", feature, ir.DataType.FLOAT, ["R", count * width])
     if head.scale != 1.0:

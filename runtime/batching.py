@@ -75,7 +75,7 @@ class BatchedCall:
         heads = list[int]()
         for call, place in zip(calls, places, strict=True):
             for name in given:
-                inputs[name][place, : call.rows] = call.inputs[name][0]
+                inputs[name][place, : call.rows] = call.inputs[name][0, : call.rows]
             lengths[place] = call.rows
             exits[place] = call.rows if call.exits else 0
             heads.extend(place * width + row for row in range(call.rows - call.heads, call.rows))
@@ -85,11 +85,16 @@ class BatchedCall:
         if runner.cache.own_exit:
             inputs["exit_lengths"] = exits
         if "emitted" in calls[0].inputs:
-            inputs["emitted"] = np.concatenate([call.inputs["emitted"] for call in calls])
+            inputs["emitted"] = np.concatenate(
+                [call.inputs["emitted"][: call.heads] for call in calls]
+            )
         outputs: dict[str, Any] = {}
         for output in {name: None for call in calls for name in call.outputs}:
             if output in _STATES:
                 shape = (*tokens, self._sizes[output])
+                outputs[output] = runner.scratch(output, shape, np.float32)
+            elif output == "feature":
+                shape = (len(heads), self._sizes[output])
                 outputs[output] = runner.scratch(output, shape, np.float32)
             else:
                 kind = np.int64 if output == "token" else np.float32
@@ -101,12 +106,10 @@ class BatchedCall:
         head = 0
         for call, place in zip(calls, places, strict=True):
             for output, target in call.outputs.items():
-                part = (
-                    outputs[output][place : place + 1, : call.rows]
-                    if output in _STATES
-                    else outputs[output][head : head + call.heads]
-                )
-                target[:] = part
+                if output in _STATES:
+                    target[:, : call.rows] = outputs[output][place : place + 1, : call.rows]
+                else:
+                    target[: call.heads] = outputs[output][head : head + call.heads]
             head += call.heads
             call.seconds = seconds
             call.batch_size = len(calls)

@@ -1,6 +1,7 @@
 """Cases of sessions on a device.
 
-Two checkpoints, their exits with own layers and vocabularies, and options of every decoding mode.
+Two checkpoints, their exits with own layers and vocabularies, exits that read features, and options of every decoding
+mode.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 from checkpoints import BY_NAME
+from exit_layer_case import with_feature
 from exit_vocabulary_case import with_exit_vocabulary
 
 T5 = BY_NAME["t5-relu-tied"]
 LLAMA = BY_NAME["llama-grouped-llama3-rope"]
 EXITS = tuple(with_exit_vocabulary(case.name, layers=True) for case in (T5, LLAMA))
+FEATURES = (with_feature("llama-tied", 1, "fused"), with_feature("t5-relu-tied", 0))
 both = pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
 every = pytest.mark.parametrize("case", [T5, LLAMA, *EXITS], ids=lambda case: case.name)
 MODES: dict[str, dict[str, Any]] = {

@@ -23,9 +23,11 @@ from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.extras import PURPOSES, install_command, installed_version, missing_of
 from freeexport.system.machine import detect_machine
 from freeexport.system.page import human_bytes, pairs, print_page
+from runtime.cuda.attention import choose_attention
 from runtime.cuda.driver import dotted
 from runtime.errors import EngineError, first_line
 from runtime.kernels import instructions, missing
+from runtime.machine.device import CUDA_PROVIDER, Device
 from runtime.tensorrt.files import import_tensorrt
 
 # Distributions that all install the import package `onnxruntime`. A later one overwrites an earlier
@@ -99,7 +101,7 @@ def examine(version_of: VersionOf = installed_version) -> dict[str, Any]:
         "wheels": wheels,
         "packages": {name: version_of(name) for name in PACKAGES},
         "providers": providers,
-        "cuda": check_cuda(version_of),
+        "cuda": check_cuda(version_of) | {"attention": check_attention(providers)},
         "tensorrt": check_tensorrt(version_of),
         "machine": asdict(detect_machine()),
         "kernels": why_not or instructions(),
@@ -224,6 +226,20 @@ def check_cuda(version_of: VersionOf) -> dict[str, Any]:
     }
 
 
+def check_attention(providers: Sequence[dict[str, Any]]) -> str | None:
+    """Return which of ONNX Runtime's attention kernels sessions on the first GPU use, in fp16.
+
+    Returns the reason if they cannot use any, and None without a usable CUDA provider.
+    """
+    if not any(one["name"] == CUDA_PROVIDER and one["usable"] for one in providers):
+        return None
+    try:
+        kernels = choose_attention(Device(0), "fp16", kv_heads=4, head_dim=64, rows=64)
+    except EngineError as error:
+        return str(error)
+    return f"unfused, because fused: {kernels.problem}" if kernels.problem else "fused"
+
+
 def _built_for() -> str | None:
     """Return the CUDA version that the wheel was built for, without importing it."""
     spec = importlib.util.find_spec("onnxruntime")
@@ -312,6 +328,8 @@ def _cuda_rows(device: dict[str, Any]) -> list[tuple[str, str]]:
         ("driver", driver),
         ("cuda-bindings", device["bindings"] or "not installed"),
     ]
+    if device.get("attention"):
+        rows.append(("attention", device["attention"]))
     return rows + [("does not fit", problem) for problem in device["problems"]]
 
 

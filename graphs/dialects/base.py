@@ -48,6 +48,8 @@ class CallInputs:
 
 
 class Dialect(Protocol):
+    rms_norm: str  # the operator that divides by the root mean square, in the default domain
+
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
         """Normalize over the last axis in fp32. `x` and the result are float32 [M, d]."""
 

@@ -69,6 +69,8 @@ class OrtDialect:
         packing: If given, rows between attentions have no padding.
     """
 
+    rms_norm = "SimplifiedLayerNormalization"
+
     def __init__(
         self,
         graph: Graph,
@@ -109,7 +111,7 @@ class OrtDialect:
         return self.graph.op("Max", [longest, self.graph.cast(rows, ir.DataType.INT32)])
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
-        kind = "SimplifiedLayerNormalization" if norm.kind == "rms" else "LayerNormalization"
+        kind = self.rms_norm if norm.kind == "rms" else "LayerNormalization"
         return self.graph.op(
             kind,
             [x, *norm_weights(self.graph, norm)],

@@ -35,21 +35,25 @@ class StandardDialect:
         fixed: The cache has exactly `cache_rows` rows, as TensorRT requires.
     """
 
+    rms_norm = "RMSNormalization"
+
     def __init__(
         self, graph: Graph, call: CallInputs, cache_rows: int = 0, fixed: bool = False
     ) -> None:
         self.graph = graph
         self.call = call
         self.cache_rows = cache_rows
+        self._fixed = fixed
         self._rows: Dimension = cache_rows if fixed else "cache"
         self._masks: dict[tuple[str | None, int | None], ir.Value] = {}
         self._cross_mask: ir.Value | None = None
         self._positions = query_positions(graph, call)
         if call.past_lengths is not None:
             self._past = graph.cast(call.past_lengths, ir.DataType.INT64)
+            self._valid = self._valid_rows(call)
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
-        kind = "RMSNormalization" if norm.kind == "rms" else "LayerNormalization"
+        kind = self.rms_norm if norm.kind == "rms" else "LayerNormalization"
         return self.graph.op(
             kind,
             [x, *norm_weights(self.graph, norm)],
@@ -89,7 +93,7 @@ class StandardDialect:
         keys = self._extend(f"{layer}.key", key, attention)
         values = self._extend(f"{layer}.value", value, attention)
         mask = self._mask(attention, keys)
-        return self._attend(query, keys, values, mask, attention)
+        return self._attend(query, keys, values, mask, attention, self._valid)
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph = self.graph
@@ -105,7 +109,8 @@ class StandardDialect:
         if self._cross_mask is None:
             assert call.cross_lengths is not None
             self._cross_mask = self._padding_mask(self._key_positions(key), call.cross_lengths)
-        return self._attend(query, key, value, self._cross_mask, attention)
+        lengths = None if self._fixed else graph.cast(call.cross_lengths, ir.DataType.INT64)
+        return self._attend(query, key, value, self._cross_mask, attention, lengths)
 
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         graph = self.graph
@@ -143,6 +148,18 @@ class StandardDialect:
         present = graph.op("TensorScatter", [past, new, self._past], axis=2, mode="linear")
         graph.output(f"present.{name}", present, graph.compute, shape)
         return present
+
+    def _valid_rows(self, call: CallInputs) -> ir.Value | None:
+        """Return the number of valid rows of each cache, int64 [B].
+
+        ONNX Runtime's fused kernels then read no more keys. The mask alone would make their cost
+        follow the capacity. TensorRT is given the mask alone.
+        """
+        if self._fixed:
+            return None
+        graph = self.graph
+        assert call.query_lengths is not None
+        return graph.op("Add", [self._past, graph.cast(call.query_lengths, ir.DataType.INT64)])
 
     def _mask(self, attention: Attention, keys: ir.Value) -> ir.Value:
         """Return the tensor that is added to the scores, [B, 1 or heads, rows, cache].
@@ -197,10 +214,15 @@ class StandardDialect:
         value: ir.Value,
         mask: ir.Value | None,
         attention: Attention,
+        lengths: ir.Value | None = None,
     ) -> ir.Value:
+        """Attend with an additive mask. `lengths` int64 [B] counts the valid keys."""
         graph = self.graph
         capped: dict[str, Any] = {} if attention.softcap is None else {"softcap": attention.softcap}
-        out = graph.op("Attention", [query, key, value, mask], scale=attention.scale, **capped)
+        inputs = [query, key, value, mask]
+        if lengths is not None:
+            inputs += [None, None, lengths]
+        out = graph.op("Attention", inputs, scale=attention.scale, **capped)
         return flat(
             graph,
             graph.op("Transpose", [out], perm=[0, 2, 1, 3]),

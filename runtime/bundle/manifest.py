@@ -462,7 +462,6 @@ class Manifest:
             (self.exit_layer >= (0 if self.exit_engine else 1), "exit_layer", self.exit_layer),
             (self.exit_layer < self.layers, "exit_layer", self.exit_layer),
             (self.exit_layers > 0 or not self.exit_engine, "exit_input", self.exit_input),
-            (self.packed or not self.exit_engine, "exit_input", self.exit_input),
             (1 <= (tuned or 1) <= self.max_pending, "tuned_max_pending", tuned),
             (start is not None or not self.encoder_decoder, "decoder_start_token_id", start),
         ]

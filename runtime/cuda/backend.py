@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from runtime.bundle.bundle import Bundle
+from runtime.cuda.attention import AttentionKernels, choose_attention
 from runtime.cuda.driver import Cuda, CudaStream
 from runtime.cuda.onnx_engine import CudaEngine
 from runtime.cuda.runner import CudaEncoder, CudaKVCache, CudaRunner
 from runtime.engines import onnx
-from runtime.engines.backend import Backend, Load, cache_sizes
+from runtime.engines.backend import Backend, Load
 from runtime.engines.contract import check_contract
-from runtime.engines.kv_cache import CROSS_STEP
+from runtime.engines.kv_cache import CROSS_STEP, KVCache
 from runtime.engines.runner import Encoder, Runner
 from runtime.errors import DeviceError, OptionError
 from runtime.machine.device import Device
@@ -27,20 +29,29 @@ class CudaBackend(Backend):
     """Backend on a CUDA device.
 
     Raises:
-        EngineError: If the installed ONNX Runtime has no CUDA provider.
+        EngineError: If the installed ONNX Runtime has no CUDA provider, or its attention fails.
         DeviceError: If there is no working device.
         CapacityError: If the device has too little memory. Checked before anything is allocated.
+        OptionError: If steps cannot overlap with deep passes, and `overlap` is True.
     """
+
+    cache = CudaKVCache
 
     def __init__(
         self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device
     ) -> None:
         assert device.index is not None
+        if options.overlap and bundle.manifest.exit_engine:
+            raise OptionError(
+                "overlap is True, but the exit of this bundle reads features of deep passes, so "
+                "its steps wait for them; leave it out"
+            )
         self.check_installed(device)
         self.cuda = Cuda(device.index)
         self._runners: list[CudaRunner] = []
         self._engines: list[Any] = []
         super().__init__(bundle, options, capacity, threads)
+        self.attention = self.choose_attention(device)
         self._streams = self.cuda.stream(urgent=True), self.cuda.stream(urgent=False)
 
     def check_installed(self, device: Device) -> None:
@@ -51,9 +62,18 @@ class CudaBackend(Backend):
         """
         device.providers(onnx.import_onnxruntime(), {})
 
+    def choose_attention(self, device: Device) -> AttentionKernels:
+        """Test the attention kernels on the device, for the types and sizes of the bundle."""
+        manifest = self.manifest
+        rows = self.capacity + manifest.max_pending
+        sizes = manifest.kv_heads, manifest.head_dim, rows
+        return choose_attention(device, manifest.float_type, *sizes)
+
     def engine(self, name: str, stream: CudaStream, captures: bool) -> Any:
         """Load an engine for a stream. See `DeviceEngine` for `captures`."""
-        engine = CudaEngine(self.bundle.engine(name), self.threads, stream, captures)
+        engine = CudaEngine(
+            self.bundle.engine(name), self.threads, stream, captures, self.attention.options
+        )
         check_contract(self.manifest, name, engine.session)
         return engine
 
@@ -72,12 +92,22 @@ class CudaBackend(Backend):
     def runners(self, engine: Load) -> tuple[Runner, Runner]:
         """Return the runners of the shallow and the deep engine.
 
-        The deep engine runs concurrently unless the option `overlap` is False. Shallow steps have
-        priority, because a token waits for them.
+        The deep engine runs concurrently unless the option `overlap` is False, or the exit reads
+        features of deep passes. Shallow steps have priority, because a token waits for them.
         """
-        shallow = self._runner(engine("shallow"), self.manifest.shallow_caches, beside=False)
-        beside = self.options.overlap is not False
-        return shallow, self._runner(engine("deep"), self.manifest.deep_layers, beside)
+        manifest = self.manifest
+        beside = self.options.overlap is not False and not manifest.exit_engine
+        shallow = self._cache(manifest.shallow_caches, zeros=self._zeros("shallow"))
+        deep = self._cache(manifest.deep_layers, zeros=self._zeros("deep"))
+        return (
+            self._runner(engine("shallow"), shallow, heads=not manifest.exit_engine),
+            self._runner(engine("deep"), deep, beside),
+        )
+
+    def exit_runner(self, engine: Load) -> Runner | None:
+        if not self.manifest.exit_engine:
+            return None
+        return self._runner(engine("exit"), self._feature_cache(zeros=self._zeros("exit")))
 
     def encoder(self, engine: Load, runner: Runner) -> Encoder | None:
         manifest = self.manifest
@@ -108,7 +138,7 @@ class CudaBackend(Backend):
         if longest and slots > 1:
             # And a padded copy for sequences that share calls.
             rows += slots * (longest + CROSS_STEP)
-        cache = rows * manifest.kv_bytes_per_token
+        cache = rows * (manifest.kv_bytes_per_token + manifest.feature_bytes_per_token)
         weights = self.weight_bytes()
         what = (
             f"{cache / 1e6:.1f} MB of KV cache ({rows} positions) "
@@ -126,20 +156,22 @@ class CudaBackend(Backend):
             self.cuda.close()
 
     def _load(self, name: str) -> Any:
-        # Encoder and prologue share the stream of the shallow engine, which reads their results
-        # first.
-        stream = self._streams[1] if name == "deep" else self._streams[0]
-        captures = name == "shallow" and self.options.cuda_graphs
-        engine = self.engine(name, stream, captures)
+        captures = name in ("shallow", "exit", "deep") and self.options.cuda_graphs
+        engine = self.engine(name, self._stream(name), captures)
         self._engines.append(engine)
         return engine
 
-    def _runner(self, engine: Any, layers: Sequence[int | str], beside: bool) -> CudaRunner:
-        def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
-            return self.cuda.zeros(shape, dtype, engine.stream)
+    def _zeros(self, name: str) -> Callable[..., Any]:
+        """Return the allocator of arrays that are used in the stream of an engine."""
+        return partial(self.cuda.zeros, stream=self._stream(name))
 
-        sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
-        fixed = self.manifest.target == "tensorrt"
-        cache = CudaKVCache(**sizes, zeros=zeros, fixed=fixed)
-        self._runners.append(CudaRunner(engine, cache, engine.stream, beside))
+    def _stream(self, name: str) -> CudaStream:
+        # All engines but the deep one share a stream. The shallow engine reads the prologue's
+        # results first, and the exit reads the shallow engine's states.
+        return self._streams[1] if name == "deep" else self._streams[0]
+
+    def _runner(
+        self, engine: Any, cache: KVCache, beside: bool = False, heads: bool = True
+    ) -> CudaRunner:
+        self._runners.append(CudaRunner(engine, cache, engine.stream, beside, heads))
         return self._runners[-1]

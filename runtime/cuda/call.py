@@ -6,7 +6,6 @@ Host arrays are copied through pinned staging memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 from weakref import WeakSet
 
@@ -61,7 +60,7 @@ class DeviceEngine:
     Args:
         name: Name of the engine.
         stream: Stream that all calls are enqueued into, in order and from one thread.
-        captures: Capture repeated calls with one token per row as CUDA graphs.
+        captures: Capture repeated calls as CUDA graphs.
     """
 
     call: type[DeviceCall]
@@ -164,20 +163,18 @@ class DeviceCall:
             CapacityError: If the device has too little memory.
         """
         stream = self._engine.stream
-        # Allocating memory would disturb the capture of another call.
-        with nullcontext() if self._engine.captures else stream.cuda.undisturbed:
-            stream.cuda.make_current()
-            staging = self._staging or self._lay_out()
-            if self._running:
-                # The last run failed, and the device may still be reading its inputs.
-                stream.synchronize()
-            self._running = True
-            for name, array in self._inputs.items():
-                if name in self._views:
-                    self._views[name][...] = array
-            self._launch(staging)
-            stream.record(staging.event)
-            self._runs += 1
+        stream.cuda.make_current()
+        staging = self._staging or self._lay_out()
+        if self._running:
+            # The last run failed, and the device may still be reading its inputs.
+            stream.synchronize()
+        self._running = True
+        for name, array in self._inputs.items():
+            if name in self._views:
+                self._views[name][...] = array
+        self._launch(staging)
+        stream.record(staging.event)
+        self._runs += 1
 
     def finish(self) -> None:
         """Wait for the run and copy results into the host arrays."""

@@ -56,6 +56,9 @@ class DeviceArray:
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     @property
     def contiguous(self) -> bool:
         dense = _dense(self.shape, self.dtype.itemsize)

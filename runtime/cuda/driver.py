@@ -63,8 +63,9 @@ class Cuda:
         self.index = index
         self.runtime = runtime or _import_runtime()
         self.lost = ""
-        # Held while enqueuing a call, so that another thread can capture without interference.
+        # Held during a capture, in which its thread must not free memory.
         self.undisturbed = threading.Lock()
+        self._thread = threading.local()
         # Reentrant: garbage collection may call `free` while this thread holds the lock.
         self._lock = threading.RLock()
         self._deferred: deque[int] = deque()
@@ -87,10 +88,22 @@ class Cuda:
             raise DeviceError(
                 f"device {self} was lost ({self.lost}); close the session and restart the program"
             )
+        self.enter_thread()
         failed, *values = getattr(self.runtime, name)(*arguments)
         if int(failed):
             raise self._error(name, failed)
         return values[0] if len(values) == 1 else tuple(values)
+
+    def enter_thread(self) -> None:
+        """Let this thread ignore captures of other threads.
+
+        ONNX Runtime captures in global mode. By default, threads must not allocate, synchronize or
+        query events while another one captures so, in this session or any other.
+        """
+        if not hasattr(self._thread, "entered"):
+            mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            self.runtime.cudaThreadExchangeStreamCaptureMode(mode)
+            self._thread.entered = True
 
     def make_current(self) -> None:
         """Make this the thread's device. Needed before memory, streams and events are created."""
@@ -171,13 +184,11 @@ class Cuda:
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def free(self, address: int) -> None:
-        """Free device memory at once, or with the next allocation if another thread may be
-        capturing.
+        """Free device memory at once, or with the next allocation if a thread is capturing.
 
         Does nothing after `close`, or if the device is lost.
         """
-        # Garbage collection calls this from any thread. It must not disturb a capture or wait for
-        # it.
+        # Garbage collection calls this from any thread, the capturing one included.
         self._deferred.append(address)
         self._free_deferred()
 
@@ -191,6 +202,7 @@ class Cuda:
                     known = address in self._memory
                     self._memory.discard(address)
                 if known and not self.lost:
+                    self.enter_thread()
                     self.runtime.cudaFree(address)
         finally:
             self.undisturbed.release()
@@ -306,6 +318,7 @@ class CudaEvent:
 
     def done(self) -> bool:
         """Return True if the event has been reached."""
+        self.cuda.enter_thread()
         failed, *_ = self.cuda.runtime.cudaEventQuery(self.handle)
         if getattr(failed, "name", "") == "cudaErrorNotReady":
             return False

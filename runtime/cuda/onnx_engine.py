@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime.cuda.attention import FUSED
 from runtime.cuda.call import DeviceCall, DeviceEngine, Staging
 from runtime.cuda.driver import CudaStream
 from runtime.engines.onnx import OnnxEngine, import_onnxruntime
@@ -64,9 +66,7 @@ class CudaCall(DeviceCall):
     def _launch(self, staging: Staging) -> None:
         engine = self._engine
         staging.send(0, self._sent)
-        tokens = self._inputs.get("input_ids")
-        repeats = self._runs >= RUNS_BEFORE_CAPTURE and self._graph == 0 and engine.graphs_left > 0
-        captures = engine.captures and repeats and tokens is not None and tokens.shape[1] == 1
+        captures = self._runs >= RUNS_BEFORE_CAPTURE and self._graph == 0 and engine.graphs_left > 0
         if captures:
             self._graph = next(engine.graphs)
             engine.graphs_left -= 1
@@ -82,7 +82,7 @@ class CudaCall(DeviceCall):
                     f"{engine.name} failed on device {engine.stream.cuda}: {text}"
                 ) from error
             logger.warning(
-                "steps of %s run without a CUDA graph, which cannot be captured: %s",
+                "calls of %s run without a CUDA graph, which cannot be captured: %s",
                 engine.name,
                 text,
             )
@@ -96,6 +96,8 @@ class CudaCall(DeviceCall):
 class CudaEngine(DeviceEngine):
     """An engine of a bundle on ONNX Runtime's CUDA provider.
 
+    `attention` are the provider's options for attention kernels.
+
     Raises:
         EngineError: If it cannot be loaded, or would run on another device.
     """
@@ -103,10 +105,16 @@ class CudaEngine(DeviceEngine):
     call = CudaCall
 
     def __init__(
-        self, path: Path, threads: int, stream: CudaStream, captures: bool = False
+        self,
+        path: Path,
+        threads: int,
+        stream: CudaStream,
+        captures: bool = False,
+        attention: Mapping[str, str] = FUSED,
     ) -> None:
         super().__init__(path.stem, stream, captures)
         options = {
+            **attention,
             "user_compute_stream": str(int(stream.handle)),
             "enable_cuda_graph": str(int(captures)),
             # Allocate as much as is needed. The default doubles each time.

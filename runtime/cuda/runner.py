@@ -70,10 +70,13 @@ class CudaRunner(Runner):
         cache: KV cache of the engine.
         stream: Stream of the calls.
         beside: The caller continues while a submitted call runs.
+        heads: The engine has a head.
     """
 
-    def __init__(self, engine: Any, cache: KVCache, stream: CudaStream, beside: bool) -> None:
-        super().__init__(engine, cache)
+    def __init__(
+        self, engine: Any, cache: KVCache, stream: CudaStream, beside: bool, heads: bool = True
+    ) -> None:
+        super().__init__(engine, cache, heads)
         self.stream = stream
         self.beside = beside
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="runner")
@@ -81,6 +84,17 @@ class CudaRunner(Runner):
         self._scratch: dict[str, DeviceArray] = {}
         self._origin: CudaEvent | None = None
         self._seen: list[tuple[float, float]] = []
+
+    def padded(self, slot: int, rows: int, heads: int, most: int) -> tuple[int, int]:
+        """Return powers of two, or at most `most`, so that few CUDA graphs serve all sizes.
+
+        Without CUDA graphs, or room in the cache, sizes are not changed.
+        """
+        width = min(_power(rows), most)
+        fits = self.cache.length(slot) + width <= self.cache.rows
+        if not self.engine.captures or not fits:
+            return rows, heads
+        return width, min(_power(heads), width)
 
     def submit(self, call: Any) -> Event:
         """Enqueue the call after the work that is in other streams now.
@@ -149,6 +163,11 @@ class CudaRunner(Runner):
     def _new_events(self) -> CallEvents:
         device = self.stream.cuda
         return CallEvents(device.event(), device.event(timed=True), device.event(timed=True))
+
+
+def _power(count: int) -> int:
+    """Return the next power of two, and 0 for 0."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 class _Enqueued(Event):

@@ -68,13 +68,15 @@ class SlotCall:
         exits: Also run the exit's own layers, if any, for all rows.
 
     Attributes:
+        query_lengths: Engine input int32 [1]: `rows`.
+        head_rows: Engine input int64 [R]: the last `heads` rows.
         seconds: Duration of the last engine call that included it.
         batch_size: Number of sequences in that call.
     """
 
     __slots__ = (
-        *("_age", "_call", "_cross", "_kept", "batch_size", "exits", "heads", "inputs"),
-        *("outputs", "owner", "rows", "runner", "seconds"),
+        *("_age", "_call", "_cross", "_kept", "batch_size", "exits", "head_rows", "heads"),
+        *("inputs", "outputs", "owner", "query_lengths", "rows", "runner", "seconds"),
     )
 
     def __init__(
@@ -94,6 +96,8 @@ class SlotCall:
         self.rows = rows
         self.heads = heads
         self.exits = exits
+        self.query_lengths = np.array([rows], np.int32)
+        self.head_rows = np.arange(rows - heads, rows, dtype=np.int64)
         self.seconds = 0.0
         self.batch_size = 1
         self._call: Call | None = None
@@ -101,6 +105,15 @@ class SlotCall:
         self._kept: Call | None = None
         self._age = 0
         self._cross: Mapping[str, Any] = {}
+
+    def shrink(self, rows: int, heads: int) -> None:
+        """Use only the first `rows` rows and `heads` predictions. The others become padding."""
+        if (rows, heads) != (self.rows, self.heads):
+            self.rows = rows
+            self.heads = heads
+            self.query_lengths[0] = rows
+            self.head_rows[:heads] = range(rows - heads, rows)
+            self.head_rows[heads:] = rows - 1
 
     def submit(self) -> Event:
         """Start the call on its own, on the thread or stream of its engine."""

@@ -119,7 +119,7 @@ class Decoder:
     def forget_calls(self) -> None:
         """Drop all bound calls. They are bound again when needed."""
         # Shallow calls by rows, head, and the exit's own layers. Deep calls by rows (0: the call of
-        # `full_step`), heads, and whether they skip the first rows of the stack.
+        # `full_step`), heads, both padded, and whether they skip the first rows of the stack.
         self._steps: dict[tuple[int, bool, bool], SlotCall] = {}
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
         # `_pass` is the last deep call until its predictions are read, `_both` the calls of
@@ -397,17 +397,16 @@ class Decoder:
     def bind(self, call: SlotCall) -> Call:
         """Bind a call for this slot alone."""
         runner = call.runner
-        rows = call.rows
         past = self._past[runner]
         shared: dict[str, Any] = {
             # A view of the cache's own counter, so the engine reads what `extend` and `trim` write.
             "past_lengths": runner.cache.lengths[self.slot : self.slot + 1],
-            "query_lengths": np.array([rows], np.int32),
+            "query_lengths": call.query_lengths,
         }
         if runner.heads:
-            shared["head_rows"] = np.arange(rows - call.heads, rows, dtype=np.int64)
+            shared["head_rows"] = call.head_rows
         if runner.cache.own_exit:
-            shared["exit_lengths"] = np.array([rows if call.exits else 0], np.int32)
+            shared["exit_lengths"] = np.array([call.rows if call.exits else 0], np.int32)
         return runner.engine.bind(
             {
                 **call.inputs,
@@ -441,10 +440,12 @@ class Decoder:
         """Return the deep call on rows `first` to `end` of the stack, with `heads` predictions."""
         rows = end - first
         apart = first > 0
-        call = self._passes.get((rows, heads, apart))
+        sizes = self._deep.padded(self.slot, rows, heads, self.max_pending)
+        call = self._passes.get((*sizes, apart))
         if call is None:
-            hidden = (self._later if apart else self._stack)[None, :rows]
-            call = self._passes[rows, heads, apart] = self._deep_call(hidden, heads)
+            hidden = (self._later if apart else self._stack)[None, : sizes[0]]
+            call = self._passes[*sizes, apart] = self._deep_call(hidden, sizes[1])
+        call.shrink(rows, heads)
         if apart:
             self._later[:rows] = self._stack[first:end]
         if drafts:

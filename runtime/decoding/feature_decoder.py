@@ -35,12 +35,15 @@ class FeatureDecoder(Decoder):
         self._exit_cache = exit.cache
         feature_size = exit.cache.features.shape[2]
         size = (self.max_pending, feature_size)
-        self._embeds = exit.cache.states.ndim == 2
+        self._embeds = exit.cache.embeds
         self._length = 0
         # Stacked tokens that have not been embedded.
         self._unread = np.zeros((1, self.max_pending), np.int64)
-        self._exit_inputs = self._states(self.max_pending), exit.zeros(size, np.float32)
-        self._feature = np.zeros((1, feature_size), np.float32)
+        states: Any = np.zeros(self.max_pending, np.int64)
+        if not self._embeds:
+            states = exit.zeros((self.max_pending, self.hidden_size), np.float32)
+        self._exit_inputs = states, exit.zeros(size, np.float32)
+        self._feature = exit.zeros((1, feature_size), np.float32)
         self._passed = exit.zeros(size, np.float32)
         self._newest_feature = self._feature[0]
         self._read[exit] = {}
@@ -48,7 +51,7 @@ class FeatureDecoder(Decoder):
 
     def forget_calls(self) -> None:
         super().forget_calls()
-        self._exit_calls: dict[int, SlotCall] = {}  # by rows
+        self._exit_calls: dict[int, SlotCall] = {}  # by rows, padded
         self._embeddings: dict[int, SlotCall] = {}  # by rows
 
     @property
@@ -176,7 +179,9 @@ class FeatureDecoder(Decoder):
         rows = end - first
         states[:rows] = cache.states[slot, first:end]
         features[:rows] = cache.features[slot, first:end]
-        self._step = call = self._exit_calls.get(rows) or self._exit_call(rows)
+        width, _ = self._exit.padded(slot, rows, 1, self.max_pending)
+        self._step = call = self._exit_calls.get(width) or self._exit_call(width)
+        call.shrink(rows, 1)
         return call
 
     def _asked(self, call: SlotCall) -> None:
@@ -205,13 +210,6 @@ class FeatureDecoder(Decoder):
 
     # Calls
 
-    def _states(self, rows: int) -> np.ndarray:
-        """Allocate an array for `rows` states or tokens of the exit."""
-        states: np.ndarray = np.zeros(
-            (rows, *self._exit_cache.states.shape[2:]), self._exit_cache.states.dtype
-        )
-        return states
-
     def _keep_features(self, place: int, features: np.ndarray) -> None:
         """Store the features of positions from `place` on."""
         self._exit_cache.features[self.slot, place + 1 : place + 1 + len(features)] = features
@@ -226,9 +224,14 @@ class FeatureDecoder(Decoder):
         end = self.lengths()[0]
         while (behind := end - (first := cache.length(slot))) > most:
             rows = min(PREFILL_ROWS, behind - most)
-            inputs = self._states(rows), np.array(cache.features[slot, first : first + rows])
-            inputs[0][:] = cache.states[slot, first : first + rows]
-            call = self._exit_call_of(inputs, int(head and rows == behind))
+            states: Any = np.zeros(rows, np.int64)
+            if not self._embeds:
+                states = self._exit.scratch("states", (rows, self.hidden_size), np.float32)
+            size = rows, cache.features.shape[2]
+            features = self._exit.scratch("features", size, np.float32)
+            states[:] = cache.states[slot, first : first + rows]
+            features[:] = cache.features[slot, first : first + rows]
+            call = self._exit_call_of((states, features), int(head and rows == behind))
             call.seconds = self._exit.run(self.bind(call))
             self._asked(call)
 

@@ -38,6 +38,8 @@ class Backend:
         CapacityError: If memory is too small.
     """
 
+    cache: type[KVCache] = KVCache
+
     def __init__(
         self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int
     ) -> None:
@@ -96,14 +98,7 @@ class Backend:
         manifest = self.manifest
         if not manifest.exit_engine:
             return None
-        sizes = cache_sizes(manifest, manifest.exit_names, self.options.slots, self.capacity)
-        cache = FeatureCache(
-            **sizes,
-            state_size=manifest.hidden_size,
-            feature_size=manifest.feature_size,
-            embeds=manifest.exit_embeds,
-        )
-        return Runner(engine("exit"), cache)
+        return Runner(engine("exit"), self._feature_cache())
 
     def encoder(self, engine: Load, runner: Runner) -> Encoder | None:
         """Return the encoder of an encoder-decoder, whose output is read by `runner` first."""
@@ -131,9 +126,20 @@ class Backend:
             prefixes=self.options.prefix_cache_bytes,
         )
 
-    def _cache(self, layers: Sequence[int | str]) -> KVCache:
+    def _cache(self, layers: Sequence[int | str], **others: Any) -> KVCache:
         sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
-        return KVCache(**sizes, fixed=self.manifest.target == "tensorrt")
+        return self.cache(**sizes, fixed=self.manifest.target == "tensorrt", **others)
+
+    def _feature_cache(self, **others: Any) -> FeatureCache:
+        manifest = self.manifest
+        return FeatureCache(
+            **cache_sizes(manifest, manifest.exit_names, self.options.slots, self.capacity),
+            fixed=manifest.target == "tensorrt",
+            state_size=manifest.hidden_size,
+            feature_size=manifest.feature_size,
+            embeds=manifest.exit_embeds,
+            **others,
+        )
 
 
 def cache_sizes(

@@ -197,7 +197,8 @@ class FeatureCache(KVCache):
     Args:
         state_size: d.
         feature_size: f, a multiple of d.
-        embeds: The exit reads tokens.
+        embeds: The exit reads tokens, which are in host memory.
+        **others: See KVCache.
     """
 
     def __init__(
@@ -211,11 +212,13 @@ class FeatureCache(KVCache):
         state_size: int,
         feature_size: int,
         embeds: bool = False,
+        **others: Any,
     ) -> None:
-        super().__init__(layers, slots, kv_heads, rows, head_dim, dtype)
+        super().__init__(layers, slots, kv_heads, rows, head_dim, dtype, **others)
         self.own_exit = False  # all layers are the exit's
+        self.embeds = embeds
         if embeds:
-            self.states = self._zeros((slots, rows), np.int64)
+            self.states = lazy_zeros((slots, rows), np.int64)
         else:
             self.states = self._zeros((slots, rows, state_size), np.float32)
         self.features = self._zeros((slots, rows + 1, feature_size), np.float32)

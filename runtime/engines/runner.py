@@ -57,6 +57,14 @@ class Runner:
         self.heads = heads
         self.beside = False
 
+    def padded(self, slot: int, rows: int, heads: int, most: int) -> tuple[int, int]:
+        """Return the rows and predictions, with padding, of a call that is kept and used again.
+
+        A runner may pad calls of a slot to few different sizes, of at most `most` rows. On a CPU,
+        padding costs time and saves nothing.
+        """
+        return rows, heads
+
     def submit(self, call: Call) -> Event:
         """Start a call. On a CPU, run it to its end."""
         return Event(self.run(call))

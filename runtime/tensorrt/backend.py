@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.bundle.bundle import engine_files
+from runtime.cuda.attention import FUSED, AttentionKernels
 from runtime.cuda.backend import CudaBackend
 from runtime.cuda.call import ALIGNMENT
 from runtime.cuda.driver import CudaStream
@@ -31,6 +32,9 @@ class TensorRTBackend(CudaBackend):
 
     def check_installed(self, device: Device) -> None:
         import_tensorrt()
+
+    def choose_attention(self, device: Device) -> AttentionKernels:
+        return AttentionKernels(FUSED)  # tested by `convert --build`
 
     def engine(self, name: str, stream: CudaStream, captures: bool) -> TensorRTEngine:
         return TensorRTEngine(self._files[name], stream, captures)

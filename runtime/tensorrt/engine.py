@@ -35,7 +35,7 @@ _TYPES = {
 }
 # Runs of a call before it is captured as a CUDA graph. Capturing costs as much as several runs.
 RUNS_BEFORE_CAPTURE = 3
-CAPTURED_PROFILE = "decode"
+CAPTURED_PROFILES = ("decode", "sync")
 
 
 class EngineTensor(NamedTuple):
@@ -173,7 +173,7 @@ class TensorRTCall(DeviceCall):
         captures = engine.captures and self._runs >= RUNS_BEFORE_CAPTURE
         # Values that TensorRT reads from host memory would be frozen in the graph.
         captures = captures and not any(tensor.on_host for tensor in engine.tensors.values())
-        captures = captures and engine.profile(self._shapes).name == CAPTURED_PROFILE
+        captures = captures and engine.profile(self._shapes).name in CAPTURED_PROFILES
         if captures:  # a graph needs a context that no other call changes
             context = engine.new_context(engine.profile(self._shapes))
         context.set_shapes(self._shapes)
@@ -230,7 +230,7 @@ class TensorRTEngine(DeviceEngine):
     Args:
         path: The engine file.
         stream: Stream of its calls.
-        captures: Capture repeated decode calls as CUDA graphs.
+        captures: Capture repeated steps and sync passes as CUDA graphs.
 
     Raises:
         EngineError: If the file cannot be loaded, or does not match its record.

@@ -35,6 +35,7 @@ _ROWS = {
     "encoder": ("input_ids", "E"),
     "prologue": ("hidden", "E"),
     "shallow": ("input_ids", "q"),
+    "exit": ("features", "k"),
     "deep": ("hidden", "k"),
 }
 

@@ -161,6 +161,7 @@ class FakeCuda:
         self._busy = False
         self._put_off: list[tuple[int, bool]] = []
         self._capturing: int | None = None
+        self._ignoring: set[int] = set()  # threads that ignore captures of others
 
     # For tests
 
@@ -204,8 +205,9 @@ class FakeCuda:
                 self._capturing = None
 
     def check_undisturbing(self, what: str) -> None:
-        """Misuse where another thread captures."""
-        if self._capturing not in (None, threading.get_ident()):
+        """Misuse where another thread captures, and this one does not ignore it."""
+        here = threading.get_ident()
+        if self._capturing not in (None, here) and here not in self._ignoring:
             raise Misuse(f"{what} while another thread captures")
 
     @property
@@ -232,6 +234,11 @@ class FakeCuda:
 
     def cudaGetErrorString(self, error: Any) -> tuple[Any, ...]:
         return OK, error.name.encode()
+
+    def cudaThreadExchangeStreamCaptureMode(self, mode: Any) -> tuple[Any, ...]:
+        assert mode == cudaStreamCaptureMode["cudaStreamCaptureModeThreadLocal"]
+        self._ignoring.add(threading.get_ident())
+        return OK, cudaStreamCaptureMode["cudaStreamCaptureModeGlobal"]
 
     @_may_fail
     def cudaSetDevice(self, device: int) -> Any:

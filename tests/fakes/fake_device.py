@@ -20,7 +20,7 @@ class Machine:
         self.cuda = FakeCuda(seed, **options)
         self.onnxruntime = FakeOnnxRuntime(self.cuda)
         monkeypatch.setattr("runtime.cuda.driver._import_runtime", lambda: self.cuda)
-        for module in ("runtime.engines.onnx", "runtime.cuda.onnx_engine"):
+        for module in ("runtime.engines.onnx", "runtime.cuda.onnx_engine", "runtime.cuda.attention"):
             monkeypatch.setattr(f"{module}.import_onnxruntime", lambda: self.onnxruntime)
 
 

@@ -19,6 +19,8 @@ import onnxruntime as real
 from fake_bf16 import Graph
 from fake_cuda import Access, FakeCuda, Misuse
 
+from runtime.cuda.attention import attention_model
+
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 BFLOAT16 = 16  # TensorProto.BFLOAT16, which numpy has no type for
 
@@ -55,16 +57,32 @@ class FakeOnnxRuntime(SimpleNamespace):
         self.runs = self.captures = self.launches = 0
         self.fails = self.fails_to_capture = False
         self.sessions: list[_Session] = []
+        self.broken_attention: dict[str, float] = {}  # NaN to raise, or an error, by sdpa_kernel
         self.RunOptions = _RunOptions
 
     def get_available_providers(self) -> list[str]:
         return [CUDA, CPU]
 
-    def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> Any:
+    def InferenceSession(self, path: Any, options: Any, providers: list[Any]) -> Any:
+        if isinstance(path, bytes):
+            return self._attention(path, providers[0][1])
         if providers == [CPU]:
             return real.InferenceSession(path, options, providers=providers)
         self.sessions.append(_Session(self, path, options, dict([providers[0]])[CUDA]))
         return self.sessions[-1]
+
+    def _attention(self, model: bytes, options: dict[str, str]) -> Any:
+        """The test of attention, on the CPU, which has no bf16."""
+        model = attention_model("fp32") if model == attention_model("bf16") else model
+        session = real.InferenceSession(model, providers=[CPU])
+        error = self.broken_attention.get(options.get("sdpa_kernel", "0"), 0.0)
+
+        def run(outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            if np.isnan(error):
+                raise RuntimeError("CUDA failure 1: invalid argument\nand more")
+            return [session.run(None, inputs)[0] + error]
+
+        return SimpleNamespace(run=run, get_providers=lambda: self.active)
 
 
 class _RunOptions:

@@ -34,11 +34,17 @@ EXITS = tuple(
 )
 LLAMA_CASE, T5_CASE, LLAMA_AT_0, MARIAN_AT_0 = EXITS[1], EXITS[4], EXITS[0], EXITS[6]
 LLAMA_FUSED, MARIAN_FUSED = EXITS[7:]
-each_case = pytest.mark.parametrize("case", EXITS, ids=lambda case: case.name)
+# Graphs for GPUs have the standard dialect.
+GRAPHS = [(case, "ort") for case in EXITS]
+GRAPHS += [(case, "standard") for case in (T5_CASE, LLAMA_AT_0, LLAMA_FUSED)]
+each_graph = pytest.mark.parametrize(
+    ("case", "dialect"), GRAPHS, ids=[f"{case.name}-{dialect}" for case, dialect in GRAPHS]
+)
 
 
-def opened(case: Case, bundle: Bundles, **options: Any) -> Session:
-    return Session(bundle(case, case.exit_layers[0]), **{"slots": 1, "threads": 1, **options})
+def opened(case: Case, bundle: Bundles, dialect: str = "ort", **options: Any) -> Session:
+    path = bundle(case, case.exit_layers[0], dialect=dialect)
+    return Session(path, **{"slots": 1, "threads": 1, **options})
 
 
 class Slow(Run):
@@ -121,10 +127,12 @@ def slow_free(slow: Slow, threshold: float) -> tuple[list[int], list[float]]:
     return ids[begun:], confidences
 
 
-@each_case
-def test_the_engine_gives_what_the_layers_in_torch_do(case: Case, bundle: Bundles, source_model: Model) -> None:
+@each_graph
+def test_the_engine_gives_what_the_layers_in_torch_do(
+    case: Case, dialect: str, bundle: Bundles, source_model: Model
+) -> None:
     layer, ids = case.exit_layers[0], list(PROMPTS[2])
-    slow, converted = Slow(source_model(case), ids, layer), Bundle.open(bundle(case, layer))
+    slow, converted = Slow(source_model(case), ids, layer), Bundle.open(bundle(case, layer, dialect=dialect))
     tokens, lengths = np.array([ids]), np.array([len(ids)], np.int32)
     prompts = {"prompts": tokens, "prompt_lengths": lengths} if slow.inputs else {}
     pair = EnginePair(converted, 1, 1, encode_prompts(converted, Batch(tokens, lengths, **prompts), 1)[0])
@@ -140,10 +148,10 @@ def test_the_engine_gives_what_the_layers_in_torch_do(case: Case, bundle: Bundle
     np.testing.assert_allclose(np.concatenate(found).clip(-1e3), wanted.clamp(-1e3).numpy(), atol=atol, rtol=1e-4)
 
 
-@each_case
-def test_free_decodes_as_the_slow_reference(case: Case, bundle: Bundles, source_model: Model) -> None:
+@each_graph
+def test_free_decodes_as_the_slow_reference(case: Case, dialect: str, bundle: Bundles, source_model: Model) -> None:
     exits = 0
-    with opened(case, bundle) as session:
+    with opened(case, bundle, dialect) as session:
         for prompt in PROMPTS:
             for threshold in (0.05, 0.2):
                 result = session.generate(
@@ -159,12 +167,12 @@ def test_free_decodes_as_the_slow_reference(case: Case, bundle: Bundles, source_
     assert exits > 20
 
 
-@each_case
-def test_lossless_is_full(case: Case, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+@each_graph
+def test_lossless_is_full(case: Case, dialect: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """With drafts of the exit, of text, and plain steps among them, after which the exit catches up."""
     options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
     exits = 0
-    with opened(case, bundle) as session:
+    with opened(case, bundle, dialect) as session:
         wanted = [session.generate(prompt, mode="full", **options).token_ids for prompt in PROMPTS]
         for prompt, full in zip(PROMPTS, wanted, strict=True):
             for more in ({}, {"drafts": "exit"}, {"drafts": "lookup"}, {"predicted_output": list(full)}):
@@ -268,8 +276,6 @@ def test_a_converted_exit_is_verified(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"dialect": "standard"}, "needs dialect ort and target cpu"),
-        ({"target": "cuda", "dialect": "standard", "precision": "fp16"}, "needs dialect ort and target cpu"),
         ({"exit_layer": 4}, "trained to exit after layer 0, not 4"),
     ],
 )

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import invoke
+from fake_device import Machine
 
 from freeexport.commands import doctor
 from freeexport.commands.doctor import (
     WHEELS,
+    check_attention,
     check_cuda,
     check_tensorrt,
     examine,
@@ -104,6 +106,26 @@ def test_doctor_imports_no_torch() -> None:
 
 
 REQUIRES = ["numpy>=1.21.6", 'nvidia-cudnn-cu13~=9.0; extra == "cudnn"']
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({}, "fused"),
+        ({"0": 1.0}, "unfused, because fused: results differ by 1 for 4 heads and 1 queries"),
+        ({"0": 1.0, "16": 1.0}, "attention does not work on device cuda:0 in fp16"),
+    ],
+)
+def test_attention_on_a_gpu_is_tested(broken: dict[str, float], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(monkeypatch).onnxruntime.broken_attention = broken
+    found = check_attention([{"name": CUDA, "usable": True}])
+    assert found is not None
+    assert found.startswith(said)
+    device = check_cuda({}.get) | {"attention": found}
+    assert ("attention", found) in doctor._cuda_rows(device)
+    assert check_attention([{"name": CUDA, "usable": False}, {"name": CPU, "usable": True}]) is None
+
+
 WHOLE = {"onnxruntime-gpu": "1.31.1", "cuda-bindings": "13.5.0", "nvidia-cudnn-cu13": "9.14"}
 
 
