@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
+from runtime.engines import onnx
 from runtime.engines.backend import Backend
 from runtime.errors import CapacityError
-from runtime.machine.device import Device
+from runtime.machine.device import Device, check_runnable
 from runtime.options import SessionOptions
 
 
@@ -29,6 +32,67 @@ def open_backend(
     from runtime.cuda.backend import CudaBackend
 
     return CudaBackend(bundle, options, capacity, threads, device)
+
+
+def check_device(device: Device, needed: int = 0, what: str = "") -> None:
+    """Check that a device, its driver and ONNX Runtime's provider for it are there.
+
+    Does nothing for the CPU.
+
+    Args:
+        device: The device.
+        needed: Bytes of its memory that must be free.
+        what: What they are for.
+
+    Raises:
+        EngineError: If the installed ONNX Runtime has no provider for the device.
+        DeviceError: If there is no driver, or no such device.
+        CapacityError: If less memory is free.
+    """
+    if device.index is not None:
+        device.providers(onnx.import_onnxruntime(), {})
+        _require(device.index, needed, what)
+
+
+def check_bundles(bundles: Sequence[Bundle], device: Device, slots: int = 1) -> None:
+    """Check that sessions of all bundles can be open on a device at once. Allocates nothing.
+
+    On a CPU, sessions check their memory themselves, since engines share the mapped weights.
+
+    Args:
+        bundles: The bundles.
+        device: The device.
+        slots: Slots of each session.
+
+    Raises:
+        EngineError: If the device cannot run a bundle, or packages for it are missing.
+        OptionError: If a bundle reads speech and the device is a GPU.
+        DeviceError: If there is no such device.
+        CapacityError: If it has too little free memory.
+    """
+    for bundle in bundles:
+        check_runnable(bundle.manifest, device)
+    if device.index is None:
+        return
+    options = SessionOptions(device=str(device), slots=slots)
+    for bundle in bundles:
+        backend = open_backend(bundle, options, bundle.manifest.capacity, 1, device)
+        backend.close(lambda: None)
+    if len(bundles) > 1:
+        manifests = [bundle.manifest for bundle in bundles]
+        needed = sum(one.weight_bytes + slots * one.kv_bytes_per_sequence for one in manifests)
+        what = f"{needed / 1e6:.1f} MB of weights and KV caches of {len(bundles)} bundles"
+        _require(device.index, needed, what)
+
+
+def _require(index: int, needed: int, what: str) -> None:
+    from runtime.cuda.driver import Cuda
+
+    cuda = Cuda(index)
+    try:
+        cuda.require(needed, what)
+    finally:
+        cuda.close()
 
 
 def capacity_of(manifest: Manifest, wanted: int | None) -> int:

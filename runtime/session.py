@@ -93,11 +93,6 @@ class Session:
         manifest = self.bundle.manifest
         device = Device.parse(options.device)
         check_runnable(manifest, device)
-        if manifest.speech is not None and device.index is not None:
-            raise OptionError(
-                f"device is {options.device!r}, but speech is supported only on the CPU; leave "
-                "it out"
-            )
         self.capacity = capacity_of(manifest, options.capacity)
         self.threads = options.threads or usable_cores()
         costs = costs_here(manifest, self.threads)

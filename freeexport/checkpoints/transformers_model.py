@@ -113,11 +113,16 @@ def reference_model(
 
 
 def greedy_ids(
-    model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int
+    model: Any,
+    checkpoint: Checkpoint,
+    prompts: Sequence[np.ndarray],
+    new_tokens: int,
+    ignore_eos: bool = False,
 ) -> list[np.ndarray]:
     """Decode prompts greedily with a Hugging Face model, as one batch.
 
-    Returns ids int32 [m] for each prompt: at most `new_tokens`, including the end of sequence.
+    Returns ids int32 [m] for each prompt: at most `new_tokens`, including the end of sequence, or
+    exactly `new_tokens` with `ignore_eos`.
     """
     import torch
     from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
@@ -132,7 +137,7 @@ def greedy_ids(
         place = slice(0, len(prompt)) if seq2seq else slice(width - len(prompt), width)
         ids[row, place] = prompt
         mask[row, place] = 1
-    ends = end_ids(checkpoint)
+    ends = [] if ignore_eos else end_ids(checkpoint)
     # The cache that `generate` creates for T5 has the encoder's number of layers. This one grows.
     cache = (
         {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if seq2seq else {}

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from freeexport.commands.verb_options import METRICS, THREADS, MetricName, SectionedCommand, section
+from freeexport.commands.verb_options import (
+    DEVICE,
+    METRICS,
+    THREADS,
+    MetricName,
+    SectionedCommand,
+    section,
+)
 from freeexport.system.page import pairs, print_page
 from freeexport.system.progress import progress
 
@@ -68,6 +75,12 @@ class Time(click.ParamType):
     "--budget", type=Time(), default="2h", help="Total time, such as 2h, 90min or 1h30min."
 )
 @click.option("--plan", "only_plan", is_flag=True, help="Print the plan and exit.")
+@section("Machine")
+@click.option(
+    "--device",
+    default="cpu",
+    help=f"{DEVICE} A GPU gets a bundle in fp16. Training uses a GPU whenever torch finds one.",
+)
 @click.option("--threads", type=click.IntRange(1), help=THREADS)
 @section("Result")
 @click.option(

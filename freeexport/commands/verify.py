@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from freeexport.commands.verb_options import SectionedCommand, section
+from freeexport.commands.verb_options import DEVICE, SectionedCommand, section
 from freeexport.system.child import PACKAGES
 from freeexport.system.environment import environment
 from freeexport.system.output import check_writable, write_whole
@@ -19,10 +19,13 @@ from freeexport.system.page import print_page, table
 from freeexport.verification.batches import FULL, QUICK
 from freeexport.verification.checks import greedy_line, quality_line, sentence_of
 from freeexport.verification.equality import Equality, all_settings, check_equality, prompt_ids
+from freeexport.verification.ties import BATCHES
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from runtime.bundle.bundle import Bundle
 from runtime.hub import find_bundle
 from runtime.kernels import supported
+from runtime.machine.device import Device
+from runtime.placement import check_bundles
 
 
 def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -52,6 +55,11 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     "--quick",
     is_flag=True,
     help=("Compare short texts only, for at most a minute after the model is loaded."),
+)
+@click.option(
+    "--device",
+    default="cpu",
+    help=(f"{DEVICE} On a GPU, tokens of several modes and batches are also compared, up to ties."),
 )
 @section("Against itself")
 @click.option(
@@ -86,6 +94,7 @@ def command(
     against: str | None,
     data: Path | None,
     quick: bool,
+    device: str,
     equal: int | None,
     instructions: tuple[str, ...],
     save: Path | None,
@@ -96,6 +105,8 @@ def command(
     Engines are compared with the checkpoint, and decoding one token at a time with a single pass.
     With --against the report is written to verification.json in the bundle. A ready-made exit that
     was given to convert is applied to the checkpoint again. Exits with code 1 if a check fails.
+
+    With --device cuda:0, that device decodes the tokens. Tensors are compared on the CPU.
 
     With --equal the bundle is compared with itself instead. Our own kernels produce the same bits
     in every setting. Bundles in fp32, and those with ONNX Runtime's kernels, differ in the last
@@ -115,12 +126,21 @@ def command(
         raise click.UsageError(
             "--equal compares the bundle with itself; omit --against and --quick"
         )
+    place = Device.parse(device)
+    if equal is not None and place.index is not None:
+        raise click.UsageError(
+            "--equal compares bits, which passes over several rows do not keep on a GPU; leave it "
+            "out, and --device compares tokens up to ties"
+        )
     check_writable(save, "--save")
-    opened = Bundle.open(find_bundle(bundle), verify="full")
+    path = find_bundle(bundle)
+    if place.index is not None:
+        check_bundles([Bundle.open(path)], place, slots=max(BATCHES))
+    opened = Bundle.open(path, verify="full")
     if equal is not None:
         _compare(opened, equal, data, instructions, save, as_json)
         return
-    report = verify(opened, against, data, QUICK if quick else FULL)
+    report = verify(opened, against, data, QUICK if quick else FULL, str(place))
     if against is not None:
         write_report(opened, report)
     if as_json:
@@ -136,6 +156,8 @@ def command(
     if "greedy" in report:
         same, line = greedy_line(report["greedy"])
         click.echo(f"{'ok     ' if same else 'warning'}  {line}")
+    if "device" in report:
+        click.echo(f"ok       device {report['device']['device']}: {report['device']['line']}")
     if report["left_out"]:
         click.echo(f"warning  skipped, out of time: {', '.join(report['left_out'])}")
 

@@ -12,9 +12,10 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
 from runtime.hub import bundle_name
-from runtime.machine.device import Device, check_runnable
+from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores
 from runtime.options import Drafts, Mode
+from runtime.placement import check_bundles
 
 Method = Literal[
     "full", "static", "free", "adaptive", "rollback", "lookup", "exit-drafts", "lossless"
@@ -214,14 +215,16 @@ def entries_of(options: EvaluateOptions) -> list[Entry]:
 
     Raises:
         BundleError: If a bundle cannot be opened.
-        DeviceError: If a bundle cannot run on the device.
+        EngineError: If a bundle cannot run on the device.
+        DeviceError: If there is no such device.
+        CapacityError: If the device has too little memory for all bundles.
     """
     short = [bundle_name(path) for path, _ in options.bundles]
     names = short if len(set(short)) == len(short) else [str(path) for path, _ in options.bundles]
     entries = []
     for name, (path, methods) in zip(names, options.bundles, strict=True):
         bundle = Bundle.open(path)
-        check_runnable(bundle.manifest, Device.parse(options.device))
         settings = settings_of(methods, options.thresholds, bundle.manifest)
         entries.append(Entry(name, bundle, tuple(settings)))
+    check_bundles([entry.bundle for entry in entries], Device.parse(options.device))
     return entries

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from freeexport.task_metrics import check_name
+from runtime.bundle.manifest import Target
 from runtime.errors import OptionError
+from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores
 
 
@@ -25,6 +27,7 @@ class FitOptions:
         quality: Share of the full model's metric to keep. None: every token must equal the full
             model's.
         threads: Number of threads. Default: all usable cores.
+        device: Device of the bundle: "cpu", or "cuda:0" for ONNX Runtime on a GPU.
         overwrite: Replace existing outputs.
         paper: Compare trainings with other losses and three seeds in a table.
 
@@ -39,11 +42,13 @@ class FitOptions:
     budget: float = 7200.0
     quality: float | None = 0.99
     threads: int | None = None
+    device: str = "cpu"
     overwrite: bool = False
     paper: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.metric)
+        Device.parse(self.device)
         if not 0 < self.budget < math.inf:
             raise OptionError(
                 f"--budget is {self.budget:g} s; give a time above 0, such as 2h or 90min"
@@ -62,6 +67,11 @@ class FitOptions:
                 "'audio') and 'target'"
             )
 
+    @property
+    def target(self) -> Target:
+        """Target of the conversions."""
+        return "cpu" if Device.parse(self.device).index is None else "cuda"
+
     def recorded(self) -> dict[str, Any]:
         """Return the options that a resumed run must share with the original, as JSON values."""
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
@@ -71,5 +81,6 @@ class FitOptions:
             "data": data,
             "budget": self.budget,
             "threads": self.threads or usable_cores(),
+            "device": self.device,
             "paper": self.paper,
         }

@@ -42,11 +42,14 @@ from freeexport.system.progress import duration
 from freeexport.task_metrics import MetricError, metric_of
 from freeexport.training.options import BuiltInLoss
 from graphs.description import Description, EncoderStack
+from graphs.exit_head import with_exit
 from graphs.families import describe
 from runtime.bundle.costs import MAX_PENDING
-from runtime.bundle.manifest import ExitInput, Precision
+from runtime.bundle.manifest import ExitInput, Precision, Target
 from runtime.errors import OptionError
+from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores
+from runtime.placement import check_device
 
 # Assumed exit rate after a fraction x of the layers: 1 - exp(-depth * x). From docs/results: a hard
 # task (summaries), a usual one, and an easy one (records as JSON).
@@ -64,7 +67,7 @@ PROMPT = 1 / 8
 REACHED = 0.7
 SAMPLE = 5000  # number of lines whose tokens are counted
 # Bits per weight in the layers, including scales. The head has 8.
-LAYER_BITS: dict[Precision, float] = {"int8": 8.0, "int4": 4.5}
+LAYER_BITS: dict[Precision, float] = {"int8": 8.0, "int4": 4.5, "fp16": 16.0}
 _TRAININGS: dict[Tune, str] = {"full": "joint", "exit": "exit"}  # names of the training steps
 COVERED = 0.9  # minimum share of target tokens in an exit vocabulary
 LONGEST = 0.99  # share of targets that fit the output limit
@@ -286,6 +289,9 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
         DataError: If the data do not fit the model.
         MetricError: If the metric does not fit the data.
         OptionError: If nothing can be planned.
+        EngineError: If ONNX Runtime here has no provider for the device.
+        DeviceError: If there is no such device.
+        CapacityError: If the device has too little memory for the bundles.
     """
     checkpoint = open_checkpoint(options.model)
     description = describe(checkpoint.config, checkpoint)
@@ -298,9 +304,13 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
     parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     converting = CONVERTING + parameters / CONVERTED
     ready_made = fitting_exits(checkpoint)
+    if options.target != "cpu":
+        _check_for_gpu(options, checkpoint, description, parameters)
+        ready_made = [packed for packed in ready_made if packed.exit.exit_input == "state"]
     with other_load() as load:
         bandwidth = REACHED * bandwidth_of(options.threads or usable_cores())
-        stored = as_stored(checkpoint)
+        # Decoding on a GPU is in fp16, and faster than this rate, which is that of main memory.
+        stored = as_stored(checkpoint) if options.target == "cpu" else "fp16"
         plan = Plan(
             name=checkpoint.name,
             layers=layers,
@@ -331,12 +341,29 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
                     texts, most=min(texts.most, form.limit), share=PROMPT * share, speech=True
                 )
             in_8_bits = bandwidth / (layers * costs.layer + costs.head)
-            plan = replace(
-                plan, texts=texts, exit=best_exit(checkpoint, description, examples, options.paper)
-            )
+            found = best_exit(checkpoint, description, examples, options.paper, options.target)
+            plan = replace(plan, texts=texts, exit=found)
             sizes = parameters, description.vocab_size, len(lines)
             plan = _with_times(options, plan, converting, in_8_bits, *sizes)
     return replace(plan, busy=load.cores)
+
+
+def _check_for_gpu(
+    options: FitOptions, checkpoint: Checkpoint, description: Description, parameters: int
+) -> None:
+    """Check that the device is there, has room for the bundles, and can run the model.
+
+    The original and the trained model are evaluated side by side.
+    """
+    device = Device.parse(options.device)
+    if description.spectrogram is not None:
+        raise OptionError(f"--device {device}: speech is supported only on the CPU; leave it out")
+    bundles = 1 if options.data is None else 2
+    size = bundles * 2 * parameters
+    check_device(device, size, f"{size / 1e6:.1f} MB of weights in fp16 ({bundles} bundles)")
+    layers = len(description.decoder.layers)
+    layer = checkpoint.exit_layer(layers, None if checkpoint.exit else 1)
+    engine_options(with_exit(description, checkpoint), ConvertOptions(target=options.target), layer)
 
 
 def _with_times(
@@ -376,7 +403,7 @@ def _with_times(
         why = f"an exit would usually give {usual:.2f}x a request here: training cannot pay"
     elif not tune:
         why = f"training {plan.name} takes more memory than there is"
-    if not why:
+    if not why and options.target == "cpu":
         plan = replace(plan, precision="int8", rate=rate)
     request = (texts.read + texts.target) / plan.rate  # seconds, by the full model
 
@@ -501,8 +528,9 @@ def best_exit(
     description: Description,
     examples: Sequence[Example],
     paper: bool = False,
+    target: Target = "cpu",
 ) -> PlannedExit:
-    """Return the checkpoint's own exit, or the fastest one.
+    """Return the checkpoint's own exit, or the fastest one on the target.
 
     The fastest is chosen on usual and easy tasks together, by the bytes read. An exit that reads
     the deep decoder's feature is considered only if the engines support it, and not for `paper`,
@@ -525,7 +553,8 @@ def best_exit(
         for layer, own in product(range(1, layers), OWN_LAYERS)
         if layer + own <= layers
     ]
-    if not paper and engine_options(description, ConvertOptions(precision="int8"), 1).packed:
+    wanted = ConvertOptions(precision="int8", target=target)
+    if not paper and engine_options(description, wanted, 1).packed:
         # Places that were measured: on T5, and on SmolLM2 and Qwen2.5.
         places.append(("feature", 1 if description.encoder is None else 0, 1))
     begun = given is not None and given.trained and not paper

@@ -15,16 +15,24 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     texts = plan.texts
     training = plan.training
     seconds = plan.seconds
-    bits = {"int8": "8 bits a weight", "int4": "4 bits a weight, as the file has them"}[
-        plan.precision
-    ]
+    bits = {
+        "int8": "8 bits a weight",
+        "int4": "4 bits a weight, as the file has them",
+        "fp16": "16 bits a weight",
+    }[plan.precision]
     rows = {
         "model": f"{plan.name}, {plan.layers} decoder layers",
         "precision": f"{plan.precision}, {bits}",
     }
-    rows["speed"] = (
-        f"about {plan.rate:.0f} tokens/s of the full model in {bits[:6]}, by memory bandwidth"
-    )
+    if options.target == "cpu":
+        rows["speed"] = (
+            f"about {plan.rate:.0f} tokens/s of the full model in {bits[:6]}, by memory bandwidth"
+        )
+    else:
+        rows["speed"] = (
+            f"at least {plan.rate:.0f} tokens/s of the full model on {options.device}, by the "
+            "bandwidth of main memory, so that steps may take less than planned"
+        )
     if plan.ready_made:
         names = ", ".join(plan.ready_made)
         rows["ready-made exits"] = (

@@ -89,7 +89,10 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
             options.model,
             places.out,
             ConvertOptions(
-                precision=plan.precision, exit=plan.drafting, overwrite=options.overwrite
+                precision=plan.precision,
+                target=options.target,
+                exit=plan.drafting,
+                overwrite=options.overwrite,
             ),
         )
         size = human_bytes(sum(file.size for file in manifest.files.values()))
@@ -97,12 +100,12 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
         of_exit = bundle_verdict(Bundle.open(places.out))
         if plan.drafting is not None and of_exit.level == "bad":
             click.echo(of_exit.text)
-        speed = measured_speed(places.out, options.threads)
+        speed = measured_speed(places.out, options.threads, options.device)
         text = (
             f"{plan.why}; lossless drafts {plan.drafts}, with every token "
             f"equal{speed and f': {speed}'}"
         )
-        return Verdict("neutral", text, f"freeexport serve {shlex.quote(str(options.out))}")
+        return Verdict("neutral", text, shlex.join(_serving(options)))
     _run(steps, _pending(steps, done), done, places)
     found, *others = map(evaluate, evaluations(options, plan, places))
     bundle, verdict = conclude(found.rows, options, places)
@@ -120,7 +123,13 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     return verdict
 
 
-def measured_speed(path: Path, threads: int | None) -> str:
+def _serving(options: FitOptions) -> tuple[str, ...]:
+    """Return the command that serves OUT."""
+    place = () if options.target == "cpu" else ("--device", options.device)
+    return ("freeexport", "serve", str(options.out), *place)
+
+
+def measured_speed(path: Path, threads: int | None, device: str = "cpu") -> str:
     """Compare the speed of modes full and lossless on the built-in prompts, as a phrase.
 
     Takes at most SPEED_SECONDS. Returns "" for speech, which has no built-in prompts.
@@ -132,7 +141,7 @@ def measured_speed(path: Path, threads: int | None) -> str:
     modes: tuple[Mode, ...] = ("full", "lossless")
     runs: dict[tuple[int, int], list[tuple[float, int]]] = defaultdict(list)
     with (
-        Session(path, threads=threads, slots=1, draft_memory_mb=0) as session,
+        Session(path, threads=threads, slots=1, device=device, draft_memory_mb=0) as session,
         other_load() as load,
     ):
 
@@ -219,12 +228,7 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
         click.echo(f"{metric_of(metric).label} of the full models: {others}")
     bundle = places.work / best["bundle"]
     default = "free" if Bundle.open(bundle).manifest.threshold < NEVER_EXIT else "lossless"
-    serve = (
-        "freeexport",
-        "serve",
-        str(options.out),
-        *(() if mode == default else ("--mode", mode)),
-    )
+    serve = (*_serving(options), *(() if mode == default else ("--mode", mode)))
     return bundle, Verdict("good" if faster else "neutral", text, shlex.join(serve))
 
 

@@ -149,9 +149,9 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
     most = str(plan.texts.most if plan.texts else 0)
 
     def converting(name: str, model: str, out: Path) -> Step:
-        return Step(
-            name, ("convert", model, str(out), "--precision", plan.precision), seconds[name], out
-        )
+        target = () if options.target == "cpu" else ("--target", options.target)
+        arguments = ("convert", model, str(out), *target, "--precision", plan.precision)
+        return Step(name, arguments, seconds[name], out)
 
     if options.data is None:
         step = converting("convert", model, places.out)
@@ -160,7 +160,9 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
             *(["--overwrite"] * options.overwrite),
         ]
         return [replace(step, arguments=(*step.arguments, *more))]
+    place = () if options.target == "cpu" else ("--device", options.device)
     threads = () if options.threads is None else ("--threads", str(options.threads))
+    machine = (*place, *threads)
 
     def calibrate(name: str, bundle: Path) -> Step:
         rule = (
@@ -171,7 +173,7 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
         lines = ("--data", str(places.data("calibration")), "--max-new-tokens", most)
         return Step(
             name,
-            ("calibrate", str(bundle), *lines, *rule, *threads),
+            ("calibrate", str(bundle), *lines, *rule, *machine),
             seconds.get(name) or seconds["calibrate"],
         )
 
@@ -234,7 +236,7 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
         arguments += [
             part for threshold in test.thresholds for part in ("--threshold", str(threshold))
         ]
-        arguments += ["--metric", *test.metrics, "--target-quality", str(test.quality), *threads]
+        arguments += ["--metric", *test.metrics, "--target-quality", str(test.quality), *machine]
         command = ("evaluate", *arguments, "--output", str(test.output))
         steps.append(Step(f"evaluate {seed}" if seed else "evaluate", command, seconds["evaluate"]))
     return steps
@@ -317,6 +319,7 @@ def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[Evaluat
         samples=plan.lines["test"],
         max_new_tokens=plan.texts.most,
         threads=options.threads,
+        device=options.device,
         quality=options.quality or 1.0,
     )
     if not options.paper or plan.exit is None:

@@ -33,10 +33,11 @@ from freeexport.verification.checks import Check, sentence_of
 from freeexport.verification.engines import EnginePair, encode_prompts
 from freeexport.verification.exit_agreement import exit_head
 from freeexport.verification.row_parity import Rows, self_checks
+from freeexport.verification.ties import BATCHES, compare_up_to_ties
 from graphs.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle
-from runtime.bundle.manifest import MANIFEST, FloatType, Manifest, Precision
+from runtime.bundle.manifest import MANIFEST, Manifest, Precision
 from runtime.errors import FreeExportError
 from runtime.kernels import reading_prompt
 from runtime.machine.machine import available_memory, usable_cores
@@ -51,7 +52,11 @@ class VerificationError(FreeExportError):
 
 
 def verify(
-    bundle: Bundle, model: str | None, data: Path | None = None, extent: Extent = FULL
+    bundle: Bundle,
+    model: str | None,
+    data: Path | None = None,
+    extent: Extent = FULL,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Check a bundle's engines, and return the report.
 
@@ -62,21 +67,47 @@ def verify(
         model: Checkpoint to compare with. None: compare the engines only with themselves.
         data: JSONL file of text for measuring quality. None: a few sample texts.
         extent: Extent of the checks.
+        device: Device that decodes tokens. On a GPU, the tokens of several settings are also
+            compared up to ties. Tensors are compared on the CPU.
     """
     float_type = bundle.manifest.float_type
     # ONNX Runtime's CPU provider does not support bf16. An fp32 copy rounds every operator's
     # result.
     runnable = fp32_copy(bundle, rounds=True) if float_type == "bf16" else nullcontext(bundle)
     with runnable as copy, progress("verifying"):
-        return _Verification(copy, float_type, extent).report(model, data)
+        report = _Verification(copy, bundle, extent, device).report(model, data)
+        if device != "cpu":
+            report["device"] = decoded_on(bundle, device, extent)
+            report["passed"] = report["passed"] and report["device"]["passed"]
+        return report
+
+
+def decoded_on(bundle: Bundle, device: str, extent: Extent = FULL) -> dict[str, Any]:
+    """Compare tokens decoded on a device in several settings, up to ties. Returns JSON values."""
+    prompts = sample_ids(bundle)[: extent.prompts]
+    longest = bundle.manifest.encoder_capacity or max(1, bundle.manifest.capacity // 2)
+    with Session(bundle.path, slots=max(BATCHES), device=device) as session:
+        report = compare_up_to_ties(session, [ids[:longest] for ids in prompts], extent.new_tokens)
+    return {"device": device, **report.to_json()}
 
 
 class _Verification:
-    """Checks of one bundle. `float_type` is the type that the bundle was written for."""
+    """Checks of one bundle.
 
-    def __init__(self, bundle: Bundle, float_type: FloatType, extent: Extent) -> None:
-        self.bundle, self.manifest, self.float_type = bundle, bundle.manifest, float_type
+    Args:
+        bundle: Bundle that the CPU can run.
+        written: Bundle that it is a copy of, or itself.
+        extent: Extent of the checks.
+        device: Device that decodes tokens.
+    """
+
+    def __init__(self, bundle: Bundle, written: Bundle, extent: Extent, device: str) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.float_type = written.manifest.float_type
         self.extent = extent
+        self.device = device
+        self.decodes = (bundle if device == "cpu" else written).path
         self.threads = usable_cores()
         self.left_out: list[str] = []
         self.began = time.monotonic()
@@ -215,7 +246,7 @@ class _Verification:
         count = self.extent.new_tokens
         greedy = list[dict[str, Any]]()
         traces = list[Traces]()
-        with Session(self.bundle.path, slots=1, threads=self.threads) as session:
+        with Session(self.decodes, slots=1, threads=self.threads, device=self.device) as session:
             for comparison in compare_greedy(session, model, prompts, count, self._seconds_left):
                 greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
                 if len(greedy) < len(prompts) and not self._in_time(
@@ -240,10 +271,12 @@ def failure(report: dict[str, Any]) -> str:
     for check in report["checks"]:
         if not check["passed"]:
             return sentence_of(check) + remedy
-    for prompt in report["greedy"]["prompts"]:
+    for prompt in report.get("greedy", {"prompts": ()})["prompts"]:
         if not prompt["passed"]:
             place = f"prompt {prompt['prompt']} differ from position {prompt['first_difference']}"
             return f"greedy decoding: token ids of {place}{remedy}"
+    if not report.get("device", {"passed": True})["passed"]:
+        return f"device {report['device']['device']}: {report['device']['line']}"
     divergence = report["quality"]["divergence"]
     tolerance = report["quality"]["tolerance"]
     return (

@@ -87,6 +87,7 @@ def check_runnable(manifest: Manifest, device: Device) -> None:
 
     Raises:
         EngineError: If the device's provider lacks operators for them.
+        OptionError: If the bundle reads speech and the device is a GPU.
     """
     if device.index is None and manifest.float_type == "bf16":
         raise EngineError(
@@ -97,4 +98,8 @@ def check_runnable(manifest: Manifest, device: Device) -> None:
         raise EngineError(
             "this bundle was converted for the CPU; "
             f"for device {device}, convert again with --target cuda"
+        )
+    if manifest.speech is not None and device.index is not None:
+        raise OptionError(
+            f"device is {str(device)!r}, but speech is supported only on the CPU; leave it out"
         )

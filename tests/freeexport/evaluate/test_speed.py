@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from checkpoints import BY_NAME, Bundles, Case
 from click.testing import Result
-from command_line import invoke
+from command_line import error, invoke
+from fake_device import Machine
 
 from freeexport.costs.bytes import Calls
 from freeexport.evaluate import speed
@@ -18,6 +19,7 @@ from freeexport.evaluate.measure import timing_of
 from freeexport.evaluate.records import Record
 from freeexport.evaluate.speed_rows import speed_rows, speed_verdict
 from freeexport.system.load import OtherLoad
+from runtime.bundle.bundle import Bundle as BundleFiles
 
 LLAMA = BY_NAME["llama-tied"]
 T5 = BY_NAME["t5-gated-tied"]
@@ -187,3 +189,25 @@ def test_a_table_fits_80_columns_and_leaves_out_what_nobody_has(bundle: Bundles,
     # A column that there is no room for is not explained.
     assert ("differs: the place" in result.stdout) == ("differs" in table[0])
     assert "same: tokens equal" in result.stdout
+
+
+def test_bundles_that_do_not_fit_a_gpu_together_are_refused_before_any_work(
+    bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [bundle(LLAMA, target="cuda", precision=precision) for precision in ("fp32", "fp16")]
+    monkeypatch.setattr(speed, "bandwidth_of", lambda threads: pytest.fail("work was done"))
+    machine = Machine(monkeypatch)
+    assert "cuda:1 does not exist" in error(invoke("evaluate", *paths, "--device", "cuda:1"))
+    manifests = [BundleFiles.open(path).manifest for path in paths]
+    needed = sum(one.weight_bytes + one.kv_bytes_per_sequence for one in manifests)
+    monkeypatch.setattr(machine.cuda, "cudaMemGetInfo", lambda: (0, needed - 1, needed))
+    refused = error(invoke("evaluate", *paths, "--device", "cuda:0"))
+    assert f"of 2 bundles needs {needed} bytes of device cuda:0, and {needed - 1} are free" in refused
+
+
+def test_a_bundle_runs_on_a_gpu(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(monkeypatch)
+    path = bundle(LLAMA, target="cuda", precision="fp16")
+    result = invoke("evaluate", path, "--device", "cuda:0", "--methods", "full,lossless", *FEW)
+    assert result.exit_code == 0, result.output
+    assert "the bundles ran on cuda:0" in result.output

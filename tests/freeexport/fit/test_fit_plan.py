@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_device import Machine
 
 from freeexport.checkpoints.examples import DataError
 from freeexport.fit import plan as planning
@@ -22,7 +23,7 @@ from freeexport.fit.steps import Places, steps_of
 from freeexport.task_metrics import MetricError
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import step_speed
-from runtime.errors import OptionError
+from runtime.errors import CapacityError, DeviceError, OptionError
 
 Options = Callable[..., FitOptions]
 
@@ -237,3 +238,32 @@ def test_training_steps_are_timed(options: Options, tmp_path: Path, monkeypatch:
         assert 0 < step < 60
         assert tokens_per_second > 0
         assert {path.name for path in directory.iterdir()} <= {"states"}
+
+
+def test_a_bundle_for_a_gpu_is_fp16_and_every_step_names_the_device(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine(monkeypatch)
+    monkeypatch.setattr(planning, "FEATURE_RATES", dict.fromkeys(planning.FEATURE_RATES, 0.99))
+    given = options(device="cuda:0")
+    found = planned(given)
+    assert found.precision == "fp16"
+    assert found.exit is not None
+    assert found.exit.input == "state"
+    assert "cuda:0" in dict(describe_plan(given, found))["speed"]
+    steps = {step.name: step.command for step in steps_of(given, found, Places.of(given))}
+    assert "--target cuda --precision fp16" in steps["trained"]
+    assert "--device cuda:0" in steps["calibrate"]
+    assert "--device cuda:0" in steps["evaluate"]
+
+
+def test_a_device_that_is_missing_or_too_small_is_refused_before_any_work(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "bandwidth_of", lambda threads: pytest.fail("work was done"))
+    machine = Machine(monkeypatch)
+    with pytest.raises(DeviceError, match="cuda:5 does not exist: this machine has 1 CUDA devices"):
+        planned(options(device="cuda:5"))
+    monkeypatch.setattr(machine.cuda, "cudaMemGetInfo", lambda: (0, 1000, 2000))
+    with pytest.raises(CapacityError, match=r"MB of weights in fp16 \(2 bundles\) needs \d+ bytes .* 1000 are free"):
+        planned(options(device="cuda:0"))
