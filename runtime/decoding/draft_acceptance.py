@@ -89,8 +89,6 @@ class Acceptance:
         self.passes = Speed()
         # Seconds outside the engines of a token without a draft.
         self.outside = Average(0.0)
-        # Time that the exit's drafts saved lately, in tokens, from 0 to RULE.carried.
-        self.exit_saved = 0.0
         self._exit_drafts: dict[int, Speed] = {}
         self._by_evidence: dict[Evidence, Average] = {}
 

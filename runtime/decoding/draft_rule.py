@@ -78,14 +78,6 @@ class DraftRule:
     A text that repeated once thus does not pay for misses in the rest of the request.
     """
 
-    carried: float = 2.0
-    """Maximum time saved by the exit's drafts in earlier requests that a request may lose in
-    addition.
-
-    Whether a single draft is accepted is mostly chance. An exit that pays would otherwise often use
-    up its grant with the first drafts of a request.
-    """
-
     margin: float = 1.01
     """Minimum speedup over mode "full" that a draft must promise, unless it is always tried.
 

@@ -162,7 +162,7 @@ class Drafts:
         self._sequences = 1
         self._tokens = 0
         # Time that drafts have lost, those from text and those from the exit.
-        self._lost = {"text": 0.0, "exit": -acceptance.exit_saved}
+        self._lost = {"text": 0.0, "exit": 0.0}
         self._began = self.clock()  # time when the next token was planned
         # Speed of the best draft from text that was not made, relative to mode "full".
         self._alternative = 1.0
@@ -336,11 +336,8 @@ class Drafts:
 
     def _count_loss(self, kind: str, seconds: float, made: int) -> None:
         """Add the loss of a draft of a kind that took `seconds` for `made` tokens."""
-        loss = seconds / self._token_seconds - made
-        self._lost[kind] = max(-RULE.most_saved, self._lost[kind] + loss)
-        if kind == "exit":
-            saved = self._acceptance.exit_saved - loss
-            self._acceptance.exit_saved = min(max(0.0, saved), RULE.carried)
+        lost = self._lost[kind] + seconds / self._token_seconds - made
+        self._lost[kind] = max(-RULE.most_saved, lost)
 
     def _may_lose(self, kind: str) -> bool:
         """Return True if drafts of this kind have not used up their grant."""
