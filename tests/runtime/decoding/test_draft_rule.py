@@ -334,6 +334,42 @@ def test_an_exits_own_layers_are_read_by_the_requests_that_they_make_faster(
     assert spent(None) < min(ways) + 0.1 * (max(ways) - min(ways)) + 0.02 * min(ways)
 
 
+def test_an_exit_that_saves_a_tenth_is_found_and_kept_although_requests_differ_in_speed() -> None:
+    """By up to a factor of 2, by the load of the machine. The share of text that repeats differs, too."""
+    machine = MACHINES["int4"]
+    learned = learned_by(machine.costs)
+    saving = learned.acceptance(0.5, False).saving
+    chance = random.Random(5)
+    ways = []
+    for number in range(100):
+        ways.append(saving.next())
+        load = chance.uniform(1, 2)
+        layers = Machine(*(load * part for part in machine))
+        costs, chances = learned.costs_without_exit, None
+        if ways[-1]:
+            layers, costs, chances = layers._replace(step=3 * layers.step), learned.costs, (0.9, 0.6)
+        text = Text(chance.uniform(0, 0.5), 0.8, seed=number)
+        without = learned.costs_without_exit
+        Request(layers, learned, 60, text, chances, 0.1, number, costs, without_exit=without)
+    assert ways[RULE.alternating :].count(False) <= 3
+
+
+def test_a_draft_is_as_long_as_its_rows_are_worth() -> None:
+    """On some processors a pass of two rows costs as much as one, and the third row is dear."""
+    machine = MACHINES["int4"]
+    learned = learned_by(machine.costs)
+    for rows, seconds in ((1, 3.2), (2, 3.2), (3, 4.7), (4, 4.8)):
+        for _ in range(3):
+            learned.costs.observe("pass", rows, seconds)
+            learned.costs.observe("step", 1, 0.05)
+            learned.costs.observe("head", 1, 0.35)
+    drafts = Drafts(learned.costs, learned.acceptance(0.5, False))
+    chain = drafts.exit_draft(0.0)
+    assert [chain(Prediction(RIGHT, 0.25)) for _ in range(2)] == [True, False]
+    assert drafts.exit_draft(0.0).extension([0.9, 0.3]) == 1
+    assert drafts.exit_draft(0.0).extension([0.9, 0.6, 0.6]) == 3
+
+
 # An exit beside text
 
 
