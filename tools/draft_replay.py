@@ -1,13 +1,11 @@
-"""Replays recorded requests through the rule of drafts, with fixed costs of calls.
+"""Replays recorded requests through the loop of mode lossless, with fixed costs of calls.
 
-    python -m tools.draft_replay record BUNDLE PROMPTS.jsonl TRACES.jsonl
-    python -m tools.draft_replay compare TRACES.jsonl --costs costs.json --save result.json
+    python -m tools.draft_replay TRACES.jsonl --costs costs.json --save result.json
 
-`record` decodes the `input` of each line in mode full. If the bundle has an exit, it also records a
-chain of the exit's drafts after every token. `compare` then runs the loop of mode lossless on the
-traces: every engine call is answered from the trace and takes the time that tools.draft_cost
-measured. Its figures do not depend on the load of the machine. A trace may also have only `prompt`
-and `output`, as token ids. Run from the root of the repository.
+Every engine call is answered from the traces of tools.draft_traces and takes the time measured by
+tools.draft_cost, so the figures do not depend on the load of the machine. A trace is an object with
+the token ids `prompt` and `output`. The setting `exit` also needs its `chains`. Run from the root
+of the repository.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ import click
 import numpy as np
 
 from freeexport.system.environment import environment
-from freeexport.system.output import replacing, write_whole
-from runtime import Session
+from freeexport.system.output import write_whole
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import Costs
 from runtime.decoding.calls import NOTHING, Prediction
@@ -37,7 +34,6 @@ from runtime.decoding.response import Response
 from runtime.result import Stats
 from tools.data.splits import run_tool
 
-CHAIN = 8  # recorded drafts of the exit after a token
 WRONG = -1
 VOCABULARY = 1 << 18
 MAX_PENDING = 16
@@ -46,7 +42,7 @@ SETTINGS = {"text": (False, False), "text and memory": (True, False), "exit": (F
 
 
 class Trace(NamedTuple):
-    """A request: token ids, and token and confidence of the exit's drafts after each output token."""
+    """A request: token ids, and drafts and confidences of the exit after each output token."""
 
     prompt: list[int]
     output: list[int]
@@ -223,68 +219,18 @@ def compare(
     return rows
 
 
-@click.group(help=__doc__)
-def main() -> None:
-    pass
-
-
-@main.command("record")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("prompts", type=click.Path(path_type=Path, exists=True))
-@click.argument("traces", type=click.Path(path_type=Path))
-@click.option("--samples", type=click.IntRange(1), help="First lines only.")
-@click.option("--max-new-tokens", default=200, show_default=True, type=click.IntRange(2))
-def record(
-    bundle: Path, prompts: Path, traces: Path, samples: int | None, max_new_tokens: int
-) -> None:
-    """Decode the prompts in mode full and write traces."""
-    lines = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
-    with (
-        Session(bundle, slots=1, threads=1, draft_memory_mb=0) as session,
-        session._scheduler.borrowed() as decoder,
-        replacing(traces) as partial,
-        partial.open("w", encoding="utf-8") as file,
-    ):
-        eos = session.manifest.eos_token_ids
-        decoder.want_logits(False)
-        decoder.alone = True
-        for line in lines[:samples]:
-            prompt = session.encode(line["input"])
-            decoder.reset()
-            output = [decoder.prefill(prompt, head=False, exits=True).token]
-            chains = []
-            while len(output) < max_new_tokens and output[-1] not in eos:
-                if session.manifest.exit_trained:
-                    chains.append(chain_of(decoder, output[-1]))
-                output.append(decoder.full_step(output[-1]))
-            trace = {"prompt": prompt.tolist(), "output": output, "chains": chains}
-            file.write(json.dumps(trace) + "\n")
-
-
-def chain_of(decoder: Decoder, token: int) -> list[tuple[int, float]]:
-    """Return the exit's drafts after a token, and their confidences. Leaves no rows behind."""
-    length = decoder.lengths()[1]
-    chain = []
-    for _ in range(CHAIN):
-        token, confidence, *_ = decoder.step(token, head=True)
-        chain.append((token, round(float(confidence or 0.0), 5)))
-    decoder.trim(length)
-    return chain
-
-
-@main.command("compare")
+@click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("traces", type=click.Path(path_type=Path, exists=True))
 @click.option(
     "--costs", type=click.Path(path_type=Path, exists=True), required=True, help="By draft_cost."
 )
-@click.option("--settings", default=",".join(SETTINGS), show_default=True)
-@click.option("--shuffles", default=3, show_default=True, type=click.IntRange(1))
-@click.option("--after", default=0, show_default=True, help="Requests that are not counted.")
+@click.option("--settings", default=",".join(SETTINGS))
+@click.option("--shuffles", default=3, type=click.IntRange(1))
+@click.option("--after", default=0, help="Requests that are not counted.")
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
-def compare_settings(
+def main(
     traces: Path, costs: Path, settings: str, shuffles: int, after: int, save: Path | None
 ) -> None:
-    """Compare settings on traces, with the costs of each bundle in --costs."""
     recorded = [
         Trace(item["prompt"], item["output"], item.get("chains", []))
         for item in map(json.loads, traces.read_text(encoding="utf-8").splitlines())
@@ -296,7 +242,7 @@ def compare_settings(
     for one in found:
         click.echo(json.dumps(one))
     if save is not None:
-        command = f"python -m tools.draft_replay compare {traces.name} --costs {costs.name}"
+        command = f"python -m tools.draft_replay {traces.name} --costs {costs.name}"
         content = {
             "command": f"{command} --settings '{settings}' --shuffles {shuffles} --after {after}",
             "commit": environment()["commit"],
