@@ -41,7 +41,14 @@ from graphs.dialects.standard import StandardDialect
 from graphs.engine_options import FLOAT_TYPES, EngineOptions
 from graphs.exit_head import fused_layers
 from graphs.graph import Dimension, Graph
-from graphs.layers import decoder_layers, encoder_layers, exit_rows, head_outputs, unit_scaled
+from graphs.layers import (
+    decoder_layers,
+    encoder_layers,
+    exit_rows,
+    head_outputs,
+    head_rows,
+    unit_scaled,
+)
 from graphs.quantization.panels import InFile
 from graphs.quantization.passes import FuseProducts, QuantizeEmbedding, QuantizeLinears
 from graphs.quantization.plan import rounding_for
@@ -128,7 +135,8 @@ class EngineBuilder:
         if self.description.decoder.exit_layers and not self.description.exit_engine:
             self._own_exit(graph, dialect, call, rows)
         elif not self.description.exit_engine:
-            self._head(graph, dialect, hidden, None)
+            wanted = head_rows(graph, None)
+            self._head(graph, dialect, graph.op("Gather", [hidden, wanted], axis=0), None)
         self._save(graph)
 
     def _own_exit(self, graph: Graph, dialect: Dialect, call: CallInputs, hidden: ir.Value) -> None:
@@ -149,8 +157,9 @@ class EngineBuilder:
         else:
             x = flat(graph, hidden, self.description.hidden_size)
         x = graph.to_float(linear(graph, graph.to_compute(x), decoder.exit_map))
-        x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder))
-        self._head(graph, dialect, x, None, rows)
+        wanted = head_rows(graph, rows)
+        x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder), wanted)
+        self._head(graph, dialect, x, None)
 
     def exit(self) -> None:
         """Build exit.onnx: the layers and head of an exit that reads a feature.
@@ -178,8 +187,9 @@ class EngineBuilder:
         dialect = self._dialect(graph, call, rows)
         x = rows.counted if rows else flat(graph, joined, decoder.exit_inputs * width)
         x = graph.to_float(linear(graph, graph.to_compute(x), decoder.exit_map))
-        x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder))
-        self._head(graph, dialect, x, None, rows)
+        wanted = head_rows(graph, rows)
+        x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder), wanted)
+        self._head(graph, dialect, x, None)
         self._save(graph)
 
     def deep(self) -> None:
@@ -203,7 +213,8 @@ class EngineBuilder:
             earlier.append(unit_scaled(graph, dialect, hidden, width))
             first = last
         hidden = self._layers(graph, dialect, hidden, layers[first:], first)
-        self._head(graph, dialect, hidden, graph.input("emitted", INT64, ["R"]), rows)
+        read = graph.op("Gather", [hidden, head_rows(graph, rows)], axis=0)
+        self._head(graph, dialect, read, graph.input("emitted", INT64, ["R"]))
         if self.description.exit_engine:
             norm = self.description.decoder.head.norm
             features = hidden if norm is None else dialect.norm(hidden, norm)
@@ -320,7 +331,6 @@ class EngineBuilder:
         dialect: Dialect,
         hidden: ir.Value,
         emitted: ir.Value | None,
-        rows: Packing | None = None,
     ) -> None:
         # A shallow step reads one row at a time, so the deep engine's prepacked copy is enough.
         packed = emitted is not None or self.options.dialect != "ort"
@@ -337,7 +347,6 @@ class EngineBuilder:
             emitted=emitted,
             packed=packed,
             tokens=np.array(head.tokens, np.int64) if head.tokens else None,
-            packing=rows,
             reads=self.description.exit_input if shallow else "state",
         )
 

@@ -51,6 +51,10 @@ class Residual:
         else:
             _, self._x = self.dialect.add_norm(self.value(), delta, norm)
 
+    def select(self, rows: ir.Value) -> None:
+        """Keep only some rows, int64 [R]."""
+        self._x = self.graph.op("Gather", [self.value(), rows], axis=0)
+
     def value(self) -> ir.Value:
         """Return the stream, float32 [M, d]."""
         if self._delta is not None:
@@ -60,13 +64,26 @@ class Residual:
 
 
 def decoder_layers(
-    graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], names: Sequence[int | str]
+    graph: Graph,
+    dialect: Dialect,
+    x: ir.Value,
+    layers: Sequence[Layer],
+    names: Sequence[int | str],
+    wanted: ir.Value | None = None,
 ) -> ir.Value:
-    """Apply decoder layers with cache `names`. Returns hidden states float32 [M, d]."""
+    """Apply decoder layers with cache `names`. Returns hidden states float32 [M, d].
+
+    With the rows `wanted`, int64 [R], only their states are returned, float32 [R, d]. The last
+    layer then computes only keys, values and attention for the other rows.
+    """
     stream = Residual(graph, dialect, x)
     for name, layer in zip(names, layers, strict=True):
+        selects = wanted is not None and layer is layers[-1]
         x = stream.read(layer, layer.attention_norm)
         attended = dialect.self_attention(x, layer.attention, name)
+        if wanted is not None and selects and layer.cross is None:
+            attended = graph.op("Gather", [attended, wanted], axis=0)
+            stream.select(wanted)
         projected = project(graph, attended, layer.attention)
         projected = _normed_out(dialect, projected, layer.attention_out)
         stream.add(layer, layer.attention_norm, projected)
@@ -74,6 +91,8 @@ def decoder_layers(
             x = stream.read(layer, layer.cross_norm)
             attended = dialect.cross_attention(x, layer.cross, name)
             stream.add(layer, layer.cross_norm, project(graph, attended, layer.cross))
+            if wanted is not None and selects:
+                stream.select(wanted)
         mixed = mlp(graph, stream.read(layer, layer.mlp_norm), layer.mlp)
         stream.add(layer, layer.mlp_norm, _normed_out(dialect, mixed, layer.mlp_out))
     return stream.value()
@@ -136,6 +155,15 @@ def exit_rows(head: Head) -> str:
     return f"{head.weight}.exit_rows"
 
 
+def head_rows(graph: Graph, packing: Packing | None) -> ir.Value:
+    """Add the input `head_rows` int64 [R], and return these rows of the hidden states.
+
+    With `packing`, states have only the rows without padding.
+    """
+    rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
+    return rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
+
+
 def head_outputs(
     graph: Graph,
     dialect: Dialect,
@@ -146,16 +174,14 @@ def head_outputs(
     emitted: ir.Value | None = None,
     packed: bool = True,
     tokens: np.ndarray | None = None,
-    packing: Packing | None = None,
     reads: ExitInput = "state",
 ) -> None:
     """Add the outputs `token` int64 [R], `confidence` float32 [R] and `logits` float32 [R, vocab].
 
-    With `emitted` also `nll` float32 [R], in nats. The input `head_rows` int64 [R] selects the rows
-    of `hidden`.
+    With `emitted` also `nll` float32 [R], in nats.
 
     Args:
-        hidden: float32 [M, d]. With `packing` only the rows without padding.
+        hidden: float32 [R, d], the rows that the head reads.
         head: Description of the head.
         vocabulary: Size of the model's vocabulary.
         confidence: Confidence measure.
@@ -165,14 +191,11 @@ def head_outputs(
         tokens: int64 [N], exit vocabulary. Confidence is then computed from N logits, and the
             logits of all other tokens are UNKNOWN. If the head has a class for other tokens and it
             is the largest, `confidence` is 0 and `token` is the best token of the exit vocabulary.
-        packing: Describes how rows were packed.
         reads: Input of the exit that this head belongs to. Unless it is "state", also output
             `feature` [R, f], in place of a feature that the deep engine has not computed yet: the
             normed states that the head reads, as many times as the feature has states.
     """
-    rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
-    places = rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
-    normed = graph.op("Gather", [hidden, places], axis=0)  # float32 [R, d]
+    normed = hidden
     if head.norm is not None:
         normed = dialect.norm(normed, head.norm)
     if count := FEATURE_STATES[reads]:

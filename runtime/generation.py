@@ -163,7 +163,7 @@ class Generation:
         )
         if self.mode == "lossless" and options.drafts == "auto" and model.chooses_exit:
             acceptance = model.learned.acceptance(self._threshold, options.samples)
-            self._exits = acceptance.choice.next()
+            self._exits = acceptance.saving.next()
         self._head = self.mode not in ("full", "lossless") or options.output_confidence
 
     def best(self) -> list[GenerationResult]:
@@ -294,7 +294,8 @@ class Generation:
         reads_exit = self._exits or not model.own_layers
         costs = learned.costs if reads_exit else learned.costs_without_exit
         acceptance = learned.acceptance(self._threshold, options.samples)
-        return Drafts(costs, acceptance, sources, self._exits)
+        without_exit = learned.costs_without_exit if model.chooses_exit else None
+        return Drafts(costs, acceptance, sources, self._exits, without_exit)
 
     def _beam(self, decoder: Decoder, number: int) -> Loop:
         """Yield the tokens of one of the best beams. The first call runs the search."""

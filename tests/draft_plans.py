@@ -29,6 +29,7 @@ def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 
 
     patch.setattr(Drafts, "plan", plan)
     patch.setattr(Drafts, "_gain", 0.0)  # a draft's tokens cost nothing
+    patch.setattr(Drafts, "_budget", lambda self, kind: math.inf)
 
 
 class PlannedExits(Drafts):
@@ -43,6 +44,7 @@ class PlannedExits(Drafts):
 
     def __init__(self, *plans: tuple[int, float]) -> None:
         super().__init__(CallCosts(), Acceptance())
+        self._budget = lambda kind: math.inf  # type: ignore[method-assign]
         self.turns = itertools.cycle(plans or [(1000, 0.0)])
 
     def plan(self, response: object, most: int, sequences: int = 1) -> DraftPlan:

@@ -119,7 +119,7 @@ def apply_exit(base: Checkpoint, packed: PackedFile) -> Checkpoint:
     record = ReadyMadeExit(
         name=about.name,
         sha256=packed.sha256,
-        file=None if in_package else str(packed.path.absolute()),
+        file=None if in_package else packed.path.name,
         agreement=about.agreement,
     )
     return replace(checkpoint.with_exit(about.exit, packed.weights), ready_made=record, base=plain)
@@ -131,10 +131,15 @@ def does_not_fit(packed: PackedExit, checkpoint: Checkpoint, reason: str) -> str
     return f"exit {packed.name} does not fit: {reason}; choose another (freeexport exits {model})"
 
 
-def open_source(model: str, manifest: Manifest) -> Checkpoint:
+def open_source(model: str, manifest: Manifest, exit_file: str | None = None) -> Checkpoint:
     """Open the checkpoint of a bundle, with the ready-made exit that its manifest records, if any.
 
     The caller compares the hash of the result with `source_sha256` of the manifest.
+
+    Args:
+        model: The checkpoint.
+        manifest: The manifest of the bundle.
+        exit_file: Name or file of the exit. Default: the one that the manifest names.
 
     Raises:
         CheckpointError: If the checkpoint cannot be opened, or the file of the exit is missing or
@@ -143,13 +148,23 @@ def open_source(model: str, manifest: Manifest) -> Checkpoint:
     checkpoint = open_checkpoint(model)
     record = manifest.ready_made_exit
     if record is None:
+        if exit_file is not None:
+            raise CheckpointError(
+                f"this bundle was converted without a ready-made exit, and --exit is "
+                f"{exit_file[:100]}; omit it"
+            )
         return checkpoint
-    path = READY_MADE / f"{record.name}{SUFFIX}" if record.file is None else Path(record.file)
+    if exit_file is not None:
+        path = find_exit(exit_file)
+    elif record.file is not None:
+        path = Path(record.file)
+    else:
+        path = READY_MADE / f"{record.name}{SUFFIX}"
     if not path.is_file():
-        where = f"in freeexport/exits as {path.name}" if record.file is None else f"at {path}"
+        place = "in freeexport/exits" if record.file is None else "in this directory"
         raise CheckpointError(
-            f"this bundle was converted with exit {record.name}, whose file is no longer {where}; "
-            "put it back, or convert again"
+            f"this bundle was converted with exit {record.name}, whose file {path.name} is not "
+            f"{place}; name it with --exit, or convert again"
         )
     packed = read_packed(path)
     if packed.sha256 != record.sha256:

@@ -44,6 +44,15 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @section("Against the checkpoint")
 @click.option("--against", metavar="MODEL", help="Checkpoint that the bundle was converted from.")
 @click.option(
+    "--exit",
+    "exit_file",
+    metavar="NAME",
+    help=(
+        "Ready-made exit that the bundle was converted with, or its file.  [default: as the bundle "
+        "records]"
+    ),
+)
+@click.option(
     "--data",
     type=click.Path(path_type=Path),
     help=(
@@ -92,6 +101,7 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 def command(
     bundle: Path,
     against: str | None,
+    exit_file: str | None,
     data: Path | None,
     quick: bool,
     device: str,
@@ -119,6 +129,8 @@ def command(
     """
     if data is not None and against is None and equal is None:
         raise click.UsageError("--data requires --against MODEL or --equal N")
+    if exit_file is not None and against is None:
+        raise click.UsageError("--exit requires --against MODEL")
     for option, given in (("--instructions", instructions), ("--save", save)):
         if given and equal is None:
             raise click.UsageError(f"{option} requires --equal N")
@@ -140,7 +152,14 @@ def command(
     if equal is not None:
         _compare(opened, equal, data, instructions, save, as_json)
         return
-    report = verify(opened, against, data, QUICK if quick else FULL, str(place))
+    report = verify(
+        opened,
+        against,
+        data,
+        extent=QUICK if quick else FULL,
+        device=str(place),
+        exit_file=exit_file,
+    )
     if against is not None:
         write_report(opened, report)
     if as_json:

@@ -141,7 +141,9 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             write_back(directory / WEIGHTS)
         if verified:
             try:
-                passed = verify_in_child(directory, model, checkpoint, manifest, options.verify)
+                passed = verify_in_child(
+                    directory, model, checkpoint, manifest, options.verify, options.exit
+                )
             except VerificationError as error:
                 if not (directory / VERIFICATION).is_file():
                     raise  # no checks were made, so nothing is kept

@@ -57,6 +57,7 @@ def verify(
     data: Path | None = None,
     extent: Extent = FULL,
     device: str = "cpu",
+    exit_file: str | None = None,
 ) -> dict[str, Any]:
     """Check a bundle's engines, and return the report.
 
@@ -69,13 +70,15 @@ def verify(
         extent: Extent of the checks.
         device: Device that decodes tokens. On a GPU, the tokens of several settings are also
             compared up to ties. Tensors are compared on the CPU.
+        exit_file: Name or file of the ready-made exit that the bundle was converted with. Default:
+            the one that the manifest names.
     """
     float_type = bundle.manifest.float_type
     # ONNX Runtime's CPU provider does not support bf16. An fp32 copy rounds every operator's
     # result.
     runnable = fp32_copy(bundle, rounds=True) if float_type == "bf16" else nullcontext(bundle)
     with runnable as copy, progress("verifying"):
-        report = _Verification(copy, bundle, extent, device).report(model, data)
+        report = _Verification(copy, bundle, extent, device).report(model, data, exit_file)
         if device != "cpu":
             report["device"] = decoded_on(bundle, device, extent)
             report["passed"] = report["passed"] and report["device"]["passed"]
@@ -112,9 +115,9 @@ class _Verification:
         self.left_out: list[str] = []
         self.began = time.monotonic()
 
-    def report(self, model: str | None, data: Path | None) -> dict[str, Any]:
+    def report(self, model: str | None, data: Path | None, exit_file: str | None) -> dict[str, Any]:
         manifest = self.manifest
-        checkpoint = None if model is None else _checkpoint_of(self.bundle, model)
+        checkpoint = None if model is None else _checkpoint_of(self.bundle, model, exit_file)
         reference: Any = None
         if checkpoint is not None:
             # torch takes a second to import. Checks without a checkpoint do not need it.
@@ -296,9 +299,16 @@ def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
 
 
 def verify_in_child(
-    directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest, extent: str
+    directory: Path,
+    model: str,
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    extent: str,
+    exit_file: str | None = None,
 ) -> bool:
     """Verify a new bundle in a child process, so that its memory is returned to the system.
+
+    `exit_file` is the name or the file of its ready-made exit, if any.
 
     Returns False, with a warning, if there is not enough memory.
 
@@ -321,16 +331,18 @@ def verify_in_child(
             err=True,
         )
         return False
-    quick = ["--quick"] if extent == "quick" else []
+    arguments = ["verify", str(directory), "--against", model, "--json"]
+    arguments += ["--quick"] if extent == "quick" else []
+    arguments += [] if exit_file is None else ["--exit", exit_file]
     try:
-        run_child("freeexport", "verify", str(directory), "--against", model, "--json", *quick)
+        run_child("freeexport", *arguments)
     except ChildError as error:
         raise VerificationError(str(error)) from None
     return True
 
 
-def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
-    checkpoint = open_source(model, bundle.manifest)
+def _checkpoint_of(bundle: Bundle, model: str, exit_file: str | None) -> Checkpoint:
+    checkpoint = open_source(model, bundle.manifest, exit_file)
     if checkpoint.sha256 != bundle.manifest.source_sha256:
         raise VerificationError(
             f"{checkpoint.name} is not the checkpoint that this bundle was made from "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from runtime.bundle.costs import NEUTRAL, Costs
@@ -62,7 +63,8 @@ class CallCosts:
         if seen is None:
             self._seen[kind][rows] = _Average()
         else:
-            expected = None if seen.known(self._count) else self._scaled(kind, rows)
+            # Other kinds say little about this one: an exit's layers may be few or many.
+            expected = None if seen.known(self._count) else self._scaled(kind, rows, (kind,))
             seen.add(seconds, expected, self._count)
 
     def seconds(self, kind: Kind, rows: int) -> float:
@@ -70,7 +72,12 @@ class CallCosts:
         seen = self._seen[kind].get(rows)
         if seen is not None and seen.known(self._count):
             return seen.seconds
-        return self._scaled(kind, rows) or self._base(kind, rows)
+        kinds = tuple(self._seen)
+        return (
+            self._scaled(kind, rows, (kind,))
+            or self._scaled(kind, rows, kinds)
+            or self._base(kind, rows)
+        )
 
     def measured(self, kind: Kind, rows: int) -> bool:
         """Return True if the cost of such a call was measured recently."""
@@ -127,22 +134,18 @@ class CallCosts:
             return deep
         return (base.shallow if kind == "head" else base.shallow_without_head) * deep / base.deep[1]
 
-    def _scaled(self, kind: Kind, rows: int) -> float | None:
-        """Return the cost by `base`, scaled like the nearest measured size of its kind, or of any
-        kind.
+    def _scaled(self, kind: Kind, rows: int, kinds: Sequence[Kind]) -> float | None:
+        """Return the cost by `base`, scaled like the nearest measured size of `kinds`.
 
         None without measurements.
         """
-        for kinds in ((kind,), tuple(self._seen)):
-            known = [
-                (abs(math.log(other / rows)), seen.seconds / self._base(each, other))
-                for each in kinds
-                for other, seen in self._seen[each].items()
-                if seen.known(self._count)
-            ]
-            if known:
-                return self._base(kind, rows) * min(known)[1]
-        return None
+        known = [
+            (abs(math.log(other / rows)), seen.seconds / self._base(each, other))
+            for each in kinds
+            for other, seen in self._seen[each].items()
+            if seen.known(self._count)
+        ]
+        return self._base(kind, rows) * min(known)[1] if known else None
 
 
 class _Average:

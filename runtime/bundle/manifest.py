@@ -241,7 +241,7 @@ class ReadyMadeExit:
     Attributes:
         name: Name of the exit.
         sha256: Hash of its content, in hexadecimal.
-        file: Path of its file. None if it comes with freeexport.
+        file: Name of its file. None if it comes with freeexport.
         agreement: Share of the full model's tokens that it predicts: as its file records, or as
             measured with the weights of this bundle if they differ. None if unknown.
     """

@@ -1,4 +1,4 @@
-"""Measurements of drafts over the requests of a session: acceptance rates, and whether exits pay.
+"""Measurements of drafts over the requests of a session: acceptance rates, and what exits save.
 
 Times are in seconds.
 """
@@ -27,42 +27,56 @@ class Average:
         self.value += (value - self.value) / self.count
 
 
-class ExitChoice:
-    """Chooses per request whether to draft from an exit that has layers of its own.
+class Speed:
+    """Speed of drafts relative to mode "full": final tokens by time, in tokens of mode "full".
 
-    These layers read every row of the request, drafted or not, and text may already draft the
-    tokens that are easy to predict. Only whole requests show whether the exit pays.
+    Args:
+        made: Tokens that become final per pass, before any observation.
+        time: Time of a pass, before any observation.
+    """
+
+    def __init__(self, made: float = 1.0, time: float = 1.0) -> None:
+        self.made = Average(made)
+        self.time = Average(time)
+
+    @property
+    def value(self) -> float:
+        return self.made.value / self.time.value
+
+    def observe(self, made: int, time: float) -> None:
+        """Add a pass."""
+        self.made.observe(made)
+        self.time.observe(time)
+
+
+class ExitSaving:
+    """Time that an exit with layers of its own saves, net. Decides which requests draft from it.
+
+    These layers read every row of a request, drafted or not. What the exit's drafts save, minus
+    that time, is added up over tokens and requests. It is measured within requests, so it does not
+    depend on how fast other requests are.
     """
 
     def __init__(self) -> None:
         self._requests = 0
-        # Totals without and with the exit. Older requests fade.
-        self._time = [0.0, 0.0]
-        self._tokens = [0.0, 0.0]
+        self._saved = 0.0  # in tokens of mode "full". Older tokens fade.
 
     def next(self) -> bool:
         """Return True if the next request may draft from the exit."""
         self._requests += 1
-        if self._requests <= RULE.alternating or not all(self._tokens):
+        if self._requests <= RULE.alternating:
             return self._requests % 2 == 1
-        pairs = zip(self._time, self._tokens, strict=True)
-        without_exit, with_exit = (time / tokens for time, tokens in pairs)
-        is_far = max(without_exit, with_exit) > RULE.far * min(without_exit, with_exit)
-        tries_slower = self._requests % (RULE.retry_far if is_far else RULE.retry) == 0
-        return (with_exit <= without_exit) != tries_slower
+        if self._saved > 0:
+            return self._requests % RULE.compare != 0
+        return self._requests % RULE.retry == 0
 
-    def observe(self, exits: bool, time: float, tokens: int) -> None:
-        """Add the time of `tokens`, in units of a deep pass over one row.
-
-        That unit does not depend on the exit.
-        """
-        weight = max(0.0, 1 - tokens / RULE.choice_tokens)
-        self._time[exits] = self._time[exits] * weight + time
-        self._tokens[exits] = self._tokens[exits] * weight + tokens
+    def observe(self, saved: float, tokens: int) -> None:
+        """Add the time saved at some tokens of a request that may draft from the exit."""
+        self._saved = self._saved * max(0.0, 1 - tokens / RULE.saving_tokens) + saved
 
 
 class Acceptance:
-    """Acceptance rates of drafted tokens over many requests, and the `choice` of the exit.
+    """Acceptance rates and speeds of drafts over many requests.
 
     Shared by requests with the same setting. A lost update does no harm.
     """
@@ -71,20 +85,19 @@ class Acceptance:
         bounds = pairwise((0.0, *RULE.confidence_bins, 1.0))
         self.by_confidence = [Average((low + high) / 2) for low, high in bounds]
         self.exit = Average()
-        self.choice = ExitChoice()
-        # Averages per deep pass: final tokens and time.
-        self.made = Average(1.0)
-        self.time = Average(1.0)
-        # Averages per draft of the exit. The cost of rows and heads depends on the sequences in a
-        # call.
-        self.exit_made = Average(2.0)
-        self.exit_rows = Average(2.0)
-        self.exit_heads = Average(2.0)
-        # Averages of the seconds outside the engines: of a token without a draft, and of a step of
-        # the exit's drafts.
+        self.saving = ExitSaving()
+        self.passes = Speed()
+        # Seconds outside the engines of a token without a draft.
         self.outside = Average(0.0)
-        self.exit_outside = Average(0.0)
+        self._exit_drafts: dict[int, Speed] = {}
         self._by_evidence: dict[Evidence, Average] = {}
+
+    def exit_drafts(self, sequences: int) -> Speed:
+        """Return the speed of the exit's drafts in calls that `sequences` sequences share."""
+        speed = self._exit_drafts.get(sequences)
+        if speed is None:
+            speed = self._exit_drafts[sequences] = Speed(*RULE.first_exit_draft)
+        return speed
 
     def of_confidence(self, confidence: float) -> Average:
         """Return the acceptance rate of exit predictions with this confidence."""
@@ -105,17 +118,6 @@ class Acceptance:
     def rate(self, evidence: Evidence) -> float:
         """Return the value of `of_text`."""
         return self.of_text(evidence).value
-
-    def observe_pass(self, made: int, time: float) -> None:
-        """Add a deep pass, after which `made` tokens became final."""
-        self.made.observe(made)
-        self.time.observe(time)
-
-    def observe_exit_draft(self, made: int, rows: int, heads: int) -> None:
-        """Add a draft of the exit: final tokens, rows, and rows with the head."""
-        self.exit_made.observe(made)
-        self.exit_rows.observe(rows)
-        self.exit_heads.observe(heads)
 
 
 class LearnedDrafts:

@@ -109,22 +109,23 @@ class DraftRule:
     probe_tokens: int = 16
     """Minimum number of tokens between two probes, for exits whose head is almost free."""
 
+    first_exit_draft: tuple[float, float] = (2.0, 1.5)
+    """Final tokens and time assumed of a draft from an exit that was never tried."""
+
     # An exit with layers of its own, chosen once for each request
 
     alternating: int = 6
     """First requests of a setting, which alternate between drafting from the exit and not."""
 
     retry: int = 16
-    """One request in this many uses the slower way, which may have become the faster one."""
+    """One request in this many drafts from an exit that does not pay, as it may pay now."""
 
-    retry_far: int = 64
-    """Replaces `retry` if the ratio exceeds `far`, because a wrong choice then costs more."""
+    compare: int = 64
+    """One request in this many skips an exit that pays, to measure a token without its layers."""
 
-    far: float = 1.2
-    """Ratio of the times per token of the two ways from which `retry_far` applies."""
-
-    choice_tokens: int = 2048
-    """Tokens after which a request's time has faded, so that the choice follows recent traffic."""
+    saving_tokens: int = 2048
+    """Tokens after which what the exit saved has faded, so that the choice follows recent traffic.
+    """
 
     # Measuring
 

@@ -6,7 +6,8 @@ constants.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
@@ -57,25 +58,34 @@ class ExitDraft:
     Args:
         acceptance: Measured acceptance rates.
         threshold: Predictions with this confidence or less are not drafted.
-        row: Cost of one more row in the deep pass.
-        step: Cost of that row and its shallow step.
+        deep: Returns the cost of a deep pass by its rows.
+        step: Cost of a shallow step.
         head: Cost of the head for the next prediction.
+        budget: Cost from which the draft does not continue. The first token is always drafted.
     """
 
     def __init__(
         self,
         acceptance: Acceptance,
         threshold: float,
-        row: float,
+        deep: Callable[[int], float],
         step: float,
         head: float,
+        budget: float = math.inf,
     ) -> None:
         self._acceptance = acceptance
         self._threshold = threshold
-        self._row = row
+        self._deep = deep
         self._step = step
         self._head = head
+        self._budget = budget
         self._probability = 1.0  # probability that all drafted tokens are accepted
+        self._rows = 1
+        self._row = self._cost(2)  # cost of the next row
+
+    def _cost(self, rows: int) -> float:
+        """Return the cost of the last of `rows` rows. Measurements of fewer rows may be higher."""
+        return max(0.0, self._deep(rows) - self._deep(rows - 1))
 
     def __call__(self, prediction: Prediction) -> bool:
         """Return True if this prediction should be drafted."""
@@ -83,20 +93,37 @@ class ExitDraft:
         if confidence is None or confidence <= self._threshold:
             return False
         probability = self._probability * self._acceptance.of_confidence(confidence).value
-        if probability > self._step:
-            self._probability = probability
-        return probability > self._step
+        if probability <= self._step + self._row:
+            return False
+        self._probability = probability
+        self._budget -= self._step + self._row + self._head
+        self._rows += 1
+        self._row = self._cost(self._rows + 1)
+        return True
 
     def continues(self) -> bool:
         """Return True if one more prediction, of average acceptance, is worth its step and head."""
-        if self._probability == 1.0:
+        if self._rows == 1:
             return True
-        return self._probability * self._acceptance.exit.value > self._step + self._head
+        cost = self._step + self._row + self._head
+        expected = self._probability * self._acceptance.exit.value
+        return cost < min(expected, self._budget)
 
-    def extends(self, rate: float) -> bool:
-        """Return True if a candidate of a text with this acceptance rate should be appended."""
-        self._probability *= rate
-        return self._probability > self._row
+    def extension(self, rates: Iterable[float]) -> int:
+        """Return how many candidates of a text with these acceptance rates should be appended."""
+        probability = self._probability
+        net = 0.0
+        best = 0.0
+        count = 0
+        for number, rate in enumerate(rates, 1):
+            probability *= rate
+            if probability < RULE.hopeless:
+                break
+            net += probability - self._cost(self._rows + number)
+            if net > best:
+                best = net
+                count = number
+        return count
 
 
 class Drafts:
@@ -107,6 +134,8 @@ class Drafts:
         acceptance: Measured acceptance rates, for the setting of the request.
         sources: Sources of drafts from text.
         exits: Also draft from the exit.
+        without_exit: Measured costs of requests that skip the exit's own layers. None if there are
+            no such requests.
     """
 
     clock = staticmethod(perf_counter)
@@ -117,8 +146,10 @@ class Drafts:
         acceptance: Acceptance,
         sources: DraftSources | None = None,
         exits: bool = True,
+        without_exit: CallCosts | None = None,
     ) -> None:
         self._costs = costs
+        self._without_exit = without_exit if exits else None
         self._acceptance = acceptance
         self._sources = sources
         self._exits = exits
@@ -140,9 +171,7 @@ class Drafts:
         self._to_time = 2
         # The last draft was the exit's, so its layers have no rows to catch up.
         self._after_exit = False
-        # Time and final tokens at the last observation for the choice of the exit.
-        self._choice_time = self.clock()
-        self._choice_tokens = 0
+        self._counted = 0  # tokens counted by the saving of the exit
 
     def plan(self, response: Response, most: int, sequences: int = 1) -> DraftPlan:
         """Return the next draft of at most `most` tokens, in calls shared by `sequences`."""
@@ -172,7 +201,7 @@ class Drafts:
 
         Calls that are `shared` with other sequences are not measured.
         """
-        self._acceptance.observe_pass(1, 1.0)
+        self._acceptance.passes.observe(1, 1.0)
         self._after_exit = False
         self._to_time -= 1
         if not shared:
@@ -182,7 +211,7 @@ class Drafts:
             self._to_time = RULE.timed
             self._costs.observe("step", 1, shallow)
             self._costs.observe("pass", 1, deep)
-            self._observe_choice(self._tokens + 1, shared)
+            self._observe_saving(1, self._own_share - 1)
 
     def observe(
         self,
@@ -200,7 +229,6 @@ class Drafts:
         acceptance = self._acceptance
         rows = outcome.rows
         heads = sum(confidence is not None for confidence in outcome.confidences)
-        self._observe_choice(self._tokens + outcome.made, shared)
         if not shared:
             costs.observe("pass", rows, deep)
             if plan.tokens:
@@ -220,19 +248,22 @@ class Drafts:
             taken = max(shallow + deep, self.clock() - self._began)
             seconds = min(taken, RULE.stray * expected)
         made = outcome.made
-        acceptance.observe_pass(made, seconds / self._token_seconds)
+        token_seconds = self._token_seconds
+        acceptance.passes.observe(made, seconds / token_seconds)
         if plan.tokens:
             self._count_loss("text", seconds, made)
+            saved = (self._own_share - 1) * seconds / token_seconds
         else:
-            if heads and not shared:
-                outside = seconds - shallow - deep - acceptance.outside.value
-                acceptance.exit_outside.observe(max(0.0, outside) / heads)
             # Without the exit, the text would have been drafted, too, at the next token.
             own_rows = min(rows, outcome.proposed + 1)
             made = min(made, outcome.proposed + 1)
             seconds -= expected - self._draft_seconds(plan, own_rows, heads)
-            acceptance.observe_exit_draft(made, own_rows, heads)
-            self._count_loss("exit", seconds * self._alternative, made)
+            acceptance.exit_drafts(self._sequences).observe(made, seconds / token_seconds)
+            seconds *= self._alternative
+            self._count_loss("exit", seconds, made)
+            saved = self._own_share * made - seconds / token_seconds
+        if not shared:
+            self._observe_saving(outcome.made, saved)
         # Rows with the head, up to the first rejected one.
         for row, confidence in enumerate(outcome.confidences[: outcome.accept_length + 1]):
             if confidence is not None:
@@ -248,18 +279,17 @@ class Drafts:
 
     def exit_draft(self, threshold: float) -> ExitDraft:
         """Start a draft of the exit, of predictions with a confidence above `threshold`."""
-        prices = self._costs.prices(self._sequences)
+        costs = self._costs
+        others = self._sequences - 1
+        prices = costs.prices(self._sequences)
         tokens_per_second = self._gain / self._token_seconds
-        step_seconds = prices.step
-        if self._sequences == 1:
-            step_seconds += self._acceptance.exit_outside.value
-        row = tokens_per_second * prices.row
         return ExitDraft(
             self._acceptance,
             threshold,
-            row=row,
-            step=row + tokens_per_second * step_seconds,
+            deep=lambda rows: tokens_per_second * costs.seconds("pass", others + rows),
+            step=tokens_per_second * prices.step,
             head=tokens_per_second * prices.head,
+            budget=self._budget("exit"),
         )
 
     def continuation(
@@ -274,23 +304,35 @@ class Drafts:
             return NO_CANDIDATES
         found = self._sources.after(drafted, most, self._acceptance.rate)
         tokens = response.within([*drafted, *found.tokens])[len(drafted) :]
-        count = 0
-        while count < len(tokens) and draft.extends(self._acceptance.rate(found.evidence[count])):
-            count += 1
+        count = draft.extension(map(self._acceptance.rate, found.evidence[: len(tokens)]))
         self._continuation = found._replace(tokens=tokens[:count], evidence=found.evidence[:count])
         return self._continuation
 
-    def _observe_choice(self, tokens: int, shared: bool) -> None:
-        """Record the time up to `tokens` final tokens for the choice of the exit.
+    def _observe_saving(self, made: int, saved: float) -> None:
+        """Record what the exit saved by the last `made` tokens.
 
-        All time counts, because drafts of the exit take more calls, with Python between them.
+        Before them were tokens without a draft, which the exit's own layers read.
         """
-        now = self.clock()
-        if not shared and self._costs.measured("pass", 1):
-            time = (now - self._choice_time) / self._costs.seconds("pass", 1)
-            self._acceptance.choice.observe(self._exits, time, tokens - self._choice_tokens)
-        self._choice_time = now
-        self._choice_tokens = tokens
+        if self._without_exit is not None and self._costs.measured("pass", 1):
+            plain = self._tokens - self._counted
+            self._acceptance.saving.observe(saved + (self._own_share - 1) * plain, plain + made)
+        self._counted = self._tokens + made
+
+    @property
+    def _own_share(self) -> float:
+        """Time of a token without the exit's own layers, relative to one with them.
+
+        Compared by the cost of a deep pass, which does not depend on the exit, because requests
+        without these layers may have met another load or other lengths.
+        """
+        without = self._without_exit
+        if without is None or not without.measured("pass", 1):
+            return 1.0
+        step, deep = (
+            self._costs.seconds(kind, 1) / without.seconds(kind, 1) for kind in ("step", "pass")
+        )
+        share = without.seconds("step", 1) / without.seconds("pass", 1)
+        return min(1.0, (1 + share) / (1 + share * step / deep))
 
     def _count_loss(self, kind: str, seconds: float, made: int) -> None:
         """Add the loss of a draft of a kind that took `seconds` for `made` tokens."""
@@ -299,13 +341,21 @@ class Drafts:
 
     def _may_lose(self, kind: str) -> bool:
         """Return True if drafts of this kind have not used up their grant."""
-        return self._lost[kind] <= RULE.grant + RULE.grant_share * self._tokens
+        return self._budget(kind) >= 0
+
+    def _budget(self, kind: str) -> float:
+        """Return the time that drafts of this kind may still lose."""
+        return RULE.grant + RULE.grant_share * self._tokens - self._lost[kind]
+
+    @property
+    def _outside(self) -> float:
+        """Seconds of a token outside the engines, 0 if other sequences use that time."""
+        return self._acceptance.outside.value if self._sequences == 1 else 0.0
 
     @property
     def _token_seconds(self) -> float:
         """Seconds of a token without a draft."""
-        outside = self._acceptance.outside.value if self._sequences == 1 else 0.0
-        return self._costs.prices(self._sequences).token + outside
+        return self._costs.prices(self._sequences).token + self._outside
 
     def _draft_seconds(self, plan: DraftPlan, rows: int, heads: int) -> float:
         """Return the expected seconds of the engine calls of a draft."""
@@ -317,8 +367,8 @@ class Drafts:
 
     def _candidates(self, sources: DraftSources, most: int) -> Iterator[Candidates]:
         token_seconds = self._token_seconds
-        budget = RULE.grant + RULE.grant_share * self._tokens - self._lost["text"]
-        if sources.own is not None and self._call_seconds / token_seconds <= budget:
+        affordable = self._call_seconds / token_seconds <= self._budget("text")
+        if sources.own is not None and affordable:
             began = self.clock()
             tokens = sources.own.candidates(sources.context, most)
             self._call_seconds = self.clock() - began
@@ -354,7 +404,8 @@ class Drafts:
         if not is_sure and not self._may_lose("text"):
             return 0
         costs = self._costs
-        token_seconds = costs.prices(self._sequences).token
+        token_seconds = self._token_seconds
+        outside = self._outside
         expected = 1.0  # expected number of final tokens
         probability = 1.0  # probability that all tokens so far are accepted
         drafted = 0
@@ -370,7 +421,7 @@ class Drafts:
                 expected += probability
                 drafted += 1
             together = self._sequences + length
-            seconds = costs.seconds("step", together) + costs.seconds("pass", together)
+            seconds = costs.seconds("step", together) + costs.seconds("pass", together) + outside
             speed = expected * token_seconds / seconds
             if speed > promise:
                 best = length
@@ -410,19 +461,12 @@ class Drafts:
     @property
     def _gain(self) -> float:
         """Speed of this setting relative to mode "full"."""
-        return max(1.0, self._acceptance.made.value / self._acceptance.time.value)
+        return max(1.0, self._acceptance.passes.value)
 
     @property
     def _exit_gain(self) -> float:
         """Speed of the exit's drafts relative to mode "full". 0 if they do not pay."""
         if not self._exits or not self._may_lose("exit"):
             return 0.0
-        prices = self._costs.prices(self._sequences)
-        acceptance = self._acceptance
-        rows = acceptance.exit_rows.value
-        heads = acceptance.exit_heads.value
-        seconds = prices.deep + (rows - 1) * prices.row + self._exit_seconds(rows, heads)
-        if self._sequences == 1:
-            seconds += acceptance.outside.value + heads * acceptance.exit_outside.value
-        gain = acceptance.exit_made.value * self._token_seconds / seconds
+        gain = self._acceptance.exit_drafts(self._sequences).value
         return gain if gain > RULE.margin else 0.0

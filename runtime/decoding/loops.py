@@ -9,7 +9,6 @@ the engine calls they wait for, and final tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from time import perf_counter
 from typing import NamedTuple
 
 from runtime.adaptation.learner import RequestLabels
@@ -188,7 +187,7 @@ def lossless(
         if plan.tokens:
             draft = yield from _together(decoder, response, plan.source, unread, list(plan.tokens))
         else:
-            began = perf_counter()
+            began = drafts.clock()
             alone = decoder.alone
             exit_draft = drafts.exit_draft(threshold)
             most = plan.exits
@@ -201,7 +200,7 @@ def lossless(
                 draft = yield from _continued(decoder, response, draft, found)
             if alone and decoder.alone:
                 # Python between the calls of the exit is a part of what its drafts cost.
-                shallow_seconds = stats.shallow_seconds + began - perf_counter()
+                shallow_seconds = stats.shallow_seconds + began - drafts.clock()
         deep = yield from _verify(decoder, draft)
         accept_length, correction = _agreement(response, draft.tokens, deep)
         made = [*draft.tokens[:accept_length], *([] if correction is None else [correction])]

@@ -25,6 +25,9 @@ def read_corpus(path: Path, limit: int) -> list[str]:
     """
     name = shown(str(path))
     try:
+        if not path.is_file():
+            path.stat()  # raises the reason if there is nothing
+            raise OptionError(f"draft_corpus is {name}, which is not a file; give a text file")
         if path.stat().st_size > limit:
             raise OptionError(
                 f"draft_corpus is {name}, which has {path.stat().st_size:,} bytes, more than "
@@ -36,7 +39,7 @@ def read_corpus(path: Path, limit: int) -> list[str]:
         raise OptionError(
             f"draft_corpus is {name}, which cannot be read ({reason}); give a text file"
         ) from None
-    except UnicodeDecodeError:
+    except ValueError:  # of the name or of the content
         content = "\0"
     if "\0" in content:
         raise OptionError(
@@ -55,7 +58,9 @@ def _text_of(line: str, where: str) -> str:
     if isinstance(found, dict):
         found = next((found[key] for key in KEYS if key in found), None)
     if isinstance(found, str):
-        return found
+        with suppress(UnicodeEncodeError):  # half of a surrogate pair
+            found.encode()
+            return found
     raise OptionError(
         f"draft_corpus is {where}, which is {shown(line[:100])}; give a JSON string or an object "
         'with a "text"'

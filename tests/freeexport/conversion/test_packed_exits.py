@@ -123,7 +123,7 @@ def test_an_int8_bundle_is_the_one_of_the_trained_checkpoint(
     plain = {"source": "", "source_sha256": "", "quantization": None, "ready_made_exit": None}
     assert replace(applied.manifest, **plain) == replace(whole.manifest, **plain)
     assert applied.manifest.source == open_checkpoint(str(model)).name
-    recorded = ReadyMadeExit(kind.replace(" ", "-"), read_packed(path).sha256, str(path))
+    recorded = ReadyMadeExit(kind.replace(" ", "-"), read_packed(path).sha256, path.name)
     assert applied.manifest.ready_made_exit == recorded
 
 
@@ -172,7 +172,21 @@ def test_the_command_applies_an_exit_and_verifies_it(
     save_torch(tensors, path, metadata={"freeexport_exit": json.dumps(about)})
     assert "converted with another version of exit lora (sha256" in error(invoke(*against))
     path.unlink()
-    assert "exit lora, whose file is no longer in freeexport/exits as lora.safetensors" in error(invoke(*against))
+    assert "exit lora, whose file lora.safetensors is not in freeexport/exits" in error(invoke(*against))
+
+
+def test_the_file_of_an_exit_is_recorded_by_its_name(
+    packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
+) -> None:
+    """Not by its path, which another machine does not have. `verify` is told where it is."""
+    model, path, out = checkpoint(LLAMA), packed("lora"), tmp_path / "bundle"
+    succeed("convert", model, out, "--exit", path, "--capacity", "64")
+    recorded = Bundle.open(out).manifest.ready_made_exit
+    assert recorded is not None
+    assert recorded.file == path.name
+    against = ["verify", out, "--quick", "--against", model]
+    assert f"whose file {path.name} is not in this directory; name it with --exit" in error(invoke(*against))
+    succeed(*against, "--exit", path)
 
 
 def test_exits_are_listed_with_those_that_fit(
