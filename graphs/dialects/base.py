@@ -70,7 +70,7 @@ class Dialect(Protocol):
 
 
 def normalized(graph: Graph, x: ir.Value, norm: Norm, rms_norm: str) -> ir.Value:
-    """Normalize rows float32 [M, d] in fp32, with the operator `rms_norm` where norms have no mean."""
+    """Normalize rows float32 [M, d] in fp32. `rms_norm`: the operator without a mean."""
     return graph.op(
         rms_norm if norm.kind == "rms" else "LayerNormalization",
         [x, *norm_weights(graph, norm)],
