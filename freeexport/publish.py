@@ -177,8 +177,8 @@ def _bundle(path: Path, named: HubName) -> Publication:
     threshold = "not calibrated: decoding is lossless by default"
     if calibration is not None:
         threshold = (
-            f"threshold {manifest.threshold:.4g}, by the rule {calibration.method}; exits agreed "
-            f"with the full model on {calibration.agreement:.1%} of the tokens"
+            f"threshold {manifest.threshold:.4g}, by the rule {calibration.method}; the exit "
+            f"predicts {calibration.agreement:.1%} of the full model's tokens"
         )
     size = human_bytes(sum(file.size for file in manifest.files.values()))
     facts = {
@@ -249,7 +249,7 @@ def _results(directory: Path, sha256: str | None) -> dict[str, str]:
     """
     try:
         text = {name: read_text(directory / name, LARGEST_RESULTS) for name in RESULTS_FILES}
-        report = parse_json(text[RESULTS])
+        report = parse_json(text[RESULTS], nan=True)
     except UnreadableError as error:
         raise OptionError(
             f"--results {directory}: {RESULTS} or {RESULTS_PAGE} cannot be read ({error}); give "
@@ -257,8 +257,8 @@ def _results(directory: Path, sha256: str | None) -> dict[str, str]:
         ) from None
     bundles = report.get("bundles") if isinstance(report, dict) else None
     if sha256 is not None and isinstance(bundles, dict):
-        hashes = {each.get("manifest_sha256") for each in bundles.values()}
-        if sha256 not in hashes:
+        found = (each.get("manifest_sha256") for each in bundles.values() if isinstance(each, dict))
+        if sha256 not in found:
             raise OptionError(
                 f"--results {directory} are about other bundles ({', '.join(bundles)[:100]}); "
                 "evaluate this one"

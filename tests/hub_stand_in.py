@@ -165,14 +165,14 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._json({"transfer": "basic", "objects": objects})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/(.+)", path):
-            files = {}
+            changed: dict[str, bytes] = {}
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
-                    files[value["path"]] = base64.b64decode(value["content"])
+                    changed[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
-                    files[value["path"]] = self.server.uploads[value["oid"]]
-            oid = self.server.repositories[match[1]].commit(unquote(match[2]), files)
+                    changed[value["path"]] = self.server.uploads[value["oid"]]
+            oid = self.server.repositories[match[1]].commit(unquote(match[2]), changed)
             self._json({"commitUrl": f"{self.server.url}/{match[1]}/commit/{oid}", "commitOid": oid})
         else:
             self._error(404, None, f"no {path}")

@@ -74,13 +74,13 @@ def test_a_revision_is_a_branch_or_a_commit(hub: HubStandIn, bundle: Bundles) ->
     repository = hub.repositories[NAME]
     first = repository.branches["main"]
     hub.add(NAME, bundle(BY_NAME["llama-tied"], 2), branch="two")
-    for name, options, layer in (
-        (NAME, {}, 1),
-        (NAME, {"revision": "two"}, 2),
-        (f"{NAME}@two", {}, 2),
-        (f"{NAME}@{first}", {}, 1),
+    for name, revision, layer in (
+        (NAME, None, 1),
+        (NAME, "two", 2),
+        (f"{NAME}@two", None, 2),
+        (f"{NAME}@{first}", None, 1),
     ):
-        assert Bundle.open(find_bundle(name, **options)).manifest.exit_layer == layer
+        assert Bundle.open(find_bundle(name, revision=revision)).manifest.exit_layer == layer
     assert refusal(revision="three") == f"{NAME} has no revision three; give a branch, a tag or a commit"
     for name, why in ((f"{NAME}@two", "names one already"), ("no/such/path", "is a path")):
         with pytest.raises(OptionError, match=f"revision is 'two', but {name} {why}; leave it out"):
@@ -160,7 +160,8 @@ def test_an_interrupted_download_continues_with_the_missing_files(
     complete = sorted(path.name for path in (cache / FOLDER / "blobs").iterdir())
     shutil.rmtree(cache)
     hub.requests.clear()
-    served = hub.RequestHandlerClass._send
+    handler: Any = hub.RequestHandlerClass
+    served = handler._send
 
     def cut(self: Any, status: int, content: bytes, headers: Any = None, body: bool = True) -> None:
         if self.path.endswith("/weights.data") and self.command == "GET":
@@ -169,7 +170,7 @@ def test_an_interrupted_download_continues_with_the_missing_files(
         served(self, status, content, headers, body)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub.RequestHandlerClass, "_send", cut)
+        patch.setattr(handler, "_send", cut)
         found = refusal()
     assert re.fullmatch(rf"{NAME}: weights.data cannot be downloaded: .+; try again", found)
     blobs = sorted(path.name for path in (cache / FOLDER / "blobs").iterdir())

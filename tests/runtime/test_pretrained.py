@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -112,7 +112,14 @@ def test_beams(t5: FreeModelForSeq2SeqLM, source_model: Callable[[Case], Any]) -
 
 def test_sampling_is_the_sessions(llama: FreeModelForCausalLM) -> None:
     prompt = np.array([PROMPTS[0]])
-    options = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3, "max_new_tokens": 6}
+    options: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 0.9,
+        "top_k": 20,
+        "top_p": 0.9,
+        "seed": 3,
+        "max_new_tokens": 6,
+    }
     expected = llama.session.generate(list(PROMPTS[0]), **options).token_ids
     assert llama.generate(prompt, **options)[0].tolist() == [*PROMPTS[0], *expected]
     greedy = llama.generate(prompt, max_new_tokens=6)
@@ -142,7 +149,7 @@ def test_a_streamer_gets_prompt_and_tokens(llama: FreeModelForCausalLM, t5: Free
         def decode(self, ids: Any, **options: Any) -> str:
             return "".join(f"{token} " for token in ids)
 
-    llama.generate([list(PROMPTS[0])], max_new_tokens=2, streamer=TextStreamer(Decoder()))
+    llama.generate([list(PROMPTS[0])], max_new_tokens=2, streamer=TextStreamer(cast(Any, Decoder())))
 
 
 @pytest.mark.parametrize(
