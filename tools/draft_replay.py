@@ -192,8 +192,9 @@ def main(traces: Path, costs: Path, settings: Any, shuffles: int, after: int, sa
             rows.append(compare(recorded, priced, setting, shuffles, after))
             click.echo(json.dumps(rows[-1]))
     if save is not None:
+        chosen = "".join(f" --setting {setting}" for setting in settings)
         files = f"{traces.name} --costs {costs.name} --shuffles {shuffles} --after {after}"
-        command = f"python -m tools.draft_replay {files}"
+        command = f"python -m tools.draft_replay {files}{chosen}"
         content = {"command": command, "commit": environment()["commit"], "rows": rows}
         write_whole(save, json.dumps(content, indent=1) + "\n")
 
