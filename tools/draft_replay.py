@@ -48,10 +48,7 @@ class Trace(NamedTuple):
 
 
 class ReplayedDecoder:
-    """Decoder that answers the calls of the loop from a trace, and advances `now` by their cost.
-
-    `costs` is a row of tools.draft_cost, in milliseconds.
-    """
+    """Answers calls from a trace, and adds their `costs` by tools.draft_cost to `now`, in ms."""
 
     alone = True
     batch_size = 1
@@ -154,7 +151,6 @@ def compare(
     step = costs["step"]["1"]
     token = step + costs["pass"]["1"] + costs["python_of_token"]
     base = Costs(step + costs["exit_of_draft"], step, {int(k): v for k, v in costs["pass"].items()})
-    speeds = []
     done = []
     for seed in range(shuffles):
         memory = TextMemory(VOCABULARY, MEMORY) if setting == "memory" else None
@@ -164,13 +160,12 @@ def compare(
             replay(decoder, learned, memory, exits=setting == "exit")
             if place >= after and len(trace.output) > 1:
                 done.append((len(trace.output) - 1, decoder))
-                speeds.append(token * (len(trace.output) - 1) / decoder.now)
     tokens = sum(count for count, _ in done)
     return {
         "precision": costs["precision"],
         "setting": setting,
         "speed": round(token * tokens / sum(decoder.now for _, decoder in done), 4),
-        "slowest_request": round(min(speeds), 4),
+        "slowest_request": round(min(token * count / one.now for count, one in done), 4),
         "passes_per_token": round(sum(one.stats.sync_passes for _, one in done) / tokens, 4),
         "exits_per_token": round(sum(one.stats.exits for _, one in done) / tokens, 4),
     }
