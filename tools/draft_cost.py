@@ -34,6 +34,7 @@ from tools.data.splits import run_tool
 
 QUANTILE = 0.1
 CONTEXT = 64  # tokens of the prompt
+CATCH_UP = 8
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # of a sync pass
 
 
@@ -65,7 +66,11 @@ class DraftTimer:
         step = self._timed(lambda: self._decoder.step(self._token, head=False))
         self._full()
         draft = self._timed(self._draft)
+        for _ in range(CATCH_UP):  # tokens that the exit's layers do not read
+            self._decoder.full_step(self._token)
+        late = self._timed(lambda: self._decoder.step(self._token, head=True))
         self.seconds["step"].append(step[1])
+        self.seconds["late"].append(late[1])
         self.seconds["draft"].append(draft[0] / self._chain)
         self.seconds["draft_engines"].append(draft[1] / self._chain)
 
@@ -106,7 +111,8 @@ class DraftTimer:
     def report(self) -> dict[str, Any]:
         """Return milliseconds by part. `draft` is a draft of the exit, with its Python."""
         quick = {
-            name: 1000 * float(np.quantile(times, QUANTILE)) for name, times in self.seconds.items()
+            name: round(1000 * float(np.quantile(times, QUANTILE)), 4)
+            for name, times in self.seconds.items()
         }
         rows = [int(name.split()[1]) for name in quick if name.startswith("pass ")]
         return {
@@ -115,6 +121,7 @@ class DraftTimer:
             "draft": quick["draft"],
             "shallow_of_draft": quick["step"],
             "exit_of_draft": max(0.0, quick["draft_engines"] - quick["step"]),
+            "row_of_exit": max(0.0, quick["late"] - quick["draft_engines"]) / CATCH_UP,
             "python_of_draft": quick["draft"] - quick["draft_engines"],
             "step": {count: quick[f"step {count}"] for count in rows},
             "pass": {count: quick[f"pass {count}"] for count in rows},
@@ -140,22 +147,15 @@ def measure(bundles: tuple[Path, ...], rounds: int, chain: int) -> list[dict[str
     rows = []
     for path, timer in zip(bundles, timers, strict=True):
         manifest = Bundle.open(path, "sizes").manifest
-        parts = {name: _rounded(part) for name, part in timer.report().items()}
         rows.append(
             {
                 "bundle": path.name,
                 "precision": manifest.precision,
                 "source_sha256": manifest.source_sha256,
-                **parts,
+                **timer.report(),
             }
         )
     return rows
-
-
-def _rounded(part: float | dict[int, float]) -> float | dict[int, float]:
-    if isinstance(part, dict):
-        return {rows: round(value, 4) for rows, value in part.items()}
-    return round(part, 4)
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})

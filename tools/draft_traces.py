@@ -50,7 +50,7 @@ def main(
         partial.open("w", encoding="utf-8") as file,
     ):
         eos = session.manifest.eos_token_ids
-        exits = session.manifest.exit_trained
+        exits = bool(session.manifest.exit_trained)
         for line in lines[:samples]:
             prompt = session.encode(line["input"])
             decoder.reset()

@@ -25,14 +25,12 @@ class Prices(NamedTuple):
         step: A shallow step without the head.
         head: The head in that step.
         deep: A deep pass.
-        row: A further row of a deep pass.
     """
 
     token: float
     step: float
     head: float
     deep: float
-    row: float
 
 
 class CallCosts:
@@ -99,7 +97,6 @@ class CallCosts:
                 step=step,
                 head=max(0.0, self.seconds("head", sequences) - step),
                 deep=deep,
-                row=self.further_row() * self.seconds("pass", 1),
             )
         return prices
 

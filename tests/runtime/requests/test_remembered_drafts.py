@@ -86,6 +86,7 @@ def test_a_corpus_is_drafted_in_the_first_request(
         (b"\xff\xfe\x00text", r"draft_corpus is '.* which is not text in UTF-8; give"),
         (b"a\x00b", r"draft_corpus is '.* which is not text in UTF-8; give"),
         (b'"good"\n{"input": 3}\n', r"draft_corpus is '.* line 2, which is '.*'; give a JSON string"),
+        (b'"\\ud800"\n', r"draft_corpus is '.* line 1, which is '.*'; give a JSON string"),
         (b"x" * 1_000_001, r"draft_corpus is '.* which has 1,000,001 bytes, more than draft_memory_mb"),
         (
             b" ".join(b"%d" % (7919**place % 99991) for place in range(6000)),

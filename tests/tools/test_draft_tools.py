@@ -1,0 +1,60 @@
+"""Tools that measure drafts: their cost by engine call, and requests replayed with fixed costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from checkpoints import BY_NAME, PROMPTS, Bundles
+from click.testing import CliRunner
+
+from tools import draft_cost, draft_replay, draft_traces
+
+COSTS = {
+    "precision": "int4",
+    "step": {"1": 0.2, "16": 1.0},
+    "pass": {"1": 3.0, "2": 3.5, "16": 9.0},
+    "exit_of_draft": 0.3,
+    "row_of_exit": 0.1,
+    "python_of_token": 0.1,
+    "python_of_draft": 0.05,
+}
+
+
+def run(tool: object, *arguments: object) -> str:
+    done = CliRunner().invoke(tool.main, [*map(str, arguments)], catch_exceptions=False)  # type: ignore[attr-defined]
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_costs_and_traces_of_a_bundle_are_replayed(bundle: Bundles, tmp_path: Path) -> None:
+    path = bundle(BY_NAME["llama-tied"], 2)
+    costs, traces, saved = (tmp_path / name for name in ("costs.json", "traces.jsonl", "result.json"))
+    assert "a draft" in run(draft_cost, path, "--rounds", 1, "--save", costs)
+    (row,) = json.loads(costs.read_text())["rows"]
+    assert min(row["token"], row["step"]["1"], row["pass"]["1"]) > 0
+    assert set(COSTS) <= set(row)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"input": [*map(int, prompt)]}) + "\n" for prompt in PROMPTS[:2]))
+    run(draft_traces, path, prompts, traces, "--max-new-tokens", 12)
+    run(draft_replay, traces, "--costs", costs, "--setting", "memory", "--shuffles", 1, "--save", saved)
+    (replayed,) = json.loads(saved.read_text())["rows"]
+    assert replayed["setting"] == "memory"
+    assert 0 < replayed["passes_per_token"] <= 1
+
+
+def test_a_replay_accepts_what_the_trace_confirms(tmp_path: Path) -> None:
+    """The same output four times: the memory knows it from the second time on. The exit is right half of the time."""
+    output = [(7 * place * place) % 997 for place in range(60)]
+    chains = [[(token if place % 2 else 5, 0.9) for token in output[place + 1 : place + 3]] for place in range(59)]
+    traces, costs = tmp_path / "traces.jsonl", tmp_path / "costs.json"
+    traces.write_text((json.dumps({"prompt": [1, 2], "output": output, "chains": chains}) + "\n") * 4)
+    costs.write_text(json.dumps({"rows": [COSTS]}))
+    rows = [json.loads(line) for line in run(draft_replay, traces, "--costs", costs, "--shuffles", 1).splitlines()]
+    text, memory, exits = rows
+    assert text["exits_per_token"] == memory["exits_per_token"] == 0
+    assert memory["speed"] > 1.5 > text["speed"]
+    assert exits["exits_per_token"] > 0.25
+    assert exits["speed"] > 1.1 * text["speed"]
