@@ -16,17 +16,17 @@ from fake_device import Machine
 from runtime.errors import EngineError
 from tools.gpu import prove, prove_steps
 from tools.gpu.prove_report import CPU_NOTE, report_text
-from tools.gpu.prove_steps import Context, NotApplicable
+from tools.gpu.prove_steps import StepContext, NotApplicable
 
 LLAMA = BY_NAME["llama-tied"]
 Directory = Callable[[Case], Path]
 
 
 @pytest.fixture(scope="module")
-def converted(checkpoint: Directory, tmp_path_factory: pytest.TempPathFactory) -> Context:
+def converted(checkpoint: Directory, tmp_path_factory: pytest.TempPathFactory) -> StepContext:
     """A model converted for CUDA in fp16, by the step for it."""
     work = tmp_path_factory.mktemp("work")
-    context = Context("cpu", str(work), 8, 1, str(checkpoint(LLAMA)), "llama", "fp16", exit_layer=2)
+    context = StepContext("cpu", str(work), 8, 1, str(checkpoint(LLAMA)), "llama", "fp16", exit_layer=2)
     outcome = prove_steps.conversion(context)
     assert outcome.state == "done"
     assert "0 nodes without a CUDA kernel" in outcome.line
@@ -34,7 +34,7 @@ def converted(checkpoint: Directory, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def on_gpu(converted: Context, monkeypatch: pytest.MonkeyPatch) -> Context:
+def on_gpu(converted: StepContext, monkeypatch: pytest.MonkeyPatch) -> StepContext:
     """The same bundle on a stand-in of a GPU."""
     Machine(monkeypatch, seed=5)
     monkeypatch.setattr(prove_steps, "PROMPTS", 2)
@@ -42,7 +42,7 @@ def on_gpu(converted: Context, monkeypatch: pytest.MonkeyPatch) -> Context:
 
 
 @pytest.mark.slow
-def test_modes_and_batches_are_compared_on_the_device(on_gpu: Context) -> None:
+def test_modes_and_batches_are_compared_on_the_device(on_gpu: StepContext) -> None:
     outcome = prove_steps.modes(on_gpu)
     assert outcome.state == "done", outcome.line
     assert outcome.values["noise"]["positions"] > 0
@@ -51,7 +51,7 @@ def test_modes_and_batches_are_compared_on_the_device(on_gpu: Context) -> None:
     json.dumps(outcome.values, allow_nan=False)
 
 
-def test_graphs_and_overlap_do_not_change_tokens_and_calls_are_counted(on_gpu: Context) -> None:
+def test_graphs_and_overlap_do_not_change_tokens_and_calls_are_counted(on_gpu: StepContext) -> None:
     assert prove_steps.cuda_graphs(on_gpu).state == "done"
     outcome = prove_steps.overlap(on_gpu)
     assert outcome.state == "done", outcome.line
@@ -62,7 +62,7 @@ def test_graphs_and_overlap_do_not_change_tokens_and_calls_are_counted(on_gpu: C
 
 
 @pytest.mark.slow
-def test_sync_every_is_recommended_by_what_was_measured(on_gpu: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_every_is_recommended_by_what_was_measured(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prove_steps, "_speed_of", lambda runs: 100.0)
     outcome = prove_steps.sync_every(on_gpu)
     assert outcome.line == "recommended: sync_every 4; 4 is 1.00x as fast as 1"
@@ -72,7 +72,7 @@ def test_sync_every_is_recommended_by_what_was_measured(on_gpu: Context, monkeyp
     assert prove_steps.sync_every(on_gpu).line == "recommended: sync_every 1; 4 is 0.50x as fast as 1"
 
 
-def test_parity_passes_and_a_wrong_head_fails(converted: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_passes_and_a_wrong_head_fails(converted: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = prove_steps.parity(converted)
     assert outcome.state == "done", outcome.line
     assert 0 < outcome.values["error"] <= outcome.values["limit"]
@@ -86,7 +86,7 @@ def test_parity_passes_and_a_wrong_head_fails(converted: Context, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_speed_refers_to_eager_torch_once_that_was_measured(converted: Context) -> None:
+def test_speed_refers_to_eager_torch_once_that_was_measured(converted: StepContext) -> None:
     assert "eager was not measured" in prove_steps.speed(converted).line
     assert prove_steps.eager(converted).values["tokens_per_second"] > 0
     outcome = prove_steps.speed(converted)
@@ -95,7 +95,7 @@ def test_speed_refers_to_eager_torch_once_that_was_measured(converted: Context) 
 
 
 @pytest.mark.slow
-def test_on_the_cpu_calls_are_timed_by_the_host_and_tensorrt_does_not_apply(converted: Context) -> None:
+def test_on_the_cpu_calls_are_timed_by_the_host_and_tensorrt_does_not_apply(converted: StepContext) -> None:
     outcome = prove_steps.overlap(converted)
     assert outcome.values["clock"] == "the host's clock"
     assert outcome.values["deep_passes"] >= 1
@@ -106,7 +106,7 @@ def test_on_the_cpu_calls_are_timed_by_the_host_and_tensorrt_does_not_apply(conv
 
 
 def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written(tmp_path: Path) -> None:
-    base = Context("cpu", "", 8, 1)
+    base = StepContext("cpu", "", 8, 1)
     report = prove.prove(base, tmp_path / "out", [], (), ("providers",), limit=0.01)
     (entry,) = report["steps"]
     assert (entry["state"], entry["line"]) == ("timed out", "more than 0.01 s")
@@ -127,7 +127,7 @@ def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written
 def test_the_order_of_steps() -> None:
     found = [
         (name, one.name, one.precision)
-        for name, one in prove.contexts(Context("cpu", "", 8, 1), [Path("a/m.1")], ("fp16", "bf16"))
+        for name, one in prove.contexts(StepContext("cpu", "", 8, 1), [Path("a/m.1")], ("fp16", "bf16"))
     ]
     assert found[:4] == [
         ("environment", "", ""),
