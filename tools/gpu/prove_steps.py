@@ -2,8 +2,8 @@
 
     python -m tools.gpu.prove_steps STEP CONTEXT RESULT
 
-CONTEXT is a JSON file with the fields of `StepContext`. The step writes its `StepOutcome` to RESULT. A step
-that has a bundle reads it from the folder that the step `convert` wrote.
+CONTEXT is a JSON file with the fields of `StepContext`. The step writes its `StepOutcome` to
+RESULT. Steps of a model read the bundle that the step `conversion` wrote.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class StepContext:
 
     @property
     def bundle(self) -> Path:
-        """The bundle that the step `convert` writes."""
+        """The bundle that the step `conversion` writes."""
         return Path(self.work) / f"{self.name}-{self.precision}"
 
     @property

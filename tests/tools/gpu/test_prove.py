@@ -16,7 +16,7 @@ from fake_device import Machine
 from runtime.errors import EngineError
 from tools.gpu import prove, prove_steps
 from tools.gpu.prove_report import CPU_NOTE, report_text
-from tools.gpu.prove_steps import StepContext, NotApplicable
+from tools.gpu.prove_steps import NotApplicable, StepContext
 
 LLAMA = BY_NAME["llama-tied"]
 Directory = Callable[[Case], Path]
