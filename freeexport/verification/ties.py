@@ -201,7 +201,7 @@ def compare_up_to_ties(session: Session, prompts: Sequence[Any], count: int) -> 
     """
     longest = max(map(len, prompts))
     room = session.capacity - (1 if session.manifest.encoder_decoder else longest)
-    plain = {"max_new_tokens": max(1, min(count, room)), "ignore_eos": True}
+    plain: dict[str, Any] = {"max_new_tokens": max(1, min(count, room)), "ignore_eos": True}
     scored = plain | {"output_logprobs": True, "top_logprobs": MOST_TOP_LOGPROBS}
     expected = [
         ScoredTokens.of(session.generate(prompt, mode="full", **scored)) for prompt in prompts

@@ -41,7 +41,7 @@ from runtime.machine.device import Device
 from runtime.placement import check_device
 from tools.data.splits import run_tool
 from tools.gpu.prove_report import BAD, report_text
-from tools.gpu.prove_steps import FP32, HALF, MACHINE, STEPS, Context
+from tools.gpu.prove_steps import FP32, HALF, MACHINE, STEPS, StepContext
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "freeexport" / "data" / "g2p"
@@ -62,8 +62,8 @@ def default_models() -> list[Path]:
 
 
 def contexts(
-    base: Context, models: Sequence[Path], precisions: Sequence[str]
-) -> Iterator[tuple[str, Context]]:
+    base: StepContext, models: Sequence[Path], precisions: Sequence[str]
+) -> Iterator[tuple[str, StepContext]]:
     """Yield the names of all steps and what they work on, in order."""
     given = asdict(base)
     yield from ((name, base) for name in MACHINE)
@@ -72,13 +72,13 @@ def contexts(
         name = model.stem if model.is_file() else model.resolve().name
         each = given | {"model": str(model), "name": name}
         for step in FP32:
-            yield step, Context(**each | {"precision": "fp32"})
+            yield step, StepContext(**each | {"precision": "fp32"})
         for precision in precisions:
             for step in HALF:
-                yield step, Context(**each | {"precision": precision})
+                yield step, StepContext(**each | {"precision": precision})
 
 
-def run_step(name: str, context: Context, folder: Path, limit: float) -> dict[str, Any]:
+def run_step(name: str, context: StepContext, folder: Path, limit: float) -> dict[str, Any]:
     """Run a step in a child process. Returns its entry in the report.
 
     Args:
@@ -132,7 +132,7 @@ def run_step(name: str, context: Context, folder: Path, limit: float) -> dict[st
 
 
 def prove(
-    base: Context,
+    base: StepContext,
     output: Path,
     models: Sequence[Path],
     precisions: Sequence[str],
@@ -156,9 +156,10 @@ def prove(
 
     output.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="work-", dir=output) as work:
-        given = Context(**asdict(base) | {"work": work})
+        given = StepContext(**asdict(base) | {"work": work})
         for name, context in contexts(given, models, precisions):
-            if name not in steps:
+            needed = "against-cpu" in steps or context.precision != "fp32"
+            if name not in steps or not needed:
                 continue
             where = " ".join(filter(None, (context.name, context.precision)))
             click.echo(f"{name} {where}".strip(), err=True)
@@ -238,7 +239,7 @@ def command(
     chosen = list(models) or default_models()
     if chosen == [DEMO] and not models:
         click.echo("note: SmolLM2 and Flan-T5-small are not installed; using the demo model")
-    base = Context(str(place), "", tokens, rounds, exit_layer=exit_layer, exit=exit)
+    base = StepContext(str(place), "", tokens, rounds, exit_layer=exit_layer, exit=exit)
     report = prove(base, output, chosen, precisions, steps, limit)
     click.echo(f"{output}: report.md, {REPORT}")
     if any(step["state"] in BAD for step in report["steps"]):

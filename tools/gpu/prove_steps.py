@@ -2,8 +2,8 @@
 
     python -m tools.gpu.prove_steps STEP CONTEXT RESULT
 
-CONTEXT is a JSON file with the fields of `Context`. The step writes its `Outcome` to RESULT. A step
-that has a bundle reads it from the folder that the step `convert` wrote.
+CONTEXT is a JSON file with the fields of `StepContext`. The step writes its `StepOutcome` to
+RESULT. Steps of a model read the bundle that the step `conversion` wrote.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class NotApplicable(Exception):
 
 
 @dataclass(frozen=True)
-class Context:
+class StepContext:
     """What a step works on.
 
     Attributes:
@@ -115,7 +115,7 @@ class Context:
 
     @property
     def bundle(self) -> Path:
-        """The bundle that the step `convert` writes."""
+        """The bundle that the step `conversion` writes."""
         return Path(self.work) / f"{self.name}-{self.precision}"
 
     @property
@@ -138,7 +138,7 @@ class Context:
 
 
 @dataclass
-class Outcome:
+class StepOutcome:
     """Result of a step.
 
     Attributes:
@@ -156,7 +156,7 @@ class Outcome:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def environment(context: Context) -> Outcome:
+def environment(context: StepContext) -> StepOutcome:
     """Report driver, GPU and versions."""
     rows: list[Sequence[Any]] = [("python", platform.python_version())]
     for name in PACKAGES:
@@ -172,10 +172,10 @@ def environment(context: Context) -> Outcome:
         import torch
 
         rows.append(("torch sees", f"{torch.cuda.device_count()} GPUs, CUDA {torch.version.cuda}"))
-    return Outcome(f"{len(rows)} facts", columns=("what", "value"), rows=rows, values=report)
+    return StepOutcome(f"{len(rows)} facts", columns=("what", "value"), rows=rows, values=report)
 
 
-def providers(context: Context) -> Outcome:
+def providers(context: StepContext) -> StepOutcome:
     """Run a graph on ONNX Runtime's CUDA provider, and import TensorRT."""
     ort = import_onnxruntime()
     rows = [
@@ -187,7 +187,7 @@ def providers(context: Context) -> Outcome:
     states = dict(rows)
     cuda = states.get(CUDA_PROVIDER, f"not in this wheel, onnxruntime {ort.__version__}")
     failed = context.on_gpu and cuda != "usable"
-    return Outcome(
+    return StepOutcome(
         f"CUDA provider: {cuda}; TensorRT: {states['tensorrt']}",
         "failed" if failed else "done",
         ("provider", "state"),
@@ -195,7 +195,7 @@ def providers(context: Context) -> Outcome:
     )
 
 
-def conversion(context: Context) -> Outcome:
+def conversion(context: StepContext) -> StepOutcome:
     """Convert the checkpoint for CUDA, without verification, and look for missing kernels.
 
     On the CPU, which has no bf16, the graphs are widened to fp32 and every result is rounded.
@@ -226,7 +226,7 @@ def conversion(context: Context) -> Outcome:
         f"of {manifest.layers}, {seconds:.0f} s, {len(problems)} nodes without a CUDA kernel"
         f"{'; emulated in fp32' if emulated else ''}"
     )
-    return Outcome(
+    return StepOutcome(
         line,
         "failed" if problems else "done",
         ("node without a kernel",) if problems else (),
@@ -234,7 +234,7 @@ def conversion(context: Context) -> Outcome:
     )
 
 
-def parity(context: Context) -> Outcome:
+def parity(context: StepContext) -> StepOutcome:
     """Compare log-probabilities with those of torch in fp32.
 
     The error may be TIMES_TORCH times that of torch in the same precision.
@@ -245,7 +245,11 @@ def parity(context: Context) -> Outcome:
     with context.session() as session:
         capacity = session.manifest.capacity
         start = session.manifest.decoder_start_token_id
-        plain = {"max_new_tokens": context.tokens, "ignore_eos": True, "output_logprobs": True}
+        plain: dict[str, Any] = {
+            "max_new_tokens": context.tokens,
+            "ignore_eos": True,
+            "output_logprobs": True,
+        }
         results = [session.generate(prompt, mode="full", **plain) for prompt in prompts]
     answers = [list(result.token_ids) for result in results]
     ours = np.concatenate([result.logprobs or () for result in results])
@@ -285,17 +289,17 @@ def parity(context: Context) -> Outcome:
         "equal": equal,
         "largest_gap": float(gaps.max()),
     }
-    return Outcome(line, "done" if passed else "failed", values=values)
+    return StepOutcome(line, "done" if passed else "failed", values=values)
 
 
-def modes(context: Context) -> Outcome:
+def modes(context: StepContext) -> StepOutcome:
     """Compare lossless, rollback and batches with mode full up to ties, and run all other modes."""
     prompts = context.prompts()
     with context.session(slots=max(BATCHES)) as session:
         report = compare_up_to_ties(session, prompts, context.tokens)
         # A copy for the CPU computes in fp32, but rounds to the type that it was written for.
         report = replace(report, float_type=context.float_type)
-        plain = {"max_new_tokens": context.tokens, "ignore_eos": True}
+        plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
         full = session.generate(prompts[0], mode="full", **plain)
         never = session.generate(prompts[0], mode="free", threshold=1.0, **plain)
         ran = [
@@ -311,7 +315,7 @@ def modes(context: Context) -> Outcome:
     if never.token_ids != full.token_ids:
         line = f"free at threshold 1 gives other tokens than full; {line}"
     exits = {name: round(result.stats.exit_rate, 3) for name, result in ran}
-    return Outcome(
+    return StepOutcome(
         line,
         "done" if passed else "failed",
         ("setting", "tokens", "ties", "faults"),
@@ -320,9 +324,9 @@ def modes(context: Context) -> Outcome:
     )
 
 
-def against_cpu(context: Context) -> Outcome:
+def against_cpu(context: StepContext) -> StepOutcome:
     """Compare tokens and exits with the same fp32 graphs on the CPU."""
-    plain = {"max_new_tokens": context.tokens, "ignore_eos": True}
+    plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
     prompts = context.prompts()
     found = list[dict[str, list[GenerationResult]]]()
     for device in (context.device, "cpu"):
@@ -340,7 +344,7 @@ def against_cpu(context: Context) -> Outcome:
         exits = sum(one.exited == other.exited for one, other in pairs)
         rows.append((name, round(float(np.mean(common)), 3), f"{exits} of {len(pairs)}"))
     least = min(row[1] for row in rows)
-    return Outcome(
+    return StepOutcome(
         f"at least {least:.0%} of the tokens before the first difference",
         "done" if least >= LEAST_COMMON else "failed",
         ("method", "tokens before the first difference", "prompts with equal exits"),
@@ -348,10 +352,10 @@ def against_cpu(context: Context) -> Outcome:
     )
 
 
-def batches(context: Context) -> Outcome:
+def batches(context: StepContext) -> StepOutcome:
     """Compare 8 requests at once with the same requests alone, and measure batches of 1 to 8."""
     prompts = [ids[cut:] for cut in (0, 1) for ids in context.prompts()]
-    plain = {"max_new_tokens": context.tokens, "ignore_eos": True}
+    plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
     scored = plain | {"output_logprobs": True, "top_logprobs": MOST_TOP_LOGPROBS}
     rows = list[Sequence[Any]]()
     with context.session(slots=len(prompts)) as session:
@@ -380,10 +384,12 @@ def batches(context: Context) -> Outcome:
         f"faults, noise {noise.largest:.2g} nats"
     )
     columns = ("tokens/s", "batch 1", "2", "4", "8")
-    return Outcome(line, "done" if passed else "failed", columns, rows, {"noise": asdict(noise)})
+    return StepOutcome(
+        line, "done" if passed else "failed", columns, rows, {"noise": asdict(noise)}
+    )
 
 
-def calibration(context: Context) -> Outcome:
+def calibration(context: StepContext) -> StepOutcome:
     """Calibrate a copy of the bundle on the sample texts."""
     copy = Path(context.work) / f"{context.bundle.name}.calibrated"
     shutil.rmtree(copy, ignore_errors=True)
@@ -403,10 +409,10 @@ def calibration(context: Context) -> Outcome:
     shutil.rmtree(copy)
     values = json.loads(answer)
     threshold = values.get("threshold", values.get("calibration", {}).get("threshold"))
-    return Outcome(f"threshold {threshold}", values=values)
+    return StepOutcome(f"threshold {threshold}", values=values)
 
 
-def cuda_graphs(context: Context) -> Outcome:
+def cuda_graphs(context: StepContext) -> StepOutcome:
     """Compare tokens and speed with CUDA graphs on and off. Tokens must be equal."""
     lanes = {
         "without CUDA graphs": {"cuda_graphs": False},
@@ -415,7 +421,7 @@ def cuda_graphs(context: Context) -> Outcome:
     return _lanes(context, {name: {"overlap": False, **given} for name, given in lanes.items()})
 
 
-def overlap(context: Context) -> Outcome:
+def overlap(context: StepContext) -> StepOutcome:
     """Compare overlap on and off, and count the shallow steps that run during a deep pass.
 
     Times are those of CUDA events in the streams. On the CPU, which has no overlap, they are the
@@ -459,7 +465,7 @@ def overlap(context: Context) -> Outcome:
     return outcome
 
 
-def eager(context: Context) -> Outcome:
+def eager(context: StepContext) -> StepOutcome:
     """Measure greedy decoding by eager PyTorch on the same device."""
     from freeexport.checkpoints.transformers_model import Dtype, greedy_ids, reference_model
 
@@ -478,10 +484,10 @@ def eager(context: Context) -> Outcome:
     speed = median(runs)
     values = {"tokens_per_second": speed, "runs": runs}
     context.file("eager").write_text(json.dumps(values))
-    return Outcome(f"{speed:.1f} tokens/s", values=values)
+    return StepOutcome(f"{speed:.1f} tokens/s", values=values)
 
 
-def speed(context: Context) -> Outcome:
+def speed(context: StepContext) -> StepOutcome:
     """Measure all modes, interleaved, relative to mode full and to eager PyTorch."""
     names = list(METHODS)
     measured: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -503,7 +509,7 @@ def speed(context: Context) -> Outcome:
     ]
     against = f"{speeds['full'] / torch:.2f}x eager PyTorch" if torch else "eager was not measured"
     free = speeds[f"free at {THRESHOLD}"]
-    return Outcome(
+    return StepOutcome(
         f"full {speeds['full']:.1f} tokens/s, {against}; free at {THRESHOLD} "
         f"{free / speeds['full']:.2f}x full",
         columns=("method", "tokens/s", "against full", "against eager PyTorch"),
@@ -512,7 +518,7 @@ def speed(context: Context) -> Outcome:
     )
 
 
-def sync_every(context: Context) -> Outcome:
+def sync_every(context: StepContext) -> StepOutcome:
     """Measure `sync_every` 1, 2, 4 and 8 with overlap, and the paper's single pass.
 
     A value is recommended if it is GAIN times as fast as the default.
@@ -524,7 +530,7 @@ def sync_every(context: Context) -> Outcome:
     thresholds = {"free at 0.5": FREE, "free at 0": EVERY}
     rows = list[Sequence[Any]]()
     found = dict[str, dict[str, float]]()
-    given = {"overlap": True} if context.on_gpu else {}
+    given: dict[str, Any] = {"overlap": True} if context.on_gpu else {}
     with context.session(**given) as session:
         for name, options in thresholds.items():
             ways = [{**options, **lane} for lane in lanes.values()]
@@ -544,10 +550,10 @@ def sync_every(context: Context) -> Outcome:
         line = f"recommended: sync_every {advice}; 4 is {means['4'] / means['1']:.2f}x as fast as 1"
     else:
         line = "no recommendation: the CPU has no overlap, and sync_every has no effect"
-    return Outcome(line, columns=("tokens/s", *lanes), rows=rows, values=found)
+    return StepOutcome(line, columns=("tokens/s", *lanes), rows=rows, values=found)
 
 
-def beside(context: Context) -> Outcome:
+def beside(context: StepContext) -> StepOutcome:
     """Decode while torch and a second session use the device from the same process.
 
     Their allocations may disturb the capture of CUDA graphs. Tokens must be those of one session.
@@ -555,7 +561,7 @@ def beside(context: Context) -> Outcome:
     import torch
 
     prompt = context.prompts(1)[0]
-    options = {"mode": "full", "max_new_tokens": context.tokens, "ignore_eos": True}
+    options: dict[str, Any] = {"mode": "full", "max_new_tokens": context.tokens, "ignore_eos": True}
     with context.session() as session:
         alone = session.generate(prompt, **options).token_ids
     place = torch.device(context.device)
@@ -566,13 +572,13 @@ def beside(context: Context) -> Outcome:
             found += [session.generate(prompt, **options).token_ids for session in (one, other)]
             float((matrix @ matrix).sum())
     equal = sum(ids == alone for ids in found)
-    return Outcome(
+    return StepOutcome(
         f"{equal} of {len(found)} outputs are equal to those of one session",
         "done" if equal == len(found) else "failed",
     )
 
 
-def tensorrt(context: Context) -> Outcome:
+def tensorrt(context: StepContext) -> StepOutcome:
     """Build the engines with TensorRT, test them, and compare modes and speed."""
     if not context.on_gpu:
         raise NotApplicable("TensorRT engines are built for a GPU")
@@ -596,7 +602,7 @@ def tensorrt(context: Context) -> Outcome:
     for number, name in enumerate(METHODS):
         pairs = [[turn[number].stats.tokens, turn[number].stats.seconds] for turn in runs]
         rows.append((name, round(_speed_of(pairs), 1)))
-    return Outcome(
+    return StepOutcome(
         f"{_version_of('tensorrt')}: {report.line}",
         "done" if report.passed else "failed",
         ("method", "tokens/s"),
@@ -605,7 +611,7 @@ def tensorrt(context: Context) -> Outcome:
     )
 
 
-Function = Callable[[Context], Outcome]
+Function = Callable[[StepContext], StepOutcome]
 # Steps without a model, with a model in fp32, and with a bundle in half precision, in order.
 MACHINE: dict[str, Function] = {"environment": environment, "providers": providers}
 FP32: dict[str, Function] = {"conversion": conversion, "against-cpu": against_cpu}
@@ -618,11 +624,11 @@ HALF: dict[str, Function] = {
 STEPS: dict[str, Function] = {**MACHINE, **FP32, **HALF}
 
 
-def _lanes(context: Context, lanes: dict[str, dict[str, Any]]) -> Outcome:
+def _lanes(context: StepContext, lanes: dict[str, dict[str, Any]]) -> StepOutcome:
     """Measure modes with other options of the session, which must not change the tokens."""
     ways = [METHODS["full"], FREE, EVERY]
     prompt = context.prompts(1)[0]
-    plain = {"max_new_tokens": context.tokens, "ignore_eos": True}
+    plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
     rows = list[Sequence[Any]]()
     tokens = list[list[Sequence[int]]]()
     for name, options in lanes.items():
@@ -635,7 +641,7 @@ def _lanes(context: Context, lanes: dict[str, dict[str, Any]]) -> Outcome:
         rows.append((name, *(value for value, _ in found)))
         tokens.append([ids for _, ids in found])
     same = all(each == tokens[0] for each in tokens)
-    return Outcome(
+    return StepOutcome(
         f"{'equal' if same else 'different'} tokens in {len(lanes)} settings",
         "done" if same else "failed",
         ("tokens/s", "full", f"free at {THRESHOLD}", "free at 0"),
@@ -645,10 +651,10 @@ def _lanes(context: Context, lanes: dict[str, dict[str, Any]]) -> Outcome:
 
 
 def _interleaved(
-    context: Context, session: Session, ways: Sequence[dict[str, Any]]
+    context: StepContext, session: Session, ways: Sequence[dict[str, Any]]
 ) -> Iterator[list[GenerationResult]]:
     """Yield the results of all ways for each prompt and round."""
-    plain = {"max_new_tokens": context.tokens, "ignore_eos": True}
+    plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
 
     def decode(way: dict[str, Any], prompt: list[int]) -> GenerationResult:
         result: GenerationResult = session.generate(prompt, **way, **plain)
@@ -736,11 +742,11 @@ def _version_of(name: str) -> str:
 
 def main(name: str, context: str, result: str) -> None:
     """Run a step."""
-    given = Context(**json.loads(Path(context).read_text(encoding="utf-8")))
+    given = StepContext(**json.loads(Path(context).read_text(encoding="utf-8")))
     try:
         outcome = STEPS[name](given)
     except NotApplicable as reason:
-        outcome = Outcome(str(reason), "not applicable")
+        outcome = StepOutcome(str(reason), "not applicable")
     Path(result).write_text(json.dumps(asdict(outcome), default=str), encoding="utf-8")
 
 

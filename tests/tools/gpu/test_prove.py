@@ -1,0 +1,151 @@
+"""The script for a first hour with a GPU: its steps on a stand-in and on the CPU, and its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import BY_NAME, Case
+from click.testing import CliRunner
+from fake_device import Machine
+
+from runtime.errors import EngineError
+from tools.gpu import prove, prove_steps
+from tools.gpu.prove_report import CPU_NOTE, report_text
+from tools.gpu.prove_steps import NotApplicable, StepContext
+
+LLAMA = BY_NAME["llama-tied"]
+Directory = Callable[[Case], Path]
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoint: Directory, tmp_path_factory: pytest.TempPathFactory) -> StepContext:
+    """A model converted for CUDA in fp16, by the step for it."""
+    work = tmp_path_factory.mktemp("work")
+    context = StepContext("cpu", str(work), 8, 1, str(checkpoint(LLAMA)), "llama", "fp16", exit_layer=2)
+    outcome = prove_steps.conversion(context)
+    assert outcome.state == "done"
+    assert "0 nodes without a CUDA kernel" in outcome.line
+    return context
+
+
+@pytest.fixture
+def on_gpu(converted: StepContext, monkeypatch: pytest.MonkeyPatch) -> StepContext:
+    """The same bundle on a stand-in of a GPU."""
+    Machine(monkeypatch, seed=5)
+    monkeypatch.setattr(prove_steps, "PROMPTS", 2)
+    return replace(converted, device="cuda:0")
+
+
+@pytest.mark.slow
+def test_modes_and_batches_are_compared_on_the_device(on_gpu: StepContext) -> None:
+    outcome = prove_steps.modes(on_gpu)
+    assert outcome.state == "done", outcome.line
+    assert outcome.values["noise"]["positions"] > 0
+    assert {"lossless, both drafts", "full, batch 4", "rollback"} <= {row[0] for row in outcome.rows}
+    assert set(outcome.values["exit_rates"]) == set(prove_steps.METHODS)
+    json.dumps(outcome.values, allow_nan=False)
+
+
+def test_graphs_and_overlap_do_not_change_tokens_and_calls_are_counted(on_gpu: StepContext) -> None:
+    assert prove_steps.cuda_graphs(on_gpu).state == "done"
+    outcome = prove_steps.overlap(on_gpu)
+    assert outcome.state == "done", outcome.line
+    assert [row[0] for row in outcome.rows] == ["one stream", "overlap"]
+    assert outcome.values["clock"] == "CUDA events"
+    assert outcome.values["shallow_steps"] >= 8
+    assert outcome.values["deep_passes"] >= 1
+
+
+@pytest.mark.slow
+def test_sync_every_is_recommended_by_what_was_measured(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prove_steps, "_speed_of", lambda runs: 100.0)
+    outcome = prove_steps.sync_every(on_gpu)
+    assert outcome.line == "recommended: sync_every 4; 4 is 1.00x as fast as 1"
+    assert len(outcome.rows) == 2
+    speeds = iter([10.0, 20.0, 10.0, 10.0, 10.0] * 2)
+    monkeypatch.setattr(prove_steps, "_speed_of", lambda runs: next(speeds))
+    assert prove_steps.sync_every(on_gpu).line == "recommended: sync_every 1; 4 is 0.50x as fast as 1"
+
+
+def test_parity_passes_and_a_wrong_head_fails(converted: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = prove_steps.parity(converted)
+    assert outcome.state == "done", outcome.line
+    assert 0 < outcome.values["error"] <= outcome.values["limit"]
+    shifted = prove_steps._log_probabilities
+    monkeypatch.setattr(
+        prove_steps,
+        "_log_probabilities",
+        lambda model, prompt, answer, start: shifted(model, prompt[::-1], answer, start),
+    )
+    assert prove_steps.parity(converted).state == "failed"
+
+
+@pytest.mark.slow
+def test_speed_refers_to_eager_torch_once_that_was_measured(converted: StepContext) -> None:
+    assert "eager was not measured" in prove_steps.speed(converted).line
+    assert prove_steps.eager(converted).values["tokens_per_second"] > 0
+    outcome = prove_steps.speed(converted)
+    assert "x eager PyTorch" in outcome.line
+    assert outcome.rows[0][2] == "1.00x"
+
+
+@pytest.mark.slow
+def test_on_the_cpu_calls_are_timed_by_the_host_and_tensorrt_does_not_apply(converted: StepContext) -> None:
+    outcome = prove_steps.overlap(converted)
+    assert outcome.values["clock"] == "the host's clock"
+    assert outcome.values["deep_passes"] >= 1
+    assert outcome.values["step_ms"] > 0
+    assert "no effect" in prove_steps.sync_every(converted).line
+    with pytest.raises(NotApplicable, match="for a GPU"):
+        prove_steps.tensorrt(converted)
+
+
+def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written(tmp_path: Path) -> None:
+    base = StepContext("cpu", "", 8, 1)
+    report = prove.prove(base, tmp_path / "out", [], (), ("providers",), limit=0.01)
+    (entry,) = report["steps"]
+    assert (entry["state"], entry["line"]) == ("timed out", "more than 0.01 s")
+    broken = prove.run_step("no-such-step", base, tmp_path, limit=60)
+    assert broken["state"] == "error"
+    assert broken["line"] == "exit code 1: KeyError: 'no-such-step'"
+    assert broken["last_lines"][0].startswith("Traceback")
+    without = prove.run_step("modes", replace(base, model="m", name="m", work=str(tmp_path)), tmp_path, limit=60)
+    assert without["state"] == "not run"
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert CPU_NOTE in text
+    assert "**providers**, timed out: more than 0.01 s" in text
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["complete"]
+    report["steps"] += [broken, without]
+    assert "KeyError" in report_text(report)
+
+
+def test_the_order_of_steps() -> None:
+    found = [
+        (name, one.name, one.precision)
+        for name, one in prove.contexts(StepContext("cpu", "", 8, 1), [Path("a/m.1")], ("fp16", "bf16"))
+    ]
+    assert found[:4] == [
+        ("environment", "", ""),
+        ("providers", "", ""),
+        ("conversion", "m.1", "fp32"),
+        ("against-cpu", "m.1", "fp32"),
+    ]
+    assert [name for name, _, precision in found if precision == "bf16"] == list(prove_steps.HALF)
+
+
+def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def invoke(*arguments: object) -> Any:
+        return CliRunner().invoke(prove.command, [str(argument) for argument in arguments])
+
+    refused = invoke("--output", tmp_path / "out", "--device", "cuda:0")
+    assert isinstance(refused.exception, EngineError)
+    assert "needs ONNX Runtime with CUDA" in str(refused.exception)
+    assert not (tmp_path / "out").exists()
+    assert "'modez' is no step" in invoke("--output", tmp_path / "out", "--steps", "modez").output
+    (tmp_path / prove.REPORT).write_text("{}")
+    assert "--overwrite" in str(invoke("--output", tmp_path, "--device", "cpu").exception)
