@@ -36,7 +36,7 @@ def test_tasks_score_as_with_transformers(
     monkeypatch.chdir(TASKS)  # paths of data in the tasks
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     tasks = ["freeexport_likelihood", "freeexport_generation"]
-    source = {"pretrained": str(checkpoint(LONG)), "dtype": "float32", "device": "cpu"}
+    source: dict[str, Any] = {"pretrained": str(checkpoint(LONG)), "dtype": "float32", "device": "cpu"}
     tokenizer = {"tokenizer": source["pretrained"], "tokenizer_backend": "huggingface"}
     served = {"base_url": f"{server.url}/v1/completions", "model": "m", **tokenizer}
     expected, wanted = scores(tasks, "hf", batch_size=1, add_bos_token=True, **source)
