@@ -246,7 +246,12 @@ class MessageReply(Reply):
 
     def opening(self, index: int) -> Any:
         counts = {"input_tokens": sum(self.prompts), "output_tokens": 0}
-        nothing = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": counts}
+        nothing: dict[str, Any] = {
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": counts,
+        }
         return [{"type": "message_start", "message": {**self._message(), **nothing}}]
 
     def chunk(

@@ -36,16 +36,16 @@ def test_tasks_score_as_with_transformers(
     monkeypatch.chdir(TASKS)  # paths of data in the tasks
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     tasks = ["freeexport_likelihood", "freeexport_generation"]
-    source = {"pretrained": str(checkpoint(LONG)), "dtype": "float32", "device": "cpu"}
+    source: dict[str, Any] = {"pretrained": str(checkpoint(LONG)), "dtype": "float32", "device": "cpu"}
     tokenizer = {"tokenizer": source["pretrained"], "tokenizer_backend": "huggingface"}
     served = {"base_url": f"{server.url}/v1/completions", "model": "m", **tokenizer}
-    expected, wanted = scores(tasks, "hf", batch_size=1, **source)
-    metrics, responses = scores(tasks, "local-completions", num_concurrent=2, **served)
+    expected, wanted = scores(tasks, "hf", batch_size=1, add_bos_token=True, **source)
+    metrics, responses = scores(tasks, "local-completions", num_concurrent=2, add_bos_token=True, **served)
     assert metrics == expected
     assert responses["freeexport_generation"] == wanted["freeexport_generation"]
     for ours, other in zip(responses[tasks[0]], wanted[tasks[0]], strict=True):
         assert [each[0] for each in ours] == pytest.approx([each[0] for each in other], abs=1e-3)
         assert [each[1] for each in ours] == [each[1] for each in other]
-    _, chats = scores(tasks[1:], "hf", chat=True, batch_size=1, **source)
+    _, chats = scores(tasks[1:], "hf", chat=True, batch_size=1, add_bos_token=False, **source)
     served["base_url"] = f"{server.url}/v1/chat/completions"
     assert scores(tasks[1:], "local-chat-completions", chat=True, **served)[1] == chats

@@ -154,8 +154,8 @@ def test_the_official_client_reads_messages_streams_calls_and_errors(server: Run
         with client.messages.stream(max_tokens=20, **asked) as stream:
             assert "".join(stream.text_stream) == expected.text
             assert stream.get_final_message().usage.output_tokens == 20
-        tools: dict[str, Any] = {"tools": [TOOL], "tool_choice": {"type": "any"}}
-        with client.messages.stream(max_tokens=200, **tools, **asked) as stream:
+        choice = {"type": "any", "disable_parallel_tool_use": True}
+        with client.messages.stream(max_tokens=200, tools=[TOOL], tool_choice=choice, **asked) as stream:
             message = stream.get_final_message()
         assert [block.input for block in message.content if block.type == "tool_use"] == [CALL["input"]]
         with pytest.raises(anthropic.NotFoundError, match="model 'other' not found"):

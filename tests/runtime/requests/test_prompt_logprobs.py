@@ -36,7 +36,9 @@ def test_they_are_those_of_transformers(case: Case, exit_layer: int, bundle: Bun
             assert scored.token_ids == tuple(PROMPT)
             first, *others = scored.logprobs
             assert (first, scored.top_logprobs[0]) == (None, ())
-            np.testing.assert_allclose(others, expected[np.arange(len(others)), PROMPT[1:]], atol=1e-4)
+            np.testing.assert_allclose(
+                np.array(others, np.float64), expected[np.arange(len(others)), PROMPT[1:]], atol=1e-4
+            )
             for best, row in zip(scored.top_logprobs[1:], expected, strict=True):
                 np.testing.assert_allclose([value for _, value in best], np.sort(row)[::-1][:3], atol=1e-4)
                 np.testing.assert_allclose([row[token] for token, _ in best], np.sort(row)[::-1][:3], atol=1e-4)
