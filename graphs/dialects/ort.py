@@ -25,6 +25,7 @@ from graphs.dialects.base import (
     key_value_outputs,
     linear,
     norm_weights,
+    normalized,
     query_key_value,
     query_positions,
     rotary_tables,
@@ -111,14 +112,7 @@ class OrtDialect:
         return self.graph.op("Max", [longest, self.graph.cast(rows, ir.DataType.INT32)])
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
-        kind = self.rms_norm if norm.kind == "rms" else "LayerNormalization"
-        return self.graph.op(
-            kind,
-            [x, *norm_weights(self.graph, norm)],
-            axis=-1,
-            epsilon=norm.epsilon,
-            stash_type=1,
-        )
+        return normalized(self.graph, x, norm, self.rms_norm)
 
     def add_norm(self, x: ir.Value, delta: ir.Value, norm: Norm) -> tuple[ir.Value, ir.Value]:
         simplified = "Simplified" if norm.kind == "rms" else ""

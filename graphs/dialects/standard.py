@@ -16,7 +16,7 @@ from graphs.dialects.base import (
     in_heads,
     key_value_inputs,
     linear,
-    norm_weights,
+    normalized,
     query_key_value,
     query_positions,
     rotary_tables,
@@ -53,14 +53,7 @@ class StandardDialect:
             self._valid = self._valid_rows(call)
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
-        kind = self.rms_norm if norm.kind == "rms" else "LayerNormalization"
-        return self.graph.op(
-            kind,
-            [x, *norm_weights(self.graph, norm)],
-            axis=-1,
-            epsilon=norm.epsilon,
-            stash_type=1,
-        )
+        return normalized(self.graph, x, norm, self.rms_norm)
 
     def add_norm(self, x: ir.Value, delta: ir.Value, norm: Norm) -> tuple[ir.Value, ir.Value]:
         total = self.graph.op("Add", [x, delta])
