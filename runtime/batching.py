@@ -94,8 +94,8 @@ class BatchedCall:
                 shape = (*tokens, self._sizes[output])
                 outputs[output] = runner.scratch(output, shape, np.float32)
             elif output == "feature":
-                shape = (len(heads), self._sizes[output])
-                outputs[output] = runner.scratch(output, shape, np.float32)
+                states = (len(heads), self._sizes[output])
+                outputs[output] = runner.scratch(output, states, np.float32)
             else:
                 kind = np.int64 if output == "token" else np.float32
                 size = [self._sizes[output]] if output in self._sizes else []

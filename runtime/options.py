@@ -67,7 +67,8 @@ class SessionOptions:
     overlap: bool | None = None
     """GPU only: run deep passes concurrently with shallow steps, in a separate stream. The
     generated tokens are the same. Default: True on a GPU. True is refused on a CPU, where both
-    share cores and memory bandwidth."""
+    share cores and memory bandwidth, and for an exit that reads features, which waits for deep
+    passes."""
 
     threshold: Annotated[
         float | Literal["adaptive"] | None,
@@ -97,8 +98,8 @@ class SessionOptions:
     TensorRT. There is no fallback to another device."""
 
     cuda_graphs: bool = True
-    """GPU only: capture repeated shallow steps as CUDA graphs, so that one call launches all of
-    their kernels."""
+    """GPU only: capture repeated shallow steps and sync passes as CUDA graphs, so that one call
+    launches all of their kernels."""
 
     trust_templates: bool = True
     """Load the bundle's tokenizer and chat template. If False, prompts must be token ids and the

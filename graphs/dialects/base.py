@@ -189,6 +189,17 @@ def norm_weights(graph: Graph, norm: Norm) -> list[ir.Value]:
     return [graph.weight(name, dtype=ir.DataType.FLOAT) for name in names]
 
 
+def normalized(graph: Graph, x: ir.Value, norm: Norm, rms_norm: str) -> ir.Value:
+    """Normalize over the last axis in fp32. `rms_norm` is the operator for RMS norms."""
+    return graph.op(
+        rms_norm if norm.kind == "rms" else "LayerNormalization",
+        [x, *norm_weights(graph, norm)],
+        axis=-1,
+        epsilon=norm.epsilon,
+        stash_type=1,
+    )
+
+
 def embed(
     graph: Graph,
     dialect: Dialect,

@@ -99,8 +99,8 @@ class StandardDialect:
             attention.head_dim,
         )
         key, value = key_value_inputs(graph, "cross", layer, attention, "E")
+        assert call.cross_lengths is not None
         if self._cross_mask is None:
-            assert call.cross_lengths is not None
             self._cross_mask = self._padding_mask(self._key_positions(key), call.cross_lengths)
         lengths = None if self._fixed else graph.cast(call.cross_lengths, ir.DataType.INT64)
         return self._attend(query, key, value, self._cross_mask, attention, lengths)

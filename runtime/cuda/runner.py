@@ -90,9 +90,10 @@ class CudaRunner(Runner):
 
         Without CUDA graphs, or room in the cache, sizes are not changed.
         """
+        engine: Any = self.engine
         width = min(_power(rows), most)
         fits = self.cache.length(slot) + width <= self.cache.rows
-        if not self.engine.captures or not fits:
+        if not engine.captures or not fits:
             return rows, heads
         return width, min(_power(heads), width)
 

@@ -63,7 +63,7 @@ def test_engines_of_a_session_use_the_chosen_kernels(bundle: Bundles, monkeypatc
     for broken in ({}, {"0": float("nan")}):
         machine = Machine(monkeypatch)
         machine.onnxruntime.broken_attention = broken
-        given = []
+        given = list[Any]()
         real = machine.onnxruntime.InferenceSession
 
         def spy(path: Any, options: Any, providers: Any, real: Any = real, given: Any = given) -> Any:
@@ -71,7 +71,7 @@ def test_engines_of_a_session_use_the_chosen_kernels(bundle: Bundles, monkeypatc
                 given.append(providers[0][1].get("sdpa_kernel"))
             return real(path, options, providers)
 
-        machine.onnxruntime.InferenceSession = spy
+        machine.onnxruntime.InferenceSession = spy  # type: ignore[method-assign]
         with Session(bundle(LLAMA, target="cuda", precision="fp32"), device="cuda:0", threads=1) as session:
             session.generate(list(PROMPTS[1]), max_new_tokens=2)
         assert given == ["16" if broken else None] * 2

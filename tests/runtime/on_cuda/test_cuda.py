@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import Access, FakeCuda, Race
+from fake_cuda import Access, FakeCuda, Misuse, Race
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,6 +126,18 @@ def test_memory_is_not_freed_while_another_thread_captures_but_when_memory_is_ne
     thread.join()
     kept = cuda.empty((8,), np.uint8, stream)
     assert fake.allocated == kept.size
+
+
+def test_threads_ignore_captures_of_others() -> None:
+    fake, cuda, _ = device()
+
+    def other() -> int:
+        with pytest.raises(Misuse, match="while another thread captures"):
+            fake.cudaMemGetInfo()
+        return int(cuda.call("cudaMemGetInfo")[0])
+
+    with fake.captured(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(other).result() > 0
 
 
 def test_closing_frees_everything_once() -> None:

@@ -66,20 +66,17 @@ def test_tokens_exits_and_confidences_are_those_of_the_cpu(
         assert (fake.allocated, fake.graphs, fake.alive) == (0, 0, (0, 0))
 
 
-@pytest.mark.parametrize(("mode", "slots"), [("free", 1), ("full", 3)])
 @pytest.mark.parametrize("case", FEATURES, ids=lambda case: case.name)
-def test_exits_that_read_features_do_so(
-    case: Any, mode: str, slots: int, built: Built, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exits_that_read_features_do_so(case: Any, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     path = built(case, exit_layer=case.exit_layers[0])
-    options: dict[str, Any] = {"max_new_tokens": 16, "mode": mode, **({"threshold": 0.1} if mode == "free" else {})}
+    options: dict[str, Any] = {"max_new_tokens": 16, "threshold": 0.1}
     with Session(path, threads=1) as session:
         want = [session.generate(list(prompt), **options) for prompt in PROMPTS]
     fake = fake_device.install(monkeypatch)
-    with Session(path, device="cuda:0", threads=1, slots=slots) as session:
+    with Session(path, device="cuda:0", threads=1, slots=3) as session:
         got = session.generate([list(prompt) for prompt in PROMPTS], **options)
     assert [(each.token_ids, each.exited) for each in got] == [(each.token_ids, each.exited) for each in want]
-    assert mode == "full" or {name for name, *_ in sys.modules["tensorrt"].runs} >= {"shallow", "exit", "deep"}
+    assert {name for name, *_ in sys.modules["tensorrt"].runs} >= {"shallow", "exit", "deep"}
     assert (fake.allocated, fake.graphs, fake.alive) == (0, 0, (0, 0))
 
 
