@@ -306,7 +306,6 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
     ready_made = fitting_exits(checkpoint)
     if options.target != "cpu":
         _check_for_gpu(options, checkpoint, description, parameters)
-        ready_made = [packed for packed in ready_made if packed.exit.exit_input == "state"]
     with other_load() as load:
         bandwidth = REACHED * bandwidth_of(options.threads or usable_cores())
         # Decoding on a GPU is in fp16, and faster than this rate, which is that of main memory.
@@ -341,7 +340,7 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
                     texts, most=min(texts.most, form.limit), share=PROMPT * share, speech=True
                 )
             in_8_bits = bandwidth / (layers * costs.layer + costs.head)
-            found = best_exit(checkpoint, description, examples, options.paper, options.target)
+            found = best_exit(checkpoint, description, examples, options.paper)
             plan = replace(plan, texts=texts, exit=found)
             sizes = parameters, description.vocab_size, len(lines)
             plan = _with_times(options, plan, converting, in_8_bits, *sizes)
@@ -528,13 +527,12 @@ def best_exit(
     description: Description,
     examples: Sequence[Example],
     paper: bool = False,
-    target: Target = "cpu",
 ) -> PlannedExit:
-    """Return the checkpoint's own exit, or the fastest one on the target.
+    """Return the checkpoint's own exit, or the fastest one.
 
     The fastest is chosen on usual and easy tasks together, by the bytes read. An exit that reads
-    the deep decoder's feature is considered only if the engines support it, and not for `paper`,
-    whose losses train the layers below the exit.
+    the deep decoder's feature is not considered for `paper`, whose losses train the layers below
+    the exit.
 
     Raises:
         OptionError: If the checkpoint's exit cannot be trained further.
@@ -553,8 +551,7 @@ def best_exit(
         for layer, own in product(range(1, layers), OWN_LAYERS)
         if layer + own <= layers
     ]
-    wanted = ConvertOptions(precision="int8", target=target)
-    if not paper and engine_options(description, wanted, 1).packed:
+    if not paper:
         # Places that were measured: on T5, and on SmolLM2 and Qwen2.5.
         places.append(("feature", 1 if description.encoder is None else 0, 1))
     begun = given is not None and given.trained and not paper

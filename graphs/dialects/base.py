@@ -69,17 +69,6 @@ class Dialect(Protocol):
         """Bidirectional attention over the prompt. [M, d] -> [M, heads * head_dim]."""
 
 
-def normalized(graph: Graph, x: ir.Value, norm: Norm, rms_norm: str) -> ir.Value:
-    """Normalize rows float32 [M, d] in fp32. `rms_norm`: the operator without a mean."""
-    return graph.op(
-        rms_norm if norm.kind == "rms" else "LayerNormalization",
-        [x, *norm_weights(graph, norm)],
-        axis=-1,
-        epsilon=norm.epsilon,
-        stash_type=1,
-    )
-
-
 def linear(graph: Graph, x: ir.Value, layer: Linear) -> ir.Value:
     """Apply a linear layer in the compute type. [M, inputs] -> [M, outputs]."""
     return stacked_linear(graph, x, [layer])
