@@ -45,7 +45,7 @@ from graphs.description import Description, EncoderStack
 from graphs.exit_head import with_exit
 from graphs.families import describe
 from runtime.bundle.costs import MAX_PENDING
-from runtime.bundle.manifest import ExitInput, Precision, Target
+from runtime.bundle.manifest import ExitInput, Precision
 from runtime.errors import OptionError
 from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores

@@ -123,7 +123,9 @@ def trainable(
         own = first_exit(model, checkpoint, description, options, training, collate)
     elif own is not None and (own.reads, options.exit_input) == ("feature", "fused"):
         own.fuse()
-    begins = known is None or not np.array_equal(known.vocabulary.cpu(), tokens)
+    begins = known is None or (
+        tokens is not None and not np.array_equal(known.vocabulary.cpu(), tokens)
+    )
     if begins and tokens is not None:
         known = KnownTokens(tokens, description.hidden_size)
     for part in filter(None, (own, known)):
