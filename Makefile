@@ -51,5 +51,5 @@ $(VENV)/.test-ready: $(INSTALLED) | $(BIN)/python
 
 clean:
 	rm -rf $(VENV) .nox .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f runtime/kernels/*.so
+	rm -f runtime/kernels/libfreeexport_kernels.*
 	find freeexport graphs runtime tests tools -name __pycache__ -prune -exec rm -rf {} +
