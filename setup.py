@@ -22,6 +22,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 NAME = "runtime.kernels.libfreeexport_kernels"
 SOURCE = Path("runtime", "kernels", "source")
@@ -142,9 +143,10 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build(ext)
-        except Exception as error:  # setuptools continues if the library is optional
+        except Exception as error:
             print(WITHOUT.format(error=str(error).splitlines()[0]), file=sys.stderr)
-            raise
+            # setuptools continues after this error if the library is optional.
+            raise CompileError(str(error)) from error
 
     def _build(self, ext: Extension) -> None:
         command = compiler()
