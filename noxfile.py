@@ -22,8 +22,16 @@ nox.options.sessions = ["tests", "lint"]
 
 # Newest glibc that wheels may require.
 GLIBC = (2, 28)
-# Names of the compilers in Debian.
-COMPILERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
+# By platform of a wheel: the platform of Python, and zig's target.
+TARGETS = {
+    "manylinux_2_28_x86_64": ("linux-x86_64", "x86_64-linux-gnu.2.28"),
+    "manylinux_2_28_aarch64": ("linux-aarch64", "aarch64-linux-gnu.2.28"),
+    "musllinux_1_2_x86_64": ("linux-x86_64", "x86_64-linux-musl"),
+    "musllinux_1_2_aarch64": ("linux-aarch64", "aarch64-linux-musl"),
+    "win_amd64": ("win-amd64", "x86_64-windows-gnu"),
+    "macosx_11_0_x86_64": ("macosx-11.0-x86_64", "x86_64-macos.11.0"),
+    "macosx_11_0_arm64": ("macosx-11.0-arm64", "aarch64-macos.11.0"),
+}
 
 TRANSFORMERS = {"4.57": "transformers>=4.57,<4.58", "5": "transformers>=5,<6"}
 
@@ -73,37 +81,35 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("processor", list(COMPILERS), ids=list(COMPILERS))
-def wheels(session: nox.Session, processor: str) -> None:
-    """Build a wheel with the kernels in dist/. Cross-compiles for other processors."""
-    compiler = COMPILERS[processor]
+@nox.parametrize("platform_tag", list(TARGETS), ids=list(TARGETS))
+def wheels(session: nox.Session, platform_tag: str) -> None:
+    """Build a wheel with the kernels in dist/, with zig's clang on any system."""
+    host, target = TARGETS[platform_tag]
     made = Path(session.create_tmp())
-    if shutil.which(compiler) is None:
-        session.error(
-            f"{compiler} is missing "
-            f"(Debian: apt-get install g++-{processor.replace('_', '-')}-linux-gnu)"
-        )
-    session.install("build", "setuptools>=77", "wheel", "auditwheel", "check-wheel-contents")
+    session.install(
+        "build", "setuptools>=77", "wheel", "ziglang>=0.14", "auditwheel", "check-wheel-contents"
+    )
     environment = {
-        "CXX": compiler,
-        "_PYTHON_HOST_PLATFORM": f"linux-{processor}",
+        "CXX": f"{session.bin}/python -m ziglang c++ -target {target}",
+        "_PYTHON_HOST_PLATFORM": host,
         "FREEEXPORT_KERNELS": "require",
     }
     shutil.rmtree(made, ignore_errors=True)
     # Built from a source distribution, so that files of earlier builds are not included.
     session.run("python", "-m", "build", "--no-isolation", "--outdir", str(made), env=environment)
     (wheel,) = made.glob("*.whl")
-    report = " ".join(str(session.run("auditwheel", "show", str(wheel), silent=True)).split())
-    found = re.search(r'platform tag: "manylinux_(\d+)_(\d+)_' + processor, report)
-    if found is None or (int(found[1]), int(found[2])) > GLIBC:
-        session.error(f"the wheel is not for manylinux_{GLIBC[0]}_{GLIBC[1]}_{processor}: {report}")
-    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{processor}"
-    session.run("wheel", "tags", "--remove", "--platform-tag", tag, str(wheel))
-    (wheel,) = made.glob(f"*{tag}.whl")
+    if platform_tag.startswith("manylinux"):
+        report = " ".join(str(session.run("auditwheel", "show", str(wheel), silent=True)).split())
+        processor = host.removeprefix("linux-")
+        found = re.search(r'platform tag: "manylinux_(\d+)_(\d+)_' + processor, report)
+        if found is None or (int(found[1]), int(found[2])) > GLIBC:
+            session.error(f"the wheel is not for {platform_tag}: {report}")
+    session.run("wheel", "tags", "--remove", "--platform-tag", platform_tag, str(wheel))
+    (wheel,) = made.glob(f"*{platform_tag}.whl")
     session.run("check-wheel-contents", "--toplevel", "freeexport,graphs,runtime", str(wheel))
     Path("dist").mkdir(exist_ok=True)
     session.log(f"made {shutil.copy(wheel, 'dist')}")
-    if processor == platform.machine():
+    if platform_tag == f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{platform.machine()}":
         session.install("--force-reinstall", f"freeexport[cpu] @ {wheel.resolve().as_uri()}")
         session.chdir(made)  # import the installed package, not the checkout
         session.run(

@@ -1,13 +1,19 @@
 """Builds the library of custom operators if a C++ compiler is available.
 
 All other metadata is in pyproject.toml. FREEEXPORT_KERNELS=require fails if the library cannot be
-built, and FREEEXPORT_KERNELS=skip does not build it. To cross-compile, set CXX to the compiler and
-_PYTHON_HOST_PLATFORM to the platform (see `nox -s wheels`).
+built, and FREEEXPORT_KERNELS=skip does not build it. The compiler is g++ or clang++ (CXX names
+another one), and on Windows the clang of PyPI's `ziglang`, because the sources use extensions that
+MSVC lacks. To cross-compile, set CXX to the compiler and _PYTHON_HOST_PLATFORM to the platform (see
+`nox -s wheels`).
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import shlex
+import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +22,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 NAME = "runtime.kernels.libfreeexport_kernels"
 SOURCE = Path("runtime", "kernels", "source")
@@ -55,9 +62,45 @@ WITHOUT = (
 )
 
 
+# By system, as in `sysconfig.get_platform()`: suffix of the library, and flags of the linker.
+LINKED = {
+    "linux": (".so", ["-shared", "-Wl,--as-needed,-z,defs"]),
+    "macosx": (".dylib", ["-shared", "-Wl,-install_name,@rpath/libfreeexport_kernels.dylib"]),
+    "win": (".dll", ["-shared"]),
+}
+# Other names of processors in `sysconfig.get_platform()`.
+PROCESSORS = {"arm64": "aarch64", "amd64": "x86_64"}
+
+
+def system() -> str:
+    """Return the system that the library is built for: linux, macosx or win."""
+    return sysconfig.get_platform().partition("-")[0]
+
+
 def processor() -> str:
     """Return the processor that the library is built for."""
-    return sysconfig.get_platform().rpartition("-")[2]
+    name = sysconfig.get_platform().rpartition("-")[2]
+    if name == "universal2":  # Python for both processors of Macs
+        name = platform.machine()
+    return PROCESSORS.get(name, name)
+
+
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if named := os.environ.get("CXX"):
+        return shlex.split(named)
+    if system() == "win":
+        return [sys.executable, "-m", "ziglang", "c++", "-target", f"{processor()}-windows-gnu"]
+    configured = shlex.split(sysconfig.get_config_var("CXX") or "")
+    for command in (configured, ["c++"], ["g++"], ["clang++"]):
+        if command and shutil.which(command[0]):
+            macs = ["-arch", processor().replace("aarch64", "arm64")]
+            return [*command, *(macs if system() == "macosx" else [])]
+    raise FileNotFoundError("no C++ compiler was found")
 
 
 def sources(built_for: str) -> dict[str, list[str]]:
@@ -77,7 +120,7 @@ def extensions() -> list[Extension]:
     wish = os.environ.get("FREEEXPORT_KERNELS", "")
     if wish not in ("", "require", "skip"):
         raise SystemExit(f"FREEEXPORT_KERNELS is {wish!r}; choose require or skip, or unset it")
-    if wish == "skip" or not sys.platform.startswith("linux"):
+    if wish == "skip" or system() not in LINKED:
         return []
     headers = [str(path) for path in sorted(SOURCE.glob("*.h"))]
     return [
@@ -95,35 +138,47 @@ class BuildLibrary(build_ext):
     """Builds a plain shared library that Python does not import, with flags for each file."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")) + ".so"
+        return os.path.join(*fullname.split(".")) + LINKED[system()][0]
 
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build(ext)
-        except Exception as error:  # setuptools continues if the library is optional
+        except Exception as error:
             print(WITHOUT.format(error=str(error).splitlines()[0]), file=sys.stderr)
-            raise
+            # setuptools continues after this error if the library is optional.
+            raise CompileError(str(error)) from error
 
     def _build(self, ext: Extension) -> None:
-        def compiled(file: tuple[str, list[str]]) -> list[str]:
-            objects: list[str] = self.compiler.compile(
-                [file[0]], output_dir=self.build_temp, extra_postargs=file[1]
-            )
-            return objects
+        command = compiler()
+        position = [] if system() == "win" else ["-fPIC"]
+        flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
 
-        (Path(self.build_temp) / SOURCE).mkdir(parents=True, exist_ok=True)
+        def compiled(source: str, own: list[str]) -> str:
+            target = str(folder / f"{Path(source).stem}.o")
+            run([*command, *flags, *position, *own, "-c", source, "-o", target])
+            return target
+
+        files = sources(processor())
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [
-                name for names in pool.map(compiled, sources(processor()).items()) for name in names
-            ]
-        target = self.get_ext_fullpath(ext.name)
-        self.compiler.link_shared_object(
-            objects,
-            target,
-            libraries=["m"],
-            extra_preargs=["-Wl,--as-needed,-z,defs"],
-            target_lang="c++",
-        )
+            objects = list(pool.map(compiled, files, files.values()))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        ending = [*shlex.split(os.environ.get("LDFLAGS", "")), "-o", str(library)]
+        libraries = ["-lm"] if system() == "linux" else []
+        run([*command, *objects, *LINKED[system()][1], *libraries, *ending])
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler, which prints its errors.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    code = subprocess.run(command).returncode
+    if code != 0:
+        raise RuntimeError(f"command {command[0]!r} failed with exit code {code}")
 
 
 class Wheel(bdist_wheel):
@@ -131,8 +186,11 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         built = [Path(path) for path in self.get_finalized_command("build_ext").get_outputs()]
-        platform_tag = super().get_tag()[2] if any(path.exists() for path in built) else "any"
-        return "py3", "none", platform_tag
+        if not any(path.exists() for path in built):
+            return "py3", "none", "any"
+        # The library is for one processor, even if this Python is for both of Macs.
+        name = processor().replace("aarch64", "arm64")
+        return "py3", "none", super().get_tag()[2].replace("universal2", name)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import CASES, Case
 from command_line import invoke
 
 from freeexport.checkpoints.exit_file import ExitFile, write_exit_file
+from tools.site_links import on_page_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -110,6 +112,20 @@ def test_every_link_of_the_documentation_leads_somewhere() -> None:
             target = page.parent / link if link else page
             assert target.exists(), f"{page.name} links to {link}"
             assert not anchor or anchor in anchors(target), f"{page.name} links to {link}#{anchor}"
+
+
+def test_the_site_shows_every_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    shown = re.findall(r"[\w/-]+\.md\b", navigation)
+    assert sorted(shown) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_links_of_the_site_to_other_files_lead_to_the_repository() -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="results/chat.md"))
+    text = "[a](../data.md#x), [b](../../tools/pages.py) and [c](https://example.org)"
+    linked = on_page_markdown(text, page, {"repo_url": "https://example.org/r"}, None)
+    assert linked == text.replace("../../tools/pages.py", "https://example.org/r/blob/HEAD/tools/pages.py")
+    assert on_page_markdown(text, page, {"repo_url": None}, None) == text.replace("[b](../../tools/pages.py)", "b")
 
 
 def test_every_script_that_the_documentation_names_exists() -> None:

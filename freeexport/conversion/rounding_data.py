@@ -83,7 +83,7 @@ def round_for_text(
     texts, tokens = _texts(checkpoint, description, engines, data)
     need = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     available = available_memory()
-    if available is not None and need > available:
+    if need > available:
         raise OptionError(
             f"--data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
             f"{available / 1e9:.1f} GB is available; leave it out, or free memory"

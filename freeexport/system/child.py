@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import freeexport
@@ -23,8 +24,7 @@ from runtime.errors import FreeExportError
 # Folder to import the packages from. They may be in a source tree that is on no other process's
 # path.
 PACKAGES = str(Path(freeexport.__file__).resolve().parents[1])
-# Environment variable with the file descriptor to which a child writes its error line, instead of
-# stderr.
+# Environment variable with the file to which a child writes its error line, instead of stderr.
 ERRORS_TO = "FREEEXPORT_ERRORS_TO"
 # stderr is inherited from the parent, for progress and warnings. Messages of libraries are
 # silenced.
@@ -54,14 +54,6 @@ def run_child(
         ChildError: If the child fails, with its error line.
     """
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
-    errors, reasons = os.pipe()
-    environment = {
-        **os.environ,
-        **_QUIET,
-        "PYTHONPATH": path,
-        ERRORS_TO: str(reasons),
-        **(variables or {}),
-    }
     command = [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments]
     pipe = subprocess.PIPE
     pipes: dict[str, Any] = {
@@ -69,14 +61,17 @@ def run_child(
         "stdout": pipe,
         "stderr": None if show is None else pipe,
     }
-    with open(errors, encoding="utf-8") as lines:
-        try:
-            process = subprocess.Popen(
-                command, **pipes, text=True, pass_fds=(reasons,), env=environment
-            )
-        finally:
-            os.close(reasons)
-        with process:
+    # Only POSIX systems could pass a pipe.
+    with TemporaryDirectory(prefix="freeexport-", ignore_cleanup_errors=True) as folder:
+        reasons = Path(folder, "error")
+        environment = {
+            **os.environ,
+            **_QUIET,
+            "PYTHONPATH": path,
+            ERRORS_TO: str(reasons),
+            **(variables or {}),
+        }
+        with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
             assert process.stdout is not None
             reader = threading.Thread(
                 target=_show_lines, args=(process.stderr or (), show), daemon=True
@@ -90,7 +85,8 @@ def run_child(
                 process.kill()
                 raise
         if code != 0:
-            raise ChildError(lines.read().strip() or f"{module} ended with exit code {code}")
+            reason = reasons.read_text(encoding="utf-8").strip() if reasons.exists() else ""
+            raise ChildError(reason or f"{module} ended with exit code {code}")
         return output
 
 
@@ -103,10 +99,10 @@ def _show_lines(lines: Iterable[str], show: Callable[[str], object] | None) -> N
 
 def tell_parent(reason: str) -> bool:
     """Send the error line to the parent process. Return False if this process is not a child."""
-    descriptor = os.environ.get(ERRORS_TO)
-    if descriptor is None:
+    file = os.environ.get(ERRORS_TO)
+    if file is None:
         return False
-    os.write(int(descriptor), reason.encode(errors="backslashreplace"))
+    Path(file).write_text(reason, encoding="utf-8", errors="backslashreplace")
     return True
 
 

@@ -8,17 +8,11 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
+from freeexport.system.file_lock import lock_file
 from runtime.errors import FreeExportError, OptionError
-
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows: there are no locks
-    fcntl = None
 
 # A full disk, a quota, a file size limit, or a read-only file system. Libraries written in Rust
 # have the number in their message.
@@ -189,7 +183,7 @@ def _swap(partial: Path, out: Path, marker: str) -> None:
 def _held(out: Path) -> Iterator[None]:
     """Hold the lock file beside `out`, and remove what a killed process left.
 
-    A lock (flock) belongs to the open file, so it is released however its process ends. It is
+    A lock belongs to the open file, so it is released however its process ends. It is
     visible to all processes that share the volume, including containers and NFS clients, where
     process ids are meaningless.
     """
@@ -202,8 +196,7 @@ def _held(out: Path) -> Iterator[None]:
             raise OutputError(
                 f"{lock} exists and is not a lock of this command; move it, or choose another path"
             )
-        if fcntl is not None:
-            _lock(descriptor, lock, bool(left))
+        _lock(descriptor, lock, bool(left))
         if left:
             if old.exists() and not os.path.lexists(out):
                 old.rename(out)
@@ -214,15 +207,19 @@ def _held(out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows removes only closed files
+                lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+        if os.name == "nt":
+            with suppress(PermissionError):  # another process has opened it
+                lock.unlink(missing_ok=True)
 
 
 def _lock(descriptor: int, lock: Path, left: bool) -> None:
     out = lock.with_name(lock.name[1:].removesuffix(".lock"))
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(descriptor)
         held = os.path.samestat(os.fstat(descriptor), os.stat(lock))
     except (BlockingIOError, FileNotFoundError):
         held = False
@@ -244,7 +241,9 @@ def _sync(path: Path) -> None:
     """
     if path.is_symlink() or not (path.is_dir() or path.is_file()):
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no directories
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:

@@ -325,7 +325,7 @@ def verify_in_child(
     click.echo(
         f"verifying against the checkpoint: needs about {need / 1e9:.1f} GB of memory", err=True
     )
-    if available is not None and need > available:
+    if need > available:
         click.echo(
             f"warning: only {available / 1e9:.1f} GB is available, so the bundle is not verified",
             err=True,

@@ -357,7 +357,7 @@ def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 
         what += f", and {prefixes // 1_000_000} MB of prefixes"
     logger.info("KV cache: %.1f MB (%s)", need / 1e6, what)
     available = available_memory()
-    if available is not None and need > available:
+    if need > available:
         remedy = "capacity or slots"
         if read:
             remedy = "slots, or convert with a lower --encoder-capacity"
@@ -377,7 +377,7 @@ def check_beams(manifest: Manifest, beams: int, positions: int) -> None:
     """
     need = beams * positions * manifest.kv_bytes_per_token
     available = available_memory()
-    if available is not None and need > available:
+    if need > available:
         raise CapacityError(
             f"{beams} beams of {positions} positions need {need / 1e9:.1f} GB, "
             f"{available / 1e9:.1f} GB is available; lower num_beams or max_new_tokens"

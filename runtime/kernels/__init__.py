@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,9 +22,15 @@ logger = logging.getLogger(__name__)
 # Domain of the operators in a graph, and version of operators and weights, as in source/version.h.
 DOMAIN = "freeexport"
 VERSION = 7
-LIBRARY = Path(__file__).with_name("libfreeexport_kernels.so")
+_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+LIBRARY = Path(__file__).with_name(f"libfreeexport_kernels{_SUFFIX}")
 _warned: dict[str, object] = {}
-BUILD = "install a C++ compiler (Debian: apt-get install g++), then freeexport again"
+_COMPILER = {
+    "darwin": "install a C++ compiler (xcode-select --install)",
+    "win32": "install a C++ compiler (pip install ziglang)",
+}
+_GXX = "install a C++ compiler (Debian: apt-get install g++)"
+BUILD = f"{_COMPILER.get(sys.platform, _GXX)}, then freeexport again"
 
 
 def register(options: Any, needed: int = VERSION) -> None:

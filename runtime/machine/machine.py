@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from runtime.bundle.costs import Costs, Host
 from runtime.bundle.manifest import Manifest
@@ -25,10 +26,9 @@ ROOT = Path("/")
 
 def usable_cores() -> int:
     """Return the physical cores that affinity and cgroup quota allow, at least 1."""
-    try:
-        cpus = sorted(os.sched_getaffinity(0))
-    except AttributeError:
-        return max(1, (os.cpu_count() or 1) // 2)
+    if not hasattr(os, "sched_getaffinity"):  # Windows and macOS
+        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    cpus = sorted(os.sched_getaffinity(0))
     cores = {
         (_topology(cpu, "physical_package_id"), _topology(cpu, "core_id") or f"cpu{cpu}")
         for cpu in cpus
@@ -66,12 +66,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def available_memory() -> int | None:
-    """Return the bytes that can be allocated without swapping. None if unknown."""
-    lines = _read(Path("/proc/meminfo")).splitlines()
-    known = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+def available_memory() -> int:
+    """Return the bytes that can be allocated without swapping."""
     left = memory_left()
-    return min([*known, *([] if left is None else [left])], default=None)
+    available = int(psutil.virtual_memory().available)
+    return available if left is None else min(available, left)
 
 
 def _topology(cpu: int, name: str) -> str:

@@ -4,10 +4,6 @@
 // A task multiplies many rows with two panels. It unpacks a piece of the panels' inputs to tiles
 // once for all rows, multiplies, and continues with the next piece. The sums of a row depend
 // neither on the other rows nor on their number.
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "amx.h"
 #include "quads.h"
 #include "tile_registers.h"
@@ -210,19 +206,7 @@ void multiply_panels(const Product& product, const uint16_t* rows, int64_t first
   }
 }
 
-bool granted() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of Linux 5.16
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 }  // namespace
-
-bool amx_supported() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && granted();
-}
 
 void amx_prepare(const Product& product, int64_t row, float* normed, uint16_t* rows) {
   const int64_t inputs = product.weight.inputs, groups = product.weight.groups();

@@ -5,7 +5,6 @@
 // the other. A register then has one score per query, and needs no horizontal sum. A query joins
 // its pieces in order, and keys that it does not see have weight 0, so its bits do not depend on
 // the queries beside it.
-#include <cstdlib>
 
 #include "amx.h"
 #include "tile_registers.h"
@@ -251,7 +250,7 @@ bool amx_attend(const Attention& a, const Place* places, int64_t count, int64_t 
   };
   const int64_t tiles = room.tiles * room.steps + kKeyTiles * room.steps + room.parts * kKeySteps + kKeySteps;
   const int64_t sums = room.tiles * room.parts + kKeyTiles;
-  auto* memory = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes(room.tiles, sums, tiles))));
+  auto* memory = static_cast<char*>(allocate(static_cast<size_t>(bytes(room.tiles, sums, tiles))));
   if (memory == nullptr) return false;
   room.lanes = reinterpret_cast<Lanes*>(memory);
   room.outputs = reinterpret_cast<float*>(memory + bytes(room.tiles, 0, 0));
@@ -306,7 +305,7 @@ bool amx_attend(const Attention& a, const Place* places, int64_t count, int64_t 
                               (__m512)rows[query % 16]);
     }
   }
-  std::free(memory);
+  release(memory);
   return true;
 }
 

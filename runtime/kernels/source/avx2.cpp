@@ -28,8 +28,7 @@ struct Vec : Vec256 {
 
 namespace freeexport {
 
-const Kernels kAvx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }, prepare,
-                       panels,
+const Kernels kAvx2 = {"avx2", [] { return kProcessor.avx2; }, prepare, panels,
                        store_row, attend, attend_rows, join, piece};
 
 }  // namespace freeexport

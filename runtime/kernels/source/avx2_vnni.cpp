@@ -23,9 +23,9 @@ struct Vec : Vec256 {
 
 bool supported() {
 #if defined(__AVXVNNI__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
+  return kProcessor.avx_vnni;
 #else
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+  return kProcessor.avx512_vnni;
 #endif
 }
 

@@ -18,8 +18,7 @@ struct Vec : Vec512 {
 };
 
 bool supported() {
-  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return kProcessor.avx512;
 }
 
 }  // namespace

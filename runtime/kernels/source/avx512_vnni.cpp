@@ -15,11 +15,6 @@ struct Vec : Vec512 {
   using Unpacked = VnniQuads<Vec, Bits>;
 };
 
-bool supported() {
-  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-}
-
 }  // namespace
 }  // namespace freeexport
 
@@ -31,9 +26,9 @@ bool supported() {
 
 namespace freeexport {
 
-const Kernels kAvx512Vnni = {"avx512-vnni", supported, prepare, panels,
+const Kernels kAvx512Vnni = {"avx512-vnni", [] { return kProcessor.avx512_vnni; }, prepare, panels,
                        store_row, attend, attend_rows, join, piece};
-const Kernels kAmx = {"amx", [] { return supported() && amx_supported(); }, prepare, panels,
+const Kernels kAmx = {"amx", [] { return kProcessor.amx && request_tiles(); }, prepare, panels,
                       store_row, attend, attend_rows, join, piece, amx_prepare, amx_panels, amx_attend};
 
 }  // namespace freeexport

@@ -2,7 +2,11 @@
 #include "operators.h"
 #include "version.h"
 
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
 #define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 namespace freeexport {
 

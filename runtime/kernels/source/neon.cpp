@@ -34,7 +34,7 @@ struct Vec : VecNeon, PlainInputs {
 
 namespace freeexport {
 
-const Kernels kNeon = {"neon", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }, prepare, panels,
+const Kernels kNeon = {"neon", [] { return kProcessor.dot_products; }, prepare, panels,
                        store_row, attend, attend_rows, join, piece};
 
 }  // namespace freeexport

@@ -28,7 +28,7 @@ struct Vec : VecNeon, PlainInputs {
 
 namespace freeexport {
 
-const Kernels kNeonI8mm = {"neon-i8mm", [] { return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }, prepare, panels,
+const Kernels kNeonI8mm = {"neon-i8mm", [] { return kProcessor.i8mm; }, prepare, panels,
                            store_row, attend, attend_rows, join, piece};
 
 }  // namespace freeexport

@@ -85,7 +85,7 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   const auto inputs = static_cast<size_t>(parts(rows, kPreparedRows) * weight.inputs);
   const size_t prepared = groups * (tiles ? kGroup * sizeof(uint16_t) : sizeof(Group));
   const size_t normed = product.norm && !product.keeps_norm ? inputs * sizeof(float) : 0;
-  auto* memory = static_cast<char*>(std::aligned_alloc(64, (prepared + normed + 63) / 64 * 64));
+  auto* memory = static_cast<char*>(allocate(prepared + normed));
   if (memory == nullptr) return false;
   Call call = {kernels, product, reinterpret_cast<Group*>(memory), tiles ? reinterpret_cast<uint16_t*>(memory) : nullptr,
                normed ? reinterpret_cast<float*>(memory + prepared) : nullptr, 0, tiles ? kPromptRows : kTaskRows, 0};
@@ -99,7 +99,7 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   else
     prepare_rows(call, 0, rows);
   run(parallel, context, panel_task, parts(product.panels(), call.task_panels) * call.row_blocks, call);
-  std::free(memory);
+  release(memory);
   return true;
 }
 

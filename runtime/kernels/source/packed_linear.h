@@ -12,6 +12,7 @@
 
 #include "attention.h"
 #include "best_two.h"
+#include "platform.h"
 
 #define FREEEXPORT_INLINE __attribute__((always_inline)) inline
 

@@ -136,7 +136,7 @@ template <int Bits, int M>
 inline int64_t bytes_ahead() {
   if (Bits == 4 || Vec::kFetches) return 4096;
 #if defined(__x86_64__)
-  if (__builtin_cpu_is("intel")) return 2048;
+  if (kProcessor.intel) return 2048;
 #endif
   return M > 4 ? 2048 : 0;
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <arm_neon.h>
-#include <sys/auxv.h>
 
 #include <cstdint>
 

@@ -213,10 +213,10 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
 
 
 def test_without_locks_a_lock_file_that_was_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(descriptor: int, how: int) -> None:
+    def refuse(descriptor: int) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr("freeexport.system.output.fcntl.flock", refuse)
+    monkeypatch.setattr("freeexport.system.output.lock_file", refuse)
     with output_directory(tmp_path / "out", MARKER, overwrite=False) as directory:
         (directory / MARKER).write_text("x")
         with pytest.raises(OutputError, match=r"remove .*\.out\.lock if none does"):

@@ -15,7 +15,7 @@ from kernel_builds import check_program, run
 ROOT = Path(__file__).resolve().parents[3]
 LIBRARY = "runtime/kernels/libfreeexport_kernels.so"
 
-pytest.importorskip("setuptools")
+Distribution = pytest.importorskip("setuptools").Distribution
 
 
 def build(tmp_path, **environment):
@@ -63,6 +63,55 @@ def test_with_a_compiler_the_wheel_is_for_this_platform_and_every_python(tmp_pat
         "runtime/kernels/__init__.py",
         LIBRARY,
     ]
+
+
+@pytest.mark.parametrize(
+    ("host", "system", "processor", "suffix"),
+    [
+        ("linux-aarch64", "linux", "aarch64", ".so"),
+        ("win-amd64", "win", "x86_64", ".dll"),
+        ("macosx-11.0-arm64", "macosx", "aarch64", ".dylib"),
+        ("macosx-10.9-universal2", "macosx", platform.machine(), ".dylib"),
+    ],
+)
+def test_other_systems_have_their_own_flags_and_files(host, system, processor, suffix, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import setup
+
+    monkeypatch.setattr(setup.sysconfig, "get_platform", lambda: host)
+    monkeypatch.chdir(ROOT)
+    assert (setup.system(), setup.processor()) == (system, processor)
+    names = {Path(source).stem for source in setup.sources(processor)}
+    assert ("neon" in names, "amx" in names) == (processor == "aarch64", processor == "x86_64")
+    commands = []
+    monkeypatch.setattr(setup, "run", commands.append)
+    monkeypatch.setenv("CXX", "cross c++ -target this")
+    build = setup.BuildLibrary(Distribution())
+    build.build_temp, build.build_lib = str(tmp_path / "temp"), str(tmp_path / "lib")
+    (extension,) = setup.extensions()
+    build._build(extension)
+    *compiled, linked = commands
+    assert len(compiled) == len(names)
+    assert all(command[:4] == ["cross", "c++", "-target", "this"] for command in commands)
+    assert all(("-fPIC" in command) == (system != "win") for command in compiled)
+    assert linked[-1] == str(tmp_path / "lib" / "runtime" / "kernels" / f"libfreeexport_kernels{suffix}")
+    assert "-shared" in linked
+    assert any("-z,defs" in flag for flag in linked) == (system == "linux")
+
+
+def test_windows_compiles_with_zig_and_macs_for_one_processor(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import setup
+
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(setup.sysconfig, "get_platform", lambda: "win-amd64")
+    assert setup.compiler() == [sys.executable, "-m", "ziglang", "c++", "-target", "x86_64-windows-gnu"]
+    monkeypatch.setattr(setup.sysconfig, "get_platform", lambda: "macosx-11.0-arm64")
+    monkeypatch.setattr(setup.shutil, "which", lambda name: name)
+    assert setup.compiler()[-2:] == ["-arch", "arm64"]
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"^no C\+\+ compiler was found$"):
+        setup.compiler()
 
 
 CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"

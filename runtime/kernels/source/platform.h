@@ -1,0 +1,33 @@
+// What differs between processors and systems: instruction sets and aligned memory.
+#pragma once
+
+#include <cstddef>
+
+namespace freeexport {
+
+// Instruction sets that both the processor and the system support, and that kernels are built for.
+struct Processor {
+#if defined(__x86_64__)
+  bool intel = false;
+  bool avx2 = false;         // with FMA and F16C
+  bool avx_vnni = false;     // AVX2 with dot products of bytes
+  bool avx512 = false;       // F, BW, DQ and VL, with FMA
+  bool avx512_vnni = false;  // with dot products of bytes
+  bool amx = false;          // bfloat16 tiles, AVX512_BF16 and AVX512_VBMI
+#elif defined(__aarch64__)
+  bool dot_products = false;
+  bool i8mm = false;
+#endif
+};
+
+// Set when the library is loaded.
+extern const Processor kProcessor;
+
+// Allows this process to use AMX tiles. Returns false if the system does not.
+bool request_tiles();
+
+// Returns memory at a multiple of 64 bytes, or null. Free it with `release`.
+void* allocate(size_t bytes);
+void release(void* memory);
+
+}  // namespace freeexport
