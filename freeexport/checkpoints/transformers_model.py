@@ -118,8 +118,11 @@ def greedy_ids(
     prompts: Sequence[np.ndarray],
     new_tokens: int,
     ignore_eos: bool = False,
+    streamer: Any = None,
 ) -> list[np.ndarray]:
     """Decode prompts greedily with a Hugging Face model, as one batch.
+
+    A `streamer` of transformers, for a single prompt, gets each token as it is generated.
 
     Returns ids int32 [m] for each prompt: at most `new_tokens`, including the end of sequence, or
     exactly `new_tokens` with `ignore_eos`.
@@ -164,6 +167,7 @@ def greedy_ids(
                 input_ids=torch.from_numpy(ids).to(model.device),
                 attention_mask=torch.from_numpy(mask).to(model.device),
                 generation_config=config,
+                streamer=streamer,
                 **cache,
             )
     finally:

@@ -11,10 +11,10 @@ from freeexport import __version__
 from freeexport.calibrate.sources import engines_hash, fitting_prompts, reference_of
 from freeexport.checkpoints.examples import DataError, read_examples
 from freeexport.costs.bytes import row_share
-from freeexport.evaluate.measure import measure
+from freeexport.evaluate.measure import OpenSession, OtherDecoders, measure, open_session
 from freeexport.evaluate.records import Lines, Records
 from freeexport.evaluate.scores import Row, rows_of
-from freeexport.evaluate.settings import WITHOUT_EXIT, Entry, EvaluateOptions, entries_of
+from freeexport.evaluate.settings import METHODS, WITHOUT_EXIT, Entry, EvaluateOptions, entries_of
 from freeexport.evaluate.verdicts import curves_of, verdicts
 from freeexport.system.environment import environment
 from freeexport.system.jsonl import Request
@@ -59,8 +59,19 @@ class Evaluation:
         return rows
 
 
-def evaluate(options: EvaluateOptions) -> Evaluation:
+def evaluate(
+    options: EvaluateOptions,
+    entries: Sequence[Entry] | None = None,
+    others: OtherDecoders | None = None,
+    open_with: OpenSession = open_session,
+) -> Evaluation:
     """Decode all requests without a record in `output`, and score and compare the settings.
+
+    Args:
+        options: Options of the evaluation.
+        entries: Bundles with their settings. Default: those of the options.
+        others: Decoders of settings with methods that no session has.
+        open_with: Opens the session of a bundle.
 
     Raises:
         DataError: If the data cannot be used.
@@ -72,7 +83,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     if data is None or not options.metrics:
         raise OptionError("scores need a data file and metrics; measure_speed needs neither")
     metrics = [metric_of(name) for name in options.metrics]
-    entries = entries_of(options)
+    entries = entries_of(options) if entries is None else list(entries)
     requests = read_examples(data, options.samples)
     references = _references(data, requests, metrics)
     without_targets = not references
@@ -83,7 +94,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
             request.line_number: prompt for request, prompt in fitting_prompts(session, requests)
         }
 
-    measure(entries, options, records, prompts)
+    measure(entries, options, records, prompts, others, open_with)
     found = records.by_setting()
     made = environment()
     if without_targets:
@@ -199,7 +210,8 @@ def _notes(
     notes = []
     for entry in entries:
         manifest = entry.bundle.manifest
-        methods = [method for method in entry.methods if method not in WITHOUT_EXIT]
+        # Other decoders have their own notes.
+        methods = [name for name in entry.methods if name in METHODS and name not in WITHOUT_EXIT]
         if methods and not manifest.exit_trained:
             known = (
                 "was not trained"
@@ -214,7 +226,7 @@ def _notes(
         if manifest.threshold >= NEVER_EXIT and {"free", "rollback"} & set(methods):
             notes.append(
                 f"{entry.name} is not calibrated: free ran at the given thresholds only, "
-                "rollback never exits"
+                "rollback without one never exits"
             )
     busy = load_note(
         max(one.busy for lines in found.values() for turns in lines.values() for one in turns)

@@ -24,6 +24,11 @@ WARM_UP_PROMPTS = 4
 
 Prompt = np.ndarray | Sequence[int]
 Emit = Callable[[int], None]
+# Another decoder of a bundle: decodes a prompt to at most so many tokens, and returns the fields of
+# its record.
+OtherDecoder = Callable[[Setting, Any, int], dict[str, Any]]
+# Other decoders by name of the bundle and method of the setting.
+OtherDecoders = Mapping[tuple[str, str], OtherDecoder]
 
 
 def decode(
@@ -93,6 +98,25 @@ def timing_of(times: Sequence[float], seconds: float) -> dict[str, Any]:
     }
 
 
+def open_session(entry: Entry, options: EvaluateOptions, records: Records) -> Session:
+    """Open the session of a bundle. An adaptive one continues from its last record."""
+    adaptive: dict[str, Any] = {}
+    if "adaptive" in entry.methods:
+        state = records.last_state(entry.name, "adaptive")
+        adaptive = {"threshold": "adaptive", "adaptive_state": state}
+    return Session(
+        entry.bundle.path,
+        threads=options.count,
+        slots=1,
+        device=options.device,
+        draft_memory_mb=0,  # a line must not draft from another setting's output of it
+        **adaptive,
+    )
+
+
+OpenSession = Callable[[Entry, EvaluateOptions, Records], Session]
+
+
 class Work:
     """Sessions, prompts and settings of an evaluation.
 
@@ -103,6 +127,7 @@ class Work:
         sessions: A session per bundle.
         prompts: Prompts of each bundle by line.
         speed_only: Outputs are not scored.
+        others: Decoders of settings that no session decodes.
     """
 
     def __init__(
@@ -111,11 +136,13 @@ class Work:
         sessions: Sequence[Session],
         prompts: Sequence[Mapping[int, Any]],
         speed_only: bool,
+        others: OtherDecoders,
     ) -> None:
         self._names = [entry.name for entry in entries]
         self._sessions = sessions
         self._prompts = prompts
         self._speed_only = speed_only
+        self._others = others
         self.lines = [line for line in prompts[0] if all(line in each for each in prompts)]
         # Number of the bundle, and a setting of it.
         self.settings = [
@@ -132,6 +159,9 @@ class Work:
     def decode(self, which: tuple[int, Setting], line: int, most: int) -> dict[str, Any]:
         """Decode a line in a setting, and return the fields of its record."""
         number, setting = which
+        other = self._others.get((self._names[number], setting.method))
+        if other is not None:
+            return other(setting, self._prompts[number][line], most)
         emit = (lambda token: None) if self._speed_only else None
         return decode(self._sessions[number], setting, self._prompts[number][line], most, emit)
 
@@ -148,6 +178,8 @@ def measure(
     options: EvaluateOptions,
     records: Records,
     prompts_of: Callable[[Session], Mapping[int, Any]],
+    others: OtherDecoders | None = None,
+    open_with: OpenSession = open_session,
 ) -> None:
     """Decode all prompts without a record, each in every setting of every bundle in turn.
 
@@ -156,13 +188,15 @@ def measure(
         options: Options of the evaluation.
         records: Records of the run, to which others are added.
         prompts_of: Returns the prompts of a bundle by line.
+        others: Decoders of settings that no session decodes. Their outputs must be scored.
+        open_with: Opens the session of a bundle.
     """
     load = OtherLoad()
     speed_only = not options.metrics
     most = options.max_new_tokens
     with ExitStack() as stack:
-        sessions = [stack.enter_context(_session(entry, options, records)) for entry in entries]
-        work = Work(entries, sessions, list(map(prompts_of, sessions)), speed_only)
+        sessions = [stack.enter_context(open_with(entry, options, records)) for entry in entries]
+        work = Work(entries, sessions, list(map(prompts_of, sessions)), speed_only, others or {})
 
         def done(turn: int, place: int) -> bool:
             return records.has(work.keys(turn, place))
@@ -190,19 +224,3 @@ def measure(
             records.add(
                 [Record(*key, busy=busy, **one) for key, one in zip(keys, fields, strict=True)]
             )
-
-
-def _session(entry: Entry, options: EvaluateOptions, records: Records) -> Session:
-    """Open the session of a bundle. An adaptive one continues from its last record."""
-    adaptive: dict[str, Any] = {}
-    if "adaptive" in entry.methods:
-        state = records.last_state(entry.name, "adaptive")
-        adaptive = {"threshold": "adaptive", "adaptive_state": state}
-    return Session(
-        entry.bundle.path,
-        threads=options.count,
-        slots=1,
-        device=options.device,
-        draft_memory_mb=0,  # a line must not draft from another setting's output of it
-        **adaptive,
-    )

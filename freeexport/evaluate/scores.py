@@ -72,7 +72,7 @@ def rows_of(
         ours = read[name]
         full = read[whole]
         predicted = None if name == whole or not ours or not full else full / ours
-        return {**_speeds(found[name], found[whole]), "predicted": predicted, "scores": scores}
+        return {**speeds(found[name], found[whole]), "predicted": predicted, "scores": scores}
 
     rows = []
     base = entries[0].name, "full"
@@ -226,11 +226,15 @@ def _by_position(requests: Sequence[Calls | None]) -> dict[str, list[tuple[float
     }
 
 
-def _speeds(lines: Lines, whole: Lines) -> Row:
+def speeds(lines: Lines, whole: Lines) -> Row:
     """Return speeds relative to the full model, with 95 % intervals over lines.
 
     The speeds are those of tokens after the first, of the first token, and of whole requests.
     Intervals are None for the full model itself.
+
+    Args:
+        lines: Records of a setting by line.
+        whole: Records of the full model by line. It must have the same lines.
     """
     itself, whole = lines is whole, {line: whole[line] for line in lines}
     ours = _medians(lines)

@@ -28,6 +28,7 @@ from runtime.errors import one_line
 from runtime.json_file import UnreadableError, parse_json
 
 SUMMARIZE = "summarize: "
+QUESTION = "question: "
 TRANSLATE = "translate German to English: "
 HIGHLIGHT = "@highlight"
 # Marks of Multi-News: the end of a document, and of a line in it.
@@ -139,7 +140,7 @@ def squad(sources: Sequence[Path]) -> Iterator[Line]:
                     if not answers:
                         raise DataError(f"{where} has no answer; use SQuAD 1.1, not 2.0")
                     line = {
-                        "input": f"question: {asked.strip()} context: {context.strip()}",
+                        "input": f"{QUESTION}{asked.strip()} context: {context.strip()}",
                         "target": answers[0],
                     }
                     yield line | ({"references": answers[1:]} if answers[1:] else {})
