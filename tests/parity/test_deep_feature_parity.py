@@ -258,7 +258,7 @@ def test_stop_strings_and_several_answers(bundle: Bundles) -> None:
         (T5_CASE, {}),
         (MARIAN_AT_0, {"precision": "int4", "kernels": "onnxruntime"}),
     ],
-    ids=str,
+    ids=lambda value: value.get("precision", "fp32") if isinstance(value, dict) else value.name,
 )
 def test_a_converted_exit_is_verified(
     case: Case, options: dict[str, Any], tmp_path: Path, checkpoint: Callable[[Case], Path]

@@ -14,15 +14,14 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +29,6 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.commands.doctor import examine, provider_problem
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.costs.timing import interleave
-from freeexport.evaluate.speed import speed_prompts
 from freeexport.system.child import run_child
 from freeexport.verification.ties import (
     BATCHES,
@@ -42,118 +39,31 @@ from freeexport.verification.ties import (
     compare_up_to_ties,
 )
 from graphs.widen import fp32_copy
-from runtime import GenerationResult, Session
+from runtime import GenerationResult
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import FloatType
-from runtime.cuda.runner import CudaRunner
 from runtime.engines.onnx import import_onnxruntime
-from runtime.engines.runner import Runner
 from runtime.machine.device import CUDA_PROVIDER
 from runtime.options import MOST_TOP_LOGPROBS
 from tools.gpu.operators import check_bundle, load_table
+from tools.gpu.prove_context import (
+    CAPACITY,
+    METHODS,
+    NotApplicable,
+    StepContext,
+    StepOutcome,
+    version_of,
+)
+from tools.gpu.prove_speed import beside, cuda_graphs, eager, overlap, speed, sync_every, tensorrt
 
-CAPACITY = 512
-PROMPTS = 4
-THRESHOLD = 0.5
 # A fp32 result may differ from that of another device, because a GPU multiplies in TF32.
 LEAST_COMMON = 0.5  # share of the tokens before the first difference
 # Largest error of logits in nats, relative to that of torch in the same precision.
 TIMES_TORCH = 3.0
-GAIN = 1.03  # ratio of speeds above which another `sync_every` is recommended
 PACKAGES = (
     *("onnxruntime-gpu", "onnxruntime", "torch", "transformers", "cuda-bindings", "tensorrt"),
     *("tensorrt_rtx", "numpy", "onnx"),
 )
 FACTS = "name,driver_version,memory.total,memory.free,compute_cap,clocks.max.sm,persistence_mode"
-FREE: dict[str, Any] = {"mode": "free", "threshold": THRESHOLD}
-EVERY: dict[str, Any] = {"mode": "free", "threshold": 0.0}
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {"mode": "full"},
-    f"free at {THRESHOLD}": FREE,
-    "free at 0, every token exits": EVERY,
-    "rollback": {"mode": "rollback", "threshold": THRESHOLD, "rollback_threshold": 2.0},
-    "lossless, drafts from the text": {"mode": "lossless", "drafts": "lookup"},
-    "lossless, drafts of the exit": {"mode": "lossless", "drafts": "exit"},
-    "static, shallow decoder alone": {"mode": "shallow"},
-}
-State = Literal["done", "failed", "not applicable"]
-
-
-class NotApplicable(Exception):
-    """Raised by a step that cannot run on this device, with the reason."""
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """What a step works on.
-
-    Attributes:
-        device: Device of sessions and of torch: "cpu" or "cuda:0".
-        work: Directory for bundles and results of earlier steps.
-        tokens: Tokens per prompt.
-        rounds: Rounds of a measurement.
-        model: The checkpoint. Empty for steps without one.
-        name: Name of the model in the report.
-        precision: Precision of the bundle. Empty for steps without one.
-        exit_layer: Exit layer. Default: that of the checkpoint's exit, or a third of the layers.
-        exit: Name or file of a ready-made exit.
-    """
-
-    device: str
-    work: str
-    tokens: int
-    rounds: int
-    model: str = ""
-    name: str = ""
-    precision: str = ""
-    exit_layer: int | None = None
-    exit: str | None = None
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device != "cpu"
-
-    @property
-    def bundle(self) -> Path:
-        """The bundle that the step `conversion` writes."""
-        return Path(self.work) / f"{self.name}-{self.precision}"
-
-    @property
-    def float_type(self) -> FloatType:
-        """Type that the results have, also if the CPU computes them in fp32 and rounds."""
-        types: dict[str, FloatType] = {"fp16": "fp16", "bf16": "bf16"}
-        return types.get(self.precision, "fp32")
-
-    def session(self, **options: Any) -> Session:
-        """Open a session of the bundle on the device."""
-        return Session(self.bundle, **{"device": self.device, "slots": 1, **options})
-
-    def prompts(self, count: int = PROMPTS) -> list[list[int]]:
-        """Return the token ids of the first sample texts."""
-        return speed_prompts(Bundle.open(self.bundle), None, count)
-
-    def file(self, step: str) -> Path:
-        """Return where a step keeps values for later steps of the same bundle."""
-        return Path(self.work) / f"{self.name}-{self.precision}-{step}.json"
-
-
-@dataclass
-class StepOutcome:
-    """Result of a step.
-
-    Attributes:
-        state: "failed" if a check says no, "done" otherwise.
-        line: The outcome as one sentence.
-        columns: Columns of a table.
-        rows: Rows of the table.
-        values: Everything measured, for the JSON report.
-    """
-
-    line: str
-    state: State = "done"
-    columns: Sequence[str] = ()
-    rows: list[Sequence[Any]] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
 
 
 def environment(context: StepContext) -> StepOutcome:
@@ -183,7 +93,7 @@ def providers(context: StepContext) -> StepOutcome:
     ]
     for name in ("tensorrt", "tensorrt_rtx"):
         found = importlib.util.find_spec(name) is not None
-        rows.append((name, f"installed, {_version_of(name)}" if found else "not installed"))
+        rows.append((name, f"installed, {version_of(name)}" if found else "not installed"))
     states = dict(rows)
     cuda = states.get(CUDA_PROVIDER, f"not in this wheel, onnxruntime {ort.__version__}")
     failed = context.on_gpu and cuda != "usable"
@@ -412,205 +322,6 @@ def calibration(context: StepContext) -> StepOutcome:
     return StepOutcome(f"threshold {threshold}", values=values)
 
 
-def cuda_graphs(context: StepContext) -> StepOutcome:
-    """Compare tokens and speed with CUDA graphs on and off. Tokens must be equal."""
-    lanes = {
-        "without CUDA graphs": {"cuda_graphs": False},
-        "with CUDA graphs": {"cuda_graphs": True},
-    }
-    return _lanes(context, {name: {"overlap": False, **given} for name, given in lanes.items()})
-
-
-def overlap(context: StepContext) -> StepOutcome:
-    """Compare overlap on and off, and count the shallow steps that run during a deep pass.
-
-    Times are those of CUDA events in the streams. On the CPU, which has no overlap, they are the
-    host's clock.
-    """
-    lanes: dict[str, dict[str, Any]] = {"one stream": {"overlap": False}}
-    if context.on_gpu:
-        lanes["overlap"] = {"overlap": True}
-    outcome = _lanes(context, lanes)
-    prompt = context.prompts(1)[0]
-    options: dict[str, Any] = {
-        **{"mode": "free", "threshold": THRESHOLD},
-        **{"max_new_tokens": context.tokens, "ignore_eos": True},
-    }
-    with context.session(**({"overlap": True} if context.on_gpu else {})) as session:
-        session.generate(prompt, **options)
-        with session.decoder() as decoder:
-            shallow, deep = decoder.runners
-        steps, passes = _watched(shallow, deep)
-        result = session.generate(prompt, **options)
-    inside = sum(
-        any(begin <= step[0] and step[1] <= end for begin, end in passes) for step in steps
-    )
-    calls = sorted([(*step, "shallow") for step in steps] + [(*call, "deep") for call in passes])
-    outcome.values |= {
-        "clock": "CUDA events" if context.on_gpu else "the host's clock",
-        "shallow_steps": len(steps),
-        "deep_passes": len(passes),
-        "steps_inside_a_pass": inside,
-        "step_ms": _middle(steps),
-        "pass_ms": _middle(passes),
-        "overlapped_ms": 1e3 * result.stats.overlapped_seconds,
-        "first_calls": [
-            [name, round(1e3 * begin, 3), round(1e3 * end, 3)] for begin, end, name in calls[:40]
-        ],
-    }
-    outcome.line += (
-        f"; {inside} of {len(steps)} shallow steps run during one of {len(passes)} deep passes, "
-        f"by {outcome.values['clock']}"
-    )
-    return outcome
-
-
-def eager(context: StepContext) -> StepOutcome:
-    """Measure greedy decoding by eager PyTorch on the same device."""
-    from freeexport.checkpoints.transformers_model import Dtype, greedy_ids, reference_model
-
-    dtypes: dict[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16"}
-    checkpoint = open_checkpoint(context.model)
-    model: Any = reference_model(checkpoint, context.device, dtypes[context.precision])
-    runs = list[float]()
-    prompts = [np.array(ids, np.int64) for ids in context.prompts()]
-    for turn in range(context.rounds + 1):  # the first round allocates
-        began = perf_counter()
-        # Ids are copied to the host, which waits for the device.
-        for ids in prompts:
-            greedy_ids(model, checkpoint, [ids], context.tokens, ignore_eos=True)
-        if turn:
-            runs.append(len(prompts) * context.tokens / (perf_counter() - began))
-    speed = median(runs)
-    values = {"tokens_per_second": speed, "runs": runs}
-    context.file("eager").write_text(json.dumps(values))
-    return StepOutcome(f"{speed:.1f} tokens/s", values=values)
-
-
-def speed(context: StepContext) -> StepOutcome:
-    """Measure all modes, interleaved, relative to mode full and to eager PyTorch."""
-    names = list(METHODS)
-    measured: dict[str, list[list[float]]] = {name: [] for name in names}
-    with context.session(draft_memory_mb=0) as session:
-        for turn in _interleaved(context, session, [METHODS[name] for name in names]):
-            for name, result in zip(names, turn, strict=True):
-                measured[name].append([result.stats.tokens, result.stats.seconds])
-    speeds = {name: _speed_of(runs) for name, runs in measured.items()}
-    file = context.file("eager")
-    torch = json.loads(file.read_text())["tokens_per_second"] if file.is_file() else None
-    rows = [
-        (
-            name,
-            round(value, 1),
-            f"{value / speeds['full']:.2f}x",
-            f"{value / torch:.2f}x" if torch else "not measured",
-        )
-        for name, value in speeds.items()
-    ]
-    against = f"{speeds['full'] / torch:.2f}x eager PyTorch" if torch else "eager was not measured"
-    free = speeds[f"free at {THRESHOLD}"]
-    return StepOutcome(
-        f"full {speeds['full']:.1f} tokens/s, {against}; free at {THRESHOLD} "
-        f"{free / speeds['full']:.2f}x full",
-        columns=("method", "tokens/s", "against full", "against eager PyTorch"),
-        rows=[*rows],
-        values={"tokens_per_second": speeds, "eager": torch},
-    )
-
-
-def sync_every(context: StepContext) -> StepOutcome:
-    """Measure `sync_every` 1, 2, 4 and 8 with overlap, and the paper's single pass.
-
-    A value is recommended if it is GAIN times as fast as the default.
-    """
-    lanes: dict[str, dict[str, Any]] = {
-        "no background pass (0), as in the paper": {"sync_every": 0},
-        **{str(count): {"sync_every": count} for count in (1, 2, 4, 8)},
-    }
-    thresholds = {"free at 0.5": FREE, "free at 0": EVERY}
-    rows = list[Sequence[Any]]()
-    found = dict[str, dict[str, float]]()
-    given: dict[str, Any] = {"overlap": True} if context.on_gpu else {}
-    with context.session(**given) as session:
-        for name, options in thresholds.items():
-            ways = [{**options, **lane} for lane in lanes.values()]
-            measured: dict[str, list[list[float]]] = {lane: [] for lane in lanes}
-            for turn in _interleaved(context, session, ways):
-                for lane, result in zip(lanes, turn, strict=True):
-                    measured[lane].append([result.stats.tokens, result.stats.seconds])
-            found[name] = {lane: _speed_of(runs) for lane, runs in measured.items()}
-            rows.append((name, *(round(value, 1) for value in found[name].values())))
-    if context.on_gpu:
-        means = {
-            lane: float(np.exp(np.mean([np.log(each[lane]) for each in found.values()])))
-            for lane in lanes
-        }
-        best = max(means, key=means.__getitem__)
-        advice = best if means[best] > GAIN * means["4"] else "4"
-        line = f"recommended: sync_every {advice}; 4 is {means['4'] / means['1']:.2f}x as fast as 1"
-    else:
-        line = "no recommendation: the CPU has no overlap, and sync_every has no effect"
-    return StepOutcome(line, columns=("tokens/s", *lanes), rows=rows, values=found)
-
-
-def beside(context: StepContext) -> StepOutcome:
-    """Decode while torch and a second session use the device from the same process.
-
-    Their allocations may disturb the capture of CUDA graphs. Tokens must be those of one session.
-    """
-    import torch
-
-    prompt = context.prompts(1)[0]
-    options: dict[str, Any] = {"mode": "full", "max_new_tokens": context.tokens, "ignore_eos": True}
-    with context.session() as session:
-        alone = session.generate(prompt, **options).token_ids
-    place = torch.device(context.device)
-    with context.session() as one, context.session() as other:
-        found = []
-        for _ in range(3):
-            matrix = torch.ones(1024, 1024, device=place)
-            found += [session.generate(prompt, **options).token_ids for session in (one, other)]
-            float((matrix @ matrix).sum())
-    equal = sum(ids == alone for ids in found)
-    return StepOutcome(
-        f"{equal} of {len(found)} outputs are equal to those of one session",
-        "done" if equal == len(found) else "failed",
-    )
-
-
-def tensorrt(context: StepContext) -> StepOutcome:
-    """Build the engines with TensorRT, test them, and compare modes and speed."""
-    if not context.on_gpu:
-        raise NotApplicable("TensorRT engines are built for a GPU")
-    if importlib.util.find_spec("tensorrt") is None:
-        raise NotApplicable("TensorRT is not installed; run: pip install 'freeexport[tensorrt]'")
-    path = Path(context.work) / f"{context.bundle.name}-tensorrt"
-    arguments = ["convert", context.model, str(path), "--target", "tensorrt", "--overwrite"]
-    arguments += ["--precision", context.precision, "--capacity", str(CAPACITY)]
-    arguments += ["--verify", "none", "--build", str(max(BATCHES))]
-    if context.exit_layer is not None:
-        arguments += ["--exit-layer", str(context.exit_layer)]
-    if context.exit is not None:
-        arguments += ["--exit", context.exit]
-    said = run_child("freeexport", *arguments)
-    prompts = context.prompts()
-    with Session(path, device=context.device, slots=max(BATCHES)) as session:
-        report = compare_up_to_ties(session, prompts, context.tokens)
-        ways = list(METHODS.values())
-        runs = [list(turn) for turn in _interleaved(context, session, ways)]
-    rows = list[Sequence[Any]]()
-    for number, name in enumerate(METHODS):
-        pairs = [[turn[number].stats.tokens, turn[number].stats.seconds] for turn in runs]
-        rows.append((name, round(_speed_of(pairs), 1)))
-    return StepOutcome(
-        f"{_version_of('tensorrt')}: {report.line}",
-        "done" if report.passed else "failed",
-        ("method", "tokens/s"),
-        rows,
-        {**report.to_json(), "build": said.splitlines()[-20:]},
-    )
-
-
 Function = Callable[[StepContext], StepOutcome]
 # Steps without a model, with a model in fp32, and with a bundle in half precision, in order.
 MACHINE: dict[str, Function] = {"environment": environment, "providers": providers}
@@ -624,81 +335,11 @@ HALF: dict[str, Function] = {
 STEPS: dict[str, Function] = {**MACHINE, **FP32, **HALF}
 
 
-def _lanes(context: StepContext, lanes: dict[str, dict[str, Any]]) -> StepOutcome:
-    """Measure modes with other options of the session, which must not change the tokens."""
-    ways = [METHODS["full"], FREE, EVERY]
-    prompt = context.prompts(1)[0]
-    plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
-    rows = list[Sequence[Any]]()
-    tokens = list[list[Sequence[int]]]()
-    for name, options in lanes.items():
-        with context.session(**options) as session:
-            found = []
-            for way in ways:
-                runs = [session.generate(prompt, **way, **plain) for _ in range(context.rounds + 2)]
-                pairs = [(run.stats.tokens, run.stats.seconds) for run in runs[2:]]
-                found.append((round(_speed_of(pairs), 1), runs[-1].token_ids))
-        rows.append((name, *(value for value, _ in found)))
-        tokens.append([ids for _, ids in found])
-    same = all(each == tokens[0] for each in tokens)
-    return StepOutcome(
-        f"{'equal' if same else 'different'} tokens in {len(lanes)} settings",
-        "done" if same else "failed",
-        ("tokens/s", "full", f"free at {THRESHOLD}", "free at 0"),
-        rows,
-        {name: row[1:] for name, row in zip(lanes, rows, strict=True)},
-    )
-
-
-def _interleaved(
-    context: StepContext, session: Session, ways: Sequence[dict[str, Any]]
-) -> Iterator[list[GenerationResult]]:
-    """Yield the results of all ways for each prompt and round."""
-    plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
-
-    def decode(way: dict[str, Any], prompt: list[int]) -> GenerationResult:
-        result: GenerationResult = session.generate(prompt, **way, **plain)
-        return result
-
-    for turn in interleave(ways, context.prompts(), context.rounds, decode):
-        yield turn.runs
-
-
-def _speed_of(runs: Sequence[Sequence[float]]) -> float:
-    """Return the median of tokens per second of pairs of tokens and seconds."""
-    return median(tokens / seconds for tokens, seconds in runs)
-
-
-def _middle(calls: Sequence[tuple[float, float]]) -> float:
-    """Return the median duration, in milliseconds."""
-    return round(1e3 * median([end - begin for begin, end in calls] or [0.0]), 3)
-
-
 def _common(one: Sequence[int], other: Sequence[int]) -> float:
     """Return the share of tokens before the first difference."""
     pairs = enumerate(zip(one, other, strict=False))
     first = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
     return first / max(1, len(one), len(other))
-
-
-def _watched(shallow: Runner, deep: Runner) -> tuple[list[Any], list[Any]]:
-    """Return growing lists of begin and end of both runners' calls, in seconds."""
-    if isinstance(shallow, CudaRunner) and isinstance(deep, CudaRunner):
-        origin = shallow.stream.cuda.event(timed=True)
-        shallow.stream.record(origin)
-        return shallow.watch(origin), deep.watch(origin)
-    origin_seconds = perf_counter()
-    seen: tuple[list[Any], list[Any]] = ([], [])
-    for runner, calls in zip((shallow, deep), seen, strict=True):
-        runner.run = partial(_timed, runner.run, calls, origin_seconds)  # type: ignore[method-assign]
-    return seen
-
-
-def _timed(run: Callable[[Any], float], calls: list[Any], origin: float, call: Any) -> float:
-    began = perf_counter()
-    seconds = run(call)
-    calls.append((began - origin, perf_counter() - origin))
-    return seconds
 
 
 def _log_probabilities(
@@ -730,14 +371,6 @@ def _nvidia_smi() -> dict[str, str]:
     if answer.returncode:
         return {"nvidia-smi": (answer.stdout + answer.stderr).strip()[:300]}
     return {f"GPU {n}": line for n, line in enumerate(answer.stdout.strip().splitlines())}
-
-
-def _version_of(name: str) -> str:
-    try:
-        module = importlib.import_module(name)
-    except Exception as error:  # a missing library raises OSError or ImportError
-        return f"does not import: {str(error)[:200]}"
-    return f"{name} {module.__version__}"
 
 
 def main(name: str, context: str, result: str) -> None:

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from fake_device import Machine
 
 from runtime.errors import EngineError
-from tools.gpu import prove, prove_steps
+from tools.gpu import prove, prove_speed, prove_steps
+from tools.gpu.prove_context import METHODS, NotApplicable, StepContext
 from tools.gpu.prove_report import CPU_NOTE, report_text
-from tools.gpu.prove_steps import NotApplicable, StepContext
 
 LLAMA = BY_NAME["llama-tied"]
 Directory = Callable[[Case], Path]
@@ -37,7 +37,6 @@ def converted(checkpoint: Directory, tmp_path_factory: pytest.TempPathFactory) -
 def on_gpu(converted: StepContext, monkeypatch: pytest.MonkeyPatch) -> StepContext:
     """The same bundle on a stand-in of a GPU."""
     Machine(monkeypatch, seed=5)
-    monkeypatch.setattr(prove_steps, "PROMPTS", 2)
     return replace(converted, device="cuda:0")
 
 
@@ -47,13 +46,13 @@ def test_modes_and_batches_are_compared_on_the_device(on_gpu: StepContext) -> No
     assert outcome.state == "done", outcome.line
     assert outcome.values["noise"]["positions"] > 0
     assert {"lossless, both drafts", "full, batch 4", "rollback"} <= {row[0] for row in outcome.rows}
-    assert set(outcome.values["exit_rates"]) == set(prove_steps.METHODS)
+    assert set(outcome.values["exit_rates"]) == set(METHODS)
     json.dumps(outcome.values, allow_nan=False)
 
 
 def test_graphs_and_overlap_do_not_change_tokens_and_calls_are_counted(on_gpu: StepContext) -> None:
-    assert prove_steps.cuda_graphs(on_gpu).state == "done"
-    outcome = prove_steps.overlap(on_gpu)
+    assert prove_speed.cuda_graphs(on_gpu).state == "done"
+    outcome = prove_speed.overlap(on_gpu)
     assert outcome.state == "done", outcome.line
     assert [row[0] for row in outcome.rows] == ["one stream", "overlap"]
     assert outcome.values["clock"] == "CUDA events"
@@ -63,13 +62,13 @@ def test_graphs_and_overlap_do_not_change_tokens_and_calls_are_counted(on_gpu: S
 
 @pytest.mark.slow
 def test_sync_every_is_recommended_by_what_was_measured(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prove_steps, "_speed_of", lambda runs: 100.0)
-    outcome = prove_steps.sync_every(on_gpu)
+    monkeypatch.setattr(prove_speed, "_speed_of", lambda runs: 100.0)
+    outcome = prove_speed.sync_every(on_gpu)
     assert outcome.line == "recommended: sync_every 4; 4 is 1.00x as fast as 1"
     assert len(outcome.rows) == 2
     speeds = iter([10.0, 20.0, 10.0, 10.0, 10.0] * 2)
-    monkeypatch.setattr(prove_steps, "_speed_of", lambda runs: next(speeds))
-    assert prove_steps.sync_every(on_gpu).line == "recommended: sync_every 1; 4 is 0.50x as fast as 1"
+    monkeypatch.setattr(prove_speed, "_speed_of", lambda runs: next(speeds))
+    assert prove_speed.sync_every(on_gpu).line == "recommended: sync_every 1; 4 is 0.50x as fast as 1"
 
 
 def test_parity_passes_and_a_wrong_head_fails(converted: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,22 +86,22 @@ def test_parity_passes_and_a_wrong_head_fails(converted: StepContext, monkeypatc
 
 @pytest.mark.slow
 def test_speed_refers_to_eager_torch_once_that_was_measured(converted: StepContext) -> None:
-    assert "eager was not measured" in prove_steps.speed(converted).line
-    assert prove_steps.eager(converted).values["tokens_per_second"] > 0
-    outcome = prove_steps.speed(converted)
+    assert "eager was not measured" in prove_speed.speed(converted).line
+    assert prove_speed.eager(converted).values["tokens_per_second"] > 0
+    outcome = prove_speed.speed(converted)
     assert "x eager PyTorch" in outcome.line
     assert outcome.rows[0][2] == "1.00x"
 
 
 @pytest.mark.slow
 def test_on_the_cpu_calls_are_timed_by_the_host_and_tensorrt_does_not_apply(converted: StepContext) -> None:
-    outcome = prove_steps.overlap(converted)
+    outcome = prove_speed.overlap(converted)
     assert outcome.values["clock"] == "the host's clock"
     assert outcome.values["deep_passes"] >= 1
     assert outcome.values["step_ms"] > 0
-    assert "no effect" in prove_steps.sync_every(converted).line
+    assert "no effect" in prove_speed.sync_every(converted).line
     with pytest.raises(NotApplicable, match="for a GPU"):
-        prove_steps.tensorrt(converted)
+        prove_speed.tensorrt(converted)
 
 
 def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written(tmp_path: Path) -> None:

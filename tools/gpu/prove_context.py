@@ -1,0 +1,116 @@
+"""What the steps of `tools.gpu.prove` work on, and their outcomes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from freeexport.evaluate.speed import speed_prompts
+from runtime import Session
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import FloatType
+
+CAPACITY = 512
+PROMPTS = 4
+THRESHOLD = 0.5
+FREE: dict[str, Any] = {"mode": "free", "threshold": THRESHOLD}
+EVERY: dict[str, Any] = {"mode": "free", "threshold": 0.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"mode": "full"},
+    f"free at {THRESHOLD}": FREE,
+    "free at 0, every token exits": EVERY,
+    "rollback": {"mode": "rollback", "threshold": THRESHOLD, "rollback_threshold": 2.0},
+    "lossless, drafts from the text": {"mode": "lossless", "drafts": "lookup"},
+    "lossless, drafts of the exit": {"mode": "lossless", "drafts": "exit"},
+    "static, shallow decoder alone": {"mode": "shallow"},
+}
+State = Literal["done", "failed", "not applicable"]
+
+
+class NotApplicable(Exception):
+    """Raised by a step that cannot run on this device, with the reason."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a step works on.
+
+    Attributes:
+        device: Device of sessions and of torch: "cpu" or "cuda:0".
+        work: Directory for bundles and results of earlier steps.
+        tokens: Tokens per prompt.
+        rounds: Rounds of a measurement.
+        model: The checkpoint. Empty for steps without one.
+        name: Name of the model in the report.
+        precision: Precision of the bundle. Empty for steps without one.
+        exit_layer: Exit layer. Default: that of the checkpoint's exit, or a third of the layers.
+        exit: Name or file of a ready-made exit.
+    """
+
+    device: str
+    work: str
+    tokens: int
+    rounds: int
+    model: str = ""
+    name: str = ""
+    precision: str = ""
+    exit_layer: int | None = None
+    exit: str | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle that the step `conversion` writes."""
+        return Path(self.work) / f"{self.name}-{self.precision}"
+
+    @property
+    def float_type(self) -> FloatType:
+        """Type that the results have, also if the CPU computes them in fp32 and rounds."""
+        types: dict[str, FloatType] = {"fp16": "fp16", "bf16": "bf16"}
+        return types.get(self.precision, "fp32")
+
+    def session(self, **options: Any) -> Session:
+        """Open a session of the bundle on the device."""
+        return Session(self.bundle, **{"device": self.device, "slots": 1, **options})
+
+    def prompts(self, count: int = PROMPTS) -> list[list[int]]:
+        """Return the token ids of the first sample texts."""
+        return speed_prompts(Bundle.open(self.bundle), None, count)
+
+    def file(self, step: str) -> Path:
+        """Return where a step keeps values for later steps of the same bundle."""
+        return Path(self.work) / f"{self.name}-{self.precision}-{step}.json"
+
+
+@dataclass
+class StepOutcome:
+    """Result of a step.
+
+    Attributes:
+        state: "failed" if a check says no, "done" otherwise.
+        line: The outcome as one sentence.
+        columns: Columns of a table.
+        rows: Rows of the table.
+        values: Everything measured, for the JSON report.
+    """
+
+    line: str
+    state: State = "done"
+    columns: Sequence[str] = ()
+    rows: list[Sequence[Any]] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def version_of(name: str) -> str:
+    """Return the version of an installed module, or why it does not import."""
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # a missing library raises OSError or ImportError
+        return f"does not import: {str(error)[:200]}"
+    return f"{name} {module.__version__}"
