@@ -79,7 +79,7 @@ class Time(click.ParamType):
 @click.option(
     "--device",
     default="cpu",
-    help=f"{DEVICE} A GPU gets a bundle in fp16. Training uses a GPU whenever torch finds one.",
+    help=DEVICE,
 )
 @click.option("--threads", type=click.IntRange(1), help=THREADS)
 @section("Result")
@@ -96,7 +96,8 @@ def command(
     First plans: whether and where an exit pays on this machine, and how long each step takes. Then
     trains the exit on the lines of --data, converts, calibrates and evaluates, each on separate
     lines. Intermediate results are kept in OUT.work. An interrupted run continues from there, and
-    nothing is trained twice. Each step prints the command that runs it alone.
+    nothing is trained twice. Each step prints the command that runs it alone. With --device cuda:0
+    the bundle is in fp16. Training uses a GPU whenever torch finds one.
 
     \b
     Example:

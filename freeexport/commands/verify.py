@@ -68,7 +68,7 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.option(
     "--device",
     default="cpu",
-    help=(f"{DEVICE} On a GPU, tokens of several modes and batches are also compared, up to ties."),
+    help=DEVICE,
 )
 @section("Against itself")
 @click.option(
@@ -114,7 +114,8 @@ def command(
 
     Engines are compared with the checkpoint, and decoding one token at a time with a single pass.
     With --against the report is written to verification.json in the bundle. A ready-made exit that
-    was given to convert is applied to the checkpoint again. Exits with code 1 if a check fails.
+    was given to convert is applied to the checkpoint again. On a GPU, tokens of several modes and
+    batches are also compared, up to ties. Exits with code 1 if a check fails.
 
     With --device cuda:0, that device decodes the tokens. Tensors are compared on the CPU.
 

@@ -21,6 +21,7 @@ PURPOSES: dict[str, str] = {
     "metrics": "compute metrics during calibration",
     "evaluate": "evaluate methods on a task",
     "demo": "run the demo",
+    "docs": "build the documentation as a site",
     "optimum": "export encoders without a native builder (pins transformers 4.57)",
     "all": "run every command on a CPU",
 }

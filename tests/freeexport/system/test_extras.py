@@ -126,5 +126,6 @@ def test_a_page_installs_what_its_commands_need(page: Path) -> None:
     needed = {"cpu", *(extra for verb in lines for extra in NEEDED[verb])}
     if re.search(r"json_schema|response_format|\bregex=|grammar=", text):
         needed.add("grammar")
-    assert lines
+    # The paper's comparison is a tool, and runs verbs by itself.
+    assert lines or page.stem == "tutorial-paper"
     assert {extra for extra in needed if not packages >= set(extras()[extra])} == set()
