@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from freeexport.system.machine import kernel_instructions
+from graphs.exit_head import EXIT_LAYERS, EXIT_MAP
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import FEATURE_STATES, ExitInput
@@ -55,9 +56,9 @@ class EngineBytes(NamedTuple):
 def engine_bytes(path: Path) -> EngineBytes:
     """Return the bytes of an engine's weights by the part that reads them.
 
-    Nodes that depend on the input `head_rows` are the head. Nodes that depend only on
-    `exit_lengths` are the exit's own layers. Tables from which rows are gathered count as 0,
-    because a call reads only single rows of them.
+    Nodes that depend on the input `head_rows` are the head, except the exit's own layers, whose
+    weights have names of their own. Tables from which rows are gathered count as 0, because a call
+    reads only single rows of them.
 
     Raises:
         BundleError: If the file is not an ONNX graph.
@@ -71,14 +72,13 @@ def engine_bytes(path: Path) -> EngineBytes:
             f"{path} is no ONNX graph ({type(error).__name__}); convert the checkpoint again"
         ) from None
     of_head: set[str | None] = {"head_rows"}
-    of_own: set[str | None] = {"exit_lengths"}
     readers: dict[str, set[str]] = defaultdict(set)
     for node in graph:
         inputs = {value.name for value in node.inputs if value is not None}
-        part = "head" if inputs & of_head else "own" if inputs & of_own else "layers"
-        for depends, of_part in (("head", of_head), ("own", of_own)):
-            if part == depends:
-                of_part.update(value.name for value in node.outputs)
+        part = "layers"
+        if inputs & of_head:
+            part = "head"
+            of_head.update(value.name for value in node.outputs)
         for place, value in enumerate(node.inputs):
             if node.op_type == "PackedRows":
                 one_row = place > 0
@@ -90,7 +90,8 @@ def engine_bytes(path: Path) -> EngineBytes:
                 and value.name in graph.initializers
                 and not one_row
             ):
-                readers[value.name].add(part)
+                own = value.name.startswith((EXIT_LAYERS, EXIT_MAP))
+                readers[value.name].add("own" if own else part)
     # A tensor that the layers and the head share is read by both.
     sizes = {
         name: value.const_value.nbytes

@@ -27,6 +27,7 @@ def generate(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
+        use_cache=False,
         max_new_tokens=tokens,
         pad_token_id=0,
     )

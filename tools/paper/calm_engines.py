@@ -24,6 +24,7 @@ from graphs.engine_options import EngineOptions
 from graphs.engines import FLOAT, EngineBuilder
 from graphs.families import describe
 from graphs.graph import Graph
+from graphs.layers import head_rows
 from graphs.weights import WeightFile
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
@@ -114,7 +115,8 @@ class CalmBuilder(EngineBuilder):
         x = graph.op("Reshape", [before, graph.constant([-1, width])])
         layers = self.description.decoder.layers[number : number + 1]
         hidden = self._layers(graph, dialect, x, layers, number)
-        self._head(graph, dialect, hidden, None)
+        read = graph.op("Gather", [hidden, head_rows(graph, None)], axis=0)
+        self._head(graph, dialect, read, None)
         self._output_hidden(graph, hidden, call, FLOAT, "k")
         self._save(graph)
 

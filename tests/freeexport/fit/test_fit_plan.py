@@ -249,7 +249,7 @@ def test_a_bundle_for_a_gpu_is_fp16_and_every_step_names_the_device(
     found = planned(given)
     assert found.precision == "fp16"
     assert found.exit is not None
-    assert found.exit.input == "state"
+    assert found.exit.input == "feature"
     assert "cuda:0" in dict(describe_plan(given, found))["speed"]
     steps = {step.name: step.command for step in steps_of(given, found, Places.of(given))}
     assert "--target cuda --precision fp16" in steps["trained"]

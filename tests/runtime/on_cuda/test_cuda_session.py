@@ -238,7 +238,7 @@ def test_too_little_memory_says_what_is_needed_and_free_before_anything_is_alloc
 
 def test_nothing_is_a_reason_to_decode_elsewhere(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch).onnxruntime.active = [CPU]
-    with pytest.raises(EngineError, match=r"would run shallow.onnx on CPUExecutionProvider"):
+    with pytest.raises(EngineError, match=r"would run .* on CPUExecutionProvider"):
         Session(target(LLAMA), device="cuda:0")
     Machine(monkeypatch, devices=0)
     with pytest.raises(DeviceError, match="cuda:0 does not exist: this machine has 0 CUDA devices"):

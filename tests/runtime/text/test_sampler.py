@@ -166,7 +166,13 @@ def test_warping_is_the_distribution_that_transformers_samples_from() -> None:
         output_scores=True,
         pad_token_id=0,
     )
-    sampler = Sampler(3, frozenset({9}), extras["min_new_tokens"], 1.4, extras["sequence_bias"])
+    sampler = Sampler(
+        3,
+        frozenset({9}),
+        extras["min_new_tokens"],
+        repetition_penalty=1.4,
+        sequence_bias=extras["sequence_bias"],
+    )
     warping = Warping(0.6, 20, 0.8, 0.05)
     assert len(out.scores) > 2
     for step, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
