@@ -121,6 +121,9 @@ def test_engines_with_rounded_weights_are_built(case: Any, precision: str, compu
             widened = [layer for layer in layers if layer.type == trt.LayerType.DEQUANTIZE]
             rounded = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
             plain = {node.input[1] for node in graph.node if node.op_type == "Gemm"} - rounded
+            if not kinds["Gemm"]:  # before an exit that reads the embedding, the shallow engine has no layers
+                assert (name, case.exit_layers[0]) == ("shallow", 0)
+                continue
             # The map of an exit, near the identity, may lose too much in 8 bits a weight with one scale a row.
             assert all(weight.startswith(EXIT_MAP) for weight in plain)
             assert len(widened) == kinds["DequantizeLinear"] == kinds["Gemm"] - len(plain) > 0
