@@ -11,6 +11,7 @@ from freeexport import __version__
 from freeexport.checkpoints.packed_exit import read_packed
 from freeexport.checkpoints.ready_made import HUB_EXIT
 from freeexport.system.page import human_bytes
+from freeexport.system.sheet import Sheet, markdown
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import MANIFEST
 from runtime.errors import OptionError, shown
@@ -79,7 +80,7 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class Publication:
-    """What is published.
+    """Content of a repository on the hub.
 
     Attributes:
         files: Files by their names in the repository.
@@ -233,8 +234,8 @@ def _exit(path: Path, named: HubName) -> Publication:
 
 def _table(facts: Mapping[str, str]) -> str:
     """Return a table of names and values in Markdown."""
-    cells = ((name, " ".join(text.split()).replace("|", "\\|")) for name, text in facts.items())
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {cell} |" for name, cell in cells)])
+    rows = tuple((name, " ".join(text.split())) for name, text in facts.items())
+    return markdown(Sheet("", ("", ""), rows))
 
 
 def _results(directory: Path, sha256: str | None) -> dict[str, str]:

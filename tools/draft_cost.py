@@ -134,9 +134,11 @@ def measure(bundles: tuple[Path, ...], rounds: int, chain: int) -> list[dict[str
         # One thread runs engines in its own time.
         stack.enter_context(mock.patch.object(runner, "perf_counter", thread_time))
         timers = []
+        manifests = []
         for path in bundles:
             session = stack.enter_context(Session(path, slots=1, threads=1, draft_memory_mb=0))
             decoder = stack.enter_context(session._scheduler.borrowed())
+            manifests.append(session.manifest)
             timers.append(DraftTimer(decoder, session.manifest.vocab_size, chain))
         for timer in timers:  # binds the calls
             timer.round()
@@ -145,8 +147,7 @@ def measure(bundles: tuple[Path, ...], rounds: int, chain: int) -> list[dict[str
             for timer in timers:
                 timer.round()
     rows = []
-    for path, timer in zip(bundles, timers, strict=True):
-        manifest = Bundle.open(path, "sizes").manifest
+    for path, manifest, timer in zip(bundles, manifests, timers, strict=True):
         rows.append(
             {
                 "bundle": path.name,

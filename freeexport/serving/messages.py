@@ -5,7 +5,6 @@ Input is text, calls of tools and their results. Output is text and calls. Nothi
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -15,7 +14,6 @@ import msgspec
 from freeexport.serving.errors import ApiError, invalid, unsupported
 from freeexport.serving.protocol import (
     ChatRequest,
-    CompletionRequest,
     Count,
     Free,
     Function,
@@ -28,9 +26,8 @@ from freeexport.serving.protocol import (
     ToolCall,
     ToolChoice,
 )
-from freeexport.serving.replies import Reply, usage, with_end
-from freeexport.serving.tools import CallReader
-from runtime import GenerationResult, Session, Token
+from freeexport.serving.replies import EventReply, usage, with_end
+from runtime import GenerationResult, Token
 
 PATH = "/v1/messages"
 ERROR_TYPES = {
@@ -202,31 +199,12 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-class MessageReply(Reply):
+class MessageReply(EventReply):
     """Formats a message, whole or as events."""
 
-    end = b""
-
-    def __init__(
-        self,
-        session: Session,
-        model: str,
-        chat: ChatRequest | CompletionRequest,
-        original: MessagesRequest,
-    ) -> None:
-        super().__init__(session, model, chat)
-        self.id = f"msg_{secrets.token_hex(12)}"
-        self._original = original
-        self._reader = None if self._form is None else CallReader(self._form)
-        self._blocks = list[dict[str, Any]]()  # so far, of which the last is open
-        self._arguments = ""  # JSON of the open call
-
-    def encode(self, data: Any) -> bytes:
-        """Serialize events."""
-        return b"".join(
-            b"event: %s\ndata: %s\n\n" % (event["type"].encode(), msgspec.json.encode(event))
-            for event in data
-        )
+    prefix = "msg"
+    _original: MessagesRequest
+    _arguments = ""  # JSON of the open call
 
     def failed(self, error: ApiError) -> bytes:
         return self.encode([error_body(error)])
@@ -237,7 +215,7 @@ class MessageReply(Reply):
         return with_end(
             {
                 **self._message(),
-                "content": self._blocks,
+                "content": self._parts,
                 **self._stopped(result),
                 "usage": _counted(result, prompts),
             },
@@ -278,7 +256,7 @@ class MessageReply(Reply):
         if reason == "stop_sequence" and self._tokenizer is not None:
             rest = self._tokenizer.decode(result.token_ids)[len(result.text) :]
             found = next(filter(rest.startswith, self._original.stop_sequences), None)
-        called = any(block["type"] == "tool_use" for block in self._blocks)
+        called = any(block["type"] == "tool_use" for block in self._parts)
         if called and reason == "end_turn":
             reason = "tool_use"
         return {"stop_reason": reason, "stop_sequence": found}
@@ -295,9 +273,9 @@ class MessageReply(Reply):
         if self._reader is not None:
             text, calls = self._reader.read(text, last)
         if text:
-            if not self._blocks:
+            if not self._parts:
                 events.append(self._begin({"type": "text", "text": ""}))
-            self._blocks[-1]["text"] += text
+            self._parts[-1]["text"] += text
             events.append(self._delta({"type": "text_delta", "text": text}))
         for call in calls:
             if "id" in call:
@@ -311,22 +289,22 @@ class MessageReply(Reply):
         return events + (self._end() if last else [])
 
     def _begin(self, block: dict[str, Any]) -> dict[str, Any]:
-        self._blocks.append(block)
-        place = len(self._blocks) - 1
+        self._parts.append(block)
+        place = len(self._parts) - 1
         return {"type": "content_block_start", "index": place, "content_block": dict(block)}
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
+        return {"type": "content_block_delta", "index": len(self._parts) - 1, "delta": delta}
 
     def _end(self) -> list[dict[str, Any]]:
         """Close the open block, if any. Arguments that were cut short stay empty."""
-        if not self._blocks:
+        if not self._parts:
             return []
         if self._arguments:
             with suppress(msgspec.DecodeError):
-                self._blocks[-1]["input"] = msgspec.json.decode(self._arguments)
+                self._parts[-1]["input"] = msgspec.json.decode(self._arguments)
             self._arguments = ""
-        return [{"type": "content_block_stop", "index": len(self._blocks) - 1}]
+        return [{"type": "content_block_stop", "index": len(self._parts) - 1}]
 
 
 def _counted(result: GenerationResult, prompts: Sequence[int]) -> dict[str, Any]:

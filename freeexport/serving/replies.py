@@ -279,6 +279,37 @@ class Reply:
         return self._tokenizer.decode([token]) or self._tokenizer.token(token) or str(token)
 
 
+class EventReply(Reply):
+    """Formats one answer whole, or as a series of named events.
+
+    Args:
+        session: Session that generates the answer.
+        model: Name of the model.
+        chat: The equivalent chat request.
+        original: The request as it was sent.
+    """
+
+    end = b""
+    prefix: str
+    """First part of the ID."""
+
+    def __init__(
+        self, session: Session, model: str, chat: ChatRequest | CompletionRequest, original: Any
+    ) -> None:
+        super().__init__(session, model, chat)
+        self.id = f"{self.prefix}_{secrets.token_hex(12)}"
+        self._original = original
+        self._reader = None if self._form is None else CallReader(self._form)
+        self._parts = list[dict[str, Any]]()  # of the answer so far, of which the last is open
+
+    def encode(self, data: Any) -> bytes:
+        """Serialize events."""
+        return b"".join(
+            b"event: %s\ndata: %s\n\n" % (event["type"].encode(), msgspec.json.encode(event))
+            for event in data
+        )
+
+
 def _without_tokens(result: GenerationResult) -> GenerationResult:
     """Return a result with the prompt's log-probabilities alone."""
     none: tuple[Any, ...] = ()

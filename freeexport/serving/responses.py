@@ -14,7 +14,6 @@ import msgspec
 from freeexport.serving.errors import ApiError, invalid, unsupported
 from freeexport.serving.protocol import (
     ChatRequest,
-    CompletionRequest,
     ContentPart,
     Count,
     Free,
@@ -29,9 +28,8 @@ from freeexport.serving.protocol import (
     ToolCall,
     ToolChoice,
 )
-from freeexport.serving.replies import REASONS, Reply, usage, with_end
-from freeexport.serving.tools import CallReader
-from runtime import GenerationResult, Session, Token
+from freeexport.serving.replies import REASONS, EventReply, usage, with_end
+from runtime import GenerationResult, Token
 
 TEXTS = ("input_text", "output_text", "text")
 
@@ -161,36 +159,20 @@ def _add(messages: list[Message], item: InputItem, where: str) -> None:
         messages.append(Message(item.role, text))
 
 
-class ResponseReply(Reply):
+class ResponseReply(EventReply):
     """Formats a response, whole or as a series of events that ends with it."""
 
-    end = b""
-
-    def __init__(
-        self,
-        session: Session,
-        model: str,
-        chat: ChatRequest | CompletionRequest,
-        original: ResponseRequest,
-    ) -> None:
-        super().__init__(session, model, chat)
-        self.id = f"resp_{secrets.token_hex(12)}"
-        self._original = original
-        self._number = 0
-        self._reader = None if self._form is None else CallReader(self._form)
-        self._items = list[dict[str, Any]]()  # output so far, of which the last is open
+    prefix = "resp"
+    _original: ResponseRequest
+    _number = 0  # of the next event
 
     def encode(self, data: Any) -> bytes:
         """Serialize events and number them."""
-        written = []
-        for event in data:
-            kind = event["type"]
-            numbered = {**event, "sequence_number": self._number}
-            written.append(
-                b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(numbered))
-            )
-            self._number += 1
-        return b"".join(written)
+        numbered = [
+            {**event, "sequence_number": number} for number, event in enumerate(data, self._number)
+        ]
+        self._number += len(numbered)
+        return super().encode(numbered)
 
     def failed(self, error: ApiError) -> bytes:
         fields = error.body["error"]
@@ -228,36 +210,36 @@ class ResponseReply(Reply):
         calls = list[dict[str, Any]]()
         if self._reader is not None:
             text, calls = self._reader.read(text, result is not None)
-        if text or (result is not None and not self._items and not calls):
-            if not self._items:
+        if text or (result is not None and not self._parts and not calls):
+            if not self._parts:
                 message = {"type": "message", "role": "assistant", "content": list[Any]()}
                 events += self._begin({"id": f"msg_{secrets.token_hex(12)}", **message})
-                self._items[-1]["content"] = [_part("")]
+                self._parts[-1]["content"] = [_part("")]
                 events.append(self._event("content_part.added", content_index=0, part=_part("")))
-            self._items[0]["content"][0]["text"] += text
+            self._parts[0]["content"][0]["text"] += text
             if text:
                 events.append(
                     self._event("output_text.delta", content_index=0, delta=text, logprobs=[])
                 )
         for call in calls:
             if "id" in call:
-                events += self._end("completed") if self._items else []
+                events += self._end("completed") if self._parts else []
                 named = {"call_id": call["id"], "name": call["function"]["name"], "arguments": ""}
                 events += self._begin(
                     {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **named}
                 )
             if arguments := call["function"]["arguments"]:
-                self._items[-1]["arguments"] += arguments
+                self._parts[-1]["arguments"] += arguments
                 events.append(self._event("function_call_arguments.delta", delta=arguments))
         return events + (self._end(_status(result)) if result is not None else [])
 
     def _begin(self, item: dict[str, Any]) -> list[dict[str, Any]]:
-        self._items.append({**item, "status": "in_progress"})
-        return [self._event("output_item.added", item=dict(self._items[-1]))]
+        self._parts.append({**item, "status": "in_progress"})
+        return [self._event("output_item.added", item=dict(self._parts[-1]))]
 
     def _end(self, status: str) -> list[dict[str, Any]]:
         """Close the open item and return its last events."""
-        item = self._items[-1]
+        item = self._parts[-1]
         item["status"] = status
         if item["type"] == "message":
             (part,) = item["content"]
@@ -272,9 +254,9 @@ class ResponseReply(Reply):
 
     def _event(self, kind: str, **more: Any) -> dict[str, Any]:
         """Return an event of the open item."""
-        place: dict[str, Any] = {"output_index": len(self._items) - 1}
+        place: dict[str, Any] = {"output_index": len(self._parts) - 1}
         if "item" not in more:
-            place["item_id"] = self._items[-1]["id"]
+            place["item_id"] = self._parts[-1]["id"]
         return {"type": f"response.{kind}", **place, **more}
 
     def _response(self, result: GenerationResult | None, prompts: Sequence[int]) -> dict[str, Any]:
@@ -298,7 +280,7 @@ class ResponseReply(Reply):
             "parallel_tool_calls": request.parallel_tool_calls,
             "store": False,
             "metadata": request.metadata,
-            "output": list(self._items),
+            "output": list(self._parts),
             "usage": None if result is None else _counted(result, prompts),
         }
         return with_end(response, result)

@@ -148,11 +148,13 @@ class Endpoints:
             if options.log_prompts:
                 record.line["prompt"] = parsed.prompts
             name, session = self._service.session(parsed.model)
-            reply = Reply(session, name, parsed)
+            reply: Reply
             if isinstance(body, ResponseRequest):
                 reply = ResponseReply(session, name, parsed, body)
             elif isinstance(body, messages.MessagesRequest):
                 reply = messages.MessageReply(session, name, parsed, body)
+            else:
+                reply = Reply(session, name, parsed)
             record.line |= {"id": reply.id, "model": name, "stream": parsed.stream}
             generation = await begin(
                 session, self._service.trials[name], parsed, options.mode, options.deadline

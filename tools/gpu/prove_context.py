@@ -1,10 +1,10 @@
-"""What the steps of `tools.gpu.prove` work on, and their outcomes."""
+"""Inputs and outcomes of the steps of `tools.gpu.prove`."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step works on.
+    """Inputs of a step.
 
     Attributes:
         device: Device of sessions and of torch: "cpu" or "cuda:0".
@@ -110,7 +110,7 @@ class StepOutcome:
 def version_of(name: str) -> str:
     """Return the version of an installed module, or why it does not import."""
     try:
-        module = importlib.import_module(name)
+        module = import_module(name)
     except Exception as error:  # a missing library raises OSError or ImportError
         return f"does not import: {str(error)[:200]}"
     return f"{name} {module.__version__}"

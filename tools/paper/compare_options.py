@@ -305,7 +305,7 @@ def _check_memory(options: CompareOptions, parameters: int) -> None:
 
         free = torch.cuda.mem_get_info(index)[0]
     for what, needed in needed_memory(options, parameters).items():
-        if free is not None and needed > free:
+        if needed > free:
             raise OptionError(
                 f"{what} needs at least {human_bytes(needed)} on {options.device}, and "
                 f"{human_bytes(free)} are free; choose a smaller model, fewer --rows, or another "

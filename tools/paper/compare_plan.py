@@ -1,4 +1,4 @@
-"""What the comparison trains, converts and measures for its rows."""
+"""Trainings, bundles and measurements of the comparison, by its rows."""
 
 from __future__ import annotations
 

@@ -148,3 +148,12 @@ def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, monkeypatch:
     assert "'modez' is no step" in invoke("--output", tmp_path / "out", "--steps", "modez").output
     (tmp_path / prove.REPORT).write_text("{}")
     assert "--overwrite" in str(invoke("--output", tmp_path, "--device", "cpu").exception)
+
+
+def test_a_bar_in_an_outcome_is_escaped_once() -> None:
+    step = {"model": "m", "precision": "fp16", "step": "parity", "state": "done", "seconds": 1.0, "line": "a|b\nc"}
+    step |= {"columns": ("one|two",), "rows": [["x|y"]], "last_lines": []}
+    text = report_text({"steps": [step], "complete": True, "device": "cpu"})
+    assert "a\\|b c" in text
+    assert "x\\|y" in text
+    assert "\\\\" not in text
