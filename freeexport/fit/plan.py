@@ -1,28 +1,21 @@
 """Plan a run of `freeexport fit`: what to train and convert, expected speed and time.
 
 Speeds come from a byte model: decoding is limited by reading weights, so a token costs the bytes
-that it reads. Exit rates are not known before training. The rates reached in docs/results are
-assumed instead, for hard, usual and easy tasks.
+that it reads.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 
 from freeexport.calibrate.sources import reference_of
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.checkpoints.examples import Example, encode, read_examples, text_format, unwritable
+from freeexport.checkpoints.examples import Example, encode, text_format, unwritable
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.ready_made import fitting_exits
@@ -30,35 +23,25 @@ from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.costs.bytes import step_bytes
 from freeexport.costs.measured import bandwidth_of
 from freeexport.costs.verdict import PAYS
+from freeexport.fit.exit_choice import PlannedExit, best_exit
 from freeexport.fit.options import FitOptions
 from freeexport.fit.paper import repeated
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
-from freeexport.fit.splits import write
-from freeexport.system.child import run_child
+from freeexport.fit.training_speed import training_speed
 from freeexport.system.jsonl import Request
 from freeexport.system.load import other_load
 from freeexport.system.machine import multiplies_bfloat16
 from freeexport.system.progress import duration
 from freeexport.task_metrics import MetricError, metric_of
-from freeexport.training.options import BuiltInLoss
 from graphs.description import Description, EncoderStack
 from graphs.exit_head import with_exit
 from graphs.families import describe
-from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import ExitInput, Precision
 from runtime.errors import OptionError
 from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores
 from runtime.placement import check_device
 
-# Assumed exit rate after a fraction x of the layers: 1 - exp(-depth * x). From docs/results: a hard
-# task (summaries), a usual one, and an easy one (records as JSON).
-DEPTHS = {"hard": 0.5, "usual": 3.5, "easy": 6.0}
-# Assumed exit rates of exits that read the deep decoder's feature (chat, phrases to phonemes,
-# records as JSON). They do not rise with depth, since the model's own weights are trained
-# beforehand.
-FEATURE_RATES = {"hard": 0.2, "usual": 0.7, "easy": 0.85}
-OWN_LAYERS = (1, 2)  # number of the exit's own layers
 # Cost of a prompt's token relative to a decoded one, since many tokens share a read of the weights.
 # A position of a speech encoder costs less if the decoder has more weights than the encoder (1/20
 # for Whisper base in int8).
@@ -69,7 +52,6 @@ SAMPLE = 5000  # number of lines whose tokens are counted
 # Bits per weight in the layers, including scales. The head has 8.
 LAYER_BITS: dict[Precision, float] = {"int8": 8.0, "int4": 4.5, "fp16": 16.0}
 _TRAININGS: dict[Tune, str] = {"full": "joint", "exit": "exit"}  # names of the training steps
-COVERED = 0.9  # minimum share of target tokens in an exit vocabulary
 LONGEST = 0.99  # share of targets that fit the output limit
 
 # Minimum and maximum lines of the splits. The maximum is where more lines bring no benefit.
@@ -97,69 +79,10 @@ CONVERTED = 1.5e6
 ACTIVATIONS = 2 << 30
 LOGITS = 32
 FEW_STEPS = 100  # fewer steps barely train an exit
-# Steps that are timed, and the default batch size. The first step is not counted.
-STEPS = 5
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048  # default batch size
 SPEED_SECONDS = 60  # time limit of the speed measurement without data
 LEAST_BATCH = 256  # minimum batch tokens, for small budgets
 RECORDINGS = 6  # recordings per batch
-
-
-@dataclass(frozen=True)
-class PlannedExit:
-    """An exit to train.
-
-    Attributes:
-        layer: Number of layers before the exit.
-        own: Number of its own layers.
-        vocabulary: Number of tokens that it can predict. None: all.
-        covered: Share of the targets' tokens in the vocabulary.
-        break_even: Exit rate above which it is faster than the full model. None: no rate.
-        rates: Assumed exit rates, by the names of DEPTHS.
-        speeds: Speed of a token relative to the full model, by the same names.
-        input: Input of its own layers. Unless it is "state", the model is trained first, without
-            the exit.
-        begun: The checkpoint already has this exit. Training continues with it.
-    """
-
-    layer: int
-    own: int
-    vocabulary: int | None
-    covered: float
-    break_even: float | None
-    rates: dict[str, float]
-    speeds: dict[str, float]
-    input: ExitInput = "state"
-    begun: bool = False
-
-    @property
-    def steps(self) -> tuple[Tune, ...]:
-        """Return the trainings that produce the exit, in order.
-
-        Own layers that read the feature do not change the model, so the model is trained first,
-        unless the exit exists already. An exit without own parameters is trained with the model.
-        """
-        if not self.begun:
-            return ("full", "exit")
-        if self.input != "state":
-            return ("exit",)
-        return ("full", "exit") if self.own else ("full",)
-
-    def training(self, tune: Tune, loss: BuiltInLoss = "logit-kd") -> dict[str, Any]:
-        """Return options of `train` for one of these trainings.
-
-        "full" trains all weights, with the exit or before it. "exit" trains the exit alone.
-        """
-        before = self.input != "state" and tune == "full"
-        given: dict[str, Any] = {
-            "tune": tune,
-            "exit_layer": max(1, self.layer) if before else self.layer,
-        }
-        given["loss"] = "deep-ce" if before else loss
-        if given["loss"] == "logit-kd":
-            given |= {"exit_layers": self.own, "exit_input": self.input}
-            given |= {} if self.vocabulary is None else {"exit_vocab": self.vocabulary}
-        return given
 
 
 @dataclass(frozen=True)
@@ -387,6 +310,7 @@ def _with_times(
     """
     texts = plan.texts
     found = plan.exit
+    assert options.data is not None
     assert texts is not None
     assert found is not None
     # Memory for weights, gradients and both moments of every parameter, and for a batch's
@@ -449,7 +373,16 @@ def _with_times(
     learning_rate = 3e-4 if parameters < 3e8 else 1e-4
     batch, smallest = texts.batch_tokens
     while True:
-        speed = training_speed(options, texts, found, tune[0], bf16, learning_rate, batch)
+        speed = training_speed(
+            options.model,
+            options.data,
+            texts.prompt + texts.target,
+            batch,
+            **found.training(tune[0]),
+            bf16=bf16,
+            learning_rate=learning_rate,
+            threads=options.threads,
+        )
         least = FEW_STEPS * speed["step"] * runs / shares[_TRAININGS[tune[0]]]
         if not 0 < left < least or batch <= smallest:
             break
@@ -522,76 +455,6 @@ def _texts(examples: Sequence[Example]) -> Texts:
     return Texts(float(prompts.mean()), float(targets.mean()), max(16, math.ceil(1.1 * longest)))
 
 
-def best_exit(
-    checkpoint: Checkpoint,
-    description: Description,
-    examples: Sequence[Example],
-    paper: bool = False,
-) -> PlannedExit:
-    """Return the checkpoint's own exit, or the fastest one.
-
-    The fastest is chosen on usual and easy tasks together, by the bytes read. An exit that reads
-    the deep decoder's feature is not considered for `paper`, whose losses train the layers below
-    the exit.
-
-    Raises:
-        OptionError: If the checkpoint's exit cannot be trained further.
-    """
-    given = checkpoint.exit
-    if given is not None and given.has_parameters and paper:
-        raise OptionError(
-            f"{checkpoint.name} has an exit of its own; give the checkpoint that it was trained on"
-        )
-    layers = len(description.decoder.layers)
-    costs = step_bytes(description, checkpoint)
-    vocabularies = list(_vocabularies(examples, description.vocab_size))
-    found = []
-    places: list[tuple[ExitInput, int, int]] = [
-        ("state", layer, own)
-        for layer, own in product(range(1, layers), OWN_LAYERS)
-        if layer + own <= layers
-    ]
-    if not paper:
-        # Places that were measured: on T5, and on SmolLM2 and Qwen2.5.
-        places.append(("feature", 1 if description.encoder is None else 0, 1))
-    begun = given is not None and given.trained and not paper
-    if given is not None and begun:  # training continues with it
-        places = [(given.exit_input, given.exit_layer, given.exit_layers)]
-        known = given.vocabulary
-        vocabularies = [(None, 1.0) if known is None else (known.size, known.covered)]
-    for (reads, layer, own), (size, covered) in product(places, vocabularies):
-        share = 1.0 if size is None else (size + 1) / description.vocab_size
-        passed = (layer + own) / layers
-        at = costs.at(layer, layers, own, share, reads)
-        by_depth = {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
-        rates = {
-            name: covered * rate
-            for name, rate in (by_depth if reads == "state" else FEATURE_RATES).items()
-        }
-        speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
-        even = at.break_even(MAX_PENDING)
-        found.append(PlannedExit(layer, own, size, covered, even, rates, speeds, reads, begun))
-    return max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])
-
-
-def _vocabularies(examples: Sequence[Example], size: int) -> Iterator[tuple[int | None, float]]:
-    """Yield sizes of exit vocabularies and the share of target tokens that each covers.
-
-    None means all tokens. Other sizes cover at least COVERED. Coverage is counted on every
-    eighth example. Tokens are chosen on the others.
-    """
-    yield None, 1.0
-    held_out = [one.target for one in examples[::8]]
-    others = [one.target for place, one in enumerate(examples) if place % 8] or held_out
-    chosen, counted = (
-        np.bincount(np.concatenate(part), minlength=size) for part in (others, held_out)
-    )
-    covered = np.cumsum(counted[np.argsort(-chosen, kind="stable")]) / counted.sum()
-    for known in (1 << power for power in range(10, (size - 1).bit_length())):
-        if known <= size // 2 and covered[known - 1] >= COVERED:
-            yield known, float(covered[known - 1])
-
-
 def as_stored(checkpoint: Checkpoint) -> Precision:
     """Return the precision for a model that is not trained.
 
@@ -605,44 +468,3 @@ def as_stored(checkpoint: Checkpoint) -> Precision:
         if 2 * blocks > file.nbytes:
             return "int4"
     return "int8"
-
-
-def training_speed(
-    options: FitOptions,
-    texts: Texts,
-    found: PlannedExit,
-    tune: Tune,
-    bf16: bool,
-    learning_rate: float,
-    batch_tokens: int,
-) -> dict[str, float]:
-    """Measure seconds per training step and tokens per second in a child process."""
-    # Repeat two batches, since initialising the exit reads all lines, which takes as long as the
-    # steps.
-    lines = max(4, math.ceil(2 * batch_tokens / (texts.prompt + texts.target)))
-    given = {**found.training(tune), "batch_tokens": batch_tokens, "steps": STEPS}
-    given |= {"bf16": bf16, "learning_rate": learning_rate, "threads": options.threads}
-    asked = {"model": options.model, "data": str(options.data), "lines": lines, "options": given}
-    answer = run_child(__name__, json.dumps(asked))
-    measured: dict[str, float] = json.loads(answer)
-    return measured
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Time training steps on the first lines of the data, and print the result as JSON."""
-    from freeexport.training.options import TrainingOptions
-    from freeexport.training.train import step_speed
-
-    given = json.loads(arguments[0])
-    with tempfile.TemporaryDirectory() as directory:
-        lines = read_examples(Path(given["data"]), given["lines"])
-        write({"lines": lines}, Path(directory))
-        data = Path(directory) / "lines.jsonl"
-        step, speed = step_speed(
-            given["model"], TrainingOptions(data, **given["options"]), Path(directory)
-        )
-        print(json.dumps({"step": step, "tokens_per_second": speed}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

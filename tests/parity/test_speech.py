@@ -321,7 +321,7 @@ def test_fit_makes_a_bundle_of_recordings(spoken: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(run, "run_child", here)
     monkeypatch.setattr(plan, "bandwidth_of", lambda threads: 1e9)
-    monkeypatch.setattr(plan, "training_speed", lambda *given: {"step": 0.01, "tokens_per_second": 1e5})
+    monkeypatch.setattr(plan, "training_speed", lambda *given, **options: {"step": 0.01, "tokens_per_second": 1e5})
     draw, lines = np.random.default_rng(0), list[str]()
     for number in range(312):
         said = "".join(draw.choice(list("abcdef"), 6))

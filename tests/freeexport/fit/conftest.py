@@ -28,7 +28,7 @@ BUDGET = 95.0
 def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "CALL_BYTES", 0)  # which is more than these models weigh
     monkeypatch.setattr(plan, "bandwidth_of", lambda threads: 1e10)
-    monkeypatch.setattr(plan, "training_speed", lambda *given: STEP)
+    monkeypatch.setattr(plan, "training_speed", lambda *given, **options: STEP)
 
 
 @pytest.fixture

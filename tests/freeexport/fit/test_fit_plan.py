@@ -13,6 +13,7 @@ import pytest
 from fake_device import Machine
 
 from freeexport.checkpoints.examples import DataError
+from freeexport.fit import exit_choice
 from freeexport.fit import plan as planning
 from freeexport.fit.options import FitOptions
 from freeexport.fit.plan import Texts, make_plan
@@ -57,11 +58,11 @@ def test_an_exit_reads_the_feature_where_that_is_fastest(
     name: str, layer: int, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = options(name)
-    monkeypatch.setattr(planning, "FEATURE_RATES", dict.fromkeys(planning.FEATURE_RATES, 0.01))
+    monkeypatch.setattr(exit_choice, "FEATURE_RATES", dict.fromkeys(exit_choice.FEATURE_RATES, 0.01))
     depth = planned(given).exit
     assert depth is not None
     assert depth.input == "state"
-    monkeypatch.setattr(planning, "FEATURE_RATES", dict.fromkeys(planning.FEATURE_RATES, 0.99))
+    monkeypatch.setattr(exit_choice, "FEATURE_RATES", dict.fromkeys(exit_choice.FEATURE_RATES, 0.99))
     found = planned(given)
     assert found.exit is not None
     assert (found.exit.layer, found.exit.input) == (layer, "feature")
@@ -130,7 +131,7 @@ def test_a_budget_that_is_too_small_has_a_plan_and_says_what_is_missing(options:
 def test_a_small_budget_gets_smaller_steps(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def speed(*given: Any) -> dict[str, float]:
+    def speed(*given: Any, **options: Any) -> dict[str, float]:
         asked.append(given[-1])
         return {"step": given[-1] / 2048, "tokens_per_second": 2048.0}
 
@@ -244,7 +245,7 @@ def test_a_bundle_for_a_gpu_is_fp16_and_every_step_names_the_device(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Machine(monkeypatch)
-    monkeypatch.setattr(planning, "FEATURE_RATES", dict.fromkeys(planning.FEATURE_RATES, 0.99))
+    monkeypatch.setattr(exit_choice, "FEATURE_RATES", dict.fromkeys(exit_choice.FEATURE_RATES, 0.99))
     given = options(device="cuda:0")
     found = planned(given)
     assert found.precision == "fp16"

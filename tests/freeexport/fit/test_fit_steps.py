@@ -14,7 +14,7 @@ from command_line import error, invoke, succeed
 from killed_process import killed_before
 
 from freeexport.evaluate.settings import Setting
-from freeexport.fit import plan, run
+from freeexport.fit import exit_choice, run
 from freeexport.fit.options import FitOptions
 from freeexport.fit.paper import SEEDS, comparison, written
 from freeexport.fit.run import conclude, fit
@@ -55,7 +55,7 @@ def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(
     name: str, reads: str, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reads == "feature":
-        monkeypatch.setattr(plan, "FEATURE_RATES", dict.fromkeys(plan.FEATURE_RATES, 0.99))
+        monkeypatch.setattr(exit_choice, "FEATURE_RATES", dict.fromkeys(exit_choice.FEATURE_RATES, 0.99))
     given = options(name, quality=0.5)
     verdict = fit(given, planned(given, keep=True))
     assert re.search(r"\d\.\d\dx a request .*95 %: .* 100 lines", verdict.text)
