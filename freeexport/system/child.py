@@ -86,7 +86,10 @@ def run_child(
                 raise
         if code != 0:
             reason = reasons.read_text(encoding="utf-8").strip() if reasons.exists() else ""
-            raise ChildError(reason or f"{module} ended with exit code {code}")
+            ended = (
+                "was killed, probably for lack of memory" if code == -9 else f"exited with {code}"
+            )
+            raise ChildError(reason or f"{module} {ended}")
         return output
 
 

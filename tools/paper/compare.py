@@ -47,7 +47,7 @@ from tools.paper.compare_plan import (
     trainings_of,
 )
 from tools.paper.eager import EagerDecoder
-from tools.paper.recipes import RECIPES, train_recipe
+from tools.paper.recipes import RECIPES, recipe_options, train_recipe
 from tools.paper.steps import Steps
 from tools.paper.threshold import PaperSession, paper_choice
 
@@ -137,15 +137,12 @@ def _train(
     began = time.monotonic()
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        train_recipe(
+        training_options = recipe_options(
             recipe,
-            options.model,
             options.data / "train.jsonl",
-            options.output / VALIDATION,
-            out,
+            validation=options.output / VALIDATION,
             exit_layer=training.exit_layer,
-            device=options.device,
-            max_steps=options.steps,
+            steps=options.steps,
             epochs=options.epochs,
             batch_tokens=options.batch_tokens,
             learning_rate=options.learning_rate,
@@ -156,6 +153,7 @@ def _train(
             bf16=options.bf16,
             threads=options.threads,
         )
+        train_recipe(options.model, out, training_options, options.device)
     checkpoint = open_checkpoint(str(out))
     trained = None if checkpoint.exit is None else asdict(checkpoint.exit)
     return {

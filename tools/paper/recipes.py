@@ -1,6 +1,7 @@
 """Trainings of the methods that FREE's paper compares, as its authors run them.
 
-    train_recipe(RECIPES["free"], "t5-large", data, None, out, exit_layer=6, epochs=20)
+    options = recipe_options(RECIPES["free"], data, exit_layer=6, epochs=20)
+    train_recipe("t5-large", out, options)
 
 Defaults are the settings of the authors' scripts: AdamW at a rate of 1e-4 that falls linearly to 0
 without warmup, a fixed number of epochs, and the weights of the last step. Their batches hold 8
@@ -9,10 +10,10 @@ examples, ours a number of tokens.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import pickle
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from typing import Any
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.transformers_model import torch_device
+from freeexport.system.child import ChildError, run_child
 from freeexport.system.load import wait_quietly
 from freeexport.training.batches import described
 from freeexport.training.options import LAST, BuiltInLoss, LayerLoss, TrainingOptions
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from freeexport.training.train import train
-from runtime.errors import FreeExportError, OptionError
+from runtime.errors import FreeExportError
 from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores
 from tools.paper.losses import HiddenDistillation, WeightedCrossEntropy
@@ -53,16 +55,6 @@ class Recipe:
     loss: BuiltInLoss | LayerLoss
     tune: Tune = "full"
     rank: int | None = None
-
-    @property
-    def training(self) -> tuple[BuiltInLoss | LayerLoss, Tune, int | None]:
-        """Return what determines the weights. Recipes with equal ones can share a checkpoint."""
-        return self.loss, self.tune, self.rank
-
-    @property
-    def any_exit(self) -> bool:
-        """Return True if the checkpoint can be converted with an exit after any layer."""
-        return isinstance(self.loss, WeightedCrossEntropy)
 
 
 _ALL_LAYERS = WeightedCrossEntropy()
@@ -100,118 +92,58 @@ RECIPES = {
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """Return a recipe by name.
+def recipe_options(recipe: Recipe, data: Path, **others: Any) -> TrainingOptions:
+    """Return the authors' settings, overridden by `others`, as options of a training."""
+    as_authors = {
+        "learning_rate": LEARNING_RATE,
+        "truncate": True,
+        "warmup": 0.0,
+        "patience": 0,
+        "select_by": LAST,
+    }
+    options = {"loss": recipe.loss, "tune": recipe.tune, "rank": recipe.rank, **as_authors}
+    return TrainingOptions(data, **{**options, **others})
 
-    Raises:
-        OptionError: If there is none.
-    """
-    if name not in RECIPES:
-        raise OptionError(f"recipe {name!r} is unknown; choose {', '.join(RECIPES)}")
-    return RECIPES[name]
 
+def train_recipe(model: str, out: Path, options: TrainingOptions, device: str = "cpu") -> None:
+    """Train `model` and write the checkpoint `out`, which `freeexport convert` accepts.
 
-def recipe_options(
-    recipe: Recipe,
-    data: Path,
-    validation: Path | None,
-    *,
-    exit_layer: int,
-    max_steps: int | None = None,
-    epochs: float | None = None,
-    batch_tokens: int = TrainingOptions.batch_tokens,
-    learning_rate: float = LEARNING_RATE,
-    seed: int = 0,
-    **others: Any,
-) -> TrainingOptions:
-    """Return the options of a training.
+    A child process trains, so that its memory is free afterwards. It ends when this process does.
+    A run that was interrupted continues if its options are the same.
 
     Args:
-        recipe: The recipe.
-        data: JSONL file of training examples.
-        validation: JSONL file of validation examples. None: a part of `data`.
-        exit_layer: Number of layers before the exit.
-        max_steps: Number of steps. None: by `epochs`.
-        epochs: Passes over the data. Default: 3, unless `max_steps` is given.
-        batch_tokens: Padded tokens of prompt and target per micro-batch.
-        learning_rate: Peak learning rate.
-        seed: Seed of all random numbers.
-        others: Other fields of TrainingOptions. They override the authors' settings.
-
-    Raises:
-        OptionError: If a value is out of range or two contradict each other.
-    """
-    as_authors = {"truncate": True, "warmup": 0.0, "patience": 0, "select_by": LAST}
-    return TrainingOptions(
-        data,
-        exit_layer,
-        validation,
-        loss=recipe.loss,
-        tune=recipe.tune,
-        rank=recipe.rank,
-        steps=max_steps,
-        epochs=epochs,
-        batch_tokens=batch_tokens,
-        learning_rate=learning_rate,
-        seed=seed,
-        **{**as_authors, **others},
-    )
-
-
-def train_recipe(
-    recipe: Recipe,
-    model: str,
-    data: Path,
-    validation: Path | None,
-    out: Path,
-    *,
-    exit_layer: int,
-    device: str = "cpu",
-    **settings: Any,
-) -> Path:
-    """Train `model` by a recipe and return `out`, which `freeexport convert` accepts.
-
-    A child process trains, so that its memory is free afterwards. A run that was interrupted
-    continues if its options are the same.
-
-    Args:
-        recipe: The recipe.
         model: A checkpoint directory, hub name or GGUF file.
-        data: JSONL file of training examples.
-        validation: JSONL file of validation examples. None: a part of `data`.
         out: Output directory, which must not exist.
-        exit_layer: Number of layers before the exit. `full` only records it.
+        options: Options, as `recipe_options` returns them.
         device: "cpu" or "cuda:0".
-        settings: Further arguments of `recipe_options`.
 
     Raises:
         OptionError: If the device is missing, or the exit layer is outside the decoder, or the
-            model has no linear layers for LoRA, or options do not fit each other or an interrupted
-            run.
-        FreeExportError: The errors of `train`, or if the child process was killed.
+            model has no linear layers for LoRA.
+        FreeExportError: If the training fails, or its process was killed.
     """
-    options = recipe_options(recipe, data, validation, exit_layer=exit_layer, **settings)
     torch_device(device)
     described(open_checkpoint(model), options)
     if last_checkpoint(run_directory(out)) is not None:
         options = replace(options, resume=True)
-    wait_quietly(options.threads or usable_cores())
+    wait_quietly(options.threads or usable_cores())  # inherited: the child imports torch at once
     # Hide other GPUs, since a training uses all that it sees.
     visible = os.environ.get(_VISIBLE)
     index = Device.parse(device).index
     chosen = "" if index is None else visible.split(",")[index] if visible else str(index)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _see_only, (chosen,)) as pool:
-        try:
-            pool.submit(train, model, out, options).result()
-        except BrokenProcessPool:
-            raise FreeExportError(
-                f"the training of {out} was killed, probably for lack of memory; lower "
-                "batch_tokens, or free memory, and start it again"
-            ) from None
-    return out
+    call = pickle.dumps((model, out, options)).hex()
+    try:
+        run_child(__name__, call, variables={_VISIBLE: chosen})
+    except ChildError as error:
+        raise FreeExportError(
+            f"the training of {out} failed: {error}; correct that, and start it again to continue"
+        ) from None
 
 
-def _see_only(gpu: str) -> None:
-    """Make one GPU visible to this process. Empty: none."""
-    os.environ[_VISIBLE] = gpu
+def main(arguments: Sequence[str]) -> None:
+    """Train by the pickled arguments of `train`, in the child process of `train_recipe`."""
+    train(*pickle.loads(bytes.fromhex(arguments[0])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

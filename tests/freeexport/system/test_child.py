@@ -41,7 +41,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_failure_is_its_error_line(modules: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for module, reason in (
         ("failing_module", "^no luck$"),
-        ("silent_module", "silent_module ended with exit code 3"),
+        ("silent_module", "silent_module exited with 3"),
         ("no_such_child", "No module named no_such_child"),
     ):
         with pytest.raises(ChildError, match=reason):

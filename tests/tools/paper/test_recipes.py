@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from checkpoints import Case
@@ -23,9 +27,10 @@ from freeexport.checkpoints.exit_file import read_exit_file
 from freeexport.cli import main
 from freeexport.training.run_directory import open_run
 from freeexport.training.shallow_deep import SharedHead
-from runtime.errors import OptionError
+from runtime.errors import FreeExportError, OptionError
+from tools.paper import recipes
 from tools.paper.losses import HiddenDistillation, Leftover, Mapped, WeightedCrossEntropy, teachers
-from tools.paper.recipes import RECIPES, find_recipe, recipe_options, train_recipe
+from tools.paper.recipes import RECIPES, recipe_options, train_recipe
 
 LAYERS, ROWS, WIDTH, TOKENS = 6, 7, 8, 11
 RANDOM = np.random.default_rng(11)
@@ -148,12 +153,10 @@ def test_recipes_follow_the_authors_settings() -> None:
     free = RECIPES["free"].loss
     assert isinstance(free, HiddenDistillation)
     assert (free.mapping, free.alpha, free.leftover) == ("dyn", 0.5, "reuse")
-    assert RECIPES["static"].training == RECIPES["calm"].training != RECIPES["free"].training
-    assert {name for name, recipe in RECIPES.items() if recipe.any_exit} == {"static", "calm"}
-    options = recipe_options(RECIPES["free-lora"], Path("a"), None, exit_layer=6, epochs=20)
+    options = recipe_options(RECIPES["free-lora"], Path("a"), exit_layer=6, epochs=20)
     assert (options.tune, options.lora_rank, options.rate, options.warmup) == ("lora", 64, 1e-4, 0.0)
     assert (options.select_by, options.patience, options.epoch_count, options.truncate) == ("last", 0, 20, True)
-    assert recipe_options(RECIPES["free"], Path("a"), None, exit_layer=6, warmup=0.1).warmup == 0.1
+    assert recipe_options(RECIPES["free"], Path("a"), exit_layer=6, warmup=0.1).warmup == 0.1
 
 
 def test_a_run_records_the_options_of_its_loss() -> None:
@@ -161,7 +164,7 @@ def test_a_run_records_the_options_of_its_loss() -> None:
     records = []
     for alpha in (0.5, 2.0):
         recipe = replace(RECIPES["free"], loss=HiddenDistillation(alpha=alpha))
-        records.append(recipe_options(recipe, Path("a"), None, exit_layer=2).recorded())
+        records.append(recipe_options(recipe, Path("a"), exit_layer=2).recorded())
     assert json.loads(json.dumps(records[0]))["loss"] == {"alpha": 0.5, "leftover": "reuse", "mapping": "dyn"}
     assert records[0] != records[1]
 
@@ -173,22 +176,63 @@ def test_a_run_records_the_options_of_its_loss() -> None:
         ({"exit_layer": T5.layers}, f"--exit-layer is {T5.layers}; the decoder has {T5.layers} layers"),
         ({"device": "cuda:99"}, "device cuda:99 is not there"),
         ({"device": "gpu"}, "device is 'gpu'"),
-        ({"max_steps": 0}, "--steps is 0"),
+        ({"steps": 0}, "--steps is 0"),
     ],
 )
 def test_bad_input_is_refused_before_a_training(
     checkpoint: Callable[[Case], Path], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     write_data(tmp_path)
-    given = {"exit_layer": 2, "max_steps": 1, **change}
+    given = {"exit_layer": 2, "steps": 1, **change}
+    device = given.pop("device", "cpu")
+
+    def run() -> None:
+        options = recipe_options(RECIPES["free"], tmp_path / "train.jsonl", **given)
+        train_recipe(str(checkpoint(T5)), tmp_path / "out", options, device)
+
     with pytest.raises(OptionError, match=message):
-        train_recipe(RECIPES["free"], str(checkpoint(T5)), tmp_path / "train.jsonl", None, tmp_path / "out", **given)
+        run()
     assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "validation.jsonl"}
 
 
-def test_an_unknown_recipe_is_refused() -> None:
-    with pytest.raises(OptionError, match="recipe 'fre' is unknown; choose full, static, calm,"):
-        find_recipe("fre")
+def test_a_training_runs_in_a_child_that_sees_one_device(
+    checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(recipes, "train", lambda *call: calls.append(call))
+
+    def run_here(module: str, call: str, variables: dict[str, str]) -> None:
+        assert (module, variables) == ("tools.paper.recipes", {"CUDA_VISIBLE_DEVICES": ""})
+        recipes.main([call])
+
+    monkeypatch.setattr(recipes, "run_child", run_here)
+    write_data(tmp_path)
+    options = recipe_options(RECIPES["free"], tmp_path / "train.jsonl", exit_layer=2, threads=1)
+    train_recipe(str(checkpoint(T5)), tmp_path / "out", options)
+    assert calls == [(str(checkpoint(T5)), tmp_path / "out", options)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_ends_with_the_process_that_started_it(
+    number: signal.Signals, checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    write_data(tmp_path)
+    out = tmp_path / "out"
+    script = (
+        "from pathlib import Path\nfrom tools.paper.recipes import *\n"
+        f"data, out = Path({str(tmp_path / 'train.jsonl')!r}), Path({str(out)!r})\n"
+        "options = recipe_options(RECIPES['static'], data, exit_layer=2, steps=10**6, threads=1)\n"
+        f"train_recipe({str(checkpoint(T5))!r}, out, options)\n"
+    )
+    parent = psutil.Popen([sys.executable, "-c", script])
+    while not (tmp_path / "out.training" / "metrics.jsonl").exists():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    children = parent.children(recursive=True)
+    assert children
+    parent.send_signal(number)
+    assert psutil.wait_procs([parent, *children], timeout=30)[1] == []
 
 
 @pytest.mark.slow
@@ -197,10 +241,11 @@ def test_each_recipe_trains_and_its_checkpoint_converts(
     name: str, checkpoint: Callable[[Case], Path], tmp_path: Path
 ) -> None:
     write_data(tmp_path)
-    recipe = find_recipe(name)
-    model, data, validation = str(checkpoint(T5)), tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
-    settings = {"exit_layer": 2, "max_steps": 3, "batch_tokens": 160, "learning_rate": 3e-3, "threads": 1}
-    out = train_recipe(recipe, model, data, validation, tmp_path / "out", **settings)
+    recipe, out = RECIPES[name], tmp_path / "out"
+    settings = {"exit_layer": 2, "steps": 3, "batch_tokens": 160, "learning_rate": 3e-3, "threads": 1}
+    validation = tmp_path / "validation.jsonl"
+    options = recipe_options(recipe, tmp_path / "train.jsonl", validation=validation, **settings)
+    train_recipe(str(checkpoint(T5)), out, options)
     assert len(logged(out)) == 3
     losses = logged(out, "eval_loss")
     assert losses[-1] < losses[0]
@@ -208,7 +253,7 @@ def test_each_recipe_trains_and_its_checkpoint_converts(
     assert exit_file is not None
     assert (exit_file.exit_layer, exit_file.tune) == (2, recipe.tune)
     assert exit_file.trained == (name != "full")
-    layer = "1" if recipe.any_exit else "2"
+    layer = "1" if name in ("static", "calm") else "2"
     result = CliRunner().invoke(main, ["convert", str(out), str(tmp_path / "bundle"), "--exit-layer", layer])
     assert result.exit_code == 0, result.output
 
@@ -216,8 +261,10 @@ def test_each_recipe_trains_and_its_checkpoint_converts(
 @pytest.mark.slow
 def test_an_interrupted_training_of_another_loss_is_refused(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
     write_data(tmp_path)
-    model, data, settings = str(checkpoint(T5)), tmp_path / "train.jsonl", {"exit_layer": 2, "max_steps": 3}
-    other = recipe_options(RECIPES["free-drop"], data, None, **settings)
+    model = str(checkpoint(T5))
+    free, other = (
+        recipe_options(RECIPES[name], tmp_path / "train.jsonl", exit_layer=2, steps=3) for name in ("free", "free-drop")
+    )
     open_run(tmp_path / "out", model, other)
     saved = tmp_path / "out.training" / "checkpoint-2"
     saved.mkdir()
@@ -225,6 +272,6 @@ def test_an_interrupted_training_of_another_loss_is_refused(checkpoint: Callable
     torch.save({}, saved / "optimizer.pt")
     (saved / "trainer_state.json").write_text('{"global_step": 2}')
     (saved / "elapsed.json").write_text("1.5")
-    with pytest.raises(OptionError, match=r"had loss .*'drop'.* not .*'reuse'"):
-        train_recipe(RECIPES["free"], model, data, None, tmp_path / "out", **settings)
+    with pytest.raises(FreeExportError, match=r"had loss .*'drop'.* not .*'reuse'"):
+        train_recipe(model, tmp_path / "out", free)
     assert saved.exists()
