@@ -8,6 +8,7 @@ one fails for some shapes (onnxruntime issues 28376 and 28388).
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -55,10 +56,13 @@ def attention_model(float_type: FloatType) -> bytes:
     return bytes.fromhex(_MODEL.replace("TO", f"{_TYPES[float_type]:02x}"))
 
 
+@cache
 def choose_attention(
     device: Device, float_type: FloatType, kv_heads: int, head_dim: int, rows: int
 ) -> AttentionKernels:
     """Return the fused kernels, or the unfused ones if the fused ones fail.
+
+    They are tested once in a process.
 
     Args:
         device: A CUDA device.

@@ -12,11 +12,14 @@ from fake_cuda import FakeCuda
 from fake_onnxruntime import FakeOnnxRuntime
 from fake_tensorrt import fake_tensorrt
 
+from runtime.cuda.attention import choose_attention
+
 
 class Machine:
     """Keyword arguments are those of FakeCuda."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **options: Any) -> None:
+        choose_attention.cache_clear()
         self.cuda = FakeCuda(seed, **options)
         self.onnxruntime = FakeOnnxRuntime(self.cuda)
         monkeypatch.setattr("runtime.cuda.driver._import_runtime", lambda: self.cuda)

@@ -10,10 +10,11 @@ from device_cases import LLAMA
 from fake_device import Machine
 from onnx import TensorProto, checker, load_from_string
 
-from runtime import Session
+from runtime import Bundle, Session
 from runtime.cuda.attention import FUSED, UNFUSED, attention_model, attention_problem, choose_attention
 from runtime.errors import EngineError
 from runtime.machine.device import Device
+from runtime.placement import check_bundles
 
 SIZES: dict[str, int] = {"kv_heads": 3, "head_dim": 16, "rows": 136}
 CUDA = Device(0)
@@ -63,15 +64,22 @@ def test_engines_of_a_session_use_the_chosen_kernels(bundle: Bundles, monkeypatc
     for broken in ({}, {"0": float("nan")}):
         machine = Machine(monkeypatch)
         machine.onnxruntime.broken_attention = broken
-        given = list[Any]()
+        given, tested = list[Any](), list[Any]()
         real = machine.onnxruntime.InferenceSession
 
-        def spy(path: Any, options: Any, providers: Any, real: Any = real, given: Any = given) -> Any:
-            if not isinstance(path, bytes):
+        def spy(
+            path: Any, options: Any, providers: Any, real: Any = real, given: Any = given, tested: Any = tested
+        ) -> Any:
+            if isinstance(path, bytes):
+                tested.append(path)
+            else:
                 given.append(providers[0][1].get("sdpa_kernel"))
             return real(path, options, providers)
 
         machine.onnxruntime.InferenceSession = spy  # type: ignore[method-assign]
-        with Session(bundle(LLAMA, target="cuda", precision="fp32"), device="cuda:0", threads=1) as session:
+        path = bundle(LLAMA, target="cuda", precision="fp32")
+        check_bundles([Bundle.open(path)], CUDA)
+        with Session(path, device="cuda:0", threads=1) as session:
             session.generate(list(PROMPTS[1]), max_new_tokens=2)
         assert given == ["16" if broken else None] * 2
+        assert len(tested) == (2 if broken else 1)  # once for the check and the session
