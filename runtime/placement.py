@@ -35,34 +35,22 @@ def open_backend(
 
 
 def check_device(device: Device, needed: int = 0, what: str = "") -> None:
-    """Check that a device, its driver and ONNX Runtime's provider for it are there.
-
-    Does nothing for the CPU.
-
-    Args:
-        device: The device.
-        needed: Bytes of its memory that must be free.
-        what: What they are for.
+    """Check that a GPU, its driver and ONNX Runtime's provider are there. Pass for the CPU.
 
     Raises:
         EngineError: If the installed ONNX Runtime has no provider for the device.
         DeviceError: If there is no driver, or no such device.
-        CapacityError: If less memory is free.
+        CapacityError: If less than `needed` bytes of its memory are free.
     """
     if device.index is not None:
         device.providers(onnx.import_onnxruntime(), {})
-        _require(device.index, needed, what)
+        require_memory(device.index, needed, what)
 
 
 def check_bundles(bundles: Sequence[Bundle], device: Device, slots: int = 1) -> None:
-    """Check that sessions of all bundles can be open on a device at once. Allocates nothing.
+    """Check that a GPU can hold sessions of all bundles at once. Allocate nothing.
 
     On a CPU, sessions check their memory themselves, since engines share the mapped weights.
-
-    Args:
-        bundles: The bundles.
-        device: The device.
-        slots: Slots of each session.
 
     Raises:
         EngineError: If the device cannot run a bundle, or packages for it are missing.
@@ -82,10 +70,16 @@ def check_bundles(bundles: Sequence[Bundle], device: Device, slots: int = 1) -> 
         manifests = [bundle.manifest for bundle in bundles]
         needed = sum(one.weight_bytes + slots * one.kv_bytes_per_sequence for one in manifests)
         what = f"{needed / 1e6:.1f} MB of weights and KV caches of {len(bundles)} bundles"
-        _require(device.index, needed, what)
+        require_memory(device.index, needed, what)
 
 
-def _require(index: int, needed: int, what: str) -> None:
+def require_memory(index: int, needed: int, what: str) -> None:
+    """Check that a CUDA device has `needed` bytes free for `what`.
+
+    Raises:
+        DeviceError: If there is no driver, or no such device.
+        CapacityError: If less memory is free.
+    """
     from runtime.cuda.driver import Cuda
 
     cuda = Cuda(index)

@@ -21,6 +21,7 @@ from runtime.bundle.manifest import Precision
 from runtime.errors import OptionError
 from runtime.machine.device import Device
 from runtime.machine.machine import available_memory, usable_cores
+from runtime.placement import require_memory
 from tools.paper.datasets import QUESTION, TRANSLATE
 from tools.paper.losses import Leftover
 from tools.paper.recipes import EXIT_MIN_LAYER, LEARNING_RATE
@@ -158,13 +159,14 @@ def resolved(options: CompareOptions) -> Resolved:
     Raises:
         DataError: If a file is missing, broken, without targets, or shares inputs with another.
         MetricError: If a metric does not fit the data.
-        OptionError: If another option does not fit.
+        OptionError: If another option does not fit, or there is too little memory.
         CheckpointError: If the checkpoint cannot be read.
+        DeviceError: If there is no such device.
+        CapacityError: If the device has too little memory.
     """
     device = Device.parse(options.device)
-    files = _check_data(options)
-    test = read_examples(files["test"], options.lines)
-    metrics = _metrics(options, test)
+    files, test = _check_data(options)
+    metrics = _metrics(options, test[: options.lines])
     checkpoint = open_checkpoint(options.model)
     layers = len(describe(checkpoint.config, checkpoint).decoder.layers)
     exit_layer = options.exit_layer
@@ -221,8 +223,8 @@ def _check_numbers(options: CompareOptions) -> None:
         raise OptionError("--steps and --epochs contradict each other; choose one")
 
 
-def _check_data(options: CompareOptions) -> dict[str, Path]:
-    """Return the files of the data set by split.
+def _check_data(options: CompareOptions) -> tuple[dict[str, Path], list[Request]]:
+    """Return the files of the data set by split, and the test lines.
 
     Raises:
         DataError: If one is missing or broken, or two share an input.
@@ -238,6 +240,8 @@ def _check_data(options: CompareOptions) -> dict[str, Path]:
             )
         requests = read_examples(path, need_target="give every line an 'input' and a 'target'")
         inputs[name] = {str(request.input) for request in requests}
+        if name == "test":
+            test = requests
     for name in files:
         shared = inputs["test"] & inputs[name]
         if name != "test" and shared:
@@ -245,7 +249,7 @@ def _check_data(options: CompareOptions) -> dict[str, Path]:
                 f"{files['test']} shares {len(shared)} inputs with {files[name].name}; "
                 "give disjoint splits"
             )
-    return files
+    return files, test
 
 
 def _metrics(options: CompareOptions, test: Sequence[Request]) -> tuple[str, ...]:
@@ -297,17 +301,13 @@ def needed_memory(options: CompareOptions, parameters: int) -> dict[str, int]:
 
 
 def _check_memory(options: CompareOptions, parameters: int) -> None:
-    index = Device.parse(options.device).index
-    if index is None:
-        free = available_memory()
-    else:
-        import torch
-
-        free = torch.cuda.mem_get_info(index)[0]
+    device = Device.parse(options.device)
     for what, needed in needed_memory(options, parameters).items():
-        if needed > free:
+        if device.index is not None:
+            require_memory(device.index, needed, what)
+        elif needed > available_memory():
             raise OptionError(
-                f"{what} needs at least {human_bytes(needed)} on {options.device}, and "
-                f"{human_bytes(free)} are free; choose a smaller model, fewer --rows, or another "
-                "--device"
+                f"{what} needs at least {human_bytes(needed)}, and "
+                f"{human_bytes(available_memory())} are free; choose a smaller model, or fewer "
+                "--rows"
             )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import BY_NAME, Bundles, Case
 from click.testing import CliRunner
+from fake_device import Machine
 
 from freeexport.checkpoints.examples import DataError
 from freeexport.evaluate.measure import Work
@@ -21,7 +22,7 @@ from freeexport.evaluate.settings import Entry, Setting
 from freeexport.task_metrics import MetricError, metric_of
 from runtime import Session
 from runtime.bundle.bundle import Bundle
-from runtime.errors import FreeExportError, OptionError
+from runtime.errors import CapacityError, FreeExportError, OptionError
 from tools.paper import compare_options, recipes
 from tools.paper.__main__ import main
 from tools.paper.compare_options import ROWS, CompareOptions, needed_memory, resolved
@@ -169,13 +170,14 @@ def test_too_little_memory_is_refused_on_a_cpu_and_on_a_gpu(
     given = options(write_splits(tmp_path / "data"), checkpoint(T5))
     with monkeypatch.context() as patch:
         patch.setattr(compare_options, "available_memory", lambda: 1000)
-        with pytest.raises(OptionError, match=r"training needs at least .* on cpu, and 1 kB are free"):
+        with pytest.raises(OptionError, match=r"training needs at least .*, and 1 kB are free"):
             resolved(given)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2000, 4000))
-    with pytest.raises(OptionError, match=r"on cuda:0, and 2 kB are free; choose a smaller model"):
+    machine = Machine(monkeypatch)
+    monkeypatch.setattr(machine.cuda, "cudaMemGetInfo", lambda: (0, 2000, 4000))
+    with pytest.raises(CapacityError, match=r"training needs \d+ bytes of device .*, and 2000 are free"):
         resolved(replace(given, device="cuda:0"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1 << 40, 1 << 40))
+    monkeypatch.setattr(machine.cuda, "cudaMemGetInfo", lambda: (0, 1 << 40, 1 << 40))
     checked = resolved(replace(given, device="cuda:0"))
     assert "calm" not in checked.options.rows
     assert "left out on cuda:0: calm, calm-single, copying" in checked.notes[0]
@@ -261,32 +263,13 @@ def test_eager_pytorch_gives_the_tokens_of_the_full_model(bundle: Bundles, check
     assert 0 < made["first_seconds"] < made["seconds"]
 
 
-class Here:
-    """Stands for a pool of processes, and runs in this one. A child would import torch again."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self._result: Any = None
-
-    def __enter__(self) -> Here:
-        return self
-
-    def __exit__(self, *arguments: object) -> None:
-        pass
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Here:
-        self._result = function(*arguments)
-        return self
-
-    def result(self) -> Any:
-        return self._result
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_whole_command_measures_every_row_and_continues(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipes, "ProcessPoolExecutor", Here)
+    # A child would import torch again.
+    monkeypatch.setattr(recipes, "run_child", lambda module, call, variables: recipes.main([call]))
     data, out = write_splits(tmp_path / "data"), tmp_path / "out"
     sizes = ["--steps", 2, "--batch-tokens", 128, "--lines", 3, "--calibration-lines", 8, "--samples", 4]
     sizes += ["--threshold", 0.3, "--calm-min-layer", 2, "--max-new-tokens", 16, "--threads", 1]
