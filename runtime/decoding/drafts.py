@@ -80,12 +80,16 @@ class ExitDraft:
         self._head = head
         self._budget = budget
         self._probability = 1.0  # probability that all drafted tokens are accepted
-        self._rows = 1
-        self._row = self._cost(2)  # cost of the next row
+        self._rows = 0
+        self._next_pass = deep(1)  # cost of a deep pass over one more row
+        self._add_row()
 
-    def _cost(self, rows: int) -> float:
-        """Return the cost of the last of `rows` rows. Measurements of fewer rows may be higher."""
-        return max(0.0, self._deep(rows) - self._deep(rows - 1))
+    def _add_row(self) -> None:
+        """Count a row, and compute the cost of the next. Measurements of fewer may be higher."""
+        self._rows += 1
+        before = self._next_pass
+        self._next_pass = self._deep(self._rows + 1)
+        self._row = max(0.0, self._next_pass - before)
 
     def __call__(self, prediction: Prediction) -> bool:
         """Return True if this prediction should be drafted."""
@@ -97,8 +101,7 @@ class ExitDraft:
             return False
         self._probability = probability
         self._budget -= self._step + self._row + self._head
-        self._rows += 1
-        self._row = self._cost(self._rows + 1)
+        self._add_row()
         return True
 
     def continues(self) -> bool:
@@ -115,11 +118,14 @@ class ExitDraft:
         net = 0.0
         best = 0.0
         count = 0
+        before = self._deep(self._rows)
         for number, rate in enumerate(rates, 1):
             probability *= rate
             if probability < RULE.hopeless:
                 break
-            net += probability - self._cost(self._rows + number)
+            cost = self._deep(self._rows + number)
+            net += probability - max(0.0, cost - before)
+            before = cost
             if net > best:
                 best = net
                 count = number
