@@ -230,7 +230,10 @@ OWN = Path("-")  # stands for a directory beside OUT
 @click.option(
     "--evaluate-every",
     type=int,
-    help="Number of steps between evaluations, and checkpoints.  [default: a tenth, <= 500]",
+    help=(
+        "Number of steps between evaluations, and checkpoints.  [default: a tenth of the run, by "
+        "steps or time, <= 500]"
+    ),
 )
 @click.option(
     "--select-by",

@@ -107,7 +107,7 @@ class TrainingOptions:
         bf16: Train in bfloat16 mixed precision.
         dtype: Type of the written weights.
         gradient_checkpointing: Recompute activations to save memory.
-        evaluate_every: Steps between evaluations.
+        evaluate_every: Steps between evaluations. Default: a tenth of the run, at most 500.
         select_by: One of MEASURED, or a metric of the outputs. `last` makes all steps.
         patience: Evaluations without improvement before a run stops. 0: no limit. Ignored if
             `select_by` is `last`.

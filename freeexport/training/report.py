@@ -37,7 +37,8 @@ class DivergedError(FreeExportError):
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Trainer callback that ends a run in time and reports on it.
 
-    Ends the run at its last step or its time limit, with an evaluation and a checkpoint. Stops
+    Ends the run at its last step or its time limit, with an evaluation and a checkpoint. If only
+    time limits the run, each tenth ends with an evaluation, unless `evaluate_every` is set. Stops
     keeping freed memory when little memory is left. On the main process it also logs metrics,
     prints a plan after the first steps, prints evaluations, and shows progress. The remaining time
     shown never rises.
@@ -58,6 +59,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._keeps = True
         self._context: Any = None
         self._left = math.inf
+        self._tenths = 0
         self._shown = 0.0
         self._first = self._began = self._planned = 0.0
         self._tokens = 0
@@ -65,6 +67,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._timed = state.max_steps >= ENDLESS
         self._first = state.global_step
+        self._clock.tick()
+        self._tenths = int(10 * self._clock.share)
         if self._log is None:
             return
         self._shown = self._now(state)
@@ -88,6 +92,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         clock = self._clock
         clock.stepped(now - self._began)
         clock.tick()
+        tenths = int(10 * clock.share)
+        if self._timed and tenths > self._tenths and self.trainer.options.evaluate_every is None:
+            self._tenths = tenths
+            control.should_evaluate = control.should_save = True
         if state.global_step >= state.max_steps or clock.share >= 1:
             control.should_training_stop = control.should_evaluate = control.should_save = (
                 control.should_log
@@ -104,14 +112,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             seconds = (now - self._planned) / (PLANNED_AFTER - 1)
             tokens = (int(self.trainer.tokens_seen) - self._tokens) / (PLANNED_AFTER - 1)
             batches = len(self.trainer.batches) / args.gradient_accumulation_steps
+            every = args.eval_steps
+            if self._timed and self.trainer.options.evaluate_every is None:
+                every = max(1, min(every, int(clock.time_for_steps / seconds / 10)))
             for line in plan(
-                clock,
-                state.max_steps,
-                state.global_step,
-                seconds,
-                tokens / seconds,
-                batches,
-                args.eval_steps,
+                clock, state.max_steps, state.global_step, seconds, tokens / seconds, batches, every
             ):
                 click.echo(line, err=True)
 
