@@ -82,18 +82,7 @@ def decode_prompts(
     options: Sequence[dict[str, Any]],
     **common: Any,
 ) -> list[GenerationResult]:
-    """Decode prompts in parallel.
-
-    Args:
-        session: Session with at least `at_once` slots.
-        prompts: Prompts to decode.
-        at_once: Number of parallel requests.
-        options: Options of each prompt.
-        **common: Options of all prompts.
-
-    Returns:
-        Results in the order of the prompts.
-    """
+    """Decode prompts in at most `at_once` parallel requests, with options of each and `common`."""
     with ThreadPoolExecutor(at_once) as pool:
         return list(
             pool.map(

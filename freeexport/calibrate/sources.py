@@ -128,14 +128,10 @@ def reference_of(request: Request) -> Reference | None:
 
 
 def check_unknown(prompts: Iterable[np.ndarray], unknown: int | None) -> None:
-    """Check that few tokens of the prompts are unknown.
-
-    Args:
-        prompts: Token ids [n] of each prompt.
-        unknown: Id of the unknown token. None if the tokenizer has none.
+    """Refuse prompts, token ids [n] each, of which too many tokens are the id `unknown`.
 
     Raises:
-        CalibrationError: If more than MOST_UNKNOWN of the tokens are unknown.
+        CalibrationError: If these are more than MOST_UNKNOWN of the tokens.
     """
     ids = np.concatenate([np.asarray(prompt) for prompt in prompts])
     share = float(np.mean(ids == unknown)) if unknown is not None and len(ids) else 0.0

@@ -155,13 +155,7 @@ class DecodedOutputs:
         return self._free[threshold]
 
     def kept(self, metric: str, threshold: float, part: np.ndarray) -> float:
-        """Return the metric of mode free as a share of the full model's.
-
-        Args:
-            metric: Name of the metric.
-            threshold: Threshold of mode free.
-            part: Mask of the sequences that count, bool [S].
-        """
+        """Return the metric of mode free as a share of the full model's, for a mask bool [S]."""
         if not part.any():
             return 0.0
         measure, free, full, _ = self._tables(metric, threshold, part)
@@ -334,14 +328,10 @@ def check_confidences(confidence: np.ndarray) -> None:
 
 
 def first_failing(passes: Callable[[float], bool], thresholds: Sequence[float]) -> float:
-    """Return the last threshold before the first that fails its test.
+    """Return the last of the descending `thresholds` before the first that fails its test.
 
-    If tests have level delta, the chosen threshold violates its guarantee with probability at most
-    delta, because the first true violation in the sequence passes with that probability.
-
-    Args:
-        passes: Tests a threshold.
-        thresholds: Thresholds in descending order from 1.0.
+    With tests of level delta it violates its guarantee with probability at most delta, because
+    the first true violation in the sequence passes with that probability.
     """
     passing = NEVER_EXIT
     for threshold in thresholds:
@@ -408,12 +398,7 @@ def token_losses(traces: Traces, threshold: float) -> np.ndarray:
 
 
 def p_value(losses: np.ndarray, risk: float) -> float:
-    """Return the p-value of the hypothesis that the mean loss is above `risk`.
-
-    Args:
-        losses: Losses in [0, 1], [n]. The test is exact for type bool.
-        risk: Bound of the mean loss.
-    """
+    """Return the p-value of a mean loss above `risk`, for losses [n] in [0, 1]. Exact for bool."""
     if losses.dtype == np.bool_:
         return float(binom.cdf(int(np.sum(losses)), len(losses), risk))
     return hoeffding_bentkus(losses, risk)
@@ -446,18 +431,11 @@ def ratio_bound(
     value: Callable[[np.ndarray], float],
     delta: float,
 ) -> float:
-    """Return a lower bound of the ratio of a metric in mode free to that in mode full.
+    """Return a lower bound of the metric in mode free as a ratio of that in mode full.
 
-    Uses a paired bootstrap. Each resample also contains an average sequence that mode free loses
-    completely, because the data may lack rare failures. Resamples in which the full model's value
-    is 0 have ratio 0.
-
-    Args:
-        free: Statistics of the sequences in mode free, [n, k].
-        full: Statistics of the same sequences in mode full, [n, k].
-        lost: Statistics of a lost sequence, [k].
-        value: Computes the metric from summed statistics [k].
-        delta: Probability that the bound does not hold.
+    Computed by a paired bootstrap over statistics [n, k] of the same sequences. Each resample also
+    has an average sequence that mode free loses completely, with statistics `lost` [k], because the
+    data may lack rare failures. The bound does not hold with probability `delta`.
     """
     counts = draws(len(free), RESAMPLES)
     ratios = []

@@ -108,12 +108,7 @@ class Traces:
         return confident
 
     def share(self, hits: np.ndarray, among: np.ndarray | None = None) -> Share | None:
-        """Return the share of tokens `hits`, bool [N], with its interval.
-
-        Args:
-            hits: Tokens to count.
-            among: Tokens that the share refers to, bool [N]. Default: all.
-        """
+        """Return the share of tokens `hits`, bool [N], `among` others or all, with its interval."""
         counted = np.ones(self.tokens, np.bool_) if among is None else among
         of = self.sequence
         size = len(self.length)

@@ -152,14 +152,7 @@ def measured_costs(
 def measured_in_child(
     bundle: Path, threads: int | None = None, tokens: int = TOKENS, context: int = CONTEXT
 ) -> Costs:
-    """Measure costs in a child process, which frees all memory.
-
-    Args:
-        bundle: Path of the bundle.
-        threads: Threads per engine call. Default: all usable cores.
-        tokens: Tokens to generate per request.
-        context: Random tokens of each prompt.
-    """
+    """Run `measured_costs` in a child process, which frees all memory."""
     given = {"bundle": str(bundle), "threads": threads, "tokens": tokens, "context": context}
     found = json.loads(run_child("freeexport.costs.measured", json.dumps(given)))
     costs: Costs = Reader("measure again").read(Costs, found, "costs")

@@ -199,13 +199,7 @@ def basis_of(costs: Costs | None) -> Basis:
 
 
 def break_even_text(even: float | None, basis: Basis, most: float | None = None) -> str:
-    """Describe the exit rate from which exits pay.
-
-    Args:
-        even: The exit rate. None if exits never pay.
-        basis: Basis of `even`.
-        most: Speedup if all tokens exit.
-    """
+    """Describe the exit rate from which exits pay, None for never, and the most they can gain."""
     reached = "" if most is None else f", {most:.2f}x if all did"
     more = reached + (f", {_BASES[basis]}" if basis != "unknown" else "")
     if even is None:
@@ -322,12 +316,8 @@ def drafting_speedup(costs: Costs, acceptance: float, most: int) -> float:
     """Return the speedup of mode lossless over mode full with drafts of the exit alone.
 
     Each draft is accepted with probability `acceptance` if those before it are. A round of n drafts
-    costs n + 1 shallow steps and a sync pass over n + 1 rows. The best n is assumed.
-
-    Args:
-        costs: Costs of decoding.
-        acceptance: Share of drafts that are accepted.
-        most: Most rows of a sync pass, at least 2.
+    costs n + 1 shallow steps and a sync pass over n + 1 rows, at most `most`. The best n is
+    assumed.
     """
     best = 0.0
     tokens = 1.0

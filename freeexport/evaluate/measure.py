@@ -84,12 +84,7 @@ def decode(
 
 
 def timing_of(times: Sequence[float], seconds: float) -> dict[str, Any]:
-    """Return the fields of a record about its time.
-
-    Args:
-        times: Seconds from the request to each token.
-        seconds: Seconds of the whole request.
-    """
+    """Return a record's fields about time, from the seconds to each token and of all."""
     return {
         "seconds": seconds,
         "decode_seconds": times[-1] - times[0],

@@ -195,15 +195,7 @@ def pieces(tokenizer: Tokenizer | None, token_ids: Sequence[int], ends: set[int]
 
 
 def write(found: Evaluation, out: Path, story: Story | None = None) -> None:
-    """Write JSON, CSV, Markdown, figures and the HTML page beside the outputs.
-
-    Requires matplotlib.
-
-    Args:
-        found: The evaluation.
-        out: Directory of the outputs.
-        story: Further content of the pages.
-    """
+    """Write JSON, CSV, Markdown, figures and the HTML page to `out`. Requires matplotlib."""
     write_whole(out / "evaluation.json", json.dumps(found.report, indent=2) + "\n")
     write_whole(out / "evaluation.csv", as_csv(found.rows))
     write_whole(out / "results.md", as_markdown(found, story))
@@ -216,13 +208,9 @@ def write(found: Evaluation, out: Path, story: Story | None = None) -> None:
 
 
 def render(title: str, about: str, **parts: Any) -> str:
-    """Render an HTML page.
+    """Render an HTML page with a title and a line `about` it.
 
-    Args:
-        title: Title of the page.
-        about: Line below the title.
-        **parts: `verdicts`, `notes`, `figures` (HTML and caption), `sheets`, `examples` and
-            `facts`.
+    `parts` are `verdicts`, `notes`, `figures` (HTML and caption), `sheets`, `examples`, `facts`.
     """
     from jinja2 import Environment
 

@@ -91,15 +91,7 @@ def settings_of(
 
 
 def bundle_and_methods(text: str, methods: Sequence[Method]) -> tuple[Path, tuple[Method, ...]]:
-    """Parse an argument `BUNDLE` or `BUNDLE=METHOD,METHOD`.
-
-    Args:
-        text: The argument.
-        methods: Methods of a bundle that lists none.
-
-    Returns:
-        The path of the bundle and its methods.
-    """
+    """Parse `BUNDLE=METHOD,METHOD`, or a `BUNDLE` with the default `methods`."""
     path, equals, listed = text.rpartition("=")
     if equals and listed and set(listed.split(",")) <= set(METHODS):
         return Path(path), methods_of(listed)

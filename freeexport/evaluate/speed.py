@@ -147,14 +147,7 @@ def add_rooflines(
     found: Mapping[str, Lines],
     bandwidth: float,
 ) -> None:
-    """Add to the rows of bundles the share of the memory bandwidth that their decoding uses.
-
-    Args:
-        rows: Rows by setting. Those of other decoders stay as they are.
-        entries: The bundles.
-        found: Records of each row, by its name.
-        bandwidth: Memory bandwidth in bytes per second.
-    """
+    """Call `add_roofline` for the rows of bundles. Rows of other decoders stay as they are."""
     by_name = {row["name"]: row for row in rows}
     names = row_names(entries)
     for entry in entries:

@@ -138,14 +138,7 @@ def _agreement(done: Round, truth: Round) -> tuple[float, float | None]:
 
 
 def add_roofline(row: SpeedRow, model: ByteModel, lines: Lines, bandwidth: float) -> None:
-    """Add the bytes that a token reads, and the share of the memory bandwidth that this uses.
-
-    Args:
-        row: Row of a bundle's setting.
-        model: Byte model of the bundle.
-        lines: Records of the setting.
-        bandwidth: Memory bandwidth in bytes per second.
-    """
+    """Add the bytes that a token reads, and the share of the memory bandwidth (bytes/s) used."""
     calls = [one.calls for turns in lines.values() for one in turns]
     row["token_bytes"] = round(model.token(one for one in calls if one is not None))
     row["roofline"] = row["token_bytes"] * row["decode_per_second"] / bandwidth

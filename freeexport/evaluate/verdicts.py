@@ -49,11 +49,7 @@ def curves_of(rows: Sequence[Row], metric: str, quality: float) -> list[Row]:
 def area(points: Sequence[tuple[float, float]], most: float) -> float:
     """Return the mean, over speeds from 1 to `most`, of the best quality at that speed or above.
 
-    The quality is 0 beyond the fastest point.
-
-    Args:
-        points: Pairs of speed and quality, relative to the full model.
-        most: Highest speed.
+    Points are pairs of speed and quality. The quality is 0 beyond the fastest point.
     """
     total = 0.0
     before = 1.0

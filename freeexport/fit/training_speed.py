@@ -23,12 +23,7 @@ def training_speed(
 ) -> dict[str, float]:
     """Measure seconds per training step and tokens per second in a child process.
 
-    Args:
-        model: The checkpoint.
-        data: JSONL file of examples.
-        line_tokens: Mean tokens of an example.
-        batch_tokens: Padded tokens per batch.
-        options: Further fields of TrainingOptions.
+    `options` are fields of TrainingOptions. Examples have `line_tokens` tokens on average.
     """
     # Repeat two batches, since initialising the exit reads all lines, which takes as long as the
     # steps.

@@ -63,10 +63,8 @@ def joined_feature(
 ) -> torch.Tensor:
     """Return the feature of each position, float32 [..., f].
 
-    Args:
-        normed: Final normed states of the deep decoder [..., d].
-        earlier: Its states after `fused_layers`. They are scaled to a root mean square of 1 and
-            precede the normed ones.
+    It has the `earlier` states after `fused_layers`, scaled to a root mean square of 1, and then
+    the final normed states of the deep decoder [..., d].
     """
     scaled = [F.rms_norm(one.float(), one.shape[-1:], eps=UNIT_EPSILON) for one in earlier or ()]
     return torch.cat([*scaled, normed.float()], dim=-1)
@@ -190,13 +188,10 @@ class KnownTokens(nn.Module):
         bias: torch.Tensor | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """Compute the logits of all classes, [N, n + 1].
+        """Compute the logits of all classes, [N, n + 1], for head inputs [N, d].
 
-        Args:
-            normed: Head inputs [N, d].
-            rows: Weights [n, d] of the known tokens in the model's head.
-            bias: Their biases [n], if any.
-            softcap: Soft cap of their logits, if any. The last class is not capped.
+        `rows` [n, d] and `bias` [n] are those of the known tokens in the model's head. The last
+        class is not capped.
         """
         # Computed separately, since the rows may be frozen. Gradients for all of them would cost as
         # much as the product.

@@ -136,12 +136,9 @@ def chosen_tokens(
 
 @torch.no_grad()
 def begin_other(known: KnownTokens, head: SharedHead, normed: Iterable[torch.Tensor]) -> None:
-    """Initialise the class of all other tokens by a linear fit of their summed probability.
+    """Initialise `known.other`, the class of all other tokens, for head inputs [N, d].
 
-    Args:
-        known: The exit's vocabulary. Its parameter `other` is set.
-        head: The model's head.
-        normed: Batches [N, d] of inputs of the exit's head.
+    It is a linear fit of their summed probability.
     """
     pieces = (rows for batch in normed for rows in batch.split(_LOGIT_ROWS))
     pairs = ((rows * head.scale, known.folded(head.read(rows).float())[:, -1:]) for rows in pieces)

@@ -325,12 +325,8 @@ def measures(
 ) -> Outputs:
     """Return `measures`: float32 [N, len(MEASURES)].
 
-    Args:
-        by_layer: Cross-entropies [N] of the exit layer and the last layer.
-        targets: Labels [N].
-        shallow: Result of `exits_of`.
-        deep: Deep predictions [N].
-        loss: Loss [N] by which runs are compared. None: the cross-entropies weighted by depth.
+    `by_layer` are cross-entropies [N] of both exits, and `shallow` is the result of `exits_of`.
+    Runs are compared by `loss` [N]. Default: the cross-entropies weighted by depth.
     """
     best, confidence = shallow
     hits = (best == targets, deep == targets, best == deep)

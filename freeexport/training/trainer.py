@@ -101,13 +101,7 @@ def training_arguments(
 
 
 def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
-    """Return the learning rate as a fraction of its peak.
-
-    Args:
-        schedule: Name of the schedule.
-        warmup: Share of the run with a rising rate.
-        progress: Position in the run, from 0 to 1.
-    """
+    """Return the learning rate relative to its peak, at a `progress` from 0 to 1 in the run."""
     if progress < warmup:
         return progress / warmup
     fall = FALL if schedule == "hold" else max(1.0 - warmup, 1e-9)

@@ -191,11 +191,9 @@ def label_every(costs: Costs | None) -> int:
 
 
 def probe_every(costs: Costs | None) -> int:
-    """Return n such that running the shallow head for every n-th request costs LABEL_SHARE of the
-    time.
+    """Return n such that the shallow head for every n-th request costs LABEL_SHARE of the time.
 
-    For requests that otherwise run without it, because nothing exits. PROBE_EVERY if costs are
-    unknown.
+    For requests in which nothing exits. PROBE_EVERY if costs are unknown.
     """
     if costs is None:
         return PROBE_EVERY

@@ -45,13 +45,10 @@ class RequestLabels:
         self.labelled.extend(rows)
 
     def leave(self, confidences: Sequence[float], at_rest: bool = True) -> bool:
-        """Add rows that remain stacked when the sequence ends.
+        """Add rows with these confidences, which remain stacked when the sequence ends.
 
-        Returns True to request an audit: a pass over these rows, which are then added by `label`.
-
-        Args:
-            confidences: Confidences of the rows.
-            at_rest: No engine call is running. An audit needs this.
+        Return True to request an audit: a pass over them, which needs that no engine call is
+        running (`at_rest`). They are then added by `label`.
         """
         if self._audits and at_rest and confidences:
             self.audited = True

@@ -221,11 +221,9 @@ class Decoder:
         return self.shallow_prediction()
 
     def sync(self, heads: int = 1, drafts: Sequence[int] = ()) -> list[Prediction]:
-        """Run the deep decoder on all stacked rows and return its predictions after the last ones.
+        """Run the deep decoder on all stacked rows and return its last `heads` predictions.
 
-        Args:
-            heads: Number of predictions, in order of position.
-            drafts: Tokens drafted after the first of these rows. Their predictions carry `nll`.
+        Predictions of the tokens `drafts`, drafted after the first of these rows, carry `nll`.
         """
         for waits in self.syncing(heads, drafts):
             if isinstance(waits, SlotCall):

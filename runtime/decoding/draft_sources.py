@@ -310,12 +310,7 @@ class DraftSources:
         return final
 
     def found(self, most: int, rate: Callable[[Evidence], float]) -> Iterator[Candidates]:
-        """Yield the candidates of each text, at most `most` tokens each.
-
-        Args:
-            most: Maximum number of tokens.
-            rate: Returns the acceptance rate of candidates with some evidence.
-        """
+        """Yield the candidates of each text, at most `most` tokens each, by acceptance `rate`."""
         expected = self._expected
         if expected is not None:
             yield agreeing(expected.name, expected.agrees, expected.candidates(most))

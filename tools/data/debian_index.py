@@ -244,14 +244,9 @@ def sources(
 def splits_of(
     source: Mapping[str, Sequence[str]], family: Mapping[str, str], prefix: str = ""
 ) -> dict[str, str]:
-    """Return the split of each md5: the first of the splits of its sources.
+    """Return the split of each md5: the first split of its sources, hashed with `prefix`.
 
     Descriptions whose family has a source in an earlier split are left out.
-
-    Args:
-        source: Names of sources by md5.
-        family: Family by md5.
-        prefix: Prefix of the hashed keys.
     """
     order = list(SHARES)
     own = {

@@ -69,12 +69,7 @@ def shuffled(items: Iterable[Item], seed: int, text: Callable[[Item], str]) -> l
 
 
 def fresh(lines: Sequence[Line], version: int) -> list[Line]:
-    """Return the lines of a test split that no measurement of an earlier version has read.
-
-    Args:
-        lines: All lines of the split, in the order of seed 0.
-        version: Version of the split, from 1.
-    """
+    """Return the lines, in the order of seed 0, that no test split of an earlier version has."""
     remaining = list(lines)
     for _ in range(version - 1):
         read = {key for line in remaining[:TEST_LINES] for key in line.keys}

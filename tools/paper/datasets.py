@@ -44,15 +44,7 @@ Line = dict[str, Any]
 
 
 def convert(name: str, sources: Sequence[Path], output: Path) -> int:
-    """Convert files of a data set to JSON lines.
-
-    Args:
-        name: Name of the data set, a key of DATA_SETS.
-        sources: Its files, or directories.
-        output: File to write.
-
-    Returns:
-        The number of lines.
+    """Convert the original files of a data set to JSON lines, and return their number.
 
     Raises:
         DataError: If a file is missing or in another format, or there are no examples.
