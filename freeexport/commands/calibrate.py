@@ -20,6 +20,7 @@ from freeexport.commands.verb_options import (
     THREADS,
     MetricName,
     SectionedCommand,
+    option_of,
     section,
 )
 from freeexport.system.load import wait_quietly
@@ -35,6 +36,9 @@ _IMPLIED: dict[str, RuleName] = {
 }
 
 
+option = option_of(CalibrateOptions)
+
+
 @click.command(cls=SectionedCommand)
 @click.argument("model", metavar="BUNDLE|CHECKPOINT")
 @section("Data")
@@ -44,13 +48,8 @@ _IMPLIED: dict[str, RuleName] = {
     required=True,
     help="JSONL file with 'input' or 'audio' (and 'target').",
 )
-@click.option("--samples", type=click.IntRange(1), default=CalibrateOptions.samples, help=SAMPLES)
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(2),
-    default=CalibrateOptions.max_new_tokens,
-    help=MAX_NEW_TOKENS,
-)
+@option("samples", SAMPLES, type=click.IntRange(1))
+@option("max_new_tokens", MAX_NEW_TOKENS, type=click.IntRange(2))
 @section("How the threshold is chosen")
 @click.option(
     "--rule",
@@ -91,14 +90,13 @@ _IMPLIED: dict[str, RuleName] = {
     help=f"Metric that compares outputs. {METRICS}  [default: none; quality: exact]",
 )
 @section("Machine")
-@click.option(
-    "--rounds",
+@option(
+    "rounds",
+    "Number of interleaved rounds that time decoding at a few thresholds. 0 disables timing.",
     type=click.IntRange(0),
-    default=CalibrateOptions.rounds,
-    help="Number of interleaved rounds that time decoding at a few thresholds. 0 disables timing.",
 )
-@click.option("--threads", type=click.IntRange(1), help=THREADS)
-@click.option("--device", default=CalibrateOptions.device, help=DEVICE)
+@option("threads", THREADS, type=click.IntRange(1))
+@option("device", DEVICE)
 @section("Results")
 @click.option(
     "--output",

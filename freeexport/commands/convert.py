@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.ready_made import fitting_exits
-from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, section
+from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, option_of, section
 from freeexport.conversion.convert import build_and_test, convert
-from freeexport.conversion.options import ConvertOptions, Verify
+from freeexport.conversion.options import ConvertOptions
 from freeexport.costs.verdict import bundle_verdict
 from freeexport.system.page import human_bytes
 from runtime.bundle.beta import NEVER_EXIT
@@ -24,125 +24,79 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import is_calibration
 from runtime.bundle.manifest import (
     MANIFEST,
-    ConfidenceMeasure,
-    Dialect,
-    FloatType,
-    HeadPrecision,
-    Kernels,
     Manifest,
-    Precision,
-    Target,
 )
 from runtime.kernels import kernels_of
 from runtime.tensorrt.files import DIRECTORY
+
+option = option_of(ConvertOptions)
 
 
 @click.command(cls=SectionedCommand)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @section("The exit")
-@click.option(
-    "--exit-layer",
-    type=int,
-    help="Layer after which tokens exit.  [default: as trained, else a third of the layers]",
+@option(
+    "exit_layer",
+    "Layer after which tokens exit.  [default: as trained, else a third of the layers]",
 )
-@click.option(
-    "--exit",
+@option(
+    "exit",
+    "Ready-made exit for MODEL's weights: its name (freeexport exits), a file, or owner/name "
+    "on the hub.",
     metavar="NAME|FILE",
-    help=(
-        "Ready-made exit for MODEL's weights: its name (freeexport exits), a file, or owner/name "
-        "on the hub."
-    ),
 )
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    help="Calibration file for MODEL.  [default: the one that calibrate wrote beside MODEL]",
+@option(
+    "calibration",
+    "Calibration file for MODEL.  [default: the one that calibrate wrote beside MODEL]",
 )
 @section("Engines")
-@click.option(
-    "--target",
-    type=click.Choice(get_args(Target)),
-    default="cpu",
-    help=(
-        "Device that runs the bundle. cpu: ONNX Runtime on a CPU. cuda: ONNX Runtime on a GPU. "
-        "tensorrt: TensorRT (see --build)."
-    ),
+@option(
+    "target",
+    "Device that runs the bundle. cpu: ONNX Runtime on a CPU. cuda: ONNX Runtime on a GPU. "
+    "tensorrt: TensorRT (see --build).",
 )
-@click.option(
-    "--precision",
-    type=click.Choice(get_args(Precision)),
-    help=(
-        "Precision of the weights. CPU: fp32, int8, int4, or mixed, with the shallow decoder in "
-        "4 bits and the deep one in 8. GPU: fp16, bf16, or int8, fp8 and int4, which compute in "
-        "another type (--compute).  [default: fp32; GPU: fp16]"
-    ),
+@option(
+    "precision",
+    "Precision of the weights. CPU: fp32, int8, int4, or mixed, with the shallow decoder in "
+    "4 bits and the deep one in 8. GPU: fp16, bf16, or int8, fp8 and int4, which compute in "
+    "another type (--compute).  [default: fp32; GPU: fp16]",
 )
-@click.option(
-    "--capacity",
-    type=int,
-    help="Number of positions in the KV cache.  [default: the model's limit, at most 2048]",
+@option(
+    "capacity", "Number of positions in the KV cache.  [default: the model's limit, at most 2048]"
 )
 @section("Result")
-@click.option(
-    "--verify",
-    type=click.Choice(get_args(Verify)),
-    default=ConvertOptions.verify,
-    help=(
-        "Comparison of the engines with the checkpoint. quick: short texts, at most a minute "
-        "after the model is loaded. full: longer texts. none: skip verification and timing."
-    ),
+@option(
+    "verify",
+    "Comparison of the engines with the checkpoint. quick: short texts, at most a minute "
+    "after the model is loaded. full: longer texts. none: skip verification and timing.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing bundle at OUT.")
+@option("overwrite", "Replace an existing bundle at OUT.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the manifest, or the engines built, as JSON."
 )
 @section("Exits", rare=True)
-@click.option(
-    "--confidence",
-    type=click.Choice(get_args(ConfidenceMeasure)),
-    default="softmax",
-    help=CONFIDENCES,
-)
+@option("confidence", CONFIDENCES)
 @section("Graphs and quantization", rare=True)
-@click.option(
-    "--encoder-capacity",
-    type=int,
-    help="Maximum prompt length of an encoder-decoder, in tokens.  [default: 2048]",
+@option(
+    "encoder_capacity", "Maximum prompt length of an encoder-decoder, in tokens.  [default: 2048]"
 )
-@click.option(
-    "--dialect",
-    type=click.Choice(get_args(Dialect)),
-    help=(
-        "Operators of the graphs. ort: ONNX Runtime's fused operators. standard: only those of "
-        "ONNX opset 24.  [default: ort, for a GPU standard]"
-    ),
+@option(
+    "dialect",
+    "Operators of the graphs. ort: ONNX Runtime's fused operators. standard: only those of "
+    "ONNX opset 24.  [default: ort, for a GPU standard]",
 )
-@click.option(
-    "--head",
-    type=click.Choice(get_args(HeadPrecision)),
-    help="Precision of the head's weights, if the others are quantized.  [default: 8 bits]",
+@option("head", "Precision of the head's weights, if the others are quantized.  [default: 8 bits]")
+@option(
+    "kernels",
+    "Operators for quantized weights on a CPU. freeexport: our own. onnxruntime: those of "
+    "ONNX Runtime, which other programs can also run.  [default: freeexport if its library "
+    "is built]",
 )
-@click.option(
-    "--kernels",
-    type=click.Choice(get_args(Kernels)),
-    help=(
-        "Operators for quantized weights on a CPU. freeexport: our own. onnxruntime: those of "
-        "ONNX Runtime, which other programs can also run.  [default: freeexport if its library "
-        "is built]"
-    ),
+@option(
+    "rounding_data", "JSONL file with 'input' (and 'target') to fit 4-bit weights to.", "--data"
 )
-@click.option(
-    "--data",
-    "rounding_data",
-    type=click.Path(path_type=Path),
-    help="JSONL file with 'input' (and 'target') to fit 4-bit weights to.",
-)
-@click.option(
-    "--compute",
-    type=click.Choice(get_args(FloatType)),
-    help="Type in which a GPU computes with quantized weights.  [default: fp16]",
-)
+@option("compute", "Type in which a GPU computes with quantized weights.  [default: fp16]")
 @section("TensorRT", rare=True)
 @click.option(
     "--build",

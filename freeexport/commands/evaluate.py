@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +15,7 @@ from freeexport.commands.verb_options import (
     THREADS,
     MetricName,
     SectionedCommand,
+    option_of,
     section,
 )
 from freeexport.evaluate.settings import (
@@ -35,35 +35,32 @@ def _defaults(name: str) -> str:
     return f"{getattr(EvaluateOptions, name)}, or {SPEED_DEFAULTS[name]} without --metric"
 
 
+option = option_of(EvaluateOptions)
+
+
 @click.command(cls=SectionedCommand)
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE[=METHODS]...")
 @section("Data")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help=(
-        "JSONL file with 'input' or 'audio', and 'target'. Without targets, outputs are compared "
-        "with those of the full model. Required with --metric."
-    ),
+@option(
+    "data",
+    "JSONL file with 'input' or 'audio', and 'target'. Without targets, outputs are compared "
+    "with those of the full model. Required with --metric.",
     show_default="four sample texts",
 )
-@click.option("--samples", type=click.IntRange(1), help=SAMPLES, show_default=_defaults("samples"))
-@click.option(
-    "--max-new-tokens",
+@option("samples", SAMPLES, type=click.IntRange(1), default=None, show_default=_defaults("samples"))
+@option(
+    "max_new_tokens",
+    f"{MAX_NEW_TOKENS} Without --metric, exactly this number.",
     type=click.IntRange(2),
-    help=f"{MAX_NEW_TOKENS} Without --metric, exactly this number.",
+    default=None,
     show_default=_defaults("max_new_tokens"),
 )
 @section("What is compared")
-@click.option(
-    "--metric",
+@option(
     "metrics",
+    f"Also score outputs by this metric. May be repeated; the first is used for curves. {METRICS}",
+    "--metric",
     type=MetricName(),
-    multiple=True,
-    help=(
-        "Also score outputs by this metric. May be repeated; the first is used for curves. "
-        f"{METRICS}"
-    ),
 )
 @click.option(
     "--methods",
@@ -75,43 +72,38 @@ def _defaults(name: str) -> str:
         "only."
     ),
 )
-@click.option(
-    "--threshold",
+@option(
     "thresholds",
-    type=float,
-    multiple=True,
-    help=(
-        "Confidence above which a token exits, in method free, which also runs at the calibrated "
-        "threshold. May be repeated."
-    ),
+    "Confidence above which a token exits, in method free, which also runs at the calibrated "
+    "threshold. May be repeated.",
+    "--threshold",
+    default=None,
     show_default=f"{', '.join(map(str, THRESHOLDS))}, or none without --metric",
 )
-@click.option(
-    "--target-quality",
+@option(
     "quality",
-    type=float,
-    help="Share of the full model's metric that a winner must keep.",
+    "Share of the full model's metric that a winner must keep.",
+    "--target-quality",
+    default=None,
     show_default=str(EvaluateOptions.quality),
 )
 @section("Machine")
-@click.option(
-    "--rounds",
+@option(
+    "rounds",
+    "Number of interleaved rounds. The median is reported.",
     type=click.IntRange(1),
-    help="Number of interleaved rounds. The median is reported.",
+    default=None,
     show_default=_defaults("rounds"),
 )
-@click.option("--device", default=EvaluateOptions.device, help=DEVICE)
-@click.option("--threads", type=click.IntRange(1), help=THREADS)
+@option("device", DEVICE)
+@option("threads", THREADS, type=click.IntRange(1))
 @section("Results")
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help=(
-        "Directory for outputs and results. An interrupted run continues there. Required with "
-        "--metric."
-    ),
+@option(
+    "output",
+    "Directory for outputs and results. An interrupted run continues there. Required with "
+    "--metric.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the results of another run in --output.")
+@option("overwrite", "Replace the results of another run in --output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> None:
     """Compare the speed of decoding methods, and with --metric their quality on a task.

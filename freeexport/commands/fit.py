@@ -14,8 +14,10 @@ from freeexport.commands.verb_options import (
     THREADS,
     MetricName,
     SectionedCommand,
+    option_of,
     section,
 )
+from freeexport.fit.options import FitOptions
 from freeexport.system.page import pairs, print_page
 from freeexport.system.progress import progress
 
@@ -43,51 +45,38 @@ class Time(click.ParamType):
         return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
 
 
+option = option_of(FitOptions)
+
+
 @click.command(cls=SectionedCommand)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @section("The task")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="JSONL file with 'input' or 'audio', and 'target'.  [default: no training]",
-)
-@click.option(
-    "--metric",
+@option("data", "JSONL file with 'input' or 'audio', and 'target'.  [default: no training]")
+@option(
+    "metric",
+    f"Metric that compares outputs with targets. {METRICS}  [with --lossless: exact]",
     type=MetricName(),
-    help=f"Metric that compares outputs with targets. {METRICS}  [with --lossless: exact]",
+    default=None,
 )
 @click.option(
     "--quality", type=float, help="Share of the full model's metric to keep.  [default: 0.99]"
 )
 @click.option("--lossless", is_flag=True, help="Require exactly the full model's tokens.")
-@click.option(
-    "--paper",
-    is_flag=True,
-    help=(
-        "For researchers: also train with the losses of FREE, static exits and no exit, "
-        "with three seeds each, and compare all in a table for Markdown and LaTeX. Requires a "
-        "budget of many hours."
-    ),
+@option(
+    "paper",
+    "For researchers: also train with the losses of FREE, static exits and no exit, "
+    "with three seeds each, and compare all in a table for Markdown and LaTeX. Requires a "
+    "budget of many hours.",
 )
 @section("Time")
-@click.option(
-    "--budget", type=Time(), default="2h", help="Total time, such as 2h, 90min or 1h30min."
-)
+@option("budget", "Total time, such as 2h, 90min or 1h30min.", type=Time(), default="2h")
 @click.option("--plan", "only_plan", is_flag=True, help="Print the plan and exit.")
 @section("Machine")
-@click.option(
-    "--device",
-    default="cpu",
-    help=DEVICE,
-)
-@click.option("--threads", type=click.IntRange(1), help=THREADS)
+@option("device", DEVICE)
+@option("threads", THREADS, type=click.IntRange(1))
 @section("Result")
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace the bundle at OUT, its report, and an interrupted run.",
-)
+@option("overwrite", "Replace the bundle at OUT, its report, and an interrupted run.")
 def command(
     model: str, out: Path, quality: float | None, lossless: bool, only_plan: bool, **given: Any
 ) -> None:
@@ -105,7 +94,6 @@ def command(
       freeexport fit path/to/checkpoint bundle --data task.jsonl --metric rouge-l --budget 24h --paper
       freeexport fit model.gguf bundle
     """  # noqa: E501
-    from freeexport.fit.options import FitOptions
     from freeexport.fit.plan_table import describe_plan
     from freeexport.fit.run import fit
     from freeexport.fit.steps import planned

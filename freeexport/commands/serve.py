@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import DEVICE, THREADS, SectionedCommand, section
+from freeexport.commands.verb_options import DEVICE, THREADS, SectionedCommand, option_of, section
 from runtime.hub import find_bundle
 from runtime.options import Mode, SessionOptions
 
@@ -20,6 +20,9 @@ SESSION = (
     *("threads", "slots", "queue", "capacity", "device", "threshold"),
     *("prefix_cache_mb", "draft_memory_mb", "draft_corpus"),
 )
+
+
+option = option_of(SessionOptions)
 
 
 @click.command(cls=SectionedCommand)
@@ -78,48 +81,29 @@ SESSION = (
 @click.option("--log-prompts", is_flag=True, help="Include prompts in the log.")
 @click.option("--no-page", is_flag=True, help="Do not serve the chat page at /.")
 @section("Machine")
-@click.option(
-    "--slots",
-    type=int,
-    default=4,
-    help="Maximum number of requests per bundle that are decoded concurrently.",
-)
-@click.option(
-    "--queue",
-    type=int,
-    default=256,
-    help="Maximum number of waiting requests. Further requests get status 429.",
-)
-@click.option("--threads", type=int, help=THREADS)
-@click.option(
-    "--capacity", type=int, help="Number of positions in the KV cache.  [default: the bundle's]"
-)
-@click.option(
-    "--prefix-cache-mb",
-    type=int,
+@option("slots", "Maximum number of requests per bundle that are decoded concurrently.")
+@option("queue", "Maximum number of waiting requests. Further requests get status 429.")
+@option("threads", THREADS)
+@option("capacity", "Number of positions in the KV cache.  [default: the bundle's]")
+@option(
+    "prefix_cache_mb",
+    "Memory limit for the prefix cache, in MB. Reuses keys and values of prompts with "
+    f"a common prefix. 0 disables it.  [default: {PREFIX_CACHE_MB} on a CPU]",
+    default=None,
     metavar="MB",
-    help=(
-        "Memory limit for the prefix cache, in MB. Reuses keys and values of prompts with "
-        f"a common prefix. 0 disables it.  [default: {PREFIX_CACHE_MB} on a CPU]"
-    ),
 )
-@click.option(
-    "--draft-memory-mb",
-    type=int,
+@option(
+    "draft_memory_mb",
+    "Memory limit for the outputs of earlier requests from which lossless drafts, in MB. 0 "
+    "disables them.",
     metavar="MB",
-    default=32,
-    help=(
-        "Memory limit for the outputs of earlier requests from which lossless drafts, in MB. 0 "
-        "disables them."
-    ),
 )
-@click.option(
-    "--draft-corpus",
-    type=click.Path(path_type=Path),
+@option(
+    "draft_corpus",
+    "Texts that outputs may resemble, to draft from: a text file or JSON lines.",
     metavar="FILE",
-    help="Texts that outputs may resemble, to draft from: a text file or JSON lines.",
 )
-@click.option("--device", default="cpu", help=DEVICE)
+@option("device", DEVICE)
 @click.option(
     "--shutdown-timeout",
     type=click.FloatRange(0),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 
@@ -29,6 +32,41 @@ METRICS = (
     "function of output and reference, from 0 to 1. The suffix -error, as in exact-error, makes "
     "tables show 1 minus the value."
 )
+
+
+def option_of(options: type) -> Callable[..., Callable[[Decorated], Decorated]]:
+    """Return a decorator that declares an option for a field of the dataclass `options`."""
+    hints = get_type_hints(options)
+    defaults = {field.name: field.default for field in fields(options)}
+
+    def option(name: str, help: str, flag: str = "", **changes: Any) -> Any:
+        """Declare the option `flag`, by default --NAME, with the type and default of field `name`.
+
+        Fields of type bool become flags, tuples options that may be repeated, and fields without a
+        default required options. `changes` are arguments of `click.option` that differ from these.
+        """
+        hint = hints[name]
+        if get_origin(hint) in (Union, UnionType):  # X | None
+            hint = get_args(hint)[0]
+        settings: dict[str, Any] = {"help": help}
+        if get_origin(hint) is tuple:
+            hint = get_args(hint)[0]
+            settings["multiple"] = True
+        if hint is bool:
+            settings["is_flag"] = True
+        elif get_origin(hint) is Literal:
+            settings["type"] = click.Choice(get_args(hint))
+        else:
+            settings["type"] = click.Path(path_type=Path) if hint is Path else hint
+        default = defaults[name]
+        if default is MISSING:
+            settings["required"] = True
+        elif default is not None and default is not False and default != ():
+            settings["default"] = default
+        flag = flag or f"--{name.replace('_', '-')}"
+        return click.option(flag, name, **{**settings, **changes})
+
+    return option
 
 
 class MetricName(click.ParamType):

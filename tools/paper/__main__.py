@@ -10,17 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from freeexport.commands.train import command as train_verb
-from freeexport.commands.verb_options import MetricName
-from runtime.bundle.manifest import Precision
+from freeexport.commands.verb_options import MetricName, option_of
 from tools.data.splits import run_tool
-from tools.paper.compare_options import ROWS, CompareOptions, GpuTarget, resolved
+from tools.paper.compare_options import ROWS, CompareOptions, resolved
 from tools.paper.datasets import DATA_SETS, convert
-from tools.paper.losses import LOSSES, Leftover
+from tools.paper.losses import LOSSES
 
 
 @click.group(help=__doc__)
@@ -64,35 +63,20 @@ class Listed(click.ParamType):
         return tuple(name for name in self._known if name in names)
 
 
+option = option_of(CompareOptions)
+
+
 @main.command("compare")
 @click.argument("model")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    required=True,
-    help=(
-        "Directory with train.jsonl and test.jsonl, and calibration.jsonl or validation.jsonl, of "
-        "'input' and 'target'."
-    ),
+@option(
+    "data",
+    "Directory with train.jsonl and test.jsonl, and calibration.jsonl or validation.jsonl, of "
+    "'input' and 'target'.",
 )
-@click.option(
-    "--exit-layer", type=int, required=True, help="Exit layer of FREE and of CALM's single exit."
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Directory of all results. An interrupted run continues there.",
-)
-@click.option(
-    "--device", default=CompareOptions.device, help="cpu, or cuda:0 (not yet run on a GPU)."
-)
-@click.option(
-    "--engines",
-    type=click.Choice(get_args(GpuTarget)),
-    default=CompareOptions.engines,
-    help="Engines on a GPU.",
-)
+@option("exit_layer", "Exit layer of FREE and of CALM's single exit.")
+@option("output", "Directory of all results. An interrupted run continues there.")
+@option("device", "cpu, or cuda:0 (not yet run on a GPU).")
+@option("engines", "Engines on a GPU.")
 @click.option(
     "--rows",
     type=Listed(ROWS),
@@ -100,112 +84,60 @@ class Listed(click.ParamType):
     help=f"Comma-separated rows to measure.  [default: all of {', '.join(ROWS)}]",
     show_default=False,
 )
-@click.option(
-    "--seed",
+@option(
     "seeds",
-    type=int,
-    multiple=True,
-    default=CompareOptions.seeds,
-    help="Seed of the trainings. May be repeated: each seed trains and measures all rows.",
+    "Seed of the trainings. May be repeated: each seed trains and measures all rows.",
+    "--seed",
 )
-@click.option("--steps", type=int, help="Steps of each training.")
-@click.option(
-    "--epochs",
-    type=float,
-    help="Epochs of each training.  [default: 3, without --steps and --minutes]",
-)
-@click.option("--minutes", type=float, help="Time limit of each training.")
-@click.option(
-    "--batch-tokens",
-    type=int,
-    default=CompareOptions.batch_tokens,
-    help="Padded tokens per micro-batch.",
-)
-@click.option("--max-tokens", type=int, help="Longest input in training. Longer ones are cut.")
+@option("steps", "Steps of each training.")
+@option("epochs", "Epochs of each training.  [default: 3, without --steps and --minutes]")
+@option("minutes", "Time limit of each training.")
+@option("batch_tokens", "Padded tokens per micro-batch.")
+@option("max_tokens", "Longest input in training. Longer ones are cut.")
 @click.option("--learning-rate", type=float, default=CompareOptions.learning_rate)
-@click.option("--bf16", is_flag=True, help="Train in bfloat16 mixed precision.")
-@click.option(
-    "--leftover",
-    type=click.Choice(get_args(Leftover)),
-    default=CompareOptions.leftover,
-    help=(
-        "Teachers of kd-dyn that find no layer: reuse matches them to the first layer, as the "
-        "authors do."
-    ),
+@option("bf16", "Train in bfloat16 mixed precision.")
+@option(
+    "leftover",
+    "Teachers of kd-dyn that find no layer: reuse matches them to the first layer, as the "
+    "authors do.",
 )
-@click.option(
-    "--lines",
+@option(
+    "lines",
+    "Test lines to decode, and lines of each training's evaluations.",
     type=click.IntRange(1),
-    default=CompareOptions.lines,
-    help="Test lines to decode, and lines of each training's evaluations.",
 )
-@click.option(
-    "--calibration-lines",
+@option("calibration_lines", "Lines to calibrate on.", type=click.IntRange(1))
+@option(
+    "samples",
+    "Smaller number of calibration lines to compare, in row samples. May be repeated.",
     type=click.IntRange(1),
-    default=CompareOptions.calibration_lines,
-    help="Lines to calibrate on.",
 )
-@click.option(
-    "--samples",
-    type=click.IntRange(1),
-    multiple=True,
-    default=CompareOptions.samples,
-    help="Smaller number of calibration lines to compare, in row samples. May be repeated.",
-)
-@click.option(
-    "--threshold",
-    "thresholds",
-    type=float,
-    multiple=True,
-    default=CompareOptions.thresholds,
-    help="Fixed threshold of FREE, CALM and rollback. May be repeated.",
-)
-@click.option(
-    "--static-depth",
+@option("thresholds", "Fixed threshold of FREE, CALM and rollback. May be repeated.", "--threshold")
+@option(
     "static_depths",
-    type=int,
-    multiple=True,
-    help="Depth of a static exit. May be repeated.  [default: quarters, and the exit layer]",
+    "Depth of a static exit. May be repeated.  [default: quarters, and the exit layer]",
+    "--static-depth",
 )
-@click.option(
-    "--depth",
+@option(
     "depths",
-    type=int,
-    multiple=True,
-    help=(
-        "Further exit layer of FREE, in row depth. May be repeated.  [default: half and twice the "
-        "exit layer]"
-    ),
+    "Further exit layer of FREE, in row depth. May be repeated.  [default: half and twice the "
+    "exit layer]",
+    "--depth",
 )
-@click.option(
-    "--calm-min-layer",
-    type=int,
-    default=CompareOptions.calm_min_layer,
-    help="First layer after which CALM may exit (the authors' exit_min_layer).",
-)
-@click.option(
-    "--metric",
+@option("calm_min_layer", "First layer after which CALM may exit (the authors' exit_min_layer).")
+@option(
     "metrics",
+    "Metric. May be repeated; the first is used for curves.  [default: ROUGE and BLEU, or "
+    "SQuAD's for questions]",
+    "--metric",
     type=MetricName(),
-    multiple=True,
-    help=(
-        "Metric. May be repeated; the first is used for curves.  [default: ROUGE and BLEU, or "
-        "SQuAD's for questions]"
-    ),
 )
 @click.option("--max-new-tokens", type=click.IntRange(2), default=CompareOptions.max_new_tokens)
-@click.option(
-    "--rounds",
-    type=click.IntRange(1),
-    default=CompareOptions.rounds,
-    help="Rounds of decoding. Times are medians over rounds.",
-)
-@click.option("--threads", type=click.IntRange(1), help="Threads.  [default: all usable cores]")
-@click.option(
-    "--precision",
-    type=click.Choice(get_args(Precision)),
-    default=CompareOptions.precision,
-    help="Precision of the engines. PyTorch computes in fp16 and bf16 if they do, else in fp32.",
+@option("rounds", "Rounds of decoding. Times are medians over rounds.", type=click.IntRange(1))
+@option("threads", "Threads.  [default: all usable cores]", type=click.IntRange(1))
+@option(
+    "precision",
+    "Precision of the engines. PyTorch computes in fp16 and bf16 if they do, else in fp32.",
 )
 def compare_command(**given: Any) -> None:
     """Train, convert, calibrate and measure all rows of the paper's comparison.
