@@ -244,9 +244,6 @@ def _results(directory: Path, sha256: str | None) -> dict[str, str]:
     Args:
         directory: Output of `freeexport evaluate`.
         sha256: Hash of the bundle's manifest. None skips the comparison.
-
-    Raises:
-        OptionError: If they cannot be read, or are about other bundles.
     """
     try:
         text = {name: read_text(directory / name, LARGEST_RESULTS) for name in RESULTS_FILES}

@@ -64,9 +64,6 @@ class Reference:
 
         `references` is a list of texts, or a list of alternatives for each word. Returns None if
         both fields are missing. `where` names the line in errors.
-
-        Raises:
-            OptionError: If `references` has another form.
         """
         main = () if target is None else (target,)
         if references is None:
@@ -127,11 +124,7 @@ class Metric:
         return f"1 - {self.shown}" if self.name in ERROR_RATES else self.name.removesuffix(ERROR)
 
     def table(self, outputs: Sequence[str], references: Sequence[Reference]) -> np.ndarray:
-        """Compute the statistics of all sequences, float64 [n, k].
-
-        Raises:
-            MetricError: If the metric does not fit the references.
-        """
+        """Compute the statistics of all sequences, float64 [n, k]."""
         rows = [
             self.statistics(text, reference)
             for text, reference in zip(outputs, references, strict=True)
@@ -163,11 +156,7 @@ def draws(count: int, resamples: int) -> np.ndarray:
 
 
 def check_name(name: str) -> None:
-    """Check the form of a metric's name, without importing its library.
-
-    Raises:
-        OptionError: If it cannot be a metric.
-    """
+    """Check the form of a metric's name, without importing its library."""
     module, colon, function = name.partition(":")
     if name.removesuffix(ERROR) in NAMES or (
         colon and function.isidentifier() and all(map(str.isidentifier, module.split(".")))

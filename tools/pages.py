@@ -81,11 +81,7 @@ def benchmarks() -> str:
 
 
 def benchmark_section(path: Path) -> str:
-    """Return the section of a benchmark: its heading, table and conditions.
-
-    Raises:
-        ClickException: If the file is not a benchmark of the current schema.
-    """
+    """Return the section of a benchmark: its heading, table and conditions."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         known = found["schema"] == SCHEMA

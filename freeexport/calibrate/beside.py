@@ -50,11 +50,7 @@ class TracedAnswer:
     confident: int
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: If a value is not a count, or counts contradict each other.
-        """
+        """Check the values."""
         counts = (*self.prompt, self.tokens, self.agreeing, self.confident)
         if any(type(one) is not int or not 0 <= one < 1 << 31 for one in counts):
             raise ValueError("a value is not a count")
@@ -123,11 +119,7 @@ def exit_directory_of(checkpoint: Checkpoint) -> Path | None:
 def write_beside(
     directory: Path, calibration: Calibration, samples: Sequence[TracedAnswer]
 ) -> Path:
-    """Write the calibration of a checkpoint and its sample, and return the calibration's path.
-
-    Raises:
-        OutputError: If the directory cannot be written to.
-    """
+    """Write the calibration of a checkpoint and its sample, and return the calibration's path."""
     path = directory / CALIBRATION
     lines = [json.dumps(asdict(sample)) + "\n" for sample in samples]
     try:
@@ -142,11 +134,7 @@ def write_beside(
 
 
 def read_beside(checkpoint: Checkpoint) -> tuple[Calibration, list[TracedAnswer]] | None:
-    """Return the calibration beside a checkpoint and its sample. None without a calibration.
-
-    Raises:
-        CalibrationError: If a file is invalid, or the weights are not those that were calibrated.
-    """
+    """Return the calibration beside a checkpoint and its sample. None without a calibration."""
     directory = exit_directory_of(checkpoint)
     if directory is None or not (directory / CALIBRATION).is_file():
         return None

@@ -213,11 +213,7 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
 
 
 def check_enough(traces: Traces, rule: Rule) -> None:
-    """Check that there are enough tokens and sequences for a rule.
-
-    Raises:
-        CalibrationError: If not. The message names the required number.
-    """
+    """Check that there are enough tokens and sequences for a rule."""
     check_confidences(traces.confidence)
     check_sequences(len(traces.length), rule)
     if traces.tokens < LEAST_TOKENS:
@@ -228,11 +224,7 @@ def check_enough(traces: Traces, rule: Rule) -> None:
 
 
 def check_sequences(given: int, rule: Rule) -> None:
-    """Check that there are enough sequences for a rule.
-
-    Raises:
-        CalibrationError: If not. The message names the required number.
-    """
+    """Check that there are enough sequences for a rule."""
     needed = sequences_needed(rule.risk, rule.delta) if rule.method == "risk" else 0
     if given < needed:
         raise CalibrationError(

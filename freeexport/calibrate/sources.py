@@ -128,11 +128,7 @@ def reference_of(request: Request) -> Reference | None:
 
 
 def check_unknown(prompts: Iterable[np.ndarray], unknown: int | None) -> None:
-    """Refuse prompts, token ids [n] each, of which too many tokens are the id `unknown`.
-
-    Raises:
-        CalibrationError: If these are more than MOST_UNKNOWN of the tokens.
-    """
+    """Refuse prompts, token ids [n] each, of which too many tokens are the id `unknown`."""
     ids = np.concatenate([np.asarray(prompt) for prompt in prompts])
     share = float(np.mean(ids == unknown)) if unknown is not None and len(ids) else 0.0
     if share > MOST_UNKNOWN:

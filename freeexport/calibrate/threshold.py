@@ -309,11 +309,7 @@ def able(confidence: np.ndarray) -> np.ndarray:
 
 
 def check_confidences(confidence: np.ndarray) -> None:
-    """Check that confidences are in [0, 1].
-
-    Raises:
-        CalibrationError: If they are not.
-    """
+    """Check that confidences are in [0, 1]."""
     wrong = int(np.sum(~((confidence >= 0) & (confidence <= 1))))  # NaN too
     if wrong:
         raise CalibrationError(

@@ -333,11 +333,7 @@ def _ids(text: Any) -> Any:
 
 
 def _check_room(session: Session, prompt: Any, wanted: int | None) -> None:
-    """Check that `wanted` tokens fit into the context.
-
-    Raises:
-        PromptLengthError: If they do not.
-    """
+    """Check that `wanted` tokens fit into the context."""
     if wanted is None:
         return
     read = 1 if session.manifest.encoder_decoder else len(session.encode(prompt))

@@ -200,11 +200,7 @@ def _ignored(generation: dict[str, Any]) -> str:
 
 
 def _unverified_place(out: Path) -> Path:
-    """Return the path for a refused bundle.
-
-    Raises:
-        OutputError: If anything but a refused bundle exists there.
-    """
+    """Return the path for a refused bundle."""
     absolute = Path(os.path.abspath(out))
     place = absolute.with_name(f"{absolute.name}.unverified")
     check_output(place, MANIFEST, overwrite=True)
@@ -347,11 +343,7 @@ def _new_manifest(
 
 
 def _decoder_start(checkpoint: Checkpoint, description: Description) -> int | None:
-    """Return the first decoder token of an encoder-decoder. None for a decoder-only model.
-
-    Raises:
-        GraphError: If the checkpoint does not name it.
-    """
+    """Return the first decoder token of an encoder-decoder. None for a decoder-only model."""
     if description.encoder is None:
         return None
     start: int | None = checkpoint.generation_config.get("decoder_start_token_id")

@@ -94,11 +94,7 @@ class ConvertOptions:
             )
 
     def longest_prompt(self, description: Description) -> int:
-        """Return the longest prompt of an encoder-decoder, in tokens. 0 for a decoder-only model.
-
-        Raises:
-            GraphError: If the capacity does not fit the encoder's positions.
-        """
+        """Return the longest prompt of an encoder-decoder, in tokens. 0 for a decoder-only model."""
         encoder = description.encoder
         if encoder is None:
             return 0

@@ -26,12 +26,7 @@ def check_fits(
     confidence: str,
     max_pending: int,
 ) -> None:
-    """Check that a calibration fits a bundle.
-
-    Raises:
-        CalibrationError: If the model, vocabulary, exit layer or confidence measure differs, or its
-            sync passes are longer than `max_pending` rows.
-    """
+    """Check that a calibration fits a bundle."""
     check_calibration(calibration, source_sha256, vocab_size, exit_layer, confidence)
     if (calibration.max_pending or 1) > max_pending:
         raise CalibrationError(

@@ -59,9 +59,6 @@ def engine_bytes(path: Path) -> EngineBytes:
     Nodes that depend on the input `head_rows` are the head, except the exit's own layers, whose
     weights have names of their own. Tables from which rows are gathered count as 0, because a call
     reads only single rows of them.
-
-    Raises:
-        BundleError: If the file is not an ONNX graph.
     """
     import onnx_ir as ir
 

@@ -151,11 +151,7 @@ class Records:
 
 
 def _check_run(output: Path, run: Mapping[str, Any], overwrite: bool) -> None:
-    """Check that a directory is missing, empty, or holds this run.
-
-    Raises:
-        OptionError: If it holds another run and `overwrite` is False, or other files.
-    """
+    """Check that a directory is missing, empty, or holds this run."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / RUN).is_file():
@@ -180,9 +176,6 @@ def read_records(path: Path) -> Iterator[Record]:
     """Yield the records of a file.
 
     Truncates a partial last line, which a killed run leaves behind.
-
-    Raises:
-        OptionError: If a line is not a record.
     """
     for number, line in enumerate(whole_lines(path), start=1):
         try:

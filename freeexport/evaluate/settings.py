@@ -99,11 +99,7 @@ def bundle_and_methods(text: str, methods: Sequence[Method]) -> tuple[Path, tupl
 
 
 def methods_of(text: str) -> tuple[Method, ...]:
-    """Parse comma-separated methods.
-
-    Raises:
-        OptionError: If a name is unknown.
-    """
+    """Parse comma-separated methods."""
     known: dict[str, Method] = {name: name for name in METHODS}
     names = [name.strip() for name in text.split(",")]
     for name in names:

@@ -82,11 +82,7 @@ def measure_speed(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def check_comparable(bundles: list[Bundle]) -> None:
-    """Check that bundles are of one checkpoint and read text.
-
-    Raises:
-        OptionError: If not.
-    """
+    """Check that bundles are of one checkpoint and read text."""
     for bundle in bundles:
         manifest = bundle.manifest
         if manifest.speech is not None:

@@ -103,9 +103,6 @@ def best_exit(
     The fastest is chosen on usual and easy tasks together, by the bytes read. An exit that reads
     the deep decoder's feature is not considered for `paper`, whose losses train the layers below
     the exit.
-
-    Raises:
-        OptionError: If the checkpoint's exit cannot be trained further.
     """
     given = checkpoint.exit
     if given is not None and given.has_parameters and paper:

@@ -40,11 +40,7 @@ def normalised(text: str) -> str:
 
 
 def read_lines(data: Path, least: int) -> list[Request]:
-    """Read the lines of a JSONL file, which must all have a target.
-
-    Raises:
-        DataError: If a line is broken or there are fewer than `least` lines.
-    """
+    """Read the lines of a JSONL file, which must all have a target."""
     lines = read_examples(data, need_target=TARGETS_WANTED)
     if len(lines) < least:
         raise DataError(
@@ -61,9 +57,6 @@ def split(
 
     Returns splits of at most the given `sizes`, in this order, and TRAIN with all other lines. The
     order within a split depends only on the inputs. Families of similar inputs stay together.
-
-    Raises:
-        DataError: If a split would have less than half its size, or TRAIN no lines.
     """
     # For recordings use the transcript, since file names carry no information.
     inputs = [line.target if isinstance(line.input, Path) else line.input for line in lines]

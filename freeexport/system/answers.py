@@ -47,9 +47,6 @@ def answer_file(
     """Answer the lines of `source` and write the results to `target` in the same order.
 
     A line that fails is reported in `target` and on stderr. The other lines are still answered.
-
-    Raises:
-        FreeExportError: At the end, if any line failed.
     """
     lines: Iterable[Line] = read_requests(source)
     total = None
@@ -191,12 +188,7 @@ class ResultFile:
             self._stream.close()
 
     def begin(self, lines: Iterable[Line], overwrite: bool = False) -> Iterable[Line]:
-        """Return all lines.
-
-        Raises:
-            OptionError: If the output has content and `overwrite` is False. The output is not
-                changed.
-        """
+        """Return all lines."""
         self._stale = self._stream is None and self._path.exists() and self._path.stat().st_size > 0
         if self._stale and not overwrite:
             raise OptionError(
@@ -206,12 +198,7 @@ class ResultFile:
         return lines
 
     def resume(self, lines: list[Line]) -> list[Line]:
-        """Return the lines after those that already have a result.
-
-        Raises:
-            OptionError: If the output is not the results of the first lines, in order. The output
-                is not changed.
-        """
+        """Return the lines after those that already have a result."""
         if self._stream is not None:
             raise OptionError(
                 f"{self._path} is not a file, so there is nothing to resume; omit --resume"

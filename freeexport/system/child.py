@@ -49,9 +49,6 @@ def run_child(
         variables: Environment variables to add to those of this process.
         show: Called with each line of the child's stderr. Default: the child shares this process's
             stderr.
-
-    Raises:
-        ChildError: If the child fails, with its error line.
     """
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments]

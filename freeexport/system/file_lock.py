@@ -12,11 +12,7 @@ if sys.platform == "win32":
     _BEHIND = 1 << 20
 
     def lock_file(descriptor: int) -> None:
-        """Lock a file until its descriptor is closed.
-
-        Raises:
-            BlockingIOError: If another process holds the lock.
-        """
+        """Lock a file until its descriptor is closed."""
         at = os.lseek(descriptor, 0, os.SEEK_CUR)
         os.lseek(descriptor, _BEHIND, os.SEEK_SET)
         try:

@@ -50,11 +50,7 @@ class Request:
 
     @property
     def text(self) -> str | list[dict[str, str]]:
-        """Return the input.
-
-        Raises:
-            PromptError: If the input is audio.
-        """
+        """Return the input."""
         if isinstance(self.input, Path):
             raise PromptError("'audio' is given, but the model accepts only text; give 'input'")
         return self.input
@@ -104,11 +100,7 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
 
 
 def open_pipe(path: Path, mode: str) -> Any:
-    """Open a named pipe once another process has opened its other end. Writing is unbuffered.
-
-    Raises:
-        OptionError: If no process has opened it within PIPE_SECONDS.
-    """
+    """Open a named pipe once another process has opened its other end. Writing is unbuffered."""
     opened: list[Any] = []
     reads = mode == "rb"
     # The system call has no timeout. If the thread never returns from it, it ends with the process.
@@ -161,11 +153,7 @@ def encoded(record: Mapping[str, Any]) -> bytes:
 def append_lines(
     path: Path, records: Iterable[Mapping[str, Any]], advice: str = "run the same command again"
 ) -> None:
-    """Append records as lines, either all or none.
-
-    Raises:
-        FreeExportError: If they cannot be written, for instance because the disk is full.
-    """
+    """Append records as lines, either all or none."""
     content = b"".join(encoded(record) + b"\n" for record in records)
     with FileIO(path, "ab") as file:
         end = file.seek(0, 2)

@@ -86,11 +86,7 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
 
 
 def check_writable(path: Path | None, option: str) -> None:
-    """Check the path given for `option`, before long work.
-
-    Raises:
-        OptionError: If its parent directory does not exist.
-    """
+    """Check the path given for `option`, before long work."""
     if path is not None and not path.parent.is_dir():
         raise OptionError(f"{option}: directory {path.parent} does not exist; create it first")
 
@@ -127,11 +123,7 @@ def output_directory(out: Path, marker: str, overwrite: bool, sync: bool = True)
 
 
 def check_output(out: Path, marker: str, overwrite: bool) -> None:
-    """Check, before long work, that `output_directory` will accept `out`.
-
-    Raises:
-        OutputError: If it would not.
-    """
+    """Check, before long work, that `output_directory` will accept `out`."""
     out = Path(os.path.abspath(out))
     if not os.path.lexists(out) or _is_empty(out):
         return

@@ -105,9 +105,6 @@ def chosen_tokens(
     used, unless the exit is only what training starts from (`--exit-from`).
 
     Returns the ids, ascending, and a record of how many target tokens they cover.
-
-    Raises:
-        OptionError: If `--exit-vocab` is out of range.
     """
     size = options.exit_vocab or 0
     vocabulary = description.vocab_size

@@ -65,12 +65,7 @@ def _complete(checkpoint: Path) -> bool:
 
 
 def open_run(out: Path, model: str, options: TrainingOptions) -> None:
-    """Create or check the directory of a run that writes `out`.
-
-    Raises:
-        OutputError: If existing files would be lost.
-        OptionError: If a resumed run has different options from before.
-    """
+    """Create or check the directory of a run that writes `out`."""
     name = str(Path(model).absolute()) if Path(model).exists() else model
     record: dict[str, Any] = json.loads(json.dumps({"model": name, **options.recorded()}))
     check_output(out, EXIT_FILE, options.overwrite)

@@ -323,11 +323,7 @@ def _base(model: str, options: TrainingOptions, directory: Path, writer: bool) -
 
 
 def _begun(checkpoint: Checkpoint, options: TrainingOptions) -> Checkpoint:
-    """Return the checkpoint with the exit from which training starts, if it has one.
-
-    Raises:
-        CheckpointError: If the exit does not match the options.
-    """
+    """Return the checkpoint with the exit from which training starts, if it has one."""
     from freeexport.checkpoints.checkpoint import CheckpointError
     from freeexport.checkpoints.ready_made import begin_with
 

@@ -189,9 +189,6 @@ def _adapted(
 
     A loaded adapter keeps its rank. A base given as a path is recorded as an absolute path, a hub
     name unchanged.
-
-    Raises:
-        OptionError: If the model has no linear layers.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 

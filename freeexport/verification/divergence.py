@@ -87,11 +87,7 @@ class Predictions(NamedTuple):
 
 
 def quality_of(predictions: Iterable[Predictions], precision: Precision) -> Quality:
-    """Measure how far a bundle's predictions are from the checkpoint's.
-
-    Raises:
-        DataError: If there are no predictions.
-    """
+    """Measure how far a bundle's predictions are from the checkpoint's."""
     parts = [
         (
             Moved.between(one.theirs, one.ours, one.targets),

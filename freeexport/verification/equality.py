@@ -295,11 +295,7 @@ def between(first: Sequence[Answer], second: Sequence[Answer], one: str, other: 
 
 
 def prompt_ids(bundle: Bundle, file: Path | None) -> list[list[int]]:
-    """Return the prompts of a JSONL file, or built-in ones, as token ids.
-
-    Raises:
-        OptionError: If the file has no prompt, or a line is broken or too long.
-    """
+    """Return the prompts of a JSONL file, or built-in ones, as token ids."""
     manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
     limit = manifest.encoder_capacity or manifest.capacity
 

@@ -42,9 +42,6 @@ def open_with_exit(model: str, name: str | None) -> Checkpoint:
 
     An exit fits the weights that it was trained on. With other weights of the same family and
     sizes, its agreement is measured and printed.
-
-    Raises:
-        CheckpointError: If there is no such exit, it is damaged, or it does not fit the model.
     """
     if name is None:
         return open_checkpoint(model)
@@ -105,10 +102,6 @@ def samples_of(checkpoint: Checkpoint, data: Path) -> tuple[SampleAnswer, ...]:
     """Return the model's greedy answers to the first prompts of a JSONL file.
 
     An answer has at most ANSWER tokens. Prompts of more than PROMPT tokens are skipped.
-
-    Raises:
-        CheckpointError: If the model reads speech or has no tokenizer.
-        DataError: If a line is broken, or no prompt is short enough.
     """
     from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
 

@@ -311,9 +311,6 @@ def verify_in_child(
     `exit_file` is the name or the file of its ready-made exit, if any.
 
     Returns False, with a warning, if there is not enough memory.
-
-    Raises:
-        VerificationError: If the engines are wrong.
     """
     sizes = [math.prod(checkpoint.shape(name)) for name in checkpoint.names()]
     # Memory for the reference in fp32 with its largest weight in float64, the engines and their

@@ -102,11 +102,7 @@ class Learner:
         raise NotImplementedError
 
     def _read(self, given: Mapping[str, Any], kind: type[StateT]) -> StateT:
-        """Parse a saved state.
-
-        Raises:
-            OptionError: If it is invalid or belongs to another model.
-        """
+        """Parse a saved state."""
         try:
             listed = {name: _listed(value) for name, value in dict(given).items()}
             state: StateT = Reader("start without a state").read(kind, listed, "adaptive_state")
@@ -123,11 +119,7 @@ class Learner:
 
 
 def check_sums(sums: Iterable[Sequence[float]], most: float = math.inf) -> None:
-    """Check that each row is a weight of at least 0 and two sums of at most `most`.
-
-    Raises:
-        OptionError: If one is not.
-    """
+    """Check that each row is a weight of at least 0 and two sums of at most `most`."""
     if not all(len(row) == 3 and row[0] >= 0 and max(row[1:]) <= most for row in sums):
         raise OptionError("adaptive_state holds sums that no tokens have; start without a state")
 

@@ -203,9 +203,6 @@ class Own:
 
         The first MOST_CHECKED ids are checked, so an invalid id is an error even if it does not fit
         into a pass.
-
-        Raises:
-            OptionError: If the source does not return a list of token ids.
         """
         given: Any = self._source(np.array(context, np.int64))
         if isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 1):

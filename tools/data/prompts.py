@@ -352,11 +352,7 @@ def _line(kind: str, source: Subject, other: Subject | None) -> Line | None:
 
 
 def fetch_packages(directory: Path) -> None:
-    """Download PACKAGES with apt and unpack them in a directory.
-
-    Raises:
-        DataError: If a command is missing or fails.
-    """
+    """Download PACKAGES with apt and unpack them in a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=directory) as work:

@@ -34,11 +34,7 @@ Message = dict[str, str]
 
 
 def text_before_user(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """Render a conversation up to where the next text of the user begins.
-
-    Raises:
-        DataError: If the template does not contain the user's text as it is.
-    """
+    """Render a conversation up to where the next text of the user begins."""
     rendered = tokenizer.render_chat([*messages, {"role": "user", "content": PLACE}])
     before, found, _ = rendered.partition(PLACE)
     if not found:

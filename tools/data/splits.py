@@ -78,11 +78,7 @@ def fresh(lines: Sequence[Line], version: int) -> list[Line]:
 
 
 def check_version(version: int, seed: int) -> None:
-    """Check that a later version of the test split uses the order of seed 0.
-
-    Raises:
-        UsageError: If it does not.
-    """
+    """Check that a later version of the test split uses the order of seed 0."""
     if version > 1 and seed:
         raise click.UsageError(
             f"--test-version {version} counts lines in the order of seed 0; leave out --seed {seed}"

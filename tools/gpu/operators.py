@@ -31,11 +31,7 @@ Known = Mapping[str, Any]  # an operator's entry in the table, see `dump`
 
 
 def load_table(path: Path = TABLE) -> dict[str, Any]:
-    """Load the table of CUDA kernels.
-
-    Raises:
-        ValueError: If it is for another opset.
-    """
+    """Load the table of CUDA kernels."""
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if table["opset"] != OPSETS[""]:
         raise ValueError(

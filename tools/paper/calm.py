@@ -302,9 +302,6 @@ class CalmDecoder:
             setting: A method of CALM, with a threshold.
             prompt: Token ids int64 [n].
             most: Most tokens to generate.
-
-        Raises:
-            OptionError: If the setting is not one of CALM with a threshold.
         """
         if setting.method not in CALM or setting.threshold is None:
             raise OptionError(

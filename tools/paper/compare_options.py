@@ -224,11 +224,7 @@ def _check_numbers(options: CompareOptions) -> None:
 
 
 def _check_data(options: CompareOptions) -> tuple[dict[str, Path], list[Request]]:
-    """Return the files of the data set by split, and the test lines.
-
-    Raises:
-        DataError: If one is missing or broken, or two share an input.
-    """
+    """Return the files of the data set by split, and the test lines."""
     files = {name: options.data / f"{name}.jsonl" for name in SPLITS}
     files |= {"calibration": options.calibration, "validation": options.validation}
     inputs: dict[str, set[str]] = {}
@@ -253,11 +249,7 @@ def _check_data(options: CompareOptions) -> tuple[dict[str, Path], list[Request]
 
 
 def _metrics(options: CompareOptions, test: Sequence[Request]) -> tuple[str, ...]:
-    """Return the metrics: those given, or else those of the task.
-
-    Raises:
-        MetricError: If one does not fit the data.
-    """
+    """Return the metrics: those given, or else those of the task."""
     texts = [str(request.input) for request in test]
     asks = all(text.startswith(QUESTION) for text in texts)
     names = options.metrics or _default_metrics(texts, asks)

@@ -44,11 +44,7 @@ Line = dict[str, Any]
 
 
 def convert(name: str, sources: Sequence[Path], output: Path) -> int:
-    """Convert the original files of a data set to JSON lines, and return their number.
-
-    Raises:
-        DataError: If a file is missing or in another format, or there are no examples.
-    """
+    """Convert the original files of a data set to JSON lines, and return their number."""
     for path in sources:
         if not path.exists():
             raise DataError(f"{path} does not exist; name the original files of {name}")
@@ -200,11 +196,7 @@ def _parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
 
 
 def _files(sources: Sequence[Path], *suffixes: str) -> list[Path]:
-    """Return the files with these endings, with those in directories, in order.
-
-    Raises:
-        DataError: If another file is named.
-    """
+    """Return the files with these endings, with those in directories, in order."""
     found = []
     for path in sources:
         if path.is_dir():

@@ -164,11 +164,7 @@ def converted(row: ResultRow, output: Path) -> Path:
 
 
 def run(*command: str) -> None:
-    """Run a command of this project in this interpreter.
-
-    Raises:
-        ClickException: If it fails.
-    """
+    """Run a command of this project in this interpreter."""
     if command[0] == "freeexport":
         command = (sys.executable, "-m", *command)
     done = subprocess.run(command, cwd=ROOT)

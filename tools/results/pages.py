@@ -142,11 +142,7 @@ def _table_head(columns: Sequence[str]) -> str:
 
 
 def readme(root: Path, directory: Path) -> str:
-    """Return the README with the table of results between its two marks.
-
-    Raises:
-        ClickException: If the README does not have the marks.
-    """
+    """Return the README with the table of results between its two marks."""
     text = (root / "README.md").read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
