@@ -60,16 +60,7 @@ freeexport generate bundle "Once upon a time"
 
 @dataclass(frozen=True)
 class PushOptions:
-    """Options of a push.
-
-    Attributes:
-        private: Make a new repository private.
-        revision: Branch, which is created if there is none. Default: the default branch.
-        license: Identifier of the licence. Default: the exit's, or the base model's on the hub.
-        base_model: Name of the base model on the hub. Default: the recorded name, if it has the
-            form of one.
-        results: Output directory of `freeexport evaluate`, for the card.
-    """
+    """Options of `freeexport push`, which freeexport/commands/push.py describes."""
 
     private: bool = False
     revision: str | None = None

@@ -53,16 +53,7 @@ PROMPTS = 40
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """Options of a calibration.
-
-    Attributes:
-        rule: How the threshold is chosen.
-        samples: Number of lines to read from the data.
-        max_new_tokens: Most tokens of each trace.
-        rounds: Rounds of timing, interleaved with mode full. 0 skips timing.
-        device: Device of the engines.
-        threads: Threads per engine call. Default: all usable cores.
-    """
+    """Options of a calibration, which freeexport/commands/calibrate.py describes."""
 
     rule: Rule = field(default_factory=Rule)
     samples: int = 500

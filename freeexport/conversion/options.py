@@ -34,35 +34,13 @@ Verify = Literal["quick", "full", "none"]
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Options of a conversion.
+    """Options of `freeexport convert`, which freeexport/commands/convert.py describes.
 
-    Attributes:
-        exit_layer: Number of layers before the exit. Default: taken from exit.json next to the
-            weights, or a third of the layers.
-        exit: Name or file of a ready-made exit. Default: the checkpoint's own exit, if any.
-        precision: Precision of the weights. Default: the target's first.
-        dialect: Operators of the graphs. Default: the target's. On a CPU it is "ort" if its
-            attention has a kernel for the model's heads, otherwise "standard".
-        target: Target of the engines.
-        confidence: Measure of the exit's confidence.
-        capacity: Positions of the KV cache. Default: the model's limit, at most 2048.
-        encoder_capacity: Longest prompt of an encoder-decoder. Default: the model's limit, at most
-            2048.
-        max_pending: Maximum number of rows in a sync pass.
-        head: Precision of the head. Default: 8 bits if weights are quantized.
-        compute: Type in which GPU engines with quantized weights compute. Default: fp16.
-        kernels: Kernels for weights quantized for a CPU. Default: ours if their library is
-            available.
-        calibration: File of `freeexport calibrate` for this checkpoint. Default: the one beside the
-            checkpoint, if any.
-        rounding_data: Text that 4-bit weights are rounded for.
-        verify: Extent of the verification.
-        measure: Measure the costs of the engines.
-        overwrite: Replace an existing bundle.
+    Two more are set by callers only: `max_pending`, the maximum number of rows in a sync pass, and
+    `measure`, to measure the costs of the engines.
 
     Raises:
         OptionError: If a file is missing.
-        GraphError: If the encoder capacity is below 1.
     """
 
     exit_layer: int | None = None

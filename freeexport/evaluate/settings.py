@@ -110,23 +110,10 @@ def methods_of(text: str) -> tuple[Method, ...]:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Options of an evaluation.
+    """Options of `freeexport evaluate`, which freeexport/commands/evaluate.py describes.
 
-    Attributes:
-        bundles: Paths of bundles, each with its methods. The first must include full.
-        data: JSONL file of prompts. Default: sample texts, for speed only.
-        output: Directory of results. A later run continues from its records. Default: none, for
-            speed only.
-        metrics: Names of metrics. Curves and verdicts use the first. Without metrics, speed alone
-            is measured: ends of sequence are ignored, and tokens are compared with the first row's.
-        thresholds: Thresholds of free.
-        samples: Number of lines to read from the data.
-        rounds: Repetitions of all requests. Times are medians over rounds.
-        max_new_tokens: Most tokens to generate per line.
-        threads: Threads per engine call. Default: all usable cores.
-        device: Device of the engines.
-        quality: Share of the full model's quality that a winner must keep, in (0, 1].
-        overwrite: Replace the results of another run.
+    Without `metrics`, speed alone is measured. `bundles` are paths with their methods, of which the
+    first must include full.
 
     Raises:
         OptionError: If values are out of range or do not fit together.

@@ -16,20 +16,9 @@ from runtime.machine.machine import usable_cores
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Options of `freeexport fit`.
+    """Options of `freeexport fit`, which freeexport/commands/fit.py describes.
 
-    Attributes:
-        model: The checkpoint.
-        out: Output directory.
-        data: JSONL file of examples. None: convert without training.
-        metric: Metric of the outputs.
-        budget: Time limit in seconds.
-        quality: Share of the full model's metric to keep. None: every token must equal the full
-            model's.
-        threads: Number of threads. Default: all usable cores.
-        device: Device of the bundle: "cpu", or "cuda:0" for ONNX Runtime on a GPU.
-        overwrite: Replace existing outputs.
-        paper: Compare trainings with other losses and three seeds in a table.
+    `budget` is in seconds. With `quality` None, every token must equal the full model's.
 
     Raises:
         OptionError: If a value is out of range or options contradict each other.

@@ -71,48 +71,10 @@ class LayerLoss(Protocol):
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Options of `freeexport train`.
+    """Options of `freeexport train`, which freeexport/commands/train.py describes.
 
-    None selects a default that depends on other options, unless noted.
-
-    Attributes:
-        data: JSONL file of training examples.
-        exit_layer: Number of layers before the exit.
-        validation: JSONL file of validation examples. None: a part of `data`.
-        max_tokens: Longest example. Default: 2048.
-        truncate: Cut long inputs instead of dropping their examples.
-        self_distill: Directory for the model's own outputs, which become the targets.
-        max_new_tokens: Maximum length of these outputs.
-        loss: Name of the loss, or a LayerLoss.
-        loss_alpha: Weight of the distillation.
-        tune: Weights to train: all, LoRA adapters, or the exit's own.
-        rank: Rank of LoRA adapters.
-        exit_layers: Number of the exit's own transformer layers.
-        exit_vocab: Number of tokens that the exit can predict. None: all.
-        exit_input: Input of the exit's own layers: the state, also the deep feature, or also the
-            earlier deep states of a fused feature.
-        exit_from: Exit to start from: a directory, or a name as for `convert --exit`.
-        from_config: Start from random weights.
-        steps: Maximum number of steps.
-        epochs: Passes over the data.
-        time_limit: In minutes.
-        batch_tokens: Padded tokens of prompt and target, per device and micro-batch.
-        accumulate: Micro-batches per step.
-        learning_rate: Peak learning rate.
-        schedule: Schedule of the learning rate.
-        warmup: Share of the run with a rising learning rate.
-        dropout: Dropout of the model and of LoRA adapters. Default: unchanged, 0.1 in LoRA.
-        seed: Seed of all random numbers.
-        threads: Threads of torch on a CPU. None: torch's default.
-        bf16: Train in bfloat16 mixed precision.
-        dtype: Type of the written weights.
-        gradient_checkpointing: Recompute activations to save memory.
-        evaluate_every: Steps between evaluations. Default: a tenth of the run, at most 500.
-        select_by: One of MEASURED, or a metric of the outputs. `last` makes all steps.
-        patience: Evaluations without improvement before a run stops. 0: no limit. Ignored if
-            `select_by` is `last`.
-        resume: Resume an interrupted run.
-        overwrite: Replace existing outputs.
+    None selects a default that depends on other options. `loss` may also be a LayerLoss, and
+    `max_new_tokens` limits the outputs of `self_distill`.
 
     Raises:
         OptionError: If a value is out of range or two options contradict each other.

@@ -57,39 +57,7 @@ _WEIGHT_BYTES: Mapping[str, float] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Options of a comparison.
-
-    Attributes:
-        model: Checkpoint directory, hub name or GGUF file.
-        data: Directory with train.jsonl and test.jsonl, and calibration.jsonl or validation.jsonl.
-        exit_layer: Exit layer of FREE, and of the single exit of CALM.
-        output: Directory of all results.
-        device: Device of training, engines and PyTorch.
-        engines: Graphs for a GPU.
-        rows: Rows to measure.
-        seeds: Seeds of the trainings. Every seed trains and measures all rows.
-        steps: Steps of each training. None: by `epochs`.
-        epochs: Passes of each training over the data. None: 3, unless `steps` or `minutes` is set.
-        minutes: Time limit of each training.
-        batch_tokens: Padded tokens per micro-batch.
-        max_tokens: Longest input or target in training. Inputs are cut.
-        learning_rate: Peak learning rate.
-        bf16: Train in bfloat16 mixed precision.
-        leftover: What kd-dyn does with teachers that find no layer.
-        lines: Lines of test.jsonl to decode, and validation lines of the trainings.
-        calibration_lines: Lines to calibrate on.
-        samples: Numbers of calibration lines to compare, besides `calibration_lines`. Larger ones
-            are left out.
-        thresholds: Fixed thresholds of FREE, CALM and rollback.
-        static_depths: Depths of static exits. Default: quarters of the decoder, and `exit_layer`.
-        depths: Further exit layers to train FREE for. Default: half and twice `exit_layer`.
-        calm_min_layer: First layer after which CALM may exit.
-        metrics: Metrics. The first is that of curves. Default: by the prefix of the inputs.
-        max_new_tokens: Most tokens to generate per line.
-        rounds: Repetitions of all lines.
-        threads: Threads per engine call and of PyTorch. Default: all usable cores.
-        precision: Precision of the engines.
-    """
+    """Options of a comparison, which tools/paper/__main__.py describes."""
 
     model: str
     data: Path
