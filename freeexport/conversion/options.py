@@ -72,7 +72,7 @@ class ConvertOptions:
             )
 
     def longest_prompt(self, description: Description) -> int:
-        """Return the longest prompt of an encoder-decoder, in tokens. 0 for a decoder-only model."""
+        """Return the longest prompt of an encoder-decoder, in tokens. 0 if it is decoder-only."""
         encoder = description.encoder
         if encoder is None:
             return 0
