@@ -147,14 +147,7 @@ def _shape(noted: dict[str, Any]) -> str:
 
 
 def profile(path: Path, threads: int, context: int, tokens: int) -> BundleProfile:
-    """Profile a bundle. Seconds are medians over rounds, per token after the first.
-
-    Args:
-        path: Path of the bundle.
-        threads: Threads per engine call.
-        context: Tokens of the prompt.
-        tokens: Tokens to generate.
-    """
+    """Profile a bundle. Seconds are medians over rounds, per token after the first."""
     prompt = [5 + number % 7 for number in range(context)]
     options: dict[str, Any] = {"mode": "full", "max_new_tokens": tokens, "ignore_eos": True}
     began = perf_counter()

@@ -168,11 +168,6 @@ def check_sample(
 ) -> SampleCheck | None:
     """Decode the sample with the engines of a bundle, and compare.
 
-    Args:
-        session: Session of the bundle.
-        samples: Sequences of the checkpoint.
-        threshold: The calibrated threshold.
-
     Returns:
         The comparison. None if no sequence fits the bundle.
     """

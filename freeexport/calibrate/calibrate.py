@@ -155,11 +155,6 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
     Writes only the traces, to a file beside the bundle. They are reused by later calibrations with
     another rule or more samples.
 
-    Args:
-        model: Path of the bundle.
-        data: JSONL file of prompts.
-        options: Options of the calibration.
-
     Raises:
         DataError: If the data cannot be read.
         CalibrationError: If the data do not suffice for the rule.
@@ -279,12 +274,7 @@ def explained(
 
 
 def busy_note(timed: Costs, used: Costs) -> str:
-    """Explain that the machine was busy, and on what predictions are based instead.
-
-    Args:
-        timed: Costs measured on the busy machine.
-        used: Costs that predictions use.
-    """
+    """Explain that the machine was busy, and on what predictions are based instead."""
     instead = "the times that convert took" if used.measured else "the bytes that are read"
     predicted = (
         "predictions are uncertain" if used is timed else f"speeds are predicted by {instead}"

@@ -68,11 +68,6 @@ def calibrate_checkpoint(
 
     Writes only the traces, to a file beside the checkpoint.
 
-    Args:
-        model: Checkpoint directory or GGUF file with an exit.json.
-        data: JSONL file of prompts.
-        options: Options of the calibration.
-
     Returns:
         The calibration, and sequences to compare the engines of a conversion with.
 
@@ -188,14 +183,7 @@ def _collected(tracer: Tracer, prompts: dict[int, np.ndarray], cache: TraceCache
 
 
 class Tracer:
-    """Traces outputs of a checkpoint with torch.
-
-    Args:
-        checkpoint: The checkpoint, with an exit.
-        description: Its description.
-        form: Its text format.
-        options: Device and longest output.
-    """
+    """Traces outputs of a checkpoint with torch."""
 
     def __init__(
         self,

@@ -151,10 +151,6 @@ def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
     """Derive the calls of a result from its statistics.
 
     Rows after the first rejected draft of the exit count as calls with the head.
-
-    Args:
-        result: A finished request.
-        lookup: Drafts came from text alone.
     """
     stats = result.stats
     prompt = stats.prompt_tokens
@@ -181,12 +177,7 @@ def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
 
 
 class ByteModel:
-    """Bytes that calls of a bundle's engines read.
-
-    Args:
-        bundle: The bundle.
-        instructions: Instruction set of the kernels, as named in `runtime.kernels`.
-    """
+    """Bytes that calls of a bundle's engines read."""
 
     def __init__(self, bundle: Bundle, instructions: str) -> None:
         self._manifest = manifest = bundle.manifest

@@ -216,12 +216,7 @@ def prospect(costs: Costs, exit_layer: int, layers: int) -> str:
 
 
 def trained_verdict(costs: Costs, exit_rate: float) -> str:
-    """Describe the possible speedup of a trained exit.
-
-    Args:
-        costs: Costs of decoding.
-        exit_rate: Share of tokens that can exit at best.
-    """
+    """Describe the possible speedup of a trained exit."""
     speed = costs.speedup(exit_rate, MAX_PENDING)
     even = costs.break_even(MAX_PENDING)
     text = break_even_text(even, basis_of(costs))
@@ -365,10 +360,6 @@ def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
     """Return the verdict from a bundle's manifest, calibration and verification.
 
     Shares of a calibration have no interval, because bundles do not record counts per sequence.
-
-    Args:
-        bundle: The bundle.
-        ready_made: See ExitFacts.
     """
     manifest = bundle.manifest
     calibration = bundle.calibration

@@ -116,13 +116,6 @@ class Work:
     """Sessions, prompts and settings of an evaluation.
 
     Lines whose prompt does not fit every bundle are left out.
-
-    Args:
-        entries: The bundles.
-        sessions: A session per bundle.
-        prompts: Prompts of each bundle by line.
-        speed_only: Outputs are not scored.
-        others: Decoders of settings that no session decodes.
     """
 
     def __init__(

@@ -48,14 +48,7 @@ _FAR = 0.12
 
 
 def quality_speed(rows: Sequence[Row], metric: str, label: str, wanted: float) -> Figure:
-    """Draw quality over the speed of requests, both relative to the full model.
-
-    Args:
-        rows: Rows of an evaluation.
-        metric: Name of the metric.
-        label: Label of the metric.
-        wanted: Required quality, drawn as a line.
-    """
+    """Draw quality over the speed of requests, both relative to the full model."""
     figure = new_figure(9, 4.5)
     axes = figure.subplots()
     values = [one for row in rows if (one := row["scores"][metric]["relative"]) is not None]
@@ -152,10 +145,6 @@ def speed_bars(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw tokens per second of each setting, with the range over rounds.
 
     Marks the speed that the memory bandwidth allows.
-
-    Args:
-        title: Title of the figure.
-        rows: Rows of a report of speed.
     """
     rows = rows[::-1]
     figure = new_figure(10, 1.4 + 0.4 * len(rows))

@@ -231,10 +231,6 @@ def speeds(lines: Lines, whole: Lines) -> Row:
 
     The speeds are those of tokens after the first, of the first token, and of whole requests.
     Intervals are None for the full model itself.
-
-    Args:
-        lines: Records of a setting by line.
-        whole: Records of the full model by line. It must have the same lines.
     """
     itself, whole = lines is whole, {line: whole[line] for line in lines}
     ours = _medians(lines)

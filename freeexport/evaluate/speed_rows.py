@@ -165,18 +165,7 @@ def speed_facts(
     reference: str | None,
     busy: float,
 ) -> dict[str, Any]:
-    """Return the conditions of a measurement of speed.
-
-    Args:
-        manifest: Manifest of the first bundle.
-        threads: Threads per decoder.
-        device: Device of the engines.
-        prompts: Number of prompts.
-        tokens: Tokens generated per prompt.
-        rounds: Number of interleaved rounds.
-        reference: Name of the row that tokens were compared with.
-        busy: Cores that other processes used.
-    """
+    """Return the conditions of a measurement of speed."""
     made = environment()
     machine = made["machine"]
     return {

@@ -202,10 +202,6 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
     Reads no weights before the timed steps, unless a ready-made exit may fit them. If the budget is
     too small, `missing` of the plan is set.
 
-    Args:
-        options: Options of the run.
-        lines: Lines of data. Empty if there are no data.
-
     Raises:
         CheckpointError: If the checkpoint is damaged or incomplete.
         UnsupportedModelError: If the model is not supported.

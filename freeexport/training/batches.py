@@ -74,13 +74,6 @@ def examples(
     The notes describe examples that were cut or left out, and targets that the tokenizer cannot
     write.
 
-    Args:
-        checkpoint: The model.
-        description: Its description.
-        options: Options of the run.
-        generate: Generates targets for `self_distill`.
-        check: Check if the tokenizer can write the targets. See `unwritable`.
-
     Raises:
         DataError: If a line is broken or there are too few examples.
         CheckpointError: If the checkpoint has no tokenizer.

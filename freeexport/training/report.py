@@ -45,13 +45,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, clock: Clock, log: MetricLog | None, exits: bool = True) -> None:
-        """Create the callback.
-
-        Args:
-            clock: Clock of the run.
-            log: Metrics file of the main process. None in other processes.
-            exits: True if an exit is trained.
-        """
+        """Create the callback."""
         self._clock = clock
         self._log = log
         self._exits = exits

@@ -43,14 +43,6 @@ def own_examples(
     `input`, or `audio` and the `digest` of its content, and `target` (the text) and `target_ids`.
     ABOUT records the model and the limit.
 
-    Args:
-        sets: Pairs of a data file and its lines.
-        checkpoint: The model.
-        form: Text format of the model.
-        new_tokens: Maximum length of an output.
-        directory: Directory of the outputs.
-        generate: Generates missing outputs.
-
     Raises:
         OutputError: If the directory holds anything but outputs of this model with this limit.
     """

@@ -54,14 +54,7 @@ def selected(options: TrainingOptions) -> str:
 def training_arguments(
     options: TrainingOptions, directory: Path, lengths: Sequence[int], resumed: bool
 ) -> TrainingArguments:
-    """Return Trainer's arguments.
-
-    Args:
-        options: Options of the run.
-        directory: Directory for checkpoints.
-        lengths: Lengths of the training examples, in tokens.
-        resumed: True if the run resumes from a checkpoint. Skips the evaluation at the start.
-    """
+    """Return Trainer's arguments."""
     processes = PartialState().num_processes
     on_cpu = not torch.cuda.is_available()
     steps = ENDLESS if options.steps is None else options.steps

@@ -94,16 +94,6 @@ def trainable(
             every encoder position.
 
     In distributed runs, call on rank 0 first. It fills the cache.
-
-    Args:
-        model_name: The model as given by the user.
-        checkpoint: The opened model.
-        description: Its description.
-        options: Options of the run.
-        training: Training examples.
-        validation: Validation examples.
-        tokens: The exit's vocabulary. None: all tokens.
-        cache: Directory for the frozen model's outputs.
     """
     # With "lora", training of an adapter continues on its base, unmerged. Otherwise the two are
     # merged.

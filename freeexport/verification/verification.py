@@ -95,14 +95,7 @@ def decoded_on(bundle: Bundle, device: str, extent: Extent = FULL) -> dict[str, 
 
 
 class _Verification:
-    """Checks of one bundle.
-
-    Args:
-        bundle: Bundle that the CPU can run.
-        written: Bundle that it is a copy of, or itself.
-        extent: Extent of the checks.
-        device: Device that decodes tokens.
-    """
+    """Checks of one bundle."""
 
     def __init__(self, bundle: Bundle, written: Bundle, extent: Extent, device: str) -> None:
         self.bundle = bundle

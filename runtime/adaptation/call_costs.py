@@ -38,9 +38,6 @@ class CallCosts:
 
     Measured costs are exponential averages. Others are `base` costs, scaled like the nearest
     measured ones. The first call of each kind and size is ignored, because it binds its buffers.
-
-    Args:
-        base: Costs assumed without measurements.
     """
 
     def __init__(self, base: Costs = NEUTRAL) -> None:

@@ -25,11 +25,6 @@ class LabelStatistics:
 
     A token's weight is exp(-n / memory) after n more tokens.
 
-    Args:
-        agree: Statistics of agreeing tokens.
-        disagree: Statistics of disagreeing tokens.
-        unlabelled: Statistics of each bin of unlabelled tokens, [BINS, 3].
-
     Raises:
         OptionError: If `unlabelled` has another shape.
     """
@@ -64,13 +59,7 @@ class LabelStatistics:
     def add(
         self, labelled: Sequence[tuple[float, bool]], unlabelled: Sequence[float], memory: float
     ) -> None:
-        """Add the tokens of a request.
-
-        Args:
-            labelled: Confidence and agreement of each token.
-            unlabelled: Confidences of tokens without a label.
-            memory: Number of tokens after which weights have decayed to 1/e.
-        """
+        """Add the tokens of a request."""
         decay = math.exp(-(len(labelled) + len(unlabelled)) / memory)
         agree = _sums(confidence for confidence, agrees in labelled if agrees)
         disagree = _sums(confidence for confidence, agrees in labelled if not agrees)

@@ -86,9 +86,6 @@ class Followers:
 class TextIndex:
     """What followed each n-gram of ORDERS tokens in the texts of one user.
 
-    Args:
-        width: Bytes per token in keys.
-
     Attributes:
         used: Upper bound of its memory, in bytes.
         texts: Number of texts.
@@ -188,10 +185,6 @@ class TextMemory:
     If the limit is reached, the oldest texts are dropped, each as a whole. `keep` and `forget` may
     be called by different threads.
 
-    Args:
-        vocab_size: Size of the vocabulary.
-        limit: Memory limit, in bytes.
-
     Attributes:
         corpus: Index of texts for the requests of every user. Never dropped.
         key_bytes: Bytes of LONGEST encoded tokens.
@@ -240,11 +233,6 @@ class TextMemory:
         """Remember the newest tokens of an output, at most MOST_TOKENS.
 
         Drops older texts to make room.
-
-        Args:
-            salt: The user.
-            prompt: Tokens before the output. The last ones are the context of its first tokens.
-            output: The output.
         """
         size = TEXT + 4 * len(salt or "")
         free = self.limit - self.corpus.used - INDEX - size

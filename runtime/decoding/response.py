@@ -116,12 +116,7 @@ class Response:
         self._began: float | None = None  # start time, while it has a slot
 
     def score_prompt(self, place: int, logits: np.ndarray) -> None:
-        """Add the log-probabilities of the tokens after some rows of the prompt.
-
-        Args:
-            place: Position of the first row.
-            logits: Deep logits at each row, float32 [k, V].
-        """
+        """Add the log-probabilities of the tokens after some rows of the prompt."""
         for row, token in enumerate(self.prompt[place + 1 : place + 1 + len(logits)].tolist()):
             logprobs = log_softmax(logits[row])
             self._prompt_logprobs.append(logprobs.item(token))

@@ -188,10 +188,6 @@ def extracted(fields: Mapping[str, str], plain: bool = False) -> str | None:
     The fields are name, upstream version, section, home page, summary and dependencies. Of each
     dependency only the name of the first alternative is kept.
 
-    Args:
-        fields: Fields of the record.
-        plain: Return plain text.
-
     Returns:
         None if the record has no dependencies or more than MOST_DEPENDENCIES, or if plain text has
         characters that T5 lacks.
@@ -276,11 +272,6 @@ def split_pairs(
     """Assign pairs to splits.
 
     Pairs without a split, and held-out pairs of families above LARGEST_HELD_OUT, are left out.
-
-    Args:
-        pairs: Pairs of the task.
-        family: Family by md5.
-        split: Split by md5.
     """
     sizes = Counter(family[pair.md5] for pair in pairs)
     splits: dict[str, list[Line]] = {name: [] for name in SHARES}

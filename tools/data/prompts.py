@@ -301,15 +301,7 @@ def _definition(entry: str) -> str:
 def prompts(
     kind: str, sources: Sequence[Subject], count: int, seed: int, taken: set[str]
 ) -> list[Line]:
-    """Return at most `count` prompts of a kind, equally distributed over origins.
-
-    Args:
-        kind: Kind of the prompts.
-        sources: Sources of the split.
-        count: Most prompts.
-        seed: Seed of the choice.
-        taken: Known prompts, which are skipped. New prompts are added.
-    """
+    """Return at most `count` prompts of a kind, equally distributed over origins."""
     order = shuffled(sources, seed, lambda source: f"{kind}/{source.key}/{source.name}")
     origins = [
         origin for origin in get_args(Origin) if origin != "package" or kind not in _OF_NAMES

@@ -124,10 +124,6 @@ def clips(
 def espeak(text: str, drawn: int) -> np.ndarray:
     """Speak a text with espeak-ng.
 
-    Args:
-        text: Text to speak.
-        drawn: Random number that selects voice and speed.
-
     Returns:
         Samples float32 [n] at 16 kHz.
     """

@@ -79,14 +79,7 @@ def contexts(
 
 
 def run_step(name: str, context: StepContext, folder: Path, limit: float) -> dict[str, Any]:
-    """Run a step in a child process. Returns its entry in the report.
-
-    Args:
-        name: Name of the step.
-        context: What it works on.
-        folder: Directory for its files.
-        limit: Time limit in seconds.
-    """
+    """Run a step in a child process. Returns its entry in the report."""
     entry: dict[str, Any] = {
         **{"model": context.name, "precision": context.precision, "step": name},
         **{"state": "error", "line": "", "seconds": 0.0},

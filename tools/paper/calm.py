@@ -60,14 +60,7 @@ class CalmResult:
 
 
 class Calm:
-    """Decodes one sequence at a time.
-
-    Args:
-        bundle: The bundle.
-        directory: Directory that `write_calm` wrote.
-        least: First layer after which a token may exit.
-        threads: Threads per engine call.
-    """
+    """Decodes one sequence at a time."""
 
     def __init__(self, bundle: Bundle, directory: Path, least: int, threads: int) -> None:
         manifest = bundle.manifest
@@ -296,13 +289,7 @@ class CalmDecoder:
         ]
 
     def decode(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
-        """Decode a prompt greedily, and return the fields of its record.
-
-        Args:
-            setting: A method of CALM, with a threshold.
-            prompt: Token ids int64 [n].
-            most: Most tokens to generate.
-        """
+        """Decode a prompt greedily, and return the fields of its record."""
         if setting.method not in CALM or setting.threshold is None:
             raise OptionError(
                 f"{setting.name!r} is no setting of CALM; choose {', '.join(CALM)} and a threshold"

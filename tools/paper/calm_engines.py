@@ -36,12 +36,6 @@ FACTS = "calm.json"
 def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path) -> str:
     """Write the engines of CALM, unless the directory already has them.
 
-    Args:
-        checkpoint: Checkpoint of the bundle.
-        manifest: Manifest of the bundle.
-        least: First layer after which a token may exit.
-        directory: Directory of the engines.
-
     Returns:
         The training loss of the checkpoint, "" if unknown.
 

@@ -104,12 +104,7 @@ def _cut_validation(options: CompareOptions) -> dict[str, Any]:
 
 
 class SeedDirectories:
-    """Directories of one seed.
-
-    Args:
-        output: Directory of the comparison.
-        seed: Name of the seed's part in each directory.
-    """
+    """Directories of one seed."""
 
     def __init__(self, output: Path, seed: str) -> None:
         self._output = output

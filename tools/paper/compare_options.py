@@ -241,12 +241,7 @@ def _default_metrics(texts: Sequence[str], asks: bool) -> tuple[str, ...]:
 
 
 def needed_memory(options: CompareOptions, parameters: int) -> dict[str, int]:
-    """Estimate the bytes that training and measurement need at least, without activations.
-
-    Args:
-        options: The options.
-        parameters: Parameters of the model.
-    """
+    """Estimate the bytes that training and measurement need at least, without activations."""
     weights = _WEIGHT_BYTES.get(options.precision, 1)
     # The largest measurement has the bundles of the full model, of static, FREE and CALM's single
     # exit, and the model of PyTorch.

@@ -35,12 +35,6 @@ class TokenTimes:
 class EagerDecoder:
     """Decodes with `generate` of transformers, greedily, one prompt at a time.
 
-    Args:
-        bundle: Bundle of the checkpoint, for its tokenizer.
-        checkpoint: The checkpoint.
-        device: "cpu" or "cuda:0".
-        threads: Threads of PyTorch on a CPU.
-
     Raises:
         CheckpointError: If the checkpoint cannot be read.
         OptionError: If the device is missing.
@@ -55,13 +49,7 @@ class EagerDecoder:
         self._ends = bundle.manifest.eos_token_ids
 
     def decode(self, setting: Setting, prompt: Any, most: int) -> dict[str, Any]:
-        """Decode a prompt, and return the fields of its record.
-
-        Args:
-            setting: The setting, which has no options.
-            prompt: Token ids int64 [n].
-            most: Most tokens to generate.
-        """
+        """Decode a prompt, and return the fields of its record."""
         clock = TokenTimes()
         began = perf_counter()
         with torch.inference_mode():

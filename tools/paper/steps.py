@@ -54,13 +54,7 @@ class Steps:
     def run(
         self, name: str, work: Callable[..., Mapping[str, Any]], *arguments: Any
     ) -> dict[str, Any]:
-        """Return the result of a step, which is worked out unless the step is finished.
-
-        Args:
-            name: Name of the step, unique in the run.
-            work: Does the step and returns its result, for JSON.
-            arguments: Arguments of `work`.
-        """
+        """Return the result of a step, which is worked out unless the step is finished."""
         path = self.output / STEPS / f"{name}.json"
         if path.is_file():
             return read_object(path, UNREADABLE, OptionError)

@@ -74,10 +74,6 @@ def paper_threshold(agree: Moments, disagree: Moments, zeta: float = ZETA) -> fl
 def paper_choice(traces: Traces, zeta: float = ZETA) -> Choice:
     """Choose a threshold from traces.
 
-    Args:
-        traces: Traces of the calibration data.
-        zeta: Limit of the likelihood ratio, in (0, 1).
-
     Raises:
         OptionError: If `zeta` is out of range.
         CalibrationError: If confidences are not in [0, 1].
