@@ -128,7 +128,7 @@ class DraftTimer:
         }
 
 
-def measure(bundles: tuple[Path, ...], rounds: int, chain: int) -> list[dict[str, Any]]:
+def measure_drafts(bundles: tuple[Path, ...], rounds: int, chain: int) -> list[dict[str, Any]]:
     """Return a row for each bundle, of interleaved rounds."""
     with ExitStack() as stack:
         # One thread runs engines in its own time.
@@ -172,7 +172,7 @@ def main(bundles: tuple[Path, ...], rounds: int, chain: int, save: Path | None) 
                 f"{path} is an encoder-decoder; give bundles of decoder-only models"
             )
     with other_load() as load:
-        rows = measure(bundles, rounds, chain)
+        rows = measure_drafts(bundles, rounds, chain)
     for row in rows:
         click.echo(
             f"{row['bundle']}, {row['precision']}: a token {row['token']:.3f} ms, "

@@ -124,7 +124,7 @@ def cost(by_rows: dict[str, float], rows: int) -> float:
     return float(np.interp(rows, [*map(int, by_rows)], [*by_rows.values()]))
 
 
-def replay(
+def replay_request(
     decoder: ReplayedDecoder, learned: LearnedDrafts, memory: TextMemory | None, exits: bool
 ) -> None:
     """Replay the request of a decoder, after its first token."""
@@ -144,7 +144,7 @@ def replay(
         memory.keep(None, trace.prompt, trace.output)
 
 
-def compare(
+def compare_setting(
     traces: Sequence[Trace], costs: dict[str, Any], setting: str, shuffles: int, after: int
 ) -> dict[str, Any]:
     """Return the figures of a setting, of the requests after the first `after` of each order."""
@@ -157,7 +157,7 @@ def compare(
         learned = LearnedDrafts(CallCosts(base))
         for place, trace in enumerate(random.Random(seed).sample(list(traces), len(traces))):
             decoder = ReplayedDecoder(trace, costs)
-            replay(decoder, learned, memory, exits=setting == "exit")
+            replay_request(decoder, learned, memory, exits=setting == "exit")
             if place >= after and len(trace.output) > 1:
                 done.append((len(trace.output) - 1, decoder))
     tokens = sum(count for count, _ in done)
@@ -184,7 +184,7 @@ def main(traces: Path, costs: Path, settings: Any, shuffles: int, after: int, sa
     rows = []
     for priced in json.loads(costs.read_text(encoding="utf-8"))["rows"]:
         for setting in settings or SETTINGS:
-            rows.append(compare(recorded, priced, setting, shuffles, after))
+            rows.append(compare_setting(recorded, priced, setting, shuffles, after))
             click.echo(json.dumps(rows[-1]))
     if save is not None:
         chosen = "".join(f" --setting {setting}" for setting in settings)

@@ -67,7 +67,7 @@ def chat_prompts(count: int) -> list[tuple[str, list[dict[str, str]]]]:
     return [(line["kind"], [{"role": "user", "content": line["input"]}]) for line in lines]
 
 
-def first_difference(ours: Tokens, theirs: Tokens) -> int | None:
+def first_different_token(ours: Tokens, theirs: Tokens) -> int | None:
     """Return the first place where tokens differ or one answer ends. None if all are equal."""
     pairs = enumerate(zip(ours, theirs, strict=False))
     shorter = min(len(ours), len(theirs))
@@ -135,7 +135,7 @@ def quality_rows(
             np.equal(ours.best, theirs.best) for ours, theirs in zip(read, wanted, strict=True)
         ]
         places = [
-            first_difference(ours, theirs)
+            first_different_token(ours, theirs)
             for ours, theirs in zip(answers[-1], answers[0], strict=True)
         ]
         pairs = [

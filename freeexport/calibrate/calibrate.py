@@ -302,7 +302,7 @@ def _timed(
         return stats.candidates, stats.seconds - stats.encode_seconds - stats.prefill_seconds
 
     with other_load() as load:
-        full, *speeds = timing.speeds(settings, prompts, options.rounds, decode).T
+        full, *speeds = timing.speeds_by_round(settings, prompts, options.rounds, decode).T
     known = {
         at: speed
         for at, speed in zip(settings[1:], speeds, strict=True)

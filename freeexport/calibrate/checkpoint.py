@@ -133,7 +133,7 @@ def calibrate_checkpoint(
         max_pending=MAX_PENDING,
     )
     result = explained(choice, model, facts, traces, costs, options.rule, str(data))
-    return result, samples_of(traces, prompts, choice.threshold)
+    return result, sampled_answers(traces, prompts, choice.threshold)
 
 
 def _fitting(requests: Sequence[Request], form: TextFormat, data: Path) -> dict[int, np.ndarray]:
@@ -258,7 +258,7 @@ class Tracer:
         return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def samples_of(
+def sampled_answers(
     traces: Traces, prompts: dict[int, np.ndarray], threshold: float
 ) -> list[TracedAnswer]:
     """Select sequences to compare engines with, of about SAMPLE_TOKENS tokens."""

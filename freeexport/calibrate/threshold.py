@@ -209,7 +209,7 @@ def choose(traces: Traces, rule: Rule, outputs: DecodedOutputs | None = None) ->
         raise OptionError(
             "a metric compares what mode free writes, which needs a bundle; convert, calibrate that"
         )
-    fitted = fit(traces.confidence, traces.agrees, rule.agreement)
+    fitted = fit_mixture(traces.confidence, traces.agrees, rule.agreement)
     if rule.method == "quality" and outputs is not None:
         choice = _by_quality(fitted.mixture, rule, outputs)
     elif rule.method == "risk":
@@ -224,7 +224,7 @@ def choose(traces: Traces, rule: Rule, outputs: DecodedOutputs | None = None) ->
     return replace(choice, threshold=NEVER_EXIT) if beyond else choice
 
 
-def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
+def fit_mixture(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
     """Fit a Beta mixture to tokens by maximum likelihood, and choose its threshold.
 
     Args:

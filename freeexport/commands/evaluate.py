@@ -170,12 +170,12 @@ def _scored(options: EvaluateOptions, as_json: bool) -> None:
     import matplotlib  # noqa: F401
 
     from freeexport.evaluate.evaluate import evaluate
-    from freeexport.evaluate.page import FILES, write
+    from freeexport.evaluate.page import FILES, write_evaluation
     from freeexport.evaluate.tables import facts, narrow, settings_sheet
     from freeexport.system.sheet import terminal
 
     found = evaluate(options)
-    write(found, options.output)
+    write_evaluation(found, options.output)
     if as_json:
         click.echo(json.dumps(found.report, indent=2))
         return

@@ -77,7 +77,7 @@ def interleave(
             yield Turn(turn, place, [runs[number] for number in range(len(settings))])
 
 
-def speeds(
+def speeds_by_round(
     settings: Sequence[SettingT],
     prompts: Sequence[PromptT],
     rounds: int,

@@ -141,12 +141,12 @@ def page(found: Evaluation, story: Story | None = None) -> str:
             curves_sheet(found),
             *([] if story is None else story.sheets),
         ],
-        examples=examples(found),
+        examples=example_outputs(found),
         facts=facts(found),
     )
 
 
-def examples(found: Evaluation) -> list[dict[str, Any]]:
+def example_outputs(found: Evaluation) -> list[dict[str, Any]]:
     """Select lines across the data, with the outputs of one setting per bundle and method."""
     # Prefers the fastest setting that keeps the quality, then the calibrated one, then the last.
     best = {(curve["bundle"], curve["fastest"]) for curve in found.report["curves"]}
@@ -194,7 +194,7 @@ def pieces(tokenizer: Tokenizer | None, token_ids: Sequence[int], ends: set[int]
     return texts
 
 
-def write(found: Evaluation, out: Path, story: Story | None = None) -> None:
+def write_evaluation(found: Evaluation, out: Path, story: Story | None = None) -> None:
     """Write JSON, CSV, Markdown, figures and the HTML page to `out`. Requires matplotlib."""
     write_whole(out / "evaluation.json", json.dumps(found.report, indent=2) + "\n")
     write_whole(out / "evaluation.csv", as_csv(found.rows))

@@ -117,7 +117,9 @@ def comparison(found: Sequence[Evaluation]) -> Sheet:
         mark = ""
         if one is not whole:
             low, high = speed_interval(one.seconds, whole.seconds)
-            value = p_value(metric, np.sum(one.tables, axis=0), np.sum(whole.tables, axis=0))
+            value = difference_p_value(
+                metric, np.sum(one.tables, axis=0), np.sum(whole.tables, axis=0)
+            )
             p = f"{value:.3f}"
             mark = "*" if value < SIGNIFICANT else ""
         speed = plus_minus(whole.seconds.sum() / one.seconds.sum(), low, high, 2)
@@ -153,7 +155,7 @@ def comparison(found: Sequence[Evaluation]) -> Sheet:
     return Sheet(f"Trainings compared, {len(whole.seconds)} lines", columns, tuple(rows), facts)
 
 
-def p_value(metric: Metric, ours: np.ndarray, others: np.ndarray) -> float:
+def difference_p_value(metric: Metric, ours: np.ndarray, others: np.ndarray) -> float:
     """Return the two-sided p-value of the difference between tables [n, k] of the same lines."""
     if np.array_equal(ours, others):
         return 1.0

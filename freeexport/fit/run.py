@@ -25,7 +25,7 @@ from freeexport.conversion.options import ConvertOptions
 from freeexport.costs.timing import interleave
 from freeexport.costs.verdict import Verdict, bundle_verdict
 from freeexport.evaluate.evaluate import evaluate
-from freeexport.evaluate.page import Story, write
+from freeexport.evaluate.page import Story, write_evaluation
 from freeexport.evaluate.scores import Row, speed_interval
 from freeexport.evaluate.speed import speed_prompts
 from freeexport.fit.options import FitOptions
@@ -112,7 +112,7 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
     plan_sheet = Sheet("Plan", ("", ""), tuple(describe_plan(options, plan)))
     compared = [comparison([found, *others])] if others else []
     sheets = (*compared, plan_sheet, _tried(steps, done))
-    write(
+    write_evaluation(
         found, places.report, Story(f"{plan.name}, fitted to {options.data.name}", verdict, sheets)
     )
     for name, text in (item for sheet in compared for item in written(sheet).items()):

@@ -50,7 +50,7 @@ def read_lines(data: Path, least: int) -> list[Request]:
     return lines
 
 
-def split(
+def split_lines(
     lines: Sequence[Request], sizes: Mapping[str, int], data: Path
 ) -> dict[str, list[Request]]:
     """Split lines by size.
@@ -83,7 +83,7 @@ def split(
     return found
 
 
-def write(splits: Mapping[str, Sequence[Request]], directory: Path) -> None:
+def write_splits(splits: Mapping[str, Sequence[Request]], directory: Path) -> None:
     """Write each split to NAME.jsonl in `directory`."""
     for name, lines in splits.items():
         fields = ("target", "references", "language")

@@ -127,12 +127,12 @@ def planned(options: FitOptions, keep: bool) -> Plan:
     plan = make_plan(options, lines)
     if kept and options.data is not None and not plan.missing:
         sizes = {name: count for name, count in plan.lines.items() if name != splits.TRAIN}
-        parts = splits.split(lines, sizes, options.data)
+        parts = splits.split_lines(lines, sizes, options.data)
         if plan.training is not None:
             parts["frozen"] = parts[splits.TRAIN][: plan.training.frozen_lines]
         with output_directory(places.work, PLAN, options.overwrite) as directory:
             (directory / "data").mkdir()
-            splits.write(parts, directory / "data")
+            splits.write_splits(parts, directory / "data")
             content = {"options": record, "plan": asdict(plan)}
             (directory / PLAN).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(places.report, ignore_errors=True)

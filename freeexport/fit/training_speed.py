@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from freeexport.checkpoints.examples import read_examples
-from freeexport.fit.splits import write
+from freeexport.fit.splits import write_splits
 from freeexport.system.child import run_child
 from freeexport.training.options import TrainingOptions
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     given = json.loads(arguments[0])
     with tempfile.TemporaryDirectory() as directory:
         lines = read_examples(Path(given["data"]), given["lines"])
-        write({"lines": lines}, Path(directory))
+        write_splits({"lines": lines}, Path(directory))
         data = Path(directory) / "lines.jsonl"
         step, speed = step_speed(
             given["model"], TrainingOptions(data, **given["options"]), Path(directory)

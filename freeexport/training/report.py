@@ -302,7 +302,7 @@ def rising(losses: Sequence[float]) -> bool:
     )
 
 
-def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> list[str]:
+def training_verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> list[str]:
     """Describe in sentences what training achieved.
 
     Args:

@@ -364,7 +364,7 @@ def _run(
 ) -> Trained:
     from transformers import EarlyStoppingCallback, TrainerCallback
 
-    from freeexport.training.report import MetricLog, Watch, verdict
+    from freeexport.training.report import MetricLog, Watch, training_verdict
     from freeexport.training.shallow_deep import products
     from freeexport.training.trainer import Clock, ExitTrainer, training_arguments
 
@@ -390,7 +390,7 @@ def _run(
     best_step, best = trainer.best()
     before = trainer.before()
     seconds = round(clock.elapsed, 1)
-    sentences = verdict(before, best, costs) if options.loss != "deep-ce" else []
+    sentences = training_verdict(before, best, costs) if options.loss != "deep-ce" else []
     if best_step == 0:
         sentences.append(
             "kept: the weights from before training, as no evaluation was better by "

@@ -15,7 +15,7 @@ from exit_layer_case import EXIT_LAYER
 from exit_vocabulary_case import KNOWN, model_with_vocabulary, with_exit_vocabulary
 from reference import assert_same_tokens, replay, separating_threshold
 
-from freeexport.calibrate.threshold import fit
+from freeexport.calibrate.threshold import fit_mixture
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.commands.inspect import command as inspect
 from freeexport.training.exit_modules import Exit, KnownTokens, trained_exit
@@ -118,8 +118,8 @@ def test_tokens_that_cannot_exit_leave_the_threshold_as_it_is() -> None:
     draw = np.random.default_rng(0)
     confidence = np.concatenate([draw.beta(5.0, 0.6, 400), draw.beta(1.2, 2.0, 200)])
     agrees = np.arange(600) < 400
-    alone = fit(confidence, agrees, 0.9)
+    alone = fit_mixture(confidence, agrees, 0.9)
     assert 0 < alone.threshold < 1
-    with_others = fit(np.append(confidence, np.zeros(300)), np.append(agrees, np.zeros(300, np.bool_)), 0.9)
+    with_others = fit_mixture(np.append(confidence, np.zeros(300)), np.append(agrees, np.zeros(300, np.bool_)), 0.9)
     assert with_others.threshold == alone.threshold
     assert _sums([0.0, 0.5]) == _sums([0.5])

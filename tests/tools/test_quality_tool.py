@@ -11,7 +11,7 @@ import pytest
 from checkpoints import BY_NAME, Bundles
 from click.testing import CliRunner
 
-from tools.quality import chat_prompts, first_difference, main
+from tools.quality import chat_prompts, first_different_token, main
 
 
 def test_there_are_200_different_prompts_of_ten_kinds() -> None:
@@ -40,4 +40,4 @@ def test_fp32_equals_itself_and_a_coarser_precision_is_less_likely(bundle: Bundl
     [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 3], 1), ([1, 3], [1], 1), ([], [], None)],
 )
 def test_the_first_difference_is_found(ours: list[int], theirs: list[int], place: Any) -> None:
-    assert first_difference(ours, theirs) == place
+    assert first_different_token(ours, theirs) == place

@@ -107,7 +107,7 @@ def example(words: Sequence[Word], references: bool = False, spaced: bool = Fals
     )
 
 
-def build(
+def build_splits(
     words: Sequence[Word],
     singles: dict[str, int | None],
     phrase_counts: dict[str, int],
@@ -205,7 +205,7 @@ def command(
         "seed": seed,
         "phrase_words": [shortest, longest],
     }
-    splits = build(
+    splits = build_splits(
         words_of(entries), singles, counts, (shortest, longest), seed, references, spaced
     )
     write_data_set(out, splits, about, overwrite)

@@ -66,7 +66,7 @@ PACKAGES = (
 FACTS = "name,driver_version,memory.total,memory.free,compute_cap,clocks.max.sm,persistence_mode"
 
 
-def environment(context: StepContext) -> StepOutcome:
+def report_environment(context: StepContext) -> StepOutcome:
     """Report driver, GPU and versions."""
     rows: list[Sequence[Any]] = [("python", platform.python_version())]
     for name in PACKAGES:
@@ -324,7 +324,7 @@ def calibration(context: StepContext) -> StepOutcome:
 
 Function = Callable[[StepContext], StepOutcome]
 # Steps without a model, with a model in fp32, and with a bundle in half precision, in order.
-MACHINE: dict[str, Function] = {"environment": environment, "providers": providers}
+MACHINE: dict[str, Function] = {"environment": report_environment, "providers": providers}
 FP32: dict[str, Function] = {"conversion": conversion, "against-cpu": against_cpu}
 HALF: dict[str, Function] = {
     **{"conversion": conversion, "parity": parity, "modes": modes, "batches": batches},

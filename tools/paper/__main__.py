@@ -17,8 +17,8 @@ import click
 from freeexport.commands.train import command as train_verb
 from freeexport.commands.verb_options import MetricName, option_of
 from tools.data.splits import run_tool
-from tools.paper.compare_options import ROWS, CompareOptions, resolved
-from tools.paper.datasets import DATA_SETS, convert
+from tools.paper.compare_options import ROWS, CompareOptions, checked_options
+from tools.paper.datasets import DATA_SETS, convert_data_set
 from tools.paper.losses import LOSSES
 
 
@@ -42,7 +42,7 @@ def main() -> None:
 )
 def data(name: str, sources: tuple[Path, ...], output: Path) -> None:
     """Convert the original files of one split of a data set to JSON lines."""
-    click.echo(f"{output}: {convert(name, sources, output)} lines")
+    click.echo(f"{output}: {convert_data_set(name, sources, output)} lines")
 
 
 class Listed(click.ParamType):
@@ -148,11 +148,11 @@ def compare_command(**given: Any) -> None:
     import matplotlib  # noqa: F401
 
     from tools.paper.compare import compare
-    from tools.paper.compare_report import FILES, write_report
+    from tools.paper.compare_report import FILES, write_comparison
 
-    checked = resolved(CompareOptions(**given))
+    checked = checked_options(CompareOptions(**given))
     report = compare(checked, lambda name: click.echo(name, err=True))
-    write_report(report, checked.options.output)
+    write_comparison(report, checked.options.output)
     for note in checked.notes:
         click.echo(f"note: {note}", err=True)
     click.echo(f"{checked.options.output}: {FILES}")

@@ -122,7 +122,7 @@ class Calm:
         first = perf_counter()
         limit = min(max_new_tokens, manifest.capacity - read + 1)
         while not ids or (len(ids) < limit and ids[-1] not in manifest.eos_token_ids):
-            bar = threshold_at(threshold, len(ids), limit) if decays else threshold
+            bar = decaying_threshold(threshold, len(ids), limit) if decays else threshold
             token, taken = self._step(
                 ids[-1] if ids else manifest.decoder_start_token_id or 0, bar, single
             )
@@ -235,7 +235,7 @@ def _cross(cross: Mapping[str, Any], layers: range) -> dict[str, Any]:
     return {name: cross[name] for name in ("cross_lengths", *names)} if cross else {}
 
 
-def threshold_at(threshold: float, token: int, limit: int) -> float:
+def decaying_threshold(threshold: float, token: int, limit: int) -> float:
     """Return the decaying threshold at token `token` of `limit` (section 3.2 of the paper)."""
     decayed = (1 - DECAYING) * threshold + DECAYING * math.exp(-TEMPERATURE * token / limit)
     return min(1.0, max(0.0, decayed))

@@ -271,7 +271,7 @@ def _measure(
         open_paper_session,
     )
     if measurement.name == MAIN_TABLE:
-        page.write(found, out)
+        page.write_evaluation(found, out)
     others.clear()
     gc.collect()  # engines and the model of PyTorch
     report = found.report

@@ -121,7 +121,7 @@ class Resolved:
     notes: tuple[str, ...]
 
 
-def resolved(options: CompareOptions) -> Resolved:
+def checked_options(options: CompareOptions) -> Resolved:
     """Check options, data, device and memory, and fill in the values that depend on them.
 
     Raises:

@@ -274,7 +274,7 @@ def as_page(report: Mapping[str, Any]) -> str:
     return "\n".join([*parts, ""])
 
 
-def write_report(report: Mapping[str, Any], output: Path) -> None:
+def write_comparison(report: Mapping[str, Any], output: Path) -> None:
     """Write report.md, report.json and the curves. Requires matplotlib."""
     metric = metric_of(report["run"]["metrics"][0])
     for name, rows in rows_by_table(report).items():

@@ -43,7 +43,7 @@ _DOCTYPE = re.compile(r"<!(DOCTYPE|ENTITY)", re.IGNORECASE)
 Line = dict[str, Any]
 
 
-def convert(name: str, sources: Sequence[Path], output: Path) -> int:
+def convert_data_set(name: str, sources: Sequence[Path], output: Path) -> int:
     """Convert the original files of a data set to JSON lines, and return their number."""
     for path in sources:
         if not path.exists():

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from freeexport.calibrate.threshold import Choice, Rule, able, fit
+from freeexport.calibrate.threshold import Choice, Rule, able, fit_mixture
 from freeexport.calibrate.traces import Traces
 from runtime import Session
 from runtime.adaptation.learner import Count, LearnedState, Learner, RequestLabels, check_sums
@@ -79,7 +79,7 @@ def paper_choice(traces: Traces, zeta: float = ZETA) -> Choice:
         CalibrationError: If confidences are not in [0, 1].
     """
     _check_zeta(zeta)
-    mixture = fit(traces.confidence, traces.agrees, Rule.agreement).mixture
+    mixture = fit_mixture(traces.confidence, traces.agrees, Rule.agreement).mixture
     agree, disagree = (
         Moments.of(able(traces.confidence[traces.agrees == agrees])) for agrees in (True, False)
     )

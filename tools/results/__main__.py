@@ -18,7 +18,7 @@ import click
 from freeexport.system.output import write_whole
 from freeexport.system.progress import duration
 from tools.data.splits import run_tool
-from tools.results.measure import RESULTS, ROOT, measure, result_file
+from tools.results.measure import RESULTS, ROOT, measure_row, result_file
 from tools.results.pages import index, readme
 from tools.results.rows import ROWS
 
@@ -53,7 +53,7 @@ def measure_rows(names: tuple[str, ...], output: Path, plan: bool, trial: int | 
         return
     for row in missing:
         start = time.perf_counter()
-        report = measure(row, output.resolve(), trial=trial)["evaluation"]
+        report = measure_row(row, output.resolve(), trial=trial)["evaluation"]
         for one in report["rows"]:
             click.echo(
                 f"{row.name}, {one['setting']}: {one['request_speed']:.2f}x a request, "

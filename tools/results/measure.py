@@ -32,7 +32,7 @@ def result_file(row: ResultRow, results: Path = RESULTS) -> Path:
     return results / f"readme-{row.name}.json"
 
 
-def measure(
+def measure_row(
     row: ResultRow, output: Path, results: Path = RESULTS, trial: int | None = None
 ) -> dict[str, Any]:
     """Measure a row.
@@ -57,7 +57,7 @@ def measure(
     if row.calibrated and trial is None and not by_the_rule:
         data = str(directory / "calibration.jsonl")
         arguments = [*CALIBRATION.split(), "--max-new-tokens", str(row.max_new_tokens)]
-        run("freeexport", "calibrate", str(bundle), "--data", data, *arguments)
+        run_command("freeexport", "calibrate", str(bundle), "--data", data, *arguments)
     options = EvaluateOptions(
         bundles=((bundle, row.methods),),
         data=lines_of(row.data, directory, "test" if trial is None else "calibration"),
@@ -122,7 +122,7 @@ def built(data: Data, output: Path) -> Path:
             if module == "tools.data.prompts"
             else []
         )
-        run(
+        run_command(
             sys.executable,
             "-m",
             module,
@@ -159,11 +159,11 @@ def converted(row: ResultRow, output: Path) -> Path:
     bundle = output / "bundles" / row.engines.name
     if not bundle.is_dir():
         model = str(smollm2()) if row.engines.model == SMOLLM2 else str(ROOT / row.engines.model)
-        run("freeexport", "convert", model, str(bundle), *row.convert)
+        run_command("freeexport", "convert", model, str(bundle), *row.convert)
     return bundle
 
 
-def run(*command: str) -> None:
+def run_command(*command: str) -> None:
     """Run a command of this project in this interpreter."""
     if command[0] == "freeexport":
         command = (sys.executable, "-m", *command)

@@ -18,7 +18,7 @@ from scipy.stats import beta
 
 from freeexport.calibrate import calibrate as calibrating
 from freeexport.calibrate.beside import SAMPLE, read_beside
-from freeexport.calibrate.threshold import fit, fit_beta
+from freeexport.calibrate.threshold import fit_beta, fit_mixture
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import ExitFile, write_exit_file
 from runtime.adaptation.label_statistics import LabelStatistics
@@ -187,7 +187,7 @@ def test_the_online_fit_of_the_runtime_comes_to_the_offline_one() -> None:
     random, count = np.random.default_rng(3), 20_000
     agrees = random.random(count) < 0.8
     confidence = np.where(agrees, random.beta(6, 0.7, count), random.beta(1.2, 2.5, count))
-    offline = fit(confidence, agrees, 0.95).mixture
+    offline = fit_mixture(confidence, agrees, 0.95).mixture
     assert offline is not None
     online = BetaMixture(UNIFORM, UNIFORM, 0.5)
     prior = online

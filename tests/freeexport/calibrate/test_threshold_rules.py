@@ -17,7 +17,7 @@ from freeexport.calibrate.threshold import (
     Rule,
     choose,
     first_failing,
-    fit,
+    fit_mixture,
     held_out_of,
     hoeffding_bentkus,
     p_value,
@@ -53,7 +53,7 @@ def test_a_known_mixture_is_recovered(
     agree: tuple[float, float], disagree: tuple[float, float], smaller: int, weight: float
 ) -> None:
     true = BetaMixture(Beta(*agree), Beta(*disagree), weight)
-    found = fit(*drawn(true, int(smaller / (1 - weight)), seed=int(smaller + 10 * weight)), target=0.95)
+    found = fit_mixture(*drawn(true, int(smaller / (1 - weight)), seed=int(smaller + 10 * weight)), target=0.95)
     shapes, chance = TOLERANCES[smaller]
     assert found.mixture is not None
     for ours, theirs in ((found.mixture.agree, true.agree), (found.mixture.disagree, true.disagree)):
@@ -67,7 +67,7 @@ def test_a_known_mixture_is_recovered(
 @pytest.mark.parametrize("shapes", [(0.05, 3.0), (1.0, 1.0), (40.0, 0.5), (300.0, 200.0)])
 def test_the_fit_is_the_most_likely_one(shapes: tuple[float, float]) -> None:
     values = np.random.default_rng(3).beta(*shapes, 500)
-    found = fit(np.append(values, 0.5), np.append(np.ones(500, np.bool_), False), 0.95)
+    found = fit_mixture(np.append(values, 0.5), np.append(np.ones(500, np.bool_), False), 0.95)
     assert found.mixture is not None
     best = found.mixture.agree
 
@@ -80,10 +80,10 @@ def test_the_fit_is_the_most_likely_one(shapes: tuple[float, float]) -> None:
 
 def test_confidences_of_exactly_0_and_1_and_equal_ones_give_finite_fits() -> None:
     agrees = np.array([True] * 20 + [False] * 20)
-    found = fit(np.where(agrees, 1.0, 0.0), agrees, 0.95)
+    found = fit_mixture(np.where(agrees, 1.0, 0.0), agrees, 0.95)
     assert found.mixture is not None
     assert 0 < found.threshold < 1
-    equal = fit(np.full(40, 0.7), agrees, 0.95)
+    equal = fit_mixture(np.full(40, 0.7), agrees, 0.95)
     assert equal.mixture is not None
     assert equal.threshold == 1  # they say nothing
 
@@ -103,7 +103,7 @@ ASCENDING = np.linspace(0.2, 1, 100)
 def test_classes_that_are_missing_or_small_are_said(
     confidence: np.ndarray, agrees: np.ndarray, threshold: float | None, said: str
 ) -> None:
-    found = fit(confidence, agrees, 0.95)
+    found = fit_mixture(confidence, agrees, 0.95)
     assert said in found.notes[0]
     if threshold is not None:
         assert (found.threshold, found.mixture) == (threshold, None)
@@ -112,7 +112,7 @@ def test_classes_that_are_missing_or_small_are_said(
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.5])
 def test_confidences_that_are_no_share_are_refused(bad: float) -> None:
     with pytest.raises(CalibrationError, match="1 of 3 confidences are not numbers from 0 to 1"):
-        fit(np.array([0.5, bad, 0.7]), np.array([True, False, True]), 0.95)
+        fit_mixture(np.array([0.5, bad, 0.7]), np.array([True, False, True]), 0.95)
 
 
 RISK, DELTA, SETS, SEQUENCES = 0.05, 0.1, 400, 150
@@ -222,7 +222,7 @@ def test_a_threshold_that_no_token_exceeds_is_never() -> None:
     agrees = np.arange(26) < 9
     confidence = np.where(agrees, random.beta(4, 2, 26), random.beta(2, 4, 26))
     few = trace(confidence.tolist(), agrees.tolist())
-    fitted = fit(few.confidence, few.agrees, 0.99)
+    fitted = fit_mixture(few.confidence, few.agrees, 0.99)
     assert confidence.max() < 0.92 < 0.9999 < fitted.threshold < 1
     assert choose(few, Rule(agreement=0.99)).threshold == 1.0
     assert 0 < choose(TRACES, Rule()).threshold < float(TRACES.confidence.max())

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from freeexport.costs.timing import interleave, speeds
+from freeexport.costs.timing import interleave, speeds_by_round
 
 
 def test_settings_take_turns_and_none_always_follows_the_same_other() -> None:
@@ -46,4 +46,4 @@ def test_turns_that_are_done_are_not_repeated() -> None:
 
 
 def test_a_setting_without_tokens_has_no_speed() -> None:
-    assert np.isnan(speeds([0], [1], 1, lambda setting, prompt: (0, 0.0))[0, 0])
+    assert np.isnan(speeds_by_round([0], [1], 1, lambda setting, prompt: (0, 0.0))[0, 0])

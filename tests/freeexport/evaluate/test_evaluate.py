@@ -64,7 +64,7 @@ def call(bundles: tuple[Any, ...], data: Path, out: Path, *arguments: Any) -> Re
 @pytest.fixture
 def run(tmp_path: Path, path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Evaluates without files of results, which take longer to draw than these models to decode."""
-    monkeypatch.setattr(page, "write", lambda found, out: None)
+    monkeypatch.setattr(page, "write_evaluation", lambda found, out: None)
 
     def evaluate(*arguments: Any, bundles: tuple[Any, ...] = (path,), file: Path = data) -> Result:
         return call(bundles, file, tmp_path / "out", *arguments)
@@ -90,7 +90,7 @@ class Done:
 def done(tmp_path_factory: pytest.TempPathFactory, path: Path, data: Path) -> Done:
     out, found = tmp_path_factory.mktemp("results") / "out", list[evaluation.Evaluation]()
     methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback", "exit-drafts"))
-    write = page.write
+    write = page.write_evaluation
     with mock.patch.object(page, "write", lambda one, out: (found.append(one), write(one, out))):
         result = call((path,), data, out, "--methods", methods, "--rounds", 2, "--metric", "chrf")
     assert result.exit_code == 0, result.output

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from freeexport.checkpoints.examples import DataError
-from freeexport.fit.splits import TRAIN, families, read_lines, split, write
+from freeexport.fit.splits import TRAIN, families, read_lines, split_lines, write_splits
 from freeexport.system.jsonl import Request
 
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "frost", "grove", "haven", "inlet", "jetty", "knoll", "larch",
@@ -39,20 +39,20 @@ def test_texts_that_share_most_of_what_is_their_own_are_one_family() -> None:
 def test_splits_have_their_sizes_and_no_family_is_in_two() -> None:
     texts = [f"{record(number)}{suffix}" for number in range(150) for suffix in ("", " once more")]
     sizes = {"test": 40, "calibration": 30, "validation": 20}
-    found = split(lines_of(texts), sizes, Path("data.jsonl"))
+    found = split_lines(lines_of(texts), sizes, Path("data.jsonl"))
     assert {name: len(found[name]) for name in sizes} == sizes
     assert sum(map(len, found.values())) == len(texts)
     owner: dict[int, str] = {}
     for name, lines in found.items():
         for line in lines:
             assert owner.setdefault((line.line_number - 1) // 2, name) == name
-    backwards = split(lines_of(texts)[::-1], sizes, Path("data.jsonl"))
+    backwards = split_lines(lines_of(texts)[::-1], sizes, Path("data.jsonl"))
     assert [line.input for line in backwards["test"]] == [line.input for line in found["test"]]
 
 
 def test_written_splits_are_read_back(tmp_path: Path) -> None:
     lines = [Request(1, "a\u2028b", "ä", references=["c"]), Request(2, [{"role": "user", "content": "hi"}], "x")]
-    write({TRAIN: lines}, tmp_path)
+    write_splits({TRAIN: lines}, tmp_path)
     found = read_lines(tmp_path / "train.jsonl", 2)
     assert [(one.input, one.target, one.references) for one in found] == [
         (one.input, one.target, one.references) for one in lines
@@ -74,4 +74,4 @@ def test_data_that_cannot_be_split_are_refused(
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"input": text, "target": target}) + "\n" for text in texts))
     with pytest.raises(DataError, match=problem):
-        split(read_lines(data, 40), {"test": 10, "calibration": 10}, data)
+        split_lines(read_lines(data, 40), {"test": 10, "calibration": 10}, data)

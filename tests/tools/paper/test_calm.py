@@ -22,7 +22,7 @@ from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError
 from runtime.text.tokenizer import Tokenizer
-from tools.paper.calm import CALM, Calm, CalmDecoder, threshold_at
+from tools.paper.calm import CALM, Calm, CalmDecoder, decaying_threshold
 from tools.paper.calm_engines import write_calm
 
 T5, LLAMA, QWEN = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"], BY_NAME["qwen3"]
@@ -112,9 +112,9 @@ def test_a_single_exit_is_that_of_the_shallow_decoder_with_states_copied(
 
 
 def test_the_decaying_threshold_is_that_of_the_paper() -> None:
-    assert threshold_at(0.9, 0, 100) == pytest.approx(0.91)
-    assert threshold_at(0.9, 100, 100) == pytest.approx(0.81 + 0.1 * np.exp(-4))
-    assert threshold_at(1.0, 0, 10) == 1.0
+    assert decaying_threshold(0.9, 0, 100) == pytest.approx(0.91)
+    assert decaying_threshold(0.9, 100, 100) == pytest.approx(0.81 + 0.1 * np.exp(-4))
+    assert decaying_threshold(1.0, 0, 10) == 1.0
 
 
 def test_its_records_stand_beside_those_of_evaluate(bundle: Bundles, checkpoint: Directory, tmp_path: Path) -> None:

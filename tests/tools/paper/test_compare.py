@@ -25,7 +25,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.errors import CapacityError, FreeExportError, OptionError
 from tools.paper import compare_options, recipes
 from tools.paper.__main__ import main
-from tools.paper.compare_options import ROWS, CompareOptions, needed_memory, resolved
+from tools.paper.compare_options import ROWS, CompareOptions, checked_options, needed_memory
 from tools.paper.compare_plan import bundles_of, measurements_of, settings, trainings_of
 from tools.paper.compare_report import as_page, pooled, rows_by_table, table_of
 from tools.paper.eager import EagerDecoder
@@ -149,7 +149,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(name: str, checkpoint:
     data, changes, error, message = BROKEN[name]
     given = options(write_splits(tmp_path / "data", **data), checkpoint(T5), **changes)
     with pytest.raises(error, match=message) as raised:
-        resolved(given)
+        checked_options(given)
     assert isinstance(raised.value, FreeExportError)
     assert "\n" not in str(raised.value)
     assert not given.output.exists()
@@ -158,10 +158,10 @@ def test_bad_input_is_refused_in_one_line_before_any_work(name: str, checkpoint:
 def test_a_missing_split_is_named(checkpoint: Directory, tmp_path: Path) -> None:
     data = write_splits(tmp_path / "data")
     (data / "validation.jsonl").rename(data / "calibration.jsonl")
-    assert resolved(options(data, checkpoint(T5))).options.validation == data / "calibration.jsonl"
+    assert checked_options(options(data, checkpoint(T5))).options.validation == data / "calibration.jsonl"
     (data / "calibration.jsonl").unlink()
     with pytest.raises(DataError, match=r"has no calibration.jsonl or validation.jsonl; convert that split by"):
-        resolved(options(data, checkpoint(T5)))
+        checked_options(options(data, checkpoint(T5)))
 
 
 def test_too_little_memory_is_refused_on_a_cpu_and_on_a_gpu(
@@ -171,14 +171,14 @@ def test_too_little_memory_is_refused_on_a_cpu_and_on_a_gpu(
     with monkeypatch.context() as patch:
         patch.setattr(compare_options, "available_memory", lambda: 1000)
         with pytest.raises(OptionError, match=r"training needs at least .*, and 1 kB are free"):
-            resolved(given)
+            checked_options(given)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     machine = Machine(monkeypatch)
     monkeypatch.setattr(machine.cuda, "cudaMemGetInfo", lambda: (0, 2000, 4000))
     with pytest.raises(CapacityError, match=r"training needs \d+ bytes of device .*, and 2000 are free"):
-        resolved(replace(given, device="cuda:0"))
+        checked_options(replace(given, device="cuda:0"))
     monkeypatch.setattr(machine.cuda, "cudaMemGetInfo", lambda: (0, 1 << 40, 1 << 40))
-    checked = resolved(replace(given, device="cuda:0"))
+    checked = checked_options(replace(given, device="cuda:0"))
     assert "calm" not in checked.options.rows
     assert "left out on cuda:0: calm, calm-single, copying" in checked.notes[0]
     assert "not yet been run on a GPU" in checked.notes[1]
@@ -196,7 +196,7 @@ def test_memory_counts_the_bundles_of_the_largest_measurement() -> None:
 )
 def test_the_metrics_are_those_of_the_task(prefix: str, first: str, checkpoint: Directory, tmp_path: Path) -> None:
     test = json.dumps({"input": f"{prefix}a b c", "target": "A b c d."}) + "\n"
-    checked = resolved(options(write_splits(tmp_path / "data", test=test), checkpoint(T5)))
+    checked = checked_options(options(write_splits(tmp_path / "data", test=test), checkpoint(T5)))
     assert checked.options.metrics[0] == first
     assert checked.options.static_depths == (2, 3, 4)
     assert checked.options.depths == (2,)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from freeexport.checkpoints.examples import DataError
 from tools.paper.__main__ import main
-from tools.paper.datasets import convert
+from tools.paper.datasets import convert_data_set
 
 URL = "http://web.archive.org/web/2015id_/http://www.cnn.com/a.html"
 STORY = hashlib.sha1(URL.encode()).hexdigest()
@@ -119,10 +119,10 @@ def test_other_files_are_refused_and_nothing_is_written(
     name: str, files: dict[str, str | bytes], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=message):
-        convert(name, written(tmp_path, files), tmp_path / "out.jsonl")
+        convert_data_set(name, written(tmp_path, files), tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.json does not exist; name the original files of samsum"):
-        convert("samsum", [tmp_path / "none.json"], tmp_path / "out.jsonl")
+        convert_data_set("samsum", [tmp_path / "none.json"], tmp_path / "out.jsonl")

@@ -19,7 +19,7 @@ from tools.data.prompts import KINDS
 from tools.data.splits import TEST_LINES
 from tools.results import measure as measuring
 from tools.results import pages
-from tools.results.measure import LOOKS, RESULTS, measure, result_file
+from tools.results.measure import LOOKS, RESULTS, measure_row, result_file
 from tools.results.rows import CALIBRATION_LINES, ORDINARY, RISK, ROWS, Data, ResultRow
 
 command = import_module("tools.results.__main__")
@@ -92,7 +92,7 @@ def row(tmp_path: Path, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> Res
 
 
 def test_a_measurement_writes_its_result_and_a_look(tmp_path: Path, row: ResultRow) -> None:
-    measure(row, tmp_path / "out", tmp_path)
+    measure_row(row, tmp_path / "out", tmp_path)
     found = json.loads(result_file(row, tmp_path).read_text())
     assert [one["method"] for one in found["evaluation"]["rows"]] == ["full", "lookup", "lossless"]
     assert found["evaluation"]["lines"] == 2
@@ -116,9 +116,9 @@ def test_a_trial_decodes_calibration_lines_and_records_nothing(
             text = json.dumps({"input": f"one {split}", "target": "x"})
             (out / f"{split}.jsonl").write_text(text + "\n")
 
-    monkeypatch.setattr(measuring, "run", run)
+    monkeypatch.setattr(measuring, "run_command", run)
     records = replace(row, data=ROWS["records-int8"].data, calibrated=True, methods=("full", "free"))
-    found = measure(records, tmp_path / "out", tmp_path, trial=1)
+    found = measure_row(records, tmp_path / "out", tmp_path, trial=1)
     (arguments,) = asked
     assert arguments[1:5] == ("-m", "tools.data.debian", "extraction", str(tmp_path / "out" / "data" / "records"))
     assert "--test-version" in arguments
