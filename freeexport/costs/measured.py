@@ -115,12 +115,11 @@ def measured_costs(
     asked: dict[str, Any] = {"max_new_tokens": max(2, tokens), "ignore_eos": True}
 
     def decode(script: list[bool] | None, prompt: np.ndarray) -> Sample:
+        session.script.trace = script
         if script is None:
             return Sample.of(False, session.generate(prompt, mode="full", **asked).stats)
-        with session.replaying(script):
-            return Sample.of(
-                True, session.generate(prompt, mode="free", threshold=THRESHOLD, **asked).stats
-            )
+        result = session.generate(prompt, mode="free", threshold=THRESHOLD, **asked)
+        return Sample.of(True, result.stats)
 
     settings = [None, *scripts]
     began = perf_counter()
@@ -139,6 +138,7 @@ def measured_costs(
         ):
             for number, sample in enumerate(turn.runs):
                 again[turn.prompt, number].append(sample)
+    session.script.trace = None
     typical = []
     for samples in again.values():  # medians over the runs of a request
         deep = {rows: median(sample.deep[rows] for sample in samples) for rows in samples[0].deep}

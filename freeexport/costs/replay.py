@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,24 +69,15 @@ def _replaying(
 
 
 class ReplaySession(Session):
-    """Session that can replay exits in mode free.
+    """Session that replays the exits of `script` in mode free, unless the stack is full.
 
     It has one slot and no overlap. Replays work with any threshold in (0, 1).
     """
 
     def __init__(self, bundle: Path | str, **options: Any) -> None:
-        self._script = Script()
-        self._decoder_type = partial(_replaying, self._script)
+        self.script = Script()
+        self._decoder_type = partial(_replaying, self.script)
         super().__init__(bundle, **{**options, "overlap": False, "slots": 1})
 
     def __enter__(self) -> ReplaySession:
         return self
-
-    @contextmanager
-    def replaying(self, trace: Sequence[bool]) -> Iterator[None]:
-        """Context manager: requests exit according to `trace`, unless the stack is full."""
-        self._script.trace = trace
-        try:
-            yield
-        finally:
-            self._script.trace = None

@@ -82,14 +82,13 @@ def speeds_by_round(
     prompts: Sequence[PromptT],
     rounds: int,
     decode: Callable[[SettingT, PromptT], tuple[int, float]],
-    warm_up: int = 1,
 ) -> np.ndarray:
     """Measure tokens per second, float64 [rounds, settings].
 
     NaN without tokens. `decode` returns the number of tokens and the seconds.
     """
     done = np.zeros((rounds, len(settings), 2))
-    for turn in interleave(settings, prompts, rounds, decode, warm_up):
+    for turn in interleave(settings, prompts, rounds, decode):
         done[turn.round] += turn.runs
     tokens = done[..., 0]
     seconds = done[..., 1]

@@ -12,7 +12,7 @@ from freeexport.calibrate.sources import engines_hash, fitting_prompts, referenc
 from freeexport.checkpoints.examples import DataError, read_examples
 from freeexport.costs.bytes import row_share
 from freeexport.evaluate.measure import OpenSession, OtherDecoders, measure, open_session
-from freeexport.evaluate.records import Lines, Records
+from freeexport.evaluate.records import Lines, Records, busiest
 from freeexport.evaluate.scores import Row, rows_of
 from freeexport.evaluate.settings import METHODS, WITHOUT_EXIT, Entry, EvaluateOptions, entries_of
 from freeexport.evaluate.verdicts import curves_of, verdicts
@@ -228,9 +228,7 @@ def _notes(
                 f"{entry.name} is not calibrated: free ran at the given thresholds only, "
                 "rollback without one never exits"
             )
-    busy = load_note(
-        max(one.busy for lines in found.values() for turns in lines.values() for one in turns)
-    )
+    busy = load_note(busiest(found.values()))
     notes += [busy] if busy else []
     for row in rows:
         if row["method"] != "full":

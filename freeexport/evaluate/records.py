@@ -84,6 +84,11 @@ _DEFAULTS = {one.name: one.default for one in fields(Record)}
 Lines = Mapping[int, Sequence[Record]]
 
 
+def busiest(settings: Iterable[Lines]) -> float:
+    """Return the most cores that other processes used."""
+    return max(one.busy for lines in settings for turns in lines.values() for one in turns)
+
+
 class Records:
     """Records in a directory of results. Nothing is written or replaced before the first record.
 
@@ -105,7 +110,8 @@ class Records:
         self._begins = True
         if output is None:
             return
-        _check_run(output, run, overwrite)
+        remedy = "name another --output, or replace it with --overwrite"
+        check_run(output / RUN, run, remedy, overwrite)
         if not overwrite and (output / RUN).exists():
             self._begins = False
             self._found = {record.key: record for record in read_records(output / OUTPUTS)}
@@ -150,26 +156,25 @@ class Records:
         return found
 
 
-def _check_run(output: Path, run: Mapping[str, Any], overwrite: bool) -> None:
-    """Check that a directory is missing, empty, or holds this run."""
+def check_run(file: Path, run: Mapping[str, Any], remedy: str, overwrite: bool = False) -> None:
+    """Check that a directory is missing, empty, or holds this run, which its `file` describes."""
+    output = file.parent
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / RUN).is_file():
+    if not file.is_file():
         raise OptionError(
-            f"{output} exists and is not what evaluate writes (no {RUN}); choose another --output"
+            f"{output} exists and is no output of this command (no {file.name}); choose another "
+            "--output"
         )
     try:
-        before = json.loads((output / RUN).read_text(encoding="utf-8"))
+        before = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         before = None
     before = before if isinstance(before, dict) else {}
-    same = json.loads(json.dumps(run))
+    same = json.loads(json.dumps(run, default=str))
     names = sorted(name for name in {*before, *run} if before.get(name) != same.get(name))
     if names and not overwrite:
-        raise OptionError(
-            f"{output} holds another run, with other {', '.join(names)}; "
-            "name another --output, or replace it with --overwrite"
-        )
+        raise OptionError(f"{output} holds another run, with other {', '.join(names)}; {remedy}")
 
 
 def read_records(path: Path) -> Iterator[Record]:

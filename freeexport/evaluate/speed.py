@@ -16,7 +16,7 @@ from freeexport.costs.measured import bandwidth_of
 from freeexport.evaluate.evaluate import run_of
 from freeexport.evaluate.measure import measure
 from freeexport.evaluate.plot import speed_bars
-from freeexport.evaluate.records import Lines, Records
+from freeexport.evaluate.records import Lines, Records, busiest
 from freeexport.evaluate.settings import Entry, EvaluateOptions, entries_of
 from freeexport.evaluate.speed_rows import (
     add_roofline,
@@ -76,7 +76,7 @@ def measure_speed(options: EvaluateOptions) -> dict[str, Any]:
         tokens=options.max_new_tokens,
         rounds=options.rounds,
         reference=reference,
-        busy=busiest(found),
+        busy=busiest(found.values()),
     )
     return speed_report(rows, facts, bandwidth, usable_names(entries))
 
@@ -119,11 +119,6 @@ def speed_prompts(bundle: Bundle, data: Path | None, limit: int) -> list[list[in
         draw = np.random.default_rng(0)
         prompts = [draw.integers(0, manifest.vocab_size, size).tolist() for size in _LENGTHS]
     return [ids[:longest] for ids in prompts][:limit]
-
-
-def busiest(found: Mapping[str, Lines]) -> float:
-    """Return the most cores that other processes used."""
-    return max(one.busy for lines in found.values() for turns in lines.values() for one in turns)
 
 
 def usable_names(entries: list[Entry]) -> list[str]:

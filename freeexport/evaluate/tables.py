@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from freeexport.costs.bytes import CALL_BYTES
 from freeexport.evaluate.evaluate import Evaluation
@@ -24,9 +25,6 @@ _PREDICTED = (
 def settings_sheet(found: Evaluation) -> Sheet:
     """Return the table of settings. Columns with one value in all rows become facts."""
 
-    def interval(row: Row, name: str) -> str:
-        return f"{plus_minus(row[f'{name}_speed'], row[f'{name}_low'], row[f'{name}_high'], 2)}x"
-
     def of_first(show: Callable[[Row], str], row: Row) -> str:
         return "" if row["first_bundle"] is None else show(row["first_bundle"])
 
@@ -38,16 +36,18 @@ def settings_sheet(found: Evaluation) -> Sheet:
     for metric in found.metrics:
         share = "full" if len(found.metrics) == 1 else metric.shown
         columns[f"{metric.shown}#"] = partial(_value, metric)
-        columns[f"% of {share}#"] = partial(_relative, metric)
-        columns[f"{metric.shown}, % of first#"] = partial(of_first, partial(_relative, metric))
+        columns[f"% of {share}#"] = partial(relative_score, metric.name)
+        columns[f"{metric.shown}, % of first#"] = partial(
+            of_first, partial(relative_score, metric.name)
+        )
     columns |= {
         "exits#": lambda row: f"{row['exit_rate']:.0%}",
-        "speed#": lambda row: interval(row, "request"),
-        "of first#": partial(of_first, lambda row: interval(row, "request")),
+        "speed#": lambda row: speed_interval_of(row, "request"),
+        "of first#": partial(of_first, lambda row: speed_interval_of(row, "request")),
         "tokens/s#": lambda row: f"{row['tokens_per_second']:.0f}",
         "spread#": lambda row: "" if row["spread"] is None else f"{row['spread']:.0%}",
         "layers#": lambda row: f"{row['layers']:.2f}",
-        "a token#": lambda row: interval(row, "token"),
+        "a token#": lambda row: speed_interval_of(row, "token"),
         "predicted#": lambda row: "" if row["predicted"] is None else f"{row['predicted']:.2f}x",
         "first token#": lambda row: f"{row['first_speed']:.2f}x",
         "same#": lambda row: f"{row['same']:.0%}",
@@ -59,14 +59,20 @@ def settings_sheet(found: Evaluation) -> Sheet:
     return sheet(title, columns, found.rows, keep=("setting", "speed", "tokens/s"))
 
 
+def speed_interval_of(row: Mapping[str, Any], kind: str) -> str:
+    """Format the speed of a "request" or a "token" with its interval."""
+    value, low, high = (row[f"{kind}_{name}"] for name in ("speed", "low", "high"))
+    return f"{plus_minus(value, low, high, 2)}x"
+
+
 def _value(metric: Metric, row: Row) -> str:
     value: float = row["scores"][metric.name]["value"]
     return f"{100 * (1 - value):.2f}%" if metric.error else f"{value:.4f}"
 
 
-def _relative(metric: Metric, row: Row) -> str:
+def relative_score(metric: str, row: Row) -> str:
     """Format the score relative to the full model's in percent. Empty for the full model."""
-    kept, low, high = (row["scores"][metric.name][name] for name in ("relative", "low", "high"))
+    kept, low, high = (row["scores"][metric][name] for name in ("relative", "low", "high"))
     if kept is None or row.get("method") == "full":
         return ""
     return plus_minus(100 * kept, *((None, None) if low is None else (100 * low, 100 * high)))

@@ -12,9 +12,10 @@ from typing import Any
 
 from freeexport.evaluate.plot import quality_speed
 from freeexport.evaluate.scores import Row
+from freeexport.evaluate.tables import relative_score, speed_interval_of
 from freeexport.system.output import write_whole
 from freeexport.system.page import save_figure
-from freeexport.system.sheet import Sheet, markdown, plus_minus, sheet
+from freeexport.system.sheet import Sheet, markdown, sheet
 from freeexport.task_metrics import Metric, metric_of
 from runtime.bundle.beta import NEVER_EXIT
 from tools.paper.compare_plan import SAMPLES
@@ -146,14 +147,14 @@ def table_of(name: str, rows: Sequence[Row], metrics: Sequence[Metric]) -> Sheet
     }
     for metric in metrics:
         columns[f"{metric.name}#"] = partial(_score, metric.name)
-    columns[f"% of full's {metrics[0].name}#"] = partial(_kept, metrics[0].name)
+    columns[f"% of full's {metrics[0].name}#"] = partial(relative_score, metrics[0].name)
     columns |= {
         "exits#": lambda row: f"{row['exit_rate']:.0%}" if row["exit_rate"] else "",
         "layers#": lambda row: f"{row['layers']:.1f}",
         "tokens/s#": lambda row: f"{row['tokens_per_second']:.0f}",
-        "per token#": partial(_speed, "token"),
+        "per token#": lambda row: speed_interval_of(row, "token"),
         "byte model#": lambda row: "" if row["predicted"] is None else f"{row['predicted']:.2f}x",
-        "per request#": partial(_speed, "request"),
+        "per request#": lambda row: speed_interval_of(row, "request"),
         "per token, PyTorch#": partial(_against_eager, "token"),
         "per request, PyTorch#": partial(_against_eager, "request"),
     }
@@ -164,20 +165,8 @@ def _score(metric: str, row: Row) -> str:
     return f"{100 * row['scores'][metric]['value']:.2f}"
 
 
-def _kept(metric: str, row: Row) -> str:
-    kept, low, high = (row["scores"][metric][name] for name in ("relative", "low", "high"))
-    if kept is None or row["method"] == "full":
-        return ""
-    return plus_minus(100 * kept, *((None, None) if low is None else (100 * low, 100 * high)))
-
-
-def _speed(kind: str, row: Mapping[str, Any]) -> str:
-    value, low, high = (row[f"{kind}_{name}"] for name in ("speed", "low", "high"))
-    return f"{plus_minus(value, low, high, 2)}x"
-
-
 def _against_eager(kind: str, row: Row) -> str:
-    return "" if row["eager"] is None else _speed(kind, row["eager"])
+    return "" if row["eager"] is None else speed_interval_of(row["eager"], kind)
 
 
 def samples_table(report: Mapping[str, Any]) -> Sheet | None:

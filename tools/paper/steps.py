@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from freeexport.evaluate.records import check_run
 from freeexport.system.output import write_whole
 from runtime.errors import OptionError
 from runtime.json_file import read_object
@@ -37,19 +38,7 @@ class Steps:
         self.output = output
         self._announce = announce
         self._run = json.loads(json.dumps(run, default=str))
-        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-            return
-        if not (output / RUN).is_file():
-            raise OptionError(
-                f"{output} exists and is not a comparison (no {RUN}); choose another --output"
-            )
-        before = read_object(output / RUN, UNREADABLE, OptionError)
-        every = sorted({*before, *self._run})
-        if others := [name for name in every if before.get(name) != self._run.get(name)]:
-            raise OptionError(
-                f"{output} holds a comparison with other {', '.join(others)}; "
-                "repeat its options, or choose another --output"
-            )
+        check_run(output / RUN, run, "repeat its options, or choose another --output")
 
     def run(
         self, name: str, work: Callable[..., Mapping[str, Any]], *arguments: Any

@@ -14,16 +14,18 @@ def test_tokens_exit_as_the_trace_says_and_only_while_it_is_replayed(bundle: Bun
     prompt, options = list(PROMPTS[0]), {"threshold": THRESHOLD, "max_new_tokens": 7, "ignore_eos": True}
     with Session(bundle(LLAMA), threads=1, slots=1) as plain, ReplaySession(bundle(LLAMA), threads=1) as session:
         expected = plain.generate(prompt, **options).confidence
-        with session.replaying(trace):
-            for _ in range(2):  # each request begins the trace anew
-                result = session.generate(prompt, mode="free", **options)
-                assert result.exited == (False, *trace)
-                assert dict(result.stats.sync_sizes) == {3: 1, 2: 1, 1: 1}
+        session.script.trace = trace
+        for _ in range(2):  # each request begins the trace anew
+            result = session.generate(prompt, mode="free", **options)
+            assert result.exited == (False, *trace)
+            assert dict(result.stats.sync_sizes) == {3: 1, 2: 1, 1: 1}
+        session.script.trace = None
         assert session.generate(prompt, **options).confidence == expected
 
 
 def test_a_full_stack_forces_a_pass_whatever_the_trace_says(bundle: Bundles) -> None:
-    with ReplaySession(bundle(LLAMA, max_pending=3), threads=1) as session, session.replaying([True]):
+    with ReplaySession(bundle(LLAMA, max_pending=3), threads=1) as session:
+        session.script.trace = [True]
         result = session.generate(list(PROMPTS[0]), threshold=THRESHOLD, max_new_tokens=7, ignore_eos=True)
     assert result.exited == (False, True, True, False, True, True, False)
 

@@ -282,7 +282,7 @@ def test_an_output_of_another_run_is_refused_by_what_differs(run: Run, tmp_path:
     assert "holds another run, with other samples, settings; name another --output" in result.stderr
     assert run("--methods", "full,static", "--samples", 3, "--overwrite").exit_code == 0
     (tmp_path / "out" / RUN).unlink()
-    assert "is not what evaluate writes (no run.json)" in run("--overwrite").stderr
+    assert "is no output of this command (no run.json)" in run("--overwrite").stderr
 
 
 def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(

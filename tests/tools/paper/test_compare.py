@@ -117,9 +117,9 @@ def test_a_finished_step_is_not_repeated_and_an_unfinished_one_leaves_nothing(tm
 
 def test_a_run_resumed_with_other_options_and_a_foreign_directory_are_refused(tmp_path: Path) -> None:
     Steps(tmp_path / "out", {"lines": 3, "seed": 0}).run("one", dict)
-    with pytest.raises(OptionError, match="holds a comparison with other lines; repeat its options"):
+    with pytest.raises(OptionError, match="holds another run, with other lines; repeat its options"):
         Steps(tmp_path / "out", {"lines": 4, "seed": 0})
-    with pytest.raises(OptionError, match=f"is not a comparison \\(no {RUN}\\)"):
+    with pytest.raises(OptionError, match=f"is no output of this command \\(no {RUN}\\)"):
         Steps(tmp_path, {})
 
 
