@@ -79,10 +79,7 @@ class SampleCheck:
     @property
     def differs(self) -> bool:
         """True if a share of the checkpoint is outside the engines' interval."""
-        pairs = (
-            (self.agreement, self.wanted_agreement),
-            (self.confident, self.wanted_confident),
-        )
+        pairs = ((self.agreement, self.wanted_agreement), (self.confident, self.wanted_confident))
         return any(
             found.low is not None
             and found.high is not None

@@ -29,11 +29,7 @@ from freeexport.system.page import print_page
 from runtime.machine.machine import usable_cores
 
 # Options of one rule. Giving one selects that rule.
-_IMPLIED: dict[str, RuleName] = {
-    "agreement": "bmm",
-    "risk": "risk",
-    "quality": "quality",
-}
+_IMPLIED: dict[str, RuleName] = {"agreement": "bmm", "risk": "risk", "quality": "quality"}
 
 
 option = option_of(CalibrateOptions)

@@ -22,10 +22,7 @@ from freeexport.system.page import human_bytes
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import is_calibration
-from runtime.bundle.manifest import (
-    MANIFEST,
-    Manifest,
-)
+from runtime.bundle.manifest import MANIFEST, Manifest
 from runtime.kernels import kernels_of
 from runtime.tensorrt.files import DIRECTORY
 
@@ -109,13 +106,7 @@ option = option_of(ConvertOptions)
         "8, or BATCH. Without OUT, MODEL must be a bundle."
     ),
 )
-def command(
-    model: str,
-    out: Path | None,
-    build: int | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def command(model: str, out: Path | None, build: int | None, as_json: bool, **options: Any) -> None:
     """Convert MODEL to a bundle of ONNX engines at OUT.
 
     MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. OUT is written

@@ -298,10 +298,7 @@ def _show(report: dict[str, Any]) -> None:
             ),
             pairs("Providers", providers),
             pairs("CUDA", _cuda_rows(report["cuda"]) if GPU_WHEEL in versions else []),
-            pairs(
-                "TensorRT",
-                [("tensorrt", usable if tensorrt["version"] else "not installed")],
-            ),
+            pairs("TensorRT", [("tensorrt", usable if tensorrt["version"] else "not installed")]),
             pairs(
                 "Machine",
                 [*_machine_rows(report["machine"]), ("freeexport's kernels", report["kernels"])],

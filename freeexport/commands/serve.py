@@ -61,10 +61,7 @@ option = option_of(SessionOptions)
     help="Port to listen on. 0 selects a free port.",
 )
 @click.option(
-    "--origin",
-    "origins",
-    multiple=True,
-    help="Allowed CORS origin. * allows any. May be repeated.",
+    "--origin", "origins", multiple=True, help="Allowed CORS origin. * allows any. May be repeated."
 )
 @click.option(
     "--deadline",

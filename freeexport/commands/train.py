@@ -21,11 +21,7 @@ from freeexport.commands.verb_options import (
     section,
 )
 from freeexport.system.progress import duration
-from freeexport.training.options import (
-    DEFAULT_ALPHA,
-    DEFAULT_RANK,
-    TrainingOptions,
-)
+from freeexport.training.options import DEFAULT_ALPHA, DEFAULT_RANK, TrainingOptions
 from freeexport.training.train import leave_group, train
 
 OWN = Path("-")  # stands for a directory beside OUT

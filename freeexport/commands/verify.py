@@ -65,11 +65,7 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     is_flag=True,
     help=("Compare short texts only, for at most a minute after the model is loaded."),
 )
-@click.option(
-    "--device",
-    default="cpu",
-    help=DEVICE,
-)
+@click.option("--device", default="cpu", help=DEVICE)
 @section("Against itself")
 @click.option(
     "--equal",

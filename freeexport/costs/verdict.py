@@ -300,11 +300,7 @@ def verdict(facts: ExitFacts) -> Verdict:
         return Verdict("neutral", f"may pay: {gain}; {rates}; {few}", "give more data")
     if facts.measured is None and facts.basis == "bytes":
         return Verdict("neutral", f"may pay: {gain}; {rates}", f"{calibrate}, on an idle machine")
-    return Verdict(
-        "good",
-        f"pays: {gain}; {rates}",
-        f"freeexport evaluate {facts.name}",
-    )
+    return Verdict("good", f"pays: {gain}; {rates}", f"freeexport evaluate {facts.name}")
 
 
 def drafting_speedup(costs: Costs, acceptance: float, most: int) -> float:

@@ -202,9 +202,7 @@ def _about_bundle(bundle: Bundle) -> dict[str, Any]:
 
 
 def _notes(
-    entries: Sequence[Entry],
-    rows: Sequence[Row],
-    found: Mapping[tuple[str, str], Lines],
+    entries: Sequence[Entry], rows: Sequence[Row], found: Mapping[tuple[str, str], Lines]
 ) -> list[str]:
     """Return notes on methods without the training they need, and on doubtful results."""
     notes = []

@@ -33,12 +33,7 @@ _MODES: dict[str, Mode] = {
 }
 _DRAFTS: dict[str, Drafts] = {"lookup": "lookup", "exit-drafts": "exit"}
 # Options that have other defaults if speed alone is measured, where outputs are not scored.
-SPEED_DEFAULTS: dict[str, Any] = {
-    "samples": 4,
-    "rounds": 5,
-    "max_new_tokens": 64,
-    "thresholds": (),
-}
+SPEED_DEFAULTS: dict[str, Any] = {"samples": 4, "rounds": 5, "max_new_tokens": 64, "thresholds": ()}
 
 
 @dataclass(frozen=True)

@@ -117,12 +117,7 @@ class TrainingOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        literals = {
-            "tune": Tune,
-            "schedule": Schedule,
-            "dtype": Dtype,
-            "exit_input": ExitInput,
-        }
+        literals = {"tune": Tune, "schedule": Schedule, "dtype": Dtype, "exit_input": ExitInput}
         for name, known in literals.items():
             if (value := getattr(self, name)) not in get_args(known):
                 flag = name.replace("_", "-")

@@ -31,8 +31,7 @@ COARSE_LEAST = 1e-2
 # Maps states [B, n, d], encoder states, and the states after 0 to L layers, the last normed, to
 # logits [B, n, V]. Also returns confidences [B, n, 1] if they depend on more than the logits.
 ExitHead = Callable[
-    [torch.Tensor, Encoded | None, Sequence[torch.Tensor]],
-    tuple[torch.Tensor, torch.Tensor | None],
+    [torch.Tensor, Encoded | None, Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor | None]
 ]
 
 

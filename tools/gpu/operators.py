@@ -212,9 +212,7 @@ def main() -> int:
     )
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
     parser.add_argument(
-        "--dump",
-        action="store_true",
-        help=f"write {TABLE.name} from the installed onnxruntime-gpu",
+        "--dump", action="store_true", help=f"write {TABLE.name} from the installed onnxruntime-gpu"
     )
     arguments = parser.parse_args()
     if arguments.dump:
@@ -222,10 +220,7 @@ def main() -> int:
     if arguments.bundle is None:
         return 0 if arguments.dump else parser.error("give a bundle, or --dump")
     if not list(arguments.bundle.glob("*.onnx")):
-        print(
-            f"error: {arguments.bundle} has no graphs; give a bundle",
-            file=sys.stderr,
-        )
+        print(f"error: {arguments.bundle} has no graphs; give a bundle", file=sys.stderr)
         return 1
     table = load_table()
     findings = check_bundle(arguments.bundle, table)

@@ -16,10 +16,7 @@ import numpy as np
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.costs.timing import interleave
 from freeexport.system.child import run_child
-from freeexport.verification.ties import (
-    BATCHES,
-    compare_up_to_ties,
-)
+from freeexport.verification.ties import BATCHES, compare_up_to_ties
 from runtime import GenerationResult, Session
 from runtime.cuda.runner import CudaRunner
 from runtime.engines.runner import Runner

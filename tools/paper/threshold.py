@@ -133,10 +133,7 @@ class PaperThreshold(Learner):
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        state: Mapping[str, Any] | None = None,
-        zeta: float = ZETA,
+        self, manifest: Manifest, state: Mapping[str, Any] | None = None, zeta: float = ZETA
     ) -> None:
         super().__init__(manifest)
         _check_zeta(zeta)
