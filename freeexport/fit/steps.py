@@ -31,7 +31,7 @@ ANEW = "start anew with --overwrite"
 FINISHED = "finished"  # key in DONE, which otherwise has the names of steps
 # Options of both trainings. Then the weight of distillation, together and alone, and the learning
 # rate of the exit alone.
-PACE = ("--schedule", "hold", "--warmup", "0.03", "--patience", "0")
+PACE = {"schedule": "hold", "warmup": 0.03, "patience": 0}
 ALPHA = 2
 ALPHA_ALONE = 4
 RATE_ALONE: dict[ExitInput, float] = {"state": 5e-4, "feature": 1e-3, "fused": 1e-3}
@@ -177,6 +177,43 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
             seconds.get(name) or seconds["calibrate"],
         )
 
+    def training(
+        kind: str, model: str, name: str, loss: BuiltInLoss = "logit-kd", seed: int = 0
+    ) -> Step:
+        """Train all weights ("joint") or the exit alone ("exit"), to OUT.work/NAME."""
+        found = plan.exit
+        planned = plan.training
+        alone = kind == "exit"
+        assert found is not None
+        assert planned is not None
+        chosen = found.training("exit" if alone else "full", loss)
+        rate = RATE_ALONE[found.input] if alone else planned.learning_rate
+        steps = seconds[kind] / planned.step
+        if alone and len(planned.tune) > 1:
+            steps /= ALONE[found.input]
+        given: dict[str, object] = {
+            **{name.replace("_", "-"): value for name, value in chosen.items()},
+            "data": places.data("frozen" if alone else splits.TRAIN),
+            "validation": places.data("validation"),
+            **PACE,
+            "learning-rate": rate,
+        }
+        if chosen["loss"] in DISTILLING:
+            given["loss-alpha"] = ALPHA_ALONE if alone else ALPHA
+        if options.threads is not None:
+            given["threads"] = options.threads
+        given |= {
+            "batch-tokens": planned.batch_tokens,
+            "time-limit": f"{seconds[kind] / 60:.2f}",
+            "evaluate-every": max(1, int(steps / EVALUATIONS)),
+        }
+        if seed:
+            given["seed"] = seed
+        listed = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        out = places.work / name
+        arguments = ("train", model, str(out), *listed, *(["--bf16"] * planned.bf16))
+        return Step(name, arguments, seconds[kind], out)
+
     steps = [converting(GIVEN, model, places.work / GIVEN)]
     if "calibrate given" in seconds:
         steps.append(calibrate("calibrate given", places.work / GIVEN))
@@ -184,41 +221,18 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
         for name, seed in product(COMPARED, SEEDS):
             loss, methods = COMPARED[name]
             bundle = bundle_of(name, seed, places)
-            steps.append(
-                _training(
-                    "joint",
-                    model,
-                    plan,
-                    places,
-                    f"{name}-{seed}-joint",
-                    options.threads,
-                    loss,
-                    seed,
-                )
-            )
+            step = training("joint", model, f"{name}-{seed}-joint", loss, seed)
+            steps.append(step)
             if name == "exit":
-                joint = str(steps[-1].output)
-                steps.append(
-                    _training(
-                        "exit",
-                        joint,
-                        plan,
-                        places,
-                        f"{name}-{seed}-alone",
-                        options.threads,
-                        loss,
-                        seed,
-                    )
-                )
-            steps.append(
-                replace(converting(TRAINED, str(steps[-1].output), bundle), name=bundle.name)
-            )
+                step = training("exit", str(step.output), f"{name}-{seed}-alone", loss, seed)
+                steps.append(step)
+            steps.append(replace(converting(TRAINED, str(step.output), bundle), name=bundle.name))
             if "free" in methods:
                 steps.append(calibrate(f"calibrate {bundle.name}", bundle))
     else:
         for tune in plan.training.tune if plan.training else ():
             name = "joint" if tune == "full" else "exit"
-            steps.append(_training(name, model, plan, places, name, options.threads))
+            steps.append(training(name, model, name))
             model = str(steps[-1].output)
         if plan.exit is not None:
             bundle = places.work / TRAINED
@@ -245,60 +259,6 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
 def bundle_of(name: str, seed: int, places: Places) -> Path:
     """Return the path of the bundle of a compared training with a seed."""
     return places.work / f"{name}-{seed}"
-
-
-def _training(
-    kind: str,
-    model: str,
-    plan: Plan,
-    places: Places,
-    name: str,
-    threads: int | None,
-    loss: BuiltInLoss = "logit-kd",
-    seed: int = 0,
-) -> Step:
-    """Return a step that trains all weights ("joint") or the exit alone ("exit").
-
-    It writes OUT.work/NAME.
-    """
-    found = plan.exit
-    training = plan.training
-    alone = kind == "exit"
-    assert found is not None
-    assert plan.texts is not None
-    assert training is not None
-    chosen = found.training("exit" if alone else "full", loss)
-    what: list[object] = [
-        part for name, value in chosen.items() for part in (f"--{name.replace('_', '-')}", value)
-    ]
-    what += [
-        "--data",
-        places.data("frozen" if alone else splits.TRAIN),
-        "--validation",
-        places.data("validation"),
-    ]
-    alpha, rate = (
-        (ALPHA_ALONE, RATE_ALONE[found.input]) if alone else (ALPHA, training.learning_rate)
-    )
-    steps = (
-        plan.seconds[kind]
-        / training.step
-        / (ALONE[found.input] if alone and len(training.tune) > 1 else 1)
-    )
-    what += [*PACE, "--learning-rate", rate]
-    what += ["--loss-alpha", alpha] if chosen["loss"] in DISTILLING else []
-    what += [] if threads is None else ["--threads", threads]
-    what += ["--batch-tokens", training.batch_tokens]
-    what += [
-        "--time-limit",
-        f"{plan.seconds[kind] / 60:.2f}",
-        "--evaluate-every",
-        max(1, int(steps / EVALUATIONS)),
-    ]
-    what += ["--seed", seed] if seed else []
-    out = places.work / name
-    arguments = ("train", model, str(out), *map(str, what), *(["--bf16"] if training.bf16 else []))
-    return Step(name, arguments, plan.seconds[kind], out)
 
 
 def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[EvaluateOptions]:

@@ -51,22 +51,9 @@ _REQUESTS = (
     "Ask me five questions about {}.",
 )
 _SUBJECTS = (
-    "rain",
-    "prime numbers",
-    "the moon",
-    "bread",
-    "old maps",
-    "bicycles",
-    "the sea",
-    "sorting",
-    "chess",
-    "honey bees",
-    "earthquakes",
-    "the printing press",
-    "coffee",
-    "train tables",
-    "glass",
-    "music",
+    *("rain", "prime numbers", "the moon", "bread", "old maps", "bicycles", "the sea", "sorting"),
+    *("chess", "honey bees", "earthquakes", "the printing press", "coffee", "train tables"),
+    *("glass", "music"),
 )
 
 
@@ -262,14 +249,13 @@ def check_equality(
         OptionError: If that number of tokens cannot be compared. Raised before anything is decoded.
     """
     settings = all_settings()
-    plan = _planned(bundle.manifest, tokens, len(settings), max(1, len(sets)), prompts)
+    shares, answer = _planned(bundle.manifest, tokens, len(settings), max(1, len(sets)), prompts)
     if not sets:
-        yield from _compare(bundle, plan, settings, prompts)
+        yield from _compare(bundle, shares[0], answer, settings, prompts)
         return
-    whole = Equality(tokens, plan.answer)
+    whole = Equality(tokens, answer)
     for place, name in enumerate(sets):
-        share = plan.shares[place]
-        given = [str(bundle.path), str(share), "" if file is None else str(file)]
+        given = [str(bundle.path), str(shares[place]), "" if file is None else str(file)]
         variables = {"FREEEXPORT_INSTRUCTIONS": name}
         report = json.loads(run_child(__name__, *given, variables=variables))
         answers = [Answer(tuple(ids), tuple(logprobs)) for ids, logprobs in report["answers"]]
@@ -326,22 +312,10 @@ def prompt_ids(bundle: Bundle, file: Path | None) -> list[list[int]]:
         return sample_ids(bundle)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Distribution of tokens.
-
-    Attributes:
-        shares: Tokens that each instruction set compares.
-        answer: Tokens per request.
-    """
-
-    shares: list[int]
-    answer: int
-
-
 def _planned(
     manifest: Manifest, tokens: int, settings: int, sets: int, prompts: list[list[int]]
-) -> _Plan:
+) -> tuple[list[int], int]:
+    """Return the tokens that each instruction set compares, and the tokens of a request."""
     if manifest.speech is not None:
         raise OptionError(
             "--equal compares answers to text, and this bundle reads speech; leave it out"
@@ -363,16 +337,19 @@ def _planned(
             f"{max(0, room)} fit behind the longest; give --data with more or shorter prompts, or "
             "compare fewer tokens"
         )
-    return _Plan(shares, min(room, answer))
+    return shares, min(room, answer)
 
 
 def _compare(
-    bundle: Bundle, plan: _Plan, settings: Sequence[DecodingSetting], prompts: list[list[int]]
+    bundle: Bundle,
+    total: int,
+    answer: int,
+    settings: Sequence[DecodingSetting],
+    prompts: list[list[int]],
 ) -> Iterator[Equality]:
-    total = plan.shares[0]
     shares = [len(range(number, total, len(settings))) for number in range(len(settings))]
-    count = -(-shares[0] // plan.answer)
-    answer = min(plan.answer, shares[0])
+    count = -(-shares[0] // answer)
+    answer = min(answer, shares[0])
     alike = bundle.manifest.kernels is None or not prompt_differs()
     outcome = Equality(total, answer, reads_alike=alike)
     name = instructions() if missing() is None else "none"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,24 +103,23 @@ def _cut_validation(options: CompareOptions) -> dict[str, Any]:
     return {"lines": len(lines)}
 
 
-class SeedDirectories:
-    """Directories of one seed."""
+class SeedDirectories(NamedTuple):
+    """Directories of one seed: its part `seed` in directories below `output`."""
 
-    def __init__(self, output: Path, seed: str) -> None:
-        self._output = output
-        self._seed = seed
+    output: Path
+    seed: str
 
     def checkpoint(self, training: PaperTraining) -> Path:
-        return self._output / "checkpoints" / self._seed / training.name
+        return self.output / "checkpoints" / self.seed / training.name
 
     def bundle(self, one: Contestant) -> Path:
-        return self._output / "bundles" / self._seed / one.name
+        return self.output / "bundles" / self.seed / one.name
 
     def calm(self, one: Contestant) -> Path:
-        return self._output / "calm" / self._seed / one.name
+        return self.output / "calm" / self.seed / one.name
 
     def measured(self, measurement: Measurement) -> Path:
-        return self._output / "measured" / self._seed / measurement.name
+        return self.output / "measured" / self.seed / measurement.name
 
 
 def _train(

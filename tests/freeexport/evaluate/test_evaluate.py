@@ -91,7 +91,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, path: Path, data: Path) -> Do
     out, found = tmp_path_factory.mktemp("results") / "out", list[evaluation.Evaluation]()
     methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback", "exit-drafts"))
     write = page.write_evaluation
-    with mock.patch.object(page, "write", lambda one, out: (found.append(one), write(one, out))):
+    with mock.patch.object(page, "write_evaluation", lambda one, out: (found.append(one), write(one, out))):
         result = call((path,), data, out, "--methods", methods, "--rounds", 2, "--metric", "chrf")
     assert result.exit_code == 0, result.output
     return Done(result.stdout, out, found[0])
