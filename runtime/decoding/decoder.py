@@ -16,8 +16,7 @@ from runtime.engines.runner import Runner
 from runtime.kernels import reading_prompt
 from runtime.result import Stats
 
-# Prompts are read in pieces, because attention over a piece needs memory for rows x positions
-# scores.
+# Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.
 PREFILL_ROWS = 512
 # While other sequences decode, one piece runs before each of the two engine calls of their next
 # token. Its number of rows is chosen to take this many seconds, within limits. Small pieces reread
@@ -38,15 +37,9 @@ class Decoder:
     first use and kept, with the arrays they read and write. The arrays of a step are also kept
     as memoryviews, because numpy scalar access is slow.
 
-    Args:
-        shallow: Runs the shallow engine.
-        deep: Runs the deep engine.
-        slot: Row in the caches.
-        hidden_size: Size of hidden states, d.
-        vocab_size: Size of the vocabulary, V.
-        max_pending: Maximum number of rows on the stack.
-
     Attributes:
+        slot: Row in the caches.
+        max_pending: Maximum number of rows on the stack.
         exit: Runs the exit if that is an engine of its own.
         overlaps: Deep passes run in parallel to shallow steps.
         in_background: A deep pass may be running in parallel now.
@@ -150,10 +143,7 @@ class Decoder:
         self._deep.cache.trim(self.slot, length)
 
     def drop_stack(self) -> None:
-        """Drop the stacked rows without a deep pass.
-
-        The deep cache then lags behind for the rest of the sequence.
-        """
+        """Drop the stacked rows without a deep pass. The deep cache then stays shorter."""
         self.stacked = 0
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
@@ -274,9 +264,7 @@ class Decoder:
         """Read the prompt like `prefill`, letting others have a turn between pieces.
 
         Args:
-            tokens: The prompt, int64 [n].
-            head: See `prefill`.
-            exits: See `prefill`.
+            tokens, head, exits: See `prefill`.
             prefix: Positions stored in it are copied instead of computed.
             score: Called with the first position of each piece and the deep logits at its rows,
                 float32 [k, V]. Requires `want_logits(True)` and no `prefix`.
@@ -381,8 +369,7 @@ class Decoder:
     def prediction(self) -> Prediction:
         """Read the prediction of the last step, which has already been counted."""
         fields = (self._best_memory[0], self._confidence_memory[0], None, self._step_logits)
-        shallow: Prediction = tuple.__new__(Prediction, fields)
-        return shallow
+        return tuple.__new__(Prediction, fields)
 
     def _answer(self, row: int, drafted: bool = False) -> Prediction:
         """Read the prediction of the last deep call at row `row` of its heads."""
