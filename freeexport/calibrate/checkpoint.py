@@ -204,7 +204,7 @@ class Tracer:
         generation = checkpoint.generation_config
         start = generation.get("decoder_start_token_id") if form.seq2seq else None
         self._collate = Collator(start)
-        # Tokens at the beginning of an output that cannot exit: the first one behind a prompt of a
+        # Tokens at the beginning of an output that cannot exit: the first one after the prompt of a
         # decoder-only model, or a forced one.
         is_forced = forced(generation, "forced_bos_token_id") is not None
         self._skipped = int(is_forced) if form.seq2seq else 1

@@ -230,8 +230,8 @@ def _drafted_trace(
     """Trace an exit that reads features, or speech, whose rules also affect the output."""
     spoken = isinstance(prompt, SpeechPrompt)
     manifest = session.manifest
-    asked = cast(Any, prompt)
-    ids = session.generate(asked, mode="full", max_new_tokens=max_new_tokens).token_ids
+    answer = session.generate(cast(Any, prompt), mode="full", max_new_tokens=max_new_tokens)
+    ids = answer.token_ids
     found: dict[str, list[Any]] = {name: [] for name in _TYPES}
     with session.decoder(prompt) as decoder:
         if manifest.encoder_decoder and not spoken:

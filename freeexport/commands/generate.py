@@ -286,8 +286,8 @@ def command(
             return
         text = sys.stdin.read() if prompt in (None, STANDARD) else prompt
         if sequences == 1 and not as_json:
-            asked = prompt_of(text)
-            hint(asked, [_stream(session, asked, names_mode, options)])
+            given = prompt_of(text)
+            hint(given, [_stream(session, given, names_mode, options)])
             return
         results = ask(text)
         if not results:

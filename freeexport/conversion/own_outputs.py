@@ -67,12 +67,12 @@ def own_outputs(
     with Session(bundle, slots=slots) as session, ThreadPoolExecutor(slots) as pool:
 
         def answer(index: int) -> tuple[int, np.ndarray]:
-            asked: Any = prompts[index]
+            prompt: Any = prompts[index]
             given: dict[str, Any] = {"max_new_tokens": new_tokens}
-            if isinstance(asked, Recording):
-                given |= {"language": asked.language, "fallback_temperatures": ()}
-                asked = asked.path
-            result = session.generate(asked, mode="full", cancel=cancel, **given)
+            if isinstance(prompt, Recording):
+                given |= {"language": prompt.language, "fallback_temperatures": ()}
+                prompt = prompt.path
+            result = session.generate(prompt, mode="full", cancel=cancel, **given)
             return index, np.array(result.token_ids, np.int32)
 
         waiting = iter(range(len(prompts)))

@@ -112,13 +112,13 @@ def measured_costs(
     sizes = [size for size in SIZES if size <= session.manifest.max_pending]
     scripts = [[exits for size in sizes for exits in [True] * (size - 1) + [False]]]
     scripts += [drawn(rate, seed) for seed, rate in enumerate(RATES)]
-    asked: dict[str, Any] = {"max_new_tokens": max(2, tokens), "ignore_eos": True}
+    options: dict[str, Any] = {"max_new_tokens": max(2, tokens), "ignore_eos": True}
 
     def decode(script: list[bool] | None, prompt: np.ndarray) -> Sample:
         session.script.trace = script
         if script is None:
-            return Sample.of(False, session.generate(prompt, mode="full", **asked).stats)
-        result = session.generate(prompt, mode="free", threshold=THRESHOLD, **asked)
+            return Sample.of(False, session.generate(prompt, mode="full", **options).stats)
+        result = session.generate(prompt, mode="free", threshold=THRESHOLD, **options)
         return Sample.of(True, result.stats)
 
     settings = [None, *scripts]

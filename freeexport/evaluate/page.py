@@ -95,13 +95,13 @@ class Story:
 
 def as_markdown(found: Evaluation, story: Story | None = None) -> str:
     """Format the verdicts, tables and facts as Markdown."""
-    told = [*facts(found), *(("note", note) for note in found.report["notes"])]
+    notes = [("note", note) for note in found.report["notes"]]
     return "\n".join(
         [
             *([] if story is None else [f"# {story.title}\n", f"**{story.verdict}**\n"]),
             *(f"**{verdict}.**\n" for verdict in found.report["verdicts"]),
             *(markdown(settings_sheet(found)), "", markdown(curves_sheet(found)), ""),
-            *(f"- {name}: {text}" for name, text in told),
+            *(f"- {name}: {text}" for name, text in (*facts(found), *notes)),
             *(
                 []
                 if story is None
@@ -173,9 +173,9 @@ def example_outputs(found: Evaluation) -> list[dict[str, Any]]:
             name = f"{setting}, {bundle}" if len(bundles) > 1 else setting
             outputs.append((name, list(zip(texts, record.exited, strict=True))))
         given = found.requests[line].input
-        asked = given[-1]["content"] if isinstance(given, list) else str(given)
+        question = given[-1]["content"] if isinstance(given, list) else str(given)
         reference = found.references[line].texts[0]
-        made.append({"line": line, "input": asked, "reference": reference, "outputs": outputs})
+        made.append({"line": line, "input": question, "reference": reference, "outputs": outputs})
     return made
 
 

@@ -178,10 +178,7 @@ def check_run(file: Path, run: Mapping[str, Any], remedy: str, overwrite: bool =
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a file.
-
-    Truncates a partial last line, which a killed run leaves behind.
-    """
+    """Yield the records of a file. A partial last line, of a killed run, is cut off."""
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             found = json.loads(line)

@@ -105,7 +105,7 @@ def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]
     report = found.report
     whole = settings_sheet(found)
     hidden = set[str]() if shown is None else shown.hides(whole)
-    told = [
+    explained = [
         *whole.facts,
         (
             "speed",
@@ -120,40 +120,40 @@ def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]
             f"the median of {options.rounds} round(s) a line",
         ),
     ]
-    told += [
+    explained += [
         (f"metric {metric.name}", metric.signature) for metric in found.metrics if metric.signature
     ]
-    return [(name, text) for name, text in told if name not in hidden]
+    return [(name, text) for name, text in explained if name not in hidden]
 
 
 def _facts_of_columns(found: Evaluation) -> list[tuple[str, str]]:
     """Explain the columns and marks that some evaluations have."""
     rows = found.rows
-    told: list[tuple[str, str]] = []
+    explained: list[tuple[str, str]] = []
     if len(found.entries) > 1:
-        told.append(("of first", f"as a multiple of full in {found.entries[0].name}"))
+        explained.append(("of first", f"as a multiple of full in {found.entries[0].name}"))
     if any(row["predicted"] for row in rows):
         shares = dict.fromkeys(found.report["row_shares"].values())
         listed = ", ".join(f"{share:.0%}" for share in shares)
-        told.append(("predicted", _PREDICTED.format(listed, CALL_BYTES / 1e6)))
+        explained.append(("predicted", _PREDICTED.format(listed, CALL_BYTES / 1e6)))
     spreads = [row["spread"] for row in rows if row["spread"] is not None]
     if spreads:
         most = f"tokens/s of a setting differed by up to {max(spreads):.0%} between rounds"
-        told.append(("rounds", most))
-    told += _facts_of_drafts(rows)
-    told += [
+        explained.append(("rounds", most))
+    explained += _facts_of_drafts(rows)
+    explained += [
         (metric.shown, f"errors: less is better; shares of full's are those of {metric.label}")
         for metric in found.metrics
         if metric.error
     ]
     if any(row["calibrated"] for row in rows):
-        told.append(("*", "the calibrated threshold"))
-    return told
+        explained.append(("*", "the calibrated threshold"))
+    return explained
 
 
 def _facts_of_drafts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """List the accepted share of drafts by position, where enough were compared."""
-    told = []
+    explained = []
     for row in rows:
         for source, positions in row["drafts"].items():
             accepted = [
@@ -161,8 +161,10 @@ def _facts_of_drafts(rows: Sequence[Row]) -> list[tuple[str, str]]:
             ]
             if accepted:
                 listed = f"{', '.join(accepted)} % accepted at each position"
-                told.append((f"drafts of {source}", f"{row['bundle']}, {row['setting']}: {listed}"))
-    return told
+                explained.append(
+                    (f"drafts of {source}", f"{row['bundle']}, {row['setting']}: {listed}")
+                )
+    return explained
 
 
 def narrow(shown: Sheet, metrics: Sequence[Metric] = ()) -> Sheet:

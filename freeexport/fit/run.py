@@ -242,13 +242,13 @@ def _tried(steps: Sequence[Step], done: Mapping[str, Any]) -> Sheet:
             for line in str(entry.get("output", "")).splitlines()
             if line.strip() and line[:8] != "written:"
         ]
-        told = [
+        outcome = [
             line
             for line in lines
             if line.startswith(("agreement of", "warning", "verdict", "kept"))
         ] or lines[-1:]
         took = duration(entry["seconds"]) if "seconds" in entry else ""
-        rows.append((step.name, took, step.command, "; ".join(told)))
+        rows.append((step.name, took, step.command, "; ".join(outcome)))
     return Sheet("What was done", ("step", "time#", "command", "outcome"), tuple(rows))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
-from freeexport.system.jsonl import Request, asked, encoded
+from freeexport.system.jsonl import Request, encoded, input_field
 
 TRAIN = "train"
 # Words per shingle, and shingles per sketch. A sketch has the shingles with the smallest hashes.
@@ -87,7 +87,9 @@ def write_splits(splits: Mapping[str, Sequence[Request]], directory: Path) -> No
     """Write each split to NAME.jsonl in `directory`."""
     for name, lines in splits.items():
         fields = ("target", "references", "language")
-        records = [{**asked(one), **{name: getattr(one, name) for name in fields}} for one in lines]
+        records = [
+            {**input_field(one), **{name: getattr(one, name) for name in fields}} for one in lines
+        ]
         records = [
             one | ({"audio": os.path.abspath(one["audio"])} if "audio" in one else {})
             for one in records

@@ -22,8 +22,8 @@ from freeexport.system.jsonl import (
     BrokenLine,
     Request,
     append_lines,
-    asked,
     encoded,
+    input_field,
     open_pipe,
     read_requests,
     whole_lines,
@@ -228,7 +228,7 @@ class ResultFile:
         Raises:
             FreeExportError: If the line cannot be written, for instance because the disk is full.
         """
-        question = asked(line) if isinstance(line, Request) else {}
+        question = input_field(line) if isinstance(line, Request) else {}
         target = (
             {"target": line.target} if isinstance(line, Request) and line.target is not None else {}
         )

@@ -8,13 +8,13 @@ import sys
 if sys.platform == "win32":
     import msvcrt
 
-    # Locked bytes cannot be read by others, so the lock is on a byte behind the content.
-    _BEHIND = 1 << 20
+    # Locked bytes cannot be read by others, so the lock is on a byte after the content.
+    _LOCKED_BYTE = 1 << 20
 
     def lock_file(descriptor: int) -> None:
         """Lock a file until its descriptor is closed."""
         at = os.lseek(descriptor, 0, os.SEEK_CUR)
-        os.lseek(descriptor, _BEHIND, os.SEEK_SET)
+        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         except PermissionError as error:

@@ -139,7 +139,7 @@ def _unreadable(path: Path, error: OSError) -> OptionError:
     return OptionError(f"{path} cannot be read ({error.strerror}); give a JSONL file")
 
 
-def asked(request: Request) -> dict[str, Any]:
+def input_field(request: Request) -> dict[str, Any]:
     """Return the input as a JSON field for another file."""
     audio = isinstance(request.input, Path)
     return {"audio": str(request.input)} if audio else {"input": request.input}

@@ -43,7 +43,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def writing_error(error: BaseException) -> OSError | None:
-    """Find the system error behind an exception of any library, if a file could not be written."""
+    """Find the system error that caused an exception of any library, if a file was not written."""
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None

@@ -14,7 +14,7 @@ import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example, Recording, TextFormat, example_of, prompts_of
-from freeexport.system.jsonl import Request, append_lines, asked, whole_lines
+from freeexport.system.jsonl import Request, append_lines, input_field, whole_lines
 from freeexport.system.output import OutputError
 from freeexport.system.progress import progress
 from runtime.json_file import read_object
@@ -77,7 +77,12 @@ def own_examples(
                 text = str(form.tokenizer.decode(ids, skip_special_tokens=True))
                 request, prompt = wanted[index]
                 digest = {"digest": prompt.digest} if isinstance(prompt, Recording) else {}
-                record = {**asked(request), **digest, "target": text, "target_ids": ids.tolist()}
+                record = {
+                    **input_field(request),
+                    **digest,
+                    "target": text,
+                    "target_ids": ids.tolist(),
+                }
                 append_lines(directory / OUTPUTS, [record])
                 outputs[names[index]] = ids.tolist()
                 advance()

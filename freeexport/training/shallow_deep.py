@@ -278,8 +278,9 @@ class ShallowDeep(nn.Module):
         }
         if not self.training:
             tokens = None if known is None else known.vocabulary
-            judged = by_layer[self.layers] if self.loss == "deep-ce" else None
-            return measures(by_layer, targets, exits_of(shallow, tokens), deep.argmax(-1), judged)
+            deep_loss = by_layer[self.layers] if self.loss == "deep-ce" else None
+            exits = exits_of(shallow, tokens)
+            return measures(by_layer, targets, exits, deep.argmax(-1), deep_loss)
         loss = losses.by_depth(by_layer).sum()
         if self.loss == "logit-kd":
             meant = deep if known is None else known.folded(deep.detach().float())

@@ -334,7 +334,7 @@ def _planned(
     if room < 1 or -(-most // min(room, answer)) > len(prompts) * TURNS:
         raise OptionError(
             f"--equal {tokens} needs answers of {answer} tokens to {len(prompts)} prompts, and "
-            f"{max(0, room)} fit behind the longest; give --data with more or shorter prompts, or "
+            f"{max(0, room)} fit after the longest; give --data with more or shorter prompts, or "
             "compare fewer tokens"
         )
     return shares, min(room, answer)

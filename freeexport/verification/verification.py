@@ -250,8 +250,8 @@ class _Verification:
                 ):
                     break
             for line, prompt in enumerate(prompts[: len(greedy)], start=1):
-                asked = prompt if isinstance(prompt, SpeechPrompt) else np.array(prompt, np.int64)
-                traces.append(trace_of(session, line, asked, count))
+                ids = prompt if isinstance(prompt, SpeechPrompt) else np.array(prompt, np.int64)
+                traces.append(trace_of(session, line, ids, count))
         joined = Traces.joined(traces)
         agreement = joined.share(joined.agrees)
         passed = all(prompt["passed"] for prompt in greedy)
@@ -346,7 +346,7 @@ def _tie(precision: Precision, checks: list[Check]) -> float | None:
 
     It is twice the measured error. In fp32 it includes the error of transformers, which runs
     `generate` in fp32. None for quantized weights: such a bundle is a different model, so equal
-    tokens are reported but not required, and quality is judged by the predictions.
+    tokens are reported but not required, and quality is that of the predictions.
     """
     from freeexport.verification.greedy import TIE
 

@@ -20,9 +20,9 @@ class FeatureDecoder(Decoder):
     position. That is the deep decoder's final normalized state or, until a deep pass computes it,
     the exit's own. The feature of a fused exit also has two earlier states of the deep decoder.
 
-    The exit's cache may lag behind the shallow one. It catches up, in one call, when a prediction
-    is needed. A deep pass trims it to the rows that used the deep decoder's features, so drafted
-    rows are computed again with the correct ones.
+    The exit's cache may be shorter than the shallow one. It catches up, in one call, when a
+    prediction is needed. A deep pass trims it to the rows that used the deep decoder's features,
+    so drafted rows are computed again with the correct ones.
 
     If no layer precedes the exit, it embeds tokens itself. The shallow engine then has nothing to
     compute in a step, and embeds all stacked tokens in one call before a deep pass.
@@ -89,7 +89,7 @@ class FeatureDecoder(Decoder):
         self._head = True
         call = self._ask()
         call.run()
-        self._asked(call)
+        self._count_exit(call)
         self.batch_size = 1
         return self.prediction()
 
@@ -163,7 +163,7 @@ class FeatureDecoder(Decoder):
         if head:
             call = self._ask()
             yield call
-            self._asked(call)
+            self._count_exit(call)
             self.batch_size = call.batch_size
 
     def _ask(self) -> SlotCall:
@@ -184,7 +184,7 @@ class FeatureDecoder(Decoder):
         call.shrink(rows, 1)
         return call
 
-    def _asked(self, call: SlotCall) -> None:
+    def _count_exit(self, call: SlotCall) -> None:
         """Count a call of the exit. Keep its feature if no deep pass has computed a newer one."""
         cache = self._exit_cache
         slot = self.slot
@@ -222,8 +222,8 @@ class FeatureDecoder(Decoder):
         cache = self._exit_cache
         slot = self.slot
         end = self.lengths()[0]
-        while (behind := end - (first := cache.length(slot))) > most:
-            rows = min(PREFILL_ROWS, behind - most)
+        while (missing := end - (first := cache.length(slot))) > most:
+            rows = min(PREFILL_ROWS, missing - most)
             states: Any = np.zeros(rows, np.int64)
             if not self._embeds:
                 states = self._exit.scratch("states", (rows, self.hidden_size), np.float32)
@@ -231,9 +231,9 @@ class FeatureDecoder(Decoder):
             features = self._exit.scratch("features", size, np.float32)
             states[:] = cache.states[slot, first : first + rows]
             features[:] = cache.features[slot, first : first + rows]
-            call = self._exit_call_of((states, features), int(head and rows == behind))
+            call = self._exit_call_of((states, features), int(head and rows == missing))
             call.seconds = self._exit.run(self.bind(call))
-            self._asked(call)
+            self._count_exit(call)
 
     def _bound(self) -> list[SlotCall]:
         return [*super()._bound(), *self._exit_calls.values(), *self._embeddings.values()]

@@ -122,13 +122,13 @@ def squad(sources: Sequence[Path]) -> Iterator[Line]:
                 context = _text(paragraph, "context", str(path))
                 for question in _list(_field(paragraph, "qas"), path, "'qas'"):
                     where = f"{path}, question {str(_field(question, 'id'))[:40]}"
-                    asked = _text(question, "question", where)
                     found = _list(_field(question, "answers"), path, "'answers'")
                     answers = list(dict.fromkeys(_text(one, "text", where) for one in found))
                     if not answers:
                         raise DataError(f"{where} has no answer; use SQuAD 1.1, not 2.0")
                     line = {
-                        "input": f"{QUESTION}{asked.strip()} context: {context.strip()}",
+                        "input": f"{QUESTION}{_text(question, 'question', where).strip()} "
+                        f"context: {context.strip()}",
                         "target": answers[0],
                     }
                     yield line | ({"references": answers[1:]} if answers[1:] else {})

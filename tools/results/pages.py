@@ -118,10 +118,10 @@ def _ledger(directory: Path) -> list[str]:
     """Return the table of measurements on test lines, newest first."""
     text = (directory / LOOKS).read_text(encoding="utf-8")
     looks = [json.loads(line) for line in text.splitlines()]
-    told = {None: "not recorded", True: "yes", False: "no"}
+    words = {None: "not recorded", True: "yes", False: "no"}
     rows = [
         f"| {look['date']} | {(look['commit'] or 'unknown')[:7]} | {look['split']} | "
-        f"{look['lines']} | {look['result']} | {told[look['trained_after']]} |"
+        f"{look['lines']} | {look['result']} | {words[look['trained_after']]} |"
         for look in sorted(looks, key=lambda look: look["date"], reverse=True)
     ]
     return [
@@ -185,11 +185,11 @@ def readme_table(directory: Path) -> str:
     )
     threads = sorted({report["threads"] for report in found.values()})
     counts = sorted({report["lines"] for report in found.values()})
-    told = (
+    machine_and_lines = (
         f"{hardware}, {' or '.join(map(str, threads))} threads, "
         f"{', '.join(map(str, counts))} test lines per row."
     )
-    return "\n".join([*lines, "", told, *_slowest(found)])
+    return "\n".join([*lines, "", machine_and_lines, *_slowest(found)])
 
 
 def _readme_cells(row: ResultRow, report: Evaluation) -> tuple[str, str, str]:
