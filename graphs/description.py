@@ -164,9 +164,10 @@ class Attention:
         relative_bias: T5's relative bias. Default: none.
         query_norm: Norm of each head's query (Gemma 3, Qwen 3). Default: none.
         key_norm: Norm of each head's key (Gemma 3, Qwen 3). Default: none.
-        window: Number of most recent positions that a query attends to, including its own (Gemma 2
-            and 3, Mistral, Qwen). Default: all.
-        softcap: Replaces each score by softcap * tanh(score / softcap) (Gemma 2). Default: no cap.
+        window: A query attends to keys at a distance below this number of positions (Gemma 2 and
+            3, Mistral, Qwen, T5Gemma). Default: all.
+        softcap: Replaces each score by softcap * tanh(score / softcap) (Gemma 2,
+            T5Gemma). Default: no cap.
     """
 
     heads: int
@@ -210,9 +211,10 @@ class Layer:
     Attributes:
         order: "pre" normalizes the input of each block: x + block(norm(x)). "post" normalizes the
             sum: norm(x + block(x)) (BART, Marian).
-        attention_out: Norm of the self-attention's output, before the sum (Gemma 2 and 3). Default:
-            none.
-        mlp_out: Norm of the MLP's output, before the sum (Gemma 2 and 3). Default: none.
+        attention_out: Norm of the self-attention's output, before the sum (Gemma 2 and 3, T5Gemma).
+            Default: none.
+        cross_out: Norm of the cross-attention's output, before the sum (T5Gemma). Default: none.
+        mlp_out: Norm of the MLP's output, before the sum (Gemma 2 and 3, T5Gemma). Default: none.
     """
 
     attention_norm: Norm
@@ -223,6 +225,7 @@ class Layer:
     cross: Attention | None = None
     order: Literal["pre", "post"] = "pre"
     attention_out: Norm | None = None
+    cross_out: Norm | None = None
     mlp_out: Norm | None = None
 
 
@@ -257,11 +260,16 @@ class Head:
 
 @dataclass(frozen=True)
 class EncoderStack:
-    """Bidirectional layers over the prompt, with an optional final norm."""
+    """Bidirectional layers over the prompt, with an optional final norm.
+
+    Attributes:
+        max_positions: Longest prompt. Default: that of the embedding's positions, or any.
+    """
 
     embedding: Embedding | Spectrogram
     layers: tuple[Layer, ...]
     norm: Norm | None
+    max_positions: int | None = None
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class ExitLayer(nn.Module):
         self.mlp_norm = norm_module(layer.mlp_norm, read)
         self.mlp = FeedForward(layer.mlp, read)
         self.attention_out = norm_module(layer.attention_out, read)
+        self.cross_out = norm_module(layer.cross_out, read)
         self.mlp_out = norm_module(layer.mlp_out, read)
 
     def forward(
@@ -84,7 +85,9 @@ class ExitLayer(nn.Module):
         )
         if self.cross is not None and self.cross_norm is not None:
             cross = self.cross
-            x = self._block(x, self.cross_norm, lambda read: cross(read, encoded))
+            x = self._block(
+                x, self.cross_norm, lambda read: self.cross_out(cross(read, encoded))
+            )
         return self._block(x, self.mlp_norm, lambda read: self.mlp_out(self.mlp(read)))
 
     def _block(

@@ -10,11 +10,11 @@ from typing import Any
 
 from graphs.description import Description
 from graphs.errors import UnsupportedModelError
-from graphs.families import bart, gemma, gpt2, llama, t5, whisper
+from graphs.families import bart, gemma, gpt2, llama, t5, t5gemma, whisper
 from graphs.shapes import check_config
 from graphs.weights import Weights
 
-FAMILIES = (t5, llama, gemma, gpt2, bart, whisper)
+FAMILIES = (t5, llama, gemma, gpt2, bart, whisper, t5gemma)
 # Fields of a configuration that stand for unsupported features.
 _BEYOND = {
     **dict.fromkeys(("num_experts", "num_local_experts"), "a mixture of experts"),
