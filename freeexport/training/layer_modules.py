@@ -85,9 +85,7 @@ class ExitLayer(nn.Module):
         )
         if self.cross is not None and self.cross_norm is not None:
             cross = self.cross
-            x = self._block(
-                x, self.cross_norm, lambda read: self.cross_out(cross(read, encoded))
-            )
+            x = self._block(x, self.cross_norm, lambda read: self.cross_out(cross(read, encoded)))
         return self._block(x, self.mlp_norm, lambda read: self.mlp_out(self.mlp(read)))
 
     def _block(

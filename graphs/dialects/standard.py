@@ -69,9 +69,7 @@ class StandardDialect:
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         return self.attend_to_prompt(linear(self.graph, x, attention.query), attention, layer)
 
-    def attend_to_prompt(
-        self, query: ir.Value, attention: Attention, layer: int | str
-    ) -> ir.Value:
+    def attend_to_prompt(self, query: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         """Attend to the prompt's keys and values with queries of all rows, including padding.
 
         [B * rows, heads * head_dim] -> the same shape.
