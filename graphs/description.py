@@ -164,8 +164,9 @@ class Attention:
         relative_bias: T5's relative bias. Default: none.
         query_norm: Norm of each head's query (Gemma 3, Qwen 3). Default: none.
         key_norm: Norm of each head's key (Gemma 3, Qwen 3). Default: none.
-        window: A query attends to keys at a distance below this number of positions (Gemma 2 and
-            3, Mistral, Qwen, T5Gemma). Default: all.
+        window: Number of most recent positions that a query attends to, including its own (Gemma 2
+            and 3, Mistral, Qwen, T5Gemma). Default: all.
+        ahead: Number of later positions that a query of an encoder attends to, with `window`.
         softcap: Replaces each score by softcap * tanh(score / softcap) (Gemma 2,
             T5Gemma). Default: no cap.
     """
@@ -183,6 +184,7 @@ class Attention:
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     window: int | None = None
+    ahead: int = 0
     softcap: float | None = None
 
 

@@ -102,8 +102,11 @@ class StandardDialect:
                 )
             if attention.window is not None:
                 queries = graph.op("Unsqueeze", [self._positions, graph.constant([2])])
-                distance = graph.op("Abs", [graph.op("Sub", [queries, keys])])
-                near = graph.op("Less", [distance, graph.constant(np.int64(attention.window))])
+                back = graph.op("Sub", [queries, keys])
+                window = graph.constant(np.int64(attention.window))
+                ahead = graph.constant(np.int64(-attention.ahead))
+                recent = graph.op("Less", [back, window])
+                near = graph.op("And", [recent, graph.op("GreaterOrEqual", [back, ahead])])
                 near = graph.op("Unsqueeze", [self._additive(near), graph.constant([1])])
                 mask = graph.op("Add", [mask, near])
             self._masks[name] = mask

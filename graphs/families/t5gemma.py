@@ -97,9 +97,10 @@ def _layer(stack: Mapping[str, Any], weights: Weights, number: int, name: str) -
         mlp_out=llama.rms_norm(stack, f"{name}.post_feedforward_layernorm"),
     )
     if ".encoder." in name:
-        # transformers counts the distance of an encoder's keys without the query's own position.
-        window = None if attention.window is None else attention.window + 1
-        return replace(layer, attention=replace(attention, window=window))
+        if (window := attention.window) is None:
+            return layer
+        # transformers counts an encoder's window without the query's own position.
+        return replace(layer, attention=replace(attention, window=window + 1, ahead=window))
     cross = _attention(stack, weights, number, f"{name}.cross_attn")
     return replace(
         layer,
