@@ -211,6 +211,9 @@ class Layer:
     """One transformer layer: self-attention, optional cross-attention, and MLP, each residual.
 
     Attributes:
+        cross: Cross-attention. Without a `cross_norm` it is no block of its own: the
+            self-attention's queries attend to both kinds of keys in one softmax, and all weights
+            are those of the self-attention (T5Gemma 2).
         order: "pre" normalizes the input of each block: x + block(norm(x)). "post" normalizes the
             sum: norm(x + block(x)) (BART, Marian).
         attention_out: Norm of the self-attention's output, before the sum (Gemma 2 and 3, T5Gemma).
@@ -229,6 +232,11 @@ class Layer:
     attention_out: Norm | None = None
     cross_out: Norm | None = None
     mlp_out: Norm | None = None
+
+    @property
+    def joined(self) -> bool:
+        """True if self-attention and cross-attention are one."""
+        return self.cross is not None and self.cross_norm is None
 
 
 @dataclass(frozen=True)

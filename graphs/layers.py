@@ -80,8 +80,11 @@ def decoder_layers(
     for name, layer in zip(names, layers, strict=True):
         selects = wanted is not None and layer is layers[-1]
         x = stream.read(layer, layer.attention_norm)
-        attended = dialect.self_attention(x, layer.attention, name)
-        if wanted is not None and selects and layer.cross is None:
+        if layer.joined and layer.cross is not None:
+            attended = dialect.joined_attention(x, layer.attention, layer.cross, name)
+        else:
+            attended = dialect.self_attention(x, layer.attention, name)
+        if wanted is not None and selects and layer.cross_norm is None:
             attended = graph.op("Gather", [attended, wanted], axis=0)
             stream.select(wanted)
         projected = project(graph, attended, layer.attention)

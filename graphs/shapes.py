@@ -96,7 +96,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "mscale_all_dim": (0.0, 1e6),
 }
 ROPE = ("rope_parameters", "rope_scaling")
-STACKS = ("encoder", "decoder")  # nested configurations of T5Gemma
+STACKS = ("encoder", "decoder", "text_config")  # nested configurations of T5Gemma
 
 
 def check_config(config: Mapping[str, Any], required: tuple[str, ...] = ()) -> None:
@@ -238,8 +238,10 @@ def check_checkpoint(config: Mapping[str, Any], description: Description, weight
     Raises:
         UnsupportedModelError: If sizes differ.
     """
-    stacks = [config[name] for name in STACKS if isinstance(config.get(name), Mapping)]
-    encoder, decoder = stacks or (config, config)
+    encoder = decoder = config
+    if isinstance(config.get("encoder"), Mapping):
+        encoder = config["encoder"].get("text_config") or config["encoder"]
+        decoder = config["decoder"]
     for stack in (decoder, encoder):
         vocabulary = stack.get("vocab_size", description.vocab_size)
         if vocabulary != description.vocab_size:

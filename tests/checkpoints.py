@@ -185,6 +185,44 @@ def _t5gemma(name: str, exit_layers: tuple[int, ...], encoder_layers: int, **opt
     return Case(name, partial(_write, _Blueprint(name, "T5GemmaConfig", model, config, t5=True)), exit_layers)
 
 
+def _t5gemma2(name: str, exit_layers: tuple[int, ...], encoder_layers: int) -> Case:
+    kinds = ["sliding_attention", "full_attention"]
+    stack = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 20,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    layers = exit_layers[-1] + 1
+    text = {**stack, "num_hidden_layers": encoder_layers, "layer_types": (kinds * encoder_layers)[:encoder_layers]}
+    config = {
+        "encoder": {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4},
+        "decoder": {**stack, "num_hidden_layers": layers, "layer_types": (kinds * layers)[:layers]},
+        "image_token_index": 270,
+        "tie_word_embeddings": True,
+        "decoder_start_token_id": 2,
+    }
+    model = "T5Gemma2ForConditionalGeneration"
+    return Case(name, partial(_write, _Blueprint(name, "T5Gemma2Config", model, config, t5=True)), exit_layers)
+
+
 @dataclass(frozen=True)
 class _Blueprint:
     """Parameters of `_write`.
@@ -239,8 +277,10 @@ def _shapes(blueprint: _Blueprint, config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = getattr(transformers, blueprint.model_class)(config)
     shared = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
-    if "encoder" in blueprint.options:  # T5Gemma's tables are never shared
+    if "encoder" in blueprint.options:  # T5Gemma's tables are not shared, except in T5Gemma 2
         shared = {"lm_head.out_proj.weight"}
+        if blueprint.config_class == "T5Gemma2Config":
+            shared |= {"model.decoder.embed_tokens.weight", "model.decoder.embed_tokens.eoi_embedding"}
     elif blueprint.tied:
         shared |= {"lm_head.weight", *(f"model.{name}" for name in shared)}
     else:  # models derived from BART read separate tables
@@ -272,7 +312,7 @@ def _draw(blueprint: _Blueprint, name: str, shape: tuple[int, ...]) -> np.ndarra
     elif name == "transformer.wpe.weight":
         value = 0.3 * noise * _vocabulary_scale(blueprint, name, shape[1])
     else:
-        value = noise * _gain(blueprint, name) / math.sqrt(shape[1])
+        value = noise * _gain(blueprint, name) / math.sqrt(shape[1] if len(shape) > 1 else 1)
     return value.astype(np.float32)
 
 
@@ -470,6 +510,7 @@ CASES: tuple[Case, ...] = (
         query_pre_attn_scalar=20,
     ),
     _t5gemma("t5gemma", (1, 3), encoder_layers=3),
+    _t5gemma2("t5gemma2", (1, 2), encoder_layers=3),
     _llama("gpt2", (1, 2), model="GPT2", tie_word_embeddings=True, n_layer=3, n_head=4, n_embd=64, n_positions=512),
 )
 

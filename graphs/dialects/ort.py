@@ -162,6 +162,15 @@ class OrtDialect:
         prompt = key_value_inputs(self.graph, "cross", layer, attention, "E")
         return self._attend([query, *prompt, None, self.call.cross_lengths, None], attention)
 
+    def joined_attention(
+        self, x: ir.Value, attention: Attention, cross: Attention, layer: int | str
+    ) -> ir.Value:
+        graph = self.graph
+        width = graph.shape(attention.query.weight)[1]
+        rows = flat(graph, self._in_rows(x), width)
+        out = self._standard.joined_attention(rows, attention, cross, layer)
+        return self._flat(in_rows(graph, out, self.call), attention)
+
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         if not fits_fused_attention(attention):
             return self._standard.encoder_attention(x, attention)

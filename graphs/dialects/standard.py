@@ -78,11 +78,31 @@ class StandardDialect:
         call = self.call
         query = in_heads(graph, query, call, attention.heads, attention.head_dim)
         key, value = key_value_inputs(graph, "cross", layer, attention, "E")
+        mask = self._prompt_mask(key)
         assert call.cross_lengths is not None
-        if self._cross_mask is None:
-            self._cross_mask = self._padding_mask(self._key_positions(key), call.cross_lengths)
         lengths = None if self._fixed else graph.cast(call.cross_lengths, ir.DataType.INT64)
-        return self._attend(query, key, value, self._cross_mask, attention, lengths)
+        return self._attend(query, key, value, mask, attention, lengths)
+
+    def joined_attention(
+        self, x: ir.Value, attention: Attention, cross: Attention, layer: int | str
+    ) -> ir.Value:
+        graph = self.graph
+        query, key, value = self._query_key_value(x, attention)
+        own = [
+            self._extend(f"{layer}.{part}", new, attention)
+            for part, new in (("key", key), ("value", value))
+        ]
+        if self._valid is not None:  # copy only the valid rows of the cache
+            end = graph.op("ReduceMax", [self._valid, graph.constant([0])], keepdims=1)
+            bounds = [graph.constant([0]), end, graph.constant([2])]
+            own = [graph.op("Slice", [part, *bounds]) for part in own]
+        prompt = key_value_inputs(graph, "cross", layer, cross, "E")
+        masks = [self._mask(attention, own[0]), self._prompt_mask(prompt[0])]
+        mask = graph.op("Concat", masks, axis=-1)
+        keys, values = (
+            graph.op("Concat", parts, axis=2) for parts in zip(own, prompt, strict=True)
+        )
+        return self._attend(query, keys, values, mask, attention)
 
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         graph = self.graph
@@ -203,6 +223,14 @@ class StandardDialect:
                 mask = graph.op("Add", [table, mask])
             self._masks[name] = mask
         return self._masks[name]
+
+    def _prompt_mask(self, key: ir.Value) -> ir.Value:
+        """Return the mask of cross-attention, [B, 1, rows, E], for keys of a prompt."""
+        if self._cross_mask is None:
+            assert self.call.cross_lengths is not None
+            positions = self._key_positions(key)
+            self._cross_mask = self._padding_mask(positions, self.call.cross_lengths)
+        return self._cross_mask
 
     def _padding_mask(self, positions: ir.Value, lengths: ir.Value) -> ir.Value:
         """Return the mask [B, 1, rows, T] for key positions [T] and valid lengths [B]."""

@@ -32,7 +32,6 @@ _BEYOND = {
 _BY_NAME = {
     **dict.fromkeys(("rwkv", "xlstm", "recurrent_gemma"), "recurrent layers"),
     "dbrx": "a mixture of experts",
-    "t5gemma2": "one attention over prompt and output",
 }
 
 

@@ -86,7 +86,8 @@ def weights_of(description: Description) -> set[str]:
 def test_a_description_names_every_weight_of_the_checkpoint(case: Case, checkpoint: Callable[[Case], Path]) -> None:
     source = open_checkpoint(str(checkpoint(case)))
     description = describe(source.config, source)
-    assert weights_of(description) == set(source.names())
+    unread = ("vision_tower", "multi_modal_projector", "eoi_embedding")  # of T5Gemma 2's images
+    assert weights_of(description) == {name for name in source.names() if not any(part in name for part in unread)}
     assert len(description.decoder.layers) == case.layers
     assert description.vocab_size == VOCAB_SIZE
     config = json.loads((checkpoint(case) / "config.json").read_text())
@@ -142,7 +143,6 @@ def test_what_is_beyond_a_description_is_refused_by_its_field(config: dict[str, 
         ("gemma3n", "altup_num_inputs: several residual streams, AltUp"),
         ("gemma4", "hidden_size_per_layer_input: embeddings for each layer"),
         ("gemma3", "vision_config: other inputs than text"),
-        ("t5gemma2", "one attention over prompt and output"),
         ("mamba2", "state_size: state-space layers"),
         ("jamba", "mamba_d_state: state-space layers"),
         ("granitemoehybrid", "mamba_d_state: state-space layers"),
