@@ -168,7 +168,7 @@ def _t5gemma(name: str, exit_layers: tuple[int, ...], encoder_layers: int, **opt
         "sliding_window": 11,
         "query_pre_attn_scalar": 20,
         "attn_logit_softcapping": 3.0,
-        "final_logit_softcapping": 9.0,
+        "final_logit_softcapping": 30.0,
         "pad_token_id": 0,
         "bos_token_id": 2,
         "eos_token_id": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,8 @@ class StandardDialect:
             return [*rotary_tables(graph, rotary, self.cache_rows), self._positions]
         steps = graph.op("Unsqueeze", [self._positions, graph.constant([2])])
         pairs = np.asarray(rotary.inverse_frequencies, np.float32)
-        frequencies = graph.table("rotary.frequencies", pairs, ir.DataType.FLOAT)
+        digest = hashlib.sha256(pairs.tobytes()).hexdigest()[:8]  # kinds of layers differ
+        frequencies = graph.table(f"rotary.{digest}", pairs, ir.DataType.FLOAT)
         angles = graph.op("Mul", [graph.cast(steps, ir.DataType.FLOAT), frequencies])
         shape = graph.op("Concat", [self.call.size, graph.constant([len(pairs)])], axis=0)
         scale = graph.constant(np.float32(rotary.scale))

@@ -27,7 +27,7 @@ from runtime.errors import CapacityError, EngineError
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
 MODELS = (
     *("t5-relu-tied", "llama-grouped-llama3-rope", "mistral-window", "bart", "marian", "m2m100", "smollm3", "granite"),
-    *("phi3-longrope", "gemma2", "gemma3", "gpt2", "t5gemma"),
+    *("phi3-longrope", "gemma2", "gemma3", "gpt2", "t5gemma", "t5gemma2"),
 )
 
 Checkpoint = Callable[[Case], Path]
