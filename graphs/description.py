@@ -165,8 +165,10 @@ class Attention:
         query_norm: Norm of each head's query (Gemma 3, Qwen 3). Default: none.
         key_norm: Norm of each head's key (Gemma 3, Qwen 3). Default: none.
         window: Number of most recent positions that a query attends to, including its own (Gemma 2
-            and 3, Mistral, Qwen). Default: all.
-        softcap: Replaces each score by softcap * tanh(score / softcap) (Gemma 2). Default: no cap.
+            and 3, Mistral, Qwen, T5Gemma). Default: all.
+        ahead: Number of later positions that a query of an encoder attends to, with `window`.
+        softcap: Replaces each score by softcap * tanh(score / softcap) (Gemma 2,
+            T5Gemma). Default: no cap.
     """
 
     heads: int
@@ -182,6 +184,7 @@ class Attention:
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     window: int | None = None
+    ahead: int = 0
     softcap: float | None = None
 
 
@@ -208,11 +211,15 @@ class Layer:
     """One transformer layer: self-attention, optional cross-attention, and MLP, each residual.
 
     Attributes:
+        cross: Cross-attention. Without a `cross_norm` it is no block of its own: the
+            self-attention's queries attend to both kinds of keys in one softmax, and all weights
+            are those of the self-attention (T5Gemma 2).
         order: "pre" normalizes the input of each block: x + block(norm(x)). "post" normalizes the
             sum: norm(x + block(x)) (BART, Marian).
-        attention_out: Norm of the self-attention's output, before the sum (Gemma 2 and 3). Default:
-            none.
-        mlp_out: Norm of the MLP's output, before the sum (Gemma 2 and 3). Default: none.
+        attention_out: Norm of the self-attention's output, before the sum (Gemma 2 and 3, T5Gemma).
+            Default: none.
+        cross_out: Norm of the cross-attention's output, before the sum (T5Gemma). Default: none.
+        mlp_out: Norm of the MLP's output, before the sum (Gemma 2 and 3, T5Gemma). Default: none.
     """
 
     attention_norm: Norm
@@ -223,7 +230,13 @@ class Layer:
     cross: Attention | None = None
     order: Literal["pre", "post"] = "pre"
     attention_out: Norm | None = None
+    cross_out: Norm | None = None
     mlp_out: Norm | None = None
+
+    @property
+    def joined(self) -> bool:
+        """True if self-attention and cross-attention are one."""
+        return self.cross is not None and self.cross_norm is None
 
 
 @dataclass(frozen=True)
@@ -257,11 +270,16 @@ class Head:
 
 @dataclass(frozen=True)
 class EncoderStack:
-    """Bidirectional layers over the prompt, with an optional final norm."""
+    """Bidirectional layers over the prompt, with an optional final norm.
+
+    Attributes:
+        max_positions: Longest prompt. Default: that of the embedding's positions, or any.
+    """
 
     embedding: Embedding | Spectrogram
     layers: tuple[Layer, ...]
     norm: Norm | None
+    max_positions: int | None = None
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,8 @@ class EngineOptions:
 
     def own_attention(self, description: Description) -> bool:
         """Return True if decoders use this project's attention kernels."""
+        if any(layer.joined for layer in description.decoder.layers):
+            return False
         return self.kernels == "freeexport" and has_attention_kernel(description.attention)
 
     def cache_type(self, description: Description) -> FloatType:

@@ -30,6 +30,7 @@ from graphs.dialects.base import (
     embed,
     embed_sound,
     flat,
+    head_norm,
     in_heads,
     in_rows,
     key_value_outputs,
@@ -264,7 +265,12 @@ class EngineBuilder:
         for name, layer in zip(names, decoder.layers + decoder.exit_layers, strict=True):
             cross = layer.cross
             assert cross is not None
-            parts = (linear(graph, x, projection) for projection in (cross.key, cross.value))
+            key, value = (linear(graph, x, part) for part in (cross.key, cross.value))
+            if cross.key_norm is not None:
+                dialect = self._dialect(graph, call)
+                sizes = (cross.kv_heads, cross.head_dim)
+                key = head_norm(graph, dialect, key, cross.key_norm, *sizes)
+            parts = (key, value)
             values = [in_heads(graph, part, call, cross.kv_heads, cross.head_dim) for part in parts]
             if graph.cache != graph.compute:
                 values = [graph.cast(value, graph.cache) for value in values]

@@ -105,7 +105,13 @@ def check_tokens(tokens: tuple[int, ...], vocabulary: int) -> None:
 def own_layers(description: Description, count: int) -> tuple[Layer, ...]:
     """Return the model's last `count` layers, with the weight names of the exit's layers."""
     layers = description.decoder.layers[len(description.decoder.layers) - count :]
-    return tuple(_renamed(layer, f"{EXIT_LAYERS}.{number}") for number, layer in enumerate(layers))
+    renamed = [_renamed(layer, f"{EXIT_LAYERS}.{number}") for number, layer in enumerate(layers)]
+    return tuple(
+        replace(layer, cross=replace(layer.attention, rotary=None, window=None))
+        if layer.joined
+        else layer
+        for layer in renamed
+    )
 
 
 def _renamed(part: Part, name: str) -> Part:

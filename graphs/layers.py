@@ -80,8 +80,11 @@ def decoder_layers(
     for name, layer in zip(names, layers, strict=True):
         selects = wanted is not None and layer is layers[-1]
         x = stream.read(layer, layer.attention_norm)
-        attended = dialect.self_attention(x, layer.attention, name)
-        if wanted is not None and selects and layer.cross is None:
+        if layer.joined and layer.cross is not None:
+            attended = dialect.joined_attention(x, layer.attention, layer.cross, name)
+        else:
+            attended = dialect.self_attention(x, layer.attention, name)
+        if wanted is not None and selects and layer.cross_norm is None:
             attended = graph.op("Gather", [attended, wanted], axis=0)
             stream.select(wanted)
         projected = project(graph, attended, layer.attention)
@@ -90,7 +93,8 @@ def decoder_layers(
         if layer.cross is not None and layer.cross_norm is not None:
             x = stream.read(layer, layer.cross_norm)
             attended = dialect.cross_attention(x, layer.cross, name)
-            stream.add(layer, layer.cross_norm, project(graph, attended, layer.cross))
+            projected = project(graph, attended, layer.cross)
+            stream.add(layer, layer.cross_norm, _normed_out(dialect, projected, layer.cross_out))
             if wanted is not None and selects:
                 stream.select(wanted)
         mixed = mlp(graph, stream.read(layer, layer.mlp_norm), layer.mlp)
@@ -111,8 +115,11 @@ def encoder_layers(
     for layer in layers:
         x = stream.read(layer, layer.attention_norm)
         attended = dialect.encoder_attention(x, layer.attention)
-        stream.add(layer, layer.attention_norm, project(graph, attended, layer.attention))
-        stream.add(layer, layer.mlp_norm, mlp(graph, stream.read(layer, layer.mlp_norm), layer.mlp))
+        projected = project(graph, attended, layer.attention)
+        projected = _normed_out(dialect, projected, layer.attention_out)
+        stream.add(layer, layer.attention_norm, projected)
+        mixed = mlp(graph, stream.read(layer, layer.mlp_norm), layer.mlp)
+        stream.add(layer, layer.mlp_norm, _normed_out(dialect, mixed, layer.mlp_out))
     return graph.to_compute(stream.value()) if norm is None else stream.normed(norm)
 
 

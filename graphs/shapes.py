@@ -96,6 +96,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "mscale_all_dim": (0.0, 1e6),
 }
 ROPE = ("rope_parameters", "rope_scaling")
+STACKS = ("encoder", "decoder", "text_config")  # nested configurations of T5Gemma
 
 
 def check_config(config: Mapping[str, Any], required: tuple[str, ...] = ()) -> None:
@@ -113,6 +114,9 @@ def check_config(config: Mapping[str, Any], required: tuple[str, ...] = ()) -> N
             raise UnsupportedModelError(
                 f"{name} is missing in the configuration; add it to config.json"
             )
+    for part in (config.get(name) for name in STACKS):
+        if isinstance(part, Mapping):
+            check_config(part)
     for name in ROPE:
         if config.get(name) is not None and not isinstance(config[name], Mapping):
             raise _refused(config, name, "it must be an object")
@@ -206,11 +210,13 @@ def positive(values: tuple[float, ...], what: str) -> tuple[float, ...]:
     return values
 
 
-def check_weights(description: Description, weights: Weights, inner: int | None = None) -> None:
+def check_weights(
+    description: Description, weights: Weights, inner: tuple[int | None, int | None] = (None, None)
+) -> None:
     """Check the shapes of all tensors that a description reads.
 
     Args:
-        inner: Width of the MLPs. Default: that of the weights.
+        inner: Width of the MLPs in decoder and encoder. Default: that of the weights.
 
     Raises:
         UnsupportedModelError: If a tensor has another shape than the configuration requires.
@@ -232,23 +238,30 @@ def check_checkpoint(config: Mapping[str, Any], description: Description, weight
     Raises:
         UnsupportedModelError: If sizes differ.
     """
-    vocabulary = config.get("vocab_size", description.vocab_size)
-    if vocabulary != description.vocab_size:
-        raise UnsupportedModelError(
-            f"vocab_size is {vocabulary} in the configuration, "
-            f"the embedding has {description.vocab_size} rows; correct config.json"
-        )
-    inner = config.get("intermediate_size") or config.get("d_ff") or config.get("n_inner")
-    if not inner and "n_inner" in config:
-        inner = 4 * description.hidden_size
-    check_weights(description, weights, inner or None)
+    encoder = decoder = config
+    if isinstance(config.get("encoder"), Mapping):
+        encoder = config["encoder"].get("text_config") or config["encoder"]
+        decoder = config["decoder"]
+    for stack in (decoder, encoder):
+        vocabulary = stack.get("vocab_size", description.vocab_size)
+        if vocabulary != description.vocab_size:
+            raise UnsupportedModelError(
+                f"vocab_size is {vocabulary} in the configuration, "
+                f"the embedding has {description.vocab_size} rows; correct config.json"
+            )
+
+    def inner(stack: Mapping[str, Any]) -> int | None:
+        width = stack.get("intermediate_size") or stack.get("d_ff") or stack.get("n_inner")
+        return 4 * description.hidden_size if not width and "n_inner" in stack else width
+
+    check_weights(description, weights, (inner(decoder), inner(encoder)))
 
 
 def weight_names(description: Description, weights: Weights) -> list[str]:
     """Return the tensors that a description reads, each once, in an order independent of their
     names.
     """
-    return list(dict.fromkeys(name for name, _ in _shapes(description, weights, None)))
+    return list(dict.fromkeys(name for name, _ in _shapes(description, weights)))
 
 
 def own_shapes(
@@ -267,13 +280,13 @@ def own_shapes(
     width = description.hidden_size
     decoder = replace(description.decoder, exit_layers=layers)
     inner = weights.shape(description.decoder.layers[-1].mlp.down.weight)[-1]
-    found = dict(_shapes(replace(description, decoder=decoder), weights, inner))
+    found = dict(_shapes(replace(description, decoder=decoder), weights, (inner, None)))
     shapes = {name: shape for name, shape in found.items() if name.startswith(EXIT_LAYERS)}
     return {EXIT_MAP: (width, (1 + FEATURE_STATES[reads]) * width), **shapes}
 
 
 def _shapes(
-    description: Description, weights: Weights, inner: int | None
+    description: Description, weights: Weights, inner: tuple[int | None, int | None] = (None, None)
 ) -> Iterator[tuple[str, Shape]]:
     width = description.hidden_size
     decoder = description.decoder
@@ -284,13 +297,13 @@ def _shapes(
     norms: list[tuple[Norm | None, int]] = [(decoder.head.norm, width)]
     linears: list[tuple[Linear | None, int, int]] = []
     linears.append((decoder.exit_map, width, decoder.exit_inputs * width))
-    layers = decoder.layers + decoder.exit_layers
+    layers = [(layer, inner[0]) for layer in decoder.layers + decoder.exit_layers]
     if decoder.exit_head is not None:
         norms.append((decoder.exit_head.norm, width))
         linears.append((decoder.exit_head.other, 1, width))
     if isinstance(description.encoder, EncoderStack):
         norms.append((description.encoder.norm, width))
-        layers += description.encoder.layers
+        layers += [(layer, inner[1]) for layer in description.encoder.layers]
         if isinstance(description.encoder.embedding, Spectrogram):
             yield from _spectrogram_shapes(description.encoder.embedding, width)
         else:
@@ -300,12 +313,13 @@ def _shapes(
         norms.append((embedding.norm, width))
         if (positions := embedding.positions) is not None and positions.table is not None:
             yield positions.table, (positions.offset + positions.count, width)
-    for layer in layers:
+    for layer, mlp_width in layers:
         norms += [
             (layer.attention_norm, width),
             (layer.cross_norm, width),
             (layer.mlp_norm, width),
             (layer.attention_out, width),
+            (layer.cross_out, width),
             (layer.mlp_out, width),
         ]
         for attention in filter(None, (layer.attention, layer.cross)):
@@ -314,7 +328,7 @@ def _shapes(
             norms.append((attention.key_norm, attention.head_dim))
             if (bias := attention.relative_bias) is not None:
                 yield bias.table, (bias.buckets, attention.heads)
-        wide = inner or weights.shape(layer.mlp.down.weight)[-1]
+        wide = mlp_width or weights.shape(layer.mlp.down.weight)[-1]
         linears += [
             (layer.mlp.down, width, wide),
             (layer.mlp.up, wide, width),

@@ -217,10 +217,14 @@ def attention_session(layer: Layer, packed: bool, threads: int = 1, **changes: o
 
 
 def cross_session(layer: Layer, packed: bool, threads: int = 1) -> ort.InferenceSession:
-    """Return a session of one CrossAttention, or HalfCrossAttention if the cache is float16."""
+    """Return a session of one CrossAttention, or of one with a cache in float16 and capped scores if the layer has."""
     given = _types(["rows", "key", "value", "lengths", "query_lengths"], layer)
     kind = "HalfCrossAttention" if layer.cache == np.float16 else "CrossAttention"
-    return one_node(kind, given, ["y"], {}, threads=threads, **_attributes(layer, packed))
+    attributes = _attributes(layer, packed)
+    if layer.softcap:
+        kind = "CappedCrossAttention"
+        attributes["softcap"] = layer.softcap
+    return one_node(kind, given, ["y"], {}, threads=threads, **attributes)
 
 
 def _types(names: list[str], layer: Layer) -> dict[str, int]:

@@ -156,6 +156,73 @@ def _bart(
     return Case(name, partial(_write, blueprint), exit_layers)
 
 
+def _t5gemma(name: str, exit_layers: tuple[int, ...], encoder_layers: int, **options: Any) -> Case:
+    stack = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "sliding_window": 11,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 30.0,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        **options,
+    }
+    config = {
+        "encoder": {**stack, "num_hidden_layers": encoder_layers, "intermediate_size": 80},
+        "decoder": {**stack, "num_hidden_layers": exit_layers[-1] + 1},
+        "vocab_size": VOCAB_SIZE,
+        "tie_word_embeddings": True,
+        "decoder_start_token_id": 2,
+    }
+    model = "T5GemmaForConditionalGeneration"
+    return Case(name, partial(_write, _Blueprint(name, "T5GemmaConfig", model, config, t5=True)), exit_layers)
+
+
+def _t5gemma2(name: str, exit_layers: tuple[int, ...], encoder_layers: int) -> Case:
+    kinds = ["sliding_attention", "full_attention"]
+    stack = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 20,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    layers = exit_layers[-1] + 1
+    text = {**stack, "num_hidden_layers": encoder_layers, "layer_types": (kinds * encoder_layers)[:encoder_layers]}
+    config = {
+        "encoder": {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4},
+        "decoder": {**stack, "num_hidden_layers": layers, "layer_types": (kinds * layers)[:layers]},
+        "image_token_index": 270,
+        "tie_word_embeddings": True,
+        "decoder_start_token_id": 2,
+    }
+    model = "T5Gemma2ForConditionalGeneration"
+    return Case(name, partial(_write, _Blueprint(name, "T5Gemma2Config", model, config, t5=True)), exit_layers)
+
+
 @dataclass(frozen=True)
 class _Blueprint:
     """Parameters of `_write`.
@@ -210,7 +277,11 @@ def _shapes(blueprint: _Blueprint, config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = getattr(transformers, blueprint.model_class)(config)
     shared = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
-    if blueprint.tied:
+    if "encoder" in blueprint.options:  # T5Gemma's tables are not shared, except in T5Gemma 2
+        shared = {"lm_head.out_proj.weight"}
+        if blueprint.config_class == "T5Gemma2Config":
+            shared |= {"model.decoder.embed_tokens.weight", "model.decoder.embed_tokens.eoi_embedding"}
+    elif blueprint.tied:
         shared |= {"lm_head.weight", *(f"model.{name}" for name in shared)}
     else:  # models derived from BART read separate tables
         shared.add("model.shared.weight")
@@ -226,6 +297,7 @@ def _draw(blueprint: _Blueprint, name: str, shape: tuple[int, ...]) -> np.ndarra
     noise = np.random.default_rng(zlib.crc32(f"{blueprint.name}/{name}".encode())).standard_normal(shape)
     offset = 1 if "Gemma" in blueprint.model_class else 0  # of norm weights
     finals = ("model.norm.weight", "decoder.final_layer_norm.weight", "model.decoder.layer_norm.weight")
+    finals += ("model.decoder.norm.weight",)
     if name == "final_logits_bias" or "embed_positions" in name:
         value = noise
     elif name in (*finals, "transformer.ln_f.weight"):
@@ -240,7 +312,7 @@ def _draw(blueprint: _Blueprint, name: str, shape: tuple[int, ...]) -> np.ndarra
     elif name == "transformer.wpe.weight":
         value = 0.3 * noise * _vocabulary_scale(blueprint, name, shape[1])
     else:
-        value = noise * _gain(blueprint, name) / math.sqrt(shape[1])
+        value = noise * _gain(blueprint, name) / math.sqrt(shape[1] if len(shape) > 1 else 1)
     return value.astype(np.float32)
 
 
@@ -250,7 +322,7 @@ def _vocabulary_scale(blueprint: _Blueprint, name: str, width: int) -> float:
     if not heads:
         scaled = blueprint.options.get("scale_embedding", blueprint.config_class == "M2M100Config")
         return 1 / math.sqrt(width) if scaled else 1.0
-    scaled = blueprint.tied and blueprint.t5 and not blueprint.kin_of_bart
+    scaled = blueprint.tied and blueprint.t5 and "d_kv" in blueprint.options
     return LOGIT_SPREAD if scaled else LOGIT_SPREAD / math.sqrt(width)
 
 
@@ -259,8 +331,9 @@ def _gain(blueprint: _Blueprint, name: str) -> float:
     outer = (".o.weight", ".wo.weight", ".o_proj.weight", ".down_proj.weight", ".c_proj.weight", "out_proj.weight")
     if not name.endswith((*outer, "fc2.weight")):
         return 1.3
-    width = next(blueprint.options[key] for key in ("d_model", "n_embd", "hidden_size") if key in blueprint.options)
-    if "EncDecAttention" in name or "encoder_attn" in name:
+    options = blueprint.options.get("decoder", blueprint.options)
+    width = next(options[key] for key in ("d_model", "n_embd", "hidden_size") if key in options)
+    if any(part in name for part in ("EncDecAttention", "encoder_attn", "cross_attn")):
         share = CROSS_ATTENTION
     else:
         share = SELF_ATTENTION if any(part in name for part in ("SelfAttention", "self_attn", ".attn.")) else MLP
@@ -436,6 +509,8 @@ CASES: tuple[Case, ...] = (
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         query_pre_attn_scalar=20,
     ),
+    _t5gemma("t5gemma", (1, 3), encoder_layers=3),
+    _t5gemma2("t5gemma2", (1, 2), encoder_layers=3),
     _llama("gpt2", (1, 2), model="GPT2", tie_word_embeddings=True, n_layer=3, n_head=4, n_embd=64, n_positions=512),
 )
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from freeexport.training.layer_modules import Encoded
+from freeexport.training.layer_modules import Encoded, capped
 
 Mode = Literal["free", "full"]
 
@@ -253,6 +253,8 @@ class Run:
             scale = self.model.config.d_model**-0.5 if getattr(self.model.config, "scale_decoder_outputs", False) else 1
             shallow = self.model.lm_head(own.norm(own(states[self.exit_layer], self.encoded())) * scale)
             shallow = shallow + getattr(self.model, "final_logits_bias", 0.0)
+            softcap = getattr(self.model.get_decoder().config, "final_logit_softcapping", None)
+            shallow = capped(shallow, softcap)
         else:
             with cut_after(self.model, self.exit_layer):
                 shallow = self.model(**self.inputs, **{name: ids}, use_cache=False).logits

@@ -39,6 +39,7 @@ PRODUCTS = (
 ATTENTION = (
     "HalfAttention",
     "HalfCrossAttention",
+    "CappedCrossAttention",
     "GroupQueryAttention",
     "MultiHeadAttention",
     "Attention",

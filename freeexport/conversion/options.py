@@ -76,8 +76,10 @@ class ConvertOptions:
         encoder = description.encoder
         if encoder is None:
             return 0
-        positions = encoder.embedding.positions if isinstance(encoder, EncoderStack) else None
-        most = None if positions is None else positions.count
+        most = None
+        if isinstance(encoder, EncoderStack):
+            positions = encoder.embedding.positions
+            most = encoder.max_positions if positions is None else positions.count
         given = self.encoder_capacity
         if description.spectrogram is not None and given not in (None, most):
             raise GraphError(

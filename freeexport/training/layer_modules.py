@@ -65,26 +65,29 @@ class ExitLayer(nn.Module):
         super().__init__()
         self.order = layer.order
         self.attention_norm = norm_module(layer.attention_norm, read)
-        self.attention = ExitAttention(layer.attention, read)
+        self.attention = ExitAttention(layer.attention, read, layer.joined)
         self.cross_norm = None if layer.cross_norm is None else norm_module(layer.cross_norm, read)
-        self.cross = None if layer.cross is None else ExitAttention(layer.cross, read)
+        separate = layer.cross is not None and not layer.joined
+        self.cross = ExitAttention(layer.cross, read) if layer.cross and separate else None
         self.mlp_norm = norm_module(layer.mlp_norm, read)
         self.mlp = FeedForward(layer.mlp, read)
         self.attention_out = norm_module(layer.attention_out, read)
+        self.cross_out = norm_module(layer.cross_out, read)
         self.mlp_out = norm_module(layer.mlp_out, read)
 
     def forward(
         self, x: torch.Tensor, encoded: Encoded | None, before: list[KeyValue]
     ) -> torch.Tensor:
         """Map [B, n, d] to [B, n, d]. See ExitAttention for `before`."""
+        joined = encoded if self.attention.joined else None
         x = self._block(
             x,
             self.attention_norm,
-            lambda read: self.attention_out(self.attention(read, None, before)),
+            lambda read: self.attention_out(self.attention(read, joined, before)),
         )
         if self.cross is not None and self.cross_norm is not None:
             cross = self.cross
-            x = self._block(x, self.cross_norm, lambda read: cross(read, encoded))
+            x = self._block(x, self.cross_norm, lambda read: self.cross_out(cross(read, encoded)))
         return self._block(x, self.mlp_norm, lambda read: self.mlp_out(self.mlp(read)))
 
     def _block(
@@ -97,14 +100,17 @@ class ExitLayer(nn.Module):
 class ExitAttention(nn.Module):
     """Causal self-attention with positions from 0, or attention over an encoder's states.
 
+    If it is `joined`, it attends to both in one softmax.
+
     `before` collects keys and values of successive passes over the same positions. Each call
     appends its own. Pass k (from 0) attends to the first pass, except at the newest k positions:
     its own position uses pass k, the one before pass k - 1, and so on.
     """
 
-    def __init__(self, attention: Attention, read: Read) -> None:
+    def __init__(self, attention: Attention, read: Read, joined: bool = False) -> None:
         super().__init__()
         self.described = attention
+        self.joined = joined
         self.query = _linear(attention.query, read)
         self.key = _linear(attention.key, read)
         self.value = _linear(attention.value, read)
@@ -122,19 +128,14 @@ class ExitAttention(nn.Module):
         length = x.shape[1]
         before = [] if before is None else before
         one = self.described
+        prompt = encoded if self.joined else None
+        encoded = None if self.joined else encoded
         source = x if encoded is None else encoded.states
         # [B, heads, n, head_dim]
         query = self._rotated(
             self.query_norm(self.query(x).unflatten(-1, (one.heads, -1)).transpose(1, 2))
         )
-        key = self._rotated(
-            self.key_norm(self.key(source).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2))
-        )
-        value = self.value(source).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2)
-        key, value = (
-            part.repeat_interleave(one.heads // one.kv_heads, dim=1)
-            for part in (key.to(value.dtype), value)
-        )
+        key, value = self._keys_and_values(source, rotated=True)
         query = query.to(value.dtype)
         causal = encoded is None and one.window is None and one.relative_bias is None
         mask = self._seen(x, encoded)
@@ -142,7 +143,7 @@ class ExitAttention(nn.Module):
         before.append((key, value))
         key, value = before[0]
         newest = list(enumerate(before[:0:-1]))[:length]  # by distance from the query
-        if query.is_cuda and not newest and one.softcap is None:
+        if query.is_cuda and not newest and one.softcap is None and prompt is None:
             given = mask if bias is None else bias.masked_fill(~mask, float("-inf")).to(value.dtype)
             mixed = F.scaled_dot_product_attention(
                 query, key, value, None if causal else given, is_causal=causal, scale=one.scale
@@ -156,14 +157,32 @@ class ExitAttention(nn.Module):
                 scores = scores.diagonal_scatter(own.to(scores.dtype), -back, -2, -1)
             scores = capped(scores * one.scale, one.softcap)
             scores = (scores if bias is None else scores + bias).masked_fill(~mask, float("-inf"))
+            if prompt is not None:
+                keys, values = self._keys_and_values(prompt.states, rotated=False)
+                far = capped(query @ keys.transpose(-1, -2) * one.scale, one.softcap)
+                far = far.masked_fill(~prompt.mask[:, None, None], float("-inf"))
+                scores = torch.cat([scores, far], -1)
             shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-            mixed = shares @ value
+            if prompt is None:
+                mixed = shares @ value
+            else:
+                shares, far = shares.split([length, shares.shape[-1] - length], -1)
+                mixed = shares @ value + far @ values
             for back, (_, values) in newest:
                 share = shares.diagonal(-back, -2, -1)[..., None]
                 other = values - value
                 mixed = mixed + F.pad(share * other[:, :, : length - back], (0, 0, back, 0))
         attended: torch.Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return attended
+
+    def _keys_and_values(self, source: torch.Tensor, rotated: bool) -> KeyValue:
+        """Map [B, n, d] to keys and values of all heads, with rotary positions if `rotated`."""
+        one = self.described
+        key = self.key_norm(self.key(source).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2))
+        value = self.value(source).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2)
+        key = (self._rotated(key) if rotated else key).to(value.dtype)
+        groups = one.heads // one.kv_heads
+        return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
     def _seen(self, x: torch.Tensor, encoded: Encoded | None) -> torch.Tensor:
         """Return the mask of visible keys: bool [n, n], or [B, 1, 1, E] for an encoder."""

@@ -65,6 +65,14 @@ class Dialect(Protocol):
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         """Attention over the prompt's keys and values. [M, d] -> [M, heads * head_dim]."""
 
+    def joined_attention(
+        self, x: ir.Value, attention: Attention, cross: Attention, layer: int | str
+    ) -> ir.Value:
+        """Attention over a layer's KV cache and the prompt's keys and values, in one softmax.
+
+        [M, d] -> [M, heads * head_dim].
+        """
+
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         """Bidirectional attention over the prompt. [M, d] -> [M, heads * head_dim]."""
 

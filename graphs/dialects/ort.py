@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +31,7 @@ from graphs.dialects.base import (
     query_positions,
     rotary_tables,
 )
+from graphs.dialects.standard import StandardDialect
 from graphs.graph import MICROSOFT, Graph
 from runtime.kernels import DOMAIN
 from runtime.text.sampler import UNKNOWN
@@ -52,6 +54,12 @@ def misfit(attention: Attention) -> str:
         f"attention heads of size {attention.head_dim} do not fit the ort dialect, "
         f"whose operator needs a multiple of {_head_step(attention)}"
     )
+
+
+def fits_fused_attention(attention: Attention) -> bool:
+    """Return True if MultiHeadAttention supports this cross-attention or encoder attention."""
+    special = (attention.rotary, attention.window, attention.softcap)
+    return attention.kv_heads == attention.heads and special == (None, None, None)
 
 
 def _rotated(attention: Attention) -> int:
@@ -147,14 +155,34 @@ class OrtDialect:
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         query = self._in_rows(linear(self.graph, x, attention.query))
+        if not fits_fused_attention(attention):
+            query = flat(self.graph, query, attention.heads * attention.head_dim)
+            out = self._standard.attend_to_prompt(query, attention, layer)
+            return self._flat(in_rows(self.graph, out, self.call), attention)
         prompt = key_value_inputs(self.graph, "cross", layer, attention, "E")
         return self._attend([query, *prompt, None, self.call.cross_lengths, None], attention)
 
+    def joined_attention(
+        self, x: ir.Value, attention: Attention, cross: Attention, layer: int | str
+    ) -> ir.Value:
+        graph = self.graph
+        width = graph.shape(attention.query.weight)[1]
+        rows = flat(graph, self._in_rows(x), width)
+        out = self._standard.joined_attention(rows, attention, cross, layer)
+        return self._flat(in_rows(graph, out, self.call), attention)
+
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
+        if not fits_fused_attention(attention):
+            return self._standard.encoder_attention(x, attention)
         packed = query_key_value(self.graph, x, attention)
         parts = map(self._in_rows, self.graph.ops("Split", [packed], 3, axis=-1, num_outputs=3))
         inputs = [*parts, None, self.call.query_lengths, self._bias(attention)]
         return self._attend(inputs, attention)
+
+    @cached_property
+    def _standard(self) -> StandardDialect:
+        """The dialect of attention that MultiHeadAttention does not support."""
+        return StandardDialect(self.graph, self.call, self.cache_rows)
 
     def _rotary_tables(self, attention: Attention) -> tuple[ir.Value | None, ir.Value | None]:
         """Return cosine and sine of every position, or None without rotary positions."""
@@ -268,8 +296,9 @@ class KernelDialect(OrtDialect):
         call = self.call
         rows = linear(graph, x, attention.query)
         prompt = key_value_inputs(graph, "cross", layer, attention, "E")
+        capped: dict[str, Any] = {} if attention.softcap is None else {"softcap": attention.softcap}
         out = graph.op(
-            "HalfCrossAttention",
+            "CappedCrossAttention" if capped else "HalfCrossAttention",
             [rows, *prompt, call.cross_lengths, call.query_lengths],
             DOMAIN,
             num_heads=attention.heads,
@@ -277,6 +306,7 @@ class KernelDialect(OrtDialect):
             head_size=attention.head_dim,
             scale=attention.scale,
             packed=int(self._packing is not None),
+            **capped,
         )
         return self._typed(out, attention)
 

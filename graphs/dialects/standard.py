@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import Attention, Norm
+from graphs.description import Attention, Norm, Rotary
 from graphs.dialects.base import (
     CallInputs,
     bias_of_distances,
@@ -60,8 +61,86 @@ class StandardDialect:
         return total, self.norm(total, norm)
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
+        query, key, value = self._query_key_value(x, attention)
+        keys = self._extend(f"{layer}.key", key, attention)
+        values = self._extend(f"{layer}.value", value, attention)
+        mask = self._mask(attention, keys)
+        return self._attend(query, keys, values, mask, attention, self._valid)
+
+    def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
+        return self.attend_to_prompt(linear(self.graph, x, attention.query), attention, layer)
+
+    def attend_to_prompt(self, query: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
+        """Attend to the prompt's keys and values with queries of all rows, including padding.
+
+        [B * rows, heads * head_dim] -> the same shape.
+        """
         graph = self.graph
         call = self.call
+        query = in_heads(graph, query, call, attention.heads, attention.head_dim)
+        key, value = key_value_inputs(graph, "cross", layer, attention, "E")
+        mask = self._prompt_mask(key)
+        assert call.cross_lengths is not None
+        lengths = None if self._fixed else graph.cast(call.cross_lengths, ir.DataType.INT64)
+        return self._attend(query, key, value, mask, attention, lengths)
+
+    def joined_attention(
+        self, x: ir.Value, attention: Attention, cross: Attention, layer: int | str
+    ) -> ir.Value:
+        graph = self.graph
+        query, key, value = self._query_key_value(x, attention)
+        own = [
+            self._extend(f"{layer}.{part}", new, attention)
+            for part, new in (("key", key), ("value", value))
+        ]
+        if self._valid is not None:  # copy only the valid rows of the cache
+            end = graph.op("ReduceMax", [self._valid, graph.constant([0])], keepdims=1)
+            bounds = [graph.constant([0]), end, graph.constant([2])]
+            own = [graph.op("Slice", [part, *bounds]) for part in own]
+        prompt = key_value_inputs(graph, "cross", layer, cross, "E")
+        masks = [self._mask(attention, own[0]), self._prompt_mask(prompt[0])]
+        mask = graph.op("Concat", masks, axis=-1)
+        keys, values = (
+            graph.op("Concat", parts, axis=2) for parts in zip(own, prompt, strict=True)
+        )
+        return self._attend(query, keys, values, mask, attention)
+
+    def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
+        graph = self.graph
+        call = self.call
+        query, key, value = self._query_key_value(x, attention)
+        bias = attention.relative_bias
+        name = (bias.table if bias else None, attention.window)
+        if name not in self._masks:
+            if call.query_lengths is None:
+                return self._attend(query, key, value, None, attention)
+            keys = graph.op("Squeeze", [self._positions, graph.constant([0])])
+            mask = self._padding_mask(keys, call.query_lengths)
+            if bias is not None:
+                mask = graph.op(
+                    "Add",
+                    [bias_of_distances(graph, bias, self._positions, keys), mask],
+                )
+            if attention.window is not None:
+                queries = graph.op("Unsqueeze", [self._positions, graph.constant([2])])
+                back = graph.op("Sub", [queries, keys])
+                window = graph.constant(np.int64(attention.window))
+                ahead = graph.constant(np.int64(-attention.ahead))
+                recent = graph.op("Less", [back, window])
+                near = graph.op("And", [recent, graph.op("GreaterOrEqual", [back, ahead])])
+                near = graph.op("Unsqueeze", [self._additive(near), graph.constant([1])])
+                mask = graph.op("Add", [mask, near])
+            self._masks[name] = mask
+        return self._attend(query, key, value, self._masks[name], attention)
+
+    def _query_key_value(
+        self, x: ir.Value, attention: Attention
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Project to queries, keys and values with norms and rotary positions.
+
+        [M, d] -> [B, heads or kv_heads, rows, head_dim] each.
+        """
+        graph = self.graph
         size = attention.head_dim
         counts = (attention.heads, attention.kv_heads, attention.kv_heads)
         packed = query_key_value(graph, x, attention)
@@ -73,65 +152,36 @@ class StandardDialect:
         )
         query = head_norm(graph, self, query, attention.query_norm, attention.heads, size)
         key = head_norm(graph, self, key, attention.key_norm, attention.kv_heads, size)
-        query = in_heads(graph, query, call, attention.heads, size)
-        key = in_heads(graph, key, call, attention.kv_heads, size)
-        value = in_heads(graph, value, call, attention.kv_heads, size)
+        query, key, value = (
+            in_heads(graph, part, self.call, count, size)
+            for part, count in zip((query, key, value), counts, strict=True)
+        )
         if attention.rotary:
-            cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows)
+            tables = self._rotary_tables(attention.rotary)
             rotated = 2 * len(attention.rotary.inverse_frequencies)
             partial: dict[str, Any] = {"rotary_embedding_dim": rotated} if rotated < size else {}
-            tables = [cos, sin, self._positions]
             query = graph.op("RotaryEmbedding", [query, *tables], **partial)
             key = graph.op("RotaryEmbedding", [key, *tables], **partial)
-        keys = self._extend(f"{layer}.key", key, attention)
-        values = self._extend(f"{layer}.value", value, attention)
-        mask = self._mask(attention, keys)
-        return self._attend(query, keys, values, mask, attention, self._valid)
+        return query, key, value
 
-    def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
-        graph = self.graph
-        call = self.call
-        query = in_heads(
-            graph,
-            linear(graph, x, attention.query),
-            call,
-            attention.heads,
-            attention.head_dim,
-        )
-        key, value = key_value_inputs(graph, "cross", layer, attention, "E")
-        assert call.cross_lengths is not None
-        if self._cross_mask is None:
-            self._cross_mask = self._padding_mask(self._key_positions(key), call.cross_lengths)
-        lengths = None if self._fixed else graph.cast(call.cross_lengths, ir.DataType.INT64)
-        return self._attend(query, key, value, self._cross_mask, attention, lengths)
+    def _rotary_tables(self, rotary: Rotary) -> list[ir.Value]:
+        """Return the inputs of RotaryEmbedding after the rows that it rotates.
 
-    def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
+        A decoder reads tables of all positions of its cache. An encoder computes cosine and sine of
+        its rows, since the length of a prompt does not depend on the cache.
+        """
         graph = self.graph
-        call = self.call
-        parts = graph.ops(
-            "Split",
-            [query_key_value(graph, x, attention)],
-            3,
-            axis=-1,
-            num_outputs=3,
-        )
-        heads = attention.heads
-        size = attention.head_dim
-        query, key, value = (in_heads(graph, part, call, heads, size) for part in parts)
-        bias = attention.relative_bias
-        name = (bias.table if bias else None, None)
-        if name not in self._masks:
-            if call.query_lengths is None:
-                return self._attend(query, key, value, None, attention)
-            keys = graph.op("Squeeze", [self._positions, graph.constant([0])])
-            mask = self._padding_mask(keys, call.query_lengths)
-            if bias is not None:
-                mask = graph.op(
-                    "Add",
-                    [bias_of_distances(graph, bias, self._positions, keys), mask],
-                )
-            self._masks[name] = mask
-        return self._attend(query, key, value, self._masks[name], attention)
+        if self.call.past_lengths is not None:
+            return [*rotary_tables(graph, rotary, self.cache_rows), self._positions]
+        steps = graph.op("Unsqueeze", [self._positions, graph.constant([2])])
+        pairs = np.asarray(rotary.inverse_frequencies, np.float32)
+        digest = hashlib.sha256(pairs.tobytes()).hexdigest()[:8]  # kinds of layers differ
+        frequencies = graph.table(f"rotary.{digest}", pairs, ir.DataType.FLOAT)
+        angles = graph.op("Mul", [graph.cast(steps, ir.DataType.FLOAT), frequencies])
+        shape = graph.op("Concat", [self.call.size, graph.constant([len(pairs)])], axis=0)
+        scale = graph.constant(np.float32(rotary.scale))
+        waves = [graph.op("Mul", [graph.op(wave, [angles]), scale]) for wave in ("Cos", "Sin")]
+        return [graph.op("Expand", [graph.to_compute(wave), shape]) for wave in waves]
 
     def _extend(self, name: str, new: ir.Value, attention: Attention) -> ir.Value:
         """Return a cache with the new rows written after the valid ones."""
@@ -175,6 +225,14 @@ class StandardDialect:
                 mask = graph.op("Add", [table, mask])
             self._masks[name] = mask
         return self._masks[name]
+
+    def _prompt_mask(self, key: ir.Value) -> ir.Value:
+        """Return the mask of cross-attention, [B, 1, rows, E], for keys of a prompt."""
+        if self._cross_mask is None:
+            assert self.call.cross_lengths is not None
+            positions = self._key_positions(key)
+            self._cross_mask = self._padding_mask(positions, self.call.cross_lengths)
+        return self._cross_mask
 
     def _padding_mask(self, positions: ir.Value, lengths: ir.Value) -> ir.Value:
         """Return the mask [B, 1, rows, T] for key positions [T] and valid lengths [B]."""

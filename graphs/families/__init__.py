@@ -10,19 +10,28 @@ from typing import Any
 
 from graphs.description import Description
 from graphs.errors import UnsupportedModelError
-from graphs.families import bart, gemma, gpt2, llama, t5, whisper
+from graphs.families import bart, gemma, gpt2, llama, t5, t5gemma, whisper
 from graphs.shapes import check_config
 from graphs.weights import Weights
 
-FAMILIES = (t5, llama, gemma, gpt2, bart, whisper)
-# Fields of a configuration that stand for unsupported features.
+FAMILIES = (t5, llama, gemma, gpt2, bart, whisper, t5gemma)
+# Fields of a configuration, or of its `text_config`, that stand for unsupported features. The first
+# one is named in the error.
 _BEYOND = {
+    **dict.fromkeys(("linear_num_key_heads", "linear_conv_kernel_dim"), "linear attention"),
+    "conv_L_cache": "convolutions",
+    "altup_num_inputs": "several residual streams, AltUp",
+    "hidden_size_per_layer_input": "embeddings for each layer",
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), "state-space layers"),
     **dict.fromkeys(("num_experts", "num_local_experts"), "a mixture of experts"),
     "n_routed_experts": "a mixture of experts",
-    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), "state-space layers"),
-    **dict.fromkeys(("linear_num_key_heads", "linear_conv_kernel_dim"), "linear attention"),
     **dict.fromkeys(("vision_config", "audio_config"), "other inputs than text"),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), "latent attention"),
+}
+# The same for architectures without such a field.
+_BY_NAME = {
+    **dict.fromkeys(("rwkv", "xlstm", "recurrent_gemma"), "recurrent layers"),
+    "dbrx": "a mixture of experts",
 }
 
 
@@ -39,11 +48,15 @@ def family_of(config: Mapping[str, Any]) -> ModuleType:
             supported.
     """
     model_type = str(config.get("model_type"))[:80]
-    field = next((name for name in _BEYOND if config.get(name)), None)
+    text = config.get("text_config")
+    fields = {**config, **(text if isinstance(text, Mapping) else {})}
+    field = next((name for name in _BEYOND if fields.get(name)), None)
     family_module = next((family for family in FAMILIES if model_type in family.MODEL_TYPES), None)
     if family_module is not None and field is None:
         return family_module
-    reason = "" if field is None else f" ({field}: {_BEYOND[field]})"
+    reason = f" ({_BY_NAME[model_type]})" if model_type in _BY_NAME else ""
+    if field is not None:
+        reason = f" ({field}: {_BEYOND[field]})"
     nearest = _nearest(model_type, config) if family_module is None else ""
     raise UnsupportedModelError(
         f"architecture {model_type!r}{reason} is not supported; "

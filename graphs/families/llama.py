@@ -74,16 +74,17 @@ def decoder_layer(config: Mapping[str, Any], weights: Weights, number: int) -> L
         inner = int(config["intermediate_size"])
         gate, up = _rows_of(f"{name}.mlp.gate_up_proj.weight", [inner])
     else:
-        gate, up = (_linear(weights, f"{name}.mlp.{part}_proj") for part in ("gate", "up"))
+        gate, up = (linear(weights, f"{name}.mlp.{part}_proj") for part in ("gate", "up"))
     return Layer(
         attention_norm=rms_norm(config, f"{name}.input_layernorm"),
-        attention=_attention(config, weights, number, f"{name}.self_attn"),
+        attention=attention(config, weights, number, f"{name}.self_attn"),
         mlp_norm=rms_norm(config, f"{name}.post_attention_layernorm"),
         mlp=MLP(activation, up, _output(config, weights, f"{name}.mlp.down_proj"), gate),
     )
 
 
-def _attention(config: Mapping[str, Any], weights: Weights, number: int, name: str) -> Attention:
+def attention(config: Mapping[str, Any], weights: Weights, number: int, name: str) -> Attention:
+    """Return the self-attention of layer `number`, whose weights begin with `name`."""
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
@@ -91,7 +92,7 @@ def _attention(config: Mapping[str, Any], weights: Weights, number: int, name: s
     if model_type == "phi3":
         parts = _rows_of(f"{name}.qkv_proj.weight", [heads * head_dim, kv_heads * head_dim])
     else:
-        parts = [_linear(weights, f"{name}.{part}_proj") for part in "qkv"]
+        parts = [linear(weights, f"{name}.{part}_proj") for part in "qkv"]
     normed = model_type in ("qwen3", "gemma3_text")
     # SmolLM3 has layers without rotary positions.
     rotates = config["no_rope_layers"][number] if config.get("no_rope_layers") else True
@@ -124,7 +125,8 @@ def _window(config: Mapping[str, Any], layer: int) -> int | None:
     return int(window) if layer >= int(config.get("max_window_layers") or 0) else None
 
 
-def _linear(weights: Weights, name: str) -> Linear:
+def linear(weights: Weights, name: str) -> Linear:
+    """Return a linear layer, with its bias if the checkpoint has one."""
     bias = f"{name}.bias"
     return Linear(f"{name}.weight", bias if bias in weights else None)
 
@@ -140,7 +142,7 @@ def _rows_of(name: str, sizes: Sequence[int]) -> list[Linear]:
 
 def _output(config: Mapping[str, Any], weights: Weights, name: str) -> Linear:
     """Return a block's last layer, its weights scaled by Granite's residual multiplier."""
-    plain = _linear(weights, name)
+    plain = linear(weights, name)
     factor = float(config.get("residual_multiplier") or 1.0)
     bias = plain.bias and str(View(plain.bias, factor=factor))
     return Linear(str(View(plain.weight, factor=factor)), bias)

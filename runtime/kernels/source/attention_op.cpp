@@ -97,6 +97,16 @@ ort::Status* create_half_cross(const ort::CustomOp* op, const ort::Api* api, con
   return nullptr;
 }
 
+ort::Status* create_capped_cross(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info,
+                                 void** out) {
+  float softcap = 0.0f;
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &softcap));
+  if (!(softcap > 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is not above 0");
+  RETURN_IF_ERROR(create_half_cross(op, api, info, out));
+  static_cast<Kernel*>(*out)->attention.softcap = softcap;
+  return nullptr;
+}
+
 // Checks the shape of an input. -1 in `expected` permits any size, and is replaced by it.
 ort::Status* check_shape(const Kernel& kernel, const ort::KernelContext* context, size_t input, const char* name,
                          size_t rank, int64_t* expected) {
@@ -263,10 +273,19 @@ constexpr ort::CustomOp half_cross_op() {
   return op;
 }
 
+// Scores are capped, and keys and values float16.
+constexpr ort::CustomOp capped_cross_op() {
+  ort::CustomOp op = half_cross_op();
+  op.GetName = [](const ort::CustomOp*) { return "CappedCrossAttention"; };
+  op.CreateKernelV2 = create_capped_cross;
+  return op;
+}
+
 }  // namespace
 
 constexpr ort::CustomOp kCachedAttentionOp = cached_attention_op(), kCappedAttentionOp = capped_attention_op();
 constexpr ort::CustomOp kHalfAttentionOp = half_attention_op();
 constexpr ort::CustomOp kCrossAttentionOp = cross_attention_op(), kHalfCrossAttentionOp = half_cross_op();
+constexpr ort::CustomOp kCappedCrossAttentionOp = capped_cross_op();
 
 }  // namespace freeexport

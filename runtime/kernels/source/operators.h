@@ -11,7 +11,8 @@
 namespace freeexport {
 
 extern const ort::CustomOp kPackedLinearOp, kPackedRowsOp, kCachedAttentionOp, kCappedAttentionOp, kHalfAttentionOp;
-extern const ort::CustomOp kCrossAttentionOp, kHalfCrossAttentionOp, kBestTwoOp, kPredictOp, kWholeVocabularyOp;
+extern const ort::CustomOp kCrossAttentionOp, kHalfCrossAttentionOp, kCappedCrossAttentionOp;
+extern const ort::CustomOp kBestTwoOp, kPredictOp, kWholeVocabularyOp;
 extern const ort::CustomOp kCountedRowsOp;
 
 // True while this thread runs a call that reads a prompt. ONNX Runtime's sequential executor calls

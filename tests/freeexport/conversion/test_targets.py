@@ -27,7 +27,7 @@ from runtime.errors import CapacityError, EngineError
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
 MODELS = (
     *("t5-relu-tied", "llama-grouped-llama3-rope", "mistral-window", "bart", "marian", "m2m100", "smollm3", "granite"),
-    *("phi3-longrope", "gemma2", "gemma3", "gpt2"),
+    *("phi3-longrope", "gemma2", "gemma3", "gpt2", "t5gemma", "t5gemma2"),
 )
 
 Checkpoint = Callable[[Case], Path]
@@ -128,7 +128,7 @@ def test_targets_and_a_fixed_cache_change_no_token(name: str, bundle: Bundles) -
     expected = said(bundle(BY_NAME[name]))
     assert said(bundle(BY_NAME[name], target="cuda", precision="fp32")) == expected
     assert 0 < sum(sum(exited) for _, exited in expected) < sum(len(ids) for ids, _ in expected)
-    if name == "gemma2":  # TensorRT parses no Attention with a softcap
+    if name in ("gemma2", "t5gemma"):  # TensorRT parses no Attention with a softcap
         with pytest.raises(GraphError, match="tensorrt does not support attn_logit_softcapping"):
             bundle(BY_NAME[name], target="tensorrt")
     else:

@@ -121,8 +121,9 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
         (LLAMA, {"exit_layers": 2, "learning_rate": 3e-3}),
         (T5, {"exit_layers": 2, "learning_rate": 3e-3}),
         (BY_NAME["m2m100"], {"exit_layers": 1, "exit_layer": 1, "learning_rate": 3e-3}),
+        (BY_NAME["t5gemma"], {"exit_layers": 1, "exit_layer": 1, "learning_rate": 3e-3}),
     ],
-    ids=["llama-layers", "t5-layers", "m2m100-layers"],
+    ids=["llama-layers", "t5-layers", "m2m100-layers", "t5gemma-layers"],
 )
 def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     checkpoint: Directory, words: Path, case: Case, options: dict[str, Any], run: Runs

@@ -188,12 +188,15 @@ def crossed(session, rows, key, value, lengths, counts):
     return y
 
 
-@pytest.mark.parametrize(("size", "cache"), [(40, np.float32), (48, np.float32), (40, np.float16)])
+@pytest.mark.parametrize(
+    ("size", "cache", "softcap"),
+    [(40, np.float32, 0.0), (48, np.float32, 0.0), (40, np.float16, 0.0), (40, np.float16, 0.7)],
+)
 @pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
-def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, size, cache, monkeypatch):
+def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, size, cache, softcap, monkeypatch):
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     rng = np.random.default_rng(6)
-    layer = Layer(6, 3, size, cache=cache)
+    layer = Layer(6, 3, size, cache=cache, softcap=softcap)
     counts, lengths = np.array([4, 1, 9], np.int32), np.array([17, 30, 1], np.int32)
     rows = rng.standard_normal((3, 9, 6, size)).astype(np.float32)
     key, value = (rng.standard_normal((3, 3, 30, size)).astype(cache) for _ in range(2))
@@ -205,6 +208,7 @@ def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, 
     alone, one = cross_session(layer, True), np.ones(1, np.int32)
     for place, (b, row) in enumerate(np.argwhere(valid)):
         scores = np.einsum("hd,hed->he", rows[b, row], np.repeat(key[b, :, : lengths[b]], 2, 0).astype(float)) * 0.2
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         expected = np.einsum("he,hed->hd", weights, np.repeat(value[b, :, : lengths[b]], 2, 0))
