@@ -18,6 +18,7 @@ from typing import Any, Self, Unpack, overload
 import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
+from runtime.alignment import Aligner
 from runtime.batching import BatchedCall
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL
@@ -149,9 +150,10 @@ class Session:
         )
         self._closed = False
         speech = manifest.speech is not None
-        self._transcriber = (
-            Transcriber(manifest, self._tokenizer, self.capacity) if speech else None
-        )
+        self._transcriber: Transcriber | None = None
+        if speech:
+            align = Aligner(manifest, shallow.engine, deep.engine).weights
+            self._transcriber = Transcriber(manifest, self._tokenizer, self.capacity, align)
         self._request_options: type[GenerationOptions] = (
             SpeechOptions if speech else GenerationOptions
         )

@@ -33,9 +33,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
         several = isinstance(self.input, list) and not isinstance(self.input[0], int)
         return list(self.input) if several else [self.input]
 
-    def answer(
-        self, model: str, embeddings: Sequence[np.ndarray], tokens: int
-    ) -> dict[str, Any]:
+    def answer(self, model: str, embeddings: Sequence[np.ndarray], tokens: int) -> dict[str, Any]:
         """Return the body of the response.
 
         Args:

@@ -11,11 +11,11 @@ from graphs.description import Attention, Norm
 from graphs.dialects.base import (
     CallInputs,
     bias_of_distances,
+    cross_query,
     flat,
     head_norm,
     in_heads,
     key_value_inputs,
-    linear,
     normalized,
     query_key_value,
     query_positions,
@@ -93,7 +93,7 @@ class StandardDialect:
         call = self.call
         query = in_heads(
             graph,
-            linear(graph, x, attention.query),
+            cross_query(graph, x, attention, layer),
             call,
             attention.heads,
             attention.head_dim,
