@@ -78,8 +78,8 @@ def first_columns(costs: np.ndarray) -> np.ndarray:
         both = older[low - 1 : high - 1]
         above = last[low - 1 : high - 1]
         left = last[low:high]
-        step = np.where((above < both) & (above < left), 1, 2)
-        step[(both < above) & (both < left)] = 0
+        step = np.where(above < both, 1, 0)
+        step[left <= np.minimum(both, above)] = 2
         sums = np.full(rows + 1, np.inf)
         sums[low:high] = costs[row - 1, diagonal - row - 1] + np.choose(step, (both, above, left))
         steps[diagonal, low:high] = step
@@ -135,9 +135,7 @@ def _pieces(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, int,
     return pieces
 
 
-def timed(
-    spans: Sequence[Span], seconds: np.ndarray, probabilities: np.ndarray
-) -> list[Word]:
+def timed(spans: Sequence[Span], seconds: np.ndarray, probabilities: np.ndarray) -> list[Word]:
     """Return the words of a window with their times.
 
     Args:

@@ -51,8 +51,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "scheduler": "sequence batching decoding engines adaptation",
         "stream": "scheduler sequence text result",
         "placement": "tensorrt cuda engines bundle machine options",
-        "session": "placement hub alignment speech stream scheduler batching sequence model thresholds decoding engines "
-        "adaptation text bundle machine options option_keywords result metrics",
+        "session": "placement hub alignment speech stream scheduler batching sequence model thresholds decoding "
+        "engines adaptation text bundle machine options option_keywords result metrics",
         "pretrained": "session model options",
     },
     "freeexport": {

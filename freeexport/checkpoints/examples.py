@@ -185,9 +185,7 @@ def _alignment_heads(
     heads = description.attention.heads
     given = checkpoint.generation_config.get("alignment_heads")
     if given is None:
-        return tuple(
-            (layer, head) for layer in range(layers // 2, layers) for head in range(heads)
-        )
+        return tuple((layer, head) for layer in range(layers // 2, layers) for head in range(heads))
     known = {(layer, head) for layer in range(layers) for head in range(heads)}
     try:
         found = tuple((int(layer), int(head)) for layer, head in given)

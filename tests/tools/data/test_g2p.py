@@ -29,7 +29,8 @@ ENTRIES = [
     ("3d", ["TH"]),
 ]
 WORDS = [
-    Headword(f"word{'abcdefghij'[i % 10]}{'abcdefghij'[i // 10 % 10]}{'abcdefghij'[i // 100]}", ("W",)) for i in range(900)
+    Headword(f"word{'abcdefghij'[i % 10]}{'abcdefghij'[i // 10 % 10]}{'abcdefghij'[i // 100]}", ("W",))
+    for i in range(900)
 ]
 PHRASE = "HH AH L OW | AY M"
 
