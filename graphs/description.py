@@ -6,6 +6,7 @@ named by its key in the checkpoint. Linear weights are [outputs, inputs], as PyT
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -169,6 +170,8 @@ class Attention:
         ahead: Number of later positions that a query of an encoder attends to, with `window`.
         softcap: Replaces each score by softcap * tanh(score / softcap) (Gemma 2,
             T5Gemma). Default: no cap.
+        outputs_query: The queries of this cross-attention are an output of the engine (Whisper's
+            alignment heads).
     """
 
     heads: int
@@ -186,6 +189,7 @@ class Attention:
     window: int | None = None
     ahead: int = 0
     softcap: float | None = None
+    outputs_query: bool = False
 
 
 @dataclass(frozen=True)
@@ -363,6 +367,16 @@ class Description:
         attentions = [layer.attention for layer in self.decoder.layers]
         with_rotary = (attention for attention in attentions if attention.rotary)
         return next(with_rotary, attentions[0])
+
+    def with_queries(self, layers: Container[int]) -> Description:
+        """Return the description with the queries of these layers' cross-attention as outputs."""
+        changed = tuple(
+            replace(layer, cross=replace(layer.cross, outputs_query=True))
+            if number in layers and layer.cross is not None
+            else layer
+            for number, layer in enumerate(self.decoder.layers)
+        )
+        return replace(self, decoder=replace(self.decoder, layers=changed))
 
     def at(self, capacity: int) -> Description:
         """Return the description with rotary frequencies for a cache of `capacity` positions."""

@@ -30,7 +30,7 @@ from runtime.errors import (
 from runtime.metrics import Histogram, Metrics, RequestEvent
 from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
 from runtime.pretrained import FreeModelForCausalLM, FreeModelForSeq2SeqLM
-from runtime.result import GenerationResult, Segment, Stats, Token
+from runtime.result import GenerationResult, Segment, Stats, Token, Word
 from runtime.session import Session
 from runtime.stream import AsyncStream, Stream
 from runtime.thresholds import DefaultMode
@@ -65,4 +65,5 @@ __all__ = [
     "Stats",
     "Stream",
     "Token",
+    "Word",
 ]

@@ -84,6 +84,7 @@ class GenerationKeywords(TypedDict, total=False):
     language: str | None
     task: Literal["transcribe", "translate"]
     timestamps: bool
+    word_timestamps: bool
     initial_prompt: str | None
     condition_on_previous: bool
     fallback_temperatures: Sequence[float]

@@ -461,6 +461,10 @@ class SpeechOptions(GenerationOptions):
     """Return segments with their times. Audio longer than 30 s is always decoded with timestamps,
     because a window begins where the last segment of the one before ends."""
 
+    word_timestamps: bool = False
+    """Return segments whose words have times, from the decoder's cross-attention. Takes another
+    pass of the decoder over the tokens of each window."""
+
     initial_prompt: str | None = None
     """Text that precedes the first window, such as names and spellings that are likely to occur."""
 

@@ -262,6 +262,23 @@ class Token(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Word:
+    """A word of speech.
+
+    Attributes:
+        text: The word, with the space before it and punctuation.
+        start: Start time in seconds.
+        end: End time in seconds.
+        probability: Mean probability of its tokens.
+    """
+
+    text: str
+    start: float
+    end: float
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A segment of speech.
 
@@ -274,6 +291,7 @@ class Segment:
         avg_logprob: Mean log-probability per token of its window, in nats. None unless computed.
         compression_ratio: Compression ratio of the text, which is high if it repeats itself.
         no_speech_prob: Probability that its window has no speech. None unless computed.
+        words: Its words. Their joined texts are `text`. None unless requested.
     """
 
     start: float
@@ -284,6 +302,7 @@ class Segment:
     avg_logprob: float | None
     compression_ratio: float
     no_speech_prob: float | None
+    words: tuple[Word, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +338,7 @@ class GenerationResult:
         logprobs: Log-probabilities in nats. None unless requested.
         top_logprobs: Most likely tokens at each position. None unless requested.
         language: Language of speech.
-        segments: Segments of speech, if timestamps were requested or it is longer than a window.
+        segments: Segments of speech, if times were requested or it is longer than a window.
         sources: Where each token came from, see Token.
         prompt_logprobs: Log-probabilities of the prompt. None unless requested.
     """

@@ -18,6 +18,7 @@ from typing import Any, Self, Unpack, overload
 import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
+from runtime.alignment import Aligner
 from runtime.batching import BatchedCall
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL
@@ -149,9 +150,10 @@ class Session:
         )
         self._closed = False
         speech = manifest.speech is not None
-        self._transcriber = (
-            Transcriber(manifest, self._tokenizer, self.capacity) if speech else None
-        )
+        self._transcriber: Transcriber | None = None
+        if speech:
+            align = Aligner(manifest, shallow.engine, deep.engine).weights
+            self._transcriber = Transcriber(manifest, self._tokenizer, self.capacity, align)
         self._request_options: type[GenerationOptions] = (
             SpeechOptions if speech else GenerationOptions
         )
@@ -324,6 +326,48 @@ class Session:
             OptionError: If a language is not supported.
         """
         return self._model.encode(prompt, tools=tools, src_lang=src_lang, tgt_lang=tgt_lang)
+
+    def embed(
+        self,
+        prompts: Prompt | List[Prompt],
+        *,
+        normalize: bool = False,
+        src_lang: str | None = None,
+    ) -> np.ndarray:
+        """Return an embedding of each prompt, float32 [n, d], with a bundle that has an encoder.
+
+        An embedding is the mean of the encoder's last states over all tokens of the prompt, the
+        special tokens included. Prompts are encoded one at a time, in the thread of the caller, so
+        that an embedding does not depend on other prompts.
+
+        Args:
+            prompts: Texts or lists of token ids. A single prompt is a list of one.
+            normalize: Scale each embedding to length 1.
+            src_lang: Language of the prompts, as in the options.
+
+        Raises:
+            OptionError: If the bundle has no encoder for text, or the session is closed.
+            PromptError: If a prompt is not valid or does not fit.
+        """
+        self._refuse_if_closed()
+        encoder = self._model.encoder
+        if encoder is None or self._transcriber is not None:
+            read = "is decoder-only" if encoder is None else "reads speech"
+            raise OptionError(
+                f"the bundle {read}; embeddings need an encoder of text, such as T5's or BART's"
+            )
+        if Device.parse(self.options.device).index is not None:
+            raise OptionError(
+                f"device is {self.options.device!r}; embeddings are computed on a CPU only, use "
+                "another session"
+            )
+        listed = prompts if is_list_of_prompts(prompts) else [prompts]
+        encoded = [self.encode(prompt, src_lang=src_lang) for prompt in listed]
+        states = [encoder.states(ids).mean(axis=0, dtype=np.float32) for ids in encoded]
+        found = np.array(states, np.float32).reshape(len(states), self.manifest.hidden_size)
+        if normalize:
+            found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.float32(1e-12))
+        return found
 
     def listen(self, audio: Any, language: str | None = None) -> SpeechPrompt:
         """Return a window of speech and its prompt, for `generate` and `decoder`. For measurements.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from time import monotonic
 from typing import Any
 
@@ -19,10 +20,11 @@ from runtime.audio import FRAMES_A_SECOND, LateError, log_mel, read_audio, windo
 from runtime.bundle.manifest import Manifest, Speech
 from runtime.errors import OptionError, PromptLengthError
 from runtime.options import GenerationOptions, SpeechOptions
-from runtime.result import GenerationResult, Segment, Stats
+from runtime.result import GenerationResult, Segment, Stats, Word
 from runtime.text.grammar import NEVER
 from runtime.text.sampler import softmax
 from runtime.text.tokenizer import Tokenizer
+from runtime.words import Span, spans_of, timed, token_starts
 
 SECONDS_A_TIMESTAMP = 0.02
 FRAMES_A_POSITION = 2  # frames per encoder position, which is also the unit of timestamps
@@ -184,13 +186,29 @@ def _only(scores: np.ndarray, tokens: list[int]) -> np.ndarray:
 
 
 Decode = Callable[[SpeechPrompt, GenerationOptions], GenerationResult]
+# Returns the weights of the alignment heads, float32 [heads, n, E], of tokens and a window.
+Align = Callable[[Sequence[int], Mapping[str, np.ndarray]], np.ndarray]
 
 
 class Transcriber:
-    """Converts sound to text, window by window. Each window is a request to `decode`."""
+    """Converts sound to text, window by window. Each window is a request to `decode`.
 
-    def __init__(self, manifest: Manifest, tokenizer: Tokenizer | None, capacity: int) -> None:
+    Args:
+        manifest: Manifest of the bundle.
+        tokenizer: The tokenizer. None if results have no text.
+        capacity: Positions per slot.
+        align: For the times of words.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tokenizer: Tokenizer | None,
+        capacity: int,
+        align: Align | None = None,
+    ) -> None:
         assert manifest.speech is not None
+        self._align = align
         self._speech = manifest.speech
         self._tokenizer = tokenizer
         self._capacity = capacity
@@ -224,6 +242,13 @@ class Transcriber:
             raise OptionError(f"{name} is not supported for speech; omit it")
         if options.initial_prompt is not None and self._tokenizer is None:
             raise OptionError("initial_prompt is given, but the session has no tokenizer; omit it")
+        if options.word_timestamps and not self._speech.alignment_heads:
+            raise OptionError(
+                "word_timestamps is True, but the bundle has no alignment heads; convert the "
+                "checkpoint again, for a CPU"
+            )
+        if options.word_timestamps and self._tokenizer is None:
+            raise OptionError("word_timestamps is True, but the session has no tokenizer; omit it")
 
     def single(self, audio: Any, options: SpeechOptions, decode: Decode) -> SpeechPrompt:
         """Return the request for a sound of one window.
@@ -232,6 +257,10 @@ class Transcriber:
             PromptLengthError: If the sound is longer.
         """
         self.check(options)
+        if options.word_timestamps:
+            raise OptionError(
+                "word_timestamps is True, and a stream of tokens has no times; use generate"
+            )
         mels, frames = self._read(audio)
         if frames > self._frames:
             raise PromptLengthError(
@@ -245,7 +274,21 @@ class Transcriber:
         return self._prompt(sound, language, options, options.timestamps, self._before(options))
 
     def transcribe(self, audio: Any, options: SpeechOptions, decode: Decode) -> GenerationResult:
-        """Transcribe a sound of any length.
+        """Transcribe a sound of any length. Arguments and errors are those of `segments`."""
+        segments = self.segments(audio, options, decode)
+        while True:
+            try:
+                next(segments)
+            except StopIteration as end:
+                result: GenerationResult = end.value
+                return result
+
+    def segments(
+        self, audio: Any, options: SpeechOptions, decode: Decode
+    ) -> Generator[Segment, None, GenerationResult]:
+        """Yield the segments of a sound of any length, and return the result.
+
+        The segments of a window are yielded once its text is final.
 
         Raises:
             PromptError: If the audio is not valid.
@@ -296,20 +339,32 @@ class Transcriber:
                 if timestamps
                 else ([(0, size // FRAMES_A_POSITION, tokens)], 0)
             )
-            for start, end, ids in cut:
+            words: list[tuple[Word, ...]] | None = None
+            if options.word_timestamps:
+                words = self._words(prompt.sound, language, options.task, result, cut, place, size)
+            for number, (start, end, ids) in enumerate(cut):
                 text = self._text(ids)
                 first, last = (
                     place / FRAMES_A_SECOND + count * SECONDS_A_TIMESTAMP for count in (start, end)
                 )
-                segments.append(
-                    Segment(
-                        first, last, text, tuple(ids), temperature, nats, _compression(text), quiet
-                    )
+                segment = Segment(
+                    first,
+                    last,
+                    text,
+                    tuple(ids),
+                    temperature,
+                    nats,
+                    _compression(text),
+                    quiet,
+                    None if words is None else words[number],
                 )
+                segments.append(segment)
+                yield segment
             if options.condition_on_previous:
                 before = [*before, *tokens] if temperature <= 0.5 else []
             place += advance or size
-        return self._joined(parts, segments, language, timestamps)
+        shown = timestamps or options.word_timestamps
+        return self._joined(parts, segments, language, shown)
 
     def _read(self, audio: Any, until: float = math.inf) -> tuple[np.ndarray, int]:
         samples = read_audio(audio, until=until)
@@ -359,7 +414,10 @@ class Transcriber:
         temperatures = [first, *(each for each in options.fallback_temperatures if each > first)]
         for temperature in temperatures:
             options_used = replace(
-                options, output_logprobs=options.output_logprobs or wanted is not None
+                options,
+                output_logprobs=options.output_logprobs
+                or wanted is not None
+                or options.word_timestamps,
             )
             if temperature != first:
                 options_used = replace(
@@ -404,16 +462,76 @@ class Transcriber:
         """Return the text of tokens, without timestamps and special tokens."""
         if self._tokenizer is None:
             return ""
-        return self._tokenizer.decode(
-            [token for token in tokens if token < self._start and token not in self._eos]
+        return self._tokenizer.decode([token for token in tokens if self._is_text(token)])
+
+    def _is_text(self, token: int) -> bool:
+        return token < self._start and token not in self._eos
+
+    def _words(
+        self,
+        sound: Sound,
+        language: str,
+        task: str,
+        result: GenerationResult,
+        cut: list[tuple[int, int, list[int]]],
+        place: int,
+        size: int,
+    ) -> list[tuple[Word, ...]]:
+        """Return the words of each segment of a window.
+
+        The decoder reads the text once more, without timestamps.
+
+        Args:
+            sound: The window, with the encoder's output.
+            language: Code of the language.
+            task: The task.
+            result: Result of the window.
+            cut: Its segments.
+            place: First frame of the window.
+            size: Its frames of sound.
+        """
+        assert self._align is not None
+        assert self._tokenizer is not None
+        assert result.logprobs is not None
+        kept = [token not in self._eos for token in result.token_ids]
+        logprobs = np.array(result.logprobs)[kept]
+        spans = list[Span]()
+        counts = list[int]()
+        tokens = list[int]()
+        chances = list[float]()
+        read = 0
+        for _, _, ids in cut:
+            text = [(token, read + n) for n, token in enumerate(ids) if self._is_text(token)]
+            read += len(ids)
+            written = [token for token, _ in text]
+            found = spans_of(written, self._tokenizer, language if task == "transcribe" else "en")
+            spans += [
+                span._replace(first=span.first + len(tokens), end=span.end + len(tokens))
+                for span in found
+            ]
+            counts.append(len(found))
+            tokens += written
+            chances += [float(np.exp(logprobs[number])) for _, number in text]
+        if not spans:
+            return [()] * len(cut)
+        prefix = [self._start, *self._speech.prefix(language, task)]
+        fitting = [*prefix, *tokens][: self._capacity]
+        weights = self._align(fitting, sound.cross)
+        # The row of the last token of the prefix predicts the first token of the text.
+        positions = token_starts(
+            weights[:, len(prefix) - 1 :, : max(1, math.ceil(size / FRAMES_A_POSITION))]
         )
+        positions = np.pad(positions, (0, len(tokens) + 1 - len(positions)), mode="edge")
+        seconds = place / FRAMES_A_SECOND + positions * SECONDS_A_TIMESTAMP
+        words = iter(timed(spans, seconds, np.array(chances)))
+        return [tuple(islice(words, count)) for count in counts]
 
     def _joined(
         self,
         parts: list[GenerationResult],
         segments: list[Segment],
         language: str | None,
-        timestamps: bool,
+        shown: bool,
     ) -> GenerationResult:
         """Return the result of all windows. Silent windows have no text."""
         stats = Stats.joined([part.stats for part in parts])
@@ -426,7 +544,7 @@ class Transcriber:
             finish_reason=parts[-1].finish_reason,
             stats=stats,
             language=language,
-            segments=tuple(segments) if timestamps else None,
+            segments=tuple(segments) if shown else None,
             sources=tuple(source for part in parts for source in part.sources),
         )
 

@@ -41,7 +41,9 @@ ALLOWED: dict[str, dict[str, str]] = {
         "decoding": "kernels engines adaptation text options result",
         "thresholds": "adaptation bundle options",
         "batching": "decoding engines adaptation bundle",
-        "speech": "audio bundle text options result",
+        "alignment": "engines bundle text",
+        "words": "text result",
+        "speech": "words audio bundle text options result",
         "languages": "bundle",
         "model": "languages thresholds decoding engines adaptation text bundle options metrics",
         "generation": "model languages speech decoding engines text machine bundle options result",
@@ -49,8 +51,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "scheduler": "sequence batching decoding engines adaptation",
         "stream": "scheduler sequence text result",
         "placement": "tensorrt cuda engines bundle machine options",
-        "session": "placement hub speech stream scheduler batching sequence model thresholds decoding engines "
-        "adaptation text bundle machine options option_keywords result metrics",
+        "session": "placement hub alignment speech stream scheduler batching sequence model thresholds decoding "
+        "engines adaptation text bundle machine options option_keywords result metrics",
         "pretrained": "session model options",
     },
     "freeexport": {

@@ -167,7 +167,36 @@ def speech_of(checkpoint: Checkpoint, description: Description) -> Speech | None
         ),
         begin_suppressed=tuple(config.get("begin_suppress_tokens") or ()),
         latest_first=int(config.get("max_initial_timestamp_index") or 50),
+        alignment_heads=_alignment_heads(checkpoint, description),
     )
+
+
+def _alignment_heads(
+    checkpoint: Checkpoint, description: Description
+) -> tuple[tuple[int, ...], ...]:
+    """Return layer and head of Whisper's alignment heads.
+
+    They are read from generation_config.json. Default: all heads of the last half of the layers.
+
+    Raises:
+        GraphError: If they do not exist in the model.
+    """
+    layers = len(description.decoder.layers)
+    heads = description.attention.heads
+    given = checkpoint.generation_config.get("alignment_heads")
+    if given is None:
+        return tuple((layer, head) for layer in range(layers // 2, layers) for head in range(heads))
+    known = {(layer, head) for layer in range(layers) for head in range(heads)}
+    try:
+        found = tuple((int(layer), int(head)) for layer, head in given)
+    except (TypeError, ValueError):
+        found = ()
+    if not found or not known.issuperset(found):
+        raise GraphError(
+            f"{checkpoint.name} has alignment_heads {str(given)[:80]} in its "
+            f"generation_config.json; give pairs of a layer below {layers} and a head below {heads}"
+        )
+    return found
 
 
 def text_format(checkpoint: Checkpoint, description: Description, limit: int) -> TextFormat:

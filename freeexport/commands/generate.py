@@ -303,7 +303,7 @@ def command(
 
 
 def _transcribe(session: Session, audio: Path, options: dict[str, Any], as_json: bool) -> None:
-    """Print the transcript of a file, one line per segment if there are several."""
+    """Print the transcript of a file, one line per segment or word if they have times."""
     result = session.generate(str(audio), **options)
     if as_json:
         segments = (
@@ -315,7 +315,8 @@ def _transcribe(session: Session, audio: Path, options: dict[str, Any], as_json:
     if result.segments is None:
         click.echo(result.text)
     for segment in result.segments or ():
-        click.echo(f"[{segment.start:8.2f} - {segment.end:8.2f}] {segment.text.strip()}")
+        for each in (segment,) if segment.words is None else segment.words:
+            click.echo(f"[{each.start:8.2f} - {each.end:8.2f}] {each.text.strip()}")
     stats = result.stats
     click.echo(
         f"{result.language}, {stats.tokens} tokens in {stats.seconds:.1f} s, of which the encoder "

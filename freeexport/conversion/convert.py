@@ -100,7 +100,11 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             err=True,
         )
     _decoder_start(checkpoint, description)
-    speech_of(checkpoint, description)
+    speech = speech_of(checkpoint, description)
+    if speech is not None:
+        if options.target != "cpu":  # sessions of speech run on a CPU
+            speech = replace(speech, alignment_heads=())
+        description = description.with_queries({layer for layer, _ in speech.alignment_heads})
     samples: list[TracedAnswer] = []
     if calibration is None and (found := read_beside(checkpoint)) is not None:
         calibration, samples = found
@@ -133,7 +137,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         manifest = _new_manifest(
             checkpoint, description, engines, longest_prompt, written, directory
         )
-        manifest = replace(manifest, exit_vocabulary=vocabulary)
+        manifest = replace(manifest, exit_vocabulary=vocabulary, speech=speech)
         if calibration is not None:
             manifest = with_calibration(manifest, calibration, directory)
         write_manifest()
@@ -337,7 +341,6 @@ def _new_manifest(
         if description.encoder
         else None,
         languages=languages_of(checkpoint, directory),
-        speech=speech_of(checkpoint, description),
         ready_made_exit=checkpoint.ready_made,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from freeexport import __version__
+from freeexport.serving.embeddings import EmbeddingRequest
 from freeexport.serving.messages import MessagesRequest
 from freeexport.serving.parsing import HARMLESS, NEUTRAL
 from freeexport.serving.protocol import (
@@ -41,6 +42,11 @@ POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         "Create a message with Anthropic's API, optionally streamed as events",
         MessagesRequest,
         ("id", "type", "role", "model", "content", "stop_reason", "usage"),
+    ),
+    "/v1/embeddings": (
+        "Embed texts: the means of the encoder's states, scaled to length 1",
+        EmbeddingRequest,
+        ("object", "data", "model", "usage"),
     ),
     "/tokenize": (
         "Tokenize text or a conversation",

@@ -34,6 +34,7 @@ ADVICE = {
     "presence_penalty": "use chat completions",
     "top_logprobs": "set logprobs to the number of alternatives",
     "best_of": "use n",
+    "dimensions": "embeddings have the model's size; remove it",
     "previous_response_id": "responses are not stored; send the whole conversation as input",
     "functions": "use tools",
     "function_call": "use tool_choice",

@@ -26,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freeexport.serving import messages, openapi, protocol
+from freeexport.serving.embeddings import Embedder, EmbeddingRequest
 from freeexport.serving.errors import ApiError, api_error, draining, invalid
 from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
 from freeexport.serving.page import page
@@ -63,6 +64,7 @@ def application(service: Service) -> Starlette:
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
         Route("/v1/responses", endpoints.responses, methods=["POST"]),
         Route(messages.PATH, endpoints.messages, methods=["POST"]),
+        Route("/v1/embeddings", endpoints.embeddings, methods=["POST"]),
         Route("/v1/audio/transcriptions", endpoints.transcriptions, methods=["POST"]),
         Route("/v1/audio/translations", endpoints.translations, methods=["POST"]),
         Route("/v1/models", endpoints.models),
@@ -122,6 +124,7 @@ class Endpoints:
         self._service = service
         self._registry = CollectorRegistry()  # not the global one: a process may have more services
         self._registry.register(SessionCollector(service))
+        self._embedder = Embedder()
 
     async def chat(self, request: Request) -> Any:
         return await self._generate(request, protocol.ChatRequest)
@@ -171,6 +174,20 @@ class Endpoints:
             return _failed(record, error)
         record.end(200)
         return json(reply.whole(whole, generation.prompts), headers={"x-request-id": reply.id})
+
+    async def embeddings(self, request: Request) -> Response:
+        record = RequestLog(self._service, request.scope["path"])
+        try:
+            parsed = await self._parsed(request, EmbeddingRequest)
+            name, session = self._service.session(parsed.model)
+            record.line["model"] = name
+            work = self._embedder.embed(session, parsed.prompts, self._service.options.deadline)
+            embeddings, tokens = await while_there(request.receive, work)
+            record.line["prompt_tokens"] = tokens
+        except BaseException as error:
+            return _failed(record, error)
+        record.end(200)
+        return json(parsed.answer(name, embeddings, tokens))
 
     async def transcriptions(self, request: Request) -> Response:
         return await self._transcribe(request, "transcribe")

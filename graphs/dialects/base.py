@@ -107,6 +107,18 @@ def query_key_value(graph: Graph, x: ir.Value, attention: Attention) -> ir.Value
     return stacked_linear(graph, x, [attention.query, attention.key, attention.value])
 
 
+def cross_query(graph: Graph, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
+    """Project to the queries of cross-attention. [M, d] -> [M, heads * head_dim].
+
+    With `outputs_query` they are also the output `query.{layer}`.
+    """
+    query = linear(graph, x, attention.query)
+    if attention.outputs_query:
+        shape: list[Dimension] = ["M", attention.heads * attention.head_dim]
+        graph.output(f"query.{layer}", query, graph.compute, shape)
+    return query
+
+
 def key_value_inputs(
     graph: Graph,
     prefix: str,

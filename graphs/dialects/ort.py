@@ -18,13 +18,13 @@ from graphs.dialects.base import (
     CallInputs,
     Packing,
     bias_of_distances,
+    cross_query,
     distance_table,
     flat,
     head_norm,
     in_rows,
     key_value_inputs,
     key_value_outputs,
-    linear,
     norm_weights,
     normalized,
     query_key_value,
@@ -154,7 +154,7 @@ class OrtDialect:
         return self._flat(out, attention)
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
-        query = self._in_rows(linear(self.graph, x, attention.query))
+        query = self._in_rows(cross_query(self.graph, x, attention, layer))
         if not fits_fused_attention(attention):
             query = flat(self.graph, query, attention.heads * attention.head_dim)
             out = self._standard.attend_to_prompt(query, attention, layer)
@@ -294,7 +294,7 @@ class KernelDialect(OrtDialect):
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph = self.graph
         call = self.call
-        rows = linear(graph, x, attention.query)
+        rows = cross_query(graph, x, attention, layer)
         prompt = key_value_inputs(graph, "cross", layer, attention, "E")
         capped: dict[str, Any] = {} if attention.softcap is None else {"softcap": attention.softcap}
         out = graph.op(

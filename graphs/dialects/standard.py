@@ -12,11 +12,11 @@ from graphs.description import Attention, Norm, Rotary
 from graphs.dialects.base import (
     CallInputs,
     bias_of_distances,
+    cross_query,
     flat,
     head_norm,
     in_heads,
     key_value_inputs,
-    linear,
     normalized,
     query_key_value,
     query_positions,
@@ -68,7 +68,7 @@ class StandardDialect:
         return self._attend(query, keys, values, mask, attention, self._valid)
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
-        return self.attend_to_prompt(linear(self.graph, x, attention.query), attention, layer)
+        return self.attend_to_prompt(cross_query(self.graph, x, attention, layer), attention, layer)
 
     def attend_to_prompt(self, query: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         """Attend to the prompt's keys and values with queries of all rows, including padding.

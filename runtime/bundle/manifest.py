@@ -18,7 +18,7 @@ from runtime.errors import BundleError
 
 # Newer minor versions only add optional fields. Newer major versions cannot be read.
 SCHEMA_VERSION = 2
-SCHEMA_MINOR = 6
+SCHEMA_MINOR = 7
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
@@ -158,6 +158,8 @@ class Speech:
         suppressed: Tokens that are never written.
         begin_suppressed: Tokens that are never written first.
         latest_first: An output begins with one of the first `latest_first` + 1 timestamps.
+        alignment_heads: Layer and head of the cross-attention heads that follow the sound, for the
+            times of words. Empty if the engines do not output the queries of these layers.
     """
 
     bins: Width
@@ -169,6 +171,7 @@ class Speech:
     suppressed: tuple[int, ...] = ()
     begin_suppressed: tuple[int, ...] = ()
     latest_first: int = 50
+    alignment_heads: tuple[tuple[int, ...], ...] = ()
 
     @property
     def ids(self) -> list[int]:
@@ -374,6 +377,12 @@ class Manifest:
         return range(self.exit_layer, self.layers)
 
     @property
+    def query_layers(self) -> tuple[int, ...]:
+        """Layers whose engine outputs the queries of cross-attention."""
+        heads = () if self.speech is None else self.speech.alignment_heads
+        return tuple(sorted({layer for layer, _ in heads}))
+
+    @property
     def shallow_caches(self) -> tuple[int | str, ...]:
         """Cache names of the shallow engine's layers."""
         if self.exit_engine:
@@ -476,6 +485,12 @@ class Manifest:
         rules.append((encodes, "encoder_capacity", self.encoder_capacity))
         in_vocabulary = self.speech is None or self._in_vocabulary(self.speech.ids)
         rules.append((in_vocabulary, "speech", self.speech))
+        heads = () if self.speech is None else self.speech.alignment_heads
+        exist = all(
+            len(head) == 2 and 0 <= head[0] < self.layers and 0 <= head[1] < self.heads
+            for head in heads
+        )
+        rules.append((exist, "speech: alignment_heads", heads))
         for holds, name, value in rules:
             if not holds:
                 raise BundleError(f"{where}: {name} = {repr(value)[:80]} is out of range; {REMEDY}")

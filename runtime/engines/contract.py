@@ -89,6 +89,8 @@ def _decoder_contract(manifest: Manifest, engine: str) -> tuple[TensorSpecs, Ten
         "logits": TensorSpec(FLOAT, ("R", manifest.vocab_size)),
         **_keys_and_values(manifest, "present", caches, rows),
     }
+    queries = TensorSpec(_FLOATS[manifest.float_type], ("M", manifest.heads * manifest.head_dim))
+    outputs |= {f"query.{layer}": queries for layer in manifest.query_layers if layer in caches}
     states = TensorSpec(FLOAT, ("B", "q" if shallow else "k", width))
     if shallow:
         inputs["input_ids"] = TensorSpec(INT64, ("B", "q"))

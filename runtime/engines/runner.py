@@ -123,3 +123,11 @@ class Encoder:
             (hidden,) = self._encoder.run(["hidden"], inputs)
             cross = self._prologue.run(self._cross, {"hidden": hidden})
         return {**dict(zip(self._cross, cross, strict=True)), "cross_lengths": lengths}, hidden
+
+    def states(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the hidden states of a prompt int64 [n], [n, d], without the prologue."""
+        inputs = {"input_ids": tokens[None], "lengths": np.array([len(tokens)], np.int32)}
+        with reading_prompt(len(tokens) > SHORT_PROMPT):
+            (hidden,) = self._encoder.run(["hidden"], inputs)
+        states: np.ndarray = hidden[0]
+        return states

@@ -43,7 +43,7 @@ END = "\n=>"  # of a spaced input
 
 
 @dataclass(frozen=True)
-class Word:
+class Headword:
     """A word.
 
     Attributes:
@@ -60,7 +60,7 @@ class Word:
         return re.sub(r"'s$|'$", "", self.spelling)
 
 
-def words_of(entries: Sequence[tuple[str, Sequence[str]]]) -> list[Word]:
+def words_of(entries: Sequence[tuple[str, Sequence[str]]]) -> list[Headword]:
     """Return the words of the dictionary's entries (spelling, phonemes), in order.
 
     Spellings with other characters than letters and apostrophes are left out. Pronunciations that
@@ -72,18 +72,18 @@ def words_of(entries: Sequence[tuple[str, Sequence[str]]]) -> list[Word]:
             found.setdefault(spelling, {})[
                 " ".join(phoneme.rstrip("012") for phoneme in phonemes)
             ] = None
-    return [Word(spelling, tuple(pronunciations)) for spelling, pronunciations in found.items()]
+    return [Headword(spelling, tuple(pronunciations)) for spelling, pronunciations in found.items()]
 
 
 def phrases(
-    words: Sequence[Word], count: int, shortest: int, longest: int, seed: int
-) -> Iterator[tuple[Word, ...]]:
+    words: Sequence[Headword], count: int, shortest: int, longest: int, seed: int
+) -> Iterator[tuple[Headword, ...]]:
     """Yield `count` phrases of `shortest` to `longest` words.
 
     Every word occurs once before any word occurs again.
     """
 
-    def endless() -> Iterator[Word]:
+    def endless() -> Iterator[Headword]:
         turn = 0
         while True:
             yield from shuffled(words, stable_hash(f"{seed}/{turn}"), lambda word: word.spelling)
@@ -95,7 +95,7 @@ def phrases(
         yield tuple(next(stream) for _ in range(length))
 
 
-def example(words: Sequence[Word], references: bool = False, spaced: bool = False) -> Line:
+def example(words: Sequence[Headword], references: bool = False, spaced: bool = False) -> Line:
     between = f" {SEPARATOR} "
     spelled = between.join(" ".join(word.spelling) for word in words) + END
     target = between.join(word.pronunciations[0] for word in words)
@@ -108,7 +108,7 @@ def example(words: Sequence[Word], references: bool = False, spaced: bool = Fals
 
 
 def build_splits(
-    words: Sequence[Word],
+    words: Sequence[Headword],
     singles: dict[str, int | None],
     phrase_counts: dict[str, int],
     lengths: tuple[int, int],
@@ -134,7 +134,7 @@ def build_splits(
             raise DataError(
                 f"no word falls into split {name}; a dictionary of {len(words)} words is too small"
             )
-        chosen: list[tuple[Word, ...]] = [
+        chosen: list[tuple[Headword, ...]] = [
             (word,) for word in shuffled(members, seed, lambda word: word.spelling)
         ]
         chosen = [*chosen[: singles[name]], *phrases(members, phrase_counts[name], *lengths, seed)]

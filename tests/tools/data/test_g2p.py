@@ -12,7 +12,7 @@ from freeexport.checkpoints.transformers_model import write_random_weights
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.tokenizer import Tokenizer
 from tools.data import g2p, g2p_tokenizer
-from tools.data.g2p import PREFIX, Word, build_splits, example, words_of
+from tools.data.g2p import PREFIX, Headword, build_splits, example, words_of
 from tools.data.g2p_tokenizer import VOCABULARY, build_tokenizer
 from tools.data.splits import SHARES, DataError, split_of
 
@@ -29,7 +29,8 @@ ENTRIES = [
     ("3d", ["TH"]),
 ]
 WORDS = [
-    Word(f"word{'abcdefghij'[i % 10]}{'abcdefghij'[i // 10 % 10]}{'abcdefghij'[i // 100]}", ("W",)) for i in range(900)
+    Headword(f"word{'abcdefghij'[i % 10]}{'abcdefghij'[i // 10 % 10]}{'abcdefghij'[i // 100]}", ("W",))
+    for i in range(900)
 ]
 PHRASE = "HH AH L OW | AY M"
 
@@ -43,7 +44,7 @@ def test_the_first_pronunciation_comes_first_and_stress_goes() -> None:
 
 @pytest.mark.parametrize(("spelling", "key"), [("dog's", "dog"), ("dogs'", "dogs"), ("'em", "'em"), ("o'er", "o'er")])
 def test_possessives_go_with_their_word(spelling: str, key: str) -> None:
-    assert Word(spelling, ("X",)).key == key
+    assert Headword(spelling, ("X",)).key == key
 
 
 def test_a_phrase_has_a_bar_between_words() -> None:
