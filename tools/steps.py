@@ -11,7 +11,6 @@ from freeexport.system.output import write_whole
 from runtime.errors import OptionError
 from runtime.json_file import read_object
 
-RUN = "compare.json"
 STEPS = "steps"
 UNREADABLE = "remove it, to do this step again"
 
@@ -21,6 +20,7 @@ class Steps:
 
     Args:
         output: The directory.
+        file: Name of the file in it that marks the run.
         run: Everything that results depend on, for JSON.
         announce: Called with the name of each step that begins.
 
@@ -31,25 +31,33 @@ class Steps:
     def __init__(
         self,
         output: Path,
+        file: str,
         run: Mapping[str, Any],
         announce: Callable[[str], object] = lambda name: None,
     ) -> None:
         self.output = output
+        self._file = output / file
         self._announce = announce
         self._run = json.loads(json.dumps(run, default=str))
         if not output.exists() or (output.is_dir() and not any(output.iterdir())):
             return
-        if not (output / RUN).is_file():
+        if not self._file.is_file():
             raise OptionError(
-                f"{output} exists and is not a comparison (no {RUN}); choose another --output"
+                f"{output} exists and is not a comparison (no {file}); choose another --output"
             )
-        before = read_object(output / RUN, UNREADABLE, OptionError)
+        before = read_object(self._file, UNREADABLE, OptionError)
         every = sorted({*before, *self._run})
         if others := [name for name in every if before.get(name) != self._run.get(name)]:
             raise OptionError(
                 f"{output} holds a comparison with other {', '.join(others)}; "
                 "repeat its options, or choose another --output"
             )
+
+    def begin(self) -> None:
+        """Mark the directory as this run's."""
+        if not self._file.is_file():
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_whole(self._file, json.dumps(self._run, indent=2, sort_keys=True) + "\n")
 
     def run(
         self, name: str, work: Callable[..., Mapping[str, Any]], *arguments: Any
@@ -61,15 +69,22 @@ class Steps:
             work: Does the step and returns its result, for JSON.
             arguments: Arguments of `work`.
         """
-        path = self.output / STEPS / f"{name}.json"
-        if path.is_file():
-            return read_object(path, UNREADABLE, OptionError)
-        self._announce(name)
-        if not (self.output / RUN).is_file():
-            self.output.mkdir(parents=True, exist_ok=True)
-            write_whole(self.output / RUN, json.dumps(self._run, indent=2, sort_keys=True) + "\n")
-        result = json.dumps(work(*arguments), indent=2, default=str)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, result + "\n")
-        found: dict[str, Any] = json.loads(result)
-        return found
+        if not self.finished(name):
+            self._announce(name)
+            self.begin()
+            result = json.dumps(work(*arguments), indent=2, default=str)
+            path = self._path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, result + "\n")
+        return self.read(name)
+
+    def finished(self, name: str) -> bool:
+        """Return True if the step has a result."""
+        return self._path(name).is_file()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return the result of a finished step."""
+        return read_object(self._path(name), UNREADABLE, OptionError)
+
+    def _path(self, name: str) -> Path:
+        return self.output / STEPS / f"{name}.json"
