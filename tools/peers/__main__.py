@@ -24,7 +24,7 @@ from freeexport.system.output import write_whole
 from freeexport.system.progress import duration
 from runtime.machine.machine import usable_cores
 from tools.data.splits import run_tool
-from tools.peers import constrained, pages, speech
+from tools.peers import pages, speech
 from tools.peers.catalog import PEERS, chosen
 from tools.peers.catalog import install as install_peer
 from tools.peers.models import MODELS, models_of
@@ -41,7 +41,6 @@ def main() -> None:
     pass
 
 
-main.add_command(constrained.main, "constrained")
 main.add_command(speech.main, "speech")
 
 
@@ -76,9 +75,7 @@ def install_peers(names: tuple[str, ...]) -> None:
     help=f"Checkpoint in place of {', '.join(MODELS)}.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Measured rounds.")
-@click.option(
-    "--threads", type=click.IntRange(1), help="Threads per decoder.  [default: all cores]"
-)
+@click.option("--threads", type=click.IntRange(1), help="Threads of each.  [default: all cores]")
 @click.option("--plan", is_flag=True, help="Print the steps and the time they take; do nothing.")
 @click.option("--prepare", is_flag=True, help="Convert models; measure nothing.")
 @click.option("--trial", is_flag=True, help="Measure short requests. Pages refuse the result.")

@@ -151,7 +151,7 @@ def _only(prompts: list[list[int]], beams: int = 1) -> list[int]:
 def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     """Load a bundle.
 
-    `options` may have `rows`, the most rows at once, `context`, the positions of a row, `lookup`, to
+    `options` may have `rows`, the most rows at once, `context`, the positions of a row, `lookup` to
     draft from the text, and `schema`, a JSON schema of the output.
     """
     from freeexport.costs.bytes import calls_of

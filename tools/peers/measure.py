@@ -28,11 +28,12 @@ SETTLE = 0.3
 # Shortest output whose tokens are compared with the reference.
 COMPARED = 8
 
-# Prompts of a request, one for each row, and requests of a decoder's turn. A prompt is token ids, or
-# the path of a recording.
+# Prompts of a request, one for each row, and requests of a decoder's turn. A prompt is token ids,
+# or the path of a recording.
 Prompts = Sequence[Any]
 Block = Sequence[Prompts]
 Answer = dict[str, Any]
+Describe = Callable[[Sequence[Answer]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Decoders:
         blocks: Sequence[Block],
         reference: Sequence[Answer] | None,
         rate: float,
-        describe: Callable[[Sequence[Answer]], Mapping[str, Any]] = lambda answers: {},
+        describe: Describe | None = None,
     ) -> list[dict[str, Any]]:
         """Answer the requests of all blocks in turn, the first to warm up. Returns a row a decoder.
 
@@ -221,7 +222,7 @@ class Decoders:
                 },
                 "peak_bytes": answers[-1][-1]["peak_bytes"],
                 **fidelity(answers[0], reference if cell.written >= COMPARED else None),
-                **describe(answers[0]),
+                **(describe(answers[0]) if describe else {}),
                 **facts,
             }
             calls = [Calls.read(one["calls"]) for done in answers for one in done if "calls" in one]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -318,7 +318,7 @@ def _requests(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     manifest = bundle.manifest
     texts = [[ids] for ids in speed_prompts(bundle, None, SAMPLE_TEXTS)]
-    describe: Callable[[Sequence[Answer]], Mapping[str, Any]] = lambda answers: {}
+    describe = None
     if step.kind == "schema":
         tokenizer = Tokenizer.load(bundle.path, manifest.files)
         if tokenizer is None:
