@@ -1,7 +1,6 @@
 """Compares bundles with other decoders of the same checkpoints, interleaved in one run.
 
     python -m tools.peers install                           environments of the other decoders
-    python -m tools.peers all --output DIR --plan           list the steps and estimated times only
     python -m tools.peers all --output DIR --prepare        convert models, measure nothing
     python -m tools.peers all --output DIR                  measure everything
     python -m tools.peers all --output DIR --steps decode,rows-int8 --against genai-int4
@@ -16,6 +15,7 @@ interrupted run, and adds steps to a finished one.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import click
@@ -28,11 +28,12 @@ from tools.peers import pages, speech
 from tools.peers.catalog import PEERS, chosen
 from tools.peers.catalog import install as install_peer
 from tools.peers.models import MODELS, models_of
-from tools.peers.plan import SCHEMA, STEPS, Conditions, contenders, measure_step, steps_of
+from tools.peers.plan import STEPS, steps_of
+from tools.peers.run import Conditions, contenders, measure_step
 from tools.peers.worker import PeerError
 from tools.steps import Steps
 
-RUN = "run.json"
+OPTIONS = "run.json"
 REPORT = "report.json"
 
 
@@ -76,7 +77,6 @@ def install_peers(names: tuple[str, ...]) -> None:
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Measured rounds.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each.  [default: all cores]")
-@click.option("--plan", is_flag=True, help="Print the steps and the time they take; do nothing.")
 @click.option("--prepare", is_flag=True, help="Convert models; measure nothing.")
 @click.option("--trial", is_flag=True, help="Measure short requests. Pages refuse the result.")
 def measure_all(
@@ -86,7 +86,6 @@ def measure_all(
     models: tuple[str, ...],
     rounds: int,
     threads: int | None,
-    plan: bool,
     prepare: bool,
     trial: bool,
 ) -> None:
@@ -107,15 +106,10 @@ def measure_all(
         "threads": conditions.threads,
         "trial": trial,
     }
-    run = Steps(conditions.output, RUN, options, lambda name: click.echo(f"{name} ..."))
+    run = Steps(conditions.output, OPTIONS, options, lambda name: click.echo(f"{name} ..."))
     missing = [step for step in wanted if not run.finished(step.name)]
     for name, reason in conditions.left_out.items():
         click.echo(f"{name}: left out: {reason}")
-    if plan:
-        for step in missing:
-            click.echo(f"{step.name}: about {duration(step.seconds(rounds))}")
-        click.echo(f"together about {duration(sum(step.seconds(rounds) for step in missing))}")
-        return
     if prepare:
         run.begin()
         for step in missing:
@@ -123,10 +117,12 @@ def measure_all(
                 click.echo(f"{step.name}, {name}: {reason}")
         return
     for step in missing:
+        began = time.perf_counter()
         run.run(step.name, measure_step, step, conditions)
+        click.echo(f"{step.name}: {duration(time.perf_counter() - began)}")
         found = {name: run.read(name) for name in STEPS if run.finished(name)}
         write_whole(
-            output / REPORT, json.dumps({"schema": SCHEMA, "steps": found}, indent=1) + "\n"
+            output / REPORT, json.dumps({"schema": pages.SCHEMA, "steps": found}, indent=1) + "\n"
         )
         for line in pages.section(step.name, found[step.name]):
             click.echo(line)

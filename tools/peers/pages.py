@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import click
 from freeexport.system.load import load_note
 from freeexport.system.page import human_bytes
 from freeexport.system.sheet import markdown, sheet
-from tools.peers.plan import SCHEMA
 
+SCHEMA = 2
 BENCHMARKS = """# Benchmarks
 
 Generated from docs/benchmarks/*.json by `python -m tools.peers pages`; do not edit. Tokens that \
@@ -32,6 +32,10 @@ Generated from docs/benchmarks/*.json by `python -m tools.peers pages`; do not e
 are measured, and what
 the columns mean](../benchmarking.md). [Benchmarks](../benchmarks.md) compares the generation of \
 tokens.
+
+Prompts are random tokens, so no figure depends on a test split. Models of Marian's and \
+NLLB-600M's sizes have random
+weights, which cost as much as the published ones.
 """
 PAGES = {
     "docs/benchmarks.md": ("benchmarks", BENCHMARKS),
@@ -48,7 +52,7 @@ LIBRARIES = {
     "freeexport": "freeexport",
 }
 # Instructions that name a processor.
-FEATURES = ("amx_int8", "avx512f", "avx2", "neon")
+FEATURES = {"amx_int8": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "neon": "NEON"}
 README_STEPS = {"decode-fp32": "fp32", "decode-int8": "8 bits", "decode-int4": "4 bits"}
 
 Row = Mapping[str, Any]
@@ -118,8 +122,9 @@ def _table(step: Row) -> Any:
         )
         return f"{tokens / row[figure]['seconds']:,.1f}" if tokens else ""
 
-    def number(name: str, default: int = 0) -> Callable[[Row], str]:
-        return lambda row: str(row[name]) if row.get(name, default) != default else ""
+    def number(name: str) -> Callable[[Row], str]:
+        plain = {row.get(name, 0) for row in step["rows"]} <= {0, 1}
+        return lambda row: "" if plain else f"{row[name]:,}"
 
     def memory(name: str) -> Callable[[Row], str]:
         return lambda row: human_bytes(row[name]) if row.get(name) else ""
@@ -139,7 +144,7 @@ def _table(step: Row) -> Any:
         "precision": lambda row: row["precision"],
         "tokens/s#": speed,
         "ms#": milliseconds(figure),
-        "spread#": lambda row: f"{row[figure]['spread']:.0%}",
+        "spread#": lambda row: f"{row[figure]['spread']:.0%}" if "spread" in row[figure] else "",
         "freeexport#": lambda row: _ratio(row[figure]),
         "first ms#": milliseconds("first") if figure != "first" else lambda row: "",
         "token ms#": milliseconds("token") if figure != "token" else lambda row: "",
@@ -192,10 +197,10 @@ def _conditions(step: Row) -> list[str]:
         versions |= row.get("versions", {})
     reads = f", which reads {step['bandwidth'] / 1e9:.1f} GB/s" if step.get("bandwidth") else ""
     listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    rounds = f", medians of {step['rounds']} interleaved rounds" if step["rounds"] > 1 else ""
     lines = [
-        f"{step['model']}, {step['threads']} threads, medians of {step['rounds']} interleaved "
-        f"rounds; {machine['processor']}, {machine['cores']} cores "
-        f"({' '.join(machine['features'])}){reads}",
+        f"{step['model']}, {step['threads']} threads{rounds}; {machine['processor']}, "
+        f"{machine['cores']} cores ({' '.join(machine['features'])}){reads}",
         f"{step['made'][:10]}, commit {(step.get('commit') or 'not recorded')[:12]}; {listed}",
     ]
     flags = {row["name"]: row["flags"] for row in step["rows"] if row.get("flags")}
@@ -204,34 +209,36 @@ def _conditions(step: Row) -> list[str]:
 
 
 def _readme(runs: Mapping[Path, Mapping[str, Row]]) -> list[str]:
-    """Return the README's table: the newest run of each precision of SmolLM2."""
-    steps: dict[str, Row] = {}
+    """Return the README's table: the newest run of each precision on each kind of processor."""
+    newest: dict[tuple[str, str], Row] = {}
     for run in runs.values():
-        for name, step in run.items():
-            if name in README_STEPS and step["made"] >= steps.get(name, step)["made"]:
-                steps[name] = step
+        for name in README_STEPS.keys() & run.keys():
+            features = run[name]["machine"]["features"]
+            key = name, next((text for one, text in FEATURES.items() if one in features), "")
+            if key not in newest or run[name]["made"] > newest[key]["made"]:
+                newest[key] = run[name]
     lines = [
         "| SmolLM2-135M | " + " | ".join(LIBRARIES) + " |",
-        "|---|" + "---|" * len(LIBRARIES),
+        "|---" * (len(LIBRARIES) + 1) + "|",
     ]
     for name, title in README_STEPS.items():
-        if name in steps:
-            step = steps[name]
-            machine = step["machine"]
-            best = next(one for one in FEATURES if one in machine["features"])
-            cells = [f"{title}, {machine['processor']} with {best}"]
-            cells += [_readme_cell(step["rows"], start) for start in LIBRARIES.values()]
+        for kind in FEATURES.values():
+            if (name, kind) not in newest:
+                continue
+            rows = newest[name, kind]["rows"]
+            shown = [
+                next((row for row in rows if row["name"].startswith(start)), None)
+                for start in LIBRARIES.values()
+            ]
+            best = min(row["request"]["seconds"] for row in shown if row)
+            cells = [f"{title}, {kind}", *(_cell(row, best) if row else "" for row in shown)]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _readme_cell(rows: Sequence[Row], start: str) -> str:
-    """Return the fastest decoder whose name begins so, with spread and equal tokens."""
-    found = [row for row in rows if row["name"].startswith(start)]
-    if not found:
-        return ""
-    row = min(found, key=lambda row: row["request"]["seconds"])
-    speed = row["written"] / row["request"]["seconds"]
-    fastest = row["request"]["seconds"] == min(one["request"]["seconds"] for one in rows)
-    text = f"**{speed:.1f}**" if fastest else f"{speed:.1f}"
-    return f"{text} ({row['request']['spread']:.0%}, {row['same']:.0%})"
+def _cell(row: Row, best: float) -> str:
+    """Return the tokens/s of whole requests, their spread, and the share of equal tokens."""
+    seconds = row["request"]["seconds"]
+    bold = "**" if seconds == best else ""
+    same = f", {row['same']:.0%}" if "same" in row else ""
+    return f"{bold}{row['written'] / seconds:.1f}{bold} ({row['request']['spread']:.0%}{same})"
