@@ -168,7 +168,7 @@ def install(peer: Peer) -> None:
         pip = [str(partial / "bin" / "python"), "-m", "pip", "install", "--no-input"]
         for command in (
             [sys.executable, "-m", "venv", str(partial)],
-            [*pip, "--disable-pip-version-check", *REQUIREMENTS[peer.library]],
+            [*pip, "--no-compile", "--disable-pip-version-check", *REQUIREMENTS[peer.library]],
         ):
             try:
                 subprocess.run(

@@ -194,7 +194,8 @@ class Decoders:
             try:
                 return [ask(worker, prompts, cell.written, cell.beams) for prompts in block]
             except PeerError as error:
-                self._fail(contender, str(error))
+                rows = f"{cell.rows} rows: " if cell.rows > 1 else ""
+                self._fail(contender, f"{rows}{error}")
                 failed.add(name)
                 return None
 
@@ -205,10 +206,12 @@ class Decoders:
             for number, name in enumerate(names)
             if name not in failed
         }
-        base = _seconds(next(iter(found.values())), cell)
-        rows = []
+        rows: list[dict[str, Any]] = []
+        base: dict[str, list[float]] = {}
         for name, answers in found.items():
             contender, _, facts = self._running[name]
+            seconds = _seconds(answers, cell)
+            base = base or seconds
             row = {
                 "name": name,
                 "precision": contender.precision,
@@ -216,10 +219,7 @@ class Decoders:
                 "written": cell.written,
                 "beams": cell.beams,
                 "rows": cell.rows,
-                **{
-                    figure: summary(seconds, base[figure])
-                    for figure, seconds in _seconds(answers, cell).items()
-                },
+                **{figure: summary(each, base[figure]) for figure, each in seconds.items()},
                 "peak_bytes": answers[-1][-1]["peak_bytes"],
                 **fidelity(answers[0], reference if cell.written >= COMPARED else None),
                 **(describe(answers[0]) if describe else {}),
@@ -310,7 +310,11 @@ def reference_answers(
 
 
 def opening(
-    contenders: Sequence[Contender], prompt: list[int], rounds: int, threads: int
+    contenders: Sequence[Contender],
+    prompt: list[int],
+    rounds: int,
+    threads: int,
+    settle: float = SETTLE,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Measure the time from the start of a process to its first token, and its memory after it.
 
@@ -325,7 +329,7 @@ def opening(
     def turn(contender: Contender, block: int) -> tuple[float, int] | None:
         if contender.name in failed:
             return None
-        time.sleep(SETTLE)
+        time.sleep(settle)
         began = time.perf_counter()
         try:
             worker, facts[contender.name] = contender.load(threads)
