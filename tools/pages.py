@@ -1,20 +1,15 @@
-"""Generates docs/benchmarks.md from docs/benchmarks/*.json, and docs/options.md and
-runtime/option_keywords.py from runtime/options.py.
+"""Generates docs/options.md and runtime/option_keywords.py from runtime/options.py.
 
-python -m tools.pages              writes all of them
+python -m tools.pages              writes both
 python -m tools.pages --check      fails if one differs
 
-Benchmarks are reports of speed by `freeexport evaluate` and tools.peers.compare, with one section
-per file. Run from the root of the repository.
+Run from the root of the repository.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-import json
-import re
-import textwrap
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -22,17 +17,9 @@ from typing import Any, get_type_hints
 
 import click
 
-from freeexport.evaluate.speed_rows import SCHEMA, speed_lines, speed_sheet
-from freeexport.system.sheet import markdown
 from runtime.checks import Real, Whole
 from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
 
-BENCHMARKS = """# Benchmarks
-
-Made from docs/benchmarks/*.json by `python -m tools.pages`; do not edit. \
-[How they are measured, and what the
-columns mean](benchmarking.md).
-"""
 OPTIONS = """# Options
 
 Generated from `runtime/options.py` by `python -m tools.pages`; do not edit.
@@ -71,39 +58,6 @@ class GenerationKeywords(TypedDict, total=False):
 
     cancel: threading.Event | None
 {request}'''
-
-
-def benchmarks() -> str:
-    """Return the page of benchmarks, with a section per file in the order of names."""
-    return "\n".join(
-        [BENCHMARKS, *map(benchmark_section, sorted(Path("docs/benchmarks").glob("*.json")))]
-    )
-
-
-def benchmark_section(path: Path) -> str:
-    """Return the section of a benchmark: its heading, table and conditions."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = found["schema"] == SCHEMA
-        _ = found["settings"]["idle"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise click.ClickException(
-            f"{path} holds no report of speed ({type(error).__name__})"
-        ) from None
-    if not known:
-        raise click.ClickException(
-            f"{path} is of schema {found['schema']}, not {SCHEMA}; measure again"
-        )
-    title = re.sub(r"^\d+-", "", path.stem).replace("-", " ").replace("_", " ")
-    lines = [f"## {title}", "", markdown(speed_sheet(found)), ""]
-    failed = [f"{peer}: not run: {reason}" for peer, reason in found["failed"].items()]
-    for items in filter(None, (failed, speed_lines(found))):
-        filled = (
-            textwrap.fill(f"- {text}", 120, subsequent_indent="  ", break_on_hyphens=False)
-            for text in items
-        )
-        lines += [*filled, ""]
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -182,7 +136,6 @@ def keywords() -> str:
 @click.option("--check", is_flag=True, help="Write nothing; fail where a page differs.")
 def main(check: bool) -> None:
     pages = {
-        "docs/benchmarks.md": benchmarks,
         "docs/options.md": options,
         "runtime/option_keywords.py": keywords,
     }

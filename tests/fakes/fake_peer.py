@@ -22,8 +22,11 @@ def convert(source: str, out: str, options: dict[str, Any]) -> None:
 def load(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     print("a library that prints on stdout")
 
-    def generate(prompt: list[int], count: int, emit: Emit) -> None:
-        last = prompt[-1]
+    def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> None:
+        for row, prompt in enumerate(prompts):
+            write(row, prompt[-1], count, emit)
+
+    def write(row: int, last: int, count: int, emit: Emit) -> None:
         if last == DIES:
             print("the last words", file=sys.stderr, flush=True)
             os._exit(3)
@@ -33,9 +36,9 @@ def load(path: str, threads: int, options: dict[str, Any]) -> Loaded:
             raise ValueError("cannot\nread this")
         for token in range(last + 1, last + 1 + count - (last == SHORT)):
             time.sleep(0.001)
-            emit(token)
+            emit(row, token)
 
-    return generate, {"fake": "1.0"}
+    return generate, {"versions": {"fake": "1.0"}, "flags": f"threads={threads}"}
 
 
 if __name__ == "__main__":

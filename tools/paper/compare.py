@@ -48,10 +48,11 @@ from tools.paper.compare_plan import (
 )
 from tools.paper.eager import EagerDecoder
 from tools.paper.recipes import RECIPES, recipe_options, train_recipe
-from tools.paper.steps import Steps
 from tools.paper.threshold import PaperSession, paper_choice
+from tools.steps import Steps
 
 VALIDATION = "validation.jsonl"
+RUN = "compare.json"
 
 
 def compare(
@@ -68,7 +69,7 @@ def compare(
         FreeExportError: If a step fails.
     """
     options = checked.options
-    steps = Steps(options.output, checked.run, announce)
+    steps = Steps(options.output, RUN, checked.run, announce)
     measurements = measurements_of(options)
     steps.run("validation", _cut_validation, options)
     found: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Decoders to compare with: requirements, environments and models.
 
-Environments are created once with venv and pip in the user's cache, so that no peer is a
+`install` creates environments with venv and pip in the user's cache, so that no peer is a
 dependency. Models are converted there, each by its own library.
 """
 
@@ -13,15 +13,16 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.ready_made import open_source
-from freeexport.system.output import output_directory
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.system.machine import detect_machine
+from freeexport.system.output import output_directory, write_whole
 from freeexport.system.progress import progress
-from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
 from runtime.machine.machine import user_cache
 from tools.peers.worker import PeerError, Worker
@@ -35,14 +36,15 @@ SCRIPT = Path(__file__).with_name("decoders.py")
 OURS = [sys.executable, "-m", "tools.peers.decoders", "ours"]
 
 _TRANSFORMERS = ("torch>=2.6,<3", "transformers>=5,<6")
+# Requirements of a library's environment. transformers runs in this one.
 REQUIREMENTS = {
-    "transformers": _TRANSFORMERS,
     "genai": (
         *("onnxruntime-genai>=0.10", *_TRANSFORMERS, "onnx>=1.20", "onnx_ir>=0.1"),
         *("sentencepiece>=0.2", "protobuf>=5"),
     ),
     "ctranslate2": ("ctranslate2>=4.6", *_TRANSFORMERS, "sentencepiece>=0.2"),
     "llama_cpp": ("llama-cpp-python>=0.3",),
+    "faster_whisper": ("faster-whisper>=1.2",),
     "openvino": ("openvino-genai>=2025.3", "optimum-intel[openvino]>=2", *_TRANSFORMERS),
 }
 # Lets llama.cpp be compiled with the processor's newest instructions.
@@ -68,117 +70,115 @@ class Peer:
     precision: str = "fp32"
     options: dict[str, Any] = field(default_factory=dict)
     converts: bool = True
-    decoder_only: bool = False
+    decoder_only: bool = True
     gguf: bool = False
 
     @property
-    def key(self) -> str:
-        """Name of the environment: a hash of requirements, build variables, Python version and
-        machine.
+    def environment(self) -> Path:
+        """Directory of its environment, named by a hash of requirements, build variables, Python
+        version, and the machine that a library is compiled for.
         """
         python = ".".join(platform.python_version_tuple()[:2])
         variables = sorted(VARIABLES.get(self.library, {}).items())
-        parts = [sorted(REQUIREMENTS[self.library]), variables, python, platform.machine()]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        parts: list[Any] = [sorted(REQUIREMENTS[self.library]), variables, python]
+        parts.append(platform.machine())
+        if variables:
+            machine = detect_machine()
+            parts.append([machine.cpu, *machine.features])
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return user_cache("peers", "environments", key)
+
+    @property
+    def installed(self) -> bool:
+        """Its environment exists."""
+        if self.library not in REQUIREMENTS:
+            return find_spec(self.library) is not None
+        return (self.environment / ENVIRONMENT_MARKER).is_file()
+
+    @property
+    def command(self) -> list[str]:
+        """Command that runs its process."""
+        if self.library not in REQUIREMENTS:
+            return [sys.executable, "-m", "tools.peers.decoders", self.library]
+        # -E: PYTHONPATH would add this process's packages to the peer's environment.
+        return [str(self.environment / "bin" / "python"), "-E", str(SCRIPT), self.library]
 
 
 _ALL = (
-    Peer("hf", "transformers", converts=False),
-    # The comparison sets the bundle's exit layer.
-    Peer(
-        "hf-early-exit",
-        "transformers",
-        options={"early_exit": None},
-        converts=False,
-        decoder_only=True,
-    ),
-    # Draft length of its documentation.
-    Peer("hf-lookup", "transformers", options={"lookup": 10}, converts=False),
-    Peer("genai", "genai", options={"precision": "fp32"}, decoder_only=True),
-    Peer("genai-int4", "genai", "int4", {"precision": "int4"}, decoder_only=True),
-    Peer("ctranslate2", "ctranslate2", options={"compute_type": "float32"}),
-    Peer("ctranslate2-int8", "ctranslate2", "int8", {"compute_type": "int8"}),
-    Peer("openvino-int8", "openvino", "int8", {"precision": "int8"}, decoder_only=True),
-    Peer("openvino-int4", "openvino", "int4", {"precision": "int4"}, decoder_only=True),
-    Peer("llama-cpp", "llama_cpp", "as the file", converts=False, decoder_only=True, gguf=True),
-    Peer(
-        "llama-cpp-q8",
-        "llama_cpp",
-        "8 bits",
-        {"convert_to": "q8_0"},
-        decoder_only=True,
-        gguf=True,
-    ),
-    Peer("llama-cpp-f32", "llama_cpp", "fp32", {"convert_to": "f32"}, decoder_only=True, gguf=True),
+    Peer("hf", "transformers", converts=False, decoder_only=False),
+    Peer("genai", "genai", options={"precision": "fp32"}),
+    Peer("genai-int4", "genai", "int4", {"precision": "int4"}),
+    Peer("ctranslate2", "ctranslate2", options={"compute_type": "float32"}, decoder_only=False),
+    Peer("ctranslate2-int8", "ctranslate2", "int8", {"compute_type": "int8"}, decoder_only=False),
+    Peer("openvino", "openvino", options={"precision": "fp32"}),
+    Peer("openvino-int8", "openvino", "int8", {"precision": "int8"}),
+    Peer("openvino-int4", "openvino", "int4", {"precision": "int4"}),
+    Peer("llama-cpp", "llama_cpp", "as the file", converts=False, gguf=True),
+    Peer("llama-cpp-q8", "llama_cpp", "8 bits", {"convert_to": "q8_0"}, gguf=True),
+    Peer("llama-cpp-f32", "llama_cpp", "fp32", {"convert_to": "f32"}, gguf=True),
+    Peer("faster-whisper", "faster_whisper", converts=False),
 )
 PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
 
 
-def find_peer(name: str) -> Peer | None:
-    """Return the peer of that name. None if `name` is a path or hub name of a checkpoint.
+def chosen(names: Sequence[str]) -> dict[str, str]:
+    """Check the peers that are asked for by name. Default: those that are installed.
+
+    Returns:
+        Why the others are left out, by name.
 
     Raises:
-        OptionError: If it is neither. The message lists the peers.
+        OptionError: If a name is unknown, or its peer is not installed.
     """
-    if name in PEERS:
-        return PEERS[name]
-    if "/" in name or Path(name).exists():
-        return None
-    near = difflib.get_close_matches(name, PEERS, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise OptionError(
-        f"--against {name}: {hint}known are {', '.join(PEERS)}, and the path of a checkpoint"
-    )
+    for name in names:
+        if name not in PEERS:
+            near = difflib.get_close_matches(name, PEERS, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise OptionError(f"--against {name}: {hint}known are {', '.join(PEERS)}")
+        if not PEERS[name].installed:
+            raise OptionError(
+                f"--against {name}: it is not installed; run: python -m tools.peers install {name}"
+            )
+    if names:
+        return {name: "not asked for" for name in PEERS if name not in names}
+    missing = (peer for peer in PEERS.values() if not peer.installed)
+    return {peer.name: "not installed" for peer in missing}
 
 
-def peer_command(peer: Peer) -> list[str]:
-    """Return the command that runs a peer's process.
+def install(peer: Peer) -> None:
+    """Build a peer's environment with venv and pip, unless it exists.
 
-    Builds the peer's environment first, unless it is in the cache. pip uses the user's
-    configuration. Its output is kept in the cache under logs.
+    pip uses the user's configuration. Its output is kept in the cache under logs.
 
     Raises:
         PeerError: With pip's last error.
     """
-    place = user_cache("peers", "environments", peer.key)
-    if not (place / ENVIRONMENT_MARKER).is_file():
-        log = user_cache("peers", "logs", f"{peer.library}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        title = f"installing {peer.library}"
-        with (
-            progress(title),
-            output_directory(place, ENVIRONMENT_MARKER, overwrite=True, sync=False) as partial,
+    if peer.installed:
+        return
+    if peer.library not in REQUIREMENTS:
+        raise PeerError(f"it runs in this environment; run: pip install {peer.library}")
+    place = peer.environment
+    log = user_cache("peers", "logs", f"{peer.library}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        progress(f"installing {peer.library}"),
+        output_directory(place, ENVIRONMENT_MARKER, overwrite=True, sync=False) as partial,
+        log.open("w", encoding="utf-8") as file,
+    ):
+        pip = [str(partial / "bin" / "python"), "-m", "pip", "install", "--no-input"]
+        for command in (
+            [sys.executable, "-m", "venv", str(partial)],
+            [*pip, "--no-compile", "--disable-pip-version-check", *REQUIREMENTS[peer.library]],
         ):
-            _install(peer, partial, log)
-            content = {
-                "requirements": REQUIREMENTS[peer.library],
-                "python": platform.python_version(),
-            }
-            text = json.dumps(content, indent=2) + "\n"
-            (partial / ENVIRONMENT_MARKER).write_text(text, encoding="utf-8")
-    # -E: PYTHONPATH would add this process's packages to the peer's environment.
-    return [str(place / "bin" / "python"), "-E", str(SCRIPT), peer.library]
-
-
-def _install(peer: Peer, place: Path, log: Path) -> None:
-    create = [sys.executable, "-m", "venv", str(place)]
-    install = [str(place / "bin" / "python"), "-m", "pip", "install"]
-    install += ["--disable-pip-version-check", "--no-input", *REQUIREMENTS[peer.library]]
-    environment = {**os.environ, **VARIABLES.get(peer.library, {})}
-    with log.open("w", encoding="utf-8") as file:
-        common: dict[str, Any] = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": file,
-            "stderr": subprocess.STDOUT,
-        }
-        for command in (create, install):
             try:
                 subprocess.run(
                     command,
-                    env=environment,
+                    env={**os.environ, **VARIABLES.get(peer.library, {})},
                     timeout=INSTALL_LIMIT,
                     check=True,
-                    **common,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
                 )
             except subprocess.TimeoutExpired:
                 raise PeerError(
@@ -190,73 +190,35 @@ def _install(peer: Peer, place: Path, log: Path) -> None:
                 errors = errors or [line for line in lines if line] or ["no output"]
                 reason = errors[-1].removeprefix("ERROR: ")[:200]
                 raise PeerError(f"its environment cannot be built ({reason}); see {log}") from None
+        write_whole(partial / ENVIRONMENT_MARKER, json.dumps(REQUIREMENTS[peer.library]) + "\n")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Checkpoint that a bundle was converted from.
-
-    Attributes:
-        model: Name or path as given by the user.
-        checkpoint: The opened checkpoint.
-        encoder_decoder: It is an encoder-decoder.
-    """
-
-    model: str
-    checkpoint: Checkpoint
-    encoder_decoder: bool
-
-
-def find_source(manifest: Manifest, model: str) -> Source:
-    """Open the checkpoint of a bundle.
-
-    Raises:
-        OptionError: If the bundle was converted from another one.
-        CheckpointError: If it cannot be opened.
-    """
-    checkpoint = open_source(model, manifest)
-    if checkpoint.sha256 != manifest.source_sha256:
-        raise OptionError(
-            f"{model} (sha256 {checkpoint.sha256[:12]}...) is not the checkpoint that the bundle "
-            f"came from, {manifest.source} (sha256 {manifest.source_sha256[:12]}...); "
-            "give --model the one it was converted from"
-        )
-    if checkpoint.base is not None and checkpoint.ready_made is not None:
-        if checkpoint.merged is not None:
-            raise OptionError(
-                f"the bundle has the LoRA adapter of exit {checkpoint.ready_made.name}, and "
-                f"{model} does not; give a bundle without it"
-            )
-        checkpoint = checkpoint.base
-    return Source(model, checkpoint, manifest.encoder_decoder)
-
-
-def peer_model(peer: Peer, source: Source, command: list[str]) -> Path:
-    """Return the path that a peer loads.
+def peer_model(peer: Peer, model: str) -> Path:
+    """Return the path that a peer loads for a checkpoint.
 
     Converts the checkpoint with the peer's library first, unless the result is in the cache.
 
     Raises:
+        CheckpointError: If the checkpoint cannot be opened.
         PeerError: If the peer does not support the model.
     """
-    if peer.decoder_only and source.encoder_decoder:
-        raise PeerError("it supports decoder-only models, and this is an encoder-decoder")
-    base = source.checkpoint.path
-    checkpoint = source.checkpoint
-    if peer.gguf:
-        if base.suffix != ".gguf":
-            raise PeerError("it reads GGUF files, and this checkpoint is not one")
-    elif checkpoint.merged is not None or not any(base.glob("*.safetensors")):
-        base = _converted(OURS, source.model, "checkpoint", checkpoint, {})
+    checkpoint = open_checkpoint(model)
+    base = checkpoint.path
+    if peer.gguf and base.suffix != ".gguf":
+        raise PeerError("it reads GGUF files, and this checkpoint is not one")
     if not peer.converts:
         return base
-    return _converted(command, str(base), f"{peer.name}-{peer.key}", checkpoint, peer.options)
+    plain = checkpoint.merged is None and any(base.glob("*.safetensors"))
+    if not peer.gguf and not plain:
+        base = _converted(OURS, model, "checkpoint", checkpoint.sha256, {})
+    name = f"{peer.name}-{peer.environment.name}"
+    return _converted(peer.command, str(base), name, checkpoint.sha256, peer.options)
 
 
 def _converted(
-    command: list[str], base: str, name: str, checkpoint: Checkpoint, options: dict[str, Any]
+    command: Sequence[str], base: str, name: str, sha256: str, options: dict[str, Any]
 ) -> Path:
-    place = user_cache("peers", "models", checkpoint.sha256[:16], name)
+    place = user_cache("peers", "models", sha256[:16], name)
     if not (place / MODEL_MARKER).is_file():
         with (
             progress(f"converting to {name}"),

@@ -4,12 +4,15 @@ stdout.
     python decoders.py genai        in that library's environment, which has none of this project
 
     {"op": "convert", "source": path, "out": path, "options": {}}           -> {}
-    {"op": "load", "model": path, "threads": n, "cpus": [], "options": {}}  -> {"versions": {}}
-    {"op": "generate", "prompt": [ids], "tokens": n}
-        -> {"tokens": [ids], "times": [seconds], "seconds": s, "peak_bytes": n, ...}
+    {"op": "load", "model": path, "threads": n, "cpus": [], "options": {}}
+        -> {"versions": {}, "flags": text}
+    {"op": "generate", "prompts": [[ids]], "tokens": n, "beams": n}
+        -> {"tokens": [[ids]], "first": s, "last": s, "seconds": s, "peak_bytes": n,
+            "resident_bytes": n, ...}
 
-`times` are the seconds from the start of the request until each token is known. Failed requests
-return {"error": text}.
+`prompts` has a prompt for each row, which are decoded together. `first` is when the first token of
+every row is known, `last` when all tokens are, in seconds from the start of the request. Failed
+requests return {"error": text}.
 """
 
 from __future__ import annotations
@@ -22,20 +25,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# Records the time of a token, or of several that became known together.
+# Records tokens of a row when they become known. Arguments: number of the row, tokens.
 Emit = Callable[..., None]
-# Arguments: prompt, number of tokens, emit. Generates exactly that many tokens, even after an end
-# of sequence. With the option `schema`, generates JSON until its end. May return facts, such as
-# `ended` if there are fewer tokens.
-Generate = Callable[[list[int], int, Emit], Any]
-# Function that generates, and installed versions.
-Loaded = tuple[Generate, dict[str, str]]
+# Arguments: prompts, number of tokens, number of beams, emit. Generates exactly that many tokens,
+# even after an end of sequence. With the option `schema`, generates JSON until its end. May return
+# facts, such as `ended` if there are fewer tokens.
+Generate = Callable[[list[list[int]], int, int, Emit], Any]
+# Function that generates, and installed versions and the flags that were given.
+Loaded = tuple[Generate, dict[str, Any]]
 # Arguments: path of the model, threads, options.
 Load = Callable[[str, int, dict[str, Any]], Loaded]
 # Arguments: source checkpoint, output path, options.
@@ -57,11 +61,11 @@ def serve(load: Load, convert: Convert | None = None) -> None:
             elif request["op"] == "load":
                 if request["cpus"] and hasattr(os, "sched_setaffinity"):
                     os.sched_setaffinity(0, request["cpus"])
-                generate, answer["versions"] = load(
-                    request["model"], request["threads"], request["options"]
-                )
+                generate, answer = load(request["model"], request["threads"], request["options"])
             elif request["op"] == "generate" and generate is not None:
-                answer = _generate(generate, request["prompt"], request["tokens"])
+                answer = _generate(
+                    generate, request["prompts"], request["tokens"], request["beams"]
+                )
             else:
                 answer = {"error": f"this decoder cannot {request['op']} now"}
         except Exception as error:
@@ -69,33 +73,44 @@ def serve(load: Load, convert: Convert | None = None) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _generate(generate: Generate, prompt: list[int], count: int) -> dict[str, Any]:
-    tokens: list[int] = []
-    times: list[float] = []
+def _generate(
+    generate: Generate, prompts: list[list[int]], count: int, beams: int
+) -> dict[str, Any]:
+    tokens: list[list[int]] = [[] for _ in prompts]
+    first: list[float] = [0.0 for _ in prompts]
+    last = 0.0
 
-    def emit(*known: int) -> None:
-        tokens.extend(int(token) for token in known)
-        times.extend([time.perf_counter() - began] * len(known))
+    def emit(row: int, *known: int) -> None:
+        nonlocal last
+        last = time.perf_counter() - began
+        first[row] = first[row] or last
+        tokens[row].extend(int(token) for token in known)
 
     began = time.perf_counter()
-    facts = generate(prompt, count, emit)
+    facts = generate(prompts, count, beams, emit) or {}
     seconds = time.perf_counter() - began
-    if len(tokens) != count and not (facts or {}).get("ended"):
-        raise RuntimeError(f"it generated {len(tokens)} tokens instead of {count}")
+    for row in tokens:
+        if len(row) != count and not facts.get("ended"):
+            raise RuntimeError(f"it generated {len(row)} tokens instead of {count}")
     return {
         "tokens": tokens,
-        "times": times,
+        "first": max(first),
+        "last": last,
         "seconds": seconds,
-        "peak_bytes": _peak_bytes(),
-        **(facts or {}),
+        "peak_bytes": _memory("VmHWM:"),
+        "resident_bytes": _memory("VmRSS:"),
+        **facts,
     }
 
 
-def _peak_bytes() -> int:
-    """Return this process's peak resident memory. getrusage starts from the parent's peak."""
+def _memory(name: str) -> int:
+    """Return the resident memory of this process, in bytes: `VmRSS:` or the peak, `VmHWM:`.
+
+    Systems without /proc have only the peak, which getrusage starts from the parent's.
+    """
     try:
         with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
     except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -115,60 +130,77 @@ def _run(command: list[str], name: str) -> None:
         raise RuntimeError(f"{name} failed: {lines[-1]}")
 
 
-def _versions(*distributions: str) -> dict[str, str]:
+def _facts(flags: str, *distributions: str) -> dict[str, Any]:
+    """Return the versions of distributions, and the flags."""
     found = {}
     for name in distributions:
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # onnxruntime has several package names
             continue
-    return found
+    return {"versions": found, "flags": flags}
+
+
+def _only(prompts: list[list[int]], beams: int = 1) -> list[int]:
+    """Return the only prompt. Raises ValueError for several rows or beams."""
+    if len(prompts) > 1 or beams > 1:
+        raise ValueError("this library is not measured with several rows or beams")
+    return prompts[0]
 
 
 def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
-    """Load a bundle or a checkpoint.
+    """Load a bundle.
 
-    `options` are the fields of a Setting, `beams` for a beam search with this width, or
-    `{"checkpoint": True}`.
+    `options` may have `rows`, the most rows at once, `context`, the positions of a row, `lookup` to
+    draft from the text, and `schema`, a JSON schema of the output.
     """
-    if options.get("checkpoint"):
-        import torch
-
-        from freeexport.checkpoints.checkpoint import open_checkpoint
-        from freeexport.checkpoints.transformers_model import reference_model
-
-        torch.set_num_threads(threads)
-        model = reference_model(open_checkpoint(path))
-        return transformers_generate(model, {}), _versions("torch", "transformers")
+    from freeexport.costs.bytes import calls_of
+    from freeexport.system.machine import kernel_instructions
     from runtime import Session
+    from runtime.stream import Stream
 
-    if "beams" in options:
-        beam_session = Session(path, threads=threads, slots=1, draft_memory_mb=0)
-        beams = options["beams"]
+    given: dict[str, Any] = {"mode": "full", "ignore_eos": True}
+    if options.get("lookup"):
+        given.update(mode="lossless", drafts="lookup")
+    if schema := options.get("schema"):
+        given.update(json_schema=json.loads(schema), ignore_eos=False)
+    session = Session(
+        path,
+        threads=threads,
+        slots=options.get("rows", 1),
+        capacity=options.get("context"),
+        draft_memory_mb=0,
+    )
 
-        def search(prompt: list[int], count: int, emit: Emit) -> None:
-            result = beam_session.generate(
-                prompt,
-                max_new_tokens=count,
-                ignore_eos=True,
-                mode="full",
-                num_beams=beams,
+    def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> Any:
+        if beams > 1:  # beam search does not stream
+            result = session.generate(
+                _only(prompts), max_new_tokens=count, num_beams=beams, **given
             )
-            emit(*result.token_ids)
+            emit(0, *result.token_ids)
+            return {}
+        streams = [session.stream(prompt, max_new_tokens=count, **given) for prompt in prompts]
 
-        return search, _versions("onnxruntime", "numpy")
-    from freeexport.evaluate.measure import decode
-    from freeexport.evaluate.settings import Setting
+        def follow(row: int, stream: Stream) -> None:
+            for token in stream:
+                emit(row, token.id)
 
-    setting = Setting(**options)
-    session = Session(path, threads=threads, slots=1, draft_memory_mb=0)
+        if len(streams) == 1:
+            follow(0, streams[0])
+            result = streams[0].result
+            if not schema:
+                return {"calls": asdict(calls_of(result))}
+            return {
+                "ended": result.finish_reason == "eos",
+                "forced": result.stats.forced_tokens,
+                "grammar": result.stats.grammar_seconds,
+            }
+        with ThreadPoolExecutor(len(streams)) as pool:
+            list(pool.map(follow, range(len(streams)), streams))
+        return {}
 
-    def generate(prompt: list[int], count: int, emit: Emit) -> dict[str, Any]:
-        found = decode(session, setting, prompt, count, emit)
-        names = ("exited", "acceptance", "overhead")
-        return {"calls": asdict(found["calls"]), **{name: found[name] for name in names}}
-
-    return generate, _versions("onnxruntime", "numpy")
+    flags = f"mode {given['mode']}, kernels for {kernel_instructions() or 'no instructions'}"
+    return generate, _facts(flags, "freeexport", "onnxruntime", "numpy")
 
 
 def convert_ours(source: str, out: str, options: dict[str, Any]) -> None:
@@ -189,23 +221,14 @@ def convert_ours(source: str, out: str, options: dict[str, Any]) -> None:
 
 
 def load_transformers(path: str, threads: int, options: dict[str, Any]) -> Loaded:
+    """Load a checkpoint of any format with transformers, in fp32. Needs this project."""
     import torch
-    import transformers
+
+    from freeexport.checkpoints.checkpoint import open_checkpoint
+    from freeexport.checkpoints.transformers_model import reference_model
 
     torch.set_num_threads(threads)
-    seq2seq = transformers.AutoConfig.from_pretrained(path).is_encoder_decoder
-    loader = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-    model = loader.from_pretrained(path, dtype=torch.float32).eval()
-    return transformers_generate(model, options), _versions("torch", "transformers")
-
-
-def transformers_generate(model: Any, options: dict[str, Any]) -> Generate:
-    """Return a function that generates with a model.
-
-    `options` may have `early_exit`, the layer that drafts, or `lookup`, the length of drafts from
-    the prompt.
-    """
-    import torch
+    model = reference_model(open_checkpoint(path))
 
     class Streamer:
         """Receives tokens from `generate`, the prompt's first."""
@@ -216,38 +239,37 @@ def transformers_generate(model: Any, options: dict[str, Any]) -> Generate:
 
         def put(self, value: torch.Tensor) -> None:
             if not self.prompt:
-                self.emit(*value.flatten().tolist())
+                self.emit(0, *value.flatten().tolist())
             self.prompt = False
 
         def end(self) -> None:
             pass
 
-    config = model.config
-    settings = model.generation_config
+    config: Any = model.config
+    settings: Any = model.generation_config
     # Continue after an end of sequence, so that all decoders generate equally many tokens.
     settings.eos_token_id = None
     settings.pad_token_id = 0
     # transformers' cache fails for T5 with a decoder deeper than the encoder.
     decoder_layers = getattr(config, "num_decoder_layers", 0)
     deeper = config.is_encoder_decoder and decoder_layers > getattr(config, "num_layers", 0)
-    given: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": not deeper}
-    if options.get("early_exit"):
-        given["assistant_early_exit"] = options["early_exit"]
-    if options.get("lookup"):
-        given["prompt_lookup_num_tokens"] = options["lookup"]
 
-    def generate(prompt: list[int], count: int, emit: Emit) -> None:
-        ids = torch.tensor([prompt])
-        mask = torch.ones_like(ids)
-        model.generate(
+    def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> None:
+        ids = torch.tensor([_only(prompts)])
+        found: Any = model.generate(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
-            streamer=Streamer(emit),
-            **given,
+            do_sample=False,
+            num_beams=beams,
+            use_cache=not deeper,
+            streamer=Streamer(emit) if beams == 1 else None,
         )
+        if beams > 1:
+            emit(0, *found[0, -count:].tolist())
 
-    return generate
+    flags = f"eager, fp32, torch.set_num_threads({threads})"
+    return generate, _facts(flags, "torch", "transformers")
 
 
 def convert_genai(source: str, out: str, options: dict[str, Any]) -> None:
@@ -258,6 +280,7 @@ def convert_genai(source: str, out: str, options: dict[str, Any]) -> None:
 
 
 def load_genai(path: str, threads: int, options: dict[str, Any]) -> Loaded:
+    import numpy as np
     import onnxruntime_genai as og
 
     content = json.loads((Path(path) / "genai_config.json").read_text(encoding="utf-8"))
@@ -271,21 +294,27 @@ def load_genai(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     config.overlay(json.dumps({"model": {**end, "decoder": {"session_options": session}}}))
     model = og.Model(config)
 
-    def generate(prompt: list[int], count: int, emit: Emit) -> Any:
+    def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> Any:
         params = og.GeneratorParams(model)
-        params.set_search_options(do_sample=False, max_length=len(prompt) + count, min_length=0)
+        length = len(prompts[0]) + count
+        rows = len(prompts)
+        params.set_search_options(
+            do_sample=False, max_length=length, min_length=0, batch_size=rows, num_beams=beams
+        )
         if schema:
             params.set_guidance("json_schema", schema)
         generator = og.Generator(model, params)
-        generator.append_tokens(prompt)
+        generator.append_tokens(np.array(prompts, np.int32))
         for _ in range(count):
             generator.generate_next_token()
-            emit(generator.get_next_tokens()[0])
+            for row, token in enumerate(generator.get_next_tokens()):
+                emit(row, token)
             if schema and generator.is_done():
                 return {"ended": True}
         return {}
 
-    return generate, _versions("onnxruntime-genai", "onnxruntime")
+    flags = f"models.builder -p {options['precision']} -e cpu, {json.dumps(session)}"
+    return generate, _facts(flags, "onnxruntime-genai", "onnxruntime")
 
 
 def convert_ctranslate2(source: str, out: str, options: dict[str, Any]) -> None:
@@ -312,33 +341,31 @@ def load_ctranslate2(path: str, threads: int, options: dict[str, Any]) -> Loaded
     }
     engine = kind(path, **given)
     # Only the length ends a sequence, because no token has this id.
-    common = {"beam_size": options.get("beams", 1), "end_token": [len(vocabulary)]}
+    common = {"end_token": [len(vocabulary)], "max_batch_size": 0}
     ids = {token: number for number, token in enumerate(vocabulary)}
 
-    def generate(prompt: list[int], count: int, emit: Emit) -> None:
-        texts = [[vocabulary[token] for token in prompt]]
+    def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> None:
+        texts = [[vocabulary[token] for token in prompt] for prompt in prompts]
+        given: dict[str, Any] = {**common, "beam_size": beams}
 
         def record(step: Any) -> bool:
-            emit(step.token_id)
+            emit(step.batch_id, step.token_id)
             return False
 
+        if beams == 1:  # beam search has no callback
+            given["callback"] = record
         if seq2seq:
-            lengths = {
-                "max_decoding_length": count,
-                "min_decoding_length": 0,
-                "max_input_length": 0,
-            }
-            if common["beam_size"] > 1:  # beam search has no callback
-                (found,) = engine.translate_batch(texts, **lengths, **common)
-                emit(*(ids[token] for token in found.hypotheses[0]))
-            else:
-                engine.translate_batch(texts, **lengths, **common, callback=record)
+            lengths = {"max_decoding_length": count, "min_decoding_length": 0}
+            found = engine.translate_batch(texts, max_input_length=0, **lengths, **given)
+            for row, result in enumerate(found if beams > 1 else ()):
+                emit(row, *(ids[token] for token in result.hypotheses[0]))
         else:
             # Read the prompt in one call, like all other decoders.
-            lengths = {"max_length": count, "min_length": 0, "include_prompt_in_result": False}
-            engine.generate_batch(texts, **lengths, **common, callback=record)
+            lengths = {"max_length": count, "min_length": 0}
+            engine.generate_batch(texts, include_prompt_in_result=False, **lengths, **given)
 
-    return generate, _versions("ctranslate2")
+    flags = f"compute_type={options['compute_type']}, inter_threads=1, intra_threads={threads}"
+    return generate, _facts(flags, "ctranslate2")
 
 
 def convert_llama_cpp(source: str, out: str, options: dict[str, Any]) -> None:
@@ -375,16 +402,21 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     if options.get("schema"):
         grammar = llama_cpp.LlamaGrammar.from_json_schema(options["schema"])
 
-    def generate(prompt: list[int], count: int, emit: Emit) -> Any:
+    def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> Any:
+        prompt = _only(prompts, beams)
         model.reset()  # otherwise a prefix of the last prompt is not read again
         tokens = model.generate(prompt, temp=0.0, repeat_penalty=1.0, grammar=grammar)
         for token in islice(tokens, count):
-            emit(token)
+            emit(0, token)
             if grammar is not None and token == model.token_eos():
                 return {"ended": True}
         return {}
 
-    return generate, _versions("llama-cpp-python")
+    # The instructions that it was built for.
+    built = llama_cpp.llama_print_system_info().decode().rpartition("CPU : ")[2]
+    used = [pair.removesuffix(" = 1").strip() for pair in built.split("|") if " = 1" in pair]
+    flags = f"{' '.join(used)}, n_threads={threads}, n_ctx={context}"
+    return generate, _facts(flags, "llama-cpp-python")
 
 
 def convert_openvino(source: str, out: str, options: dict[str, Any]) -> None:
@@ -405,8 +437,14 @@ def load_openvino(path: str, threads: int, options: dict[str, Any]) -> Loaded:
 
     # Defaults of its documentation, except for threads: optimized for latency, 8-bit cache,
     # quantized activations.
-    lookup = {"prompt_lookup": True} if options.get("lookup") else {}
-    pipeline = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads, **lookup)
+    given: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
+    if options.get("rows", 1) > 1:
+        scheduling = openvino_genai.SchedulerConfig()
+        scheduling.cache_size = 1  # GB
+        batches = openvino_genai.ContinuousBatchingPipeline(path, scheduling, "CPU", given)
+    else:
+        lookup = {"prompt_lookup": True} if options.get("lookup") else {}
+        pipeline = openvino_genai.LLMPipeline(path, "CPU", **given, **lookup)
 
     class Streamer(openvino_genai.StreamerBase):  # type: ignore[misc]
         def __init__(self, emit: Emit) -> None:
@@ -414,24 +452,67 @@ def load_openvino(path: str, threads: int, options: dict[str, Any]) -> Loaded:
             self.emit = emit
 
         def write(self, token: int | list[int]) -> Any:
-            self.emit(*(token if isinstance(token, list) else [token]))
+            self.emit(0, *(token if isinstance(token, list) else [token]))
             return openvino_genai.StreamingStatus.RUNNING
 
         def end(self) -> None:
             pass
 
-    def generate(prompt: list[int], count: int, emit: Emit) -> None:
+    def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> None:
         config = openvino_genai.GenerationConfig(
             max_new_tokens=count,
             ignore_eos=True,
             do_sample=False,
         )
-        if lookup:  # of the last three tokens, as in its documentation
+        tensors = [openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
+        if options.get("rows", 1) > 1:
+            handles = [
+                batches.add_request(number, tensor, config) for number, tensor in enumerate(tensors)
+            ]
+            while batches.has_non_finished_requests():
+                batches.step()
+                for row, handle in enumerate(handles):
+                    if handle.can_read():
+                        for output in handle.read().values():
+                            emit(row, *output.generated_ids)
+            return
+        if options.get("lookup"):  # of the last three tokens, as in its documentation
             config.num_assistant_tokens = options["lookup"]
             config.max_ngram_size = 3
-        pipeline.generate(openvino.Tensor(np.array([prompt], np.int64)), config, Streamer(emit))
+        _only(prompts, beams)
+        pipeline.generate(tensors[0], config, Streamer(emit))
 
-    return generate, _versions("openvino", "openvino-genai", "optimum-intel")
+    flags = f"--weight-format {options['precision']}, INFERENCE_NUM_THREADS={threads}, defaults"
+    return generate, _facts(flags, "openvino", "openvino-genai", "optimum-intel")
+
+
+def load_faster_whisper(path: str, threads: int, options: dict[str, Any]) -> Loaded:
+    """Load a CTranslate2 model of Whisper. Prompts are the path of a recording."""
+    from faster_whisper import WhisperModel
+    from faster_whisper.audio import decode_audio
+
+    kind = options["compute_type"]
+    model = WhisperModel(path, device="cpu", compute_type=kind, cpu_threads=threads, num_workers=1)
+
+    def generate(prompts: list[Any], count: int, beams: int, emit: Emit) -> Any:
+        sound = decode_audio(prompts[0])
+        began = time.perf_counter()
+        found, _ = model.transcribe(
+            sound,
+            language="en",
+            beam_size=1,
+            best_of=1,
+            temperature=0.0,
+            without_timestamps=True,
+            condition_on_previous_text=False,
+            compression_ratio_threshold=None,
+            log_prob_threshold=None,
+            no_speech_threshold=None,
+        )
+        text = "".join(segment.text for segment in found)
+        return {"ended": True, "text": text, "seconds": time.perf_counter() - began}
+
+    return generate, _facts(f"compute_type={kind}", "faster-whisper", "ctranslate2")
 
 
 DECODERS: dict[str, tuple[Load, Convert | None]] = {
@@ -441,6 +522,7 @@ DECODERS: dict[str, tuple[Load, Convert | None]] = {
     "ctranslate2": (load_ctranslate2, convert_ctranslate2),
     "llama_cpp": (load_llama_cpp, convert_llama_cpp),
     "openvino": (load_openvino, convert_openvino),
+    "faster_whisper": (load_faster_whisper, None),
 }
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ from runtime.bundle.bundle import Bundle
 from runtime.errors import CapacityError, FreeExportError, OptionError
 from tools.paper import compare_options, recipes
 from tools.paper.__main__ import main
+from tools.paper.compare import RUN
 from tools.paper.compare_options import ROWS, CompareOptions, checked_options, needed_memory
 from tools.paper.compare_plan import bundles_of, measurements_of, settings, trainings_of
 from tools.paper.compare_report import as_page, pooled, rows_by_table, table_of
 from tools.paper.eager import EagerDecoder
-from tools.paper.steps import RUN, Steps
+from tools.steps import Steps
 
 T5 = BY_NAME["t5-deep-decoder"]
 Directory = Callable[[Case], Path]
@@ -105,22 +106,22 @@ def test_a_finished_step_is_not_repeated_and_an_unfinished_one_leaves_nothing(tm
         return {"number": number}
 
     out = tmp_path / "out"
-    steps = Steps(out, {"seed": (0, 1)})
+    steps = Steps(out, RUN, {"seed": (0, 1)})
     assert not out.exists()
     assert steps.run("one", work, 1) == {"number": 1}
     with pytest.raises(OptionError, match="no"):
         steps.run("two", work, -1)
-    again = Steps(out, {"seed": (0, 1)})
+    again = Steps(out, RUN, {"seed": (0, 1)})
     assert (again.run("one", work, 7), again.run("two", work, 2)) == ({"number": 1}, {"number": 2})
     assert done == [1, -1, 2]
 
 
 def test_a_run_resumed_with_other_options_and_a_foreign_directory_are_refused(tmp_path: Path) -> None:
-    Steps(tmp_path / "out", {"lines": 3, "seed": 0}).run("one", dict)
+    Steps(tmp_path / "out", RUN, {"lines": 3, "seed": 0}).run("one", dict)
     with pytest.raises(OptionError, match="holds another run, with other lines; repeat its options"):
-        Steps(tmp_path / "out", {"lines": 4, "seed": 0})
+        Steps(tmp_path / "out", RUN, {"lines": 4, "seed": 0})
     with pytest.raises(OptionError, match=f"is no output of this command \\(no {RUN}\\)"):
-        Steps(tmp_path, {})
+        Steps(tmp_path, RUN, {})
 
 
 BROKEN = {

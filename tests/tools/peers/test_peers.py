@@ -1,4 +1,4 @@
-"""Ours beside peers: who runs, who cannot, and what they are compared by."""
+"""Other decoders beside ours: who runs, who cannot, and what is measured."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import fake_peer
 import pytest
-from checkpoints import BY_NAME, Bundles, Case
+from checkpoints import BY_NAME, Case
+from tokenizers import Tokenizer
 
-from freeexport.evaluate.settings import EvaluateOptions, Setting, entries_of
 from runtime.errors import FreeExportError, OptionError
-from tools.peers import compare as comparing
-from tools.peers.catalog import PEERS, Peer, find_source
-from tools.peers.compare import Contender, compare, measure
-from tools.peers.prompts import first_tokens
+from tools.peers import models
+from tools.peers.catalog import PEERS, chosen, peer_model
+from tools.peers.measure import Cell, Contender, Decoders, ask, fidelity, opening, reference_answers
+from tools.peers.models import models_of
 from tools.peers.worker import PeerError, Worker
 
 LLAMA = BY_NAME["llama-tied"]
@@ -25,108 +25,128 @@ T5 = BY_NAME["t5-gated-tied"]
 ROOT = Path(__file__).parents[3]
 PROGRAM = "import sys, runpy; sys.path[:0] = sys.argv[1:3]; runpy.run_path(sys.argv[3], run_name='__main__')"
 COMMAND = [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests"), fake_peer.__file__]
-FULL = ((Path(), ("full",)),)
-OPTIONS = EvaluateOptions(FULL, max_new_tokens=3, rounds=2, threads=1)  # type: ignore[arg-type]
+TEXT = Cell(0, 3)
 
 
-def contender(name: str, ours: bool = False) -> Contender:
-    return Contender(name, "fp32", COMMAND, "", {}, Setting("full") if ours else None)
+def contender(name: str, bundle: Any = None) -> Contender:
+    return Contender(name, "fp32", COMMAND, "", {}, bundle)
 
 
-def test_everyone_runs_in_every_round_and_failures_stop_nobody_else() -> None:
+def test_everyone_answers_every_round_and_failures_stop_nobody_else() -> None:
     missing = replace(contender("missing"), command=["/nowhere/python"])
-    everyone = [missing, contender("good"), contender("bad")]
-    runs, versions, failed = measure(everyone[:2], [[5], [6]], OPTIONS, settle=0)
-    assert list(failed) == ["missing"]
-    assert "cannot be started" in failed["missing"]
-    tokens = {line: [one.token_ids for one in turns] for line, turns in runs["good"].items()}
-    assert tokens == {1: [(6, 7, 8)] * 2, 2: [(7, 8, 9)] * 2}
-    assert [one.round for one in runs["good"][2]] == [0, 1]
-    assert versions == {"good": {"fake": "1.0"}}
-    runs, _, failed = measure(everyone[2:], [[5], [fake_peer.DIES]], OPTIONS, settle=0)
-    assert "ended with code 3" in failed["bad"]
-    assert not runs
+    with Decoders([missing, contender("good"), contender("bad")], 1, settle=0) as running:
+        blocks = TEXT.blocks([[[5]], [[6]]], 2, 100, None)
+        assert blocks == [[[[5]]], [[[5]], [[6]]], [[[5]], [[6]]]]
+        reference = [{"tokens": [[6, 7, 8]]}, {"tokens": [[7, 0, 9]]}]
+        good, bad = running.rows(TEXT, blocks, reference, 1e9)
+        # Outputs shorter than COMPARED are not compared.
+        assert "same" not in good
+        assert good["versions"] == {"fake": "1.0"}
+        assert good["flags"] == "threads=1"
+        assert good["request"]["ratio_low"] == good["request"]["ratio_high"] == 1
+        assert bad["request"]["ratio"] > 0
+        assert 0.001 < good["token"]["seconds"] < good["request"]["seconds"] < 1
+    assert list(running.failed) == ["missing"]
+    assert "cannot be started" in running.failed["missing"]
 
 
-def test_prompts_are_timed_to_their_first_token() -> None:
+def test_a_decoder_that_dies_has_no_row() -> None:
+    with Decoders([contender("good")], 1, settle=0) as running:
+        assert running.rows(TEXT, [[[[1]]], [[[fake_peer.DIES]]]], None, 1e9) == []
+        assert "ended with code 3" in running.failed["good"]
+
+
+def test_rows_are_answered_together() -> None:
+    cell = Cell(4, 2, rows=3)
+    blocks = cell.blocks([], 2, 100, None)
+    prompts = [prompt for block in blocks for request in block for prompt in request]
+    assert len(prompts) == len({tuple(prompt) for prompt in prompts}) == 9
+    with Decoders([contender("good")], 1, settle=0) as running:
+        (row,) = running.rows(cell, blocks, None, 1e9)
+    assert (row["read"], row["rows"]) == (4, 3)
+
+
+def test_random_prompts_of_encoder_decoders_end_with_the_end() -> None:
+    assert all(request[0][-1] == 3 for (request,) in Cell(5, 1).blocks([], 3, 1000, 3))
+
+
+def test_tokens_are_compared_with_those_of_the_reference() -> None:
+    answers = [{"tokens": [[1, 2, 3, 4]]}, {"tokens": [[5, 6, 7, 8]]}]
+    assert fidelity(answers, [{"tokens": [[1, 2, 0, 0]]}, {"tokens": [[5, 6, 7, 8]]}]) == {"same": 0.75, "differs": 2}
+    assert fidelity(answers, answers) == {"same": 1, "differs": None}
+    assert fidelity(answers, None) == {}
+    long = Cell(0, 8)
+    found = reference_answers(contender("hf"), {long: [[], [[[1], [2]]]], TEXT: [[], [[[1]]]]}, 1)
+    assert found == {long: [{"tokens": [list(range(2, 10)), list(range(3, 11))]}]}
+
+
+def test_opening_counts_from_the_start_of_the_process() -> None:
     missing = replace(contender("missing"), command=["/nowhere/python"])
-    rows, failed = first_tokens([missing, contender("good"), contender("again")], [3, 5], 2, 2, 1, vocabulary=4)
-    assert [(row["length"], row["name"]) for row in rows] == [(3, "good"), (3, "again"), (5, "good"), (5, "again")]
-    assert all(row["tokens_per_second"] == pytest.approx(1e3 * row["length"] / row["first_token_ms"]) for row in rows)
-    assert rows[0]["ratio"] == rows[2]["ratio"] == rows[2]["decode_ratio"] == 1
+    rows, failed = opening([contender("good"), missing], [7], 1, 1, settle=0)
+    assert [row["name"] for row in rows] == ["good"]
+    assert rows[0]["first"]["seconds"] > 0.01
+    assert rows[0]["resident_bytes"] > 1 << 20
     assert list(failed) == ["missing"]
 
 
 def test_ours_may_not_fail() -> None:
-    with pytest.raises(FreeExportError, match=r"^ours: ValueError: cannot read this$"):
-        measure([contender("ours", ours=True)], [[fake_peer.FAILS]], OPTIONS, settle=0)
+    ours = contender("ours", bundle=object())
+    with Decoders([ours], 1, settle=0) as running, pytest.raises(FreeExportError, match=r"^ours: ValueError: cannot"):
+        running.rows(TEXT, [[[[fake_peer.FAILS]]]] * 2, None, 1e9)
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_peers_that_are_named_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    left_out = chosen([])
+    assert left_out["genai"] == "not installed"
+    assert "hf" not in left_out
+    assert chosen(["hf"])["genai"] == "not asked for"
+    with pytest.raises(OptionError, match=r"run: python -m tools\.peers install genai$"):
+        chosen(["hf", "genai"])
+    with pytest.raises(OptionError, match="did you mean genai-int4"):
+        chosen(["genai-int"])
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, cache: None) -> Callable[..., None]:
-    """Put a peer in the catalogue that this interpreter runs."""
-    monkeypatch.setattr(comparing, "peer_command", lambda peer: COMMAND)
-    monkeypatch.setattr(comparing, "bandwidth_of", lambda threads: 1e10)
-    monkeypatch.setattr(comparing, "SETTLE", 0.0)
-
-    def add(name: str, **changes: Any) -> None:
-        monkeypatch.setitem(PEERS, name, replace(PEERS["hf"], name=name, **changes))
-
-    return add
-
-
-def test_bundles_the_checkpoint_and_peers_in_one_run(
-    bundle: Bundles, checkpoint: Callable[[Case], Path], fake: Callable[..., None], tmp_path: Path
+def test_models_are_converted_once(
+    checkpoint: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fake("fake")
-    fake("converted", converts=True)
-    fake("unconvertible", converts=True, options={"unconvertible": True})
-    fake("gguf-only", gguf=True)
-    methods = ("full", "free")
-    options = replace(OPTIONS, bundles=((bundle(LLAMA), methods),), samples=1, rounds=1, thresholds=(0.0,))
-    source = str(checkpoint(LLAMA))
-    found = compare(options, [source, "fake", "converted", "unconvertible", "gguf-only"], None)
-    assert found["failed"]["unconvertible"] == "its model cannot be converted: ValueError: no such layer"
-    assert "it reads GGUF files" in found["failed"]["gguf-only"]
-    rows = {row["name"]: row for row in found["rows"]}
-    assert list(rows) == ["transformers", "fake", "converted", "full", "free 0"]
-    assert rows["full"]["agreement"] == 1
-    assert rows["fake"]["agreement"] < 1
-    assert rows["fake"]["versions"] == {"fake": "1.0"}
-    assert rows["free 0"]["exit_rate"] == 1
-    assert rows["full"]["token_bytes"] > 0
-    assert all(row["peak_bytes"] > 1 << 20 for row in rows.values())
-    models = next((tmp_path / "cache" / "freeexport" / "peers" / "models").iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tools.peers.catalog.Peer.command", COMMAND)
+    source = checkpoint(LLAMA)
+    peer = PEERS["genai"]
+    converted = peer_model(peer, str(source))
     # The checkpoint is a plain directory: it is not copied.
-    assert [path.name.split("-")[0] for path in models.iterdir()] == ["converted"]
+    assert (converted / "model").read_text() == str(source)
+    assert peer_model(peer, str(source)) == converted
+    assert peer_model(PEERS["hf"], str(source)) == source
+    with pytest.raises(PeerError, match="reads GGUF files"):
+        peer_model(PEERS["llama-cpp"], str(source))
+    broken = replace(peer, name="broken", options={"unconvertible": True})
+    with pytest.raises(PeerError, match="cannot be converted: ValueError: no such layer"):
+        peer_model(broken, str(source))
 
 
-def test_what_a_peer_cannot_run_or_have_is_said(
-    bundle: Bundles, checkpoint: Callable[[Case], Path], fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake("fake", decoder_only=True)
-    entries = entries_of(replace(OPTIONS, bundles=((bundle(T5), ("full",)),)))
-    manifest = entries[0].bundle.manifest
-    found = find_source(manifest, str(checkpoint(T5)))
-    contenders, failed = comparing.contenders_of(["fake"], found, entries)
-    assert [one.name for one in contenders] == ["full"]
-    assert "it supports decoder-only models" in failed["fake"]
+def test_checkpoints_are_of_the_kind_that_they_replace(checkpoint: Callable[[Case], Path]) -> None:
+    given = f"marian={checkpoint(T5)}"
+    assert models_of((given,)) == {"marian": str(checkpoint(T5))}
+    for text, said in (
+        (f"smollm2={checkpoint(T5)}", "is an encoder-decoder, unlike smollm2"),
+        (f"marian={checkpoint(LLAMA)}", "is a decoder-only model, unlike marian"),
+        ("other=x", "is not NAME=CHECKPOINT; names are smollm2, marian, m2m_100"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            models_of((text,))
 
-    def unavailable(peer: Peer) -> list[str]:
-        raise PeerError("its environment cannot be built (No matching distribution)")
 
-    monkeypatch.setattr(comparing, "peer_command", unavailable)
-    _, failed = comparing.contenders_of(["genai"], found, entries)
-    assert failed == {"genai": "its environment cannot be built (No matching distribution)"}
-    with pytest.raises(OptionError, match="give it with --model"):
-        comparing.contenders_of(["genai"], None, entries)
-    with pytest.raises(OptionError, match="is not the checkpoint that the bundle came from"):
-        find_source(manifest, str(checkpoint(LLAMA)))
+@pytest.mark.parametrize("size", models.SIZES)
+def test_tokens_of_a_made_vocabulary_are_where_its_configuration_says(size: str, tmp_path: Path) -> None:
+    config = models.configuration(size)
+    models.write_tokenizer(tmp_path, 200, models.SPECIAL[size])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    last = 199 if size == "marian" else config["pad_token_id"]
+    assert tokenizer.token_to_id("<pad>") == last
+    assert tokenizer.encode("hello").ids[-1] == tokenizer.token_to_id("</s>") == config["eos_token_id"]
+    assert tokenizer.get_vocab_size() == 200
 
 
 @pytest.fixture
@@ -138,7 +158,7 @@ def worker() -> Iterator[Worker]:
 
 
 def generate(last: int, tokens: int = 3) -> dict[str, Any]:
-    return {"op": "generate", "prompt": [last], "tokens": tokens}
+    return {"op": "generate", "prompts": [[last]], "tokens": tokens, "beams": 1}
 
 
 def test_a_worker_answers_whatever_libraries_print_and_after_failures(worker: Worker) -> None:
@@ -146,11 +166,10 @@ def test_a_worker_answers_whatever_libraries_print_and_after_failures(worker: Wo
         worker.ask(generate(fake_peer.FAILS), 60)
     with pytest.raises(PeerError, match="generated 2 tokens instead of 3"):
         worker.ask(generate(fake_peer.SHORT), 60)
-    answer = worker.ask(generate(7), 60)
-    assert answer["tokens"] == [8, 9, 10]
-    assert answer["times"] == sorted(answer["times"])
-    assert 0 < answer["times"][0] < answer["times"][-1] <= answer["seconds"]
-    assert answer["peak_bytes"] > 1 << 20
+    answer = ask(worker, [[7], [1]], 3)
+    assert answer["tokens"] == [[8, 9, 10], [2, 3, 4]]
+    assert 0 < answer["first"] < answer["last"] <= answer["seconds"]
+    assert 1 << 20 < answer["resident_bytes"] <= answer["peak_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,10 @@ from click.testing import CliRunner
 
 from tools.data.speech import wav
 from tools.peers import speech
+from tools.peers.catalog import Peer
+from tools.peers.worker import Worker
+
+close = Worker.close
 
 
 class FakeSession:
@@ -36,43 +40,35 @@ class FakeSession:
         return SimpleNamespace(text="hello there", token_ids=[1, 2], stats=stats)
 
 
-class Process(subprocess.Popen[str]):
-    """A child process that is recorded."""
-
-    started: list[Process]
-
-    def __init__(self, *given: Any, **options: Any) -> None:
-        super().__init__(*given, **options)
-        self.started.append(self)
-
-
 @pytest.mark.parametrize("starts", [True, False])
 def test_sessions_and_the_peer_are_closed(starts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeSession, "opened", [], raising=False)
-    monkeypatch.setattr(Process, "started", [], raising=False)
     monkeypatch.setattr(speech, "Session", FakeSession)
-    monkeypatch.setattr(speech, "subprocess", SimpleNamespace(Popen=Process, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(speech, "chosen", lambda names: {})
+    monkeypatch.setattr(Peer, "command", [sys.executable, "-m", "tools.peers.decoders", "faster_whisper"])
+    closed: list[Worker] = []
+    monkeypatch.setattr(Worker, "close", lambda worker: (closed.append(worker), close(worker)))
     package = tmp_path / "packages" / "faster_whisper"
     package.mkdir(parents=True)
     (package / "audio.py").write_text("def decode_audio(path):\n    return path\n")
     (package / "__init__.py").write_text(
         "from types import SimpleNamespace\n"
         "class WhisperModel:\n"
-        f"    def __init__(self, *given, **options):\n        assert {starts}\n"
+        f"    def __init__(self, *given, **options):\n        assert {starts}, 'no model'\n"
         "    def transcribe(self, sound, **options):\n"
         "        return [SimpleNamespace(text='hello there')], None\n"
     )
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
     (tmp_path / "clip.wav").write_bytes(wav(np.zeros(1600, np.float32)))
     data = tmp_path / "test.jsonl"
     data.write_text(json.dumps({"audio": "clip.wav", "target": "Hello, there."}) + "\n")
-    given = ["--bundle", "int8=bundle", "--peer", "int8=model", "--packages", str(package.parent)]
+    given = ["--bundle", "int8=bundle", "--peer", "int8=model"]
     result = CliRunner().invoke(speech.main, [str(data), *given])
     assert (result.exit_code == 0) is starts, result.output
     if starts:
         found = json.loads(result.stdout)["groups"]["all"]
         assert found["int8 full"]["wer"] == found["int8 faster-whisper"]["wer"] == 0
     else:
-        assert "faster-whisper does not start with model" in result.output
+        assert "no model" in str(result.exception)
     assert [session.closed for session in FakeSession.opened] == [True]
-    assert len(Process.started) == 1
-    assert Process.started[0].returncode is not None
+    assert len(closed) == 1

@@ -1,0 +1,372 @@
+"""Times requests to several decoders in turn, and computes a row for each decoder and request."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from freeexport.costs.bytes import ByteModel, Calls
+from freeexport.costs.timing import interleave, spread
+from freeexport.system.child import PACKAGES
+from freeexport.system.machine import kernel_instructions
+from runtime.bundle.bundle import Bundle
+from runtime.errors import FreeExportError
+from tools.peers.worker import PeerError, Worker
+
+# Time limit for one answer, in seconds. A large model takes minutes to load.
+LIMIT = 600.0
+# Pause before a decoder's turn, in seconds. Threads of some libraries keep spinning after their
+# work: CTranslate2's for 0.2 s.
+SETTLE = 0.3
+# Shortest output whose tokens are compared with the reference.
+COMPARED = 8
+
+# Prompts of a request, one for each row, and requests of a decoder's turn. A prompt is token ids,
+# or the path of a recording.
+Prompts = Sequence[Any]
+Block = Sequence[Prompts]
+Answer = dict[str, Any]
+Describe = Callable[[Sequence[Answer]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A request that all decoders answer.
+
+    Attributes:
+        read: Tokens of each prompt. 0 for sample texts.
+        written: Tokens to generate for each prompt.
+        beams: Number of beams.
+        rows: Number of prompts at once.
+    """
+
+    read: int
+    written: int
+    beams: int = 1
+    rows: int = 1
+
+    def blocks(self, texts: Block, rounds: int, vocabulary: int, end: int | None) -> list[Block]:
+        """Return the requests of the warm-up and of each round.
+
+        Sample texts are the same in all rounds. Random prompts are new in each, so that no decoder
+        finds a prefix in a cache. They end with the token `end`, if there is one.
+        """
+        if not self.read:
+            return [texts[:1], *[texts] * rounds]
+        last = [] if end is None else [end]
+        draw = np.random.default_rng(self.read)
+        most = vocabulary - min(200, vocabulary // 4)  # special tokens are first or last
+        size = self.rows, self.read - len(last)
+        prompts = draw.integers(vocabulary - most, most, (rounds + 1, *size)).tolist()
+        return [[[[*prompt, *last] for prompt in request]] for request in prompts]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A decoder in the comparison.
+
+    Attributes:
+        name: Name in the table.
+        precision: Precision shown in the table.
+        command: Command of its process.
+        model: Path that it loads.
+        options: Options for loading.
+        bundle: The bundle. None for peers, whose failures are reported in the table.
+        build: Variables that its library was built with.
+    """
+
+    name: str
+    precision: str
+    command: Sequence[str]
+    model: str
+    options: dict[str, Any]
+    bundle: Bundle | None = None
+    build: str = ""
+
+    def load(self, threads: int) -> tuple[Worker, dict[str, Any]]:
+        """Start the process and load the model. Returns the process, and its versions and flags.
+
+        Raises:
+            PeerError: If it fails.
+        """
+        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        variables = {
+            # The packages may be in a source tree that is only on this process's path.
+            "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")])),
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            # Hide GPUs, which libraries would use.
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        worker = Worker(self.command, variables)
+        # All use the same processors, if there are enough.
+        request = {"op": "load", "model": self.model, "threads": threads, "options": self.options}
+        request["cpus"] = usable[:threads] if threads <= len(usable) else []
+        try:
+            facts = worker.ask(request, LIMIT)
+        except PeerError:
+            worker.close()
+            raise
+        return worker, {**facts, "flags": ", ".join(filter(None, [self.build, facts["flags"]]))}
+
+
+def ask(worker: Worker, prompts: Prompts, tokens: int, beams: int = 1) -> Answer:
+    """Let a decoder's process answer a request. Returns the answer (tools/peers/decoders.py)."""
+    request = {"op": "generate", "prompts": list(prompts), "tokens": tokens, "beams": beams}
+    return worker.ask(request, LIMIT)
+
+
+class Decoders:
+    """Running decoders, and why others do not run.
+
+    Args:
+        contenders: Decoders to start, our bundles first.
+        threads: Threads of each.
+        settle: Pause before a decoder's turn, in seconds.
+
+    Attributes:
+        failed: Reasons by name.
+
+    Raises:
+        FreeExportError: If one of our own decoders fails.
+    """
+
+    def __init__(
+        self, contenders: Sequence[Contender], threads: int, settle: float = SETTLE
+    ) -> None:
+        self.failed: dict[str, str] = {}
+        self._settle = settle
+        self._stack = ExitStack()
+        self._running: dict[str, tuple[Contender, Worker, dict[str, Any]]] = {}
+        for one in contenders:
+            try:
+                worker, facts = one.load(threads)
+            except PeerError as error:
+                self._fail(one, str(error))
+                continue
+            self._stack.callback(worker.close)
+            self._running[one.name] = one, worker, facts
+
+    def __enter__(self) -> Decoders:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _fail(self, contender: Contender, reason: str) -> None:
+        if contender.bundle is not None:
+            self._stack.close()
+            raise FreeExportError(f"{contender.name}: {reason}") from None
+        self.failed[contender.name] = reason
+
+    def rows(
+        self,
+        cell: Cell,
+        blocks: Sequence[Block],
+        reference: Sequence[Answer] | None,
+        rate: float,
+        describe: Describe | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answer the requests of all blocks in turn, the first to warm up. Returns a row a decoder.
+
+        Args:
+            cell: The kind of request.
+            blocks: The requests of each round.
+            reference: Answers of fp32 to the block of the first round.
+            rate: Memory bandwidth in bytes per second.
+            describe: Returns further fields of a decoder's row from its answers of the first round.
+        """
+        names = list(self._running)
+
+        def turn(name: str, block: Block) -> list[Answer] | None:
+            contender, worker, _ = self._running[name]
+            if name in failed:
+                return None
+            time.sleep(self._settle)
+            try:
+                return [ask(worker, prompts, cell.written, cell.beams) for prompts in block]
+            except PeerError as error:
+                rows = f"{cell.rows} rows: " if cell.rows > 1 else ""
+                self._fail(contender, f"{rows}{error}")
+                failed.add(name)
+                return None
+
+        failed = set[str]()
+        turns = list(interleave(names, blocks, 1, turn, warm_up=0))[1:]
+        found = {
+            name: [one.runs[number] or [] for one in turns]
+            for number, name in enumerate(names)
+            if name not in failed
+        }
+        rows: list[dict[str, Any]] = []
+        base: dict[str, list[float]] = {}
+        for name, answers in found.items():
+            contender, _, facts = self._running[name]
+            seconds = _seconds(answers, cell)
+            base = base or seconds
+            row = {
+                "name": name,
+                "precision": contender.precision,
+                "read": cell.read,
+                "written": cell.written,
+                "beams": cell.beams,
+                "rows": cell.rows,
+                **{figure: summary(each, base[figure]) for figure, each in seconds.items()},
+                "peak_bytes": answers[-1][-1]["peak_bytes"],
+                **fidelity(answers[0], reference if cell.written >= COMPARED else None),
+                **(describe(answers[0]) if describe else {}),
+                **facts,
+            }
+            calls = [Calls.read(one["calls"]) for done in answers for one in done if "calls" in one]
+            if contender.bundle is not None and calls and "token" in row:
+                model = ByteModel(contender.bundle, kernel_instructions())
+                row["token_bytes"] = round(model.token(calls))
+                row["bandwidth"] = row["token_bytes"] / row["token"]["seconds"] / rate
+            rows.append(row)
+        return rows
+
+
+def _seconds(rounds: Sequence[Sequence[Answer]], cell: Cell) -> dict[str, list[float]]:
+    """Return the mean seconds in each round, of a request, to the first token, and of a token."""
+    found = {
+        "request": [fmean(one["seconds"] for one in done) for done in rounds],
+        "first": [fmean(one["first"] for one in done) for done in rounds],
+    }
+    if cell.written > 1 and cell.beams == 1:
+        found["token"] = [
+            sum(one["last"] - one["first"] for one in done)
+            / sum(max(1, len(one["tokens"][0]) - 1) for one in done)
+            for done in rounds
+        ]
+    return found
+
+
+def summary(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Summarize seconds over rounds, and their ratios to our own of the same rounds."""
+    ratios = [one / own for one, own in zip(seconds, base, strict=True)]
+    return {
+        "seconds": median(seconds),
+        "spread": spread(seconds),
+        "ratio": median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+    }
+
+
+def fidelity(answers: Sequence[Answer], reference: Sequence[Answer] | None) -> dict[str, Any]:
+    """Return the share of tokens that equal the reference's, and the first that does not.
+
+    The place is the median over outputs with a difference, or None if all tokens are equal.
+    """
+    if reference is None:
+        return {}
+    pairs = [
+        np.equal(one, other)
+        for answer, truth in zip(answers, reference, strict=True)
+        for one, other in zip(answer["tokens"], truth["tokens"], strict=True)
+    ]
+    places = [int(np.argmin(equal)) for equal in pairs if not equal.all()]
+    return {
+        "same": float(np.concatenate(pairs).mean()),
+        "differs": float(median(places)) if places else None,
+    }
+
+
+def reference_answers(
+    contender: Contender, cells: Mapping[Cell, Sequence[Block]], threads: int
+) -> dict[Cell, list[Answer]]:
+    """Return the answers of fp32 to the first round of the cells whose tokens are compared.
+
+    Raises:
+        PeerError: If it fails.
+    """
+    cells = {cell: blocks for cell, blocks in cells.items() if cell.written >= COMPARED}
+    if not cells:
+        return {}
+    worker, _ = contender.load(threads)
+    try:
+        return {
+            cell: [
+                {
+                    "tokens": [
+                        ask(worker, [prompt], cell.written, cell.beams)["tokens"][0]
+                        for prompt in prompts
+                    ]
+                }
+                for prompts in blocks[1]
+            ]
+            for cell, blocks in cells.items()
+        }
+    finally:
+        worker.close()
+
+
+def opening(
+    contenders: Sequence[Contender],
+    prompt: list[int],
+    rounds: int,
+    threads: int,
+    settle: float = SETTLE,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Measure the time from the start of a process to its first token, and its memory after it.
+
+    Returns a row for each decoder, and why others have none.
+
+    Raises:
+        FreeExportError: If one of our own decoders fails.
+    """
+    failed: dict[str, str] = {}
+    facts: dict[str, dict[str, Any]] = {}
+
+    def turn(contender: Contender, block: int) -> tuple[float, int] | None:
+        if contender.name in failed:
+            return None
+        time.sleep(settle)
+        began = time.perf_counter()
+        try:
+            worker, facts[contender.name] = contender.load(threads)
+        except PeerError as error:
+            if contender.bundle is not None:
+                raise
+            failed[contender.name] = str(error)
+            return None
+        try:
+            loaded = time.perf_counter() - began
+            answer = ask(worker, [prompt], 2)
+        finally:
+            worker.close()
+        return loaded + answer["first"], answer["resident_bytes"]
+
+    # The first round reads files into the system's cache.
+    turns = list(interleave(contenders, range(rounds + 1), 1, turn, warm_up=0))[1:]
+    rows: list[dict[str, Any]] = []
+    base: list[float] = []
+    for number, one in enumerate(contenders):
+        if one.name in failed:
+            continue
+        found = [done.runs[number] or (0.0, 0) for done in turns]
+        seconds = [taken for taken, _ in found]
+        base = base or seconds
+        rows.append(
+            {
+                "name": one.name,
+                "precision": one.precision,
+                "first": summary(seconds, base),
+                "resident_bytes": round(median(memory for _, memory in found)),
+                **facts[one.name],
+            }
+        )
+    return rows, failed
+
+
+def with_options(contender: Contender, **options: Any) -> Contender:
+    """Return a contender with further options for loading."""
+    return replace(contender, options={**contender.options, **options})

@@ -1,0 +1,218 @@
+"""Measures a step of the comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from freeexport.costs.measured import bandwidth_of
+from freeexport.evaluate.speed import speed_prompts
+from freeexport.system.environment import environment
+from freeexport.system.load import other_load
+from freeexport.verification.equality import prompt_ids
+from runtime.bundle.bundle import Bundle
+from runtime.errors import OptionError
+from runtime.text.tokenizer import Tokenizer
+from tools.peers.catalog import OURS, PEERS, VARIABLES, peer_model
+from tools.peers.equality import equality
+from tools.peers.measure import (
+    Answer,
+    Cell,
+    Contender,
+    Decoders,
+    opening,
+    reference_answers,
+    with_options,
+)
+from tools.peers.models import SIZES, bundle_of, checkpoint_of
+from tools.peers.plan import SERVED, Step
+from tools.peers.server import server
+from tools.peers.worker import PeerError
+
+# Peer whose tokens are the reference: the checkpoint in fp32.
+REFERENCE = "hf"
+SAMPLE_TEXTS = 4
+EQUALITY_PROMPTS = 30
+EQUALITY_TOKENS = 64
+# Prompts and output of the step schema.
+JSON_PROMPT = 'Answer as JSON with keys "name" and "uses": {}.'
+SUBJECTS = ("rain", "bread", "chess", "honey bees", "coffee", "glass")
+TEXT = {"type": "string"}
+JSON_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": TEXT, "uses": {"type": "array", "items": TEXT}},
+    "required": ["name", "uses"],
+}
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the results of a run depend on.
+
+    Attributes:
+        output: Directory of the run.
+        models: Checkpoints that replace the models, by name.
+        left_out: Why peers are not measured, by name.
+        rounds: Measured rounds.
+        threads: Threads of each decoder.
+        trial: Measure few short requests, to try the command.
+    """
+
+    output: Path
+    models: Mapping[str, str]
+    left_out: Mapping[str, str]
+    rounds: int
+    threads: int
+    trial: bool = False
+
+    def short(self, cell: Cell) -> Cell:
+        """Return a request of a step, a short one in a trial."""
+        if not self.trial:
+            return cell
+        return replace(cell, read=min(cell.read, 32), written=min(cell.written, 8))
+
+
+def contenders(step: Step, conditions: Conditions) -> tuple[list[Contender], dict[str, str]]:
+    """Return the decoders of a step, our bundles first, then the reference, and why others have
+    none. Converts missing bundles and models.
+    """
+    checkpoint = checkpoint_of(step.model, conditions.models, conditions.output)
+    found = []
+    failed = {}
+    for precision in step.precisions:
+        bundle = bundle_of(step.model, checkpoint, precision, conditions.output)
+        name = f"freeexport {precision}"
+        found.append(Contender(name, precision, OURS, str(bundle.path), {}, bundle))
+    for name in dict.fromkeys((REFERENCE, *step.peers)):
+        peer = PEERS[name]
+        try:
+            if name in conditions.left_out:
+                raise PeerError(conditions.left_out[name])
+            path = str(peer_model(peer, checkpoint))
+        except PeerError as error:
+            failed[name] = str(error)
+            continue
+        options = {**peer.options, "encoder_decoder": step.model in SIZES}
+        build = " ".join(VARIABLES.get(peer.library, {}).values())
+        found.append(
+            Contender(name, peer.precision, peer.command, path, options=options, build=build)
+        )
+    return found, failed
+
+
+def measure_step(step: Step, conditions: Conditions) -> dict[str, Any]:
+    """Measure a step, and return its rows and conditions for JSON."""
+    found, failed = contenders(step, conditions)
+    bundle = found[0].bundle
+    assert bundle is not None
+    threads = conditions.threads
+    bandwidth = bandwidth_of(threads)
+    timed = [one for one in found if one.name in step.peers or one.bundle is not None]
+    with other_load() as load:
+        if step.kind == "opening":
+            prompt = speed_prompts(bundle, None, 1)[0]
+            rows, more = opening(timed, prompt, conditions.rounds, threads)
+        elif step.kind == "server":
+            rows, more = server(timed, 10 if conditions.trial else SERVED, threads)
+        elif step.kind == "equality":
+            every = prompt_ids(bundle, None)
+            count = 2 if conditions.trial else EQUALITY_PROMPTS
+            prompts = [every[number * len(every) // count] for number in range(count)]
+            rows, more = equality(timed, prompts, EQUALITY_TOKENS, threads)
+        else:
+            reference = next((one for one in found if one.name == REFERENCE), None)
+            rows, more = _requests(step, conditions, timed, reference, bundle, bandwidth)
+    return {
+        **{name: getattr(step, name) for name in ("title", "page", "figure", "kind")},
+        "model": bundle.manifest.source,
+        "threads": threads,
+        "rounds": conditions.rounds,
+        "trial": conditions.trial,
+        "busy": load.cores,
+        "bandwidth": bandwidth,
+        **environment(),
+        "rows": rows,
+        "failed": {**failed, **more},
+    }
+
+
+def _requests(
+    step: Step,
+    conditions: Conditions,
+    found: Sequence[Contender],
+    reference: Contender | None,
+    bundle: Bundle,
+    bandwidth: float,
+) -> tuple[Rows, dict[str, str]]:
+    manifest = bundle.manifest
+    texts = [[ids] for ids in speed_prompts(bundle, None, SAMPLE_TEXTS)]
+    describe = None
+    if step.kind == "schema":
+        tokenizer = Tokenizer.load(bundle.path, manifest.files)
+        if tokenizer is None:
+            raise OptionError(f"{bundle.path} has no tokenizer, which the step schema needs")
+        texts = [[tokenizer.encode(JSON_PROMPT.format(subject))] for subject in SUBJECTS]
+        schema = json.dumps(JSON_SCHEMA)
+        found = [
+            one
+            for plain in found
+            for one in (
+                plain,
+                with_options(replace(plain, name=f"{plain.name}, schema"), schema=schema),
+            )
+        ]
+        reference = None  # outputs of all lengths
+        describe = partial(grammar_fields, tokenizer)
+    end = manifest.eos_token_ids[0] if manifest.encoder_decoder else None
+    cells = {
+        cell: cell.blocks(texts, conditions.rounds, manifest.vocab_size, end)
+        for cell in dict.fromkeys(map(conditions.short, step.cells))
+    }
+    options: dict[str, Any] = {"rows": max(cell.rows for cell in cells)}
+    if not manifest.encoder_decoder:
+        longest = max(len(ids) for blocks in cells.values() for (ids, *_) in blocks[-1])
+        options["context"] = longest + max(cell.written for cell in cells)
+    failed = {}
+    truth = {}
+    if reference is not None:
+        try:
+            truth = reference_answers(reference, cells, conditions.threads)
+        except PeerError as error:
+            failed[reference.name] = f"no tokens to compare with: {error}"
+    ready = [with_options(one, **options) for one in found]
+    with Decoders(ready, conditions.threads) as decoders:
+        rows = [
+            row
+            for cell, blocks in cells.items()
+            for row in decoders.rows(cell, blocks, truth.get(cell), bandwidth, describe)
+        ]
+    return rows, {**failed, **decoders.failed}
+
+
+def grammar_fields(tokenizer: Tokenizer, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return the share of complete outputs that fit JSON_SCHEMA, and the grammar's cost in ours."""
+    found: dict[str, Any] = {}
+    texts = [tokenizer.decode(one["tokens"][0]) for one in answers if one.get("ended")]
+    if texts:
+        found["valid"] = fmean(_valid(text) for text in texts)
+    if all("forced" in one for one in answers):
+        count = sum(len(one["tokens"][0]) for one in answers)
+        found["forced"] = sum(one["forced"] for one in answers) / count
+        spent = sum(one["last"] - one["first"] for one in answers)
+        found["grammar"] = sum(one["grammar"] for one in answers) / spent
+    return found
+
+
+def _valid(text: str) -> bool:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and set(JSON_SCHEMA["required"]) <= value.keys()
