@@ -97,8 +97,9 @@ def _generate(
         "first": max(first),
         "last": last,
         "seconds": seconds,
-        "peak_bytes": _memory("VmHWM:"),
+        # In this order: memory read later may have grown, and the peak with it.
         "resident_bytes": _memory("VmRSS:"),
+        "peak_bytes": _memory("VmHWM:"),
         **facts,
     }
 
