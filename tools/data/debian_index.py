@@ -173,8 +173,6 @@ class PackageDescription:
     """A description of a package.
 
     Attributes:
-        package: Name of the package.
-        synopsis: The short description.
         paragraphs: Paragraphs of the long description, each on one line.
     """
 

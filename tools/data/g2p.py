@@ -123,7 +123,6 @@ def build_splits(
         singles: Number of single words by split. None for all.
         phrase_counts: Number of phrases by split.
         lengths: Fewest and most words of a phrase.
-        seed: Seed of order and phrases.
         references: Add all pronunciations.
         spaced: Separate letters by spaces.
     """

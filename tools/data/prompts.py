@@ -140,9 +140,7 @@ class Subject:
     Attributes:
         origin: Origin of the source.
         key: Key that determines the split.
-        name: Name of the subject.
         group: Subjects of one group can be compared. "" for none.
-        text: Text about the subject.
         sentence: A sentence about the subject.
         record: Record of the package.
     """
