@@ -27,6 +27,7 @@ from pathlib import Path
 import click
 
 from tools.data.splits import (
+    OVERWRITE,
     SHARES,
     DataError,
     Line,
@@ -177,7 +178,7 @@ def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
 @click.option(
     "--seed", default=0, help="Of the order and the phrases; the splits do not depend on it."
 )
-@click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
+@OVERWRITE
 def command(
     out: Path,
     words: int | None,

@@ -31,6 +31,7 @@ SHARES = {"train": 90, "validation": 2, "calibration": 3, "test": 5}
 MARKER = "dataset.json"
 # Most lines of a version of a test split that a measurement may read.
 TEST_LINES = 400
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
 
 Item = TypeVar("Item")
 
