@@ -21,6 +21,7 @@ class Steps:
     """Steps of a run in a directory. Nothing is written before the first step begins.
 
     Args:
+        output: The directory.
         run: Everything that results depend on, for JSON.
         announce: Called with the name of each step that begins.
 
