@@ -43,7 +43,6 @@ class DraftTimer:
 
     Args:
         decoder: Decoder of a session in which nothing else runs.
-        vocab_size: Size of the vocabulary.
         chain: Drafts of the exit after each other.
     """
 

@@ -63,7 +63,6 @@ class SampleCheck:
     """Predictions of engines on the sample, against those of the checkpoint.
 
     Attributes:
-        sequences: Number of sequences.
         agreement: Share of tokens whose shallow and deep predictions agree, by the engines.
         confident: Share of tokens above the threshold, by the engines.
         wanted_agreement: Share by the checkpoint.

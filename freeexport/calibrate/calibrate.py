@@ -73,7 +73,6 @@ class CheckpointExit:
     Attributes:
         source_sha256: Hash of the checkpoint.
         vocab_size: Tokens of the vocabulary.
-        layers: Decoder layers.
         exit_layer: Number of layers before the exit.
         confidence: Measure of the exit's confidence.
         max_pending: Most rows of a sync pass.
@@ -94,13 +93,10 @@ class Calibrated:
     """A calibration with the measurements that explain it.
 
     Attributes:
-        calibration: The calibration to write.
         path: Bundle or checkpoint, as given on the command line.
         manifest: Manifest of the bundle, or the same facts of a checkpoint.
-        traces: Traces of the data.
         costs: Costs of decoding, for predicted speeds.
         chosen: Replay at the chosen threshold.
-        data: Data file.
         caught: Share of disagreeing exits that mode rollback rejects. None if there are none.
         speeds: Measured tokens per second, of mode full and at the threshold. None if not timed.
         notes: Sentences for the user.

@@ -43,9 +43,7 @@ def collect(
     """Collect the traces of the requests that fit.
 
     Args:
-        session: Session of the bundle.
         data: File of the requests.
-        requests: Requests to trace.
         cache: File of known traces. New traces are added.
         most: Most tokens of a trace.
         estimate: Called after FIRST new traces, if more follow, with the seconds per trace and the

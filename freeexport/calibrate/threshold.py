@@ -119,7 +119,6 @@ class DecodedOutputs:
     Exits change the tokens after them, so every threshold is decoded, once.
 
     Args:
-        session: Session of the bundle.
         prompts: Token ids int64 [n] each.
         targets: References of each prompt. Default: the full model's outputs.
         max_new_tokens: Most tokens per output.
@@ -197,7 +196,6 @@ def choose(traces: Traces, rule: Rule, outputs: DecodedOutputs | None = None) ->
     The result is NEVER_EXIT if no token of the traces exceeds the threshold.
 
     Args:
-        traces: Traces of the data.
         rule: How to choose.
         outputs: Outputs of the bundle. Required by rules with a metric.
 

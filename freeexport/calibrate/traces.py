@@ -120,7 +120,6 @@ class Replay:
     """Traces decoded in mode free.
 
     Attributes:
-        threshold: Threshold of the replay.
         exits: Tokens that exit, bool [N].
         agreeing: Number of exits that agree with the deep prediction.
         sync_sizes: Number of sync passes by their rows. Rows on the stack at the end of a sequence
@@ -186,7 +185,6 @@ def trace_of(
     because its agreement is highest for the first token after a pass.
 
     Args:
-        session: Session of the bundle.
         line: Line of the prompt in its file.
         prompt: Token ids int64 [n], or a window of speech.
         max_new_tokens: Most tokens. Decoding also ends at an end-of-sequence token.
@@ -263,7 +261,6 @@ class TraceCache:
     """File of collected traces, one JSON line each, from which an interrupted run continues.
 
     Args:
-        path: The file.
         key: Everything that traces depend on. The first `add` drops traces with another key.
 
     Raises:

@@ -286,8 +286,8 @@ def command(
             return
         text = sys.stdin.read() if prompt in (None, STANDARD) else prompt
         if sequences == 1 and not as_json:
-            given = prompt_of(text)
-            hint(given, [_stream(session, given, names_mode, options)])
+            prompt = prompt_of(text)
+            hint(prompt, [_stream(session, prompt, names_mode, options)])
             return
         results = ask(text)
         if not results:

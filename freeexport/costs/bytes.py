@@ -303,9 +303,6 @@ class StepBytes:
         """Return the costs of a model with an exit.
 
         Args:
-            exit_layer: Layer of the exit.
-            layers: Decoder layers of the model.
-            own: The exit's own layers.
             share: Size of the exit vocabulary as a share of the vocabulary.
             reads: Input of the exit's own layers.
         """

@@ -221,7 +221,6 @@ def measure_bandwidth(threads: int, size: int = BUFFER, passes: int = PASSES) ->
     """Measure the bytes per second that `threads` threads read together.
 
     Args:
-        threads: Number of threads.
         size: Bytes to read.
         passes: Repetitions. The fastest counts.
     """

@@ -51,13 +51,10 @@ def interleave(
     processor's cache.
 
     Args:
-        settings: Settings to compare.
-        prompts: Prompts to decode.
         rounds: Repetitions of every prompt.
         decode: Decodes a prompt in a setting.
         warm_up: Prompts that every setting first decodes untimed, to bind buffers and fault pages.
         done: Returns True for the turns (round, prompt) of an interrupted run to skip.
-        title: Title of the progress bar.
     """
     turns = list(product(range(rounds), range(len(prompts))))
     left = [turn for turn in turns if not done(*turn)]

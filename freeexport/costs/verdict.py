@@ -128,8 +128,6 @@ class ExitFacts:
 
     Attributes:
         name: Bundle, as given on the command line.
-        exit_layer: Layer of the exit.
-        layers: Decoder layers of the model.
         trained: The checkpoint was trained for this exit.
         threshold: Calibrated threshold. 1.0 never exits. None if not calibrated.
         why_never: Reason for a threshold of 1.0.
@@ -140,7 +138,6 @@ class ExitFacts:
         speedup: Predicted speedup over mode full at the threshold.
         measured: Measured speedup over mode full at the threshold.
         basis: Basis of `speedup`, `break_even` and `drafting`.
-        precision: Precision of the bundle.
         acceptance: Expected share of the exit's drafts that mode lossless accepts.
         drafting: Predicted speedup of mode lossless over mode full with the exit's drafts alone.
         heavy_head: The head costs more than the shallow layers.

@@ -36,9 +36,6 @@ class Evaluation:
     """Results of an evaluation.
 
     Attributes:
-        options: Options of the evaluation.
-        entries: Bundles with their settings.
-        metrics: Metrics of the outputs.
         requests: Requests by line.
         references: References by line.
         records: Records by bundle and setting, then by line.
@@ -68,10 +65,8 @@ def evaluate(
     """Decode all requests without a record in `output`, and score and compare the settings.
 
     Args:
-        options: Options of the evaluation.
         entries: Bundles with their settings. Default: those of the options.
         others: Decoders of settings with methods that no session has.
-        open_with: Opens the session of a bundle.
 
     Raises:
         DataError: If the data cannot be used.

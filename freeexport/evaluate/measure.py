@@ -37,7 +37,6 @@ def decode(
     """Decode a prompt, and return the fields of its record that the decoder determines.
 
     Args:
-        session: Session of the bundle.
         setting: How to decode.
         prompt: Token ids [n], or a window of speech.
         most: Most tokens to generate.
@@ -172,12 +171,9 @@ def measure(
     """Decode all prompts without a record, each in every setting of every bundle in turn.
 
     Args:
-        entries: The bundles.
-        options: Options of the evaluation.
         records: Records of the run, to which others are added.
         prompts_of: Returns the prompts of a bundle by line.
         others: Decoders of settings that no session decodes. Their outputs must be scored.
-        open_with: Opens the session of a bundle.
     """
     load = OtherLoad()
     speed_only = not options.metrics

@@ -83,7 +83,6 @@ class Story:
     """Content that turns an evaluation into a page about more.
 
     Attributes:
-        title: Title of the page.
         verdict: Verdict above those of the evaluation.
         sheets: Tables about earlier steps.
     """

@@ -29,15 +29,12 @@ class Record:
 
     Attributes:
         bundle: Name of the bundle. "" for other decoders.
-        setting: Name of the setting or decoder.
         line: Line of the data, from 1.
         round: Round, from 0.
         seconds: Seconds from the prompt to the last token.
         decode_seconds: Seconds after the first token.
         tokens: Number of generated tokens.
         busy: Cores that other processes used.
-        text: Generated text.
-        token_ids: Generated tokens.
         exited: One flag per token: did it exit?
         finish_reason: Reason for the end of the output.
         threshold: Threshold of an adaptive session before this request.

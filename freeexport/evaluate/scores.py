@@ -48,10 +48,8 @@ def rows_of(
       position.
 
     Args:
-        entries: Bundles with their settings.
         found: Records by bundle and setting, then by line.
         references: References by line.
-        metrics: Metrics to compute.
         instructions: Instruction set of the kernels.
 
     Raises:
@@ -110,7 +108,6 @@ def score(metric: Metric, table: np.ndarray, whole: np.ndarray) -> dict[str, flo
     """Score the statistics of a setting against those of the full model.
 
     Args:
-        metric: The metric.
         table: Statistics of the setting's lines, [n, k].
         whole: Statistics of the full model on the same lines, [n, k].
 

@@ -166,8 +166,6 @@ class Entry:
 
     Attributes:
         name: Name in tables.
-        bundle: The bundle.
-        settings: Settings to evaluate.
     """
 
     name: str

@@ -101,7 +101,6 @@ def speed_prompts(bundle: Bundle, data: Path | None, limit: int) -> list[list[in
     """Return the token ids of the first prompts of a JSONL file, or of the built-in sample texts.
 
     Args:
-        bundle: Bundle with the tokenizer.
         data: JSONL file. Default: the sample texts, or random tokens if they cannot be encoded.
         limit: Most prompts.
     """

@@ -202,7 +202,6 @@ def speed_report(
     """Build the JSON report.
 
     Args:
-        rows: Rows of `speed_rows`.
         facts: Conditions, as returned by `speed_facts`.
         bandwidth: Memory bandwidth in bytes per second.
         usable: Names of the rows that may win. The shallow decoder alone is none of them.

@@ -172,7 +172,6 @@ def narrow(shown: Sheet, metrics: Sequence[Metric] = ()) -> Sheet:
 
     Args:
         shown: Table of settings, with scores or of speed.
-        metrics: Metrics of the scores.
     """
     spare = ["differs", "memory", "95 %", "first ms", "roofline", "first token", "layers"]
     spare += ["precision", "ms", "kept", "exits", "same"]

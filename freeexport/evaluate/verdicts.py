@@ -19,8 +19,6 @@ def curves_of(rows: Sequence[Row], metric: str, quality: float) -> list[Row]:
     - `fastest`, `speed`: Setting chosen by `fastest`, and its request speed. None without one.
 
     Args:
-        rows: Rows of `rows_of`.
-        metric: Name of the metric.
         quality: Share of the full model's quality that the fastest setting must keep.
     """
     points: dict[tuple[str, str], list[Row]] = defaultdict(list)

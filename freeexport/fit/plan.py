@@ -127,8 +127,6 @@ class Training:
         tune: The trainings, in order.
         step: Seconds per step of `batch_tokens`.
         tokens_per_second: Measured training speed.
-        bf16: Train in bfloat16.
-        learning_rate: Peak learning rate.
         frozen_lines: Number of lines that train the exit alone.
         batch_tokens: Padded tokens per batch.
     """
@@ -147,9 +145,6 @@ class Plan:
     """A plan for a run.
 
     Attributes:
-        name: Name of the checkpoint.
-        layers: Number of decoder layers.
-        precision: Precision of the bundle.
         rate: Expected tokens per second of the full model in this precision.
         busy: Cores used by other processes.
         seconds: Duration of each step, by name.
@@ -296,8 +291,6 @@ def _with_times(
     """Complete a plan with its splits and times. Remove its exit if training cannot pay.
 
     Args:
-        options: Options of the run.
-        plan: The plan, with its texts and exit.
         converting: Seconds per conversion.
         rate: Tokens per second of the full model in 8 bits, the precision of a trained model.
         parameters: Number of weights.

@@ -40,7 +40,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         )
     if texts is not None:
         inputs = (
-            f"recordings, each as dear as {texts.read:.0f} tokens"
+            f"recordings, each as expensive as {texts.read:.0f} tokens"
             if texts.speech
             else f"{texts.prompt:.0f} tokens in"
         )

@@ -50,8 +50,6 @@ class Step:
     """A command to run.
 
     Attributes:
-        name: Name of the step.
-        arguments: Arguments of the command.
         seconds: Expected duration.
         output: Path that exists only when complete. None: the command itself resumes its work.
     """

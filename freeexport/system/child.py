@@ -44,8 +44,6 @@ def run_child(
     """Run `python -m module arguments` in a child process and return its standard output.
 
     Args:
-        module: Name of the module.
-        arguments: Command-line arguments.
         variables: Environment variables to add to those of this process.
         show: Called with each line of the child's stderr. Default: the child shares this process's
             stderr.

@@ -33,7 +33,6 @@ def progress(
     """Show the progress of a block, and yield the function that advances it.
 
     Args:
-        description: Name of the work.
         total: Number of units, or None if unknown.
         done: Units that are already done.
         left: Estimates the remaining seconds, or None if unknown. Default: from the speed so far.

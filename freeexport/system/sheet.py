@@ -23,7 +23,6 @@ class Sheet:
     """A table of text.
 
     Attributes:
-        title: Title of the table.
         columns: Names of the columns. A trailing `#` is not shown, and aligns a column right.
         rows: One text per column.
         facts: Names and values of columns that were dropped because all rows have the same value.
@@ -74,7 +73,6 @@ def sheet(
     """Build a table.
 
     Args:
-        title: Title of the table.
         columns: Functions that format a row, by name of the column.
         rows: Rows of any type.
         keep: If given, empty columns are dropped. With several rows, columns with one text in all

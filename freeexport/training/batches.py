@@ -121,9 +121,7 @@ class LengthBatches(Sampler[list[int]]):
     Args:
         lengths: Lengths of the examples, in tokens.
         tokens: Padded tokens per batch.
-        seed: Seed of the shuffles.
         device: Index of this device.
-        devices: Number of devices.
     """
 
     def __init__(

@@ -192,7 +192,6 @@ class MetricLog:
     """Write metrics as JSON lines, and to TensorBoard if it is installed.
 
     Args:
-        path: The JSONL file.
         tensorboard: Directory for TensorBoard.
         after: Step from which a run resumes. Entries logged after it are dropped. None: new log.
     """
@@ -259,7 +258,6 @@ def plan(
     """Describe the expected course of a run, in lines of text.
 
     Args:
-        clock: Clock of the run.
         end: Maximum number of steps.
         done: Steps made so far.
         seconds: Seconds per step.
@@ -308,7 +306,6 @@ def training_verdict(before: dict[str, float], after: dict[str, float], costs: C
     Args:
         before: Evaluation before training. Empty if unknown.
         after: Evaluation of the best step.
-        costs: Costs of the engines.
     """
     start = before or after
     agreement, oracle = (

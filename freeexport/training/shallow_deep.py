@@ -131,8 +131,6 @@ class ShallowDeep(nn.Module):
         """Wrap `model`.
 
         Args:
-            model: A model of transformers.
-            description: Its description.
             exit_layer: Number of layers before the exit.
             loss: Name of the loss, or a loss of the caller.
             alpha: Weight of the distillation.

@@ -42,10 +42,7 @@ class Trained:
     """Outcome of a run.
 
     Attributes:
-        out: The directory written.
-        steps: Steps made.
         best_step: Step of the evaluation whose weights are in `out`.
-        seconds: Training time.
         metrics: Metrics of that evaluation.
         before: Metrics before the first step.
         left_out: Notes about examples that were cut or left out.
@@ -72,8 +69,6 @@ def train(
 
     Args:
         model: A checkpoint directory, hub name, GGUF file or LoRA adapter.
-        out: Output directory.
-        options: Options of the run.
         generate: Generates targets for `self_distill`.
 
     Raises:

@@ -53,9 +53,6 @@ class Trainable:
     """A module with its data.
 
     Attributes:
-        module: The module to train.
-        training: Training examples.
-        validation: Validation examples.
         lengths: Lengths of both, in tokens.
         collate: Makes a batch of examples.
         write: Writes the trained weights to an empty directory.

@@ -115,7 +115,6 @@ def add_quantization_errors(
     The errors correspond to the relative error of weights in the layer's engine.
 
     Args:
-        model: A model of transformers.
         precision_of: Returns the precision of a module's engine, by the module's name.
         activations: Add errors as if inputs had 8 bits too.
     """

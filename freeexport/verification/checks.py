@@ -29,11 +29,8 @@ class Check:
     """Result of one comparison.
 
     Attributes:
-        name: Name of the comparison.
-        tensor: Name of the compared tensor.
         error: Error by `measure`.
         tolerance: Largest error that passes.
-        measure: Measure of the error.
         reference: Error of transformers in the bundle's precision, from the same float64 values.
             None if the engines are compared with themselves.
         scale: Factor from shares of the largest value to logits.

@@ -62,10 +62,6 @@ class DecodingSetting:
     """A way to decode requests.
 
     Attributes:
-        name: Name of the setting.
-        options: Options of the requests.
-        batch: Number of concurrent requests.
-        threads: Number of threads.
         warm: Use a prefix cache.
         pieces: Read prompts in pieces of PIECE tokens.
         logprobs: Compare log-probabilities. Otherwise requests take the faster path without logits,
@@ -88,13 +84,9 @@ class Row:
     All tokens of an answer are compared, even after a different one.
 
     Attributes:
-        setting: Name of the setting.
-        instructions: Instruction set.
         tokens: Number of tokens compared.
-        differing_tokens: Number of different tokens.
         differing_logprobs: Number of different log-probabilities. None: not compared.
         cached_tokens: Number of prompt tokens that were reused from the prefix cache.
-        first_difference: Description of the first difference.
     """
 
     setting: str
@@ -146,7 +138,6 @@ class Equality:
     Attributes:
         tokens: Number of tokens to compare.
         answer_tokens: Tokens of an answer.
-        rows: Results by setting.
         answers: Answers of the reference, for comparison with other instruction sets.
         reads_alike: True if reading a prompt computes the same bits as single steps.
         complete: True once all tokens have been compared.
@@ -236,7 +227,6 @@ def check_equality(
     Each instruction set runs in its own process. The others are compared with the first.
 
     Args:
-        bundle: The bundle.
         tokens: Number of tokens.
         prompts: Prompts of `file`, or built-in ones, as token ids.
         sets: Names of instruction sets. Empty: that of this process.

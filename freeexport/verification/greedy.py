@@ -69,10 +69,7 @@ def compare_greedy(
     Both stop at the bundle's end-of-sequence ids.
 
     Args:
-        session: Session of the bundle.
-        model: A model of transformers.
         prompts: Token ids, or windows of speech.
-        new_tokens: Maximum tokens per prompt.
         seconds: Returns the time left for the reference. If it runs out, only the tokens generated
             by then are compared.
     """

@@ -117,7 +117,6 @@ class SettingTies:
     """Tokens of one setting, compared with mode full.
 
     Attributes:
-        setting: Name of the setting.
         tokens: Number of tokens that were compared.
         ties: Differences between tied tokens, which are accepted.
         faults: Other differences.
@@ -142,8 +141,6 @@ class TieReport:
 
     Attributes:
         float_type: Type of the activations.
-        noise: The measured noise.
-        rows: Results by setting.
     """
 
     float_type: FloatType

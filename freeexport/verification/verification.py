@@ -64,10 +64,8 @@ def verify(
     Its entry `passed` is True if all checks passed.
 
     Args:
-        bundle: The bundle.
         model: Checkpoint to compare with. None: compare the engines only with themselves.
         data: JSONL file of text for measuring quality. None: a few sample texts.
-        extent: Extent of the checks.
         device: Device that decodes tokens. On a GPU, the tokens of several settings are also
             compared up to ties. Tensors are compared on the CPU.
         exit_file: Name or file of the ready-made exit that the bundle was converted with. Default:

@@ -62,13 +62,11 @@ class AdaptiveState(LearnedState):
     """State of an AdaptiveThreshold.
 
     Attributes:
-        requests: Number of completed requests.
         left: Unlabelled tokens since the last audit.
         fresh: Tokens since the last refit.
         agree: Weight and sums of ln c and ln(1 - c) of agreeing tokens.
         disagree: The same for disagreeing tokens.
         unlabelled: The same for each bin of unlabelled tokens.
-        mixture: Fitted mixture.
     """
 
     requests: Count
@@ -86,7 +84,6 @@ class AdaptiveThreshold(Learner):
     The threshold is NEVER_EXIT while exits do not pay, according to `costs`.
 
     Args:
-        manifest: Manifest of the bundle.
         calibration: Its mixture is the first estimate, with the weight of its tokens, at most
             `memory`. Default: UNCALIBRATED, as in the paper, which needs no calibration set.
         memory: Number of tokens after which a token's weight has decayed to 1/e.

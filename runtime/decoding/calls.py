@@ -60,9 +60,6 @@ class SlotCall:
 
     Args:
         owner: The sequence's decoder.
-        runner: Runs the engine.
-        inputs: Input arrays.
-        outputs: Output arrays.
         rows: Number of rows, k.
         heads: Number of last rows, R, for which the head runs.
         exits: Also run the exit's own layers, if any, for all rows.

@@ -45,7 +45,6 @@ class Expectation(NamedTuple):
     """The likeliest next token, and the evidence for it.
 
     Attributes:
-        token: The token.
         level: LEVELS levels for each order: by the share of occurrences that the token followed.
     """
 
@@ -88,7 +87,6 @@ class TextIndex:
 
     Attributes:
         used: Upper bound of its memory, in bytes.
-        texts: Number of texts.
     """
 
     def __init__(self, width: int) -> None:

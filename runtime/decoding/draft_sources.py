@@ -224,7 +224,6 @@ class Candidates(NamedTuple):
     Attributes:
         source: Source of the first token.
         agrees: Number of tokens before them that match this source.
-        tokens: The tokens.
         evidence: The evidence for each token.
     """
 
@@ -248,7 +247,6 @@ class DraftSources:
     """Sources of candidates for one sequence.
 
     Args:
-        vocab_size: Size of the vocabulary.
         prompt: Tokens that the decoder reads before the first token.
         text: Other text that may be repeated, such as the encoder's prompt.
         predicted: Expected output.

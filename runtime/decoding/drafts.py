@@ -136,7 +136,6 @@ class Drafts:
     """Plans the drafts of one request.
 
     Args:
-        costs: Measured costs of engine calls.
         acceptance: Measured acceptance rates, for the setting of the request.
         sources: Sources of drafts from text.
         exits: Also draft from the exit.

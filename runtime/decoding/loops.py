@@ -51,7 +51,6 @@ def free(
     token, or a full stack, triggers a deep pass over the stack.
 
     Args:
-        decoder: Decoder of the sequence.
         response: Collects the tokens.
         threshold: Confidence above which a token exits.
         max_pending: Maximum number of rows on the stack.

@@ -228,7 +228,6 @@ class Response:
         """Make a token final.
 
         Args:
-            token: The token.
             exited: The token is an accepted shallow prediction.
             confidence: Confidence of the shallow decoder.
             prediction: Prediction whose logits give the log-probability.

@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 import click
 
 from tools.data.debian_index import (
+    INDEX,
     PackageDescription,
     package_families,
     read_descriptions,
@@ -36,6 +37,7 @@ from tools.data.debian_index import (
     stem,
 )
 from tools.data.splits import (
+    OVERWRITE,
     SHARES,
     Line,
     check_version,
@@ -290,12 +292,7 @@ def split_pairs(
     "task", type=click.Choice(["summarization", "restoration", "translation", *EXTRACT_SEPARATORS])
 )
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--index",
-    type=click.Path(path_type=Path),
-    default=Path("build/debian-index"),
-    help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.",
-)
+@INDEX
 @click.option("--train", type=click.IntRange(1), help="Most lines of train (all).")
 @click.option("--held-out", type=click.IntRange(1), help="Most lines of each other split (all).")
 @click.option(
@@ -305,7 +302,7 @@ def split_pairs(
     help="Leave out of test what measurements of earlier versions read.",
 )
 @click.option("--seed", default=0, help="Of the order; the splits do not depend on it.")
-@click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
+@OVERWRITE
 def command(
     task: str,
     out: Path,

@@ -44,6 +44,12 @@ _AFFIXES = re.compile(
 LANGUAGES = ("en", "de")
 RELEASES = "releases.json"
 _SYSTEM_PARTS = Path("/etc/apt/apt.conf.d")
+INDEX = click.option(
+    "--index",
+    type=click.Path(path_type=Path),
+    default=Path("build/debian-index"),
+    help="Directory of the downloaded index (about 25 MB). Fetched if it is missing.",
+)
 
 
 def fetch_index(target: Path) -> None:
@@ -173,8 +179,6 @@ class PackageDescription:
     """A description of a package.
 
     Attributes:
-        package: Name of the package.
-        synopsis: The short description.
         paragraphs: Paragraphs of the long description, each on one line.
     """
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import click
 
 from tools.data.splits import (
+    OVERWRITE,
     SHARES,
     DataError,
     Line,
@@ -123,7 +124,6 @@ def build_splits(
         singles: Number of single words by split. None for all.
         phrase_counts: Number of phrases by split.
         lengths: Fewest and most words of a phrase.
-        seed: Seed of order and phrases.
         references: Add all pronunciations.
         spaced: Separate letters by spaces.
     """
@@ -178,7 +178,7 @@ def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
 @click.option(
     "--seed", default=0, help="Of the order and the phrases; the splits do not depend on it."
 )
-@click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
+@OVERWRITE
 def command(
     out: Path,
     words: int | None,

@@ -24,6 +24,7 @@ import click
 
 from tools.data.debian import SHOWN
 from tools.data.debian_index import (
+    INDEX,
     PackageDescription,
     package_families,
     read_index,
@@ -32,6 +33,7 @@ from tools.data.debian_index import (
 )
 from tools.data.debian_index import sources as source_packages
 from tools.data.splits import (
+    OVERWRITE,
     SHARES,
     DataError,
     Line,
@@ -140,9 +142,7 @@ class Subject:
     Attributes:
         origin: Origin of the source.
         key: Key that determines the split.
-        name: Name of the subject.
         group: Subjects of one group can be compared. "" for none.
-        text: Text about the subject.
         sentence: A sentence about the subject.
         record: Record of the package.
     """
@@ -364,17 +364,12 @@ def fetch_packages(directory: Path) -> None:
 
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--index",
-    type=click.Path(path_type=Path),
-    default=Path("build/debian-index"),
-    help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.",
-)
+@INDEX
 @click.option(
     "--dictionaries",
     type=click.Path(path_type=Path),
     default=Path("build/dictionaries"),
-    help="Where FOLDOC and WordNet are kept; fetched (9 MB) unless they are there.",
+    help="Directory of FOLDOC and WordNet (9 MB). Fetched if they are missing.",
 )
 @click.option("--train", type=click.IntRange(8), default=6000, help="Lines of train.")
 @click.option("--held-out", type=click.IntRange(8), default=400, help="Lines of each other split.")
@@ -387,7 +382,7 @@ def fetch_packages(directory: Path) -> None:
 @click.option(
     "--seed", default=0, help="Of the choice and the order; the splits do not depend on it."
 )
-@click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
+@OVERWRITE
 def command(
     out: Path,
     index: Path,

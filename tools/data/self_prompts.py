@@ -49,7 +49,6 @@ def write_conversation(
 
     Args:
         session: Session of a chat model.
-        tokenizer: Its tokenizer.
         seed: Seed of the user's texts, sampled at temperature 1 and top_p 0.95. Answers are greedy.
         turns: Most texts of the user.
 

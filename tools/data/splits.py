@@ -31,6 +31,7 @@ SHARES = {"train": 90, "validation": 2, "calibration": 3, "test": 5}
 MARKER = "dataset.json"
 # Most lines of a version of a test split that a measurement may read.
 TEST_LINES = 400
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
 
 Item = TypeVar("Item")
 
@@ -40,7 +41,6 @@ class Line:
     """A line of a data set.
 
     Attributes:
-        input: Input text or chat messages.
         target: Target text. None if the line has none.
         keys: Keys that must not occur in two splits, such as a word, a family of packages or a
             normalized input.
@@ -91,10 +91,7 @@ def write_data_set(
     """Write a data set and print the number of lines of each split.
 
     Args:
-        out: Directory of the data set.
-        splits: Lines by split.
         about: Content of dataset.json, to which sizes and shares are added.
-        overwrite: Replace an existing data set.
 
     Raises:
         DataError: If a key is in two splits, or a split is empty.

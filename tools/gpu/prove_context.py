@@ -44,7 +44,6 @@ class StepContext:
         tokens: Tokens per prompt.
         rounds: Rounds of a measurement.
         model: The checkpoint. Empty for steps without one.
-        name: Name of the model in the report.
         precision: Precision of the bundle. Empty for steps without one.
         exit_layer: Exit layer. Default: that of the checkpoint's exit, or a third of the layers.
         exit: Name or file of a ready-made exit.
@@ -95,8 +94,6 @@ class StepOutcome:
     Attributes:
         state: "failed" if a check says no, "done" otherwise.
         line: The outcome as one sentence.
-        columns: Columns of a table.
-        rows: Rows of the table.
         values: Everything measured, for the JSON report.
     """
 

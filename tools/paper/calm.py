@@ -46,7 +46,6 @@ class CalmResult:
     """Output of CALM.
 
     Attributes:
-        token_ids: Generated tokens.
         layers: Layers per token. The first token of a decoder-only model takes all, as in other
             modes.
         seconds: Seconds of the whole request.
@@ -245,12 +244,9 @@ class CalmDecoder:
     """Decodes the settings of CALM with the engines of one bundle.
 
     Args:
-        bundle: The bundle.
-        checkpoint: Checkpoint of the bundle.
         directory: Directory of the engines, which are written unless it has them.
         least: First layer after which `calm` and `calm-decay` may exit. `calm-single` exits after
             the bundle's exit layer.
-        threads: Threads per engine call.
 
     Raises:
         OptionError: If the checkpoint, the layer or the bundle does not fit.

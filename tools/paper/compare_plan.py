@@ -34,7 +34,6 @@ class PaperTraining:
     """A checkpoint to train.
 
     Attributes:
-        recipe: Name of the recipe.
         exit_layer: Exit layer that it is trained for.
     """
 

@@ -43,7 +43,6 @@ class Recipe:
     """Training of one method.
 
     Attributes:
-        name: Name of the method.
         description: What is trained, in one line.
         loss: Name of a loss of the product, or a loss with its options.
         tune: Weights to train: all, or LoRA adapters on all linear layers.

@@ -123,7 +123,6 @@ class PaperThreshold(Learner):
     Labels come from passes with a stack. Tokens without a label are ignored.
 
     Args:
-        manifest: Manifest of the bundle.
         state: State to continue from, as returned by `state()`.
         zeta: Limit of the ratio, in (0, 1).
 
@@ -180,7 +179,6 @@ class PaperSession(Session):
     """Session whose threshold adapts by the authors' rule in mode "free".
 
     Args:
-        bundle: Path of the bundle.
         zeta: Limit of the likelihood ratio, in (0, 1).
         state: State to continue from, as returned by `adaptive_state()`.
         options: Other options of a session.

@@ -38,7 +38,6 @@ def measure_row(
     """Measure a row.
 
     Args:
-        row: The row.
         output: Directory of data, bundles and outputs.
         results: Directory of the result and the ledger.
         trial: Number of calibration lines to decode instead of test lines. Nothing is written to

@@ -36,7 +36,6 @@ class Data:
     """Lines to decode: the test split of a data set, or a committed file.
 
     Attributes:
-        name: Name of the data.
         split: Name of the lines in the ledger.
         arguments: Module in tools.data that builds the data set, and its arguments.
         file: Committed file.
@@ -55,8 +54,6 @@ class Engines:
     """A bundle of `convert MODEL --precision PRECISION`.
 
     Attributes:
-        model: Checkpoint.
-        precision: Precision of the weights.
         exit: Name of a ready-made exit. None for none.
     """
 
@@ -78,15 +75,10 @@ class ResultRow:
     """A row to measure.
 
     Attributes:
-        name: Name of the row.
         task: Task in the table. Rows with the same task are shown together.
-        data: Lines to decode.
-        engines: Bundle.
-        methods: Methods of decoding.
         quality: Metric of the table.
         max_new_tokens: Most tokens per line.
         seconds: Estimated seconds of a request in mode full at about 100 tokens/s.
-        lines: Number of test lines.
         calibrated: Calibrate a threshold, for FREE.
     """
 

@@ -57,8 +57,8 @@ def test_a_bundle_is_updated_and_decodes_and_shows_it(copied: Bundles, data: Pat
     assert chosen["predicted_speedup"] > 0
     with Session(path, slots=1) as session:
         exits = session.generate(TEXTS[0], mode="free", max_new_tokens=12).stats.exits
-        asked = {"mode": "free", "max_new_tokens": 12, "threshold": answer["threshold"]}
-        assert exits == session.generate(TEXTS[0], **asked).stats.exits
+        options = {"mode": "free", "max_new_tokens": 12, "threshold": answer["threshold"]}
+        assert exits == session.generate(TEXTS[0], **options).stats.exits
         session.generate(TEXTS[0], max_new_tokens=12, mode="rollback")  # has a threshold of its own now
     assert "P(agree | confidence) is at least 0.2" in invoke("inspect", path).stdout
     assert json.loads(invoke("inspect", path, "--json").stdout)["calibration"]["threshold"] == answer["threshold"]

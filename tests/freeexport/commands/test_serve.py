@@ -20,12 +20,12 @@ def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: 
     with command(str(chat), str(t5), *options) as (process, url, said):
         assert "serving chat, t5 on" in said[-1]
         assert "/v1; chat: mode lossless, as no threshold is calibrated: the tokens of mode full" in said[-1]
-        asked = {"model": "chat", "messages": MESSAGES, "max_tokens": 200, **ENDLESS}
+        body = {"model": "chat", "messages": MESSAGES, "max_tokens": 200, **ENDLESS}
         answers: list[Any] = []
 
         def ask(stream: bool) -> None:
             try:
-                answers.append(httpx.post(f"{url}/v1/chat/completions", json={**asked, "stream": stream}, timeout=60))
+                answers.append(httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": stream}, timeout=60))
             except httpx.HTTPError as error:
                 answers.append(error)
 
@@ -51,8 +51,8 @@ def test_a_server_whose_output_nobody_reads_ends_all_the_same(chat: Path) -> Non
         for stream in (process.stdout, process.stderr):
             assert stream is not None
             stream.close()
-        asked = {"messages": MESSAGES, "max_tokens": 2}
-        assert httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60).status_code == 200
+        body = {"messages": MESSAGES, "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
         process.send_signal(signal.SIGTERM)
         process.wait(20)
 

@@ -328,13 +328,13 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     assert os.listdir(place) == ["out"]
 
 
-def not_judged(*_: object) -> bool:
+def not_completed(*_: object) -> bool:
     """A verification that could not be done."""
     raise VerificationError("prefill: deep logits differs")
 
 
 def refused(directory: Path, *_: object) -> bool:
-    """A verification that judged, and found a fault."""
+    """A verification that found a fault."""
     write_report(Bundle.open(directory), {"passed": False, "checks": []})
     raise VerificationError("prefill: deep logits differs")
 
@@ -384,7 +384,7 @@ def test_a_refused_bundle_replaces_an_earlier_one_and_leaves_out_alone(
         assert Bundle.open(place / "out.unverified", verify="full").manifest.exit_layer == exit_layer
     assert sorted(os.listdir(place)) == ["out", "out.unverified"]
     assert digest(place / "out") == before
-    monkeypatch.setattr("freeexport.conversion.convert.verify_in_child", not_judged)
+    monkeypatch.setattr("freeexport.conversion.convert.verify_in_child", not_completed)
     assert "kept" not in failed(convert(checkpoint(LLAMA), place / "other"))
     assert sorted(os.listdir(place)) == ["out", "out.unverified"]
 

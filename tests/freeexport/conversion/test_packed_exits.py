@@ -179,7 +179,7 @@ def test_the_command_applies_an_exit_and_verifies_it(
 def test_the_file_of_an_exit_is_recorded_by_its_name(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
 ) -> None:
-    """Not by its path, which another machine does not have. `verify` is told where it is."""
+    """Not by its path, which another machine does not have. `verify --exit` names it."""
     model, path, out = checkpoint(LLAMA), packed("lora"), tmp_path / "bundle"
     succeed("convert", model, out, "--exit", path, "--capacity", "64")
     recorded = Bundle.open(out).manifest.ready_made_exit

@@ -105,7 +105,7 @@ def test_bytes_of_a_token(bundle: Bundles) -> None:
 
 @pytest.mark.parametrize("case", [OWN, BY_NAME["t5-relu-tied"]], ids=lambda case: case.name)
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [
         {"mode": "full"},
         {"mode": "shallow"},
@@ -115,10 +115,10 @@ def test_bytes_of_a_token(bundle: Bundles) -> None:
         {"mode": "lossless", "drafts": "exit", "threshold": 0.02},
         {"mode": "lossless", "drafts": "lookup"},
     ],
-    ids=lambda asked: "-".join(map(str, asked.values())),
+    ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_calls_are_those_that_ran(
-    case: Case, asked: dict[str, Any], bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+    case: Case, options: dict[str, Any], bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[bool, int, int, bool]] = []
     run = SlotCall.run
@@ -131,12 +131,12 @@ def test_calls_are_those_that_ran(
     with Session(bundle(case, EXIT_LAYER), threads=1, slots=1) as session:
         for _ in range(2):  # what pays is learned in the first
             ran.clear()
-            result = session.generate(REPEATED, max_new_tokens=40, ignore_eos=True, **asked)
-    lookup = asked.get("drafts") == "lookup"
+            result = session.generate(REPEATED, max_new_tokens=40, ignore_eos=True, **options)
+    lookup = options.get("drafts") == "lookup"
     calls = calls_of(result, lookup)
     steps = [(rows, heads, own) for shallow, rows, heads, own in ran if shallow]
     assert calls.passes == Counter(rows for shallow, rows, *_ in ran if not shallow)
-    # A draft that ends the request is not read behind its last token.
+    # A draft that ends the request is not read after its last token.
     assert calls.steps + calls.further in (sum(rows for rows, *_ in steps), sum(rows for rows, *_ in steps) + 1)
     assert abs(calls.steps - len(steps)) <= 1
     rejected = sum(one.proposed - one.accepted for one in result.stats.drafts.values())

@@ -25,7 +25,7 @@ def test_settings_take_turns_and_none_always_follows_the_same_other() -> None:
     blocks = ["".join(timed[start : start + 3]) for start in range(0, len(timed), 3)]
     assert all(sorted(block) == list("abc") for block in blocks)
     assert len(set(blocks[::2])) > 1
-    assert blocks[1::2] == [block[::-1] for block in blocks[::2]]  # so each is as often before another as behind it
+    assert blocks[1::2] == [block[::-1] for block in blocks[::2]]  # so each is as often before another as after it
     before = {name: {first for first, second in pairwise(timed) if second == name} for name in "abc"}
     assert all(len(firsts) > 1 for firsts in before.values())
 

@@ -195,7 +195,7 @@ def test_a_share_reads_the_same_in_the_table_and_in_the_verdict() -> None:
         "request_high": 2.1,
     }
     metric = metric_of("per")
-    assert tables._relative(metric, row) == "98.0±1.0"
+    assert tables.relative_score(metric.name, row) == "98.0±1.0"
     (verdict,) = verdicts([full, row], metric, 0.95)
     assert "keeps 95 % of full's 1 - PER: 2.00x" in verdict
     assert verdict.endswith("at 98.0 % (97.0 to 99.0)")

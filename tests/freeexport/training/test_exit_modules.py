@@ -23,7 +23,7 @@ from graphs.families import describe
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_copies_of_the_last_layers_behind_no_map_compute_what_the_model_does(
+def test_copies_of_the_last_layers_after_no_map_compute_what_the_model_does(
     checkpoint: Callable[[Case], Path], case: Case
 ) -> None:
     opened = open_checkpoint(str(checkpoint(case)))

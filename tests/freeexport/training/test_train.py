@@ -43,7 +43,7 @@ ONE_BATCH: dict[str, Any] = {"loss": "ce", "dropout": 0.0, "steps": 2, "evaluate
 EXIT_OF_LAYERS: dict[str, Any] = {"exit_layers": 2, "steps": 12, "evaluate_every": 6, "learning_rate": 3e-3}
 
 
-def test_first_tokens_behind_a_prompt_or_given_ones_cannot_exit() -> None:
+def test_first_tokens_after_a_prompt_or_given_ones_cannot_exit() -> None:
     labels = torch.tensor([[IGNORED, 5, 6, 7], [8, 9, IGNORED, IGNORED], [IGNORED, IGNORED, 4, IGNORED]])
     assert decided_rows(labels, seq2seq=True).tolist() == [False, True, True, True, True, False]
     assert decided_rows(labels, seq2seq=False).tolist() == [False, True, True, False, True, False]

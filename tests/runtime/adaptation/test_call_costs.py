@@ -63,8 +63,8 @@ def test_a_cost_not_seen_for_long_is_forgotten() -> None:
     assert costs.seconds("pass", 4) == pytest.approx(13.0)
 
 
-def test_the_first_cost_of_a_kind_is_not_held_near_a_guess_from_another_kind() -> None:
-    """An exit after layer 1 of 30 makes a step cheap and a pass dear, whatever a bundle records."""
+def test_the_first_cost_of_a_kind_is_not_held_near_an_estimate_from_another_kind() -> None:
+    """An exit after layer 1 of 30 makes a step cheap and a pass expensive, whatever a bundle records."""
     costs = CallCosts(Costs(1.0, 0.5, {1: 1.0}))
     for _ in range(2):
         costs.observe("step", 1, 0.3)

@@ -22,7 +22,7 @@ MB = 1_000_000
 
 
 def counted(memory: TextMemory, texts: list[list[int]], newest: list[int]) -> tuple[set[int], int] | None:
-    """The most frequent tokens behind the longest n-gram, and the level of their share, by brute force."""
+    """The most frequent tokens after the longest n-gram, and the level of their share, by brute force."""
     for number, order in reversed([*enumerate(ORDERS)]):
         if order > len(newest):
             continue

@@ -43,7 +43,7 @@ MACHINES = {
     "smollm2-fp32": Machine(4.6, 4.9, 12.0, 0.6, 0.2),
     "smollm2-int8": Machine(2.4, 1.0, 6.0, 0.75, 0.2),
     "demo": Machine(0.098, 0.005, 0.31, 0.055, 0.03),
-    "dear rows": Machine(3.0, 1.0, 7.0, 4.0),
+    "expensive rows": Machine(3.0, 1.0, 7.0, 4.0),
     "int4": Machine(0.05, 0.3, 3.2, 0.2, 0.1),
 }
 each_machine = pytest.mark.parametrize("name", MACHINES)
@@ -52,7 +52,7 @@ SURE, UNSURE = 0.97, 0.05  # confidences
 
 
 class Text:
-    """A lookup as DraftSources has it: at a token it begins to match with the chance `found`, behind `agrees` tokens
+    """A lookup as DraftSources has it: at a token it begins to match with the chance `found`, after `agrees` tokens
     that did, and each further token is right with the chance `right`."""
 
     def __init__(self, found: float, right: float, seed: int = 0, agrees: int = 3) -> None:
@@ -204,19 +204,19 @@ def test_free_writing_is_never_slower_than_0_97_of_full(name: str, found: float,
     known=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@example(name="dear rows", texts=[(1.0, 0.125, 2)], tokens=100, known=False, seed=1)
-@example(name="dear rows", texts=[(1.0, 0.0, 3)] * 3, tokens=100, known=True, seed=0)
-@example(name="dear rows", texts=[(1.0, 1.0, 3), (1.0, 0.4, 5)], tokens=100, known=True, seed=0)
+@example(name="expensive rows", texts=[(1.0, 0.125, 2)], tokens=100, known=False, seed=1)
+@example(name="expensive rows", texts=[(1.0, 0.0, 3)] * 3, tokens=100, known=True, seed=0)
+@example(name="expensive rows", texts=[(1.0, 1.0, 3), (1.0, 0.4, 5)], tokens=100, known=True, seed=0)
 @tries(50)
 def test_no_text_whatever_matches_in_it_is_much_slower_than_full(
     name: str, texts: list[tuple[float, float, int]], tokens: int, known: bool, seed: int
 ) -> None:
     """Adversarial text too, after whatever other requests have taught. Costs that are not known of a processor with
-    dear rows take some drafts to learn."""
+    expensive rows take some drafts to learn."""
     learned = learned_by(MACHINES[name].costs if known else NEUTRAL)
     for found, right, agrees in texts:
         text = Text(found, right, seed, agrees)
-        least = 0.95 if known or name != "dear rows" else 0.9
+        least = 0.95 if known or name != "expensive rows" else 0.9
         assert Request(MACHINES[name], learned, tokens, text).speed > least
 
 
@@ -259,7 +259,7 @@ def test_no_request_inherits_a_refusal(name: str) -> None:
         Request(MACHINES[name], learned, 100, Text(1.0, 0.0, seed))
     after = Request(MACHINES[name], learned, 40, Text(1.0, 1.0))
     assert after.drafted[0] == 0
-    assert after.speed > (1.3 if name == "dear rows" else 2.0)
+    assert after.speed > (1.3 if name == "expensive rows" else 2.0)
 
 
 # What pays
@@ -267,7 +267,7 @@ def test_no_request_inherits_a_refusal(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "right", "least"),
-    [("smollm2-fp32", 0.95, 3.0), ("smollm2-int8", 0.95, 2.5), ("demo", 0.95, 2.0), ("dear rows", 0.95, 1.4)],
+    [("smollm2-fp32", 0.95, 3.0), ("smollm2-int8", 0.95, 2.5), ("demo", 0.95, 2.0), ("expensive rows", 0.95, 1.4)],
 )
 def test_text_that_is_repeated_pays_in_the_first_request_too(name: str, right: float, least: float) -> None:
     speeds = [Request(MACHINES[name], learned_by(), 60, Text(1.0, right, seed), noise=0.2).speed for seed in range(16)]
@@ -355,7 +355,7 @@ def test_an_exit_that_saves_a_tenth_is_found_and_kept_although_requests_differ_i
 
 
 def test_a_draft_is_as_long_as_its_rows_are_worth() -> None:
-    """On some processors a pass of two rows costs as much as one, and the third row is dear."""
+    """On some processors a pass of two rows costs as much as one, and the third row is expensive."""
     machine = MACHINES["int4"]
     learned = learned_by(machine.costs)
     for rows, seconds in ((1, 3.2), (2, 3.2), (3, 4.7), (4, 4.8)):

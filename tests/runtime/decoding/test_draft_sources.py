@@ -74,7 +74,7 @@ texts = st.lists(tokens | st.just(GAP), max_size=80)
 
 
 def searched(text: list[int], longest: int = LONGEST) -> tuple[int, int]:
-    """The latest place behind the longest n-gram that the text ends with, by brute force."""
+    """The latest place after the longest n-gram that the text ends with, by brute force."""
     for size in range(longest, SHORTEST - 1, -1):
         newest = text[-size:]
         if len(newest) < size or GAP in newest:
@@ -206,7 +206,7 @@ def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_t
     limit=st.integers(1, 40),
 )
 @tries(50)
-def test_text_behind_drafts_of_the_exit_gives_the_tokens_of_full_and_leaves_only_them_in_the_caches(
+def test_text_after_drafts_of_the_exit_gives_the_tokens_of_full_and_leaves_only_them_in_the_caches(
     confidences: list[float], right: list[bool], agrees: list[bool], max_pending: int, limit: int
 ) -> None:
     prompt = prompt_of(3)
@@ -222,11 +222,11 @@ def test_text_behind_drafts_of_the_exit_gives_the_tokens_of_full_and_leaves_only
     assert sum(step.exited for step in steps) == decoder.stats.exits
     counted = decoder.stats.drafts
     assert sum(counts.accepted for counts in counted.values()) <= len(steps)
-    if all(right) and max_pending > 1:  # then whatever the exit stops at is read behind it
+    if all(right) and max_pending > 1:  # then whatever the exit stops at is read after it
         assert decoder.stats.sync_passes <= 2 + limit // max_pending + agrees[:limit].count(False) * 2
 
 
-def test_a_text_goes_on_behind_the_exit() -> None:
+def test_a_text_goes_on_after_the_exit() -> None:
     """Sure of two tokens, then not: the expected ones are read in the same pass."""
     trace, prompt = [*[0.9] * 5, *[0.2] * LENGTH], prompt_of(3)
     whole, _, _ = decoder_of(trace, agrees=[True] * LENGTH)
@@ -255,8 +255,8 @@ def test_what_follows_drafted_tokens_is_what_a_search_finds(text: list[int], dra
         if len(newest) == longest and GAP not in newest:
             assert all(text[at - longest : at] != newest or text[at] == GAP for at in range(longest, len(text)))
     if size:
-        behind = [*whole[len(whole) - size :], *found]
-        assert any(text[at : at + len(behind)] == behind for at in range(len(text)))
+        after = [*whole[len(whole) - size :], *found]
+        assert any(text[at : at + len(after)] == after for at in range(len(text)))
     assert GAP not in found
 
 

@@ -228,20 +228,20 @@ def test_german_paragraphs_meet_the_english_ones_at_their_place() -> None:
 @pytest.fixture
 def apt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stand for apt: `lists` are what an update leaves, `fails` what another command raises."""
-    told: dict[str, Any] = {"lists": [], "fails": None, "configurations": [], "release": ""}
+    apt: dict[str, Any] = {"lists": [], "fails": None, "configurations": [], "release": ""}
 
     def run(command: tuple[str, ...], cwd: Path, env: dict[str, str], **given: Any) -> Any:
-        told["configurations"].append(Path(env["APT_CONFIG"]).read_text())
-        for name in told["lists"]:
+        apt["configurations"].append(Path(env["APT_CONFIG"]).read_text())
+        for name in apt["lists"]:
             (cwd / "lists" / f"mirror_main_{name}").write_bytes(b"x")
-        if told["release"]:
-            (cwd / "lists" / "mirror_InRelease").write_text(told["release"])
-        if told["fails"] is not None and "update" not in command:
-            raise told["fails"]
+        if apt["release"]:
+            (cwd / "lists" / "mirror_InRelease").write_text(apt["release"])
+        if apt["fails"] is not None and "update" not in command:
+            raise apt["fails"]
         return subprocess.CompletedProcess(command, 0, b"text", b"")
 
     monkeypatch.setattr(subprocess, "run", run)
-    return told
+    return apt
 
 
 def test_apt_is_told_absolute_directories(apt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ TEST = '<?xml version="1.0" encoding="UTF-8"?><mteval><srcset><doc><seg id="1"> 
 
 
 def squad(answers: list[str]) -> str:
-    asked = {"id": "q", "question": " Who? ", "answers": [{"text": one, "answer_start": 0} for one in answers]}
-    return json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "C.", "qas": [asked]}]}]})
+    item = {"id": "q", "question": " Who? ", "answers": [{"text": one, "answer_start": 0} for one in answers]}
+    return json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "C.", "qas": [item]}]}]})
 
 
 def written(directory: Path, files: dict[str, str | bytes]) -> list[Path]:

@@ -144,17 +144,17 @@ def test_a_state_that_does_not_fit_the_papers_rule_is_refused(change: dict[str, 
 
 def test_a_session_adapts_by_the_papers_rule_and_continues_from_its_state(bundle: Bundles) -> None:
     path = bundle(BY_NAME["t5-deep-decoder"])
-    asked: dict[str, Any] = {"mode": "free", "max_new_tokens": 16, "ignore_eos": True}
+    options: dict[str, Any] = {"mode": "free", "max_new_tokens": 16, "ignore_eos": True}
     with PaperSession(path, slots=1) as session:
         assert session.threshold == FIRST_THRESHOLD
         for prompt in PROMPTS[:3]:
-            session.generate(list(prompt), **asked)
+            session.generate(list(prompt), **options)
         state = json.loads(json.dumps(session.adaptive_state()))
-        expected = session.generate(list(PROMPTS[0]), **asked).token_ids
+        expected = session.generate(list(PROMPTS[0]), **options).token_ids
     with PaperSession(path, state=state, slots=1) as session:
-        assert session.generate(list(PROMPTS[0]), **asked).token_ids == expected
+        assert session.generate(list(PROMPTS[0]), **options).token_ids == expected
     with PaperSession(path, zeta=0.9, state=state | {"threshold": 0.0}, slots=1) as session:
-        session.generate(list(PROMPTS[0]), **asked)
+        session.generate(list(PROMPTS[0]), **options)
         taught = session.adaptive_state()
     assert taught["refits"] == state["refits"] + 1
     assert any(np.isclose(taught["threshold"], GRID))
