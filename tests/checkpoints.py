@@ -509,8 +509,8 @@ CASES: tuple[Case, ...] = (
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         query_pre_attn_scalar=20,
     ),
-    _t5gemma("t5gemma", (1, 3), encoder_layers=3),
-    _t5gemma2("t5gemma2", (1, 2), encoder_layers=3),
+    _t5gemma("t5gemma", (1, 2), encoder_layers=2),
+    _t5gemma2("t5gemma2", (1,), encoder_layers=2),
     _llama("gpt2", (1, 2), model="GPT2", tie_word_embeddings=True, n_layer=3, n_head=4, n_embd=64, n_positions=512),
 )
 
