@@ -296,8 +296,8 @@ def _sines(blueprint: _Blueprint, name: str) -> bool:
 def _draw(blueprint: _Blueprint, name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.default_rng(zlib.crc32(f"{blueprint.name}/{name}".encode())).standard_normal(shape)
     offset = 1 if "Gemma" in blueprint.model_class else 0  # of norm weights
-    finals = ("model.norm.weight", "decoder.final_layer_norm.weight", "model.decoder.layer_norm.weight")
-    finals += ("model.decoder.norm.weight",)
+    of_decoder = ("model.decoder.layer_norm.weight", "model.decoder.norm.weight")
+    finals = ("model.norm.weight", "decoder.final_layer_norm.weight", *of_decoder)
     if name == "final_logits_bias" or "embed_positions" in name:
         value = noise
     elif name in (*finals, "transformer.ln_f.weight"):
