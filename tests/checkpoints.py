@@ -296,8 +296,8 @@ def _sines(blueprint: _Blueprint, name: str) -> bool:
 def _draw(blueprint: _Blueprint, name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.default_rng(zlib.crc32(f"{blueprint.name}/{name}".encode())).standard_normal(shape)
     offset = 1 if "Gemma" in blueprint.model_class else 0  # of norm weights
-    finals = ("model.norm.weight", "decoder.final_layer_norm.weight", "model.decoder.layer_norm.weight")
-    finals += ("model.decoder.norm.weight",)
+    of_decoder = ("model.decoder.layer_norm.weight", "model.decoder.norm.weight")
+    finals = ("model.norm.weight", "decoder.final_layer_norm.weight", *of_decoder)
     if name == "final_logits_bias" or "embed_positions" in name:
         value = noise
     elif name in (*finals, "transformer.ln_f.weight"):
@@ -509,8 +509,7 @@ CASES: tuple[Case, ...] = (
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         query_pre_attn_scalar=20,
     ),
-    _t5gemma("t5gemma", (1, 3), encoder_layers=3),
-    _t5gemma2("t5gemma2", (1, 2), encoder_layers=3),
+    _t5gemma("t5gemma", (1,), encoder_layers=2),
     _llama("gpt2", (1, 2), model="GPT2", tie_word_embeddings=True, n_layer=3, n_head=4, n_embd=64, n_positions=512),
 )
 
@@ -527,6 +526,8 @@ KIN: tuple[Case, ...] = (
     ),
     _bart("pegasus", (1,), model="Pegasus", activation_function="relu", generation={"forced_eos_token_id": 1}),
 )
+
+T5GEMMA2 = _t5gemma2("t5gemma2", (1,), encoder_layers=2)
 
 # Weights are large compared with tables, graphs and padding.
 LARGER: tuple[Case, ...] = (
@@ -553,7 +554,7 @@ WIDE: tuple[Case, ...] = (
     _t5("t5-wide", (1,), vocab_size=8192, d_model=512, d_kv=64, d_ff=2048, num_heads=8),
 )
 
-BY_NAME = {case.name: case for case in (*CASES, *KIN, *LARGER, *HEADS_OF_40, LONG, *WIDE)}
+BY_NAME = {case.name: case for case in (*CASES, *KIN, T5GEMMA2, *LARGER, *HEADS_OF_40, LONG, *WIDE)}
 
 # Short prompts of different lengths for calibration.
 TEXTS = ["one two three", "four", "x", *(f"line {n} of {n * n} lines" for n in range(33))]

@@ -83,8 +83,5 @@ def model_with_exit(directory: Path) -> Any:
 
 
 EXIT_CASES = tuple(
-    map(
-        with_exit_layers,
-        ("llama-tied", "qwen3", "mistral-window", "llama-biases", "t5-relu-tied", "umt5", "marian", "t5gemma"),
-    )
+    map(with_exit_layers, ("llama-tied", "qwen3", "mistral-window", "llama-biases", "t5-relu-tied", "umt5", "marian"))
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import BY_NAME, CASES, KIN, VOCAB_SIZE, Case
+from checkpoints import BY_NAME, CASES, KIN, T5GEMMA2, VOCAB_SIZE, Case
 from transformers import CONFIG_MAPPING
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
@@ -82,7 +82,7 @@ def weights_of(description: Description) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("case", [*CASES, *KIN], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *KIN, T5GEMMA2], ids=lambda case: case.name)
 def test_a_description_names_every_weight_of_the_checkpoint(case: Case, checkpoint: Callable[[Case], Path]) -> None:
     source = open_checkpoint(str(checkpoint(case)))
     description = describe(source.config, source)

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 24
 STANDARD = (
     *("t5-relu-tied", "t5-deep-decoder", "umt5", "llama-tied", "mistral-window", "qwen3", "llama-yarn-rope"),
-    "t5gemma",
     *(f"{name}-exit-layers" for name in ("t5-relu-tied", "umt5", "llama-tied", "mistral-window")),
 )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import PROMPTS, Bundles, Case, Model
 from draft_plans import draft_exits
-from exit_layer_case import EXIT_CASES, EXIT_LAYER, OWN_LAYERS
+from exit_layer_case import EXIT_CASES, EXIT_LAYER, OWN_LAYERS, with_exit_layers
 from reference import (
     Run,
     assert_same_tokens,
@@ -29,8 +29,15 @@ TIED = EXIT_CASES[0]
 each_case = pytest.mark.parametrize("case", EXIT_CASES, ids=lambda case: case.name)
 
 
-@pytest.mark.parametrize("dialect", ["ort", "standard"])
-@each_case
+@pytest.mark.parametrize(
+    ("case", "dialect"),
+    [
+        *((case, dialect) for case in EXIT_CASES for dialect in ("ort", "standard")),
+        (with_exit_layers("t5gemma"), "ort"),
+        (with_exit_layers("t5gemma2"), "ort"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_shallow_logits_are_those_of_the_layers_in_torch(
     case: Case, dialect: str, bundle: Bundles, source_model: Model
 ) -> None:
