@@ -341,7 +341,10 @@ class Transcriber:
             )
             words: list[tuple[Word, ...]] | None = None
             if options.word_timestamps:
-                words = self._words(prompt.sound, language, options.task, result, cut, place, size)
+                frames = advance or size  # the next window begins after them
+                words = self._words(
+                    prompt.sound, language, options.task, result, cut, place, frames
+                )
             for number, (start, end, ids) in enumerate(cut):
                 text = self._text(ids)
                 first, last = (
@@ -475,7 +478,7 @@ class Transcriber:
         result: GenerationResult,
         cut: list[tuple[int, int, list[int]]],
         place: int,
-        size: int,
+        frames: int,
     ) -> list[tuple[Word, ...]]:
         """Return the words of each segment of a window.
 
@@ -488,7 +491,7 @@ class Transcriber:
             result: Result of the window.
             cut: Its segments.
             place: First frame of the window.
-            size: Its frames of sound.
+            frames: Its frames that have the segments.
         """
         assert self._align is not None
         assert self._tokenizer is not None
@@ -519,7 +522,7 @@ class Transcriber:
         weights = self._align(fitting, sound.cross)
         # The row of the last token of the prefix predicts the first token of the text.
         positions = token_starts(
-            weights[:, len(prefix) - 1 :, : max(1, math.ceil(size / FRAMES_A_POSITION))]
+            weights[:, len(prefix) - 1 :, : max(1, math.ceil(frames / FRAMES_A_POSITION))]
         )
         positions = np.pad(positions, (0, len(tokens) + 1 - len(positions)), mode="edge")
         seconds = place / FRAMES_A_SECOND + positions * SECONDS_A_TIMESTAMP
