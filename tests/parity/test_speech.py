@@ -259,7 +259,10 @@ def test_the_server_answers_the_official_client(bundle: Path) -> None:
         for given, message in (
             ({"language": "xx"}, "language is 'xx'"),
             ({"file": b"none"}, "no WAV file"),
-            ({"extra_body": {"stream": "true"}}, "streaming transcriptions are not supported"),
+            ({"stream": True, "response_format": "text"}, "stream is given with response_format 'text'; use json"),
+            ({"timestamp_granularities": ["word"]}, "is given with response_format 'json'; use verbose_json"),
+            ({"timestamp_granularities": ["line"], "response_format": "verbose_json"}, "has 'line'; choose segment"),
+            ({"timestamp_granularities": ["word"], "response_format": "verbose_json"}, "the session has no tokenizer"),
         ):
             with pytest.raises(openai.BadRequestError, match=message):
                 client.audio.transcriptions.create(**{**asked, **given})
