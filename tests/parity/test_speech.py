@@ -51,7 +51,8 @@ from graphs.families import describe
 from runtime import Bundle, OptionError, PromptError, Session
 from runtime.audio import log_mel, window
 from runtime.bundle.manifest import ExitInput
-from runtime.speech import Rules, SpeechPrompt, Transcriber
+from runtime.speech import SpeechPrompt, Transcriber
+from runtime.speech_rules import Rules
 from runtime.text.tokenizer import Tokenizer
 
 SOUND = sound(0.9)
