@@ -387,7 +387,7 @@ class Session:
                 f"device is {self.options.device!r}; embeddings are computed on a CPU only, use "
                 "another session"
             )
-        listed = prompts if is_list_of_prompts(prompts) else [prompts]
+        listed: Any = prompts if is_list_of_prompts(prompts) else [prompts]
         encoded = [self.encode(prompt, src_lang=src_lang) for prompt in listed]
         states = [encoder.states(ids).mean(axis=0, dtype=np.float32) for ids in encoded]
         found = np.array(states, np.float32).reshape(len(states), self.manifest.hidden_size)

@@ -71,9 +71,16 @@ def test_what_has_no_embedding_is_refused_in_a_line(session: Session, embedding:
 def test_the_official_client_gets_unit_vectors(client: openai.OpenAI, embedding: Session) -> None:
     wanted = embedding.embed(TEXTS, normalize=True)
     ids = [embedding.encode(text).tolist() for text in TEXTS]
-    for given, rows in ((TEXTS, wanted), (ids, wanted), (TEXTS[0], wanted[:1]), (ids[0], wanted[:1])):
-        for form in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
-            answer = client.embeddings.create(model="t5", input=given, **form)  # type: ignore[call-overload]
+    inputs: list[tuple[Any, np.ndarray]] = [
+        (TEXTS, wanted),
+        (ids, wanted),
+        (TEXTS[0], wanted[:1]),
+        (ids[0], wanted[:1]),
+    ]
+    forms: list[dict[str, Any]] = [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}]
+    for given, rows in inputs:
+        for form in forms:
+            answer = client.embeddings.create(model="t5", input=given, **form)
             vectors: list[Any] = [each.embedding for each in answer.data]
             if form.get("encoding_format") == "base64":  # otherwise the client decodes it
                 vectors = [np.frombuffer(base64.b64decode(text), np.float32) for text in vectors]
