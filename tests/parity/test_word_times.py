@@ -21,7 +21,7 @@ from whisper_case import CAPACITY, POSITIONS, START, write_whisper
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from graphs.errors import GraphError
-from runtime import Bundle, OptionError, PromptError, Session, Word
+from runtime import Bundle, OptionError, PromptError, Session, SpeechOptions, Word
 from runtime.alignment import Aligner
 from runtime.audio import log_mel, window
 from runtime.engines.onnx import OnnxEngine
@@ -196,7 +196,7 @@ def test_what_has_no_words_is_refused_in_a_line(session: Session, checkpoint: Pa
     manifest = session.manifest
     assert manifest.speech is not None
     older = replace(manifest, speech=replace(manifest.speech, alignment_heads=()))
-    asked = session._request_options(word_timestamps=True, language="de")  # type: ignore[call-arg]
+    asked = SpeechOptions(word_timestamps=True, language="de")
     with pytest.raises(OptionError, match=r"no alignment heads; convert the checkpoint again, for a CPU$"):
         Transcriber(older, session.tokenizer, CAPACITY).check(asked)
     with pytest.raises(OptionError, match=r"the session has no tokenizer; omit it$"):
@@ -242,7 +242,8 @@ def test_the_official_client_gets_words_and_events(
     with running(bundle, names=("w",)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
         asked: dict[str, Any] = {"model": "w", "file": ("a.wav", wav(sound(1.9))), **options}
-        for given, segments in ((["word"], False), (["word", "segment"], True), (["segment"], True)):
+        chosen: list[tuple[Any, bool]] = [(["word"], False), (["word", "segment"], True), (["segment"], True)]
+        for given, segments in chosen:
             verbose = client.audio.transcriptions.create(
                 response_format="verbose_json", timestamp_granularities=given, **asked
             )
