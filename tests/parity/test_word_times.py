@@ -181,8 +181,6 @@ def test_words_of_a_result_are_those_of_its_segments(session: Session, seconds: 
 
 def test_a_window_full_of_tokens_has_words_to_its_end(session: Session) -> None:
     """The prefix without timestamps has one token more than that of decoding, so the last ones have no row."""
-    transcriber = session._transcriber
-    assert isinstance(transcriber, Transcriber)
     options: dict[str, Any] = {"language": "de", "mode": "full", "word_timestamps": True, **RAW}
     result = session.generate(SOUND, sequence_bias={(200,): -100.0}, **options)
     assert len(result.token_ids) == CAPACITY - 3
