@@ -32,7 +32,7 @@ from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
 from runtime.pretrained import FreeModelForCausalLM, FreeModelForSeq2SeqLM
 from runtime.result import GenerationResult, Segment, Stats, Token, Word
 from runtime.session import Session
-from runtime.stream import AsyncStream, Stream
+from runtime.stream import AsyncStream, SegmentStream, Stream
 from runtime.thresholds import DefaultMode
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "QueueFullError",
     "RequestEvent",
     "Segment",
+    "SegmentStream",
     "Session",
     "SessionOptions",
     "SpeechOptions",

@@ -35,6 +35,8 @@ COMPRESSED = (
     (b"ID3", "MP3", ("MP3", "MPEG")),
     *((bytes([0xFF, second]), "MP3", ("MP3", "MPEG")) for second in (0xFB, 0xFA, 0xF3, 0xF2)),
 )
+# WAV files of floats, and of compressed samples.
+OTHER_WAV = ("a WAV file without PCM samples", ("WAV", "WAVEX"))
 MOST_CHANNELS = 8  # of a compressed file, whose size does not limit its samples
 LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
 # Samples up to this value are accepted as meant for -1 to 1. Those of 16 bits are far larger.
@@ -56,7 +58,8 @@ def read_audio(source: Any, name: str = "the audio", until: float = math.inf) ->
 
     Args:
         source: Array of floats in about -1 to 1 at 16 kHz, or the path or content of a WAV file
-            with PCM of 8 to 32 bits, or of a FLAC, Ogg or MP3 file, which requires soundfile.
+            with PCM of 8 to 32 bits, or of a FLAC, Ogg or MP3 file or a WAV file of floats, which
+            require soundfile.
             Channels are averaged, and other rates are resampled.
         name: Name of the audio in error messages.
         until: Deadline, on the monotonic clock.
@@ -102,7 +105,13 @@ def _read_file(source: Any, name: str, until: float) -> np.ndarray:
             for mark, kind, formats in COMPRESSED:
                 if begin.startswith(mark):
                     return _read_compressed(file, name, until, kind, formats)
-            return _read_wav(file, name, until)
+            try:
+                return _read_wav(file, name, until)
+            except wave.Error as error:
+                if "unknown format" not in str(error):
+                    raise
+                file.seek(0)
+                return _read_compressed(file, name, until, *OTHER_WAV)
     except UnreadableError as error:
         raise PromptError(f"{name} cannot be read ({error}); give a WAV file") from None
     except (wave.Error, EOFError) as error:
@@ -133,7 +142,7 @@ def _read_wav(file: BinaryIO, name: str, until: float) -> np.ndarray:
 def _read_compressed(
     file: BinaryIO, name: str, until: float, kind: str, formats: tuple[str, ...]
 ) -> np.ndarray:
-    """Return the samples of a FLAC, Ogg or MP3 file at 16 kHz.
+    """Return the samples of a file that soundfile reads, at 16 kHz.
 
     Args:
         file: The file.
@@ -168,7 +177,8 @@ def _read_compressed(
 
             return _joined(read, sound.frames, sound.samplerate, name, until)
     except soundfile.SoundFileError as error:
-        raise PromptError(f"{broken} ({one_line(error)}); convert it to a WAV file") from None
+        problem = getattr(error, "error_string", None) or one_line(error)
+        raise PromptError(f"{broken} ({problem}); convert it to a WAV file") from None
 
 
 def _joined(

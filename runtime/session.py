@@ -41,7 +41,15 @@ from runtime.result import GenerationResult
 from runtime.scheduler import CLOSED, Scheduler
 from runtime.sequence import Sequence, check_count, sequence_of
 from runtime.speech import Sound, SpeechPrompt, Transcriber
-from runtime.stream import AsyncInbox, AsyncStream, Inbox, PromptList, Stream, is_list_of_prompts
+from runtime.stream import (
+    AsyncInbox,
+    AsyncStream,
+    Inbox,
+    PromptList,
+    SegmentStream,
+    Stream,
+    is_list_of_prompts,
+)
 from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
 from runtime.thresholds import DefaultMode, Thresholds
@@ -293,6 +301,24 @@ class Session:
                 await inbox.get(prompts.until)
         return prompts.results()
 
+    def transcribe(
+        self, audio: Any, options: Given = None, **keywords: Unpack[Keywords]
+    ) -> SegmentStream:
+        """Transcribe a sound segment by segment, with a bundle that reads speech.
+
+        A window of 30 s is decoded when its first segment is read. Its segments follow once its
+        text is final. Arguments and errors are those of `generate`. An error of the audio is raised
+        when the first segment is read.
+        """
+        if self._transcriber is None:
+            raise OptionError("the bundle reads text, not speech; use generate")
+        cancel = keywords.pop("cancel", None)
+        chosen = merged(SpeechOptions, options, keywords)
+        self._refuse_if_closed()
+        self._transcriber.check(chosen)
+        decode = partial(self._window, cancel)
+        return SegmentStream(self._transcriber.segments(audio, chosen, decode))
+
     def astream(
         self, prompt: Prompt, options: Given = None, **keywords: Unpack[Keywords]
     ) -> AsyncStream:
@@ -361,7 +387,7 @@ class Session:
                 f"device is {self.options.device!r}; embeddings are computed on a CPU only, use "
                 "another session"
             )
-        listed = prompts if is_list_of_prompts(prompts) else [prompts]
+        listed: Any = prompts if is_list_of_prompts(prompts) else [prompts]
         encoded = [self.encode(prompt, src_lang=src_lang) for prompt in listed]
         states = [encoder.states(ids).mean(axis=0, dtype=np.float32) for ids in encoded]
         found = np.array(states, np.float32).reshape(len(states), self.manifest.hidden_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import suppress
 from contextvars import copy_context
@@ -12,10 +12,10 @@ from functools import partial
 from numbers import Integral
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from runtime.errors import BatchError
-from runtime.result import GenerationResult, Stats, Token
+from runtime.result import GenerationResult, Segment, Stats, Token
 from runtime.scheduler import Scheduler
 from runtime.sequence import Sequence
 from runtime.text.prompt import Prompt
@@ -243,6 +243,28 @@ class AsyncStream(_Reader, AsyncIterator[Token]):
             self._sequence.abandoned = True
             raise
         return self._take(token)
+
+
+class SegmentStream:
+    """The segments of a sound, each decoded when it is read.
+
+    Attributes:
+        result: The result of the whole sound. None before the last segment was read.
+    """
+
+    def __init__(self, segments: Generator[Segment, None, GenerationResult]) -> None:
+        self.result: GenerationResult | None = None
+        self._segments = segments
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Segment:
+        try:
+            return next(self._segments)
+        except StopIteration as end:
+            self.result = self.result or end.value
+            raise
 
 
 def is_list_of_prompts(prompt: Any) -> bool:

@@ -1,20 +1,16 @@
-"""Choices of one request: queues them in the session, and sends the answer.
-
-An answer is sent whole or as a stream of server-sent events.
-"""
+"""Choices of one request: queues them in the session, and streams their chunks."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from freeexport.serving.errors import ApiError, api_error, draining, invalid
+from freeexport.serving.errors import ApiError, draining, invalid
+from freeexport.serving.events import EventStream, together
 from freeexport.serving.grammar_trial import GrammarTrial
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from freeexport.serving.replies import Reply
@@ -32,9 +28,6 @@ from runtime import (
 from runtime.options import Mode
 from runtime.text.prompt import encode_expected
 
-Result = TypeVar("Result")
-Receive = Callable[[], Awaitable[Any]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 Generating = ChatRequest | CompletionRequest
 
 # Prompts of up to this many characters are encoded on the event loop, where a thread would take
@@ -42,18 +35,6 @@ Generating = ChatRequest | CompletionRequest
 SHORT = 2000
 # Approximate number of characters that a chat template adds to a message.
 MARKUP = 30
-# Seconds of silence after which a comment is sent, so that proxies keep the connection open.
-PING_SECONDS = 15.0
-HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
-PING = b": ping\n\n"
-
-
-class ClientGone(Exception):
-    """The client has disconnected."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +57,7 @@ class Choices:
         Raises:
             ApiError: See `checked`.
         """
-        async with _together([stream.drain() for stream in self.streams]) as tasks:
+        async with together([stream.drain() for stream in self.streams]) as tasks:
             return [self.checked(await task) for task in tasks]
 
     def checked(self, result: GenerationResult) -> GenerationResult:
@@ -212,114 +193,48 @@ async def _constrained(
     return options
 
 
-class EventStream:
-    """ASGI response that streams the chunks of all choices, with pings during silence.
-
-    Ends `record` when the stream ends.
-    """
+class ChoiceStream(EventStream):
+    """Streams the chunks of all choices."""
 
     def __init__(
         self, generation: Choices, reply: Reply, request: Generating, record: RequestLog
     ) -> None:
+        super().__init__(reply.id, record)
         self._generation = generation
         self._reply = reply
         self._request = request
-        self._record = record
-        self._written = 0.0
 
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        status = 499
-        failed = None
-        try:
-            await while_there(receive, self._answer(send))
-            status = 200
-        except ClientGone:
-            pass
-        except Exception as error:
-            failed = api_error(error)
-            status = failed.status
-            await self._write(send, self._reply.failed(failed) + self._reply.end)
-            await send({"type": "http.response.body", "body": b""})
-            if status == 500:
-                raise
-        finally:
-            self._record.results = await self._generation.end()
-            self._record.end(status, failed)
-
-    async def _answer(self, send: Send) -> None:
-        headers = [*HEADERS, (b"x-request-id", self._reply.id.encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        self._written = asyncio.get_running_loop().time()
-        choices = [self._choice(*each, send) for each in enumerate(self._generation.streams)]
-        async with _together([*choices, self._ping(send)]) as (*tasks, _):
+    async def _events(self) -> None:
+        choices = [self._choice(*each) for each in enumerate(self._generation.streams)]
+        async with together(choices) as tasks:
             results = list(await asyncio.gather(*tasks))
         if self._request.include_usage:
             await self._write(
-                send, self._reply.encode(self._reply.usage(results, self._generation.prompts))
+                self._reply.encode(self._reply.usage(results, self._generation.prompts))
             )
-        await self._write(send, self._reply.end)
-        await send({"type": "http.response.body", "body": b""})
+        await self._write(self._reply.end)
 
-    async def _choice(self, index: int, stream: AsyncStream, send: Send) -> GenerationResult:
+    async def _choice(self, index: int, stream: AsyncStream) -> GenerationResult:
         opening = self._reply.opening(index)
         if opening is not None:
-            await self._write(send, self._reply.encode(opening))
+            await self._write(self._reply.encode(opening))
         held: list[Token] = []  # no text yet: a character may take several tokens
         async with stream:
             async for token in stream:
                 held.append(token)
                 chunk = self._reply.chunk(index, held) if token.text else None
                 if chunk is not None:
-                    await self._write(send, self._reply.encode(chunk))
+                    await self._write(self._reply.encode(chunk))
                     held.clear()
         result = self._generation.checked(stream.result)
-        await self._write(send, self._reply.encode(self._reply.chunk(index, held, result)))
+        await self._write(self._reply.encode(self._reply.chunk(index, held, result)))
         return result
 
-    async def _ping(self, send: Send) -> None:
-        while True:
-            silent = asyncio.get_running_loop().time() - self._written
-            if silent >= PING_SECONDS:
-                await self._write(send, PING)
-            await asyncio.sleep(PING_SECONDS - silent if silent < PING_SECONDS else PING_SECONDS)
+    def _failed(self, error: ApiError) -> bytes:
+        return self._reply.failed(error) + self._reply.end
 
-    async def _write(self, send: Send, data: bytes) -> None:
-        self._written = asyncio.get_running_loop().time()
-        await send({"type": "http.response.body", "body": data, "more_body": True})
-        await asyncio.sleep(0)  # let other tasks run, even if the next token is ready
-
-
-async def while_there(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Await `work` unless the client disconnects first.
-
-    Raises:
-        ClientGone: If the client disconnects. `work` is cancelled.
-    """
-
-    async def disconnected() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    async with _together([work, disconnected()]) as (task, gone):
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        result: Result = task.result()
-        return result
-
-
-@asynccontextmanager
-async def _together(
-    works: Sequence[Coroutine[Any, Any, Any]],
-) -> AsyncIterator[list[asyncio.Task[Any]]]:
-    """Run coroutines as tasks and cancel the unfinished ones at the end of the block."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def _end(self) -> list[GenerationResult]:
+        return await self._generation.end()
 
 
 def _limit(options: GenerationOptions, request: Generating, prompt: int, session: Session) -> int:

@@ -60,7 +60,13 @@ FORMS = {
     "/v1/audio/transcriptions": "Transcribe speech in an audio file",
     "/v1/audio/translations": "Translate speech in an audio file into English text",
 }
-FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature")
+FIELDS = (
+    *("file", "model", "language", "prompt", "response_format", "temperature", "stream"),
+    "timestamp_granularities[]",
+)
+ERROR = {"$ref": REFERENCE + "Error"}
+# Of every event of a transcript.
+SPOKEN = {"type": "object", "properties": {"type": {"type": "string"}}, "required": ["type"]}
 # By path: summary, required fields of the response, other statuses.
 GET: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
     "/v1/models": ("List the served models", ("object", "data"), ()),
@@ -131,6 +137,7 @@ def document(guarded: bool = False, page: bool = True) -> dict[str, Any]:
         fitting = {**_object(form), "required": ["file"]}
         spoken: dict[str, Any] = {"application/json": {"schema": _object({"text": {}})}}
         spoken["text/plain"] = {"schema": {"type": "string"}}
+        spoken["text/event-stream"] = {"schema": _events({"anyOf": [SPOKEN, ERROR]})}
         operation = _operation(path, purpose, spoken, tuple(STATUSES))
         taken: dict[str, Any] = {
             "required": True,
@@ -191,10 +198,15 @@ def _event(kind: Any) -> dict[str, Any]:
     if kind in (ResponseRequest, MessagesRequest):  # errors have the format of other events
         fields = ("type", "sequence_number") if kind is ResponseRequest else ("type",)
         data = {"type": "string", **json, "contentSchema": _object({field: {} for field in fields})}
-    else:
-        chunk = _object({field: {} for field in ("id", "object", "created", "model", "choices")})
-        json["contentSchema"] = {"anyOf": [chunk, {"$ref": REFERENCE + "Error"}]}
-        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, json]}
+        return {**_object({"event": {"type": "string"}, "data": data}), "required": ["data"]}
+    chunk = _object({field: {} for field in ("id", "object", "created", "model", "choices")})
+    return _events({"anyOf": [chunk, ERROR]})
+
+
+def _events(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an event that is JSON of this schema, or the last one."""
+    json = {"contentMediaType": "application/json", "contentSchema": content}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, json]}
     return {**_object({"event": {"type": "string"}, "data": data}), "required": ["data"]}
 
 

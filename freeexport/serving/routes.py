@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import math
+import threading
 import time
 from dataclasses import replace
 from typing import Any, Literal
@@ -27,15 +28,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freeexport.serving import messages, openapi, protocol
 from freeexport.serving.embeddings import Embedder, EmbeddingRequest
-from freeexport.serving.errors import ApiError, api_error, draining, invalid
-from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
+from freeexport.serving.errors import ApiError, api_error, invalid
+from freeexport.serving.events import ClientGone, while_there
+from freeexport.serving.generation import ChoiceStream, begin
 from freeexport.serving.page import page
 from freeexport.serving.parsing import Body, parse
 from freeexport.serving.prometheus import SessionCollector
 from freeexport.serving.replies import Reply
 from freeexport.serving.responses import ResponseReply, ResponseRequest
 from freeexport.serving.service import RequestLog, Service
-from freeexport.serving.transcriptions import LARGEST_AUDIO, Transcription, form_fields
+from freeexport.serving.transcriptions import (
+    LARGEST_AUDIO,
+    Transcription,
+    TranscriptStream,
+    checked,
+    form_fields,
+    late,
+)
 from runtime import FreeExportError, PromptError, Session
 from runtime.audio import RATE, LateError, read_audio
 from runtime.text.prompt import check_text
@@ -165,7 +174,7 @@ class Endpoints:
             reply.prompts = generation.prompts
             record.line["prompt_tokens"] = sum(generation.prompts)
             if parsed.stream:
-                return EventStream(generation, reply, parsed, record)
+                return ChoiceStream(generation, reply, parsed, record)
             try:
                 whole = await while_there(request.receive, generation.results())
             finally:
@@ -189,15 +198,13 @@ class Endpoints:
         record.end(200)
         return json(parsed.answer(name, embeddings, tokens))
 
-    async def transcriptions(self, request: Request) -> Response:
+    async def transcriptions(self, request: Request) -> Any:
         return await self._transcribe(request, "transcribe")
 
-    async def translations(self, request: Request) -> Response:
+    async def translations(self, request: Request) -> Any:
         return await self._transcribe(request, "translate")
 
-    async def _transcribe(
-        self, request: Request, task: Literal["transcribe", "translate"]
-    ) -> Response:
+    async def _transcribe(self, request: Request, task: Literal["transcribe", "translate"]) -> Any:
         record = RequestLog(self._service, request.scope["path"])
         options = self._service.options
         try:
@@ -220,18 +227,17 @@ class Endpoints:
             record.line["model"] = name
             try:
                 samples = await asyncio.to_thread(read_audio, transcription.file, until=until)
-                left = None if options.deadline is None else max(until - time.monotonic(), 1e-3)
-                transcribed = session.agenerate(
-                    samples, replace(transcription.options, deadline=left)
-                )
-                result = await while_there(request.receive, transcribed)
             except LateError:
-                raise _late(options.deadline) from None
+                raise late(options.deadline) from None
+            left = None if options.deadline is None else max(until - time.monotonic(), 1e-3)
+            chosen = replace(transcription.options, deadline=left)
+            if transcription.stream:
+                cancel = threading.Event()
+                segments = session.transcribe(samples, chosen, cancel=cancel)
+                return TranscriptStream(segments, cancel, options.deadline, record)
+            result = await while_there(request.receive, session.agenerate(samples, chosen))
             record.results = [result]
-            if result.finish_reason == "deadline":
-                raise _late(options.deadline)
-            if result.interrupted:
-                raise draining()
+            checked(result, options.deadline)
         except BaseException as error:
             return _failed(record, error)
         record.end(200)
@@ -344,11 +350,6 @@ class Endpoints:
                 and session.tokenizer.chat_template is not None,
             },
         }
-
-
-def _late(seconds: float | None) -> ApiError:
-    limit = f"the server's limit of {seconds:g} s expired before the transcription was complete"
-    return ApiError(504, f"{limit}; send shorter audio", "deadline_exceeded", again=False)
 
 
 def _failed(record: RequestLog, error: BaseException) -> Response:

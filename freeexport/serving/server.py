@@ -21,7 +21,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from freeexport.serving.generation import PING
+from freeexport.serving.events import PING
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
 from runtime.errors import OptionError

@@ -5,19 +5,27 @@ A request is a form with a WAV file. A response is JSON, text or subtitles.
 
 from __future__ import annotations
 
+import asyncio
 import re
+import secrets
+import threading
 from dataclasses import dataclass
 from email.message import Message
 from typing import Any, Literal
 
-from freeexport.serving.errors import ApiError, invalid
-from runtime import GenerationResult, Segment, SpeechOptions
+import msgspec
+
+from freeexport.serving.errors import ApiError, draining, invalid
+from freeexport.serving.events import EventStream
+from freeexport.serving.service import RequestLog
+from runtime import GenerationResult, Segment, SegmentStream, SpeechOptions
 from runtime.options import Mode
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 LARGEST_AUDIO = 64 << 20  # bytes of a form: 35 minutes of 16-bit mono at 16 kHz
 MOST_PARTS = 32  # in a form
 LARGEST_HEAD = 4 << 10  # bytes of the headers of a part
+END = b"data: [DONE]\n\n"
 LARGEST_TEXT = 64 << 10  # bytes of all fields together, except the file
 
 
@@ -29,12 +37,16 @@ class Transcription:
         file: Content of the WAV file.
         model: Model name. Default: the only model.
         format: Format of the response.
+        stream: Answer with events.
+        segments: The response has segments, if its format does.
         options: Options of the session.
     """
 
     file: bytes
     model: str | None
     format: Literal["json", "text", "srt", "verbose_json", "vtt"]
+    stream: bool
+    segments: bool
     options: SpeechOptions
 
     @classmethod
@@ -63,21 +75,32 @@ class Transcription:
                 "file", "file is missing or empty; send a WAV file as the field `file` of a form"
             )
         text = {name: value.decode("utf-8", "replace").strip() for name, value in fields.items()}
-        granularity = text.pop(
-            "timestamp_granularities[]", text.pop("timestamp_granularities", "segment")
-        )
+        granularities = [
+            value
+            for name in ("timestamp_granularities[]", "timestamp_granularities")
+            for value in text.pop(name, "").split("\n")
+            if value
+        ]
         format = text.pop("response_format", "json")
         if format not in FORMATS:
             raise invalid(
                 "response_format",
                 f"response_format is {format[:80]!r}; choose {', '.join(FORMATS)}",
             )
-        if granularity != "segment":
+        for wrong in sorted({*granularities} - {"segment", "word"})[:1]:
             raise invalid(
-                "timestamp_granularities", "word timestamps are not supported; use segment"
+                "timestamp_granularities",
+                f"timestamp_granularities has {wrong[:80]!r}; choose segment, word or both",
             )
-        if text.pop("stream", "false").lower() not in ("false", "0"):
-            raise invalid("stream", "streaming transcriptions are not supported; omit stream")
+        if granularities and format != "verbose_json":
+            raise invalid(
+                "timestamp_granularities",
+                f"timestamp_granularities is given with response_format {format!r}; use "
+                "verbose_json",
+            )
+        stream = text.pop("stream", "false").lower() not in ("false", "0")
+        if stream and format != "json":
+            raise invalid("stream", f"stream is given with response_format {format!r}; use json")
         model = text.pop("model", None)
         prompt = text.pop("prompt", None)
         language = text.pop("language", None)
@@ -94,12 +117,15 @@ class Transcription:
             file,
             model or None,
             format,  # type: ignore[arg-type]
+            stream,
+            not granularities or "segment" in granularities,
             SpeechOptions(
                 task=task,
                 language=language or None,
                 initial_prompt=prompt or None,
                 temperature=degree or None,
                 timestamps=format in ("srt", "verbose_json", "vtt"),
+                word_timestamps="word" in granularities,
                 mode=mode,
                 deadline=limit,
             ),
@@ -124,13 +150,87 @@ class Transcription:
             return "WEBVTT\n\n" + "".join(f"{_times(each, '.')}{_line(each)}" for each in segments)
         if self.format == "json":
             return {"text": result.text}
-        return {
+        answer: dict[str, Any] = {
             "task": self.options.task,
             "language": result.language,
             "duration": round(seconds, 3),
             "text": result.text,
-            "segments": [_fields(number, each) for number, each in enumerate(segments)],
         }
+        if self.segments:
+            answer["segments"] = [_fields(number, each) for number, each in enumerate(segments)]
+        if self.options.word_timestamps:
+            answer["words"] = [
+                {"word": word.text.strip(), "start": word.start, "end": word.end}
+                for segment in segments
+                for word in segment.words or ()
+            ]
+        return answer
+
+
+class TranscriptStream(EventStream):
+    """Streams the text of a transcript, segment by segment.
+
+    Args:
+        segments: The segments.
+        cancel: Event that ends the transcription.
+        deadline: The server's time limit in seconds.
+        record: Log line of the request.
+    """
+
+    def __init__(
+        self,
+        segments: SegmentStream,
+        cancel: threading.Event,
+        deadline: float | None,
+        record: RequestLog,
+    ) -> None:
+        super().__init__(f"transcript-{secrets.token_hex(12)}", record)
+        self._segments = segments
+        self._cancel = cancel
+        self._deadline = deadline
+
+    async def _events(self) -> None:
+        begun = False
+        while (segment := await asyncio.to_thread(next, self._segments, None)) is not None:
+            delta = segment.text if begun else segment.text.lstrip()
+            if delta:
+                begun = True
+                await self._write(_event("delta", delta=delta))
+        result = checked(self._segments.result, self._deadline)
+        await self._write(_event("done", text=result.text) + END)
+
+    def _failed(self, error: ApiError) -> bytes:
+        return b"data: " + msgspec.json.encode(error.body) + b"\n\n" + END
+
+    async def _end(self) -> list[GenerationResult]:
+        self._cancel.set()
+        return [] if self._segments.result is None else [self._segments.result]
+
+
+def _event(kind: str, **fields: str) -> bytes:
+    data = {"type": f"transcript.text.{kind}", **fields}
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def checked(result: GenerationResult | None, deadline: float | None) -> GenerationResult:
+    """Return a result if it is complete.
+
+    Raises:
+        ApiError: If the server's deadline passed, or the session was closed.
+    """
+    if result is None or result.finish_reason == "deadline":
+        raise late(deadline)
+    if result.interrupted:
+        raise draining()
+    return result
+
+
+def late(deadline: float | None) -> ApiError:
+    """Return the error of a transcription that is incomplete at the server's deadline."""
+    limit = f"the server's limit of {deadline or 0:g} s expired before the transcription"
+    return ApiError(
+        504, f"{limit} was complete; send shorter audio", "deadline_exceeded", again=False
+    )
 
 
 def _fields(number: int, segment: Segment) -> dict[str, Any]:
@@ -164,7 +264,7 @@ def _line(segment: Segment) -> str:
 
 
 def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
-    """Return the fields of a multipart/form-data body.
+    """Return the fields of a multipart/form-data body. Lists, as `name[]`, have a line per value.
 
     Raises:
         ApiError: If the body is not such a form, is too large, or repeats a field.
@@ -180,6 +280,7 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
         raise _invalid("the body is not a form; send multipart/form-data with a field `file`")
     fields: dict[str, bytes] = {}
     line = b"--" + boundary.encode("ascii", "replace")
+    parts = 0
     texts = 0
     end = body.find(line)
     while end >= 0 and not body.startswith(b"--", end + len(line)):
@@ -194,11 +295,14 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
         if name is None:
             raise _invalid("a form part has no name; send fields as multipart/form-data")
         key = name[1].decode("utf-8", "replace")
-        if key in fields:
+        listed = key.endswith("[]")
+        if key in fields and not listed:
             raise _invalid(f"the form field {key[:80]!r} is repeated; send it once")
-        fields[key] = body[split + 4 : end]
-        texts += 0 if key == "file" else len(fields[key])
-        if len(fields) > MOST_PARTS or texts > LARGEST_TEXT:
+        value = body[split + 4 : end]
+        fields[key] = fields[key] + b"\n" + value if key in fields else value
+        parts += 1
+        texts += 0 if key == "file" else len(value)
+        if parts > MOST_PARTS or texts > LARGEST_TEXT:
             raise _invalid(
                 f"the form has more than {MOST_PARTS} fields "
                 f"or {LARGEST_TEXT} bytes beside the file"

@@ -16,7 +16,7 @@ PURPOSES: dict[str, str] = {
     "serve": "serve bundles over HTTP",
     "grammar": "constrain outputs: JSON schemas, regular expressions, tool calls",
     "hub": "load bundles and exits from the Hugging Face hub, and push them",
-    "audio": "read speech from FLAC, Ogg and MP3 files",
+    "audio": "read speech from FLAC, Ogg and MP3 files and WAV files of floats",
     "calibrate": "calibrate the exit threshold",
     "metrics": "compute metrics during calibration",
     "evaluate": "evaluate methods on a task",

@@ -51,7 +51,8 @@ from graphs.families import describe
 from runtime import Bundle, OptionError, PromptError, Session
 from runtime.audio import log_mel, window
 from runtime.bundle.manifest import ExitInput
-from runtime.speech import Rules, SpeechPrompt, Transcriber
+from runtime.speech import SpeechPrompt, Transcriber
+from runtime.speech_rules import Rules
 from runtime.text.tokenizer import Tokenizer
 
 SOUND = sound(0.9)
@@ -259,7 +260,10 @@ def test_the_server_answers_the_official_client(bundle: Path) -> None:
         for given, message in (
             ({"language": "xx"}, "language is 'xx'"),
             ({"file": b"none"}, "no WAV file"),
-            ({"extra_body": {"stream": "true"}}, "streaming transcriptions are not supported"),
+            ({"stream": True, "response_format": "text"}, "stream is given with response_format 'text'; use json"),
+            ({"timestamp_granularities": ["word"]}, "is given with response_format 'json'; use verbose_json"),
+            ({"timestamp_granularities": ["line"], "response_format": "verbose_json"}, "has 'line'; choose segment"),
+            ({"timestamp_granularities": ["word"], "response_format": "verbose_json"}, "the session has no tokenizer"),
         ):
             with pytest.raises(openai.BadRequestError, match=message):
                 client.audio.transcriptions.create(**{**asked, **given})

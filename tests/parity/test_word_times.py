@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, load
-from sounds import sound
+from running_server import eventually, running
+from sounds import sound, wav
 from transformers import AutoTokenizer
 from whisper_case import CAPACITY, POSITIONS, START, write_whisper
 
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from graphs.errors import GraphError
-from runtime import Bundle, OptionError, Session, Word
+from runtime import Bundle, OptionError, PromptError, Session, SpeechOptions, Word
 from runtime.alignment import Aligner
 from runtime.audio import log_mel, window
 from runtime.engines.onnx import OnnxEngine
@@ -179,8 +181,6 @@ def test_words_of_a_result_are_those_of_its_segments(session: Session, seconds: 
 
 def test_a_window_full_of_tokens_has_words_to_its_end(session: Session) -> None:
     """The prefix without timestamps has one token more than that of decoding, so the last ones have no row."""
-    transcriber = session._transcriber
-    assert isinstance(transcriber, Transcriber)
     options: dict[str, Any] = {"language": "de", "mode": "full", "word_timestamps": True, **RAW}
     result = session.generate(SOUND, sequence_bias={(200,): -100.0}, **options)
     assert len(result.token_ids) == CAPACITY - 3
@@ -194,7 +194,7 @@ def test_what_has_no_words_is_refused_in_a_line(session: Session, checkpoint: Pa
     manifest = session.manifest
     assert manifest.speech is not None
     older = replace(manifest, speech=replace(manifest.speech, alignment_heads=()))
-    asked = session._request_options(word_timestamps=True, language="de")  # type: ignore[call-arg]
+    asked = SpeechOptions(word_timestamps=True, language="de")
     with pytest.raises(OptionError, match=r"no alignment heads; convert the checkpoint again, for a CPU$"):
         Transcriber(older, session.tokenizer, CAPACITY).check(asked)
     with pytest.raises(OptionError, match=r"the session has no tokenizer; omit it$"):
@@ -204,3 +204,78 @@ def test_what_has_no_words_is_refused_in_a_line(session: Session, checkpoint: Pa
         with pytest.raises(GraphError, match=r"alignment_heads .* give pairs of a layer below 3 and a head below 4$"):
             converted(with_heads(broken, heads), tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_transcript_comes_segment_by_segment(session: Session) -> None:
+    options: dict[str, Any] = {"language": "de", "mode": "full", "max_new_tokens": 16, "word_timestamps": True, **RAW}
+    whole = session.generate(sound(1.9), **options)
+    stream = session.transcribe(sound(1.9), **options)
+    assert stream.result is None
+    first = next(stream)
+    assert stream.result is None
+    assert (first, *stream) == whole.segments
+    assert stream.result is not None
+    assert (stream.result.text, stream.result.segments) == (whole.text, whole.segments)
+    cancel = threading.Event()
+    left = session.transcribe(sound(1.9), cancel=cancel, **options)
+    next(left)
+    cancel.set()
+    assert list(left) == []
+    assert left.result is not None
+    assert left.result.finish_reason == "cancelled"
+    with pytest.raises(OptionError, match="language is 'xx'"):
+        session.transcribe(SOUND, language="xx")
+    with pytest.raises(PromptError, match=r"missing.wav cannot be read"):
+        next(session.transcribe("missing.wav", language="de"))
+
+
+def test_the_official_client_gets_words_and_events(
+    bundle: Path, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openai
+
+    monkeypatch.setattr("secrets.randbits", lambda bits: 7)
+    options: dict[str, Any] = {"language": "de", "temperature": 1.0}  # which needs no other temperatures
+
+    with running(bundle, names=("w",)) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        asked: dict[str, Any] = {"model": "w", "file": ("a.wav", wav(sound(1.9))), **options}
+        chosen: list[tuple[Any, bool]] = [(["word"], False), (["word", "segment"], True), (["segment"], True)]
+        for given, segments in chosen:
+            verbose = client.audio.transcriptions.create(
+                response_format="verbose_json", timestamp_granularities=given, **asked
+            )
+            assert (verbose.segments is not None) == segments
+            if "word" not in given:
+                assert verbose.words is None
+                continue
+            wanted = session.generate(wav(sound(1.9)), timestamps=True, word_timestamps=True, **options)
+            words = [word for segment in wanted.segments or () for word in segment.words or ()]
+            assert [(word.word, word.start, word.end) for word in verbose.words] == [
+                (word.text.strip(), word.start, word.end) for word in words
+            ]
+        *deltas, done = client.audio.transcriptions.create(stream=True, **asked)
+        text = client.audio.transcriptions.create(**asked).text
+        assert (done.type, done.text) == ("transcript.text.done", text)
+        assert {delta.type for delta in deltas} == {"transcript.text.delta"}
+        assert "".join(delta.delta for delta in deltas).strip() == text
+        with pytest.raises(openai.BadRequestError, match="no WAV file"):
+            client.audio.transcriptions.create(stream=True, **{**asked, "file": b"none"})
+        assert eventually(lambda: len(server.log) == 6)
+        assert [line["status"] for line in server.log] == [200] * 5 + [400]
+
+
+def test_a_deadline_ends_a_stream_with_an_error(bundle: Path) -> None:
+    import openai
+
+    with running(bundle, names=("w",), deadline=0.2, slots=1) as server:
+        session = server.service.sessions["w"]
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        with session.decoder(session.listen(SOUND, "de")):  # the only slot
+            events = client.audio.transcriptions.create(
+                model="w", file=("a.wav", wav(SOUND)), language="de", stream=True
+            )
+            with pytest.raises(openai.APIError, match=r"the server's limit of 0\.2 s expired before"):
+                list(events)
+        assert eventually(lambda: len(server.log) == 1)
+        assert server.log[0]["status"] == 504

@@ -131,13 +131,13 @@ FORMATS = {"FLAC": "PCM_16", "OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}
 def compressed(kind: str, samples: np.ndarray, rate: int = RATE) -> bytes:
     soundfile = pytest.importorskip("soundfile")
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format=kind, subtype=FORMATS[kind])
+    soundfile.write(buffer, samples, rate, format=kind, subtype=FORMATS.get(kind, "FLOAT"))
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [*FORMATS, "WAV"])
 @pytest.mark.parametrize("rate", [RATE, 44100])
-def test_compressed_files_are_read(kind: str, rate: int, tmp_path: Path) -> None:
+def test_compressed_files_and_floats_are_read(kind: str, rate: int, tmp_path: Path) -> None:
     time = np.arange(rate) / rate
     stereo = np.stack([np.sin(2 * np.pi * 440 * time), np.zeros(rate)], axis=1) / 2
     (path := tmp_path / "sound").write_bytes(content := compressed(kind, stereo, rate))
@@ -162,6 +162,14 @@ def test_a_file_that_is_not_what_it_begins_as_is_refused_in_a_line(kind: str) ->
             assert len(read_audio(lies)) < 2 * RATE
     with pytest.raises(PromptError, match=r"^the audio begins as \w+, but cannot be decoded \([^\n]*$"):
         read_audio(content[:4] + bytes(2000))
+
+
+def test_a_wav_file_that_lies_about_its_samples_is_refused_in_a_line() -> None:
+    pytest.importorskip("soundfile")
+    content = wav(sound(0.1))
+    for tag in (b"\x55\0", b"\3\0", b"\xfe\xff"):  # MP3, floats, extensible
+        with pytest.raises(PromptError, match=r"^the audio begins as a WAV file without PCM samples, but[^\n]*$"):
+            read_audio(content[:20] + tag + content[22:])
 
 
 def test_without_soundfile_a_compressed_file_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

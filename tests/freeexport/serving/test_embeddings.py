@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from checkpoints import BY_NAME, Bundles, Case
 from running_server import Running, running
 
-from runtime import OptionError, PromptError, PromptLengthError, Session
+from freeexport.serving.embeddings import Embedder
+from freeexport.serving.errors import ApiError
+from runtime import OptionError, PromptError, PromptLengthError, QueueFullError, Session
 
 TEXTS = ["once", "a much longer text about nothing", "once upon"]
 
@@ -71,9 +74,16 @@ def test_what_has_no_embedding_is_refused_in_a_line(session: Session, embedding:
 def test_the_official_client_gets_unit_vectors(client: openai.OpenAI, embedding: Session) -> None:
     wanted = embedding.embed(TEXTS, normalize=True)
     ids = [embedding.encode(text).tolist() for text in TEXTS]
-    for given, rows in ((TEXTS, wanted), (ids, wanted), (TEXTS[0], wanted[:1]), (ids[0], wanted[:1])):
-        for form in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
-            answer = client.embeddings.create(model="t5", input=given, **form)  # type: ignore[call-overload]
+    inputs: list[tuple[Any, np.ndarray]] = [
+        (TEXTS, wanted),
+        (ids, wanted),
+        (TEXTS[0], wanted[:1]),
+        (ids[0], wanted[:1]),
+    ]
+    forms: list[dict[str, Any]] = [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}]
+    for given, rows in inputs:
+        for form in forms:
+            answer = client.embeddings.create(model="t5", input=given, **form)
             vectors: list[Any] = [each.embedding for each in answer.data]
             if form.get("encoding_format") == "base64":  # otherwise the client decodes it
                 vectors = [np.frombuffer(base64.b64decode(text), np.float32) for text in vectors]
@@ -100,3 +110,18 @@ def test_other_requests_are_refused(client: openai.OpenAI, given: dict[str, Any]
         client.embeddings.create(**given)
     assert message in raised.value.message
     assert "\n" not in raised.value.message
+
+
+def test_requests_wait_for_their_turn_within_limits(t5: Path) -> None:
+    async def embed(session: Session, count: int, deadline: float | None) -> list[Any]:
+        embedder = Embedder()
+        works = [embedder.embed(session, ["once"], deadline) for _ in range(count)]
+        return await asyncio.gather(*works, return_exceptions=True)
+
+    with Session(t5, threads=1, slots=1, queue=2) as session:
+        *served, refused = asyncio.run(embed(session, 4, None))
+        assert [tokens for _, tokens in served] == [len(session.encode("once"))] * 3
+        assert isinstance(refused, QueueFullError)
+        (late,) = asyncio.run(embed(session, 1, 1e-9))
+        assert isinstance(late, ApiError)
+        assert (late.status, "expired before all inputs were embedded" in late.message) == (504, True)

@@ -21,7 +21,7 @@ from draft_plans import draft_candidates
 from running_server import ENDLESS, MESSAGES, ROOT, Running, eventually, read, running, status
 from starlette.testclient import TestClient
 
-from freeexport.serving import generation, routes
+from freeexport.serving import events, routes
 from freeexport.serving.service import ServerOptions, Service
 from runtime import AsyncStream, EngineError, Session, Token
 from runtime.engines.onnx import Call
@@ -73,7 +73,7 @@ def test_chunks_say_which_of_their_tokens_exited(http: httpx.Client, server: Run
 
 
 def test_a_silent_stream_has_pings(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(events, "PING_SECONDS", 0.1)
     session = server.service.sessions["m"]
     held = [session.stream([1]) for _ in range(4)]
     with httpx.stream("POST", server.url + TEXT, json={"prompt": "x", "max_tokens": 1, "stream": True}) as answer:

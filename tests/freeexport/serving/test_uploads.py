@@ -24,6 +24,8 @@ def test_fields_of_a_form_are_read() -> None:
     body = part("file", b"\r\n--lin\0", '; filename="a.wav"') + part("language", "d\u00e9".encode()) + b"--line--\r\n"
     assert form_fields(KIND, b"preamble\r\n" + body) == {"file": b"\r\n--lin\0", "language": "d\u00e9".encode()}
     assert form_fields('multipart/form-data; boundary="line"', body[: -len(b"--line--\r\n")]) != {}
+    lists = part("a[]", b"1") + part("a[]", b"2") + b"--line--"
+    assert form_fields(KIND, lists) == {"a[]": b"1\n2"}
     assert form_fields(KIND, b"--line--") == form_fields(KIND, b"") == {}
 
 
@@ -36,6 +38,7 @@ def test_fields_of_a_form_are_read() -> None:
         (KIND, b"--line\r\n\r\nx\r\n--line--", "has no name"),
         (KIND, b"--line\r\nx" + b"y" * 10_000 + b'; name="a"\r\n\r\nx\r\n--line--', "has no name"),
         (KIND, b"".join(part(f"f{n}", b"") for n in range(MOST_PARTS + 1)) + b"--line--", "more than 32 fields"),
+        (KIND, part("a[]", b"") * (MOST_PARTS + 1) + b"--line--", "more than 32 fields"),
         (KIND, part("prompt", b"x" * (LARGEST_TEXT + 1)) + b"--line--", "or 65536 bytes beside the file"),
     ],
 )
