@@ -48,8 +48,8 @@ from tools.paper.compare_plan import (
 )
 from tools.paper.eager import EagerDecoder
 from tools.paper.recipes import RECIPES, train_recipe
-from tools.steps import Steps
 from tools.paper.threshold import PaperSession, paper_choice
+from tools.steps import Steps
 
 VALIDATION = "validation.jsonl"
 RUN = "compare.json"

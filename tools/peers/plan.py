@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from runtime.errors import OptionError
 from tools.peers.measure import Cell
-from tools.peers.models import SIZES, SMOLLM2
+from tools.peers.models import CONFIGURATIONS, SMOLLM2
 
 # Requests of a server.
 SERVED = 1000
@@ -75,7 +75,7 @@ def _steps() -> Iterator[Step]:
         title = f"Prompts, {group}"
         common = {**common, "page": "peers"}
         yield Step(f"prompts-{group}", title, cells=PROMPTS, figure="first", **common)
-    for model, size in zip(SIZES, ("Marian's size", "NLLB-600M's size"), strict=True):
+    for model, size in zip(CONFIGURATIONS, ("Marian's size", "NLLB-600M's size"), strict=True):
         for group, peer in (("fp32", "ctranslate2"), ("int8", "ctranslate2-int8")):
             common = {"precisions": (group,), "peers": (peer,), "page": "peers"}
             yield Step(f"{model}-{group}", f"{size}, {group}", model=model, cells=BEAMS, **common)

@@ -29,7 +29,7 @@ from tools.peers.measure import (
     reference_answers,
     with_options,
 )
-from tools.peers.models import SIZES, bundle_of, checkpoint_of
+from tools.peers.models import CONFIGURATIONS, bundle_of, checkpoint_of
 from tools.peers.plan import SERVED, Step
 from tools.peers.server import server
 from tools.peers.worker import PeerError
@@ -99,7 +99,7 @@ def contenders(step: Step, conditions: Conditions) -> tuple[list[Contender], dic
         except PeerError as error:
             failed[name] = str(error)
             continue
-        options = {**peer.options, "encoder_decoder": step.model in SIZES}
+        options = {**peer.options, "encoder_decoder": step.model in CONFIGURATIONS}
         build = " ".join(VARIABLES.get(peer.library, {}).values())
         found.append(
             Contender(name, peer.precision, peer.command, path, options=options, build=build)
@@ -179,13 +179,10 @@ def _requests(
     if not manifest.encoder_decoder:
         longest = max(len(ids) for blocks in cells.values() for (ids, *_) in blocks[-1])
         options["context"] = longest + max(cell.written for cell in cells)
-    failed = {}
-    truth = {}
+    truth: dict[Cell, list[Answer]] = {}
+    failed: dict[str, str] = {}
     if reference is not None:
-        try:
-            truth = reference_answers(reference, cells, conditions.threads)
-        except PeerError as error:
-            failed[reference.name] = f"no tokens to compare with: {error}"
+        truth, failed = reference_answers(reference, cells, conditions.threads)
     ready = [with_options(one, **options) for one in found]
     with Decoders(ready, conditions.threads) as decoders:
         rows = [
