@@ -164,7 +164,7 @@ def _table(step: Row) -> Any:
         "differ again#": differing("greedy_again"),
         "with drafts#": differing("with_drafts"),
     }
-    keep = ("decoder", "precision", "tokens/s", "ms", "freeexport", "same", "differ again")
+    keep = ("decoder", "precision", "tokens/s", "ms", "spread", "freeexport", "same")
     return sheet("", columns, step["rows"], keep=keep)
 
 
