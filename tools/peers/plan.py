@@ -18,7 +18,7 @@ PROMPTS = tuple(Cell(read, 2) for read in (8, 16, 24, 40, 256, 1024))
 LENGTHS = ((20, 1), (20, 64), (128, 64), (512, 1))
 BEAMS = tuple(Cell(*length, beams=beams) for beams in (1, 4) for length in LENGTHS)
 # Precisions of our bundles, and peers, of decoder-only models.
-GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+GROUPS: dict[str, dict[str, Any]] = {
     "fp32": {
         "precisions": ("fp32",),
         "peers": ("hf", "genai", "openvino", "ctranslate2", "llama-cpp-f32"),
@@ -65,7 +65,7 @@ def _steps() -> Iterator[Step]:
     for group, used in GROUPS.items():
         yield Step(f"decode-{group}", f"SmolLM2-135M, {group}", cells=(Cell(0, 64),), **used)
     for group in ("int8", "int4"):
-        common: dict[str, Any] = GROUPS[group]
+        common = GROUPS[group]
         title = f"Tokens behind long contexts, {group}"
         yield Step(f"contexts-{group}", title, cells=CONTEXTS, figure="token", **common)
         title = f"Several rows at once, {group}"
