@@ -230,11 +230,11 @@ class Decoders:
 
 def _seconds(rounds: Sequence[Sequence[Answer]], cell: Cell) -> dict[str, list[float]]:
     """Return the mean seconds in each round, of a request, to the first token, and of a token."""
-    found = {
-        "request": [fmean(one["seconds"] for one in done) for done in rounds],
-        "first": [fmean(one["first"] for one in done) for done in rounds],
-    }
-    if cell.written > 1 and cell.beams == 1:
+    found = {"request": [fmean(one["seconds"] for one in done) for done in rounds]}
+    if cell.beams > 1:  # not all libraries stream them
+        return found
+    found["first"] = [fmean(one["first"] for one in done) for done in rounds]
+    if cell.written > 1:
         found["token"] = [
             sum(one["last"] - one["first"] for one in done)
             / sum(max(1, len(one["tokens"][0]) - 1) for one in done)

@@ -35,7 +35,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Step:
+class PeerStep:
     """A part of the comparison, which is measured in one go.
 
     Attributes:
@@ -61,32 +61,34 @@ class Step:
     page: str = "benchmarks"
 
 
-def _steps() -> Iterator[Step]:
+def _steps() -> Iterator[PeerStep]:
     for group, used in GROUPS.items():
-        yield Step(f"decode-{group}", f"SmolLM2-135M, {group}", cells=(Cell(0, 64),), **used)
+        yield PeerStep(f"decode-{group}", f"SmolLM2-135M, {group}", cells=(Cell(0, 64),), **used)
     for group in ("int8", "int4"):
         common = GROUPS[group]
         title = f"Tokens behind long contexts, {group}"
-        yield Step(f"contexts-{group}", title, cells=CONTEXTS, figure="token", **common)
+        yield PeerStep(f"contexts-{group}", title, cells=CONTEXTS, figure="token", **common)
         title = f"Several rows at once, {group}"
-        yield Step(f"rows-{group}", title, cells=ROWS, figure="token", **common)
+        yield PeerStep(f"rows-{group}", title, cells=ROWS, figure="token", **common)
         title = f"First token of a new process, {group}"
-        yield Step(f"opening-{group}", title, figure="first", kind="opening", **common)
+        yield PeerStep(f"opening-{group}", title, figure="first", kind="opening", **common)
         title = f"Prompts, {group}"
         common = {**common, "page": "peers"}
-        yield Step(f"prompts-{group}", title, cells=PROMPTS, figure="first", **common)
+        yield PeerStep(f"prompts-{group}", title, cells=PROMPTS, figure="first", **common)
     for model, size in zip(CONFIGURATIONS, ("Marian's size", "NLLB-600M's size"), strict=True):
         for group, peer in (("fp32", "ctranslate2"), ("int8", "ctranslate2-int8")):
             common = {"precisions": (group,), "peers": (peer,), "page": "peers"}
-            yield Step(f"{model}-{group}", f"{size}, {group}", model=model, cells=BEAMS, **common)
-    yield Step("server", f"After {SERVED:,} requests, int8", kind="server", **GROUPS["int8"])
-    yield Step(
+            yield PeerStep(
+                f"{model}-{group}", f"{size}, {group}", model=model, cells=BEAMS, **common
+            )
+    yield PeerStep("server", f"After {SERVED:,} requests, int8", kind="server", **GROUPS["int8"])
+    yield PeerStep(
         *("schema", "Output with a JSON schema, int4", ("int4",), ("genai-int4", "llama-cpp")),
         cells=(Cell(0, 96),),
         figure="token",
         kind="schema",
     )
-    yield Step(
+    yield PeerStep(
         *("equality", "Equal tokens with drafts from the prompt"),
         *(("int8",), ("openvino-int8", "llama-cpp")),
         kind="equality",
@@ -97,7 +99,7 @@ def _steps() -> Iterator[Step]:
 STEPS = {step.name: step for step in _steps()}
 
 
-def steps_of(text: str | None) -> list[Step]:
+def steps_of(text: str | None) -> list[PeerStep]:
     """Parse comma-separated names of steps, or their beginnings. Default: all.
 
     Raises:

@@ -30,7 +30,7 @@ from tools.peers.measure import (
     with_options,
 )
 from tools.peers.models import CONFIGURATIONS, bundle_of, checkpoint_of
-from tools.peers.plan import SERVED, Step
+from tools.peers.plan import SERVED, PeerStep
 from tools.peers.server import server
 from tools.peers.worker import PeerError
 
@@ -79,7 +79,7 @@ class Conditions:
         return replace(cell, read=min(cell.read, 32), written=min(cell.written, 8))
 
 
-def contenders(step: Step, conditions: Conditions) -> tuple[list[Contender], dict[str, str]]:
+def contenders(step: PeerStep, conditions: Conditions) -> tuple[list[Contender], dict[str, str]]:
     """Return the decoders of a step, our bundles first, then the reference, and why others have
     none. Converts missing bundles and models.
     """
@@ -107,7 +107,7 @@ def contenders(step: Step, conditions: Conditions) -> tuple[list[Contender], dic
     return found, failed
 
 
-def measure_step(step: Step, conditions: Conditions) -> dict[str, Any]:
+def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
     """Measure a step, and return its rows and conditions for JSON."""
     found, failed = contenders(step, conditions)
     bundle = found[0].bundle
@@ -144,7 +144,7 @@ def measure_step(step: Step, conditions: Conditions) -> dict[str, Any]:
 
 
 def _requests(
-    step: Step,
+    step: PeerStep,
     conditions: Conditions,
     found: Sequence[Contender],
     reference: Contender | None,
