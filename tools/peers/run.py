@@ -38,7 +38,7 @@ from tools.peers.worker import PeerError
 REFERENCE = "hf"
 SAMPLE_TEXTS = 4
 EQUALITY_PROMPTS = 30
-EQUALITY_TOKENS = 64
+EQUALITY = Cell(0, 64)
 # Prompts and output of the step schema.
 JSON_PROMPT = 'Answer as JSON with keys "name" and "uses": {}.'
 SUBJECTS = ("rain", "bread", "chess", "honey bees", "coffee", "glass")
@@ -125,7 +125,8 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
             every = prompt_ids(bundle, None)
             count = 2 if conditions.trial else EQUALITY_PROMPTS
             prompts = [every[number * len(every) // count] for number in range(count)]
-            rows, more = equality(timed, prompts, EQUALITY_TOKENS, threads)
+            tokens = conditions.short(EQUALITY).written
+            rows, more = equality(timed, prompts, tokens, threads)
         else:
             reference = next((one for one in found if one.name == REFERENCE), None)
             rows, more = _requests(step, conditions, timed, reference, bundle, bandwidth)
