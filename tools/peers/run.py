@@ -109,6 +109,7 @@ def contenders(step: PeerStep, conditions: Conditions) -> tuple[list[Contender],
 
 def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
     """Measure a step, and return its rows and conditions for JSON."""
+    made = environment()
     found, failed = contenders(step, conditions)
     bundle = found[0].bundle
     assert bundle is not None
@@ -138,7 +139,7 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
         "trial": conditions.trial,
         "busy": load.cores,
         "bandwidth": bandwidth,
-        **environment(),
+        **made,
         "rows": rows,
         "failed": {**failed, **more},
     }
