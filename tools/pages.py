@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, get_type_hints
 
 import click
 
+from freeexport.system.output import write_whole
 from runtime.checks import Real, Whole
 from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
 
@@ -132,22 +134,27 @@ def keywords() -> str:
     return KEYWORDS.format(session=lines(SessionOptions), request=request)
 
 
+def write_pages(pages: Mapping[Path, str], check: bool, command: str) -> None:
+    """Write generated pages, or only `check` that they are current.
+
+    Raises:
+        ClickException: If a page is not. The message names the command that writes it.
+    """
+    for page, text in pages.items():
+        if not check:
+            write_whole(page, text)
+        elif not page.is_file() or page.read_text(encoding="utf-8") != text:
+            raise click.ClickException(f"{page} is not what it is made from; run {command} again")
+
+
 @click.command(help=__doc__)
 @click.option("--check", is_flag=True, help="Write nothing; fail where a page differs.")
 def main(check: bool) -> None:
     pages = {
-        "docs/options.md": options,
-        "runtime/option_keywords.py": keywords,
+        Path("docs/options.md"): options(),
+        Path("runtime/option_keywords.py"): keywords(),
     }
-    for name, content in pages.items():
-        page = Path(name)
-        text = content()
-        if not check:
-            page.write_text(text, encoding="utf-8")
-        elif not page.is_file() or page.read_text(encoding="utf-8") != text:
-            raise click.ClickException(
-                f"{page} is not what it is made from; run python -m tools.pages again"
-            )
+    write_pages(pages, check, "python -m tools.pages")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Speed of settings and of other decoders: rows, report and table."""
+"""Speed of settings: rows, report and table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def speed_rows(
     found: Mapping[str, Lines],
     precisions: Mapping[str, str],
     reference: str | None,
-    versions: Mapping[str, dict[str, str]] | None = None,
 ) -> list[SpeedRow]:
     """Compute a row per name.
 
@@ -50,7 +49,6 @@ def speed_rows(
         found: Records by name, then by line, with rounds in order.
         precisions: Precision by name.
         reference: Name whose tokens are compared with. None skips the comparison.
-        versions: Versions of libraries by name.
     """
     rows: list[SpeedRow] = []
     base: list[float] = []
@@ -76,7 +74,6 @@ def speed_rows(
             "first_difference": place,
             "token_bytes": None,
             "roofline": None,
-            "versions": (versions or {}).get(name, {}),
         }
         rows.append(row)
     return rows
@@ -197,7 +194,6 @@ def speed_report(
     facts: Mapping[str, Any],
     bandwidth: float,
     usable: Collection[str],
-    failed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Build the JSON report.
 
@@ -205,14 +201,12 @@ def speed_report(
         facts: Conditions, as returned by `speed_facts`.
         bandwidth: Memory bandwidth in bytes per second.
         usable: Names of the rows that may win. The shallow decoder alone is none of them.
-        failed: Reasons why decoders could not run, by name.
     """
     return {
         "schema": SCHEMA,
         "settings": dict(facts),
         "bandwidth": bandwidth,
         "rows": list(rows),
-        "failed": dict(failed or {}),
         "verdict": speed_verdict(rows, usable),
     }
 
@@ -316,7 +310,6 @@ def speed_lines(report: Mapping[str, Any], shown: Sheet | None = None) -> list[s
                 "the median over prompts"
             )
     versions = {name: used[name] for name in ("freeexport", "onnxruntime") if name in used}
-    versions |= {name: version for row in rows for name, version in row["versions"].items()}
     lines.append(", ".join(f"{name} {version}" for name, version in sorted(versions.items())))
     if not used["idle"]:
         lines.append(load_note(used.get("busy", 1.0)))

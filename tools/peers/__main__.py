@@ -24,6 +24,7 @@ from freeexport.system.output import write_whole
 from freeexport.system.progress import duration
 from runtime.machine.machine import usable_cores
 from tools.data.splits import run_tool
+from tools.pages import write_pages
 from tools.peers import pages, speech
 from tools.peers.catalog import PEERS, chosen
 from tools.peers.catalog import install as install_peer
@@ -124,21 +125,15 @@ def measure_all(
         write_whole(
             output / REPORT, json.dumps({"schema": pages.SCHEMA, "steps": found}, indent=1) + "\n"
         )
-        for line in pages.section(step.name, found[step.name]):
+        for line in pages.section(found[step.name]):
             click.echo(line)
 
 
 @main.command("pages")
 @click.option("--check", is_flag=True, help="Write nothing; fail where a page differs.")
-def write_pages(check: bool) -> None:
+def make_pages(check: bool) -> None:
     """Write the pages of other decoders, and the README's table, from docs/benchmarks/*.json."""
-    for page, text in pages.pages(Path()).items():
-        if not check:
-            write_whole(page, text)
-        elif not page.is_file() or page.read_text(encoding="utf-8") != text:
-            raise click.ClickException(
-                f"{page} is not what it is made from; run python -m tools.peers pages again"
-            )
+    write_pages(pages.pages(Path()), check, "python -m tools.peers pages")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -105,16 +104,9 @@ def _generate(
 
 
 def _memory(name: str) -> int:
-    """Return the resident memory of this process, in bytes: `VmRSS:` or the peak, `VmHWM:`.
-
-    Systems without /proc have only the peak, which getrusage starts from the parent's.
-    """
-    try:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
-    except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Return the resident memory of this process, in bytes: `VmRSS:`, or `VmHWM:` for the peak."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def _run(command: list[str], name: str) -> None:

@@ -7,12 +7,9 @@ drafts. Only token ids are compared, so the machine need not be idle.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from typing import Any
 
-from freeexport.system.progress import progress
-from tools.peers.measure import Contender, ask, with_options
-from tools.peers.worker import PeerError
+from tools.peers.measure import Contender, Decoders, with_options
 
 # Tokens that peers draft at once, as in the documentation of llama-cpp-python.
 LOOKUP = 10
@@ -46,37 +43,25 @@ def equality(
 
     Our bundles decode in mode full, then in mode lossless with drafts from the text.
     """
+
     rows = []
-    failed = {}
+    failed: dict[str, str] = {}
     for one in contenders:
-        facts: dict[str, Any] = {}
-
-        def outputs(contender: Contender, facts: dict[str, Any] = facts) -> Outputs:
-            worker, loaded = contender.load(threads)
-            facts.update(loaded)
-            with (
-                closing(worker),
-                progress(f"decoding with {contender.name}", len(prompts)) as advance,
-            ):
-                found = []
-                for prompt in prompts:
-                    found.append(ask(worker, [prompt], tokens)["tokens"][0])
-                    advance()
-                return found
-
-        try:
-            greedy = outputs(one)
-            again = outputs(one)
-            drafted = outputs(with_options(one, lookup=LOOKUP))
-        except PeerError as error:
-            failed[one.name] = str(error)
+        found = []
+        for variant in (one, one, with_options(one, lookup=LOOKUP)):
+            with Decoders([variant], threads) as running:
+                answers = running.answers(one.name, [[prompt] for prompt in prompts], tokens)
+                found.append([answer["tokens"][0] for answer in answers or []])
+                failed.update(running.failed)
+        if one.name in failed:
             continue
+        greedy, again, drafted = found
         row = {
             "name": one.name,
             "precision": one.precision,
             "greedy_again": differences(greedy, again),
             "with_drafts": differences(greedy, drafted),
-            **facts,
+            **running.facts[one.name],
         }
         rows.append(row)
     return rows, failed

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -130,42 +129,51 @@ class Decoders:
     Args:
         contenders: Decoders to start, our bundles first.
         threads: Threads of each.
-        settle: Pause before a decoder's turn, in seconds.
 
     Attributes:
-        failed: Reasons by name.
+        facts: Versions and flags of those that run, by name.
+        failed: Reasons of the others, by name.
 
     Raises:
         FreeExportError: If one of our own decoders fails.
     """
 
-    def __init__(
-        self, contenders: Sequence[Contender], threads: int, settle: float = SETTLE
-    ) -> None:
+    def __init__(self, contenders: Sequence[Contender], threads: int) -> None:
+        self.facts: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
-        self._settle = settle
-        self._stack = ExitStack()
-        self._running: dict[str, tuple[Contender, Worker, dict[str, Any]]] = {}
+        self._contenders = {one.name: one for one in contenders}
+        self._workers: dict[str, Worker] = {}
         for one in contenders:
             try:
-                worker, facts = one.load(threads)
+                self._workers[one.name], self.facts[one.name] = one.load(threads)
             except PeerError as error:
-                self._fail(one, str(error))
-                continue
-            self._stack.callback(worker.close)
-            self._running[one.name] = one, worker, facts
+                self._fail(one.name, error)
 
     def __enter__(self) -> Decoders:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        for worker in self._workers.values():
+            worker.close()
 
-    def _fail(self, contender: Contender, reason: str) -> None:
-        if contender.bundle is not None:
-            self._stack.close()
-            raise FreeExportError(f"{contender.name}: {reason}") from None
-        self.failed[contender.name] = reason
+    def _fail(self, name: str, error: PeerError) -> None:
+        if self._contenders[name].bundle is not None:
+            self.__exit__()
+            raise FreeExportError(f"{name}: {error}") from None
+        self.failed[name] = str(error)
+
+    def answers(
+        self, name: str, block: Block, tokens: int, beams: int = 1, settle: float = 0.0
+    ) -> list[Answer] | None:
+        """Let a decoder answer requests after a pause. Returns None if it does not run or fails."""
+        if name not in self._workers:
+            return None
+        time.sleep(settle)
+        try:
+            return [ask(self._workers[name], prompts, tokens, beams) for prompts in block]
+        except PeerError as error:
+            self._fail(name, error)
+            return None
 
     def rows(
         self,
@@ -174,6 +182,7 @@ class Decoders:
         reference: Sequence[Answer] | None,
         rate: float,
         describe: Describe | None = None,
+        settle: float = SETTLE,
     ) -> list[dict[str, Any]]:
         """Answer the requests of all blocks in turn, the first to warm up. Returns a row a decoder.
 
@@ -183,47 +192,32 @@ class Decoders:
             reference: Answers of fp32 to the block of the first round.
             rate: Memory bandwidth in bytes per second.
             describe: Returns further fields of a decoder's row from its answers of the first round.
+            settle: Pause before a decoder's turn, in seconds.
         """
-        names = list(self._running)
+        names = list(self._workers)
 
-        def turn(name: str, block: Block) -> list[Answer] | None:
-            contender, worker, _ = self._running[name]
-            if name in failed:
-                return None
-            time.sleep(self._settle)
-            try:
-                return [ask(worker, prompts, cell.written, cell.beams) for prompts in block]
-            except PeerError as error:
-                rows = f"{cell.rows} rows: " if cell.rows > 1 else ""
-                self._fail(contender, f"{rows}{error}")
-                failed.add(name)
-                return None
+        def turn(name: str, block: Block) -> list[Answer]:
+            return self.answers(name, block, cell.written, cell.beams, settle) or []
 
-        failed = set[str]()
         turns = list(interleave(names, blocks, 1, turn, warm_up=0))[1:]
-        found = {
-            name: [one.runs[number] or [] for one in turns]
-            for number, name in enumerate(names)
-            if name not in failed
-        }
         rows: list[dict[str, Any]] = []
         base: dict[str, list[float]] = {}
-        for name, answers in found.items():
-            contender, _, facts = self._running[name]
+        for number, name in enumerate(names):
+            answers = [one.runs[number] for one in turns]
+            if not all(answers):
+                continue
             seconds = _seconds(answers, cell)
             base = base or seconds
+            contender = self._contenders[name]
             row = {
                 "name": name,
                 "precision": contender.precision,
-                "read": cell.read,
-                "written": cell.written,
-                "beams": cell.beams,
-                "rows": cell.rows,
+                **asdict(cell),
                 **{figure: summary(each, base[figure]) for figure, each in seconds.items()},
                 "peak_bytes": answers[-1][-1]["peak_bytes"],
-                **fidelity(answers[0], reference if cell.written >= COMPARED else None),
+                **fidelity(answers[0], reference),
                 **(describe(answers[0]) if describe else {}),
-                **facts,
+                **self.facts[name],
             }
             calls = [Calls.read(one["calls"]) for done in answers for one in done if "calls" in one]
             if contender.bundle is not None and calls and "token" in row:
@@ -236,11 +230,11 @@ class Decoders:
 
 def _seconds(rounds: Sequence[Sequence[Answer]], cell: Cell) -> dict[str, list[float]]:
     """Return the mean seconds in each round, of a request, to the first token, and of a token."""
-    found = {
-        "request": [fmean(one["seconds"] for one in done) for done in rounds],
-        "first": [fmean(one["first"] for one in done) for done in rounds],
-    }
-    if cell.written > 1 and cell.beams == 1:
+    found = {"request": [fmean(one["seconds"] for one in done) for done in rounds]}
+    if cell.beams > 1:  # not all libraries stream them
+        return found
+    found["first"] = [fmean(one["first"] for one in done) for done in rounds]
+    if cell.written > 1:
         found["token"] = [
             sum(one["last"] - one["first"] for one in done)
             / sum(max(1, len(one["tokens"][0]) - 1) for one in done)
@@ -282,31 +276,22 @@ def fidelity(answers: Sequence[Answer], reference: Sequence[Answer] | None) -> d
 
 def reference_answers(
     contender: Contender, cells: Mapping[Cell, Sequence[Block]], threads: int
-) -> dict[Cell, list[Answer]]:
+) -> tuple[dict[Cell, list[Answer]], dict[str, str]]:
     """Return the answers of fp32 to the first round of the cells whose tokens are compared.
 
-    Raises:
-        PeerError: If it fails.
+    Also returns why there are none. Rows are answered one by one.
     """
-    cells = {cell: blocks for cell, blocks in cells.items() if cell.written >= COMPARED}
-    if not cells:
-        return {}
-    worker, _ = contender.load(threads)
-    try:
-        return {
-            cell: [
-                {
-                    "tokens": [
-                        ask(worker, [prompt], cell.written, cell.beams)["tokens"][0]
-                        for prompt in prompts
-                    ]
-                }
-                for prompts in blocks[1]
-            ]
-            for cell, blocks in cells.items()
-        }
-    finally:
-        worker.close()
+    found: dict[Cell, list[Answer]] = {}
+    compared = [cell for cell in cells if cell.written >= COMPARED]
+    with Decoders([contender] if compared else [], threads) as running:
+        for cell in compared:
+            each = [[prompt] for prompts in cells[cell][1] for prompt in prompts]
+            answers = running.answers(contender.name, each, cell.written, cell.beams)
+            if answers is None:
+                break
+            tokens = iter(one["tokens"][0] for one in answers)
+            found[cell] = [{"tokens": [next(tokens) for _ in one]} for one in cells[cell][1]]
+        return found, {name: f"no tokens: {reason}" for name, reason in running.failed.items()}
 
 
 def opening(
@@ -326,24 +311,17 @@ def opening(
     failed: dict[str, str] = {}
     facts: dict[str, dict[str, Any]] = {}
 
-    def turn(contender: Contender, block: int) -> tuple[float, int] | None:
-        if contender.name in failed:
-            return None
+    def turn(contender: Contender, number: int) -> tuple[float, int]:
         time.sleep(settle)
         began = time.perf_counter()
-        try:
-            worker, facts[contender.name] = contender.load(threads)
-        except PeerError as error:
-            if contender.bundle is not None:
-                raise
-            failed[contender.name] = str(error)
-            return None
-        try:
+        with Decoders([contender], threads) as running:
             loaded = time.perf_counter() - began
-            answer = ask(worker, [prompt], 2)
-        finally:
-            worker.close()
-        return loaded + answer["first"], answer["resident_bytes"]
+            answers = running.answers(contender.name, [[prompt]], tokens=2)
+            failed.update(running.failed)
+            facts.update(running.facts)
+        if answers is None:
+            return 0.0, 0
+        return loaded + answers[0]["first"], answers[0]["resident_bytes"]
 
     # The first round reads files into the system's cache.
     turns = list(interleave(contenders, range(rounds + 1), 1, turn, warm_up=0))[1:]
@@ -352,18 +330,16 @@ def opening(
     for number, one in enumerate(contenders):
         if one.name in failed:
             continue
-        found = [done.runs[number] or (0.0, 0) for done in turns]
-        seconds = [taken for taken, _ in found]
+        seconds = [done.runs[number][0] for done in turns]
         base = base or seconds
-        rows.append(
-            {
-                "name": one.name,
-                "precision": one.precision,
-                "first": summary(seconds, base),
-                "resident_bytes": round(median(memory for _, memory in found)),
-                **facts[one.name],
-            }
-        )
+        row = {
+            "name": one.name,
+            "precision": one.precision,
+            "first": summary(seconds, base),
+            "resident_bytes": round(median(done.runs[number][1] for done in turns)),
+            **facts[one.name],
+        }
+        rows.append(row)
     return rows, failed
 
 

@@ -19,32 +19,49 @@ from tools.results.measure import run_command
 SMOLLM2 = "smollm2"
 # Positions of bundles, where the model has so many.
 POSITIONS = 8192
-# Sizes of the published opus-mt-en-de and nllb-200-distilled-600M.
-SIZES: dict[str, dict[str, Any]] = {
-    "marian": {
-        "d_model": 512,
-        "ffn": 2048,
-        "layers": 6,
-        "heads": 8,
-        "vocab_size": 58101,
-        "activation": "swish",
-    },
-    "m2m_100": {
-        "d_model": 1024,
-        "ffn": 4096,
-        "layers": 12,
-        "heads": 16,
-        "vocab_size": 256206,
-        "activation": "relu",
-    },
+COMMON = {
+    "scale_embedding": True,
+    "max_position_embeddings": 1024,
+    "forced_eos_token_id": None,
+    "bos_token_id": 0,
 }
 
+
+def _sides(**values: int) -> dict[str, int]:
+    return {f"{side}_{name}": values[name] for side in ("encoder", "decoder") for name in values}
+
+
+# Of the sizes of the published opus-mt-en-de and nllb-200-distilled-600M.
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "marian": {
+        **COMMON,
+        **_sides(layers=6, attention_heads=8, ffn_dim=2048),
+        "model_type": "marian",
+        "d_model": 512,
+        "vocab_size": 58101,
+        "activation_function": "swish",
+        "pad_token_id": 58100,
+        "eos_token_id": 0,
+        "decoder_start_token_id": 58100,
+    },
+    "m2m_100": {
+        **COMMON,
+        **_sides(layers=12, attention_heads=16, ffn_dim=4096),
+        "model_type": "m2m_100",
+        "d_model": 1024,
+        "vocab_size": 256206,
+        "activation_function": "relu",
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+    },
+}
 # First and last tokens of the vocabulary.
 SPECIAL = {
     "marian": (["</s>", "<unk>"], ["<pad>"]),
     "m2m_100": (["<s>", "<pad>", "</s>", "<unk>"], []),
 }
-MODELS = (SMOLLM2, *SIZES)
+MODELS = (SMOLLM2, *CONFIGURATIONS)
 
 
 def models_of(given: tuple[str, ...]) -> dict[str, str]:
@@ -82,8 +99,8 @@ def checkpoint_of(name: str, given: Mapping[str, str], output: Path) -> str:
     if not out.is_dir():
         with tempfile.TemporaryDirectory() as directory:
             source = Path(directory)
-            (source / "config.json").write_text(json.dumps(configuration(name)))
-            write_tokenizer(source, SIZES[name]["vocab_size"], SPECIAL[name])
+            (source / "config.json").write_text(json.dumps(CONFIGURATIONS[name]))
+            write_tokenizer(source, CONFIGURATIONS[name]["vocab_size"], SPECIAL[name])
             out.parent.mkdir(parents=True, exist_ok=True)
             write_random_weights(source, out, 0)
     return str(out)
@@ -98,36 +115,6 @@ def bundle_of(name: str, checkpoint: str, precision: str, output: Path) -> Bundl
         command += ["--precision", precision, "--verify", "none"]
         run_command(*command, "--capacity", str(min(most, POSITIONS)))
     return Bundle.open(out)
-
-
-def configuration(size: str) -> dict[str, Any]:
-    of = SIZES[size]
-    sides = {
-        f"{side}_{name}": of[key]
-        for side in ("encoder", "decoder")
-        for name, key in (("layers", "layers"), ("attention_heads", "heads"), ("ffn_dim", "ffn"))
-    }
-    named = {
-        "activation_function": of["activation"],
-        "vocab_size": of["vocab_size"],
-        "d_model": of["d_model"],
-    }
-    tokens = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0, "decoder_start_token_id": 2}
-    if size == "marian":
-        last = of["vocab_size"] - 1
-        tokens = {
-            "pad_token_id": last,
-            "eos_token_id": 0,
-            "bos_token_id": 0,
-            "decoder_start_token_id": last,
-        }
-    common = {
-        "model_type": size,
-        "scale_embedding": True,
-        "max_position_embeddings": 1024,
-        "forced_eos_token_id": None,
-    }
-    return {**common, **sides, **named, **tokens}
 
 
 def write_tokenizer(directory: Path, count: int, special: tuple[list[str], list[str]]) -> None:

@@ -72,7 +72,7 @@ def pages(root: Path) -> dict[Path, str]:
             shown = {key: step for key, step in steps.items() if step["page"] == page}
             if shown:
                 parts.append(f"## {path.stem.partition('-')[2].replace('-', ' ')}\n")
-                parts += ["\n".join(section(key, step)) for key, step in shown.items()]
+                parts += ["\n".join(section(step)) for step in shown.values()]
         found[root / name] = "\n".join(parts)
     readme = root / "README.md"
     before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
@@ -100,9 +100,9 @@ def _report(path: Path) -> dict[str, Row]:
     return found
 
 
-def section(name: str, step: Row) -> list[str]:
+def section(step: Row) -> list[str]:
     """Return the lines of a step: its heading, table and conditions."""
-    shown = _equality(step) if step["kind"] == "equality" else _table(step)
+    shown = _table(step)
     lines = [f"{name}: {value}" for name, value in shown.facts]
     lines += [f"{peer}: not run: {reason}" for peer, reason in step["failed"].items()]
     lines += _conditions(step)
@@ -117,10 +117,14 @@ def _table(step: Row) -> Any:
     figure = step["figure"]
 
     def speed(row: Row) -> str:
-        tokens = {"first": row.get("read"), "token": row.get("rows")}.get(
-            figure, (row.get("written") or 0) * row.get("rows", 1)
+        tokens = {"first": row.get("read", 0), "token": row.get("rows", 0)}
+        count = tokens.get(figure, row.get("written", 0) * row.get("rows", 0))
+        return f"{count / row[figure]['seconds']:,.1f}" if count else ""
+
+    def differing(name: str) -> Callable[[Row], str]:
+        return lambda row: (
+            f"{row[name]['differing_outputs']} of {row[name]['outputs']}" if name in row else ""
         )
-        return f"{tokens / row[figure]['seconds']:,.1f}" if tokens else ""
 
     def number(name: str) -> Callable[[Row], str]:
         plain = {row.get(name, 0) for row in step["rows"]} <= {0, 1}
@@ -144,8 +148,8 @@ def _table(step: Row) -> Any:
         "precision": lambda row: row["precision"],
         "tokens/s#": speed,
         "ms#": milliseconds(figure),
-        "spread#": lambda row: f"{row[figure]['spread']:.0%}" if "spread" in row[figure] else "",
-        "freeexport#": lambda row: _ratio(row[figure]),
+        "spread#": lambda row: share("spread")(row.get(figure, {})),
+        "freeexport#": lambda row: _ratio(row.get(figure)),
         "first ms#": milliseconds("first") if figure != "first" else lambda row: "",
         "token ms#": milliseconds("token") if figure != "token" else lambda row: "",
         "peak memory#": memory("peak_bytes"),
@@ -157,12 +161,16 @@ def _table(step: Row) -> Any:
         "valid#": share("valid"),
         "forced#": share("forced"),
         "grammar#": share("grammar"),
+        "differ again#": differing("greedy_again"),
+        "with drafts#": differing("with_drafts"),
     }
-    keep = ("decoder", "precision", "tokens/s", "ms", "spread", "freeexport", "same", "bandwidth")
+    keep = ("decoder", "precision", "tokens/s", "ms", "spread", "freeexport", "same")
     return sheet("", columns, step["rows"], keep=keep)
 
 
-def _ratio(figure: Row) -> str:
+def _ratio(figure: Row | None) -> str:
+    if figure is None:
+        return ""
     if figure.get("ratio_low") is None:
         return f"{figure['ratio']:.2f}x"
     if figure["ratio_low"] == figure["ratio_high"] == 1:
@@ -176,19 +184,6 @@ def _differs(row: Row) -> str:
     return "never" if row.get("differs") is None else f"at {row['differs']:.0f}"
 
 
-def _equality(step: Row) -> Any:
-    def count(name: str) -> Callable[[Row], str]:
-        return lambda row: f"{row[name]['differing_outputs']} of {row[name]['outputs']}"
-
-    columns: dict[str, Callable[[Row], str]] = {
-        "decoder": lambda row: row["name"],
-        "precision": lambda row: row["precision"],
-        "outputs that differ, again#": count("greedy_again"),
-        "with drafts#": count("with_drafts"),
-    }
-    return sheet("", columns, step["rows"])
-
-
 def _conditions(step: Row) -> list[str]:
     """Return sentences about the machine, the rounds and the versions of a step."""
     machine = step["machine"]
@@ -198,10 +193,13 @@ def _conditions(step: Row) -> list[str]:
     reads = f", which reads {step['bandwidth'] / 1e9:.1f} GB/s" if step.get("bandwidth") else ""
     listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     rounds = f", medians of {step['rounds']} interleaved rounds" if step["rounds"] > 1 else ""
+    commit = step["commit"] or "not recorded"
+    if step["commit"]:
+        commit = commit[:12] + commit[40:]  # -dirty
     lines = [
         f"{step['model']}, {step['threads']} threads{rounds}; {machine['processor']}, "
         f"{machine['cores']} cores ({' '.join(machine['features'])}){reads}",
-        f"{step['made'][:10]}, commit {(step.get('commit') or 'not recorded')[:12]}; {listed}",
+        f"{step['made'][:10]}, commit {commit}; {listed}",
     ]
     flags = {row["name"]: row["flags"] for row in step["rows"] if row.get("flags")}
     lines += [f"{name}: {text}" for name, text in flags.items()]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from runtime.errors import OptionError
 from tools.peers.measure import Cell
-from tools.peers.models import SIZES, SMOLLM2
+from tools.peers.models import CONFIGURATIONS, SMOLLM2
 
 # Requests of a server.
 SERVED = 1000
@@ -18,7 +18,7 @@ PROMPTS = tuple(Cell(read, 2) for read in (8, 16, 24, 40, 256, 1024))
 LENGTHS = ((20, 1), (20, 64), (128, 64), (512, 1))
 BEAMS = tuple(Cell(*length, beams=beams) for beams in (1, 4) for length in LENGTHS)
 # Precisions of our bundles, and peers, of decoder-only models.
-GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+GROUPS: dict[str, dict[str, Any]] = {
     "fp32": {
         "precisions": ("fp32",),
         "peers": ("hf", "genai", "openvino", "ctranslate2", "llama-cpp-f32"),
@@ -35,7 +35,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Step:
+class PeerStep:
     """A part of the comparison, which is measured in one go.
 
     Attributes:
@@ -61,32 +61,34 @@ class Step:
     page: str = "benchmarks"
 
 
-def _steps() -> Iterator[Step]:
+def _steps() -> Iterator[PeerStep]:
     for group, used in GROUPS.items():
-        yield Step(f"decode-{group}", f"SmolLM2-135M, {group}", cells=(Cell(0, 64),), **used)
+        yield PeerStep(f"decode-{group}", f"SmolLM2-135M, {group}", cells=(Cell(0, 64),), **used)
     for group in ("int8", "int4"):
-        common: dict[str, Any] = GROUPS[group]
+        common = GROUPS[group]
         title = f"Tokens behind long contexts, {group}"
-        yield Step(f"contexts-{group}", title, cells=CONTEXTS, figure="token", **common)
+        yield PeerStep(f"contexts-{group}", title, cells=CONTEXTS, figure="token", **common)
         title = f"Several rows at once, {group}"
-        yield Step(f"rows-{group}", title, cells=ROWS, figure="token", **common)
+        yield PeerStep(f"rows-{group}", title, cells=ROWS, figure="token", **common)
         title = f"First token of a new process, {group}"
-        yield Step(f"opening-{group}", title, figure="first", kind="opening", **common)
+        yield PeerStep(f"opening-{group}", title, figure="first", kind="opening", **common)
         title = f"Prompts, {group}"
         common = {**common, "page": "peers"}
-        yield Step(f"prompts-{group}", title, cells=PROMPTS, figure="first", **common)
-    for model, size in zip(SIZES, ("Marian's size", "NLLB-600M's size"), strict=True):
+        yield PeerStep(f"prompts-{group}", title, cells=PROMPTS, figure="first", **common)
+    for model, size in zip(CONFIGURATIONS, ("Marian's size", "NLLB-600M's size"), strict=True):
         for group, peer in (("fp32", "ctranslate2"), ("int8", "ctranslate2-int8")):
             common = {"precisions": (group,), "peers": (peer,), "page": "peers"}
-            yield Step(f"{model}-{group}", f"{size}, {group}", model=model, cells=BEAMS, **common)
-    yield Step("server", f"After {SERVED:,} requests, int8", kind="server", **GROUPS["int8"])
-    yield Step(
+            yield PeerStep(
+                f"{model}-{group}", f"{size}, {group}", model=model, cells=BEAMS, **common
+            )
+    yield PeerStep("server", f"After {SERVED:,} requests, int8", kind="server", **GROUPS["int8"])
+    yield PeerStep(
         *("schema", "Output with a JSON schema, int4", ("int4",), ("genai-int4", "llama-cpp")),
         cells=(Cell(0, 96),),
         figure="token",
         kind="schema",
     )
-    yield Step(
+    yield PeerStep(
         *("equality", "Equal tokens with drafts from the prompt"),
         *(("int8",), ("openvino-int8", "llama-cpp")),
         kind="equality",
@@ -97,7 +99,7 @@ def _steps() -> Iterator[Step]:
 STEPS = {step.name: step for step in _steps()}
 
 
-def steps_of(text: str | None) -> list[Step]:
+def steps_of(text: str | None) -> list[PeerStep]:
     """Parse comma-separated names of steps, or their beginnings. Default: all.
 
     Raises:

@@ -29,8 +29,8 @@ from tools.peers.measure import (
     reference_answers,
     with_options,
 )
-from tools.peers.models import SIZES, bundle_of, checkpoint_of
-from tools.peers.plan import SERVED, Step
+from tools.peers.models import CONFIGURATIONS, bundle_of, checkpoint_of
+from tools.peers.plan import SERVED, PeerStep
 from tools.peers.server import server
 from tools.peers.worker import PeerError
 
@@ -38,7 +38,7 @@ from tools.peers.worker import PeerError
 REFERENCE = "hf"
 SAMPLE_TEXTS = 4
 EQUALITY_PROMPTS = 30
-EQUALITY_TOKENS = 64
+EQUALITY = Cell(0, 64)
 # Prompts and output of the step schema.
 JSON_PROMPT = 'Answer as JSON with keys "name" and "uses": {}.'
 SUBJECTS = ("rain", "bread", "chess", "honey bees", "coffee", "glass")
@@ -79,7 +79,7 @@ class Conditions:
         return replace(cell, read=min(cell.read, 32), written=min(cell.written, 8))
 
 
-def contenders(step: Step, conditions: Conditions) -> tuple[list[Contender], dict[str, str]]:
+def contenders(step: PeerStep, conditions: Conditions) -> tuple[list[Contender], dict[str, str]]:
     """Return the decoders of a step, our bundles first, then the reference, and why others have
     none. Converts missing bundles and models.
     """
@@ -99,7 +99,7 @@ def contenders(step: Step, conditions: Conditions) -> tuple[list[Contender], dic
         except PeerError as error:
             failed[name] = str(error)
             continue
-        options = {**peer.options, "encoder_decoder": step.model in SIZES}
+        options = {**peer.options, "encoder_decoder": step.model in CONFIGURATIONS}
         build = " ".join(VARIABLES.get(peer.library, {}).values())
         found.append(
             Contender(name, peer.precision, peer.command, path, options=options, build=build)
@@ -107,8 +107,9 @@ def contenders(step: Step, conditions: Conditions) -> tuple[list[Contender], dic
     return found, failed
 
 
-def measure_step(step: Step, conditions: Conditions) -> dict[str, Any]:
+def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
     """Measure a step, and return its rows and conditions for JSON."""
+    made = environment()
     found, failed = contenders(step, conditions)
     bundle = found[0].bundle
     assert bundle is not None
@@ -125,7 +126,8 @@ def measure_step(step: Step, conditions: Conditions) -> dict[str, Any]:
             every = prompt_ids(bundle, None)
             count = 2 if conditions.trial else EQUALITY_PROMPTS
             prompts = [every[number * len(every) // count] for number in range(count)]
-            rows, more = equality(timed, prompts, EQUALITY_TOKENS, threads)
+            tokens = conditions.short(EQUALITY).written
+            rows, more = equality(timed, prompts, tokens, threads)
         else:
             reference = next((one for one in found if one.name == REFERENCE), None)
             rows, more = _requests(step, conditions, timed, reference, bundle, bandwidth)
@@ -137,14 +139,14 @@ def measure_step(step: Step, conditions: Conditions) -> dict[str, Any]:
         "trial": conditions.trial,
         "busy": load.cores,
         "bandwidth": bandwidth,
-        **environment(),
+        **made,
         "rows": rows,
         "failed": {**failed, **more},
     }
 
 
 def _requests(
-    step: Step,
+    step: PeerStep,
     conditions: Conditions,
     found: Sequence[Contender],
     reference: Contender | None,
@@ -179,13 +181,10 @@ def _requests(
     if not manifest.encoder_decoder:
         longest = max(len(ids) for blocks in cells.values() for (ids, *_) in blocks[-1])
         options["context"] = longest + max(cell.written for cell in cells)
-    failed = {}
-    truth = {}
+    truth: dict[Cell, list[Answer]] = {}
+    failed: dict[str, str] = {}
     if reference is not None:
-        try:
-            truth = reference_answers(reference, cells, conditions.threads)
-        except PeerError as error:
-            failed[reference.name] = f"no tokens to compare with: {error}"
+        truth, failed = reference_answers(reference, cells, conditions.threads)
     ready = [with_options(one, **options) for one in found]
     with Decoders(ready, conditions.threads) as decoders:
         rows = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from typing import Any
 
 import httpx
@@ -12,8 +11,7 @@ import numpy as np
 import psutil
 
 from freeexport.system.progress import progress
-from tools.peers.measure import Contender, ask, summary
-from tools.peers.worker import PeerError
+from tools.peers.measure import Contender, Decoders, summary
 from tools.server_load import served
 
 WRITTEN = 8
@@ -21,8 +19,9 @@ WRITTEN = 8
 LAST = 100
 SLOTS = 4
 
-# Answers a prompt, and returns seconds and resident memory.
-Respond = Callable[[list[int]], tuple[float, int]]
+# Seconds of a request, and resident memory after it.
+Sample = tuple[float, int]
+Respond = Callable[[list[int]], Sample]
 
 
 def server(
@@ -43,7 +42,7 @@ def server(
     with served(ours.bundle.path, threads, SLOTS) as url, httpx.Client(timeout=600) as client:
         process = next(one for one in psutil.Process().children() if "serve" in one.cmdline())
 
-        def respond(prompt: list[int]) -> tuple[float, int]:
+        def respond(prompt: list[int]) -> Sample:
             began = time.perf_counter()
             body = {"prompt": prompt, "max_tokens": WRITTEN, "temperature": 0, "ignore_eos": True}
             client.post(f"{url}/v1/completions", json=body).raise_for_status()
@@ -52,17 +51,16 @@ def server(
         rows = [_row(f"{ours.name} serve", ours.precision, respond, prompts)]
     failed = {}
     for one in peers:
-        try:
-            worker, facts = one.load(threads)
-            with closing(worker):
+        with Decoders([one], threads) as running:
 
-                def answer(prompt: list[int], worker: Any = worker) -> tuple[float, int]:
-                    found = ask(worker, [prompt], WRITTEN)
-                    return found["seconds"], found["resident_bytes"]
+            def answer(prompt: list[int], running: Any = running, name: str = one.name) -> Sample:
+                (found,) = running.answers(name, [[prompt]], WRITTEN)
+                return found["seconds"], found["resident_bytes"]
 
-                rows.append({**_row(one.name, one.precision, answer, prompts), **facts})
-        except PeerError as error:
-            failed[one.name] = str(error)
+            if one.name in running.facts:
+                row = _row(one.name, one.precision, answer, prompts)
+                rows.append({**row, **running.facts[one.name]})
+            failed.update(running.failed)
     base = rows[0]["request"]
     for row in rows:
         row["request"] = summary(row["request"], base)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import click
 
-from freeexport.system.output import write_whole
 from freeexport.system.progress import duration
 from tools.data.splits import run_tool
+from tools.pages import write_pages
 from tools.results.measure import RESULTS, ROOT, measure_row, result_file
 from tools.results.pages import index, readme
 from tools.results.rows import ROWS
@@ -64,18 +64,10 @@ def measure_rows(names: tuple[str, ...], output: Path, plan: bool, trial: int | 
 
 @main.command("pages")
 @click.option("--check", is_flag=True, help="Write nothing; fail where a page differs.")
-def write_pages(check: bool) -> None:
+def make_pages(check: bool) -> None:
     """Write docs/results/index.md and the README's table from docs/results/*.json."""
-    for page, text in {
-        RESULTS / "index.md": index(RESULTS),
-        ROOT / "README.md": readme(ROOT, RESULTS),
-    }.items():
-        if not check:
-            write_whole(page, text)
-        elif not page.is_file() or page.read_text(encoding="utf-8") != text:
-            raise click.ClickException(
-                f"{page} is not what it is made from; run python -m tools.results pages again"
-            )
+    found = {RESULTS / "index.md": index(RESULTS), ROOT / "README.md": readme(ROOT, RESULTS)}
+    write_pages(found, check, "python -m tools.results pages")
 
 
 if __name__ == "__main__":

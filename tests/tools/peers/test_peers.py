@@ -34,25 +34,25 @@ def contender(name: str, bundle: Any = None) -> Contender:
 
 def test_everyone_answers_every_round_and_failures_stop_nobody_else() -> None:
     missing = replace(contender("missing"), command=["/nowhere/python"])
-    with Decoders([missing, contender("good"), contender("bad")], 1, settle=0) as running:
+    with Decoders([missing, contender("good"), contender("other")], 1) as running:
         blocks = TEXT.blocks([[[5]], [[6]]], 2, 100, None)
         assert blocks == [[[[5]]], [[[5]], [[6]]], [[[5]], [[6]]]]
         reference = [{"tokens": [[6, 7, 8]]}, {"tokens": [[7, 0, 9]]}]
-        good, bad = running.rows(TEXT, blocks, reference, 1e9)
-        # Outputs shorter than COMPARED are not compared.
-        assert "same" not in good
+        good, other = running.rows(TEXT, blocks, reference, 1e9, settle=0)
+        assert good["same"] == other["same"] == pytest.approx(5 / 6)
+        assert good["differs"] == 1
         assert good["versions"] == {"fake": "1.0"}
         assert good["flags"] == "threads=1"
         assert good["request"]["ratio_low"] == good["request"]["ratio_high"] == 1
-        assert bad["request"]["ratio"] > 0
+        assert other["request"]["ratio"] > 0
         assert 0.001 < good["token"]["seconds"] < good["request"]["seconds"] < 1
     assert list(running.failed) == ["missing"]
     assert "cannot be started" in running.failed["missing"]
 
 
 def test_a_decoder_that_dies_has_no_row() -> None:
-    with Decoders([contender("good")], 1, settle=0) as running:
-        assert running.rows(TEXT, [[[[1]]], [[[fake_peer.DIES]]]], None, 1e9) == []
+    with Decoders([contender("good")], 1) as running:
+        assert running.rows(TEXT, [[[[1]]], [[[fake_peer.DIES]]]], None, 1e9, settle=0) == []
         assert "ended with code 3" in running.failed["good"]
 
 
@@ -61,8 +61,8 @@ def test_rows_are_answered_together() -> None:
     blocks = cell.blocks([], 2, 100, None)
     prompts = [prompt for block in blocks for request in block for prompt in request]
     assert len(prompts) == len({tuple(prompt) for prompt in prompts}) == 9
-    with Decoders([contender("good")], 1, settle=0) as running:
-        (row,) = running.rows(cell, blocks, None, 1e9)
+    with Decoders([contender("good")], 1) as running:
+        (row,) = running.rows(cell, blocks, None, 1e9, settle=0)
     assert (row["read"], row["rows"]) == (4, 3)
 
 
@@ -76,8 +76,12 @@ def test_tokens_are_compared_with_those_of_the_reference() -> None:
     assert fidelity(answers, answers) == {"same": 1, "differs": None}
     assert fidelity(answers, None) == {}
     long = Cell(0, 8)
-    found = reference_answers(contender("hf"), {long: [[], [[[1], [2]]]], TEXT: [[], [[[1]]]]}, 1)
+    cells = {long: [[], [[[1], [2]]]], TEXT: [[], [[[1]]]]}
+    found, failed = reference_answers(contender("hf"), cells, 1)
     assert found == {long: [{"tokens": [list(range(2, 10)), list(range(3, 11))]}]}
+    assert not failed
+    missing = replace(contender("hf"), command=["/nowhere/python"])
+    assert "no tokens: /nowhere" in reference_answers(missing, cells, 1)[1]["hf"]
 
 
 def test_opening_counts_from_the_start_of_the_process() -> None:
@@ -91,8 +95,8 @@ def test_opening_counts_from_the_start_of_the_process() -> None:
 
 def test_ours_may_not_fail() -> None:
     ours = contender("ours", bundle=object())
-    with Decoders([ours], 1, settle=0) as running, pytest.raises(FreeExportError, match=r"^ours: ValueError: cannot"):
-        running.rows(TEXT, [[[[fake_peer.FAILS]]]] * 2, None, 1e9)
+    with Decoders([ours], 1) as running, pytest.raises(FreeExportError, match=r"^ours: ValueError: cannot"):
+        running.rows(TEXT, [[[[fake_peer.FAILS]]]] * 2, None, 1e9, settle=0)
 
 
 def test_peers_that_are_named_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -138,9 +142,9 @@ def test_checkpoints_are_of_the_kind_that_they_replace(checkpoint: Callable[[Cas
             models_of((text,))
 
 
-@pytest.mark.parametrize("size", models.SIZES)
+@pytest.mark.parametrize("size", models.CONFIGURATIONS)
 def test_tokens_of_a_made_vocabulary_are_where_its_configuration_says(size: str, tmp_path: Path) -> None:
-    config = models.configuration(size)
+    config = models.CONFIGURATIONS[size]
     models.write_tokenizer(tmp_path, 200, models.SPECIAL[size])
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     last = 199 if size == "marian" else config["pad_token_id"]
@@ -169,7 +173,7 @@ def test_a_worker_answers_whatever_libraries_print_and_after_failures(worker: Wo
     answer = ask(worker, [[7], [1]], 3)
     assert answer["tokens"] == [[8, 9, 10], [2, 3, 4]]
     assert 0 < answer["first"] < answer["last"] <= answer["seconds"]
-    assert 1 << 20 < answer["resident_bytes"] <= answer["peak_bytes"]
+    assert min(answer["resident_bytes"], answer["peak_bytes"]) > 1 << 20
 
 
 @pytest.mark.parametrize(

@@ -193,4 +193,4 @@ def test_ours_is_measured_beside_the_reference(tmp_path: Path) -> None:
     (row,) = found["rows"]
     assert 0 < row["same"] <= 1
     assert 0 < row["bandwidth"] < 2
-    assert pages.section("decode-int8", found)
+    assert pages.section(found)

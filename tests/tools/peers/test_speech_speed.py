@@ -47,7 +47,12 @@ def test_sessions_and_the_peer_are_closed(starts: bool, tmp_path: Path, monkeypa
     monkeypatch.setattr(speech, "chosen", lambda names: {})
     monkeypatch.setattr(Peer, "command", [sys.executable, "-m", "tools.peers.decoders", "faster_whisper"])
     closed: list[Worker] = []
-    monkeypatch.setattr(Worker, "close", lambda worker: (closed.append(worker), close(worker)))
+
+    def recorded(worker: Worker) -> None:
+        closed.append(worker)
+        close(worker)
+
+    monkeypatch.setattr(Worker, "close", recorded)
     package = tmp_path / "packages" / "faster_whisper"
     package.mkdir(parents=True)
     (package / "audio.py").write_text("def decode_audio(path):\n    return path\n")
