@@ -317,7 +317,8 @@ class EngineBuilder:
     def _decoder_call(self, graph: Graph, rows: ir.Value) -> CallInputs:
         past = graph.input("past_lengths", INT32, ["B"])
         query = graph.input("query_lengths", INT32, ["B"])
-        cross = graph.input("cross_lengths", INT32, ["B"]) if self.description.encoder else None
+        prompts = "P" if self.options.dialect == "ort" else "B"
+        cross = graph.input("cross_lengths", INT32, [prompts]) if self.description.encoder else None
         return CallInputs(_size(graph, rows), query, past, cross)
 
     def _layers(

@@ -22,7 +22,10 @@ class _Attention(ctypes.Structure):
     """Mirrors the struct in runtime/kernels/source/attention.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity", "width")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "rows", "prompts", "heads", "kv_heads", "size", "capacity", "width")
+        ),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("window", ctypes.c_int64),
         ("input", ctypes.c_void_p),
@@ -142,8 +145,8 @@ def attend(
     y = np.full((len(rows), layer.heads * layer.size), np.nan, np.float32)
     at = {name: array.ctypes.data for name, array in layer.tables.items()}
     given = _Attention(
-        batch=len(call.rows), rows=len(rows), heads=layer.heads, kv_heads=layer.kv_heads, size=layer.size,
-        capacity=call.key.shape[2], scale=layer.scale, window=layer.window, input=rows.ctypes.data,
+        batch=len(call.rows), rows=len(rows), prompts=len(call.rows), heads=layer.heads, kv_heads=layer.kv_heads,
+        size=layer.size, capacity=call.key.shape[2], scale=layer.scale, window=layer.window, input=rows.ctypes.data,
         past_key=call.key.ctypes.data, past_value=call.value.ctypes.data, key=call.key.ctypes.data,
         value=call.value.ctypes.data, past_lengths=call.past.ctypes.data, query_lengths=call.lengths.ctypes.data,
         width=layer.width, packed=packed, positions=POSITIONS, softcap=layer.softcap, reach=8,

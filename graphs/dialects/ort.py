@@ -146,15 +146,22 @@ class OrtDialect:
         return self._flat(out, attention)
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
-        query = self._in_rows(linear(self.graph, x, attention.query))
-        prompt = key_value_inputs(self.graph, "cross", layer, attention, "E")
-        return self._attend([query, *prompt, None, self.call.cross_lengths, None], attention)
+        graph = self.graph
+        query = self._in_rows(linear(graph, x, attention.query))
+        key, value = key_value_inputs(graph, "cross", layer, attention, "E", "P")
+        # Sequences that share a prompt become rows of one: [B, rows, n] -> [P, B / P * rows, n].
+        width = attention.heads * attention.head_dim
+        prompts = graph.op("Shape", [key], start=0, end=1)
+        shape = graph.op("Concat", [prompts, graph.constant([-1, width])], axis=0)
+        query = graph.op("Reshape", [query, shape])
+        out = self._attend([query, key, value, None, self.call.cross_lengths, None], attention)
+        return self._flat(in_rows(graph, out, self.call), attention)
 
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         packed = query_key_value(self.graph, x, attention)
         parts = map(self._in_rows, self.graph.ops("Split", [packed], 3, axis=-1, num_outputs=3))
         inputs = [*parts, None, self.call.query_lengths, self._bias(attention)]
-        return self._attend(inputs, attention)
+        return self._flat(self._attend(inputs, attention), attention)
 
     def _rotary_tables(self, attention: Attention) -> tuple[ir.Value | None, ir.Value | None]:
         """Return cosine and sine of every position, or None without rotary positions."""
@@ -194,14 +201,13 @@ class OrtDialect:
         return flat(self.graph, x, attention.heads * attention.head_dim)
 
     def _attend(self, inputs: list[ir.Value | None], attention: Attention) -> ir.Value:
-        out = self.graph.op(
+        return self.graph.op(
             "MultiHeadAttention",
             inputs,
             MICROSOFT,
             num_heads=attention.heads,
             scale=attention.scale,
         )
-        return self._flat(out, attention)
 
     def _bias(self, attention: Attention) -> ir.Value | None:
         """Return the relative bias over all keys of the call, one per table."""
@@ -267,7 +273,7 @@ class KernelDialect(OrtDialect):
         graph = self.graph
         call = self.call
         rows = linear(graph, x, attention.query)
-        prompt = key_value_inputs(graph, "cross", layer, attention, "E")
+        prompt = key_value_inputs(graph, "cross", layer, attention, "E", "P")
         out = graph.op(
             "HalfCrossAttention",
             [rows, *prompt, call.cross_lengths, call.query_lengths],

@@ -175,11 +175,14 @@ void attend_few(Parallel parallel, void* context, Call& call) {
   std::free(call.rooms);
 }
 
+// Returns the index of a sequence's keys and values.
+int64_t prompt_of(const Attention& a, int64_t sequence) { return sequence / (a.batch / a.prompts); }
+
 const char* check_lengths(const Attention& a) {
   int64_t counted = 0;
   for (int64_t b = 0; b < a.batch; b++) {
     const int64_t query = a.query_lengths[b];
-    const int64_t past = a.cross_lengths ? a.cross_lengths[b] : a.past_lengths[b];
+    const int64_t past = a.cross_lengths ? a.cross_lengths[prompt_of(a, b)] : a.past_lengths[b];
     if (past < 0 || query < 0) return "a length is negative";
     if (a.cross_lengths && past > a.capacity) return "cross_lengths go beyond the keys";
     if (!a.cross_lengths && past + query > a.capacity) return "past_lengths and query_lengths go beyond the cache";
@@ -196,8 +199,9 @@ int64_t find_places(const Attention& a, Place* places) {
   int64_t count = 0;
   for (int64_t b = 0; b < a.batch; b++) {
     const int64_t query = a.query_lengths[b], first = a.packed ? count : b * rows;
+    const int64_t prompt = prompt_of(a, b);
     for (int64_t i = 0; i < query; i++, count++)
-      places[count] = {first + i, b, a.cross_lengths ? a.cross_lengths[b] - 1 : a.past_lengths[b] + i};
+      places[count] = {first + i, prompt, a.cross_lengths ? a.cross_lengths[prompt] - 1 : a.past_lengths[b] + i};
     if (!a.packed && query < rows)
       std::memset(a.y + (first + query) * width, 0, static_cast<size_t>((rows - query) * width) * sizeof(float));
   }

@@ -117,21 +117,25 @@ ort::Status* check_shape(const Kernel& kernel, const ort::KernelContext* context
   return nullptr;
 }
 
-ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* context, Attention* a) {
-  int64_t rows[2] = {-1, a->width}, cache[4] = {-1, a->kv_heads, -1, a->size};
+ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* context, bool cross, Attention* a) {
+  int64_t rows[2] = {-1, a->width}, cache[4] = {-1, a->kv_heads, -1, a->size}, sequences[1] = {-1};
   int64_t tables[2] = {-1, -1}, bias[2] = {-1, a->heads}, norm[1] = {a->size};
   RETURN_IF_ERROR(check_shape(kernel, context, kRows, "rows", 2, rows));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastKey, "past_key", 4, cache));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastValue, "past_value", 4, cache));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastLengths, "past_lengths", 1, cache));
-  RETURN_IF_ERROR(check_shape(kernel, context, kQueryLengths, "query_lengths", 1, cache));
+  RETURN_IF_ERROR(check_shape(kernel, context, kQueryLengths, "query_lengths", 1, cross ? sequences : cache));
   RETURN_IF_ERROR(check_shape(kernel, context, kCosine, "cosine", 2, tables));
   RETURN_IF_ERROR(check_shape(kernel, context, kSine, "sine", 2, tables));
   RETURN_IF_ERROR(check_shape(kernel, context, kBias, "bias", 2, bias));
   RETURN_IF_ERROR(check_shape(kernel, context, kQueryNorm, "query_norm", 1, norm));
   RETURN_IF_ERROR(check_shape(kernel, context, kKeyNorm, "key_norm", 1, norm));
   a->rows = rows[0];
-  a->batch = cache[0];
+  a->prompts = cache[0];
+  a->batch = cross ? sequences[0] : a->prompts;
+  if (a->prompts == 0 ? a->batch != 0 : a->batch % a->prompts != 0)
+    return fail(kernel.api, ort::kInvalidArgument, "query_lengths of %lld sequences do not share %lld prompts",
+                static_cast<long long>(a->batch), static_cast<long long>(a->prompts));
   a->capacity = cache[2];
   a->positions = tables[0];
   a->turned = kernel.given[kCosine] ? tables[1] : 0;
@@ -159,7 +163,7 @@ ort::Status* make_outputs(const Kernel& kernel, ort::KernelContext* context, siz
 // Checks shapes, allocates outputs, and sets all tensors except the lengths of the keys.
 ort::Status* begin_call(const Kernel& kernel, ort::KernelContext* context, size_t outputs, const void** inputs,
                         Attention* a) {
-  RETURN_IF_ERROR(check_shapes(kernel, context, a));
+  RETURN_IF_ERROR(check_shapes(kernel, context, outputs == kKey, a));
   for (size_t input = kRows; input < kInputs; input++)
     RETURN_IF_ERROR(input_of(kernel.api, context, input, kernel.given[input], &inputs[input]));
   a->past_key = inputs[kPastKey];

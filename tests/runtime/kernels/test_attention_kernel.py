@@ -213,6 +213,21 @@ def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, 
         np.testing.assert_array_equal(crossed(alone, *given)[0], packed[place])
 
 
+@pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
+def test_sequences_that_share_a_prompt_have_the_bits_that_they_have_with_copies_of_it(name, monkeypatch):
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
+    rng = np.random.default_rng(7)
+    layer = Layer(4, 4, 40, cache=np.float16)
+    rows = rng.standard_normal((16, 160)).astype(np.float32)
+    key, value = (rng.standard_normal((2, 4, 150, 40)).astype(np.float16) for _ in range(2))
+    lengths, counts = np.array([150, 70], np.int32), np.full(16, 1, np.int32)
+    session = cross_session(layer, True, 2)
+    copies = crossed(session, rows, key.repeat(8, 0), value.repeat(8, 0), lengths.repeat(8), counts)
+    np.testing.assert_array_equal(crossed(session, rows, key, value, lengths, counts), copies)
+    with pytest.raises(Exception, match="query_lengths of 15 sequences do not share 2 prompts"):
+        crossed(session, rows[:15], key, value, lengths, counts[:15])
+
+
 def test_cross_attention_to_nothing_is_0_and_beyond_the_keys_an_error():
     layer, rows, key = Layer(2, 2, 16), np.ones((2, 32), np.float32), np.ones((2, 2, 5, 16), np.float32)
     counts = np.ones(2, np.int32)
