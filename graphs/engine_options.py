@@ -146,7 +146,7 @@ class EngineOptions:
             )
 
     def own_attention(self, description: Description) -> bool:
-        """Return True if decoders use this project's attention kernels."""
+        """Return True if engines use this project's attention kernels."""
         return self.kernels == "freeexport" and has_attention_kernel(description.attention)
 
     def cache_type(self, description: Description) -> FloatType:

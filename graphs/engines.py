@@ -305,7 +305,7 @@ class EngineBuilder:
 
     def _dialect(self, graph: Graph, call: CallInputs, packed: Packing | None = None) -> Dialect:
         rows = self.options.capacity + self.options.max_pending
-        if call.past_lengths is not None and self.options.own_attention(self.description):
+        if self.options.own_attention(self.description):
             return KernelDialect(graph, call, rows, packed)
         if self.options.dialect == "ort":
             return OrtDialect(graph, call, rows, packed)

@@ -235,8 +235,8 @@ def has_attention_kernel(attention: Attention) -> bool:
 class KernelDialect(OrtDialect):
     """Implements `graphs.dialects.base.Dialect` with this project's attention kernels.
 
-    A row gets the same bits in every call, whatever other rows are in it. Keys and values are
-    float16. Attention reads flat rows, padded or, with `packing`, packed.
+    A row gets the same bits in every call, whatever other rows are in it. Keys and values of
+    decoders are float16. Attention reads flat rows, padded or, with `packing`, packed.
     """
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
@@ -285,6 +285,34 @@ class KernelDialect(OrtDialect):
             packed=int(self._packing is not None),
         )
         return self._typed(out, attention)
+
+    def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
+        if not has_attention_kernel(attention):  # its heads may differ from those of the decoder
+            return super().encoder_attention(x, attention)
+        graph = self.graph
+        bias = attention.relative_bias
+        out = graph.op(
+            "EncoderAttention",
+            [
+                query_key_value(graph, x, attention),
+                self._prompt_lengths,
+                None if bias is None else distance_table(graph, bias),
+            ],
+            DOMAIN,
+            num_heads=attention.heads,
+            kv_num_heads=attention.kv_heads,
+            head_size=attention.head_dim,
+            scale=attention.scale,
+        )
+        return self._typed(out, attention)
+
+    @cached_property
+    def _prompt_lengths(self) -> ir.Value:
+        """Valid rows of each prompt, int32 [B]: all rows of a window of speech."""
+        if self.call.query_lengths is not None:
+            return self.call.query_lengths
+        batch, rows = self.graph.ops("Split", [self.call.size], 2, axis=0, num_outputs=2)
+        return self.graph.op("Expand", [self.graph.cast(rows, ir.DataType.INT32), batch])
 
     def _typed(self, out: ir.Value, attention: Attention) -> ir.Value:
         """Set type and shape, which ONNX Runtime cannot infer for custom operators."""

@@ -1,6 +1,7 @@
 // Attention of a decoder over its KV cache, which is extended in place. Every row of a call sees
 // the earlier positions of its sequence and itself. With `cross_lengths`, rows see the keys and
-// values of a prompt instead, which neighboring sequences may share.
+// values of a prompt instead, which neighboring sequences may share. In an encoder, these are the
+// keys and values of all rows of the sequence.
 //
 // The order of a row's sums does not depend on the rest of the call. The keys that it sees are
 // divided into pieces, each with its own largest score and sums. Threads may share the pieces,
@@ -33,13 +34,18 @@ struct Attention {
   const float* cosine;        // [positions, turned], or null without rotary positions
   const float* sine;
   int64_t positions, turned;  // size of the tables: rotated pairs of a head are at most size / 2
-  const float* bias;          // [reach + 1, heads] by distance, the last for larger ones. Or null
+  // [reach + 1, heads] by distance, the last for larger ones. In an encoder [2 reach + 1, heads] by
+  // key - query, from -reach on. Or null
+  const float* bias;
   int64_t reach;
   const float* query_norm;    // [size]: norm of each head. Or null
   const float* key_norm;
   float epsilon;
   float* y;                   // [rows, heads * size], 0 in rows that are not valid
   int prompt;                 // rows of a prompt, which may have other bits, see `attend_prompt`
+  // Keys and values are those of the rows, which are not packed, with `capacity` rows each. `key`
+  // and `value` are memory for them, each with kBehind values after the last.
+  bool encoder;
 };
 
 // A valid row: its index in the call, the sequence or prompt whose keys it sees, and its position,
@@ -54,6 +60,8 @@ constexpr int kSharing = 4;
 constexpr int64_t kPieceRows = 64;
 // Maximum size of heads whose keys are transposed for many rows.
 constexpr int64_t kTurnedSize = 256;
+// Values after those of an encoder, which may be read in whole registers.
+constexpr int64_t kBehind = 32;
 
 #define FREEEXPORT_ATTENTION __attribute__((always_inline)) inline
 
