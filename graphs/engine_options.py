@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphs.description import Description, ForeignEncoder
-from graphs.dialects.ort import fits_head_size, has_attention_kernel, misfit
+from graphs.dialects.ort import (
+    fits_fused_attention,
+    fits_head_size,
+    has_attention_kernel,
+    misfit,
+)
 from graphs.errors import GraphError
 from graphs.exit_head import EXIT_MAP
 from graphs.quantization.plan import ROUNDING, FormatPlan, rounding_for, shared_values
@@ -150,6 +155,15 @@ class EngineOptions:
         if any(layer.joined for layer in description.decoder.layers):
             return False
         return self.kernels == "freeexport" and has_attention_kernel(description.attention)
+
+    def shares_prompts(self, description: Description) -> bool:
+        """Return True if neighboring sequences can share the keys and values of one prompt."""
+        if self.own_attention(description):
+            return True
+        return self.dialect == "ort" and all(
+            layer.cross is None or (not layer.joined and fits_fused_attention(layer.cross))
+            for layer in description.decoder.layers
+        )
 
     def cache_type(self, description: Description) -> FloatType:
         """Return the type of keys and values. This project's attention kernels read fp16."""

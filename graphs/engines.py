@@ -311,7 +311,7 @@ class EngineBuilder:
 
     def _dialect(self, graph: Graph, call: CallInputs, packed: Packing | None = None) -> Dialect:
         rows = self.options.capacity + self.options.max_pending
-        if call.past_lengths is not None and self.options.own_attention(self.description):
+        if self.options.own_attention(self.description):
             return KernelDialect(graph, call, rows, packed)
         if self.options.dialect == "ort":
             return OrtDialect(graph, call, rows, packed)
@@ -323,7 +323,8 @@ class EngineBuilder:
     def _decoder_call(self, graph: Graph, rows: ir.Value) -> CallInputs:
         past = graph.input("past_lengths", INT32, ["B"])
         query = graph.input("query_lengths", INT32, ["B"])
-        cross = graph.input("cross_lengths", INT32, ["B"]) if self.description.encoder else None
+        prompts = "P" if self.options.shares_prompts(self.description) else "B"
+        cross = graph.input("cross_lengths", INT32, [prompts]) if self.description.encoder else None
         return CallInputs(_size(graph, rows), query, past, cross)
 
     def _layers(

@@ -22,7 +22,10 @@ class _Attention(ctypes.Structure):
     """Mirrors the struct in runtime/kernels/source/attention.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity", "width")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "rows", "prompts", "heads", "kv_heads", "size", "capacity", "width")
+        ),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("window", ctypes.c_int64),
         ("input", ctypes.c_void_p),
@@ -38,6 +41,7 @@ class _Attention(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("y", ctypes.c_void_p),
         ("prompt", ctypes.c_int),
+        ("encoder", ctypes.c_bool),
     )
 
 
@@ -142,8 +146,8 @@ def attend(
     y = np.full((len(rows), layer.heads * layer.size), np.nan, np.float32)
     at = {name: array.ctypes.data for name, array in layer.tables.items()}
     given = _Attention(
-        batch=len(call.rows), rows=len(rows), heads=layer.heads, kv_heads=layer.kv_heads, size=layer.size,
-        capacity=call.key.shape[2], scale=layer.scale, window=layer.window, input=rows.ctypes.data,
+        batch=len(call.rows), rows=len(rows), prompts=len(call.rows), heads=layer.heads, kv_heads=layer.kv_heads,
+        size=layer.size, capacity=call.key.shape[2], scale=layer.scale, window=layer.window, input=rows.ctypes.data,
         past_key=call.key.ctypes.data, past_value=call.value.ctypes.data, key=call.key.ctypes.data,
         value=call.value.ctypes.data, past_lengths=call.past.ctypes.data, query_lengths=call.lengths.ctypes.data,
         width=layer.width, packed=packed, positions=POSITIONS, softcap=layer.softcap, reach=8,
@@ -225,6 +229,36 @@ def cross_session(layer: Layer, packed: bool, threads: int = 1) -> ort.Inference
         kind = "CappedCrossAttention"
         attributes["softcap"] = layer.softcap
     return one_node(kind, given, ["y"], {}, threads=threads, **attributes)
+
+
+def encoder_session(layer: Layer, threads: int = 1) -> ort.InferenceSession:
+    """Return a session of one EncoderAttention, with the input `bias` if the layer has one."""
+    names = ["rows", "lengths", *(name for name in layer.tables if name == "bias")]
+    attributes = {name: value for name, value in _attributes(layer, False).items() if name != "packed"}
+    return one_node("EncoderAttention", _types(names, layer), ["y"], {}, threads=threads, **attributes)
+
+
+def exact_encoder(layer: Layer, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the attention of an encoder in float64, [B, E, heads * size], 0 in padding.
+
+    Args:
+        layer: The layer. Its bias is [2 R + 1, heads], by key - query + R.
+        rows: [B, E, width].
+        lengths: Valid rows of each sequence, int32 [B].
+    """
+    count = rows.shape[1]
+    heads = rows.astype(np.float64).reshape(len(rows), count, -1, layer.size).transpose(0, 2, 1, 3)
+    query, key, value = np.split(heads, [layer.heads, layer.heads + layer.kv_heads], axis=1)
+    key, value = (part.repeat(layer.heads // layer.kv_heads, 1) for part in (key, value))
+    scores = query @ key.transpose(0, 1, 3, 2) * layer.scale
+    if (bias := layer.tables.get("bias")) is not None:
+        reach = len(bias) // 2
+        distance = np.clip(np.arange(count)[None] - np.arange(count)[:, None], -reach, reach)
+        scores = scores + bias[distance + reach].transpose(2, 0, 1)
+    valid = np.arange(count) < lengths[:, None]
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * valid[:, None, None]
+    y = (weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)) @ value
+    return np.where(valid[..., None], y.transpose(0, 2, 1, 3).reshape(len(rows), count, -1), 0.0)
 
 
 def _types(names: list[str], layer: Layer) -> dict[str, int]:

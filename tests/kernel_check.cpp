@@ -167,7 +167,7 @@ void try_products(const std::vector<const Kernels*>& all, bool fused) {
 
 void try_attention(const std::vector<const Kernels*>& all) {
   Attention a = {};
-  a.batch = between(1, 3), a.kv_heads = between(1, 3), a.heads = a.kv_heads * between(1, 5);
+  a.batch = a.prompts = between(1, 3), a.kv_heads = between(1, 3), a.heads = a.kv_heads * between(1, 5);
   a.size = 16 * between(1, 8), a.capacity = 220, a.scale = 0.2f, a.window = between(0, 1) ? between(1, 150) : 0;
   a.width = (a.heads + 2 * a.kv_heads) * a.size, a.packed = true, a.positions = 220, a.turned = between(1, a.size / 2), a.reach = 9, a.epsilon = 1e-6f;
   std::vector<int32_t> past, lengths;
@@ -200,6 +200,29 @@ void try_attention(const std::vector<const Kernels*>& all) {
   }
 }
 
+void try_encoder(const std::vector<const Kernels*>& all) {
+  Attention a = {};
+  a.batch = a.prompts = between(1, 3), a.kv_heads = between(1, 2), a.heads = a.kv_heads * between(1, 2);
+  a.size = 8 * between(2, 16), a.capacity = between(1, 150), a.rows = a.batch * a.capacity, a.scale = 0.2f;
+  a.width = (a.heads + 2 * a.kv_heads) * a.size, a.reach = between(0, 20), a.encoder = true;
+  std::vector<int32_t> lengths;
+  for (int64_t b = 0; b < a.batch; b++) lengths.push_back(between(0, a.capacity));
+  a.cross_lengths = a.query_lengths = lengths.data();
+  const auto rows = floats(a.rows * a.width), bias = floats((2 * a.reach + 1) * a.heads);
+  a.input = rows.data();
+  if (between(0, 1)) a.bias = bias.data();
+  const auto attend = [&](const Kernels& kernels) {
+    std::vector<float> y(a.rows * a.heads * a.size, NAN), key(a.rows * a.kv_heads * a.size + kBehind, NAN), value = key;
+    a.key = key.data(), a.value = value.data(), a.y = y.data();
+    expect(attention(kernels, a, serial, nullptr) == nullptr, kernels.name, "attention of an encoder is refused");
+    return y;
+  };
+  const auto y = attend(kScalar);
+  add_to_digest(y);
+  for (const Kernels* kernels : all)
+    expect(same(attend(*kernels), y), kernels->name, "attention of an encoder differs from plain C++");
+}
+
 void try_best_two(const std::vector<const Kernels*>& all) {
   const auto logits = floats(between(2, kPiece));
   BestTwo expected, found;
@@ -227,6 +250,7 @@ int main(int count, char** names) {
     try_products(all, false);
     try_products(all, true);
     try_attention(all);
+    try_encoder(all);
     try_best_two(all);
   }
   const char* problem = nullptr;

@@ -17,15 +17,15 @@ POSITIONS = 50  # a window of 1 s
 CAPACITY = 40
 
 
-def write_whisper(path: Path) -> Path:
+def write_whisper(path: Path, heads: int = 4) -> Path:
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.WhisperConfig(
         scale_embedding=True,  # transformers ignores it
-        vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=LAYERS, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40, num_mel_bins=80, init_std=0.35,
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=LAYERS, encoder_attention_heads=heads,
+        decoder_attention_heads=heads, encoder_ffn_dim=48, decoder_ffn_dim=40, num_mel_bins=80, init_std=0.35,
         max_source_positions=POSITIONS, max_target_positions=CAPACITY, decoder_start_token_id=START, eos_token_id=END,
         pad_token_id=END, bos_token_id=END, suppress_tokens=None, begin_suppress_tokens=None,
     )  # fmt: skip

@@ -38,7 +38,8 @@ class CallInputs:
         query_lengths: int32 [B], rows of each sequence in this call. In an encoder: prompt lengths,
             or None if there is no padding.
         past_lengths: int32 [B], valid cache positions before the call. None in an encoder.
-        cross_lengths: int32 [B], prompt lengths for cross-attention. None without an encoder.
+        cross_lengths: int32 [P], prompt lengths for cross-attention. B / P neighboring sequences
+            share a prompt; P is B in the standard dialect. None without an encoder.
     """
 
     size: ir.Value
@@ -125,9 +126,10 @@ def key_value_inputs(
     layer: int | str,
     attention: Attention,
     rows: Dimension,
+    batch: Dimension = "B",
 ) -> list[ir.Value]:
-    """Declare the inputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, head_dim]."""
-    shape: list[Dimension] = ["B", attention.kv_heads, rows, attention.head_dim]
+    """Declare the inputs `{prefix}.{layer}.key|value` [batch, kv_heads, rows, head_dim]."""
+    shape: list[Dimension] = [batch, attention.kv_heads, rows, attention.head_dim]
     names = [f"{prefix}.{layer}.{part}" for part in ("key", "value")]
     return [graph.input(name, graph.cache, shape) for name in names]
 

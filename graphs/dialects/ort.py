@@ -159,8 +159,15 @@ class OrtDialect:
             query = flat(self.graph, query, attention.heads * attention.head_dim)
             out = self._standard.attend_to_prompt(query, attention, layer)
             return self._flat(in_rows(self.graph, out, self.call), attention)
-        prompt = key_value_inputs(self.graph, "cross", layer, attention, "E")
-        return self._attend([query, *prompt, None, self.call.cross_lengths, None], attention)
+        graph = self.graph
+        key, value = key_value_inputs(graph, "cross", layer, attention, "E", "P")
+        # Sequences that share a prompt become rows of one: [B, rows, n] -> [P, B / P * rows, n].
+        width = attention.heads * attention.head_dim
+        prompts = graph.op("Shape", [key], start=0, end=1)
+        shape = graph.op("Concat", [prompts, graph.constant([-1, width])], axis=0)
+        query = graph.op("Reshape", [query, shape])
+        out = self._attend([query, key, value, None, self.call.cross_lengths, None], attention)
+        return self._flat(in_rows(graph, out, self.call), attention)
 
     def joined_attention(
         self, x: ir.Value, attention: Attention, cross: Attention, layer: int | str
@@ -177,7 +184,7 @@ class OrtDialect:
         packed = query_key_value(self.graph, x, attention)
         parts = map(self._in_rows, self.graph.ops("Split", [packed], 3, axis=-1, num_outputs=3))
         inputs = [*parts, None, self.call.query_lengths, self._bias(attention)]
-        return self._attend(inputs, attention)
+        return self._flat(self._attend(inputs, attention), attention)
 
     @cached_property
     def _standard(self) -> StandardDialect:
@@ -222,14 +229,13 @@ class OrtDialect:
         return flat(self.graph, x, attention.heads * attention.head_dim)
 
     def _attend(self, inputs: list[ir.Value | None], attention: Attention) -> ir.Value:
-        out = self.graph.op(
+        return self.graph.op(
             "MultiHeadAttention",
             inputs,
             MICROSOFT,
             num_heads=attention.heads,
             scale=attention.scale,
         )
-        return self._flat(out, attention)
 
     def _bias(self, attention: Attention) -> ir.Value | None:
         """Return the relative bias over all keys of the call, one per table."""
@@ -257,8 +263,8 @@ def has_attention_kernel(attention: Attention) -> bool:
 class KernelDialect(OrtDialect):
     """Implements `graphs.dialects.base.Dialect` with this project's attention kernels.
 
-    A row gets the same bits in every call, whatever other rows are in it. Keys and values are
-    float16. Attention reads flat rows, padded or, with `packing`, packed.
+    A row gets the same bits in every call, whatever other rows are in it. Keys and values of
+    decoders are float16. Attention reads flat rows, padded or, with `packing`, packed.
     """
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
@@ -295,7 +301,7 @@ class KernelDialect(OrtDialect):
         graph = self.graph
         call = self.call
         rows = cross_query(graph, x, attention, layer)
-        prompt = key_value_inputs(graph, "cross", layer, attention, "E")
+        prompt = key_value_inputs(graph, "cross", layer, attention, "E", "P")
         capped: dict[str, Any] = {} if attention.softcap is None else {"softcap": attention.softcap}
         out = graph.op(
             "CappedCrossAttention" if capped else "HalfCrossAttention",
@@ -309,6 +315,35 @@ class KernelDialect(OrtDialect):
             **capped,
         )
         return self._typed(out, attention)
+
+    def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
+        # Its heads may differ from those of the decoder.
+        if not (has_attention_kernel(attention) and fits_fused_attention(attention)):
+            return super().encoder_attention(x, attention)
+        graph = self.graph
+        bias = attention.relative_bias
+        out = graph.op(
+            "EncoderAttention",
+            [
+                query_key_value(graph, x, attention),
+                self._prompt_lengths,
+                None if bias is None else distance_table(graph, bias),
+            ],
+            DOMAIN,
+            num_heads=attention.heads,
+            kv_num_heads=attention.kv_heads,
+            head_size=attention.head_dim,
+            scale=attention.scale,
+        )
+        return self._typed(out, attention)
+
+    @cached_property
+    def _prompt_lengths(self) -> ir.Value:
+        """Valid rows of each prompt, int32 [B]: all rows of a window of speech."""
+        if self.call.query_lengths is not None:
+            return self.call.query_lengths
+        batch, rows = self.graph.ops("Split", [self.call.size], 2, axis=0, num_outputs=2)
+        return self.graph.op("Expand", [self.graph.cast(rows, ir.DataType.INT32), batch])
 
     def _typed(self, out: ir.Value, attention: Attention) -> ir.Value:
         """Set type and shape, which ONNX Runtime cannot infer for custom operators."""

@@ -64,6 +64,7 @@ class DeviceEngine:
     """
 
     call: type[DeviceCall]
+    shares_prompts = False  # see `OnnxEngine`
 
     def __init__(self, name: str, stream: CudaStream, captures: bool) -> None:
         self.name = name

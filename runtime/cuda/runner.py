@@ -26,24 +26,6 @@ LEAST_WIDTH = 32
 class CudaKVCache(KVCache):
     """KV cache on a device. `lengths` are on the host and passed with each call."""
 
-    _spare: Any = None
-
-    def gather(self, sources: np.ndarray) -> None:
-        """Reorder slots through spare memory, because a device cannot copy in place."""
-        if (sources == np.arange(len(sources))).all():
-            return
-        length = int(self.lengths.max())
-        if self._spare is None:
-            self._spare = self._zeros(next(iter(self.arrays.values())).shape, self._dtype)
-        spare = self._spare[:, :, :length]
-        for array in self.arrays.values():
-            rows = array[:, :, :length]
-            spare.copy_from(rows)
-            for slot, source in enumerate(sources):
-                if slot != source:
-                    rows[slot] = spare[int(source)]
-        self.lengths[:] = self.lengths[sources]
-
 
 class CallEvents(NamedTuple):
     """Events of one call.

@@ -206,6 +206,10 @@ def _promising(values: np.ndarray, totals: np.ndarray, count: int) -> tuple[np.n
 class BeamRows:
     """Rows of a beam search at the engines of a `decoder`, with caches of their own.
 
+    Beams change places with an index: row `_places[i]` of the caches and the engine calls holds
+    beam i. Cache rows are copied only if several beams continue the same one, and then only from
+    the first position at which they differ.
+
     Args:
         decoder: Decoder whose engines are used.
         cross: Arrays that cross-attention reads, for one sequence.
@@ -224,12 +228,16 @@ class BeamRows:
         self._runners = decoder.runners[:2]  # without the exit's
         self._tokens = np.zeros((beams, 1), np.int64)
         self._emitted = np.zeros(beams, np.int64)
-        self._every = np.arange(beams)
+        self._places = np.arange(beams)
+        # Row that wrote each position of each row. Equal numbers are equal keys and values.
+        self._writers = np.zeros((beams, rows), np.int32)
         self._hidden = decoder.runners[0].zeros((beams, 1, decoder.hidden_size), np.float32)
         self._logits = np.zeros((beams, decoder.vocab_size), np.float32)
-        self._cross = {
-            name: _repeated(array, beams, decoder.runners[0]) for name, array in cross.items()
-        }
+        if not self._runners[0].engine.shares_prompts:
+            cross = {
+                name: _repeated(array, beams, decoder.runners[0]) for name, array in cross.items()
+            }
+        self._cross = cross
         self._caches = [
             runner.cache.resized(beams, min(rows, FIRST_ROWS)) for runner in self._runners
         ]
@@ -244,9 +252,8 @@ class BeamRows:
             rows = min(self._rows, 2 * self._caches[0].rows)
             self._caches = [cache.grown(rows) for cache in self._caches]
             self._bind()
-        for cache in self._caches:
-            cache.gather(sources)
-        self._tokens[:, 0] = tokens
+        self._follow(sources)
+        self._tokens[self._places, 0] = tokens
         self.stats.shallow_seconds += self._runners[0].submit(self._shallow).wait()
         yield None
         self.stats.count_pass(1, self._runners[1].submit(self._deep).wait())
@@ -254,6 +261,22 @@ class BeamRows:
             for row in range(len(tokens)):
                 cache.extend(row, 1)
         return self._logits
+
+    def _follow(self, sources: np.ndarray) -> None:
+        """Give each beam i a row that continues beam `sources[i]`."""
+        rows = self._places[sources]
+        _, keeping = np.unique(rows, return_index=True)
+        copying = np.setdiff1d(np.arange(len(rows)), keeping)
+        length = self._caches[0].length(0)
+        for beam, row in zip(copying, np.setdiff1d(self._places, rows), strict=True):
+            source = rows[beam]
+            differs = self._writers[row, :length] != self._writers[source, :length]
+            for cache in self._caches:
+                cache.copy_rows(int(source), int(row), int(differs.argmax()))
+            self._writers[row] = self._writers[source]
+            rows[beam] = row
+        self._writers[:, length] = np.arange(len(rows))
+        self._places[:] = rows
 
     def _bind(self) -> None:
         shallow, deep = self._runners
@@ -264,7 +287,7 @@ class BeamRows:
         self._shallow = _bind(
             shallow, self._caches[0], self._cross, tokens, {"hidden": self._hidden}
         )
-        hidden = {"hidden": self._hidden, "head_rows": self._every, "emitted": self._emitted}
+        hidden = {"hidden": self._hidden, "head_rows": self._places, "emitted": self._emitted}
         self._deep = _bind(deep, self._caches[1], self._cross, hidden, {"logits": self._logits})
 
 

@@ -58,8 +58,9 @@ def _keys_and_values(
     prefix: str,
     layers: Iterable[int | str],
     rows: int | str,
+    batch: str = "B",
 ) -> TensorSpecs:
-    shape = ("B", manifest.kv_heads, rows, manifest.head_dim)
+    shape = (batch, manifest.kv_heads, rows, manifest.head_dim)
     tensor = TensorSpec(_FLOATS[manifest.cache_type], shape)
     return {f"{prefix}.{layer}.{part}": tensor for layer in layers for part in PARTS}
 
@@ -81,8 +82,8 @@ def _decoder_contract(manifest: Manifest, engine: str) -> tuple[TensorSpecs, Ten
     }
     inputs |= _keys_and_values(manifest, "past", caches, rows)
     if manifest.encoder_decoder:
-        inputs |= _keys_and_values(manifest, "cross", caches, "E")
-        inputs["cross_lengths"] = lengths
+        inputs |= _keys_and_values(manifest, "cross", caches, "E", "P")
+        inputs["cross_lengths"] = TensorSpec(INT32, ("P",))
     outputs = {
         "token": TensorSpec(INT64, ("R",)),
         "confidence": TensorSpec(FLOAT, ("R",)),

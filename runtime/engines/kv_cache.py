@@ -122,11 +122,11 @@ class KVCache:
         """Drop all rows after the first `length`. This is the only way to rewind."""
         self._counts[slot] = min(self._counts[slot], length)
 
-    def copy_rows(self, source: int, target: int) -> None:
-        """Copy slot `source` to slot `target`."""
+    def copy_rows(self, source: int, target: int, first: int = 0) -> None:
+        """Copy slot `source` to slot `target`, which already has its first `first` rows."""
         length = int(self.lengths[source])
         for array in self.arrays.values():
-            array[target, :, :length] = array[source, :, :length]
+            array[target, :, first:length] = array[source, :, first:length]
         self.lengths[target] = length
 
     def read(self, slot: int, first: int, count: int, own: bool) -> np.ndarray:
@@ -152,16 +152,6 @@ class KVCache:
 
     def _arrays_of(self, own: bool) -> list[np.ndarray]:
         return [array for name, array in self.arrays.items() if name.startswith("exit.") == own]
-
-    def gather(self, sources: np.ndarray) -> None:
-        """Replace every slot i by slot `sources[i]`."""
-        changed = np.flatnonzero(sources != np.arange(len(sources)))
-        if len(changed) == 0:
-            return
-        length = int(self.lengths.max())
-        for array in self.arrays.values():
-            array[changed, :, :length] = array[sources[changed], :, :length]
-        self.lengths[:] = self.lengths[sources]
 
     def resized(self, slots: int, rows: int) -> KVCache:
         """Return an empty cache of the same layers with at least `rows` rows."""
@@ -233,8 +223,8 @@ class FeatureCache(KVCache):
             self.states[slot, first:end] = states
         self._ends[slot] = end
 
-    def copy_rows(self, source: int, target: int) -> None:
-        super().copy_rows(source, target)
+    def copy_rows(self, source: int, target: int, first: int = 0) -> None:
+        super().copy_rows(source, target, first)
         self._ends[target] = end = self._ends[source]
         self.states[target, :end] = self.states[source, :end]
         self.features[target, : end + 1] = self.features[source, : end + 1]

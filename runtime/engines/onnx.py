@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ class OnnxEngine:
     def output_shapes(self) -> dict[str, tuple[Any, ...]]:
         """Shape of each output. Free dimensions are names."""
         return {output.name: tuple(output.shape) for output in self.session.get_outputs()}
+
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """True if neighboring sequences can share the keys and values of one prompt.
+
+        `cross_lengths` and `cross.*` then have a batch size of their own.
+        """
+        shapes = {value.name: value.shape for value in self.session.get_inputs()}
+        return shapes.get("cross_lengths", shapes.get("query_lengths")) != shapes.get(
+            "query_lengths"
+        )
 
     def run(self, outputs: list[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Run one call on arrays of any shape, which are copied.

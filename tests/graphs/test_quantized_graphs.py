@@ -238,6 +238,9 @@ def test_attention_computes_what_onnx_runtimes_does(
         assert "HalfAttention" in kinds(ours, engine)
         assert "GroupQueryAttention" in kinds(tmp_path / "theirs", engine)
         assert not {"GroupQueryAttention", "MultiHeadAttention"} & kinds(ours, engine)
+    if name == "mt5":
+        assert "EncoderAttention" in kinds(ours, "encoder")
+        assert "EncoderAttention" not in kinds(tmp_path / "theirs", "encoder")
     ids, lengths = tokens(33, 8, 21)
     found = []
     for path in (ours, tmp_path / "theirs"):

@@ -51,6 +51,8 @@ from graphs.families import describe
 from runtime import Bundle, OptionError, PromptError, Session
 from runtime.audio import log_mel, window
 from runtime.bundle.manifest import ExitInput
+from runtime.engines.onnx import OnnxEngine
+from runtime.kernels import VERSION, missing
 from runtime.speech import SpeechPrompt, Transcriber
 from runtime.speech_rules import Rules
 from runtime.text.tokenizer import Tokenizer
@@ -104,6 +106,22 @@ def test_tokens_are_those_of_transformers(checkpoint: Path, exit_layer: int, dia
                 count = pairs[-1] + 1 if pairs else len(ours)
                 assert count > 3
                 assert (wanted if timestamps else wanted[-count:])[:count] == ours[:count]
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_kernels_attend_to_a_window_as_transformers_does(tmp_path: Path) -> None:
+    import torch
+    from checkpoints import load
+
+    model = load(write_whisper(tmp_path / "whisper", heads=2))
+    features = np.stack([window(log_mel(part, 80), 0, 2 * POSITIONS)[0] for part in (SOUND, SOUND[4000:])])
+    with torch.no_grad():
+        theirs = model.model.encoder(torch.from_numpy(features)).last_hidden_state.numpy()
+    path = converted(tmp_path / "whisper", tmp_path / "b", 1, precision="int8", kernels="freeexport")
+    nodes = onnx.load(path / "encoder.onnx", load_external_data=False).graph.node
+    assert sum(node.op_type == "EncoderAttention" for node in nodes) == 2
+    ours = OnnxEngine(path / "encoder.onnx", 1, kernels=VERSION).run(["hidden"], {"features": features})[0]
+    assert np.abs(ours - theirs).max() < 0.06 * np.abs(theirs).max()  # 0.042, by weights and activations in 8 bits
 
 
 @pytest.mark.parametrize("asked", [("cuda", "fp32"), ("cuda", "int8"), ("tensorrt", "fp16")], ids=str)

@@ -14,6 +14,8 @@ constexpr int64_t kFewPlaces = 8, kManyPlaces = 64;
 constexpr int64_t kTasksOfMany = 16;
 // The same for a prompt's rows in tiles.
 constexpr int64_t kBlocksOfPrompt = 4, kPromptPlaces = 128;
+// Rows per task of an encoder: whole tiles of all instruction sets, and at most.
+constexpr int64_t kEncoderStep = 12, kEncoderPlaces = 96;
 // Minimum number of queries, or of rows, that share keys for which a piece of keys is transposed.
 constexpr int64_t kTurnedFor = 12, kTurnedRows = 6;
 // With fewer tasks, every piece is a separate task.
@@ -38,13 +40,18 @@ struct Call {
   int64_t slots, room;    // per row and group of heads: pieces, and floats for them
   float* rooms;           // [kv_heads, places] rooms, or null if one task does all pieces
   bool failed;            // out of memory
+  // Attends to all pieces with a block of a prompt's rows. Or null.
+  bool (*attend_prompt)(const Attention&, const Place*, int64_t, int64_t);
 };
 
 void store_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
   const int64_t first = static_cast<int64_t>(index) * call.stored_places;
-  for (int64_t i = first; i < least(first + call.stored_places, call.count); i++)
-    call.kernels.store_row(call.attention, call.places[i]);
+  for (int64_t i = first; i < least(first + call.stored_places, call.count); i++) {
+    Place place = call.places[i];
+    if (call.attention.encoder) place.position = place.row % call.attention.capacity;
+    call.kernels.store_row(call.attention, place);
+  }
 }
 
 // Returns the keys of a piece. After the last piece these are the keys of the next group of heads,
@@ -142,13 +149,14 @@ void prompt_task(void* data, size_t index) {
   const Place* last = call.places + least((number + 1) * call.task_places, call.count);
   for (const Place *place = call.places + number * call.task_places, *end = place; place < last; place = end) {
     while (end < last && end->sequence == place->sequence) end++;
-    if (!call.kernels.attend_prompt(a, place, end - place, kv_head)) __atomic_store_n(&call.failed, true, __ATOMIC_RELAXED);
+    if (!call.attend_prompt(a, place, end - place, kv_head)) __atomic_store_n(&call.failed, true, __ATOMIC_RELAXED);
   }
 }
 
 // Returns true if a call is computed in tiles. This depends only on its kind and the model's sizes.
 bool in_tiles(const Kernels& kernels, const Attention& a) {
-  return a.prompt && kernels.attend_prompt && !a.cross_lengths && !a.bias && a.size <= kTurnedSize && a.scale > 0.0f;
+  const bool own = a.encoder || !a.cross_lengths;
+  return a.prompt && kernels.attend_prompt && own && !a.bias && a.size <= kTurnedSize && a.scale > 0.0f;
 }
 
 void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t total, Call& call) {
@@ -175,11 +183,14 @@ void attend_few(Parallel parallel, void* context, Call& call) {
   std::free(call.rooms);
 }
 
+// Returns the index of a sequence's keys and values.
+int64_t prompt_of(const Attention& a, int64_t sequence) { return sequence / (a.batch / a.prompts); }
+
 const char* check_lengths(const Attention& a) {
   int64_t counted = 0;
   for (int64_t b = 0; b < a.batch; b++) {
     const int64_t query = a.query_lengths[b];
-    const int64_t past = a.cross_lengths ? a.cross_lengths[b] : a.past_lengths[b];
+    const int64_t past = a.cross_lengths ? a.cross_lengths[prompt_of(a, b)] : a.past_lengths[b];
     if (past < 0 || query < 0) return "a length is negative";
     if (a.cross_lengths && past > a.capacity) return "cross_lengths go beyond the keys";
     if (!a.cross_lengths && past + query > a.capacity) return "past_lengths and query_lengths go beyond the cache";
@@ -196,8 +207,9 @@ int64_t find_places(const Attention& a, Place* places) {
   int64_t count = 0;
   for (int64_t b = 0; b < a.batch; b++) {
     const int64_t query = a.query_lengths[b], first = a.packed ? count : b * rows;
+    const int64_t prompt = prompt_of(a, b);
     for (int64_t i = 0; i < query; i++, count++)
-      places[count] = {first + i, b, a.cross_lengths ? a.cross_lengths[b] - 1 : a.past_lengths[b] + i};
+      places[count] = {first + i, prompt, a.cross_lengths ? a.cross_lengths[prompt] - 1 : a.past_lengths[b] + i};
     if (!a.packed && query < rows)
       std::memset(a.y + (first + query) * width, 0, static_cast<size_t>((rows - query) * width) * sizeof(float));
   }
@@ -228,12 +240,17 @@ const char* attention(const Kernels& kernels, const Attention& a, Parallel paral
   if (!a.cross_lengths) copy_past(a);
   const int64_t values = a.kv_heads * a.size * 2;
   const bool tiles = in_tiles(kernels, a);
-  const int64_t task_places = tiles ? most(16, least(count / kBlocksOfPrompt / 16 * 16, kPromptPlaces))
+  const auto attend_prompt = tiles ? kernels.attend_prompt : a.encoder ? kernels.attend_encoder : nullptr;
+  const auto blocks_of = [&](int64_t step, int64_t places) {
+    return most(step, least(count / kBlocksOfPrompt / step * step, places));
+  };
+  const int64_t task_places = tiles       ? blocks_of(16, kPromptPlaces)
+                              : a.encoder ? blocks_of(kEncoderStep, kEncoderPlaces)
                               : count < kTasksOfMany * kFewPlaces
                                   ? kFewPlaces
                                   : least(count / kTasksOfMany / 8 * 8, kManyPlaces);
   const int64_t stored_places = kStoredValues / values + 1, blocks = (count + task_places - 1) / task_places;
-  Call call = {kernels, a, places, count, stored_places, 0, task_places, blocks, 0, 0, 0, nullptr, false};
+  Call call = {kernels, a, places, count, stored_places, 0, task_places, blocks, 0, 0, 0, nullptr, false, attend_prompt};
   for (int64_t block = 0; block < call.blocks; block++) {
     const Block all = block_of(a, places, count, task_places, block);
     call.pieces = most(call.pieces, all.end - all.piece);
@@ -242,12 +259,12 @@ const char* attention(const Kernels& kernels, const Attention& a, Parallel paral
     call.slots = most(call.slots, end_piece(places[i]) - first_piece(a, places[i]));
     call.seen += places[i].position + 1 - first_position(a, places[i]);
   }
-  const bool few = !tiles && call.blocks * a.kv_heads < kFewTasks && call.pieces > 0;
+  const bool few = !attend_prompt && call.blocks * a.kv_heads < kFewTasks && call.pieces > 0;
   if (!few) call.slots = kRunningSlots;
   call.room = attention_room(a, call.slots);
-  if (!a.cross_lengths)
+  if (!a.cross_lengths || a.encoder)
     run(parallel, context, store_task, (count + call.stored_places - 1) / call.stored_places, call);
-  if (tiles)
+  if (attend_prompt)
     run(parallel, context, prompt_task, call.blocks * a.kv_heads, call);
   else if (few)
     attend_few(parallel, context, call);

@@ -1,6 +1,7 @@
 // Attention of a decoder over its KV cache, which is extended in place. Every row of a call sees
 // the earlier positions of its sequence and itself. With `cross_lengths`, rows see the keys and
-// values of a prompt instead.
+// values of a prompt instead, which neighboring sequences may share. In an encoder, these are the
+// keys and values of all rows of the sequence.
 //
 // The order of a row's sums does not depend on the rest of the call. The keys that it sees are
 // divided into pieces, each with its own largest score and sums. Threads may share the pieces,
@@ -14,6 +15,7 @@ namespace freeexport {
 
 struct Attention {
   int64_t batch, rows;  // number of sequences, and of their rows
+  int64_t prompts;      // of cross-attention: batch / prompts sequences share each. Otherwise batch
   int64_t heads, kv_heads, size, capacity;
   int64_t width;              // of input rows: (heads + 2 kv_heads) * size, or heads * size (cross)
   float scale;
@@ -21,28 +23,33 @@ struct Attention {
   int64_t window;             // newest positions that a row sees, including itself. 0: all
   const float* input;         // [rows, width]: query, key, value
   bool halves;                // keys and values are float16, else fp32
-  const void* past_key;       // [batch, kv_heads, capacity, size], like the next three
+  const void* past_key;       // [prompts, kv_heads, capacity, size], like the next three
   const void* past_value;
   void* key;                  // filled and attended to: the memory of past_key, or another
   void* value;
-  const int32_t* cross_lengths;  // [batch]: valid keys, which all rows see. Or null
+  const int32_t* cross_lengths;  // [prompts]: valid keys, which all rows see. Or null
   const int32_t* past_lengths;   // [batch]: valid positions before the call
   const int32_t* query_lengths;  // [batch]: valid rows
   bool packed;                // valid rows are contiguous, else each sequence has rows / batch rows
   const float* cosine;        // [positions, turned], or null without rotary positions
   const float* sine;
   int64_t positions, turned;  // size of the tables: rotated pairs of a head are at most size / 2
-  const float* bias;          // [reach + 1, heads] by distance, the last for larger ones. Or null
+  // [reach + 1, heads] by distance, the last for larger ones. In an encoder [2 reach + 1, heads] by
+  // key - query, from -reach on. Or null
+  const float* bias;
   int64_t reach;
   const float* query_norm;    // [size]: norm of each head. Or null
   const float* key_norm;
   float epsilon;
   float* y;                   // [rows, heads * size], 0 in rows that are not valid
   int prompt;                 // rows of a prompt, which may have other bits, see `attend_prompt`
+  // Keys and values are those of the rows, which are not packed, with `capacity` rows each. `key`
+  // and `value` are memory for them, each with kBehind values after the last.
+  bool encoder;
 };
 
-// A valid row: its index in the call, its sequence, and its position, which is the last that it
-// sees.
+// A valid row: its index in the call, the sequence or prompt whose keys it sees, and its position,
+// which is the last that it sees.
 struct Place {
   int64_t row, sequence, position;
 };
@@ -53,6 +60,8 @@ constexpr int kSharing = 4;
 constexpr int64_t kPieceRows = 64;
 // Maximum size of heads whose keys are transposed for many rows.
 constexpr int64_t kTurnedSize = 256;
+// Values after those of an encoder, which may be read in whole registers.
+constexpr int64_t kBehind = 32;
 
 #define FREEEXPORT_ATTENTION __attribute__((always_inline)) inline
 

@@ -1,6 +1,7 @@
 // ONNX Runtime operators for attention: CachedAttention, its variants with capped scores and with a
-// float16 cache, and CrossAttention.
+// float16 cache, CrossAttention, and EncoderAttention.
 #include "operators.h"
+#include "platform.h"
 
 namespace freeexport {
 namespace {
@@ -12,6 +13,8 @@ enum Output : size_t { kY, kKey, kValue, kOutputs };
 // Inputs of CrossAttention, which also has kRows, kQueryLengths, and the prompt's keys and values
 // as kPastKey and kPastValue.
 constexpr size_t kCrossLengths = kPastLengths, kCrossInputs = kQueryLengths + 1;
+// Inputs of EncoderAttention, which also has kRows.
+constexpr size_t kLengths = 1, kDistances = 2, kEncoderInputs = 3;
 
 // One node of a session: its attributes, without tensors.
 struct Kernel {
@@ -24,13 +27,10 @@ struct Kernel {
 ort::Status* read_sizes(const ort::KernelInfo* info, Kernel* kernel) {
   const ort::Api* api = kernel->api;
   Attention& a = kernel->attention;
-  int64_t packed = 0;
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "num_heads", &a.heads));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "kv_num_heads", &a.kv_heads));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "head_size", &a.size));
-  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "packed", &packed));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "scale", &a.scale));
-  a.packed = packed != 0;
   constexpr int64_t kMost = 1 << 16;
   if (a.heads < 1 || a.kv_heads < 1 || a.heads > kMost || a.heads % a.kv_heads != 0)
     return fail(api, ort::kInvalidGraph, "num_heads is no multiple of kv_num_heads");
@@ -39,9 +39,17 @@ ort::Status* read_sizes(const ort::KernelInfo* info, Kernel* kernel) {
   return nullptr;
 }
 
+ort::Status* read_packed(const ort::KernelInfo* info, Kernel* kernel) {
+  int64_t packed = 0;
+  RETURN_IF_ERROR(kernel->api->KernelInfoGetAttribute_int64(info, "packed", &packed));
+  kernel->attention.packed = packed != 0;
+  return nullptr;
+}
+
 ort::Status* read_attributes(const ort::KernelInfo* info, Kernel* kernel) {
   const ort::Api* api = kernel->api;
   Attention& a = kernel->attention;
+  RETURN_IF_ERROR(read_packed(info, kernel));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "window", &a.window));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "epsilon", &a.epsilon));
   a.width = (a.heads + 2 * a.kv_heads) * a.size;
@@ -87,6 +95,7 @@ ort::Status* create_half(const ort::CustomOp*, const ort::Api* api, const ort::K
 ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kCrossInputs, &kernel));
+  RETURN_IF_ERROR(read_packed(info, &kernel));
   kernel.attention.width = kernel.attention.heads * kernel.attention.size;
   return keep(api, kernel, out);
 }
@@ -105,6 +114,15 @@ ort::Status* create_capped_cross(const ort::CustomOp* op, const ort::Api* api, c
   RETURN_IF_ERROR(create_half_cross(op, api, info, out));
   static_cast<Kernel*>(*out)->attention.softcap = softcap;
   return nullptr;
+}
+
+ort::Status* create_encoder(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  Kernel kernel;
+  RETURN_IF_ERROR(begin_kernel(api, info, kEncoderInputs, &kernel));
+  Attention& a = kernel.attention;
+  a.width = (a.heads + 2 * a.kv_heads) * a.size;
+  a.encoder = true;
+  return keep(api, kernel, out);
 }
 
 // Checks the shape of an input. -1 in `expected` permits any size, and is replaced by it.
@@ -127,21 +145,25 @@ ort::Status* check_shape(const Kernel& kernel, const ort::KernelContext* context
   return nullptr;
 }
 
-ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* context, Attention* a) {
-  int64_t rows[2] = {-1, a->width}, cache[4] = {-1, a->kv_heads, -1, a->size};
+ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* context, bool cross, Attention* a) {
+  int64_t rows[2] = {-1, a->width}, cache[4] = {-1, a->kv_heads, -1, a->size}, sequences[1] = {-1};
   int64_t tables[2] = {-1, -1}, bias[2] = {-1, a->heads}, norm[1] = {a->size};
   RETURN_IF_ERROR(check_shape(kernel, context, kRows, "rows", 2, rows));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastKey, "past_key", 4, cache));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastValue, "past_value", 4, cache));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastLengths, "past_lengths", 1, cache));
-  RETURN_IF_ERROR(check_shape(kernel, context, kQueryLengths, "query_lengths", 1, cache));
+  RETURN_IF_ERROR(check_shape(kernel, context, kQueryLengths, "query_lengths", 1, cross ? sequences : cache));
   RETURN_IF_ERROR(check_shape(kernel, context, kCosine, "cosine", 2, tables));
   RETURN_IF_ERROR(check_shape(kernel, context, kSine, "sine", 2, tables));
   RETURN_IF_ERROR(check_shape(kernel, context, kBias, "bias", 2, bias));
   RETURN_IF_ERROR(check_shape(kernel, context, kQueryNorm, "query_norm", 1, norm));
   RETURN_IF_ERROR(check_shape(kernel, context, kKeyNorm, "key_norm", 1, norm));
   a->rows = rows[0];
-  a->batch = cache[0];
+  a->prompts = cache[0];
+  a->batch = cross ? sequences[0] : a->prompts;
+  if (a->prompts == 0 ? a->batch != 0 : a->batch % a->prompts != 0)
+    return fail(kernel.api, ort::kInvalidArgument, "query_lengths of %lld sequences do not share %lld prompts",
+                static_cast<long long>(a->batch), static_cast<long long>(a->prompts));
   a->capacity = cache[2];
   a->positions = tables[0];
   a->turned = kernel.given[kCosine] ? tables[1] : 0;
@@ -169,7 +191,7 @@ ort::Status* make_outputs(const Kernel& kernel, ort::KernelContext* context, siz
 // Checks shapes, allocates outputs, and sets all tensors except the lengths of the keys.
 ort::Status* begin_call(const Kernel& kernel, ort::KernelContext* context, size_t outputs, const void** inputs,
                         Attention* a) {
-  RETURN_IF_ERROR(check_shapes(kernel, context, a));
+  RETURN_IF_ERROR(check_shapes(kernel, context, outputs == kKey, a));
   for (size_t input = kRows; input < kInputs; input++)
     RETURN_IF_ERROR(input_of(kernel.api, context, input, kernel.given[input], &inputs[input]));
   a->past_key = inputs[kPastKey];
@@ -208,6 +230,39 @@ ort::Status* compute_cross(void* op, ort::KernelContext* context) {
   a.key = const_cast<void*>(a.past_key);  // never written to
   a.value = const_cast<void*>(a.past_value);
   return run(kernel, context, a);
+}
+
+ort::Status* compute_encoder(void* op, ort::KernelContext* context) {
+  const Kernel& kernel = *static_cast<Kernel*>(op);
+  Attention a = kernel.attention;
+  int64_t rows[2] = {-1, a.width}, lengths[1] = {-1}, bias[2] = {-1, a.heads};
+  RETURN_IF_ERROR(check_shape(kernel, context, kRows, "rows", 2, rows));
+  RETURN_IF_ERROR(check_shape(kernel, context, kLengths, "lengths", 1, lengths));
+  RETURN_IF_ERROR(check_shape(kernel, context, kDistances, "bias", 2, bias));
+  a.rows = rows[0];
+  a.batch = a.prompts = lengths[0];
+  if (a.batch == 0 ? a.rows != 0 : a.rows % a.batch != 0)
+    return fail(kernel.api, ort::kInvalidArgument, "rows are no multiple of the sequences");
+  if (kernel.given[kDistances] && bias[0] % 2 == 0)
+    return fail(kernel.api, ort::kInvalidArgument, "bias has an even number of distances");
+  a.capacity = a.batch ? a.rows / a.batch : 0;
+  a.reach = bias[0] / 2;
+  a.prompt = reading_prompt;
+  const void* inputs[kEncoderInputs] = {};
+  for (size_t input = kRows; input < kEncoderInputs; input++)
+    RETURN_IF_ERROR(input_of(kernel.api, context, input, kernel.given[input], &inputs[input]));
+  a.input = static_cast<const float*>(inputs[kRows]);
+  a.query_lengths = a.cross_lengths = static_cast<const int32_t*>(inputs[kLengths]);
+  a.bias = static_cast<const float*>(inputs[kDistances]);
+  RETURN_IF_ERROR(make_outputs(kernel, context, kKey, &a));
+  const int64_t values = a.rows * a.kv_heads * a.size + kBehind;
+  auto* memory = static_cast<float*>(allocate(static_cast<size_t>(2 * values) * sizeof(float)));
+  if (memory == nullptr) return fail(kernel.api, ort::kEngineError, "no memory for keys and values");
+  a.key = memory;
+  a.value = memory + values;
+  ort::Status* status = run(kernel, context, a);
+  release(memory);
+  return status;
 }
 
 constexpr ort::CustomOp common_attention() {
@@ -281,11 +336,26 @@ constexpr ort::CustomOp capped_cross_op() {
   return op;
 }
 
+constexpr ort::CustomOp encoder_attention_op() {
+  ort::CustomOp op = common_attention();
+  op.GetName = [](const ort::CustomOp*) { return "EncoderAttention"; };
+  op.GetInputType = [](const ort::CustomOp*, size_t input) { return input == kLengths ? ort::kInt32 : ort::kFloat; };
+  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t input) {
+    return input == kDistances ? ort::kOptional : ort::kRequired;
+  };
+  op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kEncoderInputs; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.CreateKernelV2 = create_encoder;
+  op.KernelComputeV2 = compute_encoder;
+  return op;
+}
+
 }  // namespace
 
 constexpr ort::CustomOp kCachedAttentionOp = cached_attention_op(), kCappedAttentionOp = capped_attention_op();
 constexpr ort::CustomOp kHalfAttentionOp = half_attention_op();
 constexpr ort::CustomOp kCrossAttentionOp = cross_attention_op(), kHalfCrossAttentionOp = half_cross_op();
 constexpr ort::CustomOp kCappedCrossAttentionOp = capped_cross_op();
+constexpr ort::CustomOp kEncoderAttentionOp = encoder_attention_op();
 
 }  // namespace freeexport

@@ -3,7 +3,7 @@
 // attention_tiles.h in the same order, so a row has the same bits as alone.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_turned.h"
 
 namespace freeexport {
 namespace {
@@ -17,25 +17,7 @@ struct Query {
   Seen seen;
 };
 
-// Queries and registers of keys that are multiplied together, limited by the number of registers.
-constexpr int kScoreQueries = 4, kScoreKeys = 2;
-constexpr int64_t kScored = kScoreKeys * Vec::kLanes;
-
-// Transposes keys [count, size] to [kPieceRows / kScored][size][kScored] in fp32. The cache has
-// memory for `room` keys. Values after the last key, up to whole registers, are unspecified.
-template <typename C>
-inline void turn_keys(const C* keys, int64_t size, int64_t count, int64_t room, float* turned) {
-  const int64_t end = (count + kScored - 1) / kScored * kScored, whole = least(end, room) / Vec::kLanes * Vec::kLanes;
-  const auto at = [&](int64_t t) { return turned + t / kScored * kScored * size + t % kScored; };
-  for (int64_t t = 0; t < whole; t += Vec::kLanes)
-    for (int64_t i = 0; i < size; i += 4) Vec::turn_four(keys + t * size + i, size, at(t) + i * kScored, kScored);
-  for (int64_t t = whole; t < end; t++)
-    for (int64_t i = 0; i < size; i += kHalf) {
-      float values[kWide] = {};
-      if (t < count) put_values<Vec, false>(values, values_at<Vec, true>(keys + t * size + i));
-      for (int64_t j = 0; j < kHalf; j++) at(t)[(i + j) * kScored] = values[j];
-    }
-}
+constexpr int kScoreQueries = 4;  // queries that are multiplied together, limited by the number of registers
 
 template <int Q>
 struct Sums {

@@ -23,12 +23,13 @@ struct Vec : Vec256 {
 
 #include "tiles.h"
 
+#include "attention_encoder.h"
 #include "attention_rows.h"
 #include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kAvx2 = {"avx2", [] { return kProcessor.avx2; }, prepare, panels,
-                       store_row, attend, attend_rows, join, piece};
+                       store_row, attend, attend_rows, attend_encoder, join, piece};
 
 }  // namespace freeexport

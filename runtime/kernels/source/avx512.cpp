@@ -26,12 +26,13 @@ bool supported() {
 
 #include "tiles.h"
 
+#include "attention_encoder.h"
 #include "attention_rows.h"
 #include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kAvx512 = {"avx512", supported, prepare, panels,
-                       store_row, attend, attend_rows, join, piece};
+                       store_row, attend, attend_rows, attend_encoder, join, piece};
 
 }  // namespace freeexport

@@ -21,14 +21,15 @@ struct Vec : Vec512 {
 #include "tiles.h"
 
 #include "amx.h"
+#include "attention_encoder.h"
 #include "attention_rows.h"
 #include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kAvx512Vnni = {"avx512-vnni", [] { return kProcessor.avx512_vnni; }, prepare, panels,
-                       store_row, attend, attend_rows, join, piece};
+                       store_row, attend, attend_rows, attend_encoder, join, piece};
 const Kernels kAmx = {"amx", [] { return kProcessor.amx && request_tiles(); }, prepare, panels,
-                      store_row, attend, attend_rows, join, piece, amx_prepare, amx_panels, amx_attend};
+                      store_row, attend, attend_rows, attend_encoder, join, piece, amx_prepare, amx_panels, amx_attend};
 
 }  // namespace freeexport

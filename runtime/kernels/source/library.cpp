@@ -43,6 +43,7 @@ EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOption
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kHalfAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kHalfCrossAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCappedCrossAttentionOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kEncoderAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kBestTwoOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kPredictOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kWholeVocabularyOp));

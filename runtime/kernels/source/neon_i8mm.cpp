@@ -23,12 +23,13 @@ struct Vec : VecNeon, PlainInputs {
 
 #include "tiles.h"
 
+#include "attention_encoder.h"
 #include "attention_rows.h"
 #include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kNeonI8mm = {"neon-i8mm", [] { return kProcessor.i8mm; }, prepare, panels,
-                           store_row, attend, attend_rows, join, piece};
+                           store_row, attend, attend_rows, attend_encoder, join, piece};
 
 }  // namespace freeexport

@@ -13,7 +13,7 @@ namespace freeexport {
 extern const ort::CustomOp kPackedLinearOp, kPackedRowsOp, kCachedAttentionOp, kCappedAttentionOp, kHalfAttentionOp;
 extern const ort::CustomOp kCrossAttentionOp, kHalfCrossAttentionOp, kCappedCrossAttentionOp;
 extern const ort::CustomOp kBestTwoOp, kPredictOp, kWholeVocabularyOp;
-extern const ort::CustomOp kCountedRowsOp;
+extern const ort::CustomOp kCountedRowsOp, kEncoderAttentionOp;
 
 // True while this thread runs a call that reads a prompt. ONNX Runtime's sequential executor calls
 // operators on the thread that runs the session, and only their tasks on others.

@@ -128,6 +128,9 @@ struct Kernels {
   // first. Null if rows are processed one by one.
   void (*attend_rows)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head, int64_t piece,
                       const Room& room);
+  // Computes y of consecutive rows of an encoder's prompt for one group of heads. Returns false if
+  // out of memory.
+  bool (*attend_encoder)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head);
   void (*join)(const Attention& attention, const Place& place, int64_t kv_head, const Room& room);
   // Finds the best two of `count` logits, which start at index `first`.
   void (*best_of_piece)(const float* logits, int64_t first, int64_t count, BestTwo* two);
@@ -137,8 +140,7 @@ struct Kernels {
   void (*prepare_prompt)(const Product& product, int64_t row, float* normed, uint16_t* rows);
   void (*prompt_panels)(const Product& product, const uint16_t* rows, int64_t first, int64_t last, int64_t panel,
                         int64_t end);
-  // Computes y of consecutive rows of a prompt for one group of heads. Returns false if out of
-  // memory. Or null.
+  // Like `attend_encoder`, for rows of any prompt, without a bias. Or null.
   bool (*attend_prompt)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head);
 };
 

@@ -74,6 +74,9 @@ struct Vec : PlainInputs {
   static Float scaled(Int sum, Scale by) { return static_cast<float>(sum) * by; }
   static Float add_product(Float a, Float b, Float c) { return std::fma(a, b, c); }
   static void store(float* to, Float value) { *to = value; }
+  static void turn_four(const float* from, int64_t, float* to, int64_t apart) {
+    for (int i = 0; i < 4; i++) to[i * apart] = from[i];
+  }
 
   template <int Bits>
   struct Output {
@@ -97,15 +100,15 @@ struct Vec : PlainInputs {
 
 #include "tiles.h"
 
-#include "attention_tiles.h"
+#include "attention_encoder.h"
 #include "best_two_tiles.h"
 #include "scalar_prompt.h"
 
 namespace freeexport {
 
 const Kernels kScalar = {"scalar", [] { return true; }, prepare, panels,
-                       store_row, attend, nullptr, join, piece};
-const Kernels kScalarBf16 = {"scalar-bf16", [] { return true; }, prepare, panels, store_row, attend, nullptr, join,
-                             piece, prepare_prompt, prompt_panels, attend_prompt};
+                       store_row, attend, nullptr, attend_encoder, join, piece};
+const Kernels kScalarBf16 = {"scalar-bf16", [] { return true; }, prepare, panels, store_row, attend, nullptr,
+                             attend_encoder, join, piece, prepare_prompt, prompt_panels, attend_prompt};
 
 }  // namespace freeexport

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from runtime import CapacityError, OptionError, Session
 from runtime.decoding.beams import BeamRows, BeamSearch, Scores
 from runtime.decoding.calls import Waits, finish
+from runtime.engines.kv_cache import KVCache
+from runtime.engines.onnx import OnnxEngine
 from runtime.text.sampler import log_softmax
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,6 +194,34 @@ def test_caches_of_beams_grow_with_their_sequences(bundle: Bundles, monkeypatch:
         grown = session.generate(PROMPTS[0], **options)
     assert grown.token_ids == whole.token_ids
     assert sorted(set(rows)) == [4, 8, 16, 22]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_beams_share_the_keys_of_their_prompt_and_copy_what_differs(
+    precision: Any, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With copies for every beam, as bundles of earlier versions need them, tokens and scores are the same."""
+    copied = list[int]()
+    copy_rows = KVCache.copy_rows
+
+    def counted(cache: KVCache, source: int, target: int, first: int = 0) -> None:
+        copied.append(first)
+        copy_rows(cache, source, target, first)
+
+    options: dict[str, Any] = {"mode": "full", "num_beams": 4, "max_new_tokens": 16, "ignore_eos": True}
+    with Session(bundle(BY_NAME["t5-heads-of-40"], 1, precision=precision), threads=1, slots=1) as session:
+        with monkeypatch.context() as patched:
+            patched.setattr("runtime.decoding.beams._repeated", None)
+            patched.setattr(KVCache, "copy_rows", counted)
+            ours = session.generate_best(PROMPTS[0], 4, **options)
+        assert any(copied), "whole rows are copied"
+        monkeypatch.setattr(OnnxEngine, "shares_prompts", False)
+        monkeypatch.setattr(KVCache, "copy_rows", lambda cache, source, target, first: copy_rows(cache, source, target))
+        copies = session.generate_best(PROMPTS[0], 4, **options)
+    assert [result.token_ids for result in ours] == [result.token_ids for result in copies]
+    assert [result.logprobs for result in ours] == [
+        pytest.approx(result.logprobs, abs=0 if precision == "int8" else 1e-5) for result in copies
+    ]
 
 
 def test_beams_whose_caches_do_not_fit_are_refused(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:

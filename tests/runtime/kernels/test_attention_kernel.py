@@ -8,7 +8,9 @@ from attention_cases import (
     attend,
     attention_session,
     cross_session,
+    encoder_session,
     exact,
+    exact_encoder,
     feeds,
     random_call,
     random_layer,
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from kernel_cases import INSTRUCTIONS, here
 from profiles import tries
 
-from runtime.kernels import missing
+from runtime.kernels import missing, reading_prompt
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
@@ -215,6 +217,65 @@ def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, 
         np.testing.assert_allclose(packed[place], expected.reshape(-1), atol=2e-5)
         given = rows[b, row].reshape(1, -1), key[b : b + 1], value[b : b + 1], lengths[b : b + 1], one
         np.testing.assert_array_equal(crossed(alone, *given)[0], packed[place])
+
+
+@pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
+def test_sequences_that_share_a_prompt_have_the_bits_that_they_have_with_copies_of_it(name, monkeypatch):
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
+    rng = np.random.default_rng(7)
+    layer = Layer(4, 4, 40, cache=np.float16)
+    rows = rng.standard_normal((16, 160)).astype(np.float32)
+    key, value = (rng.standard_normal((2, 4, 150, 40)).astype(np.float16) for _ in range(2))
+    lengths, counts = np.array([150, 70], np.int32), np.full(16, 1, np.int32)
+    session = cross_session(layer, True, 2)
+    copies = crossed(session, rows, key.repeat(8, 0), value.repeat(8, 0), lengths.repeat(8), counts)
+    np.testing.assert_array_equal(crossed(session, rows, key, value, lengths, counts), copies)
+    with pytest.raises(Exception, match="query_lengths of 15 sequences do not share 2 prompts"):
+        crossed(session, rows[:15], key, value, lengths, counts[:15])
+
+
+@pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
+@pytest.mark.parametrize(("heads", "size", "biased"), [((3, 3), 40, True), ((2, 1), 64, False), ((2, 2), 264, True)])
+def test_encoders_attend_as_in_float64_and_a_prompt_has_the_bits_that_it_has_alone(
+    name, heads, size, biased, monkeypatch
+):
+    rng = np.random.default_rng(size)
+    layer = Layer(
+        *heads, size, tables={"bias": rng.standard_normal((17, heads[0])).astype(np.float32)} if biased else {}
+    )
+    rows, lengths = rng.standard_normal((4, 133, layer.width)).astype(np.float32), np.array([133, 0, 1, 70], np.int32)
+    rows[3, 70:] = np.nan  # padding is not read
+
+    def attended(instructions, given, counts, threads):
+        monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
+        session = encoder_session(layer, threads)
+        inputs = {"rows": given.reshape(-1, layer.width), "lengths": counts, **layer.tables}
+        return session.run(None, inputs)[0].reshape(*given.shape[:2], -1)
+
+    y = attended(name, rows, lengths, 2)
+    np.testing.assert_allclose(y, exact_encoder(layer, np.nan_to_num(rows), lengths), atol=2e-5)
+    np.testing.assert_array_equal(attended("scalar", rows, lengths, 1), y)
+    np.testing.assert_array_equal(attended(name, rows[3:, :70], lengths[3:], 1)[0], y[3, :70])
+    with reading_prompt():
+        in_tiles = attended("scalar-bf16", rows, lengths, 2)  # tiles have no bias, and no heads of more than 256
+    np.testing.assert_allclose(in_tiles, y, atol=0 if biased else 0.03)
+    assert biased or (in_tiles != y).any()
+
+
+def test_an_encoder_with_other_shapes_is_an_error():
+    layer = Layer(2, 2, 16)
+    given = {"rows": np.ones((6, 96), np.float32), "lengths": np.array([3, 3], np.int32)}
+    for change, message in (
+        ({"lengths": np.array([3, 4], np.int32)}, "go beyond the"),
+        ({"lengths": np.array([3, -1], np.int32)}, "a length is negative"),
+        ({"lengths": np.ones(4, np.int32)}, "rows are no multiple of the sequences"),
+        ({"rows": np.ones((6, 97), np.float32)}, "dimension 1 of rows is 97, not 96"),
+    ):
+        with pytest.raises(Exception, match=message):
+            encoder_session(layer).run(None, {**given, **change})
+    biased = Layer(2, 2, 16, tables={"bias": np.ones((4, 2), np.float32)})
+    with pytest.raises(Exception, match="bias has an even number of distances"):
+        encoder_session(biased).run(None, {**given, **biased.tables})
 
 
 def test_cross_attention_to_nothing_is_0_and_beyond_the_keys_an_error():
