@@ -2,11 +2,11 @@
 
     python -m tools.kernel_rows [--against LIBRARY] [--save rows.json]
 
-Times the linear layers and the head of SmolLM2-135M, with random weights that do not fit the
-processor's caches, and 1 to 8 rows. `--against` names a library of another build: the two take
-turns, and their results must have the same bits. Times are the processor time of one thread, 10 %
-quantiles, because other processes only make calls slower. The first line is the time to read as
-many bytes in one stream. Run from the root of the repository.
+Times the layers' products and the head of SmolLM2-135M with 1 to 8 rows. The weights are random and
+do not fit the processor's caches. --against names a library of another build: the two take turns,
+and their results must have the same bits. Times are the processor time of one thread, 10 %
+quantiles, because other processes only make calls slower. "stream" is the time to read as many
+bytes in one pass of numpy. Run from the root of the repository.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import ctypes
 import json
 import mmap
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from time import thread_time
 from typing import Any, NamedTuple
@@ -25,15 +26,17 @@ import numpy as np
 from freeexport.system.environment import environment
 from freeexport.system.load import load_note, other_load
 from freeexport.system.output import write_whole
+from runtime.errors import EngineError
 from runtime.kernels import LIBRARY, instructions
 from tools.data.splits import run_tool
 
 QUANTILE = 0.1
-SIZE = 576
+MEMORY = 256 << 20
 LAYERS = 30
-# Outputs, inputs, activation (0: none, 2: silu, with a second weight), norm.
-LAYER = ((960, SIZE, 0, True), (SIZE, SIZE, 0, False), (1536, SIZE, 2, True), (SIZE, 1536, 0, False))
-HEAD = ((49152, SIZE, 0, True),)
+# Outputs, inputs, activation, and whether a norm comes first. An activation has a second weight.
+SILU = 2
+LAYER = ((960, 576, 0, True), (576, 576, 0, False), (1536, 576, SILU, True), (576, 1536, 0, False))
+HEAD = ((49152, 576, 0, True),)
 
 
 class _Weight(ctypes.Structure):
@@ -68,130 +71,138 @@ class Part(NamedTuple):
     Attributes:
         name: Name of the part.
         products: The products, without rows.
-        outputs: Outputs of each product.
-        bytes: Bytes of their weights.
+        weights: Memory of their weights, uint8.
     """
 
     name: str
     products: list[_Product]
-    outputs: list[int]
-    bytes: int
+    weights: np.ndarray
 
 
-class Memory:
-    """Memory for random weights, in large pages like the weights of a session.
+class Pages:
+    """Memory in large pages, as the weights of a session have them."""
 
-    Args:
-        size: Number of bytes.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._mapped.madvise(mmap.MADV_HUGEPAGE)
-        self.whole = np.frombuffer(self._mapped, np.uint8)
+    def __init__(self) -> None:
+        mapped = mmap.mmap(-1, MEMORY)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes = np.frombuffer(mapped, np.uint8)
         self.used = 0
 
-    def take(self, array: np.ndarray) -> int:
-        """Copy an array and return its address."""
+    def add(self, array: np.ndarray) -> int:
+        """Copy an array to the next line of a cache, and return its address."""
         begin = self.used
         self.used += array.nbytes + -array.nbytes % 64
-        self.whole[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
-        return self.whole.ctypes.data + begin
+        self.bytes[begin : begin + array.nbytes] = array.view(np.uint8)
+        return self.bytes.ctypes.data + begin
 
 
-def part(memory: Memory, name: str, bits: int, layers: int, shapes: Any) -> Part:
-    """Return a part with random weights: 4 bits with offsets, 8 bits with the middle as zero."""
+def part(pages: Pages, name: str, bits: int, shapes: Iterable[tuple[int, int, int, bool]]) -> Part:
+    """Return a part with random weights: 4 bits in blocks of 32 with offsets, 8 bits of 64."""
     rng = np.random.default_rng(bits)
-    products = []
-    began = memory.used
+    began = pages.used
 
     def weight(outputs: int, inputs: int) -> _Weight:
-        data = rng.integers(0, 256, outputs * inputs * bits // 8, np.uint8)
         block = 32 if bits == 4 else 64
         scales = rng.random((2, outputs * inputs // block), np.float32).astype(np.float16)
         made = _Weight(outputs, inputs, bits, block)
-        made.data = memory.take(data)
-        made.scales = memory.take(scales[0])
-        made.offsets = memory.take(scales[1]) if bits == 4 else None
+        made.data = pages.add(rng.integers(0, 256, outputs * inputs * bits // 8, np.uint8))
+        made.scales = pages.add(scales[0])
+        made.offsets = pages.add(scales[1]) if bits == 4 else None
         return made
 
-    for _ in range(layers):
-        for outputs, inputs, activation, norm in shapes:
-            product = _Product(epsilon=1e-5, activation=activation)
-            product.weight = weight(outputs, inputs)
-            if activation:
-                product.up = weight(outputs, inputs)
-            if norm:
-                product.norm = memory.take(rng.random(inputs, np.float32))
-            products.append(product)
-    outputs = [product.weight.outputs for product in products]
-    return Part(name, products, outputs, memory.used - began)
+    products = []
+    for outputs, inputs, activation, norm in shapes:
+        product = _Product(epsilon=1e-5, activation=activation, weight=weight(outputs, inputs))
+        if activation:
+            product.up = weight(outputs, inputs)
+        if norm:
+            product.norm = pages.add(rng.random(inputs, np.float32))
+        products.append(product)
+    return Part(name, products, pages.bytes[began : pages.used])
 
 
-def run(call: Any, name: bytes, part: Part, rows: int, x: np.ndarray, y: np.ndarray) -> float:
-    """Multiply `rows` rows with all weights of a part, and return the seconds."""
-    for product in part.products:
+def load(path: Path) -> Any:
+    """Return the function of a library that multiplies on one thread.
+
+    Raises:
+        EngineError: If it cannot be loaded.
+    """
+    try:
+        function = ctypes.CDLL(str(path)).freeexport_packed_linear
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"{path} is no library of these kernels ({error})") from None
+    function.restype = ctypes.c_char_p
+    return function
+
+
+def multiply(call: Any, products: list[_Product], rows: int, x: np.ndarray, y: np.ndarray) -> float:
+    """Multiply `rows` rows of x with each weight, into y, and return the seconds."""
+    name = instructions().encode()
+    for product in products:
         product.rows = rows
         product.x = x.ctypes.data
         product.y = y.ctypes.data
-    pointers = [ctypes.byref(product) for product in part.products]
     began = thread_time()
-    for pointer in pointers:
-        call(name, pointer)
+    for product in products:
+        if problem := call(name, ctypes.byref(product)):
+            raise EngineError(problem.decode())
     return thread_time() - began
 
 
-def measure(libraries: list[Path], rounds: int, most: int, name: str) -> list[dict[str, Any]]:
-    """Return milliseconds by library, part and number of rows."""
-    memory = Memory(600 << 20)
+def measure(libraries: dict[str, Path], rounds: int, most: int) -> list[dict[str, Any]]:
+    """Return a row for each part and library, with milliseconds by number of rows.
+
+    Raises:
+        EngineError: If libraries return different results.
+    """
+    pages = Pages()
     parts = [
-        part(memory, "int4 layers", 4, LAYERS, LAYER),
-        part(memory, "int8 layers", 8, LAYERS, LAYER),
-        part(memory, "int8 head", 8, 1, HEAD),
+        part(pages, "int4 layers", 4, LAYER * LAYERS),
+        part(pages, "int8 layers", 8, LAYER * LAYERS),
+        part(pages, "int8 head", 8, HEAD),
     ]
-    calls = [ctypes.CDLL(str(path)).freeexport_packed_linear for path in libraries]
-    x = np.random.default_rng(0).standard_normal((most, 1536), np.float32)
-    seconds: dict[tuple[int, str, int], list[float]] = defaultdict(list)
-    stream: dict[str, list[float]] = defaultdict(list)
-    begins = np.cumsum([0] + [item.bytes for item in parts])
+    calls = {name: load(path) for name, path in libraries.items()}
+    shapes = (*LAYER, *HEAD)
+    inputs = max(shape[1] for shape in shapes)
+    x = np.random.default_rng(0).standard_normal((most, inputs), np.float32)
+    y = np.zeros((most, max(shape[0] for shape in shapes)), np.float32)
     for item in parts:
         for rows in range(1, most + 1):
-            results = []
-            for call in calls:
-                y = np.zeros((most, max(item.outputs)), np.float32)
-                for product in item.products:
-                    run(call, name.encode(), item._replace(products=[product]), rows, x, y)
-                    results.append(y.tobytes())
-            half = len(results) // len(calls)
-            if results[:half] != results[-half:]:
-                raise click.ClickException(f"{item.name}: results of {rows} rows differ")
+            for product in item.products[: len(LAYER)]:
+                results = set()
+                for call in calls.values():
+                    multiply(call, [product], rows, x, y)
+                    results.add(y.tobytes())
+                if len(results) > 1:
+                    raise EngineError(f"{item.name}: results of {rows} rows differ")
+    times: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    streams: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
-        for item, begin in zip(parts, begins, strict=False):
-            words = memory.whole[begin : begin + item.bytes // 64 * 64].view(np.uint64)
+        for item in parts:
             began = thread_time()
-            words.max()
-            stream[item.name].append(thread_time() - began)
+            item.weights.view(np.uint64).max()
+            streams[item.name].append(thread_time() - began)
             for rows in range(1, most + 1):
-                for library, call in enumerate(calls):
-                    y = np.zeros((most, max(item.outputs)), np.float32)
-                    taken = run(call, name.encode(), item, rows, x, y)
-                    seconds[library, item.name, rows].append(taken)
+                for name, call in calls.items():
+                    taken = multiply(call, item.products, rows, x, y)
+                    times[item.name, name, rows].append(taken)
 
-    def quick(times: list[float]) -> float:
-        return round(1000 * float(np.quantile(times, QUANTILE)), 3)
+    def milliseconds(seconds: list[float]) -> float:
+        return round(1000 * float(np.quantile(seconds, QUANTILE)), 3)
 
     return [
         {
             "part": item.name,
-            "library": library,
-            "megabytes": round(item.bytes / 1e6, 1),
-            "stream": quick(stream[item.name]),
-            "rows": {
-                rows: quick(seconds[library, item.name, rows]) for rows in range(1, most + 1)
+            "library": name,
+            "megabytes": round(item.weights.nbytes / 1e6, 1),
+            "stream": milliseconds(streams[item.name]),
+            "milliseconds": {
+                rows: milliseconds(times[item.name, name, rows]) for rows in range(1, most + 1)
             },
         }
         for item in parts
-        for library in range(len(libraries))
+        for name in calls
     ]
 
 
@@ -199,28 +210,25 @@ def measure(libraries: list[Path], rounds: int, most: int, name: str) -> list[di
 @click.option("--against", type=click.Path(path_type=Path), help="Library to compare with.")
 @click.option("--rounds", default=40, type=click.IntRange(1), help="Rounds.")
 @click.option("--rows", default=8, type=click.IntRange(1), help="Maximum number of rows.")
-@click.option("--instructions", "name", help="Instruction set. [default: the best]")
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
-def main(
-    against: Path | None, rounds: int, rows: int, name: str | None, save: Path | None
-) -> None:
-    libraries = [LIBRARY, *([against] if against else [])]
-    with other_load() as load:
-        found = measure(libraries, rounds, rows, name or instructions())
+def main(against: Path | None, rounds: int, rows: int, save: Path | None) -> None:
+    libraries = {"this": LIBRARY} | ({"other": against} if against else {})
+    with other_load() as other:
+        found = measure(libraries, rounds, rows)
     for row in found:
-        first = row["rows"][1]
-        each = [f"{taken:.2f} ({taken / first:.2f})" for taken in row["rows"].values()]
-        label = "other" if row["library"] else "this"
+        one = row["milliseconds"][1]
+        each = [f"{taken:.2f} ({taken / one:.2f})" for taken in row["milliseconds"].values()]
         click.echo(
-            f"{row['part']:12} {label:5} {row['megabytes'] / first:5.1f} GB/s, stream "
-            f"{row['stream']:.2f} ms: " + " ".join(each)
+            f"{row['part']}, {row['library']}: {row['megabytes'] / one:.1f} GB/s with one row, "
+            f"stream {row['megabytes'] / row['stream']:.1f}; ms by rows " + ", ".join(each)
         )
-    if load_note(load.cores):
-        click.echo(load_note(load.cores))
+    if load_note(other.cores):
+        click.echo(load_note(other.cores))
     if save is not None:
         content = {
+            "command": f"python -m tools.kernel_rows --rounds {rounds} --rows {rows}",
             "environment": environment(),
-            "busy_cores": round(load.cores, 2),
+            "busy_cores": round(other.cores, 2),
             "unit": "milliseconds of processor time",
             "rows": found,
         }
