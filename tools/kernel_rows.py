@@ -225,8 +225,9 @@ def main(against: Path | None, rounds: int, rows: int, save: Path | None) -> Non
     if load_note(other.cores):
         click.echo(load_note(other.cores))
     if save is not None:
+        command = "python -m tools.kernel_rows" + (" --against OTHER" if against else "")
         content = {
-            "command": f"python -m tools.kernel_rows --rounds {rounds} --rows {rows}",
+            "command": f"{command} --rounds {rounds} --rows {rows}",
             "environment": environment(),
             "busy_cores": round(other.cores, 2),
             "unit": "milliseconds of processor time",
