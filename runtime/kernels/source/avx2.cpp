@@ -12,8 +12,53 @@ struct Vec : Vec256 {
   static Int sum_pairs(Int a, Int b) { return _mm256_add_epi16(a, b); }
   static Int widen_pairs(Int a, int16_t factor) { return _mm256_madd_epi16(a, _mm256_set1_epi16(factor)); }
   static Int sum(Int a, Int b) { return _mm256_add_epi32(a, b); }
+
+  // Like PairQuads, but multiplies the upper halves of 8-bit weights after all lower ones. Sums of
+  // four rows with both registers of a panel then fit in 16 registers, so weights are read once.
   template <int Bits>
-  using Quads = PairQuads<Vec, Bits>;
+  struct Quads {
+    template <int M>
+    static constexpr int kWide = 2;
+
+    template <int M, int Wide, typename Start, typename Take>
+    static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t apart, const Group* rows, const Start& start,
+                                           const Take& take) {
+      Int dots[M][Wide];
+#pragma GCC unroll 2
+      for (int half = 0; half < Bits / 4; half++) {
+        asm("" : "+r"(rows));  // otherwise GCC keeps the inputs in memory for the second half
+        Int sums[M][Wide];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+          Int quads[Wide];
+#pragma GCC unroll 2
+          for (int w = 0; w < Wide; w++) {
+            const Int bytes = load(data + 64 * (Bits == 8 ? j : j / 2) + apart * w);
+            quads[w] = (Bits == 8 ? half : j % 2) ? high(bytes) : low(bytes);
+          }
+#pragma GCC unroll 8
+          for (int m = 0; m < M; m++) {
+            const Int a = quad(rows[m].values, j);
+#pragma GCC unroll 2
+            for (int w = 0; w < Wide; w++) {
+              const Int products = pairs(quads[w], a);
+              sums[m][w] = j == 0 ? products : sum_pairs(sums[m][w], products);
+              asm("" : "+v"(sums[m][w]));  // otherwise GCC keeps products in memory and adds them later
+            }
+          }
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+          for (int w = 0; w < Wide; w++)
+            dots[m][w] = sum(half ? dots[m][w] : start(m, w), widen_pairs(sums[m][w], half ? 16 : 1));
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int w = 0; w < Wide; w++) take(m, w, dots[m][w]);
+    }
+  };
   template <int Bits>
   using Unpacked = PairGroup<Vec, Bits>;
 };

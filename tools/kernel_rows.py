@@ -1,0 +1,240 @@
+"""Measures what each row of a call costs in our kernels, without ONNX Runtime.
+
+    python -m tools.kernel_rows [--against LIBRARY] [--save rows.json]
+
+Times the layers' products and the head of SmolLM2-135M with 1 to 8 rows. The weights are random and
+do not fit the processor's caches. --against names a library of another build: the two take turns,
+and their results must have the same bits. Times are the processor time of one thread, 10 %
+quantiles, because other processes only make calls slower. "stream" is the time to read as many
+bytes in one pass of numpy. Run from the root of the repository.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from time import thread_time
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+
+from freeexport.system.environment import environment
+from freeexport.system.load import load_note, other_load
+from freeexport.system.output import write_whole
+from runtime.errors import EngineError
+from runtime.kernels import LIBRARY, instructions
+from tools.data.splits import run_tool
+
+QUANTILE = 0.1
+MEMORY = 256 << 20
+LAYERS = 30
+# Outputs, inputs, activation, and whether a norm comes first. An activation has a second weight.
+SILU = 2
+LAYER = ((960, 576, 0, True), (576, 576, 0, False), (1536, 576, SILU, True), (576, 1536, 0, False))
+HEAD = ((49152, 576, 0, True),)
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs")),
+        *((name, ctypes.c_int) for name in ("bits", "block")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("data", "scales", "zeros", "offsets", "bias", "multiples")
+        ),
+    )
+
+
+class _Product(ctypes.Structure):
+    """Mirrors the struct in runtime/kernels/source/packed_linear.h."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("x", "skip", "norm", "shift")),
+        ("epsilon", ctypes.c_float),
+        ("activation", ctypes.c_int),
+        ("weight", _Weight),
+        ("up", _Weight),
+        *((name, ctypes.c_void_p) for name in ("total", "y")),
+        *((name, ctypes.c_int) for name in ("beside", "layer", "keeps_norm", "prompt")),
+    )
+
+
+class Part(NamedTuple):
+    """Products that are timed together.
+
+    Attributes:
+        name: Name of the part.
+        products: The products, without rows.
+        weights: Memory of their weights, uint8.
+    """
+
+    name: str
+    products: list[_Product]
+    weights: np.ndarray
+
+
+class Pages:
+    """Memory in large pages, as the weights of a session have them."""
+
+    def __init__(self) -> None:
+        mapped = mmap.mmap(-1, MEMORY)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes = np.frombuffer(mapped, np.uint8)
+        self.used = 0
+
+    def add(self, array: np.ndarray) -> int:
+        """Copy an array to the next line of a cache, and return its address."""
+        begin = self.used
+        self.used += array.nbytes + -array.nbytes % 64
+        self.bytes[begin : begin + array.nbytes] = array.view(np.uint8)
+        return self.bytes.ctypes.data + begin
+
+
+def part(pages: Pages, name: str, bits: int, shapes: Iterable[tuple[int, int, int, bool]]) -> Part:
+    """Return a part with random weights: 4 bits in blocks of 32 with offsets, 8 bits of 64."""
+    rng = np.random.default_rng(bits)
+    began = pages.used
+
+    def weight(outputs: int, inputs: int) -> _Weight:
+        block = 32 if bits == 4 else 64
+        scales = rng.random((2, outputs * inputs // block), np.float32).astype(np.float16)
+        made = _Weight(outputs, inputs, bits, block)
+        made.data = pages.add(rng.integers(0, 256, outputs * inputs * bits // 8, np.uint8))
+        made.scales = pages.add(scales[0])
+        made.offsets = pages.add(scales[1]) if bits == 4 else None
+        return made
+
+    products = []
+    for outputs, inputs, activation, norm in shapes:
+        product = _Product(epsilon=1e-5, activation=activation, weight=weight(outputs, inputs))
+        if activation:
+            product.up = weight(outputs, inputs)
+        if norm:
+            product.norm = pages.add(rng.random(inputs, np.float32))
+        products.append(product)
+    return Part(name, products, pages.bytes[began : pages.used])
+
+
+def load(path: Path) -> Any:
+    """Return the function of a library that multiplies on one thread.
+
+    Raises:
+        EngineError: If it cannot be loaded.
+    """
+    try:
+        function = ctypes.CDLL(str(path)).freeexport_packed_linear
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"{path} is no library of these kernels ({error})") from None
+    function.restype = ctypes.c_char_p
+    return function
+
+
+def multiply(call: Any, products: list[_Product], rows: int, x: np.ndarray, y: np.ndarray) -> float:
+    """Multiply `rows` rows of x with each weight, into y, and return the seconds."""
+    name = instructions().encode()
+    for product in products:
+        product.rows = rows
+        product.x = x.ctypes.data
+        product.y = y.ctypes.data
+    began = thread_time()
+    for product in products:
+        if problem := call(name, ctypes.byref(product)):
+            raise EngineError(problem.decode())
+    return thread_time() - began
+
+
+def measure(libraries: dict[str, Path], rounds: int, most: int) -> list[dict[str, Any]]:
+    """Return a row for each part and library, with milliseconds by number of rows.
+
+    Raises:
+        EngineError: If libraries return different results.
+    """
+    pages = Pages()
+    parts = [
+        part(pages, "int4 layers", 4, LAYER * LAYERS),
+        part(pages, "int8 layers", 8, LAYER * LAYERS),
+        part(pages, "int8 head", 8, HEAD),
+    ]
+    calls = {name: load(path) for name, path in libraries.items()}
+    shapes = (*LAYER, *HEAD)
+    inputs = max(shape[1] for shape in shapes)
+    x = np.random.default_rng(0).standard_normal((most, inputs), np.float32)
+    y = np.zeros((most, max(shape[0] for shape in shapes)), np.float32)
+    for item in parts:
+        for rows in range(1, most + 1):
+            for product in item.products[: len(LAYER)]:
+                results = set()
+                for call in calls.values():
+                    multiply(call, [product], rows, x, y)
+                    results.add(y.tobytes())
+                if len(results) > 1:
+                    raise EngineError(f"{item.name}: results of {rows} rows differ")
+    times: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    streams: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for item in parts:
+            began = thread_time()
+            item.weights.view(np.uint64).max()
+            streams[item.name].append(thread_time() - began)
+            for rows in range(1, most + 1):
+                for name, call in calls.items():
+                    taken = multiply(call, item.products, rows, x, y)
+                    times[item.name, name, rows].append(taken)
+
+    def milliseconds(seconds: list[float]) -> float:
+        return round(1000 * float(np.quantile(seconds, QUANTILE)), 3)
+
+    return [
+        {
+            "part": item.name,
+            "library": name,
+            "megabytes": round(item.weights.nbytes / 1e6, 1),
+            "stream": milliseconds(streams[item.name]),
+            "milliseconds": {
+                rows: milliseconds(times[item.name, name, rows]) for rows in range(1, most + 1)
+            },
+        }
+        for item in parts
+        for name in calls
+    ]
+
+
+@click.command(help=__doc__, context_settings={"show_default": True})
+@click.option("--against", type=click.Path(path_type=Path), help="Library to compare with.")
+@click.option("--rounds", default=40, type=click.IntRange(1), help="Rounds.")
+@click.option("--rows", default=8, type=click.IntRange(1), help="Maximum number of rows.")
+@click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
+def main(against: Path | None, rounds: int, rows: int, save: Path | None) -> None:
+    libraries = {"this": LIBRARY} | ({"other": against} if against else {})
+    with other_load() as other:
+        found = measure(libraries, rounds, rows)
+    for row in found:
+        one = row["milliseconds"][1]
+        each = [f"{taken:.2f} ({taken / one:.2f})" for taken in row["milliseconds"].values()]
+        click.echo(
+            f"{row['part']}, {row['library']}: {row['megabytes'] / one:.1f} GB/s with one row, "
+            f"stream {row['megabytes'] / row['stream']:.1f}; ms by rows " + ", ".join(each)
+        )
+    if load_note(other.cores):
+        click.echo(load_note(other.cores))
+    if save is not None:
+        command = "python -m tools.kernel_rows" + (" --against OTHER" if against else "")
+        content = {
+            "command": f"{command} --rounds {rounds} --rows {rows}",
+            "environment": environment(),
+            "busy_cores": round(other.cores, 2),
+            "unit": "milliseconds of processor time",
+            "rows": found,
+        }
+        write_whole(save, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_tool(main)
