@@ -62,11 +62,17 @@ WITHOUT = (
 )
 
 
+# The kernels use headers of the C++ library only, and zig would compile the library for a minute.
+# g++ knows this flag since version 13; on Linux `--as-needed` drops the library.
+_ALONE = "-nostdlib++"
 # By system, as in `sysconfig.get_platform()`: suffix of the library, and flags of the linker.
 LINKED = {
     "linux": (".so", ["-shared", "-Wl,--as-needed,-z,defs"]),
-    "macosx": (".dylib", ["-shared", "-Wl,-install_name,@rpath/libfreeexport_kernels.dylib"]),
-    "win": (".dll", ["-shared"]),
+    "macosx": (
+        ".dylib",
+        ["-shared", _ALONE, "-Wl,-install_name,@rpath/libfreeexport_kernels.dylib"],
+    ),
+    "win": (".dll", ["-shared", _ALONE]),
 }
 # Other names of processors in `sysconfig.get_platform()`.
 PROCESSORS = {"arm64": "aarch64", "amd64": "x86_64"}
