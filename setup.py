@@ -50,7 +50,8 @@ INSTRUCTIONS = {
         "amx": _AMX,
         "amx_attention": _AMX,
     },
-    "aarch64": {"neon": "-march=armv8-a+dotprod", "neon_i8mm": "-march=armv8-a+i8mm"},
+    # zig knows no -march for this processor.
+    "aarch64": {"neon": "-mcpu=generic+dotprod", "neon_i8mm": "-mcpu=generic+i8mm"},
 }
 
 
