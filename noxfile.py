@@ -91,6 +91,7 @@ def wheels(session: nox.Session, platform_tag: str) -> None:
     )
     environment = {
         "CXX": f"{session.bin}/python -m ziglang c++ -target {target}",
+        "LDFLAGS": "-nostdlib++",  # zig would first compile a C++ library, which is not used
         "_PYTHON_HOST_PLATFORM": host,
         "FREEEXPORT_KERNELS": "require",
     }

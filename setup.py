@@ -50,7 +50,8 @@ INSTRUCTIONS = {
         "amx": _AMX,
         "amx_attention": _AMX,
     },
-    "aarch64": {"neon": "-march=armv8-a+dotprod", "neon_i8mm": "-march=armv8-a+i8mm"},
+    # zig knows no -march for this processor.
+    "aarch64": {"neon": "-mcpu=generic+dotprod", "neon_i8mm": "-mcpu=generic+i8mm"},
 }
 
 
@@ -62,11 +63,17 @@ WITHOUT = (
 )
 
 
+# The kernels use headers of the C++ library only, and zig would compile the library for a minute.
+# g++ knows this flag since version 13; on Linux `--as-needed` drops the library.
+_ALONE = "-nostdlib++"
 # By system, as in `sysconfig.get_platform()`: suffix of the library, and flags of the linker.
 LINKED = {
     "linux": (".so", ["-shared", "-Wl,--as-needed,-z,defs"]),
-    "macosx": (".dylib", ["-shared", "-Wl,-install_name,@rpath/libfreeexport_kernels.dylib"]),
-    "win": (".dll", ["-shared"]),
+    "macosx": (
+        ".dylib",
+        ["-shared", _ALONE, "-Wl,-install_name,@rpath/libfreeexport_kernels.dylib"],
+    ),
+    "win": (".dll", ["-shared", _ALONE]),
 }
 # Other names of processors in `sysconfig.get_platform()`.
 PROCESSORS = {"arm64": "aarch64", "amd64": "x86_64"}

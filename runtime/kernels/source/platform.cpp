@@ -21,47 +21,9 @@ namespace {
 
 #if defined(__x86_64__)
 
-struct Registers {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-};
-
-// Returns zeros if the processor does not have the leaf.
-Registers identify(unsigned leaf, unsigned part) {
-  Registers r;
-  if (!__get_cpuid_count(leaf, part, &r.a, &r.b, &r.c, &r.d)) return {};
-  return r;
-}
-
 bool bit(unsigned value, int index) { return (value >> index & 1) != 0; }
 
-// Returns the registers that the system saves when it switches threads (XCR0).
-unsigned saved_registers() {
-  unsigned low = 0, high = 0;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return low;
-}
-
-Processor detect() {
-  constexpr unsigned kYmm = 0x6, kZmm = 0xe0;
-  Processor found;
-  found.intel = identify(0, 0).b == 0x756e6547;  // "Genu"
-  const Registers basic = identify(1, 0), extended = identify(7, 0), more = identify(7, 1);
-  if (!bit(basic.c, 27)) return found;  // OSXSAVE
-  const unsigned saved = saved_registers();
-  if ((saved & kYmm) != kYmm) return found;
-  const bool fma = bit(basic.c, 12), f16c = bit(basic.c, 29);
-  found.avx2 = bit(extended.b, 5) && fma && f16c;
-  found.avx_vnni = found.avx2 && bit(more.a, 4);
-#if !defined(__APPLE__)  // macOS saves these registers from their first use on
-  if ((saved & kZmm) != kZmm) return found;
-#endif
-  const bool f = bit(extended.b, 16), dq = bit(extended.b, 17), bw = bit(extended.b, 30), vl = bit(extended.b, 31);
-  found.avx512 = found.avx2 && f && dq && bw && vl;
-  found.avx512_vnni = found.avx512 && bit(extended.c, 11);
-  const bool vbmi = bit(extended.c, 1), bf16 = bit(more.a, 5), tile_bf16 = bit(extended.d, 22), tiles = bit(extended.d, 24);
-  found.amx = found.avx512_vnni && vbmi && bf16 && tile_bf16 && tiles;
-  return found;
-}
+bool all(unsigned value, unsigned bits) { return (value & bits) == bits; }
 
 #elif defined(__aarch64__) && defined(__linux__)
 
@@ -83,12 +45,12 @@ bool has(const char* feature) {
 
 Processor detect() {
   Processor found;
-  found.dot_products = has("hw.optional.arm.FEAT_DotProd");
+  found.dot_products = true;  // of every Mac with this processor; macOS 11 lacks a name for it
   found.i8mm = has("hw.optional.arm.FEAT_I8MM");
   return found;
 }
 
-#else
+#elif !defined(__x86_64__)
 
 Processor detect() { return {}; }
 
@@ -96,7 +58,47 @@ Processor detect() { return {}; }
 
 }  // namespace
 
+#if defined(__x86_64__)
+
+Identity identify() {
+  constexpr int kReadable = 27;  // OSXSAVE
+  Identity found;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid_count(0, 0, &a, &found.vendor, &c, &d);
+  __get_cpuid_count(1, 0, &a, &b, &found.basic_c, &d);
+  unsigned last_part = 0;
+  // These leave the registers unchanged if the processor lacks the leaf.
+  __get_cpuid_count(7, 0, &last_part, &found.b, &found.c, &found.d);
+  if (last_part >= 1) __get_cpuid_count(7, 1, &found.part_a, &b, &c, &d);
+  if (bit(found.basic_c, kReadable)) asm volatile("xgetbv" : "=a"(found.saved), "=d"(d) : "c"(0));
+#if defined(__APPLE__)
+  found.saved &= 0x7;  // macOS before 12.2 loses mask registers of AVX-512
+#endif
+  return found;
+}
+
+Processor detect(const Identity& is) {
+  constexpr unsigned kYmm = 0x6, kZmm = 0xe6, kTiles = 0x600e6;
+  Processor found;
+  found.intel = is.vendor == 0x756e6547;  // "Genu"
+  const bool avx = bit(is.basic_c, 28), fma = bit(is.basic_c, 12), f16c = bit(is.basic_c, 29);
+  found.avx2 = all(is.saved, kYmm) && avx && fma && f16c && bit(is.b, 5);
+  found.avx_vnni = found.avx2 && bit(is.part_a, 4);
+  const bool f = bit(is.b, 16), dq = bit(is.b, 17), bw = bit(is.b, 30), vl = bit(is.b, 31);
+  found.avx512 = found.avx2 && all(is.saved, kZmm) && f && dq && bw && vl;
+  found.avx512_vnni = found.avx512 && bit(is.c, 11);
+  const bool vbmi = bit(is.c, 1), bf16 = bit(is.part_a, 5), tile_bf16 = bit(is.d, 22), tiles = bit(is.d, 24);
+  found.amx = found.avx512_vnni && all(is.saved, kTiles) && vbmi && bf16 && tile_bf16 && tiles;
+  return found;
+}
+
+const Processor kProcessor = detect(identify());
+
+#else
+
 const Processor kProcessor = detect();
+
+#endif
 
 bool request_tiles() {
 #if defined(__x86_64__) && defined(__linux__)

@@ -20,6 +20,20 @@ struct Processor {
 #endif
 };
 
+#if defined(__x86_64__)
+// Registers of CPUID, and of XCR0, which tells what the system saves when it switches threads.
+struct Identity {
+  unsigned vendor = 0;           // leaf 0, EBX
+  unsigned basic_c = 0;          // leaf 1, ECX
+  unsigned b = 0, c = 0, d = 0;  // leaf 7
+  unsigned part_a = 0;           // leaf 7, part 1, EAX
+  unsigned saved = 0;            // XCR0, or 0 if the system does not let programs read it
+};
+
+Identity identify();
+Processor detect(const Identity& identity);
+#endif
+
 // Set when the library is loaded.
 extern const Processor kProcessor;
 

@@ -157,7 +157,11 @@ struct TwoPanels {
 template <typename V, int Bits>
 struct PairQuads {
   // Otherwise GCC keeps the terms in memory and adds them later.
-  static FREEEXPORT_INLINE void here(typename V::Int& value) { asm("" : "+v"(value)); }
+  static FREEEXPORT_INLINE void here(typename V::Int& value) {
+#if defined(__x86_64__)
+    asm("" : "+v"(value));
+#endif
+  }
 
   template <int M>
   static constexpr int kWide = V::kLanes == 16 || (Bits == 8 && M > 2) ? 1 : 2;
