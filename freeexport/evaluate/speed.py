@@ -150,7 +150,7 @@ def add_rooflines(
     """Add to the rows of bundles the share of the memory bandwidth that their decoding uses.
 
     Args:
-        rows: Rows by setting. Those of other decoders stay as they are.
+        rows: Rows by setting.
         entries: The bundles.
         found: Records of each row, by its name.
         bandwidth: Memory bandwidth in bytes per second.
