@@ -45,7 +45,6 @@ class Record:
         times: Seconds from the request to each token, if speed alone is measured.
         acceptance: Share of the drafted tokens that were accepted.
         overhead: Seconds outside the engines.
-        peak_bytes: Peak resident memory of the process, if it runs nothing else.
     """
 
     bundle: str
@@ -68,7 +67,6 @@ class Record:
     times: tuple[float, ...] = ()
     acceptance: float = 1.0
     overhead: float = 0.0
-    peak_bytes: int | None = None
 
     @property
     def key(self) -> Key:

@@ -137,7 +137,7 @@ def add_rooflines(
     found: Mapping[str, Lines],
     bandwidth: float,
 ) -> None:
-    """Call `add_roofline` for the rows of bundles. Rows of other decoders stay as they are."""
+    """Add to the rows of bundles the share of the memory bandwidth that their decoding uses."""
     by_name = {row["name"]: row for row in rows}
     names = row_names(entries)
     for entry in entries:

@@ -95,15 +95,13 @@ def _decoding_speed(done: Round) -> float:
 
 
 def _latencies(rounds: Sequence[Round]) -> SpeedRow:
-    """Return the latency of the first token and between tokens, and the peak memory."""
+    """Return the latency of the first token and between tokens."""
     every = [one for done in rounds for one in done]
     gaps = 1e3 * np.concatenate([np.diff(one.times) for one in every])
-    peaks = [one.peak_bytes for one in every if one.peak_bytes is not None]
     return {
         "first_token_ms": median(1e3 * one.first_seconds for one in every),
         "token_ms": float(np.median(gaps)),
         "token_ms_95": float(np.percentile(gaps, 95)),
-        "peak_bytes": max(peaks, default=None),
     }
 
 
@@ -246,11 +244,6 @@ def _ratio(row: SpeedRow) -> str:
     return f"{plus_minus(row['ratio'], row.get('ratio_low'), row.get('ratio_high'), 2)}x"
 
 
-def _memory(row: SpeedRow) -> str:
-    peak = row.get("peak_bytes")
-    return "" if peak is None else human_bytes(peak)
-
-
 def _kept(row: SpeedRow) -> str:
     drafted = row["exit_rate"] or row["acceptance"] < 1
     return _share(row["acceptance"]) if drafted else ""
@@ -267,7 +260,6 @@ def speed_sheet(report: Mapping[str, Any]) -> Sheet:
         "first ms#": lambda row: f"{row['first_token_ms']:.0f}",
         "ms#": lambda row: f"{row['token_ms']:.1f}",
         "95 %#": lambda row: f"{row['token_ms_95']:.1f}",
-        "memory#": _memory,
         "same#": lambda row: _share(row["agreement"]),
         "differs#": _difference,
         "exits#": lambda row: _share(row["exit_rate"] or None),
