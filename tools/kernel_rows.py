@@ -65,7 +65,7 @@ class _Product(ctypes.Structure):
     )
 
 
-class Part(NamedTuple):
+class ModelPart(NamedTuple):
     """Products that are timed together.
 
     Attributes:
@@ -97,7 +97,9 @@ class Pages:
         return self.bytes.ctypes.data + begin
 
 
-def part(pages: Pages, name: str, bits: int, shapes: Iterable[tuple[int, int, int, bool]]) -> Part:
+def part(
+    pages: Pages, name: str, bits: int, shapes: Iterable[tuple[int, int, int, bool]]
+) -> ModelPart:
     """Return a part with random weights: 4 bits in blocks of 32 with offsets, 8 bits of 64."""
     rng = np.random.default_rng(bits)
     began = pages.used
@@ -119,7 +121,7 @@ def part(pages: Pages, name: str, bits: int, shapes: Iterable[tuple[int, int, in
         if norm:
             product.norm = pages.add(rng.random(inputs, np.float32))
         products.append(product)
-    return Part(name, products, pages.bytes[began : pages.used])
+    return ModelPart(name, products, pages.bytes[began : pages.used])
 
 
 def load(path: Path) -> Any:
