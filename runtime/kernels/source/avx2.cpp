@@ -13,8 +13,9 @@ struct Vec : Vec256 {
   static Int widen_pairs(Int a, int16_t factor) { return _mm256_madd_epi16(a, _mm256_set1_epi16(factor)); }
   static Int sum(Int a, Int b) { return _mm256_add_epi32(a, b); }
 
-  // Like PairQuads, but multiplies the upper halves of 8-bit weights after all lower ones. Sums of
-  // four rows with both registers of a panel then fit in 16 registers, so weights are read once.
+  // Adds products in 16 bits, as in avx512.cpp. The upper halves of 8-bit weights are multiplied after
+  // all lower ones, so that the sums of four rows with both registers of a panel fit in 16 registers.
+  // Weights are then read once.
   template <int Bits>
   struct Quads {
     template <int M>

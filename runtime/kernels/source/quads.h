@@ -151,65 +151,7 @@ struct TwoPanels {
   }
 };
 
-// Adds products in 16 bits. 17 products of 4 by 8 bits (15 * 127) fit, and a group has 16 per lane.
-// 8-bit weights are split into two times 4 bits. A quad of a row is read once for all registers of
-// weights, because these processors would otherwise wait for reads.
-template <typename V, int Bits>
-struct PairQuads {
-  // Otherwise GCC keeps the terms in memory and adds them later.
-  static FREEEXPORT_INLINE void here(typename V::Int& value) {
-#if defined(__x86_64__)
-    asm("" : "+v"(value));
-#endif
-  }
-
-  template <int M>
-  static constexpr int kWide = V::kLanes == 16 || (Bits == 8 && M > 2) ? 1 : 2;
-
-  template <int M, int Wide, typename Start, typename Take>
-  static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t apart, const Group* rows, const Start& start,
-                                         const Take& take) {
-    // For 4 bits, all products are in `low`.
-    typename V::Int low[M][Wide], high[M][Wide];
-#pragma GCC unroll 8
-    for (int j = 0; j < Bits; j++) {
-      typename V::Int lows[Wide], highs[Wide];
-#pragma GCC unroll 2
-      for (int w = 0; w < Wide; w++) {
-        const typename V::Int bytes = V::load(data + 64 * j + apart * w);
-        lows[w] = V::low(bytes);
-        highs[w] = V::high(bytes);
-      }
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        const typename V::Int first = V::quad(rows[m].values, Bits == 4 ? 2 * j : j);
-        const typename V::Int second = Bits == 4 ? V::quad(rows[m].values, 2 * j + 1) : first;
-#pragma GCC unroll 2
-        for (int w = 0; w < Wide; w++) {
-          const typename V::Int a = V::pairs(lows[w], first), b = V::pairs(highs[w], second);
-          if constexpr (Bits == 4) {
-            low[m][w] = j == 0 ? V::sum_pairs(a, b) : V::sum_pairs(V::sum_pairs(low[m][w], a), b);
-          } else {
-            low[m][w] = j == 0 ? a : V::sum_pairs(low[m][w], a);
-            high[m][w] = j == 0 ? b : V::sum_pairs(high[m][w], b);
-            here(high[m][w]);
-          }
-          here(low[m][w]);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-#pragma GCC unroll 2
-      for (int w = 0; w < Wide; w++) {
-        const typename V::Int dot = V::sum(start(m, w), V::widen_pairs(low[m][w], 1));
-        take(m, w, Bits == 4 ? dot : V::sum(dot, V::widen_pairs(high[m][w], 16)));
-      }
-    }
-  }
-};
-
-// Like PairQuads, for weights in 4 to 6 bits that are unpacked once for all rows. Products of four
+// Adds products in 16 bits, for weights in 4 to 6 bits that are unpacked once for all rows. Products of four
 // quads of 5 bits fit in 16 bits, or of two quads of 6 bits.
 template <typename V, int Bits>
 struct PairGroup : VnniQuads<V, Bits> {
