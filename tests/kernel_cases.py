@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from graphs.quantization.panels import in_panels
 from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
 from runtime.kernels import DOMAIN, LIBRARY
+from tools.kernel_rows import PackedProduct, PackedWeight, load
 
 ROUND = {4: round_4_bits, 8: round_8_bits}
 EPSILON = 1e-5
@@ -106,29 +107,6 @@ def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarr
     )
 
 
-class _Weight(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("outputs", "inputs")),
-        *((name, ctypes.c_int) for name in ("bits", "block")),
-        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros", "offsets", "bias", "multiples")),
-    )
-
-
-class _Product(ctypes.Structure):
-    """Mirrors the struct in runtime/kernels/source/packed_linear.h."""
-
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("x", "skip", "norm", "shift")),
-        ("epsilon", ctypes.c_float),
-        ("activation", ctypes.c_int),
-        ("weight", _Weight),
-        ("up", _Weight),
-        *((name, ctypes.c_void_p) for name in ("total", "y")),
-        *((name, ctypes.c_int) for name in ("beside", "layer", "keeps_norm", "prompt")),
-    )
-
-
 INPUTS = (
     "data", "scales", "zeros", "bias", "skip", "norm", "up_data", "up_scales", "up_zeros", "offsets", "up_offsets",
     "multiples", "up_multiples", "shift",
@@ -169,13 +147,12 @@ def multiply(
     Raises:
         ValueError: If the kernels reject the call.
     """
-    call = ctypes.CDLL(str(library)).freeexport_packed_linear
-    call.restype = ctypes.c_char_p
+    call = load(library)
     outputs = case.outputs + (up.outputs if beside and up else 0)
     y = np.full((len(x), outputs), np.nan, np.float32)
     total = np.full_like(x, np.nan)
     inputs = map(_address, (x, skip, norm, shift))
-    product = _Product(len(x), *inputs, EPSILON, ACTIVATIONS.index(activation))
+    product = PackedProduct(len(x), *inputs, EPSILON, ACTIVATIONS.index(activation))
     product.weight = _weight(case)
     if up is not None:
         product.up = _weight(up)
@@ -195,8 +172,8 @@ def multiply(
     return y
 
 
-def _weight(case: Case) -> _Weight:
-    return _Weight(case.outputs, case.inputs, case.bits, case.block, *map(_address, case.tensors.values()))
+def _weight(case: Case) -> PackedWeight:
+    return PackedWeight(case.outputs, case.inputs, case.bits, case.block, *map(_address, case.tensors.values()))
 
 
 def _address(array: np.ndarray | None) -> int | None:

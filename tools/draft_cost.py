@@ -11,7 +11,6 @@ the repository.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,14 +22,13 @@ from unittest import mock
 import click
 import numpy as np
 
-from freeexport.system.environment import environment
 from freeexport.system.load import load_note, other_load
-from freeexport.system.output import write_whole
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.decoding.decoder import Decoder
 from runtime.engines import runner
 from tools.data.splits import run_tool
+from tools.timings import save_timings
 
 QUANTILE = 0.1
 CONTEXT = 64  # tokens of the prompt
@@ -183,14 +181,7 @@ def main(bundles: tuple[Path, ...], rounds: int, chain: int, save: Path | None) 
         click.echo(load_note(load.cores))
     if save is not None:
         command = f"python -m tools.draft_cost {' '.join(path.name for path in bundles)}"
-        content = {
-            "command": f"{command} --rounds {rounds} --chain {chain}",
-            "environment": environment(),
-            "busy_cores": round(load.cores, 2),
-            "unit": "milliseconds of processor time",
-            "rows": rows,
-        }
-        write_whole(save, json.dumps(content, indent=1) + "\n")
+        save_timings(save, f"{command} --rounds {rounds} --chain {chain}", load.cores, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ bytes in one pass of numpy. Run from the root of the repository.
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 from collections import defaultdict
 from collections.abc import Iterable
@@ -23,12 +22,11 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from freeexport.system.environment import environment
 from freeexport.system.load import load_note, other_load
-from freeexport.system.output import write_whole
 from runtime.errors import EngineError
 from runtime.kernels import LIBRARY, instructions
 from tools.data.splits import run_tool
+from tools.timings import save_timings
 
 QUANTILE = 0.1
 MEMORY = 256 << 20
@@ -39,7 +37,9 @@ LAYER = ((960, 576, 0, True), (576, 576, 0, False), (1536, 576, SILU, True), (57
 HEAD = ((49152, 576, 0, True),)
 
 
-class _Weight(ctypes.Structure):
+class PackedWeight(ctypes.Structure):
+    """Mirrors `Weight` in runtime/kernels/source/packed_linear.h."""
+
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("outputs", "inputs")),
         *((name, ctypes.c_int) for name in ("bits", "block")),
@@ -50,16 +50,16 @@ class _Weight(ctypes.Structure):
     )
 
 
-class _Product(ctypes.Structure):
-    """Mirrors the struct in runtime/kernels/source/packed_linear.h."""
+class PackedProduct(ctypes.Structure):
+    """Mirrors `Product` in runtime/kernels/source/packed_linear.h."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("x", "skip", "norm", "shift")),
         ("epsilon", ctypes.c_float),
         ("activation", ctypes.c_int),
-        ("weight", _Weight),
-        ("up", _Weight),
+        ("weight", PackedWeight),
+        ("up", PackedWeight),
         *((name, ctypes.c_void_p) for name in ("total", "y")),
         *((name, ctypes.c_int) for name in ("beside", "layer", "keeps_norm", "prompt")),
     )
@@ -75,7 +75,7 @@ class ModelPart(NamedTuple):
     """
 
     name: str
-    products: list[_Product]
+    products: list[PackedProduct]
     weights: np.ndarray
 
 
@@ -104,10 +104,10 @@ def part(
     rng = np.random.default_rng(bits)
     began = pages.used
 
-    def weight(outputs: int, inputs: int) -> _Weight:
+    def weight(outputs: int, inputs: int) -> PackedWeight:
         block = 32 if bits == 4 else 64
         scales = rng.random((2, outputs * inputs // block), np.float32).astype(np.float16)
-        made = _Weight(outputs, inputs, bits, block)
+        made = PackedWeight(outputs, inputs, bits, block)
         made.data = pages.add(rng.integers(0, 256, outputs * inputs * bits // 8, np.uint8))
         made.scales = pages.add(scales[0])
         made.offsets = pages.add(scales[1]) if bits == 4 else None
@@ -115,7 +115,7 @@ def part(
 
     products = []
     for outputs, inputs, activation, norm in shapes:
-        product = _Product(epsilon=1e-5, activation=activation, weight=weight(outputs, inputs))
+        product = PackedProduct(epsilon=1e-5, activation=activation, weight=weight(outputs, inputs))
         if activation:
             product.up = weight(outputs, inputs)
         if norm:
@@ -138,7 +138,9 @@ def load(path: Path) -> Any:
     return function
 
 
-def multiply(call: Any, products: list[_Product], rows: int, x: np.ndarray, y: np.ndarray) -> float:
+def multiply(
+    call: Any, products: list[PackedProduct], rows: int, x: np.ndarray, y: np.ndarray
+) -> float:
     """Multiply `rows` rows of x with each weight, into y, and return the seconds."""
     name = instructions().encode()
     for product in products:
@@ -228,14 +230,7 @@ def main(against: Path | None, rounds: int, rows: int, save: Path | None) -> Non
         click.echo(load_note(other.cores))
     if save is not None:
         command = "python -m tools.kernel_rows" + (" --against OTHER" if against else "")
-        content = {
-            "command": f"{command} --rounds {rounds} --rows {rows}",
-            "environment": environment(),
-            "busy_cores": round(other.cores, 2),
-            "unit": "milliseconds of processor time",
-            "rows": found,
-        }
-        write_whole(save, json.dumps(content, indent=1) + "\n")
+        save_timings(save, f"{command} --rounds {rounds} --rows {rows}", other.cores, found)
 
 
 if __name__ == "__main__":
