@@ -159,7 +159,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             click.echo(
                 f"stopped: the whole model's loss rose at {RISES} evaluations in a row, from "
                 f"{min(deep):.3f} to {deep[-1]:.3f}; the best weights are kept; lower "
-                "--learning-rate, or leave the model as it is with --tune exit",
+                "--learning-rate, or leave the model unchanged with --tune exit",
                 err=True,
             )
 
@@ -320,7 +320,7 @@ def training_verdict(before: dict[str, float], after: dict[str, float], costs: C
     if rise > _LOST:
         lines.append(
             f"warning: the whole model's loss rose from {start['eval_deep_loss']:.3f} to "
-            f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model as it is "
+            f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model unchanged "
             "with --tune exit"
         )
     share = after["eval_oracle_exits"]
