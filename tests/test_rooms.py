@@ -46,14 +46,15 @@ ALLOWED: dict[str, dict[str, str]] = {
         "speech_rules": "bundle text",
         "speech": "speech_rules words audio bundle text options result",
         "languages": "bundle",
-        "model": "languages thresholds decoding engines adaptation text bundle options metrics",
+        "model": "languages thresholds decoding engines adaptation text bundle machine options metrics",
         "generation": "model languages speech decoding engines text machine bundle options result",
-        "sequence": "generation model languages speech decoding text options result metrics",
+        "sequence": "generation decoding result metrics",
         "scheduler": "sequence batching decoding engines adaptation",
         "stream": "scheduler sequence text result",
-        "placement": "tensorrt cuda engines bundle machine options",
-        "session": "placement hub alignment speech stream scheduler batching sequence model thresholds decoding "
-        "engines adaptation text bundle machine options option_keywords result metrics",
+        "requests": "stream scheduler sequence generation model languages speech text options option_keywords result",
+        "placement": "tensorrt cuda batching decoding engines bundle machine options",
+        "session": "placement hub alignment speech requests stream scheduler model thresholds decoding engines "
+        "adaptation text bundle machine options option_keywords result metrics",
         "pretrained": "session model options",
     },
     "freeexport": {
