@@ -21,7 +21,8 @@ from runtime.json_file import read_object
 from runtime.languages import check_languages, with_languages
 from runtime.machine.device import Device
 from runtime.metrics import Observer
-from runtime.options import GenerationOptions, SessionOptions
+from runtime.options import GenerationOptions
+from runtime.session_options import SessionOptions
 from runtime.text.corpus import read_corpus
 from runtime.text.grammar import Grammar, Grammars
 from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected, encode_prompt

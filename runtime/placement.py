@@ -18,7 +18,7 @@ from runtime.engines.kv_cache import CrossCache
 from runtime.engines.runner import Encoder, Runner
 from runtime.errors import CapacityError
 from runtime.machine.device import Device, check_runnable
-from runtime.options import SessionOptions
+from runtime.session_options import SessionOptions
 
 
 def open_backend(
@@ -43,7 +43,7 @@ def open_backend(
 
 
 @dataclass(frozen=True, eq=False)
-class Engines:
+class LoadedEngines:
     """The loaded engines of a session.
 
     Attributes:
@@ -65,7 +65,7 @@ class Engines:
 
 def load_engines(
     backend: Backend, slots: int, decoder_type: Callable[..., Decoder] | None = None
-) -> Engines:
+) -> LoadedEngines:
     """Load the engines of a bundle, and create a decoder for each slot.
 
     Args:
@@ -99,7 +99,7 @@ def load_engines(
         for runner in (shallow, exit, deep)
         if runner is not None
     }
-    return Engines(shallow, deep, encoder, decoders, batches, cross)
+    return LoadedEngines(shallow, deep, encoder, decoders, batches, cross)
 
 
 def check_device(device: Device, needed: int = 0, what: str = "") -> None:

@@ -26,11 +26,12 @@ from runtime.machine.machine import costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
 from runtime.model import Model, open_memory
 from runtime.option_keywords import GenerationKeywords, SessionKeywords
-from runtime.options import SessionOptions, merged
+from runtime.options import merged
 from runtime.placement import capacity_of, load_engines, open_backend
 from runtime.requests import Given, Requests
 from runtime.result import GenerationResult
 from runtime.scheduler import Scheduler
+from runtime.session_options import SessionOptions
 from runtime.speech import SpeechPrompt, Transcriber
 from runtime.stream import (
     AsyncInbox,

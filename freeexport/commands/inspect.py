@@ -46,7 +46,7 @@ def command(bundle: Path, as_json: bool) -> None:
       freeexport inspect path/to/bundle
     """
     from freeexport.costs.verdict import bundle_verdict
-    from runtime.options import SessionOptions
+    from runtime.session_options import SessionOptions
     from runtime.thresholds import Thresholds
 
     opened = Bundle.open(find_bundle(bundle), verify="full")
