@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from runtime.bundle.calibration import Calibration
-    from runtime.bundle.manifest import Languages, Manifest, Quantization
+    from runtime.bundle.manifest import Languages, Manifest
+    from runtime.bundle.quantization import Quantization
 
     Rows = list[tuple[str, str]]
 

@@ -37,14 +37,8 @@ from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle, engine_files, sha256_of
 from runtime.bundle.calibration import read_calibration
 from runtime.bundle.costs import recordable
-from runtime.bundle.manifest import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    DeclaredCopy,
-    File,
-    Manifest,
-    Quantization,
-)
+from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
+from runtime.bundle.quantization import Quantization
 from runtime.errors import BundleError
 from runtime.kernels import VERSION as KERNELS_VERSION
 from runtime.kernels import instructions

@@ -15,7 +15,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.verification.verification import failure, verify
 from graphs.quantization.rounding import round_4_bits, round_8_bits, round_blocks, round_rows
 from runtime import Bundle, Session
-from runtime.bundle.manifest import TensorFormat
+from runtime.bundle.quantization import TensorFormat
 
 LLAMA, T5 = BY_NAME["llama-untied-many-eos"], BY_NAME["t5-gated-untied"]
 PLAIN_T5 = BY_NAME["t5-relu-tied"]
