@@ -15,7 +15,7 @@ import click
 from freeexport import __version__
 from freeexport.calibrate.beside import TracedAnswer, check_sample, read_beside
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import forced, known_ends, speech_of
+from freeexport.checkpoints.special_tokens import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.recalibrate import check_fits, with_calibration
