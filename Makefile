@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
-# Two processes that take one file at a time, because most tests use one core.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two processes that take one file at a time, because most tests use one core. Long files with few
+# tests would otherwise come last, and one process would wait for the other.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 DEMO_EXTRAS := .[cpu,demo]

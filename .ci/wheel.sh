@@ -30,7 +30,7 @@ CHECK
 model=$("$bin/python" -c 'import freeexport; print(freeexport.__path__[0])')/data/g2p
 case $model in *site-packages*) ;; *) echo "not the installed package: $model" >&2; exit 1 ;; esac
 
-mkdir readme application checkpoint
+mkdir readme application
 mkdir -p readme/path/to
 cp -r "$model" readme/path/to/checkpoint
 head -n 40 "$model/test.jsonl" >readme/calibration.jsonl
@@ -50,23 +50,19 @@ PAGE
     )
 }
 
-say "the commands and programs of the README and of the tutorials, in order, and the demo"
+say "the commands and programs of the README and of a tutorial, in order, and the demo"
 # Two run at a time with one thread each, because their models are too small for more threads.
 export OMP_NUM_THREADS=1
-readme() {
-    run_page readme "$checkout/README.md"
+application() {
     run_page application "$checkout/docs/tutorial-application.md"
-}
-checkpoint() {
-    run_page checkpoint "$checkout/docs/tutorial-checkpoint.md"
     "$bin/freeexport" demo
 }
 failed=0
-readme >readme.log 2>&1 & readme=$!
-checkpoint >checkpoint.log 2>&1 & checkpoint=$!
+run_page readme "$checkout/README.md" >readme.log 2>&1 & readme=$!
+application >application.log 2>&1 & application=$!
 wait "$readme" || failed=$?
-wait "$checkpoint" || failed=$?
-cat readme.log checkpoint.log
+wait "$application" || failed=$?
+cat readme.log application.log
 [ "$failed" = 0 ]
 
 say "bad input is one line, and what stood there still stands"

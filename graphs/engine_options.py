@@ -25,9 +25,9 @@ from runtime.bundle.manifest import (
     Kernels,
     Precision,
     Target,
-    TensorFormat,
 )
 from runtime.bundle.manifest import Dialect as DialectName
+from runtime.bundle.quantization import TensorFormat
 
 # Required dialect (None: any) and precisions of each target, the default first. ONNX Runtime's CUDA
 # provider has no query lengths in GroupQueryAttention. TensorRT has no attention in fp32.

@@ -28,10 +28,11 @@ from runtime.errors import (
     QueueFullError,
 )
 from runtime.metrics import Histogram, Metrics, RequestEvent
-from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
+from runtime.options import GenerationOptions, SpeechOptions
 from runtime.pretrained import FreeModelForCausalLM, FreeModelForSeq2SeqLM
 from runtime.result import GenerationResult, Segment, Stats, Token, Word
 from runtime.session import Session
+from runtime.session_options import SessionOptions
 from runtime.stream import AsyncStream, SegmentStream, Stream
 from runtime.thresholds import DefaultMode
 

@@ -19,8 +19,10 @@ from runtime.engines.runner import Encoder
 from runtime.errors import BundleError, OptionError, shown
 from runtime.json_file import read_object
 from runtime.languages import check_languages, with_languages
+from runtime.machine.device import Device
 from runtime.metrics import Observer
-from runtime.options import GenerationOptions, SessionOptions
+from runtime.options import GenerationOptions
+from runtime.session_options import SessionOptions
 from runtime.text.corpus import read_corpus
 from runtime.text.grammar import Grammar, Grammars
 from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected, encode_prompt
@@ -105,6 +107,31 @@ class Model:
             prompt, self.tokenizer, vocab_size, limit, parse_special, missing, tools
         )
         return with_languages(ids, self.manifest, src_lang, tgt_lang)
+
+    def embed(self, prompts: List[Prompt], *, normalize: bool, src_lang: str | None) -> np.ndarray:
+        """Return the mean of the encoder's states over each prompt, float32 [n, d].
+
+        Raises:
+            OptionError: If the bundle has no encoder for text, or runs on a GPU.
+            PromptError: If a prompt is not valid or does not fit.
+        """
+        encoder = self.encoder
+        if encoder is None or self.manifest.speech is not None:
+            read = "is decoder-only" if encoder is None else "reads speech"
+            raise OptionError(
+                f"the bundle {read}; embeddings need an encoder of text, such as T5's or BART's"
+            )
+        if Device.parse(self.options.device).index is not None:
+            raise OptionError(
+                f"device is {self.options.device!r}; embeddings are computed on a CPU only, use "
+                "another session"
+            )
+        encoded = [self.encode(prompt, src_lang=src_lang) for prompt in prompts]
+        states = [encoder.states(ids).mean(axis=0, dtype=np.float32) for ids in encoded]
+        found = np.array(states, np.float32).reshape(len(states), self.manifest.hidden_size)
+        if normalize:
+            found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.float32(1e-12))
+        return found
 
     def grammar(self, options: GenerationOptions) -> Grammar | None:
         """Return the grammar that constrains a request, if any. Compiled grammars are cached.

@@ -1,6 +1,6 @@
 """Types of the keyword arguments that are options, for type checkers and editors.
 
-Generated from runtime/options.py by `python -m tools.pages`; do not edit.
+Generated from the options in runtime/ by `python -m tools.pages`; do not edit.
 """
 
 from __future__ import annotations

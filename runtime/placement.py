@@ -1,16 +1,24 @@
-"""Where a bundle runs: the backend of its device, and the capacity of its caches."""
+"""Where a bundle runs: the backend of its device, its engines, and the capacity of its caches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
+from runtime.batching import BatchedCall
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.feature_decoder import FeatureDecoder
+from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines import onnx
 from runtime.engines.backend import Backend
+from runtime.engines.kv_cache import CrossCache
+from runtime.engines.runner import Encoder, Runner
 from runtime.errors import CapacityError
 from runtime.machine.device import Device, check_runnable
-from runtime.options import SessionOptions
+from runtime.session_options import SessionOptions
 
 
 def open_backend(
@@ -32,6 +40,66 @@ def open_backend(
     from runtime.cuda.backend import CudaBackend
 
     return CudaBackend(bundle, options, capacity, threads, device)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedEngines:
+    """The loaded engines of a session.
+
+    Attributes:
+        shallow: Runs the shallow engine.
+        deep: Runs the deep engine.
+        encoder: Runs the encoder. None for decoder-only models.
+        decoders: The decoder of each slot.
+        batches: Combines the calls of several slots, for each runner.
+        cross: Cross-attention of the prompts in the slots.
+    """
+
+    shallow: Runner
+    deep: Runner
+    encoder: Encoder | None
+    decoders: list[Decoder]
+    batches: dict[Runner, BatchedCall]
+    cross: CrossCache
+
+
+def load_engines(
+    backend: Backend, slots: int, decoder_type: Callable[..., Decoder] | None = None
+) -> LoadedEngines:
+    """Load the engines of a bundle, and create a decoder for each slot.
+
+    Args:
+        backend: The backend.
+        slots: Number of slots.
+        decoder_type: Creates the decoders, unless passes overlap. Default: the type for the bundle.
+
+    Raises:
+        EngineError: If an engine cannot be loaded.
+        BundleError: If an engine does not match the manifest.
+    """
+    manifest = backend.manifest
+    with backend.loading() as engine:
+        shallow, deep = backend.runners(engine)
+        encoder = backend.encoder(engine, shallow)
+        exit = backend.exit_runner(engine)
+    if deep.beside:
+        decoder_type = OverlappingDecoder
+    elif exit is not None:
+        decoder_type = partial(decoder_type or FeatureDecoder, exit=exit)
+    else:
+        decoder_type = decoder_type or Decoder
+    sizes = {"hidden_size": manifest.hidden_size, "vocab_size": manifest.vocab_size}
+    decoders = [
+        decoder_type(shallow, deep, slot, max_pending=manifest.max_pending, **sizes)
+        for slot in range(slots)
+    ]
+    cross = CrossCache(slots, shallow.zeros)
+    batches = {
+        runner: BatchedCall(runner, cross, **sizes, feature_size=manifest.feature_size)
+        for runner in (shallow, exit, deep)
+        if runner is not None
+    }
+    return LoadedEngines(shallow, deep, encoder, decoders, batches, cross)
 
 
 def check_device(device: Device, needed: int = 0, what: str = "") -> None:

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from dataclasses import replace
-from time import monotonic
-
-import numpy as np
 
 from runtime.decoding.calls import AT_ONCE, Waiting
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.loops import Loop
-from runtime.errors import OptionError
 from runtime.generation import Generation
-from runtime.languages import check_languages
 from runtime.metrics import Observer
-from runtime.model import Model
-from runtime.options import GenerationOptions
 from runtime.result import GenerationResult, Token
-from runtime.speech import Sound, SpeechPrompt
-from runtime.text.grammar import Constraint
-from runtime.text.prompt import Prompt
-
-# Maximum number of continuations of one prompt. They are decoded one after the other, in one slot.
-MOST_SEQUENCES = 1024
 
 
 class Sequence:
@@ -133,74 +118,3 @@ class Sequence:
             self.ended = True
             if on_end is not None:
                 on_end()
-
-
-def sequence_of(
-    model: Model,
-    prompt: Prompt | SpeechPrompt,
-    options: GenerationOptions,
-    *,
-    cancel: threading.Event | None = None,
-    count: int | None = None,
-    arrival: float | None = None,
-) -> Sequence:
-    """Create the request for a prompt.
-
-    Args:
-        model: The shared state of the session.
-        prompt: The prompt.
-        options: Options of the request.
-        cancel: Event that ends the request after its next token.
-        count: Number of continuations, ordered by log-probability. Default: one, without an order.
-        arrival: Time of the call, on the monotonic clock. Default: now.
-
-    Raises:
-        PromptError: If the prompt is not valid or does not fit.
-        OptionError: If the options do not fit the bundle.
-        CapacityError: If the caches of beams do not fit into memory.
-    """
-    if count is not None:
-        options = replace(options, output_logprobs=True)
-    options = model.resolve(options)
-    src_lang = options.src_lang
-    tgt_lang = options.tgt_lang
-    sound: Sound | None = None
-    grammar: Constraint | None
-    if isinstance(prompt, SpeechPrompt):
-        check_languages(model.manifest, is_text=False, src_lang=src_lang, tgt_lang=tgt_lang)
-        ids = np.array(prompt.prefix, np.int64)
-        sound = prompt.sound
-        grammar = prompt.rules
-    else:
-        ids = model.encode(
-            prompt,
-            parse_special=options.parse_special,
-            src_lang=src_lang,
-            tgt_lang=tgt_lang,
-        )
-        grammar = model.grammar(options)
-    generation = Generation(
-        model,
-        ids,
-        options,
-        arrival=monotonic() if arrival is None else arrival,
-        cancel=cancel,
-        count=count or 1,
-        grammar=grammar,
-        sound=sound,
-    )
-    return Sequence(generation, model.observer)
-
-
-def check_count(count: int, options: GenerationOptions) -> None:
-    """Check that `count` continuations of one prompt are possible.
-
-    Raises:
-        OptionError: If they are not.
-    """
-    most = MOST_SEQUENCES if options.samples else options.num_beams
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
-        raise OptionError(
-            f"num_return_sequences is {count!r}; choose 1 to {MOST_SEQUENCES} with do_sample=True "
-            "or a temperature above 0, or up to num_beams"
-        )

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from time import monotonic
-from types import TracebackType
 from typing import Any, Self, Unpack, overload
 
 import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.alignment import Aligner
-from runtime.batching import BatchedCall
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.feature_decoder import FeatureDecoder
-from runtime.decoding.overlapping import OverlappingDecoder
-from runtime.engines.kv_cache import CrossCache
 from runtime.engines.prefix_store import PrefixStore
 from runtime.errors import OptionError, shown
 from runtime.hub import find_bundle
@@ -35,17 +26,17 @@ from runtime.machine.machine import costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
 from runtime.model import Model, open_memory
 from runtime.option_keywords import GenerationKeywords, SessionKeywords
-from runtime.options import GenerationOptions, SessionOptions, SpeechOptions, merged
-from runtime.placement import capacity_of, open_backend
+from runtime.options import merged
+from runtime.placement import capacity_of, load_engines, open_backend
+from runtime.requests import Given, Requests
 from runtime.result import GenerationResult
-from runtime.scheduler import CLOSED, Scheduler
-from runtime.sequence import Sequence, check_count, sequence_of
-from runtime.speech import Sound, SpeechPrompt, Transcriber
+from runtime.scheduler import Scheduler
+from runtime.session_options import SessionOptions
+from runtime.speech import SpeechPrompt, Transcriber
 from runtime.stream import (
     AsyncInbox,
     AsyncStream,
     Inbox,
-    PromptList,
     SegmentStream,
     Stream,
     is_list_of_prompts,
@@ -54,7 +45,6 @@ from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
 from runtime.thresholds import DefaultMode, Thresholds
 
-Given = GenerationOptions | None
 Keywords = GenerationKeywords
 
 
@@ -110,33 +100,14 @@ class Session:
         self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
         memory = open_memory(options, manifest.vocab_size, self._tokenizer)
         self._placement = open_backend(self.bundle, options, self.capacity, self.threads, device)
-        with self._placement.loading() as engine:
-            self._runners = shallow, deep = self._placement.runners(engine)
-            encoder = self._placement.encoder(engine, shallow)
-            exit = self._placement.exit_runner(engine)
-        self.overlap = deep.beside
-        decoder_type = self._decoder_type
-        if deep.beside:
-            decoder_type = OverlappingDecoder
-        elif exit is not None:
-            decoder_type = partial(decoder_type or FeatureDecoder, exit=exit)
-        decoder_type = decoder_type or Decoder
-        sizes = {"hidden_size": manifest.hidden_size, "vocab_size": manifest.vocab_size}
-        decoders = [
-            decoder_type(shallow, deep, slot, max_pending=manifest.max_pending, **sizes)
-            for slot in range(options.slots)
-        ]
-        cross = CrossCache(options.slots, shallow.zeros)
-        runners = filter(None, (shallow, exit, deep))
-        batches = {
-            runner: BatchedCall(runner, cross, **sizes, feature_size=manifest.feature_size)
-            for runner in runners
-        }
+        engines = load_engines(self._placement, options.slots, self._decoder_type)
+        self._runners = engines.shallow, engines.deep
+        self.overlap = engines.deep.beside
         calls = CallCosts(manifest.costs or NEUTRAL)
         self._scheduler = scheduler = Scheduler(
-            decoders,
-            batches,
-            cross,
+            engines.decoders,
+            engines.batches,
+            engines.cross,
             queue=options.queue,
             costs=calls,
             packed=manifest.packed,
@@ -147,7 +118,7 @@ class Session:
             self.bundle,
             options,
             capacity=self.capacity,
-            encoder=encoder,
+            encoder=engines.encoder,
             tokenizer=self._tokenizer,
             thresholds=thresholds,
             costs=calls,
@@ -156,15 +127,11 @@ class Session:
             prefixes=PrefixStore(limit) if limit else None,
             memory=memory,
         )
-        self._closed = False
-        speech = manifest.speech is not None
-        self._transcriber: Transcriber | None = None
-        if speech:
-            align = Aligner(manifest, shallow.engine, deep.engine).weights
-            self._transcriber = Transcriber(manifest, self._tokenizer, self.capacity, align)
-        self._request_options: type[GenerationOptions] = (
-            SpeechOptions if speech else GenerationOptions
-        )
+        transcriber: Transcriber | None = None
+        if manifest.speech is not None:
+            align = Aligner(manifest, engines.shallow.engine, engines.deep.engine).weights
+            transcriber = Transcriber(manifest, self._tokenizer, self.capacity, align)
+        self._requests = Requests(self._model, scheduler, transcriber)
 
     @classmethod
     def from_pretrained(
@@ -249,14 +216,17 @@ class Session:
             QueueFullError: If the queue is full.
             BatchError: If any prompt of a list failed. Raised after all have ended.
         """
-        if self._transcriber is not None:
-            return self._transcribe(prompt, options, keywords)
+        if self.manifest.speech is not None:
+            return self._requests.transcribe(prompt, options, keywords)
         if not is_list_of_prompts(prompt):
             return Stream(
-                self._scheduler, self._sequence(prompt, options, keywords), whole=True
+                self._scheduler, self._requests.one(prompt, options, keywords), whole=True
             ).drain()
         inbox = Inbox[None]()
-        with self._prompts(prompt, options, keywords, inbox.put) as prompts, suppress(TimeoutError):
+        with (
+            self._requests.several(prompt, options, keywords, inbox.put) as prompts,
+            suppress(TimeoutError),
+        ):
             if prompts.running:
                 inbox.get(prompts.until)
         return prompts.results()
@@ -268,7 +238,7 @@ class Session:
         stream ends it. Arguments and errors are those of `generate`, and errors are raised by this
         call.
         """
-        return Stream(self._scheduler, self._sequence(prompt, options, keywords))
+        return Stream(self._scheduler, self._requests.one(prompt, options, keywords))
 
     @overload
     async def agenerate(  # type: ignore[overload-overlap]
@@ -284,19 +254,22 @@ class Session:
         self, prompt: Any, options: Given = None, **keywords: Unpack[Keywords]
     ) -> Any:
         """`generate` for asyncio. Cancelling the task ends the request."""
-        if self._transcriber is not None:
+        if self.manifest.speech is not None:
             cancel = keywords["cancel"] = keywords.get("cancel") or threading.Event()
             try:
-                return await asyncio.to_thread(self._transcribe, prompt, options, keywords)
+                return await asyncio.to_thread(self._requests.transcribe, prompt, options, keywords)
             except asyncio.CancelledError:
                 cancel.set()
                 raise
         if not is_list_of_prompts(prompt):
             return await AsyncStream(
-                self._scheduler, self._sequence(prompt, options, keywords), whole=True
+                self._scheduler, self._requests.one(prompt, options, keywords), whole=True
             ).drain()
         inbox = AsyncInbox[None]()
-        with self._prompts(prompt, options, keywords, inbox.put) as prompts, suppress(TimeoutError):
+        with (
+            self._requests.several(prompt, options, keywords, inbox.put) as prompts,
+            suppress(TimeoutError),
+        ):
             if prompts.running:
                 await inbox.get(prompts.until)
         return prompts.results()
@@ -310,14 +283,7 @@ class Session:
         text is final. Arguments and errors are those of `generate`. An error of the audio is raised
         when the first segment is read.
         """
-        if self._transcriber is None:
-            raise OptionError("the bundle reads text, not speech; use generate")
-        cancel = keywords.pop("cancel", None)
-        chosen = merged(SpeechOptions, options, keywords)
-        self._refuse_if_closed()
-        self._transcriber.check(chosen)
-        decode = partial(self._window, cancel)
-        return SegmentStream(self._transcriber.segments(audio, chosen, decode))
+        return self._requests.segments(audio, options, keywords)
 
     def astream(
         self, prompt: Prompt, options: Given = None, **keywords: Unpack[Keywords]
@@ -326,7 +292,7 @@ class Session:
 
         QueueFullError is raised by this call, before a server starts its response.
         """
-        return AsyncStream(self._scheduler, self._sequence(prompt, options, keywords))
+        return AsyncStream(self._scheduler, self._requests.one(prompt, options, keywords))
 
     def encode(
         self,
@@ -375,25 +341,9 @@ class Session:
             OptionError: If the bundle has no encoder for text, or the session is closed.
             PromptError: If a prompt is not valid or does not fit.
         """
-        self._refuse_if_closed()
-        encoder = self._model.encoder
-        if encoder is None or self._transcriber is not None:
-            read = "is decoder-only" if encoder is None else "reads speech"
-            raise OptionError(
-                f"the bundle {read}; embeddings need an encoder of text, such as T5's or BART's"
-            )
-        if Device.parse(self.options.device).index is not None:
-            raise OptionError(
-                f"device is {self.options.device!r}; embeddings are computed on a CPU only, use "
-                "another session"
-            )
-        listed: Any = prompts if is_list_of_prompts(prompts) else [prompts]
-        encoded = [self.encode(prompt, src_lang=src_lang) for prompt in listed]
-        states = [encoder.states(ids).mean(axis=0, dtype=np.float32) for ids in encoded]
-        found = np.array(states, np.float32).reshape(len(states), self.manifest.hidden_size)
-        if normalize:
-            found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.float32(1e-12))
-        return found
+        self._requests.check_open()
+        listed = prompts if is_list_of_prompts(prompts) else [prompts]
+        return self._model.embed(listed, normalize=normalize, src_lang=src_lang)
 
     def listen(self, audio: Any, language: str | None = None) -> SpeechPrompt:
         """Return a window of speech and its prompt, for `generate` and `decoder`. For measurements.
@@ -404,11 +354,7 @@ class Session:
             PromptError: If the audio is not valid or longer than a window.
             OptionError: If the bundle reads text.
         """
-        if self._transcriber is None:
-            raise OptionError("the bundle reads text, not speech; give it text")
-        chosen = SpeechOptions(language=language)
-        prompt = self._transcriber.single(audio, chosen, partial(self._window, None))
-        return replace(prompt, sound=Sound(prompt.sound.features, keeps=False))
+        return self._requests.window(audio, language)
 
     def prepare(self, options: Given = None, **keywords: Unpack[Keywords]) -> None:
         """Compile the grammar for requests with these options, which can take seconds.
@@ -418,8 +364,7 @@ class Session:
         Raises:
             OptionError: If the grammar cannot be compiled.
         """
-        keywords.pop("cancel", None)
-        self._model.grammar(merged(self._request_options, options, keywords))
+        self._model.grammar(self._requests.options(options, keywords))
 
     def generate_best(
         self,
@@ -436,12 +381,12 @@ class Session:
 
         Args:
             num_return_sequences: Number of continuations, at most MOST_SEQUENCES
-                (runtime/sequence.py).
+                (runtime/requests.py).
 
         Raises:
             CapacityError: If the caches of beams do not fit into memory.
         """
-        sequence = self._sequence(prompt, options, keywords, num_return_sequences)
+        sequence = self._requests.one(prompt, options, keywords, num_return_sequences)
         Stream(self._scheduler, sequence, whole=True).drain()
         return sequence.generation.best()
 
@@ -453,7 +398,7 @@ class Session:
             prompt: Prompt of the encoder, int64 [n], or a window of speech. Default: one token. The
                 decoder itself has not read anything.
         """
-        self._refuse_if_closed()
+        self._requests.check_open()
         with self._scheduler.borrowed() as decoder:
             decoder.reset()
             if self._model.encoder is not None:
@@ -516,7 +461,7 @@ class Session:
     @property
     def closed(self) -> bool:
         """True if the session is closed and refuses requests."""
-        return self._closed
+        return self._requests.closed
 
     def close(self, drain: bool = False) -> None:
         """Refuse new requests and end all others: running ones after their next token.
@@ -526,7 +471,7 @@ class Session:
         Args:
             drain: First complete all requests. Tokens of streams can be read afterwards.
         """
-        self._closed = True
+        self._requests.closed = True
         self._scheduler.close(drain)
         if not self._scheduler.forked:
             self._placement.close(self._scheduler.drain)
@@ -534,73 +479,5 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _sequence(
-        self, prompt: Prompt, options: Given, keywords: Keywords, count: int | None = None
-    ) -> Sequence:
-        cancel = keywords.pop("cancel", None)
-        chosen = merged(self._request_options, options, keywords)
-        if count is not None:
-            check_count(count, chosen)
-        self._refuse_if_closed()
-        if self._transcriber is not None and isinstance(chosen, SpeechOptions):
-            speech = self._transcriber.single(prompt, chosen, partial(self._window, cancel))
-            return sequence_of(self._model, speech, chosen, cancel=cancel, count=count)
-        return sequence_of(self._model, prompt, chosen, cancel=cancel, count=count)
-
-    def _transcribe(self, audio: Any, options: Given, keywords: Keywords) -> Any:
-        """Transcribe a sound, or each of a list of sounds, one after the other."""
-        assert self._transcriber is not None
-        cancel = keywords.pop("cancel", None)
-        chosen = merged(SpeechOptions, options, keywords)
-        self._refuse_if_closed()
-        if isinstance(audio, SpeechPrompt):
-            return self._window(cancel, audio, chosen)
-        listed = isinstance(audio, (list, tuple))
-        transcribe = partial(
-            self._transcriber.transcribe, options=chosen, decode=partial(self._window, cancel)
-        )
-        return [transcribe(each) for each in audio] if listed else transcribe(audio)
-
-    def _window(
-        self, cancel: threading.Event | None, prompt: SpeechPrompt, options: GenerationOptions
-    ) -> GenerationResult:
-        sequence = sequence_of(self._model, prompt, options, cancel=cancel)
-        return Stream(self._scheduler, sequence, whole=True).drain()
-
-    @contextmanager
-    def _prompts(
-        self,
-        prompts: List[Prompt],
-        options: Given,
-        keywords: Keywords,
-        ended: Callable[[None], None],
-    ) -> Iterator[PromptList]:
-        """Context manager: yields submitted requests, which are abandoned if the body raises."""
-        cancel = keywords.pop("cancel", None)
-        chosen = merged(GenerationOptions, options, keywords)
-        self._refuse_if_closed()
-        arrival = monotonic()
-        until = math.inf if chosen.deadline is None else arrival + chosen.deadline
-        make = partial(sequence_of, self._model, options=chosen, cancel=cancel, arrival=arrival)
-        listed = PromptList(make, prompts, until, partial(ended, None))
-        try:
-            first = listed.follow()
-            if first is not None:
-                self._scheduler.submit(first)
-            yield listed
-        except BaseException:
-            listed.abandon()
-            raise
-
-    def _refuse_if_closed(self) -> None:
-        self._scheduler.check()
-        if self._closed:
-            raise OptionError(CLOSED)

@@ -9,7 +9,8 @@ from runtime.adaptation.learner import Learner, RequestLabels
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
-from runtime.options import GenerationOptions, Mode, SessionOptions
+from runtime.options import GenerationOptions, Mode
+from runtime.session_options import SessionOptions
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Generates docs/options.md and runtime/option_keywords.py from runtime/options.py.
+"""Generates docs/options.md and runtime/option_keywords.py from the declared options.
 
 python -m tools.pages              writes both
 python -m tools.pages --check      fails if one differs
@@ -20,11 +20,12 @@ import click
 
 from freeexport.system.output import write_whole
 from runtime.checks import Real, Whole
-from runtime.options import GenerationOptions, SessionOptions, SpeechOptions
+from runtime.options import GenerationOptions, SpeechOptions
+from runtime.session_options import SessionOptions
 
 OPTIONS = """# Options
 
-Generated from `runtime/options.py` by `python -m tools.pages`; do not edit.
+Generated from the options in `runtime/` by `python -m tools.pages`; do not edit.
 """
 SECTIONS = {
     "`Session(...)`": SessionOptions,
@@ -33,7 +34,7 @@ SECTIONS = {
 }
 KEYWORDS = '''"""Types of the keyword arguments that are options, for type checkers and editors.
 
-Generated from runtime/options.py by `python -m tools.pages`; do not edit.
+Generated from the options in runtime/ by `python -m tools.pages`; do not edit.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from starlette.applications import Starlette
 from freeexport.commands.serve import KEY
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
-from runtime.options import Mode, SessionOptions
+from runtime.options import Mode
+from runtime.session_options import SessionOptions
 
 
 class Arguments(BaseModel):

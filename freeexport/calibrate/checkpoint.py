@@ -32,11 +32,11 @@ from freeexport.checkpoints.examples import (
     DataError,
     Example,
     TextFormat,
-    forced,
     prompts_of,
     read_examples,
     text_format,
 )
+from freeexport.checkpoints.special_tokens import forced
 from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
 from freeexport.costs.bytes import step_bytes
 from freeexport.system.jsonl import Request

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from graphs.quantization.rounding import Rounded
-from runtime.bundle.manifest import TensorFormat
+from runtime.bundle.quantization import TensorFormat
 
 # Number of inputs of a super-block, and of one of its blocks.
 _SUPER = 256

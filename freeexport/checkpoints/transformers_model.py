@@ -130,7 +130,7 @@ def greedy_ids(
     import torch
     from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
-    from freeexport.checkpoints.examples import end_ids
+    from freeexport.checkpoints.special_tokens import end_ids
 
     seq2seq = model.config.is_encoder_decoder
     width = max(map(len, prompts))

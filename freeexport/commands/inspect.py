@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from runtime.bundle.calibration import Calibration
-    from runtime.bundle.manifest import Languages, Manifest, Quantization
+    from runtime.bundle.manifest import Languages, Manifest
+    from runtime.bundle.quantization import Quantization
 
     Rows = list[tuple[str, str]]
 
@@ -46,7 +47,7 @@ def command(bundle: Path, as_json: bool) -> None:
       freeexport inspect path/to/bundle
     """
     from freeexport.costs.verdict import bundle_verdict
-    from runtime.options import SessionOptions
+    from runtime.session_options import SessionOptions
     from runtime.thresholds import Thresholds
 
     opened = Bundle.open(find_bundle(bundle), verify="full")

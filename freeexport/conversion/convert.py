@@ -15,7 +15,7 @@ import click
 from freeexport import __version__
 from freeexport.calibrate.beside import TracedAnswer, check_sample, read_beside
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import forced, known_ends, speech_of
+from freeexport.checkpoints.special_tokens import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.recalibrate import check_fits, with_calibration
@@ -37,14 +37,8 @@ from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle, engine_files, sha256_of
 from runtime.bundle.calibration import read_calibration
 from runtime.bundle.costs import recordable
-from runtime.bundle.manifest import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    DeclaredCopy,
-    File,
-    Manifest,
-    Quantization,
-)
+from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
+from runtime.bundle.quantization import Quantization
 from runtime.errors import BundleError
 from runtime.kernels import VERSION as KERNELS_VERSION
 from runtime.kernels import instructions

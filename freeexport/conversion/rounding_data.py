@@ -37,7 +37,7 @@ from graphs.quantization.plan import rounding_for
 from graphs.quantization.rounding import BLOCK, FLOAT32, Rounded, dequantize
 from graphs.shapes import weight_names
 from runtime.bundle.bundle import sha256_of
-from runtime.bundle.manifest import RoundingData
+from runtime.bundle.quantization import RoundingData
 from runtime.errors import OptionError
 from runtime.machine.machine import available_memory
 

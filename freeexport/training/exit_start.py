@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import Example, known_ends
+from freeexport.checkpoints.examples import Example
+from freeexport.checkpoints.special_tokens import known_ends
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.training.batches import Collator
 from freeexport.training.exit_modules import ExitLayers, JoinedInputs, KnownTokens

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import Example, speech_of
+from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
 from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, MergedWeights, read_adapter
+from freeexport.checkpoints.special_tokens import speech_of
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.system.output import link_or_copy

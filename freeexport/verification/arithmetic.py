@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from runtime.bundle.manifest import EnginePrecision, Manifest
+from runtime.bundle.manifest import Manifest
+from runtime.bundle.quantization import EnginePrecision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

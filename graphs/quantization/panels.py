@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphs.quantization.rounding import Rounded, row_chunks, unpacked
-from runtime.bundle.manifest import TensorFormat
+from runtime.bundle.quantization import TensorFormat
 
 BITS: dict[TensorFormat, int] = {"int4": 4, "int5": 5, "int6": 6, "int8-block": 8}
 PANEL = 16  # outputs stored together

@@ -20,7 +20,7 @@ from graphs.exit_head import EXIT
 from graphs.graph import MICROSOFT, STACK, drop_unused, external, unread
 from graphs.quantization.panels import BITS
 from graphs.quantization.quantizer import FLOATS, OPERANDS, Quantizer, Stored
-from runtime.bundle.manifest import EnginePrecision, HigherTensor, TensorFormat
+from runtime.bundle.quantization import EnginePrecision, HigherTensor, TensorFormat
 from runtime.kernels import DOMAIN
 
 # Inputs of PackedLinear by position.

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from graphs.description import Description
 from graphs.quantization.passes import OrtProducts, PackedProducts, Products, WidenedProducts
 from graphs.quantization.rounding import IntegerScheme, Scheme, SymmetricScheme
-from runtime.bundle.manifest import HeadPrecision, Kernels, Precision, Target, TensorFormat
+from runtime.bundle.manifest import HeadPrecision, Kernels, Precision, Target
+from runtime.bundle.quantization import TensorFormat
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from graphs.graph import STACK
 from graphs.quantization.panels import BITS, InFile, in_panels
 from graphs.quantization.rounding import BLOCK, Rounded, Scheme, round_4_bits, side_by_side
 from graphs.weights import WeightFile
-from runtime.bundle.manifest import EnginePrecision, HigherTensor, TensorFormat
+from runtime.bundle.quantization import EnginePrecision, HigherTensor, TensorFormat
 
 FLOATS: dict[ir.DataType, TensorFormat] = {
     ir.DataType.FLOAT: "fp32",

@@ -13,7 +13,7 @@ from typing import ClassVar
 import ml_dtypes
 import numpy as np
 
-from runtime.bundle.manifest import TensorFormat
+from runtime.bundle.quantization import TensorFormat
 
 # Number of values rounded at once.
 CHUNK = 1 << 20

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from runtime.bundle.costs import Costs
+from runtime.bundle.quantization import Quantization
 from runtime.bundle.schema import Range, Reader, is_newer, parse_object
 from runtime.errors import BundleError
 
@@ -36,10 +37,6 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mixed"]
 Dialect = Literal["ort", "standard"]
 Target = Literal["cpu", "cuda", "tensorrt"]
 FloatType = Literal["fp32", "fp16", "bf16"]
-# int8-block, int4, and int5 and int6 of GGUF files: weights in blocks along the inputs, activations
-# by row and block. For TensorRT only weights are quantized: int8 and fp8 by output channel, int4 in
-# blocks. Older bundles for CPUs also have int8, with activations by row.
-TensorFormat = Literal["fp32", "fp16", "bf16", "int8", "int8-block", "int6", "int5", "int4", "fp8"]
 # Operators that multiply with quantized weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
 # Format of a quantized model's head. "int8" is in blocks.
@@ -49,81 +46,6 @@ HeadPrecision = Literal["int8", "int4"]
 ExitInput = Literal["state", "feature", "fused"]
 # States of the deep decoder in the feature of a token, each of d values.
 FEATURE_STATES: dict[ExitInput, int] = {"state": 0, "feature": 1, "fused": 3}
-
-
-@dataclass(frozen=True)
-class HigherTensor:
-    """A weight stored with more bits than the engine's other weights.
-
-    Attributes:
-        engine: Name of the engine.
-        tensor: Name of the weight.
-        wanted: Requested format.
-        stored: Format of the stored weight.
-        error: Relative error in the requested format, which was too large. None if the formats for
-            this precision give the weight more bits.
-    """
-
-    engine: str
-    tensor: str
-    wanted: TensorFormat
-    stored: TensorFormat
-    error: float | None
-
-
-@dataclass(frozen=True)
-class EnginePrecision:
-    """Precision of an engine's linear layers.
-
-    Attributes:
-        engine: Name of the engine.
-        linears: Format of the linear layers.
-        head: Format of the head. None for an engine without one.
-        bytes: Size of weights and scales.
-        largest_error: Largest relative error of a weight, before it was fitted to text.
-        kept: Number of tensors with the bits that they had in the checkpoint.
-        kinds: Number of these by the name of their format in the checkpoint file, if known.
-    """
-
-    engine: str
-    linears: TensorFormat
-    head: TensorFormat | None
-    bytes: int
-    largest_error: float
-    kept: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RoundingData:
-    """Text that 4-bit weights were fitted to.
-
-    Attributes:
-        texts: Lines of the file.
-        tokens: Tokens of the decoder.
-        sha256: Hash of the file.
-    """
-
-    texts: int
-    tokens: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How weights were quantized.
-
-    Attributes:
-        engines: Precision of each engine.
-        higher: Weights with more bits.
-        int8_range: Only in older bundles with int8 for a CPU.
-        rounding_data: Text that weights were fitted to. Default: none.
-    """
-
-    engines: tuple[EnginePrecision, ...] = ()
-    higher: tuple[HigherTensor, ...] = ()
-    int8_range: Literal["full", "reduced"] | None = None
-    rounding_data: RoundingData | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from runtime.engines.kv_cache import CROSS_STEP, KVCache
 from runtime.engines.runner import Encoder, Runner
 from runtime.errors import DeviceError, OptionError
 from runtime.machine.device import Device
-from runtime.options import SessionOptions
+from runtime.session_options import SessionOptions
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,12 @@ from runtime.engines.kv_cache import CacheSizes, FeatureCache, KVCache, check_me
 from runtime.engines.onnx import OnnxEngine, import_onnxruntime
 from runtime.engines.runner import Encoder, Runner
 from runtime.machine.machine import read_in_large_pages
-from runtime.options import SessionOptions
+from runtime.session_options import SessionOptions
 
 # Returns an engine by its name.
 Load = Callable[[str], Any]
 # Loading order, the slowest first.
 ORDER = ("deep", "encoder", "shallow", "exit", "prologue")
-HEAD_START = 0.01  # seconds
 
 
 class Backend:
@@ -58,8 +57,7 @@ class Backend:
         """Context manager: load all engines, `threads` at a time.
 
         Yields a function that waits for an engine and returns it by its name. ONNX Runtime packs
-        weights outside the interpreter's lock, so engines load in parallel with each other and with
-        a tokenizer.
+        weights outside the interpreter's lock, so engines load in parallel.
 
         Raises:
             EngineError: If an engine cannot be loaded.
@@ -73,9 +71,6 @@ class Backend:
                     if name.endswith(".data"):
                         pool.submit(read_in_large_pages, self.bundle.path / name)
             futures = {name: pool.submit(self._load, name) for name in names}
-            # The caller parses a tokenizer next, under the interpreter's lock. Let engines enter
-            # ONNX Runtime, which releases it, first.
-            wait(futures.values(), timeout=HEAD_START)
             try:
                 yield lambda name: futures[name].result()
             except BaseException:

@@ -28,7 +28,7 @@ from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import IntegerScheme
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import HigherTensor, TensorFormat
+from runtime.bundle.quantization import HigherTensor, TensorFormat
 from runtime.kernels import VERSION, missing
 
 ORT, OWN = {"kernels": "onnxruntime"}, {"kernels": "freeexport"}

@@ -13,7 +13,7 @@ from graphs.quantization.plan import ROUNDING
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import IntegerScheme, round_4_bits
 from graphs.weights import WeightFile
-from runtime.bundle.manifest import TensorFormat
+from runtime.bundle.quantization import TensorFormat
 
 
 def tensor(array: np.ndarray, name: str = "w") -> ir.LazyTensor:

@@ -25,7 +25,7 @@ from graphs.quantization.rounding import (
     round_rows,
 )
 from graphs.weights import WeightFile
-from runtime.bundle.manifest import TensorFormat
+from runtime.bundle.quantization import TensorFormat
 
 TYPES = [np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16)]
 each_type = pytest.mark.parametrize("type_", TYPES, ids=str)

@@ -12,10 +12,11 @@ import pytest
 from checkpoints import BY_NAME, PROMPTS, Bundles, Case
 
 from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import failure, verify
 from graphs.quantization.rounding import round_4_bits, round_8_bits, round_blocks, round_rows
 from runtime import Bundle, Session
-from runtime.bundle.manifest import TensorFormat
+from runtime.bundle.quantization import TensorFormat
 
 LLAMA, T5 = BY_NAME["llama-untied-many-eos"], BY_NAME["t5-gated-untied"]
 PLAIN_T5 = BY_NAME["t5-relu-tied"]
@@ -131,7 +132,8 @@ def test_cuda_bundles_say_what_their_widened_weights_say(
 def test_rounded_bundles_are_verified_against_their_checkpoint(
     case: Case, target: str, precision: str, bundle: Bundles, checkpoint: Any
 ) -> None:
-    report = verify(Bundle.open(bundle(case, target=target, precision=precision)), str(checkpoint(case)))
+    path = bundle(case, target=target, precision=precision)
+    report = verify(Bundle.open(path), str(checkpoint(case)), extent=QUICK)
     assert report["passed"], failure(report)
     assert report["quality"]["divergence"] > 0
 

@@ -18,7 +18,8 @@ from profiles import tries
 
 from runtime.errors import OptionError
 from runtime.option_keywords import GenerationKeywords, SessionKeywords
-from runtime.options import MODES, GenerationOptions, SessionOptions, SpeechOptions, merged
+from runtime.options import MODES, GenerationOptions, SpeechOptions, merged
+from runtime.session_options import SessionOptions
 
 
 def test_a_corpus_needs_a_memory() -> None:

@@ -13,7 +13,7 @@ from command_line import error, invoke, succeed
 from handmade_bundle import write_bundle
 
 import runtime.kernels
-from runtime.bundle.manifest import Quantization
+from runtime.bundle.quantization import Quantization
 from runtime.kernels import VERSION, missing
 
 CASE = BY_NAME["llama-tied"]

@@ -25,7 +25,7 @@ from handmade_bundle import write_bundle
 from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.checkpoints.examples import known_ends
+from freeexport.checkpoints.special_tokens import known_ends
 from freeexport.system.child import run_child
 from freeexport.system.page import human_bytes
 from freeexport.verification.verification import VerificationError, write_report

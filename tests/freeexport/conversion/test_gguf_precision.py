@@ -16,7 +16,8 @@ from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import HeadPrecision, Kernels, Quantization
+from runtime.bundle.manifest import HeadPrecision, Kernels
+from runtime.bundle.quantization import Quantization
 from runtime.kernels import missing
 
 needs_kernels = pytest.mark.skipif(missing() is not None, reason="the kernels are not built")

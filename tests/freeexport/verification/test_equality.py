@@ -18,7 +18,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.decoding import decoder
 from runtime.errors import OptionError
 from runtime.kernels import supported
-from runtime.sequence import Model
+from runtime.model import Model
 
 LLAMA, EXIT_LAYERS, T5 = "llama-tied", "llama-tied-exit-layers", "t5-wide-heads"  # heads that our attention takes
 CASES = {**BY_NAME, **{case.name: case for case in EXIT_CASES}}

@@ -13,7 +13,8 @@ from checkpoints import BY_NAME, PROMPTS, Case
 from freeexport.verification.arithmetic import BITS, Float64, add_quantization_errors, round_outputs
 from freeexport.verification.checks import Check
 from freeexport.verification.reference import States, state_checks
-from runtime.bundle.manifest import EnginePrecision, Precision
+from runtime.bundle.manifest import Precision
+from runtime.bundle.quantization import EnginePrecision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,9 +15,8 @@ LENGTH = 4000
 
 
 @pytest.mark.parametrize("instructions", ["", "scalar-bf16"])
-@pytest.mark.parametrize("drafts", ["exit", "lookup"])
 def test_lossless_is_full_behind_a_long_prompt_with_caches_in_float16(
-    drafts: str, instructions: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+    instructions: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
     path = bundle(LONG, 1, precision="int8", capacity=4096)
@@ -27,9 +26,15 @@ def test_lossless_is_full_behind_a_long_prompt_with_caches_in_float16(
     with Session(path, threads=1, slots=1) as session:
         assert session.manifest.cache_type == "fp16"
         full = session.generate(prompt.tolist(), mode="full", **options)
-        (draft_exits if drafts == "exit" else draft_candidates)(monkeypatch)
-        if drafts == "lookup":  # an expected text that is wrong here and there
-            options["predicted_output"] = [1 if n % 9 == 8 else token for n, token in enumerate(full.token_ids)]
-        lossless = session.generate(prompt.tolist(), mode="lossless", drafts=drafts, **options)
-    assert (lossless.token_ids, lossless.logprobs) == (full.token_ids, full.logprobs)
-    assert lossless.stats.sync_passes < full.stats.sync_passes  # drafts were accepted
+        # An expected text that is wrong here and there.
+        expected = [1 if n % 9 == 8 else token for n, token in enumerate(full.token_ids)]
+        for drafts, choose, more in (
+            ("exit", draft_exits, {}),
+            ("lookup", draft_candidates, {"predicted_output": expected}),
+        ):
+            with monkeypatch.context() as patch:
+                choose(patch)
+                session.forget_drafts()
+                lossless = session.generate(prompt.tolist(), mode="lossless", drafts=drafts, **options, **more)
+            assert (lossless.token_ids, lossless.logprobs) == (full.token_ids, full.logprobs)
+            assert lossless.stats.sync_passes < full.stats.sync_passes  # drafts were accepted
