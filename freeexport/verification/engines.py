@@ -101,13 +101,14 @@ class EnginePair:
         if width == 1:
             found = self._run("exit", inputs, {}, lengths, 1)  # the next call overwrites its row
         else:
-            later = {name: np.roll(array, -1, axis=1) for name, array in inputs.items()}
+            later = {name: array[:, 1:] for name, array in inputs.items()}
             self.caches["exit"].lengths[:] = 1
-            found = self._run("exit", later, {}, lengths - 1, width)
+            found = self._run("exit", later, {}, lengths - 1, width - 1)
         for name, array in found.items():
-            shaped = np.roll(array.reshape(self.rows, width, -1), 1, axis=1)
-            shaped[:, 0] = np.where(shaped[:, 0] < SUPPRESSED / 2, shaped[:, 0], 0)
-            found[name] = shaped.reshape(array.shape)
+            shaped = array.reshape(self.rows, max(1, width - 1), -1)
+            first = np.where(shaped[:, :1] < SUPPRESSED / 2, shaped[:, :1], 0)
+            both = np.concatenate([first, shaped], axis=1)[:, :width]
+            found[name] = both.reshape(self.rows * width, *array.shape[1:])
         return found
 
     def shallow(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
