@@ -351,9 +351,7 @@ def _shapes(
                 yield linear.bias, (outputs,)
 
 
-def _projections(
-    attention: Attention, width: int, inputs: int
-) -> list[tuple[Linear, int, int]]:
+def _projections(attention: Attention, width: int, inputs: int) -> list[tuple[Linear, int, int]]:
     queries = attention.heads * attention.head_dim
     keys = attention.kv_heads * attention.head_dim
     return [

@@ -34,7 +34,10 @@ _PROJECTIONS = (
     *(f"{LAYER}.self_attn.{part}_proj" for part in "qkvo"),
     *(f"{LAYER}.mlp.{part}_proj" for part in ("gate", "up", "down")),
 )
-_NORMS = (*(f"{LAYER}.{part}norm" for part in ("input_layer", "hidden_", "post_attention_layer")), NORM)
+_NORMS = (
+    *(f"{LAYER}.{part}norm" for part in ("input_layer", "hidden_", "post_attention_layer")),
+    NORM,
+)
 _REQUIRED = (f"{FUSION}.weight", HEAD, *(f"{name}.weight" for name in (*_PROJECTIONS, *_NORMS)))
 _OPTIONAL = (OFFSETS, KNOWN, EMBEDDING, *(f"{name}.bias" for name in _PROJECTIONS))
 # Largest difference of a head's embedding from the model's, relative to its norm. Rounding to 4

@@ -135,7 +135,8 @@ class ExitVocabulary:
     Attributes:
         size: Number of tokens.
         covered: Share of `text_tokens` that they cover.
-        text_tokens: Number of tokens of the text that they were chosen on.
+        text_tokens: Number of tokens of the text that they were chosen on. 0 if unknown, as for an
+            EAGLE-3 head.
         trained: The exit was trained with these tokens and one class for all others.
     """
 

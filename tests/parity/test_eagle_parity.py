@@ -74,13 +74,20 @@ def test_the_engine_gives_the_logits_of_the_head(
     assert (logits[1:, others] < -1e4).all()
 
 
-def plainly_free(plain: PlainEagle, prompt: list[int], threshold: float) -> tuple[list[int], list[float]]:
-    """Tokens and confidences of FREE: features are the model's up to the last sync pass, then the head's own states."""
+def plainly_free(
+    plain: PlainEagle, prompt: list[int], threshold: float, expected: tuple[int, ...]
+) -> tuple[list[int], list[float]]:
+    """Tokens and confidences of FREE: features are the model's up to the last sync pass, then the head's own states.
+
+    The model reads the `expected` tokens once. They must be those that are found.
+    """
     ids, confidences = list(prompt), list[float]()
     synced, own = len(ids), dict[int, torch.Tensor]()
-    ids.append(int(plain.features(ids)[1][-1].argmax()))
+    true_features, deep = plain.features([*prompt, *expected])
+    ids.append(int(deep[len(ids) - 1].argmax()))
     while len(ids) < len(prompt) + TOKENS:
-        features, deep = plain.features(ids)
+        assert ids == [*prompt, *expected][: len(ids)]
+        features = true_features.clone()
         for place in range(synced, len(ids) - 1):
             features[place] = own[place]
         states, logits = plain.head(ids, features)
@@ -90,7 +97,7 @@ def plainly_free(plain: PlainEagle, prompt: list[int], threshold: float) -> tupl
             ids.append(int(plain.tokens[logits[-1].argmax()]))
         else:
             synced = len(ids)
-            ids.append(int(deep[-1].argmax()))
+            ids.append(int(deep[len(ids) - 1].argmax()))
     return ids[len(prompt) :], confidences
 
 
@@ -105,7 +112,7 @@ def test_free_drafts_what_the_head_does_over_several_passes(
                 result = session.generate(
                     prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True, max_pending=PENDING
                 )
-                ids, confidences = plainly_free(plain, list(prompt), threshold)
+                ids, confidences = plainly_free(plain, list(prompt), threshold, result.token_ids)
                 assert list(result.token_ids) == ids
                 ours = [one for one in result.confidence[1:] if one is not None]
                 np.testing.assert_allclose(ours, confidences, atol=1e-3)
