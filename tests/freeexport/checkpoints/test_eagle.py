@@ -109,9 +109,9 @@ def test_pickles_and_incomplete_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         read_eagle_head(directory)
     (directory / "config.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         read_eagle_head(directory)
-    with pytest.raises(CheckpointError, match="it has no config.json"):
+    with pytest.raises(CheckpointError, match=r"it has no config\.json"):
         read_eagle_head(tmp_path)
 
 
