@@ -224,6 +224,8 @@ class Layer:
             Default: none.
         cross_out: Norm of the cross-attention's output, before the sum (T5Gemma). Default: none.
         mlp_out: Norm of the MLP's output, before the sum (Gemma 2 and 3, T5Gemma). Default: none.
+        embedding_norm: Norm of the token's embedding, which queries, keys and values read before
+            the normed state, as 2 d inputs (EAGLE-3). Default: they read the state only.
     """
 
     attention_norm: Norm
@@ -236,6 +238,7 @@ class Layer:
     attention_out: Norm | None = None
     cross_out: Norm | None = None
     mlp_out: Norm | None = None
+    embedding_norm: Norm | None = None
 
     @property
     def joined(self) -> bool:
@@ -298,6 +301,19 @@ class ForeignEncoder:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """Feature of an EAGLE-3 head: one linear map of three states of the deep decoder.
+
+    Attributes:
+        layers: Numbers of layers, ascending. The states are those after so many layers.
+        linear: The map [d, 3 d].
+    """
+
+    layers: tuple[int, ...]
+    linear: Linear
+
+
+@dataclass(frozen=True)
 class DecoderStack:
     """L causal layers with an LM head, and optionally a trained exit.
 
@@ -309,6 +325,8 @@ class DecoderStack:
         exit_layers: Layers of the exit, between the exit layer and its head.
         exit_inputs: Number of states that the map reads: 1 for the exit layer's, 2 with the final
             normed state of the previous position, 4 with two earlier ones of the deep layers too.
+        exit_fusion: The exit is an EAGLE-3 head. Its residual stream begins with this feature of
+            the previous position, or its own last state, and it has no map.
     """
 
     embedding: Embedding
@@ -319,6 +337,7 @@ class DecoderStack:
     exit_map: Linear | None = None
     exit_layers: tuple[Layer, ...] = ()
     exit_inputs: int = 1
+    exit_fusion: Fusion | None = None
 
     @property
     def exit_tokens(self) -> tuple[int, ...]:
@@ -348,6 +367,8 @@ class Description:
     @property
     def exit_input(self) -> ExitInput:
         """Input of the exit's layers."""
+        if self.decoder.exit_fusion is not None:
+            return "eagle3"
         states = self.decoder.exit_inputs - 1
         return next(name for name, count in FEATURE_STATES.items() if count == states)
 

@@ -127,6 +127,10 @@ class EngineOptions:
             raise GraphError(
                 "target tensorrt does not support attn_logit_softcapping; choose --target cuda"
             )
+        if self.target != "cpu" and description.exit_input == "eagle3":
+            raise GraphError(
+                f"target {self.target} does not support EAGLE-3 heads; choose --target cpu"
+            )
         if dialect is not None and self.dialect != dialect:
             raise GraphError(
                 f"target {self.target} needs dialect {dialect}, "
@@ -195,7 +199,9 @@ class EngineOptions:
         products = rounding_for(self.target, self.kernels).products
         assert plan is not None
         # The exit map carries the whole residual stream, and shared values serve several heads.
-        higher = {EXIT_MAP, *(shared_values(description) if products.own else ())}
+        fusion = description.decoder.exit_fusion
+        higher = {EXIT_MAP if fusion is None else fusion.linear.weight}
+        higher |= {*(shared_values(description) if products.own else ())}
 
         def format_of(weight: str) -> TensorFormat:
             if weight in higher:

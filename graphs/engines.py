@@ -57,6 +57,7 @@ from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import Rounded
 from graphs.shapes import check_weights
 from graphs.weights import WeightFile, Weights
+from runtime.bundle.manifest import FEATURE_STATES
 from runtime.bundle.quantization import Quantization
 
 FLOAT = ir.DataType.FLOAT
@@ -167,14 +168,18 @@ class EngineBuilder:
 
         It reads the states after layer S, or tokens if S is 0, and the features of the previous
         positions. The input of its head is also an output. It replaces a feature that is not known
-        yet.
+        yet. An EAGLE-3 head does not read the first position, so the second one is in the first row
+        of its cache.
         """
         graph = self._graph("exit")
         decoder = self.description.decoder
         width = self.description.hidden_size
-        assert decoder.exit_map is not None
         features = graph.input("features", FLOAT, ["B", "k", (decoder.exit_inputs - 1) * width])
         call = self._decoder_call(graph, features)
+        if decoder.exit_fusion is not None:
+            before = graph.op("Sub", [call.past_lengths, graph.constant(np.int32(1))])
+            before = graph.op("Max", [before, graph.constant(np.int32(0))])  # of an idle sequence
+            call = replace(call, past_lengths=before)
         if self.options.exit_layer:
             states = graph.input("hidden", FLOAT, ["B", "k", width])
         else:
@@ -187,9 +192,15 @@ class EngineBuilder:
         rows = self._packing(graph, call, joined) if self.options.packed else None
         dialect = self._dialect(graph, call, rows)
         x = rows.counted if rows else flat(graph, joined, decoder.exit_inputs * width)
-        x = graph.to_float(linear(graph, graph.to_compute(x), decoder.exit_map))
+        embedded = None
+        if decoder.exit_map is None:
+            embedded, x = graph.ops("Split", [x, graph.constant([width, width])], 2, axis=-1)
+        else:
+            x = graph.to_float(linear(graph, graph.to_compute(x), decoder.exit_map))
         wanted = head_rows(graph, rows)
-        x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder), wanted)
+        x = decoder_layers(
+            graph, dialect, x, decoder.exit_layers, exit_names(decoder), wanted, embedded
+        )
         self._head(graph, dialect, x, None)
         self._save(graph)
 
@@ -197,7 +208,8 @@ class EngineBuilder:
         """Build deep.onnx: layers S+1..L and the head.
 
         For an exit that reads a feature it also outputs `features` of all rows: the normed states,
-        after two earlier ones if the exit reads fused features.
+        after two earlier ones if the exit reads fused features, or the map of three states that an
+        EAGLE-3 head reads.
         """
         graph = self._graph("deep")
         width = self.description.hidden_size
@@ -209,20 +221,28 @@ class EngineBuilder:
         hidden = rows.counted if rows else flat(graph, stacked, width)
         first = self.options.exit_layer
         earlier = []
-        for last in fused_layers(self.description.exit_input, first, len(layers)):
+        fusion = self.description.decoder.exit_fusion
+        taps = fused_layers(self.description.exit_input, first, len(layers))
+        for last in taps if fusion is None else fusion.layers:
             hidden = self._layers(graph, dialect, hidden, layers[first:last], first)
-            earlier.append(unit_scaled(graph, dialect, hidden, width))
+            plain = fusion is not None
+            earlier.append(hidden if plain else unit_scaled(graph, dialect, hidden, width))
             first = last
         hidden = self._layers(graph, dialect, hidden, layers[first:], first)
         read = graph.op("Gather", [hidden, head_rows(graph, rows)], axis=0)
         self._head(graph, dialect, read, graph.input("emitted", INT64, ["R"]))
         if self.description.exit_engine:
             norm = self.description.decoder.head.norm
-            features = hidden if norm is None else dialect.norm(hidden, norm)
-            if earlier:
-                features = graph.op("Concat", [*earlier, features], axis=-1)
+            if fusion is not None:
+                joined = graph.op("Concat", earlier, axis=-1)
+                features = graph.to_float(linear(graph, graph.to_compute(joined), fusion.linear))
+            else:
+                features = hidden if norm is None else dialect.norm(hidden, norm)
+                if earlier:
+                    features = graph.op("Concat", [*earlier, features], axis=-1)
             features = rows.in_rows(graph, features) if rows else in_rows(graph, features, call)
-            graph.output("features", features, FLOAT, ["B", "k", (1 + len(earlier)) * width])
+            size = FEATURE_STATES[self.description.exit_input] * width
+            graph.output("features", features, FLOAT, ["B", "k", size])
         self._save(graph)
 
     def encoder(self) -> None:
@@ -288,6 +308,8 @@ class EngineBuilder:
             return []
         exits = engine in ("shallow", "exit") and decoder.exit_tokens
         head = exit_rows(decoder.head) if exits else decoder.head.weight
+        if engine == "exit" and decoder.exit_fusion is not None and decoder.exit_head is not None:
+            head = decoder.exit_head.weight
         wanted = self.options.wanted(self.description, engine, head)
         products = self._rounding.products
         passes: list[ir.passes.InPlacePass] = [

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from graphs.description import MLP, Activation, Attention, Head, Layer, Norm
 from graphs.dialects.base import Dialect, Packing, linear
 from graphs.dialects.ort import KernelDialect
-from graphs.exit_head import UNIT_EPSILON
+from graphs.exit_head import EXIT, UNIT_EPSILON
 from graphs.graph import Graph
 from runtime.bundle.manifest import FEATURE_STATES, ConfidenceMeasure, ExitInput
 from runtime.text.sampler import UNKNOWN
@@ -70,16 +70,21 @@ def decoder_layers(
     layers: Sequence[Layer],
     names: Sequence[int | str],
     wanted: ir.Value | None = None,
+    embedded: ir.Value | None = None,
 ) -> ir.Value:
     """Apply decoder layers with cache `names`. Returns hidden states float32 [M, d].
 
-    With the rows `wanted`, int64 [R], only their states are returned, float32 [R, d]. The last
+    `embedded` float32 [M, d] are the tokens' embeddings, for layers with an `embedding_norm`. With
+    the rows `wanted`, int64 [R], only their states are returned, float32 [R, d]. The last
     layer then computes only keys, values and attention for the other rows.
     """
     stream = Residual(graph, dialect, x)
     for name, layer in zip(names, layers, strict=True):
         selects = wanted is not None and layer is layers[-1]
         x = stream.read(layer, layer.attention_norm)
+        if layer.embedding_norm is not None and embedded is not None:
+            token = graph.to_compute(dialect.norm(embedded, layer.embedding_norm))
+            x = graph.op("Concat", [token, x], axis=-1)
         if layer.joined and layer.cross is not None:
             attended = dialect.joined_attention(x, layer.attention, layer.cross, name)
         else:
@@ -200,14 +205,15 @@ def head_outputs(
             is the largest, `confidence` is 0 and `token` is the best token of the exit vocabulary.
         reads: Input of the exit that this head belongs to. Unless it is "state", also output
             `feature` [R, f], in place of a feature that the deep engine has not computed yet: the
-            normed states that the head reads, as many times as the feature has states.
+            normed states that the head reads, as many times as the feature has states. For
+            "eagle3": the states before the norm.
     """
     normed = hidden
     if head.norm is not None:
         normed = dialect.norm(normed, head.norm)
     if count := FEATURE_STATES[reads]:
         width = graph.shape(head.weight)[1]
-        feature = normed
+        feature = hidden if reads == "eagle3" else normed
         if count > 1:
             earlier = unit_scaled(graph, dialect, normed, width)
             feature = graph.op("Concat", [*[earlier] * (count - 1), normed], axis=-1)
@@ -290,6 +296,8 @@ def _predictions(
 
 def _weights(graph: Graph, head: Head, packed: bool, tokens: np.ndarray | None) -> list[ir.Value]:
     """Return the head's weight [classes, d], and its bias if it is not zero."""
+    if head.weight.startswith(EXIT):  # an EAGLE-3 head, which has the rows of its tokens only
+        return [graph.weight(head.weight)]
     bias = head_bias(head, graph.shape(head.weight)[0], graph.read)
     if tokens is None:
         weight = graph.weight(head.weight) if packed else graph.unpacked_weight(head.weight)

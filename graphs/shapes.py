@@ -298,8 +298,13 @@ def _shapes(
     linears: list[tuple[Linear | None, int, int]] = []
     linears.append((decoder.exit_map, width, decoder.exit_inputs * width))
     layers = [(layer, inner[0]) for layer in decoder.layers + decoder.exit_layers]
+    if decoder.exit_fusion is not None:
+        linears.append((decoder.exit_fusion.linear, width, len(decoder.exit_fusion.layers) * width))
     if decoder.exit_head is not None:
-        norms.append((decoder.exit_head.norm, width))
+        head = decoder.exit_head
+        norms.append((head.norm, width))
+        if head.weight != decoder.head.weight:
+            yield head.weight, (len(head.tokens) or description.vocab_size, width)
         linears.append((decoder.exit_head.other, 1, width))
     if isinstance(description.encoder, EncoderStack):
         norms.append((description.encoder.norm, width))
@@ -321,9 +326,11 @@ def _shapes(
             (layer.attention_out, width),
             (layer.cross_out, width),
             (layer.mlp_out, width),
+            (layer.embedding_norm, width),
         ]
+        inputs = width if layer.embedding_norm is None else 2 * width
         for attention in filter(None, (layer.attention, layer.cross)):
-            linears += _projections(attention, width)
+            linears += _projections(attention, width, inputs)
             norms.append((attention.query_norm, attention.head_dim))
             norms.append((attention.key_norm, attention.head_dim))
             if (bias := attention.relative_bias) is not None:
@@ -344,14 +351,14 @@ def _shapes(
                 yield linear.bias, (outputs,)
 
 
-def _projections(attention: Attention, width: int) -> list[tuple[Linear, int, int]]:
+def _projections(attention: Attention, width: int, inputs: int) -> list[tuple[Linear, int, int]]:
     queries = attention.heads * attention.head_dim
     keys = attention.kv_heads * attention.head_dim
     return [
-        (attention.query, queries, width),
+        (attention.query, queries, inputs),
         (attention.output, width, queries),
-        (attention.key, keys, width),
-        (attention.value, keys, width),
+        (attention.key, keys, inputs),
+        (attention.value, keys, inputs),
     ]
 
 

@@ -546,6 +546,7 @@ HEADS_OF_40: tuple[Case, ...] = (
 )
 
 # Capacity for answers that take some time.
+EIGHT_LAYERS = _llama("llama-eight-layers", (1, 7), num_key_value_heads=2)
 LONG = _llama("llama-long", (1, 4), max_position_embeddings=8192)
 
 # Weights are large even compared with what TensorRT adds to an engine.

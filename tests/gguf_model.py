@@ -9,7 +9,9 @@ import gguf
 import numpy as np
 
 
-def decoder_shapes(hidden: int, inner: int, heads: int, kv_heads: int, width: int, norms: bool) -> dict[str, Any]:
+def decoder_shapes(
+    hidden: int, inner: int, heads: int, kv_heads: int, width: int, norms: bool, layers: int = 2
+) -> dict[str, Any]:
     query = heads * width
     kv = kv_heads * width
     shapes: dict[str, Any] = {"token_embd": (32, hidden), "output_norm": (hidden,), "output": (32, hidden)}
@@ -17,7 +19,7 @@ def decoder_shapes(hidden: int, inner: int, heads: int, kv_heads: int, width: in
     layer |= {"attn_output": (hidden, query), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
     layer |= {"ffn_down": (hidden, inner), "attn_norm": (hidden,), "ffn_norm": (hidden,)}
     layer |= {"attn_q_norm": (width,), "attn_k_norm": (width,)} if norms else {}
-    return shapes | {f"blk.{block}.{name}": shape for block in range(2) for name, shape in layer.items()}
+    return shapes | {f"blk.{block}.{name}": shape for block in range(layers) for name, shape in layer.items()}
 
 
 def t5_shapes(hidden: int, inner: int, heads: int, width: int) -> dict[str, Any]:
@@ -44,8 +46,13 @@ def gpt2_shapes(hidden: int) -> dict[str, Any]:
     return shapes | {f"blk.{block}.{name}": shape for block in range(2) for name, shape in (layer | norms).items()}
 
 
-def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only: str = "attn") -> Path:
-    """Write a model of two layers with random weights. Matrices with `only` in their names are quantized to `kind`."""
+def write_gguf(
+    path: Path, architecture: str = "llama", kind: str = "Q8_0", only: str = "attn", layers: int = 2
+) -> Path:
+    """Write a model with random weights. Matrices with `only` in their names are quantized to `kind`.
+
+    `layers` other than 2 are for "llama".
+    """
     hidden = 64
     inner = 96
     heads = 4
@@ -57,7 +64,7 @@ def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only
         shapes = gpt2_shapes(hidden)
     else:
         normed = architecture in ("qwen3", "gemma3")
-        shapes = decoder_shapes(hidden, inner, heads, kv_heads, width, normed)
+        shapes = decoder_shapes(hidden, inner, heads, kv_heads, width, normed, layers)
     for block in range(2):
         if architecture in ("gemma2", "gemma3"):
             shapes |= {f"blk.{block}.{name}": (hidden,) for name in ("post_attention_norm", "post_ffw_norm")}
@@ -68,7 +75,7 @@ def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only
     if architecture == "gemma2":
         del shapes["output"]  # tied to the embedding
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
+    writer.add_block_count(layers)
     writer.add_context_length(64)
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(inner)

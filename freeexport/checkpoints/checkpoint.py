@@ -34,9 +34,10 @@ from freeexport.checkpoints.lora_adapter import (
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
 from freeexport.checkpoints.weight_files import Shape, TensorFile, read_json, weight_files
 from freeexport.system.progress import progress
-from graphs.description import ForeignEncoder
+from graphs.description import Description, ForeignEncoder
+from graphs.eagle_head import with_eagle_head
 from graphs.errors import UnsupportedModelError
-from graphs.exit_head import EXIT
+from graphs.exit_head import EXIT, with_exit
 from graphs.families import describe, family_of
 from graphs.quantization.panels import InFile
 from graphs.shapes import check_config, weight_names
@@ -87,6 +88,7 @@ class Checkpoint:
         adapter: Directory of a LoRA adapter, which is merged into the tensors that are read.
         ready_made: The ready-made exit that was applied, or None.
         base: The checkpoint that it was applied to, or None.
+        eagle: Configuration of the EAGLE-3 head that is the exit, or None.
     """
 
     path: Path
@@ -100,6 +102,7 @@ class Checkpoint:
     adapter: Path | None = None
     ready_made: ReadyMadeExit | None = None
     base: Checkpoint | None = None
+    eagle: dict[str, Any] | None = None
 
     @property
     def architecture(self) -> str:
@@ -183,6 +186,13 @@ class Checkpoint:
                 digest.update(np.ascontiguousarray(array, "<f4").data)
                 advance()
         return digest.hexdigest()
+
+    def described(self) -> Description:
+        """Return the description of the model with its exit."""
+        description = describe(self.config, self)
+        if self.eagle is not None:
+            return with_eagle_head(description, self, self.eagle)
+        return with_exit(description, self)
 
     def with_exit(self, exit_file: ExitFile, weights: TensorFile) -> Checkpoint:
         """Return a copy with another exit, whose own parameters are `weights`.

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.eagle import CONFIG, apply_eagle_head, read_eagle_head
 from freeexport.checkpoints.exit_file import open_exit_weights, read_exit_file
 from freeexport.checkpoints.lora_adapter import MergedWeights
 from freeexport.checkpoints.packed_exit import SUFFIX, PackedExit, PackedFile, Sizes, read_packed
@@ -33,8 +34,8 @@ def find_exit(name: str) -> Path:
     """Return the file of a ready-made exit, of one on the hub, or `name` if it is a file.
 
     Args:
-        name: Name of an exit in this package, a file, or "owner/name" or "owner/name@revision" on
-            the hub.
+        name: Name of an exit in this package, a file, the directory of an EAGLE-3 head, or
+            "owner/name" or "owner/name@revision" on the hub.
 
     Raises:
         CheckpointError: If there is no such exit and no such file.
@@ -44,7 +45,7 @@ def find_exit(name: str) -> Path:
     if name in known:
         return known[name]
     with suppress(OSError, ValueError):  # not a valid file name
-        if Path(name).is_file():
+        if Path(name).is_file() or (Path(name) / CONFIG).is_file():
             return Path(name)
     if (named := HubName.parse(name)) is not None:
         return hub_file(named, HUB_EXIT)
@@ -139,7 +140,7 @@ def open_source(model: str, manifest: Manifest, exit_file: str | None = None) ->
     Args:
         model: The checkpoint.
         manifest: The manifest of the bundle.
-        exit_file: Name or file of the exit. Default: the one that the manifest names.
+        exit_file: Name, file or directory of the exit. Default: the one that the manifest names.
 
     Raises:
         CheckpointError: If the checkpoint cannot be opened, or the file of the exit is missing or
@@ -160,6 +161,10 @@ def open_source(model: str, manifest: Manifest, exit_file: str | None = None) ->
         path = Path(record.file)
     else:
         path = READY_MADE / f"{record.name}{SUFFIX}"
+    if path.is_dir():
+        head = read_eagle_head(path)
+        _check_version(record, head.sha256, path)
+        return apply_eagle_head(checkpoint, head)
     if not path.is_file():
         place = "in freeexport/exits" if record.file is None else "in this directory"
         raise CheckpointError(
@@ -167,13 +172,17 @@ def open_source(model: str, manifest: Manifest, exit_file: str | None = None) ->
             f"{place}; name it with --exit, or convert again"
         )
     packed = read_packed(path)
-    if packed.sha256 != record.sha256:
+    _check_version(record, packed.sha256, path)
+    return apply_exit(checkpoint, packed)
+
+
+def _check_version(record: ReadyMadeExit, sha256: str, path: Path) -> None:
+    if sha256 != record.sha256:
         raise CheckpointError(
             f"this bundle was converted with another version of exit {record.name} (sha256 "
-            f"{record.sha256[:12]}..., that of {path} has {packed.sha256[:12]}...); put that "
+            f"{record.sha256[:12]}..., that of {path} has {sha256[:12]}...); put that "
             "version back, or convert again"
         )
-    return apply_exit(checkpoint, packed)
 
 
 def begin_with(opened: Checkpoint, name: str) -> Checkpoint:

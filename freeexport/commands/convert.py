@@ -39,9 +39,9 @@ option = option_of(ConvertOptions)
 )
 @option(
     "exit",
-    "Ready-made exit for MODEL's weights: its name (freeexport exits), a file, or owner/name "
-    "on the hub.",
-    metavar="NAME|FILE",
+    "Ready-made exit for MODEL's weights: its name (freeexport exits), a file, owner/name on the "
+    "hub, or the directory of an EAGLE-3 head.",
+    metavar="NAME|FILE|DIR",
 )
 @option(
     "calibration",
@@ -201,8 +201,10 @@ def _lines(
         if on_cpu:
             yield f"kernels: {kernels_of(manifest.kernels)}"
     if (vocabulary := manifest.exit_vocabulary) is not None:
-        known = f"{vocabulary.covered:.2%} of the training targets"
-        yield f"exit vocabulary: {vocabulary.size} of {manifest.vocab_size} tokens, {known}"
+        known = (
+            f", {vocabulary.covered:.2%} of the training targets" if vocabulary.text_tokens else ""
+        )
+        yield f"exit vocabulary: {vocabulary.size} of {manifest.vocab_size} tokens{known}"
     yield (
         f"KV cache: {human_bytes(manifest.kv_bytes_per_sequence)} per sequence of "
         f"{manifest.capacity} positions"

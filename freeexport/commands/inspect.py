@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _DEEP_INPUTS = {
     "feature": "the deep decoder's feature",
     "fused": "the deep decoder's feature and two earlier states",
+    "eagle3": "three of the deep decoder's states (EAGLE-3)",
 }
 _TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "unknown"}
 
@@ -218,9 +219,11 @@ def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
     vocabulary = "all tokens"
     known = manifest.exit_vocabulary
     if known is not None:
-        covered = f"{known.covered:.2%} of the {known.text_tokens} they come from"
+        covered = ""
+        if known.text_tokens:
+            covered = f", {known.covered:.2%} of the {known.text_tokens} they come from"
         others = ", trained with one class for all others" if known.trained else ""
-        vocabulary = f"{known.size} of {manifest.vocab_size} tokens, {covered}{others}"
+        vocabulary = f"{known.size} of {manifest.vocab_size} tokens{covered}{others}"
     rows = [
         ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
         *([("its own layers", str(manifest.exit_layers))] if manifest.exit_layers else []),

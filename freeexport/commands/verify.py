@@ -48,8 +48,8 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     "exit_file",
     metavar="NAME",
     help=(
-        "Ready-made exit that the bundle was converted with, or its file.  [default: as the bundle "
-        "records]"
+        "Ready-made exit that the bundle was converted with, its file, or the directory of an "
+        "EAGLE-3 head.  [default: as the bundle records]"
     ),
 )
 @click.option(

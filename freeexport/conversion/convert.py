@@ -28,8 +28,6 @@ from graphs.description import Description, ForeignEncoder
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder, engine_names
 from graphs.errors import GraphError
-from graphs.exit_head import with_exit
-from graphs.families import describe
 from graphs.tensorrt.build import Built, build
 from graphs.tensorrt.self_test import SelfTest, self_test
 from graphs.weights import WeightFile
@@ -70,7 +68,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     if options.kernels == "freeexport" and (verified or options.measure):
         instructions()  # raises an error if the kernels cannot run here
     checkpoint = open_with_exit(model, options.exit)
-    description = with_exit(describe(checkpoint.config, checkpoint), checkpoint)
+    description = checkpoint.described()
     layers = len(description.decoder.layers)
     exit_layer = options.exit_layer
     if exit_layer is None and checkpoint.exit is None and layers > 1:
@@ -380,7 +378,8 @@ def _head_copies(
             reason = "head, for the deep engine (in the memory of the device)"
     if reason:
         copies.append(DeclaredCopy(head, whole, reason))
-    if known:
+    own = description.decoder.exit_head
+    if known and (own is None or own.weight == head):
         copies.append(DeclaredCopy(head, len(known) * row, "head rows of the exit vocabulary"))
     return copies
 

@@ -111,7 +111,7 @@ def decoder_bytes(bundle: Bundle) -> tuple[EngineBytes, EngineBytes]:
     shallow, deep = (engine_bytes(bundle.engine(name)) for name in ("shallow", "deep"))
     if bundle.manifest.exit_engine:
         exit = engine_bytes(bundle.engine("exit"))
-        shallow = EngineBytes(shallow.layers, exit.layers, exit.head)
+        shallow = EngineBytes(shallow.layers, exit.layers + exit.own, exit.head)
     return shallow, deep
 
 

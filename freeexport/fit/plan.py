@@ -34,7 +34,6 @@ from freeexport.system.machine import multiplies_bfloat16
 from freeexport.system.progress import duration
 from freeexport.task_metrics import MetricError, metric_of
 from graphs.description import Description, EncoderStack
-from graphs.exit_head import with_exit
 from graphs.families import describe
 from runtime.bundle.manifest import ExitInput, Precision
 from runtime.errors import OptionError
@@ -276,7 +275,7 @@ def _check_for_gpu(
     check_device(device, size, f"{size / 1e6:.1f} MB of weights in fp16 ({bundles} bundles)")
     layers = len(description.decoder.layers)
     layer = checkpoint.exit_layer(layers, None if checkpoint.exit else 1)
-    engine_options(with_exit(description, checkpoint), ConvertOptions(target=options.target), layer)
+    engine_options(checkpoint.described(), ConvertOptions(target=options.target), layer)
 
 
 def _with_times(

@@ -65,6 +65,7 @@ class ExitLayer(nn.Module):
         super().__init__()
         self.order = layer.order
         self.attention_norm = norm_module(layer.attention_norm, read)
+        self.embedding_norm = norm_module(layer.embedding_norm, read)
         self.attention = ExitAttention(layer.attention, read, layer.joined)
         self.cross_norm = None if layer.cross_norm is None else norm_module(layer.cross_norm, read)
         separate = layer.cross is not None and not layer.joined
@@ -76,15 +77,25 @@ class ExitLayer(nn.Module):
         self.mlp_out = norm_module(layer.mlp_out, read)
 
     def forward(
-        self, x: torch.Tensor, encoded: Encoded | None, before: list[KeyValue]
+        self,
+        x: torch.Tensor,
+        encoded: Encoded | None,
+        before: list[KeyValue],
+        embedded: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Map [B, n, d] to [B, n, d]. See ExitAttention for `before`."""
+        """Map [B, n, d] to [B, n, d]. See ExitAttention for `before`.
+
+        `embedded` [B, n, d] are the tokens' embeddings, for a layer with an `embedding_norm`.
+        """
         joined = encoded if self.attention.joined else None
-        x = self._block(
-            x,
-            self.attention_norm,
-            lambda read: self.attention_out(self.attention(read, joined, before)),
-        )
+
+        def attended(read: torch.Tensor) -> torch.Tensor:
+            if embedded is not None:
+                read = torch.cat([self.embedding_norm(embedded), read], dim=-1)
+            found: torch.Tensor = self.attention_out(self.attention(read, joined, before))
+            return found
+
+        x = self._block(x, self.attention_norm, attended)
         if self.cross is not None and self.cross_norm is not None:
             cross = self.cross
             x = self._block(x, self.cross_norm, lambda read: self.cross_out(cross(read, encoded)))
@@ -111,10 +122,10 @@ class ExitAttention(nn.Module):
         super().__init__()
         self.described = attention
         self.joined = joined
-        self.query = _linear(attention.query, read)
-        self.key = _linear(attention.key, read)
-        self.value = _linear(attention.value, read)
-        self.output = _linear(attention.output, read)
+        self.query = linear_module(attention.query, read)
+        self.key = linear_module(attention.key, read)
+        self.value = linear_module(attention.value, read)
+        self.output = linear_module(attention.output, read)
         self.query_norm = norm_module(attention.query_norm, read)
         self.key_norm = norm_module(attention.key_norm, read)
         if (bias := attention.relative_bias) is not None:
@@ -224,9 +235,9 @@ class FeedForward(nn.Module):
     def __init__(self, mlp: MLP, read: Read) -> None:
         super().__init__()
         self.activation = _ACTIVATIONS[mlp.activation]
-        self.gate = None if mlp.gate is None else _linear(mlp.gate, read)
-        self.up = _linear(mlp.up, read)
-        self.down = _linear(mlp.down, read)
+        self.gate = None if mlp.gate is None else linear_module(mlp.gate, read)
+        self.up = linear_module(mlp.up, read)
+        self.down = linear_module(mlp.down, read)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., d] to [..., d]."""
@@ -250,7 +261,8 @@ def norm_module(norm: Norm | None, read: Read) -> nn.Module:
     return module
 
 
-def _linear(linear: Linear, read: Read) -> nn.Linear:
+def linear_module(linear: Linear, read: Read) -> nn.Linear:
+    """Build a module from a described linear layer, with a copy of its weights."""
     weight = read(linear.weight)
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None)
     module.weight = parameter(weight)

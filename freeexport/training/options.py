@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from freeexport.checkpoints.exit_file import LossName, Tune
 from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.task_metrics import check_name
-from runtime.bundle.manifest import ExitInput
+from runtime.bundle.manifest import TrainedInput
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class TrainingOptions:
     rank: int | None = None
     exit_layers: int = 0
     exit_vocab: int | None = None
-    exit_input: ExitInput = "state"
+    exit_input: TrainedInput = "state"
     exit_from: str | None = None
     from_config: bool = False
     steps: int | None = None
@@ -117,7 +117,7 @@ class TrainingOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        literals = {"tune": Tune, "schedule": Schedule, "dtype": Dtype, "exit_input": ExitInput}
+        literals = {"tune": Tune, "schedule": Schedule, "dtype": Dtype, "exit_input": TrainedInput}
         for name, known in literals.items():
             if (value := getattr(self, name)) not in get_args(known):
                 flag = name.replace("_", "-")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from freeexport.verification.batches import Batch
+from graphs.layers import SUPPRESSED
 from runtime.bundle.bundle import Bundle
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import OnnxEngine, value
@@ -83,8 +84,32 @@ class EnginePair:
                 else {"hidden": shallow["hidden"]}
             )
             inputs = {**reads, "features": changed(features[:, :-1])}
-            shallow |= self._run("exit", inputs, {}, lengths, tokens.shape[1])
+            skips = self.manifest.exit_skips
+            if skips and not self.caches["exit"].lengths.any():
+                shallow |= self._after_the_first(inputs, lengths, tokens.shape[1])
+            else:
+                shallow |= self._run("exit", inputs, {}, lengths, tokens.shape[1])
         return shallow, deep
+
+    def _after_the_first(
+        self, inputs: dict[str, np.ndarray], lengths: np.ndarray, width: int
+    ) -> dict[str, np.ndarray]:
+        """Run an EAGLE-3 head from the second position on.
+
+        At the first position, the logits of its tokens and the confidence are 0.
+        """
+        if width == 1:
+            found = self._run("exit", inputs, {}, lengths, 1)  # the next call overwrites its row
+        else:
+            later = {name: array[:, 1:] for name, array in inputs.items()}
+            self.caches["exit"].lengths[:] = 1
+            found = self._run("exit", later, {}, lengths - 1, width - 1)
+        for name, array in found.items():
+            shaped = array.reshape(self.rows, max(1, width - 1), -1)
+            first = np.where(shaped[:, :1] < SUPPRESSED / 2, shaped[:, :1], 0)
+            both = np.concatenate([first, shaped], axis=1)[:, :width]
+            found[name] = both.reshape(self.rows * width, *array.shape[1:])
+        return found
 
     def shallow(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
         """Run the shallow engine on `tokens` int64 [B, q], right-padded to `lengths` [B].

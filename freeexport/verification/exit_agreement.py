@@ -11,6 +11,7 @@ import click
 import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.eagle import apply_eagle_head, read_eagle_head
 from freeexport.checkpoints.examples import DataError, prompts_of, read_examples, text_format
 from freeexport.checkpoints.packed_exit import MOST_SAMPLES, SampleAnswer, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, does_not_fit, find_exit
@@ -41,11 +42,15 @@ def open_with_exit(model: str, name: str | None) -> Checkpoint:
     """Open a checkpoint, with ready-made exit `name` applied if it is not None.
 
     An exit fits the weights that it was trained on. With other weights of the same family and
-    sizes, its agreement is measured and printed.
+    sizes, its agreement is measured and printed. An EAGLE-3 head fits a model of its sizes.
     """
     if name is None:
         return open_checkpoint(model)
-    packed = read_packed(find_exit(name))
+    path = find_exit(name)
+    if path.is_dir():
+        head = read_eagle_head(path)
+        return apply_eagle_head(open_checkpoint(model), head)
+    packed = read_packed(path)
     base = open_checkpoint(model)
     applied = apply_exit(base, packed)
     about = packed.about
@@ -141,6 +146,10 @@ def exit_head(
     from freeexport.training.exit_modules import joined_feature, trained_exit
     from freeexport.training.shallow_deep import exits_of, shared_head
 
+    if checkpoint.eagle is not None:
+        from freeexport.verification.eagle_reference import eagle_reference
+
+        return eagle_reference(checkpoint, measure)
     description = describe(checkpoint.config, checkpoint)
     own, known = trained_exit(checkpoint, description)
     exit_layer = checkpoint.exit.exit_layer

@@ -19,7 +19,7 @@ from runtime.errors import BundleError
 
 # Newer minor versions only add optional fields. Newer major versions cannot be read.
 SCHEMA_VERSION = 2
-SCHEMA_MINOR = 7
+SCHEMA_MINOR = 8
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
@@ -43,9 +43,11 @@ Kernels = Literal["onnxruntime", "freeexport"]
 HeadPrecision = Literal["int8", "int4"]
 # Input of an exit's layers. state: the exit layer's state. feature: also the deep decoder's normed
 # state of the previous token. fused: also its states after a third and two thirds of its layers.
-ExitInput = Literal["state", "feature", "fused"]
-# States of the deep decoder in the feature of a token, each of d values.
-FEATURE_STATES: dict[ExitInput, int] = {"state": 0, "feature": 1, "fused": 3}
+# eagle3: the token's embedding, and one map of three states of the previous token.
+TrainedInput = Literal["state", "feature", "fused"]
+ExitInput = Literal[TrainedInput, "eagle3"]
+# States in the feature of a token, each of d values.
+FEATURE_STATES: dict[ExitInput, int] = {"state": 0, "feature": 1, "fused": 3, "eagle3": 1}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class ExitVocabulary:
     Attributes:
         size: Number of tokens.
         covered: Share of `text_tokens` that they cover.
-        text_tokens: Number of tokens of the text that they were chosen on.
+        text_tokens: Number of tokens of the text that they were chosen on. 0 if unknown, as for an
+            EAGLE-3 head.
         trained: The exit was trained with these tokens and one class for all others.
     """
 
@@ -284,6 +287,11 @@ class Manifest:
     def feature_size(self) -> int:
         """Size of a token's feature. 0 if the exit reads none."""
         return FEATURE_STATES[self.exit_input] * self.hidden_size
+
+    @property
+    def exit_skips(self) -> int:
+        """Number of first positions that the exit does not read: 1 for an EAGLE-3 head."""
+        return int(self.exit_input == "eagle3")
 
     @property
     def exit_embeds(self) -> bool:

@@ -24,6 +24,9 @@ class FeatureDecoder(Decoder):
     prediction is needed. A deep pass trims it to the rows that used the deep decoder's features,
     so drafted rows are computed again with the correct ones.
 
+    An EAGLE-3 head does not read the first position, which has no feature before it. The cache
+    counts that position without a call.
+
     If no layer precedes the exit, it embeds tokens itself. The shallow engine then has nothing to
     compute in a step, and embeds all stacked tokens in one call before a deep pass.
     """
@@ -295,5 +298,7 @@ class FeatureDecoder(Decoder):
                 self.slot, place, piece[0] if self._embeds else shallow.outputs["hidden"][0]
             )
             self._keep_features(place, deep.outputs["features"][0])
+            if self._exit_cache.skips:
+                self._confidence[:] = 0.0  # there is no prediction at a position that is skipped
             self._catch_up(0, shallow_head)
         return shallow, deep

@@ -133,6 +133,7 @@ class Backend:
             state_size=manifest.hidden_size,
             feature_size=manifest.feature_size,
             embeds=manifest.exit_embeds,
+            skips=manifest.exit_skips,
             **others,
         )
 

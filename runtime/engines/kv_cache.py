@@ -134,7 +134,8 @@ class KVCache:
 
         The rows are those of the model's layers, or with `own` those of the exit's layers.
         """
-        parts = [array[slot, :, first : first + count] for array in self._arrays_of(own)]
+        places = self._places(first, count)
+        parts = [array[slot][:, places] for array in self._arrays_of(own)]
         if not parts:
             return np.zeros((0, self._kv_heads, count, self._head_dim), self._dtype)
         return np.stack(parts)
@@ -142,13 +143,18 @@ class KVCache:
     def write(self, slot: int, first: int, rows: np.ndarray, own: bool) -> None:
         """Write rows returned by `read` after the first `first` rows of a slot."""
         count = rows.shape[2]
+        places = self._places(first, count)
         for array, new in zip(self._arrays_of(own), rows, strict=True):
-            array[slot, :, first : first + count] = new
+            array[slot][:, places] = new
         self.lengths[slot] = first + count
 
     def row_bytes(self, own: bool) -> int:
         """Return the bytes per position that `read` copies."""
         return sum(array[0, :, 0].nbytes for array in self._arrays_of(own))
+
+    def _places(self, first: int, count: int) -> slice | np.ndarray:
+        """Return the rows of `count` positions from `first`."""
+        return slice(first, first + count)
 
     def _arrays_of(self, own: bool) -> list[np.ndarray]:
         return [array for name, array in self.arrays.items() if name.startswith("exit.") == own]
@@ -188,6 +194,8 @@ class FeatureCache(KVCache):
         state_size: d.
         feature_size: f, a multiple of d.
         embeds: The exit reads tokens, which are in host memory.
+        skips: Number of first positions that the exit does not read: 1 for an EAGLE-3 head.
+            They count as valid, but have no rows: position p is in row p - `skips`.
         **others: See KVCache.
     """
 
@@ -202,11 +210,13 @@ class FeatureCache(KVCache):
         state_size: int,
         feature_size: int,
         embeds: bool = False,
+        skips: int = 0,
         **others: Any,
     ) -> None:
         super().__init__(layers, slots, kv_heads, rows, head_dim, dtype, **others)
         self.own_exit = False  # all layers are the exit's
         self.embeds = embeds
+        self.skips = skips
         if embeds:
             self.states = lazy_zeros((slots, rows), np.int64)
         else:
@@ -222,9 +232,11 @@ class FeatureCache(KVCache):
         else:
             self.states[slot, first:end] = states
         self._ends[slot] = end
+        if self._counts[slot] < self.skips:
+            self._counts[slot] = self.skips
 
     def copy_rows(self, source: int, target: int, first: int = 0) -> None:
-        super().copy_rows(source, target, first)
+        super().copy_rows(source, target, max(0, first - self.skips))
         self._ends[target] = end = self._ends[source]
         self.states[target, :end] = self.states[source, :end]
         self.features[target, : end + 1] = self.features[source, : end + 1]
@@ -251,6 +263,12 @@ class FeatureCache(KVCache):
 
     def row_bytes(self, own: bool) -> int:
         return super().row_bytes(own) + 4 * int(self.features.shape[2])
+
+    def _places(self, first: int, count: int) -> slice | np.ndarray:
+        """Return the rows of positions. Skipped ones, which have none, share that of the next."""
+        if not self.skips:
+            return super()._places(first, count)
+        return np.maximum(np.arange(first, first + count) - self.skips, 0)
 
 
 class CrossCache:
