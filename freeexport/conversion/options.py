@@ -100,8 +100,8 @@ def engine_options(
 
     Raises:
         GraphError: If an option is out of range.
-        OptionError: If text for rounding is given but no weight gets 4 bits on a CPU, or the type of
-            the KV cache needs kernels that are not available.
+        OptionError: If text for rounding is given but no weight gets 4 bits on a CPU, or if the
+            type of the KV cache needs kernels that are not available.
     """
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
     attention = description.attention

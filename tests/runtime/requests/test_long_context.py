@@ -1,4 +1,4 @@
-"""Behind 4,000 tokens, with keys and values in float16, lossless decodes what full does."""
+"""Behind 4,000 tokens, with keys and values in 16 or 8 bits, lossless decodes what full does."""
 
 from __future__ import annotations
 
@@ -14,18 +14,27 @@ from runtime import Session
 LENGTH = 4000
 
 
-@pytest.mark.parametrize("instructions", ["", "scalar-bf16"])
-@pytest.mark.parametrize("drafts", ["exit", "lookup"])
-def test_lossless_is_full_behind_a_long_prompt_with_caches_in_float16(
-    drafts: str, instructions: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("drafts", "instructions", "kv_cache"),
+    [
+        ("exit", "", None),
+        ("exit", "scalar-bf16", None),
+        ("lookup", "", None),
+        ("lookup", "scalar-bf16", None),
+        ("exit", "", "int8"),
+        ("lookup", "scalar-bf16", "int8"),
+    ],
+)
+def test_lossless_is_full_behind_a_long_prompt(
+    drafts: str, instructions: str, kv_cache: str | None, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
-    path = bundle(LONG, 1, precision="int8", capacity=4096)
+    path = bundle(LONG, 1, precision="int8", capacity=4096, kv_cache=kv_cache)
     length = LENGTH if not instructions else 500  # which are slow
     prompt = np.random.default_rng(0).integers(3, 250, length)
     options: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "output_logprobs": True}
     with Session(path, threads=1, slots=1) as session:
-        assert session.manifest.cache_type == "fp16"
+        assert session.manifest.cache_type == (kv_cache or "fp16")
         full = session.generate(prompt.tolist(), mode="full", **options)
         (draft_exits if drafts == "exit" else draft_candidates)(monkeypatch)
         if drafts == "lookup":  # an expected text that is wrong here and there
