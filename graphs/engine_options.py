@@ -19,6 +19,8 @@ from graphs.exit_head import EXIT_MAP
 from graphs.quantization.plan import ROUNDING, FormatPlan, rounding_for, shared_values
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
+    CacheType,
+    ChosenCache,
     ConfidenceMeasure,
     FloatType,
     HeadPrecision,
@@ -41,6 +43,7 @@ FLOAT_TYPES = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
 }
+CACHE_TYPES = {**FLOAT_TYPES, "int8": ir.DataType.INT8}
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class EngineOptions:
         compute: Type of activations if weights are quantized for a GPU. Default: fp16.
         kernels: Operators that multiply with quantized weights on a CPU: those of ONNX Runtime or
             of this project.
+        kv_cache: Type of the KV cache. Default: that of the attention operators.
     """
 
     exit_layer: int
@@ -71,6 +75,7 @@ class EngineOptions:
     target: Target = "cpu"
     compute: FloatType | None = None
     kernels: Kernels = "onnxruntime"
+    kv_cache: ChosenCache | None = None
 
     def check(self, description: Description) -> None:
         """Check the options for a model.
@@ -115,6 +120,26 @@ class EngineOptions:
         fits = self.own_attention(description) or fits_head_size(description.attention)
         if self.dialect == "ort" and not fits:
             raise GraphError(f"{misfit(description.attention)}; choose --dialect standard")
+        if self.kv_cache is not None:
+            self._check_cache(description)
+
+    def _check_cache(self, description: Description) -> None:
+        option = f"--kv-cache {self.kv_cache}"
+        if description.encoder is not None:
+            raise GraphError(
+                f"{option} is for decoder-only models, not for {description.family}; leave it out"
+            )
+        if self.kernels != "freeexport":
+            raise GraphError(
+                f"{option} needs freeexport's own kernels (--precision int8, int4 or mixed on a "
+                f"CPU), not precision {self.precision} of target {self.target} with kernels of "
+                "onnxruntime; leave it out"
+            )
+        if not self.own_attention(description):
+            raise GraphError(
+                f"{option} needs attention heads whose size is a multiple of 8, from 16 on, not "
+                f"{description.attention.head_dim}; leave it out"
+            )
 
     def _check_target(self, description: Description) -> None:
         dialect, precisions = TARGETS[self.target]
@@ -169,9 +194,10 @@ class EngineOptions:
             for layer in description.decoder.layers
         )
 
-    def cache_type(self, description: Description) -> FloatType:
-        """Return the type of keys and values. This project's attention kernels read fp16."""
-        return "fp16" if self.own_attention(description) else self.float_type
+    def cache_type(self, description: Description) -> CacheType:
+        """Return the type of keys and values. Our attention kernels read fp16 or int8."""
+        own = self.own_attention(description)
+        return self.kv_cache or ("fp16" if own else self.float_type)
 
     @property
     def packed(self) -> bool:

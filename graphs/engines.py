@@ -39,7 +39,7 @@ from graphs.dialects.base import (
 )
 from graphs.dialects.ort import KernelDialect, OrtDialect
 from graphs.dialects.standard import StandardDialect
-from graphs.engine_options import FLOAT_TYPES, EngineOptions
+from graphs.engine_options import CACHE_TYPES, FLOAT_TYPES, EngineOptions
 from graphs.exit_head import fused_layers
 from graphs.graph import Dimension, Graph
 from graphs.layers import (
@@ -328,7 +328,7 @@ class EngineBuilder:
 
     def _graph(self, name: str) -> Graph:
         compute = FLOAT_TYPES[self.options.float_type]
-        cache = FLOAT_TYPES[self.options.cache_type(self.description)]
+        cache = CACHE_TYPES[self.options.cache_type(self.description)]
         return Graph(name, self._source, self._weights, compute, cache)
 
     def _dialect(self, graph: Graph, call: CallInputs, packed: Packing | None = None) -> Dialect:

@@ -11,6 +11,7 @@ import onnxruntime as ort
 from kernel_cases import one_node
 from onnx import TensorProto
 
+from runtime.bundle.manifest import SCALE_BYTES
 from runtime.kernels import LIBRARY
 
 EPSILON = 1e-6
@@ -29,7 +30,7 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("window", ctypes.c_int64),
         ("input", ctypes.c_void_p),
-        ("halves", ctypes.c_bool),
+        ("cache", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("past_key", "past_value", "key", "value")),
         *((name, ctypes.c_void_p) for name in ("cross_lengths", "past_lengths", "query_lengths")),
         ("packed", ctypes.c_bool),
@@ -73,6 +74,11 @@ class Layer:
     def width(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.size
 
+    @property
+    def cache_width(self) -> int:
+        """Elements of a position and head in the cache."""
+        return self.size + (SCALE_BYTES if self.cache == np.int8 else 0)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -80,7 +86,7 @@ class Call:
 
     Attributes:
         rows: [B, R, width], padded to the right.
-        key: Cache [B, kv_heads, C, size].
+        key: Cache [B, kv_heads, C, cache width].
         value: Cache like `key`.
         past: Cached positions of each sequence, int32 [B].
         lengths: Valid rows of each sequence, int32 [B].
@@ -108,7 +114,7 @@ def random_layer(rng: np.random.Generator, heads: int, kv_heads: int, size: int,
 
     Args:
         kinds: Letters of the features: r for rotary positions, p for rotary positions in part of a head, s for capped
-            scores, b for a bias by distance, n for norms of heads, h for keys and values in float16.
+            scores, b for a bias by distance, n for norms of heads, h for keys and values in float16, i for 8 bits.
     """
     tables = {}
     if "r" in kinds or "p" in kinds:
@@ -118,7 +124,7 @@ def random_layer(rng: np.random.Generator, heads: int, kv_heads: int, size: int,
         tables["bias"] = rng.standard_normal((9, heads)).astype(np.float32)
     if "n" in kinds:
         tables |= {name: rng.standard_normal(size).astype(np.float32) for name in ("query_norm", "key_norm")}
-    cache = np.float16 if "h" in kinds else np.float32
+    cache = np.float16 if "h" in kinds else np.int8 if "i" in kinds else np.float32
     return Layer(heads, kv_heads, size, window, tables, softcap=0.5 if "s" in kinds else 0.0, cache=cache)
 
 
@@ -128,8 +134,25 @@ def random_call(
     """Return a call with random rows and caches."""
     rows = rng.standard_normal((len(past), max(lengths), layer.width)).astype(np.float32)
     shape = len(past), layer.kv_heads, capacity, layer.size
-    caches = [rng.standard_normal(shape).astype(layer.cache) for _ in range(2)]
+    caches = [in_cache(layer, rng.standard_normal(shape).astype(np.float32)) for _ in range(2)]
     return Call(rows, *caches, np.array(past, np.int32), np.array(lengths, np.int32))
+
+
+def in_cache(layer: Layer, x: np.ndarray) -> np.ndarray:
+    """Return keys or values [..., size] in float32 as a cache has them, [..., cache width]."""
+    if layer.cache != np.int8:
+        return x.astype(layer.cache)
+    scales = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    values = np.rint(x / np.where(scales > 0, scales, 1)).astype(np.int8)
+    return np.concatenate([values, scales.astype(np.float32).view(np.int8)], -1)
+
+
+def from_cache(layer: Layer, cache: np.ndarray) -> np.ndarray:
+    """Return keys or values of a cache in float64, [..., size]."""
+    if layer.cache != np.int8:
+        return cache.astype(np.float64)
+    scales = np.ascontiguousarray(cache[..., layer.size :]).view(np.float32)
+    return cache[..., : layer.size].astype(np.float64) * scales
 
 
 def attend(
@@ -151,7 +174,7 @@ def attend(
         past_key=call.key.ctypes.data, past_value=call.value.ctypes.data, key=call.key.ctypes.data,
         value=call.value.ctypes.data, past_lengths=call.past.ctypes.data, query_lengths=call.lengths.ctypes.data,
         width=layer.width, packed=packed, positions=POSITIONS, softcap=layer.softcap, reach=8,
-        halves=layer.cache == np.float16, prompt=prompt,
+        cache=(np.float32, np.float16, np.int8).index(layer.cache), prompt=prompt,
         turned=layer.tables["cosine"].shape[1] if "cosine" in at else 0, epsilon=EPSILON, y=y.ctypes.data, **at,
     )  # fmt: skip
     problem = function(instructions.encode(), ctypes.byref(given))
@@ -174,19 +197,23 @@ def exact(layer: Layer, call: Call) -> np.ndarray:
             heads = call.rows[b, r].astype(np.float64).reshape(-1, layer.size)
             query, key, value = np.split(heads, [layer.heads, layer.heads + layer.kv_heads])
             query = _turned(_normed(query, tables.get("query_norm")), tables, position)
-            call.key[b, :, position] = _turned(_normed(key, tables.get("key_norm")), tables, position)
-            call.value[b, :, position] = value
+            key = _turned(_normed(key, tables.get("key_norm")), tables, position).astype(np.float32)
+            call.key[b, :, position] = in_cache(layer, key)
+            call.value[b, :, position] = in_cache(layer, value.astype(np.float32))
             begin = max(0, position + 1 - layer.window) if layer.window else 0
+            seen_keys, seen_values = (
+                from_cache(layer, part[b, :, begin : position + 1]) for part in (call.key, call.value)
+            )
             distance = np.minimum(position - np.arange(begin, position + 1), 8)
             for head in range(layer.heads):
                 group = head // (layer.heads // layer.kv_heads)
-                scores = call.key[b, group, begin : position + 1].astype(np.float64) @ query[head] * layer.scale
+                scores = seen_keys[group] @ query[head] * layer.scale
                 if layer.softcap:
                     scores = layer.softcap * np.tanh(scores / layer.softcap)
                 scores += tables["bias"][distance, head] if "bias" in tables else 0
                 weights = np.exp(scores - scores.max())
                 place = slice(head * layer.size, (head + 1) * layer.size)
-                y[b, r, place] = weights / weights.sum() @ call.value[b, group, begin : position + 1]
+                y[b, r, place] = weights / weights.sum() @ seen_values[group]
     return y
 
 
@@ -213,8 +240,8 @@ def attention_session(layer: Layer, packed: bool, threads: int = 1, **changes: o
     inputs = "rows", "past_key", "past_value", "past_lengths", "query_lengths"
     names = [*inputs, *(name if name in layer.tables else "" for name in TABLES)]
     kind = "CappedAttention" if layer.softcap else "CachedAttention"
-    if layer.cache == np.float16:
-        kind = "HalfAttention"
+    if layer.cache != np.float32:
+        kind = "HalfAttention" if layer.cache == np.float16 else "Int8Attention"
         attributes = {"softcap": 0.0, **attributes}
     outputs = _types(["y", "key", "value"], layer)
     return one_node(kind, _types(names, layer), outputs, {}, names, threads, **attributes)
@@ -262,8 +289,8 @@ def exact_encoder(layer: Layer, rows: np.ndarray, lengths: np.ndarray) -> np.nda
 
 
 def _types(names: list[str], layer: Layer) -> dict[str, int]:
-    cache = TensorProto.FLOAT16 if layer.cache == np.float16 else TensorProto.FLOAT
-    caches = dict.fromkeys(("past_key", "past_value", "key", "value"), cache)
+    types = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16, np.int8: TensorProto.INT8}
+    caches = dict.fromkeys(("past_key", "past_value", "key", "value"), types[layer.cache])
     known = dict.fromkeys(LENGTHS, TensorProto.INT32) | caches
     return {name: known.get(name, TensorProto.FLOAT) for name in names if name}
 

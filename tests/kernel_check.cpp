@@ -165,19 +165,36 @@ void try_products(const std::vector<const Kernels*>& all, bool fused) {
   }
 }
 
+// Returns random keys or values in the type of the cache.
+std::vector<float> cached(const Attention& a) {
+  const int64_t rows = a.batch * a.kv_heads * a.capacity;
+  std::vector<float> all = floats(rows * cache_width(a));
+  auto* halves = reinterpret_cast<uint16_t*>(all.data());
+  auto* bytes = reinterpret_cast<int8_t*>(all.data());
+  for (int64_t i = 0; i < rows * a.size && a.cache == kHalves; i++)
+    halves[i] = static_cast<uint16_t>(between(0, 1) << 15 | between(0x2c00, 0x4000));  // 1/16 to 2
+  for (int64_t row = 0; row < rows && a.cache == kBytes; row++, bytes += cache_width(a)) {
+    for (int64_t i = 0; i < a.size; i++) bytes[i] = static_cast<int8_t>(between(-127, 127));
+    const float scale = static_cast<float>(between(1, 30)) / 1024.0f;
+    std::memcpy(bytes + a.size, &scale, sizeof(scale));
+  }
+  return all;
+}
+
 void try_attention(const std::vector<const Kernels*>& all) {
   Attention a = {};
   a.batch = a.prompts = between(1, 3), a.kv_heads = between(1, 3), a.heads = a.kv_heads * between(1, 5);
-  a.size = 16 * between(1, 8), a.capacity = 220, a.scale = 0.2f, a.window = between(0, 1) ? between(1, 150) : 0;
+  a.size = 8 * between(2, 16), a.capacity = 220, a.scale = 0.2f, a.window = between(0, 1) ? between(1, 150) : 0;
   a.width = (a.heads + 2 * a.kv_heads) * a.size, a.packed = true, a.positions = 220, a.turned = between(1, a.size / 2), a.reach = 9, a.epsilon = 1e-6f;
   std::vector<int32_t> past, lengths;
   for (int64_t b = 0; b < a.batch; b++) {
     past.push_back(between(0, 200)), lengths.push_back(between(b == 0, 12));
     a.rows += lengths[b];
   }
+  a.cache = static_cast<Cache>(between(kFloats, kBytes));
   a.past_lengths = past.data(), a.query_lengths = lengths.data();
-  const auto rows = floats(a.rows * a.width), keys = floats(a.batch * a.kv_heads * a.capacity * a.size);
-  const auto values = floats(keys.size()), cosine = floats(a.positions * a.turned), sine = floats(cosine.size());
+  const auto rows = floats(a.rows * a.width), keys = cached(a), values = cached(a);
+  const auto cosine = floats(a.positions * a.turned), sine = floats(cosine.size());
   const auto bias = floats((a.reach + 1) * a.heads), norm = floats(a.size);
   a.input = rows.data();
   if (between(0, 1)) a.softcap = 3.0f;

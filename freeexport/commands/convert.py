@@ -91,6 +91,11 @@ option = option_of(ConvertOptions)
     "is built]",
 )
 @option(
+    "kv_cache",
+    "Type of keys and values with our own kernels. int8: 8 bits, and a scale for each head and "
+    "position, which is about half of the memory. For decoder-only models.  [default: 16 bits]",
+)
+@option(
     "rounding_data", "JSONL file with 'input' (and 'target') to fit 4-bit weights to.", "--data"
 )
 @option("compute", "Type in which a GPU computes with quantized weights.  [default: fp16]")
@@ -207,7 +212,7 @@ def _lines(
         yield f"exit vocabulary: {vocabulary.size} of {manifest.vocab_size} tokens{known}"
     yield (
         f"KV cache: {human_bytes(manifest.kv_bytes_per_sequence)} per sequence of "
-        f"{manifest.capacity} positions"
+        f"{manifest.capacity} positions, in {manifest.cache_type}"
     )
     yield f"verified: {'yes' if manifest.verified else 'no'}"
     if not any(is_calibration(name) for name in manifest.files):

@@ -94,6 +94,7 @@ def command(bundle: Path, as_json: bool) -> None:
             if manifest.encoder_decoder
             else []
         ),
+        ("keys and values", manifest.cache_type),
         ("per token", human_bytes(manifest.kv_bytes_per_token)),
         ("per sequence", human_bytes(manifest.kv_bytes_per_sequence)),
     ]

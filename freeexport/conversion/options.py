@@ -13,6 +13,7 @@ from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
+    ChosenCache,
     ConfidenceMeasure,
     Dialect,
     FloatType,
@@ -55,6 +56,7 @@ class ConvertOptions:
     head: HeadPrecision | None = None
     compute: FloatType | None = None
     kernels: Kernels | None = None
+    kv_cache: ChosenCache | None = None
     calibration: Path | None = None
     rounding_data: Path | None = None
     verify: Verify = "quick"
@@ -98,7 +100,8 @@ def engine_options(
 
     Raises:
         GraphError: If an option is out of range.
-        OptionError: If text for rounding is given but no weight gets 4 bits on a CPU.
+        OptionError: If text for rounding is given but no weight gets 4 bits on a CPU, or if the
+            type of the KV cache needs kernels that are not available.
     """
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
     attention = description.attention
@@ -106,9 +109,10 @@ def engine_options(
     precision = options.precision or precisions[0]
     # Use our kernels for weights quantized for a CPU, if their library is available here.
     quantized = options.target == "cpu" and precision in ROUNDING["cpu"].plans
-    kernels = options.kernels or (
-        "freeexport" if quantized and missing() is None else "onnxruntime"
-    )
+    problem = missing() if quantized and options.kernels is None else None
+    if problem is not None and options.kv_cache is not None:
+        raise OptionError(f"--kv-cache {options.kv_cache}: {problem}; or leave it out")
+    kernels = options.kernels or ("freeexport" if quantized and problem is None else "onnxruntime")
     # Use fused operators if they or our kernels support the model's heads.
     fits = fits_head_size(attention) or (
         kernels == "freeexport" and has_attention_kernel(attention)
@@ -124,6 +128,7 @@ def engine_options(
         head=options.head,
         compute=options.compute,
         kernels=kernels,
+        kv_cache=options.kv_cache,
     )
     engines.check(description)
     plan = engines.plan

@@ -9,6 +9,7 @@ import numpy as np
 from freeexport.verification.batches import Batch
 from graphs.layers import SUPPRESSED
 from runtime.bundle.bundle import Bundle
+from runtime.engines.backend import cache_sizes
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import OnnxEngine, value
 from runtime.engines.runner import Encoder
@@ -47,8 +48,6 @@ class EnginePair:
         self.cross = cross or {}
         self.caches = dict[str, KVCache]()
         self._engines = dict[str, OnnxEngine]()
-        dtype = np.float16 if manifest.cache_type == "fp16" else np.float32
-        length = manifest.capacity + manifest.max_pending
         engines = {"shallow": manifest.shallow_caches, "deep": manifest.deep_layers}
         if manifest.exit_engine:
             engines["exit"] = manifest.exit_names
@@ -56,9 +55,7 @@ class EnginePair:
         self._before = np.zeros((rows, 1, manifest.feature_size), np.float32)
         for name, layers in engines.items():
             self._engines[name] = OnnxEngine(bundle.engine(name), threads, kernels=manifest.kernels)
-            self.caches[name] = KVCache(
-                layers, rows, manifest.kv_heads, length, manifest.head_dim, dtype
-            )
+            self.caches[name] = KVCache(**cache_sizes(manifest, layers, rows, manifest.capacity))
 
     def both(
         self,

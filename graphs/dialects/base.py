@@ -26,6 +26,7 @@ from graphs.description import (
     Spectrogram,
 )
 from graphs.graph import STACK, Dimension, Graph
+from runtime.bundle.manifest import SCALE_BYTES
 from runtime.kernels import DOMAIN
 
 
@@ -128,8 +129,8 @@ def key_value_inputs(
     rows: Dimension,
     batch: Dimension = "B",
 ) -> list[ir.Value]:
-    """Declare the inputs `{prefix}.{layer}.key|value` [batch, kv_heads, rows, head_dim]."""
-    shape: list[Dimension] = [batch, attention.kv_heads, rows, attention.head_dim]
+    """Declare the inputs `{prefix}.{layer}.key|value` [batch, kv_heads, rows, cache width]."""
+    shape: list[Dimension] = [batch, attention.kv_heads, rows, _cache_width(graph, attention)]
     names = [f"{prefix}.{layer}.{part}" for part in ("key", "value")]
     return [graph.input(name, graph.cache, shape) for name in names]
 
@@ -142,10 +143,15 @@ def key_value_outputs(
     rows: Dimension,
     values: Sequence[ir.Value],
 ) -> None:
-    """Declare the outputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, head_dim]."""
-    shape: list[Dimension] = ["B", attention.kv_heads, rows, attention.head_dim]
+    """Declare the outputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, cache width]."""
+    shape: list[Dimension] = ["B", attention.kv_heads, rows, _cache_width(graph, attention)]
     for part, value in zip(("key", "value"), values, strict=True):
         graph.output(f"{prefix}.{layer}.{part}", value, graph.cache, shape)
+
+
+def _cache_width(graph: Graph, attention: Attention) -> int:
+    """Return the values of a head, with a cache in 8 bits also the bytes of their scale."""
+    return attention.head_dim + (SCALE_BYTES if graph.cache == ir.DataType.INT8 else 0)
 
 
 def in_heads(graph: Graph, x: ir.Value, call: CallInputs, heads: int, head_dim: int) -> ir.Value:

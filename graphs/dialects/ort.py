@@ -264,7 +264,8 @@ class KernelDialect(OrtDialect):
     """Implements `graphs.dialects.base.Dialect` with this project's attention kernels.
 
     A row gets the same bits in every call, whatever other rows are in it. Keys and values of
-    decoders are float16. Attention reads flat rows, padded or, with `packing`, packed.
+    decoders are float16, or 8 bits with a scale for each head and position. Attention reads flat
+    rows, padded or, with `packing`, packed.
     """
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
@@ -281,7 +282,7 @@ class KernelDialect(OrtDialect):
         ]
         table = None if bias is None else distance_table(graph, bias)
         out, *present = graph.ops(
-            "HalfAttention",
+            "Int8Attention" if graph.cache == ir.DataType.INT8 else "HalfAttention",
             [rows, *past, call.past_lengths, call.query_lengths, cos, sin, table, *weights],
             3,
             DOMAIN,

@@ -37,6 +37,12 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mixed"]
 Dialect = Literal["ort", "standard"]
 Target = Literal["cpu", "cuda", "tensorrt"]
 FloatType = Literal["fp32", "fp16", "bf16"]
+# Types of keys and values. int8 is followed by a scale for each head and position.
+CacheType = Literal["fp32", "fp16", "bf16", "int8"]
+CACHE_BYTES: dict[CacheType, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+SCALE_BYTES = 4
+# Types of keys and values that `convert` can be told to use.
+ChosenCache = Literal["int8"]
 # Operators that multiply with quantized weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
 # Format of a quantized model's head. "int8" is in blocks.
@@ -207,7 +213,8 @@ class Manifest:
         exit_trained: The checkpoint was trained for this exit. None if unknown.
         kernels: Version of this project's operators that the graphs need. None: ONNX Runtime's
             only.
-        kv_cache: Type of keys and values, if it is not `float_type`.
+        kv_cache: Type of keys and values, if it is not `float_type`. int8 only for decoder-only
+            models with this project's operators.
         exit_layers: Number of layers of the exit itself, after the exit layer. If `packed`, they
             run only if an exit may be taken.
         exit_input: What the exit's layers read. Unless it is "state", they and the shallow head are
@@ -258,7 +265,7 @@ class Manifest:
     packed: bool = False
     exit_trained: bool | None = None
     kernels: int | None = None
-    kv_cache: FloatType | None = None
+    kv_cache: CacheType | None = None
     exit_layers: LayerCount = 0
     exit_input: ExitInput = "state"
     forced_first_token_id: int | None = None
@@ -332,15 +339,20 @@ class Manifest:
         return self.precision if self.precision in ("fp16", "bf16") else "fp32"
 
     @property
-    def cache_type(self) -> FloatType:
+    def cache_type(self) -> CacheType:
         """Type of keys and values, in the KV cache and of prompts."""
         return self.kv_cache or self.float_type
 
     @property
+    def cache_width(self) -> int:
+        """Elements of a position and head in the KV cache: its values, and the bytes of a scale."""
+        return self.head_dim + (SCALE_BYTES if self.cache_type == "int8" else 0)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one position in the self-attention caches of all layers."""
-        element = 4 if self.cache_type == "fp32" else 2
-        return 2 * (self.layers + self.exit_layers) * self.kv_heads * self.head_dim * element
+        width = self.cache_width * CACHE_BYTES[self.cache_type]
+        return 2 * (self.layers + self.exit_layers) * self.kv_heads * width
 
     @property
     def feature_bytes_per_token(self) -> int:
@@ -404,6 +416,8 @@ class Manifest:
             (1 <= (tuned or 1) <= self.max_pending, "tuned_max_pending", tuned),
             (start is not None or not self.encoder_decoder, "decoder_start_token_id", start),
         ]
+        own = self.kernels is not None and not self.encoder_decoder
+        rules.append((self.kv_cache != "int8" or own, "kv_cache", self.kv_cache))
         for name in ("decoder_start_token_id", "forced_first_token_id", "forced_last_token_id"):
             token = getattr(self, name)
             rules.append((token is None or self._in_vocabulary([token]), name, token))

@@ -142,12 +142,12 @@ def cache_sizes(
     manifest: Manifest, layers: Sequence[int | str], slots: int, capacity: int
 ) -> CacheSizes:
     """Return the sizes of a KVCache. bfloat16, which numpy lacks, is uint16."""
-    dtype = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}[manifest.cache_type]
+    types = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.int8}
     return {
         "layers": layers,
         "slots": slots,
         "kv_heads": manifest.kv_heads,
         "rows": capacity + manifest.max_pending,
-        "head_dim": manifest.head_dim,
-        "dtype": dtype,
+        "width": manifest.cache_width,
+        "dtype": types[manifest.cache_type],
     }

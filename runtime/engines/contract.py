@@ -12,7 +12,12 @@ from runtime.errors import BundleError
 INT32 = "tensor(int32)"
 INT64 = "tensor(int64)"
 FLOAT = "tensor(float)"
-_FLOATS = {"fp32": FLOAT, "fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
+_TYPES = {
+    "fp32": FLOAT,
+    "fp16": "tensor(float16)",
+    "bf16": "tensor(bfloat16)",
+    "int8": "tensor(int8)",
+}
 
 
 class TensorSpec(NamedTuple):
@@ -39,7 +44,7 @@ def contract(manifest: Manifest, engine: str) -> tuple[TensorSpecs, TensorSpecs]
 
     `engine` is encoder, prologue, shallow, exit or deep.
     """
-    compute = _FLOATS[manifest.float_type]
+    compute = _TYPES[manifest.float_type]
     encoded = {"hidden": TensorSpec(compute, ("B", "E", manifest.hidden_size))}
     if engine == "encoder" and manifest.speech is not None:
         sound = ("B", manifest.speech.bins, 2 * manifest.encoder_capacity)
@@ -60,8 +65,8 @@ def _keys_and_values(
     rows: int | str,
     batch: str = "B",
 ) -> TensorSpecs:
-    shape = (batch, manifest.kv_heads, rows, manifest.head_dim)
-    tensor = TensorSpec(_FLOATS[manifest.cache_type], shape)
+    shape = (batch, manifest.kv_heads, rows, manifest.cache_width)
+    tensor = TensorSpec(_TYPES[manifest.cache_type], shape)
     return {f"{prefix}.{layer}.{part}": tensor for layer in layers for part in PARTS}
 
 
@@ -90,7 +95,7 @@ def _decoder_contract(manifest: Manifest, engine: str) -> tuple[TensorSpecs, Ten
         "logits": TensorSpec(FLOAT, ("R", manifest.vocab_size)),
         **_keys_and_values(manifest, "present", caches, rows),
     }
-    queries = TensorSpec(_FLOATS[manifest.float_type], ("M", manifest.heads * manifest.head_dim))
+    queries = TensorSpec(_TYPES[manifest.float_type], ("M", manifest.heads * manifest.head_dim))
     outputs |= {f"query.{layer}": queries for layer in manifest.query_layers if layer in caches}
     states = TensorSpec(FLOAT, ("B", "q" if shallow else "k", width))
     if shallow:

@@ -36,14 +36,14 @@ class CacheSizes(TypedDict):
     slots: int
     kv_heads: int
     rows: int
-    head_dim: int
+    width: int
     dtype: np.dtype | type
 
 
 class KVCache:
     """Self-attention cache of one engine.
 
-    `arrays["{layer}.{part}"]` is [slots, kv_heads, rows, head_dim]. `lengths` int32 [slots] counts
+    `arrays["{layer}.{part}"]` is [slots, kv_heads, rows, width]. `lengths` int32 [slots] counts
     the valid rows of each slot. Rows after them are unspecified and never read. `own_exit` is True
     if some of the layers are the exit's, needed only if an exit may be taken.
 
@@ -52,7 +52,7 @@ class KVCache:
         slots: Number of slots.
         kv_heads: Heads of keys and values.
         rows: Rows per slot.
-        head_dim: Size of a head.
+        width: Elements of a row of a head: its values, with int8 also the bytes of their scale.
         dtype: Type of the elements.
         zeros: Allocates an array of a shape and type. Default: in host memory.
         fixed: The engine requires exactly `rows` rows.
@@ -64,7 +64,7 @@ class KVCache:
         slots: int,
         kv_heads: int,
         rows: int,
-        head_dim: int,
+        width: int,
         dtype: np.dtype | type,
         zeros: Callable[..., Any] = lazy_zeros,
         fixed: bool = False,
@@ -74,14 +74,14 @@ class KVCache:
         self._fixed = fixed
         self._layers = layers
         self._kv_heads = kv_heads
-        self._head_dim = head_dim
+        self._width = width
         self._dtype = dtype
         self.own_exit = any(isinstance(layer, str) for layer in layers)
         self.lengths = np.zeros(slots, np.int32)
         self._counts: Any = self.lengths.data  # faster access to single numbers
         # Zeroed memory is not resident until written, and has no NaN, which would pass a mask.
         self.arrays = {
-            f"{layer}.{part}": zeros((slots, kv_heads, rows, head_dim), dtype)
+            f"{layer}.{part}": zeros((slots, kv_heads, rows, width), dtype)
             for layer in layers
             for part in PARTS
         }
@@ -96,7 +96,7 @@ class KVCache:
         return read
 
     def slot(self, slot: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield name and view [1, kv_heads, rows, head_dim] of every array of a slot."""
+        """Yield name and view [1, kv_heads, rows, width] of every array of a slot."""
         for name, array in self.arrays.items():
             yield name, array[slot : slot + 1]
 
@@ -130,14 +130,14 @@ class KVCache:
         self.lengths[target] = length
 
     def read(self, slot: int, first: int, count: int, own: bool) -> np.ndarray:
-        """Return a copy of `count` rows, [arrays, kv_heads, count, head_dim].
+        """Return a copy of `count` rows, [arrays, kv_heads, count, width].
 
         The rows are those of the model's layers, or with `own` those of the exit's layers.
         """
         places = self._places(first, count)
         parts = [array[slot][:, places] for array in self._arrays_of(own)]
         if not parts:
-            return np.zeros((0, self._kv_heads, count, self._head_dim), self._dtype)
+            return np.zeros((0, self._kv_heads, count, self._width), self._dtype)
         return np.stack(parts)
 
     def write(self, slot: int, first: int, rows: np.ndarray, own: bool) -> None:
@@ -166,7 +166,7 @@ class KVCache:
             slots,
             self._kv_heads,
             self.rows if self._fixed else rows,
-            self._head_dim,
+            self._width,
             self._dtype,
             zeros=self._zeros,
             fixed=self._fixed,
@@ -205,7 +205,7 @@ class FeatureCache(KVCache):
         slots: int,
         kv_heads: int,
         rows: int,
-        head_dim: int,
+        width: int,
         dtype: np.dtype | type,
         state_size: int,
         feature_size: int,
@@ -213,7 +213,7 @@ class FeatureCache(KVCache):
         skips: int = 0,
         **others: Any,
     ) -> None:
-        super().__init__(layers, slots, kv_heads, rows, head_dim, dtype, **others)
+        super().__init__(layers, slots, kv_heads, rows, width, dtype, **others)
         self.own_exit = False  # all layers are the exit's
         self.embeds = embeds
         self.skips = skips
@@ -255,7 +255,7 @@ class FeatureCache(KVCache):
         width = self.features.shape[2]
         row_bytes = super().row_bytes(own)
         count = len(rows) // (row_bytes + 4 * width)
-        shape = (len(self.arrays), self._kv_heads, count, self._head_dim)
+        shape = (len(self.arrays), self._kv_heads, count, self._width)
         keys = rows[: count * row_bytes].view(self._dtype).reshape(shape)
         super().write(slot, first, keys, own)
         features = rows[count * row_bytes :].view(np.float32).reshape(count, width)

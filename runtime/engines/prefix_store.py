@@ -37,10 +37,11 @@ def keeps_generated(manifest: Manifest) -> bool:
     """Return True if generated tokens are stored, too.
 
     This requires that a decoding step writes the same bits to the caches as reading the token in a
-    prompt. Our own operators with float16 caches do, except those that read prompts in tiles.
+    prompt. Our own operators do, except those that read prompts in tiles, and those of earlier
+    bundles, whose caches are float32.
     Otherwise the next turn of a chat computes the last answer again.
     """
-    return manifest.kernels is not None and manifest.cache_type == "fp16" and not prompt_differs()
+    return manifest.kernels is not None and manifest.kv_cache is not None and not prompt_differs()
 
 
 class PrefixStore:

@@ -62,7 +62,7 @@ class TensorRTBackend(CudaBackend):
                 f"or run: freeexport convert {self.bundle.path} --build {slots}"
             )
         sizes = cache_sizes(manifest, manifest.deep_layers, slots, self.capacity)
-        elements = sizes["kv_heads"] * sizes["rows"] * sizes["head_dim"]
+        elements = sizes["kv_heads"] * sizes["rows"] * sizes["width"]
         size = elements * np.dtype(sizes["dtype"]).itemsize
         if slots > 1 and size % ALIGNMENT:
             raise CapacityError(

@@ -131,6 +131,38 @@ def test_options_out_of_range_are_refused_with_the_range(
         EngineOptions(**{"exit_layer": 1, **options}).check(llama)
 
 
+@pytest.mark.parametrize(
+    ("case", "options", "message"),
+    [
+        (
+            "llama-tied",
+            {"kernels": "onnxruntime"},
+            "own kernels .*not precision int8 of target cpu with kernels of onnx",
+        ),
+        (
+            "llama-tied",
+            {"precision": "fp32", "kernels": "onnxruntime"},
+            "--precision int8, int4 or mixed .*not .* fp32",
+        ),
+        (
+            "llama-tied",
+            {"target": "cuda", "dialect": "standard", "kernels": "onnxruntime"},
+            "not .* int8 of target cuda",
+        ),
+        ("t5-relu-tied", {}, "decoder-only models, not for t5; leave it out"),
+        ("gpt2", {}, "a multiple of 8, from 16 on, not 8; leave it out"),
+    ],
+)
+def test_a_cache_in_8_bits_that_the_kernels_do_not_support_is_refused(
+    case: str, options: dict[str, Any], message: str, checkpoint: Callable[[Case], Path]
+) -> None:
+    opened = open_checkpoint(str(checkpoint(BY_NAME[case])))
+    given = {"precision": "int8", "kernels": "freeexport", "kv_cache": "int8", **options}
+    with pytest.raises(GraphError, match=f"--kv-cache int8 .*{message}"):
+        # The setting of GPT-2 gives it heads of 8 values.
+        EngineOptions(1, capacity=64, **given).check(describe({**opened.config, "n_head": 8}, opened))
+
+
 @pytest.mark.parametrize("head_dim", [12, 24, 100])
 def test_head_sizes_that_the_fused_operator_has_no_kernel_for_are_refused(head_dim: int, llama: Description) -> None:
     layer = replace(llama.decoder.layers[0], attention=replace(llama.attention, head_dim=head_dim))

@@ -261,6 +261,23 @@ def test_attention_computes_what_onnx_runtimes_does(
 
 
 @with_kernels
+@pytest.mark.parametrize("name", ["mistral-window", "qwen3", "gemma2"])
+def test_a_cache_in_8_bits_gives_nearly_the_logits_of_one_in_16(name: str, bundle: Bundles) -> None:
+    halves, eights = (bundle(BY_NAME[name], 1, precision="int8", kv_cache=kind, **OWN) for kind in (None, "int8"))
+    assert "Int8Attention" in kinds(eights, "deep")
+    assert "HalfAttention" not in kinds(eights, "deep")
+    check_rows_are_exact(eights)
+    ids, lengths = tokens(60, 8, 21)
+    found = []
+    for path in (halves, eights):
+        pair = pair_of(path, rows=3)
+        logits = pair.deep(pair.shallow(ids, lengths)["hidden"], lengths)["logits"].reshape(3, 60, -1)
+        found.append(logits[np.arange(60) < lengths[:, None]])
+    apart = np.abs(found[0] - found[1]).max(-1) / np.abs(found[0]).max()
+    assert 0 < np.median(apart) < 0.08
+
+
+@with_kernels
 @each_precision
 @pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen3", "mt5"])
 def test_rows_are_exact_without_an_option(name: str, precision: str, bundle: Bundles) -> None:

@@ -211,7 +211,7 @@ void see_odd(const Attention& a, int64_t at, int64_t count, const Sight& sight, 
   for (int64_t t = 0; t < count; t++)
     for (int64_t i = 0; i < a.size; i++) {
       const int64_t place = at + t * a.size + i;
-      const float value = a.halves ? _cvtsh_ss(static_cast<const uint16_t*>(a.value)[place])
+      const float value = a.cache == kHalves ? _cvtsh_ss(static_cast<const uint16_t*>(a.value)[place])
                                    : static_cast<const float*>(a.value)[place];
       if (value - value == 0.0f) continue;
       const __m512 now = _mm512_load_ps(outputs + i * 16);
@@ -288,7 +288,7 @@ bool amx_attend(const Attention& a, const Place* places, int64_t count, int64_t 
     for (int64_t piece = first_piece(a, places[0]); piece < end_piece(places[count - 1]); piece++) {
       const int64_t begin = piece * kPieceRows, here = end - begin < kPieceRows ? end - begin : kPieceRows;
       const int64_t at = keys_at(a, places[0], kv_head, begin);
-      a.halves ? read_piece<uint16_t>(a, at, here, room) : read_piece<float>(a, at, here, room);
+      a.cache == kHalves ? read_piece<uint16_t>(a, at, here, room) : read_piece<float>(a, at, here, room);
       for (int64_t tile = 0; tile < room.tiles; tile++) attend_tile(a, begin, at, here, tile, room);
     }
   }

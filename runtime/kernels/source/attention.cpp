@@ -62,7 +62,7 @@ Ahead keys_of(const Attention& a, const Place& place, int64_t kv_head, int64_t p
     piece = first_piece(a, place);
   }
   const int64_t position = most(first_position(a, place), piece * kPieceRows);
-  return {static_cast<const char*>(a.key) + keys_at(a, place, kv_head, position) * value_bytes(a),
+  return {static_cast<const char*>(a.key) + keys_at(a, place, kv_head, position) * element_bytes(a),
           least(place.position + 1, (piece + 1) * kPieceRows) - position};
 }
 
@@ -156,7 +156,8 @@ void prompt_task(void* data, size_t index) {
 // Returns true if a call is computed in tiles. This depends only on its kind and the model's sizes.
 bool in_tiles(const Kernels& kernels, const Attention& a) {
   const bool own = a.encoder || !a.cross_lengths;
-  return a.prompt && kernels.attend_prompt && own && !a.bias && a.size <= kTurnedSize && a.scale > 0.0f;
+  const bool fits = !a.bias && a.size <= kTurnedSize && a.scale > 0.0f && a.cache != kBytes;
+  return a.prompt && kernels.attend_prompt && own && fits;
 }
 
 void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t total, Call& call) {
@@ -220,8 +221,9 @@ int64_t find_places(const Attention& a, Place* places) {
 void copy_past(const Attention& a) {
   for (int64_t b = 0; b < a.batch; b++)
     for (int64_t head = 0; head < a.kv_heads; head++) {
-      const int64_t at = (b * a.kv_heads + head) * a.capacity * a.size * value_bytes(a);
-      const auto bytes = static_cast<size_t>(a.past_lengths[b] * a.size * value_bytes(a));
+      const int64_t row_bytes = cache_width(a) * element_bytes(a);
+      const int64_t at = (b * a.kv_heads + head) * a.capacity * row_bytes;
+      const auto bytes = static_cast<size_t>(a.past_lengths[b] * row_bytes);
       const auto copy = [&](void* to, const void* from) {
         if (to != from) std::memcpy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, bytes);
       };

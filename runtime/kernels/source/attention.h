@@ -13,6 +13,13 @@
 
 namespace freeexport {
 
+// Types of keys and values.
+enum Cache : int32_t {
+  kFloats,
+  kHalves,
+  kBytes,  // 8 bits, followed by the scale of the position and head in fp32
+};
+
 struct Attention {
   int64_t batch, rows;  // number of sequences, and of their rows
   int64_t prompts;      // of cross-attention: batch / prompts sequences share each. Otherwise batch
@@ -22,8 +29,8 @@ struct Attention {
   float softcap;              // scores become softcap * tanh(score / softcap). 0: none
   int64_t window;             // newest positions that a row sees, including itself. 0: all
   const float* input;         // [rows, width]: query, key, value
-  bool halves;                // keys and values are float16, else fp32
-  const void* past_key;       // [prompts, kv_heads, capacity, size], like the next three
+  Cache cache;                // type of keys and values
+  const void* past_key;       // [prompts, kv_heads, capacity, cache_width], like the next three
   const void* past_value;
   void* key;                  // filled and attended to: the memory of past_key, or another
   void* value;
@@ -76,11 +83,17 @@ FREEEXPORT_ATTENTION int64_t first_piece(const Attention& a, const Place& place)
   return first_position(a, place) / kPieceRows;
 }
 FREEEXPORT_ATTENTION int64_t end_piece(const Place& place) { return (place.position + kPieceRows) / kPieceRows; }
-// Returns the offset of a position's key and value in the cache, in values.
-FREEEXPORT_ATTENTION int64_t keys_at(const Attention& a, const Place& place, int64_t kv_head, int64_t position) {
-  return ((place.sequence * a.kv_heads + kv_head) * a.capacity + position) * a.size;
+// Returns the elements of a position and head in the cache.
+FREEEXPORT_ATTENTION int64_t cache_width(const Attention& a) {
+  return a.cache == kBytes ? a.size + static_cast<int64_t>(sizeof(float)) : a.size;
 }
-FREEEXPORT_ATTENTION int64_t value_bytes(const Attention& a) { return a.halves ? 2 : 4; }
+// Returns the offset of a position's key and value in the cache, in elements.
+FREEEXPORT_ATTENTION int64_t keys_at(const Attention& a, const Place& place, int64_t kv_head, int64_t position) {
+  return ((place.sequence * a.kv_heads + kv_head) * a.capacity + position) * cache_width(a);
+}
+FREEEXPORT_ATTENTION int64_t element_bytes(const Attention& a) {
+  return a.cache == kFloats ? 4 : a.cache == kHalves ? 2 : 1;
+}
 
 // Keys of a later piece, which are prefetched.
 struct Ahead {

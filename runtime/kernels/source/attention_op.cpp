@@ -1,5 +1,5 @@
 // ONNX Runtime operators for attention: CachedAttention, its variants with capped scores and with a
-// float16 cache, CrossAttention, and EncoderAttention.
+// cache in float16 or in 8 bits, CrossAttention, and EncoderAttention.
 #include "operators.h"
 #include "platform.h"
 
@@ -82,14 +82,23 @@ ort::Status* create_capped(const ort::CustomOp*, const ort::Api* api, const ort:
   return keep(api, kernel, out);
 }
 
-ort::Status* create_half(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+// Creates a node with a cache of another type than fp32.
+ort::Status* create_typed(const ort::Api* api, const ort::KernelInfo* info, Cache cache, void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kInputs, &kernel));
   RETURN_IF_ERROR(read_attributes(info, &kernel));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &kernel.attention.softcap));
   if (!(kernel.attention.softcap >= 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is negative");
-  kernel.attention.halves = true;
+  kernel.attention.cache = cache;
   return keep(api, kernel, out);
+}
+
+ort::Status* create_half(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  return create_typed(api, info, kHalves, out);
+}
+
+ort::Status* create_int8(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  return create_typed(api, info, kBytes, out);
 }
 
 ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
@@ -102,7 +111,7 @@ ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::
 
 ort::Status* create_half_cross(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   RETURN_IF_ERROR(create_cross(op, api, info, out));
-  static_cast<Kernel*>(*out)->attention.halves = true;
+  static_cast<Kernel*>(*out)->attention.cache = kHalves;
   return nullptr;
 }
 
@@ -146,7 +155,7 @@ ort::Status* check_shape(const Kernel& kernel, const ort::KernelContext* context
 }
 
 ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* context, bool cross, Attention* a) {
-  int64_t rows[2] = {-1, a->width}, cache[4] = {-1, a->kv_heads, -1, a->size}, sequences[1] = {-1};
+  int64_t rows[2] = {-1, a->width}, cache[4] = {-1, a->kv_heads, -1, cache_width(*a)}, sequences[1] = {-1};
   int64_t tables[2] = {-1, -1}, bias[2] = {-1, a->heads}, norm[1] = {a->size};
   RETURN_IF_ERROR(check_shape(kernel, context, kRows, "rows", 2, rows));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastKey, "past_key", 4, cache));
@@ -176,7 +185,7 @@ ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* contex
 }
 
 ort::Status* make_outputs(const Kernel& kernel, ort::KernelContext* context, size_t outputs, Attention* a) {
-  const int64_t y[2] = {a->rows, a->heads * a->size}, cache[4] = {a->batch, a->kv_heads, a->capacity, a->size};
+  const int64_t y[2] = {a->rows, a->heads * a->size}, cache[4] = {a->batch, a->kv_heads, a->capacity, cache_width(*a)};
   void** const data[kOutputs] = {reinterpret_cast<void**>(&a->y), &a->key, &a->value};
   for (size_t output = kY; output < outputs; output++) {
     ort::Value* value = nullptr;
@@ -311,6 +320,19 @@ constexpr ort::CustomOp half_attention_op() {
   return op;
 }
 
+// Keys and values in 8 bits, each position and head followed by its scale.
+constexpr ort::CustomOp int8_attention_op() {
+  ort::CustomOp op = cached_attention_op();
+  op.GetName = [](const ort::CustomOp*) { return "Int8Attention"; };
+  op.GetInputType = [](const ort::CustomOp*, size_t input) {
+    if (input == kPastKey || input == kPastValue) return ort::kInt8;
+    return input == kPastLengths || input == kQueryLengths ? ort::kInt32 : ort::kFloat;
+  };
+  op.GetOutputType = [](const ort::CustomOp*, size_t output) { return output == kY ? ort::kFloat : ort::kInt8; };
+  op.CreateKernelV2 = create_int8;
+  return op;
+}
+
 constexpr ort::CustomOp cross_attention_op() {
   ort::CustomOp op = common_attention();
   op.GetName = [](const ort::CustomOp*) { return "CrossAttention"; };
@@ -353,7 +375,7 @@ constexpr ort::CustomOp encoder_attention_op() {
 }  // namespace
 
 constexpr ort::CustomOp kCachedAttentionOp = cached_attention_op(), kCappedAttentionOp = capped_attention_op();
-constexpr ort::CustomOp kHalfAttentionOp = half_attention_op();
+constexpr ort::CustomOp kHalfAttentionOp = half_attention_op(), kInt8AttentionOp = int8_attention_op();
 constexpr ort::CustomOp kCrossAttentionOp = cross_attention_op(), kHalfCrossAttentionOp = half_cross_op();
 constexpr ort::CustomOp kCappedCrossAttentionOp = capped_cross_op();
 constexpr ort::CustomOp kEncoderAttentionOp = encoder_attention_op();

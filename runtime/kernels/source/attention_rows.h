@@ -93,6 +93,42 @@ inline void score(const Query* rows, const float* turned, int64_t size, int64_t 
              : score_size<Q, 0>(rows, turned, size, from, end, scale, scores);
 }
 
+// The same for keys in 8 bits, as pairs of 16-bit integers, and queries in 16.
+template <int Q>
+inline void score_bytes(const Query* rows, const float* turned, const float* scales, int64_t size, int64_t from,
+                        int64_t end, float* scores) {
+  const int16_t* queries[Q];
+  typename Vec::Float by[Q];
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++) {
+    queries[q] = reinterpret_cast<const int16_t*>(rows[q].values);
+    by[q] = Vec::set(scale_after(queries[q], size));
+  }
+  for (int64_t t = from / kScored * kScored; t < end; t += kScored) {
+    const float* keys = turned + t * (size / 2);
+    typename Vec::Int sums[Q][kScoreKeys];
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; q++)
+#pragma GCC unroll 2
+      for (int k = 0; k < kScoreKeys; k++) sums[q][k] = Vec::all(0);
+    for (int64_t i = 0; i < size; i += 2, keys += kScored) {
+      const typename Vec::Float pairs[kScoreKeys] = {Vec::floats(keys), Vec::floats(keys + Vec::kLanes)};
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; q++)
+#pragma GCC unroll 2
+        for (int k = 0; k < kScoreKeys; k++) sums[q][k] = Vec::add_pair(pairs[k], queries[q] + i, sums[q][k]);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; q++)
+#pragma GCC unroll 2
+      for (int k = 0; k < kScoreKeys; k++) {
+        const int64_t at = t + k * Vec::kLanes;
+        const typename Vec::Float scale = Vec::times(Vec::floats(scales + at), by[q]);
+        Vec::store(scores + q * kPieceRows + at, Vec::times(Vec::converted(sums[q][k]), scale));
+      }
+  }
+}
+
 // Sums weighted values, for `Parts` registers of their size starting at `from`. Keys that all
 // queries see are processed for all together, those before and after for each query alone.
 template <int Q, int Parts, bool Half = false>
@@ -147,18 +183,38 @@ inline void weigh_size(const Query* queries, const float* weights, const float* 
   if (from < size) weigh_rows<Q, kHalfParts, true>(queries, weights, values, size, from);
 }
 
-// Returns the values [count, size] of a piece in fp32. `room` is memory to convert from float16.
-inline const float* widened(const Attention& a, int64_t at, int64_t count, float* room) {
-  if (!a.halves) return static_cast<const float*>(a.value) + at;
-  const uint16_t* halves = static_cast<const uint16_t*>(a.value) + at;
+// Converts `count` neighboring values to fp32.
+template <typename C>
+inline void widen(const C* from, int64_t count, float* to) {
   int64_t i = 0;
-  for (; i + kWide <= count * a.size; i += kWide)
+  for (; i + kWide <= count; i += kWide)
     for (int p = 0; p < kParts; p++)
-      Vec::store(room + i + p * Vec::kLanes, Vec::halves(halves + i + p * Vec::kLanes));
-  if (i < count * a.size)
+      Vec::store(to + i + p * Vec::kLanes, values_at<Vec, false>(from + i + p * Vec::kLanes));
+  if (i < count)
     for (int p = 0; p < kHalfParts; p++)
-      put_values<Vec, true>(room + i + p * Vec::kLanes, values_at<Vec, true>(halves + i + p * Vec::kLanes));
+      put_values<Vec, true>(to + i + p * Vec::kLanes, values_at<Vec, true>(from + i + p * Vec::kLanes));
+}
+
+// Returns the values [count, size] of a piece in fp32, without scales. `room` is memory to convert
+// to.
+inline const float* widened(const Attention& a, int64_t at, int64_t count, float* room) {
+  if (a.cache == kFloats) return static_cast<const float*>(a.value) + at;
+  if (a.cache == kHalves) widen(static_cast<const uint16_t*>(a.value) + at, count * a.size, room);
+  const int8_t* bytes = static_cast<const int8_t*>(a.value) + at;
+  for (int64_t t = 0; t < count && a.cache == kBytes; t++)
+    widen(bytes + t * cache_width(a), a.size, room + t * a.size);
   return room;
+}
+
+// Transposes keys in 8 bits as pairs of 16-bit integers. `room` is memory for them.
+inline void turn_bytes(const Attention& a, const int8_t* keys, int64_t count, float* room, float* turned) {
+  for (int64_t t = 0; t < count; t++)
+    for (int64_t i = 0; i < a.size; i += 8) {
+      int16_t eight[8];
+      for (int64_t j = 0; j < 8; j++) eight[j] = keys[t * cache_width(a) + i + j];
+      std::memcpy(room + (t * a.size + i) / 2, eight, sizeof(eight));
+    }
+  turn_keys(room, a.size / 2, count, kPieceRows, turned);
 }
 
 // Attends to a piece with all heads of a group and `count` consecutive rows of a sequence that see
@@ -171,8 +227,16 @@ inline void attend_rows(const Attention& a, const Place* places, int64_t count, 
   float largest[kQueries], sums[kQueries], powers[kQueries];
   alignas(64) float room_of_values[kTurnedSize * kPieceRows];
   const int64_t end_of_all = seen_of(a, places[count - 1], piece).end;
-  a.halves ? turn_keys(static_cast<const uint16_t*>(a.key) + at, size, end_of_all, a.capacity - begin, keys)
-           : turn_keys(static_cast<const float*>(a.key) + at, size, end_of_all, a.capacity - begin, keys);
+  float key_scales[kPieceRows] = {}, value_scales[kPieceRows] = {};
+  if (a.cache == kBytes) {
+    scales_of(static_cast<const int8_t*>(a.key) + at, size, {0, end_of_all}, key_scales);
+    scales_of(static_cast<const int8_t*>(a.value) + at, size, {0, end_of_all}, value_scales);
+    turn_bytes(a, static_cast<const int8_t*>(a.key) + at, end_of_all, room_of_values, keys);
+  } else if (a.cache == kHalves) {
+    turn_keys(static_cast<const uint16_t*>(a.key) + at, size, end_of_all, a.capacity - begin, keys);
+  } else {
+    turn_keys(static_cast<const float*>(a.key) + at, size, end_of_all, a.capacity - begin, keys);
+  }
   const float* all_values = widened(a, at, end_of_all, room_of_values);
   const auto values_of = [&](int64_t query) {
     return queries_of(a, places[query / group]) + (kv_head * group + query % group) * size;
@@ -195,15 +259,23 @@ inline void attend_rows(const Attention& a, const Place* places, int64_t count, 
     }
     const int64_t from = queries[0].seen.from, end = queries[here - 1].seen.end;
     int64_t q = 0;
-    for (; q + kScoreQueries <= here; q += kScoreQueries)
-      score<kScoreQueries>(queries + q, keys, size, from, end, a.scale, scores + q * kPieceRows);
-    for (; q < here; q++) score<1>(queries + q, keys, size, from, end, a.scale, scores + q * kPieceRows);
+    for (; q + kScoreQueries <= here; q += kScoreQueries) {
+      float* to = scores + q * kPieceRows;
+      a.cache == kBytes ? score_bytes<kScoreQueries>(queries + q, keys, key_scales, size, from, end, to)
+                        : score<kScoreQueries>(queries + q, keys, size, from, end, a.scale, to);
+    }
+    for (; q < here; q++) {
+      float* to = scores + q * kPieceRows;
+      a.cache == kBytes ? score_bytes<1>(queries + q, keys, key_scales, size, from, end, to)
+                        : score<1>(queries + q, keys, size, from, end, a.scale, to);
+    }
     for (q = 0; q < here; q++) {
       const Seen seen = queries[q].seen;
       float* own = scores + q * kPieceRows;
       cap_and_bias(a, kv_head * group + (first + q) % group, begin + seen.from, places[(first + q) / group].position,
                    own + seen.from, seen.end - seen.from);
       exponentials(own, seen.from, seen.end, queries[q].part.largest, queries[q].part.sum);
+      if (a.cache == kBytes) times_scales(own, value_scales, seen, 1.0f);
     }
     for (q = 0; q + 4 <= here; q += 4) weigh_size<4>(queries + q, scores + q * kPieceRows, all_values, size);
     for (; q < here; q++) weigh_size<1>(queries + q, scores + q * kPieceRows, all_values, size);

@@ -1,7 +1,7 @@
 // Attention for one instruction set, with the `Vec` of the including file. See tiles.h.
 #pragma once
 
-#include "attention.h"
+#include "attention_bytes.h"
 
 namespace freeexport {
 namespace {
@@ -18,6 +18,8 @@ inline typename V::Float values_at(const C* from) {
     return V::eight(from);
   else if constexpr (sizeof(C) == sizeof(float))
     return V::floats(from);
+  else if constexpr (sizeof(C) == 1)
+    return V::bytes(from);
   else
     return V::halves(from);
 }
@@ -46,18 +48,16 @@ __attribute__((noinline)) void norm_and_turn(const Attention& a, const float* no
   }
 }
 
-// Returns true if queries are normalized or rotated. `store_row` then leaves them in y.
-inline bool turned(const Attention& a) { return a.cosine != nullptr || a.query_norm != nullptr; }
+// Returns true if queries are normalized, rotated or quantized. `store_row` then leaves them in y.
+inline bool turned(const Attention& a) {
+  return a.cosine != nullptr || a.query_norm != nullptr || a.cache == kBytes;
+}
 
 // Returns all queries of a row.
 inline const float* queries_of(const Attention& a, const Place& place) {
   return turned(a) ? a.y + place.row * a.heads * a.size : a.input + place.row * a.width;
 }
 
-// Range of the keys of a piece that a row sees, from `from` to `end` of 64.
-struct Seen {
-  int64_t from, end;
-};
 inline Seen seen_of(const Attention& a, const Place& place, int64_t piece) {
   const int64_t from = first_position(a, place) - piece * kPieceRows, end = place.position + 1 - piece * kPieceRows;
   return {from > 0 ? from : 0, end < kPieceRows ? end : kPieceRows};
@@ -68,6 +68,10 @@ inline void put_in_cache(float* to, const float* from, int64_t size) {
 }
 inline void put_in_cache(uint16_t* to, const float* from, int64_t size) {
   for (int64_t i = 0; i < size; i += 8) Vec::put_halves(to + i, from + i);
+}
+inline void put_in_cache(int8_t* to, const float* from, int64_t size) {
+  const float scale = quantize_head<int8_t>(from, size, INT8_MAX, to);
+  std::memcpy(to + size, &scale, sizeof(scale));
 }
 
 // Stores keys and values of a row in the cache, which has type C, and its queries in y.
@@ -85,12 +89,16 @@ inline void store_row_as(const Attention& a, const Place& place) {
   }
   if (!turned(a)) return;
   std::memcpy(queries, a.input + place.row * a.width, bytes * static_cast<size_t>(a.heads));
-  for (int64_t head = 0; head < a.heads; head++)
+  for (int64_t head = 0; head < a.heads; head++) {
     norm_and_turn(a, a.query_norm, place.position, queries + head * a.size);
+    if (a.cache == kBytes) shorten_query(a, queries + head * a.size);
+  }
 }
 
 inline void store_row(const Attention& a, const Place& place) {
-  a.halves ? store_row_as<uint16_t>(a, place) : store_row_as<float>(a, place);
+  a.cache == kBytes    ? store_row_as<int8_t>(a, place)
+  : a.cache == kHalves ? store_row_as<uint16_t>(a, place)
+                       : store_row_as<float>(a, place);
 }
 
 // Adds the products of 4 keys and Q queries to sums, for `Parts` registers, or 8 values if `Half`.
@@ -158,20 +166,21 @@ inline void dots(const float* queries, const C* keys, const C* values, int64_t s
 }
 
 // Computes out[q] = sum over t of weights[q][t] values[t], for `Parts` registers of the values'
-// size starting at `from`, or for 8 values if `Half`. The weights of two q are `stride` apart,
-// their sums `apart`. Prefetches the rows of `ahead`.
+// size starting at `from`, or for 8 values if `Half`. The values of two t are `width` apart, the
+// weights of two q `stride`, their sums `apart`. Prefetches the rows of `ahead`.
 template <int Q, int Parts, bool Half = false, typename C>
-inline void weigh(const float* weights, int64_t stride, const C* values, int64_t size, int64_t count, int64_t from,
+inline void weigh(const float* weights, int64_t stride, const C* values, int64_t width, int64_t count, int64_t from,
                   float* out, int64_t apart, const Ahead& ahead) {
+  constexpr int kFetched = sizeof(C) == 1 ? 64 : kWide;  // neighboring values per prefetch
   typename Vec::Float sums[Q][Parts];
   for (int q = 0; q < Q; q++)
     for (int p = 0; p < Parts; p++) sums[q][p] = Vec::zero();
   for (int64_t t = 0; t < count; t++) {
     if (t < ahead.rows)
-      for (int w = 0; w < Parts * Vec::kLanes; w += kWide)
-        __builtin_prefetch(static_cast<const C*>(ahead.keys) + t * size + from + w);
+      for (int w = 0; w < Parts * Vec::kLanes; w += kFetched)
+        __builtin_prefetch(static_cast<const C*>(ahead.keys) + t * width + from + w);
     for (int p = 0; p < Parts; p++) {
-      const typename Vec::Float value = values_at<Vec, Half>(values + t * size + from + p * Vec::kLanes);
+      const typename Vec::Float value = values_at<Vec, Half>(values + t * width + from + p * Vec::kLanes);
       for (int q = 0; q < Q; q++)
         sums[q][p] = Vec::add_product(Vec::set(weights[q * stride + t]), value, sums[q][p]);
     }
@@ -236,15 +245,15 @@ inline void cap_and_bias(const Attention& a, int64_t head, int64_t begin, int64_
 
 // Calls `weigh` for the whole size of the values, as much at a time as registers permit.
 template <int Q, typename C>
-inline void weigh_all(const float* weights, int64_t stride, const C* values, int64_t size, int64_t count, float* out,
-                      int64_t apart, const Ahead& ahead) {
+inline void weigh_all(const float* weights, int64_t stride, const C* values, int64_t size, int64_t width,
+                      int64_t count, float* out, int64_t apart, const Ahead& ahead) {
   constexpr int kWideSums = Vec::kLanes == 16 || Q == 1 ? 4 : Q < 4 ? 2 : 1;
   int64_t from = 0;
   for (; from + kWideSums * kWide <= size; from += kWideSums * kWide)
-    weigh<Q, kWideSums * kParts>(weights, stride, values, size, count, from, out, apart, ahead);
+    weigh<Q, kWideSums * kParts>(weights, stride, values, width, count, from, out, apart, ahead);
   for (; from + kWide <= size; from += kWide)
-    weigh<Q, kParts>(weights, stride, values, size, count, from, out, apart, ahead);
-  if (from < size) weigh<Q, kHalfParts, true>(weights, stride, values, size, count, from, out, apart, ahead);
+    weigh<Q, kParts>(weights, stride, values, width, count, from, out, apart, ahead);
+  if (from < size) weigh<Q, kHalfParts, true>(weights, stride, values, width, count, from, out, apart, ahead);
 }
 
 // Results of a head so far: outputs, largest score, and sum of exponentials.
@@ -283,20 +292,27 @@ inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head
                          const Ahead& ahead, const Room& room) {
   const int64_t size = a.size, head = kv_head * (a.heads / a.kv_heads) + within, begin = piece * kPieceRows;
   const Seen seen = seen_of(a, place, piece);
-  const int64_t at = keys_at(a, place, kv_head, begin + seen.from), count = seen.end - seen.from;
+  const int64_t at = keys_at(a, place, kv_head, begin), width = cache_width(a), count = seen.end - seen.from;
   const int64_t slot = room.running ? piece > first_piece(a, place) : piece - first_piece(a, place);
-  float scores[Q * kPieceRows];
+  float scores[Q * kPieceRows], value_scales[kPieceRows] = {};
   const C *keys = static_cast<const C*>(a.key) + at, *values = static_cast<const C*>(a.value) + at;
-  dots<Q>(queries_of(a, place) + head * size, keys, values, size, count, scores + seen.from);
+  if constexpr (sizeof(C) == 1) {
+    byte_scores<Q>(a, place, head, keys, values, seen, scores);
+    scales_of(values, size, seen, value_scales);
+  } else {
+    const int64_t first = seen.from * size;
+    dots<Q>(queries_of(a, place) + head * size, keys + first, values + first, size, count, scores + seen.from);
+  }
   for (int q = 0; q < Q; q++) {
     float* own = scores + q * kPieceRows;
     const Part part = part_of(a, room, within + q, slot);
-    for (int64_t t = seen.from; t < seen.end; t++) own[t] *= a.scale;
+    for (int64_t t = seen.from; t < seen.end && sizeof(C) > 1; t++) own[t] *= a.scale;
     cap_and_bias(a, head + q, begin + seen.from, place.position, own + seen.from, count);
     exponentials(own, seen.from, seen.end, part.largest, part.sum);
+    if constexpr (sizeof(C) == 1) times_scales(own, value_scales, seen, 1.0f);
   }
-  weigh_all<Q>(scores + seen.from, kPieceRows, values, size, count, part_of(a, room, within, slot).out,
-               room.slots * size, ahead);
+  weigh_all<Q>(scores + seen.from, kPieceRows, values + seen.from * width, size, width, count,
+               part_of(a, room, within, slot).out, room.slots * size, ahead);
 }
 
 // Attends to a piece with all heads of a group, for one row.
@@ -326,8 +342,9 @@ inline void attend_as(const Attention& a, const Place& place, int64_t kv_head, i
 
 inline void attend(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
                    const Room& room) {
-  a.halves ? attend_as<uint16_t>(a, place, kv_head, piece, ahead, room)
-           : attend_as<float>(a, place, kv_head, piece, ahead, room);
+  a.cache == kBytes    ? attend_as<int8_t>(a, place, kv_head, piece, ahead, room)
+  : a.cache == kHalves ? attend_as<uint16_t>(a, place, kv_head, piece, ahead, room)
+                       : attend_as<float>(a, place, kv_head, piece, ahead, room);
 }
 
 // Joins all pieces of a row, divides by the sum of exponentials, and stores y.

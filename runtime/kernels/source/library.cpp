@@ -41,6 +41,7 @@ EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOption
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCappedAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCrossAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kHalfAttentionOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kInt8AttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kHalfCrossAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCappedCrossAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kEncoderAttentionOp));

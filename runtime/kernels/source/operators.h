@@ -10,7 +10,8 @@
 
 namespace freeexport {
 
-extern const ort::CustomOp kPackedLinearOp, kPackedRowsOp, kCachedAttentionOp, kCappedAttentionOp, kHalfAttentionOp;
+extern const ort::CustomOp kPackedLinearOp, kPackedRowsOp, kCachedAttentionOp, kCappedAttentionOp;
+extern const ort::CustomOp kHalfAttentionOp, kInt8AttentionOp;
 extern const ort::CustomOp kCrossAttentionOp, kHalfCrossAttentionOp, kCappedCrossAttentionOp;
 extern const ort::CustomOp kBestTwoOp, kPredictOp, kWholeVocabularyOp;
 extern const ort::CustomOp kCountedRowsOp, kEncoderAttentionOp;

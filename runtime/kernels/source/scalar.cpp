@@ -63,6 +63,14 @@ struct Vec : PlainInputs {
       to[i] = static_cast<uint16_t>((bits >> 16 & 0x8000) | size);
     }
   }
+  static Float bytes(const int8_t* from) { return static_cast<float>(*from); }
+  using Shorts = const int8_t*;
+  static Shorts shorts(const int8_t* from) { return from; }
+  static Int add_products(Shorts a, const int16_t* b, Int sum) { return sum + a[0] * b[0] + a[1] * b[1]; }
+  static Int add_eight(const int8_t*, const int16_t*, Int sum) { return sum; }  // a head has whole pairs
+  static void fold_four(const Int (&parts)[4], float* to) {
+    for (int i = 0; i < 4; i++) to[i] = static_cast<float>(parts[i]);
+  }
   static Int widened(const uint8_t* from) { return *from; }
   static Int counted(Int zero) { return zero; }
   static Int start(Int zero, const int16_t* sum) { return zero * *sum; }
@@ -70,7 +78,7 @@ struct Vec : PlainInputs {
   using Scale = Float;
   static Scale scale(Float by) { return by + (by - by); }  // NaN if infinite, as with kCounter
   static Scale scale(const uint16_t* from) { return scale(halves(from)); }
-  static Float times(Float a, const int8_t* b) { return a * static_cast<float>(*b); }
+  static Float times(Float a, const int8_t* b) { return a * bytes(b); }
   static Float scaled(Int sum, Scale by) { return static_cast<float>(sum) * by; }
   static Float add_product(Float a, Float b, Float c) { return std::fma(a, b, c); }
   static void store(float* to, Float value) { *to = value; }

@@ -139,7 +139,7 @@ bool attend_prompt(const Attention& a, const Place* places, int64_t count, int64
   const int64_t group = a.heads / a.kv_heads;
   for (int64_t i = 0; i < count; i++)
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
-      a.halves ? attend_to_prompt<uint16_t>(a, places[i], head) : attend_to_prompt<float>(a, places[i], head);
+      a.cache == kHalves ? attend_to_prompt<uint16_t>(a, places[i], head) : attend_to_prompt<float>(a, places[i], head);
   return true;
 }
 

@@ -87,6 +87,32 @@ struct Vec256 {
   static Float halves(const uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
+  static Float bytes(const int8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(from))); }
+  // 16-bit integers of 16 bytes, their products with those of `b`, and the products of 8 bytes.
+  using Shorts = __m256i;
+  static Shorts shorts(const int8_t* from) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static Int add_products(Shorts a, const int16_t* b, Int sum) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b))));
+  }
+  static Int add_eight(const int8_t* a, const int16_t* b, Int sum) {
+    const __m128i products = _mm_madd_epi16(_mm_cvtepi8_epi16(eight(a)), _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+    return _mm256_add_epi32(sum, _mm256_zextsi128_si256(products));
+  }
+  // Converts four sums of 8 values.
+  static void fold_four(const Int (&parts)[4], float* to) {
+    const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(parts[0], parts[1]), _mm256_hadd_epi32(parts[2], parts[3]));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    _mm_storeu_ps(to, _mm_cvtepi32_ps(sums));
+  }
+  // Adds the products of pairs of 16-bit integers with one pair.
+  static Int add_pair(Float pairs, const int16_t* pair, Int sum) {
+    int32_t both;
+    std::memcpy(&both, pair, sizeof(both));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_castps_si256(pairs), all(both)));
+  }
+  static Float converted(Int value) { return _mm256_cvtepi32_ps(value); }
   // Converts 8 values to float16, rounded to nearest, ties to even.
   static void put_halves(uint16_t* to, const float* from) {
     const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -127,9 +153,7 @@ struct Vec256 {
     const __m256i exponent = _mm256_add_epi32(_mm256_castps_si256(rounded), all(127 - 0x4b400000));
     return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
-  static Float times(Float a, const int8_t* b) {
-    return _mm256_mul_ps(a, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(b)))));
-  }
+  static Float times(Float a, const int8_t* b) { return _mm256_mul_ps(a, bytes(b)); }
   static Float add_product(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static void store(float* to, Float value) { _mm256_storeu_ps(to, value); }
 
@@ -147,6 +171,9 @@ struct Vec256 {
     std::memcpy(&four, a + 4 * index, 4);
     return all(four);
   }
+
+ private:
+  static __m128i eight(const int8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
 };
 
 }  // namespace

@@ -95,6 +95,41 @@ struct Vec512 {
   static Float halves(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
+  static Float bytes(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+  static Float eight(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  }
+  // 16-bit integers of 32 bytes, their products with those of `b`, and the products of 8 bytes.
+  using Shorts = __m512i;
+  static Shorts shorts(const int8_t* from) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Int add_products(Shorts a, const int16_t* b, Int sum) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, _mm512_loadu_si512(b)));
+  }
+  static Int add_eight(const int8_t* a, const int16_t* b, Int sum) {
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)));
+    const __m128i products = _mm_madd_epi16(wide, _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+    return _mm512_add_epi32(sum, _mm512_zextsi128_si512(products));
+  }
+  // Converts four sums of 16 values.
+  static void fold_four(const Int (&parts)[4], float* to) {
+    __m256i eight[4];
+    for (int i = 0; i < 4; i++)
+      eight[i] = _mm256_add_epi32(_mm512_castsi512_si256(parts[i]), _mm512_extracti64x4_epi64(parts[i], 1));
+    const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(eight[0], eight[1]), _mm256_hadd_epi32(eight[2], eight[3]));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    _mm_storeu_ps(to, _mm_cvtepi32_ps(sums));
+  }
+  // Adds the products of pairs of 16-bit integers with one pair.
+  static Int add_pair(Float pairs, const int16_t* pair, Int sum) {
+    int32_t both;
+    std::memcpy(&both, pair, sizeof(both));
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_castps_si512(pairs), all(both)));
+  }
+  static Float converted(Int value) { return _mm512_cvtepi32_ps(value); }
   // Converts 8 values to float16, rounded to nearest, ties to even.
   static void put_halves(uint16_t* to, const float* from) {
     const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -135,9 +170,7 @@ struct Vec512 {
     p = add_product(p, r, set(6.930448443e-1f));
     return _mm512_scalef_ps(add_product(p, r, set(1.0f)), a);
   }
-  static Float times(Float a, const int8_t* b) {
-    return _mm512_mul_ps(a, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)))));
-  }
+  static Float times(Float a, const int8_t* b) { return _mm512_mul_ps(a, bytes(b)); }
   static Float add_product(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
   static void store_eight(float* to, Float value) { _mm256_storeu_ps(to, _mm512_castps512_ps256(value)); }

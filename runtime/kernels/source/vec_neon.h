@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "packed_linear.h"
 
@@ -89,6 +90,43 @@ struct VecNeon {
     const float16x8_t halves = vcvt_high_f16_f32(vcvt_f16_f32(vld1q_f32(from)), vld1q_f32(from + 4));
     vst1q_u16(to, vreinterpretq_u16_f16(halves));
   }
+  static Float bytes(const int8_t* from) {
+    const int16x8_t wide = vmovl_s8(vld1_s8(from));
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
+  }
+  // 16-bit integers of 16 bytes, their products with those of `b`, and the products of 8 bytes.
+  using Shorts = Int;
+  static Shorts shorts(const int8_t* from) {
+    const int8x16_t all = vld1q_s8(from);
+    return {vreinterpretq_s32_s16(vmovl_s8(vget_low_s8(all))), vreinterpretq_s32_s16(vmovl_high_s8(all))};
+  }
+  static Int add_products(Shorts a, const int16_t* b, Int sum) {
+    return add_shorts(vreinterpretq_s16_s32(a.high), b + 8, add_shorts(vreinterpretq_s16_s32(a.low), b, sum));
+  }
+  static Int add_eight(const int8_t* a, const int16_t* b, Int sum) { return add_shorts(vmovl_s8(vld1_s8(a)), b, sum); }
+  static Int add_shorts(int16x8_t a, const int16_t* b, Int sum) {
+    const int16x8_t other = vld1q_s16(b);
+    return {vmlal_s16(sum.low, vget_low_s16(a), vget_low_s16(other)), vmlal_high_s16(sum.high, a, other)};
+  }
+  // Converts four sums of 8 values.
+  static void fold_four(const Int (&parts)[4], float* to) {
+    const auto four = [&](int i) { return vaddq_s32(parts[i].low, parts[i].high); };
+    const int32x4_t sums = vpaddq_s32(vpaddq_s32(four(0), four(1)), vpaddq_s32(four(2), four(3)));
+    vst1q_f32(to, vcvtq_f32_s32(sums));
+  }
+  // Adds the products of pairs of 16-bit integers with one pair.
+  static Int add_pair(Float pairs, const int16_t* pair, Int sum) {
+    int32_t both;
+    std::memcpy(&both, pair, sizeof(both));
+    const int16x8_t other = vreinterpretq_s16_s32(vdupq_n_s32(both));
+    const auto added = [&](float32x4_t four, int32x4_t to) {
+      const int16x8_t shorts = vreinterpretq_s16_f32(four);
+      const int32x4_t low = vmull_s16(vget_low_s16(shorts), vget_low_s16(other));
+      return vaddq_s32(to, vpaddq_s32(low, vmull_high_s16(shorts, other)));
+    };
+    return {added(pairs.low, sum.low), added(pairs.high, sum.high)};
+  }
+  static Float converted(Int value) { return {vcvtq_f32_s32(value.low), vcvtq_f32_s32(value.high)}; }
   static Int widened(const uint8_t* from) {
     const uint16x8_t wide = vmovl_u8(vld1_u8(from));
     return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))), vreinterpretq_s32_u32(vmovl_high_u16(wide))};
@@ -101,11 +139,7 @@ struct VecNeon {
     return {vaddq_f32(by.low, vsubq_f32(by.low, by.low)), vaddq_f32(by.high, vsubq_f32(by.high, by.high))};
   }
   static Scale scale(const uint16_t* from) { return scale(halves(from)); }
-  static Float times(Float a, const int8_t* b) {
-    const int16x8_t wide = vmovl_s8(vld1_s8(b));
-    return {vmulq_f32(a.low, vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)))),
-            vmulq_f32(a.high, vcvtq_f32_s32(vmovl_high_s16(wide)))};
-  }
+  static Float times(Float a, const int8_t* b) { return times(a, bytes(b)); }
   // Shifts `bits` to the left (right if negative), and sets those in `mask` in `bytes`.
   template <int Shift>
   static uint8x16_t with_bits(uint8x16_t bytes, uint8x16_t bits, int mask) {

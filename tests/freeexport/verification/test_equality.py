@@ -28,12 +28,21 @@ def ran(*arguments: object) -> Any:
     return CliRunner().invoke(main, ["verify", *map(str, arguments)])
 
 
-@pytest.mark.parametrize(("name", "instructions"), [(EXIT_LAYERS, ""), (LLAMA, "scalar-bf16"), (T5, "")])
+@pytest.mark.parametrize(
+    ("name", "instructions", "kv_cache"),
+    [(EXIT_LAYERS, "", None), (LLAMA, "scalar-bf16", None), (T5, "", None), (EXIT_LAYERS, "", "int8")],
+)
 def test_all_settings_of_a_quantized_bundle_are_equal(
-    name: str, instructions: str, bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    instructions: str,
+    kv_cache: str | None,
+    bundle: Bundles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
-    path, saved = bundle(CASES[name], precision="int8", capacity=256), tmp_path / "certificate.json"
+    saved = tmp_path / "certificate.json"
+    path = bundle(CASES[name], precision="int8", capacity=256, kv_cache=kv_cache)
     done = ran(path, "--equal", 170, "--save", saved)
     assert done.exit_code == 0, done.output
     assert "170 tokens compared: all equal" in done.output

@@ -235,6 +235,16 @@ def test_an_encoder_decoder_needs_a_start_token() -> None:
     assert Manifest.from_json(changed(MANIFEST, encoder_capacity=64, decoder_start_token_id=0)).encoder_decoder
 
 
+def test_a_cache_in_8_bits_is_for_decoders_with_our_operators() -> None:
+    own: dict[str, Any] = {"precision": "int8", "quantization": {}, "kernels": 9, "kv_cache": "int8"}
+    manifest = Manifest.from_json(changed(MANIFEST, **own))
+    assert (manifest.cache_type, manifest.cache_width) == ("int8", 16 + 4)
+    assert manifest.kv_bytes_per_token == 2 * 5 * 2 * 20
+    assert "kv_cache = 'int8'" in refusal(**{**own, "kernels": None})
+    assert "kv_cache = 'int8'" in refusal(**own, encoder_capacity=64, decoder_start_token_id=0)
+    assert "kv_cache is 'int4'" in refusal(**{**own, "kv_cache": "int4"})
+
+
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2), ("bf16", 2)])
 def test_layers_are_split_at_the_exit_and_have_a_cache(precision: Any, size: int) -> None:
     manifest = replace(MANIFEST, precision=precision)

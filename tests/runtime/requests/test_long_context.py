@@ -1,4 +1,4 @@
-"""Behind 4,000 tokens, with keys and values in float16, lossless decodes what full does."""
+"""Behind 4,000 tokens, with keys and values in 16 or 8 bits, lossless decodes what full does."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from runtime import Session
 LENGTH = 4000
 
 
-@pytest.mark.parametrize("instructions", ["", "scalar-bf16"])
-def test_lossless_is_full_behind_a_long_prompt_with_caches_in_float16(
-    instructions: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("instructions", "kv_cache"), [("", None), ("scalar-bf16", None), ("", "int8"), ("scalar-bf16", "int8")]
+)
+def test_lossless_is_full_behind_a_long_prompt(
+    instructions: str, kv_cache: str | None, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
-    path = bundle(LONG, 1, precision="int8", capacity=4096)
+    path = bundle(LONG, 1, precision="int8", capacity=4096, kv_cache=kv_cache)
     length = LENGTH if not instructions else 500  # which are slow
     prompt = np.random.default_rng(0).integers(3, 250, length)
     options: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "output_logprobs": True}
     with Session(path, threads=1, slots=1) as session:
-        assert session.manifest.cache_type == "fp16"
+        assert session.manifest.cache_type == (kv_cache or "fp16")
         full = session.generate(prompt.tolist(), mode="full", **options)
         # An expected text that is wrong here and there.
         expected = [1 if n % 9 == 8 else token for n, token in enumerate(full.token_ids)]
