@@ -1,6 +1,7 @@
 """The wheel, with the library of our own operators and without; and kernels for other processors, under an emulator:
 the same bits as here."""
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from kernel_builds import check_program, run
+from kernel_cases import INSTRUCTIONS, here
 
 ROOT = Path(__file__).resolve().parents[3]
 LIBRARY = "runtime/kernels/libfreeexport_kernels.so"
@@ -122,23 +124,48 @@ def test_windows_compiles_with_zig_and_macs_for_one_processor(monkeypatch):
         setup.compiler()
 
 
+@pytest.fixture(scope="module")
+def digest(tmp_path_factory):
+    """Return the digest of kernel_check.cpp as g++ compiles it for this processor."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    found = run(str(check_program(tmp_path_factory.mktemp("here"), ["g++"], platform.machine()))).split()[-1]
+    assert len(found) == 16
+    return found
+
+
 CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
-MISSING = [program for program in ("g++", CROSS, QEMU) if shutil.which(program) is None]
+MISSING = [program for program in (CROSS, QEMU) if shutil.which(program) is None]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} (Debian: g++-aarch64-linux-gnu, qemu-user)")
-def test_neon_gives_the_bits_of_plain_cpp_there_and_here(tmp_path):
-    for folder in ("here", "there"):
-        (tmp_path / folder).mkdir()
-    native = run(str(check_program(tmp_path / "here", "g++", platform.machine())))
-    digest = native.split()[-1]
-    assert len(digest) == 16
-    program = str(check_program(tmp_path / "there", CROSS, "aarch64"))
+def test_neon_gives_the_bits_of_plain_cpp_there_and_here(digest, tmp_path):
+    program = str(check_program(tmp_path, [CROSS], "aarch64"))
     for processor, names in (("max", ("neon-i8mm", "neon")), ("cortex-a76", ("neon",)), ("cortex-a72", ())):
         text = run(QEMU, "-cpu", processor, program, *names)
         assert f"chosen {names[0] if names else 'scalar'}\n" in text
         assert f"digest {digest}\n" in text
     with pytest.raises(AssertionError, match="neon: is not to be had here"):
         run(QEMU, "-cpu", "cortex-a72", program, "neon")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs ziglang")
+@pytest.mark.parametrize(
+    ("target", "runner"),
+    [
+        ("x86_64-linux-musl", []),
+        ("aarch64-linux-musl", [QEMU, "-cpu", "max"]),
+        ("x86_64-windows-gnu", ["wine"]),
+    ],
+)
+def test_other_systems_give_the_bits_of_plain_cpp_here(target, runner, digest, tmp_path):
+    processor = target.partition("-")[0]
+    if (runner and shutil.which(runner[0]) is None) or (not runner and processor != platform.machine()):
+        pytest.skip(f"needs {runner[0] if runner else processor}")
+    program = check_program(tmp_path, [sys.executable, "-m", "ziglang", "c++", "-target", target], processor)
+    names = ["neon-i8mm", "neon"] if processor == "aarch64" else [name for name in INSTRUCTIONS if here(name)]
+    assert f"digest {digest}\n" in run(*runner, str(program), *names)
