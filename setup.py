@@ -172,9 +172,12 @@ class BuildLibrary(build_ext):
             objects = list(pool.map(compiled, files, files.values()))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        ending = [*shlex.split(os.environ.get("LDFLAGS", "")), "-o", str(library)]
+        # zig writes an import library and debug information beside a DLL. Wheels need neither.
+        linked = folder / library.name
+        ending = [*shlex.split(os.environ.get("LDFLAGS", "")), "-o", str(linked)]
         libraries = ["-lm"] if system() == "linux" else []
         run([*command, *objects, *LINKED[system()][1], *libraries, *ending])
+        shutil.copy(linked, library)
 
 
 def run(command: list[str]) -> None:

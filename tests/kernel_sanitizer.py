@@ -21,7 +21,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 def build(folder: Path) -> Path:
     """Build the library with the flags of setup.py and the sanitizers."""
     as_avx512 = "-mavx2 -mfma -mf16c -mavx512vl -mavx512vnni"
-    files = objects(folder, "g++", "x86_64", *SANITIZE, avx2_vnni=as_avx512)
+    files = objects(folder, ["g++"], "x86_64", *SANITIZE, avx2_vnni=as_avx512)
     library = folder / "sanitized.so"
     run("g++", "-shared", *SANITIZE, *files, "-o", str(library))
     return library
