@@ -143,6 +143,7 @@ class Session:
         )
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))
         limit = options.prefix_cache_bytes
+        gain = None if manifest.ready_made_exit is None else manifest.ready_made_exit.gain
         self._model = Model(
             self.bundle,
             options,
@@ -155,6 +156,7 @@ class Session:
             guard=scheduler.guarded,
             prefixes=PrefixStore(limit) if limit else None,
             memory=memory,
+            drafts_exit=costs is None or gain is None or gain.pays,
         )
         self._closed = False
         speech = manifest.speech is not None
