@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,9 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
         of_exit = bundle_verdict(Bundle.open(places.out))
         if plan.drafting is not None and of_exit.level == "bad":
             click.echo(of_exit.text)
+        record = manifest.ready_made_exit
+        if record is not None and record.gain is not None and not record.gain.pays:
+            plan = replace(plan, drafting=None)  # sessions draft from the text alone
         speed = measured_speed(places.out, options.threads, options.device)
         text = (
             f"{plan.why}; lossless drafts {plan.drafts}, with every token "
