@@ -158,10 +158,11 @@ class Generation:
         self._max_pending = options.max_pending or tuned or model.manifest.max_pending
         # `_exits`: the shallow head may run after the prompt. `_head`: it runs at the prompt.
         # "lossless" must not cost more than "full" before drafts are known to pay.
-        self._exits = self.mode != "full" and not (
-            self.mode == "lossless" and options.drafts == "lookup"
-        )
-        if self.mode == "lossless" and options.drafts == "auto" and model.chooses_exit:
+        drafts = options.drafts
+        if drafts == "auto" and not model.drafts_exit:
+            drafts = "lookup"
+        self._exits = self.mode != "full" and not (self.mode == "lossless" and drafts == "lookup")
+        if self.mode == "lossless" and drafts == "auto" and model.chooses_exit:
             acceptance = model.learned.acceptance(self._threshold, options.samples)
             self._exits = acceptance.saving.next()
         self._head = self.mode not in ("full", "lossless") or options.output_confidence

@@ -55,6 +55,8 @@ class Model:
         guard: Wraps callbacks of the caller.
         prefixes: Stored keys and values, or encoder outputs, of earlier requests. None if disabled.
         memory: Outputs of earlier requests, for drafts. None if disabled.
+        drafts_exit: Mode lossless drafts from the exit by default. False if `convert` measured on
+            this machine that it does not pay.
     """
 
     bundle: Bundle
@@ -68,6 +70,7 @@ class Model:
     guard: Guard
     prefixes: PrefixStore | None = None
     memory: TextMemory | None = None
+    drafts_exit: bool = True
 
     def __post_init__(self) -> None:
         self.manifest = self.bundle.manifest

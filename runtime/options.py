@@ -77,7 +77,8 @@ class GenerationOptions:
     drafts: Drafts | None = None
     """Source of drafts in "lossless". "exit": the shallow decoder. "lookup": text repeated from the
     prompt, the output or earlier outputs (draft_memory_mb). "none": no drafts, as "full". "auto":
-    lookup first, then the exit (docs/decoding.md). Default: "auto"."""
+    lookup first, then the exit unless `convert` measured that it does not pay (docs/decoding.md).
+    Default: "auto"."""
 
     predicted_output: Annotated[str | Sequence[int] | None, checks.expected_output] = None
     """Text or token ids that the output is expected to resemble, such as the earlier version of an

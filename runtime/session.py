@@ -114,6 +114,7 @@ class Session:
         )
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))
         limit = options.prefix_cache_bytes
+        gain = None if manifest.ready_made_exit is None else manifest.ready_made_exit.gain
         self._model = Model(
             self.bundle,
             options,
@@ -126,6 +127,7 @@ class Session:
             guard=scheduler.guarded,
             prefixes=PrefixStore(limit) if limit else None,
             memory=memory,
+            drafts_exit=costs is None or gain is None or gain.pays,
         )
         transcriber: Transcriber | None = None
         if manifest.speech is not None:

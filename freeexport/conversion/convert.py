@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from freeexport import __version__
 from freeexport.calibrate.beside import TracedAnswer, check_sample, read_beside
 from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.packed_exit import read_packed
+from freeexport.checkpoints.ready_made import find_exit
 from freeexport.checkpoints.special_tokens import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.recalibrate import check_fits, with_calibration
+from freeexport.costs.exit_gain import exit_gain
 from freeexport.costs.measured import measured_in_child
 from freeexport.system.output import OutputError, check_output, output_directory
 from freeexport.system.progress import progress
@@ -154,9 +158,24 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             _check_calibration(directory, manifest, samples)
         # Costs on a CPU do not apply to a GPU.
         if options.measure and options.target == "cpu":
-            manifest = replace(manifest, costs=recordable(measured_in_child(directory)))
+            costs = measured_in_child(directory)
+            manifest = replace(manifest, costs=recordable(costs))
+            write_manifest()
+            if options.exit is not None and costs.trusted:
+                manifest = _with_gain(directory, manifest, options.exit)
         write_manifest()
     return manifest
+
+
+def _with_gain(directory: Path, manifest: Manifest, exit_file: str) -> Manifest:
+    """Return the manifest with the gain of its ready-made exit on the exit's sample prompts."""
+    path = find_exit(exit_file)
+    record = manifest.ready_made_exit
+    if record is None or not path.is_file():
+        return manifest
+    samples = read_packed(path).about.samples
+    prompts = [np.array(sample.prompt, np.int64) for sample in samples]
+    return replace(manifest, ready_made_exit=replace(record, gain=exit_gain(directory, prompts)))
 
 
 def _check_calibration(directory: Path, manifest: Manifest, samples: list[TracedAnswer]) -> None:

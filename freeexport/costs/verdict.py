@@ -16,7 +16,7 @@ from freeexport.costs.bytes import known_costs
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import Calibration
 from runtime.bundle.costs import MAX_PENDING, Costs
-from runtime.bundle.manifest import Manifest
+from runtime.bundle.manifest import DraftGain, Manifest
 
 # Standard deviations of a 95 % interval.
 Z = 1.96
@@ -140,6 +140,7 @@ class ExitFacts:
         basis: Basis of `speedup`, `break_even` and `drafting`.
         acceptance: Expected share of the exit's drafts that mode lossless accepts.
         drafting: Predicted speedup of mode lossless over mode full with the exit's drafts alone.
+        gain: Measured speedup of mode lossless over drafts from text alone.
         heavy_head: The head costs more than the shallow layers.
         ready_made: Names of ready-made exits that fit the weights.
         data: Data file of the calibration.
@@ -161,6 +162,7 @@ class ExitFacts:
     precision: str = ""
     acceptance: float | None = None
     drafting: float | None = None
+    gain: DraftGain | None = None
     heavy_head: bool = False
     ready_made: tuple[str, ...] = ()
     data: str = "FILE"
@@ -250,6 +252,8 @@ def verdict(facts: ExitFacts) -> Verdict:
         uncalibrated = (
             "not calibrated, so mode lossless drafts with the exit, and mode free needs a threshold"
         )
+        if facts.gain is not None:
+            return _gain_verdict(facts.precision, facts.gain, where, calibrate)
         if facts.basis == "unknown":
             return Verdict("neutral", f"{uncalibrated}; speed not measured", calibrate)
         if facts.drafting is not None:
@@ -317,6 +321,23 @@ def drafting_speedup(costs: Costs, acceptance: float, most: int) -> float:
     return best
 
 
+def _gain_verdict(precision: str, gain: DraftGain, where: str, calibrate: str) -> Verdict:
+    """Return the verdict on an exit that is not calibrated, but whose gain was measured."""
+    measured = (
+        f"with {where}, mode lossless is {gain.value:.2f}x ({gain.low:.2f} to {gain.high:.2f}) as "
+        f"fast as with drafts from the text alone, measured on {gain.prompts} sample prompts"
+    )
+    if gain.pays:
+        return Verdict(
+            "good", f"pays at {precision}: {measured}; mode free needs a threshold", calibrate
+        )
+    return Verdict(
+        "bad",
+        f"does not pay at {precision}: {measured}, and therefore drafts from the text alone",
+        'compare on your own prompts (drafts="exit"), or convert without the exit',
+    )
+
+
 def _drafting_verdict(facts: ExitFacts, where: str, calibrate: str) -> Verdict:
     """Return the verdict on an exit that is not calibrated, but whose acceptance is known."""
     assert facts.drafting is not None
@@ -376,6 +397,7 @@ def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
         precision=manifest.precision,
         acceptance=acceptance,
         drafting=drafting,
+        gain=None if exit_file is None else exit_file.gain,
         ready_made=ready_made,
     )
     if calibration is None:

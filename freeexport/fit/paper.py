@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from freeexport.costs.intervals import RESAMPLES, speed_interval
 from freeexport.evaluate.evaluate import Evaluation
-from freeexport.evaluate.scores import RESAMPLES, Row, speed_interval
+from freeexport.evaluate.scores import Row
 from freeexport.evaluate.settings import Method
 from freeexport.system.sheet import Sheet, markdown, plus_minus
 from freeexport.task_metrics import Metric, bounded, draws

@@ -11,9 +11,9 @@ import shlex
 import shutil
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ import numpy as np
 
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.costs.timing import interleave
+from freeexport.costs.exit_gain import timed_requests
 from freeexport.costs.verdict import Verdict, bundle_verdict
 from freeexport.evaluate.evaluate import evaluate
 from freeexport.evaluate.page import Story, write_evaluation
-from freeexport.evaluate.scores import Row, speed_interval
+from freeexport.evaluate.scores import Row
 from freeexport.evaluate.speed import speed_prompts
 from freeexport.fit.options import FitOptions
 from freeexport.fit.paper import comparison, written
@@ -43,7 +43,7 @@ from freeexport.fit.steps import (
     steps_of,
 )
 from freeexport.system.child import ChildError, run_child
-from freeexport.system.load import load_note, other_load
+from freeexport.system.load import load_note
 from freeexport.system.output import link_or_copy, output_directory, write_whole
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import BY_PARENT, Advance, duration, progress
@@ -100,6 +100,9 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
         of_exit = bundle_verdict(Bundle.open(places.out))
         if plan.drafting is not None and of_exit.level == "bad":
             click.echo(of_exit.text)
+        record = manifest.ready_made_exit
+        if record is not None and record.gain is not None and not record.gain.pays:
+            plan = replace(plan, drafting=None)  # sessions draft from the text alone
         speed = measured_speed(places.out, options.threads, options.device)
         text = (
             f"{plan.why}; lossless drafts {plan.drafts}, with every token "
@@ -137,43 +140,21 @@ def measured_speed(path: Path, threads: int | None, device: str = "cpu") -> str:
     bundle = Bundle.open(path)
     if bundle.manifest.speech is not None:
         return ""
-    prompts = speed_prompts(bundle, None, SPEED_PROMPTS)
+    prompts = [np.array(ids, np.int64) for ids in speed_prompts(bundle, None, SPEED_PROMPTS)]
     modes: tuple[Mode, ...] = ("full", "lossless")
-    runs: dict[tuple[int, int], list[tuple[float, int]]] = defaultdict(list)
-    with (
-        Session(path, threads=threads, slots=1, device=device, draft_memory_mb=0) as session,
-        other_load() as load,
-    ):
-
-        def decode(mode: Mode, prompt: list[int]) -> tuple[float, int]:
-            ids = np.array(prompt, np.int64)
-            began = time.monotonic()
-            result = session.generate(ids, mode=mode, max_new_tokens=SPEED_TOKENS, ignore_eos=True)
-            return time.monotonic() - began, len(result.token_ids)
-
-        end = time.monotonic() + SPEED_SECONDS
-        for turn in interleave(modes, prompts, SPEED_ROUNDS, decode, title="measuring speed"):
-            for mode, run in enumerate(turn.runs):
-                runs[turn.prompt, mode].append(run)
-            if time.monotonic() > end:
-                break
-    measured = sorted({prompt for prompt, _ in runs})
-    seconds = np.array(
-        [
-            [np.median([run[0] for run in runs[prompt, mode]]) for mode in (0, 1)]
-            for prompt in measured
-        ]
-    )
-    tokens = sum(runs[prompt, 0][0][1] for prompt in measured)
-    full, lossless = seconds.sum(axis=0)
-    low, high = speed_interval(seconds[:, 1], seconds[:, 0])
+    settings = [
+        {"mode": mode, "max_new_tokens": SPEED_TOKENS, "ignore_eos": True} for mode in modes
+    ]
+    with Session(path, threads=threads, slots=1, device=device, draft_memory_mb=0) as session:
+        times = timed_requests(session, settings, prompts, SPEED_ROUNDS, SPEED_SECONDS)
+    full, lossless = times.tokens / times.seconds.sum(axis=0)
+    low, high = times.interval(1, 0)
     bounds = "" if low is None or high is None else f", 95 %: {low:.2f} to {high:.2f}"
     text = (
-        f"{full / lossless:.2f}x full ({tokens / lossless:.0f} tokens/s against "
-        f"{tokens / full:.0f}{bounds}) on {len(measured)} built-in prompts, your own may gain more "
-        "or less"
+        f"{times.speed(1, 0):.2f}x full ({lossless:.0f} tokens/s against {full:.0f}{bounds}) on "
+        f"{len(times.seconds)} built-in prompts, your own may gain more or less"
     )
-    return "; ".join(filter(None, (text, load_note(load.cores))))
+    return "; ".join(filter(None, (text, load_note(times.cores))))
 
 
 def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[Path, Verdict]:

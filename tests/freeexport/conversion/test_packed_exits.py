@@ -31,15 +31,20 @@ from freeexport.checkpoints.packed_exit import MOST_BYTES, pack, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, find_exit, fitting_exits, misfit, ready_made
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
+from freeexport.costs import exit_gain
 from freeexport.system.output import OutputError
 from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
 from freeexport.training.tuning import link_or_copy
 from freeexport.verification.exit_agreement import open_with_exit
 from graphs.exit_head import OTHER, OTHER_BIAS, VOCABULARY
+from runtime import generation
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import ExitVocabulary, ReadyMadeExit
+from runtime.bundle.costs import Costs
+from runtime.bundle.manifest import MANIFEST, DraftGain, ExitVocabulary, ReadyMadeExit
+from runtime.decoding.drafts import Drafts
 from runtime.errors import HubError
+from runtime.machine.machine import host
 from runtime.session import Session
 from tools.models import pack_exit
 
@@ -342,6 +347,53 @@ def test_convert_names_the_exits_that_fit(
     result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", sampled)
     assert "ready-made exits" not in result.stdout
     assert result.stdout.splitlines()[-1].startswith("does not pay at fp32: the exit after layer 2 of 5 is expected ")
+
+
+def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
+    checkpoint: Directory, sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the machine of the measurement, and unless a request asks for the exit."""
+    out = tmp_path / "out"
+    here = Costs(1e-3, 5e-4, {1: 1e-2}, host=host(1))
+    monkeypatch.setattr("freeexport.conversion.convert.measured_in_child", lambda directory: here)
+    monkeypatch.setattr(exit_gain, "ROUNDS", 1)
+    monkeypatch.setattr(exit_gain, "TOLERATED", 1e9)
+    options = ConvertOptions(exit=str(sampled), precision="int8", capacity=64, verify="none")
+    made = convert(str(checkpoint(LLAMA)), out, options)
+    record = made.ready_made_exit
+    assert record is not None
+    found = record.gain
+    assert found is not None
+    assert found.prompts == 8
+    assert 0 < found.low <= found.value <= found.high
+    prompts = [np.array(sample.prompt) for sample in read_packed(sampled).about.samples]
+    assert exit_gain.exit_gain(out, prompts[:1]) is None
+    monkeypatch.setattr(exit_gain, "TOLERATED", -1.0)
+    assert exit_gain.exit_gain(out, prompts) is None
+
+    may_exit = list[bool]()
+
+    class SeenDrafts(Drafts):
+        def __init__(self, costs: Any, acceptance: Any, sources: Any, exits: bool, *others: Any) -> None:
+            super().__init__(costs, acceptance, sources, exits, *others)
+            may_exit.append(exits)
+
+    monkeypatch.setattr(generation, "Drafts", SeenDrafts)
+    elsewhere = replace(here, host=replace(host(1), processor="another"))
+    for costs, gain, drafts, expected in (
+        (here, 1.2, "auto", True),
+        (here, 1.01, "auto", False),
+        (here, 1.01, "exit", True),
+        (elsewhere, 1.01, "auto", True),
+        (None, 1.01, "auto", True),
+    ):
+        known = replace(record, gain=DraftGain(gain, gain, gain, 8))
+        (out / MANIFEST).write_text(replace(made, costs=costs, ready_made_exit=known).to_json())
+        with Session(out, threads=1) as session:
+            for _ in range(2):  # the first requests of a setting alternate
+                session.generate(prompts[0], mode="lossless", drafts=drafts, max_new_tokens=8)
+        assert any(may_exit) == expected
+        may_exit.clear()
 
 
 @pytest.fixture(scope="session")

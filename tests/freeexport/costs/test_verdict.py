@@ -17,6 +17,7 @@ from freeexport.costs.verdict import (
     verdict,
 )
 from runtime.bundle.costs import MAX_PENDING, Costs, Outside
+from runtime.bundle.manifest import DraftGain
 
 UNKNOWN = ExitFacts("out", 10, 30)
 TIMED = replace(UNKNOWN, basis="measured", break_even=0.3)
@@ -140,6 +141,20 @@ def test_drafts_pay_from_an_acceptance_on() -> None:
     )
     assert verdict(replace(facts, drafting=1.3)).level == "neutral"
     assert verdict(replace(facts, basis="unknown")).text.endswith("speed not measured")
+
+
+def test_a_measured_gain_decides_whether_an_exit_pays() -> None:
+    """Whatever its predicted speed over mode full is."""
+    facts = replace(TIMED, trained=True, precision="int4", drafting=1.4, gain=DraftGain(1.015, 0.999, 1.03, 32))
+    found = verdict(facts)
+    assert (found.level, found.text) == (
+        "bad",
+        "does not pay at int4: with the exit after layer 10 of 30, mode lossless is 1.01x (1.00 to 1.03) as fast as "
+        "with drafts from the text alone, measured on 32 sample prompts, and therefore drafts from the text alone",
+    )
+    found = verdict(replace(facts, precision="int8", drafting=0.9, gain=DraftGain(1.07, 1.05, 1.08, 32)))
+    assert found.level == "good"
+    assert found.text.startswith("pays at int8: with the exit after layer 10 of 30, mode lossless is 1.07x (1.05 to ")
 
 
 # A token takes 4 with all layers; 2 of shallow and head when it exits.

@@ -11,8 +11,9 @@ import pytest
 from handmade_bundle import write_bundle
 
 from freeexport.costs.bytes import Calls
+from freeexport.costs.intervals import speed_interval
 from freeexport.evaluate.records import Record
-from freeexport.evaluate.scores import rows_of, score, speed_interval
+from freeexport.evaluate.scores import rows_of, score
 from freeexport.evaluate.settings import Entry, Setting
 from freeexport.evaluate.verdicts import FEWEST_LINES, curves_of, verdicts
 from freeexport.task_metrics import Reference, metric_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from command_line import error, invoke, succeed
 from killed_process import killed_before
 
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
 from freeexport.evaluate.settings import Setting
 from freeexport.fit import exit_choice, run
 from freeexport.fit.options import FitOptions
@@ -23,6 +26,7 @@ from freeexport.system.child import ChildError
 from freeexport.system.output import OutputError
 from freeexport.task_metrics import Reference, metric_of
 from runtime import Bundle, Session
+from runtime.bundle.manifest import MANIFEST, DraftGain, Manifest, ReadyMadeExit
 from runtime.errors import FreeExportError, OptionError
 
 Options = Callable[..., FitOptions]
@@ -98,6 +102,28 @@ def test_without_data_the_model_is_converted_as_it_is(options: Options) -> None:
     assert verdict.next_step == f"freeexport serve {given.out}"
     assert Bundle.open(given.out).manifest.verified
     assert not given.out.with_name("out.work").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_ready_made_exit_that_does_not_pay_is_named(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(data=None)
+    record = ReadyMadeExit("general", "0" * 64, gain=DraftGain(1.01, 0.99, 1.03, 32))
+
+    def with_gain(model: str, out: Path, chosen: ConvertOptions) -> Manifest:
+        assert chosen.exit == "general"
+        made = convert(model, out, replace(chosen, exit=None, verify="none", measure=False))
+        made = replace(made, ready_made_exit=record, exit_trained=True)
+        (out / MANIFEST).write_text(made.to_json())
+        return made
+
+    monkeypatch.setattr(run, "convert", with_gain)
+    monkeypatch.setattr(run, "measured_speed", lambda *_: "")
+    verdict = fit(given, replace(planned(given, keep=True), drafting="general"))
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if re.match(r"does not pay at \w+: with the exit after layer ", line)]
+    assert verdict.text.endswith("; lossless drafts from the text, with every token equal")
 
 
 class Stop(Exception):
