@@ -17,7 +17,6 @@ import numpy as np
 
 from freeexport.calibrate.calibrate import CalibrateOptions, calibrate
 from freeexport.calibrate.threshold import Rule, choose, rollback_limit
-from freeexport.calibrate.traces import Traces
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion.convert import build_and_test, convert
 from freeexport.conversion.options import ConvertOptions
