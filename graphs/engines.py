@@ -57,7 +57,7 @@ from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import Rounded
 from graphs.shapes import check_weights
 from graphs.weights import WeightFile, Weights
-from runtime.bundle.quantization import Quantization
+from runtime.bundle.manifest import Quantization
 
 FLOAT = ir.DataType.FLOAT
 INT32 = ir.DataType.INT32
