@@ -57,7 +57,9 @@ class Aligner:
             inputs, outputs = contract(manifest, name)
             layers = manifest.shallow_caches if name == "shallow" else manifest.deep_layers
             kind = cross["cross.0.key"].dtype
-            cache = KVCache(layers, 1, manifest.kv_heads, count, size, kind).arrays
+            cache = KVCache(
+                layers, slots=1, kv_heads=manifest.kv_heads, rows=count, head_dim=size, dtype=kind
+            ).arrays
             read = {part: array for part, array in given.items() if part in inputs}
             read |= {f"past.{part}": array for part, array in cache.items()}
             written = {part: array for part, array in queries.items() if part in outputs}

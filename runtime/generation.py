@@ -307,7 +307,7 @@ class Generation:
             for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs, strict=True):
                 if not response.finished:
                     wanted = logprob if self.options.output_logprobs else None
-                    yield response.add(token, False, None, None, wanted)
+                    yield response.add(token, exited=False, confidence=None, logprob=wanted)
 
     def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
         """Run the beam search."""

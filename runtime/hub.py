@@ -111,7 +111,9 @@ def find_bundle(
             continue
         path = fetch(commit, name)
         if path.stat().st_size != file.size or sha256_of(path) != file.sha256:
-            _delete(path)
+            if path.is_symlink():  # to the blob
+                (path.parent / os.readlink(path)).unlink(missing_ok=True)
+            path.unlink()
             raise HubError(
                 f"{name} of {named.repository} differs from its manifest (size or sha256), and was "
                 "deleted from the cache; try again, or ask its owner to push the bundle again"
@@ -199,11 +201,3 @@ def _unreachable(cause: BaseException | None) -> str:
     if cause is None or isinstance(cause, errors.OfflineModeIsEnabled):
         return "offline mode is on (HF_HUB_OFFLINE, or local_files_only); turn it off"
     return f"the hub cannot be reached ({one_line(cause)}); check the network, and try again"
-
-
-def _delete(path: Path) -> None:
-    """Delete a file of a snapshot, and the blob that it links to."""
-    blob = path.parent / os.readlink(path) if path.is_symlink() else None
-    path.unlink()
-    if blob is not None:
-        blob.unlink(missing_ok=True)

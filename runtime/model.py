@@ -102,12 +102,14 @@ class Model:
         """
         is_text = isinstance(prompt, str)
         check_languages(self.manifest, is_text, src_lang=src_lang, tgt_lang=tgt_lang)
-        limit = self.manifest.encoder_capacity or self.capacity
-        missing = NO_TOKENIZER if self.options.trust_templates else UNTRUSTED
-        parse_special = None if parse_special is None else bool(parse_special)
-        vocab_size = self.manifest.vocab_size
         ids = encode_prompt(
-            prompt, self.tokenizer, vocab_size, limit, parse_special, missing, tools
+            prompt,
+            self.tokenizer,
+            vocab_size=self.manifest.vocab_size,
+            limit=self.manifest.encoder_capacity or self.capacity,
+            parse_special=None if parse_special is None else bool(parse_special),
+            missing=NO_TOKENIZER if self.options.trust_templates else UNTRUSTED,
+            tools=tools,
         )
         return with_languages(ids, self.manifest, src_lang, tgt_lang)
 

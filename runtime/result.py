@@ -175,10 +175,8 @@ class Stats:
                 whole.drafts.setdefault(source, DraftStats()).outcomes += counts.outcomes
             for rows, done in part.longer_passes.items():
                 passes = whole.longer_passes.setdefault(rows, PassStats())
-                passes.count, passes.seconds = (
-                    passes.count + done.count,
-                    passes.seconds + done.seconds,
-                )
+                passes.count += done.count
+                passes.seconds += done.seconds
         whole.queue_seconds = parts[0].queue_seconds
         whole.first_token_seconds = parts[0].first_token_seconds
         return whole

@@ -344,7 +344,7 @@ class Session:
             PromptError: If a prompt is not valid or does not fit.
         """
         self._requests.check_open()
-        listed = prompts if is_list_of_prompts(prompts) else [prompts]
+        listed: Any = prompts if is_list_of_prompts(prompts) else [prompts]
         return self._model.embed(listed, normalize=normalize, src_lang=src_lang)
 
     def listen(self, audio: Any, language: str | None = None) -> SpeechPrompt:

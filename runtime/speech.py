@@ -183,7 +183,7 @@ class Transcriber:
         try:
             mels, total = self._read(audio, until)
         except LateError:
-            return GenerationResult("", (), (), (), "deadline", Stats())
+            return GenerationResult("", (), (), (), finish_reason="deadline", stats=Stats())
         timestamps = options.timestamps or total > self._frames
         before = self._before(options)
         place = 0
@@ -235,15 +235,15 @@ class Transcriber:
                     place / FRAMES_A_SECOND + count * SECONDS_A_TIMESTAMP for count in (start, end)
                 )
                 segment = Segment(
-                    first,
-                    last,
-                    text,
-                    tuple(ids),
-                    temperature,
-                    nats,
-                    _compression(text),
-                    quiet,
-                    None if words is None else words[number],
+                    start=first,
+                    end=last,
+                    text=text,
+                    token_ids=tuple(ids),
+                    temperature=temperature,
+                    avg_logprob=nats,
+                    compression_ratio=_compression(text),
+                    no_speech_prob=quiet,
+                    words=None if words is None else words[number],
                 )
                 segments.append(segment)
                 yield segment

@@ -376,7 +376,7 @@ class PromptList:
 
 def _outcome(made: Sequence | BaseException | None) -> GenerationResult | BaseException:
     if made is None:
-        return GenerationResult("", (), (), (), "deadline", Stats())
+        return GenerationResult("", (), (), (), finish_reason="deadline", stats=Stats())
     if isinstance(made, BaseException):
         return made
     if not made.ended:

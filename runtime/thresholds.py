@@ -131,7 +131,9 @@ class Thresholds:
             speedup = self.costs.speedup(
                 row.exit_rate, manifest.tuned_max_pending or manifest.max_pending
             )
-        return DefaultMode("free", threshold, speedup, row.exit_rate, row.agreement)
+        return DefaultMode(
+            "free", threshold, speedup, exit_rate=row.exit_rate, agreement=row.agreement
+        )
 
     def with_mode(self, options: GenerationOptions) -> GenerationOptions:
         """Return options with a mode.

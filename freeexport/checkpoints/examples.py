@@ -367,7 +367,7 @@ def recording_of(request: Request, speech: Speech, rows: int, path: Path) -> Rec
             f"{longest:g} s; cut it"
         )
     digest = hashlib.sha256(content).hexdigest()[:32]
-    return Recording(request.input, digest, language, speech.bins, rows)
+    return Recording(request.input, digest, language=language, bins=speech.bins, rows=rows)
 
 
 def fitted(

@@ -197,7 +197,8 @@ def speeds(lines: Lines, whole: Lines) -> Row:
     The speeds are those of tokens after the first, of the first token, and of whole requests.
     Intervals are None for the full model itself.
     """
-    itself, whole = lines is whole, {line: whole[line] for line in lines}
+    itself = lines is whole
+    whole = {line: whole[line] for line in lines}
     ours = _medians(lines)
     full = _medians(whole)
     tokens, full_tokens = (

@@ -75,7 +75,15 @@ class Reply:
                 result.sources,
             )
             tokens = [
-                Token(token, "", exited, None, prob, best, source)
+                Token(
+                    token,
+                    text="",
+                    exited=exited,
+                    confidence=None,
+                    logprob=prob,
+                    top_logprobs=best,
+                    source=source,
+                )
                 for token, exited, prob, best, source in zip(*fields, strict=True)
             ]
             message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
@@ -238,7 +246,14 @@ class Reply:
         """
         fields = (prompt.token_ids, prompt.logprobs, prompt.top_logprobs)
         read = [
-            Token(token, "", False, None, logprob, best)
+            Token(
+                token,
+                text="",
+                exited=False,
+                confidence=None,
+                logprob=logprob,
+                top_logprobs=best,
+            )
             for token, logprob, best in zip(*fields, strict=True)
         ]
         listed = self._listed([*read, *tokens])

@@ -140,7 +140,8 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
     A decoder-only bundle gets input and target as one sequence, others get them as prompt and
     answer.
     """
-    manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
+    manifest = bundle.manifest
+    tokenizer = Tokenizer.load(bundle.path, manifest.files)
     if tokenizer is None:
         raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
     longest = min(LONGEST, manifest.capacity)

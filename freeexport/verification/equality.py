@@ -272,7 +272,8 @@ def between(first: Sequence[Answer], second: Sequence[Answer], one: str, other: 
 
 def prompt_ids(bundle: Bundle, file: Path | None) -> list[list[int]]:
     """Return the prompts of a JSONL file, or built-in ones, as token ids."""
-    manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
+    manifest = bundle.manifest
+    tokenizer = Tokenizer.load(bundle.path, manifest.files)
     limit = manifest.encoder_capacity or manifest.capacity
 
     def encoded(prompt: Any) -> list[int]:

@@ -421,10 +421,6 @@ class Manifest:
         manifest._check(where)
         return manifest
 
-    def _knows(self, languages: Languages) -> bool:
-        source = languages.source is None or languages.source in languages.tokens
-        return source and self._in_vocabulary(languages.tokens.values())
-
     def _in_vocabulary(self, tokens: Iterable[int]) -> bool:
         return all(0 <= token < self.vocab_size for token in tokens)
 
@@ -450,7 +446,10 @@ class Manifest:
         for name in ("decoder_start_token_id", "forced_first_token_id", "forced_last_token_id"):
             token = getattr(self, name)
             rules.append((token is None or self._in_vocabulary([token]), name, token))
-        known = self.languages is None or self._knows(self.languages)
+        known = self.languages is None or (
+            self.languages.source in (None, *self.languages.tokens)
+            and self._in_vocabulary(self.languages.tokens.values())
+        )
         rules.append((known, "languages", self.languages))
         in_vocabulary = self._in_vocabulary(self.eos_token_ids)
         rules.append((in_vocabulary, "eos_token_ids", self.eos_token_ids))

@@ -177,7 +177,8 @@ class Expected:
 
     def _places(self, token: int) -> Iterator[int]:
         """Yield the place after each nearby occurrence of a token."""
-        start, end = max(0, self._left - NEAR), min(len(self._tokens), self._left + NEAR)
+        start = max(0, self._left - NEAR)
+        end = min(len(self._tokens), self._left + NEAR)
         while token in self._tokens[start:end]:
             start = self._tokens.index(token, start) + 1
             yield start

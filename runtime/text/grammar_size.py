@@ -360,7 +360,8 @@ def _definitions(text: str) -> tuple[dict[str, list[tuple[str, Any]]], list[str]
             line = line[1:]
         elif match["repeat"]:
             bounded = match["low"] is not None or match["least"] is not None
-            low, high = match["low"] or match["least"], match["high"] or match["most"]
+            low = match["low"] or match["least"]
+            high = match["high"] or match["most"]
             counts = [
                 _count(low, match["to"] or match["most"], high, highest)
                 for highest in (False, True)

@@ -17,7 +17,6 @@ import numpy as np
 
 from freeexport.calibrate.calibrate import CalibrateOptions, calibrate
 from freeexport.calibrate.threshold import Rule, choose, rollback_limit
-from freeexport.calibrate.traces import Traces
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion.convert import build_and_test, convert
 from freeexport.conversion.options import ConvertOptions
@@ -205,7 +204,7 @@ def _calibrate(
     traces = result.traces
     chosen = {}
     for count in sorted({most, *(count for count in options.samples if count < most)}):
-        first = first_sequences(traces, count)
+        first = traces.part(np.arange(len(traces.length)) < count)
         chosen[str(len(first.length))] = {
             "product": choose(first, Rule()).threshold,
             "authors": paper_choice(first).threshold,
@@ -223,11 +222,6 @@ def _calibrate(
         "rollback_threshold": calibration.rollback_threshold,
         "chosen": chosen,
     }
-
-
-def first_sequences(traces: Traces, count: int) -> Traces:
-    """Return the traces of the first `count` sequences."""
-    return traces.part(np.arange(len(traces.length)) < count)
 
 
 def _measure(

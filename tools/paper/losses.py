@@ -103,7 +103,8 @@ class HiddenDistillation:
         self, module: ShallowDeep, hidden: Mapping[int, torch.Tensor], targets: torch.Tensor
     ) -> torch.Tensor:
         """Return the loss summed over rows, for states [N, d] by layer and targets int64 [N]."""
-        exit_layer, last = module.exit_layer, module.layers
+        exit_layer = module.exit_layer
+        last = module.layers
         # Normed once: the head and the distillation read the same dropout sample.
         states = {number: module.head.normed(state) for number, state in hidden.items()}
         exits = {

@@ -86,7 +86,8 @@ def pages(root: Path) -> dict[Path, str]:
 def _report(path: Path) -> dict[str, Row]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        known, steps = content["schema"], content["steps"]
+        known = content["schema"]
+        steps = content["steps"]
         trials = [name for name, step in steps.items() if step["trial"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise click.ClickException(

@@ -65,7 +65,7 @@ def test_an_exit_with_a_feature_learns_and_is_gone_on_with(
     run: Runs, words: Path, case: Case, exit_layer: int, exit_vocab: int | None
 ) -> None:
     chosen: dict[str, Any] = {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": exit_layer}
-    made = run(case, **chosen, exit_vocab=exit_vocab, steps=30, evaluate_every=15, learning_rate=3e-3)
+    made = run(case, **chosen, exit_vocab=exit_vocab, steps=16, evaluate_every=8, learning_rate=3e-3)
     assert logged(made.out, "eval_shallow_loss")[-1] < logged(made.out, "eval_shallow_loss")[0]
     opened = open_checkpoint(str(made.out))
     assert opened.exit is not None
@@ -109,7 +109,7 @@ def test_a_fused_exit_begins_with_the_predictions_of_one_with_a_feature(run: Run
 def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory, words: Path, tmp_path: Path) -> None:
     """Train an exit, then all weights on their own, and begin with the exit on what became of them."""
     chosen: dict[str, Any] = {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": 1}
-    first = run(T5, **chosen, exit_vocab=40, steps=30, evaluate_every=15, learning_rate=3e-3).out
+    first = run(T5, **chosen, exit_vocab=40, steps=4, evaluate_every=4, learning_rate=3e-3).out
     changed, made = str(tmp_path / "changed"), tmp_path / "made"
     train(str(checkpoint(T5)), Path(changed), run_options(words, exit_layer=2, loss="deep-ce", steps=2))
     own, options = partial(own_outputs, changed), run_options(words, **chosen, exit_vocab=40, steps=1, evaluate_every=1)

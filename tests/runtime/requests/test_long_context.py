@@ -22,7 +22,7 @@ def test_lossless_is_full_behind_a_long_prompt(
 ) -> None:
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
     path = bundle(LONG, 1, precision="int8", capacity=4096, kv_cache=kv_cache)
-    length = LENGTH if not instructions else 500  # which are slow
+    length = LENGTH if not instructions else 200  # which are slow
     prompt = np.random.default_rng(0).integers(3, 250, length)
     options: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "output_logprobs": True}
     with Session(path, threads=1, slots=1) as session:
