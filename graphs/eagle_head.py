@@ -55,7 +55,9 @@ def with_eagle_head(
         mlp_norm=rms_norm(config, f"{LAYER}.post_attention_layernorm"),
         mlp=MLP(
             activation_of(config, "hidden_act", "silu"),
-            *(linear(weights, f"{LAYER}.mlp.{part}_proj") for part in ("up", "down", "gate")),
+            up=linear(weights, f"{LAYER}.mlp.up_proj"),
+            down=linear(weights, f"{LAYER}.mlp.down_proj"),
+            gate=linear(weights, f"{LAYER}.mlp.gate_proj"),
         ),
         embedding_norm=rms_norm(config, f"{LAYER}.input_layernorm"),
     )

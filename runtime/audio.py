@@ -6,6 +6,7 @@ See Radford et al. 2022, arXiv 2212.04356, section 2.2.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import wave
 from collections.abc import Callable
@@ -36,6 +37,7 @@ COMPRESSED = (
     *((bytes([0xFF, second]), "MP3", ("MP3", "MPEG")) for second in (0xFB, 0xFA, 0xF3, 0xF2)),
 )
 # WAV files of floats, and of compressed samples.
+M4A = b"ftyp"  # after four bytes, of every MP4 file
 OTHER_WAV = ("a WAV file without PCM samples", ("WAV", "WAVEX"))
 MOST_CHANNELS = 8  # of a compressed file, whose size does not limit its samples
 LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
@@ -58,8 +60,8 @@ def read_audio(source: Any, name: str = "the audio", until: float = math.inf) ->
 
     Args:
         source: Array of floats in about -1 to 1 at 16 kHz, or the path or content of a WAV file
-            with PCM of 8 to 32 bits, or of a FLAC, Ogg or MP3 file or a WAV file of floats, which
-            require soundfile.
+            with PCM of 8 to 32 bits, of a FLAC, Ogg or MP3 file or a WAV file of floats, which
+            require soundfile, or of an M4A file, which requires PyAV.
             Channels are averaged, and other rates are resampled.
         name: Name of the audio in error messages.
         until: Deadline, on the monotonic clock.
@@ -100,8 +102,10 @@ def _read_file(source: Any, name: str, until: float) -> np.ndarray:
             if isinstance(source, bytes)
             else opened(Path(source), LARGEST_WAV) as file
         ):
-            begin = file.read(4)
+            begin = file.read(8)
             file.seek(0)
+            if begin[4:] == M4A:
+                return _read_m4a(file, name, until)
             for mark, kind, formats in COMPRESSED:
                 if begin.startswith(mark):
                     return _read_compressed(file, name, until, kind, formats)
@@ -181,6 +185,44 @@ def _read_compressed(
         raise PromptError(f"{broken} ({problem}); convert it to a WAV file") from None
 
 
+def _read_m4a(file: BinaryIO, name: str, until: float) -> np.ndarray:
+    """Return the samples of the first audio stream of an MP4 file, at 16 kHz, with PyAV."""
+    try:
+        import av
+    except (ImportError, OSError):  # OSError: the package has no library for this platform
+        raise PromptError(
+            f"{name} is M4A; pip install 'freeexport[m4a]', or convert it to a WAV file"
+        ) from None
+    broken = f"{name} begins as M4A, but cannot be decoded"
+    samples = bytearray()
+    try:
+        # Only this format: others may read further files.
+        with av.open(file, format="mp4", metadata_errors="ignore") as container:
+            if not container.streams.audio:
+                raise PromptError(f"{name} has no audio stream; give a file with sound")
+            stream = container.streams.audio[0]
+            if not 1 <= stream.channels <= MOST_CHANNELS:
+                raise PromptError(
+                    f"{name} has {stream.channels} channels, at most {MOST_CHANNELS} are read; "
+                    "convert it to one"
+                )
+            _check_rate(stream.rate, name)
+            if stream.duration is not None and stream.time_base is not None:
+                _check_length(float(stream.duration * stream.time_base), name)
+            # Planes of channels, because the library would not average them but add 0.7 of each.
+            resampler = av.AudioResampler(format="fltp", rate=RATE)
+            for frame in itertools.chain(container.decode(stream), (None,)):
+                if monotonic() >= until:
+                    raise LateError
+                for part in resampler.resample(frame):
+                    samples += part.to_ndarray().mean(axis=0, dtype=np.float32).tobytes()
+                # The length in the header may be wrong.
+                _check_length(len(samples) / 4 / RATE, name)
+    except (av.FFmpegError, ValueError, ArithmeticError) as error:
+        raise PromptError(f"{broken} ({one_line(error)}); convert it to a WAV file") from None
+    return np.frombuffer(samples, np.float32)
+
+
 def _joined(
     read: Callable[[int, int], np.ndarray], count: int, rate: int, name: str, until: float
 ) -> np.ndarray:
@@ -195,10 +237,7 @@ def _joined(
         name: Name of the file in error messages.
         until: Deadline, on the monotonic clock.
     """
-    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-        raise PromptError(
-            f"{name} has {rate} samples a second; give {LOWEST_RATE} to {HIGHEST_RATE}, best {RATE}"
-        )
+    _check_rate(rate, name)
     _check_length(count / rate, name)
     samples = np.empty(math.ceil(count * RATE / rate), np.float32)
     minute = 60 * rate
@@ -226,6 +265,13 @@ def _wav_header(file: BinaryIO) -> tuple[int, int, int, int, int]:
             return rate, channels, width, file.tell(), header.getnframes()
     except (RuntimeError, ValueError) as error:  # raised by the library for sizes beyond the file
         raise wave.Error(str(error) or "a chunk ends beyond the file") from None
+
+
+def _check_rate(rate: int, name: str) -> None:
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise PromptError(
+            f"{name} has {rate} samples a second; give {LOWEST_RATE} to {HIGHEST_RATE}, best {RATE}"
+        )
 
 
 def _check_length(seconds: float, name: str) -> None:

@@ -17,6 +17,7 @@ PURPOSES: dict[str, str] = {
     "grammar": "constrain outputs: JSON schemas, regular expressions, tool calls",
     "hub": "load bundles and exits from the Hugging Face hub, and push them",
     "audio": "read speech from FLAC, Ogg and MP3 files and WAV files of floats",
+    "m4a": "read speech from M4A files",
     "calibrate": "calibrate the exit threshold",
     "metrics": "compute metrics during calibration",
     "evaluate": "evaluate methods on a task",

@@ -101,7 +101,7 @@ def plainly_free(
     return ids[len(prompt) :], confidences
 
 
-@pytest.mark.parametrize("dialect", ["ort", "standard"])
+@pytest.mark.parametrize("dialect", ["ort", pytest.param("standard", marks=pytest.mark.slow)])
 def test_free_drafts_what_the_head_does_over_several_passes(
     dialect: str, converted: Convert, plain: PlainEagle
 ) -> None:
@@ -175,7 +175,7 @@ def test_a_prompt_of_one_token_has_no_prediction_of_the_head(converted: Convert)
 
 @pytest.mark.parametrize(
     "options",
-    [{"precision": "int8", "kernels": "freeexport"}, {}],
+    [{}, pytest.param({"precision": "int8", "kernels": "freeexport"}, marks=pytest.mark.slow)],
     ids=lambda options: options.get("precision", "fp32"),
 )
 def test_a_converted_head_is_verified(

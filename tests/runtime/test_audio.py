@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sounds import sound, wav
 
-from runtime.audio import RATE, log_mel, read_audio, resampled, window
+from runtime.audio import RATE, LateError, log_mel, read_audio, resampled, window
 from runtime.errors import PromptError
 
 # The extractor in torch is float32 as ours is, and in numpy float64: both are as far from each other.
@@ -176,3 +176,61 @@ def test_without_soundfile_a_compressed_file_names_the_extra(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(PromptError, match=r"the audio is FLAC; pip install 'freeexport\[audio\]', or convert it"):
         read_audio(b"fLaC" + bytes(100))
+
+
+def m4a(samples: np.ndarray, rate: int = RATE, video: bool = False) -> bytes:
+    """Return an MP4 file with AAC of samples [n] or [n, 2], or with one stream of `video`."""
+    av = pytest.importorskip("av")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        if video:
+            stream = container.add_stream("mpeg4", rate=25, width=16, height=16)
+            frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+        else:
+            layout = "mono" if samples.ndim == 1 else "stereo"
+            stream = container.add_stream("aac", rate=rate, layout=layout)
+            planes = np.ascontiguousarray(samples.reshape(len(samples), -1).T, np.float32)
+            frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=layout)
+            frame.sample_rate = rate
+            frame.pts = 0  # the file then names the encoder's delay
+        for each in (frame, None):
+            container.mux(stream.encode(each))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_m4a_files_are_read(rate: int, tmp_path: Path) -> None:
+    time = np.arange(rate) / rate
+    stereo = np.stack([np.sin(2 * np.pi * 440 * time), np.zeros(rate)], axis=1) / 2
+    (path := tmp_path / "sound").write_bytes(content := m4a(stereo, rate))
+    samples = read_audio(path)
+    np.testing.assert_array_equal(samples, read_audio(content))
+    wanted = np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE) / 4
+    assert abs(len(samples) - RATE) < 0.1 * RATE  # whole frames
+    # The encoder begins roughly, as the tone does at once.
+    assert np.abs(samples[2000:15000] - wanted[2000:15000]).max() < 0.03
+
+
+def test_a_false_m4a_file_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = m4a(sound(1.0))
+    random = np.random.default_rng(0)
+    for lies in (content[:8] + random.bytes(2000), content[:8] + bytes(2000), content[: len(content) // 3]):
+        with pytest.raises(PromptError, match=r"^the audio begins as M4A, but cannot be decoded \([^\n]*$"):
+            read_audio(lies)
+    with pytest.raises(PromptError, match="the audio has no audio stream; give a file with sound"):
+        read_audio(m4a(sound(0.1), video=True))
+    place = content.index(b"mdat") + 100
+    damaged = content[:place] + random.bytes(400) + content[place + 400 :]
+    with suppress(PromptError):  # a decoder may skip to the next frame
+        assert len(read_audio(damaged)) < 2 * RATE
+    with pytest.raises(LateError):
+        read_audio(content, until=0.0)
+    monkeypatch.setattr("runtime.audio.LONGEST_SECONDS", 0.5)
+    with pytest.raises(PromptError, match=r"the audio has 0.0 hours, at most"):
+        read_audio(content)
+
+
+def test_without_pyav_an_m4a_file_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(PromptError, match=r"the audio is M4A; pip install 'freeexport\[m4a\]', or convert it"):
+        read_audio(b"\0\0\0\x20ftypM4A " + bytes(100))

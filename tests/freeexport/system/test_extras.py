@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 OURS = ("freeexport", "graphs", "runtime")
 VERBS = [verb for group in GROUPS.values() for verb in group]
 # Extras for an option or a device; without them a verb still works.
-OPTIONAL = ("gpu", "tensorrt", "optimum", "grammar", "audio", "metrics", "evaluate")
+OPTIONAL = ("gpu", "tensorrt", "optimum", "grammar", "audio", "m4a", "metrics", "evaluate")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
