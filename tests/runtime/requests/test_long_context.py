@@ -22,7 +22,6 @@ LENGTH = 4000
         ("lookup", "", None),
         ("lookup", "scalar-bf16", None),
         ("exit", "", "int8"),
-        ("lookup", "scalar-bf16", "int8"),
     ],
 )
 def test_lossless_is_full_behind_a_long_prompt(
