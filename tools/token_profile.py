@@ -38,6 +38,7 @@ PRODUCTS = (
 )
 ATTENTION = (
     "HalfAttention",
+    "Int8Attention",
     "HalfCrossAttention",
     "CappedCrossAttention",
     "GroupQueryAttention",

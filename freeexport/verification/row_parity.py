@@ -19,7 +19,7 @@ import numpy as np
 from freeexport.verification.batches import FULL, Batch, Extent
 from freeexport.verification.checks import Check, Measure
 from freeexport.verification.engines import EnginePair
-from runtime.bundle.manifest import FloatType
+from runtime.bundle.manifest import SCALE_BYTES, FloatType
 from runtime.text.sampler import log_softmax
 
 # Limit of a comparison, relative to noise. Faults (a shifted position, another row's cache) exceed
@@ -200,7 +200,10 @@ def in_calls(
         count = np.clip(text.lengths - start, 0, end - start).astype(np.int32)
         for cache in pair.caches.values():
             for array in cache.arrays.values():
-                array[:, :, previous:start] = changed(array[:, :, previous:start])
+                # Of values in 8 bits, only their scales can change so little.
+                in_bytes = array.dtype == np.int8
+                numbers = array[..., -SCALE_BYTES:].view(np.float32) if in_bytes else array
+                numbers[:, :, previous:start] = changed(numbers[:, :, previous:start])
         shallow, deep_outputs = pair.both(text.tokens[:, start:end], count, changed)
         deep = deep_outputs["logits"]
         row, column = np.nonzero(np.arange(end - start) < count[:, None])

@@ -277,6 +277,9 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--head", "int4"), "--head int4 has no effect; choose --precision int8 or int4 or mixed"),
         (("--precision", "int8", "--dialect", "standard"), "choose --dialect ort"),
         (("--target", "cuda", "--precision", "mixed"), "target cuda has no precision mixed"),
+        (("--kv-cache", "int8"), "--kv-cache int8 needs freeexport's own kernels"),
+        (("--kv-cache", "int8", "--target", "cuda"), "not precision fp16 of target cuda"),
+        (("--kv-cache", "int8", "--precision", "int8", "--kernels", "onnxruntime"), "kernels of onnxruntime"),
         (("--calibration", "nowhere"), "--calibration nowhere: there is no such file; name another"),
         (("--data", "nowhere", "--precision", "int4"), "--data nowhere: there is no such file; name another"),
     ],
@@ -285,6 +288,16 @@ def test_a_bad_option_is_refused_before_any_work(
     arguments: tuple[str, ...], message: str, checkpoint: Checkpoint, place: Path
 ) -> None:
     assert message in failed(convert(checkpoint(LLAMA), place / "out", *arguments))
+    assert os.listdir(place) == []
+
+
+@pytest.mark.usefixtures("no_weights_are_read")
+def test_a_cache_in_8_bits_without_the_library_is_refused_with_what_to_install(
+    checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freeexport.conversion.options.missing", lambda: "the kernels are not built; install g++")
+    line = failed(convert(checkpoint(LLAMA), place / "out", "--precision", "int8", "--kv-cache", "int8"))
+    assert "--kv-cache int8: the kernels are not built; install g++; or leave it out" in line
     assert os.listdir(place) == []
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from checkpoints import BY_NAME, Bundles
 
-from freeexport.verification.batches import FULL, QUICK, Extent
+from freeexport.verification.batches import FULL, QUICK, Extent, sample_batch
 from freeexport.verification.checks import Check
 from freeexport.verification.engines import EnginePair
-from freeexport.verification.row_parity import BEST, FACTOR, ROWS, Moved, row_checks
+from freeexport.verification.row_parity import BEST, FACTOR, ROWS, STEP, Moved, measure_noise, row_checks
 from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
 
@@ -91,6 +91,18 @@ def swapped_rows(run: Run, pair: EnginePair, name: str, *arguments: Any) -> Call
         logits = outputs["logits"].reshape(pair.rows, width, -1)
         logits[:, [width - 2, width - 1]] = logits[:, [width - 1, width - 2]]
     return outputs
+
+
+def test_the_noise_of_a_cache_in_8_bits_is_that_of_one_in_16(bundle: Bundles) -> None:
+    means = []
+    for kv_cache in (None, "int8"):
+        opened = Bundle.open(
+            bundle(BY_NAME["llama-tied"], 1, precision="int8", kernels="freeexport", kv_cache=kv_cache)
+        )
+        text = sample_batch(opened, 20)
+        pair = EnginePair(opened, rows=len(text.tokens), threads=1)
+        means.append(measure_noise(pair, text, STEP["8 bits"], draws=2)[1].divergence.mean())
+    assert 0 < means[1] < 4 * means[0]
 
 
 FAULTS = (shifted_position, another_rows_cache, lost_row, wrong_scale, swapped_rows)

@@ -1,4 +1,4 @@
-"""Requests whose keys and values are in 8 bits: alone, beside others, after one that was cancelled, and in beams."""
+"""Requests whose keys and values are in 8 bits: alone, beside others, and after one that was cancelled."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from runtime.kernels import missing
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
 
-PROMPTS = [[3 + (29 * step + 7 * number) % 250 for step in range(20 + 9 * number)] for number in range(4)]
-OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True, "output_logprobs": True}
+PROMPTS = [[3 + (29 * step + 7 * number) % 250 for step in range(20 + 9 * number)] for number in range(3)]
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "output_logprobs": True}
 
 
 def test_answers_do_not_depend_on_what_is_decoded_beside_or_before_them(bundle: Bundles) -> None:
@@ -32,20 +32,8 @@ def test_answers_do_not_depend_on_what_is_decoded_beside_or_before_them(bundle: 
         cancel.set()
         for mode in ("full", "lossless", "lossless"):  # the last reuses prefixes of the others
             decode = partial(session.generate, mode=mode, **OPTIONS)
-            with ThreadPoolExecutor(4) as pool:
+            with ThreadPoolExecutor(3) as pool:
                 found = list(pool.map(decode, PROMPTS))
             assert [(one.token_ids, one.logprobs) for one in found] == [(one.token_ids, one.logprobs) for one in alone]
         assert found[-1].stats.cached_tokens > 0
     assert stream.result.finish_reason == "cancelled"
-
-
-def test_beams_are_those_of_a_session_that_decodes_nothing_else(bundle: Bundles) -> None:
-    path = bundle(BY_NAME["llama-tied"], 1, precision="int8", capacity=128, kv_cache="int8")
-    options: dict[str, Any] = {"mode": "full", "num_beams": 3, "max_new_tokens": 12, "ignore_eos": True}
-    with Session(path, threads=1, slots=4) as session:
-        alone = [session.generate(prompt, **options).token_ids for prompt in PROMPTS]
-        greedy = [session.generate(prompt, **{**options, "num_beams": 1}).token_ids for prompt in PROMPTS]
-        with ThreadPoolExecutor(4) as pool:
-            together = list(pool.map(lambda prompt: session.generate(prompt, **options).token_ids, PROMPTS))
-    assert together == alone
-    assert alone != greedy
