@@ -101,7 +101,7 @@ FREEEXPORT_INLINE int value_of(const uint8_t* data, int bits, int i) {
 // `counter`) and scaled. `halves` are such pairs for the first and the last 16 values. `starts` are
 // the initial sums of products with weights of 4 and of 8 bits whose zero point is the middle. Rows
 // are stored in the order of multiplication: [tiles of rows][groups][rows of the tile].
-struct Group {
+struct alignas(64) Group {  // `wide` has a line of its own
   int8_t values[kGroup];
   float scale;
   int16_t minus_sum;
@@ -109,6 +109,7 @@ struct Group {
   float scaled_sum;
   int16_t halves[2][2];
   int32_t starts[2];
+  int16_t wide[kGroup];  // `values` in 16 bits, where kernels need them
 };
 
 // Kernels of one instruction set.

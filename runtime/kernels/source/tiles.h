@@ -40,6 +40,8 @@ inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride) 
     } else {
       Vec::round(x, 127.0f / peak, to->values, sums);
     }
+    if constexpr (Vec::kWideRows > 0)
+      for (int i = 0; i < kGroup; i++) to->wide[i] = to->values[i];
     const int32_t sum = sums[0] + sums[1];
     to->scale = scale;
     to->minus_sum = static_cast<int16_t>(-sum);
@@ -93,9 +95,9 @@ struct Factors {
   Vec::Scale scale = {};
   Vec::Float offset = {};
 
-  void begin(const Weight& weight, int64_t panel, int lane) {
+  void begin(const Weight& weight, int64_t panel, int lane, int64_t block = 0) {
     groups_of_block = weight.block / kGroup;
-    const int64_t at = panel * weight.blocks() * kPanel + lane;
+    const int64_t at = (panel * weight.blocks() + block) * kPanel + lane;
     scales = weight.scales + at;
     zeros = Where == From::kZero ? weight.zeros + at : nullptr;
     offsets = Where == From::kOffset ? weight.offsets + at : nullptr;
@@ -229,6 +231,7 @@ inline const Tiles& tiles_of(const Weight& weight) {
 }
 
 #include "file_tiles.h"
+#include "wide_tiles.h"
 
 // Multiplies rows first..last with panels panel..end. y begins at row `first` and the first output.
 inline void multiply(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, int64_t end,
@@ -242,7 +245,7 @@ inline void multiply(const Group* rows, int64_t first, int64_t last, const Weigh
   }
   const Tile* tiles = file ? tiles_of_file(weight) : tiles_of(weight).of;
   for (; panel < end; panel++, y += apart)
-    for (int64_t m = first; m < last; m += Vec::kRows)
+    for (int64_t m = wide_rows<Vec>(rows, first, last, weight, panel, y, stride); m < last; m += Vec::kRows)
       tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride);
 }
 
