@@ -8,7 +8,7 @@ namespace {
 struct Vec : Vec256 {
   static constexpr bool kFetches = true;
   static constexpr int kRows = 4;
-  static constexpr int kWideRows = 16;  // below, unpacking takes longer than it saves (Zen 3)
+  static constexpr bool kWide = true;
   static Int pairs(Int weights, Int a) { return _mm256_maddubs_epi16(weights, a); }
   static Int sum_pairs(Int a, Int b) { return _mm256_add_epi16(a, b); }
   static Int widen_pairs(Int a, int16_t factor) { return _mm256_madd_epi16(a, _mm256_set1_epi16(factor)); }
@@ -75,7 +75,7 @@ struct Vec : Vec256 {
       }
   }
   // Adds the products of a group of such weights, for kRows rows.
-  static FREEEXPORT_INLINE void add_wide_products(const Group* rows, const int16_t* weights, Int (&dots)[2][kRows]) {
+  static FREEEXPORT_INLINE void add_wide_products(const int16_t* rows, const int16_t* weights, Int (&dots)[2][kRows]) {
 #pragma GCC unroll 16
     for (int pair = 0; pair < kGroup / 2; pair++) {
       const auto* both = reinterpret_cast<const Int*>(weights + 32 * pair);
@@ -83,7 +83,7 @@ struct Vec : Vec256 {
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; m++) {
         int32_t two;
-        std::memcpy(&two, rows[m].wide + 2 * pair, 4);
+        std::memcpy(&two, rows + m * kGroup + 2 * pair, 4);
         dots[0][m] = sum(dots[0][m], _mm256_madd_epi16(first, all(two)));
         dots[1][m] = sum(dots[1][m], _mm256_madd_epi16(last, all(two)));
         asm("" : "+v"(dots[0][m]), "+v"(dots[1][m]));  // as above

@@ -86,7 +86,8 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   const int64_t all = tiles ? parts(rows, kTileRows) * kTileRows : rows;
   const auto groups = static_cast<size_t>(all * weight.groups());
   const auto inputs = static_cast<size_t>(parts(rows, kPreparedRows) * weight.inputs);
-  const size_t prepared = groups * (tiles ? kGroup * sizeof(uint16_t) : sizeof(Group));
+  const size_t wide = has_wide_rows(product) ? kGroup * sizeof(int16_t) : 0;
+  const size_t prepared = groups * (tiles ? kGroup * sizeof(uint16_t) : sizeof(Group) + wide);
   const size_t normed = product.norm && !product.keeps_norm ? inputs * sizeof(float) : 0;
   const bool few = prepared + normed <= kFewBytes;
   alignas(64) char own[kFewBytes];

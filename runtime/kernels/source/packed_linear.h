@@ -101,7 +101,7 @@ FREEEXPORT_INLINE int value_of(const uint8_t* data, int bits, int i) {
 // `counter`) and scaled. `halves` are such pairs for the first and the last 16 values. `starts` are
 // the initial sums of products with weights of 4 and of 8 bits whose zero point is the middle. Rows
 // are stored in the order of multiplication: [tiles of rows][groups][rows of the tile].
-struct alignas(64) Group {  // `wide` has a line of its own
+struct Group {
   int8_t values[kGroup];
   float scale;
   int16_t minus_sum;
@@ -109,8 +109,19 @@ struct alignas(64) Group {  // `wide` has a line of its own
   float scaled_sum;
   int16_t halves[2][2];
   int32_t starts[2];
-  int16_t wide[kGroup];  // `values` in 16 bits, where kernels need them
 };
+
+// With so many rows, some kernels unpack 8-bit weights to 16 bits. Below, unpacking takes longer than
+// it saves (Zen 3).
+constexpr int64_t kManyRows = 16;
+
+// Returns true if memory for a product's rows in 16 bits follows its groups, in the same order.
+FREEEXPORT_INLINE bool has_wide_rows(const Product& product) {
+  return product.rows >= kManyRows && (product.weight.bits == 8 || product.up.bits == 8);
+}
+FREEEXPORT_INLINE int16_t* wide_rows_of(const Product& product, const Group* rows) {
+  return reinterpret_cast<int16_t*>(const_cast<Group*>(rows) + product.rows * product.weight.groups());
+}
 
 // Kernels of one instruction set.
 struct Kernels {

@@ -7,10 +7,10 @@ constexpr int64_t kGroupValues = int64_t{kGroup} * kPanel;
 
 // Adds the products of `count` groups to the sums of Vec::kRows rows. `factors` are at the first.
 template <typename V, From Where>
-inline void wide_tile(const Group* rows, Factors<8, Where> (&factors)[2], const int16_t* weights, int64_t count,
-                      typename V::Float (&sums)[2][V::kRows]) {
+inline void wide_tile(const Group* rows, const int16_t* wide, Factors<8, Where> (&factors)[2], const int16_t* weights,
+                      int64_t count, typename V::Float (&sums)[2][V::kRows]) {
   constexpr int kRows = V::kRows;
-  for (int64_t g = 0; g < count; g++, rows += kRows, weights += kGroupValues) {
+  for (int64_t g = 0; g < count; g++, rows += kRows, wide += kRows * kGroup, weights += kGroupValues) {
     typename V::Int dots[2][kRows];
 #pragma GCC unroll 2
     for (int w = 0; w < 2; w++) {
@@ -18,7 +18,7 @@ inline void wide_tile(const Group* rows, Factors<8, Where> (&factors)[2], const 
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; m++) dots[w][m] = factors[w].start(rows[m]);
     }
-    V::add_wide_products(rows, weights, dots);
+    V::add_wide_products(wide, weights, dots);
 #pragma GCC unroll 2
     for (int w = 0; w < 2; w++)
 #pragma GCC unroll 8
@@ -28,8 +28,8 @@ inline void wide_tile(const Group* rows, Factors<8, Where> (&factors)[2], const 
 
 // Multiplies whole tiles of rows first..last with the outputs of a panel.
 template <typename V, From Where>
-inline void wide_panel(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y,
-                       int64_t stride) {
+inline void wide_panel(const Group* rows, const int16_t* wide, int64_t first, int64_t last, const Weight& weight,
+                       int64_t panel, float* y, int64_t stride) {
   constexpr int64_t kRows = V::kRows;
   const int64_t groups = weight.groups();
   alignas(64) int16_t unpacked[kWideGroups * kGroupValues];
@@ -42,7 +42,8 @@ inline void wide_panel(const Group* rows, int64_t first, int64_t last, const Wei
     for (int64_t m = first; m < last; m += kRows) {
       Factors<8, Where> factors[2];
       for (int w = 0; w < 2; w++) factors[w].begin(weight, panel, w * V::kLanes, g * kGroup / weight.block);
-      wide_tile<V>(rows + m * groups + g * kRows, factors, unpacked, count, sums[(m - first) / kRows]);
+      const int64_t at = m * groups + g * kRows;
+      wide_tile<V>(rows + at, wide + at * kGroup, factors, unpacked, count, sums[(m - first) / kRows]);
     }
   }
   for (int64_t m = first; m < last; m += kRows)
@@ -54,12 +55,13 @@ inline void wide_panel(const Group* rows, int64_t first, int64_t last, const Wei
 // Multiplies whole tiles with the outputs of a panel if that is faster. Returns the first row that
 // is left. `V` is Vec, but for most instruction sets without these operations.
 template <typename V>
-inline int64_t wide_rows(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y,
-                         int64_t stride) {
-  if constexpr (V::kWideRows > 0) {
-    if (weight.bits == 8 && last - first >= V::kWideRows && kWideGroups * kGroup % weight.block == 0) {
+inline int64_t wide_rows(const Group* rows, const int16_t* wide, int64_t first, int64_t last, const Weight& weight,
+                         int64_t panel, float* y, int64_t stride) {
+  if constexpr (V::kWide) {
+    if (weight.bits == 8 && last - first >= kManyRows && kWideGroups * kGroup % weight.block == 0) {
       last = first + (last - first) / V::kRows * V::kRows;
-      (weight.zeros ? wide_panel<V, From::kZero> : wide_panel<V, From::kMiddle>)(rows, first, last, weight, panel, y, stride);
+      const auto panel_of = weight.zeros ? wide_panel<V, From::kZero> : wide_panel<V, From::kMiddle>;
+      panel_of(rows, wide, first, last, weight, panel, y, stride);
       return last;
     }
   }
