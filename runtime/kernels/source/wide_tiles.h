@@ -6,11 +6,13 @@ constexpr int64_t kWideGroups = 32;  // unpacked at a time: 32 KB, and whole blo
 constexpr int64_t kGroupValues = int64_t{kGroup} * kPanel;
 
 // Adds the products of `count` groups to the sums of Vec::kRows rows. `factors` are at the first.
+// Prefetches as many groups from `next` on, unless it is null.
 template <typename V, From Where>
 inline void wide_tile(const Group* rows, const int16_t* wide, Factors<8, Where> (&factors)[2], const int16_t* weights,
-                      int64_t count, typename V::Float (&sums)[2][V::kRows]) {
+                      const uint8_t* next, int64_t count, typename V::Float (&sums)[2][V::kRows]) {
   constexpr int kRows = V::kRows;
   for (int64_t g = 0; g < count; g++, rows += kRows, wide += kRows * kGroup, weights += kGroupValues) {
+    for (int64_t at = 0; next && at < kGroupValues; at += 64) __builtin_prefetch(next + g * kGroupValues + at, 0, 2);
     typename V::Int dots[2][kRows];
 #pragma GCC unroll 2
     for (int w = 0; w < 2; w++) {
@@ -38,12 +40,14 @@ inline void wide_panel(const Group* rows, const int16_t* wide, int64_t first, in
     for (int m = 0; m < kRows; m++) sums[tile][0][m] = sums[tile][1][m] = V::zero();
   for (int64_t g = 0; g < groups; g += kWideGroups) {
     const int64_t count = least(kWideGroups, groups - g);
-    V::widen(weight.data + (panel * groups + g) * kGroupValues, count, unpacked);
+    const uint8_t* data = weight.data + (panel * groups + g) * kGroupValues;
+    V::widen(data, count, unpacked);
     for (int64_t m = first; m < last; m += kRows) {
       Factors<8, Where> factors[2];
       for (int w = 0; w < 2; w++) factors[w].begin(weight, panel, w * V::kLanes, g * kGroup / weight.block);
       const int64_t at = m * groups + g * kRows;
-      wide_tile<V>(rows + at, wide + at * kGroup, factors, unpacked, count, sums[(m - first) / kRows]);
+      const uint8_t* next = m == first ? data + count * kGroupValues : nullptr;
+      wide_tile<V>(rows + at, wide + at * kGroup, factors, unpacked, next, count, sums[(m - first) / kRows]);
     }
   }
   for (int64_t m = first; m < last; m += kRows)
