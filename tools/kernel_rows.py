@@ -1,12 +1,14 @@
 """Measures what each row of a call costs in our kernels, without ONNX Runtime.
 
-    python -m tools.kernel_rows [--against LIBRARY] [--save rows.json]
+    python -m tools.kernel_rows [--against LIBRARY] [--threads 2] [--save rows.json]
 
-Times the layers' products and the head of SmolLM2-135M with 1 to 8 rows. The weights are random and
-do not fit the processor's caches. --against names a library of another build: the two take turns,
-and their results must have the same bits. Times are the processor time of one thread, 10 %
-quantiles, because other processes only make calls slower. "stream" is the time to read as many
-bytes in one pass of numpy. Run from the root of the repository.
+Times the layers' products and the head of SmolLM2-135M with 1 to 8 rows, or up to 64 (--rows). The
+weights are random and do not fit the processor's caches. --against names a library of another
+build: the two take turns, and their results must have the same bits. With --threads, each thread
+has its share of the outputs of every product, and no thread waits for another. Times are the
+processor time of the slowest thread, 10 % quantiles, because other processes only make calls
+slower. "stream" is the time in which as many threads read as many bytes with numpy. Run from the
+root of the repository.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import ctypes
 import mmap
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from time import thread_time
 from typing import Any, NamedTuple
@@ -31,6 +35,8 @@ from tools.timings import save_timings
 QUANTILE = 0.1
 MEMORY = 256 << 20
 LAYERS = 30
+PANEL = 16  # outputs that are stored together
+COUNTS = (*range(1, 9), 12, 16, 24, 32, 40, 48, 64)  # rows that are timed
 # Outputs, inputs, activation, and whether a norm comes first. An activation has a second weight.
 SILU = 2
 LAYER = ((960, 576, 0, True), (576, 576, 0, False), (1536, 576, SILU, True), (576, 1536, 0, False))
@@ -83,9 +89,13 @@ class Pages:
     """Memory in large pages, as the weights of a session have them."""
 
     def __init__(self) -> None:
-        mapped = mmap.mmap(-1, MEMORY)
         if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Shared memory, the default, has large pages only if the system is configured so.
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            mapped = mmap.mmap(-1, MEMORY, flags=private)
             mapped.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            mapped = mmap.mmap(-1, MEMORY)
         self.bytes = np.frombuffer(mapped, np.uint8)
         self.used = 0
 
@@ -124,6 +134,23 @@ def part(
     return ModelPart(name, products, pages.bytes[began : pages.used])
 
 
+def share(product: PackedProduct, thread: int, threads: int) -> PackedProduct:
+    """Return a product with the outputs that one of several threads computes."""
+    part = PackedProduct.from_buffer_copy(product)
+    for weight in (part.weight, part.up):
+        panels = -(-weight.outputs // PANEL)
+        first = panels * thread // threads
+        last = panels * (thread + 1) // threads
+        scales = first * PANEL * 2 * (weight.inputs // max(1, weight.block))
+        if weight.data:
+            weight.data += first * PANEL * weight.inputs * weight.bits // 8
+            weight.scales += scales
+        if weight.offsets:
+            weight.offsets += scales
+        weight.outputs = min(weight.outputs, last * PANEL) - first * PANEL
+    return part
+
+
 def load(path: Path) -> Any:
     """Return the function of a library that multiplies on one thread.
 
@@ -154,8 +181,10 @@ def multiply(
     return thread_time() - began
 
 
-def measure(libraries: dict[str, Path], rounds: int, most: int) -> list[dict[str, Any]]:
-    """Return a row for each part and library, with milliseconds by number of rows.
+def measure(
+    libraries: dict[str, Path], rounds: int, most: int, threads: int = 1
+) -> list[dict[str, Any]]:
+    """Return a row for each part and library, with milliseconds by number of rows up to `most`.
 
     Raises:
         EngineError: If libraries return different results.
@@ -170,9 +199,11 @@ def measure(libraries: dict[str, Path], rounds: int, most: int) -> list[dict[str
     shapes = (*LAYER, *HEAD)
     inputs = max(shape[1] for shape in shapes)
     x = np.random.default_rng(0).standard_normal((most, inputs), np.float32)
-    y = np.zeros((most, max(shape[0] for shape in shapes)), np.float32)
+    ys = np.zeros((threads, most, max(shape[0] for shape in shapes)), np.float32)
+    y = ys[0]
+    counts = [rows for rows in COUNTS if rows <= most]
     for item in parts:
-        for rows in range(1, most + 1):
+        for rows in counts:
             for product in item.products[: len(LAYER)]:
                 results = set()
                 for call in calls.values():
@@ -182,15 +213,30 @@ def measure(libraries: dict[str, Path], rounds: int, most: int) -> list[dict[str
                     raise EngineError(f"{item.name}: results of {rows} rows differ")
     times: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     streams: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        for item in parts:
-            began = thread_time()
-            item.weights.view(np.uint64).max()
-            streams[item.name].append(thread_time() - began)
-            for rows in range(1, most + 1):
-                for name, call in calls.items():
-                    taken = multiply(call, item.products, rows, x, y)
-                    times[item.name, name, rows].append(taken)
+    shares = {
+        item.name: [
+            [share(product, thread, threads) for product in item.products]
+            for thread in range(threads)
+        ]
+        for item in parts
+    }
+
+    def read(values: np.ndarray) -> float:
+        began = thread_time()
+        values.max()
+        return thread_time() - began
+
+    with ThreadPoolExecutor(threads) as pool:
+        for turn in range(rounds):
+            # The second of two calls may find weights of the first in a cache.
+            in_turn = list(calls.items())[:: 1 if turn % 2 else -1]
+            for item in parts:
+                pieces = np.array_split(item.weights.view(np.uint64), threads)
+                streams[item.name].append(max(pool.map(read, pieces)))
+                for rows in counts:
+                    for name, call in in_turn:
+                        arguments = (repeat(call), shares[item.name], repeat(rows), repeat(x), ys)
+                        times[item.name, name, rows].append(max(pool.map(multiply, *arguments)))
 
     def milliseconds(seconds: list[float]) -> float:
         return round(1000 * float(np.quantile(seconds, QUANTILE)), 3)
@@ -201,9 +247,7 @@ def measure(libraries: dict[str, Path], rounds: int, most: int) -> list[dict[str
             "library": name,
             "megabytes": round(item.weights.nbytes / 1e6, 1),
             "stream": milliseconds(streams[item.name]),
-            "milliseconds": {
-                rows: milliseconds(times[item.name, name, rows]) for rows in range(1, most + 1)
-            },
+            "milliseconds": {rows: milliseconds(times[item.name, name, rows]) for rows in counts},
         }
         for item in parts
         for name in calls
@@ -214,11 +258,12 @@ def measure(libraries: dict[str, Path], rounds: int, most: int) -> list[dict[str
 @click.option("--against", type=click.Path(path_type=Path), help="Library to compare with.")
 @click.option("--rounds", default=40, type=click.IntRange(1), help="Rounds.")
 @click.option("--rows", default=8, type=click.IntRange(1), help="Maximum number of rows.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="Threads.")
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
-def main(against: Path | None, rounds: int, rows: int, save: Path | None) -> None:
+def main(against: Path | None, rounds: int, rows: int, threads: int, save: Path | None) -> None:
     libraries = {"this": LIBRARY} | ({"other": against} if against else {})
     with other_load() as other:
-        found = measure(libraries, rounds, rows)
+        found = measure(libraries, rounds, rows, threads)
     for row in found:
         one = row["milliseconds"][1]
         each = [f"{taken:.2f} ({taken / one:.2f})" for taken in row["milliseconds"].values()]
@@ -230,7 +275,8 @@ def main(against: Path | None, rounds: int, rows: int, save: Path | None) -> Non
         click.echo(load_note(other.cores))
     if save is not None:
         command = "python -m tools.kernel_rows" + (" --against OTHER" if against else "")
-        save_timings(save, f"{command} --rounds {rounds} --rows {rows}", other.cores, found)
+        command += f" --rounds {rounds} --rows {rows} --threads {threads}"
+        save_timings(save, command, other.cores, found)
 
 
 if __name__ == "__main__":

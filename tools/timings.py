@@ -20,7 +20,7 @@ def save_timings(
         path: File to write.
         command: Command that repeats the measurement.
         busy_cores: Mean number of cores that other processes used meanwhile.
-        rows: Results, in milliseconds of processor time of one thread.
+        rows: Results, in milliseconds of processor time of a thread.
     """
     content = {
         "command": command,

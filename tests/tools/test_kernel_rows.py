@@ -34,6 +34,16 @@ def test_two_libraries_are_timed_in_turns(tmp_path: Path) -> None:
     assert "GB/s" in result.output
 
 
+def test_threads_share_the_outputs_of_a_product() -> None:
+    product = kernel_rows.PackedProduct(weight=kernel_rows.PackedWeight(80, 64, 4, 32, 1000, 2000))
+    first, second = (kernel_rows.share(product, thread, 2).weight for thread in range(2))
+    assert (first.outputs, first.data, first.scales) == (32, 1000, 2000)
+    # Two panels of 16 outputs: 64 inputs in 4 bits, and two blocks with a scale of 2 bytes.
+    assert (second.outputs, second.data, second.scales) == (48, 1000 + 32 * 32, 2000 + 32 * 4)
+    result = CliRunner().invoke(kernel_rows.main, ["--rounds", "1", "--rows", "2", "--threads", "2"])
+    assert result.exit_code == 0, result.output
+
+
 def test_libraries_with_other_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied = kernel_rows.multiply
 

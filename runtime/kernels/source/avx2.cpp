@@ -8,6 +8,7 @@ namespace {
 struct Vec : Vec256 {
   static constexpr bool kFetches = true;
   static constexpr int kRows = 4;
+  static constexpr bool kWide = true;
   static Int pairs(Int weights, Int a) { return _mm256_maddubs_epi16(weights, a); }
   static Int sum_pairs(Int a, Int b) { return _mm256_add_epi16(a, b); }
   static Int widen_pairs(Int a, int16_t factor) { return _mm256_madd_epi16(a, _mm256_set1_epi16(factor)); }
@@ -60,6 +61,35 @@ struct Vec : Vec256 {
         for (int w = 0; w < Wide; w++) take(m, w, dots[m][w]);
     }
   };
+  // Unpacks groups of 8-bit weights of a panel to [groups][pairs of inputs][16 outputs][2].
+  static void widen(const uint8_t* data, int64_t groups, int16_t* to) {
+    const Int byte = all(0xff);
+    for (int64_t quad = 0; quad < groups * kGroup / 4; quad++, to += 64)
+      for (int half = 0; half < 2; half++, data += 32) {
+        const Int bytes = load(data);
+        const auto pair = [&](Int even, Int odd) { return _mm256_or_si256(even, _mm256_slli_epi32(odd, 16)); };
+        const Int first = pair(_mm256_and_si256(bytes, byte), _mm256_and_si256(_mm256_srli_epi32(bytes, 8), byte));
+        const Int last = pair(_mm256_and_si256(_mm256_srli_epi32(bytes, 16), byte), _mm256_srli_epi32(bytes, 24));
+        _mm256_store_si256(reinterpret_cast<Int*>(to + 16 * half), first);
+        _mm256_store_si256(reinterpret_cast<Int*>(to + 32 + 16 * half), last);
+      }
+  }
+  // Adds the products of a group of such weights, for kRows rows.
+  static FREEEXPORT_INLINE void add_wide_products(const int16_t* rows, const int16_t* weights, Int (&dots)[2][kRows]) {
+#pragma GCC unroll 16
+    for (int pair = 0; pair < kGroup / 2; pair++) {
+      const auto* both = reinterpret_cast<const Int*>(weights + 32 * pair);
+      const Int first = _mm256_load_si256(both), last = _mm256_load_si256(both + 1);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; m++) {
+        int32_t two;
+        std::memcpy(&two, rows + m * kGroup + 2 * pair, 4);
+        dots[0][m] = sum(dots[0][m], _mm256_madd_epi16(first, all(two)));
+        dots[1][m] = sum(dots[1][m], _mm256_madd_epi16(last, all(two)));
+        asm("" : "+v"(dots[0][m]), "+v"(dots[1][m]));  // as above
+      }
+    }
+  }
   template <int Bits>
   using Unpacked = PairGroup<Vec, Bits>;
 };

@@ -11,6 +11,9 @@ constexpr int64_t kTaskBytes = 24 << 10;
 // If all rows have more inputs than kManyInputs, they are prepared in parallel, kPreparedRows per
 // task.
 constexpr int64_t kManyInputs = 64 << 10, kPreparedRows = 8;
+// Bytes of prepared rows that are kept on the stack. Allocating them takes as long as quantizing a
+// row.
+constexpr size_t kFewBytes = 16 << 10;
 
 const Kernels* const kAll[] = {  // best first
 #if defined(__x86_64__)
@@ -83,9 +86,12 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   const int64_t all = tiles ? parts(rows, kTileRows) * kTileRows : rows;
   const auto groups = static_cast<size_t>(all * weight.groups());
   const auto inputs = static_cast<size_t>(parts(rows, kPreparedRows) * weight.inputs);
-  const size_t prepared = groups * (tiles ? kGroup * sizeof(uint16_t) : sizeof(Group));
+  const size_t wide = has_wide_rows(product) ? kGroup * sizeof(int16_t) : 0;
+  const size_t prepared = groups * (tiles ? kGroup * sizeof(uint16_t) : sizeof(Group) + wide);
   const size_t normed = product.norm && !product.keeps_norm ? inputs * sizeof(float) : 0;
-  auto* memory = static_cast<char*>(allocate(prepared + normed));
+  const bool few = prepared + normed <= kFewBytes;
+  alignas(64) char own[kFewBytes];
+  char* memory = few ? own : static_cast<char*>(allocate(prepared + normed));
   if (memory == nullptr) return false;
   Call call = {kernels, product, reinterpret_cast<Group*>(memory), tiles ? reinterpret_cast<uint16_t*>(memory) : nullptr,
                normed ? reinterpret_cast<float*>(memory + prepared) : nullptr, 0, tiles ? kPromptRows : kTaskRows, 0};
@@ -99,7 +105,7 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   else
     prepare_rows(call, 0, rows);
   run(parallel, context, panel_task, parts(product.panels(), call.task_panels) * call.row_blocks, call);
-  release(memory);
+  if (!few) release(memory);
   return true;
 }
 

@@ -111,6 +111,18 @@ struct Group {
   int32_t starts[2];
 };
 
+// With so many rows, some kernels unpack 8-bit weights to 16 bits. Below, unpacking takes longer than
+// it saves (Zen 3).
+constexpr int64_t kManyRows = 16;
+
+// Returns true if memory for a product's rows in 16 bits follows its groups, in the same order.
+FREEEXPORT_INLINE bool has_wide_rows(const Product& product) {
+  return product.rows >= kManyRows && (product.weight.bits == 8 || product.up.bits == 8);
+}
+FREEEXPORT_INLINE int16_t* wide_rows_of(const Product& product, const Group* rows) {
+  return reinterpret_cast<int16_t*>(const_cast<Group*>(rows) + product.rows * product.weight.groups());
+}
+
 // Kernels of one instruction set.
 struct Kernels {
   const char* name;

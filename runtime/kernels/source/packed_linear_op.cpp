@@ -10,7 +10,8 @@ enum Input : size_t { kX, kData, kScales, kZeros, kBias, kSkip, kNorm, kUpData, 
                       kMultiples, kUpMultiples, kShift, kInputs };
 enum Output : size_t { kY, kTotal, kOutputs };
 
-// One node of a session: its attributes, without tensors, which are read in each call.
+// One node of a session: its attributes and constants. Reading a tensor through ONNX Runtime's API
+// takes 0.1 us, so that of constants in each call would take as long as quantizing a row.
 struct Kernel {
   const ort::Api* api;
   const Kernels* kernels;
@@ -18,13 +19,16 @@ struct Kernel {
   bool given[kInputs];
 };
 
-// Weights are constants, so they are checked only once.
-ort::Status* check_constant(const Kernel& kernel, const ort::KernelInfo* info, size_t input, int type,
-                            int64_t expected) {
+// Checks a constant of the graph and returns its data, which ONNX Runtime keeps as long as the
+// session. Null if the node does not have it.
+template <typename T>
+ort::Status* read_constant(const Kernel& kernel, const ort::KernelInfo* info, size_t input, int type, int64_t expected,
+                           const T** data) {
   static const char* const kNames[] = {"x",       "data",      "scales",      "zero points",      "bias",    "skip",
                                        "norms", "up's data", "up's scales", "up's zero points", "offsets", "up's offsets",
                                        "multiples", "up's multiples", "shifts"};
   const ort::Api* api = kernel.api;
+  *data = nullptr;
   if (!kernel.given[input]) return nullptr;
   int constant = 0, found_type = 0;
   const ort::Value* value = nullptr;
@@ -32,25 +36,27 @@ ort::Status* check_constant(const Kernel& kernel, const ort::KernelInfo* info, s
   if (!constant) return fail(api, ort::kInvalidGraph, "%s are no constant of the graph", kNames[input]);
   int64_t count = 0;
   RETURN_IF_ERROR(elements_of(api, value, &count, &found_type));
-  if (count == expected && found_type == type) return nullptr;
-  return fail(api, ort::kInvalidGraph, "%s have %lld elements, N, K, bits and block_size want %lld", kNames[input],
-              static_cast<long long>(count), static_cast<long long>(expected));
+  if (count != expected || found_type != type)
+    return fail(api, ort::kInvalidGraph, "%s have %lld elements, N, K, bits and block_size want %lld", kNames[input],
+                static_cast<long long>(count), static_cast<long long>(expected));
+  return api->GetTensorMutableData(const_cast<ort::Value*>(value), reinterpret_cast<void**>(const_cast<T**>(data)));
 }
 
-// Checks the tensors of a weight: those that begin at input `data`, offsets and multiples.
-ort::Status* check_weight(const Kernel& kernel, const ort::KernelInfo* info, size_t data, size_t offsets,
-                          size_t multiples, const Weight& w) {
+// Reads the tensors of a weight: those that begin at input `data`, offsets and multiples.
+ort::Status* read_weight(const Kernel& kernel, const ort::KernelInfo* info, size_t data, size_t offsets,
+                         size_t multiples, Weight* weight) {
+  Weight& w = *weight;
   const bool has_offsets = kernel.given[offsets], has_multiples = kernel.given[multiples];
   if (const char* problem = check_form(w, kernel.given[data + 2], has_offsets, has_multiples))
     return fail(kernel.api, ort::kInvalidGraph, "%s", problem);
   const int64_t blocks = w.panels() * w.blocks() * kPanel;
   const int64_t scales = has_multiples ? w.panels() * (w.inputs / kSuper) * kPanel : blocks;
   const int64_t bytes = w.panels() * w.groups() * w.group_bytes();
-  RETURN_IF_ERROR(check_constant(kernel, info, data, ort::kUint8, bytes));
-  RETURN_IF_ERROR(check_constant(kernel, info, data + 1, ort::kFloat16, scales));
-  RETURN_IF_ERROR(check_constant(kernel, info, data + 2, ort::kUint8, blocks));
-  RETURN_IF_ERROR(check_constant(kernel, info, multiples, ort::kInt8, has_offsets ? 2 * blocks : blocks));
-  return check_constant(kernel, info, offsets, ort::kFloat16, scales);
+  RETURN_IF_ERROR(read_constant(kernel, info, data, ort::kUint8, bytes, &w.data));
+  RETURN_IF_ERROR(read_constant(kernel, info, data + 1, ort::kFloat16, scales, &w.scales));
+  RETURN_IF_ERROR(read_constant(kernel, info, data + 2, ort::kUint8, blocks, &w.zeros));
+  RETURN_IF_ERROR(read_constant(kernel, info, multiples, ort::kInt8, has_offsets ? 2 * blocks : blocks, &w.multiples));
+  return read_constant(kernel, info, offsets, ort::kFloat16, scales, &w.offsets);
 }
 
 ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const char* outputs_name,
@@ -91,8 +97,8 @@ ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
   Product& product = kernel->product;
   const bool* given = kernel->given;
   RETURN_IF_ERROR(read_sizes(api, info, "N", "bits", "block_size", &product.weight));
-  RETURN_IF_ERROR(check_weight(*kernel, info, kData, kOffsets, kMultiples, product.weight));
-  RETURN_IF_ERROR(check_constant(*kernel, info, kNorm, ort::kFloat, product.weight.inputs));
+  RETURN_IF_ERROR(read_weight(*kernel, info, kData, kOffsets, kMultiples, &product.weight));
+  RETURN_IF_ERROR(read_constant(*kernel, info, kNorm, ort::kFloat, product.weight.inputs, &product.norm));
   RETURN_IF_ERROR(read_activation(api, info, &product.activation));
   if (given[kNorm]) RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "epsilon", &product.epsilon));
   if (given[kSkip] && !given[kNorm]) return fail(api, ort::kInvalidGraph, "skip goes with a norm");
@@ -102,16 +108,19 @@ ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
   if (given[kShift] && !product.layer) return fail(api, ort::kInvalidGraph, "shifts go with a layer norm");
   if (product.layer && !given[kNorm]) return fail(api, ort::kInvalidGraph, "a layer norm goes with norms");
   if (product.keeps_norm && !given[kSkip]) return fail(api, ort::kInvalidGraph, "keeps_norm goes with skip");
-  RETURN_IF_ERROR(check_constant(*kernel, info, kShift, ort::kFloat, product.weight.inputs));
+  RETURN_IF_ERROR(read_constant(*kernel, info, kShift, ort::kFloat, product.weight.inputs, &product.shift));
   product.beside = integer_of(api, info, "up_N") != 0;
   if (product.beside && (!given[kUpData] || product.activation != kNone))
     return fail(api, ort::kInvalidGraph, "up_N goes with up's data, and with no activation");
   if (given[kUpData]) {
     const char* outputs = product.beside ? "up_N" : "N";
     RETURN_IF_ERROR(read_sizes(api, info, outputs, "up_bits", "up_block_size", &product.up));
-    RETURN_IF_ERROR(check_weight(*kernel, info, kUpData, kUpOffsets, kUpMultiples, product.up));
+    RETURN_IF_ERROR(read_weight(*kernel, info, kUpData, kUpOffsets, kUpMultiples, &product.up));
   }
-  return check_constant(*kernel, info, kBias, ort::kFloat, product.outputs());
+  const float*& bias = product.weight.bias;
+  RETURN_IF_ERROR(read_constant(*kernel, info, kBias, ort::kFloat, product.outputs(), &bias));
+  if (product.beside && bias) product.up.bias = bias + product.weight.outputs;
+  return nullptr;
 }
 
 ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
@@ -153,19 +162,12 @@ ort::Status* output_of(const Kernel& kernel, ort::KernelContext* context, size_t
   return kernel.api->GetTensorMutableData(value, reinterpret_cast<void**>(data));
 }
 
-void set_tensors(const void* const* inputs, const void* offsets, const void* multiples, Weight* weight) {
-  weight->data = static_cast<const uint8_t*>(inputs[0]);
-  weight->scales = static_cast<const uint16_t*>(inputs[1]);
-  weight->zeros = static_cast<const uint8_t*>(inputs[2]);
-  weight->offsets = static_cast<const uint16_t*>(offsets);
-  weight->multiples = static_cast<const int8_t*>(multiples);
-}
-
 ort::Status* compute(void* op, ort::KernelContext* context) {
   const Kernel& kernel = *static_cast<Kernel*>(op);
   const ort::Api* api = kernel.api;
   Product product = kernel.product;
   const ort::Value* x = nullptr;
+  const void *rows = nullptr, *skip = nullptr;
   RETURN_IF_ERROR(api->KernelContext_GetInput(context, kX, &x));
   int64_t shape[kMostRank];
   size_t rank = 0;
@@ -176,17 +178,10 @@ ort::Status* compute(void* op, ort::KernelContext* context) {
   }
   shape[rank - 1] = product.outputs();
   RETURN_IF_ERROR(output_of(kernel, context, kY, shape, rank, &product.y));
-  const void* inputs[kInputs] = {};
-  for (size_t input = kX; input < kInputs; input++)
-    RETURN_IF_ERROR(input_of(api, context, input, kernel.given[input], &inputs[input]));
-  product.x = static_cast<const float*>(inputs[kX]);
-  product.skip = static_cast<const float*>(inputs[kSkip]);
-  product.norm = static_cast<const float*>(inputs[kNorm]);
-  product.shift = static_cast<const float*>(inputs[kShift]);
-  product.weight.bias = static_cast<const float*>(inputs[kBias]);
-  if (product.beside && product.weight.bias) product.up.bias = product.weight.bias + product.weight.outputs;
-  set_tensors(inputs + kData, inputs[kOffsets], inputs[kMultiples], &product.weight);
-  set_tensors(inputs + kUpData, inputs[kUpOffsets], inputs[kUpMultiples], &product.up);
+  RETURN_IF_ERROR(input_of(api, context, kX, true, &rows));
+  RETURN_IF_ERROR(input_of(api, context, kSkip, kernel.given[kSkip], &skip));
+  product.x = static_cast<const float*>(rows);
+  product.skip = static_cast<const float*>(skip);
   product.prompt = reading_prompt;
   Session session = {api, context, nullptr};
   if (!packed_linear(*kernel.kernels, product, parallel_for, &session))

@@ -13,6 +13,7 @@ struct Vec : PlainInputs {
   using Float = float;
   static constexpr int kLanes = 1, kRows = 1;
   static constexpr bool kFetches = false;
+  static constexpr bool kWide = false;
   static constexpr int32_t kNothing = 0;
 
   static Float set(float value) { return value; }

@@ -57,8 +57,13 @@ inline int64_t rows_of_tile(int64_t first, int64_t last) { return last - first <
 
 inline void prepare(const Product& product, int64_t row, float* normed, Group* rows) {
   const float* x = normed_row(product, row, normed);
-  const int64_t tile = row / Vec::kRows * Vec::kRows;
-  quantize(x, product.weight.inputs, rows + tile * product.weight.groups() + (row - tile), rows_of_tile(tile, product.rows));
+  const int64_t tile = row / Vec::kRows * Vec::kRows, groups = product.weight.groups();
+  const int64_t first = tile * groups + (row - tile), stride = rows_of_tile(tile, product.rows);
+  quantize(x, product.weight.inputs, rows + first, stride);
+  if (!Vec::kWide || !has_wide_rows(product)) return;
+  int16_t* wide = wide_rows_of(product, rows);
+  for (int64_t at = first; at < first + groups * stride; at += stride)
+    for (int i = 0; i < kGroup; i++) wide[at * kGroup + i] = rows[at].values[i];
 }
 
 // Adds the bias to the sums of M rows, for outputs from `output`, and stores them in y, whose rows
@@ -93,9 +98,9 @@ struct Factors {
   Vec::Scale scale = {};
   Vec::Float offset = {};
 
-  void begin(const Weight& weight, int64_t panel, int lane) {
+  void begin(const Weight& weight, int64_t panel, int lane, int64_t block = 0) {
     groups_of_block = weight.block / kGroup;
-    const int64_t at = panel * weight.blocks() * kPanel + lane;
+    const int64_t at = (panel * weight.blocks() + block) * kPanel + lane;
     scales = weight.scales + at;
     zeros = Where == From::kZero ? weight.zeros + at : nullptr;
     offsets = Where == From::kOffset ? weight.offsets + at : nullptr;
@@ -229,10 +234,11 @@ inline const Tiles& tiles_of(const Weight& weight) {
 }
 
 #include "file_tiles.h"
+#include "wide_tiles.h"
 
 // Multiplies rows first..last with panels panel..end. y begins at row `first` and the first output.
-inline void multiply(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, int64_t end,
-                     float* y, int64_t stride, int64_t apart) {
+inline void multiply(const Group* rows, const int16_t* wide, int64_t first, int64_t last, const Weight& weight,
+                     int64_t panel, int64_t end, float* y, int64_t stride, int64_t apart) {
   const bool file = weight.multiples || weight.bits == 5;
   if (Vec::kLanes == kPanel && last - first > 1 && !file) {
     const TwoTiles* two = tiles_of(weight).of_two;
@@ -242,7 +248,7 @@ inline void multiply(const Group* rows, int64_t first, int64_t last, const Weigh
   }
   const Tile* tiles = file ? tiles_of_file(weight) : tiles_of(weight).of;
   for (; panel < end; panel++, y += apart)
-    for (int64_t m = first; m < last; m += Vec::kRows)
+    for (int64_t m = wide_rows<Vec>(rows, wide, first, last, weight, panel, y, stride); m < last; m += Vec::kRows)
       tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride);
 }
 
@@ -258,10 +264,11 @@ inline void gated_panels(const Product& product, const Group* rows, int64_t firs
     std::memset(gate, 0, static_cast<size_t>(all) * sizeof(float));
     std::memset(up, 0, static_cast<size_t>(all) * sizeof(float));
   }
-  multiply(rows, first, last, weight, panel, end, gate, kPanel, values);
+  const int16_t* wide = wide_rows_of(product, rows);
+  multiply(rows, wide, first, last, weight, panel, end, gate, kPanel, values);
   activate(product.activation, gate, all);
   if (product.up.data != nullptr) {
-    multiply(rows, first, last, product.up, panel, end, up, kPanel, values);
+    multiply(rows, wide, first, last, product.up, panel, end, up, kPanel, values);
     for (int64_t i = 0; i < all; i++) gate[i] *= up[i];
   }
   for (int64_t p = panel; p < end; p++) {
@@ -278,8 +285,10 @@ inline void panels(const Product& product, const Group* rows, int64_t first, int
   if (product.beside || (product.activation == kNone && product.up.data == nullptr)) {
     float* y = product.y + first * product.outputs();
     const int64_t own = weight.panels(), stride = product.outputs(), behind = panel > own ? panel - own : 0;
-    multiply(rows, first, last, weight, panel, end < own ? end : own, y + panel * kPanel, stride, kPanel);
-    multiply(rows, first, last, product.up, behind, end - own, y + weight.outputs + behind * kPanel, stride, kPanel);
+    const int16_t* wide = wide_rows_of(product, rows);
+    float* beside = y + weight.outputs + behind * kPanel;
+    multiply(rows, wide, first, last, weight, panel, end < own ? end : own, y + panel * kPanel, stride, kPanel);
+    multiply(rows, wide, first, last, product.up, behind, end - own, beside, stride, kPanel);
     return;
   }
   const int64_t most = kGatedRows / (last - first);

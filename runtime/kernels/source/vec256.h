@@ -16,6 +16,7 @@ struct Vec256 {
   using Float = __m256;
   static constexpr int kLanes = 8;
   static constexpr bool kFetches = false;
+  static constexpr bool kWide = false;
   static constexpr int32_t kNothing = kCounter * -32768;
 
   static Float set(float value) { return _mm256_set1_ps(value); }

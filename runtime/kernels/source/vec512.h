@@ -16,6 +16,7 @@ struct Vec512 {
   using Float = __m512;
   static constexpr int kLanes = 16;
   static constexpr bool kFetches = false;
+  static constexpr bool kWide = false;
   static constexpr int32_t kNothing = kCounter * -32768;
 
   static Float set(float value) { return _mm512_set1_ps(value); }

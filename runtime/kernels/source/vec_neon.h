@@ -20,6 +20,7 @@ struct VecNeon {
   };
   static constexpr int kLanes = 8, kRows = 4;
   static constexpr bool kFetches = false;
+  static constexpr bool kWide = false;
   static constexpr int32_t kNothing = 0;
 
   static Float set(float value) { return {vdupq_n_f32(value), vdupq_n_f32(value)}; }

@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from kernel_cases import (
 from profiles import tries
 
 import runtime.kernels
-from graphs.quantization.rounding import Rounded, round_4_bits
+from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
 from runtime.kernels import missing
 
 SOURCE = Path(runtime.kernels.__file__).with_name("source")
@@ -82,6 +83,20 @@ def test_the_bits_of_a_row_depend_neither_on_the_others_nor_on_threads(bits, thr
         for start in (0, 33 - count):
             (y,) = product.run(None, {"x": x[start : start + count]})
             assert_same_bits(y, np.stack(alone[start : start + count]))
+
+
+@pytest.mark.parametrize(("inputs", "block", "zeros"), [(1100, 32, True), (1056, 128, False), (400, 96, False)])
+def test_many_rows_have_the_same_bits_with_8_bit_weights(inputs, block, zeros):
+    rng = np.random.default_rng(inputs)
+    rounded = round_8_bits(rng.standard_normal((43, inputs)).astype(np.float32), block, np.dtype(np.float16))
+    case, x = case_of(rounded, inputs, 8, block), rows(rng, 131, inputs)
+    if zeros:
+        points = rng.integers(0, 256, case.packed.scales.shape, np.uint8)
+        case = replace(case, packed=replace(case.packed, zero_points=points))
+    x[70, 5] = np.nan
+    x[100] = 0
+    for count in (16, 19, 64, 83, 131):
+        everywhere(x[:count], case)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
