@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
 
 import freeexport.system.file_lock
+from runtime.engines import kv_cache
 from runtime.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,16 @@ def test_cores_and_memory_are_known_without_affinity_and_proc(tmp_path: Path, mo
     assert 0 < machine.available_memory() <= psutil.virtual_memory().total
     monkeypatch.setattr(machine, "memory_left", lambda: 5)
     assert machine.available_memory() == 5
+
+
+def test_windows_has_no_memory_of_glibc_to_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def library(name: str | None) -> None:
+        raise TypeError("argument of type 'NoneType' is not iterable")  # as Windows does without a name
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("ctypes.CDLL", library)
+    numbers = ("max_pending", "kv_bytes_per_token", "feature_bytes_per_token", "encoder_capacity")
+    kv_cache.check_memory(SimpleNamespace(**dict.fromkeys(numbers, 1)), capacity=1, slots=1)
 
 
 def test_windows_locks_a_byte_behind_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypedDict
@@ -348,8 +349,9 @@ def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 
     """
     # glibc's heaps, one per thread, keep memory of closed sessions: 30 MB after SmolLM2 (477 MB)
     # was opened 16 times.
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
     rows = capacity + manifest.max_pending
     each = manifest.kv_bytes_per_token + manifest.feature_bytes_per_token
     longest = manifest.encoder_capacity

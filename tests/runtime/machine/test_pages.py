@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from runtime.kernels import missing
 from runtime.machine.machine import LARGE, lazy_zeros, read_in_large_pages, write_back
 
 SIZE = 8 << 20
+
+resource = pytest.importorskip("resource")  # not on Windows
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 
