@@ -63,7 +63,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "serving": "",
         "task_metrics": "",
         "checkpoints": "system",
-        "costs": "system",
+        "costs": "task_metrics system",
         "training": "costs checkpoints task_metrics system",
         "calibrate": "training costs checkpoints task_metrics system",
         "verification": "calibrate training costs checkpoints system",

@@ -323,9 +323,10 @@ def drafting_speedup(costs: Costs, acceptance: float, most: int) -> float:
 
 def _gain_verdict(precision: str, gain: DraftGain, where: str, calibrate: str) -> Verdict:
     """Return the verdict on an exit that is not calibrated, but whose gain was measured."""
+    interval = f"95 %: {gain.low:.2f} to {gain.high:.2f}"
     measured = (
-        f"with {where}, mode lossless is {gain.value:.2f}x ({gain.low:.2f} to {gain.high:.2f}) as "
-        f"fast as with drafts from the text alone, measured on {gain.prompts} sample prompts"
+        f"with {where}, mode lossless is {gain.value:.2f}x ({interval}) as fast as with drafts "
+        f"from the text alone, measured on {gain.prompts} sample prompts"
     )
     if gain.pays:
         return Verdict(
@@ -352,7 +353,12 @@ def _drafting_verdict(facts: ExitFacts, where: str, calibrate: str) -> Verdict:
             f"does not pay at {facts.precision}: {expected}",
             "convert without the exit, and mode lossless drafts from the text alone",
         )
-    return Verdict("neutral", f"can pay: {expected}; mode free needs a threshold", calibrate)
+    return Verdict(
+        "neutral",
+        f"can pay: {expected}, not compared with drafts from the text alone; mode free needs a "
+        "threshold",
+        calibrate,
+    )
 
 
 def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:

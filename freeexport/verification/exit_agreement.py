@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 # Greedy tokens of an answer, and the longest prompt, in tokens.
 ANSWER = 64
 PROMPT = 256
-# Share of the agreement with its own base that an exit must reach with other weights. Of 0.637 with
-# its own, smollm2-chat kept 0.90 with a fine-tune of the model and 0.87 with weights rounded to 4
-# bits without offsets. With 3 bits, which leave 37 % of the model's own tokens equal, it kept 0.48.
+# Share of the agreement with its own base that an exit must reach with other weights. Of 0.64 with
+# its own, on prompts that the model wrote, smollm2-chat kept 0.90 with a fine-tune of the model and
+# 0.87 to 0.90 with weights rounded to 4 bits without offsets. With 3 bits, which leave
+# 37 % of the model's own tokens equal, it kept 0.48.
 LEAST_SHARE = 0.8
 
 

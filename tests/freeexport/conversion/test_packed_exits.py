@@ -380,14 +380,14 @@ def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
 
     monkeypatch.setattr(generation, "Drafts", SeenDrafts)
     elsewhere = replace(here, host=replace(host(1), processor="another"))
-    for costs, gain, drafts, expected in (
-        (here, 1.2, "auto", True),
-        (here, 1.01, "auto", False),
-        (here, 1.01, "exit", True),
-        (elsewhere, 1.01, "auto", True),
-        (None, 1.01, "auto", True),
+    for costs, low, drafts, expected in (
+        (here, 1.01, "auto", True),
+        (here, 0.99, "auto", False),
+        (here, 0.99, "exit", True),
+        (elsewhere, 0.99, "auto", True),
+        (None, 0.99, "auto", True),
     ):
-        known = replace(record, gain=DraftGain(gain, gain, gain, 8))
+        known = replace(record, gain=DraftGain(1.1, low, 1.2, 8))
         (out / MANIFEST).write_text(replace(made, costs=costs, ready_made_exit=known).to_json())
         with Session(out, threads=1) as session:
             for _ in range(2):  # the first requests of a setting alternate

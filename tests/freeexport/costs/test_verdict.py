@@ -139,7 +139,9 @@ def test_drafts_pay_from_an_acceptance_on() -> None:
         "does not pay at int4: the exit after layer 10 of 30 is expected to make mode lossless 0.92x as fast as mode "
         "full at int4, by the engines' measured times, with 10% of its drafts accepted"
     )
-    assert verdict(replace(facts, drafting=1.3)).level == "neutral"
+    found = verdict(replace(facts, drafting=1.3))
+    assert found.level == "neutral"
+    assert ", not compared with drafts from the text alone" in found.text
     assert verdict(replace(facts, basis="unknown")).text.endswith("speed not measured")
 
 
@@ -149,12 +151,13 @@ def test_a_measured_gain_decides_whether_an_exit_pays() -> None:
     found = verdict(facts)
     assert (found.level, found.text) == (
         "bad",
-        "does not pay at int4: with the exit after layer 10 of 30, mode lossless is 1.01x (1.00 to 1.03) as fast as "
-        "with drafts from the text alone, measured on 32 sample prompts, and therefore drafts from the text alone",
+        "does not pay at int4: with the exit after layer 10 of 30, mode lossless is 1.01x (95 %: 1.00 to 1.03) as "
+        "fast as with drafts from the text alone, measured on 32 sample prompts, and therefore drafts from the text "
+        "alone",
     )
     found = verdict(replace(facts, precision="int8", drafting=0.9, gain=DraftGain(1.07, 1.05, 1.08, 32)))
     assert found.level == "good"
-    assert found.text.startswith("pays at int8: with the exit after layer 10 of 30, mode lossless is 1.07x (1.05 to ")
+    assert found.text.startswith("pays at int8: with the exit after layer 10 of 30, mode lossless is 1.07x (95 %: ")
 
 
 # A token takes 4 with all layers; 2 of shallow and head when it exits.
