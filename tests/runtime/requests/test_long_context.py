@@ -14,9 +14,7 @@ from runtime import Session
 LENGTH = 4000
 
 
-@pytest.mark.parametrize(
-    ("instructions", "kv_cache"), [("", None), ("scalar-bf16", None), ("", "int8")]
-)
+@pytest.mark.parametrize(("instructions", "kv_cache"), [("", None), ("scalar-bf16", None), ("", "int8")])
 def test_lossless_is_full_behind_a_long_prompt(
     instructions: str, kv_cache: str | None, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
