@@ -58,7 +58,7 @@ class Aligner:
             layers = manifest.shallow_caches if name == "shallow" else manifest.deep_layers
             kind = cross["cross.0.key"].dtype
             cache = KVCache(
-                layers, slots=1, kv_heads=manifest.kv_heads, rows=count, head_dim=size, dtype=kind
+                layers, slots=1, kv_heads=manifest.kv_heads, rows=count, width=size, dtype=kind
             ).arrays
             read = {part: array for part, array in given.items() if part in inputs}
             read |= {f"past.{part}": array for part, array in cache.items()}
