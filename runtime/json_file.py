@@ -125,9 +125,11 @@ def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
         UnreadableError: If the file is missing or cannot be read.
     """
     with opened(path, limit) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise UnreadableError(f"it has more than the {limit} bytes that are read")
+        # Python allocates all bytes that are asked for. Files of the kernel have a size of 0.
+        asked = os.fstat(file.fileno()).st_size or limit
+        content = file.read(asked + 1)
+    if len(content) > asked:
+        raise UnreadableError(f"it has more than the {asked} bytes that are read")
     return content
 
 

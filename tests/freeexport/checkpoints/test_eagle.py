@@ -79,7 +79,7 @@ REFUSED: tuple[tuple[dict[str, Any], Callable[[dict[str, np.ndarray]], Any] | No
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "change", "reason"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("config", "change", "reason"), REFUSED, ids=[case[2][:40] for case in REFUSED])
 def test_a_head_that_does_not_fit_is_refused_in_a_line(
     config: dict[str, Any],
     change: Callable[[dict[str, np.ndarray]], Any] | None,
