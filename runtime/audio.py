@@ -197,7 +197,7 @@ def _read_m4a(file: BinaryIO, name: str, until: float) -> np.ndarray:
     samples = bytearray()
     try:
         # Only this format: others may read further files.
-        with av.open(file, format="mp4") as container:
+        with av.open(file, mode="r", format="mp4") as container:
             if not container.streams.audio:
                 raise PromptError(f"{name} has no audio stream; give a file with sound")
             stream = container.streams.audio[0]
