@@ -226,12 +226,11 @@ def _notes(
     for row in rows:
         if row["method"] != "full":
             continue
-        notes += [
-            f"{name} gives the full model of {row['bundle']} 0: "
-            "it does not fit these data, or this model; nothing is relative to that"
-            for name, score in row["scores"].items()
-            if not score["value"]
-        ]
+        if zero := [name for name, score in row["scores"].items() if not score["value"]]:
+            notes.append(
+                f"{', '.join(zero)} of the full model of {row['bundle']}: 0, which does not fit "
+                "these data, or this model; nothing is relative to that"
+            )
         if row["cut"] > MOST_CUT:
             cut = f"{row['cut']:.0%} of the outputs of {row['bundle']}"
             notes.append(f"{cut} were cut at the limit; raise --max-new-tokens")
