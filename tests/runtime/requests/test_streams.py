@@ -121,7 +121,7 @@ def test_deadline_and_cancel_are_different_ends(open_session: Open) -> None:
     assert (ended.finish_reason, ended.complete, ended.interrupted) == ("cancelled", False, True)
     whole = session.generate(PROMPT, deadline=60, **ENDLESS)
     assert (whole.finish_reason, whole.complete, whole.interrupted) == ("length", False, False)
-    with session.stream(PROMPT, deadline=60, **ENDLESS) as stream:
+    with session.stream(PROMPT, deadline=60, logits_processor=slowly, **ENDLESS) as stream:
         next(stream)
     assert stream.result.finish_reason == "cancelled"
 
