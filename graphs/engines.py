@@ -225,8 +225,7 @@ class EngineBuilder:
         taps = fused_layers(self.description.exit_input, first, len(layers))
         for last in taps if fusion is None else fusion.layers:
             hidden = self._layers(graph, dialect, hidden, layers[first:last], first)
-            plain = fusion is not None
-            earlier.append(hidden if plain else unit_scaled(graph, dialect, hidden, width))
+            earlier.append(hidden if fusion else unit_scaled(graph, dialect, hidden, width))
             first = last
         hidden = self._layers(graph, dialect, hidden, layers[first:], first)
         read = graph.op("Gather", [hidden, head_rows(graph, rows)], axis=0)

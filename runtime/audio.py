@@ -36,8 +36,8 @@ COMPRESSED = (
     (b"ID3", "MP3", ("MP3", "MPEG")),
     *((bytes([0xFF, second]), "MP3", ("MP3", "MPEG")) for second in (0xFB, 0xFA, 0xF3, 0xF2)),
 )
+M4A = b"ftyp"  # bytes 4 to 8 of an MP4 file, which is read with PyAV
 # WAV files of floats, and of compressed samples.
-M4A = b"ftyp"  # after four bytes, of every MP4 file
 OTHER_WAV = ("a WAV file without PCM samples", ("WAV", "WAVEX"))
 MOST_CHANNELS = 8  # of a compressed file, whose size does not limit its samples
 LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
@@ -166,11 +166,7 @@ def _read_compressed(
         with soundfile.SoundFile(file) as sound:
             if sound.format not in formats:
                 raise PromptError(f"{broken} (it is {sound.format}); convert it to a WAV file")
-            if sound.channels > MOST_CHANNELS:
-                raise PromptError(
-                    f"{name} has {sound.channels} channels, at most {MOST_CHANNELS} are read; "
-                    "convert it to one"
-                )
+            _check_channels(sound.channels, name)
 
             def read(first: int, frames: int) -> np.ndarray:
                 sound.seek(first)
@@ -201,11 +197,7 @@ def _read_m4a(file: BinaryIO, name: str, until: float) -> np.ndarray:
             if not container.streams.audio:
                 raise PromptError(f"{name} has no audio stream; give a file with sound")
             stream = container.streams.audio[0]
-            if not 1 <= stream.channels <= MOST_CHANNELS:
-                raise PromptError(
-                    f"{name} has {stream.channels} channels, at most {MOST_CHANNELS} are read; "
-                    "convert it to one"
-                )
+            _check_channels(stream.channels, name)
             _check_rate(stream.rate, name)
             if stream.duration is not None and stream.time_base is not None:
                 _check_length(float(stream.duration * stream.time_base), name)
@@ -265,6 +257,13 @@ def _wav_header(file: BinaryIO) -> tuple[int, int, int, int, int]:
             return rate, channels, width, file.tell(), header.getnframes()
     except (RuntimeError, ValueError) as error:  # raised by the library for sizes beyond the file
         raise wave.Error(str(error) or "a chunk ends beyond the file") from None
+
+
+def _check_channels(channels: int, name: str) -> None:
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise PromptError(
+            f"{name} has {channels} channels, at most {MOST_CHANNELS} are read; convert it to one"
+        )
 
 
 def _check_rate(rate: int, name: str) -> None:

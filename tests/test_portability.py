@@ -1,4 +1,4 @@
-"""What only Linux or POSIX has is not needed to import the packages, nor to use what has a substitute."""
+"""Packages import without features of Linux or POSIX, and use the substitute of each that has one."""
 
 from __future__ import annotations
 
