@@ -18,14 +18,19 @@ CALIBRATION_LINES = 200
 CALIBRATION = f"--rule risk --risk {RISK} --samples {CALIBRATION_LINES}"
 # Version of the test splits. Training after a measurement on test lines requires a new version.
 TEST_VERSION = 2
-# The chat exit was trained after version 3 of its prompts was measured.
-PROMPTS_VERSION = 4
+# The chat exit was trained after version 4 of its prompts was measured.
+PROMPTS_VERSION = 5
 LINES = 150
 ORDINARY_LINES = 300
 # Versions of the ordinary prompts. The rows measure the last one.
 ORDINARY = tuple(
     Path(__file__).parents[1] / "data" / name
-    for name in ("ordinary_prompts.jsonl", "ordinary_prompts_2.jsonl", "ordinary_prompts_3.jsonl")
+    for name in (
+        "ordinary_prompts.jsonl",
+        "ordinary_prompts_2.jsonl",
+        "ordinary_prompts_3.jsonl",
+        "ordinary_prompts_4.jsonl",
+    )
 )
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 G2P = "freeexport/data/g2p"
