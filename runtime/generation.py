@@ -160,8 +160,9 @@ class Generation:
         # "lossless" must not cost more than "full" before drafts are known to pay.
         drafts = options.drafts
         if drafts == "auto" and not model.drafts_exit:
-            drafts = "lookup"
-        self._exits = self.mode != "full" and not (self.mode == "lossless" and drafts == "lookup")
+            drafts = "phrases"
+        text_alone = self.mode == "lossless" and drafts in ("lookup", "phrases")
+        self._exits = self.mode != "full" and not text_alone
         if self.mode == "lossless" and drafts == "auto" and model.chooses_exit:
             acceptance = model.learned.acceptance(self._threshold, options.samples)
             self._exits = acceptance.saving.next()
@@ -291,6 +292,7 @@ class Generation:
                 own=options.draft_source,
                 memory=model.memory,
                 salt=options.cache_salt,
+                phrases=model.phrase_tables(bundled=options.drafts != "lookup"),
             )
         reads_exit = self._exits or not model.own_layers
         costs = learned.costs if reads_exit else learned.costs_without_exit

@@ -12,8 +12,10 @@ import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import REMEDY
 from runtime.decoding.draft_acceptance import LearnedDrafts
 from runtime.decoding.draft_memory import TextMemory
+from runtime.decoding.phrases import PHRASES, PhraseTable, misfit
 from runtime.engines.prefix_store import PrefixStore, keeps_generated
 from runtime.engines.runner import Encoder
 from runtime.errors import BundleError, OptionError, shown
@@ -55,6 +57,8 @@ class Model:
         guard: Wraps callbacks of the caller.
         prefixes: Stored keys and values, or encoder outputs, of earlier requests. None if disabled.
         memory: Outputs of earlier requests, for drafts. None if disabled.
+        corpus: What followed each n-gram of the texts of `draft_corpus`. None without them.
+        phrases: The bundle's table of phrases. None if it has none.
         drafts_exit: Mode lossless drafts from the exit by default. False if `convert` measured on
             this machine that it does not pay.
     """
@@ -70,6 +74,8 @@ class Model:
     guard: Guard
     prefixes: PrefixStore | None = None
     memory: TextMemory | None = None
+    corpus: PhraseTable | None = None
+    phrases: PhraseTable | None = None
     drafts_exit: bool = True
 
     def __post_init__(self) -> None:
@@ -84,6 +90,11 @@ class Model:
         self._grammars = Grammars(
             self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids
         )
+
+    def phrase_tables(self, bundled: bool) -> list[PhraseTable]:
+        """Return the tables that a request drafts from, with or without that of the bundle."""
+        tables = (self.corpus, self.phrases if bundled else None)
+        return [table for table in tables if table is not None]
 
     def encode(
         self,
@@ -197,21 +208,16 @@ class Model:
         return replace(options, **changes) if changes else options
 
 
-def open_memory(
-    options: SessionOptions, vocab_size: int, tokenizer: Tokenizer | None
-) -> TextMemory | None:
-    """Return the draft memory of a session with its corpus, None if it is disabled.
+def open_corpus(options: SessionOptions, tokenizer: Tokenizer | None) -> PhraseTable | None:
+    """Return the phrases of the texts of `draft_corpus`, None without them.
 
     Raises:
-        OptionError: If the corpus cannot be used.
+        OptionError: If the texts cannot be used.
     """
-    limit = options.draft_memory_bytes
-    if not limit:
-        return None
-    memory = TextMemory(vocab_size, limit)
     if options.draft_corpus is None:
-        return memory
+        return None
     path = Path(options.draft_corpus)
+    limit = options.draft_memory_bytes
     texts = read_corpus(path, limit)
     if tokenizer is None:
         raise OptionError(
@@ -219,12 +225,30 @@ def open_memory(
             "leave it out"
         )
     encoded = (tokenizer.encode(text, special=False, parse_special=False) for text in texts)
-    if not memory.add_corpus(encoded):
+    table = PhraseTable.build(encoded)
+    if table.nbytes > limit:
         raise OptionError(
-            f"draft_corpus is {shown(str(path))}, whose tokens take more memory than "
-            f"draft_memory_mb, {options.draft_memory_mb}; shorten it or raise draft_memory_mb"
+            f"draft_corpus is {shown(str(path))}, whose phrases take {table.nbytes:,} bytes, more "
+            f"than draft_memory_mb allows, {limit:,}; shorten it or raise draft_memory_mb"
         )
-    return memory
+    return table
+
+
+def read_phrases(bundle: Bundle) -> PhraseTable | None:
+    """Return the bundle's table of phrases, None if it has none.
+
+    Raises:
+        BundleError: If the table is damaged.
+    """
+    if PHRASES not in bundle.manifest.files:
+        return None
+    try:
+        entries = np.load(bundle.path / PHRASES, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise BundleError(f"{PHRASES} is damaged: it cannot be read; {REMEDY}") from None
+    if (reason := misfit(entries, bundle.manifest.vocab_size)) is not None:
+        raise BundleError(f"{PHRASES} is damaged: {reason}; {REMEDY}")
+    return PhraseTable(entries)
 
 
 def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from runtime.text.sampler import LogitsProcessor
 
 Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-Drafts = Literal["auto", "exit", "lookup", "none"]
+Drafts = Literal["auto", "exit", "phrases", "lookup", "none"]
 # Returns token ids that may follow, given the tokens read and generated so far, int64 [n].
 DraftSource = Callable[[np.ndarray], Sequence[int] | np.ndarray]
 
@@ -76,9 +76,9 @@ class GenerationOptions:
 
     drafts: Drafts | None = None
     """Source of drafts in "lossless". "exit": the shallow decoder. "lookup": text repeated from the
-    prompt, the output or earlier outputs (draft_memory_mb). "none": no drafts, as "full". "auto":
-    lookup first, then the exit unless `convert` measured that it does not pay (docs/decoding.md).
-    Default: "auto"."""
+    prompt, the output or earlier outputs (draft_memory_mb). "phrases": also the bundle's table of
+    the model's frequent phrases. "none": no drafts, as "full". "auto": phrases, then the exit
+    unless `convert` measured that it does not pay (docs/decoding.md). Default: "auto"."""
 
     predicted_output: Annotated[str | Sequence[int] | None, checks.expected_output] = None
     """Text or token ids that the output is expected to resemble, such as the earlier version of an

@@ -18,13 +18,14 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.draft_memory import TextMemory
 from runtime.engines.prefix_store import PrefixStore
 from runtime.errors import OptionError, shown
 from runtime.hub import find_bundle
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
-from runtime.model import Model, open_memory
+from runtime.model import Model, open_corpus, read_phrases
 from runtime.option_keywords import GenerationKeywords, SessionKeywords
 from runtime.options import merged
 from runtime.placement import capacity_of, load_engines, open_backend
@@ -98,7 +99,7 @@ class Session:
         thresholds = Thresholds(self.bundle, options, costs)
         trusted = options.trust_templates
         self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
-        memory = open_memory(options, manifest.vocab_size, self._tokenizer)
+        corpus = open_corpus(options, self._tokenizer)
         self._placement = open_backend(self.bundle, options, self.capacity, self.threads, device)
         engines = load_engines(self._placement, options.slots, self._decoder_type)
         self._runners = engines.shallow, engines.deep
@@ -114,6 +115,7 @@ class Session:
         )
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))
         limit = options.prefix_cache_bytes
+        memory_limit = options.draft_memory_bytes
         gain = None if manifest.ready_made_exit is None else manifest.ready_made_exit.gain
         self._model = Model(
             self.bundle,
@@ -126,7 +128,9 @@ class Session:
             observer=self._observer,
             guard=scheduler.guarded,
             prefixes=PrefixStore(limit) if limit else None,
-            memory=memory,
+            memory=TextMemory(manifest.vocab_size, memory_limit) if memory_limit else None,
+            corpus=corpus,
+            phrases=read_phrases(self.bundle),
             drafts_exit=costs is None or gain is None or gain.pays,
         )
         transcriber: Transcriber | None = None

@@ -93,9 +93,10 @@ class SessionOptions:
     (docs/decoding.md). Drafts never change tokens, only their speed. 0 disables it."""
 
     draft_corpus: Annotated[Path | str | None, checks.path] = None
-    """File with texts that outputs may resemble, for the draft memory: a text file, or JSON lines
-    of strings or of objects with a "text" or a "target". The texts are drafted for every user and
-    stay in memory within draft_memory_mb. 1 MB holds about 4,000 tokens. Default: none."""
+    """File with texts that outputs may resemble: a text file, or JSON lines of strings or of
+    objects with a "text" or a "target". What followed each n-gram in them is counted when the
+    session opens, within draft_memory_mb, and drafted for every user. 1 MB holds about 50,000
+    tokens. Default: none."""
 
     @property
     def draft_memory_bytes(self) -> int:

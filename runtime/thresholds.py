@@ -158,5 +158,5 @@ class Thresholds:
         if options.output_confidence:
             return replace(options, mode="full")
         return replace(
-            options, mode="lossless", drafts=options.drafts or ("lookup" if never else None)
+            options, mode="lossless", drafts=options.drafts or ("phrases" if never else None)
         )

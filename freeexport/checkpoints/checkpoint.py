@@ -89,6 +89,7 @@ class Checkpoint:
         ready_made: The ready-made exit that was applied, or None.
         base: The checkpoint that it was applied to, or None.
         eagle: Configuration of the EAGLE-3 head that is the exit, or None.
+        phrases: Table of the model's frequent phrases, ENTRY [n], or None.
     """
 
     path: Path
@@ -103,6 +104,7 @@ class Checkpoint:
     ready_made: ReadyMadeExit | None = None
     base: Checkpoint | None = None
     eagle: dict[str, Any] | None = None
+    phrases: np.ndarray | None = None
 
     @property
     def architecture(self) -> str:

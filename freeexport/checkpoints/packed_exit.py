@@ -3,7 +3,8 @@
 Each file contains the hash of the weights that the exit was trained on. The files are safetensors.
 The matrices of the exit's map and layers, and of a LoRA adapter, are stored as int8 [outputs,
 inputs]. NAME.scales has their float16 scales for blocks of inputs, as in an int8 bundle. Token ids
-are int32, and all other tensors float32. The metadata contain one JSON object.
+are int32, and all other tensors float32. phrases.FIELD are the fields of a table of the model's
+frequent phrases, for drafts without an engine call. The metadata contain one JSON object.
 """
 
 from __future__ import annotations
@@ -29,16 +30,21 @@ from graphs.exit_head import EXIT, EXIT_LAYERS, EXIT_MAP, VOCABULARY
 from graphs.families import describe
 from graphs.quantization.rounding import BLOCK, IntegerScheme
 from runtime.bundle.schema import Range, Reader, parse_object
+from runtime.decoding.phrases import ENTRY, misfit
 from runtime.errors import BundleError, shown
 
 SUFFIX = ".safetensors"
-FORMAT = 1
+FORMAT = 2  # 2: may have phrases
 MOST_BYTES = 8_000_000
 # Most answers of the base in a file, and most tokens of a prompt and its answer.
 MOST_SAMPLES = 32
 LONGEST_SAMPLE = 1024
 _METADATA = "freeexport_exit"
 _SCALES = ".scales"
+_PHRASES = "phrases."
+# Types of the fields of ENTRY in a file. The format has no unsigned integers of 32 and 64 bits
+# that every reader knows.
+_STORED = {"ngram": np.int64, "token": np.int32, "level": np.uint8}
 _BLOCKS = (128, 64)  # inputs per scale: the largest that divides the inputs, else BLOCK
 _LORA_B = "lora_B.weight"
 _REMEDY = "get the file again"
@@ -212,12 +218,14 @@ class PackedFile:
             the other metadata.
         weights: The exit's own tensors.
         adapter: Tensors of the LoRA adapter, and its configuration. None if there is no adapter.
+        phrases: Table of the model's frequent phrases, ENTRY [n]. None if there is none.
     """
 
     about: PackedExit
     sha256: str
     weights: PackedWeights
     adapter: tuple[PackedWeights, dict[str, Any]] | None = None
+    phrases: np.ndarray | None = None
 
     @property
     def path(self) -> Path:
@@ -252,7 +260,7 @@ def read_packed(path: Path) -> PackedFile:
         if about.adapter_config is not None:
             config = parse_object(about.adapter_config, f"{path}: adapter_config", _REMEDY)
             check_adapter(config, path)
-            names = (name for name in file.shapes if not name.startswith(EXIT))
+            names = (name for name in file.shapes if not name.startswith((EXIT, _PHRASES)))
             adapter = (
                 PackedWeights(file, (name for name in names if not name.endswith(_SCALES))),
                 config,
@@ -272,7 +280,34 @@ def read_packed(path: Path) -> PackedFile:
         sha256=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         weights=PackedWeights(file, own),
         adapter=adapter,
+        phrases=_read_phrases(file, about),
     )
+
+
+def _read_phrases(file: SafetensorsFile, about: PackedExit) -> np.ndarray | None:
+    """Return the table of phrases of an exit's file, ENTRY [n], or None.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    if not any(name.startswith(_PHRASES) for name in file.shapes):
+        return None
+    parts = {}
+    for field, dtype in _STORED.items():
+        part = file.read_stored(_PHRASES + field) if _PHRASES + field in file.shapes else None
+        if part is None or part.dtype != dtype or part.ndim != 1:
+            raise CheckpointError(f"{file.path} is damaged: it has no {_PHRASES}{field}; {_REMEDY}")
+        parts[field] = part
+    if len({len(part) for part in parts.values()}) > 1 or (parts["token"] < 0).any():
+        raise CheckpointError(f"{file.path} is damaged: its phrases do not fit; {_REMEDY}")
+    entries = np.empty(len(parts["token"]), ENTRY)
+    for field, part in parts.items():
+        entries[field] = part.view(ENTRY[field])
+    if (
+        reason := misfit(entries, 0 if about.sizes is None else about.sizes.vocab_size)
+    ) is not None:
+        raise CheckpointError(f"{file.path} is damaged: its table of phrases: {reason}; {_REMEDY}")
+    return entries
 
 
 def pack(
@@ -286,10 +321,12 @@ def pack(
     results: str,
     samples: tuple[SampleAnswer, ...] = (),
     agreement: float | None = None,
+    phrases: np.ndarray | None = None,
 ) -> PackedExit:
     """Write the exit of a trained checkpoint to the file `out`.
 
-    `base_name` is PackedExit.model. The other facts have the names of its fields.
+    `base_name` is PackedExit.model, and `phrases` are those of PackedFile. The other facts have the
+    names of PackedExit's fields.
 
     Raises:
         CheckpointError: If the exit has no parameters of its own.
@@ -321,12 +358,15 @@ def pack(
         for tensor, whole in arrays.items()
         for key, array in _packed(tensor, whole).items()
     }
+    if phrases is not None:
+        for field, dtype in _STORED.items():
+            tensors[_PHRASES + field] = np.ascontiguousarray(phrases[field]).view(dtype)
     size = sum(array.nbytes for array in tensors.values())
     if size > MOST_BYTES:
         raise OutputError(
             f"the exit of {model} has {size / 1e6:.1f} MB in 8 bits, at most "
             f"{MOST_BYTES / 1e6:.0f} are packed; train one with fewer --exit-layers, or a LoRA of "
-            "a lower --rank"
+            "a lower --rank, or pack fewer phrases"
         )
     description = describe(base.config, base)
     packed = PackedExit(

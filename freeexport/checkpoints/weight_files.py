@@ -91,6 +91,11 @@ class SafetensorsFile(TensorFile):
             )
         return _float32(self._file.get_tensor(name))
 
+    def read_stored(self, name: str) -> np.ndarray:
+        """Return a copy of a tensor in its own type, which numpy must have."""
+        array: np.ndarray = self._file.get_tensor(name).numpy().copy()
+        return array
+
 
 class TorchFile(TensorFile):
     """A state dict in a .bin file. It is memory-mapped, except for files older than PyTorch 1.6.

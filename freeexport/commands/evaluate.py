@@ -68,8 +68,8 @@ option = option_of(EvaluateOptions)
     help=(
         f"Comma-separated methods, of {', '.join(METHODS)}. static: only the shallow decoder. "
         "free: exits above thresholds. adaptive: exits above a threshold that is learned while "
-        "decoding. lookup, exit-drafts: lossless with drafts from the text only, or from the exit "
-        "only."
+        "decoding. lookup, phrases, exit-drafts: lossless with drafts from the text only, also "
+        "from the bundle's phrases, or from the exit only."
     ),
 )
 @option(

@@ -41,6 +41,7 @@ from runtime.bundle.calibration import read_calibration
 from runtime.bundle.costs import recordable
 from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
 from runtime.bundle.quantization import Quantization
+from runtime.decoding.phrases import PHRASES
 from runtime.errors import BundleError
 from runtime.kernels import VERSION as KERNELS_VERSION
 from runtime.kernels import instructions
@@ -129,6 +130,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
         write_tokenizer(checkpoint, directory)
+        if checkpoint.phrases is not None:
+            np.save(directory / PHRASES, checkpoint.phrases)
         written = _write_engines(checkpoint, description, engines, options.rounding_data, directory)
         manifest = _new_manifest(
             checkpoint, description, engines, longest_prompt, written, directory

@@ -89,7 +89,7 @@ def timed_requests(
 
 
 def exit_gain(bundle: Path, prompts: Sequence[np.ndarray]) -> DraftGain | None:
-    """Measure mode lossless with the drafts of the exit, relative to drafts from text alone.
+    """Measure mode lossless with the drafts of the exit, relative to drafts from text and phrases.
 
     Args:
         bundle: A bundle for a CPU with an exit.
@@ -106,7 +106,7 @@ def exit_gain(bundle: Path, prompts: Sequence[np.ndarray]) -> DraftGain | None:
             return None
         settings = [
             {"mode": "lossless", "drafts": drafts, "max_new_tokens": tokens}
-            for drafts in ("lookup", "auto")
+            for drafts in ("phrases", "auto")
         ]
         times = timed_requests(session, settings, fitting, ROUNDS, SECONDS)
     low, high = times.interval(1, 0)

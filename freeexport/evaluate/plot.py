@@ -34,6 +34,7 @@ _STYLES = {
     "adaptive": (PURPLE, "D"),
     "rollback": ("black", "v"),
     "lookup": ("#8FBC8F", "p"),
+    "phrases": ("#5F9E5F", "h"),
     "lossless": (GREEN, "P"),
 }
 # Colours and markers of other methods, whose records tools add.

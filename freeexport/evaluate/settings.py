@@ -18,20 +18,29 @@ from runtime.options import Drafts, Mode
 from runtime.placement import check_bundles
 
 Method = Literal[
-    "full", "static", "free", "adaptive", "rollback", "lookup", "exit-drafts", "lossless"
+    "full",
+    "static",
+    "free",
+    "adaptive",
+    "rollback",
+    "lookup",
+    "phrases",
+    "exit-drafts",
+    "lossless",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 THRESHOLDS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 # Methods that run neither the shallow head nor the exit's own layers.
-WITHOUT_EXIT: tuple[Method, ...] = ("full", "lookup")
+WITHOUT_EXIT: tuple[Method, ...] = ("full", "lookup", "phrases")
 # Modes and sources of drafts of methods that are not named as their mode.
 _MODES: dict[str, Mode] = {
     "static": "shallow",
     "adaptive": "free",
     "lookup": "lossless",
+    "phrases": "lossless",
     "exit-drafts": "lossless",
 }
-_DRAFTS: dict[str, Drafts] = {"lookup": "lookup", "exit-drafts": "exit"}
+_DRAFTS: dict[str, Drafts] = {"lookup": "lookup", "phrases": "phrases", "exit-drafts": "exit"}
 # Options that have other defaults if speed alone is measured, where outputs are not scored.
 SPEED_DEFAULTS: dict[str, Any] = {"samples": 4, "rounds": 5, "max_new_tokens": 64, "thresholds": ()}
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding.draft_memory import LEVELS
 from runtime.decoding.draft_rule import RULE
-from runtime.decoding.draft_sources import Evidence
+from runtime.decoding.draft_sources import COUNTED, Evidence
 
 
 class Average:
@@ -108,7 +108,7 @@ class Acceptance:
         average = self._by_evidence.get(evidence)
         if average is None:
             source, level = evidence
-            if source == "memory":  # the share of occurrences
+            if source in COUNTED:  # the share of occurrences
                 prior = (level % LEVELS + 0.5) / LEVELS
             else:  # the more tokens match, the more likely the next one does too
                 prior = (level + 1) / (level + 3)

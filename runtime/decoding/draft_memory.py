@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from sys import getsizeof
 from threading import Lock
 from typing import Literal, NamedTuple
@@ -184,48 +184,25 @@ class TextMemory:
     be called by different threads.
 
     Attributes:
-        corpus: Index of texts for the requests of every user. Never dropped.
-        key_bytes: Bytes of LONGEST encoded tokens.
+        used: Upper bound of the memory used, in bytes.
     """
 
     def __init__(self, vocab_size: int, limit: int) -> None:
         self.limit = limit
         self._lock = Lock()
         self._width = 2 if vocab_size <= 1 << 16 else 4
-        self.key_bytes = LONGEST * self._width
-        self.corpus = TextIndex(self._width)
         self.forget()
 
     def forget(self) -> None:
-        """Drop all texts except the corpus."""
+        """Drop all texts."""
         with self._lock:
             self._texts = deque[_Text]()
             self._indexes: dict[str | None, TextIndex] = {}
-            self._used = 0  # bytes of the texts and their indexes
+            self.used = 0
 
     def __len__(self) -> int:
-        """Return the number of texts, without those of the corpus."""
+        """Return the number of texts."""
         return len(self._texts)
-
-    @property
-    def used(self) -> int:
-        """Upper bound of the memory used, in bytes."""
-        return self.corpus.used + self._used
-
-    def encoded(self, tokens: Sequence[int]) -> bytes:
-        """Return tokens as bytes, as in the keys of an index."""
-        return array(CODES[self._width], tokens).tobytes()
-
-    def add_corpus(self, texts: Iterable[Sequence[int]]) -> bool:
-        """Add texts to the corpus. Returns False if they do not fit into the limit."""
-        for tokens in texts:
-            for start in range(0, len(tokens), MOST_TOKENS):
-                context = min(start, LONGEST)
-                part = tokens[start - context : start + MOST_TOKENS]
-                self.corpus.add(self.encoded(part), context)
-                if self.used > self.limit:
-                    return False
-        return True
 
     def keep(self, salt: str | None, prompt: Sequence[int], output: Sequence[int]) -> None:
         """Remember the newest tokens of an output, at most MOST_TOKENS.
@@ -233,12 +210,12 @@ class TextMemory:
         Drops older texts to make room.
         """
         size = TEXT + 4 * len(salt or "")
-        free = self.limit - self.corpus.used - INDEX - size
+        free = self.limit - INDEX - size
         count = min(len(output), MOST_TOKENS, free // MOST_BYTES)
         if count <= 0:
             return
         text = [*prompt[-LONGEST:], *output][-(count + LONGEST) :]
-        encoded = self.encoded(text)
+        encoded = self._encoded(text)
         start = len(text) - count
         with self._lock:
             while self._texts and self.used + INDEX + size + count * MOST_BYTES > self.limit:
@@ -246,33 +223,28 @@ class TextMemory:
             index = self._indexes.get(salt)
             if index is None:
                 index = self._indexes[salt] = TextIndex(self._width)
-                self._used += INDEX
+                self.used += INDEX
             before = index.used
             index.add(encoded, start)
             size += len(encoded)
-            self._used += index.used - before + size
+            self.used += index.used - before + size
             self._texts.append(_Text(salt, encoded, start, size))
 
-    def expected(self, salt: str | None, newest: bytes) -> Expectation | None:
-        """Return the likeliest token after the encoded tokens `newest`, at most LONGEST of them.
-
-        Considers the texts of this user and the corpus. The longest n-gram decides, then the share
-        of its occurrences.
-        """
+    def expected(self, salt: str | None, newest: Sequence[int]) -> Expectation | None:
+        """Return the likeliest token after the tokens `newest`, at most LONGEST, of this user."""
         index = self._indexes.get(salt)
-        found = None if index is None else index.expected(newest)
-        if self.corpus.texts:
-            other = self.corpus.expected(newest)
-            if other is not None and (found is None or other.level > found.level):
-                return other
-        return found
+        return None if index is None else index.expected(self._encoded(newest))
+
+    def _encoded(self, tokens: Sequence[int]) -> bytes:
+        """Return tokens as bytes, as in the keys of an index."""
+        return array(CODES[self._width], tokens).tobytes()
 
     def _drop_oldest(self) -> None:
         salt, encoded, start, size = self._texts.popleft()
         index = self._indexes[salt]
         before = index.used
         index.remove(encoded, start)
-        self._used -= before - index.used + size
+        self.used -= before - index.used + size
         if not index.texts:
             del self._indexes[salt]
-            self._used -= INDEX
+            self.used -= INDEX

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.decoding.draft_memory import LONGEST as MEMORY_LONGEST
-from runtime.decoding.draft_memory import TextMemory
+from runtime.decoding.draft_memory import Expectation, TextMemory
 from runtime.decoding.draft_rule import RULE
+from runtime.decoding.phrases import PhraseTable
 from runtime.errors import OptionError, shown
 from runtime.options import DraftSource
 from runtime.result import Token
@@ -37,8 +38,10 @@ MOST_CHECKED = 256
 GAP = -1
 
 # Source of a token, and a level on which its acceptance depends: the number of matching tokens
-# before it, or the level of a memory's Expectation.
+# before it, or the level of an Expectation.
 Evidence = tuple[str, int]
+# Sources that count what followed an n-gram, so that a share of occurrences is known.
+COUNTED = ("memory", "phrases")
 
 
 class Repetition:
@@ -254,6 +257,7 @@ class DraftSources:
         own: The caller's source.
         memory: Texts of earlier requests.
         salt: The user whose texts the memory may draft.
+        phrases: Tables of the likeliest tokens.
 
     Attributes:
         context: Tokens of the decoder so far.
@@ -270,12 +274,14 @@ class DraftSources:
         own: DraftSource | None = None,
         memory: TextMemory | None = None,
         salt: str | None = None,
+        phrases: Sequence[PhraseTable] = (),
     ) -> None:
         self.own = None if own is None else Own(own, vocab_size)
         self._repetition = repetition = Repetition(vocab_size)
         self._expected = None if predicted is None else Expected(predicted)
         self._memory = memory
         self._salt = salt
+        self._phrases = phrases
         for part in filter(len, (predicted or (), text)):
             for token in (*part, GAP):
                 repetition.push(token)
@@ -327,23 +333,22 @@ class DraftSources:
     def _chain(
         self, drafted: Sequence[int], most: int, rate: Callable[[Evidence], float]
     ) -> Candidates:
-        """Return the tokens that followed the newest ones, in this request or in earlier ones.
+        """Return the tokens that followed the newest ones, in this request or in other texts.
 
         At each token, the source with the higher acceptance rate continues. Ends where all tokens
         so far are unlikely to be accepted.
         """
         repetition = self._repetition
-        memory = self._memory
         if drafted:
             place, agrees = repetition.match(drafted)
         else:
             place = repetition.place
             agrees = repetition.agrees
         begins = agrees
-        if memory is None:
+        if self._memory is None and not self._phrases:
             found = repetition.tokens[place : place + most] if agrees else []
             return agreeing("lookup", agrees, found[: found.index(GAP)] if GAP in found else found)
-        newest = memory.encoded([*self.context[-MEMORY_LONGEST:], *drafted][-MEMORY_LONGEST:])
+        newest = [*self.context[-MEMORY_LONGEST:], *drafted][-MEMORY_LONGEST:]
         tokens: list[int] = []
         evidence: list[Evidence] = []
         probability = 1.0
@@ -353,9 +358,8 @@ class DraftSources:
             if token != GAP:
                 kind = "lookup", min(agrees, RULE.most_agreement)
                 likely = rate(kind)
-            expected = memory.expected(self._salt, newest)
-            if expected is not None:
-                other = "memory", expected.level
+            for source, expected in self._expected_after(newest):
+                other = source, expected.level
                 other_rate = rate(other)
                 if token == GAP or other_rate > likely:
                     kind = other
@@ -368,10 +372,20 @@ class DraftSources:
             tokens.append(token)
             evidence.append(kind)
             probability *= likely
-            newest = (newest + memory.encoded((token,)))[-memory.key_bytes :]
+            newest = [*newest, token][-MEMORY_LONGEST:]
             if agrees >= 0:
                 place += 1
                 agrees += 1
             if agrees <= 0:
                 place, agrees = repetition.match([*drafted, *tokens])
         return Candidates(evidence[0][0], begins, tokens, evidence) if tokens else NO_CANDIDATES
+
+    def _expected_after(self, newest: Sequence[int]) -> Iterator[tuple[str, Expectation]]:
+        """Yield what memory and tables expect after the tokens `newest`, and the source."""
+        found = None if self._memory is None else self._memory.expected(self._salt, newest)
+        if found is not None:
+            yield "memory", found
+        for table in self._phrases:
+            found = table.expected(newest)
+            if found is not None:
+                yield "phrases", found

@@ -15,7 +15,13 @@ from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding.calls import Prediction
 from runtime.decoding.draft_acceptance import Acceptance
 from runtime.decoding.draft_rule import RULE
-from runtime.decoding.draft_sources import NO_CANDIDATES, Candidates, DraftSources, agreeing
+from runtime.decoding.draft_sources import (
+    COUNTED,
+    NO_CANDIDATES,
+    Candidates,
+    DraftSources,
+    agreeing,
+)
 from runtime.decoding.response import Response
 
 
@@ -399,7 +405,7 @@ class Drafts:
             return 0
         source, agreement, _, evidence = found
         rates = [self._acceptance.rate(each) for each in evidence[:count]]
-        if source == "memory":
+        if source in COUNTED:
             longest = count  # a share of occurrences is known before the first
             in_full = False
             is_sure = rates[0] >= RULE.confirmed
@@ -431,7 +437,7 @@ class Drafts:
             if speed > promise:
                 best = length
                 promise = speed
-        if source not in ("lookup", "memory"):
+        if source != "lookup" and source not in COUNTED:
             return best
         exit_gain = self._exit_gain
         always_tried = source == "lookup" and agreement >= RULE.tried_agreement and not exit_gain

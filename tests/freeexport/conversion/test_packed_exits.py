@@ -43,7 +43,8 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import MANIFEST, DraftGain, ExitVocabulary, ReadyMadeExit
 from runtime.decoding.drafts import Drafts
-from runtime.errors import HubError
+from runtime.decoding.phrases import PHRASES, PhraseTable
+from runtime.errors import BundleError, HubError
 from runtime.machine.machine import host
 from runtime.session import Session
 from tools.models import pack_exit
@@ -252,7 +253,7 @@ def test_an_exit_of_a_gguf_file(tmp_path: Path) -> None:
             r"does not fit: it was trained on other weights, of llama-tied \(sha256 000000.* has no samples to measure",
         ),
         ({"family": "t5"}, "does not fit: it is for t5 models, of llama-tied, and llama-tied is a llama model"),
-        ({"format": 2, "more": 1}, "has format 2, this freeexport reads 1; upgrade freeexport"),
+        ({"format": 3, "more": 1}, "has format 3, this freeexport reads 2; upgrade freeexport"),
         ({"format": "x"}, "format is 'x', expected int"),
         ({"tensors_sha256": "0" * 64}, "is damaged: its tensors have another sha256"),
         ({"exit": {"exit_layer": 2}}, "exit lacks"),
@@ -267,6 +268,55 @@ def test_an_exit_that_does_not_fit_is_refused_in_one_line(
     with pytest.raises(CheckpointError, match=reason) as raised:
         open_with_exit(str(checkpoint(LLAMA)), str(path))
     assert "\n" not in str(raised.value)
+
+
+def test_phrases_of_an_exit_are_drafted(trained: Callable[[str], Path], checkpoint: Directory, tmp_path: Path) -> None:
+    """From the file to a session, with every token equal."""
+    model = checkpoint(LLAMA)
+    with Session(bundle(model, tmp_path / "plain").path, threads=1) as session:
+        wanted = session.generate("word 3 is", mode="full", max_new_tokens=16, ignore_eos=True).token_ids
+    path = tmp_path / "exit.safetensors"
+    table = PhraseTable.build([wanted] * 3)
+    pack(str(trained("layers")), path, "x", **FACTS, phrases=table.entries)
+    opened = read_packed(path)
+    assert opened.phrases is not None
+    assert (opened.phrases == table.entries).all()
+    applied = bundle(model, tmp_path / "applied", path)
+    options: dict[str, Any] = {"mode": "lossless", "max_new_tokens": 16, "ignore_eos": True}
+    with Session(applied.path, threads=1, draft_memory_mb=0) as session:
+        for drafts in ("phrases", "auto", "lookup"):
+            found = session.generate("word 3 is", drafts=drafts, **options)
+            assert found.token_ids == wanted
+            assert ("phrases" in found.stats.drafts) == (drafts != "lookup")
+    damaged = applied.path / PHRASES
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + b"\xff")
+    with pytest.raises(BundleError, match=r"phrases.npy is damaged: it has level 255, outside of 0 to 23; convert"):
+        Session(applied.path, threads=1)
+    damaged.write_bytes(b"x" * len(content))
+    with pytest.raises(BundleError, match=r"phrases.npy is damaged: it cannot be read; convert"):
+        Session(applied.path, threads=1)
+
+
+def test_damaged_phrases_are_refused(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "exit.safetensors"
+    table = PhraseTable.build([[1, 2, 3, 4]])
+    pack(str(trained("layers")), path, "x", **FACTS, phrases=table.entries)
+    with safe_open(path, "np") as file:
+        about = json.loads(file.metadata()["freeexport_exit"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+    for name, value, reason in (
+        ("phrases.token", tensors["phrases.token"] + 10**6, r"its table of phrases: it has token 1,?0"),
+        ("phrases.token", tensors["phrases.token"] * -1, "its phrases do not fit"),
+        ("phrases.level", tensors["phrases.level"][1:], "its phrases do not fit"),
+        ("phrases.ngram", tensors["phrases.ngram"].astype(np.float32), "it has no phrases.ngram"),
+        ("phrases.ngram", np.ascontiguousarray(tensors["phrases.ngram"][::-1]), "its phrases are not in order"),
+    ):
+        save_file({**tensors, name: value}, path)
+        about["tensors_sha256"] = packed_exit._tensors_sha256(path)
+        save_file({**tensors, name: value}, path, metadata={"freeexport_exit": json.dumps(about)})
+        with pytest.raises(CheckpointError, match=reason):
+            read_packed(path)
 
 
 def test_damaged_files_are_refused(packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path) -> None:

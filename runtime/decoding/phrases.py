@@ -1,0 +1,128 @@
+"""A fixed table of the likeliest token after each n-gram of some texts, for drafts.
+
+Built from the texts of a corpus (option `draft_corpus`), or from a model's own outputs, and then
+part of a bundle. A look-up costs no engine call.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from runtime.decoding.draft_memory import LEVELS, ORDERS, Expectation
+
+# File of a bundle's table.
+PHRASES = "phrases.npy"
+# An n-gram by its hash, the token that followed it most often, and the level of an Expectation.
+ENTRY = np.dtype([("ngram", "<u8"), ("token", "<u4"), ("level", "u1")])
+MOST_ENTRIES = 4_000_000  # of a file, which is untrusted
+# Multiplier of the hash. Two n-grams with one hash only cause a wrong draft.
+_FACTOR = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class PhraseTable:
+    """The likeliest token after an n-gram of ORDERS tokens.
+
+    Args:
+        entries: ENTRY [n], ascending by `ngram`.
+    """
+
+    def __init__(self, entries: np.ndarray) -> None:
+        self.entries = entries
+        # Python's bisect on a view takes a tenth of the time of numpy's for one n-gram.
+        self._ngrams = memoryview(np.ascontiguousarray(entries["ngram"]))
+
+    @classmethod
+    def build(cls, texts: Iterable[Sequence[int]], most: int | None = None) -> PhraseTable:
+        """Count what followed each n-gram in texts of token ids.
+
+        Args:
+            most: Number of entries that are kept, those that were right most often. Default: all.
+        """
+        parts = [np.asarray(text, np.uint64) for text in texts]
+        tokens = np.concatenate(parts) if parts else np.empty(0, np.uint64)
+        # The number of tokens before each in its text.
+        places = np.concatenate([np.arange(len(part)) for part in parts]) if parts else tokens
+        counted = [
+            _count(tokens, places, order, number * LEVELS) for number, order in enumerate(ORDERS)
+        ]
+        entries = np.concatenate([found for found, _ in counted])
+        if most is not None and len(entries) > most:
+            right = np.concatenate([best for _, best in counted])
+            entries = entries[np.argsort(-right, kind="stable")[:most]]
+        return cls(np.sort(entries, order="ngram"))
+
+    @property
+    def nbytes(self) -> int:
+        return self.entries.nbytes + self._ngrams.nbytes
+
+    def expected(self, newest: Sequence[int]) -> Expectation | None:
+        """Return the likeliest token after the longest known n-gram at the end of `newest`."""
+        ngrams = self._ngrams
+        for order in reversed(ORDERS):
+            if order > len(newest):
+                continue
+            wanted = _hash(newest[-order:])
+            row = bisect_left(ngrams, wanted)
+            if row < len(ngrams) and ngrams[row] == wanted:
+                _, token, level = self.entries[row].item()
+                return Expectation(token, level)
+        return None
+
+
+def misfit(entries: np.ndarray, vocab_size: int) -> str | None:
+    """Return why an array is not the entries of a table, or None."""
+    if not isinstance(entries, np.ndarray) or entries.dtype != ENTRY or entries.ndim != 1:
+        return "it is no table of phrases"
+    if len(entries) > MOST_ENTRIES:
+        return f"it has {len(entries):,} phrases, at most {MOST_ENTRIES:,} are read"
+    if len(entries) and int(entries["token"].max()) >= vocab_size:
+        return f"it has token {entries['token'].max()}, outside of 0 to {vocab_size - 1}"
+    if len(entries) and int(entries["level"].max()) >= LEVELS * len(ORDERS):
+        return f"it has level {entries['level'].max()}, outside of 0 to {LEVELS * len(ORDERS) - 1}"
+    if not (entries["ngram"][:-1] < entries["ngram"][1:]).all():
+        return "its phrases are not in order"
+    return None
+
+
+def _hash(tokens: Sequence[int]) -> int:
+    value = len(tokens)
+    for token in tokens:
+        value = (value * _FACTOR + token + 1) & _MASK
+    return value
+
+
+def _count(
+    tokens: np.ndarray, places: np.ndarray, order: int, level: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the entries of the n-grams of one size, and how often each was right."""
+    ends = np.flatnonzero(places >= order)
+    ngrams = np.full(len(ends), order, np.uint64)
+    for back in range(order, 0, -1):
+        ngrams = ngrams * np.uint64(_FACTOR) + tokens[ends - back] + np.uint64(1)
+    following = tokens[ends]
+    ranked = np.lexsort((following, ngrams))
+    ngrams = ngrams[ranked]
+    following = following[ranked]
+    starts = np.flatnonzero(_changes(ngrams) | _changes(following))  # of each n-gram and token
+    counts = np.diff(starts, append=len(ngrams))
+    ngrams = ngrams[starts]
+    following = following[starts]
+    firsts = np.flatnonzero(_changes(ngrams))
+    totals = np.add.reduceat(counts, firsts) if len(firsts) else counts
+    # The most frequent token of each n-gram: the first one after sorting.
+    ranked = np.lexsort((-counts, ngrams))
+    best = counts[ranked][firsts]
+    entries = np.empty(len(firsts), ENTRY)
+    entries["ngram"] = ngrams[firsts]
+    entries["token"] = following[ranked][firsts]
+    entries["level"] = level + LEVELS * best // (totals + 1)
+    return entries, best
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """Return where a value differs from the one before it, bool [n]. True at the first."""
+    return np.concatenate([np.ones(min(1, len(values)), bool), values[1:] != values[:-1]])

@@ -1,0 +1,93 @@
+"""Tables of phrases: what they count, how they are searched, and what is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.decoding.draft_acceptance import Acceptance
+from runtime.decoding.draft_memory import LEVELS, LONGEST, ORDERS, TextMemory
+from runtime.decoding.draft_sources import DraftSources
+from runtime.decoding.phrases import ENTRY, MOST_ENTRIES, PhraseTable, misfit
+
+TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=30), max_size=6)
+
+
+def followers(texts: list[list[int]], ngram: list[int]) -> Counter[int]:
+    """Count what followed an n-gram, by reading the texts."""
+    size = len(ngram)
+    places = ((text, place) for text in texts for place in range(size, len(text)))
+    return Counter(text[place] for text, place in places if text[place - size : place] == ngram)
+
+
+@given(TEXTS, st.lists(st.integers(0, 4), max_size=6))
+def test_it_expects_what_followed_the_longest_known_phrase_most_often(
+    texts: list[list[int]], newest: list[int]
+) -> None:
+    found = PhraseTable.build(texts).expected(newest)
+    for number, order in reversed([*enumerate(ORDERS)]):
+        counts = followers(texts, newest[-order:]) if order <= len(newest) else Counter[int]()
+        if counts:
+            assert found is not None
+            most = max(counts.values())
+            assert counts[found.token] == most
+            assert found.level == number * LEVELS + LEVELS * most // (counts.total() + 1)
+            return
+    assert found is None
+
+
+def test_it_keeps_the_phrases_that_were_right_most_often() -> None:
+    texts = [[1, 2]] * 5 + [[3, 4]] * 3 + [[5, 6]]
+    table = PhraseTable.build(texts, most=2)
+    assert [table.expected([token]) is not None for token in (1, 3, 5)] == [True, True, False]
+    assert misfit(table.entries, 7) is None
+
+
+@pytest.mark.parametrize("vocab", [500, 1 << 18])
+def test_a_text_of_many_tokens_is_found_again(vocab: int) -> None:
+    text = np.random.default_rng(0).integers(0, vocab, 5000).tolist()
+    table = PhraseTable.build([text])
+    found = [table.expected(text[place - LONGEST : place]) for place in range(LONGEST, len(text))]
+    assert [one.token for one in found if one is not None] == text[LONGEST:]
+
+
+def test_a_table_continues_where_neither_the_request_nor_the_memory_does() -> None:
+    memory = TextMemory(100, 1_000_000)
+    memory.keep(None, [], [1, 2, 3, 4] * 3)
+    table = PhraseTable.build([[7, 8, 9, 10]] * 3 + [[3, 30]])
+    sources = DraftSources(100, [5, 7], memory=memory, phrases=[table])
+    (found,) = sources.found(8, Acceptance().rate)
+    assert (found.source, found.tokens) == ("phrases", [8, 9, 10])
+    sources = DraftSources(100, [2, 3], memory=memory, phrases=[table])
+    (found,) = sources.found(1, Acceptance().rate)
+    assert (found.source, found.tokens) == ("memory", [4])
+
+
+def table_of(*entries: tuple[int, int, int]) -> np.ndarray:
+    return np.array([*entries], ENTRY)
+
+
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        (np.zeros(3), "is no table of phrases"),
+        (table_of((1, 2, 3)).reshape(1, 1), "is no table of phrases"),
+        (np.zeros(MOST_ENTRIES + 1, ENTRY), "at most 4,000,000 are read"),
+        (table_of((1, 10, 3)), "has token 10, outside of 0 to 9"),
+        (table_of((1, 2, 24)), "has level 24, outside of 0 to 23"),
+        (table_of((2, 2, 3), (1, 2, 3)), "its phrases are not in order"),
+        (table_of((2, 2, 3), (2, 2, 3)), "its phrases are not in order"),
+    ],
+)
+def test_what_is_no_table_is_named(entries: np.ndarray, reason: str) -> None:
+    assert reason in str(misfit(entries, 10))
+
+
+def test_an_empty_table_expects_nothing() -> None:
+    assert PhraseTable.build([]).expected([1, 2]) is None
+    assert misfit(table_of(), 10) is None
+    assert PhraseTable.build([[1], []]).expected([1]) is None
