@@ -29,6 +29,7 @@ from runtime.decoding.draft_memory import TextMemory
 from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.drafts import Drafts
 from runtime.decoding.loops import lossless
+from runtime.decoding.phrases import PhraseTable
 from runtime.decoding.response import Response
 from runtime.result import Stats
 from tools.data.splits import run_tool
@@ -125,7 +126,11 @@ def cost(by_rows: dict[str, float], rows: int) -> float:
 
 
 def replay_request(
-    decoder: ReplayedDecoder, learned: LearnedDrafts, memory: TextMemory | None, exits: bool
+    decoder: ReplayedDecoder,
+    learned: LearnedDrafts,
+    memory: TextMemory | None,
+    phrases: Sequence[PhraseTable],
+    exits: bool,
 ) -> None:
     """Replay the request of a decoder, after its first token."""
     trace = decoder.trace
@@ -135,7 +140,7 @@ def replay_request(
     class Timed(Drafts):
         clock = staticmethod(lambda: decoder.now)
 
-    sources = DraftSources(VOCABULARY, trace.prompt, memory=memory)
+    sources = DraftSources(VOCABULARY, trace.prompt, memory=memory, phrases=phrases)
     drafts = Timed(learned.costs, learned.acceptance(0.0, False), sources, exits)
     for _ in lossless(cast(Decoder, decoder), response, 0.0, MAX_PENDING, drafts):
         pass
@@ -145,7 +150,12 @@ def replay_request(
 
 
 def compare_setting(
-    traces: Sequence[Trace], costs: dict[str, Any], setting: str, shuffles: int, after: int
+    traces: Sequence[Trace],
+    costs: dict[str, Any],
+    setting: str,
+    phrases: Sequence[PhraseTable],
+    shuffles: int,
+    after: int,
 ) -> dict[str, Any]:
     """Return the figures of a setting, of the requests after the first `after` of each order."""
     step = costs["step"]["1"]
@@ -157,13 +167,14 @@ def compare_setting(
         learned = LearnedDrafts(CallCosts(base))
         for place, trace in enumerate(random.Random(seed).sample(list(traces), len(traces))):
             decoder = ReplayedDecoder(trace, costs)
-            replay_request(decoder, learned, memory, exits=setting == "exit")
+            replay_request(decoder, learned, memory, phrases, exits=setting == "exit")
             if place >= after and len(trace.output) > 1:
                 done.append((len(trace.output) - 1, decoder))
     tokens = sum(count for count, _ in done)
     return {
         "precision": costs["precision"],
         "setting": setting,
+        "phrases": sum(len(table.entries) for table in phrases),
         "speed": round(token * tokens / sum(decoder.now for _, decoder in done), 4),
         "slowest_request": round(min(token * count / one.now for count, one in done), 4),
         "passes_per_token": round(sum(one.stats.sync_passes for _, one in done) / tokens, 4),
@@ -175,20 +186,42 @@ def compare_setting(
 @click.argument("traces", type=click.Path(path_type=Path, exists=True))
 @click.option("--costs", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--setting", "settings", multiple=True, type=click.Choice(SETTINGS))
+@click.option(
+    "--phrases",
+    "outputs",
+    type=click.Path(path_type=Path, exists=True),
+    help="JSONL file with 'target_ids', whose phrases every setting also drafts.",
+)
+@click.option("--most", default=200_000, help="Number of phrases.")
 @click.option("--shuffles", default=3, type=click.IntRange(1), help="Orders of the requests.")
 @click.option("--after", default=0, help="Requests of each order that are not counted.")
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
-def main(traces: Path, costs: Path, settings: Any, shuffles: int, after: int, save: Path) -> None:
+def main(
+    traces: Path,
+    costs: Path,
+    settings: Any,
+    outputs: Path | None,
+    most: int,
+    shuffles: int,
+    after: int,
+    save: Path | None,
+) -> None:
     lines = map(json.loads, traces.read_text(encoding="utf-8").splitlines())
     recorded = [Trace(line["prompt"], line["output"], line.get("chains", [])) for line in lines]
+    phrases = []
+    if outputs is not None:
+        texts = [json.loads(line)["target_ids"] for line in outputs.open(encoding="utf-8")]
+        phrases.append(PhraseTable.build(texts, most))
     rows = []
     for priced in json.loads(costs.read_text(encoding="utf-8"))["rows"]:
         for setting in settings or SETTINGS:
-            rows.append(compare_setting(recorded, priced, setting, shuffles, after))
+            rows.append(compare_setting(recorded, priced, setting, phrases, shuffles, after))
             click.echo(json.dumps(rows[-1]))
     if save is not None:
         chosen = "".join(f" --setting {setting}" for setting in settings)
         files = f"{traces.name} --costs {costs.name} --shuffles {shuffles} --after {after}"
+        if outputs is not None:
+            files += f" --phrases {outputs.name} --most {most}"
         command = f"python -m tools.draft_replay {files}{chosen}"
         content = {"command": command, "commit": environment()["commit"], "rows": rows}
         write_whole(save, json.dumps(content, indent=1) + "\n")

@@ -18,7 +18,7 @@ class DraftRule:
 
     # Drafts from text
 
-    lengths: tuple[int, ...] = (1, 3, 7, 15)
+    lengths: tuple[int, ...] = (1, 2, 3, 7, 15)
     """Lengths of drafts from text.
 
     Few, because engine calls are bound once per number of rows, and binding takes as long as a

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.decoding.draft_memory import LONGEST as MEMORY_LONGEST
-from runtime.decoding.draft_memory import Expectation, TextMemory
+from runtime.decoding.draft_memory import LEVELS, ORDERS, Expectation, TextMemory
 from runtime.decoding.draft_rule import RULE
 from runtime.decoding.phrases import PhraseTable
 from runtime.errors import OptionError, shown
@@ -42,6 +42,8 @@ GAP = -1
 Evidence = tuple[str, int]
 # Sources that count what followed an n-gram, so that a share of occurrences is known.
 COUNTED = ("memory", "phrases")
+# Added to the level of an Expectation that the source before it shares.
+AGREED = LEVELS * len(ORDERS)
 
 
 class Repetition:
@@ -359,9 +361,10 @@ class DraftSources:
                 kind = "lookup", min(agrees, RULE.most_agreement)
                 likely = rate(kind)
             for source, expected in self._expected_after(newest):
-                other = source, expected.level
+                agreed = expected.token == token and agrees < RULE.most_agreement
+                other = source, expected.level + (AGREED if agreed else 0)
                 other_rate = rate(other)
-                if token == GAP or other_rate > likely:
+                if token == GAP or agreed or other_rate > likely:
                     kind = other
                     likely = other_rate
                     if expected.token != token:
