@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.decoding.draft_memory import LONGEST as MEMORY_LONGEST
 from runtime.decoding.draft_memory import LEVELS, ORDERS, Expectation, TextMemory
+from runtime.decoding.draft_memory import LONGEST as MEMORY_LONGEST
 from runtime.decoding.draft_rule import RULE
 from runtime.decoding.phrases import PhraseTable
 from runtime.errors import OptionError, shown
