@@ -321,19 +321,15 @@ def pack(
     results: str,
     samples: tuple[SampleAnswer, ...] = (),
     agreement: float | None = None,
-    phrases: np.ndarray | None = None,
 ) -> PackedExit:
     """Write the exit of a trained checkpoint to the file `out`.
 
-    `base_name` is PackedExit.model, and `phrases` are those of PackedFile. The other facts have the
-    names of PackedExit's fields.
+    `base_name` is PackedExit.model. The other facts have the names of its fields.
 
     Raises:
         CheckpointError: If the exit has no parameters of its own.
         OutputError: If the name is invalid, or the exit has more than MOST_BYTES.
     """
-    from safetensors.numpy import save_file
-
     if _NAME.fullmatch(name) is None:
         raise OutputError(f"the exit's name is {shown(name)}; {_NAMES}")
     checkpoint = open_checkpoint(model)
@@ -358,15 +354,12 @@ def pack(
         for tensor, whole in arrays.items()
         for key, array in _packed(tensor, whole).items()
     }
-    if phrases is not None:
-        for field, dtype in _STORED.items():
-            tensors[_PHRASES + field] = np.ascontiguousarray(phrases[field]).view(dtype)
     size = sum(array.nbytes for array in tensors.values())
     if size > MOST_BYTES:
         raise OutputError(
             f"the exit of {model} has {size / 1e6:.1f} MB in 8 bits, at most "
             f"{MOST_BYTES / 1e6:.0f} are packed; train one with fewer --exit-layers, or a LoRA of "
-            "a lower --rank, or pack fewer phrases"
+            "a lower --rank"
         )
     description = describe(base.config, base)
     packed = PackedExit(
@@ -385,6 +378,46 @@ def pack(
         samples=samples,
         agreement=agreement,
     )
+    return _write(out, packed, tensors)
+
+
+def add_phrases(
+    path: Path, phrases: np.ndarray, data: str | None = None, results: str | None = None
+) -> PackedExit:
+    """Write a table of phrases into the file of an exit, in place of the one that it has.
+
+    Args:
+        phrases: ENTRY [n].
+        data: PackedExit.data. Default: unchanged.
+        results: PackedExit.results. Default: unchanged.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+        OutputError: If the file would have more than MOST_BYTES.
+    """
+    from safetensors.numpy import load_file
+
+    about = read_packed(path).about
+    tensors = {
+        name: array for name, array in load_file(path).items() if not name.startswith(_PHRASES)
+    }
+    for field, dtype in _STORED.items():
+        tensors[_PHRASES + field] = np.ascontiguousarray(phrases[field]).view(dtype)
+    size = sum(array.nbytes for array in tensors.values())
+    if size > MOST_BYTES:
+        room = (MOST_BYTES - size) // ENTRY.itemsize + len(phrases)
+        raise OutputError(
+            f"{path} would have {size / 1e6:.2f} MB with {len(phrases):,} phrases, more than "
+            f"{MOST_BYTES / 1e6:.0f}; {max(0, room):,} fit"
+        )
+    changed = {key: text for key, text in (("data", data), ("results", results)) if text}
+    return _write(path, replace(about, format=FORMAT, **changed), tensors)
+
+
+def _write(out: Path, packed: PackedExit, tensors: dict[str, np.ndarray]) -> PackedExit:
+    """Write the file of an exit, and return its metadata with the hash of the tensors."""
+    from safetensors.numpy import save_file
+
     with replacing(out) as partial:
         # The order of the tensors, and with it their hash, is independent of the metadata.
         save_file(tensors, partial)

@@ -58,3 +58,9 @@ def test_a_replay_accepts_what_the_trace_confirms(tmp_path: Path) -> None:
     assert memory["speed"] > 1.5 > text["speed"]
     assert exits["exits_per_token"] > 0.25
     assert exits["speed"] > 1.1 * text["speed"]
+    outputs = tmp_path / "outputs.jsonl"
+    outputs.write_text(json.dumps({"target_ids": output}))
+    found = run(draft_replay, traces, "--costs", costs, "--shuffles", 1, "--setting", "text", "--phrases", outputs)
+    phrases = json.loads(found)
+    assert phrases["phrases"] > 100
+    assert phrases["speed"] > memory["speed"]

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -16,11 +15,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.packed_exit import SUFFIX, pack
 from freeexport.checkpoints.ready_made import READY_MADE
 from freeexport.verification.exit_agreement import agreement_of, samples_of
-from runtime.decoding.phrases import PhraseTable
 from tools.data.splits import run_tool
-
-# Phrases of an exit, 13 bytes each.
-MOST_PHRASES = 200_000
 
 
 @click.command()
@@ -40,14 +35,6 @@ MOST_PHRASES = 200_000
     ),
 )
 @click.option(
-    "--phrases",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help=(
-        "JSONL file with 'target_ids': the model's own outputs, such as the outputs.jsonl of "
-        "`freeexport train --self-distill`. Their most frequent phrases are packed."
-    ),
-)
-@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="File to write.  [default: NAME.safetensors in freeexport/exits]",
@@ -61,7 +48,6 @@ def command(
     recipe: str,
     results: str,
     samples: Path | None,
-    phrases: Path | None,
     out: Path | None,
 ) -> None:
     """Pack the exit of CHECKPOINT, which `freeexport train` wrote, as NAME."""
@@ -72,11 +58,6 @@ def command(
     out = out or READY_MADE / f"{name}{SUFFIX}"
     trained = open_checkpoint(checkpoint)
     answers = () if samples is None else samples_of(trained, samples)
-    table = None
-    if phrases is not None:
-        with phrases.open(encoding="utf-8") as file:
-            outputs = [json.loads(line)["target_ids"] for line in file]
-        table = PhraseTable.build(outputs, MOST_PHRASES).entries
     packed = pack(
         checkpoint,
         out,
@@ -88,7 +69,6 @@ def command(
         results,
         samples=answers,
         agreement=agreement_of(trained, answers).value if answers else None,
-        phrases=table,
     )
     size = f"{out.stat().st_size / 1e6:.2f} MB"
     click.echo(f"{out}: {size}, for {packed.model} (sha256 {packed.weights_sha256[:12]}...)")

@@ -27,7 +27,7 @@ from freeexport.checkpoints import packed_exit
 from freeexport.checkpoints import ready_made as ready_made_exits
 from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint, smollm2
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
-from freeexport.checkpoints.packed_exit import MOST_BYTES, pack, read_packed
+from freeexport.checkpoints.packed_exit import MOST_BYTES, add_phrases, pack, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, find_exit, fitting_exits, misfit, ready_made
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
@@ -43,11 +43,11 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import MANIFEST, DraftGain, ExitVocabulary, ReadyMadeExit
 from runtime.decoding.drafts import Drafts
-from runtime.decoding.phrases import PHRASES, PhraseTable
+from runtime.decoding.phrases import ENTRY, PHRASES, PhraseTable
 from runtime.errors import BundleError, HubError
 from runtime.machine.machine import host
 from runtime.session import Session
-from tools.models import pack_exit
+from tools.models import exit_phrases, pack_exit
 
 SLASHES = ["", "../up", "a/b", "a\0b", "x" * 300, "-dash", "a b"]
 Directory = Callable[[Case], Path]
@@ -277,10 +277,12 @@ def test_phrases_of_an_exit_are_drafted(trained: Callable[[str], Path], checkpoi
         wanted = session.generate("word 3 is", mode="full", max_new_tokens=16, ignore_eos=True).token_ids
     path = tmp_path / "exit.safetensors"
     table = PhraseTable.build([wanted] * 3)
-    pack(str(trained("layers")), path, "x", **FACTS, phrases=table.entries)
+    pack(str(trained("layers")), path, "x", **FACTS)
+    add_phrases(path, table.entries)
     opened = read_packed(path)
     assert opened.phrases is not None
     assert (opened.phrases == table.entries).all()
+    assert add_phrases(path, table.entries, data="words").data == "words"
     applied = bundle(model, tmp_path / "applied", path)
     options: dict[str, Any] = {"mode": "lossless", "max_new_tokens": 16, "ignore_eos": True}
     with Session(applied.path, threads=1, draft_memory_mb=0) as session:
@@ -298,10 +300,35 @@ def test_phrases_of_an_exit_are_drafted(trained: Callable[[str], Path], checkpoi
         Session(applied.path, threads=1)
 
 
+def test_the_tool_adds_phrases_and_keeps_the_exit(
+    trained: Callable[[str], Path], checkpoint: Directory, tmp_path: Path
+) -> None:
+    path, outputs = tmp_path / "exit.safetensors", tmp_path / "outputs.jsonl"
+    pack(str(trained("layers")), path, "x", **FACTS)
+    before = read_packed(path)
+    lines: list[dict[str, Any]] = [{"target_ids": [1, 2, 3]}, {"input": "word", "target": "word 3 is"}]
+    outputs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    refused = CliRunner().invoke(exit_phrases.main, [str(path), str(outputs)])
+    assert f"line 2 of {outputs} has no target_ids; give a target and --bundle" in refused.output
+    plain = bundle(checkpoint(LLAMA), tmp_path / "plain")
+    for most, count in (("1000", None), ("3", 3)):
+        done = CliRunner().invoke(
+            exit_phrases.main, [str(path), str(outputs), "--bundle", str(plain.path), "--most", most]
+        )
+        assert done.exit_code == 0, done.output
+        after = read_packed(path)
+        assert after.phrases is not None
+        assert count is None or len(after.phrases) == count
+        assert after.weights.shapes == before.weights.shapes
+    with pytest.raises(OutputError, match=r"with 700,000 phrases, more than 8; 6\d\d,\d\d\d fit"):
+        add_phrases(path, np.zeros(700_000, ENTRY))
+
+
 def test_damaged_phrases_are_refused(trained: Callable[[str], Path], tmp_path: Path) -> None:
     path = tmp_path / "exit.safetensors"
     table = PhraseTable.build([[1, 2, 3, 4]])
-    pack(str(trained("layers")), path, "x", **FACTS, phrases=table.entries)
+    pack(str(trained("layers")), path, "x", **FACTS)
+    add_phrases(path, table.entries)
     with safe_open(path, "np") as file:
         about = json.loads(file.metadata()["freeexport_exit"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping

@@ -1,0 +1,73 @@
+"""Count the frequent phrases of outputs, and add them to the file of a ready-made exit.
+
+    python -m tools.models.exit_phrases freeexport/exits/NAME.safetensors outputs.jsonl
+
+Each line has `target_ids`, as in the outputs.jsonl of `freeexport train --self-distill`, or a
+`target`, which the tokenizer of --bundle encodes. Phrases that the file has are replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from freeexport.checkpoints.packed_exit import MOST_BYTES, add_phrases
+from runtime.bundle.bundle import Bundle
+from runtime.decoding.phrases import PhraseTable
+from runtime.text.tokenizer import Tokenizer
+from tools.data.splits import run_tool
+
+# Entries of a table, 13 bytes each. Twice as many gained 0.5 % on chat prompts.
+MOST_PHRASES = 200_000
+
+
+def texts_of(outputs: Path, bundle: Path | None) -> list[list[int]]:
+    """Return the token ids of each line, with the end of the sequence."""
+    tokenizer = None
+    ends: tuple[int, ...] = ()
+    if bundle is not None:
+        opened = Bundle.open(bundle)
+        tokenizer = Tokenizer.load(bundle, opened.manifest.files)
+        ends = opened.manifest.eos_token_ids[:1]
+    texts = []
+    for number, line in enumerate(outputs.read_text(encoding="utf-8").splitlines(), 1):
+        given = json.loads(line)
+        if "target_ids" in given:
+            texts.append(given["target_ids"])
+        elif tokenizer is None or "target" not in given:
+            raise click.UsageError(
+                f"line {number} of {outputs} has no target_ids; give a target and --bundle"
+            )
+        else:
+            texts.append([*tokenizer.encode(given["target"], special=False), *ends])
+    return texts
+
+
+@click.command(help=__doc__, context_settings={"show_default": True})
+@click.argument("exit_file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("outputs", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--most", default=MOST_PHRASES, type=click.IntRange(1), help="Phrases, at most.")
+@click.option("--data", help="Sentences on the training data, in place of those in the file.")
+@click.option("--results", help="Sentences on the results, in place of those in the file.")
+def main(
+    exit_file: Path,
+    outputs: Path,
+    bundle: Path | None,
+    most: int,
+    data: str | None,
+    results: str | None,
+) -> None:
+    table = PhraseTable.build(texts_of(outputs, bundle), most)
+    add_phrases(exit_file, table.entries, data=data, results=results)
+    size = exit_file.stat().st_size
+    click.echo(
+        f"{exit_file}: {len(table.entries):,} phrases, {size / 1e6:.2f} MB of at most "
+        f"{MOST_BYTES / 1e6:.0f}"
+    )
+
+
+if __name__ == "__main__":
+    run_tool(main)
