@@ -53,6 +53,7 @@ class PackedWeight(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("data", "scales", "zeros", "offsets", "bias", "multiples")
         ),
+        ("pairs", ctypes.c_int),
     )
 
 
