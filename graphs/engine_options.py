@@ -19,6 +19,7 @@ from graphs.exit_head import EXIT_MAP
 from graphs.quantization.plan import ROUNDING, FormatPlan, rounding_for, shared_values
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
+    ACTIVATION_KERNELS,
     Activations,
     CacheType,
     ChosenCache,
@@ -212,7 +213,7 @@ class EngineOptions:
         """Version of our operators that the graphs need. None: only ONNX Runtime's."""
         if self.kernels != "freeexport":
             return None
-        return 10 if self.activations == "int16" else 9
+        return ACTIVATION_KERNELS[self.activations]
 
     @property
     def packed(self) -> bool:

@@ -45,6 +45,8 @@ SCALE_BYTES = 4
 ChosenCache = Literal["int8"]
 # Type that activations are quantized to in products with quantized weights on a CPU.
 Activations = Literal["int8", "int16"]
+# Version of this project's operators that a new bundle needs.
+ACTIVATION_KERNELS: dict[Activations, int] = {"int8": 9, "int16": 10}
 # Operators that multiply with quantized weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
 # Format of a quantized model's head. "int8" is in blocks.
@@ -444,8 +446,8 @@ class Manifest:
         ]
         own = self.kernels is not None and not self.encoder_decoder
         rules.append((self.kv_cache != "int8" or own, "kv_cache", self.kv_cache))
-        wide = (self.kernels or 0) >= 10
-        rules.append((self.activations != "int16" or wide, "activations", self.activations))
+        needed = 0 if self.activations is None else ACTIVATION_KERNELS[self.activations]
+        rules.append(((self.kernels or 0) >= needed, "activations", self.activations))
         for name in ("decoder_start_token_id", "forced_first_token_id", "forced_last_token_id"):
             token = getattr(self, name)
             rules.append((token is None or self._in_vocabulary([token]), name, token))
