@@ -97,8 +97,8 @@ option = option_of(ConvertOptions)
 )
 @option(
     "activations",
-    "Type that activations are quantized to in products with quantized weights. int16: with our "
-    "own kernels, nearly the results of fp32 activations, but slower in calls of several rows.",
+    "Type of activations in products with quantized weights on a CPU. int16: for our own kernels. "
+    "Results are close to those of fp32 activations, and calls of several rows are slower.",
 )
 @option(
     "rounding_data", "JSONL file with 'input' (and 'target') to fit 4-bit weights to.", "--data"
