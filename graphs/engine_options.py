@@ -19,6 +19,8 @@ from graphs.exit_head import EXIT_MAP
 from graphs.quantization.plan import ROUNDING, FormatPlan, rounding_for, shared_values
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
+    ACTIVATION_KERNELS,
+    Activations,
     CacheType,
     ChosenCache,
     ConfidenceMeasure,
@@ -63,6 +65,7 @@ class EngineOptions:
         kernels: Operators that multiply with quantized weights on a CPU: those of ONNX Runtime or
             of this project.
         kv_cache: Type of the KV cache. Default: that of the attention operators.
+        activations: Type that activations are quantized to in products with quantized weights.
     """
 
     exit_layer: int
@@ -76,6 +79,7 @@ class EngineOptions:
     compute: FloatType | None = None
     kernels: Kernels = "onnxruntime"
     kv_cache: ChosenCache | None = None
+    activations: Activations = "int8"
 
     def check(self, description: Description) -> None:
         """Check the options for a model.
@@ -120,8 +124,18 @@ class EngineOptions:
         fits = self.own_attention(description) or fits_head_size(description.attention)
         if self.dialect == "ort" and not fits:
             raise GraphError(f"{misfit(description.attention)}; choose --dialect standard")
+        if self.activations != "int8":
+            self._check_kernels(f"--activations {self.activations}")
         if self.kv_cache is not None:
             self._check_cache(description)
+
+    def _check_kernels(self, option: str) -> None:
+        if self.kernels != "freeexport":
+            raise GraphError(
+                f"{option} needs freeexport's own kernels (--precision int8, int4 or mixed on a "
+                f"CPU), not precision {self.precision} of target {self.target} with kernels of "
+                "onnxruntime; leave it out"
+            )
 
     def _check_cache(self, description: Description) -> None:
         option = f"--kv-cache {self.kv_cache}"
@@ -129,12 +143,7 @@ class EngineOptions:
             raise GraphError(
                 f"{option} is for decoder-only models, not for {description.family}; leave it out"
             )
-        if self.kernels != "freeexport":
-            raise GraphError(
-                f"{option} needs freeexport's own kernels (--precision int8, int4 or mixed on a "
-                f"CPU), not precision {self.precision} of target {self.target} with kernels of "
-                "onnxruntime; leave it out"
-            )
+        self._check_kernels(option)
         if not self.own_attention(description):
             raise GraphError(
                 f"{option} needs attention heads whose size is a multiple of 8, from 16 on, not "
@@ -198,6 +207,13 @@ class EngineOptions:
         """Return the type of keys and values. Our attention kernels read fp16 or int8."""
         own = self.own_attention(description)
         return self.kv_cache or ("fp16" if own else self.float_type)
+
+    @property
+    def kernels_version(self) -> int | None:
+        """Version of our operators that the graphs need. None: only ONNX Runtime's."""
+        if self.kernels != "freeexport":
+            return None
+        return ACTIVATION_KERNELS[self.activations]
 
     @property
     def packed(self) -> bool:

@@ -100,7 +100,7 @@ class EngineBuilder:
         self._source = source
         self._weights = weights
         self._directory = directory
-        self._rounding = rounding_for(options.target, options.kernels)
+        self._rounding = rounding_for(options.target, options.kernels, options.activations)
         head = description.decoder.head.weight
 
         def keep_in_file(name: str) -> InFile | None:

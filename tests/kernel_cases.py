@@ -127,6 +127,7 @@ def multiply(
     shift: np.ndarray | None = None,
     keeps_norm: np.ndarray | None = None,
     prompt: bool = False,
+    activation_bits: int = 8,
 ) -> np.ndarray:
     """Return the product by the kernels of an instruction set, on one thread and without ONNX Runtime.
 
@@ -143,6 +144,7 @@ def multiply(
         shift: Bias of the norm, which is then a layer norm.
         keeps_norm: Expected output of the norm, which the kernel must also return.
         prompt: Use the kernels for prompts.
+        activation_bits: 8, or 16.
 
     Raises:
         ValueError: If the kernels reject the call.
@@ -156,6 +158,7 @@ def multiply(
     product.weight = _weight(case)
     if up is not None:
         product.up = _weight(up)
+    product.weight.pairs = product.up.pairs = activation_bits == 16
     product.total = _address(total)
     product.y = _address(y)
     product.beside = beside

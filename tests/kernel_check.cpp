@@ -149,9 +149,10 @@ void try_products(const std::vector<const Kernels*>& all, bool fused) {
   Product product = {};
   product.rows = rows, product.x = x.data(), product.epsilon = 1e-5f, product.weight = packed.weight;
   if (fused) {
+    product.weight.pairs = between(0, 1);
     product.skip = skip.data(), product.norm = norm.data();
     product.activation = between(0, kActivations - 1);
-    if (between(0, 1)) product.up = up.weight;
+    if (between(0, 1)) product.up = up.weight, product.up.pairs = product.weight.pairs;
     product.beside = product.up.data != nullptr && product.activation == kNone;
     if ((product.layer = between(0, 1))) product.shift = shift.data(), product.keeps_norm = between(0, 1);
   }

@@ -4,7 +4,8 @@
 
 Times the layers' products and the head of SmolLM2-135M with 1 to 8 rows, or up to 64 (--rows). The
 weights are random and do not fit the processor's caches. --against names a library of another
-build: the two take turns, and their results must have the same bits. With --threads, each thread
+build: the two take turns, and their results must have the same bits. --wide also times activations
+in 16 bits. With --threads, each thread
 has its share of the outputs of every product, and no thread waits for another. Times are the
 processor time of the slowest thread, 10 % quantiles, because other processes only make calls
 slower. "stream" is the time in which as many threads read as many bytes with numpy. Run from the
@@ -53,6 +54,7 @@ class PackedWeight(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("data", "scales", "zeros", "offsets", "bias", "multiples")
         ),
+        ("pairs", ctypes.c_int),
     )
 
 
@@ -134,6 +136,14 @@ def part(
     return ModelPart(name, products, pages.bytes[began : pages.used])
 
 
+def widened(part: ModelPart) -> ModelPart:
+    """Return a part with activations in 16 bits and the same weights."""
+    products = [PackedProduct.from_buffer_copy(product) for product in part.products]
+    for product in products:
+        product.weight.pairs = product.up.pairs = 1
+    return ModelPart(f"{part.name}, activations in int16", products, part.weights)
+
+
 def share(product: PackedProduct, thread: int, threads: int) -> PackedProduct:
     """Return a product with the outputs that one of several threads computes."""
     part = PackedProduct.from_buffer_copy(product)
@@ -182,9 +192,11 @@ def multiply(
 
 
 def measure(
-    libraries: dict[str, Path], rounds: int, most: int, threads: int = 1
+    libraries: dict[str, Path], rounds: int, most: int, threads: int = 1, wide: bool = False
 ) -> list[dict[str, Any]]:
     """Return a row for each part and library, with milliseconds by number of rows up to `most`.
+
+    With `wide`, also for each part with activations in 16 bits.
 
     Raises:
         EngineError: If libraries return different results.
@@ -195,6 +207,7 @@ def measure(
         part(pages, "int8 layers", 8, LAYER * LAYERS),
         part(pages, "int8 head", 8, HEAD),
     ]
+    parts += [widened(item) for item in parts] if wide else []
     calls = {name: load(path) for name, path in libraries.items()}
     shapes = (*LAYER, *HEAD)
     inputs = max(shape[1] for shape in shapes)
@@ -259,11 +272,14 @@ def measure(
 @click.option("--rounds", default=40, type=click.IntRange(1), help="Rounds.")
 @click.option("--rows", default=8, type=click.IntRange(1), help="Maximum number of rows.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="Threads.")
+@click.option("--wide", is_flag=True, help="Also time activations in 16 bits.")
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
-def main(against: Path | None, rounds: int, rows: int, threads: int, save: Path | None) -> None:
+def main(
+    against: Path | None, rounds: int, rows: int, threads: int, wide: bool, save: Path | None
+) -> None:
     libraries = {"this": LIBRARY} | ({"other": against} if against else {})
     with other_load() as other:
-        found = measure(libraries, rounds, rows, threads)
+        found = measure(libraries, rounds, rows, threads, wide)
     for row in found:
         one = row["milliseconds"][1]
         each = [f"{taken:.2f} ({taken / one:.2f})" for taken in row["milliseconds"].values()]
@@ -276,6 +292,7 @@ def main(against: Path | None, rounds: int, rows: int, threads: int, save: Path 
     if save is not None:
         command = "python -m tools.kernel_rows" + (" --against OTHER" if against else "")
         command += f" --rounds {rounds} --rows {rows} --threads {threads}"
+        command += " --wide" if wide else ""
         save_timings(save, command, other.cores, found)
 
 

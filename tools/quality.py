@@ -108,6 +108,7 @@ def quality_rows(
 ) -> list[dict[str, Any]]:
     """Compute a row for each bundle. The first bundle is in fp32.
 
+    - `activations`: Type of activations in products, if it is not int8.
     - `same_answers`: Number of answers that equal the fp32 answer.
     - `likelihood`: Mean log-likelihood of the answers' tokens under the fp32 model, in nats.
     - `agreement`: Share of next tokens that equal fp32's after the same prefix of the fp32 answer.
@@ -129,7 +130,7 @@ def quality_rows(
             answers.append([result.token_ids for result in given])
             # The fp32 model has already processed its own answers.
             read = force(session, prompts, answers[0], slots) if wanted else watches
-            precision = session.manifest.precision
+            manifest = session.manifest
         wanted = wanted or read
         chosen = [
             np.equal(ours.best, theirs.best) for ours, theirs in zip(read, wanted, strict=True)
@@ -146,7 +147,8 @@ def quality_rows(
         gaps = [own[min(place, len(own) - 1)] for own, place in pairs]
         rows.append(
             {
-                "precision": precision,
+                "precision": manifest.precision,
+                "activations": manifest.activations,
                 "same_answers": places.count(None),
                 "likelihood": 0.0,
                 "agreement": float(np.concatenate(chosen).mean()),
@@ -197,7 +199,8 @@ def precisions(
         figures = (
             f"{row['same_answers']} of {samples} | {row['likelihood']:.3f} | {row['agreement']:.1%}"
         )
-        click.echo(f"| {row['precision']} | {figures} |")
+        wide = f", activations in {row['activations']}" if row["activations"] else ""
+        click.echo(f"| {row['precision']}{wide} | {figures} |")
     if output is not None:
         facts = {
             "model": Bundle.open(bundles[0]).manifest.source,

@@ -96,6 +96,11 @@ option = option_of(ConvertOptions)
     "position, which is about half of the memory. For decoder-only models.  [default: 16 bits]",
 )
 @option(
+    "activations",
+    "Type of activations in products with quantized weights on a CPU. int16: for our own kernels. "
+    "Results are close to those of fp32 activations, and calls of several rows are slower.",
+)
+@option(
     "rounding_data", "JSONL file with 'input' (and 'target') to fit 4-bit weights to.", "--data"
 )
 @option("compute", "Type in which a GPU computes with quantized weights.  [default: fp16]")
@@ -205,6 +210,7 @@ def _lines(
             yield f"4-bit weights: fitted to {data.tokens} tokens of {data.texts} texts"
         if on_cpu:
             yield f"kernels: {kernels_of(manifest.kernels)}"
+            yield f"activations in products: {manifest.activations or 'int8'}"
     if (vocabulary := manifest.exit_vocabulary) is not None:
         known = (
             f", {vocabulary.covered:.2%} of the training targets" if vocabulary.text_tokens else ""

@@ -152,7 +152,10 @@ def _model(manifest: Manifest) -> Rows:
             else []
         ),
         *(
-            [("kernels", kernels_of(manifest.kernels))]
+            [
+                ("kernels", kernels_of(manifest.kernels)),
+                ("activations in products", manifest.activations or "int8"),
+            ]
             if quantization and manifest.target == "cpu"
             else []
         ),

@@ -43,7 +43,6 @@ from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File
 from runtime.bundle.quantization import Quantization
 from runtime.decoding.phrases import PHRASES
 from runtime.errors import BundleError
-from runtime.kernels import VERSION as KERNELS_VERSION
 from runtime.kernels import instructions
 from runtime.machine.machine import write_back
 from runtime.tensorrt.files import DIRECTORY
@@ -343,10 +342,11 @@ def _new_manifest(
         quantization=quantization,
         target=engines.target,
         exit_trained=checkpoint.exit is not None and checkpoint.exit.trained,
-        kernels=KERNELS_VERSION if engines.kernels == "freeexport" else None,
+        kernels=engines.kernels_version,
         kv_cache=cache
         if (cache := engines.cache_type(description)) != engines.float_type
         else None,
+        activations=None if engines.activations == "int8" else engines.activations,
         compute=None if engines.target == "cpu" or quantization is None else engines.float_type,
         forced_first_token_id=forced(generation, "forced_bos_token_id")
         if description.encoder

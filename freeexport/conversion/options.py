@@ -13,6 +13,7 @@ from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
+    Activations,
     ChosenCache,
     ConfidenceMeasure,
     Dialect,
@@ -57,6 +58,7 @@ class ConvertOptions:
     compute: FloatType | None = None
     kernels: Kernels | None = None
     kv_cache: ChosenCache | None = None
+    activations: Activations = "int8"
     calibration: Path | None = None
     rounding_data: Path | None = None
     verify: Verify = "quick"
@@ -101,7 +103,7 @@ def engine_options(
     Raises:
         GraphError: If an option is out of range.
         OptionError: If text for rounding is given but no weight gets 4 bits on a CPU, or if the
-            type of the KV cache needs kernels that are not available.
+            type of the KV cache or of activations needs kernels that are not available.
     """
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
     attention = description.attention
@@ -112,6 +114,8 @@ def engine_options(
     problem = missing() if quantized and options.kernels is None else None
     if problem is not None and options.kv_cache is not None:
         raise OptionError(f"--kv-cache {options.kv_cache}: {problem}; or leave it out")
+    if problem is not None and options.activations != "int8":
+        raise OptionError(f"--activations {options.activations}: {problem}; or leave it out")
     kernels = options.kernels or ("freeexport" if quantized and problem is None else "onnxruntime")
     # Use fused operators if they or our kernels support the model's heads.
     fits = fits_head_size(attention) or (
@@ -129,6 +133,7 @@ def engine_options(
         compute=options.compute,
         kernels=kernels,
         kv_cache=options.kv_cache,
+        activations=options.activations,
     )
     engines.check(description)
     plan = engines.plan

@@ -20,6 +20,7 @@ from graphs.exit_head import EXIT
 from graphs.graph import MICROSOFT, STACK, drop_unused, external, unread
 from graphs.quantization.panels import BITS
 from graphs.quantization.quantizer import FLOATS, OPERANDS, Quantizer, Stored
+from runtime.bundle.manifest import Activations
 from runtime.bundle.quantization import EnginePrecision, HigherTensor, TensorFormat
 from runtime.kernels import DOMAIN
 
@@ -116,17 +117,24 @@ class OrtProducts(Products):
 
 
 class PackedProducts(Products):
-    """This project's PackedLinear."""
+    """This project's PackedLinear.
+
+    Args:
+        activations: Type that it quantizes activations to.
+    """
 
     domain = DOMAIN
     own = True
+
+    def __init__(self, activations: Activations = "int8") -> None:
+        self._attributes = {"activation_bits": 16} if activations == "int16" else {}
 
     def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         x, _, *bias = node.inputs
         given: list[ir.Value | None] = [None] * INPUTS
         given[X] = x
         given[BIAS] = bias[0] if bias else None
-        attributes = parts[0].attributes
+        attributes = {**parts[0].attributes, **self._attributes}
         for part, places in zip(parts, (WEIGHT, UP), strict=False):
             for place, operand in zip(places, OPERANDS, strict=True):
                 given[place] = part.operands.get(operand)

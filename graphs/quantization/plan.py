@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from graphs.description import Description
 from graphs.quantization.passes import OrtProducts, PackedProducts, Products, WidenedProducts
 from graphs.quantization.rounding import IntegerScheme, Scheme, SymmetricScheme
-from runtime.bundle.manifest import HeadPrecision, Kernels, Precision, Target
+from runtime.bundle.manifest import Activations, HeadPrecision, Kernels, Precision, Target
 from runtime.bundle.quantization import TensorFormat
 
 
@@ -70,6 +70,7 @@ _CPU = Rounding(
     True,
 )
 _CPU_OWN = replace(_CPU, scheme=IntegerScheme(offsets=True), products=PackedProducts())
+_CPU_WIDE = replace(_CPU_OWN, products=PackedProducts("int16"))
 # MatMulNBits is the only CUDA kernel that reads quantized weights directly.
 _CUDA = Rounding(_BLOCKS, IntegerScheme(blocks=()), OrtProducts(rounds_activations=False))
 _TENSORRT = Rounding(
@@ -94,6 +95,8 @@ def shared_values(description: Description) -> frozenset[str]:
     return frozenset(each.value.weight for each in attentions if 2 * each.kv_heads <= each.heads)
 
 
-def rounding_for(target: Target, kernels: Kernels) -> Rounding:
+def rounding_for(target: Target, kernels: Kernels, activations: Activations = "int8") -> Rounding:
     """Return how weights are rounded for a target and its kernels."""
-    return _CPU_OWN if kernels == "freeexport" else ROUNDING[target]
+    if kernels != "freeexport":
+        return ROUNDING[target]
+    return _CPU_WIDE if activations == "int16" else _CPU_OWN

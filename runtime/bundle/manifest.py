@@ -19,7 +19,7 @@ from runtime.errors import BundleError
 
 # Newer minor versions only add optional fields. Newer major versions cannot be read.
 SCHEMA_VERSION = 2
-SCHEMA_MINOR = 8
+SCHEMA_MINOR = 9
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
@@ -43,6 +43,10 @@ CACHE_BYTES: dict[CacheType, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 SCALE_BYTES = 4
 # Types of keys and values that `convert` can be told to use.
 ChosenCache = Literal["int8"]
+# Type that activations are quantized to in products with quantized weights on a CPU.
+Activations = Literal["int8", "int16"]
+# Version of this project's operators that a new bundle needs.
+ACTIVATION_KERNELS: dict[Activations, int] = {"int8": 9, "int16": 10}
 # Operators that multiply with quantized weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
 # Format of a quantized model's head. "int8" is in blocks.
@@ -240,6 +244,8 @@ class Manifest:
             only.
         kv_cache: Type of keys and values, if it is not `float_type`. int8 only for decoder-only
             models with this project's operators.
+        activations: Type of activations in products with quantized weights on a CPU, if it is
+            not int8. Only with this project's operators, from version 10 on.
         exit_layers: Number of layers of the exit itself, after the exit layer. If `packed`, they
             run only if an exit may be taken.
         exit_input: What the exit's layers read. Unless it is "state", they and the shallow head are
@@ -291,6 +297,7 @@ class Manifest:
     exit_trained: bool | None = None
     kernels: int | None = None
     kv_cache: CacheType | None = None
+    activations: Activations | None = None
     exit_layers: LayerCount = 0
     exit_input: ExitInput = "state"
     forced_first_token_id: int | None = None
@@ -439,6 +446,8 @@ class Manifest:
         ]
         own = self.kernels is not None and not self.encoder_decoder
         rules.append((self.kv_cache != "int8" or own, "kv_cache", self.kv_cache))
+        needed = 0 if self.activations is None else ACTIVATION_KERNELS[self.activations]
+        rules.append(((self.kernels or 0) >= needed, "activations", self.activations))
         for name in ("decoder_start_token_id", "forced_first_token_id", "forced_last_token_id"):
             token = getattr(self, name)
             rules.append((token is None or self._in_vocabulary([token]), name, token))

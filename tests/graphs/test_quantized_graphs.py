@@ -29,7 +29,7 @@ from graphs.quantization.rounding import IntegerScheme
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.quantization import HigherTensor, TensorFormat
-from runtime.kernels import VERSION, missing
+from runtime.kernels import missing
 
 ORT, OWN = {"kernels": "onnxruntime"}, {"kernels": "freeexport"}
 each_precision = pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
@@ -133,7 +133,7 @@ def test_the_embedding_is_read_as_it_was_rounded(width: int, block: int, weights
 def test_every_linear_layer_is_rounded_and_reported(name: str, precision: str, own: bool, bundle: Bundles) -> None:
     path = bundle(BY_NAME[name], 1, precision=precision, **(OWN if own else ORT))
     manifest = Bundle.open(path).manifest
-    assert manifest.kernels == (VERSION if own else None)
+    assert manifest.kernels == (9 if own else None)
     assert manifest.quantization is not None
     engines = {item.engine: item for item in manifest.quantization.engines}
     names = {"shallow", "deep"} | ({"encoder", "prologue"} if manifest.encoder_decoder else set())
@@ -275,6 +275,29 @@ def test_a_cache_in_8_bits_gives_nearly_the_logits_of_one_in_16(name: str, bundl
         found.append(logits[np.arange(60) < lengths[:, None]])
     apart = np.abs(found[0] - found[1]).max(-1) / np.abs(found[0]).max()
     assert 0 < np.median(apart) < 0.08
+
+
+@with_kernels
+@pytest.mark.parametrize("name", ["llama-tied", "mt5"])
+def test_activations_in_16_bits_are_those_of_every_product_and_nearer_to_fp32(name: str, bundle: Bundles) -> None:
+    given: dict[str, Any] = {"precision": "int8", **OWN}
+    narrow, wide = (bundle(BY_NAME[name], 1, **given, activations=kind) for kind in ("int8", "int16"))
+    assert [Bundle.open(path).manifest.kernels for path in (narrow, wide)] == [9, 10]
+    assert [Bundle.open(path).manifest.activations for path in (narrow, wide)] == [None, "int16"]
+    for path, bits in ((narrow, None), (wide, 16)):
+        for engine in path.glob("*.onnx"):
+            nodes = onnx.load(engine, load_external_data=False).graph.node
+            products = [node for node in nodes if node.op_type == "PackedLinear"]
+            found = [{each.name: each.i for each in node.attribute}.get("activation_bits") for node in products]
+            assert set(found) == {bits}
+    check_rows_are_exact(wide)
+    ids, lengths = tokens(60, 8, 21)
+    hidden = [
+        pair_of(path, rows=3).shallow(ids, lengths)["hidden"] for path in (bundle(BY_NAME[name], 1), narrow, wide)
+    ]
+    valid = np.arange(60) < lengths[:, None]
+    apart = [np.abs(one - hidden[0])[valid].mean() for one in hidden[1:]]
+    assert 0 < apart[1] < apart[0]
 
 
 @with_kernels

@@ -67,6 +67,7 @@ def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path)
         precision=manifest.precision,
         confidence=manifest.confidence,
         kernels="freeexport" if manifest.kernels else "onnxruntime",
+        activations=manifest.activations or "int8",
     )
     loss = opened.exit.loss if opened.exit is not None else ""
     facts: dict[str, Any] = json.loads(

@@ -62,7 +62,7 @@ inline void file_tile(const Group* rows, const Weight& weight, int64_t panel, fl
 #pragma GCC unroll 8  // otherwise sums of many rows are kept in memory
       for (int m = 0; m < M; m++) sums[m] = factors.template added<0>(weights, rows[g * M + m], sums[m]);
     }
-    put(sums, weight, panel * kPanel + lane, y + lane, stride);
+    put(sums, weight, panel * kPanel + lane, y + lane, stride, weight.pairs);
   }
 }
 

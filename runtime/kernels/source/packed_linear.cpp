@@ -83,7 +83,7 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   const int64_t rows = product.rows;
   if (rows == 0) return true;
   const bool tiles = product.prompt && kernels.prompt_panels && !is_head(product);
-  const int64_t all = tiles ? parts(rows, kTileRows) * kTileRows : rows;
+  const int64_t quantized = product.quantized_rows(), all = tiles ? parts(rows, kTileRows) * kTileRows : quantized;
   const auto groups = static_cast<size_t>(all * weight.groups());
   const auto inputs = static_cast<size_t>(parts(rows, kPreparedRows) * weight.inputs);
   const size_t wide = has_wide_rows(product) ? kGroup * sizeof(int16_t) : 0;
@@ -94,13 +94,13 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   char* memory = few ? own : static_cast<char*>(allocate(prepared + normed));
   if (memory == nullptr) return false;
   Call call = {kernels, product, reinterpret_cast<Group*>(memory), tiles ? reinterpret_cast<uint16_t*>(memory) : nullptr,
-               normed ? reinterpret_cast<float*>(memory + prepared) : nullptr, 0, tiles ? kPromptRows : kTaskRows, 0};
+               normed ? reinterpret_cast<float*>(memory + prepared) : nullptr, 0, tiles ? kPromptRows : kTaskRows >> weight.pairs, 0};
   int64_t panel_bytes = weight.groups() * weight.group_bytes();
   if (product.up.data != nullptr && !product.beside) panel_bytes += weight.groups() * product.up.group_bytes();
   call.task_panels = panel_bytes < kTaskBytes ? kTaskBytes / panel_bytes : 1;
-  if (rows > 1 || tiles) call.task_panels += call.task_panels % 2;  // multiplied in pairs
+  if (quantized > 1 || tiles) call.task_panels += call.task_panels % 2;  // multiplied in pairs
   call.row_blocks = parts(rows, call.task_rows);
-  if (rows * weight.inputs > kManyInputs)
+  if (quantized * weight.inputs > kManyInputs)
     run(parallel, context, prepare_task, parts(rows, kPreparedRows), call);
   else
     prepare_rows(call, 0, rows);

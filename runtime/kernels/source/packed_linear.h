@@ -2,8 +2,9 @@
 // outputs. Fused with operations before and after such a product in a transformer: the norm of a
 // sum, an activation, and a gate.
 //
-// Rows are quantized to 8 bits, with a scale per group of 32 inputs. The products of a group are
-// summed exactly, in integers. Groups are added in order, in fp32, with the same operations on
+// Rows are quantized to 8 bits, with a scale per group of 32 inputs. For activations in 16 bits, the
+// remainders are quantized in the same way to a second row, and the products of both rows are
+// added. The products of a group are summed exactly, in integers. Groups are added in order, in fp32, with the same operations on
 // every instruction set. The bits of a row therefore depend only on the row and the weight.
 #pragma once
 
@@ -20,7 +21,7 @@ namespace freeexport {
 
 constexpr int kGroup = 32;  // inputs that share a scale of the activations
 constexpr int kPanel = 16;  // outputs that are stored together
-constexpr int64_t kTaskRows = 64;  // maximum per task
+constexpr int64_t kTaskRows = 64;  // maximum per task, quantized
 constexpr int64_t kTileRows = 16;  // in a tile of bfloat16
 constexpr int64_t kPromptRows = 512;  // maximum per task, for a prompt's rows in tiles
 // Adding an integer d to the bits of the float -1.5 * 2^23 gives exactly the float -(1.5 * 2^23 +
@@ -50,6 +51,7 @@ struct Weight {
   const uint16_t* offsets;  // like scales, for 4 and 5 bits without zeros. Or null
   const float* bias;     // [outputs], or null
   const int8_t* multiples;  // [panels][blocks][16], for 4 and 5 bits [2][16]. Or null
+  int pairs;  // 1: a row of activations is quantized to a pair of rows, for 16 bits. Otherwise 0
 
   // Always inlined: a copy compiled for one instruction set must not be linked into code for
   // another.
@@ -83,6 +85,7 @@ struct Product {
   int layer, keeps_norm;
   int prompt;          // rows of a prompt, which may have other bits, see `prompt_panels`
 
+  FREEEXPORT_INLINE int64_t quantized_rows() const { return rows << weight.pairs; }
   FREEEXPORT_INLINE int64_t outputs() const { return weight.outputs + (beside ? up.outputs : 0); }
   FREEEXPORT_INLINE int64_t panels() const { return weight.panels() + (beside ? up.panels() : 0); }
 };
@@ -115,21 +118,22 @@ struct Group {
 // it saves (Zen 3).
 constexpr int64_t kManyRows = 16;
 
-// Returns true if memory for a product's rows in 16 bits follows its groups, in the same order.
+// Returns true if memory for a product's quantized rows, widened to 16 bits, follows its groups, in
+// the same order.
 FREEEXPORT_INLINE bool has_wide_rows(const Product& product) {
-  return product.rows >= kManyRows && (product.weight.bits == 8 || product.up.bits == 8);
+  return product.quantized_rows() >= kManyRows && (product.weight.bits == 8 || product.up.bits == 8);
 }
 FREEEXPORT_INLINE int16_t* wide_rows_of(const Product& product, const Group* rows) {
-  return reinterpret_cast<int16_t*>(const_cast<Group*>(rows) + product.rows * product.weight.groups());
+  return reinterpret_cast<int16_t*>(const_cast<Group*>(rows) + product.quantized_rows() * product.weight.groups());
 }
 
 // Kernels of one instruction set.
 struct Kernels {
   const char* name;
   bool (*supported)();  // by this processor and system
-  // Quantizes a row of a product to `rows`. `normed` [inputs] is memory for its norm.
+  // Quantizes a row of a product to a row, or a pair, of `rows`. `normed` [inputs] is memory for its norm.
   void (*prepare)(const Product& product, int64_t row, float* normed, Group* rows);
-  // Computes the outputs of panels `panel`..`end` for rows first..last, at most kTaskRows.
+  // Computes the outputs of panels `panel`..`end` for rows first..last, at most kTaskRows quantized ones.
   void (*panels)(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel, int64_t end);
   // Attention: `store_row` stores a row's keys and values in the cache, `attend` attends to one
   // piece with one group of heads, `join` joins all pieces.

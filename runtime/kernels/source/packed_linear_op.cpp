@@ -59,6 +59,14 @@ ort::Status* read_weight(const Kernel& kernel, const ort::KernelInfo* info, size
   return read_constant(kernel, info, offsets, ort::kFloat16, scales, &w.offsets);
 }
 
+// Returns an optional attribute, or 0.
+int64_t integer_of(const ort::Api* api, const ort::KernelInfo* info, const char* name) {
+  int64_t value = 0;
+  ort::Status* status = api->KernelInfoGetAttribute_int64(info, name, &value);
+  if (status != nullptr) api->ReleaseStatus(status);
+  return status == nullptr ? value : 0;
+}
+
 ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const char* outputs_name,
                         const char* bits_name, const char* block_name, Weight* weight) {
   int64_t bits = 0, block = 0;
@@ -68,8 +76,12 @@ ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const 
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, block_name, &block));
   if (const char* problem = check_sizes(weight->outputs, weight->inputs, bits, block))
     return fail(api, ort::kInvalidGraph, "%s", problem);
+  const int64_t activation_bits = integer_of(api, info, "activation_bits");
+  if (activation_bits != 0 && activation_bits != 8 && activation_bits != 16)
+    return fail(api, ort::kInvalidGraph, "activation_bits is not 8 or 16");
   weight->bits = static_cast<int>(bits);
   weight->block = static_cast<int>(block);
+  weight->pairs = activation_bits == 16;
   return nullptr;
 }
 
@@ -82,14 +94,6 @@ ort::Status* read_activation(const ort::Api* api, const ort::KernelInfo* info, i
   for (*activation = 0; *activation < kActivations; ++*activation)
     if (std::strcmp(kNames[*activation], name) == 0) return nullptr;
   return fail(api, ort::kInvalidGraph, "activation is none of none, relu, silu, gelu-tanh and gelu");
-}
-
-// Returns an optional attribute, or 0.
-int64_t integer_of(const ort::Api* api, const ort::KernelInfo* info, const char* name) {
-  int64_t value = 0;
-  ort::Status* status = api->KernelInfoGetAttribute_int64(info, name, &value);
-  if (status != nullptr) api->ReleaseStatus(status);
-  return status == nullptr ? value : 0;
 }
 
 ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {

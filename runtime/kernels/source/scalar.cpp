@@ -11,7 +11,7 @@ namespace {
 struct Vec : PlainInputs {
   using Int = int32_t;
   using Float = float;
-  static constexpr int kLanes = 1, kRows = 1;
+  static constexpr int kLanes = 1, kRows = 2;
   static constexpr bool kFetches = false;
   static constexpr bool kWide = false;
   static constexpr int32_t kNothing = 0;

@@ -12,64 +12,82 @@ namespace {
 
 constexpr int kQuads = kGroup / 4;
 
-// Quantizes a row to groups that are `stride` apart.
-inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride) {
+inline void quantize_group(const float* x, Group* to) {
   constexpr int32_t kInfinite = 0x7f800000;
+  const int32_t bits = Vec::peak_bits(x);
+  float peak;
+  std::memcpy(&peak, &bits, sizeof(peak));
+  float scale = peak / 127.0f;
+  int32_t sums[2] = {0, 0};
+  if (bits >= kInfinite || peak < 1e-30f) {
+    // NaN and infinite inputs must show in the result. Tiny inputs become 0.
+    std::memset(to->values, 0, kGroup);
+    if (bits >= kInfinite) {
+      const int32_t nan = 0x7fc00000;
+      std::memcpy(&scale, &nan, sizeof(scale));
+    } else {
+      scale = 0.0f;
+    }
+  } else {
+    Vec::round(x, 127.0f / peak, to->values, sums);
+  }
+  const int32_t sum = sums[0] + sums[1];
+  to->scale = scale;
+  to->minus_sum = static_cast<int16_t>(-sum);
+  to->counter = kCounter;
+  to->scaled_sum = scale * static_cast<float>(sum);
+  for (int i = 0; i < 2; i++) {
+    to->halves[i][0] = static_cast<int16_t>(-sums[i]);
+    to->halves[i][1] = kCounter;
+    to->starts[i] = Vec::kNothing - sum * (i == 0 ? 8 : 128);
+  }
+}
+
+// Quantizes a row to groups that are `stride` apart. With `pairs`, its remainders are the next row.
+inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride, int pairs) {
   const int64_t groups = (inputs + kGroup - 1) / kGroup;
-  float padded[kGroup];
+  float padded[kGroup], rest[kGroup];
   for (int64_t g = 0; g < groups; g++, x += kGroup, to += stride) {
     if (inputs - g * kGroup < kGroup) {  // pad with zeros
       std::memset(padded, 0, sizeof(padded));
       std::memcpy(padded, x, static_cast<size_t>(inputs - g * kGroup) * sizeof(float));
       x = padded;
     }
-    const int32_t bits = Vec::peak_bits(x);
-    float peak;
-    std::memcpy(&peak, &bits, sizeof(peak));
-    float scale = peak / 127.0f;
-    int32_t sums[2] = {0, 0};
-    if (bits >= kInfinite || peak < 1e-30f) {
-      // NaN and infinite inputs must show in the result. Tiny inputs become 0.
-      std::memset(to->values, 0, kGroup);
-      if (bits >= kInfinite) {
-        const int32_t nan = 0x7fc00000;
-        std::memcpy(&scale, &nan, sizeof(scale));
-      } else {
-        scale = 0.0f;
-      }
-    } else {
-      Vec::round(x, 127.0f / peak, to->values, sums);
-    }
-    const int32_t sum = sums[0] + sums[1];
-    to->scale = scale;
-    to->minus_sum = static_cast<int16_t>(-sum);
-    to->counter = kCounter;
-    to->scaled_sum = scale * static_cast<float>(sum);
-    for (int i = 0; i < 2; i++) {
-      to->halves[i][0] = static_cast<int16_t>(-sums[i]);
-      to->halves[i][1] = kCounter;
-      to->starts[i] = Vec::kNothing - sum * (i == 0 ? 8 : 128);
-    }
+    quantize_group(x, to);
+    if (!pairs) continue;
+    for (int i = 0; i < kGroup; i++) rest[i] = x[i] - to->scale * static_cast<float>(to->values[i]);
+    quantize_group(rest, to + 1);
   }
 }
 
 inline int64_t rows_of_tile(int64_t first, int64_t last) { return last - first < Vec::kRows ? last - first : Vec::kRows; }
 
 inline void prepare(const Product& product, int64_t row, float* normed, Group* rows) {
+  static_assert(Vec::kRows % 2 == 0, "a pair of rows is in one tile");
   const float* x = normed_row(product, row, normed);
-  const int64_t tile = row / Vec::kRows * Vec::kRows, groups = product.weight.groups();
-  const int64_t first = tile * groups + (row - tile), stride = rows_of_tile(tile, product.rows);
-  quantize(x, product.weight.inputs, rows + first, stride);
+  const int pairs = product.weight.pairs;
+  const int64_t quantized = row << pairs, tile = quantized / Vec::kRows * Vec::kRows, groups = product.weight.groups();
+  const int64_t first = tile * groups + (quantized - tile), stride = rows_of_tile(tile, product.quantized_rows());
+  quantize(x, product.weight.inputs, rows + first, stride, pairs);
   if (!Vec::kWide || !has_wide_rows(product)) return;
   int16_t* wide = wide_rows_of(product, rows);
   for (int64_t at = first; at < first + groups * stride; at += stride)
-    for (int i = 0; i < kGroup; i++) wide[at * kGroup + i] = rows[at].values[i];
+    for (int64_t part = at; part <= at + pairs; part++)
+      for (int i = 0; i < kGroup; i++) wide[part * kGroup + i] = rows[part].values[i];
 }
 
 // Adds the bias to the sums of M rows, for outputs from `output`, and stores them in y, whose rows
-// are `stride` apart.
+// are `stride` apart. With `pairs`, first adds the sums of each pair of rows.
 template <int M>
-inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t output, float* y, int64_t stride) {
+inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t output, float* y, int64_t stride, int pairs) {
+  if constexpr (M % 2 == 0) {
+    if (pairs) {
+      Vec::Float both[M / 2];
+#pragma GCC unroll 4
+      for (int m = 0; m < M / 2; m++) both[m] = Vec::added(sums[2 * m], sums[2 * m + 1]);
+      return put(both, weight, output, y, stride, 0);
+    }
+  }
   const int64_t left = weight.outputs - output;
   if (left <= 0) return;
   if (left >= Vec::kLanes) {
@@ -180,7 +198,8 @@ inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lan
   }
 #pragma GCC unroll 2
   for (int w = 0; w < Wide; w++)
-    put(sums[w], weight, panel * kPanel + lane + w * Vec::kLanes, y + lane + w * (kWhole ? apart : Vec::kLanes), stride);
+    put(sums[w], weight, panel * kPanel + lane + w * Vec::kLanes, y + lane + w * (kWhole ? apart : Vec::kLanes), stride,
+        weight.pairs);
 }
 
 // Multiplies with all outputs of a panel.
@@ -240,16 +259,19 @@ inline const Tiles& tiles_of(const Weight& weight) {
 inline void multiply(const Group* rows, const int16_t* wide, int64_t first, int64_t last, const Weight& weight,
                      int64_t panel, int64_t end, float* y, int64_t stride, int64_t apart) {
   const bool file = weight.multiples || weight.bits == 5;
+  first <<= weight.pairs;
+  last <<= weight.pairs;
   if (Vec::kLanes == kPanel && last - first > 1 && !file) {
     const TwoTiles* two = tiles_of(weight).of_two;
     for (; panel + 1 < end; panel += 2, y += 2 * apart)
       for (int64_t m = first; m < last; m += Vec::kRows)
-        two[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride, apart);
+        two[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + ((m - first) >> weight.pairs) * stride, stride,
+                                  apart);
   }
   const Tile* tiles = file ? tiles_of_file(weight) : tiles_of(weight).of;
   for (; panel < end; panel++, y += apart)
     for (int64_t m = wide_rows<Vec>(rows, wide, first, last, weight, panel, y, stride); m < last; m += Vec::kRows)
-      tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride);
+      tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + ((m - first) >> weight.pairs) * stride, stride);
 }
 
 constexpr int64_t kGatedRows = 2 * kTaskRows;  // for all panels together

@@ -52,8 +52,8 @@ inline void wide_panel(const Group* rows, const int16_t* wide, int64_t first, in
   }
   for (int64_t m = first; m < last; m += kRows)
     for (int w = 0; w < 2; w++)
-      put(sums[(m - first) / kRows][w], weight, panel * kPanel + w * V::kLanes, y + (m - first) * stride + w * V::kLanes,
-          stride);
+      put(sums[(m - first) / kRows][w], weight, panel * kPanel + w * V::kLanes,
+          y + ((m - first) >> weight.pairs) * stride + w * V::kLanes, stride, weight.pairs);
 }
 
 // Multiplies whole tiles with the outputs of a panel if that is faster. Returns the first row that

@@ -41,6 +41,7 @@ def test_without_the_library_all_three_say_that_the_slower_kernels_are_used(
     assert "no C++ compiler is found here" in json.loads(printed("doctor", "--json"))["kernels"]
     page = printed("inspect", str(write_bundle(tmp_path / "rounded", **ROUNDED)))
     assert "ONNX Runtime's, which are slower; freeexport's kernels are not built" in page
+    assert "activations in products int8" in page
     out = convert(checkpoint(CASE), tmp_path / "bundle")
     assert "kernels: ONNX Runtime's, which are slower; freeexport's kernels are not built here" in out
     assert "install a C++ compiler" in out
@@ -53,8 +54,10 @@ def test_with_the_library_its_instructions_are_named(tmp_path: Path, checkpoint:
     assert f"version {VERSION}, with {here} here" in printed(
         "inspect", str(write_bundle(tmp_path / "rounded", **ROUNDED, kernels=VERSION))
     )
-    out = convert(checkpoint(CASE), tmp_path / "bundle")
-    assert f"kernels: freeexport's own, version {VERSION}, with {here} here" in out
+    out = convert(checkpoint(CASE), tmp_path / "bundle", "--activations", "int16")
+    assert f"kernels: freeexport's own, version 10, with {here} here" in out
+    assert "activations in products: int16" in out
+    assert "activations in products int16" in printed("inspect", str(tmp_path / "bundle"))
     assert "kernels: ONNX Runtime's\n" in convert(checkpoint(CASE), tmp_path / "other", "--kernels", "onnxruntime")
 
 

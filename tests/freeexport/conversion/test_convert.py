@@ -280,6 +280,9 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--kv-cache", "int8"), "--kv-cache int8 needs freeexport's own kernels"),
         (("--kv-cache", "int8", "--target", "cuda"), "not precision fp16 of target cuda"),
         (("--kv-cache", "int8", "--precision", "int8", "--kernels", "onnxruntime"), "kernels of onnxruntime"),
+        (("--activations", "int16"), "--activations int16 needs freeexport's own kernels"),
+        (("--activations", "int16", "--target", "cuda"), "not precision fp16 of target cuda"),
+        (("--activations", "int16", "--precision", "int8", "--kernels", "onnxruntime"), "kernels of onnxruntime"),
         (("--calibration", "nowhere"), "--calibration nowhere: there is no such file; name another"),
         (("--data", "nowhere", "--precision", "int4"), "--data nowhere: there is no such file; name another"),
     ],
@@ -292,12 +295,13 @@ def test_a_bad_option_is_refused_before_any_work(
 
 
 @pytest.mark.usefixtures("no_weights_are_read")
-def test_a_cache_in_8_bits_without_the_library_is_refused_with_what_to_install(
-    checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("option", ["--kv-cache int8", "--activations int16"])
+def test_an_option_of_our_kernels_without_the_library_is_refused_with_what_to_install(
+    option: str, checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("freeexport.conversion.options.missing", lambda: "the kernels are not built; install g++")
-    line = failed(convert(checkpoint(LLAMA), place / "out", "--precision", "int8", "--kv-cache", "int8"))
-    assert "--kv-cache int8: the kernels are not built; install g++; or leave it out" in line
+    line = failed(convert(checkpoint(LLAMA), place / "out", "--precision", "int8", *option.split()))
+    assert f"{option}: the kernels are not built; install g++; or leave it out" in line
     assert os.listdir(place) == []
 
 

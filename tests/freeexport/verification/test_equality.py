@@ -29,20 +29,25 @@ def ran(*arguments: object) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "instructions", "kv_cache"),
-    [(EXIT_LAYERS, "", None), (LLAMA, "scalar-bf16", None), (T5, "", None), (EXIT_LAYERS, "", "int8")],
+    ("name", "instructions", "options"),
+    [
+        (EXIT_LAYERS, "", {}),
+        (LLAMA, "scalar-bf16", {}),
+        (T5, "", {}),
+        (EXIT_LAYERS, "", {"kv_cache": "int8", "activations": "int16"}),
+    ],
 )
 def test_all_settings_of_a_quantized_bundle_are_equal(
     name: str,
     instructions: str,
-    kv_cache: str | None,
+    options: dict[str, str],
     bundle: Bundles,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
     saved = tmp_path / "certificate.json"
-    path = bundle(CASES[name], precision="int8", capacity=256, kv_cache=kv_cache)
+    path = bundle(CASES[name], precision="int8", capacity=256, **options)
     prompts: list[object] = []
     if instructions:  # which are slow: the built-in prompts have twice as many tokens
         prompts = ["--data", tmp_path / "prompts.jsonl"]

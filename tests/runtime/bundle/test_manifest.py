@@ -245,6 +245,14 @@ def test_a_cache_in_8_bits_is_for_decoders_with_our_operators() -> None:
     assert "kv_cache is 'int4'" in refusal(**{**own, "kv_cache": "int4"})
 
 
+def test_activations_in_16_bits_need_operators_that_have_them() -> None:
+    own: dict[str, Any] = {"precision": "int8", "quantization": {}, "kernels": 10, "activations": "int16"}
+    assert Manifest.from_json(changed(MANIFEST, **own)).activations == "int16"
+    for kernels in (None, 9):
+        assert "activations = 'int16' is out of range" in refusal(**{**own, "kernels": kernels})
+    assert "activations is 'int4'" in refusal(**{**own, "activations": "int4"})
+
+
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2), ("bf16", 2)])
 def test_layers_are_split_at_the_exit_and_have_a_cache(precision: Any, size: int) -> None:
     manifest = replace(MANIFEST, precision=precision)

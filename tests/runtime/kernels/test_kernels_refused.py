@@ -81,6 +81,13 @@ def test_a_later_version_of_the_operators_and_a_library_that_is_missing(copied, 
     assert "version 99 of freeexport's kernels is needed" in refusal(copied)
 
 
+def test_the_version_before_activations_in_16_bits_opens_only_bundles_without_them(bundle, copied, monkeypatch):
+    monkeypatch.setattr(runtime.kernels, "VERSION", 9)
+    Session(copied).close()
+    wide = bundle(CASE, precision="int8", kernels="freeexport", activations="int16")
+    assert "version 10 of freeexport's kernels is needed, 9 is here; upgrade freeexport" in refusal(wide)
+
+
 def test_a_library_of_another_architecture_or_version_is_named(tmp_path, monkeypatch):
     other = bytearray(LIBRARY.read_bytes())
     other[18:20] = (0xF3 if platform.machine() != "riscv64" else 0x3E).to_bytes(2, "little")  # the ELF header's machine
