@@ -47,6 +47,12 @@ option = option_of(ConvertOptions)
     "calibration",
     "Calibration file for MODEL.  [default: the one that calibrate wrote beside MODEL]",
 )
+@option(
+    "phrases",
+    "JSONL file with 'target': texts like the outputs, whose frequent phrases mode lossless "
+    "drafts without an engine call.  [default: those of the ready-made exit]",
+    "--phrases",
+)
 @section("Engines")
 @option(
     "target",

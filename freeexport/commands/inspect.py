@@ -12,6 +12,7 @@ import click
 from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.page import human_bytes, pairs, print_page, table
 from runtime.bundle.bundle import VERIFICATION, Bundle
+from runtime.decoding.phrases import ENTRY, PHRASES
 from runtime.errors import BundleError
 from runtime.hub import find_bundle
 
@@ -234,6 +235,11 @@ def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
         *(
             [("its input", f"its layer's state and {_DEEP_INPUTS[manifest.exit_input]}")]
             if manifest.exit_engine
+            else []
+        ),
+        *(
+            [("frequent phrases", f"{table.size // ENTRY.itemsize:,}, drafted in lossless")]
+            if (table := manifest.files.get(PHRASES)) is not None
             else []
         ),
         ("confidence", manifest.confidence),

@@ -21,6 +21,7 @@ from freeexport.checkpoints.ready_made import find_exit
 from freeexport.checkpoints.special_tokens import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
 from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.conversion.phrases import count_phrases
 from freeexport.conversion.recalibrate import check_fits, with_calibration
 from freeexport.costs.exit_gain import exit_gain
 from freeexport.costs.measured import measured_in_child
@@ -129,8 +130,12 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
         write_tokenizer(checkpoint, directory)
-        if checkpoint.phrases is not None:
-            np.save(directory / PHRASES, checkpoint.phrases)
+        phrases = checkpoint.phrases
+        if options.phrases is not None:
+            ends = known_ends(checkpoint, description.vocab_size)
+            phrases = count_phrases(options.phrases, directory, ends)
+        if phrases is not None:
+            np.save(directory / PHRASES, phrases)
         written = _write_engines(checkpoint, description, engines, options.rounding_data, directory)
         manifest = _new_manifest(
             checkpoint, description, engines, longest_prompt, written, directory

@@ -61,12 +61,18 @@ class ConvertOptions:
     activations: Activations = "int8"
     calibration: Path | None = None
     rounding_data: Path | None = None
+    phrases: Path | None = None
     verify: Verify = "quick"
     measure: bool = True
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for option, path in (("--calibration", self.calibration), ("--data", self.rounding_data)):
+        files = {
+            "--calibration": self.calibration,
+            "--data": self.rounding_data,
+            "--phrases": self.phrases,
+        }
+        for option, path in files.items():
             if path is not None and not path.is_file():
                 raise OptionError(f"{option} {path}: there is no such file; name another")
 

@@ -148,7 +148,8 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
 
     def converting(name: str, model: str, out: Path) -> Step:
         target = () if options.target == "cpu" else ("--target", options.target)
-        arguments = ("convert", model, str(out), *target, "--precision", plan.precision)
+        phrases = () if options.data is None else ("--phrases", str(places.data("train")))
+        arguments = ("convert", model, str(out), *target, "--precision", plan.precision, *phrases)
         return Step(name, arguments, seconds[name], out)
 
     if options.data is None:

@@ -14,13 +14,11 @@ from pathlib import Path
 import click
 
 from freeexport.checkpoints.packed_exit import MOST_BYTES, add_phrases
+from freeexport.conversion.phrases import MOST_PHRASES
 from runtime.bundle.bundle import Bundle
 from runtime.decoding.phrases import PhraseTable
 from runtime.text.tokenizer import Tokenizer
 from tools.data.splits import run_tool
-
-# Entries of a table, 13 bytes each. Twice as many gained 0.5 % on chat prompts.
-MOST_PHRASES = 200_000
 
 
 def texts_of(outputs: Path, bundle: Path | None) -> list[list[int]]:
