@@ -88,6 +88,7 @@ class Checkpoint:
         adapter: Directory of a LoRA adapter, which is merged into the tensors that are read.
         ready_made: The ready-made exit that was applied, or None.
         base: The checkpoint that it was applied to, or None.
+        sample_prompts: Token ids of the prompts in the file of the ready-made exit.
         eagle: Configuration of the EAGLE-3 head that is the exit, or None.
     """
 
@@ -102,6 +103,7 @@ class Checkpoint:
     adapter: Path | None = None
     ready_made: ReadyMadeExit | None = None
     base: Checkpoint | None = None
+    sample_prompts: tuple[tuple[int, ...], ...] = ()
     eagle: dict[str, Any] | None = None
 
     @property
@@ -371,7 +373,13 @@ def _open_adapter(path: Path) -> Checkpoint:
     files = [*base.files, merged]
     name = path.resolve().name
     return Checkpoint(
-        base.path, name, base.config, base.generation_config, files, tensors, adapter=path
+        base.path,
+        name,
+        base.config,
+        generation_config=base.generation_config,
+        files=files,
+        tensors=tensors,
+        adapter=path,
     )
 
 
@@ -385,9 +393,9 @@ def _open_gguf(path: Path) -> Checkpoint:
         path,
         path.name,
         config,
-        _generation_config(config),
-        [file],
-        dict.fromkeys(file.shapes, file),
+        generation_config=_generation_config(config),
+        files=[file],
+        tensors=dict.fromkeys(file.shapes, file),
     )
 
 
@@ -414,7 +422,9 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     packed = next((tensor for tensor in tensors if tensor.rsplit(".", 1)[-1] in _OF_PACKED), None)
     if packed is not None:
         raise CheckpointError(f"{path} is stored quantised, as its tensor {packed} says; {_FLOATS}")
-    return Checkpoint(path, name, config, generation_config, files, tensors)
+    return Checkpoint(
+        path, name, config, generation_config=generation_config, files=files, tensors=tensors
+    )
 
 
 def _check_family(path: Path, name: str) -> dict[str, Any]:

@@ -123,7 +123,12 @@ def apply_exit(base: Checkpoint, packed: PackedFile) -> Checkpoint:
         file=None if in_package else packed.path.name,
         agreement=about.agreement,
     )
-    return replace(checkpoint.with_exit(about.exit, packed.weights), ready_made=record, base=plain)
+    return replace(
+        checkpoint.with_exit(about.exit, packed.weights),
+        ready_made=record,
+        base=plain,
+        sample_prompts=tuple(sample.prompt for sample in about.samples),
+    )
 
 
 def does_not_fit(packed: PackedExit, checkpoint: Checkpoint, reason: str) -> str:
