@@ -132,7 +132,9 @@ def calibrate_checkpoint(
         confidence=CONFIDENCE,
         max_pending=MAX_PENDING,
     )
-    result = explained(choice, model, facts, traces, costs, options.rule, str(data))
+    result = explained(
+        choice, model, facts, traces=traces, costs=costs, rule=options.rule, data=str(data)
+    )
     return result, sampled_answers(traces, prompts, choice.threshold)
 
 

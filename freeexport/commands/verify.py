@@ -147,7 +147,7 @@ def command(
         check_bundles([Bundle.open(path)], place, slots=max(BATCHES))
     opened = Bundle.open(path, verify="full")
     if equal is not None:
-        _compare(opened, equal, data, instructions, save, as_json)
+        _compare(opened, equal, data, sets=instructions, save=save, as_json=as_json)
         return
     report = verify(
         opened,

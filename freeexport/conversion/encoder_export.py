@@ -74,7 +74,9 @@ def export_encoder(
     widened = adapt_encoder(exported, encoder.block, weights, compute)
     ir.save(exported, directory / "encoder.onnx")
     weights.flush()
-    _check_engine(directory / "encoder.onnx", module, encoder.block, precision, checkpoint.name)
+    _check_engine(
+        directory / "encoder.onnx", module, encoder.block, precision=precision, name=checkpoint.name
+    )
     return widened
 
 

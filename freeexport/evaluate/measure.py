@@ -150,7 +150,9 @@ class Work:
         if other is not None:
             return other(setting, self._prompts[number][line], most)
         emit = (lambda token: None) if self._speed_only else None
-        return decode(self._sessions[number], setting, self._prompts[number][line], most, emit)
+        return decode(
+            self._sessions[number], setting, self._prompts[number][line], most=most, emit=emit
+        )
 
     def warm_up(self, most: int) -> None:
         """Decode some lines untimed. An adaptive session would learn from them."""
@@ -180,7 +182,13 @@ def measure(
     most = options.max_new_tokens
     with ExitStack() as stack:
         sessions = [stack.enter_context(open_with(entry, options, records)) for entry in entries]
-        work = Work(entries, sessions, list(map(prompts_of, sessions)), speed_only, others or {})
+        work = Work(
+            entries,
+            sessions,
+            list(map(prompts_of, sessions)),
+            speed_only=speed_only,
+            others=others or {},
+        )
 
         def done(turn: int, place: int) -> bool:
             return records.has(work.keys(turn, place))

@@ -137,7 +137,19 @@ def best_exit(
         }
         speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
         even = at.break_even(MAX_PENDING)
-        found.append(PlannedExit(layer, own, size, covered, even, rates, speeds, reads, begun))
+        found.append(
+            PlannedExit(
+                layer,
+                own,
+                size,
+                covered=covered,
+                break_even=even,
+                rates=rates,
+                speeds=speeds,
+                input=reads,
+                begun=begun,
+            )
+        )
     return max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])
 
 

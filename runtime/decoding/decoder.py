@@ -456,7 +456,13 @@ class Decoder:
         if self._logits:
             outputs["logits"] = self._logits[self._shallow][:count]
         return SlotCall(
-            self, self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count, exits
+            self,
+            self._shallow,
+            {"input_ids": tokens},
+            outputs=outputs,
+            rows=tokens.shape[1],
+            heads=count,
+            exits=exits,
         )
 
     def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
@@ -465,7 +471,9 @@ class Decoder:
         outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
         if self._logits:
             outputs["logits"] = self._logits[self._deep][:heads]
-        return SlotCall(self, self._deep, inputs, outputs, hidden.shape[1], heads)
+        return SlotCall(
+            self, self._deep, inputs, outputs=outputs, rows=hidden.shape[1], heads=heads
+        )
 
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_heads: int) -> None:
         rows = piece.shape[1]

@@ -106,7 +106,9 @@ class Grammars:
             self._kept.move_to_end(key)
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
-            return Grammar(kind, matcher.deep_copy(), self._ends, self._vocab_size, most)
+            return Grammar(
+                kind, matcher.deep_copy(), self._ends, vocab_size=self._vocab_size, most=most
+            )
 
     def _compile(self, kind: str, text: str) -> Any:
         try:
