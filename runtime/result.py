@@ -86,9 +86,8 @@ class Stats:
         forced_tokens: Tokens that a grammar forced. They need no prediction and are read with the
             next token.
         rejected: Drafted tokens that a sync pass rejected ("rollback", "lossless").
-        drafts: Drafts in "lossless" by source: "exit", "lookup", "memory" (outputs of
-            earlier requests), "predicted" (`predicted_output`)
-            and "own" (`draft_source`).
+        drafts: Drafts in "lossless" by source: "exit", "lookup", "memory" (outputs of earlier
+            requests), "predicted" (`predicted_output`) and "own" (`draft_source`).
         single_passes: Number of deep passes over one token.
         longer_passes: Deep passes over several tokens, by number of tokens.
         seconds: Wall time from the prompt to the last token.
