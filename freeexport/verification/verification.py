@@ -108,9 +108,15 @@ class _Verification:
 
     def report(self, model: str | None, data: Path | None, exit_file: str | None) -> dict[str, Any]:
         manifest = self.manifest
-        checkpoint = None if model is None else _checkpoint_of(self.bundle, model, exit_file)
+        checkpoint = None
         reference: Any = None
-        if checkpoint is not None:
+        if model is not None:
+            checkpoint = open_source(model, manifest, exit_file)
+            if checkpoint.sha256 != manifest.source_sha256:
+                raise VerificationError(
+                    f"{checkpoint.name} is not the checkpoint that this bundle was made from "
+                    f"({manifest.source}); give that one, or convert this one"
+                )
             # torch takes a second to import. Checks without a checkpoint do not need it.
             from freeexport.checkpoints.transformers_model import reference_model
 
@@ -336,16 +342,6 @@ def verify_in_child(
     except ChildError as error:
         raise VerificationError(str(error)) from None
     return True
-
-
-def _checkpoint_of(bundle: Bundle, model: str, exit_file: str | None) -> Checkpoint:
-    checkpoint = open_source(model, bundle.manifest, exit_file)
-    if checkpoint.sha256 != bundle.manifest.source_sha256:
-        raise VerificationError(
-            f"{checkpoint.name} is not the checkpoint that this bundle was made from "
-            f"({bundle.manifest.source}); give that one, or convert this one"
-        )
-    return checkpoint
 
 
 def _tie(precision: Precision, checks: list[Check]) -> float | None:
