@@ -24,8 +24,8 @@ WARM_UP_PROMPTS = 4
 
 Prompt = np.ndarray | Sequence[int]
 Emit = Callable[[int], None]
-# Another decoder of a bundle: decodes a prompt to at most so many tokens, and returns the fields of
-# its record.
+# Another decoder of a bundle. Takes the setting, a prompt and the maximum number of tokens, and
+# returns the fields of its record.
 OtherDecoder = Callable[[Setting, Any, int], dict[str, Any]]
 # Other decoders by name of the bundle and method of the setting.
 OtherDecoders = Mapping[tuple[str, str], OtherDecoder]
