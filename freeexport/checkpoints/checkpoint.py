@@ -369,16 +369,13 @@ def _open_adapter(path: Path) -> Checkpoint:
     config, model = read_adapter(path)
     base = open_checkpoint(model)
     merged = MergedWeights(adapter_weights(path), config, base)
-    tensors = base.tensors | dict.fromkeys(merged.shapes, merged)
-    files = [*base.files, merged]
-    name = path.resolve().name
-    return Checkpoint(
-        base.path,
-        name,
-        base.config,
-        generation_config=base.generation_config,
-        files=files,
-        tensors=tensors,
+    return replace(
+        base,
+        name=path.resolve().name,
+        files=[*base.files, merged],
+        tensors=base.tensors | dict.fromkeys(merged.shapes, merged),
+        exit=None,
+        exit_weights=None,
         adapter=path,
     )
 

@@ -259,7 +259,7 @@ class FeatureDecoder(Decoder):
             "input_ids" if self._embeds else "hidden": states[None],
             "features": features[None],
         }
-        return SlotCall(self, self._exit, given, outputs=outputs, rows=len(states), heads=heads)
+        return SlotCall(self, self._exit, given, outputs=outputs, heads=heads)
 
     def _embedding(self, rows: int) -> SlotCall:
         """Return the shallow call on the stacked tokens."""
@@ -271,12 +271,7 @@ class FeatureDecoder(Decoder):
 
     def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         return SlotCall(
-            self,
-            self._shallow,
-            {"input_ids": tokens},
-            outputs={"hidden": hidden},
-            rows=tokens.shape[1],
-            heads=0,
+            self, self._shallow, {"input_ids": tokens}, outputs={"hidden": hidden}, heads=0
         )
 
     def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
