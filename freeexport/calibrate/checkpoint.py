@@ -122,7 +122,7 @@ def calibrate_checkpoint(
     if vocabulary is not None:
         share = (vocabulary.size + 1) / description.vocab_size
     costs = step_bytes(description, checkpoint).at(
-        exit_file.exit_layer, layers, exit_file.exit_layers, share, exit_file.exit_input
+        exit_file.exit_layer, layers, exit_file.exit_layers, share=share, reads=exit_file.exit_input
     )
     facts = CheckpointExit(
         source_sha256=checkpoint.sha256,

@@ -194,7 +194,7 @@ def _compare(
     settings = len(all_settings()) * max(1, len(sets))
     outcome = Equality(tokens, 0)
     try:
-        for outcome in check_equality(bundle, tokens, prompts, sets, file):  # noqa: B007
+        for outcome in check_equality(bundle, tokens, prompts, sets=sets, file=file):  # noqa: B007
             pass
     except KeyboardInterrupt:
         if not as_json:

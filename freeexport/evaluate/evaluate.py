@@ -89,7 +89,7 @@ def evaluate(
             request.line_number: prompt for request, prompt in fitting_prompts(session, requests)
         }
 
-    measure(entries, options, records, prompts, others, open_with)
+    measure(entries, options, records, prompts_of=prompts, others=others, open_with=open_with)
     found = records.by_setting()
     made = environment()
     if without_targets:

@@ -129,7 +129,7 @@ def best_exit(
     for (reads, layer, own), (size, covered) in product(places, vocabularies):
         share = 1.0 if size is None else (size + 1) / description.vocab_size
         passed = (layer + own) / layers
-        at = costs.at(layer, layers, own, share, reads)
+        at = costs.at(layer, layers, own, share=share, reads=reads)
         by_depth = {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
         rates = {
             name: covered * rate

@@ -158,7 +158,7 @@ def _train(
             f"OUT has another, after layer {options.exit_layer}"
         )
     costs = step_bytes(description, checkpoint).at(
-        options.exit_layer, layers, options.exit_layers, share, options.exit_input
+        options.exit_layer, layers, options.exit_layers, share=share, reads=options.exit_input
     )
     if writer:
         if options.loss != "deep-ce":
