@@ -108,7 +108,7 @@ def _read_file(source: Any, name: str, until: float) -> np.ndarray:
                 return _read_m4a(file, name, until)
             for mark, kind, formats in COMPRESSED:
                 if begin.startswith(mark):
-                    return _read_compressed(file, name, until, kind, formats)
+                    return _read_compressed(file, name, until, kind=kind, formats=formats)
             try:
                 return _read_wav(file, name, until)
             except wave.Error as error:
@@ -140,7 +140,7 @@ def _read_wav(file: BinaryIO, name: str, until: float) -> np.ndarray:
         file.seek(begin + first * frame)
         return _decoded(file.read(frames * frame), width, channels)
 
-    return _joined(read, count, rate, name, until)
+    return _joined(read, count, rate, name=name, until=until)
 
 
 def _read_compressed(
@@ -175,7 +175,7 @@ def _read_compressed(
                     raise PromptError(f"{broken} (it ends early); convert it to a WAV file")
                 return samples.mean(axis=1)
 
-            return _joined(read, sound.frames, sound.samplerate, name, until)
+            return _joined(read, sound.frames, sound.samplerate, name=name, until=until)
     except soundfile.SoundFileError as error:
         problem = getattr(error, "error_string", None) or one_line(error)
         raise PromptError(f"{broken} ({problem}); convert it to a WAV file") from None
@@ -348,7 +348,7 @@ def log_mel(samples: np.ndarray, bins: int, until: float = math.inf) -> np.ndarr
         power = spectrum.real.astype(np.float32) ** 2 + spectrum.imag.astype(np.float32) ** 2
         mels[:, start : start + _BLOCK] = filters @ power.T
     np.log10(np.maximum(mels, np.float32(LEAST_POWER), out=mels), out=mels)
-    np.maximum(mels, mels.max() - np.float32(RANGE), out=mels)
+    np.maximum(mels, np.max(mels) - np.float32(RANGE), out=mels)
     mels += 4
     mels /= 4
     return mels

@@ -136,7 +136,9 @@ class Generation:
 
     def _sampler(self, number: int) -> Sampler | None:
         seed = self._seed, number
-        return sampler_of(self.options, self._sampled_from, self._eos, seed, self._grammar)
+        return sampler_of(
+            self.options, self._sampled_from, self._eos, seed=seed, grammar=self._grammar
+        )
 
     def _detokenizer(self) -> Detokenizer:
         return Detokenizer(self.model.tokenizer, tuple(self.options.stop))
@@ -260,11 +262,23 @@ class Generation:
         max_pending = self._max_pending
         labels = self._labels
         if mode == "rollback":
-            return rollback(decoder, response, threshold, max_pending, self._rollback_threshold)
+            return rollback(
+                decoder,
+                response,
+                threshold,
+                max_pending=max_pending,
+                limit=self._rollback_threshold,
+            )
         if mode == "shallow":
             return shallow(decoder, response)
         if mode == "free" and (labels is None or not labels.learns):
-            return free(decoder, response, threshold, max_pending, self.options.sync_every)
+            return free(
+                decoder,
+                response,
+                threshold,
+                max_pending=max_pending,
+                sync_every=self.options.sync_every,
+            )
         if mode == "free":
             # A background pass returns no predictions, so it provides no labels.
             return free(decoder, response, threshold, max_pending, sync_every=0, labels=labels)
@@ -272,7 +286,9 @@ class Generation:
             return free(decoder, response, NEVER_EXIT, max_pending)
         if mode == "full":
             return full(decoder, response)
-        return lossless(decoder, response, threshold, max_pending, self._drafts())
+        return lossless(
+            decoder, response, threshold, max_pending=max_pending, drafts=self._drafts()
+        )
 
     def _drafts(self) -> Drafts:
         """Return the drafts of a lossless request."""
@@ -298,7 +314,7 @@ class Generation:
         costs = learned.costs if reads_exit else learned.costs_without_exit
         acceptance = learned.acceptance(self._threshold, options.samples)
         without_exit = learned.costs_without_exit if model.chooses_exit else None
-        return Drafts(costs, acceptance, sources, self._exits, without_exit)
+        return Drafts(costs, acceptance, sources, exits=self._exits, without_exit=without_exit)
 
     def _beam(self, decoder: Decoder, number: int) -> Loop:
         """Yield the tokens of one of the best beams. The first call runs the search."""

@@ -177,7 +177,7 @@ class Observer:
         if self._hook is None:
             return
         try:
-            self._hook(RequestEvent(kind, number, time.time(), result, error))
+            self._hook(RequestEvent(kind, number, time.time(), result=result, error=error))
         except Exception as failure:
             text = f"on_event raised {type(failure).__name__}: {failure}; fix it"
             warnings.warn(text, RuntimeWarning, stacklevel=2)

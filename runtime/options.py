@@ -58,9 +58,9 @@ class GenerationOptions:
         None
     )
     """Confidence above which a token exits. At 1 nothing exits: "free" and "rollback" then decode
-    as "full", without the shallow head. Default: the bundle's threshold. In "lossless", a minimum
-    confidence of drafts, and by default none: the length of drafts then follows from their measured
-    benefit."""
+    as "full", without the shallow head. Default: the bundle's threshold. In "lossless", it is the
+    minimum confidence of a draft. By default, drafts have no minimum, and their length follows from
+    their measured benefit."""
 
     output_confidence: bool = False
     """Return the shallow confidence of every token, also in "full" and at threshold 1. Runs the
@@ -71,8 +71,8 @@ class GenerationOptions:
     value."""
 
     max_pending: Annotated[int | None, checks.Whole(1)] = None
-    """Maximum number of tokens in a sync pass. Default: the bundle's value; in mode "free", the
-    tuned one."""
+    """Maximum number of tokens in a sync pass. Default: the bundle's value. In mode "free", the
+    value that `calibrate` chose, if any."""
 
     drafts: Drafts | None = None
     """Source of drafts in "lossless". "exit": the shallow decoder. "lookup": text repeated from the
@@ -216,8 +216,7 @@ class GenerationOptions:
 
     cache_salt: str | None = None
     """Isolates the prefix cache and the draft memory between users: a request reuses prefixes and
-    drafts outputs only of requests with the same salt. Default: those of requests without a
-    salt."""
+    drafts outputs only of requests with the same salt. Requests without a salt share theirs."""
 
     num_beams: Annotated[int, checks.Whole(1, 256)] = 1
     """Number of beams. More than 1 enables beam search, for encoder-decoders in mode "full" without

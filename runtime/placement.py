@@ -36,10 +36,10 @@ def open_backend(
     if bundle.manifest.target == "tensorrt":
         from runtime.tensorrt.backend import TensorRTBackend
 
-        return TensorRTBackend(bundle, options, capacity, threads, device)
+        return TensorRTBackend(bundle, options, capacity, threads=threads, device=device)
     from runtime.cuda.backend import CudaBackend
 
-    return CudaBackend(bundle, options, capacity, threads, device)
+    return CudaBackend(bundle, options, capacity, threads=threads, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ def load_engines(
         for runner in (shallow, exit, deep)
         if runner is not None
     }
-    return LoadedEngines(shallow, deep, encoder, decoders, batches, cross)
+    return LoadedEngines(shallow, deep, encoder, decoders=decoders, batches=batches, cross=cross)
 
 
 def check_device(device: Device, needed: int = 0, what: str = "") -> None:
@@ -132,7 +132,7 @@ def check_bundles(bundles: Sequence[Bundle], device: Device, slots: int = 1) -> 
         return
     options = SessionOptions(device=str(device), slots=slots)
     for bundle in bundles:
-        backend = open_backend(bundle, options, bundle.manifest.capacity, 1, device)
+        backend = open_backend(bundle, options, bundle.manifest.capacity, threads=1, device=device)
         backend.close(lambda: None)
     if len(bundles) > 1:
         manifests = [bundle.manifest for bundle in bundles]

@@ -62,7 +62,11 @@ class Scheduler:
         self._cross = cross
         self._queue = queue
         self._calls = BatchPolicy(
-            batches, decoders[0].runners[0], costs or CallCosts(), packed, decoders[0].exit
+            batches,
+            decoders[0].runners[0],
+            costs or CallCosts(),
+            packed=packed,
+            exit=decoders[0].exit,
         )
         self._rows: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()

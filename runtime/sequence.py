@@ -109,7 +109,9 @@ class Sequence:
         try:
             results = self.generation.results or [self.result]
             times = self.generation.token_times or [[]]
-            self.observer.ended(self.number, self.response.arrival, results, times, error)
+            self.observer.ended(
+                self.number, self.response.arrival, results, times=times, error=error
+            )
         finally:
             on_end = self.on_end
             # Break the reference cycle of a list of prompts and its requests.

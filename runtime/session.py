@@ -100,7 +100,9 @@ class Session:
         trusted = options.trust_templates
         self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
         corpus = open_corpus(options, self._tokenizer)
-        self._placement = open_backend(self.bundle, options, self.capacity, self.threads, device)
+        self._placement = open_backend(
+            self.bundle, options, self.capacity, threads=self.threads, device=device
+        )
         engines = load_engines(self._placement, options.slots, self._decoder_type)
         self._runners = engines.shallow, engines.deep
         self.overlap = engines.deep.beside

@@ -155,7 +155,9 @@ class Transcriber:
         language = options.language or (
             self._probe(sound, options, decode)[0] if self._speech.languages else "en"
         )
-        return self._prompt(sound, language, options, options.timestamps, self._before(options))
+        return self._prompt(
+            sound, language, options, timestamps=options.timestamps, before=self._before(options)
+        )
 
     def transcribe(self, audio: Any, options: SpeechOptions, decode: Decode) -> GenerationResult:
         """Transcribe a sound of any length. Arguments and errors are those of `segments`."""
@@ -198,7 +200,7 @@ class Transcriber:
             if language is None or options.timestamps:
                 detected, quiet = self._probe(sound, options, decode)
                 language = language or detected
-            prompt = self._prompt(sound, language, options, timestamps, before)
+            prompt = self._prompt(sound, language, options, timestamps=timestamps, before=before)
             result, quiet, temperature = self._decoded(prompt, options, decode, quiet)
             for other in sound.spent:
                 for name in (
@@ -227,7 +229,13 @@ class Transcriber:
             if options.word_timestamps:
                 frames = advance or size  # the next window begins after them
                 words = self._words(
-                    prompt.sound, language, options.task, result, cut, place, frames
+                    prompt.sound,
+                    language,
+                    options.task,
+                    result=result,
+                    cut=cut,
+                    place=place,
+                    frames=frames,
                 )
             for number, (start, end, ids) in enumerate(cut):
                 text = self._text(ids)

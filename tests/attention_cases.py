@@ -11,7 +11,7 @@ import onnxruntime as ort
 from kernel_cases import one_node
 from onnx import TensorProto
 
-from runtime.bundle.manifest import SCALE_BYTES
+from runtime.bundle.manifest import cached_width
 from runtime.kernels import LIBRARY
 
 EPSILON = 1e-6
@@ -77,7 +77,7 @@ class Layer:
     @property
     def cache_width(self) -> int:
         """Elements of a position and head in the cache."""
-        return self.size + (SCALE_BYTES if self.cache == np.int8 else 0)
+        return cached_width(self.size, np.dtype(self.cache).itemsize)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,9 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
             seconds = each * (left + outputs) + SECONDS
             click.echo(f"about {duration(seconds)} for {len(requests)} sequences", err=True)
 
-        traces = collect(session, data, requests, cache, options.max_new_tokens, estimate)
+        traces = collect(
+            session, data, requests, cache=cache, most=options.max_new_tokens, estimate=estimate
+        )
         check_enough(traces, options.rule)
         fitting = fitting_prompts(session, requests)
         prompts = [ids for _, ids in fitting]
@@ -188,7 +190,15 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
             targets = found if len(found) == len(fitting) else None
             outputs = DecodedOutputs(session, prompts, targets, options.max_new_tokens)
         choice = choose(traces, options.rule, outputs)
-        result = explained(choice, model, session.manifest, traces, costs, options.rule, str(data))
+        result = explained(
+            choice,
+            model,
+            session.manifest,
+            traces=traces,
+            costs=costs,
+            rule=options.rule,
+            data=str(data),
+        )
         if not timed.trusted:
             result = replace(result, notes=(*result.notes, busy_note(timed, costs)))
         return _timed(session, prompts[:PROMPTS], result, options) if options.rounds else result
@@ -249,7 +259,11 @@ def explained(
         mixture=choice.mixture,
         table=tuple(
             TableRow(
-                one, done.exit_rate, done.agreement, choice.quality.get(one), done.speedup(costs)
+                one,
+                done.exit_rate,
+                done.agreement,
+                quality=choice.quality.get(one),
+                predicted_speedup=done.speedup(costs),
             )
             for one, done in replays.items()
         ),
@@ -260,11 +274,11 @@ def explained(
         calibration,
         path,
         manifest,
-        traces,
-        costs,
-        replays[threshold],
-        data,
-        caught,
+        traces=traces,
+        costs=costs,
+        chosen=replays[threshold],
+        data=data,
+        caught=caught,
         notes=choice.notes,
     )
 

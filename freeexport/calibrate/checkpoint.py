@@ -122,7 +122,7 @@ def calibrate_checkpoint(
     if vocabulary is not None:
         share = (vocabulary.size + 1) / description.vocab_size
     costs = step_bytes(description, checkpoint).at(
-        exit_file.exit_layer, layers, exit_file.exit_layers, share, exit_file.exit_input
+        exit_file.exit_layer, layers, exit_file.exit_layers, share=share, reads=exit_file.exit_input
     )
     facts = CheckpointExit(
         source_sha256=checkpoint.sha256,
@@ -132,7 +132,9 @@ def calibrate_checkpoint(
         confidence=CONFIDENCE,
         max_pending=MAX_PENDING,
     )
-    result = explained(choice, model, facts, traces, costs, options.rule, str(data))
+    result = explained(
+        choice, model, facts, traces=traces, costs=costs, rule=options.rule, data=str(data)
+    )
     return result, sampled_answers(traces, prompts, choice.threshold)
 
 

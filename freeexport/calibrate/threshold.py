@@ -165,7 +165,7 @@ class DecodedOutputs:
         """Return a lower bound of the share of `kept`, which holds with probability 1 - `delta`."""
         measure, free, full, references = self._tables(metric, threshold, part)
         nothing = measure.table([""] * len(references), references).mean(axis=0)
-        return ratio_bound(free, full, nothing, measure.value, delta)
+        return ratio_bound(free, full, nothing, value=measure.value, delta=delta)
 
     def _tables(
         self, metric: str, threshold: float, part: np.ndarray

@@ -88,6 +88,7 @@ class Checkpoint:
         adapter: Directory of a LoRA adapter, which is merged into the tensors that are read.
         ready_made: The ready-made exit that was applied, or None.
         base: The checkpoint that it was applied to, or None.
+        sample_prompts: Token ids of the prompts in the file of the ready-made exit.
         eagle: Configuration of the EAGLE-3 head that is the exit, or None.
         phrases: Table of the model's frequent phrases, ENTRY [n], or None.
     """
@@ -103,6 +104,7 @@ class Checkpoint:
     adapter: Path | None = None
     ready_made: ReadyMadeExit | None = None
     base: Checkpoint | None = None
+    sample_prompts: tuple[tuple[int, ...], ...] = ()
     eagle: dict[str, Any] | None = None
     phrases: np.ndarray | None = None
 
@@ -369,11 +371,14 @@ def _open_adapter(path: Path) -> Checkpoint:
     config, model = read_adapter(path)
     base = open_checkpoint(model)
     merged = MergedWeights(adapter_weights(path), config, base)
-    tensors = base.tensors | dict.fromkeys(merged.shapes, merged)
-    files = [*base.files, merged]
-    name = path.resolve().name
-    return Checkpoint(
-        base.path, name, base.config, base.generation_config, files, tensors, adapter=path
+    return replace(
+        base,
+        name=path.resolve().name,
+        files=[*base.files, merged],
+        tensors=base.tensors | dict.fromkeys(merged.shapes, merged),
+        exit=None,
+        exit_weights=None,
+        adapter=path,
     )
 
 
@@ -387,9 +392,9 @@ def _open_gguf(path: Path) -> Checkpoint:
         path,
         path.name,
         config,
-        _generation_config(config),
-        [file],
-        dict.fromkeys(file.shapes, file),
+        generation_config=_generation_config(config),
+        files=[file],
+        tensors=dict.fromkeys(file.shapes, file),
     )
 
 
@@ -416,7 +421,9 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     packed = next((tensor for tensor in tensors if tensor.rsplit(".", 1)[-1] in _OF_PACKED), None)
     if packed is not None:
         raise CheckpointError(f"{path} is stored quantised, as its tensor {packed} says; {_FLOATS}")
-    return Checkpoint(path, name, config, generation_config, files, tensors)
+    return Checkpoint(
+        path, name, config, generation_config=generation_config, files=files, tensors=tensors
+    )
 
 
 def _check_family(path: Path, name: str) -> dict[str, Any]:

@@ -119,4 +119,11 @@ def values_of(kind: str, raw: np.ndarray, outputs: int) -> Rounded | None:
         offsets = offsets.reshape(outputs, -1)
     if multiples is not None:
         multiples = multiples.reshape(outputs, -1, multiples.shape[-1])
-    return Rounded(values, found.scales.reshape(outputs, -1), None, 0.0, offsets, multiples)
+    return Rounded(
+        values,
+        found.scales.reshape(outputs, -1),
+        None,
+        error=0.0,
+        offsets=offsets,
+        multiples=multiples,
+    )

@@ -128,6 +128,7 @@ def apply_exit(base: Checkpoint, packed: PackedFile) -> Checkpoint:
         ready_made=record,
         base=plain,
         phrases=packed.phrases,
+        sample_prompts=tuple(sample.prompt for sample in about.samples),
     )
 
 

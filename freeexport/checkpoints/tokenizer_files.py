@@ -206,7 +206,11 @@ def _of_pieces(tokenizer: Any, model: str) -> Tokenizer:
     named = (getattr(tokenizer, name, None) for name in _SPECIAL)
     special = [str(token) for token in named if token is not None and str(token) in ids]
     fast.add_special_tokens([*special, *sorted(languages, key=lambda token: languages[token])])
-    before, after = (tokenizer.convert_ids_to_tokens(part) for part in _around(tokenizer))
+    unknown = tokenizer.unk_token_id  # stands for a text between the tokens that are added
+    added = tokenizer.build_inputs_with_special_tokens([unknown])
+    place = added.index(unknown)
+    before = tokenizer.convert_ids_to_tokens(added[:place])
+    after = tokenizer.convert_ids_to_tokens(added[place + 1 :])
     fast.post_processor = processors.TemplateProcessing(
         single=" ".join([*before, "$A", *after]),
         special_tokens=[
@@ -214,14 +218,6 @@ def _of_pieces(tokenizer: Any, model: str) -> Tokenizer:
         ],
     )
     return fast
-
-
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer adds before and after a text."""
-    inner = tokenizer.unk_token_id
-    ids = tokenizer.build_inputs_with_special_tokens([inner])
-    place = ids.index(inner)
-    return ids[:place], ids[place + 1 :]
 
 
 def _byt5(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -138,7 +138,9 @@ def command(
     from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.conversion.recalibrate import update_bundle
 
-    options = CalibrateOptions(_rule(given), samples, max_new_tokens, rounds, device, threads)
+    options = CalibrateOptions(
+        _rule(given), samples, max_new_tokens, rounds=rounds, device=device, threads=threads
+    )
     before_export = is_checkpoint(model)
     samples_beside: list[TracedAnswer] = []
     if before_export:

@@ -282,7 +282,14 @@ def command(
         if source is not None:
             if not names_mode:
                 click.echo(session.default_mode, err=True)
-            answer_file(ask, source, target or Path(STANDARD), slots, resume, overwrite)
+            answer_file(
+                ask,
+                source,
+                target or Path(STANDARD),
+                batch=slots,
+                resume=resume,
+                overwrite=overwrite,
+            )
             return
         text = sys.stdin.read() if prompt in (None, STANDARD) else prompt
         if sequences == 1 and not as_json:

@@ -167,7 +167,7 @@ def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
     ) -> Iterator[tuple[int, np.ndarray]]:
         from freeexport.conversion.own_outputs import own_outputs  # torch
 
-        return own_outputs(model, checkpoint, prompts, new_tokens, directory)
+        return own_outputs(model, checkpoint, prompts, new_tokens=new_tokens, directory=directory)
 
     trained = train(model, out, TrainingOptions(**options), generate)
     if not leave_group():

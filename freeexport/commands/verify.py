@@ -147,7 +147,7 @@ def command(
         check_bundles([Bundle.open(path)], place, slots=max(BATCHES))
     opened = Bundle.open(path, verify="full")
     if equal is not None:
-        _compare(opened, equal, data, instructions, save, as_json)
+        _compare(opened, equal, data, sets=instructions, save=save, as_json=as_json)
         return
     report = verify(
         opened,
@@ -194,7 +194,7 @@ def _compare(
     settings = len(all_settings()) * max(1, len(sets))
     outcome = Equality(tokens, 0)
     try:
-        for outcome in check_equality(bundle, tokens, prompts, sets, file):  # noqa: B007
+        for outcome in check_equality(bundle, tokens, prompts, sets=sets, file=file):  # noqa: B007
             pass
     except KeyboardInterrupt:
         if not as_json:

@@ -16,8 +16,6 @@ import numpy as np
 from freeexport import __version__
 from freeexport.calibrate.beside import TracedAnswer, check_sample, read_beside
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.packed_exit import read_packed
-from freeexport.checkpoints.ready_made import find_exit
 from freeexport.checkpoints.special_tokens import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
 from freeexport.conversion.options import ConvertOptions, engine_options
@@ -136,9 +134,16 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             phrases = count_phrases(options.phrases, directory, ends)
         if phrases is not None:
             np.save(directory / PHRASES, phrases)
-        written = _write_engines(checkpoint, description, engines, options.rounding_data, directory)
+        written = _write_engines(
+            checkpoint, description, engines, text=options.rounding_data, directory=directory
+        )
         manifest = _new_manifest(
-            checkpoint, description, engines, longest_prompt, written, directory
+            checkpoint,
+            description,
+            engines,
+            longest_prompt=longest_prompt,
+            written=written,
+            directory=directory,
         )
         manifest = replace(manifest, exit_vocabulary=vocabulary, speech=speech)
         if calibration is not None:
@@ -149,7 +154,12 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         if verified:
             try:
                 passed = verify_in_child(
-                    directory, model, checkpoint, manifest, options.verify, options.exit
+                    directory,
+                    model,
+                    checkpoint,
+                    manifest=manifest,
+                    extent=options.verify,
+                    exit_file=options.exit,
                 )
             except VerificationError as error:
                 if not (directory / VERIFICATION).is_file():
@@ -168,21 +178,12 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             costs = measured_in_child(directory)
             manifest = replace(manifest, costs=recordable(costs))
             write_manifest()
-            if options.exit is not None and costs.trusted:
-                manifest = _with_gain(directory, manifest, options.exit)
+            prompts = [np.array(prompt, np.int64) for prompt in checkpoint.sample_prompts]
+            if manifest.ready_made_exit is not None and prompts and costs.trusted:
+                timed = replace(manifest.ready_made_exit, gain=exit_gain(directory, prompts))
+                manifest = replace(manifest, ready_made_exit=timed)
         write_manifest()
     return manifest
-
-
-def _with_gain(directory: Path, manifest: Manifest, exit_file: str) -> Manifest:
-    """Return the manifest with the gain of its ready-made exit on the exit's sample prompts."""
-    path = find_exit(exit_file)
-    record = manifest.ready_made_exit
-    if record is None or not path.is_file():
-        return manifest
-    samples = read_packed(path).about.samples
-    prompts = [np.array(sample.prompt, np.int64) for sample in samples]
-    return replace(manifest, ready_made_exit=replace(record, gain=exit_gain(directory, prompts)))
 
 
 def _check_calibration(directory: Path, manifest: Manifest, samples: list[TracedAnswer]) -> None:
@@ -265,7 +266,13 @@ def _write_engines(
     ):
         given = {} if fitted is None else fitted.weights
         builder = EngineBuilder(
-            description, options, checkpoint, weights, directory, given, checkpoint.in_file
+            description,
+            options,
+            checkpoint,
+            weights=weights,
+            directory=directory,
+            rounded=given,
+            in_file=checkpoint.in_file,
         )
         for name in names:
             if name == "encoder" and isinstance(description.encoder, ForeignEncoder):
@@ -273,7 +280,11 @@ def _write_engines(
 
                 reason = "encoder weights, widened to fp32 by ONNX Runtime (in memory)"
                 widened = export_encoder(
-                    checkpoint, description.encoder, weights, directory, options.precision
+                    checkpoint,
+                    description.encoder,
+                    weights,
+                    directory=directory,
+                    precision=options.precision,
                 )
                 copies += [DeclaredCopy("encoder", widened, reason)] if widened else []
             else:

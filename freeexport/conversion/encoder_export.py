@@ -9,7 +9,7 @@ import logging
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,9 +26,6 @@ from runtime.bundle.manifest import Precision
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import first_line
 from runtime.machine.machine import usable_cores
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Largest difference between the graph and the model, relative to the largest value. The encoder's
 # weights are never rounded to 8 or 4 bits, so int8 and int4 bundles have the tolerance of fp32.
@@ -55,8 +52,14 @@ def export_encoder(
         UnsupportedModelError: If the export fails or its results are wrong.
     """
     model = reference_model(checkpoint)
-    _check_weights(checkpoint, model)
-    module = _Encoder(model.get_encoder()).eval()
+    whole = model.get_encoder()
+    # Refuse NaN and missing weights, which transformers would initialise at random. The embedding
+    # is shared with the decoder and checked there.
+    prefix = next(name for name, part in model.named_modules() if part is whole)
+    for name in whole.state_dict():
+        if not name.endswith("embed_tokens.weight"):
+            checkpoint.read(f"{prefix}.{name}")
+    module = _Encoder(whole).eval()
     del model  # frees the decoder
     try:
         # Hide warnings about optional packages and the exporters' internals.
@@ -74,7 +77,9 @@ def export_encoder(
     widened = adapt_encoder(exported, encoder.block, weights, compute)
     ir.save(exported, directory / "encoder.onnx")
     weights.flush()
-    _check_engine(directory / "encoder.onnx", module, encoder.block, precision, checkpoint.name)
+    _check_engine(
+        directory / "encoder.onnx", module, encoder.block, precision=precision, name=checkpoint.name
+    )
     return widened
 
 
@@ -104,18 +109,6 @@ class _OneHotByComparison(TorchFunctionMode):
             ids, classes = args
             return (ids[..., None] == torch.arange(classes, device=ids.device)).to(torch.int64)
         return func(*args, **(kwargs or {}))
-
-
-def _check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Refuse NaN and missing weights, which transformers would initialise at random.
-
-    The embedding is shared with the decoder and checked there.
-    """
-    encoder = model.get_encoder()
-    prefix = next(name for name, module in model.named_modules() if module is encoder)
-    for name in encoder.state_dict():
-        if not name.endswith("embed_tokens.weight"):
-            checkpoint.read(f"{prefix}.{name}")
 
 
 def _export(module: _Encoder, block: int, directory: Path) -> ir.Model:

@@ -59,7 +59,9 @@ def own_outputs(
     seq2seq = checkpoint.config.get("is_encoder_decoder")
     capacity = (0 if seq2seq else longest) + new_tokens + 1 + (PREFIX if sounds else 0)
     bundle = directory / ENGINES
-    _convert(model, checkpoint, capacity, longest if seq2seq else None, bundle)
+    _convert(
+        model, checkpoint, capacity, longest_prompt=longest if seq2seq else None, bundle=bundle
+    )
     slots = int(
         np.clip(CACHE_BYTES // Bundle.open(bundle).manifest.kv_bytes_per_sequence, 1, MOST_SLOTS)
     )

@@ -27,7 +27,9 @@ def check_fits(
     max_pending: int,
 ) -> None:
     """Check that a calibration fits a bundle."""
-    check_calibration(calibration, source_sha256, vocab_size, exit_layer, confidence)
+    check_calibration(
+        calibration, source_sha256, vocab_size, exit_layer=exit_layer, confidence=confidence
+    )
     if (calibration.max_pending or 1) > max_pending:
         raise CalibrationError(
             f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle "

@@ -91,7 +91,11 @@ def round_for_text(
     model = reference_model(checkpoint)
     stack, field = layer_list(model)
     rounder = _Rounder(
-        model, checkpoint, description, engines, set(weight_names(description, checkpoint))
+        model,
+        checkpoint,
+        description,
+        engines=engines,
+        read=set(weight_names(description, checkpoint)),
     )
     if rounder.done:
         raise OptionError(

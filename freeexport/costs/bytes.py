@@ -158,7 +158,7 @@ def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
     passes = dict(stats.sync_sizes)
     rows = sum(size * count for size, count in passes.items())
     if stats.mode in ("free", "shallow"):  # no pass may follow the last tokens
-        return Calls(prompt, tokens, tokens, tokens, True, 0, passes)
+        return Calls(prompt, tokens, tokens, heads=tokens, own=True, further=0, passes=passes)
     # Drafts from text are read in one call. Drafts after the last token of a request are not read.
     further = min(
         rows, sum(drafts.proposed for source, drafts in stats.drafts.items() if source != "exit")
@@ -173,7 +173,16 @@ def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
         heads = sum(one is not None for one in result.confidence[stats.predicted :]) + rejected
     own = stats.mode != "full" and not lookup
     by_position = {source: counts.by_position for source, counts in stats.drafts.items()}
-    return Calls(prompt, tokens, steps, min(steps, heads), own, further, passes, by_position)
+    return Calls(
+        prompt,
+        tokens,
+        steps,
+        heads=min(steps, heads),
+        own=own,
+        further=further,
+        passes=passes,
+        drafts=by_position,
+    )
 
 
 class ByteModel:

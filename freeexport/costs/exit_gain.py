@@ -108,7 +108,7 @@ def exit_gain(bundle: Path, prompts: Sequence[np.ndarray]) -> DraftGain | None:
             {"mode": "lossless", "drafts": drafts, "max_new_tokens": tokens}
             for drafts in ("phrases", "auto")
         ]
-        times = timed_requests(session, settings, fitting, ROUNDS, SECONDS)
+        times = timed_requests(session, settings, fitting, rounds=ROUNDS, limit=SECONDS)
     low, high = times.interval(1, 0)
     if times.cores > TOLERATED or low is None or high is None:
         return None

@@ -82,9 +82,9 @@ class Sample:
             free,
             stats.candidates,
             stats.shallow_seconds,
-            stats.overhead_seconds,
-            dict(stats.sync_sizes),
-            deep,
+            outside=stats.overhead_seconds,
+            sizes=dict(stats.sync_sizes),
+            deep=deep,
         )
 
     @property

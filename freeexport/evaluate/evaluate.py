@@ -89,14 +89,14 @@ def evaluate(
             request.line_number: prompt for request, prompt in fitting_prompts(session, requests)
         }
 
-    measure(entries, options, records, prompts, others, open_with)
+    measure(entries, options, records, prompts_of=prompts, others=others, open_with=open_with)
     found = records.by_setting()
     made = environment()
     if without_targets:
         whole = found[entries[0].name, "full"]
         references = {line: Reference((turns[0].text,)) for line, turns in whole.items()}
     instructions = made["machine"]["kernels"]
-    rows = rows_of(entries, found, references, metrics, instructions)
+    rows = rows_of(entries, found, references, metrics=metrics, instructions=instructions)
     notes = _notes(entries, rows, found)
     if without_targets:
         notes.append(_COMPARED_WITH_FULL)
@@ -123,7 +123,15 @@ def evaluate(
         "notes": notes,
     }
     lines = {request.line_number: request for request in requests}
-    return Evaluation(options, entries, metrics, lines, references, found, report)
+    return Evaluation(
+        options,
+        entries,
+        metrics,
+        requests=lines,
+        references=references,
+        records=found,
+        report=report,
+    )
 
 
 def _references(

@@ -24,8 +24,8 @@ WARM_UP_PROMPTS = 4
 
 Prompt = np.ndarray | Sequence[int]
 Emit = Callable[[int], None]
-# Another decoder of a bundle: decodes a prompt to at most so many tokens, and returns the fields of
-# its record.
+# Another decoder of a bundle. Takes the setting, a prompt and the maximum number of tokens, and
+# returns the fields of its record.
 OtherDecoder = Callable[[Setting, Any, int], dict[str, Any]]
 # Other decoders by name of the bundle and method of the setting.
 OtherDecoders = Mapping[tuple[str, str], OtherDecoder]
@@ -150,7 +150,9 @@ class Work:
         if other is not None:
             return other(setting, self._prompts[number][line], most)
         emit = (lambda token: None) if self._speed_only else None
-        return decode(self._sessions[number], setting, self._prompts[number][line], most, emit)
+        return decode(
+            self._sessions[number], setting, self._prompts[number][line], most=most, emit=emit
+        )
 
     def warm_up(self, most: int) -> None:
         """Decode some lines untimed. An adaptive session would learn from them."""
@@ -180,7 +182,13 @@ def measure(
     most = options.max_new_tokens
     with ExitStack() as stack:
         sessions = [stack.enter_context(open_with(entry, options, records)) for entry in entries]
-        work = Work(entries, sessions, list(map(prompts_of, sessions)), speed_only, others or {})
+        work = Work(
+            entries,
+            sessions,
+            list(map(prompts_of, sessions)),
+            speed_only=speed_only,
+            others=others or {},
+        )
 
         def done(turn: int, place: int) -> bool:
             return records.has(work.keys(turn, place))

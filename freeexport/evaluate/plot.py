@@ -70,10 +70,10 @@ def quality_speed(rows: Sequence[Row], metric: str, label: str, wanted: float) -
             axes,
             sorted(some, key=itemgetter("request_speed")),
             metric,
-            name,
-            number,
-            floor,
-            styles[method],
+            label=name,
+            number=number,
+            floor=floor,
+            marks=styles[method],
         )
     axes.axhline(wanted, color=GREY, linewidth=0.8, linestyle="--", label=f"{wanted:.4g}")
     axes.set_xlabel("speed of requests, as a multiple of the full model's")

@@ -59,6 +59,12 @@ def speed_rows(
         base = base or speeds
         ratios = [speed / first for speed, first in zip(speeds, base, strict=True)]
         same, place = (None, None) if truth is None else _agreement(rounds[0], truth)
+        every = [one for done in rounds for one in done]
+        gaps = 1e3 * np.concatenate([np.diff(one.times) for one in every])
+        after_first = [
+            sum(one.tokens - 1 for one in done) / sum(one.decode_seconds for one in done)
+            for done in rounds
+        ]
         row = {
             "name": name,
             "precision": precisions[name],
@@ -67,9 +73,11 @@ def speed_rows(
             "ratio": median(ratios),
             "ratio_low": min(ratios),
             "ratio_high": max(ratios),
-            "decode_per_second": median(_decoding_speed(done) for done in rounds),
-            **_latencies(rounds),
-            **_decisions(rounds),
+            "decode_per_second": median(after_first),
+            "first_token_ms": median(1e3 * one.first_seconds for one in every),
+            "token_ms": float(np.median(gaps)),
+            "token_ms_95": float(np.percentile(gaps, 95)),
+            **_decisions(every),
             "agreement": same,
             "first_difference": place,
             "token_bytes": None,
@@ -89,28 +97,11 @@ def _speed(done: Round) -> float:
     return sum(one.tokens for one in done) / sum(one.seconds for one in done)
 
 
-def _decoding_speed(done: Round) -> float:
-    """Return tokens per second after the first token."""
-    return sum(one.tokens - 1 for one in done) / sum(one.decode_seconds for one in done)
-
-
-def _latencies(rounds: Sequence[Round]) -> SpeedRow:
-    """Return the latency of the first token and between tokens."""
-    every = [one for done in rounds for one in done]
-    gaps = 1e3 * np.concatenate([np.diff(one.times) for one in every])
-    return {
-        "first_token_ms": median(1e3 * one.first_seconds for one in every),
-        "token_ms": float(np.median(gaps)),
-        "token_ms_95": float(np.percentile(gaps, 95)),
-    }
-
-
-def _decisions(rounds: Sequence[Round]) -> SpeedRow:
+def _decisions(every: Round) -> SpeedRow:
     """Return the exits, accepted drafts and deep passes.
 
     Decoders that are not bundles record no calls: they have one deep pass per token.
     """
-    every = [one for done in rounds for one in done]
     calls = [one.calls for one in every if one.calls is not None]
     decided = sum(one.tokens for one in calls)
     passes = sum(sum(one.passes.values()) for one in calls)

@@ -129,7 +129,7 @@ def best_exit(
     for (reads, layer, own), (size, covered) in product(places, vocabularies):
         share = 1.0 if size is None else (size + 1) / description.vocab_size
         passed = (layer + own) / layers
-        at = costs.at(layer, layers, own, share, reads)
+        at = costs.at(layer, layers, own, share=share, reads=reads)
         by_depth = {name: 1 - math.exp(-deep * passed) for name, deep in DEPTHS.items()}
         rates = {
             name: covered * rate
@@ -137,7 +137,19 @@ def best_exit(
         }
         speeds = {name: at.speedup(rate, MAX_PENDING) for name, rate in rates.items()}
         even = at.break_even(MAX_PENDING)
-        found.append(PlannedExit(layer, own, size, covered, even, rates, speeds, reads, begun))
+        found.append(
+            PlannedExit(
+                layer,
+                own,
+                size,
+                covered=covered,
+                break_even=even,
+                rates=rates,
+                speeds=speeds,
+                input=reads,
+                begun=begun,
+            )
+        )
     return max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])
 
 

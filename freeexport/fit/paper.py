@@ -123,7 +123,7 @@ def comparison(found: Sequence[Evaluation]) -> Sheet:
             )
             p = f"{value:.3f}"
             mark = "*" if value < SIGNIFICANT else ""
-        speed = plus_minus(whole.seconds.sum() / one.seconds.sum(), low, high, 2)
+        speed = plus_minus(float(np.sum(whole.seconds)) / float(np.sum(one.seconds)), low, high, 2)
         quality = f"{values.mean():.2f} ± {values.std(ddof=1):.2f}{mark}"
         rows.append(
             (

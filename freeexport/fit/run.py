@@ -146,7 +146,7 @@ def measured_speed(path: Path, threads: int | None, device: str = "cpu") -> str:
         {"mode": mode, "max_new_tokens": SPEED_TOKENS, "ignore_eos": True} for mode in modes
     ]
     with Session(path, threads=threads, slots=1, device=device, draft_memory_mb=0) as session:
-        times = timed_requests(session, settings, prompts, SPEED_ROUNDS, SPEED_SECONDS)
+        times = timed_requests(session, settings, prompts, rounds=SPEED_ROUNDS, limit=SPEED_SECONDS)
     full, lossless = times.tokens / times.seconds.sum(axis=0)
     low, high = times.interval(1, 0)
     bounds = "" if low is None or high is None else f", 95 %: {low:.2f} to {high:.2f}"

@@ -220,10 +220,12 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
         for name, seed in product(COMPARED, SEEDS):
             loss, methods = COMPARED[name]
             bundle = bundle_of(name, seed, places)
-            step = training("joint", model, f"{name}-{seed}-joint", loss, seed)
+            step = training("joint", model, f"{name}-{seed}-joint", loss=loss, seed=seed)
             steps.append(step)
             if name == "exit":
-                step = training("exit", str(step.output), f"{name}-{seed}-alone", loss, seed)
+                step = training(
+                    "exit", str(step.output), f"{name}-{seed}-alone", loss=loss, seed=seed
+                )
                 steps.append(step)
             steps.append(replace(converting(TRAINED, str(step.output), bundle), name=bundle.name))
             if "free" in methods:

@@ -149,7 +149,7 @@ async def begin(
     short = not request.offered and sum(map(_size, (*prompts, request.expected))) <= SHORT
     encoded, options = encode() if short else await asyncio.to_thread(encode)
     if request.offered or request.schema is not None or request.structured_outputs is not None:
-        options = await _constrained(options, request, form, session, trial)
+        options = await _constrained(options, request, form, session=session, trial=trial)
     limits = [_limit(options, request, len(ids), session) for ids in encoded]
     ends = (
         None

@@ -155,7 +155,7 @@ class Reply:
             if self._chat
             else text
         )
-        return self._chunk(index, delta, tokens, reason, result)
+        return self._chunk(index, delta, tokens, reason=reason, result=result)
 
     def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
         """Return the chunk with the usage of all choices, which is the last one."""

@@ -169,7 +169,11 @@ class Endpoints:
                 reply = Reply(session, name, parsed)
             record.line |= {"id": reply.id, "model": name, "stream": parsed.stream}
             generation = await begin(
-                session, self._service.trials[name], parsed, options.mode, options.deadline
+                session,
+                self._service.trials[name],
+                parsed,
+                mode=options.mode,
+                deadline=options.deadline,
             )
             reply.prompts = generation.prompts
             record.line["prompt_tokens"] = sum(generation.prompts)

@@ -117,9 +117,9 @@ class Transcription:
             file,
             model or None,
             format,  # type: ignore[arg-type]
-            stream,
-            not granularities or "segment" in granularities,
-            SpeechOptions(
+            stream=stream,
+            segments=not granularities or "segment" in granularities,
+            options=SpeechOptions(
                 task=task,
                 language=language or None,
                 initial_prompt=prompt or None,

@@ -214,7 +214,12 @@ def _parse(number: int, line: bytes, folder: Path) -> Request | BrokenLine:
         return BrokenLine(number, problem, identity)
     given = folder / record["audio"] if "audio" in record else record["input"]
     return Request(
-        number, given, target, identity, record.get("references"), record.get("language")
+        number,
+        given,
+        target,
+        id=identity,
+        references=record.get("references"),
+        language=record.get("language"),
     )
 
 

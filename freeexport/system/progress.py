@@ -62,7 +62,7 @@ def progress(
         while not over.wait(EVERY):
             try:
                 line = progress_line(
-                    description, done, total, time.monotonic() - began, seconds_left()
+                    description, done, total, elapsed=time.monotonic() - began, left=seconds_left()
                 )
                 print(line, file=sys.stderr, flush=True)
             except (OSError, ValueError):  # stderr was closed

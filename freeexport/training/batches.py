@@ -98,7 +98,12 @@ def examples(
     else:
         assert generate is not None
         own = own_examples(
-            sets, checkpoint, form, options.max_new_tokens, options.self_distill, generate
+            sets,
+            checkpoint,
+            form,
+            new_tokens=options.max_new_tokens,
+            directory=options.self_distill,
+            generate=generate,
         )
         encoded = [fitted(found, form, path) for found, (path, _) in zip(own, sets, strict=True)]
     (first, left_out), (second, also_left_out) = encoded

@@ -134,7 +134,15 @@ def cached_teacher(
     paths = [path, encoder_path] if ENCODER in model.kept else [path]
     if not ends_path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_teacher(paths, ends_path, model, examples, collate, options, known)
+        _write_teacher(
+            paths,
+            ends_path,
+            model,
+            examples=examples,
+            collate=collate,
+            options=options,
+            known=known,
+        )
     ends = np.atleast_2d(np.load(ends_path))
     parts = [
         np.split(np.asarray(np.load(file, mmap_mode="r")), places[:-1])
@@ -199,7 +207,7 @@ def _write_teacher(
                 normed = model.head.normed(hidden[model.layers].float())
                 earlier = fused_layers(options.exit_input, model.exit_layer, model.layers)
                 features = joined_feature(normed, [hidden[number] for number in earlier])
-                _write_states(records, places, features, "features", "feature_scales")
+                _write_states(records, places, features, name="features", scale="feature_scales")
             for into, where in zip(encoder, prompts, strict=True):
                 _write_states(into, where, hidden[ENCODER])
             records["labels"][places] = found.cpu().numpy()
@@ -299,7 +307,7 @@ class FrozenExit(nn.Module):
         # Keep only the norm and the head, so that the layers' memory is freed.
         head = whole.head
         self.head = SharedHead(
-            head.norm, head.linear, head.scale, None, head.bias, head.softcap
+            head.norm, head.linear, head.scale, dropout=None, bias=head.bias, softcap=head.softcap
         ).requires_grad_(False)
         rows, bias = (None, None) if self.known is None else self.head.rows(self.known.vocabulary)
         self.register_buffer("_rows", None if rows is None else rows.detach(), persistent=False)
@@ -350,7 +358,10 @@ class FrozenExit(nn.Module):
                     exits_of(logits, None if known is None else known.vocabulary),
                     predicted,
                 )
-            total = [self._loss(student, classes, best, chances, nats) for student in students]
+            total = [
+                self._loss(student, classes, best, chances=chances, nats=nats)
+                for student in students
+            ]
             return {"loss": torch.stack(total).mean()}
 
     def _loss(

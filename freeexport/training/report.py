@@ -110,7 +110,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             if self._timed and self.trainer.options.evaluate_every is None:
                 every = max(1, min(every, int(clock.time_for_steps / seconds / 10)))
             for line in plan(
-                clock, state.max_steps, state.global_step, seconds, tokens / seconds, batches, every
+                clock,
+                state.max_steps,
+                state.global_step,
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                batches=batches,
+                every=every,
             ):
                 click.echo(line, err=True)
 

@@ -278,7 +278,7 @@ class ShallowDeep(nn.Module):
             tokens = None if known is None else known.vocabulary
             deep_loss = by_layer[self.layers] if self.loss == "deep-ce" else None
             exits = exits_of(shallow, tokens)
-            return measures(by_layer, targets, exits, deep.argmax(-1), deep_loss)
+            return measures(by_layer, targets, exits, deep=deep.argmax(-1), loss=deep_loss)
         loss = losses.by_depth(by_layer).sum()
         if self.loss == "logit-kd":
             meant = deep if known is None else known.folded(deep.detach().float())
@@ -354,7 +354,7 @@ def shared_head(model: Any, description: Description) -> SharedHead:
     added = head_bias(head, description.vocab_size, lambda name: state[name].float().cpu().numpy())
     bias = torch.from_numpy(added) if added.any() else None
     dropout = dropout if isinstance(dropout, nn.Module) else None
-    return SharedHead(norm, linear, head.scale, dropout, bias, head.softcap)
+    return SharedHead(norm, linear, head.scale, dropout=dropout, bias=bias, softcap=head.softcap)
 
 
 def _module(model: Any, name: str) -> Any:

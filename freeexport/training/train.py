@@ -106,7 +106,7 @@ def train(
     ):
         click.echo(note, err=True)
     try:
-        return _train(model, out, options, generate, directory, process)
+        return _train(model, out, options, generate=generate, directory=directory, process=process)
     except BaseException:
         if process.is_main_process and last_checkpoint(directory) is None:
             shutil.rmtree(directory, ignore_errors=True)  # nothing in it is of use
@@ -158,7 +158,7 @@ def _train(
             f"OUT has another, after layer {options.exit_layer}"
         )
     costs = step_bytes(description, checkpoint).at(
-        options.exit_layer, layers, options.exit_layers, share, options.exit_input
+        options.exit_layer, layers, options.exit_layers, share=share, reads=options.exit_input
     )
     if writer:
         if options.loss != "deep-ce":
@@ -167,13 +167,23 @@ def _train(
             click.echo(line, err=True)
     with process.main_process_first():
         cache = directory / "states"
-        tuning = trainable(model, begun, description, options, training, validation, tokens, cache)
+        tuning = trainable(
+            model,
+            begun,
+            description,
+            options=options,
+            training=training,
+            validation=validation,
+            tokens=tokens,
+            cache=cache,
+        )
     with naming(directory):
         written = None
         if options.select_by not in MEASURED:
             written = output_metric(tuning.module.model, checkpoint, validation, options.select_by)
         trained = replace(
-            _run(tuning, options, directory, writer, written, costs), left_out=tuple(left_out)
+            _run(tuning, options, directory, writer=writer, written=written, costs=costs),
+            left_out=tuple(left_out),
         )
     if writer:
         with output_directory(out, EXIT_FILE, options.overwrite) as partial:
@@ -258,7 +268,14 @@ def step_speed(
         chosen_tokens(checkpoint, description, options, training)[0] if options.exit_vocab else None
     )
     tuning = trainable(
-        model, checkpoint, description, options, training, validation, tokens, directory / "states"
+        model,
+        checkpoint,
+        description,
+        options=options,
+        training=training,
+        validation=validation,
+        tokens=tokens,
+        cache=directory / "states",
     )
     arguments = training_arguments(options, directory, tuning.lengths[0], resumed=True)
     arguments.eval_strategy = arguments.save_strategy = "no"
@@ -271,7 +288,7 @@ def step_speed(
             marks.append((time.monotonic(), int(trainer.tokens_seen)))
             control.should_training_stop |= len(marks) > 1 and marks[-1][0] - marks[0][0] > seconds
 
-    trainer = ExitTrainer(tuning, arguments, options, Clock(None), [Timer()])
+    trainer = ExitTrainer(tuning, arguments, options, clock=Clock(None), callbacks=[Timer()])
     trainer.train()
     return better_half(marks)
 
@@ -376,7 +393,9 @@ def _run(
     if options.patience and options.select_by != LAST:
         callbacks.append(EarlyStoppingCallback(options.patience))
     arguments = training_arguments(options, directory, tuning.lengths[0], checkpoint is not None)
-    watch.trainer = trainer = ExitTrainer(tuning, arguments, options, clock, callbacks, written)
+    watch.trainer = trainer = ExitTrainer(
+        tuning, arguments, options, clock=clock, callbacks=callbacks, written=written
+    )
     try:
         with products(options.bf16):
             trainer.run(checkpoint)
@@ -392,5 +411,12 @@ def _run(
             f"{options.select_by}"
         )
     return Trained(
-        "", trainer.state.global_step, best_step, seconds, best, before, (), tuple(sentences)
+        "",
+        trainer.state.global_step,
+        best_step,
+        seconds=seconds,
+        metrics=best,
+        before=before,
+        left_out=(),
+        verdict=tuple(sentences),
     )

@@ -108,7 +108,9 @@ def trainable(
         torch.nn.Module.cuda(model)
     own, known = trained_exit(checkpoint, description)
     if own is None and options.exit_layers:
-        own = first_exit(model, checkpoint, description, options, training, collate)
+        own = first_exit(
+            model, checkpoint, description, options=options, examples=training, collate=collate
+        )
     elif own is not None and (own.reads, options.exit_input) == ("feature", "fused"):
         own.fuse()
     begins = known is None or (
@@ -120,9 +122,15 @@ def trainable(
         part.to(model.device).train()
     adapted = None
     if options.tune == "lora":
-        adapted = _adapted(model, model_name, goes_on, description, options)
+        adapted = _adapted(model, model_name, goes_on, description=description, options=options)
     module = ShallowDeep(
-        model, description, options.exit_layer, options.loss, options.alpha, own=own, known=known
+        model,
+        description,
+        options.exit_layer,
+        loss=options.loss,
+        alpha=options.alpha,
+        own=own,
+        known=known,
     )
     if known is not None and begins:
         states = observed(module, training, collate, options.bf16)
@@ -142,19 +150,31 @@ def trainable(
     saved: Any = None if frozen else adapted or model
     if not frozen:
         lengths = token_counts(training), token_counts(validation)
-        return Trainable(module, training, validation, lengths, collate, write, own)
+        return Trainable(
+            module, training, validation, lengths=lengths, collate=collate, write=write, own=own
+        )
     layers = len(description.decoder.layers)
     also = fused_layers(options.exit_input, options.exit_layer, layers)
     if description.encoder is not None:
         also = (*also, ENCODER)
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=also)
     first, second = (
-        cached_teacher(cache / f"{name}.npy", whole, examples, collate, options, known)
+        cached_teacher(
+            cache / f"{name}.npy", whole, examples, collate=collate, options=options, known=known
+        )
         for name, examples in (("training", training), ("validation", validation))
     )
     torch.manual_seed(options.seed)
     lengths = [one.positions for one in first], [one.positions for one in second]
-    return Trainable(FrozenExit(module).cpu(), first, second, lengths, collate_teacher, write, own)
+    return Trainable(
+        FrozenExit(module).cpu(),
+        first,
+        second,
+        lengths=lengths,
+        collate=collate_teacher,
+        write=write,
+        own=own,
+    )
 
 
 def _suppress(model: PreTrainedModel, tokens: list[int]) -> None:

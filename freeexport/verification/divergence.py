@@ -102,7 +102,15 @@ def quality_of(predictions: Iterable[Predictions], precision: Precision) -> Qual
     means = (ours.nll, ours.nll + ours.nats, ours.divergence, ~ours.other_best, coarse.divergence)
     reference_nll, nll, divergence, agreement, itself = (float(values.mean()) for values in means)
     tolerance = max(QUALITY_LEAST.get(precision, QUALITY_COARSE_LEAST), QUALITY_TIMES * itself)
-    return Quality(count, reference_nll, nll, divergence, agreement, tolerance, itself)
+    return Quality(
+        count,
+        reference_nll,
+        nll,
+        divergence=divergence,
+        agreement=agreement,
+        tolerance=tolerance,
+        coarse_divergence=itself,
+    )
 
 
 def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path) -> Iterator[Predictions]:

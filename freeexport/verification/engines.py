@@ -85,7 +85,7 @@ class EnginePair:
             if skips and not self.caches["exit"].lengths.any():
                 shallow |= self._after_the_first(inputs, lengths, tokens.shape[1])
             else:
-                shallow |= self._run("exit", inputs, {}, lengths, tokens.shape[1])
+                shallow |= self._run("exit", inputs, {}, lengths=lengths, width=tokens.shape[1])
         return shallow, deep
 
     def _after_the_first(
@@ -96,11 +96,13 @@ class EnginePair:
         At the first position, the logits of its tokens and the confidence are 0.
         """
         if width == 1:
-            found = self._run("exit", inputs, {}, lengths, 1)  # the next call overwrites its row
+            found = self._run(
+                "exit", inputs, {}, lengths=lengths, width=1
+            )  # the next call overwrites its row
         else:
             later = {name: array[:, 1:] for name, array in inputs.items()}
             self.caches["exit"].lengths[:] = 1
-            found = self._run("exit", later, {}, lengths - 1, width - 1)
+            found = self._run("exit", later, {}, lengths=lengths - 1, width=width - 1)
         for name, array in found.items():
             shaped = array.reshape(self.rows, max(1, width - 1), -1)
             first = np.where(shaped[:, :1] < SUPPRESSED / 2, shaped[:, :1], 0)
@@ -116,7 +118,11 @@ class EnginePair:
         """
         hidden = np.zeros((*tokens.shape, self.manifest.hidden_size), np.float32)
         return self._run(
-            "shallow", {"input_ids": tokens}, {"hidden": hidden}, lengths, tokens.shape[1]
+            "shallow",
+            {"input_ids": tokens},
+            {"hidden": hidden},
+            lengths=lengths,
+            width=tokens.shape[1],
         )
 
     def deep(self, hidden: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
@@ -131,7 +137,7 @@ class EnginePair:
         if self.manifest.exit_engine:
             size = self.manifest.feature_size
             outputs["features"] = np.zeros((*hidden.shape[:2], size), np.float32)
-        return self._run("deep", inputs, outputs, lengths, hidden.shape[1])
+        return self._run("deep", inputs, outputs, lengths=lengths, width=hidden.shape[1])
 
     def trim(self, length: int) -> None:
         if not length:

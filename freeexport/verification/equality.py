@@ -239,9 +239,11 @@ def check_equality(
         OptionError: If that number of tokens cannot be compared. Raised before anything is decoded.
     """
     settings = all_settings()
-    shares, answer = _planned(bundle.manifest, tokens, len(settings), max(1, len(sets)), prompts)
+    shares, answer = _planned(
+        bundle.manifest, tokens, len(settings), sets=max(1, len(sets)), prompts=prompts
+    )
     if not sets:
-        yield from _compare(bundle, shares[0], answer, settings, prompts)
+        yield from _compare(bundle, shares[0], answer, settings=settings, prompts=prompts)
         return
     whole = Equality(tokens, answer)
     for place, name in enumerate(sets):
@@ -345,7 +347,9 @@ def _compare(
     outcome = Equality(total, answer, reads_alike=alike)
     name = instructions() if missing() is None else "none"
     with progress("comparing", total + count * answer) as advance:
-        requests, outcome.answers = _reference(bundle, prompts, count, answer, advance)
+        requests, outcome.answers = _reference(
+            bundle, prompts, count, answer=answer, advance=advance
+        )
         for setting, share in zip(settings, shares, strict=True):
             row = Row(setting.name, name, differing_logprobs=0 if setting.logprobs else None)
             subset = requests[: -(-share // answer)]

@@ -80,7 +80,7 @@ def compare_greedy(
         request: Any = prompt if isinstance(prompt, SpeechPrompt) else list(prompt)
         ours = session.generate(request, mode="full", max_new_tokens=count).token_ids
         most = max(1.0, seconds())
-        theirs, gaps = reference_ids(model, request, count, ends, most)
+        theirs, gaps = reference_ids(model, request, count, eos=ends, seconds=most)
         if most < math.inf and theirs and theirs[-1] not in ends:
             ours = ours[: len(theirs)]
         differing = (
@@ -107,7 +107,7 @@ def reference_ids(
     Whisper's `generate` applies its own token rules, so windows of speech are decoded step by step.
     """
     if isinstance(prompt, SpeechPrompt):
-        return _window_ids(model, prompt, count, eos, seconds)
+        return _window_ids(model, prompt, count, eos=eos, seconds=seconds)
     ids = torch.tensor([prompt])
     out = model.generate(
         input_ids=ids,

@@ -85,8 +85,10 @@ class States:
             deep,
             valid_rows(shallow.numpy(), batch.lengths),
             valid_rows(states.numpy(), batch.lengths),
-            None if encoded is None else valid_rows(encoded.numpy(), batch.prompt_lengths),
-            None if confidence is None else valid_rows(confidence.numpy(), batch.lengths),
+            encoded=None if encoded is None else valid_rows(encoded.numpy(), batch.prompt_lengths),
+            confidence=None
+            if confidence is None
+            else valid_rows(confidence.numpy(), batch.lengths),
         )
 
 
@@ -143,7 +145,13 @@ def state_checks(
         itself = distance(reference, wanted)
         tolerance = max(LEAST.get(precision, COARSE_LEAST), TIMES * itself)
         yield Check(
-            name, tensor, distance(values, wanted), tolerance, measure, itself, scale_of(wanted)
+            name,
+            tensor,
+            distance(values, wanted),
+            tolerance=tolerance,
+            measure=measure,
+            reference=itself,
+            scale=scale_of(wanted),
         )
 
 

@@ -93,7 +93,7 @@ class Moved:
     def between(cls, before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> Moved:
         """Compare logits [n, V] before and after, with any n tokens."""
         none = np.zeros(0)
-        parts = [cls(none, none, none, none, none > 0, none)]
+        parts = [cls(none, none, none, gap_moved=none, other_best=none > 0, nll=none)]
         for start in range(0, len(before), _BLOCK):
             old, new, followed = (
                 array[start : start + _BLOCK] for array in (before, after, tokens)
@@ -109,7 +109,14 @@ class Moved:
             nll = -theirs[rows, followed]
             other_best = new.argmax(-1) != old.argmax(-1)
             parts.append(
-                cls(divergence, -ours[rows, followed] - nll, gap, gap_moved, other_best, nll)
+                cls(
+                    divergence,
+                    -ours[rows, followed] - nll,
+                    gap,
+                    gap_moved=gap_moved,
+                    other_best=other_best,
+                    nll=nll,
+                )
             )
         return cls.joined(parts)
 
@@ -170,7 +177,9 @@ def measure_noise(
     shallow = list[Moved]()
     deep = list[Moved]()
     for draw in range(draws):
-        after = in_calls(pair, text, bounds, step, np.random.default_rng(draw))[later]
+        after = in_calls(pair, text, bounds, step=step, generator=np.random.default_rng(draw))[
+            later
+        ]
         shallow.append(Moved.between(before.shallow, after.shallow, tokens))
         deep.append(Moved.between(before.deep, after.deep, tokens))
     return Moved.joined(shallow), Moved.joined(deep)
@@ -256,7 +265,7 @@ def row_checks(name: str, tensor: str, moved: Moved, noise: Moved) -> Iterator[C
     """Check that rows did not move further than noise moves them."""
 
     def check(measure: Measure, error: float, tolerance: float) -> Check:
-        return Check(name, tensor, float(error), float(tolerance), measure)
+        return Check(name, tensor, float(error), tolerance=float(tolerance), measure=measure)
 
     def limit(values: np.ndarray) -> float:
         """Return the tolerance for a measure of noise.

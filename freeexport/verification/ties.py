@@ -108,7 +108,7 @@ def first_difference(request: int, expected: ScoredTokens, ids: Sequence[int]) -
             continue
         scores = dict(expected.scores[position])
         gap = scores[token] - scores[other] if token in scores and other in scores else inf
-        return Difference(request, position, token, other, gap)
+        return Difference(request, position, token, other=other, gap=gap)
     return None
 
 

@@ -108,9 +108,15 @@ class _Verification:
 
     def report(self, model: str | None, data: Path | None, exit_file: str | None) -> dict[str, Any]:
         manifest = self.manifest
-        checkpoint = None if model is None else _checkpoint_of(self.bundle, model, exit_file)
+        checkpoint = None
         reference: Any = None
-        if checkpoint is not None:
+        if model is not None:
+            checkpoint = open_source(model, manifest, exit_file)
+            if checkpoint.sha256 != manifest.source_sha256:
+                raise VerificationError(
+                    f"{checkpoint.name} is not the checkpoint that this bundle was made from "
+                    f"({manifest.source}); give that one, or convert this one"
+                )
             # torch takes a second to import. Checks without a checkpoint do not need it.
             from freeexport.checkpoints.transformers_model import reference_model
 
@@ -134,13 +140,20 @@ class _Verification:
         checks = list[Check]()
         more = dict[str, Any]()
         if checkpoint is not None:
-            checks, quality = self._against(checkpoint, reference, batch, readings, encoded, data)
+            checks, quality = self._against(
+                checkpoint, reference, batch, readings=readings, encoded=encoded, data=data
+            )
         if self._in_time("stepping and sync passes"):
             # For a GPU, weights are quantized but activations are not.
             rounds = manifest.quantization is not None and manifest.target == "cpu"
             arithmetic = "8 bits" if rounds else self.float_type
             checks += self_checks(
-                pair, batch, readings[-1][0], shallow["hidden"], arithmetic, self.extent
+                pair,
+                batch,
+                readings[-1][0],
+                hidden=shallow["hidden"],
+                arithmetic=arithmetic,
+                extent=self.extent,
             )
         passed = all(check.passed for check in checks)
         way = "a higher --precision or " if manifest.precision != "fp32" else ""
@@ -195,7 +208,7 @@ class _Verification:
             theirs = reference.States.of(model, manifest.exit_layer, batch, head)
         prompts = None if encoded is None else reference.valid_rows(encoded, batch.prompt_lengths)
         read = [
-            reference.States(one.deep, one.shallow, one.hidden, prompts, sure)
+            reference.States(one.deep, one.shallow, one.hidden, encoded=prompts, confidence=sure)
             for one, sure in readings
         ]
         checks = [
@@ -241,7 +254,9 @@ class _Verification:
         greedy = list[dict[str, Any]]()
         traces = list[Traces]()
         with Session(self.decodes, slots=1, threads=self.threads, device=self.device) as session:
-            for comparison in compare_greedy(session, model, prompts, count, self._seconds_left):
+            for comparison in compare_greedy(
+                session, model, prompts, new_tokens=count, seconds=self._seconds_left
+            ):
                 greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
                 if len(greedy) < len(prompts) and not self._in_time(
                     f"{len(prompts) - len(greedy)} prompts"
@@ -327,16 +342,6 @@ def verify_in_child(
     except ChildError as error:
         raise VerificationError(str(error)) from None
     return True
-
-
-def _checkpoint_of(bundle: Bundle, model: str, exit_file: str | None) -> Checkpoint:
-    checkpoint = open_source(model, bundle.manifest, exit_file)
-    if checkpoint.sha256 != bundle.manifest.source_sha256:
-        raise VerificationError(
-            f"{checkpoint.name} is not the checkpoint that this bundle was made from "
-            f"({bundle.manifest.source}); give that one, or convert this one"
-        )
-    return checkpoint
 
 
 def _tie(precision: Precision, checks: list[Check]) -> float | None:

@@ -26,7 +26,7 @@ from graphs.description import (
     Spectrogram,
 )
 from graphs.graph import STACK, Dimension, Graph
-from runtime.bundle.manifest import SCALE_BYTES
+from runtime.bundle.manifest import cached_width
 from runtime.kernels import DOMAIN
 
 
@@ -130,7 +130,8 @@ def key_value_inputs(
     batch: Dimension = "B",
 ) -> list[ir.Value]:
     """Declare the inputs `{prefix}.{layer}.key|value` [batch, kv_heads, rows, cache width]."""
-    shape: list[Dimension] = [batch, attention.kv_heads, rows, _cache_width(graph, attention)]
+    width = cached_width(attention.head_dim, int(graph.cache.itemsize))
+    shape: list[Dimension] = [batch, attention.kv_heads, rows, width]
     names = [f"{prefix}.{layer}.{part}" for part in ("key", "value")]
     return [graph.input(name, graph.cache, shape) for name in names]
 
@@ -144,14 +145,10 @@ def key_value_outputs(
     values: Sequence[ir.Value],
 ) -> None:
     """Declare the outputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, cache width]."""
-    shape: list[Dimension] = ["B", attention.kv_heads, rows, _cache_width(graph, attention)]
+    width = cached_width(attention.head_dim, int(graph.cache.itemsize))
+    shape: list[Dimension] = ["B", attention.kv_heads, rows, width]
     for part, value in zip(("key", "value"), values, strict=True):
         graph.output(f"{prefix}.{layer}.{part}", value, graph.cache, shape)
-
-
-def _cache_width(graph: Graph, attention: Attention) -> int:
-    """Return the values of a head, with a cache in 8 bits also the bytes of their scale."""
-    return attention.head_dim + (SCALE_BYTES if graph.cache == ir.DataType.INT8 else 0)
 
 
 def in_heads(graph: Graph, x: ir.Value, call: CallInputs, heads: int, head_dim: int) -> ir.Value:

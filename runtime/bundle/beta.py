@@ -103,7 +103,7 @@ class Beta:
         deviation = math.sqrt(trigamma(a) + trigamma(b))
         logits = digamma(a) - digamma(b) + deviation * np.linspace(-12, 12, 1001)
         logs = -a * np.logaddexp(0, -logits) - b * np.logaddexp(0, logits)
-        density = np.exp(logs - logs.max())
+        density = np.exp(logs - np.max(logs))
         inside = float(clipped(threshold))
         logit = math.log(inside) - math.log1p(-inside)
         below = np.interp(logit, logits, np.cumsum(density) - density / 2)

@@ -105,8 +105,8 @@ class Bundle:
             calibration,
             self.manifest.source_sha256,
             self.manifest.vocab_size,
-            self.manifest.exit_layer,
-            self.manifest.confidence,
+            exit_layer=self.manifest.exit_layer,
+            confidence=self.manifest.confidence,
         )
         return calibration
 

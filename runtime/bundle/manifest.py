@@ -41,6 +41,7 @@ FloatType = Literal["fp32", "fp16", "bf16"]
 CacheType = Literal["fp32", "fp16", "bf16", "int8"]
 CACHE_BYTES: dict[CacheType, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 SCALE_BYTES = 4
+
 # Types of keys and values that `convert` can be told to use.
 ChosenCache = Literal["int8"]
 # Type that activations are quantized to in products with quantized weights on a CPU.
@@ -58,6 +59,14 @@ TrainedInput = Literal["state", "feature", "fused"]
 ExitInput = Literal[TrainedInput, "eagle3"]
 # States in the feature of a token, each of d values.
 FEATURE_STATES: dict[ExitInput, int] = {"state": 0, "feature": 1, "fused": 3, "eagle3": 1}
+
+
+def cached_width(head_dim: int, itemsize: int) -> int:
+    """Return the elements of a position and head in a KV cache of `itemsize` bytes a value.
+
+    These are its values and, in 8 bits, the bytes of their scale.
+    """
+    return head_dim + (SCALE_BYTES if itemsize == 1 else 0)
 
 
 @dataclass(frozen=True)
@@ -378,7 +387,7 @@ class Manifest:
     @property
     def cache_width(self) -> int:
         """Elements of a position and head in the KV cache: its values, and the bytes of a scale."""
-        return self.head_dim + (SCALE_BYTES if self.cache_type == "int8" else 0)
+        return cached_width(self.head_dim, CACHE_BYTES[self.cache_type])
 
     @property
     def kv_bytes_per_token(self) -> int:

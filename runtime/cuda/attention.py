@@ -74,10 +74,14 @@ def choose_attention(
     Raises:
         EngineError: If neither works.
     """
-    problem = attention_problem(device, FUSED, float_type, kv_heads, head_dim, rows)
+    problem = attention_problem(
+        device, FUSED, float_type, kv_heads=kv_heads, head_dim=head_dim, rows=rows
+    )
     if not problem:
         return AttentionKernels(FUSED)
-    again = attention_problem(device, UNFUSED, float_type, kv_heads, head_dim, rows)
+    again = attention_problem(
+        device, UNFUSED, float_type, kv_heads=kv_heads, head_dim=head_dim, rows=rows
+    )
     if again:
         raise EngineError(
             f"attention does not work on device {device} in {float_type} ({problem}; without "

@@ -72,7 +72,11 @@ class CudaBackend(Backend):
     def engine(self, name: str, stream: CudaStream, captures: bool) -> Any:
         """Load an engine for a stream. See `DeviceEngine` for `captures`."""
         engine = CudaEngine(
-            self.bundle.engine(name), self.threads, stream, captures, self.attention.options
+            self.bundle.engine(name),
+            self.threads,
+            stream,
+            captures=captures,
+            attention=self.attention.options,
         )
         check_contract(self.manifest, name, engine.session)
         return engine
@@ -117,7 +121,11 @@ class CudaBackend(Backend):
         encoder = engine("encoder")
         prologue = engine("prologue")
         return CudaEncoder(
-            encoder, prologue, runner, manifest.encoder_capacity, manifest.hidden_size
+            encoder,
+            prologue,
+            runner,
+            longest=manifest.encoder_capacity,
+            hidden_size=manifest.hidden_size,
         )
 
     def close(self, drain: Callable[[], None]) -> None:
@@ -173,5 +181,5 @@ class CudaBackend(Backend):
     def _runner(
         self, engine: Any, cache: KVCache, beside: bool = False, heads: bool = True
     ) -> CudaRunner:
-        self._runners.append(CudaRunner(engine, cache, engine.stream, beside, heads))
+        self._runners.append(CudaRunner(engine, cache, engine.stream, beside=beside, heads=heads))
         return self._runners[-1]

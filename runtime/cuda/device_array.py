@@ -105,7 +105,9 @@ class DeviceArray:
             else:
                 start = range(size)[part]
             address += start * stride
-        return DeviceArray(self.memory, address, tuple(shape), self.dtype, tuple(strides))
+        return DeviceArray(
+            self.memory, address, tuple(shape), dtype=self.dtype, strides=tuple(strides)
+        )
 
     def __setitem__(self, key: Any, source: DeviceArray) -> None:
         self[key].copy_from(source)

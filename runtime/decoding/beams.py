@@ -111,7 +111,7 @@ class BeamSearch:
             sequences = np.concatenate([sequences[parents], tokens[:, None]], axis=1)
             logprobs = np.concatenate([logprobs[parents], newest[:, None]], axis=1)
             ends = np.isin(tokens, list(self.eos)) | (length == self.limit)
-            finished = self._finish(finished, sequences, logprobs, totals, ends)
+            finished = self._finish(finished, sequences, logprobs, totals=totals, ends=ends)
             going = np.flatnonzero(~ends)[: self.beams]
             if len(going) == 0 or self._settled(finished, totals[going[0]], length):
                 return finished
@@ -285,10 +285,12 @@ class BeamRows:
             **({"head_rows": np.zeros(0, np.int64)} if shallow.heads else {}),
         }
         self._shallow = _bind(
-            shallow, self._caches[0], self._cross, tokens, {"hidden": self._hidden}
+            shallow, self._caches[0], self._cross, inputs=tokens, outputs={"hidden": self._hidden}
         )
         hidden = {"hidden": self._hidden, "head_rows": self._places, "emitted": self._emitted}
-        self._deep = _bind(deep, self._caches[1], self._cross, hidden, {"logits": self._logits})
+        self._deep = _bind(
+            deep, self._caches[1], self._cross, inputs=hidden, outputs={"logits": self._logits}
+        )
 
 
 def _repeated(array: Any, beams: int, runner: Runner) -> Any:

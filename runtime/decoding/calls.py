@@ -60,7 +60,9 @@ class SlotCall:
 
     Args:
         owner: The sequence's decoder.
-        rows: Number of rows, k.
+        runner: Runs the engine.
+        inputs: Arrays by name. The first has k rows.
+        outputs: Arrays by name.
         heads: Number of last rows, R, for which the head runs.
         exits: Also run the exit's own layers, if any, for all rows.
 
@@ -82,10 +84,10 @@ class SlotCall:
         runner: Runner,
         inputs: Mapping[str, Any],
         outputs: Mapping[str, Any],
-        rows: int,
         heads: int,
         exits: bool = False,
     ) -> None:
+        rows = next(iter(inputs.values())).shape[1]
         self.owner = owner
         self.runner = runner
         self.inputs = inputs

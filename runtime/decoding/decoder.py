@@ -226,7 +226,11 @@ class Decoder:
         Equal to `step` and `sync` in fewer Python calls. The stack must be empty.
         """
         self._token[0] = token
-        step, deep_pass = self._both or self._bind_both()
+        if self._both is None:
+            bound = self._passes.get((0, 1, False)) or self._deep_call(self._hidden, 1)
+            self._passes[0, 1, False] = bound
+            self._both = self._step_call(False), bound
+        step, deep_pass = self._both
         step.run()
         deep_pass.run()
         self.batch_size = 1
@@ -437,13 +441,6 @@ class Decoder:
             self._drafted[: len(drafts)] = drafts
         return call
 
-    def _bind_both(self) -> tuple[SlotCall, SlotCall]:
-        """Bind the shallow call on `_token`, without the head, and the deep call on its output."""
-        deep = self._passes.get((0, 1, False)) or self._deep_call(self._hidden, 1)
-        self._passes[0, 1, False] = deep
-        self._both = self._step_call(False), deep
-        return self._both
-
     def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         """Create the shallow call on tokens int64 [1, q]. `head` runs the head on the last row."""
         count = int(head)
@@ -456,7 +453,7 @@ class Decoder:
         if self._logits:
             outputs["logits"] = self._logits[self._shallow][:count]
         return SlotCall(
-            self, self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count, exits
+            self, self._shallow, {"input_ids": tokens}, outputs=outputs, heads=count, exits=exits
         )
 
     def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
@@ -465,7 +462,7 @@ class Decoder:
         outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
         if self._logits:
             outputs["logits"] = self._logits[self._deep][:heads]
-        return SlotCall(self, self._deep, inputs, outputs, hidden.shape[1], heads)
+        return SlotCall(self, self._deep, inputs, outputs=outputs, heads=heads)
 
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_heads: int) -> None:
         rows = piece.shape[1]

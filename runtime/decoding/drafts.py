@@ -374,7 +374,9 @@ class Drafts:
         seconds = self._costs.seconds("pass", together)
         if plan.tokens:
             return seconds + self._costs.seconds("step", together)
-        return seconds + self._exit_seconds(rows, heads)
+        # All but one of the rows without the head are read together with others, in one call.
+        prices = self._costs.prices(self._sequences)
+        return seconds + min(rows, heads + 1) * prices.step + heads * prices.head
 
     def _candidates(self, sources: DraftSources, most: int) -> Iterator[Candidates]:
         token_seconds = self._token_seconds
@@ -460,14 +462,6 @@ class Drafts:
             share = prices.head / prices.token
             self._to_probe = max(RULE.probe_tokens, int(share / RULE.probe_share))
         return draft
-
-    def _exit_seconds(self, rows: float, heads: float) -> float:
-        """Return the seconds of a draft's shallow steps, with the head at some of them.
-
-        All but one of the rows without the head are read together with others, in one call.
-        """
-        prices = self._costs.prices(self._sequences)
-        return min(rows, heads + 1) * prices.step + heads * prices.head
 
     @property
     def _gain(self) -> float:

@@ -183,7 +183,11 @@ class FeatureDecoder(Decoder):
         states[:rows] = cache.states[slot, first:end]
         features[:rows] = cache.features[slot, first:end]
         width, _ = self._exit.padded(slot, rows, 1, self.max_pending)
-        self._step = call = self._exit_calls.get(width) or self._exit_call(width)
+        call = self._exit_calls.get(width)
+        if call is None:
+            call = self._exit_call_of((states[:width], features[:width]), 1)
+            self._exit_calls[width] = call
+        self._step = call
         call.shrink(rows, 1)
         return call
 
@@ -241,12 +245,6 @@ class FeatureDecoder(Decoder):
     def _bound(self) -> list[SlotCall]:
         return [*super()._bound(), *self._exit_calls.values(), *self._embeddings.values()]
 
-    def _exit_call(self, rows: int) -> SlotCall:
-        """Create and keep the call of the exit on the first `rows` rows of `_exit_inputs`."""
-        inputs = tuple(array[:rows] for array in self._exit_inputs)
-        call = self._exit_calls[rows] = self._exit_call_of(inputs, 1)
-        return call
-
     def _exit_call_of(self, inputs: Sequence[np.ndarray], heads: int) -> SlotCall:
         """Create a call of the exit on states or tokens, and features float32 [k, f].
 
@@ -261,7 +259,7 @@ class FeatureDecoder(Decoder):
             "input_ids" if self._embeds else "hidden": states[None],
             "features": features[None],
         }
-        return SlotCall(self, self._exit, given, outputs, len(states), heads)
+        return SlotCall(self, self._exit, given, outputs=outputs, heads=heads)
 
     def _embedding(self, rows: int) -> SlotCall:
         """Return the shallow call on the stacked tokens."""
@@ -273,7 +271,7 @@ class FeatureDecoder(Decoder):
 
     def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         return SlotCall(
-            self, self._shallow, {"input_ids": tokens}, {"hidden": hidden}, tokens.shape[1], 0
+            self, self._shallow, {"input_ids": tokens}, outputs={"hidden": hidden}, heads=0
         )
 
     def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:

@@ -137,7 +137,7 @@ def rollback(
         if response.finished:
             return
         most = max_pending - len(unread)
-        draft = yield from _exits(decoder, response, _above(threshold), unread, most)
+        draft = yield from _exits(decoder, response, _above(threshold), unread=unread, most=most)
         deep = yield from _verify(decoder, draft)
         tokens = draft.tokens
         uncertain = (row for row in range(len(tokens)) if not draft.certain(row))
@@ -146,7 +146,9 @@ def rollback(
         correction = None
         if accept_length < len(deep):
             correction = response.choose(deep[accept_length], tokens[:accept_length])
-        yield from _settle(decoder, response, draft, deep, accept_length, correction)
+        yield from _settle(
+            decoder, response, draft, deep=deep, accept_length=accept_length, correction=correction
+        )
 
 
 def lossless(
@@ -184,14 +186,21 @@ def lossless(
             drafts.observe_plain(shallow_seconds, stats.deep_seconds - deep_seconds, shared)
             continue
         if plan.tokens:
-            draft = yield from _together(decoder, response, plan.source, unread, list(plan.tokens))
+            draft = yield from _together(
+                decoder, response, plan.source, unread=unread, tokens=list(plan.tokens)
+            )
         else:
             began = drafts.clock()
             alone = decoder.alone
             exit_draft = drafts.exit_draft(threshold)
             most = plan.exits
             draft = yield from _exits(
-                decoder, response, exit_draft, unread, most, exit_draft.continues
+                decoder,
+                response,
+                exit_draft,
+                unread=unread,
+                most=most,
+                continues=exit_draft.continues,
             )
             if not (draft.tokens and response.ends(draft.tokens)):
                 most -= len(draft.tokens)
@@ -220,7 +229,9 @@ def lossless(
             deep=stats.deep_seconds - deep_seconds,
             shared=decoder.batch_size > 1 or len(unread) > 1,
         )
-        yield from _settle(decoder, response, draft, deep, accept_length, correction)
+        yield from _settle(
+            decoder, response, draft, deep=deep, accept_length=accept_length, correction=correction
+        )
 
 
 def _forced(
@@ -334,7 +345,7 @@ def _exits(
     """
     if decoder.alone and response.plain:
         yield AT_ONCE
-        return _exits_at_once(decoder, response, sure, most, continues)
+        return _exits_at_once(decoder, response, sure, most=most, continues=continues)
     tokens: list[int] = []
     predictions: list[Prediction] = []
     while True:

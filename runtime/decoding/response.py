@@ -299,7 +299,7 @@ class Response:
             passes = self._stats.longer_passes
             passes = {rows: dataclasses.replace(done) for rows, done in dict(passes).items()}
             stats = dataclasses.replace(self._stats, longer_passes=passes, tokens=len(tokens))
-            self._frozen = _result(tokens, "", "deadline", stats, self._scored_prompt)
+            self._frozen = _result(tokens, "", "deadline", stats=stats, prompt=self._scored_prompt)
 
     @property
     def result(self) -> GenerationResult:
@@ -311,7 +311,9 @@ class Response:
             return self._frozen
         self._count()
         reason = self.finished or self.interruption() or "cancelled"
-        return _result(tuple(self.tokens), self._rest, reason, self._stats, self._scored_prompt)
+        return _result(
+            tuple(self.tokens), self._rest, reason, stats=self._stats, prompt=self._scored_prompt
+        )
 
     def _count(self) -> None:
         """Update the statistics that are not updated at every token."""

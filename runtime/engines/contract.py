@@ -87,7 +87,7 @@ def _decoder_contract(manifest: Manifest, engine: str) -> tuple[TensorSpecs, Ten
     }
     inputs |= _keys_and_values(manifest, "past", caches, rows)
     if manifest.encoder_decoder:
-        inputs |= _keys_and_values(manifest, "cross", caches, "E", "P")
+        inputs |= _keys_and_values(manifest, "cross", caches, rows="E", batch="P")
         inputs["cross_lengths"] = TensorSpec(INT32, ("P",))
     outputs = {
         "token": TensorSpec(INT64, ("R",)),

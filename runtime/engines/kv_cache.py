@@ -166,9 +166,9 @@ class KVCache:
             self._layers,
             slots,
             self._kv_heads,
-            self.rows if self._fixed else rows,
-            self._width,
-            self._dtype,
+            rows=self.rows if self._fixed else rows,
+            width=self._width,
+            dtype=self._dtype,
             zeros=self._zeros,
             fixed=self._fixed,
         )
@@ -176,7 +176,7 @@ class KVCache:
     def grown(self, rows: int) -> KVCache:
         """Return a copy with at least `rows` rows."""
         other = self.resized(len(self.lengths), rows)
-        length = int(self.lengths.max())
+        length = int(np.max(self.lengths))
         for name, array in self.arrays.items():
             other.arrays[name][:, :, :length] = array[:, :, :length]
         other.lengths[:] = self.lengths
@@ -214,7 +214,7 @@ class FeatureCache(KVCache):
         skips: int = 0,
         **others: Any,
     ) -> None:
-        super().__init__(layers, slots, kv_heads, rows, width, dtype, **others)
+        super().__init__(layers, slots, kv_heads, rows=rows, width=width, dtype=dtype, **others)
         self.own_exit = False  # all layers are the exit's
         self.embeds = embeds
         self.skips = skips

@@ -94,7 +94,7 @@ class OnnxEngine:
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
         """Return a call on fixed buffers: numpy arrays, or values created by `value`."""
-        return Call(self.session, inputs, outputs, self.file, self._spread)
+        return Call(self.session, inputs, outputs, file=self.file, spread=self._spread)
 
 
 class Call:

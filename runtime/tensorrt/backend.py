@@ -47,7 +47,9 @@ class TensorRTBackend(CudaBackend):
         version = str(import_tensorrt().__version__)
         here = architecture(self.cuda.index)
         self._files = {
-            name: find_engine(self.bundle, name, version, here, self.options.verify)
+            name: find_engine(
+                self.bundle, name, version, architecture=here, verify=self.options.verify
+            )
             for name in (Path(file).stem for file in engine_files(self.manifest))
         }
         slots = self.options.slots

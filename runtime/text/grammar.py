@@ -106,7 +106,9 @@ class Grammars:
             self._kept.move_to_end(key)
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
-            return Grammar(kind, matcher.deep_copy(), self._ends, self._vocab_size, most)
+            return Grammar(
+                kind, matcher.deep_copy(), self._ends, vocab_size=self._vocab_size, most=most
+            )
 
     def _compile(self, kind: str, text: str) -> Any:
         try:
@@ -187,7 +189,8 @@ class Grammar:
             if self._follow(output):
                 for token in tokens:
                     if token in self._ends:
-                        count += self._may_end(token)
+                        run = self._forced[-1]
+                        count += token == run[0] if run else bool(self._matcher.is_accepting())
                         break
                     if not self._take(token):
                         break
@@ -262,11 +265,6 @@ class Grammar:
         run = tuple(self._matcher.compute_ff_tokens())
         # A tokenizer may have tokens that the model does not have.
         return run if max(run, default=0) < self._vocab_size else ()
-
-    def _may_end(self, token: int) -> bool:
-        """Return True if this end token is allowed in the current state."""
-        run = self._forced[-1]
-        return token == run[0] if run else bool(self._matcher.is_accepting())
 
     def _check(self) -> None:
         """Check for errors of the matcher.

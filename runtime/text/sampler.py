@@ -100,7 +100,7 @@ class Sampler:
         """
         scores = self.process(logits, context)
         if self.warping is None:
-            return int(scores.argmax())
+            return int(np.argmax(scores))
         return race(softmax(self.warping(scores)), self.seed, len(context))
 
     @cached_property
@@ -167,7 +167,7 @@ def race(probabilities: np.ndarray, seed: tuple[int, int], position: int) -> int
     times = np.random.Generator(bits).standard_exponential(len(probabilities))
     arrivals = np.full(len(probabilities), np.inf)
     np.divide(times, probabilities, out=arrivals, where=probabilities > 0)
-    return int(arrivals.argmin())
+    return int(np.argmin(arrivals))
 
 
 def likeliest(logits: np.ndarray, count: int) -> np.ndarray:

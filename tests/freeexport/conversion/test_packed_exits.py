@@ -451,8 +451,8 @@ def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
     may_exit = list[bool]()
 
     class SeenDrafts(Drafts):
-        def __init__(self, costs: Any, acceptance: Any, sources: Any, exits: bool, *others: Any) -> None:
-            super().__init__(costs, acceptance, sources, exits, *others)
+        def __init__(self, costs: Any, acceptance: Any, sources: Any, *, exits: bool, **others: Any) -> None:
+            super().__init__(costs, acceptance, sources, exits=exits, **others)
             may_exit.append(exits)
 
     monkeypatch.setattr(generation, "Drafts", SeenDrafts)

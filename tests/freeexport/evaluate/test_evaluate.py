@@ -228,10 +228,10 @@ def test_bundles_are_interleaved_as_settings_are(
     decoded: list[tuple[int, str, bytes]] = []
     decode = measure.decode
 
-    def noted(session: Any, setting: Any, prompt: Any, most: int, emit: Any) -> Any:
+    def noted(session: Any, setting: Any, prompt: Any, *, most: int, emit: Any) -> Any:
         if most == 12:  # 16: warming up
             decoded.append((id(session), setting.name, prompt.tobytes()))
-        return decode(session, setting, prompt, most, emit)
+        return decode(session, setting, prompt, most=most, emit=emit)
 
     monkeypatch.setattr(measure, "decode", noted)
     other = bundle(CASE, 2)
@@ -253,12 +253,12 @@ def test_an_interrupted_run_goes_on_and_decodes_nothing_again(
 ) -> None:
     decode, lines = measure.decode, list[bytes]()
 
-    def counted(session: Any, setting: Any, prompt: Any, most: int, emit: Any) -> Any:
+    def counted(session: Any, setting: Any, prompt: Any, *, most: int, emit: Any) -> Any:
         if most == 12:  # 16: warming up
             lines.append(prompt.tobytes())
         if len(lines) == 5:
             raise KeyboardInterrupt
-        return decode(session, setting, prompt, most, emit)
+        return decode(session, setting, prompt, most=most, emit=emit)
 
     monkeypatch.setattr(measure, "decode", counted)
     assert run("--methods", "full,lossless").exit_code == 130

@@ -125,7 +125,11 @@ def test_faults_do_not_pass(
     run = EnginePair._run
     for fault in FAULTS:
         with monkeypatch.context() as patched:
-            patched.setattr(EnginePair, "_run", lambda pair, *given, fault=fault: fault(run, pair, *given))
+            patched.setattr(
+                EnginePair,
+                "_run",
+                lambda pair, *given, lengths, width, fault=fault: fault(run, pair, *given, lengths, width),
+            )
             found = failed(checks(path, extent))
         where = "sync pass" if fault is swapped_rows else "stepping against prefill"
         assert any(line.startswith(where) and line.endswith("divergence") for line in found), (fault.__name__, found)

@@ -146,8 +146,8 @@ def test_greedy_ids_that_differ_fail(copied: Bundles, checkpoint: Checkpoint, mo
 
     original = freeexport.verification.greedy.reference_ids
 
-    def one_id_off(*arguments: Any) -> tuple[list[int], list[float]]:
-        ids, gaps = original(*arguments)
+    def one_id_off(*arguments: Any, **options: Any) -> tuple[list[int], list[float]]:
+        ids, gaps = original(*arguments, **options)
         return [*ids[:5], ids[5] ^ 1, *ids[6:]], [1.0] * len(gaps)
 
     monkeypatch.setattr(freeexport.verification.greedy, "reference_ids", one_id_off)

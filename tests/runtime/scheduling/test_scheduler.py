@@ -421,7 +421,10 @@ def works(*asked: tuple[int, int]) -> list[SlotCall]:
     """Slots with the rows that they want."""
     machine = Machine(16)
     runner = machine.runners[1]
-    return [SlotCall(machine.decoders[slot], runner, {}, {}, rows, 1) for slot, rows in asked]
+    return [
+        SlotCall(machine.decoders[slot], runner, {"input_ids": np.zeros((1, rows), np.int64)}, {}, heads=1)
+        for slot, rows in asked
+    ]
 
 
 @pytest.mark.parametrize(
