@@ -51,8 +51,8 @@ class GenerationOptions:
     deep pass finds them unlikely. "lossless": exits are drafts, and the output is that of "full".
     "full": never exits and does not run the shallow head. "shallow": every token exits, and the
     deep decoder only reads a decoder-only model's prompt (static exiting, for comparison). Default:
-    "free" if a threshold is given or calibrated, otherwise "lossless" with drafts from the text, or
-    "full" for beams and output_confidence. `stats.mode` reports the mode used."""
+    "free" if a threshold is given or calibrated, otherwise "lossless", or "full" for beams and
+    output_confidence. `stats.mode` reports the mode used."""
 
     threshold: Annotated[float | None, checks.Real(0, 1, "from 0 (exit always) to 1 (never)")] = (
         None

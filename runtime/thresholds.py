@@ -9,7 +9,7 @@ from runtime.adaptation.learner import Learner, RequestLabels
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
-from runtime.options import GenerationOptions, Mode
+from runtime.options import Drafts, GenerationOptions, Mode
 from runtime.session_options import SessionOptions
 
 
@@ -138,7 +138,7 @@ class Thresholds:
     def with_mode(self, options: GenerationOptions) -> GenerationOptions:
         """Return options with a mode.
 
-        Default: "free" if tokens may exit, else "lossless" with drafts from text, else "full".
+        Default: "free" if tokens may exit, else "lossless", else "full".
         """
         if options.mode is not None:
             return options
@@ -157,6 +157,7 @@ class Thresholds:
             return replace(options, mode="free")
         if options.output_confidence:
             return replace(options, mode="full")
-        return replace(
-            options, mode="lossless", drafts=options.drafts or ("phrases" if never else None)
-        )
+        # An exit that was not trained is not tried: its predictions are wrong.
+        trained = self._bundle.manifest.exit_trained
+        source: Drafts | None = "phrases" if never and not trained else None
+        return replace(options, mode="lossless", drafts=options.drafts or source)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding.draft_memory import LEVELS
 from runtime.decoding.draft_rule import RULE
-from runtime.decoding.draft_sources import COUNTED, Evidence
+from runtime.decoding.draft_sources import AGREED, COUNTED, Evidence
 
 
 class Average:
@@ -110,6 +110,8 @@ class Acceptance:
             source, level = evidence
             if source in COUNTED:  # the share of occurrences
                 prior = (level % LEVELS + 0.5) / LEVELS
+                if source == "phrases" and level < AGREED:
+                    prior *= RULE.phrase_prior[level // LEVELS]
             else:  # the more tokens match, the more likely the next one does too
                 prior = (level + 1) / (level + 3)
             average = self._by_evidence.setdefault(evidence, Average(prior))

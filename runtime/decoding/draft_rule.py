@@ -57,6 +57,12 @@ class DraftRule:
     most_agreement: int = 8
     """Agreement in tokens up to which acceptance rates are kept separately."""
 
+    phrase_prior: tuple[float, ...] = (0.5, 0.6, 0.85)
+    """Acceptance rate of a phrase relative to the share of its occurrences, by its length.
+
+    Assumed until it was measured. Measured on chat prompts: other texts follow a short phrase.
+    """
+
     # Limits on the time that drafts lose
 
     grant: float = 0.5

@@ -18,8 +18,8 @@ BEGIN = "<!-- results, by python -m tools.results pages -->"
 END = "<!-- end of results -->"
 # Commits of results whose JSON does not record one.
 OLDER = "older-commits.json"
-SHOWN = ("free", "rollback", "lookup", "lossless")
-NAMES = {"lookup": "text drafts alone"}
+SHOWN = ("free", "rollback", "lookup", "phrases", "lossless")
+NAMES = {"lookup": "text drafts alone", "phrases": "text drafts and phrases"}
 INDEX = """# Results
 
 Made from docs/results/*.json by `python -m tools.results pages`; do not edit.
@@ -105,7 +105,7 @@ def _times(row: Mapping[str, Any], of: str) -> str:
 
 def _quality(row: Mapping[str, Any], metric: str) -> str:
     score = row["scores"][metric]
-    if row["method"] in ("lossless", "lookup", "rollback") and row["same"] == 1:
+    if row["method"] in ("lossless", "lookup", "phrases", "rollback") and row["same"] == 1:
         return "every token equal"
     share, low, high = (score[name] for name in ("relative", "low", "high"))
     if share is None:

@@ -463,12 +463,14 @@ def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
         (here, 0.99, "exit", True),
         (elsewhere, 0.99, "auto", True),
         (None, 0.99, "auto", True),
+        (None, 0.99, None, True),
     ):
         known = replace(record, gain=DraftGain(1.1, low, 1.2, 8))
         (out / MANIFEST).write_text(replace(made, costs=costs, ready_made_exit=known).to_json())
         with Session(out, threads=1) as session:
             for _ in range(2):  # the first requests of a setting alternate
-                session.generate(prompts[0], mode="lossless", drafts=drafts, max_new_tokens=8)
+                result = session.generate(prompts[0], drafts=drafts, max_new_tokens=8)
+                assert result.stats.mode == "lossless"
         assert any(may_exit) == expected
         may_exit.clear()
 
