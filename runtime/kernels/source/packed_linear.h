@@ -4,8 +4,9 @@
 //
 // Rows are quantized to 8 bits, with a scale per group of 32 inputs. For activations in 16 bits, the
 // remainders are quantized in the same way to a second row, and the products of both rows are
-// added. The products of a group are summed exactly, in integers. Groups are added in order, in fp32, with the same operations on
-// every instruction set. The bits of a row therefore depend only on the row and the weight.
+// added. The products of a group are summed exactly, in integers. Groups are added in order, in
+// fp32, with the same operations on every instruction set. The bits of a row therefore depend only
+// on the row and the weight.
 #pragma once
 
 #include <cstddef>
