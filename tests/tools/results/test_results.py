@@ -94,7 +94,7 @@ def row(tmp_path: Path, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> Res
 def test_a_measurement_writes_its_result_and_a_look(tmp_path: Path, row: ResultRow) -> None:
     measure_row(row, tmp_path / "out", tmp_path)
     found = json.loads(result_file(row, tmp_path).read_text())
-    assert [one["method"] for one in found["evaluation"]["rows"]] == ["full", "lookup", "lossless"]
+    assert [one["method"] for one in found["evaluation"]["rows"]] == ["full", "lookup", "phrases", "lossless"]
     assert found["evaluation"]["lines"] == 2
     assert {"commit", "data_sha256", "versions"} <= set(found["evaluation"])
     assert str(tmp_path) not in json.dumps(found)
