@@ -41,7 +41,7 @@ class PeerStep:
     Attributes:
         name: Name of the step and its file.
         title: Heading in the documentation.
-        precisions: Precisions of our bundles.
+        precisions: Precisions of our bundles, each with further options of `convert`, if any.
         peers: Names of the other decoders.
         model: Name of the model.
         cells: Requests.
@@ -57,13 +57,16 @@ class PeerStep:
     model: str = SMOLLM2
     cells: tuple[Cell, ...] = ()
     figure: Literal["request", "first", "token"] = "request"
-    kind: Literal["requests", "opening", "server", "equality", "schema"] = "requests"
+    kind: Literal["requests", "opening", "server", "fidelity", "equality", "schema"] = "requests"
     page: str = "benchmarks"
 
 
 def _steps() -> Iterator[PeerStep]:
     for group, used in GROUPS.items():
         yield PeerStep(f"decode-{group}", f"SmolLM2-135M, {group}", cells=(Cell(0, 64),), **used)
+        common = {**used, "precisions": tuple(dict.fromkeys(("fp32", *used["precisions"])))}
+        title = f"Same tokens as fp32, {group}"
+        yield PeerStep(f"fidelity-{group}", title, kind="fidelity", **common)
     for group in ("int8", "int4"):
         common = GROUPS[group]
         title = f"Tokens behind long contexts, {group}"

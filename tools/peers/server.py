@@ -11,7 +11,8 @@ import numpy as np
 import psutil
 
 from freeexport.system.progress import progress
-from tools.peers.measure import Contender, Decoders, summary
+from tools.peers.decoders import memory
+from tools.peers.measure import MEMORY, Contender, Decoders, summary
 from tools.server_load import served
 
 WRITTEN = 8
@@ -19,8 +20,8 @@ WRITTEN = 8
 LAST = 100
 SLOTS = 4
 
-# Seconds of a request, and resident memory after it.
-Sample = tuple[float, int]
+# Seconds of a request, and the memory of the process after it.
+Sample = tuple[float, dict[str, int]]
 Respond = Callable[[list[int]], Sample]
 
 
@@ -46,7 +47,7 @@ def server(
             began = time.perf_counter()
             body = {"prompt": prompt, "max_tokens": WRITTEN, "temperature": 0, "ignore_eos": True}
             client.post(f"{url}/v1/completions", json=body).raise_for_status()
-            return time.perf_counter() - began, process.memory_info().rss
+            return time.perf_counter() - began, memory(process.pid)
 
         rows = [_row(f"{ours.name} serve", ours.precision, respond, prompts)]
     failed = {}
@@ -55,7 +56,7 @@ def server(
 
             def answer(prompt: list[int], running: Any = running, name: str = one.name) -> Sample:
                 (found,) = running.answers(name, [[prompt]], WRITTEN)
-                return found["seconds"], found["resident_bytes"]
+                return found["seconds"], {name: found[name] for name in MEMORY}
 
             if one.name in running.facts:
                 row = _row(one.name, one.precision, answer, prompts)
@@ -79,6 +80,6 @@ def _row(
         "name": name,
         "precision": precision,
         "request": [seconds for seconds, _ in found[-LAST:]],
-        "resident_bytes": found[0][1],
-        "resident_bytes_after": found[-1][1],
+        **found[0][1],
+        **{f"{name}_after": count for name, count in found[-1][1].items()},
     }
