@@ -6,6 +6,7 @@ Only token ids are compared, so the machine need not be idle.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
@@ -33,7 +34,7 @@ def chat_ids(bundle: Bundle, count: int) -> list[list[int]]:
     manifest = bundle.manifest
     tokenizer = Tokenizer.load(bundle.path, manifest.files)
     if tokenizer is None:
-        raise OptionError(f"{bundle.path} has no tokenizer, which the steps fidelity need")
+        raise OptionError(f"{bundle.path} has no tokenizer, which the step fidelity needs")
     limit = manifest.encoder_capacity or manifest.capacity
     chats = tokenizer.chat_template is not None
     return [
@@ -92,30 +93,38 @@ def fidelity(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Compare the tokens of all decoders with those of the first, our bundle in fp32.
 
+    Decoders run at the same time, as many as there are threads, with one thread each.
+
     Returns a row for each, and why others have none.
 
     Raises:
         FreeExportError: If one of our own decoders fails.
     """
-    rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    reference: Outputs = []
-    with progress("comparing tokens", len(contenders)) as advance:
-        for one in contenders:
-            with Decoders([one], threads) as running:
-                answers = running.answers(one.name, [[prompt] for prompt in prompts], tokens)
-                failed.update(running.failed)
-            advance()
-            if answers is None:
-                continue
-            outputs = [answer["tokens"][0] for answer in answers]
-            reference = reference or outputs
-            row = {
-                "name": one.name,
-                "precision": one.precision,
-                "written": tokens,
-                **agreement(outputs, reference, ends),
-                **running.facts[one.name],
-            }
-            rows.append(row)
+    facts: dict[str, dict[str, Any]] = {}
+
+    def outputs_of(contender: Contender) -> Outputs:
+        with Decoders([contender], 1) as running:
+            answers = running.answers(contender.name, [[prompt] for prompt in prompts], tokens)
+            failed.update(running.failed)
+            facts.update(running.facts)
+        advance()
+        return [answer["tokens"][0] for answer in answers or []]
+
+    with (
+        progress("comparing tokens", len(contenders)) as advance,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        found = list(pool.map(outputs_of, contenders))
+    rows = [
+        {
+            "name": one.name,
+            "precision": one.precision,
+            "written": tokens,
+            **agreement(outputs, found[0], ends),
+            **facts[one.name],
+        }
+        for one, outputs in zip(contenders, found, strict=True)
+        if one.name not in failed
+    ]
     return rows, failed

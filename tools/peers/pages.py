@@ -218,11 +218,12 @@ def _conditions(step: Row) -> list[str]:
     reads = f", which reads {step['bandwidth'] / 1e9:.1f} GB/s" if step.get("bandwidth") else ""
     listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     rounds = f", medians of {step['rounds']} interleaved rounds" if step["rounds"] > 1 else ""
+    threads = "thread" if step["threads"] == 1 else "threads"
     commit = step["commit"] or "not recorded"
     if step["commit"]:
         commit = commit[:12] + commit[40:]  # -dirty
     lines = [
-        f"{step['model']}, {step['threads']} threads{rounds}; {machine['processor']}, "
+        f"{step['model']}, {step['threads']} {threads}{rounds}; {machine['processor']}, "
         f"{machine['cores']} cores ({' '.join(machine['features'])}){reads}",
         f"{step['made'][:10]}, commit {commit}; {listed}",
     ]

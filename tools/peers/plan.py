@@ -64,9 +64,6 @@ class PeerStep:
 def _steps() -> Iterator[PeerStep]:
     for group, used in GROUPS.items():
         yield PeerStep(f"decode-{group}", f"SmolLM2-135M, {group}", cells=(Cell(0, 64),), **used)
-        common = {**used, "precisions": tuple(dict.fromkeys(("fp32", *used["precisions"])))}
-        title = f"Same tokens as fp32, {group}"
-        yield PeerStep(f"fidelity-{group}", title, kind="fidelity", **common)
     for group in ("int8", "int4"):
         common = GROUPS[group]
         title = f"Tokens behind long contexts, {group}"
@@ -85,6 +82,12 @@ def _steps() -> Iterator[PeerStep]:
                 f"{model}-{group}", f"{size}, {group}", model=model, cells=BEAMS, **common
             )
     yield PeerStep("server", f"After {SERVED:,} requests, int8", kind="server", **GROUPS["int8"])
+    yield PeerStep(
+        *("fidelity", "SmolLM2-135M, tokens that equal those of fp32"),
+        tuple(precision for group in GROUPS.values() for precision in group["precisions"]),
+        ("hf", "llama-cpp-f32", *GROUPS["int8"]["peers"], *GROUPS["int4"]["peers"]),
+        kind="fidelity",
+    )
     yield PeerStep(
         *("schema", "Output with a JSON schema, int4", ("int4",), ("genai-int4", "llama-cpp")),
         cells=(Cell(0, 96),),

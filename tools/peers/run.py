@@ -115,8 +115,8 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
     found, failed = contenders(step, conditions)
     bundle = found[0].bundle
     assert bundle is not None
+    compared = step.kind in ("fidelity", "equality")  # only tokens, on a machine of any load
     threads = conditions.threads
-    compared = step.kind in ("fidelity", "equality")  # tokens alone, on a machine of any load
     bandwidth = 0.0 if compared else bandwidth_of(threads)
     tokens = conditions.short(COMPARED).written
     with other_load() as load:
