@@ -18,14 +18,16 @@ from tools.peers.decoders import Convert, Emit, Load, Loaded, library_facts, onl
 def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     """Load a bundle.
 
-    `options` may have `rows`, the most rows at once, `context`, the positions of a row, `lookup` to
-    draft from the text, and `schema`, a JSON schema of the output.
+    `options` may have `rows`, the most rows at once, `context`, the positions of a row, `calls` to
+    return the engine calls, `lookup` to draft from the text, and `schema`, a JSON schema of the
+    output.
     """
-    from freeexport.costs.bytes import calls_of
-    from freeexport.system.machine import kernel_instructions
-    from runtime import Session
+    # Only what an application imports: the time of imports is in the first token of a process.
+    from runtime import Session, kernels
     from runtime.stream import Stream
 
+    if options.get("calls"):
+        from freeexport.costs.bytes import calls_of
     given: dict[str, Any] = {"mode": "full", "ignore_eos": True}
     if options.get("lookup"):
         given.update(mode="lossless", drafts="lookup")
@@ -55,18 +57,19 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
         if len(streams) == 1:
             follow(0, streams[0])
             result = streams[0].result
-            if not schema:
-                return {"calls": asdict(calls_of(result))}
-            return {
-                "ended": result.finish_reason == "eos",
-                "forced": result.stats.forced_tokens,
-                "grammar": result.stats.grammar_seconds,
-            }
+            if schema:
+                return {
+                    "ended": result.finish_reason == "eos",
+                    "forced": result.stats.forced_tokens,
+                    "grammar": result.stats.grammar_seconds,
+                }
+            return {"calls": asdict(calls_of(result))} if options.get("calls") else {}
         with ThreadPoolExecutor(len(streams)) as pool:
             list(pool.map(follow, range(len(streams)), streams))
         return {}
 
-    flags = f"mode {given['mode']}, kernels for {kernel_instructions() or 'no instructions'}"
+    used = "no kernels" if kernels.missing() else f"kernels for {kernels.instructions()}"
+    flags = f"mode {given['mode']}, {used}"
     return generate, library_facts(flags, "freeexport", "onnxruntime", "numpy")
 
 

@@ -179,7 +179,7 @@ def _requests(
         cell: cell.blocks(texts, conditions.rounds, manifest.vocab_size, end)
         for cell in dict.fromkeys(map(conditions.short, step.cells))
     }
-    options: dict[str, Any] = {"rows": max(cell.rows for cell in cells)}
+    options: dict[str, Any] = {"calls": True, "rows": max(cell.rows for cell in cells)}
     if not manifest.encoder_decoder:
         longest = max(len(ids) for blocks in cells.values() for (ids, *_) in blocks[-1])
         options["context"] = longest + max(cell.written for cell in cells)
