@@ -12,7 +12,9 @@ from tools.peers.models import CONFIGURATIONS, SMOLLM2
 
 # Requests of a server.
 SERVED = 1000
-CONTEXTS = tuple(Cell(read, 33) for read in (1024, 1900, 8150))
+CONTEXTS = tuple(Cell(read, 33) for read in (1024, 1900))
+# Prompts of the second take most decoders a minute, so they have a step of their own.
+LONG = tuple(Cell(read, 33) for read in (1024, 8150))
 ROWS = tuple(Cell(16, 64, rows=rows) for rows in (1, 2, 4, 8))
 PROMPTS = tuple(Cell(read, 2) for read in (8, 16, 24, 40, 256, 1024))
 LENGTHS = ((20, 1), (20, 64), (128, 64), (512, 1))
@@ -68,6 +70,12 @@ def _steps() -> Iterator[PeerStep]:
         common = GROUPS[group]
         title = f"Tokens behind long contexts, {group}"
         yield PeerStep(f"contexts-{group}", title, cells=CONTEXTS, figure="token", **common)
+        yield PeerStep(
+            *(f"long-{group}", f"Tokens behind very long contexts, {group}", (group,)),
+            (f"openvino-{group}",),
+            cells=LONG,
+            figure="token",
+        )
         title = f"Several rows at once, {group}"
         yield PeerStep(f"rows-{group}", title, cells=ROWS, figure="token", **common)
         title = f"First token of a new process, {group}"

@@ -115,9 +115,9 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
     found, failed = contenders(step, conditions)
     bundle = found[0].bundle
     assert bundle is not None
-    compared = step.kind in ("fidelity", "equality")  # only tokens, on a machine of any load
+    timed = step.kind not in ("server", "fidelity", "equality")
     threads = conditions.threads
-    bandwidth = 0.0 if compared else bandwidth_of(threads)
+    bandwidth = bandwidth_of(threads) if timed else 0.0
     tokens = conditions.short(COMPARED).written
     with other_load() as load:
         if step.kind == "opening":
@@ -139,9 +139,9 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
         **{name: getattr(step, name) for name in ("title", "page", "figure", "kind")},
         "model": bundle.manifest.source,
         "threads": threads,
-        "rounds": 1 if compared or step.kind == "server" else conditions.rounds,
+        "rounds": conditions.rounds if timed else 1,
         "trial": conditions.trial,
-        "busy": 0.0 if compared else load.cores,
+        "busy": load.cores if timed else 0.0,
         "bandwidth": bandwidth,
         **made,
         "rows": rows,

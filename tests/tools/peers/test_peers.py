@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_peer
@@ -15,9 +18,10 @@ from tokenizers import Tokenizer
 
 from runtime.errors import FreeExportError, OptionError
 from tools.peers import models
+from tools.peers import server as peer_server
 from tools.peers.catalog import PEERS, chosen, peer_model
 from tools.peers.fidelity import agreement, fidelity
-from tools.peers.measure import Cell, Contender, Decoders, ask, opening
+from tools.peers.measure import MEMORY, Cell, Contender, Decoders, ask, opening
 from tools.peers.models import bundle_of, models_of
 from tools.peers.worker import PeerError, Worker
 
@@ -85,13 +89,12 @@ def test_all_are_compared_with_the_first() -> None:
     assert list(failed) == ["missing"]
 
 
-def test_a_precision_may_have_further_options_of_convert(
-    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[Case], Path], tmp_path: Path
-) -> None:
+def test_a_precision_may_have_further_options_of_convert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[str] = []
+    monkeypatch.setattr(models, "open_checkpoint", lambda path: SimpleNamespace(config={}))
     monkeypatch.setattr(models, "run_command", lambda *command: given.extend(command))
     monkeypatch.setattr(models.Bundle, "open", lambda path: path)
-    out = bundle_of("smollm2", str(checkpoint(LLAMA)), "int4 --head int4", tmp_path)
+    out = bundle_of("smollm2", "model.gguf", "int4 --head int4", tmp_path)
     assert out == tmp_path / "bundles" / "smollm2-int4-head-int4"
     assert given[5:11] == [str(out), "--precision", "int4", "--head", "int4", "--verify"]
 
@@ -200,3 +203,45 @@ def test_a_worker_that_dies_or_hangs_is_reported(worker: Worker, last: int, limi
         worker.ask(generate(last), limit)
     with pytest.raises(PeerError, match=then):
         worker.ask(generate(1), 60)
+
+
+def test_memory_is_read_after_the_first_and_the_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        def __init__(self, timeout: float) -> None:
+            pass
+
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def post(self, url: str, json: dict[str, Any]) -> Client:
+            assert 8 <= len(json["prompt"]) < 64
+            return self
+
+        def raise_for_status(self) -> None:
+            pass
+
+    asked: list[int] = []
+
+    def memory(process: int) -> dict[str, int]:
+        asked.append(process)
+        return dict.fromkeys(MEMORY, len(asked))
+
+    @contextmanager
+    def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
+        with subprocess.Popen([sys.executable, "-c", "input()", "serve"], stdin=subprocess.PIPE) as process:
+            yield f"http://{process.pid}"
+            process.communicate(b"\n")
+
+    monkeypatch.setattr(peer_server, "served", served)
+    monkeypatch.setattr(peer_server.httpx, "Client", Client)
+    monkeypatch.setattr(peer_server, "memory", memory)
+    ours = contender("ours", SimpleNamespace(manifest=SimpleNamespace(vocab_size=100), path=Path()))
+    missing = replace(contender("missing"), command=["/nowhere/python"])
+    rows, failed = peer_server.server([ours, contender("good"), missing], 3, 1)
+    assert [row["name"] for row in rows] == ["ours serve", "good"]
+    assert (rows[0]["own_bytes"], rows[0]["own_bytes_after"]) == (1, 3)
+    assert rows[1]["peak_bytes_after"] >= rows[1]["peak_bytes"] > 1 << 20
+    assert list(failed) == ["missing"]
