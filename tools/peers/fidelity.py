@@ -89,11 +89,10 @@ def fidelity(
     prompts: Sequence[list[int]],
     tokens: int,
     ends: Collection[int],
-    threads: int,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Compare the tokens of all decoders with those of the first, our bundle in fp32.
 
-    Decoders run at the same time, as many as there are threads, with one thread each.
+    All run at the same time, with one thread each.
 
     Returns a row for each, and why others have none.
 
@@ -113,7 +112,7 @@ def fidelity(
 
     with (
         progress("comparing tokens", len(contenders)) as advance,
-        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(len(contenders)) as pool,
     ):
         found = list(pool.map(outputs_of, contenders))
     rows = [

@@ -127,7 +127,7 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
             rows, more = server(found, 10 if conditions.trial else SERVED, threads)
         elif step.kind == "fidelity":
             prompts = chat_ids(bundle, 2 if conditions.trial else FIDELITY_PROMPTS)
-            rows, more = fidelity(found, prompts, tokens, bundle.manifest.eos_token_ids, threads)
+            rows, more = fidelity(found, prompts, tokens, bundle.manifest.eos_token_ids)
         elif step.kind == "equality":
             every = prompt_ids(bundle, None)
             count = 2 if conditions.trial else EQUALITY_PROMPTS

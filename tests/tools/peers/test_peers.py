@@ -84,7 +84,7 @@ def test_tokens_are_compared_with_those_of_the_reference_up_to_its_end() -> None
 
 def test_all_are_compared_with_the_first() -> None:
     missing = replace(contender("missing"), command=["/nowhere/python"])
-    rows, failed = fidelity([contender("fp32"), missing, contender("other")], [[1], [2]], 4, (), 1)
+    rows, failed = fidelity([contender("fp32"), missing, contender("other")], [[1], [2]], 4, ())
     assert [(row["name"], row["same"], row["equal_outputs"]) for row in rows] == [("fp32", 1, 2), ("other", 1, 2)]
     assert list(failed) == ["missing"]
 
