@@ -287,7 +287,7 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
 
     # The instructions that it was built for.
     built = llama_cpp.llama_print_system_info().decode().rpartition("CPU : ")[2]
-    used = [pair.removesuffix(" = 1").strip() for pair in built.split("|") if " = 1" in pair]
+    used = [pair.strip().removesuffix(" = 1") for pair in built.split("|") if " = 1" in pair]
     flags = f"{' '.join(used)}, n_threads={threads}, n_ctx={context}"
     return generate, library_facts(flags, "llama-cpp-python")
 

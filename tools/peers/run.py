@@ -138,7 +138,7 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
     return {
         **{name: getattr(step, name) for name in ("title", "page", "figure", "kind")},
         "model": bundle.manifest.source,
-        "threads": threads,
+        "threads": 1 if step.kind == "fidelity" else threads,
         "rounds": conditions.rounds if timed else 1,
         "trial": conditions.trial,
         "busy": load.cores if timed else 0.0,
