@@ -125,7 +125,7 @@ def measure_all(
         write_whole(
             output / REPORT, json.dumps({"schema": pages.SCHEMA, "steps": found}, indent=1) + "\n"
         )
-        for line in pages.section(found[step.name]):
+        for line in pages.section(found[step.name], found.values()):
             click.echo(line)
 
 

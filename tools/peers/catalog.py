@@ -33,7 +33,8 @@ CONVERT_LIMIT = 1800.0
 ENVIRONMENT_MARKER = "environment.json"
 MODEL_MARKER = "converted"
 SCRIPT = Path(__file__).with_name("decoders.py")
-OURS = [sys.executable, "-m", "tools.peers.decoders", "ours"]
+OWN = [sys.executable, "-m", "tools.peers.own_decoders"]
+OURS = [*OWN, "ours"]
 
 _TRANSFORMERS = ("torch>=2.6,<3", "transformers>=5,<6")
 # Requirements of a library's environment. transformers runs in this one.
@@ -99,7 +100,7 @@ class Peer:
     def command(self) -> list[str]:
         """Command that runs its process."""
         if self.library not in REQUIREMENTS:
-            return [sys.executable, "-m", "tools.peers.decoders", self.library]
+            return [*OWN, self.library]
         # -E: PYTHONPATH would add this process's packages to the peer's environment.
         return [str(self.environment / "bin" / "python"), "-E", str(SCRIPT), self.library]
 

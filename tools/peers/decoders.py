@@ -3,12 +3,14 @@ stdout.
 
     python decoders.py genai        in that library's environment, which has none of this project
 
+Those that need this project are in own_decoders.py.
+
     {"op": "convert", "source": path, "out": path, "options": {}}           -> {}
     {"op": "load", "model": path, "threads": n, "cpus": [], "options": {}}
         -> {"versions": {}, "flags": text}
     {"op": "generate", "prompts": [[ids]], "tokens": n, "beams": n}
         -> {"tokens": [[ids]], "first": s, "last": s, "seconds": s, "peak_bytes": n,
-            "resident_bytes": n, ...}
+            "resident_bytes": n, "own_bytes": n, ...}
 
 `prompts` has a prompt for each row, which are decoded together. `first` is when the first token of
 every row is known, `last` when all tokens are, in seconds from the start of the request. Failed
@@ -24,8 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -96,17 +96,21 @@ def _generate(
         "first": max(first),
         "last": last,
         "seconds": seconds,
-        # In this order: memory read later may have grown, and the peak with it.
-        "resident_bytes": _memory("VmRSS:"),
-        "peak_bytes": _memory("VmHWM:"),
+        **memory(),
         **facts,
     }
 
 
-def _memory(name: str) -> int:
-    """Return the resident memory of this process, in bytes: `VmRSS:`, or `VmHWM:` for the peak."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+def memory(process: int | str = "self") -> dict[str, int]:
+    """Return the memory of a process in bytes, as Linux counts it.
+
+    `resident_bytes` is its resident set, `peak_bytes` the largest so far. `own_bytes` is the part
+    of the resident set that is no mapped file, such as weights that are read where they are.
+    """
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    fields = {name: text for name, _, text in (line.partition(":") for line in lines)}
+    names = {"resident_bytes": "VmRSS", "peak_bytes": "VmHWM", "own_bytes": "RssAnon"}
+    return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
 
 
 def _run(command: list[str], name: str) -> None:
@@ -123,7 +127,7 @@ def _run(command: list[str], name: str) -> None:
         raise RuntimeError(f"{name} failed: {lines[-1]}")
 
 
-def _facts(flags: str, *distributions: str) -> dict[str, Any]:
+def library_facts(flags: str, *distributions: str) -> dict[str, Any]:
     """Return the versions of distributions, and the flags."""
     found = {}
     for name in distributions:
@@ -134,135 +138,11 @@ def _facts(flags: str, *distributions: str) -> dict[str, Any]:
     return {"versions": found, "flags": flags}
 
 
-def _only(prompts: list[list[int]], beams: int = 1) -> list[int]:
+def only_prompt(prompts: list[list[int]], beams: int = 1) -> list[int]:
     """Return the only prompt. Raises ValueError for several rows or beams."""
     if len(prompts) > 1 or beams > 1:
         raise ValueError("this library is not measured with several rows or beams")
     return prompts[0]
-
-
-def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
-    """Load a bundle.
-
-    `options` may have `rows`, the most rows at once, `context`, the positions of a row, `lookup` to
-    draft from the text, and `schema`, a JSON schema of the output.
-    """
-    from freeexport.costs.bytes import calls_of
-    from freeexport.system.machine import kernel_instructions
-    from runtime import Session
-    from runtime.stream import Stream
-
-    given: dict[str, Any] = {"mode": "full", "ignore_eos": True}
-    if options.get("lookup"):
-        given.update(mode="lossless", drafts="lookup")
-    if schema := options.get("schema"):
-        given.update(json_schema=json.loads(schema), ignore_eos=False)
-    session = Session(
-        path,
-        threads=threads,
-        slots=options.get("rows", 1),
-        capacity=options.get("context"),
-        draft_memory_mb=0,
-    )
-
-    def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> Any:
-        if beams > 1:  # beam search does not stream
-            result = session.generate(
-                _only(prompts), max_new_tokens=count, num_beams=beams, **given
-            )
-            emit(0, *result.token_ids)
-            return {}
-        streams = [session.stream(prompt, max_new_tokens=count, **given) for prompt in prompts]
-
-        def follow(row: int, stream: Stream) -> None:
-            for token in stream:
-                emit(row, token.id)
-
-        if len(streams) == 1:
-            follow(0, streams[0])
-            result = streams[0].result
-            if not schema:
-                return {"calls": asdict(calls_of(result))}
-            return {
-                "ended": result.finish_reason == "eos",
-                "forced": result.stats.forced_tokens,
-                "grammar": result.stats.grammar_seconds,
-            }
-        with ThreadPoolExecutor(len(streams)) as pool:
-            list(pool.map(follow, range(len(streams)), streams))
-        return {}
-
-    flags = f"mode {given['mode']}, kernels for {kernel_instructions() or 'no instructions'}"
-    return generate, _facts(flags, "freeexport", "onnxruntime", "numpy")
-
-
-def convert_ours(source: str, out: str, options: dict[str, Any]) -> None:
-    """Write a checkpoint of any format as a plain Hugging Face directory, without its exit."""
-    from freeexport.checkpoints.checkpoint import open_checkpoint
-    from freeexport.checkpoints.tokenizer_files import write_tokenizer
-    from freeexport.checkpoints.transformers_model import reference_model
-
-    checkpoint = open_checkpoint(source)
-    reference_model(checkpoint).save_pretrained(out)
-    write_tokenizer(checkpoint, Path(out))
-    file = Path(out) / "tokenizer_config.json"
-    if file.is_file():
-        # tokenizer.json is complete, and the model type's own class would change it.
-        content = json.loads(file.read_text(encoding="utf-8"))
-        content["tokenizer_class"] = "PreTrainedTokenizerFast"
-        file.write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-def load_transformers(path: str, threads: int, options: dict[str, Any]) -> Loaded:
-    """Load a checkpoint of any format with transformers, in fp32. Needs this project."""
-    import torch
-
-    from freeexport.checkpoints.checkpoint import open_checkpoint
-    from freeexport.checkpoints.transformers_model import reference_model
-
-    torch.set_num_threads(threads)
-    model = reference_model(open_checkpoint(path))
-
-    class Streamer:
-        """Receives tokens from `generate`, the prompt's first."""
-
-        def __init__(self, emit: Emit) -> None:
-            self.emit = emit
-            self.prompt = True
-
-        def put(self, value: torch.Tensor) -> None:
-            if not self.prompt:
-                self.emit(0, *value.flatten().tolist())
-            self.prompt = False
-
-        def end(self) -> None:
-            pass
-
-    config: Any = model.config
-    settings: Any = model.generation_config
-    # Continue after an end of sequence, so that all decoders generate equally many tokens.
-    settings.eos_token_id = None
-    settings.pad_token_id = 0
-    # transformers' cache fails for T5 with a decoder deeper than the encoder.
-    decoder_layers = getattr(config, "num_decoder_layers", 0)
-    deeper = config.is_encoder_decoder and decoder_layers > getattr(config, "num_layers", 0)
-
-    def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> None:
-        ids = torch.tensor([_only(prompts)])
-        found: Any = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            do_sample=False,
-            num_beams=beams,
-            use_cache=not deeper,
-            streamer=Streamer(emit) if beams == 1 else None,
-        )
-        if beams > 1:
-            emit(0, *found[0, -count:].tolist())
-
-    flags = f"eager, fp32, torch.set_num_threads({threads})"
-    return generate, _facts(flags, "torch", "transformers")
 
 
 def convert_genai(source: str, out: str, options: dict[str, Any]) -> None:
@@ -307,7 +187,7 @@ def load_genai(path: str, threads: int, options: dict[str, Any]) -> Loaded:
         return {}
 
     flags = f"models.builder -p {options['precision']} -e cpu, {json.dumps(session)}"
-    return generate, _facts(flags, "onnxruntime-genai", "onnxruntime")
+    return generate, library_facts(flags, "onnxruntime-genai", "onnxruntime")
 
 
 def convert_ctranslate2(source: str, out: str, options: dict[str, Any]) -> None:
@@ -358,7 +238,7 @@ def load_ctranslate2(path: str, threads: int, options: dict[str, Any]) -> Loaded
             engine.generate_batch(texts, include_prompt_in_result=False, **lengths, **given)
 
     flags = f"compute_type={options['compute_type']}, inter_threads=1, intra_threads={threads}"
-    return generate, _facts(flags, "ctranslate2")
+    return generate, library_facts(flags, "ctranslate2")
 
 
 def convert_llama_cpp(source: str, out: str, options: dict[str, Any]) -> None:
@@ -396,7 +276,7 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
         grammar = llama_cpp.LlamaGrammar.from_json_schema(options["schema"])
 
     def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> Any:
-        prompt = _only(prompts, beams)
+        prompt = only_prompt(prompts, beams)
         model.reset()  # otherwise a prefix of the last prompt is not read again
         tokens = model.generate(prompt, temp=0.0, repeat_penalty=1.0, grammar=grammar)
         for token in islice(tokens, count):
@@ -407,9 +287,9 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
 
     # The instructions that it was built for.
     built = llama_cpp.llama_print_system_info().decode().rpartition("CPU : ")[2]
-    used = [pair.removesuffix(" = 1").strip() for pair in built.split("|") if " = 1" in pair]
+    used = [pair.strip().removesuffix(" = 1") for pair in built.split("|") if " = 1" in pair]
     flags = f"{' '.join(used)}, n_threads={threads}, n_ctx={context}"
-    return generate, _facts(flags, "llama-cpp-python")
+    return generate, library_facts(flags, "llama-cpp-python")
 
 
 def convert_openvino(source: str, out: str, options: dict[str, Any]) -> None:
@@ -472,11 +352,11 @@ def load_openvino(path: str, threads: int, options: dict[str, Any]) -> Loaded:
         if options.get("lookup"):  # of the last three tokens, as in its documentation
             config.num_assistant_tokens = options["lookup"]
             config.max_ngram_size = 3
-        _only(prompts, beams)
+        only_prompt(prompts, beams)
         pipeline.generate(tensors[0], config, Streamer(emit))
 
     flags = f"--weight-format {options['precision']}, INFERENCE_NUM_THREADS={threads}, defaults"
-    return generate, _facts(flags, "openvino", "openvino-genai", "optimum-intel")
+    return generate, library_facts(flags, "openvino", "openvino-genai", "optimum-intel")
 
 
 def load_faster_whisper(path: str, threads: int, options: dict[str, Any]) -> Loaded:
@@ -505,12 +385,10 @@ def load_faster_whisper(path: str, threads: int, options: dict[str, Any]) -> Loa
         text = "".join(segment.text for segment in found)
         return {"ended": True, "text": text, "seconds": time.perf_counter() - began}
 
-    return generate, _facts(f"compute_type={kind}", "faster-whisper", "ctranslate2")
+    return generate, library_facts(f"compute_type={kind}", "faster-whisper", "ctranslate2")
 
 
 DECODERS: dict[str, tuple[Load, Convert | None]] = {
-    "ours": (load_ours, convert_ours),
-    "transformers": (load_transformers, None),
     "genai": (load_genai, convert_genai),
     "ctranslate2": (load_ctranslate2, convert_ctranslate2),
     "llama_cpp": (load_llama_cpp, convert_llama_cpp),

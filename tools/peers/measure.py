@@ -24,8 +24,8 @@ LIMIT = 600.0
 # Pause before a decoder's turn, in seconds. Threads of some libraries keep spinning after their
 # work: CTranslate2's for 0.2 s.
 SETTLE = 0.3
-# Shortest output whose tokens are compared with the reference.
-COMPARED = 8
+
+MEMORY = ("peak_bytes", "resident_bytes", "own_bytes")
 
 # Prompts of a request, one for each row, and requests of a decoder's turn. A prompt is token ids,
 # or the path of a recording.
@@ -179,7 +179,6 @@ class Decoders:
         self,
         cell: Cell,
         blocks: Sequence[Block],
-        reference: Sequence[Answer] | None,
         rate: float,
         describe: Describe | None = None,
         settle: float = SETTLE,
@@ -189,7 +188,6 @@ class Decoders:
         Args:
             cell: The kind of request.
             blocks: The requests of each round.
-            reference: Answers of fp32 to the block of the first round.
             rate: Memory bandwidth in bytes per second.
             describe: Returns further fields of a decoder's row from its answers of the first round.
             settle: Pause before a decoder's turn, in seconds.
@@ -215,7 +213,6 @@ class Decoders:
                 **asdict(cell),
                 **{figure: summary(each, base[figure]) for figure, each in seconds.items()},
                 "peak_bytes": answers[-1][-1]["peak_bytes"],
-                **fidelity(answers[0], reference),
                 **(describe(answers[0]) if describe else {}),
                 **self.facts[name],
             }
@@ -255,45 +252,6 @@ def summary(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]
     }
 
 
-def fidelity(answers: Sequence[Answer], reference: Sequence[Answer] | None) -> dict[str, Any]:
-    """Return the share of tokens that equal the reference's, and the first that does not.
-
-    The place is the median over outputs with a difference, or None if all tokens are equal.
-    """
-    if reference is None:
-        return {}
-    pairs = [
-        np.equal(one, other)
-        for answer, truth in zip(answers, reference, strict=True)
-        for one, other in zip(answer["tokens"], truth["tokens"], strict=True)
-    ]
-    places = [int(np.argmin(equal)) for equal in pairs if not equal.all()]
-    return {
-        "same": float(np.concatenate(pairs).mean()),
-        "differs": float(median(places)) if places else None,
-    }
-
-
-def reference_answers(
-    contender: Contender, cells: Mapping[Cell, Sequence[Block]], threads: int
-) -> tuple[dict[Cell, list[Answer]], dict[str, str]]:
-    """Return the answers of fp32 to the first round of the cells whose tokens are compared.
-
-    Also returns why there are none. Rows are answered one by one.
-    """
-    found: dict[Cell, list[Answer]] = {}
-    compared = [cell for cell in cells if cell.written >= COMPARED]
-    with Decoders([contender] if compared else [], threads) as running:
-        for cell in compared:
-            each = [[prompt] for prompts in cells[cell][1] for prompt in prompts]
-            answers = running.answers(contender.name, each, cell.written, cell.beams)
-            if answers is None:
-                break
-            tokens = iter(one["tokens"][0] for one in answers)
-            found[cell] = [{"tokens": [next(tokens) for _ in one]} for one in cells[cell][1]]
-        return found, {name: f"no tokens: {reason}" for name, reason in running.failed.items()}
-
-
 def opening(
     contenders: Sequence[Contender],
     prompt: list[int],
@@ -311,7 +269,7 @@ def opening(
     failed: dict[str, str] = {}
     facts: dict[str, dict[str, Any]] = {}
 
-    def turn(contender: Contender, number: int) -> tuple[float, int]:
+    def turn(contender: Contender, number: int) -> Answer:
         time.sleep(settle)
         began = time.perf_counter()
         with Decoders([contender], threads) as running:
@@ -319,9 +277,8 @@ def opening(
             answers = running.answers(contender.name, [[prompt]], tokens=2)
             failed.update(running.failed)
             facts.update(running.facts)
-        if answers is None:
-            return 0.0, 0
-        return loaded + answers[0]["first"], answers[0]["resident_bytes"]
+        (answer,) = answers or [{"first": 0.0, **dict.fromkeys(MEMORY, 0)}]
+        return {**answer, "first": loaded + answer["first"]}
 
     # The first round reads files into the system's cache.
     turns = list(interleave(contenders, range(rounds + 1), 1, turn, warm_up=0))[1:]
@@ -330,13 +287,14 @@ def opening(
     for number, one in enumerate(contenders):
         if one.name in failed:
             continue
-        seconds = [done.runs[number][0] for done in turns]
+        found = [done.runs[number] for done in turns]
+        seconds = [answer["first"] for answer in found]
         base = base or seconds
         row = {
             "name": one.name,
             "precision": one.precision,
             "first": summary(seconds, base),
-            "resident_bytes": round(median(done.runs[number][1] for done in turns)),
+            **{name: round(median(answer[name] for answer in found)) for name in MEMORY},
             **facts[one.name],
         }
         rows.append(row)

@@ -107,12 +107,15 @@ def checkpoint_of(name: str, given: Mapping[str, str], output: Path) -> str:
 
 
 def bundle_of(name: str, checkpoint: str, precision: str, output: Path) -> Bundle:
-    """Return the bundle of a checkpoint below `output`. Converts a missing one."""
-    out = output / "bundles" / f"{name}-{precision}"
+    """Return the bundle of a checkpoint below `output`. Converts a missing one.
+
+    `precision` may have further options of `convert`, as in "int4 --head int4".
+    """
+    out = output / "bundles" / "-".join([name, precision.replace(" --", "-").replace(" ", "-")])
     if not out.is_dir():
         most = open_checkpoint(checkpoint).config.get("max_position_embeddings", POSITIONS)
         command = [sys.executable, "-m", "freeexport", "convert", checkpoint, str(out)]
-        command += ["--precision", precision, "--verify", "none"]
+        command += ["--precision", *precision.split(), "--verify", "none"]
         run_command(*command, "--capacity", str(min(most, POSITIONS)))
     return Bundle.open(out)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,10 @@ def pages(root: Path) -> dict[Path, str]:
     for name, (page, head) in PAGES.items():
         parts = [head]
         for path, steps in runs.items():
-            shown = {key: step for key, step in steps.items() if step["page"] == page}
+            shown = [step for step in steps.values() if step["page"] == page]
             if shown:
                 parts.append(f"## {path.stem.partition('-')[2].replace('-', ' ')}\n")
-                parts += ["\n".join(section(step)) for step in shown.values()]
+                parts += ["\n".join(section(step, steps.values())) for step in shown]
         found[root / name] = "\n".join(parts)
     readme = root / "README.md"
     before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
@@ -101,9 +101,21 @@ def _report(path: Path) -> dict[str, Row]:
     return found
 
 
-def section(step: Row) -> list[str]:
-    """Return the lines of a step: its heading, table and conditions."""
-    shown = _table(step)
+def _shares(step: Row, steps: Iterable[Row]) -> dict[str, float]:
+    """Return the shares of tokens that equal fp32's, by decoder, for a step of whole requests."""
+    if (step["kind"], step["figure"]) != ("requests", "request"):
+        return {}
+    return {
+        row["name"]: row["same"]
+        for one in steps
+        if one["kind"] == "fidelity" and one["model"] == step["model"]
+        for row in one["rows"]
+    }
+
+
+def section(step: Row, steps: Iterable[Row]) -> list[str]:
+    """Return the lines of a step of a report: its heading, table and conditions."""
+    shown = _table(step, _shares(step, steps))
     lines = [f"{name}: {value}" for name, value in shown.facts]
     lines += [f"{peer}: not run: {reason}" for peer, reason in step["failed"].items()]
     lines += _conditions(step)
@@ -114,7 +126,7 @@ def section(step: Row) -> list[str]:
     return [f"### {step['title']}", "", markdown(shown), "", *filled, ""]
 
 
-def _table(step: Row) -> Any:
+def _table(step: Row, shares: Mapping[str, float]) -> Any:
     figure = step["figure"]
 
     def speed(row: Row) -> str:
@@ -133,6 +145,11 @@ def _table(step: Row) -> Any:
 
     def memory(name: str) -> Callable[[Row], str]:
         return lambda row: human_bytes(row[name]) if row.get(name) else ""
+
+    def same(row: Row) -> str:
+        if step["kind"] != "fidelity":
+            return f"{shares[row['name']]:.0%}" if row["name"] in shares else ""
+        return f"{row['same']:.0%} ({100 * row['same_low']:.0f} to {100 * row['same_high']:.0f})"
 
     def share(name: str) -> Callable[[Row], str]:
         return lambda row: "" if row.get(name) is None else f"{row[name]:.0%}"
@@ -155,9 +172,16 @@ def _table(step: Row) -> Any:
         "token ms#": milliseconds("token") if figure != "token" else lambda row: "",
         "peak memory#": memory("peak_bytes"),
         "memory#": memory("resident_bytes"),
+        "own#": memory("own_bytes"),
+        "peak after#": memory("peak_bytes_after"),
         "memory after#": memory("resident_bytes_after"),
-        "same#": share("same"),
+        "own after#": memory("own_bytes_after"),
+        "same#": same,
+        "next#": lambda row: f"{row['next']:.1%}" if "next" in row else "",
         "differs#": _differs,
+        "equal#": lambda row: (
+            f"{row['equal_outputs']} of {row['outputs']}" if "equal_outputs" in row else ""
+        ),
         "bandwidth#": share("bandwidth"),
         "valid#": share("valid"),
         "forced#": share("forced"),
@@ -180,7 +204,7 @@ def _ratio(figure: Row | None) -> str:
 
 
 def _differs(row: Row) -> str:
-    if "same" not in row:
+    if "next" not in row:
         return ""
     return "never" if row.get("differs") is None else f"at {row['differs']:.0f}"
 
@@ -194,11 +218,12 @@ def _conditions(step: Row) -> list[str]:
     reads = f", which reads {step['bandwidth'] / 1e9:.1f} GB/s" if step.get("bandwidth") else ""
     listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     rounds = f", medians of {step['rounds']} interleaved rounds" if step["rounds"] > 1 else ""
+    threads = "thread" if step["threads"] == 1 else "threads"
     commit = step["commit"] or "not recorded"
     if step["commit"]:
         commit = commit[:12] + commit[40:]  # -dirty
     lines = [
-        f"{step['model']}, {step['threads']} threads{rounds}; {machine['processor']}, "
+        f"{step['model']}, {step['threads']} {threads}{rounds}; {machine['processor']}, "
         f"{machine['cores']} cores ({' '.join(machine['features'])}){reads}",
         f"{step['made'][:10]}, commit {commit}; {listed}",
     ]
@@ -211,11 +236,11 @@ def _readme(runs: Mapping[Path, Mapping[str, Row]]) -> list[str]:
     """Return the README's table: the newest run of each precision on each kind of processor."""
     newest: dict[tuple[str, str], Row] = {}
     for run in runs.values():
-        for name in README_STEPS.keys() & run.keys():
-            features = run[name]["machine"]["features"]
+        for name, step in run.items():
+            features = step["machine"]["features"]
             key = name, next((text for one, text in FEATURES.items() if one in features), "")
-            if key not in newest or run[name]["made"] > newest[key]["made"]:
-                newest[key] = run[name]
+            if key not in newest or step["made"] > newest[key]["made"]:
+                newest[key] = step
     lines = [
         "| SmolLM2-135M | " + " | ".join(LIBRARIES) + " |",
         "|---" * (len(LIBRARIES) + 1) + "|",
@@ -224,20 +249,23 @@ def _readme(runs: Mapping[Path, Mapping[str, Row]]) -> list[str]:
         for kind in FEATURES.values():
             if (name, kind) not in newest:
                 continue
-            rows = newest[name, kind]["rows"]
+            step = newest[name, kind]
+            rows = step["rows"]
             shown = [
                 next((row for row in rows if row["name"].startswith(start)), None)
                 for start in LIBRARIES.values()
             ]
             best = min(row["request"]["seconds"] for row in shown if row)
-            cells = [f"{title}, {kind}", *(_cell(row, best) if row else "" for row in shown)]
+            shares = _shares(step, [one for (_, its), one in newest.items() if its == kind])
+            cells = [f"{title}, {kind}"]
+            cells += [_cell(row, best, shares.get(row["name"])) if row else "" for row in shown]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _cell(row: Row, best: float) -> str:
+def _cell(row: Row, best: float, share: float | None) -> str:
     """Return the tokens/s of whole requests, their spread, and the share of equal tokens."""
     seconds = row["request"]["seconds"]
     bold = "**" if seconds == best else ""
-    same = f", {row['same']:.0%}" if "same" in row else ""
+    same = "" if share is None else f", {share:.0%}"
     return f"{bold}{row['written'] / seconds:.1f}{bold} ({row['request']['spread']:.0%}{same})"

@@ -12,7 +12,9 @@ from tools.peers.models import CONFIGURATIONS, SMOLLM2
 
 # Requests of a server.
 SERVED = 1000
-CONTEXTS = tuple(Cell(read, 33) for read in (1024, 1900, 8150))
+CONTEXTS = tuple(Cell(read, 33) for read in (1024, 1900))
+# Prompts of the second take most decoders a minute, so they have a step of their own.
+LONG = tuple(Cell(read, 33) for read in (1024, 8150))
 ROWS = tuple(Cell(16, 64, rows=rows) for rows in (1, 2, 4, 8))
 PROMPTS = tuple(Cell(read, 2) for read in (8, 16, 24, 40, 256, 1024))
 LENGTHS = ((20, 1), (20, 64), (128, 64), (512, 1))
@@ -41,7 +43,7 @@ class PeerStep:
     Attributes:
         name: Name of the step and its file.
         title: Heading in the documentation.
-        precisions: Precisions of our bundles.
+        precisions: Precisions of our bundles, each with further options of `convert`, if any.
         peers: Names of the other decoders.
         model: Name of the model.
         cells: Requests.
@@ -57,7 +59,7 @@ class PeerStep:
     model: str = SMOLLM2
     cells: tuple[Cell, ...] = ()
     figure: Literal["request", "first", "token"] = "request"
-    kind: Literal["requests", "opening", "server", "equality", "schema"] = "requests"
+    kind: Literal["requests", "opening", "server", "fidelity", "equality", "schema"] = "requests"
     page: str = "benchmarks"
 
 
@@ -68,6 +70,12 @@ def _steps() -> Iterator[PeerStep]:
         common = GROUPS[group]
         title = f"Tokens behind long contexts, {group}"
         yield PeerStep(f"contexts-{group}", title, cells=CONTEXTS, figure="token", **common)
+        yield PeerStep(
+            *(f"long-{group}", f"Tokens behind very long contexts, {group}", (group,)),
+            (f"openvino-{group}",),
+            cells=LONG,
+            figure="token",
+        )
         title = f"Several rows at once, {group}"
         yield PeerStep(f"rows-{group}", title, cells=ROWS, figure="token", **common)
         title = f"First token of a new process, {group}"
@@ -82,6 +90,12 @@ def _steps() -> Iterator[PeerStep]:
                 f"{model}-{group}", f"{size}, {group}", model=model, cells=BEAMS, **common
             )
     yield PeerStep("server", f"After {SERVED:,} requests, int8", kind="server", **GROUPS["int8"])
+    yield PeerStep(
+        *("fidelity", "SmolLM2-135M, tokens that equal those of fp32"),
+        tuple(precision for group in GROUPS.values() for precision in group["precisions"]),
+        ("hf", "llama-cpp-f32", *GROUPS["int8"]["peers"], *GROUPS["int4"]["peers"]),
+        kind="fidelity",
+    )
     yield PeerStep(
         *("schema", "Output with a JSON schema, int4", ("int4",), ("genai-int4", "llama-cpp")),
         cells=(Cell(0, 96),),

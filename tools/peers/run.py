@@ -20,13 +20,13 @@ from runtime.errors import OptionError
 from runtime.text.tokenizer import Tokenizer
 from tools.peers.catalog import OURS, PEERS, VARIABLES, peer_model
 from tools.peers.equality import equality
+from tools.peers.fidelity import chat_ids, fidelity
 from tools.peers.measure import (
     Answer,
     Cell,
     Contender,
     Decoders,
     opening,
-    reference_answers,
     with_options,
 )
 from tools.peers.models import CONFIGURATIONS, bundle_of, checkpoint_of
@@ -34,11 +34,11 @@ from tools.peers.plan import SERVED, PeerStep
 from tools.peers.server import server
 from tools.peers.worker import PeerError
 
-# Peer whose tokens are the reference: the checkpoint in fp32.
-REFERENCE = "hf"
 SAMPLE_TEXTS = 4
 EQUALITY_PROMPTS = 30
-EQUALITY = Cell(0, 64)
+FIDELITY_PROMPTS = 50
+# Request of the steps that compare tokens.
+COMPARED = Cell(0, 64)
 # Prompts and output of the step schema.
 JSON_PROMPT = 'Answer as JSON with keys "name" and "uses": {}.'
 SUBJECTS = ("rain", "bread", "chess", "honey bees", "coffee", "glass")
@@ -80,8 +80,9 @@ class Conditions:
 
 
 def contenders(step: PeerStep, conditions: Conditions) -> tuple[list[Contender], dict[str, str]]:
-    """Return the decoders of a step, our bundles first, then the reference, and why others have
-    none. Converts missing bundles and models.
+    """Return the decoders of a step, our bundles first, and why others have none.
+
+    Converts missing bundles and models.
     """
     checkpoint = checkpoint_of(step.model, conditions.models, conditions.output)
     found = []
@@ -89,8 +90,9 @@ def contenders(step: PeerStep, conditions: Conditions) -> tuple[list[Contender],
     for precision in step.precisions:
         bundle = bundle_of(step.model, checkpoint, precision, conditions.output)
         name = f"freeexport {precision}"
-        found.append(Contender(name, precision, OURS, str(bundle.path), {}, bundle))
-    for name in dict.fromkeys((REFERENCE, *step.peers)):
+        kind = precision.partition(" ")[0]
+        found.append(Contender(name, kind, OURS, str(bundle.path), {}, bundle))
+    for name in step.peers:
         peer = PEERS[name]
         try:
             if name in conditions.left_out:
@@ -113,31 +115,33 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
     found, failed = contenders(step, conditions)
     bundle = found[0].bundle
     assert bundle is not None
+    timed = step.kind not in ("server", "fidelity", "equality")
     threads = conditions.threads
-    bandwidth = bandwidth_of(threads)
-    timed = [one for one in found if one.name in step.peers or one.bundle is not None]
+    bandwidth = bandwidth_of(threads) if timed else 0.0
+    tokens = conditions.short(COMPARED).written
     with other_load() as load:
         if step.kind == "opening":
             prompt = speed_prompts(bundle, None, 1)[0]
-            rows, more = opening(timed, prompt, conditions.rounds, threads)
+            rows, more = opening(found, prompt, conditions.rounds, threads)
         elif step.kind == "server":
-            rows, more = server(timed, 10 if conditions.trial else SERVED, threads)
+            rows, more = server(found, 10 if conditions.trial else SERVED, threads)
+        elif step.kind == "fidelity":
+            prompts = chat_ids(bundle, 2 if conditions.trial else FIDELITY_PROMPTS)
+            rows, more = fidelity(found, prompts, tokens, bundle.manifest.eos_token_ids)
         elif step.kind == "equality":
             every = prompt_ids(bundle, None)
             count = 2 if conditions.trial else EQUALITY_PROMPTS
             prompts = [every[number * len(every) // count] for number in range(count)]
-            tokens = conditions.short(EQUALITY).written
-            rows, more = equality(timed, prompts, tokens, threads)
+            rows, more = equality(found, prompts, tokens, threads)
         else:
-            reference = next((one for one in found if one.name == REFERENCE), None)
-            rows, more = _requests(step, conditions, timed, reference, bundle, bandwidth)
+            rows, more = _requests(step, conditions, found, bundle, bandwidth)
     return {
         **{name: getattr(step, name) for name in ("title", "page", "figure", "kind")},
         "model": bundle.manifest.source,
-        "threads": threads,
-        "rounds": conditions.rounds,
+        "threads": 1 if step.kind == "fidelity" else threads,
+        "rounds": conditions.rounds if timed else 1,
         "trial": conditions.trial,
-        "busy": load.cores,
+        "busy": load.cores if timed else 0.0,
         "bandwidth": bandwidth,
         **made,
         "rows": rows,
@@ -149,7 +153,6 @@ def _requests(
     step: PeerStep,
     conditions: Conditions,
     found: Sequence[Contender],
-    reference: Contender | None,
     bundle: Bundle,
     bandwidth: float,
 ) -> tuple[Rows, dict[str, str]]:
@@ -170,29 +173,24 @@ def _requests(
                 with_options(replace(plain, name=f"{plain.name}, schema"), schema=schema),
             )
         ]
-        reference = None  # outputs of all lengths
         describe = partial(grammar_fields, tokenizer)
     end = manifest.eos_token_ids[0] if manifest.encoder_decoder else None
     cells = {
         cell: cell.blocks(texts, conditions.rounds, manifest.vocab_size, end)
         for cell in dict.fromkeys(map(conditions.short, step.cells))
     }
-    options: dict[str, Any] = {"rows": max(cell.rows for cell in cells)}
+    options: dict[str, Any] = {"calls": True, "rows": max(cell.rows for cell in cells)}
     if not manifest.encoder_decoder:
         longest = max(len(ids) for blocks in cells.values() for (ids, *_) in blocks[-1])
         options["context"] = longest + max(cell.written for cell in cells)
-    truth: dict[Cell, list[Answer]] = {}
-    failed: dict[str, str] = {}
-    if reference is not None:
-        truth, failed = reference_answers(reference, cells, conditions.threads)
     ready = [with_options(one, **options) for one in found]
     with Decoders(ready, conditions.threads) as decoders:
         rows = [
             row
             for cell, blocks in cells.items()
-            for row in decoders.rows(cell, blocks, truth.get(cell), bandwidth, describe)
+            for row in decoders.rows(cell, blocks, bandwidth, describe)
         ]
-    return rows, {**failed, **decoders.failed}
+    return rows, decoders.failed
 
 
 def grammar_fields(tokenizer: Tokenizer, answers: Sequence[Answer]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Memory and speed of processes that answer many requests."""
+"""Memory of processes that answer many requests. It times nothing."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -11,17 +10,12 @@ import numpy as np
 import psutil
 
 from freeexport.system.progress import progress
-from tools.peers.measure import Contender, Decoders, summary
+from tools.peers.decoders import memory
+from tools.peers.measure import MEMORY, Contender, Decoders
 from tools.server_load import served
 
-WRITTEN = 8
-# Requests whose time is reported, the last ones.
-LAST = 100
+WRITTEN = 2
 SLOTS = 4
-
-# Seconds of a request, and resident memory after it.
-Sample = tuple[float, int]
-Respond = Callable[[list[int]], Sample]
 
 
 def server(
@@ -39,46 +33,34 @@ def server(
         draw.integers(vocabulary // 4, vocabulary, draw.integers(8, 64)).tolist()
         for _ in range(count)
     ]
-    with served(ours.bundle.path, threads, SLOTS) as url, httpx.Client(timeout=600) as client:
-        process = next(one for one in psutil.Process().children() if "serve" in one.cmdline())
-
-        def respond(prompt: list[int]) -> Sample:
-            began = time.perf_counter()
-            body = {"prompt": prompt, "max_tokens": WRITTEN, "temperature": 0, "ignore_eos": True}
-            client.post(f"{url}/v1/completions", json=body).raise_for_status()
-            return time.perf_counter() - began, process.memory_info().rss
-
-        rows = [_row(f"{ours.name} serve", ours.precision, respond, prompts)]
     failed = {}
-    for one in peers:
-        with Decoders([one], threads) as running:
-
-            def answer(prompt: list[int], running: Any = running, name: str = one.name) -> Sample:
-                (found,) = running.answers(name, [[prompt]], WRITTEN)
-                return found["seconds"], found["resident_bytes"]
-
-            if one.name in running.facts:
-                row = _row(one.name, one.precision, answer, prompts)
-                rows.append({**row, **running.facts[one.name]})
-            failed.update(running.failed)
-    base = rows[0]["request"]
-    for row in rows:
-        row["request"] = summary(row["request"], base)
+    with progress(f"{count} requests to each", len(contenders)) as advance:
+        with served(ours.bundle.path, threads, SLOTS) as url, httpx.Client(timeout=600) as client:
+            process = next(one for one in psutil.Process().children() if "serve" in one.cmdline())
+            given = {"max_tokens": WRITTEN, "temperature": 0, "ignore_eos": True}
+            found = []
+            for prompt in prompts:
+                body = {"prompt": prompt, **given}
+                client.post(f"{url}/v1/completions", json=body).raise_for_status()
+                found.append(memory(process.pid))
+        rows = [_row(f"{ours.name} serve", ours.precision, found)]
+        advance()
+        for one in peers:
+            with Decoders([one], threads) as running:
+                answers = running.answers(one.name, [[prompt] for prompt in prompts], WRITTEN)
+                if answers is not None:
+                    row = _row(one.name, one.precision, answers)
+                    rows.append({**row, **running.facts[one.name]})
+                failed.update(running.failed)
+            advance()
     return rows, failed
 
 
-def _row(
-    name: str, precision: str, respond: Respond, prompts: Sequence[list[int]]
-) -> dict[str, Any]:
-    found = []
-    with progress(f"{len(prompts)} requests to {name}", len(prompts)) as advance:
-        for prompt in prompts:
-            found.append(respond(prompt))
-            advance()
+def _row(name: str, precision: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a decoder's row: its memory after the first answer and after the last."""
     return {
         "name": name,
         "precision": precision,
-        "request": [seconds for seconds, _ in found[-LAST:]],
-        "resident_bytes": found[0][1],
-        "resident_bytes_after": found[-1][1],
+        **{field: answers[0][field] for field in MEMORY},
+        **{f"{field}_after": answers[-1][field] for field in MEMORY},
     }

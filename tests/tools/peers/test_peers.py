@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_peer
@@ -15,9 +18,11 @@ from tokenizers import Tokenizer
 
 from runtime.errors import FreeExportError, OptionError
 from tools.peers import models
+from tools.peers import server as peer_server
 from tools.peers.catalog import PEERS, chosen, peer_model
-from tools.peers.measure import Cell, Contender, Decoders, ask, fidelity, opening, reference_answers
-from tools.peers.models import models_of
+from tools.peers.fidelity import agreement, fidelity
+from tools.peers.measure import MEMORY, Cell, Contender, Decoders, ask, opening
+from tools.peers.models import bundle_of, models_of
 from tools.peers.worker import PeerError, Worker
 
 LLAMA = BY_NAME["llama-tied"]
@@ -37,10 +42,7 @@ def test_everyone_answers_every_round_and_failures_stop_nobody_else() -> None:
     with Decoders([missing, contender("good"), contender("other")], 1) as running:
         blocks = TEXT.blocks([[[5]], [[6]]], 2, 100, None)
         assert blocks == [[[[5]]], [[[5]], [[6]]], [[[5]], [[6]]]]
-        reference = [{"tokens": [[6, 7, 8]]}, {"tokens": [[7, 0, 9]]}]
-        good, other = running.rows(TEXT, blocks, reference, 1e9, settle=0)
-        assert good["same"] == other["same"] == pytest.approx(5 / 6)
-        assert good["differs"] == 1
+        good, other = running.rows(TEXT, blocks, 1e9, settle=0)
         assert good["versions"] == {"fake": "1.0"}
         assert good["flags"] == "threads=1"
         assert good["request"]["ratio_low"] == good["request"]["ratio_high"] == 1
@@ -52,7 +54,7 @@ def test_everyone_answers_every_round_and_failures_stop_nobody_else() -> None:
 
 def test_a_decoder_that_dies_has_no_row() -> None:
     with Decoders([contender("good")], 1) as running:
-        assert running.rows(TEXT, [[[[1]]], [[[fake_peer.DIES]]]], None, 1e9, settle=0) == []
+        assert running.rows(TEXT, [[[[1]]], [[[fake_peer.DIES]]]], 1e9, settle=0) == []
         assert "ended with code 3" in running.failed["good"]
 
 
@@ -62,7 +64,7 @@ def test_rows_are_answered_together() -> None:
     prompts = [prompt for block in blocks for request in block for prompt in request]
     assert len(prompts) == len({tuple(prompt) for prompt in prompts}) == 9
     with Decoders([contender("good")], 1) as running:
-        (row,) = running.rows(cell, blocks, None, 1e9, settle=0)
+        (row,) = running.rows(cell, blocks, 1e9, settle=0)
     assert (row["read"], row["rows"]) == (4, 3)
 
 
@@ -70,18 +72,31 @@ def test_random_prompts_of_encoder_decoders_end_with_the_end() -> None:
     assert all(request[0][-1] == 3 for (request,) in Cell(5, 1).blocks([], 3, 1000, 3))
 
 
-def test_tokens_are_compared_with_those_of_the_reference() -> None:
-    answers = [{"tokens": [[1, 2, 3, 4]]}, {"tokens": [[5, 6, 7, 8]]}]
-    assert fidelity(answers, [{"tokens": [[1, 2, 0, 0]]}, {"tokens": [[5, 6, 7, 8]]}]) == {"same": 0.75, "differs": 2}
-    assert fidelity(answers, answers) == {"same": 1, "differs": None}
-    assert fidelity(answers, None) == {}
-    long = Cell(0, 8)
-    cells = {long: [[], [[[1], [2]]]], TEXT: [[], [[[1]]]]}
-    found, failed = reference_answers(contender("hf"), cells, 1)
-    assert found == {long: [{"tokens": [list(range(2, 10)), list(range(3, 11))]}]}
-    assert not failed
-    missing = replace(contender("hf"), command=["/nowhere/python"])
-    assert "no tokens: /nowhere" in reference_answers(missing, cells, 1)[1]["hf"]
+def test_tokens_are_compared_with_those_of_the_reference_up_to_its_end() -> None:
+    truth = [[1, 2, 3, 4], [5, 9, 7, 8], [1, 1, 1, 1]]
+    found = agreement([[1, 2, 0, 4], [5, 9, 0, 0], [1, 1, 1, 1]], truth, {9})
+    assert found["same"] == pytest.approx(9 / 10)
+    assert found["next"] == pytest.approx(8 / 9)
+    assert found["same_low"] < found["same"] < found["same_high"] == 1
+    assert (found["differs"], found["equal_outputs"], found["outputs"]) == (None, 2, 3)
+    assert agreement([[1, 0], [0, 0]], [[1, 2], [3, 4]], ())["differs"] == 0.5
+
+
+def test_all_are_compared_with_the_first() -> None:
+    missing = replace(contender("missing"), command=["/nowhere/python"])
+    rows, failed = fidelity([contender("fp32"), missing, contender("other")], [[1], [2]], 4, ())
+    assert [(row["name"], row["same"], row["equal_outputs"]) for row in rows] == [("fp32", 1, 2), ("other", 1, 2)]
+    assert list(failed) == ["missing"]
+
+
+def test_a_precision_may_have_further_options_of_convert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(models, "open_checkpoint", lambda path: SimpleNamespace(config={}))
+    monkeypatch.setattr(models, "run_command", lambda *command: given.extend(command))
+    monkeypatch.setattr(models.Bundle, "open", lambda path: path)
+    out = bundle_of("smollm2", "model.gguf", "int4 --head int4", tmp_path)
+    assert out == tmp_path / "bundles" / "smollm2-int4-head-int4"
+    assert given[5:11] == [str(out), "--precision", "int4", "--head", "int4", "--verify"]
 
 
 def test_opening_counts_from_the_start_of_the_process() -> None:
@@ -89,14 +104,14 @@ def test_opening_counts_from_the_start_of_the_process() -> None:
     rows, failed = opening([contender("good"), missing], [7], 1, 1, settle=0)
     assert [row["name"] for row in rows] == ["good"]
     assert rows[0]["first"]["seconds"] > 0.01
-    assert rows[0]["resident_bytes"] > 1 << 20
+    assert rows[0]["peak_bytes"] >= rows[0]["resident_bytes"] > rows[0]["own_bytes"] > 1 << 20
     assert list(failed) == ["missing"]
 
 
 def test_ours_may_not_fail() -> None:
     ours = contender("ours", bundle=object())
     with Decoders([ours], 1) as running, pytest.raises(FreeExportError, match=r"^ours: ValueError: cannot"):
-        running.rows(TEXT, [[[[fake_peer.FAILS]]]] * 2, None, 1e9, settle=0)
+        running.rows(TEXT, [[[[fake_peer.FAILS]]]] * 2, 1e9, settle=0)
 
 
 def test_peers_that_are_named_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -173,7 +188,7 @@ def test_a_worker_answers_whatever_libraries_print_and_after_failures(worker: Wo
     answer = ask(worker, [[7], [1]], 3)
     assert answer["tokens"] == [[8, 9, 10], [2, 3, 4]]
     assert 0 < answer["first"] < answer["last"] <= answer["seconds"]
-    assert min(answer["resident_bytes"], answer["peak_bytes"]) > 1 << 20
+    assert answer["peak_bytes"] >= answer["resident_bytes"] > answer["own_bytes"] > 1 << 20
 
 
 @pytest.mark.parametrize(
@@ -188,3 +203,45 @@ def test_a_worker_that_dies_or_hangs_is_reported(worker: Worker, last: int, limi
         worker.ask(generate(last), limit)
     with pytest.raises(PeerError, match=then):
         worker.ask(generate(1), 60)
+
+
+def test_memory_is_read_after_the_first_and_the_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        def __init__(self, timeout: float) -> None:
+            pass
+
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def post(self, url: str, json: dict[str, Any]) -> Client:
+            assert 8 <= len(json["prompt"]) < 64
+            return self
+
+        def raise_for_status(self) -> None:
+            pass
+
+    asked: list[int] = []
+
+    def memory(process: int) -> dict[str, int]:
+        asked.append(process)
+        return dict.fromkeys(MEMORY, len(asked))
+
+    @contextmanager
+    def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
+        with subprocess.Popen([sys.executable, "-c", "input()", "serve"], stdin=subprocess.PIPE) as process:
+            yield f"http://{process.pid}"
+            process.communicate(b"\n")
+
+    monkeypatch.setattr(peer_server, "served", served)
+    monkeypatch.setattr(peer_server.httpx, "Client", Client)
+    monkeypatch.setattr(peer_server, "memory", memory)
+    ours = contender("ours", SimpleNamespace(manifest=SimpleNamespace(vocab_size=100), path=Path()))
+    missing = replace(contender("missing"), command=["/nowhere/python"])
+    rows, failed = peer_server.server([ours, contender("good"), missing], 3, 1)
+    assert [row["name"] for row in rows] == ["ours serve", "good"]
+    assert (rows[0]["own_bytes"], rows[0]["own_bytes_after"]) == (1, 3)
+    assert rows[1]["peak_bytes_after"] >= rows[1]["peak_bytes"] > 1 << 20
+    assert list(failed) == ["missing"]

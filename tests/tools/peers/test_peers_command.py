@@ -26,8 +26,6 @@ OURS = {
     "request": FIGURE,
     "first": {**FIGURE, "seconds": 0.01},
     "peak_bytes": 3_000_000,
-    "same": 0.5,
-    "differs": 12.0,
     "bandwidth": 0.75,
     "versions": {"onnxruntime": "1.2"},
     "flags": "mode full",
@@ -37,8 +35,6 @@ THEIRS = {
     "name": "llama-cpp-q8",
     "request": {**FIGURE, "seconds": 1.0, "ratio": 2.0, "ratio_low": 1.8, "ratio_high": 2.1},
     "first": {**FIGURE, "seconds": 0.02},
-    "same": 1.0,
-    "differs": None,
     "bandwidth": None,
     "flags": "-DGGML_NATIVE=ON, AVX2",
 }
@@ -59,6 +55,19 @@ STEP = {
     "commit": "1234567890abcdef",
     "rows": [OURS, THEIRS],
     "failed": {"genai": "not installed"},
+}
+
+
+COMPARED = {"same": 0.5, "same_low": 0.4, "same_high": 0.6, "next": 0.96, "differs": 12.0}
+COMPARED |= {"equal_outputs": 10, "outputs": 50}
+FIDELITY = {
+    **STEP,
+    "title": "Same tokens as fp32",
+    "kind": "fidelity",
+    "rows": [
+        {**{name: OURS[name] for name in ("name", "precision", "flags")}, **COMPARED},
+        {"name": "llama-cpp-q8", "precision": "8 bits", **COMPARED, "same": 1.0, "differs": None},
+    ],
 }
 
 
@@ -136,14 +145,15 @@ def test_the_beginning_of_a_name_chooses_its_steps() -> None:
 
 def test_pages_show_every_row_and_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = {**STEP, "page": "peers", "figure": "first", "busy": 0.0}
-    both = json.dumps({"schema": 2, "steps": {"decode-int8": STEP, "prompts-int8": prompts}})
-    write_docs(tmp_path, **{"AMD-EPYC": both})
+    steps = json.dumps({"schema": 2, "steps": {"decode-int8": STEP, "fidelity": FIDELITY, "prompts": prompts}})
+    write_docs(tmp_path, **{"AMD-EPYC": steps})
     monkeypatch.chdir(tmp_path)
     assert run("pages").exit_code == 0
     text = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "## AMD EPYC\n" in text
-    assert "| freeexport int8 | int8 | 128.0 | 500.0 | 10% |  | 10.0 | 50% | at 12 | 75% |" in text
-    assert "| 64.0 | 1,000.0 | 10% | 2.00x (1.80 to 2.10) | 20.0 | 100% | never |  |" in text
+    assert "| freeexport int8 | int8 | 128.0 | 500.0 | 10% |  | 10.0 | 50% | 75% |" in text
+    assert "| freeexport int8 | int8 | 50% (40 to 60) | at 12 |" in text
+    assert "| 64.0 | 1,000.0 | 10% | 2.00x (1.80 to 2.10) | 20.0 | 100% |  |" in text
     for said in (
         "genai: not run: not installed",
         "medians of 5 interleaved rounds",
@@ -191,6 +201,5 @@ def test_ours_is_measured_beside_the_reference(tmp_path: Path) -> None:
     conditions = Conditions(tmp_path, {}, left_out, rounds=1, threads=1, trial=True)
     found = measure_step(STEPS["decode-int8"], conditions)
     (row,) = found["rows"]
-    assert 0 < row["same"] <= 1
     assert 0 < row["bandwidth"] < 2
-    assert pages.section(found)
+    assert pages.section(found, [found])
