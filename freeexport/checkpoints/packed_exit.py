@@ -410,8 +410,10 @@ def add_phrases(
             f"{path} would have {size / 1e6:.2f} MB with {len(phrases):,} phrases, more than "
             f"{MOST_BYTES / 1e6:.0f}; {max(0, room):,} fit"
         )
-    changed = {key: text for key, text in (("data", data), ("results", results)) if text}
-    return _write(path, replace(about, format=FORMAT, **changed), tensors)
+    packed = replace(
+        about, format=FORMAT, data=data or about.data, results=results or about.results
+    )
+    return _write(path, packed, tensors)
 
 
 def _write(out: Path, packed: PackedExit, tensors: dict[str, np.ndarray]) -> PackedExit:

@@ -33,7 +33,7 @@ class PhraseTable:
     def __init__(self, entries: np.ndarray) -> None:
         self.entries = entries
         # Python's bisect on a view takes a tenth of the time of numpy's for one n-gram.
-        self._ngrams = memoryview(np.ascontiguousarray(entries["ngram"]))
+        self._ngrams = np.ascontiguousarray(entries["ngram"]).data
 
     @classmethod
     def build(cls, texts: Iterable[Sequence[int]], most: int | None = None) -> PhraseTable:
