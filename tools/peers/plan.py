@@ -65,7 +65,14 @@ class PeerStep:
 
 def _steps() -> Iterator[PeerStep]:
     for group, used in GROUPS.items():
-        yield PeerStep(f"decode-{group}", f"SmolLM2-135M, {group}", cells=(Cell(0, 64),), **used)
+        wide = () if group == "fp32" else (f"{group} --activations int16",)
+        yield PeerStep(
+            f"decode-{group}",
+            f"SmolLM2-135M, {group}",
+            precisions=(*used["precisions"], *wide),
+            peers=used["peers"],
+            cells=(Cell(0, 64),),
+        )
     for group in ("int8", "int4"):
         common = GROUPS[group]
         title = f"Tokens behind long contexts, {group}"
