@@ -199,7 +199,10 @@ def test_any_value_is_an_option_or_refused(options: Any) -> None:
         ({"mode": "full", "drafts": "lookup"}, "drafts is 'lookup' in mode full"),
         ({"mode": "rollback", "predicted_output": "x"}, "predicted_output is 'x' in mode rollback"),
         ({"mode": "free", "draft_source": list}, "draft_source is <class 'list'> in mode free"),
-        ({"mode": "lossless", "drafts": "some"}, "drafts is 'some'; choose 'auto', 'exit', 'phrases', 'lookup' or 'none'"),
+        (
+            {"mode": "lossless", "drafts": "some"},
+            "drafts is 'some'; choose 'auto', 'exit', 'phrases', 'lookup' or 'none'",
+        ),
         ({"mode": "lossless", "drafts": 3}, "drafts is 3; choose"),
         ({"mode": "lossless", "draft_source": [1]}, r"draft_source is \[1\]; give a callable"),
         (

@@ -345,12 +345,12 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     assert os.listdir(place) == ["out"]
 
 
-def not_completed(*_: object) -> bool:
+def not_completed(*_: object, **__: object) -> bool:
     """A verification that could not be done."""
     raise VerificationError("prefill: deep logits differs")
 
 
-def refused(directory: Path, *_: object) -> bool:
+def refused(directory: Path, *_: object, **__: object) -> bool:
     """A verification that found a fault."""
     write_report(Bundle.open(directory), {"passed": False, "checks": []})
     raise VerificationError("prefill: deep logits differs")
