@@ -138,18 +138,18 @@ def test_every_kind_of_setting_in_one_run(
 ) -> None:
     monkeypatch.setattr(OtherLoad, "so_far", lambda self: 1.7)
     out = tmp_path / "out"
-    methods = ("full", "static", "free", "lookup", "phrases", "exit-drafts", "lossless")
+    methods = ("full", "static", "free", "lookup", "exit-drafts", "lossless")
     settings = ("--threshold", "0", "--methods", ",".join(methods))
     result = evaluate(bundle(case), bundle(case, 2), *FEW, *settings, "--output", out)
     assert result.exit_code == 0, result.output
     found = json.loads((out / "evaluation.json").read_text())
     names = [row["name"] for row in found["rows"]]
     label = names[0].removesuffix(" full")
-    each = ["full", "static", "free 0", "lookup", "phrases", "exit-drafts", "lossless"]
+    each = ["full", "static", "free 0", "lookup", "exit-drafts", "lossless"]
     assert names[:6] == [f"{label} {name}" for name in each]
     assert len(names) == 12
     by_name = dict(zip(each, found["rows"], strict=False))
-    equal = ("full", "lookup", "phrases", "exit-drafts", "lossless")
+    equal = ("full", "lookup", "exit-drafts", "lossless")
     assert {by_name[name]["agreement"] for name in equal} == {1}
     assert by_name["free 0"]["exit_rate"] == by_name["static"]["exit_rate"] == 1
     assert by_name["static"]["passes"] == 0
