@@ -42,6 +42,7 @@ class CallCosts:
 
     def __init__(self, base: Costs = NEUTRAL) -> None:
         self.base = base
+        self._based: dict[tuple[Kind, int], float] = {}  # costs by `base`, so far
         self.forget()
 
     def forget(self) -> None:
@@ -122,11 +123,15 @@ class CallCosts:
         """Return the cost by `base`. Shallow calls are assumed to grow with their rows like deep
         ones.
         """
-        base = self.base
-        deep = self.base.deep_pass(rows)
-        if kind == "pass":
-            return deep
-        return (base.shallow if kind == "head" else base.shallow_without_head) * deep / base.deep[1]
+        found = self._based.get((kind, rows))
+        if found is None:
+            base = self.base
+            found = base.deep_pass(rows)
+            if kind != "pass":
+                shallow = base.shallow if kind == "head" else base.shallow_without_head
+                found = shallow * found / base.deep[1]
+            self._based[kind, rows] = found
+        return found
 
     def _scaled(self, kind: Kind, rows: int, kinds: Sequence[Kind]) -> float | None:
         """Return the cost by `base`, scaled like the nearest measured size of `kinds`.

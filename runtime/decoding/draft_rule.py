@@ -48,7 +48,7 @@ class DraftRule:
     up their grant.
     """
 
-    hopeless: float = 0.05
+    hopeless: float = 0.1
     """Probability of acceptance below which no more candidates are searched for.
 
     A row of a deep pass costs more on every machine measured.

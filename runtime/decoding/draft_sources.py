@@ -126,6 +126,9 @@ class Repetition:
         Returns the place after it and the number of tokens that match, (0, 0) if none do.
         """
         newest = [*self.tokens[len(self.tokens) - self._known :], *drafted][-LONGEST:]
+        # A longer n-gram occurs only where its end does.
+        if len(newest) < 2 or newest[-2] * self._vocab_size + newest[-1] not in self._places[2]:
+            return 0, 0
         for size in range(len(newest), SHORTEST - 1, -1):
             key = 0
             for token in newest[-size:]:
