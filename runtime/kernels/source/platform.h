@@ -7,8 +7,8 @@ namespace freeexport {
 
 // Instruction sets that both the processor and the system support, and that kernels are built for.
 struct Processor {
-#if defined(__x86_64__)
   bool intel = false;
+#if defined(__x86_64__)
   bool avx2 = false;         // with FMA and F16C
   bool avx_vnni = false;     // AVX2 with dot products of bytes
   bool avx512 = false;       // F, BW, DQ and VL, with FMA
