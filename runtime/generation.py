@@ -160,7 +160,7 @@ class Generation:
         self._max_pending = options.max_pending or tuned or model.manifest.max_pending
         # `_exits`: the shallow head may run after the prompt. `_head`: it runs at the prompt.
         # "lossless" must not cost more than "full" before drafts are known to pay.
-        drafts = options.drafts
+        drafts = options.drafts or "auto"
         if drafts == "auto" and not model.drafts_exit:
             drafts = "phrases"
         text_alone = self.mode == "lossless" and drafts in ("lookup", "phrases")

@@ -4,9 +4,9 @@
 
 Each round runs a token of mode full, a chain of drafts after it, and a text draft of each length,
 of all bundles in turn. A deep pass comes before each of them, so the processor's caches are cold,
-as in decoding. Times are the processor time of one thread, 10 % quantiles, because other processes
-only make calls slower. The file is also the `--costs` of tools.draft_replay. Run from the root of
-the repository.
+as in decoding. Times are 10 % quantiles, because other processes only make calls slower. Those of
+one thread are processor time, and those of more are wall-clock time, on an idle machine. The file
+is also the `--costs` of tools.draft_replay. Run from the root of the repository.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from time import thread_time
+from time import perf_counter, thread_time
 from typing import Any
 from unittest import mock
 
@@ -42,9 +42,13 @@ class DraftTimer:
     Args:
         decoder: Decoder of a session in which nothing else runs.
         chain: Drafts of the exit after each other.
+        clock: Returns the current time in seconds.
     """
 
-    def __init__(self, decoder: Decoder, vocab_size: int, chain: int) -> None:
+    def __init__(
+        self, decoder: Decoder, vocab_size: int, chain: int, clock: Callable[[], float]
+    ) -> None:
+        self._clock = clock
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self._decoder = decoder
         self._chain = chain
@@ -99,9 +103,9 @@ class DraftTimer:
         stats = self._decoder.stats
         shallow = stats.shallow_seconds
         deep = stats.deep_seconds
-        began = thread_time()
+        began = self._clock()
         run()
-        whole = thread_time() - began
+        whole = self._clock() - began
         self._decoder.trim(CONTEXT)
         return whole, stats.shallow_seconds - shallow, stats.deep_seconds - deep
 
@@ -125,18 +129,22 @@ class DraftTimer:
         }
 
 
-def measure_drafts(bundles: tuple[Path, ...], rounds: int, chain: int) -> list[dict[str, Any]]:
+def measure_drafts(
+    bundles: tuple[Path, ...], rounds: int, chain: int, threads: int
+) -> list[dict[str, Any]]:
     """Return a row for each bundle, of interleaved rounds."""
+    # One thread runs engines in its own time.
+    clock = thread_time if threads == 1 else perf_counter
     with ExitStack() as stack:
-        # One thread runs engines in its own time.
-        stack.enter_context(mock.patch.object(runner, "perf_counter", thread_time))
+        stack.enter_context(mock.patch.object(runner, "perf_counter", clock))
         timers = []
         manifests = []
         for path in bundles:
-            session = stack.enter_context(Session(path, slots=1, threads=1, draft_memory_mb=0))
+            opened = Session(path, slots=1, threads=threads, draft_memory_mb=0)
+            session = stack.enter_context(opened)
             decoder = stack.enter_context(session._scheduler.borrowed())
             manifests.append(session.manifest)
-            timers.append(DraftTimer(decoder, session.manifest.vocab_size, chain))
+            timers.append(DraftTimer(decoder, session.manifest.vocab_size, chain, clock))
         for timer in timers:  # binds the calls
             timer.round()
             timer.seconds.clear()
@@ -160,8 +168,11 @@ def measure_drafts(bundles: tuple[Path, ...], rounds: int, chain: int) -> list[d
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--rounds", default=250, type=click.IntRange(1), help="Rounds, of all bundles.")
 @click.option("--chain", default=3, type=click.IntRange(1, 8), help="Drafts after each other.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="Threads of an engine call.")
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
-def main(bundles: tuple[Path, ...], rounds: int, chain: int, save: Path | None) -> None:
+def main(
+    bundles: tuple[Path, ...], rounds: int, chain: int, threads: int, save: Path | None
+) -> None:
     for path in bundles:
         manifest = Bundle.open(path, "sizes").manifest
         if manifest.encoder_capacity or manifest.speech is not None:
@@ -169,7 +180,7 @@ def main(bundles: tuple[Path, ...], rounds: int, chain: int, save: Path | None) 
                 f"{path} is an encoder-decoder; give bundles of decoder-only models"
             )
     with other_load() as load:
-        rows = measure_drafts(bundles, rounds, chain)
+        rows = measure_drafts(bundles, rounds, chain, threads)
     for row in rows:
         click.echo(
             f"{row['bundle']}, {row['precision']}: a token {row['token']:.3f} ms, "
@@ -181,7 +192,9 @@ def main(bundles: tuple[Path, ...], rounds: int, chain: int, save: Path | None) 
         click.echo(load_note(load.cores))
     if save is not None:
         command = f"python -m tools.draft_cost {' '.join(path.name for path in bundles)}"
-        save_timings(save, f"{command} --rounds {rounds} --chain {chain}", load.cores, rows)
+        command += f" --rounds {rounds} --chain {chain} --threads {threads}"
+        clock = "processor time" if threads == 1 else "wall-clock time"
+        save_timings(save, command, load.cores, rows, clock)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def run(tool: object, *arguments: object) -> str:
 def test_costs_and_traces_of_a_bundle_are_replayed(bundle: Bundles, tmp_path: Path) -> None:
     path = bundle(BY_NAME["llama-tied"], 2)
     costs, traces, saved = (tmp_path / name for name in ("costs.json", "traces.jsonl", "result.json"))
-    assert "a draft" in run(draft_cost, path, "--rounds", 1, "--save", costs)
+    assert "a draft" in run(draft_cost, path, "--rounds", 1, "--threads", 2, "--save", costs)
+    assert json.loads(costs.read_text())["unit"] == "milliseconds of wall-clock time"
     (row,) = json.loads(costs.read_text())["rows"]
     assert min(row["token"], row["step"]["1"], row["pass"]["1"]) > 0
     assert set(COSTS) <= set(row)

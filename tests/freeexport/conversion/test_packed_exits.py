@@ -460,6 +460,7 @@ def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
     for costs, low, drafts, expected in (
         (here, 1.01, "auto", True),
         (here, 0.99, "auto", False),
+        (here, 0.99, None, False),
         (here, 0.99, "exit", True),
         (elsewhere, 0.99, "auto", True),
         (None, 0.99, "auto", True),
@@ -468,8 +469,8 @@ def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
         known = replace(record, gain=DraftGain(1.1, low, 1.2, 8))
         (out / MANIFEST).write_text(replace(made, costs=costs, ready_made_exit=known).to_json())
         with Session(out, threads=1) as session:
-            for _ in range(2):  # the first requests of a setting alternate
-                result = session.generate(prompts[0], drafts=drafts, max_new_tokens=8)
+            for mode in (None, "lossless"):  # the first requests of a setting alternate
+                result = session.generate(prompts[0], mode=mode, drafts=drafts, max_new_tokens=8)
                 assert result.stats.mode == "lossless"
         assert any(may_exit) == expected
         may_exit.clear()
