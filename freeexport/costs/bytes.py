@@ -150,7 +150,8 @@ class Calls:
 def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
     """Derive the calls of a result from its statistics.
 
-    Rows after the first rejected draft of the exit count as calls with the head.
+    Rows after the first rejected draft of the exit count as calls with the head. A lossless request
+    counts the exit's own layers even if it skipped them, because it was found not to pay.
     """
     stats = result.stats
     prompt = stats.prompt_tokens

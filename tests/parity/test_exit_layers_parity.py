@@ -75,7 +75,7 @@ def test_lossless_is_full_and_drafts_as_the_reference(
         for prompt in PROMPTS:
             options: dict[str, Any] = {"max_new_tokens": TOKENS, "ignore_eos": True}
             full = session.generate(prompt, mode="full", **options)
-            ours = session.generate(prompt, mode="lossless", threshold=0.1, **options)
+            ours = session.generate(prompt, mode="lossless", drafts="exit", threshold=0.1, **options)
             assert ours.token_ids == full.token_ids
             assert_same_tokens(full, replay(whole, prompt, full.token_ids, EXIT_LAYER, 1.0, mode="full"))
             drafted += ours.stats.rejected + ours.stats.exits

@@ -111,7 +111,7 @@ def test_bytes_of_a_token(bundle: Bundles) -> None:
         {"mode": "shallow"},
         {"mode": "free", "threshold": 0.05},
         {"mode": "rollback", "threshold": 0.05, "rollback_threshold": 3.0},
-        {"mode": "lossless", "threshold": 0.05},
+        {"mode": "lossless", "drafts": "exit", "threshold": 0.05},
         {"mode": "lossless", "drafts": "exit", "threshold": 0.02},
         {"mode": "lossless", "drafts": "lookup"},
     ],
