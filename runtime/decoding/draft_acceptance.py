@@ -86,11 +86,18 @@ class Acceptance:
         self.by_confidence = [Average((low + high) / 2) for low, high in bounds]
         self.exit = Average()
         self.saving = ExitSaving()
-        self.passes = Speed()
+        # Final tokens and seconds. In seconds, because the price of a token is measured rarely.
+        self.passes: Speed | None = None
         # Seconds outside the engines of a token without a draft.
         self.outside = Average(0.0)
         self._exit_drafts: dict[int, Speed] = {}
         self._by_evidence: dict[Evidence, Average] = {}
+
+    def observe_pass(self, made: int, seconds: float) -> None:
+        """Add the final tokens and the seconds of a pass."""
+        if self.passes is None:
+            self.passes = Speed(made, seconds)
+        self.passes.observe(made, seconds)
 
     def exit_drafts(self, sequences: int) -> Speed:
         """Return the speed of the exit's drafts in calls that `sequences` sequences share."""

@@ -212,7 +212,7 @@ class Drafts:
 
         Calls that are `shared` with other sequences are not measured.
         """
-        self._acceptance.passes.observe(1, 1.0)
+        self._acceptance.observe_pass(1, self._token_seconds)
         self._after_exit = False
         self._to_time -= 1
         if not shared:
@@ -260,7 +260,7 @@ class Drafts:
             seconds = min(taken, RULE.stray * expected)
         made = outcome.made
         token_seconds = self._token_seconds
-        acceptance.passes.observe(made, seconds / token_seconds)
+        acceptance.observe_pass(made, seconds)
         if plan.tokens:
             self._count_loss("text", seconds, made)
             saved = (self._own_share - 1) * seconds / token_seconds
@@ -466,7 +466,8 @@ class Drafts:
     @property
     def _gain(self) -> float:
         """Speed of this setting relative to mode "full"."""
-        return max(1.0, self._acceptance.passes.value)
+        passes = self._acceptance.passes
+        return 1.0 if passes is None else max(1.0, passes.value * self._token_seconds)
 
     @property
     def _exit_gain(self) -> float:

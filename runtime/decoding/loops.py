@@ -177,13 +177,15 @@ def lossless(
         if plan is NO_DRAFT:
             if decoder.alone and response.greedy:
                 yield AT_ONCE
-                yield response.add(decoder.full_step(response.newest), False, None)
+                token = response.add(decoder.full_step(response.newest), False, None)
             else:
                 prediction = yield from _deep_token(decoder, unread)
-                yield response.add(response.choose(prediction), False, None, prediction)
+                token = response.add(response.choose(prediction), False, None, prediction)
             shared = decoder.batch_size > 1 or len(unread) > 1
             shallow_seconds = stats.shallow_seconds - shallow_seconds
+            # Before the token is yielded: the caller's time is no cost of a token.
             drafts.observe_plain(shallow_seconds, stats.deep_seconds - deep_seconds, shared)
+            yield token
             continue
         if plan.tokens:
             draft = yield from _together(

@@ -403,3 +403,21 @@ def test_an_exit_that_fails_in_one_request_loses_little_of_what_text_saves(
     for seed in range(3):
         with_exit, without = spent_with_and_without_exit(kept, 0.9, found, right, tokens, 0.4, seed)
         assert with_exit - without < RULE.grant + RULE.grant_share * tokens + 4
+
+
+def test_a_stale_price_of_a_token_does_not_shorten_drafts_of_the_exit() -> None:
+    """A first token that is slow, for example because memory is bound, raises the price until it is measured again."""
+    learned = LearnedDrafts(CallCosts(MACHINES["demo"].costs))
+    acceptance = learned.acceptance(0.0, False)
+    for kind in ("step", "pass"):
+        for _ in range(2):  # the first is not counted
+            learned.costs.observe(kind, 1, 4.0)
+    drafts = Drafts(learned.costs, acceptance)
+    expensive = drafts._token_seconds
+    for _ in range(RULE.recent):
+        acceptance.observe_pass(4, 2.0)
+    for kind in ("step", "pass"):
+        for _ in range(100):
+            learned.costs.observe(kind, 1, 0.4)
+    assert drafts._token_seconds < expensive / 2
+    assert drafts._gain / drafts._token_seconds == pytest.approx(2.0)  # tokens per second, as measured
