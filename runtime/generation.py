@@ -223,6 +223,7 @@ class Generation:
         decoder.stats.mode = self.mode
         decoder.stats.prompt_tokens = len(self.ids)
         decoder.stats.predicted = int(self._reads)
+        decoder.stats.reads_exit = self._exits or self._head
 
     def _begin(self, decoder: Decoder, number: int) -> Generator[Token | Waiting, None, Loop]:
         """Start a continuation, and return the loop that continues it.

@@ -78,6 +78,8 @@ class Stats:
         mode: The mode used: the requested one, or "full" if the threshold never lets a token exit.
             None before the request started.
         predicted: Number of tokens predicted by reading the prompt: 1, or 0 for encoder-decoders.
+        reads_exit: The shallow calls ran the exit's own layers, if it has any. "lossless" skips them
+            in requests that draft from text alone.
         prompt_tokens: Tokens of the prompt.
         cached_tokens: Prompt tokens that were reused (SessionOptions.prefix_cache_mb).
         tokens: Generated tokens.
@@ -105,6 +107,7 @@ class Stats:
 
     mode: Mode | None = None
     predicted: int = 1
+    reads_exit: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0

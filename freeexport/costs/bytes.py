@@ -147,11 +147,10 @@ class Calls:
         )
 
 
-def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
+def calls_of(result: GenerationResult) -> Calls:
     """Derive the calls of a result from its statistics.
 
-    Rows after the first rejected draft of the exit count as calls with the head. A lossless request
-    counts the exit's own layers even if it skipped them, because it was found not to pay.
+    Rows after the first rejected draft of the exit count as calls with the head.
     """
     stats = result.stats
     prompt = stats.prompt_tokens
@@ -172,14 +171,13 @@ def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
         of_exit = stats.drafts.get("exit")
         rejected = of_exit.proposed - of_exit.accepted if of_exit is not None else 0
         heads = sum(one is not None for one in result.confidence[stats.predicted :]) + rejected
-    own = stats.mode != "full" and not lookup
     by_position = {source: counts.by_position for source, counts in stats.drafts.items()}
     return Calls(
         prompt,
         tokens,
         steps,
         heads=min(steps, heads),
-        own=own,
+        own=stats.reads_exit,
         further=further,
         passes=passes,
         drafts=by_position,

@@ -76,7 +76,7 @@ def decode(
         "finish_reason": result.finish_reason,
         "threshold": threshold,
         "adaptive_state": session.adaptive_state() if adaptive else None,
-        "calls": calls_of(result, setting.method in ("lookup", "phrases")),
+        "calls": calls_of(result),
         "acceptance": stats.acceptance,
         "overhead": round(stats.overhead_seconds, 7),
     }

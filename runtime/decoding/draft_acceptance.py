@@ -28,11 +28,11 @@ class Average:
 
 
 class Speed:
-    """Speed of drafts relative to mode "full": final tokens by time, in tokens of mode "full".
+    """Speed of passes: average number of final tokens divided by average time.
 
     Args:
-        made: Tokens that become final per pass, before any observation.
-        time: Time of a pass, before any observation.
+        made: Number of tokens that become final per pass, before any observation.
+        time: Time of a pass, before any observation. Its unit is that of the observations.
     """
 
     def __init__(self, made: float = 1.0, time: float = 1.0) -> None:
@@ -97,7 +97,8 @@ class Acceptance:
         """Add the final tokens and the seconds of a pass."""
         if self.passes is None:
             self.passes = Speed(made, seconds)
-        self.passes.observe(made, seconds)
+        else:
+            self.passes.observe(made, seconds)
 
     def exit_drafts(self, sequences: int) -> Speed:
         """Return the speed of the exit's drafts in calls that `sequences` sequences share."""

@@ -54,7 +54,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the results of a run depend on.
+    """Options of a run that affect its results.
 
     Attributes:
         output: Directory of the run.

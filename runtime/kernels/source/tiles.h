@@ -259,7 +259,8 @@ inline void multiply(const Group* rows, const int16_t* wide, int64_t first, int6
   const bool file = weight.multiples || weight.bits == 5;
   first <<= weight.pairs;
   last <<= weight.pairs;
-  // On Zen 4, two streams of memory are slower than one: 2 rows take 1.3 times as long as 1, instead of 1.03.
+  // On Zen 4, reading two panels at a time is slower: 2 rows take up to 1.7 times as long as one,
+  // instead of 1.06 (docs/precision.md, "Rows").
   if (Vec::kLanes == kPanel && kProcessor.intel && last - first > 1 && !file) {
     const TwoTiles* two = tiles_of(weight).of_two;
     for (; panel + 1 < end; panel += 2, y += 2 * apart)

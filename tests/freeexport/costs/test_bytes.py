@@ -111,7 +111,7 @@ def test_bytes_of_a_token(bundle: Bundles) -> None:
         {"mode": "shallow"},
         {"mode": "free", "threshold": 0.05},
         {"mode": "rollback", "threshold": 0.05, "rollback_threshold": 3.0},
-        {"mode": "lossless", "drafts": "exit", "threshold": 0.05},
+        {"mode": "lossless", "threshold": 0.05},
         {"mode": "lossless", "drafts": "exit", "threshold": 0.02},
         {"mode": "lossless", "drafts": "lookup"},
     ],
@@ -132,8 +132,7 @@ def test_calls_are_those_that_ran(
         for _ in range(2):  # what pays is learned in the first
             ran.clear()
             result = session.generate(REPEATED, max_new_tokens=40, ignore_eos=True, **options)
-    lookup = options.get("drafts") == "lookup"
-    calls = calls_of(result, lookup)
+    calls = calls_of(result)
     steps = [(rows, heads, own) for shallow, rows, heads, own in ran if shallow]
     assert calls.passes == Counter(rows for shallow, rows, *_ in ran if not shallow)
     # A draft that ends the request is not read after its last token.
