@@ -78,8 +78,8 @@ class Stats:
         mode: The mode used: the requested one, or "full" if the threshold never lets a token exit.
             None before the request started.
         predicted: Number of tokens predicted by reading the prompt: 1, or 0 for encoder-decoders.
-        reads_exit: The shallow calls ran the exit's own layers, if it has any. "lossless" skips them
-            in requests that draft from text alone.
+        reads_exit: The shallow calls ran the exit's own layers, if it has any. In "lossless",
+            requests that draft from text alone skip them.
         prompt_tokens: Tokens of the prompt.
         cached_tokens: Prompt tokens that were reused (SessionOptions.prefix_cache_mb).
         tokens: Generated tokens.
