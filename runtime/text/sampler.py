@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from runtime.text.grammar import NEVER, UNKNOWN, Constraint
 # Like transformers' LogitsProcessor, on numpy: (input_ids int64 [1, n], scores float32 [1, V]) ->
 # scores [1, V]. The same arguments must return the same scores, because drafts are chosen twice.
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+_GOLDEN = 0x9E3779B97F4A7C15  # of SplitMix64
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,20 @@ class Warping:
             count = min(self.top_k, len(scores))
             scores = np.where(scores >= np.partition(scores, -count)[-count], scores, NEVER)
         if self.top_p < 1.0:  # the fewest best tokens whose probabilities reach it
-            order = np.argsort(scores, kind="stable")
-            kept = np.empty(len(scores), bool)
-            kept[order] = np.cumsum(softmax(scores[order])) > 1 - self.top_p
-            kept[order[-1]] = True
-            scores = np.where(kept, scores, NEVER)
+            probabilities = _float32_softmax(scores)
+            rest = 1 - self.top_p
+            # Tokens below rest / V are excluded: all of them together have less than the rest.
+            unlikely = probabilities < rest / len(scores)
+            likely = np.flatnonzero(~unlikely)
+            order = likely[np.argsort(scores[likely], kind="stable")]
+            below = probabilities[unlikely].sum(dtype=np.float64)
+            included = below + np.cumsum(probabilities[order], dtype=np.float64) > rest
+            included[-1] = True
+            scores = _only(scores, order[included])
         if self.min_p:  # tokens with at least this share of the best probability
-            probabilities = softmax(scores)
+            probabilities = _float32_softmax(scores)
             best = probabilities.max()
-            scores = np.where(
-                (probabilities >= self.min_p * best) | (probabilities == best), scores, NEVER
-            )
+            scores = _only(scores, np.flatnonzero(probabilities >= min(self.min_p, 1.0) * best))
         return scores
 
 
@@ -101,7 +108,9 @@ class Sampler:
         scores = self.process(logits, context)
         if self.warping is None:
             return int(np.argmax(scores))
-        return race(softmax(self.warping(scores)), self.seed, len(context))
+        scores = self.warping(scores)
+        tokens = np.flatnonzero(scores > NEVER)
+        return int(tokens[race(softmax(scores[tokens]), self.seed, len(context), tokens)])
 
     @cached_property
     def _biases(self) -> tuple[np.ndarray, np.ndarray, dict[tuple[int, ...], float]]:
@@ -159,15 +168,50 @@ class Sampler:
         return not (penalties or others) and self.repetition_penalty == 1.0
 
 
-def race(probabilities: np.ndarray, seed: tuple[int, int], position: int) -> int:
-    """Draw a token from `probabilities`, float64 [V], determined by seed and position."""
-    bits = np.random.Philox(
-        key=np.array(seed, np.uint64), counter=np.array([0, 0, 0, position], np.uint64)
-    )
-    times = np.random.Generator(bits).standard_exponential(len(probabilities))
+def race(
+    probabilities: np.ndarray,
+    seed: tuple[int, int],
+    position: int,
+    tokens: np.ndarray | None = None,
+) -> int:
+    """Draw an index of `probabilities`, float64 [n], determined by seed and position.
+
+    Args:
+        tokens: The token of each index, int64 [n]. The random numbers belong to tokens, so tokens
+            without probability can be left out. Default: 0 to n - 1.
+    """
+    if tokens is None:
+        tokens = np.arange(len(probabilities))
+    key = 0
+    for number in (*seed, position):
+        key = _mixed((key + number + 1) * _GOLDEN & _MASK)
+    # Output number `token` of the generator SplitMix64 (Steele, Lea and Flood, 2014).
+    states = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(key)
+    uniform = ((_mixed(states) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     arrivals = np.full(len(probabilities), np.inf)
-    np.divide(times, probabilities, out=arrivals, where=probabilities > 0)
+    np.divide(-np.log(uniform), probabilities, out=arrivals, where=probabilities > 0)
     return int(np.argmin(arrivals))
+
+
+def _mixed(value: Any) -> Any:
+    """Return the finalizer of SplitMix64 of an int of 64 bits, or of each of an array uint64."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
+
+
+def _only(scores: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return scores with -inf for all tokens but `tokens`, int64 [n]."""
+    result = np.full_like(scores, NEVER)
+    result[tokens] = scores[tokens]
+    return result
+
+
+def _float32_softmax(scores: np.ndarray) -> np.ndarray:
+    """Return probabilities as in transformers, to decide which tokens can be drawn."""
+    weights = np.exp(scores - scores.max())
+    result: np.ndarray = weights / weights.sum(dtype=np.float64).astype(np.float32)
+    return result
 
 
 def likeliest(logits: np.ndarray, count: int) -> np.ndarray:
