@@ -69,14 +69,14 @@ def write_conversation(
             seed=seed,
         )
         text = written.text.strip()
-        if written.finish_reason != "stop" or len(text) < MIN_CHARACTERS:
+        if not written.complete or len(text) < MIN_CHARACTERS:
             break
         messages.append({"role": "user", "content": text})
         prompts.append(list(messages))
         if turn + 1 == turns:
             break
         answer = session.generate(messages, max_new_tokens=MAX_ANSWER_TOKENS, mode="full")
-        if answer.finish_reason != "stop":
+        if not answer.complete:
             break  # a user does not reply to half an answer
         messages.append({"role": "assistant", "content": answer.text})
     return prompts

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from freeexport.checkpoints.examples import DataError, read_examples
+from runtime.result import GenerationResult, Stats
 from runtime.text.tokenizer import Tokenizer
 from tools.data import self_prompts as tool
 from tools.data.self_prompts import text_before_user, write_conversation
@@ -25,8 +26,8 @@ class Writer:
     def generate(self, prompt: Any, do_sample: bool = False, **_: Any) -> Any:
         self.read.append(prompt)
         if do_sample:
-            return SimpleNamespace(text=self.texts.pop(0), finish_reason="length" if self.cut else "stop")
-        return SimpleNamespace(text=f"answer {len(prompt)}", finish_reason="stop")
+            return GenerationResult(self.texts.pop(0), (), (), (), "length" if self.cut else "eos", Stats())
+        return GenerationResult(f"answer {len(prompt)}", (), (), (), "eos", Stats())
 
 
 def test_a_prompt_begins_where_the_template_puts_the_users_text(chat: Path) -> None:
