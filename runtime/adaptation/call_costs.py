@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 from typing import Literal, NamedTuple
 
 from runtime.bundle.costs import NEUTRAL, Costs
@@ -11,10 +13,12 @@ from runtime.bundle.costs import NEUTRAL, Costs
 # "step": a shallow call without its head. "head": one with the head, with one row per sequence.
 # "pass": a deep call.
 Kind = Literal["step", "head", "pass"]
-RECENT = 8  # calls in an average
-STRAY = 2.0  # largest factor between a call and the average, beyond which it is clipped
-# Calls after which an old measurement is dropped. The machine may have been busy then.
+RECENT = 8  # calls in a median
+PRIOR = 2  # calls that an estimate before the first one counts as
+# Calls after which an old measurement is dropped: of one row, and of more rows. The machine may
+# have been busy then, and drafts of a size that seemed expensive are not made again.
 MEMORY = 512
+MEMORY_OF_ROWS = 64
 
 
 class Prices(NamedTuple):
@@ -36,7 +40,7 @@ class Prices(NamedTuple):
 class CallCosts:
     """Seconds per call, by kind and number of rows (of all sequences in the call).
 
-    Measured costs are exponential averages. Others are `base` costs, scaled like the nearest
+    Measured costs are medians of recent calls. Others are `base` costs, scaled like the nearest
     measured ones. The first call of each kind and size is ignored, because it binds its buffers.
     """
 
@@ -47,7 +51,7 @@ class CallCosts:
 
     def forget(self) -> None:
         """Drop all measurements."""
-        self._seen: dict[Kind, dict[int, _Average]] = {"step": {}, "head": {}, "pass": {}}
+        self._seen: dict[Kind, dict[int, _Recent]] = {"step": {}, "head": {}, "pass": {}}
         self._count = 0
         self._prices: dict[int, Prices] = {}  # by sequences, since the last measurement
 
@@ -57,7 +61,7 @@ class CallCosts:
         self._prices.clear()
         seen = self._seen[kind].get(rows)
         if seen is None:
-            self._seen[kind][rows] = _Average()
+            self._seen[kind][rows] = _Recent(MEMORY if rows == 1 else MEMORY_OF_ROWS)
         else:
             # Other kinds say little about this one: an exit's layers may be few or many.
             expected = None if seen.known(self._count) else self._scaled(kind, rows, (kind,))
@@ -147,26 +151,34 @@ class CallCosts:
         return self._base(kind, rows) * min(known)[1] if known else None
 
 
-class _Average:
-    """Exponential average. `last` is the number of calls of all kinds at the last measurement."""
+class _Recent:
+    """Median of recent measurements. A mean would follow a single slow call.
 
-    __slots__ = ("count", "last", "seconds")
+    Args:
+        memory: Number of calls after which the last measurement is dropped.
 
-    def __init__(self) -> None:
+    Attributes:
+        seconds: The median.
+        last: Number of calls of all kinds at the last measurement.
+    """
+
+    __slots__ = ("_memory", "_values", "last", "seconds")
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
         self.seconds = 0.0
-        self.count = 0
         self.last = 0
+        self._values: deque[float] = deque(maxlen=RECENT)
 
     def known(self, now: int) -> bool:
-        return self.count > 0 and now - self.last <= MEMORY
+        return bool(self._values) and now - self.last <= self._memory
 
     def add(self, seconds: float, expected: float | None, now: int) -> None:
         """Add a measurement. `expected` is the estimate before, if there was no recent one."""
         if not self.known(now):
-            self.seconds = expected or seconds
-            self.count = 1 if expected else 0
-        if self.count:
-            seconds = min(max(seconds, self.seconds / STRAY), self.seconds * STRAY)
-        self.count = min(self.count + 1, RECENT)
+            self._values.clear()
+            if expected is not None:
+                self._values.extend([expected] * PRIOR)
+        self._values.append(seconds)
         self.last = now
-        self.seconds += (seconds - self.seconds) / self.count
+        self.seconds = median(self._values)

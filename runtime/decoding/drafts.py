@@ -106,7 +106,8 @@ class ExitDraft:
         if probability <= self._step + self._row:
             return False
         self._probability = probability
-        self._budget -= self._step + self._row + self._head
+        # The time that this token is expected to lose.
+        self._budget -= (1 - probability) * (self._step + self._row + self._head)
         self._add_row()
         return True
 
@@ -116,7 +117,7 @@ class ExitDraft:
             return True
         cost = self._step + self._row + self._head
         expected = self._probability * self._acceptance.exit.value
-        return cost < min(expected, self._budget)
+        return cost < expected and (1 - expected) * cost < self._budget
 
     def extension(self, rates: Iterable[float]) -> int:
         """Return how many candidates of a text with these acceptance rates should be appended."""
@@ -261,18 +262,19 @@ class Drafts:
         made = outcome.made
         token_seconds = self._token_seconds
         acceptance.observe_pass(made, seconds)
+        # Losses are counted at average costs: one slow call says nothing about the next draft.
         if plan.tokens:
-            self._count_loss("text", seconds, made)
+            self._count_loss("text", expected, made)
             saved = (self._own_share - 1) * seconds / token_seconds
         else:
             # Without the exit, the text would have been drafted, too, at the next token.
             own_rows = min(rows, outcome.proposed + 1)
             made = min(made, outcome.proposed + 1)
-            seconds -= expected - self._draft_seconds(plan, own_rows, heads)
+            own_seconds = self._draft_seconds(plan, own_rows, heads)
+            seconds -= expected - own_seconds
             acceptance.exit_drafts(self._sequences).observe(made, seconds / token_seconds)
-            seconds *= self._alternative
-            self._count_loss("exit", seconds, made)
-            saved = self._own_share * made - seconds / token_seconds
+            self._count_loss("exit", own_seconds * self._alternative, made)
+            saved = self._own_share * made - self._alternative * seconds / token_seconds
         if not shared:
             self._observe_saving(outcome.made, saved)
         # Rows with the head, up to the first rejected one.

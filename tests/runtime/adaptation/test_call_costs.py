@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.adaptation.call_costs import MEMORY, CallCosts, Kind
+from runtime.adaptation.call_costs import MEMORY, MEMORY_OF_ROWS, CallCosts, Kind
 from runtime.bundle.costs import Costs
 
 BASE = Costs(2.0, 1.0, {1: 10.0, 8: 17.0})
@@ -44,10 +44,10 @@ def test_one_slow_call_has_little_effect_and_a_change_is_noticed() -> None:
     costs = CallCosts(BASE)
     seen(costs, "pass", 1, 10.0, 20)
     costs.observe("pass", 1, 5000.0)
-    assert costs.seconds("pass", 1) < 11.5
+    assert costs.seconds("pass", 1) == pytest.approx(10.0)
     seen(costs, "pass", 1, 30.0, 40)
     assert costs.seconds("pass", 1) == pytest.approx(30.0, rel=0.05)
-    # The first calls of another size stray no farther from what its neighbour says.
+    # So do the first calls of another size.
     costs.observe("pass", 4, 39.0)
     costs.observe("pass", 4, 4000.0)
     assert costs.seconds("pass", 4) < 60.0
@@ -70,3 +70,21 @@ def test_the_first_cost_of_a_kind_is_not_held_near_an_estimate_from_another_kind
         costs.observe("step", 1, 0.3)
         costs.observe("pass", 1, 7.0)
     assert costs.prices().token == pytest.approx(7.3)
+
+
+def test_a_size_that_seemed_expensive_is_expected_to_cost_as_much_as_others_again() -> None:
+    """A rule that avoids it would never measure it again."""
+    costs = CallCosts(BASE)
+    seen(costs, "pass", 1, 10.0)
+    seen(costs, "pass", 2, 40.0, 8)
+    assert costs.seconds("pass", 2) == pytest.approx(40.0)
+    seen(costs, "pass", 1, 10.0, MEMORY_OF_ROWS + 1)
+    assert costs.seconds("pass", 2) == pytest.approx(11.0)
+
+
+def test_the_first_slow_call_of_a_size_is_not_its_cost() -> None:
+    costs = CallCosts(BASE)
+    seen(costs, "pass", 1, 10.0)
+    seen(costs, "pass", 2, 11.0, 1)  # binds
+    costs.observe("pass", 2, 50.0)
+    assert costs.seconds("pass", 2) == pytest.approx(11.0)

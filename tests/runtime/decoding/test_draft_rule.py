@@ -359,7 +359,7 @@ def test_a_draft_is_as_long_as_its_rows_are_worth() -> None:
     machine = MACHINES["int4"]
     learned = learned_by(machine.costs)
     for rows, seconds in ((1, 3.2), (2, 3.2), (3, 4.7), (4, 4.8)):
-        for _ in range(3):
+        for _ in range(4):
             learned.costs.observe("pass", rows, seconds)
             learned.costs.observe("step", 1, 0.05)
             learned.costs.observe("head", 1, 0.35)
