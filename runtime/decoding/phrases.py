@@ -49,19 +49,21 @@ class PhraseTable:
         """Count what followed each n-gram in texts of token ids.
 
         Args:
-            most: Number of entries that are kept, those that were right most often. Default: all.
+            most: Number of entries that are kept, those that are right most often where the n-gram
+                of the next smaller size is wrong. Default: all.
         """
         parts = [np.asarray(text, np.uint64) for text in texts]
         tokens = np.concatenate(parts) if parts else np.empty(0, np.uint64)
         # The number of tokens before each in its text.
         places = np.concatenate([np.arange(len(part)) for part in parts]) if parts else tokens
-        counted = [
-            _count(tokens, places, order, number * LEVELS) for number, order in enumerate(ORDERS)
-        ]
+        counted: list[tuple[np.ndarray, np.ndarray]] = []
+        for number, order in enumerate(ORDERS):
+            shorter = (ORDERS[number - 1], counted[-1][0]) if counted else None
+            counted.append(_count(tokens, places, order, number * LEVELS, shorter))
         entries = np.concatenate([found for found, _ in counted])
         if most is not None and len(entries) > most:
-            right = np.concatenate([best for _, best in counted])
-            entries = entries[np.argsort(-right, kind="stable")[:most]]
+            gains = np.concatenate([gained for _, gained in counted])
+            entries = entries[np.argsort(-gains, kind="stable")[:most]]
         return cls(np.sort(entries, order="ngram"))
 
     @property
@@ -106,16 +108,31 @@ def _hash(tokens: Sequence[int]) -> int:
     return value
 
 
-def _count(
-    tokens: np.ndarray, places: np.ndarray, order: int, level: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the entries of the n-grams of one size, and how often each was right."""
-    ends = np.flatnonzero(places >= order)
+def _ngrams(tokens: np.ndarray, ends: np.ndarray, order: int) -> np.ndarray:
+    """Return the hashes of the `order` tokens before each place of `ends`, uint64 [n]."""
     ngrams = np.full(len(ends), order, np.uint64)
     for back in range(order, 0, -1):
         ngrams = ngrams * np.uint64(_FACTOR) + tokens[ends - back] + np.uint64(1)
+    return ngrams
+
+
+def _count(
+    tokens: np.ndarray,
+    places: np.ndarray,
+    order: int,
+    level: int,
+    shorter: tuple[int, np.ndarray] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the entries of the n-grams of one size, and how many tokens each gains.
+
+    Args:
+        shorter: The next smaller size and its entries. A look-up returns those without this one.
+    """
+    ends = np.flatnonzero(places >= order)
+    ngrams = _ngrams(tokens, ends, order)
     following = tokens[ends]
     ranked = np.lexsort((following, ngrams))
+    ends = ends[ranked]
     ngrams = ngrams[ranked]
     following = following[ranked]
     starts = np.flatnonzero(_changes(ngrams) | _changes(following))  # of each n-gram and token
@@ -131,7 +148,15 @@ def _count(
     entries["ngram"] = ngrams[firsts]
     entries["token"] = following[ranked][firsts]
     entries["level"] = level + LEVELS * best // (totals + 1)
-    return entries, best
+    if shorter is None:
+        return entries, best
+    order, others = shorter
+    found = others["ngram"].searchsorted(_ngrams(tokens, ends[starts[firsts]], order))
+    number = np.repeat(np.arange(len(firsts)), np.diff(firsts, append=len(starts)))
+    same = following == others["token"][found][number]
+    gains = best.copy()
+    gains[number[same]] -= counts[same]
+    return entries, gains
 
 
 def _changes(values: np.ndarray) -> np.ndarray:

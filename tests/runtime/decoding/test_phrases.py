@@ -13,6 +13,7 @@ from runtime.decoding.draft_acceptance import Acceptance
 from runtime.decoding.draft_memory import LEVELS, LONGEST, ORDERS, TextMemory
 from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.phrases import ENTRY, MOST_ENTRIES, PhraseTable, misfit
+from runtime.decoding.phrases import _hash as hashed
 
 TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=30), max_size=6)
 
@@ -45,6 +46,23 @@ def test_it_keeps_the_phrases_that_were_right_most_often() -> None:
     table = PhraseTable.build(texts, most=2)
     assert [table.expected([token]) is not None for token in (1, 3, 5)] == [True, True, False]
     assert misfit(table.entries, 7) is None
+
+
+@given(TEXTS, st.integers(1, 8))
+def test_phrases_that_shorter_ones_make_unnecessary_are_left_out_first(texts: list[list[int]], most: int) -> None:
+    """A phrase gains the tokens that it gets right and the next shorter phrase does not."""
+    whole = PhraseTable.build(texts)
+    kept = PhraseTable.build(texts, most)
+    gains = {}
+    for ngram in {tuple(text[at - size : at]) for text in texts for size in ORDERS for at in range(size, len(text))}:
+        counts = followers(texts, [*ngram])
+        shorter = [size for size in ORDERS if size < len(ngram)]
+        found = whole.expected(ngram)
+        other = whole.expected(ngram[-shorter[-1] :]) if shorter else None
+        assert found is not None
+        gains[hashed(ngram)] = counts[found.token] - (0 if other is None else counts[other.token])
+    chosen = sorted((gains[ngram] for ngram in kept.entries["ngram"].tolist()), reverse=True)
+    assert chosen == sorted(gains.values(), reverse=True)[:most]
 
 
 @pytest.mark.parametrize("vocab", [500, 1 << 18])
