@@ -23,6 +23,7 @@ import numpy as np
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import ExitFile, with_layers
 from freeexport.checkpoints.lora_adapter import check_adapter, read_adapter
+from freeexport.checkpoints.phrase_file import PREFIX, fields_of, read_fields
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, Shape, TensorFile
 from freeexport.system.output import OutputError, replacing
 from graphs.description import Description
@@ -30,7 +31,7 @@ from graphs.exit_head import EXIT, EXIT_LAYERS, EXIT_MAP, VOCABULARY
 from graphs.families import describe
 from graphs.quantization.rounding import BLOCK, IntegerScheme
 from runtime.bundle.schema import Range, Reader, parse_object
-from runtime.decoding.phrases import ENTRY, misfit
+from runtime.decoding.phrases import ENTRY
 from runtime.errors import BundleError, shown
 
 SUFFIX = ".safetensors"
@@ -41,10 +42,6 @@ MOST_SAMPLES = 32
 LONGEST_SAMPLE = 1024
 _METADATA = "freeexport_exit"
 _SCALES = ".scales"
-_PHRASES = "phrases."
-# Types of the fields of ENTRY in a file. The format has no unsigned integers of 32 and 64 bits
-# that every reader knows.
-_STORED = {"ngram": np.int64, "token": np.int32, "level": np.uint8}
 _BLOCKS = (128, 64)  # inputs per scale: the largest that divides the inputs, else BLOCK
 _LORA_B = "lora_B.weight"
 _REMEDY = "get the file again"
@@ -260,7 +257,7 @@ def read_packed(path: Path) -> PackedFile:
         if about.adapter_config is not None:
             config = parse_object(about.adapter_config, f"{path}: adapter_config", _REMEDY)
             check_adapter(config, path)
-            names = (name for name in file.shapes if not name.startswith((EXIT, _PHRASES)))
+            names = (name for name in file.shapes if not name.startswith((EXIT, PREFIX)))
             adapter = (
                 PackedWeights(file, (name for name in names if not name.endswith(_SCALES))),
                 config,
@@ -280,34 +277,8 @@ def read_packed(path: Path) -> PackedFile:
         sha256=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         weights=PackedWeights(file, own),
         adapter=adapter,
-        phrases=_read_phrases(file, about),
+        phrases=read_fields(file, 0 if about.sizes is None else about.sizes.vocab_size),
     )
-
-
-def _read_phrases(file: SafetensorsFile, about: PackedExit) -> np.ndarray | None:
-    """Return the table of phrases of an exit's file, ENTRY [n], or None.
-
-    Raises:
-        CheckpointError: If it is damaged.
-    """
-    if not any(name.startswith(_PHRASES) for name in file.shapes):
-        return None
-    parts = {}
-    for field, dtype in _STORED.items():
-        part = file.read_stored(_PHRASES + field) if _PHRASES + field in file.shapes else None
-        if part is None or part.dtype != dtype or part.ndim != 1:
-            raise CheckpointError(f"{file.path} is damaged: it has no {_PHRASES}{field}; {_REMEDY}")
-        parts[field] = part
-    if len({len(part) for part in parts.values()}) > 1 or (parts["token"] < 0).any():
-        raise CheckpointError(f"{file.path} is damaged: its phrases do not fit; {_REMEDY}")
-    entries = np.empty(len(parts["token"]), ENTRY)
-    for field, part in parts.items():
-        entries[field] = part.view(ENTRY[field])
-    if (
-        reason := misfit(entries, 0 if about.sizes is None else about.sizes.vocab_size)
-    ) is not None:
-        raise CheckpointError(f"{file.path} is damaged: its table of phrases: {reason}; {_REMEDY}")
-    return entries
 
 
 def pack(
@@ -399,10 +370,9 @@ def add_phrases(
 
     about = read_packed(path).about
     tensors = {
-        name: array for name, array in load_file(path).items() if not name.startswith(_PHRASES)
+        name: array for name, array in load_file(path).items() if not name.startswith(PREFIX)
     }
-    for field, dtype in _STORED.items():
-        tensors[_PHRASES + field] = np.ascontiguousarray(phrases[field]).view(dtype)
+    tensors |= fields_of(phrases)
     size = sum(array.nbytes for array in tensors.values())
     if size > MOST_BYTES:
         room = (MOST_BYTES - size) // ENTRY.itemsize + len(phrases)

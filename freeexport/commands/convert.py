@@ -49,9 +49,11 @@ option = option_of(ConvertOptions)
 )
 @option(
     "phrases",
-    "JSONL file with 'target': texts like the outputs, whose frequent phrases mode lossless "
-    "drafts without an engine call.  [default: those of the ready-made exit]",
+    "Frequent phrases, which mode lossless drafts without an engine call: the name of a table "
+    "(freeexport exits), its file, or a JSONL file with 'target', texts like the outputs. none: "
+    "no phrases.  [default: those of the ready-made exit, or a table for MODEL's tokens]",
     "--phrases",
+    metavar="NAME|FILE",
 )
 @section("Engines")
 @option(

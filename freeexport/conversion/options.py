@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from freeexport.checkpoints.phrase_file import find_phrases
 from graphs.description import Description, EncoderStack
 from graphs.dialects.ort import fits_head_size, has_attention_kernel
 from graphs.engine_options import TARGETS, EngineOptions
@@ -30,6 +31,8 @@ from runtime.kernels import missing
 DEFAULT_CAPACITY = 2048
 DEFAULT_ENCODER_CAPACITY = 2048
 
+NO_PHRASES = "none"  # as name of a table
+
 # Extent of the checks that compare a new bundle with its checkpoint.
 Verify = Literal["quick", "full", "none"]
 
@@ -42,6 +45,7 @@ class ConvertOptions:
     `measure`, to measure the costs of the engines.
 
     Raises:
+        CheckpointError: If there is no such table of phrases.
         OptionError: If a file is missing.
     """
 
@@ -61,7 +65,7 @@ class ConvertOptions:
     activations: Activations = "int8"
     calibration: Path | None = None
     rounding_data: Path | None = None
-    phrases: Path | None = None
+    phrases: str | None = None
     verify: Verify = "quick"
     measure: bool = True
     overwrite: bool = False
@@ -70,12 +74,12 @@ class ConvertOptions:
         files = {
             "--calibration": self.calibration,
             "--data": self.rounding_data,
-            "--phrases": self.phrases,
         }
         for option, path in files.items():
             if path is not None and not path.is_file():
                 raise OptionError(f"{option} {path}: there is no such file; name another")
-
+        if self.phrases not in (None, NO_PHRASES):
+            find_phrases(self.phrases)
         if self.encoder_capacity is not None and self.encoder_capacity < 1:
             raise GraphError(
                 f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more"
