@@ -8,12 +8,14 @@
 #endif
 #if defined(_WIN32)
 #include <malloc.h>
-#elif defined(__APPLE__)
+#else
+#include <unistd.h>
+#endif
+#if defined(__APPLE__)
 #include <sys/sysctl.h>
 #elif defined(__linux__)
 #include <sys/auxv.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace freeexport {
@@ -99,6 +101,22 @@ const Processor kProcessor = detect(identify());
 const Processor kProcessor = detect();
 
 #endif
+
+namespace {
+
+int cores() {
+#if defined(_WIN32)
+  const char* found = std::getenv("NUMBER_OF_PROCESSORS");
+  const long count = found == nullptr ? 1 : std::strtol(found, nullptr, 10);
+#else
+  const long count = sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+  return count > 1 ? static_cast<int>(count) : 1;
+}
+
+}  // namespace
+
+const int kCores = cores();
 
 bool request_tiles() {
 #if defined(__x86_64__) && defined(__linux__)

@@ -37,6 +37,9 @@ Processor detect(const Identity& identity);
 // Set when the library is loaded.
 extern const Processor kProcessor;
 
+// Number of logical processors of the machine, at least 1. Set when the library is loaded.
+extern const int kCores;
+
 // Allows this process to use AMX tiles. Returns false if the system does not.
 bool request_tiles();
 

@@ -106,6 +106,9 @@ inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t outpu
 // Reference of a weight's values: the middle, a zero point, or an offset that is added.
 enum class From { kMiddle, kZero, kOffset };
 
+// Distance of prefetching the factors of 4 bits, in bytes. One row takes 3 to 4 % less time (Zen 4).
+constexpr int64_t kFactorsAhead = 512;
+
 // Factors of a panel's blocks, starting at output `lane`.
 template <int Bits, From Where>
 struct Factors {
@@ -127,9 +130,11 @@ struct Factors {
   void next() {
     if (left-- > 0) return;
     left = groups_of_block - 1;
+    if (Bits == 4) __builtin_prefetch(reinterpret_cast<const char*>(scales) + kFactorsAhead);
     scale = Vec::scale(scales);
     scales += kPanel;
     if constexpr (Where == From::kOffset) {
+      if (Bits == 4) __builtin_prefetch(reinterpret_cast<const char*>(offsets) + kFactorsAhead);
       offset = Vec::halves(offsets);
       offsets += kPanel;
     } else if constexpr (Where == From::kZero) {
