@@ -18,8 +18,10 @@ CALIBRATION_LINES = 200
 CALIBRATION = f"--rule risk --risk {RISK} --samples {CALIBRATION_LINES}"
 # Version of the test splits. Training after a measurement on test lines requires a new version.
 TEST_VERSION = 2
-# The chat exit was trained after version 4 of its prompts was measured.
-PROMPTS_VERSION = 5
+# The phrases of the chat exit were counted after version 5 of its prompts was measured.
+PROMPTS_VERSION = 6
+# The rule of drafts was changed after lines of version 2 were decoded.
+PRONUNCIATIONS_VERSION = 3
 LINES = 150
 ORDINARY_LINES = 300
 # Versions of the ordinary prompts. The rows measure the last one.
@@ -30,6 +32,7 @@ ORDINARY = tuple(
         "ordinary_prompts_2.jsonl",
         "ordinary_prompts_3.jsonl",
         "ordinary_prompts_4.jsonl",
+        "ordinary_prompts_5.jsonl",
     )
 )
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -130,7 +133,7 @@ REPEATED = Data(
 )
 PHRASES = Data(
     "phrases",
-    f"g2p phrases, seed {TEST_VERSION}",
+    f"g2p phrases, seed {PRONUNCIATIONS_VERSION}",
     (
         *(
             "tools.data.g2p",
@@ -142,7 +145,7 @@ PHRASES = Data(
             "--phrases",
             "1000",
         ),
-        *("--held-out-phrases", "600", "--seed", str(TEST_VERSION)),
+        *("--held-out-phrases", "600", "--seed", str(PRONUNCIATIONS_VERSION)),
     ),
 )
 
