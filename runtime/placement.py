@@ -64,13 +64,17 @@ class LoadedEngines:
 
 
 def load_engines(
-    backend: Backend, slots: int, decoder_type: Callable[..., Decoder] | None = None
+    backend: Backend,
+    slots: int,
+    meanwhile: Callable[[], None],
+    decoder_type: Callable[..., Decoder] | None = None,
 ) -> LoadedEngines:
     """Load the engines of a bundle, and create a decoder for each slot.
 
     Args:
         backend: The backend.
         slots: Number of slots.
+        meanwhile: Called while engines are loaded. It may hold the interpreter's lock.
         decoder_type: Creates the decoders, unless passes overlap. Default: the type for the bundle.
 
     Raises:
@@ -79,6 +83,8 @@ def load_engines(
     """
     manifest = backend.manifest
     with backend.loading() as engine:
+        engine("shallow")  # the deep engine is now being loaded outside the interpreter's lock
+        meanwhile()
         shallow, deep = backend.runners(engine)
         encoder = backend.encoder(engine, shallow)
         exit = backend.exit_runner(engine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
@@ -19,6 +18,7 @@ from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.draft_memory import TextMemory
+from runtime.decoding.phrases import PhraseTable
 from runtime.engines.prefix_store import PrefixStore
 from runtime.errors import OptionError, shown
 from runtime.hub import find_bundle
@@ -97,13 +97,21 @@ class Session:
         self.threads = options.threads or usable_cores()
         costs = costs_here(manifest, self.threads)
         thresholds = Thresholds(self.bundle, options, costs)
-        trusted = options.trust_templates
-        self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
-        corpus = open_corpus(options, self._tokenizer)
+        self._tokenizer: Tokenizer | None = None
+        corpus: PhraseTable | None = None
+
+        def load_texts() -> None:
+            nonlocal corpus
+            if options.trust_templates:
+                self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files)
+            corpus = open_corpus(options, self._tokenizer)
+
         self._placement = open_backend(
             self.bundle, options, self.capacity, threads=self.threads, device=device
         )
-        engines = load_engines(self._placement, options.slots, self._decoder_type)
+        engines = load_engines(
+            self._placement, options.slots, load_texts, self._decoder_type
+        )
         self._runners = engines.shallow, engines.deep
         self.overlap = engines.deep.beside
         calls = CallCosts(manifest.costs or NEUTRAL)
@@ -263,6 +271,8 @@ class Session:
     ) -> Any:
         """`generate` for asyncio. Cancelling the task ends the request."""
         if self.manifest.speech is not None:
+            import asyncio  # only then, because it takes long to import
+
             cancel = keywords["cancel"] = keywords.get("cancel") or threading.Event()
             try:
                 return await asyncio.to_thread(self._requests.transcribe, prompt, options, keywords)
