@@ -109,9 +109,7 @@ class Session:
         self._placement = open_backend(
             self.bundle, options, self.capacity, threads=self.threads, device=device
         )
-        engines = load_engines(
-            self._placement, options.slots, load_texts, self._decoder_type
-        )
+        engines = load_engines(self._placement, options.slots, load_texts, self._decoder_type)
         self._runners = engines.shallow, engines.deep
         self.overlap = engines.deep.beside
         calls = CallCosts(manifest.costs or NEUTRAL)

@@ -56,7 +56,9 @@ def ordinary(path: Path) -> tuple[list[str], set[str]]:
     return [line["input"][0]["content"] for line in lines], {line["subject"] for line in lines}
 
 
-@pytest.mark.parametrize(("version", "count", "subjects"), [(1, 150, 25), (2, 150, 30), (3, 300, 79), (4, 300, 207), (5, 300, 94)])
+@pytest.mark.parametrize(
+    ("version", "count", "subjects"), [(1, 150, 25), (2, 150, 30), (3, 300, 79), (4, 300, 207), (5, 300, 94)]
+)
 def test_ordinary_prompts_follow_no_template(version: int, count: int, subjects: int) -> None:
     texts, found = ordinary(ORDINARY[version - 1])
     assert (len(texts), len(set(texts)), len(found)) == (count, count, subjects)
