@@ -26,5 +26,5 @@ def test_each_problem_becomes_a_chat_prompt(tmp_path: Path) -> None:
 def test_another_file_is_refused(content: bytes, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(content)
-    with pytest.raises(DataError, match="is not HumanEval.jsonl.gz"):
+    with pytest.raises(DataError, match=r"is not HumanEval\.jsonl\.gz"):
         tool.prompts_of(source)
