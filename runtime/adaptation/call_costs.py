@@ -14,6 +14,7 @@ from runtime.bundle.costs import NEUTRAL, Costs
 # "pass": a deep call.
 Kind = Literal["step", "head", "pass"]
 RECENT = 8  # calls in a median
+SPARSELY = 4  # then only one call in so many is measured, as measuring takes Python's time
 PRIOR = 2  # calls that an estimate before the first one counts as
 # Calls after which an old measurement is dropped: of one row, and of more rows. The machine may
 # have been busy then, and drafts of a size that seemed expensive are not made again.
@@ -53,13 +54,18 @@ class CallCosts:
         """Drop all measurements."""
         self._seen: dict[Kind, dict[int, _Recent]] = {"step": {}, "head": {}, "pass": {}}
         self._count = 0
-        self._prices: dict[int, Prices] = {}  # by sequences, since the last measurement
+        # Estimates since the last measurement: the rule of drafts reads them before every token.
+        self._prices: dict[int, Prices] = {}  # by sequences
+        self._seconds: dict[tuple[Kind, int], float] = {}
 
     def observe(self, kind: Kind, rows: int, seconds: float) -> None:
-        """Add a measurement."""
+        """Add a measurement, or one in SPARSELY if there are RECENT of this size."""
         self._count += 1
-        self._prices.clear()
         seen = self._seen[kind].get(rows)
+        if seen is not None and seen.passes_over(self._count):
+            return
+        self._prices.clear()
+        self._seconds.clear()
         if seen is None:
             self._seen[kind][rows] = _Recent(MEMORY if rows == 1 else MEMORY_OF_ROWS)
         else:
@@ -69,6 +75,12 @@ class CallCosts:
 
     def seconds(self, kind: Kind, rows: int) -> float:
         """Return the cost of a call, in seconds."""
+        found = self._seconds.get((kind, rows))
+        if found is None:
+            found = self._seconds[kind, rows] = self._estimate(kind, rows)
+        return found
+
+    def _estimate(self, kind: Kind, rows: int) -> float:
         seen = self._seen[kind].get(rows)
         if seen is not None and seen.known(self._count):
             return seen.seconds
@@ -85,11 +97,7 @@ class CallCosts:
         return seen is not None and seen.known(self._count)
 
     def prices(self, sequences: int = 1) -> Prices:
-        """Return the costs of calls that `sequences` sequences share.
-
-        They are kept until the next measurement, because the rule of drafts reads them before every
-        token.
-        """
+        """Return the costs of calls that `sequences` sequences share."""
         prices = self._prices.get(sequences)
         if prices is None:
             step = self.seconds("step", sequences)
@@ -162,16 +170,26 @@ class _Recent:
         last: Number of calls of all kinds at the last measurement.
     """
 
-    __slots__ = ("_memory", "_values", "last", "seconds")
+    __slots__ = ("_memory", "_passed_over", "_values", "last", "seconds")
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
+        self._passed_over = 0
         self.seconds = 0.0
         self.last = 0
         self._values: deque[float] = deque(maxlen=RECENT)
 
     def known(self, now: int) -> bool:
         return bool(self._values) and now - self.last <= self._memory
+
+    def passes_over(self, now: int) -> bool:
+        """Return True if a call need not be measured, because RECENT ones were."""
+        if len(self._values) < RECENT or not self.known(now):
+            return False
+        self._passed_over = (self._passed_over + 1) % SPARSELY
+        if self._passed_over:
+            self.last = now
+        return self._passed_over > 0
 
     def add(self, seconds: float, expected: float | None, now: int) -> None:
         """Add a measurement. `expected` is the estimate before, if there was no recent one."""

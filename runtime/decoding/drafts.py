@@ -106,8 +106,7 @@ class ExitDraft:
         if probability <= self._step + self._row:
             return False
         self._probability = probability
-        # The time that this token is expected to lose.
-        self._budget -= (1 - probability) * (self._step + self._row + self._head)
+        self._budget -= self._step + self._row + self._head
         self._add_row()
         return True
 
@@ -117,7 +116,7 @@ class ExitDraft:
             return True
         cost = self._step + self._row + self._head
         expected = self._probability * self._acceptance.exit.value
-        return cost < expected and (1 - expected) * cost < self._budget
+        return cost < min(expected, self._budget)
 
     def extension(self, rates: Iterable[float]) -> int:
         """Return how many candidates of a text with these acceptance rates should be appended."""
