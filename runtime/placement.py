@@ -74,7 +74,7 @@ def load_engines(
     Args:
         backend: The backend.
         slots: Number of slots.
-        meanwhile: Called while engines are loaded. It may hold the interpreter's lock.
+        meanwhile: Called while engines are loaded.
         decoder_type: Creates the decoders, unless passes overlap. Default: the type for the bundle.
 
     Raises:
@@ -82,9 +82,7 @@ def load_engines(
         BundleError: If an engine does not match the manifest.
     """
     manifest = backend.manifest
-    with backend.loading() as engine:
-        engine("shallow")  # the deep engine is now being loaded outside the interpreter's lock
-        meanwhile()
+    with backend.loading(meanwhile) as engine:
         shallow, deep = backend.runners(engine)
         encoder = backend.encoder(engine, shallow)
         exit = backend.exit_runner(engine)

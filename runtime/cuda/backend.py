@@ -86,8 +86,9 @@ class CudaBackend(Backend):
         return self.manifest.weight_bytes
 
     @contextmanager
-    def loading(self) -> Iterator[Load]:
+    def loading(self, meanwhile: Callable[[], None]) -> Iterator[Load]:
         try:
+            meanwhile()
             yield self._load
         except BaseException:
             self._free()

@@ -53,11 +53,12 @@ class Backend:
         return self.bundle.manifest
 
     @contextmanager
-    def loading(self) -> Iterator[Load]:
+    def loading(self, meanwhile: Callable[[], None]) -> Iterator[Load]:
         """Context manager: load all engines, `threads` at a time.
 
         Yields a function that waits for an engine and returns it by its name. ONNX Runtime packs
-        weights outside the interpreter's lock, so engines load in parallel.
+        weights outside the interpreter's lock, so engines load in parallel, and `meanwhile`, which
+        may hold the lock, is called after the first of them.
 
         Raises:
             EngineError: If an engine cannot be loaded.
@@ -72,6 +73,8 @@ class Backend:
                         pool.submit(read_in_large_pages, self.bundle.path / name)
             futures = {name: pool.submit(self._load, name) for name in names}
             try:
+                futures[names[0]].result()
+                meanwhile()
                 yield lambda name: futures[name].result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -91,8 +91,8 @@ def test_each_token_of_a_chat_has_its_alternatives_whole_and_in_a_stream(
 
 def test_each_token_of_a_completion_has_its_alternatives_by_text(client: openai.OpenAI, session: Session) -> None:
     asked: dict[str, Any] = {"model": "chat", "prompt": "once", "max_tokens": 12, "logprobs": 3, "extra_body": FREE}
-    asked |= {"temperature": 1.2, "seed": 5}
-    options: dict[str, Any] = {"max_new_tokens": 12, "threshold": 0.3, "temperature": 1.2, "seed": 5}
+    asked |= {"temperature": 1.2, "seed": 3}
+    options: dict[str, Any] = {"max_new_tokens": 12, "threshold": 0.3, "temperature": 1.2, "seed": 3}
     expected = session.generate("once", top_logprobs=3, **options)
     whole = client.completions.create(**asked).choices[0].logprobs
     told = [chunk.choices[0].logprobs for chunk in client.completions.create(stream=True, **asked)]
