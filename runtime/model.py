@@ -243,7 +243,7 @@ def read_phrases(bundle: Bundle) -> PhraseTable | None:
     if PHRASES not in bundle.manifest.files:
         return None
     try:
-        entries = np.load(bundle.path / PHRASES, allow_pickle=False)
+        entries = np.load(bundle.path / PHRASES, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         raise BundleError(f"{PHRASES} is damaged: it cannot be read; {REMEDY}") from None
     if (reason := misfit(entries, bundle.manifest.vocab_size)) is not None:

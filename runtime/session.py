@@ -99,12 +99,14 @@ class Session:
         thresholds = Thresholds(self.bundle, options, costs)
         self._tokenizer: Tokenizer | None = None
         corpus: PhraseTable | None = None
+        phrases: PhraseTable | None = None
 
         def load_texts() -> None:
-            nonlocal corpus
+            nonlocal corpus, phrases
             if options.trust_templates:
                 self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files)
             corpus = open_corpus(options, self._tokenizer)
+            phrases = read_phrases(self.bundle)
 
         self._placement = open_backend(
             self.bundle, options, self.capacity, threads=self.threads, device=device
@@ -138,7 +140,7 @@ class Session:
             prefixes=PrefixStore(limit) if limit else None,
             memory=TextMemory(manifest.vocab_size, memory_limit) if memory_limit else None,
             corpus=corpus,
-            phrases=read_phrases(self.bundle),
+            phrases=phrases,
             drafts_exit=costs is None or gain is None or gain.pays,
         )
         transcriber: Transcriber | None = None

@@ -34,15 +34,14 @@ class PhraseTable:
     """
 
     def __init__(self, entries: np.ndarray) -> None:
-        self.entries = entries
         # Python searches a view in a tenth of numpy's time for one n-gram.
-        ngrams = np.ascontiguousarray(entries["ngram"])
+        ngrams = entries["ngram"].copy()
         self._ngrams = ngrams.data
         # Place of the first n-gram for each value of the highest bits of a hash.
         firsts = np.arange(1 << _BUCKET_BITS, dtype=np.uint64) << np.uint64(64 - _BUCKET_BITS)
         self._firsts = np.append(ngrams.searchsorted(firsts), len(ngrams)).data
-        self._tokens = np.ascontiguousarray(entries["token"]).data
-        self._levels = np.ascontiguousarray(entries["level"]).data
+        self._tokens = entries["token"].copy().data
+        self._levels = entries["level"].copy().data
 
     @classmethod
     def build(cls, texts: Iterable[Sequence[int]], most: int | None = None) -> PhraseTable:
@@ -67,9 +66,18 @@ class PhraseTable:
         return cls(np.sort(entries, order="ngram"))
 
     @property
+    def entries(self) -> np.ndarray:
+        """A new array of the entries, ENTRY [n]."""
+        entries = np.empty(len(self._ngrams), ENTRY)
+        entries["ngram"] = self._ngrams
+        entries["token"] = self._tokens
+        entries["level"] = self._levels
+        return entries
+
+    @property
     def nbytes(self) -> int:
         columns = (self._ngrams, self._firsts, self._tokens, self._levels)
-        return self.entries.nbytes + sum(column.nbytes for column in columns)
+        return sum(column.nbytes for column in columns)
 
     def expected(self, newest: Sequence[int]) -> Expectation | None:
         """Return the likeliest token after the longest known n-gram at the end of `newest`."""
