@@ -23,8 +23,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 
-from freeexport.checkpoints import packed_exit
-from freeexport.checkpoints import phrase_file
+from freeexport.checkpoints import packed_exit, phrase_file
 from freeexport.checkpoints import ready_made as ready_made_exits
 from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint, smollm2
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
