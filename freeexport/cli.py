@@ -55,6 +55,9 @@ GROUPS: dict[str, dict[str, str]] = {
 _TORCH_ARCHIVE = re.compile(r"inline_container\.cc(?!.*Reader)", re.DOTALL)
 
 
+_VERB = f"{__name__}.verb"
+
+
 class Verbs(click.Group):
     """A group that imports a command only to run it, so `--help` is fast and needs no extra."""
 
@@ -64,6 +67,7 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
+        ctx.meta[_VERB] = cmd_name  # click knows it only after the import
         command: click.Command = importlib.import_module(f"freeexport.commands.{cmd_name}").command
         return command
 
@@ -100,7 +104,7 @@ class Verbs(click.Group):
                     traceback.print_exc()
                 if interrupted and not isinstance(error, FreeExportError):
                     error = KeyboardInterrupt()
-                reason = error_message(error, ctx.invoked_subcommand)
+                reason = error_message(error, ctx.meta.get(_VERB))
                 if not tell_parent(reason):
                     click.echo(f"error: {reason}", err=True)
                 ctx.exit(INTERRUPTED if isinstance(error, (KeyboardInterrupt, click.Abort)) else 1)

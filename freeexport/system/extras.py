@@ -117,13 +117,18 @@ def how_to_install(module: str, verb: str | None = None) -> str:
     package = distribution_of(module)
     wanted = (*NEEDED.get(verb or "", ()), *extras())
     extra = next((name for name in wanted if package in extras().get(name, ())), None)
+    first = [package]
+    if extra is None:  # a package that another one needs
+        extra = next((name for name in NEEDED.get(verb or "", ()) if missing_of(name)), None)
+        first = []
     if extra is None:
         return f"{package} is not installed; run: {install_command()}"
     # Every verb that opens a session needs a wheel of ONNX Runtime.
     all_of = [extra] if extra in ("cpu", "gpu") or not missing_of("cpu") else ["cpu", extra]
     others = {name for each in all_of for name in missing_of(each)} - {package}
-    listed = ", ".join([package, *sorted(others)])
-    return f"{listed} {'are' if others else 'is'} not installed; run: {install_command(*all_of)}"
+    listed = ", ".join([*first, *sorted(others)])
+    verb = "are" if len(first) + len(others) > 1 else "is"
+    return f"{listed} {verb} not installed; run: {install_command(*all_of)}"
 
 
 def install_command(*extras: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from freeexport.cli import GROUPS
-from freeexport.system.extras import NEEDED, distribution_of, extras
+from freeexport.system.extras import NEEDED, distribution_of, extras, how_to_install
 
 ROOT = Path(__file__).resolve().parents[3]
 OURS = ("freeexport", "graphs", "runtime")
@@ -129,3 +129,13 @@ def test_a_page_installs_what_its_commands_need(page: Path) -> None:
     # The paper's comparison is a tool, and runs verbs by itself.
     assert lines or page.stem == "tutorial-paper"
     assert {extra for extra in needed if not packages >= set(extras()[extra])} == set()
+
+
+@pytest.mark.parametrize("verb", ["convert", "exits"])
+def test_a_missing_package_of_another_package_names_the_extra_of_the_verb(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the extra `convert`, the first import that fails is one of onnx_ir's packages."""
+    monkeypatch.setattr("freeexport.system.extras.missing_of", lambda extra: ("onnx",) if extra == "convert" else ())
+    assert how_to_install("ml_dtypes", verb) == "onnx is not installed; run: pip install 'freeexport[convert]'"
+    assert how_to_install("unknown") == "unknown is not installed; run: pip install freeexport"
