@@ -12,7 +12,7 @@ import click
 from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.page import human_bytes, pairs, print_page, table
 from runtime.bundle.bundle import VERIFICATION, Bundle
-from runtime.decoding.phrases import ENTRY, PHRASES
+from runtime.decoding.phrases import PHRASES
 from runtime.errors import BundleError
 from runtime.hub import find_bundle
 
@@ -238,7 +238,7 @@ def _exit(bundle: Bundle, calibration: Calibration | None) -> Rows:
             else []
         ),
         *(
-            [("frequent phrases", f"{table.size // ENTRY.itemsize:,}, drafted in lossless")]
+            [("frequent phrases", f"{human_bytes(table.size)}, drafted in lossless")]
             if (table := manifest.files.get(PHRASES)) is not None
             else []
         ),
