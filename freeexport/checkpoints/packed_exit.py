@@ -23,7 +23,12 @@ import numpy as np
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import ExitFile, with_layers
 from freeexport.checkpoints.lora_adapter import check_adapter, read_adapter
-from freeexport.checkpoints.phrase_file import PREFIX, fields_of, read_fields
+from freeexport.checkpoints.phrase_file import (
+    PHRASE_PREFIX,
+    fields_of,
+    read_fields,
+    read_metadata,
+)
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, Shape, TensorFile
 from freeexport.system.output import OutputError, replacing
 from graphs.description import Description
@@ -245,19 +250,14 @@ def read_packed(path: Path) -> PackedFile:
         raise CheckpointError(f"{path} holds weights, but no exit; name one of: freeexport exits")
     adapter = None
     try:
-        value = parse_object(file.metadata[_METADATA], str(path), _REMEDY)
-        if type(value.get("format")) is int and value["format"] > FORMAT:
-            raise CheckpointError(
-                f"{path} has format {value['format']}, this freeexport reads {FORMAT}; upgrade "
-                "freeexport"
-            )
+        value = read_metadata(file.metadata[_METADATA], path, FORMAT)
         if isinstance(value.get("exit"), dict):
             value["exit"] = with_layers(value["exit"], str(path))
         about: PackedExit = Reader(_REMEDY).read(PackedExit, value, str(path))
         if about.adapter_config is not None:
             config = parse_object(about.adapter_config, f"{path}: adapter_config", _REMEDY)
             check_adapter(config, path)
-            names = (name for name in file.shapes if not name.startswith((EXIT, PREFIX)))
+            names = (name for name in file.shapes if not name.startswith((EXIT, PHRASE_PREFIX)))
             adapter = (
                 PackedWeights(file, (name for name in names if not name.endswith(_SCALES))),
                 config,
@@ -370,7 +370,7 @@ def add_phrases(
 
     about = read_packed(path).about
     tensors = {
-        name: array for name, array in load_file(path).items() if not name.startswith(PREFIX)
+        name: array for name, array in load_file(path).items() if not name.startswith(PHRASE_PREFIX)
     }
     tensors |= fields_of(phrases)
     size = sum(array.nbytes for array in tensors.values())

@@ -12,6 +12,7 @@ import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ READY_MADE = Path(__file__).parents[1] / "phrases"
 SUFFIX = ".safetensors"
 FORMAT = 1
 MOST_BYTES = 8_000_000
-PREFIX = "phrases."
+PHRASE_PREFIX = "phrases."
 # Types of the fields of ENTRY in a file. The format has no unsigned integers of 32 and 64 bits
 # that every reader knows.
 _STORED = {"ngram": np.int64, "token": np.int32, "level": np.uint8}
@@ -70,7 +71,7 @@ def tokens_sha256(tokenizer: Tokenizer, phrases: np.ndarray) -> str:
 def fields_of(phrases: np.ndarray) -> dict[str, np.ndarray]:
     """Return the tensors of a table, ENTRY [n], by their names in a file."""
     return {
-        PREFIX + field: np.ascontiguousarray(phrases[field]).view(dtype)
+        PHRASE_PREFIX + field: np.ascontiguousarray(phrases[field]).view(dtype)
         for field, dtype in _STORED.items()
     }
 
@@ -81,13 +82,19 @@ def read_fields(file: SafetensorsFile, vocab_size: int) -> np.ndarray | None:
     Raises:
         CheckpointError: If the table is damaged, or has tokens outside of the vocabulary.
     """
-    if not any(name.startswith(PREFIX) for name in file.shapes):
+    if not any(name.startswith(PHRASE_PREFIX) for name in file.shapes):
         return None
     parts = {}
     for field, dtype in _STORED.items():
-        part = file.read_stored(PREFIX + field) if PREFIX + field in file.shapes else None
+        part = (
+            file.read_stored(PHRASE_PREFIX + field)
+            if PHRASE_PREFIX + field in file.shapes
+            else None
+        )
         if part is None or part.dtype != dtype or part.ndim != 1:
-            raise CheckpointError(f"{file.path} is damaged: it has no {PREFIX}{field}; {_REMEDY}")
+            raise CheckpointError(
+                f"{file.path} is damaged: it has no {PHRASE_PREFIX}{field}; {_REMEDY}"
+            )
         parts[field] = part
     if len({len(part) for part in parts.values()}) > 1 or (parts["token"] < 0).any():
         raise CheckpointError(f"{file.path} is damaged: its phrases do not fit; {_REMEDY}")
@@ -122,6 +129,22 @@ def find_phrases(name: str) -> Path:
     )
 
 
+def read_metadata(text: str, path: Path, newest: int) -> dict[str, Any]:
+    """Return the metadata of an exit's or a table's file, one JSON object with its `format`.
+
+    Raises:
+        BundleError: If `text` is not a JSON object.
+        CheckpointError: If the format is above `newest`.
+    """
+    value = parse_object(text, str(path), _REMEDY)
+    if type(value.get("format")) is int and value["format"] > newest:
+        raise CheckpointError(
+            f"{path} has format {value['format']}, this freeexport reads {newest}; upgrade "
+            "freeexport"
+        )
+    return value
+
+
 def read_phrase_file(path: Path) -> tuple[PhraseFile, np.ndarray]:
     """Return the metadata and the table, ENTRY [n], of a file.
 
@@ -137,18 +160,13 @@ def read_phrase_file(path: Path) -> tuple[PhraseFile, np.ndarray]:
     if _METADATA not in file.metadata:
         raise CheckpointError(f"{path} has no table of phrases; name another file")
     try:
-        value = parse_object(file.metadata[_METADATA], str(path), _REMEDY)
-        if type(value.get("format")) is int and value["format"] > FORMAT:
-            raise CheckpointError(
-                f"{path} has format {value['format']}, this freeexport reads {FORMAT}; upgrade "
-                "freeexport"
-            )
+        value = read_metadata(file.metadata[_METADATA], path, FORMAT)
         about: PhraseFile = Reader(_REMEDY).read(PhraseFile, value, str(path))
     except BundleError as error:
         raise CheckpointError(str(error)) from None
     phrases = read_fields(file, about.vocab_size)
     if phrases is None:
-        raise CheckpointError(f"{path} is damaged: it has no {PREFIX}ngram; {_REMEDY}")
+        raise CheckpointError(f"{path} is damaged: it has no {PHRASE_PREFIX}ngram; {_REMEDY}")
     return about, phrases
 
 

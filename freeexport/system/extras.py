@@ -127,8 +127,8 @@ def how_to_install(module: str, verb: str | None = None) -> str:
     all_of = [extra] if extra in ("cpu", "gpu") or not missing_of("cpu") else ["cpu", extra]
     others = {name for each in all_of for name in missing_of(each)} - {package}
     listed = ", ".join([*first, *sorted(others)])
-    verb = "are" if len(first) + len(others) > 1 else "is"
-    return f"{listed} {verb} not installed; run: {install_command(*all_of)}"
+    several = len(first) + len(others) > 1
+    return f"{listed} {'are' if several else 'is'} not installed; run: {install_command(*all_of)}"
 
 
 def install_command(*extras: str) -> str:
