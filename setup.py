@@ -47,6 +47,7 @@ INSTRUCTIONS = {
         "avx2_vnni": f"{_AVX2} -mavxvnni",
         "avx512": f"{_AVX2} {_AVX512}",
         "avx512_vnni": f"{_AVX2} {_AVX512} -mavx512vnni",
+        "avx512_bf16": f"{_AVX2} {_AVX512} -mavx512vnni -mavx512bf16",
         "amx": _AMX,
         "amx_attention": _AMX,
     },

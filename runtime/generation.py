@@ -204,10 +204,10 @@ class Generation:
                         response.prompt.tolist(),
                         self.results[-1].token_ids,
                     )
-                if self._prefix is not None and self.model.keeps_generated:
-                    self._prefix.keep(
-                        decoder.runners, decoder.slot, [token.id for token in response.tokens]
-                    )
+                kept = self.model.generated_limit - len(response.prompt)
+                if self._prefix is not None and kept > 0:
+                    generated = [token.id for token in response.tokens[:kept]]
+                    self._prefix.keep(decoder.runners, decoder.slot, generated)
                 if self.results[-1].interrupted:
                     return
         finally:

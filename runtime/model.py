@@ -16,7 +16,7 @@ from runtime.bundle.manifest import REMEDY
 from runtime.decoding.draft_acceptance import LearnedDrafts
 from runtime.decoding.draft_memory import TextMemory
 from runtime.decoding.phrases import PHRASES, PhraseTable, misfit
-from runtime.engines.prefix_store import PrefixStore, keeps_generated
+from runtime.engines.prefix_store import PrefixStore, generated_limit
 from runtime.engines.runner import Encoder
 from runtime.errors import BundleError, OptionError, shown
 from runtime.json_file import read_object
@@ -81,7 +81,7 @@ class Model:
     def __post_init__(self) -> None:
         self.manifest = self.bundle.manifest
         self.learned = LearnedDrafts(self.costs)
-        self.keeps_generated = keeps_generated(self.manifest)
+        self.generated_limit = generated_limit(self.manifest)
         # `own_layers`: the exit's own layers read every row. `chooses_exit`: a request may skip
         # them, unless its keys and values are stored: a request that needs these layers cannot use
         # a prefix that they have not read.

@@ -20,7 +20,7 @@ from tools.kernel_rows import PackedProduct, PackedWeight, load
 
 ROUND = {4: round_4_bits, 8: round_8_bits}
 EPSILON = 1e-5
-INSTRUCTIONS = ("avx2", "avx2-vnni", "avx512", "avx512-vnni", "amx")
+INSTRUCTIONS = ("avx2", "avx2-vnni", "avx512", "avx512-vnni", "avx512-bf16", "amx")
 
 
 @dataclass(frozen=True)

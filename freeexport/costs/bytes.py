@@ -33,6 +33,7 @@ CALL_BYTES = 1_000_000
 # and precision. Measured with 8 rows against 1 (docs/precision.md).
 _ROW_SHARES = {("amx", "int8"): 0.05, ("amx", "int4"): 0.07, ("avx512-vnni", "int8"): 0.13}
 _ROW_SHARES |= {("avx512-vnni", "int4"): 0.25, ("avx2", "int8"): 0.24, ("avx2", "int4"): 0.13}
+_ROW_SHARES |= {("avx512-bf16", "int8"): 0.13, ("avx512-bf16", "int4"): 0.25}
 # Used for combinations that were not measured.
 _OTHER_ROW_SHARE = 0.13
 # Rows of deep passes with recorded costs. `Costs` interpolates between them.

@@ -23,7 +23,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.decoding import decoder
 from runtime.errors import OptionError, PromptError
-from runtime.kernels import instructions, missing, prompt_differs
+from runtime.kernels import instructions, missing, prompt_differs_from
 from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import Tokenizer
 
@@ -343,7 +343,8 @@ def _compare(
     shares = [len(range(number, total, len(settings))) for number in range(len(settings))]
     count = -(-shares[0] // answer)
     answer = min(answer, shares[0])
-    alike = bundle.manifest.kernels is None or not prompt_differs()
+    differs_from = None if bundle.manifest.kernels is None else prompt_differs_from()
+    alike = differs_from is None or differs_from >= bundle.manifest.capacity
     outcome = Equality(total, answer, reads_alike=alike)
     name = instructions() if missing() is None else "none"
     with progress("comparing", total + count * answer) as advance:

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.bundle.manifest import Manifest
 from runtime.engines.runner import Runner
-from runtime.kernels import prompt_differs
+from runtime.kernels import prompt_differs_from
 
 # Tokens per block. Smaller blocks leave fewer tokens to compute, but need more copies.
 BLOCK = 16
@@ -33,15 +33,17 @@ def hashes(tokens: np.ndarray, block: int, salt: str | None, own: bool = False) 
     return chain
 
 
-def keeps_generated(manifest: Manifest) -> bool:
-    """Return True if generated tokens are stored, too.
+def generated_limit(manifest: Manifest) -> int:
+    """Return the number of first positions at which generated tokens are stored, too.
 
-    This requires that a decoding step writes the same bits to the caches as reading the token in a
-    prompt. Our own operators do, except those that read prompts in tiles, and those of earlier
-    bundles, whose caches are float32.
-    Otherwise the next turn of a chat computes the last answer again.
+    There a decoding step must write the same bits to the caches as reading the token in a prompt.
+    Our own operators do so up to `prompt_differs_from`, except those of earlier bundles, whose
+    caches are float32. Later tokens of an answer are computed again in the next turn of a chat.
     """
-    return manifest.kernels is not None and manifest.kv_cache is not None and not prompt_differs()
+    if manifest.kernels is None or manifest.kv_cache is None:
+        return 0
+    differs_from = prompt_differs_from()
+    return manifest.capacity if differs_from is None else differs_from
 
 
 class PrefixStore:

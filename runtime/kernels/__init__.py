@@ -67,7 +67,8 @@ def instructions() -> str:
     """Return the instruction set that the kernels use.
 
     It is chosen by processor, or by FREEEXPORT_INSTRUCTIONS: scalar, avx2, avx2-vnni, avx512,
-    avx512-vnni, amx, neon or neon-i8mm. scalar-bf16 can only be chosen by the variable.
+    avx512-vnni, avx512-bf16, amx, neon or neon-i8mm. scalar-bf16 can only be chosen by the
+    variable.
 
     Raises:
         EngineError: If the kernels are not available.
@@ -88,7 +89,7 @@ def supported(name: str) -> bool:
 def reading_prompt(reads: bool = True) -> Iterator[None]:
     """Context manager: mark engine calls of this thread as reading a prompt.
 
-    If `prompt_differs`, its rows are multiplied with quantized weights in bfloat16. A row's result
+    From the position `prompt_differs_from` on, its rows are computed in bfloat16. A row's result
     still depends on that row only, but differs from other calls.
     """
     try:
@@ -103,15 +104,17 @@ def reading_prompt(reads: bool = True) -> Iterator[None]:
         library.freeexport_read_prompt(before)
 
 
-def prompt_differs() -> bool:
-    """Return True if a token's results differ between reading a prompt and generating.
+def prompt_differs_from() -> int | None:
+    """Return the first position whose results may differ between reading a prompt and generating.
 
-    This is so with `amx`, and with `scalar-bf16`, which imitates it for tests.
+    This is 0 with `amx` and with `scalar-bf16`, which imitates it for tests, 1024 with
+    `avx512-bf16`, and None with the others.
 
     Raises:
         EngineError: If the kernels are not available.
     """
-    return bool(_library(LIBRARY).freeexport_prompt_differs())
+    position: int = _library(LIBRARY).freeexport_prompt_differs_from()
+    return None if position < 0 else position
 
 
 def spread_logits() -> Callable[[int], int]:
@@ -173,6 +176,7 @@ def _library(path: Path) -> ctypes.CDLL:
         raise EngineError(
             f"{path} has version {version} of the kernels, not {VERSION}; install freeexport again"
         )
-    if not hasattr(library, "freeexport_prompt_differs"):
+    if not hasattr(library, "freeexport_prompt_differs_from"):
         raise EngineError(f"{path} was built from older sources; install freeexport again")
+    library.freeexport_prompt_differs_from.restype = ctypes.c_int64
     return library

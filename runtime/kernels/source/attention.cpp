@@ -153,11 +153,25 @@ void prompt_task(void* data, size_t index) {
   }
 }
 
-// Returns true if a call is computed in tiles. This depends only on its kind and the model's sizes.
-bool in_tiles(const Kernels& kernels, const Attention& a) {
-  const bool own = a.encoder || !a.cross_lengths;
+// Returns the first position whose rows are computed in tiles, if any are. This depends only on the
+// kind of the call and the model's sizes.
+int64_t first_in_tiles(const Kernels& kernels, const Attention& a) {
+  const bool own = a.encoder ? kernels.prompt_from == 0 : !a.cross_lengths;
   const bool fits = !a.bias && a.size <= kTurnedSize && a.scale > 0.0f && a.cache != kBytes;
-  return a.prompt && kernels.attend_prompt && own && fits;
+  return a.prompt && kernels.attend_prompt && own && fits ? kernels.prompt_from : INT64_MAX;
+}
+
+// Moves places from position `first` on behind the others, in order, to `late`. Returns the number
+// of the others.
+int64_t split_places(Place* places, int64_t count, int64_t first, Place* late) {
+  int64_t early = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (places[i].position < first)
+      places[early++] = places[i];
+    else
+      late[i - early] = places[i];
+  }
+  return early;
 }
 
 void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t total, Call& call) {
@@ -232,27 +246,20 @@ void copy_past(const Attention& a) {
     }
 }
 
-}  // namespace
-
-const char* attention(const Kernels& kernels, const Attention& a, Parallel parallel, void* context) {
-  if (const char* problem = check_lengths(a)) return problem;
-  auto* places = static_cast<Place*>(std::malloc(static_cast<size_t>(a.rows + 1) * sizeof(Place)));
-  if (places == nullptr) return "no memory for the rows of a call";
-  const int64_t count = find_places(a, places);
-  if (!a.cross_lengths) copy_past(a);
-  const int64_t values = a.kv_heads * a.size * 2;
-  const bool tiles = in_tiles(kernels, a);
+// Attends with some places of a call. Returns false if out of memory.
+bool attend_places(const Kernels& kernels, const Attention& a, const Place* places, int64_t count, bool tiles,
+                   Parallel parallel, void* context) {
   const auto attend_prompt = tiles ? kernels.attend_prompt : a.encoder ? kernels.attend_encoder : nullptr;
-  const auto blocks_of = [&](int64_t step, int64_t places) {
-    return most(step, least(count / kBlocksOfPrompt / step * step, places));
+  const auto blocks_of = [&](int64_t step, int64_t most_places) {
+    return most(step, least(count / kBlocksOfPrompt / step * step, most_places));
   };
   const int64_t task_places = tiles       ? blocks_of(16, kPromptPlaces)
                               : a.encoder ? blocks_of(kEncoderStep, kEncoderPlaces)
                               : count < kTasksOfMany * kFewPlaces
                                   ? kFewPlaces
                                   : least(count / kTasksOfMany / 8 * 8, kManyPlaces);
-  const int64_t stored_places = kStoredValues / values + 1, blocks = (count + task_places - 1) / task_places;
-  Call call = {kernels, a, places, count, stored_places, 0, task_places, blocks, 0, 0, 0, nullptr, false, attend_prompt};
+  const int64_t blocks = (count + task_places - 1) / task_places;
+  Call call = {kernels, a, places, count, 0, 0, task_places, blocks, 0, 0, 0, nullptr, false, attend_prompt};
   for (int64_t block = 0; block < call.blocks; block++) {
     const Block all = block_of(a, places, count, task_places, block);
     call.pieces = most(call.pieces, all.end - all.piece);
@@ -264,16 +271,39 @@ const char* attention(const Kernels& kernels, const Attention& a, Parallel paral
   const bool few = !attend_prompt && call.blocks * a.kv_heads < kFewTasks && call.pieces > 0;
   if (!few) call.slots = kRunningSlots;
   call.room = attention_room(a, call.slots);
-  if (!a.cross_lengths || a.encoder)
-    run(parallel, context, store_task, (count + call.stored_places - 1) / call.stored_places, call);
   if (attend_prompt)
     run(parallel, context, prompt_task, call.blocks * a.kv_heads, call);
   else if (few)
     attend_few(parallel, context, call);
   else
     run(parallel, context, block_task, call.blocks * a.kv_heads, call);
+  return !call.failed;
+}
+
+// Stores the keys and values of a call's rows in the cache.
+void store(const Kernels& kernels, const Attention& a, const Place* places, int64_t count, Parallel parallel,
+           void* context) {
+  const int64_t stored_places = kStoredValues / (a.kv_heads * a.size * 2) + 1;
+  Call call = {kernels, a, places, count, stored_places, 0, 0, 0, 0, 0, 0, nullptr, false, nullptr};
+  run(parallel, context, store_task, (count + stored_places - 1) / stored_places, call);
+}
+
+}  // namespace
+
+const char* attention(const Kernels& kernels, const Attention& a, Parallel parallel, void* context) {
+  if (const char* problem = check_lengths(a)) return problem;
+  auto* places = static_cast<Place*>(std::malloc(static_cast<size_t>(2 * a.rows + 1) * sizeof(Place)));
+  if (places == nullptr) return "no memory for the rows of a call";
+  const int64_t count = find_places(a, places);
+  if (!a.cross_lengths) copy_past(a);
+  if (!a.cross_lengths || a.encoder) store(kernels, a, places, count, parallel, context);
+  const int64_t first = first_in_tiles(kernels, a);
+  Place* late = places + count;
+  const int64_t early = first == INT64_MAX ? count : split_places(places, count, first, late);
+  bool done = early == 0 || attend_places(kernels, a, places, early, false, parallel, context);
+  if (done && early < count) done = attend_places(kernels, a, late, count - early, true, parallel, context);
   std::free(places);
-  return call.failed ? "no memory for the scores of a row" : nullptr;
+  return done ? nullptr : "no memory for the scores of a row";
 }
 
 }  // namespace freeexport

@@ -60,11 +60,12 @@ EXPORT const char* freeexport_instructions(const char** problem) {
   return kernels ? kernels->name : nullptr;
 }
 
-// Returns true if the kernels that are used compute a prompt's rows with other bits than a step's.
-EXPORT int freeexport_prompt_differs() {
+// Returns the first position at which the kernels that are used may compute a prompt's row with
+// other bits than a step's, or -1 if there is none.
+EXPORT int64_t freeexport_prompt_differs_from() {
   const char* problem = nullptr;
   const freeexport::Kernels* kernels = freeexport::choose_kernels(&problem);
-  return kernels && kernels->prompt_panels;
+  return kernels && kernels->attend_prompt ? kernels->prompt_from : -1;
 }
 
 // Sets whether this thread's calls read a prompt, and returns the previous setting.

@@ -20,7 +20,7 @@ constexpr size_t kFewBytes = 16 << 10;
 
 const Kernels* const kAll[] = {  // best first
 #if defined(__x86_64__)
-    &kAmx, &kAvx512Vnni, &kAvx512, &kAvx2Vnni, &kAvx2,
+    &kAmx, &kAvx512Bf16, &kAvx512Vnni, &kAvx512, &kAvx2Vnni, &kAvx2,
 #elif defined(__aarch64__)
     &kNeonI8mm, &kNeon,
 #endif
@@ -133,7 +133,7 @@ const Kernels* choose_kernels(const char** problem) {
   if (found == nullptr) {
     *problem = "FREEEXPORT_INSTRUCTIONS names no instruction set of freeexport's kernels; choose scalar, "
 #if defined(__x86_64__)
-               "avx2, avx2-vnni, avx512, avx512-vnni or amx, or unset it";
+               "avx2, avx2-vnni, avx512, avx512-vnni, avx512-bf16 or amx, or unset it";
 #elif defined(__aarch64__)
                "neon or neon-i8mm, or unset it";
 #else

@@ -24,6 +24,7 @@ constexpr int kGroup = 32;  // inputs that share a scale of the activations
 constexpr int kPanel = 16;  // outputs that are stored together
 constexpr int64_t kTaskRows = 64;  // maximum per task, quantized
 constexpr int64_t kTileRows = 16;  // in a tile of bfloat16
+constexpr int64_t kTileValues = kTileRows * kGroup;
 constexpr int64_t kPromptRows = 512;  // maximum per task, for a prompt's rows in tiles
 // Adding an integer d to the bits of the float -1.5 * 2^23 gives exactly the float -(1.5 * 2^23 +
 // d), if d has at most 22 bits. Sums of products therefore need no conversion. These bits are
@@ -159,12 +160,14 @@ struct Kernels {
                         int64_t end);
   // Like `attend_encoder`, for rows of any prompt, without a bias. Or null.
   bool (*attend_prompt)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head);
+  // The first position for which a decoder uses `attend_prompt`. Encoders use it if this is 0.
+  int64_t prompt_from;
 };
 
 // kScalarBf16 reads prompts like AMX, for tests. It is never chosen automatically.
 extern const Kernels kScalar, kScalarBf16;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAmx;
+extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx;
 #elif defined(__aarch64__)
 extern const Kernels kNeon, kNeonI8mm;
 #endif

@@ -90,7 +90,8 @@ Processor detect(const Identity& is) {
   found.avx512 = found.avx2 && all(is.saved, kZmm) && f && dq && bw && vl;
   found.avx512_vnni = found.avx512 && bit(is.c, 11);
   const bool vbmi = bit(is.c, 1), bf16 = bit(is.part_a, 5), tile_bf16 = bit(is.d, 22), tiles = bit(is.d, 24);
-  found.amx = found.avx512_vnni && all(is.saved, kTiles) && vbmi && bf16 && tile_bf16 && tiles;
+  found.avx512_bf16 = found.avx512_vnni && bf16;
+  found.amx = found.avx512_bf16 && all(is.saved, kTiles) && vbmi && tile_bf16 && tiles;
   return found;
 }
 

@@ -13,6 +13,7 @@ struct Processor {
   bool avx_vnni = false;     // AVX2 with dot products of bytes
   bool avx512 = false;       // F, BW, DQ and VL, with FMA
   bool avx512_vnni = false;  // with dot products of bytes
+  bool avx512_bf16 = false;  // and of pairs in bfloat16
   bool amx = false;          // bfloat16 tiles, AVX512_BF16 and AVX512_VBMI
 #elif defined(__aarch64__)
   bool dot_products = false;

@@ -17,8 +17,6 @@ using Vec = Vec512;
 namespace freeexport {
 namespace {
 
-constexpr int64_t kTileValues = 512;  // 16-bit values of a tile
-
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, unused[15] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};

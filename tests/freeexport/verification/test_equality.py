@@ -74,7 +74,7 @@ def test_a_difference_is_counted_shown_and_ends_with_1(bundle: Bundles, monkeypa
 
     def always(model: Model) -> None:
         begin(model)
-        model.keeps_generated = True
+        model.generated_limit = model.manifest.capacity
 
     monkeypatch.setattr(Model, "__post_init__", always)
     used = [setting for setting in all_settings() if setting.name in ("full, 2 threads", "full, warm cache")]

@@ -32,22 +32,25 @@ RECORDED = {
     "Jasper Lake": ("756e6547 4ff8ebbf 2394a2c3 18400124 fc000400 0 3", "intel"),
     "Alder Lake, AVX-512 on": (
         "756e6547 7ffafbff f3bfa7eb 98c07fee fc9cc510 401c30 2e7",
-        "intel avx2 avx2-vnni avx512 avx512-vnni",
+        "intel avx2 avx2-vnni avx512 avx512-vnni avx512-bf16",
     ),
     "Alder Lake-N": ("756e6547 7ffafbbf 239ca7eb 98c007ac fc184410 810 207", "intel avx2 avx2-vnni"),
     "Lunar Lake": ("756e6547 7ffafbff 239ca7eb 994027ac fc1cc430 44c009d7 207", "intel avx2 avx2-vnni"),
     "Sapphire Rapids": (
         "756e6547 7ffefbff f3bfbffb bb417fee ffdd4430 1c30 602e7",
-        "intel avx2 avx2-vnni avx512 avx512-vnni amx",
+        "intel avx2 avx2-vnni avx512 avx512-vnni avx512-bf16 amx",
     ),
     "Granite Rapids": (
         "756e6547 7ffefbff f3bfbffb bb417fee ffdd4430 40201d30 602e7",
-        "intel avx2 avx2-vnni avx512 avx512-vnni amx",
+        "intel avx2 avx2-vnni avx512 avx512-vnni avx512-bf16 amx",
     ),
     "Zen": ("68747541 7ed8320b 209c01a9 0 0 0 7", "other avx2"),
     "Zen 3, Milan": ("68747541 7eda320b 219c97a9 40068c 10 0 207", "other avx2"),
-    "Zen 4, Genoa": ("68747541 7efa320b f1bf97a9 415fce 10000010 20 2e7", "other avx2 avx512 avx512-vnni"),
-    "Zen 5": ("68747541 7ed8320b f1bf97ab 19405fce 10000110 30 2e7", "other avx2 avx2-vnni avx512 avx512-vnni"),
+    "Zen 4, Genoa": ("68747541 7efa320b f1bf97a9 415fce 10000010 20 2e7", "other avx2 avx512 avx512-vnni avx512-bf16"),
+    "Zen 5": (
+        "68747541 7ed8320b f1bf97ab 19405fce 10000110 30 2e7",
+        "other avx2 avx2-vnni avx512 avx512-vnni avx512-bf16",
+    ),
 }
 
 
@@ -77,8 +80,8 @@ def test_nothing_is_used_that_the_system_does_not_save(program: Path) -> None:
         "intel",
         "intel",
         "intel avx2 avx2-vnni",
-        "intel avx2 avx2-vnni avx512 avx512-vnni",
-        "intel avx2 avx2-vnni avx512 avx512-vnni amx",
+        "intel avx2 avx2-vnni avx512 avx512-vnni avx512-bf16",
+        "intel avx2 avx2-vnni avx512 avx512-vnni avx512-bf16 amx",
     ]
     # A part of the registers is not enough, nor are tiles without the others.
     lacking = [0x6, 0x5, 0x67, 0xC7, 0x60007, 0x202E7, 0x402E7]
@@ -89,8 +92,8 @@ def test_nothing_is_used_that_the_system_does_not_save(program: Path) -> None:
         "avx2-vnni",
         "avx2-vnni",
         "avx2-vnni",
-        "avx512-vnni",
-        "avx512-vnni",
+        "avx512-bf16",
+        "avx512-bf16",
     ]
 
 
@@ -107,11 +110,11 @@ def test_each_bit_that_a_hypervisor_hides_takes_its_instructions_away(program: P
         (2, 30): "intel avx2 avx2-vnni",  # BW
         (2, 31): "intel avx2 avx2-vnni",  # VL
         (3, 11): "intel avx2 avx2-vnni avx512",  # VNNI
-        (3, 1): "intel avx2 avx2-vnni avx512 avx512-vnni",  # VBMI
+        (3, 1): "intel avx2 avx2-vnni avx512 avx512-vnni avx512-bf16",  # VBMI
         (5, 5): "intel avx2 avx2-vnni avx512 avx512-vnni",  # BF16
-        (4, 22): "intel avx2 avx2-vnni avx512 avx512-vnni",  # AMX-BF16
-        (4, 24): "intel avx2 avx2-vnni avx512 avx512-vnni",  # AMX-TILE
-        (5, 4): "intel avx2 avx512 avx512-vnni amx",  # AVX-VNNI
+        (4, 22): "intel avx2 avx2-vnni avx512 avx512-vnni avx512-bf16",  # AMX-BF16
+        (4, 24): "intel avx2 avx2-vnni avx512 avx512-vnni avx512-bf16",  # AMX-TILE
+        (5, 4): "intel avx2 avx512 avx512-vnni avx512-bf16 amx",  # AVX-VNNI
     }
     lines = []
     for index, bit in hidden:

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from attention_cases import Call, attend, attention_session, exact, feeds, random_call, random_layer
+from attention_cases import Call, attend, attention_session, encoder_session, exact, feeds, random_call, random_layer
 from checkpoints import BY_NAME
+from checkpoints import LONG as LONG_MODEL
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from kernel_cases import ACTIVATIONS, here, multiply, random_case, session
@@ -22,7 +23,7 @@ import runtime.decoding.decoder
 from runtime import Session
 from runtime.decoding.decoder import Decoder
 from runtime.engines import runner
-from runtime.kernels import missing, reading_prompt
+from runtime.kernels import missing, prompt_differs_from, reading_prompt
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
@@ -249,6 +250,67 @@ def test_a_prompt_that_begins_with_another_one_has_the_bits_that_it_has_alone(na
         assert ours.stats.cached_tokens == 32
 
 
+# Where attention in bfloat16 begins with AVX512_BF16.
+LONG = 1024
+long_prompts = pytest.mark.skipif(not here("avx512-bf16"), reason="this processor has no AVX512_BF16")
+
+
+@long_prompts
+@pytest.mark.parametrize("kinds", ["", "h", "nsh"])
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_rows_of_long_prompts_are_in_bfloat16_from_a_position_on(kinds, piece):
+    rng = np.random.default_rng(piece)
+    layer = random_layer(rng, 4, 2, 64, 0, kinds)
+    past, lengths = [LONG - 30, 5, LONG + 100], [70, 40, 33]
+    call = random_call(rng, layer, past, lengths, capacity=LONG + 150)
+    ours = call.fresh()
+    y = attend("avx512-bf16", layer, ours, True, prompt=True)
+    plain, wanted = attend("scalar", layer, call.fresh(), True), exact(layer, call.fresh())
+    np.testing.assert_array_equal(attend("avx512-bf16", layer, call.fresh(), True), plain)
+    for b, length in enumerate(lengths):
+        early = min(max(LONG - past[b], 0), length)
+        np.testing.assert_array_equal(y[b, :early], plain[b, :early])
+        late, expected = y[b, early:length], wanted[b, early:length]
+        assert early == length or (late != plain[b, early:length]).mean() > 0.9
+        assert np.sqrt(np.square(late - expected).sum()) <= 0.01 * np.sqrt(np.square(expected).sum())
+        for row in range(0, length, piece):
+            count = min(piece, length - row)
+            key, value = (cache[b : b + 1].copy() for cache in (ours.key, ours.value))
+            alone = Call(call.rows[b : b + 1, row : row + count], key, value, call.past[b : b + 1] + np.int32(row),
+                         np.array([count], np.int32))  # fmt: skip
+            again = attend("avx512-bf16", layer, alone, True, prompt=True)
+            np.testing.assert_array_equal(again[0], y[b, row : row + count])
+
+
+@long_prompts
+def test_an_encoder_of_long_inputs_stays_in_fp32(monkeypatch):
+    rng, found = np.random.default_rng(0), []
+    layer = random_layer(rng, 2, 2, 16, 0, "")
+    inputs = {
+        "rows": rng.standard_normal((LONG + 20, layer.width)).astype(np.float32),
+        "lengths": np.array([LONG + 20], np.int32),
+    }
+    for name in ("avx512-vnni", "avx512-bf16"):
+        monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
+        with reading_prompt():
+            found.append(encoder_session(layer).run(["y"], inputs)[0])
+    np.testing.assert_array_equal(*found)
+
+
+@long_prompts
+def test_the_next_turn_reads_an_answer_again_beyond_that_position(bundle, monkeypatch):
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "avx512-bf16")
+    assert prompt_differs_from() == LONG
+    path = bundle(LONG_MODEL, precision="int8", kernels="freeexport", capacity=1200)
+    first = np.random.default_rng(4).integers(3, 90, LONG - 40).tolist()
+    with Session(path, slots=1, prefix_cache_mb=64) as reuses, Session(path, slots=1) as plain:
+        answer = reuses.generate(first, max_new_tokens=70, mode="full", ignore_eos=True)
+        turn = [*first, *answer.token_ids, 5, 6, 7]
+        ours, alone = (opened.generate(turn, max_new_tokens=20, output_logprobs=True) for opened in (reuses, plain))
+        assert (ours.token_ids, ours.logprobs) == (alone.token_ids, alone.logprobs)
+        assert ours.stats.cached_tokens == LONG
+
+
 REFUSED = """
 import ctypes, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -281,6 +343,6 @@ def test_without_permission_to_use_tiles_the_next_instructions_are_taken_or_an_e
     environment = {**os.environ, "FREEEXPORT_INSTRUCTIONS": wanted or ""}
     done = subprocess.run([sys.executable, "-c", REFUSED], env=environment, capture_output=True, text=True, timeout=60)
     if wanted is None:
-        assert done.stdout == "avx512-vnni\n", done.stderr
+        assert done.stdout == "avx512-bf16\n", done.stderr
     else:
         assert "names instructions that this processor lacks, or that its system refuses" in done.stderr
