@@ -23,12 +23,7 @@ import numpy as np
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import ExitFile, with_layers
 from freeexport.checkpoints.lora_adapter import check_adapter, read_adapter
-from freeexport.checkpoints.phrase_file import (
-    PHRASE_PREFIX,
-    fields_of,
-    read_fields,
-    read_metadata,
-)
+from freeexport.checkpoints.packed_phrases import PHRASE_PREFIX, fields_of, read_fields
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, Shape, TensorFile
 from freeexport.system.output import OutputError, replacing
 from graphs.description import Description
@@ -250,7 +245,12 @@ def read_packed(path: Path) -> PackedFile:
         raise CheckpointError(f"{path} holds weights, but no exit; name one of: freeexport exits")
     adapter = None
     try:
-        value = read_metadata(file.metadata[_METADATA], path, FORMAT)
+        value = parse_object(file.metadata[_METADATA], str(path), _REMEDY)
+        if type(value.get("format")) is int and value["format"] > FORMAT:
+            raise CheckpointError(
+                f"{path} has format {value['format']}, this freeexport reads {FORMAT}; upgrade "
+                "freeexport"
+            )
         if isinstance(value.get("exit"), dict):
             value["exit"] = with_layers(value["exit"], str(path))
         about: PackedExit = Reader(_REMEDY).read(PackedExit, value, str(path))

@@ -49,11 +49,11 @@ option = option_of(ConvertOptions)
 )
 @option(
     "phrases",
-    "Frequent phrases, which mode lossless drafts without an engine call: the name of a table "
-    "(freeexport exits), its file, or a JSONL file with 'target', texts like the outputs. none: "
-    "no phrases.  [default: those of the ready-made exit, or a table for MODEL's tokens]",
+    "JSONL file with 'target', texts like the outputs. Mode lossless drafts their frequent phrases "
+    "without an engine call. none: no phrases.  [default: those of the ready-made exit, or of the "
+    "answers in the package, for decoder-only models]",
     "--phrases",
-    metavar="NAME|FILE",
+    metavar="FILE",
 )
 @section("Engines")
 @option(

@@ -1,37 +1,28 @@
-"""`freeexport exits`: list ready-made exits and phrases, and which of them fit a model."""
+"""`freeexport exits`: list ready-made exits, and which of them fit a model."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.packed_exit import PackedExit, read_packed
-from freeexport.checkpoints.phrase_file import (
-    misfit_reason,
-    read_phrase_file,
-    ready_made_phrases,
-)
 from freeexport.checkpoints.ready_made import misfit, ready_made
-from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.page import human_bytes
-from runtime.text.tokenizer import Tokenizer
 
 
 @click.command(cls=SectionedCommand)
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print all metadata of the files as JSON.")
 def command(model: str | None, as_json: bool) -> None:
-    """List the exits and phrases that come with freeexport, for `convert`.
+    """List the exits that come with freeexport, for `convert`.
 
-    With MODEL, also report which exits fit its weights, or may fit them, and which tables of
-    phrases fit its tokens.
+    With MODEL, also report which of them fit its weights, or may fit them.
 
     \b
     Example:
@@ -39,19 +30,12 @@ def command(model: str | None, as_json: bool) -> None:
       freeexport exits path/to/checkpoint
     """
     found = [(path, read_packed(path).about) for path in ready_made()]
-    tables = [(path, *read_phrase_file(path)) for path in ready_made_phrases()]
     fits: dict[str, dict[str, Any]] = {}
     if model is not None:
         checkpoint = open_checkpoint(model)
         fits = {packed.name: _fit(packed, checkpoint) for _, packed in found}
-        with TemporaryDirectory() as directory:
-            write_tokenizer(checkpoint, Path(directory))
-            tokenizer = Tokenizer.load(Path(directory))
-        for _, about, phrases in tables:
-            reason = misfit_reason(about, phrases, tokenizer)
-            fits[about.name] = {"fits": reason is None, "reason": reason}
     if as_json:
-        records: list[dict[str, Any]] = [
+        records = [
             {
                 **asdict(packed),
                 "file": str(path),
@@ -59,16 +43,6 @@ def command(model: str | None, as_json: bool) -> None:
                 **fits.get(packed.name, {}),
             }
             for path, packed in found
-        ]
-        records += [
-            {
-                **asdict(about),
-                "phrases": len(phrases),
-                "file": str(path),
-                "bytes": path.stat().st_size,
-                **fits.get(about.name, {}),
-            }
-            for path, about, phrases in tables
         ]
         click.echo(json.dumps(records, indent=2))
         return
@@ -79,15 +53,6 @@ def command(model: str | None, as_json: bool) -> None:
             click.echo(line)
         if model is not None:
             _echo_fit(model, fits[packed.name])
-    for path, about, phrases in tables:
-        click.echo(
-            f"{about.name}: {len(phrases):,} frequent phrases for the tokens of {about.model}, "
-            f"{human_bytes(path.stat().st_size)}, {about.licence}"
-        )
-        click.echo(f"    data: {about.data}")
-        click.echo(f"    results: {about.results}")
-        if model is not None:
-            _echo_fit(model, fits[about.name])
 
 
 def _echo_fit(model: str, fit: dict[str, Any]) -> None:

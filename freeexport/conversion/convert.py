@@ -16,11 +16,10 @@ import numpy as np
 from freeexport import __version__
 from freeexport.calibrate.beside import TracedAnswer, check_sample, read_beside
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.phrase_file import find_phrases
 from freeexport.checkpoints.special_tokens import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
 from freeexport.conversion.options import NO_PHRASES, ConvertOptions, engine_options
-from freeexport.conversion.phrases import fitting_phrases, phrases_of
+from freeexport.conversion.phrases import counted_phrases, ready_made_phrases
 from freeexport.conversion.recalibrate import check_fits, with_calibration
 from freeexport.costs.exit_gain import exit_gain
 from freeexport.costs.measured import measured_in_child
@@ -130,18 +129,13 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
 
         write_tokenizer(checkpoint, directory)
         phrases = checkpoint.phrases
+        ends = known_ends(checkpoint, description.vocab_size)
         if options.phrases == NO_PHRASES:
             phrases = None
         elif options.phrases is not None:
-            ends = known_ends(checkpoint, description.vocab_size)
-            phrases = phrases_of(find_phrases(options.phrases), directory, ends)
-        elif phrases is None and (fitting := fitting_phrases(directory)) is not None:
-            name, phrases = fitting
-            click.echo(
-                f"note: with the frequent phrases {name}, which mode lossless drafts; --phrases "
-                f"{NO_PHRASES} leaves them out",
-                err=True,
-            )
+            phrases = counted_phrases(Path(options.phrases), directory, ends)
+        elif phrases is None and description.encoder is None:
+            phrases = ready_made_phrases(directory, ends)
         if phrases is not None:
             np.save(directory / PHRASES, phrases)
         written = _write_engines(

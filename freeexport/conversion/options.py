@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from freeexport.checkpoints.phrase_file import find_phrases
 from graphs.description import Description, EncoderStack
 from graphs.dialects.ort import fits_head_size, has_attention_kernel
 from graphs.engine_options import TARGETS, EngineOptions
@@ -31,7 +30,7 @@ from runtime.kernels import missing
 DEFAULT_CAPACITY = 2048
 DEFAULT_ENCODER_CAPACITY = 2048
 
-NO_PHRASES = "none"  # as name of a table
+NO_PHRASES = "none"  # in place of a file
 
 # Extent of the checks that compare a new bundle with its checkpoint.
 Verify = Literal["quick", "full", "none"]
@@ -45,7 +44,6 @@ class ConvertOptions:
     `measure`, to measure the costs of the engines.
 
     Raises:
-        CheckpointError: If there is no such table of phrases.
         OptionError: If a file is missing.
     """
 
@@ -74,12 +72,11 @@ class ConvertOptions:
         files = {
             "--calibration": self.calibration,
             "--data": self.rounding_data,
+            "--phrases": None if self.phrases == NO_PHRASES else self.phrases,
         }
         for option, path in files.items():
-            if path is not None and not path.is_file():
+            if path is not None and not Path(path).is_file():
                 raise OptionError(f"{option} {path}: there is no such file; name another")
-        if self.phrases not in (None, NO_PHRASES):
-            find_phrases(self.phrases)
         if self.encoder_capacity is not None and self.encoder_capacity < 1:
             raise GraphError(
                 f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more"

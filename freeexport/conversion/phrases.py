@@ -2,57 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import lzma
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
-from freeexport.checkpoints.phrase_file import (
-    SUFFIX,
-    misfit_reason,
-    read_phrase_file,
-    ready_made_phrases,
-)
 from runtime.decoding.phrases import PhraseTable
-from runtime.errors import OptionError
+from runtime.errors import OptionError, PromptError
 from runtime.text.tokenizer import Tokenizer
 
-# Entries of a table that is counted, 13 bytes each.
-MOST_PHRASES = 200_000
+# Texts of answers of chat models, one JSON object per line (phrases/README.md).
+READY_MADE = Path(__file__).parents[1] / "phrases" / "answers.jsonl.xz"
+# Entries of a table, 13 bytes each.
+MOST_PHRASES = 600_000
+# Smaller vocabularies are of letters, bytes or sounds.
+LEAST_VOCABULARY = 8192
 
 
-def phrases_of(path: Path, bundle: Path, ends: Sequence[int]) -> np.ndarray:
-    """Return the table of a file of phrases, or of a JSONL file's targets, ENTRY [n].
+def counted_phrases(path: Path, bundle: Path, ends: Sequence[int]) -> np.ndarray:
+    """Return the table of a JSONL file's targets, ENTRY [n].
 
     Args:
         path: The file.
         bundle: Directory with the tokenizer.
-        ends: Tokens that end a sequence. The first one follows each target.
+        ends: Tokens that end a sequence.
 
     Raises:
-        CheckpointError: If a file of phrases is damaged.
         DataError: If a line is broken or has no target, or the file is empty.
-        OptionError: If there is no tokenizer, or the table is for other tokens.
+        OptionError: If there is no tokenizer.
     """
-    tokenizer = Tokenizer.load(bundle)
-    if path.suffix == SUFFIX:
-        about, phrases = read_phrase_file(path)
-        if (reason := misfit_reason(about, phrases, tokenizer)) is not None:
-            raise OptionError(f"--phrases {about.name} does not fit: {reason}; leave it out")
-        return phrases
     lines = read_examples(path, need_target="phrases are counted in targets; add them")
+    tokenizer = Tokenizer.load(bundle)
     if tokenizer is None:
         raise OptionError(f"--phrases {path}: the checkpoint has no tokenizer; leave it out")
-    texts = (tokenizer.encode(str(line.target), special=False) for line in lines)
-    return PhraseTable.build(([*text, *ends[:1]] for text in texts), MOST_PHRASES).entries
+    return _table(((str(line.target), True) for line in lines), tokenizer, ends)
 
 
-def fitting_phrases(bundle: Path) -> tuple[str, np.ndarray] | None:
-    """Return name and table, ENTRY [n], of ready-made phrases for a bundle's tokens, or None."""
+def ready_made_phrases(bundle: Path, ends: Sequence[int]) -> np.ndarray | None:
+    """Return the table of the answers in the package, ENTRY [n].
+
+    They are counted in the model's own tokens, so they serve every model that writes English or
+    code. Returns None if the model has no such tokens.
+
+    Args:
+        bundle: Directory with the tokenizer.
+        ends: Tokens that end a sequence.
+    """
     tokenizer = Tokenizer.load(bundle)
-    for path in ready_made_phrases():
-        about, phrases = read_phrase_file(path)
-        if misfit_reason(about, phrases, tokenizer) is None:
-            return about.name, phrases
-    return None
+    if tokenizer is None or tokenizer.vocab_size < LEAST_VOCABULARY:
+        return None
+    with lzma.open(READY_MADE, "rt", encoding="utf-8") as file:
+        answers = [json.loads(line) for line in file]
+    texts = ((answer["target"], answer["complete"]) for answer in answers)
+    return _table(texts, tokenizer, ends)
+
+
+def _table(
+    texts: Iterable[tuple[str, bool]], tokenizer: Tokenizer, ends: Sequence[int]
+) -> np.ndarray:
+    """Count the phrases of texts, each with whether it is complete."""
+    end = _end_of_answer(tokenizer, ends)
+    encoded = (
+        tokenizer.encode(text, special=False, parse_special=False) + (end if complete else [])
+        for text, complete in texts
+    )
+    return PhraseTable.build(encoded, MOST_PHRASES).entries
+
+
+def _end_of_answer(tokenizer: Tokenizer, ends: Sequence[int]) -> list[int]:
+    """Return the token that ends an answer, as a list, or an empty list if there is none."""
+    if tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            chat = tokenizer.encode_chat(messages)
+        except PromptError:  # a template of another form
+            chat = []
+        for token in reversed(chat):
+            if token in ends:
+                return [token]
+    return list(ends[:1])

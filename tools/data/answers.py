@@ -3,7 +3,8 @@
     python -m tools.data.answers BUNDLE prompts.jsonl answers.jsonl
 
 Answers are greedy, and many are generated at the same time. Prompts that OUT answers already are
-skipped, so an interrupted run continues. `python -m tools.models.pack_phrases` reads OUT.
+skipped, so an interrupted run continues. OUT is a file for `convert --phrases`, and
+tools.data.pack_answers reads it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main(bundle: Path, prompts: Path, out: Path, max_new_tokens: int, threads: i
                 result = session.generate(prompt, mode="full", max_new_tokens=max_new_tokens)
             except PromptError:
                 return None  # too long
-            return {"input": prompt, "target_ids": list(result.token_ids)}
+            return {"input": prompt, "target": result.text, "complete": result.complete}
 
         with (
             ThreadPoolExecutor(SLOTS) as pool,

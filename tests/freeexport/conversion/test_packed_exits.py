@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 
-from freeexport.checkpoints import packed_exit, phrase_file
+from freeexport.checkpoints import packed_exit
 from freeexport.checkpoints import ready_made as ready_made_exits
 from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint, smollm2
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
@@ -200,7 +200,6 @@ def test_exits_are_listed_with_those_that_fit(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ready_made_exits, "READY_MADE", tmp_path)
-    monkeypatch.setattr(phrase_file, "READY_MADE", tmp_path / "without tables")
     assert "no ready-made exits are installed" in invoke("exits").output
     for kind in ("layers", "t5 layers"):
         packed(kind)

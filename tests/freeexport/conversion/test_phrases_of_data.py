@@ -1,10 +1,10 @@
-"""`freeexport convert --phrases`: a table of targets or a ready-made one, and what is refused."""
+"""`freeexport convert --phrases`: a table of targets or of the answers in the package, and what is refused."""
 
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,13 @@ from checkpoints import BY_NAME, Case
 from click.testing import CliRunner
 from command_line import error, invoke, succeed
 from draft_plans import draft_candidates
-from safetensors.numpy import load_file, save_file
 
-from freeexport.checkpoints import phrase_file
-from freeexport.checkpoints.phrase_file import read_phrase_file, ready_made_phrases
+from freeexport.conversion import phrases
 from runtime import Session
-from runtime.decoding.phrases import PHRASES
-from tools.models import pack_phrases
+from runtime.bundle.bundle import Bundle
+from runtime.decoding.phrases import PHRASES, PhraseTable
+from runtime.text.tokenizer import Tokenizer
+from tools.data import pack_answers
 
 FAST = ("--verify", "none", "--capacity", "64", "--exit-layer", "1")
 
@@ -48,7 +48,7 @@ def test_outputs_like_the_targets_are_drafted(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "--phrases {data}: there is no such file, and no such table"),
+        (None, "--phrases {data}: there is no such file; name another"),
         ('{"input": "a"}\n', "{data}, line 1: 'target' is missing; phrases are counted in targets; add them"),
         ("[1]\n", "{data}, line 1: "),
         ("", "{data} has no examples; give one JSON object"),
@@ -65,74 +65,66 @@ def test_data_without_targets_is_refused(
     assert not out.exists()
 
 
-# Ready-made tables
-
-ABOUT = ("--model", "tiny", "--licence", "MIT", "--data", "Words.", "--results", "None.")
+# Answers in the package
 
 
 @pytest.fixture
-def table(checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A table for the tokens of llama-tied, in place of those of the package."""
-    for module in (phrase_file, pack_phrases):
-        monkeypatch.setattr(module, "READY_MADE", tmp_path)
-    bundle, outputs = tmp_path / "bundle", tmp_path / "outputs.jsonl"
-    succeed("convert", checkpoint(BY_NAME["llama-tied"]), bundle, *FAST)
-    outputs.write_text(json.dumps({"target": "word 3 is a word"}))
-    packed = CliRunner().invoke(pack_phrases.main, ["tiny", str(outputs), "--bundle", str(bundle), *ABOUT])
-    assert packed.exit_code == 0, packed.output
-    return tmp_path / "tiny.safetensors"
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two answers in place of those of the package, which serve a small vocabulary, too."""
+    packed, written = tmp_path / "answers.jsonl.xz", tmp_path / "answers.jsonl"
+    for module in (phrases, pack_answers):
+        monkeypatch.setattr(module, "READY_MADE", packed)
+    monkeypatch.setattr(phrases, "LEAST_VOCABULARY", 1)
+    lines = [{"target": "word 3 is a word", "complete": True}, {"target": "is a", "complete": False}]
+    written.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
+    done = CliRunner().invoke(pack_answers.main, [str(written)])
+    assert "2 answers" in done.output
+    return packed
 
 
-def test_a_table_for_the_tokens_of_a_model_becomes_part_of_its_bundle(
-    table: Path, checkpoint: Callable[[Case], Path], tmp_path: Path
+def test_the_answers_are_counted_in_the_tokens_of_each_decoder_only_model(
+    answers: Path, checkpoint: Callable[[Case], Path], tmp_path: Path
 ) -> None:
-    model = checkpoint(BY_NAME["llama-tied"])
-    _, phrases = read_phrase_file(table)
-    assert "with the frequent phrases tiny" in succeed("convert", model, tmp_path / "default", *FAST).stderr
-    for name, chosen in (("name", "tiny"), ("file", str(table))):
-        assert "note: with" not in succeed("convert", model, tmp_path / name, *FAST, "--phrases", chosen).stderr
-    for name in ("default", "name", "file"):
-        assert (np.load(tmp_path / name / PHRASES) == phrases).all()
-    succeed("convert", model, tmp_path / "without", *FAST, "--phrases", "none")
-    assert not (tmp_path / "without" / PHRASES).exists()
+    for name in ("llama-tied", "gpt2"):
+        out = tmp_path / name
+        succeed("convert", checkpoint(BY_NAME[name]), out, *FAST)
+        tokenizer = Tokenizer.load(out)
+        assert tokenizer is not None
+        whole, part = (tokenizer.encode(text, special=False) for text in ("word 3 is a word", "is a"))
+        end = Bundle.open(out).manifest.eos_token_ids[0]
+        assert (np.load(out / PHRASES) == PhraseTable.build([[*whole, end], part]).entries).all()
+    succeed("convert", checkpoint(BY_NAME["llama-tied"]), tmp_path / "without", *FAST, "--phrases", "none")
+    succeed("convert", checkpoint(BY_NAME["bart"]), tmp_path / "bart", *FAST)
+    assert not any((tmp_path / name / PHRASES).exists() for name in ("without", "bart"))
 
 
-def test_a_table_for_other_tokens_is_refused(table: Path, checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
-    model, out = checkpoint(BY_NAME["bart"]), tmp_path / "out"
-    failed = invoke("convert", model, out, *FAST, "--phrases", "tiny")
-    assert "--phrases tiny does not fit: its tokens are those of tiny, the model has others" in error(failed)
-    assert not out.exists()
-    assert "note: with" not in succeed("convert", model, out, *FAST).stderr
+def test_a_small_vocabulary_gets_no_answers(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+    succeed("convert", checkpoint(BY_NAME["llama-tied"]), tmp_path / "out", *FAST)
+    assert not (tmp_path / "out" / PHRASES).exists()
 
 
-def test_exits_lists_tables_and_whether_they_fit(table: Path, checkpoint: Callable[[Case], Path]) -> None:
-    fits = succeed("exits", checkpoint(BY_NAME["llama-tied"])).stdout
-    assert "tiny: " in fits
-    assert fits.rstrip().endswith("yes")
-    (record,) = [each for each in json.loads(succeed("exits", "--json").stdout) if each["name"] == "tiny"]
-    assert (record["model"], record["file"], record["licence"]) == ("tiny", str(table), "MIT")
-
-
-def test_damaged_tables_are_refused(table: Path) -> None:
-    about = json.dumps(asdict(read_phrase_file(table)[0]))
-    tensors = load_file(table)
-    for changed, metadata, message in (
-        (tensors, {}, "has no table of phrases"),
-        (tensors, {"freeexport_phrases": "{"}, "not JSON"),
-        (tensors, {"freeexport_phrases": about.replace('"format": 1', '"format": 2')}, "upgrade freeexport"),
-        ({"other": np.zeros(3)}, {"freeexport_phrases": about}, "it has no phrases.ngram"),
-        ({**tensors, "phrases.token": tensors["phrases.token"] + 10**6}, {"freeexport_phrases": about}, "outside of"),
+def test_a_chat_ends_with_the_token_of_its_template(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+    succeed("convert", checkpoint(BY_NAME["llama-tied"]), tmp_path / "out", *FAST)
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer is not None
+    word, other = tokenizer.encode("b word", special=False)[-1], tokenizer.encode("3", special=False)[0]
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %} word{% endif %}{% endfor %}"
+    for given, expected in (
+        (None, other),
+        ("{{ none }}", other),
+        ("{{ raise_exception('') }}", other),
+        (template, word),
     ):
-        save_file(changed, table, metadata=metadata)
-        with pytest.raises(phrase_file.CheckpointError, match=message):
-            read_phrase_file(table)
-    table.write_bytes(table.read_bytes()[:40])
-    with pytest.raises(phrase_file.CheckpointError, match="not a complete safetensors file"):
-        read_phrase_file(table)
+        loaded = Tokenizer.load(tmp_path / "out")
+        assert loaded is not None
+        loaded.chat_template = given
+        assert phrases._end_of_answer(loaded, [other, word]) == [expected]
+        assert phrases._end_of_answer(loaded, []) == []
 
 
-def test_tables_of_the_package_are_whole() -> None:
-    for path in ready_made_phrases():
-        about, phrases = read_phrase_file(path)
-        assert about.name == path.stem
-        assert len(phrases) > 10_000
+def test_the_answers_of_the_package_are_whole() -> None:
+    with lzma.open(phrases.READY_MADE, "rt", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    assert len(lines) > 10_000
+    assert {type(line["target"]) for line in lines} == {str}
+    assert {line["complete"] for line in lines} == {True, False}
