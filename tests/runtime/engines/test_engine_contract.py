@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from time import process_time, sleep
 from typing import Any
 
 import numpy as np
@@ -89,3 +90,11 @@ def test_a_run_that_fails_is_an_engine_error_in_one_line(bundle: Bundles) -> Non
     assert "\n" not in str(refused.value)
     with pytest.raises(EngineError, match=r"cannot run prologue\.onnx"):
         engine.bind({"hidden": np.zeros((1, 2, 32), np.float64)}, {"cross.0.key": np.zeros(1)}).run()
+
+
+def test_new_threads_soon_sleep(bundle: Bundles) -> None:
+    engine = OnnxEngine(Bundle.open(bundle(BY_NAME["llama-tied"])).engine("shallow"), threads=3)
+    began = process_time()
+    sleep(0.1)
+    assert process_time() - began < 0.02  # two threads; by default, they spin for 0.03 or longer
+    assert engine.output_shapes
